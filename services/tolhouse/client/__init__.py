@@ -1,0 +1,1 @@
+"""The client SDK: rows from lookup services, tokens from workers. Needs numpy and grpcio; never torch, ray or redis."""

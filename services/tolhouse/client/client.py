@@ -1,0 +1,212 @@
+"""`Client`: rows and manifests from lookup replicas, tokens from a worker, over one set of channels."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from tolhouse.client.generation import request_of, stop_reason
+from tolhouse.client.stream import FetchStream
+from tolhouse.errors import Cancelled, Corrupt, DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
+from tolhouse.rpc import error_of
+from tolhouse.table.spec import Manifest, split_ref
+from tolhouse.telemetry import split_address
+from tolhouse.v1 import lookup_pb2
+from tolhouse.v1.generation_pb2_grpc import GenerationStub
+
+_RETRIED = (Unavailable, DeadlineExceeded, Cancelled, Corrupt)  # another replica, or the same once more, may do better
+_ROUNDS = 2
+
+
+class Client:
+    """Talks to the service at `target`, "host:port", or to several replicas of it, "host:port,host:port".
+
+    fetch, describe and tables want lookup services; generate wants a worker. Safe to use from several threads.
+    """
+
+    def __init__(self, target: str | Sequence[str], timeout_seconds: float = 10.0) -> None:
+        targets = target.split(",") if isinstance(target, str) else list(target)
+        self.targets = [t.strip() for t in targets if t.strip()]
+        if not self.targets:
+            raise InvalidArgument("no address given: a client needs HOST:PORT, or several with commas between them")
+        for address in self.targets:
+            split_address(address)
+        self.timeout_seconds = timeout_seconds
+        self._streams = {address: FetchStream(address) for address in self.targets}
+        self._manifests: dict[str, tuple[Manifest, int]] = {}
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+
+    def tables(self) -> list[tuple[Manifest, bool]]:
+        """Every table the lookup service has, and whether its name stands for it."""
+        reply = self._unary("ListTables", lookup_pb2.ListTablesRequest())
+        return [(Manifest.from_json(table.manifest_json), table.published) for table in reply.tables]
+
+    def describe(self, table: str) -> Manifest:
+        """The manifest of "name@version", or of the version that "name" stands for now; NotFound if there is none."""
+        return self._describe(table)[0]
+
+    def fetch(self, table: str | Manifest, ids: npt.ArrayLike) -> np.ndarray:
+        """Rows [T, N, D] of T token ids from "name@version", or from what "name" stands for now.
+
+        The float codecs give a read-only view of the received records, without a copy where no id comes twice; int8
+        gives float32 values. NotFound: no such table. IdOutOfRange. Unavailable or DeadlineExceeded: no replica
+        answered. Corrupt: no replica has an intact row.
+        """
+        manifest = table if isinstance(table, Manifest) else self.describe(table)
+        ids_T = token_ids(ids)
+        unique, inverse = np.unique(ids_T, return_inverse=True)
+        if len(unique) == len(ids_T):
+            rows = manifest.decode(self.fetch_records(manifest, ids_T))
+        else:
+            rows = manifest.decode(self.fetch_records(manifest, unique))[inverse]
+        rows.flags.writeable = False
+        return rows
+
+    def fetch_records(self, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
+        """Verified records, uint8 [T, record_bytes], of distinct `ids` (uint32 [T]).
+
+        Each shard's ids go to the replica that rendezvous hashing ranks first for it, so that the replicas' hot rows
+        differ, and to the next one when that fails.
+        """
+        manifest.check_ids(ids)
+        _, most = self._describe(manifest.ref)
+        out = np.empty((len(ids), manifest.record_bytes), np.uint8)
+        deadline = time.monotonic() + self.timeout_seconds
+        left = np.arange(len(ids))
+        attempts = _ROUNDS * len(self.targets)
+        for attempt in range(attempts):
+            if not len(left):
+                break
+            if attempt and attempt % len(self.targets) == 0:
+                time.sleep(0.05)  # all have failed once: a moment for one to come back
+            patience = (deadline - time.monotonic()) / (attempts - attempt)
+            left, error = self._attempt(manifest, ids, out, left, attempt, max(0.001, patience), most)
+            if error and (not isinstance(error, _RETRIED) or attempt == attempts - 1):
+                raise error
+        return out
+
+    def generate(
+        self,
+        prompt_ids: Iterable[int],
+        max_tokens: int = 16,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_ids: Iterable[int] = (),
+        ignore_eos: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> Iterator[int]:
+        """Stream the token ids of one completion from a worker; greedy at temperature 0. Closing the iterator cancels."""
+        request = request_of(
+            prompt_ids,
+            max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop_ids=stop_ids,
+            ignore_eos=ignore_eos,
+        )
+        target = self.targets[0]
+        call = GenerationStub(self._streams[target].channel).Generate(request, timeout=timeout_seconds)
+        try:
+            for reply in call:
+                yield from reply.token_ids
+                if stop_reason(reply):
+                    return
+        except grpc.RpcError as error:
+            raise error_of(error, f"worker {target}") from None
+        finally:
+            call.cancel()
+
+    def _attempt(
+        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, left: np.ndarray, attempt: int, patience: float, most: int
+    ) -> tuple[np.ndarray, TolhouseError | None]:
+        """Try to fill the places `left` of `out`; the places still open, and the error that says why."""
+        shards = manifest.shard_of(ids[left])
+        owners = {s: self._ranked(manifest, s)[attempt % len(self.targets)] for s in np.unique(shards).tolist()}
+        owner_of = np.array([self.targets.index(owners[s]) for s in shards.tolist()])
+        requests: list[tuple[FetchStream, np.ndarray, np.ndarray, Any]] = []
+        for number, target in enumerate(self.targets):
+            mine = left[owner_of == number]
+            for start in range(0, len(mine), most):
+                places = mine[start : start + most]
+                whole = len(places) == len(ids)
+                part = out if whole else np.empty((len(places), manifest.record_bytes), np.uint8)
+                stream = self._streams[target]
+                requests.append((stream, places, part, stream.submit(manifest.ref, ids[places], part)))
+        end = time.monotonic() + patience
+        failed: list[np.ndarray] = []
+        worst: TolhouseError | None = None
+        for stream, places, part, done in requests:
+            try:
+                done.result(timeout=max(0.0, end - time.monotonic()))
+                manifest.verify(ids[places], part)
+                if part is not out:
+                    out[places] = part
+            except FutureTimeout:
+                stream.reset()
+                failed.append(places)
+                worst = DeadlineExceeded(f"lookup {stream.target} did not answer within {patience:.1f} s")
+            except TolhouseError as error:
+                failed.append(places)
+                if not isinstance(error, _RETRIED):
+                    return left, error
+                worst = error
+        return (np.concatenate(failed) if failed else np.empty(0, np.int64)), worst
+
+    def _ranked(self, manifest: Manifest, shard: int) -> list[str]:
+        key = f"{manifest.ref}:{shard}:"
+        return sorted(self.targets, key=lambda target: xxhash.xxh3_64_intdigest(key + target))
+
+    def _describe(self, table: str) -> tuple[Manifest, int]:
+        known = self._manifests.get(table)
+        if known is None:
+            reply = self._unary("Describe", lookup_pb2.DescribeRequest(table=table))
+            known = Manifest.from_json(reply.manifest_json), reply.max_ids_per_fetch
+            self._manifests[known[0].ref] = known  # immutable; what a bare name stands for is asked anew each time
+            if split_ref(table)[1] is not None and known[0].ref != table:
+                raise Corrupt(f"asked for table {table}, the lookup service described {known[0].ref}")
+        return known
+
+    def _unary(self, method: str, request: Any) -> Any:
+        """The answer of the first replica that has one."""
+        error: TolhouseError | None = None
+        for attempt in range(_ROUNDS * len(self.targets)):
+            target = self.targets[attempt % len(self.targets)]
+            try:
+                return getattr(self._streams[target].stub, method)(request, timeout=self.timeout_seconds / len(self.targets) / _ROUNDS)
+            except grpc.RpcError as failure:
+                error = error_of(failure, f"lookup {target}")
+                if not isinstance(error, (Unavailable, DeadlineExceeded)):
+                    break
+        assert error is not None
+        raise error
+
+
+def token_ids(ids: npt.ArrayLike) -> np.ndarray:
+    """`ids` as uint32 [T]; InvalidArgument unless they are a flat list of whole numbers from 0 to 2^32 - 1."""
+    array = np.asarray(ids)
+    if array.size == 0:
+        return np.empty(0, np.uint32)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InvalidArgument(f"token ids must be a flat list of whole numbers, not an array of {array.dtype} with {array.ndim} dimensions")
+    if int(array.min()) < 0 or int(array.max()) >= 2**32:
+        raise InvalidArgument(f"token ids run from 0 up; {int(array.min())} to {int(array.max())} were given")
+    return array.astype(np.uint32, copy=False)

@@ -1,0 +1,72 @@
+"""Generate calls to workers: the request, the end of a stream, and the asynchronous call that the gateway makes."""
+
+from collections.abc import AsyncIterator, Iterable
+
+import grpc
+
+from tolhouse.errors import InvalidArgument
+from tolhouse.rpc import dial_async, error_of
+from tolhouse.v1 import generation_pb2
+from tolhouse.v1.generation_pb2_grpc import GenerationStub
+
+
+def request_of(
+    prompt_ids: Iterable[int],
+    max_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop_ids: Iterable[int] = (),
+    ignore_eos: bool = False,
+    request_id: str = "",
+) -> generation_pb2.GenerateRequest:
+    """The message; InvalidArgument where a value can't be sent. The worker checks what the values mean."""
+    try:
+        return generation_pb2.GenerateRequest(
+            request_id=request_id,
+            prompt_ids=prompt_ids,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop_ids=stop_ids,
+            ignore_eos=ignore_eos,
+        )
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument(f"a generation parameter is out of range or of the wrong type: {error}") from None
+
+
+def stop_reason(reply: generation_pb2.GenerateReply) -> str:
+    return reply.finish_reason
+
+
+class WorkerChannel:
+    """One worker, called from an event loop."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.channel = dial_async(target)
+        self.stub = GenerationStub(self.channel)
+
+    async def describe(self, timeout_seconds: float) -> generation_pb2.DescribeWorkerReply:
+        try:
+            return await self.stub.DescribeWorker(generation_pb2.DescribeWorkerRequest(), timeout=timeout_seconds)
+        except grpc.RpcError as error:
+            raise error_of(error, f"worker {self.target}") from None
+
+    async def generate(self, request: generation_pb2.GenerateRequest) -> AsyncIterator[generation_pb2.GenerateReply]:
+        """Replies up to the one with a finish_reason. Closing the iterator cancels the call."""
+        call = self.stub.Generate(request)
+        try:
+            async for reply in call:
+                yield reply
+        except grpc.RpcError as error:
+            raise error_of(error, f"worker {self.target}") from None
+        finally:
+            call.cancel()
+
+    async def close(self) -> None:
+        await self.channel.close()

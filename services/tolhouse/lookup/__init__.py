@@ -1,0 +1,1 @@
+"""The lookup service: ids in, rows out, over a store."""

@@ -1,0 +1,117 @@
+"""The gRPC face of the lookup service. Protobuf types end here.
+
+Copies on the way of a hot row: slab -> answer buffer -> reply bytes -> gRPC's own.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+import numpy as np
+from prometheus_client import Counter, Histogram
+
+from tolhouse.errors import Internal, InvalidArgument, TolhouseError
+from tolhouse.lookup.hotrows import HotRows
+from tolhouse.rpc import answer, serve
+from tolhouse.store import open_store, resolve, tables
+from tolhouse.table.spec import Manifest, split_ref
+from tolhouse.telemetry import event, log, serve_metrics
+from tolhouse.v1 import lookup_pb2
+from tolhouse.v1.lookup_pb2_grpc import LookupServicer, add_LookupServicer_to_server
+
+NAME = "tolhouse.v1.Lookup"
+CHUNK_BYTES = 1 << 20
+MAX_IDS_PER_FETCH = 65_536
+
+REQUESTS = Counter("tolhouse_lookup_requests_total", "Fetch requests answered, by gRPC status", ["status"])
+ROWS = Counter("tolhouse_lookup_rows_total", "Rows served, from hot rows or from the store", ["source"])
+BYTES = Counter("tolhouse_lookup_bytes_total", "Record bytes served")
+SECONDS = Histogram(
+    "tolhouse_lookup_fetch_seconds",
+    "Time from a Fetch request to its last record",
+    buckets=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3),
+)
+
+
+class LookupService(LookupServicer):
+    def __init__(self, rows: HotRows) -> None:
+        self.rows = rows
+
+    async def Fetch(
+        self, request_iterator: AsyncIterator[lookup_pb2.FetchRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[lookup_pb2.FetchReply]:
+        async for request in request_iterator:
+            async for reply in self._fetch(request):
+                yield reply
+
+    async def Describe(self, request: lookup_pb2.DescribeRequest, context: grpc.aio.ServicerContext) -> lookup_pb2.DescribeReply:
+        manifest = await answer(context, asyncio.to_thread(resolve, self.rows.store, request.table))
+        return lookup_pb2.DescribeReply(manifest_json=manifest.to_json(), max_ids_per_fetch=MAX_IDS_PER_FETCH)
+
+    async def ListTables(self, request: lookup_pb2.ListTablesRequest, context: grpc.aio.ServicerContext) -> lookup_pb2.ListTablesReply:
+        found = await answer(context, asyncio.to_thread(lambda: list(tables(self.rows.store))))
+        return lookup_pb2.ListTablesReply(
+            tables=[
+                lookup_pb2.Table(name=m.name, version=m.version, published=published, manifest_json=m.to_json())
+                for m, published in found
+            ]
+        )
+
+    async def _fetch(self, request: lookup_pb2.FetchRequest) -> AsyncIterator[lookup_pb2.FetchReply]:
+        """The replies to one request; its failure is its last reply, and the stream lives on."""
+        started, number, status = time.perf_counter(), request.request_id, "OK"
+        try:
+            if split_ref(request.table)[1] is None:
+                raise InvalidArgument(f"fetch needs name@version, not {request.table!r}: ask Describe what a name stands for")
+            table = await self.rows.table(request.table)
+            ids = _ids(request.token_ids, table.manifest)
+            records, hot = await self.rows.read(table, ids)
+        except Exception as error:  # noqa: BLE001 - the boundary where every error becomes a status
+            if not isinstance(error, TolhouseError):
+                log.error("internal error", exc_info=error)
+                error = Internal("internal error; the service's log has the details")
+            status = error.grpc_status
+            failed = lookup_pb2.Error(status=status, message=str(error))
+            yield lookup_pb2.FetchReply(request_id=number, error=failed, last=True)
+        else:
+            step = max(1, CHUNK_BYTES // table.manifest.record_bytes)
+            for first in range(0, max(1, len(ids)), step):
+                chunk = records[first : first + step]
+                yield lookup_pb2.FetchReply(
+                    request_id=number, first=first, records=chunk.tobytes(), last=first + step >= len(ids)
+                )
+            ROWS.labels("hot").inc(hot)
+            ROWS.labels("store").inc(len(ids) - hot)
+            BYTES.inc(records.nbytes)
+        REQUESTS.labels(status).inc()
+        SECONDS.observe(time.perf_counter() - started)
+
+
+def _ids(packed: bytes, manifest: Manifest) -> np.ndarray:
+    if len(packed) % 4:
+        raise InvalidArgument(f"token_ids has {len(packed)} bytes; it packs little-endian uint32, four bytes each")
+    ids = np.frombuffer(packed, "<u4")
+    if len(ids) > MAX_IDS_PER_FETCH:
+        raise InvalidArgument(f"{len(ids)} token ids in one request; at most {MAX_IDS_PER_FETCH} are allowed")
+    manifest.check_ids(ids)
+    return ids
+
+
+async def run(listen: str, store_url: str, hot_bytes: int, metrics_listen: str, drain_seconds: float, store_timeout_seconds: float) -> None:
+    """Serve the store until told to stop."""
+    store = await asyncio.to_thread(open_store, store_url, store_timeout_seconds)
+    service = LookupService(HotRows(store, hot_bytes))
+    metrics = serve_metrics(metrics_listen)
+    event("serving store", store=store.url)
+    try:
+        await serve(
+            "lookup",
+            listen,
+            lambda server: add_LookupServicer_to_server(service, server),
+            (NAME,),
+            drain_seconds,
+            metrics=metrics,
+        )
+    finally:
+        store.close()

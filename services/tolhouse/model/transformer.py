@@ -1,0 +1,176 @@
+"""The model: a pure function that takes rows.
+
+    rows   = model.rows(ids)                     # context-free FFN outputs, [N, T, D]
+    logits = model(ids, positions, cache, rows)  # attention; adds rows[l] in block l
+
+Where rows come from (computed here, fetched, cached) is the caller's business. What a token attends to is the
+cache's (`kv.py`, or the worker's paged one): this file knows neither sequences nor batches, only T tokens in a row.
+
+Shapes: T tokens, D hidden size, N layers, H heads, E = D / H head size, K FFN intermediate size, V vocabulary.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tolhouse.errors import InvalidArgument
+from tolhouse.model.config import ModelConfig
+
+
+class Cache(Protocol):
+    """Keeps keys and values, and decides which of them each token sees."""
+
+    def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
+        """Attention outputs [T, H, E] of T new tokens, which the cache takes in."""
+        ...
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.ffn_m = nn.ModuleList(ContextFreeFFN(config) for _ in range(config.num_row_layers))
+
+    def rows(self, ids_T: Tensor) -> Tensor:
+        """FFN-M outputs of every layer for token ids, [N, T, D] (PAPER section 2); N = 0 in a base model."""
+        x0_TD = self.embed_tokens(ids_T)
+        if not self.ffn_m:
+            if self.config.num_row_layers:
+                raise InvalidArgument("this model was loaded without its FFN-M weights; its rows come from a table")
+            return x0_TD.new_empty(0, *x0_TD.shape)
+        return torch.stack([ffn(x0_TD) for ffn in self.ffn_m])
+
+    def forward(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Tensor) -> Tensor:
+        """Logits [T, V] of T tokens at `positions_T`, with `rows_NTD` added layer by layer."""
+        return self.lm_head(self.hidden(ids_T, positions_T, cache, rows_NTD))
+
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Tensor) -> Tensor:
+        """Final hidden states [T, D], for callers that want the logits of some tokens only."""
+        x_TD = self.embed_tokens(ids_T)
+        rope = rotary(positions_T, self.config.head_dim, self.config.rope_theta, x_TD.dtype)
+        for layer, block in enumerate(self.layers):
+            row_TD = rows_NTD[layer] if len(rows_NTD) else None
+            x_TD = block(x_TD, rope, cache, row_TD)
+        return self.norm(x_TD)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config, layer)
+        # base: the FFN, reading the residual stream · flex: FFN-C, the part of it that stays · memory: nothing
+        self.mlp = residual_ffn(config)
+        self.post_attention_layernorm = RMSNorm(config) if self.mlp else None
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: Cache, row_TD: Tensor | None) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, cache)
+        if self.mlp:
+            x_TD = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return x_TD if row_TD is None else x_TD + row_TD  # what the paper changes: FFN_l(LN_l(X0)) comes from outside
+
+
+class Attention(nn.Module):
+    """Full multi-head attention without biases: 4 h^2 parameters (PAPER section 1)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.shape = layer, (-1, config.num_attention_heads, config.head_dim)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
+        q_THE, k_THE, v_THE = (proj(x_TD).view(self.shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        out_THE = cache.attend(self.layer, rotate(q_THE, rope), rotate(k_THE, rope), v_THE)
+        return self.o_proj(out_THE.reshape(x_TD.shape))
+
+
+class ContextFreeFFN(nn.Module):
+    """FFN-M of one layer: its own norm on the raw embedding X0, its own SwiGLU (PAPER section 1)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config)  # the paper says LayerNorm once and LLaMA's recipe elsewhere; we take RMSNorm
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x0_TD: Tensor) -> Tensor:
+        return self.mlp(self.norm(x0_TD))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class LinearStack(nn.Module):
+    """FFN-C as beta stacked h x h maps; SiLU between them, as without it they would be one map. The paper is silent."""
+
+    def __init__(self, hidden_size: int, depth: int) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(depth))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        for linear in self.maps[:-1]:
+            x_TD = F.silu(linear(x_TD))
+        return self.maps[-1](x_TD)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return F.rms_norm(x_TD, self.weight.shape, self.weight, self.eps)
+
+
+def residual_ffn(config: ModelConfig) -> nn.Module | None:
+    """The FFN that reads the residual stream, if this kind has one."""
+    if config.kind == "base":
+        return SwiGLU(config.hidden_size, config.intermediate_size)
+    if config.kind == "flex" and config.ffn_c == "linear":
+        return LinearStack(config.hidden_size, config.beta)
+    if config.kind == "flex":
+        return SwiGLU(config.hidden_size, round(config.beta * config.hidden_size / 3))
+    return None
+
+
+def rotary(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, [T, 1, E/2] each, of rotary position embedding."""
+    exponents = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
+    angles = positions_T[:, None, None].float() * theta**-exponents
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_THE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = rope
+    a, b = x_THE.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def active_parameters(model: nn.Module) -> int:
+    """Parameters a worker computes with, embeddings not counted: attention, FFN-C and norms (PAPER table 1)."""
+    skipped = ("embed_tokens.", "lm_head.", "ffn_m.")
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(skipped))
+
+
+def total_parameters(model: nn.Module) -> int:
+    """All parameters but the embeddings: equal for every kind of one preset."""
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("embed_tokens.", "lm_head.")))

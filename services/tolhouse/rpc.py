@@ -1,0 +1,117 @@
+"""gRPC, the same for every process: serve with health, reflection and drain; dial; errors to statuses and back."""
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+
+from tolhouse.errors import Internal, InUse, TolhouseError, Unsupported, from_status
+from tolhouse.telemetry import event, log, split_address
+
+T = TypeVar("T")
+
+_CHANNEL_OPTIONS = [
+    # a peer that comes back is found within a second; gRPC's own back-off goes up to two minutes
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.use_local_subchannel_pool", 1),  # two clients in a process share no connection, nor its back-off
+]
+_SERVER_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a share of its connections
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
+
+def dial(target: str) -> grpc.Channel:
+    return grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+
+
+def dial_async(target: str) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+
+
+def error_of(error: grpc.RpcError, peer: str) -> TolhouseError:
+    """The error that a failed call to `peer` stands for."""
+    status, details = error.code(), error.details() or ""
+    if status is grpc.StatusCode.UNIMPLEMENTED:
+        return Unsupported(f"{peer} does not serve this call; is it the address of another service?")
+    if status is grpc.StatusCode.UNAVAILABLE and ("connect" in details.lower() or "socket" in details.lower()):
+        details = f"can't be reached ({details})"
+    return from_status(status.name, f"{peer}: {details}")
+
+
+async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
+    """End a call with the status of `error`; a defect of ours is logged whole and told in a line."""
+    if not isinstance(error, TolhouseError):
+        log.error("internal error", exc_info=error)
+        error = Internal("internal error; the service's log has the details")
+    await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+    raise AssertionError("abort returns never")
+
+
+async def answer(context: grpc.aio.ServicerContext, work: Awaitable[T]) -> T:
+    """The result of `work`, or the call's end with the status of its error."""
+    try:
+        return await work
+    except Exception as error:  # noqa: BLE001 - the boundary where every error becomes a status
+        await abort(context, error)
+
+
+async def stream(context: grpc.aio.ServicerContext, work: AsyncIterator[T]) -> AsyncIterator[T]:
+    """The same for a stream of results."""
+    try:
+        async for item in work:
+            yield item
+    except Exception as error:  # noqa: BLE001
+        await abort(context, error)
+
+
+async def serve(
+    service: str,
+    listen: str,
+    register: Callable[[grpc.aio.Server], Any],
+    names: tuple[str, ...],
+    drain_seconds: float,
+    until: asyncio.Event | None = None,
+    **ready: object,
+) -> None:
+    """Serve on `listen` until SIGTERM or SIGINT (or `until`), then finish calls in flight for at most `drain_seconds`.
+
+    Once it answers, one line of JSON on stdout says so: service, address with its real port, and `ready`.
+    """
+    from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+    from grpc_reflection.v1alpha import reflection
+
+    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    register(server)
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    host, _ = split_address(listen)
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise InUse(f"{service} can't listen on {listen}: the port is in use or the address is not this machine's; choose another --listen")
+    await server.start()
+    for name in ("", *names):
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    stop = until or asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    event("ready", service=service, address=f"{host}:{port}", **ready)
+    print(json.dumps({"event": "ready", "service": service, "address": f"{host}:{port}", **ready}), flush=True)
+    await stop.wait()
+    event("draining", service=service)
+    await checks.enter_graceful_shutdown()
+    await server.stop(drain_seconds)
+    event("stopped", service=service)

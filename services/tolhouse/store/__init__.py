@@ -1,0 +1,163 @@
+"""Where tables live: `open_store(url)` gives the file store or the Redis store, and there is no third.
+
+Both keep immutable versions of tables and, per name, an alias: the version that the name stands for.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from tolhouse.errors import Corrupt, InUse, InvalidArgument, NotFound, TolhouseError
+from tolhouse.table.spec import Manifest, check_name, digest, split_ref
+
+
+@dataclass(frozen=True)
+class Alias:
+    """The version a name stands for, and those it stood for before, latest last."""
+
+    version: str
+    history: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self)) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Alias":
+        data = json.loads(text)
+        return cls(data["version"], tuple(data["history"]))
+
+
+class Store(Protocol):
+    """What both stores do. Reads and writes are of one immutable version; only an alias ever changes."""
+
+    url: str
+
+    def refs(self) -> list[str]:
+        """"name@version" of every complete table, sorted."""
+
+    def manifest(self, ref: str) -> Manifest:
+        """The manifest of "name@version"; NotFound if that table is not here, or not complete."""
+
+    def read(self, manifest: Manifest, ids: np.ndarray, out: np.ndarray) -> None:
+        """Fill `out` [T, record_bytes] with the verified records of `ids`; Corrupt if one is missing or altered."""
+
+    def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
+        """Store a whole shard, durably, in place of whatever is there."""
+
+    def count(self, manifest: Manifest, shard: int) -> int:
+        """Rows that the shard holds; 0 where there is none."""
+
+    def commit(self, manifest: Manifest) -> None:
+        """Write the manifest, last of all: from now on the table is there."""
+
+    def delete(self, manifest: Manifest) -> None:
+        """Remove a version; its manifest goes first."""
+
+    def alias(self, name: str) -> Alias | None:
+        """What `name` stands for, if it was ever published."""
+
+    def set_alias(self, name: str, alias: Alias | None) -> None:
+        """Make `name` stand for another version, or for none."""
+
+    def close(self) -> None: ...
+
+
+def open_store(url: str, timeout_seconds: float = 5.0) -> Store:
+    """The store at `url`: file://PATH, or redis://HOST:PORT (rediss:// with TLS), standalone or a node of a Cluster."""
+    scheme, separator, rest = url.partition("://")
+    if separator and scheme == "file" and rest:
+        from tolhouse.store.files import FileStore
+
+        return FileStore(rest)
+    if separator and scheme in ("redis", "rediss") and rest:
+        from tolhouse.store.redis import RedisStore
+
+        return RedisStore(url, timeout_seconds)
+    raise InvalidArgument(f"store {url!r} is not understood; allowed are file://PATH, redis://HOST:PORT and rediss://HOST:PORT")
+
+
+def resolve(store: Store, ref: str) -> Manifest:
+    """The manifest of "name@version", or of the published version of "name"."""
+    name, version = split_ref(ref)
+    if version is None:
+        alias = store.alias(name)
+        if alias is None:
+            raise NotFound(f"table {name!r} is not published in {store.url}; {known(store)}")
+        version = alias.version
+    try:
+        return store.manifest(f"{name}@{version}")
+    except NotFound as error:
+        raise NotFound(f"{error}; {known(store)}") from None
+
+
+def known(store: Store) -> str:
+    refs = store.refs()
+    more = f" and {len(refs) - 8} more" if len(refs) > 8 else ""
+    return f"tables here: {', '.join(refs[:8])}{more}" if refs else "there are no tables here yet: `tolhouse build` makes them"
+
+
+def publish(store: Store, ref: str) -> Manifest:
+    """Make the name stand for this version; publishing what is published changes nothing."""
+    name, version = split_ref(ref)
+    if version is None:
+        raise InvalidArgument(f"publish needs name@version, not {ref!r}; {known(store)}")
+    manifest = resolve(store, ref)
+    old = store.alias(name)
+    if old is None or old.version != version:
+        store.set_alias(name, Alias(version, (*old.history, old.version) if old else ()))
+    return manifest
+
+
+def rollback(store: Store, name: str) -> Manifest:
+    """Make the name stand for the version before the present one."""
+    old = store.alias(check_name(name))
+    if old is None:
+        raise NotFound(f"table {name!r} is not published in {store.url}; {known(store)}")
+    if not old.history:
+        raise InvalidArgument(f"table {name!r} has no version before {old.version} to go back to")
+    manifest = resolve(store, f"{name}@{old.history[-1]}")
+    store.set_alias(name, Alias(old.history[-1], old.history[:-1]))
+    return manifest
+
+
+def delete(store: Store, ref: str) -> Manifest:
+    """Remove a version that its name does not stand for, and forget it in the name's history."""
+    name, version = split_ref(ref)
+    if version is None:
+        raise InvalidArgument(f"delete needs name@version, not {ref!r}; {known(store)}")
+    manifest = resolve(store, ref)
+    alias = store.alias(name)
+    if alias and alias.version == version:
+        raise InUse(f"{ref} is published: publish or roll back to another version before deleting it")
+    if alias and version in alias.history:
+        store.set_alias(name, Alias(alias.version, tuple(v for v in alias.history if v != version)))
+    store.delete(manifest)
+    return manifest
+
+
+def shard_digest(store: Store, manifest: Manifest, shard: int) -> str | None:
+    """The digest of a shard all of whose records are there and verified; None if it has to be written (again)."""
+    ids = manifest.shard_ids(shard)
+    if store.count(manifest, shard) != len(ids):
+        return None
+    records = np.empty((len(ids), manifest.record_bytes), np.uint8)
+    try:
+        store.read(manifest, ids, records)
+    except Corrupt:
+        return None
+    return digest(records)
+
+
+def tables(store: Store) -> Iterator[tuple[Manifest, bool]]:
+    """Every complete table, and whether its name stands for it."""
+    for ref in store.refs():
+        try:
+            manifest = store.manifest(ref)
+        except TolhouseError:
+            continue  # deleted meanwhile, or malformed: `resolve` says which
+        alias = store.alias(manifest.name)
+        yield manifest, alias is not None and alias.version == manifest.version

@@ -1,0 +1,186 @@
+"""The file store: a folder per version, a safetensors file per shard, served straight from a mapping.
+
+    <root>/<name>/<version>/shard-00000-of-00064.safetensors    one uint8 tensor "records" [rows, record_bytes]
+    <root>/<name>/<version>/manifest.json                       written last
+    <root>/<name>/alias.json                                    what the name stands for
+
+Files are written under a temporary name, fsynced and renamed, and never changed afterwards.
+"""
+
+import contextlib
+import json
+import mmap
+import os
+import shutil
+import struct
+import threading
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from tolhouse.errors import Corrupt, InvalidArgument, NotFound, TolhouseError, Unavailable
+from tolhouse.store import Alias
+from tolhouse.table.spec import Manifest, check_name, split_ref
+
+
+class FileStore:
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).absolute()
+        self.url = f"file://{self.root}"
+        self._shards: dict[tuple[str, int], _Shard] = {}
+        self._lock = threading.Lock()
+
+    def refs(self) -> list[str]:
+        found = []
+        for path in self.root.glob("*/*/manifest.json"):
+            ref = f"{path.parent.parent.name}@{path.parent.name}"
+            with contextlib.suppress(InvalidArgument):
+                split_ref(ref)
+                found.append(ref)
+        return sorted(found)
+
+    def manifest(self, ref: str) -> Manifest:
+        name, version = split_ref(ref)
+        path = self.root / name / str(version) / "manifest.json"
+        try:
+            manifest = Manifest.from_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFound(f"table {ref} is not in {self.url}") from None
+        except InvalidArgument as error:
+            raise Corrupt(f"{path}: {error}") from None
+        if manifest.ref != ref:
+            raise Corrupt(f"{path} describes table {manifest.ref}")
+        return manifest
+
+    def read(self, manifest: Manifest, ids: np.ndarray, out: np.ndarray) -> None:
+        shards = manifest.shard_of(ids)
+        for shard in np.unique(shards).tolist():
+            chosen = np.flatnonzero(shards == shard)
+            try:
+                records = self._shard(manifest, shard).records()
+                out[chosen] = records[ids[chosen] // manifest.num_shards]
+                manifest.verify(ids[chosen], out[chosen])
+            except Corrupt:
+                self._forget(manifest, shard)  # the file may be mended by a rebuild, under the same name
+                raise
+
+    def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
+        path = self._path(manifest, shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file({"records": np.ascontiguousarray(records)}, partial)
+            _sync(partial)
+            partial.replace(path)
+            _sync(path.parent)
+        except OSError as error:
+            raise Unavailable(f"can't write {path}: {error.strerror or error}") from None
+        finally:
+            partial.unlink(missing_ok=True)
+        self._forget(manifest, shard)
+
+    def count(self, manifest: Manifest, shard: int) -> int:
+        try:
+            return len(self._shard(manifest, shard).records())
+        except TolhouseError:
+            return 0
+
+    def commit(self, manifest: Manifest) -> None:
+        _write(self.root / manifest.name / manifest.version / "manifest.json", manifest.to_json())
+
+    def delete(self, manifest: Manifest) -> None:
+        folder = self.root / manifest.name / manifest.version
+        (folder / "manifest.json").unlink(missing_ok=True)
+        for shard in range(manifest.num_shards):
+            self._forget(manifest, shard)
+        shutil.rmtree(folder)
+
+    def alias(self, name: str) -> Alias | None:
+        try:
+            return Alias.from_json((self.root / check_name(name) / "alias.json").read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, KeyError, TypeError):
+            raise Corrupt(f"{self.root / name / 'alias.json'} is malformed; publish a version to write it anew") from None
+
+    def set_alias(self, name: str, alias: Alias | None) -> None:
+        path = self.root / check_name(name) / "alias.json"
+        if alias is None:
+            path.unlink(missing_ok=True)
+        else:
+            _write(path, alias.to_json())
+
+    def close(self) -> None:
+        with self._lock:
+            self._shards.clear()
+
+    def _path(self, manifest: Manifest, shard: int) -> Path:
+        return self.root / manifest.name / manifest.version / f"shard-{shard:05}-of-{manifest.num_shards:05}.safetensors"
+
+    def _shard(self, manifest: Manifest, shard: int) -> "_Shard":
+        with self._lock:
+            opened = self._shards.get((manifest.ref, shard))
+            if opened is None:
+                opened = _Shard(self._path(manifest, shard), len(manifest.shard_ids(shard)), manifest.record_bytes)
+                self._shards[manifest.ref, shard] = opened
+            return opened
+
+    def _forget(self, manifest: Manifest, shard: int) -> None:
+        with self._lock:
+            self._shards.pop((manifest.ref, shard), None)
+
+
+class _Shard:
+    """One mapped shard file."""
+
+    def __init__(self, path: Path, rows: int, record_bytes: int) -> None:
+        self.path = path
+        try:
+            self.file = path.open("rb")
+        except FileNotFoundError:
+            raise Corrupt(f"shard file {path} is missing") from None
+        self.size = os.fstat(self.file.fileno()).st_size
+        start = self._header(rows, record_bytes)
+        if self.size != start + rows * record_bytes:
+            raise Corrupt(f"shard file {path} has {self.size} bytes instead of {start + rows * record_bytes}: truncated, or another file")
+        mapped = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._records = np.frombuffer(mapped, np.uint8, offset=start).reshape(rows, record_bytes)
+
+    def records(self) -> np.ndarray:
+        """uint8 [rows, record_bytes]; Corrupt if the file has shrunk, where reading the mapping would kill the process."""
+        if os.fstat(self.file.fileno()).st_size != self.size:
+            raise Corrupt(f"shard file {self.path} was cut short while in use")
+        return self._records
+
+    def _header(self, rows: int, record_bytes: int) -> int:
+        try:
+            (length,) = struct.unpack("<Q", self.file.read(8))
+            header = json.loads(self.file.read(min(length, 1 << 20)))
+            tensor = header["records"]
+            ok = tensor["dtype"] == "U8" and tensor["shape"] == [rows, record_bytes] and tensor["data_offsets"][0] == 0
+        except (struct.error, ValueError, KeyError, TypeError, IndexError):
+            ok = False
+        if not ok:
+            raise Corrupt(f"shard file {self.path} is truncated or not a shard of {rows} records of {record_bytes} bytes")
+        return 8 + length
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text)
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise Unavailable(f"can't write {path}: {error.strerror or error}") from None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

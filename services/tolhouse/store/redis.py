@@ -1,0 +1,160 @@
+"""The Redis store: a copy of a table that can be loaded again. Standalone and Cluster run through the same lines.
+
+    tolhouse:{name@version:k}            hash: token id -> record; one shard, so one slot of a Cluster
+    tolhouse:{name@version}:manifest     string, written last
+    tolhouse:{name}:alias                string
+    tolhouse:tables                      set of name@version
+
+Reads are grouped by shard into one HMGET each and pipelined; a Cluster's client sends them to all nodes before it
+waits for the first. Every call has a timeout.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from redis import Redis
+from redis.backoff import ExponentialBackoff
+from redis.cluster import RedisCluster
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    ConnectionError,
+    OutOfMemoryError,
+    RedisClusterException,
+    RedisError,
+    TimeoutError,
+)
+from redis.retry import Retry
+
+from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, NotFound, Overloaded, Unauthenticated, Unavailable
+from tolhouse.store import Alias
+from tolhouse.table.spec import Manifest, check_name, split_ref
+
+_TABLES = "tolhouse:tables"
+_WRITE_BYTES = 1 << 20  # per HSET
+
+
+class RedisStore:
+    def __init__(self, url: str, timeout_seconds: float) -> None:
+        self.url = _without_password(url)
+        options: dict[str, Any] = {
+            "socket_timeout": timeout_seconds,
+            "socket_connect_timeout": timeout_seconds,
+            "retry": Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
+        }
+        with self._mapped():
+            try:
+                client: Redis = Redis.from_url(url, **options)
+            except ValueError as error:
+                raise InvalidArgument(f"store {self.url!r} is not understood: {error}") from None
+            clustered = client.info("cluster").get("cluster_enabled") == 1
+            self._redis: Any = RedisCluster.from_url(url, **options) if clustered else client
+
+    def refs(self) -> list[str]:
+        with self._mapped():
+            return sorted(ref.decode() for ref in self._redis.smembers(_TABLES))
+
+    def manifest(self, ref: str) -> Manifest:
+        split_ref(ref)
+        with self._mapped():
+            text = self._redis.get(f"tolhouse:{{{ref}}}:manifest")
+        if text is None:
+            raise NotFound(f"table {ref} is not in {self.url}")
+        try:
+            manifest = Manifest.from_json(text)
+        except InvalidArgument as error:
+            raise Corrupt(f"{ref} in {self.url}: {error}") from None
+        if manifest.ref != ref:
+            raise Corrupt(f"{ref} in {self.url} describes table {manifest.ref}")
+        return manifest
+
+    def read(self, manifest: Manifest, ids: np.ndarray, out: np.ndarray) -> None:
+        shards = manifest.shard_of(ids)
+        chosen = [np.flatnonzero(shards == shard) for shard in np.unique(shards)]
+        with self._mapped():
+            pipeline = self._redis.pipeline(transaction=False)
+            for places in chosen:
+                pipeline.hmget(_shard_key(manifest, int(shards[places[0]])), ids[places].tolist())
+            answers = pipeline.execute()
+        for places, records in zip(chosen, answers, strict=True):
+            for place, record in zip(places.tolist(), records, strict=True):
+                if record is None:
+                    raise Corrupt(f"the row of token {ids[place]} of table {manifest.ref} is missing in {self.url}: load it again")
+                if len(record) != manifest.record_bytes:
+                    raise Corrupt(
+                        f"the row of token {ids[place]} of table {manifest.ref} has {len(record)} bytes in {self.url}, "
+                        f"not {manifest.record_bytes}: load it again"
+                    )
+                out[place] = np.frombuffer(record, np.uint8)
+        manifest.verify(ids, out)
+
+    def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
+        key, ids = _shard_key(manifest, shard), manifest.shard_ids(shard).tolist()
+        step = max(1, _WRITE_BYTES // manifest.record_bytes)
+        with self._mapped():
+            self._redis.unlink(key)
+            for start in range(0, len(ids), step):
+                part = slice(start, start + step)
+                self._redis.hset(key, mapping=dict(zip(ids[part], map(bytes, records[part]), strict=True)))
+
+    def count(self, manifest: Manifest, shard: int) -> int:
+        with self._mapped():
+            return self._redis.hlen(_shard_key(manifest, shard))
+
+    def commit(self, manifest: Manifest) -> None:
+        with self._mapped():
+            self._redis.set(f"tolhouse:{{{manifest.ref}}}:manifest", manifest.to_json())
+            self._redis.sadd(_TABLES, manifest.ref)
+
+    def delete(self, manifest: Manifest) -> None:
+        with self._mapped():
+            self._redis.srem(_TABLES, manifest.ref)
+            self._redis.delete(f"tolhouse:{{{manifest.ref}}}:manifest")
+            for shard in range(manifest.num_shards):
+                self._redis.unlink(_shard_key(manifest, shard))
+
+    def alias(self, name: str) -> Alias | None:
+        with self._mapped():
+            text = self._redis.get(f"tolhouse:{{{check_name(name)}}}:alias")
+        try:
+            return None if text is None else Alias.from_json(text)
+        except (ValueError, KeyError, TypeError):
+            raise Corrupt(f"the alias of {name!r} in {self.url} is malformed; publish a version to write it anew") from None
+
+    def set_alias(self, name: str, alias: Alias | None) -> None:
+        key = f"tolhouse:{{{check_name(name)}}}:alias"
+        with self._mapped():
+            if alias is None:
+                self._redis.delete(key)
+            else:
+                self._redis.set(key, alias.to_json())
+
+    def close(self) -> None:
+        self._redis.close()
+
+    @contextmanager
+    def _mapped(self) -> Iterator[None]:
+        """Redis' errors as ours."""
+        try:
+            yield
+        except (AuthenticationError, AuthorizationError) as error:
+            raise Unauthenticated(f"Redis at {self.url} refuses the user or password: {error}") from None
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"Redis at {self.url} did not answer in time: {error}") from None
+        except OutOfMemoryError as error:
+            raise Overloaded(f"Redis at {self.url} is full: {error}; raise its maxmemory") from None
+        except (ConnectionError, RedisClusterException) as error:
+            raise Unavailable(f"Redis at {self.url} can't be reached: {error}") from None
+        except RedisError as error:
+            raise Unavailable(f"Redis at {self.url} refuses: {error}") from None
+
+
+def _shard_key(manifest: Manifest, shard: int) -> str:
+    return f"tolhouse:{{{manifest.ref}:{shard}}}"
+
+
+def _without_password(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"

@@ -1,0 +1,183 @@
+"""The identity card of a table and the layout of its records.
+
+A record is one token's row: a block per present layer, lowest layer first, then the 8-byte checksum. The checksum is
+XXH3-64 over the blocks, seeded with the table's version and the token's id: a record that is altered, torn, of
+another version or of another token does not pass.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from tolhouse.errors import Corrupt, IdOutOfRange, InvalidArgument
+from tolhouse.table.codecs import Codec, codec
+
+FORMAT = 1
+MAX_RECORD_BYTES = 3 << 20  # a record travels whole, within gRPC's default message of 4 MiB
+MAX_SHARDS = 65_536
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_VERSION = re.compile(r"[0-9a-f]{16}")
+_GOLDEN_64 = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a table is. `shards` holds a digest per shard once the build is complete, and is empty before."""
+
+    name: str
+    version: str  # 16 hex digits; see `content_id`
+    codec: str
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[int, ...]  # the layers whose rows are present, ascending
+    num_shards: int
+    model_id: str  # the checkpoint it was built from
+    tokenizer_id: str
+    shards: tuple[str, ...] = ()
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, message: str) -> None:
+            if not ok:
+                raise InvalidArgument(f"manifest: {message}")
+
+        require(self.format == FORMAT, f"format {self.format!r} is unknown; this version reads {FORMAT}")
+        for field in ("name", "version", "codec", "model_id", "tokenizer_id"):
+            require(isinstance(getattr(self, field), str), f"{field} must be a string")
+        check_name(self.name)
+        require(bool(_VERSION.fullmatch(self.version)), f"version {self.version!r} is not 16 hex digits")
+        codec(self.codec)
+        for field, limit in (("vocab_size", 2**32), ("hidden_size", 2**20), ("num_shards", MAX_SHARDS)):
+            value = getattr(self, field)
+            require(type(value) is int and 0 < value <= limit, f"{field} must be from 1 to {limit}, not {value!r}")
+        require(
+            len(self.layers) > 0
+            and all(type(layer) is int and 0 <= layer < 2**16 for layer in self.layers)
+            and list(self.layers) == sorted(set(self.layers)),
+            f"layers must be ascending layer numbers, not {self.layers!r}",
+        )
+        require(all(isinstance(digest, str) for digest in self.shards), "shards must be digests")
+        require(len(self.shards) in (0, self.num_shards), f"{len(self.shards)} digests for {self.num_shards} shards")
+        require(
+            self.record_bytes <= MAX_RECORD_BYTES,
+            f"a record of {self.record_bytes} bytes is over the limit of {MAX_RECORD_BYTES}",
+        )
+
+    @property
+    def ref(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @cached_property
+    def codec_(self) -> Codec:
+        return codec(self.codec)
+
+    @cached_property
+    def record_dtype(self) -> np.dtype:
+        block = self.codec_.block(self.hidden_size)
+        return np.dtype([("layers", block, (self.num_layers,)), ("checksum", "<u8")])
+
+    @cached_property
+    def record_bytes(self) -> int:
+        return self.record_dtype.itemsize
+
+    @property
+    def table_bytes(self) -> int:
+        return self.vocab_size * self.record_bytes
+
+    # ids and shards
+
+    def shard_of(self, ids: np.ndarray) -> np.ndarray:
+        return ids % self.num_shards
+
+    def shard_ids(self, shard: int) -> np.ndarray:
+        """Token ids of one shard, ascending; record i of the shard is that of the i-th."""
+        return np.arange(shard, self.vocab_size, self.num_shards, dtype=np.uint32)
+
+    def check_ids(self, ids: np.ndarray) -> None:
+        if ids.size and int(ids.max()) >= self.vocab_size:
+            bad = int(ids[ids >= self.vocab_size][0])
+            raise IdOutOfRange(f"token id {bad} is outside table {self.ref}: allowed are 0 to {self.vocab_size - 1}")
+
+    # records: uint8 [T, record_bytes], one per token id of `ids`
+
+    def encode(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Sealed records for float32 rows [T, N, D] of `ids`."""
+        records = np.empty(len(ids), self.record_dtype)
+        records["layers"] = self.codec_.encode(rows)
+        data = records.view(np.uint8).reshape(len(ids), self.record_bytes)
+        records["checksum"] = [self._checksum(i, record) for i, record in zip(ids.tolist(), data, strict=True)]
+        return data
+
+    def decode(self, records: np.ndarray) -> np.ndarray:
+        """Rows [T, N, D] of records: a view of them for the float codecs, float32 values for the others."""
+        return self.codec_.decode(records.view(self.record_dtype)[..., 0]["layers"])
+
+    def verify(self, ids: np.ndarray, records: np.ndarray) -> None:
+        """Corrupt, naming the first bad token, unless every record is intact, of this version and of its token."""
+        stored = records.view(self.record_dtype)[..., 0]["checksum"].tolist()
+        for i, record, checksum in zip(ids.tolist(), records, stored, strict=True):
+            if self._checksum(i, record) != checksum:
+                raise Corrupt(f"the row of token {i} in table {self.ref} fails its checksum")
+
+    def _checksum(self, token_id: int, record: np.ndarray) -> int:
+        seed = (int(self.version, 16) + token_id * _GOLDEN_64) & 0xFFFF_FFFF_FFFF_FFFF
+        return xxhash.xxh3_64_intdigest(record[:-8].data, seed)
+
+    # JSON
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Manifest":
+        """The manifest in `text`; InvalidArgument where it is malformed."""
+        try:
+            data: Any = json.loads(text)
+        except ValueError as error:
+            raise InvalidArgument(f"manifest: not JSON: {error}") from None
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(data, dict) or set(data) != names:
+            odd = sorted(set(data) ^ names) if isinstance(data, dict) else "not an object"
+            raise InvalidArgument(f"manifest: missing or unknown fields: {odd}")
+        if not isinstance(data["layers"], list) or not isinstance(data["shards"], list):
+            raise InvalidArgument("manifest: layers and shards must be lists")
+        return cls(**{**data, "layers": tuple(data["layers"]), "shards": tuple(data["shards"])})
+
+
+def content_id(rows_id: str, codec_name: str, layers: Sequence[int]) -> str:
+    """The version of a table: 16 hex digits over what defines its rows, the codec and the layers present."""
+    return hashlib.sha256(f"{FORMAT} {rows_id} {codec_name} {list(layers)}".encode()).hexdigest()[:16]
+
+
+def digest(records: np.ndarray) -> str:
+    """The digest of a shard's records that a manifest lists: XXH3-128, 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(records).data)
+
+
+def check_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise InvalidArgument(
+            f"table name {name!r} is not allowed: 1 to 64 letters, digits, dots, dashes and underscores, beginning with a letter or digit"
+        )
+    return name
+
+
+def split_ref(ref: str) -> tuple[str, str | None]:
+    """("name", "version") of "name@version", ("name", None) of "name"; InvalidArgument for anything else."""
+    name, at, version = ref.partition("@")
+    check_name(name)
+    if at and not _VERSION.fullmatch(version):
+        raise InvalidArgument(f"table {ref!r}: a version is 16 hex digits, as `tolhouse tables list` shows them")
+    return name, version if at else None

@@ -1,0 +1,85 @@
+"""Text for training: files in, one long array of token ids out. Knows nothing of models.
+
+The default is the source of the Python standard library, which every machine has. Every 40th document (by a hash of
+its name, so that a file stays on its side) is held out. Documents are joined by the end-of-text token.
+"""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tolhouse.errors import InvalidArgument, NotFound
+
+END_OF_TEXT = "<|endoftext|>"
+_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "pydoc_data"}
+_HELD_OUT_ONE_IN = 40
+_PIECE_CHARS = 20_000  # a long file counts as several documents, so that a single file is split as well
+
+
+def standard_library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def documents(path: Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of each document: the file `path`, or every text file below it in the order of their names."""
+    if not path.exists():
+        raise NotFound(f"no corpus at {path}: give a text file or a folder of them")
+    stdlib = path == standard_library()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*.py" if stdlib else "*") if p.is_file())
+    for file in files:
+        if stdlib and _SKIPPED & set(file.relative_to(path).parts):
+            continue
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue  # a binary file in a folder of texts
+        name = file.name if path.is_file() else file.relative_to(path).as_posix()
+        for start in range(0, len(text), _PIECE_CHARS):
+            yield f"{name}:{start}", text[start : start + _PIECE_CHARS]
+
+
+def is_held_out(name: str) -> bool:
+    return hashlib.sha256(name.encode()).digest()[0] % _HELD_OUT_ONE_IN == 0
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens; any text round-trips."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return tokenizer
+
+
+def prepare(path: Path, folder: Path, vocab_size: int, least_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """(train, held-out) token ids of the corpus at `path`, by a tokenizer in `folder` that is trained if not there."""
+    pairs = list(documents(path))
+    kept = [text for name, text in pairs if not is_held_out(name)]
+    held_out = [text for name, text in pairs if is_held_out(name)] or kept[-1:]
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        train_tokenizer(kept, vocab_size).save(str(file))
+    tokenizer = Tokenizer.from_file(str(file))
+    end = tokenizer.token_to_id(END_OF_TEXT)
+
+    def encode(texts: list[str]) -> np.ndarray:
+        ids = [i for encoding in tokenizer.encode_batch(texts) for i in (*encoding.ids, end)]
+        return np.array(ids, dtype=np.int32)
+
+    train, valid = encode(kept), encode(held_out)
+    if min(len(train), len(valid)) <= least_tokens:
+        size = min(len(train), len(valid))
+        raise InvalidArgument(f"the corpus at {path} is too small: {size} tokens on one side; more than {least_tokens} are needed")
+    return train, valid
