@@ -1,7 +1,6 @@
 """gRPC, the same for every process: serve with health, reflection and drain; dial; errors to statuses and back."""
 
 import asyncio
-import json
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn, TypeVar
@@ -9,7 +8,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 
 from tolhouse.errors import Internal, InUse, TolhouseError, Unsupported, from_status
-from tolhouse.telemetry import event, log, split_address
+from tolhouse.telemetry import event, log, ready, split_address
 
 T = TypeVar("T")
 
@@ -80,11 +79,11 @@ async def serve(
     names: tuple[str, ...],
     drain_seconds: float,
     until: asyncio.Event | None = None,
-    **ready: object,
+    **fields: object,
 ) -> None:
     """Serve on `listen` until SIGTERM or SIGINT (or `until`), then finish calls in flight for at most `drain_seconds`.
 
-    Once it answers, one line of JSON on stdout says so: service, address with its real port, and `ready`.
+    Once it answers, one line of JSON on stdout says so: service, address with its real port, and `fields`.
     """
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
@@ -108,8 +107,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    event("ready", service=service, address=f"{host}:{port}", **ready)
-    print(json.dumps({"event": "ready", "service": service, "address": f"{host}:{port}", **ready}), flush=True)
+    ready(service, f"{host}:{port}", **fields)
     await stop.wait()
     event("draining", service=service)
     await checks.enter_graceful_shutdown()

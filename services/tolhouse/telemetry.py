@@ -44,6 +44,12 @@ def event(message: str, level: int = logging.INFO, **fields: object) -> None:
     log.log(level, message, extra={"fields": fields})
 
 
+def ready(service: str, address: str, **fields: object) -> None:
+    """Say that a process answers: a log line, and one line of JSON on stdout with the address and its real port."""
+    event("ready", service=service, address=address, **fields)
+    print(json.dumps({"event": "ready", "service": service, "address": address, **fields}), flush=True)
+
+
 def split_address(address: str) -> tuple[str, int]:
     """("host", port) of "host:port"; InvalidArgument for anything else."""
     host, _, port = address.rpartition(":")

@@ -16,7 +16,7 @@ from tolhouse.errors import Cancelled, Corrupt, DeadlineExceeded, InvalidArgumen
 from tolhouse.rpc import error_of
 from tolhouse.table.spec import Manifest, split_ref
 from tolhouse.telemetry import split_address
-from tolhouse.v1 import lookup_pb2
+from tolhouse.v1 import generation_pb2, lookup_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
 _RETRIED = (Unavailable, DeadlineExceeded, Cancelled, Corrupt)  # another replica, or the same once more, may do better
@@ -135,6 +135,15 @@ class Client:
         finally:
             call.cancel()
 
+    def describe_worker(self) -> generation_pb2.DescribeWorkerReply:
+        """What a worker serves, its load and its row counts; the fields are explained in protos/tolhouse/v1."""
+        target = self.targets[0]
+        try:
+            request = generation_pb2.DescribeWorkerRequest()
+            return GenerationStub(self._streams[target].channel).DescribeWorker(request, timeout=self.timeout_seconds)
+        except grpc.RpcError as error:
+            raise error_of(error, f"worker {target}") from None
+
     def _attempt(
         self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, left: np.ndarray, attempt: int, patience: float, most: int
     ) -> tuple[np.ndarray, TolhouseError | None]:
@@ -173,7 +182,7 @@ class Client:
 
     def _ranked(self, manifest: Manifest, shard: int) -> list[str]:
         key = f"{manifest.ref}:{shard}:"
-        return sorted(self.targets, key=lambda target: xxhash.xxh3_64_intdigest(key + target))
+        return sorted(self.targets, key=lambda target: xxhash.xxh3_64_intdigest((key + target).encode()))
 
     def _describe(self, table: str) -> tuple[Manifest, int]:
         known = self._manifests.get(table)

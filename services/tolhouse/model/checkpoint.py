@@ -24,13 +24,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from tolhouse.errors import InvalidArgument, NotFound
 from tolhouse.model.config import ModelConfig
+from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
 from tolhouse.model.transformer import Transformer
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -132,26 +132,6 @@ def save_checkpoint(path: Path, model: Transformer, tokenizer_file: Path, dtype:
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer_file.resolve() != (path / TOKENIZER).resolve():
         (path / TOKENIZER).write_bytes(tokenizer_file.read_bytes())
-
-
-def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer in file `path`; InvalidArgument if it is malformed or has ids at or above `vocab_size`."""
-    path = Path(path)
-    if not path.is_file():
-        raise NotFound(f"no tokenizer at {path}")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise InvalidArgument(f"{path} is not a tokenizer.json: {error}") from None
-    if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
-        size = tokenizer.get_vocab_size()
-        raise InvalidArgument(f"{path} has {size} tokens, but the model's vocabulary is {vocab_size}")
-    return tokenizer
-
-
-def tokenizer_id(path: str | Path) -> str:
-    """64 hex digits over the tokenizer file: equal ids, equal tokens."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _tensor_name(parameter: str) -> str:

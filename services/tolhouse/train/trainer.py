@@ -5,7 +5,6 @@ place where it stands: with 4,096 tokens a step, about a third of the work. The 
 """
 
 import csv
-import json
 import math
 import time
 from collections.abc import Callable
@@ -247,10 +246,3 @@ def card(recipe: Recipe, command: str, corpus: str, train_tokens: int, loss: flo
 `loss.csv` and `loss.png` are the run's curve. The model knows the manner of its data and nothing else:
 it is here to show and to test the serving system.
 """
-
-
-def write_run(out: Path, recipe: Recipe, seed: int) -> None:
-    """The settings of a run, for people."""
-    (out / "recipe.json").write_text(
-        json.dumps({"seed": seed, **{k: v for k, v in vars(recipe).items() if k != "config"}}, indent=2) + "\n"
-    )

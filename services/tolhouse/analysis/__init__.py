@@ -1,0 +1,1 @@
+"""What a row holds. Reads checkpoints; serves nobody."""

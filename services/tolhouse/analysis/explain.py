@@ -1,0 +1,79 @@
+"""What the memory of a model holds for a token: row norms, strongest keys, nearest rows.
+
+A key of a layer is one of FFN-M's K hidden units. Its coefficient for a token is SiLU(gate) * up, the factor with which
+its value (a column of down_proj) enters the row (PAPER section 2). Two tokens are near when the cosine of their rows,
+all layers joined, is high.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tolhouse.errors import InvalidArgument
+from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.transformer import ContextFreeFFN, Transformer
+
+_BATCH_TOKENS = 1024
+
+
+@torch.inference_mode()
+def explain_text(checkpoint: Checkpoint, text: str, keys: int, neighbours: int) -> list[dict[str, Any]]:
+    """One entry per distinct token of `text`, in order: id, token, norms by layer, strongest keys by layer, nearest."""
+    if not checkpoint.config.num_row_layers:
+        raise InvalidArgument(f"checkpoint {checkpoint.path.name} is of kind {checkpoint.config.kind}: it has no token memory")
+    tokenizer, model = checkpoint.tokenizer(), checkpoint.model()
+    ids = list(dict.fromkeys(tokenizer.encode(text).ids))
+    if not ids:
+        raise InvalidArgument("the text is empty; at least one token is needed")
+    ids_T = torch.tensor(ids)
+    norms_TN = model.rows(ids_T).norm(dim=-1).T
+    near = nearest(model, ids_T, neighbours)
+    strongest = [coefficients(model, ffn, ids_T).abs().topk(min(keys, ffn.mlp.gate_proj.out_features)) for ffn in model.ffn_m]
+    return [
+        {
+            "id": token,
+            "token": tokenizer.decode([token], skip_special_tokens=False),
+            "norms": [round(n, 4) for n in norms_TN[t].tolist()],
+            "keys": [
+                [{"key": k, "coefficient": round(c, 4)} for k, c in zip(top.indices[t].tolist(), top.values[t].tolist(), strict=True)]
+                for top in strongest
+            ],
+            "nearest": [
+                {"id": i, "token": tokenizer.decode([i], skip_special_tokens=False), "cosine": round(c, 4)}
+                for i, c in zip(near.indices[t].tolist(), near.values[t].tolist(), strict=True)
+            ],
+        }
+        for t, token in enumerate(ids)
+    ]
+
+
+def coefficients(model: Transformer, ffn: ContextFreeFFN, ids_T: Tensor) -> Tensor:
+    """Key coefficients [T, K] of one layer."""
+    x_TD = ffn.norm(model.embed_tokens(ids_T))
+    return F.silu(ffn.mlp.gate_proj(x_TD)) * ffn.mlp.up_proj(x_TD)
+
+
+def nearest(model: Transformer, ids_T: Tensor, count: int) -> torch.return_types.topk:
+    """The `count` tokens whose rows are nearest to each of `ids_T` by cosine, themselves left out."""
+
+    def directions(part_U: Tensor) -> Tensor:
+        return F.normalize(model.rows(part_U).transpose(0, 1).flatten(1), dim=-1)
+
+    wanted = directions(ids_T)
+    cosines_TV = torch.cat([wanted @ directions(part).T for part in torch.arange(model.config.vocab_size).split(_BATCH_TOKENS)], dim=1)
+    cosines_TV[torch.arange(len(ids_T)), ids_T] = -torch.inf
+    return cosines_TV.topk(min(count, model.config.vocab_size - 1))
+
+
+def table_of(found: list[dict[str, Any]]) -> str:
+    """The same for a terminal."""
+    lines = []
+    for entry in found:
+        lines.append(f"{entry['token']!r} (id {entry['id']})")
+        for layer, (norm, keys) in enumerate(zip(entry["norms"], entry["keys"], strict=True)):
+            strongest = "  ".join(f"{k['key']}:{k['coefficient']:.2f}" for k in keys)
+            lines.append(f"  layer {layer:>2}  norm {norm:8.3f}  keys {strongest}")
+        lines.append("  nearest   " + "  ".join(f"{n['token']!r} {n['cosine']:.2f}" for n in entry["nearest"]))
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The build job: a checkpoint in, a table out."""

@@ -1,0 +1,137 @@
+"""The Ray job: a retriable task per shard, a few at a time, then the manifest, then a check against the model.
+
+A killed job leaves whole shards behind and no manifest; the next one keeps them. A killed task runs again elsewhere.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from tolhouse.build.shards import build_shard, verify
+from tolhouse.config import settle_ray
+from tolhouse.errors import Corrupt, DeadlineExceeded, InUse, InvalidArgument, NotFound, TolhouseError, Unavailable
+from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.store import open_store
+from tolhouse.table.codecs import codec
+from tolhouse.table.spec import Manifest, check_name, content_id
+from tolhouse.telemetry import event
+
+_OBJECT_STORE_BYTES = 80 << 20  # tasks return digests only
+_RETRIED = [Unavailable, DeadlineExceeded]
+
+
+def plan(checkpoint: Checkpoint, name: str, codec_name: str, num_shards: int) -> Manifest:
+    """The manifest of the table to build, without its digests."""
+    config = checkpoint.config
+    if not config.num_row_layers:
+        raise InvalidArgument(f"checkpoint {checkpoint.path} is of kind {config.kind}: it has no context-free FFNs to build a table from")
+    if num_shards > config.vocab_size:
+        raise InvalidArgument(f"{num_shards} shards for a vocabulary of {config.vocab_size}: at most one shard per token")
+    layers = tuple(range(config.num_row_layers))
+    return Manifest(
+        name=check_name(name or checkpoint.name),
+        version=content_id(checkpoint.rows_id(), codec(codec_name).name, layers),
+        codec=codec_name,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        layers=layers,
+        num_shards=num_shards,
+        model_id=checkpoint.model_id(),
+        tokenizer_id=checkpoint.tokenizer_id,
+    )
+
+
+def build(
+    checkpoint: Checkpoint,
+    planned: Manifest,
+    stores: tuple[str, ...],
+    ray_address: str,
+    workers: int,
+    verify_rows: int,
+    timeout_seconds: float,
+) -> Manifest:
+    """Build the planned table into every store; returns its manifest once it is whole and verified in all of them."""
+    opened = [open_store(url, timeout_seconds) for url in stores]
+    for store in opened:
+        try:
+            there = store.manifest(planned.ref)
+        except (NotFound, Corrupt):
+            continue
+        if (there.num_shards, there.model_id, there.tokenizer_id) != (planned.num_shards, planned.model_id, planned.tokenizer_id):
+            raise InUse(
+                f"{planned.ref} is in {store.url} already, with {there.num_shards} shards and built from model {there.model_id[:12]}: "
+                f"build with --shards {there.num_shards}, under another --name, or delete it first"
+            )
+    path = str(checkpoint.path)
+    with _ray(ray_address) as ray:
+        task = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=_RETRIED)
+        digests: dict[int, str] = {}
+        computed = 0
+        with tqdm(total=planned.vocab_size, unit="row", unit_scale=True, desc=f"build {planned.name}", dynamic_ncols=True) as bar:
+            run = task(build_shard)
+            limit = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+            calls = ((path, planned, shard, stores, timeout_seconds) for shard in range(planned.num_shards))
+            for shard, (digest, new) in _bounded(ray, run, limit, calls):
+                digests[shard] = digest
+                computed += new
+                bar.update(len(planned.shard_ids(shard)))
+        manifest = dataclasses.replace(planned, shards=tuple(digests[k] for k in range(planned.num_shards)))
+        sample = np.sort(np.random.default_rng(int(manifest.version, 16)).choice(
+            manifest.vocab_size, min(verify_rows, manifest.vocab_size), replace=False)).astype(np.uint32)  # fmt: skip
+        for url in stores:
+            _get(ray, task(verify).remote(path, manifest, url, sample, timeout_seconds))
+    for store in opened:
+        store.commit(manifest)
+        store.close()
+    event("built", table=manifest.ref, shards_computed=computed, shards_kept=manifest.num_shards - computed)
+    return manifest
+
+
+def _bounded(ray: Any, run: Any, limit: int, calls: Iterable[tuple]) -> Iterator[tuple[int, Any]]:
+    """(number, result) of every call as it ends, with a task in hand and one in reserve per slot."""
+    pending: dict[Any, int] = {}
+    for number, call in enumerate(calls):
+        if len(pending) >= 2 * limit:
+            yield _next(ray, pending)
+        pending[run.remote(*call)] = number
+    while pending:
+        yield _next(ray, pending)
+
+
+def _next(ray: Any, pending: dict[Any, int]) -> tuple[int, Any]:
+    (done, *_), _ = ray.wait(list(pending), num_returns=1)
+    return pending.pop(done), _get(ray, done)
+
+
+def _get(ray: Any, reference: Any) -> Any:
+    """The result of a task, or its error as the task raised it."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, TolhouseError):
+            raise type(error.cause)(str(error.cause)) from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise Unavailable(f"the Ray cluster lost a task for good: {error}") from None
+
+
+@contextmanager
+def _ray(address: str) -> Iterator[Any]:
+    settle_ray()
+    import ray
+    import ray.exceptions
+
+    local = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES} if address == "local" else {}
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise Unavailable(f"no Ray cluster at {address!r}: {error}") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

@@ -1,0 +1,380 @@
+"""`tolhouse …`: every process and every tool. Reads configuration once and hands on plain values.
+
+A command imports what it needs when it runs: `tolhouse lookup` works where torch is not installed.
+"""
+
+import asyncio
+import json
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tolhouse import __version__, config
+from tolhouse.errors import InvalidArgument, TolhouseError
+from tolhouse.telemetry import start_logging
+
+EXTRAS = {
+    "torch": "worker", "ray": "build", "redis": "lookup", "fastapi": "gateway", "uvicorn": "gateway", "matplotlib": "train",
+    "tokenizers": "worker", "safetensors": "lookup", "prometheus_client": "lookup", "tqdm": "build",
+}  # fmt: skip
+
+
+class Commands(click.Group):
+    """A group whose commands end in one line on stderr where something is wrong, and in no traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of a table's life, not of the alphabet
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except TolhouseError as error:
+            sys.exit(_told(str(error)))
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in EXTRAS:
+                raise
+            sys.exit(_told(f"this command needs the package {package}: pip install 'tolhouse[{EXTRAS[package]}]'"))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(141)
+
+
+def _told(message: str) -> int:
+    click.echo(f"error: {message}", err=True)
+    return 1
+
+
+def options(kind: type[config.Config]) -> Callable:
+    """A command's options from the fields of a config, and the config itself as its first argument."""
+
+    def decorate(command: Callable) -> Callable:
+        def wrapped(**given: Any) -> Any:
+            mine = {field: given.pop(field) for field in kind.model_fields}
+            loaded = config.load(kind, {field: value for field, value in mine.items() if value is not None})
+            start_logging(loaded.log_level)
+            return command(loaded, **given)
+
+        wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+        wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+        for field, info in reversed(kind.model_fields.items()):
+            choices = typing.get_args(info.annotation)
+            default = "" if info.default in ("", None) else f" Default {info.default}."
+            text = f"{info.description}{default} [{config.variable(kind, field)}]"
+            shown = None if choices else "N" if info.annotation in (int, float) else "TEXT"
+            name = f"--{field.replace('_', '-')}"
+            click.option(name, field, type=click.Choice(choices) if choices else str, metavar=shown, help=text)(wrapped)
+        return wrapped
+
+    return decorate
+
+
+def checkpoint_argument(command: str) -> Callable:
+    variable = config.CHECKPOINT_VARIABLES[command]
+    return click.argument("checkpoint", envvar=variable, type=click.Path(path_type=Path))
+
+
+def run(main: Any) -> None:
+    try:
+        asyncio.run(main)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="tolhouse")
+def main() -> None:
+    """Serve language models whose feed-forward layers are looked up, not computed.
+
+    \b
+    A model's way, command by command:
+      tolhouse train demo --out models/mine                 train a checkpoint from scratch
+      tolhouse build models/mine                            compute its table of rows, with Ray
+      tolhouse publish mine@VERSION                         let the name stand for that version
+      tolhouse lookup                                       serve tables over gRPC
+      tolhouse worker models/mine                           serve tokens: attention, with rows from the lookup service
+      tolhouse gateway models/mine                          serve text: OpenAI's HTTP API
+      tolhouse demo                                         all of it at once, on the demo checkpoint
+
+    Every option can be given in the environment too, as the variable named in brackets; the command line wins.
+    """
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint; a run that was killed goes on there.")
+@click.option("--kind", type=click.Choice(["base", "memory", "flex"]), default="memory", show_default=True, help="What the FFNs read.")
+@click.option("--beta", type=click.IntRange(0, 3), default=0, help="flex: FFN-C keeps beta * h^2 parameters in the block, 1 to 3.")
+@click.option("--ffn-c", type=click.Choice(["linear", "swiglu"]), default="linear", show_default=True, help="flex: the form of FFN-C.")
+@click.option("--corpus", type=click.Path(path_type=Path), help="A text file, or a folder of them. Default: the Python standard library's sources.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Same seed, same checkpoint.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads for tensor work; the result depends on them.")
+@click.option("--steps", type=click.IntRange(1), help="Optimiser steps, in place of the recipe's.")
+@click.option("--compile/--no-compile", default=True, show_default=True, help="Use torch.compile where a C compiler is there.")
+def train(recipe: str, out: Path, kind: str, beta: int, ffn_c: str, corpus: Path | None, seed: int, threads: int, steps: int | None, compile: bool) -> None:  # noqa: A002, E501
+    """Train a checkpoint from scratch by RECIPE.
+
+    \b
+    RECIPE is one of
+      tiny                            a minute on two cores
+      demo                            the committed demo models: about an hour
+      paper-250m paper-750m paper-1b  the paper's runs, for accelerators
+
+    OUT gets the checkpoint, its tokenizer, loss.csv, loss.png and a model card. The tokenizer is trained on the
+    corpus unless OUT has one already.
+    """
+    from tolhouse.train.run import train_checkpoint
+
+    train_checkpoint(recipe, out, kind=kind, beta=beta, ffn_c=ffn_c, corpus_path=corpus, seed=seed, threads=threads, steps=steps, compile=compile)
+
+
+@main.command()
+@checkpoint_argument("build")
+@click.option("--publish", "publish_it", is_flag=True, help="Publish the table once it is whole and verified.")
+@options(config.BuildConfig)
+def build(settings: config.BuildConfig, checkpoint: Path, publish_it: bool) -> None:
+    """Compute the table of CHECKPOINT with Ray: every token's feed-forward outputs, in shards.
+
+    Start a build that was killed again with the same options: whole shards are kept. With two stores, the table is
+    computed once and written to both.
+    """
+    from tolhouse.build.job import build as build_table
+    from tolhouse.build.job import plan
+    from tolhouse.model.checkpoint import open_checkpoint
+    from tolhouse.store import open_store, publish
+
+    opened = open_checkpoint(checkpoint)
+    manifest = plan(opened, settings.name, settings.codec, settings.shards)
+    stores = _stores(settings.store)
+    click.echo(f"{manifest.ref}: {manifest.vocab_size} rows of {manifest.record_bytes} bytes, {manifest.table_bytes / 1e6:.1f} MB", err=True)
+    built = build_table(
+        opened, manifest, stores, settings.ray_address, settings.workers, settings.verify_rows, settings.store_timeout_seconds
+    )
+    if publish_it:
+        for url in stores:
+            publish(open_store(url), built.ref)
+    else:
+        click.echo(f"built and verified; to make it what {built.name!r} stands for:\n  tolhouse publish {built.ref} --store {settings.store}", err=True)
+    click.echo(built.ref)
+
+
+@main.group(cls=Commands)
+def tables() -> None:
+    """List, show, publish, roll back and delete versions of tables."""
+
+
+def _each_store(settings: config.StoreConfig, work: Callable[[Any], Any]) -> None:
+    from tolhouse.store import open_store
+
+    for url in _stores(settings.store):
+        store = open_store(url, settings.store_timeout_seconds)
+        try:
+            work(store)
+        finally:
+            store.close()
+
+
+def _stores(urls: str) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(u.strip() for u in urls.split(",") if u.strip()))
+    if not found:
+        raise InvalidArgument("no store given: file://PATH, redis://HOST:PORT, or both with a comma between")
+    # other processes may run elsewhere: a relative path is made absolute
+    return tuple(f"file://{Path(u[7:]).absolute()}" if u.startswith("file://") and u[7:] else u for u in found)
+
+
+@tables.command("list")
+@options(config.StoreConfig)
+def list_tables(settings: config.StoreConfig) -> None:
+    """List every table; a star marks the version that a name stands for."""
+    from tolhouse.store import tables as all_tables
+
+    def work(store: Any) -> None:
+        found = list(all_tables(store))
+        click.echo(f"{store.url}: {len(found) or 'no'} table{'' if len(found) == 1 else 's'}", err=True)
+        for m, published in found:
+            click.echo(f"{'*' if published else ' '} {m.ref}  {m.codec:5} {m.vocab_size:>8} rows {m.num_layers:>3} layers {m.table_bytes / 1e6:>10.1f} MB")
+
+    _each_store(settings, work)
+
+
+@tables.command()
+@click.argument("table")
+@options(config.StoreConfig)
+def show(settings: config.StoreConfig, table: str) -> None:
+    """Show the manifest of TABLE, NAME or NAME@VERSION, as JSON."""
+    from tolhouse.store import resolve
+
+    _each_store(settings, lambda store: click.echo(resolve(store, table).to_json(), nl=False))
+
+
+@click.command()
+@click.argument("table")
+@options(config.StoreConfig)
+def publish(settings: config.StoreConfig, table: str) -> None:
+    """Make a name stand for this version: TABLE is NAME@VERSION."""
+    from tolhouse.store import publish as publish_table
+
+    _each_store(settings, lambda store: click.echo(f"{publish_table(store, table).ref} is published in {store.url}"))
+
+
+tables.add_command(publish)
+main.add_command(publish)
+
+
+@tables.command()
+@click.argument("name")
+@options(config.StoreConfig)
+def rollback(settings: config.StoreConfig, name: str) -> None:
+    """Make NAME stand for the version it stood for before."""
+    from tolhouse.store import rollback as roll_back
+
+    _each_store(settings, lambda store: click.echo(f"{roll_back(store, name).ref} is published in {store.url}"))
+
+
+@tables.command()
+@click.argument("table")
+@options(config.StoreConfig)
+def delete(settings: config.StoreConfig, table: str) -> None:
+    """Delete a version that is not published: TABLE is NAME@VERSION."""
+    from tolhouse.store import delete as delete_table
+
+    _each_store(settings, lambda store: click.echo(f"{delete_table(store, table).ref} is deleted from {store.url}"))
+
+
+@main.command()
+@options(config.LookupConfig)
+def lookup(settings: config.LookupConfig) -> None:
+    """Serve the tables of a store over gRPC: token ids in, rows out."""
+    from tolhouse.lookup.service import run as serve
+
+    run(
+        serve(
+            settings.listen,
+            settings.store,
+            int(settings.hot_megabytes * 1e6),
+            settings.metrics_listen,
+            settings.drain_seconds,
+            settings.store_timeout_seconds,
+        )
+    )
+
+
+@main.command()
+@checkpoint_argument("worker")
+@options(config.WorkerConfig)
+def worker(settings: config.WorkerConfig, checkpoint: Path) -> None:
+    """Serve tokens of CHECKPOINT over gRPC: attention here, feed-forward rows from the lookup service."""
+    from tolhouse.worker.service import run as serve
+
+    run(serve(checkpoint, settings))
+
+
+@main.command()
+@checkpoint_argument("gateway")
+@options(config.GatewayConfig)
+def gateway(settings: config.GatewayConfig, checkpoint: Path) -> None:
+    """Serve text over HTTP, as OpenAI's API does; CHECKPOINT gives the tokenizer, weights are not read."""
+    from tolhouse.gateway.app import run as serve
+
+    run(serve(checkpoint, settings))
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--worker", help="Worker to ask, HOST:PORT. Default: run the model here, with its FFNs in place, greedily.")
+@click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="With --worker; 0 is greedy.")
+@click.option("--seed", type=click.IntRange(0), help="With --worker.")
+def generate(checkpoint: Path, prompt: str, worker: str | None, max_tokens: int, temperature: float, seed: int | None) -> None:
+    """Complete PROMPT and print the text as it comes. CHECKPOINT gives the tokenizer, and without --worker the model."""
+    from tokenizers.decoders import DecodeStream
+
+    from tolhouse.client.client import Client
+    from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint / TOKENIZER)
+    ids = tokenizer.encode(prompt).ids
+    if worker:
+        tokens = Client(worker).generate(ids, max_tokens, temperature=temperature, seed=seed)
+    elif temperature or seed is not None:
+        raise InvalidArgument("--temperature and --seed need a --worker: without one, completion is greedy")
+    else:
+        from tolhouse.model.checkpoint import open_checkpoint
+        from tolhouse.model.generate import greedy
+
+        tokens = greedy(open_checkpoint(checkpoint).model(), ids, max_tokens)
+    click.echo(prompt, nl=False)
+    stream = DecodeStream(skip_special_tokens=True)
+    for token in tokens:
+        click.echo(stream.step(tokenizer, token) or "", nl=False)
+    click.echo()
+
+
+@main.command()
+@click.argument("table")
+@click.argument("ids", nargs=-1, required=True, type=int)
+@click.option("--lookup", default="127.0.0.1:50051", show_default=True, help="Lookup replicas, HOST:PORT with commas between.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also save the rows [T, N, D] as this .npy file.")
+def fetch(table: str, ids: tuple[int, ...], lookup: str, out: Path | None) -> None:
+    """Fetch the rows of token IDS of TABLE, NAME or NAME@VERSION, and show each row's norm by layer."""
+    import numpy as np
+
+    from tolhouse.client.client import Client
+
+    with Client(lookup) as client:
+        manifest = client.describe(table)
+        rows = client.fetch(manifest, list(ids)).astype(np.float32)
+    click.echo(f"{manifest.ref}: {len(ids)} rows, {manifest.num_layers} layers of {manifest.hidden_size}, {manifest.codec}", err=True)
+    for i, row in zip(ids, rows, strict=True):
+        click.echo(f"{i:>8}  " + " ".join(f"{norm:8.3f}" for norm in np.linalg.norm(row, axis=-1)))
+    if out:
+        np.save(out, rows)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("text")
+@click.option("--keys", default=3, show_default=True, type=click.IntRange(1), help="Strongest keys to show per layer.")
+@click.option("--neighbours", default=5, show_default=True, type=click.IntRange(1), help="Nearest tokens to show, by cosine of their rows.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain(checkpoint: Path, text: str, keys: int, neighbours: int, as_json: bool) -> None:
+    """Show what the memory of CHECKPOINT holds for each token of TEXT: norms, strongest keys, nearest rows."""
+    from tolhouse.analysis.explain import explain_text, table_of
+    from tolhouse.model.checkpoint import open_checkpoint
+
+    found = explain_text(open_checkpoint(checkpoint), text, keys, neighbours)
+    click.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else table_of(found))
+
+
+@main.command()
+@click.option("--checkpoint", default="models/demo-memory", show_default=True, type=click.Path(path_type=Path), help="Checkpoint to serve.")
+@click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(1))
+def demo(checkpoint: Path, max_tokens: int) -> None:
+    """Build a table, start lookup, worker and gateway, complete three prompts over HTTP, and stop everything.
+
+    The last line of stdout is one JSON object.
+    """
+    from tolhouse.demo import demo as run_demo
+
+    sys.exit(run_demo(checkpoint, max_tokens))
+
+
+@main.command()
+@click.option("--checkpoint", default="models/demo-memory", show_default=True, type=click.Path(path_type=Path), help="Checkpoint to serve.")
+@click.option("--listen", default="127.0.0.1:8000", show_default=True, help="Address of the gateway.")
+def serve(checkpoint: Path, listen: str) -> None:
+    """Build the table if need be, start lookup, worker and gateway, and leave them running until Ctrl-C."""
+    from tolhouse.demo import serve as run_serve
+
+    run_serve(checkpoint, listen)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Every knob of every process: name, unit, default and help. The one file that reads the environment.
+
+A field `row_cache_megabytes` of `WorkerConfig` is `--row-cache-megabytes` on the command line and
+`TOLHOUSE_WORKER_ROW_CACHE_MEGABYTES` in the environment; the command line wins. Values are read once, at start.
+"""
+
+import difflib
+import os
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tolhouse.errors import InvalidArgument
+
+PREFIX = "TOLHOUSE_"
+DEFAULT_STORE = "file://.tolhouse/tables"
+Codec = Literal["fp32", "fp16", "bf16", "int8"]
+
+
+def knob(default: Any, text: str, **more: Any) -> Any:
+    return Field(default, description=text, **more)
+
+
+class Config(BaseSettings):
+    log_level: Literal["debug", "info", "warning", "error"] = knob("info", "Least level of log lines, which go to stderr.")
+
+
+class BuildConfig(Config):
+    model_config = SettingsConfigDict(env_prefix=f"{PREFIX}BUILD_")
+
+    store: str = knob(DEFAULT_STORE, "Where the table goes: file://PATH, redis://HOST:PORT, or both with a comma between.")
+    name: str = knob("", "Name of the table; by default that of the checkpoint's folder.")
+    codec: Codec = knob("bf16", "How rows are stored.")
+    shards: int = knob(64, "Number of shards: units of work, files, and Redis hashes.", ge=1, le=65536)
+    verify_rows: int = knob(64, "Rows recomputed and compared after the build, drawn at random.", ge=1)
+    workers: int = knob(0, "Ray tasks at a time; 0: one per core of the cluster.", ge=0)
+    store_timeout_seconds: float = knob(10, "Longest wait for one answer of Redis.", gt=0)
+    ray_address: str = knob("local", "Ray cluster to run on; `local` starts one for this build.", validation_alias="RAY_ADDRESS")
+
+
+class StoreConfig(Config):
+    model_config = SettingsConfigDict(env_prefix=f"{PREFIX}TABLES_")
+
+    store: str = knob(DEFAULT_STORE, "Where tables live: file://PATH, redis://HOST:PORT, or both with a comma between.")
+    store_timeout_seconds: float = knob(5, "Longest wait for one answer of Redis.", gt=0)
+
+
+class LookupConfig(Config):
+    model_config = SettingsConfigDict(env_prefix=f"{PREFIX}LOOKUP_")
+
+    store: str = knob(DEFAULT_STORE, "The store to serve: file://PATH or redis://HOST:PORT.")
+    listen: str = knob("127.0.0.1:50051", "Address to serve gRPC on; port 0: any free one.")
+    metrics_listen: str = knob("127.0.0.1:0", "Address to serve Prometheus metrics on; port 0: any free one.")
+    hot_megabytes: float = knob(256, "Memory for hot rows, per table in use.", ge=0)
+    drain_seconds: float = knob(10, "Time for calls in flight to end after SIGTERM.", ge=0)
+    store_timeout_seconds: float = knob(2, "Longest wait for one answer of Redis.", gt=0)
+
+
+class WorkerConfig(Config):
+    model_config = SettingsConfigDict(env_prefix=f"{PREFIX}WORKER_")
+
+    lookup: str = knob("127.0.0.1:50051", "Lookup replicas, HOST:PORT with commas between.")
+    table: str = knob("", "Table of the rows, NAME or NAME@VERSION; by default the name of the checkpoint's folder.")
+    name: str = knob("", "Name to serve the model under; by default that of the checkpoint's folder.")
+    listen: str = knob("127.0.0.1:50052", "Address to serve gRPC on; port 0: any free one.")
+    metrics_listen: str = knob("127.0.0.1:0", "Address to serve Prometheus metrics on; port 0: any free one.")
+    row_cache_megabytes: float = knob(64, "Memory for rows kept in the worker.", ge=0)
+    kv_cache_megabytes: float = knob(256, "Memory for keys and values of running sequences.", gt=0)
+    max_running: int = knob(32, "Most sequences in the running batch.", ge=1)
+    max_waiting: int = knob(256, "Most sequences in the queue; more are refused.", ge=0)
+    max_prefill_tokens: int = knob(4096, "Most prompt tokens in one step; one longer prompt still runs alone.", ge=1)
+    fetch_timeout_seconds: float = knob(10, "Longest wait for the rows of a step.", gt=0)
+    lookup_wait_seconds: float = knob(60, "Longest wait for the lookup service and the table at start.", ge=0)
+    threads: int = knob(0, "Threads for tensor work; 0: one per core.", ge=0)
+    device: str = knob("auto", "cpu, cuda, or auto: cuda if there is one.")
+    drain_seconds: float = knob(30, "Time for sequences in flight to end after SIGTERM.", ge=0)
+
+
+class GatewayConfig(Config):
+    model_config = SettingsConfigDict(env_prefix=f"{PREFIX}GATEWAY_")
+
+    workers: str = knob("127.0.0.1:50052", "Workers, HOST:PORT with commas between.")
+    listen: str = knob("127.0.0.1:8000", "Address to serve HTTP on; port 0: any free one.")
+    poll_seconds: float = knob(1, "Time between two looks at each worker's health and load.", gt=0)
+    drain_seconds: float = knob(30, "Time for requests in flight to end after SIGTERM.", ge=0)
+
+
+CONFIGS: tuple[type[Config], ...] = (BuildConfig, StoreConfig, LookupConfig, WorkerConfig, GatewayConfig)
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def variable(config: type[Config], field: str) -> str:
+    """The environment variable of a field."""
+    alias = config.model_fields[field].validation_alias
+    return str(alias) if alias else f"{config.model_config['env_prefix']}{field.upper()}"
+
+
+# Arguments of commands that the environment may give as well; cli.py hands them to click.
+CHECKPOINT_VARIABLES = {"build": f"{PREFIX}BUILD_CHECKPOINT", "worker": f"{PREFIX}WORKER_CHECKPOINT", "gateway": f"{PREFIX}GATEWAY_CHECKPOINT"}
+
+
+def variables() -> set[str]:
+    """Every environment variable that Tolhouse reads."""
+    return {variable(c, f) for c in CONFIGS for f in c.model_fields} | set(CHECKPOINT_VARIABLES.values())
+
+
+def load(config: type[ConfigT], given: dict[str, Any]) -> ConfigT:
+    """`given` over the environment over the defaults; InvalidArgument for a bad value or an unheard-of TOLHOUSE_ variable."""
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in variables():
+            close = difflib.get_close_matches(name, variables(), 1)
+            hint = f"; did you mean {close[0]}?" if close else "; `tolhouse COMMAND --help` lists those that are"
+            raise InvalidArgument(f"the environment variable {name} is not one of Tolhouse's{hint}")
+    names = {variable(config, f): f for f in config.model_fields}
+    aliased = {f: str(config.model_fields[f].validation_alias or f) for f in config.model_fields}
+    try:
+        return config(**{aliased[field]: value for field, value in given.items()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = str(first["loc"][0])
+        field = names.get(place, place)
+        option = f"--{field.replace('_', '-')} ({variable(config, field)})"
+        raise InvalidArgument(f"{option}: {first['msg']}; {first['input']!r} was given") from None
+
+
+def settle_ray() -> None:
+    """Ray reads variables of its own when it is imported: what a build wants of them, unless the user says otherwise."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anyone
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a task without a GPU leaves GPUs visible, and silent

@@ -1,0 +1,30 @@
+"""The tokenizer of a checkpoint: a file of the `tokenizers` library. Needs no torch, as the gateway reads it too."""
+
+import hashlib
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from tolhouse.errors import InvalidArgument, NotFound
+
+TOKENIZER = "tokenizer.json"
+
+
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer in file `path`; InvalidArgument if it is malformed or has ids at or above `vocab_size`."""
+    path = Path(path)
+    if not path.is_file():
+        raise NotFound(f"no tokenizer at {path}")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise InvalidArgument(f"{path} is not a tokenizer.json: {error}") from None
+    if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
+        size = tokenizer.get_vocab_size()
+        raise InvalidArgument(f"{path} has {size} tokens, but the model's vocabulary is {vocab_size}")
+    return tokenizer
+
+
+def tokenizer_id(path: str | Path) -> str:
+    """64 hex digits over the tokenizer file: equal ids, equal tokens."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

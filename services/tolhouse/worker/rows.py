@@ -1,0 +1,111 @@
+"""Where a step's rows come from: the row cache, and the lookup service for the rest. One table version, fixed at start."""
+
+import time
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from tolhouse.client.client import Client
+from tolhouse.errors import Mismatch, NotFound, Unavailable
+from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.table.rowcache import RowCache
+from tolhouse.table.spec import Manifest
+from tolhouse.telemetry import event
+
+
+class Rows:
+    """Belongs to the engine's thread; the counts may be read from any."""
+
+    def __init__(self, client: Client, manifest: Manifest, cache_bytes: int, device: torch.device) -> None:
+        self.client, self.manifest, self.device = client, manifest, device
+        self.cache = RowCache(cache_bytes, manifest.record_bytes, manifest.vocab_size)
+        self.from_cache = self.from_remote = self.remote_bytes = 0
+        self.wait_seconds = 0.0
+
+    def resolve(self, ids: np.ndarray) -> Tensor:
+        """Rows float32 [N, T, D] of `ids` [T], each distinct token asked for once."""
+        unique_U, inverse_T = np.unique(ids, return_inverse=True)
+        records = np.empty((len(unique_U), self.manifest.record_bytes), np.uint8)
+        cached = self.cache.gather(unique_U, records)
+        missing = unique_U[~cached]
+        if len(missing):
+            started = time.perf_counter()
+            try:
+                fetched = self.client.fetch_records(self.manifest, missing)
+            finally:
+                self.wait_seconds += time.perf_counter() - started
+            records[~cached] = fetched
+            self.cache.insert(missing, fetched)
+            self.from_remote += len(missing)
+            self.remote_bytes += fetched.nbytes
+        self.from_cache += len(unique_U) - len(missing)
+        return self._decoded(records)[torch.from_numpy(inverse_T).to(self.device)].transpose(0, 1).contiguous()
+
+    def has(self, ids: np.ndarray) -> bool:
+        """Whether all of `ids` are cached."""
+        return all(i in self.cache.slot_of for i in ids.tolist())
+
+    def _decoded(self, records: np.ndarray) -> Tensor:
+        values = self.manifest.decode(records)
+        if values.dtype == ml_dtypes.bfloat16:  # torch knows numpy's own types only
+            return torch.from_numpy(values.view(np.int16)).to(self.device).view(torch.bfloat16).float()
+        return torch.from_numpy(values).to(self.device).float()
+
+
+def wait_for_table(client: Client, table: str, seconds: float) -> Manifest:
+    """The manifest of the table, once lookup service and table are there; the last error if they are not in time."""
+    deadline, told = time.monotonic() + seconds, False
+    while True:
+        try:
+            return client.describe(table)
+        except (Unavailable, NotFound) as error:
+            if time.monotonic() >= deadline:
+                raise type(error)(f"{error} (waited {seconds:g} s)") from None
+            if not told:
+                event("waiting for the table", table=table, reason=str(error))
+                told = True
+            time.sleep(0.2)
+
+
+def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """Mismatch unless the table was built from this checkpoint, for its tokenizer."""
+
+    def require(equal: bool, what: str, theirs: str, ours: str) -> None:
+        if not equal:
+            raise Mismatch(
+                f"table {manifest.ref} was built from {what} {theirs}, but checkpoint {checkpoint.path.name} has {ours}: "
+                "build a table of this checkpoint, or name another --table"
+            )
+
+    require(manifest.model_id == checkpoint.model_id(), "model", manifest.model_id[:12], checkpoint.model_id()[:12])
+    require(manifest.tokenizer_id == checkpoint.tokenizer_id, "tokenizer", manifest.tokenizer_id[:12], checkpoint.tokenizer_id[:12])
+    layers = tuple(range(checkpoint.config.num_row_layers))
+    require(manifest.layers == layers, "layers", str(manifest.layers), str(layers))
+    config = checkpoint.config
+    require(
+        (manifest.vocab_size, manifest.hidden_size) == (config.vocab_size, config.hidden_size),
+        "vocabulary and hidden size",
+        f"{manifest.vocab_size}, {manifest.hidden_size}",
+        f"{config.vocab_size}, {config.hidden_size}",
+    )
+
+
+class NoRows:
+    """A base model's: its FFNs stand in their blocks."""
+
+    from_cache = from_remote = remote_bytes = 0
+    wait_seconds = 0.0
+    manifest = None
+
+    def __init__(self, hidden_size: int, device: torch.device) -> None:
+        self.hidden_size, self.device = hidden_size, device
+
+    def resolve(self, ids: np.ndarray) -> Tensor:
+        return torch.empty(0, len(ids), self.hidden_size, device=self.device)
+
+    def has(self, ids: np.ndarray) -> bool:
+        return True
+
+

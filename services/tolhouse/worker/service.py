@@ -1,0 +1,164 @@
+"""The gRPC face of the worker. Protobuf types end here."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import torch
+from prometheus_client import REGISTRY
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from tolhouse.client.client import Client
+from tolhouse.config import WorkerConfig
+from tolhouse.errors import InvalidArgument, TolhouseError
+from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
+from tolhouse.model.generate import check_prompt
+from tolhouse.rpc import serve, stream
+from tolhouse.telemetry import event, serve_metrics
+from tolhouse.v1 import generation_pb2
+from tolhouse.v1.generation_pb2_grpc import GenerationServicer, add_GenerationServicer_to_server
+from tolhouse.worker.engine import Engine
+from tolhouse.worker.kv_cache import KVCache
+from tolhouse.worker.rows import NoRows, Rows, check_table, wait_for_table
+from tolhouse.worker.sequence import Sampling, Sequence
+
+NAME = "tolhouse.v1.Generation"
+
+
+class WorkerService(GenerationServicer):
+    def __init__(self, engine: Engine, checkpoint: Checkpoint, name: str) -> None:
+        self.engine, self.config = engine, checkpoint.config
+        manifest = engine.rows.manifest
+        self.identity = {
+            "model": name,
+            "model_id": checkpoint.model_id(),
+            "tokenizer_id": checkpoint.tokenizer_id,
+            "table": manifest.ref if manifest else "",
+            "context_tokens": checkpoint.config.max_position_embeddings,
+            "vocab_size": checkpoint.config.vocab_size,
+            "weight_bytes": checkpoint.weight_bytes(dense=False),
+            "dense_weight_bytes": checkpoint.weight_bytes(dense=True),
+        }
+
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[generation_pb2.GenerateReply]:
+        async for reply in stream(context, self._generate(request)):
+            yield reply
+
+    async def DescribeWorker(
+        self, request: generation_pb2.DescribeWorkerRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.DescribeWorkerReply:
+        rows = self.engine.rows
+        counts = generation_pb2.RowCounts(
+            from_cache=rows.from_cache, from_remote=rows.from_remote, remote_bytes=rows.remote_bytes, wait_seconds=rows.wait_seconds
+        )
+        return generation_pb2.DescribeWorkerReply(
+            **self.identity, running=self.engine.running, waiting=self.engine.waiting, rows=counts
+        )
+
+    async def _generate(self, request: generation_pb2.GenerateRequest) -> AsyncIterator[generation_pb2.GenerateReply]:
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[tuple[list[int], str, TolhouseError | None]] = asyncio.Queue()
+
+        def emit(*event: object) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        sequence = self._sequence(request, emit)
+        self.engine.add(sequence)
+        try:
+            while True:
+                tokens, reason, error = await events.get()
+                if error:
+                    raise error
+                yield generation_pb2.GenerateReply(token_ids=tokens, finish_reason=reason)
+                if reason:
+                    return
+        finally:  # also when the caller went away; a sequence that has ended is left alone
+            self.engine.cancel(sequence)
+
+    def _sequence(self, request: generation_pb2.GenerateRequest, emit: object) -> Sequence:
+        prompt = check_prompt(self.config, request.prompt_ids, request.max_tokens)
+        if bad := [i for i in request.stop_ids if i >= self.config.vocab_size]:
+            raise InvalidArgument(f"stop id {bad[0]} is outside the vocabulary: allowed are 0 to {self.config.vocab_size - 1}")
+        ends = {*request.stop_ids} if request.ignore_eos else {*request.stop_ids, self.config.eos_token_id}
+        sampling = Sampling(
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p if request.HasField("top_p") else 1.0,
+            seed=request.seed if request.HasField("seed") else None,
+            stop_ids=frozenset(ends),
+        )
+        return Sequence(len(prompt), prompt, sampling, emit)  # type: ignore[arg-type]
+
+
+class EngineMetrics(Collector):
+    """The engine's own counts, read when Prometheus asks: nothing is counted twice."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def collect(self):  # noqa: ANN201
+        engine, rows = self.engine, self.engine.rows
+        yield GaugeMetricFamily("tolhouse_worker_running", "Sequences in the batch", engine.running)
+        yield GaugeMetricFamily("tolhouse_worker_waiting", "Sequences in the queue", engine.waiting)
+        used = 1 - len(engine.cache.free) / engine.cache.num_blocks
+        yield GaugeMetricFamily("tolhouse_worker_kv_cache_usage_ratio", "Share of the KV cache in use", used)
+        yield CounterMetricFamily("tolhouse_worker_tokens", "Tokens generated", engine.tokens)
+        yield CounterMetricFamily("tolhouse_worker_steps", "Engine steps", engine.steps)
+        by_source = CounterMetricFamily("tolhouse_worker_rows", "Rows that steps asked for, by source", labels=["source"])
+        by_source.add_metric(["cache"], rows.from_cache)
+        by_source.add_metric(["remote"], rows.from_remote)
+        yield by_source
+        yield CounterMetricFamily("tolhouse_worker_row_bytes", "Bytes of rows fetched", rows.remote_bytes)
+        yield CounterMetricFamily("tolhouse_worker_row_wait_seconds", "Time that steps waited for rows", rows.wait_seconds)
+
+
+async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
+    """Serve the checkpoint until told to stop."""
+    checkpoint = open_checkpoint(checkpoint_path)
+    device = _device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    cache = KVCache(checkpoint.config, int(config.kv_cache_megabytes * 1e6), device)
+    client = Client(config.lookup, timeout_seconds=config.fetch_timeout_seconds)
+    rows: Rows | NoRows = NoRows(checkpoint.config.hidden_size, device)
+    if checkpoint.config.num_row_layers:
+        table = config.table or checkpoint.name
+        manifest = await asyncio.to_thread(wait_for_table, client, table, config.lookup_wait_seconds)
+        check_table(manifest, checkpoint)
+        rows = Rows(client, manifest, int(config.row_cache_megabytes * 1e6), device)
+    model = checkpoint.model(ffn_m=False).to(device)
+    engine = Engine(model, rows, cache, config.max_running, config.max_waiting, config.max_prefill_tokens)
+    service = WorkerService(engine, checkpoint, config.name or checkpoint.name)
+    metrics = serve_metrics(config.metrics_listen)
+    REGISTRY.register(EngineMetrics(engine))
+    event("loaded", checkpoint=checkpoint.name, table=service.identity["table"], kv_cache_tokens=cache.capacity_tokens, device=str(device))
+    engine.start()
+    try:
+        await serve(
+            "worker",
+            config.listen,
+            lambda server: add_GenerationServicer_to_server(service, server),
+            (NAME,),
+            config.drain_seconds,
+            metrics=metrics,
+        )
+    finally:
+        engine.stop()
+        client.close()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidArgument(f"--device {name!r} is unknown; cpu, cuda or auto") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise InvalidArgument(f"--device {name!r} is not on this machine; cpu, cuda where there is one, or auto")
+    return device
