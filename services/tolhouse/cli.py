@@ -108,16 +108,24 @@ def main() -> None:
 
 @main.command()
 @click.argument("recipe")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint; a run that was killed goes on there.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint; a run that was killed goes on there."
+)
 @click.option("--kind", type=click.Choice(["base", "memory", "flex"]), default="memory", show_default=True, help="What the FFNs read.")
 @click.option("--beta", type=click.IntRange(0, 3), default=0, help="flex: FFN-C keeps beta * h^2 parameters in the block, 1 to 3.")
 @click.option("--ffn-c", type=click.Choice(["linear", "swiglu"]), default="linear", show_default=True, help="flex: the form of FFN-C.")
-@click.option("--corpus", type=click.Path(path_type=Path), help="A text file, or a folder of them. Default: the Python standard library's sources.")
+@click.option(
+    "--corpus", type=click.Path(path_type=Path), help="A text file, or a folder of them. Default: the Python standard library's sources."
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Same seed, same checkpoint.")
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads for tensor work; the result depends on them.")
+@click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads for tensor work; the result depends on them."
+)
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps, in place of the recipe's.")
 @click.option("--compile/--no-compile", default=True, show_default=True, help="Use torch.compile where a C compiler is there.")
-def train(recipe: str, out: Path, kind: str, beta: int, ffn_c: str, corpus: Path | None, seed: int, threads: int, steps: int | None, compile: bool) -> None:  # noqa: A002, E501
+def train(
+    recipe: str, out: Path, kind: str, beta: int, ffn_c: str, corpus: Path | None, seed: int, threads: int, steps: int | None, compile: bool
+) -> None:
     """Train a checkpoint from scratch by RECIPE.
 
     \b
@@ -131,7 +139,9 @@ def train(recipe: str, out: Path, kind: str, beta: int, ffn_c: str, corpus: Path
     """
     from tolhouse.train.run import train_checkpoint
 
-    train_checkpoint(recipe, out, kind=kind, beta=beta, ffn_c=ffn_c, corpus_path=corpus, seed=seed, threads=threads, steps=steps, compile=compile)
+    train_checkpoint(
+        recipe, out, kind=kind, beta=beta, ffn_c=ffn_c, corpus_path=corpus, seed=seed, threads=threads, steps=steps, compile=compile
+    )
 
 
 @main.command()
@@ -152,7 +162,9 @@ def build(settings: config.BuildConfig, checkpoint: Path, publish_it: bool) -> N
     opened = open_checkpoint(checkpoint)
     manifest = plan(opened, settings.name, settings.codec, settings.shards)
     stores = _stores(settings.store)
-    click.echo(f"{manifest.ref}: {manifest.vocab_size} rows of {manifest.record_bytes} bytes, {manifest.table_bytes / 1e6:.1f} MB", err=True)
+    click.echo(
+        f"{manifest.ref}: {manifest.vocab_size} rows of {manifest.record_bytes} bytes, {manifest.table_bytes / 1e6:.1f} MB", err=True
+    )
     built = build_table(
         opened, manifest, stores, settings.ray_address, settings.workers, settings.verify_rows, settings.store_timeout_seconds
     )
@@ -160,7 +172,10 @@ def build(settings: config.BuildConfig, checkpoint: Path, publish_it: bool) -> N
         for url in stores:
             publish(open_store(url), built.ref)
     else:
-        click.echo(f"built and verified; to make it what {built.name!r} stands for:\n  tolhouse publish {built.ref} --store {settings.store}", err=True)
+        click.echo(
+            f"built and verified; to make it what {built.name!r} stands for:\n  tolhouse publish {built.ref} --store {settings.store}",
+            err=True,
+        )
     click.echo(built.ref)
 
 
@@ -198,7 +213,9 @@ def list_tables(settings: config.StoreConfig) -> None:
         found = list(all_tables(store))
         click.echo(f"{store.url}: {len(found) or 'no'} table{'' if len(found) == 1 else 's'}", err=True)
         for m, published in found:
-            click.echo(f"{'*' if published else ' '} {m.ref}  {m.codec:5} {m.vocab_size:>8} rows {m.num_layers:>3} layers {m.table_bytes / 1e6:>10.1f} MB")
+            click.echo(
+                f"{'*' if published else ' '} {m.ref}  {m.codec:5} {m.vocab_size:>8} rows {m.num_layers:>3} layers {m.table_bytes / 1e6:>10.1f} MB"
+            )
 
     _each_store(settings, work)
 

@@ -97,7 +97,11 @@ def variable(config: type[Config], field: str) -> str:
 
 
 # Arguments of commands that the environment may give as well; cli.py hands them to click.
-CHECKPOINT_VARIABLES = {"build": f"{PREFIX}BUILD_CHECKPOINT", "worker": f"{PREFIX}WORKER_CHECKPOINT", "gateway": f"{PREFIX}GATEWAY_CHECKPOINT"}
+CHECKPOINT_VARIABLES = {
+    "build": f"{PREFIX}BUILD_CHECKPOINT",
+    "worker": f"{PREFIX}WORKER_CHECKPOINT",
+    "gateway": f"{PREFIX}GATEWAY_CHECKPOINT",
+}
 
 
 def variables() -> set[str]:

@@ -22,7 +22,7 @@ from tolhouse.testing import Cluster, local_cluster
 
 PROMPTS = (
     "try:\n    import json\nexcept",
-    "def read_file(path):\n    \"\"\"",
+    'def read_file(path):\n    """',
     "def main():\n    parser = argparse.ArgumentParser(",
 )
 
@@ -44,10 +44,10 @@ def demo(checkpoint_path: Path, max_tokens: int) -> int:
     model = checkpoint.model()
     alone = [list(greedy(model, ids, max_tokens)) for ids in prompts]
     same = tokens == alone and texts == [tokenizer.decode(ids) for ids in alone]
-    count = sum(map(len, alone))
+    count = sum(map(len, tokens))
     from_cache = served.rows.from_cache - before.rows.from_cache
     from_remote = served.rows.from_remote - before.rows.from_remote
-    result = {
+    result: dict[str, Any] = {
         "text": texts,
         "tokens": count,
         "tokens_per_s": round(count / seconds, 1),
@@ -86,7 +86,18 @@ def running(checkpoint: Checkpoint, listen: str = "127.0.0.1:0") -> Iterator[Clu
     """The whole system over a table of `checkpoint`, which is built if need be."""
     _say(f"building the table of {checkpoint.name} with Ray")
     # fp32 rows are the model's own: served tokens equal the in-process ones
-    arguments = [sys.executable, "-m", "tolhouse.cli", "build", str(checkpoint.path), "--codec", "fp32", "--store", DEFAULT_STORE, "--publish"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "tolhouse.cli",
+        "build",
+        str(checkpoint.path),
+        "--codec",
+        "fp32",
+        "--store",
+        DEFAULT_STORE,
+        "--publish",
+    ]
     built = subprocess.run([*arguments, "--log-level", "warning"], stdout=subprocess.PIPE, text=True, check=False)
     if built.returncode:
         raise Unavailable("the build failed; its message is above")

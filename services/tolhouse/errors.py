@@ -86,23 +86,26 @@ class Internal(TolhouseError):
 
 
 # A status names several errors only where a subclass refines its parent; the wire then carries the parent.
-_BY_STATUS: dict[str, type[TolhouseError]] = {
-    error.grpc_status: error
-    for error in (
-        InvalidArgument,
-        NotFound,
-        Mismatch,
-        InUse,
-        Unauthenticated,
-        Overloaded,
-        Corrupt,
-        Unsupported,
-        Unavailable,
-        DeadlineExceeded,
-        Cancelled,
-        Internal,
-    )
-} | {"OUT_OF_RANGE": IdOutOfRange, "PERMISSION_DENIED": Unauthenticated, "UNKNOWN": Internal, "ALREADY_EXISTS": InUse}
+_DIRECT: tuple[type[TolhouseError], ...] = (
+    InvalidArgument,
+    NotFound,
+    Mismatch,
+    InUse,
+    Unauthenticated,
+    Overloaded,
+    Corrupt,
+    Unsupported,
+    Unavailable,
+    DeadlineExceeded,
+    Cancelled,
+    Internal,
+)
+_BY_STATUS = {error.grpc_status: error for error in _DIRECT} | {
+    "OUT_OF_RANGE": IdOutOfRange,
+    "PERMISSION_DENIED": Unauthenticated,
+    "UNKNOWN": Internal,
+    "ALREADY_EXISTS": InUse,
+}
 
 
 def from_status(status: str, message: str) -> TolhouseError:

@@ -46,7 +46,7 @@ def event(message: str, level: int = logging.INFO, **fields: object) -> None:
 
 def ready(service: str, address: str, **fields: object) -> None:
     """Say that a process answers: a log line, and one line of JSON on stdout with the address and its real port."""
-    event("ready", service=service, address=address, **fields)
+    event("ready", logging.INFO, service=service, address=address, **fields)
     print(json.dumps({"event": "ready", "service": service, "address": address, **fields}), flush=True)
 
 

@@ -1,7 +1,7 @@
 """What tests of Tolhouse, and of programs that use it, need: a tiny checkpoint, real processes, real Redis servers.
 
-    with redis_server() as url, local_cluster(checkpoint, store=url) as cluster:
-        Client(cluster.lookup).fetch(...)
+with redis_server() as url, local_cluster(checkpoint, store=url) as cluster:
+    Client(cluster.lookup).fetch(...)
 """
 
 import json
@@ -141,7 +141,9 @@ def local_cluster(
     with ExitStack() as stack:
         services = [stack.enter_context(process("lookup", "--store", store, *free, *lookup_options)) for _ in range(lookups)]
         lookup = ",".join(p.address for p in services)
-        serving = [stack.enter_context(process("worker", str(checkpoint), "--lookup", lookup, *free, *worker_options)) for _ in range(workers)]
+        serving = [
+            stack.enter_context(process("worker", str(checkpoint), "--lookup", lookup, *free, *worker_options)) for _ in range(workers)
+        ]
         addresses = ",".join(p.address for p in serving)
         arguments = ("gateway", str(checkpoint), "--workers", addresses, "--listen", gateway_listen, "--poll-seconds", "0.2")
         gateway = stack.enter_context(process(*arguments))
@@ -157,7 +159,7 @@ def wait_until_healthy(address: str, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            urllib.request.urlopen(f"http://{address}/health", timeout=5).close()  # noqa: S310 - our own http address
+            urllib.request.urlopen(f"http://{address}/health", timeout=5).close()
             return
         except (urllib.error.URLError, OSError) as error:
             if time.monotonic() > deadline:
@@ -256,7 +258,7 @@ def free_port(first: int = 0, last: int = 0) -> int:
     while True:
         with socket.socket() as probe:
             try:
-                probe.bind(("127.0.0.1", random.randint(first, last) if first else 0))  # noqa: S311
+                probe.bind(("127.0.0.1", random.randint(first, last) if first else 0))
                 return probe.getsockname()[1]
             except OSError:
                 continue
@@ -268,9 +270,7 @@ def _wait(ready: Any, what: str, seconds: float = 30) -> None:
         try:
             ready()
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it says while it starts
             if time.monotonic() > deadline:
                 raise Unavailable(f"{what} did not get ready: {error}") from None
             time.sleep(0.05)
-
-

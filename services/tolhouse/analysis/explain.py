@@ -5,7 +5,7 @@ its value (a column of down_proj) enters the row (PAPER section 2). Two tokens a
 all layers joined, is high.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,9 @@ def explain_text(checkpoint: Checkpoint, text: str, keys: int, neighbours: int) 
     ids_T = torch.tensor(ids)
     norms_TN = model.rows(ids_T).norm(dim=-1).T
     near = nearest(model, ids_T, neighbours)
-    strongest = [coefficients(model, ffn, ids_T).abs().topk(min(keys, ffn.mlp.gate_proj.out_features)) for ffn in model.ffn_m]
+    strongest = [
+        coefficients(model, layer, ids_T).abs().topk(min(keys, checkpoint.config.intermediate_size)) for layer in range(len(norms_TN[0]))
+    ]
     return [
         {
             "id": token,
@@ -49,8 +51,9 @@ def explain_text(checkpoint: Checkpoint, text: str, keys: int, neighbours: int) 
     ]
 
 
-def coefficients(model: Transformer, ffn: ContextFreeFFN, ids_T: Tensor) -> Tensor:
+def coefficients(model: Transformer, layer: int, ids_T: Tensor) -> Tensor:
     """Key coefficients [T, K] of one layer."""
+    ffn = cast("ContextFreeFFN", model.ffn_m[layer])
     x_TD = ffn.norm(model.embed_tokens(ids_T))
     return F.silu(ffn.mlp.gate_proj(x_TD)) * ffn.mlp.up_proj(x_TD)
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import numpy as np
@@ -40,7 +40,7 @@ class Client:
         self._streams = {address: FetchStream(address) for address in self.targets}
         self._manifests: dict[str, tuple[Manifest, int]] = {}
 
-    def __enter__(self) -> "Client":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

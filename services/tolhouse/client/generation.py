@@ -1,6 +1,6 @@
 """Generate calls to workers: the request, the end of a stream, and the asynchronous call that the gateway makes."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 
 import grpc
 
@@ -57,7 +57,7 @@ class WorkerChannel:
         except grpc.RpcError as error:
             raise error_of(error, f"worker {self.target}") from None
 
-    async def generate(self, request: generation_pb2.GenerateRequest) -> AsyncIterator[generation_pb2.GenerateReply]:
+    async def generate(self, request: generation_pb2.GenerateRequest) -> AsyncGenerator[generation_pb2.GenerateReply]:
         """Replies up to the one with a finish_reason. Closing the iterator cancels the call."""
         call = self.stub.Generate(request)
         try:

@@ -1,11 +1,13 @@
 """The HTTP face of the gateway: routes, and errors in OpenAI's form."""
 
 import asyncio
+import json
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -23,6 +25,8 @@ from tolhouse.gateway.pool import Pool
 from tolhouse.gateway.schema import Completion, CompletionRequest
 from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
 from tolhouse.telemetry import event, log, ready, split_address
+
+T = TypeVar("T")
 
 
 def create_app(pool: Pool, tokenizer_file: Path) -> FastAPI:
@@ -74,20 +78,19 @@ def create_app(pool: Pool, tokenizer_file: Path) -> FastAPI:
             return JSONResponse(completion.model_dump())
         # the first piece is awaited before the status line goes out, so that an early failure has its own status
         pieces = run.pieces()
-        first = await _unless_disconnected(request, anext(pieces, None))
+        first = await _unless_disconnected(request, anext(pieces))
 
         async def events() -> AsyncIterator[str]:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
             try:
                 async with aclosing(pieces):
-                    if first:
-                        yield _event(run.envelope([first]).model_dump_json())
+                    yield _event(run.envelope([first]).model_dump_json())
                     async for piece in pieces:
                         yield _event(run.envelope([piece]).model_dump_json())
                 if include_usage:
                     yield _event(run.envelope([], run.usage()).model_dump_json())
             except Exception as error:  # noqa: BLE001 - the status line is out: the error goes into the stream
-                yield _event(JSONResponse(_error(error)[1]).body.decode())
+                yield _event(json.dumps(_error(error)[1]))
             finally:
                 TOKENS.inc(run.completion_tokens)
             yield _event("[DONE]")
@@ -162,7 +165,7 @@ def _model(name: str) -> dict:
     return {"id": name, "object": "model", "created": 0, "owned_by": "tolhouse"}
 
 
-async def _unless_disconnected(request: Request, work: Awaitable):  # noqa: ANN202
+async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled when the caller goes away first."""
     task = asyncio.ensure_future(work)
     gone = asyncio.create_task(_disconnected(request))

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from tokenizers import Tokenizer
@@ -28,7 +28,7 @@ class CompletionRun:
         self.n = body.n or 1
         self.completion_tokens = 0
 
-    async def pieces(self) -> AsyncIterator[Choice]:
+    async def pieces(self) -> AsyncGenerator[Choice]:
         """Pieces of text of all choices as they come; the last one of each choice has its finish_reason."""
         queue: asyncio.Queue[Choice | BaseException] = asyncio.Queue()
 
@@ -76,7 +76,7 @@ class CompletionRun:
         prompt = sum(map(len, self.prompts))
         return Usage(prompt_tokens=prompt, completion_tokens=self.completion_tokens, total_tokens=prompt + self.completion_tokens)
 
-    async def _choice(self, index: int, prompt_ids: list[int], number: int) -> AsyncIterator[Choice]:
+    async def _choice(self, index: int, prompt_ids: list[int], number: int) -> AsyncGenerator[Choice]:
         body = self.body
         request = request_of(
             prompt_ids,

@@ -1,7 +1,7 @@
 """The workers behind the gateway: who is healthy, who has least to do, and whom to ask next when one fails."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -63,7 +63,7 @@ class Pool:
         kind = Mismatch if causes and all(isinstance(c, Mismatch) for c in causes) else Unavailable
         return kind("no healthy worker: " + "; ".join(map(str, causes)))
 
-    async def generate(self, model: str, request: generation_pb2.GenerateRequest) -> AsyncIterator[generation_pb2.GenerateReply]:
+    async def generate(self, model: str, request: generation_pb2.GenerateRequest) -> AsyncGenerator[generation_pb2.GenerateReply]:
         """The replies of the least loaded worker. One that fails before its first reply is replaced by the next."""
         tried: set[Member] = set()
         while True:

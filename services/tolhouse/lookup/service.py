@@ -53,8 +53,7 @@ class LookupService(LookupServicer):
         found = await answer(context, asyncio.to_thread(lambda: list(tables(self.rows.store))))
         return lookup_pb2.ListTablesReply(
             tables=[
-                lookup_pb2.Table(name=m.name, version=m.version, published=published, manifest_json=m.to_json())
-                for m, published in found
+                lookup_pb2.Table(name=m.name, version=m.version, published=published, manifest_json=m.to_json()) for m, published in found
             ]
         )
 
@@ -78,9 +77,7 @@ class LookupService(LookupServicer):
             step = max(1, CHUNK_BYTES // table.manifest.record_bytes)
             for first in range(0, max(1, len(ids)), step):
                 chunk = records[first : first + step]
-                yield lookup_pb2.FetchReply(
-                    request_id=number, first=first, records=chunk.tobytes(), last=first + step >= len(ids)
-                )
+                yield lookup_pb2.FetchReply(request_id=number, first=first, records=chunk.tobytes(), last=first + step >= len(ids))
             ROWS.labels("hot").inc(hot)
             ROWS.labels("store").inc(len(ids) - hot)
             BYTES.inc(records.nbytes)

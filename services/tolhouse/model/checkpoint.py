@@ -16,6 +16,7 @@ Tensor names are LLaMA's; FFN-M adds its own. `{i}` counts layers:
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
 from tolhouse.model.transformer import Transformer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}  # bytes per value
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,8 @@ class Checkpoint:
     def weight_bytes(self, dense: bool) -> int:
         """Bytes of the weights as stored: all of them, or those that a worker loads."""
         with _open(self.path / WEIGHTS) as weights:
-            return sum(
-                weights.get_tensor(name).nbytes for name in weights.keys() if dense or ".ffn_m." not in name  # noqa: SIM118
-            )
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - not a dict
+        return sum(math.prod(t.get_shape()) * _DTYPES[t.get_dtype()] for name, t in slices.items() if dense or ".ffn_m." not in name)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -161,8 +162,8 @@ def _check_tensors(path: Path, config: ModelConfig) -> None:
         for name, shape in expected.items():
             if found[name].get_shape() != shape:
                 raise InvalidArgument(f"{path}: {name} has shape {found[name].get_shape()}, config.json asks for {shape}")
-            if found[name].get_dtype() not in ("BF16", "F16", "F32"):
-                raise InvalidArgument(f"{path}: {name} is {found[name].get_dtype()}; allowed are BF16, F16 and F32")
+            if found[name].get_dtype() not in _DTYPES:
+                raise InvalidArgument(f"{path}: {name} is {found[name].get_dtype()}; allowed are {', '.join(_DTYPES)}")
 
 
 def _open(path: Path) -> safe_open:

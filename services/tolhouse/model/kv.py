@@ -18,7 +18,8 @@ class NoCache:
         def heads_first(x_THE: Tensor) -> Tensor:  # [B, H, S, E]
             return x_THE.view(-1, self.sequence_length, *x_THE.shape[1:]).transpose(1, 2)
 
-        out_BHSE = F.scaled_dot_product_attention(*map(heads_first, (q_THE, k_THE, v_THE)), is_causal=True)
+        q, k, v = (heads_first(x) for x in (q_THE, k_THE, v_THE))
+        out_BHSE = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return out_BHSE.transpose(1, 2).reshape(q_THE.shape)
 
 

@@ -17,7 +17,7 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
         raise NotFound(f"no tokenizer at {path}")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception
         raise InvalidArgument(f"{path} is not a tokenizer.json: {error}") from None
     if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
         size = tokenizer.get_vocab_size()

@@ -73,7 +73,7 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: Cache, row_TD: Tensor | None) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, cache)
-        if self.mlp:
+        if self.mlp and self.post_attention_layernorm:
             x_TD = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
         return x_TD if row_TD is None else x_TD + row_TD  # what the paper changes: FFN_l(LN_l(X0)) comes from outside
 

@@ -37,7 +37,7 @@ class Store(Protocol):
     url: str
 
     def refs(self) -> list[str]:
-        """"name@version" of every complete table, sorted."""
+        """ "name@version" of every complete table, sorted."""
 
     def manifest(self, ref: str) -> Manifest:
         """The manifest of "name@version"; NotFound if that table is not here, or not complete."""

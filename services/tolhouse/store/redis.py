@@ -14,18 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from redis import Redis
+from redis import Redis, exceptions
 from redis.backoff import ExponentialBackoff
 from redis.cluster import RedisCluster
-from redis.exceptions import (
-    AuthenticationError,
-    AuthorizationError,
-    ConnectionError,
-    OutOfMemoryError,
-    RedisClusterException,
-    RedisError,
-    TimeoutError,
-)
 from redis.retry import Retry
 
 from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, NotFound, Overloaded, Unauthenticated, Unavailable
@@ -139,15 +130,15 @@ class RedisStore:
         """Redis' errors as ours."""
         try:
             yield
-        except (AuthenticationError, AuthorizationError) as error:
+        except (exceptions.AuthenticationError, exceptions.AuthorizationError) as error:
             raise Unauthenticated(f"Redis at {self.url} refuses the user or password: {error}") from None
-        except TimeoutError as error:
+        except exceptions.TimeoutError as error:
             raise DeadlineExceeded(f"Redis at {self.url} did not answer in time: {error}") from None
-        except OutOfMemoryError as error:
+        except exceptions.OutOfMemoryError as error:
             raise Overloaded(f"Redis at {self.url} is full: {error}; raise its maxmemory") from None
-        except (ConnectionError, RedisClusterException) as error:
+        except (exceptions.ConnectionError, exceptions.RedisClusterException) as error:
             raise Unavailable(f"Redis at {self.url} can't be reached: {error}") from None
-        except RedisError as error:
+        except exceptions.RedisError as error:
             raise Unavailable(f"Redis at {self.url} refuses: {error}") from None
 
 

@@ -23,7 +23,7 @@ def train_checkpoint(
     seed: int,
     threads: int,
     steps: int | None,
-    compile: bool,  # noqa: A002
+    compile: bool,
 ) -> float:
     """Train recipe `name` in folder `out`, or go on with a run that is there; returns the held-out loss."""
     chosen = recipe(name, kind, beta)

@@ -169,7 +169,7 @@ def compiled(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         nonlocal chosen
         try:
             return chosen(*args)
-        except Exception as error:  # noqa: BLE001 - whatever the compiler raises, the eager path is right
+        except Exception as error:
             if chosen is loss:
                 raise
             tqdm.write(f"torch.compile is not available here ({type(error).__name__}); training runs uncompiled")

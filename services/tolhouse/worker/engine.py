@@ -83,7 +83,7 @@ class Engine:
                 try:
                     # a bad row fails who asked for it; an unreachable service fails all who miss a row, without another wait
                     if not isinstance(error, Corrupt) and not self.rows.has(ids):
-                        raise error
+                        raise error  # noqa: TRY201 - this loop's failure is its own
                     parts.append(self.rows.resolve(ids))
                     kept.append(sequence)
                 except TolhouseError as failure:
@@ -122,7 +122,7 @@ class Engine:
         while self._read_mailbox():
             try:
                 self.step()
-            except Exception as error:  # a defect: these sequences end, the worker lives on
+            except Exception as error:  # noqa: BLE001 - a defect: these sequences end, the worker lives on
                 log.exception("engine step failed")
                 for sequence in list(self.scheduler.running):
                     self._end(sequence, [], "", Internal(f"the engine failed: {type(error).__name__}; the worker's log has the details"))

@@ -19,7 +19,9 @@ class KVCache:
         token_bytes = 2 * config.num_hidden_layers * config.hidden_size * dtype.itemsize
         self.num_blocks = capacity_bytes // (token_bytes * BLOCK_TOKENS)
         if not self.num_blocks:
-            raise InvalidArgument(f"a KV cache of {capacity_bytes} bytes holds no block: {BLOCK_TOKENS} tokens take {token_bytes * BLOCK_TOKENS} bytes")
+            raise InvalidArgument(
+                f"a KV cache of {capacity_bytes} bytes holds no block: {BLOCK_TOKENS} tokens take {token_bytes * BLOCK_TOKENS} bytes"
+            )
         shape = (config.num_hidden_layers, self.num_blocks * BLOCK_TOKENS, config.num_attention_heads, config.head_dim)
         # pages are taken when written
         self.k_NSHE, self.v_NSHE = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
@@ -54,11 +56,9 @@ class Prefill:
 
     def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
         self.cache.k_NSHE[layer, self.slots_T], self.cache.v_NSHE[layer, self.slots_T] = k_THE, v_THE
-        outs = [
-            F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in qkv), is_causal=True).transpose(0, 1)
-            for qkv in zip(*(x.split(self.lengths) for x in (q_THE, k_THE, v_THE)), strict=True)
-        ]
-        return torch.cat(outs)
+        heads_first = (x.transpose(0, 1).split(self.lengths, dim=1) for x in (q_THE, k_THE, v_THE))
+        outs = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in zip(*heads_first, strict=True)]
+        return torch.cat(outs, dim=1).transpose(0, 1)
 
 
 class Decode:

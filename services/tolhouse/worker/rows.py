@@ -107,5 +107,3 @@ class NoRows:
 
     def has(self, ids: np.ndarray) -> bool:
         return True
-
-

@@ -7,6 +7,8 @@ import torch
 
 from tolhouse.errors import InvalidArgument, TolhouseError
 
+Emit = Callable[[list[int], str, TolhouseError | None], None]  # new tokens, finish reason, error
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -36,7 +38,7 @@ class Sequence:
     prompt_tokens: int
     ids: list[int]  # prompt and answer
     sampling: Sampling
-    emit: Callable[[list[int], str, TolhouseError | None], None]
+    emit: Emit
     computed: int = 0  # tokens of `ids` whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list)  # of the KV cache, in order
     generator: torch.Generator | None = None

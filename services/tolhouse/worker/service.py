@@ -1,13 +1,14 @@
 """The gRPC face of the worker. Protobuf types end here."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import torch
 from prometheus_client import REGISTRY
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tolhouse.client.client import Client
@@ -22,7 +23,7 @@ from tolhouse.v1.generation_pb2_grpc import GenerationServicer, add_GenerationSe
 from tolhouse.worker.engine import Engine
 from tolhouse.worker.kv_cache import KVCache
 from tolhouse.worker.rows import NoRows, Rows, check_table, wait_for_table
-from tolhouse.worker.sequence import Sampling, Sequence
+from tolhouse.worker.sequence import Emit, Sampling, Sequence
 
 NAME = "tolhouse.v1.Generation"
 
@@ -31,7 +32,7 @@ class WorkerService(GenerationServicer):
     def __init__(self, engine: Engine, checkpoint: Checkpoint, name: str) -> None:
         self.engine, self.config = engine, checkpoint.config
         manifest = engine.rows.manifest
-        self.identity = {
+        self.identity: dict[str, Any] = {
             "model": name,
             "model_id": checkpoint.model_id(),
             "tokenizer_id": checkpoint.tokenizer_id,
@@ -55,16 +56,14 @@ class WorkerService(GenerationServicer):
         counts = generation_pb2.RowCounts(
             from_cache=rows.from_cache, from_remote=rows.from_remote, remote_bytes=rows.remote_bytes, wait_seconds=rows.wait_seconds
         )
-        return generation_pb2.DescribeWorkerReply(
-            **self.identity, running=self.engine.running, waiting=self.engine.waiting, rows=counts
-        )
+        return generation_pb2.DescribeWorkerReply(**self.identity, running=self.engine.running, waiting=self.engine.waiting, rows=counts)
 
     async def _generate(self, request: generation_pb2.GenerateRequest) -> AsyncIterator[generation_pb2.GenerateReply]:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[list[int], str, TolhouseError | None]] = asyncio.Queue()
 
-        def emit(*event: object) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
+        def emit(tokens: list[int], reason: str, error: TolhouseError | None) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, (tokens, reason, error))
 
         sequence = self._sequence(request, emit)
         self.engine.add(sequence)
@@ -79,7 +78,7 @@ class WorkerService(GenerationServicer):
         finally:  # also when the caller went away; a sequence that has ended is left alone
             self.engine.cancel(sequence)
 
-    def _sequence(self, request: generation_pb2.GenerateRequest, emit: object) -> Sequence:
+    def _sequence(self, request: generation_pb2.GenerateRequest, emit: Emit) -> Sequence:
         prompt = check_prompt(self.config, request.prompt_ids, request.max_tokens)
         if bad := [i for i in request.stop_ids if i >= self.config.vocab_size]:
             raise InvalidArgument(f"stop id {bad[0]} is outside the vocabulary: allowed are 0 to {self.config.vocab_size - 1}")
@@ -92,7 +91,7 @@ class WorkerService(GenerationServicer):
             seed=request.seed if request.HasField("seed") else None,
             stop_ids=frozenset(ends),
         )
-        return Sequence(len(prompt), prompt, sampling, emit)  # type: ignore[arg-type]
+        return Sequence(len(prompt), prompt, sampling, emit)
 
 
 class EngineMetrics(Collector):
@@ -101,7 +100,7 @@ class EngineMetrics(Collector):
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    def collect(self):  # noqa: ANN201
+    def collect(self) -> Iterator[Metric]:
         engine, rows = self.engine, self.engine.rows
         yield GaugeMetricFamily("tolhouse_worker_running", "Sequences in the batch", engine.running)
         yield GaugeMetricFamily("tolhouse_worker_waiting", "Sequences in the queue", engine.waiting)
