@@ -1,8 +1,9 @@
 """Greedy completion in one process with the FFNs in place: the reference that every other route must equal."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from tolhouse.errors import InvalidArgument, PromptTooLong
 from tolhouse.model.config import ModelConfig
@@ -28,13 +29,23 @@ def check_prompt(config: ModelConfig, prompt_ids: Iterable[int], max_tokens: int
 
 
 @torch.inference_mode()
-def greedy(model: Transformer, prompt_ids: Iterable[int], max_tokens: int, ignore_eos: bool = False) -> Iterator[int]:
-    """Token ids after `prompt_ids`, at most `max_tokens`, up to the end of text unless that is ignored."""
+def greedy(
+    model: Transformer,
+    prompt_ids: Iterable[int],
+    max_tokens: int,
+    ignore_eos: bool = False,
+    rows: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[int]:
+    """Token ids after `prompt_ids`, at most `max_tokens`, up to the end of text unless that is ignored.
+
+    `rows` gives the rows [N, T, D] of ids [T] where they come from elsewhere than the model.
+    """
+    rows = rows or model.rows
     ids, cache, position = check_prompt(model.config, prompt_ids, max_tokens), GrowingCache(), 0
     for _ in range(max_tokens):
         ids_T = torch.tensor(ids)
         positions_T = torch.arange(position, position + len(ids))
-        hidden_TD = model.hidden(ids_T, positions_T, cache, model.rows(ids_T))
+        hidden_TD = model.hidden(ids_T, positions_T, cache, rows(ids_T))
         position += len(ids)
         ids = [int(model.lm_head(hidden_TD[-1]).argmax())]
         if ids[0] == model.config.eos_token_id and not ignore_eos:

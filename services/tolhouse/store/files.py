@@ -15,6 +15,7 @@ import shutil
 import struct
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -137,33 +138,37 @@ class _Shard:
     def __init__(self, path: Path, rows: int, record_bytes: int) -> None:
         self.path = path
         try:
-            self.file = path.open("rb")
+            with path.open("rb") as file:
+                start = _header(file, path, rows, record_bytes)
+                self.size = start + rows * record_bytes
+                found = os.fstat(file.fileno()).st_size
+                if found != self.size:
+                    raise Corrupt(f"shard file {path} has {found} bytes instead of {self.size}: truncated, or another file")
+                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise Corrupt(f"shard file {path} is missing") from None
-        self.size = os.fstat(self.file.fileno()).st_size
-        start = self._header(rows, record_bytes)
-        if self.size != start + rows * record_bytes:
-            raise Corrupt(f"shard file {path} has {self.size} bytes instead of {start + rows * record_bytes}: truncated, or another file")
-        mapped = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._records = np.frombuffer(mapped, np.uint8, offset=start).reshape(rows, record_bytes)
+        except OSError as error:
+            raise Unavailable(f"can't read {path}: {error.strerror or error}") from None
+        self._records = np.frombuffer(self._mapped, np.uint8, offset=start).reshape(rows, record_bytes)
 
     def records(self) -> np.ndarray:
         """uint8 [rows, record_bytes]; Corrupt if the file has shrunk, where reading the mapping would kill the process."""
-        if os.fstat(self.file.fileno()).st_size != self.size:
+        if self._mapped.size() != self.size:
             raise Corrupt(f"shard file {self.path} was cut short while in use")
         return self._records
 
-    def _header(self, rows: int, record_bytes: int) -> int:
-        try:
-            (length,) = struct.unpack("<Q", self.file.read(8))
-            header = json.loads(self.file.read(min(length, 1 << 20)))
-            tensor = header["records"]
-            ok = tensor["dtype"] == "U8" and tensor["shape"] == [rows, record_bytes] and tensor["data_offsets"][0] == 0
-        except (struct.error, ValueError, KeyError, TypeError, IndexError):
-            ok = False
-        if not ok:
-            raise Corrupt(f"shard file {self.path} is truncated or not a shard of {rows} records of {record_bytes} bytes")
-        return 8 + length
+
+def _header(file: BinaryIO, path: Path, rows: int, record_bytes: int) -> int:
+    """Where the records begin; Corrupt unless the file says that it holds what it should."""
+    try:
+        (length,) = struct.unpack("<Q", file.read(8))
+        tensor = json.loads(file.read(min(length, 1 << 20)))["records"]
+        ok = tensor["dtype"] == "U8" and tensor["shape"] == [rows, record_bytes] and tensor["data_offsets"][0] == 0
+    except (struct.error, ValueError, KeyError, TypeError, IndexError):
+        ok = False
+    if not ok:
+        raise Corrupt(f"shard file {path} is truncated or not a shard of {rows} records of {record_bytes} bytes")
+    return 8 + length
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,0 +1,128 @@
+"""Where rows come from changes nothing: every route gives the greedy tokens of the model with its FFNs in place."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from tolhouse import Client, Manifest
+from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
+from tolhouse.model.generate import greedy
+from tolhouse.store import Store, open_store
+from tolhouse.testing import build_table, local_cluster
+from tolhouse.worker.rows import Rows
+
+TOKENS = 128  # per prompt; nine prompts and two checkpoints make 2,304
+PROMPTS = (
+    "import os\nimport sys\n\n\ndef walk(",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self",
+    "try:\n    import json\nexcept",
+    'def read_file(path):\n    """',
+    "for key, value in sorted(",
+    "# für später ✓ 世界\nname = '",
+    "    def test_roundtrip(self):\n        for proto in range(",
+    "def main():\n    parser = argparse.ArgumentParser(",
+    "raise ValueError(",
+)
+Answers = list[list[int]]
+
+
+class FromStore:
+    """What the worker's `Rows` asks of a client, straight from a store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def fetch_records(self, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
+        out = np.empty((len(ids), manifest.record_bytes), np.uint8)
+        self.store.read(manifest, ids, out)
+        return out
+
+
+def prompt_ids(checkpoint: Checkpoint) -> list[list[int]]:
+    tokenizer = checkpoint.tokenizer()
+    return [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+
+
+def in_process(checkpoint: Checkpoint) -> Answers:
+    model = checkpoint.model()
+    return [list(greedy(model, ids, TOKENS, ignore_eos=True)) for ids in prompt_ids(checkpoint)]
+
+
+def with_rows(checkpoint: Checkpoint, client: Client | FromStore, manifest: Manifest, cache_bytes: int = 0) -> Answers:
+    model = checkpoint.model(ffn_m=False)
+    rows = Rows(client, manifest, cache_bytes, torch.device("cpu"))
+    answers = [
+        list(greedy(model, ids, TOKENS, ignore_eos=True, rows=lambda ids_T: rows.resolve(ids_T.numpy().astype(np.uint32))))
+        for ids in prompt_ids(checkpoint)
+    ]
+    assert rows.from_remote > 0
+    if cache_bytes:  # rows came and went and came again
+        assert rows.from_cache > 0
+        assert len(rows.cache) == rows.cache.capacity < rows.from_remote
+    return answers
+
+
+def store_routes(checkpoint: Checkpoint, url: str, ref: str) -> Answers:
+    with closing(open_store(url)) as store:
+        return with_rows(checkpoint, FromStore(store), store.manifest(ref))
+
+
+def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Answers]:
+    """Through the lookup service, with a small row cache, through a worker alone and batched, and as texts from the gateway."""
+    prompts, tokenizer = prompt_ids(checkpoint), checkpoint.tokenizer()
+    options = ("--table", ref, "--row-cache-megabytes", "0.5")  # less than the working set
+    with (
+        local_cluster(checkpoint.path, url, lookups=2, worker_options=options) as cluster,
+        Client(cluster.lookup) as lookup,
+        Client(cluster.workers) as worker,
+    ):
+        manifest = lookup.describe(ref)
+
+        def generate(ids: list[int]) -> list[int]:
+            return list(worker.generate(ids, TOKENS, ignore_eos=True))
+
+        def complete(prompt: str) -> list[int]:
+            body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+            answer = httpx.post(f"{cluster.url}/completions", json=body, timeout=120).raise_for_status().json()
+            assert answer["usage"]["completion_tokens"] == TOKENS
+            return answer["choices"][0]["text"]
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return {
+                "service": with_rows(checkpoint, lookup, manifest),
+                "small row cache": with_rows(checkpoint, lookup, manifest, cache_bytes=20 * manifest.record_bytes),
+                "worker, alone": [generate(ids) for ids in prompts],
+                "worker, batched": list(pool.map(generate, prompts)),
+                # the gateway answers text: it is compared with the text of the others
+                "gateway": list(pool.map(complete, PROMPTS)),
+                "gateway expects": [tokenizer.decode(ids) for ids in map(generate, prompts)],
+            }
+
+
+@pytest.mark.parametrize("name", ["demo-memory", "demo-flex"])
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+@pytest.mark.timeout(600)
+def test_every_route_gives_the_same_greedy_tokens(name: str, codec: str, tmp_path: Path, redis_url: str, redis_cluster_url: str) -> None:
+    """Files, Redis, Redis Cluster, the service, caches, batches and the gateway agree token for token; in fp32 also with the FFNs in place."""
+    checkpoint = open_checkpoint(Path("models") / name)
+    files = f"file://{tmp_path}"
+    ref = build_table(checkpoint.path, files, redis_url, redis_cluster_url, codec=codec)
+    expected = in_process(checkpoint) if codec == "fp32" else store_routes(checkpoint, files, ref)
+    assert len(PROMPTS) * TOKENS == sum(map(len, expected))
+    routes = {url.partition(":")[0] + str(n): store_routes(checkpoint, url, ref) for n, url in enumerate((files, redis_url, redis_cluster_url))}
+    routes |= service_routes(checkpoint, files, ref)
+    assert routes.pop("gateway expects") == routes.pop("gateway")
+    for route, answers in routes.items():
+        assert expected == answers, route
+
+
+def test_rows_matter() -> None:
+    """Rows of zeros give other tokens: the congruence of routes is not that of a model that ignores its rows."""
+    checkpoint = open_checkpoint("models/demo-memory")
+    model, ids = checkpoint.model(), prompt_ids(checkpoint)[0]
+    assert list(greedy(model, ids, 16)) != list(greedy(model, ids, 16, rows=lambda ids_T: torch.zeros_like(model.rows(ids_T))))
