@@ -44,6 +44,8 @@ class Commands(click.Group):
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(141)
+        except OSError as error:  # a file that can't be read, a disk that is full
+            sys.exit(_told(str(error)))
 
 
 def _told(message: str) -> int:

@@ -5,6 +5,7 @@ A killed job leaves whole shards behind and no manifest; the next one keeps them
 
 import dataclasses
 import logging
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,9 +20,10 @@ from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.store import open_store
 from tolhouse.table.codecs import codec
 from tolhouse.table.spec import Manifest, check_name, content_id
-from tolhouse.telemetry import event
+from tolhouse.telemetry import event, split_address
 
 _OBJECT_STORE_BYTES = 80 << 20  # tasks return digests only
+_CONNECT_SECONDS = 5
 _RETRIED = [Unavailable, DeadlineExceeded]
 
 
@@ -122,6 +124,12 @@ def _get(ray: Any, reference: Any) -> Any:
 
 @contextmanager
 def _ray(address: str) -> Iterator[Any]:
+    if ":" in address:  # Ray itself would try for minutes
+        host, port = split_address(address.removeprefix("ray://"))
+        try:
+            socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+        except OSError as error:
+            raise Unavailable(f"no Ray cluster at {address}: {error.strerror or error}; unset RAY_ADDRESS to build on this machine") from None
     settle_ray()
     import ray
     import ray.exceptions

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from tolhouse.errors import Corrupt, InvalidArgument, NotFound, TolhouseError, Unavailable
@@ -68,17 +69,18 @@ class FileStore:
 
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
         path = self._path(manifest, shard)
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"records": np.ascontiguousarray(records)}, partial)
             _sync(partial)
             partial.replace(path)
             _sync(path.parent)
-        except OSError as error:
-            raise Unavailable(f"can't write {path}: {error.strerror or error}") from None
+        except (OSError, SafetensorError) as error:
+            raise Unavailable(f"can't write {path}: {getattr(error, 'strerror', None) or error}") from None
         finally:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
         self._forget(manifest, shard)
 
     def count(self, manifest: Manifest, shard: int) -> int:

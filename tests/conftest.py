@@ -1,0 +1,30 @@
+"""Real servers and checkpoints that several test files share, each started or made once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tolhouse.testing import redis_cluster, redis_server, tiny_model
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    with redis_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def redis_cluster_url() -> Iterator[str]:
+    with redis_cluster() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("checkpoints") / "tiny-memory")
+
+
+@pytest.fixture(scope="session")
+def flex_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("checkpoints") / "tiny-flex", "flex", 3)

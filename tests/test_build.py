@@ -1,0 +1,194 @@
+"""The build job on a real local Ray: whole, resumable, tolerant of kills, and refusing what can't be built."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.store import open_store
+from tolhouse.testing import build_table, tiny_model
+
+DEMO = Path("models/demo-memory")
+SHARDS = 64
+
+
+def start(*arguments: str | Path, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tolhouse.cli", "build", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def build(*arguments: str | Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `tolhouse build`."""
+    popen = start(*arguments)
+    out, err = popen.communicate(timeout=240)
+    assert "Traceback" not in err
+    return popen.returncode, out.strip(), err
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.rglob("shard-*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The shards of an uninterrupted build of the demo model."""
+    folder = tmp_path_factory.mktemp("whole")
+    build_table(DEMO, f"file://{folder}", codec="bf16", shards=SHARDS)
+    return shards(folder)
+
+
+def wait_for(what, popen: subprocess.Popen, seconds: float = 120):
+    """The first true value of `what()` while the build runs."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        assert popen.poll() is None, popen.stderr.read()
+        time.sleep(0.002)
+    raise AssertionError("the moment never came")
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_a_build_fills_both_stores_with_the_same_verified_rows(codec: str, checkpoint: Path, tmp_path: Path, redis_url: str) -> None:
+    """Files and Redis get the same records, decoding to what the model computes, and the table can be published and read."""
+    files = f"file://{tmp_path}"
+    code, ref, err = build(checkpoint, "--store", f"{files},{redis_url}", "--codec", codec, "--shards", "7", "--name", f"both-{codec}", "--publish")
+    assert 0 == code, err
+    opened = open_checkpoint(checkpoint)
+    ids = np.arange(opened.config.vocab_size, dtype=np.uint32)
+    expected = opened.model().rows(torch.arange(len(ids))).transpose(0, 1).numpy()
+    records = []
+    for url in (files, redis_url):
+        with closing(open_store(url)) as store:
+            manifest = store.manifest(ref)
+            assert ref == f"both-{codec}@{store.alias(f'both-{codec}').version}"
+            assert 7 == len(manifest.shards)
+            out = np.empty((len(ids), manifest.record_bytes), np.uint8)
+            store.read(manifest, ids, out)
+            records.append(out)
+            error = np.abs(manifest.decode(out) - expected) / np.abs(expected).max(axis=-1, keepdims=True)
+            assert error.max() <= manifest.codec_.relative_error + 1e-5
+    assert records[0].tobytes() == records[1].tobytes()
+
+
+def test_a_build_killed_half_way_resumes_to_the_same_bytes(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    """SIGKILL of the job leaves whole shards and no manifest; the next run keeps them, ends alike, and no task goes on behind it."""
+    options = (DEMO, "--store", f"file://{tmp_path}", "--shards", SHARDS, "--workers", "1")
+    popen = start(*options)
+    wait_for(lambda: len(shards(tmp_path)) >= 3, popen)
+    family = psutil.Process(popen.pid).children(recursive=True)
+    popen.kill()
+    popen.communicate()
+    agents = [p for p in family if "agent" in title(p).lower()]  # Ray's own end a while after its raylet
+    _, alive = psutil.wait_procs([p for p in family if p not in agents], timeout=60)
+    assert [] == alive
+    for agent in agents:
+        agent.kill()
+    left = shards(tmp_path)
+    assert 3 <= len(left) < SHARDS
+    assert [] == list(tmp_path.rglob("manifest.json"))
+    assert left.items() <= whole.items()
+    kept = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("shard-*")}
+    code, _, err = build(*options)
+    assert 0 == code, err
+    assert whole == shards(tmp_path)
+    assert kept == {p: p.stat().st_mtime_ns for p in kept}
+
+
+def test_a_killed_ray_worker_does_not_fail_the_build(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    """The tasks of a Ray worker process that dies by SIGKILL run again elsewhere."""
+    popen = start(DEMO, "--store", f"file://{tmp_path}", "--shards", SHARDS, "--workers", "1")
+    wait_for(lambda: len(shards(tmp_path)) >= 3, popen)
+    workers = wait_for(lambda: [p for p in psutil.Process(popen.pid).children(recursive=True) if "build_shard" in title(p)], popen)
+    os.kill(workers[0].pid, signal.SIGKILL)
+    out, err = popen.communicate(timeout=240)
+    assert 0 == popen.returncode, err
+    assert "demo-memory@" in out
+    assert whole == shards(tmp_path)
+
+
+def title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def test_a_second_build_mends_what_is_damaged_and_leaves_the_rest(checkpoint: Path, tmp_path: Path) -> None:
+    """A truncated, an altered and a missing shard are written again, byte for byte; a whole one is not touched."""
+    options = (checkpoint, "--store", f"file://{tmp_path}", "--shards", "4")
+    assert 0 == build(*options)[0]
+    before = shards(tmp_path)
+    files = sorted(tmp_path.rglob("shard-*"))
+    files[0].write_bytes(before[files[0].name][:-100])
+    altered = bytearray(before[files[1].name])
+    altered[-20] ^= 1
+    files[1].write_bytes(altered)
+    files[2].unlink()
+    whole_since = files[3].stat().st_mtime_ns
+    assert 0 == build(*options)[0]
+    assert before == shards(tmp_path)
+    assert whole_since == files[3].stat().st_mtime_ns
+
+
+def test_a_table_is_copied_from_files_to_redis_without_computing(checkpoint: Path, tmp_path: Path, redis_url: str) -> None:
+    """With a whole table in one store, a build into both computes no shard."""
+    files = f"file://{tmp_path}"
+    build_table(checkpoint, files, codec="fp16", shards=4, name="copied")
+    code, _, err = build(checkpoint, "--store", f"{files},{redis_url}", "--codec", "fp16", "--shards", "4", "--name", "copied")
+    assert 0 == code, err
+    assert '"shards_computed": 0' in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--codec", "int3"), "int3"),
+        (("--shards", "0"), "TOLHOUSE_BUILD_SHARDS"),
+        (("--shards", "60000"), "at most one shard per token"),
+        (("--store", "ftp://x"), "not understood"),
+        (("--store", "redis://127.0.0.1:1"), "can't be reached"),
+        (("--ray-address", "127.0.0.1:1"), "no Ray cluster"),
+        (("--ray-address", "nowhere"), "no Ray cluster"),
+        (("--name", "../up"), "not allowed"),
+        (("--shards", "3"), "delete it first"),
+        (("--frobnicate",), "No such option"),
+    ],
+)
+def test_bad_options_are_refused_with_a_clear_error(options: tuple[str, ...], message: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Each is told on stderr, with an exit code and without a traceback, and the table that is there stays."""
+    store = f"file://{tmp_path}"
+    build_table(checkpoint, store, codec="bf16", shards=4)
+    before = shards(tmp_path)
+    code, out, err = build(checkpoint, "--store", store, "--shards", "4", *options)
+    assert code in (1, 2)
+    assert "" == out
+    assert message in err
+    assert before == shards(tmp_path)
+
+
+def test_what_has_no_rows_or_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    """A base model, a folder that is not there and a malformed checkpoint each get a clear error."""
+    base = tiny_model(tmp_path / "base", "base")
+    assert "no context-free FFNs" in build(base)[2]
+    assert "no checkpoint at" in build(tmp_path / "nothing")[2]
+    (base / "config.json").write_text("{")
+    assert "not JSON" in build(base)[2]
+
+
+def test_a_store_that_dies_during_a_build_ends_it_with_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    """A folder that can't be written is told as such, and no manifest appears."""
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    code, _, err = build(checkpoint, "--store", f"file://{blocked}")
+    assert 1 == code
+    assert "can't write" in err

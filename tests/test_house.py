@@ -1,0 +1,139 @@
+"""The rules of the house: who may import whom, what comes along, and that generated code and names are what they should be."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tolhouse
+from tolhouse import config, errors
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "services" / "tolhouse"
+
+# from the ground up: a part imports its own floor's neighbours only where `BESIDE` says so, and those below
+FLOORS = (
+    {"v1", "errors", "telemetry"},
+    {"table", "model", "rpc", "config"},
+    {"store", "client", "train", "analysis"},
+    {"lookup", "build", "worker", "gateway"},
+    {"testing"},
+    {"demo"},
+    {"cli"},
+)
+BESIDE = {("telemetry", "errors")}
+FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(SOURCES).parts[0].removesuffix(".py")
+
+
+def modules() -> list[Path]:
+    return [p for p in sorted(SOURCES.rglob("*.py")) if "v1" not in p.relative_to(SOURCES).parts and p != SOURCES / "__init__.py"]
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "tolhouse" else {str(node.module)}
+    return found
+
+
+def imported_parts(path: Path) -> set[str]:
+    parts = {name.split(".")[1] for name in imports(path) if name.startswith("tolhouse.")}
+    return {part for part in parts if part in FLOOR_OF} - {part_of(path)}
+
+
+def test_every_part_has_a_floor() -> None:
+    """No part of the package stands outside the order."""
+    assert set(FLOOR_OF) == {part_of(p) for p in modules()} | {"v1"}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(SOURCES)))
+def test_nothing_imports_upwards_or_sideways(path: Path) -> None:
+    """A part imports only parts of lower floors; the four services never import each other."""
+    mine = part_of(path)
+    wrong = {other for other in imported_parts(path) if FLOOR_OF[other] >= FLOOR_OF[mine] and (mine, other) not in BESIDE}
+    assert set() == wrong
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [("redis", {"store/redis.py", "testing.py"}), ("ray", {"build/job.py"}), ("pickle", set()), ("fastapi", {"gateway/app.py"})],
+)
+def test_only_its_place_imports_a_package(package: str, allowed: set[str]) -> None:
+    """Redis is met in one file, Ray in the build job, HTTP in the gateway, pickle nowhere."""
+    importers = {p.relative_to(SOURCES).as_posix() for p in modules() if any(n.split(".")[0] == package for n in imports(p))}
+    assert allowed == importers
+
+
+def test_only_config_reads_the_environment() -> None:
+    """No other file mentions os.environ or getenv."""
+    readers = {p.relative_to(SOURCES).as_posix() for p in modules() if re.search(r"environ\b|getenv", p.read_text())}
+    assert {"config.py"} == readers
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("tolhouse", ("torch", "ray", "redis", "fastapi", "tokenizers", "safetensors")),
+        ("tolhouse.cli", ("torch", "ray", "redis", "fastapi", "tokenizers")),
+        ("tolhouse.table.spec", ("torch", "ray", "redis")),
+        ("tolhouse.lookup.service", ("torch", "ray", "fastapi", "tokenizers")),
+        ("tolhouse.worker.service", ("ray", "redis", "fastapi")),
+        ("tolhouse.gateway.app", ("torch", "ray", "redis")),
+        ("tolhouse.build.shards", ("fastapi",)),
+    ],
+)
+def test_a_part_brings_only_what_it_needs(module: str, absent: tuple[str, ...]) -> None:
+    """Imported in a clean process, a part leaves the others' libraries alone."""
+    code = f"import sys, {module}; print(*[name for name in {absent!r} if name in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "" == answer.stdout.strip()
+
+
+def test_the_public_names_are_the_client_and_the_errors() -> None:
+    """`tolhouse` exports Client, Manifest and the whole error tree, and nothing by accident."""
+    tree = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.TolhouseError)}
+    assert {"Client", "Manifest", "__version__"} | tree == set(tolhouse.__all__)
+    assert all(hasattr(tolhouse, name) for name in tolhouse.__all__)
+
+
+def test_the_generated_code_is_that_of_the_protos(tmp_path: Path) -> None:
+    """services/tolhouse/v1 is what `make protos` would write now."""
+    protos = sorted((ROOT / "protos" / "tolhouse" / "v1").glob("*.proto"))
+    out = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'protos'}", *out, *map(str, protos)], check=True)
+    fresh = {p.name: p.read_text() for p in (tmp_path / "tolhouse" / "v1").iterdir()}
+    committed = {p.name: p.read_text() for p in (SOURCES / "v1").glob("*_pb2*") if p.is_file()}
+    assert fresh == committed
+
+
+def test_every_variable_in_compose_is_in_config() -> None:
+    """A TOLHOUSE_ variable that compose sets is one that config.py reads."""
+    named = set(re.findall(r"\bTOLHOUSE_[A-Z_]+", (ROOT / "docker-compose.yml").read_text()))
+    assert named
+    assert set() == named - config.variables()
+
+
+def test_compose_runs_every_service() -> None:
+    """The compose file has Redis, the one-shot build, two lookup replicas, a worker and a gateway."""
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    assert {"redis", "build", "lookup-1", "lookup-2", "worker", "gateway"} == set(services)
+
+
+def test_readme_names_every_file() -> None:
+    """The tree in README.md has a line for each file and folder of the package."""
+    readme = (ROOT / "README.md").read_text()
+    names = {p.name for p in modules() if p.name != "__init__.py"} | {p.name for p in SOURCES.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert set() == {name for name in names if name not in readme}
