@@ -1,0 +1,159 @@
+"""The SDK against real lookup services and workers: rows in the caller's order, failover, bounded waits, clear errors."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tolhouse import Client, errors
+from tolhouse.testing import Cluster, Process, build_table, free_port, local_cluster, process
+
+FREE = ("--listen", "127.0.0.1:0")
+
+
+@pytest.fixture(scope="module")
+def table(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    url = f"file://{tmp_path_factory.mktemp('tables')}"
+    return url, build_table(checkpoint, url, codec="bf16", shards=8)
+
+
+@pytest.fixture(scope="module")
+def cluster(checkpoint: Path, table: tuple[str, str]) -> Iterator[Cluster]:
+    with local_cluster(checkpoint, table[0], lookups=2) as running:
+        yield running
+
+
+@pytest.fixture
+def client(cluster: Cluster) -> Iterator[Client]:
+    with Client(cluster.lookup) as made:
+        yield made
+
+
+def test_rows_come_in_the_order_asked_for(client: Client, table: tuple[str, str]) -> None:
+    """Row i is that of id i, whatever the order, the duplicates and the shards."""
+    every = client.fetch(table[1], range(300))
+    ids = np.random.default_rng(0).integers(0, 300, 1000)
+    assert every[ids].tobytes() == client.fetch(table[1], ids).tobytes()
+    assert (1000, 4, 96) == client.fetch("tiny-memory", ids).shape
+
+
+def test_rows_are_a_view_of_what_was_received(client: Client, table: tuple[str, str]) -> None:
+    """The float codecs are not copied once more, and nobody can write into them by accident."""
+    rows = client.fetch(table[1], [3, 1, 2])
+    assert not rows.flags.owndata
+    assert not rows.flags.writeable
+    base = rows
+    while isinstance(base.base, np.ndarray):
+        base = base.base
+    assert (np.uint8, 3 * client.describe(table[1]).record_bytes) == (base.dtype, base.nbytes)
+
+
+def test_no_ids_give_no_rows(client: Client, table: tuple[str, str]) -> None:
+    """An empty list is answered with an empty array of the right shape."""
+    assert (0, 4, 96) == client.fetch(table[1], []).shape
+
+
+@pytest.mark.parametrize("ids", [[1.5], ["a"], [[1, 2]], [-1], [2**32], [True]])
+def test_what_is_no_list_of_ids_is_refused(client: Client, ids: list) -> None:
+    """Bad ids are told before anything is sent."""
+    with pytest.raises(errors.InvalidArgument):
+        client.fetch("tiny-memory", ids)
+
+
+def test_errors_are_typed_and_say_what_is_allowed(client: Client, table: tuple[str, str]) -> None:
+    """Unknown names and versions are NotFound with what there is; ids outside the vocabulary are IdOutOfRange."""
+    with pytest.raises(errors.NotFound, match=table[1]):
+        client.fetch("nothing", [1])
+    with pytest.raises(errors.NotFound, match=table[1]):
+        client.fetch("tiny-memory@0123456789abcdef", [1])
+    with pytest.raises(errors.InvalidArgument, match="16 hex digits"):
+        client.fetch("tiny-memory@zz", [1])
+    with pytest.raises(errors.IdOutOfRange, match="allowed are 0 to"):
+        client.fetch(table[1], [0, 99_999])
+
+
+@pytest.mark.parametrize("target", ["", "nowhere", "host:port", "host:99999", ":", "a:1,b"])
+def test_bad_addresses_are_refused(target: str) -> None:
+    """An address that can't be one is told at once."""
+    with pytest.raises(errors.InvalidArgument):
+        Client(target)
+
+
+def test_nobody_there_is_unavailable() -> None:
+    """With no service at the address a call fails as Unavailable, naming the address."""
+    address = f"127.0.0.1:{free_port()}"
+    with Client(address) as client, pytest.raises(errors.Unavailable, match=address):
+        client.fetch("a", [1])
+    with Client(address) as client, pytest.raises(errors.Unavailable, match=address):
+        list(client.generate([1]))
+
+
+def test_the_wrong_service_is_told(cluster: Cluster) -> None:
+    """Rows asked of a worker, and tokens of a lookup service, are Unsupported."""
+    with Client(cluster.workers) as client, pytest.raises(errors.Unsupported, match="another service"):
+        client.fetch("tiny-memory", [1])
+    with Client(cluster.lookup) as client, pytest.raises(errors.Unsupported, match="another service"):
+        list(client.generate([1]))
+
+
+def test_many_threads_share_a_client(client: Client, table: tuple[str, str]) -> None:
+    """Requests of many threads on the same streams get their own rows."""
+    every = client.fetch(table[1], range(300))
+
+    def fetch(seed: int) -> bool:
+        ids = np.random.default_rng(seed).integers(0, 300, 40)
+        return every[ids].tobytes() == client.fetch(table[1], ids).tobytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(fetch, range(200)))
+
+
+@pytest.fixture
+def replicas(table: tuple[str, str]) -> Iterator[list[Process]]:
+    with process("lookup", "--store", table[0], *FREE) as first, process("lookup", "--store", table[0], *FREE) as second:
+        yield [first, second]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_replica_may_die_or_hang(replicas: list[Process], table: tuple[str, str], number: signal.Signals) -> None:
+    """Whichever replica is killed or stopped, the other answers within the deadline."""
+    with Client([r.address for r in replicas], timeout_seconds=8) as client:
+        expected = client.fetch(table[1], range(300)).tobytes()
+        os.kill(replicas[0].pid, number)
+        assert expected == client.fetch(table[1], range(300)).tobytes()
+        os.kill(replicas[1].pid, signal.SIGKILL)
+        if number == signal.SIGSTOP:
+            os.kill(replicas[0].pid, signal.SIGCONT)
+            assert expected == client.fetch(table[1], range(300)).tobytes()
+        else:
+            with pytest.raises(errors.Unavailable):
+                client.fetch(table[1], range(300))
+
+
+def test_each_shard_has_its_replica(replicas: list[Process], table: tuple[str, str]) -> None:
+    """The same row is always asked of the same replica, so that the replicas' hot rows differ."""
+    with Client([r.address for r in replicas]) as client:
+        manifest = client.describe(table[1])
+        owners = [client._ranked(manifest, shard)[0] for shard in range(manifest.num_shards)]
+        assert owners == [client._ranked(manifest, shard)[0] for shard in range(manifest.num_shards)]
+        assert {r.address for r in replicas} == set(owners)
+
+
+def test_a_published_version_is_what_a_name_stands_for_from_then_on(checkpoint: Path, tmp_path: Path) -> None:
+    """After publish and rollback a client that asks by name gets the other version's rows; by version, always the same."""
+    url = f"file://{tmp_path}"
+    old, new = (build_table(checkpoint, url, codec=codec, name="flip") for codec in ("fp32", "int8"))
+    with process("lookup", "--store", url, *FREE) as running, Client(running.address) as client:
+        assert new == client.describe("flip").ref
+        rows = client.fetch("flip", [1, 2]).tobytes()
+        command = [sys.executable, "-m", "tolhouse.cli", "tables", "rollback", "flip", "--store", url]
+        subprocess.run(command, check=True, capture_output=True)
+        assert old == client.describe("flip").ref
+        assert client.fetch(old, [1, 2]).tobytes() == client.fetch("flip", [1, 2]).tobytes() != rows
+        assert rows == client.fetch(new, [1, 2]).tobytes()

@@ -1,0 +1,268 @@
+"""The lookup service as a real process, over files, Redis and a Redis Cluster, asked by a stock gRPC client."""
+
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from redis import Redis
+
+from tolhouse import Client, Manifest, errors
+from tolhouse.store import open_store
+from tolhouse.testing import Process, build_table, free_port, process, redis_server, tiny_model
+from tolhouse.v1 import lookup_pb2
+from tolhouse.v1.lookup_pb2_grpc import LookupStub
+
+FREE = ("--listen", "127.0.0.1:0")
+
+
+@pytest.fixture(scope="module")
+def files(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """(store URL, name@version) of a table in files."""
+    url = f"file://{tmp_path_factory.mktemp('tables')}"
+    return url, build_table(checkpoint, url, shards=5)
+
+
+@pytest.fixture(scope="module")
+def service(files: tuple[str, str]) -> Iterator[Process]:
+    with process("lookup", "--store", files[0], *FREE) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def stub(service: Process) -> Iterator[LookupStub]:
+    with grpc.insecure_channel(service.address) as channel:
+        yield LookupStub(channel)
+
+
+def ask(stub: LookupStub, *requests: lookup_pb2.FetchRequest) -> list[lookup_pb2.FetchReply]:
+    return list(stub.Fetch(iter(requests), timeout=30))
+
+
+def packed(*ids: int) -> bytes:
+    return np.array(ids, "<u4").tobytes()
+
+
+def stored(url: str, ref: str, ids: list[int]) -> tuple[Manifest, np.ndarray]:
+    with closing(open_store(url)) as store:
+        manifest = store.manifest(ref)
+        out = np.empty((len(ids), manifest.record_bytes), np.uint8)
+        store.read(manifest, np.array(ids, np.uint32), out)
+        return manifest, out
+
+
+def metrics(running: Process) -> str:
+    with urllib.request.urlopen(f"http://{running.ready['metrics']}/metrics", timeout=10) as answer:
+        return answer.read().decode()
+
+
+def refused(*arguments: str) -> str:
+    """What a process that can't start says on stderr; it exits with 1 and shows no traceback."""
+    ended = subprocess.run([sys.executable, "-m", "tolhouse.cli", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert 1 == ended.returncode
+    assert "" == ended.stdout
+    assert "Traceback" not in ended.stderr
+    return ended.stderr
+
+
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("kind", ["file", "redis", "cluster"])
+def test_rows_are_those_of_the_store(kind: str, codec: str, checkpoint: Path, tmp_path: Path, redis_url: str, redis_cluster_url: str) -> None:
+    """Whatever the store and the codec, a fetch gives the stored rows, twice: from the store, then hot."""
+    url = {"file": f"file://{tmp_path}", "redis": redis_url, "cluster": redis_cluster_url}[kind]
+    ref = build_table(checkpoint, url, codec=codec, shards=6, name=f"lookup-{codec}")
+    ids = [0, 5, 3, 5, 299, 17, 300]
+    manifest, records = stored(url, ref, ids)
+    with process("lookup", "--store", url, *FREE) as running, Client(running.address) as client:
+        for _ in range(2):
+            rows = client.fetch(ref, ids)
+            assert manifest.decode(records).tobytes() == rows.tobytes()
+        assert client.describe(f"lookup-{codec}") == manifest
+        assert (manifest, True) in client.tables()
+        distinct = len(set(ids))
+        assert f'tolhouse_lookup_rows_total{{source="store"}} {distinct}.0' in metrics(running)
+        assert f'tolhouse_lookup_rows_total{{source="hot"}} {distinct}.0' in metrics(running)
+
+
+def test_a_bad_request_fails_alone(stub: LookupStub, files: tuple[str, str]) -> None:
+    """On one stream, good requests are answered before, between and after bad ones, each of which gets its own status."""
+    url, ref = files
+    manifest, records = stored(url, ref, [1, 2])
+    good = {"table": ref, "token_ids": packed(1, 2)}
+    bad = {
+        2: (ref, packed(manifest.vocab_size), "OUT_OF_RANGE", f"allowed are 0 to {manifest.vocab_size - 1}"),
+        3: (ref, b"abc", "INVALID_ARGUMENT", "four bytes each"),
+        4: ("nothing@0123456789abcdef", packed(1), "NOT_FOUND", ref),
+        5: (manifest.name, packed(1), "INVALID_ARGUMENT", "name@version"),
+        6: ("../../etc@0123456789abcdef", packed(1), "INVALID_ARGUMENT", "not allowed"),
+        7: (f"{manifest.name}@nothex", packed(1), "INVALID_ARGUMENT", "16 hex digits"),
+        8: (ref, packed(*[0] * 65_537), "INVALID_ARGUMENT", "at most 65536"),
+        9: (f"{manifest.name}@{'0' * 16}", packed(1), "NOT_FOUND", ref),
+    }
+    requests = [lookup_pb2.FetchRequest(request_id=1, **good)]
+    requests += [lookup_pb2.FetchRequest(request_id=n, table=table, token_ids=ids) for n, (table, ids, _, _) in bad.items()]
+    requests += [lookup_pb2.FetchRequest(request_id=10, **good)]
+    replies = {reply.request_id: reply for reply in ask(stub, *requests)}
+    assert set(range(1, 11)) == set(replies)
+    assert all(reply.last for reply in replies.values())
+    assert records.tobytes() == replies[1].records == replies[10].records
+    for number, (_, _, status, message) in bad.items():
+        assert status == replies[number].error.status
+        assert message in replies[number].error.message
+        assert b"" == replies[number].records
+
+
+def test_no_ids_are_answered_with_no_records(stub: LookupStub, files: tuple[str, str]) -> None:
+    """An empty request is complete at once."""
+    assert [lookup_pb2.FetchReply(request_id=7, last=True)] == ask(stub, lookup_pb2.FetchRequest(request_id=7, table=files[1]))
+
+
+def test_long_answers_come_in_chunks(checkpoint: Path, tmp_path: Path) -> None:
+    """Records of an answer come in order, whole, and in messages that any stock client accepts."""
+    big = tiny_model(tmp_path / "big", hidden_size=768, num_hidden_layers=8)
+    url = f"file://{tmp_path}/tables"
+    ref = build_table(big, url, shards=3)
+    ids = list(range(0, 300, 2))
+    _, records = stored(url, ref, ids)
+    assert records.nbytes > 3 << 20
+    with process("lookup", "--store", url, *FREE) as running, grpc.insecure_channel(running.address) as channel:
+        replies = ask(LookupStub(channel), lookup_pb2.FetchRequest(request_id=1, table=ref, token_ids=packed(*ids)))
+    assert len(replies) > 3
+    assert all(reply.ByteSize() < 2 << 20 for reply in replies)
+    assert [False] * (len(replies) - 1) + [True] == [reply.last for reply in replies]
+    at = 0
+    for reply in replies:
+        assert at == reply.first
+        at += len(reply.records) // records.shape[1]
+    assert records.tobytes() == b"".join(reply.records for reply in replies)
+
+
+def test_health_reflection_and_metrics_are_on(service: Process) -> None:
+    """Stock tools find the service, its health and its metrics."""
+    with grpc.insecure_channel(service.address) as channel:
+        for name in ("", "tolhouse.v1.Lookup"):
+            reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+            assert health_pb2.HealthCheckResponse.SERVING == reply.status
+        asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        (answer,) = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(asked, timeout=10)
+        assert "tolhouse.v1.Lookup" in {s.name for s in answer.list_services_response.service}
+    assert "tolhouse_lookup_fetch_seconds_bucket" in metrics(service)
+
+
+def test_unary_calls_have_statuses(stub: LookupStub, files: tuple[str, str]) -> None:
+    """Describe tells what is wrong with a name, and what there is."""
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Describe(lookup_pb2.DescribeRequest(table="nothing"), timeout=10)
+    assert grpc.StatusCode.NOT_FOUND == caught.value.code()
+    assert files[1] in caught.value.details()
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Describe(lookup_pb2.DescribeRequest(table="a b"), timeout=10)
+    assert grpc.StatusCode.INVALID_ARGUMENT == caught.value.code()
+
+
+def test_a_damaged_shard_file_is_told_and_the_others_are_served(checkpoint: Path, tmp_path: Path) -> None:
+    """Altered, truncated and missing shards give DATA_LOSS for their rows only; mended files are served without a restart."""
+    url = f"file://{tmp_path}"
+    ref = build_table(checkpoint, url, shards=4)
+    manifest, records = stored(url, ref, list(range(16)))
+    expected = manifest.decode(records)
+    paths = sorted(tmp_path.rglob("shard-*"))
+    whole = [p.read_bytes() for p in paths]
+    altered = bytearray(whole[0])
+    altered[-30] ^= 4  # in the last record of the shard
+    paths[0].write_bytes(altered)
+    paths[1].write_bytes(whole[1][:-1000])
+    paths[2].unlink()
+    with process("lookup", "--store", url, "--hot-megabytes", "0", *FREE) as running, Client(running.address) as client:
+        last = manifest.shard_ids(0)[-1]
+        for token, message in ((last, f"token {last} "), (1, "truncated"), (2, "missing")):
+            with pytest.raises(errors.Corrupt, match=message):
+                client.fetch(ref, [token])
+        assert expected[[0, 3, 4, 7]].tobytes() == client.fetch(ref, [0, 3, 4, 7]).tobytes()
+        for path, data in zip(paths, whole, strict=True):
+            path.unlink(missing_ok=True)
+            path.write_bytes(data)
+        assert expected.tobytes() == client.fetch(ref, range(16)).tobytes()
+
+
+def test_a_shard_file_cut_short_while_it_is_mapped_does_not_kill_the_service(checkpoint: Path, tmp_path: Path) -> None:
+    """Rows of a shrunken file fail with DATA_LOSS; the process goes on, and serves the file again once it is whole."""
+    url = f"file://{tmp_path}"
+    ref = build_table(checkpoint, url, shards=2)
+    path = sorted(tmp_path.rglob("shard-*"))[1]
+    whole = path.read_bytes()
+    with process("lookup", "--store", url, "--hot-megabytes", "0", *FREE) as running, Client(running.address) as client:
+        expected = client.fetch(ref, range(8)).tobytes()
+        path.write_bytes(whole[:4096])
+        with pytest.raises(errors.Corrupt, match="truncated"):
+            client.fetch(ref, range(8))
+        assert 1 == len(client.fetch(ref, [0]))
+        path.write_bytes(whole)
+        assert expected == client.fetch(ref, range(8)).tobytes()
+        assert running.popen.poll() is None
+
+
+def test_a_record_altered_in_redis_is_told(checkpoint: Path, redis_url: str) -> None:
+    """A record altered, swapped, cut or missing in Redis gives DATA_LOSS, never other rows."""
+    ref = build_table(checkpoint, redis_url, shards=4, name="altered")
+    key = f"tolhouse:{{{ref}:1}}"
+    with Redis.from_url(redis_url) as redis, process("lookup", "--store", redis_url, *FREE) as running, Client(running.address) as client:
+        record = redis.hget(key, 1)
+        redis.hset(key, 1, record[:40] + bytes([record[40] ^ 1]) + record[41:])
+        redis.hset(key, 5, record)  # another token's, itself intact
+        redis.hset(key, 9, record[:-1])
+        redis.hdel(key, 13)
+        for token in (1, 5, 9, 13):
+            with pytest.raises(errors.Corrupt, match=f"token {token} "):
+                client.fetch(ref, [0, token])
+        assert 3 == len(client.fetch(ref, [0, 2, 17]))
+
+
+def test_what_can_not_start_says_why(files: tuple[str, str], service: Process, tmp_path: Path) -> None:
+    """A port in use, a store that is not there or not understood, and a wrong address end the process with one line."""
+    assert "in use" in refused("lookup", "--store", files[0], "--listen", service.address)
+    assert "in use" in refused("lookup", "--store", files[0], *FREE, "--metrics-listen", service.address).lower()
+    assert "can't be reached" in refused("lookup", "--store", f"redis://127.0.0.1:{free_port()}", *FREE)
+    assert "not understood" in refused("lookup", "--store", str(tmp_path))
+    assert "HOST:PORT" in refused("lookup", "--store", files[0], "--listen", "nowhere")
+
+
+def test_redis_may_die_and_come_back(checkpoint: Path) -> None:
+    """While Redis is away fetches fail with UNAVAILABLE, in bounded time; afterwards they work again by themselves."""
+    port = free_port()
+    with ExitStack() as stack:
+        url = stack.enter_context(redis_server(port=port))
+        ref = build_table(checkpoint, url, shards=3)
+        running = process("lookup", "--store", url, "--hot-megabytes", "0", "--store-timeout-seconds", "0.5", *FREE)
+        with running as lookup, Client(lookup.address, timeout_seconds=20) as client:
+            expected = client.fetch(ref, [1, 2, 3]).tobytes()
+            stack.close()
+            with pytest.raises(errors.Unavailable, match="can't be reached"):
+                client.fetch(ref, [1, 2, 3])
+            with redis_server(port=port) as again:
+                build_table(checkpoint, again, shards=3)
+                assert expected == client.fetch(ref, [1, 2, 3]).tobytes()
+
+
+def test_calls_in_flight_end_before_the_service_does(files: tuple[str, str]) -> None:
+    """After SIGTERM an open stream is still answered until it closes; then the process ends with 0."""
+    url, ref = files
+    with process("lookup", "--store", url, *FREE) as running, grpc.insecure_channel(running.address) as channel:
+
+        def requests() -> Iterator[lookup_pb2.FetchRequest]:
+            yield lookup_pb2.FetchRequest(request_id=1, table=ref, token_ids=packed(1))
+            running.popen.terminate()
+            time.sleep(0.5)
+            yield lookup_pb2.FetchRequest(request_id=2, table=ref, token_ids=packed(2))
+
+        replies = list(LookupStub(channel).Fetch(requests(), timeout=30))
+        assert [1, 2] == [reply.request_id for reply in replies]
+        assert 0 == running.popen.wait(30)
