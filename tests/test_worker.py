@@ -1,0 +1,411 @@
+"""The worker: engine, scheduler, KV cache and sampler in this process, and the gRPC service as a real one."""
+
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from redis import Redis
+
+from tolhouse import Client, errors
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.generate import greedy
+from tolhouse.testing import Cluster, Process, build_table, free_port, local_cluster, process, tiny_model
+from tolhouse.v1 import generation_pb2
+from tolhouse.v1.generation_pb2_grpc import GenerationStub
+from tolhouse.worker.engine import Engine
+from tolhouse.worker.kv_cache import BLOCK_TOKENS, KVCache
+from tolhouse.worker.rows import NoRows
+from tolhouse.worker.sampler import sample
+from tolhouse.worker.sequence import Sampling, Sequence
+
+FREE = ("--listen", "127.0.0.1:0")
+PROMPT = [5, 17, 3, 99, 200]
+
+
+class Collected:
+    """What an engine emits for one sequence."""
+
+    def __init__(self, prompt: list[int], max_tokens: int, **sampling) -> None:
+        self.tokens: list[int] = []
+        self.reason = ""
+        self.error: Exception | None = None
+        self.sequence = Sequence(len(prompt), list(prompt), Sampling(max_tokens, **sampling), self.emit)
+
+    def emit(self, tokens: list[int], reason: str, error: Exception | None) -> None:
+        assert not self.reason
+        assert self.error is None
+        self.tokens += tokens
+        self.reason, self.error = reason, error
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.reason or self.error)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("base") / "tiny-base", "base")
+
+
+def engine_of(path: Path, kv_tokens: int = 4096, max_running: int = 8, max_prefill_tokens: int = 64) -> Engine:
+    """An engine whose steps the test runs itself."""
+    checkpoint, cpu = open_checkpoint(path), torch.device("cpu")
+    token_bytes = 2 * 4 * checkpoint.config.num_hidden_layers * checkpoint.config.hidden_size
+    cache = KVCache(checkpoint.config, kv_tokens * token_bytes, cpu)
+    return Engine(checkpoint.model(), NoRows(checkpoint.config.hidden_size, cpu), cache, max_running, 100, max_prefill_tokens)
+
+
+def run(engine: Engine, *wanted: Collected) -> None:
+    with torch.inference_mode():
+        for _ in range(10_000):
+            if all(w.ended for w in wanted):
+                return
+            engine._read_mailbox()
+            engine.step()
+    raise AssertionError("the engine did not end these sequences")
+
+
+def test_sequences_join_and_leave_a_running_batch(base: Path) -> None:
+    """Sequences of all lengths, added at any time, each give the tokens they give alone, and all blocks come back."""
+    model = open_checkpoint(base).model()
+    engine = engine_of(base)
+    generator = torch.Generator().manual_seed(0)
+    wanted = []
+    with torch.inference_mode():
+        for number in range(20):
+            length, count = (int(torch.randint(1, 60, (1,), generator=generator)) for _ in range(2))
+            prompt = torch.randint(1, 300, (length,), generator=generator).tolist()
+            wanted.append(Collected(prompt, count))
+            engine.add(wanted[-1].sequence)
+            for _ in range(number % 4):
+                engine._read_mailbox()
+                engine.step()
+                assert engine.running <= 8
+    run(engine, *wanted)
+    for one in wanted:
+        alone = list(greedy(model, one.sequence.ids[: one.sequence.prompt_tokens], one.sequence.sampling.max_tokens, ignore_eos=True))
+        assert alone == one.tokens
+        assert "length" == one.reason
+    assert engine.cache.num_blocks == len(engine.cache.free)
+
+
+def test_a_kv_cache_too_small_for_all_serves_all_in_turn(base: Path) -> None:
+    """Admission waits for blocks and never over-commits; the order is that of arrival."""
+    engine = engine_of(base, kv_tokens=4 * BLOCK_TOKENS)
+    wanted = [Collected([1, 2, 3], 30) for _ in range(6)]  # two blocks each
+    for one in wanted:
+        engine.add(one.sequence)
+    ended: list[int] = []
+    with torch.inference_mode():
+        while len(ended) < 6:
+            engine._read_mailbox()
+            engine.step()
+            assert engine.running <= 2
+            assert len(engine.cache.free) + 2 * engine.running == 4
+            ended += [n for n, one in enumerate(wanted) if one.ended and n not in ended]
+    assert list(range(6)) == ended
+    assert 1 == len({tuple(one.tokens) for one in wanted})
+
+
+def test_what_could_never_fit_is_refused(base: Path) -> None:
+    """A sequence longer than the whole KV cache is told so, instead of waiting for ever."""
+    engine = engine_of(base, kv_tokens=BLOCK_TOKENS)
+    with pytest.raises(errors.PromptTooLong, match="KV cache"):
+        engine.add(Collected([1] * 10, 10).sequence)
+
+
+def test_a_cancelled_sequence_gives_its_blocks_back(base: Path) -> None:
+    """Cancelling in the queue or in the batch frees everything and leaves the others alone."""
+    engine = engine_of(base, max_running=2)
+    gone, kept, queued = (Collected(PROMPT, 40) for _ in range(3))
+    for one in (gone, kept, queued):
+        engine.add(one.sequence)
+    with torch.inference_mode():
+        engine._read_mailbox()
+        engine.step()
+        engine.step()
+        engine.cancel(gone.sequence)
+        engine.cancel(queued.sequence)
+    run(engine, kept)
+    assert 40 == len(kept.tokens)
+    assert 2 >= len(gone.tokens)
+    assert [] == queued.tokens
+    engine.cancel(kept.sequence)  # it has ended: nothing happens
+    engine.add(kept.__class__(PROMPT, 1).sequence)
+    with torch.inference_mode():
+        engine._read_mailbox()
+        engine.step()
+    assert engine.cache.num_blocks == len(engine.cache.free)
+
+
+def test_stop_ids_end_a_sequence_and_are_left_out(base: Path) -> None:
+    """The token that ends a completion is not part of it."""
+    engine = engine_of(base)
+    free = Collected(PROMPT, 20)
+    engine.add(free.sequence)
+    run(engine, free)
+    end = free.tokens[5]
+    stopped = Collected(PROMPT, 20, stop_ids=frozenset({end}))
+    engine.add(stopped.sequence)
+    run(engine, stopped)
+    assert free.tokens[: free.tokens.index(end)] == stopped.tokens
+    assert "stop" == stopped.reason
+
+
+def draw(logits: torch.Tensor, count: int = 400, **sampling) -> list[int]:
+    sequence = Collected([1], 1, **sampling).sequence
+    return [sample(logits[None], [sequence])[0] for _ in range(count)]
+
+
+def test_sampling_keeps_to_its_limits() -> None:
+    """top-k and top-p leave exactly the tokens they should; temperature flattens; a seed fixes the draw."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    assert {0} == set(draw(logits))
+    assert {0, 1, 2, 3} == set(draw(logits, temperature=1.0, seed=1))
+    assert {0, 1} == set(draw(logits, temperature=1.0, seed=1, top_k=2))
+    assert {0, 1} == set(draw(logits, temperature=1.0, seed=1, top_p=0.8))
+    assert {0, 1, 2} == set(draw(logits, temperature=1.0, seed=1, top_p=0.81))
+    assert {0} == set(draw(logits, temperature=1.0, seed=1, top_p=1e-6))
+    assert {0} == set(draw(logits, temperature=1e-6, seed=1))
+    assert draw(logits, temperature=1.0, seed=7) == draw(logits, temperature=1.0, seed=7) != draw(logits, temperature=1.0, seed=8)
+    often = draw(logits, count=4000, temperature=1.0, seed=3).count(0) / 4000
+    assert abs(often - 0.5) < 0.05
+    hot = draw(logits, count=4000, temperature=100.0, seed=3).count(0) / 4000
+    assert abs(hot - 0.25) < 0.05
+
+
+@pytest.mark.parametrize("values", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}])
+def test_sampling_values_are_checked(values: dict[str, float]) -> None:
+    """Each value outside its range is refused by name."""
+    with pytest.raises(errors.InvalidArgument, match=next(iter(values))):
+        Sampling(1, **values)
+
+
+# the service
+
+
+@pytest.fixture(scope="module")
+def table(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    url = f"file://{tmp_path_factory.mktemp('tables')}"
+    return url, build_table(checkpoint, url, shards=4)
+
+
+@pytest.fixture(scope="module")
+def cluster(checkpoint: Path, table: tuple[str, str]) -> Iterator[Cluster]:
+    with local_cluster(checkpoint, table[0], worker_options=("--max-waiting", "6", "--max-running", "4")) as running:
+        yield running
+
+
+@pytest.fixture
+def worker(cluster: Cluster) -> Iterator[Client]:
+    with Client(cluster.workers) as client:
+        yield client
+
+
+def settle(worker: Client, **expected: int) -> None:
+    """Wait until the worker reports these values."""
+    for _ in range(500):
+        described = worker.describe_worker()
+        if all(getattr(described, name) == value for name, value in expected.items()):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{described} never had {expected}")
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(worker: Client) -> None:
+    """Sampled tokens depend on the seed, and not on who else runs."""
+    options = {"temperature": 1.2, "top_k": 50, "top_p": 0.95, "ignore_eos": True}
+    alone = [list(worker.generate(PROMPT, 30, seed=seed, **options)) for seed in range(4)]
+    assert 4 == len(set(map(tuple, alone)))
+    with ThreadPoolExecutor(4) as pool:
+        assert alone == list(pool.map(lambda seed: list(worker.generate(PROMPT, 30, seed=seed, **options)), range(4)))
+
+
+def test_a_description_tells_identity_weights_and_rows(worker: Client, checkpoint: Path, table: tuple[str, str]) -> None:
+    """A worker says what it serves; its weights are those of the dense model without FFN-M; its rows are counted."""
+    before = worker.describe_worker().rows
+    list(worker.generate([7, 8, 9], 5, ignore_eos=True))
+    described = worker.describe_worker()
+    opened = open_checkpoint(checkpoint)
+    assert ("tiny-memory", table[1], opened.model_id(), opened.tokenizer_id) == (
+        described.model,
+        described.table,
+        described.model_id,
+        described.tokenizer_id,
+    )
+    config = opened.config
+    ffn_m = config.num_hidden_layers * (3 * config.hidden_size * config.intermediate_size + config.hidden_size)
+    assert 2 * ffn_m == described.dense_weight_bytes - described.weight_bytes
+    asked = described.rows.from_cache + described.rows.from_remote - before.from_cache - before.from_remote
+    assert 3 + 4 == asked  # the prompt, and each sampled token but the last
+
+
+def test_cancelling_stops_the_work(worker: Client) -> None:
+    """A caller that goes away leaves nothing behind in the batch."""
+    tokens = worker.generate(PROMPT, 240, ignore_eos=True)
+    next(tokens)
+    tokens.close()
+    settle(worker, running=0, waiting=0)
+
+
+def test_a_full_queue_is_told_and_the_queued_are_served(worker: Client) -> None:
+    """Beyond running and waiting places requests get RESOURCE_EXHAUSTED at once; all others end well."""
+
+    def attempt(_: int) -> int | str:
+        try:
+            return len(list(worker.generate(PROMPT, 200, ignore_eos=True)))
+        except errors.Overloaded as error:
+            return str(error)
+
+    with ThreadPoolExecutor(30) as pool:
+        results = list(pool.map(attempt, range(30)))
+    served = [r for r in results if r == 200]
+    assert len(served) >= 4
+    assert all("try again later" in r for r in results if r != 200)
+    assert len(served) < 30
+    settle(worker, running=0, waiting=0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "message"),
+    [
+        ({"prompt_ids": []}, "INVALID_ARGUMENT", "empty"),
+        ({"prompt_ids": [99_999]}, "INVALID_ARGUMENT", "allowed are 0 to"),
+        ({"prompt_ids": [1] * 256}, "OUT_OF_RANGE", "context of 256"),
+        ({"prompt_ids": [1], "max_tokens": 0}, "INVALID_ARGUMENT", "max_tokens"),
+        ({"prompt_ids": [1], "max_tokens": 2**32 - 1}, "OUT_OF_RANGE", "lower max_tokens"),
+        ({"prompt_ids": [1], "temperature": -1}, "INVALID_ARGUMENT", "temperature"),
+        ({"prompt_ids": [1], "temperature": float("nan")}, "INVALID_ARGUMENT", "temperature"),
+        ({"prompt_ids": [1], "top_p": 2}, "INVALID_ARGUMENT", "top_p"),
+        ({"prompt_ids": [1], "stop_ids": [99_999]}, "INVALID_ARGUMENT", "stop id"),
+    ],
+)
+def test_bad_requests_have_their_status(cluster: Cluster, request_: dict, status: str, message: str) -> None:
+    """What can't be served is told before it takes a place in the queue."""
+    with grpc.insecure_channel(cluster.workers) as channel, pytest.raises(grpc.RpcError) as caught:
+        list(GenerationStub(channel).Generate(generation_pb2.GenerateRequest(**{"max_tokens": 3, **request_}), timeout=30))
+    assert status == caught.value.code().name
+    assert message in caught.value.details()
+
+
+def test_the_metrics_count_tokens_and_rows(cluster: Cluster, worker: Client) -> None:
+    """Prometheus finds the engine's own counts."""
+    list(worker.generate(PROMPT, 5, ignore_eos=True))
+    ready = next(p.ready for p in cluster.processes if p.ready["service"] == "worker")
+    with urllib.request.urlopen(f"http://{ready['metrics']}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("tolhouse_worker"))
+    rows = worker.describe_worker().rows
+    assert float(values["tolhouse_worker_tokens_total"]) >= 5
+    assert rows.from_cache == float(values['tolhouse_worker_rows_total{source="cache"}'])
+    assert rows.from_remote == float(values['tolhouse_worker_rows_total{source="remote"}'])
+    assert 0 == float(values["tolhouse_worker_kv_cache_usage_ratio"])
+
+
+def test_a_base_model_needs_no_table(base: Path) -> None:
+    """The same worker serves a dense model, whose FFNs stand in their blocks, without any lookup service."""
+    with process("worker", str(base), *FREE) as running, Client(running.address) as client:
+        assert list(greedy(open_checkpoint(base).model(), PROMPT, 20)) == list(client.generate(PROMPT, 20))
+        assert "" == client.describe_worker().table
+
+
+# a lookup service in trouble
+
+
+@pytest.fixture
+def lookup(table: tuple[str, str]) -> Iterator[Process]:
+    with process("lookup", "--store", table[0], *FREE) as running:
+        yield running
+
+
+def test_a_lost_lookup_service_fails_who_needs_it_and_comes_back(checkpoint: Path, table: tuple[str, str]) -> None:
+    """Sequences that miss a row end as Unavailable, those whose rows are cached go on, and the worker recovers by itself."""
+    address = f"127.0.0.1:{free_port()}"
+    with ExitStack() as stack:
+        lookup = stack.enter_context(process("lookup", "--store", table[0], "--listen", address))
+        worker = stack.enter_context(process("worker", str(checkpoint), "--lookup", address, "--fetch-timeout-seconds", "2", *FREE))
+        client = stack.enter_context(Client(worker.address))
+        expected = list(client.generate(PROMPT, 20, ignore_eos=True))
+        lookup.popen.send_signal(signal.SIGKILL)
+        lookup.popen.wait()
+        with pytest.raises(errors.Unavailable, match=address):
+            list(client.generate([250, 251, 252], 20))
+        assert expected == list(client.generate(PROMPT, 20, ignore_eos=True))
+        stack.enter_context(process("lookup", "--store", table[0], "--listen", address))
+        for _ in range(100):
+            try:
+                assert 20 == len(list(client.generate([250, 251, 252], 20, ignore_eos=True)))
+                break
+            except errors.Unavailable:
+                time.sleep(0.1)
+        else:
+            raise AssertionError("the worker did not recover")
+        settle(client, running=0, waiting=0)
+
+
+def test_a_stopped_lookup_service_costs_no_more_than_the_deadline(checkpoint: Path, lookup: Process) -> None:
+    """A lookup service that hangs ends the sequence with an error; nothing waits for ever."""
+    options = ("--lookup", lookup.address, "--fetch-timeout-seconds", "1", *FREE)
+    with process("worker", str(checkpoint), *options) as worker, Client(worker.address) as client:
+        lookup.popen.send_signal(signal.SIGSTOP)
+        with pytest.raises(errors.DeadlineExceeded, match="did not answer"):
+            list(client.generate(PROMPT, 20, timeout_seconds=60))
+        lookup.popen.send_signal(signal.SIGCONT)
+        assert 20 == len(list(client.generate(PROMPT, 20, ignore_eos=True)))
+
+
+def test_a_corrupt_row_fails_only_who_asks_for_it(checkpoint: Path, redis_url: str) -> None:
+    """Of a batch whose rows come together, the sequence with the altered row ends with DATA_LOSS and the others go on."""
+    ref = build_table(checkpoint, redis_url, shards=4, name="corrupt")
+    with Redis.from_url(redis_url) as redis:
+        record = redis.hget(f"tolhouse:{{{ref}:2}}", 250)
+        redis.hset(f"tolhouse:{{{ref}:2}}", 250, bytes([record[0] ^ 1]) + record[1:])
+    with local_cluster(checkpoint, redis_url, worker_options=("--table", ref)) as cluster, Client(cluster.workers) as client:
+
+        def attempt(prompt: list[int]) -> int | str:
+            try:
+                return len(list(client.generate(prompt, 1)))
+            except errors.Corrupt as error:
+                return str(error)
+
+        with ThreadPoolExecutor(9) as pool:
+            results = list(pool.map(attempt, [[250], *([n, n + 1] for n in range(20, 28))]))
+        assert "token 250 " in results[0]
+        assert [1] * 8 == results[1:]
+
+
+def refused(*arguments: str) -> str:
+    ended = subprocess.run([sys.executable, "-m", "tolhouse.cli", "worker", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert (1, "") == (ended.returncode, ended.stdout)
+    assert "Traceback" not in ended.stderr
+    return ended.stderr
+
+
+def test_what_can_not_start_says_why(checkpoint: Path, flex_checkpoint: Path, lookup: Process, cluster: Cluster, tmp_path: Path) -> None:
+    """Another model's table, another tokenizer's, no table, no lookup service, a port in use, a bad value: one line each."""
+    to = ("--lookup", lookup.address)
+    assert "was built from model" in refused(str(flex_checkpoint), *to, "--table", "tiny-memory")
+    renamed = tmp_path / "tiny-memory"
+    renamed.mkdir()
+    for file in checkpoint.iterdir():
+        (renamed / file.name).write_bytes(file.read_bytes())
+    text = (renamed / "tokenizer.json").read_text()
+    (renamed / "tokenizer.json").write_text(text + "\n")
+    assert "was built from tokenizer" in refused(str(renamed), *to)
+    assert "not published" in refused(str(checkpoint), *to, "--table", "nothing", "--lookup-wait-seconds", "0.2")
+    nobody = ("--lookup", f"127.0.0.1:{free_port()}", "--lookup-wait-seconds", "0.5")
+    assert "can't be reached" in refused(str(checkpoint), *nobody)
+    assert "in use" in refused(str(checkpoint), *to, "--listen", cluster.workers)
+    assert "TOLHOUSE_WORKER_MAX_RUNNING" in refused(str(checkpoint), *to, "--max-running", "0")
+    assert "holds no block" in refused(str(checkpoint), *to, "--kv-cache-megabytes", "0.001")
+    assert "cpu, cuda" in refused(str(checkpoint), *to, "--device", "abacus")
+    assert "no checkpoint" in refused(str(tmp_path / "nothing"), *to)
