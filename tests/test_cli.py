@@ -1,0 +1,139 @@
+"""The `tolhouse` command: help that teaches, tables managed from the shell, and one line where something is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+
+from tolhouse import config
+from tolhouse.cli import main
+from tolhouse.testing import build_table, local_cluster, process
+
+
+def tolhouse(*arguments: str | Path, code: int = 0) -> str:
+    """stdout of a command that ends with `code`, or its stderr if that is not 0; never a traceback."""
+    command = [sys.executable, "-m", "tolhouse.cli", *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert code == ended.returncode, ended.stderr
+    assert "Traceback" not in ended.stderr
+    return ended.stderr if code else ended.stdout
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
+    found: list[tuple[tuple[str, ...], click.Command]] = []
+    for name, command in group.commands.items():
+        found += commands(command, (*path, name)) if isinstance(command, click.Group) else [((*path, name), command)]
+    return found
+
+
+@pytest.mark.parametrize(("path", "command"), commands(main), ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+def test_every_command_explains_itself(path: tuple[str, ...], command: click.Command) -> None:
+    """Each has a sentence about itself, and each of its options is explained or speaks for itself."""
+    assert command.help
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and parameter.name not in ("max_tokens",):
+            assert parameter.help, f"{path}: {parameter.name}"
+
+
+def test_help_names_the_environment_variables() -> None:
+    """An option that the environment can give says by which variable."""
+    shown = tolhouse("worker", "--help")
+    for field in config.WorkerConfig.model_fields:
+        assert config.variable(config.WorkerConfig, field) in "".join(shown.split())
+
+
+def test_tables_are_managed_from_the_shell(checkpoint: Path, tmp_path: Path) -> None:
+    """list, show, publish, rollback and delete do what they say, in a store of files."""
+    url = f"file://{tmp_path}"
+    store = ("--store", url)
+    assert "" == tolhouse("tables", "list", *store)
+    old, new = (build_table(checkpoint, url, codec=codec, name="t", publish=False) for codec in ("fp32", "int8"))
+    assert {f"  {old}", f"  {new}"} == {line[: 2 + len(old)] for line in tolhouse("tables", "list", *store).splitlines()}
+    assert "not published" in tolhouse("tables", "show", "t", *store, code=1)
+    assert old in tolhouse("publish", old, *store)
+    assert new in tolhouse("tables", "publish", new, *store)
+    assert "int8" == json.loads(tolhouse("tables", "show", "t", *store))["codec"]
+    assert f"* {new}" in tolhouse("tables", "list", *store)
+    assert "is published" in tolhouse("tables", "delete", new, *store, code=1)
+    assert old in tolhouse("tables", "rollback", "t", *store)
+    assert "fp32" == json.loads(tolhouse("tables", "show", "t", *store))["codec"]
+    assert "no version before" in tolhouse("tables", "rollback", "t", *store, code=1)
+    assert new in tolhouse("tables", "delete", new, *store)
+    assert [f"* {old}"] == [line[: 2 + len(old)] for line in tolhouse("tables", "list", *store).splitlines()]
+    assert old in tolhouse("publish", new, *store, code=1)  # not there any more; what is there is named
+    assert "NAME@VERSION" in tolhouse("publish", "t", *store, code=1).upper()
+
+
+def test_both_stores_are_managed_at_once(checkpoint: Path, tmp_path: Path, redis_url: str) -> None:
+    """With two stores, each command does its work in both."""
+    both = ("--store", f"file://{tmp_path},{redis_url}")
+    ref = build_table(checkpoint, f"file://{tmp_path}", redis_url, name="both", publish=False)
+    assert 2 == tolhouse("publish", ref, *both).count("is published")
+    assert 2 == tolhouse("tables", "list", *both).count(f"* {ref}")
+
+
+def test_rows_and_text_from_the_shell(checkpoint: Path, tmp_path: Path) -> None:
+    """fetch shows a norm per layer and saves the rows; generate prints the same text in process and from a worker."""
+    url = f"file://{tmp_path}/tables"
+    ref = build_table(checkpoint, url)
+    with local_cluster(checkpoint, url) as cluster:
+        out = tmp_path / "rows.npy"
+        shown = tolhouse("fetch", ref, "3", "5", "--lookup", cluster.lookup, "--out", out)
+        rows = np.load(out)
+        assert (2, 4, 96) == rows.shape
+        norms = [[float(n) for n in line.split()[1:]] for line in shown.splitlines()]
+        assert np.allclose(np.linalg.norm(rows, axis=-1), norms, atol=1e-3)
+        assert "allowed are" in tolhouse("fetch", ref, "99999", "--lookup", cluster.lookup, code=1)
+        assert "is not in" in tolhouse("fetch", f"tiny-memory@{'0' * 16}", "1", "--lookup", cluster.lookup, code=1)
+        here = tolhouse("generate", checkpoint, "def add(", "--max-tokens", "20")
+        assert here.startswith("def add(")
+        assert here == tolhouse("generate", checkpoint, "def add(", "--max-tokens", "20", "--worker", cluster.workers)
+        assert "exceed the context" in tolhouse("generate", checkpoint, "def add(", "--max-tokens", "999", "--worker", cluster.workers, code=1)
+    assert "can't be reached" in tolhouse("generate", checkpoint, "x", "--worker", cluster.workers, code=1)
+    assert "can't be reached" in tolhouse("fetch", ref, "1", "--lookup", cluster.lookup, code=1)
+
+
+def test_memory_is_explained_in_the_shell(checkpoint: Path) -> None:
+    """explain prints a block per token, or JSON."""
+    found = json.loads(tolhouse("explain", checkpoint, "def add", "--json", "--keys", "2", "--neighbours", "3"))
+    assert {2} == {len(keys) for entry in found for keys in entry["keys"]}
+    assert {3} == {len(entry["nearest"]) for entry in found}
+    assert "nearest" in tolhouse("explain", checkpoint, "def add")
+    assert "empty" in tolhouse("explain", checkpoint, "", code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("frobnicate",), 2, "No such command"),
+        (("build",), 2, "Missing argument"),
+        (("train", "huge", "--out", "x"), 1, "one of tiny, demo"),
+        (("train", "tiny", "--kind", "flex", "--out", "x"), 1, "beta is 1, 2 or 3"),
+        (("train", "tiny", "--ffn-c", "swiglu", "--out", "x"), 1, "--kind flex"),
+        (("tables", "list", "--store", "nowhere"), 1, "not understood"),
+        (("tables", "list", "--store", ""), 1, "no store given"),
+        (("fetch", "a b", "1"), 1, ""),
+        (("generate", "nothing", "x"), 1, "no tokenizer"),
+        (("serve", "--checkpoint", "nothing"), 1, "no checkpoint"),
+        (("demo", "--checkpoint", "nothing"), 1, "no checkpoint"),
+    ],
+)
+def test_what_can_not_be_done_is_told_in_a_line(arguments: tuple[str, ...], code: int, message: str, tmp_path: Path, monkeypatch) -> None:
+    """Bad commands end with a code and a message, and leave nothing behind."""
+    monkeypatch.chdir(tmp_path)
+    assert message in tolhouse(*arguments, code=code)
+    assert [] == [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_an_unknown_variable_stops_a_process_and_known_ones_configure_it(tmp_path: Path, monkeypatch) -> None:
+    """The environment is read strictly; what it sets can be seen."""
+    monkeypatch.setenv("TOLHOUSE_LOOKUP_STORE", f"file://{tmp_path}")
+    monkeypatch.setenv("TOLHOUSE_LOOKUP_LISTEN", "127.0.0.1:0")
+    with process("lookup") as running:
+        assert f"file://{tmp_path}" in running.log.read_text()
+    monkeypatch.setenv("TOLHOUSE_LOOKUP_STORES", "x")
+    assert "did you mean TOLHOUSE_LOOKUP_STORE?" in tolhouse("lookup", code=1)
