@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from tolhouse.testing import redis_cluster, redis_server, tiny_model
 
 

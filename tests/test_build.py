@@ -12,7 +12,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.store import open_store
 from tolhouse.testing import build_table, tiny_model
@@ -61,7 +60,9 @@ def wait_for(what, popen: subprocess.Popen, seconds: float = 120):
 def test_a_build_fills_both_stores_with_the_same_verified_rows(codec: str, checkpoint: Path, tmp_path: Path, redis_url: str) -> None:
     """Files and Redis get the same records, decoding to what the model computes, and the table can be published and read."""
     files = f"file://{tmp_path}"
-    code, ref, err = build(checkpoint, "--store", f"{files},{redis_url}", "--codec", codec, "--shards", "7", "--name", f"both-{codec}", "--publish")
+    code, ref, err = build(
+        checkpoint, "--store", f"{files},{redis_url}", "--codec", codec, "--shards", "7", "--name", f"both-{codec}", "--publish"
+    )
     assert 0 == code, err
     opened = open_checkpoint(checkpoint)
     ids = np.arange(opened.config.vocab_size, dtype=np.uint32)

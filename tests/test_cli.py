@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-
 from tolhouse import config
 from tolhouse.cli import main
 from tolhouse.testing import build_table, local_cluster, process
@@ -35,7 +34,7 @@ def test_every_command_explains_itself(path: tuple[str, ...], command: click.Com
     """Each has a sentence about itself, and each of its options is explained or speaks for itself."""
     assert command.help
     for parameter in command.params:
-        if isinstance(parameter, click.Option) and parameter.name not in ("max_tokens",):
+        if isinstance(parameter, click.Option) and parameter.name != "max_tokens":
             assert parameter.help, f"{path}: {parameter.name}"
 
 
@@ -92,7 +91,9 @@ def test_rows_and_text_from_the_shell(checkpoint: Path, tmp_path: Path) -> None:
         here = tolhouse("generate", checkpoint, "def add(", "--max-tokens", "20")
         assert here.startswith("def add(")
         assert here == tolhouse("generate", checkpoint, "def add(", "--max-tokens", "20", "--worker", cluster.workers)
-        assert "exceed the context" in tolhouse("generate", checkpoint, "def add(", "--max-tokens", "999", "--worker", cluster.workers, code=1)
+        assert "exceed the context" in tolhouse(
+            "generate", checkpoint, "def add(", "--max-tokens", "999", "--worker", cluster.workers, code=1
+        )
     assert "can't be reached" in tolhouse("generate", checkpoint, "x", "--worker", cluster.workers, code=1)
     assert "can't be reached" in tolhouse("fetch", ref, "1", "--lookup", cluster.lookup, code=1)
 

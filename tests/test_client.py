@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from tolhouse import Client, errors
 from tolhouse.testing import Cluster, Process, build_table, free_port, local_cluster, process
 

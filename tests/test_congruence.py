@@ -8,7 +8,6 @@ import httpx
 import numpy as np
 import pytest
 import torch
-
 from tolhouse import Client, Manifest
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import greedy
@@ -114,7 +113,9 @@ def test_every_route_gives_the_same_greedy_tokens(name: str, codec: str, tmp_pat
     ref = build_table(checkpoint.path, files, redis_url, redis_cluster_url, codec=codec)
     expected = in_process(checkpoint) if codec == "fp32" else store_routes(checkpoint, files, ref)
     assert len(PROMPTS) * TOKENS == sum(map(len, expected))
-    routes = {url.partition(":")[0] + str(n): store_routes(checkpoint, url, ref) for n, url in enumerate((files, redis_url, redis_cluster_url))}
+    routes = {
+        url.partition(":")[0] + str(n): store_routes(checkpoint, url, ref) for n, url in enumerate((files, redis_url, redis_cluster_url))
+    }
     routes |= service_routes(checkpoint, files, ref)
     assert routes.pop("gateway expects") == routes.pop("gateway")
     for route, answers in routes.items():

@@ -2,7 +2,6 @@
 
 import grpc
 import pytest
-
 from tolhouse import errors
 from tolhouse.errors import TolhouseError, from_status
 

@@ -15,7 +15,6 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tolhouse import Client
 from tolhouse.gateway.text import TextStream
 from tolhouse.model.checkpoint import open_checkpoint
@@ -193,7 +192,10 @@ def test_requests_go_to_the_least_loaded_worker(cluster: Cluster) -> None:
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: httpx.post(f"{cluster.url}/completions", json=body, timeout=60).json(), range(8)))
     assert 1 == len({a["choices"][0]["text"] for a in answers})
-    asked = [w.describe_worker().rows.from_cache + w.describe_worker().rows.from_remote - b.from_cache - b.from_remote for w, b in zip(workers, before, strict=True)]
+    asked = [
+        w.describe_worker().rows.from_cache + w.describe_worker().rows.from_remote - b.from_cache - b.from_remote
+        for w, b in zip(workers, before, strict=True)
+    ]
     assert min(asked) > 0
     for worker in workers:
         worker.close()
@@ -277,7 +279,9 @@ def test_what_can_not_start_says_why(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_a_gateway_ends_with_0(cluster: Cluster) -> None:
     """SIGTERM drains: a stream that runs is finished first."""
-    with process("gateway", str(DEMO), "--workers", cluster.workers, "--listen", f"127.0.0.1:{free_port()}", "--poll-seconds", "0.1") as gateway:
+    with process(
+        "gateway", str(DEMO), "--workers", cluster.workers, "--listen", f"127.0.0.1:{free_port()}", "--poll-seconds", "0.1"
+    ) as gateway:
         url = f"http://{gateway.address}"
         for _ in range(100):
             if httpx.get(f"{url}/health").status_code == 200:
@@ -334,5 +338,5 @@ def test_a_stop_string_is_found_wherever_it_begins(text: str, stops: list[str]) 
     shown += stream.finish()
     # the first to be complete wins; of those complete at once, the one that begins first
     ends = [end for end in range(1, len(text) + 1) if any(text[:end].endswith(s) for s in stops)]
-    expected = min((text[: ends[0]].index(s) for s in stops if s in text[: ends[0]])) if ends else len(text)
+    expected = min(text[: ends[0]].index(s) for s in stops if s in text[: ends[0]]) if ends else len(text)
     assert text[:expected] == shown

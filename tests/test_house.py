@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-
 import tolhouse
+import yaml
 from tolhouse import config, errors
 
 ROOT = Path(__file__).parent.parent
@@ -135,5 +134,7 @@ def test_compose_runs_every_service() -> None:
 def test_readme_names_every_file() -> None:
     """The tree in README.md has a line for each file and folder of the package."""
     readme = (ROOT / "README.md").read_text()
-    names = {p.name for p in modules() if p.name != "__init__.py"} | {p.name for p in SOURCES.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    names = {p.name for p in modules() if p.name != "__init__.py"} | {
+        p.name for p in SOURCES.iterdir() if p.is_dir() and p.name != "__pycache__"
+    }
     assert set() == {name for name in names if name not in readme}

@@ -14,7 +14,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from redis import Redis
-
 from tolhouse import Client, Manifest, errors
 from tolhouse.store import open_store
 from tolhouse.testing import Process, build_table, free_port, process, redis_server, tiny_model
@@ -75,7 +74,9 @@ def refused(*arguments: str) -> str:
 
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "bf16", "int8"])
 @pytest.mark.parametrize("kind", ["file", "redis", "cluster"])
-def test_rows_are_those_of_the_store(kind: str, codec: str, checkpoint: Path, tmp_path: Path, redis_url: str, redis_cluster_url: str) -> None:
+def test_rows_are_those_of_the_store(
+    kind: str, codec: str, checkpoint: Path, tmp_path: Path, redis_url: str, redis_cluster_url: str
+) -> None:
     """Whatever the store and the codec, a fetch gives the stored rows, twice: from the store, then hot."""
     url = {"file": f"file://{tmp_path}", "redis": redis_url, "cluster": redis_cluster_url}[kind]
     ref = build_table(checkpoint, url, codec=codec, shards=6, name=f"lookup-{codec}")

@@ -14,7 +14,6 @@ import grpc
 import pytest
 import torch
 from redis import Redis
-
 from tolhouse import Client, errors
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
@@ -384,7 +383,9 @@ def test_a_corrupt_row_fails_only_who_asks_for_it(checkpoint: Path, redis_url: s
 
 
 def refused(*arguments: str) -> str:
-    ended = subprocess.run([sys.executable, "-m", "tolhouse.cli", "worker", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-m", "tolhouse.cli", "worker", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
     assert (1, "") == (ended.returncode, ended.stdout)
     assert "Traceback" not in ended.stderr
     return ended.stderr

@@ -129,7 +129,9 @@ def _ray(address: str) -> Iterator[Any]:
         try:
             socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
         except OSError as error:
-            raise Unavailable(f"no Ray cluster at {address}: {error.strerror or error}; unset RAY_ADDRESS to build on this machine") from None
+            raise Unavailable(
+                f"no Ray cluster at {address}: {error.strerror or error}; unset RAY_ADDRESS to build on this machine"
+            ) from None
     settle_ray()
     import ray
     import ray.exceptions

@@ -51,7 +51,11 @@ def train_checkpoint(
     flags += [f"--steps {steps}"] if steps else []
     flags += ["--no-compile"] if not compile else []
     command = " ".join(["tolhouse train", name, *flags, f"--out {out}"])
-    text = f"text at {corpus_path}" if corpus_path else f"sources of the Python standard library ({platform.python_version()}), without its tests"
+    text = (
+        f"text at {corpus_path}"
+        if corpus_path
+        else f"sources of the Python standard library ({platform.python_version()}), without its tests"
+    )
     model = trainer.model
     sizes = total_parameters(model), active_parameters(model)
     (out / "README.md").write_text(card(chosen, command, text, len(train_ids), loss, sizes))
