@@ -111,7 +111,9 @@ def main() -> None:
 @main.command()
 @click.argument("recipe")
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint; a run that was killed goes on there."
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the checkpoint; a run that was killed goes on there. Default: runs/RECIPE-KIND.",
 )
 @click.option("--kind", type=click.Choice(["base", "memory", "flex"]), default="memory", show_default=True, help="What the FFNs read.")
 @click.option("--beta", type=click.IntRange(0, 3), default=0, help="flex: FFN-C keeps beta * h^2 parameters in the block, 1 to 3.")
@@ -126,9 +128,18 @@ def main() -> None:
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps, in place of the recipe's.")
 @click.option("--compile/--no-compile", default=True, show_default=True, help="Use torch.compile where a C compiler is there.")
 def train(
-    recipe: str, out: Path, kind: str, beta: int, ffn_c: str, corpus: Path | None, seed: int, threads: int, steps: int | None, compile: bool
+    recipe: str,
+    out: Path | None,
+    kind: str,
+    beta: int,
+    ffn_c: str,
+    corpus: Path | None,
+    seed: int,
+    threads: int,
+    steps: int | None,
+    compile: bool,
 ) -> None:
-    """Train a checkpoint from scratch by RECIPE.
+    """Train a checkpoint from scratch by RECIPE, as the paper does.
 
     \b
     RECIPE is one of
@@ -136,13 +147,22 @@ def train(
       demo                            the committed demo models: about an hour
       paper-250m paper-750m paper-1b  the paper's runs, for accelerators
 
-    OUT gets the checkpoint, its tokenizer, loss.csv, loss.png and a model card. The tokenizer is trained on the
-    corpus unless OUT has one already.
+    The folder gets the checkpoint, its tokenizer, loss.csv, loss.png and a model card. The tokenizer is trained on the
+    corpus unless the folder has one already.
     """
     from tolhouse.train.run import train_checkpoint
 
     train_checkpoint(
-        recipe, out, kind=kind, beta=beta, ffn_c=ffn_c, corpus_path=corpus, seed=seed, threads=threads, steps=steps, compile=compile
+        recipe,
+        out or Path("runs") / f"{recipe}-{kind}",
+        kind=kind,
+        beta=beta,
+        ffn_c=ffn_c,
+        corpus_path=corpus,
+        seed=seed,
+        threads=threads,
+        steps=steps,
+        compile=compile,
     )
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from tolhouse.errors import InvalidArgument, Unavailable
+from tolhouse.errors import InUse, InvalidArgument, Unavailable
+from tolhouse.model.checkpoint import WEIGHTS
 from tolhouse.model.transformer import active_parameters, total_parameters
 from tolhouse.train import corpus
 from tolhouse.train.recipes import recipe
-from tolhouse.train.trainer import Trainer, card
+from tolhouse.train.trainer import STATE, Trainer, card
 
 
 def train_checkpoint(
@@ -33,6 +34,8 @@ def train_checkpoint(
     chosen = replace(chosen, config=replace(chosen.config, ffn_c=ffn_c))
     if steps:
         chosen = replace(chosen, steps=steps, warmup_steps=min(chosen.warmup_steps, steps))
+    if (out / WEIGHTS).exists() and not (out / STATE).exists():
+        raise InUse(f"{out} holds a finished checkpoint: choose another --out, or remove the folder to train it anew")
     torch.set_num_threads(threads)
     source = corpus_path or corpus.standard_library()
     try:
@@ -50,7 +53,8 @@ def train_checkpoint(
     flags += [f"--threads {threads}"] if threads != 1 else []
     flags += [f"--steps {steps}"] if steps else []
     flags += ["--no-compile"] if not compile else []
-    command = " ".join(["tolhouse train", name, *flags, f"--out {out}"])
+    flags += [f"--out {out}"] if out != Path("runs") / f"{name}-{kind}" else []
+    command = " ".join(["tolhouse train", name, *flags])
     text = (
         f"text at {corpus_path}"
         if corpus_path

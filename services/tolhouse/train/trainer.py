@@ -25,7 +25,7 @@ from tolhouse.model.kv import NoCache
 from tolhouse.model.transformer import Transformer
 from tolhouse.train.recipes import Recipe
 
-_STATE = "training-state.safetensors"
+STATE = "training-state.safetensors"
 
 
 @dataclass
@@ -109,15 +109,15 @@ class Trainer:
         for name, p in self.model.named_parameters():
             state = self.optimizer.state[p]
             tensors |= {f"mean.{name}": state["exp_avg"], f"square.{name}": state["exp_avg_sq"]}
-        partial = self.out / f"{_STATE}.partial"
+        partial = self.out / f"{STATE}.partial"
         save_file(tensors, partial, metadata={**self.fingerprint(), "step": str(step)})
-        partial.replace(self.out / _STATE)
+        partial.replace(self.out / STATE)
 
     def resume(self) -> int:
         """Load the saved state if there is one; returns the number of steps already done."""
-        if not (self.out / _STATE).exists():
+        if not (self.out / STATE).exists():
             return 0
-        with safe_open(self.out / _STATE, framework="pt") as saved:
+        with safe_open(self.out / STATE, framework="pt") as saved:
             metadata = saved.metadata()
             step = int(metadata.pop("step"))
             if metadata != self.fingerprint():
@@ -230,7 +230,7 @@ def card(recipe: Recipe, command: str, corpus: str, train_tokens: int, loss: flo
     beta = f", beta {c.beta}, FFN-C {c.ffn_c}" if c.kind == "flex" else ""
     total, active = parameters
     seen = recipe.steps * recipe.step_tokens
-    return f"""# {c.kind} demo model
+    return f"""# {c.kind} model
 
 | | |
 |---|---|
