@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The system in containers, from nothing to a completion and back to nothing. In a project of its own: one that is up is left alone.
+# The system in containers, from nothing to a completion and back. A project and port of its own: one that is up already is left alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export COMPOSE_PROJECT_NAME=tolhouse-check GATEWAY_PORT=${GATEWAY_PORT:-18000}
@@ -12,8 +12,8 @@ import json, sys, urllib.request
 body = json.dumps({"prompt": "def __init__(self", "max_tokens": 32, "temperature": 0}).encode()
 request = urllib.request.Request(sys.argv[1], body, {"Content-Type": "application/json"})
 with urllib.request.urlopen(request, timeout=60) as answer:
-    completion = json.load(answer)
-print(json.dumps(completion))
-if not completion["choices"][0]["text"].strip():
+    text = json.load(answer)["choices"][0]["text"]
+print(f"completion: {text!r}")
+if not text.strip():
     sys.exit("error: the completion is empty")
 PY

@@ -4,7 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from tolhouse.testing import redis_cluster, redis_server, tiny_model
+
+settings.register_profile("tolhouse", deadline=None, max_examples=60)
+settings.load_profile("tolhouse")
 
 
 @pytest.fixture(scope="session")

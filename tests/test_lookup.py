@@ -1,5 +1,6 @@
 """The lookup service as a real process, over files, Redis and a Redis Cluster, asked by a stock gRPC client."""
 
+import queue
 import subprocess
 import sys
 import time
@@ -257,13 +258,13 @@ def test_calls_in_flight_end_before_the_service_does(files: tuple[str, str]) -> 
     """After SIGTERM an open stream is still answered until it closes; then the process ends with 0."""
     url, ref = files
     with process("lookup", "--store", url, *FREE) as running, grpc.insecure_channel(running.address) as channel:
-
-        def requests() -> Iterator[lookup_pb2.FetchRequest]:
-            yield lookup_pb2.FetchRequest(request_id=1, table=ref, token_ids=packed(1))
-            running.popen.terminate()
-            time.sleep(0.5)
-            yield lookup_pb2.FetchRequest(request_id=2, table=ref, token_ids=packed(2))
-
-        replies = list(LookupStub(channel).Fetch(requests(), timeout=30))
-        assert [1, 2] == [reply.request_id for reply in replies]
+        requests: queue.SimpleQueue[lookup_pb2.FetchRequest | None] = queue.SimpleQueue()
+        replies = LookupStub(channel).Fetch(iter(requests.get, None), timeout=30)
+        requests.put(lookup_pb2.FetchRequest(request_id=1, table=ref, token_ids=packed(1)))
+        assert 1 == next(replies).request_id
+        running.popen.terminate()
+        time.sleep(0.5)
+        requests.put(lookup_pb2.FetchRequest(request_id=2, table=ref, token_ids=packed(2)))
+        requests.put(None)
+        assert [2] == [reply.request_id for reply in replies]
         assert 0 == running.popen.wait(30)

@@ -206,16 +206,12 @@ def redis_binary() -> str:
 @contextmanager
 def redis_server(*arguments: str, port: int = 0) -> Iterator[str]:
     """A Redis server of one's own on a free port; its URL."""
-    from redis import Redis
-
     port = port or free_port()
     with tempfile.TemporaryDirectory(prefix="tolhouse-redis-") as folder:
         command = [redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--appendonly", "no"]
         popen = subprocess.Popen([*command, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            client = Redis(port=port)
-            _wait(client.ping, f"redis-server on port {port}")
-            client.close()
+            _wait(lambda: socket.create_connection(("127.0.0.1", port)).close(), f"redis-server on port {port}")
             yield f"redis://127.0.0.1:{port}"
         finally:
             end(popen)

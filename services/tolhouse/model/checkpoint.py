@@ -128,6 +128,7 @@ def save_checkpoint(path: Path, model: Transformer, tokenizer_file: Path, dtype:
     }
     partial = path / f"{WEIGHTS}.partial"
     save_file(state, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors keeps its files to their owner; a service may run as another user
     partial.replace(path / WEIGHTS)
     config = {**model.config.to_json(), "torch_dtype": str(dtype).removeprefix("torch.")}
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

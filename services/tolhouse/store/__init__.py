@@ -27,8 +27,16 @@ class Alias:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Alias":
-        data = json.loads(text)
-        return cls(data["version"], tuple(data["history"]))
+        """The alias in `text`; Corrupt where it is malformed."""
+        try:
+            data = json.loads(text)
+            alias = cls(data["version"], tuple(data["history"]))
+            ok = all(isinstance(version, str) for version in (alias.version, *alias.history))
+        except (ValueError, KeyError, TypeError):
+            ok = False
+        if not ok:
+            raise Corrupt("is malformed; publish a version to write it anew")
+        return alias
 
 
 class Store(Protocol):
@@ -58,7 +66,7 @@ class Store(Protocol):
         """Remove a version; its manifest goes first."""
 
     def alias(self, name: str) -> Alias | None:
-        """What `name` stands for, if it was ever published."""
+        """What `name` stands for, if it was ever published; Corrupt if that can't be read."""
 
     def set_alias(self, name: str, alias: Alias | None) -> None:
         """Make `name` stand for another version, or for none."""
@@ -106,7 +114,10 @@ def publish(store: Store, ref: str) -> Manifest:
     if version is None:
         raise InvalidArgument(f"publish needs name@version, not {ref!r}; {known(store)}")
     manifest = resolve(store, ref)
-    old = store.alias(name)
+    try:
+        old = store.alias(name)
+    except Corrupt:
+        old = None
     if old is None or old.version != version:
         store.set_alias(name, Alias(version, (*old.history, old.version) if old else ()))
     return manifest

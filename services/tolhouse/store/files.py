@@ -30,7 +30,7 @@ class FileStore:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
         self.url = f"file://{self.root}"
-        self._shards: dict[tuple[str, int], _Shard] = {}
+        self._shards: dict[Path, _Shard] = {}
         self._lock = threading.Lock()
 
     def refs(self) -> list[str]:
@@ -73,6 +73,7 @@ class FileStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"records": np.ascontiguousarray(records)}, partial)
+            partial.chmod(0o644)  # safetensors keeps its files to their owner; a service may run as another user
             _sync(partial)
             partial.replace(path)
             _sync(path.parent)
@@ -100,12 +101,13 @@ class FileStore:
         shutil.rmtree(folder)
 
     def alias(self, name: str) -> Alias | None:
+        path = self.root / check_name(name) / "alias.json"
         try:
-            return Alias.from_json((self.root / check_name(name) / "alias.json").read_bytes())
+            return Alias.from_json(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, KeyError, TypeError):
-            raise Corrupt(f"{self.root / name / 'alias.json'} is malformed; publish a version to write it anew") from None
+        except Corrupt as error:
+            raise Corrupt(f"{path} {error}") from None
 
     def set_alias(self, name: str, alias: Alias | None) -> None:
         path = self.root / check_name(name) / "alias.json"
@@ -122,16 +124,16 @@ class FileStore:
         return self.root / manifest.name / manifest.version / f"shard-{shard:05}-of-{manifest.num_shards:05}.safetensors"
 
     def _shard(self, manifest: Manifest, shard: int) -> "_Shard":
+        path = self._path(manifest, shard)
         with self._lock:
-            opened = self._shards.get((manifest.ref, shard))
+            opened = self._shards.get(path)
             if opened is None:
-                opened = _Shard(self._path(manifest, shard), len(manifest.shard_ids(shard)), manifest.record_bytes)
-                self._shards[manifest.ref, shard] = opened
+                opened = self._shards[path] = _Shard(path, len(manifest.shard_ids(shard)), manifest.record_bytes)
             return opened
 
     def _forget(self, manifest: Manifest, shard: int) -> None:
         with self._lock:
-            self._shards.pop((manifest.ref, shard), None)
+            self._shards.pop(self._path(manifest, shard), None)
 
 
 class _Shard:

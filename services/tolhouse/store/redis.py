@@ -111,8 +111,8 @@ class RedisStore:
             text = self._redis.get(f"tolhouse:{{{check_name(name)}}}:alias")
         try:
             return None if text is None else Alias.from_json(text)
-        except (ValueError, KeyError, TypeError):
-            raise Corrupt(f"the alias of {name!r} in {self.url} is malformed; publish a version to write it anew") from None
+        except Corrupt as error:
+            raise Corrupt(f"the alias of {name!r} in {self.url} {error}") from None
 
     def set_alias(self, name: str, alias: Alias | None) -> None:
         key = f"tolhouse:{{{check_name(name)}}}:alias"

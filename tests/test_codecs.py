@@ -1,0 +1,112 @@
+"""Codecs: what comes back is what went in, within the codec's bound; what can't be stored is refused."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from tolhouse.errors import InvalidArgument
+from tolhouse.table.codecs import CODECS, codec
+
+ALL = sorted(CODECS)
+LARGEST = {"fp32": 2.0**127, "fp16": 65_504.0, "bf16": 2.0**127, "int8": 2.0**127}
+# half the distance of the smallest numbers of a codec: what rows too small for its exponents lose
+STEP = {"fp32": 0.0, "fp16": 2.0**-25, "bf16": 2.0**-134, "int8": 2.0**-143}
+
+
+def bits(rows: np.ndarray) -> bytes:
+    return np.ascontiguousarray(rows).tobytes()
+
+
+@st.composite
+def rows_of(draw: st.DrawFn, name: str) -> np.ndarray:
+    """float32 rows of one to three axes with values of every size that the codec takes, denormals and -0.0 among them."""
+    top = draw(st.sampled_from([LARGEST[name], 1.0, 2.0**-14, 2.0**-126, 2.0**-149]))
+    shape = draw(array_shapes(min_dims=1, max_dims=3, max_side=6))
+    return draw(arrays(np.float32, shape, elements=st.floats(-top, top, width=32, allow_subnormal=True)))
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(data=st.data())
+def test_rows_come_back_within_the_bound(name: str, data: st.DataObject) -> None:
+    """Each value is off by at most `relative_error` of its row's largest, or by the codec's smallest step."""
+    rows = data.draw(rows_of(name))
+    back = codec(name).decode(codec(name).encode(rows)).astype(np.float64)
+    allowed = codec(name).relative_error * np.abs(rows, dtype=np.float64).max(axis=-1, keepdims=True) + STEP[name]
+    assert rows.shape == back.shape
+    assert (np.abs(back - rows) <= allowed).all()
+
+
+@given(rows=rows_of("fp32"))
+def test_fp32_keeps_every_bit(rows: np.ndarray) -> None:
+    """Denormals and the sign of zero included."""
+    assert bits(rows) == bits(codec("fp32").decode(codec("fp32").encode(rows)))
+
+
+@pytest.mark.parametrize("name", ALL)
+@given(data=st.data())
+def test_a_block_depends_on_its_own_row_alone(name: str, data: st.DataObject) -> None:
+    """Encoding rows together or one at a time gives the same bytes."""
+    rows = data.draw(rows_of(name)).reshape(-1, 1)
+    together = codec(name).encode(rows)
+    assert [bits(block) for block in together] == [bits(codec(name).encode(row)) for row in rows]
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 2, 5), (0, 2, 5)])
+def test_zeros_come_back_as_zeros(name: str, shape: tuple[int, ...]) -> None:
+    """A row of zeros or of negative zeros has no scale, and is not divided by one."""
+    for zero in (0.0, -0.0):
+        back = codec(name).decode(codec(name).encode(np.full(shape, zero, np.float32)))
+        assert shape == back.shape
+        assert not back.astype(np.float32).any()
+
+
+@pytest.mark.parametrize(("name", "expected"), [("fp32", 4 * 96), ("fp16", 2 * 96), ("bf16", 2 * 96), ("int8", 4 + 96)])
+def test_a_block_has_its_bytes(name: str, expected: int) -> None:
+    """Nothing is padded; int8 spends four bytes on its scale."""
+    assert expected == codec(name).block(96).itemsize
+    assert (5 * expected) == codec(name).encode(np.ones((5, 96), np.float32)).nbytes
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 7, 11])
+def test_what_is_not_finite_is_refused(name: str, bad: float, place: int) -> None:
+    """One NaN or infinity anywhere is enough, and nothing but the error is said about it."""
+    rows = np.ones((2, 2, 3), np.float32)
+    rows.flat[place] = bad
+    with pytest.raises(InvalidArgument, match="not finite"):
+        codec(name).encode(rows)
+
+
+@pytest.mark.parametrize(("name", "fits", "too_large"), [("fp16", 65_519.0, 65_520.0), ("bf16", 3.389e38, 3.4e38)])
+def test_what_a_codec_can_not_hold_is_refused(name: str, fits: float, too_large: float) -> None:
+    """The largest value that rounds into the codec is stored; one above it is refused, and never infinite."""
+    rows = np.array([1.0, fits, -fits], np.float32)
+    assert np.isfinite(codec(name).decode(codec(name).encode(rows)).astype(np.float32)).all()
+    with pytest.raises(InvalidArgument, match=f"too large for {name}"):
+        codec(name).encode(np.array([1.0, -too_large], np.float32))
+
+
+@given(rows=rows_of("int8"))
+def test_int8_is_symmetric(rows: np.ndarray) -> None:
+    """Negated rows have the same scale and negated codes; -128 is never used."""
+    blocks, negated = codec("int8").encode(rows), codec("int8").encode(-rows)
+    assert bits(blocks["scale"]) == bits(negated["scale"])
+    assert (-blocks["codes"]).tolist() == negated["codes"].tolist()
+    assert blocks["codes"].min() >= -127
+
+
+def test_int8_has_one_scale_per_row_and_layer() -> None:
+    """The largest value of each layer of each row gets code 127 at a scale of its own."""
+    largest = np.array([[127, 254], [1270, 63.5]], np.float32)
+    blocks = codec("int8").encode(np.stack([largest, -largest / 2, 0 * largest], axis=-1))
+    assert [[1, 2], [10, 0.5]] == blocks["scale"].tolist()
+    assert [[[127, -64, 0]] * 2] * 2 == blocks["codes"].tolist()
+
+
+def test_an_unknown_codec_is_refused() -> None:
+    """The error names the codecs there are."""
+    with pytest.raises(InvalidArgument, match=r"'int3' is unknown; one of fp32, fp16, bf16, int8"):
+        codec("int3")

@@ -1,0 +1,49 @@
+"""Configuration: explained, strict, and the command line over the environment over the defaults."""
+
+import pytest
+from pydantic_settings import BaseSettings
+from tolhouse import config
+from tolhouse.errors import InvalidArgument
+
+
+@pytest.mark.parametrize("kind", config.CONFIGS, ids=lambda kind: kind.__name__)
+def test_every_option_is_explained_and_has_its_unit(kind: type[BaseSettings]) -> None:
+    """Numbers that measure something say in what, by their name; those that count say what they count."""
+    for name, field in kind.model_fields.items():
+        assert field.description, name
+        if field.annotation is float:
+            assert name.endswith(("_seconds", "_megabytes")), name
+    assert kind()  # the defaults are allowed
+
+
+def test_every_variable_has_one_meaning() -> None:
+    """No two options read the same variable."""
+    names = [config.variable(kind, field) for kind in config.CONFIGS for field in kind.model_fields]
+    assert len(names) == len(set(names))
+    assert set(names) < config.variables()
+
+
+def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given values, then variables, then defaults; RAY_ADDRESS is Ray's own."""
+    assert 32 == config.load(config.WorkerConfig, {}).max_running
+    monkeypatch.setenv("TOLHOUSE_WORKER_MAX_RUNNING", "5")
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert 5 == config.load(config.WorkerConfig, {}).max_running
+    assert 7 == config.load(config.WorkerConfig, {"max_running": "7"}).max_running
+    assert "head:6379" == config.load(config.BuildConfig, {}).ray_address
+    assert "local" == config.load(config.BuildConfig, {"ray_address": "local"}).ray_address
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", ""])
+def test_a_bad_value_names_option_and_variable(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever set it finds it."""
+    monkeypatch.setenv("TOLHOUSE_WORKER_MAX_RUNNING", value)
+    with pytest.raises(InvalidArgument, match=r"--max-running \(TOLHOUSE_WORKER_MAX_RUNNING\)"):
+        config.load(config.WorkerConfig, {})
+
+
+def test_an_unheard_of_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typing mistake is told with what was meant; variables of others are left alone."""
+    monkeypatch.setenv("TOLHOUSE_WORKER_MAX_RUNING", "5")
+    with pytest.raises(InvalidArgument, match="did you mean TOLHOUSE_WORKER_MAX_RUNNING"):
+        config.load(config.LookupConfig, {})

@@ -1,0 +1,44 @@
+"""What `explain` says of a token is what the model computes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tolhouse.analysis.explain import coefficients, explain_text, nearest
+from tolhouse.errors import InvalidArgument
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.testing import tiny_model
+
+
+def test_the_coefficients_make_the_row(checkpoint: Path) -> None:
+    """Each layer's row is the sum of its values, weighted by the coefficients (PAPER section 5)."""
+    model, ids = open_checkpoint(checkpoint).model(), torch.arange(20)
+    for layer, row in enumerate(model.rows(ids)):
+        torch.testing.assert_close(row, model.ffn_m[layer].mlp.down_proj(coefficients(model, layer, ids)))
+
+
+def test_the_nearest_are_nearest(checkpoint: Path) -> None:
+    """By cosine over all layers joined, without the token itself, nearest first."""
+    model = open_checkpoint(checkpoint).model()
+    flat = model.rows(torch.arange(model.config.vocab_size)).transpose(0, 1).flatten(1)
+    cosines = torch.nn.functional.cosine_similarity(flat[7], flat, dim=-1)
+    expected = [i for i in cosines.argsort(descending=True).tolist() if i != 7][:5]
+    assert expected == nearest(model, torch.tensor([7]), 5).indices[0].tolist()
+
+
+def test_each_token_of_a_text_is_told_once(checkpoint: Path) -> None:
+    """Ids, norms and keys, in the order of the text."""
+    opened = open_checkpoint(checkpoint)
+    found = explain_text(opened, "def add def", keys=2, neighbours=3)
+    ids = list(dict.fromkeys(opened.tokenizer().encode("def add def").ids))
+    assert ids == [entry["id"] for entry in found]
+    norms = opened.model().rows(torch.tensor(ids)).norm(dim=-1).T
+    torch.testing.assert_close(norms, torch.tensor([entry["norms"] for entry in found]), atol=1e-3, rtol=1e-3)
+    strongest = coefficients(opened.model(), 2, torch.tensor(ids[:1])).abs()[0]
+    assert strongest.argmax() == found[0]["keys"][2][0]["key"]
+
+
+def test_a_base_model_has_nothing_to_tell(tmp_path: Path) -> None:
+    """It has no memory of tokens."""
+    with pytest.raises(InvalidArgument, match="no token memory"):
+        explain_text(open_checkpoint(tiny_model(tmp_path / "base", "base")), "def", 1, 1)

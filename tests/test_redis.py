@@ -1,0 +1,181 @@
+"""Redis when it is damaged, closed, guarded or asked for in the wrong way: clear errors, and no password in any of them."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import numpy as np
+import pytest
+from redis import Redis, RedisCluster
+from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, TolhouseError, Unauthenticated, Unavailable
+from tolhouse.store import Store, delete, open_store, publish, resolve, shard_digest
+from tolhouse.table.spec import Manifest
+from tolhouse.testing import free_port, redis_server
+
+IDS = np.arange(40, dtype=np.uint32)
+MANIFEST = Manifest("damaged", "0123456789abcdef", "int8", len(IDS), 6, (0, 1), 8, model_id="m", tokenizer_id="k")
+RECORDS = MANIFEST.encode(IDS, np.random.default_rng(0).standard_normal((len(IDS), 2, 6)).astype(np.float32))
+HASH = f"tolhouse:{{{MANIFEST.ref}:1}}"  # of tokens 1, 9, 17, 25, 33
+
+
+def write(store: Store) -> None:
+    for shard in range(MANIFEST.num_shards):
+        store.write_shard(MANIFEST, shard, RECORDS[MANIFEST.shard_ids(shard)])
+    store.commit(MANIFEST)
+
+
+def read(store: Store, ids: np.ndarray = IDS) -> bytes:
+    out = np.zeros((len(ids), MANIFEST.record_bytes), np.uint8)
+    store.read(MANIFEST, ids, out)
+    return out.tobytes()
+
+
+@pytest.fixture(params=["standalone", "cluster"])
+def servers(request: pytest.FixtureRequest, redis_url: str, redis_cluster_url: str) -> Iterator[tuple[Store, Redis | RedisCluster]]:
+    """A store with a table, and a plain client of the same servers."""
+    url, client = {"standalone": (redis_url, Redis), "cluster": (redis_cluster_url, RedisCluster)}[request.param]
+    with closing(open_store(url)) as store, closing(client.from_url(url)) as redis:
+        write(store)
+        yield store, redis
+        store.set_alias(MANIFEST.name, None)
+        delete(store, MANIFEST.ref)
+
+
+def test_a_damaged_record_is_named_until_it_is_loaded_again(servers: tuple[Store, Redis | RedisCluster]) -> None:
+    """Altered, another token's, cut, longer, empty or missing: Corrupt with the token, and the other rows are served."""
+    store, redis = servers
+    one, other = RECORDS[17].tobytes(), RECORDS[9].tobytes()
+    for damaged in (bytes([one[0] ^ 1]) + one[1:], other, one[:-1], one + b"\0", b"", None):
+        redis.hdel(HASH, 17)
+        if damaged is not None:
+            redis.hset(HASH, 17, damaged)
+        with pytest.raises(Corrupt, match=f"row of token 17 (of|in) table {MANIFEST.ref}"):
+            read(store)
+        assert shard_digest(store, MANIFEST, 1) is None
+        assert np.delete(RECORDS, 17, axis=0).tobytes() == read(store, np.delete(IDS, 17))
+    store.write_shard(MANIFEST, 1, RECORDS[MANIFEST.shard_ids(1)])
+    assert RECORDS.tobytes() == read(store)
+
+
+def test_a_lost_shard_is_corrupt(servers: tuple[Store, Redis | RedisCluster]) -> None:
+    """A hash that was evicted or dropped is missing, and counts no rows."""
+    store, redis = servers
+    redis.delete(HASH)
+    assert 0 == store.count(MANIFEST, 1)
+    with pytest.raises(Corrupt, match=r"token 1 .* is missing in redis://.*: load it again"):
+        read(store)
+
+
+def test_malformed_manifests_and_aliases_are_told_and_mended(servers: tuple[Store, Redis | RedisCluster]) -> None:
+    """Both are Corrupt, naming the table; a commit and a publish write them anew."""
+    store, redis = servers
+    redis.set(f"tolhouse:{{{MANIFEST.ref}}}:manifest", MANIFEST.to_json().replace("int8", "int3"))
+    with pytest.raises(Corrupt, match=MANIFEST.ref):
+        resolve(store, MANIFEST.ref)
+    redis.set(f"tolhouse:{{{MANIFEST.ref}}}:manifest", MANIFEST.to_json().replace("damaged", "other"))
+    with pytest.raises(Corrupt, match="describes table other@"):
+        resolve(store, MANIFEST.ref)
+    store.commit(MANIFEST)
+    redis.set(f"tolhouse:{{{MANIFEST.name}}}:alias", "{")
+    with pytest.raises(Corrupt, match=r"alias of 'damaged' .* publish a version"):
+        resolve(store, MANIFEST.name)
+    assert MANIFEST == publish(store, MANIFEST.ref)
+    assert MANIFEST == resolve(store, MANIFEST.name)
+
+
+def test_many_threads_share_a_store(servers: tuple[Store, Redis | RedisCluster]) -> None:
+    """Each gets the records of its own ids."""
+    store, _ = servers
+
+    def right(seed: int) -> bool:
+        ids = np.random.default_rng(seed).integers(0, len(IDS), 25).astype(np.uint32)
+        return RECORDS[ids].tobytes() == read(store, ids)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert [True] * 200 == list(pool.map(right, range(200)))
+
+
+def test_a_cluster_spreads_the_shards(redis_cluster_url: str) -> None:
+    """Every master of the Cluster holds some of the table, and each shard is one hash."""
+    with closing(open_store(redis_cluster_url)) as store, closing(RedisCluster.from_url(redis_cluster_url)) as cluster:
+        write(store)
+        keys = [f"tolhouse:{{{MANIFEST.ref}:{shard}}}" for shard in range(MANIFEST.num_shards)]
+        assert [5] * 8 == [cluster.hlen(key) for key in keys]
+        assert 3 == len({cluster.get_node_from_key(key).name for key in keys})
+        delete(store, MANIFEST.ref)
+        assert 0 == sum(cluster.exists(key) for key in keys)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redi://:secret@127.0.0.1:{port}",
+        "http://user:secret@127.0.0.1:{port}",
+        "redis://:secret@127.0.0.1:port",
+        "redis://:sec/secret@127.0.0.1:{port}",
+        "redis://127.0.0.1:{port}?password=secret&socket_timeout=soon",
+        "redis://:secret@127.0.0.1:{port}?frobnicate=1",
+    ],
+)
+def test_a_url_that_is_not_understood_is_refused_without_its_password(url: str, redis_url: str) -> None:
+    """Another scheme, no port, an option that is none: InvalidArgument, in which no password stands."""
+    with pytest.raises(InvalidArgument, match="not understood") as caught:
+        open_store(url.format(port=redis_url.rpartition(":")[2]))
+    assert "sec" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:secret@127.0.0.1:{port}", "redis://user:secret@127.0.0.1:{port}", "redis://127.0.0.1:{port}?password=secret"]
+)
+def test_errors_and_urls_hide_the_password(url: str) -> None:
+    """With nobody there, and with a wrong password, the message has the address and not the password."""
+    port = free_port()
+    with pytest.raises(Unavailable, match=f"127.0.0.1:{port}.* can't be reached") as nobody:
+        open_store(url.format(port=port), timeout_seconds=1)
+    with redis_server("--requirepass", "right", port=port), pytest.raises(Unauthenticated, match=f"127.0.0.1:{port}") as wrong:
+        open_store(url.format(port=port))
+    assert "secret" not in f"{nobody.value} {wrong.value}"
+
+
+def test_a_password_that_is_missing_or_may_too_little_is_unauthenticated() -> None:
+    """Not trying again helps here: neither without a password nor as a user who lacks a permission."""
+    with redis_server("--requirepass", "right") as url:
+        host = url.removeprefix("redis://")
+        with pytest.raises(Unauthenticated):
+            open_store(url)
+        with closing(Redis.from_url(f"redis://:right@{host}")) as redis:
+            redis.execute_command("ACL", "SETUSER", "weak", "on", ">pw", "+info", "+client")
+        with closing(open_store(f"redis://weak:pw@{host}")) as store, pytest.raises(Unauthenticated, match="permission"):
+            store.refs()
+
+
+def test_a_server_that_speaks_another_protocol_is_told(redis_url: str) -> None:
+    """TLS asked of a server without it ends as an error of ours, with the address."""
+    url = redis_url.replace("redis:", "rediss:")
+    with pytest.raises((Unavailable, DeadlineExceeded), match=url):
+        open_store(url, timeout_seconds=0.3)
+
+
+def test_a_store_that_was_closed_under_it_comes_back() -> None:
+    """A server that dies is Unavailable; one that starts again at its address is used without a new store, and is empty."""
+    port = free_port()
+    with redis_server(port=port) as url:
+        store = open_store(url, timeout_seconds=1)
+        write(store)
+    with closing(store):
+        with pytest.raises(Unavailable, match="can't be reached"):
+            read(store)
+        with redis_server(port=port):
+            with pytest.raises(Corrupt, match="missing"):
+                read(store)
+            write(store)
+            assert RECORDS.tobytes() == read(store)
+
+
+def test_every_error_is_one_of_ours(servers: tuple[Store, Redis | RedisCluster]) -> None:
+    """A key of another type in a shard's place, as another program may leave it, is an error that names the server."""
+    store, redis = servers
+    redis.delete(HASH)
+    redis.set(HASH, "x")
+    with pytest.raises(TolhouseError, match="redis://"):
+        read(store)

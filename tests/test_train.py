@@ -1,0 +1,178 @@
+"""Training: deterministic, resumable, on any text, by real runs of a small recipe."""
+
+import csv
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tolhouse.errors import InvalidArgument, Mismatch, NotFound
+from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
+from tolhouse.train import corpus
+from tolhouse.train.recipes import RECIPES, Recipe, recipe
+from tolhouse.train.trainer import Trainer, rate
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of texts: a few modules of the standard library, and a binary file that is passed over."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for name in ("argparse", "ast", "dataclasses", "difflib", "inspect", "subprocess", "tarfile", "typing"):
+        (folder / f"{name}.txt").write_text((corpus.standard_library() / f"{name}.py").read_text())
+    (folder / "binary").write_bytes(bytes(range(256)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small() -> Recipe:
+    tiny = recipe("tiny", "memory", 0)
+    return replace(tiny, config=replace(tiny.config, vocab_size=512), steps=12, sequence_tokens=32, eval_every_steps=4, warmup_steps=3)
+
+
+def train(small: Recipe, text: Path, out: Path, seed: int = 0) -> tuple[float, bytes]:
+    """Held-out loss and weights of a run."""
+    out.mkdir(exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train_ids, valid_ids = corpus.prepare(text, out, small.config.vocab_size, small.sequence_tokens)
+    loss = Trainer(small, train_ids, valid_ids, out, seed=seed).run()
+    torch.set_num_threads(threads)
+    return loss, (out / WEIGHTS).read_bytes()
+
+
+def test_a_seed_fixes_the_checkpoint(small: Recipe, text: Path, tmp_path: Path) -> None:
+    """Two runs of one seed end in the same bytes; another seed ends elsewhere; the loss falls from that of a blind guess."""
+    first, again, other = (train(small, text, tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert first == again
+    assert first[1] != other[1]
+    with (tmp_path / "a" / "loss.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [str(step) for step in range(1, 13)] == [row["step"] for row in rows]
+    assert float(rows[0]["loss"]) == pytest.approx(math.log(512), abs=0.5)
+    assert first[0] < float(rows[0]["loss"])
+    assert first[0] == float(rows[-1]["held_out_loss"])
+    assert (tmp_path / "a" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    open_checkpoint(tmp_path / "a")
+
+
+def test_a_run_goes_on_where_it_was_saved(small: Recipe, text: Path, tmp_path: Path) -> None:
+    """A run that is interrupted after a save ends in the bytes of one that was not."""
+
+    class Interrupted(Exception):
+        pass
+
+    class Interrupting(Trainer):
+        def batch(self, ids: np.ndarray, *seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if ids is self.train_ids and seed[-1] == 9:  # a step after the second save
+                raise Interrupted
+            return super().batch(ids, *seed)
+
+    out = tmp_path / "resumed"
+    out.mkdir()
+    torch.set_num_threads(1)
+    ids = corpus.prepare(text, out, small.config.vocab_size, small.sequence_tokens)
+    with pytest.raises(Interrupted):
+        Interrupting(small, *ids, out).run()
+    assert not (out / WEIGHTS).exists()
+    assert train(small, text, tmp_path / "whole") == train(small, text, out)
+    whole, resumed = ((tmp_path / name / "loss.csv").read_text() for name in ("whole", "resumed"))
+    assert whole == resumed
+    with pytest.raises(Mismatch, match="differs in seed"):
+        train(small, text, out, seed=3)
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
+    """`tolhouse train` killed by SIGKILL and started again gives the checkpoint of an uninterrupted run."""
+    command = [sys.executable, "-m", "tolhouse.cli", "train", "tiny", "--no-compile", "--steps", "120", "--corpus", str(text)]
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    killed = tmp_path / "killed"
+    popen = subprocess.Popen([*command, "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (killed / "training-state.safetensors").exists():  # saved first after 50 steps
+        assert popen.poll() is None
+        time.sleep(0.01)
+    popen.kill()
+    popen.wait()
+    assert not (killed / WEIGHTS).exists()
+    subprocess.run([*command, "--out", str(killed)], check=True, capture_output=True)
+    assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (killed / WEIGHTS).read_bytes()
+    card = (killed / "README.md").read_text()
+    assert "tolhouse train tiny --corpus" in card
+    assert (tmp_path / "whole" / "loss.csv").read_text() == (killed / "loss.csv").read_text()
+    (killed / "training-state.safetensors").unlink()
+    ended = subprocess.run([*command, "--out", str(killed)], check=False, capture_output=True, text=True)
+    assert 1 == ended.returncode
+    assert "holds a finished checkpoint" in ended.stderr
+
+
+def test_the_loss_is_that_of_the_model_itself(small: Recipe, text: Path, tmp_path: Path) -> None:
+    """Rows computed once per distinct token and handed out give the loss of rows computed for every token, and its gradients."""
+    ids = corpus.prepare(text, tmp_path, small.config.vocab_size, small.sequence_tokens)
+    trainer = Trainer(small, *ids, tmp_path)
+    replace_steps = replace(small, steps=1)
+    trainer.recipe = replace_steps
+    trainer.run()
+    inputs, targets = trainer.batch(ids[0], 0, 5)
+    model, length = trainer.model, small.sequence_tokens
+    from tolhouse.model.kv import NoCache
+
+    logits = model(inputs, torch.arange(length).repeat(len(inputs) // length), NoCache(length), model.rows(inputs))
+    direct = torch.nn.functional.cross_entropy(logits, targets)
+    shared = trainer.loss(inputs, targets, z_loss=False)
+    torch.testing.assert_close(direct, shared, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(loss, list(model.ffn_m.parameters())) for loss in (direct, shared)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
+
+
+def test_the_rate_warms_up_and_falls_to_its_end() -> None:
+    """Linear up to the peak, then a cosine down to the final rate (PAPER section 3)."""
+    chosen = recipe("paper-1b", "memory", 0)
+    rates = [rate(chosen, step) for step in range(0, chosen.steps + 1, 500)]
+    assert max(rates) == pytest.approx(1e-4)
+    assert rate(chosen, chosen.steps) == pytest.approx(1e-5)
+    assert rate(chosen, 4999) == pytest.approx(1e-4)
+    peak = rates.index(max(rates))
+    assert sorted(rates[: peak + 1]) == rates[: peak + 1]
+    assert sorted(rates[peak:], reverse=True) == rates[peak:]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_every_kind(name: str) -> None:
+    """A recipe describes a run of each kind, and says what it is."""
+    for kind, beta in (("base", 0), ("memory", 0), ("flex", 1), ("flex", 3)):
+        assert kind == recipe(name, kind, beta).config.kind
+    assert RECIPES[name].__doc__
+    with pytest.raises(InvalidArgument, match="one of tiny, demo"):
+        recipe("huge", "base", 0)
+
+
+def test_a_corpus_is_divided_by_name_and_text_round_trips(text: Path, tmp_path: Path) -> None:
+    """A document stays on its side, binaries are passed over, and the tokenizer gives any text back."""
+    names = [name for name, _ in corpus.documents(text)]
+    assert not any(name.startswith("binary") for name in names)
+    assert len(set(names)) == len(names) > 8
+    assert 0 < sum(map(corpus.is_held_out, (f"{n}.py:0" for n in range(4000)))) < 200
+    corpus.prepare(text, tmp_path, 512, 32)
+    from tolhouse.model.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    sample = "def f(x):\n\treturn 'für 世界 🙂'\r\n  # ok"
+    assert sample == tokenizer.decode(tokenizer.encode(sample).ids)
+
+
+def test_a_corpus_that_can_not_train_is_refused(tmp_path: Path) -> None:
+    """Nothing there, or too little of it."""
+    with pytest.raises(NotFound, match="no corpus at"):
+        corpus.prepare(tmp_path / "nothing", tmp_path, 512, 32)
+    (tmp_path / "short.txt").write_text("import os")
+    with pytest.raises(InvalidArgument, match="too small"):
+        corpus.prepare(tmp_path / "short.txt", tmp_path, 512, 32)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((InvalidArgument, NotFound)):
+        corpus.prepare(tmp_path / "empty", tmp_path, 512, 32)
