@@ -3,7 +3,6 @@
 import queue
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -254,17 +253,33 @@ def test_redis_may_die_and_come_back(checkpoint: Path) -> None:
                 assert expected == client.fetch(ref, [1, 2, 3]).tobytes()
 
 
-def test_calls_in_flight_end_before_the_service_does(files: tuple[str, str]) -> None:
-    """After SIGTERM an open stream is still answered until it closes; then the process ends with 0."""
-    url, ref = files
+def test_a_request_in_flight_is_answered_before_the_service_ends(checkpoint: Path, tmp_path: Path) -> None:
+    """After SIGTERM a long answer still comes whole; then its stream, and others that were idle, end, and the process with 0."""
+    big = tiny_model(tmp_path / "big", hidden_size=768, num_hidden_layers=8)
+    url = f"file://{tmp_path}/tables"
+    ref = build_table(big, url, shards=3)
     with process("lookup", "--store", url, *FREE) as running, grpc.insecure_channel(running.address) as channel:
-        requests: queue.SimpleQueue[lookup_pb2.FetchRequest | None] = queue.SimpleQueue()
-        replies = LookupStub(channel).Fetch(iter(requests.get, None), timeout=30)
-        requests.put(lookup_pb2.FetchRequest(request_id=1, table=ref, token_ids=packed(1)))
-        assert 1 == next(replies).request_id
+        streams = []
+        for ids in (packed(1), packed(*[*range(300)] * 20)):
+            requests: queue.SimpleQueue[lookup_pb2.FetchRequest | None] = queue.SimpleQueue()
+            requests.put(lookup_pb2.FetchRequest(request_id=1, table=ref, token_ids=ids))
+            streams.append(LookupStub(channel).Fetch(iter(requests.get, None), timeout=60))
+            assert 1 == next(streams[-1]).request_id
         running.popen.terminate()
-        time.sleep(0.5)
-        requests.put(lookup_pb2.FetchRequest(request_id=2, table=ref, token_ids=packed(2)))
-        requests.put(None)
-        assert [2] == [reply.request_id for reply in replies]
+        *_, last = streams[1]
+        assert last.last
+        assert [] == list(streams[0])
         assert 0 == running.popen.wait(30)
+
+
+def test_a_replica_that_is_stopped_costs_no_request(checkpoint: Path, files: tuple[str, str]) -> None:
+    """While one of two replicas drains and ends, every fetch is answered."""
+    url, ref = files
+    options = ("lookup", "--store", url, "--drain-seconds", "300", *FREE)  # an idle stream does not keep it for so long
+    with process(*options) as first, process(*options) as second, Client([first.address, second.address]) as client:
+        expected = client.fetch(ref, range(300)).tobytes()
+        first.popen.terminate()
+        while first.popen.poll() is None:
+            assert expected == client.fetch(ref, range(300)).tobytes()
+        assert 0 == first.popen.returncode
+        assert expected == client.fetch(ref, range(300)).tobytes()

@@ -17,7 +17,7 @@ from redis import Redis
 from tolhouse import Client, errors
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
-from tolhouse.testing import Cluster, Process, build_table, free_port, local_cluster, process, tiny_model
+from tolhouse.testing import Cluster, Process, build_table, end, free_port, local_cluster, process, redis_server, tiny_model
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 from tolhouse.worker.engine import Engine
@@ -380,6 +380,25 @@ def test_a_corrupt_row_fails_only_who_asks_for_it(checkpoint: Path, redis_url: s
             results = list(pool.map(attempt, [[250], *([n, n + 1] for n in range(20, 28))]))
         assert "token 250 " in results[0]
         assert [1] * 8 == results[1:]
+
+
+def test_a_table_that_vanishes_is_not_the_caller_s_fault(checkpoint: Path) -> None:
+    """When a lookup service comes back without the table, sequences end as Unavailable; once it is loaded again, they work."""
+    address = f"127.0.0.1:{free_port()}"
+    with redis_server() as url, ExitStack() as stack:
+        ref = build_table(checkpoint, url, shards=4)
+        first = stack.enter_context(process("lookup", "--store", url, "--listen", address))
+        worker = stack.enter_context(process("worker", str(checkpoint), "--lookup", address, "--row-cache-megabytes", "0", *FREE))
+        client = stack.enter_context(Client(worker.address))
+        expected = list(client.generate(PROMPT, 10))
+        end(first.popen)
+        with Redis.from_url(url) as redis:
+            redis.flushall()
+        stack.enter_context(process("lookup", "--store", url, "--listen", address))
+        with pytest.raises(errors.Unavailable, match=f"table {ref} is not in"):
+            list(client.generate(PROMPT, 10))
+        build_table(checkpoint, url, shards=4)
+        assert expected == list(client.generate(PROMPT, 10))
 
 
 def refused(*arguments: str) -> str:

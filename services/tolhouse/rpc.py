@@ -78,10 +78,10 @@ async def serve(
     register: Callable[[grpc.aio.Server], Any],
     names: tuple[str, ...],
     drain_seconds: float,
-    until: asyncio.Event | None = None,
+    drain: Callable[[], None] | None = None,
     **fields: object,
 ) -> None:
-    """Serve on `listen` until SIGTERM or SIGINT (or `until`), then finish calls in flight for at most `drain_seconds`.
+    """Serve on `listen` until SIGTERM or SIGINT, then call `drain` and finish calls in flight for at most `drain_seconds`.
 
     Once it answers, one line of JSON on stdout says so: service, address with its real port, and `fields`.
     """
@@ -103,7 +103,7 @@ async def serve(
     await server.start()
     for name in ("", *names):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-    stop = until or asyncio.Event()
+    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -111,5 +111,7 @@ async def serve(
     await stop.wait()
     event("draining", service=service)
     await checks.enter_graceful_shutdown()
+    if drain:
+        drain()
     await server.stop(drain_seconds)
     event("stopped", service=service)

@@ -37,13 +37,34 @@ SECONDS = Histogram(
 class LookupService(LookupServicer):
     def __init__(self, rows: HotRows) -> None:
         self.rows = rows
+        self.draining = False
+        self._idle: set[asyncio.Task] = set()  # streams that wait for a request
 
     async def Fetch(
         self, request_iterator: AsyncIterator[lookup_pb2.FetchRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[lookup_pb2.FetchReply]:
-        async for request in request_iterator:
-            async for reply in self._fetch(request):
-                yield reply
+        stream = asyncio.current_task()
+        assert stream
+        try:
+            self._idle.add(stream)
+            async for request in request_iterator:
+                self._idle.discard(stream)
+                async for reply in self._fetch(request):
+                    yield reply
+                if self.draining:
+                    return
+                self._idle.add(stream)
+        except asyncio.CancelledError:
+            if not self.draining:
+                raise
+        finally:
+            self._idle.discard(stream)
+
+    def drain(self) -> None:
+        """End every stream once it has answered what it was asked: clients keep theirs open, and turn to another replica."""
+        self.draining = True
+        for stream in self._idle:
+            stream.cancel()
 
     async def Describe(self, request: lookup_pb2.DescribeRequest, context: grpc.aio.ServicerContext) -> lookup_pb2.DescribeReply:
         manifest = await answer(context, asyncio.to_thread(resolve, self.rows.store, request.table))
@@ -108,6 +129,7 @@ async def run(listen: str, store_url: str, hot_bytes: int, metrics_listen: str, 
             lambda server: add_LookupServicer_to_server(service, server),
             (NAME,),
             drain_seconds,
+            drain=service.drain,
             metrics=metrics,
         )
     finally:

@@ -34,6 +34,8 @@ class Rows:
             started = time.perf_counter()
             try:
                 fetched = self.client.fetch_records(self.manifest, missing)
+            except NotFound as error:  # it was there at start: its loss is no fault of the caller's
+                raise Unavailable(str(error)) from None
             finally:
                 self.wait_seconds += time.perf_counter() - started
             records[~cached] = fetched
