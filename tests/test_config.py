@@ -47,3 +47,25 @@ def test_an_unheard_of_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("TOLHOUSE_WORKER_MAX_RUNING", "5")
     with pytest.raises(InvalidArgument, match="did you mean TOLHOUSE_WORKER_MAX_RUNNING"):
         config.load(config.LookupConfig, {})
+
+
+@pytest.mark.parametrize("kind", config.CONFIGS, ids=lambda kind: kind.__name__)
+def test_every_option_can_be_given_in_the_environment(kind: type[config.Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each variable changes its own option and no other."""
+    values = {"log_level": "debug", "codec": "fp16"}
+    defaults = config.load(kind, {}).model_dump()
+    for name, field in kind.model_fields.items():
+        with monkeypatch.context() as environment:
+            environment.setenv(config.variable(kind, name), values.get(name, {int: "7", float: "7.5"}.get(field.annotation, "text")))
+            loaded = config.load(kind, {}).model_dump()
+        assert {name} == {key for key in defaults if defaults[key] != loaded[key]}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1"])
+def test_a_quantity_is_a_finite_number(value: str) -> None:
+    """Seconds and megabytes that no clock and no memory has are refused, option by option."""
+    for kind in config.CONFIGS:
+        for name, field in kind.model_fields.items():
+            if field.annotation is float:
+                with pytest.raises(InvalidArgument, match=config.variable(kind, name)):
+                    config.load(kind, {name: value})

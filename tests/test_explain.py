@@ -42,3 +42,24 @@ def test_a_base_model_has_nothing_to_tell(tmp_path: Path) -> None:
     """It has no memory of tokens."""
     with pytest.raises(InvalidArgument, match="no token memory"):
         explain_text(open_checkpoint(tiny_model(tmp_path / "base", "base")), "def", 1, 1)
+
+
+def test_a_coefficient_keeps_its_sign(checkpoint: Path) -> None:
+    """Keys are in order of strength, and each has the factor with which it enters the row, which may be negative."""
+    opened = open_checkpoint(checkpoint)
+    entry = explain_text(opened, "d", keys=20, neighbours=1)[0]
+    for layer, keys in enumerate(entry["keys"]):
+        exact = coefficients(opened.model(), layer, torch.tensor([entry["id"]]))[0]
+        strongest = exact.abs().argsort(descending=True)[:20].tolist()
+        assert strongest == [key["key"] for key in keys]
+        assert [round(exact[key].item(), 4) for key in strongest] == [key["coefficient"] for key in keys]
+
+
+def test_more_is_asked_for_than_there_is(checkpoint: Path) -> None:
+    """All keys and all other tokens are the most that can be told; nothing can be told of no text."""
+    opened = open_checkpoint(checkpoint)
+    entry = explain_text(opened, "d", keys=10**6, neighbours=10**6)[0]
+    assert [opened.config.intermediate_size] * 4 == [len(keys) for keys in entry["keys"]]
+    assert set(range(opened.config.vocab_size)) - {entry["id"]} == {near["id"] for near in entry["nearest"]}
+    with pytest.raises(InvalidArgument, match="the text is empty"):
+        explain_text(opened, "", 1, 1)

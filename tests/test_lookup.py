@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from redis import Redis
 from tolhouse import Client, Manifest, errors
-from tolhouse.store import open_store
+from tolhouse.store import delete, open_store
 from tolhouse.testing import Process, build_table, free_port, process, redis_server, tiny_model
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
@@ -209,6 +209,19 @@ def test_a_shard_file_cut_short_while_it_is_mapped_does_not_kill_the_service(che
         path.write_bytes(whole)
         assert expected == client.fetch(ref, range(8)).tobytes()
         assert running.popen.poll() is None
+
+
+def test_a_version_built_anew_in_other_shards_is_served(checkpoint: Path, redis_url: str) -> None:
+    """A service that had the table open finds its rows again after they were deleted and built in another division."""
+    ref = build_table(checkpoint, redis_url, shards=2, name="anew", publish=False)
+    with process("lookup", "--store", redis_url, "--hot-megabytes", "0", *FREE) as running, Client(running.address) as client:
+        expected = client.fetch(ref, range(50)).tobytes()
+        with closing(open_store(redis_url)) as store:
+            delete(store, ref)
+        with pytest.raises((errors.NotFound, errors.Corrupt)):
+            client.fetch(ref, range(50))
+        assert ref == build_table(checkpoint, redis_url, shards=7, name="anew")
+        assert expected == client.fetch(ref, range(50)).tobytes()
 
 
 def test_a_record_altered_in_redis_is_told(checkpoint: Path, redis_url: str) -> None:

@@ -186,3 +186,44 @@ def test_a_reference_is_a_name_and_perhaps_a_version() -> None:
     for bad in ("a@", "a@0123", "a@0123456789ABCDEF", "a@0123456789abcdef@", "@0123456789abcdef"):
         with pytest.raises(InvalidArgument):
             split_ref(bad)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("format", True), ("format", 1.0), ("shards", ["zz", "z" * 32]), ("shards", {"a": 1}), ("tokenizer_id", 1), ("vocab_size", "5")],
+)
+def test_what_only_looks_right_in_a_manifest_is_refused(field: str, value: object) -> None:
+    """A number that equals another of a different type, and strings that are no digests; the field is named."""
+    with pytest.raises(InvalidArgument, match=f"manifest: .*{field}"):
+        Manifest.from_json(json.dumps({**json.loads(golden().to_json()), field: value}))
+
+
+@given(st.one_of(st.binary(max_size=60), st.text(max_size=60)))
+def test_any_bytes_are_no_manifest(text: bytes | str) -> None:
+    """Whatever stands in the file, the error is InvalidArgument."""
+    with pytest.raises(InvalidArgument, match="manifest"):
+        Manifest.from_json(text)
+
+
+def test_json_without_end_is_no_manifest() -> None:
+    """Brackets nested deeper than the reader goes are refused like other malformed text."""
+    with pytest.raises(InvalidArgument, match="manifest: not JSON"):
+        Manifest.from_json("[" * 100_000)
+
+
+def test_a_record_is_token_major_and_a_run_of_layers_is_a_run_of_bytes() -> None:
+    """Block after block, lowest layer first, scale before codes, eight bytes of checksum, and nothing between."""
+    manifest = golden("int8")
+    (record,) = manifest.encode(IDS[:1], ROWS[:1])
+    blocks = [manifest.codec_.encode(layer).tobytes() for layer in ROWS[0]]
+    assert [4 + 3, 4 + 3] == [len(block) for block in blocks]
+    assert b"".join(blocks) == record[:-8].tobytes()
+    assert 2 * 7 + 8 == manifest.record_bytes == len(record)
+
+
+def test_a_record_may_be_as_large_as_a_message_allows() -> None:
+    """3 MiB with its checksum, and not four bytes more."""
+    size = (3 * 2**20 - 8) // 4
+    assert 3 * 2**20 == golden(layers=(0,), hidden_size=size).record_bytes
+    with pytest.raises(InvalidArgument, match="a record of 3145732 bytes is over the limit of 3145728"):
+        golden(layers=(0,), hidden_size=size + 1)

@@ -245,3 +245,42 @@ def test_a_full_redis_is_told() -> None:
 
         with pytest.raises(errors.Overloaded, match="maxmemory"):
             fill()
+
+
+def test_what_is_not_found_comes_with_what_there_is(tmp_path: Path) -> None:
+    """The tables of the store, eight at most, are named; an unknown name and an unknown version alike."""
+    with closing(open_store(f"file://{tmp_path}")) as store:
+        refs = [write(store, manifest_of("known", version)).ref for version in range(10)]
+        for missing in ("unknown", f"known@{'f' * 16}"):
+            with pytest.raises(errors.NotFound, match=f"tables here: {', '.join(refs[:8])} and 2 more"):
+                resolve(store, missing)
+
+
+def test_a_rollback_gives_back_the_same_bytes_and_always_goes_somewhere(store: Store, name: str) -> None:
+    """Through every earlier version, in order; once those between are deleted, none is gone back to in vain."""
+    one, two = (write(store, manifest_of(name, version)) for version in (1, 2))
+    ids = np.arange(VOCABULARY, dtype=np.uint32)
+    before = read(store, publish(store, one.ref), ids)
+    publish(store, two.ref)
+    publish(store, one.ref)
+    assert (one.version, (one.version, two.version)) == (store.alias(name).version, store.alias(name).history)
+    assert two == rollback(store, name)
+    assert one == rollback(store, name)
+    assert before == read(store, resolve(store, name), ids)
+    publish(store, two.ref)
+    publish(store, one.ref)
+    delete(store, two.ref)
+    with pytest.raises(errors.InvalidArgument, match="no version before"):
+        rollback(store, name)
+
+
+def test_a_name_may_stand_for_nothing_again(store: Store, name: str) -> None:
+    """Without its alias a table is there by version only, and may be deleted."""
+    manifest = publish(store, write(store, manifest_of(name)).ref)
+    store.set_alias(name, None)
+    store.set_alias(name, None)
+    assert None is store.alias(name)
+    assert (manifest, False) in list(tables(store))
+    assert manifest == delete(store, manifest.ref)
+    with pytest.raises(errors.Corrupt):
+        read(store, manifest, np.array([1], np.uint32))

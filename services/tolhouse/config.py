@@ -23,6 +23,8 @@ def knob(default: Any, text: str, **more: Any) -> Any:
 
 
 class Config(BaseSettings):
+    model_config = SettingsConfigDict(allow_inf_nan=False)
+
     log_level: Literal["debug", "info", "warning", "error"] = knob("info", "Least level of log lines, which go to stderr.")
 
 

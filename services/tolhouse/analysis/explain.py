@@ -30,17 +30,16 @@ def explain_text(checkpoint: Checkpoint, text: str, keys: int, neighbours: int) 
     ids_T = torch.tensor(ids)
     norms_TN = model.rows(ids_T).norm(dim=-1).T
     near = nearest(model, ids_T, neighbours)
-    strongest = [
-        coefficients(model, layer, ids_T).abs().topk(min(keys, checkpoint.config.intermediate_size)) for layer in range(len(norms_TN[0]))
-    ]
+    by_layer = [coefficients(model, layer, ids_T) for layer in range(checkpoint.config.num_row_layers)]
+    strongest = [c_TK.abs().topk(min(keys, c_TK.shape[1])).indices for c_TK in by_layer]
     return [
         {
             "id": token,
             "token": tokenizer.decode([token], skip_special_tokens=False),
             "norms": [round(n, 4) for n in norms_TN[t].tolist()],
             "keys": [
-                [{"key": k, "coefficient": round(c, 4)} for k, c in zip(top.indices[t].tolist(), top.values[t].tolist(), strict=True)]
-                for top in strongest
+                [{"key": k, "coefficient": round(float(c_TK[t, k]), 4)} for k in top_TK[t].tolist()]
+                for c_TK, top_TK in zip(by_layer, strongest, strict=True)
             ],
             "nearest": [
                 {"id": i, "token": tokenizer.decode([i], skip_special_tokens=False), "cosine": round(c, 4)}

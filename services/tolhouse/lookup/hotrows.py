@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tolhouse.errors import Corrupt
 from tolhouse.store import Store, resolve
 from tolhouse.table.rowcache import RowCache
 from tolhouse.table.spec import Manifest
@@ -46,7 +47,11 @@ class HotRows:
         if len(missing):
             wanted, inverse = np.unique(ids[missing], return_inverse=True)
             records = np.empty((len(wanted), table.manifest.record_bytes), np.uint8)
-            await asyncio.to_thread(self.store.read, table.manifest, wanted, records)
+            try:
+                await asyncio.to_thread(self.store.read, table.manifest, wanted, records)
+            except Corrupt:
+                self._open.pop(table.manifest.ref, None)  # deleted, or built anew in other shards: read its manifest again
+                raise
             out[missing] = records[inverse]
             table.hot.insert(wanted, records)
         return out, len(ids) - len(missing)

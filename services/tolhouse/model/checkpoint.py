@@ -109,7 +109,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         data = json.loads((path / CONFIG).read_text())
     except FileNotFoundError:
         raise NotFound(f"checkpoint {path} has no {CONFIG}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{path / CONFIG} is not JSON: {error}") from None
     config = ModelConfig.from_json(data)
     _check_tensors(path / WEIGHTS, config)

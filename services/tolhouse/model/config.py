@@ -4,6 +4,7 @@ It knows nothing of tensors; `transformer.py` reads it, `checkpoint.py` stores i
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,14 @@ from tolhouse.errors import InvalidArgument
 
 KINDS = ("base", "memory", "flex")
 FFN_C_FORMS = ("linear", "swiglu")
+_LIMITS = {
+    "vocab_size": 2**31,
+    "hidden_size": 2**17,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**16,
+    "intermediate_size": 2**20,
+    "max_position_embeddings": 2**31,
+}
 
 
 @dataclass(frozen=True)
@@ -42,15 +51,10 @@ class ModelConfig:
             ok = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))  # type: ignore[arg-type]
             require(ok or numeric, f"{field.name} must be {wanted.__name__}, not {value!r}")  # type: ignore[union-attr]
         require(self.kind in KINDS, f"kind {self.kind!r} is unknown; one of {', '.join(KINDS)}")
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-        ):
-            require(0 < getattr(self, name) <= 2**31, f"{name} must be from 1 to 2^31, not {getattr(self, name)}")
+        for name, limit in _LIMITS.items():
+            require(0 < getattr(self, name) <= limit, f"{name} must be from 1 to {limit}, not {getattr(self, name)}")
+        for name in ("rope_theta", "rms_norm_eps"):
+            require(0 < getattr(self, name) < math.inf, f"{name} must be a number above 0, not {getattr(self, name)}")
         require(
             self.hidden_size % (2 * self.num_attention_heads) == 0,
             f"hidden_size {self.hidden_size} must be an even multiple of num_attention_heads {self.num_attention_heads}",

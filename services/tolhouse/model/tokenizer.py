@@ -19,8 +19,8 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception
         raise InvalidArgument(f"{path} is not a tokenizer.json: {error}") from None
-    if vocab_size is not None and tokenizer.get_vocab_size() > vocab_size:
-        size = tokenizer.get_vocab_size()
+    size = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if vocab_size is not None and size > vocab_size:
         raise InvalidArgument(f"{path} has {size} tokens, but the model's vocabulary is {vocab_size}")
     return tokenizer
 

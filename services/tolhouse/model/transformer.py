@@ -172,5 +172,5 @@ def active_parameters(model: nn.Module) -> int:
 
 
 def total_parameters(model: nn.Module) -> int:
-    """All parameters but the embeddings: equal for every kind of one preset."""
+    """All parameters but the embeddings: equal for every kind of one preset, up to its norms and the rounding of K."""
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("embed_tokens.", "lm_head.")))

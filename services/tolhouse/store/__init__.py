@@ -4,6 +4,7 @@ Both keep immutable versions of tables and, per name, an alias: the version that
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Alias:
             data = json.loads(text)
             alias = cls(data["version"], tuple(data["history"]))
             ok = all(isinstance(version, str) for version in (alias.version, *alias.history))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             ok = False
         if not ok:
             raise Corrupt("is malformed; publish a version to write it anew")
@@ -85,7 +86,17 @@ def open_store(url: str, timeout_seconds: float = 5.0) -> Store:
         from tolhouse.store.redis import RedisStore
 
         return RedisStore(url, timeout_seconds)
-    raise InvalidArgument(f"store {url!r} is not understood; allowed are file://PATH, redis://HOST:PORT and rediss://HOST:PORT")
+    raise not_understood(url)
+
+
+def not_understood(url: str) -> InvalidArgument:
+    return InvalidArgument(f"store {shown(url)!r} is not understood; allowed are file://PATH, redis://HOST:PORT and rediss://HOST:PORT")
+
+
+def shown(url: str) -> str:
+    """A store's URL for logs and messages: without user, password and options."""
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def resolve(store: Store, ref: str) -> Manifest:
@@ -145,7 +156,9 @@ def delete(store: Store, ref: str) -> Manifest:
     if alias and alias.version == version:
         raise InUse(f"{ref} is published: publish or roll back to another version before deleting it")
     if alias and version in alias.history:
-        store.set_alias(name, Alias(alias.version, tuple(v for v in alias.history if v != version)))
+        # what remains on either side of it may be one version: going back has to lead to another
+        *history, now = (v for v, _ in itertools.groupby(v for v in (*alias.history, alias.version) if v != version))
+        store.set_alias(name, Alias(now, tuple(history)))
     store.delete(manifest)
     return manifest
 

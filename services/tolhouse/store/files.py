@@ -168,7 +168,7 @@ def _header(file: BinaryIO, path: Path, rows: int, record_bytes: int) -> int:
         (length,) = struct.unpack("<Q", file.read(8))
         tensor = json.loads(file.read(min(length, 1 << 20)))["records"]
         ok = tensor["dtype"] == "U8" and tensor["shape"] == [rows, record_bytes] and tensor["data_offsets"][0] == 0
-    except (struct.error, ValueError, KeyError, TypeError, IndexError):
+    except (struct.error, ValueError, KeyError, TypeError, IndexError, RecursionError):
         ok = False
     if not ok:
         raise Corrupt(f"shard file {path} is truncated or not a shard of {rows} records of {record_bytes} bytes")

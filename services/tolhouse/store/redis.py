@@ -20,7 +20,7 @@ from redis.cluster import RedisCluster
 from redis.retry import Retry
 
 from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, NotFound, Overloaded, Unauthenticated, Unavailable
-from tolhouse.store import Alias
+from tolhouse.store import Alias, not_understood, shown
 from tolhouse.table.spec import Manifest, check_name, split_ref
 
 _TABLES = "tolhouse:tables"
@@ -29,7 +29,7 @@ _WRITE_BYTES = 1 << 20  # per HSET
 
 class RedisStore:
     def __init__(self, url: str, timeout_seconds: float) -> None:
-        self.url = _without_password(url)
+        self.url = shown(url)
         options: dict[str, Any] = {
             "socket_timeout": timeout_seconds,
             "socket_connect_timeout": timeout_seconds,
@@ -38,10 +38,10 @@ class RedisStore:
         with self._mapped():
             try:
                 client: Redis = Redis.from_url(url, **options)
-            except ValueError as error:
-                raise InvalidArgument(f"store {self.url!r} is not understood: {error}") from None
-            clustered = client.info("cluster").get("cluster_enabled") == 1
-            self._redis: Any = RedisCluster.from_url(url, **options) if clustered else client
+                clustered = client.info("cluster").get("cluster_enabled") == 1
+                self._redis: Any = RedisCluster.from_url(url, **options) if clustered else client
+            except (ValueError, TypeError):  # a port that is no number, an option that redis-py doesn't have
+                raise not_understood(url) from None
 
     def refs(self) -> list[str]:
         with self._mapped():
@@ -130,7 +130,7 @@ class RedisStore:
         """Redis' errors as ours."""
         try:
             yield
-        except (exceptions.AuthenticationError, exceptions.AuthorizationError) as error:
+        except (exceptions.AuthenticationError, exceptions.AuthorizationError, exceptions.NoPermissionError) as error:
             raise Unauthenticated(f"Redis at {self.url} refuses the user or password: {error}") from None
         except exceptions.TimeoutError as error:
             raise DeadlineExceeded(f"Redis at {self.url} did not answer in time: {error}") from None
@@ -144,8 +144,3 @@ class RedisStore:
 
 def _shard_key(manifest: Manifest, shard: int) -> str:
     return f"tolhouse:{{{manifest.ref}:{shard}}}"
-
-
-def _without_password(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"

@@ -17,7 +17,8 @@ from tolhouse.errors import InvalidArgument
 class Codec:
     """`block(D)` is the numpy type of a block. `encode` takes float32 [..., D] to blocks [...]; `decode` takes them back.
 
-    `relative_error` bounds |decode(encode(x)) - x| as a share of the row's largest magnitude.
+    |decode(encode(x)) - x| is at most `relative_error` times the row's largest magnitude, plus `step`: half the distance
+    of the codec's smallest numbers, which a row too small for its exponents loses.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Codec:
     encode_values: Callable[[np.ndarray], np.ndarray]
     decode: Callable[[np.ndarray], np.ndarray]
     relative_error: float
+    step: float = 0.0
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
         """Blocks [...] for float32 rows [..., D]; InvalidArgument if a value is not finite or does not fit the codec."""
@@ -36,7 +38,7 @@ class Codec:
         return blocks
 
 
-def _plain(name: str, dtype: np.dtype, relative_error: float) -> Codec:
+def _plain(name: str, dtype: np.dtype, relative_error: float, step: float = 0.0) -> Codec:
     def block(size: int) -> np.dtype:
         return np.dtype([("values", dtype, (size,))])
 
@@ -45,7 +47,7 @@ def _plain(name: str, dtype: np.dtype, relative_error: float) -> Codec:
             values = np.ascontiguousarray(rows.astype(dtype))
         return values.view(block(rows.shape[-1]))[..., 0]
 
-    return Codec(name, block, encode, lambda blocks: blocks["values"], relative_error)
+    return Codec(name, block, encode, lambda blocks: blocks["values"], relative_error, step)
 
 
 def _int8_block(size: int) -> np.dtype:
@@ -71,9 +73,9 @@ CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
         _plain("fp32", np.dtype("<f4"), 0.0),
-        _plain("fp16", np.dtype("<f2"), 2**-11 + 2**-24),
-        _plain("bf16", np.dtype(ml_dtypes.bfloat16), 2**-8),
-        Codec("int8", _int8_block, _int8_encode, _int8_decode, 0.5001 / 127),
+        _plain("fp16", np.dtype("<f2"), 2**-11 + 2**-24, 2**-25),
+        _plain("bf16", np.dtype(ml_dtypes.bfloat16), 2**-8, 2**-134),
+        Codec("int8", _int8_block, _int8_encode, _int8_decode, 0.5001 / 127, 2**-143),
     )
 }
 

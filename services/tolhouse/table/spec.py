@@ -24,6 +24,7 @@ FORMAT = 1
 MAX_RECORD_BYTES = 3 << 20  # a record travels whole, within gRPC's default message of 4 MiB
 MAX_SHARDS = 65_536
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 _VERSION = re.compile(r"[0-9a-f]{16}")
 _GOLDEN_64 = 0x9E3779B97F4A7C15
 
@@ -49,7 +50,7 @@ class Manifest:
             if not ok:
                 raise InvalidArgument(f"manifest: {message}")
 
-        require(self.format == FORMAT, f"format {self.format!r} is unknown; this version reads {FORMAT}")
+        require(type(self.format) is int and self.format == FORMAT, f"format {self.format!r} is unknown; this version reads {FORMAT}")
         for field in ("name", "version", "codec", "model_id", "tokenizer_id"):
             require(isinstance(getattr(self, field), str), f"{field} must be a string")
         check_name(self.name)
@@ -64,7 +65,7 @@ class Manifest:
             and list(self.layers) == sorted(set(self.layers)),
             f"layers must be ascending layer numbers, not {self.layers!r}",
         )
-        require(all(isinstance(digest, str) for digest in self.shards), "shards must be digests")
+        require(all(isinstance(d, str) and _DIGEST.fullmatch(d) for d in self.shards), "shards must be digests of 32 hex digits")
         require(len(self.shards) in (0, self.num_shards), f"{len(self.shards)} digests for {self.num_shards} shards")
         require(
             self.record_bytes <= MAX_RECORD_BYTES,
@@ -145,7 +146,7 @@ class Manifest:
         """The manifest in `text`; InvalidArgument where it is malformed."""
         try:
             data: Any = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidArgument(f"manifest: not JSON: {error}") from None
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(data, dict) or set(data) != names:

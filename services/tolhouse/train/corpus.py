@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tolhouse.errors import InvalidArgument, NotFound
+from tolhouse.model.tokenizer import load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "pydoc_data"}
@@ -67,12 +68,15 @@ def prepare(path: Path, folder: Path, vocab_size: int, least_tokens: int) -> tup
     """(train, held-out) token ids of the corpus at `path`, by a tokenizer in `folder` that is trained if not there."""
     pairs = list(documents(path))
     kept = [text for name, text in pairs if not is_held_out(name)]
-    held_out = [text for name, text in pairs if is_held_out(name)] or kept[-1:]
+    held_out = [text for name, text in pairs if is_held_out(name)]
+    kept, held_out = kept or held_out[:1], held_out or kept[-1:]  # a single document is on both sides
     file = folder / "tokenizer.json"
     if not file.exists():
         train_tokenizer(kept, vocab_size).save(str(file))
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = load_tokenizer(file, vocab_size)
     end = tokenizer.token_to_id(END_OF_TEXT)
+    if end is None:
+        raise InvalidArgument(f"{file} has no token {END_OF_TEXT}, which ends a document")
 
     def encode(texts: list[str]) -> np.ndarray:
         ids = [i for encoding in tokenizer.encode_batch(texts) for i in (*encoding.ids, end)]

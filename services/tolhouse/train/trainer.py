@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+import xxhash
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tolhouse.errors import Mismatch
+from tolhouse.errors import Corrupt, Mismatch
 from tolhouse.model.checkpoint import save_checkpoint
 from tolhouse.model.kv import NoCache
 from tolhouse.model.transformer import Transformer
@@ -101,7 +102,11 @@ class Trainer:
         return float(np.mean(losses))
 
     def fingerprint(self) -> dict[str, str]:
-        return {"recipe": repr(self.recipe), "seed": str(self.seed), "train_tokens": str(len(self.train_ids))}
+        return {
+            "recipe": repr(self.recipe),
+            "seed": str(self.seed),
+            "train_tokens": f"{len(self.train_ids)} {xxhash.xxh3_128_hexdigest(self.train_ids.tobytes())}",
+        }
 
     def save(self, step: int) -> None:
         """Weights and optimiser moments as safetensors, replaced at once, so that a kill leaves the old or the new."""
@@ -115,9 +120,14 @@ class Trainer:
 
     def resume(self) -> int:
         """Load the saved state if there is one; returns the number of steps already done."""
-        if not (self.out / STATE).exists():
+        file = self.out / STATE
+        if not file.exists():
             return 0
-        with safe_open(self.out / STATE, framework="pt") as saved:
+        try:
+            opened = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise Corrupt(f"{file} can't be read: {error}; remove it, or the folder, to begin anew") from None
+        with opened as saved:
             metadata = saved.metadata()
             step = int(metadata.pop("step"))
             if metadata != self.fingerprint():

@@ -1,0 +1,144 @@
+"""Runs that can't go on: of another recipe, seed or text, from a spoilt state, or on a corpus that is not there."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tolhouse.errors import Mismatch, TolhouseError
+from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
+from tolhouse.model.transformer import Transformer
+from tolhouse.train.recipes import Recipe, recipe
+from tolhouse.train.trainer import STATE, Trainer, initialise, rate
+
+IDS = np.random.default_rng(0).integers(0, 300, 4000).astype(np.int32)
+
+
+def small(kind: str = "memory", beta: int = 0, **changes) -> Recipe:
+    tiny = recipe("tiny", kind, beta)
+    config = replace(tiny.config, vocab_size=512, num_hidden_layers=2)
+    return replace(tiny, config=config, **{"steps": 3, "batch_sequences": 2, "sequence_tokens": 16, "warmup_steps": 1, **changes})
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As `tolhouse train` has by default."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def out(checkpoint: Path, tmp_path: Path) -> Path:
+    """A folder for a run, with a tokenizer."""
+    (tmp_path / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize(("kind", "beta", "autocast"), [("base", 0, False), ("memory", 0, False), ("memory", 0, True), ("flex", 3, True)])
+def test_every_kind_learns(kind: str, beta: int, autocast: bool, out: Path) -> None:
+    """In either precision every weight moves, and on a text of sixteen tokens the loss falls from that of a blind guess."""
+    text = np.tile(IDS[:16], 20)
+    trainer = Trainer(small(kind, beta, steps=30, autocast=autocast), text, text, out)
+    trainer.run()
+    first, *_, last = (float(line.split(",")[2]) for line in (out / "loss.csv").read_text().splitlines()[1:])
+    assert first == pytest.approx(math.log(512), abs=0.3)
+    assert last < first - 2
+    torch.manual_seed(trainer.seed)
+    untrained = Transformer(trainer.recipe.config)
+    initialise(untrained)
+    before = dict(untrained.named_parameters())
+    assert not [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]
+
+
+def test_a_finished_run_is_not_trained_any_further(out: Path) -> None:
+    """Started again, it gives the same loss and leaves weights and curve as they are."""
+    loss = Trainer(small(), IDS, IDS, out).run()
+    before = [(out / name).read_bytes() for name in (WEIGHTS, STATE, "loss.csv")]
+    again = Trainer(small(), IDS, IDS, out).run()
+    assert loss == pytest.approx(again, abs=1e-5)
+    assert before == [(out / name).read_bytes() for name in (WEIGHTS, STATE, "loss.csv")]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"recipe": small(steps=4)}, "recipe"),
+        ({"recipe": small(peak_rate=1e-3)}, "recipe"),
+        ({"recipe": small("flex", 1)}, "recipe"),
+        ({"seed": 1}, "seed"),
+        ({"train_ids": IDS[:-1]}, "train"),
+        ({"train_ids": IDS[::-1].copy()}, "train"),
+    ],
+)
+def test_a_run_of_other_settings_is_not_continued(other: dict, message: str, out: Path) -> None:
+    """Another recipe, seed or text is a Mismatch that says which, and the state that is there stays."""
+    settings = {"recipe": small(), "train_ids": IDS, "valid_ids": IDS, "out": out}
+    Trainer(**settings).run()
+    before = (out / STATE).read_bytes()
+    with pytest.raises(Mismatch, match=f"differs in .*{message}"):
+        Trainer(**{**settings, **other}).run()
+    assert before == (out / STATE).read_bytes()
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_a_spoilt_state_is_told(size: int, out: Path) -> None:
+    """A state that was cut short is an error of ours that names it."""
+    Trainer(small(), IDS, IDS, out).run()
+    (out / STATE).write_bytes((out / STATE).read_bytes()[:size])
+    with pytest.raises(TolhouseError, match=STATE):
+        Trainer(small(), IDS, IDS, out).run()
+
+
+@given(st.integers(1, 50), st.integers(0, 200), st.integers(0, 250))
+def test_the_rate_stays_between_its_ends(warmup: int, more: int, step: int) -> None:
+    """Up to the peak in equal steps, never above it, and from there down to the final rate at the last step."""
+    run = replace(small(), warmup_steps=warmup, steps=warmup + more)
+    step = min(step, run.steps)
+    if step < warmup:
+        assert run.peak_rate * (step + 1) / warmup == pytest.approx(rate(run, step))
+    else:
+        assert run.final_rate <= rate(run, step) <= run.peak_rate
+        assert rate(run, step + 1) <= rate(run, step) or step == run.steps
+    assert (run.final_rate if more else run.peak_rate) == pytest.approx(rate(run, run.steps))
+
+
+@pytest.mark.parametrize(("corpus", "message"), [("nothing", "no corpus at"), ("short.txt", "is too small"), ("empty", "is too small")])
+def test_a_corpus_that_can_not_train_is_told_in_a_line(corpus: str, message: str, tmp_path: Path) -> None:
+    """`tolhouse train` ends with 1 and one line on stderr, and leaves no checkpoint."""
+    (tmp_path / "short.txt").write_text("import os\n")
+    (tmp_path / "empty").mkdir()
+    command = [
+        sys.executable,
+        "-m",
+        "tolhouse.cli",
+        "train",
+        "tiny",
+        "--no-compile",
+        "--corpus",
+        tmp_path / corpus,
+        "--out",
+        tmp_path / "out",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (1, "") == (ended.returncode, ended.stdout)
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: the corpus" if corpus != "nothing" else "error: no corpus")
+    assert message in line
+    assert not (tmp_path / "out" / WEIGHTS).exists()
+
+
+def test_weights_are_stored_as_they_were_trained(out: Path) -> None:
+    """The checkpoint holds the trained weights, rounded to bfloat16."""
+    trainer = Trainer(small("flex", 2), IDS, IDS, out)
+    trainer.run()
+    stored = open_checkpoint(out).model().state_dict()
+    assert all(torch.equal(p.bfloat16().float(), stored[name]) for name, p in trainer.model.state_dict().items())
