@@ -70,7 +70,7 @@ class WorkerConfig(Config):
     row_cache_megabytes: float = knob(64, "Memory for rows kept in the worker.", ge=0)
     kv_cache_megabytes: float = knob(256, "Memory for keys and values of running sequences.", gt=0)
     max_running: int = knob(32, "Most sequences in the running batch.", ge=1)
-    max_waiting: int = knob(256, "Most sequences in the queue; more are refused.", ge=0)
+    max_waiting: int = knob(256, "Most sequences in the queue; more are refused.", ge=1)
     max_prefill_tokens: int = knob(4096, "Most prompt tokens in one step; one longer prompt still runs alone.", ge=1)
     fetch_timeout_seconds: float = knob(10, "Longest wait for the rows of a step.", gt=0)
     lookup_wait_seconds: float = knob(60, "Longest wait for the lookup service and the table at start.", ge=0)

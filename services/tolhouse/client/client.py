@@ -91,6 +91,8 @@ class Client:
         for attempt in range(attempts):
             if not len(left):
                 break
+            if attempt and len(left) == len(ids):
+                out = np.empty_like(out)  # a replica that was given up may still write into the old one
             if attempt and attempt % len(self.targets) == 0:
                 time.sleep(0.05)  # all have failed once: a moment for one to come back
             patience = (deadline - time.monotonic()) / (attempts - attempt)
