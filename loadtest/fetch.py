@@ -14,6 +14,7 @@ from contextlib import closing
 import numpy as np
 from redis import Redis
 from tolhouse import Client, Manifest
+from tolhouse.rpc import keep_large_blocks
 from tolhouse.store import open_store
 from tolhouse.table.spec import content_id
 from tolhouse.testing import process, redis_server
@@ -79,6 +80,7 @@ def measure(pairs: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer pairs: done within a minute")
+    keep_large_blocks()  # as the worker does
     medians = measure(40 if parser.parse_args().quick else 400)
     size = IDS * LAYERS * HIDDEN * 2
     print(f"{IDS} ids of {size // IDS // 1024} KiB, medians")

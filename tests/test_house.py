@@ -18,6 +18,7 @@ SOURCES = ROOT / "services" / "tolhouse"
 FLOORS = (
     {"v1", "errors", "telemetry"},
     {"table", "model", "rpc", "config"},
+    {"wire"},
     {"store", "client", "train", "analysis"},
     {"lookup", "build", "worker", "gateway"},
     {"testing"},

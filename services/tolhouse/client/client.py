@@ -39,6 +39,7 @@ class Client:
         self.timeout_seconds = timeout_seconds
         self._streams = {address: FetchStream(address) for address in self.targets}
         self._manifests: dict[str, tuple[Manifest, int]] = {}
+        self._orders: dict[str, np.ndarray] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -150,9 +151,7 @@ class Client:
         self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, left: np.ndarray, attempt: int, patience: float, most: int
     ) -> tuple[np.ndarray, TolhouseError | None]:
         """Try to fill the places `left` of `out`; the places still open, and the error that says why."""
-        shards = manifest.shard_of(ids[left])
-        owners = {s: self._ranked(manifest, s)[attempt % len(self.targets)] for s in np.unique(shards).tolist()}
-        owner_of = np.array([self.targets.index(owners[s]) for s in shards.tolist()])
+        owner_of = self._order(manifest)[manifest.shard_of(ids[left]), attempt % len(self.targets)]
         requests: list[tuple[FetchStream, np.ndarray, np.ndarray, Any]] = []
         for number, target in enumerate(self.targets):
             mine = left[owner_of == number]
@@ -161,14 +160,13 @@ class Client:
                 whole = len(places) == len(ids)
                 part = out if whole else np.empty((len(places), manifest.record_bytes), np.uint8)
                 stream = self._streams[target]
-                requests.append((stream, places, part, stream.submit(manifest.ref, ids[places], part)))
+                requests.append((stream, places, part, stream.submit(manifest, ids[places], part)))
         end = time.monotonic() + patience
         failed: list[np.ndarray] = []
         worst: TolhouseError | None = None
         for stream, places, part, done in requests:
             try:
                 done.result(timeout=max(0.0, end - time.monotonic()))
-                manifest.verify(ids[places], part)
                 if part is not out:
                     out[places] = part
             except FutureTimeout:
@@ -182,9 +180,15 @@ class Client:
                 worst = error
         return (np.concatenate(failed) if failed else np.empty(0, np.int64)), worst
 
-    def _ranked(self, manifest: Manifest, shard: int) -> list[str]:
-        key = f"{manifest.ref}:{shard}:"
-        return sorted(self.targets, key=lambda target: xxhash.xxh3_64_intdigest((key + target).encode()))
+    def _order(self, manifest: Manifest) -> np.ndarray:
+        """Numbers of the replicas in the order in which each shard asks them, [num_shards, replicas]: rendezvous hashing."""
+        if manifest.ref not in self._orders:
+            weights = [
+                [xxhash.xxh3_64_intdigest(f"{manifest.ref}:{shard}:{target}".encode()) for target in self.targets]
+                for shard in range(manifest.num_shards)
+            ]
+            self._orders[manifest.ref] = np.argsort(np.array(weights, np.uint64), axis=1)
+        return self._orders[manifest.ref]
 
     def _describe(self, table: str) -> tuple[Manifest, int]:
         known = self._manifests.get(table)

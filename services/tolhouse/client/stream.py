@@ -12,21 +12,25 @@ from dataclasses import dataclass, field
 import grpc
 import numpy as np
 
-from tolhouse.errors import Internal, TolhouseError, from_status
+from tolhouse import wire
+from tolhouse.errors import Corrupt, Internal, TolhouseError, from_status
 from tolhouse.rpc import dial, error_of
+from tolhouse.table.spec import Manifest
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
 
 @dataclass
 class _Request:
+    manifest: Manifest
+    ids: np.ndarray  # uint32 [T]
     out: np.ndarray  # uint8 [T, record_bytes]
     done: Future = field(default_factory=Future)
     filled: int = 0  # records received
 
-    def take(self, reply: lookup_pb2.FetchReply) -> bool:
-        """Copy a reply's records into place; whether the request is over."""
-        if reply.HasField("error"):
+    def take(self, reply: wire.Reply) -> bool:
+        """Copy a reply's records into place and verify them; whether the request is over."""
+        if reply.error:
             self.done.set_exception(from_status(reply.error.status, reply.error.message))
             return True
         count, odd = divmod(len(reply.records), self.out.shape[1])
@@ -34,8 +38,13 @@ class _Request:
             self.done.set_exception(Internal("the lookup service answered with records that do not fit the request"))
             return True
         if count:
-            records = np.frombuffer(reply.records, np.uint8).reshape(count, self.out.shape[1])
-            self.out[self.filled : self.filled + count] = records
+            part = slice(self.filled, self.filled + count)
+            self.out[part] = np.frombuffer(reply.records, np.uint8).reshape(count, self.out.shape[1])
+            try:  # here, while the next reply is on its way
+                self.manifest.verify(self.ids[part], self.out[part])
+            except Corrupt as error:
+                self.done.set_exception(error)
+                return True
             self.filled += count
         if reply.last and self.filled < len(self.out):
             self.done.set_exception(Internal("the lookup service answered with fewer records than were asked for"))
@@ -51,17 +60,19 @@ class FetchStream:
         self.target = target
         self.channel = dial(target)
         self.stub = LookupStub(self.channel)
+        # replies stay bytes: wire.py reads them
+        self._fetch = self.channel.stream_stream("/tolhouse.v1.Lookup/Fetch", lookup_pb2.FetchRequest.SerializeToString)
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._open: _Call | None = None
 
-    def submit(self, table: str, ids: np.ndarray, out: np.ndarray) -> Future:
-        """Ask for the records of `ids` (uint32 [T]) of "name@version"; they will be in `out` when the future is done."""
-        request = _Request(out)
+    def submit(self, manifest: Manifest, ids: np.ndarray, out: np.ndarray) -> Future:
+        """Ask for the records of `ids` (uint32 [T]); they will be in `out`, verified, when the future is done."""
+        request = _Request(manifest, ids, out)
         with self._lock:
             if self._open is None or self._open.broken:
-                self._open = _Call(self.stub, self.target)
-            self._open.send(next(self._numbers), table, ids, request)
+                self._open = _Call(self._fetch, self.target)
+            self._open.send(next(self._numbers), request)
         return request.done
 
     def reset(self) -> None:
@@ -77,27 +88,28 @@ class FetchStream:
 
 
 class _Call:
-    def __init__(self, stub: LookupStub, target: str) -> None:
+    def __init__(self, fetch: grpc.StreamStreamMultiCallable, target: str) -> None:
         self.target, self.broken = target, False
         self._lock = threading.Lock()
         self._pending: dict[int, _Request] = {}
         self._outgoing: queue.SimpleQueue[lookup_pb2.FetchRequest | None] = queue.SimpleQueue()
-        self.call = stub.Fetch(iter(self._outgoing.get, None))
+        self.call = fetch(iter(self._outgoing.get, None))
         threading.Thread(target=self._receive, name=f"fetch {target}", daemon=True).start()
 
-    def send(self, number: int, table: str, ids: np.ndarray, request: _Request) -> None:
+    def send(self, number: int, request: _Request) -> None:
         with self._lock:
             if self.broken:
                 request.done.set_exception(from_status("UNAVAILABLE", f"lookup {self.target}: the stream broke"))
                 return
             self._pending[number] = request
-        packed = ids.astype("<u4", copy=False).tobytes()
-        self._outgoing.put(lookup_pb2.FetchRequest(request_id=number, table=table, token_ids=packed))
+        packed = request.ids.astype("<u4", copy=False).tobytes()
+        self._outgoing.put(lookup_pb2.FetchRequest(request_id=number, table=request.manifest.ref, token_ids=packed))
 
     def _receive(self) -> None:
         error: TolhouseError
         try:
-            for reply in self.call:
+            for data in self.call:
+                reply = wire.parse(data)
                 request = self._pending.get(reply.request_id)
                 if request and request.take(reply):
                     with self._lock:

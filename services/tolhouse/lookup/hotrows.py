@@ -2,14 +2,14 @@
 
 import asyncio
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from tolhouse.errors import Corrupt
+from tolhouse.errors import Corrupt, TolhouseError, Unavailable
 from tolhouse.store import Store, resolve
 from tolhouse.table.rowcache import RowCache
-from tolhouse.table.spec import Manifest
+from tolhouse.table.spec import Buffer, Manifest
 
 _MOST_OPEN_TABLES = 8
 
@@ -18,6 +18,7 @@ _MOST_OPEN_TABLES = 8
 class OpenTable:
     manifest: Manifest
     hot: RowCache
+    reading: dict[int, asyncio.Future] = field(default_factory=dict)  # rows on their way from the store
 
 
 class HotRows:
@@ -39,19 +40,39 @@ class HotRows:
         self._open.move_to_end(ref)
         return table
 
-    async def read(self, table: OpenTable, ids: np.ndarray) -> tuple[np.ndarray, int]:
-        """Verified records [T, record_bytes] of `ids`, and how many of them were hot."""
-        out = np.empty((len(ids), table.manifest.record_bytes), np.uint8)
-        hot = table.hot.gather(ids, out)
-        missing = np.flatnonzero(~hot)
-        if len(missing):
-            wanted, inverse = np.unique(ids[missing], return_inverse=True)
-            records = np.empty((len(wanted), table.manifest.record_bytes), np.uint8)
+    async def missing(self, table: OpenTable, ids: list[int], read: dict[int, Buffer]) -> int:
+        """Add to `read` the verified records of those `ids` that are neither there nor hot; how many those were.
+
+        A row that someone else is reading already is waited for, not read again.
+        """
+        count = 0
+        while wanted := [i for i in dict.fromkeys(ids) if i not in table.hot.slot_of and i not in read]:
+            count = count or len(wanted)
+            read |= await self._read(table, wanted)
+        return count
+
+    async def _read(self, table: OpenTable, missing: list[int]) -> dict[int, Buffer]:
+        mine = [i for i in missing if i not in table.reading]
+        theirs = {i: table.reading[i] for i in missing if i in table.reading}
+        found: dict[int, Buffer] = {}
+        if mine:
+            done: asyncio.Future[dict[int, Buffer]] = asyncio.get_running_loop().create_future()
+            done.add_done_callback(lambda future: future.exception())  # nobody may be waiting
+            table.reading.update(dict.fromkeys(mine, done))
+            wanted = np.array(mine, np.uint32)
             try:
-                await asyncio.to_thread(self.store.read, table.manifest, wanted, records)
-            except Corrupt:
-                self._open.pop(table.manifest.ref, None)  # deleted, or built anew in other shards: read its manifest again
+                records = await asyncio.to_thread(self.store.records, table.manifest, wanted)
+            except BaseException as error:
+                if isinstance(error, Corrupt):
+                    self._open.pop(table.manifest.ref, None)  # deleted, or built anew in other shards: read its manifest again
+                done.set_exception(error if isinstance(error, TolhouseError) else Unavailable("the read was given up"))
                 raise
-            out[missing] = records[inverse]
+            finally:
+                for i in mine:
+                    del table.reading[i]
+            found = dict(zip(mine, records, strict=True))
+            done.set_result(found)
             table.hot.insert(wanted, records)
-        return out, len(ids) - len(missing)
+        for i, other in theirs.items():
+            found[i] = (await other)[i]
+        return found

@@ -11,14 +11,14 @@ import grpc
 import numpy as np
 from prometheus_client import Counter, Histogram
 
+from tolhouse import wire
 from tolhouse.errors import Internal, InvalidArgument, TolhouseError
 from tolhouse.lookup.hotrows import HotRows
 from tolhouse.rpc import answer, serve
 from tolhouse.store import open_store, resolve, tables
-from tolhouse.table.spec import Manifest, split_ref
+from tolhouse.table.spec import Buffer, Manifest, split_ref
 from tolhouse.telemetry import event, log, serve_metrics
 from tolhouse.v1 import lookup_pb2
-from tolhouse.v1.lookup_pb2_grpc import LookupServicer, add_LookupServicer_to_server
 
 NAME = "tolhouse.v1.Lookup"
 CHUNK_BYTES = 1 << 20
@@ -26,6 +26,7 @@ MAX_IDS_PER_FETCH = 65_536
 
 REQUESTS = Counter("tolhouse_lookup_requests_total", "Fetch requests answered, by gRPC status", ["status"])
 ROWS = Counter("tolhouse_lookup_rows_total", "Rows served, from hot rows or from the store", ["source"])
+ROWS_HOT, ROWS_STORE = ROWS.labels("hot"), ROWS.labels("store")
 BYTES = Counter("tolhouse_lookup_bytes_total", "Record bytes served")
 SECONDS = Histogram(
     "tolhouse_lookup_fetch_seconds",
@@ -34,7 +35,7 @@ SECONDS = Histogram(
 )
 
 
-class LookupService(LookupServicer):
+class LookupService:
     def __init__(self, rows: HotRows) -> None:
         self.rows = rows
         self.draining = False
@@ -42,7 +43,7 @@ class LookupService(LookupServicer):
 
     async def Fetch(
         self, request_iterator: AsyncIterator[lookup_pb2.FetchRequest], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[lookup_pb2.FetchReply]:
+    ) -> AsyncIterator[bytes]:
         stream = asyncio.current_task()
         assert stream
         try:
@@ -78,42 +79,55 @@ class LookupService(LookupServicer):
             ]
         )
 
-    async def _fetch(self, request: lookup_pb2.FetchRequest) -> AsyncIterator[lookup_pb2.FetchReply]:
-        """The replies to one request; its failure is its last reply, and the stream lives on."""
+    async def _fetch(self, request: lookup_pb2.FetchRequest) -> AsyncIterator[bytes]:
+        """The serialised replies to one request; its failure is its last reply, and the stream lives on."""
         started, number, status = time.perf_counter(), request.request_id, "OK"
         try:
             if split_ref(request.table)[1] is None:
                 raise InvalidArgument(f"fetch needs name@version, not {request.table!r}: ask Describe what a name stands for")
             table = await self.rows.table(request.table)
             ids = _ids(request.token_ids, table.manifest)
-            records, hot = await self.rows.read(table, ids)
+            read: dict[int, Buffer] = {}
+            missed = await self.rows.missing(table, ids, read)
+            size, hot = table.manifest.record_bytes, table.hot
+            step = max(1, CHUNK_BYTES // size)
+            for first in range(0, max(1, len(ids)), step):
+                part = ids[first : first + step]
+                await self.rows.missing(table, part, read)  # what was hot may have been evicted while the last part went out
+                records = [read[i] if i in read else hot[i] for i in part]
+                yield wire.reply(number, first, records, size * len(part), first + step >= len(ids))
+            ROWS_HOT.inc(len(ids) - missed)
+            ROWS_STORE.inc(missed)
+            BYTES.inc(size * len(ids))
         except Exception as error:  # noqa: BLE001 - the boundary where every error becomes a status
             if not isinstance(error, TolhouseError):
                 log.error("internal error", exc_info=error)
                 error = Internal("internal error; the service's log has the details")
             status = error.grpc_status
-            failed = lookup_pb2.Error(status=status, message=str(error))
-            yield lookup_pb2.FetchReply(request_id=number, error=failed, last=True)
-        else:
-            step = max(1, CHUNK_BYTES // table.manifest.record_bytes)
-            for first in range(0, max(1, len(ids)), step):
-                chunk = records[first : first + step]
-                yield lookup_pb2.FetchReply(request_id=number, first=first, records=chunk.tobytes(), last=first + step >= len(ids))
-            ROWS.labels("hot").inc(hot)
-            ROWS.labels("store").inc(len(ids) - hot)
-            BYTES.inc(records.nbytes)
+            yield wire.failed(number, status, str(error))
         REQUESTS.labels(status).inc()
         SECONDS.observe(time.perf_counter() - started)
 
 
-def _ids(packed: bytes, manifest: Manifest) -> np.ndarray:
+def register(service: LookupService, server: grpc.aio.Server) -> None:
+    """As the generated code does, but for the replies of Fetch, which are serialised already."""
+    fetch = grpc.stream_stream_rpc_method_handler(service.Fetch, lookup_pb2.FetchRequest.FromString, None)
+    describe, list_tables = (
+        grpc.unary_unary_rpc_method_handler(method, kind.FromString, lambda reply: reply.SerializeToString())
+        for method, kind in ((service.Describe, lookup_pb2.DescribeRequest), (service.ListTables, lookup_pb2.ListTablesRequest))
+    )
+    handlers = {"Fetch": fetch, "Describe": describe, "ListTables": list_tables}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(NAME, handlers)])
+
+
+def _ids(packed: bytes, manifest: Manifest) -> list[int]:
     if len(packed) % 4:
         raise InvalidArgument(f"token_ids has {len(packed)} bytes; it packs little-endian uint32, four bytes each")
     ids = np.frombuffer(packed, "<u4")
     if len(ids) > MAX_IDS_PER_FETCH:
         raise InvalidArgument(f"{len(ids)} token ids in one request; at most {MAX_IDS_PER_FETCH} are allowed")
     manifest.check_ids(ids)
-    return ids
+    return ids.tolist()
 
 
 async def run(listen: str, store_url: str, hot_bytes: int, metrics_listen: str, drain_seconds: float, store_timeout_seconds: float) -> None:
@@ -126,7 +140,7 @@ async def run(listen: str, store_url: str, hot_bytes: int, metrics_listen: str, 
         await serve(
             "lookup",
             listen,
-            lambda server: add_LookupServicer_to_server(service, server),
+            lambda server: register(service, server),
             (NAME,),
             drain_seconds,
             drain=service.drain,

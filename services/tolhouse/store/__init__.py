@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from tolhouse.errors import Corrupt, InUse, InvalidArgument, NotFound, TolhouseError
-from tolhouse.table.spec import Manifest, check_name, digest, split_ref
+from tolhouse.table.spec import Buffer, Manifest, check_name, digest, split_ref
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,14 @@ class Store(Protocol):
     def manifest(self, ref: str) -> Manifest:
         """The manifest of "name@version"; NotFound if that table is not here, or not complete."""
 
+    def records(self, manifest: Manifest, ids: np.ndarray) -> list[Buffer]:
+        """The verified records of `ids` where they lie, uncopied; Corrupt if one is missing or altered."""
+        ...
+
     def read(self, manifest: Manifest, ids: np.ndarray, out: np.ndarray) -> None:
-        """Fill `out` [T, record_bytes] with the verified records of `ids`; Corrupt if one is missing or altered."""
+        """Fill `out` [T, record_bytes] with the records of `ids`."""
+        for place, record in zip(out, self.records(manifest, ids), strict=True):
+            place[:] = np.frombuffer(record, np.uint8)
 
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
         """Store a whole shard, durably, in place of whatever is there."""

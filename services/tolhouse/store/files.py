@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from tolhouse.errors import Corrupt, InvalidArgument, NotFound, TolhouseError, Unavailable
-from tolhouse.store import Alias
-from tolhouse.table.spec import Manifest, check_name, split_ref
+from tolhouse.store import Alias, Store
+from tolhouse.table.spec import Buffer, Manifest, check_name, split_ref
 
 
-class FileStore:
+class FileStore(Store):
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
         self.url = f"file://{self.root}"
@@ -55,17 +55,20 @@ class FileStore:
             raise Corrupt(f"{path} describes table {manifest.ref}")
         return manifest
 
-    def read(self, manifest: Manifest, ids: np.ndarray, out: np.ndarray) -> None:
+    def records(self, manifest: Manifest, ids: np.ndarray) -> list[Buffer]:
+        found: list[Buffer] = [b""] * len(ids)
         shards = manifest.shard_of(ids)
         for shard in np.unique(shards).tolist():
-            chosen = np.flatnonzero(shards == shard)
+            places = np.flatnonzero(shards == shard).tolist()
             try:
-                records = self._shard(manifest, shard).records()
-                out[chosen] = records[ids[chosen] // manifest.num_shards]
-                manifest.verify(ids[chosen], out[chosen])
+                rows = self._shard(manifest, shard).records()
+                for place, row in zip(places, (ids[places] // manifest.num_shards).tolist(), strict=True):
+                    found[place] = rows[row].data
+                manifest.verify(ids[places], (found[place] for place in places))
             except Corrupt:
                 self._forget(manifest, shard)  # the file may be mended by a rebuild, under the same name
                 raise
+        return found
 
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
         path = self._path(manifest, shard)

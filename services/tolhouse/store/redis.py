@@ -20,14 +20,14 @@ from redis.cluster import RedisCluster
 from redis.retry import Retry
 
 from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, NotFound, Overloaded, Unauthenticated, Unavailable
-from tolhouse.store import Alias, not_understood, shown
-from tolhouse.table.spec import Manifest, check_name, split_ref
+from tolhouse.store import Alias, Store, not_understood, shown
+from tolhouse.table.spec import Buffer, Manifest, check_name, split_ref
 
 _TABLES = "tolhouse:tables"
 _WRITE_BYTES = 1 << 20  # per HSET
 
 
-class RedisStore:
+class RedisStore(Store):
     def __init__(self, url: str, timeout_seconds: float) -> None:
         self.url = shown(url)
         options: dict[str, Any] = {
@@ -61,15 +61,16 @@ class RedisStore:
             raise Corrupt(f"{ref} in {self.url} describes table {manifest.ref}")
         return manifest
 
-    def read(self, manifest: Manifest, ids: np.ndarray, out: np.ndarray) -> None:
+    def records(self, manifest: Manifest, ids: np.ndarray) -> list[Buffer]:
         shards = manifest.shard_of(ids)
-        chosen = [np.flatnonzero(shards == shard) for shard in np.unique(shards)]
+        by_shard = [np.flatnonzero(shards == shard) for shard in np.unique(shards)]
         with self._mapped():
             pipeline = self._redis.pipeline(transaction=False)
-            for places in chosen:
+            for places in by_shard:
                 pipeline.hmget(_shard_key(manifest, int(shards[places[0]])), ids[places].tolist())
             answers = pipeline.execute()
-        for places, records in zip(chosen, answers, strict=True):
+        found: list[Buffer] = [b""] * len(ids)
+        for places, records in zip(by_shard, answers, strict=True):
             for place, record in zip(places.tolist(), records, strict=True):
                 if record is None:
                     raise Corrupt(f"the row of token {ids[place]} of table {manifest.ref} is missing in {self.url}: load it again")
@@ -78,8 +79,9 @@ class RedisStore:
                         f"the row of token {ids[place]} of table {manifest.ref} has {len(record)} bytes in {self.url}, "
                         f"not {manifest.record_bytes}: load it again"
                     )
-                out[place] = np.frombuffer(record, np.uint8)
-        manifest.verify(ids, out)
+                found[place] = record
+        manifest.verify(ids, found)
+        return found
 
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
         key, ids = _shard_key(manifest, shard), manifest.shard_ids(shard).tolist()

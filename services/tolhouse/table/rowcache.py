@@ -5,7 +5,11 @@ from the oldest entry towards the newest, clears the bits it meets and takes the
 sets a bit. Not thread-safe: the cache belongs to one thread.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
+
+from tolhouse.table.spec import Buffer
 
 
 class RowCache:
@@ -23,6 +27,13 @@ class RowCache:
     def __len__(self) -> int:
         return len(self.slot_of)
 
+    def __getitem__(self, token_id: int) -> memoryview:
+        """The record of a cached token: a view that holds until the next insert."""
+        slot = self.slot_of[token_id]
+        self.hits += 1
+        self._visited[slot] = True
+        return self.slab[slot].data
+
     def gather(self, ids: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Copy the records of cached `ids` into their places in `out` [T, record_bytes]; True where one was cached."""
         slots = np.fromiter((self.slot_of.get(i, -1) for i in ids.tolist()), np.int64, len(ids))
@@ -37,15 +48,15 @@ class RowCache:
         self.misses += len(ids) - hits
         return cached
 
-    def insert(self, ids: np.ndarray, records: np.ndarray) -> None:
-        """Take in records [T, record_bytes] of `ids`, at the expense of others once the slab is full."""
+    def insert(self, ids: np.ndarray, records: Iterable[Buffer | np.ndarray]) -> None:
+        """Take in the records of `ids`, at the expense of others once the slab is full."""
         if not self.capacity:
             return
         for i, record in zip(ids.tolist(), records, strict=True):
             if i in self.slot_of:
                 continue
             slot = len(self.slot_of) if len(self.slot_of) < self.capacity else self._evict()
-            self.slab[slot] = record
+            self.slab[slot] = np.frombuffer(record, np.uint8)
             self.slot_of[i], self._id_of[slot], self._visited[slot] = slot, i, False
             self._newer[slot], self._older[slot] = -1, self._head
             if self._head >= 0:

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from tolhouse.errors import Corrupt, IdOutOfRange, InvalidArgument
 from tolhouse.table.codecs import Codec, codec
 
 FORMAT = 1
+Buffer = bytes | memoryview  # one record
 MAX_RECORD_BYTES = 3 << 20  # a record travels whole, within gRPC's default message of 4 MiB
 MAX_SHARDS = 65_536
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -125,16 +126,19 @@ class Manifest:
         """Rows [T, N, D] of records: a view of them for the float codecs, float32 values for the others."""
         return self.codec_.decode(records.view(self.record_dtype)[..., 0]["layers"])
 
-    def verify(self, ids: np.ndarray, records: np.ndarray) -> None:
+    def verify(self, ids: np.ndarray, records: Iterable[Buffer | np.ndarray]) -> None:
         """Corrupt, naming the first bad token, unless every record is intact, of this version and of its token."""
-        stored = records.view(self.record_dtype)[..., 0]["checksum"].tolist()
-        for i, record, checksum in zip(ids.tolist(), records, stored, strict=True):
-            if self._checksum(i, record) != checksum:
+        for i, record in zip(ids.tolist(), records, strict=True):
+            if self._checksum(i, record) != int.from_bytes(record[-8:], "little"):
                 raise Corrupt(f"the row of token {i} in table {self.ref} fails its checksum")
 
-    def _checksum(self, token_id: int, record: np.ndarray) -> int:
-        seed = (int(self.version, 16) + token_id * _GOLDEN_64) & 0xFFFF_FFFF_FFFF_FFFF
-        return xxhash.xxh3_64_intdigest(record[:-8].data, seed)
+    def _checksum(self, token_id: int, record: Buffer | np.ndarray) -> int:
+        seed = (self._seed + token_id * _GOLDEN_64) & 0xFFFF_FFFF_FFFF_FFFF
+        return xxhash.xxh3_64_intdigest(memoryview(record)[:-8], seed)
+
+    @cached_property
+    def _seed(self) -> int:
+        return int(self.version, 16)
 
     # JSON
 
