@@ -134,7 +134,7 @@ class Manifest:
 
     def _checksum(self, token_id: int, record: Buffer | np.ndarray) -> int:
         seed = (self._seed + token_id * _GOLDEN_64) & 0xFFFF_FFFF_FFFF_FFFF
-        return xxhash.xxh3_64_intdigest(memoryview(record)[:-8], seed)
+        return xxhash.xxh3_64_intdigest(memoryview(record)[:-8], seed)  # type: ignore[arg-type]  # an array is a buffer too
 
     @cached_property
     def _seed(self) -> int:
