@@ -1,13 +1,14 @@
 """The main job on one machine: build, serve, complete, compare with the model itself. Each service is its own process."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def demo(checkpoint_path: Path, max_tokens: int) -> int:
 def serve(checkpoint_path: Path, listen: str) -> None:
     """Leave the system running until Ctrl-C."""
     checkpoint = open_checkpoint(checkpoint_path)
-    with running(checkpoint, listen) as cluster:
+    with suppress(KeyboardInterrupt), running(checkpoint, listen) as cluster:
         body = json.dumps({"model": checkpoint.name, "prompt": PROMPTS[2], "max_tokens": 32, "temperature": 0})
         click.echo(f"serving {checkpoint.name} at {cluster.url}; Ctrl-C ends it. Try:\n")
         click.echo(f"curl -s {cluster.url}/completions -H 'Content-Type: application/json' -d '{body}'")
@@ -84,6 +85,7 @@ def serve(checkpoint_path: Path, listen: str) -> None:
 @contextmanager
 def running(checkpoint: Checkpoint, listen: str = "127.0.0.1:0") -> Iterator[Cluster]:
     """The whole system over a table of `checkpoint`, which is built if need be."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with us
     _say(f"building the table of {checkpoint.name} with Ray")
     # fp32 rows are the model's own: served tokens equal the in-process ones
     arguments = [

@@ -62,7 +62,8 @@ def error_of(error: grpc.RpcError, peer: str) -> TolhouseError:
         return Unsupported(f"{peer} does not serve this call; is it the address of another service?")
     if status is grpc.StatusCode.UNAVAILABLE and ("connect" in details.lower() or "socket" in details.lower()):
         details = f"can't be reached ({details})"
-    return from_status(status.name, f"{peer}: {details}")
+    mine = status in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.NOT_FOUND)
+    return from_status(status.name, details if mine else f"{peer}: {details}")  # whose fault it is
 
 
 async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:

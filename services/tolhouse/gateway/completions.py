@@ -112,6 +112,10 @@ class CompletionRun:
             if bad := [i for i in prompt if not 0 <= i < 2**32]:
                 raise InvalidArgument(f"token id {bad[0]} is outside the vocabulary: ids run from 0 up")
             return prompt
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise InvalidArgument("the prompt holds half a surrogate pair, which is no character") from None
         ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         if not ids:
             raise InvalidArgument("the prompt is empty; at least one token is needed")

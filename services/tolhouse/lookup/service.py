@@ -1,6 +1,6 @@
 """The gRPC face of the lookup service. Protobuf types end here.
 
-Copies on the way of a hot row: slab -> answer buffer -> reply bytes -> gRPC's own.
+Copies on the way of a row: slab, mapping or Redis' answer -> reply (`wire.py`) -> gRPC's own.
 """
 
 import asyncio
