@@ -80,6 +80,7 @@ MANIFESTS = st.builds(
     hidden_size=st.integers(1, 9),
     layers=st.sets(st.integers(0, 50), min_size=1, max_size=5).map(lambda s: tuple(sorted(s))),
     num_shards=st.integers(1, 9),
+    frequent=st.sampled_from([(), (0,)]),
     version=st.integers(0, 2**64 - 1).map("{:016x}".format),
 )
 
@@ -156,6 +157,14 @@ def test_a_malformed_manifest_is_refused(field: str, value: object) -> None:
         Manifest.from_json(json.dumps(data))
 
 
+def test_a_manifest_without_a_list_of_frequent_tokens_is_read() -> None:
+    """Tables built before there was one have an empty one."""
+    data = {**json.loads(golden(frequent=(3, 1)).to_json())}
+    assert (3, 1) == Manifest.from_json(json.dumps(data)).frequent
+    del data["frequent"]
+    assert golden() == Manifest.from_json(json.dumps(data))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", b"\xff\xfe"])
 def test_what_is_no_manifest_is_refused(text: str | bytes) -> None:
     """Not JSON, not an object, or without its fields."""
@@ -190,7 +199,15 @@ def test_a_reference_is_a_name_and_perhaps_a_version() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("format", True), ("format", 1.0), ("shards", ["zz", "z" * 32]), ("shards", {"a": 1}), ("tokenizer_id", 1), ("vocab_size", "5")],
+    [
+        *(("frequent", bad) for bad in ([5], [-1], [1, 1], [True], [1.0], [[1]], "1", {"1": 1}, None)),
+        ("format", True),
+        ("format", 1.0),
+        ("shards", ["zz", "z" * 32]),
+        ("shards", {"a": 1}),
+        ("tokenizer_id", 1),
+        ("vocab_size", "5"),
+    ],
 )
 def test_what_only_looks_right_in_a_manifest_is_refused(field: str, value: object) -> None:
     """A number that equals another of a different type, and strings that are no digests; the field is named."""

@@ -6,6 +6,7 @@ Copies on the way of a row: slab, mapping or Redis' answer -> reply (`wire.py`) 
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -75,7 +76,8 @@ class LookupService:
         found = await answer(context, asyncio.to_thread(lambda: list(tables(self.rows.store))))
         return lookup_pb2.ListTablesReply(
             tables=[
-                lookup_pb2.Table(name=m.name, version=m.version, published=published, manifest_json=m.to_json()) for m, published in found
+                lookup_pb2.Table(name=m.name, version=m.version, published=published, manifest_json=replace(m, frequent=()).to_json())
+                for m, published in found
             ]
         )
 

@@ -24,6 +24,7 @@ FORMAT = 1
 Buffer = bytes | memoryview  # one record
 MAX_RECORD_BYTES = 3 << 20  # a record travels whole, within gRPC's default message of 4 MiB
 MAX_SHARDS = 65_536
+MAX_FREQUENT = 32_768
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _VERSION = re.compile(r"[0-9a-f]{16}")
@@ -44,6 +45,7 @@ class Manifest:
     model_id: str  # the checkpoint it was built from
     tokenizer_id: str
     shards: tuple[str, ...] = ()
+    frequent: tuple[int, ...] = ()  # token ids, the most frequent in text first: what a cache is filled with; may be empty
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -67,6 +69,12 @@ class Manifest:
             f"layers must be ascending layer numbers, not {self.layers!r}",
         )
         require(all(isinstance(d, str) and _DIGEST.fullmatch(d) for d in self.shards), "shards must be digests of 32 hex digits")
+        require(
+            len(self.frequent) <= MAX_FREQUENT
+            and all(type(i) is int and 0 <= i < self.vocab_size for i in self.frequent)
+            and len(set(self.frequent)) == len(self.frequent),
+            f"frequent must be at most {MAX_FREQUENT} different token ids below {self.vocab_size}",
+        )
         require(len(self.shards) in (0, self.num_shards), f"{len(self.shards)} digests for {self.num_shards} shards")
         require(
             self.record_bytes <= MAX_RECORD_BYTES,
@@ -153,12 +161,15 @@ class Manifest:
         except (ValueError, RecursionError) as error:
             raise InvalidArgument(f"manifest: not JSON: {error}") from None
         names = {field.name for field in dataclasses.fields(cls)}
+        if isinstance(data, dict):
+            data.setdefault("frequent", [])  # tables that were built before there was this list
         if not isinstance(data, dict) or set(data) != names:
             odd = sorted(set(data) ^ names) if isinstance(data, dict) else "not an object"
             raise InvalidArgument(f"manifest: missing or unknown fields: {odd}")
-        if not isinstance(data["layers"], list) or not isinstance(data["shards"], list):
-            raise InvalidArgument("manifest: layers and shards must be lists")
-        return cls(**{**data, "layers": tuple(data["layers"]), "shards": tuple(data["shards"])})
+        lists = ("layers", "shards", "frequent")
+        if not all(isinstance(data[name], list) for name in lists):
+            raise InvalidArgument("manifest: layers, shards and frequent must be lists")
+        return cls(**{**data, **{name: tuple(data[name]) for name in lists}})
 
 
 def content_id(rows_id: str, codec_name: str, layers: Sequence[int]) -> str:
