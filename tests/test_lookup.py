@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -73,16 +74,17 @@ def refused(*arguments: str) -> str:
 
 
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("mapped", [True, False])
 @pytest.mark.parametrize("kind", ["file", "redis", "cluster"])
 def test_rows_are_those_of_the_store(
-    kind: str, codec: str, checkpoint: Path, tmp_path: Path, redis_url: str, redis_cluster_url: str
+    kind: str, mapped: bool, codec: str, checkpoint: Path, tmp_path: Path, redis_url: str, redis_cluster_url: str
 ) -> None:
-    """Whatever the store and the codec, a fetch gives the stored rows, twice: from the store, then hot."""
+    """Whatever the store and the codec, a fetch gives the stored rows, twice: from the store, then hot, sent or mapped."""
     url = {"file": f"file://{tmp_path}", "redis": redis_url, "cluster": redis_cluster_url}[kind]
     ref = build_table(checkpoint, url, codec=codec, shards=6, name=f"lookup-{codec}")
     ids = [0, 5, 3, 5, 299, 17, 300]
     manifest, records = stored(url, ref, ids)
-    with process("lookup", "--store", url, *FREE) as running, Client(running.address) as client:
+    with process("lookup", "--store", url, *FREE) as running, Client(running.address, map_hot_rows=mapped) as client:
         for _ in range(2):
             rows = client.fetch(ref, ids)
             assert manifest.decode(records).tobytes() == rows.tobytes()
@@ -90,7 +92,8 @@ def test_rows_are_those_of_the_store(
         assert (manifest, True) in client.tables()
         distinct = len(set(ids))
         assert f'tolhouse_lookup_rows_total{{source="store"}} {distinct}.0' in metrics(running)
-        assert f'tolhouse_lookup_rows_total{{source="hot"}} {distinct}.0' in metrics(running)
+        assert f'tolhouse_lookup_rows_total{{source="hot"}} {0 if mapped else distinct}.0' in metrics(running)
+        assert f"tolhouse_lookup_rows_taken_total {distinct if mapped else 0}.0" in metrics(running)
 
 
 def test_a_bad_request_fails_alone(stub: LookupStub, files: tuple[str, str]) -> None:
@@ -289,10 +292,47 @@ def test_a_replica_that_is_stopped_costs_no_request(checkpoint: Path, files: tup
     """While one of two replicas drains and ends, every fetch is answered."""
     url, ref = files
     options = ("lookup", "--store", url, "--drain-seconds", "300", *FREE)  # an idle stream does not keep it for so long
-    with process(*options) as first, process(*options) as second, Client([first.address, second.address]) as client:
+    with process(*options) as first, process(*options) as second, Client([first.address, second.address], map_hot_rows=False) as client:
         expected = client.fetch(ref, range(300)).tobytes()
         first.popen.terminate()
         while first.popen.poll() is None:
             assert expected == client.fetch(ref, range(300)).tobytes()
         assert 0 == first.popen.returncode
         assert expected == client.fetch(ref, range(300)).tobytes()
+
+
+def test_several_processes_share_a_port(files: tuple[str, str]) -> None:
+    """Connections to one port reach more than one process; all serve the same rows, and end together with 0."""
+    url, ref = files
+    _, expected = stored(url, ref, [1, 2, 3])
+    with process("lookup", "--store", url, "--processes", "3", *FREE) as running:
+        addresses = running.ready["metrics"].split(",")
+        assert 3 == running.ready["processes"] == len(set(addresses))
+        for _ in range(30):
+            with Client(running.address, map_hot_rows=False) as client:
+                assert expected.tobytes() == client.fetch_records(client.describe(ref), np.array([1, 2, 3], np.uint32)).tobytes()
+        counts = []
+        for address in addresses:
+            with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+                counts += [
+                    line.split()[-1] for line in answer.read().decode().splitlines() if line.startswith("tolhouse_lookup_bytes_total")
+                ]
+        assert 1 < sum(float(count) > 0 for count in counts)
+        assert "in use" in refused("lookup", "--store", url, "--processes", "2", "--listen", running.address)
+        assert "in use" in refused("lookup", "--store", url, "--listen", running.address)
+        children = psutil.Process(running.pid).children()
+        running.popen.terminate()
+        assert 0 == running.popen.wait(30)
+        assert [] == [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("killed", ["first", "another"])
+def test_processes_that_share_a_port_end_together(killed: str, files: tuple[str, str]) -> None:
+    """When one is killed none stays behind, whichever it is; the first says so with its exit code."""
+    with process("lookup", "--store", files[0], "--processes", "2", *FREE) as running:
+        serving = [child for child in psutil.Process(running.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        assert 2 == len(serving)
+        (running.popen if killed == "first" else serving[0]).kill()
+        assert (-9 if killed == "first" else 1) == running.popen.wait(30)
+        psutil.wait_procs(serving, timeout=30)
+        assert [] == [child for child in serving if child.is_running()]

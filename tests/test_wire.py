@@ -10,27 +10,51 @@ from tolhouse.v1 import lookup_pb2
 NUMBERS = st.integers(0, 2**64 - 1)
 
 
-@given(NUMBERS, st.integers(0, 2**32 - 1), st.lists(st.binary(max_size=300), max_size=5), st.booleans())
-@example(2**64 - 1, 2**32 - 1, [b"x" * 70_000], True)
-def test_a_reply_is_what_the_generated_code_reads(request_id: int, first: int, records: list[bytes], last: bool) -> None:
+SEGMENTS = st.none() | st.builds(
+    lookup_pb2.Segment, id=NUMBERS, pid=st.integers(0, 2**32 - 1), fd=st.integers(0, 2**32 - 1), capacity=st.integers(0, 2**32 - 1)
+)
+
+
+@given(
+    NUMBERS, st.integers(0, 2**32 - 1), st.lists(st.binary(max_size=300), max_size=5), st.booleans(), st.integers(0, 2**32 - 1), SEGMENTS
+)
+@example(2**64 - 1, 2**32 - 1, [b"x" * 70_000], True, 2**32 - 1, None)
+def test_a_reply_is_what_the_generated_code_reads(
+    request_id: int, first: int, records: list[bytes], last: bool, left: int, segment: lookup_pb2.Segment | None
+) -> None:
     """A stock client gets the same fields, and our own reader too."""
     whole = b"".join(records)
-    data = wire.reply(request_id, first, [memoryview(r) for r in records], len(whole), last)
-    expected = lookup_pb2.FetchReply(request_id=request_id, first=first, records=whole, last=last)
+    data = wire.reply(request_id, first, [memoryview(r) for r in records], len(whole), last, left, segment)
+    expected = lookup_pb2.FetchReply(request_id=request_id, first=first, records=whole, last=last, left=left, segment=segment)
     assert expected == lookup_pb2.FetchReply.FromString(data)
     assert expected.ByteSize() == len(data) or request_id == 0  # the number of a request is always written
-    assert (request_id, first, whole, last, None) == (*(p := wire.parse(data))[:2], bytes(p.records), *p[3:])
+    parsed = wire.parse(data)
+    assert (request_id, first, whole, last, None, segment, left) == parsed._replace(records=bytes(parsed.records))
 
 
-@given(NUMBERS, st.integers(0, 2**32 - 1), st.binary(max_size=300), st.booleans(), st.none() | st.tuples(st.text(), st.text()))
+@given(
+    NUMBERS,
+    st.integers(0, 2**32 - 1),
+    st.binary(max_size=300),
+    st.booleans(),
+    st.none() | st.tuples(st.text(), st.text()),
+    st.integers(0, 2**32 - 1),
+    SEGMENTS,
+)
 def test_a_reply_of_the_generated_code_is_read(
-    request_id: int, first: int, records: bytes, last: bool, error: tuple[str, str] | None
+    request_id: int,
+    first: int,
+    records: bytes,
+    last: bool,
+    error: tuple[str, str] | None,
+    left: int,
+    segment: lookup_pb2.Segment | None,
 ) -> None:
     """Whatever a stock server sends, fields in its own order, is understood."""
     told = lookup_pb2.Error(status=error[0], message=error[1]) if error else None
-    data = lookup_pb2.FetchReply(request_id=request_id, first=first, records=records, last=last, error=told).SerializeToString()
-    parsed = wire.parse(data)
-    assert (request_id, first, records, last, told) == (parsed.request_id, parsed.first, bytes(parsed.records), parsed.last, parsed.error)
+    fields = {"request_id": request_id, "first": first, "records": records, "last": last, "left": left}
+    parsed = wire.parse(lookup_pb2.FetchReply(**fields, error=told, segment=segment).SerializeToString())
+    assert (request_id, first, records, last, told, segment, left) == parsed._replace(records=bytes(parsed.records))
 
 
 def test_a_failure_is_a_last_reply() -> None:

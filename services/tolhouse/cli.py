@@ -290,18 +290,9 @@ def delete(settings: config.StoreConfig, table: str) -> None:
 @options(config.LookupConfig)
 def lookup(settings: config.LookupConfig) -> None:
     """Serve the tables of a store over gRPC: token ids in, rows out."""
-    from tolhouse.lookup.service import run as serve
+    from tolhouse.lookup.processes import run_all
 
-    run(
-        serve(
-            settings.listen,
-            settings.store,
-            int(settings.hot_megabytes * 1e6),
-            settings.metrics_listen,
-            settings.drain_seconds,
-            settings.store_timeout_seconds,
-        )
-    )
+    run_all(settings)
 
 
 @main.command()

@@ -54,7 +54,10 @@ class LookupConfig(Config):
     store: str = knob(DEFAULT_STORE, "The store to serve: file://PATH or redis://HOST:PORT.")
     listen: str = knob("127.0.0.1:50051", "Address to serve gRPC on; port 0: any free one.")
     metrics_listen: str = knob("127.0.0.1:0", "Address to serve Prometheus metrics on; port 0: any free one.")
-    hot_megabytes: float = knob(256, "Memory for hot rows, per table in use.", ge=0)
+    hot_megabytes: float = knob(256, "Memory for hot rows, per table in use and process.", ge=0)
+    processes: int = knob(
+        1, "Processes on the same port; each has its own hot rows, and metrics on a port of its own, one up.", ge=1, le=64
+    )
     drain_seconds: float = knob(10, "Time for calls in flight to end after SIGTERM.", ge=0)
     store_timeout_seconds: float = knob(2, "Longest wait for one answer of Redis.", gt=0)
 

@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -27,7 +28,6 @@ _CHANNEL_OPTIONS = [
 ]
 _SERVER_OPTIONS = [
     ("grpc.optimization_target", "throughput"),
-    ("grpc.so_reuseport", 0),  # a port in use is an error, not a share of its connections
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
@@ -99,17 +99,21 @@ async def serve(
     names: tuple[str, ...],
     drain_seconds: float,
     drain: Callable[[], None] | None = None,
+    announce: Callable[..., None] | None = None,
+    *,
+    share_port: bool = False,  # else a port in use is an error, not a share of its connections
     **fields: object,
 ) -> None:
     """Serve on `listen` until SIGTERM or SIGINT, then call `drain` and finish calls in flight for at most `drain_seconds`.
 
-    Once it answers, one line of JSON on stdout says so: service, address with its real port, and `fields`.
+    Once it answers, one line of JSON on stdout says so: service, address with its real port, and `fields`; or `announce`
+    is called with the latter two. `share_port`: other processes may listen on the same port.
     """
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
 
     keep_large_blocks()
-    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    server = grpc.aio.server(options=[*_SERVER_OPTIONS, ("grpc.so_reuseport", int(share_port))])
     register(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -128,7 +132,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    ready(service, f"{host}:{port}", **fields)
+    (announce or partial(ready, service))(f"{host}:{port}", **fields)
     await stop.wait()
     event("draining", service=service)
     await checks.enter_graceful_shutdown()

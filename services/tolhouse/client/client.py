@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import grpc
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import xxhash
 
 from tolhouse.client.generation import request_of, stop_reason
-from tolhouse.client.stream import FetchStream
+from tolhouse.client.stream import FetchStream, Request
 from tolhouse.errors import Cancelled, Corrupt, DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
 from tolhouse.rpc import error_of
 from tolhouse.table.spec import Manifest, split_ref
@@ -23,13 +23,21 @@ _RETRIED = (Unavailable, DeadlineExceeded, Cancelled, Corrupt)  # another replic
 _ROUNDS = 2
 
 
+class _Job(NamedTuple):
+    manifest: Manifest
+    ids: np.ndarray  # uint32 [T]
+    out: memoryview  # of records, flat
+    places: Sequence[int]  # [T]
+
+
 class Client:
     """Talks to the service at `target`, "host:port", or to several replicas of it, "host:port,host:port".
 
-    fetch, describe and tables want lookup services; generate wants a worker. Safe to use from several threads.
+    fetch, describe and tables want lookup services; generate wants a worker. Safe to use from several threads. Hot rows of
+    a lookup service of the same machine and user are read in its memory, unless `map_hot_rows` is false.
     """
 
-    def __init__(self, target: str | Sequence[str], timeout_seconds: float = 10.0) -> None:
+    def __init__(self, target: str | Sequence[str], timeout_seconds: float = 10.0, *, map_hot_rows: bool = True) -> None:
         targets = target.split(",") if isinstance(target, str) else list(target)
         self.targets = [t.strip() for t in targets if t.strip()]
         if not self.targets:
@@ -37,7 +45,7 @@ class Client:
         for address in self.targets:
             split_address(address)
         self.timeout_seconds = timeout_seconds
-        self._streams = {address: FetchStream(address) for address in self.targets}
+        self._streams = {address: FetchStream(address, map_hot_rows) for address in self.targets}
         self._manifests: dict[str, tuple[Manifest, int]] = {}
         self._orders: dict[str, np.ndarray] = {}
 
@@ -69,7 +77,7 @@ class Client:
         """
         manifest = table if isinstance(table, Manifest) else self.describe(table)
         ids_T = token_ids(ids)
-        unique, inverse = np.unique(ids_T, return_inverse=True)
+        unique, inverse = np.unique(ids_T, return_inverse=True) if len(ids_T) > 1 else (ids_T, None)
         if len(unique) == len(ids_T):
             rows = manifest.decode(self.fetch_records(manifest, ids_T))
         else:
@@ -77,27 +85,30 @@ class Client:
         rows.flags.writeable = False
         return rows
 
-    def fetch_records(self, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
-        """Verified records, uint8 [T, record_bytes], of distinct `ids` (uint32 [T]).
+    def fetch_records(
+        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray | None = None, places: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Verified records of distinct `ids` (uint32 [T]) in rows `places` [T] of `out` (uint8 [., record_bytes], contiguous).
 
-        Each shard's ids go to the replica that rendezvous hashing ranks first for it, so that the replicas' hot rows
-        differ, and to the next one when that fails.
+        By default `out` is made, and has them in order. After an error its rows may hold anything, and are not written
+        to any more. Each shard's ids go to the replica that rendezvous hashing ranks first for it, so that the replicas'
+        hot rows differ, and to the next one when that fails.
         """
         manifest.check_ids(ids)
-        _, most = self._describe(manifest.ref)
-        out = np.empty((len(ids), manifest.record_bytes), np.uint8)
+        if out is None:
+            out = np.empty((len(ids), manifest.record_bytes), np.uint8)
+        flat = memoryview(out.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
+        job = _Job(manifest, ids, flat, range(len(ids)) if places is None else places.tolist())
         deadline = time.monotonic() + self.timeout_seconds
         left = np.arange(len(ids))
         attempts = _ROUNDS * len(self.targets)
         for attempt in range(attempts):
             if not len(left):
                 break
-            if attempt and len(left) == len(ids):
-                out = np.empty_like(out)  # a replica that was given up may still write into the old one
             if attempt and attempt % len(self.targets) == 0:
                 time.sleep(0.05)  # all have failed once: a moment for one to come back
             patience = (deadline - time.monotonic()) / (attempts - attempt)
-            left, error = self._attempt(manifest, ids, out, left, attempt, max(0.001, patience), most)
+            left, error = self._attempt(job, left, attempt, max(0.001, patience))
             if error and (not isinstance(error, _RETRIED) or attempt == attempts - 1):
                 raise error
         return out
@@ -147,38 +158,41 @@ class Client:
         except grpc.RpcError as error:
             raise error_of(error, f"worker {target}") from None
 
-    def _attempt(
-        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, left: np.ndarray, attempt: int, patience: float, most: int
-    ) -> tuple[np.ndarray, TolhouseError | None]:
-        """Try to fill the places `left` of `out`; the places still open, and the error that says why."""
-        owner_of = self._order(manifest)[manifest.shard_of(ids[left]), attempt % len(self.targets)]
-        requests: list[tuple[FetchStream, np.ndarray, np.ndarray, Any]] = []
-        for number, target in enumerate(self.targets):
-            mine = left[owner_of == number]
-            for start in range(0, len(mine), most):
-                places = mine[start : start + most]
-                whole = len(places) == len(ids)
-                part = out if whole else np.empty((len(places), manifest.record_bytes), np.uint8)
-                stream = self._streams[target]
-                requests.append((stream, places, part, stream.submit(manifest, ids[places], part)))
+    def _attempt(self, job: "_Job", left: np.ndarray, attempt: int, patience: float) -> tuple[np.ndarray, TolhouseError | None]:
+        """Try to get the records `left` of a job; those still open, and the error that says why."""
+        manifest, ids, out, places = job
+        _, most = self._describe(manifest.ref)
+        requests: list[tuple[FetchStream, np.ndarray, Request]] = []
+        for stream, mine in self._divided(manifest, ids, left, attempt):
+            cold = stream.take(manifest, ids[mine], out, [places[n] for n in mine.tolist()])
+            asked = mine if cold is None else mine[cold]
+            for start in range(0, len(asked), most):
+                part = asked[start : start + most]
+                requests.append((stream, part, stream.submit(manifest, ids[part], out, [places[n] for n in part.tolist()])))
         end = time.monotonic() + patience
         failed: list[np.ndarray] = []
         worst: TolhouseError | None = None
-        for stream, places, part, done in requests:
+        for stream, part, request in requests:
             try:
-                done.result(timeout=max(0.0, end - time.monotonic()))
-                if part is not out:
-                    out[places] = part
+                request.done.result(timeout=max(0.0, end - time.monotonic()))
+                continue
             except FutureTimeout:
                 stream.reset()
-                failed.append(places)
                 worst = DeadlineExceeded(f"lookup {stream.target} did not answer within {patience:.1f} s")
             except TolhouseError as error:
-                failed.append(places)
-                if not isinstance(error, _RETRIED):
-                    return left, error
-                worst = error
+                worst = error if worst is None or isinstance(worst, _RETRIED) else worst
+            request.give_up()
+            failed.append(part)
         return (np.concatenate(failed) if failed else np.empty(0, np.int64)), worst
+
+    def _divided(self, manifest: Manifest, ids: np.ndarray, left: np.ndarray, attempt: int) -> Iterator[tuple[FetchStream, np.ndarray]]:
+        """The places `left`, by the replica that each shard asks at this attempt."""
+        if len(self.targets) == 1:
+            yield self._streams[self.targets[0]], left
+            return
+        owner_of = self._order(manifest)[manifest.shard_of(ids[left]), attempt % len(self.targets)]
+        for number in np.unique(owner_of).tolist():
+            yield self._streams[self.targets[number]], left[owner_of == number]
 
     def _order(self, manifest: Manifest) -> np.ndarray:
         """Numbers of the replicas in the order in which each shard asks them, [num_shards, replicas]: rendezvous hashing."""

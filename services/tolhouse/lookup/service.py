@@ -4,25 +4,31 @@ Copies on the way of a row: slab, mapping or Redis' answer -> reply (`wire.py`) 
 """
 
 import asyncio
+import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 
 import grpc
 import numpy as np
-from prometheus_client import Counter, Histogram
+from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from tolhouse import wire
+from tolhouse.config import LookupConfig
 from tolhouse.errors import Internal, InvalidArgument, TolhouseError
 from tolhouse.lookup.hotrows import HotRows
 from tolhouse.rpc import answer, serve
 from tolhouse.store import open_store, resolve, tables
-from tolhouse.table.spec import Buffer, Manifest, split_ref
+from tolhouse.table.shared import Segment
+from tolhouse.table.spec import Manifest, split_ref
 from tolhouse.telemetry import event, log, serve_metrics
 from tolhouse.v1 import lookup_pb2
 
 NAME = "tolhouse.v1.Lookup"
 CHUNK_BYTES = 1 << 20
+_LEFT_BYTES = 7 << 19  # records that a client is told of at a time, where it takes them itself
 MAX_IDS_PER_FETCH = 65_536
 
 REQUESTS = Counter("tolhouse_lookup_requests_total", "Fetch requests answered, by gRPC status", ["status"])
@@ -36,6 +42,17 @@ SECONDS = Histogram(
 )
 
 
+class Taken(Collector):
+    """Rows that clients took from the hot segments themselves, counted there."""
+
+    def __init__(self, rows: HotRows) -> None:
+        self.rows = rows
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Rows that clients on this machine took from the hot rows without a request"
+        yield CounterMetricFamily("tolhouse_lookup_rows_taken", text, self.rows.taken())
+
+
 class LookupService:
     def __init__(self, rows: HotRows) -> None:
         self.rows = rows
@@ -46,12 +63,13 @@ class LookupService:
         self, request_iterator: AsyncIterator[lookup_pb2.FetchRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[bytes]:
         stream = asyncio.current_task()
+        offered: set[int] = set()  # segments this client has been told of
         assert stream
         try:
             self._idle.add(stream)
             async for request in request_iterator:
                 self._idle.discard(stream)
-                async for reply in self._fetch(request):
+                async for reply in self._fetch(request, offered):
                     yield reply
                 if self.draining:
                     return
@@ -81,23 +99,26 @@ class LookupService:
             ]
         )
 
-    async def _fetch(self, request: lookup_pb2.FetchRequest) -> AsyncIterator[bytes]:
+    async def _fetch(self, request: lookup_pb2.FetchRequest, offered: set[int]) -> AsyncIterator[bytes]:
         """The serialised replies to one request; its failure is its last reply, and the stream lives on."""
-        started, number, status = time.perf_counter(), request.request_id, "OK"
+        started, status = time.perf_counter(), "OK"
         try:
             if split_ref(request.table)[1] is None:
                 raise InvalidArgument(f"fetch needs name@version, not {request.table!r}: ask Describe what a name stands for")
             table = await self.rows.table(request.table)
             ids = _ids(request.token_ids, table.manifest)
-            read: dict[int, Buffer] = {}
-            missed = await self.rows.missing(table, ids, read)
-            size, hot = table.manifest.record_bytes, table.hot
-            step = max(1, CHUNK_BYTES // size)
-            for first in range(0, max(1, len(ids)), step):
-                part = ids[first : first + step]
-                await self.rows.missing(table, part, read)  # what was hot may have been evicted while the last part went out
-                records = [read[i] if i in read else hot[i] for i in part]
-                yield wire.reply(number, first, records, size * len(part), first + step >= len(ids))
+            size, mapped = table.manifest.record_bytes, request.segment == table.segment.id
+            first = missed = 0
+            async for part, read in self.rows.parts(table, ids, max(1, (_LEFT_BYTES if mapped else CHUNK_BYTES) // size)):
+                missed += len(read)
+                last = first + len(part) == len(ids)
+                if mapped and not table.lacks(part):
+                    yield wire.reply(request.request_id, first, (), 0, last, left=len(part))
+                else:
+                    offer = table.segment if len(ids) and table.segment.id not in offered else None
+                    offered |= {table.segment.id} if offer else set()
+                    yield wire.reply(request.request_id, first, table.records(part, read), size * len(part), last, segment=told(offer))
+                first += len(part)
             ROWS_HOT.inc(len(ids) - missed)
             ROWS_STORE.inc(missed)
             BYTES.inc(size * len(ids))
@@ -106,7 +127,7 @@ class LookupService:
                 log.error("internal error", exc_info=error)
                 error = Internal("internal error; the service's log has the details")
             status = error.grpc_status
-            yield wire.failed(number, status, str(error))
+            yield wire.failed(request.request_id, status, str(error))
         REQUESTS.labels(status).inc()
         SECONDS.observe(time.perf_counter() - started)
 
@@ -122,31 +143,43 @@ def register(service: LookupService, server: grpc.aio.Server) -> None:
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(NAME, handlers)])
 
 
-def _ids(packed: bytes, manifest: Manifest) -> list[int]:
+def told(segment: Segment | None) -> lookup_pb2.Segment | None:
+    """Where a client finds a segment; None if it can't."""
+    if segment is None or segment.fd < 0 or not segment.capacity:
+        return None
+    return lookup_pb2.Segment(id=segment.id, pid=os.getpid(), fd=segment.fd, capacity=segment.capacity)
+
+
+def _ids(packed: bytes, manifest: Manifest) -> np.ndarray:
     if len(packed) % 4:
         raise InvalidArgument(f"token_ids has {len(packed)} bytes; it packs little-endian uint32, four bytes each")
     ids = np.frombuffer(packed, "<u4")
     if len(ids) > MAX_IDS_PER_FETCH:
         raise InvalidArgument(f"{len(ids)} token ids in one request; at most {MAX_IDS_PER_FETCH} are allowed")
     manifest.check_ids(ids)
-    return ids.tolist()
+    return ids
 
 
-async def run(listen: str, store_url: str, hot_bytes: int, metrics_listen: str, drain_seconds: float, store_timeout_seconds: float) -> None:
+async def run(config: LookupConfig, announce: Callable[..., None], *, share_port: bool = False) -> None:
     """Serve the store until told to stop."""
-    store = await asyncio.to_thread(open_store, store_url, store_timeout_seconds)
-    service = LookupService(HotRows(store, hot_bytes))
-    metrics = serve_metrics(metrics_listen)
+    store = await asyncio.to_thread(open_store, config.store, config.store_timeout_seconds)
+    service = LookupService(HotRows(store, int(config.hot_megabytes * 1e6)))
+    REGISTRY.register(Taken(service.rows))
+    metrics = serve_metrics(config.metrics_listen)
     event("serving store", store=store.url)
+    await service.rows.open_published()
     try:
         await serve(
             "lookup",
-            listen,
+            config.listen,
             lambda server: register(service, server),
             (NAME,),
-            drain_seconds,
+            config.drain_seconds,
             drain=service.drain,
+            announce=announce,
+            share_port=share_port,
             metrics=metrics,
         )
     finally:
+        service.rows.close()
         store.close()

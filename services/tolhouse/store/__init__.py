@@ -51,14 +51,18 @@ class Store(Protocol):
     def manifest(self, ref: str) -> Manifest:
         """The manifest of "name@version"; NotFound if that table is not here, or not complete."""
 
-    def records(self, manifest: Manifest, ids: np.ndarray) -> list[Buffer]:
-        """The verified records of `ids` where they lie, uncopied; Corrupt if one is missing or altered."""
+    def records(self, manifest: Manifest, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
+        """The verified records of `ids`, shard by shard as they come: places in `ids`, and the records, uncopied.
+
+        Corrupt if one is missing or altered.
+        """
         ...
 
     def read(self, manifest: Manifest, ids: np.ndarray, out: np.ndarray) -> None:
         """Fill `out` [T, record_bytes] with the records of `ids`."""
-        for place, record in zip(out, self.records(manifest, ids), strict=True):
-            place[:] = np.frombuffer(record, np.uint8)
+        for places, records in self.records(manifest, ids):
+            for place, record in zip(places.tolist(), records, strict=True):
+                out[place] = np.frombuffer(record, np.uint8)
 
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
         """Store a whole shard, durably, in place of whatever is there."""
@@ -180,6 +184,14 @@ def shard_digest(store: Store, manifest: Manifest, shard: int) -> str | None:
     except Corrupt:
         return None
     return digest(records)
+
+
+def by_shard(manifest: Manifest, ids: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Each shard that `ids` touch, and the places of its ids."""
+    shards = manifest.shard_of(ids)
+    order = np.argsort(shards, kind="stable")
+    firsts = np.flatnonzero(np.diff(shards[order], prepend=-1))
+    return list(zip(shards[order[firsts]].tolist(), np.split(order, firsts[1:]), strict=True)) if len(ids) else []
 
 
 def tables(store: Store) -> Iterator[tuple[Manifest, bool]]:

@@ -14,6 +14,7 @@ import os
 import shutil
 import struct
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from tolhouse.errors import Corrupt, InvalidArgument, NotFound, TolhouseError, Unavailable
-from tolhouse.store import Alias, Store
+from tolhouse.store import Alias, Store, by_shard
 from tolhouse.table.spec import Buffer, Manifest, check_name, split_ref
 
 
@@ -55,20 +56,16 @@ class FileStore(Store):
             raise Corrupt(f"{path} describes table {manifest.ref}")
         return manifest
 
-    def records(self, manifest: Manifest, ids: np.ndarray) -> list[Buffer]:
-        found: list[Buffer] = [b""] * len(ids)
-        shards = manifest.shard_of(ids)
-        for shard in np.unique(shards).tolist():
-            places = np.flatnonzero(shards == shard).tolist()
+    def records(self, manifest: Manifest, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
+        for shard, places in by_shard(manifest, ids):
             try:
                 rows = self._shard(manifest, shard).records()
-                for place, row in zip(places, (ids[places] // manifest.num_shards).tolist(), strict=True):
-                    found[place] = rows[row].data
-                manifest.verify(ids[places], (found[place] for place in places))
+                found: list[Buffer] = [rows[row].data for row in (ids[places] // manifest.num_shards).tolist()]
+                manifest.verify(ids[places], found)
             except Corrupt:
                 self._forget(manifest, shard)  # the file may be mended by a rebuild, under the same name
                 raise
-        return found
+            yield places, found
 
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
         path = self._path(manifest, shard)

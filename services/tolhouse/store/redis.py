@@ -5,26 +5,28 @@
     tolhouse:{name}:alias                string
     tolhouse:tables                      set of name@version
 
-Reads are grouped by shard into one HMGET each and pipelined; a Cluster's client sends them to all nodes before it
-waits for the first. Every call has a timeout.
+Reads are grouped by shard into one HMGET each; all are sent, to all nodes, before the first answer is waited for, and
+each shard's records are handed on as they come. Every call has a timeout.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
 from redis import Redis, exceptions
 from redis.backoff import ExponentialBackoff
 from redis.cluster import RedisCluster
+from redis.connection import AbstractConnection, ConnectionPool
 from redis.retry import Retry
 
 from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, NotFound, Overloaded, Unauthenticated, Unavailable
-from tolhouse.store import Alias, Store, not_understood, shown
+from tolhouse.store import Alias, Store, by_shard, not_understood, shown
 from tolhouse.table.spec import Buffer, Manifest, check_name, split_ref
 
 _TABLES = "tolhouse:tables"
 _WRITE_BYTES = 1 << 20  # per HSET
+_READ_BYTES = 1 << 18  # per recv
 
 
 class RedisStore(Store):
@@ -33,6 +35,7 @@ class RedisStore(Store):
         options: dict[str, Any] = {
             "socket_timeout": timeout_seconds,
             "socket_connect_timeout": timeout_seconds,
+            "socket_read_size": _READ_BYTES,
             "retry": Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
         }
         with self._mapped():
@@ -61,27 +64,46 @@ class RedisStore(Store):
             raise Corrupt(f"{ref} in {self.url} describes table {manifest.ref}")
         return manifest
 
-    def records(self, manifest: Manifest, ids: np.ndarray) -> list[Buffer]:
-        shards = manifest.shard_of(ids)
-        by_shard = [np.flatnonzero(shards == shard) for shard in np.unique(shards)]
+    def records(self, manifest: Manifest, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
+        shards = by_shard(manifest, ids)
+        reads = [(_shard_key(manifest, shard), ids[places].tolist()) for shard, places in shards]
         with self._mapped():
+            for (_, places), (_, tokens), records in zip(shards, reads, self._hmget(reads), strict=True):
+                for token, record in zip(tokens, records, strict=True):
+                    if record is None or len(record) != manifest.record_bytes:
+                        size = "is missing" if record is None else f"has {len(record)} bytes, not {manifest.record_bytes},"
+                        raise Corrupt(f"the row of token {token} of table {manifest.ref} {size} in {self.url}: load it again")
+                manifest.verify(ids[places], records)
+                yield places, records
+
+    def _hmget(self, reads: list[tuple[str, list[int]]]) -> Iterator[list[Any]]:
+        """The answer to each HMGET as it comes; all are sent, to all nodes, before the first is read.
+
+        Each is sent by itself: Redis answers what it has read before it reads on, and so the first rows are on their way
+        while it looks up the next. Where a connection fails or a slot has moved, redis-py's own pipeline does the rest.
+        """
+        answered = 0
+        with suppress(exceptions.ConnectionError, exceptions.ResponseError, exceptions.RedisClusterException), ExitStack() as stack:
+            open_: dict[ConnectionPool, AbstractConnection] = {}
+            order = []
+            for key, tokens in reads:
+                pool = self._pool(key)
+                connection = open_.get(pool) or open_.setdefault(pool, stack.enter_context(_connection(pool)))
+                connection.send_packed_command(connection.pack_command("HMGET", key, *tokens), check_health=False)
+                order.append(connection)
+            for connection in order:
+                yield connection.read_response()
+                answered += 1
+        if answered < len(reads):
             pipeline = self._redis.pipeline(transaction=False)
-            for places in by_shard:
-                pipeline.hmget(_shard_key(manifest, int(shards[places[0]])), ids[places].tolist())
-            answers = pipeline.execute()
-        found: list[Buffer] = [b""] * len(ids)
-        for places, records in zip(by_shard, answers, strict=True):
-            for place, record in zip(places.tolist(), records, strict=True):
-                if record is None:
-                    raise Corrupt(f"the row of token {ids[place]} of table {manifest.ref} is missing in {self.url}: load it again")
-                if len(record) != manifest.record_bytes:
-                    raise Corrupt(
-                        f"the row of token {ids[place]} of table {manifest.ref} has {len(record)} bytes in {self.url}, "
-                        f"not {manifest.record_bytes}: load it again"
-                    )
-                found[place] = record
-        manifest.verify(ids, found)
-        return found
+            for key, tokens in reads[answered:]:
+                pipeline.hmget(key, tokens)
+            yield from pipeline.execute()
+
+    def _pool(self, key: str) -> ConnectionPool:
+        if isinstance(self._redis, RedisCluster):
+            return self._redis.get_redis_connection(self._redis.get_node_from_key(key)).connection_pool
+        return self._redis.connection_pool
 
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
         key, ids = _shard_key(manifest, shard), manifest.shard_ids(shard).tolist()
@@ -142,6 +164,19 @@ class RedisStore(Store):
             raise Unavailable(f"Redis at {self.url} can't be reached: {error}") from None
         except exceptions.RedisError as error:
             raise Unavailable(f"Redis at {self.url} refuses: {error}") from None
+
+
+@contextmanager
+def _connection(pool: ConnectionPool) -> Iterator[AbstractConnection]:
+    """A connection of the pool; it is closed when something goes wrong, for answers may be left on it."""
+    connection = pool.get_connection()
+    try:
+        yield connection
+    except BaseException:
+        connection.disconnect()
+        raise
+    finally:
+        pool.release(connection)
 
 
 def _shard_key(manifest: Manifest, shard: int) -> str:

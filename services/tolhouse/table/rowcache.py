@@ -1,84 +1,123 @@
-"""The hot-row cache of worker and lookup service: records of one table in one slab bounded in bytes, kept by SIEVE.
+"""The hot-row cache of worker and lookup service: records of one table in one slab bounded in bytes, kept by S3-FIFO.
 
-SIEVE (Zhang et al., NSDI 2024): a queue in order of arrival whose entries carry a "visited" bit. To evict, a hand moves
-from the oldest entry towards the newest, clears the bits it meets and takes the first entry without one. A hit only
-sets a bit. Not thread-safe: the cache belongs to one thread.
+S3-FIFO (Yang et al., SOSP 2023): newcomers pass through a small queue, a tenth of the slab. Those that are asked for
+again while they wait go on to the main queue, the others leave and are remembered for a while; who comes back then goes
+to the main queue at once. A hit only counts a use, of which each spares a row one round of the main queue.
+
+The cache says which row belongs in which slot; its owner puts the bytes there. Not thread-safe: it belongs to one thread.
 """
 
-from collections.abc import Iterable
+from collections import deque
 
 import numpy as np
 
-from tolhouse.table.spec import Buffer
+from tolhouse.table.spec import Manifest
+
+MOST_USES = 3
+_SMALL_SHARE = 10  # one slot in ten is for newcomers
 
 
 class RowCache:
-    def __init__(self, capacity_bytes: int, record_bytes: int, most_rows: int) -> None:
-        self.capacity = min(capacity_bytes // record_bytes, most_rows)
-        self.slab = np.empty((self.capacity, record_bytes), np.uint8)  # pages are taken when written
-        self.slot_of: dict[int, int] = {}
+    def __init__(self, slab: np.ndarray, slot_of: np.ndarray, uses: np.ndarray) -> None:
+        """`slab` uint8 [capacity, record_bytes]; `slot_of` int32 [V], all -1; `uses` uint8 [capacity]: memory of the owner's."""
+        self.slab, self.slot_of, self.uses = slab, slot_of, uses
+        self.capacity = len(slab)
         self.hits = self.misses = 0
-        self._id_of = np.zeros(self.capacity, np.int64)
-        self._visited = np.zeros(self.capacity, bool)
-        self._newer = [-1] * self.capacity  # towards the head of the queue
-        self._older = [-1] * self.capacity
-        self._head = self._tail = self._hand = -1
+        self._id_of = np.full(self.capacity, -1, np.int64)
+        self._free = list(range(self.capacity - 1, -1, -1))
+        self._small: deque[int] = deque()  # slots, oldest first
+        self._main: deque[int] = deque()
+        self._small_slots = max(1, self.capacity // _SMALL_SHARE)
+        self._left_at = np.full(len(slot_of), -1 - self.capacity, np.int64)  # a clock of departures: who left lately is remembered
+        self._departures = 0
+        self._kept = np.zeros(self.capacity, bool)  # reserved, or in use
+        self._held = 0  # how many
+
+    @classmethod
+    def private(cls, manifest: Manifest, most_bytes: int) -> "RowCache":
+        """A cache in memory of its own, for at most all rows of the table."""
+        capacity = capacity_for(manifest, most_bytes)
+        slab = np.empty((capacity, manifest.record_bytes), np.uint8)  # pages are taken when written
+        return cls(slab, np.full(manifest.vocab_size, -1, np.int32), np.zeros(capacity, np.uint8))
 
     def __len__(self) -> int:
-        return len(self.slot_of)
+        return self.capacity - len(self._free)
 
-    def __getitem__(self, token_id: int) -> memoryview:
-        """The record of a cached token: a view that holds until the next insert."""
-        slot = self.slot_of[token_id]
-        self.hits += 1
-        self._visited[slot] = True
-        return self.slab[slot].data
+    def slots(self, ids: np.ndarray) -> np.ndarray:
+        """Slots int32 [T] of `ids`, -1 where one is not cached. Each hit counts as a use."""
+        slots = self.slot_of[ids]
+        found = slots[slots >= 0]
+        self.uses[found] = np.minimum(self.uses[found] + 1, MOST_USES)
+        self.hits += len(found)
+        self.misses += len(ids) - len(found)
+        return slots
 
-    def gather(self, ids: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """Copy the records of cached `ids` into their places in `out` [T, record_bytes]; True where one was cached."""
-        slots = np.fromiter((self.slot_of.get(i, -1) for i in ids.tolist()), np.int64, len(ids))
-        cached = slots >= 0
-        hits = int(cached.sum())
-        if hits == len(ids):
-            np.take(self.slab, slots, axis=0, out=out)
-        elif hits:
-            out[cached] = self.slab[slots[cached]]
-        self._visited[slots[cached]] = True
-        self.hits += hits
-        self.misses += len(ids) - hits
-        return cached
+    def reserve(self, ids: np.ndarray, *, main: bool = False) -> np.ndarray:
+        """Slots int32 [T] for the records of distinct `ids` that are not cached, at the expense of others; -1 without room.
 
-    def insert(self, ids: np.ndarray, records: Iterable[Buffer | np.ndarray]) -> None:
-        """Take in the records of `ids`, at the expense of others once the slab is full."""
-        if not self.capacity:
-            return
-        for i, record in zip(ids.tolist(), records, strict=True):
-            if i in self.slot_of:
-                continue
-            slot = len(self.slot_of) if len(self.slot_of) < self.capacity else self._evict()
-            self.slab[slot] = np.frombuffer(record, np.uint8)
-            self.slot_of[i], self._id_of[slot], self._visited[slot] = slot, i, False
-            self._newer[slot], self._older[slot] = -1, self._head
-            if self._head >= 0:
-                self._newer[self._head] = slot
-            else:
-                self._tail = slot
-            self._head = slot
+        The owner writes the records there and then says `settle`, or `release`. Until then the slots are nobody's, and
+        nobody gets them. `main`: these rows are known to be hot.
+        """
+        slots = np.full(len(ids), -1, np.int32)
+        for place, i in enumerate(ids[: self.capacity - self._held].tolist()):
+            slot = self._free.pop() if self._free else self._evict()
+            self._kept[slot] = True
+            self._held += 1
+            self._id_of[slot], self.uses[slot] = i, 0
+            (self._main if main or self._departures - self._left_at[i] < self.capacity else self._small).append(slot)
+            slots[place] = slot
+        return slots
+
+    def settle(self, ids: np.ndarray, slots: np.ndarray) -> None:
+        """The records of `ids` are in their reserved `slots`: from now on they are cached."""
+        given = slots >= 0
+        self.slot_of[ids[given]] = slots[given]
+        self.unkeep(slots[given])
+
+    def release(self, slots: np.ndarray) -> None:
+        """Nothing came of these reserved `slots`."""
+        given = slots[slots >= 0]
+        self.unkeep(given)
+        for slot in given.tolist():
+            (self._main if slot in self._main else self._small).remove(slot)
+            self._id_of[slot] = -1
+            self._free.append(slot)
+
+    def keep(self, slots: np.ndarray) -> None:
+        """Let the rows in `slots` stay until `unkeep`."""
+        self._kept[slots] = True
+        self._held += len(slots)
+
+    def unkeep(self, slots: np.ndarray) -> None:
+        self._kept[slots] = False
+        self._held -= len(slots)
 
     def _evict(self) -> int:
-        slot = self._hand if self._hand >= 0 else self._tail
-        while self._visited[slot]:
-            self._visited[slot] = False
-            slot = self._newer[slot] if self._newer[slot] >= 0 else self._tail
-        newer, older = self._newer[slot], self._older[slot]
-        self._hand = newer
-        if newer >= 0:
-            self._older[newer] = older
-        else:
-            self._head = older
-        if older >= 0:
-            self._newer[older] = newer
-        else:
-            self._tail = newer
-        del self.slot_of[int(self._id_of[slot])]
+        """A slot whose row has left; one at least is not kept."""
+        small, main = self._small, self._main
+        spared = 0
+        while True:
+            if small and (len(small) >= self._small_slots or spared >= len(main)):
+                slot = small.popleft()
+                if not self._kept[slot] and self.uses[slot] < 2:
+                    i = int(self._id_of[slot])
+                    self._departures += 1
+                    self._left_at[i] = self._departures
+                    break
+                self.uses[slot] = 0
+                main.append(slot)
+            else:
+                slot = main.popleft()
+                if not self._kept[slot] and not self.uses[slot]:
+                    i = int(self._id_of[slot])
+                    break
+                spared += bool(self._kept[slot])
+                self.uses[slot] -= not self._kept[slot]
+                main.append(slot)
+        self.slot_of[i] = -1
         return slot
+
+
+def capacity_for(manifest: Manifest, most_bytes: int) -> int:
+    """Slots of a cache of at most `most_bytes`."""
+    return min(most_bytes // manifest.record_bytes, manifest.vocab_size)

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -127,22 +127,37 @@ class Manifest:
         records = np.empty(len(ids), self.record_dtype)
         records["layers"] = self.codec_.encode(rows)
         data = records.view(np.uint8).reshape(len(ids), self.record_bytes)
-        records["checksum"] = [self._checksum(i, record) for i, record in zip(ids.tolist(), data, strict=True)]
+        records["checksum"] = [xxhash.xxh3_64_intdigest(r[:-8], seed) for r, seed in zip(split(data), self.seeds(ids), strict=True)]
         return data
 
     def decode(self, records: np.ndarray) -> np.ndarray:
         """Rows [T, N, D] of records: a view of them for the float codecs, float32 values for the others."""
         return self.codec_.decode(records.view(self.record_dtype)[..., 0]["layers"])
 
-    def verify(self, ids: np.ndarray, records: Iterable[Buffer | np.ndarray]) -> None:
+    def verify(self, ids: np.ndarray, records: Iterable[Buffer]) -> None:
         """Corrupt, naming the first bad token, unless every record is intact, of this version and of its token."""
-        for i, record in zip(ids.tolist(), records, strict=True):
-            if self._checksum(i, record) != int.from_bytes(record[-8:], "little"):
+        for i, seed, record in zip(ids.tolist(), self.seeds(ids), records, strict=True):
+            if not passes(record, seed):
                 raise Corrupt(f"the row of token {i} in table {self.ref} fails its checksum")
 
-    def _checksum(self, token_id: int, record: Buffer | np.ndarray) -> int:
-        seed = (self._seed + token_id * _GOLDEN_64) & 0xFFFF_FFFF_FFFF_FFFF
-        return xxhash.xxh3_64_intdigest(memoryview(record)[:-8], seed)  # type: ignore[arg-type]  # an array is a buffer too
+    def take(self, ids: np.ndarray, source: memoryview, at: Iterable[int], out: memoryview, places: Iterable[int]) -> list[int]:
+        """Copy the records of `ids` from `source` to `out`, both flat, record `at` to record `place`; indices of the bad ones.
+
+        One copy each, verified while it is in the core's cache. A negative `at` is a record that is not there.
+        """
+        size, bad = self.record_bytes, []
+        for n, (slot, place, seed) in enumerate(zip(at, places, self.seeds(ids), strict=True)):
+            if slot >= 0:
+                record = out[place * size : place * size + size]
+                record[:] = source[slot * size : slot * size + size]
+                if passes(record, seed):
+                    continue
+            bad.append(n)
+        return bad
+
+    def seeds(self, ids: np.ndarray) -> list[int]:
+        """The seed of each token's checksum."""
+        return (np.uint64(self._seed) + ids.astype(np.uint64) * np.uint64(_GOLDEN_64)).tolist()
 
     @cached_property
     def _seed(self) -> int:
@@ -170,6 +185,18 @@ class Manifest:
         if not all(isinstance(data[name], list) for name in lists):
             raise InvalidArgument("manifest: layers, shards and frequent must be lists")
         return cls(**{**data, **{name: tuple(data[name]) for name in lists}})
+
+
+def passes(record: Buffer, seed: int) -> bool:
+    """Whether a record's checksum is that of its bytes under `seed`."""
+    view = memoryview(record)
+    return xxhash.xxh3_64_intdigest(view[:-8], seed) == int.from_bytes(view[-8:], "little")
+
+
+def split(records: np.ndarray) -> Iterator[memoryview]:
+    """Each record of a contiguous uint8 [T, record_bytes] as a view."""
+    size, flat = records.shape[1], memoryview(records.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
+    return (flat[at : at + size] for at in range(0, len(flat), size))
 
 
 def content_id(rows_id: str, codec_name: str, layers: Sequence[int]) -> str:

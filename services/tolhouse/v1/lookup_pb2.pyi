@@ -7,28 +7,46 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FetchRequest(_message.Message):
-    __slots__ = ("request_id", "table", "token_ids")
+    __slots__ = ("request_id", "table", "token_ids", "segment")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     table: str
     token_ids: bytes
-    def __init__(self, request_id: _Optional[int] = ..., table: _Optional[str] = ..., token_ids: _Optional[bytes] = ...) -> None: ...
+    segment: int
+    def __init__(self, request_id: _Optional[int] = ..., table: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., segment: _Optional[int] = ...) -> None: ...
 
 class FetchReply(_message.Message):
-    __slots__ = ("request_id", "first", "records", "last", "error")
+    __slots__ = ("request_id", "first", "records", "last", "error", "segment", "left")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     RECORDS_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     first: int
     records: bytes
     last: bool
     error: Error
-    def __init__(self, request_id: _Optional[int] = ..., first: _Optional[int] = ..., records: _Optional[bytes] = ..., last: _Optional[bool] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+    segment: Segment
+    left: int
+    def __init__(self, request_id: _Optional[int] = ..., first: _Optional[int] = ..., records: _Optional[bytes] = ..., last: _Optional[bool] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., segment: _Optional[_Union[Segment, _Mapping]] = ..., left: _Optional[int] = ...) -> None: ...
+
+class Segment(_message.Message):
+    __slots__ = ("id", "pid", "fd", "capacity")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    pid: int
+    fd: int
+    capacity: int
+    def __init__(self, id: _Optional[int] = ..., pid: _Optional[int] = ..., fd: _Optional[int] = ..., capacity: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("status", "message")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tolhouse.client.client import Client
-from tolhouse.errors import Mismatch, NotFound, Unavailable
+from tolhouse.errors import Mismatch, NotFound, TolhouseError, Unavailable
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.table.rowcache import RowCache
 from tolhouse.table.spec import Manifest
@@ -20,34 +20,76 @@ class Rows:
 
     def __init__(self, client: Client, manifest: Manifest, cache_bytes: int, device: torch.device) -> None:
         self.client, self.manifest, self.device = client, manifest, device
-        self.cache = RowCache(cache_bytes, manifest.record_bytes, manifest.vocab_size)
+        self.cache = RowCache.private(manifest, cache_bytes)
         self.from_cache = self.from_remote = self.remote_bytes = 0
         self.wait_seconds = 0.0
+
+    def fill(self) -> None:
+        """Fetch the frequent tokens' rows into the cache; without them it fills itself."""
+        frequent = np.array(self.manifest.frequent[: self.cache.capacity][::-1], np.uint32)
+        try:
+            self._keep(frequent, main=True)
+        except TolhouseError as error:
+            event("row cache not filled", reason=str(error))
 
     def resolve(self, ids: np.ndarray) -> Tensor:
         """Rows float32 [N, T, D] of `ids` [T], each distinct token asked for once."""
         unique_U, inverse_T = np.unique(ids, return_inverse=True)
-        records = np.empty((len(unique_U), self.manifest.record_bytes), np.uint8)
-        cached = self.cache.gather(unique_U, records)
-        missing = unique_U[~cached]
+        slots_U = self.stage(unique_U)
+        records_U = self._passing(unique_U) if slots_U is None else self.cache.slab[slots_U]
+        return self._decoded(records_U)[torch.from_numpy(inverse_T).to(self.device)].transpose(0, 1).contiguous()
+
+    def stage(self, ids: np.ndarray) -> np.ndarray | None:
+        """Slots of the cache in which the records of distinct `ids` lie until the next call; None if it has fewer slots."""
+        if len(ids) > self.cache.capacity:
+            return None
+        slots = self.cache.slots(ids)
+        absent = slots < 0
+        missing, cached = ids[absent], slots[~absent]
         if len(missing):
-            started = time.perf_counter()
+            self.cache.keep(cached)
             try:
-                fetched = self.client.fetch_records(self.manifest, missing)
-            except NotFound as error:  # it was there at start: its loss is no fault of the caller's
-                raise Unavailable(str(error)) from None
+                slots[absent] = self._keep(missing)
             finally:
-                self.wait_seconds += time.perf_counter() - started
-            records[~cached] = fetched
-            self.cache.insert(missing, fetched)
-            self.from_remote += len(missing)
-            self.remote_bytes += fetched.nbytes
-        self.from_cache += len(unique_U) - len(missing)
-        return self._decoded(records)[torch.from_numpy(inverse_T).to(self.device)].transpose(0, 1).contiguous()
+                self.cache.unkeep(cached)
+        self.from_cache += len(cached)
+        return slots
+
+    def _keep(self, ids: np.ndarray, *, main: bool = False) -> np.ndarray:
+        """Fetch the records of `ids` into the cache, which has room for them; their slots."""
+        slots = self.cache.reserve(ids, main=main)
+        try:
+            self._fetch(ids, self.cache.slab, slots)
+        except BaseException:
+            self.cache.release(slots)
+            raise
+        self.cache.settle(ids, slots)
+        return slots
+
+    def _passing(self, ids: np.ndarray) -> np.ndarray:
+        """Records of more tokens than the cache has slots: what is cached is used, the rest is fetched and not kept."""
+        records = np.empty((len(ids), self.manifest.record_bytes), np.uint8)
+        slots = self.cache.slots(ids)
+        cached = slots >= 0
+        records[cached] = self.cache.slab[slots[cached]]
+        self._fetch(ids[~cached], records, np.flatnonzero(~cached))
+        self.from_cache += int(cached.sum())
+        return records
+
+    def _fetch(self, ids: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+        started = time.perf_counter()
+        try:
+            self.client.fetch_records(self.manifest, ids, out, places)
+        except NotFound as error:  # it was there at start: its loss is no fault of the caller's
+            raise Unavailable(str(error)) from None
+        finally:
+            self.wait_seconds += time.perf_counter() - started
+        self.from_remote += len(ids)
+        self.remote_bytes += len(ids) * self.manifest.record_bytes
 
     def has(self, ids: np.ndarray) -> bool:
         """Whether all of `ids` are cached."""
-        return all(i in self.cache.slot_of for i in ids.tolist())
+        return bool((self.cache.slot_of[ids] >= 0).all())
 
     def _decoded(self, records: np.ndarray) -> Tensor:
         values = self.manifest.decode(records)

@@ -130,6 +130,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
         manifest = await asyncio.to_thread(wait_for_table, client, table, config.lookup_wait_seconds)
         check_table(manifest, checkpoint)
         rows = Rows(client, manifest, int(config.row_cache_megabytes * 1e6), device)
+        rows.fill()
     model = checkpoint.model(ffn_m=False).to(device)
     engine = Engine(model, rows, cache, config.max_running, config.max_waiting, config.max_prefill_tokens)
     service = WorkerService(engine, checkpoint, config.name or checkpoint.name)
