@@ -42,7 +42,7 @@ def run_all(config: LookupConfig) -> None:
             theirs.close()
             children.append((child, ours))
 
-        def stop(*_: object) -> None:
+        def stop(*given: object) -> None:  # noqa: ARG001 - a signal handler
             stopping.set()
             for child, _ in children:
                 child.terminate()
