@@ -72,7 +72,7 @@ def refused(*arguments: str) -> str:
     return ended.stderr
 
 
-@pytest.mark.parametrize("codec", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("kind", ["file", "redis", "cluster"])
 def test_rows_are_those_of_the_store(
     kind: str, codec: str, checkpoint: Path, tmp_path: Path, redis_url: str, redis_cluster_url: str

@@ -2,7 +2,6 @@
 
 import time
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.table.rowcache import RowCache
 from tolhouse.table.spec import Manifest
 from tolhouse.telemetry import event
+from tolhouse.worker.decode import decode
 
 
 class Rows:
@@ -43,17 +43,11 @@ class Rows:
             self.from_remote += len(missing)
             self.remote_bytes += fetched.nbytes
         self.from_cache += len(unique_U) - len(missing)
-        return self._decoded(records)[torch.from_numpy(inverse_T).to(self.device)].transpose(0, 1).contiguous()
+        return decode(torch.from_numpy(records).to(self.device), self.manifest, torch.from_numpy(inverse_T).to(self.device))
 
     def has(self, ids: np.ndarray) -> bool:
         """Whether all of `ids` are cached."""
         return all(i in self.cache.slot_of for i in ids.tolist())
-
-    def _decoded(self, records: np.ndarray) -> Tensor:
-        values = self.manifest.decode(records)
-        if values.dtype == ml_dtypes.bfloat16:  # torch knows numpy's own types only
-            return torch.from_numpy(values.view(np.int16)).to(self.device).view(torch.bfloat16).float()
-        return torch.from_numpy(values).to(self.device).float()
 
 
 def wait_for_table(client: Client, table: str, seconds: float) -> Manifest:
