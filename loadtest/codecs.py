@@ -126,15 +126,15 @@ def main() -> None:
     threads = torch.get_num_threads()
     alone(rounds)
     torch.set_num_threads(threads)
-    ratios = {}
+    ratios: dict[str, float] = {}
     print(f"{IDS} ids to float32 rows, fetch and decode: milliseconds, and times as fast as bf16")
     for how, times in fetched(rounds).items():
         for name, median in times.items():
             ratio = times["bf16"] / median
             print(f"  {how:12}{name:6}{median * 1e3:8.2f}{ratio:8.2f}")
             if name in ("int8", "int4"):
-                ratios[f"{name}_vs_bf16_{how.split()[-1].lower()}"] = round(ratio, 3)
-    print(json.dumps({"int4_vs_bf16": ratios["int4_vs_bf16_hot"], "int8_vs_bf16": ratios["int8_vs_bf16_hot"], **ratios}))
+                ratios[f"{name}_vs_bf16{'' if how == 'hot' else '_redis'}"] = round(ratio, 3)
+    print(json.dumps(ratios))
 
 
 if __name__ == "__main__":
