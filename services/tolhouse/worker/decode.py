@@ -12,7 +12,8 @@ from torch import Tensor
 from tolhouse.table.codecs import GROUP
 from tolhouse.table.spec import Manifest
 
-_PIECE_VALUES = {"cpu": 2**21, "cuda": 2**26}  # decoded at a time: in the last cache; enough to keep a GPU busy
+_PIECE_VALUES = {"cpu": 2**21}  # decoded at a time: 8 MiB, which the last cache holds
+_GPU_PIECE_VALUES = 2**26  # bounds the memory for codes being widened
 
 
 def decode(records_UB: Tensor, manifest: Manifest, index_T: Tensor | None = None) -> Tensor:
@@ -23,7 +24,7 @@ def decode(records_UB: Tensor, manifest: Manifest, index_T: Tensor | None = None
     count = len(records_UB if index_T is None else index_T)
     layers, size = manifest.num_layers, manifest.hidden_size
     rows_NTD = torch.empty(layers, count, size, device=records_UB.device)
-    step = max(1, _PIECE_VALUES[records_UB.device.type] // (layers * size))
+    step = max(1, _PIECE_VALUES.get(records_UB.device.type, _GPU_PIECE_VALUES) // (layers * size))
     for start in range(0, count, step):
         part = slice(start, start + step)
         piece_TB = records_UB[part] if index_T is None else records_UB.index_select(0, index_T[part])
