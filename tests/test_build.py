@@ -56,7 +56,7 @@ def wait_for(what, popen: subprocess.Popen, seconds: float = 120):
     raise AssertionError("the moment never came")
 
 
-@pytest.mark.parametrize("codec", ["fp32", "int8"])
+@pytest.mark.parametrize("codec", ["fp32", "int8", "int4"])
 def test_a_build_fills_both_stores_with_the_same_verified_rows(codec: str, checkpoint: Path, tmp_path: Path, redis_url: str) -> None:
     """Files and Redis get the same records, decoding to what the model computes, and the table can be published and read."""
     files = f"file://{tmp_path}"

@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from tolhouse.errors import InvalidArgument
-from tolhouse.table.codecs import CODECS, codec
+from tolhouse.table.codecs import CODECS, GROUP, codec
 
 ALL = sorted(CODECS)
-LARGEST = {"fp32": 2.0**127, "fp16": 65_504.0, "bf16": 2.0**127, "int8": 2.0**127}
+LARGEST = {"fp32": 2.0**127, "fp16": 65_504.0, "bf16": 2.0**127, "int8": 2.0**127, "int4": 2.0**127}
 # half the distance of the smallest numbers of a codec: what rows too small for its exponents lose
-STEP = {"fp32": 0.0, "fp16": 2.0**-25, "bf16": 2.0**-134, "int8": 2.0**-143}
+STEP = {"fp32": 0.0, "fp16": 2.0**-25, "bf16": 2.0**-134, "int8": 2.0**-143, "int4": 2.0**-134}
 
 
 def bits(rows: np.ndarray) -> bytes:
@@ -22,7 +22,7 @@ def bits(rows: np.ndarray) -> bytes:
 def rows_of(draw: st.DrawFn, name: str) -> np.ndarray:
     """float32 rows of one to three axes with values of every size that the codec takes, denormals and -0.0 among them."""
     top = draw(st.sampled_from([LARGEST[name], 1.0, 2.0**-14, 2.0**-126, 2.0**-149]))
-    shape = draw(array_shapes(min_dims=1, max_dims=3, max_side=6))
+    shape = (*draw(array_shapes(min_dims=0, max_dims=2, max_side=6)), draw(st.integers(1, 6) | st.sampled_from([31, 32, 33, 64, 71])))
     return draw(arrays(np.float32, shape, elements=st.floats(-top, top, width=32, allow_subnormal=True)))
 
 
@@ -62,9 +62,9 @@ def test_zeros_come_back_as_zeros(name: str, shape: tuple[int, ...]) -> None:
         assert not back.astype(np.float32).any()
 
 
-@pytest.mark.parametrize(("name", "expected"), [("fp32", 4 * 96), ("fp16", 2 * 96), ("bf16", 2 * 96), ("int8", 4 + 96)])
+@pytest.mark.parametrize(("name", "expected"), [("fp32", 4 * 96), ("fp16", 2 * 96), ("bf16", 2 * 96), ("int8", 4 + 96), ("int4", 6 + 48)])
 def test_a_block_has_its_bytes(name: str, expected: int) -> None:
-    """Nothing is padded; int8 spends four bytes on its scale."""
+    """Nothing is padded; int8 spends four bytes on its scale, int4 two on each of its three."""
     assert expected == codec(name).block(96).itemsize
     assert (5 * expected) == codec(name).encode(np.ones((5, 96), np.float32)).nbytes
 
@@ -106,7 +106,58 @@ def test_int8_has_one_scale_per_row_and_layer() -> None:
     assert [[[127, -64, 0]] * 2] * 2 == blocks["codes"].tolist()
 
 
+@given(rows=rows_of("int4"))
+def test_int4_is_symmetric(rows: np.ndarray) -> None:
+    """Negated rows have the same scales and negated values, whose codes are from -7 to 7."""
+    blocks, negated = codec("int4").encode(rows), codec("int4").encode(-rows)
+    assert bits(blocks["scales"]) == bits(negated["scales"])
+    assert (-codec("int4").decode(blocks)).tolist() == codec("int4").decode(negated).tolist()
+    assert -8 not in [code for byte in blocks["codes"].ravel().tolist() for code in nibbles(byte)]
+    assert (np.abs(blocks["last"]) <= 7).all()
+
+
+def nibbles(byte: int) -> tuple[int, int]:
+    """The low and the high one as two's complement."""
+    return (byte & 15 ^ 8) - 8, byte >> 4
+
+
+def test_int4_has_a_scale_per_32_values_and_its_halves_in_low_and_high_nibbles() -> None:
+    """Of 67 values, group 2 has the last three; byte i holds value i and value 33 + i; the last stands alone."""
+    row = np.concatenate([np.full(32, 7), np.full(32, -14), [0.25, 1.75, -0.5]]).astype(np.float32)
+    block = codec("int4").encode(row)
+    assert [1, 2, 0.25] == block["scales"].astype(np.float32).tolist()
+    low, high = zip(*map(nibbles, block["codes"].tolist()), strict=True)
+    assert [*[7] * 32, -7] == list(low)
+    assert [*[-7] * 31, 1, 7] == list(high)
+    assert [-2] == block["last"].tolist()
+    assert row.tolist() == codec("int4").decode(block).tolist()
+
+
+@given(rows=rows_of("int4"))
+def test_an_int4_group_depends_on_its_own_values_alone(rows: np.ndarray) -> None:
+    """The groups of a row decode to what each of them gives as a row of its own."""
+    back = codec("int4").decode(codec("int4").encode(rows))
+    parts = [rows[..., start : start + GROUP] for start in range(0, rows.shape[-1], GROUP)]
+    assert back.tolist() == np.concatenate([codec("int4").decode(codec("int4").encode(part)) for part in parts], axis=-1).tolist()
+
+
+def test_int4_holds_the_largest_floats() -> None:
+    """A scale that would decode to infinity is rounded down: every finite row fits."""
+    largest = np.finfo(np.float32).max
+    rows = np.array([largest, -largest, 3.39e38, 0], np.float32)
+    back = codec("int4").decode(codec("int4").encode(rows))
+    assert np.isfinite(back).all()
+    assert (np.abs(back / largest - rows / largest) < 0.01).all()
+
+
+def test_many_rows_are_encoded_as_one_is() -> None:
+    """int4 takes large arrays in pieces: at their seams nothing changes."""
+    rows = np.random.default_rng(0).standard_normal((300, 3, 517)).astype(np.float32)
+    together = codec("int4").encode(rows)
+    assert [bits(codec("int4").encode(row)) for row in rows] == [bits(block) for block in together]
+
+
 def test_an_unknown_codec_is_refused() -> None:
     """The error names the codecs there are."""
-    with pytest.raises(InvalidArgument, match=r"'int3' is unknown; one of fp32, fp16, bf16, int8"):
+    with pytest.raises(InvalidArgument, match=r"'int3' is unknown; one of fp32, fp16, bf16, int8, int4"):
         codec("int3")

@@ -103,7 +103,7 @@ def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("name", ["demo-memory", "demo-flex"])
-@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int4"])
 @pytest.mark.timeout(600)
 def test_every_route_gives_the_same_greedy_tokens(name: str, codec: str, tmp_path: Path, redis_url: str, redis_cluster_url: str) -> None:
     """Files, Redis, Redis Cluster, the service, caches, batches and the gateway agree token for token; in fp32 also with the FFNs in place."""

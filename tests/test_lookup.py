@@ -73,7 +73,7 @@ def refused(*arguments: str) -> str:
     return ended.stderr
 
 
-@pytest.mark.parametrize("codec", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("mapped", [True, False])
 @pytest.mark.parametrize("kind", ["file", "redis", "cluster"])
 def test_rows_are_those_of_the_store(

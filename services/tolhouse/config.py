@@ -15,7 +15,7 @@ from tolhouse.errors import InvalidArgument
 
 PREFIX = "TOLHOUSE_"
 DEFAULT_STORE = "file://.tolhouse/tables"
-Codec = Literal["fp32", "fp16", "bf16", "int8"]
+Codec = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
 
 def knob(default: Any, text: str, **more: Any) -> Any:

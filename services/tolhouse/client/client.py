@@ -72,7 +72,7 @@ class Client:
         """Rows [T, N, D] of T token ids from "name@version", or from what "name" stands for now.
 
         The float codecs give a read-only view of the received records, without a copy where no id comes twice; int8
-        gives float32 values. NotFound: no such table. IdOutOfRange. Unavailable or DeadlineExceeded: no replica
+        and int4 give float32 values. NotFound: no such table. IdOutOfRange. Unavailable or DeadlineExceeded: no replica
         answered. Corrupt: no replica has an intact row.
         """
         manifest = table if isinstance(table, Manifest) else self.describe(table)

@@ -1,10 +1,12 @@
 """How the rows of one layer are stored: float arrays in, fixed-size blocks out, and back.
 
 A block holds one token's row of one layer. fp32, fp16 and bf16 are the values themselves. int8 is one float32 scale,
-then D codes: symmetric, scale = max|x| / 127, x ~ scale * code.
+then D codes: symmetric, scale = max|x| / 127, x ~ scale * code. int4 is a bfloat16 scale for each 32 neighbours, the
+last of which may have fewer, then codes from -7 to 7 in two's complement, two per byte: the low nibbles are the first half
+of the row, the high nibbles the second, and where D is odd the last code has a byte of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -34,7 +36,7 @@ class Codec:
             raise InvalidArgument("rows hold values that are not finite: this model can't be served")
         blocks = self.encode_values(rows)
         if not np.isfinite(np.abs(self.decode(blocks)).max(initial=0)):
-            raise InvalidArgument(f"rows hold values too large for {self.name}; fp32, bf16 and int8 reach 3e38")
+            raise InvalidArgument(f"rows hold values too large for {self.name}; fp32, bf16, int8 and int4 reach 3e38")
         return blocks
 
 
@@ -69,6 +71,63 @@ def _int8_decode(blocks: np.ndarray) -> np.ndarray:
     return blocks["scale"][..., None] * blocks["codes"].astype(np.float32)
 
 
+GROUP = 32  # values that share a scale of int4
+_CACHED = 2**17  # values that int4 encodes at a time, so that they stay in a core's cache between passes
+_TOP = np.uint16(0x7E12)  # the largest bfloat16 of which 7 times is finite
+
+
+def _int4_block(size: int) -> np.dtype:
+    fields = [("scales", ml_dtypes.bfloat16, (-(-size // GROUP),)), ("codes", "i1", (size // 2,)), ("last", "i1", (size % 2,))]
+    return np.dtype(fields)
+
+
+def _groups(values: np.ndarray, scales: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Views of values [R, D], first in whole groups, then the shorter one, with their scales [R, G] to go with them."""
+    whole = values.shape[1] // GROUP
+    yield values[:, : whole * GROUP].reshape(len(values), whole, GROUP), scales[:, :whole, None]
+    yield values[:, whole * GROUP :], scales[:, whole:]
+
+
+def _int4_encode(rows: np.ndarray) -> np.ndarray:
+    size = rows.shape[-1]
+    blocks = np.empty(rows.shape[:-1], _int4_block(size))
+    flat_rows, flat = rows.reshape(-1, size), blocks.reshape(-1)
+    step = max(1, _CACHED // size)
+    for start in range(0, len(flat), step):
+        _int4_encode_into(flat[start : start + step], flat_rows[start : start + step])
+    return blocks
+
+
+def _int4_encode_into(blocks: np.ndarray, rows: np.ndarray) -> None:
+    size, half = rows.shape[1], rows.shape[1] // 2
+    scaled = np.abs(rows)
+    largest = np.maximum.reduceat(scaled, np.arange(0, size, GROUP), axis=1)
+    # a scale is rounded up, so that no code is above 7, but not so far that 7 times it is infinite
+    bits = np.minimum(((largest / np.float32(7)).view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16), _TOP)
+    blocks["scales"] = bits.astype(np.uint16).view(ml_dtypes.bfloat16)
+    scales = (bits << np.uint32(16)).view(np.float32)
+    scales[scales == 0] = np.inf  # a group of zeros, or one too small for a scale, is stored as zeros
+    for (values, scale), (out, _) in zip(_groups(rows, scales), _groups(scaled, scales), strict=True):
+        np.divide(values, scale, out=out)
+    codes = np.rint(scaled, out=scaled).astype(np.int8)
+    blocks["codes"] = codes[:, :half] & 15 | codes[:, half : 2 * half] * 16
+    blocks["last"] = codes[:, 2 * half :]
+
+
+def _int4_decode(blocks: np.ndarray) -> np.ndarray:
+    flat = blocks.reshape(-1)
+    half, odd = flat["codes"].shape[1], flat["last"].shape[1]
+    codes = np.empty((len(flat), 2 * half + odd), np.int8)
+    # codes times 16, which a nibble is where it stands, and scales by 16: all of it is exact
+    np.multiply(flat["codes"], np.int8(16), out=codes[:, :half])
+    np.bitwise_and(flat["codes"], np.int8(-16), out=codes[:, half : 2 * half])
+    np.multiply(flat["last"], np.int8(16), out=codes[:, 2 * half :])
+    values = codes.astype(np.float32)
+    for part, scale in _groups(values, flat["scales"].astype(np.float32) / 16):
+        np.multiply(part, scale, out=part)
+    return values.reshape(*blocks.shape, 2 * half + odd)
+
+
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
@@ -76,6 +135,7 @@ CODECS: dict[str, Codec] = {
         _plain("fp16", np.dtype("<f2"), 2**-11 + 2**-24, 2**-25),
         _plain("bf16", np.dtype(ml_dtypes.bfloat16), 2**-8, 2**-134),
         Codec("int8", _int8_block, _int8_encode, _int8_decode, 0.5001 / 127, 2**-143),
+        Codec("int4", _int4_block, _int4_encode, _int4_decode, 0.501 * (1 + 2**-7) / 7, 2**-134),
     )
 }
 

@@ -2,7 +2,6 @@
 
 import time
 
-import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.table.rowcache import RowCache
 from tolhouse.table.spec import Manifest
 from tolhouse.telemetry import event
+from tolhouse.worker.decode import decode
 
 
 class Rows:
@@ -36,8 +36,12 @@ class Rows:
         """Rows float32 [N, T, D] of `ids` [T], each distinct token asked for once."""
         unique_U, inverse_T = np.unique(ids, return_inverse=True)
         slots_U = self.stage(unique_U)
-        records_U = self._passing(unique_U) if slots_U is None else self.cache.slab[slots_U]
-        return self._decoded(records_U)[torch.from_numpy(inverse_T).to(self.device)].transpose(0, 1).contiguous()
+        if slots_U is not None and self.device.type == "cpu":
+            records, places_T = self.cache.slab, slots_U[inverse_T]  # decoded where they lie
+        else:
+            records, places_T = self._passing(unique_U) if slots_U is None else self.cache.slab[slots_U], inverse_T
+        index_T = torch.from_numpy(places_T.astype(np.int64, copy=False))
+        return decode(torch.from_numpy(records).to(self.device), self.manifest, index_T.to(self.device))
 
     def stage(self, ids: np.ndarray) -> np.ndarray | None:
         """Slots of the cache in which the records of distinct `ids` lie until the next call; None if it has fewer slots."""
@@ -90,12 +94,6 @@ class Rows:
     def has(self, ids: np.ndarray) -> bool:
         """Whether all of `ids` are cached."""
         return bool((self.cache.slot_of[ids] >= 0).all())
-
-    def _decoded(self, records: np.ndarray) -> Tensor:
-        values = self.manifest.decode(records)
-        if values.dtype == ml_dtypes.bfloat16:  # torch knows numpy's own types only
-            return torch.from_numpy(values.view(np.int16)).to(self.device).view(torch.bfloat16).float()
-        return torch.from_numpy(values).to(self.device).float()
 
 
 def wait_for_table(client: Client, table: str, seconds: float) -> Manifest:

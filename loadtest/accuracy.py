@@ -1,0 +1,96 @@
+"""What codecs cost in held-out loss: `python -m loadtest.accuracy [--quick] [--orders N] [CHECKPOINT …]`.
+
+Each checkpoint reads the held-out text of the corpus it was trained on, in windows one after the other, with the rows that
+each codec gives back. The differences from fp32 are told with their standard error over the windows. With --orders, it is
+int4 in groups of several sizes instead, over N random orders of the columns: one order's rounding is a matter of luck.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
+from tolhouse.model.kv import NoCache
+from tolhouse.table import codecs
+from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_library
+from torch import Tensor
+from tqdm import tqdm
+
+WINDOW = 512
+GROUPS = (16, 32, 64, 2**20)
+
+
+def windows(checkpoint: Checkpoint, most: int) -> Tensor:
+    """Held-out token ids [W, WINDOW + 1]: each window's last token is the first of the next one."""
+    tokenizer = checkpoint.tokenizer()
+    texts = [text for name, text in documents(standard_library()) if is_held_out(name)]
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    ids = torch.tensor([i for encoding in tokenizer.encode_batch(texts) for i in (*encoding.ids, end)])
+    return ids.unfold(0, WINDOW + 1, WINDOW)[:most]
+
+
+@torch.inference_mode()
+def losses(model: torch.nn.Module, ids_WS: Tensor, rows_VND: np.ndarray) -> np.ndarray:
+    """Nats per token of each window, with these rows."""
+    rows_NVD = torch.from_numpy(np.ascontiguousarray(rows_VND.swapaxes(0, 1)))
+    found = []
+    for some_BS in ids_WS.split(8):
+        inputs_T, targets_T = some_BS[:, :-1].flatten(), some_BS[:, 1:].flatten()
+        positions_T = torch.arange(WINDOW).repeat(len(some_BS))
+        logits_TV = model(inputs_T, positions_T, NoCache(WINDOW), rows_NVD[:, inputs_T])
+        found.append(F.cross_entropy(logits_TV, targets_T, reduction="none").unflatten(0, (len(some_BS), WINDOW)).mean(1))
+    return torch.cat(found).double().numpy()
+
+
+def back(name: str, rows: np.ndarray, order: np.ndarray | None = None) -> np.ndarray:
+    """What a codec makes of rows, their columns stored in `order`."""
+    codec = codecs.codec(name)
+    if order is None:
+        return codec.decode(codec.encode(rows)).astype(np.float32)
+    return back(name, np.ascontiguousarray(rows[..., order]))[..., np.argsort(order)]
+
+
+def measure(path: Path, most: int, orders: int) -> dict[str, float]:
+    checkpoint = open_checkpoint(path)
+    model, ids_WS = checkpoint.model(), windows(checkpoint, most)
+    with torch.inference_mode():
+        rows = np.ascontiguousarray(model.rows(torch.arange(checkpoint.config.vocab_size)).numpy().swapaxes(0, 1))
+    exact = losses(model, ids_WS, rows)
+    print(f"{path.name}: {len(ids_WS)} windows of {WINDOW}, fp32 {exact.mean():.4f} nats, perplexity {math.exp(exact.mean()):.3f}")
+    found = {}
+
+    def tell(label: str, results: list[np.ndarray]) -> None:
+        difference = np.mean([losses(model, ids_WS, result) for result in results], axis=0) - exact
+        error = math.sqrt(np.mean([np.square(result - rows).sum() / np.square(rows).sum() for result in results]))
+        found[label] = round(float(difference.mean()), 5)
+        spread = difference.std(ddof=1) / math.sqrt(len(difference))
+        perplexity = math.exp(exact.mean() + difference.mean())
+        print(f"  {label:18}{difference.mean():+10.5f} ± {spread:.5f}   perplexity {perplexity:.3f}   rows' error {error:7.4f}")
+
+    for name in () if orders else codecs.CODECS:
+        tell(name, [back(name, rows)])
+    random = np.random.default_rng(0)
+    columns = [random.permutation(rows.shape[-1]) for _ in range(orders)]
+    for group in tqdm(GROUPS if orders else (), desc="groups", leave=False):
+        with patch.object(codecs, "GROUP", group):
+            tell("int4, " + ("whole rows" if group > rows.shape[-1] else f"groups of {group}"), [back("int4", rows, c) for c in columns])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="*", type=Path, default=[Path("models/demo-memory"), Path("models/demo-flex")])
+    parser.add_argument("--quick", action="store_true", help="fewer windows")
+    parser.add_argument("--orders", type=int, default=0, help="orders of the columns to try int4's groups with")
+    given = parser.parse_args()
+    most = 32 if given.quick else 10_000
+    print(json.dumps({path.name: measure(path, most, given.orders) for path in given.checkpoint}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Whether a codec's decoding costs more than the bytes it saves: `python -m loadtest.codecs [--quick]`.
+
+First each codec by itself: bytes, encoding, and decoding of a batch by numpy (as the SDK does) and by torch (as the worker
+does). Then fetch and decode together, through a lookup service of its own over its own Redis, the codecs in turn on the
+same ids. Prints medians and, last, one line of JSON: how many times faster than bf16 the rows are there. The times of two
+runs are not comparable, the ratios within one are.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import closing
+
+import numpy as np
+import torch
+from tolhouse import Client, Manifest
+from tolhouse.rpc import keep_large_blocks
+from tolhouse.store import Store, open_store
+from tolhouse.table.codecs import CODECS
+from tolhouse.table.spec import content_id
+from tolhouse.testing import process, redis_server
+from tolhouse.worker.decode import decode
+from tqdm import tqdm
+
+VOCABULARY, LAYERS, HIDDEN = 512, 24, 2048  # the rows of the paper's 1B model
+IDS = 32
+BUILT_TOGETHER = 128  # rows that the builder encodes at a time
+
+
+def manifest_of(codec: str) -> Manifest:
+    layers = tuple(range(LAYERS))
+    identity = {"model_id": "0" * 64, "tokenizer_id": "0" * 64, "version": content_id("random", codec, layers)}
+    return Manifest(name=codec, codec=codec, vocab_size=VOCABULARY, hidden_size=HIDDEN, layers=layers, num_shards=16, **identity)
+
+
+def load(store: Store, manifest: Manifest) -> None:
+    """A table of random rows, the same ones for every codec."""
+    random = np.random.default_rng(0)
+    for shard in range(manifest.num_shards):
+        ids = manifest.shard_ids(shard)
+        rows = random.standard_normal((len(ids), LAYERS, HIDDEN), np.float32)
+        store.write_shard(manifest, shard, manifest.encode(ids, rows))
+    store.commit(manifest)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def medians(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each contender over interleaved rounds, after one that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in tqdm(range(rounds + 1), desc="rounds", leave=False):
+        for name, work in contenders.items():
+            taken = seconds(work)
+            if number:
+                times[name].append(taken)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def on_threads(count: int, work: Callable[[], object]) -> Callable[[], object]:
+    def run() -> None:
+        torch.set_num_threads(count)
+        work()
+
+    return run
+
+
+def alone(rounds: int) -> None:
+    """Print what each codec costs by itself."""
+    random = np.random.default_rng(0)
+    many = random.standard_normal((BUILT_TOGETHER, LAYERS, HIDDEN), np.float32)
+    batch, ids = many[:IDS], np.arange(IDS, dtype=np.uint32)
+    print(f"rows of {LAYERS} x {HIDDEN}: microseconds per row, {BUILT_TOGETHER} encoded and {IDS} decoded together")
+    print(f"  {'':6}{'bytes':>9}{'encode':>9}{'(ns/value)':>12}{'numpy':>9}{'torch, 1 thread':>18}{'2 threads':>12}")
+    encoding = medians({name: lambda c=codec: c.encode(many) for name, codec in CODECS.items()}, max(3, rounds // 10))
+    contenders: dict[str, Callable[[], object]] = {}
+    for name in CODECS:
+        manifest = manifest_of(name)
+        records = manifest.encode(ids, batch)
+        tensor = torch.from_numpy(records)
+        contenders[f"{name} numpy"] = lambda m=manifest, r=records: m.decode(r).astype(np.float32)
+        for threads in (1, 2):
+            contenders[f"{name} {threads}"] = on_threads(threads, lambda m=manifest, t=tensor: decode(t, m))
+    decoding = medians(contenders, rounds)
+    for name in CODECS:
+        encode, figures = encoding[name] / BUILT_TOGETHER, [decoding[f"{name} {how}"] / IDS * 1e6 for how in ("numpy", 1, 2)]
+        print(
+            f"  {name:6}{manifest_of(name).record_bytes:9,}{encode * 1e6:9.1f}{encode / LAYERS / HIDDEN * 1e9:12.2f}"
+            f"{figures[0]:9.1f}{figures[1]:18.1f}{figures[2]:12.1f}"
+        )
+
+
+def fetched(rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds from ids to float32 rows, by codec, of hot rows and of rows from Redis."""
+    random = np.random.default_rng(1)
+    found: dict[str, dict[str, float]] = {}
+    with redis_server() as url:
+        tables = [manifest_of(name) for name in CODECS]
+        with closing(open_store(url)) as store:
+            for manifest in tqdm(tables, desc="tables", leave=False):
+                load(store, manifest)
+        for how, megabytes in (("hot", "200"), ("from Redis", "0")):
+            options = ("--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", megabytes)
+            with process("lookup", *options) as service, Client(service.address) as client:
+                for manifest in tables:
+                    client.fetch_records(manifest, np.arange(VOCABULARY, dtype=np.uint32))
+                chosen = [random.choice(VOCABULARY, IDS, replace=False).astype(np.uint32) for _ in range(rounds + 1)]
+                contenders: dict[str, Callable[[], object]] = {}
+                for manifest in tables:
+                    ids = iter(chosen)
+                    contenders[manifest.codec] = lambda m=manifest, i=ids: decode(torch.from_numpy(client.fetch_records(m, next(i))), m)
+                found[how] = medians(contenders, rounds)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: done within a minute")
+    rounds = 40 if parser.parse_args().quick else 400
+    keep_large_blocks()  # as the worker does
+    threads = torch.get_num_threads()
+    alone(rounds)
+    torch.set_num_threads(threads)
+    ratios: dict[str, float] = {}
+    print(f"{IDS} ids to float32 rows, fetch and decode: milliseconds, and times as fast as bf16")
+    for how, times in fetched(rounds).items():
+        for name, median in times.items():
+            ratio = times["bf16"] / median
+            print(f"  {how:12}{name:6}{median * 1e3:8.2f}{ratio:8.2f}")
+            if name in ("int8", "int4"):
+                ratios[f"{name}_vs_bf16{'' if how == 'hot' else '_redis'}"] = round(ratio, 3)
+    print(json.dumps(ratios))
+
+
+if __name__ == "__main__":
+    main()

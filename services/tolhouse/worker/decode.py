@@ -1,0 +1,71 @@
+"""Records to rows on the device they are on: what crosses the bus is codes. The values are those of `Manifest.decode`.
+
+Rows are gathered as codes and written once, in the order the model reads them. Codes are widened and multiplied in
+place of the result: no array of the rows' size is made besides it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tolhouse.table.codecs import GROUP
+from tolhouse.table.spec import Manifest
+
+_PIECE_VALUES = {"cpu": 2**21}  # decoded at a time: 8 MiB, which the last cache holds
+_GPU_PIECE_VALUES = 2**26  # bounds the memory for codes being widened
+
+
+def decode(records_UB: Tensor, manifest: Manifest, index_T: Tensor | None = None) -> Tensor:
+    """Rows float32 [N, T, D], contiguous, of records uint8 [U, record_bytes], or of `records_UB[index_T]`; both on one device.
+
+    The records' memory must be contiguous; it is not checked against their checksums.
+    """
+    count = len(records_UB if index_T is None else index_T)
+    layers, size = manifest.num_layers, manifest.hidden_size
+    rows_NTD = torch.empty(layers, count, size, device=records_UB.device)
+    step = max(1, _PIECE_VALUES.get(records_UB.device.type, _GPU_PIECE_VALUES) // (layers * size))
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        piece_TB = records_UB[part] if index_T is None else records_UB.index_select(0, index_T[part])
+        blocks_TNB = piece_TB[:, :-8].unflatten(1, (layers, -1))  # without the checksum
+        _INTO[manifest.codec](blocks_TNB, rows_NTD[:, part].transpose(0, 1))
+    return rows_NTD
+
+
+def _plain(dtype: torch.dtype) -> Callable[[Tensor, Tensor], None]:
+    def into(blocks_TNB: Tensor, rows_TND: Tensor) -> None:
+        rows_TND.copy_(blocks_TNB.view(dtype))
+
+    return into
+
+
+def _int8(blocks_TNB: Tensor, rows_TND: Tensor) -> None:
+    rows_TND.copy_(blocks_TNB[..., 4:].view(torch.int8))
+    rows_TND.mul_(_scales(blocks_TNB[..., :4], torch.float32))
+
+
+def _int4(blocks_TNB: Tensor, rows_TND: Tensor) -> None:
+    groups, half = -(-rows_TND.shape[-1] // GROUP), rows_TND.shape[-1] // 2
+    codes = blocks_TNB[..., 2 * groups :].view(torch.int8)
+    # codes times 16, which a nibble is where it stands, and scales by 16: all of it is exact
+    rows_TND[..., :half] = codes[..., :half] * 16
+    rows_TND[..., half : 2 * half] = codes[..., :half] & -16
+    rows_TND[..., 2 * half :] = codes[..., half:] * 16  # where D is odd, the last one
+    scales_TNG = _scales(blocks_TNB[..., : 2 * groups], torch.bfloat16).float() / 16
+    whole = rows_TND.shape[-1] // GROUP
+    rows_TND[..., : whole * GROUP].unflatten(-1, (whole, GROUP)).mul_(scales_TNG[..., :whole, None])
+    rows_TND[..., whole * GROUP :].mul_(scales_TNG[..., whole:])
+
+
+def _scales(bytes_TNB: Tensor, dtype: torch.dtype) -> Tensor:
+    return bytes_TNB.clone(memory_format=torch.contiguous_format).view(dtype)  # in blocks of odd sizes they lie unaligned
+
+
+_INTO: dict[str, Callable[[Tensor, Tensor], None]] = {
+    "fp32": _plain(torch.float32),
+    "fp16": _plain(torch.float16),
+    "bf16": _plain(torch.bfloat16),
+    "int8": _int8,
+    "int4": _int4,
+}
