@@ -1,93 +1,253 @@
-"""Rows per second through the lookup service, side by side with Redis alone: `python -m loadtest.fetch [--quick]`.
+"""Rows through the lookup service, side by side with Redis alone and with bare gRPC: `python -m loadtest.fetch [--quick]`.
 
-Starts its own Redis and lookup service on loopback, measures interleaved pairs, prints a table of medians and, last, one
-line of JSON with the ratios. Machines are noisy: the ratios within a run mean something, the times of two runs do not.
+Starts its own Redis servers and lookup services on loopback, measures the contenders in turn on the same ids, prints
+medians and, last, one line of JSON with the ratios. Machines are noisy: the ratios within a run mean something, the times
+of two runs do not. A service is asked twice over: by a client on the same machine, which may map its hot rows, and "over
+the wire", by one that may not.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing, contextmanager
+from itertools import pairwise
 
 import numpy as np
+import torch
 from redis import Redis
 from tolhouse import Client, Manifest
 from tolhouse.rpc import keep_large_blocks
-from tolhouse.store import open_store
-from tolhouse.table.spec import content_id
-from tolhouse.testing import process, redis_server
+from tolhouse.store import open_store, publish
+from tolhouse.testing import process, redis_cluster, redis_server
+from tolhouse.worker.rows import Rows
 from tqdm import tqdm
 
-VOCABULARY, LAYERS, HIDDEN = 512, 24, 2048  # bf16: rows of 96 KiB, the shape of the paper's 1B model
-IDS = 32
+from loadtest.bare import bare
+from loadtest.tables import load, load_plain, manifest_of
+from loadtest.text import clairvoyant, trace
+
+Work = Callable[[np.ndarray], object]
+CLIENTS = 4  # processes that fetch at once
 
 
-def load(url: str) -> Manifest:
-    """A table of random rows, loaded into the Redis at `url`."""
-    layers = tuple(range(LAYERS))
-    identity = {"model_id": "0" * 64, "tokenizer_id": "0" * 64, "version": content_id("random", "bf16", layers)}
-    manifest = Manifest(name="bench", codec="bf16", vocab_size=VOCABULARY, hidden_size=HIDDEN, layers=layers, num_shards=16, **identity)
-    random = np.random.default_rng(0)
-    with closing(open_store(url)) as store:
-        for shard in range(manifest.num_shards):
-            ids = manifest.shard_ids(shard)
-            rows = random.standard_normal((len(ids), LAYERS, HIDDEN), np.float32)
-            store.write_shard(manifest, shard, manifest.encode(ids, rows))
-        store.commit(manifest)
-    return manifest
+def medians(contenders: dict[str, Work], batches: list[np.ndarray], title: str) -> dict[str, float]:
+    """Median seconds per batch of each contender, all of them in turn on each batch; printed, fastest contender's unit."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for batch in tqdm(batches, desc=title, leave=False):
+        for name, work in contenders.items():
+            started = time.perf_counter()
+            work(batch)
+            times[name].append(time.perf_counter() - started)
+    found = {name: statistics.median(values) for name, values in times.items()}
+    print(title)
+    for name, median in found.items():
+        print(f"  {name:34} {median * 1e3:8.3f} ms")
+    return found
 
 
-def seconds(work: Callable[[np.ndarray], object], ids: np.ndarray) -> float:
-    started = time.perf_counter()
-    work(ids)
-    return time.perf_counter() - started
+def in_turn(vocabulary: int, size: int, count: int) -> list[np.ndarray]:
+    """`count` batches of `size` ids that go round the vocabulary, so that a row comes again as late as possible."""
+    order = np.random.default_rng(0).permutation(vocabulary).astype(np.uint32)
+    return [np.take(order, range(n * size, (n + 1) * size), mode="wrap") for n in range(count)]
 
 
-def measure(pairs: int) -> dict[str, float]:
-    """Median seconds per fetch of each contender, over `pairs` interleaved rounds."""
-    with redis_server() as url, closing(Redis.from_url(url)) as redis:
-        manifest = load(url)
-        keys = {i: f"row:{i}" for i in range(VOCABULARY)}
-        with closing(open_store(url)) as store:
-            ids = np.arange(VOCABULARY, dtype=np.uint32)
-            records = np.empty((VOCABULARY, manifest.record_bytes), np.uint8)
-            store.read(manifest, ids, records)
-        redis.mset({keys[i]: record.tobytes() for i, record in zip(ids.tolist(), records, strict=True)})
-        free = ("--store", url, "--listen", "127.0.0.1:0")
+@contextmanager
+def service(url: str, hot_megabytes: float, *options: str) -> Iterator[str]:
+    with process("lookup", "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", str(hot_megabytes), *options) as running:
+        yield running.address
+
+
+def large_rows(pairs: int) -> dict[str, float]:
+    """32 ids of 96 KiB: hot, and from Redis with nothing cached, against MGET of the same rows and one naive answer."""
+    manifest = manifest_of("large", 2048, 96)
+    with redis_server() as url, closing(Redis.from_url(url)) as redis, closing(open_store(url)) as store:
+        load(store, manifest)
+        ids = np.arange(manifest.vocab_size, dtype=np.uint32)
+        keys = load_plain(redis, manifest, ids)
         with (
-            process("lookup", *free, "--hot-megabytes", "200") as hot,
-            process("lookup", *free, "--hot-megabytes", "0") as cold,
-            Client(hot.address) as hot_client,
-            Client(cold.address) as cold_client,
+            service(url, 250) as hot,
+            service(url, 32) as cold,  # rows go round: each has left long before it is asked for again
+            Client(hot) as hot_client,
+            Client(hot, map_hot_rows=False) as hot_wire,
+            Client(cold) as cold_client,
+            Client(cold, map_hot_rows=False) as cold_wire,
+            bare() as naive,
         ):
-            contenders: dict[str, Callable[[np.ndarray], object]] = {
-                "redis MGET": lambda chosen: redis.mget([keys[i] for i in chosen.tolist()]),
-                "service, hot": lambda chosen: hot_client.fetch(manifest, chosen),
-                "service, from Redis": lambda chosen: cold_client.fetch(manifest, chosen),
+            for part in np.split(ids, 32):
+                hot_client.fetch(manifest, part)
+            half = len(ids) // 2
+            contenders: dict[str, Work] = {
+                "Redis MGET": lambda batch: redis.mget([keys[i] for i in batch.tolist()]),
+                "one naive gRPC answer": naive.rows,
+                "service, hot": lambda batch: hot_client.fetch(manifest, batch),
+                "service, hot, over the wire": lambda batch: hot_wire.fetch(manifest, batch),
+                "service, from Redis": lambda batch: cold_client.fetch(manifest, batch),
+                "service, from Redis, over the wire": lambda batch: cold_wire.fetch(manifest, (batch + half) % len(ids)),
             }
-            hot_client.fetch(manifest, ids)
-            random = np.random.default_rng(1)
-            times: dict[str, list[float]] = {name: [] for name in contenders}
-            for _ in tqdm(range(pairs), desc="pairs", leave=False):
-                chosen = random.choice(VOCABULARY, IDS, replace=False).astype(np.uint32)
-                for name, work in contenders.items():
-                    times[name].append(seconds(work, chosen))
-    return {name: statistics.median(values) for name, values in times.items()}
+            found = medians(contenders, in_turn(len(ids), 32, pairs), "32 ids of 96 KiB")
+    redis_, naive_, hot_, hot_wire_, cold_, cold_wire_ = found.values()
+    return {
+        "hot_vs_redis": redis_ / hot_,
+        "hot_vs_unary": naive_ / hot_,
+        "cold_vs_redis": redis_ / cold_,
+        "hot_wire_vs_redis": redis_ / hot_wire_,
+        "hot_wire_vs_unary": naive_ / hot_wire_,
+        "cold_wire_vs_redis": redis_ / cold_wire_,
+    }
+
+
+def small_rows(pairs: int) -> dict[str, float]:
+    """Hot rows of 4 KiB: one against an echo of 4 KiB on an open stream, 256 against a bare unary answer of 1 MiB."""
+    manifest = manifest_of("small", 4096, 4)
+    payload = bytes(4096)
+    with redis_server() as url, closing(open_store(url)) as store, bare() as bare_:
+        load(store, manifest)
+        with service(url, 64) as address, Client(address) as client, Client(address, map_hot_rows=False) as wire:
+            client.fetch(manifest, range(manifest.vocab_size))
+            one = medians(
+                {
+                    "bare echo on an open stream": lambda _: bare_.echo(payload),
+                    "service": lambda batch: client.fetch(manifest, batch),
+                    "service, over the wire": lambda batch: wire.fetch(manifest, batch),
+                },
+                in_turn(manifest.vocab_size, 1, 10 * pairs),
+                "1 id of 4 KiB",
+            )
+            many = medians(
+                {
+                    "bare unary answer": lambda batch: bare_.bytes(b"%d" % (len(batch) * 4096)),
+                    "service": lambda batch: client.fetch(manifest, batch),
+                    "service, over the wire": lambda batch: wire.fetch(manifest, batch),
+                },
+                in_turn(manifest.vocab_size, 256, 2 * pairs),
+                "256 ids of 4 KiB",
+            )
+    echo, single, single_wire = one.values()
+    unary, batch, batch_wire = many.values()
+    return {
+        "single_vs_echo": single / echo,
+        "single_wire_vs_echo": single_wire / echo,
+        "batch256_vs_bare": batch / unary,
+        "batch256_wire_vs_bare": batch_wire / unary,
+    }
+
+
+def real_text(row_kib: int) -> dict[str, float]:
+    """Workers with a row cache of a tenth of the table read text, against MGET of the same ids; the service keeps a third.
+
+    One takes 512 ids at a time, as steps with a prompt do, one 32, as steps do in which 32 sequences decode.
+    """
+    source, ids, frequent = trace(32_768)
+    manifest = manifest_of("text", 32_768, row_kib, frequent=frequent)
+    slots, found = manifest.vocab_size // 10, {}
+    with redis_server() as url, closing(Redis.from_url(url)) as redis, closing(open_store(url)) as store:
+        load(store, manifest)
+        publish(store, manifest.ref)
+        keys = load_plain(redis, manifest, np.unique(ids))
+        print(f"{source}: {len(ids)} tokens, 32k BPE, rows of {row_kib} KiB, worker cache of {slots} rows")
+        for name, size in (("effective_vs_redis", 512), ("effective_decoding_vs_redis", 32)):
+            with service(url, manifest.table_bytes / 3e6) as address, Client(address) as client:
+                rows = Rows(client, manifest, slots * manifest.record_bytes, torch.device("cpu"))
+                rows.fill()
+                filled, ours, theirs = rows.from_remote, 0.0, 0.0
+                for part in tqdm(np.array_split(ids, len(ids) // size), desc=f"{size} at a time", leave=False):
+                    first = time.perf_counter()
+                    redis.mget([keys[i] for i in part.tolist()])
+                    then = time.perf_counter()
+                    rows.stage(np.unique(part))
+                    ours, theirs = ours + time.perf_counter() - then, theirs + then - first
+            found[name] = theirs / ours
+            hit_rate = 1 - (rows.from_remote - filled) / len(ids)
+            print(f"  {size:3} at a time: worker {len(ids) / ours:9.0f} rows/s   Redis MGET {len(ids) / theirs:9.0f} rows/s")
+    asked = ids.tolist()
+    best, cold_best = clairvoyant(asked, slots, frequent), clairvoyant(asked, slots, ())
+    print(f"  hit rate {hit_rate:.4f}; clairvoyant {best:.4f} from the same beginning, {cold_best:.4f} from an empty cache")
+    return {"hit_rate": hit_rate, "hit_vs_belady": hit_rate / best, "hit_vs_belady_empty": hit_rate / cold_best, **found}
+
+
+def growth(pairs: int) -> dict[str, float]:
+    """Time of a row from Redis, nothing cached, as the vocabulary and as the Cluster grow; the worst step over the best."""
+    found = {}
+    small, large = manifest_of("v16k", 16_384, 4), manifest_of("v128k", 131_072, 4)
+    with redis_server() as url, closing(open_store(url)) as store:
+        for manifest in (small, large):
+            load(store, manifest)
+        with service(url, 2) as address, Client(address) as client:
+            found["growth_vocab"] = _growth(
+                {"16k tokens": (client, small), "128k tokens": (client, large)}, pairs, "32 ids of 4 KiB, by vocabulary"
+            )
+    with redis_cluster(1) as one, redis_cluster(6) as six:
+        for url in (one, six):
+            with closing(open_store(url)) as store:
+                load(store, small)
+        with service(one, 2) as first, service(six, 2) as second, Client(first) as alone, Client(second) as many:
+            found["growth_nodes"] = _growth(
+                {"1 node": (alone, small), "6 nodes": (many, small)}, pairs, "32 ids of 4 KiB, by Cluster nodes"
+            )
+    return found
+
+
+def _growth(sizes: dict[str, tuple[Client, Manifest]], pairs: int, title: str) -> float:
+    def fetch(client: Client, manifest: Manifest) -> Work:
+        rounds = iter(in_turn(manifest.vocab_size, 32, pairs))
+        return lambda _: client.fetch(manifest, next(rounds))
+
+    found = medians({name: fetch(*size) for name, size in sizes.items()}, [np.empty(0)] * pairs, title)
+    return max(after / before for before, after in pairwise(found.values()))
+
+
+def lookup_processes(seconds: float) -> dict[str, float]:
+    """Rows per second that four clients get over the wire from 1, 2 and 4 lookup processes on one port."""
+    manifest, found = manifest_of("shared", 4096, 4), {}
+    with redis_server() as url, closing(open_store(url)) as store:
+        load(store, manifest)
+        print(f"{CLIENTS} clients, 256 ids of 4 KiB, hot, over the wire")
+        for count in (1, 2, 4):
+            with service(url, 64, "--processes", str(count)) as address, _clients() as pool:
+                rates = pool.map(_rate, [address] * CLIENTS, [manifest.to_json()] * CLIENTS, [seconds] * CLIENTS)
+                found[f"rows_per_second_{count}"] = sum(rates)
+            print(f"  {count} lookup processes {found[f'rows_per_second_{count}']:12.0f} rows/s")
+    return found
+
+
+@contextmanager
+def _clients() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(CLIENTS, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def _rate(address: str, manifest_json: str, seconds: float) -> float:
+    keep_large_blocks()
+    manifest = Manifest.from_json(manifest_json)
+    with Client(address, map_hot_rows=False) as client:
+        batches = in_turn(manifest.vocab_size, 256, 16)
+        for batch in batches:
+            client.fetch(manifest, batch)
+        time.sleep(0.5)  # until the others are there
+        rows, end = 0, time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            rows += len(client.fetch(manifest, batches[rows // 256 % 16]))
+    return rows / seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer pairs: done within a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer pairs and smaller rows of text: done within a minute")
+    quick = parser.parse_args().quick
     keep_large_blocks()  # as the worker does
-    medians = measure(40 if parser.parse_args().quick else 400)
-    size = IDS * LAYERS * HIDDEN * 2
-    print(f"{IDS} ids of {size // IDS // 1024} KiB, medians")
-    for name, median in medians.items():
-        print(f"  {name:22} {median * 1e3:8.2f} ms   {size / median / 1e9:6.2f} GB/s")
-    redis = medians["redis MGET"]
-    ratios = {"hot_vs_redis": redis / medians["service, hot"], "cold_vs_redis": redis / medians["service, from Redis"]}
+    torch.set_num_threads(1)
+    pairs = 60 if quick else 400
+    ratios = {
+        **large_rows(pairs),
+        **small_rows(pairs),
+        **real_text(24 if quick else 96),
+        **growth(pairs),
+        **lookup_processes(1 if quick else 4),
+    }
     print(json.dumps({name: round(ratio, 3) for name, ratio in ratios.items()}))
 
 

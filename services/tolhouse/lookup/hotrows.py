@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 import numpy as np
 
@@ -131,8 +132,10 @@ class HotRows:
             table.segment.close()
 
     async def _fill(self, table: OpenTable) -> None:
-        """Read the frequent tokens' rows; the most frequent arrive last, and so leave last."""
-        frequent = table.manifest.frequent[: table.segment.capacity][::-1]
+        """Read the frequent tokens' rows, and others while there is room; the most frequent arrive last, and so leave last."""
+        seen = set(table.manifest.frequent)
+        others = (i for i in range(table.manifest.vocab_size) if i not in seen)  # a BPE gives frequent tokens low ids
+        frequent = list(islice(chain(table.manifest.frequent, others), table.segment.capacity))[::-1]
         step = max(1, _READ_BYTES // table.manifest.record_bytes)
         try:
             for start in range(0, len(frequent), step):

@@ -11,6 +11,7 @@ each shard's records are handed on as they come. Every call has a timeout.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from tolhouse.table.spec import Buffer, Manifest, check_name, split_ref
 _TABLES = "tolhouse:tables"
 _WRITE_BYTES = 1 << 20  # per HSET
 _READ_BYTES = 1 << 18  # per recv
+_SENT_BYTES = 1 << 19  # of answers that are asked for at a time
 
 
 class RedisStore(Store):
@@ -68,7 +70,7 @@ class RedisStore(Store):
         shards = by_shard(manifest, ids)
         reads = [(_shard_key(manifest, shard), ids[places].tolist()) for shard, places in shards]
         with self._mapped():
-            for (_, places), (_, tokens), records in zip(shards, reads, self._hmget(reads), strict=True):
+            for (_, places), (_, tokens), records in zip(shards, reads, self._hmget(reads, manifest.record_bytes), strict=True):
                 for token, record in zip(tokens, records, strict=True):
                     if record is None or len(record) != manifest.record_bytes:
                         size = "is missing" if record is None else f"has {len(record)} bytes, not {manifest.record_bytes},"
@@ -76,23 +78,25 @@ class RedisStore(Store):
                 manifest.verify(ids[places], records)
                 yield places, records
 
-    def _hmget(self, reads: list[tuple[str, list[int]]]) -> Iterator[list[Any]]:
+    def _hmget(self, reads: list[tuple[str, list[int]]], record_bytes: int) -> Iterator[list[Any]]:
         """The answer to each HMGET as it comes; all are sent, to all nodes, before the first is read.
 
-        Each is sent by itself: Redis answers what it has read before it reads on, and so the first rows are on their way
-        while it looks up the next. Where a connection fails or a slot has moved, redis-py's own pipeline does the rest.
+        They are sent in a few parts: Redis answers what it has read before it reads on, and so the first rows are on their
+        way while it looks up the next. Where a connection fails or a slot has moved, redis-py's own pipeline does the rest.
         """
         answered = 0
         with suppress(exceptions.ConnectionError, exceptions.ResponseError, exceptions.RedisClusterException), ExitStack() as stack:
-            open_: dict[ConnectionPool, AbstractConnection] = {}
+            lanes: dict[ConnectionPool, _Lane] = {}
             order = []
             for key, tokens in reads:
                 pool = self._pool(key)
-                connection = open_.get(pool) or open_.setdefault(pool, stack.enter_context(_connection(pool)))
-                connection.send_packed_command(connection.pack_command("HMGET", key, *tokens), check_health=False)
-                order.append(connection)
-            for connection in order:
-                yield connection.read_response()
+                lane = lanes.get(pool) or lanes.setdefault(pool, _Lane(stack.enter_context(_connection(pool))))
+                lane.add(("HMGET", key, *tokens), len(tokens) * record_bytes)
+                order.append(lane)
+            for lane in lanes.values():
+                lane.send()
+            for lane in order:
+                yield lane.connection.read_response()
                 answered += 1
         if answered < len(reads):
             pipeline = self._redis.pipeline(transaction=False)
@@ -164,6 +168,25 @@ class RedisStore(Store):
             raise Unavailable(f"Redis at {self.url} can't be reached: {error}") from None
         except exceptions.RedisError as error:
             raise Unavailable(f"Redis at {self.url} refuses: {error}") from None
+
+
+@dataclass
+class _Lane:
+    """Commands on their way to one node."""
+
+    connection: AbstractConnection
+    commands: list[tuple] = field(default_factory=list)
+    answer_bytes: int = 0
+
+    def add(self, command: tuple, answer_bytes: int) -> None:
+        self.commands.append(command)
+        self.answer_bytes += answer_bytes
+        if self.answer_bytes >= _SENT_BYTES:
+            self.send()
+
+    def send(self) -> None:
+        self.connection.send_packed_command(self.connection.pack_commands(self.commands), check_health=False)
+        self.commands, self.answer_bytes = [], 0
 
 
 @contextmanager
