@@ -61,6 +61,15 @@ def service(url: str, hot_megabytes: float, *options: str) -> Iterator[str]:
         yield running.address
 
 
+@contextmanager
+def filled_service(url: str, hot_megabytes: float) -> Iterator[str]:
+    """One that has read the frequent tokens' rows of its published table."""
+    with process("lookup", "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", str(hot_megabytes)) as running:
+        while "hot rows filled" not in running.log.read_text():
+            time.sleep(0.05)
+        yield running.address
+
+
 def large_rows(pairs: int) -> dict[str, float]:
     """32 ids of 96 KiB: hot, and from Redis with nothing cached, against MGET of the same rows and one naive answer."""
     manifest = manifest_of("large", 2048, 96)
@@ -150,7 +159,7 @@ def real_text(row_kib: int) -> dict[str, float]:
         keys = load_plain(redis, manifest, np.unique(ids))
         print(f"{source}: {len(ids)} tokens, 32k BPE, rows of {row_kib} KiB, worker cache of {slots} rows")
         for name, size in (("effective_vs_redis", 512), ("effective_decoding_vs_redis", 32)):
-            with service(url, manifest.table_bytes / 3e6) as address, Client(address) as client:
+            with filled_service(url, manifest.table_bytes / 3e6) as address, Client(address) as client:
                 rows = Rows(client, manifest, slots * manifest.record_bytes, torch.device("cpu"))
                 rows.fill()
                 filled, ours, theirs = rows.from_remote, 0.0, 0.0

@@ -17,7 +17,6 @@ from tolhouse.v1 import lookup_pb2
 
 _REQUEST_ID, _FIRST, _LAST = 1 << 3, 2 << 3, 4 << 3  # varints
 _RECORDS, _ERROR, _SEGMENT = 3 << 3 | 2, 5 << 3 | 2, 6 << 3 | 2  # with a length
-_LEFT = 7 << 3  # a varint
 
 
 class Reply(NamedTuple):
@@ -27,13 +26,12 @@ class Reply(NamedTuple):
     last: bool
     error: lookup_pb2.Error | None
     segment: lookup_pb2.Segment | None
-    left: int
 
 
 def reply(
-    request_id: int, first: int, records: Sequence[Buffer], size: int, last: bool, left: int = 0, segment: lookup_pb2.Segment | None = None
+    request_id: int, first: int, records: Sequence[Buffer], size: int, last: bool, segment: lookup_pb2.Segment | None = None
 ) -> bytes:
-    """A serialised FetchReply with whole `records`, `size` bytes in all, or with word of `left` records."""
+    """A serialised FetchReply with whole `records`, `size` bytes in all."""
     header = bytearray((_REQUEST_ID,))
     _put(header, request_id)
     if first:
@@ -46,9 +44,6 @@ def reply(
         header.append(_SEGMENT)
         _put(header, len(told))
         header += told
-    if left:
-        header.append(_LEFT)
-        _put(header, left)
     if size:
         header.append(_RECORDS)
         _put(header, size)
@@ -63,7 +58,7 @@ def failed(request_id: int, status: str, message: str) -> bytes:
 
 def parse(data: bytes) -> Reply:
     """The FetchReply in `data`, with its records as a view; Internal if it is none."""
-    request_id = first = last = left = at = 0
+    request_id = first = last = at = 0
     records, error, segment, view = memoryview(b""), None, None, memoryview(data)
     try:
         while at < len(data):
@@ -75,8 +70,6 @@ def parse(data: bytes) -> Reply:
                 first = value
             elif tag == _LAST:
                 last = value
-            elif tag == _LEFT:
-                left = value
             elif tag in (_RECORDS, _ERROR, _SEGMENT):
                 body = view[at : at + value]
                 at += value
@@ -92,7 +85,7 @@ def parse(data: bytes) -> Reply:
             raise ValueError("cut short")
     except (IndexError, ValueError, DecodeError) as problem:
         raise Internal(f"the lookup service sent a reply that can't be read: {problem}") from None
-    return Reply(request_id, first, records, bool(last), error, segment, left)
+    return Reply(request_id, first, records, bool(last), error, segment)
 
 
 def _put(out: bytearray, value: int) -> None:

@@ -1,5 +1,6 @@
 """`Client`: rows and manifests from lookup replicas, tokens from a worker, over one set of channels."""
 
+import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import xxhash
 
 from tolhouse.client.generation import request_of, stop_reason
+from tolhouse.client.neighbour import Neighbour
 from tolhouse.client.stream import FetchStream, Request
 from tolhouse.errors import Cancelled, Corrupt, DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
 from tolhouse.rpc import error_of
@@ -162,14 +164,29 @@ class Client:
         """Try to get the records `left` of a job; those still open, and the error that says why."""
         manifest, ids, out, places = job
         _, most = self._describe(manifest.ref)
-        requests: list[tuple[FetchStream, np.ndarray, Request]] = []
-        for stream, mine in self._divided(manifest, ids, left, attempt):
-            cold = stream.take(manifest, ids[mine], out, [places[n] for n in mine.tolist()])
-            asked = mine if cold is None else mine[cold]
-            for start in range(0, len(asked), most):
-                part = asked[start : start + most]
-                requests.append((stream, part, stream.submit(manifest, ids[part], out, [places[n] for n in part.tolist()])))
         end = time.monotonic() + patience
+        requests: list[tuple[FetchStream, np.ndarray, Request]] = []
+        rung: list[tuple[FetchStream, Neighbour, np.ndarray, socket.socket]] = []
+
+        def to(mine: np.ndarray) -> list[int]:
+            return [places[n] for n in mine.tolist()]
+
+        def submit(stream: FetchStream, mine: np.ndarray) -> None:
+            for start in range(0, len(mine), most):
+                part = mine[start : start + most]
+                requests.append((stream, part, stream.submit(manifest, ids[part], out, to(part))))
+
+        for stream, mine in self._divided(manifest, ids, left, attempt):
+            near = stream.neighbour(manifest)
+            cold = mine[near.take(ids[mine], out, to(mine))] if near else mine
+            line = near.ring(ids[cold]) if near and len(cold) else None
+            if near and line:
+                rung.append((stream, near, cold, line))
+            else:
+                submit(stream, cold)
+        for stream, near, mine, line in rung:
+            answered = near.answered(line, max(0.001, (end - time.monotonic()) / 2))
+            submit(stream, mine[near.take(ids[mine], out, to(mine))] if answered else mine)
         failed: list[np.ndarray] = []
         worst: TolhouseError | None = None
         for stream, part, request in requests:

@@ -14,9 +14,9 @@ import grpc
 import numpy as np
 
 from tolhouse import wire
+from tolhouse.client.neighbour import Neighbour
 from tolhouse.errors import Corrupt, Internal, TolhouseError, from_status
 from tolhouse.rpc import dial, error_of
-from tolhouse.table.shared import Segment
 from tolhouse.table.spec import Manifest
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
@@ -31,14 +31,12 @@ class Request:
     out: memoryview  # of records, flat
     places: list[int]
     done: Future = field(default_factory=Future)
-    segment: int = 0  # the one the service may leave records in
-    _filled: int = 0  # records answered
-    _torn: list[int] = field(default_factory=list)  # of those, the ones that had left the segment again
+    _filled: int = 0  # records that are there
     _given_up: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take(self, reply: wire.Reply, segment: Segment | None) -> bool:
-        """Put a reply's records into place; whether nothing more is to come."""
+    def take(self, reply: wire.Reply) -> bool:
+        """Put a reply's records into place, verified; whether nothing more is to come."""
         with self._lock:
             if self._given_up:
                 return True
@@ -46,31 +44,20 @@ class Request:
                 self.done.set_exception(from_status(reply.error.status, reply.error.message))
                 return True
             count, odd = divmod(len(reply.records), self.manifest.record_bytes)
-            part = slice(self._filled, self._filled + count + reply.left)
-            misfit = odd or reply.first != part.start or part.stop > len(self.ids) or (count and reply.left)
-            if misfit or (reply.left and (segment is None or segment.id != self.segment)):
+            part = slice(self._filled, self._filled + count)
+            if odd or reply.first != part.start or part.stop > len(self.ids):
                 self.done.set_exception(Internal("the lookup service answered with records that do not fit the request"))
                 return True
-            ids, places = self.ids[part], self.places[part]
-            if segment and reply.left:
-                self._torn += [part.start + n for n in segment.take(ids, self.out, places)]
-            elif bad := self.manifest.take(ids, reply.records, range(count), self.out, places):
+            ids = self.ids[part]
+            if bad := self.manifest.take(ids, reply.records, range(count), self.out, self.places[part]):
                 self.done.set_exception(Corrupt(f"the row of token {ids[bad[0]]} in table {self.manifest.ref} fails its checksum"))
                 return True
             self._filled = part.stop
             if reply.last and self._filled < len(self.ids):
                 self.done.set_exception(Internal("the lookup service answered with fewer records than were asked for"))
-            elif reply.last and not self._torn:
+            elif reply.last:
                 self.done.set_result(None)
             return reply.last
-
-    def rest(self) -> bool:
-        """Turn into a request for the records that had left the segment before they were read; whether there are any."""
-        if self.done.done() or not self._torn:
-            return False
-        self.ids, self.places = self.ids[self._torn], [self.places[n] for n in self._torn]
-        self.segment, self._filled, self._torn = 0, 0, []
-        return True
 
     def give_up(self) -> None:
         """Nothing is written to `out` from now on."""
@@ -90,11 +77,10 @@ class FetchStream:
         self._lock = threading.Lock()
         self._open: _Call | None = None
 
-    def take(self, manifest: Manifest, ids: np.ndarray, out: memoryview, places: list[int]) -> list[int] | None:
-        """Copy, without a request, what lies in hot rows that can be mapped; indices of those left, None for all of them."""
+    def neighbour(self, manifest: Manifest) -> Neighbour | None:
+        """The replica as a process of this machine, once it has said that it is one for this table."""
         call = self._open
-        segment = call.segments.get(manifest.ref) if call and not call.broken else None
-        return segment.take(ids, out, places) if segment else None
+        return call.neighbours.get(manifest.ref) if call and not call.broken else None
 
     def submit(self, manifest: Manifest, ids: np.ndarray, out: memoryview, places: list[int]) -> Request:
         """Ask for the records of `ids` (uint32 [T]); they will be in `places` of `out`, verified, when `done` is."""
@@ -102,11 +88,7 @@ class FetchStream:
         with self._lock:
             if self._open is None or self._open.broken:
                 self._open = _Call(self._fetch, self.target, self.map_hot_rows)
-            call = self._open
-        segment = call.segments.get(manifest.ref)
-        if segment:
-            request.segment = segment.id
-        call.send(request)
+            self._open.send(request)
         return request
 
     def reset(self) -> None:
@@ -124,7 +106,7 @@ class FetchStream:
 class _Call:
     def __init__(self, fetch: grpc.StreamStreamMultiCallable, target: str, map_hot_rows: bool) -> None:
         self.target, self.map_hot_rows, self.broken = target, map_hot_rows, False
-        self.segments: dict[str, Segment] = {}  # the replica's hot rows, by table, where they can be mapped
+        self.neighbours: dict[str, Neighbour] = {}  # by table
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._pending: dict[int, Request] = {}
@@ -140,9 +122,7 @@ class _Call:
                 return
             self._pending[number] = request
         packed = request.ids.astype("<u4", copy=False).tobytes()
-        self._outgoing.put(
-            lookup_pb2.FetchRequest(request_id=number, table=request.manifest.ref, token_ids=packed, segment=request.segment)
-        )
+        self._outgoing.put(lookup_pb2.FetchRequest(request_id=number, table=request.manifest.ref, token_ids=packed))
 
     def _receive(self) -> None:
         error: TolhouseError
@@ -160,20 +140,17 @@ class _Call:
         with self._lock:
             self.broken = True
             pending, self._pending = self._pending, {}
-        self.segments.clear()
+        for neighbour in self.neighbours.values():
+            neighbour.close()
         self._outgoing.put(None)
         for request in pending.values():
             request.done.set_exception(error)
 
     def _answer(self, reply: wire.Reply, request: Request) -> None:
-        ref = request.manifest.ref
         if reply.segment and self.map_hot_rows:
-            told = reply.segment
-            segment = Segment.attach(request.manifest, told.capacity, told.id, told.pid, told.fd)
-            if segment:
-                self.segments[ref] = segment
-        if request.take(reply, self.segments.get(ref)):
+            neighbour = Neighbour.at(request.manifest, reply.segment)
+            if neighbour:
+                self.neighbours[request.manifest.ref] = neighbour
+        if request.take(reply):
             with self._lock:
                 del self._pending[reply.request_id]
-            if request.rest():
-                self.send(request)

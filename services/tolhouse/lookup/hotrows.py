@@ -5,25 +5,29 @@ frequent tokens when a table is opened, and kept by the row cache's policy from 
 """
 
 import asyncio
+import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 
 import numpy as np
 
-from tolhouse.errors import Corrupt, TolhouseError, Unavailable
+from tolhouse.errors import Corrupt, TolhouseError
+from tolhouse.lookup.doorbell import Doorbell
 from tolhouse.store import Store, resolve, tables
 from tolhouse.table.rowcache import RowCache, capacity_for
 from tolhouse.table.shared import Segment
 from tolhouse.table.spec import Buffer, Manifest
 from tolhouse.telemetry import event
 
-Arrival = asyncio.Future[dict[int, Buffer]]  # of verified records from the store, by token
-
 _MOST_OPEN_TABLES = 8
 _READ_BYTES = 4 << 20  # read from the store at once
+
+Arrival = Future[dict[int, Buffer]]  # of verified records from the store, by token
 
 
 @dataclass
@@ -32,6 +36,8 @@ class OpenTable:
     segment: Segment
     hot: RowCache
     reading: dict[int, Arrival] = field(default_factory=dict)  # rows on their way from the store
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of `hot` and `reading`
+    doorbell: Doorbell | None = None
 
     def lacks(self, ids: np.ndarray, read: dict[int, Buffer] | None = None) -> bool:
         """Whether one of `ids` is neither hot nor among those just read."""
@@ -39,7 +45,7 @@ class OpenTable:
         return len(cold) > 0 and (not read or any(i not in read for i in cold.tolist()))
 
     def records(self, ids: np.ndarray, read: dict[int, Buffer]) -> list[Buffer]:
-        """Records of `ids`, hot or among those just read, where they lie: good until the loop runs something else."""
+        """Records of `ids`, hot or among those just read, where they lie: good while the lock is held."""
         size, flat = self.manifest.record_bytes, self.segment.bytes
         slots = self.hot.slots(ids)
         if not read:
@@ -49,12 +55,14 @@ class OpenTable:
 
 
 class HotRows:
-    """Belongs to the event loop; store reads run in threads. Each open table has its own `hot_bytes`."""
+    """Tables are opened on the event loop, rows are read in threads. Each open table has its own `hot_bytes`."""
 
     def __init__(self, store: Store, hot_bytes: int) -> None:
         self.store, self.hot_bytes = store, hot_bytes
         self._open: OrderedDict[str, OpenTable] = OrderedDict()
         self._filling: set[asyncio.Task] = set()
+        self._loop = asyncio.get_running_loop()
+        self.rung = 0  # rows read for clients that rang
         self._taken = 0  # rows that clients took from segments now closed
 
     async def table(self, ref: str) -> OpenTable:
@@ -78,7 +86,7 @@ class HotRows:
     async def parts(self, table: OpenTable, ids: np.ndarray, step: int) -> AsyncIterator[tuple[np.ndarray, dict[int, Buffer]]]:
         """Runs of `step` ids, and the verified records of those that had to be read.
 
-        The others are hot until the caller awaits something. While it sends a run, the next ones are read.
+        The others were hot a moment ago: with the lock held, ask again. While one run is sent, the next ones are read.
         """
         arrivals: dict[int, Arrival] = {}
         ahead = 0
@@ -91,19 +99,22 @@ class HotRows:
             read: dict[int, Buffer] = {}
             for i in part.tolist() if arrivals else ():
                 if i in arrivals:
-                    read[i] = (await asyncio.shield(arrivals.pop(i)))[i]  # others may wait for it when this caller goes away
-            while table.lacks(part, read):  # what was hot has been evicted since
-                read |= {i: (await asyncio.shield(arrival))[i] for i, arrival in self._begin(table, part).items()}
+                    read[i] = (await _arrived(arrivals.pop(i)))[i]
             yield part, read
 
-    def _begin(self, table: OpenTable, ids: np.ndarray) -> dict[int, Arrival]:
-        """Start to read those `ids` that are not hot; they are hot afterwards, if there is room.
+    async def again(self, table: OpenTable, ids: np.ndarray) -> dict[int, Buffer]:
+        """The same for rows that have been evicted since."""
+        return {i: (await _arrived(arrival))[i] for i, arrival in self._begin(table, ids).items()}
 
-        A row that someone else is reading already is waited for, not read again.
-        """
-        wanted = list(dict.fromkeys(ids[table.hot.slot_of[ids] < 0].tolist()))
-        self._read(table, [i for i in wanted if i not in table.reading])
-        return {i: table.reading[i] for i in wanted}
+    def bring(self, table: OpenTable, ids: np.ndarray) -> None:
+        """Make `ids` hot, as far as there is room, in the thread that calls."""
+        table.manifest.check_ids(ids)
+        new, slots, arrivals = self._claim(table, ids)
+        if new:
+            self._read(table, new, slots, arrivals[new[0]])
+        for arrival in set(arrivals.values()):
+            arrival.result()
+        self.rung += len(new)
 
     def taken(self) -> int:
         """Rows that clients took from the segments themselves."""
@@ -119,6 +130,8 @@ class HotRows:
         segment = Segment.create(manifest, capacity_for(manifest, self.hot_bytes))
         table = OpenTable(manifest, segment, RowCache(segment.slab, segment.slot_of, segment.uses))
         self._open[manifest.ref] = table
+        if segment.fd >= 0 and segment.capacity:
+            table.doorbell = Doorbell(segment.id, partial(self.bring, table))
         if manifest.frequent and segment.capacity:
             task = asyncio.create_task(self._fill(table))
             self._filling.add(task)
@@ -130,58 +143,70 @@ class HotRows:
         if table:
             self._taken += int(table.segment.taken[0])
             table.segment.close()
+            if table.doorbell:
+                table.doorbell.close()
 
     async def _fill(self, table: OpenTable) -> None:
         """Read the frequent tokens' rows, and others while there is room; the most frequent arrive last, and so leave last."""
         seen = set(table.manifest.frequent)
         others = (i for i in range(table.manifest.vocab_size) if i not in seen)  # a BPE gives frequent tokens low ids
-        frequent = list(islice(chain(table.manifest.frequent, others), table.segment.capacity))[::-1]
+        frequent = np.array(list(islice(chain(table.manifest.frequent, others), table.segment.capacity))[::-1], np.uint32)
         step = max(1, _READ_BYTES // table.manifest.record_bytes)
         try:
             for start in range(0, len(frequent), step):
-                part = [i for i in frequent[start : start + step] if table.hot.slot_of[i] < 0 and i not in table.reading]
-                if arrival := self._read(table, part, main=True):
-                    await arrival
+                for arrival in set(self._begin(table, frequent[start : start + step], main=True).values()):
+                    await _arrived(arrival)
         except TolhouseError as error:
             event("hot rows not filled", table=table.manifest.ref, reason=str(error))
         else:
             event("hot rows filled", table=table.manifest.ref, rows=len(table.hot))
 
-    def _read(self, table: OpenTable, ids: list[int], *, main: bool = False) -> Arrival | None:
-        """Have a thread read `ids`, which nobody reads yet; they are in `table.reading` until they have come.
+    def _begin(self, table: OpenTable, ids: np.ndarray, *, main: bool = False) -> dict[int, Arrival]:
+        """Have a thread read those `ids` that are not hot; they are hot afterwards, if there is room."""
+        new, slots, arrivals = self._claim(table, ids, main=main)
+        if new:
+            asyncio.get_running_loop().run_in_executor(None, self._read, table, new, slots, arrivals[new[0]])
+        return arrivals
 
-        Each record goes into its slot while the next is on its way.
+    def _claim(self, table: OpenTable, ids: np.ndarray, *, main: bool = False) -> tuple[list[int], np.ndarray, dict[int, Arrival]]:
+        """Of those `ids` that are not hot: the ones that nobody reads yet, slots for them, and what to wait for.
+
+        A row that someone else is reading already is waited for, not read again.
         """
-        if not ids:
-            return None
-        loop, wanted = asyncio.get_running_loop(), np.array(ids, np.uint32)
-        arrival: Arrival = loop.create_future()
-        table.reading.update(dict.fromkeys(ids, arrival))
-        slots = table.hot.reserve(wanted, main=main)
-        size, flat = table.manifest.record_bytes, table.segment.bytes
+        with table.lock:
+            wanted = list(dict.fromkeys(ids[table.hot.slot_of[ids] < 0].tolist()))
+            new = [i for i in wanted if i not in table.reading]
+            table.reading.update(dict.fromkeys(new, Future()))
+            slots = table.hot.reserve(np.array(new, np.uint32), main=main)
+            return new, slots, {i: table.reading[i] for i in wanted}
 
-        def read() -> dict[int, Buffer]:
-            found: dict[int, Buffer] = {}
+    def _read(self, table: OpenTable, ids: list[int], slots: np.ndarray, arrival: Arrival) -> None:
+        """Read what was claimed. Each record goes into its slot while the next is on its way."""
+        wanted, size, flat = np.array(ids, np.uint32), table.manifest.record_bytes, table.segment.bytes
+        found: dict[int, Buffer] = {}
+        error: BaseException | None = None
+        try:
             for places, records in self.store.records(table.manifest, wanted):
                 for i, slot, record in zip(wanted[places].tolist(), slots[places].tolist(), records, strict=True):
                     found[i] = record
                     if slot >= 0:
                         flat[slot * size : (slot + 1) * size] = record
-            return found
-
-        def ended(done: asyncio.Future[dict[int, Buffer]]) -> None:
+        except BaseException as failure:  # noqa: BLE001 - whoever waits has to hear of it
+            error = failure
+        with table.lock:
             for i in ids:
                 del table.reading[i]
-            error = Unavailable("the read was given up") if done.cancelled() else done.exception()
             if error is None:
                 table.hot.settle(wanted, slots)
-                arrival.set_result(done.result())
-                return
-            table.hot.release(slots)
-            if isinstance(error, Corrupt):
-                self._close(table.manifest.ref)  # deleted, or built anew in other shards: read its manifest again
-            arrival.set_exception(error)
-            arrival.exception()  # nobody may be waiting
+            else:
+                table.hot.release(slots)
+        if error is None:
+            arrival.set_result(found)
+            return
+        if isinstance(error, Corrupt):  # deleted, or built anew in other shards: read its manifest again
+            self._loop.call_soon_threadsafe(self._close, table.manifest.ref)
+        arrival.set_exception(error)
 
-        loop.run_in_executor(None, read).add_done_callback(ended)
-        return arrival
+
+async def _arrived(arrival: Arrival) -> dict[int, Buffer]:
+    return await asyncio.shield(asyncio.wrap_future(arrival))  # others may wait for it when this caller goes away

@@ -18,17 +18,16 @@ from prometheus_client.registry import Collector
 from tolhouse import wire
 from tolhouse.config import LookupConfig
 from tolhouse.errors import Internal, InvalidArgument, TolhouseError
-from tolhouse.lookup.hotrows import HotRows
+from tolhouse.lookup.hotrows import HotRows, OpenTable
 from tolhouse.rpc import answer, serve
 from tolhouse.store import open_store, resolve, tables
 from tolhouse.table.shared import Segment
-from tolhouse.table.spec import Manifest, split_ref
+from tolhouse.table.spec import Buffer, Manifest, split_ref
 from tolhouse.telemetry import event, log, serve_metrics
 from tolhouse.v1 import lookup_pb2
 
 NAME = "tolhouse.v1.Lookup"
 CHUNK_BYTES = 1 << 20
-_LEFT_BYTES = 7 << 19  # records that a client is told of at a time, where it takes them itself
 MAX_IDS_PER_FETCH = 65_536
 
 REQUESTS = Counter("tolhouse_lookup_requests_total", "Fetch requests answered, by gRPC status", ["status"])
@@ -43,7 +42,7 @@ SECONDS = Histogram(
 
 
 class Taken(Collector):
-    """Rows that clients took from the hot segments themselves, counted there."""
+    """Rows that clients on this machine had without a request: counted in the segments, and at the doorbells."""
 
     def __init__(self, rows: HotRows) -> None:
         self.rows = rows
@@ -51,6 +50,8 @@ class Taken(Collector):
     def collect(self) -> Iterator[Metric]:
         text = "Rows that clients on this machine took from the hot rows without a request"
         yield CounterMetricFamily("tolhouse_lookup_rows_taken", text, self.rows.taken())
+        text = "Rows that clients on this machine rang for, and that were read from the store"
+        yield CounterMetricFamily("tolhouse_lookup_rows_rung", text, self.rows.rung)
 
 
 class LookupService:
@@ -107,18 +108,14 @@ class LookupService:
                 raise InvalidArgument(f"fetch needs name@version, not {request.table!r}: ask Describe what a name stands for")
             table = await self.rows.table(request.table)
             ids = _ids(request.token_ids, table.manifest)
-            size, mapped = table.manifest.record_bytes, request.segment == table.segment.id
-            first = missed = 0
-            async for part, read in self.rows.parts(table, ids, max(1, (_LEFT_BYTES if mapped else CHUNK_BYTES) // size)):
+            size, first, missed = table.manifest.record_bytes, 0, 0
+            async for part, arrived in self.rows.parts(table, ids, max(1, CHUNK_BYTES // size)):
+                read = arrived
+                while not (reply := self._reply(request.request_id, table, ids, first, part, read, offered)):
+                    read = read | await self.rows.again(table, part)  # what was hot has been evicted since
                 missed += len(read)
-                last = first + len(part) == len(ids)
-                if mapped and not table.lacks(part):
-                    yield wire.reply(request.request_id, first, (), 0, last, left=len(part))
-                else:
-                    offer = table.segment if len(ids) and table.segment.id not in offered else None
-                    offered |= {table.segment.id} if offer else set()
-                    yield wire.reply(request.request_id, first, table.records(part, read), size * len(part), last, segment=told(offer))
                 first += len(part)
+                yield reply
             ROWS_HOT.inc(len(ids) - missed)
             ROWS_STORE.inc(missed)
             BYTES.inc(size * len(ids))
@@ -130,6 +127,20 @@ class LookupService:
             yield wire.failed(request.request_id, status, str(error))
         REQUESTS.labels(status).inc()
         SECONDS.observe(time.perf_counter() - started)
+
+    def _reply(
+        self, request_id: int, table: OpenTable, ids: np.ndarray, first: int, part: np.ndarray, read: dict[int, Buffer], offered: set[int]
+    ) -> bytes:
+        """A reply with the records of `part` of `ids`; nothing if one of them is neither hot nor in `read`."""
+        last, size = first + len(part) == len(ids), table.manifest.record_bytes * len(part)
+        offer = told(table.segment) if len(ids) and table.segment.id not in offered else None
+        with table.lock:  # until the records are copied
+            if table.lacks(part, read):
+                return b""
+            reply = wire.reply(request_id, first, table.records(part, read), size, last, offer)
+        if len(ids):
+            offered.add(table.segment.id)
+        return reply
 
 
 def register(service: LookupService, server: grpc.aio.Server) -> None:

@@ -10,8 +10,12 @@ the owner:
 
 Readers may write to the first two, each of which begins on a page; the others they can only read. Nobody locks. A reader
 copies a record and then verifies its checksum, which is seeded by version and token: a row that was replaced meanwhile,
-or is only half there, does not pass, and is asked for in the ordinary way. Other hosts, other users and other containers
-can't open the segment, and need not.
+or is only half there, does not pass, and is asked for in the ordinary way.
+
+A reader may also ring for rows that are not hot: a packet of token ids (little-endian uint32, at most MOST_RUNG) to the
+owner's Unix socket is answered with RUNG when they are in the slab, as far as there was room, or with another byte when
+they can't be had; the ordinary way says why. Other hosts, other users and other containers can't open the segment, and
+need not.
 """
 
 import mmap
@@ -25,6 +29,9 @@ import numpy as np
 
 from tolhouse.table.rowcache import MOST_USES
 from tolhouse.table.spec import Manifest
+
+MOST_RUNG = 16_384
+RUNG = b"1"
 
 
 class Segment:
@@ -95,6 +102,11 @@ def _layout(manifest: Manifest, capacity: int) -> tuple[int, int, int, int]:
         offsets.append(at)
         at += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     return offsets[0], offsets[1], at, at + capacity * manifest.record_bytes
+
+
+def bell(segment: int) -> bytes:
+    """The address, in Linux's abstract namespace, of the socket where readers of a segment ring."""
+    return b"\0" + _name(segment).encode()
 
 
 def _name(number: int) -> str:

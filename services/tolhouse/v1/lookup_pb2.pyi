@@ -7,34 +7,30 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FetchRequest(_message.Message):
-    __slots__ = ("request_id", "table", "token_ids", "segment")
+    __slots__ = ("request_id", "table", "token_ids")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
-    SEGMENT_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     table: str
     token_ids: bytes
-    segment: int
-    def __init__(self, request_id: _Optional[int] = ..., table: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., segment: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., table: _Optional[str] = ..., token_ids: _Optional[bytes] = ...) -> None: ...
 
 class FetchReply(_message.Message):
-    __slots__ = ("request_id", "first", "records", "last", "error", "segment", "left")
+    __slots__ = ("request_id", "first", "records", "last", "error", "segment")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     RECORDS_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     SEGMENT_FIELD_NUMBER: _ClassVar[int]
-    LEFT_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     first: int
     records: bytes
     last: bool
     error: Error
     segment: Segment
-    left: int
-    def __init__(self, request_id: _Optional[int] = ..., first: _Optional[int] = ..., records: _Optional[bytes] = ..., last: _Optional[bool] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., segment: _Optional[_Union[Segment, _Mapping]] = ..., left: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., first: _Optional[int] = ..., records: _Optional[bytes] = ..., last: _Optional[bool] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., segment: _Optional[_Union[Segment, _Mapping]] = ...) -> None: ...
 
 class Segment(_message.Message):
     __slots__ = ("id", "pid", "fd", "capacity")
