@@ -1,7 +1,8 @@
-"""gRPC with nothing behind it, to measure against: `python -m loadtest.bare` serves, `bare()` starts that as a process.
+"""gRPC with nothing behind it, to measure against: `python -m loadtest.bare bare|naive` serves, `server()` starts one.
 
-`Echo` gives a stream's messages back, `Bytes` answers a number with so many bytes, both without protobuf and with the
-channel options of our own services. `Rows` is the naive lookup: one unary answer, a generated message around joined rows.
+The bare one gives a stream's messages back (`Echo`) and answers a number with so many bytes (`Bytes`), without protobuf
+and with the options of our own services. The naive one is a lookup as one would write it first (`Rows`): one unary
+answer, a generated message around joined rows, nothing tuned.
 """
 
 import asyncio
@@ -9,15 +10,18 @@ import queue
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Literal
 
 import grpc
 import numpy as np
-from tolhouse.rpc import _SERVER_OPTIONS, dial, keep_large_blocks
+from tolhouse.rpc import SERVER_OPTIONS, dial, keep_large_blocks
 from tolhouse.v1 import lookup_pb2
 
 ROW_BYTES, ROWS = 96 << 10, 2048
 _BYTES = bytes(4 << 20)
+_ROWS: list[bytes] = []
 
 
 async def _echo(requests: AsyncIterator[bytes], _: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
@@ -29,36 +33,38 @@ async def _bytes(request: bytes, _: grpc.aio.ServicerContext) -> bytes:
     return _BYTES[: int(request)]
 
 
-async def _serve() -> None:
+def _naive(request: lookup_pb2.FetchRequest, _: grpc.ServicerContext) -> lookup_pb2.FetchReply:
+    ids = np.frombuffer(request.token_ids, "<u4").tolist()
+    return lookup_pb2.FetchReply(records=b"".join(_ROWS[i] for i in ids))
+
+
+async def _serve_bare() -> None:
     keep_large_blocks()
-    rows = [np.random.default_rng(i).bytes(ROW_BYTES) for i in range(ROWS)]
-
-    async def naive(request: lookup_pb2.FetchRequest, _: grpc.aio.ServicerContext) -> lookup_pb2.FetchReply:
-        ids = np.frombuffer(request.token_ids, "<u4").tolist()
-        return lookup_pb2.FetchReply(records=b"".join(rows[i] for i in ids))
-
-    def handlers() -> dict[str, grpc.RpcMethodHandler]:
-        read, write = lookup_pb2.FetchRequest.FromString, lookup_pb2.FetchReply.SerializeToString
-        return {
-            "Echo": grpc.stream_stream_rpc_method_handler(_echo),
-            "Bytes": grpc.unary_unary_rpc_method_handler(_bytes),
-            "Rows": grpc.unary_unary_rpc_method_handler(naive, read, write),
-        }
-
-    server = grpc.aio.server(options=_SERVER_OPTIONS)
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("Bare", handlers())])
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    methods = {"Echo": grpc.stream_stream_rpc_method_handler(_echo), "Bytes": grpc.unary_unary_rpc_method_handler(_bytes)}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("Bare", methods)])
     print(server.add_insecure_port("127.0.0.1:0"), flush=True)
     await server.start()
     await server.wait_for_termination()
 
 
+def _serve_naive() -> None:
+    _ROWS.extend(np.random.default_rng(i).bytes(ROW_BYTES) for i in range(ROWS))
+    server = grpc.server(ThreadPoolExecutor(4))
+    read, write = lookup_pb2.FetchRequest.FromString, lookup_pb2.FetchReply.SerializeToString
+    methods = {"Rows": grpc.unary_unary_rpc_method_handler(_naive, read, write)}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("Naive", methods)])
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    server.start()
+    server.wait_for_termination()
+
+
 class Bare:
-    """A client of it."""
+    """A client of the bare server."""
 
     def __init__(self, target: str) -> None:
         channel = dial(target)
         self.bytes = channel.unary_unary("/Bare/Bytes")
-        self._rows = channel.unary_unary("/Bare/Rows", lookup_pb2.FetchRequest.SerializeToString, lookup_pb2.FetchReply.FromString)
         self._outgoing: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._stream = channel.stream_stream("/Bare/Echo")(iter(self._outgoing.get, None))
 
@@ -66,22 +72,33 @@ class Bare:
         self._outgoing.put(payload)
         return next(self._stream)
 
+
+class Naive:
+    """A client of the naive one."""
+
+    def __init__(self, target: str) -> None:
+        read, write = lookup_pb2.FetchReply.FromString, lookup_pb2.FetchRequest.SerializeToString
+        self._rows = grpc.insecure_channel(target).unary_unary("/Naive/Rows", write, read)
+
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        reply = self._rows(lookup_pb2.FetchRequest(table="bare", token_ids=ids.astype("<u4").tobytes()))
+        reply = self._rows(lookup_pb2.FetchRequest(table="naive", token_ids=ids.astype("<u4").tobytes()))
         return np.frombuffer(reply.records, np.uint8).reshape(len(ids), ROW_BYTES)
 
 
 @contextmanager
-def bare() -> Iterator[Bare]:
-    """The servers as a process, until the block ends."""
-    process = subprocess.Popen([sys.executable, "-m", "loadtest.bare"], stdout=subprocess.PIPE, text=True)
+def server(kind: Literal["bare", "naive"]) -> Iterator[str]:
+    """One of the servers as a process, until the block ends; its address."""
+    process = subprocess.Popen([sys.executable, "-m", "loadtest.bare", kind], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     try:
-        yield Bare(f"127.0.0.1:{process.stdout.readline().strip()}")
+        yield f"127.0.0.1:{process.stdout.readline().strip()}"
     finally:
         process.kill()
         process.wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve())
+    if sys.argv[1] == "naive":
+        _serve_naive()
+    else:
+        asyncio.run(_serve_bare())

@@ -26,12 +26,13 @@ from tolhouse.testing import process, redis_cluster, redis_server
 from tolhouse.worker.rows import Rows
 from tqdm import tqdm
 
-from loadtest.bare import bare
+from loadtest.bare import Bare, Naive, server
 from loadtest.tables import load, load_plain, manifest_of
 from loadtest.text import clairvoyant, trace
 
 Work = Callable[[np.ndarray], object]
 CLIENTS = 4  # processes that fetch at once
+_PAUSE = 0.002  # seconds in which the last contender's threads come to rest
 
 
 def medians(contenders: dict[str, Work], batches: list[np.ndarray], title: str) -> dict[str, float]:
@@ -39,6 +40,7 @@ def medians(contenders: dict[str, Work], batches: list[np.ndarray], title: str) 
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for batch in tqdm(batches, desc=title, leave=False):
         for name, work in contenders.items():
+            time.sleep(_PAUSE)
             started = time.perf_counter()
             work(batch)
             times[name].append(time.perf_counter() - started)
@@ -84,14 +86,14 @@ def large_rows(pairs: int) -> dict[str, float]:
             Client(hot, map_hot_rows=False) as hot_wire,
             Client(cold) as cold_client,
             Client(cold, map_hot_rows=False) as cold_wire,
-            bare() as naive,
+            server("naive") as naive,
         ):
             for part in np.split(ids, 32):
                 hot_client.fetch(manifest, part)
             half = len(ids) // 2
             contenders: dict[str, Work] = {
                 "Redis MGET": lambda batch: redis.mget([keys[i] for i in batch.tolist()]),
-                "one naive gRPC answer": naive.rows,
+                "one naive gRPC answer": Naive(naive).rows,
                 "service, hot": lambda batch: hot_client.fetch(manifest, batch),
                 "service, hot, over the wire": lambda batch: hot_wire.fetch(manifest, batch),
                 "service, from Redis": lambda batch: cold_client.fetch(manifest, batch),
@@ -113,8 +115,9 @@ def small_rows(pairs: int) -> dict[str, float]:
     """Hot rows of 4 KiB: one against an echo of 4 KiB on an open stream, 256 against a bare unary answer of 1 MiB."""
     manifest = manifest_of("small", 4096, 4)
     payload = bytes(4096)
-    with redis_server() as url, closing(open_store(url)) as store, bare() as bare_:
+    with redis_server() as url, closing(open_store(url)) as store, server("bare") as bare:
         load(store, manifest)
+        bare_ = Bare(bare)
         with service(url, 64) as address, Client(address) as client, Client(address, map_hot_rows=False) as wire:
             client.fetch(manifest, range(manifest.vocab_size))
             one = medians(
@@ -158,20 +161,21 @@ def real_text(row_kib: int) -> dict[str, float]:
         publish(store, manifest.ref)
         keys = load_plain(redis, manifest, np.unique(ids))
         print(f"{source}: {len(ids)} tokens, 32k BPE, rows of {row_kib} KiB, worker cache of {slots} rows")
-        for name, size in (("effective_vs_redis", 512), ("effective_decoding_vs_redis", 32)):
+        for name, size, read in (("effective_vs_redis", 512, ids), ("effective_decoding_vs_redis", 32, ids[: len(ids) // 4])):
             with filled_service(url, manifest.table_bytes / 3e6) as address, Client(address) as client:
                 rows = Rows(client, manifest, slots * manifest.record_bytes, torch.device("cpu"))
                 rows.fill()
                 filled, ours, theirs = rows.from_remote, 0.0, 0.0
-                for part in tqdm(np.array_split(ids, len(ids) // size), desc=f"{size} at a time", leave=False):
+                for part in tqdm(np.array_split(read, len(read) // size), desc=f"{size} at a time", leave=False):
                     first = time.perf_counter()
                     redis.mget([keys[i] for i in part.tolist()])
                     then = time.perf_counter()
                     rows.stage(np.unique(part))
                     ours, theirs = ours + time.perf_counter() - then, theirs + then - first
             found[name] = theirs / ours
-            hit_rate = 1 - (rows.from_remote - filled) / len(ids)
-            print(f"  {size:3} at a time: worker {len(ids) / ours:9.0f} rows/s   Redis MGET {len(ids) / theirs:9.0f} rows/s")
+            if read is ids:
+                hit_rate = 1 - (rows.from_remote - filled) / len(ids)
+            print(f"  {size:3} at a time: worker {len(read) / ours:9.0f} rows/s   Redis MGET {len(read) / theirs:9.0f} rows/s")
     asked = ids.tolist()
     best, cold_best = clairvoyant(asked, slots, frequent), clairvoyant(asked, slots, ())
     print(f"  hit rate {hit_rate:.4f}; clairvoyant {best:.4f} from the same beginning, {cold_best:.4f} from an empty cache")
@@ -253,7 +257,7 @@ def main() -> None:
     ratios = {
         **large_rows(pairs),
         **small_rows(pairs),
-        **real_text(24 if quick else 96),
+        **real_text(48 if quick else 96),
         **growth(pairs),
         **lookup_processes(1 if quick else 4),
     }

@@ -26,7 +26,7 @@ _CHANNEL_OPTIONS = [
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.use_local_subchannel_pool", 1),  # two clients in a process share no connection, nor its back-off
 ]
-_SERVER_OPTIONS = [
+SERVER_OPTIONS = [
     ("grpc.optimization_target", "throughput"),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -113,7 +113,7 @@ async def serve(
     from grpc_reflection.v1alpha import reflection
 
     keep_large_blocks()
-    server = grpc.aio.server(options=[*_SERVER_OPTIONS, ("grpc.so_reuseport", int(share_port))])
+    server = grpc.aio.server(options=[*SERVER_OPTIONS, ("grpc.so_reuseport", int(share_port))])
     register(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
