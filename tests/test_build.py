@@ -12,6 +12,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from tolhouse.build.job import plan
+from tolhouse.build.shards import build_shards
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.store import open_store
 from tolhouse.testing import build_table, tiny_model
@@ -194,3 +196,69 @@ def test_a_store_that_dies_during_a_build_ends_it_with_an_error(checkpoint: Path
     code, _, err = build(checkpoint, "--store", f"file://{blocked}")
     assert 1 == code
     assert "can't write" in err
+
+
+def test_the_manifest_lists_the_corpus_tokens_by_frequency(checkpoint: Path, tmp_path: Path) -> None:
+    """`--corpus` decides which tokens are said to be frequent; rows, bytes and version do not depend on it."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("self.items self.items self.items def")
+    (corpus / "b.bin").write_bytes(b"\xff\xfe\x00")
+    found = []
+    for options in (("--corpus", corpus), ()):
+        code, ref, err = build(checkpoint, "--store", f"file://{tmp_path}/{len(options)}", "--shards", "2", *options)
+        assert 0 == code, err
+        with closing(open_store(f"file://{tmp_path}/{len(options)}")) as store:
+            found.append((ref, store.manifest(ref)))
+    (first, counted), (second, usual) = found
+    assert first == second
+    assert counted.shards == usual.shards
+    ids = open_checkpoint(checkpoint).tokenizer().encode("self.items self.items self.items def").ids
+    counts = {i: ids.count(i) for i in ids}
+    assert sorted(counts, key=lambda i: (-counts[i], i)) == list(counted.frequent)
+    assert len(counted.frequent) < len(usual.frequent) <= usual.vocab_size
+
+
+def test_a_corpus_that_is_not_there_or_holds_no_text_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    """The build ends at once, with one line, and leaves nothing behind."""
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for corpus, message in ((tmp_path / "nowhere", "no corpus at"), (tmp_path / "binary", "holds no text")):
+        code, out, err = build(checkpoint, "--store", f"file://{tmp_path}/tables", "--corpus", corpus)
+        assert (1, "") == (code, out)
+        assert message in err
+    assert not (tmp_path / "tables").exists()
+
+
+def test_shards_built_in_one_go_are_those_built_one_by_one(checkpoint: Path, tmp_path: Path, redis_url: str) -> None:
+    """Writing a shard while the next is computed changes no byte, and a store that lacks one gets it from the other."""
+    planned = plan(open_checkpoint(checkpoint), "overlap", "int4", 5)
+    alone, both = (f"file://{tmp_path}/alone",), (f"file://{tmp_path}/both", redis_url)
+    one_by_one = [build_shards(str(checkpoint), planned, [shard], alone, 10.0)[0] for shard in range(5)]
+    assert [True] * 5 == [new for _, new in one_by_one]
+    assert one_by_one == build_shards(str(checkpoint), planned, [0, 1, 2, 3, 4], both, 10.0)
+    with closing(open_store(redis_url)) as store:
+        store.delete(planned)
+        assert [(digest, False) for digest, _ in one_by_one] == build_shards(str(checkpoint), planned, [0, 1, 2, 3, 4], both, 10.0)
+        assert [len(planned.shard_ids(shard)) for shard in range(5)] == [store.count(planned, shard) for shard in range(5)]
+
+
+def test_memory_does_not_grow_with_the_vocabulary(checkpoint: Path, tmp_path: Path) -> None:
+    """Four times the shards of one size are built within the same few shards of memory."""
+    code = (
+        "import sys; from dataclasses import replace; from pathlib import Path\n"
+        "from tolhouse.build.job import plan; from tolhouse.build.shards import build_shards\n"
+        "from tolhouse.model.checkpoint import open_checkpoint\n"
+        "path, shards = sys.argv[1], int(sys.argv[2])\n"
+        "planned = plan(open_checkpoint(path), 'memory', 'fp32', 8)\n"
+        "build_shards(path, planned, [0, 1], (sys.argv[3],), 10.0)\n"
+        "Path('/proc/self/clear_refs').write_text('5')\n"
+        "status = lambda: {l.split(':')[0]: l.split()[1] for l in Path('/proc/self/status').read_text().splitlines() if 'kB' in l}\n"
+        "before = int(status()['VmRSS'])\n"
+        "build_shards(path, planned, list(range(2, 2 + shards)), (sys.argv[3],), 10.0)\n"
+        "print((int(status()['VmHWM']) - before) * 1024, planned.record_bytes * len(planned.shard_ids(0)))\n"
+    )
+    big = tiny_model(tmp_path / "big", hidden_size=768, num_hidden_layers=8, vocab_size=8192)
+    for shards in (1, 6):
+        command = [sys.executable, "-c", code, str(big), str(shards), f"file://{tmp_path}/{shards}"]
+        above, shard = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+        assert above < 4 * shard

@@ -1,5 +1,6 @@
 """Codecs: what comes back is what went in, within the codec's bound; what can't be stored is refused."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -161,3 +162,9 @@ def test_an_unknown_codec_is_refused() -> None:
     """The error names the codecs there are."""
     with pytest.raises(InvalidArgument, match=r"'int3' is unknown; one of fp32, fp16, bf16, int8, int4"):
         codec("int3")
+
+
+@given(rows=rows_of("bf16"))
+def test_bf16_rounds_as_ml_dtypes_does(rows: np.ndarray) -> None:
+    """To the nearest, ties to even, denormals and the sign of zero included."""
+    assert bits(rows.astype(ml_dtypes.bfloat16)) == bits(codec("bf16").encode(rows)["values"])

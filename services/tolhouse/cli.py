@@ -8,6 +8,7 @@ import json
 import sys
 import typing
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,14 +177,16 @@ def build(settings: config.BuildConfig, checkpoint: Path, publish_it: bool) -> N
     Start a build that was killed again with the same options: whole shards are kept. With two stores, the table is
     computed once and written to both.
     """
+    from tolhouse.build.frequency import frequent_tokens
     from tolhouse.build.job import build as build_table
     from tolhouse.build.job import plan
     from tolhouse.model.checkpoint import open_checkpoint
     from tolhouse.store import open_store, publish
 
     opened = open_checkpoint(checkpoint)
-    manifest = plan(opened, settings.name, settings.codec, settings.shards)
     stores = _stores(settings.store)
+    manifest = plan(opened, settings.name, settings.codec, settings.shards)
+    manifest = replace(manifest, frequent=frequent_tokens(opened.tokenizer(), settings.corpus, manifest.vocab_size))
     click.echo(
         f"{manifest.ref}: {manifest.vocab_size} rows of {manifest.record_bytes} bytes, {manifest.table_bytes / 1e6:.1f} MB", err=True
     )

@@ -34,6 +34,9 @@ class BuildConfig(Config):
     store: str = knob(DEFAULT_STORE, "Where the table goes: file://PATH, redis://HOST:PORT, or both with a comma between.")
     name: str = knob("", "Name of the table; by default that of the checkpoint's folder.")
     codec: Codec = knob("bf16", "How rows are stored.")
+    corpus: str = knob(
+        "", "Text that tells which tokens are frequent: a file, or a folder of them. Default: the standard library's sources."
+    )
     shards: int = knob(64, "Number of shards: units of work, files, and Redis hashes.", ge=1, le=65536)
     verify_rows: int = knob(64, "Rows recomputed and compared after the build, drawn at random.", ge=1)
     workers: int = knob(0, "Ray tasks at a time; 0: one per core of the cluster.", ge=0)

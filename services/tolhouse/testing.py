@@ -167,18 +167,26 @@ def wait_until_healthy(address: str, seconds: float = 30) -> None:
             time.sleep(0.05)
 
 
-def build_table(checkpoint: Path, *stores: str, codec: str = "fp32", shards: int = 8, name: str = "", publish: bool = True) -> str:
+def build_table(
+    checkpoint: Path,
+    *stores: str,
+    codec: str = "fp32",
+    shards: int = 8,
+    name: str = "",
+    publish: bool = True,
+    frequent: tuple[int, ...] = (),
+) -> str:
     """Build a table of `checkpoint` into `stores` in this process, without Ray; returns "name@version"."""
     import dataclasses
 
     from tolhouse.build.job import plan
-    from tolhouse.build.shards import build_shard
+    from tolhouse.build.shards import build_shards
     from tolhouse.model.checkpoint import open_checkpoint
     from tolhouse.store import open_store
     from tolhouse.store import publish as publish_table
 
-    planned = plan(open_checkpoint(checkpoint), name, codec, shards)
-    digests = tuple(build_shard(str(checkpoint), planned, shard, stores, 10.0)[0] for shard in range(shards))
+    planned = plan(open_checkpoint(checkpoint), name, codec, shards, frequent)
+    digests = tuple(digest for digest, _ in build_shards(str(checkpoint), planned, list(range(shards)), stores, 10.0))
     for url in stores:
         store = open_store(url)
         store.commit(dataclasses.replace(planned, shards=digests))

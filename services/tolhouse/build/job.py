@@ -1,4 +1,4 @@
-"""The Ray job: a retriable task per shard, a few at a time, then the manifest, then a check against the model.
+"""The Ray job: retriable tasks of a few shards each, then a check against the model, then the manifest.
 
 A killed job leaves whole shards behind and no manifest; the next one keeps them. A killed task runs again elsewhere.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tolhouse.build.shards import build_shard, verify
+from tolhouse.build.shards import build_shards, verify
 from tolhouse.config import settle_ray
 from tolhouse.errors import Corrupt, DeadlineExceeded, InUse, InvalidArgument, NotFound, TolhouseError, Unavailable
 from tolhouse.model.checkpoint import Checkpoint
@@ -24,11 +24,12 @@ from tolhouse.telemetry import event, split_address
 
 _OBJECT_STORE_BYTES = 80 << 20  # tasks return digests only
 _CONNECT_SECONDS = 5
+_MOST_SHARDS_A_TASK = 8
 _RETRIED = [Unavailable, DeadlineExceeded]
 
 
-def plan(checkpoint: Checkpoint, name: str, codec_name: str, num_shards: int) -> Manifest:
-    """The manifest of the table to build, without its digests."""
+def plan(checkpoint: Checkpoint, name: str, codec_name: str, num_shards: int, frequent: tuple[int, ...] = ()) -> Manifest:
+    """The manifest of the table to build, without its digests. `frequent`: see frequency.py."""
     config = checkpoint.config
     if not config.num_row_layers:
         raise InvalidArgument(f"checkpoint {checkpoint.path} is of kind {config.kind}: it has no context-free FFNs to build a table from")
@@ -45,6 +46,7 @@ def plan(checkpoint: Checkpoint, name: str, codec_name: str, num_shards: int) ->
         num_shards=num_shards,
         model_id=checkpoint.model_id(),
         tokenizer_id=checkpoint.tokenizer_id,
+        frequent=frequent,
     )
 
 
@@ -75,13 +77,16 @@ def build(
         digests: dict[int, str] = {}
         computed = 0
         with tqdm(total=planned.vocab_size, unit="row", unit_scale=True, desc=f"build {planned.name}", dynamic_ncols=True) as bar:
-            run = task(build_shard)
             limit = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-            calls = ((path, planned, shard, stores, timeout_seconds) for shard in range(planned.num_shards))
-            for shard, (digest, new) in _bounded(ray, run, limit, calls):
-                digests[shard] = digest
-                computed += new
-                bar.update(len(planned.shard_ids(shard)))
+            # a task writes one shard while it computes the next, so it wants several; enough tasks to end together
+            step = max(1, min(_MOST_SHARDS_A_TASK, planned.num_shards // (4 * limit)))
+            groups = [list(range(first, min(first + step, planned.num_shards))) for first in range(0, planned.num_shards, step)]
+            calls = ((path, planned, group, stores, timeout_seconds) for group in groups)
+            for number, results in _bounded(ray, task(build_shards), limit, calls):
+                for shard, (digest, new) in zip(groups[number], results, strict=True):
+                    digests[shard] = digest
+                    computed += new
+                    bar.update(len(planned.shard_ids(shard)))
         manifest = dataclasses.replace(planned, shards=tuple(digests[k] for k in range(planned.num_shards)))
         sample = np.sort(np.random.default_rng(int(manifest.version, 16)).choice(
             manifest.vocab_size, min(verify_rows, manifest.vocab_size), replace=False)).astype(np.uint32)  # fmt: skip
@@ -135,6 +140,10 @@ def _ray(address: str) -> Iterator[Any]:
     settle_ray()
     import ray
     import ray.exceptions
+
+    if ray.is_initialized():  # by the program that calls
+        yield ray
+        return
 
     local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES} if address == "local" else {}
     try:

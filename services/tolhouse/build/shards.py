@@ -1,9 +1,12 @@
-"""One shard: compute its rows, encode, write, or take it from a store that has it already. Runs inside a Ray task.
+"""Shards: compute their rows, encode, write, or take them from a store that has them already. Runs inside a Ray task.
 
-Rows are computed in batches of one fixed size, the last one padded, by one thread: the bytes of a shard depend
-neither on the machine's cores nor on how often the build was interrupted.
+While the rows of one shard are computed, the one before is digested and written: two shards are in memory, no more. Rows
+are computed in batches of one fixed size, the last one padded, by one thread: the bytes of a shard depend neither on the
+machine's cores nor on how often the build was interrupted.
 """
 
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -18,42 +21,61 @@ from tolhouse.table.spec import Manifest, digest
 BATCH_TOKENS = 128
 
 
-def build_shard(checkpoint: str, manifest: Manifest, shard: int, stores: tuple[str, ...], timeout_seconds: float) -> tuple[str, bool]:
-    """The digest of the shard, now whole in every store, and whether it had to be computed."""
+def build_shards(
+    checkpoint: str, manifest: Manifest, shards: list[int], stores: tuple[str, ...], timeout_seconds: float
+) -> list[tuple[str, bool]]:
+    """The digest of each shard, now whole in every store, and whether it had to be computed."""
     opened = [_store(url, timeout_seconds) for url in stores]
-    digests = [shard_digest(store, manifest, shard) for store in opened]
-    complete = next((d for d in digests if d), None)
+    written: list[tuple[Future[str], bool]] = []
+    with ThreadPoolExecutor(1) as background:
+        for shard in shards:
+            found = [shard_digest(store, manifest, shard) for store in opened]
+            whole = next((d for d in found if d), None)
+            lacking = [store for store, its in zip(opened, found, strict=True) if not its or its != whole]
+            records = np.empty((len(manifest.shard_ids(shard)) if lacking else 0, manifest.record_bytes), np.uint8)
+            if lacking and whole:
+                opened[found.index(whole)].read(manifest, manifest.shard_ids(shard), records)
+            elif lacking:
+                _compute(checkpoint, manifest, shard, records)
+            if written:
+                written[-1][0].result()
+            written.append((background.submit(_write, manifest, shard, records, lacking, whole), not whole))
+        return [(future.result(), new) for future, new in written]
+
+
+def _compute(checkpoint: str, manifest: Manifest, shard: int, records: np.ndarray) -> None:
     ids = manifest.shard_ids(shard)
-    if complete is None:
-        records = manifest.encode(ids, compute_rows(_model(checkpoint), ids))
-        complete, computed = digest(records), True
-    else:
-        computed = False
-        if digests.count(complete) == len(digests):
-            return complete, computed
-        records = np.empty((len(ids), manifest.record_bytes), np.uint8)
-        opened[digests.index(complete)].read(manifest, ids, records)
-    for store, found in zip(opened, digests, strict=True):
-        if found != complete:
-            store.write_shard(manifest, shard, records)
-    return complete, computed
+    for part, rows in batches(_model(checkpoint), ids):
+        records[part] = manifest.encode(ids[part], rows)
 
 
-@torch.inference_mode()
-def compute_rows(model: Transformer, ids: np.ndarray) -> np.ndarray:
-    """float32 rows [T, N, D] of `ids`."""
-    rows = np.empty((len(ids), model.config.num_row_layers, model.config.hidden_size), np.float32)
+def _write(manifest: Manifest, shard: int, records: np.ndarray, lacking: list[Store], whole: str | None) -> str:
+    for store in lacking:
+        store.write_shard(manifest, shard, records)
+    return whole or digest(records)
+
+
+def batches(model: Transformer, ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """float32 rows [T, N, D] of `ids`, a batch at a time, and which they are."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for start in range(0, len(ids), BATCH_TOKENS):
-            part = ids[start : start + BATCH_TOKENS].astype(np.int64)
+            part = slice(start, min(start + BATCH_TOKENS, len(ids)))
             padded = np.zeros(BATCH_TOKENS, np.int64)
-            padded[: len(part)] = part
-            rows_NTD = model.rows(torch.from_numpy(padded))
-            rows[start : start + len(part)] = rows_NTD[:, : len(part)].transpose(0, 1).numpy()
+            padded[: part.stop - start] = ids[part]
+            with torch.inference_mode():
+                rows_NTD = model.rows(torch.from_numpy(padded))
+            yield part, rows_NTD[:, : part.stop - start].transpose(0, 1).numpy()
     finally:
         torch.set_num_threads(threads)
+
+
+def compute_rows(model: Transformer, ids: np.ndarray) -> np.ndarray:
+    """float32 rows [T, N, D] of `ids`."""
+    rows = np.empty((len(ids), model.config.num_row_layers, model.config.hidden_size), np.float32)
+    for part, values in batches(model, ids):
+        rows[part] = values
     return rows
 
 

@@ -23,10 +23,11 @@ from redis.retry import Retry
 
 from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, NotFound, Overloaded, Unauthenticated, Unavailable
 from tolhouse.store import Alias, Store, by_shard, not_understood, shown
-from tolhouse.table.spec import Buffer, Manifest, check_name, split_ref
+from tolhouse.table.spec import Buffer, Manifest, check_name, split, split_ref
 
 _TABLES = "tolhouse:tables"
 _WRITE_BYTES = 1 << 20  # per HSET
+_WRITES_AHEAD = 4  # HSETs sent before the first is answered
 _READ_BYTES = 1 << 18  # per recv
 _SENT_BYTES = 1 << 19  # of answers that are asked for at a time
 
@@ -112,11 +113,14 @@ class RedisStore(Store):
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
         key, ids = _shard_key(manifest, shard), manifest.shard_ids(shard).tolist()
         step = max(1, _WRITE_BYTES // manifest.record_bytes)
+        views = list(split(np.ascontiguousarray(records)))
         with self._mapped():
             self._redis.unlink(key)
-            for start in range(0, len(ids), step):
-                part = slice(start, start + step)
-                self._redis.hset(key, mapping=dict(zip(ids[part], map(bytes, records[part]), strict=True)))
+            for start in range(0, len(ids), step * _WRITES_AHEAD):
+                pipeline = self._redis.pipeline(transaction=False)
+                for at in range(start, min(start + step * _WRITES_AHEAD, len(ids)), step):
+                    pipeline.hset(key, mapping=dict(zip(ids[at : at + step], views[at : at + step], strict=True)))
+                pipeline.execute()
 
     def count(self, manifest: Manifest, shard: int) -> int:
         with self._mapped():

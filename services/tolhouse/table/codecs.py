@@ -32,12 +32,12 @@ class Codec:
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
         """Blocks [...] for float32 rows [..., D]; InvalidArgument if a value is not finite or does not fit the codec."""
-        if not np.isfinite(np.abs(rows).max(initial=0)):
+        top = np.maximum(rows.max(initial=0), -rows.min(initial=0))
+        if not np.isfinite(top):
             raise InvalidArgument("rows hold values that are not finite: this model can't be served")
-        blocks = self.encode_values(rows)
-        if not np.isfinite(np.abs(self.decode(blocks)).max(initial=0)):
+        if not np.isfinite(self.decode(self.encode_values(top.reshape(1))).astype(np.float32)).all():  # what holds it holds the others
             raise InvalidArgument(f"rows hold values too large for {self.name}; fp32, bf16, int8 and int4 reach 3e38")
-        return blocks
+        return self.encode_values(rows)
 
 
 def _plain(name: str, dtype: np.dtype, relative_error: float, step: float = 0.0) -> Codec:
@@ -46,10 +46,21 @@ def _plain(name: str, dtype: np.dtype, relative_error: float, step: float = 0.0)
 
     def encode(rows: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
-            values = np.ascontiguousarray(rows.astype(dtype))
+            values = _bfloat16(rows) if dtype == ml_dtypes.bfloat16 else np.ascontiguousarray(rows.astype(dtype))
         return values.view(block(rows.shape[-1]))[..., 0]
 
     return Codec(name, block, encode, lambda blocks: blocks["values"], relative_error, step)
+
+
+def _bfloat16(rows: np.ndarray) -> np.ndarray:
+    """Finite values rounded to the nearest, ties to even, as ml_dtypes does it, and several times as fast."""
+    bits = np.ascontiguousarray(rows, np.float32).view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    return rounded.astype(np.uint16).view(ml_dtypes.bfloat16)
 
 
 def _int8_block(size: int) -> np.dtype:

@@ -1,0 +1,143 @@
+"""Building a table against the bare time of computing its rows: `python -m loadtest.build [--quick]`.
+
+A random model with the FFNs of the paper's 250M (h = 960, K = 2560), a local Ray with a one-thread worker per core, and a
+Redis on loopback. In turn: `model.rows` over the vocabulary by the same workers in the same batches and nothing else, and
+the build job into files, or into files and Redis, from its first task to the committed manifest. Ray's start and the
+workers' loading of the model come before; how long a whole `tolhouse build` takes is printed too. Memory is the peak of a
+worker process of its own above what it has with the model loaded, over the bound: four shards and 300 MB. Prints medians
+and, last, one line of JSON with the ratios, those without a codec in their name being the worst.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import ray
+from tolhouse.build.job import build, plan
+from tolhouse.build.shards import _model, batches, build_shards
+from tolhouse.config import settle_ray
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.testing import redis_server, tiny_model
+from tqdm import tqdm
+
+CODECS = ("bf16", "int8", "int4")
+SHARDS = 16  # of whole batches here; a shard's last batch is padded, which costs 2% at 128k tokens in 64 shards
+_FIRST: dict[str, object] = {}  # a worker's model, loaded once
+
+
+def bare(path: str, ids: np.ndarray) -> int:
+    """Compute rows, and drop them."""
+    model = _FIRST.setdefault(path, open_checkpoint(path).model() if path not in _FIRST else None)
+    return sum(len(rows) for _, rows in batches(model, ids))  # type: ignore[arg-type]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def peaks(path: str, folder: str, told: "multiprocessing.Queue[dict[str, tuple[int, int]]]") -> None:
+    """In a process of its own, for each codec: bytes above the loaded model while it builds half the shards, and the bound."""
+    found = {}
+    for codec in CODECS:
+        planned = plan(open_checkpoint(path), f"peak-{codec}", codec, SHARDS)
+        next(iter(batches(_model(path), planned.shard_ids(0))))  # the model is loaded, and has computed
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        build_shards(path, planned, list(range(SHARDS // 2)), (f"file://{folder}",), 10.0)
+        shard = len(planned.shard_ids(0)) * planned.record_bytes
+        found[codec] = _status("VmHWM") - before, 4 * shard + (300 << 20)
+    told.put(found)
+
+
+def _status(field: str) -> int:
+    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+
+
+def measure(path: Path, vocabulary: int, rounds: int, folder: Path, redis_url: str, *, quick: bool) -> dict[str, float]:
+    checkpoint = open_checkpoint(path)
+    workers = os.cpu_count() or 1
+    remote = ray.remote(num_cpus=1)(bare)
+    halves = [np.arange(first, vocabulary, workers, dtype=np.uint32) for first in range(workers)]
+
+    def compute() -> None:
+        ray.get([remote.remote(str(path), ids) for ids in halves])
+
+    plans = {codec: plan(checkpoint, codec, codec, SHARDS) for codec in CODECS}  # reads the model, whatever the vocabulary
+
+    def table(codec: str, *, redis: bool) -> None:
+        planned = replace(plans[codec], name=f"bench{time.monotonic_ns()}")
+        stores = (f"file://{folder}/{planned.name}", *((redis_url,) if redis else ()))
+        build(checkpoint, planned, stores, "local", workers, 1, 30.0)
+
+    contenders: dict[str, Callable[[], None]] = {"model.rows": compute}
+    for codec in CODECS:
+        contenders[codec] = partial(table, codec, redis=False)
+        if codec == "bf16" or not quick:  # the one with the most bytes
+            contenders[f"{codec}, Redis too"] = partial(table, codec, redis=True)
+    compute()
+    table("bf16", redis=False)  # the workers load the model
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in tqdm(range(rounds), desc="rounds", leave=False):
+        for name, work in contenders.items():
+            times[name].append(seconds(work))
+    found = {name: statistics.median(values) for name, values in times.items()}
+    print(f"{vocabulary} rows, {workers} workers, medians of {rounds}")
+    for name, median in found.items():
+        print(f"  {name:18} {median:8.2f} s   {median / found['model.rows']:6.3f}")
+    return {name: median / found["model.rows"] for name, median in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer layers and rounds: done within a minute")
+    quick = parser.parse_args().quick
+    layers, vocabulary, rounds = (2, 12_288, 2) if quick else (4, 16_384, 5)
+    settle_ray()
+    shape = {"hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 16, "num_hidden_layers": layers}
+    with tempfile.TemporaryDirectory(prefix="tolhouse-") as name, redis_server() as redis_url:
+        folder = Path(name)
+        path = tiny_model(folder / "model", vocab_size=vocabulary, **shape)
+        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, object_store_memory=80 << 20)
+        try:
+            ratios = measure(path, vocabulary, rounds, folder, redis_url, quick=quick)
+        finally:
+            ray.shutdown()
+        spawn = multiprocessing.get_context("spawn")
+        told: multiprocessing.Queue[dict[str, tuple[int, int]]] = spawn.Queue()
+        child = spawn.Process(target=peaks, args=(str(path), str(folder / "peak"), told))
+        child.start()
+        above = told.get(timeout=300)
+        child.join()
+        for codec, (most, bound) in above.items():
+            print(f"  {codec:18} peak {most / 1e6:.0f} MB above the model, bound {bound / 1e6:.0f} MB")
+        if not quick:
+            command = [sys.executable, "-m", "tolhouse.cli", "build", str(path), "--store", f"file://{folder}/whole"]
+            whole = seconds(lambda: subprocess.run(command, check=True, capture_output=True))
+            print(f"  `tolhouse build`, Ray's start and all: {whole:.1f} s")
+    both = {name: ratio for name, ratio in ratios.items() if name.endswith("Redis too")}
+    result = {
+        "build_vs_compute": max(ratios[codec] for codec in CODECS),
+        "build_redis_vs_compute": max(both.values()),
+        "peak_over_bound": max(most / bound for most, bound in above.values()),
+        **{f"build_vs_compute_{codec}": ratios[codec] for codec in CODECS},
+        **{f"build_redis_vs_compute_{name.partition(',')[0]}": ratio for name, ratio in both.items()},
+    }
+    print(json.dumps({name: round(value, 3) for name, value in result.items()}))
+
+
+if __name__ == "__main__":
+    main()
