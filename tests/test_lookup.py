@@ -1,6 +1,8 @@
 """The lookup service as a real process, over files, Redis and a Redis Cluster, asked by a stock gRPC client."""
 
+import os
 import queue
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -299,6 +301,36 @@ def test_a_replica_that_is_stopped_costs_no_request(checkpoint: Path, files: tup
             assert expected == client.fetch(ref, range(300)).tobytes()
         assert 0 == first.popen.returncode
         assert expected == client.fetch(ref, range(300)).tobytes()
+
+
+def test_a_client_on_the_same_machine_rings_for_rows(checkpoint: Path, redis_url: str) -> None:
+    """Once it knows its neighbour, rows from the store come without a request; what is wrong with them is told all the same."""
+    ref = build_table(checkpoint, redis_url, shards=4, name="rung")
+    manifest, records = stored(redis_url, ref, list(range(60)))
+    expected = manifest.decode(records)
+    with process("lookup", "--store", redis_url, *FREE) as running, Client(running.address) as client:
+        client.fetch(ref, [0])
+        assert expected.tobytes() == client.fetch(ref, range(60)).tobytes()
+        assert "tolhouse_lookup_rows_rung_total 59.0" in metrics(running)
+        assert 'tolhouse_lookup_rows_total{source="store"} 1.0' in metrics(running)
+        with Redis.from_url(redis_url) as redis:
+            redis.hdel(f"tolhouse:{{{ref}:1}}", 101)
+        with pytest.raises(errors.Corrupt, match="token 101 "):
+            client.fetch(ref, [100, 101])
+        assert 2 == len(client.fetch(ref, [100, 102]))
+
+
+def test_a_neighbour_that_hangs_is_waited_for_no_longer_than_others(checkpoint: Path, tmp_path: Path) -> None:
+    """While one of two replicas is stopped, rows that it would have to read come from the other, within the deadline."""
+    url = f"file://{tmp_path}"
+    ref = build_table(checkpoint, url, shards=8)
+    with process("lookup", "--store", url, *FREE) as first, process("lookup", "--store", url, *FREE) as second:
+        with Client([first.address, second.address], map_hot_rows=False) as client:
+            expected = client.fetch(ref, range(300))
+        with process("lookup", "--store", url, *FREE) as third, Client([third.address, second.address], timeout_seconds=8) as client:
+            client.fetch(ref, range(8))  # both are neighbours now
+            os.kill(third.pid, signal.SIGSTOP)
+            assert expected.tobytes() == client.fetch(ref, range(300)).tobytes()
 
 
 def test_several_processes_share_a_port(files: tuple[str, str]) -> None:

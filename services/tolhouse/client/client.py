@@ -79,10 +79,10 @@ class Client:
         """
         manifest = table if isinstance(table, Manifest) else self.describe(table)
         ids_T = token_ids(ids)
-        unique, inverse = np.unique(ids_T, return_inverse=True) if len(ids_T) > 1 else (ids_T, None)
-        if len(unique) == len(ids_T):
+        if len(set(ids_T.tolist())) == len(ids_T):
             rows = manifest.decode(self.fetch_records(manifest, ids_T))
         else:
+            unique, inverse = np.unique(ids_T, return_inverse=True)
             rows = manifest.decode(self.fetch_records(manifest, unique))[inverse]
         rows.flags.writeable = False
         return rows
@@ -103,6 +103,9 @@ class Client:
         job = _Job(manifest, ids, flat, range(len(ids)) if places is None else places.tolist())
         deadline = time.monotonic() + self.timeout_seconds
         left = np.arange(len(ids))
+        near = self._streams[self.targets[0]].neighbour(manifest) if len(self.targets) == 1 else None
+        if near:  # all hot rows of all shards are there
+            left = left[near.take(ids, flat, job.places)]
         attempts = _ROUNDS * len(self.targets)
         for attempt in range(attempts):
             if not len(left):

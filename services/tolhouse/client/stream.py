@@ -1,7 +1,7 @@
 """One Fetch stream to one lookup replica, with any number of requests in flight, assembled where the caller wants them.
 
-Copies on the way of a record here: one, from the reply's bytes, or from the replica's hot rows where they can be mapped,
-into the caller's buffer. Each record is verified there.
+Copies of a record here: gRPC's, out of the socket and into the reply's bytes, and one of ours from there into the caller's
+buffer, where it is verified. From a neighbour's hot rows it is that one alone.
 """
 
 import itertools

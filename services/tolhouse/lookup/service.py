@@ -1,6 +1,8 @@
 """The gRPC face of the lookup service. Protobuf types end here.
 
-Copies on the way of a row: slab, mapping or Redis' answer -> reply (`wire.py`) -> gRPC's own.
+Copies of a record on its way out: one into the reply (`wire.py`) from the slab, the mapped shard or Redis' answer; then
+gRPC's own, one into its slice and one into the socket. On its way in from Redis: the socket's, hiredis' two, and one into
+the slab (`hotrows.py`); from a mapped shard, only the latter.
 """
 
 import asyncio
