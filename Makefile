@@ -30,6 +30,7 @@ check: .venv/dev  ## style, types, and generated code against the protos
 bench: .venv/dev  ## quick benchmarks; results are kept in loadtest/LOG.md
 	$(BIN)/python -m loadtest.fetch --quick
 	$(BIN)/python -m loadtest.codecs --quick
+	$(BIN)/python -m loadtest.build --quick
 
 protos: .venv/dev  ## generate services/tolhouse/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=services --pyi_out=services --grpc_python_out=services protos/tolhouse/v1/*.proto

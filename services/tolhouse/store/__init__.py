@@ -188,10 +188,10 @@ def shard_digest(store: Store, manifest: Manifest, shard: int) -> str | None:
 
 def by_shard(manifest: Manifest, ids: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """Each shard that `ids` touch, and the places of its ids."""
-    shards = manifest.shard_of(ids)
-    order = np.argsort(shards, kind="stable")
-    firsts = np.flatnonzero(np.diff(shards[order], prepend=-1))
-    return list(zip(shards[order[firsts]].tolist(), np.split(order, firsts[1:]), strict=True)) if len(ids) else []
+    places: dict[int, list[int]] = {}
+    for place, shard in enumerate(manifest.shard_of(ids).tolist()):
+        places.setdefault(shard, []).append(place)
+    return [(shard, np.array(its)) for shard, its in sorted(places.items())]
 
 
 def tables(store: Store) -> Iterator[tuple[Manifest, bool]]:

@@ -1,0 +1,45 @@
+"""The same fetch over and over, to look at with a profiler: `python -m loadtest.repeat hot|wire|redis [SECONDS]`.
+
+32 ids of 96 KiB at a time: hot rows as a client on the same machine reads them, over the wire, or from Redis with nothing
+cached. Says "ready" with the process ids of client and service once it goes round, and last how many bytes a second it got.
+
+    py-spy record --gil -d 5 -p PID -o profile.svg
+"""
+
+import os
+import sys
+import time
+from contextlib import closing
+
+from tolhouse import Client
+from tolhouse.rpc import keep_large_blocks
+from tolhouse.store import open_store
+from tolhouse.testing import process, redis_server
+
+from loadtest.fetch import in_turn
+from loadtest.tables import load, manifest_of
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in ("hot", "wire", "redis"):
+        sys.exit(__doc__)
+    kind, seconds = sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 10.0
+    keep_large_blocks()  # as the worker does
+    manifest = manifest_of("large", 2048, 96)
+    batches = in_turn(manifest.vocab_size, 32, manifest.vocab_size // 32)
+    with redis_server() as url, closing(open_store(url)) as store:
+        load(store, manifest)
+        options = ("--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", "32" if kind == "redis" else "250")
+        with process("lookup", *options) as lookup, Client(lookup.address, map_hot_rows=kind != "wire") as client:
+            for batch in batches:
+                client.fetch(manifest, batch)
+            print(f"ready: client {os.getpid()}, service {lookup.pid}", flush=True)
+            count, end = 0, time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                client.fetch(manifest, batches[count % len(batches)])
+                count += 1
+            print(f"{count} fetches, {count * 32 * manifest.record_bytes / seconds / 1e9:.2f} GB/s")
+
+
+if __name__ == "__main__":
+    main()
