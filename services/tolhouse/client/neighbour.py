@@ -9,6 +9,8 @@ from tolhouse.table.shared import MOST_RUNG, RUNG, Segment, bell
 from tolhouse.table.spec import Manifest
 from tolhouse.v1 import lookup_pb2
 
+_CALL_SECONDS = 0.5  # to be heard; a service that hangs does not listen
+
 
 class Neighbour:
     """Safe to use from several threads: each that rings has a connection of its own for as long."""
@@ -34,7 +36,9 @@ class Neighbour:
         try:
             if line is None:
                 line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                line.settimeout(_CALL_SECONDS)
                 line.connect(bell(self._segment.id))
+            line.settimeout(_CALL_SECONDS)
             line.send(ids.astype("<u4", copy=False).tobytes())
         except OSError:
             if line:

@@ -131,7 +131,10 @@ class HotRows:
         table = OpenTable(manifest, segment, RowCache(segment.slab, segment.slot_of, segment.uses))
         self._open[manifest.ref] = table
         if segment.fd >= 0 and segment.capacity:
-            table.doorbell = Doorbell(segment.id, partial(self.bring, table))
+            try:
+                table.doorbell = Doorbell(segment.id, partial(self.bring, table))
+            except OSError as error:  # gRPC does as well
+                event("no doorbell", table=manifest.ref, reason=str(error))
         if manifest.frequent and segment.capacity:
             task = asyncio.create_task(self._fill(table))
             self._filling.add(task)

@@ -52,8 +52,9 @@ class Segment:
         """An empty segment; pages of the slab are taken when written. Without memfd, memory that nobody else can map."""
         size, number = _layout(manifest, capacity)[-1], secrets.randbits(63) + 1
         fd = -1
-        if hasattr(os, "memfd_create"):
+        with suppress(AttributeError, OSError):
             fd = os.memfd_create(_name(number))
+        if fd >= 0:
             os.ftruncate(fd, size)
         memory = mmap.mmap(fd, size)
         segment = cls(memory, memory, manifest, capacity, number, fd)

@@ -14,6 +14,8 @@ from tolhouse.table.spec import Manifest
 from tolhouse.telemetry import event
 from tolhouse.worker.decode import decode
 
+_FILL_BYTES = 16 << 20  # fetched at a time while the cache is filled
+
 
 class Rows:
     """Belongs to the engine's thread; the counts may be read from any."""
@@ -27,8 +29,10 @@ class Rows:
     def fill(self) -> None:
         """Fetch the frequent tokens' rows into the cache; without them it fills itself."""
         frequent = np.array(self.manifest.frequent[: self.cache.capacity][::-1], np.uint32)
+        step = max(1, _FILL_BYTES // self.manifest.record_bytes)
         try:
-            self._keep(frequent, main=True)
+            for start in range(0, len(frequent), step):
+                self._keep(frequent[start : start + step], main=True)
         except TolhouseError as error:
             event("row cache not filled", reason=str(error))
 
