@@ -37,10 +37,10 @@ class FromStore:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def fetch_records(self, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
-        out = np.empty((len(ids), manifest.record_bytes), np.uint8)
-        self.store.read(manifest, ids, out)
-        return out
+    def fetch_records(self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+        records = np.empty((len(ids), manifest.record_bytes), np.uint8)
+        self.store.read(manifest, ids, records)
+        out[places] = records
 
 
 def prompt_ids(checkpoint: Checkpoint) -> list[list[int]]:
@@ -79,6 +79,7 @@ def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]
     with (
         local_cluster(checkpoint.path, url, lookups=2, worker_options=options) as cluster,
         Client(cluster.lookup) as lookup,
+        Client(cluster.lookup, map_hot_rows=False) as wire,
         Client(cluster.workers) as worker,
     ):
         manifest = lookup.describe(ref)
@@ -94,7 +95,8 @@ def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]
 
         with ThreadPoolExecutor(len(prompts)) as pool:
             return {
-                "service": with_rows(checkpoint, lookup, manifest),
+                "service, over the wire": with_rows(checkpoint, wire, manifest),
+                "service, on the same machine": with_rows(checkpoint, lookup, manifest),
                 "small row cache": with_rows(checkpoint, lookup, manifest, cache_bytes=20 * manifest.record_bytes),
                 "worker, alone": [generate(ids) for ids in prompts],
                 "worker, batched": list(pool.map(generate, prompts)),
@@ -102,8 +104,10 @@ def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]
             }
 
 
-@pytest.mark.parametrize("name", ["demo-memory", "demo-flex"])
-@pytest.mark.parametrize("codec", ["fp32", "bf16", "int4"])
+@pytest.mark.parametrize(
+    ("codec", "name"),
+    [("fp32", "demo-memory"), ("fp32", "demo-flex"), ("bf16", "demo-memory"), ("bf16", "demo-flex"), ("int4", "demo-memory")],
+)
 @pytest.mark.timeout(600)
 def test_every_route_gives_the_same_greedy_tokens(name: str, codec: str, tmp_path: Path, redis_url: str, redis_cluster_url: str) -> None:
     """Files, Redis, Redis Cluster, the service, caches, batches and the gateway agree token for token; in fp32 also with the FFNs in place."""

@@ -26,6 +26,7 @@ PROMPTS = (
     'def read_file(path):\n    """',
     "def main():\n    parser = argparse.ArgumentParser(",
 )
+_WORKER = ("--row-cache-megabytes", "6")  # a tenth of the demo model's table, as one would have it of a large one
 
 
 def demo(checkpoint_path: Path, max_tokens: int) -> int:
@@ -105,7 +106,7 @@ def running(checkpoint: Checkpoint, listen: str = "127.0.0.1:0") -> Iterator[Clu
         raise Unavailable("the build failed; its message is above")
     table = built.stdout.strip()
     _say(f"{table} is built, verified and published; starting lookup, worker and gateway")
-    with local_cluster(checkpoint.path, DEFAULT_STORE, gateway_listen=listen, worker_options=("--table", table)) as cluster:
+    with local_cluster(checkpoint.path, DEFAULT_STORE, gateway_listen=listen, worker_options=("--table", table, *_WORKER)) as cluster:
         yield cluster
 
 
