@@ -77,11 +77,13 @@ class WorkerConfig(Config):
     kv_cache_megabytes: float = knob(256, "Memory for keys and values of running sequences.", gt=0)
     max_running: int = knob(32, "Most sequences in the running batch.", ge=1)
     max_waiting: int = knob(256, "Most sequences in the queue; more are refused.", ge=1)
-    max_prefill_tokens: int = knob(4096, "Most prompt tokens in one step; one longer prompt still runs alone.", ge=1)
+    max_step_tokens: int = knob(512, "Most tokens in one step; longer prompts are computed in several.", ge=1)
     fetch_timeout_seconds: float = knob(10, "Longest wait for the rows of a step.", gt=0)
     lookup_wait_seconds: float = knob(60, "Longest wait for the lookup service and the table at start.", ge=0)
     threads: int = knob(0, "Threads for tensor work; 0: one per core.", ge=0)
     device: str = knob("auto", "cpu, cuda, or auto: cuda if there is one.")
+    dtype: Literal["auto", "float32", "bfloat16"] = knob("auto", "Precision of the forward; auto: float32 on a CPU, bfloat16 on a GPU.")
+    compile: Literal["auto", "never"] = knob("auto", "Compile attention at start; auto: where there is a compiler.")
     drain_seconds: float = knob(30, "Time for sequences in flight to end after SIGTERM.", ge=0)
 
 

@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from tolhouse.errors import InvalidArgument, NotFound
 from tolhouse.model.config import ModelConfig
@@ -53,21 +54,26 @@ class Checkpoint:
     def tokenizer_id(self) -> str:
         return tokenizer_id(self.path / TOKENIZER)
 
-    def model(self, ffn_m: bool = True, dtype: torch.dtype = torch.float32) -> Transformer:
-        """The model in `dtype`; without its FFN-M weights, which are then never read, when `ffn_m` is false."""
+    def model(self, ffn_m: bool = True, dtype: torch.dtype | None = torch.float32) -> Transformer:
+        """The model in `dtype`, or with None as stored, in the mapped file: without its FFN-M weights if `ffn_m` is false."""
         with torch.device("meta"):
             model = Transformer(self.config)
         if not ffn_m:
             del model.ffn_m[:]
         names = {name: _tensor_name(name) for name, _ in model.named_parameters()}
         with _open(self.path / WEIGHTS) as weights:
-            state = {name: weights.get_tensor(tensor_name).to(dtype) for name, tensor_name in names.items()}
+            state = {name: weights.get_tensor(tensor_name).to(dtype=dtype) for name, tensor_name in names.items()}
         if self.config.tie_word_embeddings:
             state["lm_head.weight"] = state["embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
         if self.config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         return model.eval().requires_grad_(False)
+
+    def embedding(self) -> Tensor:
+        """The embedding [V, D] as stored, in a mapping of its own."""
+        with _open(self.path / WEIGHTS) as weights:
+            return weights.get_tensor("model.embed_tokens.weight")
 
     def model_id(self) -> str:
         """64 hex digits over config and all weights: what a table says it was built from."""

@@ -153,16 +153,17 @@ def residual_ffn(config: ModelConfig) -> nn.Module | None:
 
 
 def rotary(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, [T, 1, E/2] each, of rotary position embedding."""
+    """cos and sin, [T, 1, E] each, of rotary position embedding; sin has the sign that `rotate` wants."""
     exponents = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
     angles = positions_T[:, None, None].float() * theta**-exponents
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
-def rotate(x_THE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """x [..., E] with its halves (a, b) turned into (a cos - b sin, b cos + a sin)."""
     cos, sin = rope
-    a, b = x_THE.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def active_parameters(model: nn.Module) -> int:

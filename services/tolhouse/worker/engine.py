@@ -1,10 +1,11 @@
-"""The engine: `step()` is schedule, resolve rows, forward, sample, post-process. One thread calls it.
+"""The engine: `step()` is schedule, stage rows, forward, sample, post-process. One thread calls it.
 
 Other threads reach it through `add` and `cancel`, which leave word in a mailbox that the next step reads.
 """
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -12,22 +13,27 @@ import torch
 from torch import Tensor
 
 from tolhouse.errors import Corrupt, Internal, Overloaded, PromptTooLong, TolhouseError
-from tolhouse.model.transformer import Transformer
 from tolhouse.telemetry import log
-from tolhouse.worker.kv_cache import Decode, KVCache, Prefill
-from tolhouse.worker.rows import NoRows, Rows
-from tolhouse.worker.sampler import sample
-from tolhouse.worker.scheduler import Scheduler
-from tolhouse.worker.sequence import Sequence
+from tolhouse.worker.kv_cache import KVCache
+from tolhouse.worker.latency import Latencies
+from tolhouse.worker.rows import NoRows, Rows, Staged
+from tolhouse.worker.runner import Runner
+from tolhouse.worker.sampler import Logprobs, prompt_logprobs, sample
+from tolhouse.worker.scheduler import Chunk, Scheduler
+from tolhouse.worker.sequence import Output, Sequence
+
+_SCORED_TOKENS = 256  # prompt tokens whose logits are in memory at once
 
 
 class Engine:
     def __init__(
-        self, model: Transformer, rows: Rows | NoRows, cache: KVCache, max_running: int, max_waiting: int, max_prefill_tokens: int
+        self, runner: Runner, rows: Rows | NoRows, cache: KVCache, max_running: int, max_waiting: int, max_step_tokens: int
     ) -> None:
-        self.model, self.rows, self.cache, self.max_waiting = model, rows, cache, max_waiting
-        self.scheduler = Scheduler(cache, max_running, max_prefill_tokens)
+        self.runner, self.rows, self.cache, self.max_waiting = runner, rows, cache, max_waiting
+        self.scheduler = Scheduler(cache, max_running, max(max_running, max_step_tokens))
         self.tokens = self.steps = 0  # sampled tokens, and steps run
+        self.step_seconds = self.forward_seconds = 0.0  # all of it, and what of it was the model's
+        self.latencies = Latencies()
         self._mailbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -48,7 +54,8 @@ class Engine:
             )
         if self.waiting >= self.max_waiting:
             raise Overloaded(f"{self.waiting} requests are waiting already, the most that this worker queues: try again later")
-        self._mailbox.put(lambda: self.scheduler.waiting.append(sequence))
+        sequence.times = [time.perf_counter()]
+        self._mailbox.put(lambda: self.scheduler.add(sequence))
 
     def cancel(self, sequence: Sequence) -> None:
         """Drop a sequence at the next step; nothing more is emitted for it. One that has ended is left alone."""
@@ -65,57 +72,103 @@ class Engine:
     # from the engine's thread
 
     def step(self) -> None:
-        """Prefill of the sequences that join, or one more token for all that run."""
-        batch = self.scheduler.schedule()
-        batch, rows_NTD = self._resolve(batch)
-        if batch:
-            logits_BV = self._forward(batch, rows_NTD)
-            self._post_process(batch, sample(logits_BV, batch))
-
-    def _resolve(self, batch: list[Sequence]) -> tuple[list[Sequence], Tensor]:
-        """The rows of the step. Where they can't all be had, those sequences end with the error and the others go on."""
-        try:
-            return batch, self.rows.resolve(np.concatenate([_new_ids(s) for s in batch]))
-        except TolhouseError as error:
-            kept, parts = [], [torch.empty(self.model.config.num_row_layers, 0, self.model.config.hidden_size)]
-            for sequence in batch:
-                ids = _new_ids(sequence)
-                try:
-                    # a bad row fails who asked for it; an unreachable service fails all who miss a row, without another wait
-                    if not isinstance(error, Corrupt) and not self.rows.has(ids):
-                        raise error  # noqa: TRY201 - this loop's failure is its own
-                    parts.append(self.rows.resolve(ids))
-                    kept.append(sequence)
-                except TolhouseError as failure:
-                    self._end(sequence, [], "", failure)
-            return kept, torch.cat([part.to(parts[-1].device) for part in parts], dim=1)
-
-    def _forward(self, batch: list[Sequence], rows_NTD: Tensor) -> Tensor:
-        """Logits [B, V] after the last token of each sequence."""
-        device = self.cache.k_NSHE.device
-        counts = [len(s.ids) - s.computed for s in batch]
-        ids_T = torch.tensor([i for s in batch for i in s.ids[s.computed :]], device=device)
-        positions_T = torch.tensor([p for s in batch for p in range(s.computed, len(s.ids))], device=device)
-        view = Decode(self.cache, batch) if batch[0].computed else Prefill(self.cache, batch)
-        hidden_TD = self.model.hidden(ids_T, positions_T, view, rows_NTD)
-        last_B = torch.tensor(counts).cumsum(0) - 1
-        return self.model.lm_head(hidden_TD[last_B.to(device)])
-
-    def _post_process(self, batch: list[Sequence], tokens: list[int]) -> None:
-        for sequence, token in zip(batch, tokens, strict=True):
-            sequence.computed = len(sequence.ids)
-            reason = sequence.take(token)
-            new = sequence.ids[sequence.computed :]
-            if reason:
-                self._end(sequence, new, reason, None)
-            else:
-                sequence.emit(new, "", None)
-            self.tokens += len(new)
+        """One token more for all that decode, and what fits of the prompts that wait."""
+        started = time.perf_counter()
+        step, staged = self._stage(self.scheduler.schedule())
+        if not step:
+            return
+        ready = time.perf_counter()
+        hidden_TD = self.runner(step, staged)
+        self._prefetch()
+        ends = np.cumsum([chunk.last - chunk.first for chunk in step])
+        sampling = [(chunk, int(end) - 1) for chunk, end in zip(step, ends, strict=True) if chunk.samples]
+        prompts = self._score_prompts(step, ends, hidden_TD)
+        logits_BV = self.runner.logits(hidden_TD[[end for _, end in sampling]]) if sampling else hidden_TD[:0]
+        computed = time.perf_counter()
+        tokens, logprobs = sample(logits_BV, [chunk.sequence.state for chunk, _ in sampling])
+        self._post_process(step, dict(zip((c.sequence for c, _ in sampling), zip(tokens, logprobs, strict=True), strict=True)), prompts)
         self.steps += 1
+        self.forward_seconds += computed - ready
+        self.step_seconds += time.perf_counter() - started
 
-    def _end(self, sequence: Sequence, tokens: list[int], reason: str, error: TolhouseError | None) -> None:
+    def _stage(self, step: list[Chunk]) -> tuple[list[Chunk], Staged | None]:
+        """The records of the step's rows. Where they can't all be had, those sequences end with the error and the others go on."""
+        while step:
+            try:
+                return step, self.rows.stage(np.concatenate([_ids(chunk) for chunk in step]))
+            except TolhouseError as error:
+                step = [chunk for chunk in step if self._survives(chunk, error)]
+        return step, None
+
+    def _survives(self, chunk: Chunk, error: TolhouseError) -> bool:
+        """Whether the rows of one chunk can be had after `error`; if not, its sequence has ended."""
+        ids = _ids(chunk)
+        try:
+            # a bad row fails who asked for it; an unreachable service fails all who miss a row, without another wait
+            if not self.rows.has(ids):
+                if not isinstance(error, Corrupt):
+                    raise error
+                self.rows.stage(ids)
+            return True
+        except TolhouseError as failure:
+            self._end(chunk.sequence, Output(error=failure))
+            return False
+
+    def _prefetch(self) -> None:
+        """Ask for the rows of the next pieces of prompts while the model runs."""
+        scheduler, ids, room = self.scheduler, [], self.scheduler.max_step_tokens
+        for sequence in [s for s in scheduler.running if s.computed < s.prompt_tokens] + scheduler.waiting:
+            if not room:
+                break
+            part = sequence.ids[sequence.computed : sequence.computed + room]
+            ids += part
+            room -= len(part)
+        if ids:
+            self.rows.prefetch(np.array(ids, np.uint32))
+
+    def _score_prompts(self, step: list[Chunk], ends: np.ndarray, hidden_TD: Tensor) -> dict[Sequence, Logprobs]:
+        """The log probabilities of prompt tokens in this step, for sequences that want them and have not had them."""
+        scores: dict[Sequence, Logprobs] = {}
+        for chunk, end in zip(step, ends.tolist(), strict=True):
+            sequence, k = chunk.sequence, chunk.sequence.sampling.prompt_logprobs
+            last = min(chunk.last, sequence.prompt_tokens - 1)
+            if k is None or sequence.scored >= last:
+                continue
+            score = Logprobs([], [], [])
+            for at in range(sequence.scored, last, _SCORED_TOKENS):
+                next_ids = sequence.ids[at + 1 : min(at + _SCORED_TOKENS, last) + 1]
+                place = end - chunk.last + at
+                score += prompt_logprobs(self.runner.logits(hidden_TD[place : place + len(next_ids)]), next_ids, k)
+            sequence.scored = last
+            scores[sequence] = score
+        return scores
+
+    def _post_process(
+        self, step: list[Chunk], sampled: dict[Sequence, tuple[int, Logprobs | None]], prompts: dict[Sequence, Logprobs]
+    ) -> None:
+        now = time.perf_counter()
+        for chunk in step:
+            sequence = chunk.sequence
+            sequence.computed = chunk.last
+            self.cache.seal(sequence, chunk.first, chunk.last)
+            reason, new, logprob, prompt = "", [], None, prompts.get(sequence)
+            if sequence in sampled:
+                before = len(sequence.ids)
+                token, logprob = sampled[sequence]
+                reason = sequence.take(token)
+                new = sequence.ids[before:]
+                self.tokens += len(new)
+                self.latencies.token(sequence, now, ended=bool(reason))
+            if new or reason or prompt:
+                output = Output(new, reason, None, logprob if new else None, prompt)
+                if reason:
+                    self._end(sequence, output)
+                else:
+                    sequence.emit(output)
+
+    def _end(self, sequence: Sequence, output: Output) -> None:
         self.scheduler.remove(sequence)
-        sequence.emit(tokens, reason, error)
+        sequence.emit(output)
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -124,8 +177,9 @@ class Engine:
                 self.step()
             except Exception as error:  # noqa: BLE001 - a defect: these sequences end, the worker lives on
                 log.exception("engine step failed")
+                failure = Internal(f"the engine failed: {type(error).__name__}; the worker's log has the details")
                 for sequence in list(self.scheduler.running):
-                    self._end(sequence, [], "", Internal(f"the engine failed: {type(error).__name__}; the worker's log has the details"))
+                    self._end(sequence, Output(error=failure))
 
     def _read_mailbox(self) -> bool:
         """Do what others asked for; sleep while there is nothing to run. False once the engine is to stop."""
@@ -140,5 +194,5 @@ class Engine:
             word()
 
 
-def _new_ids(sequence: Sequence) -> np.ndarray:
-    return np.array(sequence.ids[sequence.computed :], np.uint32)
+def _ids(chunk: Chunk) -> np.ndarray:
+    return np.array(chunk.sequence.ids[chunk.first : chunk.last], np.uint32)

@@ -1,82 +1,95 @@
-"""Keys and values of running sequences, in blocks of tokens. Owns the blocks and knows which are free.
+"""Blocks of the KV cache: which are free, who uses which, and which hold the beginning of a prompt seen before.
 
-Shapes as in `model/transformer.py`; B sequences, S slots (one per token that the cache can hold).
+Accounting only; keys and values themselves lie in `attention.py`. A block holds BLOCK_TOKENS tokens. Once it is full its contents have
+a digest, chained from the first block on, and whoever brings the same beginning shares it. A block that nobody uses stays
+findable until its place is needed: least recently used first.
 """
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import hashlib
+from collections import OrderedDict
 
-from tolhouse.errors import InvalidArgument
-from tolhouse.model.config import ModelConfig
+import numpy as np
+
 from tolhouse.worker.sequence import Sequence
 
 BLOCK_TOKENS = 16
 
 
 class KVCache:
-    def __init__(self, config: ModelConfig, capacity_bytes: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        token_bytes = 2 * config.num_hidden_layers * config.hidden_size * dtype.itemsize
-        self.num_blocks = capacity_bytes // (token_bytes * BLOCK_TOKENS)
-        if not self.num_blocks:
-            raise InvalidArgument(
-                f"a KV cache of {capacity_bytes} bytes holds no block: {BLOCK_TOKENS} tokens take {token_bytes * BLOCK_TOKENS} bytes"
-            )
-        shape = (config.num_hidden_layers, self.num_blocks * BLOCK_TOKENS, config.num_attention_heads, config.head_dim)
-        # pages are taken when written
-        self.k_NSHE, self.v_NSHE = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-        self.free = list(range(self.num_blocks - 1, -1, -1))
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.prompt_tokens = self.found_tokens = 0  # of the sequences that were let in, and of those the ones found here
+        self._users = [0] * num_blocks
+        self._unused: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to be taken first
+        self._block_of: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
 
     @property
     def capacity_tokens(self) -> int:
         return self.num_blocks * BLOCK_TOKENS
 
-    def has_room(self, tokens: int) -> bool:
-        return -(-tokens // BLOCK_TOKENS) <= len(self.free)
+    @property
+    def free_blocks(self) -> int:
+        return len(self._unused)
 
-    def reserve(self, tokens: int) -> list[int]:
-        return [self.free.pop() for _ in range(-(-tokens // BLOCK_TOKENS))]
+    def grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Give the sequence blocks for its first `tokens` tokens; False, and nothing given, if there are too few."""
+        lacking = -(-tokens // BLOCK_TOKENS) - len(sequence.blocks)
+        if lacking > len(self._unused):
+            return False
+        for _ in range(lacking):
+            block, _ = self._unused.popitem(last=False)
+            self._forget(block)
+            self._users[block] = 1
+            sequence.blocks.append(block)
+        return True
 
-    def release(self, blocks: list[int]) -> None:
-        self.free.extend(blocks)
+    def share(self, sequence: Sequence) -> int:
+        """Give a sequence that has no blocks those that hold its beginning already; how many tokens that is.
 
-    def slots(self, sequence: Sequence, first: int, last: int) -> Tensor:
-        """Slots of tokens `first` to `last` (not included) of a sequence."""
-        tokens = torch.arange(first, last)
-        return torch.tensor(sequence.blocks)[tokens // BLOCK_TOKENS] * BLOCK_TOKENS + tokens % BLOCK_TOKENS
+        Its last token is left to be computed: what follows from it is not kept here. So is all of a prompt to be scored.
+        """
+        if sequence.sampling.prompt_logprobs is not None:
+            return 0
+        for number in range((len(sequence.ids) - 1) // BLOCK_TOKENS):
+            block = self._block_of.get(_digest(sequence, number))
+            if block is None:
+                break
+            if not self._users[block]:
+                del self._unused[block]
+            self._users[block] += 1
+            sequence.blocks.append(block)
+        return len(sequence.blocks) * BLOCK_TOKENS
+
+    def seal(self, sequence: Sequence, first: int, last: int) -> None:
+        """Tokens `first` to `last` (not included) have been computed: blocks that they filled can be shared from now on."""
+        for number in range(first // BLOCK_TOKENS, last // BLOCK_TOKENS):
+            block, digest = sequence.blocks[number], _digest(sequence, number)
+            if digest not in self._block_of:
+                self._block_of[digest] = block
+                self._digest_of[block] = digest
+
+    def release(self, sequence: Sequence) -> None:
+        """Take the sequence's blocks back; the end of its text is forgotten before its beginning."""
+        for block in reversed(sequence.blocks):
+            self._users[block] -= 1
+            if not self._users[block]:
+                self._unused[block] = None
+                if block not in self._digest_of:
+                    self._unused.move_to_end(block, last=False)  # there is nothing to find in it
+        sequence.blocks = []
+
+    def _forget(self, block: int) -> None:
+        digest = self._digest_of.pop(block, None)
+        if digest is not None:
+            del self._block_of[digest]
 
 
-class Prefill:
-    """One step's view of the cache in which each sequence brings all its tokens; each sees its own, up to itself."""
-
-    def __init__(self, cache: KVCache, batch: list[Sequence]) -> None:
-        self.cache = cache
-        self.lengths = [len(s.ids) for s in batch]
-        self.slots_T = torch.cat([cache.slots(s, 0, len(s.ids)) for s in batch]).to(cache.k_NSHE.device)
-
-    def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
-        self.cache.k_NSHE[layer, self.slots_T], self.cache.v_NSHE[layer, self.slots_T] = k_THE, v_THE
-        heads_first = (x.transpose(0, 1).split(self.lengths, dim=1) for x in (q_THE, k_THE, v_THE))
-        outs = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in zip(*heads_first, strict=True)]
-        return torch.cat(outs, dim=1).transpose(0, 1)
-
-
-class Decode:
-    """One step's view of the cache in which each of B sequences brings one token, and sees all of its own."""
-
-    def __init__(self, cache: KVCache, batch: list[Sequence]) -> None:
-        self.cache = cache
-        lengths = [len(s.ids) for s in batch]
-        slots = [cache.slots(s, 0, n) for s, n in zip(batch, lengths, strict=True)]
-        device = cache.k_NSHE.device
-        self.new_B = torch.stack([s[-1] for s in slots]).to(device)
-        self.slots_BS = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True).to(device)
-        # a sequence shorter than the longest doesn't see its padding
-        ends_B = torch.tensor(lengths, device=device)
-        self.mask_B11S = (torch.arange(max(lengths), device=device) < ends_B[:, None])[:, None, None] if len(batch) > 1 else None
-
-    def attend(self, layer: int, q_BHE: Tensor, k_BHE: Tensor, v_BHE: Tensor) -> Tensor:
-        keys_SHE, values_SHE = self.cache.k_NSHE[layer], self.cache.v_NSHE[layer]
-        keys_SHE[self.new_B], values_SHE[self.new_B] = k_BHE, v_BHE
-        keys, values = (x[self.slots_BS].transpose(1, 2) for x in (keys_SHE, values_SHE))  # [B, H, S, E]
-        return F.scaled_dot_product_attention(q_BHE[:, :, None], keys, values, attn_mask=self.mask_B11S)[:, :, 0]
+def _digest(sequence: Sequence, number: int) -> bytes:
+    """The digest of a sequence's text up to and with its block `number`. It is cryptographic: nobody can craft a text to get another's block."""
+    while len(sequence.digests) <= number:
+        start = len(sequence.digests) * BLOCK_TOKENS
+        before = sequence.digests[-1] if sequence.digests else b""
+        tokens = np.array(sequence.ids[start : start + BLOCK_TOKENS], np.uint32).tobytes()
+        sequence.digests.append(hashlib.blake2b(before + tokens, digest_size=16).digest())
+    return sequence.digests[number]

@@ -1,6 +1,7 @@
 """Where a step's rows come from: the row cache, and the lookup service for the rest. One table version, fixed at start."""
 
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,11 +18,21 @@ from tolhouse.worker.decode import decode
 _FILL_BYTES = 16 << 20  # fetched at a time while the cache is filled
 
 
+@dataclass
+class Staged:
+    """Records uint8 [U, record_bytes] on the model's device, and which of them each of T tokens has."""
+
+    records_UB: Tensor
+    index_T: Tensor
+
+
 class Rows:
     """Belongs to the engine's thread; the counts may be read from any."""
 
-    def __init__(self, client: Client, manifest: Manifest, cache_bytes: int, device: torch.device) -> None:
-        self.client, self.manifest, self.device = client, manifest, device
+    def __init__(
+        self, client: Client, manifest: Manifest, cache_bytes: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.client, self.manifest, self.device, self.dtype = client, manifest, device, dtype
         self.cache = RowCache.private(manifest, cache_bytes)
         self.from_cache = self.from_remote = self.remote_bytes = 0
         self.wait_seconds = 0.0
@@ -37,17 +48,28 @@ class Rows:
             event("row cache not filled", reason=str(error))
 
     def resolve(self, ids: np.ndarray) -> Tensor:
-        """Rows float32 [N, T, D] of `ids` [T], each distinct token asked for once."""
+        """Rows float32 [N, T, D] of `ids` [T]."""
+        return self.decode(self.stage(ids))
+
+    def stage(self, ids: np.ndarray) -> Staged:
+        """The records of `ids` [T] where the model runs, each distinct token asked for once. They stay until the next call."""
         unique_U, inverse_T = np.unique(ids, return_inverse=True)
-        slots_U = self.stage(unique_U)
+        slots_U = self.bring(unique_U)
         if slots_U is not None and self.device.type == "cpu":
             records, places_T = self.cache.slab, slots_U[inverse_T]  # decoded where they lie
         else:
             records, places_T = self._passing(unique_U) if slots_U is None else self.cache.slab[slots_U], inverse_T
         index_T = torch.from_numpy(places_T.astype(np.int64, copy=False))
-        return decode(torch.from_numpy(records).to(self.device), self.manifest, index_T.to(self.device))
+        return Staged(torch.from_numpy(records).to(self.device), index_T.to(self.device))
 
-    def stage(self, ids: np.ndarray) -> np.ndarray | None:
+    def decode(self, staged: Staged) -> Tensor:
+        """Rows [N, T, D] in `dtype`."""
+        return decode(staged.records_UB, self.manifest, staged.index_T).to(self.dtype)
+
+    def prefetch(self, ids: np.ndarray) -> None:
+        """Not yet."""
+
+    def bring(self, ids: np.ndarray) -> np.ndarray | None:
         """Slots of the cache in which the records of distinct `ids` lie until the next call; None if it has fewer slots."""
         if len(ids) > self.cache.capacity:
             return None
@@ -148,8 +170,14 @@ class NoRows:
     def __init__(self, hidden_size: int, device: torch.device) -> None:
         self.hidden_size, self.device = hidden_size, device
 
-    def resolve(self, ids: np.ndarray) -> Tensor:
-        return torch.empty(0, len(ids), self.hidden_size, device=self.device)
+    def stage(self, ids: np.ndarray) -> Staged:
+        return Staged(torch.empty(0, 0), torch.from_numpy(ids.astype(np.int64)))
+
+    def decode(self, staged: Staged) -> Tensor:
+        return torch.empty(0, len(staged.index_T), self.hidden_size, device=self.device)
+
+    def prefetch(self, ids: np.ndarray) -> None:
+        pass
 
     def has(self, ids: np.ndarray) -> bool:
         return True

@@ -1,7 +1,7 @@
 """The gRPC face of the worker. Protobuf types end here."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,22 @@ from prometheus_client.registry import Collector
 
 from tolhouse.client.client import Client
 from tolhouse.config import WorkerConfig
-from tolhouse.errors import InvalidArgument, TolhouseError
+from tolhouse.errors import InvalidArgument
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import check_prompt
-from tolhouse.rpc import serve, stream
+from tolhouse.rpc import keep_large_blocks, serve, stream
 from tolhouse.telemetry import event, serve_metrics
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationServicer, add_GenerationServicer_to_server
+from tolhouse.worker.attention import Pages, blocks_of
 from tolhouse.worker.engine import Engine
 from tolhouse.worker.kv_cache import KVCache
+from tolhouse.worker.packed import load
 from tolhouse.worker.rows import NoRows, Rows, check_table, wait_for_table
-from tolhouse.worker.sequence import Emit, Sampling, Sequence
+from tolhouse.worker.runner import Runner
+from tolhouse.worker.sampler import Logprobs
+from tolhouse.worker.sampling import Sampling
+from tolhouse.worker.sequence import Output, Sequence
 
 NAME = "tolhouse.v1.Generation"
 
@@ -60,38 +65,59 @@ class WorkerService(GenerationServicer):
 
     async def _generate(self, request: generation_pb2.GenerateRequest) -> AsyncIterator[generation_pb2.GenerateReply]:
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[tuple[list[int], str, TolhouseError | None]] = asyncio.Queue()
+        events: asyncio.Queue[Output] = asyncio.Queue()
 
-        def emit(tokens: list[int], reason: str, error: TolhouseError | None) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, (tokens, reason, error))
+        def emit(output: Output) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, output)
 
         sequence = self._sequence(request, emit)
         self.engine.add(sequence)
         try:
             while True:
-                tokens, reason, error = await events.get()
-                if error:
-                    raise error
-                yield generation_pb2.GenerateReply(token_ids=tokens, finish_reason=reason)
-                if reason:
+                output = await events.get()
+                if output.error:
+                    raise output.error
+                yield generation_pb2.GenerateReply(
+                    token_ids=output.tokens,
+                    finish_reason=output.finish_reason,
+                    logprobs=_logprobs(output.logprobs),
+                    prompt_logprobs=_logprobs(output.prompt_logprobs),
+                )
+                if output.finish_reason:
                     return
         finally:  # also when the caller went away; a sequence that has ended is left alone
             self.engine.cancel(sequence)
 
-    def _sequence(self, request: generation_pb2.GenerateRequest, emit: Emit) -> Sequence:
+    def _sequence(self, request: generation_pb2.GenerateRequest, emit: Callable[[Output], None]) -> Sequence:
         prompt = check_prompt(self.config, request.prompt_ids, request.max_tokens)
-        if bad := [i for i in request.stop_ids if i >= self.config.vocab_size]:
-            raise InvalidArgument(f"stop id {bad[0]} is outside the vocabulary: allowed are 0 to {self.config.vocab_size - 1}")
-        ends = {*request.stop_ids} if request.ignore_eos else {*request.stop_ids, self.config.eos_token_id}
+        for what, ids in (("stop id", request.stop_ids), ("logit_bias of token", request.logit_bias)):
+            if bad := [i for i in ids if i >= self.config.vocab_size]:
+                raise InvalidArgument(f"{what} {bad[0]} is outside the vocabulary: allowed are 0 to {self.config.vocab_size - 1}")
+
+        def given(name: str, default: Any) -> Any:
+            return getattr(request, name) if request.HasField(name) else default
+
         sampling = Sampling(
             max_tokens=request.max_tokens,
             temperature=request.temperature,
             top_k=request.top_k,
-            top_p=request.top_p if request.HasField("top_p") else 1.0,
-            seed=request.seed if request.HasField("seed") else None,
-            stop_ids=frozenset(ends),
+            top_p=given("top_p", 1.0),
+            min_p=request.min_p,
+            repetition_penalty=given("repetition_penalty", 1.0),
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=dict(request.logit_bias),
+            seed=given("seed", None),
+            stop_ids=frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else {self.config.eos_token_id}),
+            min_tokens=request.min_tokens,
+            logprobs=given("logprobs", None),
+            prompt_logprobs=given("prompt_logprobs", None),
         )
         return Sequence(len(prompt), prompt, sampling, emit)
+
+
+def _logprobs(logprobs: Logprobs | None) -> generation_pb2.Logprobs | None:
+    return generation_pb2.Logprobs(chosen=logprobs.chosen, top_ids=logprobs.top_ids, top=logprobs.top) if logprobs else None
 
 
 class EngineMetrics(Collector):
@@ -101,42 +127,55 @@ class EngineMetrics(Collector):
         self.engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        engine, rows = self.engine, self.engine.rows
+        engine, rows, cache = self.engine, self.engine.rows, self.engine.cache
         yield GaugeMetricFamily("tolhouse_worker_running", "Sequences in the batch", engine.running)
         yield GaugeMetricFamily("tolhouse_worker_waiting", "Sequences in the queue", engine.waiting)
-        used = 1 - len(engine.cache.free) / engine.cache.num_blocks
+        used = 1 - cache.free_blocks / cache.num_blocks
         yield GaugeMetricFamily("tolhouse_worker_kv_cache_usage_ratio", "Share of the KV cache in use", used)
         yield CounterMetricFamily("tolhouse_worker_tokens", "Tokens generated", engine.tokens)
         yield CounterMetricFamily("tolhouse_worker_steps", "Engine steps", engine.steps)
+        yield CounterMetricFamily("tolhouse_worker_step_seconds", "Time in engine steps", engine.step_seconds)
+        yield CounterMetricFamily("tolhouse_worker_forward_seconds", "Time of steps in the model's forward", engine.forward_seconds)
+        yield CounterMetricFamily("tolhouse_worker_preemptions", "Sequences that gave their KV cache back", engine.scheduler.preemptions)
+        yield CounterMetricFamily("tolhouse_worker_prompt_tokens", "Prompt tokens of sequences let into the batch", cache.prompt_tokens)
+        yield CounterMetricFamily("tolhouse_worker_prefix_hit_tokens", "Prompt tokens found in the KV cache", cache.found_tokens)
         by_source = CounterMetricFamily("tolhouse_worker_rows", "Rows that steps asked for, by source", labels=["source"])
         by_source.add_metric(["cache"], rows.from_cache)
         by_source.add_metric(["remote"], rows.from_remote)
         yield by_source
         yield CounterMetricFamily("tolhouse_worker_row_bytes", "Bytes of rows fetched", rows.remote_bytes)
         yield CounterMetricFamily("tolhouse_worker_row_wait_seconds", "Time that steps waited for rows", rows.wait_seconds)
+        for histogram in engine.latencies:
+            yield from histogram.collect()
 
 
 async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     """Serve the checkpoint until told to stop."""
+    keep_large_blocks()
     checkpoint = open_checkpoint(checkpoint_path)
     device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    cache = KVCache(checkpoint.config, int(config.kv_cache_megabytes * 1e6), device)
+    cache = KVCache(blocks_of(checkpoint.config, int(config.kv_cache_megabytes * 1e6), dtype))
     client = Client(config.lookup, timeout_seconds=config.fetch_timeout_seconds)
     rows: Rows | NoRows = NoRows(checkpoint.config.hidden_size, device)
     if checkpoint.config.num_row_layers:
         table = config.table or checkpoint.name
         manifest = await asyncio.to_thread(wait_for_table, client, table, config.lookup_wait_seconds)
         check_table(manifest, checkpoint)
-        rows = Rows(client, manifest, int(config.row_cache_megabytes * 1e6), device)
+        rows = Rows(client, manifest, int(config.row_cache_megabytes * 1e6), device, dtype)
         rows.fill()
-    model = checkpoint.model(ffn_m=False).to(device)
-    engine = Engine(model, rows, cache, config.max_running, config.max_waiting, config.max_prefill_tokens)
+    pages = Pages(checkpoint.config, cache.num_blocks, device, dtype)
+    if config.compile == "auto":
+        pages.compile()
+    runner = Runner(load(checkpoint, device, dtype), pages, rows)
+    engine = Engine(runner, rows, cache, config.max_running, config.max_waiting, config.max_step_tokens)
     service = WorkerService(engine, checkpoint, config.name or checkpoint.name)
     metrics = serve_metrics(config.metrics_listen)
     REGISTRY.register(EngineMetrics(engine))
-    event("loaded", checkpoint=checkpoint.name, table=service.identity["table"], kv_cache_tokens=cache.capacity_tokens, device=str(device))
+    event("loaded", checkpoint=checkpoint.name, table=service.identity["table"], kv_cache_tokens=cache.capacity_tokens, device=str(device),
+          dtype=str(dtype).removeprefix("torch."), compiled=pages.compiled)  # fmt: skip
     engine.start()
     try:
         await serve(
@@ -150,6 +189,13 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     finally:
         engine.stop()
         client.close()
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """float32 on a CPU, where batches of all sizes then give the same tokens, and bfloat16 on a GPU, unless another is asked for."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, name)
 
 
 def _device(name: str) -> torch.device:

@@ -1,0 +1,134 @@
+"""Keys and values in pages, and one step's view of them: what each token of the step attends to.
+
+Shapes as in `model/transformer.py`; besides B sequences that decode, C blocks of the longest of them, S = BLOCK_TOKENS. In a page, keys
+lie token by token and values dimension by dimension: so both products of attention read memory as it lies.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tolhouse.errors import InvalidArgument
+from tolhouse.model.config import ModelConfig
+from tolhouse.telemetry import log
+from tolhouse.worker.kv_cache import BLOCK_TOKENS
+from tolhouse.worker.scheduler import Chunk
+
+_FEWEST_BLOCKS = 2  # in a table: one is a case of its own to a compiler
+
+
+def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Memory of one block, all layers."""
+    return 2 * config.num_hidden_layers * config.hidden_size * dtype.itemsize * BLOCK_TOKENS
+
+
+def blocks_of(config: ModelConfig, capacity_bytes: int, dtype: torch.dtype) -> int:
+    """How many blocks fit; InvalidArgument if none does."""
+    count = capacity_bytes // block_bytes(config, dtype)
+    if not count:
+        raise InvalidArgument(
+            f"a KV cache of {capacity_bytes} bytes holds no block: {BLOCK_TOKENS} tokens take {block_bytes(config, dtype)} bytes"
+        )
+    return count
+
+
+class Pages:
+    def __init__(self, config: ModelConfig, num_blocks: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.num_hidden_layers, num_blocks, config.num_attention_heads)
+        # zeros, as what is masked must be numbers all the same; on a CPU memory is taken when written
+        self.keys = torch.zeros(*shape, BLOCK_TOKENS, config.head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros(*shape, config.head_dim, BLOCK_TOKENS, dtype=dtype, device=device)
+        self.device = device
+        self.decode, self.compiled = decode, False
+
+    def compile(self) -> None:
+        """Compile `decode`, which reads memory once then instead of thrice; without a compiler, say so and go on as it is."""
+        compiled = torch.compile(decode, dynamic=True, fullgraph=True)
+        heads, size = self.keys.shape[2], self.keys.shape[4]
+        try:
+            with torch.inference_mode():
+                for sequences in (3, 1):  # one is a case of its own to the compiler
+                    q_BHE = torch.zeros(sequences, 2, heads, size, dtype=self.keys.dtype, device=self.device)[:, 0]  # beside k, as it comes
+                    tables_BC = torch.zeros(sequences, _FEWEST_BLOCKS, dtype=torch.int64, device=self.device)
+                    lengths_B = torch.ones(sequences, dtype=torch.int64, device=self.device)
+                    compiled(q_BHE, self.keys[0], self.values[0], tables_BC, lengths_B)
+        except Exception as error:  # noqa: BLE001 - whatever a compiler may lack
+            reason = str(error).strip().partition("\n")[0]
+            log.warning("attention is not compiled and slower for it (a C++ compiler such as g++ is needed): %s", reason)
+            return
+        self.decode, self.compiled = compiled, True
+
+
+class StepView:
+    """The cache of one step (`Cache` of `model/transformer.py`): tokens of sequences that decode first, then chunks of prompts."""
+
+    def __init__(self, pages: Pages, decoding: int, blocks_T: Tensor, offsets_T: Tensor, tables_BC: Tensor, lengths_B: Tensor) -> None:
+        self.pages, self.decoding = pages, decoding
+        self.blocks_T, self.offsets_T = blocks_T, offsets_T  # where the step's tokens go
+        self.tables_BC, self.lengths_B = tables_BC, lengths_B
+        self.chunks: list[tuple[int, int, Tensor | None]] = []  # tokens, first position, blocks of its sequence if there is a past
+
+    @classmethod
+    def of(cls, pages: Pages, step: list[Chunk]) -> "StepView":
+        decoding = sum(chunk.decodes for chunk in step)
+        tables = [np.array(chunk.sequence.blocks, np.int64) for chunk in step]
+        positions = [np.arange(chunk.first, chunk.last) for chunk in step]
+        blocks_T = np.concatenate([table[p // BLOCK_TOKENS] for table, p in zip(tables, positions, strict=True)])
+        offsets_T = np.concatenate(positions) % BLOCK_TOKENS
+        lengths_B = np.array([chunk.last for chunk in step[:decoding]], np.int64)
+        widest = max(_FEWEST_BLOCKS, -(-int(lengths_B.max(initial=1)) // BLOCK_TOKENS))
+        tables_BC = np.zeros((decoding, widest), np.int64)
+        for row, table in zip(tables_BC, tables[:decoding], strict=True):
+            row[: min(widest, len(table))] = table[:widest]
+        view = cls(pages, decoding, *(torch.from_numpy(x).to(pages.device) for x in (blocks_T, offsets_T, tables_BC, lengths_B)))
+        for chunk, table in zip(step[decoding:], tables[decoding:], strict=True):
+            past = torch.from_numpy(table[: -(-chunk.last // BLOCK_TOKENS)]).to(pages.device) if chunk.first else None
+            view.chunks.append((chunk.last - chunk.first, chunk.first, past))
+        return view
+
+    def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
+        keys, values = self.pages.keys[layer], self.pages.values[layer]
+        keys[self.blocks_T, :, self.offsets_T] = k_THE
+        values[self.blocks_T, :, :, self.offsets_T] = v_THE
+        if not self.chunks:
+            return self.pages.decode(q_THE, keys, values, self.tables_BC, self.lengths_B)
+        outs, start = [], self.decoding
+        if start:
+            outs.append(self.pages.decode(q_THE[:start], keys, values, self.tables_BC, self.lengths_B))
+        for count, first, past in self.chunks:
+            part = slice(start, start + count)
+            if past is None:
+                k_HLE, v_HLE = k_THE[part].transpose(0, 1), v_THE[part].transpose(0, 1)
+            else:
+                k_HLE = keys[past].transpose(0, 1).flatten(1, 2)[:, : first + count]
+                v_HLE = values[past].permute(1, 0, 3, 2).flatten(1, 2)[:, : first + count]
+            outs.append(_chunk(q_THE[part].transpose(0, 1), k_HLE, v_HLE, first).transpose(0, 1))
+            start += count
+        return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+def _chunk(q_HTE: Tensor, k_HLE: Tensor, v_HLE: Tensor, first: int) -> Tensor:
+    """Attention of T consecutive tokens, the first at position `first`, to the L = first + T up to the last of them."""
+    if not first:
+        return F.scaled_dot_product_attention(q_HTE[None], k_HLE[None], v_HLE[None], is_causal=True)[0]
+    count, total = q_HTE.shape[1], k_HLE.shape[1]
+    mask_TL = torch.full((count, total), -math.inf, dtype=q_HTE.dtype, device=q_HTE.device).triu(first + 1)
+    return F.scaled_dot_product_attention(q_HTE[None], k_HLE[None], v_HLE[None], attn_mask=mask_TL)[0]
+
+
+def decode(q_BHE: Tensor, keys: Tensor, values: Tensor, tables_BC: Tensor, lengths_B: Tensor) -> Tensor:
+    """Attention of one token of each of B sequences to all of its own: `lengths_B` tokens in the blocks `tables_BC`.
+
+    keys [blocks, H, S, E], values [blocks, H, E, S]. Written for a compiler, which reads each page once and copies none;
+    sums run over a page and then over pages, as memory lies.
+    """
+    scores_BCHS = (q_BHE[:, None, :, None].float() * keys[tables_BC].float()).sum(-1) * q_BHE.shape[-1] ** -0.5
+    places_CS = torch.arange(tables_BC.shape[1] * BLOCK_TOKENS, device=q_BHE.device).view(-1, BLOCK_TOKENS)
+    seen_BC1S = (places_CS < lengths_B[:, None, None])[:, :, None]
+    scores_BCHS = torch.where(seen_BC1S, scores_BCHS, -math.inf)
+    weights_BCHS = (scores_BCHS - scores_BCHS.amax((1, 3), keepdim=True)).exp()
+    mixed_BCHE = (weights_BCHS[:, :, :, None] * values[tables_BC].float()).sum(-1)
+    return (mixed_BCHE.sum(1) / weights_BCHS.sum((1, 3))[..., None]).to(q_BHE.dtype)

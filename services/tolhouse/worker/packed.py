@@ -1,0 +1,111 @@
+"""The model's matrices as the worker's device likes them best: q, k and v in one, and on a CPU packed for its kernels.
+
+On a CPU, linear layers that read weights as they come run at a third of the memory's bandwidth, packed ones at four fifths
+(loadtest/LOG.md). `float32` computes in float32 and holds weights of 16 bit as 16 bit; `bfloat16` does all in bfloat16.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.transformer import Attention, Cache, RMSNorm, Transformer, rotate
+
+_LARGEST_FLOAT16 = 65504.0
+
+
+class FusedAttention(nn.Module):
+    """`Attention` with one matrix for q, k and v."""
+
+    def __init__(self, attention: Attention, qkv_proj: nn.Module, o_proj: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.shape = attention.layer, (-1, 3, *attention.shape[1:])
+        self.qkv_proj, self.o_proj = qkv_proj, o_proj
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
+        qkv_T3HE = self.qkv_proj(x_TD).view(self.shape)
+        cos_T1E, sin_T1E = rope
+        q_THE, k_THE = rotate(qkv_T3HE[:, :2], (cos_T1E[:, None], sin_T1E[:, None])).unbind(1)
+        return self.o_proj(cache.attend(self.layer, q_THE, k_THE, qkv_T3HE[:, 2]).reshape(x_TD.shape))
+
+
+class Float16Linear(nn.Module):
+    """float32 in and out over weights in float16, which hold bfloat16 ones to 2^-25 or better. FBGEMM's, on x86."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x_TD, self.packed)
+
+
+class OneDNNLinear(nn.Module):
+    """Input, weights and output in one dtype, float32 or bfloat16."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), None)  # noqa: SLF001 - a name of torch's own compiler
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x_TD, self.packed, None, "none", [], "")  # noqa: SLF001
+
+
+def linear(weight: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A linear layer for `weight` [out, in], which need not be kept."""
+    if device.type == "cpu":
+        sixteen_bit = weight.dtype in (torch.bfloat16, torch.float16)
+        if dtype == torch.float32 and sixteen_bit and "fbgemm" in torch.backends.quantized.supported_engines:
+            if float(weight.abs().max()) < _LARGEST_FLOAT16:
+                return Float16Linear(weight)
+        if torch.backends.mkldnn.is_available():
+            return OneDNNLinear(weight, dtype)
+    layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
+    return layer
+
+
+class Embedding(nn.Module):
+    """X0 in `dtype`, of weights as stored."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.dtype = weight, dtype
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        return F.embedding(ids_T, self.weight).to(self.dtype)
+
+
+def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The model without FFN-M, ready to run on `device` in `dtype`.
+
+    Weights are read from the mapped file one by one: none is in memory twice. A tied embedding is: packed as the head and,
+    for the few rows that a step reads of it, in the file's mapping, which the kernel may drop.
+    """
+    model = checkpoint.model(ffn_m=False, dtype=None)
+    for block in model.layers:
+        attention = block.self_attn
+        qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
+        block.self_attn = FusedAttention(attention, linear(qkv, device, dtype), linear(attention.o_proj.weight, device, dtype))
+        if block.mlp:
+            _replace_linears(block.mlp, device, dtype)
+    model.lm_head = linear(model.lm_head.weight, device, dtype)
+    if not checkpoint.config.tie_word_embeddings:
+        weight = model.embed_tokens.weight.to(device, copy=True)
+    elif isinstance(model.lm_head, nn.Linear):
+        weight = model.lm_head.weight
+    else:
+        weight = checkpoint.embedding()
+    model.embed_tokens = Embedding(weight, dtype)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.weight = nn.Parameter(module.weight.to(device, dtype, copy=True), requires_grad=False)
+    return model
+
+
+def _replace_linears(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, linear(child.weight, device, dtype))
+        else:
+            _replace_linears(child, device, dtype)
