@@ -55,9 +55,9 @@ def linear(weight: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Modul
     """A linear layer for `weight` [out, in], which need not be kept."""
     if device.type == "cpu":
         sixteen_bit = weight.dtype in (torch.bfloat16, torch.float16)
-        if dtype == torch.float32 and sixteen_bit and "fbgemm" in torch.backends.quantized.supported_engines:
-            if float(weight.abs().max()) < _LARGEST_FLOAT16:
-                return Float16Linear(weight)
+        fits = sixteen_bit and float(weight.abs().max()) < _LARGEST_FLOAT16
+        if fits and dtype == torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines:
+            return Float16Linear(weight)
         if torch.backends.mkldnn.is_available():
             return OneDNNLinear(weight, dtype)
     layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")

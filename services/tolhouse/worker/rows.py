@@ -20,10 +20,10 @@ _FILL_BYTES = 16 << 20  # fetched at a time while the cache is filled
 
 @dataclass
 class Staged:
-    """Records uint8 [U, record_bytes] on the model's device, and which of them each of T tokens has."""
+    """Records uint8 [U, record_bytes] on the model's device, and which of them each of T tokens has, int64 [T]."""
 
-    records_UB: Tensor
-    index_T: Tensor
+    records: Tensor
+    index: Tensor
 
 
 class Rows:
@@ -64,7 +64,7 @@ class Rows:
 
     def decode(self, staged: Staged) -> Tensor:
         """Rows [N, T, D] in `dtype`."""
-        return decode(staged.records_UB, self.manifest, staged.index_T).to(self.dtype)
+        return decode(staged.records, self.manifest, staged.index).to(self.dtype)
 
     def prefetch(self, ids: np.ndarray) -> None:
         """Not yet."""
@@ -174,7 +174,7 @@ class NoRows:
         return Staged(torch.empty(0, 0), torch.from_numpy(ids.astype(np.int64)))
 
     def decode(self, staged: Staged) -> Tensor:
-        return torch.empty(0, len(staged.index_T), self.hidden_size, device=self.device)
+        return torch.empty(0, len(staged.index), self.hidden_size, device=self.device)
 
     def prefetch(self, ids: np.ndarray) -> None:
         pass
