@@ -4,10 +4,12 @@ import numpy as np
 import xxhash
 from redis import Redis
 from tolhouse import Manifest
+from tolhouse.model.config import ModelConfig
 from tolhouse.store import Store
 from tolhouse.table.spec import content_id, split
 
 HIDDEN = 2048
+_DIFFERENT = 61
 
 
 def manifest_of(name: str, vocabulary: int, row_kib: int, shards: int = 64, frequent: tuple[int, ...] = ()) -> Manifest:
@@ -27,14 +29,29 @@ def manifest_of(name: str, vocabulary: int, row_kib: int, shards: int = 64, freq
     )
 
 
+def alike(shape: ModelConfig, codec: str, frequent: tuple[int, ...] = (), model_id: str = "0" * 64) -> Manifest:
+    """A table for a model of this shape, named after its kind."""
+    layers = tuple(range(shape.num_row_layers))
+    return Manifest(
+        name=shape.kind,
+        version=content_id(f"{shape.kind} {shape.hidden_size}", codec, layers),
+        codec=codec,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        layers=layers,
+        num_shards=64,
+        model_id=model_id,
+        tokenizer_id="0" * 64,
+        frequent=frequent,
+    )
+
+
 def records_of(manifest: Manifest, ids: np.ndarray) -> np.ndarray:
-    """Random bytes with the right checksums, the same ones each time."""
-    size = manifest.record_bytes
-    records = np.empty((len(ids), size), np.uint8)
-    noise = np.random.default_rng(0).bytes(2 * size)
-    for i, seed, record in zip(ids.tolist(), manifest.seeds(ids), split(records), strict=True):
-        start = i * 7919 % size
-        record[:-8] = noise[start : start + size - 8]
+    """Intact records of random rows, a few dozen of which are everybody's."""
+    some = np.arange(_DIFFERENT, dtype=np.uint32) % manifest.vocab_size
+    rows = np.random.default_rng(0).normal(0, 0.02, (_DIFFERENT, manifest.num_layers, manifest.hidden_size)).astype(np.float32)
+    records = manifest.encode(some, rows)[ids % _DIFFERENT]
+    for seed, record in zip(manifest.seeds(ids), split(records), strict=True):
         record[-8:] = xxhash.xxh3_64_intdigest(record[:-8], seed).to_bytes(8, "little")
     return records
 

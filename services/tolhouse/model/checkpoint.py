@@ -151,7 +151,8 @@ def _tensor_name(parameter: str) -> str:
     return f"model.{parameter}"
 
 
-def _expected(config: ModelConfig) -> Iterator[tuple[str, list[int]]]:
+def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, list[int]]]:
+    """Name and shape of each tensor in a checkpoint of this config."""
     with torch.device("meta"):
         model = Transformer(config)
     for name, tensor in model.named_parameters():  # a tied head is listed once, as the embedding
@@ -159,7 +160,7 @@ def _expected(config: ModelConfig) -> Iterator[tuple[str, list[int]]]:
 
 
 def _check_tensors(path: Path, config: ModelConfig) -> None:
-    expected = dict(_expected(config))
+    expected = dict(tensor_shapes(config))
     with _open(path) as weights:
         found = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
         if missing := sorted(set(expected) - set(found)):

@@ -16,7 +16,7 @@ from tolhouse.config import WorkerConfig
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import check_prompt
-from tolhouse.rpc import keep_large_blocks, serve, stream
+from tolhouse.rpc import serve, stream
 from tolhouse.telemetry import event, serve_metrics
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationServicer, add_GenerationServicer_to_server
@@ -151,7 +151,6 @@ class EngineMetrics(Collector):
 
 async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     """Serve the checkpoint until told to stop."""
-    keep_large_blocks()
     checkpoint = open_checkpoint(checkpoint_path)
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)

@@ -1,0 +1,199 @@
+"""The worker's engine, side by side: `python -m loadtest.decode [--preset 250m] [--quick]`.
+
+A dense base model, a MemoryLLM of as many parameters whose rows come from a lookup service (int8, row cache of a tenth of
+the table), and the same one with all rows resident run in turn, a few steps each, in one process: the ratios within a run mean
+something, the times of two runs do not. Weights are random; token ids are replayed from real text, so that rows are asked
+for as often as in real life. Prints a table and, last, one line of JSON.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tolhouse import Client
+from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.config import ModelConfig, preset
+from tolhouse.rpc import keep_large_blocks
+from tolhouse.store import open_store, publish
+from tolhouse.testing import process
+from tolhouse.worker.attention import Pages
+from tolhouse.worker.engine import Engine
+from tolhouse.worker.kv_cache import BLOCK_TOKENS, KVCache
+from tolhouse.worker.packed import load
+from tolhouse.worker.rows import NoRows, Rows
+from tolhouse.worker.runner import Runner
+from tolhouse.worker.sampling import Sampling
+from tolhouse.worker.sequence import Sequence
+
+from loadtest.memory import memory_ratio
+from loadtest.models import random_weights
+from loadtest.tables import alike
+from loadtest.tables import load as load_table
+from loadtest.text import trace
+
+CPU = torch.device("cpu")
+VOCABULARY = 32_768  # a BPE of the text at hand gives so many
+PROMPT, ANSWER = 64, 64  # tokens
+SLICE = 8  # steps of one contender before the next has its turn
+
+
+class Replayed(Sequence):
+    """Its next tokens are those of a text, whatever is sampled."""
+
+    def follow(self, text: list[int]) -> "Replayed":
+        self.text = iter(text)
+        return self
+
+    def take(self, token_id: int) -> str:
+        return super().take(next(self.text))
+
+
+@dataclass
+class Contender:
+    name: str
+    engine: Engine
+    weight_bytes: int  # of the matrices that each token reads
+    rates: dict[str, list[float]] = field(default_factory=dict)
+
+    def start(self, prompts: list[list[int]], answers: list[list[int]]) -> None:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            sequence = Replayed(len(prompt), list(prompt), Sampling(len(answer)), lambda _: None)
+            self.engine.add(sequence.follow(answer))
+        self.engine._mailbox.put(lambda: None)
+        while not self.engine._mailbox.empty():
+            self.engine._mailbox.get()()
+
+    def run(self, until: Callable[[], bool]) -> tuple[int, float]:
+        """Step until something holds: tokens and seconds."""
+        before, started = self.engine.tokens, time.perf_counter()
+        while not until():
+            self.engine.step()
+        return self.engine.tokens - before, time.perf_counter() - started
+
+
+@contextmanager
+def contenders(name: str, folder: Path, ids: np.ndarray, frequent: tuple[int, ...]) -> Iterator[list[Contender]]:
+    """Base, MemoryLLM with remote rows, MemoryLLM with resident rows, over a lookup service with a table of its own."""
+    shapes = [preset(name, kind, vocab_size=VOCABULARY, max_position_embeddings=8192) for kind in ("base", "memory")]
+    manifest = alike(shapes[1], "int8", frequent)
+    url = f"file://{folder / 'tables'}"
+    with ExitStack() as stack:
+        with closing(open_store(url)) as store:
+            load_table(store, manifest)
+            publish(store, manifest.ref)
+        lookup = stack.enter_context(process("lookup", "--store", url, "--listen", "127.0.0.1:0"))
+        client = stack.enter_context(Client(lookup.address))
+        found = []
+        for title, shape, cached in (("dense base model", shapes[0], 0), ("remote rows", shapes[1], 0.1), ("resident rows", shapes[1], 1)):
+            rows: Rows | NoRows = NoRows(shape.hidden_size, CPU)
+            if cached:
+                rows = Rows(client, manifest, int(manifest.table_bytes * cached), CPU)
+                rows.fill()
+                if cached == 1:
+                    for part in np.array_split(np.arange(VOCABULARY, dtype=np.uint32), 64):
+                        rows.stage(part)
+            cache = KVCache(max(64 * (PROMPT + ANSWER), 2 * 4352) // BLOCK_TOKENS)
+            pages = Pages(shape, cache.num_blocks, CPU, torch.float32)
+            pages.compile()
+            model = load(Checkpoint(random_weights(folder / shape.kind, shape), shape), CPU, torch.float32)
+            engine = Engine(Runner(model, pages, rows), rows, cache, 64, 1000, 512)
+            found.append(Contender(title, engine, read_bytes(shape)))
+        yield found
+
+
+def read_bytes(shape: ModelConfig) -> int:
+    """Bytes of 16-bit weights that a token's forward reads: every matrix but the embedding, of which it reads one row."""
+    attention = 4 * shape.hidden_size**2
+    ffn = 3 * shape.hidden_size * shape.intermediate_size if shape.kind == "base" else shape.beta * shape.hidden_size**2
+    return 2 * (shape.num_hidden_layers * (attention + ffn) + shape.vocab_size * shape.hidden_size)
+
+
+def decoding(found: list[Contender], ids: np.ndarray, concurrency: int, rounds: int) -> dict[str, float]:
+    """Tokens per second of each, by slices in turn; a ratio is the median over slices that ran one after the other."""
+    rates: dict[str, list[float]] = {one.name: [] for one in found}
+    outside = [(one.engine.step_seconds, one.engine.forward_seconds) for one in found]
+    length = PROMPT + ANSWER
+    for number in range(rounds):
+        at = (np.arange(concurrency) + number * concurrency) * length * 3 % (len(ids) - length)
+        texts = [ids[start : start + length].tolist() for start in at]
+        for one in found:
+            one.start([text[:PROMPT] for text in texts], [text[PROMPT:] for text in texts])
+            one.run(lambda one=one: not one.engine.scheduler.waiting and all(s.computed >= PROMPT for s in one.engine.scheduler.running))
+        outside = [(one.engine.step_seconds, one.engine.forward_seconds) for one in found] if not number else outside
+        while found[0].engine.running:
+            for one in found:
+                last = one.engine.steps + SLICE
+                tokens, seconds = one.run(lambda one=one, last=last: one.engine.steps >= last or not one.engine.running)
+                rates[one.name].append(tokens / seconds)
+    for one, (step, forward) in zip(found, outside, strict=True):
+        one.rates[f"c{concurrency}"] = rates[one.name]
+        share = 1 - (one.engine.forward_seconds - forward) / (one.engine.step_seconds - step)
+        print(f"  {concurrency:3} sequences  {one.name:18} {statistics.median(rates[one.name]):8.1f} tokens/s   outside the forward {share:.1%}")
+        one.rates[f"outside{concurrency}"] = [share]
+    base, remote, resident = (np.array(r) for r in rates.values())
+    return {
+        f"speedup_c{concurrency}": float(np.median(remote / base)),
+        f"remote_vs_resident_c{concurrency}": float(np.median(remote / resident)),
+    }
+
+
+def prefilling(found: list[Contender], ids: np.ndarray, length: int, rounds: int) -> float:
+    """How fast a prompt of so many tokens is with remote rows against resident ones: median over prompts in turn."""
+    times: dict[str, list[float]] = {one.name: [] for one in found[1:]}
+    for number in range(rounds):
+        start = (number * 7919 + 137 * length) % (len(ids) - length)
+        for one in found[1:]:
+            one.start([ids[start : start + length].tolist()], [[0]])
+            times[one.name].append(one.run(lambda one=one: not one.engine.running and not one.engine.scheduler.waiting)[1])
+    for name, values in times.items():
+        print(f"  prompt of {length:4}  {name:18} {length / statistics.median(values):8.0f} tokens/s")
+    remote, resident = (np.array(t) for t in times.values())
+    return float(np.median(resident / remote))
+
+
+def memory_bandwidth() -> float:
+    """Bytes per second at which all threads together read memory."""
+    block, times = torch.ones(2**28), []
+    for _ in range(5):
+        started = time.perf_counter()
+        block.sum()
+        times.append(time.perf_counter() - started)
+    return block.nbytes / statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="250m", choices=("demo", "250m", "750m", "1b"), help="shape of the models (default 250m)")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, and a smaller preset's memory: within 90 seconds")
+    options = parser.parse_args()
+    keep_large_blocks()
+    source, ids, frequent = trace(VOCABULARY)
+    print(f"{options.preset}, vocabulary {VOCABULARY}, {source}, prompts of {PROMPT} and answers of {ANSWER} tokens, {torch.get_num_threads()} threads")
+    result: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="tolhouse-decode-") as folder, torch.inference_mode():
+        with contenders(options.preset, Path(folder), ids, frequent) as found:
+            for concurrency, rounds in ((1, 6), (8, 3), (32, 2)):
+                result |= decoding(found, ids, concurrency, 1 if options.quick else rounds)
+            prompts = {length: prefilling(found, ids, length, 1 if options.quick else 5) for length in (1024, 4096)}
+            result["remote_prefill_vs_resident"] = min(prompts.values())
+            remote = found[1]
+            bandwidth = memory_bandwidth()
+            result["bandwidth_fraction"] = statistics.median(remote.rates["c1"]) * remote.weight_bytes / bandwidth
+            result["host_overhead"] = remote.rates["outside8"][0]
+            print(f"  memory is read at {bandwidth / 1e9:.1f} GB/s; a token reads {remote.weight_bytes / 1e6:.0f} MB of weights")
+            tokens = {f"tokens_per_s_{one.name.split()[0]}_c{c}": statistics.median(one.rates[f"c{c}"]) for one in found for c in (1, 8, 32)}
+    shape = "250m" if options.quick else "1b"
+    result |= {f"memory_ratio_{'tied' if tied else 'untied'}": memory_ratio(shape, tied=tied) for tied in (True, False)}
+    print(json.dumps({k: round(v, 3) for k, v in {**result, **tokens}.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Resident memory of worker processes: MemoryLLM's against the dense model's of as many parameters."""
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+from tolhouse import Client
+from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.config import ModelConfig, preset
+from tolhouse.store import open_store, publish
+from tolhouse.testing import process
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from loadtest.models import zero_weights
+from loadtest.tables import alike, records_of
+
+CACHE_MEGABYTES = 64  # the worker's default
+SEQUENCES, PROMPT, ANSWER = 8, 64, 64
+
+
+def memory_ratio(name: str, *, tied: bool) -> float:
+    """VmRSS of a worker of MemoryLLM, its row cache full, over that of a dense model's, both after the same requests.
+
+    The preset's own vocabulary. Weights are zeros in a file with holes, which the worker packs into memory as it does any others.
+    """
+    resident = {}
+    for kind in ("base", "memory"):
+        shape = preset(name, kind, tie_word_embeddings=tied)
+        with tempfile.TemporaryDirectory(prefix="tolhouse-memory-") as folder:
+            path = zero_weights(Path(folder) / kind, shape)
+            Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(path / "tokenizer.json"))
+            with ExitStack() as stack:
+                lookup = stack.enter_context(_lookup(Path(folder), Checkpoint(path, shape))) if shape.num_row_layers else ()
+                options = ("--listen", "127.0.0.1:0", "--row-cache-megabytes", str(CACHE_MEGABYTES), *lookup)
+                worker = stack.enter_context(process("worker", str(path), *options))
+                resident[kind] = _after_requests(worker.address, worker.pid)
+    ratio = resident["memory"] / resident["base"]
+    head = "tied" if tied else "untied"
+    print(f"  {name}, {head} embeddings: resident {resident['memory'] / 1e9:.2f} GB, dense {resident['base'] / 1e9:.2f} GB: {ratio:.3f}")
+    return ratio
+
+
+@contextmanager
+def _lookup(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:
+    """A lookup service over a table of which only the frequent tokens' rows are there; the worker's options for it."""
+    shape = checkpoint.config
+    manifest = alike(shape, "int8", model_id=checkpoint.model_id())
+    frequent = tuple(range(int(CACHE_MEGABYTES * 1e6) // manifest.record_bytes))
+    manifest = dataclasses.replace(manifest, frequent=frequent, tokenizer_id=checkpoint.tokenizer_id, num_shards=1)
+    url = f"file://{folder / 'tables'}"
+    with closing(open_store(url)) as store:
+        store.write_shard(dataclasses.replace(manifest, vocab_size=len(frequent)), 0, records_of(manifest, np.array(frequent, np.uint32)))
+        _stretch(next(folder.glob("tables/*/*/*.safetensors")), manifest.vocab_size)
+        store.commit(manifest)
+        publish(store, manifest.ref)
+    with process("lookup", "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", "0") as lookup:
+        yield "--lookup", lookup.address, "--table", manifest.ref
+
+
+def _stretch(path: Path, rows: int) -> None:
+    """Let a shard file say that it has so many rows; those that it lacks are a hole."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].decode()
+    held, size = (int(n) for n in re.search(r'"shape":\[(\d+),(\d+)\]', header).groups())
+    header = header.replace(f"[{held},{size}]", f"[{rows},{size}]").replace(f"[0,{held * size}]", f"[0,{rows * size}]")
+    header = header.rstrip() + " " * (-len(header.rstrip()) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode() + data[8 + length :])
+        file.truncate(8 + len(header) + rows * size)
+
+
+def _after_requests(address: str, pid: int) -> int:
+    """Resident bytes of a worker after some sequences have run at once."""
+    with Client(address) as client, ThreadPoolExecutor(SEQUENCES) as pool:
+        prompts = [[(7 * n + i) % 1000 for i in range(PROMPT)] for n in range(SEQUENCES)]
+        answers = list(pool.map(lambda prompt: list(client.generate(prompt, ANSWER, ignore_eos=True)), prompts))
+        assert {ANSWER} == {len(answer) for answer in answers}
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status).group(1)) * 1024

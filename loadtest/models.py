@@ -1,0 +1,44 @@
+"""Checkpoints of random weights for benchmarks: of any shape, written as fast as a disk takes them."""
+
+import json
+import math
+import struct
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tolhouse.model.checkpoint import CONFIG, WEIGHTS, tensor_shapes
+from tolhouse.model.config import ModelConfig
+
+
+def random_weights(path: Path, shape: ModelConfig) -> Path:
+    """A folder with config.json and model.safetensors in bfloat16: normal(0.02), the same few million numbers over and over."""
+    if not path.exists():
+        path.mkdir(parents=True)
+        noise = (torch.randn(2**22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+        save_file({name: _filled(noise, size) for name, size in tensor_shapes(shape)}, path / WEIGHTS)
+        (path / CONFIG).write_text(json.dumps(shape.to_json()))
+    return path
+
+
+def zero_weights(path: Path, shape: ModelConfig) -> Path:
+    """The same, all zeros and a file with holes: of any size at once."""
+    path.mkdir(parents=True)
+    header, end = {}, 0
+    for name, size in tensor_shapes(shape):
+        start, end = end, end + 2 * math.prod(size)
+        header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [start, end]}
+    data = json.dumps(header).encode()
+    data += b" " * (-len(data) % 8)
+    with (path / WEIGHTS).open("wb") as file:
+        file.write(struct.pack("<Q", len(data)) + data)
+        file.truncate(8 + len(data) + end)
+    (path / CONFIG).write_text(json.dumps(shape.to_json()))
+    return path
+
+
+def _filled(noise: torch.Tensor, size: list[int]) -> torch.Tensor:
+    if len(size) == 1:
+        return torch.ones(size, dtype=torch.bfloat16)
+    count = size[0] * size[1]
+    return noise.repeat(-(-count // len(noise)))[:count].view(size)
