@@ -17,14 +17,15 @@ from redis import Redis
 from tolhouse import Client, errors
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
+from tolhouse.model.kv import GrowingCache
 from tolhouse.testing import Cluster, Process, build_table, end, free_port, local_cluster, process, redis_server, tiny_model
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 from tolhouse.worker.engine import Engine
 from tolhouse.worker.kv_cache import BLOCK_TOKENS, KVCache
 from tolhouse.worker.rows import NoRows
-from tolhouse.worker.sampler import sample
-from tolhouse.worker.sequence import Sampling, Sequence
+from tolhouse.worker.sampling import Sampling
+from tolhouse.worker.sequence import Output, Sequence
 
 FREE = ("--listen", "127.0.0.1:0")
 PROMPT = [5, 17, 3, 99, 200]
@@ -35,15 +36,16 @@ class Collected:
 
     def __init__(self, prompt: list[int], max_tokens: int, **sampling) -> None:
         self.tokens: list[int] = []
+        self.outputs: list[Output] = []
         self.reason = ""
         self.error: Exception | None = None
         self.sequence = Sequence(len(prompt), list(prompt), Sampling(max_tokens, **sampling), self.emit)
 
-    def emit(self, tokens: list[int], reason: str, error: Exception | None) -> None:
-        assert not self.reason
-        assert self.error is None
-        self.tokens += tokens
-        self.reason, self.error = reason, error
+    def emit(self, output: Output) -> None:
+        assert not self.ended
+        self.outputs.append(output)
+        self.tokens += output.tokens
+        self.reason, self.error = output.finish_reason, output.error
 
     @property
     def ended(self) -> bool:
@@ -160,33 +162,29 @@ def test_stop_ids_end_a_sequence_and_are_left_out(base: Path) -> None:
     assert "stop" == stopped.reason
 
 
-def draw(logits: torch.Tensor, count: int = 400, **sampling) -> list[int]:
-    sequence = Collected([1], 1, **sampling).sequence
-    return [sample(logits[None], [sequence])[0] for _ in range(count)]
-
-
-def test_sampling_keeps_to_its_limits() -> None:
-    """top-k and top-p leave exactly the tokens they should; temperature flattens; a seed fixes the draw."""
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    assert {0} == set(draw(logits))
-    assert {0, 1, 2, 3} == set(draw(logits, temperature=1.0, seed=1))
-    assert {0, 1} == set(draw(logits, temperature=1.0, seed=1, top_k=2))
-    assert {0, 1} == set(draw(logits, temperature=1.0, seed=1, top_p=0.8))
-    assert {0, 1, 2} == set(draw(logits, temperature=1.0, seed=1, top_p=0.81))
-    assert {0} == set(draw(logits, temperature=1.0, seed=1, top_p=1e-6))
-    assert {0} == set(draw(logits, temperature=1e-6, seed=1))
-    assert draw(logits, temperature=1.0, seed=7) == draw(logits, temperature=1.0, seed=7) != draw(logits, temperature=1.0, seed=8)
-    often = draw(logits, count=4000, temperature=1.0, seed=3).count(0) / 4000
-    assert abs(often - 0.5) < 0.05
-    hot = draw(logits, count=4000, temperature=100.0, seed=3).count(0) / 4000
-    assert abs(hot - 0.25) < 0.05
-
-
-@pytest.mark.parametrize("values", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}])
-def test_sampling_values_are_checked(values: dict[str, float]) -> None:
-    """Each value outside its range is refused by name."""
-    with pytest.raises(errors.InvalidArgument, match=next(iter(values))):
-        Sampling(1, **values)
+def test_an_engine_tells_the_logprobs_of_prompt_and_answer(base: Path) -> None:
+    """In a batch with others, both are those of the model run over the whole text; without an answer the prompt's come alone."""
+    engine = engine_of(base)
+    prompt = [int(i) for i in torch.randint(1, 300, (40,), generator=torch.Generator().manual_seed(1))]
+    wanted = Collected(prompt, 10, logprobs=2, prompt_logprobs=3, stop_ids=frozenset())
+    alone = Collected(prompt, 0, prompt_logprobs=0)
+    others = [Collected(PROMPT, 20), Collected(PROMPT, 20, temperature=1.0, seed=1, logprobs=0)]
+    for one in (others[0], wanted, alone, others[1]):
+        engine.add(one.sequence)
+    run(engine, wanted, alone, *others)
+    ids = prompt + wanted.tokens
+    model = open_checkpoint(base).model()
+    with torch.inference_mode():
+        logits_TV = model(torch.tensor(ids), torch.arange(len(ids)), GrowingCache(), model.rows(torch.tensor(ids)))
+    expected = logits_TV.log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]].tolist()
+    told = wanted.outputs[0].prompt_logprobs
+    assert told is not None
+    assert told.chosen + [o.logprobs.chosen[0] for o in wanted.outputs] == pytest.approx(expected, abs=1e-4)
+    assert (39 * 3, 39 * 3) == (len(told.top_ids), len(told.top))
+    assert [2] * 10 == [len(o.logprobs.top) for o in wanted.outputs]
+    assert ([], "length", 1) == (alone.tokens, alone.reason, len(alone.outputs))
+    assert told.chosen == pytest.approx(alone.outputs[0].prompt_logprobs.chosen, abs=1e-5)
+    assert 20 == len(others[1].tokens)
 
 
 # the service
@@ -227,6 +225,18 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(worker: Client) -> No
     assert 4 == len(set(map(tuple, alone)))
     with ThreadPoolExecutor(4) as pool:
         assert alone == list(pool.map(lambda seed: list(worker.generate(PROMPT, 30, seed=seed, **options)), range(4)))
+
+
+def test_a_client_is_told_logprobs(worker: Client) -> None:
+    """Replies bring, with each token, its logprob and the likeliest, and with the first one the prompt's."""
+    replies = list(worker.replies(PROMPT, 6, logprobs=2, prompt_logprobs=1, ignore_eos=True))
+    assert list(worker.generate(PROMPT, 6, ignore_eos=True)) == [i for r in replies for i in r.token_ids]
+    assert [(1, 2, 2)] * 6 == [(len(r.logprobs.chosen), len(r.logprobs.top_ids), len(r.logprobs.top)) for r in replies]
+    assert all(r.token_ids[0] == r.logprobs.top_ids[0] and r.logprobs.chosen[0] == r.logprobs.top[0] for r in replies)
+    assert [True] + [False] * 5 == [r.HasField("prompt_logprobs") for r in replies]
+    assert (4, 4) == (len(replies[0].prompt_logprobs.chosen), len(replies[0].prompt_logprobs.top))
+    scored = list(worker.replies(PROMPT, 0, prompt_logprobs=1))
+    assert [([], "length")] == [(list(r.token_ids), r.finish_reason) for r in scored]
 
 
 def test_a_description_tells_identity_weights_and_rows(worker: Client, checkpoint: Path, table: tuple[str, str]) -> None:
@@ -286,6 +296,10 @@ def test_a_full_queue_is_told_and_the_queued_are_served(worker: Client) -> None:
         ({"prompt_ids": [1], "temperature": float("nan")}, "INVALID_ARGUMENT", "temperature"),
         ({"prompt_ids": [1], "top_p": 2}, "INVALID_ARGUMENT", "top_p"),
         ({"prompt_ids": [1], "stop_ids": [99_999]}, "INVALID_ARGUMENT", "stop id"),
+        ({"prompt_ids": [1], "logit_bias": {99_999: 1}}, "INVALID_ARGUMENT", "logit_bias of token 99999"),
+        ({"prompt_ids": [1], "logit_bias": {1: float("nan")}}, "INVALID_ARGUMENT", "from -100 to 100"),
+        ({"prompt_ids": [1], "logprobs": 21}, "INVALID_ARGUMENT", "logprobs must be from 0 to 20"),
+        ({"prompt_ids": [1], "min_tokens": 4}, "INVALID_ARGUMENT", "min_tokens"),
     ],
 )
 def test_bad_requests_have_their_status(cluster: Cluster, request_: dict, status: str, message: str) -> None:

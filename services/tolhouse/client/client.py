@@ -2,16 +2,17 @@
 
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any, NamedTuple, Self
+from contextlib import closing
+from typing import Any, NamedTuple, Self, Unpack
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from tolhouse.client.generation import request_of, stop_reason
+from tolhouse.client.generation import Options, request_of
 from tolhouse.client.neighbour import Neighbour
 from tolhouse.client.stream import FetchStream, Request
 from tolhouse.errors import Cancelled, Corrupt, DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
@@ -119,35 +120,24 @@ class Client:
         return out
 
     def generate(
-        self,
-        prompt_ids: Iterable[int],
-        max_tokens: int = 16,
-        *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop_ids: Iterable[int] = (),
-        ignore_eos: bool = False,
-        timeout_seconds: float | None = None,
+        self, prompt_ids: Iterable[int], max_tokens: int = 16, *, timeout_seconds: float | None = None, **options: Unpack[Options]
     ) -> Iterator[int]:
         """Stream the token ids of one completion from a worker; greedy at temperature 0. Closing the iterator cancels."""
-        request = request_of(
-            prompt_ids,
-            max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop_ids=stop_ids,
-            ignore_eos=ignore_eos,
-        )
+        with closing(self.replies(prompt_ids, max_tokens, timeout_seconds=timeout_seconds, **options)) as replies:
+            for reply in replies:
+                yield from reply.token_ids
+
+    def replies(
+        self, prompt_ids: Iterable[int], max_tokens: int = 16, *, timeout_seconds: float | None = None, **options: Unpack[Options]
+    ) -> Generator[generation_pb2.GenerateReply]:
+        """The same with all that a worker tells: why it ended, and log probabilities of tokens and prompt if asked for."""
+        request = request_of(prompt_ids, max_tokens, **options)
         target = self.targets[0]
         call = GenerationStub(self._streams[target].channel).Generate(request, timeout=timeout_seconds)
         try:
             for reply in call:
-                yield from reply.token_ids
-                if stop_reason(reply):
+                yield reply
+                if reply.finish_reason:
                     return
         except grpc.RpcError as error:
             raise error_of(error, f"worker {target}") from None

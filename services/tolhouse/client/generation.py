@@ -1,6 +1,7 @@
-"""Generate calls to workers: the request, the end of a stream, and the asynchronous call that the gateway makes."""
+"""Generate calls to workers: the request, and the asynchronous call that the gateway makes."""
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from typing import TypedDict, Unpack
 
 import grpc
 
@@ -10,37 +11,33 @@ from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
 
+class Options(TypedDict, total=False):
+    """How tokens are chosen and when they end; the worker checks the values, and protos/tolhouse/v1 explains them."""
+
+    temperature: float  # 0, the default: greedy
+    top_k: int  # 0: all
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    stop_ids: Iterable[int]
+    ignore_eos: bool
+    min_tokens: int
+    logprobs: int | None
+    prompt_logprobs: int | None
+
+
 def request_of(
-    prompt_ids: Iterable[int],
-    max_tokens: int,
-    *,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    stop_ids: Iterable[int] = (),
-    ignore_eos: bool = False,
-    request_id: str = "",
+    prompt_ids: Iterable[int], max_tokens: int, request_id: str = "", **options: Unpack[Options]
 ) -> generation_pb2.GenerateRequest:
     """The message; InvalidArgument where a value can't be sent. The worker checks what the values mean."""
     try:
-        return generation_pb2.GenerateRequest(
-            request_id=request_id,
-            prompt_ids=prompt_ids,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop_ids=stop_ids,
-            ignore_eos=ignore_eos,
-        )
-    except (ValueError, TypeError) as error:
+        return generation_pb2.GenerateRequest(request_id=request_id, prompt_ids=prompt_ids, max_tokens=max_tokens, **options)
+    except (ValueError, TypeError, OverflowError) as error:
         raise InvalidArgument(f"a generation parameter is out of range or of the wrong type: {error}") from None
-
-
-def stop_reason(reply: generation_pb2.GenerateReply) -> str:
-    return reply.finish_reason
 
 
 class WorkerChannel:

@@ -16,8 +16,6 @@ def check_prompt(config: ModelConfig, prompt_ids: Iterable[int], max_tokens: int
     ids = list(prompt_ids)
     if not ids:
         raise InvalidArgument("the prompt is empty; at least one token is needed")
-    if max_tokens < 1:
-        raise InvalidArgument(f"max_tokens must be at least 1, not {max_tokens}")
     if bad := [i for i in ids if not 0 <= i < config.vocab_size]:
         raise InvalidArgument(f"token id {bad[0]} is outside the vocabulary: allowed are 0 to {config.vocab_size - 1}")
     if len(ids) + max_tokens > config.max_position_embeddings:
@@ -40,6 +38,8 @@ def greedy(
 
     `rows` gives the rows [N, T, D] of ids [T] where they come from elsewhere than the model.
     """
+    if max_tokens < 1:
+        raise InvalidArgument(f"max_tokens must be at least 1, not {max_tokens}")
     rows = rows or model.rows
     ids, cache, position = check_prompt(model.config, prompt_ids, max_tokens), GrowingCache(), 0
     for _ in range(max_tokens):

@@ -16,9 +16,11 @@ from tolhouse.model.transformer import Transformer
 from tolhouse.telemetry import log
 from tolhouse.worker.kv_cache import Decode, KVCache, Prefill
 from tolhouse.worker.rows import NoRows, Rows
-from tolhouse.worker.sampler import sample
+from tolhouse.worker.sampler import Logprobs, prompt_logprobs, sample
 from tolhouse.worker.scheduler import Scheduler
-from tolhouse.worker.sequence import Sequence
+from tolhouse.worker.sequence import Output, Sequence
+
+_SCORED_TOKENS = 256  # prompt tokens whose logits are in memory at a time
 
 
 class Engine:
@@ -69,8 +71,10 @@ class Engine:
         batch = self.scheduler.schedule()
         batch, rows_NTD = self._resolve(batch)
         if batch:
-            logits_BV = self._forward(batch, rows_NTD)
-            self._post_process(batch, sample(logits_BV, batch))
+            hidden_TD = self._forward(batch, rows_NTD)
+            last_B = torch.tensor([len(s.ids) - s.computed for s in batch]).cumsum(0) - 1
+            tokens, logprobs = sample(self.model.lm_head(hidden_TD[last_B.to(hidden_TD.device)]), [s.state for s in batch])
+            self._post_process(batch, tokens, logprobs, self._score_prompts(batch, hidden_TD))
 
     def _resolve(self, batch: list[Sequence]) -> tuple[list[Sequence], Tensor]:
         """The rows of the step. Where they can't all be had, those sequences end with the error and the others go on."""
@@ -87,35 +91,52 @@ class Engine:
                     parts.append(self.rows.resolve(ids))
                     kept.append(sequence)
                 except TolhouseError as failure:
-                    self._end(sequence, [], "", failure)
+                    self._end(sequence, Output(error=failure))
             return kept, torch.cat([part.to(parts[-1].device) for part in parts], dim=1)
 
     def _forward(self, batch: list[Sequence], rows_NTD: Tensor) -> Tensor:
-        """Logits [B, V] after the last token of each sequence."""
+        """Final hidden states [T, D] of the batch's new tokens."""
         device = self.cache.k_NSHE.device
-        counts = [len(s.ids) - s.computed for s in batch]
         ids_T = torch.tensor([i for s in batch for i in s.ids[s.computed :]], device=device)
         positions_T = torch.tensor([p for s in batch for p in range(s.computed, len(s.ids))], device=device)
         view = Decode(self.cache, batch) if batch[0].computed else Prefill(self.cache, batch)
-        hidden_TD = self.model.hidden(ids_T, positions_T, view, rows_NTD)
-        last_B = torch.tensor(counts).cumsum(0) - 1
-        return self.model.lm_head(hidden_TD[last_B.to(device)])
+        return self.model.hidden(ids_T, positions_T, view, rows_NTD)
 
-    def _post_process(self, batch: list[Sequence], tokens: list[int]) -> None:
-        for sequence, token in zip(batch, tokens, strict=True):
+    def _score_prompts(self, batch: list[Sequence], hidden_TD: Tensor) -> list[Logprobs | None]:
+        """For sequences that want it, and whose prompt is in this step: the log probabilities of its tokens."""
+        scores: list[Logprobs | None] = []
+        start = 0
+        for sequence in batch:
+            first, end = sequence.computed, len(sequence.ids)
+            k, score = sequence.sampling.prompt_logprobs, None
+            if k is not None and first < sequence.prompt_tokens:
+                score = Logprobs([], [], [])
+                for at in range(first, sequence.prompt_tokens - 1, _SCORED_TOKENS):
+                    next_ids = sequence.ids[at + 1 : min(at + 1 + _SCORED_TOKENS, sequence.prompt_tokens)]
+                    place = start + at - first
+                    score += prompt_logprobs(self.model.lm_head(hidden_TD[place : place + len(next_ids)]), next_ids, k)
+            scores.append(score)
+            start += end - first
+        return scores
+
+    def _post_process(
+        self, batch: list[Sequence], tokens: list[int], logprobs: list[Logprobs | None], prompts: list[Logprobs | None]
+    ) -> None:
+        for sequence, token, logprob, prompt in zip(batch, tokens, logprobs, prompts, strict=True):
             sequence.computed = len(sequence.ids)
             reason = sequence.take(token)
             new = sequence.ids[sequence.computed :]
+            output = Output(new, reason, None, logprob if new else None, prompt)
             if reason:
-                self._end(sequence, new, reason, None)
+                self._end(sequence, output)
             else:
-                sequence.emit(new, "", None)
+                sequence.emit(output)
             self.tokens += len(new)
         self.steps += 1
 
-    def _end(self, sequence: Sequence, tokens: list[int], reason: str, error: TolhouseError | None) -> None:
+    def _end(self, sequence: Sequence, output: Output) -> None:
         self.scheduler.remove(sequence)
-        sequence.emit(tokens, reason, error)
+        sequence.emit(output)
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -125,7 +146,8 @@ class Engine:
             except Exception as error:  # noqa: BLE001 - a defect: these sequences end, the worker lives on
                 log.exception("engine step failed")
                 for sequence in list(self.scheduler.running):
-                    self._end(sequence, [], "", Internal(f"the engine failed: {type(error).__name__}; the worker's log has the details"))
+                    failure = Internal(f"the engine failed: {type(error).__name__}; the worker's log has the details")
+                    self._end(sequence, Output(error=failure))
 
     def _read_mailbox(self) -> bool:
         """Do what others asked for; sleep while there is nothing to run. False once the engine is to stop."""

@@ -1,7 +1,7 @@
 """The gRPC face of the worker. Protobuf types end here."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from tolhouse.client.client import Client
 from tolhouse.config import WorkerConfig
-from tolhouse.errors import InvalidArgument, TolhouseError
+from tolhouse.errors import InvalidArgument
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import check_prompt
 from tolhouse.rpc import serve, stream
@@ -23,7 +23,9 @@ from tolhouse.v1.generation_pb2_grpc import GenerationServicer, add_GenerationSe
 from tolhouse.worker.engine import Engine
 from tolhouse.worker.kv_cache import KVCache
 from tolhouse.worker.rows import NoRows, Rows, check_table, wait_for_table
-from tolhouse.worker.sequence import Emit, Sampling, Sequence
+from tolhouse.worker.sampler import Logprobs
+from tolhouse.worker.sampling import Sampling
+from tolhouse.worker.sequence import Output, Sequence
 
 NAME = "tolhouse.v1.Generation"
 
@@ -60,38 +62,59 @@ class WorkerService(GenerationServicer):
 
     async def _generate(self, request: generation_pb2.GenerateRequest) -> AsyncIterator[generation_pb2.GenerateReply]:
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[tuple[list[int], str, TolhouseError | None]] = asyncio.Queue()
+        events: asyncio.Queue[Output] = asyncio.Queue()
 
-        def emit(tokens: list[int], reason: str, error: TolhouseError | None) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, (tokens, reason, error))
+        def emit(output: Output) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, output)
 
         sequence = self._sequence(request, emit)
         self.engine.add(sequence)
         try:
             while True:
-                tokens, reason, error = await events.get()
-                if error:
-                    raise error
-                yield generation_pb2.GenerateReply(token_ids=tokens, finish_reason=reason)
-                if reason:
+                output = await events.get()
+                if output.error:
+                    raise output.error
+                yield generation_pb2.GenerateReply(
+                    token_ids=output.tokens,
+                    finish_reason=output.finish_reason,
+                    logprobs=_logprobs(output.logprobs),
+                    prompt_logprobs=_logprobs(output.prompt_logprobs),
+                )
+                if output.finish_reason:
                     return
         finally:  # also when the caller went away; a sequence that has ended is left alone
             self.engine.cancel(sequence)
 
-    def _sequence(self, request: generation_pb2.GenerateRequest, emit: Emit) -> Sequence:
+    def _sequence(self, request: generation_pb2.GenerateRequest, emit: Callable[[Output], None]) -> Sequence:
         prompt = check_prompt(self.config, request.prompt_ids, request.max_tokens)
-        if bad := [i for i in request.stop_ids if i >= self.config.vocab_size]:
-            raise InvalidArgument(f"stop id {bad[0]} is outside the vocabulary: allowed are 0 to {self.config.vocab_size - 1}")
-        ends = {*request.stop_ids} if request.ignore_eos else {*request.stop_ids, self.config.eos_token_id}
+        for what, ids in (("stop id", request.stop_ids), ("logit_bias of token", request.logit_bias)):
+            if bad := [i for i in ids if i >= self.config.vocab_size]:
+                raise InvalidArgument(f"{what} {bad[0]} is outside the vocabulary: allowed are 0 to {self.config.vocab_size - 1}")
+
+        def given(name: str, default: Any) -> Any:
+            return getattr(request, name) if request.HasField(name) else default
+
         sampling = Sampling(
             max_tokens=request.max_tokens,
             temperature=request.temperature,
             top_k=request.top_k,
-            top_p=request.top_p if request.HasField("top_p") else 1.0,
-            seed=request.seed if request.HasField("seed") else None,
-            stop_ids=frozenset(ends),
+            top_p=given("top_p", 1.0),
+            min_p=request.min_p,
+            repetition_penalty=given("repetition_penalty", 1.0),
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=dict(request.logit_bias),
+            seed=given("seed", None),
+            stop_ids=frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else {self.config.eos_token_id}),
+            min_tokens=request.min_tokens,
+            logprobs=given("logprobs", None),
+            prompt_logprobs=given("prompt_logprobs", None),
         )
         return Sequence(len(prompt), prompt, sampling, emit)
+
+
+def _logprobs(logprobs: Logprobs | None) -> generation_pb2.Logprobs | None:
+    return generation_pb2.Logprobs(chosen=logprobs.chosen, top_ids=logprobs.top_ids, top=logprobs.top) if logprobs else None
 
 
 class EngineMetrics(Collector):

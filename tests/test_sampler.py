@@ -1,0 +1,210 @@
+"""The sampler against references that do the same token by token, in plain Python."""
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tolhouse import errors
+from tolhouse.worker import sampler
+from tolhouse.worker.sampler import State, prompt_logprobs, sample
+from tolhouse.worker.sampling import Sampling
+
+finite = st.floats(-30, 30, width=32)
+rows = st.lists(finite, min_size=2, max_size=40, unique=True).map(torch.tensor)
+
+
+def draw(logits: torch.Tensor, count: int = 400, **sampling) -> list[int]:
+    state = State(Sampling(1, **sampling), [1])
+    return [sample(logits[None], [state])[0][0] for _ in range(count)]
+
+
+def allowed(logits: torch.Tensor, **sampling) -> set[int]:
+    """Tokens that can be drawn at all: one for each of many places of the uniform number, its ends among them."""
+
+    class Places(random.Random):
+        def __init__(self, places: list[float]) -> None:
+            super().__init__()
+            self.places = iter(places)
+
+        def random(self) -> float:
+            return next(self.places)
+
+    shifted = (logits - logits.max()) / max(sampling.get("temperature", 1.0), 1e-5)
+    kept = _reference(shifted, **{k: v for k, v in sampling.items() if k != "temperature"})
+    mass = sum(math.exp(shifted[i]) for i in sorted(kept))
+    middle, below = [], 0.0
+    for i in sorted(kept):
+        share = math.exp(shifted[i]) / mass
+        middle.append(min(below + share / 2, 1 - 2**-53))
+        below += share
+    places = [0.0, *middle, 1 - 2**-53]
+    state = State(Sampling(1, **{"temperature": 1.0, **sampling}), [1])
+    state.random = Places(places)
+    return {sample(logits[None], [state])[0][0] for _ in places}
+
+
+def _reference(shifted: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[int]:
+    """Ids that min-p, then top-k, then top-p leave of logits whose largest is zero."""
+    order = [i for i in sorted(range(len(shifted)), key=lambda i: -shifted[i]) if min_p == 0 or shifted[i] >= math.log(min_p)]
+    order = order[: top_k or None]
+    total, before, kept = sum(math.exp(shifted[i]) for i in order), 0.0, []
+    for i in order:
+        if top_p == 1 or before < top_p:
+            kept.append(i)
+        before += math.exp(shifted[i]) / total
+    return kept
+
+
+def test_sampling_keeps_to_its_limits() -> None:
+    """top-k, top-p and min-p leave exactly the tokens they should; temperature flattens; a seed fixes the draw."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    assert {0} == set(draw(logits))
+    assert {0, 1, 2, 3} == set(draw(logits, temperature=1.0, seed=1))
+    assert {0, 1} == set(draw(logits, temperature=1.0, seed=1, top_k=2))
+    assert {0, 1} == set(draw(logits, temperature=1.0, seed=1, top_p=0.79))
+    assert {0, 1, 2} == set(draw(logits, temperature=1.0, seed=1, top_p=0.81))
+    assert {0} == set(draw(logits, temperature=1.0, seed=1, top_p=1e-6))
+    assert {0, 1} == set(draw(logits, temperature=1.0, seed=1, min_p=0.31))
+    assert {0, 1, 2} == set(draw(logits, temperature=1.0, seed=1, min_p=0.29))
+    assert {0} == set(draw(logits, temperature=1e-6, seed=1))
+    assert draw(logits, temperature=1.0, seed=7) == draw(logits, temperature=1.0, seed=7) != draw(logits, temperature=1.0, seed=8)
+    often = draw(logits, count=4000, temperature=1.0, seed=3).count(0) / 4000
+    assert abs(often - 0.5) < 0.05
+    hot = draw(logits, count=4000, temperature=100.0, seed=3).count(0) / 4000
+    assert abs(hot - 0.25) < 0.05
+
+
+@given(rows, st.integers(0, 45), st.sampled_from([0.05, 0.3, 0.7, 0.95, 1.0]), st.sampled_from([0.0, 1e-4, 0.1, 0.6]))
+def test_limits_leave_the_right_tokens(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> None:
+    """Whatever is drawn is in the reference's set; each of its tokens with a mass worth the name can be drawn."""
+    shifted = (logits - logits.max()).double()
+    sums = torch.tensor([math.exp(x) for x in sorted(shifted.tolist(), reverse=True)]).cumsum(0)
+    near = (sums / sums[-1] - top_p).abs().min() < 1e-5 or (min_p and (shifted - math.log(min_p)).abs().min() < 1e-5)
+    kept = set(_reference(shifted.float(), top_k, top_p, min_p))
+    drawn = allowed(logits, top_k=top_k, top_p=top_p, min_p=min_p)
+    mass = sum(math.exp(shifted[i]) for i in kept)
+    if not near and not top_k:
+        assert drawn <= kept
+        assert {i for i in kept if math.exp(shifted[i]) / mass > 1e-6} <= drawn
+    if top_k:
+        assert len(drawn) <= top_k
+
+
+def test_top_p_looks_beyond_its_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flat distribution, whose mass lies in more tokens than are looked at first, is limited as any other."""
+    logits = torch.linspace(0, 0.1, 300)
+    expected = draw(logits, temperature=1.0, seed=2, top_p=0.9)
+    monkeypatch.setattr(sampler, "_CANDIDATES", 4)
+    assert expected == draw(logits, temperature=1.0, seed=2, top_p=0.9)
+    assert set(expected) <= set(_reference(logits - logits.max(), top_p=0.9))
+
+
+@given(
+    rows,
+    st.data(),
+    st.sampled_from([0.5, 1.0, 1.3, 2.0]),
+    st.sampled_from([-2.0, 0.0, 0.7]),
+    st.sampled_from([-1.0, 0.0, 1.5]),
+)
+def test_penalties_and_bias_are_those_of_the_reference(logits, data, repetition: float, presence: float, frequency: float) -> None:
+    """Greedy tokens of many steps are those of a reference that counts for itself."""
+    ids = st.integers(0, len(logits) - 1)
+    prompt = data.draw(st.lists(ids, min_size=1, max_size=5))
+    bias = data.draw(st.dictionaries(ids, st.sampled_from([-100.0, -1.5, 2.0, 100.0]), max_size=4))
+    options = {"repetition_penalty": repetition, "presence_penalty": presence, "frequency_penalty": frequency, "logit_bias": bias}
+    state, answer = State(Sampling(20, **options), prompt), []
+    for _ in range(6):
+        values = []
+        for i, logit in enumerate(logits.tolist()):
+            value = logit + bias.get(i, 0)
+            if i in prompt + answer:
+                value = value / repetition if value > 0 else value * repetition
+            values.append(value - frequency * answer.count(i) - presence * (i in answer))
+        token = sample(logits[None], [state])[0][0]
+        assert values[token] == pytest.approx(max(values), abs=1e-3)
+        answer.append(token)
+
+
+@given(rows, st.integers(0, 20))
+def test_logprobs_are_those_of_the_model(logits: torch.Tensor, k: int) -> None:
+    """Raw, whatever changes the choice: the chosen token's, and the k likeliest in order, whose masses never exceed 1."""
+    state = State(Sampling(3, logprobs=k, logit_bias={1: 100.0}, temperature=0.5, top_k=1), [0])
+    tokens, (logprobs,) = sample(logits[None], [state])
+    expected = logits.log_softmax(-1)
+    assert logprobs is not None
+    assert [expected[tokens[0]]] == pytest.approx(logprobs.chosen)
+    assert sorted(expected.tolist(), reverse=True)[:k] == pytest.approx(logprobs.top)
+    assert [expected[i] for i in logprobs.top_ids] == pytest.approx(logprobs.top)
+    assert sum(map(math.exp, logprobs.top)) < 1 + 1e-5
+
+
+def test_a_prompt_s_logprobs_come_in_any_parts() -> None:
+    """Chunks of positions add up to the whole prompt."""
+    logits_TV = torch.randn(9, 30, generator=torch.Generator().manual_seed(0))
+    ids = list(range(3, 12))
+    whole = prompt_logprobs(logits_TV, ids, 2)
+    assert whole == prompt_logprobs(logits_TV[:4], ids[:4], 2) + prompt_logprobs(logits_TV[4:], ids[4:], 2)
+    assert logits_TV.log_softmax(-1)[torch.arange(9), ids].tolist() == whole.chosen
+    assert (18, 18) == (len(whole.top_ids), len(whole.top))
+
+
+def test_a_row_s_tokens_do_not_depend_on_the_others() -> None:
+    """Every kind of sampling, alone and in one batch with all others, gives the same tokens and logprobs."""
+    kinds = [
+        {},
+        {"temperature": 0.8, "seed": 1},
+        {"temperature": 1.0, "seed": 1, "top_k": 5},
+        {"temperature": 1.0, "seed": 1, "top_p": 0.5, "min_p": 0.01},
+        {"repetition_penalty": 1.5, "logprobs": 3},
+        {"temperature": 2.0, "seed": 4, "presence_penalty": 1.0, "frequency_penalty": 0.5, "logprobs": 0},
+        {"logit_bias": {3: 50.0}, "min_tokens": 2, "stop_ids": frozenset({3})},
+    ]
+    steps = torch.randn(10, len(kinds), 50, generator=torch.Generator().manual_seed(3)) * 2
+    together = [State(Sampling(10, **kind), [1, 2]) for kind in kinds]
+    batched = [sample(logits_BV, together) for logits_BV in steps]
+    for row, kind in enumerate(kinds):
+        state = State(Sampling(10, **kind), [1, 2])
+        for step, logits_BV in enumerate(steps):
+            (token,), (logprobs,) = sample(logits_BV[row : row + 1], [state])
+            assert (token, logprobs) == (batched[step][0][row], batched[step][1][row])
+
+
+def test_min_tokens_hold_the_end_back() -> None:
+    """A stop id that is by far the likeliest comes only once there are enough tokens."""
+    state = State(Sampling(10, min_tokens=3, stop_ids=frozenset({2})), [0])
+    logits_1V = torch.tensor([[0.0, 1.0, 9.0, -1.0]])
+    assert [1, 1, 1, 2, 2] == [sample(logits_1V, [state])[0][0] for _ in range(5)]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": -1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": 1.5},
+        {"min_p": math.nan},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": math.inf},
+        {"presence_penalty": 2.5},
+        {"frequency_penalty": math.nan},
+        {"logit_bias": {1: 101}},
+        {"logit_bias": {1: math.nan}},
+        {"logit_bias": dict.fromkeys(range(1025), 1)},
+        {"logprobs": 21},
+        {"logprobs": -1},
+        {"prompt_logprobs": 21},
+        {"min_tokens": 2},
+        {"max_tokens": 0},
+    ],
+)
+def test_sampling_values_are_checked(values: dict) -> None:
+    """Each value outside its range is refused by name."""
+    with pytest.raises(errors.InvalidArgument, match=next(iter(values))):
+        Sampling(**{"max_tokens": 1, **values})
