@@ -18,6 +18,7 @@ import tolhouse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolhouse import Client
+from tolhouse.gateway import problems
 from tolhouse.gateway.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from tolhouse.gateway.text import TextStream
 from tolhouse.model.checkpoint import open_checkpoint
@@ -170,6 +171,8 @@ def test_penalties_bias_and_stop_ids_reach_the_sampler(client: openai.OpenAI, to
     assert repeated != "x" * 8
     stopped = complete(client, PROMPT, logit_bias={str(x): 100}, extra_body={"stop_token_ids": [x]}).choices[0]
     assert ("", "stop") == (stopped.text, stopped.finish_reason)
+    told = complete(client, PROMPT, logprobs=0, echo=True, logit_bias={str(x): 100}, extra_body={"stop_token_ids": [x]}).choices[0]
+    assert (PROMPT, "x", len(PROMPT)) == (told.text, told.logprobs.tokens[-1], told.logprobs.text_offset[-1])
     later = complete(client, PROMPT, logit_bias={str(x): 100}, extra_body={"stop_token_ids": [x], "min_tokens": 3})
     assert 3 <= later.usage.completion_tokens
 
@@ -332,7 +335,7 @@ def test_without_a_template_chat_says_what_is_missing(client: openai.OpenAI) -> 
         ({"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias", "less than or equal to 100"),
         ({"prompt": "a", "logit_bias": {"one": 1}}, "logit_bias", "integer"),
         ({"prompt": "a", "logit_bias": {"99999": 1}}, None, "logit_bias of token 99999 is outside the vocabulary"),
-        ({"prompt": "a", "logit_bias": {"\ud800": 1}}, "logit_bias", "ud800"),
+        ({"prompt": "a", "logit_bias": {"\ud800": 1}}, "logit_bias", "unicode"),
         ({"prompt": "a", "stop": ["x"] * 33}, "stop", "at most 32 texts"),
         ({"prompt": "a", "stop": "x" * 513}, "stop", "at most 512 characters"),
         ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids", "greater than or equal to 0"),
@@ -485,6 +488,8 @@ def test_text_and_tokens_are_changed_into_each_other(cluster: Cluster, tokenizer
     assert (ids, len(ids), 512, PROMPT) == (told["tokens"], told["count"], told["max_model_len"], "".join(told["token_strs"]))
     assert {"prompt": PROMPT} == httpx.post(f"{url}/detokenize", json={"tokens": ids}).json()
     assert 0 == httpx.post(f"{url}/tokenize", json={"prompt": ""}).json()["count"]
+    info = httpx.get(f"{url}/tokenizer_info").json()
+    assert ("<|endoftext|>", None) == (info["eos_token"], info["chat_template"])
     refused = [
         httpx.post(f"{url}/detokenize", json={"tokens": [8192]}),
         httpx.post(f"{url}/detokenize", json={"tokens": [2**40]}),
@@ -494,6 +499,15 @@ def test_text_and_tokens_are_changed_into_each_other(cluster: Cluster, tokenizer
     ]
     assert [400] * 5 == [answer.status_code for answer in refused]
     assert "chat template" in refused[3].json()["error"]["message"]
+
+
+def test_an_echo_of_half_characters_is_whole(client: openai.OpenAI, tokenizer) -> None:
+    """Tokens that are parts of characters have names of their own, and as many logprobs and offsets as all others."""
+    ids = tokenizer.encode("世界").ids
+    told = complete(client, ids, echo=True, logprobs=1, max_tokens=1, extra_body={"ignore_eos": True}).choices[0].logprobs
+    assert {len(ids) + 1} == {len(told.tokens), len(told.token_logprobs), len(told.top_logprobs), len(told.text_offset)}
+    assert told.tokens[0].startswith("bytes:\\x")
+    assert all(token in top for token, top in zip(told.tokens[1:], told.top_logprobs[1:], strict=True))
 
 
 def test_version_and_ping(cluster: Cluster) -> None:
@@ -637,6 +651,11 @@ def test_a_gateway_ends_with_0(cluster: Cluster) -> None:
             gateway.popen.terminate()
             assert "data: [DONE]" == [line for line in lines if line][-1]
         assert 0 == gateway.popen.wait(30)
+
+
+def test_an_error_may_quote_anything() -> None:
+    """Half a surrogate pair in a message is written out: the answer can be sent."""
+    assert r"no \ud800" == problems.body_of("no \ud800", 400)["error"]["message"]
 
 
 # text

@@ -159,7 +159,7 @@ def test_stop_ids_end_a_sequence_and_are_left_out(base: Path) -> None:
     engine.add(stopped.sequence)
     run(engine, stopped)
     assert free.tokens[: free.tokens.index(end)] == stopped.tokens
-    assert "stop" == stopped.reason
+    assert ("stop", end, None) == (stopped.reason, stopped.outputs[-1].end_id, stopped.outputs[0].end_id)
 
 
 def test_an_engine_tells_the_logprobs_of_prompt_and_answer(base: Path) -> None:

@@ -124,6 +124,12 @@ def create_app(pool: Pool, tokenizer_file: Path, max_body_bytes: int) -> ASGIApp
         limits = pool.limits(pool.check_model(body.model))
         return {"prompt": vocabulary.text(check_ids(body.tokens, limits.vocab_size))}
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict:
+        """Special tokens and the chat template, for clients that have no tokenizer of their own."""
+        eos = vocabulary.tokenizer.id_to_token(pool.limits(pool.check_model(None)).eos_token_id)
+        return {"eos_token": eos, "bos_token": None, "pad_token": None, **template.tokens, "chat_template": template.source}
+
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         known = _BODIES[request.url.path].model_fields if request.url.path in _BODIES else ()

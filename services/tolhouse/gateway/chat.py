@@ -5,7 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from tolhouse.gateway.run import Piece, Run, Token, Usage
+from tolhouse.gateway.choice import Piece, Token
+from tolhouse.gateway.run import Run, Usage
 from tolhouse.gateway.vocabulary import Vocabulary
 
 

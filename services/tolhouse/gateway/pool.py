@@ -30,6 +30,7 @@ class Member:
 class Limits(NamedTuple):
     context_tokens: int
     vocab_size: int
+    eos_token_id: int
 
 
 class Pool:
@@ -68,7 +69,8 @@ class Pool:
         described = [m.described for m in self.healthy() if m.described and m.described.model == model]
         if not described:
             raise self.trouble()
-        return Limits(min(d.context_tokens for d in described), min(d.vocab_size for d in described))
+        context, vocabulary = min(d.context_tokens for d in described), min(d.vocab_size for d in described)
+        return Limits(context, vocabulary, described[0].eos_token_id)
 
     def trouble(self) -> TolhouseError:
         """Why no worker is healthy."""

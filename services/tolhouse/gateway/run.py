@@ -1,43 +1,20 @@
-"""One request: prompts to worker calls, one for each choice, and their replies to pieces of text. Knows nothing of HTTP."""
+"""One request: prompts to worker calls, one for each choice, and their pieces as they come. Knows nothing of HTTP."""
 
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Any
 
 from pydantic import BaseModel
 
 from tolhouse.client.generation import request_of
 from tolhouse.errors import InvalidArgument, PromptTooLong
+from tolhouse.gateway.choice import Choice, Piece
 from tolhouse.gateway.metrics import Clock
 from tolhouse.gateway.pool import Pool
 from tolhouse.gateway.schema import Generation
-from tolhouse.gateway.text import TextStream
 from tolhouse.gateway.vocabulary import Vocabulary, check_ids
-from tolhouse.v1 import generation_pb2
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token and what the model thought of it. The first of a prompt has no logprob."""
-
-    id: int
-    offset: int  # of its text in the choice's
-    logprob: float | None = None
-    top: Sequence[tuple[int, float]] = ()  # the likeliest in its place, likeliest first
-
-
-@dataclass
-class Piece:
-    """More of one choice; the last one has a finish_reason. A token comes with the text that it begins."""
-
-    index: int
-    text: str = ""
-    tokens: list[Token] = field(default_factory=list)  # where log probabilities are wanted
-    finish_reason: str | None = None
 
 
 class Usage(BaseModel):
@@ -116,47 +93,15 @@ class Run:
         body, clock = self.body, Clock()
         most = body.most_tokens(self.context - len(prompt_ids))
         request = request_of(prompt_ids, most, f"{self.request_id}-{index}", **body.options(number))
-        text = TextStream(self.vocabulary.tokenizer, body.stops, include_stop=bool(body.include_stop_str_in_output))
-        echo = self.vocabulary.text(prompt_ids) if body.echoes else ""
-        prompt_logprobs: list[Any] = [(None, ())]
-        held: list[Token] = []  # until their text is given away
-        begun = False
+        choice = Choice(index, prompt_ids, body, self.vocabulary)
         async with aclosing(self.pool.generate(self.model, request)) as replies:
             async for reply in replies:
                 clock.tick(len(reply.token_ids))
                 self.completion_tokens += len(reply.token_ids)
-                piece = Piece(index)
-                prompt_logprobs += _logprobs(reply.prompt_logprobs)
-                if not begun and (reply.token_ids or reply.finish_reason):  # the whole prompt has been told by now
-                    begun, piece.text = True, echo
-                    if body.echoes and body.top is not None:
-                        offsets = self.vocabulary.offsets(prompt_ids)
-                        piece.tokens += [Token(i, o, *p) for i, o, p in zip(prompt_ids, offsets, prompt_logprobs, strict=True)]
-                piece.text += text.push(reply.token_ids)
-                if body.top is not None and reply.token_ids:
-                    offsets = text.offsets[-len(reply.token_ids) :]
-                    told = zip(reply.token_ids, offsets, _logprobs(reply.logprobs), strict=True)
-                    held += [Token(i, len(echo) + o, *p) for i, o, p in told]
-                if reply.finish_reason:
-                    piece.text += text.finish()
-                ended = bool(text.stopped or reply.finish_reason)
-                given = sum(token.offset < len(echo) + text.released for token in held)
-                given = len(held) if ended and not text.stopped else given
-                piece.tokens += held[:given]
-                del held[:given]
-                if ended:
-                    piece.finish_reason = "stop" if text.stopped else reply.finish_reason
+                piece = choice.take(reply)
+                if piece.finish_reason:
                     clock.end()
                     yield piece
                     return  # closes the call: after a stop string, the worker stops
                 if piece.text or piece.tokens:
                     yield piece
-
-
-def _logprobs(packed: generation_pb2.Logprobs) -> list[tuple[float, list[tuple[int, float]]]]:
-    """Each token's logprob and the likeliest in its place. JSON knows no infinity: what can't be is -9999, as others have it."""
-    if not packed.chosen:
-        return []
-    k = len(packed.top) // len(packed.chosen)
-    top = [(i, max(p, -9999.0)) for i, p in zip(packed.top_ids, packed.top, strict=True)]
-    return [(max(p, -9999.0), top[k * n : k * (n + 1)]) for n, p in enumerate(packed.chosen)]

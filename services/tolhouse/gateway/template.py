@@ -37,9 +37,10 @@ class ChatTemplate:
         source = (folder / FILE).read_text() if (folder / FILE).is_file() else config.get("chat_template")
         if isinstance(source, list):  # several, by name
             source = next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
-        if isinstance(source, str):
+        self.source = source if isinstance(source, str) else None
+        if self.source is not None:
             try:
-                self.template = _environment().from_string(source)
+                self.template = _environment().from_string(self.source)
             except TemplateError as error:
                 raise InvalidArgument(f"the chat template in {folder} is malformed: {error}") from None
 

@@ -126,7 +126,8 @@ class Engine:
             sequence.computed = len(sequence.ids)
             reason = sequence.take(token)
             new = sequence.ids[sequence.computed :]
-            output = Output(new, reason, None, logprob if new else None, prompt)
+            end_id = token if reason == "stop" else None
+            output = Output(new, reason, None, end_id, logprob if sequence.sampling.max_tokens else None, prompt)
             if reason:
                 self._end(sequence, output)
             else:
