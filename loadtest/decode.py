@@ -67,9 +67,7 @@ class Contender:
         for prompt, answer in zip(prompts, answers, strict=True):
             sequence = Replayed(len(prompt), list(prompt), Sampling(len(answer)), lambda _: None)
             self.engine.add(sequence.follow(answer))
-        self.engine._mailbox.put(lambda: None)
-        while not self.engine._mailbox.empty():
-            self.engine._mailbox.get()()
+        self.engine.read_mail()
 
     def run(self, until: Callable[[], bool]) -> tuple[int, float]:
         """Step until something holds: tokens and seconds."""
@@ -80,7 +78,7 @@ class Contender:
 
 
 @contextmanager
-def contenders(name: str, folder: Path, ids: np.ndarray, frequent: tuple[int, ...]) -> Iterator[list[Contender]]:
+def contenders(name: str, folder: Path, frequent: tuple[int, ...]) -> Iterator[list[Contender]]:
     """Base, MemoryLLM with remote rows, MemoryLLM with resident rows, over a lookup service with a table of its own."""
     shapes = [preset(name, kind, vocab_size=VOCABULARY, max_position_embeddings=8192) for kind in ("base", "memory")]
     manifest = alike(shapes[1], "int8", frequent)
@@ -136,7 +134,9 @@ def decoding(found: list[Contender], ids: np.ndarray, concurrency: int, rounds: 
     for one, (step, forward) in zip(found, outside, strict=True):
         one.rates[f"c{concurrency}"] = rates[one.name]
         share = 1 - (one.engine.forward_seconds - forward) / (one.engine.step_seconds - step)
-        print(f"  {concurrency:3} sequences  {one.name:18} {statistics.median(rates[one.name]):8.1f} tokens/s   outside the forward {share:.1%}")
+        print(
+            f"  {concurrency:3} sequences  {one.name:18} {statistics.median(rates[one.name]):8.1f} tokens/s   outside the forward {share:.1%}"
+        )
         one.rates[f"outside{concurrency}"] = [share]
     base, remote, resident = (np.array(r) for r in rates.values())
     return {
@@ -176,10 +176,12 @@ def main() -> None:
     options = parser.parse_args()
     keep_large_blocks()
     source, ids, frequent = trace(VOCABULARY)
-    print(f"{options.preset}, vocabulary {VOCABULARY}, {source}, prompts of {PROMPT} and answers of {ANSWER} tokens, {torch.get_num_threads()} threads")
+    print(
+        f"{options.preset}, vocabulary {VOCABULARY}, {source}, prompts of {PROMPT} and answers of {ANSWER} tokens, {torch.get_num_threads()} threads"
+    )
     result: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="tolhouse-decode-") as folder, torch.inference_mode():
-        with contenders(options.preset, Path(folder), ids, frequent) as found:
+        with contenders(options.preset, Path(folder), frequent) as found:
             for concurrency, rounds in ((1, 6), (8, 3), (32, 2)):
                 result |= decoding(found, ids, concurrency, 1 if options.quick else rounds)
             prompts = {length: prefilling(found, ids, length, 1 if options.quick else 5) for length in (1024, 4096)}
@@ -189,7 +191,9 @@ def main() -> None:
             result["bandwidth_fraction"] = statistics.median(remote.rates["c1"]) * remote.weight_bytes / bandwidth
             result["host_overhead"] = remote.rates["outside8"][0]
             print(f"  memory is read at {bandwidth / 1e9:.1f} GB/s; a token reads {remote.weight_bytes / 1e6:.0f} MB of weights")
-            tokens = {f"tokens_per_s_{one.name.split()[0]}_c{c}": statistics.median(one.rates[f"c{c}"]) for one in found for c in (1, 8, 32)}
+            tokens = {
+                f"tokens_per_s_{one.name.split()[0]}_c{c}": statistics.median(one.rates[f"c{c}"]) for one in found for c in (1, 8, 32)
+            }
     shape = "250m" if options.quick else "1b"
     result |= {f"memory_ratio_{'tied' if tied else 'untied'}": memory_ratio(shape, tied=tied) for tied in (True, False)}
     print(json.dumps({k: round(v, 3) for k, v in {**result, **tokens}.items()}))

@@ -9,13 +9,13 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
-from tolhouse import Client
-from tolhouse.model.checkpoint import Checkpoint
-from tolhouse.model.config import ModelConfig, preset
-from tolhouse.store import open_store, publish
-from tolhouse.testing import process
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tolhouse import Client
+from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.config import preset
+from tolhouse.store import open_store, publish
+from tolhouse.testing import process
 
 from loadtest.models import zero_weights
 from loadtest.tables import alike, records_of

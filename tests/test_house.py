@@ -69,10 +69,16 @@ def test_nothing_imports_upwards_or_sideways(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("package", "allowed"),
-    [("redis", {"store/redis.py", "testing.py"}), ("ray", {"build/job.py"}), ("pickle", set()), ("fastapi", {"gateway/app.py"})],
+    [
+        ("redis", {"store/redis.py", "testing.py"}),
+        ("ray", {"build/job.py"}),
+        ("pickle", set()),
+        ("fastapi", {"gateway/app.py"}),
+        ("jinja2", {"gateway/template.py"}),
+    ],
 )
 def test_only_its_place_imports_a_package(package: str, allowed: set[str]) -> None:
-    """Redis is met in one file, Ray in the build job, HTTP in the gateway, pickle nowhere."""
+    """Redis is met in one file, Ray in the build job, HTTP and templates in the gateway, pickle nowhere."""
     importers = {p.relative_to(SOURCES).as_posix() for p in modules() if any(n.split(".")[0] == package for n in imports(p))}
     assert allowed == importers
 

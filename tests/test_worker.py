@@ -73,7 +73,7 @@ def run(engine: Engine, *wanted: Collected) -> None:
         for _ in range(10_000):
             if all(w.ended for w in wanted):
                 return
-            engine._read_mailbox()
+            engine.read_mail()
             engine.step()
     raise AssertionError("the engine did not end these sequences")
 
@@ -91,7 +91,7 @@ def test_sequences_join_and_leave_a_running_batch(base: Path) -> None:
             wanted.append(Collected(prompt, count))
             engine.add(wanted[-1].sequence)
             for _ in range(number % 4):
-                engine._read_mailbox()
+                engine.read_mail()
                 engine.step()
                 assert engine.running <= 8
     run(engine, *wanted)
@@ -111,7 +111,7 @@ def test_a_kv_cache_too_small_for_all_serves_all_in_turn(base: Path) -> None:
     ended: list[int] = []
     with torch.inference_mode():
         while len(ended) < 6:
-            engine._read_mailbox()
+            engine.read_mail()
             engine.step()
             assert engine.running <= 4
             ended += [n for n, one in enumerate(wanted) if one.ended and n not in ended]
@@ -135,7 +135,7 @@ def test_a_cancelled_sequence_gives_its_blocks_back(base: Path) -> None:
     for one in (gone, kept, queued):
         engine.add(one.sequence)
     with torch.inference_mode():
-        engine._read_mailbox()
+        engine.read_mail()
         engine.step()
         engine.step()
         engine.cancel(gone.sequence)
@@ -147,7 +147,7 @@ def test_a_cancelled_sequence_gives_its_blocks_back(base: Path) -> None:
     engine.cancel(kept.sequence)  # it has ended: nothing happens
     engine.add(kept.__class__(PROMPT, 1).sequence)
     with torch.inference_mode():
-        engine._read_mailbox()
+        engine.read_mail()
         engine.step()
     assert engine.cache.num_blocks == engine.cache.free_blocks
 
@@ -163,7 +163,7 @@ def test_stop_ids_end_a_sequence_and_are_left_out(base: Path) -> None:
     engine.add(stopped.sequence)
     run(engine, stopped)
     assert free.tokens[: free.tokens.index(end)] == stopped.tokens
-    assert "stop" == stopped.reason
+    assert ("stop", end, None) == (stopped.reason, stopped.outputs[-1].end_id, stopped.outputs[0].end_id)
 
 
 def test_an_engine_tells_the_logprobs_of_prompt_and_answer(base: Path) -> None:

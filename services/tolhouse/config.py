@@ -92,6 +92,7 @@ class GatewayConfig(Config):
 
     workers: str = knob("127.0.0.1:50052", "Workers, HOST:PORT with commas between.")
     listen: str = knob("127.0.0.1:8000", "Address to serve HTTP on; port 0: any free one.")
+    max_body_megabytes: float = knob(4, "Largest body of a request; a larger one is refused.", gt=0)
     poll_seconds: float = knob(1, "Time between two looks at each worker's health and load.", gt=0)
     drain_seconds: float = knob(30, "Time for requests in flight to end after SIGTERM.", ge=0)
 

@@ -1,4 +1,4 @@
-"""The HTTP face of the gateway: routes, and errors in OpenAI's form."""
+"""The HTTP face of the gateway: its routes."""
 
 import asyncio
 import json
@@ -14,23 +14,32 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from tolhouse import __version__
 from tolhouse.config import GatewayConfig
-from tolhouse.errors import Cancelled, Internal, InUse, TolhouseError
-from tolhouse.gateway.completions import CompletionRun
-from tolhouse.gateway.metrics import TOKENS, WORKERS, Measured
+from tolhouse.errors import Cancelled, InUse, TolhouseError
+from tolhouse.gateway import problems
+from tolhouse.gateway.chat import Chat, ChatForm
+from tolhouse.gateway.completions import Completion, CompletionForm
+from tolhouse.gateway.intake import Intake
+from tolhouse.gateway.metrics import WORKERS, Measured
 from tolhouse.gateway.pool import Pool
-from tolhouse.gateway.schema import Completion, CompletionRequest
+from tolhouse.gateway.run import Run
+from tolhouse.gateway.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from tolhouse.gateway.template import ChatTemplate
+from tolhouse.gateway.vocabulary import Vocabulary, check_ids
 from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
-from tolhouse.telemetry import event, log, ready, split_address
+from tolhouse.telemetry import event, ready, split_address
 
 T = TypeVar("T")
 
 
-def create_app(pool: Pool, tokenizer_file: Path) -> FastAPI:
-    tokenizer = load_tokenizer(tokenizer_file)
+def create_app(pool: Pool, tokenizer_file: Path, max_body_bytes: int) -> ASGIApp:
+    vocabulary = Vocabulary(load_tokenizer(tokenizer_file))
+    template = ChatTemplate(tokenizer_file.parent)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -54,68 +63,126 @@ def create_app(pool: Pool, tokenizer_file: Path) -> FastAPI:
         ok = bool(pool.healthy())
         return JSONResponse({"status": "ok" if ok else "unavailable", "workers": workers}, 200 if ok else 503)
 
+    @app.api_route("/ping", methods=["GET", "POST"])
+    async def ping() -> JSONResponse:
+        """As health, without words."""
+        return JSONResponse({}, 200 if pool.healthy() else 503)
+
+    @app.get("/version")
+    async def version() -> dict:
+        return {"version": __version__}
+
     @app.get("/metrics")
     async def metrics() -> Response:
         """Metrics in Prometheus' text format."""
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
+    def card(name: str) -> dict:
+        return {"id": name, "object": "model", "created": 0, "owned_by": "tolhouse", "max_model_len": pool.limits(name).context_tokens}
+
     @app.get("/v1/models")
     async def models() -> dict:
         """The models that healthy workers serve."""
-        return {"object": "list", "data": [_model(name) for name in pool.models()]}
+        return {"object": "list", "data": [card(name) for name in pool.models()]}
 
     @app.get("/v1/models/{model}")
     async def model(model: str) -> dict:
-        return _model(pool.check_model(model))
+        return card(pool.check_model(model))
 
     @app.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Completes one or more prompts; with `stream`, as server-sent events."""
-        run = CompletionRun(body, pool, tokenizer, pool.check_model(body.model))
-        if not body.stream:
-            completion = await _unless_disconnected(request, run.completion())
-            TOKENS.inc(run.completion_tokens)
-            return JSONResponse(completion.model_dump())
-        # the first piece is awaited before the status line goes out, so that an early failure has its own status
-        pieces = run.pieces()
-        first = await _unless_disconnected(request, anext(pieces))
+        name = pool.check_model(body.model)
+        most = pool.limits(name).context_tokens
+        prompts = [await vocabulary.ids(p, most) if isinstance(p, str) else p for p in body.prompts]
+        run = Run(body, prompts, name, pool, vocabulary, request.state.request_id)
+        return await _answer(request, run, CompletionForm(run))
 
-        async def events() -> AsyncIterator[str]:
-            include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            try:
-                async with aclosing(pieces):
-                    yield _event(run.envelope([first]).model_dump_json())
-                    async for piece in pieces:
-                        yield _event(run.envelope([piece]).model_dump_json())
-                if include_usage:
-                    yield _event(run.envelope([], run.usage()).model_dump_json())
-            except Exception as error:  # noqa: BLE001 - the status line is out: the error goes into the stream
-                yield _event(json.dumps(_error(error)[1]))
-            finally:
-                TOKENS.inc(run.completion_tokens)
-            yield _event("[DONE]")
+    @app.post("/v1/chat/completions", response_model=Chat)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answers messages, by the checkpoint's chat template; with `stream`, as server-sent events."""
+        name = pool.check_model(body.model)
+        text = template.render([message.plain for message in body.messages])
+        ids = await vocabulary.ids(text, pool.limits(name).context_tokens)
+        run = Run(body, [ids], name, pool, vocabulary, request.state.request_id)
+        return await _answer(request, run, ChatForm(run))
 
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict:
+        """Token ids of a text, or of messages."""
+        limits = pool.limits(pool.check_model(body.model))
+        text = body.prompt or ""
+        if body.messages is not None:
+            text = template.render([m.plain for m in body.messages], add_generation_prompt=body.add_generation_prompt)
+        ids = await vocabulary.ids(text, special=body.add_special_tokens)
+        strings = [vocabulary.shown(i)[0] for i in ids] if body.return_token_strs else None
+        return {"tokens": ids, "count": len(ids), "max_model_len": limits.context_tokens, "token_strs": strings}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict:
+        """The text of token ids."""
+        limits = pool.limits(pool.check_model(body.model))
+        return {"prompt": vocabulary.text(check_ids(body.tokens, limits.vocab_size))}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict:
+        """Special tokens and the chat template, for clients that have no tokenizer of their own."""
+        eos = vocabulary.tokenizer.id_to_token(pool.limits(pool.check_model(None)).eos_token_id)
+        return {"eos_token": eos, "bos_token": None, "pad_token": None, **template.tokens, "chat_template": template.source}
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse(_body(_explain(error), 400, "invalid_request_error", _place(error)), 400)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        known = _BODIES[request.url.path].model_fields if request.url.path in _BODIES else ()
+        return JSONResponse(problems.invalid(error.errors(), known), 400)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(_body(str(error.detail), error.status_code, "invalid_request_error"), error.status_code, headers=error.headers)
+        return JSONResponse(problems.body_of(str(error.detail), error.status_code), error.status_code, headers=error.headers)
 
     @app.exception_handler(TolhouseError)
-    async def failed(_: Request, error: TolhouseError) -> JSONResponse:
-        status, body = _error(error)
+    async def failed(request: Request, error: TolhouseError) -> JSONResponse:
+        status, body = problems.answer_of(error, request.state.request_id)
         return JSONResponse(body, status, headers={"Retry-After": "1"} if status in (429, 503) else None)
 
     @app.exception_handler(Exception)
-    async def broken(_: Request, error: Exception) -> JSONResponse:
-        status, body = _error(error)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        status, body = problems.answer_of(error, request.state.request_id)
         return JSONResponse(body, status)
 
-    return app
+    return Intake(app, max_body_bytes)  # outermost: also the answer to a defect has its id
+
+
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+
+
+async def _answer(request: Request, run: Run, form: CompletionForm | ChatForm) -> Response:
+    """The whole answer, or a stream of its pieces."""
+    if not run.body.stream:
+        return JSONResponse(form.whole(await _unless_disconnected(request, run.whole())).model_dump())
+    # the first piece is awaited before the status line goes out, so that an early failure has its own status
+    pieces = run.pieces()
+    first = await _unless_disconnected(request, anext(pieces))
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            async with aclosing(pieces):
+                for chunk in form.chunks(first):
+                    yield _event(chunk.model_dump_json())
+                async for piece in pieces:
+                    for chunk in form.chunks(piece):
+                        yield _event(chunk.model_dump_json())
+            if run.body.include_usage:
+                yield _event(form.usage().model_dump_json())
+        except Exception as error:  # noqa: BLE001 - the status line is out: the error goes into the stream
+            yield _event(json.dumps(problems.answer_of(error, run.request_id)[1]))
+        yield _event("[DONE]")
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
 async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
@@ -135,7 +202,10 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     except OSError as error:
         raise InUse(f"gateway can't listen on {config.listen}: {error.strerror or error}; choose another --listen") from None
     settings = uvicorn.Config(
-        create_app(pool, file), log_config=None, lifespan="on", timeout_graceful_shutdown=max(1, round(config.drain_seconds))
+        create_app(pool, file, int(config.max_body_megabytes * 1e6)),
+        log_config=None,
+        lifespan="on",
+        timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
     )
     server = _Server(settings)
     loop = asyncio.get_running_loop()
@@ -161,10 +231,6 @@ def _event(data: str) -> str:
     return f"data: {data}\n\n"
 
 
-def _model(name: str) -> dict:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "tolhouse"}
-
-
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     """The result of `work`, which is cancelled when the caller goes away first."""
     task = asyncio.ensure_future(work)
@@ -183,39 +249,3 @@ async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _error(error: Exception) -> tuple[int, dict]:
-    """HTTP status and body of an error; a defect of ours is logged whole and told in a line."""
-    if not isinstance(error, TolhouseError):
-        log.error("internal error", exc_info=error)
-        error = Internal("internal error; the gateway's log has the details")
-    status = error.http_status
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    return status, _body(str(error), status, kinds.get(status, "invalid_request_error" if status < 500 else "server_error"))
-
-
-def _body(message: str, code: int, kind: str, param: str | None = None) -> dict:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _place(error: RequestValidationError) -> str | None:
-    loc = [str(part) for part in error.errors()[0]["loc"][1:2]]
-    return loc[0] if loc and not loc[0].isdigit() else None
-
-
-def _explain(error: RequestValidationError) -> str:
-    """What was wrong with a body, and what is allowed."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}"
-    place = _place(error)
-    if first["type"] == "extra_forbidden" and place:
-        return f"unknown parameter {place!r}; known are {', '.join(CompletionRequest.model_fields)}"
-    if first["type"] == "missing" and place:
-        return f"parameter {place!r} is required"
-    if place == "prompt":
-        return "prompt must be a text, a list of texts, a list of token ids, or a list of lists of token ids"
-    if not place and first["type"] != "value_error":
-        return "the body must be a JSON object, sent with Content-Type: application/json"
-    return f"{place}: {first['msg']}" if place else first["msg"].removeprefix("Value error, ")

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tolhouse.client.generation import WorkerChannel
 from tolhouse.errors import DeadlineExceeded, Mismatch, NotFound, Overloaded, TolhouseError, Unavailable
@@ -24,6 +25,12 @@ class Member:
     @property
     def load(self) -> int:
         return self.in_flight + self.others
+
+
+class Limits(NamedTuple):
+    context_tokens: int
+    vocab_size: int
+    eos_token_id: int
 
 
 class Pool:
@@ -56,6 +63,14 @@ class Pool:
         if model not in served:
             raise NotFound(f"model {model!r} is not served here; available: {', '.join(served)}")
         return model
+
+    def limits(self, model: str) -> Limits:
+        """What all healthy workers of a model can take."""
+        described = [m.described for m in self.healthy() if m.described and m.described.model == model]
+        if not described:
+            raise self.trouble()
+        context, vocabulary = min(d.context_tokens for d in described), min(d.vocab_size for d in described)
+        return Limits(context, vocabulary, described[0].eos_token_id)
 
     def trouble(self) -> TolhouseError:
         """Why no worker is healthy."""

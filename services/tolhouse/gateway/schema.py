@@ -1,55 +1,140 @@
-"""The bodies of the OpenAI-compatible API. What is not supported yet, or unknown, is refused by name."""
+"""The bodies that the gateway takes. What is not supported, or unknown, is refused by name."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
+from tolhouse.client.generation import Options
+
 MAX_CHOICES = 128  # prompts times n
+MAX_LOGPROBS = 20
+MAX_STOPS = 32
+
+StopString = Annotated[StrictStr, Field(max_length=512)]
+BiasedId = Annotated[int, Field(ge=0, lt=2**32)]  # a text in JSON
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenId = Annotated[StrictInt, Field(ge=0, lt=2**32)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    unsupported: ClassVar[dict[str, tuple]] = {}  # parameters that others know, and the values at which they ask for nothing
+
+    model: StrictStr | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        for name, harmless in cls.unsupported.items():
+            if given.get(name) not in (None, *harmless):
+                allowed = f", or {' or '.join(map(repr, harmless))}" if harmless else ""
+                raise ValueError(f"{name} is not supported: leave it out{allowed}")
+        return {name: value for name, value in given.items() if name not in cls.unsupported}
 
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    include_usage: StrictBool = False
+    include_usage: StrictBool | None = False
 
 
-class CompletionRequest(BaseModel):
-    """POST /v1/completions. `top_k` and `ignore_eos` go beyond OpenAI's."""
+class Generation(Body):
+    """What completions and chats have in common. From `top_k` on, it goes beyond OpenAI's, as vLLM does."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    model: StrictStr | None = None
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
-    max_tokens: StrictInt | None = Field(16, ge=1)
+    max_tokens: StrictInt | None = Field(None, ge=0)
     temperature: float | None = Field(1.0, ge=0, le=2, strict=True)
     top_p: float | None = Field(1.0, gt=0, le=1, strict=True)
-    top_k: StrictInt = Field(0, ge=0, le=2**31)
     n: StrictInt | None = Field(1, ge=1, le=MAX_CHOICES)
     seed: StrictInt | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: StrictStr | list[StrictStr] | None = Field(None, max_length=4096)
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
-    ignore_eos: StrictBool = False
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2, strict=True)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2, strict=True)
+    logit_bias: Annotated[dict[BiasedId, Bias], Field(max_length=1024)] | None = None
     user: StrictStr | None = None  # taken and not used
-    # known to OpenAI's API, and so far only allowed to ask for nothing
-    best_of: StrictInt | None = None
-    echo: StrictBool | None = False
-    frequency_penalty: float | None = 0
-    logit_bias: dict[str, Any] | None = None
-    logprobs: StrictInt | None = None
-    presence_penalty: float | None = 0
-    suffix: StrictStr | None = None
+    top_k: StrictInt | None = Field(0, ge=-1, le=2**31)  # -1, 0: all
+    min_p: float | None = Field(0.0, ge=0, le=1, strict=True)
+    repetition_penalty: float | None = Field(1.0, gt=0, le=10, strict=True)
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
+    include_stop_str_in_output: StrictBool | None = False
+    ignore_eos: StrictBool | None = False
+    min_tokens: StrictInt | None = Field(0, ge=0, le=2**31)
 
     @model_validator(mode="after")
-    def _refuse_unsupported(self) -> "CompletionRequest":
-        for name in ("echo", "frequency_penalty", "logit_bias", "logprobs", "presence_penalty", "suffix"):
-            value = getattr(self, name)
-            if value not in (None, False, 0, "", {}) or (name == "logprobs" and value is not None):
-                raise ValueError(f"{name} is not supported yet: leave it out")
-        if self.best_of not in (None, self.n):
-            raise ValueError("best_of is not supported yet: leave it out, or equal to n")
+    def _check_stream_options(self) -> "Generation":
         if self.stream_options and not self.stream:
             raise ValueError("stream_options is allowed with stream=true only")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [s for s in stops if s]
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def top(self) -> int | None:
+        """How many of the likeliest tokens are told with each token; None: no log probabilities."""
+        raise NotImplementedError
+
+    @property
+    def echoes(self) -> bool:
+        """The prompt is part of the answer."""
+        return False
+
+    def most_tokens(self, room: int) -> int:
+        """Tokens of the answer, where the context has room for so many."""
+        raise NotImplementedError
+
+    def options(self, number: int) -> Options:
+        """The worker's, for choice `number` of a prompt."""
+        return Options(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=max(0, self.top_k or 0),
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
+            seed=None if self.seed is None else (self.seed + number) % 2**64,
+            stop_ids=self.stop_token_ids or (),
+            ignore_eos=bool(self.ignore_eos),
+            min_tokens=self.min_tokens or 0,
+            logprobs=self.top,
+        )
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions."""
+
+    unsupported: ClassVar[dict[str, tuple]] = {
+        "suffix": ("",),
+        "use_beam_search": (False,),
+        "length_penalty": (1,),
+        "response_format": ({"type": "text"},),
+    }
+
+    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    logprobs: StrictInt | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: StrictBool | None = False
+    best_of: StrictInt | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "CompletionRequest":
+        if not self.prompts:
+            raise ValueError("prompt is an empty list: give a text, token ids, or a list of either")
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError(f"best_of is not supported: leave it out, or equal to n, which is {self.n or 1}")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1; 0 is allowed with echo=true")
         if len(self.prompts) * (self.n or 1) > MAX_CHOICES:
             raise ValueError(f"{len(self.prompts)} prompts times n={self.n or 1} is more than {MAX_CHOICES} completions in one request")
         return self
@@ -64,30 +149,106 @@ class CompletionRequest(BaseModel):
         return list(self.prompt)  # type: ignore[arg-type]
 
     @property
-    def stops(self) -> list[str]:
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return [s for s in stops if s]
+    def top(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
+
+    def most_tokens(self, room: int) -> int:
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    def options(self, number: int) -> Options:
+        options = super().options(number)
+        if self.echoes and (self.top is not None or self.max_tokens == 0):
+            options["prompt_logprobs"] = self.top or 0
+        return options
 
 
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: StrictStr
 
 
-class Choice(BaseModel):
-    index: int
-    text: str
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"] | None = None
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: StrictStr | list[Part]
+    name: StrictStr | None = None
+
+    @property
+    def plain(self) -> dict[str, str]:
+        """As templates know it: the content is one text."""
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return {"role": self.role, "content": content, **({"name": self.name} if self.name else {})}
 
 
-class Completion(BaseModel):
-    """The answer, and each piece of a streamed one."""
+class ChatRequest(Generation):
+    """POST /v1/chat/completions."""
 
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int  # Unix time, seconds
-    model: str
-    choices: list[Choice]
-    usage: Usage | None = None
+    unsupported: ClassVar[dict[str, tuple]] = {
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "reasoning_effort": (),
+        "web_search_options": (),
+        "use_beam_search": (False,),
+        "length_penalty": (1,),
+        "echo": (False,),
+        "continue_final_message": (False,),
+        "add_generation_prompt": (True,),
+        "store": (False,),
+        "metadata": ({},),
+        "service_tier": ("auto", "default"),
+    }
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_tokens: StrictInt | None = Field(None, ge=1)
+    max_completion_tokens: StrictInt | None = Field(None, ge=1)
+    logprobs: StrictBool | None = False
+    top_logprobs: StrictInt | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _check(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs and self.top_logprobs != 0:
+            raise ValueError("top_logprobs is allowed with logprobs=true only")
+        return self
+
+    @property
+    def top(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
+    def most_tokens(self, room: int) -> int:
+        return self.max_completion_tokens or self.max_tokens or max(1, room)
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: of a text, or of messages where the checkpoint has a chat template."""
+
+    prompt: StrictStr | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    add_generation_prompt: StrictBool = True
+    add_special_tokens: StrictBool = False
+    return_token_strs: StrictBool | None = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt, a text, or messages")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    tokens: list[TokenId]

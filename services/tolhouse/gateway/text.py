@@ -7,11 +7,17 @@ from tokenizers.decoders import DecodeStream
 
 
 class TextStream:
-    """The text of one completion, in pieces that are final. `stopped` once a stop string was met; its text is left out."""
+    """The text of one completion, in pieces that are final. `stopped` once a stop string was met.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
+    The stop string that is complete first ends the text, before it or, with `include_stop`, after it: that does not depend
+    on how tokens arrive.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, include_stop: bool = False) -> None:
+        self.tokenizer, self.stop, self.include_stop, self.stopped = tokenizer, stop, include_stop, False
         self.ids: list[int] = []
+        self.offsets: list[int] = []  # where the text of each token begins
+        self.released = 0  # characters given away
         self._stream = DecodeStream(skip_special_tokens=True)
         self._decoded = 0  # characters the stream has given
         self._held = ""  # characters that might be the beginning of a stop string
@@ -21,6 +27,7 @@ class TextStream:
         text = ""
         for i in ids:
             self.ids.append(i)
+            self.offsets.append(self._decoded + len(text))
             text += self._stream.step(self.tokenizer, i) or ""
         self._decoded += len(text)
         return self._release(text, last=False)
@@ -31,10 +38,15 @@ class TextStream:
 
     def _release(self, text: str, last: bool) -> str:
         text = self._held + text
-        found = [at for at in (text.find(s) for s in self.stop) if at >= 0]
+        found = [(at + len(s), at) for s in self.stop if (at := text.find(s)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        longest = 0 if last else max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        self._held = text[len(text) - longest :]
-        return text[: len(text) - longest]
+            self.stopped = True
+            end, begin = min(found)
+            given = end if self.include_stop else begin
+            self._held = ""
+        else:
+            longest = 0 if last else max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+            given = len(text) - longest
+            self._held = text[given:]
+        self.released += given
+        return text[:given]

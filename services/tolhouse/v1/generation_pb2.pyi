@@ -52,16 +52,18 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., min_tokens: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
-    __slots__ = ("token_ids", "finish_reason", "logprobs", "prompt_logprobs")
+    __slots__ = ("token_ids", "finish_reason", "logprobs", "prompt_logprobs", "end_id")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    END_ID_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     finish_reason: str
     logprobs: Logprobs
     prompt_logprobs: Logprobs
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ...) -> None: ...
+    end_id: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., end_id: _Optional[int] = ...) -> None: ...
 
 class Logprobs(_message.Message):
     __slots__ = ("chosen", "top_ids", "top")
@@ -78,7 +80,7 @@ class DescribeWorkerRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeWorkerReply(_message.Message):
-    __slots__ = ("model", "model_id", "tokenizer_id", "table", "context_tokens", "running", "waiting", "rows", "weight_bytes", "dense_weight_bytes", "vocab_size")
+    __slots__ = ("model", "model_id", "tokenizer_id", "table", "context_tokens", "running", "waiting", "rows", "weight_bytes", "dense_weight_bytes", "vocab_size", "eos_token_id")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +92,7 @@ class DescribeWorkerReply(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     DENSE_WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     model: str
     model_id: str
     tokenizer_id: str
@@ -101,7 +104,8 @@ class DescribeWorkerReply(_message.Message):
     weight_bytes: int
     dense_weight_bytes: int
     vocab_size: int
-    def __init__(self, model: _Optional[str] = ..., model_id: _Optional[str] = ..., tokenizer_id: _Optional[str] = ..., table: _Optional[str] = ..., context_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., rows: _Optional[_Union[RowCounts, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., dense_weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+    eos_token_id: int
+    def __init__(self, model: _Optional[str] = ..., model_id: _Optional[str] = ..., tokenizer_id: _Optional[str] = ..., table: _Optional[str] = ..., context_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., rows: _Optional[_Union[RowCounts, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., dense_weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_id: _Optional[int] = ...) -> None: ...
 
 class RowCounts(_message.Message):
     __slots__ = ("from_cache", "from_remote", "remote_bytes", "wait_seconds")

@@ -75,7 +75,7 @@ class Engine:
         """One token more for all that decode, and what fits of the prompts that wait."""
         started = time.perf_counter()
         step, staged = self._stage(self.scheduler.schedule())
-        if not step:
+        if not staged:
             return
         ready = time.perf_counter()
         hidden_TD = self.runner(step, staged)
@@ -151,16 +151,17 @@ class Engine:
             sequence = chunk.sequence
             sequence.computed = chunk.last
             self.cache.seal(sequence, chunk.first, chunk.last)
-            reason, new, logprob, prompt = "", [], None, prompts.get(sequence)
+            reason, new, end_id, logprob, prompt = "", [], None, None, prompts.get(sequence)
             if sequence in sampled:
                 before = len(sequence.ids)
                 token, logprob = sampled[sequence]
                 reason = sequence.take(token)
                 new = sequence.ids[before:]
+                end_id = token if reason == "stop" else None
                 self.tokens += len(new)
                 self.latencies.token(sequence, now, ended=bool(reason))
             if new or reason or prompt:
-                output = Output(new, reason, None, logprob if new else None, prompt)
+                output = Output(new, reason, None, end_id, logprob if sequence.sampling.max_tokens else None, prompt)
                 if reason:
                     self._end(sequence, output)
                 else:
@@ -172,7 +173,7 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while self._read_mailbox():
+        while self.read_mail():
             try:
                 self.step()
             except Exception as error:  # noqa: BLE001 - a defect: these sequences end, the worker lives on
@@ -181,7 +182,7 @@ class Engine:
                 for sequence in list(self.scheduler.running):
                     self._end(sequence, Output(error=failure))
 
-    def _read_mailbox(self) -> bool:
+    def read_mail(self) -> bool:
         """Do what others asked for; sleep while there is nothing to run. False once the engine is to stop."""
         while True:
             idle = not self.scheduler.running and not self.scheduler.waiting

@@ -4,12 +4,15 @@ On a CPU, linear layers that read weights as they come run at a third of the mem
 (loadtest/LOG.md). `float32` computes in float32 and holds weights of 16 bit as 16 bit; `bfloat16` does all in bfloat16.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tolhouse.model.checkpoint import Checkpoint
-from tolhouse.model.transformer import Attention, Cache, RMSNorm, Transformer, rotate
+from tolhouse.model.transformer import Attention, Block, Cache, RMSNorm, Transformer, rotate
 
 _LARGEST_FLOAT16 = 65504.0
 
@@ -60,7 +63,8 @@ def linear(weight: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Modul
             return Float16Linear(weight)
         if torch.backends.mkldnn.is_available():
             return OneDNNLinear(weight, dtype)
-    layer = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    outputs, inputs = weight.shape
+    layer = nn.Linear(inputs, outputs, bias=False, device="meta")
     layer.weight = nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
     return layer
 
@@ -83,29 +87,33 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Tr
     for the few rows that a step reads of it, in the file's mapping, which the kernel may drop.
     """
     model = checkpoint.model(ffn_m=False, dtype=None)
-    for block in model.layers:
+    for block in cast("Iterable[Block]", model.layers):
         attention = block.self_attn
         qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
-        block.self_attn = FusedAttention(attention, linear(qkv, device, dtype), linear(attention.o_proj.weight, device, dtype))
+        _replace(block, "self_attn", FusedAttention(attention, linear(qkv, device, dtype), linear(attention.o_proj.weight, device, dtype)))
         if block.mlp:
             _replace_linears(block.mlp, device, dtype)
-    model.lm_head = linear(model.lm_head.weight, device, dtype)
+    _replace(model, "lm_head", linear(model.lm_head.weight, device, dtype))
     if not checkpoint.config.tie_word_embeddings:
         weight = model.embed_tokens.weight.to(device, copy=True)
     elif isinstance(model.lm_head, nn.Linear):
         weight = model.lm_head.weight
     else:
         weight = checkpoint.embedding()
-    model.embed_tokens = Embedding(weight, dtype)
+    _replace(model, "embed_tokens", Embedding(weight, dtype))
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.weight = nn.Parameter(module.weight.to(device, dtype, copy=True), requires_grad=False)
     return model
 
 
+def _replace(module: nn.Module, name: str, by: nn.Module) -> None:
+    setattr(module, name, by)  # another class with the same call
+
+
 def _replace_linears(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            setattr(module, name, linear(child.weight, device, dtype))
+            _replace(module, name, linear(child.weight, device, dtype))
         else:
             _replace_linears(child, device, dtype)

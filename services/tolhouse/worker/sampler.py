@@ -1,8 +1,7 @@
 """From logits to token ids and log probabilities. Knows neither sequences nor the cache, only a row of logits for each `State`.
 
-Shapes: B rows of a batch, T tokens of a prompt, V vocabulary, S rows that draw at random, L that are limited,
-K likeliest tokens.
-Tensors stay on the logits' device. A row's tokens do not depend on the other rows.
+Shapes: B rows of a batch, T tokens of a prompt, V vocabulary, S rows that draw at random, L of them in one way, K likeliest
+tokens. Tensors stay on the logits' device. A row's tokens do not depend on the other rows.
 """
 
 import math
@@ -112,48 +111,70 @@ def _logprobs(logits_TV: Tensor, ids_T: Tensor, k: int) -> tuple[list[float], li
 
 
 def _draw(logits_SV: Tensor, states: list[State]) -> Tensor:
-    """A token for each row: where its own uniform number falls in what temperature, min-p, top-k and top-p leave of its distribution."""
-    device, samplings = logits_SV.device, [state.sampling for state in states]
+    """A token for each row from what temperature, min-p, top-k and top-p leave of its distribution.
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=device)[:, None]
-
-    logits_SV = logits_SV.float()
-    # the largest logit as zero first: a small temperature can't overflow
-    logits_SV = (logits_SV - logits_SV.amax(-1, keepdim=True)) / column([max(s.temperature, _LEAST_TEMPERATURE) for s in samplings])
-    if any(s.min_p for s in samplings):
-        least_S1 = column([math.log(s.min_p) if s.min_p else -math.inf for s in samplings])
-        logits_SV = logits_SV.masked_fill(logits_SV < least_S1, -math.inf)
-    if rows := [row for row, s in enumerate(samplings) if s.top_k]:
-        logits_SV[rows] = _top_k(logits_SV[rows], [samplings[row].top_k for row in rows])
-    if rows := [row for row, s in enumerate(samplings) if s.top_p < 1]:
-        logits_SV[rows] = _top_p(logits_SV[rows], [samplings[row].top_p for row in rows])
-    cdf_SV = logits_SV.softmax(-1).cumsum(-1, dtype=torch.float64)
-    total_S1 = cdf_SV[:, -1:]
-    uniform_S1 = torch.tensor([state.random.random() for state in states if state.random], dtype=torch.float64, device=device)[:, None]
-    target_S1 = torch.minimum(uniform_S1 * total_S1, torch.nextafter(total_S1, torch.zeros_like(total_S1)))
-    return torch.searchsorted(cdf_SV, target_S1, right=True)[:, 0]  # the first token beyond it: never one of no probability
+    How a row draws follows from its own sampling: among its `top_k`, among as many as `top_p` may need, or among all.
+    """
+    tokens_S = torch.empty(len(states), dtype=torch.long, device=logits_SV.device)
+    ways = [_of_top_k if s.sampling.top_k else _of_top_p if s.sampling.top_p < 1 else _of_all for s in states]
+    for way in (_of_top_k, _of_top_p, _of_all):
+        rows = [row for row, own in enumerate(ways) if own is way]
+        if rows:
+            tokens_S[rows] = way(logits_SV[rows].float(), [states[row] for row in rows])
+    return tokens_S
 
 
-def _top_k(logits_LV: Tensor, counts: list[int]) -> Tensor:
-    """The logits of each row's so many likeliest tokens; minus infinity for the rest."""
-    top_LK, ids_LK = logits_LV.topk(min(max(counts), logits_LV.shape[-1]))
+def _of_all(logits_LV: Tensor, states: list[State]) -> Tensor:
+    return _pick(_scaled(logits_LV, states), states)
+
+
+def _of_top_k(logits_LV: Tensor, states: list[State]) -> Tensor:
+    counts = [state.sampling.top_k for state in states]
+    top_LK, ids_LK = logits_LV.topk(min(max(counts), logits_LV.shape[-1]))  # likeliest first
     ranks_K = torch.arange(top_LK.shape[-1], device=top_LK.device)
-    return _only(logits_LV, top_LK, ids_LK, ranks_K < torch.tensor(counts, device=top_LK.device)[:, None])
+    top_LK = _scaled(top_LK.masked_fill(ranks_K >= _column(counts, top_LK), -math.inf), states)
+    kept_LK = _within_mass(top_LK, top_LK.exp().sum(-1, keepdim=True, dtype=torch.float64), states)
+    return ids_LK.gather(-1, _pick(top_LK.masked_fill(~kept_LK, -math.inf), states)[:, None])[:, 0]
 
 
-def _top_p(logits_LV: Tensor, masses: list[float]) -> Tensor:
-    """The logits of the fewest likeliest tokens whose probabilities add up to each row's mass; minus infinity for the rest."""
-    mass_L1 = torch.tensor(masses, dtype=torch.float64, device=logits_LV.device)[:, None]
-    total_L1 = logits_LV.exp().sum(-1, keepdim=True, dtype=torch.float64)  # the largest logit is zero
+def _of_top_p(logits_LV: Tensor, states: list[State]) -> Tensor:
+    logits_LV = _scaled(logits_LV, states)
+    total_L1 = logits_LV.exp().sum(-1, keepdim=True, dtype=torch.float64)
     for candidates in (min(_CANDIDATES, logits_LV.shape[-1]), logits_LV.shape[-1]):
         top_LK, ids_LK = logits_LV.topk(candidates)
-        parts_LK = top_LK.exp().double() / total_L1
-        kept_LK = parts_LK.cumsum(-1) - parts_LK < mass_L1
+        kept_LK = _within_mass(top_LK, total_L1, states)
         if not kept_LK[:, -1].any():
             break
-    return _only(logits_LV, top_LK, ids_LK, kept_LK)
+    return ids_LK.gather(-1, _pick(top_LK.masked_fill(~kept_LK, -math.inf), states)[:, None])[:, 0]
 
 
-def _only(logits_LV: Tensor, top_LK: Tensor, ids_LK: Tensor, kept_LK: Tensor) -> Tensor:
-    return torch.full_like(logits_LV, -math.inf).scatter_(-1, ids_LK, top_LK.masked_fill(~kept_LK, -math.inf))
+def _scaled(logits_LK: Tensor, states: list[State]) -> Tensor:
+    """Logits by temperature, with the largest as zero, and minus infinity for those that min-p leaves out."""
+    samplings = [state.sampling for state in states]
+    logits_LK = logits_LK - logits_LK.amax(-1, keepdim=True)  # before the division: a small temperature can't overflow
+    logits_LK /= _column([max(s.temperature, _LEAST_TEMPERATURE) for s in samplings], logits_LK)
+    if any(s.min_p for s in samplings):
+        least_L1 = _column([math.log(s.min_p) if s.min_p else -math.inf for s in samplings], logits_LK)
+        logits_LK.masked_fill_(logits_LK < least_L1, -math.inf)
+    return logits_LK
+
+
+def _within_mass(top_LK: Tensor, total_L1: Tensor, states: list[State]) -> Tensor:
+    """Which of the likeliest, in their order, belong to the fewest whose mass, of a total, reaches top-p."""
+    # sums of floats may reach 1 early: who has no top-p keeps all
+    top_p_L1 = _column([s.sampling.top_p if s.sampling.top_p < 1 else math.inf for s in states], total_L1)
+    parts_LK = top_LK.exp().double() / total_L1
+    return parts_LK.cumsum(-1) - parts_LK < top_p_L1
+
+
+def _pick(logits_LK: Tensor, states: list[State]) -> Tensor:
+    """Where each row's own uniform number falls: the first place beyond it, so never one of no probability."""
+    mass_LK = logits_LK.exp().cumsum(-1, dtype=torch.float64)
+    total_L1 = mass_LK[:, -1:]
+    uniform_L1 = _column([state.random.random() for state in states if state.random], mass_LK)
+    target_L1 = torch.minimum(uniform_L1 * total_L1, torch.nextafter(total_L1, torch.zeros_like(total_L1)))
+    return torch.searchsorted(mass_LK, target_L1, right=True)[:, 0]
+
+
+def _column(values: list[float] | list[int], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

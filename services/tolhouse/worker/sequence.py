@@ -15,7 +15,8 @@ class Output:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = ""  # "stop" or "length"
     error: TolhouseError | None = None
-    logprobs: Logprobs | None = None  # of `tokens`
+    end_id: int | None = None  # "stop": the end token, which is not one of `tokens`
+    logprobs: Logprobs | None = None  # of `tokens`, and of the end token
     prompt_logprobs: Logprobs | None = None  # of the prompt's next tokens, from its second on
 
 

@@ -1,6 +1,7 @@
 """The gRPC face of the worker. Protobuf types end here."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class WorkerService(GenerationServicer):
             "table": manifest.ref if manifest else "",
             "context_tokens": checkpoint.config.max_position_embeddings,
             "vocab_size": checkpoint.config.vocab_size,
+            "eos_token_id": checkpoint.config.eos_token_id,
             "weight_bytes": checkpoint.weight_bytes(dense=False),
             "dense_weight_bytes": checkpoint.weight_bytes(dense=True),
         }
@@ -71,15 +73,18 @@ class WorkerService(GenerationServicer):
             loop.call_soon_threadsafe(events.put_nowait, output)
 
         sequence = self._sequence(request, emit)
+        event("request", logging.DEBUG, request_id=request.request_id, prompt_tokens=sequence.prompt_tokens)
         self.engine.add(sequence)
         try:
             while True:
                 output = await events.get()
                 if output.error:
+                    event("request failed", logging.WARNING, request_id=request.request_id, error=str(output.error))
                     raise output.error
                 yield generation_pb2.GenerateReply(
                     token_ids=output.tokens,
                     finish_reason=output.finish_reason,
+                    end_id=output.end_id,
                     logprobs=_logprobs(output.logprobs),
                     prompt_logprobs=_logprobs(output.prompt_logprobs),
                 )

@@ -1,0 +1,107 @@
+"""One request: prompts to worker calls, one for each choice, and their pieces as they come. Knows nothing of HTTP."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from pydantic import BaseModel
+
+from tolhouse.client.generation import request_of
+from tolhouse.errors import InvalidArgument, PromptTooLong
+from tolhouse.gateway.choice import Choice, Piece
+from tolhouse.gateway.metrics import Clock
+from tolhouse.gateway.pool import Pool
+from tolhouse.gateway.schema import Generation
+from tolhouse.gateway.vocabulary import Vocabulary, check_ids
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Run:
+    """One request, checked and tokenised; `pieces` may be read once."""
+
+    def __init__(self, body: Generation, prompts: list[list[int]], model: str, pool: Pool, vocabulary: Vocabulary, request_id: str) -> None:
+        self.body, self.prompts, self.model, self.pool, self.vocabulary = body, prompts, model, pool, vocabulary
+        self.request_id, self.created = request_id, int(time.time())
+        self.n = body.n or 1
+        self.completion_tokens = 0
+        limits = pool.limits(model)
+        self.context = context = limits.context_tokens
+        for ids in prompts:
+            if not ids:
+                raise InvalidArgument("the prompt is empty; at least one token is needed")
+            check_ids(ids, limits.vocab_size)
+            most = body.most_tokens(context - len(ids))
+            if len(ids) + most > context:
+                raise PromptTooLong(
+                    f"{len(ids)} prompt tokens and max_tokens {most} exceed the context of {context} tokens: "
+                    "shorten the prompt or lower max_tokens"
+                )
+
+    async def pieces(self) -> AsyncGenerator[Piece]:
+        """Pieces of all choices as they come."""
+        queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+
+        async def pump(index: int, ids: list[int], number: int) -> None:
+            try:
+                async with aclosing(self._choice(index, ids, number)) as pieces:
+                    async for piece in pieces:
+                        queue.put_nowait(piece)
+            except BaseException as error:
+                queue.put_nowait(error)
+                raise
+
+        tasks = [
+            asyncio.create_task(pump(index, ids, number))
+            for index, (ids, number) in enumerate(itertools.product(self.prompts, range(self.n)))
+        ]
+        open_choices = len(tasks)
+        try:
+            while open_choices:
+                piece = await queue.get()
+                if isinstance(piece, BaseException):
+                    raise piece
+                open_choices -= piece.finish_reason is not None
+                yield piece
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def whole(self) -> list[Piece]:
+        """One piece for each choice, with all of it."""
+        choices = [Piece(index) for index in range(len(self.prompts) * self.n)]
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                choice = choices[piece.index]
+                choice.text += piece.text
+                choice.tokens += piece.tokens
+                choice.finish_reason = piece.finish_reason
+        return choices
+
+    def usage(self) -> Usage:
+        prompt = sum(map(len, self.prompts))
+        return Usage(prompt_tokens=prompt, completion_tokens=self.completion_tokens, total_tokens=prompt + self.completion_tokens)
+
+    async def _choice(self, index: int, prompt_ids: list[int], number: int) -> AsyncGenerator[Piece]:
+        body, clock = self.body, Clock()
+        most = body.most_tokens(self.context - len(prompt_ids))
+        request = request_of(prompt_ids, most, f"{self.request_id}-{index}", **body.options(number))
+        choice = Choice(index, prompt_ids, body, self.vocabulary)
+        async with aclosing(self.pool.generate(self.model, request)) as replies:
+            async for reply in replies:
+                clock.tick(len(reply.token_ids))
+                self.completion_tokens += len(reply.token_ids)
+                piece = choice.take(reply)
+                if piece.finish_reason:
+                    clock.end()
+                    yield piece
+                    return  # closes the call: after a stop string, the worker stops
+                if piece.text or piece.tokens:
+                    yield piece

@@ -1,0 +1,64 @@
+"""Chat templates, found and rendered as transformers does."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tolhouse.errors import InvalidArgument
+from tolhouse.gateway.template import ChatTemplate
+
+MESSAGES = [{"role": "user", "content": "<b>é</b>"}]
+
+
+def made(folder: Path, **config) -> ChatTemplate:
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return ChatTemplate(folder)
+
+
+def test_a_template_is_found_in_either_file(tmp_path: Path) -> None:
+    """In tokenizer_config.json, as a text or among several by name; chat_template.jinja goes first."""
+    assert "a" == made(tmp_path, chat_template="a").render(MESSAGES)
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    assert "d" == made(tmp_path, chat_template=named).render(MESSAGES)
+    (tmp_path / "chat_template.jinja").write_text("j")
+    assert "j" == made(tmp_path, chat_template="a").render(MESSAGES)
+
+
+def test_templates_have_what_transformers_gives_them(tmp_path: Path) -> None:
+    """Special tokens, plain tojson, trimmed blocks, loop controls; nothing is escaped."""
+    text = "{% for m in messages %}\n    {% if loop.index > 1 %}{% break %}{% endif %}\n{{ m.content }}{{ m | tojson }}\n{% endfor %}"
+    rendered = made(tmp_path, bos_token={"content": "<s>"}, eos_token="</s>", chat_template="{{ bos_token }}" + text + "{{ eos_token }}")
+    assert '<s><b>é</b>{"role": "user", "content": "<b>é</b>"}\n</s>' == rendered.render(MESSAGES * 2)
+    asked = made(tmp_path, chat_template="{% if add_generation_prompt %}x{% endif %}")
+    assert ["x", ""] == [asked.render(MESSAGES, add_generation_prompt=asks) for asks in (True, False)]
+    assert made(tmp_path, chat_template="{{ strftime_now('%Y') }}").render(MESSAGES).isdecimal()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('no system here') }}", "no system here"),
+        ("{{ messages[7].content + 'a' }}", "does not take"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "does not take"),
+        ("{{ messages.append(1) }}", "does not take"),
+        ("{{ 1 / 0 }}", "does not take"),
+    ],
+)
+def test_what_fails_in_a_template_is_told(tmp_path: Path, source: str, message: str) -> None:
+    """A refusal of the template's own, a defect in it, or a way out of the sandbox: the caller hears that it does not work."""
+    with pytest.raises(InvalidArgument, match=message):
+        made(tmp_path, chat_template=source).render(MESSAGES)
+
+
+def test_no_template_and_bad_ones(tmp_path: Path) -> None:
+    """What would be needed is named; a file that can't be read as one is refused at start."""
+    with pytest.raises(InvalidArgument, match=r"needs a chat_template.jinja, or a tokenizer_config.json"):
+        ChatTemplate(tmp_path).render(MESSAGES)
+    with pytest.raises(InvalidArgument, match="malformed"):
+        made(tmp_path, chat_template="{% if %}")
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(InvalidArgument, match="not a JSON object"):
+        ChatTemplate(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(InvalidArgument, match="not JSON"):
+        ChatTemplate(tmp_path)
