@@ -26,9 +26,10 @@ from pathlib import Path
 import numpy as np
 import ray
 from tolhouse.build.job import build, plan
-from tolhouse.build.shards import _model, batches, build_shards
+from tolhouse.build.shards import _model, build_shards
 from tolhouse.config import settle_ray
 from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.rows import batches
 from tolhouse.testing import redis_server, tiny_model
 from tqdm import tqdm
 

@@ -30,11 +30,11 @@ def manifest_of(name: str, vocabulary: int, row_kib: int, shards: int = 64, freq
 
 
 def alike(shape: ModelConfig, codec: str, frequent: tuple[int, ...] = (), model_id: str = "0" * 64) -> Manifest:
-    """A table for a model of this shape, named after its kind."""
-    layers = tuple(range(shape.num_row_layers))
+    """A table for a model of this shape, named after its kind, with X0 where its embeddings are untied."""
+    layers, x0 = tuple(range(shape.num_row_layers)), not shape.tie_word_embeddings
     return Manifest(
         name=shape.kind,
-        version=content_id(f"{shape.kind} {shape.hidden_size}", codec, layers),
+        version=content_id(f"{shape.kind} {shape.hidden_size}", codec, layers, x0),
         codec=codec,
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -43,13 +43,14 @@ def alike(shape: ModelConfig, codec: str, frequent: tuple[int, ...] = (), model_
         model_id=model_id,
         tokenizer_id="0" * 64,
         frequent=frequent,
+        x0=x0,
     )
 
 
 def records_of(manifest: Manifest, ids: np.ndarray) -> np.ndarray:
     """Intact records of random rows, a few dozen of which are everybody's."""
     some = np.arange(_DIFFERENT, dtype=np.uint32) % manifest.vocab_size
-    rows = np.random.default_rng(0).normal(0, 0.02, (_DIFFERENT, manifest.num_layers, manifest.hidden_size)).astype(np.float32)
+    rows = np.random.default_rng(0).normal(0, 0.02, (_DIFFERENT, manifest.num_blocks, manifest.hidden_size)).astype(np.float32)
     records = manifest.encode(some, rows)[ids % _DIFFERENT]
     for seed, record in zip(manifest.seeds(ids), split(records), strict=True):
         record[-8:] = xxhash.xxh3_64_intdigest(record[:-8], seed).to_bytes(8, "little")

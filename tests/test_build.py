@@ -180,10 +180,31 @@ def test_bad_options_are_refused_with_a_clear_error(options: tuple[str, ...], me
     assert before == shards(tmp_path)
 
 
+@pytest.mark.parametrize(("tied", "options", "x0"), [(False, (), True), (False, ("no",), False), (True, (), False), (True, ("yes",), True)])
+def test_a_table_carries_x0_where_the_embeddings_are_untied_or_it_is_told_to(
+    tied: bool, options: tuple[str, ...], x0: bool, tmp_path: Path
+) -> None:
+    """`--embedding` decides, by default the checkpoint does; either way the table passes the check against the model."""
+    path = tiny_model(tmp_path / "m", tie_word_embeddings=tied)
+    code, ref, err = build(
+        path, "--store", f"file://{tmp_path}", "--shards", "3", "--codec", "fp32", *(("--embedding", *options) * bool(options))
+    )
+    assert 0 == code, err
+    model, ids = open_checkpoint(path).model(), np.array([7, 300, 9], np.uint32)
+    with closing(open_store(f"file://{tmp_path}")) as store:
+        manifest = store.manifest(ref)
+        records = np.empty((3, manifest.record_bytes), np.uint8)
+        store.read(manifest, ids, records)
+    assert x0 == manifest.x0
+    expected = model.rows(torch.from_numpy(ids.astype(np.int64)), x0).transpose(0, 1)
+    torch.testing.assert_close(expected, torch.from_numpy(manifest.decode(records).copy()))
+
+
 def test_what_has_no_rows_or_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     """A base model, a folder that is not there and a malformed checkpoint each get a clear error."""
     base = tiny_model(tmp_path / "base", "base")
     assert "no context-free FFNs" in build(base)[2]
+    assert "no context-free FFNs" in build(base, "--embedding", "yes")[2]
     assert "no checkpoint at" in build(tmp_path / "nothing")[2]
     (base / "config.json").write_text("{")
     assert "not JSON" in build(base)[2]

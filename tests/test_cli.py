@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tolhouse import config
 from tolhouse.cli import main
+from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.testing import build_table, local_cluster, process
 
 
@@ -96,6 +97,18 @@ def test_rows_and_text_from_the_shell(checkpoint: Path, tmp_path: Path) -> None:
         )
     assert "can't be reached" in tolhouse("generate", checkpoint, "x", "--worker", cluster.workers, code=1)
     assert "can't be reached" in tolhouse("fetch", ref, "1", "--lookup", cluster.lookup, code=1)
+
+
+def test_x0_is_shown_in_the_shell(checkpoint: Path, tmp_path: Path) -> None:
+    """tables list names it, fetch shows its norm first."""
+    url = f"file://{tmp_path}"
+    ref = build_table(checkpoint, url, embedding="yes")
+    assert " 4 layers + X0 " in tolhouse("tables", "list", "--store", url)
+    with process("lookup", "--store", url, "--listen", "127.0.0.1:0") as lookup:
+        _, *norms = tolhouse("fetch", ref, "3", "--lookup", lookup.address).split()
+    x0 = open_checkpoint(checkpoint).model().embed_tokens.weight[3]
+    assert 5 == len(norms)
+    assert f"{float(x0.norm()):.3f}" == norms[0]
 
 
 def test_memory_is_explained_in_the_shell(checkpoint: Path) -> None:

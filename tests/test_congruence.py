@@ -13,7 +13,8 @@ from tolhouse import Client, Manifest
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.store import Store, open_store
-from tolhouse.testing import build_table, local_cluster
+from tolhouse.testing import build_table, local_cluster, tiny_model
+from tolhouse.worker.packed import load
 from tolhouse.worker.rows import Rows
 
 TOKENS = 128  # per prompt; nine prompts and two checkpoints make 2,304
@@ -54,7 +55,7 @@ def in_process(checkpoint: Checkpoint) -> Answers:
 
 
 def with_rows(checkpoint: Checkpoint, client: Client | FromStore, manifest: Manifest, cache_bytes: int = 0) -> Answers:
-    model = checkpoint.model(ffn_m=False)
+    model = checkpoint.model(ffn_m=False, embedding=not manifest.x0)
     rows = Rows(client, manifest, cache_bytes, torch.device("cpu"))
     answers = [
         list(greedy(model, ids, TOKENS, ignore_eos=True, rows=lambda ids_T: rows.resolve(ids_T.numpy().astype(np.uint32))))
@@ -124,6 +125,25 @@ def test_every_route_gives_the_same_greedy_tokens(name: str, codec: str, tmp_pat
     assert [tokenizer.decode(ids) for ids in expected] == routes.pop("gateway")  # it answers text
     for route, answers in routes.items():
         assert expected == answers, route
+
+
+@pytest.mark.parametrize(
+    ("kind", "beta", "tied", "codec"),
+    [("memory", 0, False, "fp32"), ("flex", 3, False, "fp32"), ("memory", 0, False, "int8"), ("flex", 1, True, "fp32")],
+)
+def test_every_route_carries_x0(kind: str, beta: int, tied: bool, codec: str, tmp_path: Path, redis_url: str) -> None:
+    """Where the table has X0, no route has an input embedding, and all give the same tokens; in fp32 also with everything in place."""
+    checkpoint = open_checkpoint(tiny_model(tmp_path / f"x0-{kind}", kind, beta, tie_word_embeddings=tied))
+    files = f"file://{tmp_path}/tables"
+    ref = build_table(checkpoint.path, files, redis_url, codec=codec, embedding="yes")
+    expected = in_process(checkpoint) if codec == "fp32" else store_routes(checkpoint, files, ref)
+    routes = {"redis": store_routes(checkpoint, redis_url, ref)} | service_routes(checkpoint, files, ref)
+    tokenizer = checkpoint.tokenizer()
+    assert [tokenizer.decode(ids) for ids in expected] == routes.pop("gateway")
+    for route, answers in routes.items():
+        assert expected == answers, route
+    worker = load(checkpoint, torch.device("cpu"), torch.float32, embedding=False)
+    assert (None, []) == (worker.embed_tokens, [name for name, _ in worker.named_parameters() if "embed" in name])
 
 
 def test_rows_matter() -> None:

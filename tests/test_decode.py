@@ -11,14 +11,14 @@ from tolhouse.worker import decode as module
 from tolhouse.worker.decode import decode
 
 
-def table(codec: str, size: int, layers: int) -> Manifest:
-    return Manifest("t", "0123456789abcdef", codec, 1000, size, tuple(range(layers)), 1, model_id="m", tokenizer_id="k")
+def table(codec: str, size: int, layers: int, x0: bool = False) -> Manifest:
+    return Manifest("t", "0123456789abcdef", codec, 1000, size, tuple(range(layers)), 1, model_id="m", tokenizer_id="k", x0=x0)
 
 
 def records_of(manifest: Manifest, count: int, seed: int, top: float = 1.0) -> np.ndarray:
     random = np.random.default_rng(seed)
-    rows = random.standard_normal((count, manifest.num_layers, manifest.hidden_size)).astype(np.float32)
-    rows *= top * random.choice([0, 1e-3, 1], (count, manifest.num_layers, 1))
+    rows = random.standard_normal((count, manifest.num_blocks, manifest.hidden_size)).astype(np.float32)
+    rows *= top * random.choice([0, 1e-3, 1], (count, manifest.num_blocks, 1))
     return manifest.encode(np.arange(count, dtype=np.uint32), rows.astype(np.float32))
 
 
@@ -30,16 +30,17 @@ def expected_of(manifest: Manifest, records: np.ndarray) -> bytes:
 @given(
     size=st.integers(1, 9) | st.sampled_from([31, 32, 33, 64, 95, 97, 288]),
     layers=st.integers(1, 4),
+    x0=st.booleans(),
     count=st.integers(0, 5),
     top=st.sampled_from([1.0, 1e-38, 1e-43, 9000.0]),
     seed=st.integers(0, 99),
 )
-def test_rows_are_those_of_the_manifest(codec: str, size: int, layers: int, count: int, top: float, seed: int) -> None:
+def test_rows_are_those_of_the_manifest(codec: str, size: int, layers: int, x0: bool, count: int, top: float, seed: int) -> None:
     """Whatever the codec and the shape, and down to denormals: the same bits, transposed."""
-    manifest = table(codec, size, layers)
+    manifest = table(codec, size, layers, x0)
     records = records_of(manifest, count, seed, top)
     rows = decode(torch.from_numpy(records), manifest)
-    assert ((layers, count, size), torch.float32, True) == (tuple(rows.shape), rows.dtype, rows.is_contiguous())
+    assert ((layers + x0, count, size), torch.float32, True) == (tuple(rows.shape), rows.dtype, rows.is_contiguous())
     assert expected_of(manifest, records) == rows.numpy().tobytes()
 
 

@@ -140,6 +140,22 @@ def test_forward_never_computes_the_token_memory(monkeypatch: pytest.MonkeyPatch
         model.rows(ids)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_may_carry_x0(tied: bool, tmp_path: Path) -> None:
+    """With X0 in front of its rows, a model loaded without its embedding gives the same logits; without it, it says what is missing."""
+    opened = open_checkpoint(tiny_model(tmp_path / "m", tie_word_embeddings=tied))
+    whole, bare, ids, positions = opened.model(), opened.model(ffn_m=False, embedding=False), torch.arange(6), torch.arange(6)
+    rows = whole.rows(ids, x0=True)
+    assert torch.equal(rows, torch.cat((whole.embed_tokens(ids)[None], whole.rows(ids))))
+    expected = whole(ids, positions, NoCache(6), whole.rows(ids))
+    assert torch.equal(expected, bare(ids, positions, NoCache(6), rows))
+    assert torch.equal(expected, whole(ids, positions, NoCache(6), rows))
+    assert not torch.allclose(expected, bare(ids, positions, NoCache(6), torch.cat((rows[:1] * 2, rows[1:]))))
+    assert [] == [name for name, _ in bare.named_parameters() if name.startswith(("embed_tokens", "ffn_m"))]
+    with pytest.raises(InvalidArgument, match="X0 comes from a table"):
+        bare(ids, positions, NoCache(6), rows[1:])
+
+
 def test_each_layer_adds_its_own_row() -> None:
     """The rows of two layers exchanged give other logits: which layer a row belongs to matters."""
     model, ids, positions = model_of("memory"), torch.arange(6), torch.arange(6)
@@ -179,6 +195,7 @@ def test_a_checkpoint_comes_back(kind: str, beta: int, ffn_c: str, tmp_path: Pat
     stored = (path / WEIGHTS).stat().st_size
     assert 0 < stored - opened.weight_bytes(dense=True) < 8192  # the header
     assert (kind == "base") == (opened.weight_bytes(dense=False) == opened.weight_bytes(dense=True))
+    assert opened.weight_bytes(dense=False) == opened.weight_bytes(dense=False, embedding=False)  # it is the head
 
 
 def test_tensors_have_the_names_of_the_docstring(tmp_path: Path) -> None:

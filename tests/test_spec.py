@@ -47,6 +47,16 @@ def test_the_bytes_of_a_record_are_fixed(codec: str) -> None:
     assert GOLDEN[codec] == (*(bytes(record).hex() for record in records), digest(records))
 
 
+def test_x0_stands_before_the_layers() -> None:
+    """A table that carries X0 has a block more, in front and in the same codec; its version is another, and JSON keeps it."""
+    manifest = golden("int8", layers=(2,), x0=True)
+    assert (1, 2) == (manifest.num_layers, manifest.num_blocks)
+    assert GOLDEN["int8"][:2] == tuple(bytes(record).hex() for record in manifest.encode(IDS, ROWS))
+    assert (2, 2, 3) == manifest.decode(manifest.encode(IDS, ROWS)).shape
+    assert content_id("ab" * 32, "bf16", (0, 1, 2)) == content_id("ab" * 32, "bf16", (0, 1, 2), x0=False)
+    assert content_id("ab" * 32, "bf16", (0, 1, 2)) != content_id("ab" * 32, "bf16", (0, 1, 2), x0=True)
+
+
 def test_the_checksum_is_what_the_documentation_says() -> None:
     """XXH3-64 over the blocks, seeded with version and token id, little-endian, at the end."""
     record = bytes.fromhex(GOLDEN["fp32"][1])
@@ -82,6 +92,7 @@ MANIFESTS = st.builds(
     layers=st.sets(st.integers(0, 50), min_size=1, max_size=5).map(lambda s: tuple(sorted(s))),
     num_shards=st.integers(1, 9),
     frequent=st.sampled_from([(), (0,)]),
+    x0=st.booleans(),
     version=st.integers(0, 2**64 - 1).map("{:016x}".format),
 )
 
@@ -111,7 +122,7 @@ def test_shards_divide_the_vocabulary(manifest: Manifest) -> None:
 def test_any_altered_byte_is_found(manifest: Manifest, data: st.DataObject) -> None:
     """A record is intact for its token and version; with one byte changed, for another token or version, it is not."""
     ids = np.array([data.draw(st.integers(0, manifest.vocab_size - 1))], np.uint32)
-    rows = np.random.default_rng(0).standard_normal((1, manifest.num_layers, manifest.hidden_size)).astype(np.float32)
+    rows = np.random.default_rng(0).standard_normal((1, manifest.num_blocks, manifest.hidden_size)).astype(np.float32)
     records = manifest.encode(ids, rows)
     manifest.verify(ids, records)
     altered = records.copy()
@@ -158,11 +169,11 @@ def test_a_malformed_manifest_is_refused(field: str, value: object) -> None:
         Manifest.from_json(json.dumps(data))
 
 
-def test_a_manifest_without_a_list_of_frequent_tokens_is_read() -> None:
-    """Tables built before there was one have an empty one."""
-    data = {**json.loads(golden(frequent=(3, 1)).to_json())}
-    assert (3, 1) == Manifest.from_json(json.dumps(data)).frequent
-    del data["frequent"]
+def test_an_older_manifest_is_read() -> None:
+    """Tables built before there was a list of frequent tokens have an empty one; before there was X0, they have none."""
+    data = {**json.loads(golden(frequent=(3, 1), x0=True).to_json())}
+    assert ((3, 1), True) == (Manifest.from_json(json.dumps(data)).frequent, Manifest.from_json(json.dumps(data)).x0)
+    del data["frequent"], data["x0"]
     assert golden() == Manifest.from_json(json.dumps(data))
 
 
@@ -208,6 +219,7 @@ def test_a_reference_is_a_name_and_perhaps_a_version() -> None:
         ("shards", {"a": 1}),
         ("tokenizer_id", 1),
         ("vocab_size", "5"),
+        *(("x0", bad) for bad in (1, "true", None, [])),
     ],
 )
 def test_what_only_looks_right_in_a_manifest_is_refused(field: str, value: object) -> None:

@@ -262,6 +262,20 @@ def test_a_description_tells_identity_weights_and_rows(worker: Client, checkpoin
     assert 3 + 4 == asked  # the prompt, and each sampled token but the last
 
 
+def test_a_table_with_x0_takes_the_embedding_out_of_the_worker(tmp_path: Path) -> None:
+    """With untied embeddings, the weights of such a worker are those of another without the embedding; completions are the same."""
+    path, url = tiny_model(tmp_path / "untied", tie_word_embeddings=False), f"file://{tmp_path}/tables"
+    config, found = open_checkpoint(path).config, []
+    for embedding in ("no", "yes"):
+        ref = build_table(path, url, shards=4, embedding=embedding)
+        with local_cluster(path, url, worker_options=("--table", ref)) as cluster, Client(cluster.workers) as client:
+            found.append((list(client.generate(PROMPT, 20, ignore_eos=True)), client.describe_worker()))
+    (tokens, without), (same, with_x0) = found
+    assert tokens == same == list(greedy(open_checkpoint(path).model(), PROMPT, 20, ignore_eos=True))
+    assert 2 * config.vocab_size * config.hidden_size == without.weight_bytes - with_x0.weight_bytes
+    assert without.table != with_x0.table
+
+
 def test_cancelling_stops_the_work(worker: Client) -> None:
     """A caller that goes away leaves nothing behind in the batch."""
     tokens = worker.generate(PROMPT, 240, ignore_eos=True)

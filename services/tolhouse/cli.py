@@ -185,7 +185,7 @@ def build(settings: config.BuildConfig, checkpoint: Path, publish_it: bool) -> N
 
     opened = open_checkpoint(checkpoint)
     stores = _stores(settings.store)
-    manifest = plan(opened, settings.name, settings.codec, settings.shards)
+    manifest = plan(opened, settings.name, settings.codec, settings.shards, embedding=settings.embedding)
     manifest = replace(manifest, frequent=frequent_tokens(opened.tokenizer(), settings.corpus, manifest.vocab_size))
     click.echo(
         f"{manifest.ref}: {manifest.vocab_size} rows of {manifest.record_bytes} bytes, {manifest.table_bytes / 1e6:.1f} MB", err=True
@@ -239,7 +239,7 @@ def list_tables(settings: config.StoreConfig) -> None:
         click.echo(f"{store.url}: {len(found) or 'no'} table{'' if len(found) == 1 else 's'}", err=True)
         for m, published in found:
             click.echo(
-                f"{'*' if published else ' '} {m.ref}  {m.codec:5} {m.vocab_size:>8} rows {m.num_layers:>3} layers {m.table_bytes / 1e6:>10.1f} MB"
+                f"{'*' if published else ' '} {m.ref}  {m.codec:5} {m.vocab_size:>8} rows {m.num_layers:>3} layers{' + X0' if m.x0 else '':5} {m.table_bytes / 1e6:>10.1f} MB"
             )
 
     _each_store(settings, work)
@@ -356,7 +356,7 @@ def generate(checkpoint: Path, prompt: str, worker: str | None, max_tokens: int,
 @click.option("--lookup", default="127.0.0.1:50051", show_default=True, help="Lookup replicas, HOST:PORT with commas between.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also save the rows [T, N, D] as this .npy file.")
 def fetch(table: str, ids: tuple[int, ...], lookup: str, out: Path | None) -> None:
-    """Fetch the rows of token IDS of TABLE, NAME or NAME@VERSION, and show each row's norm by layer."""
+    """Fetch the rows of token IDS of TABLE, NAME or NAME@VERSION, and show each row's norm by layer, that of X0 first where the table carries it."""
     import numpy as np
 
     from tolhouse.client.client import Client
@@ -364,7 +364,8 @@ def fetch(table: str, ids: tuple[int, ...], lookup: str, out: Path | None) -> No
     with Client(lookup) as client:
         manifest = client.describe(table)
         rows = client.fetch(manifest, list(ids)).astype(np.float32)
-    click.echo(f"{manifest.ref}: {len(ids)} rows, {manifest.num_layers} layers of {manifest.hidden_size}, {manifest.codec}", err=True)
+    blocks = f"{'X0 and ' * manifest.x0}{manifest.num_layers} layers of {manifest.hidden_size}"
+    click.echo(f"{manifest.ref}: {len(ids)} rows, {blocks}, {manifest.codec}", err=True)
     for i, row in zip(ids, rows, strict=True):
         click.echo(f"{i:>8}  " + " ".join(f"{norm:8.3f}" for norm in np.linalg.norm(row, axis=-1)))
     if out:

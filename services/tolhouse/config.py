@@ -34,6 +34,9 @@ class BuildConfig(Config):
     store: str = knob(DEFAULT_STORE, "Where the table goes: file://PATH, redis://HOST:PORT, or both with a comma between.")
     name: str = knob("", "Name of the table; by default that of the checkpoint's folder.")
     codec: Codec = knob("bf16", "How rows are stored.")
+    embedding: Literal["auto", "yes", "no"] = knob(
+        "auto", "Whether rows carry X0, so that workers need no input embedding; auto: where the model's two embeddings are untied."
+    )
     corpus: str = knob(
         "", "Text that tells which tokens are frequent: a file, or a folder of them. Default: the standard library's sources."
     )

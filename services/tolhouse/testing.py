@@ -175,6 +175,7 @@ def build_table(
     name: str = "",
     publish: bool = True,
     frequent: tuple[int, ...] = (),
+    embedding: str = "auto",
 ) -> str:
     """Build a table of `checkpoint` into `stores` in this process, without Ray; returns "name@version"."""
     import dataclasses
@@ -185,7 +186,7 @@ def build_table(
     from tolhouse.store import open_store
     from tolhouse.store import publish as publish_table
 
-    planned = plan(open_checkpoint(checkpoint), name, codec, shards, frequent)
+    planned = plan(open_checkpoint(checkpoint), name, codec, shards, frequent, embedding)
     digests = tuple(digest for digest, _ in build_shards(str(checkpoint), planned, list(range(shards)), stores, 10.0))
     for url in stores:
         store = open_store(url)

@@ -53,7 +53,7 @@ def explain_text(checkpoint: Checkpoint, text: str, keys: int, neighbours: int) 
 def coefficients(model: Transformer, layer: int, ids_T: Tensor) -> Tensor:
     """Key coefficients [T, K] of one layer."""
     ffn = cast("ContextFreeFFN", model.ffn_m[layer])
-    x_TD = ffn.norm(model.embed_tokens(ids_T))
+    x_TD = ffn.norm(model.x0(ids_T))
     return F.silu(ffn.mlp.gate_proj(x_TD)) * ffn.mlp.up_proj(x_TD)
 
 

@@ -28,17 +28,20 @@ _MOST_SHARDS_A_TASK = 8
 _RETRIED = [Unavailable, DeadlineExceeded]
 
 
-def plan(checkpoint: Checkpoint, name: str, codec_name: str, num_shards: int, frequent: tuple[int, ...] = ()) -> Manifest:
-    """The manifest of the table to build, without its digests. `frequent`: see frequency.py."""
+def plan(
+    checkpoint: Checkpoint, name: str, codec_name: str, num_shards: int, frequent: tuple[int, ...] = (), embedding: str = "auto"
+) -> Manifest:
+    """The manifest of the table to build, without its digests. `frequent`: see frequency.py; `embedding`: see config.py."""
     config = checkpoint.config
     if not config.num_row_layers:
         raise InvalidArgument(f"checkpoint {checkpoint.path} is of kind {config.kind}: it has no context-free FFNs to build a table from")
     if num_shards > config.vocab_size:
         raise InvalidArgument(f"{num_shards} shards for a vocabulary of {config.vocab_size}: at most one shard per token")
     layers = tuple(range(config.num_row_layers))
+    x0 = embedding == "yes" or (embedding == "auto" and not config.tie_word_embeddings)
     return Manifest(
         name=check_name(name or checkpoint.name),
-        version=content_id(checkpoint.rows_id(), codec(codec_name).name, layers),
+        version=content_id(checkpoint.rows_id(), codec(codec_name).name, layers, x0),
         codec=codec_name,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -47,6 +50,7 @@ def plan(checkpoint: Checkpoint, name: str, codec_name: str, num_shards: int, fr
         model_id=checkpoint.model_id(),
         tokenizer_id=checkpoint.tokenizer_id,
         frequent=frequent,
+        x0=x0,
     )
 
 

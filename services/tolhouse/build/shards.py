@@ -1,24 +1,19 @@
 """Shards: compute their rows, encode, write, or take them from a store that has them already. Runs inside a Ray task.
 
-While the rows of one shard are computed, the one before is digested and written: two shards are in memory, no more. Rows
-are computed in batches of one fixed size, the last one padded, by one thread: the bytes of a shard depend neither on the
-machine's cores nor on how often the build was interrupted.
+While the rows of one shard are computed, the one before is digested and written: two shards are in memory, no more.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
-import torch
 
 from tolhouse.errors import Corrupt, Mismatch
 from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.rows import batches
 from tolhouse.model.transformer import Transformer
 from tolhouse.store import Store, open_store, shard_digest
 from tolhouse.table.spec import Manifest, digest
-
-BATCH_TOKENS = 128
 
 
 def build_shards(
@@ -45,7 +40,7 @@ def build_shards(
 
 def _compute(checkpoint: str, manifest: Manifest, shard: int, records: np.ndarray) -> None:
     ids = manifest.shard_ids(shard)
-    for part, rows in batches(_model(checkpoint), ids):
+    for part, rows in batches(_model(checkpoint), ids, manifest.x0):
         records[part] = manifest.encode(ids[part], rows)
 
 
@@ -55,28 +50,9 @@ def _write(manifest: Manifest, shard: int, records: np.ndarray, lacking: list[St
     return whole or digest(records)
 
 
-def batches(model: Transformer, ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """float32 rows [T, N, D] of `ids`, a batch at a time, and which they are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for start in range(0, len(ids), BATCH_TOKENS):
-            part = slice(start, min(start + BATCH_TOKENS, len(ids)))
-            padded = np.zeros(BATCH_TOKENS, np.int64)
-            padded[: part.stop - start] = ids[part]
-            with torch.inference_mode():
-                rows_NTD = model.rows(torch.from_numpy(padded))
-            yield part, rows_NTD[:, : part.stop - start].transpose(0, 1).numpy()
-    finally:
-        torch.set_num_threads(threads)
-
-
-def compute_rows(model: Transformer, ids: np.ndarray) -> np.ndarray:
-    """float32 rows [T, N, D] of `ids`."""
-    rows = np.empty((len(ids), model.config.num_row_layers, model.config.hidden_size), np.float32)
-    for part, values in batches(model, ids):
-        rows[part] = values
-    return rows
+def compute_rows(checkpoint: str, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
+    """float32 rows [T, N, D] of `ids`, as the table has them."""
+    return np.concatenate([rows for _, rows in batches(_model(checkpoint), ids, manifest.x0)])
 
 
 def verify(checkpoint: str, manifest: Manifest, url: str, sample: np.ndarray, timeout_seconds: float) -> None:
@@ -88,7 +64,7 @@ def verify(checkpoint: str, manifest: Manifest, url: str, sample: np.ndarray, ti
     records = np.empty((len(sample), manifest.record_bytes), np.uint8)
     store.read(manifest, sample, records)
     stored = manifest.decode(records).astype(np.float32)
-    fresh = compute_rows(_model(checkpoint), sample)
+    fresh = compute_rows(checkpoint, manifest, sample)
     # a row computed elsewhere, in another order of additions, differs by a few units in the last place of float32
     allowed = (manifest.codec_.relative_error + 1e-5) * np.abs(fresh).max(axis=-1, keepdims=True) + manifest.codec_.step + 1e-12
     wrong = np.flatnonzero((np.abs(stored - fresh) > allowed).any(axis=(1, 2)))

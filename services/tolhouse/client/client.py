@@ -72,7 +72,7 @@ class Client:
         return self._describe(table)[0]
 
     def fetch(self, table: str | Manifest, ids: npt.ArrayLike) -> np.ndarray:
-        """Rows [T, N, D] of T token ids from "name@version", or from what "name" stands for now.
+        """Rows [T, N, D] of T token ids from "name@version", or from what "name" stands for now; X0 first where it is carried.
 
         The float codecs give a read-only view of the received records, without a copy where no id comes twice; int8
         and int4 give float32 values. NotFound: no such table. IdOutOfRange. Unavailable or DeadlineExceeded: no replica

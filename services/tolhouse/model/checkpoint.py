@@ -33,6 +33,7 @@ from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
 from tolhouse.model.transformer import Transformer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+EMBEDDING = "model.embed_tokens.weight"
 _DTYPES = {"BF16": 2, "F16": 2, "F32": 4}  # bytes per value
 
 
@@ -54,26 +55,33 @@ class Checkpoint:
     def tokenizer_id(self) -> str:
         return tokenizer_id(self.path / TOKENIZER)
 
-    def model(self, ffn_m: bool = True, dtype: torch.dtype | None = torch.float32) -> Transformer:
-        """The model in `dtype`, or with None as stored, in the mapped file: without its FFN-M weights if `ffn_m` is false."""
+    def model(self, ffn_m: bool = True, embedding: bool = True, dtype: torch.dtype | None = torch.float32) -> Transformer:
+        """The model in `dtype`, or with None as stored, in the mapped file.
+
+        Without its FFN-M weights if `ffn_m` is false, without its input embedding if `embedding` is: those are not read then.
+        """
         with torch.device("meta"):
             model = Transformer(self.config)
         if not ffn_m:
             del model.ffn_m[:]
+        if not embedding:
+            model.embed_tokens = None
         names = {name: _tensor_name(name) for name, _ in model.named_parameters()}
+        if self.config.tie_word_embeddings and not embedding:
+            names["lm_head.weight"] = EMBEDDING
         with _open(self.path / WEIGHTS) as weights:
             state = {name: weights.get_tensor(tensor_name).to(dtype=dtype) for name, tensor_name in names.items()}
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and embedding:
             state["lm_head.weight"] = state["embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and model.embed_tokens:
             model.lm_head.weight = model.embed_tokens.weight
         return model.eval().requires_grad_(False)
 
     def embedding(self) -> Tensor:
         """The embedding [V, D] as stored, in a mapping of its own."""
         with _open(self.path / WEIGHTS) as weights:
-            return weights.get_tensor("model.embed_tokens.weight")
+            return weights.get_tensor(EMBEDDING)
 
     def model_id(self) -> str:
         """64 hex digits over config and all weights: what a table says it was built from."""
@@ -86,17 +94,21 @@ class Checkpoint:
         digest = hashlib.sha256(_canonical({"rms_norm_eps": self.config.rms_norm_eps}).encode())
         with _open(self.path / WEIGHTS) as weights:
             for name in sorted(weights.keys()):
-                if "embed_tokens" in name or ".ffn_m." in name:
+                if name == EMBEDDING or ".ffn_m." in name:
                     tensor = weights.get_tensor(name)
                     digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
                     digest.update(tensor.flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def weight_bytes(self, dense: bool) -> int:
-        """Bytes of the weights as stored: all of them, or those that a worker loads."""
+    def weight_bytes(self, dense: bool, embedding: bool = True) -> int:
+        """Bytes of the weights as stored: all of them, or those that a worker loads, with or without an input embedding."""
+
+        def loaded(name: str) -> bool:
+            return ".ffn_m." not in name and (name != EMBEDDING or embedding or self.config.tie_word_embeddings)
+
         with _open(self.path / WEIGHTS) as weights:
             slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - not a dict
-        return sum(math.prod(t.get_shape()) * _DTYPES[t.get_dtype()] for name, t in slices.items() if dense or ".ffn_m." not in name)
+        return sum(math.prod(t.get_shape()) * _DTYPES[t.get_dtype()] for name, t in slices.items() if dense or loaded(name))
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

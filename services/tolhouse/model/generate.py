@@ -36,7 +36,7 @@ def greedy(
 ) -> Iterator[int]:
     """Token ids after `prompt_ids`, at most `max_tokens`, up to the end of text unless that is ignored.
 
-    `rows` gives the rows [N, T, D] of ids [T] where they come from elsewhere than the model.
+    `rows` gives the rows [N, T, D] of ids [T], with or without X0, where they come from elsewhere than the model.
     """
     if max_tokens < 1:
         raise InvalidArgument(f"max_tokens must be at least 1, not {max_tokens}")

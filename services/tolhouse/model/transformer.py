@@ -3,6 +3,7 @@
     rows   = model.rows(ids)                     # context-free FFN outputs, [N, T, D]
     logits = model(ids, positions, cache, rows)  # attention; adds rows[l] in block l
 
+Rows may carry X0, the embedding, in front: [1 + N, T, D]. The model then begins with it and needs no embedding of its own.
 Where rows come from (computed here, fetched, cached) is the caller's business. What a token attends to is the
 cache's (`kv.py`, or the worker's paged one): this file knows neither sequences nor batches, only T tokens in a row.
 
@@ -31,7 +32,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Embedding | None = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -39,14 +40,23 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.ffn_m = nn.ModuleList(ContextFreeFFN(config) for _ in range(config.num_row_layers))
 
-    def rows(self, ids_T: Tensor) -> Tensor:
-        """FFN-M outputs of every layer for token ids, [N, T, D] (PAPER section 2); N = 0 in a base model."""
-        x0_TD = self.embed_tokens(ids_T)
+    def x0(self, ids_T: Tensor) -> Tensor:
+        """Embeddings [T, D] of token ids."""
+        if self.embed_tokens is None:
+            raise InvalidArgument("this model was loaded without its embedding; X0 comes from a table that carries it")
+        return self.embed_tokens(ids_T)
+
+    def rows(self, ids_T: Tensor, x0: bool = False) -> Tensor:
+        """FFN-M outputs of every layer for token ids, [N, T, D] (PAPER section 2); with `x0` behind X0, [1 + N, T, D].
+
+        N = 0 in a base model, which has no rows for X0 to stand in.
+        """
+        x0_TD = self.x0(ids_T)
         if not self.ffn_m:
             if self.config.num_row_layers:
                 raise InvalidArgument("this model was loaded without its FFN-M weights; its rows come from a table")
             return x0_TD.new_empty(0, *x0_TD.shape)
-        return torch.stack([ffn(x0_TD) for ffn in self.ffn_m])
+        return torch.stack([x0_TD] * x0 + [ffn(x0_TD) for ffn in self.ffn_m])
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Tensor) -> Tensor:
         """Logits [T, V] of T tokens at `positions_T`, with `rows_NTD` added layer by layer."""
@@ -54,7 +64,8 @@ class Transformer(nn.Module):
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Tensor) -> Tensor:
         """Final hidden states [T, D], for callers that want the logits of some tokens only."""
-        x_TD = self.embed_tokens(ids_T)
+        carried = len(rows_NTD) > self.config.num_row_layers
+        x_TD, rows_NTD = (rows_NTD[0], rows_NTD[1:]) if carried else (self.x0(ids_T), rows_NTD)
         rope = rotary(positions_T, self.config.head_dim, self.config.rope_theta, x_TD.dtype)
         for layer, block in enumerate(self.layers):
             row_TD = rows_NTD[layer] if len(rows_NTD) else None

@@ -1,8 +1,8 @@
 """The identity card of a table and the layout of its records.
 
-A record is one token's row: a block per present layer, lowest layer first, then the 8-byte checksum. The checksum is
-XXH3-64 over the blocks, seeded with the table's version and the token's id: a record that is altered, torn, of
-another version or of another token does not pass.
+A record is one token's row: a block per present layer, lowest layer first, then the 8-byte checksum. Where the table
+carries X0, the token's embedding, its block stands before them. The checksum is XXH3-64 over the blocks, seeded with the
+table's version and the token's id: a record that is altered, torn, of another version or of another token does not pass.
 """
 
 import dataclasses
@@ -46,6 +46,7 @@ class Manifest:
     tokenizer_id: str
     shards: tuple[str, ...] = ()
     frequent: tuple[int, ...] = ()  # token ids, the most frequent in text first: what a cache is filled with; may be empty
+    x0: bool = False  # whether X0 stands in front of the layers: a worker then needs no input embedding
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -68,6 +69,7 @@ class Manifest:
             and list(self.layers) == sorted(set(self.layers)),
             f"layers must be ascending layer numbers, not {self.layers!r}",
         )
+        require(type(self.x0) is bool, f"x0 must be true or false, not {self.x0!r}")
         require(all(isinstance(d, str) and _DIGEST.fullmatch(d) for d in self.shards), "shards must be digests of 32 hex digits")
         require(
             len(self.frequent) <= MAX_FREQUENT
@@ -89,6 +91,11 @@ class Manifest:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def num_blocks(self) -> int:
+        """N of a row [N, D]: a block per layer, and one for X0 where it is there."""
+        return self.num_layers + self.x0
+
     @cached_property
     def codec_(self) -> Codec:
         return codec(self.codec)
@@ -96,7 +103,7 @@ class Manifest:
     @cached_property
     def record_dtype(self) -> np.dtype:
         block = self.codec_.block(self.hidden_size)
-        return np.dtype([("layers", block, (self.num_layers,)), ("checksum", "<u8")])
+        return np.dtype([("blocks", block, (self.num_blocks,)), ("checksum", "<u8")])
 
     @cached_property
     def record_bytes(self) -> int:
@@ -125,14 +132,14 @@ class Manifest:
     def encode(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Sealed records for float32 rows [T, N, D] of `ids`."""
         records = np.empty(len(ids), self.record_dtype)
-        records["layers"] = self.codec_.encode(rows)
+        records["blocks"] = self.codec_.encode(rows)
         data = records.view(np.uint8).reshape(len(ids), self.record_bytes)
         records["checksum"] = [xxhash.xxh3_64_intdigest(r[:-8], seed) for r, seed in zip(split(data), self.seeds(ids), strict=True)]
         return data
 
     def decode(self, records: np.ndarray) -> np.ndarray:
         """Rows [T, N, D] of records: a view of them for the float codecs, float32 values for the others."""
-        return self.codec_.decode(records.view(self.record_dtype)[..., 0]["layers"])
+        return self.codec_.decode(records.view(self.record_dtype)[..., 0]["blocks"])
 
     def verify(self, ids: np.ndarray, records: Iterable[Buffer]) -> None:
         """Corrupt, naming the first bad token, unless every record is intact, of this version and of its token."""
@@ -177,7 +184,7 @@ class Manifest:
             raise InvalidArgument(f"manifest: not JSON: {error}") from None
         names = {field.name for field in dataclasses.fields(cls)}
         if isinstance(data, dict):
-            data.setdefault("frequent", [])  # tables that were built before there was this list
+            data = {"frequent": [], "x0": False, **data}  # tables that were built before there were these
         if not isinstance(data, dict) or set(data) != names:
             odd = sorted(set(data) ^ names) if isinstance(data, dict) else "not an object"
             raise InvalidArgument(f"manifest: missing or unknown fields: {odd}")
@@ -199,9 +206,9 @@ def split(records: np.ndarray) -> Iterator[memoryview]:
     return (flat[at : at + size] for at in range(0, len(flat), size))
 
 
-def content_id(rows_id: str, codec_name: str, layers: Sequence[int]) -> str:
-    """The version of a table: 16 hex digits over what defines its rows, the codec and the layers present."""
-    return hashlib.sha256(f"{FORMAT} {rows_id} {codec_name} {list(layers)}".encode()).hexdigest()[:16]
+def content_id(rows_id: str, codec_name: str, layers: Sequence[int], x0: bool = False) -> str:
+    """The version of a table: 16 hex digits over what defines its rows, the codec and the blocks present."""
+    return hashlib.sha256(f"{FORMAT} {rows_id} {codec_name} {list(layers)}{' x0' * x0}".encode()).hexdigest()[:16]
 
 
 def digest(records: np.ndarray) -> str:

@@ -22,13 +22,13 @@ def decode(records_UB: Tensor, manifest: Manifest, index_T: Tensor | None = None
     The records' memory must be contiguous; it is not checked against their checksums.
     """
     count = len(records_UB if index_T is None else index_T)
-    layers, size = manifest.num_layers, manifest.hidden_size
-    rows_NTD = torch.empty(layers, count, size, device=records_UB.device)
-    step = max(1, _PIECE_VALUES.get(records_UB.device.type, _GPU_PIECE_VALUES) // (layers * size))
+    blocks, size = manifest.num_blocks, manifest.hidden_size
+    rows_NTD = torch.empty(blocks, count, size, device=records_UB.device)
+    step = max(1, _PIECE_VALUES.get(records_UB.device.type, _GPU_PIECE_VALUES) // (blocks * size))
     for start in range(0, count, step):
         part = slice(start, start + step)
         piece_TB = records_UB[part] if index_T is None else records_UB.index_select(0, index_T[part])
-        blocks_TNB = piece_TB[:, :-8].unflatten(1, (layers, -1))  # without the checksum
+        blocks_TNB = piece_TB[:, :-8].unflatten(1, (blocks, -1))  # without the checksum
         _INTO[manifest.codec](blocks_TNB, rows_NTD[:, part].transpose(0, 1))
     return rows_NTD
 

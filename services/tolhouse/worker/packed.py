@@ -80,13 +80,13 @@ class Embedding(nn.Module):
         return F.embedding(ids_T, self.weight).to(self.dtype)
 
 
-def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """The model without FFN-M, ready to run on `device` in `dtype`.
+def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, embedding: bool = True) -> Transformer:
+    """The model without FFN-M, ready to run on `device` in `dtype`; without an input embedding where rows carry X0.
 
     Weights are read from the mapped file one by one: none is in memory twice. A tied embedding is: packed as the head and,
     for the few rows that a step reads of it, in the file's mapping, which the kernel may drop.
     """
-    model = checkpoint.model(ffn_m=False, dtype=None)
+    model = checkpoint.model(ffn_m=False, embedding=False, dtype=None)
     for block in cast("Iterable[Block]", model.layers):
         attention = block.self_attn
         qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
@@ -94,13 +94,14 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Tr
         if block.mlp:
             _replace_linears(block.mlp, device, dtype)
     _replace(model, "lm_head", linear(model.lm_head.weight, device, dtype))
-    if not checkpoint.config.tie_word_embeddings:
-        weight = model.embed_tokens.weight.to(device, copy=True)
-    elif isinstance(model.lm_head, nn.Linear):
-        weight = model.lm_head.weight
-    else:
-        weight = checkpoint.embedding()
-    _replace(model, "embed_tokens", Embedding(weight, dtype))
+    if embedding:
+        if not checkpoint.config.tie_word_embeddings:
+            weight = checkpoint.embedding().to(device, copy=True)
+        elif isinstance(model.lm_head, nn.Linear):
+            weight = model.lm_head.weight
+        else:
+            weight = checkpoint.embedding()
+        _replace(model, "embed_tokens", Embedding(weight, dtype))
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.weight = nn.Parameter(module.weight.to(device, dtype, copy=True), requires_grad=False)

@@ -46,7 +46,7 @@ class WorkerService(GenerationServicer):
             "context_tokens": checkpoint.config.max_position_embeddings,
             "vocab_size": checkpoint.config.vocab_size,
             "eos_token_id": checkpoint.config.eos_token_id,
-            "weight_bytes": checkpoint.weight_bytes(dense=False),
+            "weight_bytes": checkpoint.weight_bytes(dense=False, embedding=not (manifest and manifest.x0)),
             "dense_weight_bytes": checkpoint.weight_bytes(dense=True),
         }
 
@@ -173,7 +173,8 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     pages = Pages(checkpoint.config, cache.num_blocks, device, dtype)
     if config.compile == "auto":
         pages.compile()
-    runner = Runner(load(checkpoint, device, dtype), pages, rows)
+    embedding = not (rows.manifest and rows.manifest.x0)
+    runner = Runner(load(checkpoint, device, dtype, embedding), pages, rows)
     engine = Engine(runner, rows, cache, config.max_running, config.max_waiting, config.max_step_tokens)
     service = WorkerService(engine, checkpoint, config.name or checkpoint.name)
     metrics = serve_metrics(config.metrics_listen)
