@@ -394,6 +394,44 @@ def test_a_stopped_lookup_service_costs_no_more_than_the_deadline(checkpoint: Pa
         assert 20 == len(list(client.generate(PROMPT, 20, ignore_eos=True)))
 
 
+@pytest.mark.parametrize("trouble", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("embedding", ["yes", "no"])
+def test_with_a_fallback_a_lost_lookup_service_changes_nothing(embedding: str, trouble: signal.Signals, tmp_path: Path) -> None:
+    """Killed or hung in the middle of a completion, its rows are computed in the worker, to the same tokens; once back, it is asked again."""
+    path, url, address = tiny_model(tmp_path / "untied", tie_word_embeddings=False), f"file://{tmp_path}/tables", f"127.0.0.1:{free_port()}"
+    build_table(path, url, shards=4, embedding=embedding)
+    expected = list(greedy(open_checkpoint(path).model(), PROMPT, 200, ignore_eos=True))
+    options = ("--fallback", "recompute", "--fetch-timeout-seconds", "1", "--row-cache-megabytes", "0")
+    with ExitStack() as stack:
+        lookup = stack.enter_context(process("lookup", "--store", url, "--listen", address, "--hot-megabytes", "0"))
+        worker = stack.enter_context(process("worker", str(path), "--lookup", address, *options, *FREE))
+        client = stack.enter_context(Client(worker.address))
+        tokens = client.generate(PROMPT, 200, ignore_eos=True)
+        begun = [next(tokens) for _ in range(5)]
+        lookup.popen.send_signal(trouble)
+        assert expected == begun + list(tokens)
+        assert expected == list(client.generate(PROMPT, 200, ignore_eos=True))
+        rows = client.describe_worker().rows
+        assert rows.from_remote > 0
+        assert rows.recomputed > 200
+        with urllib.request.urlopen(f"http://{worker.ready['metrics']}/metrics", timeout=10) as answer:
+            assert f'tolhouse_worker_rows_total{{source="recomputed"}} {float(rows.recomputed)}' in answer.read().decode()
+        if trouble == signal.SIGKILL:
+            lookup.popen.wait()
+            stack.enter_context(process("lookup", "--store", url, "--listen", address))
+        else:
+            lookup.popen.send_signal(signal.SIGCONT)
+        for _ in range(200):
+            before = client.describe_worker().rows
+            assert expected[:20] == list(client.generate(PROMPT, 20, ignore_eos=True))
+            after = client.describe_worker().rows
+            if (0, 24) == (after.recomputed - before.recomputed, after.from_remote - before.from_remote):
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError("the worker did not ask the service again")
+
+
 def test_a_corrupt_row_fails_only_who_asks_for_it(checkpoint: Path, redis_url: str) -> None:
     """Of a batch whose rows come together, the sequence with the altered row ends with DATA_LOSS and the others go on."""
     ref = build_table(checkpoint, redis_url, shards=4, name="corrupt")

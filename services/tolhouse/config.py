@@ -82,6 +82,9 @@ class WorkerConfig(Config):
     max_waiting: int = knob(256, "Most sequences in the queue; more are refused.", ge=1)
     max_step_tokens: int = knob(512, "Most tokens in one step; longer prompts are computed in several.", ge=1)
     fetch_timeout_seconds: float = knob(10, "Longest wait for the rows of a step.", gt=0)
+    fallback: Literal["none", "recompute"] = knob(
+        "none", "While the lookup service can't be reached: fail who misses a row, or compute it from the checkpoint's file."
+    )
     lookup_wait_seconds: float = knob(60, "Longest wait for the lookup service and the table at start.", ge=0)
     threads: int = knob(0, "Threads for tensor work; 0: one per core.", ge=0)
     device: str = knob("auto", "cpu, cuda, or auto: cuda if there is one.")

@@ -1,6 +1,7 @@
-"""Where a step's rows come from: the row cache, and the lookup service for the rest. One table version, fixed at start."""
+"""Where a step's rows come from: the row cache, then the lookup service or, while that is away, `recompute.py`. One table version, fixed at start."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,12 +9,14 @@ import torch
 from torch import Tensor
 
 from tolhouse.client.client import Client
-from tolhouse.errors import Mismatch, NotFound, TolhouseError, Unavailable
+from tolhouse.errors import DeadlineExceeded, Mismatch, NotFound, TolhouseError, Unavailable
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.table.rowcache import RowCache
 from tolhouse.table.spec import Manifest
 from tolhouse.telemetry import event
 from tolhouse.worker.decode import decode
+from tolhouse.worker.outage import Outage
+from tolhouse.worker.recompute import Recompute
 
 _FILL_BYTES = 16 << 20  # fetched at a time while the cache is filled
 
@@ -30,12 +33,22 @@ class Rows:
     """Belongs to the engine's thread; the counts may be read from any."""
 
     def __init__(
-        self, client: Client, manifest: Manifest, cache_bytes: int, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        client: Client,
+        manifest: Manifest,
+        cache_bytes: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        fallback: Recompute | None = None,
     ) -> None:
         self.client, self.manifest, self.device, self.dtype = client, manifest, device, dtype
+        self.fallback, self.outage = fallback, Outage(self._is_back)
         self.cache = RowCache.private(manifest, cache_bytes)
-        self.from_cache = self.from_remote = self.remote_bytes = 0
+        self.from_cache = self.from_remote = self.recomputed = self.remote_bytes = 0
         self.wait_seconds = 0.0
+
+    def close(self) -> None:
+        self.outage.close()
 
     def fill(self) -> None:
         """Fetch the frequent tokens' rows into the cache; without them it fills itself."""
@@ -43,7 +56,7 @@ class Rows:
         step = max(1, _FILL_BYTES // self.manifest.record_bytes)
         try:
             for start in range(0, len(frequent), step):
-                self._keep(frequent[start : start + step], main=True)
+                self._keep(frequent[start : start + step], self._fetch, main=True)
         except TolhouseError as error:
             event("row cache not filled", reason=str(error))
 
@@ -79,17 +92,17 @@ class Rows:
         if len(missing):
             self.cache.keep(cached)
             try:
-                slots[absent] = self._keep(missing)
+                slots[absent] = self._keep(missing, self._get)
             finally:
                 self.cache.unkeep(cached)
         self.from_cache += len(cached)
         return slots
 
-    def _keep(self, ids: np.ndarray, *, main: bool = False) -> np.ndarray:
-        """Fetch the records of `ids` into the cache, which has room for them; their slots."""
+    def _keep(self, ids: np.ndarray, get: Callable[[np.ndarray, np.ndarray, np.ndarray], None], *, main: bool = False) -> np.ndarray:
+        """`get` the records of `ids` into the cache, which has room for them; their slots."""
         slots = self.cache.reserve(ids, main=main)
         try:
-            self._fetch(ids, self.cache.slab, slots)
+            get(ids, self.cache.slab, slots)
         except BaseException:
             self.cache.release(slots)
             raise
@@ -97,25 +110,48 @@ class Rows:
         return slots
 
     def _passing(self, ids: np.ndarray) -> np.ndarray:
-        """Records of more tokens than the cache has slots: what is cached is used, the rest is fetched and not kept."""
+        """Records of more tokens than the cache has slots: what is cached is used, the rest is not kept."""
         records = np.empty((len(ids), self.manifest.record_bytes), np.uint8)
         slots = self.cache.slots(ids)
         cached = slots >= 0
         records[cached] = self.cache.slab[slots[cached]]
-        self._fetch(ids[~cached], records, np.flatnonzero(~cached))
+        self._get(ids[~cached], records, np.flatnonzero(~cached))
         self.from_cache += int(cached.sum())
         return records
 
-    def _fetch(self, ids: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+    def _get(self, ids: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+        """Fetch the records of `ids` into `places` of `out`; compute them if they can't be had and there is a fallback."""
         started = time.perf_counter()
+        try:
+            if self.fallback is None:
+                self._fetch(ids, out, places)
+            elif self.outage.on or not self._fetched(ids, out, places):
+                out[places] = self.fallback.records(ids)
+                self.recomputed += len(ids)
+        finally:
+            self.wait_seconds += time.perf_counter() - started
+
+    def _fetched(self, ids: np.ndarray, out: np.ndarray, places: np.ndarray) -> bool:
+        """Whether a fetch worked; if the lookup service could not be reached, an outage has begun."""
+        try:
+            self._fetch(ids, out, places)
+        except (Unavailable, DeadlineExceeded) as error:
+            self.outage.begin(error)
+            return False
+        self.outage.fetched()
+        return True
+
+    def _fetch(self, ids: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
         try:
             self.client.fetch_records(self.manifest, ids, out, places)
         except NotFound as error:  # it was there at start: its loss is no fault of the caller's
             raise Unavailable(str(error)) from None
-        finally:
-            self.wait_seconds += time.perf_counter() - started
         self.from_remote += len(ids)
         self.remote_bytes += len(ids) * self.manifest.record_bytes
+
+    def _is_back(self) -> bool:
+        """Whether the lookup service answers, and has the table."""
+        return self.manifest.ref in [manifest.ref for manifest, _ in self.client.tables()]
 
     def has(self, ids: np.ndarray) -> bool:
         """Whether all of `ids` are cached."""
@@ -163,7 +199,7 @@ def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
 class NoRows:
     """A base model's: its FFNs stand in their blocks."""
 
-    from_cache = from_remote = remote_bytes = 0
+    from_cache = from_remote = recomputed = remote_bytes = 0
     wait_seconds = 0.0
     manifest = None
 
@@ -177,6 +213,9 @@ class NoRows:
         return torch.empty(0, len(staged.index), self.hidden_size, device=self.device)
 
     def prefetch(self, ids: np.ndarray) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
     def has(self, ids: np.ndarray) -> bool:

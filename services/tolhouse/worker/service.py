@@ -25,6 +25,7 @@ from tolhouse.worker.attention import Pages, blocks_of
 from tolhouse.worker.engine import Engine
 from tolhouse.worker.kv_cache import KVCache
 from tolhouse.worker.packed import load
+from tolhouse.worker.recompute import Recompute
 from tolhouse.worker.rows import NoRows, Rows, check_table, wait_for_table
 from tolhouse.worker.runner import Runner
 from tolhouse.worker.sampler import Logprobs
@@ -61,7 +62,11 @@ class WorkerService(GenerationServicer):
     ) -> generation_pb2.DescribeWorkerReply:
         rows = self.engine.rows
         counts = generation_pb2.RowCounts(
-            from_cache=rows.from_cache, from_remote=rows.from_remote, remote_bytes=rows.remote_bytes, wait_seconds=rows.wait_seconds
+            from_cache=rows.from_cache,
+            from_remote=rows.from_remote,
+            recomputed=rows.recomputed,
+            remote_bytes=rows.remote_bytes,
+            wait_seconds=rows.wait_seconds,
         )
         return generation_pb2.DescribeWorkerReply(**self.identity, running=self.engine.running, waiting=self.engine.waiting, rows=counts)
 
@@ -147,6 +152,7 @@ class EngineMetrics(Collector):
         by_source = CounterMetricFamily("tolhouse_worker_rows", "Rows that steps asked for, by source", labels=["source"])
         by_source.add_metric(["cache"], rows.from_cache)
         by_source.add_metric(["remote"], rows.from_remote)
+        by_source.add_metric(["recomputed"], rows.recomputed)
         yield by_source
         yield CounterMetricFamily("tolhouse_worker_row_bytes", "Bytes of rows fetched", rows.remote_bytes)
         yield CounterMetricFamily("tolhouse_worker_row_wait_seconds", "Time that steps waited for rows", rows.wait_seconds)
@@ -168,7 +174,8 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
         table = config.table or checkpoint.name
         manifest = await asyncio.to_thread(wait_for_table, client, table, config.lookup_wait_seconds)
         check_table(manifest, checkpoint)
-        rows = Rows(client, manifest, int(config.row_cache_megabytes * 1e6), device, dtype)
+        fallback = Recompute(checkpoint, manifest) if config.fallback == "recompute" else None
+        rows = Rows(client, manifest, int(config.row_cache_megabytes * 1e6), device, dtype, fallback)
         rows.fill()
     pages = Pages(checkpoint.config, cache.num_blocks, device, dtype)
     if config.compile == "auto":
@@ -193,6 +200,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
         )
     finally:
         engine.stop()
+        rows.close()
         client.close()
 
 

@@ -1,0 +1,90 @@
+"""Rows computed in the worker: the table's own bytes, from weights that stay in their file."""
+
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tolhouse import Client
+from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
+from tolhouse.store import open_store
+from tolhouse.table.codecs import CODECS
+from tolhouse.testing import build_table, free_port, process, tiny_model
+from tolhouse.worker.recompute import Recompute
+from tolhouse.worker.rows import Rows
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("embedding", "dtype"), [("yes", "bfloat16"), ("no", "bfloat16"), ("yes", "float32"), ("no", "float16")])
+def test_records_are_the_table_s(codec: str, embedding: str, dtype: str, tmp_path: Path) -> None:
+    """Whatever the codec, with X0 or without, however weights are stored, and in whatever order tokens come: the builder's bytes."""
+    path, url = tiny_model(tmp_path / "m", tie_word_embeddings=False), f"file://{tmp_path}"
+    stored = load_file(path / WEIGHTS)
+    save_file({name: tensor.to(getattr(torch, dtype)) for name, tensor in stored.items()}, path / WEIGHTS)
+    ref = build_table(path, url, codec=codec, shards=3, embedding=embedding)
+    with closing(open_store(url)) as store:
+        manifest = store.manifest(ref)
+        recompute = Recompute(open_checkpoint(path), manifest)
+        random = np.random.default_rng(0)
+        for count in (1, 2, 127, 200):
+            ids = random.permutation(manifest.vocab_size)[:count].astype(np.uint32)
+            expected = np.empty((count, manifest.record_bytes), np.uint8)
+            store.read(manifest, ids, expected)
+            assert expected.tobytes() == recompute.records(ids).tobytes()
+
+
+def test_weights_stay_in_the_mapped_file(checkpoint: Path, tmp_path: Path) -> None:
+    """Before and after rows are computed, every weight lies in the file's mapping, as it is stored."""
+    ref = build_table(checkpoint, f"file://{tmp_path}")
+    with closing(open_store(f"file://{tmp_path}")) as store:
+        recompute = Recompute(open_checkpoint(checkpoint), store.manifest(ref))
+    weights = [*recompute.model.parameters(), recompute.model.embed_tokens.weight]
+    for _ in range(2):
+        mapped = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(f"/{WEIGHTS}")]
+        places = [range(int(first, 16), int(last, 16)) for first, last in mapped]
+        assert {torch.bfloat16} == {weight.dtype for weight in weights}
+        assert all(any(weight.data_ptr() in place for place in places) for weight in weights)
+        recompute.records(np.arange(5, dtype=np.uint32))
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if what():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it never came")
+
+
+def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_path: Path) -> None:
+    """A service that is killed, and one that came back without the table, are both away; all the while rows are the same bits."""
+    whole, empty, address = f"file://{tmp_path}/whole", f"file://{tmp_path}/empty", f"127.0.0.1:{free_port()}"
+    ref = build_table(checkpoint, whole)
+    listen = ("--listen", address)
+    with ExitStack() as stack:
+        lookup = stack.enter_context(process("lookup", "--store", whole, *listen))
+        client = stack.enter_context(Client(address, timeout_seconds=2))
+        manifest = client.describe(ref)
+        rows = Rows(client, manifest, 0, torch.device("cpu"), fallback=Recompute(open_checkpoint(checkpoint), manifest))
+        stack.callback(rows.close)
+        ids = np.array([5, 200, 5, 17], np.uint32)
+        expected = rows.resolve(ids)
+        assert (3, 0, False) == (rows.from_remote, rows.recomputed, rows.outage.on)
+        lookup.popen.send_signal(signal.SIGKILL)
+        lookup.popen.wait()
+        assert torch.equal(expected, rows.resolve(ids))
+        assert (3, 3, True) == (rows.from_remote, rows.recomputed, rows.outage.on)
+        with process("lookup", "--store", empty, *listen):
+            with Client(address) as other:
+                assert [] == other.tables()
+            wait_for(lambda: rows.outage._pause_seconds > 2)  # it has been asked, too
+            assert torch.equal(expected, rows.resolve(ids))
+            assert (3, 6, True) == (rows.from_remote, rows.recomputed, rows.outage.on)
+        stack.enter_context(process("lookup", "--store", whole, *listen))
+        wait_for(lambda: not rows.outage.on)
+        assert torch.equal(expected, rows.resolve(ids))
+        assert (6, 6, False) == (rows.from_remote, rows.recomputed, rows.outage.on)
