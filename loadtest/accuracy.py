@@ -1,8 +1,9 @@
-"""What codecs cost in held-out loss: `python -m loadtest.accuracy [--quick] [--orders N] [CHECKPOINT …]`.
+"""What codecs cost in held-out loss: `python -m loadtest.accuracy [--quick] [--x0] [--orders N] [CHECKPOINT …]`.
 
 Each checkpoint reads the held-out text of the corpus it was trained on, in windows one after the other, with the rows that
-each codec gives back. The differences from fp32 are told with their standard error over the windows. With --orders, it is
-int4 in groups of several sizes instead, over N random orders of the columns: one order's rounding is a matter of luck.
+each codec gives back; with --x0, rows carry X0, which is coded like the rest. The differences from fp32 are told with their
+standard error over the windows. With --orders, it is int4 in groups of several sizes instead, over N random orders of the
+columns: one order's rounding is a matter of luck.
 """
 
 import argparse
@@ -55,11 +56,11 @@ def back(name: str, rows: np.ndarray, order: np.ndarray | None = None) -> np.nda
     return back(name, np.ascontiguousarray(rows[..., order]))[..., np.argsort(order)]
 
 
-def measure(path: Path, most: int, orders: int) -> dict[str, float]:
+def measure(path: Path, most: int, orders: int, x0: bool) -> dict[str, float]:
     checkpoint = open_checkpoint(path)
     model, ids_WS = checkpoint.model(), windows(checkpoint, most)
     with torch.inference_mode():
-        rows = np.ascontiguousarray(model.rows(torch.arange(checkpoint.config.vocab_size)).numpy().swapaxes(0, 1))
+        rows = np.ascontiguousarray(model.rows(torch.arange(checkpoint.config.vocab_size), x0).numpy().swapaxes(0, 1))
     exact = losses(model, ids_WS, rows)
     print(f"{path.name}: {len(ids_WS)} windows of {WINDOW}, fp32 {exact.mean():.4f} nats, perplexity {math.exp(exact.mean()):.3f}")
     found = {}
@@ -86,10 +87,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="*", type=Path, default=[Path("models/demo-memory"), Path("models/demo-flex")])
     parser.add_argument("--quick", action="store_true", help="fewer windows")
+    parser.add_argument("--x0", action="store_true", help="rows carry X0")
     parser.add_argument("--orders", type=int, default=0, help="orders of the columns to try int4's groups with")
     given = parser.parse_args()
     most = 32 if given.quick else 10_000
-    print(json.dumps({path.name: measure(path, most, given.orders) for path in given.checkpoint}))
+    print(json.dumps({path.name: measure(path, most, given.orders, given.x0) for path in given.checkpoint}))
 
 
 if __name__ == "__main__":
