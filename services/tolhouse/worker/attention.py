@@ -5,6 +5,7 @@ lie token by token and values dimension by dimension: so both products of attent
 """
 
 import math
+import mmap
 
 import numpy as np
 import torch
@@ -38,9 +39,9 @@ def blocks_of(config: ModelConfig, capacity_bytes: int, dtype: torch.dtype) -> i
 class Pages:
     def __init__(self, config: ModelConfig, num_blocks: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (config.num_hidden_layers, num_blocks, config.num_attention_heads)
-        # zeros, as what is masked must be numbers all the same; on a CPU memory is taken when written
-        self.keys = torch.zeros(*shape, BLOCK_TOKENS, config.head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(*shape, config.head_dim, BLOCK_TOKENS, dtype=dtype, device=device)
+        # zeros, as what is masked must be numbers all the same
+        self.keys = _zeros((*shape, BLOCK_TOKENS, config.head_dim), device, dtype)
+        self.values = _zeros((*shape, config.head_dim, BLOCK_TOKENS), device, dtype)
         self.device = device
         self.decode, self.compiled = decode, False
 
@@ -60,6 +61,13 @@ class Pages:
             log.warning("attention is not compiled and slower for it (a C++ compiler such as g++ is needed): %s", reason)
             return
         self.decode, self.compiled = compiled, True
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On a CPU in fresh memory of the system's, which takes no room before it is written."""
+    if device.type == "cpu":
+        return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class StepView:

@@ -17,7 +17,7 @@ from tolhouse.config import WorkerConfig
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import check_prompt
-from tolhouse.rpc import serve, stream
+from tolhouse.rpc import return_freed_blocks, serve, stream
 from tolhouse.telemetry import event, serve_metrics
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationServicer, add_GenerationServicer_to_server
@@ -182,6 +182,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
         pages.compile()
     embedding = not (rows.manifest and rows.manifest.x0)
     runner = Runner(load(checkpoint, device, dtype, embedding), pages, rows)
+    return_freed_blocks()  # what packing took
     engine = Engine(runner, rows, cache, config.max_running, config.max_waiting, config.max_step_tokens)
     service = WorkerService(engine, checkpoint, config.name or checkpoint.name)
     metrics = serve_metrics(config.metrics_listen)
