@@ -11,9 +11,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +29,10 @@ from tolhouse.worker.kv_cache import BLOCK_TOKENS, KVCache
 from tolhouse.worker.packed import load
 from tolhouse.worker.rows import NoRows, Rows
 from tolhouse.worker.runner import Runner
-from tolhouse.worker.sampling import Sampling
-from tolhouse.worker.sequence import Sequence
 
 from loadtest.memory import memory_ratio
 from loadtest.models import random_weights
+from loadtest.replay import Contender
 from loadtest.tables import alike
 from loadtest.tables import load as load_table
 from loadtest.text import trace
@@ -45,40 +43,18 @@ PROMPT, ANSWER = 64, 64  # tokens
 SLICE = 8  # steps of one contender before the next has its turn
 
 
-class Replayed(Sequence):
-    """Its next tokens are those of a text, whatever is sampled."""
+class Measured(Contender):
+    """One whose rates are kept, and who knows how many bytes of weights each token reads."""
 
-    def follow(self, text: list[int]) -> "Replayed":
-        self.text = iter(text)
-        return self
-
-    def take(self, token_id: int) -> str:
-        return super().take(next(self.text))
-
-
-@dataclass
-class Contender:
-    name: str
-    engine: Engine
-    weight_bytes: int  # of the matrices that each token reads
-    rates: dict[str, list[float]] = field(default_factory=dict)
-
-    def start(self, prompts: list[list[int]], answers: list[list[int]]) -> None:
-        for prompt, answer in zip(prompts, answers, strict=True):
-            sequence = Replayed(len(prompt), list(prompt), Sampling(len(answer)), lambda _: None)
-            self.engine.add(sequence.follow(answer))
-        self.engine.read_mail()
-
-    def run(self, until: Callable[[], bool]) -> tuple[int, float]:
-        """Step until something holds: tokens and seconds."""
-        before, started = self.engine.tokens, time.perf_counter()
-        while not until():
-            self.engine.step()
-        return self.engine.tokens - before, time.perf_counter() - started
+    def __init__(self, name: str, engine: Engine, weight_bytes: int) -> None:
+        super().__init__(name, engine)
+        self.weight_bytes = weight_bytes
+        self.rates: dict[int, list[float]] = {}  # tokens per second, by concurrency
+        self.outside: dict[int, float] = {}  # share of a step that is not the model's forward
 
 
 @contextmanager
-def contenders(name: str, folder: Path, frequent: tuple[int, ...]) -> Iterator[list[Contender]]:
+def contenders(name: str, folder: Path, frequent: tuple[int, ...]) -> Iterator[list[Measured]]:
     """Base, MemoryLLM with remote rows, MemoryLLM with resident rows, over a lookup service with a table of its own."""
     shapes = [preset(name, kind, vocab_size=VOCABULARY, max_position_embeddings=8192) for kind in ("base", "memory")]
     manifest = alike(shapes[1], "int8", frequent)
@@ -103,7 +79,7 @@ def contenders(name: str, folder: Path, frequent: tuple[int, ...]) -> Iterator[l
             pages.compile()
             model = load(Checkpoint(random_weights(folder / shape.kind, shape), shape), CPU, torch.float32)
             engine = Engine(Runner(model, pages, rows), rows, cache, 64, 1000, 512)
-            found.append(Contender(title, engine, read_bytes(shape)))
+            found.append(Measured(title, engine, read_bytes(shape)))
         yield found
 
 
@@ -114,45 +90,42 @@ def read_bytes(shape: ModelConfig) -> int:
     return 2 * (shape.num_hidden_layers * (attention + ffn) + shape.vocab_size * shape.hidden_size)
 
 
-def decoding(found: list[Contender], ids: np.ndarray, concurrency: int, rounds: int) -> dict[str, float]:
+def decoding(found: list[Measured], ids: np.ndarray, concurrency: int, rounds: int) -> dict[str, float]:
     """Tokens per second of each, by slices in turn; a ratio is the median over slices that ran one after the other."""
-    rates: dict[str, list[float]] = {one.name: [] for one in found}
-    outside = [(one.engine.step_seconds, one.engine.forward_seconds) for one in found]
     length = PROMPT + ANSWER
+    seconds = np.zeros((len(found), 2))
+    for one in found:
+        one.rates[concurrency] = []
     for number in range(rounds):
         at = (np.arange(concurrency) + number * concurrency) * length * 3 % (len(ids) - length)
         texts = [ids[start : start + length].tolist() for start in at]
         for one in found:
             one.start([text[:PROMPT] for text in texts], [text[PROMPT:] for text in texts])
-            one.run(lambda one=one: not one.engine.scheduler.waiting and all(s.computed >= PROMPT for s in one.engine.scheduler.running))
-        outside = [(one.engine.step_seconds, one.engine.forward_seconds) for one in found] if not number else outside
+            one.until_decoding()
+        before = np.array([(one.engine.step_seconds, one.engine.forward_seconds) for one in found])
         while found[0].engine.running:
             for one in found:
-                last = one.engine.steps + SLICE
-                tokens, seconds = one.run(lambda one=one, last=last: one.engine.steps >= last or not one.engine.running)
-                rates[one.name].append(tokens / seconds)
-    for one, (step, forward) in zip(found, outside, strict=True):
-        one.rates[f"c{concurrency}"] = rates[one.name]
-        share = 1 - (one.engine.forward_seconds - forward) / (one.engine.step_seconds - step)
-        print(
-            f"  {concurrency:3} sequences  {one.name:18} {statistics.median(rates[one.name]):8.1f} tokens/s   outside the forward {share:.1%}"
-        )
-        one.rates[f"outside{concurrency}"] = [share]
-    base, remote, resident = (np.array(r) for r in rates.values())
+                one.rates[concurrency].append(one.rate(SLICE))
+        seconds += np.array([(one.engine.step_seconds, one.engine.forward_seconds) for one in found]) - before
+    for one, (step, forward) in zip(found, seconds, strict=True):
+        one.outside[concurrency] = 1 - forward / step
+        rate = statistics.median(one.rates[concurrency])
+        print(f"  {concurrency:3} sequences  {one.name:18} {rate:8.1f} tokens/s   outside the forward {one.outside[concurrency]:.1%}")
+    base, remote, resident = (np.array(one.rates[concurrency]) for one in found)
     return {
         f"speedup_c{concurrency}": float(np.median(remote / base)),
         f"remote_vs_resident_c{concurrency}": float(np.median(remote / resident)),
     }
 
 
-def prefilling(found: list[Contender], ids: np.ndarray, length: int, rounds: int) -> float:
+def prefilling(found: list[Measured], ids: np.ndarray, length: int, rounds: int) -> float:
     """How fast a prompt of so many tokens is with remote rows against resident ones: median over prompts in turn."""
     times: dict[str, list[float]] = {one.name: [] for one in found[1:]}
     for number in range(rounds):
         start = (number * 7919 + 137 * length) % (len(ids) - length)
         for one in found[1:]:
             one.start([ids[start : start + length].tolist()], [[0]])
-            times[one.name].append(one.run(lambda one=one: not one.engine.running and not one.engine.scheduler.waiting)[1])
+            times[one.name].append(one.until_done())
     for name, values in times.items():
         print(f"  prompt of {length:4}  {name:18} {length / statistics.median(values):8.0f} tokens/s")
     remote, resident = (np.array(t) for t in times.values())
@@ -188,12 +161,10 @@ def main() -> None:
             result["remote_prefill_vs_resident"] = min(prompts.values())
             remote = found[1]
             bandwidth = memory_bandwidth()
-            result["bandwidth_fraction"] = statistics.median(remote.rates["c1"]) * remote.weight_bytes / bandwidth
-            result["host_overhead"] = remote.rates["outside8"][0]
+            result["bandwidth_fraction"] = statistics.median(remote.rates[1]) * remote.weight_bytes / bandwidth
+            result["host_overhead"] = remote.outside[8]
             print(f"  memory is read at {bandwidth / 1e9:.1f} GB/s; a token reads {remote.weight_bytes / 1e6:.0f} MB of weights")
-            tokens = {
-                f"tokens_per_s_{one.name.split()[0]}_c{c}": statistics.median(one.rates[f"c{c}"]) for one in found for c in (1, 8, 32)
-            }
+            tokens = {f"tokens_per_s_{one.name.split()[0]}_c{c}": statistics.median(one.rates[c]) for one in found for c in (1, 8, 32)}
     shape = "250m" if options.quick else "1b"
     result |= {f"memory_ratio_{'tied' if tied else 'untied'}": memory_ratio(shape, tied=tied) for tied in (True, False)}
     print(json.dumps({k: round(v, 3) for k, v in {**result, **tokens}.items()}))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,8 +47,11 @@ class Rows:
         self.cache = RowCache.private(manifest, cache_bytes)
         self.from_cache = self.from_remote = self.recomputed = self.remote_bytes = 0
         self.wait_seconds = 0.0
+        self._background = ThreadPoolExecutor(1, "rows")
+        self._coming: tuple[np.ndarray, np.ndarray, Future[None]] | None = None  # ids, their slots, and whether they are there
 
     def close(self) -> None:
+        self._background.shutdown()
         self.outage.close()
 
     def fill(self) -> None:
@@ -80,10 +84,34 @@ class Rows:
         return decode(staged.records, self.manifest, staged.index).to(self.dtype)
 
     def prefetch(self, ids: np.ndarray) -> None:
-        """Not yet."""
+        """Begin to fetch what the cache lacks of `ids`, as far as half of it goes. What was staged before is no longer safe."""
+        if self._coming or self.outage.on:
+            return
+        ids = np.unique(ids)
+        ids = ids[self.cache.slot_of[ids] < 0][: self.cache.capacity // 2]
+        if len(ids):
+            slots = self.cache.reserve(ids)
+            fetched = self._background.submit(self._fetch, ids, self.cache.slab, slots)
+            self._coming = ids, slots, fetched
+
+    def _arrive(self) -> None:
+        """Wait for what `prefetch` began. A failure is nobody's yet: whoever needs those rows asks again."""
+        if self._coming:
+            ids, slots, fetched = self._coming
+            self._coming = None
+            started = time.perf_counter()
+            try:
+                fetched.result()
+            except TolhouseError:
+                self.cache.release(slots)
+            else:
+                self.cache.settle(ids, slots)
+            self.wait_seconds += time.perf_counter() - started
 
     def bring(self, ids: np.ndarray) -> np.ndarray | None:
         """Slots of the cache in which the records of distinct `ids` lie until the next call; None if it has fewer slots."""
+        if self._coming and (self._coming[2].done() or not self.has(ids)):
+            self._arrive()  # one fetch at a time, and all slots are then to be had
         if len(ids) > self.cache.capacity:
             return None
         slots = self.cache.slots(ids)

@@ -1,0 +1,130 @@
+"""What rows cost a worker with an accelerator's pace: `python -m loadtest.pace [--quick]`.
+
+The engine's own scheduler, row cache (a tenth of the table), client and a lookup service, under a forward that is a wait of so many milliseconds:
+a stand-in for a GPU, which leaves the cores free. Rows have the 1b preset's shape in int8, token ids are replayed from real text, 64
+sequences run at once. Tokens per second against the same engine without any rows, in turn. Prints a table and, last, one line of JSON.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from tolhouse import Client, Manifest
+from tolhouse.model.config import preset
+from tolhouse.store import open_store, publish
+from tolhouse.testing import process
+from tolhouse.worker.engine import Engine
+from tolhouse.worker.kv_cache import KVCache
+from tolhouse.worker.rows import NoRows, Rows, Staged
+from tolhouse.worker.scheduler import Chunk
+from torch import Tensor
+
+from loadtest.replay import Contender
+from loadtest.tables import alike, load
+from loadtest.text import trace
+
+CPU = torch.device("cpu")
+VOCABULARY, SEQUENCES, PROMPT, ANSWER = 32_768, 64, 32, 160
+SLICE = 40  # steps of one contender before the other has its turn
+PREFILL_TOKENS, PREFILL_RATE = 4096, 50_000
+
+
+class Paced:
+    """A runner whose forward of a step takes so many seconds and no work."""
+
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        self.seconds, self.until = seconds, 0.0
+
+    def __call__(self, step: list[Chunk], staged: Staged) -> Tensor:
+        self.wait()
+        tokens = sum(chunk.last - chunk.first for chunk in step)
+        self.until = time.perf_counter() + self.seconds(tokens)
+        return torch.zeros(tokens, 1)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        self.wait()
+        return hidden_TD
+
+    def wait(self) -> None:
+        left = self.until - time.perf_counter()
+        if left > 0:
+            time.sleep(left)
+
+
+def engine(rows: Rows | NoRows, seconds: Callable[[int], float]) -> Engine:
+    return Engine(Paced(seconds), rows, KVCache(8192), SEQUENCES, 1000, 512)  # type: ignore[arg-type]
+
+
+def paced(client: Client, manifest: Manifest, ids: np.ndarray, milliseconds: float, rounds: int) -> float:
+    """Tokens per second with rows over those without: median over slices in turn."""
+    rows = Rows(client, manifest, manifest.table_bytes // 10, CPU)
+    rows.fill()
+    found = [Contender(name, engine(r, lambda _: milliseconds / 1e3)) for name, r in (("no rows", NoRows(1, CPU)), ("remote rows", rows))]
+    rates: list[list[float]] = [[], []]
+    length = PROMPT + ANSWER
+    for number in range(rounds):
+        at = (np.arange(SEQUENCES) + number * SEQUENCES) * length % (len(ids) - length)
+        texts = [ids[start : start + length].tolist() for start in at]
+        for one in found:
+            one.start([text[:PROMPT] for text in texts], [text[PROMPT:] for text in texts])
+            one.until_decoding()
+        while found[0].engine.running:
+            for one, mine in zip(found, rates, strict=True):
+                mine.append(one.rate(SLICE))
+    share = rows.from_cache / (rows.from_cache + rows.from_remote)
+    print(f"  forward of {milliseconds:g} ms: no rows {statistics.median(rates[0]):7.0f} tokens/s, remote {statistics.median(rates[1]):7.0f}; "
+          f"{share:.1%} of a step's distinct rows cached, {rows.wait_seconds / found[1].engine.steps * 1e3:.2f} ms a step waited")  # fmt: skip
+    rows.close()
+    return float(np.median(np.array(rates[1]) / np.array(rates[0])))
+
+
+def paced_prefill(client: Client, manifest: Manifest, ids: np.ndarray, rounds: int) -> float:
+    """The same for one long prompt, nothing of it cached."""
+    times: list[list[float]] = [[], []]
+    for number in range(rounds):
+        prompt = ids[number * PREFILL_TOKENS : (number + 1) * PREFILL_TOKENS].tolist()
+        for mine, r in zip(times, (NoRows(1, CPU), Rows(client, manifest, manifest.table_bytes // 10, CPU)), strict=True):
+            one = Contender("", engine(r, lambda tokens: tokens / PREFILL_RATE))
+            one.start([prompt], [[0]])
+            mine.append(one.until_done())
+            if isinstance(r, Rows):
+                r.close()
+    bare, remote = (statistics.median(t) for t in times)
+    print(f"  cold prompt of {PREFILL_TOKENS} at {PREFILL_RATE} tokens/s: no rows {bare * 1e3:.0f} ms, remote {remote * 1e3:.0f} ms")
+    return float(np.median(np.array(times[0]) / np.array(times[1])))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: within 90 seconds")
+    parser.add_argument("--hot-megabytes", type=float, default=1000, help="the lookup service's memory for hot rows (default 1000)")
+    options = parser.parse_args()
+    source, ids, frequent = trace(VOCABULARY)
+    manifest = alike(preset("1b", "memory", vocab_size=VOCABULARY), "int8", frequent)
+    print(f"{source}, {SEQUENCES} sequences, rows of {manifest.record_bytes} bytes, table of {manifest.table_bytes / 1e9:.1f} GB, "
+          f"of which the worker keeps a tenth and the service {options.hot_megabytes:g} MB")  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="tolhouse-pace-") as folder, ExitStack() as stack, torch.inference_mode():
+        url = f"file://{Path(folder)}"
+        with closing(open_store(url)) as store:
+            load(store, manifest)
+            publish(store, manifest.ref)
+        service = ("lookup", "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", str(options.hot_megabytes))
+        lookup = stack.enter_context(process(*service))
+        while "hot rows filled" not in lookup.log.read_text():
+            time.sleep(0.05)
+        client = stack.enter_context(Client(lookup.address))
+        rounds = 1 if options.quick else 4
+        result = {f"paced_{x}ms": paced(client, manifest, ids, x, rounds) for x in (10, 3)}
+        result["paced_prefill"] = paced_prefill(client, manifest, ids, 3 * rounds)
+    print(json.dumps({k: round(v, 3) for k, v in result.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""An engine under sequences whose tokens are those of a text, whatever is sampled, stepped by the benchmark itself."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tolhouse.worker.engine import Engine
+from tolhouse.worker.sampling import Sampling
+from tolhouse.worker.sequence import Sequence
+
+
+class Replayed(Sequence):
+    def follow(self, text: list[int]) -> "Replayed":
+        self.text = iter(text)
+        return self
+
+    def take(self, token_id: int) -> str:
+        return super().take(next(self.text))
+
+
+@dataclass
+class Contender:
+    name: str
+    engine: Engine
+
+    def start(self, prompts: list[list[int]], answers: list[list[int]]) -> None:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            sequence = Replayed(len(prompt), list(prompt), Sampling(len(answer)), lambda _: None)
+            self.engine.add(sequence.follow(answer))
+        self.engine.read_mail()
+
+    def until_decoding(self) -> None:
+        """Step until every prompt is computed."""
+        scheduler = self.engine.scheduler
+        self._run(lambda: not scheduler.waiting and all(s.computed >= s.prompt_tokens for s in scheduler.running))
+
+    def until_done(self) -> float:
+        """Step until nothing is left to do; seconds."""
+        return self._run(lambda: not self.engine.running and not self.engine.scheduler.waiting)
+
+    def rate(self, steps: int) -> float:
+        """Tokens per second over so many steps, or fewer where sequences end before."""
+        tokens, last = self.engine.tokens, self.engine.steps + steps
+        seconds = self._run(lambda: self.engine.steps >= last or not self.engine.running)
+        return (self.engine.tokens - tokens) / seconds
+
+    def _run(self, until: Callable[[], bool]) -> float:
+        started = time.perf_counter()
+        while not until():
+            self.engine.step()
+        return time.perf_counter() - started
