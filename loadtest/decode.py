@@ -24,6 +24,7 @@ from tolhouse.rpc import keep_large_blocks
 from tolhouse.store import open_store, publish
 from tolhouse.testing import process
 from tolhouse.worker.attention import Pages
+from tolhouse.worker.compiled import Compiled
 from tolhouse.worker.engine import Engine
 from tolhouse.worker.kv_cache import BLOCK_TOKENS, KVCache
 from tolhouse.worker.packed import load
@@ -76,8 +77,11 @@ def contenders(name: str, folder: Path, frequent: tuple[int, ...]) -> Iterator[l
                         rows.stage(part)
             cache = KVCache(max(64 * (PROMPT + ANSWER), 2 * 4352) // BLOCK_TOKENS)
             pages = Pages(shape, cache.num_blocks, CPU, torch.float32)
-            pages.compile()
             model = load(Checkpoint(random_weights(folder / shape.kind, shape), shape), CPU, torch.float32)
+            compiled = Compiled(shape, torch.float32, folder / "compiled")
+            compiled.start()
+            assert compiled.wait()
+            compiled.attach(model)
             engine = Engine(Runner(model, pages, rows), rows, cache, 64, 1000, 512)
             found.append(Measured(title, engine, read_bytes(shape)))
         yield found

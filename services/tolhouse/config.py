@@ -89,7 +89,8 @@ class WorkerConfig(Config):
     threads: int = knob(0, "Threads for tensor work; 0: one per core.", ge=0)
     device: str = knob("auto", "cpu, cuda, or auto: cuda if there is one.")
     dtype: Literal["auto", "float32", "bfloat16"] = knob("auto", "Precision of the forward; auto: float32 on a CPU, bfloat16 on a GPU.")
-    compile: Literal["auto", "never"] = knob("auto", "Compile attention at start; auto: where there is a compiler.")
+    compile: Literal["auto", "never"] = knob("auto", "Compile decoding while the worker starts; auto: on a CPU, where there is a compiler.")
+    compile_cache: str = knob("~/.cache/tolhouse", "Folder that keeps what was compiled, for the next start.")
     drain_seconds: float = knob(30, "Time for sequences in flight to end after SIGTERM.", ge=0)
 
 

@@ -174,7 +174,8 @@ def rotary(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype)
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """x [..., E] with its halves (a, b) turned into (a cos - b sin, b cos + a sin)."""
     cos, sin = rope
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    half = x.shape[-1] // 2
+    return torch.addcmul(x * cos, torch.cat((x[..., half:], x[..., :half]), -1), sin)
 
 
 def active_parameters(model: nn.Module) -> int:

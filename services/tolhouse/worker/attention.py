@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.config import ModelConfig
-from tolhouse.telemetry import log
 from tolhouse.worker.kv_cache import BLOCK_TOKENS
 from tolhouse.worker.scheduler import Chunk
 
@@ -43,24 +42,6 @@ class Pages:
         self.keys = _zeros((*shape, BLOCK_TOKENS, config.head_dim), device, dtype)
         self.values = _zeros((*shape, config.head_dim, BLOCK_TOKENS), device, dtype)
         self.device = device
-        self.decode, self.compiled = decode, False
-
-    def compile(self) -> None:
-        """Compile `decode`, which reads memory once then instead of thrice; without a compiler, say so and go on as it is."""
-        compiled = torch.compile(decode, dynamic=True, fullgraph=True)
-        heads, size = self.keys.shape[2], self.keys.shape[4]
-        try:
-            with torch.inference_mode():
-                for sequences in (3, 1):  # one is a case of its own to the compiler
-                    q_BHE = torch.zeros(sequences, 2, heads, size, dtype=self.keys.dtype, device=self.device)[:, 0]  # beside k, as it comes
-                    tables_BC = torch.zeros(sequences, _FEWEST_BLOCKS, dtype=torch.int64, device=self.device)
-                    lengths_B = torch.ones(sequences, dtype=torch.int64, device=self.device)
-                    compiled(q_BHE, self.keys[0], self.values[0], tables_BC, lengths_B)
-        except Exception as error:  # noqa: BLE001 - whatever a compiler may lack
-            reason = str(error).strip().partition("\n")[0]
-            log.warning("attention is not compiled and slower for it (a C++ compiler such as g++ is needed): %s", reason)
-            return
-        self.decode, self.compiled = compiled, True
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -97,15 +78,19 @@ class StepView:
             view.chunks.append((chunk.last - chunk.first, chunk.first, past))
         return view
 
+    def layer(self, number: int) -> tuple[Tensor, ...]:
+        """What `write_and_decode` wants of a layer."""
+        return self.pages.keys[number], self.pages.values[number], self.blocks_T, self.offsets_T, self.tables_BC, self.lengths_B
+
     def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
+        if not self.chunks:
+            return write_and_decode(q_THE, k_THE, v_THE, *self.layer(layer))
         keys, values = self.pages.keys[layer], self.pages.values[layer]
         keys[self.blocks_T, :, self.offsets_T] = k_THE
         values[self.blocks_T, :, :, self.offsets_T] = v_THE
-        if not self.chunks:
-            return self.pages.decode(q_THE, keys, values, self.tables_BC, self.lengths_B)
         outs, start = [], self.decoding
         if start:
-            outs.append(self.pages.decode(q_THE[:start], keys, values, self.tables_BC, self.lengths_B))
+            outs.append(decode(q_THE[:start], keys, values, self.tables_BC, self.lengths_B))
         for count, first, past in self.chunks:
             part = slice(start, start + count)
             if past is None:
@@ -125,6 +110,25 @@ def _chunk(q_HTE: Tensor, k_HLE: Tensor, v_HLE: Tensor, first: int) -> Tensor:
     count, total = q_HTE.shape[1], k_HLE.shape[1]
     mask_TL = torch.full((count, total), -math.inf, dtype=q_HTE.dtype, device=q_HTE.device).triu(first + 1)
     return F.scaled_dot_product_attention(q_HTE[None], k_HLE[None], v_HLE[None], attn_mask=mask_TL)[0]
+
+
+def write_and_decode(
+    q_BHE: Tensor,
+    k_BHE: Tensor,
+    v_BHE: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    blocks_B: Tensor,
+    offsets_B: Tensor,
+    tables_BC: Tensor,
+    lengths_B: Tensor,
+) -> Tensor:
+    """Take one token of each of B sequences into the pages, and its attention."""
+    keys[blocks_B, :, offsets_B] = k_BHE
+    values[blocks_B, :, :, offsets_B] = v_BHE
+    # put, not used as it comes: a compiler would work out q, with all before it, anew for every key
+    q_BHE = torch.empty_like(q_BHE).index_put((torch.arange(q_BHE.shape[0], device=q_BHE.device),), q_BHE)
+    return decode(q_BHE, keys, values, tables_BC, lengths_B)
 
 
 def decode(q_BHE: Tensor, keys: Tensor, values: Tensor, tables_BC: Tensor, lengths_B: Tensor) -> Tensor:

@@ -4,14 +4,17 @@ On a CPU, linear layers that read weights as they come run at a third of the mem
 (loadtest/LOG.md). `float32` computes in float32 and holds weights of 16 bit as 16 bit; `bfloat16` does all in bfloat16.
 """
 
-from collections.abc import Iterable
-from typing import cast
+import itertools
+from collections.abc import Callable, Iterable
+from typing import ClassVar, cast
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.config import ModelConfig
 from tolhouse.model.transformer import Attention, Block, Cache, RMSNorm, Transformer, rotate
 
 _LARGEST_FLOAT16 = 65504.0
@@ -32,26 +35,48 @@ class FusedAttention(nn.Module):
         return self.o_proj(cache.attend(self.layer, q_THE, k_THE, qkv_T3HE[:, 2]).reshape(x_TD.shape))
 
 
-class Float16Linear(nn.Module):
+class PackedLinear(nn.Module):
+    """A linear layer whose weights only its kernel can read. Compiled code calls it by its handle."""
+
+    layers: ClassVar[WeakValueDictionary[int, "PackedLinear"]] = WeakValueDictionary()
+    _handles = itertools.count()
+
+    def __init__(self, outputs: int, run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.outputs, self.run = outputs, run
+        number = next(self._handles)
+        self.register_buffer("handle", torch.tensor(number))
+        self.layers[number] = self
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.run(x_TD)
+
+
+def float16_linear(weight: Tensor) -> PackedLinear:
     """float32 in and out over weights in float16, which hold bfloat16 ones to 2^-25 or better. FBGEMM's, on x86."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic_fp16(x_TD, self.packed)
+    packed, run = torch.ops.quantized.linear_prepack_fp16(weight.float(), None), torch.ops.quantized.linear_dynamic_fp16.default
+    return PackedLinear(len(weight), lambda x_TD: run(x_TD, packed))
 
 
-class OneDNNLinear(nn.Module):
+def onednn_linear(weight: Tensor, dtype: torch.dtype) -> PackedLinear:
     """Input, weights and output in one dtype, float32 or bfloat16."""
+    ops = torch.ops.mkldnn  # names of torch's own compiler
+    packed, run = ops._reorder_linear_weight(weight.to(dtype), None), ops._linear_pointwise.default  # noqa: SLF001
+    return PackedLinear(len(weight), lambda x_TD: run(x_TD, packed, None, "none", [], ""))
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), None)  # noqa: SLF001 - a name of torch's own compiler
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x_TD, self.packed, None, "none", [], "")  # noqa: SLF001
+_ops = torch.library.Library("tolhouse", "DEF")
+_ops.define("packed_linear(Tensor x, Tensor handle, SymInt outputs) -> Tensor")
+
+
+@torch.library.impl(_ops, "packed_linear", "CPU")
+def _packed_linear(x_TD: Tensor, handle: Tensor, _outputs: int) -> Tensor:
+    return PackedLinear.layers[int(handle)].run(x_TD)
+
+
+@torch.library.register_fake("tolhouse::packed_linear", lib=_ops)
+def _shape_of_packed_linear(x_TD: Tensor, _handle: Tensor, outputs: int) -> Tensor:
+    return x_TD.new_empty(x_TD.shape[0], outputs)
 
 
 def linear(weight: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -60,9 +85,9 @@ def linear(weight: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Modul
         sixteen_bit = weight.dtype in (torch.bfloat16, torch.float16)
         fits = sixteen_bit and float(weight.abs().max()) < _LARGEST_FLOAT16
         if fits and dtype == torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines:
-            return Float16Linear(weight)
+            return float16_linear(weight)
         if torch.backends.mkldnn.is_available():
-            return OneDNNLinear(weight, dtype)
+            return onednn_linear(weight, dtype)
     outputs, inputs = weight.shape
     layer = nn.Linear(inputs, outputs, bias=False, device="meta")
     layer.weight = nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
@@ -88,11 +113,7 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, embed
     """
     model = checkpoint.model(ffn_m=False, embedding=False, dtype=None)
     for block in cast("Iterable[Block]", model.layers):
-        attention = block.self_attn
-        qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
-        _replace(block, "self_attn", FusedAttention(attention, linear(qkv, device, dtype), linear(attention.o_proj.weight, device, dtype)))
-        if block.mlp:
-            _replace_linears(block.mlp, device, dtype)
+        pack(block, lambda weight: linear(weight, device, dtype))
     _replace(model, "lm_head", linear(model.lm_head.weight, device, dtype))
     if embedding:
         if not checkpoint.config.tie_word_embeddings:
@@ -108,13 +129,38 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, embed
     return model
 
 
+def pack(block: Block, make: Callable[[Tensor], nn.Module]) -> None:
+    """Put linear layers that `make` returns for a weight [out, in] in the place of a block's own."""
+    attention = block.self_attn
+    qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
+    _replace(block, "self_attn", FusedAttention(attention, make(qkv), make(attention.o_proj.weight)))
+    if block.mlp:
+        _replace_linears(block.mlp, make)
+
+
+def stand_in(config: ModelConfig, dtype: torch.dtype) -> Block:
+    """A packed block without weights, for a compiler: its linear layers call whatever layers their handles will name."""
+    with torch.device("meta"):
+        block = Block(config, 0)
+
+    def named(weight: Tensor) -> PackedLinear:
+        layer = PackedLinear(len(weight), lambda x_TD: torch.ops.tolhouse.packed_linear(x_TD, layer.handle, layer.outputs))
+        return layer
+
+    pack(block, named)
+    for module in block.modules():
+        if isinstance(module, RMSNorm):
+            module.weight = nn.Parameter(torch.ones(config.hidden_size, dtype=dtype), requires_grad=False)
+    return block
+
+
 def _replace(module: nn.Module, name: str, by: nn.Module) -> None:
     setattr(module, name, by)  # another class with the same call
 
 
-def _replace_linears(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def _replace_linears(module: nn.Module, make: Callable[[Tensor], nn.Module]) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            _replace(module, name, linear(child.weight, device, dtype))
+            _replace(module, name, make(child.weight))
         else:
-            _replace_linears(child, device, dtype)
+            _replace_linears(child, make)

@@ -22,6 +22,7 @@ from tolhouse.telemetry import event, serve_metrics
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationServicer, add_GenerationServicer_to_server
 from tolhouse.worker.attention import Pages, blocks_of
+from tolhouse.worker.compiled import Compiled
 from tolhouse.worker.engine import Engine
 from tolhouse.worker.kv_cache import KVCache
 from tolhouse.worker.packed import load
@@ -167,6 +168,9 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     dtype = _dtype(config.dtype, device)
     if config.threads:
         torch.set_num_threads(config.threads)
+    compiled = Compiled(checkpoint.config, dtype, config.compile_cache)
+    if config.compile == "auto" and device.type == "cpu":
+        compiled.start()
     cache = KVCache(blocks_of(checkpoint.config, int(config.kv_cache_megabytes * 1e6), dtype))
     client = Client(config.lookup, timeout_seconds=config.fetch_timeout_seconds)
     rows: Rows | NoRows = NoRows(checkpoint.config.hidden_size, device)
@@ -178,17 +182,17 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
         rows = Rows(client, manifest, int(config.row_cache_megabytes * 1e6), device, dtype, fallback)
         rows.fill()
     pages = Pages(checkpoint.config, cache.num_blocks, device, dtype)
-    if config.compile == "auto":
-        pages.compile()
     embedding = not (rows.manifest and rows.manifest.x0)
-    runner = Runner(load(checkpoint, device, dtype, embedding), pages, rows)
+    model = load(checkpoint, device, dtype, embedding)
+    compiled.attach(model)
+    runner = Runner(model, pages, rows)
     return_freed_blocks()  # what packing took
     engine = Engine(runner, rows, cache, config.max_running, config.max_waiting, config.max_step_tokens)
     service = WorkerService(engine, checkpoint, config.name or checkpoint.name)
     metrics = serve_metrics(config.metrics_listen)
     REGISTRY.register(EngineMetrics(engine))
     event("loaded", checkpoint=checkpoint.name, table=service.identity["table"], kv_cache_tokens=cache.capacity_tokens, device=str(device),
-          dtype=str(dtype).removeprefix("torch."), compiled=pages.compiled)  # fmt: skip
+          dtype=str(dtype).removeprefix("torch."))  # fmt: skip
     engine.start()
     try:
         await serve(
@@ -200,6 +204,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
             metrics=metrics,
         )
     finally:
+        compiled.stop()
         engine.stop()
         rows.close()
         client.close()

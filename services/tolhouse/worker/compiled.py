@@ -1,0 +1,178 @@
+"""A block's decode step compiled ahead of time: one call into C++ per layer in place of some twenty of torch's.
+
+The compiler runs in a process of its own, `python -m tolhouse.worker.compiled`, while the worker loads and serves uncompiled: it
+neither delays a start nor takes the worker's memory, and its failure is a warning. The result is kept on disk for the next start.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tolhouse.model import transformer
+from tolhouse.model.config import ModelConfig
+from tolhouse.model.transformer import Block, Transformer
+from tolhouse.telemetry import event, log
+from tolhouse.worker import attention, packed
+from tolhouse.worker.attention import Pages, StepView
+
+_ALONE, _SEVERAL = "alone.pt2", "several.pt2"  # one sequence is a case of its own to a compiler
+_OPTIONS = {"assert_indirect_indexing": False, "cpp.dynamic_threads": True}  # ids are ours; any number of threads
+
+
+class Compiled:
+    """The decode step of a shape's blocks, once it is there."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, cache: str | Path) -> None:
+        self.config, self.dtype = config, dtype
+        self.folder = Path(cache).expanduser() / _key(config, dtype)
+        self.ready = False
+        self._compiler: subprocess.Popen[str] | None = None
+        self._thread = threading.Thread(target=self._prepare, name="compile", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wait(self) -> bool:
+        """Whether it worked, once that is known."""
+        self._thread.join()
+        return self.ready
+
+    def stop(self) -> None:
+        if self._compiler:
+            self._compiler.kill()
+        if self._thread.ident:
+            self._thread.join()
+
+    def attach(self, model: Transformer) -> None:
+        """Let the blocks of a packed `model` take their decode steps here."""
+        for layer, block in enumerate(model.layers):
+            model.layers[layer] = DecodeBlock(cast("Block", block), layer, self)
+
+    def _prepare(self) -> None:
+        started = time.monotonic()
+        try:
+            if not (self.folder / _SEVERAL).exists():
+                self._compile()
+            # what torch.export's own loader wraps; that one imports the compiler, 90 MB
+            self.alone, self.several = (
+                torch._C._aoti.AOTIModelPackageLoader(str(self.folder / name), "model", False, 1, -1)  # noqa: SLF001
+                for name in (_ALONE, _SEVERAL)
+            )
+        except (OSError, RuntimeError) as error:
+            reason = str(error).strip().rpartition("\n")[2]
+            log.warning("decoding is not compiled, and slower for it (a C++ compiler such as g++ is needed): %s", reason)
+            return
+        self.ready = True
+        event("decoding is compiled", seconds=round(time.monotonic() - started, 1), cache=str(self.folder))
+
+    def _compile(self) -> None:
+        self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.folder.parent, prefix="compiling-") as work:
+            task = json.dumps({"config": dataclasses.asdict(self.config), "dtype": str(self.dtype).removeprefix("torch."), "folder": work})
+            command = [sys.executable, "-m", "tolhouse.worker.compiled", task]
+            self._compiler = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            _, told = self._compiler.communicate()
+            if self._compiler.returncode:
+                raise RuntimeError(told or f"the compiler ended with {self._compiler.returncode}")
+            self.folder.mkdir(exist_ok=True)
+            for name in (_ALONE, _SEVERAL):  # the second says that both are there
+                (Path(work) / name).replace(self.folder / name)
+
+
+class DecodeBlock(nn.Module):
+    """A block that runs compiled where all sequences of a step decode and its code is there, and as it is elsewhere."""
+
+    def __init__(self, block: Block, layer: int, compiled: Compiled) -> None:
+        super().__init__()
+        self.block, self.layer, self.compiled = block, layer, compiled
+        self.state = list(_state(block).values())
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: StepView, row_TD: Tensor | None) -> Tensor:
+        if cache.chunks or not self.compiled.ready:
+            return self.block(x_TD, rope, cache, row_TD)
+        run = self.compiled.alone if len(x_TD) == 1 else self.compiled.several
+        row = [] if row_TD is None else [row_TD]
+        return run.boxed_run([*self.state, x_TD, *rope, *cache.layer(self.layer), *row])[0]
+
+
+def _state(block: nn.Module) -> dict[str, Tensor]:
+    """What tells one block from another: norms, and handles of packed matrices."""
+    return dict(sorted([*block.named_parameters(), *block.named_buffers()]))
+
+
+class _Decode(nn.Module):
+    """A block as a function of its state too, for the exporter."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.call = lambda *args: functional_call(block, *args)  # the block's own state is not exported
+        self.names = list(_state(block))
+
+    def forward(self, state: list[Tensor], x_TD: Tensor, rope: list[Tensor], layer: list[Tensor], row: list[Tensor]) -> Tensor:
+        return self.call(dict(zip(self.names, state, strict=True)), (x_TD, rope, _Layer(layer), row[0] if row else None))
+
+
+class _Layer:
+    """Stands for a StepView of one layer."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+
+    def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
+        return attention.write_and_decode(q_THE, k_THE, v_THE, *self.tensors)
+
+
+def _key(config: ModelConfig, dtype: torch.dtype) -> str:
+    """Names all that the code depends on: shape, sources, compiler, processor."""
+    sources = [inspect.getsource(module) for module in (transformer, attention, packed, sys.modules[__name__])]
+    told = [*sources, json.dumps(dataclasses.asdict(config)), str(dtype), torch.__version__, torch.backends.cpu.get_cpu_capability()]
+    return hashlib.blake2b("\0".join(told).encode(), digest_size=12).hexdigest()
+
+
+def _export(config: ModelConfig, dtype: torch.dtype, sequences: int, path: Path) -> None:
+    """Compile the decode step of one block for one sequence, or for any number from two."""
+    block = packed.stand_in(config, dtype)
+    pages = Pages(dataclasses.replace(config, num_hidden_layers=1), 2 * sequences, torch.device("cpu"), dtype)
+    count = torch.zeros(sequences, dtype=torch.int64)
+    tables_BC = torch.arange(2 * sequences).view(sequences, 2)
+    x_TD = torch.zeros(sequences, config.hidden_size, dtype=dtype)
+    rope = list(transformer.rotary(count, config.head_dim, config.rope_theta, dtype))
+    layer = [pages.keys[0], pages.values[0], count, count.clone(), tables_BC, count + 1]
+    inputs = (list(_state(block).values()), x_TD, rope, layer, [x_TD.clone()] * bool(config.num_row_layers))
+    tokens = {0: torch.export.Dim("T", min=2, max=1 << 20)} if sequences > 1 else {}
+    blocks, width = torch.export.Dim("blocks", min=2), torch.export.Dim("C", min=2)
+    shapes: Any = (
+        [{} for _ in inputs[0]],
+        tokens,
+        [tokens, tokens],
+        [{0: blocks}, {0: blocks}, tokens, tokens, {**tokens, 1: width}, tokens],
+        [tokens for _ in inputs[4]],
+    )
+    exported = torch.export.export(_Decode(block), inputs, dynamic_shapes=shapes)
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_OPTIONS)  # noqa: SLF001 - its documented name
+
+
+def main() -> None:
+    os.nice(10)  # requests come first
+    warnings.simplefilter("ignore")
+    task = json.loads(sys.argv[1])
+    for name, sequences in ((_ALONE, 1), (_SEVERAL, 3)):
+        _export(ModelConfig(**task["config"]), getattr(torch, task["dtype"]), sequences, Path(task["folder"]) / name)
+
+
+if __name__ == "__main__":
+    main()
