@@ -119,6 +119,15 @@ class Client:
                 raise error
         return out
 
+    def at_hand(self, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
+        """Which of `ids` (uint32 [T]) `fetch_records` would find in the memory of a lookup service of this machine; bool [T]."""
+        found = np.zeros(len(ids), bool)
+        for stream, mine in self._divided(manifest, ids, np.arange(len(ids)), 0):
+            near = stream.neighbour(manifest)
+            if near:
+                found[mine] = near.hot(ids[mine])
+        return found
+
     def generate(
         self, prompt_ids: Iterable[int], max_tokens: int = 16, *, timeout_seconds: float | None = None, **options: Unpack[Options]
     ) -> Iterator[int]:

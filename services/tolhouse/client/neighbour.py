@@ -19,7 +19,7 @@ class Neighbour:
         self._segment = segment
         self._idle: list[socket.socket] = []
         self._lock = threading.Lock()
-        self.take = segment.take  # what is hot, without a word
+        self.take, self.hot = segment.take, segment.hot  # what is hot, without a word
 
     @classmethod
     def at(cls, manifest: Manifest, told: lookup_pb2.Segment) -> "Neighbour | None":

@@ -84,6 +84,10 @@ class Segment:
             os.close(self.fd)
             self.fd = -1
 
+    def hot(self, ids: np.ndarray) -> np.ndarray:
+        """Which of `ids` [T] are in the slab now; bool [T]."""
+        return self.slot_of[ids] >= 0
+
     def take(self, ids: np.ndarray, out: memoryview, places: Iterable[int]) -> list[int]:
         """Copy the hot ones of `ids` into records `places` of `out` (flat bytes), verified; indices of those not taken."""
         slots = self.slot_of[ids]

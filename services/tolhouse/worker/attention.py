@@ -1,9 +1,10 @@
 """Keys and values in pages, and one step's view of them: what each token of the step attends to.
 
 Shapes as in `model/transformer.py`; besides B sequences that decode, C blocks of the longest of them, S = BLOCK_TOKENS. In a page, keys
-lie token by token and values dimension by dimension: so both products of attention read memory as it lies.
+lie dimension by dimension and values token by token: so both products of attention run along memory, without a sum across a register.
 """
 
+import contextlib
 import math
 import mmap
 
@@ -37,17 +38,21 @@ def blocks_of(config: ModelConfig, capacity_bytes: int, dtype: torch.dtype) -> i
 
 class Pages:
     def __init__(self, config: ModelConfig, num_blocks: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.num_hidden_layers, num_blocks, config.num_attention_heads)
-        # zeros, as what is masked must be numbers all the same
-        self.keys = _zeros((*shape, BLOCK_TOKENS, config.head_dim), device, dtype)
-        self.values = _zeros((*shape, config.head_dim, BLOCK_TOKENS), device, dtype)
+        layers, heads, size = config.num_hidden_layers, config.num_attention_heads, config.head_dim
+        # zeros, as what is masked must be numbers all the same; a block's layers side by side, as they are taken together
+        pages = _zeros((num_blocks, 2, layers, heads, BLOCK_TOKENS * size), device, dtype)
+        self.keys = pages[:, 0].unflatten(-1, (size, BLOCK_TOKENS)).transpose(0, 1)  # [N, blocks, H, E, S]
+        self.values = pages[:, 1].unflatten(-1, (BLOCK_TOKENS, size)).transpose(0, 1)  # [N, blocks, H, S, E]
         self.device = device
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """On a CPU in fresh memory of the system's, which takes no room before it is written."""
+    """On a CPU in fresh memory of the system's, which takes no room before it is written, and then a huge page at a time."""
     if device.type == "cpu":
-        return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+        memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
@@ -86,8 +91,8 @@ class StepView:
         if not self.chunks:
             return write_and_decode(q_THE, k_THE, v_THE, *self.layer(layer))
         keys, values = self.pages.keys[layer], self.pages.values[layer]
-        keys[self.blocks_T, :, self.offsets_T] = k_THE
-        values[self.blocks_T, :, :, self.offsets_T] = v_THE
+        keys[self.blocks_T, :, :, self.offsets_T] = k_THE
+        values[self.blocks_T, :, self.offsets_T] = v_THE
         outs, start = [], self.decoding
         if start:
             outs.append(decode(q_THE[:start], keys, values, self.tables_BC, self.lengths_B))
@@ -96,8 +101,8 @@ class StepView:
             if past is None:
                 k_HLE, v_HLE = k_THE[part].transpose(0, 1), v_THE[part].transpose(0, 1)
             else:
-                k_HLE = keys[past].transpose(0, 1).flatten(1, 2)[:, : first + count]
-                v_HLE = values[past].permute(1, 0, 3, 2).flatten(1, 2)[:, : first + count]
+                k_HLE = keys[past].permute(1, 0, 3, 2).flatten(1, 2)[:, : first + count]
+                v_HLE = values[past].transpose(0, 1).flatten(1, 2)[:, : first + count]
             outs.append(_chunk(q_THE[part].transpose(0, 1), k_HLE, v_HLE, first).transpose(0, 1))
             start += count
         return torch.cat(outs) if len(outs) > 1 else outs[0]
@@ -124,8 +129,8 @@ def write_and_decode(
     lengths_B: Tensor,
 ) -> Tensor:
     """Take one token of each of B sequences into the pages, and its attention."""
-    keys[blocks_B, :, offsets_B] = k_BHE
-    values[blocks_B, :, :, offsets_B] = v_BHE
+    keys[blocks_B, :, :, offsets_B] = k_BHE
+    values[blocks_B, :, offsets_B] = v_BHE
     # put, not used as it comes: a compiler would work out q, with all before it, anew for every key
     q_BHE = torch.empty_like(q_BHE).index_put((torch.arange(q_BHE.shape[0], device=q_BHE.device),), q_BHE)
     return decode(q_BHE, keys, values, tables_BC, lengths_B)
@@ -134,13 +139,13 @@ def write_and_decode(
 def decode(q_BHE: Tensor, keys: Tensor, values: Tensor, tables_BC: Tensor, lengths_B: Tensor) -> Tensor:
     """Attention of one token of each of B sequences to all of its own: `lengths_B` tokens in the blocks `tables_BC`.
 
-    keys [blocks, H, S, E], values [blocks, H, E, S]. Written for a compiler, which reads each page once and copies none;
+    keys [blocks, H, E, S], values [blocks, H, S, E]. Written for a compiler, which reads each page once and copies none;
     sums run over a page and then over pages, as memory lies.
     """
-    scores_BCHS = (q_BHE[:, None, :, None].float() * keys[tables_BC].float()).sum(-1) * q_BHE.shape[-1] ** -0.5
+    scores_BCHS = (q_BHE[:, None, :, :, None].float() * keys[tables_BC].float()).sum(3) * q_BHE.shape[-1] ** -0.5
     places_CS = torch.arange(tables_BC.shape[1] * BLOCK_TOKENS, device=q_BHE.device).view(-1, BLOCK_TOKENS)
     seen_BC1S = (places_CS < lengths_B[:, None, None])[:, :, None]
     scores_BCHS = torch.where(seen_BC1S, scores_BCHS, -math.inf)
     weights_BCHS = (scores_BCHS - scores_BCHS.amax((1, 3), keepdim=True)).exp()
-    mixed_BCHE = (weights_BCHS[:, :, :, None] * values[tables_BC].float()).sum(-1)
+    mixed_BCHE = (weights_BCHS[..., None] * values[tables_BC].float()).sum(3)
     return (mixed_BCHE.sum(1) / weights_BCHS.sum((1, 3))[..., None]).to(q_BHE.dtype)

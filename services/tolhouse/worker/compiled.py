@@ -146,12 +146,13 @@ def _key(config: ModelConfig, dtype: torch.dtype) -> str:
 def _export(config: ModelConfig, dtype: torch.dtype, sequences: int, path: Path) -> None:
     """Compile the decode step of one block for one sequence, or for any number from two."""
     block = packed.stand_in(config, dtype)
-    pages = Pages(dataclasses.replace(config, num_hidden_layers=1), 2 * sequences, torch.device("cpu"), dtype)
+    pages = Pages(config, 2 * sequences, torch.device("cpu"), dtype)
     count = torch.zeros(sequences, dtype=torch.int64)
     tables_BC = torch.arange(2 * sequences).view(sequences, 2)
     x_TD = torch.zeros(sequences, config.hidden_size, dtype=dtype)
     rope = list(transformer.rotary(count, config.head_dim, config.rope_theta, dtype))
-    layer = [pages.keys[0], pages.values[0], count, count.clone(), tables_BC, count + 1]
+    keys, values = (torch.empty_strided(x[0].shape, x[0].stride(), dtype=dtype) for x in (pages.keys, pages.values))
+    layer = [keys, values, count, count.clone(), tables_BC, count + 1]
     inputs = (list(_state(block).values()), x_TD, rope, layer, [x_TD.clone()] * bool(config.num_row_layers))
     tokens = {0: torch.export.Dim("T", min=2, max=1 << 20)} if sequences > 1 else {}
     blocks, width = torch.export.Dim("blocks", min=2), torch.export.Dim("C", min=2)

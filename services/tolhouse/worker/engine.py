@@ -22,6 +22,7 @@ from tolhouse.worker.sampler import Logprobs, prompt_logprobs, sample
 from tolhouse.worker.scheduler import Chunk, Scheduler
 from tolhouse.worker.sequence import Output, Sequence
 
+_RECENT = 16  # steps that count as of late
 _SCORED_TOKENS = 256  # prompt tokens whose logits are in memory at once
 
 
@@ -33,6 +34,8 @@ class Engine:
         self.scheduler = Scheduler(cache, max_running, max(max_running, max_step_tokens))
         self.tokens = self.steps = 0  # sampled tokens, and steps run
         self.step_seconds = self.forward_seconds = 0.0  # all of it, and what of it was the model's
+        self.pace = 0.0  # seconds of a forward, as of late
+        self.sat_out = 0  # tokens that came a step later, so that others need not wait for their rows
         self.latencies = Latencies()
         self._mailbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -74,12 +77,12 @@ class Engine:
     def step(self) -> None:
         """One token more for all that decode, and what fits of the prompts that wait."""
         started = time.perf_counter()
-        step, staged = self._stage(self.scheduler.schedule())
+        step, staged = self._stage(self._in_time(self.scheduler.schedule()))
         if not staged:
             return
         ready = time.perf_counter()
         hidden_TD = self.runner(step, staged)
-        self._prefetch()
+        self._prefetch(step)
         ends = np.cumsum([chunk.last - chunk.first for chunk in step])
         sampling = [(chunk, int(end) - 1) for chunk, end in zip(step, ends, strict=True) if chunk.samples]
         prompts = self._score_prompts(step, ends, hidden_TD)
@@ -89,7 +92,24 @@ class Engine:
         self._post_process(step, dict(zip((c.sequence for c, _ in sampling), zip(tokens, logprobs, strict=True), strict=True)), prompts)
         self.steps += 1
         self.forward_seconds += computed - ready
+        self.pace += (computed - ready - self.pace) / _RECENT
         self.step_seconds += time.perf_counter() - started
+
+    def _in_time(self, step: list[Chunk]) -> list[Chunk]:
+        """Let sequences whose next row is late sit out, and its fetch run beside the step, where that loses less than to wait.
+
+        A decoded token is known only when its row is wanted: a miss can't hide behind its own step, but behind that of others.
+        """
+        decoding = sum(chunk.decodes for chunk in step)
+        ids = np.array([chunk.sequence.ids[chunk.first] for chunk in step[:decoding]], np.uint32)
+        late = self.rows.late(ids)
+        count = int(late.sum())
+        if not count or count == len(step) or count * self.pace > decoding * self.rows.trip_seconds:
+            return step
+        self.rows.prefetch(ids[late])
+        self.sat_out += count
+        sit = {chunk.sequence for chunk, is_late in zip(step, late, strict=False) if is_late}
+        return [chunk for chunk in step if chunk.sequence not in sit]
 
     def _stage(self, step: list[Chunk]) -> tuple[list[Chunk], Staged | None]:
         """The records of the step's rows. Where they can't all be had, those sequences end with the error and the others go on."""
@@ -114,13 +134,15 @@ class Engine:
             self._end(chunk.sequence, Output(error=failure))
             return False
 
-    def _prefetch(self) -> None:
-        """Ask for the rows of the next pieces of prompts while the model runs."""
+    def _prefetch(self, step: list[Chunk]) -> None:
+        """Ask for the rows of the next pieces of prompts while the model computes those of this step."""
         scheduler, ids, room = self.scheduler, [], self.scheduler.max_step_tokens
-        for sequence in [s for s in scheduler.running if s.computed < s.prompt_tokens] + scheduler.waiting:
+        done = {chunk.sequence: chunk.last for chunk in step}
+        for sequence in scheduler.running + scheduler.waiting:
             if not room:
                 break
-            part = sequence.ids[sequence.computed : sequence.computed + room]
+            start = done.get(sequence, sequence.computed)
+            part = sequence.ids[start : start + room]
             ids += part
             room -= len(part)
         if ids:

@@ -19,6 +19,7 @@ from tolhouse.worker.decode import decode
 from tolhouse.worker.outage import Outage
 from tolhouse.worker.recompute import Recompute
 
+_RECENT = 16  # fetches that count as of late
 _FILL_BYTES = 16 << 20  # fetched at a time while the cache is filled
 
 
@@ -47,8 +48,10 @@ class Rows:
         self.cache = RowCache.private(manifest, cache_bytes)
         self.from_cache = self.from_remote = self.recomputed = self.remote_bytes = 0
         self.wait_seconds = 0.0
+        self.trip_seconds = 0.0  # a fetch that has to ask the lookup service, as of late
         self._background = ThreadPoolExecutor(1, "rows")
         self._coming: tuple[np.ndarray, np.ndarray, Future[None]] | None = None  # ids, their slots, and whether they are there
+        self._failed = False  # what was last to come
 
     def close(self) -> None:
         self._background.shutdown()
@@ -83,6 +86,14 @@ class Rows:
         """Rows [N, T, D] in `dtype`."""
         return decode(staged.records, self.manifest, staged.index).to(self.dtype)
 
+    def late(self, ids: np.ndarray) -> np.ndarray:
+        """Which of `ids` [T] the lookup service would have to be asked for; bool [T]. None after a failure: who needs the row is told."""
+        self._arrive_if_done()
+        late_T = self.cache.slot_of[ids] < 0
+        if late_T.any():
+            late_T[late_T] = not self._failed and not self.outage.on and ~self.client.at_hand(self.manifest, ids[late_T])
+        return late_T
+
     def prefetch(self, ids: np.ndarray) -> None:
         """Begin to fetch what the cache lacks of `ids`, as far as half of it goes. What was staged before is no longer safe."""
         if self._coming or self.outage.on:
@@ -94,6 +105,10 @@ class Rows:
             fetched = self._background.submit(self._fetch, ids, self.cache.slab, slots)
             self._coming = ids, slots, fetched
 
+    def _arrive_if_done(self) -> None:
+        if self._coming and self._coming[2].done():
+            self._arrive()
+
     def _arrive(self) -> None:
         """Wait for what `prefetch` began. A failure is nobody's yet: whoever needs those rows asks again."""
         if self._coming:
@@ -104,13 +119,17 @@ class Rows:
                 fetched.result()
             except TolhouseError:
                 self.cache.release(slots)
+                self._failed = True
             else:
+                self._failed = False
                 self.cache.settle(ids, slots)
             self.wait_seconds += time.perf_counter() - started
 
     def bring(self, ids: np.ndarray) -> np.ndarray | None:
         """Slots of the cache in which the records of distinct `ids` lie until the next call; None if it has fewer slots."""
-        if self._coming and (self._coming[2].done() or not self.has(ids)):
+        if self.has(ids):
+            self._arrive_if_done()
+        else:
             self._arrive()  # one fetch at a time, and all slots are then to be had
         if len(ids) > self.cache.capacity:
             return None
@@ -170,10 +189,13 @@ class Rows:
         return True
 
     def _fetch(self, ids: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+        asked, started = not self.client.at_hand(self.manifest, ids).all(), time.perf_counter()
         try:
             self.client.fetch_records(self.manifest, ids, out, places)
         except NotFound as error:  # it was there at start: its loss is no fault of the caller's
             raise Unavailable(str(error)) from None
+        if asked:
+            self.trip_seconds += (time.perf_counter() - started - self.trip_seconds) / _RECENT
         self.from_remote += len(ids)
         self.remote_bytes += len(ids) * self.manifest.record_bytes
 
@@ -228,7 +250,7 @@ class NoRows:
     """A base model's: its FFNs stand in their blocks."""
 
     from_cache = from_remote = recomputed = remote_bytes = 0
-    wait_seconds = 0.0
+    wait_seconds = trip_seconds = 0.0
     manifest = None
 
     def __init__(self, hidden_size: int, device: torch.device) -> None:
@@ -239,6 +261,9 @@ class NoRows:
 
     def decode(self, staged: Staged) -> Tensor:
         return torch.empty(0, len(staged.index), self.hidden_size, device=self.device)
+
+    def late(self, ids: np.ndarray) -> np.ndarray:
+        return np.zeros(len(ids), bool)
 
     def prefetch(self, ids: np.ndarray) -> None:
         pass

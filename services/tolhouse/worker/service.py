@@ -157,6 +157,7 @@ class EngineMetrics(Collector):
         yield by_source
         yield CounterMetricFamily("tolhouse_worker_row_bytes", "Bytes of rows fetched", rows.remote_bytes)
         yield CounterMetricFamily("tolhouse_worker_row_wait_seconds", "Time that steps waited for rows", rows.wait_seconds)
+        yield CounterMetricFamily("tolhouse_worker_sat_out", "Tokens that came a step later because their row did", engine.sat_out)
         for histogram in engine.latencies:
             yield from histogram.collect()
 
