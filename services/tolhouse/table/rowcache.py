@@ -31,7 +31,6 @@ class RowCache:
         self._left_at = np.full(len(slot_of), -1 - self.capacity, np.int64)  # a clock of departures: who left lately is remembered
         self._departures = 0
         self._kept = np.zeros(self.capacity, bool)  # reserved, or in use
-        self._held = 0  # how many
 
     @classmethod
     def private(cls, manifest: Manifest, most_bytes: int) -> "RowCache":
@@ -59,10 +58,9 @@ class RowCache:
         nobody gets them. `main`: these rows are known to be hot.
         """
         slots = np.full(len(ids), -1, np.int32)
-        for place, i in enumerate(ids[: self.capacity - self._held].tolist()):
+        for place, i in enumerate(ids[: self.capacity - np.count_nonzero(self._kept)].tolist()):
             slot = self._free.pop() if self._free else self._evict()
             self._kept[slot] = True
-            self._held += 1
             self._id_of[slot], self.uses[slot] = i, 0
             (self._main if main or self._departures - self._left_at[i] < self.capacity else self._small).append(slot)
             slots[place] = slot
@@ -86,11 +84,9 @@ class RowCache:
     def keep(self, slots: np.ndarray) -> None:
         """Let the rows in `slots` stay until `unkeep`."""
         self._kept[slots] = True
-        self._held += len(slots)
 
     def unkeep(self, slots: np.ndarray) -> None:
         self._kept[slots] = False
-        self._held -= len(slots)
 
     def _evict(self) -> int:
         """A slot whose row has left; one at least is not kept."""

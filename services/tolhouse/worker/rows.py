@@ -51,6 +51,7 @@ class Rows:
         self.trip_seconds = 0.0  # a fetch that has to ask the lookup service, as of late
         self._background = ThreadPoolExecutor(1, "rows")
         self._coming: tuple[np.ndarray, np.ndarray, Future[None]] | None = None  # ids, their slots, and whether they are there
+        self._is_coming = np.zeros(manifest.vocab_size, bool)
         self._failed = False  # what was last to come
 
     def close(self) -> None:
@@ -73,12 +74,12 @@ class Rows:
 
     def stage(self, ids: np.ndarray) -> Staged:
         """The records of `ids` [T] where the model runs, each distinct token asked for once. They stay until the next call."""
-        unique_U, inverse_T = np.unique(ids, return_inverse=True)
-        slots_U = self.bring(unique_U)
-        if slots_U is not None and self.device.type == "cpu":
-            records, places_T = self.cache.slab, slots_U[inverse_T]  # decoded where they lie
+        slots_T = self.bring(ids)
+        if slots_T is not None and self.device.type == "cpu":
+            records, places_T = self.cache.slab, slots_T  # decoded where they lie
         else:
-            records, places_T = self._passing(unique_U) if slots_U is None else self.cache.slab[slots_U], inverse_T
+            unique_U, places_T = np.unique(ids, return_inverse=True)
+            records = self._passing(unique_U) if slots_T is None else self.cache.slab[self.cache.slot_of[unique_U]]
         index_T = torch.from_numpy(places_T.astype(np.int64, copy=False))
         return Staged(torch.from_numpy(records).to(self.device), index_T.to(self.device))
 
@@ -104,6 +105,7 @@ class Rows:
             slots = self.cache.reserve(ids)
             fetched = self._background.submit(self._fetch, ids, self.cache.slab, slots)
             self._coming = ids, slots, fetched
+            self._is_coming[ids] = True
 
     def _arrive_if_done(self) -> None:
         if self._coming and self._coming[2].done():
@@ -114,6 +116,7 @@ class Rows:
         if self._coming:
             ids, slots, fetched = self._coming
             self._coming = None
+            self._is_coming[ids] = False
             started = time.perf_counter()
             try:
                 fetched.result()
@@ -126,27 +129,29 @@ class Rows:
             self.wait_seconds += time.perf_counter() - started
 
     def bring(self, ids: np.ndarray) -> np.ndarray | None:
-        """Slots of the cache in which the records of distinct `ids` lie until the next call; None if it has fewer slots."""
-        if self.has(ids):
-            self._arrive_if_done()
-        else:
-            self._arrive()  # one fetch at a time, and all slots are then to be had
-        if len(ids) > self.cache.capacity:
+        """Slots of the cache in which the records of `ids` [T] lie until the next call; None if it has too few."""
+        self._arrive_if_done()
+        if self._coming and (len(ids) + len(self._coming[0]) > self.cache.capacity or self._is_coming[ids].any()):
+            self._arrive()
+        if len(ids) > self.cache.capacity and len(np.unique(ids)) > self.cache.capacity:
             return None
         slots = self.cache.slots(ids)
         absent = slots < 0
-        missing, cached = ids[absent], slots[~absent]
-        if len(missing):
+        missing = ids[:0]
+        if absent.any():
+            missing = np.unique(ids[absent])
+            cached = slots[~absent]
             self.cache.keep(cached)
             try:
-                slots[absent] = self._keep(missing, self._get)
+                self._keep(missing, self._get)
             finally:
                 self.cache.unkeep(cached)
-        self.from_cache += len(cached)
+            slots[absent] = self.cache.slot_of[ids[absent]]
+        self.from_cache += len(set(ids.tolist())) - len(missing)
         return slots
 
-    def _keep(self, ids: np.ndarray, get: Callable[[np.ndarray, np.ndarray, np.ndarray], None], *, main: bool = False) -> np.ndarray:
-        """`get` the records of `ids` into the cache, which has room for them; their slots."""
+    def _keep(self, ids: np.ndarray, get: Callable[[np.ndarray, np.ndarray, np.ndarray], None], *, main: bool = False) -> None:
+        """`get` the records of `ids` into the cache, which has room for them."""
         slots = self.cache.reserve(ids, main=main)
         try:
             get(ids, self.cache.slab, slots)
@@ -154,7 +159,6 @@ class Rows:
             self.cache.release(slots)
             raise
         self.cache.settle(ids, slots)
-        return slots
 
     def _passing(self, ids: np.ndarray) -> np.ndarray:
         """Records of more tokens than the cache has slots: what is cached is used, the rest is not kept."""
@@ -189,12 +193,12 @@ class Rows:
         return True
 
     def _fetch(self, ids: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
-        asked, started = not self.client.at_hand(self.manifest, ids).all(), time.perf_counter()
+        trips, started = self.client.trips, time.perf_counter()
         try:
             self.client.fetch_records(self.manifest, ids, out, places)
         except NotFound as error:  # it was there at start: its loss is no fault of the caller's
             raise Unavailable(str(error)) from None
-        if asked:
+        if self.client.trips != trips:
             self.trip_seconds += (time.perf_counter() - started - self.trip_seconds) / _RECENT
         self.from_remote += len(ids)
         self.remote_bytes += len(ids) * self.manifest.record_bytes
