@@ -33,20 +33,25 @@ from loadtest.text import trace
 CPU = torch.device("cpu")
 VOCABULARY, SEQUENCES, PROMPT, ANSWER = 32_768, 64, 32, 160
 _POLLED = 5e-4  # seconds: who waits for a device polls it in the end, which is more punctual than a sleep
+LAYERS = 24
 SLICE = 40  # steps of one contender before the other has its turn
 PREFILL_TOKENS, PREFILL_RATE = 4096, 50_000
 
 
 class Paced:
-    """A runner whose forward of a step takes so many seconds and no work."""
+    """A runner whose forward of a step takes so many seconds and no work. Rows are wanted when the first of LAYERS has attended."""
 
     def __init__(self, seconds: Callable[[int], float]) -> None:
         self.seconds, self.until = seconds, 0.0
 
-    def __call__(self, step: list[Chunk], staged: Staged) -> Tensor:
+    def launch(self, step: list[Chunk]) -> tuple[float, int]:
         self.wait()
-        tokens = sum(chunk.last - chunk.first for chunk in step)
-        self.until = time.perf_counter() + self.seconds(tokens)
+        return time.perf_counter(), sum(chunk.last - chunk.first for chunk in step)
+
+    def finish(self, begun: tuple[float, int], staged: Staged) -> Tensor:
+        started, tokens = begun
+        seconds = self.seconds(tokens)
+        self.until = max(time.perf_counter(), started + seconds / LAYERS) + seconds * (1 - 1 / LAYERS)
         return torch.zeros(tokens, 1)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:

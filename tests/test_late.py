@@ -10,9 +10,10 @@ import torch
 from tolhouse import Client
 from tolhouse.errors import Unavailable
 from tolhouse.model.checkpoint import open_checkpoint
-from tolhouse.testing import Process, build_table, process
+from tolhouse.testing import Process, build_table, process, tiny_model
 from tolhouse.worker.attention import Pages
 from tolhouse.worker.engine import Engine
+from tolhouse.worker.graphs import GraphRunner
 from tolhouse.worker.kv_cache import BLOCK_TOKENS, KVCache
 from tolhouse.worker.packed import load
 from tolhouse.worker.rows import Rows
@@ -41,10 +42,11 @@ def rows(lookup: Process) -> Iterator[Rows]:
         rows.close()
 
 
-def engine_of(checkpoint: Path, rows: Rows, max_step_tokens: int = 64) -> Engine:
+def engine_of(checkpoint: Path, rows: Rows, max_step_tokens: int = 64, runner: type[Runner] = Runner) -> Engine:
     found, cache = open_checkpoint(checkpoint), KVCache(4096 // BLOCK_TOKENS)
-    pages = Pages(found.config, cache.num_blocks, CPU, torch.float32)
-    return Engine(Runner(load(found, CPU, torch.float32), pages, rows), rows, cache, 8, 100, max_step_tokens)
+    pages = Pages(found.config, cache.num_blocks + 1, CPU, torch.float32)
+    model = load(found, CPU, torch.float32, not rows.manifest.x0)
+    return Engine(runner(model, pages, rows), rows, cache, 8, 100, max_step_tokens)
 
 
 def answers(engine: Engine, prompts: list[list[int]], tokens: int = 40) -> list[list[int]]:
@@ -116,3 +118,21 @@ def test_rows_of_a_prompt_s_next_piece_come_while_the_last_is_computed(checkpoin
     assert [prompt[8:16], prompt[16:24], prompt[24:]] == asked
     assert 32 == rows.from_remote
     assert 24 == rows.cache.hits
+
+
+@pytest.mark.parametrize("embedding", ["no", "yes"])
+def test_steps_in_recorded_sizes_give_the_same_tokens(embedding: str, tmp_path: Path) -> None:
+    """What a GPU replays as graphs, run here as it is: padded to sizes, begun before its rows are there where the worker has X0 itself."""
+    path = tiny_model(tmp_path / "m")
+    build_table(path, f"file://{tmp_path}", embedding=embedding)
+    with process("lookup", "--store", f"file://{tmp_path}", "--listen", "127.0.0.1:0") as lookup, Client(lookup.address) as client:
+        (manifest, _), *_ = client.tables()
+        found = []
+        for runner in (Runner, GraphRunner):
+            rows = Rows(client, manifest, SLOTS * manifest.record_bytes, CPU)
+            engine = engine_of(path, rows, runner=runner)
+            found.append(answers(engine, [[7 * n + 1, 5, 3, *range(9 * n)] for n in range(6)]))
+            rows.close()
+        assert found[0] == found[1]
+        assert {1, 2, 4, 8} >= {sequences for sequences, _ in engine.runner.graphs}
+        assert (embedding == "yes") == engine.runner.carried

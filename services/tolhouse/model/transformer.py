@@ -65,15 +65,26 @@ class Transformer(nn.Module):
         """Logits [T, V] of T tokens at `positions_T`, with `rows_NTD` added layer by layer."""
         return self.lm_head(self.hidden(ids_T, positions_T, cache, rows_NTD))
 
-    def hidden(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Tensor) -> Tensor:
-        """Final hidden states [T, D], for callers that want the logits of some tokens only."""
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Tensor, begun_TD: Tensor | None = None) -> Tensor:
+        """Final hidden states [T, D], for callers that want the logits of some tokens only; from where `begin` left off, if it ran."""
         carried = len(rows_NTD) > self.config.num_row_layers
-        x_TD, rows_NTD = (rows_NTD[0], rows_NTD[1:]) if carried else (self.x0(ids_T), rows_NTD)
+        x_TD, rows_NTD = (rows_NTD[0], rows_NTD[1:]) if carried else (begun_TD, rows_NTD)
+        if x_TD is None:
+            x_TD = self.x0(ids_T)
         rope = rotary(positions_T, self.config.head_dim, self.config.rope_theta, x_TD.dtype)
         for layer, block in enumerate(self.layers):
             row_TD = rows_NTD[layer] if len(rows_NTD) else None
-            x_TD = block(x_TD, rope, cache, row_TD)
+            if layer or begun_TD is None:
+                x_TD = block(x_TD, rope, cache, row_TD)
+            elif row_TD is not None:
+                x_TD = x_TD + row_TD
         return self.norm(x_TD)
+
+    def begin(self, ids_T: Tensor, positions_T: Tensor, cache: Cache) -> Tensor:
+        """All that `hidden` does before it needs a row: the first block, but for what it adds at its end. [T, D]"""
+        x0_TD = self.x0(ids_T)
+        rope = rotary(positions_T, self.config.head_dim, self.config.rope_theta, x0_TD.dtype)
+        return self.layers[0](x0_TD, rope, cache, None)
 
 
 class Block(nn.Module):

@@ -84,18 +84,17 @@ class StepView:
         return view
 
     def layer(self, number: int) -> tuple[Tensor, ...]:
-        """What `write_and_decode` wants of a layer."""
+        """What `write` and attention want of a layer."""
         return self.pages.keys[number], self.pages.values[number], self.blocks_T, self.offsets_T, self.tables_BC, self.lengths_B
 
     def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
-        if not self.chunks:
-            return write_and_decode(q_THE, k_THE, v_THE, *self.layer(layer))
         keys, values = self.pages.keys[layer], self.pages.values[layer]
-        keys[self.blocks_T, :, :, self.offsets_T] = k_THE
-        values[self.blocks_T, :, self.offsets_T] = v_THE
+        write(k_THE, v_THE, keys, values, self.blocks_T, self.offsets_T)
+        if not self.chunks:
+            return gathered(q_THE, keys, values, self.tables_BC, self.lengths_B)
         outs, start = [], self.decoding
         if start:
-            outs.append(decode(q_THE[:start], keys, values, self.tables_BC, self.lengths_B))
+            outs.append(gathered(q_THE[:start], keys, values, self.tables_BC, self.lengths_B))
         for count, first, past in self.chunks:
             part = slice(start, start + count)
             if past is None:
@@ -117,31 +116,24 @@ def _chunk(q_HTE: Tensor, k_HLE: Tensor, v_HLE: Tensor, first: int) -> Tensor:
     return F.scaled_dot_product_attention(q_HTE[None], k_HLE[None], v_HLE[None], attn_mask=mask_TL)[0]
 
 
-def write_and_decode(
-    q_BHE: Tensor,
-    k_BHE: Tensor,
-    v_BHE: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    blocks_B: Tensor,
-    offsets_B: Tensor,
-    tables_BC: Tensor,
-    lengths_B: Tensor,
-) -> Tensor:
-    """Take one token of each of B sequences into the pages, and its attention."""
-    keys[blocks_B, :, :, offsets_B] = k_BHE
-    values[blocks_B, :, offsets_B] = v_BHE
+def write(k_THE: Tensor, v_THE: Tensor, keys: Tensor, values: Tensor, blocks_T: Tensor, offsets_T: Tensor) -> None:
+    """Take tokens' keys and values into their places: keys [blocks, H, E, S], values [blocks, H, S, E]."""
+    keys[blocks_T, :, :, offsets_T] = k_THE
+    values[blocks_T, :, offsets_T] = v_THE
+
+
+def gathered(q_BHE: Tensor, keys: Tensor, values: Tensor, tables_BC: Tensor, lengths_B: Tensor) -> Tensor:
+    """Attention of one token of each of B sequences to all of its own: `lengths_B` tokens in the blocks `tables_BC`."""
+    k_BHLE = keys[tables_BC].permute(0, 2, 1, 4, 3).flatten(2, 3)
+    v_BHLE = values[tables_BC].transpose(1, 2).flatten(2, 3)
+    seen_BL = torch.arange(k_BHLE.shape[2], device=q_BHE.device) < lengths_B[:, None]
+    return F.scaled_dot_product_attention(q_BHE[:, :, None], k_BHLE, v_BHLE, attn_mask=seen_BL[:, None, None])[:, :, 0]
+
+
+def streamed(q_BHE: Tensor, keys: Tensor, values: Tensor, tables_BC: Tensor, lengths_B: Tensor) -> Tensor:
+    """The same as plain sums for a compiler, which reads each page once and copies none."""
     # put, not used as it comes: a compiler would work out q, with all before it, anew for every key
     q_BHE = torch.empty_like(q_BHE).index_put((torch.arange(q_BHE.shape[0], device=q_BHE.device),), q_BHE)
-    return decode(q_BHE, keys, values, tables_BC, lengths_B)
-
-
-def decode(q_BHE: Tensor, keys: Tensor, values: Tensor, tables_BC: Tensor, lengths_B: Tensor) -> Tensor:
-    """Attention of one token of each of B sequences to all of its own: `lengths_B` tokens in the blocks `tables_BC`.
-
-    keys [blocks, H, E, S], values [blocks, H, S, E]. Written for a compiler, which reads each page once and copies none;
-    sums run over a page and then over pages, as memory lies.
-    """
     scores_BCHS = (q_BHE[:, None, :, :, None].float() * keys[tables_BC].float()).sum(3) * q_BHE.shape[-1] ** -0.5
     places_CS = torch.arange(tables_BC.shape[1] * BLOCK_TOKENS, device=q_BHE.device).view(-1, BLOCK_TOKENS)
     seen_BC1S = (places_CS < lengths_B[:, None, None])[:, :, None]

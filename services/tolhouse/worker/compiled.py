@@ -133,7 +133,9 @@ class _Layer:
         self.tensors = tensors
 
     def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
-        return attention.write_and_decode(q_THE, k_THE, v_THE, *self.tensors)
+        keys, values, blocks_T, offsets_T, tables_BC, lengths_B = self.tensors
+        attention.write(k_THE, v_THE, keys, values, blocks_T, offsets_T)
+        return attention.streamed(q_THE, keys, values, tables_BC, lengths_B)
 
 
 def _key(config: ModelConfig, dtype: torch.dtype) -> str:

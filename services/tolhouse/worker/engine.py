@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,11 +78,11 @@ class Engine:
     def step(self) -> None:
         """One token more for all that decode, and what fits of the prompts that wait."""
         started = time.perf_counter()
-        step, staged = self._stage(self._in_time(self.scheduler.schedule()))
+        step, begun, staged = self._begin(self._in_time(self.scheduler.schedule()))
         if not staged:
             return
         ready = time.perf_counter()
-        hidden_TD = self.runner(step, staged)
+        hidden_TD = self.runner.finish(begun, staged)
         self._prefetch(step)
         ends = np.cumsum([chunk.last - chunk.first for chunk in step])
         sampling = [(chunk, int(end) - 1) for chunk, end in zip(step, ends, strict=True) if chunk.samples]
@@ -111,14 +112,15 @@ class Engine:
         sit = {chunk.sequence for chunk, is_late in zip(step, late, strict=False) if is_late}
         return [chunk for chunk in step if chunk.sequence not in sit]
 
-    def _stage(self, step: list[Chunk]) -> tuple[list[Chunk], Staged | None]:
-        """The records of the step's rows. Where they can't all be had, those sequences end with the error and the others go on."""
+    def _begin(self, step: list[Chunk]) -> tuple[list[Chunk], Any, Staged | None]:
+        """A step that is launched, and its rows. Where they can't all be had, those sequences end with the error and the others go on."""
         while step:
+            begun = self.runner.launch(step)  # the first layer's attention needs no row: a device is busy with it meanwhile
             try:
-                return step, self.rows.stage(np.concatenate([_ids(chunk) for chunk in step]))
+                return step, begun, self.rows.stage(np.concatenate([_ids(chunk) for chunk in step]))
             except TolhouseError as error:
                 step = [chunk for chunk in step if self._survives(chunk, error)]
-        return step, None
+        return step, None, None
 
     def _survives(self, chunk: Chunk, error: TolhouseError) -> bool:
         """Whether the rows of one chunk can be had after `error`; if not, its sequence has ended."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from tolhouse.client.client import Client
 from tolhouse.errors import DeadlineExceeded, Mismatch, NotFound, TolhouseError, Unavailable
 from tolhouse.model.checkpoint import Checkpoint
-from tolhouse.table.rowcache import RowCache
 from tolhouse.table.spec import Manifest
 from tolhouse.telemetry import event
 from tolhouse.worker.decode import decode
+from tolhouse.worker.mirror import Mirror
 from tolhouse.worker.outage import Outage
 from tolhouse.worker.recompute import Recompute
 
@@ -45,7 +45,8 @@ class Rows:
     ) -> None:
         self.client, self.manifest, self.device, self.dtype = client, manifest, device, dtype
         self.fallback, self.outage = fallback, Outage(self._is_back)
-        self.cache = RowCache.private(manifest, cache_bytes)
+        self.mirror = Mirror(manifest, cache_bytes, device)
+        self.cache = self.mirror.cache
         self.from_cache = self.from_remote = self.recomputed = self.remote_bytes = 0
         self.wait_seconds = 0.0
         self.trip_seconds = 0.0  # a fetch that has to ask the lookup service, as of late
@@ -74,14 +75,13 @@ class Rows:
 
     def stage(self, ids: np.ndarray) -> Staged:
         """The records of `ids` [T] where the model runs, each distinct token asked for once. They stay until the next call."""
-        slots_T = self.bring(ids)
-        if slots_T is not None and self.device.type == "cpu":
-            records, places_T = self.cache.slab, slots_T  # decoded where they lie
-        else:
+        places_T = self.bring(ids)
+        records = self.mirror.records  # decoded where they lie
+        if places_T is None:
             unique_U, places_T = np.unique(ids, return_inverse=True)
-            records = self._passing(unique_U) if slots_T is None else self.cache.slab[self.cache.slot_of[unique_U]]
-        index_T = torch.from_numpy(places_T.astype(np.int64, copy=False))
-        return Staged(torch.from_numpy(records).to(self.device), index_T.to(self.device))
+            records = torch.from_numpy(self._passing(unique_U)).to(self.device)
+        self.mirror.arrive()
+        return Staged(records, torch.from_numpy(places_T.astype(np.int64, copy=False)).to(self.device))
 
     def decode(self, staged: Staged) -> Tensor:
         """Rows [N, T, D] in `dtype`."""
@@ -103,6 +103,7 @@ class Rows:
         ids = ids[self.cache.slot_of[ids] < 0][: self.cache.capacity // 2]
         if len(ids):
             slots = self.cache.reserve(ids)
+            self.mirror.settle()
             fetched = self._background.submit(self._fetch, ids, self.cache.slab, slots)
             self._coming = ids, slots, fetched
             self._is_coming[ids] = True
@@ -125,7 +126,7 @@ class Rows:
                 self._failed = True
             else:
                 self._failed = False
-                self.cache.settle(ids, slots)
+                self._settle(ids, slots)
             self.wait_seconds += time.perf_counter() - started
 
     def bring(self, ids: np.ndarray) -> np.ndarray | None:
@@ -158,7 +159,11 @@ class Rows:
         except BaseException:
             self.cache.release(slots)
             raise
+        self._settle(ids, slots)
+
+    def _settle(self, ids: np.ndarray, slots: np.ndarray) -> None:
         self.cache.settle(ids, slots)
+        self.mirror.send(slots)
 
     def _passing(self, ids: np.ndarray) -> np.ndarray:
         """Records of more tokens than the cache has slots: what is cached is used, the rest is not kept."""

@@ -1,5 +1,7 @@
 """The forward of a step on its device: from chunks of sequences and their staged rows to hidden states and logits."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,16 +12,28 @@ from tolhouse.worker.rows import NoRows, Rows, Staged
 from tolhouse.worker.scheduler import Chunk
 
 
+@dataclass
+class Launched:
+    """A step that has begun: all of it but its rows."""
+
+    ids: Tensor
+    positions: Tensor
+    view: StepView
+
+
 class Runner:
     def __init__(self, model: Transformer, pages: Pages, rows: Rows | NoRows) -> None:
         self.model, self.pages, self.rows, self.device = model, pages, rows, pages.device
 
-    def __call__(self, step: list[Chunk], staged: Staged) -> Tensor:
-        """Final hidden states [T, D] of the step's tokens. On a GPU it returns before they are there."""
+    def launch(self, step: list[Chunk]) -> Launched:
+        """Begin a step before its rows are there. One that is begun and not finished has done nothing."""
         ids_T = torch.from_numpy(np.concatenate([c.sequence.ids[c.first : c.last] for c in step]).astype(np.int64))
         positions_T = torch.from_numpy(np.concatenate([np.arange(c.first, c.last) for c in step]))
-        view = StepView.of(self.pages, step)
-        return self.model.hidden(ids_T.to(self.device), positions_T.to(self.device), view, self.rows.decode(staged))
+        return Launched(ids_T.to(self.device), positions_T.to(self.device), StepView.of(self.pages, step))
+
+    def finish(self, begun: Launched, staged: Staged) -> Tensor:
+        """Final hidden states [T, D] of the step's tokens. On a GPU it returns before they are there."""
+        return self.model.hidden(begun.ids, begun.positions, begun.view, self.rows.decode(staged))
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits [T, V]."""

@@ -24,6 +24,7 @@ from tolhouse.v1.generation_pb2_grpc import GenerationServicer, add_GenerationSe
 from tolhouse.worker.attention import Pages, blocks_of
 from tolhouse.worker.compiled import Compiled
 from tolhouse.worker.engine import Engine
+from tolhouse.worker.graphs import GraphRunner
 from tolhouse.worker.kv_cache import KVCache
 from tolhouse.worker.packed import load
 from tolhouse.worker.recompute import Recompute
@@ -182,11 +183,14 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
         fallback = Recompute(checkpoint, manifest) if config.fallback == "recompute" else None
         rows = Rows(client, manifest, int(config.row_cache_megabytes * 1e6), device, dtype, fallback)
         rows.fill()
-    pages = Pages(checkpoint.config, cache.num_blocks, device, dtype)
+    pages = Pages(checkpoint.config, cache.num_blocks + 1, device, dtype)  # one to spare, for GraphRunner
     embedding = not (rows.manifest and rows.manifest.x0)
     model = load(checkpoint, device, dtype, embedding)
-    compiled.attach(model)
-    runner = Runner(model, pages, rows)
+    if device.type == "cpu":
+        compiled.attach(model)
+        runner = Runner(model, pages, rows)
+    else:
+        runner = GraphRunner(model, pages, rows)
     return_freed_blocks()  # what packing took
     engine = Engine(runner, rows, cache, config.max_running, config.max_waiting, config.max_step_tokens)
     service = WorkerService(engine, checkpoint, config.name or checkpoint.name)
