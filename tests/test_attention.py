@@ -1,12 +1,12 @@
-"""Attention over pages: as over plain keys and values, compiled or not."""
+"""Attention over pages: as over plain keys and values."""
 
-import logging
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tolhouse.model.config import preset
-from tolhouse.worker.attention import Pages, StepView
+from tolhouse.worker.attention import Pages, StepView, gathered, streamed, write
 from tolhouse.worker.kv_cache import BLOCK_TOKENS, KVCache
 from tolhouse.worker.sampling import Sampling
 from tolhouse.worker.scheduler import Chunk
@@ -42,25 +42,21 @@ def expected(q_THE: torch.Tensor, k_LHE: torch.Tensor, v_LHE: torch.Tensor) -> t
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own
-@pytest.mark.parametrize("compiled", [False, True])
-def test_decoding_attends_to_all_of_its_own(compiled: bool) -> None:
+@pytest.mark.parametrize("attend", [gathered, streamed])
+def test_decoding_attends_to_all_of_its_own(attend: Callable[..., torch.Tensor]) -> None:
     """One token of each of several sequences, of all lengths, their blocks dealt out in turn; and of one alone."""
     pages = Pages(SHAPE, 64, CPU, torch.float32)
-    if compiled:
-        pages.compile()
-        assert pages.compiled
     found, kept = sequences(pages, [1, 15, 16, 17, 40, 100])
     for part in (slice(None), slice(3, 4), slice(0, 1), slice(1, 3)):
         step = [Chunk(s, len(s.ids) - 1, len(s.ids)) for s in found[part]]
-        view, count = StepView.of(pages, step), len(step)
-        view.decoding, view.chunks = count, []  # a first token counts as a prompt; here it may decode
-        view.tables_BC = torch.tensor([[*s.blocks, *[0] * 7][:7] for s in found[part]])
-        view.lengths_B = torch.tensor([len(s.ids) for s in found[part]])
-        q_BHE = random(count, 2)[:, 0]
+        view = StepView.of(pages, step)
+        tables_BC = torch.tensor([[*s.blocks, *[0] * 7][:7] for s in found[part]])  # a first token counts as a prompt; here it may decode
+        lengths_B = torch.tensor([len(s.ids) for s in found[part]])
+        q_BHE = random(len(step), 2)[:, 0]
         k_BHE, v_BHE = (torch.stack([kv[number, -1] for kv in kept[part]]) for number in (0, 1))
-        with torch.inference_mode():
-            got = view.attend(1, q_BHE, k_BHE, v_BHE)
+        keys, values = pages.keys[1], pages.values[1]
+        write(k_BHE, v_BHE, keys, values, view.blocks_T, view.offsets_T)
+        got = attend(q_BHE, keys, values, tables_BC, lengths_B)
         for q, (k, v), out in zip(q_BHE, kept[part], got, strict=True):
             torch.testing.assert_close(expected(q[None], k, v)[0], out, rtol=1e-4, atol=1e-5)
 
@@ -75,19 +71,3 @@ def test_pieces_of_prompts_attend_to_what_came_before() -> None:
     got = StepView.of(pages, step).attend(0, q_THE, k_THE, v_THE).split([1, 7, 28])
     for q, (k, v), chunk, out in zip(q_THE.split([1, 7, 28]), kept, step, got, strict=True):
         torch.testing.assert_close(expected(q, k[: chunk.last], v[: chunk.last]), out, rtol=1e-4, atol=1e-5)
-
-
-def test_without_a_compiler_the_worker_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """A warning names what is missing, and attention works as before."""
-    import torch._inductor.config
-
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
-    torch.compiler.reset()
-    pages = Pages(SHAPE, 8, CPU, torch.float32)
-    with caplog.at_level(logging.WARNING):
-        pages.compile()
-    assert not pages.compiled
-    assert "compiler" in caplog.text
-    found, _ = sequences(pages, [5])
-    assert (1, HEADS, SIZE) == StepView.of(pages, [Chunk(found[0], 4, 5)]).attend(0, random(1), random(1), random(1)).shape

@@ -39,8 +39,8 @@ class Compiled:
     def __init__(self, config: ModelConfig, dtype: torch.dtype, cache: str | Path) -> None:
         self.config, self.dtype = config, dtype
         self.folder = Path(cache).expanduser() / _key(config, dtype)
-        self.ready = False
-        self._compiler: subprocess.Popen[str] | None = None
+        self.ready = self._stopped = False
+        self.compiler: subprocess.Popen[str] | None = None
         self._thread = threading.Thread(target=self._prepare, name="compile", daemon=True)
 
     def start(self) -> None:
@@ -52,8 +52,9 @@ class Compiled:
         return self.ready
 
     def stop(self) -> None:
-        if self._compiler:
-            self._compiler.kill()
+        self._stopped = True
+        if self.compiler:
+            self.compiler.kill()
         if self._thread.ident:
             self._thread.join()
 
@@ -73,6 +74,8 @@ class Compiled:
                 for name in (_ALONE, _SEVERAL)
             )
         except (OSError, RuntimeError) as error:
+            if self._stopped:
+                return
             reason = str(error).strip().rpartition("\n")[2]
             log.warning("decoding is not compiled, and slower for it (a C++ compiler such as g++ is needed): %s", reason)
             return
@@ -84,10 +87,12 @@ class Compiled:
         with tempfile.TemporaryDirectory(dir=self.folder.parent, prefix="compiling-") as work:
             task = json.dumps({"config": dataclasses.asdict(self.config), "dtype": str(self.dtype).removeprefix("torch."), "folder": work})
             command = [sys.executable, "-m", "tolhouse.worker.compiled", task]
-            self._compiler = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            _, told = self._compiler.communicate()
-            if self._compiler.returncode:
-                raise RuntimeError(told or f"the compiler ended with {self._compiler.returncode}")
+            self.compiler = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if self._stopped:
+                self.compiler.kill()
+            _, told = self.compiler.communicate()
+            if self.compiler.returncode:
+                raise RuntimeError(told or f"the compiler ended with {self.compiler.returncode}")
             self.folder.mkdir(exist_ok=True)
             for name in (_ALONE, _SEVERAL):  # the second says that both are there
                 (Path(work) / name).replace(self.folder / name)

@@ -1,0 +1,88 @@
+"""Decode steps compiled ahead of time: the same hidden states as uncompiled, and a worker that does without where it must."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.config import preset
+from tolhouse.testing import tiny_model
+from tolhouse.worker.attention import Pages
+from tolhouse.worker.compiled import Compiled
+from tolhouse.worker.kv_cache import KVCache
+from tolhouse.worker.packed import load
+from tolhouse.worker.rows import NoRows, Staged
+from tolhouse.worker.runner import Runner
+from tolhouse.worker.sampling import Sampling
+from tolhouse.worker.scheduler import Chunk
+from tolhouse.worker.sequence import Sequence
+
+CPU = torch.device("cpu")
+
+
+class RandomRows(NoRows):
+    """Rows of a model that has some, the same for the same tokens."""
+
+    def __init__(self, layers: int, hidden_size: int) -> None:
+        super().__init__(hidden_size, CPU)
+        self.rows = torch.randn(layers, 256, hidden_size, generator=torch.Generator().manual_seed(1))
+
+    def decode(self, staged: Staged) -> torch.Tensor:
+        return self.rows[:, staged.index].contiguous()
+
+
+def test_compiled_steps_are_the_uncompiled_ones(tmp_path: Path) -> None:
+    """A model with all kinds of parts; one sequence and several, of different lengths; the second time from what is kept on disk."""
+    path = tiny_model(tmp_path / "m", "flex", 3)
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    rows = RandomRows(config.num_row_layers, config.hidden_size)
+    compiled, again = (Compiled(config, torch.float32, tmp_path / "cache") for _ in range(2))
+    compiled.start()
+    assert compiled.wait()
+    kept = {file: file.stat().st_mtime_ns for file in compiled.folder.iterdir()}
+    again.start()
+    assert again.wait()
+    assert kept == {file: file.stat().st_mtime_ns for file in again.folder.iterdir()}
+    models = [load(checkpoint, CPU, torch.float32) for _ in range(2)]
+    again.attach(models[1])
+    for lengths in ([20], [3, 17, 40, 64, 5], [33, 16]):
+        hidden = []
+        for model in models:
+            pages, cache = Pages(config, 64, CPU, torch.float32), KVCache(64)
+            runner = Runner(model, pages, rows)
+            found = [Sequence(n, [(7 * i + n) % 256 for i in range(n)], Sampling(1), lambda _: None) for n in lengths]
+            for sequence in found:
+                assert cache.grow(sequence, len(sequence.ids))
+            for step in ([Chunk(s, 0, len(s.ids) - 1) for s in found], [Chunk(s, len(s.ids) - 1, len(s.ids)) for s in found]):
+                ids = torch.tensor([i for c in step for i in c.sequence.ids[c.first : c.last]])
+                with torch.inference_mode():
+                    out = runner.finish(runner.launch(step), Staged(torch.empty(0), ids))
+            hidden.append(out)
+        torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-4, atol=1e-4)
+        assert not torch.equal(hidden[0], torch.zeros_like(hidden[0]))
+
+
+def test_without_a_compiler_the_worker_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning names what is missing; nothing is left behind."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiled = Compiled(preset("tiny", "base"), torch.float32, tmp_path / "cache")
+    with caplog.at_level(logging.WARNING):
+        compiled.start()
+        assert not compiled.wait()
+    assert "g++" in caplog.text
+    assert [] == list((tmp_path / "cache").iterdir())
+
+
+def test_a_worker_that_ends_ends_its_compiler(tmp_path: Path) -> None:
+    """Even one that has just begun; what was half done is gone."""
+    compiled = Compiled(preset("tiny", "base"), torch.float32, tmp_path / "cache")
+    compiled.start()
+    while not compiled.compiler:
+        pass
+    compiled.stop()
+    assert compiled.compiler.poll() is not None
+    assert [] == list((tmp_path / "cache").iterdir())
