@@ -86,10 +86,11 @@ def paced(client: Client, manifest: Manifest, ids: np.ndarray, milliseconds: flo
         while found[0].engine.running:
             for one, mine in zip(found, rates, strict=True):
                 mine.append(one.rate(SLICE))
+    remote = found[1].engine
     share = rows.from_cache / (rows.from_cache + rows.from_remote)
     print(f"  forward of {milliseconds:g} ms: no rows {statistics.median(rates[0]):7.0f} tokens/s, remote {statistics.median(rates[1]):7.0f}; "
-          f"{share:.1%} of a step's distinct rows cached, {rows.wait_seconds / found[1].engine.steps * 1e3:.2f} ms a step waited")  # fmt: skip
-    print("sat", found[1].engine.sat_out / found[1].engine.steps, "trip", rows.trip_seconds * 1e3, "pace", found[1].engine.pace * 1e3)
+          f"{share:.1%} of a step's distinct rows cached, {rows.wait_seconds / remote.steps * 1e3:.2f} ms of a step waited for the rest, "
+          f"{remote.sat_out / remote.tokens:.2%} of the tokens sat out a step")  # fmt: skip
     rows.close()
     return float(np.median(np.array(rates[1]) / np.array(rates[0])))
 

@@ -1,6 +1,8 @@
 """Decode steps compiled ahead of time: the same hidden states as uncompiled, and a worker that does without where it must."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,19 @@ def test_compiled_steps_are_the_uncompiled_ones(tmp_path: Path) -> None:
             hidden.append(out)
         torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-4, atol=1e-4)
         assert not torch.equal(hidden[0], torch.zeros_like(hidden[0]))
+
+
+def test_a_worker_does_not_import_the_compiler(tmp_path: Path) -> None:
+    """It would take a third of a small worker's memory."""
+    path = tiny_model(tmp_path / "m")
+    code = f"""
+import sys, torch, tolhouse.worker.service
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.worker.packed import load
+load(open_checkpoint({str(path)!r}), torch.device("cpu"), torch.float32)
+print(sorted({{"sympy", "torch._dynamo", "torch._inductor"}} & set(sys.modules)))
+"""
+    assert "[]\n" == subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
 def test_without_a_compiler_the_worker_says_so_and_goes_on(

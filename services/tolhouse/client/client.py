@@ -48,7 +48,6 @@ class Client:
         for address in self.targets:
             split_address(address)
         self.timeout_seconds = timeout_seconds
-        self.trips = 0  # fetches that had to ask a lookup service, as not all was at hand
         self._streams = {address: FetchStream(address, map_hot_rows) for address in self.targets}
         self._manifests: dict[str, tuple[Manifest, int]] = {}
         self._orders: dict[str, np.ndarray] = {}
@@ -109,7 +108,6 @@ class Client:
         if near:  # all hot rows of all shards are there
             left = left[near.take(ids, flat, job.places)]
         attempts = _ROUNDS * len(self.targets)
-        self.trips += len(left) > 0
         for attempt in range(attempts):
             if not len(left):
                 break

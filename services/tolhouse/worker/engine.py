@@ -107,7 +107,7 @@ class Engine:
         count = int(late.sum())
         if not count or count == len(step) or count * self.pace > decoding * self.rows.trip_seconds:
             return step
-        self.rows.prefetch(ids[late])
+        self.rows.prefetch(ids[late], late=True)
         self.sat_out += count
         sit = {chunk.sequence for chunk, is_late in zip(step, late, strict=False) if is_late}
         return [chunk for chunk in step if chunk.sequence not in sit]

@@ -54,6 +54,7 @@ class Rows:
         self._coming: tuple[np.ndarray, np.ndarray, Future[None]] | None = None  # ids, their slots, and whether they are there
         self._is_coming = np.zeros(manifest.vocab_size, bool)
         self._failed = False  # what was last to come
+        self._some_late = False  # of the ids that were last looked at
 
     def close(self) -> None:
         self._background.shutdown()
@@ -93,10 +94,14 @@ class Rows:
         late_T = self.cache.slot_of[ids] < 0
         if late_T.any():
             late_T[late_T] = not self._failed and not self.outage.on and ~self.client.at_hand(self.manifest, ids[late_T])
+        self._some_late = bool(late_T.any())
         return late_T
 
-    def prefetch(self, ids: np.ndarray) -> None:
-        """Begin to fetch what the cache lacks of `ids`, as far as half of it goes. What was staged before is no longer safe."""
+    def prefetch(self, ids: np.ndarray, late: bool = False) -> None:
+        """Begin to fetch what the cache lacks of `ids`, as far as half of it goes. What was staged before is no longer safe.
+
+        late: `late` found them so; how long it takes is what to wait would have cost.
+        """
         if self._coming or self.outage.on:
             return
         ids = np.unique(ids)
@@ -104,7 +109,7 @@ class Rows:
         if len(ids):
             slots = self.cache.reserve(ids)
             self.mirror.settle()
-            fetched = self._background.submit(self._fetch, ids, self.cache.slab, slots)
+            fetched = self._background.submit(self._fetch, ids, self.cache.slab, slots, late)
             self._coming = ids, slots, fetched
             self._is_coming[ids] = True
 
@@ -180,7 +185,7 @@ class Rows:
         started = time.perf_counter()
         try:
             if self.fallback is None:
-                self._fetch(ids, out, places)
+                self._fetch(ids, out, places, self._some_late)
             elif self.outage.on or not self._fetched(ids, out, places):
                 out[places] = self.fallback.records(ids)
                 self.recomputed += len(ids)
@@ -197,13 +202,13 @@ class Rows:
         self.outage.fetched()
         return True
 
-    def _fetch(self, ids: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
-        trips, started = self.client.trips, time.perf_counter()
+    def _fetch(self, ids: np.ndarray, out: np.ndarray, places: np.ndarray, trip: bool = False) -> None:
+        started = time.perf_counter()
         try:
             self.client.fetch_records(self.manifest, ids, out, places)
         except NotFound as error:  # it was there at start: its loss is no fault of the caller's
             raise Unavailable(str(error)) from None
-        if self.client.trips != trips:
+        if trip:
             self.trip_seconds += (time.perf_counter() - started - self.trip_seconds) / _RECENT
         self.from_remote += len(ids)
         self.remote_bytes += len(ids) * self.manifest.record_bytes
@@ -274,7 +279,7 @@ class NoRows:
     def late(self, ids: np.ndarray) -> np.ndarray:
         return np.zeros(len(ids), bool)
 
-    def prefetch(self, ids: np.ndarray) -> None:
+    def prefetch(self, ids: np.ndarray, late: bool = False) -> None:
         pass
 
     def close(self) -> None:
