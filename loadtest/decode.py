@@ -1,7 +1,7 @@
 """The worker's engine, side by side: `python -m loadtest.decode [--preset 250m] [--quick]`.
 
 A dense base model, a MemoryLLM of as many parameters whose rows come from a lookup service (int8, row cache of a tenth of
-the table), and the same one with all rows resident run in turn, a few steps each, in one process: the ratios within a run mean
+the table, two thirds of it hot in the service), and the same one with all rows resident run in turn, a few steps each, in one process: the ratios within a run mean
 something, the times of two runs do not. Weights are random; token ids are replayed from real text, so that rows are asked
 for as often as in real life. Prints a table and, last, one line of JSON.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tolhouse import Client
+from tolhouse.config import WorkerConfig
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig, preset
 from tolhouse.rpc import keep_large_blocks
@@ -41,6 +42,7 @@ from loadtest.text import trace
 CPU = torch.device("cpu")
 VOCABULARY = 32_768  # a BPE of the text at hand gives so many
 PROMPT, ANSWER = 64, 64  # tokens
+COMPILED = WorkerConfig.model_fields["compile_cache"].default
 SLICE = 8  # steps of one contender before the next has its turn
 
 
@@ -60,7 +62,7 @@ def contenders(name: str, folder: Path, frequent: tuple[int, ...]) -> Iterator[l
     shapes = [preset(name, kind, vocab_size=VOCABULARY, max_position_embeddings=8192) for kind in ("base", "memory")]
     manifest = alike(shapes[1], "int8", frequent)
     url = f"file://{folder / 'tables'}"
-    compilers = {shape.kind: Compiled(shape, torch.float32, folder / "compiled") for shape in shapes}
+    compilers = {shape.kind: Compiled(shape, torch.float32, COMPILED) for shape in shapes}
     with ExitStack() as stack:
         for compiled in compilers.values():
             compiled.start()
@@ -68,7 +70,9 @@ def contenders(name: str, folder: Path, frequent: tuple[int, ...]) -> Iterator[l
         with closing(open_store(url)) as store:
             load_table(store, manifest)
             publish(store, manifest.ref)
-        lookup = stack.enter_context(process("lookup", "--store", url, "--listen", "127.0.0.1:0"))
+        lookup = stack.enter_context(
+            process("lookup", "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", f"{manifest.table_bytes / 1.5e6:.0f}")
+        )
         client = stack.enter_context(Client(lookup.address))
         found = []
         for title, shape, cached in (("dense base model", shapes[0], 0), ("remote rows", shapes[1], 0.1), ("resident rows", shapes[1], 1)):
@@ -173,7 +177,7 @@ def main() -> None:
             result["host_overhead"] = remote.outside[8]
             print(f"  memory is read at {bandwidth / 1e9:.1f} GB/s; a token reads {remote.weight_bytes / 1e6:.0f} MB of weights")
             tokens = {f"tokens_per_s_{one.name.split()[0]}_c{c}": statistics.median(one.rates[c]) for one in found for c in (1, 8, 32)}
-    shape = "250m" if options.quick else "1b"
+    shape = "demo" if options.quick else "1b"
     result |= {f"memory_ratio_{'tied' if tied else 'untied'}": memory_ratio(shape, tied=tied) for tied in (True, False)}
     print(json.dumps({k: round(v, 3) for k, v in {**result, **tokens}.items()}))
 

@@ -50,7 +50,7 @@ def _lookup(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:
     """A lookup service over a table of which only the frequent tokens' rows are there; the worker's options for it."""
     shape = checkpoint.config
     manifest = alike(shape, "int8", model_id=checkpoint.model_id())
-    frequent = tuple(range(int(CACHE_MEGABYTES * 1e6) // manifest.record_bytes))
+    frequent = tuple(range(min(int(CACHE_MEGABYTES * 1e6) // manifest.record_bytes, shape.vocab_size)))
     manifest = dataclasses.replace(manifest, frequent=frequent, tokenizer_id=checkpoint.tokenizer_id, num_shards=1)
     url = f"file://{folder / 'tables'}"
     with closing(open_store(url)) as store:
