@@ -31,6 +31,8 @@ bench: .venv/dev  ## quick benchmarks; results are kept in loadtest/LOG.md
 	$(BIN)/python -m loadtest.fetch --quick
 	$(BIN)/python -m loadtest.codecs --quick
 	$(BIN)/python -m loadtest.build --quick
+	$(BIN)/python -m loadtest.decode --quick
+	$(BIN)/python -m loadtest.pace --quick
 
 protos: .venv/dev  ## generate services/tolhouse/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=services --pyi_out=services --grpc_python_out=services protos/tolhouse/v1/*.proto
