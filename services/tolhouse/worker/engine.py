@@ -102,6 +102,8 @@ class Engine:
         A decoded token is known only when its row is wanted: a miss can't hide behind its own step, but behind that of others.
         """
         decoding = sum(chunk.decodes for chunk in step)
+        if self.pace > decoding * self.rows.trip_seconds and self.steps % _RECENT:
+            return step  # not even for one, as things were when last looked at
         ids = np.array([chunk.sequence.ids[chunk.first] for chunk in step[:decoding]], np.uint32)
         late = self.rows.late(ids)
         count = int(late.sum())

@@ -54,7 +54,7 @@ class Rows:
         self._coming: tuple[np.ndarray, np.ndarray, Future[None]] | None = None  # ids, their slots, and whether they are there
         self._is_coming = np.zeros(manifest.vocab_size, bool)
         self._failed = False  # what was last to come
-        self._some_late = False  # of the ids that were last looked at
+        self._some_late = False  # of the ids that were looked at and are now to be fetched
 
     def close(self) -> None:
         self._background.shutdown()
@@ -183,9 +183,10 @@ class Rows:
     def _get(self, ids: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
         """Fetch the records of `ids` into `places` of `out`; compute them if they can't be had and there is a fallback."""
         started = time.perf_counter()
+        trip, self._some_late = self._some_late, False
         try:
             if self.fallback is None:
-                self._fetch(ids, out, places, self._some_late)
+                self._fetch(ids, out, places, trip)
             elif self.outage.on or not self._fetched(ids, out, places):
                 out[places] = self.fallback.records(ids)
                 self.recomputed += len(ids)

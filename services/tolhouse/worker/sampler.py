@@ -75,12 +75,12 @@ class State:
 def sample(logits_BV: Tensor, states: list[State]) -> tuple[list[int], list[Logprobs | None]]:
     """The next token of each row, and its log probabilities where they are wanted. Advances the states."""
     if all(state.plain for state in states):
-        return logits_BV.argmax(-1).tolist(), [None] * len(states)
+        return _likeliest(logits_BV).tolist(), [None] * len(states)
     altered_BV = logits_BV
     if any(state.alters for state in states):
         rows = zip(logits_BV.float(), states, strict=True)
         altered_BV = torch.stack([state.alter(row_V) if state.alters else row_V for row_V, state in rows])
-    tokens_B = altered_BV.argmax(-1)
+    tokens_B = _likeliest(altered_BV)
     drawing = [row for row, state in enumerate(states) if state.random]
     if drawing:
         tokens_B[drawing] = _draw(altered_BV[drawing], [states[row] for row in drawing])
@@ -95,6 +95,13 @@ def sample(logits_BV: Tensor, states: list[State]) -> tuple[list[int], list[Logp
         for place, (row, k) in enumerate(wanting):
             logprobs[row] = Logprobs([chosen[place]], top_ids[place][:k], top[place][:k])
     return tokens, logprobs
+
+
+def _likeliest(logits_BV: Tensor) -> Tensor:
+    """Token ids int64 [B]; on a CPU by NumPy, which takes a sixth of torch's time."""
+    if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:
+        return torch.from_numpy(logits_BV.numpy().argmax(-1))
+    return logits_BV.argmax(-1)
 
 
 def prompt_logprobs(logits_TV: Tensor, next_ids: list[int], k: int) -> Logprobs:
