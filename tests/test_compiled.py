@@ -35,20 +35,24 @@ class RandomRows(NoRows):
 
 
 def test_compiled_steps_are_the_uncompiled_ones(tmp_path: Path) -> None:
-    """A model with all kinds of parts; one sequence and several, of different lengths; the second time from what is kept on disk."""
+    """A model with all kinds of parts; one sequence and several, of different lengths; from what is kept on disk, and anew where that is damaged."""
     path = tiny_model(tmp_path / "m", "flex", 3)
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
     rows = RandomRows(config.num_row_layers, config.hidden_size)
-    compiled, again = (Compiled(config, torch.float32, tmp_path / "cache") for _ in range(2))
+    compiled, again, anew = (Compiled(config, torch.float32, tmp_path / "cache") for _ in range(3))
     compiled.start()
     assert compiled.wait()
     kept = {file: file.stat().st_mtime_ns for file in compiled.folder.iterdir()}
     again.start()
     assert again.wait()
     assert kept == {file: file.stat().st_mtime_ns for file in again.folder.iterdir()}
+    for file in kept:
+        file.write_bytes(file.read_bytes()[:1000])
+    anew.start()
+    assert anew.wait()
     models = [load(checkpoint, CPU, torch.float32) for _ in range(2)]
-    again.attach(models[1])
+    anew.attach(models[1])
     for lengths in ([20], [3, 17, 40, 64, 5], [33, 16]):
         hidden = []
         for model in models:

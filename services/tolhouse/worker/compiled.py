@@ -59,20 +59,20 @@ class Compiled:
             self._thread.join()
 
     def attach(self, model: Transformer) -> None:
-        """Let the blocks of a packed `model` take their decode steps here."""
+        """Let the blocks of a packed `model` take their decode steps here; one that could not be packed stays as it is."""
+        if any(isinstance(module, nn.Linear) for module in model.layers.modules()):
+            return
         for layer, block in enumerate(model.layers):
             model.layers[layer] = DecodeBlock(cast("Block", block), layer, self)
 
     def _prepare(self) -> None:
         started = time.monotonic()
         try:
-            if not (self.folder / _SEVERAL).exists():
+            try:
+                self._load()
+            except RuntimeError:  # nothing is kept, or it is damaged
                 self._compile()
-            # what torch.export's own loader wraps; that one imports the compiler, 90 MB
-            self.alone, self.several = (
-                torch._C._aoti.AOTIModelPackageLoader(str(self.folder / name), "model", False, 1, -1)  # noqa: SLF001
-                for name in (_ALONE, _SEVERAL)
-            )
+                self._load()
         except (OSError, RuntimeError) as error:
             if self._stopped:
                 return
@@ -81,6 +81,13 @@ class Compiled:
             return
         self.ready = True
         event("decoding is compiled", seconds=round(time.monotonic() - started, 1), cache=str(self.folder))
+
+    def _load(self) -> None:
+        # what torch's own `aoti_load_package` wraps; that one imports the compiler, 90 MB
+        self.alone, self.several = (
+            torch._C._aoti.AOTIModelPackageLoader(str(self.folder / name), "model", False, 1, -1)  # noqa: SLF001
+            for name in (_ALONE, _SEVERAL)
+        )
 
     def _compile(self) -> None:
         self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -94,7 +101,7 @@ class Compiled:
             if self.compiler.returncode:
                 raise RuntimeError(told or f"the compiler ended with {self.compiler.returncode}")
             self.folder.mkdir(exist_ok=True)
-            for name in (_ALONE, _SEVERAL):  # the second says that both are there
+            for name in (_ALONE, _SEVERAL):
                 (Path(work) / name).replace(self.folder / name)
 
 

@@ -53,7 +53,7 @@ class Rows:
         self._background = ThreadPoolExecutor(1, "rows")
         self._coming: tuple[np.ndarray, np.ndarray, Future[None]] | None = None  # ids, their slots, and whether they are there
         self._is_coming = np.zeros(manifest.vocab_size, bool)
-        self._failed = False  # what was last to come
+        self._failed = False  # what was last to come, and nothing was fetched since
         self._some_late = False  # of the ids that were looked at and are now to be fetched
 
     def close(self) -> None:
@@ -187,16 +187,17 @@ class Rows:
         try:
             if self.fallback is None:
                 self._fetch(ids, out, places, trip)
-            elif self.outage.on or not self._fetched(ids, out, places):
+            elif self.outage.on or not self._fetched(ids, out, places, trip):
                 out[places] = self.fallback.records(ids)
                 self.recomputed += len(ids)
+            self._failed = False
         finally:
             self.wait_seconds += time.perf_counter() - started
 
-    def _fetched(self, ids: np.ndarray, out: np.ndarray, places: np.ndarray) -> bool:
+    def _fetched(self, ids: np.ndarray, out: np.ndarray, places: np.ndarray, trip: bool) -> bool:
         """Whether a fetch worked; if the lookup service could not be reached, an outage has begun."""
         try:
-            self._fetch(ids, out, places)
+            self._fetch(ids, out, places, trip)
         except (Unavailable, DeadlineExceeded) as error:
             self.outage.begin(error)
             return False
@@ -204,6 +205,7 @@ class Rows:
         return True
 
     def _fetch(self, ids: np.ndarray, out: np.ndarray, places: np.ndarray, trip: bool = False) -> None:
+        """trip: some of `ids` are not at hand."""
         started = time.perf_counter()
         try:
             self.client.fetch_records(self.manifest, ids, out, places)
