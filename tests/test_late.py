@@ -16,7 +16,7 @@ from tolhouse.worker.engine import Engine
 from tolhouse.worker.graphs import GraphRunner
 from tolhouse.worker.kv_cache import BLOCK_TOKENS, KVCache
 from tolhouse.worker.packed import load
-from tolhouse.worker.rows import Rows
+from tolhouse.worker.rows import NoRows, Rows
 from tolhouse.worker.runner import Runner
 from tolhouse.worker.sampling import Sampling
 from tolhouse.worker.sequence import Output, Sequence
@@ -42,10 +42,10 @@ def rows(lookup: Process) -> Iterator[Rows]:
         rows.close()
 
 
-def engine_of(checkpoint: Path, rows: Rows, max_step_tokens: int = 64, runner: type[Runner] = Runner) -> Engine:
+def engine_of(checkpoint: Path, rows: Rows | NoRows, max_step_tokens: int = 64, runner: type[Runner] = Runner) -> Engine:
     found, cache = open_checkpoint(checkpoint), KVCache(4096 // BLOCK_TOKENS)
     pages = Pages(found.config, cache.num_blocks + 1, CPU, torch.float32)
-    model = load(found, CPU, torch.float32, not rows.manifest.x0)
+    model = load(found, CPU, torch.float32, not (rows.manifest and rows.manifest.x0))
     return Engine(runner(model, pages, rows), rows, cache, 8, 100, max_step_tokens)
 
 
@@ -136,3 +136,20 @@ def test_steps_in_recorded_sizes_give_the_same_tokens(embedding: str, tmp_path: 
         assert found[0] == found[1]
         assert {1, 2, 4, 8} >= {sequences for sequences, _ in engine.runner.graphs}
         assert (embedding == "yes") == engine.runner.carried
+
+
+def test_a_base_model_runs_in_recorded_sizes_too(tmp_path: Path) -> None:
+    """It has no rows to wait for; its steps are replayed all the same."""
+    path = tiny_model(tmp_path / "m", "base")
+    prompts = [[7 * n + 1, 5, 3] for n in range(3)]
+    found = []
+    for runner in (Runner, GraphRunner):
+        engine = engine_of(path, NoRows(open_checkpoint(path).config.hidden_size, CPU), runner=runner)
+        found.append(answers(engine, prompts))
+    assert found[0] == found[1]
+    replayed = []
+    for graph in engine.runner.graphs.values():
+        finish = graph.finish
+        graph.finish = lambda staged, finish=finish: (replayed.append(1), finish(staged))[1]
+    assert found[0] == answers(engine, prompts)
+    assert len(replayed) >= 39

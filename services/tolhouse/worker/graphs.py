@@ -7,6 +7,7 @@ the same code runs each time, which is how it is tested there.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class GraphRunner(Runner):
         super().__init__(model, pages, rows)
         self.carried = bool(rows.manifest and rows.manifest.x0)  # then nothing can begin without rows
         self.graphs: dict[tuple[int, int], DecodeGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # one for all: no two run at once
 
     def launch(self, step: list[Chunk]) -> Ahead:
         begun = super().launch(step)
@@ -76,14 +78,15 @@ class DecodeGraph:
             buffer(sequences, filled=1),
         )
         self.spare, self.count = spare, 0
-        self.records = runner.rows.mirror.records if isinstance(runner.rows, Rows) else torch.empty(0, 0)
+        self.records = runner.rows.records
         model, rows = runner.model, runner.rows
         self.begun_BD: Tensor | None = None
         if not runner.carried:
-            self._begin, self.begun_BD = recorded(lambda: model.begin(self.ids_B, self.positions_B, self.view), device)
+            self._begin, self.begun_BD = recorded(lambda: model.begin(self.ids_B, self.positions_B, self.view), device, runner.pool)
         self._finish, self.hidden_BD = recorded(
             lambda: model.hidden(self.ids_B, self.positions_B, self.view, rows.decode(Staged(self.records, self.index_B)), self.begun_BD),
             device,
+            runner.pool,
         )
 
     def begin(self, step: Launched) -> None:
@@ -110,7 +113,7 @@ class DecodeGraph:
         return self.hidden_BD[: self.count]
 
 
-def recorded(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], object], Tensor]:
+def recorded(work: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Callable[[], object], Tensor]:
     """What repeats `work`, and where its result is then each time."""
     if device.type == "cpu":
         out = work()
@@ -122,6 +125,6 @@ def recorded(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable
             work()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         out = work()
     return graph.replay, out

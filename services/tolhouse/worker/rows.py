@@ -46,7 +46,7 @@ class Rows:
         self.client, self.manifest, self.device, self.dtype = client, manifest, device, dtype
         self.fallback, self.outage = fallback, Outage(self._is_back)
         self.mirror = Mirror(manifest, cache_bytes, device)
-        self.cache = self.mirror.cache
+        self.cache, self.records = self.mirror.cache, self.mirror.records
         self.from_cache = self.from_remote = self.recomputed = self.remote_bytes = 0
         self.wait_seconds = 0.0
         self.trip_seconds = 0.0  # a fetch that has to ask the lookup service, as of late
@@ -77,7 +77,7 @@ class Rows:
     def stage(self, ids: np.ndarray) -> Staged:
         """The records of `ids` [T] where the model runs, each distinct token asked for once. They stay until the next call."""
         places_T = self.bring(ids)
-        records = self.mirror.records  # decoded where they lie
+        records = self.records  # decoded where they lie
         if places_T is None:
             unique_U, places_T = np.unique(ids, return_inverse=True)
             records = torch.from_numpy(self._passing(unique_U)).to(self.device)
@@ -271,10 +271,10 @@ class NoRows:
     manifest = None
 
     def __init__(self, hidden_size: int, device: torch.device) -> None:
-        self.hidden_size, self.device = hidden_size, device
+        self.hidden_size, self.device, self.records = hidden_size, device, torch.empty(0, 0)
 
     def stage(self, ids: np.ndarray) -> Staged:
-        return Staged(torch.empty(0, 0), torch.from_numpy(ids.astype(np.int64)))
+        return Staged(self.records, torch.from_numpy(ids.astype(np.int64)))
 
     def decode(self, staged: Staged) -> Tensor:
         return torch.empty(0, len(staged.index), self.hidden_size, device=self.device)
