@@ -43,6 +43,7 @@ class Pages:
         pages = _zeros((num_blocks, 2, layers, heads, BLOCK_TOKENS * size), device, dtype)
         self.keys = pages[:, 0].unflatten(-1, (size, BLOCK_TOKENS)).transpose(0, 1)  # [N, blocks, H, E, S]
         self.values = pages[:, 1].unflatten(-1, (BLOCK_TOKENS, size)).transpose(0, 1)  # [N, blocks, H, S, E]
+        self.layers = list(zip(self.keys, self.values, strict=True))
         self.device = device
 
 
@@ -85,10 +86,10 @@ class StepView:
 
     def layer(self, number: int) -> tuple[Tensor, ...]:
         """What `write` and attention want of a layer."""
-        return self.pages.keys[number], self.pages.values[number], self.blocks_T, self.offsets_T, self.tables_BC, self.lengths_B
+        return *self.pages.layers[number], self.blocks_T, self.offsets_T, self.tables_BC, self.lengths_B
 
     def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
-        keys, values = self.pages.keys[layer], self.pages.values[layer]
+        keys, values = self.pages.layers[layer]
         write(k_THE, v_THE, keys, values, self.blocks_T, self.offsets_T)
         if not self.chunks:
             return gathered(q_THE, keys, values, self.tables_BC, self.lengths_B)
