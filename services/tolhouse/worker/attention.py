@@ -69,17 +69,20 @@ class StepView:
     @classmethod
     def of(cls, pages: Pages, step: list[Chunk]) -> "StepView":
         decoding = sum(chunk.decodes for chunk in step)
-        tables = [np.array(chunk.sequence.blocks, np.int64) for chunk in step]
-        positions = [np.arange(chunk.first, chunk.last) for chunk in step]
-        blocks_T = np.concatenate([table[p // BLOCK_TOKENS] for table, p in zip(tables, positions, strict=True)])
-        offsets_T = np.concatenate(positions) % BLOCK_TOKENS
         lengths_B = np.array([chunk.last for chunk in step[:decoding]], np.int64)
         widest = max(_FEWEST_BLOCKS, -(-int(lengths_B.max(initial=1)) // BLOCK_TOKENS))
         tables_BC = np.zeros((decoding, widest), np.int64)
-        for row, table in zip(tables_BC, tables[:decoding], strict=True):
-            row[: min(widest, len(table))] = table[:widest]
+        for row, chunk in zip(tables_BC, step, strict=False):
+            blocks = chunk.sequence.blocks[:widest]
+            row[: len(blocks)] = blocks
+        chunks = [(chunk, np.array(chunk.sequence.blocks, np.int64), np.arange(chunk.first, chunk.last)) for chunk in step[decoding:]]
+        last_B = lengths_B - 1
+        blocks_T = np.concatenate(
+            [tables_BC[np.arange(decoding), last_B // BLOCK_TOKENS], *(table[p // BLOCK_TOKENS] for _, table, p in chunks)]
+        )
+        offsets_T = np.concatenate([last_B, *(p for _, _, p in chunks)]) % BLOCK_TOKENS
         view = cls(pages, decoding, *(torch.from_numpy(x).to(pages.device) for x in (blocks_T, offsets_T, tables_BC, lengths_B)))
-        for chunk, table in zip(step[decoding:], tables[decoding:], strict=True):
+        for chunk, table, _ in chunks:
             past = torch.from_numpy(table[: -(-chunk.last // BLOCK_TOKENS)]).to(pages.device) if chunk.first else None
             view.chunks.append((chunk.last - chunk.first, chunk.first, past))
         return view

@@ -119,7 +119,7 @@ class Engine:
         while step:
             begun = self.runner.launch(step)  # the first layer's attention needs no row: a device is busy with it meanwhile
             try:
-                return step, begun, self.rows.stage(np.concatenate([_ids(chunk) for chunk in step]))
+                return step, begun, self.rows.stage(_ids(*step))
             except TolhouseError as error:
                 step = [chunk for chunk in step if self._survives(chunk, error)]
         return step, None, None
@@ -221,5 +221,5 @@ class Engine:
             word()
 
 
-def _ids(chunk: Chunk) -> np.ndarray:
-    return np.array(chunk.sequence.ids[chunk.first : chunk.last], np.uint32)
+def _ids(*step: Chunk) -> np.ndarray:
+    return np.array([i for chunk in step for i in chunk.sequence.ids[chunk.first : chunk.last]], np.uint32)

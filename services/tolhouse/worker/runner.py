@@ -27,8 +27,8 @@ class Runner:
 
     def launch(self, step: list[Chunk]) -> Launched:
         """Begin a step before its rows are there. One that is begun and not finished has done nothing."""
-        ids_T = torch.from_numpy(np.concatenate([c.sequence.ids[c.first : c.last] for c in step]).astype(np.int64))
-        positions_T = torch.from_numpy(np.concatenate([np.arange(c.first, c.last) for c in step]))
+        ids_T = torch.from_numpy(np.array([i for c in step for i in c.sequence.ids[c.first : c.last]], np.int64))
+        positions_T = torch.from_numpy(np.array([p for c in step for p in range(c.first, c.last)], np.int64))
         return Launched(ids_T.to(self.device), positions_T.to(self.device), StepView.of(self.pages, step))
 
     def finish(self, begun: Launched, staged: Staged) -> Tensor:
