@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv; nothing has to be installed by hand.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench protos
+.PHONY: help setup demo serve test check bench chaos fuzz soak protos audit sbom
 SHELL := /bin/bash
 
 PYTHON := $(shell command -v python3.11 || command -v python3)
@@ -18,14 +18,14 @@ demo: .venv/all  ## build the demo model's table, serve it, complete three promp
 serve: .venv/all  ## the same system, left running until Ctrl-C
 	@$(BIN)/tolhouse serve
 
-test: .venv/dev  ## all tests
-	$(BIN)/python -m pytest -q
+test: .venv/dev  ## all tests, two files at a time: most of them wait for processes
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-check: .venv/dev  ## style, types, and generated code against the protos
+check: .venv/dev  ## style, types, generated code against the protos, and the Kubernetes manifests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_house.py
+	$(BIN)/python -m pytest -q tests/test_house.py tests/test_k8s.py
 
 bench: .venv/dev  ## quick benchmarks; results are kept in loadtest/LOG.md
 	$(BIN)/python -m loadtest.fetch --quick
@@ -34,11 +34,33 @@ bench: .venv/dev  ## quick benchmarks; results are kept in loadtest/LOG.md
 	$(BIN)/python -m loadtest.decode --quick
 	$(BIN)/python -m loadtest.pace --quick
 
+chaos: .venv/dev  ## faults under load, ten minutes; prints what clients noticed of each
+	$(BIN)/python -m tests.chaos
+
+fuzz: .venv/dev  ## a million nearly right inputs for every reader
+	$(BIN)/python -m tests.fuzz
+
+soak: .venv/dev  ## twenty minutes of mixed load; says what grows
+	$(BIN)/python -m loadtest.soak
+
 protos: .venv/dev  ## generate services/tolhouse/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=services --pyi_out=services --grpc_python_out=services protos/tolhouse/v1/*.proto
 
+audit: .venv/tools/bin/pip-audit  ## known vulnerabilities of the pinned packages; asks PyPI, or osv.dev with AUDIT_SERVICE=osv
+	@deploy/audit.sh $<
+
+sbom: .venv/tools/bin/pip-audit  ## dist/sbom.cdx.json: the pinned packages as a CycloneDX bill of materials
+	@mkdir -p dist
+	@.venv/tools/bin/cyclonedx-py requirements constraints.txt --pyproject pyproject.toml --output-reproducible --of JSON -o dist/sbom.cdx.json
+	@echo dist/sbom.cdx.json
+
 .venv/bin/python:
 	@PYTHON=$(PYTHON) deploy/venv.sh .venv
+
+# apart from what is tested: their own dependencies would be pinned with it
+.venv/tools/bin/pip-audit: .venv/bin/python
+	@PYTHON=$(PYTHON) deploy/venv.sh .venv/tools
+	@.venv/tools/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off pip-audit==2.10.1 cyclonedx-bom==7.5.0
 
 .venv/all: .venv/bin/python pyproject.toml constraints.txt
 	@echo "· installing into .venv" >&2

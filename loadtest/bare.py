@@ -16,6 +16,7 @@ from typing import Literal
 
 import grpc
 import numpy as np
+from tolhouse.access import Access
 from tolhouse.rpc import SERVER_OPTIONS, dial, keep_large_blocks
 from tolhouse.v1 import lookup_pb2
 
@@ -63,7 +64,7 @@ class Bare:
     """A client of the bare server."""
 
     def __init__(self, target: str) -> None:
-        channel = dial(target)
+        channel = dial(target, Access())
         self.bytes = channel.unary_unary("/Bare/Bytes")
         self._outgoing: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._stream = channel.stream_stream("/Bare/Echo")(iter(self._outgoing.get, None))

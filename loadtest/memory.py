@@ -19,7 +19,7 @@ from tolhouse.testing import process
 from loadtest.models import zero_weights
 from loadtest.tables import alike, records_of
 
-CACHE_MEGABYTES = 64  # the worker's default
+CACHE_MEGABYTES = 32  # the worker's default
 PROMPT, ANSWER = 64, 64
 
 

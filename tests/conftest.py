@@ -1,15 +1,18 @@
 """Real servers and checkpoints that several test files share, each started or made once."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from tolhouse.certs import ensure_authority, issue
 from tolhouse.testing import redis_cluster, redis_server, tiny_model
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models, and many processes on few cores: threads would wait for each other
 os.environ["TOLHOUSE_WORKER_COMPILE"] = "never"  # of the many workers that tests start; test_attention.py compiles
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would all that tests start
 settings.register_profile("tolhouse", deadline=None, max_examples=60)
 settings.load_profile("tolhouse")
 
@@ -34,3 +37,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def flex_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("checkpoints") / "tiny-flex", "flex", 3)
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an authority, ca.pem, and certificates of a service on this machine and of a client of it."""
+    folder = tmp_path_factory.mktemp("pki")
+    ensure_authority(folder)
+    issue(folder, "service", ["localhost", "127.0.0.1"])
+    issue(folder, "client", [])
+    return folder

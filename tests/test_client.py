@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,13 +136,30 @@ def test_a_replica_may_die_or_hang(replicas: list[Process], table: tuple[str, st
                 client.fetch(table[1], range(300))
 
 
+def test_a_replica_that_hangs_is_waited_for_once(replicas: list[Process], table: tuple[str, str]) -> None:
+    """After the first wait its ids go to the other replica, until it answers again."""
+    with Client([r.address for r in replicas], timeout_seconds=8, map_hot_rows=False) as client:
+        manifest = client.describe(table[1])
+        ids, usual = np.arange(300, dtype=np.uint32), client._replicas.owner(manifest, np.arange(300), 0)[1]
+        expected = client.fetch_records(manifest, ids)
+        os.kill(replicas[0].pid, signal.SIGSTOP)
+        assert np.array_equal(expected, client.fetch_records(manifest, ids))
+        assert {1} == set(client._replicas.owner(manifest, ids, 0)[1].tolist())
+        os.kill(replicas[0].pid, signal.SIGCONT)
+        deadline = time.monotonic() + 30
+        while client._replicas.owner(manifest, ids, 0)[1].tolist() != usual.tolist() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert usual.tolist() == client._replicas.owner(manifest, ids, 0)[1].tolist()
+        assert np.array_equal(expected, client.fetch_records(manifest, ids))
+
+
 def test_each_shard_has_its_replica(replicas: list[Process], table: tuple[str, str]) -> None:
     """A shard is always asked of the same replica, whoever else there is in the list, so that the replicas' hot rows differ."""
     addresses = [r.address for r in replicas]
     with Client(addresses) as client, Client([*reversed(addresses)]) as other:
         manifest = client.describe(table[1])
-        first = [addresses[n] for n in client._order(manifest)[:, 0]]
-        assert first == [other.targets[n] for n in other._order(manifest)[:, 0]]
+        first = [addresses[n] for n in client._replicas._order(manifest)[1][:, 0]]
+        assert first == [other.targets[n] for n in other._replicas._order(manifest)[1][:, 0]]
         assert set(addresses) == set(first)
 
 
@@ -155,5 +173,6 @@ def test_a_published_version_is_what_a_name_stands_for_from_then_on(checkpoint: 
         command = [sys.executable, "-m", "tolhouse.cli", "tables", "rollback", "flip", "--store", url]
         subprocess.run(command, check=True, capture_output=True)
         assert old == client.describe("flip").ref
+        assert client.describe("flip") is client.describe("flip")  # sent once
         assert client.fetch(old, [1, 2]).tobytes() == client.fetch("flip", [1, 2]).tobytes() != rows
         assert rows == client.fetch(new, [1, 2]).tobytes()

@@ -60,7 +60,7 @@ def test_every_option_can_be_given_in_the_environment(kind: type[config.Config],
         with monkeypatch.context() as environment:
             choices = [c for c in get_args(field.annotation) if c != field.default]
             environment.setenv(
-                config.variable(kind, name), choices[0] if choices else {int: "7", float: "7.5"}.get(field.annotation, "text")
+                config.variable(kind, name), choices[0] if choices else {int: "7", float: "7.5", bool: "true"}.get(field.annotation, "text")
             )
             loaded = config.load(kind, {}).model_dump()
         assert {name} == {key for key in defaults if defaults[key] != loaded[key]}

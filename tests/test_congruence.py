@@ -14,6 +14,7 @@ from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.store import Store, open_store
 from tolhouse.testing import build_table, local_cluster, tiny_model
+from tolhouse.worker import decode
 from tolhouse.worker.packed import load
 from tolhouse.worker.rows import Rows
 
@@ -54,11 +55,21 @@ def in_process(checkpoint: Checkpoint) -> Answers:
     return [list(greedy(model, ids, TOKENS, ignore_eos=True)) for ids in prompt_ids(checkpoint)]
 
 
-def with_rows(checkpoint: Checkpoint, client: Client | FromStore, manifest: Manifest, cache_bytes: int = 0) -> Answers:
+def with_rows(
+    checkpoint: Checkpoint, client: Client | FromStore, manifest: Manifest, cache_bytes: int = 0, piece_values: int | None = None
+) -> Answers:
+    """piece_values: rows of more numbers than that are decoded layer by layer."""
+    with pytest.MonkeyPatch.context() as patch:
+        if piece_values is not None:
+            patch.setitem(decode._PIECE_VALUES, "cpu", piece_values)
+        return _with_rows(checkpoint, client, manifest, cache_bytes)
+
+
+def _with_rows(checkpoint: Checkpoint, client: Client | FromStore, manifest: Manifest, cache_bytes: int) -> Answers:
     model = checkpoint.model(ffn_m=False, embedding=not manifest.x0)
     rows = Rows(client, manifest, cache_bytes, torch.device("cpu"))
     answers = [
-        list(greedy(model, ids, TOKENS, ignore_eos=True, rows=lambda ids_T: rows.resolve(ids_T.numpy().astype(np.uint32))))
+        list(greedy(model, ids, TOKENS, ignore_eos=True, rows=lambda ids_T: rows.decode(rows.stage(ids_T.numpy().astype(np.uint32)))))
         for ids in prompt_ids(checkpoint)
     ]
     assert rows.from_remote > 0
@@ -98,6 +109,7 @@ def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]
             return {
                 "service, over the wire": with_rows(checkpoint, wire, manifest),
                 "service, on the same machine": with_rows(checkpoint, lookup, manifest),
+                "layer by layer": with_rows(checkpoint, lookup, manifest, piece_values=0),
                 "small row cache": with_rows(checkpoint, lookup, manifest, cache_bytes=20 * manifest.record_bytes),
                 "worker, alone": [generate(ids) for ids in prompts],
                 "worker, batched": list(pool.map(generate, prompts)),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tolhouse.table.codecs import CODECS
 from tolhouse.table.spec import Manifest
 from tolhouse.worker import decode as module
-from tolhouse.worker.decode import decode
+from tolhouse.worker.decode import LayerwiseRows, decode
 
 
 def table(codec: str, size: int, layers: int, x0: bool = False) -> Manifest:
@@ -56,6 +56,18 @@ def test_an_index_gathers_and_repeats_rows(codec: str, size: int, index: list[in
         whole = decode(torch.from_numpy(records), manifest)
     assert expected_of(manifest, records[index]) == rows.numpy().tobytes()
     assert expected_of(manifest, records) == whole.numpy().tobytes()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@given(size=st.sampled_from([1, 6, 33, 64]), x0=st.booleans(), index=st.lists(st.integers(0, 6), max_size=9))
+def test_layer_by_layer_rows_are_the_same(codec: str, size: int, x0: bool, index: list[int]) -> None:
+    """A long prompt's rows have the bits they have when all are decoded at once."""
+    manifest = table(codec, size, 3, x0)
+    records, index_T = torch.from_numpy(records_of(manifest, 7, 0)), torch.tensor(index, dtype=torch.int64)
+    rows = LayerwiseRows(records, manifest, index_T, torch.float32)
+    assert 3 + x0 == len(rows)
+    layers = b"".join(rows[layer].numpy().tobytes() for layer in range(len(rows)))
+    assert decode(records, manifest, index_T).numpy().tobytes() == layers
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -1,11 +1,13 @@
 """`make demo` in small: the command itself, as a user runs it."""
 
 import json
+import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import httpx
@@ -16,10 +18,12 @@ import pytest
 @pytest.mark.parametrize("name", ["demo-memory", "demo-flex"])
 def test_the_demo_ends_with_one_line_of_json(name: str, tmp_path: Path) -> None:
     """Built by Ray, served by three processes, streamed over HTTP, equal to the model in process, and nothing left running."""
-    before = {p.pid for p in psutil.process_iter()}
+    mark = uuid.uuid4().hex  # what it starts inherits the environment, and other tests' processes do not have it
     checkpoint = Path("models", name).absolute()
     command = [sys.executable, "-m", "tolhouse.cli", "demo", "--checkpoint", str(checkpoint), "--max-tokens", "40"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    ended = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "DEMO_MARK": mark}, capture_output=True, text=True, timeout=280, check=False
+    )
     assert 0 == ended.returncode, ended.stderr
     result = json.loads(ended.stdout.splitlines()[-1])
     assert True is result["greedy_matches_in_process"]
@@ -31,7 +35,8 @@ def test_the_demo_ends_with_one_line_of_json(name: str, tmp_path: Path) -> None:
     assert result["rows_remote"] > 0
     assert result["bytes_fetched"] == result["rows_remote"] * (6 * 288 * 4 + 8)
     assert 0 < result["worker_weight_bytes"] < result["dense_weight_bytes"]
-    left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and "tolhouse.cli" in " ".join(p.info["cmdline"] or ())]
+    started = [p for p in psutil.process_iter(["cmdline", "environ"]) if (p.info["environ"] or {}).get("DEMO_MARK") == mark]
+    left = [p for p in started if "tolhouse.cli" in " ".join(p.info["cmdline"] or ())]
     assert [] == left
 
 

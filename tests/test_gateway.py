@@ -329,7 +329,7 @@ def test_without_a_template_chat_says_what_is_missing(client: openai.OpenAI) -> 
         ({"prompt": "a", "suffix": "b"}, None, "suffix is not supported: leave it out"),
         ({"prompt": "a", "use_beam_search": True}, None, "use_beam_search is not supported: leave it out, or False"),
         ({"prompt": "a", "presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
-        ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"prompt": "a", "repetition_penalty": 1e-40}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"prompt": "a", "min_p": 1.5}, "min_p", "less than or equal to 1"),
         ({"prompt": "a", "top_k": -2}, "top_k", "greater than or equal to -1"),
         ({"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias", "less than or equal to 100"),
@@ -605,6 +605,52 @@ def test_a_worker_may_die(tmp_path: Path) -> None:
                     break
                 time.sleep(0.1)
             assert expected == answer.json()["choices"][0]["text"]
+
+
+def test_a_worker_may_hang(tmp_path: Path) -> None:
+    """Requests that a stopped worker has not begun to answer are answered by the other; one that it was streaming ends in an error."""
+    url = f"file://{tmp_path}"
+    build_table(DEMO, url)
+    body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    with local_cluster(DEMO, url, workers=2) as cluster, ThreadPoolExecutor(6) as pool:
+        first = next(p for p in cluster.processes if p.ready["service"] == "worker")
+        post = lambda: httpx.post(f"{cluster.url}/completions", json=body, timeout=60)  # noqa: E731
+        expected = post().json()["choices"][0]["text"]
+        endless = {**body, "max_tokens": 500, "ignore_eos": True, "stream": True}
+
+        def stream() -> list[str]:
+            with httpx.stream("POST", f"{cluster.url}/completions", json=endless, timeout=60) as answer:
+                return list(answer.iter_lines())
+
+        streams = [pool.submit(stream) for _ in range(2)]  # one on each worker
+        time.sleep(0.3)
+        os.kill(first.pid, signal.SIGSTOP)
+        answers = [answer.result() for answer in [pool.submit(post) for _ in range(4)]]  # two of them on the one that is stopped
+        assert [(200, expected)] * 4 == [(answer.status_code, answer.json()["choices"][0]["text"]) for answer in answers]
+        ends = sorted("error" if any('"error"' in line for line in one.result()) else one.result()[-2] for one in streams)
+        assert ["data: [DONE]", "error"] == ends
+        os.kill(first.pid, signal.SIGCONT)
+
+
+def test_a_worker_that_ends_finishes_what_it_began(tmp_path: Path) -> None:
+    """While a worker drains after SIGTERM its streams go on to their end, and new requests go to the other."""
+    url = f"file://{tmp_path}"
+    build_table(DEMO, url)
+    body = {"prompt": PROMPT, "max_tokens": 480, "temperature": 0, "ignore_eos": True, "stream": True}
+    with local_cluster(DEMO, url, workers=2) as cluster, ThreadPoolExecutor(8) as pool:
+        first = next(p for p in cluster.processes if p.ready["service"] == "worker")
+
+        def stream() -> list[str]:
+            with httpx.stream("POST", f"{cluster.url}/completions", json=body, timeout=100) as answer:
+                return [line for line in answer.iter_lines() if line]
+
+        streams = [pool.submit(stream) for _ in range(8)]
+        time.sleep(0.3)
+        os.kill(first.pid, signal.SIGTERM)
+        for lines in (one.result() for one in streams):
+            assert "data: [DONE]" == lines[-1]
+            assert not any('"error"' in line for line in lines)
+        assert 0 == first.popen.wait(30)
 
 
 def test_a_worker_of_another_tokenizer_gets_no_requests(cluster: Cluster, checkpoint: Path) -> None:

@@ -223,7 +223,7 @@ def test_a_version_built_anew_in_other_shards_is_served(checkpoint: Path, redis_
     with process("lookup", "--store", redis_url, "--hot-megabytes", "0", *FREE) as running, Client(running.address) as client:
         expected = client.fetch(ref, range(50)).tobytes()
         with closing(open_store(redis_url)) as store:
-            delete(store, ref)
+            delete(store, ref, force=True)
         with pytest.raises((errors.NotFound, errors.Corrupt)):
             client.fetch(ref, range(50))
         assert ref == build_table(checkpoint, redis_url, shards=7, name="anew")

@@ -72,19 +72,19 @@ def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_pat
         rows = Rows(client, manifest, 0, torch.device("cpu"), fallback=Recompute(open_checkpoint(checkpoint), manifest))
         stack.callback(rows.close)
         ids = np.array([5, 200, 5, 17], np.uint32)
-        expected = rows.resolve(ids)
+        expected = rows.decode(rows.stage(ids))
         assert (3, 0, False) == (rows.from_remote, rows.recomputed, rows.outage.on)
         lookup.popen.send_signal(signal.SIGKILL)
         lookup.popen.wait()
-        assert torch.equal(expected, rows.resolve(ids))
+        assert torch.equal(expected, rows.decode(rows.stage(ids)))
         assert (3, 3, True) == (rows.from_remote, rows.recomputed, rows.outage.on)
         with process("lookup", "--store", empty, *listen):
             with Client(address) as other:
                 assert [] == other.tables()
             wait_for(lambda: rows.outage._pause_seconds > 2)  # it has been asked, too
-            assert torch.equal(expected, rows.resolve(ids))
+            assert torch.equal(expected, rows.decode(rows.stage(ids)))
             assert (3, 6, True) == (rows.from_remote, rows.recomputed, rows.outage.on)
         stack.enter_context(process("lookup", "--store", whole, *listen))
         wait_for(lambda: not rows.outage.on)
-        assert torch.equal(expected, rows.resolve(ids))
+        assert torch.equal(expected, rows.decode(rows.stage(ids)))
         assert (6, 6, False) == (rows.from_remote, rows.recomputed, rows.outage.on)

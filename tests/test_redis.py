@@ -1,5 +1,9 @@
 """Redis when it is damaged, closed, guarded or asked for in the wrong way: clear errors, and no password in any of them."""
 
+import gc
+import signal
+import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -10,7 +14,7 @@ from redis import Redis, RedisCluster
 from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, TolhouseError, Unauthenticated, Unavailable
 from tolhouse.store import Store, delete, open_store, publish, resolve, shard_digest
 from tolhouse.table.spec import Manifest
-from tolhouse.testing import free_port, redis_server
+from tolhouse.testing import free_port, redis_cluster_nodes, redis_server
 
 IDS = np.arange(40, dtype=np.uint32)
 MANIFEST = Manifest("damaged", "0123456789abcdef", "int8", len(IDS), 6, (0, 1), 8, model_id="m", tokenizer_id="k")
@@ -179,3 +183,25 @@ def test_every_error_is_one_of_ours(servers: tuple[Store, Redis | RedisCluster])
     redis.set(HASH, "x")
     with pytest.raises(TolhouseError, match="redis://"):
         read(store)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_master_may_die_or_hang(number: signal.Signals) -> None:
+    """Its replica has the rows, before and after it takes over; what only a master can do works once there is one again."""
+    with redis_cluster_nodes(3, 1, node_timeout_ms=1000) as nodes, closing(open_store(nodes[1].url, 1.0)) as store:
+        write(store)
+        nodes[0].popen.send_signal(number)
+        for _ in range(3):
+            assert RECORDS.tobytes() == read(store)
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                write(store)
+                break
+            except TolhouseError:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        assert RECORDS.tobytes() == read(store)
+    with warnings.catch_warnings():  # redis-py leaves a socket open when a connection fails
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()

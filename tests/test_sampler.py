@@ -208,3 +208,13 @@ def test_sampling_values_are_checked(values: dict) -> None:
     """Each value outside its range is refused by name."""
     with pytest.raises(errors.InvalidArgument, match=next(iter(values))):
         Sampling(**{"max_tokens": 1, **values})
+
+
+@pytest.mark.parametrize("how", [{}, {"top_k": 5}, {"top_p": 0.5}])
+def test_logits_that_are_no_numbers_are_nobody_else_s_trouble(how: dict) -> None:
+    """What is drawn from them is some token of the vocabulary; the sequence beside it gets its own."""
+    rows_BV = torch.zeros(2, 64)
+    rows_BV[0], rows_BV[1, 7] = math.nan, 50.0
+    (first, second), _ = sample(rows_BV, [State(Sampling(1, temperature=1.0, **how), [1]) for _ in range(2)])
+    assert 0 <= first < 64
+    assert 7 == second

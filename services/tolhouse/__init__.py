@@ -10,6 +10,7 @@ with Client("127.0.0.1:50052") as worker:                 # an attention worker
         print(token_id)
 """
 
+from tolhouse.access import Access
 from tolhouse.client.client import Client
 from tolhouse.errors import (
     Cancelled,
@@ -32,6 +33,7 @@ from tolhouse.table.spec import Manifest
 
 __version__ = "0.1.0"
 __all__ = [
+    "Access",
     "Cancelled",
     "Client",
     "Corrupt",

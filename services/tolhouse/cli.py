@@ -5,10 +5,12 @@ A command imports what it needs when it runs: `tolhouse lookup` works where torc
 
 import asyncio
 import json
+import re
 import sys
 import typing
 from collections.abc import Callable
 from dataclasses import replace
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,11 @@ import click
 
 from tolhouse import __version__, config
 from tolhouse.errors import InvalidArgument, TolhouseError
-from tolhouse.telemetry import start_logging
+from tolhouse.telemetry import event, start_logging
 
 EXTRAS = {
     "torch": "worker", "ray": "build", "redis": "lookup", "fastapi": "gateway", "uvicorn": "gateway", "matplotlib": "train",
-    "tokenizers": "worker", "safetensors": "lookup", "prometheus_client": "lookup", "tqdm": "build",
+    "tokenizers": "worker", "safetensors": "lookup", "prometheus_client": "lookup", "tqdm": "build", "cryptography": "certs", "starlette": "gateway",
 }  # fmt: skip
 
 
@@ -67,6 +69,11 @@ def options(kind: type[config.Config]) -> Callable:
         wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
         wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
         for field, info in reversed(kind.model_fields.items()):
+            if info.annotation is bool:
+                flag = field.replace("_", "-")
+                text = f"{info.description} [{config.variable(kind, field)}]"
+                click.option(f"--{flag}/--no-{flag}", field, default=None, help=text)(wrapped)
+                continue
             choices = typing.get_args(info.annotation)
             default = "" if info.default in ("", None) else f" Default {info.default}."
             text = f"{info.description}{default} [{config.variable(kind, field)}]"
@@ -184,7 +191,7 @@ def build(settings: config.BuildConfig, checkpoint: Path, publish_it: bool) -> N
     from tolhouse.store import open_store, publish
 
     opened = open_checkpoint(checkpoint)
-    stores = _stores(settings.store)
+    stores = _stores(settings)
     manifest = plan(opened, settings.name, settings.codec, settings.shards, embedding=settings.embedding)
     manifest = replace(manifest, frequent=frequent_tokens(opened.tokenizer(), settings.corpus, manifest.vocab_size))
     click.echo(
@@ -212,7 +219,7 @@ def tables() -> None:
 def _each_store(settings: config.StoreConfig, work: Callable[[Any], Any]) -> None:
     from tolhouse.store import open_store
 
-    for url in _stores(settings.store):
+    for url in _stores(settings):
         store = open_store(url, settings.store_timeout_seconds)
         try:
             work(store)
@@ -220,8 +227,14 @@ def _each_store(settings: config.StoreConfig, work: Callable[[Any], Any]) -> Non
             store.close()
 
 
-def _stores(urls: str) -> tuple[str, ...]:
-    found = tuple(dict.fromkeys(u.strip() for u in urls.split(",") if u.strip()))
+def _stores(settings: config.StoreConfig | config.BuildConfig | config.LookupConfig) -> tuple[str, ...]:
+    from tolhouse.store import has_password, require_private
+
+    found = tuple(dict.fromkeys(u.strip() for u in re.split(r",(?=\s*\w+://)", settings.store) if u.strip()))
+    for url in found:
+        require_private(url, insecure=settings.insecure)
+        if has_password(url) and any(url in argument for argument in sys.argv):
+            event("a password on the command line can be read by everyone on this machine: name a password_file in the URL", WARNING)
     if not found:
         raise InvalidArgument("no store given: file://PATH, redis://HOST:PORT, or both with a comma between")
     # other processes may run elsewhere: a relative path is made absolute
@@ -281,12 +294,13 @@ def rollback(settings: config.StoreConfig, name: str) -> None:
 
 @tables.command()
 @click.argument("table")
+@click.option("--force", is_flag=True, help="Also a version that is in use: who reads it gets errors.")
 @options(config.StoreConfig)
-def delete(settings: config.StoreConfig, table: str) -> None:
-    """Delete a version that is not published: TABLE is NAME@VERSION."""
+def delete(settings: config.StoreConfig, table: str, force: bool) -> None:
+    """Delete a version that is neither published nor in use: TABLE is NAME@VERSION."""
     from tolhouse.store import delete as delete_table
 
-    _each_store(settings, lambda store: click.echo(f"{delete_table(store, table).ref} is deleted from {store.url}"))
+    _each_store(settings, lambda store: click.echo(f"{delete_table(store, table, force).ref} is deleted from {store.url}"))
 
 
 @main.command()
@@ -295,6 +309,7 @@ def lookup(settings: config.LookupConfig) -> None:
     """Serve the tables of a store over gRPC: token ids in, rows out."""
     from tolhouse.lookup.processes import run_all
 
+    _stores(settings)
     run_all(settings)
 
 
@@ -318,6 +333,68 @@ def gateway(settings: config.GatewayConfig, checkpoint: Path) -> None:
     run(serve(checkpoint, settings))
 
 
+@main.group(cls=Commands)
+def keys() -> None:
+    """Make, list and remove API keys of the gateway; FILE keeps their hashes, and a running gateway reads it again."""
+
+
+keys_file = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+
+
+@keys.command("add")
+@keys_file
+@click.argument("name")
+@click.option(
+    "--requests-per-minute",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Rate; a sixth may come at once.",
+)
+@click.option("--concurrent", default=16, show_default=True, type=click.IntRange(1), help="Requests in flight.")
+def add_key(file: Path, name: str, requests_per_minute: float, concurrent: int) -> None:
+    """Make a key for NAME and print it: this once, only its hash is kept."""
+    from tolhouse.gateway.keys import add_key
+
+    click.echo(add_key(file, name, requests_per_minute, concurrent))
+
+
+@keys.command("list")
+@keys_file
+def list_keys(file: Path) -> None:
+    """List names and limits."""
+    from tolhouse.gateway.keys import read_keys
+
+    for name, key in sorted(read_keys(str(file)).items()):
+        click.echo(f"{name}  {key.requests_per_minute:g} requests a minute, {key.concurrent} at once")
+
+
+@keys.command("remove")
+@keys_file
+@click.argument("name")
+def remove_key(file: Path, name: str) -> None:
+    """Take the key of NAME away; requests in flight end as they are."""
+    from tolhouse.gateway.keys import remove_key
+
+    remove_key(file, name)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--name", default="service", show_default=True, help="Of the files NAME.pem and NAME.key.")
+@click.option("--hosts", default="localhost,127.0.0.1,::1", show_default=True, help="Names and addresses it is for, with commas between.")
+def certs(folder: Path, name: str, hosts: str) -> None:
+    """Make a certificate for development in FOLDER, and an authority that signs it if there is none yet.
+
+    ca.pem is the authority, NAME.pem and NAME.key serve for both ends of a connection, for 90 days. In production,
+    certificates come from an authority of your own.
+    """
+    from tolhouse.certs import ensure_authority, issue
+
+    ensure_authority(folder)
+    click.echo(" ".join(map(str, issue(folder, name, [host.strip() for host in hosts.split(",") if host.strip()]))))
+
+
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("prompt")
@@ -325,7 +402,10 @@ def gateway(settings: config.GatewayConfig, checkpoint: Path) -> None:
 @click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="With --worker; 0 is greedy.")
 @click.option("--seed", type=click.IntRange(0), help="With --worker.")
-def generate(checkpoint: Path, prompt: str, worker: str | None, max_tokens: int, temperature: float, seed: int | None) -> None:
+@options(config.ClientConfig)
+def generate(
+    settings: config.ClientConfig, checkpoint: Path, prompt: str, worker: str | None, max_tokens: int, temperature: float, seed: int | None
+) -> None:
     """Complete PROMPT and print the text as it comes. CHECKPOINT gives the tokenizer, and without --worker the model."""
     from tokenizers.decoders import DecodeStream
 
@@ -335,7 +415,7 @@ def generate(checkpoint: Path, prompt: str, worker: str | None, max_tokens: int,
     tokenizer = load_tokenizer(checkpoint / TOKENIZER)
     ids = tokenizer.encode(prompt).ids
     if worker:
-        tokens = Client(worker).generate(ids, max_tokens, temperature=temperature, seed=seed)
+        tokens = Client(worker, access=settings.access()).generate(ids, max_tokens, temperature=temperature, seed=seed)
     elif temperature or seed is not None:
         raise InvalidArgument("--temperature and --seed need a --worker: without one, completion is greedy")
     else:
@@ -355,13 +435,14 @@ def generate(checkpoint: Path, prompt: str, worker: str | None, max_tokens: int,
 @click.argument("ids", nargs=-1, required=True, type=int)
 @click.option("--lookup", default="127.0.0.1:50051", show_default=True, help="Lookup replicas, HOST:PORT with commas between.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also save the rows [T, N, D] as this .npy file.")
-def fetch(table: str, ids: tuple[int, ...], lookup: str, out: Path | None) -> None:
+@options(config.ClientConfig)
+def fetch(settings: config.ClientConfig, table: str, ids: tuple[int, ...], lookup: str, out: Path | None) -> None:
     """Fetch the rows of token IDS of TABLE, NAME or NAME@VERSION, and show each row's norm by layer, that of X0 first where the table carries it."""
     import numpy as np
 
     from tolhouse.client.client import Client
 
-    with Client(lookup) as client:
+    with Client(lookup, access=settings.access()) as client:
         manifest = client.describe(table)
         rows = client.fetch(manifest, list(ids)).astype(np.float32)
     blocks = f"{'X0 and ' * manifest.x0}{manifest.num_layers} layers of {manifest.hidden_size}"

@@ -11,7 +11,9 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from tolhouse.access import Access, Guard
 from tolhouse.errors import InvalidArgument
+from tolhouse.tls import ServerTls
 
 PREFIX = "TOLHOUSE_"
 DEFAULT_STORE = "file://.tolhouse/tables"
@@ -26,6 +28,40 @@ class Config(BaseSettings):
     model_config = SettingsConfigDict(allow_inf_nan=False)
 
     log_level: Literal["debug", "info", "warning", "error"] = knob("info", "Least level of log lines, which go to stderr.")
+
+
+class Caller(Config):
+    """Processes that call services."""
+
+    tls_ca: str = knob(
+        "", "Authority of the services that are called, PEM, or `system`: calls use TLS. Default: plaintext, on this machine alone."
+    )
+    tls_client_cert: str = knob("", "Certificate to show to them, PEM, with its chain.")
+    tls_client_key: str = knob("", "Its key, PEM, without a password.")
+    token_file: str = knob("", "File with the services' token; the first line is sent.")
+    insecure: bool = knob(False, "Allow plaintext between machines: for networks that are trusted.")
+
+    def access(self) -> Access:
+        return Access(self.tls_ca, self.tls_client_cert, self.tls_client_key, self.token_file, self.insecure)
+
+
+class Server(Config):
+    """Processes that listen."""
+
+    tls_cert: str = knob(
+        "", "Certificate to serve with, PEM, with its chain: every port of this process speaks TLS. Read again when it changes."
+    )
+    tls_key: str = knob("", "Its key, PEM, without a password.")
+    tls_client_ca: str = knob("", "Authority, PEM, whose certificates callers must show: mutual TLS.")
+    token_file: str = knob("", "File with a token a line; calls must carry one of them, and carry the first.")
+    insecure: bool = knob(False, "Allow plaintext between machines: for networks that are trusted.")
+
+    def guard(self) -> Guard:
+        """What listeners demand; InvalidArgument where the parts do not go together."""
+        if self.tls_client_ca and not self.tls_cert:
+            raise InvalidArgument("--tls-client-ca needs --tls-cert and --tls-key: callers show certificates over TLS")
+        tls = ServerTls(self.tls_cert, self.tls_key, self.tls_client_ca) if self.tls_cert or self.tls_key else None
+        return Guard(tls, self.token_file, self.insecure)
 
 
 class BuildConfig(Config):
@@ -44,6 +80,7 @@ class BuildConfig(Config):
     verify_rows: int = knob(64, "Rows recomputed and compared after the build, drawn at random.", ge=1)
     workers: int = knob(0, "Ray tasks at a time; 0: one per core of the cluster.", ge=0)
     store_timeout_seconds: float = knob(10, "Longest wait for one answer of Redis.", gt=0)
+    insecure: bool = knob(False, "Allow plaintext to a Redis of another machine: for networks that are trusted.")
     ray_address: str = knob("local", "Ray cluster to run on; `local` starts one for this build.", validation_alias="RAY_ADDRESS")
 
 
@@ -52,9 +89,16 @@ class StoreConfig(Config):
 
     store: str = knob(DEFAULT_STORE, "Where tables live: file://PATH, redis://HOST:PORT, or both with a comma between.")
     store_timeout_seconds: float = knob(5, "Longest wait for one answer of Redis.", gt=0)
+    insecure: bool = knob(False, "Allow plaintext to a Redis of another machine: for networks that are trusted.")
 
 
-class LookupConfig(Config):
+class ClientConfig(Caller):
+    """Commands that call services."""
+
+    model_config = SettingsConfigDict(env_prefix=f"{PREFIX}CLIENT_")
+
+
+class LookupConfig(Server):
     model_config = SettingsConfigDict(env_prefix=f"{PREFIX}LOOKUP_")
 
     store: str = knob(DEFAULT_STORE, "The store to serve: file://PATH or redis://HOST:PORT.")
@@ -68,15 +112,18 @@ class LookupConfig(Config):
     store_timeout_seconds: float = knob(2, "Longest wait for one answer of Redis.", gt=0)
 
 
-class WorkerConfig(Config):
+class WorkerConfig(Server, Caller):
     model_config = SettingsConfigDict(env_prefix=f"{PREFIX}WORKER_")
 
-    lookup: str = knob("127.0.0.1:50051", "Lookup replicas, HOST:PORT with commas between.")
+    lookup: str = knob(
+        "127.0.0.1:50051", "Lookup replicas, HOST:PORT with commas between; dns:///HOST:PORT: all addresses of a name, as they change."
+    )
     table: str = knob("", "Table of the rows, NAME or NAME@VERSION; by default the name of the checkpoint's folder.")
+    table_poll_seconds: float = knob(1, "Time between two looks at what a table's NAME stands for; NAME@VERSION is kept.", gt=0)
     name: str = knob("", "Name to serve the model under; by default that of the checkpoint's folder.")
     listen: str = knob("127.0.0.1:50052", "Address to serve gRPC on; port 0: any free one.")
     metrics_listen: str = knob("127.0.0.1:0", "Address to serve Prometheus metrics on; port 0: any free one.")
-    row_cache_megabytes: float = knob(64, "Memory for rows kept in the worker.", ge=0)
+    row_cache_megabytes: float = knob(32, "Memory for rows kept in the worker.", ge=0)
     kv_cache_megabytes: float = knob(256, "Memory for keys and values of running sequences.", gt=0)
     max_running: int = knob(32, "Most sequences in the running batch.", ge=1)
     max_waiting: int = knob(256, "Most sequences in the queue; more are refused.", ge=1)
@@ -94,17 +141,24 @@ class WorkerConfig(Config):
     drain_seconds: float = knob(30, "Time for sequences in flight to end after SIGTERM.", ge=0)
 
 
-class GatewayConfig(Config):
+class GatewayConfig(Server, Caller):
     model_config = SettingsConfigDict(env_prefix=f"{PREFIX}GATEWAY_")
 
-    workers: str = knob("127.0.0.1:50052", "Workers, HOST:PORT with commas between.")
+    token_file: str = knob("", "File with the services' token; the first line is sent.")
+    workers: str = knob(
+        "127.0.0.1:50052", "Workers, HOST:PORT with commas between; dns:///HOST:PORT: all addresses of a name, as they change."
+    )
     listen: str = knob("127.0.0.1:8000", "Address to serve HTTP on; port 0: any free one.")
     max_body_megabytes: float = knob(4, "Largest body of a request; a larger one is refused.", gt=0)
     poll_seconds: float = knob(1, "Time between two looks at each worker's health and load.", gt=0)
+    keys_file: str = knob("", "File of API keys, as `tolhouse keys` writes it: requests must carry one of them. Default: no keys.")
+    max_connections: int = knob(1024, "Most open connections; more are refused.", ge=1)
+    header_timeout_seconds: float = knob(10, "Longest time for a request's header to arrive, and for a TLS handshake.", gt=0)
+    body_timeout_seconds: float = knob(60, "Longest time for a request's body to arrive, and for a caller to take what waits for it.", gt=0)
     drain_seconds: float = knob(30, "Time for requests in flight to end after SIGTERM.", ge=0)
 
 
-CONFIGS: tuple[type[Config], ...] = (BuildConfig, StoreConfig, LookupConfig, WorkerConfig, GatewayConfig)
+CONFIGS: tuple[type[Config], ...] = (BuildConfig, StoreConfig, ClientConfig, LookupConfig, WorkerConfig, GatewayConfig)
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
@@ -150,3 +204,8 @@ def settle_ray() -> None:
     """Ray reads variables of its own when it is imported: what a build wants of them, unless the user says otherwise."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anyone
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a task without a GPU leaves GPUs visible, and silent
+
+
+def settle_compiler(folder: str) -> None:
+    """Torch's compiler keeps its files in `folder`, and not in one of its own that nobody empties."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder

@@ -1,26 +1,36 @@
-"""gRPC, the same for every process: serve with health, reflection and drain; dial; errors to statuses and back."""
+"""gRPC, the same for every process: serve with health, reflection, drain and limits; dial; errors to statuses and back."""
 
 import asyncio
 import ctypes
 import signal
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import grpc
 
+from tolhouse.access import Access, Guard
 from tolhouse.errors import Internal, InUse, TolhouseError, Unsupported, from_status
 from tolhouse.telemetry import event, log, ready, split_address
+from tolhouse.tls import HANDSHAKE_SECONDS
+from tolhouse.watched import Watched
 
 T = TypeVar("T")
 
+MAX_STREAMS = 1024  # open calls of one connection; more wait for one of them to end
+MAX_CONNECTIONS = 1024  # of one service; more are closed
+MAX_HEADER_BYTES = 16 << 10  # of one call
+MAX_ERROR = 2000  # characters of an error, which may quote what was sent
+MAX_REQUEST_BYTES = 4 << 20  # gRPC's own default
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
-_CHANNEL_OPTIONS = [
+_CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.optimization_target", "throughput"),
     # a peer that comes back is found within a second; gRPC's own back-off goes up to two minutes
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),  # what an attempt may take at least: TLS on a busy machine takes a while
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -28,9 +38,26 @@ _CHANNEL_OPTIONS = [
 ]
 SERVER_OPTIONS = [
     ("grpc.optimization_target", "throughput"),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+    ("grpc.max_metadata_size", MAX_HEADER_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_HEADER_BYTES),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.server_handshake_timeout_ms", int(1000 * HANDSHAKE_SECONDS)),  # of TLS and of HTTP/2
 ]
+
+
+# what gRPC says of a connection that failed, and what that means
+_TLS_TROUBLE = {
+    "certificate has expired": "its TLS certificate has expired",
+    "certificate is not yet valid": "its TLS certificate is not valid yet",
+    "Hostname Verification Check failed": "its TLS certificate is for another host name",
+    "CERTIFICATE_VERIFY_FAILED": "its TLS certificate is not of the authority trusted here",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS",
+    "Socket closed": "it closed the connection: it may be full, want TLS, or want a TLS certificate that it trusts; its log may say more",
+}
 
 
 def keep_large_blocks() -> None:
@@ -55,12 +82,42 @@ def return_freed_blocks() -> None:
         return
 
 
-def dial(target: str) -> grpc.Channel:
-    return grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+def dial(target: str, access: Access) -> grpc.Channel:
+    """A channel to `target`; InvalidArgument where `access` does not allow for it."""
+    credentials = access.credentials(target)
+    if credentials is None:
+        return grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    return grpc.secure_channel(target, credentials, options=_options(access))
 
 
-def dial_async(target: str) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+def dial_async(target: str, access: Access) -> grpc.aio.Channel:
+    """The same for an event loop."""
+    credentials = access.credentials(target)
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(target, credentials, options=_options(access))
+
+
+def _options(access: Access) -> list[tuple[str, int | str]]:
+    return [*_CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", access.tls_name)] if access.tls_name else [*_CHANNEL_OPTIONS]
+
+
+class Line(Generic[T]):
+    """What `dialled` makes, a channel and its stubs; made again, for calls to come, when the TLS files of `access` have changed."""
+
+    def __init__(self, access: Access, dialled: Callable[[], T]) -> None:
+        self.access = access
+        kept: deque[T] = deque(maxlen=2)  # calls on the one before end in peace
+
+        def dial_again() -> T:
+            kept.append(dialled())
+            return kept[-1]
+
+        self._current = Watched(access.files, dial_again)
+
+    @property
+    def current(self) -> T:
+        return self._current.get()
 
 
 def error_of(error: grpc.RpcError, peer: str) -> TolhouseError:
@@ -69,7 +126,8 @@ def error_of(error: grpc.RpcError, peer: str) -> TolhouseError:
     if status is grpc.StatusCode.UNIMPLEMENTED:
         return Unsupported(f"{peer} does not serve this call; is it the address of another service?")
     if status is grpc.StatusCode.UNAVAILABLE and ("connect" in details.lower() or "socket" in details.lower()):
-        details = f"can't be reached ({details})"
+        reason = next((text for sign, text in _TLS_TROUBLE.items() if sign in details), "can't be reached")
+        details = f"{reason} ({details})"
     mine = status in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.NOT_FOUND)
     return from_status(status.name, details if mine else f"{peer}: {details}")  # whose fault it is
 
@@ -79,7 +137,7 @@ async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn
     if not isinstance(error, TolhouseError):
         log.error("internal error", exc_info=error)
         error = Internal("internal error; the service's log has the details")
-    await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+    await context.abort(grpc.StatusCode[error.grpc_status], str(error)[:MAX_ERROR])
     raise AssertionError("abort returns never")
 
 
@@ -109,26 +167,29 @@ async def serve(
     drain: Callable[[], None] | None = None,
     announce: Callable[..., None] | None = None,
     *,
+    guard: Guard,
     share_port: bool = False,  # else a port in use is an error, not a share of its connections
     **fields: object,
 ) -> None:
     """Serve on `listen` until SIGTERM or SIGINT, then call `drain` and finish calls in flight for at most `drain_seconds`.
 
     Once it answers, one line of JSON on stdout says so: service, address with its real port, and `fields`; or `announce`
-    is called with the latter two. `share_port`: other processes may listen on the same port.
+    is called with the latter two. `share_port`: other processes may listen on the same port. InvalidArgument where `guard`
+    does not allow for `listen`.
     """
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
 
+    guard.check(listen, "--listen")
     keep_large_blocks()
-    server = grpc.aio.server(options=[*SERVER_OPTIONS, ("grpc.so_reuseport", int(share_port))])
+    server = grpc.aio.server(options=[*SERVER_OPTIONS, ("grpc.so_reuseport", int(share_port))], interceptors=guard.interceptors())
     register(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     host, _ = split_address(listen)
     try:
-        port = server.add_insecure_port(listen)
+        port = server.add_secure_port(listen, guard.tls.credentials()) if guard.tls else server.add_insecure_port(listen)
     except RuntimeError:
         port = 0
     if not port:

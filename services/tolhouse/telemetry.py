@@ -1,11 +1,11 @@
-"""Logs and metrics, the same for every process. Logs go to stderr, one JSON object a line, or plain text on a terminal."""
+"""Logs, the same for every process. They go to stderr, one JSON object a line, or plain text on a terminal."""
 
 import json
 import logging
 import sys
 import time
 
-from tolhouse.errors import InUse, InvalidArgument
+from tolhouse.errors import InvalidArgument
 
 log = logging.getLogger("tolhouse")
 
@@ -56,15 +56,3 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not port.isdigit() or int(port) > 65535:
         raise InvalidArgument(f"address {address!r} is not HOST:PORT, such as 127.0.0.1:50051 (port 0: any free one)")
     return host.strip("[]"), int(port)
-
-
-def serve_metrics(address: str) -> str:
-    """Serve Prometheus metrics at http://address/metrics from a thread; returns the address with its real port."""
-    from prometheus_client import start_http_server
-
-    host, port = split_address(address)
-    try:
-        server, _ = start_http_server(port, host)
-    except OSError as error:
-        raise InUse(f"metrics can't listen on {address}: {error.strerror or error}; choose another --metrics-listen") from None
-    return f"{host}:{server.server_port}"

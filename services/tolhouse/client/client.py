@@ -1,6 +1,8 @@
 """`Client`: rows and manifests from lookup replicas, tokens from a worker, over one set of channels."""
 
+import logging
 import socket
+import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -10,20 +12,26 @@ from typing import Any, NamedTuple, Self, Unpack
 import grpc
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
+from tolhouse.access import Access
+from tolhouse.client.addresses import Addresses
 from tolhouse.client.generation import Options, request_of
 from tolhouse.client.neighbour import Neighbour
+from tolhouse.client.replicas import Replicas
 from tolhouse.client.stream import FetchStream, Request
 from tolhouse.errors import Cancelled, Corrupt, DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
 from tolhouse.rpc import error_of
 from tolhouse.table.spec import Manifest, split_ref
-from tolhouse.telemetry import split_address
+from tolhouse.telemetry import event
 from tolhouse.v1 import generation_pb2, lookup_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
 _RETRIED = (Unavailable, DeadlineExceeded, Cancelled, Corrupt)  # another replica, or the same once more, may do better
 _ROUNDS = 2
+_LOOK_SECONDS = 1.0  # for a replica that was away to answer
+_LOOK_UP_SECONDS = 1.0  # between two looks at who is behind a name
+_GONE_SECONDS = 600.0  # that calls to an address may go on after its name has lost it: it drains
+_LOCAL = Access()
 
 
 class _Job(NamedTuple):
@@ -34,23 +42,36 @@ class _Job(NamedTuple):
 
 
 class Client:
-    """Talks to the service at `target`, "host:port", or to several replicas of it, "host:port,host:port".
+    """Talks to the service at `target`, "host:port", or to several replicas of it: "host:port,host:port", or "dns:///host:port" for
+    all that the name stands for, as they come and go.
 
     fetch, describe and tables want lookup services; generate wants a worker. Safe to use from several threads. Hot rows of
-    a lookup service of the same machine and user are read in its memory, unless `map_hot_rows` is false.
+    a lookup service of the same machine and user are read in its memory, unless `map_hot_rows` is false. Services of other
+    machines need an `access` with TLS.
     """
 
-    def __init__(self, target: str | Sequence[str], timeout_seconds: float = 10.0, *, map_hot_rows: bool = True) -> None:
-        targets = target.split(",") if isinstance(target, str) else list(target)
-        self.targets = [t.strip() for t in targets if t.strip()]
-        if not self.targets:
-            raise InvalidArgument("no address given: a client needs HOST:PORT, or several with commas between them")
-        for address in self.targets:
-            split_address(address)
-        self.timeout_seconds = timeout_seconds
-        self._streams = {address: FetchStream(address, map_hot_rows) for address in self.targets}
-        self._manifests: dict[str, tuple[Manifest, int]] = {}
-        self._orders: dict[str, np.ndarray] = {}
+    def __init__(
+        self, target: str | Sequence[str], timeout_seconds: float = 10.0, *, access: Access = _LOCAL, map_hot_rows: bool = True
+    ) -> None:
+        self._addresses = Addresses(target)
+        self._addresses.check(access)
+        self.timeout_seconds, self.access, self.map_hot_rows = timeout_seconds, access, map_hot_rows
+        self._streams: dict[str, FetchStream] = {}
+        self._gone: dict[str, float] = {}  # addresses that have streams still, and since when
+        self._manifests: dict[str, tuple[Manifest, int]] = {}  # by "name@version": they never change
+        self._stood_for: dict[str, str] = {}  # names, and the version that each stood for when last asked
+        self._replicas = Replicas(self._answers)
+        self._closed, self._renewing = threading.Event(), threading.Lock()
+        self._renew()
+        if self._addresses.change:
+            threading.Thread(target=self._follow, name="look up", daemon=True).start()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The addresses now; Unavailable while there are none."""
+        if not self._replicas.targets:
+            raise Unavailable(f"{', '.join(self._addresses.targets)}: the name has no address yet")
+        return self._replicas.targets
 
     def __enter__(self) -> Self:
         return self
@@ -59,8 +80,11 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        for stream in self._streams.values():
-            stream.close()
+        self._closed.set()
+        self._replicas.close()
+        with self._renewing:
+            for stream in self._streams.values():
+                stream.close()
 
     def tables(self) -> list[tuple[Manifest, bool]]:
         """Every table the lookup service has, and whether its name stands for it."""
@@ -70,6 +94,10 @@ class Client:
     def describe(self, table: str) -> Manifest:
         """The manifest of "name@version", or of the version that "name" stands for now; NotFound if there is none."""
         return self._describe(table)[0]
+
+    def hold(self, ref: str) -> None:
+        """Tell the lookup service that "name@version" is in use, though nothing may be fetched: for half a minute it can't be deleted."""
+        self._unary("Describe", lookup_pb2.DescribeRequest(table=ref, known=ref))
 
     def fetch(self, table: str | Manifest, ids: npt.ArrayLike) -> np.ndarray:
         """Rows [T, N, D] of T token ids from "name@version", or from what "name" stands for now; X0 first where it is carried.
@@ -114,6 +142,8 @@ class Client:
             if attempt and attempt % len(self.targets) == 0:
                 time.sleep(0.05)  # all have failed once: a moment for one to come back
             patience = (deadline - time.monotonic()) / (attempts - attempt)
+            if not attempt and len(self.targets) > 1:
+                patience /= 2  # where another replica is left, one that hangs is not waited for as long as the last
             left, error = self._attempt(job, left, attempt, max(0.001, patience))
             if error and (not isinstance(error, _RETRIED) or attempt == attempts - 1):
                 raise error
@@ -142,7 +172,7 @@ class Client:
         """The same with all that a worker tells: why it ended, and log probabilities of tokens and prompt if asked for."""
         request = request_of(prompt_ids, max_tokens, **options)
         target = self.targets[0]
-        call = GenerationStub(self._streams[target].channel).Generate(request, timeout=timeout_seconds)
+        call = GenerationStub(self._streams[target].channel).Generate(request, timeout=timeout_seconds, metadata=self.access.metadata())
         try:
             for reply in call:
                 yield reply
@@ -158,7 +188,8 @@ class Client:
         target = self.targets[0]
         try:
             request = generation_pb2.DescribeWorkerRequest()
-            return GenerationStub(self._streams[target].channel).DescribeWorker(request, timeout=self.timeout_seconds)
+            stub = GenerationStub(self._streams[target].channel)
+            return stub.DescribeWorker(request, timeout=self.timeout_seconds, metadata=self.access.metadata())
         except grpc.RpcError as error:
             raise error_of(error, f"worker {target}") from None
 
@@ -197,49 +228,83 @@ class Client:
                 continue
             except FutureTimeout:
                 stream.reset()
+                self._replicas.failed(stream.target, manifest.ref)
                 worst = DeadlineExceeded(f"lookup {stream.target} did not answer within {patience:.1f} s")
             except TolhouseError as error:
+                if isinstance(error, (Unavailable, DeadlineExceeded)):
+                    self._replicas.failed(stream.target, manifest.ref)
                 worst = error if worst is None or isinstance(worst, _RETRIED) else worst
             request.give_up()
             failed.append(part)
         return (np.concatenate(failed) if failed else np.empty(0, np.int64)), worst
 
+    def _follow(self) -> None:
+        while not self._closed.wait(_LOOK_UP_SECONDS):
+            try:
+                self._renew()
+            except TolhouseError as error:  # a TLS file that does not fit, for now
+                event("new addresses can't be called", logging.WARNING, reason=str(error))
+
+    def _renew(self) -> None:
+        """Take up the addresses that there are now; calls to one that is gone may end in peace."""
+        found, now = self._addresses.look_up(), time.monotonic()
+        with self._renewing:
+            if self._closed.is_set():
+                return
+            for address in found:
+                self._gone.pop(address, None)
+                if address not in self._streams:
+                    access = self._addresses.access(address, self.access)
+                    self._streams[address] = FetchStream(address, access, self.map_hot_rows)
+            if found != self._replicas.targets:
+                self._replicas.become(found)
+            for address in set(self._streams) - set(found):
+                if now - self._gone.setdefault(address, now) > _GONE_SECONDS:
+                    del self._gone[address]
+                    self._streams.pop(address).close()
+
     def _divided(self, manifest: Manifest, ids: np.ndarray, left: np.ndarray, attempt: int) -> Iterator[tuple[FetchStream, np.ndarray]]:
         """The places `left`, by the replica that each shard asks at this attempt."""
-        if len(self.targets) == 1:
-            yield self._streams[self.targets[0]], left
+        targets = self.targets
+        if len(targets) == 1:
+            yield self._streams[targets[0]], left
             return
-        owner_of = self._order(manifest)[manifest.shard_of(ids[left]), attempt % len(self.targets)]
+        targets, owner_of = self._replicas.owner(manifest, ids[left], attempt)
         for number in np.unique(owner_of).tolist():
-            yield self._streams[self.targets[number]], left[owner_of == number]
-
-    def _order(self, manifest: Manifest) -> np.ndarray:
-        """Numbers of the replicas in the order in which each shard asks them, [num_shards, replicas]: rendezvous hashing."""
-        if manifest.ref not in self._orders:
-            weights = [
-                [xxhash.xxh3_64_intdigest(f"{manifest.ref}:{shard}:{target}".encode()) for target in self.targets]
-                for shard in range(manifest.num_shards)
-            ]
-            self._orders[manifest.ref] = np.argsort(np.array(weights, np.uint64), axis=1)
-        return self._orders[manifest.ref]
+            yield self._streams[targets[number]], left[owner_of == number]
 
     def _describe(self, table: str) -> tuple[Manifest, int]:
         known = self._manifests.get(table)
-        if known is None:
-            reply = self._unary("Describe", lookup_pb2.DescribeRequest(table=table))
+        if known is None:  # what a bare name stands for is asked anew each time
+            before = self._stood_for.get(table, "")
+            reply = self._unary("Describe", lookup_pb2.DescribeRequest(table=table, known=before))
+            if before and not reply.manifest_json:
+                return self._manifests[before]
             known = Manifest.from_json(reply.manifest_json), reply.max_ids_per_fetch
-            self._manifests[known[0].ref] = known  # immutable; what a bare name stands for is asked anew each time
+            self._manifests[known[0].ref] = known
+            self._stood_for[table] = known[0].ref
             if split_ref(table)[1] is not None and known[0].ref != table:
                 raise Corrupt(f"asked for table {table}, the lookup service described {known[0].ref}")
         return known
 
+    def _answers(self, target: str, ref: str) -> bool:
+        """Whether a replica answers, be it with an error."""
+        try:
+            request = lookup_pb2.DescribeRequest(table=ref, known=ref)
+            self._streams[target].stub.Describe(request, timeout=_LOOK_SECONDS, metadata=self.access.metadata())
+        except grpc.RpcError as error:
+            return error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+        except ValueError:  # closed meanwhile
+            return False
+        return True
+
     def _unary(self, method: str, request: Any) -> Any:
         """The answer of the first replica that has one."""
         error: TolhouseError | None = None
-        for attempt in range(_ROUNDS * len(self.targets)):
-            target = self.targets[attempt % len(self.targets)]
+        timeout = self.timeout_seconds / len(self.targets) / _ROUNDS
+        for target in self._replicas.in_turn() * _ROUNDS:
             try:
-                return getattr(self._streams[target].stub, method)(request, timeout=self.timeout_seconds / len(self.targets) / _ROUNDS)
+                return getattr(self._streams[target].stub, method)(request, timeout=timeout, metadata=self.access.metadata())
             except grpc.RpcError as failure:
                 error = error_of(failure, f"lookup {target}")
                 if not isinstance(error, (Unavailable, DeadlineExceeded)):

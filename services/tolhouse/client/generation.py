@@ -1,12 +1,14 @@
 """Generate calls to workers: the request, and the asynchronous call that the gateway makes."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import TypedDict, Unpack
 
 import grpc
 
-from tolhouse.errors import InvalidArgument
-from tolhouse.rpc import dial_async, error_of
+from tolhouse.access import Access
+from tolhouse.errors import InvalidArgument, Unavailable
+from tolhouse.rpc import Line, dial_async, error_of
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
@@ -43,27 +45,49 @@ def request_of(
 class WorkerChannel:
     """One worker, called from an event loop."""
 
-    def __init__(self, target: str) -> None:
-        self.target = target
-        self.channel = dial_async(target)
-        self.stub = GenerationStub(self.channel)
+    def __init__(self, target: str, access: Access) -> None:
+        self.target, self.access = target, access
+        self._line = Line(access, self._dial)
+        self._calls: set[grpc.aio.Call] = set()
+
+    def _dial(self) -> tuple[grpc.aio.Channel, GenerationStub]:
+        channel = dial_async(self.target, self.access)
+        return channel, GenerationStub(channel)
+
+    @property
+    def stub(self) -> GenerationStub:
+        return self._line.current[1]
+
+    def abandon(self) -> None:
+        """End all calls in flight with Unavailable: the worker hangs."""
+        calls, self._calls = self._calls, set()
+        for call in calls:
+            call.cancel()
 
     async def describe(self, timeout_seconds: float) -> generation_pb2.DescribeWorkerReply:
         try:
-            return await self.stub.DescribeWorker(generation_pb2.DescribeWorkerRequest(), timeout=timeout_seconds)
+            request = generation_pb2.DescribeWorkerRequest()
+            return await self.stub.DescribeWorker(request, timeout=timeout_seconds, metadata=self.access.metadata())
         except grpc.RpcError as error:
             raise error_of(error, f"worker {self.target}") from None
 
     async def generate(self, request: generation_pb2.GenerateRequest) -> AsyncGenerator[generation_pb2.GenerateReply]:
         """Replies up to the one with a finish_reason. Closing the iterator cancels the call."""
-        call = self.stub.Generate(request)
+        call = self.stub.Generate(request, metadata=self.access.metadata())
+        self._calls.add(call)
         try:
             async for reply in call:
                 yield reply
         except grpc.RpcError as error:
             raise error_of(error, f"worker {self.target}") from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if call in self._calls or (task and task.cancelling()):  # it is the caller who is cancelled
+                raise
+            raise Unavailable(f"worker {self.target} does not answer any more") from None
         finally:
+            self._calls.discard(call)
             call.cancel()
 
     async def close(self) -> None:
-        await self.channel.close()
+        await self._line.current[0].close()

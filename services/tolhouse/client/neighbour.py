@@ -38,6 +38,7 @@ class Neighbour:
                 line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 line.settimeout(_CALL_SECONDS)
                 line.connect(bell(self._segment.id))
+                line.send(self._segment.word)
             line.settimeout(_CALL_SECONDS)
             line.send(ids.astype("<u4", copy=False).tobytes())
         except OSError:

@@ -9,14 +9,16 @@ import queue
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import grpc
 import numpy as np
 
 from tolhouse import wire
+from tolhouse.access import Access, Metadata
 from tolhouse.client.neighbour import Neighbour
 from tolhouse.errors import Corrupt, Internal, TolhouseError, from_status
-from tolhouse.rpc import dial, error_of
+from tolhouse.rpc import Line, dial, error_of
 from tolhouse.table.spec import Manifest
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
@@ -65,17 +67,34 @@ class Request:
             self._given_up = True
 
 
+class _Dialled(NamedTuple):
+    channel: grpc.Channel
+    stub: LookupStub
+    fetch: grpc.StreamStreamMultiCallable
+
+
 class FetchStream:
     """Opens its stream when first used, and again after it broke. Safe to use from several threads."""
 
-    def __init__(self, target: str, map_hot_rows: bool) -> None:
-        self.target, self.map_hot_rows = target, map_hot_rows
-        self.channel = dial(target)
-        self.stub = LookupStub(self.channel)
-        # replies stay bytes: wire.py reads them
-        self._fetch = self.channel.stream_stream("/tolhouse.v1.Lookup/Fetch", lookup_pb2.FetchRequest.SerializeToString)
+    def __init__(self, target: str, access: Access, map_hot_rows: bool) -> None:
+        self.target, self.access, self.map_hot_rows = target, access, map_hot_rows
+        self._line = Line(access, self._dial)
         self._lock = threading.Lock()
         self._open: _Call | None = None
+
+    @property
+    def channel(self) -> grpc.Channel:
+        return self._line.current.channel
+
+    @property
+    def stub(self) -> LookupStub:
+        return self._line.current.stub
+
+    def _dial(self) -> _Dialled:
+        channel = dial(self.target, self.access)
+        # replies stay bytes: wire.py reads them
+        fetch = channel.stream_stream("/tolhouse.v1.Lookup/Fetch", lookup_pb2.FetchRequest.SerializeToString)
+        return _Dialled(channel, LookupStub(channel), fetch)
 
     def neighbour(self, manifest: Manifest) -> Neighbour | None:
         """The replica as a process of this machine, once it has said that it is one for this table."""
@@ -87,7 +106,7 @@ class FetchStream:
         request = Request(manifest, ids, out, places)
         with self._lock:
             if self._open is None or self._open.broken:
-                self._open = _Call(self._fetch, self.target, self.map_hot_rows)
+                self._open = _Call(self._line.current.fetch, self.access.metadata(), self.target, self.map_hot_rows)
             self._open.send(request)
         return request
 
@@ -104,14 +123,14 @@ class FetchStream:
 
 
 class _Call:
-    def __init__(self, fetch: grpc.StreamStreamMultiCallable, target: str, map_hot_rows: bool) -> None:
+    def __init__(self, fetch: grpc.StreamStreamMultiCallable, metadata: Metadata | None, target: str, map_hot_rows: bool) -> None:
         self.target, self.map_hot_rows, self.broken = target, map_hot_rows, False
         self.neighbours: dict[str, Neighbour] = {}  # by table
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._pending: dict[int, Request] = {}
         self._outgoing: queue.SimpleQueue[lookup_pb2.FetchRequest | None] = queue.SimpleQueue()
-        self.call = fetch(iter(self._outgoing.get, None))
+        self.call = fetch(iter(self._outgoing.get, None), metadata=metadata)
         threading.Thread(target=self._receive, name=f"fetch {target}", daemon=True).start()
 
     def send(self, request: Request) -> None:

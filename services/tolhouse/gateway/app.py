@@ -4,10 +4,10 @@ import asyncio
 import json
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -19,16 +19,19 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from tolhouse import __version__
+from tolhouse.client.addresses import Addresses
 from tolhouse.config import GatewayConfig
 from tolhouse.errors import Cancelled, InUse, TolhouseError
 from tolhouse.gateway import problems
 from tolhouse.gateway.chat import Chat, ChatForm
 from tolhouse.gateway.completions import Completion, CompletionForm
 from tolhouse.gateway.intake import Intake
+from tolhouse.gateway.keys import Keyed
 from tolhouse.gateway.metrics import WORKERS, Measured
 from tolhouse.gateway.pool import Pool
 from tolhouse.gateway.run import Run
 from tolhouse.gateway.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from tolhouse.gateway.server import MAX_HEADER_BYTES, Limits, Server
 from tolhouse.gateway.template import ChatTemplate
 from tolhouse.gateway.vocabulary import Vocabulary, check_ids
 from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
@@ -37,7 +40,7 @@ from tolhouse.telemetry import event, ready, split_address
 T = TypeVar("T")
 
 
-def create_app(pool: Pool, tokenizer_file: Path, max_body_bytes: int) -> ASGIApp:
+def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIApp:
     vocabulary = Vocabulary(load_tokenizer(tokenizer_file))
     template = ChatTemplate(tokenizer_file.parent)
 
@@ -50,18 +53,19 @@ def create_app(pool: Pool, tokenizer_file: Path, max_body_bytes: int) -> ASGIApp
             watching.cancel()
             with suppress(asyncio.CancelledError):
                 await watching
-            await pool.close()
 
     app = FastAPI(title="Tolhouse", version=__version__, lifespan=lifespan)
     app.add_middleware(Measured)
     WORKERS.set_function(lambda: len(pool.healthy()))
 
     @app.get("/health")
-    async def health() -> JSONResponse:
-        """200 while at least one worker is healthy."""
-        workers = {m.channel.target: str(m.trouble or "healthy") for m in pool.members}
+    async def health(request: Request) -> JSONResponse:
+        """200 while at least one worker is healthy. Which they are is told to callers with a key, where there are keys."""
         ok = bool(pool.healthy())
-        return JSONResponse({"status": "ok" if ok else "unavailable", "workers": workers}, 200 if ok else 503)
+        body: dict[str, Any] = {"status": "ok" if ok else "unavailable"}
+        if getattr(request.state, "trusted", True):
+            body["workers"] = {m.channel.target: str(m.trouble or "healthy") for m in pool.members}
+        return JSONResponse(body, 200 if ok else 503)
 
     @app.api_route("/ping", methods=["GET", "POST"])
     async def ping() -> JSONResponse:
@@ -122,7 +126,7 @@ def create_app(pool: Pool, tokenizer_file: Path, max_body_bytes: int) -> ASGIApp
     async def detokenize(body: DetokenizeRequest) -> dict:
         """The text of token ids."""
         limits = pool.limits(pool.check_model(body.model))
-        return {"prompt": vocabulary.text(check_ids(body.tokens, limits.vocab_size))}
+        return {"prompt": await asyncio.to_thread(vocabulary.text, check_ids(body.tokens, limits.vocab_size))}
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict:
@@ -149,7 +153,10 @@ def create_app(pool: Pool, tokenizer_file: Path, max_body_bytes: int) -> ASGIApp
         status, body = problems.answer_of(error, request.state.request_id)
         return JSONResponse(body, status)
 
-    return Intake(app, max_body_bytes)  # outermost: also the answer to a defect has its id
+    keyed = Keyed(app, config.keys_file) if config.keys_file else app
+    return Intake(
+        keyed, int(config.max_body_megabytes * 1e6), config.body_timeout_seconds
+    )  # outermost: also the answer to a defect has its id
 
 
 _BODIES: dict[str, type[BaseModel]] = {
@@ -190,11 +197,12 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     path = Path(checkpoint)
     file = path / TOKENIZER if path.is_dir() else path
     load_tokenizer(file)
-    targets = [t.strip() for t in config.workers.split(",") if t.strip()]
-    for target in targets:
-        split_address(target)
+    addresses, access = Addresses(config.workers), config.access()
+    addresses.check(access)
     host, port = split_address(config.listen)
-    pool = Pool(targets, tokenizer_id(file), config.poll_seconds)
+    guard = config.guard()
+    guard.check(config.listen, "--listen")
+    pool = Pool(addresses, access, tokenizer_id(file), config.poll_seconds)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -202,12 +210,16 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     except OSError as error:
         raise InUse(f"gateway can't listen on {config.listen}: {error.strerror or error}; choose another --listen") from None
     settings = uvicorn.Config(
-        create_app(pool, file, int(config.max_body_megabytes * 1e6)),
+        create_app(pool, file, config),
+        http="h11",
+        ws="none",
         log_config=None,
         lifespan="on",
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
     )
-    server = _Server(settings)
+    limits = Limits(config.max_connections, config.header_timeout_seconds, config.body_timeout_seconds)
+    server = Server(settings, limits, guard.tls.context() if guard.tls else None)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
@@ -218,13 +230,6 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
         ready("gateway", f"{host}:{listener.getsockname()[1]}")
     await serving
     event("stopped", service="gateway")
-
-
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone: uvicorn would raise them again once it has drained, and end the process with an error."""
-        yield
 
 
 def _event(data: str) -> str:

@@ -45,6 +45,7 @@ class Chat(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
+    system_fingerprint: str | None = None  # the table's version
 
 
 class ChunkChoice(BaseModel):
@@ -63,6 +64,7 @@ class Chunk(BaseModel):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    system_fingerprint: str | None = None  # the table's version
 
 
 class ChatForm:
@@ -77,7 +79,7 @@ class ChatForm:
             Choice(index=p.index, message=Message(content=p.text), logprobs=self._logprobs(p), finish_reason=p.finish_reason)
             for p in pieces
         ]
-        return Chat(id=self.id, created=run.created, model=run.model, choices=choices, usage=run.usage())
+        return Chat(id=self.id, created=run.created, model=run.model, choices=choices, usage=run.usage(), system_fingerprint=run.table)
 
     def chunks(self, piece: Piece) -> Iterator[Chunk]:
         if piece.index not in self.begun:
@@ -91,7 +93,8 @@ class ChatForm:
         return self._chunk([], self.run.usage())
 
     def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> Chunk:
-        return Chunk(id=self.id, created=self.run.created, model=self.run.model, choices=choices, usage=usage)
+        run = self.run
+        return Chunk(id=self.id, created=run.created, model=run.model, choices=choices, usage=usage, system_fingerprint=run.table)
 
     def _logprobs(self, piece: Piece) -> Logprobs | None:
         if self.run.body.top is None:

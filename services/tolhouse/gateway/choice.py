@@ -28,6 +28,7 @@ class Piece:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
+    anew: bool = False  # the choice begins anew: what was told of it does not count
 
 
 class Choice:

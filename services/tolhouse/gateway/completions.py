@@ -33,6 +33,7 @@ class Completion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage | None = None
+    system_fingerprint: str | None = None  # the table's version
 
 
 class CompletionForm:
@@ -59,7 +60,14 @@ class CompletionForm:
             )
             for piece in pieces
         ]
-        return Completion(id=f"cmpl-{run.request_id}", created=run.created, model=run.model, choices=choices, usage=usage)
+        return Completion(
+            id=f"cmpl-{run.request_id}",
+            created=run.created,
+            model=run.model,
+            choices=choices,
+            usage=usage,
+            system_fingerprint=run.table,
+        )
 
 
 def _logprobs(tokens: list[Token], vocabulary: Vocabulary) -> Logprobs:

@@ -6,12 +6,15 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tolhouse.access import Access
+from tolhouse.client.addresses import Addresses
 from tolhouse.client.generation import WorkerChannel
 from tolhouse.errors import DeadlineExceeded, Mismatch, NotFound, Overloaded, TolhouseError, Unavailable
-from tolhouse.telemetry import event
+from tolhouse.telemetry import event, log
 from tolhouse.v1 import generation_pb2
 
-_POLL_TIMEOUT_SECONDS = 2.0
+_POLL_TIMEOUT_SECONDS = 2.0  # a busy machine is not a lost one
+_MOST_MISSED = 2  # looks that a worker may leave unanswered before its requests are given up
 
 
 @dataclass(eq=False)
@@ -21,6 +24,7 @@ class Member:
     trouble: TolhouseError | None = None  # why it gets no requests
     in_flight: int = 0  # requests of ours
     others: int = 0  # requests of other gateways, at the last look
+    missed: int = 0  # looks in a row that it did not answer
 
     @property
     def load(self) -> int:
@@ -34,18 +38,47 @@ class Limits(NamedTuple):
 
 
 class Pool:
-    def __init__(self, targets: list[str], tokenizer_id: str, poll_seconds: float) -> None:
-        self.tokenizer_id, self.poll_seconds = tokenizer_id, poll_seconds
-        self.members = [Member(WorkerChannel(target), trouble=Unavailable(f"worker {target} has not answered yet")) for target in targets]
+    def __init__(self, addresses: Addresses, access: Access, tokenizer_id: str, poll_seconds: float) -> None:
+        self.addresses, self.access, self.tokenizer_id, self.poll_seconds = addresses, access, tokenizer_id, poll_seconds
+        self.members: list[Member] = []
 
     async def watch(self) -> None:
-        """Look at every worker again and again."""
-        while True:
-            await asyncio.gather(*(self._look(member) for member in self.members))
-            await asyncio.sleep(self.poll_seconds)
+        """Look at every worker again and again, and at who they are; one that hangs does not keep the others waiting. Ends by being cancelled."""
+        async with asyncio.TaskGroup() as looks:
+            while True:
+                try:
+                    for member in await self._renew():
+                        looks.create_task(self._look_on(member))
+                except Exception:  # noqa: BLE001 - a TLS file that does not fit, for now, or a defect: the members there are go on
+                    log.exception("new workers can't be called")
+                await asyncio.sleep(self.poll_seconds)
 
-    async def close(self) -> None:
-        await asyncio.gather(*(member.channel.close() for member in self.members))
+    async def _renew(self) -> list[Member]:
+        """Take up the workers that there are now; those that are new."""
+        found = await asyncio.to_thread(self.addresses.look_up)
+        kept = [m for m in self.members if m.channel.target in found]
+        known = {m.channel.target for m in kept}
+        new = [
+            Member(WorkerChannel(t, self.addresses.access(t, self.access)), trouble=Unavailable(f"worker {t} has not answered yet"))
+            for t in found
+            if t not in known
+        ]
+        self.members = kept + new
+        return new
+
+    async def _look_on(self, member: Member) -> None:
+        """Until it is gone, and what it had to do for us is done."""
+        target = member.channel.target
+        try:
+            while member in self.members or member.in_flight:
+                try:
+                    await self._look(member)
+                except Exception:  # noqa: BLE001 - a defect: the other workers, and the next look, have nothing to do with it
+                    log.exception("a look at worker %s failed", target)
+                await asyncio.sleep(self.poll_seconds)
+            event("worker is gone", worker=target)
+        finally:
+            await member.channel.close()
 
     def healthy(self) -> list[Member]:
         return [m for m in self.members if m.trouble is None]
@@ -76,10 +109,15 @@ class Pool:
         """Why no worker is healthy."""
         causes = [m.trouble for m in self.members if m.trouble]
         kind = Mismatch if causes and all(isinstance(c, Mismatch) for c in causes) else Unavailable
-        return kind("no healthy worker: " + "; ".join(map(str, causes)))
+        return kind(f"no healthy worker: {'; '.join(map(str, causes)) or 'there is no address of one yet'}")
 
-    async def generate(self, model: str, request: generation_pb2.GenerateRequest) -> AsyncGenerator[generation_pb2.GenerateReply]:
-        """The replies of the least loaded worker. One that fails before its first reply is replaced by the next."""
+    async def generate(
+        self, model: str, request: generation_pb2.GenerateRequest, may_restart: bool = False
+    ) -> AsyncGenerator[generation_pb2.GenerateReply | None]:
+        """The replies of the least loaded worker. One that fails or hangs before its first reply is replaced by the next.
+
+        may_restart: also one that fails later; None says that the replies begin anew.
+        """
         tried: set[Member] = set()
         while True:
             left = [m for m in self.healthy() if m not in tried and m.described and m.described.model == model]
@@ -98,8 +136,10 @@ class Pool:
             except (Unavailable, Overloaded, DeadlineExceeded) as error:
                 event("worker failed a request", worker=member.channel.target, request_id=request.request_id, error=str(error))
                 another = any(m not in tried and m.described and m.described.model == model for m in self.healthy())
-                if begun or not another:
+                if (begun and not may_restart) or not another:
                     raise
+                if begun:
+                    yield None
             finally:
                 member.in_flight -= 1
 
@@ -107,7 +147,7 @@ class Pool:
         before = member.trouble
         try:
             reply = await member.channel.describe(_POLL_TIMEOUT_SECONDS)
-            member.described, member.trouble = reply, None
+            member.described, member.trouble, member.missed = reply, None, 0
             member.others = max(0, reply.running + reply.waiting - member.in_flight)
             if reply.tokenizer_id != self.tokenizer_id:
                 member.trouble = Mismatch(
@@ -116,5 +156,9 @@ class Pool:
                 )
         except TolhouseError as error:
             member.trouble = error
+            # one that refuses is ending, and may yet finish what it has begun; only one that is silent hangs
+            member.missed = member.missed + 1 if isinstance(error, DeadlineExceeded) else 0
+            if member.missed == _MOST_MISSED:
+                member.channel.abandon()  # one that hangs keeps its calls open, and says nothing
         if str(before) != str(member.trouble):
             event("worker changed", worker=member.channel.target, trouble=str(member.trouble or "none"))

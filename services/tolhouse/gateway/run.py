@@ -31,26 +31,27 @@ class Run:
         self.request_id, self.created = request_id, int(time.time())
         self.n = body.n or 1
         self.completion_tokens = 0
+        self.table: str | None = None  # "name@version" of the rows, as the worker told it
         limits = pool.limits(model)
         self.context = context = limits.context_tokens
         for ids in prompts:
             if not ids:
                 raise InvalidArgument("the prompt is empty; at least one token is needed")
-            check_ids(ids, limits.vocab_size)
             most = body.most_tokens(context - len(ids))
             if len(ids) + most > context:
                 raise PromptTooLong(
                     f"{len(ids)} prompt tokens and max_tokens {most} exceed the context of {context} tokens: "
                     "shorten the prompt or lower max_tokens"
                 )
+            check_ids(ids, limits.vocab_size)  # which are no more than the context now
 
-    async def pieces(self) -> AsyncGenerator[Piece]:
-        """Pieces of all choices as they come."""
+    async def pieces(self, may_restart: bool = False) -> AsyncGenerator[Piece]:
+        """Pieces of all choices as they come; with `may_restart`, a choice whose worker is lost is begun anew at another."""
         queue: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
 
         async def pump(index: int, ids: list[int], number: int) -> None:
             try:
-                async with aclosing(self._choice(index, ids, number)) as pieces:
+                async with aclosing(self._choice(index, ids, number, may_restart)) as pieces:
                     async for piece in pieces:
                         queue.put_nowait(piece)
             except BaseException as error:
@@ -77,8 +78,10 @@ class Run:
     async def whole(self) -> list[Piece]:
         """One piece for each choice, with all of it."""
         choices = [Piece(index) for index in range(len(self.prompts) * self.n)]
-        async with aclosing(self.pieces()) as pieces:
+        async with aclosing(self.pieces(may_restart=True)) as pieces:
             async for piece in pieces:
+                if piece.anew:
+                    choices[piece.index] = Piece(piece.index)
                 choice = choices[piece.index]
                 choice.text += piece.text
                 choice.tokens += piece.tokens
@@ -89,14 +92,23 @@ class Run:
         prompt = sum(map(len, self.prompts))
         return Usage(prompt_tokens=prompt, completion_tokens=self.completion_tokens, total_tokens=prompt + self.completion_tokens)
 
-    async def _choice(self, index: int, prompt_ids: list[int], number: int) -> AsyncGenerator[Piece]:
+    async def _choice(self, index: int, prompt_ids: list[int], number: int, may_restart: bool) -> AsyncGenerator[Piece]:
         body, clock = self.body, Clock()
         most = body.most_tokens(self.context - len(prompt_ids))
         request = request_of(prompt_ids, most, f"{self.request_id}-{index}", **body.options(number))
         choice = Choice(index, prompt_ids, body, self.vocabulary)
-        async with aclosing(self.pool.generate(self.model, request)) as replies:
+        told = 0  # tokens
+        async with aclosing(self.pool.generate(self.model, request, may_restart)) as replies:
             async for reply in replies:
+                if reply is None:
+                    choice, clock = Choice(index, prompt_ids, body, self.vocabulary), Clock()
+                    self.completion_tokens -= told
+                    told = 0
+                    yield Piece(index, anew=True)
+                    continue
+                told += len(reply.token_ids)
                 clock.tick(len(reply.token_ids))
+                self.table = reply.table or None
                 self.completion_tokens += len(reply.token_ids)
                 piece = choice.take(reply)
                 if piece.finish_reason:

@@ -1,27 +1,44 @@
 """The bodies that the gateway takes. What is not supported, or unknown, is refused by name."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from tolhouse.client.generation import Options
+
+T = TypeVar("T")
 
 MAX_CHOICES = 128  # prompts times n
 MAX_LOGPROBS = 20
 MAX_STOPS = 32
+MAX_FIELDS = 1024  # of an object: logit_bias has the most
 
 StopString = Annotated[StrictStr, Field(max_length=512)]
 BiasedId = Annotated[int, Field(ge=0, lt=2**32)]  # a text in JSON
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**32)]
+# The first error ends a list: a body of a million wrong items would make as many errors, in a gigabyte, else.
+Several = Annotated[list[T], Field(fail_fast=True)]
+Prompts = Annotated[list[T], Field(max_length=MAX_CHOICES, fail_fast=True)]
 
 
-class Body(BaseModel):
+def _few(given: Any) -> Any:
+    """The same for objects."""
+    if isinstance(given, dict) and len(given) > MAX_FIELDS:
+        raise ValueError(f"an object has {len(given)} fields; at most {MAX_FIELDS} are taken")
+    return given
+
+
+class Object(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    _few = model_validator(mode="before")(_few)
+
+
+class Body(Object):
     unsupported: ClassVar[dict[str, tuple]] = {}  # parameters that others know, and the values at which they ask for nothing
 
-    model: StrictStr | None = None
+    model: Annotated[StrictStr, Field(max_length=256)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -35,9 +52,7 @@ class Body(BaseModel):
         return {name: value for name, value in given.items() if name not in cls.unsupported}
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class StreamOptions(Object):
     include_usage: StrictBool | None = False
 
 
@@ -49,17 +64,17 @@ class Generation(Body):
     top_p: float | None = Field(1.0, gt=0, le=1, strict=True)
     n: StrictInt | None = Field(1, ge=1, le=MAX_CHOICES)
     seed: StrictInt | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
     presence_penalty: float | None = Field(0.0, ge=-2, le=2, strict=True)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2, strict=True)
-    logit_bias: Annotated[dict[BiasedId, Bias], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[BiasedId, Bias], BeforeValidator(_few)] | None = None
     user: StrictStr | None = None  # taken and not used
     top_k: StrictInt | None = Field(0, ge=-1, le=2**31)  # -1, 0: all
     min_p: float | None = Field(0.0, ge=0, le=1, strict=True)
-    repetition_penalty: float | None = Field(1.0, gt=0, le=10, strict=True)
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
+    repetition_penalty: float | None = Field(1.0, ge=0.01, le=10, strict=True)
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128, fail_fast=True)] | None = None
     include_stop_str_in_output: StrictBool | None = False
     ignore_eos: StrictBool | None = False
     min_tokens: StrictInt | None = Field(0, ge=0, le=2**31)
@@ -122,7 +137,7 @@ class CompletionRequest(Generation):
         "response_format": ({"type": "text"},),
     }
 
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    prompt: StrictStr | Prompts[StrictStr] | Several[StrictInt] | Prompts[Several[StrictInt]]
     logprobs: StrictInt | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: StrictBool | None = False
     best_of: StrictInt | None = None
@@ -166,18 +181,14 @@ class CompletionRequest(Generation):
         return options
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Part(Object):
     type: Literal["text"]
     text: StrictStr
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Message(Object):
     role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | list[Part]
+    content: StrictStr | Several[Part]
     name: StrictStr | None = None
 
     @property
@@ -212,7 +223,7 @@ class ChatRequest(Generation):
         "service_tier": ("auto", "default"),
     }
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_tokens: StrictInt | None = Field(None, ge=1)
     max_completion_tokens: StrictInt | None = Field(None, ge=1)
     logprobs: StrictBool | None = False
@@ -236,7 +247,7 @@ class TokenizeRequest(Body):
     """POST /tokenize: of a text, or of messages where the checkpoint has a chat template."""
 
     prompt: StrictStr | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
     add_generation_prompt: StrictBool = True
     add_special_tokens: StrictBool = False
     return_token_strs: StrictBool | None = False
@@ -251,4 +262,4 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """POST /detokenize."""
 
-    tokens: list[TokenId]
+    tokens: Several[TokenId]

@@ -2,8 +2,11 @@
 
 Next to gRPC this saves most of the hops between threads that a row from the store costs: the thread that hears the bell
 reads the rows. It says nothing about errors; whoever gets none of the rows asks over gRPC.
+
+Only the owner's user is heard, and only who has the segment mapped: it holds the word to begin with.
 """
 
+import hmac
 import os
 import socket
 import struct
@@ -14,16 +17,18 @@ from contextlib import suppress
 import numpy as np
 
 from tolhouse.errors import TolhouseError
-from tolhouse.table.shared import MOST_RUNG, RUNG, bell
+from tolhouse.table.shared import MOST_RUNG, RUNG, Segment, bell
 from tolhouse.telemetry import log
+
+MAX_LINES = 256  # open connections; more are closed, and ask over gRPC
 
 
 class Doorbell:
-    def __init__(self, segment: int, bring: Callable[[np.ndarray], None]) -> None:
+    def __init__(self, segment: Segment, bring: Callable[[np.ndarray], None]) -> None:
         """Listen for readers of `segment`; `bring` makes ids (uint32 [T]) hot, or raises a TolhouseError."""
-        self._bring = bring
+        self._word, self._bring = segment.word, bring
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(bell(segment))
+        self._listener.bind(bell(segment.id))
         self._listener.listen()
         self._open = {self._listener}
         threading.Thread(target=self._accept, name="doorbell", daemon=True).start()
@@ -39,7 +44,7 @@ class Doorbell:
             while True:
                 connection, _ = self._listener.accept()
                 _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-                if user != os.getuid():
+                if user != os.getuid() or len(self._open) > MAX_LINES:
                     connection.close()
                     continue
                 self._open.add(connection)
@@ -47,11 +52,12 @@ class Doorbell:
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, suppress(OSError):
-            while packet := connection.recv(4 * MOST_RUNG):
+            known = hmac.compare_digest(connection.recv(len(self._word)), self._word)
+            while known and (packet := connection.recv(4 * MOST_RUNG)):
                 answer = RUNG
                 try:
                     self._bring(np.frombuffer(packet, "<u4"))
-                except TolhouseError:
+                except (TolhouseError, ValueError):  # or no whole ids
                     answer = b"0"
                 except Exception as error:  # noqa: BLE001 - the boundary of this thread
                     log.error("internal error", exc_info=error)

@@ -132,7 +132,7 @@ class HotRows:
         self._open[manifest.ref] = table
         if segment.fd >= 0 and segment.capacity:
             try:
-                table.doorbell = Doorbell(segment.id, partial(self.bring, table))
+                table.doorbell = Doorbell(segment, partial(self.bring, table))
             except OSError as error:  # gRPC does as well
                 event("no doorbell", table=manifest.ref, reason=str(error))
         if manifest.frequent and segment.capacity:

@@ -21,11 +21,13 @@ from tolhouse import wire
 from tolhouse.config import LookupConfig
 from tolhouse.errors import Internal, InvalidArgument, TolhouseError
 from tolhouse.lookup.hotrows import HotRows, OpenTable
-from tolhouse.rpc import answer, serve
+from tolhouse.lookup.leases import Leases
+from tolhouse.rpc import MAX_ERROR, answer, serve
+from tolhouse.scrape import serve_metrics
 from tolhouse.store import open_store, resolve, tables
 from tolhouse.table.shared import Segment
 from tolhouse.table.spec import Buffer, Manifest, split_ref
-from tolhouse.telemetry import event, log, serve_metrics
+from tolhouse.telemetry import event, log
 from tolhouse.v1 import lookup_pb2
 
 NAME = "tolhouse.v1.Lookup"
@@ -59,6 +61,7 @@ class Taken(Collector):
 class LookupService:
     def __init__(self, rows: HotRows) -> None:
         self.rows = rows
+        self.leases = Leases(rows.store)
         self.draining = False
         self._idle: set[asyncio.Task] = set()  # streams that wait for a request
 
@@ -90,8 +93,25 @@ class LookupService:
             stream.cancel()
 
     async def Describe(self, request: lookup_pb2.DescribeRequest, context: grpc.aio.ServicerContext) -> lookup_pb2.DescribeReply:
+        is_still: bool = await answer(context, self._is_still(request.table, request.known))
+        if is_still:
+            return lookup_pb2.DescribeReply(max_ids_per_fetch=MAX_IDS_PER_FETCH)
         manifest = await answer(context, asyncio.to_thread(resolve, self.rows.store, request.table))
+        if split_ref(request.table)[1] is not None:
+            self.leases.used(manifest)
         return lookup_pb2.DescribeReply(manifest_json=manifest.to_json(), max_ids_per_fetch=MAX_IDS_PER_FETCH)
+
+    async def _is_still(self, table: str, known: str) -> bool:
+        """Whether `table` stands for the version `known`; a manifest lists frequent tokens, and may have a megabyte."""
+        name, version = split_ref(table)
+        if not known:
+            return False
+        if version is None:
+            alias = await asyncio.to_thread(self.rows.store.alias, name)
+            return alias is not None and f"{name}@{alias.version}" == known
+        if table == known:
+            self.leases.used((await self.rows.table(known)).manifest)
+        return table == known
 
     async def ListTables(self, request: lookup_pb2.ListTablesRequest, context: grpc.aio.ServicerContext) -> lookup_pb2.ListTablesReply:
         found = await answer(context, asyncio.to_thread(lambda: list(tables(self.rows.store))))
@@ -109,6 +129,7 @@ class LookupService:
             if split_ref(request.table)[1] is None:
                 raise InvalidArgument(f"fetch needs name@version, not {request.table!r}: ask Describe what a name stands for")
             table = await self.rows.table(request.table)
+            self.leases.used(table.manifest)
             ids = _ids(request.token_ids, table.manifest)
             size, first, missed = table.manifest.record_bytes, 0, 0
             async for part, arrived in self.rows.parts(table, ids, max(1, CHUNK_BYTES // size)):
@@ -126,7 +147,7 @@ class LookupService:
                 log.error("internal error", exc_info=error)
                 error = Internal("internal error; the service's log has the details")
             status = error.grpc_status
-            yield wire.failed(request.request_id, status, str(error))
+            yield wire.failed(request.request_id, status, str(error)[:MAX_ERROR])
         REQUESTS.labels(status).inc()
         SECONDS.observe(time.perf_counter() - started)
 
@@ -175,10 +196,11 @@ def _ids(packed: bytes, manifest: Manifest) -> np.ndarray:
 
 async def run(config: LookupConfig, announce: Callable[..., None], *, share_port: bool = False) -> None:
     """Serve the store until told to stop."""
+    guard = config.guard()
     store = await asyncio.to_thread(open_store, config.store, config.store_timeout_seconds)
     service = LookupService(HotRows(store, int(config.hot_megabytes * 1e6)))
     REGISTRY.register(Taken(service.rows))
-    metrics = serve_metrics(config.metrics_listen)
+    metrics = serve_metrics(config.metrics_listen, guard)
     event("serving store", store=store.url)
     await service.rows.open_published()
     try:
@@ -190,6 +212,7 @@ async def run(config: LookupConfig, announce: Callable[..., None], *, share_port
             config.drain_seconds,
             drain=service.drain,
             announce=announce,
+            guard=guard,
             share_port=share_port,
             metrics=metrics,
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 from tolhouse.errors import InvalidArgument, PromptTooLong
 from tolhouse.model.config import ModelConfig
 from tolhouse.model.kv import GrowingCache
-from tolhouse.model.transformer import Transformer
+from tolhouse.model.transformer import Rows, Transformer
 
 
 def check_prompt(config: ModelConfig, prompt_ids: Iterable[int], max_tokens: int) -> list[int]:
@@ -16,13 +16,13 @@ def check_prompt(config: ModelConfig, prompt_ids: Iterable[int], max_tokens: int
     ids = list(prompt_ids)
     if not ids:
         raise InvalidArgument("the prompt is empty; at least one token is needed")
-    if bad := [i for i in ids if not 0 <= i < config.vocab_size]:
-        raise InvalidArgument(f"token id {bad[0]} is outside the vocabulary: allowed are 0 to {config.vocab_size - 1}")
     if len(ids) + max_tokens > config.max_position_embeddings:
         raise PromptTooLong(
             f"{len(ids)} prompt tokens and max_tokens {max_tokens} exceed the context of {config.max_position_embeddings} tokens: "
             "shorten the prompt or lower max_tokens"
         )
+    if bad := [i for i in ids if not 0 <= i < config.vocab_size]:
+        raise InvalidArgument(f"token id {bad[0]} is outside the vocabulary: allowed are 0 to {config.vocab_size - 1}")
     return ids
 
 
@@ -32,7 +32,7 @@ def greedy(
     prompt_ids: Iterable[int],
     max_tokens: int,
     ignore_eos: bool = False,
-    rows: Callable[[Tensor], Tensor] | None = None,
+    rows: Callable[[Tensor], Rows] | None = None,
 ) -> Iterator[int]:
     """Token ids after `prompt_ids`, at most `max_tokens`, up to the end of text unless that is ignored.
 

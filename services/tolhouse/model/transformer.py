@@ -28,6 +28,14 @@ class Cache(Protocol):
         ...
 
 
+class Rows(Protocol):
+    """[N, T, D] or [1 + N, T, D]: a tensor, or what makes its layers as they are asked for, in turn."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, layer: int, /) -> Tensor: ...
+
+
 class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -65,15 +73,15 @@ class Transformer(nn.Module):
         """Logits [T, V] of T tokens at `positions_T`, with `rows_NTD` added layer by layer."""
         return self.lm_head(self.hidden(ids_T, positions_T, cache, rows_NTD))
 
-    def hidden(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Tensor, begun_TD: Tensor | None = None) -> Tensor:
+    def hidden(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Rows, begun_TD: Tensor | None = None) -> Tensor:
         """Final hidden states [T, D], for callers that want the logits of some tokens only; from where `begin` left off, if it ran."""
-        carried = len(rows_NTD) > self.config.num_row_layers
-        x_TD, rows_NTD = (rows_NTD[0], rows_NTD[1:]) if carried else (begun_TD, rows_NTD)
+        carried = len(rows_NTD) - self.config.num_row_layers  # 1: X0 in front
+        x_TD = rows_NTD[0] if carried > 0 else begun_TD
         if x_TD is None:
             x_TD = self.x0(ids_T)
         rope = rotary(positions_T, self.config.head_dim, self.config.rope_theta, x_TD.dtype)
         for layer, block in enumerate(self.layers):
-            row_TD = rows_NTD[layer] if len(rows_NTD) else None
+            row_TD = rows_NTD[carried + layer] if len(rows_NTD) else None
             if layer or begun_TD is None:
                 x_TD = block(x_TD, rope, cache, row_TD)
             elif row_TD is not None:

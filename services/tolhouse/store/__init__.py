@@ -9,11 +9,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 
 from tolhouse.errors import Corrupt, InUse, InvalidArgument, NotFound, TolhouseError
 from tolhouse.table.spec import Buffer, Manifest, check_name, digest, split_ref
+from tolhouse.tls import is_loopback
+
+LEASE_SECONDS = 30.0  # after its last use, a version counts as used for so long
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,21 @@ class Store(Protocol):
     def set_alias(self, name: str, alias: Alias | None) -> None:
         """Make `name` stand for another version, or for none."""
 
+    def lease(self, manifest: Manifest) -> None:
+        """Note that someone uses this version now; good for LEASE_SECONDS."""
+
+    def leased(self, manifest: Manifest) -> bool:
+        """Whether someone does."""
+        ...
+
     def close(self) -> None: ...
 
 
 def open_store(url: str, timeout_seconds: float = 5.0) -> Store:
-    """The store at `url`: file://PATH, or redis://HOST:PORT (rediss:// with TLS), standalone or a node of a Cluster."""
+    """The store at `url`: file://PATH, or redis://HOST:PORT (rediss:// with TLS), standalone or a node of a Cluster.
+
+    Of a Cluster several nodes may be named, redis://HOST:PORT,HOST:PORT: the first that answers tells of the others.
+    """
     scheme, separator, rest = url.partition("://")
     if separator and scheme == "file" and rest:
         from tolhouse.store.files import FileStore
@@ -97,6 +111,33 @@ def open_store(url: str, timeout_seconds: float = 5.0) -> Store:
 
         return RedisStore(url, timeout_seconds)
     raise not_understood(url)
+
+
+def require_private(url: str, *, insecure: bool) -> str:
+    """The URL, unless it is of a Redis of another machine without TLS, or without a check of whom it talks to: InvalidArgument."""
+    try:
+        parts = urlsplit(url)
+        options, plain = dict(parse_qsl(parts.query)), parts.scheme == "redis"
+        hosts = [urlsplit(f"//{host}").hostname or "localhost" for host in parts.netloc.rpartition("@")[2].split(",")]
+        far = parts.scheme.startswith("redis") and not all(is_loopback(f"{host}:0") for host in hosts)
+    except ValueError:
+        raise not_understood(url) from None
+    unchecked = options.get("ssl_cert_reqs", "required") != "required" or options.get("ssl_check_hostname", "true").lower() != "true"
+    if far and not insecure and (plain or unchecked):
+        how = "in plaintext: give a rediss:// URL" if plain else "without a check of its certificate: leave those options out"
+        raise InvalidArgument(
+            f"Redis at {shown(url)} is another machine and would be called {how}, or --insecure where the network is trusted"
+        )
+    return url
+
+
+def has_password(url: str) -> bool:
+    """Whether the URL itself holds a password."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    return bool(parts.password) or "password" in dict(parse_qsl(parts.query))
 
 
 def not_understood(url: str) -> InvalidArgument:
@@ -156,8 +197,11 @@ def rollback(store: Store, name: str) -> Manifest:
     return manifest
 
 
-def delete(store: Store, ref: str) -> Manifest:
-    """Remove a version that its name does not stand for, and forget it in the name's history."""
+def delete(store: Store, ref: str, force: bool = False) -> Manifest:
+    """Remove a version that its name does not stand for and that nobody uses, and forget it in the name's history.
+
+    force: also one that is in use; who uses it gets errors.
+    """
     name, version = split_ref(ref)
     if version is None:
         raise InvalidArgument(f"delete needs name@version, not {ref!r}; {known(store)}")
@@ -165,6 +209,8 @@ def delete(store: Store, ref: str) -> Manifest:
     alias = store.alias(name)
     if alias and alias.version == version:
         raise InUse(f"{ref} is published: publish or roll back to another version before deleting it")
+    if not force and store.leased(manifest):
+        raise InUse(f"{ref} is in use: its rows were asked for within the last {LEASE_SECONDS:g} s; wait until nobody does, or use --force")
     if alias and version in alias.history:
         # what remains on either side of it may be one version: going back has to lead to another
         *history, now = (v for v, _ in itertools.groupby(v for v in (*alias.history, alias.version) if v != version))

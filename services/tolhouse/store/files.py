@@ -2,9 +2,10 @@
 
     <root>/<name>/<version>/shard-00000-of-00064.safetensors    one uint8 tensor "records" [rows, record_bytes]
     <root>/<name>/<version>/manifest.json                       written last
+    <root>/<name>/<version>/lease                               empty; when it was last used
     <root>/<name>/alias.json                                    what the name stands for
 
-Files are written under a temporary name, fsynced and renamed, and never changed afterwards.
+Files with contents are written under a temporary name, fsynced and renamed; shards and manifests never change.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import os
 import shutil
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from tolhouse.errors import Corrupt, InvalidArgument, NotFound, TolhouseError, Unavailable
-from tolhouse.store import Alias, Store, by_shard
+from tolhouse.store import LEASE_SECONDS, Alias, Store, by_shard
 from tolhouse.table.spec import Buffer, Manifest, check_name, split_ref
 
 
@@ -116,9 +118,24 @@ class FileStore(Store):
         else:
             _write(path, alias.to_json())
 
+    def lease(self, manifest: Manifest) -> None:
+        try:
+            self._lease(manifest).touch()
+        except OSError as error:
+            raise Unavailable(f"can't write {self._lease(manifest)}: {error.strerror or error}") from None
+
+    def leased(self, manifest: Manifest) -> bool:
+        try:
+            return time.time() - self._lease(manifest).stat().st_mtime < LEASE_SECONDS
+        except OSError:
+            return False
+
     def close(self) -> None:
         with self._lock:
             self._shards.clear()
+
+    def _lease(self, manifest: Manifest) -> Path:
+        return self.root / manifest.name / manifest.version / "lease"
 
     def _path(self, manifest: Manifest, shard: int) -> Path:
         return self.root / manifest.name / manifest.version / f"shard-{shard:05}-of-{manifest.num_shards:05}.safetensors"

@@ -2,50 +2,74 @@
 
     tolhouse:{name@version:k}            hash: token id -> record; one shard, so one slot of a Cluster
     tolhouse:{name@version}:manifest     string, written last
+    tolhouse:{name@version}:lease        string that expires: the version is in use
     tolhouse:{name}:alias                string
     tolhouse:tables                      set of name@version
 
 Reads are grouped by shard into one HMGET each; all are sent, to all nodes, before the first answer is waited for, and
-each shard's records are handed on as they come. Every call has a timeout.
+each shard's records are handed on as they come. Every call has a timeout. While a node of a Cluster is away, reads go to
+its replica (nodes.py).
+
+A URL may name files, which new connections read as they are then: `password_file`, and with rediss:// `ssl_ca_certs`,
+`ssl_certfile` and `ssl_keyfile`, as redis-py calls them.
 """
 
+import logging
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import numpy as np
 from redis import Redis, exceptions
 from redis.backoff import ExponentialBackoff
 from redis.cluster import RedisCluster
 from redis.connection import AbstractConnection, ConnectionPool
+from redis.credentials import CredentialProvider
 from redis.retry import Retry
 
 from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, NotFound, Overloaded, Unauthenticated, Unavailable
-from tolhouse.store import Alias, Store, by_shard, not_understood, shown
+from tolhouse.store import LEASE_SECONDS, Alias, Store, by_shard, not_understood, shown
+from tolhouse.store.nodes import Nodes
 from tolhouse.table.spec import Buffer, Manifest, check_name, split, split_ref
+from tolhouse.telemetry import event
+from tolhouse.watched import Watched, read_file
 
 _TABLES = "tolhouse:tables"
 _WRITE_BYTES = 1 << 20  # per HSET
 _WRITES_AHEAD = 4  # HSETs sent before the first is answered
 _READ_BYTES = 1 << 18  # per recv
 _SENT_BYTES = 1 << 19  # of answers that are asked for at a time
+_FAILOVER_SECONDS = 8.0  # longest wait for a node of a Cluster, or one that takes its place
+_PAUSE_SECONDS = 0.1
+_NOT_NOW = (exceptions.ClusterDownError, exceptions.TryAgainError, exceptions.MasterDownError, exceptions.BusyLoadingError)
+_LOST = (exceptions.ConnectionError, exceptions.TimeoutError)  # a node that can't be reached, or hangs
 
 
 class RedisStore(Store):
     def __init__(self, url: str, timeout_seconds: float) -> None:
         self.url = shown(url)
+        url, credentials = _credentials(url)
         options: dict[str, Any] = {
             "socket_timeout": timeout_seconds,
             "socket_connect_timeout": timeout_seconds,
             "socket_read_size": _READ_BYTES,
             "retry": Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
+            "credential_provider": credentials,
         }
+        self._nodes: Nodes | None = None
         with self._mapped():
             try:
-                client: Redis = Redis.from_url(url, **options)
-                clustered = client.info("cluster").get("cluster_enabled") == 1
-                self._redis: Any = RedisCluster.from_url(url, **options) if clustered else client
+                one, client, clustered = _first_to_answer(url, options)
+                self._redis: Any = client
+                if clustered:
+                    client.close()
+                    self._redis = RedisCluster.from_url(one, require_full_coverage=False, **options)
+                    self._nodes = Nodes(self._redis)
+            except FileNotFoundError as error:
+                raise InvalidArgument(f"a TLS file that the store's URL names can't be read: {error.strerror}") from None
             except (ValueError, TypeError):  # a port that is no number, an option that redis-py doesn't have
                 raise not_understood(url) from None
 
@@ -83,32 +107,68 @@ class RedisStore(Store):
         """The answer to each HMGET as it comes; all are sent, to all nodes, before the first is read.
 
         They are sent in a few parts: Redis answers what it has read before it reads on, and so the first rows are on their
-        way while it looks up the next. Where a connection fails or a slot has moved, redis-py's own pipeline does the rest.
+        way while it looks up the next. Where a node of a Cluster fails, its replica is asked for what is left: records never
+        change, so that its copy is as good. Where a slot has moved, redis-py's own pipeline does the rest.
         """
-        answered = 0
-        with suppress(exceptions.ConnectionError, exceptions.ResponseError, exceptions.RedisClusterException), ExitStack() as stack:
-            lanes: dict[ConnectionPool, _Lane] = {}
+        answered, deadline = 0, time.monotonic() + _FAILOVER_SECONDS
+        ask = self._sent
+        while answered < len(reads):
+            try:
+                for answer in ask(reads[answered:], record_bytes):
+                    yield answer
+                    answered += 1
+            except (*_LOST, *_NOT_NOW) as error:
+                if not self._nodes and ask == self._sent and not isinstance(error, exceptions.TimeoutError):
+                    ask = self._piped  # it tries again
+                    continue
+                if not self._nodes or time.monotonic() > deadline:
+                    raise
+                event("a Redis node failed", logging.WARNING, url=self.url, reason=str(error))
+                if isinstance(error, _NOT_NOW) or not self._nodes.spare(reads[answered][0]):
+                    time.sleep(_PAUSE_SECONDS)  # until a replica has taken over
+                ask = self._sent
+            except exceptions.ResponseError:
+                if ask == self._piped:
+                    raise
+                ask = self._piped
+
+    def _piped(self, reads: list[tuple[str, list[int]]], record_bytes: int) -> Iterator[list[Any]]:
+        """The same by redis-py, which follows slots to where they moved."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for key, tokens in reads:
+            pipeline.hmget(key, tokens)
+        yield from pipeline.execute()
+
+    def _sent(self, reads: list[tuple[str, list[int]]], record_bytes: int) -> Iterator[list[Any]]:
+        """The same, each from the node that is asked first for it; the node that fails is asked last from then on."""
+        with ExitStack() as stack:
+            lanes: dict[str, _Lane] = {}
             order = []
             for key, tokens in reads:
-                pool = self._pool(key)
-                lane = lanes.get(pool) or lanes.setdefault(pool, _Lane(stack.enter_context(_connection(pool))))
-                lane.add(("HMGET", key, *tokens), len(tokens) * record_bytes)
+                name, pool, is_replica = self._nodes.of(key) if self._nodes else ("", self._redis.connection_pool, False)
+                lane = lanes.get(name)
+                if lane is None:
+                    with self._blamed(name):
+                        lane = lanes[name] = _Lane(name, stack.enter_context(_connection(pool)), is_replica)
+                with self._blamed(name):
+                    lane.add(("HMGET", key, *tokens), len(tokens) * record_bytes)
                 order.append(lane)
             for lane in lanes.values():
-                lane.send()
+                with self._blamed(lane.name):
+                    lane.send()
             for lane in order:
-                yield lane.connection.read_response()
-                answered += 1
-        if answered < len(reads):
-            pipeline = self._redis.pipeline(transaction=False)
-            for key, tokens in reads[answered:]:
-                pipeline.hmget(key, tokens)
-            yield from pipeline.execute()
+                with self._blamed(lane.name):
+                    answer = lane.answer()
+                yield answer
 
-    def _pool(self, key: str) -> ConnectionPool:
-        if isinstance(self._redis, RedisCluster):
-            return self._redis.get_redis_connection(self._redis.get_node_from_key(key)).connection_pool
-        return self._redis.connection_pool
+    @contextmanager
+    def _blamed(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except _LOST:
+            if self._nodes:
+                self._nodes.failed(name)
+            raise
 
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
         key, ids = _shard_key(manifest, shard), manifest.shard_ids(shard).tolist()
@@ -134,7 +194,7 @@ class RedisStore(Store):
     def delete(self, manifest: Manifest) -> None:
         with self._mapped():
             self._redis.srem(_TABLES, manifest.ref)
-            self._redis.delete(f"tolhouse:{{{manifest.ref}}}:manifest")
+            self._redis.delete(f"tolhouse:{{{manifest.ref}}}:manifest", f"tolhouse:{{{manifest.ref}}}:lease")
             for shard in range(manifest.num_shards):
                 self._redis.unlink(_shard_key(manifest, shard))
 
@@ -154,7 +214,17 @@ class RedisStore(Store):
             else:
                 self._redis.set(key, alias.to_json())
 
+    def lease(self, manifest: Manifest) -> None:
+        with self._mapped():
+            self._redis.set(f"tolhouse:{{{manifest.ref}}}:lease", b"", px=int(LEASE_SECONDS * 1000))
+
+    def leased(self, manifest: Manifest) -> bool:
+        with self._mapped():
+            return bool(self._redis.exists(f"tolhouse:{{{manifest.ref}}}:lease"))
+
     def close(self) -> None:
+        if self._nodes:
+            self._nodes.close()
         self._redis.close()
 
     @contextmanager
@@ -174,13 +244,64 @@ class RedisStore(Store):
             raise Unavailable(f"Redis at {self.url} refuses: {error}") from None
 
 
+def _first_to_answer(url: str, options: dict[str, Any]) -> tuple[str, Redis, bool]:
+    """Of several hosts with commas between: the URL of the first that answers, a client of it, and whether it is a Cluster's node."""
+    parts = urlsplit(url)
+    user, at, hosts = parts.netloc.rpartition("@")
+    urls = [urlunsplit(parts._replace(netloc=f"{user}{at}{host}")) for host in hosts.split(",")]
+    for one in urls:
+        client: Redis = Redis.from_url(one, **options)
+        try:
+            clustered = client.info("cluster").get("cluster_enabled") == 1
+        except _LOST:
+            client.close()
+            if one == urls[-1]:
+                raise
+        else:
+            return one, client, clustered
+    raise AssertionError("there is at least one host")
+
+
+class _PasswordFile(CredentialProvider):
+    """A password from a file, read anew by each new connection after it has changed."""
+
+    def __init__(self, user: str, path: str) -> None:
+        self._user = user
+        self._password = Watched((path,), lambda: read_file(path, "the file of Redis' password").decode().strip())
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        return (self._user, self._password.get()) if self._user else (self._password.get(),)
+
+
+def _credentials(url: str) -> tuple[str, CredentialProvider | None]:
+    """A URL without its `password_file`, and user and password by that; redis-py takes them together only."""
+    try:
+        parts = urlsplit(url)
+        options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+        path = options.pop("password_file", "")
+        if not path:
+            return url, None
+        if parts.password or "password" in options:
+            raise InvalidArgument(f"store {shown(url)!r} has a password and a password_file: give one of them")
+        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(options))
+        return urlunsplit(bare), _PasswordFile(unquote(parts.username or options.pop("username", "")), path)
+    except (ValueError, UnicodeDecodeError):
+        raise not_understood(url) from None
+
+
 @dataclass
 class _Lane:
-    """Commands on their way to one node."""
+    """Commands on their way to one node, and its answers in order."""
 
+    name: str
     connection: AbstractConnection
+    is_replica: bool
     commands: list[tuple] = field(default_factory=list)
     answer_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.is_replica:  # else it sends us to its master
+            self.commands.append(("READONLY",))
 
     def add(self, command: tuple, answer_bytes: int) -> None:
         self.commands.append(command)
@@ -191,6 +312,12 @@ class _Lane:
     def send(self) -> None:
         self.connection.send_packed_command(self.connection.pack_commands(self.commands), check_health=False)
         self.commands, self.answer_bytes = [], 0
+
+    def answer(self) -> Any:
+        if self.is_replica:
+            self.connection.read_response()
+            self.is_replica = False
+        return self.connection.read_response()
 
 
 @contextmanager

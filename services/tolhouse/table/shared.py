@@ -3,7 +3,7 @@
 The segment is an anonymous file (memfd), found by the owner's process id and file descriptor, so that nothing outlives
 the owner:
 
-    head        uint64 rows that readers took
+    head        uint64 rows that readers took, then 16 bytes to say at the doorbell: who can map the segment knows them
     uses        uint8 [capacity]   readers count uses here, for the owner's policy
     slot_of     int32 [V]          slot of a token's record, -1 where it is not hot
     slab        uint8 [capacity, record_bytes]
@@ -12,10 +12,11 @@ Readers may write to the first two, each of which begins on a page; the others t
 copies a record and then verifies its checksum, which is seeded by version and token: a row that was replaced meanwhile,
 or is only half there, does not pass, and is asked for in the ordinary way.
 
-A reader may also ring for rows that are not hot: a packet of token ids (little-endian uint32, at most MOST_RUNG) to the
+A reader may also ring for rows that are not hot: after a packet with the head's word, a packet of token ids (little-endian uint32, at most MOST_RUNG) to the
 owner's Unix socket is answered with RUNG when they are in the slab, as far as there was room, or with another byte when
 they can't be had; the ordinary way says why. Other hosts, other users and other containers can't open the segment, and
-need not.
+need not. Processes of the owner's user can, without the token that calls need: they could read the owner's memory anyway.
+The socket's name can be seen by all who share the network namespace, which is why they have to know the word too.
 """
 
 import mmap
@@ -32,6 +33,7 @@ from tolhouse.table.spec import Manifest
 
 MOST_RUNG = 16_384
 RUNG = b"1"
+_WORD = slice(8, 24)
 
 
 class Segment:
@@ -42,6 +44,7 @@ class Segment:
         self.manifest, self.capacity, self.id, self.fd = manifest, capacity, number, fd
         uses, slots, slab, end = _layout(manifest, capacity)
         self.taken = np.frombuffer(counts, np.uint64, 1)
+        self.word = bytes(rows[_WORD])
         self.uses = np.frombuffer(counts, np.uint8, capacity, uses)
         self.slot_of = np.frombuffer(rows, np.int32, manifest.vocab_size, slots)
         self.slab = np.frombuffer(rows, np.uint8, end - slab, slab).reshape(capacity, manifest.record_bytes)
@@ -57,6 +60,7 @@ class Segment:
         if fd >= 0:
             os.ftruncate(fd, size)
         memory = mmap.mmap(fd, size)
+        memory[_WORD] = secrets.token_bytes(16)
         segment = cls(memory, memory, manifest, capacity, number, fd)
         segment.slot_of[:] = -1
         return segment

@@ -5,16 +5,21 @@ neither delays a start nor takes the worker's memory, and its failure is a warni
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import inspect
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,14 +27,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tolhouse.config import settle_compiler
 from tolhouse.model import transformer
 from tolhouse.model.config import ModelConfig
 from tolhouse.model.transformer import Block, Transformer
 from tolhouse.telemetry import event, log
 from tolhouse.worker import attention, packed
 from tolhouse.worker.attention import Pages, StepView
+from tolhouse.worker.kv_cache import BLOCK_TOKENS
 
 _ALONE, _SEVERAL = "alone.pt2", "several.pt2"  # one sequence is a case of its own to a compiler
+_SUMS = "sums.json"  # of the two
+_TURN_SECONDS = 0.2  # between two tries for the lock
 _OPTIONS = {"assert_indirect_indexing": False, "cpp.dynamic_threads": True}  # ids are ours; any number of threads
 
 
@@ -38,7 +47,7 @@ class Compiled:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, cache: str | Path) -> None:
         self.config, self.dtype = config, dtype
-        self.folder = Path(cache).expanduser() / _key(config, dtype)
+        self.cache = cache
         self.ready = self._stopped = False
         self.compiler: subprocess.Popen[str] | None = None
         self._thread = threading.Thread(target=self._prepare, name="compile", daemon=True)
@@ -53,10 +62,15 @@ class Compiled:
 
     def stop(self) -> None:
         self._stopped = True
-        if self.compiler:
-            self.compiler.kill()
+        self._end()
         if self._thread.ident:
             self._thread.join()
+
+    def _end(self) -> None:
+        """End the compiler and what it has started."""
+        if self.compiler and self.compiler.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.compiler.pid, signal.SIGKILL)
 
     def attach(self, model: Transformer) -> None:
         """Let the blocks of a packed `model` take their decode steps here; one that could not be packed stays as it is."""
@@ -68,11 +82,17 @@ class Compiled:
     def _prepare(self) -> None:
         started = time.monotonic()
         try:
+            self.folder = Path(self.cache).expanduser() / _key(self.config, self.dtype)
             try:
                 self._load()
             except RuntimeError:  # nothing is kept, or it is damaged
-                self._compile()
-                self._load()
+                self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with self._turn():
+                    try:
+                        self._load()
+                    except RuntimeError:  # nor has another worker made it meanwhile
+                        self._compile()
+                        self._load()
         except (OSError, RuntimeError) as error:
             if self._stopped:
                 return
@@ -83,26 +103,58 @@ class Compiled:
         event("decoding is compiled", seconds=round(time.monotonic() - started, 1), cache=str(self.folder))
 
     def _load(self) -> None:
+        try:
+            sums = json.loads((self.folder / _SUMS).read_text())
+            whole = all(_sum(self.folder / name) == sums[name] for name in (_ALONE, _SEVERAL))
+        except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:  # torch would run whatever is in them
+            raise RuntimeError(f"{self.folder} is not there, or damaged")
         # what torch's own `aoti_load_package` wraps; that one imports the compiler, 90 MB
         self.alone, self.several = (
             torch._C._aoti.AOTIModelPackageLoader(str(self.folder / name), "model", False, 1, -1)  # noqa: SLF001
             for name in (_ALONE, _SEVERAL)
         )
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Of all workers that share the cache, one compiles at a time: the others then find it done."""
+        lock = os.open(self.folder.parent, os.O_RDONLY)
+        try:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if self._stopped:
+                        raise RuntimeError("stopped") from None
+                    time.sleep(_TURN_SECONDS)
+            yield
+        finally:
+            os.close(lock)
+
     def _compile(self) -> None:
-        self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder.parent, prefix="compiling-") as work:
             task = json.dumps({"config": dataclasses.asdict(self.config), "dtype": str(self.dtype).removeprefix("torch."), "folder": work})
             command = [sys.executable, "-m", "tolhouse.worker.compiled", task]
-            self.compiler = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            if self._stopped:
-                self.compiler.kill()
-            _, told = self.compiler.communicate()
+            with subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+            ) as self.compiler:
+                if self._stopped:
+                    self._end()
+                assert self.compiler.stderr
+                told = self.compiler.stderr.read()  # its stdin stays open for as long as this process lives
             if self.compiler.returncode:
                 raise RuntimeError(told or f"the compiler ended with {self.compiler.returncode}")
             self.folder.mkdir(exist_ok=True)
-            for name in (_ALONE, _SEVERAL):
+            sums = {name: _sum(Path(work) / name) for name in (_ALONE, _SEVERAL)}
+            for name in sums:
                 (Path(work) / name).replace(self.folder / name)
+            (self.folder / _SUMS).write_text(json.dumps(sums))
+
+
+def _sum(file: Path) -> str:
+    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
 
 
 class DecodeBlock(nn.Module):
@@ -150,10 +202,19 @@ class _Layer:
         return attention.streamed(q_THE, keys, values, tables_BC, lengths_B)
 
 
+def _processor() -> str:
+    """Code is made for exactly this one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), torch.backends.cpu.get_cpu_capability())
+
+
 def _key(config: ModelConfig, dtype: torch.dtype) -> str:
     """Names all that the code depends on: shape, sources, compiler, processor."""
     sources = [inspect.getsource(module) for module in (transformer, attention, packed, sys.modules[__name__])]
-    told = [*sources, json.dumps(dataclasses.asdict(config)), str(dtype), torch.__version__, torch.backends.cpu.get_cpu_capability()]
+    told = [*sources, json.dumps(dataclasses.asdict(config)), str(dtype), torch.__version__, _processor(), str(BLOCK_TOKENS)]
     return hashlib.blake2b("\0".join(told).encode(), digest_size=12).hexdigest()
 
 
@@ -181,10 +242,19 @@ def _export(config: ModelConfig, dtype: torch.dtype, sequences: int, path: Path)
     torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=_OPTIONS)  # noqa: SLF001 - its documented name
 
 
+def _end_with_parent(folder: str) -> None:
+    """The worker holds the other end of stdin: when it is gone, however that came, so are we, and what we had begun."""
+    sys.stdin.read()
+    shutil.rmtree(folder, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
     os.nice(10)  # requests come first
     warnings.simplefilter("ignore")
     task = json.loads(sys.argv[1])
+    settle_compiler(f"{task['folder']}/inductor")
+    threading.Thread(target=_end_with_parent, args=(task["folder"],), daemon=True).start()
     for name, sequences in ((_ALONE, 1), (_SEVERAL, 3)):
         _export(ModelConfig(**task["config"]), getattr(torch, task["dtype"]), sequences, Path(task["folder"]) / name)
 

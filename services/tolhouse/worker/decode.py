@@ -33,6 +33,29 @@ def decode(records_UB: Tensor, manifest: Manifest, index_T: Tensor | None = None
     return rows_NTD
 
 
+class LayerwiseRows:
+    """The rows [N, T, D] of `records_UB[index_T]` in `dtype`, each layer decoded when it is asked for: of long prompts only one is in memory."""
+
+    def __init__(self, records_UB: Tensor, manifest: Manifest, index_T: Tensor, dtype: torch.dtype) -> None:
+        self.records_UB, self.manifest, self.index_T, self.dtype = records_UB, manifest, index_T, dtype
+        self.block_bytes = (manifest.record_bytes - 8) // manifest.num_blocks
+
+    def __len__(self) -> int:
+        return self.manifest.num_blocks
+
+    def __getitem__(self, block: int) -> Tensor:
+        start = block * self.block_bytes
+        block_TB = self.records_UB[:, start : start + self.block_bytes].index_select(0, self.index_T)
+        rows_TD = torch.empty(len(self.index_T), self.manifest.hidden_size, device=block_TB.device)
+        _INTO[self.manifest.codec](block_TB[:, None], rows_TD[:, None])
+        return rows_TD.to(self.dtype)
+
+
+def is_long(count: int, manifest: Manifest) -> bool:
+    """Whether the rows of so many tokens are more than the processor's last cache holds."""
+    return count * manifest.num_blocks * manifest.hidden_size > _PIECE_VALUES["cpu"]
+
+
 def _plain(dtype: torch.dtype) -> Callable[[Tensor, Tensor], None]:
     def into(blocks_TNB: Tensor, rows_TND: Tensor) -> None:
         rows_TND.copy_(blocks_TNB.view(dtype))

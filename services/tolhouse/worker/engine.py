@@ -17,7 +17,7 @@ from tolhouse.errors import Corrupt, Internal, Overloaded, PromptTooLong, Tolhou
 from tolhouse.telemetry import log
 from tolhouse.worker.kv_cache import KVCache
 from tolhouse.worker.latency import Latencies
-from tolhouse.worker.rows import NoRows, Rows, Staged
+from tolhouse.worker.rows import COUNTS, NoRows, Rows, Staged
 from tolhouse.worker.runner import Runner
 from tolhouse.worker.sampler import Logprobs, prompt_logprobs, sample
 from tolhouse.worker.scheduler import Chunk, Scheduler
@@ -32,6 +32,10 @@ class Engine:
         self, runner: Runner, rows: Rows | NoRows, cache: KVCache, max_running: int, max_waiting: int, max_step_tokens: int
     ) -> None:
         self.runner, self.rows, self.cache, self.max_waiting = runner, rows, cache, max_waiting
+        self.table = rows.manifest.ref if rows.manifest else ""  # what new sequences begin with
+        self._served = {self.table: (runner, rows)}  # and the versions that running ones began with
+        self._before = dict.fromkeys(COUNTS, 0)  # of versions that nobody uses any more
+        self._lock = threading.Lock()  # of the two
         self.scheduler = Scheduler(cache, max_running, max(max_running, max_step_tokens))
         self.tokens = self.steps = 0  # sampled tokens, and steps run
         self.step_seconds = self.forward_seconds = 0.0  # all of it, and what of it was the model's
@@ -49,6 +53,8 @@ class Engine:
     def stop(self) -> None:
         self._mailbox.put(None)
         self._thread.join()
+        for _, rows in self._served.values():
+            rows.close()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; Overloaded if the queue is full, PromptTooLong if the KV cache could never hold it."""
@@ -59,11 +65,25 @@ class Engine:
         if self.waiting >= self.max_waiting:
             raise Overloaded(f"{self.waiting} requests are waiting already, the most that this worker queues: try again later")
         sequence.times = [time.perf_counter()]
-        self._mailbox.put(lambda: self.scheduler.add(sequence))
+        self._mailbox.put(lambda: self._enter(sequence))
 
     def cancel(self, sequence: Sequence) -> None:
         """Drop a sequence at the next step; nothing more is emitted for it. One that has ended is left alone."""
         self._mailbox.put(lambda: self.scheduler.remove(sequence))
+
+    def use(self, runner: Runner, rows: Rows) -> None:
+        """Let new sequences begin with another version of the table. Those that are there go on with theirs, until their end."""
+        self._mailbox.put(lambda: self._use(runner, rows))
+
+    def tables(self) -> list[str]:
+        """ "name@version" of all versions in use."""
+        with self._lock:
+            return [table for table in self._served if table]
+
+    def counts(self) -> dict[str, Any]:
+        """COUNTS of all rows so far, whatever their version."""
+        with self._lock:
+            return {name: self._before[name] + sum(getattr(rows, name) for _, rows in self._served.values()) for name in COUNTS}
 
     @property
     def waiting(self) -> int:
@@ -76,14 +96,23 @@ class Engine:
     # from the engine's thread
 
     def step(self) -> None:
-        """One token more for all that decode, and what fits of the prompts that wait."""
+        """One token more for all that decode, and what fits of the prompts that wait. Rows of two versions never meet in a forward."""
+        step = self.scheduler.schedule()
+        if len(self._served) == 1:
+            self._step(step, self.runner, self.rows)
+            return
+        for table, (runner, rows) in list(self._served.items()):
+            self._step([chunk for chunk in step if chunk.sequence.table == table], runner, rows)
+        self._retire()
+
+    def _step(self, step: list[Chunk], runner: Runner, rows: Rows | NoRows) -> None:
         started = time.perf_counter()
-        step, begun, staged = self._begin(self._in_time(self.scheduler.schedule()))
+        step, begun, staged = self._begin(self._in_time(step, rows), runner, rows)
         if not staged:
             return
         ready = time.perf_counter()
-        hidden_TD = self.runner.finish(begun, staged)
-        self._prefetch(step)
+        hidden_TD = runner.finish(begun, staged)
+        self._prefetch(step, rows)
         ends = np.cumsum([chunk.last - chunk.first for chunk in step])
         sampling = [(chunk, int(end) - 1) for chunk, end in zip(step, ends, strict=True) if chunk.samples]
         prompts = self._score_prompts(step, ends, hidden_TD)
@@ -96,61 +125,88 @@ class Engine:
         self.pace += (computed - ready - self.pace) / _RECENT
         self.step_seconds += time.perf_counter() - started
 
-    def _in_time(self, step: list[Chunk]) -> list[Chunk]:
+    def _enter(self, sequence: Sequence) -> None:
+        sequence.table = self.table
+        self.scheduler.add(sequence)
+
+    def _use(self, runner: Runner, rows: Rows) -> None:
+        assert rows.manifest
+        table = rows.manifest.ref
+        if table in self._served:  # gone back to before its last sequence ended
+            rows.close()
+        else:
+            with self._lock:
+                self._served = {**self._served, table: (runner, rows)}
+        self.table, (self.runner, self.rows) = table, self._served[table]
+
+    def _retire(self) -> None:
+        """Let go of versions that no sequence uses any more."""
+        used = {self.table} | {sequence.table for sequence in self.scheduler.running + self.scheduler.waiting}
+        for table, (_, rows) in list(self._served.items()):
+            if table not in used:
+                with self._lock:
+                    self._served = {ref: served for ref, served in self._served.items() if ref != table}
+                    self._before = {name: count + getattr(rows, name) for name, count in self._before.items()}
+                threading.Thread(target=rows.close, name="close rows", daemon=True).start()  # a fetch may be under way
+
+    def _in_time(self, step: list[Chunk], rows: Rows | NoRows) -> list[Chunk]:
         """Let sequences whose next row is late sit out, and its fetch run beside the step, where that loses less than to wait.
 
         A decoded token is known only when its row is wanted: a miss can't hide behind its own step, but behind that of others.
         """
         decoding = sum(chunk.decodes for chunk in step)
-        if self.pace > decoding * self.rows.trip_seconds and self.steps % _RECENT:
+        if self.pace > decoding * rows.trip_seconds and self.steps % _RECENT:
             return step  # not even for one, as things were when last looked at
         ids = np.array([chunk.sequence.ids[chunk.first] for chunk in step[:decoding]], np.uint32)
-        late = self.rows.late(ids)
+        late = rows.late(ids)
         count = int(late.sum())
-        if not count or count == len(step) or count * self.pace > decoding * self.rows.trip_seconds:
+        if not count or count == len(step) or count * self.pace > decoding * rows.trip_seconds:
             return step
-        self.rows.prefetch(ids[late], late=True)
-        self.sat_out += count
+        rows.prefetch(ids[late], late=True)
+        late &= rows.coming(ids)  # for who is not on the way, for want of room or as another fetch is, nothing is won
+        self.sat_out += int(late.sum())
         sit = {chunk.sequence for chunk, is_late in zip(step, late, strict=False) if is_late}
         return [chunk for chunk in step if chunk.sequence not in sit]
 
-    def _begin(self, step: list[Chunk]) -> tuple[list[Chunk], Any, Staged | None]:
+    def _begin(self, step: list[Chunk], runner: Runner, rows: Rows | NoRows) -> tuple[list[Chunk], Any, Staged | None]:
         """A step that is launched, and its rows. Where they can't all be had, those sequences end with the error and the others go on."""
         while step:
-            begun = self.runner.launch(step)  # the first layer's attention needs no row: a device is busy with it meanwhile
+            begun = runner.launch(step)  # the first layer's attention needs no row: a device is busy with it meanwhile
             try:
-                return step, begun, self.rows.stage(_ids(*step))
+                return step, begun, rows.stage(_ids(*step))
             except TolhouseError as error:
-                step = [chunk for chunk in step if self._survives(chunk, error)]
+                step = [chunk for chunk in step if self._survives(chunk, error, rows)]
         return step, None, None
 
-    def _survives(self, chunk: Chunk, error: TolhouseError) -> bool:
+    def _survives(self, chunk: Chunk, error: TolhouseError, rows: Rows | NoRows) -> bool:
         """Whether the rows of one chunk can be had after `error`; if not, its sequence has ended."""
         ids = _ids(chunk)
         try:
             # a bad row fails who asked for it; an unreachable service fails all who miss a row, without another wait
-            if not self.rows.has(ids):
+            if not rows.has(ids):
                 if not isinstance(error, Corrupt):
                     raise error
-                self.rows.stage(ids)
+                rows.stage(ids)
             return True
         except TolhouseError as failure:
             self._end(chunk.sequence, Output(error=failure))
             return False
 
-    def _prefetch(self, step: list[Chunk]) -> None:
+    def _prefetch(self, step: list[Chunk], rows: Rows | NoRows) -> None:
         """Ask for the rows of the next pieces of prompts while the model computes those of this step."""
         scheduler, ids, room = self.scheduler, [], self.scheduler.max_step_tokens
         done = {chunk.sequence: chunk.last for chunk in step}
         for sequence in scheduler.running + scheduler.waiting:
             if not room:
                 break
+            if rows.manifest and sequence.table != rows.manifest.ref:
+                continue
             start = done.get(sequence, sequence.computed)
             part = sequence.ids[start : start + room]
             ids += part
             room -= len(part)
         if ids:
-            self.rows.prefetch(np.array(ids, np.uint32))
+            rows.prefetch(np.array(ids, np.uint32))
 
     def _score_prompts(self, step: list[Chunk], ends: np.ndarray, hidden_TD: Tensor) -> dict[Sequence, Logprobs]:
         """The log probabilities of prompt tokens in this step, for sequences that want them and have not had them."""

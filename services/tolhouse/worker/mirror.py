@@ -17,6 +17,7 @@ class Mirror:
         self.host = torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu)  # pages are taken when written
         self.records = torch.empty(shape, dtype=torch.uint8, device=device) if on_gpu else self.host
         self.stream = torch.cuda.Stream(device) if on_gpu else None
+        self.read: torch.cuda.Event | None = None  # once the steps launched so far have read what they want
         slots, uses = np.full(manifest.vocab_size, -1, np.int32), np.zeros(shape[0], np.uint8)
         self.cache = RowCache(self.host.numpy(), slots, uses)
 
@@ -24,8 +25,15 @@ class Mirror:
         """The records in `slots` of the host's slab have changed."""
         if self.stream:
             with torch.cuda.stream(self.stream):
+                if self.read:
+                    self.stream.wait_event(self.read)
                 for slot in slots[slots >= 0].tolist():
                     self.records[slot].copy_(self.host[slot], non_blocking=True)
+
+    def used(self) -> None:
+        """What the model was asked until now may still be reading the records."""
+        if self.stream:
+            self.read = torch.cuda.current_stream(self.device).record_event()
 
     def arrive(self) -> None:
         """What the model is asked from now on sees all that was sent."""

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 
 from tolhouse.errors import TolhouseError
-from tolhouse.telemetry import event
+from tolhouse.telemetry import event, log
 
 
 class Outage:
@@ -38,6 +38,9 @@ class Outage:
             try:
                 back = self.is_back()
             except TolhouseError:
+                continue
+            except Exception:  # noqa: BLE001 - a defect: it must not keep us away for ever
+                log.exception("a look at the lookup service failed")
                 continue
             if back:
                 event("the lookup service is back")

@@ -1,4 +1,4 @@
-"""Where a step's rows come from: the row cache, then the lookup service or, while that is away, `recompute.py`. One table version, fixed at start."""
+"""Where a step's rows come from: the row cache, then the lookup service or, while that is away, `recompute.py`. One table version each."""
 
 import time
 from collections.abc import Callable
@@ -14,11 +14,12 @@ from tolhouse.errors import DeadlineExceeded, Mismatch, NotFound, TolhouseError,
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.table.spec import Manifest
 from tolhouse.telemetry import event
-from tolhouse.worker.decode import decode
+from tolhouse.worker.decode import LayerwiseRows, decode, is_long
 from tolhouse.worker.mirror import Mirror
 from tolhouse.worker.outage import Outage
 from tolhouse.worker.recompute import Recompute
 
+COUNTS = ("from_cache", "from_remote", "recomputed", "remote_bytes", "wait_seconds")  # of `Rows`, for users to see
 _RECENT = 16  # fetches that count as of late
 _FILL_BYTES = 16 << 20  # fetched at a time while the cache is filled
 
@@ -70,10 +71,6 @@ class Rows:
         except TolhouseError as error:
             event("row cache not filled", reason=str(error))
 
-    def resolve(self, ids: np.ndarray) -> Tensor:
-        """Rows float32 [N, T, D] of `ids` [T]."""
-        return self.decode(self.stage(ids))
-
     def stage(self, ids: np.ndarray) -> Staged:
         """The records of `ids` [T] where the model runs, each distinct token asked for once. They stay until the next call."""
         places_T = self.bring(ids)
@@ -84,8 +81,10 @@ class Rows:
         self.mirror.arrive()
         return Staged(records, torch.from_numpy(places_T.astype(np.int64, copy=False)).to(self.device))
 
-    def decode(self, staged: Staged) -> Tensor:
+    def decode(self, staged: Staged) -> Tensor | LayerwiseRows:
         """Rows [N, T, D] in `dtype`."""
+        if self.device.type == "cpu" and is_long(len(staged.index), self.manifest):
+            return LayerwiseRows(staged.records, self.manifest, staged.index, self.dtype)
         return decode(staged.records, self.manifest, staged.index).to(self.dtype)
 
     def late(self, ids: np.ndarray) -> np.ndarray:
@@ -104,7 +103,8 @@ class Rows:
         """
         if self._coming or self.outage.on:
             return
-        ids = np.unique(ids)
+        self.mirror.used()  # by the step that has been launched
+        ids = ids[np.sort(np.unique(ids, return_index=True)[1])]  # in their order: what is wanted first is not cut off
         ids = ids[self.cache.slot_of[ids] < 0][: self.cache.capacity // 2]
         if len(ids):
             slots = self.cache.reserve(ids)
@@ -113,12 +113,16 @@ class Rows:
             self._coming = ids, slots, fetched
             self._is_coming[ids] = True
 
+    def coming(self, ids: np.ndarray) -> np.ndarray:
+        """Which of `ids` [T] are being fetched; bool [T]."""
+        return self._is_coming[ids]
+
     def _arrive_if_done(self) -> None:
         if self._coming and self._coming[2].done():
             self._arrive()
 
     def _arrive(self) -> None:
-        """Wait for what `prefetch` began. A failure is nobody's yet: whoever needs those rows asks again."""
+        """Wait for what `prefetch` began. A failure is nobody's yet: whoever needs those rows asks again, or computes them."""
         if self._coming:
             ids, slots, fetched = self._coming
             self._coming = None
@@ -126,9 +130,13 @@ class Rows:
             started = time.perf_counter()
             try:
                 fetched.result()
-            except TolhouseError:
+            except Exception as error:
                 self.cache.release(slots)
                 self._failed = True
+                if not isinstance(error, TolhouseError):  # a defect of ours
+                    raise
+                if self.fallback and isinstance(error, (Unavailable, DeadlineExceeded)) and not self.outage.on:
+                    self.outage.begin(error)
             else:
                 self._failed = False
                 self._settle(ids, slots)
@@ -284,6 +292,9 @@ class NoRows:
 
     def prefetch(self, ids: np.ndarray, late: bool = False) -> None:
         pass
+
+    def coming(self, ids: np.ndarray) -> np.ndarray:
+        return np.zeros(len(ids), bool)
 
     def close(self) -> None:
         pass

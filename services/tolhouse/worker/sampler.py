@@ -180,7 +180,8 @@ def _pick(logits_LK: Tensor, states: list[State]) -> Tensor:
     total_L1 = mass_LK[:, -1:]
     uniform_L1 = _column([state.random.random() for state in states if state.random], mass_LK)
     target_L1 = torch.minimum(uniform_L1 * total_L1, torch.nextafter(total_L1, torch.zeros_like(total_L1)))
-    return torch.searchsorted(mass_LK, target_L1, right=True)[:, 0]
+    # a broken model's NaN, which nothing is beyond, ends in some token: it must not be the other sequences' failure
+    return torch.searchsorted(mass_LK, target_L1, right=True)[:, 0].clamp_(max=mass_LK.shape[-1] - 1)
 
 
 def _column(values: list[float] | list[int], like: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Sampling:
         require(self.top_k >= 0, f"top_k must be 0 (all tokens) or more, not {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p:g}")
         within("min_p", 0, 1)
-        require(0 < self.repetition_penalty <= 10, f"repetition_penalty must be above 0 and at most 10, not {self.repetition_penalty:g}")
+        within("repetition_penalty", 0.01, 10)
         within("presence_penalty", -2, 2)
         within("frequency_penalty", -2, 2)
         require(len(self.logit_bias) <= MAX_BIASED, f"logit_bias has {len(self.logit_bias)} tokens; allowed are {MAX_BIASED}")

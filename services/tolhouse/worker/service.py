@@ -8,22 +8,25 @@ from typing import Any
 
 import grpc
 import torch
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tolhouse.client.client import Client
 from tolhouse.config import WorkerConfig
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgument, Mismatch, TolhouseError
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import check_prompt
 from tolhouse.rpc import return_freed_blocks, serve, stream
-from tolhouse.telemetry import event, serve_metrics
+from tolhouse.scrape import serve_metrics
+from tolhouse.table.spec import Manifest
+from tolhouse.telemetry import event
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationServicer, add_GenerationServicer_to_server
 from tolhouse.worker.attention import Pages, blocks_of
 from tolhouse.worker.compiled import Compiled
 from tolhouse.worker.engine import Engine
+from tolhouse.worker.follow import Follower
 from tolhouse.worker.graphs import GraphRunner
 from tolhouse.worker.kv_cache import KVCache
 from tolhouse.worker.packed import load
@@ -35,6 +38,8 @@ from tolhouse.worker.sampling import Sampling
 from tolhouse.worker.sequence import Output, Sequence
 
 NAME = "tolhouse.v1.Generation"
+REQUESTS = Counter("tolhouse_worker_requests_total", "Generate calls answered, by gRPC status", ["status"])
+MAX_REQUEST_ID = 256  # characters: it stands in the log
 
 
 class WorkerService(GenerationServicer):
@@ -45,7 +50,6 @@ class WorkerService(GenerationServicer):
             "model": name,
             "model_id": checkpoint.model_id(),
             "tokenizer_id": checkpoint.tokenizer_id,
-            "table": manifest.ref if manifest else "",
             "context_tokens": checkpoint.config.max_position_embeddings,
             "vocab_size": checkpoint.config.vocab_size,
             "eos_token_id": checkpoint.config.eos_token_id,
@@ -62,45 +66,53 @@ class WorkerService(GenerationServicer):
     async def DescribeWorker(
         self, request: generation_pb2.DescribeWorkerRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.DescribeWorkerReply:
-        rows = self.engine.rows
-        counts = generation_pb2.RowCounts(
-            from_cache=rows.from_cache,
-            from_remote=rows.from_remote,
-            recomputed=rows.recomputed,
-            remote_bytes=rows.remote_bytes,
-            wait_seconds=rows.wait_seconds,
+        engine = self.engine
+        counts = generation_pb2.RowCounts(**engine.counts())
+        return generation_pb2.DescribeWorkerReply(
+            **self.identity, table=engine.table, running=engine.running, waiting=engine.waiting, rows=counts
         )
-        return generation_pb2.DescribeWorkerReply(**self.identity, running=self.engine.running, waiting=self.engine.waiting, rows=counts)
 
     async def _generate(self, request: generation_pb2.GenerateRequest) -> AsyncIterator[generation_pb2.GenerateReply]:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Output] = asyncio.Queue()
+        sequence: Sequence | None = None
+        status = "CANCELLED"  # unless it ends otherwise
 
         def emit(output: Output) -> None:
             loop.call_soon_threadsafe(events.put_nowait, output)
 
-        sequence = self._sequence(request, emit)
-        event("request", logging.DEBUG, request_id=request.request_id, prompt_tokens=sequence.prompt_tokens)
-        self.engine.add(sequence)
         try:
+            sequence = self._sequence(request, emit)
+            event("request", logging.DEBUG, request_id=request.request_id, prompt_tokens=sequence.prompt_tokens)
+            self.engine.add(sequence)
             while True:
                 output = await events.get()
                 if output.error:
                     event("request failed", logging.WARNING, request_id=request.request_id, error=str(output.error))
                     raise output.error
+                if output.finish_reason:
+                    status = "OK"
                 yield generation_pb2.GenerateReply(
                     token_ids=output.tokens,
                     finish_reason=output.finish_reason,
                     end_id=output.end_id,
                     logprobs=_logprobs(output.logprobs),
                     prompt_logprobs=_logprobs(output.prompt_logprobs),
+                    table=sequence.table,
                 )
                 if output.finish_reason:
                     return
+        except TolhouseError as error:
+            status = error.grpc_status
+            raise
         finally:  # also when the caller went away; a sequence that has ended is left alone
-            self.engine.cancel(sequence)
+            REQUESTS.labels(status).inc()
+            if sequence:
+                self.engine.cancel(sequence)
 
     def _sequence(self, request: generation_pb2.GenerateRequest, emit: Callable[[Output], None]) -> Sequence:
+        if len(request.request_id) > MAX_REQUEST_ID:
+            raise InvalidArgument(f"the request_id has {len(request.request_id)} characters; at most {MAX_REQUEST_ID} are taken")
         prompt = check_prompt(self.config, request.prompt_ids, request.max_tokens)
         for what, ids in (("stop id", request.stop_ids), ("logit_bias of token", request.logit_bias)):
             if bad := [i for i in ids if i >= self.config.vocab_size]:
@@ -139,7 +151,7 @@ class EngineMetrics(Collector):
         self.engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        engine, rows, cache = self.engine, self.engine.rows, self.engine.cache
+        engine, counts, cache = self.engine, self.engine.counts(), self.engine.cache
         yield GaugeMetricFamily("tolhouse_worker_running", "Sequences in the batch", engine.running)
         yield GaugeMetricFamily("tolhouse_worker_waiting", "Sequences in the queue", engine.waiting)
         used = 1 - cache.free_blocks / cache.num_blocks
@@ -152,13 +164,17 @@ class EngineMetrics(Collector):
         yield CounterMetricFamily("tolhouse_worker_prompt_tokens", "Prompt tokens of sequences let into the batch", cache.prompt_tokens)
         yield CounterMetricFamily("tolhouse_worker_prefix_hit_tokens", "Prompt tokens found in the KV cache", cache.found_tokens)
         by_source = CounterMetricFamily("tolhouse_worker_rows", "Rows that steps asked for, by source", labels=["source"])
-        by_source.add_metric(["cache"], rows.from_cache)
-        by_source.add_metric(["remote"], rows.from_remote)
-        by_source.add_metric(["recomputed"], rows.recomputed)
+        by_source.add_metric(["cache"], counts["from_cache"])
+        by_source.add_metric(["remote"], counts["from_remote"])
+        by_source.add_metric(["recomputed"], counts["recomputed"])
         yield by_source
-        yield CounterMetricFamily("tolhouse_worker_row_bytes", "Bytes of rows fetched", rows.remote_bytes)
-        yield CounterMetricFamily("tolhouse_worker_row_wait_seconds", "Time that steps waited for rows", rows.wait_seconds)
+        yield CounterMetricFamily("tolhouse_worker_row_bytes", "Bytes of rows fetched", counts["remote_bytes"])
+        yield CounterMetricFamily("tolhouse_worker_row_wait_seconds", "Time that steps waited for rows", counts["wait_seconds"])
         yield CounterMetricFamily("tolhouse_worker_sat_out", "Tokens that came a step later because their row did", engine.sat_out)
+        info = GaugeMetricFamily("tolhouse_worker_table_info", "1 for the table version that new sequences begin with", labels=["table"])
+        if engine.table:
+            info.add_metric([engine.table], 1)
+        yield info
         for histogram in engine.latencies:
             yield from histogram.collect()
 
@@ -174,31 +190,45 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     if config.compile == "auto" and device.type == "cpu":
         compiled.start()
     cache = KVCache(blocks_of(checkpoint.config, int(config.kv_cache_megabytes * 1e6), dtype))
-    client = Client(config.lookup, timeout_seconds=config.fetch_timeout_seconds)
-    rows: Rows | NoRows = NoRows(checkpoint.config.hidden_size, device)
-    if checkpoint.config.num_row_layers:
-        table = config.table or checkpoint.name
-        manifest = await asyncio.to_thread(wait_for_table, client, table, config.lookup_wait_seconds)
+    guard = config.guard()
+    client = Client(config.lookup, timeout_seconds=config.fetch_timeout_seconds, access=config.access())
+    table = config.table or checkpoint.name
+
+    def rows_of(manifest: Manifest) -> Rows:
         check_table(manifest, checkpoint)
         fallback = Recompute(checkpoint, manifest) if config.fallback == "recompute" else None
         rows = Rows(client, manifest, int(config.row_cache_megabytes * 1e6), device, dtype, fallback)
         rows.fill()
+        return rows
+
+    rows: Rows | NoRows = NoRows(checkpoint.config.hidden_size, device)
+    if checkpoint.config.num_row_layers:
+        rows = rows_of(await asyncio.to_thread(wait_for_table, client, table, config.lookup_wait_seconds))
     pages = Pages(checkpoint.config, cache.num_blocks + 1, device, dtype)  # one to spare, for GraphRunner
     embedding = not (rows.manifest and rows.manifest.x0)
     model = load(checkpoint, device, dtype, embedding)
     if device.type == "cpu":
         compiled.attach(model)
-        runner = Runner(model, pages, rows)
-    else:
-        runner = GraphRunner(model, pages, rows)
+    kind = Runner if device.type == "cpu" else GraphRunner
+    runner = kind(model, pages, rows)
     return_freed_blocks()  # what packing took
     engine = Engine(runner, rows, cache, config.max_running, config.max_waiting, config.max_step_tokens)
+
+    def take_up(manifest: Manifest) -> None:
+        if model.embed_tokens is None and not manifest.x0:
+            raise Mismatch("it does not carry X0, and this worker was started without its input embedding: start it again")
+        rows = rows_of(manifest)
+        engine.use(kind(model, pages, rows), rows)
+
+    follower = Follower(client, table, engine, take_up, config.table_poll_seconds) if engine.table else None
     service = WorkerService(engine, checkpoint, config.name or checkpoint.name)
-    metrics = serve_metrics(config.metrics_listen)
+    metrics = serve_metrics(config.metrics_listen, guard)
     REGISTRY.register(EngineMetrics(engine))
-    event("loaded", checkpoint=checkpoint.name, table=service.identity["table"], kv_cache_tokens=cache.capacity_tokens, device=str(device),
+    event("loaded", checkpoint=checkpoint.name, table=engine.table, kv_cache_tokens=cache.capacity_tokens, device=str(device),
           dtype=str(dtype).removeprefix("torch."))  # fmt: skip
     engine.start()
+    if follower:
+        follower.start()
     try:
         await serve(
             "worker",
@@ -206,12 +236,14 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
             lambda server: add_GenerationServicer_to_server(service, server),
             (NAME,),
             config.drain_seconds,
+            guard=guard,
             metrics=metrics,
         )
     finally:
         compiled.stop()
+        if follower:
+            follower.stop()
         engine.stop()
-        rows.close()
         client.close()
 
 

@@ -1,0 +1,69 @@
+"""Mixed load for a long time: does anything grow? `make soak`, or `python -m loadtest.soak [--minutes 20]`.
+
+The whole system over Redis, in this machine's processes, at about half of what two cores can do: streams of random lengths at random moments. Every ten seconds
+the median time of an answer and the resident memory of each process are taken; the first fifth of the run warms up and does not
+count. Prints, for each, the slope of a straight line through what was taken, with its 95% confidence interval, and whether zero lies in it; last, one
+line of JSON.
+"""
+
+import argparse
+import asyncio
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import psutil
+from tolhouse.testing import build_table, local_cluster, redis_server
+from tqdm import tqdm
+
+from loadtest.serve import Load, run, text_of
+
+CHECKPOINT = Path("models/demo-memory")
+RATE, WINDOW_SECONDS = 10.0, 10.0
+
+
+def slope(values: list[float]) -> tuple[float, float]:
+    """Per hour, and half of its 95% confidence interval. Neighbours are alike, which is allowed for by their first autocorrelation."""
+    x, y = np.arange(len(values)) * WINDOW_SECONDS / 3600, np.array(values)
+    a, b = np.polyfit(x, y, 1)
+    rest = y - (a * x + b)
+    spread = np.sqrt((rest @ rest) / max(1, len(y) - 2) / ((x - x.mean()) ** 2).sum())
+    alike = float(np.clip(rest[:-1] @ rest[1:] / max(1e-12, rest @ rest), 0, 0.95))
+    return float(a), float(1.96 * spread * np.sqrt((1 + alike) / (1 - alike)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=20.0, help="how long (default %(default)g)")
+    windows = max(10, round(parser.parse_args().minutes * 60 / WINDOW_SECONDS))
+    series: dict[str, list[float]] = {"median answer, ms": []}
+    failed = sent = 0
+    with ExitStack() as stack:
+        url = stack.enter_context(redis_server())
+        build_table(CHECKPOINT, url)
+        options = {"worker_options": ("--threads", "1", "--row-cache-megabytes", "1"), "lookup_options": ("--hot-megabytes", "8")}
+        cluster = stack.enter_context(local_cluster(CHECKPOINT, url, lookups=2, workers=2, **options))
+        load = Load(f"http://{cluster.gateway}", CHECKPOINT.name, text_of(""), (10, 400), (1, 64), 60.0)
+        named = [f"{p.ready['service']} {n}" for n, p in enumerate(cluster.processes)]
+        processes = [psutil.Process(process.pid) for process in cluster.processes]
+        for number in tqdm(range(windows), desc="soak", unit="window"):
+            answers, _ = asyncio.run(run(load, RATE, WINDOW_SECONDS, number))
+            sent, failed = sent + len(answers), failed + sum(bool(answer.error) for answer in answers)
+            series["median answer, ms"].append(float(np.median([answer.whole for answer in answers if not answer.error])) * 1e3)
+            for name, process in zip(named, processes, strict=True):
+                series.setdefault(f"{name}, MB", []).append(process.memory_info().rss / 1e6)
+    found = {}
+    for what, values in series.items():
+        counted = values[windows // 5 :]
+        rise, margin = slope(counted)
+        found[what] = {"mean": round(float(np.mean(counted)), 1), "per_hour": round(rise, 2), "margin": round(margin, 2)}
+        verdict = "zero lies in it" if abs(rise) <= margin else "it is not zero"
+        print(f"{what:20} mean {np.mean(counted):8.1f}   {rise:+9.2f} ± {margin:.2f} an hour: {verdict}")
+    print(json.dumps({"minutes": windows * WINDOW_SECONDS / 60, "sent": sent, "failed": failed, "series": found}))
+
+
+if __name__ == "__main__":
+    main()

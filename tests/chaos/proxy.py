@@ -1,0 +1,101 @@
+"""A link between two processes that can be cut and delayed."""
+
+import asyncio
+import contextlib
+import threading
+from types import TracebackType
+from typing import Self
+
+
+class Link:
+    """Forwards TCP connections from a port of its own to `target`. Runs in a thread of its own."""
+
+    def __init__(self, target: str, port: int = 0) -> None:
+        self.host, _, self.port = target.partition(":")
+        self.delay_seconds = 0.0
+        self._cut = False
+        self._tasks: set[asyncio.Task] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"link to {target}", daemon=True)
+        self._thread.start()
+        self._server = asyncio.run_coroutine_threadsafe(asyncio.start_server(self._serve, "127.0.0.1", port), self._loop).result()
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        self.cut()
+        self._loop.call_soon_threadsafe(self._server.close)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def cut(self) -> None:
+        """Break all connections, and every new one at once."""
+        self._cut = True
+
+        async def end() -> None:
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result()
+
+    def delay(self, seconds: float) -> None:
+        """Let every byte take so long, in both directions."""
+        self.delay_seconds = seconds
+
+    def mend(self) -> None:
+        self._cut, self.delay_seconds = False, 0.0
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._tasks.add(task)
+        other = None
+        try:
+            if self._cut:
+                return
+            there, other = await asyncio.open_connection(self.host, int(self.port))
+            await asyncio.gather(self._pump(reader, other), self._pump(there, writer))
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            self._tasks.discard(task)
+            for one in (writer, other):
+                if one:
+                    one.transport.abort()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Bytes arrive `delay_seconds` after they were sent, however many are on their way."""
+        coming: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        queued = 0
+
+        async def write() -> None:
+            nonlocal queued
+            while True:
+                due, data = await coming.get()
+                await asyncio.sleep(max(0.0, due - loop.time()))
+                if not data:
+                    with contextlib.suppress(OSError):
+                        writer.write_eof()
+                    return
+                writer.write(data)
+                await writer.drain()
+                queued -= 1
+
+        writing = asyncio.create_task(write())
+        try:
+            while data := await reader.read(1 << 16):
+                if self.delay_seconds or queued:
+                    queued += 1
+                    coming.put_nowait((loop.time() + self.delay_seconds, data))
+                else:
+                    writer.write(data)
+                    await writer.drain()
+            coming.put_nowait((loop.time(), b""))
+            await writing
+        finally:
+            writing.cancel()

@@ -1,0 +1,240 @@
+"""The whole system as real processes, with a link between any two that can be cut, and clients that ask all the time."""
+
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+from tolhouse import Client, Manifest
+from tolhouse.errors import TolhouseError
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.generate import greedy
+from tolhouse.store import Store, open_store, publish
+from tolhouse.testing import Process, RedisNode, build_table, end, free_port, process, redis_cluster_nodes, wait_until_healthy
+from tolhouse.worker.rows import Rows
+
+from tests.chaos.history import Answers, Seen
+from tests.chaos.proxy import Link
+
+CHECKPOINT = Path("models/demo-memory")
+PROMPTS = tuple(
+    line for line in Path("services/tolhouse/testing.py").read_text().splitlines() if line.startswith(("def ", "    with ", "    return "))
+)[:24]
+ANSWER_TOKENS = 40
+CLIENTS = 6
+DEADLINE_SECONDS = 30.0
+
+
+class Service:
+    """A process that can be killed, and started again with the same arguments and address."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.address = f"127.0.0.1:{free_port()}"
+        self.arguments = (*arguments, "--listen", self.address)
+        self._stack = ExitStack()
+        self.process: Process | None = None
+        self.logs: list[str] = []
+
+    def start(self) -> "Service":
+        self.process = self._stack.enter_context(process(*self.arguments))
+        return self
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process
+        os.kill(self.process.pid, number)
+
+    def stop(self) -> None:
+        if self.process:
+            end(self.process.popen)
+            self.logs.append(self.process.log.read_text(errors="replace"))
+        self._stack.close()
+        self.process = None
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+
+class System:
+    """Two lookup replicas over `store_url`, two workers and a gateway; every connection between them goes through a link."""
+
+    def __init__(self, stack: ExitStack, store_url: str, name: str) -> None:
+        free = ("--metrics-listen", "127.0.0.1:0")
+        self.url = store_url
+
+        def service(*arguments: str) -> Service:
+            one = Service(*arguments, *free) if arguments[0] != "gateway" else Service(*arguments)
+            stack.callback(one.stop)
+            return one
+
+        def link(to: Service) -> Link:
+            return stack.enter_context(Link(to.address))
+
+        self.lookups = [service("lookup", "--store", store_url, "--hot-megabytes", "0").start() for _ in range(2)]
+        self.to_lookups = [[link(lookup) for lookup in self.lookups] for _ in range(2)]  # by worker
+        self.workers = []
+        for links in self.to_lookups:
+            options = (
+                "--table",
+                name,
+                "--row-cache-megabytes",
+                "0.1",
+                "--compile",
+                "never",
+                "--threads",
+                "1",
+                "--table-poll-seconds",
+                "0.5",
+            )
+            self.workers.append(service("worker", str(CHECKPOINT), "--lookup", ",".join(one.address for one in links), *options).start())
+        self.to_workers = [link(worker) for worker in self.workers]
+        workers = ",".join(one.address for one in self.to_workers)
+        self.gateway = service("gateway", str(CHECKPOINT), "--workers", workers, "--poll-seconds", "0.5").start()
+        wait_until_healthy(self.gateway.address)
+
+    def flip(self, ref: str, seconds: float = 15.0) -> bool:
+        """Publish a version, as soon as the store lets us; whether it did in time."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                with closing(open_store(self.url, 1.0)) as store:
+                    publish(store, ref)
+            except TolhouseError:
+                time.sleep(0.1)
+            else:
+                return True
+        return False
+
+
+def right_answers(url: str, refs: list[str]) -> dict[str, list[str]]:
+    """What the model says to each prompt, in this process, with the rows of each version."""
+    checkpoint = open_checkpoint(CHECKPOINT)
+    tokenizer, model = checkpoint.tokenizer(), checkpoint.model(ffn_m=False)
+    found = {}
+    with closing(open_store(url)) as store:
+        for ref in refs:
+            rows = Rows(_FromStore(store), store.manifest(ref), 1 << 20, torch.device("cpu"))
+
+            def get(ids_T: torch.Tensor, rows: Rows = rows) -> Any:
+                return rows.decode(rows.stage(ids_T.numpy().astype(np.uint32)))
+
+            found[ref] = [
+                tokenizer.decode(list(greedy(model, tokenizer.encode(prompt).ids, ANSWER_TOKENS, ignore_eos=True, rows=get)))
+                for prompt in PROMPTS
+            ]
+            rows.close()
+    return found
+
+
+class _FromStore(Client):
+    """What `Rows` asks of a client, straight from a store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def fetch_records(self, manifest: Manifest, ids: np.ndarray, out: Any = None, places: Any = None) -> np.ndarray:
+        records = np.empty((len(ids), manifest.record_bytes), np.uint8)
+        self.store.read(manifest, ids, records)
+        out[places] = records
+        return records
+
+
+class Load:
+    """Clients that ask all the time, every other one for a stream; what they saw is in `history`."""
+
+    def __init__(self, gateway: str) -> None:
+        self.gateway, self.history, self._stop = gateway, list[Seen](), threading.Event()
+        self._next = itertools.count()
+        self._threads = [threading.Thread(target=self._run, name=f"client {n}", daemon=True) for n in range(CLIENTS)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        with httpx.Client(timeout=DEADLINE_SECONDS + 5) as client:
+            while not self._stop.is_set():
+                number = next(self._next)
+                seen = Seen(number // 2 % len(PROMPTS), bool(number % 2), time.monotonic())
+                try:
+                    self._ask(client, seen)
+                except (httpx.HTTPError, ValueError) as error:
+                    seen.error = seen.error or f"{type(error).__name__}: {error}"
+                seen.ended = time.monotonic()
+                self.history.append(seen)
+                if seen.failed:
+                    self._stop.wait(0.1)
+
+    def _ask(self, client: httpx.Client, seen: Seen) -> None:
+        body = {"prompt": PROMPTS[seen.prompt], "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True, "stream": seen.streamed}
+        with client.stream("POST", f"http://{self.gateway}/v1/completions", json=body) as answer:
+            seen.status = answer.status_code
+            if answer.status_code != httpx.codes.OK:
+                seen.error = answer.read().decode()
+                return
+            if not seen.streamed:
+                whole = json.loads(answer.read())
+                self._take(seen, whole)
+                seen.dones += 1
+                return
+            for line in answer.iter_lines():
+                if line == "data: [DONE]":
+                    seen.dones += 1
+                elif line.startswith("data: "):
+                    self._take(seen, json.loads(line.removeprefix("data: ")))
+            if not seen.dones and not seen.error:
+                seen.error = "the stream broke off"
+
+    @staticmethod
+    def _take(seen: Seen, data: dict[str, Any]) -> None:
+        if "error" in data:
+            seen.error = str(data["error"])
+            return
+        seen.version = data.get("system_fingerprint") or seen.version
+        for choice in data["choices"]:
+            if choice["text"]:
+                seen.pieces.append(choice["text"])
+            seen.finishes += choice["finish_reason"] is not None
+
+
+@contextmanager
+def over_redis() -> Iterator[tuple[System, list[RedisNode], list[Link], Answers]]:
+    """The system over a Redis Cluster of three masters and three replicas; its nodes, the links to them, and the right answers."""
+    with ExitStack() as stack:
+        links: list[Link] = []
+
+        def announced(port: int) -> int:
+            links.append(stack.enter_context(Link(f"127.0.0.1:{port}")))
+            return int(links[-1].address.rpartition(":")[2])
+
+        on_disk = ("--appendonly", "yes")
+        nodes = stack.enter_context(redis_cluster_nodes(3, 1, *on_disk, node_timeout_ms=2000, announced=announced))
+        url = f"redis://{','.join(link.address for link in links)}"
+        refs = [
+            build_table(CHECKPOINT, url, name="chaos", codec=codec, shards=16, publish=n == 0) for n, codec in enumerate(("int8", "int4"))
+        ]
+        answers = right_answers(url, refs)
+        yield System(stack, url, "chaos"), nodes, links, answers
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

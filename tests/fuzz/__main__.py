@@ -1,0 +1,59 @@
+"""Nearly right input for every reader: `make fuzz`, or `python -m tests.fuzz [--inputs N] [--seed S] [--only WORD]`.
+
+Ends with 1 on the first input that is neither read rightly nor refused with one of our errors, or takes longer than SLOW_SECONDS; it is written to a file.
+Last comes one line of JSON.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+from tests.fuzz.mutate import mutations
+from tests.fuzz.targets import ALLOWED, folder, targets
+
+SLOW_SECONDS = 5.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=1_100_000, help="in all (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same inputs (default %(default)s)")
+    parser.add_argument("--only", default="", metavar="WORD", help="only targets whose name has this in it")
+    options = parser.parse_args()
+    counts = {}
+    with folder() as name:
+        found = {what: target for what, target in targets(Path(name)).items() if options.only in what}
+        for what, target in found.items():
+            read = refused = 0
+            started = time.perf_counter()
+            for data in islice(mutations(target.seeds, random.Random(f"{options.seed} {what}")), options.inputs // len(found)):
+                begun = time.perf_counter()
+                try:
+                    target.read(data)
+                    read += 1
+                except ALLOWED:
+                    refused += 1
+                except BaseException as error:  # noqa: BLE001
+                    _finding(what, data, error)
+                if time.perf_counter() - begun > SLOW_SECONDS:
+                    _finding(what, data, TimeoutError(f"took more than {SLOW_SECONDS:g} s"))
+            counts[what] = read + refused
+            print(f"{what:14} {read + refused:8} inputs, {refused:8} refused, {time.perf_counter() - started:6.1f} s", flush=True)
+    print(json.dumps({"inputs": sum(counts.values()), "findings": 0, "targets": len(counts)}))
+
+
+def _finding(what: str, data: bytes, error: BaseException) -> None:
+    path = Path(f"fuzz-{what.replace(' ', '-')}.bin")
+    path.write_bytes(data)
+    print(f"{what}: {type(error).__name__}: {error}; the input is in {path}", flush=True)
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

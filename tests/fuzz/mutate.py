@@ -1,0 +1,75 @@
+"""Inputs that are nearly right: known good ones, with a few things done to them."""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import Any
+
+ODD = [b"", b"\0", b"\xff", b"{", b"}", b"[", b"]", b'"', b",", b":", b"null", b"true", b"-1", b"0", b"1e999", b"-0.0", b"NaN", b"Infinity",
+       b"9" * 30, b"2147483648", b"18446744073709551616", b"\\ud800", b"\xed\xa0\x80", b"\xf0\x9f\x98\x80", b"[" * 2000, b'{"a":' * 500,
+       b"__proto__", b"../..", b"%s%n", b"\r\n", b"\x80" * 11, b"\xff" * 9 + b"\x01"]  # fmt: skip
+
+
+VALUES = [None, True, False, 0, 1, -1, 0.5, 1e308, 2**31, 2**63, 2**64, 10**400, "", "a", "\ud800", "x" * 600, [], {}, [1], ["a"], [[]], [None],
+          {"a": 1}, {"1": 1}, list(range(300)), [[0] * 20] * 20]  # fmt: skip
+
+
+def mutations(seeds: Sequence[bytes], rng: random.Random) -> Iterator[bytes]:
+    """Without end; the seeds themselves come first."""
+    yield from seeds
+    while True:
+        seed = rng.choice(seeds)
+        if seed[:1] == b"{" and rng.random() < 0.5:
+            yield _restructured(seed, rng)
+            continue
+        data = bytearray(seed)
+        for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
+            _once(data, seeds, rng)
+        yield bytes(data)
+
+
+def _once(data: bytearray, seeds: Sequence[bytes], rng: random.Random) -> None:
+    at = rng.randrange(len(data) + 1)
+    length = rng.choice((1, 1, 2, 4, 8, rng.randrange(len(data) + 1)))
+    kind = rng.randrange(7)
+    if kind == 0 and at < len(data):
+        data[at] ^= 1 << rng.randrange(8)
+    elif kind == 1 and at < len(data):
+        data[at] = rng.randrange(256)
+    elif kind == 2:
+        del data[at : at + length]
+    elif kind == 3:
+        data[at:at] = data[at : at + length]
+    elif kind == 4:
+        data[at : at + rng.choice((0, length))] = rng.choice(ODD)
+    elif kind == 5:
+        del data[at:]
+    else:
+        other = rng.choice(seeds)
+        start = rng.randrange(len(other) + 1)
+        data[at : at + length] = other[start : start + length]
+
+
+def _restructured(seed: bytes, rng: random.Random) -> bytes:
+    """JSON that is still JSON: some of its values are others, are missing, or are there once more."""
+    whole = json.loads(seed)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        node: Any = whole
+        while True:
+            keys: list[Any] = list(node) if isinstance(node, dict) else list(range(len(node)))
+            key = rng.choice(keys) if keys else None
+            if key is None or not isinstance(node[key], dict | list) or rng.random() < 0.4:
+                break
+            node = node[key]
+        what = rng.randrange(4)
+        if key is None or what == 0:
+            if isinstance(node, dict):
+                node[rng.choice(("odd", "", "prompt", "n", "messages"))] = deepcopy(rng.choice(VALUES))
+            else:
+                node.append(deepcopy(rng.choice(VALUES)))
+        elif what == 1:
+            del node[key]
+        else:
+            node[key] = deepcopy(rng.choice(VALUES))
+    return json.dumps(whole).encode()

@@ -1,0 +1,487 @@
+"""Checks of rendered Kubernetes manifests, for what a schema can't see. Each tells what is wrong, a line for each thing."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import yaml
+from pydantic import ValidationError
+from tolhouse import config
+
+ROOT = Path(__file__).parent.parent
+KUBECTL = Path(sys.executable).parent / "kubectl"
+VERSIONS = ("1.27", "1.37")  # of Kubernetes: the oldest that README.md promises, and the newest
+NAMESPACE = "tolhouse"
+NAME = "app.kubernetes.io/name"
+
+# Kinds that schemas of Kubernetes do not know: the fields of their spec that we use, those that must be there with True
+SHAPES = {
+    ("ray.io/v1", "RayJob"): {
+        "entrypoint": True, "submissionMode": True, "shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": True,
+        "backoffLimit": False, "submitterPodTemplate": True, "rayClusterSpec": True,
+    },
+    ("monitoring.coreos.com/v1", "ServiceMonitor"): {"selector": True, "endpoints": True},
+    ("monitoring.coreos.com/v1", "PrometheusRule"): {"groups": True},
+}  # fmt: skip
+_INNER = {
+    "rayClusterSpec": {"rayVersion": True, "headGroupSpec": True, "workerGroupSpecs": True},
+    "headGroupSpec": {"rayStartParams": True, "template": True},
+    "workerGroupSpecs": {
+        "groupName": True, "replicas": True, "minReplicas": True, "maxReplicas": True, "rayStartParams": True, "template": True,
+    },
+    "endpoints": {"port": True, "path": False, "interval": False, "scheme": False},
+    "groups": {"name": True, "interval": False, "rules": True},
+    "rules": {"alert": False, "record": False, "expr": True, "for": False, "labels": False, "annotations": False},
+}  # fmt: skip
+_CLUSTER_WIDE = {"Namespace"}
+_SUFFIXES = {"": 1, "m": Decimal("0.001"), "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+Document = dict[str, Any]
+
+
+@dataclass
+class Pod:
+    """The pods of one template."""
+
+    owner: Document
+    labels: dict[str, str]
+    spec: Document
+    claims: tuple[str, ...] = ()  # a StatefulSet's, a volume for each
+
+    @property
+    def name(self) -> str:
+        return self.labels.get(NAME, "")
+
+    @property
+    def containers(self) -> list[Document]:
+        return [*self.spec.get("initContainers", []), *self.spec["containers"]]
+
+    def port(self, port: int | str) -> int | None:
+        """The number of a port, given so or by name, that one of the containers has; None if none does."""
+        for p in (p for c in self.containers for p in c.get("ports", [])):
+            if port in (p.get("name"), p["containerPort"]):
+                return int(p["containerPort"])
+        return None
+
+    def __str__(self) -> str:
+        return f"{self.owner['kind']} {self.owner['metadata']['name']}"
+
+
+def render(folder: Path) -> list[Document]:
+    """What `kubectl apply -k` would send."""
+    made = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, text=True, check=False)
+    assert 0 == made.returncode, made.stderr
+    assert "" == made.stderr  # nor a warning
+    return list(yaml.safe_load_all(made.stdout))
+
+
+def of(documents: list[Document], *kinds: str) -> list[Document]:
+    return [d for d in documents if d["kind"] in kinds]
+
+
+def pods(documents: list[Document]) -> list[Pod]:
+    found = []
+    for d in documents:
+        spec = d.get("spec", {})
+        if d["kind"] == "Pod":
+            found.append(Pod(d, d["metadata"].get("labels", {}), spec))
+        elif d["kind"] in {"Deployment", "StatefulSet", "Job"}:
+            claims = tuple(c["metadata"]["name"] for c in spec.get("volumeClaimTemplates", []))
+            found.append(Pod(d, spec["template"]["metadata"].get("labels", {}), spec["template"]["spec"], claims))
+        elif d["kind"] == "RayJob":
+            cluster = spec["rayClusterSpec"]
+            groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+            templates = [spec["submitterPodTemplate"], *(g["template"] for g in groups)]
+            found += [Pod(d, t["metadata"].get("labels", {}), t["spec"]) for t in templates]
+    return found
+
+
+def selects(selector: Document, labels: dict[str, str]) -> bool:
+    for e in selector.get("matchExpressions", []):
+        value = labels.get(e["key"])
+        right = {
+            "In": value in e.get("values", []),
+            "NotIn": value not in e.get("values", []),
+            "Exists": value is not None,
+            "DoesNotExist": value is None,
+        }
+        if not right[e["operator"]]:
+            return False
+    return all(labels.get(k) == v for k, v in selector.get("matchLabels", {}).items())
+
+
+def quantity(text: object) -> Decimal:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([a-zA-Z]*)", str(text))
+    if not match or match[2] not in _SUFFIXES:
+        raise ValueError(f"{text!r} is no quantity")
+    return Decimal(match[1]) * _SUFFIXES[match[2]]
+
+
+def settings(documents: list[Document], container: Document) -> dict[str, str]:
+    """The environment that manifests give a container; what comes from elsewhere is empty."""
+    maps = {d["metadata"]["name"]: d.get("data", {}) for d in of(documents, "ConfigMap")}
+    given: dict[str, str] = {}
+    for source in container.get("envFrom", []):
+        given |= maps.get(source.get("configMapRef", {}).get("name"), {})
+    return given | {e["name"]: e.get("value", "") for e in container.get("env", [])}
+
+
+def schemas(documents: list[Document]) -> Iterator[str]:
+    """Strict schemas of Kubernetes, the oldest and the newest; of other kinds, their shape and the pods in them."""
+    for d in documents:
+        where = f"{d['kind']} {d['metadata']['name']}"
+        shape = SHAPES.get((d["apiVersion"], d["kind"]))
+        if shape:
+            yield from (f"{where}: {problem}" for problem in _misshapen(d["spec"], shape))
+        else:
+            yield from _invalid(d, where)
+        if (d["kind"] not in _CLUSTER_WIDE) == (d["metadata"].get("namespace") != NAMESPACE):
+            yield f"{where} has the namespace {d['metadata'].get('namespace')}"
+    for pod in pods(of(documents, "RayJob")):
+        yield from _invalid({"apiVersion": "v1", "kind": "Pod", "metadata": {"labels": pod.labels}, "spec": pod.spec}, f"a pod of {pod}")
+    for name, count in Counter((d["apiVersion"], d["kind"], d["metadata"]["name"]) for d in documents).items():
+        if count > 1:
+            yield f"{name} is there {count} times"
+
+
+def _invalid(document: Document, where: str) -> Iterator[str]:
+    for version in VERSIONS:
+        try:
+            kubernetes_validate.validate(document, version, strict=True)
+        except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
+            yield f"{where} in Kubernetes {version}: {error.message}"
+
+
+def _misshapen(spec: Document, shape: dict[str, bool]) -> Iterator[str]:
+    yield from (f"{field} is missing" for field, needed in shape.items() if needed and field not in spec)
+    for field, value in spec.items():
+        if field not in shape:
+            yield f"{field} is unknown"
+        for inner in value if isinstance(value, list) else [value]:
+            if field in _INNER:
+                yield from _misshapen(inner, _INNER[field])
+
+
+def selectors(documents: list[Document]) -> Iterator[str]:
+    """Whatever selects something selects what it means to, and what is named as a target is there."""
+    every = pods(documents)
+    by_name = {(d["kind"], d["metadata"]["name"]): d for d in documents}
+    for d in documents:
+        where, spec = f"{d['kind']} {d['metadata']['name']}", d.get("spec", {})
+        if d["kind"] in {"Deployment", "StatefulSet"} and not selects(spec["selector"], spec["template"]["metadata"]["labels"]):
+            yield f"{where} does not select its own pods"
+        if d["kind"] == "StatefulSet" and ("Service", spec["serviceName"]) not in by_name:
+            yield f"{where}: there is no Service {spec['serviceName']}"
+        if d["kind"] == "Service":
+            owners = {p.name for p in every if selects({"matchLabels": spec["selector"]}, p.labels)}
+            if len(owners) != 1:
+                yield f"{where} selects {sorted(owners)}"
+        if d["kind"] == "PodDisruptionBudget":
+            owners = {p.name for p in every if selects(spec["selector"], p.labels)}
+            if len(owners) != 1:
+                yield f"{where} selects {sorted(owners)}"
+        if d["kind"] == "NetworkPolicy":
+            yield from (
+                f"{where}: {s} selects no pod" for s in _local_selectors(spec) if s and not any(selects(s, p.labels) for p in every)
+            )
+        if d["kind"] == "ServiceMonitor":
+            services = [s for s in of(documents, "Service") if selects(spec["selector"], s["metadata"].get("labels", {}))]
+            if not services:
+                yield f"{where} selects no Service"
+            for s in services:
+                ports = {p["name"] for p in s["spec"]["ports"]}
+                yield from (
+                    f"{where}: Service {s['metadata']['name']} has no port {e['port']}" for e in spec["endpoints"] if e["port"] not in ports
+                )
+        if d["kind"] == "HorizontalPodAutoscaler":
+            target = by_name.get((spec["scaleTargetRef"]["kind"], spec["scaleTargetRef"]["name"]))
+            if target is None:
+                yield f"{where}: its target is not there"
+            elif "replicas" in target["spec"]:
+                yield f"{where}: its target says how many replicas there are: every apply would set the scale back"
+            if spec["minReplicas"] > spec["maxReplicas"]:
+                yield f"{where}: minReplicas is above maxReplicas"
+    for p in every:
+        affinity = p.spec.get("affinity", {}).get("podAntiAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", [])
+        for s in (*p.spec.get("topologySpreadConstraints", []), *affinity):
+            if not selects(s["labelSelector"], p.labels):
+                yield f"{p} spreads or avoids pods that are not its own"
+    budgets = {p.name for p in every for b in of(documents, "PodDisruptionBudget") if selects(b["spec"]["selector"], p.labels)}
+    for p in every:
+        if p.owner["kind"] in {"Deployment", "StatefulSet"} and p.name not in budgets:
+            yield f"{p} has no PodDisruptionBudget"
+
+
+def connections(documents: list[Document]) -> set[str]:
+    """Who may talk to whom: "from > to:port", for each port that the pods have by name, and `others` for the rest of them.
+
+    Also from and to those outside that policies may mean: DNS, Prometheus, KubeRay's operator, and anyone.
+    """
+    (namespace,) = of(documents, "Namespace")
+    home = namespace["metadata"]["labels"] | {"kubernetes.io/metadata.name": NAMESPACE}
+    ends = [
+        _End(p.name, home, p.labels, {port["name"]: port["containerPort"] for c in p.containers for port in c.get("ports", [])})
+        for p in pods(documents)
+    ]
+    dns = _End("dns", {"kubernetes.io/metadata.name": "kube-system"}, {"k8s-app": "kube-dns"}, {"dns": 53})
+    strangers = [
+        _End("prometheus", {"kubernetes.io/metadata.name": "monitoring"}, {NAME: "prometheus"}, {}),
+        _End("kuberay", {"kubernetes.io/metadata.name": "ray"}, {NAME: "kuberay-operator"}, {}),
+        _End("anyone", {"kubernetes.io/metadata.name": "default"}, {NAME: "worker"}, {}),
+    ]
+    policies = [p["spec"] for p in of(documents, "NetworkPolicy")]
+
+    def allowed(end: _End, peer: _End, target: _End, port: str, way: str, peers: str) -> bool:
+        """Whether policies for `end`, if any, let it have a connection with `peer` to a port of `target`, one of the two."""
+        if end is dns or end in strangers:
+            return True
+        mine = [p for p in policies if way in p["policyTypes"] and selects(p["podSelector"], end.labels)]
+        rules = [rule for p in mine for rule in p.get(way.lower(), [])]
+        return not mine or any(
+            (not rule.get(peers) or any(_means(s, peer, home) for s in rule[peers]))
+            and (not rule.get("ports") or any(r["port"] in (port, target.ports.get(port)) for r in rule["ports"]))
+            for rule in rules
+        )
+
+    return {
+        f"{source.name} > {target.name}:{port}"
+        for source in [*ends, *strangers]
+        for target in [*ends, dns]
+        for port in [*target.ports, "others"]
+        if not (source in strangers and target is dns)
+        and allowed(source, target, target, port, "Egress", "to")
+        and allowed(target, source, target, port, "Ingress", "from")
+    }
+
+
+@dataclass
+class _End:
+    name: str
+    namespace: dict[str, str]
+    labels: dict[str, str]
+    ports: dict[str, int]
+
+
+def _means(peer: Document, end: _End, home: dict[str, str]) -> bool:
+    there = selects(peer["namespaceSelector"], end.namespace) if "namespaceSelector" in peer else end.namespace == home
+    return there and selects(peer.get("podSelector", {}), end.labels)
+
+
+def _local_selectors(policy: Document) -> Iterator[Document]:
+    yield policy["podSelector"]
+    for rule in (*policy.get("ingress", []), *policy.get("egress", [])):
+        for peer in (*rule.get("from", []), *rule.get("to", [])):
+            if "namespaceSelector" not in peer:
+                yield peer["podSelector"]
+
+
+def volumes(documents: list[Document]) -> Iterator[str]:
+    """Every mount has a volume, every volume a mount, and what volumes and environments refer to is there."""
+    claims = {d["metadata"]["name"] for d in of(documents, "PersistentVolumeClaim")}
+    maps = {d["metadata"]["name"] for d in of(documents, "ConfigMap")}
+    for p in pods(documents):
+        defined = {v["name"]: v for v in p.spec.get("volumes", [])}
+        mounted = {m["name"] for c in p.containers for m in c.get("volumeMounts", [])}
+        yield from (f"{p}: the volume {name} is mounted, and not defined" for name in sorted(mounted - set(defined) - set(p.claims)))
+        yield from (f"{p}: the volume {name} is defined, and not mounted" for name in sorted((set(defined) | set(p.claims)) - mounted))
+        used_claims = {v["persistentVolumeClaim"]["claimName"] for v in defined.values() if "persistentVolumeClaim" in v}
+        yield from (f"{p}: there is no claim {name}" for name in sorted(used_claims - claims))
+        used_maps = {v["configMap"]["name"] for v in defined.values() if "configMap" in v}
+        used_maps |= {s["configMapRef"]["name"] for c in p.containers for s in c.get("envFrom", [])}
+        yield from (f"{p}: there is no ConfigMap {name}" for name in sorted(used_maps - maps))
+        for c in p.containers:
+            places = [m["mountPath"] for m in c.get("volumeMounts", [])]
+            if len(places) != len(set(places)):
+                yield f"{p}: two volumes are mounted at one place"
+            for name, value in settings(documents, c).items():
+                path = value.removeprefix("file://")
+                if path.startswith("/") and not any(path == m or path.startswith(f"{m}/") for m in places):
+                    yield f"{p}: {name} is {value}, where no volume is mounted"
+
+
+def resources(documents: list[Document]) -> Iterator[str]:
+    """Every container asks for processor and memory, for no more than it may have; a device is asked for whole."""
+    for p in pods(documents):
+        for c in p.containers:
+            requests, limits = (c.get("resources", {}).get(kind, {}) for kind in ("requests", "limits"))
+            for name in ("cpu", "memory"):
+                if name not in requests or name not in limits:
+                    yield f"{p}: container {c['name']} has no request or no limit of {name}"
+            for name in {*requests, *limits}:
+                try:
+                    wanted, most = quantity(requests.get(name, limits.get(name))), quantity(limits.get(name, requests.get(name)))
+                except ValueError as error:
+                    yield f"{p}: container {c['name']}: {name}: {error}"
+                    continue
+                if wanted > most:
+                    yield f"{p}: container {c['name']} requests more {name} than its limit"
+                if "/" in name and (wanted != most or name not in limits or most != int(most)):
+                    yield f"{p}: container {c['name']}: {name} must be a whole number, the same in requests and limits"
+
+
+def ports(documents: list[Document]) -> Iterator[str]:
+    """Probes, Services and NetworkPolicies name ports that containers have; processes listen on them."""
+    every = pods(documents)
+    for p in every:
+        for c in p.containers:
+            mine = Pod(p.owner, p.labels, {"containers": [c]})
+            for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+                probe = c.get(kind, {})
+                port = probe.get("httpGet", probe.get("grpc", {})).get("port")
+                if port is not None and mine.port(port) is None:
+                    yield f"{p}: the {kind} of {c['name']} asks port {port}, which it does not have"
+            for name, value in settings(documents, c).items():
+                if name.endswith("LISTEN"):
+                    host, _, port = value.rpartition(":")
+                    if mine.port(int(port)) is None or host in {"127.0.0.1", "localhost"}:
+                        yield f"{p}: {name} is {value}: no port of {c['name']}, or closed to others"
+    for s in of(documents, "Service"):
+        for port in s["spec"]["ports"]:
+            for p in every:
+                if selects({"matchLabels": s["spec"]["selector"]}, p.labels) and p.port(port.get("targetPort", port["port"])) is None:
+                    yield f"Service {s['metadata']['name']}: {p} has no port {port.get('targetPort')}"
+    for policy in of(documents, "NetworkPolicy"):
+        spec = policy["spec"]
+        for rule in spec.get("ingress", []):
+            targets = [p for p in every if selects(spec["podSelector"], p.labels)]
+            yield from _unknown_ports(policy, rule, targets)
+        for rule in spec.get("egress", []):
+            peers = [peer["podSelector"] for peer in rule.get("to", []) if "namespaceSelector" not in peer]
+            if peers:
+                yield from _unknown_ports(policy, rule, [p for p in every if any(selects(s, p.labels) for s in peers)])
+
+
+def _unknown_ports(policy: Document, rule: Document, targets: list[Pod]) -> Iterator[str]:
+    for port in rule.get("ports", []):
+        if not any(p.port(port["port"]) for p in targets):
+            yield f"NetworkPolicy {policy['metadata']['name']}: nobody it means has port {port['port']}"
+
+
+def environment(documents: list[Document]) -> Iterator[str]:
+    """Every variable is one of config.py's, with a value that it takes; the services that values name are there."""
+    services = {s["metadata"]["name"]: s["spec"] for s in of(documents, "Service")}
+    for p in pods(documents):
+        if p.spec.get("enableServiceLinks") is not False:
+            yield f"{p}: enableServiceLinks is not off"
+        for c in p.containers:
+            given = settings(documents, c)
+            unknown = {name for name in given if name.startswith(config.PREFIX)} - config.variables()
+            yield from (f"{p}: {name} is not a variable of config.py" for name in sorted(unknown))
+            for kind in config.CONFIGS:
+                fields = {f: given[config.variable(kind, f)] for f in kind.model_fields if given.get(config.variable(kind, f))}
+                try:
+                    kind(**fields)
+                except ValidationError as error:
+                    yield f"{p}: {kind.__name__}: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}"
+            for name, value in given.items():
+                for scheme, host, port in re.findall(r"\b(dns|redis)://+([\w.-]+):(\d+)", value):
+                    spec = services.get(host)
+                    if spec is None or int(port) not in [s["port"] for s in spec["ports"]]:
+                        yield f"{p}: {name} is {value}, and there is no such Service with that port"
+                    elif scheme == "dns" and spec.get("clusterIP") != "None":
+                        yield f"{p}: {name} is {value}, but that Service has one address for all its pods: it must be headless"
+
+
+def accounts(documents: list[Document]) -> Iterator[str]:
+    """Every pod that stays has an account of its own, which no token goes with."""
+    known = {a["metadata"]["name"] for a in of(documents, "ServiceAccount")}
+    for a in of(documents, "ServiceAccount"):
+        if a.get("automountServiceAccountToken") is not False:
+            yield f"ServiceAccount {a['metadata']['name']} gives a token"
+    for p in pods(documents):
+        if p.spec.get("automountServiceAccountToken") is not False:
+            yield f"{p} mounts a token"
+        if p.owner["kind"] != "Pod" and p.spec.get("serviceAccountName") not in known:
+            yield f"{p} has the account {p.spec.get('serviceAccountName')}, which is not there"
+
+
+def security(documents: list[Document]) -> Iterator[str]:
+    """The namespace enforces the restricted standard, every pod keeps to it, and none can write to its image."""
+    for n in of(documents, "Namespace"):
+        for mode in ("enforce", "audit", "warn"):
+            if n["metadata"]["labels"].get(f"pod-security.kubernetes.io/{mode}") != "restricted":
+                yield f"the namespace does not {mode} the restricted standard"
+    for p in pods(documents):
+        pod = p.spec.get("securityContext", {})
+        if pod.get("runAsNonRoot") is not True or not pod.get("runAsUser"):
+            yield f"{p} may run as root"
+        if pod.get("seccompProfile", {}).get("type") not in {"RuntimeDefault", "Localhost"}:
+            yield f"{p} has no seccomp profile"
+        if any(p.spec.get(shared) for shared in ("hostNetwork", "hostPID", "hostIPC")):
+            yield f"{p} shares namespaces of its node"
+        for v in p.spec.get("volumes", []):
+            if not set(v) - {"name"} <= {
+                "configMap",
+                "csi",
+                "downwardAPI",
+                "emptyDir",
+                "ephemeral",
+                "persistentVolumeClaim",
+                "projected",
+                "secret",
+            }:
+                yield f"{p}: the volume {v['name']} is of a kind that is not allowed"
+            if "emptyDir" in v and "sizeLimit" not in v["emptyDir"]:
+                yield f"{p}: the volume {v['name']} may fill its node"
+        for c in p.containers:
+            own = c.get("securityContext", {})
+            if (
+                own.get("allowPrivilegeEscalation") is not False
+                or own.get("privileged")
+                or own.get("runAsNonRoot", True) is not True
+                or own.get("runAsUser") == 0
+            ):
+                yield f"{p}: container {c['name']} may gain privileges"
+            if own.get("capabilities", {}).get("drop") != ["ALL"] or set(own.get("capabilities", {}).get("add", [])) - {"NET_BIND_SERVICE"}:
+                yield f"{p}: container {c['name']} keeps capabilities"
+            if own.get("readOnlyRootFilesystem") is not True or "/tmp" not in [m["mountPath"] for m in c["volumeMounts"]]:
+                yield f"{p}: container {c['name']} can write to its image, or has no /tmp"
+            if any(port.get("hostPort") for port in c.get("ports", [])):
+                yield f"{p}: container {c['name']} takes a port of its node"
+
+
+def images(documents: list[Document]) -> Iterator[str]:
+    """Our images are targets of deploy/Dockerfile, of this version; others have a version too."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    targets = set(re.findall(r"^FROM \S+ AS (\w+)", (ROOT / "deploy" / "Dockerfile").read_text(), re.MULTILINE))
+    for p in pods(documents):
+        for c in p.containers:
+            name, _, tag = c["image"].partition(":")
+            if not tag or tag == "latest":
+                yield f"{p}: the image {c['image']} has no version"
+            elif name.startswith("tolhouse-") and (tag != version or name.removeprefix("tolhouse-").removesuffix("-gpu") not in targets):
+                yield f"{p}: {c['image']} is no target of deploy/Dockerfile, or not of version {version}"
+
+
+def rollout(documents: list[Document]) -> Iterator[str]:
+    """A new pod is there and ready before an old one goes; one that goes has the time that it takes, and so has one that loads."""
+    for p in pods(of(documents, "Deployment", "ConfigMap")):
+        strategy = p.owner["spec"].get("strategy", {}).get("rollingUpdate", {})
+        if (strategy.get("maxUnavailable"), strategy.get("maxSurge")) != (0, 1):
+            yield f"{p} rolls with a gap"
+        for c in p.containers:
+            given = settings(documents, c)
+            yield from (f"{p} has no {kind}" for kind in ("startupProbe", "readinessProbe", "livenessProbe") if kind not in c)
+            pause = c.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["", "0"])
+            drain = max((float(v) for n, v in given.items() if n.endswith("_DRAIN_SECONDS")), default=None)
+            if pause[0] != "sleep" or drain is None:
+                yield f"{p} does not say how it pauses and drains"
+            elif p.spec["terminationGracePeriodSeconds"] < float(pause[1]) + drain + 5:
+                yield f"{p} is killed before it has drained"
+            probe = c.get("startupProbe", {})
+            patience = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
+            waits = float(given.get("TOLHOUSE_WORKER_LOOKUP_WAIT_SECONDS", 0))
+            if patience < waits + 60:
+                yield f"{p} is given {patience} s to start, and may wait {waits:g} s before it loads"
+
+
+Check = Callable[[list[Document]], Iterator[str]]
+CHECKS: tuple[Check, ...] = (schemas, selectors, volumes, resources, ports, environment, accounts, security, images, rollout)

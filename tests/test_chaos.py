@@ -1,0 +1,122 @@
+"""The checker of `make chaos` finds each kind of violation, and the links do what they say; and one fault is run for real."""
+
+import dataclasses
+import signal
+import socket
+import time
+from contextlib import ExitStack
+
+import pytest
+from tolhouse.testing import build_table
+
+from tests.chaos.history import Seen, failed_before_a_token, rate, recovery_seconds, violations
+from tests.chaos.proxy import Link
+from tests.chaos.system import CHECKPOINT, DEADLINE_SECONDS, Load, System, right_answers
+
+ANSWERS = {"t@1": ["the first text", "other"], "t@2": ["the second text", "other"]}
+GOOD = Seen(0, streamed=True, began=1.0, ended=2.0, pieces=["the first", " text"], finishes=1, dones=1, version="t@1")
+
+
+def found(**changes) -> list[str]:
+    return violations([dataclasses.replace(GOOD, **changes)], ANSWERS, 5.0)
+
+
+def test_good_histories_pass() -> None:
+    """Either version's text; a text that both have; an error before anything, and after a right beginning."""
+    assert [] == found()
+    assert [] == found(pieces=["the second text"], version="t@2")
+    assert [] == found(prompt=1, pieces=["other"], version="t@2")
+    assert [] == found(pieces=[], finishes=0, dones=0, error="no")
+    assert [] == found(pieces=["the f"], finishes=0, dones=1, error="the worker is gone")
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"pieces": ["the second text"]}, "another's text"),
+        ({"pieces": ["the first", " second text"]}, "wrong or mixed"),
+        ({"pieces": ["nonsense"]}, "a wrong text"),
+        ({"pieces": ["the first"]}, "wrong"),  # a lost token
+        ({"pieces": ["the first", " text", " text"]}, "wrong"),  # one twice
+        ({"finishes": 2}, "ended 2 times"),
+        ({"finishes": 0}, "ended 0 times"),
+        ({"dones": 0}, "0 times whole"),
+        ({"error": "no"}, "ended twice"),
+        ({"finishes": 0, "error": "no", "pieces": ["the sec", "x"]}, "began wrongly"),
+        ({"ended": 9.0}, "more than its deadline"),
+    ],
+)
+def test_each_violation_is_found(changes: dict, what: str) -> None:
+    """A history with one thing wrong in it is told by that."""
+    texts = found(**changes)
+    assert 1 == len(texts)
+    assert what in texts[0]
+
+
+def test_rates_and_recovery_are_of_whole_answers() -> None:
+    """Ten a second, none for two seconds after the fault at 10, ten again; errors do not count."""
+    seen = [dataclasses.replace(GOOD, ended=at / 10) for at in range(200) if not 100 <= at < 120]
+    bad = dataclasses.replace(GOOD, ended=11.0, pieces=[], error="no")
+    assert 10 == rate([*seen, bad], 0, 10)
+    assert 0 == rate([*seen, bad], 10, 12)
+    assert 1.5 <= recovery_seconds([*seen, bad], 10, 20, 10) <= 2
+    assert recovery_seconds([bad], 10, 20, 10) is None
+    assert [bad] == failed_before_a_token([*seen, bad])
+
+
+def test_a_link_carries_delays_and_cuts() -> None:
+    """Bytes arrive in order through a link, delayed or not; once cut, connections break, and new ones too, until it is mended."""
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        link = stack.enter_context(Link(f"127.0.0.1:{server.getsockname()[1]}"))
+        host, port = link.address.split(":")
+
+        def connected() -> tuple[socket.socket, socket.socket]:
+            client = stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
+            return client, stack.enter_context(server.accept()[0])
+
+        client, served = connected()
+        client.sendall(b"one")
+        assert b"one" == served.recv(9)
+        link.delay(0.5)
+        client.sendall(b"two")
+        served.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            served.recv(9)
+        link.mend()
+        client.sendall(b"three")  # does not overtake
+        served.settimeout(5)
+        assert b"twothree" == served.recv(3, socket.MSG_WAITALL) + served.recv(5, socket.MSG_WAITALL)
+        link.cut()
+        assert b"" == _received(client)
+        again = stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
+        assert b"" == _received(again)
+        link.mend()
+        client, served = connected()
+        served.sendall(b"back")
+        assert b"back" == client.recv(9)
+
+
+def _received(client: socket.socket) -> bytes:
+    try:
+        return client.recv(9)
+    except ConnectionError:
+        return b""
+
+
+def test_a_stopped_lookup_replica_fails_no_request(tmp_path) -> None:
+    """The same harness, for one fault, over files: what `make chaos` does for all."""
+    url = f"file://{tmp_path}"
+    ref = build_table(CHECKPOINT, url, name="chaos", codec="int8", shards=16)
+    with ExitStack() as stack:
+        system = System(stack, url, "chaos")
+        load = Load(system.gateway.address)
+        load.start()
+        time.sleep(1)
+        system.lookups[0].signal(signal.SIGSTOP)
+        time.sleep(4)
+        system.lookups[0].signal(signal.SIGCONT)
+        load.stop()
+    assert len(load.history) > 10
+    assert [] == violations(load.history, right_answers(url, [ref]), DEADLINE_SECONDS)
+    assert [] == [seen.error for seen in load.history if seen.failed]

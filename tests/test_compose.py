@@ -1,0 +1,146 @@
+"""docker-compose.yml and what it mounts and builds: what an operator relies on, and Compose itself does not check."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from tolhouse import config
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "docker-compose.yml").read_text()
+SERVICES = yaml.safe_load(TEXT)["services"]
+GPU = yaml.safe_load((ROOT / "deploy" / "compose.gpu.yml").read_text())["services"]
+DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
+NODES = [f"redis-cluster-{k}" for k in range(1, 7)]
+
+each_service = pytest.mark.parametrize("name", SERVICES)
+
+
+def one_shot(name: str) -> bool:
+    return SERVICES[name].get("restart") == "no"
+
+
+def parents(target: str) -> list[str]:
+    """The stages that a target of the Dockerfile is built from, its own last."""
+    base = re.search(rf"^FROM (\S+) AS {target}$", DOCKERFILE, re.MULTILINE)
+    return [*parents(base[1]), target] if base else [target]
+
+
+def test_each_profile_starts_what_it_should() -> None:
+    """Two lookup replicas and two workers by default; three masters and three replicas; monitoring; load."""
+    found: dict[str, set[str]] = {}
+    for name, service in SERVICES.items():
+        for profile in service.get("profiles", ["default"]):
+            found.setdefault(profile, set()).add(name)
+    assert {
+        "default": {"redis", "build", "lookup-1", "lookup-2", "worker-1", "worker-2", "gateway"},
+        "cluster": {*NODES, "cluster"},
+        "monitoring": {"prometheus", "grafana"},
+        "load": {"load"},
+    } == found
+
+
+@each_service
+def test_every_service_is_hardened(name: str) -> None:
+    """Nobody is root, writes to its image, or has a capability."""
+    service = SERVICES[name]
+    assert (True, True, ["ALL"], ["no-new-privileges:true"]) == tuple(service[k] for k in ("read_only", "init", "cap_drop", "security_opt"))
+    assert not {"privileged", "cap_add", "pid", "ipc", "network_mode", "devices"} & set(service)
+    if "build" in service:
+        stage = DOCKERFILE.partition(f" AS {service['build']['target']}\n")[2].partition("\nFROM ")[0]
+        assert "\nUSER 10001:10001\n" in stage
+    else:
+        assert service["user"].partition(":")[0] not in {"root", "0"}
+
+
+@each_service
+def test_every_service_has_limits(name: str) -> None:
+    """Cores, memory and processes all have an end."""
+    assert {"cpus", "memory", "pids"} == set(SERVICES[name]["deploy"]["resources"]["limits"])
+
+
+@each_service
+def test_every_service_ends_or_tells_its_health(name: str) -> None:
+    """What stays up has a health check and is started again; what ends has neither."""
+    assert one_shot(name) == ("healthcheck" not in SERVICES[name])
+    assert SERVICES[name]["restart"] == ("no" if one_shot(name) else "unless-stopped")
+
+
+@each_service
+def test_services_start_by_health(name: str) -> None:
+    """A service waits for others' health, or for the end of those that end. Only who forms the cluster can't: its nodes have none before."""
+    for other, how in SERVICES[name].get("depends_on", {}).items():
+        expected = "service_started" if name == "cluster" else "service_completed_successfully" if one_shot(other) else "service_healthy"
+        assert expected == how["condition"]
+        assert how.get("required", True) or "profiles" in SERVICES[other]
+
+
+@each_service
+def test_only_the_gateway_and_monitoring_are_reachable(name: str) -> None:
+    """Ports are open to this machine alone; the network of all others leads nowhere."""
+    service = SERVICES[name]
+    assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", []))
+    networks = set(service["networks"])
+    assert ("front" in networks) == (name in {"gateway", "prometheus", "grafana", "load"})
+    assert ("back" in networks) == (name not in {"grafana", "load"})
+    assert {"internal": True} == yaml.safe_load(TEXT)["networks"]["back"]
+
+
+def test_every_variable_is_in_config() -> None:
+    """A TOLHOUSE_ variable that compose or an image sets is one that config.py reads."""
+    files = [TEXT, DOCKERFILE, (ROOT / "deploy" / "compose.gpu.yml").read_text()]
+    named = {name for text in files for name in re.findall(r"\bTOLHOUSE_[A-Z_]+", text)}
+    assert named
+    assert set() == named - config.variables()
+
+
+def test_what_is_mounted_and_copied_is_there() -> None:
+    """Compose would make an empty folder of a path that does not exist."""
+    volumes = [v for s in SERVICES.values() for v in s.get("volumes", [])]
+    sources = {v["source"] if isinstance(v, dict) else v.partition(":")[0] for v in volumes}
+    named = set(yaml.safe_load(TEXT)["volumes"])
+    assert named == {s for s in sources if not s.startswith(".")}
+    assert [] == [s for s in sources - named if not (ROOT / s).exists()]
+    kept = (ROOT / ".dockerignore").read_text().splitlines()
+    for path in re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE):
+        assert all((ROOT / p).exists() and f"!{p}" in kept for p in path.split())
+
+
+def test_there_are_no_secrets() -> None:
+    """No password, token or key has a value in the file, but at most comes from the environment; no URL has a user."""
+    for service in SERVICES.values():
+        values = {**service.get("environment", {}), **service.get("build", {}).get("args", {})}
+        assert [] == [k for k, v in values.items() if re.search(r"PASSWORD|SECRET|TOKEN|KEY", k) and not re.fullmatch(r"\$\{\w+(:-)?\}", v)]
+    assert None is re.search(r"//[^/\s\"}]*@|requirepass", TEXT)
+
+
+def test_every_replica_is_asked() -> None:
+    """Workers know both lookup replicas, the gateway both workers, and the cluster is formed of all nodes."""
+
+    def of(kind: str, port: int) -> str:
+        return ",".join(f"{name}:{port}" for name in SERVICES if name.startswith(f"{kind}-"))
+
+    assert {of("lookup", 50051)} == {SERVICES[w]["environment"]["TOLHOUSE_WORKER_LOOKUP"] for w in ("worker-1", "worker-2")}
+    assert of("worker", 50052) == SERVICES["gateway"]["environment"]["TOLHOUSE_GATEWAY_WORKERS"]
+    assert NODES == SERVICES["cluster"]["command"][2:] == list(SERVICES["cluster"]["depends_on"])
+    assert NODES == [SERVICES[node]["hostname"] for node in NODES]
+
+
+def test_images_without_a_model_have_no_torch() -> None:
+    """Lookup, gateway and load generator are not built on the layer that has torch; worker and build are."""
+    with_torch = {n for n, s in SERVICES.items() if "build" in s and "model" in parents(s["build"]["target"])}
+    assert {"build", "worker-1", "worker-2"} == with_torch
+
+
+def test_images_are_pinned() -> None:
+    """What is not built here has a version."""
+    assert [] == [s["image"] for s in SERVICES.values() if "build" not in s and not re.search(r":v?\d", s["image"])]
+
+
+def test_each_worker_gets_a_gpu() -> None:
+    """The override reserves one for every worker, and for nothing else."""
+    assert {name for name in SERVICES if name.startswith("worker-")} == set(GPU)
+    for service in GPU.values():
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert ("nvidia", ["gpu"]) == (device["driver"], device["capabilities"])

@@ -1,0 +1,180 @@
+"""API keys at the gateway: who gets in, how often and how many at once, and that they are changed while it serves."""
+
+import hashlib
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from click.testing import CliRunner
+from tolhouse.cli import main
+from tolhouse.errors import InUse, InvalidArgument, NotFound
+from tolhouse.gateway.keys import Key, Meter, add_key, read_keys, remove_key
+from tolhouse.testing import Cluster, build_table, local_cluster
+
+BODY = {"prompt": "def add", "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keys") / "keys.json"
+
+
+@pytest.fixture(scope="module")
+def first(keys: Path) -> str:
+    return add_key(keys, "first", 60_000, 1000)
+
+
+@pytest.fixture(scope="module")
+def cluster(checkpoint: Path, keys: Path, first: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    url = f"file://{tmp_path_factory.mktemp('tables')}"
+    build_table(checkpoint, url)
+    with local_cluster(checkpoint, url, gateway_options=("--keys-file", str(keys))) as running:
+        yield running
+
+
+def ask(cluster: Cluster, key: str | None, path: str = "/v1/completions", **more) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
+    return httpx.request(
+        "POST" if path.startswith("/v1/c") else "GET", f"http://{cluster.gateway}{path}", headers=headers, timeout=60, **more
+    )
+
+
+def test_requests_need_a_key(cluster: Cluster, first: str) -> None:
+    """Every route but health; the error is in OpenAI's form, and the body of a stranger is not looked at."""
+    assert 200 == ask(cluster, first, json=BODY).status_code
+    for path in (
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/models",
+        "/metrics",
+        "/docs",
+        "/openapi.json",
+        "/tokenizer_info",
+        "/nothing",
+        "//health",
+    ):
+        for key in (None, "", "x", first[:-1], first + "x", first.upper(), "ä"):
+            answer = ask(cluster, key, path)
+            assert (401, "Bearer") == (answer.status_code, answer.headers["WWW-Authenticate"]), path
+            assert "authentication_error" == answer.json()["error"]["type"]
+    assert 401 == httpx.post(f"http://{cluster.gateway}/v1/models", headers={"Authorization": f"Basic {first}"}).status_code
+    assert "tolhouse_gateway" in ask(cluster, first, "/metrics").text
+
+
+def test_health_is_open_and_tells_strangers_little(cluster: Cluster, first: str) -> None:
+    """Probes have no key; which workers there are is told with one."""
+    assert {"status": "ok"} == ask(cluster, None, "/health").json()
+    assert {"status": "ok", "workers": {cluster.workers: "healthy"}} == ask(cluster, first, "/health").json()
+    assert [200, 200] == [ask(cluster, None, path).status_code for path in ("/ping", "/version")]
+
+
+def test_the_stock_client_carries_a_key(cluster: Cluster, first: str) -> None:
+    """And knows the error."""
+    with openai.OpenAI(base_url=cluster.url, api_key=first, max_retries=0) as client:
+        assert "length" == client.completions.create(model="tiny-memory", **BODY).choices[0].finish_reason
+    with openai.OpenAI(base_url=cluster.url, api_key="wrong", max_retries=0) as client, pytest.raises(openai.AuthenticationError):
+        client.models.list()
+
+
+def test_a_key_is_made_changed_and_removed_while_the_gateway_serves(cluster: Cluster, keys: Path, first: str) -> None:
+    """The next request sees it; a file that is broken meanwhile changes nothing."""
+    second = add_key(keys, "second", 600, 4)
+    assert [200, 200] == [ask(cluster, key, json=BODY).status_code for key in (first, second)]
+    good = keys.read_text()
+    keys.write_text(good[:-20])
+    assert [200, 200] == [ask(cluster, key, json=BODY).status_code for key in (first, second)]
+    keys.write_text(good)
+    remove_key(keys, "second")
+    assert [200, 401] == [ask(cluster, key, json=BODY).status_code for key in (first, second)]
+    log = cluster.processes[-1].log.read_text()
+    assert '"key": "first"' in log
+    assert first not in log
+    assert second not in log
+
+
+def test_a_key_s_rate_is_limited(cluster: Cluster, keys: Path, first: str) -> None:
+    """Ten seconds' worth at once, then 429 with the seconds to wait; another key goes on."""
+    key = add_key(keys, "slow", 12, 16)
+    answers = [ask(cluster, key, json=BODY) for _ in range(4)]
+    assert [200, 200, 429, 429] == [answer.status_code for answer in answers]
+    assert answers[2].json()["error"]["type"] == "rate_limit_error"
+    assert "allowed are 12 a minute" in answers[2].json()["error"]["message"]
+    assert 1 <= int(answers[2].headers["Retry-After"]) <= 5
+    assert 200 == ask(cluster, first, json=BODY).status_code
+    remove_key(keys, "slow")
+
+
+def test_a_key_s_requests_in_flight_are_limited(cluster: Cluster, keys: Path) -> None:
+    """They count from the header on until they end, however they do."""
+    key = add_key(keys, "narrow", 60_000, 2)
+    host, port = cluster.gateway.split(":")
+    body = json.dumps(BODY)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    with ExitStack() as stack:
+        held = [stack.enter_context(socket.create_connection((host, int(port)), timeout=30)) for _ in range(2)]
+        for one in held:
+            one.sendall(head.encode())  # and no body yet
+        while (answer := ask(cluster, key, json=BODY)).status_code == 200:
+            pass  # the two are not both heard yet
+        assert (429, "1") == (answer.status_code, answer.headers["Retry-After"])
+        assert "2 requests with this key are in flight; allowed are 2" == answer.json()["error"]["message"]
+        held[0].sendall(body.encode())
+        assert held[0].recv(100).startswith(b"HTTP/1.1 200")
+        held[1].close()  # gone without a body
+        while ask(cluster, key, json=BODY).status_code == 429:
+            pass
+        assert {200} == {ask(cluster, key, json=BODY).status_code for _ in range(5)}
+    remove_key(keys, "narrow")
+
+
+def test_a_meter_counts() -> None:
+    """Requests in flight, and what is left of the rate."""
+    meter = Meter(Key(sha256="0" * 64, requests_per_minute=60_000, concurrent=2))
+    assert [None, None] == [meter.take(), meter.take()]
+    refused = meter.take()
+    assert refused
+    assert "2 requests with this key are in flight; allowed are 2" == refused[1]
+    meter.in_flight -= 1
+    assert meter.take() is None
+    slow = Meter(Key(sha256="0" * 64, requests_per_minute=0.5, concurrent=2))
+    assert slow.take() is None
+    refused = slow.take()
+    assert refused
+    assert 100 < refused[0] <= 120
+
+
+def test_the_file_holds_hashes_alone(tmp_path: Path) -> None:
+    """Made, listed and removed from the shell; the key is printed once."""
+    path, run = tmp_path / "keys.json", CliRunner()
+    made = run.invoke(main, ["keys", "add", str(path), "alice", "--requests-per-minute", "30"])
+    key = made.output.strip()
+    assert key not in path.read_text()
+    assert {"alice": {"sha256": hashlib.sha256(key.encode()).hexdigest(), "requests_per_minute": 30, "concurrent": 16}} == json.loads(
+        path.read_text()
+    )
+    assert 0o600 == path.stat().st_mode & 0o777
+    assert "alice  30 requests a minute, 16 at once\n" == run.invoke(main, ["keys", "list", str(path)]).output
+    assert "" == run.invoke(main, ["keys", "remove", str(path), "alice"]).output
+    assert {} == read_keys(str(path))
+    with pytest.raises(NotFound, match="no key for 'alice'"):
+        remove_key(path, "alice")
+    add_key(path, "bob", 1, 1)
+    with pytest.raises(InUse, match="a key for 'bob' already"):
+        add_key(path, "bob", 1, 1)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"a": {}}', '{"a": {"sha256": "x"}}', '{"a b": {"sha256": "' + "0" * 64 + '"}}',
+             '{"a": {"sha256": "' + "0" * 64 + '", "concurrent": 0}}', '{"a": {"sha256": "' + "0" * 64 + '", "admin": true}}'])  # fmt: skip
+def test_a_malformed_file_is_told(text: str, tmp_path: Path) -> None:
+    """Where, and by what it is written."""
+    path = tmp_path / "keys.json"
+    path.write_text(text)
+    with pytest.raises(InvalidArgument, match=r"keys\.json is malformed at .*`tolhouse keys` writes it"):
+        read_keys(str(path))

@@ -1,0 +1,397 @@
+"""Whatever a stranger can make large, many or slow has an end, told in a line, and others are served meanwhile. Real sockets."""
+
+import json
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import grpc
+import httpx
+import numpy as np
+import psutil
+import pytest
+from tolhouse import Client, scrape
+from tolhouse.errors import InvalidArgument, Overloaded
+from tolhouse.gateway.server import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
+from tolhouse.lookup.service import MAX_IDS_PER_FETCH
+from tolhouse.rpc import MAX_CONNECTIONS, MAX_REQUEST_BYTES, MAX_STREAMS
+from tolhouse.testing import Cluster, build_table, local_cluster, process
+from tolhouse.v1 import lookup_pb2
+from tolhouse.v1.lookup_pb2_grpc import LookupStub
+
+LOCAL = ("--listen", "127.0.0.1:0")
+BODY = {"prompt": "def add", "max_tokens": 2}
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+RST_STREAM = 3  # the type of its frame
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = f"file://{tmp_path_factory.mktemp('tables')}"
+    build_table(checkpoint, url)
+    return url
+
+
+@pytest.fixture(scope="module")
+def cluster(checkpoint: Path, store: str) -> Iterator[Cluster]:
+    """A gateway that has little patience."""
+    options = ("--header-timeout-seconds", "2", "--body-timeout-seconds", "2", "--max-connections", "40", "--max-body-megabytes", "0.5")
+    with local_cluster(checkpoint, store, gateway_options=options) as running:
+        yield running
+
+
+def connect(address: str) -> socket.socket:
+    host, port = address.split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def answered(connection: socket.socket) -> tuple[int, str]:
+    """Status and error message of an answer after which the connection is closed; (0, "") where it is closed without one."""
+    data = b""
+    while True:
+        try:
+            piece = connection.recv(65_536)
+        except ConnectionError:
+            piece = b""
+        if not piece:
+            break
+        data += piece
+    if not data:
+        return 0, ""
+    head, _, body = data.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]["message"]
+
+
+def dribble(connection: socket.socket, data: bytes, seconds: float = 1) -> None:
+    """Send a byte a second, until the other end has had enough."""
+    connection.settimeout(seconds)
+    for byte in data:
+        try:
+            connection.sendall(bytes([byte]))
+            if connection.recv(1, socket.MSG_PEEK) is not None:
+                break
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            break
+    connection.settimeout(30)
+
+
+def complete(cluster: Cluster) -> int:
+    return httpx.post(f"http://{cluster.gateway}/v1/completions", json=BODY, timeout=60).status_code
+
+
+# HTTP: slow
+
+
+def test_a_header_that_dribbles_in_is_given_up(cluster: Cluster) -> None:
+    """A byte a second, on a new connection and on one that was used before; others are served meanwhile."""
+    with connect(cluster.gateway) as slow, connect(cluster.gateway) as used:
+        used.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert used.recv(1000).startswith(b"HTTP/1.1 200")
+        used.sendall(b"GET ")
+        dribble(slow, POST)
+        assert 200 == complete(cluster)
+        assert (408, "the header did not arrive within 2 s") == answered(slow) == answered(used)
+
+
+def test_a_silent_connection_is_closed(cluster: Cluster) -> None:
+    """Without a word, for it sent none."""
+    with connect(cluster.gateway) as silent:
+        assert (0, "") == answered(silent)
+
+
+def test_a_body_that_dribbles_in_is_given_up(cluster: Cluster) -> None:
+    """Announced or chunked, and on a path that takes none."""
+    with ExitStack() as stack:
+        for header in (POST + b"Content-Length: 1000\r\n\r\n", POST + b"Transfer-Encoding: chunked\r\n\r\n"):
+            slow = stack.enter_context(connect(cluster.gateway))
+            slow.sendall(header)
+            dribble(slow, b'{"prompt"' if b"Length" in header else b'5\r\n{"pro')
+            assert (408, "the body did not arrive within 2 s") == answered(slow)
+        slow = stack.enter_context(connect(cluster.gateway))
+        slow.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        for _ in range(30):  # after the answer came, what is left of the body may take no longer than a header
+            time.sleep(0.3)
+            with suppress(ConnectionError):
+                slow.sendall(b"x")
+        assert (404, "Not Found") == answered(slow)
+    assert 200 == complete(cluster)
+
+
+def test_an_answer_that_nobody_takes_is_dropped(cluster: Cluster) -> None:
+    """Megabytes asked for in a pipeline, and not read: the connection is closed, and holds no memory."""
+    with connect(cluster.gateway) as greedy:
+        greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        greedy.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        deadline = time.monotonic() + 30
+        ended = False
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.1)
+            try:
+                greedy.sendall(b"\r\n")
+            except ConnectionError:
+                ended = True
+    assert ended
+    assert 200 == complete(cluster)
+
+
+def test_a_half_open_tls_handshake_is_given_up(checkpoint: Path, pki: Path, store: str) -> None:
+    """On every port of every process, also where bytes of a handshake came; others shake hands meanwhile."""
+    tls = ("--tls-cert", f"{pki}/service.pem", "--tls-key", f"{pki}/service.key")
+    trusting = ssl.create_default_context(cafile=f"{pki}/ca.pem")
+    with (
+        process("lookup", "--store", store, *LOCAL, *tls) as lookup,
+        process("gateway", str(checkpoint), *LOCAL, *tls, "--header-timeout-seconds", "2") as gateway,
+        ExitStack() as stack,
+    ):
+        half = [stack.enter_context(connect(a)) for a in (gateway.address, lookup.address, lookup.ready["metrics"]) for _ in range(3)]
+        for connection in half[::2]:
+            connection.sendall(bytes.fromhex("16030100f8010000f40303"))  # the beginning of a ClientHello
+        for url in (f"https://{gateway.address}/version", f"https://{lookup.ready['metrics']}/metrics"):
+            assert 200 == httpx.get(url, verify=trusting).status_code
+        for connection in half:
+            with suppress(ConnectionError):
+                assert b"" == connection.recv(1000)
+
+
+# HTTP: large and many
+
+
+def test_an_enormous_header_is_refused(cluster: Cluster) -> None:
+    """In one piece or in many, in one field, in many, or in the first line."""
+    large = b"X-Large: " + b"x" * MAX_HEADER_BYTES + b"\r\n\r\n"
+    endless = b"GET /version HTTP/1.1\r\nHost: x\r\nX-Large: "
+    many = b"".join(b"X-%d: y\r\n" % n for n in range(MAX_HEADER_FIELDS + 1))
+    line = b"GET /" + b"x" * MAX_HEADER_BYTES + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+    for data in (b"GET /version HTTP/1.1\r\nHost: x\r\n" + large, b"GET /version HTTP/1.1\r\nHost: x\r\n" + many + b"\r\n", line):
+        with connect(cluster.gateway) as connection:
+            connection.sendall(data)
+            status, message = answered(connection)
+        assert 431 == status
+        assert f"at most {MAX_HEADER_FIELDS if data.count(b'X-') > 50 else MAX_HEADER_BYTES}" in message
+    with connect(cluster.gateway) as connection:
+        sent = 0
+        try:
+            connection.sendall(endless)
+            while sent < 1 << 26:
+                sent += connection.send(b"x" * 65_536)
+        except ConnectionError:
+            pass
+        assert sent < 1 << 26
+    assert 200 == complete(cluster)
+
+
+def test_what_is_not_http_is_told(cluster: Cluster) -> None:
+    """In OpenAI's form, as everything else."""
+    with connect(cluster.gateway) as connection:
+        connection.sendall(b"\x16\x03\x01\x00\xf8\x01\x00\r\n\r\n")
+        status, message = answered(connection)
+    assert 400 == status
+    assert "this is not HTTP" in message
+
+
+def test_too_many_connections_are_refused(cluster: Cluster) -> None:
+    """The next one is told to come later; when some have gone, or were too slow, there is room again."""
+    with ExitStack() as stack:
+        open_now = [stack.enter_context(connect(cluster.gateway)) for _ in range(60)]
+        status, message = answered(open_now[-1])
+        assert (503, "too many open connections: 40 are allowed, try again later") == (status, message)
+    deadline = time.monotonic() + 30
+    while complete(cluster) != 200:
+        assert time.monotonic() < deadline
+
+
+def test_bodies_have_a_size_alone_and_together(cluster: Cluster) -> None:
+    """One that is too large ends with 413, whether it says so or not; many large ones are heard out, and their memory is free afterwards."""
+    size = 500_000
+    with connect(cluster.gateway) as connection:
+        connection.sendall(POST + b"Content-Length: 500001\r\n\r\n")
+        assert (413, "the body is too large: at most 500000 bytes are taken") == answered(connection)
+    with connect(cluster.gateway) as connection:
+        connection.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n7a121\r\n" + b" " * 500_001)
+        assert 413 == answered(connection)[0]
+    head = POST + b"Content-Length: %d\r\n\r\n" % size
+    with ExitStack() as stack:
+        held = [stack.enter_context(connect(cluster.gateway)) for _ in range(30)]
+        for one in held:
+            one.sendall(head + b" " * (size - 1))
+        for one in held:
+            one.sendall(b"x")
+            assert one.recv(100).startswith(b"HTTP/1.1 400")
+    assert 200 == complete(cluster)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"[" * 400_000, ""),
+        (b'{"a":' * 80_000, ""),
+        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", ""),
+        (b'{"prompt": [' + b'"a",' * 120_000 + b'"a"]}', "prompt must be"),
+        (b'{"prompt": [' + b"[1]," * 120_000 + b"[1]]}", "prompt must be"),
+        (b'{"prompt": [' + b"1," * 200_000 + b"1]}", "exceed the context"),
+        (b'{"prompt": "' + b"x" * 400_000 + b'"}', "more than fit the context"),
+        (b'{"prompt": [' + b"9" * 400_000 + b"]}", ""),
+        (b'{"prompt": "a", "stop": [' + b'"a",' * 32 + b'"a"]}', "at most 32 texts, each of at most 512"),
+        (b'{"prompt": "a", "stop": "' + b"x" * 513 + b'"}', "at most 32 texts, each of at most 512"),
+        (b'{"prompt": "a", "stop_token_ids": [' + b"1," * 128 + b"1]}", "at most 128"),
+        (b'{"prompt": "a", "logit_bias": {' + b",".join(b'"%d": 1' % n for n in range(1025)) + b"}}", "1025 fields; at most 1024"),
+        (b'{"prompt": "a", "n": 129}', "128"),
+        (b'{"prompt": "a", "best_of": 9}', "best_of is not supported"),
+        (b'{"prompt": ["a", "b"], "n": 65}', "more than 128 completions"),
+        (b'{"prompt": "a", "logprobs": 21}', "20"),
+        (b'{"prompt": "a", "model": "' + b"m" * 257 + b'"}', "256"),
+        (b"{" + b",".join(b'"a%d": 1' % n for n in range(30_000)) + b"}", "30000 fields; at most 1024"),
+    ],
+    ids=lambda value: value[:30].decode() if isinstance(value, bytes) else "",
+)
+def test_what_a_body_holds_has_bounds(body: bytes, said: str, cluster: Cluster) -> None:
+    """Depth, numbers of things and their sizes: 400 and a short message, at once."""
+    answer = httpx.post(f"http://{cluster.gateway}/v1/completions", content=body, headers={"Content-Type": "application/json"}, timeout=60)
+    assert 400 == answer.status_code
+    assert said in answer.json()["error"]["message"]
+    assert len(answer.content) < 2000
+
+
+# gRPC
+
+
+def test_fetch_and_generate_have_bounds(cluster: Cluster) -> None:
+    """Ids of a fetch, a prompt, its id: each refused with what is allowed."""
+    with Client(cluster.lookup) as client, grpc.insecure_channel(cluster.lookup) as channel:
+        manifest = client.describe("tiny-memory")
+        ids = np.zeros(MAX_IDS_PER_FETCH + 1, "<u4").tobytes()
+        call = LookupStub(channel).Fetch(iter([lookup_pb2.FetchRequest(request_id=1, table=manifest.ref, token_ids=ids)]), timeout=10)
+        assert f"at most {MAX_IDS_PER_FETCH} are allowed" in next(call).error.message
+        call.cancel()
+        with pytest.raises(grpc.RpcError) as caught:
+            LookupStub(channel).Describe(lookup_pb2.DescribeRequest(table="x" * (MAX_REQUEST_BYTES + 1)), timeout=10)
+        assert grpc.StatusCode.RESOURCE_EXHAUSTED == caught.value.code()
+        with pytest.raises(grpc.RpcError) as caught:
+            LookupStub(channel).Describe(lookup_pb2.DescribeRequest(table="x" * 1_000_000), timeout=10)
+        assert grpc.StatusCode.INVALID_ARGUMENT == caught.value.code()
+        with pytest.raises(grpc.RpcError) as caught:
+            LookupStub(channel).ListTables(lookup_pb2.ListTablesRequest(), timeout=10, metadata=(("large", "x" * 20_000),))
+        assert grpc.StatusCode.RESOURCE_EXHAUSTED == caught.value.code()
+        assert 1 == len(client.tables())
+    with Client(cluster.workers) as client:
+        for prompt, error in ((range(1_000_000), InvalidArgument), (range(3_000_000), Overloaded)):
+            with pytest.raises(error):
+                list(client.generate(prompt, 2))
+        assert 2 == len(list(client.generate([1], 2, ignore_eos=True)))
+
+
+@contextmanager
+def many(make: Callable[[], socket.socket], count: int) -> Iterator[list[socket.socket]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(make()) for _ in range(count)]
+
+
+def opening(stream: int) -> bytes:
+    """The HEADERS frame with which a client opens a Fetch stream, and says no more."""
+    fields = (":method", "POST"), (":scheme", "http"), (":path", "/tolhouse.v1.Lookup/Fetch"), (":authority", "x"), ("te", "trailers")
+    block = b""
+    for name, value in (*fields, ("content-type", "application/grpc")):
+        block += b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+    return len(block).to_bytes(3) + b"\x01\x04" + stream.to_bytes(4) + block
+
+
+def test_streams_of_a_connection_are_limited(store: str) -> None:
+    """A client opens ten thousand, whatever it was told: those above the limit end at once, other clients are served."""
+    with process("lookup", "--store", store, *LOCAL) as lookup, connect(lookup.address) as greedy, Client(lookup.address) as other:
+        manifest = other.describe("tiny-memory")
+        before = psutil.Process(lookup.pid).memory_info().rss
+        greedy.sendall(PREFACE + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+        heard = bytearray()
+        greedy.setblocking(False)
+        for first in range(0, 10_000, 100):
+            left = b"".join(opening(2 * n + 1) for n in range(first, first + 100))
+            while left:
+                with suppress(BlockingIOError):
+                    left = left[greedy.send(left) :]
+                with suppress(BlockingIOError):
+                    heard += greedy.recv(1 << 20)
+        assert 3 == len(other.fetch(manifest, [1, 2, 3]))
+        greedy.settimeout(1)
+        with suppress(TimeoutError):
+            while True:
+                heard += greedy.recv(1 << 20)
+        assert psutil.Process(lookup.pid).memory_info().rss - before < 100e6
+        assert 10_000 - MAX_STREAMS == list(frames(heard)).count(RST_STREAM)
+
+
+def frames(data: bytes) -> Iterator[int]:
+    """The types of whole HTTP/2 frames."""
+    at = 0
+    while at + 9 <= len(data):
+        yield data[at + 3]
+        at += 9 + int.from_bytes(data[at : at + 3])
+
+
+def settings_of(connection: socket.socket) -> dict[int, int]:
+    """The SETTINGS frame with which an HTTP/2 server begins."""
+    connection.sendall(PREFACE + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+    head = connection.recv(9, socket.MSG_WAITALL)
+    length = int.from_bytes(head[:3])
+    body = connection.recv(length, socket.MSG_WAITALL)
+    return dict(struct.iter_unpack(">HI", body))
+
+
+def test_each_service_tells_its_limits(cluster: Cluster) -> None:
+    """In HTTP/2's own terms: streams of a connection (3), bytes of a header (6)."""
+    for address in (cluster.lookup, cluster.workers):
+        with connect(address) as connection:
+            told = settings_of(connection)
+        assert (MAX_STREAMS, 16 << 10) == (told[3], told[6])
+
+
+def test_connections_that_say_nothing_are_closed(cluster: Cluster) -> None:
+    """A gRPC service waits ten seconds for the beginning of HTTP/2."""
+    with connect(cluster.lookup) as silent, connect(cluster.lookup) as halting:
+        halting.sendall(PREFACE[:5])
+        for connection in (silent, halting):
+            connection.settimeout(60)
+            while connection.recv(1000):
+                pass
+
+
+def test_too_many_connections_to_a_service_are_closed(store: str) -> None:
+    """And when they have gone, there is room."""
+    with process("lookup", "--store", store, *LOCAL) as lookup:
+
+        def greeted() -> socket.socket:
+            connection = connect(lookup.address)
+            connection.sendall(PREFACE + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+            return connection
+
+        with many(greeted, MAX_CONNECTIONS) as first:
+            assert all(one.recv(1) for one in first[:10])
+            with greeted() as one_more:
+                with suppress(ConnectionError):
+                    assert b"" == one_more.recv(1)
+        with Client(lookup.address) as client:
+            assert 1 == len(client.tables())
+
+
+# metrics
+
+
+def test_metrics_are_told_though_others_hold_the_port(store: str) -> None:
+    """Connections that say nothing are closed; too many at once are too."""
+    with process("lookup", "--store", store, *LOCAL) as lookup:
+        address = lookup.ready["metrics"]
+        with many(lambda: connect(address), scrape.MAX_CONNECTIONS) as held:
+            with connect(address) as one_more:
+                with suppress(ConnectionError):
+                    assert b"" == one_more.recv(1)
+            dribble(held[0], b"GET /metrics HTTP/1.1\r\n" * 10, 1)
+            for connection in held:
+                with suppress(ConnectionError):
+                    assert b"" == connection.recv(1)
+            assert "tolhouse_lookup" in httpx.get(f"http://{address}/metrics").text

@@ -1,0 +1,91 @@
+"""Alerts and dashboard: right by Prometheus' own tools, and of metrics that running services export."""
+
+import json
+import re
+import shutil
+import subprocess
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from tolhouse.store import open_store
+from tolhouse.testing import build_table, local_cluster
+
+FOLDER = Path("deploy/monitoring")
+DASHBOARD = json.loads((FOLDER / "grafana/dashboards/tolhouse.json").read_text())
+ALERTS = yaml.safe_load((FOLDER / "alerts.yml").read_text())["groups"][0]["rules"]
+DEMO = Path("models/demo-memory")
+promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool, of Debian's package prometheus, is not here")
+
+
+def expressions() -> list[str]:
+    panels = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+    return [target["expr"] for panel in panels for target in panel["targets"]] + [rule["expr"] for rule in ALERTS]
+
+
+def run(*arguments: str, told: str = "") -> str:
+    ended = subprocess.run(["promtool", *arguments], capture_output=True, text=True, input=told, check=False)
+    assert 0 == ended.returncode, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@promtool
+def test_the_configuration_and_the_rules_are_right() -> None:
+    """promtool reads them, and each alert fires when it should, and not on an ordinary day."""
+    run("check", "config", "--syntax-only", str(FOLDER / "prometheus.yml"))
+    run("check", "rules", str(FOLDER / "alerts.yml"))
+    run("test", "rules", str(FOLDER / "alerts_test.yml"))
+
+
+@promtool
+def test_every_panel_asks_what_prometheus_understands(tmp_path: Path) -> None:
+    """Its expressions parse."""
+    rules = [{"record": f"panel:{n}", "expr": expr.replace("$__rate_interval", "1m")} for n, expr in enumerate(expressions())]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    run("check", "rules", "--lint=none", str(tmp_path / "rules.yml"))
+
+
+def test_each_alert_is_tested_both_ways_and_says_what_to_do() -> None:
+    """A new alert without its test, or without a runbook, is found here."""
+    tests = yaml.safe_load((FOLDER / "alerts_test.yml").read_text())["tests"]
+    names = {rule["alert"] for rule in ALERTS}
+    assert names == {test["alertname"] for test in tests[0]["alert_rule_test"]}
+    fired = tests[1]["promql_expr_test"][0]["exp_samples"]
+    assert names == {re.search('"(.*)"', sample["labels"]).group(1) for sample in fired}
+    assert all({"summary", "runbook"} == set(rule["annotations"]) and rule["labels"]["severity"] for rule in ALERTS)
+
+
+def test_kubernetes_has_the_same_alerts() -> None:
+    """The rules of the monitoring component are those that are tested here."""
+    manifest = yaml.safe_load(Path("deploy/k8s/components/monitoring/alerts.yaml").read_text())
+    assert ALERTS == manifest["spec"]["groups"][0]["rules"]
+
+
+def test_the_dashboard_has_no_two_panels_in_one_place() -> None:
+    """Panels have ids, places and descriptions of their own, and ask the provisioned source."""
+    panels = DASHBOARD["panels"]
+    assert len(panels) == len({panel["id"] for panel in panels}) == len({(p["gridPos"]["x"], p["gridPos"]["y"]) for p in panels})
+    source = yaml.safe_load((FOLDER / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"][0]["uid"]
+    for panel in panels:
+        if panel["type"] != "row":
+            assert panel["description"]
+            assert {source} == {panel["datasource"]["uid"]}
+
+
+def test_every_metric_that_is_looked_at_is_exported(tmp_path: Path) -> None:
+    """After some requests, good and bad, the services export all names in alerts and dashboard; promtool finds nothing wrong with them."""
+    url = f"file://{tmp_path}"
+    build_table(DEMO, url)
+    with closing(open_store(url)), local_cluster(DEMO, url) as cluster:
+        for body in ({"prompt": "import ", "max_tokens": 4}, {"prompt": "import ", "max_tokens": 0}):
+            httpx.post(f"{cluster.url}/completions", json=body, timeout=60)
+        addresses = [cluster.gateway, *(p.ready["metrics"] for p in cluster.processes if "metrics" in p.ready)]
+        texts = [httpx.get(f"http://{address}/metrics").text for address in addresses]
+    exported = set(re.findall(r"^([a-z_]+)(?:\{| )", "\n".join(texts), re.MULTILINE)) | {"up"}
+    asked = {name for expr in expressions() for name in re.findall(r"\b(?:tolhouse_[a-z_]+|up)\b", expr)}
+    assert set() == asked - exported
+    if shutil.which("promtool"):
+        for text in texts:
+            run("check", "metrics", told=text)

@@ -1,0 +1,112 @@
+"""A version is published, rolled back and deleted while the system runs: new sequences use it, running ones end on theirs."""
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tolhouse import Client, errors
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.generate import greedy
+from tolhouse.store import Store, delete, open_store, publish, rollback
+from tolhouse.testing import build_table, process, tiny_model
+from tolhouse.worker.rows import Rows
+
+FREE = ("--listen", "127.0.0.1:0")
+PROMPTS = ([17, 4, 200], [9, 9, 9, 30], list(range(40, 80)))
+LONG = 800
+
+
+def answers(checkpoint: Path, lookup: Client, ref: str, tokens: int) -> list[list[int]]:
+    """What the model says with the rows of one version."""
+    model, rows = open_checkpoint(checkpoint).model(ffn_m=False), Rows(lookup, lookup.describe(ref), 0, torch.device("cpu"))
+    with closing(rows):
+        return [
+            list(greedy(model, ids, tokens, ignore_eos=True, rows=lambda ids_T: rows.decode(rows.stage(ids_T.numpy().astype(np.uint32)))))
+            for ids in PROMPTS
+        ]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(params=["file", "redis"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) -> str:
+    return f"file://{tmp_path}/tables" if request.param == "file" else redis_url
+
+
+def test_new_sequences_use_a_published_version_and_running_ones_end_on_theirs(url: str, tmp_path: Path) -> None:
+    """Also back and forth; no answer is of two versions, rows after a rollback are those before, and none in use is deleted."""
+    checkpoint = tiny_model(tmp_path / "long", max_position_embeddings=1024)
+    one = build_table(checkpoint, url, name="rolled")
+    two = build_table(checkpoint, url, name="rolled", codec="int4", publish=False)
+    options = ("--table", "rolled", "--table-poll-seconds", "0.05", "--row-cache-megabytes", "0.1")
+    with closing(open_store(url)) as store, process("lookup", "--store", url, *FREE) as lookup, Client(lookup.address) as rows:
+        expected = {ref: answers(checkpoint, rows, ref, LONG) for ref in (one, two)}
+        short = {ref: [ids[:20] for ids in expected[ref]] for ref in (one, two)}
+        assert short[one] != short[two]
+        before = rows.fetch(one, range(100)).tobytes()
+        with process("worker", str(checkpoint), "--lookup", lookup.address, *options, *FREE) as worker, Client(worker.address) as client:
+            for flip, now, other in ((publish, one, two), (lambda s, _: rollback(s, "rolled"), two, one)):
+                running = [client.replies(ids, LONG, ignore_eos=True) for ids in PROMPTS]
+                begun = [next(replies) for replies in running]
+                flip(store, other)
+                until(lambda other=other: client.describe_worker().table == other)
+                assert short[other] == [list(client.generate(ids, 20, ignore_eos=True)) for ids in PROMPTS]
+                with pytest.raises(errors.InUse, match="in use"):
+                    delete(store, unpublished(store, one, two))
+                rest = [list(replies) for replies in running]
+                assert {now} == {reply.table for replies in rest for reply in replies}
+                assert expected[now] == [[*a.token_ids, *(i for r in b for i in r.token_ids)] for a, b in zip(begun, rest, strict=True)]
+            assert short[one] == [
+                list(client.generate(ids, 20, ignore_eos=True)) for ids in PROMPTS
+            ]  # not from the other's keys and values
+            counts = client.describe_worker().rows
+            assert counts.from_remote > 0
+        assert before == rows.fetch("rolled", range(100)).tobytes()
+        delete(store, two, force=True)
+
+
+def unpublished(store: Store, *refs: str) -> str:
+    alias = store.alias("rolled")
+    return next(ref for ref in refs if not alias or not ref.endswith(alias.version))
+
+
+def test_a_version_of_another_model_is_not_taken_up(checkpoint: Path, tmp_path: Path) -> None:
+    """The worker says so and stays with its own; once a version fits again, it follows."""
+    url = f"file://{tmp_path}/tables"
+    one = build_table(checkpoint, url, name="mine")
+    other = build_table(tiny_model(tmp_path / "other", seed=1), url, name="mine", publish=False)
+    two = build_table(checkpoint, url, name="mine", codec="int8", publish=False)
+    options = ("--table", "mine", "--table-poll-seconds", "0.1")
+    with closing(open_store(url)) as store, process("lookup", "--store", url, *FREE) as lookup:
+        with process("worker", str(checkpoint), "--lookup", lookup.address, *options, *FREE) as worker, Client(worker.address) as client:
+            publish(store, other)
+            until(lambda: "refused" in worker.log.read_text())
+            assert f"table {other} was built from model" in worker.log.read_text()
+            assert one == client.describe_worker().table
+            publish(store, two)
+            until(lambda: client.describe_worker().table == two)
+
+
+def test_a_worker_told_a_version_stays_with_it(checkpoint: Path, tmp_path: Path) -> None:
+    """NAME@VERSION is not followed, but held: it can't be deleted."""
+    url = f"file://{tmp_path}/tables"
+    one = build_table(checkpoint, url, name="kept")
+    two = build_table(checkpoint, url, name="kept", codec="int8", publish=False)
+    options = ("--table", one, "--table-poll-seconds", "0.1")
+    with closing(open_store(url)) as store, process("lookup", "--store", url, *FREE) as lookup:
+        with process("worker", str(checkpoint), "--lookup", lookup.address, *options, *FREE) as worker, Client(worker.address) as client:
+            publish(store, two)
+            until(lambda: store.leased(store.manifest(one)))
+            time.sleep(0.5)
+            assert one == client.describe_worker().table
+            with pytest.raises(errors.InUse, match="in use"):
+                delete(store, one)

@@ -1,0 +1,397 @@
+"""TLS on every link: who is let in and who is not, what is said where it fails, and certificates that are replaced under load."""
+
+import datetime as dt
+import hashlib
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import httpx
+import pytest
+from redis import Redis
+from tolhouse import Access, Client
+from tolhouse.certs import ensure_authority, issue
+from tolhouse.errors import InvalidArgument, NotFound, Unauthenticated, Unavailable
+from tolhouse.store import open_store, require_private
+from tolhouse.testing import build_table, free_port, process, redis_binary, redis_server, wait_until_healthy
+from tolhouse.tls import is_loopback
+from tolhouse.watched import Watched, replace_file
+
+LOCAL = ("--listen", "127.0.0.1:0")
+
+
+def serving(folder: Path, name: str = "service") -> tuple[str, ...]:
+    """Options of a listener that demands certificates of the authority in `folder`."""
+    return "--tls-cert", f"{folder}/{name}.pem", "--tls-key", f"{folder}/{name}.key", "--tls-client-ca", f"{folder}/ca.pem"
+
+
+def calling(folder: Path) -> tuple[str, ...]:
+    return "--tls-ca", f"{folder}/ca.pem", "--tls-client-cert", f"{folder}/client.pem", "--tls-client-key", f"{folder}/client.key"
+
+
+def access(folder: Path) -> Access:
+    return Access(f"{folder}/ca.pem", f"{folder}/client.pem", f"{folder}/client.key")
+
+
+def context(folder: Path, client: bool = True) -> ssl.SSLContext:
+    """An HTTPS client's, with its certificate or without."""
+    made = ssl.create_default_context(cafile=f"{folder}/ca.pem")
+    if client:
+        made.load_cert_chain(f"{folder}/client.pem", f"{folder}/client.key")
+    return made
+
+
+def tolhouse(*arguments: str) -> str:
+    """What a command that fails says."""
+    ended = subprocess.run([sys.executable, "-m", "tolhouse.cli", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert 1 == ended.returncode, ended.stderr
+    assert "Traceback" not in ended.stderr
+    return ended.stderr
+
+
+def tls_redis_or_skip() -> None:
+    try:
+        redis_binary(tls=True)
+    except NotFound as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = f"file://{tmp_path_factory.mktemp('tables')}"
+    build_table(checkpoint, url)
+    return url
+
+
+# the whole way
+
+
+def test_every_link_speaks_mutual_tls(checkpoint: Path, pki: Path, tmp_path: Path) -> None:
+    """Gateway, worker, lookup service and Redis with ACL user and password: a completion goes through, nobody without a certificate does."""
+    tls_redis_or_skip()
+    password = tmp_path / "password"
+    password.write_text("a long password\n")
+    acl_file = tmp_path / "users.acl"
+    acl_file.write_text("user default off\nuser tolhouse on #" + hashlib.sha256(b"a long password").hexdigest() + " ~tolhouse:* &* +@all\n")
+    with ExitStack() as stack:
+        redis = stack.enter_context(redis_server("--aclfile", str(acl_file), tls=pki))
+        files = f"ssl_ca_certs={pki}/ca.pem&ssl_certfile={pki}/client.pem&ssl_keyfile={pki}/client.key"
+        url = f"{redis.replace('//', '//tolhouse@127.0.0.1:1,')}?password_file={password}&{files}"
+        build_table(checkpoint, url)
+        lookup = stack.enter_context(process("lookup", "--store", url, *LOCAL, *serving(pki)))
+        arguments = ("worker", str(checkpoint), "--lookup", lookup.address, *LOCAL)
+        worker = stack.enter_context(process(*arguments, *serving(pki), *calling(pki)))
+        gateway = stack.enter_context(
+            process("gateway", str(checkpoint), "--workers", worker.address, *LOCAL, *serving(pki), *calling(pki), "--poll-seconds", "0.2")
+        )
+        wait_until_healthy(gateway.address, tls=context(pki))
+        with httpx.Client(verify=context(pki)) as http:
+            answer = http.post(f"https://{gateway.address}/v1/completions", json={"prompt": "def add", "max_tokens": 4})
+            metrics = [http.get(f"https://{p.ready['metrics']}/metrics") for p in (lookup, worker)]
+        assert (200, 4) == (answer.status_code, answer.json()["usage"]["completion_tokens"])
+        assert all("tolhouse_" in told.text for told in metrics)
+        for address in (gateway.address, lookup.ready["metrics"], worker.ready["metrics"]):
+            for stranger in ({"verify": context(pki, client=False)}, {"verify": False}):
+                with httpx.Client(**stranger) as http, pytest.raises(httpx.TransportError):
+                    http.get(f"https://{address}/metrics")
+            with pytest.raises(httpx.TransportError):
+                httpx.get(f"http://{address}/metrics")
+        for peer in (lookup, worker):
+            for stranger in (Access(f"{pki}/ca.pem"), Access()):
+                with (
+                    Client(peer.address, 3, access=stranger) as client,
+                    pytest.raises(Unavailable, match="want a TLS certificate that it trusts"),
+                ):
+                    client.tables()
+        assert "a long password" not in "".join(p.log.read_text() for p in (lookup, worker, gateway))
+
+
+def test_a_cluster_speaks_tls(checkpoint: Path, pki: Path) -> None:
+    """Addresses that a Redis Cluster tells of are called with TLS too."""
+    tls_redis_or_skip()
+    files = {"ssl_ca_certs": f"{pki}/ca.pem", "ssl_certfile": f"{pki}/client.pem", "ssl_keyfile": f"{pki}/client.key"}
+    with redis_server("--cluster-enabled", "yes", port=free_port(10_001, 22_000), tls=pki) as url:
+        with closing(Redis.from_url(url, **files)) as redis:
+            redis.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+            while redis.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
+                time.sleep(0.05)
+        full = f"{url}?{'&'.join(f'{k}={v}' for k, v in files.items())}"
+        ref = build_table(checkpoint, full)
+        with closing(open_store(full)) as store:
+            assert [ref] == store.refs()
+
+
+# what is said
+
+
+@pytest.fixture(scope="module")
+def bad(pki: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates with which something is wrong, in a copy of the folder."""
+    folder = tmp_path_factory.mktemp("bad") / "pki"
+    shutil.copytree(pki, folder)
+    local = ["localhost", "127.0.0.1"]
+    issue(folder, "expired", local, dt.timedelta(days=-1))
+    issue(folder, "elsewhere", ["elsewhere.example"])
+    ensure_authority(folder / "other")
+    for path in issue(folder / "other", "untrusted", local):
+        path.replace(folder / path.name)
+    (folder / "not.pem").write_text("a letter\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("expired", "has expired"), ("elsewhere", "is for another host name"), ("untrusted", "is not of the authority trusted here")],
+)
+def test_a_server_s_bad_certificate_is_told(name: str, said: str, bad: Path, store: str) -> None:
+    """The client says what is wrong with it; HTTPS clients do not trust it either."""
+    pair = ("--tls-cert", f"{bad}/{name}.pem", "--tls-key", f"{bad}/{name}.key")
+    with process("lookup", "--store", store, *LOCAL, *pair) as lookup:
+        with Client(lookup.address, 3, access=access(bad)) as client, pytest.raises(Unavailable, match=f"its TLS certificate {said}"):
+            client.tables()
+        with pytest.raises(OSError, match="certificate verify failed"):
+            urllib.request.urlopen(f"https://{lookup.ready['metrics']}/metrics", timeout=5, context=context(bad))
+
+
+@pytest.mark.parametrize("name", ["expired", "untrusted"])
+def test_a_client_s_bad_certificate_is_refused(name: str, bad: Path, store: str) -> None:
+    """One that has expired, or that another authority signed, opens no port."""
+    with process("lookup", "--store", store, *LOCAL, *serving(bad)) as lookup:
+        shown = Access(f"{bad}/ca.pem", f"{bad}/{name}.pem", f"{bad}/{name}.key")
+        with Client(lookup.address, 3, access=shown) as client, pytest.raises(Unavailable, match="want a TLS certificate that it trusts"):
+            client.tables()
+        with Client(lookup.address, 3, access=access(bad)) as client:
+            assert 1 == len(client.tables())
+
+
+def test_tls_meets_plaintext(pki: Path, store: str) -> None:
+    """A client with TLS says that the service has none."""
+    with process("lookup", "--store", store, *LOCAL) as lookup:
+        with Client(lookup.address, 3, access=access(pki)) as client, pytest.raises(Unavailable, match="does not speak TLS"):
+            client.tables()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--tls-cert", "{0}/service.pem"), "go together: only the certificate is given"),
+        (("--tls-key", "{0}/service.key"), "go together: only the key is given"),
+        (("--tls-cert", "{0}/service.pem", "--tls-key", "{0}/client.key"), "client.key is not that of the certificate"),
+        (("--tls-cert", "{0}/not.pem", "--tls-key", "{0}/service.key"), "is no PEM certificate"),
+        (("--tls-cert", "{0}/missing.pem", "--tls-key", "{0}/service.key"), "missing.pem can't be read: No such file"),
+        (("--tls-cert", "{0}/service.pem", "--tls-key", "{0}"), "the TLS key {0} can't be read: Is a directory"),
+        (
+            ("--tls-cert", "{0}/service.pem", "--tls-key", "{0}/service.key", "--tls-client-ca", "{0}/not.pem"),
+            "not.pem holds no PEM certificate",
+        ),
+        (("--tls-client-ca", "{0}/ca.pem"), "--tls-client-ca needs --tls-cert and --tls-key"),
+        (("--token-file", "{0}/missing"), "the token file {0}/missing can't be read"),
+        (("--token-file", "{0}/not.pem"), "must hold a token a line, each of at least 16"),
+    ],
+)
+def test_files_that_do_not_fit_are_told_at_start(options: tuple[str, ...], said: str, bad: Path, store: str) -> None:
+    """Which file, and what is wrong with it, in a line."""
+    filled = [option.format(bad) for option in options]
+    assert said.format(bad) in tolhouse("lookup", "--store", store, *LOCAL, *filled)
+
+
+# plaintext
+
+
+@pytest.mark.parametrize(("address", "local"), [("127.0.0.1:1", True), ("localhost:1", True), ("[::1]:1", True), ("127.9.9.9:1", True),
+    ("0.0.0.0:1", False), ("[::]:1", False), ("10.0.0.1:1", False), ("lookup-1:1", False), ("localhost.example:1", False)])  # fmt: skip
+def test_what_is_this_machine(address: str, local: bool) -> None:
+    """Only addresses that can't lead elsewhere count; a name other than localhost might."""
+    assert local == is_loopback(address)
+
+
+def test_plaintext_between_machines_has_to_be_asked_for(checkpoint: Path, store: str) -> None:
+    """Listening and calling, for each kind of port, without TLS and --insecure: a line says what to do."""
+    said = "or --insecure where the network is trusted"
+    for command in (("lookup", "--store", store), ("gateway", str(checkpoint))):
+        assert said in tolhouse(*command, "--listen", "0.0.0.0:0")
+    assert said in tolhouse("lookup", "--store", store, *LOCAL, "--metrics-listen", "0.0.0.0:0")
+    assert said in tolhouse("gateway", str(checkpoint), *LOCAL, "--workers", "worker-7:50052")
+    assert said in tolhouse("worker", str(checkpoint), *LOCAL, "--lookup", "lookup-1:50051")
+    assert said in tolhouse("fetch", "t", "1", "--lookup", "lookup-1:50051")
+    for command in (("lookup",), ("tables", "list"), ("build", str(checkpoint))):
+        assert said in tolhouse(*command, "--store", "redis://user:secret@redis:6379")
+    with pytest.raises(InvalidArgument, match="plaintext"):
+        Client("lookup-1:50051")
+    Client("lookup-1:50051", access=Access(insecure=True)).close()
+    with process("lookup", "--store", store, "--listen", "0.0.0.0:0", "--insecure") as lookup:
+        with Client(f"127.0.0.1:{lookup.address.rpartition(':')[2]}") as client:
+            assert 1 == len(client.tables())
+
+
+def test_redis_with_tls_has_to_be_checked() -> None:
+    """rediss:// without a look at the certificate is as good as plaintext."""
+    for url in (
+        "rediss://redis:6379",
+        "redis://127.0.0.1:6379",
+        "redis://localhost",
+        "rediss://127.0.0.1:1?ssl_cert_reqs=none",
+        "file://x",
+    ):
+        assert url == require_private(url, insecure=False)
+    for url in (
+        "redis://redis:6379",
+        "redis://127.0.0.1:1,redis:6379",
+        "rediss://redis:6379?ssl_cert_reqs=none",
+        "rediss://redis?ssl_check_hostname=False",
+    ):
+        with pytest.raises(InvalidArgument, match="--insecure"):
+            require_private(url, insecure=False)
+        assert url == require_private(url, insecure=True)
+
+
+def test_a_password_on_the_command_line_is_warned_of(redis_url: str) -> None:
+    """And it shows in no message."""
+    url = redis_url.replace("//", "//:hunter2@")
+    command = [sys.executable, "-m", "tolhouse.cli", "tables", "list", "--store", url]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stderr
+    assert "a password on the command line" in said
+    assert "hunter2" not in said
+
+
+# replaced while in use
+
+
+def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
+    """Its reader is asked once per change; what can't be read leaves what was."""
+    path = tmp_path / "n"
+    path.write_text("1")
+    reads: list[int] = []
+
+    def read() -> int:
+        try:
+            reads.append(int(path.read_text()))
+        except ValueError:
+            raise InvalidArgument("no number") from None
+        return reads[-1]
+
+    watched = Watched((str(path), ""), read)
+    assert (1, 1, [1]) == (watched.get(), watched.get(), [*reads])
+    replace_file(path, b"22")
+    assert (22, 22, [1, 22]) == (watched.get(), watched.get(), [*reads])
+    path.write_text("no")
+    assert (22, [1, 22]) == (watched.get(), [*reads])
+    path.unlink()
+    assert 22 == watched.get()
+    path.write_text("333")
+    assert 333 == watched.get()
+
+
+def test_certificates_and_authority_are_replaced_under_load(checkpoint: Path, store: str, tmp_path: Path) -> None:
+    """Step by step to another authority, while requests run on old and on new connections: none fails, and the old is out at the end."""
+    folder, old, new = tmp_path / "in-use", tmp_path / "old", tmp_path / "new"
+    folder.mkdir()
+    for authority in (old, new):
+        ensure_authority(authority)
+        issue(authority, "service", ["localhost", "127.0.0.1"])
+        issue(authority, "client", [])
+
+    def use(source: Path, *names: str) -> None:
+        for name in names:
+            replace_file(folder / name, (source / name).read_bytes())
+
+    use(old, "ca.pem", "service.pem", "service.key", "client.pem", "client.key")
+    with ExitStack() as stack:
+        lookup = stack.enter_context(process("lookup", "--store", store, *LOCAL, *serving(folder), "--hot-megabytes", "0"))
+        arguments = ("worker", str(checkpoint), "--lookup", lookup.address, *LOCAL, "--row-cache-megabytes", "0")
+        worker = stack.enter_context(process(*arguments, *serving(folder), *calling(folder)))
+        arguments = ("gateway", str(checkpoint), "--workers", worker.address, *LOCAL, "--poll-seconds", "0.2")
+        gateway = stack.enter_context(process(*arguments, *serving(folder), *calling(folder)))
+        wait_until_healthy(gateway.address, tls=context(folder))
+        ended, failed, done = threading.Event(), [], [0, 0, 0]
+
+        def load(number: int, ask: Callable[[], None]) -> None:
+            while not ended.is_set():
+                try:
+                    ask()
+                    done[number] += 1
+                except Exception as error:  # noqa: BLE001 - whatever it is
+                    failed.append(error)
+
+        kept = stack.enter_context(httpx.Client(verify=context(folder)))
+        body = {"prompt": "def add", "max_tokens": 2}
+
+        def over_one_connection() -> None:
+            assert 200 == kept.post(f"https://{gateway.address}/v1/completions", json=body).status_code
+
+        def over_new_connections() -> None:
+            answer = httpx.post(f"https://{gateway.address}/v1/completions", json=body, verify=context(folder))
+            assert 200 == answer.status_code
+
+        def with_the_sdk() -> None:
+            with Client(lookup.address, access=access(folder)) as client:
+                assert 1 == len(client.tables())
+
+        threads = [
+            threading.Thread(target=load, args=each) for each in enumerate((over_one_connection, over_new_connections, with_the_sdk))
+        ]
+        for thread in threads:
+            thread.start()
+
+        def go_on() -> None:
+            before = [*done]
+            while not failed and any(now < then + 3 for now, then in zip(done, before, strict=True)):
+                time.sleep(0.01)
+
+        go_on()
+        both = (old / "ca.pem").read_bytes() + (new / "ca.pem").read_bytes()
+        replace_file(folder / "ca.pem", both)
+        go_on()
+        for name in ("service", "client"):
+            use(new, f"{name}.pem", f"{name}.key")  # one after the other: a pair that does not fit is not taken
+            go_on()
+        kept_connection_is_old = [*done]
+        use(new, "ca.pem")
+        go_on()
+        ended.set()
+        for thread in threads:
+            thread.join()
+        assert [] == failed
+        assert kept_connection_is_old < done
+        with Client(lookup.address, 3, access=Access(f"{new}/ca.pem", f"{old}/client.pem", f"{old}/client.key")) as client:
+            with pytest.raises(Unavailable):
+                client.tables()
+        with Client(lookup.address, 3, access=access(old)) as client, pytest.raises(Unavailable, match="not of the authority trusted here"):
+            client.tables()
+        for address in (gateway.address, worker.ready["metrics"]):
+            host, port = address.split(":")
+            with socket.create_connection((host, int(port))) as raw, context(new).wrap_socket(raw, server_hostname=host) as connection:
+                assert ssl.PEM_cert_to_DER_cert((new / "service.pem").read_text()) == connection.getpeercert(binary_form=True)
+
+
+def test_redis_password_is_replaced(tmp_path: Path) -> None:
+    """New connections use the password that the file has then."""
+    password = tmp_path / "password"
+    password.write_text("first")
+    with redis_server("--requirepass", "first") as url, closing(open_store(f"{url}?password_file={password}")) as store:
+        assert [] == store.refs()
+        with closing(Redis.from_url(url, password="first")) as redis:
+            redis.config_set("requirepass", "second")
+            redis.client_kill_filter(_type="normal", skipme=True)
+        with pytest.raises(Unauthenticated):
+            store.refs()
+        password.write_text("second")
+        assert [] == store.refs()
+
+
+def test_certs_are_made_from_the_shell(tmp_path: Path) -> None:
+    """An authority and a certificate, readable by their owner alone where they are keys; a second one is of the same authority."""
+    command = [sys.executable, "-m", "tolhouse.cli", "certs", str(tmp_path)]
+    for more in ((), ("--name", "gateway", "--hosts", "gateway.example")):
+        told = subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout
+    assert f"{tmp_path}/gateway.pem {tmp_path}/gateway.key\n" == told
+    assert {"ca.pem", "ca.key", "service.pem", "service.key", "gateway.pem", "gateway.key"} == {p.name for p in tmp_path.iterdir()}
+    assert {0o600} == {p.stat().st_mode & 0o777 for p in tmp_path.glob("*.key")}
