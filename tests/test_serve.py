@@ -15,10 +15,10 @@ from loadtest.serve import Answer, summary
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Cluster]:
-    """One worker that computes one sequence, and lets one more wait."""
+    """One worker that computes one sequence; more wait than slow load ever sends, and fewer than fast load does."""
     url = f"file://{tmp_path_factory.mktemp('tables')}"
     build_table(checkpoint, url)
-    with local_cluster(checkpoint, url, worker_options=("--max-running", "1", "--max-waiting", "1")) as running:
+    with local_cluster(checkpoint, url, worker_options=("--max-running", "1", "--max-waiting", "40")) as running:
         yield running
 
 
@@ -41,7 +41,7 @@ def test_answers_are_counted(cluster: Cluster) -> None:
 
 def test_refusals_are_counted_by_kind(cluster: Cluster) -> None:
     """What an overloaded gateway refuses is neither lost nor counted as an answer."""
-    done = serve(cluster.gateway, "--rate", "200", "--seconds", "1", "--max-tokens", "40:40")
+    done = serve(cluster.gateway, "--rate", "400", "--seconds", "1", "--max-tokens", "40:40")
     (one,) = json.loads(done.stdout.splitlines()[-1])["rates"]
     assert {"HTTP 429"} == set(one["errors"])
     assert one["sent"] == one["answered"] + one["errors"]["HTTP 429"]
