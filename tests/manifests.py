@@ -223,7 +223,7 @@ def selectors(documents: list[Document]) -> Iterator[str]:
 def connections(documents: list[Document]) -> set[str]:
     """Who may talk to whom: "from > to:port", for each port that the pods have by name, and `others` for the rest of them.
 
-    Also from and to those outside that policies may mean: DNS, Prometheus, KubeRay's operator, and anyone.
+    Also from and to those outside that policies may mean: DNS, Prometheus, a trace collector, KubeRay's operator, and anyone.
     """
     (namespace,) = of(documents, "Namespace")
     home = namespace["metadata"]["labels"] | {"kubernetes.io/metadata.name": NAMESPACE}
@@ -232,6 +232,7 @@ def connections(documents: list[Document]) -> set[str]:
         for p in pods(documents)
     ]
     dns = _End("dns", {"kubernetes.io/metadata.name": "kube-system"}, {"k8s-app": "kube-dns"}, {"dns": 53})
+    collector = _End("collector", {"kubernetes.io/metadata.name": "observability"}, {NAME: "opentelemetry-collector"}, {"otlp": 4317})
     strangers = [
         _End("prometheus", {"kubernetes.io/metadata.name": "monitoring"}, {NAME: "prometheus"}, {}),
         _End("kuberay", {"kubernetes.io/metadata.name": "ray"}, {NAME: "kuberay-operator"}, {}),
@@ -241,7 +242,7 @@ def connections(documents: list[Document]) -> set[str]:
 
     def allowed(end: _End, peer: _End, target: _End, port: str, way: str, peers: str) -> bool:
         """Whether policies for `end`, if any, let it have a connection with `peer` to a port of `target`, one of the two."""
-        if end is dns or end in strangers:
+        if end in (dns, collector, *strangers):
             return True
         mine = [p for p in policies if way in p["policyTypes"] and selects(p["podSelector"], end.labels)]
         rules = [rule for p in mine for rule in p.get(way.lower(), [])]
@@ -254,9 +255,9 @@ def connections(documents: list[Document]) -> set[str]:
     return {
         f"{source.name} > {target.name}:{port}"
         for source in [*ends, *strangers]
-        for target in [*ends, dns]
+        for target in [*ends, dns, collector]
         for port in [*target.ports, "others"]
-        if not (source in strangers and target is dns)
+        if not (source in strangers and target in (dns, collector))
         and allowed(source, target, target, port, "Egress", "to")
         and allowed(target, source, target, port, "Ingress", "from")
     }

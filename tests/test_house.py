@@ -18,7 +18,7 @@ FLOORS = (
     {"v1", "errors", "telemetry"},
     {"watched"},
     {"tls", "certs"},
-    {"access"},
+    {"access", "tracing"},
     {"table", "model", "rpc", "config", "scrape"},
     {"wire"},
     {"store", "client", "train", "analysis"},

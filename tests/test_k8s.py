@@ -17,11 +17,11 @@ K8S = Path(__file__).parent.parent / "deploy" / "k8s"
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Document]]:
-    """Both overlays, the loader beside `local`, and `local` with the component that `gpu` has already."""
+    """Both overlays, the loader beside `local`, and `local` with all components."""
     folder = tmp_path_factory.mktemp("k8s")
     shutil.copytree(K8S, folder, dirs_exist_ok=True)
     local = folder / "overlays" / "local" / "kustomization.yaml"
-    local.write_text(local.read_text() + "components: [../../components/monitoring]\n")
+    local.write_text(local.read_text() + "components: [../../components/monitoring, ../../components/traces]\n")
     found = {name: render(K8S / "overlays" / name) for name in ("local", "gpu")}
     found["local"] += yaml.safe_load_all((K8S / "loader.yaml").read_text())
     return found | {"monitored": render(folder / "overlays" / "local")}
@@ -36,6 +36,7 @@ def test_manifests_are_right(rendered: dict[str, list[Document]], name: str, che
 
 SYSTEM = {"gateway > worker:grpc", "worker > lookup:grpc", "anyone > gateway:http", "prometheus > gateway:http", "kuberay > gateway:http"}
 SCRAPED = {"prometheus > lookup:metrics", "prometheus > worker:metrics"}
+TRACED = {f"{service} > collector:otlp" for service in ("lookup", "worker", "gateway")}
 REDIS = {"redis > redis:redis", "redis > redis:bus", "lookup > redis:redis", "build > redis:redis", "redis-form > redis:redis"}
 RAY = {f"build > build:{port}" for port in ("gcs", "dashboard", "client", "agent", "others")} | {"kuberay > build:dashboard"}
 
@@ -48,7 +49,7 @@ def names(*pods: str) -> set[str]:
     ("name", "expected"),
     [
         ("local", SYSTEM | names("lookup", "worker", "gateway", "build", "loader")),
-        ("monitored", SYSTEM | SCRAPED | names("lookup", "worker", "gateway", "build")),
+        ("monitored", SYSTEM | SCRAPED | TRACED | names("lookup", "worker", "gateway", "build")),
         ("gpu", SYSTEM | SCRAPED | REDIS | RAY | names("lookup", "worker", "gateway", "build", "redis", "redis-form")),
     ],
 )

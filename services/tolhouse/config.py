@@ -55,6 +55,11 @@ class Server(Config):
     tls_client_ca: str = knob("", "Authority, PEM, whose certificates callers must show: mutual TLS.")
     token_file: str = knob("", "File with a token a line; calls must carry one of them, and carry the first.")
     insecure: bool = knob(False, "Allow plaintext between machines: for networks that are trusted.")
+    traces: str = knob(
+        "",
+        "OTLP collector to send traces to over gRPC, http://HOST:PORT or https://HOST:PORT. Default: no traces. "
+        "OpenTelemetry's own variables are heeded, such as OTEL_TRACES_SAMPLER.",
+    )
 
     def guard(self) -> Guard:
         """What listeners demand; InvalidArgument where the parts do not go together."""

@@ -6,6 +6,7 @@ from typing import TypedDict, Unpack
 
 import grpc
 
+from tolhouse import tracing
 from tolhouse.access import Access
 from tolhouse.errors import InvalidArgument, Unavailable
 from tolhouse.rpc import Line, dial_async, error_of
@@ -73,7 +74,8 @@ class WorkerChannel:
 
     async def generate(self, request: generation_pb2.GenerateRequest) -> AsyncGenerator[generation_pb2.GenerateReply]:
         """Replies up to the one with a finish_reason. Closing the iterator cancels the call."""
-        call = self.stub.Generate(request, metadata=self.access.metadata())
+        place = tracing.here()
+        call = self.stub.Generate(request, metadata=(*(self.access.metadata() or ()), *([(tracing.HEADER, place)] if place else [])))
         self._calls.add(call)
         try:
             async for reply in call:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import grpc
 import numpy as np
 
-from tolhouse import wire
+from tolhouse import tracing, wire
 from tolhouse.access import Access, Metadata
 from tolhouse.client.neighbour import Neighbour
 from tolhouse.errors import Corrupt, Internal, TolhouseError, from_status
@@ -141,7 +141,8 @@ class _Call:
                 return
             self._pending[number] = request
         packed = request.ids.astype("<u4", copy=False).tobytes()
-        self._outgoing.put(lookup_pb2.FetchRequest(request_id=number, table=request.manifest.ref, token_ids=packed))
+        asked = lookup_pb2.FetchRequest(request_id=number, table=request.manifest.ref, token_ids=packed, traceparent=tracing.here())
+        self._outgoing.put(asked)
 
     def _receive(self) -> None:
         error: TolhouseError

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from tolhouse import __version__
+from tolhouse import __version__, tracing
 from tolhouse.client.addresses import Addresses
 from tolhouse.config import GatewayConfig
 from tolhouse.errors import Cancelled, InUse, TolhouseError
@@ -201,6 +201,7 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     addresses.check(access)
     host, port = split_address(config.listen)
     guard = config.guard()
+    tracing.start_tracing("gateway", config.traces, insecure=config.insecure)
     guard.check(config.listen, "--listen")
     pool = Pool(addresses, access, tokenizer_id(file), config.poll_seconds)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -10,11 +10,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tolhouse import tracing
 from tolhouse.gateway import problems
 from tolhouse.gateway.server import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
 from tolhouse.telemetry import event
 
 MAX_ID = 128
+MAX_PATH = 256  # characters of one that a trace shows
 MOST_BODIES = 64  # of the largest size: what all callers together may have in memory
 
 
@@ -62,18 +64,25 @@ class Intake:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
+        about = {"http.request.method": scope["method"], "url.path": scope["path"][:MAX_PATH], "tolhouse.request_id": request_id}
+        trace = tracing.begin(scope["method"], about, parent=headers.get(tracing.HEADER, ""), root=True, kind="SERVER")
         try:
             excess = _excess(scope)
             if excess:
                 await JSONResponse(problems.body_of(excess, 431), 431, _CLOSE)(scope, limited, marked)
             else:
-                await self.app(scope, limited, marked)
+                with tracing.under((trace.traceparent,)):
+                    await self.app(scope, limited, marked)
         finally:
             self._held -= taken
+            name = f"{scope['method']} {scope['route'].path}" if "route" in scope else ""
+            trace.tell({"http.response.status_code": status}, name)
+            trace.end(f"HTTP {status}" if status >= 500 else "")
             level = logging.WARNING if status >= 500 else logging.DEBUG if scope["method"] == "GET" else logging.INFO
             seconds = round(time.perf_counter() - started, 4)
             key = {"key": scope["state"]["key"]} if "key" in scope["state"] else {}
-            event("request", level, request_id=request_id, path=scope["path"], status=status, seconds=seconds, **key)
+            with tracing.under((trace.traceparent,)):
+                event("request", level, request_id=request_id, path=scope["path"], status=status, seconds=seconds, **key)
 
 
 _CLOSE = {"Connection": "close"}  # what the caller still sends is not read

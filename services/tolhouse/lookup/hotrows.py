@@ -16,6 +16,7 @@ from itertools import chain, islice
 
 import numpy as np
 
+from tolhouse import tracing
 from tolhouse.errors import Corrupt, TolhouseError
 from tolhouse.lookup.doorbell import Doorbell
 from tolhouse.store import Store, resolve, tables
@@ -83,7 +84,9 @@ class HotRows:
             with suppress(TolhouseError):  # who asks for it will be told
                 await self.table(ref)
 
-    async def parts(self, table: OpenTable, ids: np.ndarray, step: int) -> AsyncIterator[tuple[np.ndarray, dict[int, Buffer]]]:
+    async def parts(
+        self, table: OpenTable, ids: np.ndarray, step: int, traceparent: str = ""
+    ) -> AsyncIterator[tuple[np.ndarray, dict[int, Buffer]]]:
         """Runs of `step` ids, and the verified records of those that had to be read.
 
         The others were hot a moment ago: with the lock held, ask again. While one run is sent, the next ones are read.
@@ -93,7 +96,7 @@ class HotRows:
         for first in range(0, max(1, len(ids)), step):
             while ahead < len(ids) and ahead <= first + step:
                 window = max(step, _READ_BYTES // table.manifest.record_bytes)
-                arrivals |= self._begin(table, ids[ahead : ahead + window])
+                arrivals |= self._begin(table, ids[ahead : ahead + window], traceparent)
                 ahead += window
             part = ids[first : first + step]
             read: dict[int, Buffer] = {}
@@ -102,9 +105,9 @@ class HotRows:
                     read[i] = (await _arrived(arrivals.pop(i)))[i]
             yield part, read
 
-    async def again(self, table: OpenTable, ids: np.ndarray) -> dict[int, Buffer]:
+    async def again(self, table: OpenTable, ids: np.ndarray, traceparent: str = "") -> dict[int, Buffer]:
         """The same for rows that have been evicted since."""
-        return {i: (await _arrived(arrival))[i] for i, arrival in self._begin(table, ids).items()}
+        return {i: (await _arrived(arrival))[i] for i, arrival in self._begin(table, ids, traceparent).items()}
 
     def bring(self, table: OpenTable, ids: np.ndarray) -> None:
         """Make `ids` hot, as far as there is room, in the thread that calls."""
@@ -164,11 +167,11 @@ class HotRows:
         else:
             event("hot rows filled", table=table.manifest.ref, rows=len(table.hot))
 
-    def _begin(self, table: OpenTable, ids: np.ndarray, *, main: bool = False) -> dict[int, Arrival]:
+    def _begin(self, table: OpenTable, ids: np.ndarray, traceparent: str = "", *, main: bool = False) -> dict[int, Arrival]:
         """Have a thread read those `ids` that are not hot; they are hot afterwards, if there is room."""
         new, slots, arrivals = self._claim(table, ids, main=main)
         if new:
-            asyncio.get_running_loop().run_in_executor(None, self._read, table, new, slots, arrivals[new[0]])
+            asyncio.get_running_loop().run_in_executor(None, self._read, table, new, slots, arrivals[new[0]], traceparent)
         return arrivals
 
     def _claim(self, table: OpenTable, ids: np.ndarray, *, main: bool = False) -> tuple[list[int], np.ndarray, dict[int, Arrival]]:
@@ -183,11 +186,13 @@ class HotRows:
             slots = table.hot.reserve(np.array(new, np.uint32), main=main)
             return new, slots, {i: table.reading[i] for i in wanted}
 
-    def _read(self, table: OpenTable, ids: list[int], slots: np.ndarray, arrival: Arrival) -> None:
+    def _read(self, table: OpenTable, ids: list[int], slots: np.ndarray, arrival: Arrival, traceparent: str = "") -> None:
         """Read what was claimed. Each record goes into its slot while the next is on its way."""
         wanted, size, flat = np.array(ids, np.uint32), table.manifest.record_bytes, table.segment.bytes
         found: dict[int, Buffer] = {}
         error: BaseException | None = None
+        about: tracing.Attributes = {"server.address": self.store.url, "tolhouse.table": table.manifest.ref, "tolhouse.rows": len(ids)}
+        trace = tracing.begin("store read", about, parent=traceparent, kind="CLIENT")
         try:
             for places, records in self.store.records(table.manifest, wanted):
                 for i, slot, record in zip(wanted[places].tolist(), slots[places].tolist(), records, strict=True):
@@ -196,6 +201,7 @@ class HotRows:
                         flat[slot * size : (slot + 1) * size] = record
         except BaseException as failure:  # noqa: BLE001 - whoever waits has to hear of it
             error = failure
+        trace.end(str(error) if error else "")
         with table.lock:
             for i in ids:
                 del table.reading[i]

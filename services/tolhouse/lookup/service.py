@@ -17,7 +17,7 @@ from prometheus_client import REGISTRY, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tolhouse import wire
+from tolhouse import tracing, wire
 from tolhouse.config import LookupConfig
 from tolhouse.errors import Internal, InvalidArgument, TolhouseError
 from tolhouse.lookup.hotrows import HotRows, OpenTable
@@ -124,7 +124,8 @@ class LookupService:
 
     async def _fetch(self, request: lookup_pb2.FetchRequest, offered: set[int]) -> AsyncIterator[bytes]:
         """The serialised replies to one request; its failure is its last reply, and the stream lives on."""
-        started, status = time.perf_counter(), "OK"
+        started, status, told = time.perf_counter(), "OK", ""
+        trace = tracing.begin("lookup Fetch", {"tolhouse.table": request.table}, parent=request.traceparent, kind="SERVER")
         try:
             if split_ref(request.table)[1] is None:
                 raise InvalidArgument(f"fetch needs name@version, not {request.table!r}: ask Describe what a name stands for")
@@ -132,22 +133,25 @@ class LookupService:
             self.leases.used(table.manifest)
             ids = _ids(request.token_ids, table.manifest)
             size, first, missed = table.manifest.record_bytes, 0, 0
-            async for part, arrived in self.rows.parts(table, ids, max(1, CHUNK_BYTES // size)):
+            async for part, arrived in self.rows.parts(table, ids, max(1, CHUNK_BYTES // size), trace.traceparent):
                 read = arrived
                 while not (reply := self._reply(request.request_id, table, ids, first, part, read, offered)):
-                    read = read | await self.rows.again(table, part)  # what was hot has been evicted since
+                    read = read | await self.rows.again(table, part, trace.traceparent)  # what was hot has been evicted since
                 missed += len(read)
                 first += len(part)
                 yield reply
             ROWS_HOT.inc(len(ids) - missed)
             ROWS_STORE.inc(missed)
             BYTES.inc(size * len(ids))
+            trace.tell({"tolhouse.rows": len(ids), "tolhouse.rows_from_store": missed})
         except Exception as error:  # noqa: BLE001 - the boundary where every error becomes a status
             if not isinstance(error, TolhouseError):
                 log.error("internal error", exc_info=error)
                 error = Internal("internal error; the service's log has the details")
-            status = error.grpc_status
-            yield wire.failed(request.request_id, status, str(error)[:MAX_ERROR])
+            status, told = error.grpc_status, str(error)[:MAX_ERROR]
+            yield wire.failed(request.request_id, status, told)
+        finally:
+            trace.end(told)
         REQUESTS.labels(status).inc()
         SECONDS.observe(time.perf_counter() - started)
 
@@ -197,6 +201,7 @@ def _ids(packed: bytes, manifest: Manifest) -> np.ndarray:
 async def run(config: LookupConfig, announce: Callable[..., None], *, share_port: bool = False) -> None:
     """Serve the store until told to stop."""
     guard = config.guard()
+    tracing.start_tracing("lookup", config.traces, insecure=config.insecure)
     store = await asyncio.to_thread(open_store, config.store, config.store_timeout_seconds)
     service = LookupService(HotRows(store, int(config.hot_megabytes * 1e6)))
     REGISTRY.register(Taken(service.rows))

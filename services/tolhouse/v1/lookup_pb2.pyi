@@ -7,14 +7,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FetchRequest(_message.Message):
-    __slots__ = ("request_id", "table", "token_ids")
+    __slots__ = ("request_id", "table", "token_ids", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     table: str
     token_ids: bytes
-    def __init__(self, request_id: _Optional[int] = ..., table: _Optional[str] = ..., token_ids: _Optional[bytes] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, request_id: _Optional[int] = ..., table: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class FetchReply(_message.Message):
     __slots__ = ("request_id", "first", "records", "last", "error", "segment")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tolhouse.errors import Corrupt, Internal, Overloaded, PromptTooLong, TolhouseError
 from tolhouse.telemetry import log
+from tolhouse.tracing import under
 from tolhouse.worker.kv_cache import KVCache
 from tolhouse.worker.latency import Latencies
 from tolhouse.worker.rows import COUNTS, NoRows, Rows, Staged
@@ -162,7 +163,8 @@ class Engine:
         count = int(late.sum())
         if not count or count == len(step) or count * self.pace > decoding * rows.trip_seconds:
             return step
-        rows.prefetch(ids[late], late=True)
+        with under(chunk.sequence.traceparent for chunk, is_late in zip(step, late, strict=False) if is_late):
+            rows.prefetch(ids[late], late=True)
         late &= rows.coming(ids)  # for who is not on the way, for want of room or as another fetch is, nothing is won
         self.sat_out += int(late.sum())
         sit = {chunk.sequence for chunk, is_late in zip(step, late, strict=False) if is_late}
@@ -173,7 +175,8 @@ class Engine:
         while step:
             begun = runner.launch(step)  # the first layer's attention needs no row: a device is busy with it meanwhile
             try:
-                return step, begun, rows.stage(_ids(*step))
+                with under(chunk.sequence.traceparent for chunk in step):
+                    return step, begun, rows.stage(_ids(*step))
             except TolhouseError as error:
                 step = [chunk for chunk in step if self._survives(chunk, error, rows)]
         return step, None, None
@@ -194,7 +197,9 @@ class Engine:
 
     def _prefetch(self, step: list[Chunk], rows: Rows | NoRows) -> None:
         """Ask for the rows of the next pieces of prompts while the model computes those of this step."""
-        scheduler, ids, room = self.scheduler, [], self.scheduler.max_step_tokens
+        scheduler, room = self.scheduler, self.scheduler.max_step_tokens
+        ids: list[int] = []
+        traceparents: list[str] = []
         done = {chunk.sequence: chunk.last for chunk in step}
         for sequence in scheduler.running + scheduler.waiting:
             if not room:
@@ -204,9 +209,11 @@ class Engine:
             start = done.get(sequence, sequence.computed)
             part = sequence.ids[start : start + room]
             ids += part
+            traceparents += [sequence.traceparent] if part else []
             room -= len(part)
         if ids:
-            rows.prefetch(np.array(ids, np.uint32))
+            with under(traceparents):
+                rows.prefetch(np.array(ids, np.uint32))
 
     def _score_prompts(self, step: list[Chunk], ends: np.ndarray, hidden_TD: Tensor) -> dict[Sequence, Logprobs]:
         """The log probabilities of prompt tokens in this step, for sequences that want them and have not had them."""

@@ -1,5 +1,6 @@
 """Where a step's rows come from: the row cache, then the lookup service or, while that is away, `recompute.py`. One table version each."""
 
+import contextvars
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from tolhouse.errors import DeadlineExceeded, Mismatch, NotFound, TolhouseError,
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.table.spec import Manifest
 from tolhouse.telemetry import event
+from tolhouse.tracing import span
 from tolhouse.worker.decode import LayerwiseRows, decode, is_long
 from tolhouse.worker.mirror import Mirror
 from tolhouse.worker.outage import Outage
@@ -109,7 +111,7 @@ class Rows:
         if len(ids):
             slots = self.cache.reserve(ids)
             self.mirror.settle()
-            fetched = self._background.submit(self._fetch, ids, self.cache.slab, slots, late)
+            fetched = self._background.submit(contextvars.copy_context().run, self._fetch, ids, self.cache.slab, slots, late)
             self._coming = ids, slots, fetched
             self._is_coming[ids] = True
 
@@ -216,7 +218,8 @@ class Rows:
         """trip: some of `ids` are not at hand."""
         started = time.perf_counter()
         try:
-            self.client.fetch_records(self.manifest, ids, out, places)
+            with span("fetch rows", {"tolhouse.table": self.manifest.ref, "tolhouse.rows": len(ids)}, "CLIENT"):
+                self.client.fetch_records(self.manifest, ids, out, places)
         except NotFound as error:  # it was there at start: its loss is no fault of the caller's
             raise Unavailable(str(error)) from None
         if trip:

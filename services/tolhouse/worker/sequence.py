@@ -29,6 +29,7 @@ class Sequence:
     sampling: Sampling
     emit: Callable[[Output], None]
     computed: int = 0  # tokens of `ids` whose keys and values are in the cache
+    traceparent: str = ""  # its place in a trace, if it is part of one
     table: str = ""  # "name@version" of its rows; the engine says which when it comes
     priority: int = 0  # lower goes first
     arrival: int = 0  # the scheduler's count

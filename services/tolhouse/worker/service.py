@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tolhouse import tracing
 from tolhouse.client.client import Client
 from tolhouse.config import WorkerConfig
 from tolhouse.errors import InvalidArgument, Mismatch, TolhouseError
@@ -60,7 +61,7 @@ class WorkerService(GenerationServicer):
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[generation_pb2.GenerateReply]:
-        async for reply in stream(context, self._generate(request)):
+        async for reply in stream(context, self._generate(request, _traceparent(context))):
             yield reply
 
     async def DescribeWorker(
@@ -72,17 +73,22 @@ class WorkerService(GenerationServicer):
             **self.identity, table=engine.table, running=engine.running, waiting=engine.waiting, rows=counts
         )
 
-    async def _generate(self, request: generation_pb2.GenerateRequest) -> AsyncIterator[generation_pb2.GenerateReply]:
+    async def _generate(self, request: generation_pb2.GenerateRequest, traceparent: str) -> AsyncIterator[generation_pb2.GenerateReply]:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Output] = asyncio.Queue()
         sequence: Sequence | None = None
-        status = "CANCELLED"  # unless it ends otherwise
+        status, told = "CANCELLED", ""  # unless it ends otherwise
+        about = {"gen_ai.request.model": self.identity["model"], "gen_ai.usage.input_tokens": len(request.prompt_ids)}
+        trace = tracing.begin(
+            "worker Generate", {**about, "tolhouse.request_id": request.request_id}, parent=traceparent, root=True, kind="SERVER"
+        )
 
         def emit(output: Output) -> None:
             loop.call_soon_threadsafe(events.put_nowait, output)
 
         try:
             sequence = self._sequence(request, emit)
+            sequence.traceparent = trace.traceparent
             event("request", logging.DEBUG, request_id=request.request_id, prompt_tokens=sequence.prompt_tokens)
             self.engine.add(sequence)
             while True:
@@ -92,6 +98,14 @@ class WorkerService(GenerationServicer):
                     raise output.error
                 if output.finish_reason:
                     status = "OK"
+                    new = len(sequence.ids) - sequence.prompt_tokens
+                    trace.tell(
+                        {
+                            "gen_ai.usage.output_tokens": new,
+                            "tolhouse.table": sequence.table,
+                            "tolhouse.finish_reason": output.finish_reason,
+                        }
+                    )
                 yield generation_pb2.GenerateReply(
                     token_ids=output.tokens,
                     finish_reason=output.finish_reason,
@@ -103,10 +117,11 @@ class WorkerService(GenerationServicer):
                 if output.finish_reason:
                     return
         except TolhouseError as error:
-            status = error.grpc_status
+            status, told = error.grpc_status, str(error)
             raise
         finally:  # also when the caller went away; a sequence that has ended is left alone
             REQUESTS.labels(status).inc()
+            trace.end(told)
             if sequence:
                 self.engine.cancel(sequence)
 
@@ -138,6 +153,10 @@ class WorkerService(GenerationServicer):
             prompt_logprobs=given("prompt_logprobs", None),
         )
         return Sequence(len(prompt), prompt, sampling, emit)
+
+
+def _traceparent(context: grpc.aio.ServicerContext) -> str:
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == tracing.HEADER), "")
 
 
 def _logprobs(logprobs: Logprobs | None) -> generation_pb2.Logprobs | None:
@@ -191,6 +210,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
         compiled.start()
     cache = KVCache(blocks_of(checkpoint.config, int(config.kv_cache_megabytes * 1e6), dtype))
     guard = config.guard()
+    tracing.start_tracing("worker", config.traces, insecure=config.insecure)
     client = Client(config.lookup, timeout_seconds=config.fetch_timeout_seconds, access=config.access())
     table = config.table or checkpoint.name
 

@@ -1,0 +1,207 @@
+"""Traces at a real OTLP receiver: one request is one trace, from the gateway to Redis."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as messages
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as service
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from tolhouse import tracing
+from tolhouse.errors import InvalidArgument
+from tolhouse.testing import Cluster, build_table, local_cluster
+
+CALLERS_TRACE = "0af7651916cd43dd8448eb211c80319c"
+
+
+class Receiver(service.TraceServiceServicer):
+    """Keeps the spans that come, each with the name of the service that sent it."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, Span]] = []
+        self.came = threading.Condition()
+
+    def Export(self, request: messages.ExportTraceServiceRequest, context: grpc.ServicerContext) -> messages.ExportTraceServiceResponse:
+        with self.came:
+            for resource in request.resource_spans:
+                (name,) = [a.value.string_value for a in resource.resource.attributes if a.key == "service.name"]
+                self.spans += [(name, span) for scope in resource.scope_spans for span in scope.spans]
+            self.came.notify_all()
+        return messages.ExportTraceServiceResponse()
+
+    def trace(self, trace_id: str, *names: str) -> list[tuple[str, Span]]:
+        """The spans of a trace, once it has some of all these names."""
+
+        def mine() -> list[tuple[str, Span]]:
+            return [(who, span) for who, span in self.spans if span.trace_id.hex() == trace_id]
+
+        with self.came:
+            assert self.came.wait_for(lambda: set(names) <= {span.name for _, span in mine()}, 30), [s.name for _, s in mine()]
+            return mine()
+
+
+@contextmanager
+def receiver() -> Iterator[tuple[Receiver, str]]:
+    one, server = Receiver(), grpc.server(ThreadPoolExecutor(4))
+    service.add_TraceServiceServicer_to_server(one, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield one, f"http://127.0.0.1:{port}"
+    finally:
+        server.stop(None)
+
+
+@pytest.fixture(scope="module")
+def traced(redis_url: str, checkpoint: Path) -> Iterator[tuple[Receiver, Cluster]]:
+    """Services that send their spans; no row is cached anywhere, so that each comes from Redis."""
+    build_table(checkpoint, redis_url, name="traced")
+    with receiver() as (one, url), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        cold = ("--traces", url, "--hot-megabytes", "0")
+        worker = ("--traces", url, "--table", "traced", "--row-cache-megabytes", "0")
+        gateway = ("--traces", url)
+        with local_cluster(checkpoint, redis_url, lookup_options=cold, worker_options=worker, gateway_options=gateway) as cluster:
+            yield one, cluster
+
+
+def complete(cluster: Cluster, **headers: str) -> httpx.Response:
+    body = {"model": "tiny-memory", "prompt": [5, 6, 7], "max_tokens": 3, "ignore_eos": True}
+    reply = httpx.post(f"http://{cluster.gateway}/v1/completions", json=body, headers=headers)
+    reply.raise_for_status()
+    return reply
+
+
+def attributes(span: Span) -> dict:
+    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in span.attributes}
+
+
+def test_a_request_is_one_trace_from_the_gateway_to_redis(traced: tuple[Receiver, Cluster], redis_url: str) -> None:
+    """Its spans hang together below the caller's own, and say what was done."""
+    one, cluster = traced
+    complete(cluster, traceparent=f"00-{CALLERS_TRACE}-b7ad6b7169203331-01", **{"x-request-id": "mine"})
+    spans = one.trace(CALLERS_TRACE, "POST /v1/completions", "worker Generate", "fetch rows", "lookup Fetch", "store read")
+    by_id = {span.span_id: span for _, span in spans}
+    services = {span.name: who for who, span in spans}
+    assert {
+        "POST /v1/completions": "tolhouse-gateway",
+        "worker Generate": "tolhouse-worker",
+        "fetch rows": "tolhouse-worker",
+        "lookup Fetch": "tolhouse-lookup",
+        "store read": "tolhouse-lookup",
+    } == services
+    (read, *_) = [span for _, span in spans if span.name == "store read"]
+    path = [read.name]
+    while read.parent_span_id in by_id:
+        read = by_id[read.parent_span_id]
+        path.append(read.name)
+    assert ["store read", "lookup Fetch", "fetch rows", "worker Generate", "POST /v1/completions"] == path
+    assert "b7ad6b7169203331" == read.parent_span_id.hex()
+    told = {span.name: attributes(span) for _, span in spans}
+    assert (200, "mine") == tuple(told["POST /v1/completions"][k] for k in ("http.response.status_code", "tolhouse.request_id"))
+    assert (3, 3) == tuple(told["worker Generate"][f"gen_ai.usage.{k}_tokens"] for k in ("input", "output"))
+    assert told["store read"]["server.address"] == redis_url
+    assert 5 == sum(attributes(span)["tolhouse.rows"] for _, span in spans if span.name == "fetch rows")  # 3 of the prompt, 2 of the answer
+
+
+def test_a_log_line_names_its_trace(traced: tuple[Receiver, Cluster]) -> None:
+    one, cluster = traced
+    trace_id = "1" * 32
+    complete(cluster, traceparent=f"00-{trace_id}-{'2' * 16}-01", **{"x-request-id": "logged"})
+    one.trace(trace_id, "POST /v1/completions")
+    lines = [json.loads(line) for line in cluster.processes[-1].log.read_text().splitlines()]
+    assert [trace_id] == [line["trace_id"] for line in lines if line.get("request_id") == "logged"]
+
+
+def test_what_the_caller_does_not_record_is_not_recorded(traced: tuple[Receiver, Cluster]) -> None:
+    """A traceparent without its flag, and one that is none: the first leaves no span, the second begins a trace."""
+    one, cluster = traced
+    complete(cluster, traceparent=f"00-{'3' * 32}-{'4' * 16}-00")
+    complete(cluster, traceparent="no traceparent", **{"x-request-id": "anew"})
+
+    def begun() -> list[str]:
+        return [span.trace_id.hex() for _, span in one.spans if attributes(span).get("tolhouse.request_id") == "anew"]
+
+    with one.came:
+        assert one.came.wait_for(begun, 30)
+        (trace_id,) = begun()
+    one.trace(trace_id, "worker Generate", "store read")
+    assert not [span for _, span in one.spans if span.trace_id.hex() == "3" * 32]
+
+
+def test_a_failure_is_told(traced: tuple[Receiver, Cluster]) -> None:
+    one, cluster = traced
+    trace_id = "5" * 32
+    body = {"model": "tiny-memory", "prompt": [5], "max_tokens": 1, "temperature": 0.5, "top_p": -1}
+    url = f"http://{cluster.gateway}/v1/completions"
+    assert 400 == httpx.post(url, json=body, headers={"traceparent": f"00-{trace_id}-{'6' * 16}-01"}).status_code
+    ((_, span),) = one.trace(trace_id, "POST /v1/completions")
+    assert 400 == attributes(span)["http.response.status_code"]
+
+
+def test_spans_of_a_batch_link_to_all_its_requests() -> None:
+    """Rows that several requests of a step want are fetched once: below the first, with a link to the other."""
+    with receiver() as (one, url), pytest.MonkeyPatch.context() as patch:
+        program = f"""
+from tolhouse import tracing
+tracing.start_tracing("batch", {url!r}, insecure=False)
+first, second = (tracing.begin(name, root=True) for name in ("first", "second"))
+with tracing.under([first.traceparent, "", second.traceparent]), tracing.span("both"):
+    print(tracing.here())
+first.end(), second.end("it broke")
+"""
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        spans = {span.name: span for _, span in one.trace(done.stdout.split("-")[1], "first", "both")}
+        spans |= {span.name: span for _, span in one.spans}
+    assert spans["both"].parent_span_id == spans["first"].span_id
+    assert [spans["second"].span_id] == [link.span_id for link in spans["both"].links]
+    assert ("it broke", "") == (spans["second"].status.message, spans["first"].status.message)
+
+
+def test_off_costs_no_import() -> None:
+    """Without a collector nothing of OpenTelemetry is loaded, and spans are nothing."""
+    program = """
+import sys
+from tolhouse import tracing
+tracing.start_tracing("lookup", "", insecure=False)
+with tracing.under(["00-x-y-01"]), tracing.span("fetch"):
+    assert tracing.here() == "" == tracing.begin("root", root=True).traceparent
+assert not [name for name in sys.modules if name.startswith("opentelemetry")]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("collector:4317", "is not http://HOST:PORT"),
+        ("http://127.0.0.1", "is not http://HOST:PORT"),
+        ("http://127.0.0.1:4318/v1/traces", "is not http://HOST:PORT"),
+        ("ftp://127.0.0.1:4317", "is not http://HOST:PORT"),
+        ("http://collector:4317", "in plaintext"),
+    ],
+)
+def test_bad_collectors_are_told(url: str, expected: str) -> None:
+    with pytest.raises(InvalidArgument, match=expected):
+        tracing.start_tracing("lookup", url, insecure=False)
+
+
+def test_a_collector_that_is_away_fails_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    """Spans are lost; answers come, and the service stops when told to."""
+    url = f"file://{tmp_path}"
+    build_table(checkpoint, url)
+    away = ("--traces", "http://127.0.0.1:9")
+    with local_cluster(checkpoint, url, lookup_options=away, worker_options=away, gateway_options=away) as cluster:
+        assert "length" == complete(cluster).json()["choices"][0]["finish_reason"]
+        for process in cluster.processes:
+            process.popen.terminate()
+        assert [0, 0, 0] == [process.popen.wait(60) for process in cluster.processes]
