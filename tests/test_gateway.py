@@ -558,6 +558,23 @@ def test_full_queues_are_told(tmp_path: Path) -> None:
     assert {"rate_limit_error"} == {a.json()["error"]["type"] for a in full}
 
 
+def test_a_full_worker_is_not_asked(tmp_path: Path) -> None:
+    """While a worker has all it takes, as far as the gateway knows, requests are refused before any work is done for them."""
+    url = f"file://{tmp_path}"
+    build_table(DEMO, url)
+    short = {"prompt": PROMPT, "max_tokens": 1}
+    long = {"prompt": PROMPT, "max_tokens": 450, "ignore_eos": True, "n": 3, "stream": True}
+    with local_cluster(DEMO, url, worker_options=("--max-running", "2", "--max-waiting", "1")) as cluster:
+        with httpx.stream("POST", f"{cluster.url}/completions", json=long, timeout=60) as stream:
+            next(stream.iter_text())
+            refused = httpx.post(f"{cluster.url}/completions", json=short)
+            assert (429, "1") == (refused.status_code, refused.headers["retry-after"])
+            assert "3 requests are with the workers already" in refused.json()["error"]["message"]
+        deadline = time.monotonic() + 30
+        while 200 != httpx.post(f"{cluster.url}/completions", json=short).status_code:
+            assert time.monotonic() < deadline, "the places are not given back"
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_caller_that_goes_away_ends_the_work(cluster: Cluster, stream: bool) -> None:
     """Closing the connection cancels the sequence in the worker."""

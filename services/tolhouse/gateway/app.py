@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -54,11 +54,11 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
             with suppress(asyncio.CancelledError):
                 await watching
 
-    app = FastAPI(title="Tolhouse", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="Tolhouse", version=__version__, lifespan=lifespan, responses=_PROBLEMS)
     app.add_middleware(Measured)
     WORKERS.set_function(lambda: len(pool.healthy()))
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"description": "No worker is healthy"}})
     async def health(request: Request) -> JSONResponse:
         """200 while at least one worker is healthy. Which they are is told to callers with a key, where there are keys."""
         ok = bool(pool.healthy())
@@ -67,7 +67,7 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
             body["workers"] = {m.channel.target: str(m.trouble or "healthy") for m in pool.members}
         return JSONResponse(body, 200 if ok else 503)
 
-    @app.api_route("/ping", methods=["GET", "POST"])
+    @app.api_route("/ping", methods=["GET", "POST"], responses={503: {"description": "No worker is healthy"}})
     async def ping() -> JSONResponse:
         """As health, without words."""
         return JSONResponse({}, 200 if pool.healthy() else 503)
@@ -76,7 +76,7 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
     async def version() -> dict:
         return {"version": __version__}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Metrics in Prometheus' text format."""
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
@@ -93,19 +93,21 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
     async def model(model: str) -> dict:
         return card(pool.check_model(model))
 
-    @app.post("/v1/completions", response_model=Completion)
+    @app.post("/v1/completions", response_model=Completion, responses=_STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Completes one or more prompts; with `stream`, as server-sent events."""
         name = pool.check_model(body.model)
+        pool.check_room(name)
         most = pool.limits(name).context_tokens
         prompts = [await vocabulary.ids(p, most) if isinstance(p, str) else p for p in body.prompts]
         run = Run(body, prompts, name, pool, vocabulary, request.state.request_id)
         return await _answer(request, run, CompletionForm(run))
 
-    @app.post("/v1/chat/completions", response_model=Chat)
+    @app.post("/v1/chat/completions", response_model=Chat, responses=_STREAMED)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answers messages, by the checkpoint's chat template; with `stream`, as server-sent events."""
         name = pool.check_model(body.model)
+        pool.check_room(name)
         text = template.render([message.plain for message in body.messages])
         ids = await vocabulary.ids(text, pool.limits(name).context_tokens)
         run = Run(body, [ids], name, pool, vocabulary, request.state.request_id)
@@ -159,6 +161,8 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
     )  # outermost: also the answer to a defect has its id
 
 
+_PROBLEMS: dict[int | str, dict[str, Any]] = {"default": {"model": problems.Problem, "description": "What was wrong, and what is allowed"}}
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # with `stream`
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,

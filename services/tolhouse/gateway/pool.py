@@ -30,6 +30,11 @@ class Member:
     def load(self) -> int:
         return self.in_flight + self.others
 
+    @property
+    def full(self) -> bool:
+        """Whether it would refuse another request, as far as is known here."""
+        return bool(self.described and 0 < self.described.most_sequences <= self.load)
+
 
 class Limits(NamedTuple):
     context_tokens: int
@@ -96,6 +101,12 @@ class Pool:
         if model not in served:
             raise NotFound(f"model {model!r} is not served here; available: {', '.join(served)}")
         return model
+
+    def check_room(self, model: str) -> None:
+        """Overloaded where all workers of a model have all they take: better said before any work is done for a request."""
+        serving = [m for m in self.healthy() if m.described and m.described.model == model]
+        if serving and all(m.full for m in serving):
+            raise Overloaded(f"{sum(m.load for m in serving)} requests are with the workers already, all that they take: try again later")
 
     def limits(self, model: str) -> Limits:
         """What all healthy workers of a model can take."""

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 from tolhouse.errors import Internal, TolhouseError
 from tolhouse.telemetry import log
 
@@ -12,6 +14,19 @@ _FORMS = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of lists of token ids",
     "stop": "a text, or a list of at most 32 texts, each of at most 512 characters",
 }
+
+
+class ProblemDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class Problem(BaseModel):
+    """Every answer that is no success: for the API's description, and as `body_of` makes it."""
+
+    error: ProblemDetail
 
 
 def body_of(message: str, code: int, param: str | None = None) -> dict:

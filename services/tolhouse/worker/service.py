@@ -53,6 +53,7 @@ class WorkerService(GenerationServicer):
             "tokenizer_id": checkpoint.tokenizer_id,
             "context_tokens": checkpoint.config.max_position_embeddings,
             "vocab_size": checkpoint.config.vocab_size,
+            "most_sequences": engine.scheduler.max_running + engine.max_waiting,
             "eos_token_id": checkpoint.config.eos_token_id,
             "weight_bytes": checkpoint.weight_bytes(dense=False, embedding=not (manifest and manifest.x0)),
             "dense_weight_bytes": checkpoint.weight_bytes(dense=True),
