@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -563,14 +564,23 @@ def test_a_full_worker_is_not_asked(tmp_path: Path) -> None:
     url = f"file://{tmp_path}"
     build_table(DEMO, url)
     short = {"prompt": PROMPT, "max_tokens": 1}
-    long = {"prompt": PROMPT, "max_tokens": 450, "ignore_eos": True, "n": 3, "stream": True}
-    with local_cluster(DEMO, url, worker_options=("--max-running", "2", "--max-waiting", "1")) as cluster:
-        with httpx.stream("POST", f"{cluster.url}/completions", json=long, timeout=60) as stream:
-            next(stream.iter_text())
+    long = {"prompt": PROMPT, "max_tokens": 450, "ignore_eos": True, "stream": True}
+    with local_cluster(DEMO, url, worker_options=("--max-running", "1", "--max-waiting", "1")) as cluster, ExitStack() as stack:
+
+        def taken() -> int:
+            described = client.describe_worker()
+            return described.running + described.waiting
+
+        client = stack.enter_context(Client(cluster.workers))
+        deadline = time.monotonic() + 30
+        with ExitStack() as streams, ThreadPoolExecutor(2) as pool:
+            for count in (1, 2):
+                pool.submit(lambda: streams.enter_context(httpx.stream("POST", f"{cluster.url}/completions", json=long, timeout=60)))
+                while taken() < count:
+                    assert time.monotonic() < deadline
             refused = httpx.post(f"{cluster.url}/completions", json=short)
             assert (429, "1") == (refused.status_code, refused.headers["retry-after"])
-            assert "3 requests are with the workers already" in refused.json()["error"]["message"]
-        deadline = time.monotonic() + 30
+            assert "2 requests are with the workers already" in refused.json()["error"]["message"]
         while 200 != httpx.post(f"{cluster.url}/completions", json=short).status_code:
             assert time.monotonic() < deadline, "the places are not given back"
 
