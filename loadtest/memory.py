@@ -35,7 +35,7 @@ def memory_ratio(name: str, *, tied: bool) -> float:
             path = zero_weights(Path(folder) / kind, shape)
             Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(path / "tokenizer.json"))
             with ExitStack() as stack:
-                lookup = stack.enter_context(_lookup(Path(folder), Checkpoint(path, shape))) if shape.num_row_layers else ()
+                lookup = stack.enter_context(_lookup(Path(folder), Checkpoint(path, shape))) if shape.num_rows else ()
                 options = ("--listen", "127.0.0.1:0", "--compile", "never", "--row-cache-megabytes", str(CACHE_MEGABYTES), *lookup)
                 worker = stack.enter_context(process("worker", str(path), *options))
                 resident[kind] = _after_request(worker.address, worker.pid)

@@ -31,7 +31,7 @@ def manifest_of(name: str, vocabulary: int, row_kib: int, shards: int = 64, freq
 
 def alike(shape: ModelConfig, codec: str, frequent: tuple[int, ...] = (), model_id: str = "0" * 64) -> Manifest:
     """A table for a model of this shape, named after its kind, with X0 where its embeddings are untied."""
-    layers, x0 = tuple(range(shape.num_row_layers)), not shape.tie_word_embeddings
+    layers, x0 = tuple(range(shape.num_rows)), not shape.tie_word_embeddings
     return Manifest(
         name=shape.kind,
         version=content_id(f"{shape.kind} {shape.hidden_size}", codec, layers, x0),

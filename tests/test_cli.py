@@ -125,7 +125,7 @@ def test_memory_is_explained_in_the_shell(checkpoint: Path) -> None:
     [
         (("frobnicate",), 2, "No such command"),
         (("build",), 2, "Missing argument"),
-        (("train", "huge", "--out", "x"), 1, "one of tiny, demo"),
+        (("train", "huge", "--out", "x"), 1, "one of tiny, small"),
         (("train", "tiny", "--kind", "flex", "--out", "x"), 1, "beta is 1, 2 or 3"),
         (("train", "tiny", "--ffn-c", "swiglu", "--out", "x"), 1, "--kind flex"),
         (("tables", "list", "--store", "nowhere"), 1, "not understood"),

@@ -39,7 +39,7 @@ def test_compiled_steps_are_the_uncompiled_ones(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "m", "flex", 3)
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
-    rows = RandomRows(config.num_row_layers, config.hidden_size)
+    rows = RandomRows(config.num_rows, config.hidden_size)
     compiled, again, anew = (Compiled(config, torch.float32, tmp_path / "cache") for _ in range(3))
     compiled.start()
     assert compiled.wait()

@@ -79,5 +79,5 @@ def test_a_preset_keeps_to_the_kinds(kind: str, beta: int) -> None:
 
 def test_an_unknown_preset_is_refused() -> None:
     """The error names the presets there are."""
-    with pytest.raises(InvalidArgument, match="'huge' is unknown; one of tiny, demo, 250m"):
+    with pytest.raises(InvalidArgument, match="'huge' is unknown; one of tiny, small, small-active, demo, 250m"):
         preset("huge", "memory")

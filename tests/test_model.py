@@ -23,7 +23,12 @@ PAPER = {
     "750m": {"base": 737, "memory": 245, 1: 307, 2: 368, 3: 430},
     "1b": {"base": 1208, "memory": 402, 1: 503, 2: 604, 3: 704},
 }
-KINDS = [("base", 0, "linear"), ("memory", 0, "linear"), *(("flex", beta, form) for beta in (1, 2, 3) for form in ("linear", "swiglu"))]
+KINDS = [
+    ("base", 0, "linear"),
+    ("memory", 0, "linear"),
+    ("wide", 0, "linear"),
+    *(("flex", beta, form) for beta in (1, 2, 3) for form in ("linear", "swiglu")),
+]
 
 
 def model_of(kind: str, beta: int = 0, ffn_c: str = "linear", **overrides) -> Transformer:
@@ -109,7 +114,7 @@ def test_rows_are_a_function_of_the_token_alone(kind: str, beta: int, ffn_c: str
     model = model_of(kind, beta, ffn_c)
     ids = torch.tensor([3, 60, 3, 0, 7])
     rows = model.rows(ids)
-    assert (0 if kind == "base" else 4, 5, 96) == tuple(rows.shape)
+    assert ({"base": 0, "wide": 1}.get(kind, 4), 5, 96) == tuple(rows.shape)
     assert torch.equal(rows, model.rows(ids))
     torch.testing.assert_close(rows, torch.stack([model.rows(i[None])[:, 0] for i in ids], dim=1))
 

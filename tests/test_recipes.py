@@ -14,7 +14,7 @@ def test_the_paper_s_runs_are_the_paper_s(size: str) -> None:
     assert size in RECIPES[f"paper-{size}"].__doc__
 
 
-@pytest.mark.parametrize(("kind", "beta"), [("base", 0), ("memory", 0), ("flex", 1), ("flex", 2), ("flex", 3)])
+@pytest.mark.parametrize(("kind", "beta"), [("base", 0), ("memory", 0), ("wide", 0), ("flex", 1), ("flex", 2), ("flex", 3)])
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_fits_its_model(name: str, kind: str, beta: int) -> None:
     """Sequences fit the context, the warm-up ends before the run does, and the loss is looked at on the way."""

@@ -145,10 +145,10 @@ def test_the_rate_warms_up_and_falls_to_its_end() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_every_kind(name: str) -> None:
     """A recipe describes a run of each kind, and says what it is."""
-    for kind, beta in (("base", 0), ("memory", 0), ("flex", 1), ("flex", 3)):
+    for kind, beta in (("base", 0), ("memory", 0), ("flex", 1), ("flex", 3), ("wide", 0)):
         assert kind == recipe(name, kind, beta).config.kind
     assert RECIPES[name].__doc__
-    with pytest.raises(InvalidArgument, match="one of tiny, demo"):
+    with pytest.raises(InvalidArgument, match="one of tiny, small"):
         recipe("huge", "base", 0)
 
 

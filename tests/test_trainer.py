@@ -43,7 +43,9 @@ def out(checkpoint: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("kind", "beta", "autocast"), [("base", 0, False), ("memory", 0, False), ("memory", 0, True), ("flex", 3, True)])
+@pytest.mark.parametrize(
+    ("kind", "beta", "autocast"), [("base", 0, False), ("memory", 0, False), ("memory", 0, True), ("flex", 3, True), ("wide", 0, True)]
+)
 def test_every_kind_learns(kind: str, beta: int, autocast: bool, out: Path) -> None:
     """In either precision every weight moves, and on a text of sixteen tokens the loss falls from that of a blind guess."""
     text = np.tile(IDS[:16], 20)

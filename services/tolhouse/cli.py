@@ -18,6 +18,7 @@ import click
 
 from tolhouse import __version__, config
 from tolhouse.errors import InvalidArgument, TolhouseError
+from tolhouse.model.config import KINDS
 from tolhouse.telemetry import event, start_logging
 
 EXTRAS = {
@@ -123,7 +124,7 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="Folder of the checkpoint; a run that was killed goes on there. Default: runs/RECIPE-KIND.",
 )
-@click.option("--kind", type=click.Choice(["base", "memory", "flex"]), default="memory", show_default=True, help="What the FFNs read.")
+@click.option("--kind", type=click.Choice(KINDS), default="memory", show_default=True, help="What the FFNs read.")
 @click.option("--beta", type=click.IntRange(0, 3), default=0, help="flex: FFN-C keeps beta * h^2 parameters in the block, 1 to 3.")
 @click.option("--ffn-c", type=click.Choice(["linear", "swiglu"]), default="linear", show_default=True, help="flex: the form of FFN-C.")
 @click.option(
@@ -152,6 +153,7 @@ def train(
     \b
     RECIPE is one of
       tiny                            a minute on two cores
+      small small-active              ten minutes on a core: kinds at equal total parameters; base at memory's active ones
       demo                            the committed demo models: about an hour
       paper-250m paper-750m paper-1b  the paper's runs, for accelerators
 

@@ -21,7 +21,7 @@ _BATCH_TOKENS = 1024
 @torch.inference_mode()
 def explain_text(checkpoint: Checkpoint, text: str, keys: int, neighbours: int) -> list[dict[str, Any]]:
     """One entry per distinct token of `text`, in order: id, token, norms by layer, strongest keys by layer, nearest."""
-    if not checkpoint.config.num_row_layers:
+    if not checkpoint.config.num_rows:
         raise InvalidArgument(f"checkpoint {checkpoint.path.name} is of kind {checkpoint.config.kind}: it has no token memory")
     tokenizer, model = checkpoint.tokenizer(), checkpoint.model()
     ids = list(dict.fromkeys(tokenizer.encode(text).ids))
@@ -30,7 +30,7 @@ def explain_text(checkpoint: Checkpoint, text: str, keys: int, neighbours: int) 
     ids_T = torch.tensor(ids)
     norms_TN = model.rows(ids_T).norm(dim=-1).T
     near = nearest(model, ids_T, neighbours)
-    by_layer = [coefficients(model, layer, ids_T) for layer in range(checkpoint.config.num_row_layers)]
+    by_layer = [coefficients(model, layer, ids_T) for layer in range(checkpoint.config.num_rows)]
     strongest = [c_TK.abs().topk(min(keys, c_TK.shape[1])).indices for c_TK in by_layer]
     return [
         {

@@ -33,11 +33,11 @@ def plan(
 ) -> Manifest:
     """The manifest of the table to build, without its digests. `frequent`: see frequency.py; `embedding`: see config.py."""
     config = checkpoint.config
-    if not config.num_row_layers:
+    if not config.num_rows:
         raise InvalidArgument(f"checkpoint {checkpoint.path} is of kind {config.kind}: it has no context-free FFNs to build a table from")
     if num_shards > config.vocab_size:
         raise InvalidArgument(f"{num_shards} shards for a vocabulary of {config.vocab_size}: at most one shard per token")
-    layers = tuple(range(config.num_row_layers))
+    layers = tuple(range(config.num_rows))
     x0 = embedding == "yes" or (embedding == "auto" and not config.tie_word_embeddings)
     return Manifest(
         name=check_name(name or checkpoint.name),

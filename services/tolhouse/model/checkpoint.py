@@ -8,8 +8,9 @@ Tensor names are LLaMA's; FFN-M adds its own. `{i}` counts layers:
     model.layers.{i}.post_attention_layernorm.weight           [D]            base, flex
     model.layers.{i}.mlp.{gate,up,down}_proj.weight            [K, D] [D, K]  base; flex with ffn_c = swiglu
     model.layers.{i}.mlp.maps.{j}.weight                       [D, D]         flex with ffn_c = linear, j < beta
-    model.layers.{i}.ffn_m.norm.weight                         [D]            memory, flex
-    model.layers.{i}.ffn_m.mlp.{gate,up,down}_proj.weight      [K, D] [D, K]  memory, flex
+    model.layers.{i}.ffn_m.norm.weight                         [D]            memory, flex; wide: layer 0's alone
+    model.layers.{i}.ffn_m.mlp.{gate,up,down}_proj.weight      [K, D] [D, K]  memory, flex; wide: layer 0's alone
+    model.layers.{i}.row_scale                                 [D]            wide
     model.norm.weight                                          [D]
     lm_head.weight                                             [V, D]         unless tied to the embedding
 """

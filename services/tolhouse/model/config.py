@@ -10,7 +10,7 @@ from typing import Any
 
 from tolhouse.errors import InvalidArgument
 
-KINDS = ("base", "memory", "flex")
+KINDS = ("base", "memory", "flex", "wide")
 FFN_C_FORMS = ("linear", "swiglu")
 _LIMITS = {
     "vocab_size": 2**31,
@@ -24,9 +24,9 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of one model. `intermediate_size` is K of the FFN (base) or of FFN-M (memory, flex); PAPER table 1."""
+    """Shape of one model. `intermediate_size` is K of the FFN (base) or of FFN-M (memory, flex, wide); PAPER table 1."""
 
-    kind: str  # base: LLaMA · memory: every FFN reads the token alone · flex: a part of the budget stays in the block
+    kind: str  # base: LLaMA · memory: every FFN reads the token alone · flex: a part of the budget stays in the block · wide: one for all layers
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
@@ -69,9 +69,9 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def num_row_layers(self) -> int:
-        """Layers that add a row: all of them, or none in a base model."""
-        return 0 if self.kind == "base" else self.num_hidden_layers
+    def num_rows(self) -> int:
+        """Rows of a token: one for each layer, one that all layers share, or none in a base model."""
+        return {"base": 0, "wide": 1}.get(self.kind, self.num_hidden_layers)
 
     def to_json(self) -> dict[str, Any]:
         return {"model_type": "memoryllm", "torch_dtype": "bfloat16", **dataclasses.asdict(self)}
@@ -94,9 +94,11 @@ class ModelConfig:
 
 
 # hidden size, layers, heads, vocabulary, context, and K for base and memory, then for flex with beta 1, 2, 3 (PAPER table 1).
-# The first two are ours, at equal total parameters across kinds: 3 * K = (8 - beta) * h exactly.
+# The first four are ours, at equal total parameters across kinds: 3 * K = (8 - beta) * h exactly.
 _PRESETS: dict[str, tuple[int, int, int, int, int, tuple[int, int, int, int]]] = {
     "tiny": (96, 4, 4, 1024, 256, (256, 224, 192, 160)),
+    "small": (144, 6, 4, 4096, 256, (384, 336, 288, 240)),
+    "small-active": (84, 6, 3, 4096, 256, (224, 196, 168, 140)),  # a base model of this is as large as what is active of `small` memory
     "demo": (288, 6, 6, 8192, 512, (768, 672, 576, 480)),
     "250m": (960, 24, 16, 128_256, 2048, (2560, 2240, 1920, 1600)),
     "750m": (1600, 24, 16, 128_256, 2048, (4272, 3738, 3200, 2668)),
@@ -119,7 +121,7 @@ def preset(name: str, kind: str, beta: int = 0, **overrides: Any) -> ModelConfig
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "intermediate_size": ffn[beta],
+        "intermediate_size": ffn[beta] * (layers if kind == "wide" else 1),  # as many parameters as all the others' together
         "max_position_embeddings": context,
     }
     return ModelConfig(**{**fields, **overrides})

@@ -10,7 +10,7 @@ cache's (`kv.py`, or the worker's paged one): this file knows neither sequences 
 Shapes: T tokens, D hidden size, N layers, H heads, E = D / H head size, K FFN intermediate size, V vocabulary.
 """
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,8 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.ffn_m = nn.ModuleList(ContextFreeFFN(config) for _ in range(config.num_row_layers))
+        self.ffn_m = nn.ModuleList(ContextFreeFFN(config) for _ in range(config.num_rows))
+        self.present = tuple(range(config.num_rows))  # which of a token's rows are given
 
     def x0(self, ids_T: Tensor) -> Tensor:
         """Embeddings [T, D] of token ids."""
@@ -64,7 +65,7 @@ class Transformer(nn.Module):
         """
         x0_TD = self.x0(ids_T)
         if not self.ffn_m:
-            if self.config.num_row_layers:
+            if self.config.num_rows:
                 raise InvalidArgument("this model was loaded without its FFN-M weights; its rows come from a table")
             return x0_TD.new_empty(0, *x0_TD.shape)
         return torch.stack([x0_TD] * x0 + [ffn(x0_TD) for ffn in self.ffn_m])
@@ -75,17 +76,18 @@ class Transformer(nn.Module):
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Rows, begun_TD: Tensor | None = None) -> Tensor:
         """Final hidden states [T, D], for callers that want the logits of some tokens only; from where `begin` left off, if it ran."""
-        carried = len(rows_NTD) - self.config.num_row_layers  # 1: X0 in front
+        carried = len(rows_NTD) - len(self.present)  # 1: X0 in front
         x_TD = rows_NTD[0] if carried > 0 else begun_TD
         if x_TD is None:
             x_TD = self.x0(ids_T)
         rope = rotary(positions_T, self.config.head_dim, self.config.rope_theta, x_TD.dtype)
         for layer, block in enumerate(self.layers):
-            row_TD = rows_NTD[carried + layer] if len(rows_NTD) else None
+            wanted = 0 if self.config.kind == "wide" else layer
+            row_TD = rows_NTD[carried + self.present.index(wanted)] if wanted in self.present else None
             if layer or begun_TD is None:
                 x_TD = block(x_TD, rope, cache, row_TD)
             elif row_TD is not None:
-                x_TD = x_TD + row_TD
+                x_TD = cast("Block", block).add(x_TD, row_TD)
         return self.norm(x_TD)
 
     def begin(self, ids_T: Tensor, positions_T: Tensor, cache: Cache) -> Tensor:
@@ -103,12 +105,17 @@ class Block(nn.Module):
         # base: the FFN, reading the residual stream · flex: FFN-C, the part of it that stays · memory: nothing
         self.mlp = residual_ffn(config)
         self.post_attention_layernorm = RMSNorm(config) if self.mlp else None
+        self.row_scale = nn.Parameter(torch.ones(config.hidden_size)) if config.kind == "wide" else None
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: Cache, row_TD: Tensor | None) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, cache)
         if self.mlp and self.post_attention_layernorm:
             x_TD = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
-        return x_TD if row_TD is None else x_TD + row_TD  # what the paper changes: FFN_l(LN_l(X0)) comes from outside
+        return x_TD if row_TD is None else self.add(x_TD, row_TD)  # what the paper changes: FFN_l(LN_l(X0)) comes from outside
+
+    def add(self, x_TD: Tensor, row_TD: Tensor) -> Tensor:
+        """A row added; one that all layers share is scaled by each as it has learned to (One Wide FFN, arXiv 2309.01826; the scale is ours)."""
+        return x_TD + row_TD if self.row_scale is None else torch.addcmul(x_TD, row_TD, self.row_scale)
 
 
 class Attention(nn.Module):

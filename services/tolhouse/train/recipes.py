@@ -1,7 +1,7 @@
 """Recipes as functions: each gives the whole description of one training run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.config import ModelConfig, preset
@@ -35,6 +35,16 @@ def tiny(kind: str, beta: int) -> Recipe:
     return Recipe(preset("tiny", kind, beta), 200, 8, 128, 3e-3, 3e-4, 20, 50, autocast=False)
 
 
+def small(kind: str, beta: int) -> Recipe:
+    """About ten minutes on one core: for comparing kinds, which have equal total parameters."""
+    return Recipe(preset("small", kind, beta), 1500, 16, 256, 3e-3, 1e-4, 100, 250)
+
+
+def small_active(kind: str, beta: int) -> Recipe:
+    """The same run of a narrower model: base has as many parameters as a worker computes with of `small` memory."""
+    return replace(small(kind, beta), config=preset("small-active", kind, beta))
+
+
 def demo(kind: str, beta: int) -> Recipe:
     """About an hour on two cores: completes Python in the manner of the standard library."""
     return Recipe(preset("demo", kind, beta), 4000, 8, 512, 2e-3, 5e-5, 200, 250)
@@ -52,6 +62,8 @@ def paper(size: str) -> Callable[[str, int], Recipe]:
 
 RECIPES: dict[str, Callable[[str, int], Recipe]] = {
     "tiny": tiny,
+    "small": small,
+    "small-active": small_active,
     "demo": demo,
     **{f"paper-{size}": paper(size) for size in ("250m", "750m", "1b")},
 }

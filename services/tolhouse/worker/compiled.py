@@ -228,7 +228,7 @@ def _export(config: ModelConfig, dtype: torch.dtype, sequences: int, path: Path)
     rope = list(transformer.rotary(count, config.head_dim, config.rope_theta, dtype))
     keys, values = (torch.empty_strided(x[0].shape, x[0].stride(), dtype=dtype) for x in (pages.keys, pages.values))
     layer = [keys, values, count, count.clone(), tables_BC, count + 1]
-    inputs = (list(_state(block).values()), x_TD, rope, layer, [x_TD.clone()] * bool(config.num_row_layers))
+    inputs = (list(_state(block).values()), x_TD, rope, layer, [x_TD.clone()] * bool(config.num_rows))
     tokens = {0: torch.export.Dim("T", min=2, max=1 << 20)} if sequences > 1 else {}
     blocks, width = torch.export.Dim("blocks", min=2), torch.export.Dim("C", min=2)
     shapes: Any = (

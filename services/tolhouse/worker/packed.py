@@ -126,6 +126,8 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, embed
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.weight = nn.Parameter(module.weight.to(device, dtype, copy=True), requires_grad=False)
+        elif isinstance(module, Block) and module.row_scale is not None:
+            module.row_scale = nn.Parameter(module.row_scale.to(device, dtype, copy=True), requires_grad=False)
     return model
 
 
@@ -151,6 +153,8 @@ def stand_in(config: ModelConfig, dtype: torch.dtype) -> Block:
     for module in block.modules():
         if isinstance(module, RMSNorm):
             module.weight = nn.Parameter(torch.ones(config.hidden_size, dtype=dtype), requires_grad=False)
+    if block.row_scale is not None:
+        block.row_scale = nn.Parameter(torch.ones(config.hidden_size, dtype=dtype), requires_grad=False)
     return block
 
 

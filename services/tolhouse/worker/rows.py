@@ -263,7 +263,7 @@ def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
 
     require(manifest.model_id == checkpoint.model_id(), "model", manifest.model_id[:12], checkpoint.model_id()[:12])
     require(manifest.tokenizer_id == checkpoint.tokenizer_id, "tokenizer", manifest.tokenizer_id[:12], checkpoint.tokenizer_id[:12])
-    layers = tuple(range(checkpoint.config.num_row_layers))
+    layers = tuple(range(checkpoint.config.num_rows))
     require(manifest.layers == layers, "layers", str(manifest.layers), str(layers))
     config = checkpoint.config
     require(

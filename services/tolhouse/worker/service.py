@@ -223,7 +223,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
         return rows
 
     rows: Rows | NoRows = NoRows(checkpoint.config.hidden_size, device)
-    if checkpoint.config.num_row_layers:
+    if checkpoint.config.num_rows:
         rows = rows_of(await asyncio.to_thread(wait_for_table, client, table, config.lookup_wait_seconds))
     pages = Pages(checkpoint.config, cache.num_blocks + 1, device, dtype)  # one to spare, for GraphRunner
     embedding = not (rows.manifest and rows.manifest.x0)

@@ -1,0 +1,72 @@
+"""One wide FFN for all layers: one row for each token, and the same tokens wherever that row comes from."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tolhouse import Client
+from tolhouse.model.checkpoint import open_checkpoint, save_checkpoint
+from tolhouse.model.generate import greedy
+from tolhouse.model.transformer import total_parameters
+from tolhouse.testing import build_table, local_cluster, tiny_model
+
+PROMPT = [5, 17, 40, 3, 99]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose layers scale the row each in its own way, one of them not at all."""
+    path = tiny_model(tmp_path_factory.mktemp("checkpoints") / "tiny-wide", "wide")
+    model = open_checkpoint(path).model()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer, block in enumerate(model.layers):
+            block.row_scale.copy_(torch.randn(block.row_scale.shape, generator=generator) * layer)
+    save_checkpoint(path, model, path / "tokenizer.json")
+    return path
+
+
+def test_it_is_as_large_as_the_others(wide: Path, checkpoint: Path) -> None:
+    """The one FFN has the parameters of all the layers' together, to the norms and scales."""
+    sizes = [total_parameters(open_checkpoint(path).model()) for path in (wide, checkpoint)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.002)
+
+
+@pytest.mark.parametrize("compile", ["never", "auto"])
+def test_served_tokens_are_the_model_s(wide: Path, tmp_path: Path, compile: str) -> None:
+    """Also where decoding is compiled, once it is."""
+    url = f"file://{tmp_path}"
+    build_table(wide, url)
+    checkpoint = open_checkpoint(wide)
+    expected = list(greedy(checkpoint.model(), PROMPT, 40, ignore_eos=True))
+    options = ("--compile", compile, "--compile-cache", str(tmp_path / "cache"))
+    with local_cluster(wide, url, worker_options=options) as cluster, Client(cluster.workers) as client:
+        if compile == "auto":
+            deadline = time.monotonic() + 120
+            while "decoding is compiled" not in cluster.processes[1].log.read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        assert expected == list(client.generate(PROMPT, 40, ignore_eos=True))
+        assert len(set(expected)) > 4
+
+
+def test_a_fetch_carries_one_row_for_each_token(wide: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Record, store and wire hold 1/N of what a table with a row for each layer does: the worker's own counts say so."""
+    counted = {}
+    for path in (wide, checkpoint):
+        url = f"file://{tmp_path / path.name}"
+        build_table(path, url)
+        options = ("--row-cache-megabytes", "0")
+        with local_cluster(path, url, worker_options=options) as cluster, Client(cluster.workers) as client, Client(cluster.lookup) as rows:
+            list(client.generate(PROMPT, 1, ignore_eos=True))
+            counts = client.describe_worker().rows
+            manifest = rows.describe(path.name)
+            counted[path] = (
+                counts.remote_bytes / counts.from_remote - 8,
+                manifest.num_layers,
+                manifest.table_bytes - 8 * manifest.vocab_size,
+            )
+    (wide_bytes, wide_layers, wide_table), (bytes_, layers, table) = counted[wide], counted[checkpoint]
+    assert (1, 4) == (wide_layers, layers)
+    assert (4 * wide_bytes, 4 * wide_table) == (bytes_, table)  # but for the checksums
