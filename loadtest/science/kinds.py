@@ -1,0 +1,114 @@
+"""Kinds of models at equal total parameters: `python -m loadtest.science.kinds [--seeds 2] [--only WORD]`.
+
+Trains what is not trained yet, two runs at a time on a core each, and then prints the table: held-out perplexity, total and active
+parameters, for each kind and seed. A run that was killed goes on where it was. Loss curves are kept in loadtest/science/curves, so that the
+table can be printed without a training: `--print`.
+"""
+
+import argparse
+import csv
+import json
+import math
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from tolhouse.model.transformer import Transformer, active_parameters, total_parameters
+from tolhouse.train.recipes import recipe
+from torch import device
+
+CURVES = Path(__file__).parent / "curves"
+RUNS = Path("runs/kinds")
+
+
+class Run(NamedTuple):
+    name: str
+    recipe: str
+    kind: str
+    beta: int = 0
+    ffn_c: str = "linear"
+
+    def parameters(self) -> tuple[int, int]:
+        """Total and active ones, without embeddings."""
+        config = replace(recipe(self.recipe, self.kind, self.beta).config, ffn_c=self.ffn_c)
+        with device("meta"):
+            model = Transformer(config)
+        return total_parameters(model), active_parameters(model)
+
+
+KINDS = (
+    Run("memory", "small", "memory"),
+    Run("base", "small", "base"),
+    Run("flex-1", "small", "flex", 1),
+    Run("flex-3", "small", "flex", 3),
+    Run("wide", "small", "wide"),
+    Run("base-active", "small-active", "base"),
+    Run("flex-2", "small", "flex", 2),
+    Run("flex-3-swiglu", "small", "flex", 3, "swiglu"),
+    Run("flex-1-swiglu", "small", "flex", 1, "swiglu"),
+    Run("flex-2-swiglu", "small", "flex", 2, "swiglu"),
+)
+
+
+def train(run: Run, seed: int) -> None:
+    """Train it unless its curve is there."""
+    kept = CURVES / f"{run.name}-{seed}.csv"
+    if kept.exists():
+        return
+    out = RUNS / f"{run.name}-{seed}"
+    flags = ["--kind", run.kind, "--beta", str(run.beta), "--ffn-c", run.ffn_c, "--seed", str(seed), "--out", str(out)]
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{run.name}, seed {seed}: tolhouse train {run.recipe} {' '.join(flags)}", flush=True)
+    if not (out / "model.safetensors").exists():
+        with (out / "train.log").open("ab") as log:
+            subprocess.run([sys.executable, "-m", "tolhouse.cli", "train", run.recipe, *flags], stdout=log, stderr=log, check=True)
+    shutil.copy(out / "loss.csv", kept)
+
+
+def last_loss(run: Run, seed: int) -> float | None:
+    kept = CURVES / f"{run.name}-{seed}.csv"
+    if not kept.exists():
+        return None
+    with kept.open() as file:
+        return [float(row["held_out_loss"]) for row in csv.DictReader(file) if row["held_out_loss"]][-1]
+
+
+def table(seeds: int) -> tuple[str, dict[str, float]]:
+    """Markdown, kinds from the lowest perplexity to the highest; and the mean perplexity of each."""
+    found: dict[str, list[float]] = {}
+    for run in KINDS:
+        losses = [last_loss(run, seed) for seed in range(seeds)]
+        if any(losses):
+            found[run.name] = [math.exp(loss) for loss in losses if loss is not None]
+    mean = {name: math.exp(sum(map(math.log, p)) / len(p)) for name, p in found.items()}
+    lines = ["| kind | total | active | held-out perplexity, by seed |", "|---|---|---|---|"]
+    for run in sorted((r for r in KINDS if r.name in found), key=lambda r: mean[r.name]):
+        total, active = run.parameters()
+        lines.append(f"| {run.name} | {total:,} | {active:,} | {' · '.join(f'{p:.2f}' for p in found[run.name])} |")
+    return "\n".join(lines), mean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.science.kinds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each kind (default %(default)d)")
+    parser.add_argument("--only", default="", metavar="WORD", help="train kinds with this in their name alone")
+    parser.add_argument("--print", action="store_true", help="train nothing: the table from the curves that are kept")
+    options = parser.parse_args()
+    CURVES.mkdir(exist_ok=True)
+    if not options.print:
+        runs = [(run, seed) for seed in range(options.seeds) for run in KINDS if options.only in run.name]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda one: train(*one), runs))
+    text, mean = table(options.seeds)
+    print(text)
+    print(json.dumps({"perplexity": {name: round(p, 3) for name, p in mean.items()}}))
+
+
+if __name__ == "__main__":
+    main()
