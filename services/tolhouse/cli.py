@@ -254,7 +254,7 @@ def list_tables(settings: config.StoreConfig) -> None:
         click.echo(f"{store.url}: {len(found) or 'no'} table{'' if len(found) == 1 else 's'}", err=True)
         for m, published in found:
             click.echo(
-                f"{'*' if published else ' '} {m.ref}  {m.codec:5} {m.vocab_size:>8} rows {m.num_layers:>3} layers{' + X0' if m.x0 else '':5} {m.table_bytes / 1e6:>10.1f} MB"
+                f"{'*' if published else ' '} {m.ref}  {m.codec:5} {m.num_records:>8} rows {m.num_layers:>3} layers{' + X0' if m.x0 else '':5} {m.table_bytes / 1e6:>10.1f} MB{f'  over {m.parent}' * bool(m.parent)}"
             )
 
     _each_store(settings, work)
@@ -303,6 +303,67 @@ def delete(settings: config.StoreConfig, table: str, force: bool) -> None:
     from tolhouse.store import delete as delete_table
 
     _each_store(settings, lambda store: click.echo(f"{delete_table(store, table, force).ref} is deleted from {store.url}"))
+
+
+@main.command()
+@click.argument("table")
+@click.option("--copy", "copies", multiple=True, metavar="TOKEN=OTHER", help="TOKEN gets the row of OTHER.")
+@click.option("--scale", "scales", multiple=True, metavar="TOKEN=FACTOR", help="TOKEN's row is multiplied; 0 takes its memory away.")
+@click.option("--rows", "file", type=click.Path(path_type=Path), help="Rows from elsewhere: an .npz with `ids` [T] and `rows` [T, N, D].")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Its tokenizer tells the ids of tokens that are given as text.")
+@click.option("--publish", "publish_it", is_flag=True, help="Publish the version at once.")
+@options(config.StoreConfig)
+def overlay(
+    settings: config.StoreConfig,
+    table: str,
+    copies: tuple[str, ...],
+    scales: tuple[str, ...],
+    file: Path | None,
+    checkpoint: Path | None,
+    publish_it: bool,
+) -> None:
+    """Edit rows of TABLE, NAME or NAME@VERSION: a version that stores the changed rows alone, over the one it changes.
+
+    A TOKEN is an id or, with --checkpoint, a text that is one token. The version is published, rolled back and deleted like any
+    other; the one it lies over can't be deleted before it.
+
+    \b
+      tolhouse overlay demo-memory --checkpoint models/demo-memory --copy ' import= class' --publish
+      tolhouse tables rollback demo-memory
+    """
+    import numpy as np
+
+    from tolhouse.analysis.edits import factor, halves, read_rows, token_id
+    from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer
+    from tolhouse.store import publish as publish_table
+    from tolhouse.store import resolve
+    from tolhouse.store.overlay import make_overlay, rows_of
+
+    if not (copies or scales or file):
+        raise InvalidArgument("nothing to change: give --copy, --scale or --rows")
+    tokenizer = load_tokenizer(checkpoint / TOKENIZER) if checkpoint else None
+    copied = [(token_id(a, tokenizer), token_id(b, tokenizer)) for a, b in (halves(edit, "--copy") for edit in copies)]
+    scaled = [(token_id(a, tokenizer), factor(b)) for a, b in (halves(edit, "--scale") for edit in scales)]
+    ids, rows = read_rows(file) if file else (np.empty(0, np.int64), None)
+
+    def work(store: Any) -> None:
+        manifest = resolve(store, table)
+        sources = np.array([*(b for _, b in copied), *(a for a, _ in scaled)], np.int64)
+        targets = np.array([*(a for a, _ in copied), *(a for a, _ in scaled)], np.int64)
+        manifest.check_ids(np.concatenate([sources, targets]))
+        taken = rows_of(store, manifest, sources.astype(np.uint32)) if len(sources) else None
+        if taken is not None:
+            taken[len(copied) :] *= np.array([by for _, by in scaled], np.float32)[:, None, None]
+        parts = [part for part in (taken, rows) if part is not None]
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise InvalidArgument(f"{file} has rows of {list(parts[1].shape[1:])}; those of {manifest.ref} are {list(parts[0].shape[1:])}")
+        made = make_overlay(store, manifest.ref, np.concatenate([targets, ids]), np.concatenate(parts))
+        click.echo(f"{made.num_records} changed rows over {made.parent}, {made.table_bytes / 1e3:.1f} kB, in {store.url}", err=True)
+        if publish_it:
+            publish_table(store, made.ref)
+        click.echo(made.ref)
+
+    _each_store(settings, work)
 
 
 @main.command()

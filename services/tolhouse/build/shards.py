@@ -59,8 +59,8 @@ def verify(checkpoint: str, manifest: Manifest, url: str, sample: np.ndarray, ti
     """Corrupt unless the store counts a row per token, and those of `sample` are what the model computes now."""
     store = _store(url, timeout_seconds)
     counted = sum(store.count(manifest, shard) for shard in range(manifest.num_shards))
-    if counted != manifest.vocab_size:
-        raise Corrupt(f"{url} holds {counted} rows of {manifest.ref} instead of {manifest.vocab_size}")
+    if counted != manifest.num_records:
+        raise Corrupt(f"{url} holds {counted} rows of {manifest.ref} instead of {manifest.num_records}")
     records = np.empty((len(sample), manifest.record_bytes), np.uint8)
     store.read(manifest, sample, records)
     stored = manifest.decode(records).astype(np.float32)

@@ -48,6 +48,7 @@ class Store(Protocol):
     """What both stores do. Reads and writes are of one immutable version; only an alias ever changes."""
 
     url: str
+    _parents: dict[str, Manifest]  # of overlays, by "name@version": they never change
 
     def refs(self) -> list[str]:
         """ "name@version" of every complete table, sorted."""
@@ -55,12 +56,37 @@ class Store(Protocol):
     def manifest(self, ref: str) -> Manifest:
         """The manifest of "name@version"; NotFound if that table is not here, or not complete."""
 
-    def records(self, manifest: Manifest, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
-        """The verified records of `ids`, shard by shard as they come: places in `ids`, and the records, uncopied.
+    def own_records(self, manifest: Manifest, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
+        """The verified records of `ids`, which the version has itself, shard by shard as they come: places in `ids`, and the records, uncopied.
 
         Corrupt if one is missing or altered.
         """
         ...
+
+    def records(self, manifest: Manifest, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
+        """The same of any `ids`: what an overlay has not changed is its parent's. NotFound if that one is gone."""
+        if not manifest.parent:
+            yield from self.own_records(manifest, ids)
+            return
+        owned = manifest.owns(ids)
+        for table, mine in ((manifest, np.flatnonzero(owned)), (self.parent(manifest), np.flatnonzero(~owned))):
+            if len(mine):
+                for places, records in self.own_records(table, ids[mine]):
+                    yield mine[places], records
+
+    def parent(self, manifest: Manifest) -> Manifest:
+        """The table that an overlay lies over; NotFound if it is gone, Corrupt if it can't be that."""
+        if manifest.parent not in self._parents:
+            try:
+                found = self.manifest(manifest.parent)
+            except NotFound:
+                raise NotFound(f"table {manifest.ref} is an overlay over {manifest.parent}, which is not in {self.url} any more") from None
+            if found.parent or found.record_dtype != manifest.record_dtype or found.vocab_size != manifest.vocab_size:
+                raise Corrupt(
+                    f"table {manifest.ref} in {self.url} can't be an overlay over {manifest.parent}: their records differ in form"
+                )
+            self._parents[manifest.parent] = found
+        return self._parents[manifest.parent]
 
     def read(self, manifest: Manifest, ids: np.ndarray, out: np.ndarray) -> None:
         """Fill `out` [T, record_bytes] with the records of `ids`."""
@@ -209,6 +235,9 @@ def delete(store: Store, ref: str, force: bool = False) -> Manifest:
     alias = store.alias(name)
     if alias and alias.version == version:
         raise InUse(f"{ref} is published: publish or roll back to another version before deleting it")
+    overlays = [m.ref for m, _ in tables(store) if m.parent == ref]
+    if overlays:
+        raise InUse(f"{ref} is what {', '.join(overlays)} {'lies' if len(overlays) == 1 else 'lie'} over: delete that first")
     if not force and store.leased(manifest):
         raise InUse(f"{ref} is in use: its rows were asked for within the last {LEASE_SECONDS:g} s; wait until nobody does, or use --force")
     if alias and version in alias.history:

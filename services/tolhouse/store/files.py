@@ -33,6 +33,7 @@ class FileStore(Store):
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
         self.url = f"file://{self.root}"
+        self._parents = {}
         self._shards: dict[Path, _Shard] = {}
         self._lock = threading.Lock()
 
@@ -58,11 +59,11 @@ class FileStore(Store):
             raise Corrupt(f"{path} describes table {manifest.ref}")
         return manifest
 
-    def records(self, manifest: Manifest, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
+    def own_records(self, manifest: Manifest, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
         for shard, places in by_shard(manifest, ids):
             try:
                 rows = self._shard(manifest, shard).records()
-                found: list[Buffer] = [rows[row].data for row in (ids[places] // manifest.num_shards).tolist()]
+                found: list[Buffer] = [rows[row].data for row in manifest.positions(shard, ids[places]).tolist()]
                 manifest.verify(ids[places], found)
             except Corrupt:
                 self._forget(manifest, shard)  # the file may be mended by a rebuild, under the same name

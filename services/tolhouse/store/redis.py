@@ -50,7 +50,7 @@ _LOST = (exceptions.ConnectionError, exceptions.TimeoutError)  # a node that can
 
 class RedisStore(Store):
     def __init__(self, url: str, timeout_seconds: float) -> None:
-        self.url = shown(url)
+        self.url, self._parents = shown(url), {}
         url, credentials = _credentials(url)
         options: dict[str, Any] = {
             "socket_timeout": timeout_seconds,
@@ -91,7 +91,7 @@ class RedisStore(Store):
             raise Corrupt(f"{ref} in {self.url} describes table {manifest.ref}")
         return manifest
 
-    def records(self, manifest: Manifest, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
+    def own_records(self, manifest: Manifest, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
         shards = by_shard(manifest, ids)
         reads = [(_shard_key(manifest, shard), ids[places].tolist()) for shard, places in shards]
         with self._mapped():

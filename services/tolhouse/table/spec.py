@@ -3,6 +3,9 @@
 A record is one token's row: a block per present layer, lowest layer first, then the 8-byte checksum. Where the table
 carries X0, the token's embedding, its block stands before them. The checksum is XXH3-64 over the blocks, seeded with the
 table's version and the token's id: a record that is altered, torn, of another version or of another token does not pass.
+
+An overlay is a version that holds the changed rows alone, over a parent that holds them all. A row that it has not changed is
+the parent's record, checksum and all.
 """
 
 import dataclasses
@@ -25,6 +28,7 @@ Buffer = bytes | memoryview  # one record
 MAX_RECORD_BYTES = 3 << 20  # a record travels whole, within gRPC's default message of 4 MiB
 MAX_SHARDS = 65_536
 MAX_FREQUENT = 32_768
+MAX_CHANGED = 100_000  # rows of an overlay: its manifest names them, and travels whole
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _VERSION = re.compile(r"[0-9a-f]{16}")
@@ -46,6 +50,8 @@ class Manifest:
     tokenizer_id: str
     shards: tuple[str, ...] = ()
     frequent: tuple[int, ...] = ()  # token ids, the most frequent in text first: what a cache is filled with; may be empty
+    parent: str = ""  # an overlay's: "name@version" of the table, no overlay itself, whose rows it has where it has none of its own
+    changed: tuple[int, ...] = ()  # an overlay's own rows, by token id, ascending
     x0: bool = False  # whether X0 stands in front of the layers: a worker then needs no input embedding
     format: int = FORMAT
 
@@ -55,7 +61,7 @@ class Manifest:
                 raise InvalidArgument(f"manifest: {message}")
 
         require(type(self.format) is int and self.format == FORMAT, f"format {self.format!r} is unknown; this version reads {FORMAT}")
-        for field in ("name", "version", "codec", "model_id", "tokenizer_id"):
+        for field in ("name", "version", "codec", "model_id", "tokenizer_id", "parent"):
             require(isinstance(getattr(self, field), str), f"{field} must be a string")
         check_name(self.name)
         require(bool(_VERSION.fullmatch(self.version)), f"version {self.version!r} is not 16 hex digits")
@@ -77,6 +83,14 @@ class Manifest:
             and len(set(self.frequent)) == len(self.frequent),
             f"frequent must be at most {MAX_FREQUENT} different token ids below {self.vocab_size}",
         )
+        require(
+            len(self.changed) <= MAX_CHANGED
+            and all(type(i) is int and 0 <= i < self.vocab_size for i in self.changed)
+            and list(self.changed) == sorted(set(self.changed))
+            and bool(self.changed) == bool(self.parent),
+            f"changed must be at most {MAX_CHANGED} token ids below {self.vocab_size}, ascending, if there is a parent, and none otherwise",
+        )
+        require(not self.parent or split_ref(self.parent)[1] is not None, f"parent {self.parent!r} must be name@version")
         require(len(self.shards) in (0, self.num_shards), f"{len(self.shards)} digests for {self.num_shards} shards")
         require(
             self.record_bytes <= MAX_RECORD_BYTES,
@@ -110,8 +124,13 @@ class Manifest:
         return self.record_dtype.itemsize
 
     @property
+    def num_records(self) -> int:
+        """Records of its own."""
+        return len(self.changed) if self.parent else self.vocab_size
+
+    @property
     def table_bytes(self) -> int:
-        return self.vocab_size * self.record_bytes
+        return self.num_records * self.record_bytes
 
     # ids and shards
 
@@ -120,7 +139,21 @@ class Manifest:
 
     def shard_ids(self, shard: int) -> np.ndarray:
         """Token ids of one shard, ascending; record i of the shard is that of the i-th."""
+        if self.parent:
+            return self._changed[self._changed % self.num_shards == shard]
         return np.arange(shard, self.vocab_size, self.num_shards, dtype=np.uint32)
+
+    def positions(self, shard: int, ids: np.ndarray) -> np.ndarray:
+        """Where in their shard the records of `ids` are."""
+        return np.searchsorted(self.shard_ids(shard), ids) if self.parent else ids // self.num_shards
+
+    def owns(self, ids: np.ndarray) -> np.ndarray:
+        """Which of `ids` [T] have a record of its own; bool [T]."""
+        return np.isin(ids, self._changed) if self.parent else np.ones(len(ids), bool)
+
+    @cached_property
+    def _changed(self) -> np.ndarray:
+        return np.array(self.changed, np.uint32)
 
     def check_ids(self, ids: np.ndarray) -> None:
         if ids.size and int(ids.max()) >= self.vocab_size:
@@ -163,12 +196,17 @@ class Manifest:
         return bad
 
     def seeds(self, ids: np.ndarray) -> list[int]:
-        """The seed of each token's checksum."""
-        return (np.uint64(self._seed) + ids.astype(np.uint64) * np.uint64(_GOLDEN_64)).tolist()
+        """The seed of each token's checksum, which names the version that the record is of."""
+        versions = np.where(self.owns(ids), self._seed, self._parent_seed) if self.parent else self._seed
+        return (versions + ids.astype(np.uint64) * np.uint64(_GOLDEN_64)).tolist()
 
     @cached_property
-    def _seed(self) -> int:
-        return int(self.version, 16)
+    def _seed(self) -> np.uint64:
+        return np.uint64(int(self.version, 16))
+
+    @cached_property
+    def _parent_seed(self) -> np.uint64:
+        return np.uint64(int(self.parent.rpartition("@")[2], 16))
 
     # JSON
 
@@ -184,13 +222,13 @@ class Manifest:
             raise InvalidArgument(f"manifest: not JSON: {error}") from None
         names = {field.name for field in dataclasses.fields(cls)}
         if isinstance(data, dict):
-            data = {"frequent": [], "x0": False, **data}  # tables that were built before there were these
+            data = {"frequent": [], "x0": False, "parent": "", "changed": [], **data}  # tables that were built before there were these
         if not isinstance(data, dict) or set(data) != names:
             odd = sorted(set(data) ^ names) if isinstance(data, dict) else "not an object"
             raise InvalidArgument(f"manifest: missing or unknown fields: {odd}")
-        lists = ("layers", "shards", "frequent")
+        lists = ("layers", "shards", "frequent", "changed")
         if not all(isinstance(data[name], list) for name in lists):
-            raise InvalidArgument("manifest: layers, shards and frequent must be lists")
+            raise InvalidArgument("manifest: layers, shards, frequent and changed must be lists")
         return cls(**{**data, **{name: tuple(data[name]) for name in lists}})
 
 

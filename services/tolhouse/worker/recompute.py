@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tolhouse.errors import Mismatch
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.rows import batches
 from tolhouse.table.spec import Manifest
@@ -30,6 +31,8 @@ class Widened(nn.Module):
 
 class Recompute:
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
+        if manifest.parent:
+            raise Mismatch(f"--fallback recompute can't compute the changed rows of overlay {manifest.ref}: serve it without")
         self.manifest = manifest
         self.model = checkpoint.model(embedding=False, dtype=None)
         self.model.ffn_m = nn.ModuleList(Widened(ffn) for ffn in self.model.ffn_m)

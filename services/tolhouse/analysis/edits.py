@@ -1,0 +1,54 @@
+"""Edits of token rows as a user writes them: TOKEN=OTHER, TOKEN=FACTOR, or a file of rows."""
+
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from tolhouse.errors import InvalidArgument, NotFound
+
+
+def token_id(word: str, tokenizer: Tokenizer | None) -> int:
+    """The id of a token, given as a number or, where there is a tokenizer, as its text in single or double quotes or as it is."""
+    if word.isdecimal():
+        return int(word)
+    if tokenizer is None:
+        raise InvalidArgument(f"token {word!r} is not an id: give --checkpoint, whose tokenizer knows texts")
+    text = word[1:-1] if len(word) > 2 and word[0] == word[-1] and word[0] in "'\"" else word
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if len(ids) != 1:
+        parts = ", ".join(f"{tokenizer.decode([i], skip_special_tokens=False)!r} ({i})" for i in ids[:8])
+        raise InvalidArgument(f"{text!r} is not one token but {len(ids)}: {parts}")
+    return ids[0]
+
+
+def halves(edit: str, what: str) -> tuple[str, str]:
+    """What stands before and after the last `=` of an edit."""
+    token, sign, value = edit.rpartition("=")
+    if not sign or not token or not value:
+        raise InvalidArgument(f"{what} {edit!r} is not TOKEN={what.removeprefix('--').upper()}")
+    return token, value
+
+
+def factor(value: str) -> float:
+    try:
+        found = float(value)
+    except ValueError:
+        found = float("nan")
+    if not np.isfinite(found):
+        raise InvalidArgument(f"{value!r} is not a number to scale a row by")
+    return found
+
+
+def read_rows(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [T] and rows [T, N, D] of a NumPy archive that holds them as `ids` and `rows`."""
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            ids, rows = archive["ids"], archive["rows"]
+    except FileNotFoundError:
+        raise NotFound(f"no file {file}") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidArgument(f"{file} is not an .npz archive with arrays `ids` and `rows`: {error}") from None
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or rows.dtype.kind != "f":
+        raise InvalidArgument(f"{file}: ids must be a flat list of whole numbers, and rows floats, not {ids.dtype} and {rows.dtype}")
+    return ids.astype(np.int64), rows.astype(np.float32)

@@ -1,0 +1,209 @@
+"""Row overlays: a version that stores its changed rows alone is read, served, rolled back and deleted like any other."""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tolhouse import Client
+from tolhouse.errors import IdOutOfRange, InUse, InvalidArgument, NotFound
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.store import delete, open_store, publish, rollback
+from tolhouse.store.overlay import make_overlay, rows_of
+from tolhouse.table.spec import Manifest
+from tolhouse.testing import build_table, local_cluster
+
+EDITED, OTHER = 40, 7
+WITH, WITHOUT = [5, 17, EDITED, 3], [5, 17, 41, 3]
+
+
+@pytest.fixture(params=["file", "redis", "cluster"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "file":
+        return f"file://{tmp_path / 'tables'}"
+    return request.getfixturevalue("redis_url" if request.param == "redis" else "redis_cluster_url")
+
+
+def tolhouse(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, "-m", "tolhouse.cli", *arguments], capture_output=True, text=True, check=False)
+    assert code == done.returncode, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def ids(*of: int) -> np.ndarray:
+    return np.array(of, np.uint32)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8", "int4"])
+def test_changed_rows_are_its_own_and_the_others_the_parent_s(store_url: str, checkpoint: Path, codec: str) -> None:
+    """Also through the lookup service, which a client asks for a mix of both; and it holds as many records as were changed."""
+    name = f"over-{codec}"
+    store, ref = open_store(store_url), build_table(checkpoint, store_url, codec=codec, name=name)
+    parent = store.manifest(ref)
+    new = 2 * rows_of(store, parent, ids(OTHER, 9))
+    made = make_overlay(store, name, ids(EDITED, 3), new)
+    assert (ref, (3, EDITED), 2 * parent.record_bytes) == (made.parent, made.changed, made.table_bytes)
+    assert made == store.manifest(made.ref)
+    everything = np.arange(parent.vocab_size, dtype=np.uint32)
+    expected = rows_of(store, parent, everything)
+    expected[[EDITED, 3]] = parent.codec_.decode(parent.codec_.encode(new))
+    np.testing.assert_array_equal(expected, rows_of(store, made, everything))
+    with local_cluster(checkpoint, store_url, worker_options=("--table", name)) as cluster, Client(cluster.lookup) as client:
+        for _ in range(2):  # from the store, then from hot rows
+            np.testing.assert_array_equal(expected[[EDITED, 1, 3, 2]], client.fetch(made.ref, [EDITED, 1, 3, 2]).astype(np.float32))
+    delete(store, made.ref, force=True)
+    assert [ref] == [r for r in store.refs() if r.startswith(f"{name}@")]
+
+
+def test_an_edit_shows_where_its_token_stands_and_only_there(checkpoint: Path, tmp_path: Path) -> None:
+    """Published under load's eyes: a text with the token gets other logprobs, one without it the same; a rollback brings all back."""
+    url = f"file://{tmp_path}"
+    build_table(checkpoint, url)
+
+    def told(prompt: list[int]) -> list[float]:
+        return [p for reply in client.replies(prompt, 0, prompt_logprobs=0) for p in reply.prompt_logprobs.chosen]
+
+    with local_cluster(checkpoint, url, worker_options=("--table-poll-seconds", "0.1")) as cluster, Client(cluster.workers) as client:
+        before = told(WITH), told(WITHOUT)
+        made = tolhouse("overlay", "tiny-memory", "--copy", f"{EDITED}={OTHER}", "--publish", "--store", url).stdout.strip()
+        wait_for(client, made)
+        after = told(WITH), told(WITHOUT)
+        assert before[1] == after[1]
+        assert before[0][:2] == after[0][:2]  # what is predicted before the token is read
+        assert before[0][2] != after[0][2]
+        tolhouse("tables", "rollback", "tiny-memory", "--store", url)
+        wait_for(client, open_store(url).manifest(made).parent)
+        assert before == (told(WITH), told(WITHOUT))
+
+
+def wait_for(client: Client, table: str) -> None:
+    deadline = time.monotonic() + 30
+    while client.describe_worker().table != table:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_overlay_of_an_overlay_has_the_changes_of_both(checkpoint: Path, tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}")
+    ref = build_table(checkpoint, store.url)
+    rows = rows_of(store, store.manifest(ref), ids(0, 1, 2))
+    first = make_overlay(store, ref, ids(10, 11), rows[:2])
+    second = make_overlay(store, first.ref, ids(11, 12), rows[1:] * 3)
+    assert (ref, (10, 11, 12)) == (second.parent, second.changed)
+    np.testing.assert_array_equal(np.concatenate([rows[:1], rows[1:] * 3]), rows_of(store, second, ids(10, 11, 12)))
+    assert second == make_overlay(store, ref, ids(10, 11, 12), np.concatenate([rows[:1], rows[1:] * 3]))  # the same rows, the same version
+    delete(store, first.ref)
+    np.testing.assert_array_equal(rows[:1], rows_of(store, second, ids(10)))
+
+
+def test_what_an_overlay_lies_over_stays(checkpoint: Path, tmp_path: Path) -> None:
+    """A parent can't be deleted before its overlays; where it is gone all the same, its overlay's reader and maker are told."""
+    store = open_store(f"file://{tmp_path}")
+    ref = build_table(checkpoint, store.url)
+    made = make_overlay(store, ref, ids(1), rows_of(store, store.manifest(ref), ids(2)))
+    publish(store, made.ref)
+    for force in (False, True):
+        with pytest.raises(InUse, match=f"is what {made.ref} lies over: delete that first"):
+            delete(store, ref, force=force)
+    shutil.rmtree(tmp_path / "tiny-memory" / ref.partition("@")[2])
+    store = open_store(store.url)
+    for work in (lambda: rows_of(store, made, ids(5)), lambda: make_overlay(store, made.ref, ids(3), np.zeros((1, 4, 96)))):
+        with pytest.raises(NotFound, match=f"is an overlay over {ref}, which is not in"):
+            work()
+    told = tolhouse("overlay", "tiny-memory", "--scale", "3=0.5", "--store", store.url, code=1).stderr
+    assert f"is an overlay over {ref}, which is not in" in told
+    told = tolhouse("overlay", ref, "--scale", "3=0.5", "--store", store.url, code=1).stderr
+    assert f"table {ref} is not in" in told
+
+
+def test_a_version_s_record_does_not_pass_for_its_overlay_s(checkpoint: Path, tmp_path: Path) -> None:
+    """The checksum of a changed row names the overlay: the parent's old record in its place is found."""
+    store = open_store(f"file://{tmp_path}")
+    parent = store.manifest(build_table(checkpoint, store.url))
+    made = make_overlay(store, parent.ref, ids(1), rows_of(store, parent, ids(2)))
+    old = np.empty((1, parent.record_bytes), np.uint8)
+    store.read(parent, ids(1), old)
+    new = np.empty((1, parent.record_bytes), np.uint8)
+    store.read(made, ids(1), new)
+    seed_of = {m: m.seeds(ids(1))[0] for m in (parent, made)}
+    assert seed_of[parent] != seed_of[made]
+    assert parent.seeds(ids(2)) == made.seeds(ids(2))
+    assert [0] == made.take(ids(1), memoryview(old.reshape(-1)), [0], memoryview(bytearray(old.size)), [0])
+    assert [] == made.take(ids(1), memoryview(new.reshape(-1)), [0], memoryview(bytearray(new.size)), [0])
+
+
+def test_a_rolled_back_name_has_its_rows_again(checkpoint: Path, tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}")
+    ref = build_table(checkpoint, store.url)
+    made = make_overlay(store, ref, ids(1), rows_of(store, store.manifest(ref), ids(2)))
+    publish(store, made.ref)
+    assert ref == rollback(store, "tiny-memory").ref
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "nothing to change: give --copy, --scale or --rows"),
+        (("--scale", "3"), "--scale '3' is not TOKEN=SCALE"),
+        (("--scale", "3=much"), "'much' is not a number to scale a row by"),
+        (("--scale", "3=nan"), "'nan' is not a number to scale a row by"),
+        (("--copy", "3=999999"), "token id 999999 is outside table"),
+        (("--scale", "999999=1"), "token id 999999 is outside table"),
+        (("--copy", "import=3"), "token 'import' is not an id: give --checkpoint"),
+        (("--scale", "3=1", "--scale", "3=2"), "changes the row of each token once"),
+        (("--rows", "no-such.npz"), "no file no-such.npz"),
+        (("--rows", "README.md"), "README.md is not an .npz archive"),
+    ],
+)
+def test_what_can_not_be_edited_is_told(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, arguments: tuple, expected: str
+) -> None:
+    url = f"file://{tmp_path_factory.getbasetemp() / 'edits'}"
+    if not open_store(url).refs():
+        build_table(checkpoint, url)
+    assert expected in tolhouse("overlay", "tiny-memory", *arguments, "--store", url, code=1).stderr
+
+
+def test_tokens_are_named_by_text(checkpoint: Path, tmp_path: Path) -> None:
+    """One token is its id; a text of several is told what it is made of."""
+    url = f"file://{tmp_path}"
+    build_table(checkpoint, url)
+    tokenizer = open_checkpoint(checkpoint).tokenizer()
+    word = next(tokenizer.decode([i]) for i in range(300, 500) if tokenizer.decode([i]).isalpha() and len(tokenizer.decode([i])) > 1)
+    (token,) = tokenizer.encode(word).ids
+    command = ("overlay", "tiny-memory", "--checkpoint", str(checkpoint), "--store", url)
+    ref = tolhouse(*command, "--scale", f"{word}=0").stdout.strip()
+    made = open_store(url).manifest(ref)
+    assert (token,) == made.changed
+    assert not rows_of(open_store(url), made, ids(token)).any()
+    assert "is not one token but" in tolhouse(*command, "--scale", f"{word} {word} {word}=0", code=1).stderr
+
+
+def test_rows_come_from_a_file(checkpoint: Path, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}"
+    build_table(checkpoint, url)
+    rows = np.random.default_rng(0).standard_normal((2, 4, 96)).astype(np.float32)
+    np.savez(tmp_path / "rows.npz", ids=np.array([9, 4]), rows=rows)
+    ref = tolhouse("overlay", "tiny-memory", "--rows", str(tmp_path / "rows.npz"), "--store", url).stdout.strip()
+    store = open_store(url)
+    np.testing.assert_array_equal(rows, rows_of(store, store.manifest(ref), ids(9, 4)))
+    np.savez(tmp_path / "rows.npz", ids=np.array([9, 4]), rows=rows[:, :3])
+    assert "have [2, 4, 96]" in tolhouse("overlay", "tiny-memory", "--rows", str(tmp_path / "rows.npz"), "--store", url, code=1).stderr
+
+
+def test_bad_overlays_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """Ids and rows that do not fit, and manifests that say what can't be."""
+    store = open_store(f"file://{tmp_path}")
+    manifest = store.manifest(build_table(checkpoint, store.url))
+    with pytest.raises(IdOutOfRange):
+        make_overlay(store, manifest.ref, np.array([-1]), np.zeros((1, 4, 96)))
+    with pytest.raises(InvalidArgument, match="at least one"):
+        make_overlay(store, manifest.ref, np.array([], np.int64), np.zeros((0, 4, 96)))
+    text = make_overlay(store, manifest.ref, ids(1), np.zeros((1, 4, 96), np.float32)).to_json()
+    for bad in (text.replace('"changed": [\n  1\n ]', '"changed": []'), text.replace(manifest.ref, "tiny-memory")):
+        with pytest.raises(InvalidArgument, match="manifest: "):
+            Manifest.from_json(bad)
