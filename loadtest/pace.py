@@ -20,9 +20,10 @@ from tolhouse import Client, Manifest
 from tolhouse.model.config import preset
 from tolhouse.store import open_store, publish
 from tolhouse.testing import process
+from tolhouse.worker.decode import Staged
 from tolhouse.worker.engine import Engine
 from tolhouse.worker.kv_cache import KVCache
-from tolhouse.worker.rows import NoRows, Rows, Staged
+from tolhouse.worker.rows import NoRows, Rows
 from tolhouse.worker.scheduler import Chunk
 from torch import Tensor
 

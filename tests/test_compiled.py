@@ -12,9 +12,10 @@ from tolhouse.model.config import preset
 from tolhouse.testing import tiny_model
 from tolhouse.worker.attention import Pages
 from tolhouse.worker.compiled import Compiled
+from tolhouse.worker.decode import Staged
 from tolhouse.worker.kv_cache import KVCache
 from tolhouse.worker.packed import load
-from tolhouse.worker.rows import NoRows, Staged
+from tolhouse.worker.rows import NoRows
 from tolhouse.worker.runner import Runner
 from tolhouse.worker.sampling import Sampling
 from tolhouse.worker.scheduler import Chunk

@@ -11,8 +11,8 @@ import pytest
 from tolhouse import Client
 from tolhouse.errors import IdOutOfRange, InUse, InvalidArgument, NotFound
 from tolhouse.model.checkpoint import open_checkpoint
-from tolhouse.store import delete, open_store, publish, rollback
-from tolhouse.store.overlay import make_overlay, rows_of
+from tolhouse.store import delete, open_store, publish, rollback, rows_of
+from tolhouse.store.overlay import make_overlay
 from tolhouse.table.spec import Manifest
 from tolhouse.testing import build_table, local_cluster
 
@@ -107,7 +107,7 @@ def test_what_an_overlay_lies_over_stays(checkpoint: Path, tmp_path: Path) -> No
     made = make_overlay(store, ref, ids(1), rows_of(store, store.manifest(ref), ids(2)))
     publish(store, made.ref)
     for force in (False, True):
-        with pytest.raises(InUse, match=f"is what {made.ref} lies over: delete that first"):
+        with pytest.raises(InUse, match=f"is a part of {made.ref}: delete that first"):
             delete(store, ref, force=force)
     shutil.rmtree(tmp_path / "tiny-memory" / ref.partition("@")[2])
     store = open_store(store.url)

@@ -5,6 +5,7 @@ A command imports what it needs when it runs: `tolhouse lookup` works where torc
 
 import asyncio
 import json
+import math
 import re
 import sys
 import typing
@@ -213,6 +214,48 @@ def build(settings: config.BuildConfig, checkpoint: Path, publish_it: bool) -> N
     click.echo(built.ref)
 
 
+@main.command()
+@checkpoint_argument("compress")
+@click.option("--publish", "publish_it", is_flag=True, help="Publish the table once it is stored.")
+@options(config.CompressConfig)
+def compress(settings: config.CompressConfig, checkpoint: Path, publish_it: bool) -> None:
+    """Make a table of CHECKPOINT in fewer bytes than `build` does; lookup, workers and clients serve it like any other.
+
+    Frequent tokens are kept in a finer codec, and with --rank or --ratio rows become a few coefficients of a basis for each layer, which
+    workers hold. `tolhouse eval` says what it costs.
+
+    \b
+      --codec int4                          under a third of 16 bit, for about a tenth of a percent of perplexity
+      --codec bf16 --rank 0.5 --head 0      low rank alone
+      --codec int4 --ratio 8                an eighth of 16 bit
+    """
+    from tolhouse.analysis.probes import model_rows
+    from tolhouse.build.compress import HEAD_SHARE, Scheme
+    from tolhouse.build.compress import compress as compress_rows
+    from tolhouse.build.frequency import count_tokens
+    from tolhouse.build.job import plan
+    from tolhouse.model.checkpoint import open_checkpoint
+    from tolhouse.store import open_store, publish
+
+    opened, stores = open_checkpoint(checkpoint), _stores(settings)
+    plain = plan(opened, settings.name, "bf16", settings.shards, embedding=settings.embedding)
+    head = settings.head if settings.head >= 0 else plain.vocab_size // HEAD_SHARE
+    scheme = Scheme(settings.codec, settings.rank, settings.ratio, head, settings.head_codec)
+    counts = count_tokens(opened.tokenizer(), settings.corpus, plain.vocab_size)
+    rows = model_rows(opened, plain.x0)
+    made = compress_rows(opened, rows, counts, scheme, name=settings.name, shards=settings.shards, embedding=settings.embedding)
+    share = plain.table_bytes / made.bytes
+    ranks = f", ranks {' '.join(map(str, made.companions.manifest.ranks))}" if made.companions.manifest.ranks else ""
+    click.echo(f"{made.companions.manifest.ref}: {made.bytes / 1e6:.2f} MB, 1/{share:.2f} of 16 bit{ranks}", err=True)
+    for url in stores:
+        store = open_store(url, settings.store_timeout_seconds)
+        stored = made.store(store)
+        if publish_it:
+            publish(store, stored.ref)
+        store.close()
+    click.echo(stored.ref)
+
+
 @main.group(cls=Commands)
 def tables() -> None:
     """List, show, publish, roll back and delete versions of tables."""
@@ -229,7 +272,7 @@ def _each_store(settings: config.StoreConfig, work: Callable[[Any], Any]) -> Non
             store.close()
 
 
-def _stores(settings: config.StoreConfig | config.BuildConfig | config.LookupConfig) -> tuple[str, ...]:
+def _stores(settings: config.StoreConfig | config.TableConfig | config.LookupConfig) -> tuple[str, ...]:
     from tolhouse.store import has_password, require_private
 
     found = tuple(dict.fromkeys(u.strip() for u in re.split(r",(?=\s*\w+://)", settings.store) if u.strip()))
@@ -336,8 +379,8 @@ def overlay(
     from tolhouse.analysis.edits import factor, halves, read_rows, token_id
     from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer
     from tolhouse.store import publish as publish_table
-    from tolhouse.store import resolve
-    from tolhouse.store.overlay import make_overlay, rows_of
+    from tolhouse.store import resolve, rows_of
+    from tolhouse.store.overlay import make_overlay
 
     if not (copies or scales or file):
         raise InvalidArgument("nothing to change: give --copy, --scale or --rows")
@@ -514,6 +557,66 @@ def fetch(settings: config.ClientConfig, table: str, ids: tuple[int, ...], looku
         click.echo(f"{i:>8}  " + " ".join(f"{norm:8.3f}" for norm in np.linalg.norm(row, axis=-1)))
     if out:
         np.save(out, rows)
+
+
+@main.command("eval")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="Text to predict: a file, or a folder of them. Default: the standard library's held-out part.",
+)
+@click.option("--table", help="Rows of this table, NAME or NAME@VERSION. Default: those that the model computes.")
+@click.option("--through", "codec", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), help="Rows as this codec gives them back.")
+@click.option("--alpha", default=1.0, show_default=True, type=float, help="Rows are multiplied by this.")
+@click.option("--without", default="", metavar="LAYERS", help="Layers whose rows are left out, with commas between.")
+@click.option("--most-tokens", default=0, type=click.IntRange(0), help="Only the text's first tokens; 0: all.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@options(config.StoreConfig)
+def evaluate(
+    settings: config.StoreConfig,
+    checkpoint: Path,
+    text: Path | None,
+    table: str | None,
+    codec: str | None,
+    alpha: float,
+    without: str,
+    most_tokens: int,
+    as_json: bool,
+) -> None:
+    """Tell how well CHECKPOINT predicts text: loss, perplexity, and the loss by how frequent tokens are.
+
+    \b
+      tolhouse eval models/demo-memory --text notes.txt
+      tolhouse eval models/demo-memory --table demo-memory --store redis://127.0.0.1:6379
+      tolhouse eval models/demo-memory --alpha 0.5 --without 4,5
+    """
+    from tolhouse.analysis.evaluate import evaluate as evaluate_text
+    from tolhouse.analysis.probes import model_rows, probed, read_text, table_rows, through
+    from tolhouse.model.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(checkpoint)
+    if not all(part.strip().isdecimal() for part in without.split(",") if without):
+        raise InvalidArgument(f"--without {without!r} is not a list of layer numbers with commas between")
+    absent = [int(part) for part in without.split(",") if part.strip()]
+    if not math.isfinite(alpha):
+        raise InvalidArgument(f"--alpha {alpha} is not a number to scale rows by")
+    rows = None
+    if not opened.config.num_rows and (table or codec or absent or alpha != 1):
+        raise InvalidArgument(f"checkpoint {opened.name} is of kind {opened.config.kind}: it has no rows to replace or to scale")
+    if opened.config.num_rows:
+        (url,) = _stores(settings) if table else ("",)
+        taken = table_rows(opened, url, table) if table else model_rows(opened)
+        rows = probed(through(codec, taken) if codec else taken, alpha, absent)
+    found = evaluate_text(opened.model(), read_text(opened, text, most_tokens), rows, quiet=False)
+    if as_json:
+        told = {"tokens": len(found.losses), "loss": found.loss, "perplexity": found.perplexity, "deciles": found.deciles()}
+        click.echo(json.dumps(told))
+        return
+    click.echo(f"{len(found.losses):,} tokens: {found.loss:.4f} nats each, perplexity {found.perplexity:.4f}")
+    click.echo("by how frequent they are in the text, a tenth of it each:\n  tenth   tokens   seen at least    loss")
+    for d in found.deciles():
+        click.echo(f"  {d['decile']:>5}  {d['distinct_tokens']:>7}  {d['least_count']:>9} times  {d['loss']:6.3f}")
 
 
 @main.command()

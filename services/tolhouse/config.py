@@ -69,8 +69,8 @@ class Server(Config):
         return Guard(tls, self.token_file, self.insecure)
 
 
-class BuildConfig(Config):
-    model_config = SettingsConfigDict(env_prefix=f"{PREFIX}BUILD_")
+class TableConfig(Config):
+    """Commands that make tables of checkpoints."""
 
     store: str = knob(DEFAULT_STORE, "Where the table goes: file://PATH, redis://HOST:PORT, or both with a comma between.")
     name: str = knob("", "Name of the table; by default that of the checkpoint's folder.")
@@ -82,11 +82,26 @@ class BuildConfig(Config):
         "", "Text that tells which tokens are frequent: a file, or a folder of them. Default: the standard library's sources."
     )
     shards: int = knob(64, "Number of shards: units of work, files, and Redis hashes.", ge=1, le=65536)
-    verify_rows: int = knob(64, "Rows recomputed and compared after the build, drawn at random.", ge=1)
-    workers: int = knob(0, "Ray tasks at a time; 0: one per core of the cluster.", ge=0)
     store_timeout_seconds: float = knob(10, "Longest wait for one answer of Redis.", gt=0)
     insecure: bool = knob(False, "Allow plaintext to a Redis of another machine: for networks that are trusted.")
+
+
+class BuildConfig(TableConfig):
+    model_config = SettingsConfigDict(env_prefix=f"{PREFIX}BUILD_")
+
+    verify_rows: int = knob(64, "Rows recomputed and compared after the build, drawn at random.", ge=1)
+    workers: int = knob(0, "Ray tasks at a time; 0: one per core of the cluster.", ge=0)
     ray_address: str = knob("local", "Ray cluster to run on; `local` starts one for this build.", validation_alias="RAY_ADDRESS")
+
+
+class CompressConfig(TableConfig):
+    model_config = SettingsConfigDict(env_prefix=f"{PREFIX}COMPRESS_")
+
+    codec: Codec = knob("int4", "How rows, or with a rank their coefficients, are stored.")
+    rank: float = knob(0, "Low rank: share of all values that is kept, as coefficients; 0: all, without a basis.", ge=0, le=1)
+    ratio: float = knob(0, "Low rank by size: how many times smaller than at 16 bit all that is stored shall be; 0: as --rank says.", ge=0)
+    head: int = knob(-1, "Most frequent tokens whose rows are kept in the finer codec; -1: a thirty-second of the vocabulary.", ge=-1)
+    head_codec: Codec = knob("int8", "The finer codec.")
 
 
 class StoreConfig(Config):
@@ -163,7 +178,7 @@ class GatewayConfig(Server, Caller):
     drain_seconds: float = knob(30, "Time for requests in flight to end after SIGTERM.", ge=0)
 
 
-CONFIGS: tuple[type[Config], ...] = (BuildConfig, StoreConfig, ClientConfig, LookupConfig, WorkerConfig, GatewayConfig)
+CONFIGS: tuple[type[Config], ...] = (BuildConfig, CompressConfig, StoreConfig, ClientConfig, LookupConfig, WorkerConfig, GatewayConfig)
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
@@ -176,6 +191,7 @@ def variable(config: type[Config], field: str) -> str:
 # Arguments of commands that the environment may give as well; cli.py hands them to click.
 CHECKPOINT_VARIABLES = {
     "build": f"{PREFIX}BUILD_CHECKPOINT",
+    "compress": f"{PREFIX}COMPRESS_CHECKPOINT",
     "worker": f"{PREFIX}WORKER_CHECKPOINT",
     "gateway": f"{PREFIX}GATEWAY_CHECKPOINT",
 }

@@ -22,6 +22,7 @@ from tolhouse.client.replicas import Replicas
 from tolhouse.client.stream import FetchStream, Request
 from tolhouse.errors import Cancelled, Corrupt, DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
 from tolhouse.rpc import error_of
+from tolhouse.table.companions import Companions, companions_of
 from tolhouse.table.spec import Manifest, split_ref
 from tolhouse.telemetry import event
 from tolhouse.v1 import generation_pb2, lookup_pb2
@@ -60,6 +61,7 @@ class Client:
         self._streams: dict[str, FetchStream] = {}
         self._gone: dict[str, float] = {}  # addresses that have streams still, and since when
         self._manifests: dict[str, tuple[Manifest, int]] = {}  # by "name@version": they never change
+        self._companions: dict[str, Companions] = {}
         self._stood_for: dict[str, str] = {}  # names, and the version that each stood for when last asked
         self._replicas = Replicas(self._answers)
         self._closed, self._renewing = threading.Event(), threading.Lock()
@@ -109,13 +111,25 @@ class Client:
         """
         manifest = table if isinstance(table, Manifest) else self.describe(table)
         ids_T = token_ids(ids)
+        companions = self.companions(manifest)
         if len(set(ids_T.tolist())) == len(ids_T):
-            rows = manifest.decode(self.fetch_records(manifest, ids_T))
+            rows = companions.decode(ids_T, self.fetch_records(manifest, ids_T))
         else:
             unique, inverse = np.unique(ids_T, return_inverse=True)
-            rows = manifest.decode(self.fetch_records(manifest, unique))[inverse]
+            rows = companions.decode(unique, self.fetch_records(manifest, unique))[inverse]
         rows.flags.writeable = False
         return rows
+
+    def companions(self, manifest: Manifest) -> Companions:
+        """What the rows of a compressed table need besides its records; fetched once, and kept."""
+        if manifest.ref not in self._companions:
+
+            def fetch(ref: str) -> tuple[Manifest, np.ndarray]:
+                found = self.describe(ref)
+                return found, self.fetch_records(found, np.arange(found.vocab_size, dtype=np.uint32))
+
+            self._companions[manifest.ref] = companions_of(manifest, fetch)
+        return self._companions[manifest.ref]
 
     def fetch_records(
         self, manifest: Manifest, ids: np.ndarray, out: np.ndarray | None = None, places: np.ndarray | None = None

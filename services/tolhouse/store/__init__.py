@@ -3,6 +3,7 @@
 Both keep immutable versions of tables and, per name, an alias: the version that the name stands for.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -14,6 +15,7 @@ from urllib.parse import parse_qsl, urlsplit
 import numpy as np
 
 from tolhouse.errors import Corrupt, InUse, InvalidArgument, NotFound, TolhouseError
+from tolhouse.table.companions import Companions, companions_of
 from tolhouse.table.spec import Buffer, Manifest, check_name, digest, split_ref
 from tolhouse.tls import is_loopback
 
@@ -235,9 +237,9 @@ def delete(store: Store, ref: str, force: bool = False) -> Manifest:
     alias = store.alias(name)
     if alias and alias.version == version:
         raise InUse(f"{ref} is published: publish or roll back to another version before deleting it")
-    overlays = [m.ref for m, _ in tables(store) if m.parent == ref]
-    if overlays:
-        raise InUse(f"{ref} is what {', '.join(overlays)} {'lies' if len(overlays) == 1 else 'lie'} over: delete that first")
+    others = [m for m, _ in tables(store) if m.ref != ref]
+    if above := [m.ref for m in others if ref in m.needs]:
+        raise InUse(f"{ref} is a part of {', '.join(above)}: delete that first")
     if not force and store.leased(manifest):
         raise InUse(f"{ref} is in use: its rows were asked for within the last {LEASE_SECONDS:g} s; wait until nobody does, or use --force")
     if alias and version in alias.history:
@@ -245,7 +247,31 @@ def delete(store: Store, ref: str, force: bool = False) -> Manifest:
         *history, now = (v for v, _ in itertools.groupby(v for v in (*alias.history, alias.version) if v != version))
         store.set_alias(name, Alias(now, tuple(history)))
     store.delete(manifest)
+    for companion in (manifest.basis, manifest.head):
+        if companion and not any(companion in m.needs for m in others):
+            with contextlib.suppress(NotFound):
+                store.delete(store.manifest(companion))
     return manifest
+
+
+def companions(store: Store, manifest: Manifest) -> Companions:
+    """What a table's rows need besides its records; NotFound, Corrupt."""
+
+    def read(ref: str) -> tuple[Manifest, np.ndarray]:
+        found = store.manifest(ref)
+        ids = np.arange(found.vocab_size, dtype=np.uint32)
+        records = np.empty((len(ids), found.record_bytes), np.uint8)
+        store.read(found, ids, records)
+        return found, records
+
+    return companions_of(manifest, read)
+
+
+def rows_of(store: Store, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
+    """Rows float32 [T, N, D] of `ids` [T], as the table has them."""
+    records = np.empty((len(ids), manifest.record_bytes), np.uint8)
+    store.read(manifest, ids, records)
+    return companions(store, manifest).decode(ids, records).astype(np.float32)
 
 
 def shard_digest(store: Store, manifest: Manifest, shard: int) -> str | None:

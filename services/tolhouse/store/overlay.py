@@ -10,15 +10,8 @@ from dataclasses import replace
 import numpy as np
 
 from tolhouse.errors import IdOutOfRange, InvalidArgument
-from tolhouse.store import Store, resolve
+from tolhouse.store import Store, companions, resolve, rows_of
 from tolhouse.table.spec import MAX_CHANGED, Manifest, digest
-
-
-def rows_of(store: Store, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
-    """Rows float32 [T, N, D] of `ids` [T], as the table has them."""
-    records = np.empty((len(ids), manifest.record_bytes), np.uint8)
-    store.read(manifest, ids, records)
-    return manifest.decode(records).astype(np.float32)
 
 
 def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> Manifest:
@@ -53,7 +46,7 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
         num_shards=1,
         shards=(),
     )
-    records = overlay.encode(changed, rows)
+    records = companions(store, overlay).encode(changed, rows)
     store.write_shard(overlay, 0, records)
     overlay = replace(overlay, shards=(digest(records),))
     store.commit(overlay)

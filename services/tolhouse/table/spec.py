@@ -52,6 +52,9 @@ class Manifest:
     frequent: tuple[int, ...] = ()  # token ids, the most frequent in text first: what a cache is filled with; may be empty
     parent: str = ""  # an overlay's: "name@version" of the table, no overlay itself, whose rows it has where it has none of its own
     changed: tuple[int, ...] = ()  # an overlay's own rows, by token id, ascending
+    ranks: tuple[int, ...] = ()  # low rank: coefficients of each block, in place of its values
+    basis: str = ""  # low rank: "name@version" of the table of basis vectors; companions.py
+    head: str = ""  # "name@version" of the table of the most frequent tokens' rows in a finer codec; companions.py
     x0: bool = False  # whether X0 stands in front of the layers: a worker then needs no input embedding
     format: int = FORMAT
 
@@ -61,7 +64,7 @@ class Manifest:
                 raise InvalidArgument(f"manifest: {message}")
 
         require(type(self.format) is int and self.format == FORMAT, f"format {self.format!r} is unknown; this version reads {FORMAT}")
-        for field in ("name", "version", "codec", "model_id", "tokenizer_id", "parent"):
+        for field in ("name", "version", "codec", "model_id", "tokenizer_id", "parent", "basis", "head"):
             require(isinstance(getattr(self, field), str), f"{field} must be a string")
         check_name(self.name)
         require(bool(_VERSION.fullmatch(self.version)), f"version {self.version!r} is not 16 hex digits")
@@ -90,7 +93,14 @@ class Manifest:
             and bool(self.changed) == bool(self.parent),
             f"changed must be at most {MAX_CHANGED} token ids below {self.vocab_size}, ascending, if there is a parent, and none otherwise",
         )
-        require(not self.parent or split_ref(self.parent)[1] is not None, f"parent {self.parent!r} must be name@version")
+        for field in ("parent", "basis", "head"):
+            ref = getattr(self, field)
+            require(not ref or split_ref(ref)[1] is not None, f"{field} {ref!r} must be name@version")
+        require(
+            all(type(r) is int and 0 < r <= self.hidden_size for r in self.ranks)
+            and len(self.ranks) == (self.num_blocks if self.basis else 0),
+            f"ranks must be a number from 1 to {self.hidden_size} for each of {self.num_blocks} blocks, if there is a basis, and none otherwise",
+        )
         require(len(self.shards) in (0, self.num_shards), f"{len(self.shards)} digests for {self.num_shards} shards")
         require(
             self.record_bytes <= MAX_RECORD_BYTES,
@@ -114,10 +124,17 @@ class Manifest:
     def codec_(self) -> Codec:
         return codec(self.codec)
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """ "name@version" of the other tables that its rows are made of."""
+        return tuple(ref for ref in (self.parent, self.basis, self.head) if ref)
+
     @cached_property
     def record_dtype(self) -> np.dtype:
-        block = self.codec_.block(self.hidden_size)
-        return np.dtype([("blocks", block, (self.num_blocks,)), ("checksum", "<u8")])
+        """`blocks`, alike; or with ranks block0, block1 and so on, each of its own size."""
+        if not self.ranks:
+            return np.dtype([("blocks", self.codec_.block(self.hidden_size), (self.num_blocks,)), ("checksum", "<u8")])
+        return np.dtype([*((f"block{k}", self.codec_.block(rank)) for k, rank in enumerate(self.ranks)), ("checksum", "<u8")])
 
     @cached_property
     def record_bytes(self) -> int:
@@ -162,10 +179,14 @@ class Manifest:
 
     # records: uint8 [T, record_bytes], one per token id of `ids`
 
-    def encode(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Sealed records for float32 rows [T, N, D] of `ids`."""
+    def encode(self, ids: np.ndarray, rows: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+        """Sealed records for float32 rows [T, N, D] of `ids`; with ranks, for each block's coefficients [T, r]."""
         records = np.empty(len(ids), self.record_dtype)
-        records["blocks"] = self.codec_.encode(rows)
+        if self.ranks:
+            for k, coefficients in enumerate(rows):
+                records[f"block{k}"] = self.codec_.encode(coefficients)
+        else:
+            records["blocks"] = self.codec_.encode(rows)  # type: ignore[arg-type]
         data = records.view(np.uint8).reshape(len(ids), self.record_bytes)
         records["checksum"] = [xxhash.xxh3_64_intdigest(r[:-8], seed) for r, seed in zip(split(data), self.seeds(ids), strict=True)]
         return data
@@ -173,6 +194,11 @@ class Manifest:
     def decode(self, records: np.ndarray) -> np.ndarray:
         """Rows [T, N, D] of records: a view of them for the float codecs, float32 values for the others."""
         return self.codec_.decode(records.view(self.record_dtype)[..., 0]["blocks"])
+
+    def coefficients(self, records: np.ndarray) -> list[np.ndarray]:
+        """With ranks: coefficients float32 [T, r] of each block."""
+        found = records.view(self.record_dtype)[..., 0]
+        return [self.codec_.decode(np.ascontiguousarray(found[f"block{k}"])).astype(np.float32) for k in range(len(self.ranks))]
 
     def verify(self, ids: np.ndarray, records: Iterable[Buffer]) -> None:
         """Corrupt, naming the first bad token, unless every record is intact, of this version and of its token."""
@@ -222,13 +248,22 @@ class Manifest:
             raise InvalidArgument(f"manifest: not JSON: {error}") from None
         names = {field.name for field in dataclasses.fields(cls)}
         if isinstance(data, dict):
-            data = {"frequent": [], "x0": False, "parent": "", "changed": [], **data}  # tables that were built before there were these
+            data = {
+                "frequent": [],
+                "x0": False,
+                "parent": "",
+                "changed": [],
+                "ranks": [],
+                "basis": "",
+                "head": "",
+                **data,
+            }  # tables that were built before there were these
         if not isinstance(data, dict) or set(data) != names:
             odd = sorted(set(data) ^ names) if isinstance(data, dict) else "not an object"
             raise InvalidArgument(f"manifest: missing or unknown fields: {odd}")
-        lists = ("layers", "shards", "frequent", "changed")
+        lists = ("layers", "shards", "frequent", "changed", "ranks")
         if not all(isinstance(data[name], list) for name in lists):
-            raise InvalidArgument("manifest: layers, shards, frequent and changed must be lists")
+            raise InvalidArgument(f"manifest: {', '.join(lists)} must be lists")
         return cls(**{**data, **{name: tuple(data[name]) for name in lists}})
 
 

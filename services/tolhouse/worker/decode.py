@@ -5,11 +5,14 @@ place of the result: no array of the rows' size is made besides it.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tolhouse.errors import InvalidArgument
 from tolhouse.table.codecs import GROUP
+from tolhouse.table.companions import Companions
 from tolhouse.table.spec import Manifest
 
 _PIECE_VALUES = {"cpu": 2**21}  # decoded at a time: 8 MiB, which the last cache holds
@@ -21,6 +24,8 @@ def decode(records_UB: Tensor, manifest: Manifest, index_T: Tensor | None = None
 
     The records' memory must be contiguous; it is not checked against their checksums.
     """
+    if manifest.ranks:
+        raise InvalidArgument(f"the records of {manifest.ref} hold coefficients: their rows come from a Decoder")
     count = len(records_UB if index_T is None else index_T)
     blocks, size = manifest.num_blocks, manifest.hidden_size
     rows_NTD = torch.empty(blocks, count, size, device=records_UB.device)
@@ -33,22 +38,69 @@ def decode(records_UB: Tensor, manifest: Manifest, index_T: Tensor | None = None
     return rows_NTD
 
 
-class LayerwiseRows:
-    """The rows [N, T, D] of `records_UB[index_T]` in `dtype`, each layer decoded when it is asked for: of long prompts only one is in memory."""
+def decode_block(records_UB: Tensor, manifest: Manifest, block: int, index_T: Tensor) -> Tensor:
+    """One block of `records_UB[index_T]`: its row float32 [T, D], or its coefficients [T, r]."""
+    sizes = manifest.ranks or (manifest.hidden_size,) * manifest.num_blocks
+    start = sum(manifest.codec_.block(size).itemsize for size in sizes[:block])
+    end = start + manifest.codec_.block(sizes[block]).itemsize
+    block_TB = records_UB[:, start:end].index_select(0, index_T)
+    values_TS = torch.empty(len(index_T), sizes[block], device=block_TB.device)
+    _INTO[manifest.codec](block_TB[:, None], values_TS[:, None])
+    return values_TS
 
-    def __init__(self, records_UB: Tensor, manifest: Manifest, index_T: Tensor, dtype: torch.dtype) -> None:
-        self.records_UB, self.manifest, self.index_T, self.dtype = records_UB, manifest, index_T, dtype
-        self.block_bytes = (manifest.record_bytes - 8) // manifest.num_blocks
+
+@dataclass
+class Staged:
+    """Records uint8 [U, record_bytes] on the model's device, and which of them each of T tokens has, int64 [T].
+
+    `places`, int64 [T]: where in the table's head each token's row is, -1 where it has none; None for a table without.
+    """
+
+    records: Tensor
+    index: Tensor
+    places: Tensor | None = None
+
+
+class Decoder:
+    """Rows of one table in `dtype` on `device`, from its records and its companions."""
+
+    def __init__(self, companions: Companions, device: torch.device, dtype: torch.dtype) -> None:
+        self.manifest, self.dtype, self.head = companions.manifest, dtype, companions.head
+        self.means: list[Tensor] = []
+        self.vectors: list[Tensor] = []
+        if companions.basis:
+            self.means = [torch.from_numpy(mean).to(device) for mean in companions.basis.means]
+            self.vectors = [torch.from_numpy(v).to(device) for v in companions.basis.vectors]
+        self.head_records = None if companions.head_records is None else torch.from_numpy(companions.head_records).to(device)
+
+    def rows(self, staged: Staged) -> Tensor:
+        """[N, T, D]"""
+        if not (self.vectors or self.head):
+            return decode(staged.records, self.manifest, staged.index).to(self.dtype)
+        return torch.stack([self.block(staged, block) for block in range(self.manifest.num_blocks)])
+
+    def block(self, staged: Staged, block: int) -> Tensor:
+        """[T, D] of one of them."""
+        row_TD = decode_block(staged.records, self.manifest, block, staged.index)
+        if self.vectors:
+            row_TD = torch.addmm(self.means[block], row_TD, self.vectors[block])
+        if self.head and self.head_records is not None and staged.places is not None:
+            finer_TD = decode_block(self.head_records, self.head, block, staged.places.clamp(min=0))
+            row_TD = torch.where(staged.places[:, None] >= 0, finer_TD, row_TD)
+        return row_TD.to(self.dtype)
+
+
+class LayerwiseRows:
+    """The rows [N, T, D], each layer decoded when it is asked for: of long prompts only one is in memory."""
+
+    def __init__(self, decoder: Decoder, staged: Staged) -> None:
+        self.decoder, self.staged = decoder, staged
 
     def __len__(self) -> int:
-        return self.manifest.num_blocks
+        return self.decoder.manifest.num_blocks
 
     def __getitem__(self, block: int) -> Tensor:
-        start = block * self.block_bytes
-        block_TB = self.records_UB[:, start : start + self.block_bytes].index_select(0, self.index_T)
-        rows_TD = torch.empty(len(self.index_T), self.manifest.hidden_size, device=block_TB.device)
-        _INTO[self.manifest.codec](block_TB[:, None], rows_TD[:, None])
-        return rows_TD.to(self.dtype)
+        return self.decoder.block(self.staged, block)
 
 
 def is_long(count: int, manifest: Manifest) -> bool:

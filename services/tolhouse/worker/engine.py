@@ -16,9 +16,10 @@ from torch import Tensor
 from tolhouse.errors import Corrupt, Internal, Overloaded, PromptTooLong, TolhouseError
 from tolhouse.telemetry import log
 from tolhouse.tracing import under
+from tolhouse.worker.decode import Staged
 from tolhouse.worker.kv_cache import KVCache
 from tolhouse.worker.latency import Latencies
-from tolhouse.worker.rows import COUNTS, NoRows, Rows, Staged
+from tolhouse.worker.rows import COUNTS, NoRows, Rows
 from tolhouse.worker.runner import Runner
 from tolhouse.worker.sampler import Logprobs, prompt_logprobs, sample
 from tolhouse.worker.scheduler import Chunk, Scheduler

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tolhouse.model.transformer import Transformer
 from tolhouse.worker.attention import Pages, StepView
-from tolhouse.worker.rows import NoRows, Rows, Staged
+from tolhouse.worker.decode import Staged
+from tolhouse.worker.rows import NoRows, Rows
 from tolhouse.worker.runner import Launched, Runner
 from tolhouse.worker.scheduler import Chunk
 
@@ -69,6 +70,7 @@ class DecodeGraph:
             return torch.full(shape, filled, dtype=torch.int64, device=device)
 
         self.ids_B, self.positions_B, self.index_B = buffer(sequences), buffer(sequences), buffer(sequences)
+        self.places_B = buffer(sequences, filled=-1)
         self.view = StepView(
             pages,
             sequences,
@@ -84,7 +86,9 @@ class DecodeGraph:
         if not runner.carried:
             self._begin, self.begun_BD = recorded(lambda: model.begin(self.ids_B, self.positions_B, self.view), device, runner.pool)
         self._finish, self.hidden_BD = recorded(
-            lambda: model.hidden(self.ids_B, self.positions_B, self.view, rows.decode(Staged(self.records, self.index_B)), self.begun_BD),
+            lambda: model.hidden(
+                self.ids_B, self.positions_B, self.view, rows.decode(Staged(self.records, self.index_B, self.places_B)), self.begun_BD
+            ),
             device,
             runner.pool,
         )
@@ -109,6 +113,8 @@ class DecodeGraph:
 
     def finish(self, staged: Staged) -> Tensor:
         self.index_B[: self.count] = staged.index
+        if staged.places is not None:
+            self.places_B[: self.count] = staged.places
         self._finish()
         return self.hidden_BD[: self.count]
 

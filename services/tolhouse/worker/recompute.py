@@ -33,6 +33,10 @@ class Recompute:
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         if manifest.parent:
             raise Mismatch(f"--fallback recompute can't compute the changed rows of overlay {manifest.ref}: serve it without")
+        if manifest.ranks:
+            raise Mismatch(
+                f"--fallback recompute can't compute the coefficients of low-rank table {manifest.ref} to the last bit: serve it without"
+            )
         self.manifest = manifest
         self.model = checkpoint.model(embedding=False, dtype=None)
         self.model.ffn_m = nn.ModuleList(Widened(ffn) for ffn in self.model.ffn_m)

@@ -4,7 +4,6 @@ import contextvars
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.table.spec import Manifest
 from tolhouse.telemetry import event
 from tolhouse.tracing import span
-from tolhouse.worker.decode import LayerwiseRows, decode, is_long
+from tolhouse.worker.decode import Decoder, LayerwiseRows, Staged, is_long
 from tolhouse.worker.mirror import Mirror
 from tolhouse.worker.outage import Outage
 from tolhouse.worker.recompute import Recompute
@@ -24,14 +23,6 @@ from tolhouse.worker.recompute import Recompute
 COUNTS = ("from_cache", "from_remote", "recomputed", "remote_bytes", "wait_seconds")  # of `Rows`, for users to see
 _RECENT = 16  # fetches that count as of late
 _FILL_BYTES = 16 << 20  # fetched at a time while the cache is filled
-
-
-@dataclass
-class Staged:
-    """Records uint8 [U, record_bytes] on the model's device, and which of them each of T tokens has, int64 [T]."""
-
-    records: Tensor
-    index: Tensor
 
 
 class Rows:
@@ -48,6 +39,9 @@ class Rows:
     ) -> None:
         self.client, self.manifest, self.device, self.dtype = client, manifest, device, dtype
         self.fallback, self.outage = fallback, Outage(self._is_back)
+        companions = client.companions(manifest)
+        self.decoder = Decoder(companions, device, dtype)
+        self.places = companions.places.astype(np.int64) if companions.head else None
         self.mirror = Mirror(manifest, cache_bytes, device)
         self.cache, self.records = self.mirror.cache, self.mirror.records
         self.from_cache = self.from_remote = self.recomputed = self.remote_bytes = 0
@@ -81,13 +75,14 @@ class Rows:
             unique_U, places_T = np.unique(ids, return_inverse=True)
             records = torch.from_numpy(self._passing(unique_U)).to(self.device)
         self.mirror.arrive()
-        return Staged(records, torch.from_numpy(places_T.astype(np.int64, copy=False)).to(self.device))
+        index_T = torch.from_numpy(places_T.astype(np.int64, copy=False)).to(self.device)
+        return Staged(records, index_T, None if self.places is None else torch.from_numpy(self.places[ids]).to(self.device))
 
     def decode(self, staged: Staged) -> Tensor | LayerwiseRows:
         """Rows [N, T, D] in `dtype`."""
         if self.device.type == "cpu" and is_long(len(staged.index), self.manifest):
-            return LayerwiseRows(staged.records, self.manifest, staged.index, self.dtype)
-        return decode(staged.records, self.manifest, staged.index).to(self.dtype)
+            return LayerwiseRows(self.decoder, staged)
+        return self.decoder.rows(staged)
 
     def late(self, ids: np.ndarray) -> np.ndarray:
         """Which of `ids` [T] the lookup service would have to be asked for; bool [T]. None after a failure: who needs the row is told."""

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tolhouse.model.transformer import Transformer
 from tolhouse.worker.attention import Pages, StepView
-from tolhouse.worker.rows import NoRows, Rows, Staged
+from tolhouse.worker.decode import Staged
+from tolhouse.worker.rows import NoRows, Rows
 from tolhouse.worker.scheduler import Chunk
 
 

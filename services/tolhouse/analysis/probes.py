@@ -1,0 +1,68 @@
+"""Rows as a probe wants them: of a table, through a codec, scaled by α, or without those of some layers (PAPER section 5)."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tolhouse.analysis.evaluate import RowsOf
+from tolhouse.errors import InvalidArgument, Mismatch
+from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.rows import batches
+from tolhouse.store import open_store, resolve, rows_of
+from tolhouse.table.codecs import codec
+from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_library
+
+
+def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -> np.ndarray:
+    """Token ids int64 [T] of a text file or a folder of them, or by default of the standard library's held-out part; the first `most_tokens`."""
+    tokenizer = checkpoint.tokenizer()
+    found = documents(path or standard_library())
+    texts = [text for name, text in found if path or is_held_out(name)]
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    ends = [] if end is None else [end]
+    ids = [i for encoding in tokenizer.encode_batch(texts) for i in (*encoding.ids, *ends)]
+    if len(ids) < 2:
+        raise InvalidArgument(f"{path} has {len(ids)} tokens of text (UTF-8); at least 2 are needed")
+    return np.array(ids[: most_tokens or None], np.int64)
+
+
+def model_rows(checkpoint: Checkpoint, x0: bool = False) -> np.ndarray:
+    """Rows float32 [V, N, D] that the model computes; X0 in front if `x0`."""
+    ids = np.arange(checkpoint.config.vocab_size, dtype=np.uint32)
+    return np.concatenate([rows for _, rows in batches(checkpoint.model(), ids, x0)])
+
+
+def table_rows(checkpoint: Checkpoint, store_url: str, table: str) -> np.ndarray:
+    """Rows float32 [V, N, D] of a table of this checkpoint; Mismatch if it is of another. X0 is left out."""
+    store = open_store(store_url)
+    manifest = resolve(store, table)
+    if manifest.model_id != checkpoint.model_id():
+        raise Mismatch(
+            f"table {manifest.ref} was built from model {manifest.model_id[:12]}, but checkpoint {checkpoint.name} is {checkpoint.model_id()[:12]}"
+        )
+    return rows_of(store, manifest, np.arange(manifest.vocab_size, dtype=np.uint32))[:, manifest.x0 :]
+
+
+def through(name: str, rows: np.ndarray) -> np.ndarray:
+    """What a codec makes of rows."""
+    return codec(name).decode(codec(name).encode(rows)).astype(np.float32)
+
+
+def probed(rows: np.ndarray, alpha: float = 1.0, absent: Iterable[int] = ()) -> RowsOf:
+    """`rows` [V, N, D] times `alpha`, those of `absent` layers zero; InvalidArgument for a layer that there is not."""
+    count = rows.shape[1]
+    if bad := [layer for layer in absent if not 0 <= layer < count]:
+        raise InvalidArgument(
+            f"there is no layer {bad[0]} to leave out: this model has {f'0 to {count - 1}' if count > 1 else 'one row for all layers'}"
+        )
+    scale = torch.full((count, 1, 1), alpha)
+    scale[list(absent)] = 0
+    rows_NVD = torch.from_numpy(np.ascontiguousarray(rows.swapaxes(0, 1))) * scale
+
+    def of(ids_T: Tensor) -> Tensor:
+        return rows_NVD[:, ids_T]
+
+    return of

@@ -1,0 +1,157 @@
+"""Tables in fewer bytes: low rank by a frequency-weighted SVD, and the frequent tokens' rows in a finer codec.
+
+The paper quantises, and cuts each layer to one rank by a plain SVD (PAPER section 2). Here what is kept is chosen by what text reads: the
+error of a token's row counts as often as the token comes, ranks differ by layer so that one error threshold holds for all of them, and
+the few tokens that make up most of any text are stored more finely than the tail. All rows are in memory at once.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tolhouse.build.job import plan
+from tolhouse.errors import InvalidArgument
+from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.store import Store
+from tolhouse.table.codecs import codec
+from tolhouse.table.companions import Basis, Companions
+from tolhouse.table.spec import MAX_FREQUENT, Manifest, digest
+
+BASIS_CODEC = "fp16"  # its vectors are of length one
+HEAD_SHARE = 32  # of the vocabulary, one token in so many is in the head, unless told otherwise: 60 to 70% of text
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a table is compressed. Exactly one of `rank` and `ratio` may be given; without either, rows keep their full rank."""
+
+    codec: str
+    rank: float = 0.0  # share of all values that are kept as coefficients, over all layers; 0: all
+    ratio: float = 0.0  # bytes at 16 bit over those of all that is stored, companions and checksums too; the rank is chosen so
+    head: int = 0  # tokens
+    head_codec: str = "int8"
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A table and its companions with all their records, not stored yet."""
+
+    companions: Companions
+    records: np.ndarray
+    basis: Manifest | None = None
+    basis_records: np.ndarray | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(m.table_bytes for m in (self.companions.manifest, self.companions.head, self.basis) if m)
+
+    def store(self, store: Store) -> Manifest:
+        """Write companions first, the table last; returns its manifest."""
+        found = self.companions
+        for manifest, records in ((self.basis, self.basis_records), (found.head, found.head_records), (found.manifest, self.records)):
+            if manifest is None or records is None:
+                continue
+            digests = []
+            for shard in range(manifest.num_shards):
+                mine = np.ascontiguousarray(records[manifest.shard_ids(shard)])
+                store.write_shard(manifest, shard, mine)
+                digests.append(digest(mine))
+            stored = replace(manifest, shards=tuple(digests))
+            store.commit(stored)
+        return stored
+
+
+def compress(
+    checkpoint: Checkpoint, rows: np.ndarray, counts: Mapping[int, int], scheme: Scheme, *, name: str, shards: int, embedding: str = "auto"
+) -> Compressed:
+    """The table of `checkpoint`, whose rows are `rows` [V, N, D], by `scheme`. `counts`: how often text has each token."""
+    planned = plan(checkpoint, name, scheme.codec, shards, (), embedding)
+    vocabulary, blocks, size = rows.shape
+    order = sorted(range(vocabulary), key=lambda i: (-counts.get(i, 0), i))
+    most = min(vocabulary // 2, MAX_FREQUENT)
+    if not 0 <= scheme.head <= most:
+        raise InvalidArgument(f"the head may have from 0 to {most} tokens of a vocabulary of {vocabulary}, not {scheme.head}")
+    if scheme.rank and scheme.ratio:
+        raise InvalidArgument("a rank and a ratio can't both be given: the ratio chooses the rank")
+    if not 0 <= scheme.rank <= 1:
+        raise InvalidArgument(f"the rank is a share of all values, from 0 to 1, not {scheme.rank:g}")
+    codec(scheme.head_codec)
+    frequent = tuple(i for i in order[:MAX_FREQUENT] if counts.get(i, 0)) if not scheme.head else tuple(order[:MAX_FREQUENT])
+    base = replace(planned, frequent=frequent)
+
+    head, head_records = None, None
+    if scheme.head:
+        head = replace(planned, codec=scheme.head_codec, vocab_size=scheme.head, num_shards=1, frequent=())
+        head, head_records = _sealed(head, rows[order[: scheme.head]], "head")
+        base = replace(base, head=head.ref)
+    basis, basis_table, basis_records = None, None, None
+    if scheme.rank or scheme.ratio:
+        weights = np.array([counts.get(i, 0) + 0.5 for i in range(vocabulary)])  # a token that was not seen may yet come
+        weights[order[: scheme.head]] = 0
+        parts = [_components(rows[:, block], weights) for block in range(blocks)]
+        total = round(scheme.rank * blocks * size)
+        if scheme.ratio:
+            wanted = vocabulary * (blocks * size * 2 + 8) / scheme.ratio - (head.table_bytes if head else 0)
+            total = _affordable(base, parts, wanted)
+        ranks = _ranks([values for _, values, _ in parts], total)
+        means = np.stack([mean for mean, _, _ in parts]).astype(np.float32)
+        exact = Basis(means, tuple(vectors[:rank].astype(np.float32) for (_, _, vectors), rank in zip(parts, ranks, strict=True)))
+        basis_table = replace(
+            planned, codec=BASIS_CODEC, vocab_size=sum(ranks) + blocks, num_shards=1, frequent=(), layers=planned.layers[:1], x0=False
+        )
+        basis_table, basis_records = _sealed(basis_table, exact.table(), "basis")
+        basis = Basis.of(basis_table.decode(basis_records).astype(np.float32), ranks)  # as a reader has it
+        base = replace(base, ranks=ranks, basis=basis_table.ref)
+    contents = basis.coefficients(rows) if basis else rows
+    table, records = _sealed(base, contents)
+    return Compressed(Companions(table, basis, head, head_records), records, basis_table, basis_records)
+
+
+def _sealed(manifest: Manifest, rows: np.ndarray | list[np.ndarray], what: str = "") -> tuple[Manifest, np.ndarray]:
+    """A manifest with the version that its contents give it, and its records."""
+    ids = np.arange(manifest.vocab_size, dtype=np.uint32)
+    contents = hashlib.sha256(f"{what} {manifest.codec} {manifest.layers} {manifest.x0} {manifest.ranks} {manifest.needs}".encode())
+    for part in rows if isinstance(rows, list) else [rows]:
+        contents.update(np.ascontiguousarray(part, np.float32).tobytes())
+    name = f"{manifest.name[: 63 - len(what)]}.{what}" if what else manifest.name
+    manifest = replace(manifest, name=name, version=contents.hexdigest()[:16])
+    return manifest, manifest.encode(ids, rows)
+
+
+def _components(rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of rows [V, D]: their weighted mean [D], the energy [D] of each principal direction, largest first, and the directions [D, D]."""
+    share = weights / weights.sum()
+    mean = share @ rows
+    centred = rows - mean
+    values, vectors = np.linalg.eigh((centred * share[:, None]).T @ centred)
+    return mean, np.maximum(values[::-1], 0), vectors.T[::-1]
+
+
+def _ranks(energies: list[np.ndarray], total: int) -> tuple[int, ...]:
+    """How many directions each layer keeps: those above one threshold, by which there are `total` over all layers; at least one each."""
+    size = len(energies[0])
+    total = min(max(total, len(energies)), size * len(energies))
+    threshold = np.sort(np.concatenate(energies))[::-1][total - 1]
+    return tuple(min(size, max(1, int((e >= threshold).sum()))) for e in energies)
+
+
+def _affordable(base: Manifest, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], wanted: float) -> int:
+    """The most coefficients whose table and basis fit into `wanted` bytes; InvalidArgument where not even the fewest do."""
+    blocks, size = base.num_blocks, base.hidden_size
+    least, most = blocks, blocks * size
+
+    def needed(total: int) -> int:
+        ranks = _ranks([values for _, values, _ in parts], total)
+        sized = replace(base, ranks=ranks, basis=f"{base.name}@{'0' * 16}")
+        return sized.table_bytes + (sum(ranks) + blocks) * (codec(BASIS_CODEC).block(size).itemsize + 8)
+
+    if needed(least) > wanted:
+        raise InvalidArgument(
+            f"{wanted / 1e6:.2f} MB are too few: the least that a table of rank 1 takes, with its companions, is {needed(least) / 1e6:.2f} MB"
+        )
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if needed(middle) <= wanted else (least, middle - 1)
+    return least
