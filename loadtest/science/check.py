@@ -1,0 +1,143 @@
+"""The science in ten minutes, from the committed checkpoints: `make science-check`, or `python -m loadtest.science.check`.
+
+Held-out perplexity by codec and size, measured in this process and again through lookup service and worker; α and layers; the bytes of One
+Wide FFN; an edited token. Prints tables and, last, one line of JSON, losses as relative increases of perplexity over 16 bit:
+
+  ppl_16bit                     with rows in bfloat16
+  int8_loss, int4_loss          int4 with one token in 32 at int8 (asked: at most 0.0002 and 0.002)
+  lowrank_half_loss             half the bytes by low rank alone, at 16 bit (asked: at most 0.0175, half of the paper's)
+  codec_8x_loss                 an eighth of the bytes
+  one_wide_bytes_ratio          bytes of rows fetched for each token, One Wide FFN's over memory's of as many layers
+  overlay_changes_only_its_token
+  served_difference             largest |served perplexity - ours| / ours over all codecs (asked: at most 0.001)
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tolhouse import Client
+from tolhouse.store import open_store, publish, rows_of
+from tolhouse.store.overlay import make_overlay
+from tolhouse.testing import build_table, local_cluster, tiny_model
+from tqdm import tqdm
+
+from loadtest.science.codecs import Model, own_perplexity, schemes, served, served_perplexity
+
+PROBE_TOKENS = 20_000
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1)
+
+
+def compression(model: Model, most_tokens: int) -> dict[str, float]:
+    """A table of all schemes; the loss of each, the perplexity at 16 bit, and the largest difference of what is served."""
+    length = model.checkpoint.config.max_position_embeddings
+    lines, found, furthest = [], {}, 0.0
+    exact = model.evaluate(model.decoded(model.compressed(schemes(len(model.rows))["bf16"])), most_tokens).perplexity
+    for name, scheme in tqdm(schemes(len(model.rows)).items(), desc="codecs", leave=False, dynamic_ncols=True):
+        made = model.compressed(scheme)
+        rows = model.decoded(made)
+        loss = model.evaluate(rows, most_tokens).perplexity / exact - 1
+        with tempfile.TemporaryDirectory(prefix="tolhouse-science-") as folder, served(model, made, Path(folder)) as client:
+            ours, theirs = own_perplexity(model, rows, length), served_perplexity(client, model.text, length)
+        furthest = max(furthest, abs(theirs / ours - 1))
+        found[name] = loss
+        lines.append(
+            f"  {name:26}{made.bytes / 1e6:8.2f} MB {model.bytes16() / made.bytes:6.2f}x  {100 * loss:+8.3f} %   {ours:9.5f} {theirs:9.5f}"
+        )
+    print(f"{model.path.name}: held-out perplexity {exact:.4f} at 16 bit, rows of {model.bytes16() / 1e6:.1f} MB")
+    print(f"  {'codec':26}{'bytes':>11} {'16 bit':>7}  {'perplexity':>10}   {'here':>9} {'served':>9}")
+    print("\n".join(lines), flush=True)
+    return {**found, "16bit": exact, "furthest": furthest}
+
+
+def probes(model: Model) -> None:
+    """α on all rows, and each layer's rows left out."""
+    exact = model.evaluate(model.rows, PROBE_TOKENS).perplexity
+    print(f"\nperplexity over that of α = 1, {PROBE_TOKENS:,} tokens")
+    print("  α          " + "".join(f"{alpha:9.2f}" for alpha in ALPHAS))
+    print("             " + "".join(f"{model.evaluate(model.rows, PROBE_TOKENS, alpha=alpha).perplexity / exact:9.3f}" for alpha in ALPHAS))
+    layers = range(model.rows.shape[1])
+    print("  without    " + "".join(f"{f'layer {layer}':>9}" for layer in layers))
+    dropped = [model.evaluate(model.rows, PROBE_TOKENS, absent=(layer,)).perplexity / exact for layer in layers]
+    print("             " + "".join(f"{d:9.3f}" for d in dropped), flush=True)
+
+
+def one_wide(folder: Path) -> float:
+    """Bytes of rows that a worker has fetched for each token, of a wide model over a memory model's: by the worker's own counters."""
+    fetched = {}
+    for kind in ("wide", "memory"):
+        path = tiny_model(folder / kind, kind)
+        url = f"file://{folder / kind}-tables"
+        build_table(path, url, codec="bf16")
+        options = ("--row-cache-megabytes", "0", "--compile", "never")
+        with local_cluster(path, url, worker_options=options) as cluster, Client(cluster.workers) as client:
+            list(client.generate(range(1, 40), 8, ignore_eos=True))
+            rows = client.describe_worker().rows
+            fetched[kind] = rows.remote_bytes / rows.from_remote
+    print(f"\none wide FFN: {fetched['wide']:.0f} bytes a token, memory with 4 layers: {fetched['memory']:.0f}")
+    return fetched["wide"] / fetched["memory"]
+
+
+def edited(model: Model, folder: Path) -> bool:
+    """Whether a token's edit changes log probabilities after the token, and no others: by texts with and without it, served."""
+    url = f"file://{folder}"
+    store = open_store(url)
+    manifest = model.compressed(schemes(len(model.rows))["bf16"]).store(store)
+    publish(store, manifest.ref)
+    tokenizer = model.checkpoint.tokenizer()
+    (token,), (other,) = tokenizer.encode(" import").ids, tokenizer.encode(" class").ids
+    ids = np.array([token], np.uint32)
+    made = make_overlay(store, manifest.ref, ids, rows_of(store, manifest, np.array([other], np.uint32)))
+    texts = [model.text[start : start + 64] for start in range(0, 6400, 64)]
+    told: list[list[list[float]]] = []
+    for table in (manifest.ref, made.ref):
+        with (
+            local_cluster(model.path, url, worker_options=("--table", table, "--compile", "never")) as cluster,
+            Client(cluster.workers) as client,
+        ):
+            told.append(
+                [[p for reply in client.replies(t.tolist(), 0, prompt_logprobs=0) for p in reply.prompt_logprobs.chosen] for t in texts]
+            )
+            shown = "".join(tokenizer.decode(list(client.generate(tokenizer.encode("from os import path\n").ids, 8, ignore_eos=True))))
+            print(
+                f"{'' if len(told) == 2 else chr(10)}{'edited' if len(told) == 2 else 'before':7} 'from os import path' goes on {shown!r}",
+                flush=True,
+            )
+    right = []
+    for text, before, after in zip(texts, *told, strict=True):
+        at = np.flatnonzero(text == token)
+        first = int(at[0]) if len(at) else len(text)  # what is predicted from here on may change
+        right.append(before[:first] == after[:first] and (first >= len(text) - 1 or before[first:] != after[first:]))
+    print(f"  the row of {' import'!r} is that of {' class'!r}: {sum(token in t for t in texts)} of {len(texts)} texts have it")
+    return all(right) and any(token in t for t in texts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.science.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=0, help="held-out tokens for the codecs; 0: all (default)")
+    options = parser.parse_args()
+    model = Model(Path("models/demo-memory"))
+    found = compression(model, options.tokens)
+    probes(model)
+    with tempfile.TemporaryDirectory(prefix="tolhouse-science-") as name:
+        wide = one_wide(Path(name))
+        only = edited(model, Path(name) / "edited")
+    told = {
+        "ppl_16bit": round(found["16bit"], 4),
+        "int8_loss": round(found["int8"], 6),
+        "int4_loss": round(found["int4"], 6),
+        "lowrank_half_loss": round(found["low rank, half"], 6),
+        "codec_8x_loss": round(found["int4 low rank, 8x"], 6),
+        "one_wide_bytes_ratio": round(wide, 4),
+        "overlay_changes_only_its_token": only,
+        "served_difference": round(found["furthest"], 6),
+    }
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What compression costs, and whether what is served is what was measured: the schemes that check.py and __main__.py go through."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tolhouse import Client
+from tolhouse.analysis.evaluate import Evaluation, evaluate
+from tolhouse.analysis.probes import model_rows, probed, read_text
+from tolhouse.build.compress import HEAD_SHARE, Compressed, Scheme, compress
+from tolhouse.build.frequency import count_tokens
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.store import open_store, publish
+from tolhouse.testing import local_cluster
+
+SERVED_WINDOWS = 4
+
+
+def schemes(vocabulary: int) -> dict[str, Scheme]:
+    """By what they are called in tables; `head` is one token in HEAD_SHARE."""
+    head = vocabulary // HEAD_SHARE
+    return {
+        "fp32": Scheme("fp32"),
+        "fp16": Scheme("fp16"),
+        "bf16": Scheme("bf16"),
+        "int8": Scheme("int8"),
+        "int4, no head": Scheme("int4"),
+        "int4": Scheme("int4", head=head),
+        "low rank, half": Scheme("bf16", ratio=2),
+        "low rank and head, half": Scheme("bf16", ratio=2, head=head, head_codec="bf16"),
+        "int8 low rank, 4x": Scheme("int8", ratio=4, head=head),
+        "int4 low rank, 8x": Scheme("int4", ratio=8, head=head),
+    }
+
+
+@dataclass
+class Model:
+    """A checkpoint with all that measuring it again and again needs."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        self.checkpoint = open_checkpoint(self.path)
+        self.model = self.checkpoint.model()
+        self.rows = model_rows(self.checkpoint)
+        self.text = read_text(self.checkpoint, None)
+        self.counts = count_tokens(self.checkpoint.tokenizer(), "", self.checkpoint.config.vocab_size)
+
+    def compressed(self, scheme: Scheme, name: str = "") -> Compressed:
+        return compress(self.checkpoint, self.rows, self.counts, scheme, name=name, shards=16)
+
+    def evaluate(self, rows: np.ndarray, most_tokens: int = 0, **probe: object) -> Evaluation:
+        return evaluate(self.model, self.text[: most_tokens or None], probed(rows, **probe))  # type: ignore[arg-type]
+
+    def decoded(self, made: Compressed) -> np.ndarray:
+        """Rows [V, N, D] as a reader of the table has them."""
+        ids = np.arange(self.checkpoint.config.vocab_size, dtype=np.uint32)
+        return made.companions.decode(ids, made.records).astype(np.float32)
+
+    def bytes16(self) -> int:
+        vocabulary, blocks, size = self.rows.shape
+        return vocabulary * (2 * blocks * size + 8)
+
+
+@contextmanager
+def served(model: Model, made: Compressed, folder: Path) -> Iterator[Client]:
+    """A worker that fetches the rows of a table from a lookup service, over sockets, without rows of its own."""
+    url = f"file://{folder}"
+    store = open_store(url)
+    manifest = made.store(store)
+    publish(store, manifest.ref)
+    options = ("--table", manifest.ref, "--row-cache-megabytes", "1", "--compile", "never")
+    with local_cluster(model.path, url, worker_options=options) as cluster, Client(cluster.workers) as client:
+        yield client
+
+
+def served_perplexity(client: Client, ids: np.ndarray, length: int) -> float:
+    """Of windows of `length` tokens each, from the worker's own log probabilities."""
+    losses: list[float] = []
+    for start in range(0, SERVED_WINDOWS * length, length):
+        window = ids[start : start + length].tolist()
+        for reply in client.replies(window, 0, prompt_logprobs=0):
+            losses += [-p for p in reply.prompt_logprobs.chosen]
+    return math.exp(sum(losses) / len(losses))
+
+
+def own_perplexity(model: Model, rows: np.ndarray, length: int) -> float:
+    """The same in this process."""
+    found = [
+        evaluate(model.model, model.text[start : start + length], probed(rows)).losses
+        for start in range(0, SERVED_WINDOWS * length, length)
+    ]
+    return math.exp(float(np.concatenate(found).mean()))
