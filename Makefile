@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv; nothing has to be installed by hand.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench chaos fuzz soak protos audit sbom
+.PHONY: help setup demo serve test check bench chaos fuzz science-check science soak protos audit sbom
 SHELL := /bin/bash
 
 PYTHON := $(shell command -v python3.11 || command -v python3)
@@ -39,6 +39,12 @@ chaos: .venv/dev  ## faults under load, ten minutes; prints what clients noticed
 
 fuzz: .venv/dev  ## a million nearly right inputs for every reader
 	$(BIN)/python -m tests.fuzz
+
+science-check: .venv/dev  ## compression, probes and edits, measured from the committed checkpoints: ten minutes
+	$(BIN)/python -m loadtest.science.check
+
+science: .venv/dev  ## all tables and plots of SCIENCE.md, from committed checkpoints and curves: an hour
+	$(BIN)/python -m loadtest.science
 
 soak: .venv/dev  ## twenty minutes of mixed load; says what grows
 	$(BIN)/python -m loadtest.soak

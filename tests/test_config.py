@@ -14,7 +14,7 @@ def test_every_option_is_explained_and_has_its_unit(kind: type[BaseSettings]) ->
     for name, field in kind.model_fields.items():
         assert field.description, name
         if field.annotation is float:
-            assert name.endswith(("_seconds", "_megabytes")), name
+            assert name.endswith(("_seconds", "_megabytes", "_share", "_ratio")), name
     assert kind()  # the defaults are allowed
 
 

@@ -65,7 +65,7 @@ def test_layer_by_layer_rows_are_the_same(codec: str, size: int, x0: bool, index
     """A long prompt's rows have the bits they have when all are decoded at once."""
     manifest = table(codec, size, 3, x0)
     records, index_T = torch.from_numpy(records_of(manifest, 7, 0)), torch.tensor(index, dtype=torch.int64)
-    rows = LayerwiseRows(Decoder(Companions(manifest), torch.device("cpu"), torch.float32), Staged(records, index_T))
+    rows = LayerwiseRows(Decoder(Companions(manifest), torch.device("cpu"), torch.float32), Staged(records, index_T), 3)
     assert 3 + x0 == len(rows)
     layers = b"".join(rows[layer].numpy().tobytes() for layer in range(len(rows)))
     assert decode(records, manifest, index_T).numpy().tobytes() == layers

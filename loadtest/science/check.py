@@ -27,6 +27,7 @@ from tqdm import tqdm
 from loadtest.science.codecs import Model, own_perplexity, schemes, served, served_perplexity
 
 PROBE_TOKENS = 20_000
+PROMPT = "import sys\n\ndef main():\n    return"
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1)
 
 
@@ -87,7 +88,7 @@ def edited(model: Model, folder: Path) -> bool:
     manifest = model.compressed(schemes(len(model.rows))["bf16"]).store(store)
     publish(store, manifest.ref)
     tokenizer = model.checkpoint.tokenizer()
-    (token,), (other,) = tokenizer.encode(" import").ids, tokenizer.encode(" class").ids
+    (token,), (other,) = tokenizer.encode(" return").ids, tokenizer.encode(" raise").ids
     ids = np.array([token], np.uint32)
     made = make_overlay(store, manifest.ref, ids, rows_of(store, manifest, np.array([other], np.uint32)))
     texts = [model.text[start : start + 64] for start in range(0, 6400, 64)]
@@ -100,9 +101,9 @@ def edited(model: Model, folder: Path) -> bool:
             told.append(
                 [[p for reply in client.replies(t.tolist(), 0, prompt_logprobs=0) for p in reply.prompt_logprobs.chosen] for t in texts]
             )
-            shown = "".join(tokenizer.decode(list(client.generate(tokenizer.encode("from os import path\n").ids, 8, ignore_eos=True))))
+            shown = "".join(tokenizer.decode(list(client.generate(tokenizer.encode(PROMPT).ids, 8, ignore_eos=True))))
             print(
-                f"{'' if len(told) == 2 else chr(10)}{'edited' if len(told) == 2 else 'before':7} 'from os import path' goes on {shown!r}",
+                f"{'' if len(told) == 2 else chr(10)}{'edited' if len(told) == 2 else 'before':7} {PROMPT!r} goes on {shown!r}",
                 flush=True,
             )
     right = []
@@ -110,7 +111,7 @@ def edited(model: Model, folder: Path) -> bool:
         at = np.flatnonzero(text == token)
         first = int(at[0]) if len(at) else len(text)  # what is predicted from here on may change
         right.append(before[:first] == after[:first] and (first >= len(text) - 1 or before[first:] != after[first:]))
-    print(f"  the row of {' import'!r} is that of {' class'!r}: {sum(token in t for t in texts)} of {len(texts)} texts have it")
+    print(f"  the row of {' return'!r} is that of {' raise'!r}: {sum(token in t for t in texts)} of {len(texts)} texts have it")
     return all(right) and any(token in t for t in texts)
 
 

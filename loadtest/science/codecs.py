@@ -10,8 +10,9 @@ import numpy as np
 from tolhouse import Client
 from tolhouse.analysis.evaluate import Evaluation, evaluate
 from tolhouse.analysis.probes import model_rows, probed, read_text
-from tolhouse.build.compress import HEAD_SHARE, Compressed, Scheme, compress
+from tolhouse.build.compress import HEAD_SHARE, Compressed, Scheme, bytes_at_16_bit, compress
 from tolhouse.build.frequency import count_tokens
+from tolhouse.build.job import plan
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.store import open_store, publish
 from tolhouse.testing import local_cluster
@@ -50,7 +51,7 @@ class Model:
         self.counts = count_tokens(self.checkpoint.tokenizer(), "", self.checkpoint.config.vocab_size)
 
     def compressed(self, scheme: Scheme, name: str = "") -> Compressed:
-        return compress(self.checkpoint, self.rows, self.counts, scheme, name=name, shards=16)
+        return compress(plan(self.checkpoint, name, scheme.codec, 16), self.rows, self.counts, scheme)
 
     def evaluate(self, rows: np.ndarray, most_tokens: int = 0, **probe: object) -> Evaluation:
         return evaluate(self.model, self.text[: most_tokens or None], probed(rows, **probe))  # type: ignore[arg-type]
@@ -61,8 +62,7 @@ class Model:
         return made.companions.decode(ids, made.records).astype(np.float32)
 
     def bytes16(self) -> int:
-        vocabulary, blocks, size = self.rows.shape
-        return vocabulary * (2 * blocks * size + 8)
+        return bytes_at_16_bit(plan(self.checkpoint, "", "bf16", 16))
 
 
 @contextmanager

@@ -58,6 +58,14 @@ def _told(message: str) -> int:
     return 1
 
 
+def layer_numbers(text: str, option: str) -> list[int]:
+    """Numbers of layers with commas between."""
+    parts = [part.strip() for part in text.split(",") if text]
+    if not all(part.isdecimal() for part in parts):
+        raise InvalidArgument(f"{option} {text!r} is not a list of layer numbers with commas between, such as 3,4")
+    return [int(part) for part in parts]
+
+
 def options(kind: type[config.Config]) -> Callable:
     """A command's options from the fields of a config, and the config itself as its first argument."""
 
@@ -195,7 +203,8 @@ def build(settings: config.BuildConfig, checkpoint: Path, publish_it: bool) -> N
 
     opened = open_checkpoint(checkpoint)
     stores = _stores(settings)
-    manifest = plan(opened, settings.name, settings.codec, settings.shards, embedding=settings.embedding)
+    absent = layer_numbers(settings.absent_layers, "--absent-layers")
+    manifest = plan(opened, settings.name, settings.codec, settings.shards, embedding=settings.embedding, absent=absent)
     manifest = replace(manifest, frequent=frequent_tokens(opened.tokenizer(), settings.corpus, manifest.vocab_size))
     click.echo(
         f"{manifest.ref}: {manifest.vocab_size} rows of {manifest.record_bytes} bytes, {manifest.table_bytes / 1e6:.1f} MB", err=True
@@ -221,16 +230,16 @@ def build(settings: config.BuildConfig, checkpoint: Path, publish_it: bool) -> N
 def compress(settings: config.CompressConfig, checkpoint: Path, publish_it: bool) -> None:
     """Make a table of CHECKPOINT in fewer bytes than `build` does; lookup, workers and clients serve it like any other.
 
-    Frequent tokens are kept in a finer codec, and with --rank or --ratio rows become a few coefficients of a basis for each layer, which
+    Frequent tokens are kept in a finer codec, and with --rank-share or --size-ratio rows become a few coefficients of a basis for each layer, which
     workers hold. `tolhouse eval` says what it costs.
 
     \b
       --codec int4                          under a third of 16 bit, for about a tenth of a percent of perplexity
-      --codec bf16 --rank 0.5 --head 0      low rank alone
-      --codec int4 --ratio 8                an eighth of 16 bit
+      --codec bf16 --rank-share 0.5 --head 0    low rank alone
+      --codec int4 --size-ratio 8               an eighth of 16 bit
     """
     from tolhouse.analysis.probes import model_rows
-    from tolhouse.build.compress import HEAD_SHARE, Scheme
+    from tolhouse.build.compress import HEAD_SHARE, Scheme, bytes_at_16_bit
     from tolhouse.build.compress import compress as compress_rows
     from tolhouse.build.frequency import count_tokens
     from tolhouse.build.job import plan
@@ -238,13 +247,14 @@ def compress(settings: config.CompressConfig, checkpoint: Path, publish_it: bool
     from tolhouse.store import open_store, publish
 
     opened, stores = open_checkpoint(checkpoint), _stores(settings)
-    plain = plan(opened, settings.name, "bf16", settings.shards, embedding=settings.embedding)
+    absent = layer_numbers(settings.absent_layers, "--absent-layers")
+    plain = plan(opened, settings.name, settings.codec, settings.shards, embedding=settings.embedding, absent=absent)
     head = settings.head if settings.head >= 0 else plain.vocab_size // HEAD_SHARE
-    scheme = Scheme(settings.codec, settings.rank, settings.ratio, head, settings.head_codec)
+    scheme = Scheme(settings.codec, settings.rank_share, settings.size_ratio, head, settings.head_codec)
     counts = count_tokens(opened.tokenizer(), settings.corpus, plain.vocab_size)
-    rows = model_rows(opened, plain.x0)
-    made = compress_rows(opened, rows, counts, scheme, name=settings.name, shards=settings.shards, embedding=settings.embedding)
-    share = plain.table_bytes / made.bytes
+    rows = model_rows(opened, plain.x0, plain.layers)
+    made = compress_rows(plain, rows, counts, scheme)
+    share = bytes_at_16_bit(plain) / made.bytes
     ranks = f", ranks {' '.join(map(str, made.companions.manifest.ranks))}" if made.companions.manifest.ranks else ""
     click.echo(f"{made.companions.manifest.ref}: {made.bytes / 1e6:.2f} MB, 1/{share:.2f} of 16 bit{ranks}", err=True)
     for url in stores:
@@ -596,9 +606,7 @@ def evaluate(
     from tolhouse.model.checkpoint import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
-    if not all(part.strip().isdecimal() for part in without.split(",") if without):
-        raise InvalidArgument(f"--without {without!r} is not a list of layer numbers with commas between")
-    absent = [int(part) for part in without.split(",") if part.strip()]
+    absent = layer_numbers(without, "--without")
     if not math.isfinite(alpha):
         raise InvalidArgument(f"--alpha {alpha} is not a number to scale rows by")
     rows = None

@@ -81,6 +81,7 @@ class TableConfig(Config):
     corpus: str = knob(
         "", "Text that tells which tokens are frequent: a file, or a folder of them. Default: the standard library's sources."
     )
+    absent_layers: str = knob("", "Layers whose rows are left out, with commas between; the model goes without them.")
     shards: int = knob(64, "Number of shards: units of work, files, and Redis hashes.", ge=1, le=65536)
     store_timeout_seconds: float = knob(10, "Longest wait for one answer of Redis.", gt=0)
     insecure: bool = knob(False, "Allow plaintext to a Redis of another machine: for networks that are trusted.")
@@ -98,8 +99,10 @@ class CompressConfig(TableConfig):
     model_config = SettingsConfigDict(env_prefix=f"{PREFIX}COMPRESS_")
 
     codec: Codec = knob("int4", "How rows, or with a rank their coefficients, are stored.")
-    rank: float = knob(0, "Low rank: share of all values that is kept, as coefficients; 0: all, without a basis.", ge=0, le=1)
-    ratio: float = knob(0, "Low rank by size: how many times smaller than at 16 bit all that is stored shall be; 0: as --rank says.", ge=0)
+    rank_share: float = knob(0, "Low rank: share of all values that is kept, as coefficients, up to 1; 0: all, without a basis.", ge=0)
+    size_ratio: float = knob(
+        0, "Low rank by size: how many times smaller than at 16 bit all that is stored shall be; 0: as --rank-share says.", ge=0
+    )
     head: int = knob(-1, "Most frequent tokens whose rows are kept in the finer codec; -1: a thirty-second of the vocabulary.", ge=-1)
     head_codec: Codec = knob("int8", "The finer codec.")
 

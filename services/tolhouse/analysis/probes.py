@@ -29,21 +29,24 @@ def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -
     return np.array(ids[: most_tokens or None], np.int64)
 
 
-def model_rows(checkpoint: Checkpoint, x0: bool = False) -> np.ndarray:
-    """Rows float32 [V, N, D] that the model computes; X0 in front if `x0`."""
+def model_rows(checkpoint: Checkpoint, x0: bool = False, layers: tuple[int, ...] | None = None) -> np.ndarray:
+    """Rows float32 [V, N, D] that the model computes, of all layers or of `layers`; X0 in front if `x0`."""
     ids = np.arange(checkpoint.config.vocab_size, dtype=np.uint32)
-    return np.concatenate([rows for _, rows in batches(checkpoint.model(), ids, x0)])
+    return np.concatenate([rows for _, rows in batches(checkpoint.model(), ids, x0, layers)])
 
 
 def table_rows(checkpoint: Checkpoint, store_url: str, table: str) -> np.ndarray:
-    """Rows float32 [V, N, D] of a table of this checkpoint; Mismatch if it is of another. X0 is left out."""
+    """Rows float32 [V, N, D] of a table of this checkpoint; Mismatch if it is of another. X0 is left out, and rows that the table lacks are zero."""
     store = open_store(store_url)
     manifest = resolve(store, table)
     if manifest.model_id != checkpoint.model_id():
         raise Mismatch(
             f"table {manifest.ref} was built from model {manifest.model_id[:12]}, but checkpoint {checkpoint.name} is {checkpoint.model_id()[:12]}"
         )
-    return rows_of(store, manifest, np.arange(manifest.vocab_size, dtype=np.uint32))[:, manifest.x0 :]
+    found = rows_of(store, manifest, np.arange(manifest.vocab_size, dtype=np.uint32))[:, manifest.x0 :]
+    rows = np.zeros((len(found), checkpoint.config.num_rows, checkpoint.config.hidden_size), np.float32)
+    rows[:, list(manifest.layers)] = found
+    return rows
 
 
 def through(name: str, rows: np.ndarray) -> np.ndarray:

@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tolhouse.build.job import plan
 from tolhouse.errors import InvalidArgument
-from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.store import Store
 from tolhouse.table.codecs import codec
 from tolhouse.table.companions import Basis, Companions
@@ -63,11 +61,13 @@ class Compressed:
         return stored
 
 
-def compress(
-    checkpoint: Checkpoint, rows: np.ndarray, counts: Mapping[int, int], scheme: Scheme, *, name: str, shards: int, embedding: str = "auto"
-) -> Compressed:
-    """The table of `checkpoint`, whose rows are `rows` [V, N, D], by `scheme`. `counts`: how often text has each token."""
-    planned = plan(checkpoint, name, scheme.codec, shards, (), embedding)
+def bytes_at_16_bit(manifest: Manifest) -> int:
+    """What a table of the same rows takes at 16 bit, checksums and all."""
+    return manifest.vocab_size * (manifest.num_blocks * manifest.hidden_size * 2 + 8)
+
+
+def compress(planned: Manifest, rows: np.ndarray, counts: Mapping[int, int], scheme: Scheme) -> Compressed:
+    """The table `planned`, whose rows are `rows` [V, N, D], by `scheme`. `counts`: how often text has each token."""
     vocabulary, blocks, size = rows.shape
     order = sorted(range(vocabulary), key=lambda i: (-counts.get(i, 0), i))
     most = min(vocabulary // 2, MAX_FREQUENT)
@@ -79,7 +79,7 @@ def compress(
         raise InvalidArgument(f"the rank is a share of all values, from 0 to 1, not {scheme.rank:g}")
     codec(scheme.head_codec)
     frequent = tuple(i for i in order[:MAX_FREQUENT] if counts.get(i, 0)) if not scheme.head else tuple(order[:MAX_FREQUENT])
-    base = replace(planned, frequent=frequent)
+    base = replace(planned, codec=codec(scheme.codec).name, frequent=frequent)
 
     head, head_records = None, None
     if scheme.head:
@@ -93,7 +93,7 @@ def compress(
         parts = [_components(rows[:, block], weights) for block in range(blocks)]
         total = round(scheme.rank * blocks * size)
         if scheme.ratio:
-            wanted = vocabulary * (blocks * size * 2 + 8) / scheme.ratio - (head.table_bytes if head else 0)
+            wanted = bytes_at_16_bit(planned) / scheme.ratio - (head.table_bytes if head else 0)
             total = _affordable(base, parts, wanted)
         ranks = _ranks([values for _, values, _ in parts], total)
         means = np.stack([mean for mean, _, _ in parts]).astype(np.float32)

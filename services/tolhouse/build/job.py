@@ -29,7 +29,13 @@ _RETRIED = [Unavailable, DeadlineExceeded]
 
 
 def plan(
-    checkpoint: Checkpoint, name: str, codec_name: str, num_shards: int, frequent: tuple[int, ...] = (), embedding: str = "auto"
+    checkpoint: Checkpoint,
+    name: str,
+    codec_name: str,
+    num_shards: int,
+    frequent: tuple[int, ...] = (),
+    embedding: str = "auto",
+    absent: Iterable[int] = (),
 ) -> Manifest:
     """The manifest of the table to build, without its digests. `frequent`: see frequency.py; `embedding`: see config.py."""
     config = checkpoint.config
@@ -37,7 +43,11 @@ def plan(
         raise InvalidArgument(f"checkpoint {checkpoint.path} is of kind {config.kind}: it has no context-free FFNs to build a table from")
     if num_shards > config.vocab_size:
         raise InvalidArgument(f"{num_shards} shards for a vocabulary of {config.vocab_size}: at most one shard per token")
-    layers = tuple(range(config.num_rows))
+    if bad := [layer for layer in absent if not 0 <= layer < config.num_rows]:
+        raise InvalidArgument(f"there is no layer {bad[0]} to leave out: rows are of layers 0 to {config.num_rows - 1}")
+    layers = tuple(layer for layer in range(config.num_rows) if layer not in set(absent))
+    if not layers:
+        raise InvalidArgument("all layers are left out: at least one must stay")
     x0 = embedding == "yes" or (embedding == "auto" and not config.tie_word_embeddings)
     return Manifest(
         name=check_name(name or checkpoint.name),

@@ -40,7 +40,7 @@ def build_shards(
 
 def _compute(checkpoint: str, manifest: Manifest, shard: int, records: np.ndarray) -> None:
     ids = manifest.shard_ids(shard)
-    for part, rows in batches(_model(checkpoint), ids, manifest.x0):
+    for part, rows in batches(_model(checkpoint), ids, manifest.x0, manifest.layers):
         records[part] = manifest.encode(ids[part], rows)
 
 
@@ -52,7 +52,7 @@ def _write(manifest: Manifest, shard: int, records: np.ndarray, lacking: list[St
 
 def compute_rows(checkpoint: str, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
     """float32 rows [T, N, D] of `ids`, as the table has them."""
-    return np.concatenate([rows for _, rows in batches(_model(checkpoint), ids, manifest.x0)])
+    return np.concatenate([rows for _, rows in batches(_model(checkpoint), ids, manifest.x0, manifest.layers)])
 
 
 def verify(checkpoint: str, manifest: Manifest, url: str, sample: np.ndarray, timeout_seconds: float) -> None:

@@ -31,6 +31,8 @@ class Options(TypedDict, total=False):
     min_tokens: int
     logprobs: int | None
     prompt_logprobs: int | None
+    row_scale: float
+    absent_layers: Iterable[int]
 
 
 def request_of(

@@ -78,6 +78,8 @@ class Generation(Body):
     include_stop_str_in_output: StrictBool | None = False
     ignore_eos: StrictBool | None = False
     min_tokens: StrictInt | None = Field(0, ge=0, le=2**31)
+    row_scale: float | None = Field(1.0, ge=-16, le=16, strict=True)  # feed-forward rows are multiplied by it
+    absent_layers: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = None  # layers that go without their rows
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "Generation":
@@ -123,6 +125,8 @@ class Generation(Body):
             stop_ids=self.stop_token_ids or (),
             ignore_eos=bool(self.ignore_eos),
             min_tokens=self.min_tokens or 0,
+            row_scale=1.0 if self.row_scale is None else self.row_scale,
+            absent_layers=self.absent_layers or (),
             logprobs=self.top,
         )
 

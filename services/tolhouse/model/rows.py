@@ -15,8 +15,11 @@ from tolhouse.model.transformer import Transformer
 BATCH_TOKENS = 128
 
 
-def batches(model: Transformer, ids: np.ndarray, x0: bool = False) -> Iterator[tuple[slice, np.ndarray]]:
-    """float32 rows [T, N, D] of `ids`, a batch at a time, and which they are; X0 in front if `x0`."""
+def batches(
+    model: Transformer, ids: np.ndarray, x0: bool = False, layers: tuple[int, ...] | None = None
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """float32 rows [T, N, D] of `ids`, a batch at a time, and which they are; of all layers or of `layers`, X0 in front if `x0`."""
+    blocks = None if layers is None else [*range(x0), *(x0 + layer for layer in layers)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -26,6 +29,7 @@ def batches(model: Transformer, ids: np.ndarray, x0: bool = False) -> Iterator[t
             padded[: part.stop - start] = ids[part]
             with torch.inference_mode():
                 rows_NTD = model.rows(torch.from_numpy(padded), x0)
-            yield part, rows_NTD[:, : part.stop - start].transpose(0, 1).numpy()
+            kept = rows_NTD if blocks is None or len(blocks) == len(rows_NTD) else rows_NTD[blocks]
+            yield part, kept[:, : part.stop - start].transpose(0, 1).numpy()
     finally:
         torch.set_num_threads(threads)

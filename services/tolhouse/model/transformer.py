@@ -29,11 +29,11 @@ class Cache(Protocol):
 
 
 class Rows(Protocol):
-    """[N, T, D] or [1 + N, T, D]: a tensor, or what makes its layers as they are asked for, in turn."""
+    """[N, T, D] or [1 + N, T, D]: a tensor, or what makes its layers as they are asked for, in turn; None for one that is absent."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, layer: int, /) -> Tensor: ...
+    def __getitem__(self, layer: int, /) -> Tensor | None: ...
 
 
 class Transformer(nn.Module):
@@ -50,7 +50,6 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.ffn_m = nn.ModuleList(ContextFreeFFN(config) for _ in range(config.num_rows))
-        self.present = tuple(range(config.num_rows))  # which of a token's rows are given
 
     def x0(self, ids_T: Tensor) -> Tensor:
         """Embeddings [T, D] of token ids."""
@@ -76,14 +75,13 @@ class Transformer(nn.Module):
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Rows, begun_TD: Tensor | None = None) -> Tensor:
         """Final hidden states [T, D], for callers that want the logits of some tokens only; from where `begin` left off, if it ran."""
-        carried = len(rows_NTD) - len(self.present)  # 1: X0 in front
+        carried = len(rows_NTD) - self.config.num_rows  # 1: X0 in front
         x_TD = rows_NTD[0] if carried > 0 else begun_TD
         if x_TD is None:
             x_TD = self.x0(ids_T)
         rope = rotary(positions_T, self.config.head_dim, self.config.rope_theta, x_TD.dtype)
         for layer, block in enumerate(self.layers):
-            wanted = 0 if self.config.kind == "wide" else layer
-            row_TD = rows_NTD[carried + self.present.index(wanted)] if wanted in self.present else None
+            row_TD = rows_NTD[carried + (0 if self.config.kind == "wide" else layer)] if len(rows_NTD) else None
             if layer or begun_TD is None:
                 x_TD = block(x_TD, rope, cache, row_TD)
             elif row_TD is not None:

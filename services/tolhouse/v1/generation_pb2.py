@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctolhouse/v1/generation.proto\x12\x0btolhouse.v1\"\xaa\x04\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x13\n\x0btemperature\x18\x04 \x01(\x02\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\x12\n\x05top_p\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x01\x88\x01\x01\x12\x10\n\x08stop_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\r\n\x05min_p\x18\n \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x0c \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\r \x01(\x02\x12?\n\nlogit_bias\x18\x0e \x03(\x0b\x32+.tolhouse.v1.GenerateRequest.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\x0f \x01(\r\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x03\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x04\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xc1\x01\n\rGenerateReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\'\n\x08logprobs\x18\x03 \x01(\x0b\x32\x15.tolhouse.v1.Logprobs\x12.\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32\x15.tolhouse.v1.Logprobs\x12\x13\n\x06\x65nd_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05table\x18\x06 \x01(\tB\t\n\x07_end_id\"8\n\x08Logprobs\x12\x0e\n\x06\x63hosen\x18\x01 \x03(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x0b\n\x03top\x18\x03 \x03(\x02\"\x17\n\x15\x44\x65scribeWorkerRequest\"\xaf\x02\n\x13\x44\x65scribeWorkerReply\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x14\n\x0ctokenizer_id\x18\x03 \x01(\t\x12\r\n\x05table\x18\x04 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x05 \x01(\r\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12$\n\x04rows\x18\x08 \x01(\x0b\x32\x16.tolhouse.v1.RowCounts\x12\x14\n\x0cweight_bytes\x18\t \x01(\x04\x12\x1a\n\x12\x64\x65nse_weight_bytes\x18\n \x01(\x04\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\x14\n\x0c\x65os_token_id\x18\x0c \x01(\r\x12\x16\n\x0emost_sequences\x18\r \x01(\r\"t\n\tRowCounts\x12\x12\n\nfrom_cache\x18\x01 \x01(\x04\x12\x13\n\x0b\x66rom_remote\x18\x02 \x01(\x04\x12\x14\n\x0cremote_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cwait_seconds\x18\x04 \x01(\x01\x12\x12\n\nrecomputed\x18\x05 \x01(\x04\x32\xac\x01\n\nGeneration\x12\x46\n\x08Generate\x12\x1c.tolhouse.v1.GenerateRequest\x1a\x1a.tolhouse.v1.GenerateReply0\x01\x12V\n\x0e\x44\x65scribeWorker\x12\".tolhouse.v1.DescribeWorkerRequest\x1a .tolhouse.v1.DescribeWorkerReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctolhouse/v1/generation.proto\x12\x0btolhouse.v1\"\xe7\x04\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x13\n\x0btemperature\x18\x04 \x01(\x02\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\x12\n\x05top_p\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x01\x88\x01\x01\x12\x10\n\x08stop_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\r\n\x05min_p\x18\n \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x0c \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\r \x01(\x02\x12?\n\nlogit_bias\x18\x0e \x03(\x0b\x32+.tolhouse.v1.GenerateRequest.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\x0f \x01(\r\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x03\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x04\x88\x01\x01\x12\x16\n\trow_scale\x18\x12 \x01(\x02H\x05\x88\x01\x01\x12\x15\n\rabsent_layers\x18\x13 \x03(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x0c\n\n_row_scale\"\xc1\x01\n\rGenerateReply\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\'\n\x08logprobs\x18\x03 \x01(\x0b\x32\x15.tolhouse.v1.Logprobs\x12.\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32\x15.tolhouse.v1.Logprobs\x12\x13\n\x06\x65nd_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05table\x18\x06 \x01(\tB\t\n\x07_end_id\"8\n\x08Logprobs\x12\x0e\n\x06\x63hosen\x18\x01 \x03(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x0b\n\x03top\x18\x03 \x03(\x02\"\x17\n\x15\x44\x65scribeWorkerRequest\"\xaf\x02\n\x13\x44\x65scribeWorkerReply\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x14\n\x0ctokenizer_id\x18\x03 \x01(\t\x12\r\n\x05table\x18\x04 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x05 \x01(\r\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12$\n\x04rows\x18\x08 \x01(\x0b\x32\x16.tolhouse.v1.RowCounts\x12\x14\n\x0cweight_bytes\x18\t \x01(\x04\x12\x1a\n\x12\x64\x65nse_weight_bytes\x18\n \x01(\x04\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\x14\n\x0c\x65os_token_id\x18\x0c \x01(\r\x12\x16\n\x0emost_sequences\x18\r \x01(\r\"t\n\tRowCounts\x12\x12\n\nfrom_cache\x18\x01 \x01(\x04\x12\x13\n\x0b\x66rom_remote\x18\x02 \x01(\x04\x12\x14\n\x0cremote_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cwait_seconds\x18\x04 \x01(\x01\x12\x12\n\nrecomputed\x18\x05 \x01(\x04\x32\xac\x01\n\nGeneration\x12\x46\n\x08Generate\x12\x1c.tolhouse.v1.GenerateRequest\x1a\x1a.tolhouse.v1.GenerateReply0\x01\x12V\n\x0e\x44\x65scribeWorker\x12\".tolhouse.v1.DescribeWorkerRequest\x1a .tolhouse.v1.DescribeWorkerReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,19 +34,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST_LOGITBIASENTRY']._loaded_options = None
   _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_GENERATEREQUEST']._serialized_start=46
-  _globals['_GENERATEREQUEST']._serialized_end=600
-  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_start=477
-  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_end=525
-  _globals['_GENERATEREPLY']._serialized_start=603
-  _globals['_GENERATEREPLY']._serialized_end=796
-  _globals['_LOGPROBS']._serialized_start=798
-  _globals['_LOGPROBS']._serialized_end=854
-  _globals['_DESCRIBEWORKERREQUEST']._serialized_start=856
-  _globals['_DESCRIBEWORKERREQUEST']._serialized_end=879
-  _globals['_DESCRIBEWORKERREPLY']._serialized_start=882
-  _globals['_DESCRIBEWORKERREPLY']._serialized_end=1185
-  _globals['_ROWCOUNTS']._serialized_start=1187
-  _globals['_ROWCOUNTS']._serialized_end=1303
-  _globals['_GENERATION']._serialized_start=1306
-  _globals['_GENERATION']._serialized_end=1478
+  _globals['_GENERATEREQUEST']._serialized_end=661
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_start=524
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_end=572
+  _globals['_GENERATEREPLY']._serialized_start=664
+  _globals['_GENERATEREPLY']._serialized_end=857
+  _globals['_LOGPROBS']._serialized_start=859
+  _globals['_LOGPROBS']._serialized_end=915
+  _globals['_DESCRIBEWORKERREQUEST']._serialized_start=917
+  _globals['_DESCRIBEWORKERREQUEST']._serialized_end=940
+  _globals['_DESCRIBEWORKERREPLY']._serialized_start=943
+  _globals['_DESCRIBEWORKERREPLY']._serialized_end=1246
+  _globals['_ROWCOUNTS']._serialized_start=1248
+  _globals['_ROWCOUNTS']._serialized_end=1364
+  _globals['_GENERATION']._serialized_start=1367
+  _globals['_GENERATION']._serialized_end=1539
 # @@protoc_insertion_point(module_scope)

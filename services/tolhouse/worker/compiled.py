@@ -164,11 +164,14 @@ class DecodeBlock(nn.Module):
         super().__init__()
         self.block, self.layer, self.compiled = block, layer, compiled
         self.state = list(_state(block).values())
+        self.has_row = bool(compiled.config.num_rows)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: StepView, row_TD: Tensor | None) -> Tensor:
         if cache.chunks or not self.compiled.ready:
             return self.block(x_TD, rope, cache, row_TD)
         run = self.compiled.alone if len(x_TD) == 1 else self.compiled.several
+        if row_TD is None and self.has_row:  # absent from the table: the compiled step adds one all the same
+            row_TD = torch.zeros_like(x_TD)
         row = [] if row_TD is None else [row_TD]
         return run.boxed_run([*self.state, x_TD, *rope, *cache.layer(self.layer), *row])[0]
 

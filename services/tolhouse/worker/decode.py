@@ -54,11 +54,13 @@ class Staged:
     """Records uint8 [U, record_bytes] on the model's device, and which of them each of T tokens has, int64 [T].
 
     `places`, int64 [T]: where in the table's head each token's row is, -1 where it has none; None for a table without.
+    `scales`, float32 [N, T]: by what each layer's row is multiplied for each token, where requests ask for that (PAPER section 5).
     """
 
     records: Tensor
     index: Tensor
     places: Tensor | None = None
+    scales: Tensor | None = None
 
 
 class Decoder:
@@ -91,16 +93,27 @@ class Decoder:
 
 
 class LayerwiseRows:
-    """The rows [N, T, D], each layer decoded when it is asked for: of long prompts only one is in memory."""
+    """Rows of all `num_rows` layers, and X0 if the table carries it; each decoded when it is asked for: of long prompts only one is in memory.
 
-    def __init__(self, decoder: Decoder, staged: Staged) -> None:
+    A layer that the table lacks is None, and others are scaled where requests ask for it.
+    """
+
+    def __init__(self, decoder: Decoder, staged: Staged, num_rows: int) -> None:
+        manifest = decoder.manifest
         self.decoder, self.staged = decoder, staged
+        self.block_of: list[int | None] = [0] if manifest.x0 else []
+        present = {layer: block for block, layer in enumerate(manifest.layers, manifest.x0)}
+        self.block_of += [present.get(layer) for layer in range(num_rows)]
 
     def __len__(self) -> int:
-        return self.decoder.manifest.num_blocks
+        return len(self.block_of)
 
-    def __getitem__(self, block: int) -> Tensor:
-        return self.decoder.block(self.staged, block)
+    def __getitem__(self, number: int) -> Tensor | None:
+        block, scales, x0 = self.block_of[number], self.staged.scales, self.decoder.manifest.x0
+        if block is None:
+            return None
+        row_TD = self.decoder.block(self.staged, block)
+        return row_TD if scales is None or number < x0 else row_TD * scales[number - x0, :, None].to(row_TD.dtype)
 
 
 def is_long(count: int, manifest: Manifest) -> bool:

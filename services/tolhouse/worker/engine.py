@@ -177,7 +177,9 @@ class Engine:
             begun = runner.launch(step)  # the first layer's attention needs no row: a device is busy with it meanwhile
             try:
                 with under(chunk.sequence.traceparent for chunk in step):
-                    return step, begun, rows.stage(_ids(*step))
+                    staged = rows.stage(_ids(*step))
+                staged.scales = _scales(step, rows)
+                return step, begun, staged
             except TolhouseError as error:
                 step = [chunk for chunk in step if self._survives(chunk, error, rows)]
         return step, None, None
@@ -287,3 +289,17 @@ class Engine:
 
 def _ids(*step: Chunk) -> np.ndarray:
     return np.array([i for chunk in step for i in chunk.sequence.ids[chunk.first : chunk.last]], np.uint32)
+
+
+def _scales(step: list[Chunk], rows: Rows | NoRows) -> Tensor | None:
+    """By what the rows of each layer are multiplied for each token, float32 [N, T]; None where all are added as they are."""
+    if isinstance(rows, NoRows) or not any(chunk.sequence.sampling.probes for chunk in step):
+        return None
+    scales_NT = torch.ones(rows.num_rows, sum(chunk.last - chunk.first for chunk in step))
+    start = 0
+    for chunk in step:
+        end, sampling = start + chunk.last - chunk.first, chunk.sequence.sampling
+        scales_NT[:, start:end] = sampling.row_scale
+        scales_NT[sorted(sampling.absent_layers), start:end] = 0
+        start = end
+    return scales_NT.to(rows.device)

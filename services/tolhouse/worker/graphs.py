@@ -54,7 +54,7 @@ class GraphRunner(Runner):
 
     def finish(self, begun: Launched, staged: Staged) -> Tensor:
         assert isinstance(begun, Ahead)
-        if begun.graph and staged.records is begun.graph.records:
+        if begun.graph and staged.records is begun.graph.records and staged.scales is None:
             return begun.graph.finish(staged)
         return self.model.hidden(begun.ids, begun.positions, begun.view, self.rows.decode(staged), begun.first)
 

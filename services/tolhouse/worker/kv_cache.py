@@ -89,7 +89,7 @@ def _digest(sequence: Sequence, number: int) -> bytes:
     """The digest of a sequence's rows' version, and its text up to and with its block `number`. It is cryptographic: nobody can craft a text to get another's block."""
     while len(sequence.digests) <= number:
         start = len(sequence.digests) * BLOCK_TOKENS
-        before = sequence.digests[-1] if sequence.digests else sequence.table.encode()
+        before = sequence.digests[-1] if sequence.digests else sequence.rows_key.encode()
         tokens = np.array(sequence.ids[start : start + BLOCK_TOKENS], np.uint32).tobytes()
         sequence.digests.append(hashlib.blake2b(before + tokens, digest_size=16).digest())
     return sequence.digests[number]

@@ -44,4 +44,6 @@ class Recompute:
 
     def records(self, ids: np.ndarray) -> np.ndarray:
         """Records uint8 [T, record_bytes] of `ids` [T], at least one."""
-        return np.concatenate([self.manifest.encode(ids[part], rows) for part, rows in batches(self.model, ids, self.manifest.x0)])
+        return np.concatenate(
+            [self.manifest.encode(ids[part], rows) for part, rows in batches(self.model, ids, self.manifest.x0, self.manifest.layers)]
+        )

@@ -36,11 +36,12 @@ class Rows:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         fallback: Recompute | None = None,
+        num_rows: int = 0,  # of the model; by default as many as the table has
     ) -> None:
         self.client, self.manifest, self.device, self.dtype = client, manifest, device, dtype
         self.fallback, self.outage = fallback, Outage(self._is_back)
         companions = client.companions(manifest)
-        self.decoder = Decoder(companions, device, dtype)
+        self.decoder, self.num_rows = Decoder(companions, device, dtype), num_rows or manifest.num_layers
         self.places = companions.places.astype(np.int64) if companions.head else None
         self.mirror = Mirror(manifest, cache_bytes, device)
         self.cache, self.records = self.mirror.cache, self.mirror.records
@@ -80,8 +81,9 @@ class Rows:
 
     def decode(self, staged: Staged) -> Tensor | LayerwiseRows:
         """Rows [N, T, D] in `dtype`."""
-        if self.device.type == "cpu" and is_long(len(staged.index), self.manifest):
-            return LayerwiseRows(self.decoder, staged)
+        odd = staged.scales is not None or self.manifest.num_layers < self.num_rows
+        if odd or (self.device.type == "cpu" and is_long(len(staged.index), self.manifest)):
+            return LayerwiseRows(self.decoder, staged, self.num_rows)
         return self.decoder.rows(staged)
 
     def late(self, ids: np.ndarray) -> np.ndarray:
@@ -258,8 +260,8 @@ def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
 
     require(manifest.model_id == checkpoint.model_id(), "model", manifest.model_id[:12], checkpoint.model_id()[:12])
     require(manifest.tokenizer_id == checkpoint.tokenizer_id, "tokenizer", manifest.tokenizer_id[:12], checkpoint.tokenizer_id[:12])
-    layers = tuple(range(checkpoint.config.num_rows))
-    require(manifest.layers == layers, "layers", str(manifest.layers), str(layers))
+    layers = tuple(range(checkpoint.config.num_rows))  # of which some may be absent
+    require(set(manifest.layers) <= set(layers), "layers", str(manifest.layers), str(layers))
     config = checkpoint.config
     require(
         (manifest.vocab_size, manifest.hidden_size) == (config.vocab_size, config.hidden_size),

@@ -8,6 +8,7 @@ from tolhouse.errors import InvalidArgument
 MAX_LOGPROBS = 20
 MAX_BIASED = 1024
 MAX_STOP_IDS = 256
+MAX_ROW_SCALE = 16.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Sampling:
     min_tokens: int = 0  # before a stop id
     logprobs: int | None = None  # tell each token's, and those of so many likeliest
     prompt_logprobs: int | None = None
+    row_scale: float = 1.0  # feed-forward rows are multiplied by it (PAPER section 5)
+    absent_layers: frozenset[int] = frozenset()  # layers that go without theirs
 
     def __post_init__(self) -> None:
         def require(ok: bool, message: str) -> None:
@@ -51,6 +54,7 @@ class Sampling:
         within("repetition_penalty", 0.01, 10)
         within("presence_penalty", -2, 2)
         within("frequency_penalty", -2, 2)
+        within("row_scale", -MAX_ROW_SCALE, MAX_ROW_SCALE)
         require(len(self.logit_bias) <= MAX_BIASED, f"logit_bias has {len(self.logit_bias)} tokens; allowed are {MAX_BIASED}")
         wrong = next((value for value in self.logit_bias.values() if not -100 <= value <= 100), 0)
         require(wrong == 0, f"logit_bias must be from -100 to 100, not {wrong:g}")
@@ -67,6 +71,11 @@ class Sampling:
     def wants_prompt_logprobs(self) -> bool:
         """Logits are needed at every position of the prompt."""
         return self.prompt_logprobs is not None
+
+    @property
+    def probes(self) -> bool:
+        """Rows are not added as they are."""
+        return self.row_scale != 1 or bool(self.absent_layers)
 
     @property
     def penalises(self) -> bool:

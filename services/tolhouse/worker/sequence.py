@@ -43,6 +43,12 @@ class Sequence:
         self.state = State(self.sampling, self.ids)
 
     @property
+    def rows_key(self) -> str:
+        """Says what rows its keys and values come from: those of others may be shared where it is the same."""
+        sampling = self.sampling
+        return f"{self.table} {sampling.row_scale!r} {sorted(sampling.absent_layers)}" if sampling.probes else self.table
+
+    @property
     def most_tokens(self) -> int:
         """Tokens it may come to have in the cache; the last one sampled never gets there."""
         return self.prompt_tokens + max(1, self.sampling.max_tokens) - 1

@@ -152,7 +152,15 @@ class WorkerService(GenerationServicer):
             min_tokens=request.min_tokens,
             logprobs=given("logprobs", None),
             prompt_logprobs=given("prompt_logprobs", None),
+            row_scale=given("row_scale", 1.0),
+            absent_layers=frozenset(request.absent_layers),
         )
+        rows = self.config.num_rows
+        if sampling.probes and (not rows or max(sampling.absent_layers, default=0) >= rows):
+            there = (
+                f"layers 0 to {rows - 1}" if rows > 1 else "one row for all layers" if rows else f"a {self.config.kind} model, without rows"
+            )
+            raise InvalidArgument(f"row_scale and absent_layers are for rows that there are: this is {there}")
         return Sequence(len(prompt), prompt, sampling, emit)
 
 
@@ -218,7 +226,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     def rows_of(manifest: Manifest) -> Rows:
         check_table(manifest, checkpoint)
         fallback = Recompute(checkpoint, manifest) if config.fallback == "recompute" else None
-        rows = Rows(client, manifest, int(config.row_cache_megabytes * 1e6), device, dtype, fallback)
+        rows = Rows(client, manifest, int(config.row_cache_megabytes * 1e6), device, dtype, fallback, checkpoint.config.num_rows)
         rows.fill()
         return rows
 

@@ -1,0 +1,243 @@
+"""Compressed tables: what is served is what the table decodes to, companions come and go with it, and what it costs can be told."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tolhouse import Client
+from tolhouse.analysis.probes import model_rows, probed, table_rows
+from tolhouse.build.compress import Compressed, Scheme, bytes_at_16_bit, compress
+from tolhouse.build.job import plan
+from tolhouse.errors import InUse, InvalidArgument
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.generate import greedy
+from tolhouse.store import delete, open_store, publish, rows_of
+from tolhouse.store.overlay import make_overlay
+from tolhouse.testing import build_table, local_cluster
+
+PROMPT = [5, 17, 40, 3, 99, 7, 300, 5]
+COUNTS = {i: 1000 // (1 + i) for i in range(300)}
+SCHEMES = {
+    "head": Scheme("int4", head=16),
+    "rank": Scheme("bf16", rank=0.5),
+    "rank and head": Scheme("int8", rank=0.25, head=16, head_codec="fp32"),
+    "ratio": Scheme("int4", ratio=6, head=8),
+}
+
+
+def tolhouse(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, "-m", "tolhouse.cli", *arguments], capture_output=True, text=True, check=False)
+    assert code == done.returncode, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def made_of(checkpoint: Path, scheme: Scheme, name: str = "squeezed", **planned: object) -> Compressed:
+    opened = open_checkpoint(checkpoint)
+    manifest = plan(opened, name, "bf16", 4, **planned)
+    return compress(manifest, model_rows(opened, manifest.x0, manifest.layers), COUNTS, scheme)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_served_is_what_the_table_holds(checkpoint: Path, tmp_path: Path, scheme: str) -> None:
+    """Rows that a client fetches and tokens that a worker generates, in one long prompt and in steps, are those of the decoded table."""
+    url = f"file://{tmp_path}"
+    store, made = open_store(url), made_of(checkpoint, SCHEMES[scheme])
+    manifest = made.store(store)
+    publish(store, manifest.ref)
+    opened = open_checkpoint(checkpoint)
+    rows = table_rows(opened, url, manifest.ref)
+    exact = model_rows(opened)
+    assert 0 < np.square(rows - exact).sum() < 0.5 * np.square(exact).sum()
+    expected = list(greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(rows)))
+    with local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster:
+        with Client(cluster.lookup) as client:
+            np.testing.assert_allclose(rows[PROMPT], client.fetch("squeezed", PROMPT), rtol=1e-5, atol=1e-6)
+        with Client(cluster.workers) as client:
+            assert expected == list(client.generate(PROMPT, 20, ignore_eos=True))
+
+
+def test_the_head_is_finer_and_the_ratio_is_kept(checkpoint: Path) -> None:
+    """Frequent tokens have rows of the finer codec; all that is stored is as small as was asked, and hardly smaller."""
+    opened = open_checkpoint(checkpoint)
+    exact = model_rows(opened)
+    made = made_of(checkpoint, SCHEMES["rank and head"])
+    ids = np.arange(opened.config.vocab_size, dtype=np.uint32)
+    rows = made.companions.decode(ids, made.records)
+    np.testing.assert_array_equal(exact[:16], rows[:16])  # COUNTS falls with the id
+    assert np.abs(exact[16:] - rows[16:]).max() > 0.01
+    plain = plan(opened, "squeezed", "bf16", 4)
+    ratio = bytes_at_16_bit(plain) / made_of(checkpoint, SCHEMES["ratio"]).bytes
+    assert 6 <= ratio < 6.2
+
+
+def test_ranks_follow_one_threshold(checkpoint: Path) -> None:
+    """What a layer keeps is worth more, everywhere, than what any layer drops."""
+    made = made_of(checkpoint, Scheme("fp32", rank=0.3))
+    ranks = made.companions.manifest.ranks
+    assert round(0.3 * 4 * 96) == sum(ranks)
+    exact, weights = model_rows(open_checkpoint(checkpoint)), np.array([COUNTS.get(i, 0) + 0.5 for i in range(len(made.records))])
+    energies = []
+    for block, rank in enumerate(ranks):
+        centred = exact[:, block] - np.average(exact[:, block], axis=0, weights=weights)
+        values = np.linalg.eigvalsh((centred * weights[:, None] / weights.sum()).T @ centred)[::-1]
+        energies.append((values[rank - 1], values[rank]))
+    assert max(dropped for _, dropped in energies) <= min(kept for kept, _ in energies) * (1 + 1e-4)
+
+
+def test_a_frequent_token_weighs_more(checkpoint: Path) -> None:
+    """The same rank fits a token better the more often text has it."""
+    opened = open_checkpoint(checkpoint)
+    exact, plain = model_rows(opened), plan(opened, "squeezed", "bf16", 4)
+    ids = np.arange(len(exact), dtype=np.uint32)
+    errors = []
+    for counts in ({}, {77: 1000}):
+        made = compress(plain, exact, counts, Scheme("fp32", rank=0.2))
+        errors.append(np.square(made.companions.decode(ids, made.records)[77] - exact[77]).sum())
+    assert errors[1] < errors[0] / 10
+
+
+def test_companions_come_and_go_with_their_table(checkpoint: Path, tmp_path: Path) -> None:
+    """They can't be deleted before it, and are when it is; one that another table needs stays."""
+    store = open_store(f"file://{tmp_path}")
+    first = made_of(checkpoint, SCHEMES["rank and head"]).store(store)
+    second = made_of(checkpoint, Scheme("int4", rank=0.25, head=16, head_codec="fp32")).store(store)
+    assert (first.head, first.basis) == (second.head, second.basis)
+    assert 4 == len(store.refs())
+    with pytest.raises(InUse, match="is a part of"):
+        delete(store, first.head)
+    delete(store, first.ref)
+    assert {second.ref, second.head, second.basis} == set(store.refs())
+    delete(store, second.ref)
+    assert [] == store.refs()
+
+
+def test_an_edited_row_goes_before_the_head_s(checkpoint: Path, tmp_path: Path) -> None:
+    """An overlay of a compressed table: the changed row, through basis and codec, also of a token that the head has."""
+    store = open_store(f"file://{tmp_path}")
+    base = made_of(checkpoint, Scheme("fp32", rank=1.0, head=16)).store(store)
+    new = rows_of(store, base, np.array([200], np.uint32))
+    made = make_overlay(store, base.ref, np.array([3]), new)
+    assert base.head == made.head
+    np.testing.assert_allclose(new, rows_of(store, made, np.array([3], np.uint32)), rtol=1e-3, atol=1e-2)
+    np.testing.assert_array_equal(*(rows_of(store, m, np.array([4, 300], np.uint32)) for m in (base, made)))
+
+
+def test_a_table_may_lack_layers(checkpoint: Path, tmp_path: Path) -> None:
+    """Built or compressed, it is smaller by them, and the worker goes without; compiled steps too."""
+    url = f"file://{tmp_path}"
+    store = open_store(url)
+    manifest = made_of(checkpoint, Scheme("fp32"), absent=(1, 2)).store(store)
+    publish(store, manifest.ref)
+    assert ((0, 3), 2) == (manifest.layers, manifest.num_blocks)
+    opened = open_checkpoint(checkpoint)
+    expected = list(greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(model_rows(opened), absent=(1, 2))))
+    assert expected != list(greedy(opened.model(), PROMPT, 20, ignore_eos=True))
+    with local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster, Client(cluster.workers) as client:
+        assert expected == list(client.generate(PROMPT, 20, ignore_eos=True))
+    built = tolhouse("build", str(checkpoint), "--absent-layers", "1,2", "--codec", "fp32", "--store", url, "--shards", "4").stdout.strip()
+    np.testing.assert_array_equal(*(table_rows(opened, url, ref) for ref in (manifest.ref, built)))
+
+
+def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> None:
+    """α and absent layers are each request's own, in one batch and with one prefix, whose keys and values are not shared then."""
+    url = f"file://{tmp_path}"
+    build_table(checkpoint, url)
+    opened = open_checkpoint(checkpoint)
+    model, rows, prompt = opened.model(), model_rows(opened), PROMPT * 6
+    wanted = [(1.0, ()), (0.5, ()), (1.0, (0,)), (0.0, ()), (-1.5, (2, 3))]
+    expected = [list(greedy(model, prompt, 12, ignore_eos=True, rows=probed(rows, alpha, absent))) for alpha, absent in wanted]
+    assert len(wanted) == len(set(map(tuple, expected)))
+    with local_cluster(checkpoint, url) as cluster, Client(cluster.workers) as client:
+        for _ in range(2):
+            running = [client.generate(prompt, 12, ignore_eos=True, row_scale=alpha, absent_layers=absent) for alpha, absent in wanted]
+            first = [next(iterator) for iterator in running]  # all are in the batch
+            assert expected == [[token, *rest] for token, rest in zip(first, running, strict=True)]
+        for bad in ({"row_scale": 17.0}, {"row_scale": float("nan")}, {"absent_layers": [4]}):
+            with pytest.raises(InvalidArgument, match="row_scale"):
+                list(client.generate(prompt, 1, **bad))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [
+        (Scheme("int8", rank=0.5, ratio=2), "can't both be given"),
+        (Scheme("int8", rank=1.5), "from 0 to 1, not 1.5"),
+        (Scheme("int8", head=100_000), "the head may have from 0 to"),
+        (Scheme("int9"), "codec 'int9' is unknown"),
+        (Scheme("int8", ratio=1000), "are too few: the least"),
+    ],
+)
+def test_schemes_that_can_not_be_are_told(checkpoint: Path, scheme: Scheme, expected: str) -> None:
+    with pytest.raises(InvalidArgument, match=expected):
+        made_of(checkpoint, scheme)
+
+
+def test_low_rank_rows_are_not_recomputed(checkpoint: Path, tmp_path: Path) -> None:
+    """A worker that would have to says so at its start."""
+    url = f"file://{tmp_path}"
+    store = open_store(url)
+    publish(store, made_of(checkpoint, SCHEMES["rank"], "tiny-memory").store(store).ref)
+    with local_cluster(checkpoint, url) as cluster:
+        command = ("worker", str(checkpoint), "--lookup", cluster.lookup, "--listen", "127.0.0.1:0", "--fallback", "recompute")
+        assert "can't compute the coefficients of low-rank table" in tolhouse(*command, code=1).stderr
+
+
+# the commands
+
+
+def test_commands_compress_and_evaluate(checkpoint: Path, tmp_path: Path) -> None:
+    """A table on the way to an eighth, published; what it costs, in words and as JSON."""
+    url, text = f"file://{tmp_path / 'tables'}", tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 30)
+    options = ("--codec", "int4", "--size-ratio", "6", "--head", "8", "--store", url, "--corpus", str(text), "--publish")
+    done = tolhouse("compress", str(checkpoint), *options)
+    assert "1/6." in done.stderr
+    common = ("eval", str(checkpoint), "--text", str(text), "--store", url)
+    plain, squeezed, through, half = (
+        json.loads(tolhouse(*common, *more, "--json").stdout)
+        for more in ((), ("--table", "tiny-memory"), ("--through", "int8"), ("--alpha", "0.5", "--without", "1,2"))
+    )
+    assert plain["tokens"] == squeezed["tokens"] > 100
+    assert 10 == len(plain["deciles"])
+    assert plain["perplexity"] == pytest.approx(np.exp(plain["loss"]))
+    assert plain["loss"] == pytest.approx(np.mean([d["loss"] for d in plain["deciles"]]), rel=0.02)
+    assert 0 < abs(through["loss"] - plain["loss"]) < abs(squeezed["loss"] - plain["loss"])
+    assert plain["loss"] != half["loss"]
+    assert "perplexity" in tolhouse(*common, "--most-tokens", "50").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--table", "nothing"), "table 'nothing' is not published"),
+        (("--without", "9"), "there is no layer 9"),
+        (("--without", "one"), "--without 'one' is not a list of layer numbers"),
+        (("--alpha", "nan"), "is not a number to scale rows by"),
+        (("--text", "no-such-file"), "no corpus at no-such-file"),
+    ],
+)
+def test_what_can_not_be_evaluated_is_told(checkpoint: Path, tmp_path: Path, arguments: tuple, expected: str) -> None:
+    assert expected in tolhouse("eval", str(checkpoint), "--store", f"file://{tmp_path}", *arguments, code=1).stderr
+
+
+def test_the_loss_is_the_model_s(checkpoint: Path) -> None:
+    """Window by window, as one forward over each gives it."""
+    from tolhouse.analysis.evaluate import evaluate
+    from tolhouse.model.kv import NoCache
+
+    opened = open_checkpoint(checkpoint)
+    model, ids = opened.model(), np.random.default_rng(0).integers(0, opened.config.vocab_size, 256 + 41)
+    found = evaluate(model, ids)
+    assert 256 + 40 == len(found.losses)
+    with torch.inference_mode():
+        expected = []
+        for start, size in ((0, 256), (256, 40)):
+            window = torch.tensor(ids[start : start + size + 1])
+            logits = model(window[:-1], torch.arange(size), NoCache(size), model.rows(window[:-1]))
+            expected.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
+    np.testing.assert_allclose(torch.cat(expected).numpy(), found.losses, rtol=1e-4)
