@@ -629,17 +629,46 @@ def evaluate(
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("text")
+@click.argument("text", required=False)
 @click.option("--keys", default=3, show_default=True, type=click.IntRange(1), help="Strongest keys to show per layer.")
 @click.option("--neighbours", default=5, show_default=True, type=click.IntRange(1), help="Nearest tokens to show, by cosine of their rows.")
+@click.option(
+    "--clusters", default=64, show_default=True, type=click.IntRange(2), help="Without TEXT: clusters of key coefficients per layer."
+)
+@click.option(
+    "--probe-tokens", default=8192, show_default=True, type=click.IntRange(0), help="Without TEXT: held-out tokens for the probes; 0: none."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def explain(checkpoint: Path, text: str, keys: int, neighbours: int, as_json: bool) -> None:
-    """Show what the memory of CHECKPOINT holds for each token of TEXT: norms, strongest keys, nearest rows."""
+@click.option("--html", "page", type=click.Path(path_type=Path), help="Also write a report with plots, the whole in one file.")
+def explain(
+    checkpoint: Path, text: str | None, keys: int, neighbours: int, clusters: int, probe_tokens: int, as_json: bool, page: Path | None
+) -> None:
+    """Look into the memory of CHECKPOINT.
+
+    With TEXT: for each of its tokens row norms, strongest keys and who shares them, nearest rows. Without: for each layer clusters of key
+    coefficients, outliers and singular values, and what becomes of perplexity when rows are scaled or a layer goes without.
+    """
     from tolhouse.analysis.explain import explain_text, table_of
     from tolhouse.model.checkpoint import open_checkpoint
 
-    found = explain_text(open_checkpoint(checkpoint), text, keys, neighbours)
-    click.echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else table_of(found))
+    opened = open_checkpoint(checkpoint)
+    tokens = explain_text(opened, text, keys, neighbours) if text is not None else []
+    found = None
+    if page or text is None:
+        from tolhouse.analysis.survey import summary, survey
+
+        found = survey(opened, clusters, probe_tokens)
+    if page and found:
+        from tolhouse.analysis.report import report
+
+        page.write_text(report(found, tokens))
+        click.echo(f"report written to {page}", err=True)
+    if as_json:
+        click.echo(json.dumps(tokens if text is not None else found, indent=1, ensure_ascii=False))
+    elif text is not None:
+        click.echo(table_of(tokens))
+    elif found:
+        click.echo(summary(found))
 
 
 @main.command()

@@ -16,6 +16,7 @@ from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.transformer import ContextFreeFFN, Transformer
 
 _BATCH_TOKENS = 1024
+_SHARERS = 4  # tokens told for a key
 
 
 @torch.inference_mode()
@@ -32,14 +33,22 @@ def explain_text(checkpoint: Checkpoint, text: str, keys: int, neighbours: int) 
     near = nearest(model, ids_T, neighbours)
     by_layer = [coefficients(model, layer, ids_T) for layer in range(checkpoint.config.num_rows)]
     strongest = [c_TK.abs().topk(min(keys, c_TK.shape[1])).indices for c_TK in by_layer]
+    sharers = [shared_by(model, layer, top_TK, _SHARERS) for layer, top_TK in enumerate(strongest)]
     return [
         {
             "id": token,
             "token": tokenizer.decode([token], skip_special_tokens=False),
             "norms": [round(n, 4) for n in norms_TN[t].tolist()],
             "keys": [
-                [{"key": k, "coefficient": round(float(c_TK[t, k]), 4)} for k in top_TK[t].tolist()]
-                for c_TK, top_TK in zip(by_layer, strongest, strict=True)
+                [
+                    {
+                        "key": k,
+                        "coefficient": round(float(c_TK[t, k]), 4),
+                        "shared_by": [tokenizer.decode([i], skip_special_tokens=False) for i in who_TKS[t, place].tolist()],
+                    }
+                    for place, k in enumerate(top_TK[t].tolist())
+                ]
+                for c_TK, top_TK, who_TKS in zip(by_layer, strongest, sharers, strict=True)
             ],
             "nearest": [
                 {"id": i, "token": tokenizer.decode([i], skip_special_tokens=False), "cosine": round(c, 4)}
@@ -55,6 +64,14 @@ def coefficients(model: Transformer, layer: int, ids_T: Tensor) -> Tensor:
     ffn = cast("ContextFreeFFN", model.ffn_m[layer])
     x_TD = ffn.norm(model.x0(ids_T))
     return F.silu(ffn.mlp.gate_proj(x_TD)) * ffn.mlp.up_proj(x_TD)
+
+
+def shared_by(model: Transformer, layer: int, keys_TK: Tensor, count: int) -> Tensor:
+    """The `count` tokens, strongest first, that have the largest coefficients of each of the keys [T, K], by magnitude: [T, K, count]."""
+    wanted, place_TK = keys_TK.unique(return_inverse=True)
+    vocabulary = torch.arange(model.config.vocab_size)
+    c_VW = torch.cat([coefficients(model, layer, part)[:, wanted] for part in vocabulary.split(_BATCH_TOKENS)])
+    return c_VW.abs().topk(min(count, len(vocabulary)), dim=0).indices.T[place_TK]
 
 
 def nearest(model: Transformer, ids_T: Tensor, count: int) -> torch.return_types.topk:
@@ -75,7 +92,7 @@ def table_of(found: list[dict[str, Any]]) -> str:
     for entry in found:
         lines.append(f"{entry['token']!r} (id {entry['id']})")
         for layer, (norm, keys) in enumerate(zip(entry["norms"], entry["keys"], strict=True)):
-            strongest = "  ".join(f"{k['key']}:{k['coefficient']:.2f}" for k in keys)
+            strongest = "  ".join(f"{k['key']}:{k['coefficient']:.2f} {' '.join(map(repr, k['shared_by'][:2]))}" for k in keys)
             lines.append(f"  layer {layer:>2}  norm {norm:8.3f}  keys {strongest}")
         lines.append("  nearest   " + "  ".join(f"{n['token']!r} {n['cosine']:.2f}" for n in entry["nearest"]))
     return "\n".join(lines)
