@@ -640,8 +640,21 @@ def evaluate(
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--html", "page", type=click.Path(path_type=Path), help="Also write a report with plots, the whole in one file.")
+@click.option(
+    "--explorer",
+    type=click.Path(path_type=Path),
+    help="Only write what the gateway's /explore page shows, memory.npz beside tokenizer.json.",
+)
 def explain(
-    checkpoint: Path, text: str | None, keys: int, neighbours: int, clusters: int, probe_tokens: int, as_json: bool, page: Path | None
+    checkpoint: Path,
+    text: str | None,
+    keys: int,
+    neighbours: int,
+    clusters: int,
+    probe_tokens: int,
+    as_json: bool,
+    page: Path | None,
+    explorer: Path | None,
 ) -> None:
     """Look into the memory of CHECKPOINT.
 
@@ -652,6 +665,15 @@ def explain(
     from tolhouse.model.checkpoint import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
+    if explorer:
+        import numpy as np
+
+        from tolhouse.analysis.explain import explorer as everything
+
+        with explorer.open("wb") as out:
+            np.savez_compressed(out, **everything(opened, keys, neighbours))  # type: ignore[arg-type]
+        click.echo(f"{explorer} written", err=True)
+        return
     tokens = explain_text(opened, text, keys, neighbours) if text is not None else []
     found = None
     if page or text is None:

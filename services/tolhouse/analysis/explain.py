@@ -7,6 +7,7 @@ all layers joined, is high.
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,6 +73,32 @@ def shared_by(model: Transformer, layer: int, keys_TK: Tensor, count: int) -> Te
     vocabulary = torch.arange(model.config.vocab_size)
     c_VW = torch.cat([coefficients(model, layer, part)[:, wanted] for part in vocabulary.split(_BATCH_TOKENS)])
     return c_VW.abs().topk(min(count, len(vocabulary)), dim=0).indices.T[place_TK]
+
+
+@torch.inference_mode()
+def explorer(checkpoint: Checkpoint, keys: int = 3, neighbours: int = 5) -> dict[str, np.ndarray]:
+    """The same of all tokens, for the gateway's explorer page: arrays by the names that gateway/explore.py reads."""
+    if not checkpoint.config.num_rows:
+        raise InvalidArgument(f"checkpoint {checkpoint.path.name} is of kind {checkpoint.config.kind}: it has no token memory")
+    model, parts = checkpoint.model(), torch.arange(checkpoint.config.vocab_size).split(_BATCH_TOKENS)
+    norms, strongest, values, sharers = [], [], [], []
+    for layer, ffn in enumerate(model.ffn_m):
+        c_VK = torch.cat([coefficients(model, layer, part) for part in parts])
+        top_Vk = c_VK.abs().topk(min(keys, c_VK.shape[1])).indices
+        norms.append(torch.cat([ffn(model.x0(part)).norm(dim=-1) for part in parts]))
+        strongest.append(top_Vk)
+        values.append(c_VK.gather(1, top_Vk))
+        sharers.append(c_VK.abs().topk(min(_SHARERS, len(c_VK)), dim=0).indices.T)
+    near = [nearest(model, part, neighbours) for part in parts]
+    arrays = {
+        "norms": torch.stack(norms, 1).half(),
+        "keys": torch.stack(strongest, 1).int(),
+        "coefficients": torch.stack(values, 1).half(),
+        "sharers": torch.stack(sharers).int(),
+        "near": torch.cat([n.indices for n in near]).int(),
+        "cosines": torch.cat([n.values for n in near]).half(),
+    }
+    return {name: array.numpy() for name, array in arrays.items()}
 
 
 def nearest(model: Transformer, ids_T: Tensor, count: int) -> torch.return_types.topk:

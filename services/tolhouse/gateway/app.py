@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -22,7 +22,7 @@ from tolhouse import __version__, tracing
 from tolhouse.client.addresses import Addresses
 from tolhouse.config import GatewayConfig
 from tolhouse.errors import Cancelled, InUse, TolhouseError
-from tolhouse.gateway import problems
+from tolhouse.gateway import explore, problems
 from tolhouse.gateway.chat import Chat, ChatForm
 from tolhouse.gateway.completions import Completion, CompletionForm
 from tolhouse.gateway.intake import Intake
@@ -30,7 +30,7 @@ from tolhouse.gateway.keys import Keyed
 from tolhouse.gateway.metrics import WORKERS, Measured
 from tolhouse.gateway.pool import Pool
 from tolhouse.gateway.run import Run
-from tolhouse.gateway.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from tolhouse.gateway.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ExploreRequest, TokenizeRequest
 from tolhouse.gateway.server import MAX_HEADER_BYTES, Limits, Server
 from tolhouse.gateway.template import ChatTemplate
 from tolhouse.gateway.vocabulary import Vocabulary, check_ids
@@ -43,6 +43,7 @@ T = TypeVar("T")
 def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIApp:
     vocabulary = Vocabulary(load_tokenizer(tokenizer_file))
     template = ChatTemplate(tokenizer_file.parent)
+    memory, page = explore.open_memory(tokenizer_file.parent, vocabulary), explore.PAGE.read_text()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -130,6 +131,23 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
         limits = pool.limits(pool.check_model(body.model))
         return {"prompt": await asyncio.to_thread(vocabulary.text, check_ids(body.tokens, limits.vocab_size))}
 
+    @app.get("/explore", response_class=HTMLResponse)
+    async def explore_page() -> Response:
+        """A page to look into the model's memory and to try what becomes of a completion without parts of it."""
+        return HTMLResponse(page)
+
+    @app.post("/explore/tokens")
+    async def explore_tokens(body: ExploreRequest) -> dict:
+        """Tokens of a text, each with what its memory holds."""
+        ids = await vocabulary.ids(body.text)
+        layers = max((m.described.row_layers for m in pool.healthy() if m.described), default=0)
+        return {"layers": layers, "tokens": explore.tokens(ids, vocabulary, memory)}
+
+    @app.get("/explore/live")
+    async def explore_live() -> dict:
+        """Counts of the workers, for rates."""
+        return explore.live(pool)
+
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict:
         """Special tokens and the chat template, for clients that have no tokenizer of their own."""
@@ -168,6 +186,7 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
+    "/explore/tokens": ExploreRequest,
 }
 
 

@@ -23,7 +23,7 @@ from tolhouse.errors import InUse, InvalidArgument, NotFound
 from tolhouse.gateway import problems
 from tolhouse.watched import Watched, read_file, replace_file
 
-OPEN_PATHS = frozenset({"/health", "/ping", "/version"})  # answer without a key: probes have none
+OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/explore"})  # answer without a key: probes have none, and the page asks for one
 _PREFIX = "th-"
 
 

@@ -10,6 +10,7 @@ T = TypeVar("T")
 
 MAX_CHOICES = 128  # prompts times n
 MAX_LOGPROBS = 20
+MAX_EXPLORED = 20_000  # characters
 MAX_STOPS = 32
 MAX_FIELDS = 1024  # of an object: logit_bias has the most
 
@@ -267,3 +268,9 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     tokens: Several[TokenId]
+
+
+class ExploreRequest(Body):
+    """POST /explore/tokens."""
+
+    text: Annotated[StrictStr, Field(max_length=MAX_EXPLORED)]

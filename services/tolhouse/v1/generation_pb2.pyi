@@ -86,7 +86,7 @@ class DescribeWorkerRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeWorkerReply(_message.Message):
-    __slots__ = ("model", "model_id", "tokenizer_id", "table", "context_tokens", "running", "waiting", "rows", "weight_bytes", "dense_weight_bytes", "vocab_size", "eos_token_id", "most_sequences")
+    __slots__ = ("model", "model_id", "tokenizer_id", "table", "context_tokens", "running", "waiting", "rows", "weight_bytes", "dense_weight_bytes", "vocab_size", "eos_token_id", "most_sequences", "row_layers", "tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,8 @@ class DescribeWorkerReply(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     MOST_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    ROW_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     model: str
     model_id: str
     tokenizer_id: str
@@ -113,7 +115,9 @@ class DescribeWorkerReply(_message.Message):
     vocab_size: int
     eos_token_id: int
     most_sequences: int
-    def __init__(self, model: _Optional[str] = ..., model_id: _Optional[str] = ..., tokenizer_id: _Optional[str] = ..., table: _Optional[str] = ..., context_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., rows: _Optional[_Union[RowCounts, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., dense_weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_id: _Optional[int] = ..., most_sequences: _Optional[int] = ...) -> None: ...
+    row_layers: int
+    tokens: int
+    def __init__(self, model: _Optional[str] = ..., model_id: _Optional[str] = ..., tokenizer_id: _Optional[str] = ..., table: _Optional[str] = ..., context_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., rows: _Optional[_Union[RowCounts, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., dense_weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_id: _Optional[int] = ..., most_sequences: _Optional[int] = ..., row_layers: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class RowCounts(_message.Message):
     __slots__ = ("from_cache", "from_remote", "remote_bytes", "wait_seconds", "recomputed")

@@ -53,6 +53,7 @@ class WorkerService(GenerationServicer):
             "tokenizer_id": checkpoint.tokenizer_id,
             "context_tokens": checkpoint.config.max_position_embeddings,
             "vocab_size": checkpoint.config.vocab_size,
+            "row_layers": checkpoint.config.num_rows,
             "most_sequences": engine.scheduler.max_running + engine.max_waiting,
             "eos_token_id": checkpoint.config.eos_token_id,
             "weight_bytes": checkpoint.weight_bytes(dense=False, embedding=not (manifest and manifest.x0)),
@@ -71,7 +72,7 @@ class WorkerService(GenerationServicer):
         engine = self.engine
         counts = generation_pb2.RowCounts(**engine.counts())
         return generation_pb2.DescribeWorkerReply(
-            **self.identity, table=engine.table, running=engine.running, waiting=engine.waiting, rows=counts
+            **self.identity, table=engine.table, running=engine.running, waiting=engine.waiting, rows=counts, tokens=engine.tokens
         )
 
     async def _generate(self, request: generation_pb2.GenerateRequest, traceparent: str) -> AsyncIterator[generation_pb2.GenerateReply]:
