@@ -120,9 +120,12 @@ def main() -> None:
         prog="python -m loadtest.science.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=0, help="held-out tokens for the codecs; 0: all (default)")
-    options = parser.parse_args()
+    run(parser.parse_args().tokens)
+
+
+def run(most_tokens: int) -> None:
     model = Model(Path("models/demo-memory"))
-    found = compression(model, options.tokens)
+    found = compression(model, most_tokens)
     probes(model)
     with tempfile.TemporaryDirectory(prefix="tolhouse-science-") as name:
         wide = one_wide(Path(name))

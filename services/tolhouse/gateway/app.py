@@ -35,6 +35,7 @@ from tolhouse.gateway.server import MAX_HEADER_BYTES, Limits, Server
 from tolhouse.gateway.template import ChatTemplate
 from tolhouse.gateway.vocabulary import Vocabulary, check_ids
 from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
+from tolhouse.rpc import keep_large_blocks
 from tolhouse.telemetry import event, ready, split_address
 
 T = TypeVar("T")
@@ -217,6 +218,7 @@ async def _answer(request: Request, run: Run, form: CompletionForm | ChatForm) -
 
 async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     """Serve HTTP until told to stop. `checkpoint` is a folder with a tokenizer.json, or that file."""
+    keep_large_blocks()
     path = Path(checkpoint)
     file = path / TOKENIZER if path.is_dir() else path
     load_tokenizer(file)

@@ -22,7 +22,7 @@ from tolhouse.config import LookupConfig
 from tolhouse.errors import Internal, InvalidArgument, TolhouseError
 from tolhouse.lookup.hotrows import HotRows, OpenTable
 from tolhouse.lookup.leases import Leases
-from tolhouse.rpc import MAX_ERROR, answer, serve
+from tolhouse.rpc import MAX_ERROR, answer, keep_large_blocks, serve
 from tolhouse.scrape import serve_metrics
 from tolhouse.store import open_store, resolve, tables
 from tolhouse.table.shared import Segment
@@ -200,6 +200,7 @@ def _ids(packed: bytes, manifest: Manifest) -> np.ndarray:
 
 async def run(config: LookupConfig, announce: Callable[..., None], *, share_port: bool = False) -> None:
     """Serve the store until told to stop."""
+    keep_large_blocks()
     guard = config.guard()
     tracing.start_tracing("lookup", config.traces, insecure=config.insecure)
     store = await asyncio.to_thread(open_store, config.store, config.store_timeout_seconds)

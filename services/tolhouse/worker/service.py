@@ -18,7 +18,7 @@ from tolhouse.config import WorkerConfig
 from tolhouse.errors import InvalidArgument, Mismatch, TolhouseError
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import check_prompt
-from tolhouse.rpc import return_freed_blocks, serve, stream
+from tolhouse.rpc import keep_large_blocks, return_freed_blocks, serve, stream
 from tolhouse.scrape import serve_metrics
 from tolhouse.table.spec import Manifest
 from tolhouse.telemetry import event
@@ -210,6 +210,7 @@ class EngineMetrics(Collector):
 
 async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     """Serve the checkpoint until told to stop."""
+    keep_large_blocks()
     checkpoint = open_checkpoint(checkpoint_path)
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)

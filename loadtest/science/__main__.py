@@ -1,0 +1,79 @@
+"""Every table and plot of SCIENCE.md: `make science`, or `python -m loadtest.science [--tokens N]`.
+
+Sizes against perplexity for both committed checkpoints and many ratios, the survey of their memory, the check (check.py), and the kinds from
+their kept training curves (kinds.py, which also trains them). Plots go to loadtest/science/plots; tables are printed.
+"""
+
+import argparse
+from pathlib import Path
+
+from tolhouse.analysis.survey import summary, survey
+from tolhouse.build.compress import HEAD_SHARE, Scheme
+from tolhouse.model.checkpoint import open_checkpoint
+from tqdm import tqdm
+
+from loadtest.science import check, kinds
+from loadtest.science.codecs import Model
+
+PLOTS = Path(__file__).parent / "plots"
+RATIOS = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+
+
+def curves(model: Model, most_tokens: int) -> dict[str, list[tuple[float, float]]]:
+    """(times smaller than 16 bit, relative increase of perplexity) by family."""
+    head = len(model.rows) // HEAD_SHARE
+    families = {
+        "low rank at 16 bit": [Scheme("bf16", ratio=ratio) for ratio in RATIOS if ratio <= 8],
+        "low rank and head at 16 bit": [Scheme("bf16", ratio=ratio, head=head, head_codec="bf16") for ratio in RATIOS if ratio <= 8],
+        "int8 low rank, int8 head": [Scheme("int8", ratio=ratio, head=head) for ratio in RATIOS if ratio > 2],
+        "int4 low rank, int8 head": [Scheme("int4", ratio=ratio, head=head) for ratio in RATIOS if ratio > 3],
+        "int8, int4": [Scheme("int8"), Scheme("int4")],
+        "int4, int8 head": [Scheme("int4", head=head)],
+    }
+    exact = model.evaluate(model.rows, most_tokens).perplexity
+    found: dict[str, list[tuple[float, float]]] = {}
+    print(f"\n{model.path.name}: perplexity {exact:.4f} in float32\n  {'':30}{'16 bit':>8} {'perplexity':>11}")
+    for family, schemes in tqdm(families.items(), desc="families", leave=False, dynamic_ncols=True):
+        for scheme in schemes:
+            made = model.compressed(scheme)
+            loss = model.evaluate(model.decoded(made), most_tokens).perplexity / exact - 1
+            found.setdefault(family, []).append((model.bytes16() / made.bytes, loss))
+            print(f"  {family:30}{model.bytes16() / made.bytes:7.2f}x {100 * loss:+10.3f} %", flush=True)
+    return found
+
+
+def plot(found: dict[str, list[tuple[float, float]]], name: str) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for family, points in found.items():
+        axes.plot([x for x, _ in points], [max(100 * y, 1e-2) for _, y in points], marker="o", ms=4, label=family)
+    axes.set(xlabel="times smaller than 16 bit", ylabel="increase of perplexity, %", xscale="log", yscale="log", title=name)
+    axes.set_xticks([1, 2, 3, 4, 6, 8, 12, 16], labels=["1", "2", "3", "4", "6", "8", "12", "16"])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(PLOTS / f"{name}.png", dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.science", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=0, help="held-out tokens for each size; 0: all (default)")
+    options = parser.parse_args()
+    PLOTS.mkdir(exist_ok=True)
+    for name in ("demo-memory", "demo-flex"):
+        path = Path("models") / name
+        plot(curves(Model(path), options.tokens), name)
+        print(f"\n{summary(survey(open_checkpoint(path), 64, 20_000))}", flush=True)
+    text, _ = kinds.table(2)
+    print(f"\n{text}\n", flush=True)
+    check.run(options.tokens)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What is told of a whole model's memory, and the report that shows it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tolhouse.analysis.explain import coefficients, shared_by
+from tolhouse.analysis.survey import OUTLIER, k_means, survey
+from tolhouse.errors import InvalidArgument
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.testing import tiny_model
+
+
+def test_clusters_are_found() -> None:
+    """Four bundles of vectors are four clusters, whose centres explain nearly all; noise is hardly explained."""
+    generator = torch.Generator().manual_seed(1)
+    bundles = torch.eye(16)[:4].repeat_interleave(50, 0) + 0.01 * torch.randn(200, 16, generator=generator)
+    found = [k_means(torch.nn.functional.normalize(bundles, dim=1), 12, seed) for seed in range(3)]
+    for cluster, explained in found:
+        assert explained > 0.98
+        for a in range(0, 200, 50):
+            for b in range(a + 50, 200, 50):
+                assert not set(cluster[a : a + 50].tolist()) & set(cluster[b : b + 50].tolist())
+    _, explained = k_means(torch.nn.functional.normalize(torch.randn(2000, 64, generator=generator), dim=1), 12, 0)
+    assert explained < 0.2
+
+
+def test_figures_are_those_of_the_definitions(checkpoint: Path) -> None:
+    """Outliers, norms and ranks of a layer, computed again from the model."""
+    opened = open_checkpoint(checkpoint)
+    found = survey(opened, 8, 0)
+    model, everything = opened.model(), torch.arange(opened.config.vocab_size)
+    assert ("probes" in found, 4) == (False, len(found["layers"]))
+    for layer, entry in enumerate(found["layers"]):
+        c = coefficients(model, layer, everything).numpy()
+        rms = np.sqrt((c**2).mean(1, keepdims=True))
+        assert entry["outliers"] == pytest.approx((np.abs(c) > OUTLIER * rms).sum(1).mean(), abs=1e-3)
+        rows = model.rows(everything)[layer].numpy()
+        energy = np.linalg.eigvalsh(np.cov(rows.T))[::-1]
+        share = np.cumsum(energy) / energy.sum()
+        assert share[entry["rank_90"] - 1] >= 0.9 - 1e-4 > share[entry["rank_90"] - 2] - 1e-3
+        assert entry["mean_norm"] == pytest.approx(np.linalg.norm(rows, axis=1).mean(), rel=1e-3)
+        assert 0 < entry["clustering"] < 1
+
+
+def test_who_shares_a_key_has_it_most(checkpoint: Path) -> None:
+    model = open_checkpoint(checkpoint).model()
+    c = coefficients(model, 1, torch.arange(model.config.vocab_size)).abs()
+    keys = torch.tensor([[3, 7], [7, 0]])
+    found = shared_by(model, 1, keys, 3)
+    for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        assert c[:, keys[place]].topk(3).indices.tolist() == found[place].tolist()
+
+
+def test_the_probes_are_told(checkpoint: Path) -> None:
+    """α = 1 changes nothing; each layer is left out once."""
+    probes = survey(open_checkpoint(checkpoint), 8, 300)["probes"]
+    assert (1.0, 4, 300) == (probes["alpha"]["1"], len(probes["without_layer"]), probes["tokens"])
+    assert len(set(probes["alpha"].values())) > 4
+
+
+def test_the_report_is_one_file(checkpoint: Path, tmp_path: Path) -> None:
+    """Plots and all; text of tokens can't break out of it."""
+    page = tmp_path / "report.html"
+    options = ("--clusters", "8", "--probe-tokens", "300", "--html", str(page), "--json")
+    command = [sys.executable, "-m", "tolhouse.cli", "explain", str(checkpoint), "<b>def", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "<" in "".join(entry["token"] for entry in json.loads(done.stdout))
+    text = page.read_text()
+    assert 5 == text.count("<svg")
+    assert "&lt;" in text
+    assert not re.search(r"""<script|<b>|(src|href)\s*=\s*["']http""", text)
+
+
+def test_what_can_not_be_surveyed_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="no token memory"):
+        survey(open_checkpoint(tiny_model(tmp_path / "base", "base")), 8, 0)
+    with pytest.raises(InvalidArgument, match="the number of clusters must be"):
+        survey(open_checkpoint(checkpoint), 100_000, 0)
