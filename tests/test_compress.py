@@ -61,6 +61,23 @@ def test_what_is_served_is_what_the_table_holds(checkpoint: Path, tmp_path: Path
             assert expected == list(client.generate(PROMPT, 20, ignore_eos=True))
 
 
+def test_x0_is_compressed_like_the_rest(checkpoint: Path, tmp_path: Path) -> None:
+    """A table that carries it serves a worker without an input embedding, also in requests that scale rows, which leave X0 alone."""
+    url = f"file://{tmp_path}"
+    store = open_store(url)
+    manifest = made_of(checkpoint, SCHEMES["rank and head"], embedding="yes").store(store)
+    publish(store, manifest.ref)
+    assert (5, True) == (manifest.num_blocks, manifest.x0)
+    opened = open_checkpoint(checkpoint)
+    ids = np.arange(manifest.vocab_size, dtype=np.uint32)
+    rows = torch.from_numpy(np.ascontiguousarray(rows_of(store, manifest, ids).swapaxes(0, 1)))
+    with local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster, Client(cluster.workers) as client:
+        for alpha in (1.0, 0.5):
+            scale = torch.tensor([1.0, *[alpha] * 4])[:, None, None]
+            expected = list(greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=lambda ids_T, by=scale: rows[:, ids_T] * by))
+            assert expected == list(client.generate(PROMPT, 20, ignore_eos=True, row_scale=alpha))
+
+
 def test_the_head_is_finer_and_the_ratio_is_kept(checkpoint: Path) -> None:
     """Frequent tokens have rows of the finer codec; all that is stored is as small as was asked, and hardly smaller."""
     opened = open_checkpoint(checkpoint)

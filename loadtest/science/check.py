@@ -24,7 +24,7 @@ from tolhouse.store.overlay import make_overlay
 from tolhouse.testing import build_table, local_cluster, tiny_model
 from tqdm import tqdm
 
-from loadtest.science.codecs import Model, own_perplexity, schemes, served, served_perplexity
+from loadtest.science.codecs import ALIKE, Model, own_perplexity, schemes, served, served_perplexity
 
 PROBE_TOKENS = 20_000
 PROMPT = "import sys\n\ndef main():\n    return"
@@ -37,7 +37,7 @@ def compression(model: Model, most_tokens: int) -> dict[str, float]:
     lines, found, furthest = [], {}, 0.0
     exact = model.evaluate(model.decoded(model.compressed(schemes(len(model.rows))["bf16"])), most_tokens).perplexity
     for name, scheme in tqdm(schemes(len(model.rows)).items(), desc="codecs", leave=False, dynamic_ncols=True):
-        made = model.compressed(scheme)
+        made = model.compressed(scheme, alike=name.endswith(ALIKE))
         rows = model.decoded(made)
         loss = model.evaluate(rows, most_tokens).perplexity / exact - 1
         with tempfile.TemporaryDirectory(prefix="tolhouse-science-") as folder, served(model, made, Path(folder)) as client:

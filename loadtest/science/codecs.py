@@ -18,6 +18,7 @@ from tolhouse.store import open_store, publish
 from tolhouse.testing import local_cluster
 
 SERVED_WINDOWS = 4
+ALIKE = ", tokens alike"  # the SVD counts each token once, however often text has it
 
 
 def schemes(vocabulary: int) -> dict[str, Scheme]:
@@ -31,6 +32,7 @@ def schemes(vocabulary: int) -> dict[str, Scheme]:
         "int4, no head": Scheme("int4"),
         "int4": Scheme("int4", head=head),
         "low rank, half": Scheme("bf16", ratio=2),
+        f"low rank, half{ALIKE}": Scheme("bf16", ratio=2),
         "low rank and head, half": Scheme("bf16", ratio=2, head=head, head_codec="bf16"),
         "int8 low rank, 4x": Scheme("int8", ratio=4, head=head),
         "int4 low rank, 8x": Scheme("int4", ratio=8, head=head),
@@ -50,8 +52,8 @@ class Model:
         self.text = read_text(self.checkpoint, None)
         self.counts = count_tokens(self.checkpoint.tokenizer(), "", self.checkpoint.config.vocab_size)
 
-    def compressed(self, scheme: Scheme, name: str = "") -> Compressed:
-        return compress(plan(self.checkpoint, name, scheme.codec, 16), self.rows, self.counts, scheme)
+    def compressed(self, scheme: Scheme, *, alike: bool = False) -> Compressed:
+        return compress(plan(self.checkpoint, "", scheme.codec, 16), self.rows, {} if alike else self.counts, scheme)
 
     def evaluate(self, rows: np.ndarray, most_tokens: int = 0, **probe: object) -> Evaluation:
         return evaluate(self.model, self.text[: most_tokens or None], probed(rows, **probe))  # type: ignore[arg-type]
