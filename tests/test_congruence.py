@@ -12,7 +12,8 @@ import torch
 from tolhouse import Client, Manifest
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import greedy
-from tolhouse.store import Store, open_store
+from tolhouse.store import Store, companions, open_store
+from tolhouse.table.companions import Companions
 from tolhouse.testing import build_table, local_cluster, tiny_model
 from tolhouse.worker import decode
 from tolhouse.worker.packed import load
@@ -43,6 +44,9 @@ class FromStore:
         records = np.empty((len(ids), manifest.record_bytes), np.uint8)
         self.store.read(manifest, ids, records)
         out[places] = records
+
+    def companions(self, manifest: Manifest) -> Companions:
+        return companions(self.store, manifest)
 
 
 def prompt_ids(checkpoint: Checkpoint) -> list[list[int]]:

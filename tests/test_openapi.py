@@ -30,7 +30,8 @@ def test_the_gateway_is_as_it_says(gateway: str, tmp_path: Path) -> None:
     """No answer is a defect, or of a status, a type or a form that the description lacks; what it forbids is refused."""
     done = schemathesis(gateway, tmp_path, "--exclude-checks", NOT_CHECKED, "--max-examples", "10", "--seed", "1", "--continue-on-failure")
     assert 0 == done.returncode, done.stdout + done.stderr
-    assert "Tested: 12" in done.stdout
+    routes = httpx.get(f"{gateway}/openapi.json").json()["paths"].values()
+    assert f"Tested: {sum(map(len, routes))}" in done.stdout
 
 
 def test_an_answer_that_is_not_described_would_be_found(gateway: str, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from tolhouse import Client, Manifest
 from tolhouse.errors import TolhouseError
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
-from tolhouse.store import Store, open_store, publish
+from tolhouse.store import Store, companions, open_store, publish
+from tolhouse.table.companions import Companions
 from tolhouse.testing import Process, RedisNode, build_table, end, free_port, process, redis_cluster_nodes, wait_until_healthy
 from tolhouse.worker.rows import Rows
 
@@ -140,6 +141,9 @@ class _FromStore(Client):
 
     def __init__(self, store: Store) -> None:
         self.store = store
+
+    def companions(self, manifest: Manifest) -> Companions:
+        return companions(self.store, manifest)
 
     def fetch_records(self, manifest: Manifest, ids: np.ndarray, out: Any = None, places: Any = None) -> np.ndarray:
         records = np.empty((len(ids), manifest.record_bytes), np.uint8)
