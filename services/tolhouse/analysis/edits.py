@@ -6,6 +6,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tolhouse.errors import InvalidArgument, NotFound
+from tolhouse.store import Store, rows_of
+from tolhouse.table.spec import Manifest
 
 
 def token_id(word: str, tokenizer: Tokenizer | None) -> int:
@@ -52,3 +54,24 @@ def read_rows(file: Path) -> tuple[np.ndarray, np.ndarray]:
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or rows.dtype.kind != "f":
         raise InvalidArgument(f"{file}: ids must be a flat list of whole numbers, and rows floats, not {ids.dtype} and {rows.dtype}")
     return ids.astype(np.int64), rows.astype(np.float32)
+
+
+def edited_rows(
+    store: Store,
+    manifest: Manifest,
+    copied: list[tuple[int, int]],
+    scaled: list[tuple[int, float]],
+    given: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ids [T] that edits change and their new rows [T, N, D]: of (token, other), of (token, factor), and ids and rows from elsewhere."""
+    sources = np.array([*(other for _, other in copied), *(token for token, _ in scaled)], np.int64)
+    targets = np.array([*(token for token, _ in copied), *(token for token, _ in scaled)], np.int64)
+    manifest.check_ids(np.concatenate([sources, targets]))
+    parts = [given] if given else []
+    if len(sources):
+        rows = rows_of(store, manifest, sources.astype(np.uint32))
+        rows[len(copied) :] *= np.array([by for _, by in scaled], np.float32)[:, None, None]
+        if given and given[1].shape[1:] != rows.shape[1:]:
+            raise InvalidArgument(f"the given rows are of {list(given[1].shape[1:])}; those of {manifest.ref} of {list(rows.shape[1:])}")
+        parts = [(targets, rows), *parts]
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate([rows for _, rows in parts])

@@ -1,0 +1,40 @@
+"""`tolhouse …`: every process and every tool. Reads configuration once and hands on plain values.
+
+A command imports what it needs when it runs: `tolhouse lookup` works where torch is not installed.
+"""
+
+import click
+
+from tolhouse import __version__
+from tolhouse.cli import access, models, services, tables
+from tolhouse.cli.options import Commands
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="tolhouse")
+def main() -> None:
+    """Serve language models whose feed-forward layers are looked up, not computed.
+
+    \b
+    A model's way, command by command:
+      tolhouse train demo --out models/mine                 train a checkpoint from scratch
+      tolhouse build models/mine                            compute its table of rows, with Ray
+      tolhouse publish mine@VERSION                         let the name stand for that version
+      tolhouse lookup                                       serve tables over gRPC
+      tolhouse worker models/mine                           serve tokens: attention, with rows from the lookup service
+      tolhouse gateway models/mine                          serve text: OpenAI's HTTP API
+      tolhouse demo                                         all of it at once, on the demo checkpoint
+
+    Every option can be given in the environment too, as the variable named in brackets; the command line wins.
+    """
+
+
+for command in (
+    models.train,
+    *(tables.build, tables.compress, tables.tables, tables.publish, tables.overlay),
+    *(services.lookup, services.worker, services.gateway),
+    *(access.keys, access.certs),
+    *(models.generate, models.fetch, models.evaluate, models.explain),
+    *(services.demo, services.serve),
+):
+    main.add_command(command)

@@ -1,0 +1,3 @@
+from tolhouse.cli import main
+
+main()
