@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.store import delete, open_store, publish, rows_of
 from tolhouse.store.overlay import make_overlay
+from tolhouse.table.codecs import codec
 from tolhouse.testing import build_table, local_cluster
 
 PROMPT = [5, 17, 40, 3, 99, 7, 300, 5]
@@ -61,20 +63,18 @@ def test_what_is_served_is_what_the_table_holds(checkpoint: Path, tmp_path: Path
             assert expected == list(client.generate(PROMPT, 20, ignore_eos=True))
 
 
-def test_x0_is_compressed_like_the_rest(checkpoint: Path, tmp_path: Path) -> None:
+def test_x0_keeps_its_full_rank(checkpoint: Path, tmp_path: Path) -> None:
     """A table that carries it serves a worker without an input embedding, also in requests that scale rows, which leave X0 alone."""
     url = f"file://{tmp_path}"
     store = open_store(url)
     manifest = made_of(checkpoint, SCHEMES["rank and head"], embedding="yes").store(store)
     publish(store, manifest.ref)
-    assert (5, True) == (manifest.num_blocks, manifest.x0)
+    assert (5, True, manifest.hidden_size) == (manifest.num_blocks, manifest.x0, manifest.ranks[0])
     opened = open_checkpoint(checkpoint)
-    ids = np.arange(manifest.vocab_size, dtype=np.uint32)
-    rows = torch.from_numpy(np.ascontiguousarray(rows_of(store, manifest, ids).swapaxes(0, 1)))
+    rows = table_rows(opened, url, manifest.ref)
     with local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster, Client(cluster.workers) as client:
         for alpha in (1.0, 0.5):
-            scale = torch.tensor([1.0, *[alpha] * 4])[:, None, None]
-            expected = list(greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=lambda ids_T, by=scale: rows[:, ids_T] * by))
+            expected = list(greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(rows, alpha, x0=1)))
             assert expected == list(client.generate(PROMPT, 20, ignore_eos=True, row_scale=alpha))
 
 
@@ -133,15 +133,58 @@ def test_companions_come_and_go_with_their_table(checkpoint: Path, tmp_path: Pat
     assert [] == store.refs()
 
 
-def test_an_edited_row_goes_before_the_head_s(checkpoint: Path, tmp_path: Path) -> None:
-    """An overlay of a compressed table: the changed row, through basis and codec, also of a token that the head has."""
+@pytest.mark.parametrize("scheme", ["rank", "head", "rank and head", "int4 low rank, int8 head"])
+def test_edits_of_a_compressed_table_are_as_fine_as_its_head(checkpoint: Path, tmp_path: Path, scheme: str) -> None:
+    """They go before the head's rows and past the basis; a later overlay takes them over to the bit, whatever it changes itself."""
     store = open_store(f"file://{tmp_path}")
-    base = made_of(checkpoint, Scheme("fp32", rank=1.0, head=16)).store(store)
-    new = rows_of(store, base, np.array([200], np.uint32))
-    made = make_overlay(store, base.ref, np.array([3]), new)
-    assert base.head == made.head
-    np.testing.assert_allclose(new, rows_of(store, made, np.array([3], np.uint32)), rtol=1e-3, atol=1e-2)
-    np.testing.assert_array_equal(*(rows_of(store, m, np.array([4, 300], np.uint32)) for m in (base, made)))
+    base = made_of(
+        checkpoint, {**SCHEMES, "int4 low rank, int8 head": Scheme("int4", rank=0.25, head=16, head_codec="int8")}[scheme]
+    ).store(store)
+    everything = np.arange(base.vocab_size, dtype=np.uint32)
+    before = rows_of(store, base, everything)
+    in_head, in_tail = base.frequent[0] if base.head else 3, 300
+    new = np.random.default_rng(0).standard_normal((2, *before.shape[1:]), np.float32)
+    made = make_overlay(store, base.ref, np.array([in_head, in_tail]), new)
+    after = rows_of(store, made, everything)
+    others = np.setdiff1d(everything, [in_head, in_tail])
+    np.testing.assert_array_equal(before[others], after[others])
+    finer = codec("int8")
+    np.testing.assert_allclose(new, after[[in_head, in_tail]], atol=finer.relative_error * np.abs(new).max() * 1.01)
+    for turn in range(3):
+        made = make_overlay(store, made.ref, np.array([301 + turn]), new[:1])
+        np.testing.assert_array_equal(after[:301], rows_of(store, made, everything)[:301])
+    delete(store, made.ref)
+    assert made.edits not in store.refs()
+
+
+def test_edits_of_a_compressed_table_are_served(checkpoint: Path, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}"
+    store, made = open_store(url), made_of(checkpoint, SCHEMES["rank and head"])
+    base = made.store(store)
+    manifest = make_overlay(store, base.ref, np.array(PROMPT[:3]), 3 * rows_of(store, base, np.array([9, 8, 7], np.uint32)))
+    publish(store, manifest.ref)
+    opened = open_checkpoint(checkpoint)
+    before, rows = (table_rows(opened, url, ref) for ref in (base.ref, manifest.ref))
+    expected = list(greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(rows)))
+    assert expected != list(greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(before)))
+    with local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster, Client(cluster.workers) as client:
+        assert expected == list(client.generate(PROMPT, 20, ignore_eos=True))
+
+
+def test_a_version_is_not_cut_otherwise(checkpoint: Path, tmp_path: Path) -> None:
+    """It would leave shards behind that no manifest names."""
+    store, made = open_store(f"file://{tmp_path}"), made_of(checkpoint, SCHEMES["head"])
+    made.store(store)
+    with pytest.raises(InUse, match="with 4 shards"):
+        replace(made, companions=replace(made.companions, manifest=replace(made.companions.manifest, num_shards=2))).store(store)
+    assert made.store(store) == store.manifest(made.companions.manifest.ref)
+
+
+def test_parts_of_a_table_are_not_published(checkpoint: Path, tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}")
+    base = made_of(checkpoint, SCHEMES["rank and head"]).store(store)
+    with pytest.raises(InvalidArgument, match="is a part of"):
+        publish(store, base.head)
 
 
 def test_a_table_may_lack_layers(checkpoint: Path, tmp_path: Path) -> None:
@@ -186,7 +229,8 @@ def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> N
         (Scheme("int8", rank=1.5), "from 0 to 1, not 1.5"),
         (Scheme("int8", head=100_000), "the head may have from 0 to"),
         (Scheme("int9"), "codec 'int9' is unknown"),
-        (Scheme("int8", ratio=1000), "are too few: the least"),
+        (Scheme("int8", ratio=1000), "a ratio of 1000 is out of reach: .* reaches 2"),
+        (Scheme("int8", ratio=1), "over 1, not 1"),
     ],
 )
 def test_schemes_that_can_not_be_are_told(checkpoint: Path, scheme: Scheme, expected: str) -> None:
@@ -234,12 +278,20 @@ def test_commands_compress_and_evaluate(checkpoint: Path, tmp_path: Path) -> Non
         (("--table", "nothing"), "table 'nothing' is not published"),
         (("--without", "9"), "there is no layer 9"),
         (("--without", "one"), "--without 'one' is not a list of layer numbers"),
-        (("--alpha", "nan"), "is not a number to scale rows by"),
+        (("--alpha", "nan"), "may be scaled by -16 to 16, not nan"),
+        (("--alpha", "1e300"), "may be scaled by -16 to 16, not 1e+300"),
         (("--text", "no-such-file"), "no corpus at no-such-file"),
     ],
 )
 def test_what_can_not_be_evaluated_is_told(checkpoint: Path, tmp_path: Path, arguments: tuple, expected: str) -> None:
     assert expected in tolhouse("eval", str(checkpoint), "--store", f"file://{tmp_path}", *arguments, code=1).stderr
+
+
+def test_a_part_of_a_table_is_not_evaluated(checkpoint: Path, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}"
+    made = made_of(checkpoint, SCHEMES["rank and head"]).store(open_store(url))
+    for part in (made.head, made.basis):
+        assert "is it a part of" in tolhouse("eval", str(checkpoint), "--table", part, "--store", url, code=1).stderr
 
 
 def test_the_loss_is_the_model_s(checkpoint: Path) -> None:

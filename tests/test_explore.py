@@ -42,7 +42,11 @@ def test_tokens_are_told_as_explain_tells_them(cluster: Cluster, checkpoint: Pat
     for token in found["tokens"]:
         entry = expected[token["id"]]
         np.testing.assert_allclose(entry["norms"], token["norms"], rtol=2e-3)
+        token = httpx.get(f"http://{cluster.gateway}/explore/tokens/{token['id']}").json()
         assert [[k["key"] for k in layer] for layer in entry["keys"]] == [[k["key"] for k in layer] for layer in token["keys"]]
+        for layer, told in zip(entry["keys"], token["keys"], strict=True):
+            shared = [[opened.tokenizer().decode([s["id"]], skip_special_tokens=False) for s in k["shared_by"]] for k in told]
+            assert [k["shared_by"] for k in layer] == shared
         np.testing.assert_allclose([n["cosine"] for n in entry["nearest"]], [n["cosine"] for n in token["nearest"]], atol=2e-3)
 
 
@@ -56,6 +60,7 @@ def test_live_counts_grow(cluster: Cluster) -> None:
         if after["tokens"] >= before["tokens"] + 7:
             break
     assert re.fullmatch(r"tiny-memory@[0-9a-f]{16}", after["tables"][0])
+    assert 0 < after["fetch_seconds"] / after["fetches"] < 60
     assert after["from_cache"] + after["from_remote"] > before["from_cache"] + before["from_remote"]
 
 
@@ -66,9 +71,15 @@ def test_the_page_is_whole(cluster: Cluster) -> None:
     assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", answer.text)
 
 
-@pytest.mark.parametrize("text", ["x" * 20_001, None, 5])
+@pytest.mark.parametrize("text", ["x" * 8_193, None, 5])
 def test_bad_texts_are_refused(cluster: Cluster, text: object) -> None:
     assert 400 == httpx.post(f"http://{cluster.gateway}/explore/tokens", json={"text": text}).status_code
+
+
+@pytest.mark.parametrize(("token", "status"), [("512", 404), ("4294967296", 400), ("-1", 400), ("x", 400)])
+def test_tokens_that_are_not_there_are_told(cluster: Cluster, token: str, status: int) -> None:
+    answer = httpx.get(f"http://{cluster.gateway}/explore/tokens/{token}")
+    assert (status, True) == (answer.status_code, bool(answer.json()["error"]["message"]))
 
 
 def test_a_file_that_is_no_memory_is_told(checkpoint: Path, tmp_path: Path) -> None:
@@ -107,10 +118,19 @@ def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
         page.fill("#prompt", TEXT)
     page.wait_for_function("document.querySelectorAll('#tokens button').length > 5 && document.querySelector('#original .dim')")
     page.click("#tokens button:nth-child(1)")
-    assert 4 == page.locator("#detail tbody tr").count()
+    page.wait_for_function("document.querySelectorAll('#detail tbody tr').length === 4")
     first = page.inner_text("#detail strong")
     page.keyboard.press("ArrowRight")
-    assert first != page.inner_text("#detail strong")
+    page.wait_for_function("first => document.querySelector('#detail strong').innerText !== first", arg=first)
+    neighbour = page.locator("#detail p .link").first
+    name = neighbour.inner_text()
+    neighbour.focus()
+    page.keyboard.press("Enter")  # on to a neighbour, and from there to one that shares a key
+    page.wait_for_function("name => document.querySelector('#detail strong').innerText.trim() === name.trim()", arg=name)
+    sharer = page.locator("#detail tbody .link").last
+    name = sharer.inner_text()
+    sharer.click()
+    page.wait_for_function("name => document.querySelector('#detail strong').innerText.trim() === name.trim()", arg=name)
     assert "true" == page.get_attribute("#tokens button:nth-child(2)", "aria-pressed")
     page.wait_for_function("document.getElementById('status').textContent === 'the same text'")
     original = page.inner_text("#original")

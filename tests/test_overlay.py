@@ -157,6 +157,8 @@ def test_a_rolled_back_name_has_its_rows_again(checkpoint: Path, tmp_path: Path)
         (("--scale", "3=1", "--scale", "3=2"), "changes the row of each token once"),
         (("--rows", "no-such.npz"), "no file no-such.npz"),
         (("--rows", "README.md"), "README.md is not an .npz archive"),
+        (("--copy", "99999999999999999999999=5"), "token id 9223372036854775807 is outside table"),
+        (("--scale", "3=1e39"), "not finite in 32 bits"),
     ],
 )
 def test_what_can_not_be_edited_is_told(
@@ -193,6 +195,44 @@ def test_rows_come_from_a_file(checkpoint: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows, rows_of(store, store.manifest(ref), ids(9, 4)))
     np.savez(tmp_path / "rows.npz", ids=np.array([9, 4]), rows=rows[:, :3])
     assert "have [2, 4, 96]" in tolhouse("overlay", "tiny-memory", "--rows", str(tmp_path / "rows.npz"), "--store", url, code=1).stderr
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "array", "scalar", "empty"])
+def test_files_that_hold_no_rows_are_told(checkpoint: Path, tmp_path: Path, damage: str) -> None:
+    url, file = f"file://{tmp_path}", tmp_path / "rows.npz"
+    build_table(checkpoint, url)
+    np.savez(file, ids=np.array([9]), rows=np.float32(3) if damage == "scalar" else np.ones((1, 4, 96), np.float32))
+    whole = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif damage == "flipped":
+        file.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    elif damage == "array":
+        np.save(tmp_path / "rows.npy", np.ones((1, 4, 96)))
+        (tmp_path / "rows.npy").rename(file)
+    elif damage == "empty":
+        file.write_bytes(b"")
+    assert str(file) in tolhouse("overlay", "tiny-memory", "--rows", str(file), "--store", url, code=1).stderr
+
+
+def test_an_edit_leaves_the_embedding(checkpoint: Path, tmp_path: Path) -> None:
+    """Of a table that carries X0: the row of a token is its memory, its X0 is not."""
+    url = f"file://{tmp_path}"
+    store, ref = open_store(url), build_table(checkpoint, url, embedding="yes")
+    before = rows_of(store, store.manifest(ref), ids(EDITED, OTHER, 3))
+    made = tolhouse("overlay", "tiny-memory", "--copy", f"{EDITED}={OTHER}", "--scale", "3=0", "--store", url).stdout.strip()
+    after = rows_of(store, store.manifest(made), ids(EDITED, 3))
+    np.testing.assert_array_equal(before[[0, 2], 0], after[:, 0])
+    np.testing.assert_array_equal(before[1, 1:], after[0, 1:])
+    assert not after[1, 1:].any()
+
+
+def test_another_tokenizer_s_texts_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}"
+    build_table(checkpoint, url)
+    assert "another tokenizer" in tolhouse(
+        "overlay", "tiny-memory", "--checkpoint", "models/demo-memory", "--scale", "import=0", "--store", url, code=1
+    ).stderr  # fmt: skip
 
 
 def test_bad_overlays_are_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -82,3 +82,47 @@ def test_what_can_not_be_surveyed_is_told(checkpoint: Path, tmp_path: Path) -> N
         survey(open_checkpoint(tiny_model(tmp_path / "base", "base")), 8, 0)
     with pytest.raises(InvalidArgument, match="the number of clusters must be"):
         survey(open_checkpoint(checkpoint), 100_000, 0)
+    with pytest.raises(InvalidArgument, match="at least 2 tokens"):
+        survey(open_checkpoint(checkpoint), 8, 1)
+
+
+def test_a_table_s_rows_are_looked_into(checkpoint: Path, tmp_path: Path) -> None:
+    """One that lacks a layer: its norms there are zero, and those of the others the model's."""
+    made = ("--codec", "fp32", "--head", "0", "--absent-layers", "1", "--embedding", "yes", "--publish", "--corpus", "README.md")
+    command = [sys.executable, "-m", "tolhouse.cli", "compress", str(checkpoint), "--store", f"file://{tmp_path}", *made]
+    subprocess.run(command, capture_output=True, check=True)
+    command = [sys.executable, "-m", "tolhouse.cli", "explain", str(checkpoint), "--clusters", "4", "--probe-tokens", "100", "--json"]
+    mine, its = (
+        json.loads(subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout)
+        for more in ((), ("--table", "tiny-memory", "--store", f"file://{tmp_path}"))
+    )
+    norms = [layer["mean_norm"] for layer in its["layers"]]
+    assert [*norms[:1], *norms[2:]] == pytest.approx([layer["mean_norm"] for n, layer in enumerate(mine["layers"]) if n != 1], rel=1e-2)
+    assert 0 == norms[1]
+    assert its["probes"]["without_layer"][1] == 1
+    assert its["definitions"] == mine["definitions"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("{}", "--html", "no-folder/report.html"), "no folder no-folder"),
+        (("{}", "--explorer", "no-folder/memory.npz"), "no folder no-folder"),
+        (("tiny-memory@0123456789abcdef",), "a table has rows and no keys"),
+        (("{}", "def", "--table", "nothing", "--store", "file:///nowhere"), "nowhere"),
+        (("{}", b"\xff\xfe"), "is not UTF-8"),
+    ],
+)
+def test_what_can_not_be_explained_is_told(checkpoint: Path, arguments: tuple, expected: str) -> None:
+    given = [str(checkpoint) if a == "{}" else a for a in arguments]
+    done = subprocess.run([sys.executable, "-m", "tolhouse.cli", "explain", *given], capture_output=True, text=True, check=False)
+    assert (1, True) == (done.returncode, expected in done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_is_kept_where_no_other_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "memory.npz").write_bytes(b"precious")
+    base = tiny_model(tmp_path / "base", "base")
+    command = [sys.executable, "-m", "tolhouse.cli", "explain", str(base), "--explorer", str(tmp_path / "memory.npz")]
+    assert 1 == subprocess.run(command, capture_output=True, check=False).returncode
+    assert b"precious" == (tmp_path / "memory.npz").read_bytes()

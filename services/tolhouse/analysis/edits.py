@@ -1,5 +1,7 @@
 """Edits of token rows as a user writes them: TOKEN=OTHER, TOKEN=FACTOR, or a file of rows."""
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,12 @@ from tolhouse.table.spec import Manifest
 def token_id(word: str, tokenizer: Tokenizer | None) -> int:
     """The id of a token, given as a number or, where there is a tokenizer, as its text in single or double quotes or as it is."""
     if word.isdecimal():
-        return int(word)
+        return min(int(word[:20]), 2**63 - 1)
     if tokenizer is None:
         raise InvalidArgument(f"token {word!r} is not an id: give --checkpoint, whose tokenizer knows texts")
     text = word[1:-1] if len(word) > 2 and word[0] == word[-1] and word[0] in "'\"" else word
+    if not text.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in text):  # bytes of the command line that are not UTF-8
+        raise InvalidArgument(f"token {text!a} is not UTF-8: give its id")
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if len(ids) != 1:
         parts = ", ".join(f"{tokenizer.decode([i], skip_special_tokens=False)!r} ({i})" for i in ids[:8])
@@ -49,11 +53,13 @@ def read_rows(file: Path) -> tuple[np.ndarray, np.ndarray]:
             ids, rows = archive["ids"], archive["rows"]
     except FileNotFoundError:
         raise NotFound(f"no file {file}") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile, zlib.error) as error:
         raise InvalidArgument(f"{file} is not an .npz archive with arrays `ids` and `rows`: {error}") from None
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or rows.dtype.kind != "f":
-        raise InvalidArgument(f"{file}: ids must be a flat list of whole numbers, and rows floats, not {ids.dtype} and {rows.dtype}")
-    return ids.astype(np.int64), rows.astype(np.float32)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or rows.dtype.kind != "f" or rows.ndim != 3 or len(rows) != len(ids):
+        raise InvalidArgument(
+            f"{file}: ids must be a flat list of whole numbers and rows floats [ids, layers, width], not {ids.dtype} {list(ids.shape)} and {rows.dtype} {list(rows.shape)}"
+        )
+    return ids.astype(np.int64), _finite(rows)
 
 
 def edited_rows(
@@ -64,14 +70,24 @@ def edited_rows(
     given: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The ids [T] that edits change and their new rows [T, N, D]: of (token, other), of (token, factor), and ids and rows from elsewhere."""
-    sources = np.array([*(other for _, other in copied), *(token for token, _ in scaled)], np.int64)
-    targets = np.array([*(token for token, _ in copied), *(token for token, _ in scaled)], np.int64)
+    sources = np.array([*(other for _, other in copied), *(token for token, _ in scaled)], np.uint64)
+    targets = np.array([*(token for token, _ in copied), *(token for token, _ in scaled)], np.uint64)
     manifest.check_ids(np.concatenate([sources, targets]))
     parts = [given] if given else []
     if len(sources):
-        rows = rows_of(store, manifest, sources.astype(np.uint32))
-        rows[len(copied) :] *= np.array([by for _, by in scaled], np.float32)[:, None, None]
+        rows = rows_of(store, manifest, sources.astype(np.uint32)).astype(np.float64)
+        rows[len(copied) :] *= np.array([by for _, by in scaled])[:, None, None]
+        if manifest.x0:  # the embedding is not memory: an edit leaves it as it is
+            rows[:, 0] = rows_of(store, manifest, targets.astype(np.uint32))[:, 0]
+        rows = _finite(rows)
         if given and given[1].shape[1:] != rows.shape[1:]:
             raise InvalidArgument(f"the given rows are of {list(given[1].shape[1:])}; those of {manifest.ref} of {list(rows.shape[1:])}")
-        parts = [(targets, rows), *parts]
+        parts = [(targets.astype(np.int64), rows), *parts]
     return np.concatenate([ids for ids, _ in parts]), np.concatenate([rows for _, rows in parts])
+
+
+def _finite(rows: np.ndarray) -> np.ndarray:
+    """As float32; InvalidArgument where a value is none, or larger than any."""
+    if not (np.abs(rows) <= np.finfo(np.float32).max).all():
+        raise InvalidArgument("the edited rows hold values that are not finite in 32 bits: give smaller factors or rows")
+    return rows.astype(np.float32)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tolhouse.analysis.evaluate import RowsOf
+from tolhouse.analysis.probes import probed
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.transformer import ContextFreeFFN, Transformer
@@ -21,17 +23,24 @@ _SHARERS = 4  # tokens told for a key
 
 
 @torch.inference_mode()
-def explain_text(checkpoint: Checkpoint, text: str, keys: int, neighbours: int) -> list[dict[str, Any]]:
-    """One entry per distinct token of `text`, in order: id, token, norms by layer, strongest keys by layer, nearest."""
+def explain_text(checkpoint: Checkpoint, text: str, keys: int, neighbours: int, rows: np.ndarray | None = None) -> list[dict[str, Any]]:
+    """One entry per distinct token of `text`, in order: id, token, norms by layer, strongest keys by layer, nearest.
+
+    Norms and neighbours are those of the model's rows or, of a table, of `rows` [V, N, D], which may have X0 in front.
+    """
     if not checkpoint.config.num_rows:
         raise InvalidArgument(f"checkpoint {checkpoint.path.name} is of kind {checkpoint.config.kind}: it has no token memory")
     tokenizer, model = checkpoint.tokenizer(), checkpoint.model()
-    ids = list(dict.fromkeys(tokenizer.encode(text).ids))
+    try:
+        ids = list(dict.fromkeys(tokenizer.encode(text).ids))
+    except TypeError:  # bytes of the command line that are not UTF-8
+        raise InvalidArgument(f"the text {text[:80]!a} is not UTF-8") from None
     if not ids:
         raise InvalidArgument("the text is empty; at least one token is needed")
     ids_T = torch.tensor(ids)
-    norms_TN = model.rows(ids_T).norm(dim=-1).T
-    near = nearest(model, ids_T, neighbours)
+    of = probed(rows[:, rows.shape[1] - checkpoint.config.num_rows :]) if rows is not None else model.rows
+    norms_TN = of(ids_T).norm(dim=-1).T
+    near = nearest(of, checkpoint.config.vocab_size, ids_T, neighbours)
     by_layer = [coefficients(model, layer, ids_T) for layer in range(checkpoint.config.num_rows)]
     strongest = [c_TK.abs().topk(min(keys, c_TK.shape[1])).indices for c_TK in by_layer]
     sharers = [shared_by(model, layer, top_TK, _SHARERS) for layer, top_TK in enumerate(strongest)]
@@ -89,7 +98,7 @@ def explorer(checkpoint: Checkpoint, keys: int = 3, neighbours: int = 5) -> dict
         strongest.append(top_Vk)
         values.append(c_VK.gather(1, top_Vk))
         sharers.append(c_VK.abs().topk(min(_SHARERS, len(c_VK)), dim=0).indices.T)
-    near = [nearest(model, part, neighbours) for part in parts]
+    near = [nearest(model.rows, checkpoint.config.vocab_size, part, neighbours) for part in parts]
     arrays = {
         "norms": torch.stack(norms, 1).half(),
         "keys": torch.stack(strongest, 1).int(),
@@ -98,19 +107,19 @@ def explorer(checkpoint: Checkpoint, keys: int = 3, neighbours: int = 5) -> dict
         "near": torch.cat([n.indices for n in near]).int(),
         "cosines": torch.cat([n.values for n in near]).half(),
     }
-    return {name: array.numpy() for name, array in arrays.items()}
+    return {"tokenizer_id": np.array(checkpoint.tokenizer_id), **{name: array.numpy() for name, array in arrays.items()}}
 
 
-def nearest(model: Transformer, ids_T: Tensor, count: int) -> torch.return_types.topk:
+def nearest(rows: RowsOf, vocab_size: int, ids_T: Tensor, count: int) -> torch.return_types.topk:
     """The `count` tokens whose rows are nearest to each of `ids_T` by cosine, themselves left out."""
 
     def directions(part_U: Tensor) -> Tensor:
-        return F.normalize(model.rows(part_U).transpose(0, 1).flatten(1), dim=-1)
+        return F.normalize(rows(part_U).transpose(0, 1).flatten(1), dim=-1)
 
     wanted = directions(ids_T)
-    cosines_TV = torch.cat([wanted @ directions(part).T for part in torch.arange(model.config.vocab_size).split(_BATCH_TOKENS)], dim=1)
+    cosines_TV = torch.cat([wanted @ directions(part).T for part in torch.arange(vocab_size).split(_BATCH_TOKENS)], dim=1)
     cosines_TV[torch.arange(len(ids_T)), ids_T] = -torch.inf
-    return cosines_TV.topk(min(count, model.config.vocab_size - 1))
+    return cosines_TV.topk(min(count, vocab_size - 1))
 
 
 def table_of(found: list[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tolhouse.analysis.evaluate import RowsOf
+from tolhouse.client.generation import MAX_ROW_SCALE
 from tolhouse.errors import InvalidArgument, Mismatch
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.rows import batches
@@ -36,16 +37,22 @@ def model_rows(checkpoint: Checkpoint, x0: bool = False, layers: tuple[int, ...]
 
 
 def table_rows(checkpoint: Checkpoint, store_url: str, table: str) -> np.ndarray:
-    """Rows float32 [V, N, D] of a table of this checkpoint; Mismatch if it is of another. X0 is left out, and rows that the table lacks are zero."""
+    """Rows float32 [V, N, D] of a table of this checkpoint, X0 in front if it carries it, zero where it lacks a layer's.
+
+    Mismatch if it is of another checkpoint, or no table of rows for tokens.
+    """
     store = open_store(store_url)
     manifest = resolve(store, table)
     if manifest.model_id != checkpoint.model_id():
         raise Mismatch(
             f"table {manifest.ref} was built from model {manifest.model_id[:12]}, but checkpoint {checkpoint.name} is {checkpoint.model_id()[:12]}"
         )
-    found = rows_of(store, manifest, np.arange(manifest.vocab_size, dtype=np.uint32))[:, manifest.x0 :]
-    rows = np.zeros((len(found), checkpoint.config.num_rows, checkpoint.config.hidden_size), np.float32)
-    rows[:, list(manifest.layers)] = found
+    config = checkpoint.config
+    if (manifest.vocab_size, manifest.hidden_size) != (config.vocab_size, config.hidden_size) or manifest.layers[-1] >= config.num_rows:
+        raise Mismatch(f"table {manifest.ref} does not hold a row for each token of {checkpoint.name}: is it a part of a compressed one?")
+    found = rows_of(store, manifest, np.arange(manifest.vocab_size, dtype=np.uint32))
+    rows = np.zeros((len(found), manifest.x0 + config.num_rows, config.hidden_size), np.float32)
+    rows[:, [*range(manifest.x0), *(manifest.x0 + layer for layer in manifest.layers)]] = found
     return rows
 
 
@@ -54,15 +61,21 @@ def through(name: str, rows: np.ndarray) -> np.ndarray:
     return codec(name).decode(codec(name).encode(rows)).astype(np.float32)
 
 
-def probed(rows: np.ndarray, alpha: float = 1.0, absent: Iterable[int] = ()) -> RowsOf:
-    """`rows` [V, N, D] times `alpha`, those of `absent` layers zero; InvalidArgument for a layer that there is not."""
-    count = rows.shape[1]
+def probed(rows: np.ndarray, alpha: float = 1.0, absent: Iterable[int] = (), x0: int = 0) -> RowsOf:
+    """`rows` [V, N, D] times `alpha`, those of `absent` layers zero; the first `x0` are X0, which no probe changes.
+
+    InvalidArgument for a layer that there is not, or a factor that requests may not have either.
+    """
+    count = rows.shape[1] - x0
+    if not -MAX_ROW_SCALE <= alpha <= MAX_ROW_SCALE:
+        raise InvalidArgument(f"rows may be scaled by -{MAX_ROW_SCALE:g} to {MAX_ROW_SCALE:g}, not {alpha:g}")
     if bad := [layer for layer in absent if not 0 <= layer < count]:
         raise InvalidArgument(
             f"there is no layer {bad[0]} to leave out: this model has {f'0 to {count - 1}' if count > 1 else 'one row for all layers'}"
         )
-    scale = torch.full((count, 1, 1), alpha)
-    scale[list(absent)] = 0
+    scale = torch.full((x0 + count, 1, 1), float(alpha))
+    scale[:x0] = 1
+    scale[[x0 + layer for layer in absent]] = 0
     rows_NVD = torch.from_numpy(np.ascontiguousarray(rows.swapaxes(0, 1))) * scale
 
     def of(ids_T: Tensor) -> Tensor:

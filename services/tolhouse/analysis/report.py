@@ -34,11 +34,8 @@ def report(found: dict[str, Any], tokens: list[dict[str, Any]]) -> str:
 
     parts = [
         f"<h1>The memory of {html.escape(found['checkpoint'])}</h1>",
-        (
-            f"<p>A {html.escape(found['kind'])} model of {found['vocab_size']} tokens and {len(layers)} rows for each. What is measured follows section 5 of "
-            "the MemoryLLM paper (arXiv 2602.00398); where it is silent: clusters are spherical k-means of key coefficients, clustering is the share of "
-            "variance that their centres explain, an outlier is a coefficient over six times the token's root mean square.</p>"
-        ),
+        f"<p>A {html.escape(found['kind'])} model of {found['vocab_size']} tokens and {len(layers)} rows for each.</p>",
+        "<dl>" + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in found["definitions"].items()) + "</dl>",
         "<h2>By layer</h2>",
         _table(
             ["layer", "mean norm", "clustering", "outliers per token", "rank for 90%"],

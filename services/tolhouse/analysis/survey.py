@@ -1,13 +1,4 @@
-"""What the memory of a model holds as a whole, layer by layer (PAPER section 5, which leaves the definitions open; these are ours).
-
-key coefficients   c of a token: of each of the K hidden units, SiLU(gate) * up; explain.py
-clusters           spherical k-means of the tokens' c vectors, each brought to length one
-clustering         share of the c vectors' variance that the clusters' centres explain: 0 for none, 1 for all
-outliers           coefficients of a token whose magnitude is over OUTLIER times the token's root mean square; their mean number per token
-spectrum           singular values of the layer's rows [V, D], mean taken off; `rank_90` of them hold 90% of the energy
-α sweep            perplexity with all rows times α over that with them as they are
-layer drop         the same without one layer's rows
-"""
+"""What the memory of a model holds as a whole, layer by layer: the measures of PAPER section 5, which leaves their definitions open."""
 
 from typing import Any
 
@@ -25,21 +16,37 @@ from tolhouse.model.checkpoint import Checkpoint
 
 OUTLIER = 6.0
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
+DEFINITIONS = {
+    "source": "what is measured follows section 5 of the MemoryLLM paper (arXiv 2602.00398), which is silent on how; the definitions are ours",
+    "key coefficients": "of a token, for each of a layer's K hidden units: SiLU(gate) * up, the factor of the unit's value in the row (section 2)",
+    "clusters": "spherical k-means of the tokens' coefficient vectors, each brought to length one",
+    "clustering": "share of these vectors' variance that the clusters' centres explain: 0 for none, 1 for all",
+    "outliers": f"coefficients of a token whose magnitude is over {OUTLIER:g} times the token's root mean square; their mean number a token",
+    "rank for 90%": "how many singular values of the layer's rows, mean taken off, hold 90% of the energy",
+    "probes": "held-out perplexity with all rows times alpha, or without one layer's, over that with them as they are",
+}
 _ROUNDS = 12
 _SHOWN_TOKENS = 8  # of a cluster
-_SHOWN_CLUSTERS = 12
+_SHOWN_CLUSTERS, _TOLD_CLUSTERS = 12, 4
 _BATCH_TOKENS = 2048
 
 
 @torch.inference_mode()
-def survey(checkpoint: Checkpoint, clusters: int, probe_tokens: int, seed: int = 0) -> dict[str, Any]:
-    """All of it as plain values; InvalidArgument for a model without token memory. The probes read the default text's first tokens, 0 for none."""
+def survey(checkpoint: Checkpoint, clusters: int, probe_tokens: int, seed: int = 0, rows: np.ndarray | None = None) -> dict[str, Any]:
+    """All of DEFINITIONS as plain values, for the model's rows or, of a table, `rows` [V, N, D] with X0 in front if it has it.
+
+    The probes read the default text's first tokens, 0 for none. InvalidArgument for a model without token memory.
+    """
     config = checkpoint.config
     if not config.num_rows:
         raise InvalidArgument(f"checkpoint {checkpoint.path.name} is of kind {config.kind}: it has no token memory")
+    if probe_tokens == 1:
+        raise InvalidArgument("the probes need at least 2 tokens, one to predict the other from, or 0 for no probes")
     if not 1 < clusters <= config.vocab_size:
         raise InvalidArgument(f"the number of clusters must be from 2 to {config.vocab_size}, the vocabulary, not {clusters}")
-    tokenizer, model, rows = checkpoint.tokenizer(), checkpoint.model(), model_rows(checkpoint)
+    tokenizer, model = checkpoint.tokenizer(), checkpoint.model()
+    rows = model_rows(checkpoint) if rows is None else rows
+    x0 = rows.shape[1] - config.num_rows
     text = read_text(checkpoint, None, max(probe_tokens, 200_000))
     counts = np.bincount(text, minlength=config.vocab_size)
     layers = []
@@ -47,24 +54,26 @@ def survey(checkpoint: Checkpoint, clusters: int, probe_tokens: int, seed: int =
         c_VK = torch.cat([coefficients(model, layer, part) for part in torch.arange(config.vocab_size).split(_BATCH_TOKENS)])
         outliers = (c_VK.abs() > OUTLIER * c_VK.square().mean(1, keepdim=True).sqrt()).sum(1).float().mean()
         cluster_V, explained = k_means(F.normalize(c_VK, dim=1), clusters, seed)
-        energy = np.linalg.svd(rows[:, layer] - rows[:, layer].mean(0), compute_uv=False) ** 2
+        mine = rows[:, x0 + layer]
+        energy = np.linalg.svd(mine - mine.mean(0), compute_uv=False) ** 2
         layers.append(
             {
                 "layer": layer,
                 "clustering": round(explained, 4),
                 "outliers": round(float(outliers), 3),
-                "mean_norm": round(float(np.linalg.norm(rows[:, layer], axis=1).mean()), 4),
-                "rank_90": int(np.searchsorted(np.cumsum(energy) / energy.sum(), 0.9)) + 1,
+                "mean_norm": round(float(np.linalg.norm(mine, axis=1).mean()), 4),
+                "rank_90": int(np.searchsorted(np.cumsum(energy), 0.9 * energy.sum())) + 1,
                 "spectrum": [float(f"{value:.4g}") for value in np.sqrt(energy)],
                 "clusters": _described(cluster_V.numpy(), counts, tokenizer),
             }
         )
-    found: dict[str, Any] = {"checkpoint": checkpoint.name, "kind": config.kind, "vocab_size": config.vocab_size, "layers": layers}
+    found: dict[str, Any] = {"checkpoint": checkpoint.name, "kind": config.kind, "vocab_size": config.vocab_size}
+    found |= {"definitions": DEFINITIONS, "layers": layers}
     if probe_tokens:
         ids = text[:probe_tokens]
-        exact = evaluate(model, ids, probed(rows)).perplexity
-        sweep = [evaluate(model, ids, probed(rows, alpha)).perplexity / exact for alpha in ALPHAS]
-        dropped = [evaluate(model, ids, probed(rows, absent=(layer,))).perplexity / exact for layer in range(rows.shape[1])]
+        exact = evaluate(model, ids, probed(rows, x0=x0)).perplexity
+        sweep = [evaluate(model, ids, probed(rows, alpha, x0=x0)).perplexity / exact for alpha in ALPHAS]
+        dropped = [evaluate(model, ids, probed(rows, absent=(layer,), x0=x0)).perplexity / exact for layer in range(config.num_rows)]
         found["probes"] = {
             "tokens": len(ids),
             "perplexity": round(exact, 4),
@@ -112,10 +121,11 @@ def summary(found: dict[str, Any]) -> str:
         f"  {e['layer']:>5}  {e['mean_norm']:9.3f}  {e['clustering']:10.3f}  {e['outliers']:8.2f}  {e['rank_90']:>12}"
         for e in found["layers"]
     ]
-    for entry in found["layers"][:1]:
+    for entry in found["layers"]:
         lines.append(f"clusters of layer {entry['layer']} that text has most of")
         lines += [
-            f"  {c['share_of_text']:6.1%}  {c['tokens']:>6} tokens  {' '.join(map(repr, c['most_frequent']))}" for c in entry["clusters"]
+            f"  {c['share_of_text']:6.1%}  {c['tokens']:>6} tokens  {' '.join(map(repr, c['most_frequent']))}"
+            for c in entry["clusters"][:_TOLD_CLUSTERS]
         ]
     if "probes" in found:
         probes = found["probes"]
@@ -124,4 +134,5 @@ def summary(found: dict[str, Any]) -> str:
         lines.append("         " + "".join(f"{ratio:9.3f}" for ratio in probes["alpha"].values()))
         lines.append("  without" + "".join(f"{f'layer {layer}':>9}" for layer in range(len(probes["without_layer"]))))
         lines.append("         " + "".join(f"{ratio:9.3f}" for ratio in probes["without_layer"]))
+    lines += [f"{word}: {meaning}" for word, meaning in found["definitions"].items()]
     return "\n".join(lines)

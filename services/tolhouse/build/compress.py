@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tolhouse.errors import InvalidArgument
-from tolhouse.store import Store
+from tolhouse.store import Store, refuse_another
 from tolhouse.table.codecs import codec
 from tolhouse.table.companions import Basis, Companions
 from tolhouse.table.spec import MAX_FREQUENT, Manifest, digest
@@ -46,8 +46,9 @@ class Compressed:
         return sum(m.table_bytes for m in (self.companions.manifest, self.companions.head, self.basis) if m)
 
     def store(self, store: Store) -> Manifest:
-        """Write companions first, the table last; returns its manifest."""
+        """Write companions first, the table last; returns its manifest. InUse: the version is there with other shards."""
         found = self.companions
+        refuse_another(store, found.manifest)
         for manifest, records in ((self.basis, self.basis_records), (found.head, found.head_records), (found.manifest, self.records)):
             if manifest is None or records is None:
                 continue
@@ -91,11 +92,13 @@ def compress(planned: Manifest, rows: np.ndarray, counts: Mapping[int, int], sch
         weights = np.array([counts.get(i, 0) + 0.5 for i in range(vocabulary)])  # a token that was not seen may yet come
         weights[order[: scheme.head]] = 0
         parts = [_components(rows[:, block], weights) for block in range(blocks)]
-        total = round(scheme.rank * blocks * size)
+        energies = [values for _, values, _ in parts]
+        if planned.x0:
+            energies[0] = np.full(size, np.inf)  # all of X0: every layer reads it, and no other row's error compares with its
+        total = round(scheme.rank * planned.num_layers * size) + size * planned.x0
         if scheme.ratio:
-            wanted = bytes_at_16_bit(planned) / scheme.ratio - (head.table_bytes if head else 0)
-            total = _affordable(base, parts, wanted)
-        ranks = _ranks([values for _, values, _ in parts], total)
+            total = _affordable(base, energies, scheme.ratio, head.table_bytes if head else 0)
+        ranks = _ranks(energies, total)
         means = np.stack([mean for mean, _, _ in parts]).astype(np.float32)
         exact = Basis(means, tuple(vectors[:rank].astype(np.float32) for (_, _, vectors), rank in zip(parts, ranks, strict=True)))
         basis_table = replace(
@@ -137,21 +140,24 @@ def _ranks(energies: list[np.ndarray], total: int) -> tuple[int, ...]:
     return tuple(min(size, max(1, int((e >= threshold).sum()))) for e in energies)
 
 
-def _affordable(base: Manifest, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], wanted: float) -> int:
-    """The most coefficients whose table and basis fit into `wanted` bytes; InvalidArgument where not even the fewest do."""
-    blocks, size = base.num_blocks, base.hidden_size
-    least, most = blocks, blocks * size
+def _affordable(base: Manifest, energies: list[np.ndarray], ratio: float, besides: int) -> int:
+    """The most coefficients with which table, basis and the bytes `besides` are `ratio` times smaller than at 16 bit.
+
+    InvalidArgument where not even the fewest are.
+    """
+    blocks, size, whole = base.num_blocks, base.hidden_size, bytes_at_16_bit(base)
+    least, most = max(blocks, size * base.x0 + base.num_layers), blocks * size
 
     def needed(total: int) -> int:
-        ranks = _ranks([values for _, values, _ in parts], total)
+        ranks = _ranks(energies, total)
         sized = replace(base, ranks=ranks, basis=f"{base.name}@{'0' * 16}")
-        return sized.table_bytes + (sum(ranks) + blocks) * (codec(BASIS_CODEC).block(size).itemsize + 8)
+        return besides + sized.table_bytes + (sum(ranks) + blocks) * (codec(BASIS_CODEC).block(size).itemsize + 8)
 
-    if needed(least) > wanted:
-        raise InvalidArgument(
-            f"{wanted / 1e6:.2f} MB are too few: the least that a table of rank 1 takes, with its companions, is {needed(least) / 1e6:.2f} MB"
-        )
+    if not ratio > 1:
+        raise InvalidArgument(f"the ratio is how many times fewer bytes than at 16 bit, over 1, not {ratio:g}")
+    if needed(least) > whole / ratio:
+        raise InvalidArgument(f"a ratio of {ratio:g} is out of reach: with this codec and head, rank 1 reaches {whole / needed(least):.2f}")
     while least < most:
         middle = (least + most + 1) // 2
-        least, most = (middle, most) if needed(middle) <= wanted else (least, middle - 1)
+        least, most = (middle, most) if needed(middle) <= whole / ratio else (least, middle - 1)
     return least

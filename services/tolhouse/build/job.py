@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from tolhouse.build.shards import build_shards, verify
 from tolhouse.config import settle_ray
-from tolhouse.errors import Corrupt, DeadlineExceeded, InUse, InvalidArgument, NotFound, TolhouseError, Unavailable
+from tolhouse.errors import DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
 from tolhouse.model.checkpoint import Checkpoint
-from tolhouse.store import open_store
+from tolhouse.store import open_store, refuse_another
 from tolhouse.table.codecs import codec
 from tolhouse.table.spec import Manifest, check_name, content_id
 from tolhouse.telemetry import event, split_address
@@ -76,15 +76,7 @@ def build(
     """Build the planned table into every store; returns its manifest once it is whole and verified in all of them."""
     opened = [open_store(url, timeout_seconds) for url in stores]
     for store in opened:
-        try:
-            there = store.manifest(planned.ref)
-        except (NotFound, Corrupt):
-            continue
-        if (there.num_shards, there.model_id, there.tokenizer_id) != (planned.num_shards, planned.model_id, planned.tokenizer_id):
-            raise InUse(
-                f"{planned.ref} is in {store.url} already, with {there.num_shards} shards and built from model {there.model_id[:12]}: "
-                f"build with --shards {there.num_shards}, under another --name, or delete it first"
-            )
+        refuse_another(store, planned)
     path = str(checkpoint.path)
     with _ray(ray_address) as ray:
         task = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=_RETRIED)

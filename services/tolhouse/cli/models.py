@@ -1,7 +1,7 @@
 """Models by themselves: train one, complete text, measure it, look into its memory."""
 
+import io
 import json
-import math
 from pathlib import Path
 
 import click
@@ -167,15 +167,12 @@ def evaluate(
 
     opened = open_checkpoint(checkpoint)
     absent = layer_numbers(without, "--without")
-    if not math.isfinite(alpha):
-        raise InvalidArgument(f"--alpha {alpha} is not a number to scale rows by")
     rows = None
     if not opened.config.num_rows and (table or codec or absent or alpha != 1):
         raise InvalidArgument(f"checkpoint {opened.name} is of kind {opened.config.kind}: it has no rows to replace or to scale")
     if opened.config.num_rows:
-        (url,) = stores_of(settings) if table else ("",)
-        taken = table_rows(opened, url, table) if table else model_rows(opened)
-        rows = probed(through(codec, taken) if codec else taken, alpha, absent)
+        taken = table_rows(opened, stores_of(settings)[0], table) if table else model_rows(opened)
+        rows = probed(through(codec, taken) if codec else taken, alpha, absent, x0=taken.shape[1] - opened.config.num_rows)
     found = evaluate_text(opened.model(), read_text(opened, text, most_tokens), rows, quiet=False)
     if as_json:
         told = {"tokens": len(found.losses), "loss": found.loss, "perplexity": found.perplexity, "deciles": found.deciles()}
@@ -205,7 +202,10 @@ def evaluate(
     type=click.Path(path_type=Path),
     help="Only write what the gateway's /explore page shows, memory.npz beside tokenizer.json.",
 )
+@click.option("--table", help="Rows of this table, NAME or NAME@VERSION, in place of the model's; keys are the model's.")
+@options(config.StoreConfig)
 def explain(
+    settings: config.StoreConfig,
     checkpoint: Path,
     text: str | None,
     keys: int,
@@ -215,6 +215,7 @@ def explain(
     as_json: bool,
     page: Path | None,
     explorer: Path | None,
+    table: str | None,
 ) -> None:
     """Look into the memory of CHECKPOINT.
 
@@ -222,28 +223,38 @@ def explain(
     coefficients, outliers and singular values, and what becomes of perplexity when rows are scaled or a layer goes without.
     """
     from tolhouse.analysis.explain import explain_text, table_of
+    from tolhouse.analysis.probes import table_rows
     from tolhouse.model.checkpoint import open_checkpoint
+    from tolhouse.watched import replace_file
 
+    for written_file in filter(None, (page, explorer)):
+        if not written_file.parent.is_dir():
+            raise InvalidArgument(f"there is no folder {written_file.parent} to write {written_file.name} to")
+    if not checkpoint.exists() and "@" in checkpoint.name:
+        raise InvalidArgument(f"{checkpoint} is no checkpoint; a table has rows and no keys: give its checkpoint, and --table {checkpoint}")
     opened = open_checkpoint(checkpoint)
     if explorer:
         import numpy as np
 
         from tolhouse.analysis.explain import explorer as everything
 
-        with explorer.open("wb") as out:
-            np.savez_compressed(out, **everything(opened, keys, neighbours))  # type: ignore[arg-type]
+        arrays = everything(opened, keys, neighbours)
+        written = io.BytesIO()
+        np.savez_compressed(written, **arrays)  # type: ignore[arg-type]
+        replace_file(explorer, written.getvalue(), 0o644)
         click.echo(f"{explorer} written", err=True)
         return
-    tokens = explain_text(opened, text, keys, neighbours) if text is not None else []
+    rows = table_rows(opened, stores_of(settings)[0], table) if table else None
+    tokens = explain_text(opened, text, keys, neighbours, rows) if text is not None else []
     found = None
     if page or text is None:
         from tolhouse.analysis.survey import summary, survey
 
-        found = survey(opened, clusters, probe_tokens)
+        found = survey(opened, clusters, probe_tokens, rows=rows)
     if page and found:
         from tolhouse.analysis.report import report
 
-        page.write_text(report(found, tokens))
+        replace_file(page, report(found, tokens).encode(), 0o644)
         click.echo(f"report written to {page}", err=True)
     if as_json:
         click.echo(json.dumps(tokens if text is not None else found, indent=1, ensure_ascii=False))

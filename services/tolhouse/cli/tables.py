@@ -9,7 +9,7 @@ import click
 
 from tolhouse import config
 from tolhouse.cli.options import Commands, checkpoint_argument, layer_numbers, options, stores_of
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgument, Mismatch
 
 
 @click.command()
@@ -73,7 +73,10 @@ def compress(settings: config.CompressConfig, checkpoint: Path, publish_it: bool
     from tolhouse.model.checkpoint import open_checkpoint
     from tolhouse.store import open_store, publish
 
-    opened, stores = open_checkpoint(checkpoint), stores_of(settings)
+    opened = open_checkpoint(checkpoint)
+    opened_stores = [open_store(url, settings.store_timeout_seconds) for url in stores_of(settings)]
+    for store in opened_stores:
+        store.refs()  # one that can't be had is told before the work, not after
     absent = layer_numbers(settings.absent_layers, "--absent-layers")
     plain = plan(opened, settings.name, settings.codec, settings.shards, embedding=settings.embedding, absent=absent)
     head = settings.head if settings.head >= 0 else plain.vocab_size // HEAD_SHARE
@@ -84,8 +87,7 @@ def compress(settings: config.CompressConfig, checkpoint: Path, publish_it: bool
     share = bytes_at_16_bit(plain) / made.bytes
     ranks = f", ranks {' '.join(map(str, made.companions.manifest.ranks))}" if made.companions.manifest.ranks else ""
     click.echo(f"{made.companions.manifest.ref}: {made.bytes / 1e6:.2f} MB, 1/{share:.2f} of 16 bit{ranks}", err=True)
-    for url in stores:
-        store = open_store(url, settings.store_timeout_seconds)
+    for store in opened_stores:
         stored = made.store(store)
         if publish_it:
             publish(store, stored.ref)
@@ -197,7 +199,7 @@ def overlay(
       tolhouse tables rollback demo-memory
     """
     from tolhouse.analysis.edits import edited_rows, factor, halves, read_rows, token_id
-    from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer
+    from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
     from tolhouse.store import publish as publish_table
     from tolhouse.store import resolve
     from tolhouse.store.overlay import make_overlay
@@ -211,6 +213,8 @@ def overlay(
 
     def work(store: Any) -> None:
         manifest = resolve(store, table)
+        if checkpoint and manifest.tokenizer_id != tokenizer_id(checkpoint / TOKENIZER):
+            raise Mismatch(f"table {manifest.ref} was built with another tokenizer than that of {checkpoint}: its tokens have other ids")
         made = make_overlay(store, manifest.ref, *edited_rows(store, manifest, copied, scaled, given))
         click.echo(f"{made.num_records} changed rows over {made.parent}, {made.table_bytes / 1e3:.1f} kB, in {store.url}", err=True)
         if publish_it:

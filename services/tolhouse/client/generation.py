@@ -13,6 +13,8 @@ from tolhouse.rpc import Line, dial_async, error_of
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
+MAX_ROW_SCALE = 16.0  # either way
+
 
 class Options(TypedDict, total=False):
     """How tokens are chosen and when they end; the worker checks the values, and protos/tolhouse/v1 explains them."""

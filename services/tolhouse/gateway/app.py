@@ -7,10 +7,11 @@ import socket
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -44,7 +45,7 @@ T = TypeVar("T")
 def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIApp:
     vocabulary = Vocabulary(load_tokenizer(tokenizer_file))
     template = ChatTemplate(tokenizer_file.parent)
-    memory, page = explore.open_memory(tokenizer_file.parent, vocabulary), explore.PAGE.read_text()
+    memory, page = explore.open_memory(tokenizer_file.parent, tokenizer_id(tokenizer_file)), explore.PAGE.read_text()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -139,10 +140,15 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
 
     @app.post("/explore/tokens")
     async def explore_tokens(body: ExploreRequest) -> dict:
-        """Tokens of a text, each with what its memory holds."""
+        """Tokens of a text, each with the norms of its rows."""
         ids = await vocabulary.ids(body.text)
         layers = max((m.described.row_layers for m in pool.healthy() if m.described), default=0)
         return {"layers": layers, "tokens": explore.tokens(ids, vocabulary, memory)}
+
+    @app.get("/explore/tokens/{token_id}")
+    async def explore_token(token_id: Annotated[int, PathParameter(ge=0, lt=2**32)]) -> dict:
+        """What the memory holds for a token: its keys with who shares them, and its neighbours."""
+        return explore.token(token_id, vocabulary, memory)
 
     @app.get("/explore/live")
     async def explore_live() -> dict:

@@ -5,12 +5,14 @@ writes it. Without that file the page shows tokens, completions and load alone.
 """
 
 import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgument, NotFound
 from tolhouse.gateway.pool import Pool
 from tolhouse.gateway.vocabulary import Vocabulary
 
@@ -22,47 +24,72 @@ _ARRAYS = ("norms", "keys", "coefficients", "sharers", "near", "cosines")
 class Memory:
     """norms [V, N]; strongest keys and their coefficients [V, N, k]; who has each key most [N, K, s]; nearest tokens and cosines [V, m]."""
 
-    def __init__(self, file: Path, vocab_size: int) -> None:
+    def __init__(self, file: Path, tokenizer_id: str) -> None:
         try:
             with np.load(file, allow_pickle=False) as archive:
                 self.norms, self.keys, self.coefficients, self.sharers, self.near, self.cosines = (archive[name] for name in _ARRAYS)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                of = str(archive["tokenizer_id"])
+        except (OSError, ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile, zlib.error) as error:
             raise InvalidArgument(f"{file} is not what `tolhouse explain --explorer` writes: {error}") from None
-        if self.norms.ndim != 2 or len(self.norms) > vocab_size or self.keys.shape != self.coefficients.shape:
-            raise InvalidArgument(f"{file} is of a vocabulary of {len(self.norms)} tokens; this tokenizer has {vocab_size}: write it again")
+        if of != tokenizer_id:
+            raise InvalidArgument(f"{file} is of another tokenizer, {of[:12]}; this one is {tokenizer_id[:12]}: write it again")
+        size, layers = self.norms.shape if self.norms.ndim == 2 else (0, 0)
+        tokens_below = all((a >= 0).all() and (a < size).all() for a in (self.sharers, self.near))
+        if not (
+            tokens_below
+            and self.keys.shape[:-1] == (size, layers)
+            and self.keys.shape == self.coefficients.shape
+            and self.sharers.ndim == 3
+            and len(self.sharers) == layers
+            and (self.keys >= 0).all()
+            and (self.keys < self.sharers.shape[1]).all()
+            and self.near.shape[:-1] == (size,)
+            and self.near.shape == self.cosines.shape
+        ):
+            raise InvalidArgument(f"{file} is not what `tolhouse explain --explorer` writes: its arrays do not fit each other")
 
-    def of(self, i: int, shown: Any) -> dict[str, Any]:
-        """What is known of a token; `shown` gives a token's text."""
+    def of(self, i: int, named: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+        """What is known of a token; `named` tells a token's id and text."""
         return {
-            "norms": [round(float(n), 3) for n in self.norms[i]],
+            **named(i),
+            "norms": self.norms_of(i),
             "keys": [
                 [
-                    {"key": int(k), "coefficient": round(float(c), 3), "shared_by": [shown(int(t))[0] for t in self.sharers[layer, k]]}
+                    {"key": int(k), "coefficient": round(float(c), 3), "shared_by": [named(int(t)) for t in self.sharers[layer, k]]}
                     for k, c in zip(keys, coefficients, strict=True)
                 ]
                 for layer, (keys, coefficients) in enumerate(zip(self.keys[i], self.coefficients[i], strict=True))
             ],
-            "nearest": [
-                {"token": shown(int(t))[0], "cosine": round(float(c), 3)} for t, c in zip(self.near[i], self.cosines[i], strict=True)
-            ],
+            "nearest": [{**named(int(t)), "cosine": round(float(c), 3)} for t, c in zip(self.near[i], self.cosines[i], strict=True)],
         }
 
+    def norms_of(self, i: int) -> list[float]:
+        return [round(float(n), 3) for n in self.norms[i]]
 
-def open_memory(folder: Path, vocabulary: Vocabulary) -> Memory | None:
+
+def open_memory(folder: Path, tokenizer_id: str) -> Memory | None:
     """The memory file of a folder, if it has one."""
     file = folder / MEMORY
-    return Memory(file, vocabulary.tokenizer.get_vocab_size()) if file.exists() else None
+    return Memory(file, tokenizer_id) if file.exists() else None
 
 
 def tokens(ids: list[int], vocabulary: Vocabulary, memory: Memory | None) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": i,
-            "token": vocabulary.shown(i)[0],
-            **(memory.of(i, vocabulary.shown) if memory and i < len(memory.norms) else {}),
-        }
-        for i in ids
-    ]
+    """Of each its id, its text and the norms of its row by layer."""
+    told: dict[int, dict[str, Any]] = {}
+    for i in ids:
+        if i not in told:
+            norms = {"norms": memory.norms_of(i)} if memory and i < len(memory.norms) else {}
+            told[i] = {"id": i, "token": vocabulary.shown(i)[0], **norms}
+    return [told[i] for i in ids]
+
+
+def token(i: int, vocabulary: Vocabulary, memory: Memory | None) -> dict[str, Any]:
+    """All that is known of one; NotFound."""
+    if memory is None:
+        raise NotFound("this gateway has no memory file: `tolhouse explain CHECKPOINT --explorer FILE` makes one")
+    if i >= len(memory.norms):
+        raise NotFound(f"there is no token {i}: allowed are 0 to {len(memory.norms) - 1}")
+    return memory.of(i, lambda t: {"id": t, "token": vocabulary.shown(t)[0]})
 
 
 def live(pool: Pool) -> dict[str, Any]:
@@ -73,5 +100,8 @@ def live(pool: Pool) -> dict[str, Any]:
         "tokens": sum(d.tokens for d in described),
         "running": sum(d.running for d in described),
         "waiting": sum(d.waiting for d in described),
-        **{name: sum(getattr(d.rows, name) for d in described) for name in ("from_cache", "from_remote", "recomputed", "wait_seconds")},
+        **{
+            name: sum(getattr(d.rows, name) for d in described)
+            for name in ("from_cache", "from_remote", "recomputed", "wait_seconds", "fetches", "fetch_seconds")
+        },
     }

@@ -4,13 +4,13 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
-from tolhouse.client.generation import Options
+from tolhouse.client.generation import MAX_ROW_SCALE, Options
 
 T = TypeVar("T")
 
 MAX_CHOICES = 128  # prompts times n
 MAX_LOGPROBS = 20
-MAX_EXPLORED = 20_000  # characters
+MAX_EXPLORED = 8_192  # characters; a token has at least a quarter of one
 MAX_STOPS = 32
 MAX_FIELDS = 1024  # of an object: logit_bias has the most
 
@@ -79,7 +79,7 @@ class Generation(Body):
     include_stop_str_in_output: StrictBool | None = False
     ignore_eos: StrictBool | None = False
     min_tokens: StrictInt | None = Field(0, ge=0, le=2**31)
-    row_scale: float | None = Field(1.0, ge=-16, le=16, strict=True)  # feed-forward rows are multiplied by it
+    row_scale: float | None = Field(1.0, ge=-MAX_ROW_SCALE, le=MAX_ROW_SCALE, strict=True)  # feed-forward rows are multiplied by it
     absent_layers: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = None  # layers that go without their rows
 
     @model_validator(mode="after")

@@ -204,6 +204,8 @@ def publish(store: Store, ref: str) -> Manifest:
     if version is None:
         raise InvalidArgument(f"publish needs name@version, not {ref!r}; {known(store)}")
     manifest = resolve(store, ref)
+    if of := [m.ref for m, _ in tables(store) if ref in m.companions]:
+        raise InvalidArgument(f"{ref} is a part of {', '.join(of)} and no table to serve")
     try:
         old = store.alias(name)
     except Corrupt:
@@ -211,6 +213,19 @@ def publish(store: Store, ref: str) -> Manifest:
     if old is None or old.version != version:
         store.set_alias(name, Alias(version, (*old.history, old.version) if old else ()))
     return manifest
+
+
+def refuse_another(store: Store, planned: Manifest) -> None:
+    """InUse if the version that is to be written is there already, cut into other shards or of another model."""
+    try:
+        there = store.manifest(planned.ref)
+    except (NotFound, Corrupt):
+        return
+    if (there.num_shards, there.model_id, there.tokenizer_id) != (planned.num_shards, planned.model_id, planned.tokenizer_id):
+        raise InUse(
+            f"{planned.ref} is in {store.url} already, with {there.num_shards} shards and built from model {there.model_id[:12]}: "
+            f"build with --shards {there.num_shards}, under another --name, or delete it first"
+        )
 
 
 def rollback(store: Store, name: str) -> Manifest:
@@ -247,8 +262,8 @@ def delete(store: Store, ref: str, force: bool = False) -> Manifest:
         *history, now = (v for v, _ in itertools.groupby(v for v in (*alias.history, alias.version) if v != version))
         store.set_alias(name, Alias(now, tuple(history)))
     store.delete(manifest)
-    for companion in (manifest.basis, manifest.head):
-        if companion and not any(companion in m.needs for m in others):
+    for companion in manifest.companions:
+        if not any(companion in m.needs for m in others):
             with contextlib.suppress(NotFound):
                 store.delete(store.manifest(companion))
     return manifest

@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 
 from tolhouse.errors import IdOutOfRange, InvalidArgument
-from tolhouse.store import Store, companions, resolve, rows_of
+from tolhouse.store import Store, companions, resolve
+from tolhouse.table.codecs import codec
 from tolhouse.table.spec import MAX_CHANGED, Manifest, digest
 
 
@@ -28,26 +29,59 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
     shape = len(ids), manifest.num_blocks, manifest.hidden_size
     if rows.shape != shape:
         raise InvalidArgument(f"rows have the shape {list(rows.shape)}; {len(ids)} rows of {manifest.ref} have {list(shape)}")
+    base, before, kept = manifest, np.empty(0, np.int64), np.empty((0, manifest.record_bytes), np.uint8)
     if manifest.parent:
-        before = np.setdiff1d(manifest.changed, ids)
-        rows = np.concatenate([rows, rows_of(store, manifest, before.astype(np.uint32))])
-        ids = np.concatenate([ids, before])
-        manifest = store.parent(manifest)
-    if len(ids) > MAX_CHANGED:
-        raise InvalidArgument(f"{len(ids)} changed rows are more than an overlay may have, {MAX_CHANGED}: build a table of its own")
-    order = np.argsort(ids)
-    changed, rows = ids[order].astype(np.uint32), np.ascontiguousarray(rows[order], np.float32)
-    content = hashlib.sha256(f"overlay {manifest.ref} {manifest.codec}".encode() + changed.tobytes() + rows.tobytes())
+        base, before = store.parent(manifest), np.setdiff1d(manifest.changed, ids)
+        kept = _records(store, manifest, before)
+    if len(ids) + len(before) > MAX_CHANGED:
+        raise InvalidArgument(
+            f"{len(ids) + len(before)} changed rows are more than an overlay may have, {MAX_CHANGED}: build another table"
+        )
+    order = np.argsort(np.concatenate([ids, before]))
+    changed = np.concatenate([ids, before])[order].astype(np.uint32)
+    rows = np.ascontiguousarray(rows, np.float32)
+    # what an earlier overlay changed is taken over as it is: to encode it once more would change it again
+    records = np.concatenate([companions(store, base).encode(ids.astype(np.uint32), rows), kept])[order]
+    edits, finer = _edits(store, base, manifest, before, rows, order) if base.companions else (None, None)
+    if edits is not None and finer is not None:
+        store.write_shard(edits, 0, finer)
+        edits = replace(edits, shards=(digest(finer),))
+        store.commit(edits)
+    content = hashlib.sha256(f"overlay {base.ref} {base.codec} {edits.ref if edits else ''}".encode() + changed.tobytes())
+    content.update(records[:, :-8].tobytes())
     overlay = replace(
-        manifest,
+        base,
         version=content.hexdigest()[:16],
-        parent=manifest.ref,
+        parent=base.ref,
         changed=tuple(changed.tolist()),
+        edits=edits.ref if edits else "",
         num_shards=1,
         shards=(),
     )
-    records = companions(store, overlay).encode(changed, rows)
+    overlay.seal(changed, records)
     store.write_shard(overlay, 0, records)
     overlay = replace(overlay, shards=(digest(records),))
     store.commit(overlay)
     return overlay
+
+
+def _edits(
+    store: Store, base: Manifest, manifest: Manifest, before: np.ndarray, rows: np.ndarray, order: np.ndarray
+) -> tuple[Manifest, np.ndarray]:
+    """The changed rows of a compressed table, whose own records are too coarse for an edit: a table of them, and its sealed records."""
+    finer = store.manifest(base.head).codec if base.head else min(base.codec, "int8", key=lambda name: codec(name).relative_error)
+    plain = replace(base, codec=finer, vocab_size=len(order), num_shards=1, frequent=(), ranks=(), basis="", head="", shards=())
+    ids = np.arange(len(order), dtype=np.uint32)
+    kept = np.empty((0, plain.record_bytes), np.uint8)
+    if manifest.edits:
+        kept = _records(store, store.manifest(manifest.edits), np.searchsorted(manifest.changed, before))
+    records = np.concatenate([plain.encode(ids[: len(rows)], rows), kept])[order]
+    version = hashlib.sha256(f"edits {finer} {base.layers} {base.x0}".encode() + records[:, :-8].tobytes())
+    found = replace(plain, name=f"{base.name[:58]}.edits", version=version.hexdigest()[:16])
+    return found, found.seal(ids, records)
+
+
+def _records(store: Store, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
+    records = np.empty((len(ids), manifest.record_bytes), np.uint8)
+    store.read(manifest, ids.astype(np.uint32), records)
+    return records

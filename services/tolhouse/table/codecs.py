@@ -34,7 +34,7 @@ class Codec:
         """Blocks [...] for float32 rows [..., D]; InvalidArgument if a value is not finite or does not fit the codec."""
         top = np.maximum(rows.max(initial=0), -rows.min(initial=0))
         if not np.isfinite(top):
-            raise InvalidArgument("rows hold values that are not finite: this model can't be served")
+            raise InvalidArgument("rows hold values that are not finite")
         if not np.isfinite(self.decode(self.encode_values(top.reshape(1))).astype(np.float32)).all():  # what holds it holds the others
             raise InvalidArgument(f"rows hold values too large for {self.name}; fp32, bf16, int8 and int4 reach 3e38")
         return self.encode_values(rows)

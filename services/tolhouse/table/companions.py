@@ -2,7 +2,8 @@
 
 basis   low rank: a layer's row is its mean plus coefficients times basis vectors, and a record holds coefficients alone. Record i of the
         table `basis` is a vector: for each block the mean, then its vectors.
-head    the rows of the most frequent tokens in a finer codec: record i is that of the i-th of `frequent`. An overlay's own rows go first.
+head    the rows of the most frequent tokens in a finer codec: record i is that of the i-th of `frequent`.
+edits   the rows that an overlay of such a table changes, in the head's codec or one as fine: record i is that of the i-th of `changed`.
 """
 
 from collections.abc import Callable
@@ -50,8 +51,8 @@ class Companions:
 
     manifest: Manifest
     basis: Basis | None = None
-    head: Manifest | None = None
-    head_records: np.ndarray | None = None  # uint8 [H, its record_bytes]
+    head: Manifest | None = None  # how its records and those of edits are laid out
+    head_records: np.ndarray | None = None  # uint8 [H, its record_bytes], those of edits behind them
 
     def encode(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Sealed records of the table itself for rows float32 [T, N, D]."""
@@ -71,15 +72,17 @@ class Companions:
     def places(self) -> np.ndarray:
         """Where in the head each token's row is, -1 where it has none; int32 [V]."""
         places = np.full(self.manifest.vocab_size, -1, np.int32)
-        if self.head:
-            places[list(self.manifest.frequent[: self.head.vocab_size])] = np.arange(self.head.vocab_size)
-            places[list(self.manifest.changed)] = -1
+        if self.head_records is not None:
+            edited = len(self.manifest.changed) if self.manifest.edits else 0
+            head = len(self.head_records) - edited
+            places[list(self.manifest.frequent[:head])] = np.arange(head)
+            places[list(self.manifest.changed)] = np.arange(head, head + edited) if edited else -1
         return places
 
 
 def companions_of(manifest: Manifest, fetch: Fetch) -> Companions:
     """The companions of a table; Corrupt where they are not what it says."""
-    if not (manifest.basis or manifest.head):
+    if not manifest.companions:
         return Companions(manifest)
 
     def fit(ok: bool, found: Manifest) -> None:
@@ -94,4 +97,9 @@ def companions_of(manifest: Manifest, fetch: Fetch) -> Companions:
     if manifest.head:
         head, head_records = fetch(manifest.head)
         fit(head.vocab_size <= len(manifest.frequent) and head.num_blocks == manifest.num_blocks, head)
+    if manifest.edits:
+        edits, records = fetch(manifest.edits)
+        fit(edits.vocab_size == len(manifest.changed) and edits.num_blocks == manifest.num_blocks, edits)
+        fit(head is None or edits.record_dtype == head.record_dtype, edits)
+        head, head_records = edits, records if head_records is None else np.concatenate([head_records, records])
     return Companions(manifest, basis, head, head_records)

@@ -55,6 +55,7 @@ class Manifest:
     ranks: tuple[int, ...] = ()  # low rank: coefficients of each block, in place of its values
     basis: str = ""  # low rank: "name@version" of the table of basis vectors; companions.py
     head: str = ""  # "name@version" of the table of the most frequent tokens' rows in a finer codec; companions.py
+    edits: str = ""  # a compressed table's overlay: "name@version" of the table of the changed rows in that codec; companions.py
     x0: bool = False  # whether X0 stands in front of the layers: a worker then needs no input embedding
     format: int = FORMAT
 
@@ -64,7 +65,7 @@ class Manifest:
                 raise InvalidArgument(f"manifest: {message}")
 
         require(type(self.format) is int and self.format == FORMAT, f"format {self.format!r} is unknown; this version reads {FORMAT}")
-        for field in ("name", "version", "codec", "model_id", "tokenizer_id", "parent", "basis", "head"):
+        for field in ("name", "version", "codec", "model_id", "tokenizer_id", "parent", "basis", "head", "edits"):
             require(isinstance(getattr(self, field), str), f"{field} must be a string")
         check_name(self.name)
         require(bool(_VERSION.fullmatch(self.version)), f"version {self.version!r} is not 16 hex digits")
@@ -93,7 +94,7 @@ class Manifest:
             and bool(self.changed) == bool(self.parent),
             f"changed must be at most {MAX_CHANGED} token ids below {self.vocab_size}, ascending, if there is a parent, and none otherwise",
         )
-        for field in ("parent", "basis", "head"):
+        for field in ("parent", "basis", "head", "edits"):
             ref = getattr(self, field)
             require(not ref or split_ref(ref)[1] is not None, f"{field} {ref!r} must be name@version")
         require(
@@ -101,6 +102,7 @@ class Manifest:
             and len(self.ranks) == (self.num_blocks if self.basis else 0),
             f"ranks must be a number from 1 to {self.hidden_size} for each of {self.num_blocks} blocks, if there is a basis, and none otherwise",
         )
+        require(not self.edits or bool(self.parent), "edits are an overlay's, and there is no parent")
         require(len(self.shards) in (0, self.num_shards), f"{len(self.shards)} digests for {self.num_shards} shards")
         require(
             self.record_bytes <= MAX_RECORD_BYTES,
@@ -127,7 +129,12 @@ class Manifest:
     @property
     def needs(self) -> tuple[str, ...]:
         """ "name@version" of the other tables that its rows are made of."""
-        return tuple(ref for ref in (self.parent, self.basis, self.head) if ref)
+        return tuple(ref for ref in (self.parent, *self.companions) if ref)
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Those of them that are published by nobody and come and go with it; companions.py."""
+        return tuple(ref for ref in (self.basis, self.head, self.edits) if ref)
 
     @cached_property
     def record_dtype(self) -> np.dtype:
@@ -187,7 +194,11 @@ class Manifest:
                 records[f"block{k}"] = self.codec_.encode(coefficients)
         else:
             records["blocks"] = self.codec_.encode(rows)  # type: ignore[arg-type]
-        data = records.view(np.uint8).reshape(len(ids), self.record_bytes)
+        return self.seal(ids, records.view(np.uint8).reshape(len(ids), self.record_bytes))
+
+    def seal(self, ids: np.ndarray, data: np.ndarray) -> np.ndarray:
+        """Records, contiguous, with the checksums that make them this version's records of `ids`, in place."""
+        records = data.view(self.record_dtype)[:, 0]
         records["checksum"] = [xxhash.xxh3_64_intdigest(r[:-8], seed) for r, seed in zip(split(data), self.seeds(ids), strict=True)]
         return data
 
@@ -256,6 +267,7 @@ class Manifest:
                 "ranks": [],
                 "basis": "",
                 "head": "",
+                "edits": "",
                 **data,
             }  # tables that were built before there were these
         if not isinstance(data, dict) or set(data) != names:

@@ -20,7 +20,15 @@ from tolhouse.worker.mirror import Mirror
 from tolhouse.worker.outage import Outage
 from tolhouse.worker.recompute import Recompute
 
-COUNTS = ("from_cache", "from_remote", "recomputed", "remote_bytes", "wait_seconds")  # of `Rows`, for users to see
+COUNTS = (
+    "from_cache",
+    "from_remote",
+    "recomputed",
+    "remote_bytes",
+    "wait_seconds",
+    "fetches",
+    "fetch_seconds",
+)  # of `Rows`, for users to see
 _RECENT = 16  # fetches that count as of late
 _FILL_BYTES = 16 << 20  # fetched at a time while the cache is filled
 
@@ -45,8 +53,8 @@ class Rows:
         self.places = companions.places.astype(np.int64) if companions.head else None
         self.mirror = Mirror(manifest, cache_bytes, device)
         self.cache, self.records = self.mirror.cache, self.mirror.records
-        self.from_cache = self.from_remote = self.recomputed = self.remote_bytes = 0
-        self.wait_seconds = 0.0
+        self.from_cache = self.from_remote = self.recomputed = self.remote_bytes = self.fetches = 0
+        self.wait_seconds = self.fetch_seconds = 0.0
         self.trip_seconds = 0.0  # a fetch that has to ask the lookup service, as of late
         self._background = ThreadPoolExecutor(1, "rows")
         self._coming: tuple[np.ndarray, np.ndarray, Future[None]] | None = None  # ids, their slots, and whether they are there
@@ -219,8 +227,11 @@ class Rows:
                 self.client.fetch_records(self.manifest, ids, out, places)
         except NotFound as error:  # it was there at start: its loss is no fault of the caller's
             raise Unavailable(str(error)) from None
+        took = time.perf_counter() - started
         if trip:
-            self.trip_seconds += (time.perf_counter() - started - self.trip_seconds) / _RECENT
+            self.trip_seconds += (took - self.trip_seconds) / _RECENT
+        self.fetches += 1
+        self.fetch_seconds += took
         self.from_remote += len(ids)
         self.remote_bytes += len(ids) * self.manifest.record_bytes
 
@@ -274,8 +285,8 @@ def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
 class NoRows:
     """A base model's: its FFNs stand in their blocks."""
 
-    from_cache = from_remote = recomputed = remote_bytes = 0
-    wait_seconds = trip_seconds = 0.0
+    from_cache = from_remote = recomputed = remote_bytes = fetches = 0
+    wait_seconds = trip_seconds = fetch_seconds = 0.0
     manifest = None
 
     def __init__(self, hidden_size: int, device: torch.device) -> None:

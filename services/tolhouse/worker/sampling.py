@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tolhouse.client.generation import MAX_ROW_SCALE
 from tolhouse.errors import InvalidArgument
 
 MAX_LOGPROBS = 20
 MAX_BIASED = 1024
 MAX_STOP_IDS = 256
-MAX_ROW_SCALE = 16.0
 
 
 @dataclass(frozen=True)

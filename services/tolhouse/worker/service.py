@@ -199,6 +199,8 @@ class EngineMetrics(Collector):
         yield by_source
         yield CounterMetricFamily("tolhouse_worker_row_bytes", "Bytes of rows fetched", counts["remote_bytes"])
         yield CounterMetricFamily("tolhouse_worker_row_wait_seconds", "Time that steps waited for rows", counts["wait_seconds"])
+        yield CounterMetricFamily("tolhouse_worker_row_fetches", "Calls of the lookup service for rows", counts["fetches"])
+        yield CounterMetricFamily("tolhouse_worker_row_fetch_seconds", "Time that these took", counts["fetch_seconds"])
         yield CounterMetricFamily("tolhouse_worker_sat_out", "Tokens that came a step later because their row did", engine.sat_out)
         info = GaugeMetricFamily("tolhouse_worker_table_info", "1 for the table version that new sequences begin with", labels=["table"])
         if engine.table:
