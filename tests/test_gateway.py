@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -540,9 +541,10 @@ def test_what_is_too_large_is_refused(cluster: Cluster) -> None:
             answer = httpx.post(url, content=content, headers=headers)
             assert (413, 413) == (answer.status_code, answer.json()["error"]["code"])
             assert "at most 20000 bytes" in answer.json()["error"]["message"]
-    answer = httpx.post(f"{cluster.url}/completions", json={"prompt": "a" * 1_000_000})
+    answer = httpx.post(f"{cluster.url}/completions", json={"prompt": "a" * 900_000})
     assert 400 == answer.status_code
     assert "context of 512 tokens" in answer.json()["error"]["message"]
+    assert 400 == httpx.post(f"{cluster.url}/completions", json={"prompt": PROMPT, "user": "a" * 513}).status_code
 
 
 def test_full_queues_are_told(tmp_path: Path) -> None:
@@ -656,6 +658,8 @@ def test_a_worker_may_hang(tmp_path: Path) -> None:
         assert [(200, expected)] * 4 == [(answer.status_code, answer.json()["choices"][0]["text"]) for answer in answers]
         ends = sorted("error" if any('"error"' in line for line in one.result()) else one.result()[-2] for one in streams)
         assert ["data: [DONE]", "error"] == ends
+        counted = httpx.get(f"http://{cluster.gateway}/metrics").text  # its status line said 200
+        assert re.search(r'path="/v1/completions",status="50[34]"} 1', counted), counted
         os.kill(first.pid, signal.SIGCONT)
 
 
@@ -727,8 +731,29 @@ def test_a_gateway_ends_with_0(cluster: Cluster) -> None:
 
 
 def test_an_error_may_quote_anything() -> None:
-    """Half a surrogate pair in a message is written out: the answer can be sent."""
+    """Half a surrogate pair in a message is written out: the answer can be sent. What is quoted at length is cut."""
     assert r"no \ud800" == problems.body_of("no \ud800", 400)["error"]["message"]
+    assert 1002 == len(problems.body_of("9" * 5000, 400)["error"]["message"])
+
+
+def test_limits_mean_the_same_at_both_ends(client: openai.OpenAI) -> None:
+    """What the gateway takes at its bounds the worker takes too, though on the wire it has 32 bits."""
+    for options in ({"repetition_penalty": 0.01}, {"row_scale": -16}):
+        client.completions.create(model="demo-memory", prompt=PROMPT, max_tokens=1, extra_body=options)
+    client.completions.create(model="demo-memory", prompt=PROMPT, max_tokens=1, top_p=1e-300)
+
+
+def test_long_texts_hold_nobody_up(cluster: Cluster) -> None:
+    """Others are answered while texts as long as bodies may be are tokenised."""
+    body = {"prompt": "\u00e9 " * 200_000, "return_token_strs": True}
+    with ThreadPoolExecutor(6) as pool:
+        long = [pool.submit(httpx.post, f"http://{cluster.gateway}/tokenize", json=body, timeout=120) for _ in range(6)]
+        before = 0
+        while not all(one.done() for one in long):
+            assert 200 == httpx.get(f"http://{cluster.gateway}/version", timeout=60).status_code
+            before += 1
+    assert before > 6
+    assert {200} == {one.result().status_code for one in long}
 
 
 # text

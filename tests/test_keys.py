@@ -3,6 +3,8 @@
 import hashlib
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -104,6 +106,10 @@ def test_a_key_s_rate_is_limited(cluster: Cluster, keys: Path, first: str) -> No
     assert [200, 200, 429, 429] == [answer.status_code for answer in answers]
     assert answers[2].json()["error"]["type"] == "rate_limit_error"
     assert "allowed are 12 a minute" in answers[2].json()["error"]["message"]
+    assert 401 == ask(cluster, "nobody's", json=BODY).status_code
+    counted = ask(cluster, first, "/metrics").text
+    assert 'tolhouse_gateway_requests_total{path="/v1/completions",status="429"} 2.0' in counted
+    assert 'path="/v1/completions",status="401"' in counted
     assert 1 <= int(answers[2].headers["Retry-After"]) <= 5
     assert 200 == ask(cluster, first, json=BODY).status_code
     remove_key(keys, "slow")
@@ -178,3 +184,12 @@ def test_a_malformed_file_is_told(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(InvalidArgument, match=r"keys\.json is malformed at .*`tolhouse keys` writes it"):
         read_keys(str(path))
+
+
+@pytest.mark.parametrize("arguments", [("a/b",), ("x", "--requests-per-minute", "nan"), ("x", "--requests-per-minute", "inf")])
+def test_what_can_be_no_key_is_told(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """In a line, and no file is written."""
+    path = tmp_path / "keys.json"
+    command = [sys.executable, "-m", "tolhouse.cli", "keys", "add", str(path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (1, 1, False) == (done.returncode, done.stderr.count("\n"), path.exists()), done.stderr

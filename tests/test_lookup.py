@@ -252,6 +252,9 @@ def test_what_can_not_start_says_why(files: tuple[str, str], service: Process, t
     assert "in use" in refused("lookup", "--store", files[0], *FREE, "--metrics-listen", service.address).lower()
     assert "can't be reached" in refused("lookup", "--store", f"redis://127.0.0.1:{free_port()}", *FREE)
     assert "not understood" in refused("lookup", "--store", str(tmp_path))
+    assert "not understood" in refused("lookup", "--store", "redis://127.0.0.1/first", *FREE)
+    (tmp_path / "file").touch()
+    assert "is a file, and no folder" in refused("lookup", "--store", f"file://{tmp_path}/file", *FREE)
     assert "HOST:PORT" in refused("lookup", "--store", files[0], "--listen", "nowhere")
 
 

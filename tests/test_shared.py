@@ -1,6 +1,7 @@
 """Hot rows in shared memory: what a reader takes is verified, and what it can't take is left to the ordinary way."""
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,6 +74,21 @@ def test_what_is_no_segment_is_not_mapped(owner: Segment, tmp_path: Path) -> Non
     fd = owner.fd
     owner.close()
     assert reader_of(owner, fd=fd) is None
+
+
+def test_who_reads_from_memory_says_so(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows taken from a neighbour's memory are no requests: the version is said to be in use all the same, in the background."""
+    monkeypatch.setattr("tolhouse.client.client._SAY_SECONDS", 0.05)
+    url = f"file://{tmp_path}"
+    ref = build_table(checkpoint, url)
+    with process("lookup", "--store", url, "--listen", "127.0.0.1:0") as running, Client(running.address) as client:
+        manifest, held, hold = client.describe(ref), [], client.hold
+        monkeypatch.setattr(client, "hold", lambda of: (hold(of), held.append(of)))
+        deadline = time.monotonic() + 30
+        while len(held) < 3:
+            client.fetch(manifest, [1, 2, 3])
+            assert time.monotonic() < deadline
+        assert {ref} == set(held)
 
 
 def test_rows_are_right_while_they_are_being_replaced(checkpoint: Path, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ class GatewayConfig(Server, Caller):
         "127.0.0.1:50052", "Workers, HOST:PORT with commas between; dns:///HOST:PORT: all addresses of a name, as they change."
     )
     listen: str = knob("127.0.0.1:8000", "Address to serve HTTP on; port 0: any free one.")
-    max_body_megabytes: float = knob(4, "Largest body of a request; a larger one is refused.", gt=0)
+    max_body_megabytes: float = knob(1, "Largest body of a request; a larger one is refused.", gt=0)
     poll_seconds: float = knob(1, "Time between two looks at each worker's health and load.", gt=0)
     keys_file: str = knob("", "File of API keys, as `tolhouse keys` writes it: requests must carry one of them. Default: no keys.")
     max_connections: int = knob(1024, "Most open connections; more are refused.", ge=1)

@@ -39,6 +39,14 @@ def start_logging(level: str = "info") -> None:
     log.propagate = False
 
 
+def take_over(name: str, level: int = logging.WARNING) -> None:
+    """Another library's log goes where ours does, in its form, from `level` up."""
+    logger = logging.getLogger(name)
+    logger.handlers[:] = log.handlers
+    logger.setLevel(level)
+    logger.propagate = False
+
+
 def event(message: str, level: int = logging.INFO, **fields: object) -> None:
     """One log line with named fields."""
     log.log(level, message, extra={"fields": fields})

@@ -37,7 +37,6 @@ def of_services(system: System) -> list[Fault]:
         ("worker and lookup", [system.to_lookups[0][0]], "none"),
     ):
         faults += of_links(what, links, may_fail)
-    faults.append(Fault("restart of all services", lambda: restart(system), lambda: None, "errors", 30.0))
     return faults
 
 
@@ -61,17 +60,24 @@ def of_redis(system: System, nodes: list[RedisNode], links: list[Link], ref: str
         stop, go_on = (lambda n=other, s=number: n.popen.send_signal(s) for number in (signal.SIGSTOP, signal.SIGCONT))
         faults.append(Fault(f"SIGSTOP of a Redis {what}", stop, go_on, "none", 10.0))
     faults += of_links("lookup and a Redis master", [links[2]], "none")
+    faults += of_links("lookup and a Redis replica", [links[5]], "none")
     faults.append(corrupted(system, nodes[2].url, ref))
     moved = Moved(nodes, ref)
     faults.append(Fault("slot migration", moved.there, moved.back))
+    faults.append(Fault("restart of everything", lambda: restart(system, nodes), lambda: None, "errors", 30.0))
     return faults
 
 
-def restart(system: System) -> None:
-    """All processes end as they would in a rolling restart of a whole node, and come back."""
+def restart(system: System, nodes: list[RedisNode]) -> None:
+    """All processes end, Redis too, and come back in the order of their dependence."""
     services = [system.gateway, *system.workers, *system.lookups]
     for service in services:
         service.signal(signal.SIGTERM)
+    for node in nodes:
+        node.popen.terminate()
+    for node in nodes:
+        node.restart()
+    settled(nodes)
     for service in reversed(services):
         service.restart()
 

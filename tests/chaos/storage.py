@@ -28,20 +28,22 @@ def _shard_file() -> dict:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tolhouse-chaos-")))
         url = f"file://{folder}"
-        ref = build_table(CHECKPOINT, url, name="chaos", codec="int8", shards=16)
-        answers = right_answers(url, [ref])
+        other, ref = (build_table(CHECKPOINT, url, name="chaos", codec=codec, shards=16) for codec in ("int4", "int8"))
+        answers = right_answers(url, [ref, other])
         system = System(stack, url, "chaos")
         load = Load(system.gateway.address)
         load.start()
         started = time.monotonic()
         time.sleep(4)
         moment = time.monotonic()
-        shard = min(folder.glob("chaos/*/shard-00003*"))
+        shard = min((folder / "chaos" / ref.partition("@")[2]).glob("shard-00003*"))
         whole = shard.read_bytes()
         with shard.open("r+b") as file:  # in place, as a failing disk would
             file.seek(len(whole) // 2)
             file.write(bytes(len(whole) // 2))
         time.sleep(4)
+        flipped = system.flip(other)
+        time.sleep(2)
         with shard.open("r+b") as file:
             file.write(whole)
         mended = time.monotonic()
@@ -51,6 +53,8 @@ def _shard_file() -> dict:
         recovery = recovery_seconds(load.history, mended, time.monotonic(), usual)
         failed = sum(seen.failed for seen in load.history)
         wrong = violations(load.history, answers, DEADLINE_SECONDS)
+        if not flipped or {seen.version for seen in load.history if not seen.failed} != {ref, other}:
+            wrong.append("not both versions were answered with")
         return {"fault": "corrupted shard file (from its end)", "requests": len(load.history), "failed": failed, "wrong": wrong,
                 "usual": usual, "recovery_s": recovery, "limit_s": 5.0}  # fmt: skip
 

@@ -101,9 +101,11 @@ def generate(
         tokens = greedy(open_checkpoint(checkpoint).model(), ids, max_tokens)
     click.echo(prompt, nl=False)
     stream = DecodeStream(skip_special_tokens=True)
-    for token in tokens:
-        click.echo(stream.step(tokenizer, token) or "", nl=False)
-    click.echo()
+    try:
+        for token in tokens:
+            click.echo(stream.step(tokenizer, token) or "", nl=False)
+    finally:
+        click.echo()
 
 
 @click.command()

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, NamedTuple, Self, Unpack
 
 import grpc
@@ -30,6 +30,7 @@ from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
 _RETRIED = (Unavailable, DeadlineExceeded, Cancelled, Corrupt)  # another replica, or the same once more, may do better
 _ROUNDS = 2
+_SAY_SECONDS = 10.0  # a third of how long a lookup service believes it
 _LOOK_SECONDS = 1.0  # for a replica that was away to answer
 _LOOK_UP_SECONDS = 1.0  # between two looks at who is behind a name
 _GONE_SECONDS = 600.0  # that calls to an address may go on after its name has lost it: it drains
@@ -62,6 +63,7 @@ class Client:
         self._gone: dict[str, float] = {}  # addresses that have streams still, and since when
         self._manifests: dict[str, tuple[Manifest, int]] = {}  # by "name@version": they never change
         self._companions: dict[str, Companions] = {}
+        self._said: dict[str, float] = {}  # until when the lookup service knows that a version is in use
         self._stood_for: dict[str, str] = {}  # names, and the version that each stood for when last asked
         self._replicas = Replicas(self._answers)
         self._closed, self._renewing = threading.Event(), threading.Lock()
@@ -162,7 +164,21 @@ class Client:
             left, error = self._attempt(job, left, attempt, max(0.001, patience))
             if error and (not isinstance(error, _RETRIED) or attempt == attempts - 1):
                 raise error
+        self._keep_in_use(manifest.ref)
         return out
+
+    def _keep_in_use(self, ref: str) -> None:
+        """Say now and then that a version is in use: rows read from a neighbour's memory are no requests that it would notice."""
+        now = time.monotonic()
+        if now < self._said.setdefault(ref, now + _SAY_SECONDS):
+            return
+        self._said[ref] = now + _SAY_SECONDS
+
+        def say() -> None:
+            with suppress(TolhouseError, ValueError):  # it may be away, or this client closed meanwhile
+                self.hold(ref)
+
+        threading.Thread(target=say, daemon=True, name="in use").start()
 
     def at_hand(self, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
         """Which of `ids` (uint32 [T]) `fetch_records` would find in the memory of a lookup service of this machine; bool [T]."""

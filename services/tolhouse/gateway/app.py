@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable
@@ -17,6 +18,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Str
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tolhouse import __version__, tracing
@@ -37,7 +39,7 @@ from tolhouse.gateway.template import ChatTemplate
 from tolhouse.gateway.vocabulary import Vocabulary, check_ids
 from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
 from tolhouse.rpc import keep_large_blocks
-from tolhouse.telemetry import event, ready, split_address
+from tolhouse.telemetry import event, ready, split_address, take_over
 
 T = TypeVar("T")
 
@@ -57,8 +59,8 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
             with suppress(asyncio.CancelledError):
                 await watching
 
+    at_once = asyncio.Semaphore(_AT_ONCE)
     app = FastAPI(title="Tolhouse", version=__version__, lifespan=lifespan, responses=_PROBLEMS)
-    app.add_middleware(Measured)
     WORKERS.set_function(lambda: len(pool.healthy()))
 
     @app.get("/health", responses={503: {"description": "No worker is healthy"}})
@@ -117,21 +119,26 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
         return await _answer(request, run, ChatForm(run))
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict:
+    async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a text, or of messages."""
         limits = pool.limits(pool.check_model(body.model))
         text = body.prompt or ""
         if body.messages is not None:
             text = template.render([m.plain for m in body.messages], add_generation_prompt=body.add_generation_prompt)
-        ids = await vocabulary.ids(text, special=body.add_special_tokens)
-        strings = [vocabulary.shown(i)[0] for i in ids] if body.return_token_strs else None
-        return {"tokens": ids, "count": len(ids), "max_model_len": limits.context_tokens, "token_strs": strings}
+
+        def answer(ids: list[int]) -> Response:
+            strings = [vocabulary.shown(i)[0] for i in ids] if body.return_token_strs else None
+            return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": limits.context_tokens, "token_strs": strings})
+
+        async with at_once:
+            return await asyncio.to_thread(answer, await vocabulary.ids(text, special=body.add_special_tokens))
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict:
         """The text of token ids."""
         limits = pool.limits(pool.check_model(body.model))
-        return {"prompt": await asyncio.to_thread(vocabulary.text, check_ids(body.tokens, limits.vocab_size))}
+        async with at_once:
+            return {"prompt": await asyncio.to_thread(vocabulary.text, check_ids(body.tokens, limits.vocab_size))}
 
     @app.get("/explore", response_class=HTMLResponse)
     async def explore_page() -> Response:
@@ -139,11 +146,15 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
         return HTMLResponse(page)
 
     @app.post("/explore/tokens")
-    async def explore_tokens(body: ExploreRequest) -> dict:
+    async def explore_tokens(body: ExploreRequest) -> Response:
         """Tokens of a text, each with the norms of its rows."""
-        ids = await vocabulary.ids(body.text)
         layers = max((m.described.row_layers for m in pool.healthy() if m.described), default=0)
-        return {"layers": layers, "tokens": explore.tokens(ids, vocabulary, memory)}
+
+        def answer(ids: list[int]) -> Response:
+            return JSONResponse({"layers": layers, "tokens": explore.tokens(ids, vocabulary, memory)})
+
+        async with at_once:
+            return await asyncio.to_thread(answer, await vocabulary.ids(body.text))
 
     @app.get("/explore/tokens/{token_id}")
     async def explore_token(token_id: Annotated[int, PathParameter(ge=0, lt=2**32)]) -> dict:
@@ -181,11 +192,12 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
         return JSONResponse(body, status)
 
     keyed = Keyed(app, config.keys_file) if config.keys_file else app
-    return Intake(
-        keyed, int(config.max_body_megabytes * 1e6), config.body_timeout_seconds
-    )  # outermost: also the answer to a defect has its id
+    # around everything: also a refusal, and the answer to a defect, have an id and are counted
+    taken_in = Intake(keyed, int(config.max_body_megabytes * 1e6), config.body_timeout_seconds)
+    return Measured(taken_in, {route.path for route in app.routes if isinstance(route, Route)})
 
 
+_AT_ONCE = 2  # answers in the making that grow with the text: what they hold in memory, and how long others wait, is bounded so
 _PROBLEMS: dict[int | str, dict[str, Any]] = {"default": {"model": problems.Problem, "description": "What was wrong, and what is allowed"}}
 _STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # with `stream`
 _BODIES: dict[str, type[BaseModel]] = {
@@ -216,7 +228,8 @@ async def _answer(request: Request, run: Run, form: CompletionForm | ChatForm) -
             if run.body.include_usage:
                 yield _event(form.usage().model_dump_json())
         except Exception as error:  # noqa: BLE001 - the status line is out: the error goes into the stream
-            yield _event(json.dumps(problems.answer_of(error, run.request_id)[1]))
+            request.state.failed, body = problems.answer_of(error, run.request_id)
+            yield _event(json.dumps(body))
         yield _event("[DONE]")
 
     return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -255,6 +268,7 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
+    take_over("uvicorn", logging.ERROR)  # its warnings are of single requests, of which our own log tells
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)

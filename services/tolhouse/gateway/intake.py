@@ -75,6 +75,7 @@ class Intake:
                     await self.app(scope, limited, marked)
         finally:
             self._held -= taken
+            status = scope["state"].get("failed", status)  # of a stream whose status line was out when it failed
             name = f"{scope['method']} {scope['route'].path}" if "route" in scope else ""
             trace.tell({"http.response.status_code": status}, name)
             trace.end(f"HTTP {status}" if status >= 500 else "")

@@ -57,8 +57,12 @@ def add_key(path: Path, name: str, requests_per_minute: float, concurrent: int) 
     if name in keys:
         raise InUse(f"{path} has a key for {name!r} already: remove it first, or take another name")
     key = _PREFIX + secrets.token_urlsafe(32)
-    added = Key(sha256=_digest(key.encode()), requests_per_minute=requests_per_minute, concurrent=concurrent)
-    _write(path, {**keys, name: added})
+    try:
+        added = Key(sha256=_digest(key.encode()), requests_per_minute=requests_per_minute, concurrent=concurrent)
+        _write(path, {**keys, name: added})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidArgument(f"no key can be made for {name!r} with {requests_per_minute:g} requests a minute: {first['msg']}") from None
     return key
 
 

@@ -1,6 +1,7 @@
 """What the gateway counts and times, and the ASGI layer that counts requests."""
 
 import time
+from collections.abc import Collection
 
 from prometheus_client import Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,9 +40,16 @@ class Clock:
         WHOLE.observe(time.perf_counter() - self.started)
 
 
+def refused(status: int) -> None:
+    """Count an answer to what was no request."""
+    REQUESTS.labels("other", status).inc()
+
+
 class Measured:
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    """Counts and times what the app answers, by `paths`, its routes, and status: of a stream that failed on its way, the error's."""
+
+    def __init__(self, app: ASGIApp, paths: Collection[str]) -> None:
+        self.app, self.paths = app, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,7 +66,8 @@ class Measured:
         try:
             await self.app(scope, receive, watched)
         finally:
-            route = scope.get("route")
-            path = route.path if route else "other"  # not what was asked for: that is anyone's to invent
-            REQUESTS.labels(path, status).inc()
+            route, asked = scope.get("route"), scope["path"]
+            # not what was asked for, unless it is a route: the rest is anyone's to invent
+            path = route.path if route else asked if asked in self.paths else "other"
+            REQUESTS.labels(path, scope["state"].get("failed", status)).inc()
             SECONDS.labels(path).observe(time.perf_counter() - started)

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from tolhouse.errors import Internal, TolhouseError
 from tolhouse.telemetry import log
 
+MAX_MESSAGE = 1000  # characters
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 # where a parameter has several forms, what does not fit one of them says little
 _FORMS = {
@@ -32,6 +33,8 @@ class Problem(BaseModel):
 def body_of(message: str, code: int, param: str | None = None) -> dict:
     kind = _KINDS.get(code, "invalid_request_error" if code < 500 else "server_error")
     message = message.encode(errors="backslashreplace").decode()  # half a surrogate pair, quoted from a body, can't be sent
+    if len(message) > MAX_MESSAGE:  # it quotes what was given
+        message = f"{message[:MAX_MESSAGE]} …"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

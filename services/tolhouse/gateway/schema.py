@@ -71,7 +71,7 @@ class Generation(Body):
     presence_penalty: float | None = Field(0.0, ge=-2, le=2, strict=True)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2, strict=True)
     logit_bias: Annotated[dict[BiasedId, Bias], BeforeValidator(_few)] | None = None
-    user: StrictStr | None = None  # taken and not used
+    user: Annotated[StrictStr, Field(max_length=512)] | None = None  # taken and not used
     top_k: StrictInt | None = Field(0, ge=-1, le=2**31)  # -1, 0: all
     min_p: float | None = Field(0.0, ge=0, le=1, strict=True)
     repetition_penalty: float | None = Field(1.0, ge=0.01, le=10, strict=True)
@@ -116,7 +116,7 @@ class Generation(Body):
         return Options(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=max(0, self.top_k or 0),
-            top_p=1.0 if self.top_p is None else self.top_p,
+            top_p=1.0 if self.top_p is None else max(self.top_p, 1e-30),  # on the wire it has 32 bits
             min_p=self.min_p or 0.0,
             repetition_penalty=self.repetition_penalty or 1.0,
             presence_penalty=self.presence_penalty or 0.0,

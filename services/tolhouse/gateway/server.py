@@ -14,7 +14,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tolhouse.gateway import problems
+from tolhouse.gateway import metrics, problems
+from tolhouse.telemetry import event
 
 MAX_HEADER_BYTES = 16 << 10  # a request's first line and header
 MAX_HEADER_FIELDS = 100
@@ -116,14 +117,16 @@ class Connection(H11Protocol):
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer in OpenAI's form, and close."""
+        metrics.refused(status)
+        event("refused", status=status, reason=message)
         body = json.dumps(problems.body_of(message, status)).encode()
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
         if status == 503:
             headers.append(("Retry-After", "1"))
         try:
             answer = h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase.encode())
-            for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+            for part in (answer, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(part) or b"")
         except h11.LocalProtocolError:  # in the middle of an answer
             pass
         self.transport.close()

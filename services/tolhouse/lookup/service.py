@@ -9,7 +9,9 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from logging import WARNING
 
 import grpc
 import numpy as np
@@ -208,6 +210,9 @@ async def run(config: LookupConfig, announce: Callable[..., None], *, share_port
     REGISTRY.register(Taken(service.rows))
     metrics = serve_metrics(config.metrics_listen, guard)
     event("serving store", store=store.url)
+    with suppress(TolhouseError):  # whoever asks for a row is told
+        if not await asyncio.to_thread(store.refs):
+            event("the store holds no table yet", WARNING, store=store.url)
     await service.rows.open_published()
     try:
         await serve(

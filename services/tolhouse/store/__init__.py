@@ -137,6 +137,9 @@ def open_store(url: str, timeout_seconds: float = 5.0) -> Store:
     if separator and scheme in ("redis", "rediss") and rest:
         from tolhouse.store.redis import RedisStore
 
+        database = urlsplit(url).path.strip("/")  # redis-py passes over one that it can't read
+        if database and not database.isdecimal():
+            raise not_understood(url)
         return RedisStore(url, timeout_seconds)
     raise not_understood(url)
 

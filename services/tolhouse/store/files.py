@@ -32,6 +32,8 @@ from tolhouse.table.spec import Buffer, Manifest, check_name, split_ref
 class FileStore(Store):
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
+        if self.root.exists() and not self.root.is_dir():
+            raise InvalidArgument(f"the store {self.root} is a file, and no folder of tables")
         self.url = f"file://{self.root}"
         self._parents = {}
         self._shards: dict[Path, _Shard] = {}

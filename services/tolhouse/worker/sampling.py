@@ -9,6 +9,7 @@ from tolhouse.errors import InvalidArgument
 MAX_LOGPROBS = 20
 MAX_BIASED = 1024
 MAX_STOP_IDS = 256
+_ROUNDING = 1e-8  # what 32 bits on the wire make of a lower bound
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Sampling:
 
         def within(name: str, low: float, high: float) -> None:  # false for what is not a number
             value = getattr(self, name)
-            require(low <= value <= high, f"{name} must be from {low:g} to {high:g}, not {value:g}")
+            require(low - _ROUNDING <= value <= high, f"{name} must be from {low:g} to {high:g}, not {value:g}")
 
         least = 0 if self.wants_prompt_logprobs else 1
         require(self.max_tokens >= least, f"max_tokens must be at least {least}, not {self.max_tokens}")
