@@ -8,7 +8,7 @@ Wide FFN; an edited token. Prints tables and, last, one line of JSON, losses as 
   lowrank_half_loss             half the bytes by low rank alone, at 16 bit (asked: at most 0.0175, half of the paper's)
   codec_8x_loss                 an eighth of the bytes
   one_wide_bytes_ratio          bytes of rows fetched for each token, One Wide FFN's over memory's of as many layers
-  overlay_changes_only_its_token
+  overlay_changes_only_its_token   of a plain table and of a compressed one, an edit and another over it
   served_difference             largest |served perplexity - ours| / ours over all codecs (asked: at most 0.001)
 """
 
@@ -19,14 +19,15 @@ from pathlib import Path
 
 import numpy as np
 from tolhouse import Client
-from tolhouse.store import open_store, publish, rows_of
+from tolhouse.store import open_store, rows_of
 from tolhouse.store.overlay import make_overlay
 from tolhouse.testing import build_table, local_cluster, tiny_model
 from tqdm import tqdm
 
 from loadtest.science.codecs import ALIKE, Model, own_perplexity, schemes, served, served_perplexity
 
-PROBE_TOKENS = 20_000
+CHECKPOINT = Path("models/demo-memory")
+LEAST_TOKENS, PROBE_TOKENS = 1000, 20_000
 PROMPT = "import sys\n\ndef main():\n    return"
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1)
 
@@ -81,38 +82,36 @@ def one_wide(folder: Path) -> float:
     return fetched["wide"] / fetched["memory"]
 
 
-def edited(model: Model, folder: Path) -> bool:
-    """Whether a token's edit changes log probabilities after the token, and no others: by texts with and without it, served."""
+def edited(model: Model, scheme: str, folder: Path) -> bool:
+    """Whether a token's edit, and another's over it, each change log probabilities after their token, and no others: by 100 texts, served."""
     url = f"file://{folder}"
     store = open_store(url)
-    manifest = model.compressed(schemes(len(model.rows))["bf16"]).store(store)
-    publish(store, manifest.ref)
+    refs = [model.compressed(schemes(len(model.rows))[scheme]).store(store).ref]
     tokenizer = model.checkpoint.tokenizer()
-    (token,), (other,) = tokenizer.encode(" return").ids, tokenizer.encode(" raise").ids
-    ids = np.array([token], np.uint32)
-    made = make_overlay(store, manifest.ref, ids, rows_of(store, manifest, np.array([other], np.uint32)))
+    edits = [(" return", " raise"), (" self", " import")]
+    tokens = [[tokenizer.encode(word).ids[0] for word in edit] for edit in edits]
+    for token, other in tokens:
+        row = rows_of(store, store.manifest(refs[-1]), np.array([other], np.uint32))
+        refs.append(make_overlay(store, refs[-1], np.array([token]), row).ref)
     texts = [model.text[start : start + 64] for start in range(0, 6400, 64)]
     told: list[list[list[float]]] = []
-    for table in (manifest.ref, made.ref):
-        with (
-            local_cluster(model.path, url, worker_options=("--table", table, "--compile", "never")) as cluster,
-            Client(cluster.workers) as client,
-        ):
+    print(f"\n{scheme}")
+    for what, ref in zip(("as it is", *(f"{a!r} with the row of {b!r}" for a, b in edits)), refs, strict=True):
+        options = ("--table", ref, "--compile", "never")
+        with local_cluster(model.path, url, worker_options=options) as cluster, Client(cluster.workers) as client:
             told.append(
                 [[p for reply in client.replies(t.tolist(), 0, prompt_logprobs=0) for p in reply.prompt_logprobs.chosen] for t in texts]
             )
             shown = "".join(tokenizer.decode(list(client.generate(tokenizer.encode(PROMPT).ids, 8, ignore_eos=True))))
-            print(
-                f"{'' if len(told) == 2 else chr(10)}{'edited' if len(told) == 2 else 'before':7} {PROMPT!r} goes on {shown!r}",
-                flush=True,
-            )
+            print(f"  {what:34} {PROMPT!r} goes on {shown!r}", flush=True)
     right = []
-    for text, before, after in zip(texts, *told, strict=True):
-        at = np.flatnonzero(text == token)
-        first = int(at[0]) if len(at) else len(text)  # what is predicted from here on may change
-        right.append(before[:first] == after[:first] and (first >= len(text) - 1 or before[first:] != after[first:]))
-    print(f"  the row of {' return'!r} is that of {' raise'!r}: {sum(token in t for t in texts)} of {len(texts)} texts have it")
-    return all(right) and any(token in t for t in texts)
+    for (token, _), earlier, later in zip(tokens, told, told[1:], strict=False):
+        for text, before, after in zip(texts, earlier, later, strict=True):
+            at = np.flatnonzero(text == token)
+            first = int(at[0]) if len(at) else len(text)  # what is predicted from here on may change
+            right.append(before[:first] == after[:first] and (first >= len(text) - 1 or before[first:] != after[first:]))
+        print(f"  {sum(token in t for t in texts)} of {len(texts)} texts have {tokenizer.decode([token])!r}")
+    return all(right) and all(any(token in t for t in texts) for token, _ in tokens)
 
 
 def main() -> None:
@@ -120,16 +119,21 @@ def main() -> None:
         prog="python -m loadtest.science.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=0, help="held-out tokens for the codecs; 0: all (default)")
-    run(parser.parse_args().tokens)
+    most = parser.parse_args().tokens
+    if most and most < LEAST_TOKENS:
+        parser.error(f"--tokens must be 0, for all, or at least {LEAST_TOKENS}, not {most}")
+    if not CHECKPOINT.is_dir():
+        parser.error(f"there is no {CHECKPOINT} here: run it in the repository's folder")
+    run(most)
 
 
 def run(most_tokens: int) -> None:
-    model = Model(Path("models/demo-memory"))
+    model = Model(CHECKPOINT)
     found = compression(model, most_tokens)
     probes(model)
     with tempfile.TemporaryDirectory(prefix="tolhouse-science-") as name:
         wide = one_wide(Path(name))
-        only = edited(model, Path(name) / "edited")
+        only = [edited(model, scheme, Path(name) / scheme) for scheme in ("bf16", "int4 low rank, 8x")]
     told = {
         "ppl_16bit": round(found["16bit"], 4),
         "int8_loss": round(found["int8"], 6),
@@ -137,7 +141,7 @@ def run(most_tokens: int) -> None:
         "lowrank_half_loss": round(found["low rank, half"], 6),
         "codec_8x_loss": round(found["int4 low rank, 8x"], 6),
         "one_wide_bytes_ratio": round(wide, 4),
-        "overlay_changes_only_its_token": only,
+        "overlay_changes_only_its_token": all(only),
         "served_difference": round(found["furthest"], 6),
     }
     print(json.dumps(told))

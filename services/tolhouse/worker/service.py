@@ -161,7 +161,10 @@ class WorkerService(GenerationServicer):
             there = (
                 f"layers 0 to {rows - 1}" if rows > 1 else "one row for all layers" if rows else f"a {self.config.kind} model, without rows"
             )
-            raise InvalidArgument(f"row_scale and absent_layers are for rows that there are: this is {there}")
+            asked = f"layers {sorted(sampling.absent_layers)}" if sampling.absent_layers else "rows to scale"
+            raise InvalidArgument(
+                f"row_scale and absent_layers are for rows that there are: this is {there}, and {asked[:200]} were asked for"
+            )
         return Sequence(len(prompt), prompt, sampling, emit)
 
 
