@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from tolhouse.errors import IdOutOfRange, InvalidArgument
-from tolhouse.store import Store, companions, resolve
+from tolhouse.store import Store, companions, resolve, rows_of
 from tolhouse.table.codecs import codec
 from tolhouse.table.spec import MAX_CHANGED, Manifest, digest
 
@@ -72,9 +72,10 @@ def _edits(
     finer = store.manifest(base.head).codec if base.head else min(base.codec, "int8", key=lambda name: codec(name).relative_error)
     plain = replace(base, codec=finer, vocab_size=len(order), num_shards=1, frequent=(), ranks=(), basis="", head="", shards=())
     ids = np.arange(len(order), dtype=np.uint32)
-    kept = np.empty((0, plain.record_bytes), np.uint8)
     if manifest.edits:
         kept = _records(store, store.manifest(manifest.edits), np.searchsorted(manifest.changed, before))
+    else:  # nothing was changed yet, or by a version from before there were edits
+        kept = plain.encode(before.astype(np.uint32), rows_of(store, manifest, before.astype(np.uint32)))
     records = np.concatenate([plain.encode(ids[: len(rows)], rows), kept])[order]
     version = hashlib.sha256(f"edits {finer} {base.layers} {base.x0}".encode() + records[:, :-8].tobytes())
     found = replace(plain, name=f"{base.name[:58]}.edits", version=version.hexdigest()[:16])
