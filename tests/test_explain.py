@@ -23,7 +23,7 @@ def test_the_nearest_are_nearest(checkpoint: Path) -> None:
     flat = model.rows(torch.arange(model.config.vocab_size)).transpose(0, 1).flatten(1)
     cosines = torch.nn.functional.cosine_similarity(flat[7], flat, dim=-1)
     expected = [i for i in cosines.argsort(descending=True).tolist() if i != 7][:5]
-    assert expected == nearest(model, torch.tensor([7]), 5).indices[0].tolist()
+    assert expected == nearest(model.rows, model.config.vocab_size, torch.tensor([7]), 5).indices[0].tolist()
 
 
 def test_each_token_of_a_text_is_told_once(checkpoint: Path) -> None:

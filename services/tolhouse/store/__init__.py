@@ -207,7 +207,7 @@ def publish(store: Store, ref: str) -> Manifest:
     if version is None:
         raise InvalidArgument(f"publish needs name@version, not {ref!r}; {known(store)}")
     manifest = resolve(store, ref)
-    if of := [m.ref for m, _ in tables(store) if ref in m.companions]:
+    if of := [m.ref for m in _complete(store) if ref in m.companions]:
         raise InvalidArgument(f"{ref} is a part of {', '.join(of)} and no table to serve")
     try:
         old = store.alias(name)
@@ -315,10 +315,15 @@ def by_shard(manifest: Manifest, ids: np.ndarray) -> list[tuple[int, np.ndarray]
 
 def tables(store: Store) -> Iterator[tuple[Manifest, bool]]:
     """Every complete table, and whether its name stands for it."""
+    for manifest in _complete(store):
+        alias = store.alias(manifest.name)
+        yield manifest, alias is not None and alias.version == manifest.version
+
+
+def _complete(store: Store) -> Iterator[Manifest]:
     for ref in store.refs():
         try:
             manifest = store.manifest(ref)
         except TolhouseError:
             continue  # deleted meanwhile, or malformed: `resolve` says which
-        alias = store.alias(manifest.name)
-        yield manifest, alias is not None and alias.version == manifest.version
+        yield manifest
