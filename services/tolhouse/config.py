@@ -191,7 +191,7 @@ def variable(config: type[Config], field: str) -> str:
     return str(alias) if alias else f"{config.model_config['env_prefix']}{field.upper()}"
 
 
-# Arguments of commands that the environment may give as well; cli.py hands them to click.
+# Arguments of commands that the environment may give as well; cli/ hands them to click.
 CHECKPOINT_VARIABLES = {
     "build": f"{PREFIX}BUILD_CHECKPOINT",
     "compress": f"{PREFIX}COMPRESS_CHECKPOINT",

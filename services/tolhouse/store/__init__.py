@@ -277,19 +277,21 @@ def companions(store: Store, manifest: Manifest) -> Companions:
 
     def read(ref: str) -> tuple[Manifest, np.ndarray]:
         found = store.manifest(ref)
-        ids = np.arange(found.vocab_size, dtype=np.uint32)
-        records = np.empty((len(ids), found.record_bytes), np.uint8)
-        store.read(found, ids, records)
-        return found, records
+        return found, records_of(store, found, np.arange(found.vocab_size, dtype=np.uint32))
 
     return companions_of(manifest, read)
 
 
-def rows_of(store: Store, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
-    """Rows float32 [T, N, D] of `ids` [T], as the table has them."""
+def records_of(store: Store, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
+    """Verified records uint8 [T, record_bytes] of `ids` uint32 [T]; Corrupt, NotFound."""
     records = np.empty((len(ids), manifest.record_bytes), np.uint8)
     store.read(manifest, ids, records)
-    return companions(store, manifest).decode(ids, records).astype(np.float32)
+    return records
+
+
+def rows_of(store: Store, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
+    """Rows float32 [T, N, D] of `ids` [T], as the table has them."""
+    return companions(store, manifest).decode(ids, records_of(store, manifest, ids)).astype(np.float32)
 
 
 def shard_digest(store: Store, manifest: Manifest, shard: int) -> str | None:
@@ -297,12 +299,10 @@ def shard_digest(store: Store, manifest: Manifest, shard: int) -> str | None:
     ids = manifest.shard_ids(shard)
     if store.count(manifest, shard) != len(ids):
         return None
-    records = np.empty((len(ids), manifest.record_bytes), np.uint8)
     try:
-        store.read(manifest, ids, records)
+        return digest(records_of(store, manifest, ids))
     except Corrupt:
         return None
-    return digest(records)
 
 
 def by_shard(manifest: Manifest, ids: np.ndarray) -> list[tuple[int, np.ndarray]]:

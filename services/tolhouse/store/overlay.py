@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from tolhouse.errors import IdOutOfRange, InvalidArgument
-from tolhouse.store import Store, companions, resolve, rows_of
+from tolhouse.store import Store, companions, records_of, resolve, rows_of
 from tolhouse.table.codecs import codec
 from tolhouse.table.spec import MAX_CHANGED, Manifest, digest
 
@@ -29,10 +29,9 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
     shape = len(ids), manifest.num_blocks, manifest.hidden_size
     if rows.shape != shape:
         raise InvalidArgument(f"rows have the shape {list(rows.shape)}; {len(ids)} rows of {manifest.ref} have {list(shape)}")
-    base, before, kept = manifest, np.empty(0, np.int64), np.empty((0, manifest.record_bytes), np.uint8)
-    if manifest.parent:
-        base, before = store.parent(manifest), np.setdiff1d(manifest.changed, ids)
-        kept = _records(store, manifest, before)
+    base = store.parent(manifest) if manifest.parent else manifest
+    before = np.setdiff1d(manifest.changed, ids).astype(np.uint32)  # what an earlier overlay changed, and this one does not
+    kept = records_of(store, manifest, before)
     if len(ids) + len(before) > MAX_CHANGED:
         raise InvalidArgument(
             f"{len(ids) + len(before)} changed rows are more than an overlay may have, {MAX_CHANGED}: build another table"
@@ -73,16 +72,10 @@ def _edits(
     plain = replace(base, codec=finer, vocab_size=len(order), num_shards=1, frequent=(), ranks=(), basis="", head="", shards=())
     ids = np.arange(len(order), dtype=np.uint32)
     if manifest.edits:
-        kept = _records(store, store.manifest(manifest.edits), np.searchsorted(manifest.changed, before))
+        kept = records_of(store, store.manifest(manifest.edits), np.searchsorted(manifest.changed, before).astype(np.uint32))
     else:  # nothing was changed yet, or by a version from before there were edits
-        kept = plain.encode(before.astype(np.uint32), rows_of(store, manifest, before.astype(np.uint32)))
+        kept = plain.encode(before, rows_of(store, manifest, before))
     records = np.concatenate([plain.encode(ids[: len(rows)], rows), kept])[order]
     version = hashlib.sha256(f"edits {finer} {base.layers} {base.x0}".encode() + records[:, :-8].tobytes())
     found = replace(plain, name=f"{base.name[:58]}.edits", version=version.hexdigest()[:16])
     return found, found.seal(ids, records)
-
-
-def _records(store: Store, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
-    records = np.empty((len(ids), manifest.record_bytes), np.uint8)
-    store.read(manifest, ids.astype(np.uint32), records)
-    return records
