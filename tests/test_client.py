@@ -14,6 +14,8 @@ import pytest
 from tolhouse import Client, errors
 from tolhouse.testing import Cluster, Process, build_table, free_port, local_cluster, process
 
+from tests.chaos.proxy import Link
+
 FREE = ("--listen", "127.0.0.1:0")
 
 
@@ -151,6 +153,26 @@ def test_a_replica_that_hangs_is_waited_for_once(replicas: list[Process], table:
             time.sleep(0.02)
         assert usual.tolist() == client._replicas.owner(manifest, ids, 0)[1].tolist()
         assert np.array_equal(expected, client.fetch_records(manifest, ids))
+
+
+def test_a_replica_behind_a_slow_link_is_asked_last(replicas: list[Process], table: tuple[str, str]) -> None:
+    """While answers of one take several times as long as the other's, its ids go there; no longer once the link is mended."""
+    with Link(replicas[0].address) as link, Client([link.address, replicas[1].address], map_hot_rows=False) as client:
+        manifest = client.describe(table[1])
+        ids = np.arange(300, dtype=np.uint32)
+        expected, usual = client.fetch_records(manifest, ids), client._replicas.owner(manifest, ids, 0)[1].tolist()
+
+        def owners() -> list[int]:
+            assert np.array_equal(expected, client.fetch_records(manifest, ids))
+            return client._replicas.owner(manifest, ids, 0)[1].tolist()
+
+        assert {0, 1} == set(usual)
+        for seconds, then in ((0.2, [1] * 300), (0.0, usual)):
+            link.delay(seconds)
+            deadline = time.monotonic() + 30
+            while owners() != then and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert then == owners()
 
 
 def test_each_shard_has_its_replica(replicas: list[Process], table: tuple[str, str]) -> None:

@@ -15,7 +15,7 @@ SOURCES = ROOT / "services" / "tolhouse"
 
 # from the ground up: a part imports its own floor's neighbours only where `BESIDE` says so, and those below
 FLOORS = (
-    {"v1", "errors", "telemetry"},
+    {"v1", "errors", "telemetry", "outlier"},
     {"watched"},
     {"tls", "certs"},
     {"access", "tracing"},

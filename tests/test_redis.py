@@ -6,15 +6,18 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import numpy as np
 import pytest
 from redis import Redis, RedisCluster
 from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, TolhouseError, Unauthenticated, Unavailable
 from tolhouse.store import Store, delete, open_store, publish, resolve, shard_digest
+from tolhouse.store.redis import RedisStore
 from tolhouse.table.spec import Manifest
 from tolhouse.testing import free_port, redis_cluster_nodes, redis_server
+
+from tests.chaos.proxy import Link
 
 IDS = np.arange(40, dtype=np.uint32)
 MANIFEST = Manifest("damaged", "0123456789abcdef", "int8", len(IDS), 6, (0, 1), 8, model_id="m", tokenizer_id="k")
@@ -183,6 +186,30 @@ def test_every_error_is_one_of_ours(servers: tuple[Store, Redis | RedisCluster])
     redis.set(HASH, "x")
     with pytest.raises(TolhouseError, match="redis://"):
         read(store)
+
+
+def test_a_master_behind_a_slow_link_leaves_reads_to_its_replica() -> None:
+    """While it takes several times as long to answer, and no longer once the link is mended."""
+    with ExitStack() as stack:
+        links: list[Link] = []
+
+        def announced(port: int) -> int:
+            links.append(stack.enter_context(Link(f"127.0.0.1:{port}")))
+            return int(links[-1].address.rpartition(":")[2])
+
+        stack.enter_context(redis_cluster_nodes(3, 1, node_timeout_ms=5000, announced=announced))
+        store = stack.enter_context(closing(open_store(f"redis://{links[1].address}")))
+        assert isinstance(store, RedisStore)
+        assert store._nodes
+        write(store)
+        for seconds, last in ((0.2, {links[0].address}), (0.0, set())):
+            links[0].delay(seconds)
+            deadline = time.monotonic() + 30
+            while last != store._nodes._away and time.monotonic() < deadline:
+                assert RECORDS.tobytes() == read(store)
+                time.sleep(0.02)
+            assert last == store._nodes._away
+            assert RECORDS.tobytes() == read(store)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import gc
 import signal
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -76,11 +77,18 @@ def keep_large_blocks() -> None:
     mallopt(_M_ARENA_MAX, 2)
 
 
-def return_freed_blocks() -> None:
-    """Give the kernel back what this process has freed, as after loading. Without glibc nothing happens."""
+def settle() -> None:
+    """To be called once a process has loaded, before it serves: what is there now stays, and the memory that loading took goes back.
+
+    Python looks for unreachable cycles among old objects only when a quarter as many have survived as there are: beside the hundred thousand of
+    imported modules that takes hours, in which the cycles of calls pile up (loadtest/LOG.md). Frozen ones don't count, and aren't looked at.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.collect()  # counts anew how many old objects there are: none
     try:
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
+    except (AttributeError, OSError):  # not glibc
         return
 
 
@@ -195,6 +203,7 @@ async def serve(
         port = 0
     if not port:
         raise InUse(f"{service} can't listen on {listen}: the port is in use or the address is not this machine's; choose another --listen")
+    settle()
     await server.start()
     for name in ("", *names):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)

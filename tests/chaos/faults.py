@@ -46,7 +46,7 @@ def of_links(what: str, links: list[Link], may_fail: Allowed) -> list[Fault]:
 
     return [
         Fault(f"cut between {what}", each(Link.cut), each(Link.mend), may_fail),
-        Fault(f"200 ms between {what}", each(lambda link: link.delay(0.2)), each(Link.mend), "none", 60.0),
+        Fault(f"200 ms between {what}", each(lambda link: link.delay(0.2)), each(Link.mend)),
     ]
 
 

@@ -21,6 +21,7 @@ from tolhouse.client.neighbour import Neighbour
 from tolhouse.client.replicas import Replicas
 from tolhouse.client.stream import FetchStream, Request
 from tolhouse.errors import Cancelled, Corrupt, DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
+from tolhouse.outlier import SUSPECT_SECONDS
 from tolhouse.rpc import error_of
 from tolhouse.table.companions import Companions, companions_of
 from tolhouse.table.spec import Manifest, split_ref
@@ -65,7 +66,7 @@ class Client:
         self._companions: dict[str, Companions] = {}
         self._said: dict[str, float] = {}  # until when the lookup service knows that a version is in use
         self._stood_for: dict[str, str] = {}  # names, and the version that each stood for when last asked
-        self._replicas = Replicas(self._answers)
+        self._replicas = Replicas(self._seconds)
         self._closed, self._renewing = threading.Event(), threading.Lock()
         self._renew()
         if self._addresses.change:
@@ -254,8 +255,11 @@ class Client:
         failed: list[np.ndarray] = []
         worst: TolhouseError | None = None
         for stream, part, request in requests:
+            waits_since = time.monotonic()
             try:
-                request.done.result(timeout=max(0.0, end - time.monotonic()))
+                request.done.result(timeout=max(0.0, end - waits_since))
+                if time.monotonic() - waits_since > SUSPECT_SECONDS:
+                    self._replicas.suspect(stream.target, manifest.ref)
                 continue
             except FutureTimeout:
                 stream.reset()
@@ -318,16 +322,18 @@ class Client:
                 raise Corrupt(f"asked for table {table}, the lookup service described {known[0].ref}")
         return known
 
-    def _answers(self, target: str, ref: str) -> bool:
-        """Whether a replica answers, be it with an error."""
+    def _seconds(self, target: str, ref: str) -> float | None:
+        """How long a replica takes to answer, be it with an error; None if it doesn't."""
+        began = time.monotonic()
         try:
             request = lookup_pb2.DescribeRequest(table=ref, known=ref)
             self._streams[target].stub.Describe(request, timeout=_LOOK_SECONDS, metadata=self.access.metadata())
         except grpc.RpcError as error:
-            return error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
-        except ValueError:  # closed meanwhile
-            return False
-        return True
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+                return None
+        except (ValueError, KeyError):  # closed meanwhile, or gone
+            return None
+        return time.monotonic() - began
 
     def _unary(self, method: str, request: Any) -> Any:
         """The answer of the first replica that has one."""

@@ -1,4 +1,4 @@
-"""Which lookup replica each shard's ids go to: rendezvous hashing, and those that failed go last until they answer again."""
+"""Which lookup replica each shard's ids go to: rendezvous hashing, and those that failed or lag go last until they answer as the others do."""
 
 import threading
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import xxhash
 
+from tolhouse.outlier import lags
 from tolhouse.table.spec import Manifest
 from tolhouse.telemetry import event
 
@@ -13,12 +14,13 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 1.0  # between two looks at 
 
 
 class Replicas:
-    """`answers` says whether a replica, asked for a table, answers at all. Safe to use from several threads."""
+    """`seconds` says how long a replica takes to say something of a table, None if it doesn't. Safe to use from several threads."""
 
-    def __init__(self, answers: Callable[[str, str], bool]) -> None:
-        self.answers = answers
+    def __init__(self, seconds: Callable[[str, str], float | None]) -> None:
+        self.seconds = seconds
         self.targets: tuple[str, ...] = ()
         self._away: frozenset[str] = frozenset()
+        self._watched: set[str] = set()
         self._orders: dict[tuple[str, tuple[str, ...], frozenset[str]], np.ndarray] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -40,25 +42,40 @@ class Replicas:
 
     def failed(self, target: str, ref: str) -> None:
         """It is asked last from now on, by anyone, until it answers: a replica that hangs costs its callers one wait, not one each time."""
+        if len(self.targets) > 1:
+            self._put_last(target, "lookup replica is away")
+            self.suspect(target, ref)
+
+    def suspect(self, target: str, ref: str) -> None:
+        """A thread looks whether it lags behind the others, and while it does it is asked last."""
         with self._lock:
-            if target in self._away or len(self.targets) == 1:
+            if target in self._watched or len(self.targets) == 1:
                 return
-            self._away |= {target}
-        event("lookup replica is away", target=target)
+            self._watched.add(target)
         threading.Thread(target=self._watch, args=(target, ref), name=f"watch {target}", daemon=True).start()
 
     def close(self) -> None:
         self._closed.set()
 
+    def _put_last(self, target: str, why: str) -> None:
+        with self._lock:
+            is_news, self._away = target not in self._away, self._away | {target}
+        if is_news:
+            event(why, target=target)
+
     def _watch(self, target: str, ref: str) -> None:
         pause = _FIRST_PAUSE_SECONDS
         while not self._closed.wait(pause):
             gone = target not in self.targets
-            if gone or self.answers(target, ref):
+            others = [other for other in self.targets if other != target and other not in self._away]
+            if gone or not lags(target, others, lambda one: self.seconds(one, ref)):
                 with self._lock:
-                    self._away -= {target}
-                event("lookup replica is gone" if gone else "lookup replica is back", target=target)
+                    was_away, self._away = target in self._away, self._away - {target}
+                    self._watched.discard(target)
+                if was_away:
+                    event("lookup replica is gone" if gone else "lookup replica is back", target=target)
                 return
+            self._put_last(target, "lookup replica lags behind the others")
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _order(self, manifest: Manifest) -> tuple[tuple[str, ...], np.ndarray]:

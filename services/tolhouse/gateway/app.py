@@ -38,7 +38,7 @@ from tolhouse.gateway.server import MAX_HEADER_BYTES, Limits, Server
 from tolhouse.gateway.template import ChatTemplate
 from tolhouse.gateway.vocabulary import Vocabulary, check_ids
 from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
-from tolhouse.rpc import keep_large_blocks
+from tolhouse.rpc import keep_large_blocks, settle
 from tolhouse.telemetry import event, ready, split_address, take_over
 
 T = TypeVar("T")
@@ -269,6 +269,7 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
     take_over("uvicorn", logging.ERROR)  # its warnings are of single requests, of which our own log tells
+    settle()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)

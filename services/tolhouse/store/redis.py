@@ -8,7 +8,7 @@
 
 Reads are grouped by shard into one HMGET each; all are sent, to all nodes, before the first answer is waited for, and
 each shard's records are handed on as they come. Every call has a timeout. While a node of a Cluster is away, reads go to
-its replica (nodes.py).
+its replica, as they do while it lags (nodes.py).
 
 A URL may name files, which new connections read as they are then: `password_file`, and with rediss:// `ssl_ca_certs`,
 `ssl_certfile` and `ssl_keyfile`, as redis-py calls them.
@@ -31,6 +31,7 @@ from redis.credentials import CredentialProvider
 from redis.retry import Retry
 
 from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, NotFound, Overloaded, Unauthenticated, Unavailable
+from tolhouse.outlier import SUSPECT_SECONDS
 from tolhouse.store import LEASE_SECONDS, Alias, Store, by_shard, not_understood, shown
 from tolhouse.store.nodes import Nodes
 from tolhouse.table.spec import Buffer, Manifest, check_name, split, split_ref
@@ -157,8 +158,11 @@ class RedisStore(Store):
                 with self._blamed(lane.name):
                     lane.send()
             for lane in order:
+                waits_since = time.monotonic()
                 with self._blamed(lane.name):
                     answer = lane.answer()
+                if self._nodes and time.monotonic() - waits_since > SUSPECT_SECONDS:
+                    self._nodes.suspect(lane.name)
                 yield answer
 
     @contextmanager

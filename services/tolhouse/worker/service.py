@@ -18,7 +18,7 @@ from tolhouse.config import WorkerConfig
 from tolhouse.errors import InvalidArgument, Mismatch, TolhouseError
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import check_prompt
-from tolhouse.rpc import keep_large_blocks, return_freed_blocks, serve, stream
+from tolhouse.rpc import keep_large_blocks, serve, stream
 from tolhouse.scrape import serve_metrics
 from tolhouse.table.spec import Manifest
 from tolhouse.telemetry import event
@@ -247,7 +247,6 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
         compiled.attach(model)
     kind = Runner if device.type == "cpu" else GraphRunner
     runner = kind(model, pages, rows)
-    return_freed_blocks()  # what packing took
     engine = Engine(runner, rows, cache, config.max_running, config.max_waiting, config.max_step_tokens)
 
     def take_up(manifest: Manifest) -> None:
