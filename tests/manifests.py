@@ -21,6 +21,7 @@ KUBECTL = Path(sys.executable).parent / "kubectl"
 VERSIONS = ("1.27", "1.37")  # of Kubernetes: the oldest that README.md promises, and the newest
 NAMESPACE = "tolhouse"
 NAME = "app.kubernetes.io/name"
+SLACK = 256 * 10**6  # bytes of a lookup service besides its hot rows
 
 # Kinds that schemas of Kubernetes do not know: the fields of their spec that we use, those that must be there with True
 SHAPES = {
@@ -37,7 +38,8 @@ _INNER = {
     "workerGroupSpecs": {
         "groupName": True, "replicas": True, "minReplicas": True, "maxReplicas": True, "rayStartParams": True, "template": True,
     },
-    "endpoints": {"port": True, "path": False, "interval": False, "scheme": False},
+    "endpoints": {"port": True, "path": False, "interval": False, "scheme": False, "authorization": False},
+    "authorization": {"type": True, "credentials": True},
     "groups": {"name": True, "interval": False, "rules": True},
     "rules": {"alert": False, "record": False, "expr": True, "for": False, "labels": False, "annotations": False},
 }  # fmt: skip
@@ -96,6 +98,9 @@ def pods(documents: list[Document]) -> list[Pod]:
         elif d["kind"] in {"Deployment", "StatefulSet", "Job"}:
             claims = tuple(c["metadata"]["name"] for c in spec.get("volumeClaimTemplates", []))
             found.append(Pod(d, spec["template"]["metadata"].get("labels", {}), spec["template"]["spec"], claims))
+        elif d["kind"] == "CronJob":
+            template = spec["jobTemplate"]["spec"]["template"]
+            found.append(Pod(d, template["metadata"].get("labels", {}), template["spec"]))
         elif d["kind"] == "RayJob":
             cluster = spec["rayClusterSpec"]
             groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
@@ -303,13 +308,43 @@ def volumes(documents: list[Document]) -> Iterator[str]:
             if len(places) != len(set(places)):
                 yield f"{p}: two volumes are mounted at one place"
             for name, value in settings(documents, c).items():
-                path = value.removeprefix("file://")
-                if path.startswith("/") and not any(path == m or path.startswith(f"{m}/") for m in places):
-                    yield f"{p}: {name} is {value}, where no volume is mounted"
+                for path in _paths(value):
+                    if not any(path == m or path.startswith(f"{m}/") for m in places):
+                        yield f"{p}: {name} is {value}, where no volume is mounted"
+
+
+def _paths(value: str) -> list[str]:
+    """Files and folders that a setting names."""
+    return re.findall(r"(?:^|^file://|password_file=)(/[^&]+)", value)
+
+
+def secrets(documents: list[Document]) -> Iterator[str]:
+    """Of Secrets, README.md says how to make each key that is used; files of them are where settings say, for the pod's group alone."""
+    used = {(m["authorization"]["credentials"]["name"], m["authorization"]["credentials"]["key"])
+            for d in of(documents, "ServiceMonitor") for m in d["spec"]["endpoints"] if "authorization" in m}  # fmt: skip
+    for p in pods(documents):
+        defined = {v["name"]: v["secret"] for v in p.spec.get("volumes", []) if "secret" in v}
+        for name, secret in defined.items():
+            used |= {(secret["secretName"], item["key"]) for item in secret.get("items", [{"key": "*"}])}
+            if secret.get("defaultMode") != 0o440 or not p.spec.get("securityContext", {}).get("fsGroup"):
+                yield f"{p}: files of {name} are not for its group alone"
+        for c in p.containers:
+            used |= {(e["valueFrom"]["secretKeyRef"]["name"], e["valueFrom"]["secretKeyRef"]["key"])
+                     for e in c.get("env", []) if "secretKeyRef" in e.get("valueFrom", {})}  # fmt: skip
+            mounts = [m for m in c.get("volumeMounts", []) if m["name"] in defined]
+            files = {f"{m['mountPath']}/{item['path']}" for m in mounts for item in defined[m["name"]].get("items", [])}
+            for name, value in settings(documents, c).items():
+                for path in _paths(value):
+                    if any(path.startswith(f"{m['mountPath']}/") for m in mounts) and path not in files:
+                        yield f"{p}: {name} is {value}, which is no file of a Secret"
+            yield from (f"{p}: {m['name']} is mounted for writing" for m in mounts if not m.get("readOnly"))
+    made = re.findall(r"create secret generic ([\w-]+)(.*)", (ROOT / "deploy" / "k8s" / "README.md").read_text())
+    told = {(name, key) for name, how in made for key in re.findall(r"--from-file=([\w.-]+)", how)}
+    yield from (f"README.md does not say how to make {key} of the Secret {name}" for name, key in sorted(used - told))
 
 
 def resources(documents: list[Document]) -> Iterator[str]:
-    """Every container asks for processor and memory, for no more than it may have; a device is asked for whole."""
+    """Every container asks for processor and memory, for no more than it may have and enough for hot rows; a device is asked for whole."""
     for p in pods(documents):
         for c in p.containers:
             requests, limits = (c.get("resources", {}).get(kind, {}) for kind in ("requests", "limits"))
@@ -324,6 +359,9 @@ def resources(documents: list[Document]) -> Iterator[str]:
                     continue
                 if wanted > most:
                     yield f"{p}: container {c['name']} requests more {name} than its limit"
+                hot = float(settings(documents, c).get("TOLHOUSE_LOOKUP_HOT_MEGABYTES", 256))
+                if name == "memory" and p.name == "lookup" and most < 2 * hot * 10**6 + SLACK:
+                    yield f"{p}: container {c['name']} has no room for hot rows of two versions"
                 if "/" in name and (wanted != most or name not in limits or most != int(most)):
                     yield f"{p}: container {c['name']}: {name} must be a whole number, the same in requests and limits"
 
@@ -383,7 +421,7 @@ def environment(documents: list[Document]) -> Iterator[str]:
                 except ValidationError as error:
                     yield f"{p}: {kind.__name__}: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}"
             for name, value in given.items():
-                for scheme, host, port in re.findall(r"\b(dns|redis)://+([\w.-]+):(\d+)", value):
+                for scheme, host, port in re.findall(r"\b(dns|redis)://+(?:\w+@)?([\w.-]+):(\d+)", value):
                     spec = services.get(host)
                     if spec is None or int(port) not in [s["port"] for s in spec["ports"]]:
                         yield f"{p}: {name} is {value}, and there is no such Service with that port"
@@ -479,10 +517,10 @@ def rollout(documents: list[Document]) -> Iterator[str]:
                 yield f"{p} is killed before it has drained"
             probe = c.get("startupProbe", {})
             patience = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
-            waits = float(given.get("TOLHOUSE_WORKER_LOOKUP_WAIT_SECONDS", 0))
+            waits = max((float(v) for n, v in given.items() if n.endswith("_WAIT_SECONDS")), default=0)
             if patience < waits + 60:
                 yield f"{p} is given {patience} s to start, and may wait {waits:g} s before it loads"
 
 
 Check = Callable[[list[Document]], Iterator[str]]
-CHECKS: tuple[Check, ...] = (schemas, selectors, volumes, resources, ports, environment, accounts, security, images, rollout)
+CHECKS: tuple[Check, ...] = (schemas, selectors, volumes, secrets, resources, ports, environment, accounts, security, images, rollout)

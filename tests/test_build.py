@@ -15,7 +15,7 @@ import torch
 from tolhouse.build.job import plan
 from tolhouse.build.shards import build_shards
 from tolhouse.model.checkpoint import open_checkpoint
-from tolhouse.store import open_store
+from tolhouse.store import open_store, stands_for
 from tolhouse.testing import build_table, tiny_model
 
 DEMO = Path("models/demo-memory")
@@ -106,6 +106,24 @@ def test_a_build_killed_half_way_resumes_to_the_same_bytes(tmp_path: Path, whole
     assert 0 == code, err
     assert whole == shards(tmp_path)
     assert kept == {p: p.stat().st_mtime_ns for p in kept}
+
+
+def test_a_job_that_runs_again_does_not_undo_a_publish(checkpoint: Path, tmp_path: Path) -> None:
+    """With --publish-new a version is published where it is new or nothing is published, and not over what was published since."""
+    url = f"file://{tmp_path}"
+    job = (checkpoint, "--store", url, "--name", "job", "--publish-new")
+    with closing(open_store(url)) as store:
+        built = build(*job)[1].strip()
+        assert stands_for(store, built)
+        other = build_table(checkpoint, url, name="job", codec="int8")
+        code, _, said = build(*job)
+        assert (0, True) == (code, f"tolhouse publish {built}" in said)
+        assert stands_for(store, other)
+        newer = build(*job, "--codec", "fp16")[1].strip()
+        assert stands_for(store, newer)
+        store.set_alias("job", None)
+        build(*job)
+        assert stands_for(store, built)
 
 
 def test_a_killed_ray_worker_does_not_fail_the_build(tmp_path: Path, whole: dict[str, bytes]) -> None:

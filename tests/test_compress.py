@@ -1,6 +1,7 @@
 """Compressed tables: what is served is what the table decodes to, companions come and go with it, and what it costs can be told."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from tolhouse import Client
 from tolhouse.analysis.probes import model_rows, probed, table_rows
-from tolhouse.build.compress import Compressed, Scheme, bytes_at_16_bit, compress
+from tolhouse.build.compress import Compressed, Scheme, bytes_at_16_bit, check, compress
 from tolhouse.build.job import plan
 from tolhouse.errors import InUse, InvalidArgument
 from tolhouse.model.checkpoint import open_checkpoint
@@ -231,11 +232,39 @@ def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> N
         (Scheme("int9"), "codec 'int9' is unknown"),
         (Scheme("int8", ratio=1000), "a ratio of 1000 is out of reach: .* reaches 2"),
         (Scheme("int8", ratio=1), "over 1, not 1"),
+        (Scheme("int8", head=16), "no finer than rows in int8; allowed without low rank: fp32 or fp16 or bf16 or no head"),
+        (Scheme("fp32", head=16, head_codec="fp32"), "allowed without low rank: no head"),
     ],
 )
 def test_schemes_that_can_not_be_are_told(checkpoint: Path, scheme: Scheme, expected: str) -> None:
+    """Before there are rows or counts."""
+    with pytest.raises(InvalidArgument, match=expected):
+        check(plan(open_checkpoint(checkpoint), "squeezed", "bf16", 4), scheme)
     with pytest.raises(InvalidArgument, match=expected):
         made_of(checkpoint, scheme)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [
+        (Scheme("bf16", rank=1, head=16), Scheme("bf16")),
+        (Scheme("int8", ratio=1.5, head=16), Scheme("int8")),
+        (Scheme("int4", ratio=2, head=16), Scheme("int4", head=16)),
+    ],
+)
+def test_a_basis_of_full_rank_is_left_out(checkpoint: Path, scheme: Scheme, expected: Scheme) -> None:
+    """And with it a head that would be no finer: the table is that of the codec alone."""
+    assert made_of(checkpoint, expected).companions.manifest == made_of(checkpoint, scheme).companions.manifest
+
+
+def test_the_furthest_ratio_that_is_told_is_reached(checkpoint: Path) -> None:
+    """By one coefficient for each layer, whatever their energies are."""
+    with pytest.raises(InvalidArgument, match="out of reach") as told:
+        made_of(checkpoint, Scheme("int8", ratio=1000))
+    furthest = float(re.search(r"reaches ([\d.]+)", str(told.value))[1]) - 0.01
+    made = made_of(checkpoint, Scheme("int8", ratio=furthest))
+    assert (1, 1, 1, 1) == made.companions.manifest.ranks
+    assert bytes_at_16_bit(plan(open_checkpoint(checkpoint), "squeezed", "bf16", 4)) / made.bytes >= furthest
 
 
 def test_low_rank_rows_are_not_recomputed(checkpoint: Path, tmp_path: Path) -> None:
@@ -270,6 +299,25 @@ def test_commands_compress_and_evaluate(checkpoint: Path, tmp_path: Path) -> Non
     assert 0 < abs(through["loss"] - plain["loss"]) < abs(squeezed["loss"] - plain["loss"])
     assert plain["loss"] != half["loss"]
     assert "perplexity" in tolhouse(*common, "--most-tokens", "50").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "head", "expected"),
+    [
+        (("--codec", "fp16"), False, "1/1.00 of 16 bit"),
+        (("--codec", "int8"), False, "1/1."),
+        (("--codec", "int4"), True, "1/3."),
+        (("--codec", "int4", "--size-ratio", "2"), True, "int4 alone meets --size-ratio: rows have their full rank"),
+        (("--codec", "int8", "--rank-share", "1"), False, "--rank-share keeps all of it: rows have their full rank"),
+        (("--codec", "int8", "--rank-share", "0.5"), True, "ranks "),
+    ],
+)
+def test_the_default_head_is_one_that_is_finer(checkpoint: Path, tmp_path: Path, options: tuple, head: bool, expected: str) -> None:
+    """Where the codec is as fine as the head's there is none, and a basis that would keep everything is left out and told."""
+    url = f"file://{tmp_path}"
+    done = tolhouse("compress", str(checkpoint), "--store", url, "--corpus", "README.md", *options)
+    assert expected in done.stderr
+    assert head == bool(open_store(url).manifest(done.stdout.strip()).head)
 
 
 @pytest.mark.parametrize(

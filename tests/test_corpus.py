@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from tolhouse.errors import InvalidArgument
-from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, prepare, standard_library, train_tokenizer
+from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, prepare, standard_library, train_tokenizer, whole_files
 
 WORDS = [f"def name_{n}(value):\n    return value + {n}\n" for n in range(3000)]
 TOKENIZER = train_tokenizer(["".join(WORDS[:50])], 300)
@@ -36,6 +36,7 @@ def test_a_file_is_cut_into_pieces_and_nothing_is_lost(text: Path) -> None:
     names, pieces = zip(*documents(text), strict=True)
     assert text.read_text() == "".join(pieces)
     assert [f"text.txt:{start}" for start in range(0, len(text.read_text()), 20_000)] == list(names)
+    assert [("text.txt", text.read_text())] == list(whole_files(text))
 
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
@@ -46,6 +47,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(b"\x89PNG\xff\xfe")
     (tmp_path / "empty.txt").touch()
     assert [(f"{name}:0", f"für {name} ✓") for name in ("a/b.py", "a/z.txt", "b.txt", "ä.md")] == list(documents(tmp_path))
+    assert ["a/b.py", "a/z.txt", "b.txt", "empty.txt", "ä.md"] == [name for name, _ in whole_files(tmp_path)]
 
 
 def test_the_standard_library_comes_without_its_tests() -> None:

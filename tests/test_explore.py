@@ -14,22 +14,43 @@ import numpy as np
 import pytest
 from tolhouse.analysis.explain import explain_text
 from tolhouse.model.checkpoint import open_checkpoint
-from tolhouse.testing import Cluster, build_table, local_cluster
+from tolhouse.store import open_store, publish
+from tolhouse.store.overlay import make_overlay
+from tolhouse.testing import Cluster, build_table, local_cluster, process
 
 TEXT = "def add(x):\n    return"
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Cluster]:
+def explored(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """A model with a memory file beside its tokenizer, as the command writes it."""
-    folder = tmp_path_factory.mktemp("explored")
-    copy = folder / "tiny-memory"
+    copy = tmp_path_factory.mktemp("explored") / "tiny-memory"
     shutil.copytree(checkpoint, copy)
     command = [sys.executable, "-m", "tolhouse.cli", "explain", str(copy), "--explorer", str(copy / "memory.npz")]
     subprocess.run(command, check=True, capture_output=True)
-    url = f"file://{folder / 'tables'}"
-    build_table(copy, url)
-    with local_cluster(copy, url) as running:
+    return copy
+
+
+@pytest.fixture(scope="module")
+def cluster(explored: Path) -> Iterator[Cluster]:
+    url = f"file://{explored.parent / 'tables'}"
+    build_table(explored, url)
+    with local_cluster(explored, url) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def altered(explored: Path) -> Iterator[Cluster]:
+    """The same model with a table that is compressed, edited and without a layer."""
+    url = f"file://{explored.parent / 'altered'}"
+    command = [sys.executable, "-m", "tolhouse.cli", "compress", str(explored), "--store", url, "--codec", "int8", "--absent-layers", "2"]
+    ref = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    store = open_store(url)
+    publish(store, ref)
+    manifest = store.manifest(ref)
+    nothing = np.zeros((1, manifest.num_blocks, manifest.hidden_size), np.float32)
+    publish(store, make_overlay(store, ref, np.array([5], np.uint32), nothing).ref)
+    with local_cluster(explored, url) as running:
         yield running
 
 
@@ -60,8 +81,35 @@ def test_live_counts_grow(cluster: Cluster) -> None:
         if after["tokens"] >= before["tokens"] + 7:
             break
     assert re.fullmatch(r"tiny-memory@[0-9a-f]{16}", after["tables"][0])
+    assert (1, []) == (after["workers"], after["absent_layers"])
     assert 0 < after["fetch_seconds"] / after["fetches"] < 60
     assert after["from_cache"] + after["from_remote"] > before["from_cache"] + before["from_remote"]
+
+
+def test_whose_rows_they_are_is_told(cluster: Cluster, altered: Cluster, explored: Path) -> None:
+    """The model's own, which those of a table need not be."""
+    own = f"Norms, keys and neighbours are of the model's own rows (tiny-memory, {open_checkpoint(explored).model_id()[:12]})"
+    assert f"{own}." == httpx.get(f"http://{cluster.gateway}/explore/live").json()["memory"]
+    told = httpx.get(f"http://{altered.gateway}/explore/live").json()
+    assert [2] == told["absent_layers"]
+    assert f"{own}, not of those of {told['tables'][0]} (int8, edited, without layer 2)." == told["memory"]
+
+
+def test_a_memory_of_another_model_is_not_shown(cluster: Cluster, explored: Path, tmp_path: Path) -> None:
+    """Though it has the same tokenizer and shape: the page says so, and goes on without it; the log says it once."""
+    other = shutil.copytree(explored, tmp_path / "other")
+    arrays = dict(np.load(explored / "memory.npz"))
+    np.savez_compressed(other / "memory.npz", **arrays | {"model_id": np.array("f" * 64)})
+    expected = f"memory.npz is of model ffffffffffff, and the workers serve tiny-memory ({str(arrays['model_id'])[:12]}): write it again"
+    with process("gateway", str(other), "--workers", cluster.workers, "--listen", "127.0.0.1:0", "--poll-seconds", "0.2") as gateway:
+        url = f"http://{gateway.address}/explore"
+        while not httpx.get(f"{url}/live").json()["workers"]:
+            pass
+        assert [{"id", "token"}] * 3 == [set(t) for t in httpx.post(f"{url}/tokens", json={"text": TEXT}).json()["tokens"][:3]]
+        answer = httpx.get(f"{url}/tokens/5")
+        assert (404, True) == (answer.status_code, expected in answer.json()["error"]["message"]), answer.text
+        assert expected in httpx.get(f"{url}/live").json()["memory"]
+        assert 1 == gateway.log.read_text().count("the memory file is not shown")
 
 
 def test_the_page_is_whole(cluster: Cluster) -> None:
@@ -82,6 +130,28 @@ def test_tokens_that_are_not_there_are_told(cluster: Cluster, token: str, status
     assert (status, True) == (answer.status_code, bool(answer.json()["error"]["message"]))
 
 
+@pytest.mark.parametrize(
+    ("without", "expected"),
+    [("norms", "is not what `tolhouse explain --explorer` writes"), ("model_id", "does not say of which model it is")],
+)
+def test_a_file_that_lacks_something_is_told(explored: Path, tmp_path: Path, without: str, expected: str) -> None:
+    """Such as of which model it is, which no file said before."""
+    shutil.copytree(explored, tmp_path / "m")
+    arrays = {name: array for name, array in np.load(explored / "memory.npz").items() if name != without}
+    np.savez_compressed(tmp_path / "m" / "memory.npz", **arrays)
+    command = [sys.executable, "-m", "tolhouse.cli", "gateway", str(tmp_path / "m"), "--listen", "127.0.0.1:0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (1, True) == (done.returncode, expected in done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_memory_file_is_not_written_of_a_table(checkpoint: Path, tmp_path: Path) -> None:
+    """Its keys would be the model's and its norms the table's: the two options are refused together."""
+    command = [sys.executable, "-m", "tolhouse.cli", "explain", str(checkpoint), "--explorer", str(tmp_path / "m.npz"), "--table", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (1, True, []) == (done.returncode, "takes no --table" in done.stderr, list(tmp_path.iterdir())), done.stderr
+
+
 def test_a_file_that_is_no_memory_is_told(checkpoint: Path, tmp_path: Path) -> None:
     """The gateway says so at its start."""
     shutil.copytree(checkpoint, tmp_path / "m")
@@ -93,8 +163,7 @@ def test_a_file_that_is_no_memory_is_told(checkpoint: Path, tmp_path: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def page(cluster: Cluster) -> Iterator[object]:
-    """The page in a Chromium that reaches nothing but the gateway."""
+def browser() -> Iterator[object]:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if not chromium:
         pytest.skip("no chromium on the PATH")
@@ -102,14 +171,20 @@ def page(cluster: Cluster) -> Iterator[object]:
 
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        opened = browser.new_page(viewport={"width": 1100, "height": 1400})
-        asked: list[str] = []
-        opened.on("request", lambda request: asked.append(request.url))
-        opened.on("pageerror", lambda error: pytest.fail(str(error)))
-        opened.goto(f"http://{cluster.gateway}/explore")
-        yield opened
-        assert all(url.startswith(f"http://{cluster.gateway}/") for url in asked)
+        yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(cluster: Cluster, browser: object) -> Iterator[object]:
+    """The page in a Chromium that reaches nothing but the gateway."""
+    opened = browser.new_page(viewport={"width": 1100, "height": 1400})
+    asked: list[str] = []
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.on("pageerror", lambda error: pytest.fail(str(error)))
+    opened.goto(f"http://{cluster.gateway}/explore")
+    yield opened
+    assert all(url.startswith(f"http://{cluster.gateway}/") for url in asked)
 
 
 def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
@@ -151,9 +226,68 @@ def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
 
 
 def test_the_page_tells_errors(page: object) -> None:
-    """A text that is too long is refused by the worker, in words, and the page goes on."""
+    """A text that is too long is refused, in words; what was there of another is gone, and the page goes on."""
+    page.wait_for_function("document.querySelector('#odds td') && document.querySelector('#tokens button')")
     page.fill("#prompt", "word " * 3000)
     page.wait_for_function("document.getElementById('status').className === 'error'")
-    assert "context" in page.inner_text("#status")
+    page.wait_for_function("/context.*8192|8192.*context/.test(document.getElementById('status').textContent)")  # both say why
+    assert [""] * 4 == [page.inner_text(f"#{part}") for part in ("original", "probed", "odds", "tokens")]
+    assert "Choose a token" in page.inner_text("#detail")
     page.fill("#prompt", json.loads('"def"'))
-    page.wait_for_function("document.getElementById('status').className !== 'error'")
+    page.wait_for_function("document.getElementById('status').textContent.endsWith('text')")
+    assert "dim" == page.get_attribute("#status", "class")
+    page.fill("#prompt", "")
+    page.wait_for_function("document.getElementById('status').textContent === 'type a text'")
+    assert [""] * 3 == [page.inner_text(f"#{part}") for part in ("original", "probed", "odds")]
+
+
+def test_the_page_tells_log_probabilities(page: object, cluster: Cluster) -> None:
+    """Of each token, as it is beside as it was set, and where the two first differ; by keyboard too."""
+    body = {"prompt": TEXT, "max_tokens": 24, "temperature": 0, "logprobs": 1}
+    answers = [httpx.post(f"http://{cluster.gateway}/v1/completions", json=body | more).json() for more in ({}, {"row_scale": -0.5})]
+    plain, probed = (answer["choices"][0]["logprobs"] for answer in answers)
+    page.fill("#prompt", TEXT)
+    page.click("#reset")
+    page.fill("#alpha", "-0.5")
+    page.wait_for_function("document.getElementById('status').textContent === 'another text'")
+    columns = [page.locator(f"#odds td:nth-child({column})").all_inner_texts() for column in (3, 5)]
+    assert [[f"{p:.3f}" for p in side["token_logprobs"]] for side in (plain, probed)] == [[t for t in c if t] for c in columns]
+    differing = [n for n, (a, b) in enumerate(zip(plain["tokens"], probed["tokens"], strict=False)) if a != b]
+    assert [str(differing[0] + 1)] == page.locator("#odds tr.first td:first-child").all_inner_texts()
+    assert 1 == page.inner_text("#odds").count("first difference")
+    page.locator("#layers input").last.focus()
+    page.keyboard.press("Tab")
+    assert "odds" == page.evaluate("document.activeElement.id")
+    page.click("#reset")
+
+
+def test_an_older_answer_is_given_up(page: object) -> None:
+    """Tokens of a text that was changed meanwhile are not waited for."""
+    held = []
+    page.route("**/explore/tokens", lambda route: held.append(route) if "older" in route.request.post_data else route.continue_())
+    with page.expect_request(lambda request: "older" in (request.post_data or "") and request.url.endswith("tokens")):
+        page.fill("#prompt", "older older older")
+    with page.expect_event("requestfailed", lambda request: request.url.endswith("/explore/tokens")):
+        page.fill("#prompt", "def")
+    page.wait_for_function("document.getElementById('tokens').textContent === 'def'")
+    assert 1 == len(held)
+    page.unroute("**/explore/tokens")
+
+
+def test_rates_are_never_negative(page: object) -> None:
+    """A worker that began anew has counted less than before: there is no rate then."""
+    page.evaluate("before.tokens += 1e9")
+    page.wait_for_function("document.querySelector('#live dd').textContent === '…'")
+    page.wait_for_function("document.querySelector('#live dd').textContent === '0.0'")
+
+
+def test_the_page_tells_what_a_table_lacks(altered: Cluster, browser: object) -> None:
+    """A layer without rows can't be chosen, nor is it by a reset; the line above the keys says whose rows are shown."""
+    page = browser.new_page()
+    page.goto(f"http://{altered.gateway}/explore")
+    page.wait_for_function("document.querySelector('#layers input:disabled')")
+    page.click("#reset")
+    states = page.eval_on_selector_all("#layers input", "boxes => boxes.map(box => [box.disabled, box.checked])")
+    assert [[False, True], [False, True], [True, False], [False, True]] == states
+    assert "layer 2 (not in the table)" == page.inner_text("#layers label:nth-child(3)").strip()
+    assert "(int8, edited, without layer 2)" in page.inner_text("#memory")

@@ -21,7 +21,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Documen
     folder = tmp_path_factory.mktemp("k8s")
     shutil.copytree(K8S, folder, dirs_exist_ok=True)
     local = folder / "overlays" / "local" / "kustomization.yaml"
-    local.write_text(local.read_text() + "components: [../../components/monitoring, ../../components/traces]\n")
+    local.write_text(local.read_text() + "components: [../../components/monitoring, ../../components/traces, ../../components/auth]\n")
     found = {name: render(K8S / "overlays" / name) for name in ("local", "gpu")}
     found["local"] += yaml.safe_load_all((K8S / "loader.yaml").read_text())
     return found | {"monitored": render(folder / "overlays" / "local")}
@@ -63,9 +63,10 @@ def test_each_overlay_has_its_kinds(rendered: dict[str, list[Document]]) -> None
     kinds = {name: {d["kind"] for d in documents} for name, documents in rendered.items()}
     assert set() == kinds["local"] & {kind for _, kind in manifests.SHAPES}
     assert {"ServiceMonitor", "PrometheusRule"} == kinds["monitored"] - kinds["local"]
+    assert "1" == find(rendered["monitored"], "ConfigMap", "grafana-dashboard")["metadata"]["labels"]["grafana_dashboard"]
     assert {"StatefulSet", "HorizontalPodAutoscaler", "RayJob"} <= kinds["gpu"]
     assert 6 == find(rendered["gpu"], "StatefulSet", "redis")["spec"]["replicas"]
-    assert ["redis-form"] == [d["metadata"]["name"] for d in rendered["gpu"] if d["kind"] == "Job"]
+    assert ["redis-form"] == [d["metadata"]["name"] for d in rendered["gpu"] if d["kind"] in {"Job", "CronJob"}]
     (worker,) = find(rendered["gpu"], "Deployment", "worker")["spec"]["template"]["spec"]["containers"]
     assert 1 == worker["resources"]["limits"]["nvidia.com/gpu"]
 
@@ -151,9 +152,19 @@ BAD: list[tuple[Check, str, Callable[[list[Document]], None], str]] = [
     (manifests.volumes, "local", at("ConfigMap", "lookup", "data|TOLHOUSE_LOOKUP_STORE", "file:///table"), "where no volume is mounted"),
     (manifests.volumes, "local", at("Deployment", "worker", f"{CONTAINER}|volumeMounts|0|mountPath", "/tmp"), "at one place"),
     (manifests.volumes, "gpu", at("StatefulSet", "redis", "spec|volumeClaimTemplates|0|metadata|name", "disk"), "not defined"),
+    (manifests.volumes, "gpu", at("ConfigMap", "lookup", "data|TOLHOUSE_LOOKUP_STORE", "redis://tolhouse@redis:6379?password_file=/redis"), "where no volume is mounted"),
+    (manifests.secrets, "gpu", at("ConfigMap", "lookup", "data|TOLHOUSE_LOOKUP_STORE", "redis://tolhouse@redis:6379?password_file=/secrets/redis/admin"), "no file of a Secret"),
+    (manifests.secrets, "gpu", at("ConfigMap", "gateway", "data|TOLHOUSE_GATEWAY_KEYS_FILE", "/secrets/gateway/keys"), "no file of a Secret"),
+    (manifests.secrets, "gpu", at("StatefulSet", "redis", f"{CONTAINER}|env|0|valueFrom|secretKeyRef|key", "root"), "how to make root of the Secret redis-auth"),
+    (manifests.secrets, "gpu", at("ServiceMonitor", "gateway", "spec|endpoints|0|authorization|credentials|name", "keys"), "how to make key of the Secret keys"),
+    (manifests.secrets, "gpu", at("Deployment", "worker", "spec|template|spec|volumes|3|secret|items", None), "how to make * of the Secret services-token"),
+    (manifests.secrets, "gpu", at("Deployment", "worker", "spec|template|spec|volumes|3|secret|defaultMode", 0o444), "not for its group alone"),
+    (manifests.secrets, "gpu", at("Deployment", "worker", "spec|template|spec|securityContext|fsGroup", None), "not for its group alone"),
+    (manifests.secrets, "gpu", at("Deployment", "worker", f"{CONTAINER}|volumeMounts|3|readOnly", False), "mounted for writing"),
     (manifests.resources, "local", at("Deployment", "worker", f"{CONTAINER}|resources|limits|memory", "512Mi"), "more memory than its limit"),
     (manifests.resources, "local", at("Deployment", "worker", f"{CONTAINER}|resources|requests|cpu", "250 m"), "no quantity"),
     (manifests.resources, "local", at("Deployment", "worker", f"{CONTAINER}|resources|limits|cpu", None), "no limit of cpu"),
+    (manifests.resources, "gpu", at("ConfigMap", "lookup", "data|TOLHOUSE_LOOKUP_HOT_MEGABYTES", "8192"), "hot rows of two versions"),
     (manifests.resources, "gpu", at("Deployment", "worker", f"{CONTAINER}|resources|requests|nvidia.com/gpu", 0), "the same in requests"),
     (manifests.ports, "local", at("Deployment", "worker", f"{CONTAINER}|readinessProbe|grpc|port", 50051), "asks port 50051"),
     (manifests.ports, "local", at("Deployment", "gateway", f"{CONTAINER}|livenessProbe|httpGet|port", "https"), "asks port https"),
@@ -166,7 +177,7 @@ BAD: list[tuple[Check, str, Callable[[list[Document]], None], str]] = [
     (manifests.environment, "local", at("ConfigMap", "worker", "data|TOLHOUSE_WORKER_LOOKUP", "dns:///lookups:50051"), "no such Service"),
     (manifests.environment, "local", at("ConfigMap", "worker", "data|TOLHOUSE_WORKER_LOOKUP", "dns:///lookup:50052"), "no such Service"),
     (manifests.environment, "local", at("Service", "lookup", "spec|clusterIP", None), "must be headless"),
-    (manifests.environment, "gpu", at("ConfigMap", "lookup", "data|TOLHOUSE_LOOKUP_STORE", "redis://cache:6379"), "no such Service"),
+    (manifests.environment, "gpu", at("ConfigMap", "lookup", "data|TOLHOUSE_LOOKUP_STORE", "redis://tolhouse@cache:6379"), "no such Service"),
     (manifests.environment, "local", at("Deployment", "worker", "spec|template|spec|enableServiceLinks", True), "enableServiceLinks"),
     (manifests.accounts, "local", at("Deployment", "worker", "spec|template|spec|serviceAccountName", "default"), "account default"),
     (manifests.accounts, "local", at("Deployment", "worker", "spec|template|spec|automountServiceAccountToken", True), "mounts a token"),
@@ -189,6 +200,7 @@ BAD: list[tuple[Check, str, Callable[[list[Document]], None], str]] = [
     (manifests.rollout, "local", at("Deployment", "worker", f"{CONTAINER}|lifecycle", None), "how it pauses"),
     (manifests.rollout, "local", at("Deployment", "worker", "spec|template|spec|terminationGracePeriodSeconds", 130), "before it has drained"),
     (manifests.rollout, "local", at("Deployment", "worker", f"{CONTAINER}|startupProbe|failureThreshold", 6), "30 s to start"),
+    (manifests.rollout, "gpu", at("Deployment", "lookup", f"{CONTAINER}|startupProbe|failureThreshold", 60), "may wait 600 s"),
 ]  # fmt: skip
 
 

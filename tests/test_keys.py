@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
 import socket
+import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,10 +16,12 @@ import httpx
 import openai
 import pytest
 from click.testing import CliRunner
+from tolhouse import Client
 from tolhouse.cli import main
 from tolhouse.errors import InUse, InvalidArgument, NotFound
 from tolhouse.gateway.keys import Key, Meter, add_key, read_keys, remove_key
 from tolhouse.testing import Cluster, build_table, local_cluster
+from tolhouse.watched import Watched
 
 BODY = {"prompt": "def add", "max_tokens": 2}
 
@@ -137,6 +142,54 @@ def test_a_key_s_requests_in_flight_are_limited(cluster: Cluster, keys: Path) ->
             pass
         assert {200} == {ask(cluster, key, json=BODY).status_code for _ in range(5)}
     remove_key(keys, "narrow")
+
+
+def test_a_key_s_sequences_take_turns(cluster: Cluster, keys: Path) -> None:
+    """A request of many prompts is answered whole, with no more of them running at once than the key allows."""
+    key = add_key(keys, "turns", 60_000, 2)
+    most, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        with Client(cluster.workers) as worker:
+            while not done.wait(0.005):
+                described = worker.describe_worker()
+                most = max(most, described.running + described.waiting)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    body = {"prompt": ["def add", "class", "import", "x", "y"], "n": 2, "max_tokens": 30, "ignore_eos": True}
+    whole = ask(cluster, key, json=body)
+    done.set()
+    watching.join()
+    assert [*range(10)] == [choice["index"] for choice in whole.json()["choices"]]
+    assert 1 <= most <= 4  # two, and two that have just ended
+
+
+def test_an_owner_keeps_its_file_and_a_file_that_can_be_read_again_is(tmp_path: Path) -> None:
+    """Whoever serves as another user reads the keys after a change by root; and a reading that failed is repeated once rights change."""
+    path = tmp_path / "keys.json"
+    add_key(path, "one", 60, 1)
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+    owner = path.stat().st_uid
+    add_key(path, "two", 60, 1)
+    assert (owner, 0o600) == (path.stat().st_uid, stat.S_IMODE(path.stat().st_mode))
+    readable = True
+
+    def read() -> list[str]:
+        if not readable:
+            raise PermissionError("not mine")
+        return [*read_keys(str(path))]
+
+    watched = Watched((str(path),), read)
+    readable = False
+    remove_key(path, "one")
+    assert ["one", "two"] == watched.get()
+    readable = True
+    assert ["one", "two"] == watched.get()  # nothing says that it would be otherwise now
+    path.chmod(0o644)
+    assert ["two"] == watched.get()
 
 
 def test_a_meter_counts() -> None:

@@ -1,12 +1,13 @@
 """Whatever a stranger can make large, many or slow has an end, told in a line, and others are served meanwhile. Real sockets."""
 
+import asyncio
 import json
 import socket
 import ssl
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -17,8 +18,11 @@ import pytest
 from tolhouse import Client, scrape
 from tolhouse.errors import InvalidArgument, Overloaded
 from tolhouse.gateway.server import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
+from tolhouse.lookup import service
+from tolhouse.lookup.hotrows import HotRows
 from tolhouse.lookup.service import MAX_IDS_PER_FETCH
 from tolhouse.rpc import MAX_CONNECTIONS, MAX_REQUEST_BYTES, MAX_STREAMS
+from tolhouse.store import open_store, tables
 from tolhouse.testing import Cluster, build_table, local_cluster, process
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
@@ -163,6 +167,18 @@ def test_a_half_open_tls_handshake_is_given_up(checkpoint: Path, pki: Path, stor
 # HTTP: large and many
 
 
+def test_a_body_with_two_ends_is_refused(cluster: Cluster) -> None:
+    """With Content-Length and Transfer-Encoding both, a proxy could see another request behind it."""
+    with connect(cluster.gateway) as connection:
+        connection.sendall(
+            POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+        )
+        status, message = answered(connection)
+    assert (400, True) == (status, "send one of them" in message)
+    answer = httpx.post(f"http://{cluster.gateway}/v1/completions/", json=BODY, timeout=60)
+    assert 404 == answer.status_code  # and no redirect, which would send a key once more
+
+
 def test_an_enormous_header_is_refused(cluster: Cluster) -> None:
     """In one piece or in many, in one field, in many, or in the first line."""
     large = b"X-Large: " + b"x" * MAX_HEADER_BYTES + b"\r\n\r\n"
@@ -285,6 +301,45 @@ def test_fetch_and_generate_have_bounds(cluster: Cluster) -> None:
             with pytest.raises(error):
                 list(client.generate(prompt, 2))
         assert 2 == len(list(client.generate([1], 2, ignore_eos=True)))
+
+
+def test_answers_that_nobody_takes_hold_up_their_own_connection_alone(store: str) -> None:
+    """So many of one connection are in the making at once, however many streams it opens: what they hold in memory is bounded."""
+
+    async def run() -> None:
+        with closing(open_store(store)) as opened:
+            manifest = next(tables(opened))[0]
+            ids = (np.arange(MAX_IDS_PER_FETCH, dtype="<u4") % manifest.vocab_size).tobytes()
+            rows = HotRows(opened, 1 << 20)
+            server = grpc.aio.server()
+            service.register(service.LookupService(rows), server)
+            port = server.add_insecure_port("127.0.0.1:0")
+            await server.start()
+
+            async def two_rows(channel: grpc.aio.Channel) -> int:
+                call = LookupStub(channel).Fetch()
+                await call.write(lookup_pb2.FetchRequest(request_id=1, table=manifest.ref, token_ids=ids[:8]))
+                reply = await call.read()
+                call.cancel()
+                return len(reply.records)
+
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as one, grpc.aio.insecure_channel(f"localhost:{port}") as other:
+                calls = [LookupStub(one).Fetch() for _ in range(service.MOST_AT_ONCE)]
+                for call in calls:
+                    await call.write(lookup_pb2.FetchRequest(request_id=1, table=manifest.ref, token_ids=ids))
+                    assert 0 == (await call.read()).first
+                waits = asyncio.create_task(two_rows(one))
+                assert 2 * manifest.record_bytes == await two_rows(other)
+                await asyncio.sleep(0.5)
+                assert not waits.done()
+                calls[0].cancel()
+                assert 2 * manifest.record_bytes == await waits
+                for call in calls:
+                    call.cancel()
+            await server.stop(0)
+            rows.close()
+
+    asyncio.run(run())
 
 
 @contextmanager

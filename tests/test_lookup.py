@@ -1,5 +1,6 @@
 """The lookup service as a real process, over files, Redis and a Redis Cluster, asked by a stock gRPC client."""
 
+import json
 import os
 import queue
 import signal
@@ -256,6 +257,34 @@ def test_what_can_not_start_says_why(files: tuple[str, str], service: Process, t
     (tmp_path / "file").touch()
     assert "is a file, and no folder" in refused("lookup", "--store", f"file://{tmp_path}/file", *FREE)
     assert "HOST:PORT" in refused("lookup", "--store", files[0], "--listen", "nowhere")
+
+
+def test_a_store_that_comes_later_is_waited_for(checkpoint: Path) -> None:
+    """With --store-wait-seconds, a service that starts before its Redis serves once that is there."""
+    port = free_port()
+    arguments = (
+        sys.executable,
+        "-m",
+        "tolhouse.cli",
+        "lookup",
+        "--store",
+        f"redis://127.0.0.1:{port}",
+        "--store-wait-seconds",
+        "60",
+        *FREE,
+    )
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as popen:
+        assert popen.stderr
+        assert popen.stdout
+        for line in popen.stderr:
+            if "waiting for the store" in line:
+                break
+        with redis_server(port=port) as url:
+            ref = build_table(checkpoint, url)
+            with Client(json.loads(popen.stdout.readline())["address"]) as client:
+                assert [ref] == [manifest.ref for manifest, _ in client.tables()]
+            popen.terminate()
+            assert 0 == popen.wait(60)
 
 
 def test_redis_may_die_and_come_back(checkpoint: Path) -> None:

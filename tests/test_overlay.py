@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tolhouse import Client
+from tolhouse.analysis.edits import copy_of, scale_of
 from tolhouse.errors import IdOutOfRange, InUse, InvalidArgument, NotFound
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.store import delete, open_store, publish, rollback, rows_of
@@ -120,6 +121,21 @@ def test_what_an_overlay_lies_over_stays(checkpoint: Path, tmp_path: Path) -> No
     assert f"table {ref} is not in" in told
 
 
+def test_an_overlay_without_its_parent_is_not_served(checkpoint: Path, tmp_path: Path) -> None:
+    """Neither a publish nor a rollback lets the name stand for it."""
+    store = open_store(f"file://{tmp_path}")
+    gone, other = (store.manifest(build_table(checkpoint, store.url, codec=codec)) for codec in ("fp32", "int8"))
+    made = make_overlay(store, gone.ref, ids(1), rows_of(store, gone, ids(2)))
+    publish(store, made.ref)
+    publish(store, other.ref)
+    shutil.rmtree(tmp_path / "tiny-memory" / gone.version)
+    store = open_store(store.url)
+    for work in (lambda: publish(store, made.ref), lambda: rollback(store, "tiny-memory")):
+        with pytest.raises(NotFound, match=f"is an overlay over {gone.ref}, which is not in"):
+            work()
+    assert other.version == store.alias("tiny-memory").version
+
+
 def test_a_version_s_record_does_not_pass_for_its_overlay_s(checkpoint: Path, tmp_path: Path) -> None:
     """The checksum of a changed row names the overlay: the parent's old record in its place is found."""
     store = open_store(f"file://{tmp_path}")
@@ -148,13 +164,15 @@ def test_a_rolled_back_name_has_its_rows_again(checkpoint: Path, tmp_path: Path)
     ("arguments", "expected"),
     [
         ((), "nothing to change: give --copy, --scale or --rows"),
-        (("--scale", "3"), "--scale '3' is not TOKEN=SCALE"),
+        (("--scale", "3"), "--scale '3' is not TOKEN=FACTOR"),
+        (("--copy", "3="), "--copy '3=' is not TOKEN=OTHER"),
+        (("--scale", "٣=1"), "token '٣' is not an id"),
         (("--scale", "3=much"), "'much' is not a number to scale a row by"),
         (("--scale", "3=nan"), "'nan' is not a number to scale a row by"),
         (("--copy", "3=999999"), "token id 999999 is outside table"),
         (("--scale", "999999=1"), "token id 999999 is outside table"),
         (("--copy", "import=3"), "token 'import' is not an id: give --checkpoint"),
-        (("--scale", "3=1", "--scale", "3=2"), "changes the row of each token once"),
+        (("--scale", "3=1", "--scale", "3=2"), "changes the row of each token once: token id 3 was given more than once"),
         (("--rows", "no-such.npz"), "no file no-such.npz"),
         (("--rows", "README.md"), "README.md is not an .npz archive"),
         (("--copy", "99999999999999999999999=5"), "token id 9223372036854775807 is outside table"),
@@ -183,6 +201,47 @@ def test_tokens_are_named_by_text(checkpoint: Path, tmp_path: Path) -> None:
     assert (token,) == made.changed
     assert not rows_of(open_store(url), made, ids(token)).any()
     assert "is not one token but" in tolhouse(*command, "--scale", f"{word} {word} {word}=0", code=1).stderr
+
+
+@pytest.mark.parametrize(("edit", "token", "other"), [("A==", "A", "="), ("==A", "=", "A"), ("A='='", "A", "="), ("'3'=A", "3", "A")])
+def test_a_token_may_be_an_equals_sign(checkpoint: Path, edit: str, token: str, other: str) -> None:
+    """An edit is divided where there is a token on both sides."""
+    tokenizer = open_checkpoint(checkpoint).tokenizer()
+    assert (tokenizer.token_to_id(token), tokenizer.token_to_id(other)) == copy_of(edit, tokenizer)
+    assert (tokenizer.token_to_id(token), 0.5) == scale_of(f"'{token}'=0.5", tokenizer)
+
+
+def test_parts_of_a_table_are_not_edited(checkpoint: Path, tmp_path: Path) -> None:
+    """Nobody would read the edit: what has them as parts names them by version."""
+    url = f"file://{tmp_path}"
+    store = open_store(url)
+    options = ("--codec", "int8", "--rank-share", "0.5", "--store", url, "--corpus", "README.md")
+    base = store.manifest(tolhouse("compress", str(checkpoint), *options).stdout.strip())
+    made = make_overlay(store, base.ref, ids(1), np.zeros((1, 4, 96), np.float32))
+    for part in (base.head, base.basis, made.edits):
+        with pytest.raises(InvalidArgument, match=r"is a part of .* and no table to edit"):
+            make_overlay(store, part, ids(1), np.zeros((1, 4, 96), np.float32))
+
+
+def test_sizes_are_told_with_what_is_stored_beside(checkpoint: Path, tmp_path: Path) -> None:
+    """A table's with its basis and head, an overlay's with its edits; `overlay` and `tables list` agree."""
+    url = f"file://{tmp_path}"
+    store = open_store(url)
+    options = ("--codec", "int8", "--rank-share", "0.9", "--store", url, "--corpus", "README.md")
+    base = store.manifest(tolhouse("compress", str(checkpoint), *options).stdout.strip())
+    done = tolhouse("overlay", base.ref, "--rows", rows_file(tmp_path, 300), "--store", url)
+    made = store.manifest(done.stdout.strip())
+    size = made.table_bytes + store.manifest(made.edits).table_bytes
+    assert f", {size / 1e3:.1f} kB" in done.stderr
+    whole = base.table_bytes + store.manifest(base.basis).table_bytes + store.manifest(base.head).table_bytes
+    listed = {line[2 : 2 + len(base.ref)]: line for line in tolhouse("tables", "list", "--store", url).stdout.splitlines()}
+    assert f" {size / 1e6:.1f} MB" in listed[made.ref]
+    assert f" {whole / 1e6:.1f} MB" in listed[base.ref]
+
+
+def rows_file(folder: Path, count: int) -> str:
+    np.savez(folder / "rows.npz", ids=np.arange(count), rows=np.ones((count, 4, 96), np.float32))
+    return str(folder / "rows.npz")
 
 
 def test_rows_come_from_a_file(checkpoint: Path, tmp_path: Path) -> None:

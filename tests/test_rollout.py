@@ -1,18 +1,24 @@
 """A version is published, rolled back and deleted while the system runs: new sequences use it, running ones end on theirs."""
 
 import time
+import urllib.request
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
-from tolhouse import Client, errors
+from tolhouse import Client, Manifest, errors
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.store import Store, delete, open_store, publish, rollback
-from tolhouse.testing import build_table, process, tiny_model
+from tolhouse.testing import Process, build_table, process, tiny_model
+from tolhouse.worker import follow
+from tolhouse.worker.engine import Engine
+from tolhouse.worker.follow import Follower
 from tolhouse.worker.rows import Rows
 
 FREE = ("--listen", "127.0.0.1:0")
@@ -74,6 +80,11 @@ def test_new_sequences_use_a_published_version_and_running_ones_end_on_theirs(ur
         delete(store, two, force=True)
 
 
+def metrics(worker: Process) -> str:
+    with urllib.request.urlopen(f"http://{worker.ready['metrics']}/metrics") as answer:
+        return answer.read().decode()
+
+
 def unpublished(store: Store, *refs: str) -> str:
     alias = store.alias("rolled")
     return next(ref for ref in refs if not alias or not ref.endswith(alias.version))
@@ -92,8 +103,34 @@ def test_a_version_of_another_model_is_not_taken_up(checkpoint: Path, tmp_path: 
             until(lambda: "refused" in worker.log.read_text())
             assert f"table {other} was built from model" in worker.log.read_text()
             assert one == client.describe_worker().table
+            assert f'tolhouse_worker_table_refused{{table="{other}"}} 1.0' in metrics(worker)
             publish(store, two)
             until(lambda: client.describe_worker().table == two)
+            assert "tolhouse_worker_table_refused{" not in metrics(worker)
+
+
+def test_a_worker_follows_on_after_what_should_not_happen(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that a full device could not take is taken up later, and those in use are held meanwhile."""
+    monkeypatch.setattr(follow, "_PAUSE_SECONDS", 0.05)
+    url = f"file://{tmp_path}/tables"
+    one = build_table(checkpoint, url, name="full")
+    two = build_table(checkpoint, url, name="full", codec="int8", publish=False)
+    taken: list[str] = []
+
+    def take_up(manifest: Manifest) -> None:
+        taken.append(manifest.ref)
+        if len(taken) < 3:
+            raise RuntimeError("out of memory")
+
+    with closing(open_store(url)) as store, process("lookup", "--store", url, *FREE) as lookup, Client(lookup.address) as client:
+        publish(store, two)
+        engine = cast("Engine", SimpleNamespace(table=one, tables=lambda: [one]))
+        follower = Follower(client, "full", engine, take_up, 0.05)
+        follower.start()
+        until(lambda: len(taken) == 3)
+        follower.stop()
+        assert store.leased(store.manifest(one))
+    assert [two] * 3 == taken
 
 
 def test_a_worker_told_a_version_stays_with_it(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,19 +1,24 @@
 """What is told of a whole model's memory, and the report that shows it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tolhouse.analysis.explain import coefficients, shared_by
+from tolhouse.analysis.report import report
 from tolhouse.analysis.survey import OUTLIER, k_means, survey
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.testing import tiny_model
+from tolhouse.watched import replace_file
 
 
 def test_clusters_are_found() -> None:
@@ -77,6 +82,15 @@ def test_the_report_is_one_file(checkpoint: Path, tmp_path: Path) -> None:
     assert not re.search(r"""<script|<b>|(src|href)\s*=\s*["']http""", text)
 
 
+def test_a_layer_that_nothing_misses_is_drawn(checkpoint: Path) -> None:
+    """As is a model of one layer, without a warning that a scale has nothing to show."""
+    found = survey(open_checkpoint(checkpoint), 8, 300)
+    found["layers"], found["probes"]["without_layer"] = found["layers"][:1], [0.99]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 5 == report(found, []).count("<svg")
+
+
 def test_what_can_not_be_surveyed_is_told(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="no token memory"):
         survey(open_checkpoint(tiny_model(tmp_path / "base", "base")), 8, 0)
@@ -108,6 +122,9 @@ def test_a_table_s_rows_are_looked_into(checkpoint: Path, tmp_path: Path) -> Non
     [
         (("{}", "--html", "no-folder/report.html"), "no folder no-folder"),
         (("{}", "--explorer", "no-folder/memory.npz"), "no folder no-folder"),
+        (("{}", "--html", "tests"), "tests is a folder"),
+        (("{}", "--explorer", "tests"), "tests is a folder"),
+        (("{}", "--html", "/proc/report.html"), "/proc/report.html can't be written"),
         (("tiny-memory@0123456789abcdef",), "a table has rows and no keys"),
         (("{}", "def", "--table", "nothing", "--store", "file:///nowhere"), "nowhere"),
         (("{}", b"\xff\xfe"), "is not UTF-8"),
@@ -118,6 +135,25 @@ def test_what_can_not_be_explained_is_told(checkpoint: Path, arguments: tuple, e
     done = subprocess.run([sys.executable, "-m", "tolhouse.cli", "explain", *given], capture_output=True, text=True, check=False)
     assert (1, True) == (done.returncode, expected in done.stderr), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_link_s_target_is_replaced_and_a_pipe_is_written_into(tmp_path: Path) -> None:
+    """Both stay what they are."""
+    (tmp_path / "folder").mkdir()
+    target, link, pipe = tmp_path / "folder" / "target", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(target)
+    for data in (b"new", b"newer"):
+        replace_file(link, data)
+        assert (data, True, [target]) == (target.read_bytes(), link.is_symlink(), [*target.parent.iterdir()])
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    replace_file(pipe, b"told")
+    reader.join(30)
+    assert ([b"told"], True) == (read, pipe.is_fifo())
+    with pytest.raises(InvalidArgument, match="/proc/target can't be written"):
+        replace_file(Path("/proc/target"), b"")
 
 
 def test_a_file_is_kept_where_no_other_can_be_written(tmp_path: Path) -> None:

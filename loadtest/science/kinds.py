@@ -85,10 +85,10 @@ def table(seeds: int) -> tuple[str, dict[str, float]]:
         if any(losses):
             found[run.name] = [math.exp(loss) for loss in losses if loss is not None]
     mean = {name: math.exp(sum(map(math.log, p)) / len(p)) for name, p in found.items()}
-    lines = ["| kind | total | active | held-out perplexity, by seed |", "|---|---|---|---|"]
+    lines = ["| kind | total | active | held-out perplexity, by seed | mean |", "|---|---|---|---|---|"]
     for run in sorted((r for r in KINDS if r.name in found), key=lambda r: mean[r.name]):
         total, active = run.parameters()
-        lines.append(f"| {run.name} | {total:,} | {active:,} | {' · '.join(f'{p:.2f}' for p in found[run.name])} |")
+        lines.append(f"| {run.name} | {total:,} | {active:,} | {' · '.join(f'{p:.2f}' for p in found[run.name])} | {mean[run.name]:.2f} |")
     return "\n".join(lines), mean
 
 

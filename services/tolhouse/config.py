@@ -90,6 +90,7 @@ class TableConfig(Config):
 class BuildConfig(TableConfig):
     model_config = SettingsConfigDict(env_prefix=f"{PREFIX}BUILD_")
 
+    store_wait_seconds: float = knob(0, "Longest wait for a Redis that can't be reached yet, at start.", ge=0)
     verify_rows: int = knob(64, "Rows recomputed and compared after the build, drawn at random.", ge=1)
     workers: int = knob(0, "Ray tasks at a time; 0: one per core of the cluster.", ge=0)
     ray_address: str = knob("local", "Ray cluster to run on; `local` starts one for this build.", validation_alias="RAY_ADDRESS")
@@ -133,6 +134,7 @@ class LookupConfig(Server):
     )
     drain_seconds: float = knob(10, "Time for calls in flight to end after SIGTERM.", ge=0)
     store_timeout_seconds: float = knob(2, "Longest wait for one answer of Redis.", gt=0)
+    store_wait_seconds: float = knob(0, "Longest wait for a Redis that can't be reached yet, at start.", ge=0)
 
 
 class WorkerConfig(Server, Caller):

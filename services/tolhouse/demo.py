@@ -74,7 +74,7 @@ def demo(checkpoint_path: Path, max_tokens: int) -> int:
 def serve(checkpoint_path: Path, listen: str) -> None:
     """Leave the system running until Ctrl-C."""
     checkpoint = open_checkpoint(checkpoint_path)
-    with suppress(KeyboardInterrupt), running(checkpoint, listen) as cluster:
+    with suppress(KeyboardInterrupt), running(checkpoint, listen, follow=True) as cluster:
         body = json.dumps({"model": checkpoint.name, "prompt": PROMPTS[2], "max_tokens": 32, "temperature": 0})
         click.echo(f"serving {checkpoint.name} at {cluster.url}; Ctrl-C ends it. Try:\n")
         click.echo(f"curl -s {cluster.url}/completions -H 'Content-Type: application/json' -d '{body}'")
@@ -84,8 +84,8 @@ def serve(checkpoint_path: Path, listen: str) -> None:
 
 
 @contextmanager
-def running(checkpoint: Checkpoint, listen: str = "127.0.0.1:0") -> Iterator[Cluster]:
-    """The whole system over a table of `checkpoint`, which is built if need be."""
+def running(checkpoint: Checkpoint, listen: str = "127.0.0.1:0", *, follow: bool = False) -> Iterator[Cluster]:
+    """The whole system over a table of `checkpoint`, which is built if need be; or, with `follow`, over what its name stands for."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with us
     _say(f"building the table of {checkpoint.name} with Ray")
     # fp32 rows are the model's own: served tokens equal the in-process ones
@@ -99,14 +99,15 @@ def running(checkpoint: Checkpoint, listen: str = "127.0.0.1:0") -> Iterator[Clu
         "fp32",
         "--store",
         DEFAULT_STORE,
-        "--publish",
+        "--publish-new",
     ]
     built = subprocess.run([*arguments, "--log-level", "warning"], stdout=subprocess.PIPE, text=True, check=False)
     if built.returncode:
         raise Unavailable("the build failed; its message is above")
     table = built.stdout.strip()
-    _say(f"{table} is built, verified and published; starting lookup, worker and gateway")
-    with local_cluster(checkpoint.path, DEFAULT_STORE, gateway_listen=listen, worker_options=("--table", table, *_WORKER)) as cluster:
+    _say(f"{table} is built and verified; starting lookup, worker and gateway")
+    options = _WORKER if follow else ("--table", table, *_WORKER)
+    with local_cluster(checkpoint.path, DEFAULT_STORE, gateway_listen=listen, worker_options=options) as cluster:
         yield cluster
 
 

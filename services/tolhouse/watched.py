@@ -56,18 +56,35 @@ def read_file(path: str, what: str) -> bytes:
 
 
 def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file whole, so that nobody sees half of it. A new one gets `mode`; one that is there keeps its own."""
-    with suppress(FileNotFoundError):
-        mode = stat.S_IMODE(path.stat().st_mode)
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    """Write a file whole, so that nobody sees half of it. A new one gets `mode`; one that is there keeps its own, and its owner.
+
+    Through a link its target is replaced, and what is no file, such as a pipe, is written into. InvalidArgument if it can't be.
+    """
     try:
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+        before: os.stat_result | None = None
+        with suppress(FileNotFoundError):
+            before = path.stat()
+            mode = stat.S_IMODE(before.st_mode)
+        if before and not stat.S_ISREG(before.st_mode):
+            with path.open("wb") as there:
+                there.write(data)
+            return
+        target = path.resolve()
+        fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        try:
+            with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                file.write(data)
+                file.flush()
+                if before and (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(file.fileno(), before.st_uid, before.st_gid)  # whoever serves reads it still
+                os.fsync(file.fileno())
+            fresh.replace(target)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except BrokenPipeError:
+        raise  # who reads has had enough
+    except OSError as error:  # its own text names the fresh file
+        raise InvalidArgument(f"{path} can't be written: {error.strerror or error}") from None
 
 
 def _looks(path: str) -> tuple[int, ...]:
@@ -75,4 +92,4 @@ def _looks(path: str) -> tuple[int, ...]:
         status = Path(path).stat()
     except OSError:
         return ()
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino  # ctime: it may have become readable

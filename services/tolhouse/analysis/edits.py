@@ -14,7 +14,7 @@ from tolhouse.table.spec import Manifest
 
 def token_id(word: str, tokenizer: Tokenizer | None) -> int:
     """The id of a token, given as a number or, where there is a tokenizer, as its text in single or double quotes or as it is."""
-    if word.isdecimal():
+    if word.isascii() and word.isdecimal():
         return min(int(word[:20]), 2**63 - 1)
     if tokenizer is None:
         raise InvalidArgument(f"token {word!r} is not an id: give --checkpoint, whose tokenizer knows texts")
@@ -28,22 +28,33 @@ def token_id(word: str, tokenizer: Tokenizer | None) -> int:
     return ids[0]
 
 
-def halves(edit: str, what: str) -> tuple[str, str]:
-    """What stands before and after the last `=` of an edit."""
-    token, sign, value = edit.rpartition("=")
-    if not sign or not token or not value:
-        raise InvalidArgument(f"{what} {edit!r} is not TOKEN={what.removeprefix('--').upper()}")
-    return token, value
+def copy_of(edit: str, tokenizer: Tokenizer | None) -> tuple[int, int]:
+    """The ids in TOKEN=OTHER. Either may be a text with `=` in it: the last `=` that has a token on both sides divides them."""
+    halves = [(edit[:at], edit[at + 1 :]) for at in range(len(edit) - 2, 0, -1) if edit[at] == "="]
+    if not halves:
+        raise InvalidArgument(f"--copy {edit!r} is not TOKEN=OTHER")
+    first: InvalidArgument | None = None
+    for token, other in halves:
+        try:
+            return token_id(token, tokenizer), token_id(other, tokenizer)
+        except InvalidArgument as error:
+            first = first or error
+    assert first
+    raise first
 
 
-def factor(value: str) -> float:
+def scale_of(edit: str, tokenizer: Tokenizer | None) -> tuple[int, float]:
+    """The id and the number in TOKEN=FACTOR; a number has no `=`, so the last one divides them."""
+    token, _, value = edit.rpartition("=")
+    if not token or not value:
+        raise InvalidArgument(f"--scale {edit!r} is not TOKEN=FACTOR")
     try:
-        found = float(value)
+        factor = float(value)
     except ValueError:
-        found = float("nan")
-    if not np.isfinite(found):
+        factor = float("nan")
+    if not np.isfinite(factor):
         raise InvalidArgument(f"{value!r} is not a number to scale a row by")
-    return found
+    return token_id(token, tokenizer), factor
 
 
 def read_rows(file: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -107,7 +107,8 @@ def explorer(checkpoint: Checkpoint, keys: int = 3, neighbours: int = 5) -> dict
         "near": torch.cat([n.indices for n in near]).int(),
         "cosines": torch.cat([n.values for n in near]).half(),
     }
-    return {"tokenizer_id": np.array(checkpoint.tokenizer_id), **{name: array.numpy() for name, array in arrays.items()}}
+    of = {"tokenizer_id": np.array(checkpoint.tokenizer_id), "model_id": np.array(checkpoint.model_id())}
+    return {**of, **{name: array.numpy() for name, array in arrays.items()}}
 
 
 def nearest(rows: RowsOf, vocab_size: int, ids_T: Tensor, count: int) -> torch.return_types.topk:

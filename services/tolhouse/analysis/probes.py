@@ -14,20 +14,37 @@ from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.rows import batches
 from tolhouse.store import open_store, resolve, rows_of
 from tolhouse.table.codecs import codec
-from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_library
+from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_library, whole_files
 
 
 def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -> np.ndarray:
-    """Token ids int64 [T] of a text file or a folder of them, or by default of the standard library's held-out part; the first `most_tokens`."""
+    """Token ids int64 [T] of a text file or a folder of them, or by default of the standard library's held-out part; the first `most_tokens`.
+
+    A text that is given is read whole, with an end of text between two files alone: no token is predicted that is not its own. The held-out
+    part is that of training, in pieces with an end after each. NotFound, or InvalidArgument where there is nothing to predict.
+    """
+    if most_tokens == 1:
+        raise InvalidArgument("the most tokens must be at least 2, one to predict the other from, or 0 for all")
     tokenizer = checkpoint.tokenizer()
-    found = documents(path or standard_library())
-    texts = [text for name, text in found if path or is_held_out(name)]
     end = tokenizer.token_to_id(END_OF_TEXT)
     ends = [] if end is None else [end]
+    if path is None:
+        texts = [text for name, text in documents(standard_library()) if is_held_out(name)]
+    else:
+        found = list(whole_files(path))
+        if not found:
+            wrong = "holds no text that is UTF-8" if path.is_dir() else "is not UTF-8, or can't be read"
+            raise InvalidArgument(f"{path} {wrong}: give a text file or a folder of them")
+        texts = [text for _, text in found if text]
     ids = [i for encoding in tokenizer.encode_batch(texts) for i in (*encoding.ids, *ends)]
+    if path is not None and ends:
+        ids = ids[:-1]
+    ids = ids[: most_tokens or None]
     if len(ids) < 2:
-        raise InvalidArgument(f"{path} has {len(ids)} tokens of text (UTF-8); at least 2 are needed")
-    return np.array(ids[: most_tokens or None], np.int64)
+        raise InvalidArgument(
+            f"{path or 'the text'} gives {len(ids)} token{'s' * (len(ids) != 1)}; at least 2 are needed, one to predict the other from"
+        )
+    return np.array(ids, np.int64)
 
 
 def model_rows(checkpoint: Checkpoint, x0: bool = False, layers: tuple[int, ...] | None = None) -> np.ndarray:

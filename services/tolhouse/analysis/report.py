@@ -56,8 +56,10 @@ def report(found: dict[str, Any], tokens: list[dict[str, Any]]) -> str:
             axes.set(xlabel="α", ylabel="perplexity over that of α = 1")
 
         def dropped(axes: Any) -> None:
-            axes.bar(numbers, [ratio - 1 for ratio in probes["without_layer"]])
-            axes.set(xlabel="layer left out", ylabel="relative increase of perplexity", yscale="log")
+            increases = [ratio - 1 for ratio in probes["without_layer"]]
+            axes.bar(numbers, increases)
+            scale = "log" if min(increases) > 0 else "linear"  # a log scale has no place for a layer without which nothing is worse
+            axes.set(xlabel="layer left out", ylabel="relative increase of perplexity", yscale=scale)
 
         parts += [
             "<h2>Probes</h2>",
@@ -80,7 +82,7 @@ def report(found: dict[str, Any], tokens: list[dict[str, Any]]) -> str:
             for layer, (norm, strongest) in enumerate(zip(token["norms"], token["keys"], strict=True))
         ]
         parts.append(_table(["layer", "norm", "strongest keys, and the tokens that have them most"], keys))
-        near = " ".join(f"{_tokens([n['token']])} {n['cosine']:.2f}" for n in token["nearest"])
+        near = " ".join(f"{_tokens([n['token']])} ({n['id']}) {n['cosine']:.2f}" for n in token["nearest"])
         parts.append(f"<p>Nearest rows: {near}</p>")
     body = "\n".join(parts)
     title = html.escape(found["checkpoint"])

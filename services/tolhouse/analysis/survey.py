@@ -71,9 +71,13 @@ def survey(checkpoint: Checkpoint, clusters: int, probe_tokens: int, seed: int =
     found |= {"definitions": DEFINITIONS, "layers": layers}
     if probe_tokens:
         ids = text[:probe_tokens]
-        exact = evaluate(model, ids, probed(rows, x0=x0)).perplexity
-        sweep = [evaluate(model, ids, probed(rows, alpha, x0=x0)).perplexity / exact for alpha in ALPHAS]
-        dropped = [evaluate(model, ids, probed(rows, absent=(layer,), x0=x0)).perplexity / exact for layer in range(config.num_rows)]
+        asked = [(1.0, ()), *((alpha, ()) for alpha in ALPHAS), *((1.0, (layer,)) for layer in range(config.num_rows))]
+        exact, *others = (
+            evaluate(model, ids, probed(rows, alpha, absent, x0)).perplexity
+            for alpha, absent in tqdm(asked, desc="probes", leave=False, dynamic_ncols=True)
+        )
+        ratios = [perplexity / exact for perplexity in others]
+        sweep, dropped = ratios[: len(ALPHAS)], ratios[len(ALPHAS) :]
         found["probes"] = {
             "tokens": len(ids),
             "perplexity": round(exact, 4),

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from tqdm import tqdm
 
 from tolhouse.errors import InvalidArgument
 from tolhouse.store import Store, refuse_another
-from tolhouse.table.codecs import codec
+from tolhouse.table.codecs import CODECS, codec
 from tolhouse.table.companions import Basis, Companions
 from tolhouse.table.spec import MAX_FREQUENT, Manifest, digest
 
@@ -27,9 +28,18 @@ class Scheme:
 
     codec: str
     rank: float = 0.0  # share of all values that are kept as coefficients, over all layers; 0: all
-    ratio: float = 0.0  # bytes at 16 bit over those of all that is stored, companions and checksums too; the rank is chosen so
+    ratio: float = 0.0  # bytes at 16 bit over those of all that is stored, companions and checksums too; a rank is chosen if it takes one
     head: int = 0  # tokens
     head_codec: str = "int8"
+
+    @property
+    def low_rank(self) -> bool:
+        return bool(self.rank or self.ratio)
+
+    @property
+    def finer(self) -> bool:
+        """Whether the head's codec is finer than that of rows at full rank."""
+        return codec(self.head_codec).relative_error < codec(self.codec).relative_error
 
 
 @dataclass(frozen=True)
@@ -67,10 +77,10 @@ def bytes_at_16_bit(manifest: Manifest) -> int:
     return manifest.vocab_size * (manifest.num_blocks * manifest.hidden_size * 2 + 8)
 
 
-def compress(planned: Manifest, rows: np.ndarray, counts: Mapping[int, int], scheme: Scheme) -> Compressed:
-    """The table `planned`, whose rows are `rows` [V, N, D], by `scheme`. `counts`: how often text has each token."""
-    vocabulary, blocks, size = rows.shape
-    order = sorted(range(vocabulary), key=lambda i: (-counts.get(i, 0), i))
+def check(planned: Manifest, scheme: Scheme) -> None:
+    """InvalidArgument where the table `planned` can't be compressed by `scheme`, whatever its rows are."""
+    codec(scheme.codec), codec(scheme.head_codec)
+    vocabulary = planned.vocab_size
     most = min(vocabulary // 2, MAX_FREQUENT)
     if not 0 <= scheme.head <= most:
         raise InvalidArgument(f"the head may have from 0 to {most} tokens of a vocabulary of {vocabulary}, not {scheme.head}")
@@ -78,7 +88,45 @@ def compress(planned: Manifest, rows: np.ndarray, counts: Mapping[int, int], sch
         raise InvalidArgument("a rank and a ratio can't both be given: the ratio chooses the rank")
     if not 0 <= scheme.rank <= 1:
         raise InvalidArgument(f"the rank is a share of all values, from 0 to 1, not {scheme.rank:g}")
-    codec(scheme.head_codec)
+    if scheme.head and not scheme.low_rank and not scheme.finer:
+        allowed = [*(name for name in CODECS if replace(scheme, head_codec=name).finer), "no head"]
+        raise InvalidArgument(
+            f"a head in {scheme.head_codec} is no finer than rows in {scheme.codec}; allowed without low rank: {' or '.join(allowed)}"
+        )
+    if not scheme.ratio:
+        return
+    if not scheme.ratio > 1:
+        raise InvalidArgument(f"the ratio is how many times fewer bytes than at 16 bit, over 1, not {scheme.ratio:g}")
+    needed, whole = _bytes(planned, scheme, _least_ranks(planned)), bytes_at_16_bit(planned)
+    if needed > whole / scheme.ratio and not _suffices(planned, scheme):
+        raise InvalidArgument(f"a ratio of {scheme.ratio:g} is out of reach: with this codec and head, rank 1 reaches {whole / needed:.2f}")
+
+
+def compress(planned: Manifest, rows: np.ndarray, counts: Mapping[int, int], scheme: Scheme) -> Compressed:
+    """The table `planned`, whose rows are `rows` [V, N, D], by `scheme`. `counts`: how often text has each token.
+
+    Where the codec alone is small enough for the ratio, or every layer would keep its full rank, there is no basis, and a head only if its
+    codec is finer. InvalidArgument as of `check`.
+    """
+    check(planned, scheme)
+    vocabulary, blocks, size = rows.shape
+    order = sorted(range(vocabulary), key=lambda i: (-counts.get(i, 0), i))
+    low_rank = scheme.low_rank and not _suffices(planned, scheme)
+    if low_rank:
+        weights = np.array([counts.get(i, 0) + 0.5 for i in range(vocabulary)])  # a token that was not seen may yet come
+        weights[order[: scheme.head]] = 0
+        parts = [
+            _components(rows[:, block], weights)
+            for block in tqdm(range(blocks), desc="low rank", unit="layer", leave=False, dynamic_ncols=True)
+        ]
+        energies = [values for _, values, _ in parts]
+        if planned.x0:
+            energies[0] = np.full(size, np.inf)  # all of X0: every layer reads it, and no other row's error compares with its
+        total = round(scheme.rank * planned.num_layers * size) + size * planned.x0
+        ranks = _affordable(planned, energies, scheme) if scheme.ratio else _ranks(energies, total)
+        low_rank = min(ranks) < size
+    if not low_rank and not scheme.finer:
+        scheme = replace(scheme, head=0)
     frequent = tuple(i for i in order[:MAX_FREQUENT] if counts.get(i, 0)) if not scheme.head else tuple(order[:MAX_FREQUENT])
     base = replace(planned, codec=codec(scheme.codec).name, frequent=frequent)
 
@@ -88,17 +136,7 @@ def compress(planned: Manifest, rows: np.ndarray, counts: Mapping[int, int], sch
         head, head_records = _sealed(head, rows[order[: scheme.head]], "head")
         base = replace(base, head=head.ref)
     basis, basis_table, basis_records = None, None, None
-    if scheme.rank or scheme.ratio:
-        weights = np.array([counts.get(i, 0) + 0.5 for i in range(vocabulary)])  # a token that was not seen may yet come
-        weights[order[: scheme.head]] = 0
-        parts = [_components(rows[:, block], weights) for block in range(blocks)]
-        energies = [values for _, values, _ in parts]
-        if planned.x0:
-            energies[0] = np.full(size, np.inf)  # all of X0: every layer reads it, and no other row's error compares with its
-        total = round(scheme.rank * planned.num_layers * size) + size * planned.x0
-        if scheme.ratio:
-            total = _affordable(base, energies, scheme.ratio, head.table_bytes if head else 0)
-        ranks = _ranks(energies, total)
+    if low_rank:
         means = np.stack([mean for mean, _, _ in parts]).astype(np.float32)
         exact = Basis(means, tuple(vectors[:rank].astype(np.float32) for (_, _, vectors), rank in zip(parts, ranks, strict=True)))
         basis_table = replace(
@@ -140,24 +178,34 @@ def _ranks(energies: list[np.ndarray], total: int) -> tuple[int, ...]:
     return tuple(min(size, max(1, int((e >= threshold).sum()))) for e in energies)
 
 
-def _affordable(base: Manifest, energies: list[np.ndarray], ratio: float, besides: int) -> int:
-    """The most coefficients with which table, basis and the bytes `besides` are `ratio` times smaller than at 16 bit.
+def _least_ranks(planned: Manifest) -> tuple[int, ...]:
+    return (planned.hidden_size,) * planned.x0 + (1,) * planned.num_layers
 
-    InvalidArgument where not even the fewest are.
-    """
-    blocks, size, whole = base.num_blocks, base.hidden_size, bytes_at_16_bit(base)
-    least, most = max(blocks, size * base.x0 + base.num_layers), blocks * size
 
-    def needed(total: int) -> int:
-        ranks = _ranks(energies, total)
-        sized = replace(base, ranks=ranks, basis=f"{base.name}@{'0' * 16}")
-        return besides + sized.table_bytes + (sum(ranks) + blocks) * (codec(BASIS_CODEC).block(size).itemsize + 8)
+def _bytes(planned: Manifest, scheme: Scheme, ranks: tuple[int, ...] = ()) -> int:
+    """Of a table with its head, and with `ranks` its basis."""
+    head = replace(planned, codec=scheme.head_codec).record_bytes * scheme.head if scheme.head else 0
+    if not ranks:
+        return replace(planned, codec=scheme.codec).table_bytes + head
+    sized = replace(planned, codec=scheme.codec, ranks=ranks, basis=f"{planned.name}@{'0' * 16}")
+    return head + sized.table_bytes + (sum(ranks) + len(ranks)) * (codec(BASIS_CODEC).block(planned.hidden_size).itemsize + 8)
 
-    if not ratio > 1:
-        raise InvalidArgument(f"the ratio is how many times fewer bytes than at 16 bit, over 1, not {ratio:g}")
-    if needed(least) > whole / ratio:
-        raise InvalidArgument(f"a ratio of {ratio:g} is out of reach: with this codec and head, rank 1 reaches {whole / needed(least):.2f}")
+
+def _suffices(planned: Manifest, scheme: Scheme) -> bool:
+    """Whether rows may keep their full rank: all of it was asked for, or the codec alone is small enough."""
+    if scheme.ratio:
+        plain = scheme if scheme.finer else replace(scheme, head=0)
+        return _bytes(planned, plain) <= bytes_at_16_bit(planned) / scheme.ratio
+    return round(scheme.rank * planned.num_layers * planned.hidden_size) == planned.num_layers * planned.hidden_size
+
+
+def _affordable(planned: Manifest, energies: list[np.ndarray], scheme: Scheme) -> tuple[int, ...]:
+    """The ranks by one threshold that keep the most coefficients with which all that is stored has the ratio; `check` has seen that rank 1 has."""
+    least, most = max(len(energies), sum(_least_ranks(planned))), len(energies) * len(energies[0])
+    allowed = bytes_at_16_bit(planned) / scheme.ratio
+    if _bytes(planned, scheme, _ranks(energies, least)) > allowed:
+        return _least_ranks(planned)
     while least < most:
         middle = (least + most + 1) // 2
-        least, most = (middle, most) if needed(middle) <= whole / ratio else (least, middle - 1)
-    return least
+        least, most = (middle, most) if _bytes(planned, scheme, _ranks(energies, middle)) <= allowed else (least, middle - 1)
+    return _ranks(energies, least)

@@ -31,7 +31,7 @@ def main() -> None:
 
 for command in (
     models.train,
-    *(tables.build, tables.compress, tables.tables, tables.publish, tables.overlay),
+    *(tables.build, tables.compress, tables.tables, tables.publish, tables.rollback, tables.overlay),
     *(services.lookup, services.worker, services.gateway),
     *(access.keys, access.certs),
     *(models.generate, models.fetch, models.evaluate, models.explain),

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import click
@@ -186,6 +188,21 @@ def evaluate(
         click.echo(f"  {d['decile']:>5}  {d['distinct_tokens']:>7}  {d['least_count']:>9} times  {d['loss']:6.3f}")
 
 
+def _require_writable(file: Path) -> None:
+    """InvalidArgument where `replace_file` would fail: told before the work and not after it."""
+    if not file.parent.is_dir():
+        raise InvalidArgument(f"there is no folder {file.parent} to write {file.name} to")
+    if file.is_dir():
+        raise InvalidArgument(f"{file} is a folder: give the name of a file")
+    try:
+        if not file.exists() or file.is_file():
+            tempfile.NamedTemporaryFile(dir=file.resolve().parent).close()  # rights alone don't tell: /proc takes nobody's files
+        elif not os.access(file, os.W_OK):
+            raise InvalidArgument(f"{file} can't be written: Permission denied")
+    except OSError as error:
+        raise InvalidArgument(f"{file} can't be written: {error.strerror or error}") from None
+
+
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("text", required=False)
@@ -202,7 +219,7 @@ def evaluate(
 @click.option(
     "--explorer",
     type=click.Path(path_type=Path),
-    help="Only write what the gateway's /explore page shows, memory.npz beside tokenizer.json.",
+    help="Only write what the gateway's /explore page shows of the model's own rows, memory.npz beside tokenizer.json.",
 )
 @click.option("--table", help="Rows of this table, NAME or NAME@VERSION, in place of the model's; keys are the model's.")
 @options(config.StoreConfig)
@@ -230,10 +247,11 @@ def explain(
     from tolhouse.watched import replace_file
 
     for written_file in filter(None, (page, explorer)):
-        if not written_file.parent.is_dir():
-            raise InvalidArgument(f"there is no folder {written_file.parent} to write {written_file.name} to")
+        _require_writable(written_file)
     if not checkpoint.exists() and "@" in checkpoint.name:
         raise InvalidArgument(f"{checkpoint} is no checkpoint; a table has rows and no keys: give its checkpoint, and --table {checkpoint}")
+    if explorer and table:
+        raise InvalidArgument("--explorer writes what the model's own rows and keys are, and takes no --table: leave one of the two out")
     opened = open_checkpoint(checkpoint)
     if explorer:
         import numpy as np

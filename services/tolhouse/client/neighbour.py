@@ -27,6 +27,11 @@ class Neighbour:
         segment = Segment.attach(manifest, told.capacity, told.id, told.pid, told.fd)
         return cls(segment) if segment else None
 
+    @property
+    def gone(self) -> bool:
+        """Whether the service has let go of the segment, whose memory stays taken while somebody maps it."""
+        return self._segment.closed
+
     def ring(self, ids: np.ndarray) -> socket.socket | None:
         """Ask that `ids` be made hot; None if the service can't be asked so: too many of them, or it is gone."""
         if len(ids) > min(MOST_RUNG, self._segment.capacity // 2):

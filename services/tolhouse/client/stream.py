@@ -170,7 +170,11 @@ class _Call:
         if reply.segment and self.map_hot_rows:
             neighbour = Neighbour.at(request.manifest, reply.segment)
             if neighbour:
-                self.neighbours[request.manifest.ref] = neighbour
+                there = {ref: one for ref, one in self.neighbours.items() if not one.gone}
+                for old in self.neighbours.values():
+                    if old.gone:
+                        old.close()
+                self.neighbours = {**there, request.manifest.ref: neighbour}
         if request.take(reply):
             with self._lock:
                 del self._pending[reply.request_id]

@@ -6,7 +6,7 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -60,7 +60,7 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
                 await watching
 
     at_once = asyncio.Semaphore(_AT_ONCE)
-    app = FastAPI(title="Tolhouse", version=__version__, lifespan=lifespan, responses=_PROBLEMS)
+    app = FastAPI(title="Tolhouse", version=__version__, lifespan=lifespan, responses=_PROBLEMS, redirect_slashes=False)
     WORKERS.set_function(lambda: len(pool.healthy()))
 
     @app.get("/health", responses={503: {"description": "No worker is healthy"}})
@@ -105,7 +105,7 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
         pool.check_room(name)
         most = pool.limits(name).context_tokens
         prompts = [await vocabulary.ids(p, most) if isinstance(p, str) else p for p in body.prompts]
-        run = Run(body, prompts, name, pool, vocabulary, request.state.request_id)
+        run = Run(body, prompts, name, pool, vocabulary, request.state.request_id, _turn(request))
         return await _answer(request, run, CompletionForm(run))
 
     @app.post("/v1/chat/completions", response_model=Chat, responses=_STREAMED)
@@ -115,7 +115,7 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
         pool.check_room(name)
         text = template.render([message.plain for message in body.messages])
         ids = await vocabulary.ids(text, pool.limits(name).context_tokens)
-        run = Run(body, [ids], name, pool, vocabulary, request.state.request_id)
+        run = Run(body, [ids], name, pool, vocabulary, request.state.request_id, _turn(request))
         return await _answer(request, run, ChatForm(run))
 
     @app.post("/tokenize")
@@ -149,9 +149,10 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
     async def explore_tokens(body: ExploreRequest) -> Response:
         """Tokens of a text, each with the norms of its rows."""
         layers = max((m.described.row_layers for m in pool.healthy() if m.described), default=0)
+        shown = None if explore.why_absent(memory, pool) else memory
 
         def answer(ids: list[int]) -> Response:
-            return JSONResponse({"layers": layers, "tokens": explore.tokens(ids, vocabulary, memory)})
+            return JSONResponse({"layers": layers, "tokens": explore.tokens(ids, vocabulary, shown)})
 
         async with at_once:
             return await asyncio.to_thread(answer, await vocabulary.ids(body.text))
@@ -159,12 +160,13 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
     @app.get("/explore/tokens/{token_id}")
     async def explore_token(token_id: Annotated[int, PathParameter(ge=0, lt=2**32)]) -> dict:
         """What the memory holds for a token: its keys with who shares them, and its neighbours."""
-        return explore.token(token_id, vocabulary, memory)
+        why = explore.why_absent(memory, pool)
+        return explore.token(token_id, vocabulary, None if why else memory, why)
 
     @app.get("/explore/live")
     async def explore_live() -> dict:
-        """Counts of the workers, for rates."""
-        return explore.live(pool)
+        """Counts of the workers, for rates, and what their table is to the model."""
+        return explore.live(pool, memory)
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict:
@@ -207,6 +209,11 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/detokenize": DetokenizeRequest,
     "/explore/tokens": ExploreRequest,
 }
+
+
+def _turn(request: Request) -> AbstractAsyncContextManager[None]:
+    """What a sequence waits for where there are keys: that fewer than the key's own run at once."""
+    return getattr(request.state, "sequences", None) or nullcontext()
 
 
 async def _answer(request: Request, run: Run, form: CompletionForm | ChatForm) -> Response:

@@ -70,6 +70,9 @@ class Intake:
             excess = _excess(scope)
             if excess:
                 await JSONResponse(problems.body_of(excess, 431), 431, _CLOSE)(scope, limited, marked)
+            elif "content-length" in headers and "transfer-encoding" in headers:  # two proxies may see two ends of it
+                message = "the header has both Content-Length and Transfer-Encoding: send one of them"
+                await JSONResponse(problems.body_of(message, 400), 400, _CLOSE)(scope, limited, marked)
             else:
                 with tracing.under((trace.traceparent,)):
                     await self.app(scope, limited, marked)

@@ -4,6 +4,7 @@ The file is a JSON object of names, each with "sha256", "requests_per_minute" an
 so that a plain hash can't be turned back.
 """
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -76,12 +77,22 @@ def remove_key(path: Path, name: str) -> None:
 
 
 class Meter:
-    """What a key has used: a bucket that fills at its rate and holds ten seconds of it, and the requests in flight."""
+    """What a key has used: a bucket that fills at its rate and holds ten seconds of it, and what is in flight.
+
+    A request may want many sequences, prompts by `n`: of those as many run at once as requests may, and the others wait.
+    """
 
     def __init__(self, key: Key) -> None:
         self.key = key
-        self.in_flight = 0
+        self.in_flight = 0  # requests
+        self.sequences = asyncio.Semaphore(key.concurrent)
         self._left, self._at = self._room, time.monotonic()
+
+    def follow(self, key: Key) -> None:
+        """From now on these are the limits."""
+        if key.concurrent != self.key.concurrent:
+            self.sequences = asyncio.Semaphore(key.concurrent)
+        self.key = key
 
     @property
     def _room(self) -> float:
@@ -128,6 +139,7 @@ class Keyed:
             seconds, message = refused
             await JSONResponse(problems.body_of(message, 429), 429, {"Retry-After": str(math.ceil(seconds))})(scope, receive, send)
             return
+        scope["state"]["sequences"] = meter.sequences
         try:
             await self.app(scope, receive, send)
         finally:
@@ -145,7 +157,7 @@ class Keyed:
     def _read(self, path: str) -> dict[str, tuple[str, str]]:
         keys = read_keys(path)
         for name, key in keys.items():
-            self._meters.setdefault(name, Meter(key)).key = key
+            self._meters.setdefault(name, Meter(key)).follow(key)
         return {key.sha256: (key.sha256, name) for name, key in keys.items()}
 
 

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 
 from pydantic import BaseModel
 
@@ -24,9 +24,19 @@ class Usage(BaseModel):
 
 
 class Run:
-    """One request, checked and tokenised; `pieces` may be read once."""
+    """One request, checked and tokenised; `pieces` may be read once. `turn` is held while a sequence is generated."""
 
-    def __init__(self, body: Generation, prompts: list[list[int]], model: str, pool: Pool, vocabulary: Vocabulary, request_id: str) -> None:
+    def __init__(
+        self,
+        body: Generation,
+        prompts: list[list[int]],
+        model: str,
+        pool: Pool,
+        vocabulary: Vocabulary,
+        request_id: str,
+        turn: AbstractAsyncContextManager[None],
+    ) -> None:
+        self.turn = turn
         self.body, self.prompts, self.model, self.pool, self.vocabulary = body, prompts, model, pool, vocabulary
         self.request_id, self.created = request_id, int(time.time())
         self.n = body.n or 1
@@ -51,7 +61,7 @@ class Run:
 
         async def pump(index: int, ids: list[int], number: int) -> None:
             try:
-                async with aclosing(self._choice(index, ids, number, may_restart)) as pieces:
+                async with self.turn, aclosing(self._choice(index, ids, number, may_restart)) as pieces:
                     async for piece in pieces:
                         queue.put_nowait(piece)
             except BaseException as error:

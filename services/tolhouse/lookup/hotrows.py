@@ -1,11 +1,13 @@
 """Rows of open tables: from the hot rows if they are there, else from the store, and then kept.
 
 The hot rows lie in a segment that clients on the same machine map (table/shared.py). They are filled with the manifest's
-frequent tokens when a table is opened, and kept by the row cache's policy from then on.
+frequent tokens when a table is opened, and kept by the row cache's policy from then on. A version that nobody has used for a while is let go of,
+unless its name stands for it.
 """
 
 import asyncio
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
@@ -19,13 +21,14 @@ import numpy as np
 from tolhouse import tracing
 from tolhouse.errors import Corrupt, TolhouseError
 from tolhouse.lookup.doorbell import Doorbell
-from tolhouse.store import Store, resolve, tables
+from tolhouse.store import LEASE_SECONDS, Store, resolve, stands_for, tables
 from tolhouse.table.rowcache import RowCache, capacity_for
 from tolhouse.table.shared import Segment
 from tolhouse.table.spec import Buffer, Manifest
 from tolhouse.telemetry import event
 
 _MOST_OPEN_TABLES = 8
+_IDLE_SECONDS = 2 * LEASE_SECONDS  # without a word from anyone who uses it, a table is closed
 _READ_BYTES = 4 << 20  # read from the store at once
 
 Arrival = Future[dict[int, Buffer]]  # of verified records from the store, by token
@@ -39,6 +42,11 @@ class OpenTable:
     reading: dict[int, Arrival] = field(default_factory=dict)  # rows on their way from the store
     lock: threading.Lock = field(default_factory=threading.Lock)  # of `hot` and `reading`
     doorbell: Doorbell | None = None
+    used: float = 0.0  # last, by the monotonic clock
+
+    @property
+    def idle(self) -> bool:
+        return time.monotonic() - self.used > _IDLE_SECONDS
 
     def lacks(self, ids: np.ndarray, read: dict[int, Buffer] | None = None) -> bool:
         """Whether one of `ids` is neither hot nor among those just read."""
@@ -65,6 +73,7 @@ class HotRows:
         self._loop = asyncio.get_running_loop()
         self.rung = 0  # rows read for clients that rang
         self._taken = 0  # rows that clients took from segments now closed
+        self._tidying = asyncio.create_task(self._tidy())
 
     async def table(self, ref: str) -> OpenTable:
         """The table "name@version", opened on first use; NotFound if the store lacks it."""
@@ -75,6 +84,7 @@ class HotRows:
             while len(self._open) > _MOST_OPEN_TABLES:
                 self._close(next(iter(self._open)))
         self._open.move_to_end(ref)
+        table.used = time.monotonic()
         return table
 
     async def open_published(self) -> None:
@@ -124,7 +134,7 @@ class HotRows:
         return self._taken + sum(int(table.segment.taken[0]) for table in self._open.values())
 
     def close(self) -> None:
-        for task in self._filling:
+        for task in (self._tidying, *self._filling):
             task.cancel()
         for ref in list(self._open):
             self._close(ref)
@@ -143,6 +153,18 @@ class HotRows:
             self._filling.add(task)
             task.add_done_callback(self._filling.discard)
         return table
+
+    async def _tidy(self) -> None:
+        """Close versions that are neither in use nor published: each holds as many hot rows as the one in use."""
+        while True:
+            await asyncio.sleep(_IDLE_SECONDS / 4)
+            for table in list(self._open.values()):
+                if table.idle:
+                    with suppress(TolhouseError):  # while the store is away, all stay
+                        published = await asyncio.to_thread(stands_for, self.store, table.manifest.ref)
+                        if table.idle and not published:
+                            self._close(table.manifest.ref)
+                            event("table closed: nobody uses it", table=table.manifest.ref)
 
     def _close(self, ref: str) -> None:
         table = self._open.pop(ref, None)

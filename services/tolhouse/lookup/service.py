@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from logging import WARNING
+from weakref import WeakValueDictionary
 
 import grpc
 import numpy as np
@@ -26,7 +27,7 @@ from tolhouse.lookup.hotrows import HotRows, OpenTable
 from tolhouse.lookup.leases import Leases
 from tolhouse.rpc import MAX_ERROR, answer, keep_large_blocks, serve
 from tolhouse.scrape import serve_metrics
-from tolhouse.store import open_store, resolve, tables
+from tolhouse.store import resolve, tables, wait_for_store
 from tolhouse.table.shared import Segment
 from tolhouse.table.spec import Buffer, Manifest, split_ref
 from tolhouse.telemetry import event, log
@@ -35,6 +36,7 @@ from tolhouse.v1 import lookup_pb2
 NAME = "tolhouse.v1.Lookup"
 CHUNK_BYTES = 1 << 20
 MAX_IDS_PER_FETCH = 65_536
+MOST_AT_ONCE = 8  # requests of one connection in the making: an answer that nobody takes holds megabytes
 
 REQUESTS = Counter("tolhouse_lookup_requests_total", "Fetch requests answered, by gRPC status", ["status"])
 ROWS = Counter("tolhouse_lookup_rows_total", "Rows served, from hot rows or from the store", ["source"])
@@ -66,19 +68,22 @@ class LookupService:
         self.leases = Leases(rows.store)
         self.draining = False
         self._idle: set[asyncio.Task] = set()  # streams that wait for a request
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by connection
 
     async def Fetch(
         self, request_iterator: AsyncIterator[lookup_pb2.FetchRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[bytes]:
         stream = asyncio.current_task()
         offered: set[int] = set()  # segments this client has been told of
+        turn = self._turns.setdefault(context.peer(), asyncio.Semaphore(MOST_AT_ONCE))
         assert stream
         try:
             self._idle.add(stream)
             async for request in request_iterator:
                 self._idle.discard(stream)
-                async for reply in self._fetch(request, offered):
-                    yield reply
+                async with turn:
+                    async for reply in self._fetch(request, offered):
+                        yield reply
                 if self.draining:
                     return
                 self._idle.add(stream)
@@ -205,7 +210,7 @@ async def run(config: LookupConfig, announce: Callable[..., None], *, share_port
     keep_large_blocks()
     guard = config.guard()
     tracing.start_tracing("lookup", config.traces, insecure=config.insecure)
-    store = await asyncio.to_thread(open_store, config.store, config.store_timeout_seconds)
+    store = await asyncio.to_thread(wait_for_store, config.store, config.store_timeout_seconds, config.store_wait_seconds)
     service = LookupService(HotRows(store, int(config.hot_megabytes * 1e6)))
     REGISTRY.register(Taken(service.rows))
     metrics = serve_metrics(config.metrics_listen, guard)

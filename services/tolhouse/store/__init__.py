@@ -7,6 +7,8 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,11 +16,13 @@ from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 
-from tolhouse.errors import Corrupt, InUse, InvalidArgument, NotFound, TolhouseError
+from tolhouse.errors import Corrupt, DeadlineExceeded, InUse, InvalidArgument, NotFound, TolhouseError, Unavailable
 from tolhouse.table.companions import Companions, companions_of
 from tolhouse.table.spec import Buffer, Manifest, check_name, digest, split_ref
+from tolhouse.telemetry import event
 from tolhouse.tls import is_loopback
 
+_WAIT_SECONDS = 1.0  # between two tries to reach a store
 LEASE_SECONDS = 30.0  # after its last use, a version counts as used for so long
 
 
@@ -144,6 +148,19 @@ def open_store(url: str, timeout_seconds: float = 5.0) -> Store:
     raise not_understood(url)
 
 
+def wait_for_store(url: str, timeout_seconds: float, wait_seconds: float) -> Store:
+    """The store at `url`; where it can't be reached yet, as while everything starts, it is tried again for so long."""
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            return open_store(url, timeout_seconds)
+        except (Unavailable, DeadlineExceeded) as error:
+            if time.monotonic() > deadline:
+                raise
+            event("waiting for the store", logging.WARNING, reason=str(error))
+        time.sleep(_WAIT_SECONDS)
+
+
 def require_private(url: str, *, insecure: bool) -> str:
     """The URL, unless it is of a Redis of another machine without TLS, or without a check of whom it talks to: InvalidArgument."""
     try:
@@ -207,8 +224,9 @@ def publish(store: Store, ref: str) -> Manifest:
     if version is None:
         raise InvalidArgument(f"publish needs name@version, not {ref!r}; {known(store)}")
     manifest = resolve(store, ref)
-    if of := [m.ref for m in _complete(store) if ref in m.companions]:
-        raise InvalidArgument(f"{ref} is a part of {', '.join(of)} and no table to serve")
+    refuse_part(store, ref, "no table to serve")
+    if manifest.parent:
+        store.parent(manifest)  # one without it has no rows to serve
     try:
         old = store.alias(name)
     except Corrupt:
@@ -216,6 +234,27 @@ def publish(store: Store, ref: str) -> Manifest:
     if old is None or old.version != version:
         store.set_alias(name, Alias(version, (*old.history, old.version) if old else ()))
     return manifest
+
+
+def refuse_part(store: Store, ref: str, what: str) -> None:
+    """InvalidArgument, with `what` it is not, if the version is a companion of another."""
+    if of := [m.ref for m in _complete(store) if ref in m.companions]:
+        raise InvalidArgument(f"{ref} is a part of {', '.join(of)} and {what}")
+
+
+def is_new(store: Store, planned: Manifest) -> bool:
+    """Whether the version is not in the store yet, or nothing is published under its name."""
+    try:
+        return store.alias(planned.name) is None or not store.manifest(planned.ref)
+    except (NotFound, Corrupt):
+        return True
+
+
+def stands_for(store: Store, ref: str) -> bool:
+    """Whether the name of "name@version" stands for that version."""
+    name, version = split_ref(ref)
+    alias = store.alias(name)
+    return alias is not None and alias.version == version
 
 
 def refuse_another(store: Store, planned: Manifest) -> None:
@@ -239,6 +278,8 @@ def rollback(store: Store, name: str) -> Manifest:
     if not old.history:
         raise InvalidArgument(f"table {name!r} has no version before {old.version} to go back to")
     manifest = resolve(store, f"{name}@{old.history[-1]}")
+    if manifest.parent:
+        store.parent(manifest)
     store.set_alias(name, Alias(old.history[-1], old.history[:-1]))
     return manifest
 
@@ -316,8 +357,7 @@ def by_shard(manifest: Manifest, ids: np.ndarray) -> list[tuple[int, np.ndarray]
 def tables(store: Store) -> Iterator[tuple[Manifest, bool]]:
     """Every complete table, and whether its name stands for it."""
     for manifest in _complete(store):
-        alias = store.alias(manifest.name)
-        yield manifest, alias is not None and alias.version == manifest.version
+        yield manifest, stands_for(store, manifest.ref)
 
 
 def _complete(store: Store) -> Iterator[Manifest]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from tolhouse.errors import IdOutOfRange, InvalidArgument
-from tolhouse.store import Store, companions, records_of, resolve, rows_of
+from tolhouse.store import Store, companions, records_of, refuse_part, resolve, rows_of
 from tolhouse.table.codecs import codec
 from tolhouse.table.spec import MAX_CHANGED, Manifest, digest
 
@@ -18,12 +18,17 @@ from tolhouse.table.spec import MAX_CHANGED, Manifest, digest
 def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> Manifest:
     """Store a version of the table `over`, "name" or "name@version", in which the rows of distinct `ids` [T] are `rows` [T, N, D].
 
-    NotFound: there is no such table, or it is an overlay whose parent is gone. InvalidArgument or IdOutOfRange: rows or ids do not fit it.
+    NotFound: there is no such table, or it is an overlay whose parent is gone. InvalidArgument or IdOutOfRange: rows or ids do not fit it, or
+    it is a part of another.
     """
     manifest = resolve(store, over)
+    refuse_part(store, manifest.ref, "no table to edit: edit that one")
     ids = np.asarray(ids, np.int64)
-    if not len(ids) or len(set(ids.tolist())) != len(ids):
-        raise InvalidArgument(f"an overlay changes the row of each token once, and of at least one: {len(ids)} ids were given")
+    if not len(ids):
+        raise InvalidArgument("an overlay changes the row of at least one token, and no id was given")
+    distinct, times = np.unique(ids, return_counts=True)
+    if (times > 1).any():
+        raise InvalidArgument(f"an overlay changes the row of each token once: token id {distinct[times > 1][0]} was given more than once")
     if bad := [i for i in ids.tolist() if not 0 <= i < manifest.vocab_size]:
         raise IdOutOfRange(f"token id {bad[0]} is outside table {manifest.ref}: allowed are 0 to {manifest.vocab_size - 1}")
     shape = len(ids), manifest.num_blocks, manifest.hidden_size

@@ -242,6 +242,8 @@ class RedisStore(Store):
             raise DeadlineExceeded(f"Redis at {self.url} did not answer in time: {error}") from None
         except exceptions.OutOfMemoryError as error:
             raise Overloaded(f"Redis at {self.url} is full: {error}; raise its maxmemory") from None
+        except IndexError:  # redis-py's, of a Cluster whose nodes don't know each other yet
+            raise Unavailable(f"Redis at {self.url} is a Cluster that is not formed yet") from None
         except (exceptions.ConnectionError, exceptions.RedisClusterException) as error:
             raise Unavailable(f"Redis at {self.url} can't be reached: {error}") from None
         except exceptions.RedisError as error:

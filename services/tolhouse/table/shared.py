@@ -3,7 +3,8 @@
 The segment is an anonymous file (memfd), found by the owner's process id and file descriptor, so that nothing outlives
 the owner:
 
-    head        uint64 rows that readers took, then 16 bytes to say at the doorbell: who can map the segment knows them
+    head        uint64 rows that readers took, then 16 bytes to say at the doorbell: who can map the segment knows them; then a byte
+                that is 1 once the owner has let go of it, so that readers do too
     uses        uint8 [capacity]   readers count uses here, for the owner's policy
     slot_of     int32 [V]          slot of a token's record, -1 where it is not hot
     slab        uint8 [capacity, record_bytes]
@@ -33,7 +34,7 @@ from tolhouse.table.spec import Manifest
 
 MOST_RUNG = 16_384
 RUNG = b"1"
-_WORD = slice(8, 24)
+_WORD, _CLOSED = slice(8, 24), 24
 
 
 class Segment:
@@ -45,6 +46,7 @@ class Segment:
         uses, slots, slab, end = _layout(manifest, capacity)
         self.taken = np.frombuffer(counts, np.uint64, 1)
         self.word = bytes(rows[_WORD])
+        self._memory = rows
         self.uses = np.frombuffer(counts, np.uint8, capacity, uses)
         self.slot_of = np.frombuffer(rows, np.int32, manifest.vocab_size, slots)
         self.slab = np.frombuffer(rows, np.uint8, end - slab, slab).reshape(capacity, manifest.record_bytes)
@@ -83,10 +85,15 @@ class Segment:
         return None
 
     def close(self) -> None:
-        """The owner's end of it: nobody can attach any more; those who did keep what they have mapped."""
+        """The owner's end of it: nobody can attach any more; those who did are told to let go of what they have mapped."""
+        self._memory[_CLOSED] = 1
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    @property
+    def closed(self) -> bool:
+        return self._memory[_CLOSED] == 1
 
     def hot(self, ids: np.ndarray) -> np.ndarray:
         """Which of `ids` [T] are in the slab now; bool [T]."""

@@ -26,11 +26,19 @@ def standard_library() -> Path:
 
 
 def documents(path: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of each document: the file `path`, or every text file below it in the order of their names."""
+    """(name, text) of each document of the file `path`, or of every text file below it in the order of their names."""
+    for name, text in whole_files(path):
+        for start in range(0, len(text), _PIECE_CHARS):
+            yield f"{name}:{start}", text[start : start + _PIECE_CHARS]
+
+
+def whole_files(path: Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of the file `path`, or of every text file below it in the order of their names; those that are not UTF-8 are passed over."""
     if not path.exists():
         raise NotFound(f"no corpus at {path}: give a text file or a folder of them")
     stdlib = path == standard_library()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*.py" if stdlib else "*") if p.is_file())
+    single = not path.is_dir()  # a file, or a pipe
+    files = [path] if single else sorted(p for p in path.rglob("*.py" if stdlib else "*") if p.is_file())
     for file in files:
         if stdlib and _SKIPPED & set(file.relative_to(path).parts):
             continue
@@ -38,9 +46,7 @@ def documents(path: Path) -> Iterator[tuple[str, str]]:
             text = file.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
             continue  # a binary file in a folder of texts
-        name = file.name if path.is_file() else file.relative_to(path).as_posix()
-        for start in range(0, len(text), _PIECE_CHARS):
-            yield f"{name}:{start}", text[start : start + _PIECE_CHARS]
+        yield file.name if single else file.relative_to(path).as_posix(), text
 
 
 def is_held_out(name: str) -> bool:

@@ -41,13 +41,14 @@ from tolhouse.worker.sequence import Output, Sequence
 NAME = "tolhouse.v1.Generation"
 REQUESTS = Counter("tolhouse_worker_requests_total", "Generate calls answered, by gRPC status", ["status"])
 MAX_REQUEST_ID = 256  # characters: it stands in the log
+_AS_COMPUTED = ("fp32", "fp16", "bf16")  # codecs that keep rows but for the rounding to 16 bits
 
 
 class WorkerService(GenerationServicer):
     def __init__(self, engine: Engine, checkpoint: Checkpoint, name: str) -> None:
         self.engine, self.config = engine, checkpoint.config
         manifest = engine.rows.manifest
-        self.identity: dict[str, Any] = {
+        self._of_checkpoint: dict[str, Any] = {
             "model": name,
             "model_id": checkpoint.model_id(),
             "tokenizer_id": checkpoint.tokenizer_id,
@@ -59,6 +60,16 @@ class WorkerService(GenerationServicer):
             "weight_bytes": checkpoint.weight_bytes(dense=False, embedding=not (manifest and manifest.x0)),
             "dense_weight_bytes": checkpoint.weight_bytes(dense=True),
         }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the worker is, and what the table that new sequences begin with is to its model."""
+        if not (manifest := self.engine.rows.manifest):
+            return self._of_checkpoint
+        altered = [manifest.codec] if manifest.codec not in _AS_COMPUTED else []
+        altered += ["low rank"] * bool(manifest.basis) + ["edited"] * bool(manifest.parent)
+        absent = sorted(set(range(self.config.num_rows)) - set(manifest.layers))
+        return {**self._of_checkpoint, "absent_layers": absent, "altered": altered}
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
@@ -179,8 +190,8 @@ def _logprobs(logprobs: Logprobs | None) -> generation_pb2.Logprobs | None:
 class EngineMetrics(Collector):
     """The engine's own counts, read when Prometheus asks: nothing is counted twice."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, follower: Follower | None) -> None:
+        self.engine, self.follower = engine, follower
 
     def collect(self) -> Iterator[Metric]:
         engine, counts, cache = self.engine, self.engine.counts(), self.engine.cache
@@ -209,6 +220,12 @@ class EngineMetrics(Collector):
         if engine.table:
             info.add_metric([engine.table], 1)
         yield info
+        refused = GaugeMetricFamily(
+            "tolhouse_worker_table_refused", "1 for a published version that does not fit this worker", labels=["table"]
+        )
+        if self.follower and self.follower.refused:
+            refused.add_metric([self.follower.refused], 1)
+        yield refused
         for histogram in engine.latencies:
             yield from histogram.collect()
 
@@ -258,7 +275,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     follower = Follower(client, table, engine, take_up, config.table_poll_seconds) if engine.table else None
     service = WorkerService(engine, checkpoint, config.name or checkpoint.name)
     metrics = serve_metrics(config.metrics_listen, guard)
-    REGISTRY.register(EngineMetrics(engine))
+    REGISTRY.register(EngineMetrics(engine, follower))
     event("loaded", checkpoint=checkpoint.name, table=engine.table, kv_cache_tokens=cache.capacity_tokens, device=str(device),
           dtype=str(dtype).removeprefix("torch."))  # fmt: skip
     engine.start()
