@@ -132,7 +132,7 @@ def _own_companions(manifest: Manifest) -> tuple[str, ...]:
 @tables.command("list")
 @options(config.StoreConfig)
 def list_tables(settings: config.StoreConfig) -> None:
-    """List every table, with what it takes and its parts do, which are listed too; a star marks the version that a name stands for."""
+    """List every table with its size, that of its parts included; a star marks the version that a name stands for."""
     from tolhouse.store import tables as all_tables
 
     def work(store: Any) -> None:
