@@ -104,7 +104,11 @@ class CompressConfig(TableConfig):
     size_ratio: float = knob(
         0, "Low rank by size: how many times smaller than at 16 bit all that is stored shall be; 0: as --rank-share says.", ge=0
     )
-    head: int = knob(-1, "Most frequent tokens whose rows are kept in the finer codec; -1: a thirty-second of the vocabulary, or none where that codec is no finer.", ge=-1)
+    head: int = knob(
+        -1,
+        "Most frequent tokens whose rows are kept in the finer codec; -1: a thirty-second of the vocabulary, or none where that codec is no finer.",
+        ge=-1,
+    )
     head_codec: Codec = knob("int8", "The finer codec.")
 
 
