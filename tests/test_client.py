@@ -22,7 +22,7 @@ FREE = ("--listen", "127.0.0.1:0")
 @pytest.fixture(scope="module")
 def table(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     url = f"file://{tmp_path_factory.mktemp('tables')}"
-    return url, build_table(checkpoint, url, codec="bf16", shards=8)
+    return url, build_table(checkpoint, url, codec="bf16", shards=64)  # each replica has some, whatever the ports
 
 
 @pytest.fixture(scope="module")
