@@ -63,12 +63,11 @@ class Nodes:
 
     def _watch(self) -> None:
         while not self._closed.wait(_LOOK_SECONDS):
-            if self._away:
-                try:
-                    self._refresh()
-                except RedisError as error:
-                    event("the Redis Cluster does not answer", logging.WARNING, reason=str(error))
-                    continue
+            try:
+                self._refresh()  # for suspects too: a replica that joined later is not known yet
+            except RedisError as error:
+                event("the Redis Cluster does not answer", logging.WARNING, reason=str(error))
+                continue
             for name in self._away | self._suspected:
                 is_last = self._lags(name)
                 with self._lock:
@@ -85,7 +84,7 @@ class Nodes:
         """Learn anew who the nodes are; connections of those that are none any more are closed."""
         manager = self.cluster.nodes_manager
         before = list(manager.nodes_cache.values())
-        manager.initialize(last_failed_node_name=next(iter(self._away), None))
+        manager.initialize(last_failed_node_name=next(iter(self._away | self._suspected), None))
         for node in before:
             if manager.get_node(node_name=node.name) is None and node.redis_connection:
                 node.redis_connection.close()
