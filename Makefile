@@ -46,7 +46,7 @@ science-check: .venv/dev  ## compression, probes and edits, measured from the co
 science: .venv/dev  ## all tables and plots of SCIENCE.md, from committed checkpoints and curves: an hour
 	$(BIN)/python -m loadtest.science
 
-soak: .venv/dev  ## twenty minutes of mixed load; says what grows
+soak: .venv/dev  ## half an hour of mixed load, of which twenty minutes count; says what grows
 	$(BIN)/python -m loadtest.soak
 
 protos: .venv/dev  ## generate services/tolhouse/v1 from protos/

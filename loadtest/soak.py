@@ -1,10 +1,14 @@
 """Mixed load for a long time: does anything grow? `make soak`, or `python -m loadtest.soak [--minutes 20]`.
 
-The whole system over Redis, in this machine's processes, at about half of what two cores can do: streams of random lengths at random moments. Every ten seconds
-the median time of an answer and the resident memory of each process are taken. A process that is new grows until it has seen its busiest
-moment and its heap its oddest mixture of sizes, which is no leak: so every row and then random ones are fetched by several threads first, and the
-first fifth of the run has half as many requests more; neither counts. Prints, for each, the slope of a straight line through what was taken, with its 95% confidence interval, and whether zero lies in it; last, one
-line of JSON.
+The whole system over Redis, in this machine's processes, at about half of what two cores can do: streams of random lengths at random moments.
+Every ten seconds the median time of an answer and the resident memory of each process are taken.
+
+A process that is new grows until it has seen its busiest moment and its heap its oddest mixture of sizes, which is no leak. So there is a
+warm-up that does not count: at each lookup service, every row, then random ones by several threads, while others ask for what workers ask each
+second, as often as in an hour; then eight minutes of half as many requests more.
+
+Prints, for each, the slope of a straight line through what was taken, with its 95% confidence interval, and whether zero lies in it; last, one
+line of JSON. The interval of a memory is no narrower than what a single page more does to the slope.
 """
 
 import argparse
@@ -24,22 +28,26 @@ from loadtest.serve import Load, run, text_of
 
 CHECKPOINT = Path("models/demo-memory")
 RATE, WINDOW_SECONDS = 10.0, 10.0
-WARM_RATE, WARM_FETCHES, WARM_THREADS = 15.0, 30_000, 4
+WARM_RATE, WARM_WINDOWS, WARM_FETCHES, WARM_THREADS = 15.0, 48, 30_000, 4
+PAGE_MB = 0.004096
 
 
-def slope(values: list[float]) -> tuple[float, float]:
-    """Per hour, and half of its 95% confidence interval. Neighbours are alike, which is allowed for by their first autocorrelation."""
+def slope(values: list[float], grain: float = 0.0) -> tuple[float, float]:
+    """Per hour, and half of its 95% confidence interval. Neighbours are alike, which is allowed for by their first autocorrelation.
+
+    `grain`: of what a value is a multiple. The interval is at least the slope that one step of it in the middle makes.
+    """
     x, y = np.arange(len(values)) * WINDOW_SECONDS / 3600, np.array(values)
     a, b = np.polyfit(x, y, 1)
     rest = y - (a * x + b)
     spread = np.sqrt((rest @ rest) / max(1, len(y) - 2) / ((x - x.mean()) ** 2).sum())
     alike = float(np.clip(rest[:-1] @ rest[1:] / max(1e-12, rest @ rest), 0, 0.95))
-    return float(a), float(1.96 * spread * np.sqrt((1 + alike) / (1 - alike)))
+    return float(a), max(1.5 * grain / float(x[-1]), float(1.96 * spread * np.sqrt((1 + alike) / (1 - alike))))
 
 
 def exercise(target: str, ref: str) -> None:
-    """Fetches as they come under load, as many as in an hour, and some at once."""
-    with Client(target) as client, ThreadPoolExecutor(WARM_THREADS) as pool:
+    """Fetches as they come under load, as many as in an hour, some at once; and with each third one what workers ask besides, such as what is published."""
+    with Client(target) as client, Client(target) as other, ThreadPoolExecutor(WARM_THREADS) as pool:
         manifest = client.describe(ref)
         client.fetch_records(manifest, np.arange(manifest.vocab_size, dtype=np.uint32))
 
@@ -47,6 +55,10 @@ def exercise(target: str, ref: str) -> None:
             random = np.random.default_rng(seed)
             ids = np.unique(random.zipf(1.2, random.integers(1, 60)) % manifest.vocab_size)
             client.fetch_records(manifest, ids.astype(np.uint32))
+            if seed % 3 == 0:
+                other.describe(manifest.name)
+            if seed % 30 == 0:
+                other.hold(ref)
 
         for _ in tqdm(pool.map(fetch, range(WARM_FETCHES)), desc=f"warm up {target}", unit="fetch", total=WARM_FETCHES):
             pass
@@ -70,19 +82,20 @@ def main() -> None:
         load = Load(f"http://{cluster.gateway}", CHECKPOINT.name, text_of(""), (10, 400), (1, 64), 60.0)
         named = [f"{p.ready['service']} {n}" for n, p in enumerate(cluster.processes)]
         processes = [psutil.Process(process.pid) for process in cluster.processes]
+        for number in tqdm(range(WARM_WINDOWS), desc="warm up the system", unit="window"):
+            asyncio.run(run(load, WARM_RATE, WINDOW_SECONDS, windows + number))
         for number in tqdm(range(windows), desc="soak", unit="window"):
-            answers, _ = asyncio.run(run(load, WARM_RATE if number < windows // 5 else RATE, WINDOW_SECONDS, number))
+            answers, _ = asyncio.run(run(load, RATE, WINDOW_SECONDS, number))
             sent, failed = sent + len(answers), failed + sum(bool(answer.error) for answer in answers)
             series["median answer, ms"].append(float(np.median([answer.whole for answer in answers if not answer.error])) * 1e3)
             for name, process in zip(named, processes, strict=True):
                 series.setdefault(f"{name}, MB", []).append(process.memory_info().rss / 1e6)
     found = {}
     for what, values in series.items():
-        counted = values[windows // 5 :]
-        rise, margin = slope(counted)
-        found[what] = {"mean": round(float(np.mean(counted)), 1), "per_hour": round(rise, 2), "margin": round(margin, 2)}
+        rise, margin = slope(values, PAGE_MB if what.endswith("MB") else 0.0)
+        found[what] = {"mean": round(float(np.mean(values)), 1), "per_hour": round(rise, 2), "margin": round(margin, 2)}
         verdict = "zero lies in it" if abs(rise) <= margin else "it is not zero"
-        print(f"{what:20} mean {np.mean(counted):8.1f}   {rise:+9.2f} ± {margin:.2f} an hour: {verdict}")
+        print(f"{what:20} mean {np.mean(values):8.1f}   {rise:+9.2f} ± {margin:.2f} an hour: {verdict}")
     print(json.dumps({"minutes": windows * WINDOW_SECONDS / 60, "sent": sent, "failed": failed, "series": found}))
 
 

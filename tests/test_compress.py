@@ -205,21 +205,34 @@ def test_a_table_may_lack_layers(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> None:
-    """α and absent layers are each request's own, in one batch and with one prefix, whose keys and values are not shared then."""
+    """α, absent layers and their scales are each request's own, in one batch and with one prefix, whose keys and values are not shared then."""
     url = f"file://{tmp_path}"
     build_table(checkpoint, url)
     opened = open_checkpoint(checkpoint)
     model, rows, prompt = opened.model(), model_rows(opened), PROMPT * 6
-    wanted = [(1.0, ()), (0.5, ()), (1.0, (0,)), (0.0, ()), (-1.5, (2, 3))]
-    expected = [list(greedy(model, prompt, 12, ignore_eos=True, rows=probed(rows, alpha, absent))) for alpha, absent in wanted]
+    wanted: list[dict] = [
+        {},
+        {"row_scale": 0.5},
+        {"absent_layers": (0,)},
+        {"row_scale": 0.0},
+        {"row_scale": -1.5, "absent_layers": (2, 3)},
+        {"layer_scales": (1, 0.5, 2, -1)},
+        {"row_scale": 0.5, "absent_layers": (1,), "layer_scales": (1, 3, 2, 0)},
+    ]
+
+    def scaled(row_scale: float = 1.0, absent_layers: tuple = (), layer_scales: tuple = (1,) * 4) -> np.ndarray:
+        return rows * row_scale * np.array([0 if n in absent_layers else s for n, s in enumerate(layer_scales)], np.float32)[:, None]
+
+    expected = [list(greedy(model, prompt, 12, ignore_eos=True, rows=probed(scaled(**options)))) for options in wanted]
     assert len(wanted) == len(set(map(tuple, expected)))
     with local_cluster(checkpoint, url) as cluster, Client(cluster.workers) as client:
         for _ in range(2):
-            running = [client.generate(prompt, 12, ignore_eos=True, row_scale=alpha, absent_layers=absent) for alpha, absent in wanted]
+            running = [client.generate(prompt, 12, ignore_eos=True, **options) for options in wanted]
             first = [next(iterator) for iterator in running]  # all are in the batch
             assert expected == [[token, *rest] for token, rest in zip(first, running, strict=True)]
-        for bad in ({"row_scale": 17.0}, {"row_scale": float("nan")}, {"absent_layers": [4]}):
-            with pytest.raises(InvalidArgument, match="row_scale"):
+        bad_scales = ({"layer_scales": [1.0] * count} for count in (1, 3, 5))
+        for bad in ({"row_scale": 17.0}, {"row_scale": float("nan")}, {"absent_layers": [4]}, {"layer_scales": [17.0] * 4}, *bad_scales):
+            with pytest.raises(InvalidArgument, match=r"row_scale|layer_scales must be from -16 to 16, not 17"):
                 list(client.generate(prompt, 1, **bad))
 
 

@@ -218,7 +218,8 @@ def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
     page.click("#reset")
     page.wait_for_function("document.getElementById('status').textContent === 'the same text'")
     page.locator("#layers input").first.focus()
-    page.keyboard.press("Space")
+    page.keyboard.press("Home")
+    assert ["0.00", "1.00", "1.00", "1.00"] == page.locator("#layers output").all_inner_texts()
     page.wait_for_function("document.getElementById('probed').textContent !== document.getElementById('original').textContent")
     page.wait_for_function("document.getElementById('live').textContent.includes('tiny-memory@')")
     if folder := os.environ.get("SCREENSHOTS"):
@@ -287,7 +288,7 @@ def test_the_page_tells_what_a_table_lacks(altered: Cluster, browser: object) ->
     page.goto(f"http://{altered.gateway}/explore")
     page.wait_for_function("document.querySelector('#layers input:disabled')")
     page.click("#reset")
-    states = page.eval_on_selector_all("#layers input", "boxes => boxes.map(box => [box.disabled, box.checked])")
-    assert [[False, True], [False, True], [True, False], [False, True]] == states
-    assert "layer 2 (not in the table)" == page.inner_text("#layers label:nth-child(3)").strip()
+    states = page.eval_on_selector_all("#layers input", "sliders => sliders.map(slider => [slider.disabled, slider.value])")
+    assert [[False, "1"], [False, "1"], [True, "0"], [False, "1"]] == states
+    assert ["layer 2", "not in the table"] == page.inner_text("#layers label:nth-child(3)").split("\n")
     assert "(int8, edited, without layer 2)" in page.inner_text("#memory")

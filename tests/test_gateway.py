@@ -738,7 +738,7 @@ def test_an_error_may_quote_anything() -> None:
 
 def test_limits_mean_the_same_at_both_ends(client: openai.OpenAI) -> None:
     """What the gateway takes at its bounds the worker takes too, though on the wire it has 32 bits."""
-    for options in ({"repetition_penalty": 0.01}, {"row_scale": -16}):
+    for options in ({"repetition_penalty": 0.01}, {"row_scale": -16}, {"layer_scales": [16] * 6}):
         client.completions.create(model="demo-memory", prompt=PROMPT, max_tokens=1, extra_body=options)
     client.completions.create(model="demo-memory", prompt=PROMPT, max_tokens=1, top_p=1e-300)
 

@@ -131,5 +131,5 @@ def table_of(found: list[dict[str, Any]]) -> str:
         for layer, (norm, keys) in enumerate(zip(entry["norms"], entry["keys"], strict=True)):
             strongest = "  ".join(f"{k['key']}:{k['coefficient']:.2f} {' '.join(map(repr, k['shared_by'][:2]))}" for k in keys)
             lines.append(f"  layer {layer:>2}  norm {norm:8.3f}  keys {strongest}")
-        lines.append("  nearest   " + "  ".join(f"{n['token']!r} {n['cosine']:.2f}" for n in entry["nearest"]))
+        lines.append("  nearest   " + "  ".join(f"{n['token']!r} ({n['id']}) {n['cosine']:.2f}" for n in entry["nearest"]))
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import closing, suppress
-from typing import Any, NamedTuple, Self, Unpack
+from typing import Any, NamedTuple, Self, TypeVar, Unpack
 
 import grpc
 import numpy as np
@@ -29,11 +29,14 @@ from tolhouse.telemetry import event
 from tolhouse.v1 import generation_pb2, lookup_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
+T = TypeVar("T")
+
 _RETRIED = (Unavailable, DeadlineExceeded, Cancelled, Corrupt)  # another replica, or the same once more, may do better
 _ROUNDS = 2
 _SAY_SECONDS = 10.0  # a third of how long a lookup service believes it
 _LOOK_SECONDS = 1.0  # for a replica that was away to answer
 _LOOK_UP_SECONDS = 1.0  # between two looks at who is behind a name
+_MOST_KEPT = 16  # versions whose manifest and companions are kept
 _GONE_SECONDS = 600.0  # that calls to an address may go on after its name has lost it: it drains
 _LOCAL = Access()
 
@@ -125,14 +128,16 @@ class Client:
 
     def companions(self, manifest: Manifest) -> Companions:
         """What the rows of a compressed table need besides its records; fetched once, and kept."""
-        if manifest.ref not in self._companions:
+        found = self._companions.get(manifest.ref)
+        if found is None:
 
             def fetch(ref: str) -> tuple[Manifest, np.ndarray]:
                 found = self.describe(ref)
                 return found, self.fetch_records(found, np.arange(found.vocab_size, dtype=np.uint32))
 
-            self._companions[manifest.ref] = companions_of(manifest, fetch)
-        return self._companions[manifest.ref]
+            found = companions_of(manifest, fetch)
+            _keep(self._companions, manifest.ref, found)
+        return found
 
     def fetch_records(
         self, manifest: Manifest, ids: np.ndarray, out: np.ndarray | None = None, places: np.ndarray | None = None
@@ -311,12 +316,12 @@ class Client:
     def _describe(self, table: str) -> tuple[Manifest, int]:
         known = self._manifests.get(table)
         if known is None:  # what a bare name stands for is asked anew each time
-            before = self._stood_for.get(table, "")
-            reply = self._unary("Describe", lookup_pb2.DescribeRequest(table=table, known=before))
+            before = self._manifests.get(self._stood_for.get(table, ""))
+            reply = self._unary("Describe", lookup_pb2.DescribeRequest(table=table, known=before[0].ref if before else ""))
             if before and not reply.manifest_json:
-                return self._manifests[before]
+                return before
             known = Manifest.from_json(reply.manifest_json), reply.max_ids_per_fetch
-            self._manifests[known[0].ref] = known
+            _keep(self._manifests, known[0].ref, known)
             self._stood_for[table] = known[0].ref
             if split_ref(table)[1] is not None and known[0].ref != table:
                 raise Corrupt(f"asked for table {table}, the lookup service described {known[0].ref}")
@@ -348,6 +353,13 @@ class Client:
                     break
         assert error is not None
         raise error
+
+
+def _keep(kept: dict[str, T], ref: str, value: T) -> None:
+    """The newest few: a client outlives many versions, and what is kept of each may have megabytes."""
+    kept[ref] = value
+    for old in list(kept)[:-_MOST_KEPT]:
+        kept.pop(old, None)
 
 
 def token_ids(ids: npt.ArrayLike) -> np.ndarray:

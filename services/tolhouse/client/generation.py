@@ -35,6 +35,7 @@ class Options(TypedDict, total=False):
     prompt_logprobs: int | None
     row_scale: float
     absent_layers: Iterable[int]
+    layer_scales: Iterable[float]
 
 
 def request_of(

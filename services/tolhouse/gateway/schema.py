@@ -18,6 +18,7 @@ StopString = Annotated[StrictStr, Field(max_length=512)]
 BiasedId = Annotated[int, Field(ge=0, lt=2**32)]  # a text in JSON
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**32)]
+RowScale = Annotated[float, Field(ge=-MAX_ROW_SCALE, le=MAX_ROW_SCALE, strict=True)]
 # The first error ends a list: a body of a million wrong items would make as many errors, in a gigabyte, else.
 Several = Annotated[list[T], Field(fail_fast=True)]
 Prompts = Annotated[list[T], Field(max_length=MAX_CHOICES, fail_fast=True)]
@@ -79,8 +80,9 @@ class Generation(Body):
     include_stop_str_in_output: StrictBool | None = False
     ignore_eos: StrictBool | None = False
     min_tokens: StrictInt | None = Field(0, ge=0, le=2**31)
-    row_scale: float | None = Field(1.0, ge=-MAX_ROW_SCALE, le=MAX_ROW_SCALE, strict=True)  # feed-forward rows are multiplied by it
+    row_scale: RowScale | None = 1.0  # feed-forward rows are multiplied by it
     absent_layers: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = None  # layers that go without their rows
+    layer_scales: Annotated[list[RowScale], Field(max_length=1024, fail_fast=True)] | None = None  # one for each layer, times that
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "Generation":
@@ -128,6 +130,7 @@ class Generation(Body):
             min_tokens=self.min_tokens or 0,
             row_scale=1.0 if self.row_scale is None else self.row_scale,
             absent_layers=self.absent_layers or (),
+            layer_scales=self.layer_scales or (),
             logprobs=self.top,
         )
 

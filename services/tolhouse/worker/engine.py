@@ -299,7 +299,7 @@ def _scales(step: list[Chunk], rows: Rows | NoRows) -> Tensor | None:
     start = 0
     for chunk in step:
         end, sampling = start + chunk.last - chunk.first, chunk.sequence.sampling
-        scales_NT[:, start:end] = sampling.row_scale
+        scales_NT[:, start:end] = sampling.row_scale * torch.tensor(sampling.layer_scales or (1.0,))[:, None]
         scales_NT[sorted(sampling.absent_layers), start:end] = 0
         start = end
     return scales_NT.to(rows.device)

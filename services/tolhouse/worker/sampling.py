@@ -36,6 +36,7 @@ class Sampling:
     prompt_logprobs: int | None = None
     row_scale: float = 1.0  # feed-forward rows are multiplied by it (PAPER section 5)
     absent_layers: frozenset[int] = frozenset()  # layers that go without theirs
+    layer_scales: tuple[float, ...] = ()  # one for each layer, times row_scale; none: 1 for all
 
     def __post_init__(self) -> None:
         def require(ok: bool, message: str) -> None:
@@ -56,6 +57,8 @@ class Sampling:
         within("presence_penalty", -2, 2)
         within("frequency_penalty", -2, 2)
         within("row_scale", -MAX_ROW_SCALE, MAX_ROW_SCALE)
+        far = next((scale for scale in self.layer_scales if not -MAX_ROW_SCALE <= scale <= MAX_ROW_SCALE), 0)
+        require(far == 0, f"layer_scales must be from {-MAX_ROW_SCALE:g} to {MAX_ROW_SCALE:g}, not {far:g}")
         require(len(self.logit_bias) <= MAX_BIASED, f"logit_bias has {len(self.logit_bias)} tokens; allowed are {MAX_BIASED}")
         wrong = next((value for value in self.logit_bias.values() if not -100 <= value <= 100), 0)
         require(wrong == 0, f"logit_bias must be from -100 to 100, not {wrong:g}")
@@ -76,7 +79,7 @@ class Sampling:
     @property
     def probes(self) -> bool:
         """Rows are not added as they are."""
-        return self.row_scale != 1 or bool(self.absent_layers)
+        return self.row_scale != 1 or bool(self.absent_layers) or any(scale != 1 for scale in self.layer_scales)
 
     @property
     def penalises(self) -> bool:

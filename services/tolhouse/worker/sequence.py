@@ -46,7 +46,9 @@ class Sequence:
     def rows_key(self) -> str:
         """Says what rows its keys and values come from: those of others may be shared where it is the same."""
         sampling = self.sampling
-        return f"{self.table} {sampling.row_scale!r} {sorted(sampling.absent_layers)}" if sampling.probes else self.table
+        if not sampling.probes:
+            return self.table
+        return f"{self.table} {sampling.row_scale!r} {sorted(sampling.absent_layers)} {sampling.layer_scales}"
 
     @property
     def most_tokens(self) -> int:

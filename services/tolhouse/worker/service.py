@@ -166,15 +166,18 @@ class WorkerService(GenerationServicer):
             prompt_logprobs=given("prompt_logprobs", None),
             row_scale=given("row_scale", 1.0),
             absent_layers=frozenset(request.absent_layers),
+            layer_scales=tuple(request.layer_scales),
         )
         rows = self.config.num_rows
-        if sampling.probes and (not rows or max(sampling.absent_layers, default=0) >= rows):
+        wrong_count = len(sampling.layer_scales) not in (0, rows)
+        if wrong_count or (sampling.probes and (not rows or max(sampling.absent_layers, default=0) >= rows)):
             there = (
                 f"layers 0 to {rows - 1}" if rows > 1 else "one row for all layers" if rows else f"a {self.config.kind} model, without rows"
             )
-            asked = f"layers {sorted(sampling.absent_layers)}" if sampling.absent_layers else "rows to scale"
+            layers = f"layers {sorted(sampling.absent_layers)}" if sampling.absent_layers else "rows to scale"
+            asked = f"scales of {len(sampling.layer_scales)} layers" if wrong_count else layers
             raise InvalidArgument(
-                f"row_scale and absent_layers are for rows that there are: this is {there}, and {asked[:200]} were asked for"
+                f"row_scale, absent_layers and layer_scales are for rows that there are: this is {there}, and {asked[:200]} were asked for"
             )
         return Sequence(len(prompt), prompt, sampling, emit)
 
