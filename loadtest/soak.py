@@ -7,8 +7,9 @@ A process that is new grows until it has seen its busiest moment and its heap it
 warm-up that does not count: at each lookup service, every row, then random ones by several threads, while others ask for what workers ask each
 second, as often as in an hour; then eight minutes of half as many requests more.
 
-Prints, for each, the slope of a straight line through what was taken, with its 95% confidence interval, and whether zero lies in it; last, one
-line of JSON. The interval of a memory is no narrower than what a single page more does to the slope.
+Prints, for each, the slope of a straight line through what was taken, with its confidence interval, and whether zero lies in it; last, one
+line of JSON. The six intervals hold together with 95%: at 95% each, every fourth run would find a slope where there is none. That of a memory
+is no narrower than what a single page more does to the slope.
 """
 
 import argparse
@@ -30,10 +31,11 @@ CHECKPOINT = Path("models/demo-memory")
 RATE, WINDOW_SECONDS = 10.0, 10.0
 WARM_RATE, WARM_WINDOWS, WARM_FETCHES, WARM_THREADS = 15.0, 48, 30_000, 4
 PAGE_MB = 0.004096
+DEVIATIONS = 2.64  # of a normal distribution: 95% for six at once
 
 
 def slope(values: list[float], grain: float = 0.0) -> tuple[float, float]:
-    """Per hour, and half of its 95% confidence interval. Neighbours are alike, which is allowed for by their first autocorrelation.
+    """Per hour, and half of its confidence interval. Neighbours are alike, which is allowed for by their first autocorrelation.
 
     `grain`: of what a value is a multiple. The interval is at least the slope that one step of it in the middle makes.
     """
@@ -42,7 +44,7 @@ def slope(values: list[float], grain: float = 0.0) -> tuple[float, float]:
     rest = y - (a * x + b)
     spread = np.sqrt((rest @ rest) / max(1, len(y) - 2) / ((x - x.mean()) ** 2).sum())
     alike = float(np.clip(rest[:-1] @ rest[1:] / max(1e-12, rest @ rest), 0, 0.95))
-    return float(a), max(1.5 * grain / float(x[-1]), float(1.96 * spread * np.sqrt((1 + alike) / (1 - alike))))
+    return float(a), max(1.5 * grain / float(x[-1]), float(DEVIATIONS * spread * np.sqrt((1 + alike) / (1 - alike))))
 
 
 def exercise(target: str, ref: str) -> None:

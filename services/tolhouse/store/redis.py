@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
+import hiredis
 import numpy as np
 from redis import Redis, exceptions
 from redis.backoff import ExponentialBackoff
@@ -316,7 +317,8 @@ class _Lane:
             self.send()
 
     def send(self) -> None:
-        self.connection.send_packed_command(self.connection.pack_commands(self.commands), check_health=False)
+        # redis-py's own way makes a tuple from a generator, which CPython puts on a list of free ones that nothing else takes from
+        self.connection.send_packed_command([b"".join(map(hiredis.pack_command, self.commands))], check_health=False)
         self.commands, self.answer_bytes = [], 0
 
     def answer(self) -> Any:
