@@ -71,6 +71,13 @@ def test_tokens_are_told_as_explain_tells_them(cluster: Cluster, checkpoint: Pat
         np.testing.assert_allclose([n["cosine"] for n in entry["nearest"]], [n["cosine"] for n in token["nearest"]], atol=2e-3)
 
 
+@pytest.mark.parametrize("name", ["demo-memory", "demo-flex"])
+def test_the_demo_models_have_theirs(name: str) -> None:
+    """What is committed beside a checkpoint is of that checkpoint."""
+    opened, arrays = open_checkpoint(Path("models") / name), np.load(Path("models") / name / "memory.npz")
+    assert (opened.model_id(), opened.tokenizer_id) == (str(arrays["model_id"]), str(arrays["tokenizer_id"]))
+
+
 def test_live_counts_grow(cluster: Cluster) -> None:
     """By the tokens that were asked for, once the gateway has looked again."""
     url = f"http://{cluster.gateway}"
