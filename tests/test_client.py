@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tolhouse import Client, errors
+from tolhouse.store import open_store, rows_of
+from tolhouse.store.overlay import make_overlay
 from tolhouse.testing import Cluster, Process, build_table, free_port, local_cluster, process
 
 from tests.chaos.proxy import Link
@@ -54,6 +56,21 @@ def test_rows_are_a_view_of_what_was_received(client: Client, table: tuple[str, 
     while isinstance(base.base, np.ndarray):
         base = base.base
     assert (np.uint8, 3 * client.describe(table[1]).record_bytes) == (base.dtype, base.nbytes)
+
+
+def test_a_client_outlives_many_versions(checkpoint: Path, tmp_path: Path) -> None:
+    """It keeps what it knows of the newest alone, and asks again for an older one."""
+    url = f"file://{tmp_path}"
+    ref = build_table(checkpoint, url, codec="bf16")
+    store = open_store(url)
+    row = rows_of(store, store.manifest(ref), np.array([7], np.uint32))
+    with process("lookup", "--store", url, *FREE) as lookup, Client(lookup.address) as client:
+        before = client.fetch(ref, [7, 8])
+        for number in range(1, 21):
+            made = make_overlay(store, ref, np.array([7]), row * 2**number)
+            assert (row[0] * 2**number).tobytes() == client.fetch(made.ref, [7])[0].astype(np.float32).tobytes()
+        assert (16, 16) == (len(client._manifests), len(client._companions))
+        assert before.tobytes() == client.fetch(ref, [7, 8]).tobytes()
 
 
 def test_no_ids_give_no_rows(client: Client, table: tuple[str, str]) -> None:
