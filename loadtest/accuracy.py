@@ -31,7 +31,9 @@ def windows(checkpoint: Checkpoint, most: int) -> Tensor:
     tokenizer = checkpoint.tokenizer()
     texts = [text for name, text in documents(standard_library()) if is_held_out(name)]
     end = tokenizer.token_to_id(END_OF_TEXT)
-    ids = torch.tensor([i for encoding in tokenizer.encode_batch(texts) for i in (*encoding.ids, end)])
+    ids = torch.tensor(
+        [i for encoding in tokenizer.encode_batch(texts) for i in (*encoding.ids, end)]
+    )
     return ids.unfold(0, WINDOW + 1, WINDOW)[:most]
 
 
@@ -44,7 +46,11 @@ def losses(model: torch.nn.Module, ids_WS: Tensor, rows_VND: np.ndarray) -> np.n
         inputs_T, targets_T = some_BS[:, :-1].flatten(), some_BS[:, 1:].flatten()
         positions_T = torch.arange(WINDOW).repeat(len(some_BS))
         logits_TV = model(inputs_T, positions_T, NoCache(WINDOW), rows_NVD[:, inputs_T])
-        found.append(F.cross_entropy(logits_TV, targets_T, reduction="none").unflatten(0, (len(some_BS), WINDOW)).mean(1))
+        found.append(
+            F.cross_entropy(logits_TV, targets_T, reduction="none")
+            .unflatten(0, (len(some_BS), WINDOW))
+            .mean(1)
+        )
     return torch.cat(found).double().numpy()
 
 
@@ -60,18 +66,26 @@ def measure(path: Path, most: int, orders: int, x0: bool) -> dict[str, float]:
     checkpoint = open_checkpoint(path)
     model, ids_WS = checkpoint.model(), windows(checkpoint, most)
     with torch.inference_mode():
-        rows = np.ascontiguousarray(model.rows(torch.arange(checkpoint.config.vocab_size), x0).numpy().swapaxes(0, 1))
+        rows = np.ascontiguousarray(
+            model.rows(torch.arange(checkpoint.config.vocab_size), x0).numpy().swapaxes(0, 1)
+        )
     exact = losses(model, ids_WS, rows)
-    print(f"{path.name}: {len(ids_WS)} windows of {WINDOW}, fp32 {exact.mean():.4f} nats, perplexity {math.exp(exact.mean()):.3f}")
+    print(
+        f"{path.name}: {len(ids_WS)} windows of {WINDOW}, fp32 {exact.mean():.4f} nats, perplexity {math.exp(exact.mean()):.3f}"
+    )
     found = {}
 
     def tell(label: str, results: list[np.ndarray]) -> None:
         difference = np.mean([losses(model, ids_WS, result) for result in results], axis=0) - exact
-        error = math.sqrt(np.mean([np.square(result - rows).sum() / np.square(rows).sum() for result in results]))
+        error = math.sqrt(
+            np.mean([np.square(result - rows).sum() / np.square(rows).sum() for result in results])
+        )
         found[label] = round(float(difference.mean()), 5)
         spread = difference.std(ddof=1) / math.sqrt(len(difference))
         perplexity = math.exp(exact.mean() + difference.mean())
-        print(f"  {label:18}{difference.mean():+10.5f} ± {spread:.5f}   perplexity {perplexity:.3f}   rows' error {error:7.4f}")
+        print(
+            f"  {label:18}{difference.mean():+10.5f} ± {spread:.5f}   perplexity {perplexity:.3f}   rows' error {error:7.4f}"
+        )
 
     for name in () if orders else codecs.CODECS:
         tell(name, [back(name, rows)])
@@ -79,19 +93,35 @@ def measure(path: Path, most: int, orders: int, x0: bool) -> dict[str, float]:
     columns = [random.permutation(rows.shape[-1]) for _ in range(orders)]
     for group in tqdm(GROUPS if orders else (), desc="groups", leave=False):
         with patch.object(codecs, "GROUP", group):
-            tell("int4, " + ("whole rows" if group > rows.shape[-1] else f"groups of {group}"), [back("int4", rows, c) for c in columns])
+            tell(
+                "int4, " + ("whole rows" if group > rows.shape[-1] else f"groups of {group}"),
+                [back("int4", rows, c) for c in columns],
+            )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="*", type=Path, default=[Path("models/demo-memory"), Path("models/demo-flex")])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "checkpoint",
+        nargs="*",
+        type=Path,
+        default=[Path("models/demo-memory"), Path("models/demo-flex")],
+    )
     parser.add_argument("--quick", action="store_true", help="fewer windows")
     parser.add_argument("--x0", action="store_true", help="rows carry X0")
-    parser.add_argument("--orders", type=int, default=0, help="orders of the columns to try int4's groups with")
+    parser.add_argument(
+        "--orders", type=int, default=0, help="orders of the columns to try int4's groups with"
+    )
     given = parser.parse_args()
     most = 32 if given.quick else 10_000
-    print(json.dumps({path.name: measure(path, most, given.orders, given.x0) for path in given.checkpoint}))
+    print(
+        json.dumps(
+            {path.name: measure(path, most, given.orders, given.x0) for path in given.checkpoint}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from typing import Literal
 
 import grpc
 import numpy as np
-from tolhouse.access import Access
-from tolhouse.rpc import SERVER_OPTIONS, dial, keep_large_blocks
+from tolhouse.net.auth import ClientCredentials
+from tolhouse.net.channel import dial
+from tolhouse.net.server import SERVER_OPTIONS, keep_large_blocks
 from tolhouse.v1 import lookup_pb2
 
 ROW_BYTES, ROWS = 96 << 10, 2048
@@ -25,7 +26,9 @@ _BYTES = bytes(4 << 20)
 _ROWS: list[bytes] = []
 
 
-async def _echo(requests: AsyncIterator[bytes], _: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+async def _echo(
+    requests: AsyncIterator[bytes], _: grpc.aio.ServicerContext
+) -> AsyncIterator[bytes]:
     async for request in requests:
         yield request
 
@@ -42,7 +45,10 @@ def _naive(request: lookup_pb2.FetchRequest, _: grpc.ServicerContext) -> lookup_
 async def _serve_bare() -> None:
     keep_large_blocks()
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    methods = {"Echo": grpc.stream_stream_rpc_method_handler(_echo), "Bytes": grpc.unary_unary_rpc_method_handler(_bytes)}
+    methods = {
+        "Echo": grpc.stream_stream_rpc_method_handler(_echo),
+        "Bytes": grpc.unary_unary_rpc_method_handler(_bytes),
+    }
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("Bare", methods)])
     print(server.add_insecure_port("127.0.0.1:0"), flush=True)
     await server.start()
@@ -64,7 +70,7 @@ class Bare:
     """A client of the bare server."""
 
     def __init__(self, target: str) -> None:
-        channel = dial(target, Access())
+        channel = dial(target, ClientCredentials())
         self.bytes = channel.unary_unary("/Bare/Bytes")
         self._outgoing: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._stream = channel.stream_stream("/Bare/Echo")(iter(self._outgoing.get, None))
@@ -82,14 +88,18 @@ class Naive:
         self._rows = grpc.insecure_channel(target).unary_unary("/Naive/Rows", write, read)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        reply = self._rows(lookup_pb2.FetchRequest(table="naive", token_ids=ids.astype("<u4").tobytes()))
+        reply = self._rows(
+            lookup_pb2.FetchRequest(table="naive", token_ids=ids.astype("<u4").tobytes())
+        )
         return np.frombuffer(reply.records, np.uint8).reshape(len(ids), ROW_BYTES)
 
 
 @contextmanager
 def server(kind: Literal["bare", "naive"]) -> Iterator[str]:
     """One of the servers as a process, until the block ends; its address."""
-    process = subprocess.Popen([sys.executable, "-m", "loadtest.bare", kind], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loadtest.bare", kind], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout
     try:
         yield f"127.0.0.1:{process.stdout.readline().strip()}"

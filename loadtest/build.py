@@ -50,12 +50,16 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def peaks(path: str, folder: str, told: "multiprocessing.Queue[dict[str, tuple[int, int]]]") -> None:
+def peaks(
+    path: str, folder: str, told: "multiprocessing.Queue[dict[str, tuple[int, int]]]"
+) -> None:
     """In a process of its own, for each codec: bytes above the loaded model while it builds half the shards, and the bound."""
     found = {}
     for codec in CODECS:
         planned = plan(open_checkpoint(path), f"peak-{codec}", codec, SHARDS)
-        next(iter(batches(_model(path), planned.shard_ids(0))))  # the model is loaded, and has computed
+        next(
+            iter(batches(_model(path), planned.shard_ids(0)))
+        )  # the model is loaded, and has computed
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         build_shards(path, planned, list(range(SHARDS // 2)), (f"file://{folder}",), 10.0)
@@ -65,10 +69,16 @@ def peaks(path: str, folder: str, told: "multiprocessing.Queue[dict[str, tuple[i
 
 
 def _status(field: str) -> int:
-    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return next(
+        int(line.split()[1]) << 10
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
 
 
-def measure(path: Path, vocabulary: int, rounds: int, folder: Path, redis_url: str, *, quick: bool) -> dict[str, float]:
+def measure(
+    path: Path, vocabulary: int, rounds: int, folder: Path, redis_url: str, *, quick: bool
+) -> dict[str, float]:
     checkpoint = open_checkpoint(path)
     workers = os.cpu_count() or 1
     remote = ray.remote(num_cpus=1)(bare)
@@ -77,7 +87,9 @@ def measure(path: Path, vocabulary: int, rounds: int, folder: Path, redis_url: s
     def compute() -> None:
         ray.get([remote.remote(str(path), ids) for ids in halves])
 
-    plans = {codec: plan(checkpoint, codec, codec, SHARDS) for codec in CODECS}  # reads the model, whatever the vocabulary
+    plans = {
+        codec: plan(checkpoint, codec, codec, SHARDS) for codec in CODECS
+    }  # reads the model, whatever the vocabulary
 
     def table(codec: str, *, redis: bool) -> None:
         planned = replace(plans[codec], name=f"bench{time.monotonic_ns()}")
@@ -103,16 +115,30 @@ def measure(path: Path, vocabulary: int, rounds: int, folder: Path, redis_url: s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer layers and rounds: done within a minute")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer layers and rounds: done within a minute"
+    )
     quick = parser.parse_args().quick
     layers, vocabulary, rounds = (2, 12_288, 2) if quick else (4, 16_384, 5)
     settle_ray()
-    shape = {"hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 16, "num_hidden_layers": layers}
+    shape = {
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_attention_heads": 16,
+        "num_hidden_layers": layers,
+    }
     with tempfile.TemporaryDirectory(prefix="tolhouse-") as name, redis_server() as redis_url:
         folder = Path(name)
         path = tiny_model(folder / "model", vocab_size=vocabulary, **shape)
-        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, object_store_memory=80 << 20)
+        ray.init(
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            object_store_memory=80 << 20,
+        )
         try:
             ratios = measure(path, vocabulary, rounds, folder, redis_url, quick=quick)
         finally:
@@ -124,9 +150,19 @@ def main() -> None:
         above = told.get(timeout=300)
         child.join()
         for codec, (most, bound) in above.items():
-            print(f"  {codec:18} peak {most / 1e6:.0f} MB above the model, bound {bound / 1e6:.0f} MB")
+            print(
+                f"  {codec:18} peak {most / 1e6:.0f} MB above the model, bound {bound / 1e6:.0f} MB"
+            )
         if not quick:
-            command = [sys.executable, "-m", "tolhouse.cli", "build", str(path), "--store", f"file://{folder}/whole"]
+            command = [
+                sys.executable,
+                "-m",
+                "tolhouse.cli",
+                "build",
+                str(path),
+                "--store",
+                f"file://{folder}/whole",
+            ]
             whole = seconds(lambda: subprocess.run(command, check=True, capture_output=True))
             print(f"  `tolhouse build`, Ray's start and all: {whole:.1f} s")
     both = {name: ratio for name, ratio in ratios.items() if name.endswith("Redis too")}
@@ -135,7 +171,10 @@ def main() -> None:
         "build_redis_vs_compute": max(both.values()),
         "peak_over_bound": max(most / bound for most, bound in above.values()),
         **{f"build_vs_compute_{codec}": ratios[codec] for codec in CODECS},
-        **{f"build_redis_vs_compute_{name.partition(',')[0]}": ratio for name, ratio in both.items()},
+        **{
+            f"build_redis_vs_compute_{name.partition(',')[0]}": ratio
+            for name, ratio in both.items()
+        },
     }
     print(json.dumps({name: round(value, 3) for name, value in result.items()}))
 

@@ -16,12 +16,12 @@ from contextlib import closing
 import numpy as np
 import torch
 from tolhouse import Client, Manifest
-from tolhouse.rpc import keep_large_blocks
+from tolhouse.engine.dequant import decode
+from tolhouse.net.server import keep_large_blocks
 from tolhouse.store import Store, open_store
 from tolhouse.table.codecs import CODECS
-from tolhouse.table.spec import content_id
+from tolhouse.table.manifest import content_id
 from tolhouse.testing import process, redis_server
-from tolhouse.worker.decode import decode
 from tqdm import tqdm
 
 VOCABULARY, LAYERS, HIDDEN = 512, 24, 2048  # the rows of the paper's 1B model
@@ -31,8 +31,20 @@ BUILT_TOGETHER = 128  # rows that the builder encodes at a time
 
 def manifest_of(codec: str) -> Manifest:
     layers = tuple(range(LAYERS))
-    identity = {"model_id": "0" * 64, "tokenizer_id": "0" * 64, "version": content_id("random", codec, layers)}
-    return Manifest(name=codec, codec=codec, vocab_size=VOCABULARY, hidden_size=HIDDEN, layers=layers, num_shards=16, **identity)
+    identity = {
+        "model_id": "0" * 64,
+        "tokenizer_id": "0" * 64,
+        "version": content_id("random", codec, layers),
+    }
+    return Manifest(
+        name=codec,
+        codec=codec,
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        layers=layers,
+        num_shards=16,
+        **identity,
+    )
 
 
 def load(store: Store, manifest: Manifest) -> None:
@@ -75,9 +87,16 @@ def alone(rounds: int) -> None:
     random = np.random.default_rng(0)
     many = random.standard_normal((BUILT_TOGETHER, LAYERS, HIDDEN), np.float32)
     batch, ids = many[:IDS], np.arange(IDS, dtype=np.uint32)
-    print(f"rows of {LAYERS} x {HIDDEN}: microseconds per row, {BUILT_TOGETHER} encoded and {IDS} decoded together")
-    print(f"  {'':6}{'bytes':>9}{'encode':>9}{'(ns/value)':>12}{'numpy':>9}{'torch, 1 thread':>18}{'2 threads':>12}")
-    encoding = medians({name: lambda c=codec: c.encode(many) for name, codec in CODECS.items()}, max(3, rounds // 10))
+    print(
+        f"rows of {LAYERS} x {HIDDEN}: microseconds per row, {BUILT_TOGETHER} encoded and {IDS} decoded together"
+    )
+    print(
+        f"  {'':6}{'bytes':>9}{'encode':>9}{'(ns/value)':>12}{'numpy':>9}{'torch, 1 thread':>18}{'2 threads':>12}"
+    )
+    encoding = medians(
+        {name: lambda c=codec: c.encode(many) for name, codec in CODECS.items()},
+        max(3, rounds // 10),
+    )
     contenders: dict[str, Callable[[], object]] = {}
     for name in CODECS:
         manifest = manifest_of(name)
@@ -85,10 +104,15 @@ def alone(rounds: int) -> None:
         tensor = torch.from_numpy(records)
         contenders[f"{name} numpy"] = lambda m=manifest, r=records: m.decode(r).astype(np.float32)
         for threads in (1, 2):
-            contenders[f"{name} {threads}"] = on_threads(threads, lambda m=manifest, t=tensor: decode(t, m))
+            contenders[f"{name} {threads}"] = on_threads(
+                threads, lambda m=manifest, t=tensor: decode(t, m)
+            )
     decoding = medians(contenders, rounds)
     for name in CODECS:
-        encode, figures = encoding[name] / BUILT_TOGETHER, [decoding[f"{name} {how}"] / IDS * 1e6 for how in ("numpy", 1, 2)]
+        encode, figures = (
+            encoding[name] / BUILT_TOGETHER,
+            [decoding[f"{name} {how}"] / IDS * 1e6 for how in ("numpy", 1, 2)],
+        )
         print(
             f"  {name:6}{manifest_of(name).record_bytes:9,}{encode * 1e6:9.1f}{encode / LAYERS / HIDDEN * 1e9:12.2f}"
             f"{figures[0]:9.1f}{figures[1]:18.1f}{figures[2]:12.1f}"
@@ -109,17 +133,24 @@ def fetched(rounds: int) -> dict[str, dict[str, float]]:
             with process("lookup", *options) as service, Client(service.address) as client:
                 for manifest in tables:
                     client.fetch_records(manifest, np.arange(VOCABULARY, dtype=np.uint32))
-                chosen = [random.choice(VOCABULARY, IDS, replace=False).astype(np.uint32) for _ in range(rounds + 1)]
+                chosen = [
+                    random.choice(VOCABULARY, IDS, replace=False).astype(np.uint32)
+                    for _ in range(rounds + 1)
+                ]
                 contenders: dict[str, Callable[[], object]] = {}
                 for manifest in tables:
                     ids = iter(chosen)
-                    contenders[manifest.codec] = lambda m=manifest, i=ids: decode(torch.from_numpy(client.fetch_records(m, next(i))), m)
+                    contenders[manifest.codec] = lambda m=manifest, i=ids: decode(
+                        torch.from_numpy(client.fetch_records(m, next(i))), m
+                    )
                 found[how] = medians(contenders, rounds)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds: done within a minute")
     rounds = 40 if parser.parse_args().quick else 400
     keep_large_blocks()  # as the worker does

@@ -19,18 +19,18 @@ import numpy as np
 import torch
 from tolhouse import Client
 from tolhouse.config import WorkerConfig
+from tolhouse.engine.attention import PagedKVCache
+from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
+from tolhouse.engine.cpu.compiled import Compiled
+from tolhouse.engine.cpu.packed import load
+from tolhouse.engine.engine import Engine
+from tolhouse.engine.row_providers import NoRows, Rows
+from tolhouse.engine.runner import Runner
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig, preset
-from tolhouse.rpc import keep_large_blocks
+from tolhouse.net.server import keep_large_blocks
 from tolhouse.store import open_store, publish
 from tolhouse.testing import process
-from tolhouse.worker.attention import Pages
-from tolhouse.worker.compiled import Compiled
-from tolhouse.worker.engine import Engine
-from tolhouse.worker.kv_cache import BLOCK_TOKENS, KVCache
-from tolhouse.worker.packed import load
-from tolhouse.worker.rows import NoRows, Rows
-from tolhouse.worker.runner import Runner
 
 from loadtest.memory import memory_ratio
 from loadtest.models import random_weights
@@ -59,7 +59,10 @@ class Measured(Contender):
 @contextmanager
 def contenders(name: str, folder: Path, frequent: tuple[int, ...]) -> Iterator[list[Measured]]:
     """Base, MemoryLLM with remote rows, MemoryLLM with resident rows, over a lookup service with a table of its own."""
-    shapes = [preset(name, kind, vocab_size=VOCABULARY, max_position_embeddings=8192) for kind in ("base", "memory")]
+    shapes = [
+        preset(name, kind, vocab_size=VOCABULARY, max_position_embeddings=8192)
+        for kind in ("base", "memory")
+    ]
     manifest = alike(shapes[1], "int8", frequent)
     url = f"file://{folder / 'tables'}"
     compilers = {shape.kind: Compiled(shape, torch.float32, COMPILED) for shape in shapes}
@@ -71,11 +74,23 @@ def contenders(name: str, folder: Path, frequent: tuple[int, ...]) -> Iterator[l
             load_table(store, manifest)
             publish(store, manifest.ref)
         lookup = stack.enter_context(
-            process("lookup", "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", f"{manifest.table_bytes / 1.5e6:.0f}")
+            process(
+                "lookup",
+                "--store",
+                url,
+                "--listen",
+                "127.0.0.1:0",
+                "--hot-megabytes",
+                f"{manifest.table_bytes / 1.5e6:.0f}",
+            )
         )
         client = stack.enter_context(Client(lookup.address))
         found = []
-        for title, shape, cached in (("dense base model", shapes[0], 0), ("remote rows", shapes[1], 0.1), ("resident rows", shapes[1], 1)):
+        for title, shape, cached in (
+            ("dense base model", shapes[0], 0),
+            ("remote rows", shapes[1], 0.1),
+            ("resident rows", shapes[1], 1),
+        ):
             rows: Rows | NoRows = NoRows(shape.hidden_size, CPU)
             if cached:
                 rows = Rows(client, manifest, int(manifest.table_bytes * cached), CPU)
@@ -83,10 +98,15 @@ def contenders(name: str, folder: Path, frequent: tuple[int, ...]) -> Iterator[l
                 if cached == 1:
                     for part in np.array_split(np.arange(VOCABULARY, dtype=np.uint32), 64):
                         rows.stage(part)
-            cache = KVCache(max(64 * (PROMPT + ANSWER), 2 * 4352) // BLOCK_TOKENS)
-            pages = Pages(shape, cache.num_blocks, CPU, torch.float32)
-            pages.keys.zero_(), pages.values.zero_()  # as in a worker that has long used all of them
-            model = load(Checkpoint(random_weights(folder / shape.kind, shape), shape), CPU, torch.float32)
+            cache = BlockManager(max(64 * (PROMPT + ANSWER), 2 * 4352) // BLOCK_TOKENS)
+            pages = PagedKVCache(shape, cache.num_blocks, CPU, torch.float32)
+            (
+                pages.keys.zero_(),
+                pages.values.zero_(),
+            )  # as in a worker that has long used all of them
+            model = load(
+                Checkpoint(random_weights(folder / shape.kind, shape), shape), CPU, torch.float32
+            )
             compilers[shape.kind].attach(model)
             engine = Engine(Runner(model, pages, rows), rows, cache, 64, 1000, 512)
             found.append(Measured(title, engine, read_bytes(shape)))
@@ -97,11 +117,17 @@ def contenders(name: str, folder: Path, frequent: tuple[int, ...]) -> Iterator[l
 def read_bytes(shape: ModelConfig) -> int:
     """Bytes of 16-bit weights that a token's forward reads: every matrix but the embedding, of which it reads one row."""
     attention = 4 * shape.hidden_size**2
-    ffn = 3 * shape.hidden_size * shape.intermediate_size if shape.kind == "base" else shape.beta * shape.hidden_size**2
+    ffn = (
+        3 * shape.hidden_size * shape.intermediate_size
+        if shape.kind == "base"
+        else shape.beta * shape.hidden_size**2
+    )
     return 2 * (shape.num_hidden_layers * (attention + ffn) + shape.vocab_size * shape.hidden_size)
 
 
-def decoding(found: list[Measured], ids: np.ndarray, concurrency: int, rounds: int) -> dict[str, float]:
+def decoding(
+    found: list[Measured], ids: np.ndarray, concurrency: int, rounds: int
+) -> dict[str, float]:
     """Tokens per second of each, by slices in turn; a ratio is the median over slices that ran one after the other."""
     length = PROMPT + ANSWER
     seconds = np.zeros((len(found), 2))
@@ -117,11 +143,16 @@ def decoding(found: list[Measured], ids: np.ndarray, concurrency: int, rounds: i
         while found[0].engine.running:
             for one in found:
                 one.rates[concurrency].append(one.rate(SLICE))
-        seconds += np.array([(one.engine.step_seconds, one.engine.forward_seconds) for one in found]) - before
+        seconds += (
+            np.array([(one.engine.step_seconds, one.engine.forward_seconds) for one in found])
+            - before
+        )
     for one, (step, forward) in zip(found, seconds, strict=True):
         one.outside[concurrency] = 1 - forward / step
         rate = statistics.median(one.rates[concurrency])
-        print(f"  {concurrency:3} sequences  {one.name:18} {rate:8.1f} tokens/s   outside the forward {one.outside[concurrency]:.1%}")
+        print(
+            f"  {concurrency:3} sequences  {one.name:18} {rate:8.1f} tokens/s   outside the forward {one.outside[concurrency]:.1%}"
+        )
     base, remote, resident = (np.array(one.rates[concurrency]) for one in found)
     return {
         f"speedup_c{concurrency}": float(np.median(remote / base)),
@@ -138,7 +169,9 @@ def prefilling(found: list[Measured], ids: np.ndarray, length: int, rounds: int)
             one.start([ids[start : start + length].tolist()], [[0]])
             times[one.name].append(one.until_done())
     for name, values in times.items():
-        print(f"  prompt of {length:4}  {name:18} {length / statistics.median(values):8.0f} tokens/s")
+        print(
+            f"  prompt of {length:4}  {name:18} {length / statistics.median(values):8.0f} tokens/s"
+        )
     remote, resident = (np.array(t) for t in times.values())
     return float(np.median(resident / remote))
 
@@ -151,10 +184,19 @@ def memory_bandwidth(block: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="250m", choices=("demo", "250m", "750m", "1b"), help="shape of the models (default 250m)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--quick", action="store_true", help="fewer rounds, and no workers of the 1b preset for their memory: within 90 seconds"
+        "--preset",
+        default="250m",
+        choices=("demo", "250m", "750m", "1b"),
+        help="shape of the models (default 250m)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer rounds, and no workers of the 1b preset for their memory: within 90 seconds",
     )
     options = parser.parse_args()
     keep_large_blocks()
@@ -171,16 +213,30 @@ def main() -> None:
             bandwidths += [memory_bandwidth(block) for _ in range(10)]
             for concurrency, rounds in ((8, 4), (32, 3)):
                 result |= decoding(found, ids, concurrency, 1 if options.quick else rounds)
-            prompts = {length: prefilling(found, ids, length, 1 if options.quick else 5) for length in (1024, 4096)}
+            prompts = {
+                length: prefilling(found, ids, length, 1 if options.quick else 5)
+                for length in (1024, 4096)
+            }
             result["remote_prefill_vs_resident"] = min(prompts.values())
             remote = found[1]
             bandwidth = statistics.median(bandwidths)
-            result["bandwidth_fraction"] = statistics.median(remote.rates[1]) * remote.weight_bytes / bandwidth
+            result["bandwidth_fraction"] = (
+                statistics.median(remote.rates[1]) * remote.weight_bytes / bandwidth
+            )
             result["host_overhead"] = remote.outside[8]
-            print(f"  memory is read at {bandwidth / 1e9:.1f} GB/s; a token reads {remote.weight_bytes / 1e6:.0f} MB of weights")
-            tokens = {f"tokens_per_s_{one.name.split()[0]}_c{c}": statistics.median(one.rates[c]) for one in found for c in (1, 8, 32)}
+            print(
+                f"  memory is read at {bandwidth / 1e9:.1f} GB/s; a token reads {remote.weight_bytes / 1e6:.0f} MB of weights"
+            )
+            tokens = {
+                f"tokens_per_s_{one.name.split()[0]}_c{c}": statistics.median(one.rates[c])
+                for one in found
+                for c in (1, 8, 32)
+            }
     if not options.quick:
-        result |= {f"memory_ratio_{'tied' if tied else 'untied'}": memory_ratio("1b", tied=tied) for tied in (True, False)}
+        result |= {
+            f"memory_ratio_{'tied' if tied else 'untied'}": memory_ratio("1b", tied=tied)
+            for tied in (True, False)
+        }
     print(json.dumps({k: round(v, 3) for k, v in {**result, **tokens}.items()}))
 
 

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from redis import Redis
 from tolhouse import Client, Manifest
-from tolhouse.rpc import keep_large_blocks
+from tolhouse.engine.row_providers import Rows
+from tolhouse.net.server import keep_large_blocks
 from tolhouse.store import open_store, publish
 from tolhouse.testing import process, redis_cluster, redis_server
-from tolhouse.worker.rows import Rows
 from tqdm import tqdm
 
 from loadtest.bare import Bare, Naive, server
@@ -59,14 +59,25 @@ def in_turn(vocabulary: int, size: int, count: int) -> list[np.ndarray]:
 
 @contextmanager
 def service(url: str, hot_megabytes: float, *options: str) -> Iterator[str]:
-    with process("lookup", "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", str(hot_megabytes), *options) as running:
+    with process(
+        "lookup",
+        "--store",
+        url,
+        "--listen",
+        "127.0.0.1:0",
+        "--hot-megabytes",
+        str(hot_megabytes),
+        *options,
+    ) as running:
         yield running.address
 
 
 @contextmanager
 def filled_service(url: str, hot_megabytes: float) -> Iterator[str]:
     """One that has read the frequent tokens' rows of its published table."""
-    with process("lookup", "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", str(hot_megabytes)) as running:
+    with process(
+        "lookup", "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", str(hot_megabytes)
+    ) as running:
         while "hot rows filled" not in running.log.read_text():
             time.sleep(0.05)
         yield running.address
@@ -75,13 +86,19 @@ def filled_service(url: str, hot_megabytes: float) -> Iterator[str]:
 def large_rows(pairs: int) -> dict[str, float]:
     """32 ids of 96 KiB: hot, and from Redis with nothing cached, against MGET of the same rows and one naive answer."""
     manifest = manifest_of("large", 2048, 96)
-    with redis_server() as url, closing(Redis.from_url(url)) as redis, closing(open_store(url)) as store:
+    with (
+        redis_server() as url,
+        closing(Redis.from_url(url)) as redis,
+        closing(open_store(url)) as store,
+    ):
         load(store, manifest)
         ids = np.arange(manifest.vocab_size, dtype=np.uint32)
         keys = load_plain(redis, manifest, ids)
         with (
             service(url, 250) as hot,
-            service(url, 32) as cold,  # rows go round: each has left long before it is asked for again
+            service(
+                url, 32
+            ) as cold,  # rows go round: each has left long before it is asked for again
             Client(hot) as hot_client,
             Client(hot, map_hot_rows=False) as hot_wire,
             Client(cold) as cold_client,
@@ -97,7 +114,9 @@ def large_rows(pairs: int) -> dict[str, float]:
                 "service, hot": lambda batch: hot_client.fetch(manifest, batch),
                 "service, hot, over the wire": lambda batch: hot_wire.fetch(manifest, batch),
                 "service, from Redis": lambda batch: cold_client.fetch(manifest, batch),
-                "service, from Redis, over the wire": lambda batch: cold_wire.fetch(manifest, (batch + half) % len(ids)),
+                "service, from Redis, over the wire": lambda batch: cold_wire.fetch(
+                    manifest, (batch + half) % len(ids)
+                ),
             }
             found = medians(contenders, in_turn(len(ids), 32, pairs), "32 ids of 96 KiB")
     redis_, naive_, hot_, hot_wire_, cold_, cold_wire_ = found.values()
@@ -118,7 +137,11 @@ def small_rows(pairs: int) -> dict[str, float]:
     with redis_server() as url, closing(open_store(url)) as store, server("bare") as bare:
         load(store, manifest)
         bare_ = Bare(bare)
-        with service(url, 64) as address, Client(address) as client, Client(address, map_hot_rows=False) as wire:
+        with (
+            service(url, 64) as address,
+            Client(address) as client,
+            Client(address, map_hot_rows=False) as wire,
+        ):
             client.fetch(manifest, range(manifest.vocab_size))
             one = medians(
                 {
@@ -156,17 +179,31 @@ def real_text(row_kib: int) -> dict[str, float]:
     source, ids, frequent = trace(32_768)
     manifest = manifest_of("text", 32_768, row_kib, frequent=frequent)
     slots, found = manifest.vocab_size // 10, {}
-    with redis_server() as url, closing(Redis.from_url(url)) as redis, closing(open_store(url)) as store:
+    with (
+        redis_server() as url,
+        closing(Redis.from_url(url)) as redis,
+        closing(open_store(url)) as store,
+    ):
         load(store, manifest)
         publish(store, manifest.ref)
         keys = load_plain(redis, manifest, np.unique(ids))
-        print(f"{source}: {len(ids)} tokens, 32k BPE, rows of {row_kib} KiB, worker cache of {slots} rows")
-        for name, size, read in (("effective_vs_redis", 512, ids), ("effective_decoding_vs_redis", 32, ids[: len(ids) // 4])):
-            with filled_service(url, manifest.table_bytes / 3e6) as address, Client(address) as client:
+        print(
+            f"{source}: {len(ids)} tokens, 32k BPE, rows of {row_kib} KiB, worker cache of {slots} rows"
+        )
+        for name, size, read in (
+            ("effective_vs_redis", 512, ids),
+            ("effective_decoding_vs_redis", 32, ids[: len(ids) // 4]),
+        ):
+            with (
+                filled_service(url, manifest.table_bytes / 3e6) as address,
+                Client(address) as client,
+            ):
                 rows = Rows(client, manifest, slots * manifest.record_bytes, torch.device("cpu"))
                 rows.fill()
                 filled, ours, theirs = rows.from_remote, 0.0, 0.0
-                for part in tqdm(np.array_split(read, len(read) // size), desc=f"{size} at a time", leave=False):
+                for part in tqdm(
+                    np.array_split(read, len(read) // size), desc=f"{size} at a time", leave=False
+                ):
                     first = time.perf_counter()
                     redis.mget([keys[i] for i in part.tolist()])
                     then = time.perf_counter()
@@ -175,11 +212,20 @@ def real_text(row_kib: int) -> dict[str, float]:
             found[name] = theirs / ours
             if read is ids:
                 hit_rate = 1 - (rows.from_remote - filled) / len(ids)
-            print(f"  {size:3} at a time: worker {len(read) / ours:9.0f} rows/s   Redis MGET {len(read) / theirs:9.0f} rows/s")
+            print(
+                f"  {size:3} at a time: worker {len(read) / ours:9.0f} rows/s   Redis MGET {len(read) / theirs:9.0f} rows/s"
+            )
     asked = ids.tolist()
     best, cold_best = clairvoyant(asked, slots, frequent), clairvoyant(asked, slots, ())
-    print(f"  hit rate {hit_rate:.4f}; clairvoyant {best:.4f} from the same beginning, {cold_best:.4f} from an empty cache")
-    return {"hit_rate": hit_rate, "hit_vs_belady": hit_rate / best, "hit_vs_belady_empty": hit_rate / cold_best, **found}
+    print(
+        f"  hit rate {hit_rate:.4f}; clairvoyant {best:.4f} from the same beginning, {cold_best:.4f} from an empty cache"
+    )
+    return {
+        "hit_rate": hit_rate,
+        "hit_vs_belady": hit_rate / best,
+        "hit_vs_belady_empty": hit_rate / cold_best,
+        **found,
+    }
 
 
 def growth(pairs: int) -> dict[str, float]:
@@ -191,15 +237,24 @@ def growth(pairs: int) -> dict[str, float]:
             load(store, manifest)
         with service(url, 2) as address, Client(address) as client:
             found["growth_vocab"] = _growth(
-                {"16k tokens": (client, small), "128k tokens": (client, large)}, pairs, "32 ids of 4 KiB, by vocabulary"
+                {"16k tokens": (client, small), "128k tokens": (client, large)},
+                pairs,
+                "32 ids of 4 KiB, by vocabulary",
             )
     with redis_cluster(1) as one, redis_cluster(6) as six:
         for url in (one, six):
             with closing(open_store(url)) as store:
                 load(store, small)
-        with service(one, 2) as first, service(six, 2) as second, Client(first) as alone, Client(second) as many:
+        with (
+            service(one, 2) as first,
+            service(six, 2) as second,
+            Client(first) as alone,
+            Client(second) as many,
+        ):
             found["growth_nodes"] = _growth(
-                {"1 node": (alone, small), "6 nodes": (many, small)}, pairs, "32 ids of 4 KiB, by Cluster nodes"
+                {"1 node": (alone, small), "6 nodes": (many, small)},
+                pairs,
+                "32 ids of 4 KiB, by Cluster nodes",
             )
     return found
 
@@ -209,7 +264,9 @@ def _growth(sizes: dict[str, tuple[Client, Manifest]], pairs: int, title: str) -
         rounds = iter(in_turn(manifest.vocab_size, 32, pairs))
         return lambda _: client.fetch(manifest, next(rounds))
 
-    found = medians({name: fetch(*size) for name, size in sizes.items()}, [np.empty(0)] * pairs, title)
+    found = medians(
+        {name: fetch(*size) for name, size in sizes.items()}, [np.empty(0)] * pairs, title
+    )
     return max(after / before for before, after in pairwise(found.values()))
 
 
@@ -221,7 +278,9 @@ def lookup_processes(seconds: float) -> dict[str, float]:
         print(f"{CLIENTS} clients, 256 ids of 4 KiB, hot, over the wire")
         for count in (1, 2, 4):
             with service(url, 64, "--processes", str(count)) as address, _clients() as pool:
-                rates = pool.map(_rate, [address] * CLIENTS, [manifest.to_json()] * CLIENTS, [seconds] * CLIENTS)
+                rates = pool.map(
+                    _rate, [address] * CLIENTS, [manifest.to_json()] * CLIENTS, [seconds] * CLIENTS
+                )
                 found[f"rows_per_second_{count}"] = sum(rates)
             print(f"  {count} lookup processes {found[f'rows_per_second_{count}']:12.0f} rows/s")
     return found
@@ -248,8 +307,14 @@ def _rate(address: str, manifest_json: str, seconds: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer pairs and smaller rows of text: done within a minute")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer pairs and smaller rows of text: done within a minute",
+    )
     quick = parser.parse_args().quick
     keep_large_blocks()  # as the worker does
     torch.set_num_threads(1)

@@ -35,13 +35,27 @@ def memory_ratio(name: str, *, tied: bool) -> float:
             path = zero_weights(Path(folder) / kind, shape)
             Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(path / "tokenizer.json"))
             with ExitStack() as stack:
-                lookup = stack.enter_context(_lookup(Path(folder), Checkpoint(path, shape))) if shape.num_rows else ()
-                options = ("--listen", "127.0.0.1:0", "--compile", "never", "--row-cache-megabytes", str(CACHE_MEGABYTES), *lookup)
+                lookup = (
+                    stack.enter_context(_lookup(Path(folder), Checkpoint(path, shape)))
+                    if shape.num_rows
+                    else ()
+                )
+                options = (
+                    "--listen",
+                    "127.0.0.1:0",
+                    "--compile",
+                    "never",
+                    "--row-cache-megabytes",
+                    str(CACHE_MEGABYTES),
+                    *lookup,
+                )
                 worker = stack.enter_context(process("worker", str(path), *options))
                 resident[kind] = _after_request(worker.address, worker.pid)
     ratio = resident["memory"] / resident["base"]
     head = "tied" if tied else "untied"
-    print(f"  {name}, {head} embeddings: resident {resident['memory'] / 1e9:.2f} GB, dense {resident['base'] / 1e9:.2f} GB: {ratio:.3f}")
+    print(
+        f"  {name}, {head} embeddings: resident {resident['memory'] / 1e9:.2f} GB, dense {resident['base'] / 1e9:.2f} GB: {ratio:.3f}"
+    )
     return ratio
 
 
@@ -50,15 +64,25 @@ def _lookup(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:
     """A lookup service over a table of which only the frequent tokens' rows are there; the worker's options for it."""
     shape = checkpoint.config
     manifest = alike(shape, "int8", model_id=checkpoint.model_id())
-    frequent = tuple(range(min(int(CACHE_MEGABYTES * 1e6) // manifest.record_bytes, shape.vocab_size)))
-    manifest = dataclasses.replace(manifest, frequent=frequent, tokenizer_id=checkpoint.tokenizer_id, num_shards=1)
+    frequent = tuple(
+        range(min(int(CACHE_MEGABYTES * 1e6) // manifest.record_bytes, shape.vocab_size))
+    )
+    manifest = dataclasses.replace(
+        manifest, frequent=frequent, tokenizer_id=checkpoint.tokenizer_id, num_shards=1
+    )
     url = f"file://{folder / 'tables'}"
     with closing(open_store(url)) as store:
-        store.write_shard(dataclasses.replace(manifest, vocab_size=len(frequent)), 0, records_of(manifest, np.array(frequent, np.uint32)))
+        store.write_shard(
+            dataclasses.replace(manifest, vocab_size=len(frequent)),
+            0,
+            records_of(manifest, np.array(frequent, np.uint32)),
+        )
         _stretch(next(folder.glob("tables/*/*/*.safetensors")), manifest.vocab_size)
         store.commit(manifest)
         publish(store, manifest.ref)
-    with process("lookup", "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", "0") as lookup:
+    with process(
+        "lookup", "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", "0"
+    ) as lookup:
         yield "--lookup", lookup.address, "--table", manifest.ref
 
 
@@ -68,7 +92,9 @@ def _stretch(path: Path, rows: int) -> None:
     length = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + length].decode()
     held, size = (int(n) for n in re.search(r'"shape":\[(\d+),(\d+)\]', header).groups())
-    header = header.replace(f"[{held},{size}]", f"[{rows},{size}]").replace(f"[0,{held * size}]", f"[0,{rows * size}]")
+    header = header.replace(f"[{held},{size}]", f"[{rows},{size}]").replace(
+        f"[0,{held * size}]", f"[0,{rows * size}]"
+    )
     header = header.rstrip() + " " * (-len(header.rstrip()) % 8)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header.encode() + data[8 + length :])

@@ -16,7 +16,9 @@ def random_weights(path: Path, shape: ModelConfig) -> Path:
     if not path.exists():
         path.mkdir(parents=True)
         noise = (torch.randn(2**22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-        save_file({name: _filled(noise, size) for name, size in tensor_shapes(shape)}, path / WEIGHTS)
+        save_file(
+            {name: _filled(noise, size) for name, size in tensor_shapes(shape)}, path / WEIGHTS
+        )
         (path / CONFIG).write_text(json.dumps(shape.to_json()))
     return path
 

@@ -35,23 +35,35 @@ def good(answers: list[Answer]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m loadtest.overload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m loadtest.overload",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="6 seconds for each rate in place of 20")
+    parser.add_argument(
+        "--quick", action="store_true", help="6 seconds for each rate in place of 20"
+    )
     seconds = 6.0 if parser.parse_args().quick else 20.0
     with tempfile.TemporaryDirectory(prefix="tolhouse-overload-") as folder:
         url = f"file://{folder}"
         build_table(CHECKPOINT, url)
-        with local_cluster(CHECKPOINT, url, workers=2, worker_options=(*QUEUE, "--threads", "1")) as cluster:
-            load = Load(f"http://{cluster.gateway}", CHECKPOINT.name, text_of(""), (40, 200), (32, 32), 60.0)
+        with local_cluster(
+            CHECKPOINT, url, workers=2, worker_options=(*QUEUE, "--threads", "1")
+        ) as cluster:
+            load = Load(
+                f"http://{cluster.gateway}", CHECKPOINT.name, text_of(""), (40, 200), (32, 32), 60.0
+            )
             processes = [psutil.Process(process.pid) for process in cluster.processes]
 
             def at(rate: float) -> tuple[list[Answer], float]:
                 answers, elapsed = asyncio.run(run(load, rate, seconds))
                 kinds = ", ".join(
-                    f"{sum(a.error == kind for a in answers)} {kind}" for kind in sorted({a.error for a in answers if a.error})
+                    f"{sum(a.error == kind for a in answers)} {kind}"
+                    for kind in sorted({a.error for a in answers if a.error})
                 )
-                print(f"  {rate:6.1f} a second: {len(answers):5} sent, {good(answers) / elapsed:6.1f} good a second   {kinds}", flush=True)
+                print(
+                    f"  {rate:6.1f} a second: {len(answers):5} sent, {good(answers) / elapsed:6.1f} good a second   {kinds}",
+                    flush=True,
+                )
                 return answers, good(answers) / elapsed
 
             asyncio.run(run(load, 4.0, 3.0))  # warm
@@ -59,11 +71,16 @@ def main() -> None:
             for rate in (8.0 * 1.5**n for n in count()):
                 best, (answers, rate_of_good) = peak, at(rate)
                 peak = max(peak, rate_of_good)
-                if good(answers) < 0.9 * len(answers) or rate_of_good < 1.1 * best:  # it is behind, or gains nothing
+                if (
+                    good(answers) < 0.9 * len(answers) or rate_of_good < 1.1 * best
+                ):  # it is behind, or gains nothing
                     break
             before = [process.memory_info().rss for process in processes]
             answers, during = at(3 * peak)
-            grown = max(process.memory_info().rss - had for process, had in zip(processes, before, strict=True))
+            grown = max(
+                process.memory_info().rss - had
+                for process, had in zip(processes, before, strict=True)
+            )
             refused = [answer.whole for answer in answers if answer.error == "HTTP 429"]
             ended = time.perf_counter()
             while time.perf_counter() - ended < 30:
@@ -77,7 +94,9 @@ def main() -> None:
                 "peak_per_second": round(peak, 1),
                 "goodput_ratio": round(during / peak, 3),
                 "refused": len(refused),
-                "refused_ms": round(float(np.percentile(refused, 95)) * 1e3, 1) if refused else None,
+                "refused_ms": round(float(np.percentile(refused, 95)) * 1e3, 1)
+                if refused
+                else None,
                 "memory_growth_mb": round(grown / 1e6, 1),
                 "recovered_s": round(tried - ended, 1),
             }

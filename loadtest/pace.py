@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from tolhouse import Client, Manifest
+from tolhouse.engine.block_manager import BlockManager
+from tolhouse.engine.dequant import Staged
+from tolhouse.engine.engine import Engine
+from tolhouse.engine.row_providers import NoRows, Rows
+from tolhouse.engine.scheduler import Chunk
 from tolhouse.model.config import preset
 from tolhouse.store import open_store, publish
 from tolhouse.testing import process
-from tolhouse.worker.decode import Staged
-from tolhouse.worker.engine import Engine
-from tolhouse.worker.kv_cache import KVCache
-from tolhouse.worker.rows import NoRows, Rows
-from tolhouse.worker.scheduler import Chunk
 from torch import Tensor
 
 from loadtest.replay import Contender
@@ -33,7 +33,9 @@ from loadtest.text import trace
 
 CPU = torch.device("cpu")
 VOCABULARY, SEQUENCES, PROMPT, ANSWER = 32_768, 64, 32, 160
-_POLLED = 5e-4  # seconds: who waits for a device polls it in the end, which is more punctual than a sleep
+_POLLED = (
+    5e-4  # seconds: who waits for a device polls it in the end, which is more punctual than a sleep
+)
 LAYERS = 24
 SLICE = 40  # steps of one contender before the other has its turn
 PREFILL_TOKENS, PREFILL_RATE = 4096, 50_000
@@ -52,7 +54,9 @@ class Paced:
     def finish(self, begun: tuple[float, int], staged: Staged) -> Tensor:
         started, tokens = begun
         seconds = self.seconds(tokens)
-        self.until = max(time.perf_counter(), started + seconds / LAYERS) + seconds * (1 - 1 / LAYERS)
+        self.until = max(time.perf_counter(), started + seconds / LAYERS) + seconds * (
+            1 - 1 / LAYERS
+        )
         return torch.zeros(tokens, 1)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
@@ -68,14 +72,19 @@ class Paced:
 
 
 def engine(rows: Rows | NoRows, seconds: Callable[[int], float]) -> Engine:
-    return Engine(Paced(seconds), rows, KVCache(8192), SEQUENCES, 1000, 512)  # type: ignore[arg-type]
+    return Engine(Paced(seconds), rows, BlockManager(8192), SEQUENCES, 1000, 512)  # type: ignore[arg-type]
 
 
-def paced(client: Client, manifest: Manifest, ids: np.ndarray, milliseconds: float, rounds: int) -> float:
+def paced(
+    client: Client, manifest: Manifest, ids: np.ndarray, milliseconds: float, rounds: int
+) -> float:
     """Tokens per second with rows over those without: median over slices in turn. The text begins with `ids`."""
     rows = Rows(client, manifest, manifest.table_bytes // 10, CPU)
     rows.fill()
-    found = [Contender(name, engine(r, lambda _: milliseconds / 1e3)) for name, r in (("no rows", NoRows(1, CPU)), ("remote rows", rows))]
+    found = [
+        Contender(name, engine(r, lambda _: milliseconds / 1e3))
+        for name, r in (("no rows", NoRows(1, CPU)), ("remote rows", rows))
+    ]
     rates: list[list[float]] = [[], []]
     length = PROMPT + ANSWER
     for number in range(rounds):
@@ -89,9 +98,11 @@ def paced(client: Client, manifest: Manifest, ids: np.ndarray, milliseconds: flo
                 mine.append(one.rate(SLICE))
     remote = found[1].engine
     share = rows.from_cache / (rows.from_cache + rows.from_remote)
-    print(f"  forward of {milliseconds:g} ms: no rows {statistics.median(rates[0]):7.0f} tokens/s, remote {statistics.median(rates[1]):7.0f}; "
-          f"{share:.1%} of a step's distinct rows cached, {rows.wait_seconds / remote.steps * 1e3:.2f} ms of a step waited for the rest, "
-          f"{remote.sat_out / remote.tokens:.2%} of the tokens sat out a step")  # fmt: skip
+    print(
+        f"  forward of {milliseconds:g} ms: no rows {statistics.median(rates[0]):7.0f} tokens/s, remote {statistics.median(rates[1]):7.0f}; "
+        f"{share:.1%} of a step's distinct rows cached, {rows.wait_seconds / remote.steps * 1e3:.2f} ms of a step waited for the rest, "
+        f"{remote.sat_out / remote.tokens:.2%} of the tokens sat out a step"
+    )
     rows.close()
     return float(np.median(np.array(rates[1]) / np.array(rates[0])))
 
@@ -101,40 +112,72 @@ def paced_prefill(client: Client, manifest: Manifest, ids: np.ndarray, rounds: i
     times: list[list[float]] = [[], []]
     for number in range(rounds):
         prompt = ids[number * PREFILL_TOKENS : (number + 1) * PREFILL_TOKENS].tolist()
-        for mine, r in zip(times, (NoRows(1, CPU), Rows(client, manifest, manifest.table_bytes // 10, CPU)), strict=True):
+        for mine, r in zip(
+            times,
+            (NoRows(1, CPU), Rows(client, manifest, manifest.table_bytes // 10, CPU)),
+            strict=True,
+        ):
             one = Contender("", engine(r, lambda tokens: tokens / PREFILL_RATE))
             one.start([prompt], [[0]])
             mine.append(one.until_done())
             if isinstance(r, Rows):
                 r.close()
     bare, remote = (statistics.median(t) for t in times)
-    print(f"  cold prompt of {PREFILL_TOKENS} at {PREFILL_RATE} tokens/s: no rows {bare * 1e3:.0f} ms, remote {remote * 1e3:.0f} ms")
+    print(
+        f"  cold prompt of {PREFILL_TOKENS} at {PREFILL_RATE} tokens/s: no rows {bare * 1e3:.0f} ms, remote {remote * 1e3:.0f} ms"
+    )
     return float(np.median(np.array(times[0]) / np.array(times[1])))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds: within 90 seconds")
-    parser.add_argument("--hot-megabytes", type=float, default=1000, help="the lookup service's memory for hot rows (default 1000)")
+    parser.add_argument(
+        "--hot-megabytes",
+        type=float,
+        default=1000,
+        help="the lookup service's memory for hot rows (default 1000)",
+    )
     options = parser.parse_args()
     source, ids, frequent = trace(VOCABULARY)
     manifest = alike(preset("1b", "memory", vocab_size=VOCABULARY), "int8", frequent)
-    print(f"{source}, {SEQUENCES} sequences, rows of {manifest.record_bytes} bytes, table of {manifest.table_bytes / 1e9:.1f} GB, "
-          f"of which the worker keeps a tenth and the service {options.hot_megabytes:g} MB")  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="tolhouse-pace-") as folder, ExitStack() as stack, torch.inference_mode():
+    print(
+        f"{source}, {SEQUENCES} sequences, rows of {manifest.record_bytes} bytes, table of {manifest.table_bytes / 1e9:.1f} GB, "
+        f"of which the worker keeps a tenth and the service {options.hot_megabytes:g} MB"
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="tolhouse-pace-") as folder,
+        ExitStack() as stack,
+        torch.inference_mode(),
+    ):
         url = f"file://{Path(folder)}"
         with closing(open_store(url)) as store:
             load(store, manifest)
             publish(store, manifest.ref)
-        service = ("lookup", "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", str(options.hot_megabytes))
+        service = (
+            "lookup",
+            "--store",
+            url,
+            "--listen",
+            "127.0.0.1:0",
+            "--hot-megabytes",
+            str(options.hot_megabytes),
+        )
         lookup = stack.enter_context(process(*service))
         while "hot rows filled" not in lookup.log.read_text():
             time.sleep(0.05)
         client = stack.enter_context(Client(lookup.address))
         rounds = 1 if options.quick else 3
-        part = rounds * SEQUENCES * (PROMPT + ANSWER)  # other text each time: first, unmeasured, some that a service in use has long seen
+        part = (
+            rounds * SEQUENCES * (PROMPT + ANSWER)
+        )  # other text each time: first, unmeasured, some that a service in use has long seen
         paced(client, manifest, ids, 1, rounds)
-        result = {f"paced_{x}ms": paced(client, manifest, ids[at * part :], x, rounds) for at, x in ((1, 10), (2, 3))}
+        result = {
+            f"paced_{x}ms": paced(client, manifest, ids[at * part :], x, rounds)
+            for at, x in ((1, 10), (2, 3))
+        }
         result["paced_prefill"] = paced_prefill(client, manifest, ids[3 * part :], 3)
     print(json.dumps({k: round(v, 3) for k, v in result.items()}))
 

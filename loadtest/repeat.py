@@ -12,7 +12,7 @@ import time
 from contextlib import closing
 
 from tolhouse import Client
-from tolhouse.rpc import keep_large_blocks
+from tolhouse.net.server import keep_large_blocks
 from tolhouse.store import open_store
 from tolhouse.testing import process, redis_server
 
@@ -29,8 +29,18 @@ def main() -> None:
     batches = in_turn(manifest.vocab_size, 32, manifest.vocab_size // 32)
     with redis_server() as url, closing(open_store(url)) as store:
         load(store, manifest)
-        options = ("--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", "32" if kind == "redis" else "250")
-        with process("lookup", *options) as lookup, Client(lookup.address, map_hot_rows=kind != "wire") as client:
+        options = (
+            "--store",
+            url,
+            "--listen",
+            "127.0.0.1:0",
+            "--hot-megabytes",
+            "32" if kind == "redis" else "250",
+        )
+        with (
+            process("lookup", *options) as lookup,
+            Client(lookup.address, map_hot_rows=kind != "wire") as client,
+        ):
             for batch in batches:
                 client.fetch(manifest, batch)
             print(f"ready: client {os.getpid()}, service {lookup.pid}", flush=True)

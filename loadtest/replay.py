@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tolhouse.worker.engine import Engine
-from tolhouse.worker.sampling import Sampling
-from tolhouse.worker.sequence import Sequence
+from tolhouse.engine.engine import Engine
+from tolhouse.engine.sequence import Sequence
+from tolhouse.sampling import SamplingParams
 
 
 class Replayed(Sequence):
@@ -25,14 +25,21 @@ class Contender:
 
     def start(self, prompts: list[list[int]], answers: list[list[int]]) -> None:
         for prompt, answer in zip(prompts, answers, strict=True):
-            sequence = Replayed(len(prompt), list(prompt), Sampling(len(answer)), lambda _: None)
+            sequence = Replayed(
+                len(prompt), list(prompt), SamplingParams(len(answer)), lambda _: None
+            )
             self.engine.add(sequence.follow(answer))
         self.engine.read_mail()
 
     def until_decoding(self) -> None:
         """Step until every prompt is computed."""
         scheduler = self.engine.scheduler
-        self._run(lambda: not scheduler.waiting and all(s.computed >= s.prompt_tokens for s in scheduler.running))
+        self._run(
+            lambda: (
+                not scheduler.waiting
+                and all(s.computed >= s.prompt_tokens for s in scheduler.running)
+            )
+        )
 
     def until_done(self) -> float:
         """Step until nothing is left to do; seconds."""

@@ -32,7 +32,7 @@ PERCENTILES = (50, 95, 99)
 _HEAD = (
     f"{'rate':>6} {'sent':>6} {'good/s':>7} {'tokens/s':>8}  {'first token, ms':^21}  {'between, ms':^21}  {'whole, ms':^21}  errors\n"
     f"{'':29}" + "".join("  " + " ".join(f"{f'p{p}':>6}" for p in PERCENTILES) for _ in range(3))
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -66,11 +66,20 @@ class Answer:
 
 async def send(client: httpx.AsyncClient, load: Load, prompt: str, max_tokens: int) -> Answer:
     """One streamed completion. What goes wrong is told in the answer."""
-    body = {"model": load.model, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True,
-            "stream_options": {"include_usage": True}}  # fmt: skip
+    body = {
+        "model": load.model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     answer, started, ended = Answer(), time.perf_counter(), False
     try:
-        async with asyncio.timeout(load.deadline_seconds), client.stream("POST", "/v1/completions", json=body) as reply:
+        async with (
+            asyncio.timeout(load.deadline_seconds),
+            client.stream("POST", "/v1/completions", json=body) as reply,
+        ):
             if reply.status_code != 200:
                 answer.error = f"HTTP {reply.status_code}"
             else:
@@ -84,7 +93,9 @@ async def send(client: httpx.AsyncClient, load: Load, prompt: str, max_tokens: i
                             break
                         if any(choice["text"] for choice in event["choices"]):
                             answer.pieces.append(time.perf_counter() - started)
-                        answer.tokens = (event.get("usage") or {}).get("completion_tokens", answer.tokens)
+                        answer.tokens = (event.get("usage") or {}).get(
+                            "completion_tokens", answer.tokens
+                        )
                 if not answer.error and (not ended or answer.tokens != max_tokens):
                     answer.error = "cut short"
     except TimeoutError:
@@ -102,11 +113,17 @@ async def run(load: Load, rate: float, seconds: float, seed: int = 0) -> tuple[l
     rng = np.random.default_rng(seed)
     sent: list[asyncio.Task[Answer]] = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=load.url, headers=load.headers, limits=limits, timeout=load.deadline_seconds) as client:
+    async with httpx.AsyncClient(
+        base_url=load.url, headers=load.headers, limits=limits, timeout=load.deadline_seconds
+    ) as client:
         started, at = time.perf_counter(), rng.exponential(1 / rate)
         while at < seconds:
             await asyncio.sleep(started + at - time.perf_counter())
-            prompt = piece(load.text, int(rng.integers(load.prompt_characters[0], load.prompt_characters[1] + 1)), rng)
+            prompt = piece(
+                load.text,
+                int(rng.integers(load.prompt_characters[0], load.prompt_characters[1] + 1)),
+                rng,
+            )
             max_tokens = int(rng.integers(load.max_tokens[0], load.max_tokens[1] + 1))
             sent.append(asyncio.create_task(send(client, load, prompt, max_tokens)))
             at += rng.exponential(1 / rate)
@@ -120,12 +137,22 @@ def piece(text: str, characters: int, rng: np.random.Generator) -> str:
     return text[start : start + characters]
 
 
-def summary(answers: list[Answer], rate: float, elapsed: float, first_token_seconds: float, token_seconds: float) -> dict:
+def summary(
+    answers: list[Answer],
+    rate: float,
+    elapsed: float,
+    first_token_seconds: float,
+    token_seconds: float,
+) -> dict:
     """The figures of one rate; times in milliseconds, percentiles of whole answers only."""
     whole = [a for a in answers if not a.error]
     times = {
         "first_token_ms": [a.pieces[0] for a in whole if a.pieces],
-        "between_ms": [later - earlier for a in whole for earlier, later in zip(a.pieces, a.pieces[1:], strict=False)],
+        "between_ms": [
+            later - earlier
+            for a in whole
+            for earlier, later in zip(a.pieces, a.pieces[1:], strict=False)
+        ],
         "whole_ms": [a.whole for a in whole],
     }
     return {
@@ -133,16 +160,28 @@ def summary(answers: list[Answer], rate: float, elapsed: float, first_token_seco
         "seconds": round(elapsed, 1),
         "sent": len(answers),
         "answered": len(whole),
-        "good_per_second": round(sum(a.good(first_token_seconds, token_seconds) for a in whole) / elapsed, 3),
+        "good_per_second": round(
+            sum(a.good(first_token_seconds, token_seconds) for a in whole) / elapsed, 3
+        ),
         "tokens_per_second": round(sum(a.tokens for a in whole) / elapsed, 1),
-        **{name: {f"p{p}": round(float(np.percentile(t, p)) * 1e3, 1) if t else None for p in PERCENTILES} for name, t in times.items()},
+        **{
+            name: {
+                f"p{p}": round(float(np.percentile(t, p)) * 1e3, 1) if t else None
+                for p in PERCENTILES
+            }
+            for name, t in times.items()
+        },
         "errors": dict(Counter(a.error for a in answers if a.error).most_common()),
     }
 
 
 def row(found: dict) -> str:
     cells = "".join(
-        "  " + " ".join(f"{'-' if ms is None else format(ms, '.0f' if ms >= 100 else '.1f'):>6}" for ms in found[name].values())
+        "  "
+        + " ".join(
+            f"{'-' if ms is None else format(ms, '.0f' if ms >= 100 else '.1f'):>6}"
+            for ms in found[name].values()
+        )
         for name in ("first_token_ms", "between_ms", "whole_ms")
     )
     errors = ", ".join(f"{count} {kind}" for kind, count in found["errors"].items()) or "none"
@@ -158,7 +197,9 @@ def model_of(url: str, headers: dict[str, str]) -> str:
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
         sys.exit(f"error: no answer of OpenAI's API at {url}/v1/models: {error}")
     if len(served) != 1:
-        sys.exit(f"error: {url} serves {len(served)} models; choose one of them with --model: {', '.join(served) or 'none'}")
+        sys.exit(
+            f"error: {url} serves {len(served)} models; choose one of them with --model: {', '.join(served) or 'none'}"
+        )
     return served[0]
 
 
@@ -191,20 +232,60 @@ def between(given: str) -> tuple[int, int]:
 
 
 # as argparse names them in its messages
-positive.__name__, rates.__name__, between.__name__ = "positive number", "list of positive numbers", "range LOW:HIGH of whole numbers"
+positive.__name__, rates.__name__, between.__name__ = (
+    "positive number",
+    "list of positive numbers",
+    "range LOW:HIGH of whole numbers",
+)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--url", default="http://127.0.0.1:8000", help="the server (default %(default)s)")
-    add("--rate", type=rates, default=[2.0], metavar="RATE,…", help="requests a second, or several rates with commas between (default 2)")
-    add("--seconds", type=positive, metavar="S", default=30.0, help="how long each rate is tried (default %(default)g)")
-    add("--prompt-characters", type=between, default=(40, 400), metavar="LOW:HIGH", help="length of prompts (default 40:400)")
-    add("--max-tokens", type=between, default=(16, 64), metavar="LOW:HIGH", help="length of answers (default 16:64)")
-    add("--text", default="", metavar="FILE", help="what prompts are taken from (default: Python's standard library)")
+    add(
+        "--rate",
+        type=rates,
+        default=[2.0],
+        metavar="RATE,…",
+        help="requests a second, or several rates with commas between (default 2)",
+    )
+    add(
+        "--seconds",
+        type=positive,
+        metavar="S",
+        default=30.0,
+        help="how long each rate is tried (default %(default)g)",
+    )
+    add(
+        "--prompt-characters",
+        type=between,
+        default=(40, 400),
+        metavar="LOW:HIGH",
+        help="length of prompts (default 40:400)",
+    )
+    add(
+        "--max-tokens",
+        type=between,
+        default=(16, 64),
+        metavar="LOW:HIGH",
+        help="length of answers (default 16:64)",
+    )
+    add(
+        "--text",
+        default="",
+        metavar="FILE",
+        help="what prompts are taken from (default: Python's standard library)",
+    )
     add("--model", default="", help="name of the model (default: the one that is served)")
-    add("--key-file", default="", metavar="FILE", help="a file with the API key, where the server wants one")
+    add(
+        "--key-file",
+        default="",
+        metavar="FILE",
+        help="a file with the API key, where the server wants one",
+    )
     add(
         "--first-token-seconds",
         type=positive,
@@ -212,8 +293,20 @@ def arguments() -> argparse.Namespace:
         default=1.0,
         help="a good answer's first token comes within (default %(default)g)",
     )
-    add("--token-seconds", type=positive, metavar="S", default=0.1, help="and each further one, on average, within (default %(default)g)")
-    add("--deadline-seconds", type=positive, metavar="S", default=60.0, help="when a request is given up (default %(default)g)")
+    add(
+        "--token-seconds",
+        type=positive,
+        metavar="S",
+        default=0.1,
+        help="and each further one, on average, within (default %(default)g)",
+    )
+    add(
+        "--deadline-seconds",
+        type=positive,
+        metavar="S",
+        default=60.0,
+        help="when a request is given up (default %(default)g)",
+    )
     add("--seed", type=int, default=0, help="same seed, same moments and prompts (default 0)")
     add("--quick", action="store_true", help="5 seconds for each rate")
     return parser.parse_args()
@@ -225,14 +318,27 @@ def main() -> None:
     if options.key_file:
         headers["Authorization"] = f"Bearer {text_of(options.key_file).strip()}"
     model = options.model or model_of(url, headers)
-    load = Load(url, model, text_of(options.text), options.prompt_characters, options.max_tokens, options.deadline_seconds, headers)
+    load = Load(
+        url,
+        model,
+        text_of(options.text),
+        options.prompt_characters,
+        options.max_tokens,
+        options.deadline_seconds,
+        headers,
+    )
     seconds = 5.0 if options.quick else options.seconds
-    print(f"{model} at {url}: prompts of {load.prompt_characters[0]} to {load.prompt_characters[1]} characters, "
-          f"answers of {load.max_tokens[0]} to {load.max_tokens[1]} tokens, {seconds:g} seconds each\n{_HEAD}", flush=True)  # fmt: skip
+    print(
+        f"{model} at {url}: prompts of {load.prompt_characters[0]} to {load.prompt_characters[1]} characters, "
+        f"answers of {load.max_tokens[0]} to {load.max_tokens[1]} tokens, {seconds:g} seconds each\n{_HEAD}",
+        flush=True,
+    )
     found = []
     for rate in options.rate:
         answers, elapsed = asyncio.run(run(load, rate, seconds, options.seed))
-        found.append(summary(answers, rate, elapsed, options.first_token_seconds, options.token_seconds))
+        found.append(
+            summary(answers, rate, elapsed, options.first_token_seconds, options.token_seconds)
+        )
         print(row(found[-1]), flush=True)
     print(json.dumps({"model": model, "rates": found}))
     if not any(one["answered"] for one in found):

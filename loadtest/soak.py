@@ -44,12 +44,18 @@ def slope(values: list[float], grain: float = 0.0) -> tuple[float, float]:
     rest = y - (a * x + b)
     spread = np.sqrt((rest @ rest) / max(1, len(y) - 2) / ((x - x.mean()) ** 2).sum())
     alike = float(np.clip(rest[:-1] @ rest[1:] / max(1e-12, rest @ rest), 0, 0.95))
-    return float(a), max(1.5 * grain / float(x[-1]), float(DEVIATIONS * spread * np.sqrt((1 + alike) / (1 - alike))))
+    return float(a), max(
+        1.5 * grain / float(x[-1]), float(DEVIATIONS * spread * np.sqrt((1 + alike) / (1 - alike)))
+    )
 
 
 def exercise(target: str, ref: str) -> None:
     """Fetches as they come under load, as many as in an hour, some at once; and with each third one what workers ask besides, such as what is published."""
-    with Client(target) as client, Client(target) as other, ThreadPoolExecutor(WARM_THREADS) as pool:
+    with (
+        Client(target) as client,
+        Client(target) as other,
+        ThreadPoolExecutor(WARM_THREADS) as pool,
+    ):
         manifest = client.describe(ref)
         client.fetch_records(manifest, np.arange(manifest.vocab_size, dtype=np.uint32))
 
@@ -62,43 +68,79 @@ def exercise(target: str, ref: str) -> None:
             if seed % 30 == 0:
                 other.hold(ref)
 
-        for _ in tqdm(pool.map(fetch, range(WARM_FETCHES)), desc=f"warm up {target}", unit="fetch", total=WARM_FETCHES):
+        for _ in tqdm(
+            pool.map(fetch, range(WARM_FETCHES)),
+            desc=f"warm up {target}",
+            unit="fetch",
+            total=WARM_FETCHES,
+        ):
             pass
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m loadtest.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m loadtest.soak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--minutes", type=float, default=20.0, help="how long (default %(default)g)")
+    parser.add_argument(
+        "--minutes", type=float, default=20.0, help="how long (default %(default)g)"
+    )
     windows = max(10, round(parser.parse_args().minutes * 60 / WINDOW_SECONDS))
     series: dict[str, list[float]] = {"median answer, ms": []}
     failed = sent = 0
     with ExitStack() as stack:
         url = stack.enter_context(redis_server())
         ref = build_table(CHECKPOINT, url)
-        options = {"worker_options": ("--threads", "1", "--row-cache-megabytes", "1"), "lookup_options": ("--hot-megabytes", "8")}
-        cluster = stack.enter_context(local_cluster(CHECKPOINT, url, lookups=2, workers=2, **options))
+        options = {
+            "worker_options": ("--threads", "1", "--row-cache-megabytes", "1"),
+            "lookup_options": ("--hot-megabytes", "8"),
+        }
+        cluster = stack.enter_context(
+            local_cluster(CHECKPOINT, url, lookups=2, workers=2, **options)
+        )
         for target in cluster.lookup.split(","):
             exercise(target, ref)
-        load = Load(f"http://{cluster.gateway}", CHECKPOINT.name, text_of(""), (10, 400), (1, 64), 60.0)
+        load = Load(
+            f"http://{cluster.gateway}", CHECKPOINT.name, text_of(""), (10, 400), (1, 64), 60.0
+        )
         named = [f"{p.ready['service']} {n}" for n, p in enumerate(cluster.processes)]
         processes = [psutil.Process(process.pid) for process in cluster.processes]
         for number in tqdm(range(WARM_WINDOWS), desc="warm up the system", unit="window"):
             asyncio.run(run(load, WARM_RATE, WINDOW_SECONDS, windows + number))
         for number in tqdm(range(windows), desc="soak", unit="window"):
             answers, _ = asyncio.run(run(load, RATE, WINDOW_SECONDS, number))
-            sent, failed = sent + len(answers), failed + sum(bool(answer.error) for answer in answers)
-            series["median answer, ms"].append(float(np.median([answer.whole for answer in answers if not answer.error])) * 1e3)
+            sent, failed = (
+                sent + len(answers),
+                failed + sum(bool(answer.error) for answer in answers),
+            )
+            series["median answer, ms"].append(
+                float(np.median([answer.whole for answer in answers if not answer.error])) * 1e3
+            )
             for name, process in zip(named, processes, strict=True):
                 series.setdefault(f"{name}, MB", []).append(process.memory_info().rss / 1e6)
     found = {}
     for what, values in series.items():
         rise, margin = slope(values, PAGE_MB if what.endswith("MB") else 0.0)
-        found[what] = {"mean": round(float(np.mean(values)), 1), "per_hour": round(rise, 2), "margin": round(margin, 2)}
+        found[what] = {
+            "mean": round(float(np.mean(values)), 1),
+            "per_hour": round(rise, 2),
+            "margin": round(margin, 2),
+        }
         verdict = "zero lies in it" if abs(rise) <= margin else "it is not zero"
-        print(f"{what:20} mean {np.mean(values):8.1f}   {rise:+9.2f} ± {margin:.2f} an hour: {verdict}")
-    print(json.dumps({"minutes": windows * WINDOW_SECONDS / 60, "sent": sent, "failed": failed, "series": found}))
+        print(
+            f"{what:20} mean {np.mean(values):8.1f}   {rise:+9.2f} ± {margin:.2f} an hour: {verdict}"
+        )
+    print(
+        json.dumps(
+            {
+                "minutes": windows * WINDOW_SECONDS / 60,
+                "sent": sent,
+                "failed": failed,
+                "series": found,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

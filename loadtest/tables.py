@@ -6,13 +6,15 @@ from redis import Redis
 from tolhouse import Manifest
 from tolhouse.model.config import ModelConfig
 from tolhouse.store import Store
-from tolhouse.table.spec import content_id, split
+from tolhouse.table.manifest import content_id, split
 
 HIDDEN = 2048
 _DIFFERENT = 61
 
 
-def manifest_of(name: str, vocabulary: int, row_kib: int, shards: int = 64, frequent: tuple[int, ...] = ()) -> Manifest:
+def manifest_of(
+    name: str, vocabulary: int, row_kib: int, shards: int = 64, frequent: tuple[int, ...] = ()
+) -> Manifest:
     """bf16 rows of `row_kib` KiB: layers of 4 KiB. 24 layers, 96 KiB, are the paper's 1B model."""
     layers = tuple(range(row_kib // 4))
     return Manifest(
@@ -29,7 +31,9 @@ def manifest_of(name: str, vocabulary: int, row_kib: int, shards: int = 64, freq
     )
 
 
-def alike(shape: ModelConfig, codec: str, frequent: tuple[int, ...] = (), model_id: str = "0" * 64) -> Manifest:
+def alike(
+    shape: ModelConfig, codec: str, frequent: tuple[int, ...] = (), model_id: str = "0" * 64
+) -> Manifest:
     """A table for a model of this shape, named after its kind, with X0 where its embeddings are untied."""
     layers, x0 = tuple(range(shape.num_rows)), not shape.tie_word_embeddings
     return Manifest(
@@ -50,7 +54,11 @@ def alike(shape: ModelConfig, codec: str, frequent: tuple[int, ...] = (), model_
 def records_of(manifest: Manifest, ids: np.ndarray) -> np.ndarray:
     """Intact records of random rows, a few dozen of which are everybody's."""
     some = np.arange(_DIFFERENT, dtype=np.uint32) % manifest.vocab_size
-    rows = np.random.default_rng(0).normal(0, 0.02, (_DIFFERENT, manifest.num_blocks, manifest.hidden_size)).astype(np.float32)
+    rows = (
+        np.random.default_rng(0)
+        .normal(0, 0.02, (_DIFFERENT, manifest.num_blocks, manifest.hidden_size))
+        .astype(np.float32)
+    )
     records = manifest.encode(some, rows)[ids % _DIFFERENT]
     for seed, record in zip(manifest.seeds(ids), split(records), strict=True):
         record[-8:] = xxhash.xxh3_64_intdigest(record[:-8], seed).to_bytes(8, "little")
@@ -69,5 +77,10 @@ def load_plain(redis: Redis, manifest: Manifest, ids: np.ndarray) -> dict[int, s
     keys = {i: f"{manifest.name}:{i}" for i in ids.tolist()}
     for start in range(0, len(ids), 64):
         part = ids[start : start + 64]
-        redis.mset({keys[i]: bytes(r) for i, r in zip(part.tolist(), split(records_of(manifest, part)), strict=True)})
+        redis.mset(
+            {
+                keys[i]: bytes(r)
+                for i, r in zip(part.tolist(), split(records_of(manifest, part)), strict=True)
+            }
+        )
     return keys

@@ -18,9 +18,13 @@ def trace(vocabulary: int) -> tuple[str, np.ndarray, tuple[int, ...]]:
     does not give so many.
     """
     library = [text for _, text in documents(standard_library())]
-    source, pieces = ("wikitext-2-valid", [TEXT.read_text()]) if TEXT.exists() else ("standard library", library)
+    source, pieces = (
+        ("wikitext-2-valid", [TEXT.read_text()]) if TEXT.exists() else ("standard library", library)
+    )
     tokenizer = train_tokenizer([*pieces, *library], vocabulary)
-    ids = np.concatenate([encoding.ids for encoding in tokenizer.encode_batch(pieces)]).astype(np.uint32)[:500_000]
+    ids = np.concatenate([encoding.ids for encoding in tokenizer.encode_batch(pieces)]).astype(
+        np.uint32
+    )[:500_000]
     half = len(ids) // 2
     return source, ids[half:], tuple(i for i, _ in Counter(ids[:half].tolist()).most_common())
 

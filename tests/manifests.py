@@ -26,25 +26,58 @@ SLACK = 256 * 10**6  # bytes of a lookup service besides its hot rows
 # Kinds that schemas of Kubernetes do not know: the fields of their spec that we use, those that must be there with True
 SHAPES = {
     ("ray.io/v1", "RayJob"): {
-        "entrypoint": True, "submissionMode": True, "shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": True,
-        "backoffLimit": False, "submitterPodTemplate": True, "rayClusterSpec": True,
+        "entrypoint": True,
+        "submissionMode": True,
+        "shutdownAfterJobFinishes": True,
+        "ttlSecondsAfterFinished": True,
+        "backoffLimit": False,
+        "submitterPodTemplate": True,
+        "rayClusterSpec": True,
     },
     ("monitoring.coreos.com/v1", "ServiceMonitor"): {"selector": True, "endpoints": True},
     ("monitoring.coreos.com/v1", "PrometheusRule"): {"groups": True},
-}  # fmt: skip
+}
 _INNER = {
     "rayClusterSpec": {"rayVersion": True, "headGroupSpec": True, "workerGroupSpecs": True},
     "headGroupSpec": {"rayStartParams": True, "template": True},
     "workerGroupSpecs": {
-        "groupName": True, "replicas": True, "minReplicas": True, "maxReplicas": True, "rayStartParams": True, "template": True,
+        "groupName": True,
+        "replicas": True,
+        "minReplicas": True,
+        "maxReplicas": True,
+        "rayStartParams": True,
+        "template": True,
     },
-    "endpoints": {"port": True, "path": False, "interval": False, "scheme": False, "authorization": False},
+    "endpoints": {
+        "port": True,
+        "path": False,
+        "interval": False,
+        "scheme": False,
+        "authorization": False,
+    },
     "authorization": {"type": True, "credentials": True},
     "groups": {"name": True, "interval": False, "rules": True},
-    "rules": {"alert": False, "record": False, "expr": True, "for": False, "labels": False, "annotations": False},
-}  # fmt: skip
+    "rules": {
+        "alert": False,
+        "record": False,
+        "expr": True,
+        "for": False,
+        "labels": False,
+        "annotations": False,
+    },
+}
 _CLUSTER_WIDE = {"Namespace"}
-_SUFFIXES = {"": 1, "m": Decimal("0.001"), "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_SUFFIXES = {
+    "": 1,
+    "m": Decimal("0.001"),
+    "k": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+    "Ti": 2**40,
+}
 
 Document = dict[str, Any]
 
@@ -79,7 +112,9 @@ class Pod:
 
 def render(folder: Path) -> list[Document]:
     """What `kubectl apply -k` would send."""
-    made = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        [KUBECTL, "kustomize", folder], capture_output=True, text=True, check=False
+    )
     assert 0 == made.returncode, made.stderr
     assert "" == made.stderr  # nor a warning
     return list(yaml.safe_load_all(made.stdout))
@@ -97,7 +132,14 @@ def pods(documents: list[Document]) -> list[Pod]:
             found.append(Pod(d, d["metadata"].get("labels", {}), spec))
         elif d["kind"] in {"Deployment", "StatefulSet", "Job"}:
             claims = tuple(c["metadata"]["name"] for c in spec.get("volumeClaimTemplates", []))
-            found.append(Pod(d, spec["template"]["metadata"].get("labels", {}), spec["template"]["spec"], claims))
+            found.append(
+                Pod(
+                    d,
+                    spec["template"]["metadata"].get("labels", {}),
+                    spec["template"]["spec"],
+                    claims,
+                )
+            )
         elif d["kind"] == "CronJob":
             template = spec["jobTemplate"]["spec"]["template"]
             found.append(Pod(d, template["metadata"].get("labels", {}), template["spec"]))
@@ -151,8 +193,18 @@ def schemas(documents: list[Document]) -> Iterator[str]:
         if (d["kind"] not in _CLUSTER_WIDE) == (d["metadata"].get("namespace") != NAMESPACE):
             yield f"{where} has the namespace {d['metadata'].get('namespace')}"
     for pod in pods(of(documents, "RayJob")):
-        yield from _invalid({"apiVersion": "v1", "kind": "Pod", "metadata": {"labels": pod.labels}, "spec": pod.spec}, f"a pod of {pod}")
-    for name, count in Counter((d["apiVersion"], d["kind"], d["metadata"]["name"]) for d in documents).items():
+        yield from _invalid(
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"labels": pod.labels},
+                "spec": pod.spec,
+            },
+            f"a pod of {pod}",
+        )
+    for name, count in Counter(
+        (d["apiVersion"], d["kind"], d["metadata"]["name"]) for d in documents
+    ).items():
         if count > 1:
             yield f"{name} is there {count} times"
 
@@ -161,12 +213,17 @@ def _invalid(document: Document, where: str) -> Iterator[str]:
     for version in VERSIONS:
         try:
             kubernetes_validate.validate(document, version, strict=True)
-        except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
+        except (
+            kubernetes_validate.ValidationError,
+            kubernetes_validate.SchemaNotFoundError,
+        ) as error:
             yield f"{where} in Kubernetes {version}: {error.message}"
 
 
 def _misshapen(spec: Document, shape: dict[str, bool]) -> Iterator[str]:
-    yield from (f"{field} is missing" for field, needed in shape.items() if needed and field not in spec)
+    yield from (
+        f"{field} is missing" for field, needed in shape.items() if needed and field not in spec
+    )
     for field, value in spec.items():
         if field not in shape:
             yield f"{field} is unknown"
@@ -181,7 +238,9 @@ def selectors(documents: list[Document]) -> Iterator[str]:
     by_name = {(d["kind"], d["metadata"]["name"]): d for d in documents}
     for d in documents:
         where, spec = f"{d['kind']} {d['metadata']['name']}", d.get("spec", {})
-        if d["kind"] in {"Deployment", "StatefulSet"} and not selects(spec["selector"], spec["template"]["metadata"]["labels"]):
+        if d["kind"] in {"Deployment", "StatefulSet"} and not selects(
+            spec["selector"], spec["template"]["metadata"]["labels"]
+        ):
             yield f"{where} does not select its own pods"
         if d["kind"] == "StatefulSet" and ("Service", spec["serviceName"]) not in by_name:
             yield f"{where}: there is no Service {spec['serviceName']}"
@@ -195,16 +254,24 @@ def selectors(documents: list[Document]) -> Iterator[str]:
                 yield f"{where} selects {sorted(owners)}"
         if d["kind"] == "NetworkPolicy":
             yield from (
-                f"{where}: {s} selects no pod" for s in _local_selectors(spec) if s and not any(selects(s, p.labels) for p in every)
+                f"{where}: {s} selects no pod"
+                for s in _local_selectors(spec)
+                if s and not any(selects(s, p.labels) for p in every)
             )
         if d["kind"] == "ServiceMonitor":
-            services = [s for s in of(documents, "Service") if selects(spec["selector"], s["metadata"].get("labels", {}))]
+            services = [
+                s
+                for s in of(documents, "Service")
+                if selects(spec["selector"], s["metadata"].get("labels", {}))
+            ]
             if not services:
                 yield f"{where} selects no Service"
             for s in services:
                 ports = {p["name"] for p in s["spec"]["ports"]}
                 yield from (
-                    f"{where}: Service {s['metadata']['name']} has no port {e['port']}" for e in spec["endpoints"] if e["port"] not in ports
+                    f"{where}: Service {s['metadata']['name']} has no port {e['port']}"
+                    for e in spec["endpoints"]
+                    if e["port"] not in ports
                 )
         if d["kind"] == "HorizontalPodAutoscaler":
             target = by_name.get((spec["scaleTargetRef"]["kind"], spec["scaleTargetRef"]["name"]))
@@ -215,11 +282,20 @@ def selectors(documents: list[Document]) -> Iterator[str]:
             if spec["minReplicas"] > spec["maxReplicas"]:
                 yield f"{where}: minReplicas is above maxReplicas"
     for p in every:
-        affinity = p.spec.get("affinity", {}).get("podAntiAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", [])
+        affinity = (
+            p.spec.get("affinity", {})
+            .get("podAntiAffinity", {})
+            .get("requiredDuringSchedulingIgnoredDuringExecution", [])
+        )
         for s in (*p.spec.get("topologySpreadConstraints", []), *affinity):
             if not selects(s["labelSelector"], p.labels):
                 yield f"{p} spreads or avoids pods that are not its own"
-    budgets = {p.name for p in every for b in of(documents, "PodDisruptionBudget") if selects(b["spec"]["selector"], p.labels)}
+    budgets = {
+        p.name
+        for p in every
+        for b in of(documents, "PodDisruptionBudget")
+        if selects(b["spec"]["selector"], p.labels)
+    }
     for p in every:
         if p.owner["kind"] in {"Deployment", "StatefulSet"} and p.name not in budgets:
             yield f"{p} has no PodDisruptionBudget"
@@ -233,11 +309,27 @@ def connections(documents: list[Document]) -> set[str]:
     (namespace,) = of(documents, "Namespace")
     home = namespace["metadata"]["labels"] | {"kubernetes.io/metadata.name": NAMESPACE}
     ends = [
-        _End(p.name, home, p.labels, {port["name"]: port["containerPort"] for c in p.containers for port in c.get("ports", [])})
+        _End(
+            p.name,
+            home,
+            p.labels,
+            {
+                port["name"]: port["containerPort"]
+                for c in p.containers
+                for port in c.get("ports", [])
+            },
+        )
         for p in pods(documents)
     ]
-    dns = _End("dns", {"kubernetes.io/metadata.name": "kube-system"}, {"k8s-app": "kube-dns"}, {"dns": 53})
-    collector = _End("collector", {"kubernetes.io/metadata.name": "observability"}, {NAME: "opentelemetry-collector"}, {"otlp": 4317})
+    dns = _End(
+        "dns", {"kubernetes.io/metadata.name": "kube-system"}, {"k8s-app": "kube-dns"}, {"dns": 53}
+    )
+    collector = _End(
+        "collector",
+        {"kubernetes.io/metadata.name": "observability"},
+        {NAME: "opentelemetry-collector"},
+        {"otlp": 4317},
+    )
     strangers = [
         _End("prometheus", {"kubernetes.io/metadata.name": "monitoring"}, {NAME: "prometheus"}, {}),
         _End("kuberay", {"kubernetes.io/metadata.name": "ray"}, {NAME: "kuberay-operator"}, {}),
@@ -249,11 +341,16 @@ def connections(documents: list[Document]) -> set[str]:
         """Whether policies for `end`, if any, let it have a connection with `peer` to a port of `target`, one of the two."""
         if end in (dns, collector, *strangers):
             return True
-        mine = [p for p in policies if way in p["policyTypes"] and selects(p["podSelector"], end.labels)]
+        mine = [
+            p for p in policies if way in p["policyTypes"] and selects(p["podSelector"], end.labels)
+        ]
         rules = [rule for p in mine for rule in p.get(way.lower(), [])]
         return not mine or any(
             (not rule.get(peers) or any(_means(s, peer, home) for s in rule[peers]))
-            and (not rule.get("ports") or any(r["port"] in (port, target.ports.get(port)) for r in rule["ports"]))
+            and (
+                not rule.get("ports")
+                or any(r["port"] in (port, target.ports.get(port)) for r in rule["ports"])
+            )
             for rule in rules
         )
 
@@ -277,7 +374,11 @@ class _End:
 
 
 def _means(peer: Document, end: _End, home: dict[str, str]) -> bool:
-    there = selects(peer["namespaceSelector"], end.namespace) if "namespaceSelector" in peer else end.namespace == home
+    there = (
+        selects(peer["namespaceSelector"], end.namespace)
+        if "namespaceSelector" in peer
+        else end.namespace == home
+    )
     return there and selects(peer.get("podSelector", {}), end.labels)
 
 
@@ -296,9 +397,19 @@ def volumes(documents: list[Document]) -> Iterator[str]:
     for p in pods(documents):
         defined = {v["name"]: v for v in p.spec.get("volumes", [])}
         mounted = {m["name"] for c in p.containers for m in c.get("volumeMounts", [])}
-        yield from (f"{p}: the volume {name} is mounted, and not defined" for name in sorted(mounted - set(defined) - set(p.claims)))
-        yield from (f"{p}: the volume {name} is defined, and not mounted" for name in sorted((set(defined) | set(p.claims)) - mounted))
-        used_claims = {v["persistentVolumeClaim"]["claimName"] for v in defined.values() if "persistentVolumeClaim" in v}
+        yield from (
+            f"{p}: the volume {name} is mounted, and not defined"
+            for name in sorted(mounted - set(defined) - set(p.claims))
+        )
+        yield from (
+            f"{p}: the volume {name} is defined, and not mounted"
+            for name in sorted((set(defined) | set(p.claims)) - mounted)
+        )
+        used_claims = {
+            v["persistentVolumeClaim"]["claimName"]
+            for v in defined.values()
+            if "persistentVolumeClaim" in v
+        }
         yield from (f"{p}: there is no claim {name}" for name in sorted(used_claims - claims))
         used_maps = {v["configMap"]["name"] for v in defined.values() if "configMap" in v}
         used_maps |= {s["configMapRef"]["name"] for c in p.containers for s in c.get("envFrom", [])}
@@ -320,40 +431,70 @@ def _paths(value: str) -> list[str]:
 
 def secrets(documents: list[Document]) -> Iterator[str]:
     """Of Secrets, README.md says how to make each key that is used; files of them are where settings say, for the pod's group alone."""
-    used = {(m["authorization"]["credentials"]["name"], m["authorization"]["credentials"]["key"])
-            for d in of(documents, "ServiceMonitor") for m in d["spec"]["endpoints"] if "authorization" in m}  # fmt: skip
+    used = {
+        (m["authorization"]["credentials"]["name"], m["authorization"]["credentials"]["key"])
+        for d in of(documents, "ServiceMonitor")
+        for m in d["spec"]["endpoints"]
+        if "authorization" in m
+    }
     for p in pods(documents):
         defined = {v["name"]: v["secret"] for v in p.spec.get("volumes", []) if "secret" in v}
         for name, secret in defined.items():
-            used |= {(secret["secretName"], item["key"]) for item in secret.get("items", [{"key": "*"}])}
-            if secret.get("defaultMode") != 0o440 or not p.spec.get("securityContext", {}).get("fsGroup"):
+            used |= {
+                (secret["secretName"], item["key"]) for item in secret.get("items", [{"key": "*"}])
+            }
+            if secret.get("defaultMode") != 0o440 or not p.spec.get("securityContext", {}).get(
+                "fsGroup"
+            ):
                 yield f"{p}: files of {name} are not for its group alone"
         for c in p.containers:
-            used |= {(e["valueFrom"]["secretKeyRef"]["name"], e["valueFrom"]["secretKeyRef"]["key"])
-                     for e in c.get("env", []) if "secretKeyRef" in e.get("valueFrom", {})}  # fmt: skip
+            used |= {
+                (e["valueFrom"]["secretKeyRef"]["name"], e["valueFrom"]["secretKeyRef"]["key"])
+                for e in c.get("env", [])
+                if "secretKeyRef" in e.get("valueFrom", {})
+            }
             mounts = [m for m in c.get("volumeMounts", []) if m["name"] in defined]
-            files = {f"{m['mountPath']}/{item['path']}" for m in mounts for item in defined[m["name"]].get("items", [])}
+            files = {
+                f"{m['mountPath']}/{item['path']}"
+                for m in mounts
+                for item in defined[m["name"]].get("items", [])
+            }
             for name, value in settings(documents, c).items():
                 for path in _paths(value):
-                    if any(path.startswith(f"{m['mountPath']}/") for m in mounts) and path not in files:
+                    if (
+                        any(path.startswith(f"{m['mountPath']}/") for m in mounts)
+                        and path not in files
+                    ):
                         yield f"{p}: {name} is {value}, which is no file of a Secret"
-            yield from (f"{p}: {m['name']} is mounted for writing" for m in mounts if not m.get("readOnly"))
-    made = re.findall(r"create secret generic ([\w-]+)(.*)", (ROOT / "deploy" / "k8s" / "README.md").read_text())
+            yield from (
+                f"{p}: {m['name']} is mounted for writing" for m in mounts if not m.get("readOnly")
+            )
+    made = re.findall(
+        r"create secret generic ([\w-]+)(.*)", (ROOT / "deploy" / "k8s" / "README.md").read_text()
+    )
     told = {(name, key) for name, how in made for key in re.findall(r"--from-file=([\w.-]+)", how)}
-    yield from (f"README.md does not say how to make {key} of the Secret {name}" for name, key in sorted(used - told))
+    yield from (
+        f"README.md does not say how to make {key} of the Secret {name}"
+        for name, key in sorted(used - told)
+    )
 
 
 def resources(documents: list[Document]) -> Iterator[str]:
     """Every container asks for processor and memory, for no more than it may have and enough for hot rows; a device is asked for whole."""
     for p in pods(documents):
         for c in p.containers:
-            requests, limits = (c.get("resources", {}).get(kind, {}) for kind in ("requests", "limits"))
+            requests, limits = (
+                c.get("resources", {}).get(kind, {}) for kind in ("requests", "limits")
+            )
             for name in ("cpu", "memory"):
                 if name not in requests or name not in limits:
                     yield f"{p}: container {c['name']} has no request or no limit of {name}"
             for name in {*requests, *limits}:
                 try:
-                    wanted, most = quantity(requests.get(name, limits.get(name))), quantity(limits.get(name, requests.get(name)))
+                    wanted, most = (
+                        quantity(requests.get(name, limits.get(name))),
+                        quantity(limits.get(name, requests.get(name))),
+                    )
                 except ValueError as error:
                     yield f"{p}: container {c['name']}: {name}: {error}"
                     continue
@@ -385,7 +526,10 @@ def ports(documents: list[Document]) -> Iterator[str]:
     for s in of(documents, "Service"):
         for port in s["spec"]["ports"]:
             for p in every:
-                if selects({"matchLabels": s["spec"]["selector"]}, p.labels) and p.port(port.get("targetPort", port["port"])) is None:
+                if (
+                    selects({"matchLabels": s["spec"]["selector"]}, p.labels)
+                    and p.port(port.get("targetPort", port["port"])) is None
+                ):
                     yield f"Service {s['metadata']['name']}: {p} has no port {port.get('targetPort')}"
     for policy in of(documents, "NetworkPolicy"):
         spec = policy["spec"]
@@ -393,9 +537,15 @@ def ports(documents: list[Document]) -> Iterator[str]:
             targets = [p for p in every if selects(spec["podSelector"], p.labels)]
             yield from _unknown_ports(policy, rule, targets)
         for rule in spec.get("egress", []):
-            peers = [peer["podSelector"] for peer in rule.get("to", []) if "namespaceSelector" not in peer]
+            peers = [
+                peer["podSelector"]
+                for peer in rule.get("to", [])
+                if "namespaceSelector" not in peer
+            ]
             if peers:
-                yield from _unknown_ports(policy, rule, [p for p in every if any(selects(s, p.labels) for s in peers)])
+                yield from _unknown_ports(
+                    policy, rule, [p for p in every if any(selects(s, p.labels) for s in peers)]
+                )
 
 
 def _unknown_ports(policy: Document, rule: Document, targets: list[Pod]) -> Iterator[str]:
@@ -412,16 +562,24 @@ def environment(documents: list[Document]) -> Iterator[str]:
             yield f"{p}: enableServiceLinks is not off"
         for c in p.containers:
             given = settings(documents, c)
-            unknown = {name for name in given if name.startswith(config.PREFIX)} - config.variables()
+            unknown = {
+                name for name in given if name.startswith(config.PREFIX)
+            } - config.variables()
             yield from (f"{p}: {name} is not a variable of config.py" for name in sorted(unknown))
             for kind in config.CONFIGS:
-                fields = {f: given[config.variable(kind, f)] for f in kind.model_fields if given.get(config.variable(kind, f))}
+                fields = {
+                    f: given[config.variable(kind, f)]
+                    for f in kind.model_fields
+                    if given.get(config.variable(kind, f))
+                }
                 try:
                     kind(**fields)
                 except ValidationError as error:
                     yield f"{p}: {kind.__name__}: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}"
             for name, value in given.items():
-                for scheme, host, port in re.findall(r"\b(dns|redis)://+(?:\w+@)?([\w.-]+):(\d+)", value):
+                for scheme, host, port in re.findall(
+                    r"\b(dns|redis)://+(?:\w+@)?([\w.-]+):(\d+)", value
+                ):
                     spec = services.get(host)
                     if spec is None or int(port) not in [s["port"] for s in spec["ports"]]:
                         yield f"{p}: {name} is {value}, and there is no such Service with that port"
@@ -479,9 +637,13 @@ def security(documents: list[Document]) -> Iterator[str]:
                 or own.get("runAsUser") == 0
             ):
                 yield f"{p}: container {c['name']} may gain privileges"
-            if own.get("capabilities", {}).get("drop") != ["ALL"] or set(own.get("capabilities", {}).get("add", [])) - {"NET_BIND_SERVICE"}:
+            if own.get("capabilities", {}).get("drop") != ["ALL"] or set(
+                own.get("capabilities", {}).get("add", [])
+            ) - {"NET_BIND_SERVICE"}:
                 yield f"{p}: container {c['name']} keeps capabilities"
-            if own.get("readOnlyRootFilesystem") is not True or "/tmp" not in [m["mountPath"] for m in c["volumeMounts"]]:
+            if own.get("readOnlyRootFilesystem") is not True or "/tmp" not in [
+                m["mountPath"] for m in c["volumeMounts"]
+            ]:
                 yield f"{p}: container {c['name']} can write to its image, or has no /tmp"
             if any(port.get("hostPort") for port in c.get("ports", [])):
                 yield f"{p}: container {c['name']} takes a port of its node"
@@ -490,13 +652,19 @@ def security(documents: list[Document]) -> Iterator[str]:
 def images(documents: list[Document]) -> Iterator[str]:
     """Our images are targets of deploy/Dockerfile, of this version; others have a version too."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    targets = set(re.findall(r"^FROM \S+ AS (\w+)", (ROOT / "deploy" / "Dockerfile").read_text(), re.MULTILINE))
+    targets = set(
+        re.findall(
+            r"^FROM \S+ AS (\w+)", (ROOT / "deploy" / "Dockerfile").read_text(), re.MULTILINE
+        )
+    )
     for p in pods(documents):
         for c in p.containers:
             name, _, tag = c["image"].partition(":")
             if not tag or tag == "latest":
                 yield f"{p}: the image {c['image']} has no version"
-            elif name.startswith("tolhouse-") and (tag != version or name.removeprefix("tolhouse-").removesuffix("-gpu") not in targets):
+            elif name.startswith("tolhouse-") and (
+                tag != version or name.removeprefix("tolhouse-").removesuffix("-gpu") not in targets
+            ):
                 yield f"{p}: {c['image']} is no target of deploy/Dockerfile, or not of version {version}"
 
 
@@ -508,19 +676,41 @@ def rollout(documents: list[Document]) -> Iterator[str]:
             yield f"{p} rolls with a gap"
         for c in p.containers:
             given = settings(documents, c)
-            yield from (f"{p} has no {kind}" for kind in ("startupProbe", "readinessProbe", "livenessProbe") if kind not in c)
-            pause = c.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["", "0"])
-            drain = max((float(v) for n, v in given.items() if n.endswith("_DRAIN_SECONDS")), default=None)
+            yield from (
+                f"{p} has no {kind}"
+                for kind in ("startupProbe", "readinessProbe", "livenessProbe")
+                if kind not in c
+            )
+            pause = (
+                c.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["", "0"])
+            )
+            drain = max(
+                (float(v) for n, v in given.items() if n.endswith("_DRAIN_SECONDS")), default=None
+            )
             if pause[0] != "sleep" or drain is None:
                 yield f"{p} does not say how it pauses and drains"
             elif p.spec["terminationGracePeriodSeconds"] < float(pause[1]) + drain + 5:
                 yield f"{p} is killed before it has drained"
             probe = c.get("startupProbe", {})
             patience = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
-            waits = max((float(v) for n, v in given.items() if n.endswith("_WAIT_SECONDS")), default=0)
+            waits = max(
+                (float(v) for n, v in given.items() if n.endswith("_WAIT_SECONDS")), default=0
+            )
             if patience < waits + 60:
                 yield f"{p} is given {patience} s to start, and may wait {waits:g} s before it loads"
 
 
 Check = Callable[[list[Document]], Iterator[str]]
-CHECKS: tuple[Check, ...] = (schemas, selectors, volumes, secrets, resources, ports, environment, accounts, security, images, rollout)
+CHECKS: tuple[Check, ...] = (
+    schemas,
+    selectors,
+    volumes,
+    secrets,
+    resources,
+    ports,
+    environment,
+    accounts,
+    security,
+    images,
+    rollout,
+)

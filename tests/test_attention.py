@@ -5,12 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from tolhouse.engine.attention import AttentionMetadata, PagedKVCache, gathered, streamed, write
+from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
+from tolhouse.engine.scheduler import Chunk
+from tolhouse.engine.sequence import Sequence
 from tolhouse.model.config import preset
-from tolhouse.worker.attention import Pages, StepView, gathered, streamed, write
-from tolhouse.worker.kv_cache import BLOCK_TOKENS, KVCache
-from tolhouse.worker.sampling import Sampling
-from tolhouse.worker.scheduler import Chunk
-from tolhouse.worker.sequence import Sequence
+from tolhouse.sampling import SamplingParams
 
 CPU = torch.device("cpu")
 SHAPE = preset("tiny", "base")
@@ -21,17 +21,19 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, HEADS, SIZE, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def sequences(pages: Pages, lengths: list[int]) -> tuple[list[Sequence], list[torch.Tensor]]:
+def sequences(pages: PagedKVCache, lengths: list[int]) -> tuple[list[Sequence], list[torch.Tensor]]:
     """Sequences of so many tokens, their blocks dealt out in turn, and their keys and values [2, T, H, E], all but the last in the pages."""
-    cache = KVCache(pages.keys.shape[1])
-    found = [Sequence(n, list(range(n)), Sampling(1), lambda _: None) for n in lengths]
+    cache = BlockManager(pages.keys.shape[1])
+    found = [Sequence(n, list(range(n)), SamplingParams(1), lambda _: None) for n in lengths]
     for tokens in range(1, max(lengths) + 1):
         for sequence in found:
             assert cache.grow(sequence, min(tokens, len(sequence.ids)))
     kept = [torch.stack([random(n), random(n, 1)[:, 0]]) for n in lengths]
     for sequence, (k, v) in zip(found, kept, strict=True):
         for layer in range(len(pages.keys)):
-            StepView.of(pages, [Chunk(sequence, 0, len(sequence.ids))]).attend(layer, k, k, v)
+            AttentionMetadata.of(pages, [Chunk(sequence, 0, len(sequence.ids))]).attend(
+                layer, k, k, v
+            )
     return found, kept
 
 
@@ -45,12 +47,14 @@ def expected(q_THE: torch.Tensor, k_LHE: torch.Tensor, v_LHE: torch.Tensor) -> t
 @pytest.mark.parametrize("attend", [gathered, streamed])
 def test_decoding_attends_to_all_of_its_own(attend: Callable[..., torch.Tensor]) -> None:
     """One token of each of several sequences, of all lengths, their blocks dealt out in turn; and of one alone."""
-    pages = Pages(SHAPE, 64, CPU, torch.float32)
+    pages = PagedKVCache(SHAPE, 64, CPU, torch.float32)
     found, kept = sequences(pages, [1, 15, 16, 17, 40, 100])
     for part in (slice(None), slice(3, 4), slice(0, 1), slice(1, 3)):
         step = [Chunk(s, len(s.ids) - 1, len(s.ids)) for s in found[part]]
-        view = StepView.of(pages, step)
-        tables_BC = torch.tensor([[*s.blocks, *[0] * 7][:7] for s in found[part]])  # a first token counts as a prompt; here it may decode
+        view = AttentionMetadata.of(pages, step)
+        tables_BC = torch.tensor(
+            [[*s.blocks, *[0] * 7][:7] for s in found[part]]
+        )  # a first token counts as a prompt; here it may decode
         lengths_B = torch.tensor([len(s.ids) for s in found[part]])
         q_BHE = random(len(step), 2)[:, 0]
         k_BHE, v_BHE = (torch.stack([kv[number, -1] for kv in kept[part]]) for number in (0, 1))
@@ -63,11 +67,16 @@ def test_decoding_attends_to_all_of_its_own(attend: Callable[..., torch.Tensor])
 
 def test_pieces_of_prompts_attend_to_what_came_before() -> None:
     """A step of a token that decodes, a prompt's first piece and another's last gives each its own."""
-    pages = Pages(SHAPE, 64, CPU, torch.float32)
+    pages = PagedKVCache(SHAPE, 64, CPU, torch.float32)
     found, kept = sequences(pages, [30, 20, 2 * BLOCK_TOKENS + 9])
     step = [Chunk(found[0], 29, 30), Chunk(found[1], 0, 7), Chunk(found[2], 13, 41)]
     q_THE = random(36, 3)[:, 0]
-    k_THE, v_THE = (torch.cat([kv[number, c.first : c.last] for kv, c in zip(kept, step, strict=True)]) for number in (0, 1))
-    got = StepView.of(pages, step).attend(0, q_THE, k_THE, v_THE).split([1, 7, 28])
+    k_THE, v_THE = (
+        torch.cat([kv[number, c.first : c.last] for kv, c in zip(kept, step, strict=True)])
+        for number in (0, 1)
+    )
+    got = AttentionMetadata.of(pages, step).attend(0, q_THE, k_THE, v_THE).split([1, 7, 28])
     for q, (k, v), chunk, out in zip(q_THE.split([1, 7, 28]), kept, step, got, strict=True):
-        torch.testing.assert_close(expected(q, k[: chunk.last], v[: chunk.last]), out, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            expected(q, k[: chunk.last], v[: chunk.last]), out, rtol=1e-4, atol=1e-5
+        )

@@ -24,7 +24,9 @@ SHARDS = 64
 
 def start(*arguments: str | Path, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "tolhouse.cli", "build", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def build(*arguments: str | Path) -> tuple[int, str, str]:
@@ -59,11 +61,22 @@ def wait_for(what, popen: subprocess.Popen, seconds: float = 120):
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8", "int4"])
-def test_a_build_fills_both_stores_with_the_same_verified_rows(codec: str, checkpoint: Path, tmp_path: Path, redis_url: str) -> None:
+def test_a_build_fills_both_stores_with_the_same_verified_rows(
+    codec: str, checkpoint: Path, tmp_path: Path, redis_url: str
+) -> None:
     """Files and Redis get the same records, decoding to what the model computes, and the table can be published and read."""
     files = f"file://{tmp_path}"
     code, ref, err = build(
-        checkpoint, "--store", f"{files},{redis_url}", "--codec", codec, "--shards", "7", "--name", f"both-{codec}", "--publish"
+        checkpoint,
+        "--store",
+        f"{files},{redis_url}",
+        "--codec",
+        codec,
+        "--shards",
+        "7",
+        "--name",
+        f"both-{codec}",
+        "--publish",
     )
     assert 0 == code, err
     opened = open_checkpoint(checkpoint)
@@ -78,12 +91,16 @@ def test_a_build_fills_both_stores_with_the_same_verified_rows(codec: str, check
             out = np.empty((len(ids), manifest.record_bytes), np.uint8)
             store.read(manifest, ids, out)
             records.append(out)
-            error = np.abs(manifest.decode(out) - expected) / np.abs(expected).max(axis=-1, keepdims=True)
+            error = np.abs(manifest.decode(out) - expected) / np.abs(expected).max(
+                axis=-1, keepdims=True
+            )
             assert error.max() <= manifest.codec_.relative_error + 1e-5
     assert records[0].tobytes() == records[1].tobytes()
 
 
-def test_a_build_killed_half_way_resumes_to_the_same_bytes(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_a_build_killed_half_way_resumes_to_the_same_bytes(
+    tmp_path: Path, whole: dict[str, bytes]
+) -> None:
     """SIGKILL of the job leaves whole shards and no manifest; the next run keeps them, ends alike, and no task goes on behind it."""
     options = (DEMO, "--store", f"file://{tmp_path}", "--shards", SHARDS, "--workers", "1")
     popen = start(*options)
@@ -91,7 +108,9 @@ def test_a_build_killed_half_way_resumes_to_the_same_bytes(tmp_path: Path, whole
     family = psutil.Process(popen.pid).children(recursive=True)
     popen.kill()
     popen.communicate()
-    agents = [p for p in family if "agent" in title(p).lower()]  # Ray's own end a while after its raylet
+    agents = [
+        p for p in family if "agent" in title(p).lower()
+    ]  # Ray's own end a while after its raylet
     _, alive = psutil.wait_procs([p for p in family if p not in agents], timeout=60)
     assert [] == alive
     for agent in agents:
@@ -126,11 +145,20 @@ def test_a_job_that_runs_again_does_not_undo_a_publish(checkpoint: Path, tmp_pat
         assert stands_for(store, built)
 
 
-def test_a_killed_ray_worker_does_not_fail_the_build(tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_a_killed_ray_worker_does_not_fail_the_build(
+    tmp_path: Path, whole: dict[str, bytes]
+) -> None:
     """The tasks of a Ray worker process that dies by SIGKILL run again elsewhere."""
     popen = start(DEMO, "--store", f"file://{tmp_path}", "--shards", SHARDS, "--workers", "1")
     wait_for(lambda: len(shards(tmp_path)) >= 3, popen)
-    workers = wait_for(lambda: [p for p in psutil.Process(popen.pid).children(recursive=True) if "build_shard" in title(p)], popen)
+    workers = wait_for(
+        lambda: [
+            p
+            for p in psutil.Process(popen.pid).children(recursive=True)
+            if "build_shard" in title(p)
+        ],
+        popen,
+    )
     os.kill(workers[0].pid, signal.SIGKILL)
     out, err = popen.communicate(timeout=240)
     assert 0 == popen.returncode, err
@@ -145,7 +173,9 @@ def title(process: psutil.Process) -> str:
         return ""
 
 
-def test_a_second_build_mends_what_is_damaged_and_leaves_the_rest(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_second_build_mends_what_is_damaged_and_leaves_the_rest(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     """A truncated, an altered and a missing shard are written again, byte for byte; a whole one is not touched."""
     options = (checkpoint, "--store", f"file://{tmp_path}", "--shards", "4")
     assert 0 == build(*options)[0]
@@ -162,11 +192,23 @@ def test_a_second_build_mends_what_is_damaged_and_leaves_the_rest(checkpoint: Pa
     assert whole_since == files[3].stat().st_mtime_ns
 
 
-def test_a_table_is_copied_from_files_to_redis_without_computing(checkpoint: Path, tmp_path: Path, redis_url: str) -> None:
+def test_a_table_is_copied_from_files_to_redis_without_computing(
+    checkpoint: Path, tmp_path: Path, redis_url: str
+) -> None:
     """With a whole table in one store, a build into both computes no shard."""
     files = f"file://{tmp_path}"
     build_table(checkpoint, files, codec="fp16", shards=4, name="copied")
-    code, _, err = build(checkpoint, "--store", f"{files},{redis_url}", "--codec", "fp16", "--shards", "4", "--name", "copied")
+    code, _, err = build(
+        checkpoint,
+        "--store",
+        f"{files},{redis_url}",
+        "--codec",
+        "fp16",
+        "--shards",
+        "4",
+        "--name",
+        "copied",
+    )
     assert 0 == code, err
     assert '"shards_computed": 0' in err
 
@@ -186,7 +228,9 @@ def test_a_table_is_copied_from_files_to_redis_without_computing(checkpoint: Pat
         (("--frobnicate",), "No such option"),
     ],
 )
-def test_bad_options_are_refused_with_a_clear_error(options: tuple[str, ...], message: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_bad_options_are_refused_with_a_clear_error(
+    options: tuple[str, ...], message: str, checkpoint: Path, tmp_path: Path
+) -> None:
     """Each is told on stderr, with an exit code and without a traceback, and the table that is there stays."""
     store = f"file://{tmp_path}"
     build_table(checkpoint, store, codec="bf16", shards=4)
@@ -198,14 +242,24 @@ def test_bad_options_are_refused_with_a_clear_error(options: tuple[str, ...], me
     assert before == shards(tmp_path)
 
 
-@pytest.mark.parametrize(("tied", "options", "x0"), [(False, (), True), (False, ("no",), False), (True, (), False), (True, ("yes",), True)])
+@pytest.mark.parametrize(
+    ("tied", "options", "x0"),
+    [(False, (), True), (False, ("no",), False), (True, (), False), (True, ("yes",), True)],
+)
 def test_a_table_carries_x0_where_the_embeddings_are_untied_or_it_is_told_to(
     tied: bool, options: tuple[str, ...], x0: bool, tmp_path: Path
 ) -> None:
     """`--embedding` decides, by default the checkpoint does; either way the table passes the check against the model."""
     path = tiny_model(tmp_path / "m", tie_word_embeddings=tied)
     code, ref, err = build(
-        path, "--store", f"file://{tmp_path}", "--shards", "3", "--codec", "fp32", *(("--embedding", *options) * bool(options))
+        path,
+        "--store",
+        f"file://{tmp_path}",
+        "--shards",
+        "3",
+        "--codec",
+        "fp32",
+        *(("--embedding", *options) * bool(options)),
     )
     assert 0 == code, err
     model, ids = open_checkpoint(path).model(), np.array([7, 300, 9], np.uint32)
@@ -228,7 +282,9 @@ def test_what_has_no_rows_or_is_no_checkpoint_is_refused(tmp_path: Path) -> None
     assert "not JSON" in build(base)[2]
 
 
-def test_a_store_that_dies_during_a_build_ends_it_with_an_error(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_store_that_dies_during_a_build_ends_it_with_an_error(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     """A folder that can't be written is told as such, and no manifest appears."""
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
@@ -237,7 +293,9 @@ def test_a_store_that_dies_during_a_build_ends_it_with_an_error(checkpoint: Path
     assert "is a file, and no folder" in err
 
 
-def test_the_manifest_lists_the_corpus_tokens_by_frequency(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_manifest_lists_the_corpus_tokens_by_frequency(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     """`--corpus` decides which tokens are said to be frequent; rows, bytes and version do not depend on it."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
@@ -245,7 +303,9 @@ def test_the_manifest_lists_the_corpus_tokens_by_frequency(checkpoint: Path, tmp
     (corpus / "b.bin").write_bytes(b"\xff\xfe\x00")
     found = []
     for options in (("--corpus", corpus), ()):
-        code, ref, err = build(checkpoint, "--store", f"file://{tmp_path}/{len(options)}", "--shards", "2", *options)
+        code, ref, err = build(
+            checkpoint, "--store", f"file://{tmp_path}/{len(options)}", "--shards", "2", *options
+        )
         assert 0 == code, err
         with closing(open_store(f"file://{tmp_path}/{len(options)}")) as store:
             found.append((ref, store.manifest(ref)))
@@ -258,27 +318,42 @@ def test_the_manifest_lists_the_corpus_tokens_by_frequency(checkpoint: Path, tmp
     assert len(counted.frequent) < len(usual.frequent) <= usual.vocab_size
 
 
-def test_a_corpus_that_is_not_there_or_holds_no_text_is_told(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_corpus_that_is_not_there_or_holds_no_text_is_told(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     """The build ends at once, with one line, and leaves nothing behind."""
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for corpus, message in ((tmp_path / "nowhere", "no corpus at"), (tmp_path / "binary", "holds no text")):
-        code, out, err = build(checkpoint, "--store", f"file://{tmp_path}/tables", "--corpus", corpus)
+    for corpus, message in (
+        (tmp_path / "nowhere", "no corpus at"),
+        (tmp_path / "binary", "holds no text"),
+    ):
+        code, out, err = build(
+            checkpoint, "--store", f"file://{tmp_path}/tables", "--corpus", corpus
+        )
         assert (1, "") == (code, out)
         assert message in err
     assert not (tmp_path / "tables").exists()
 
 
-def test_shards_built_in_one_go_are_those_built_one_by_one(checkpoint: Path, tmp_path: Path, redis_url: str) -> None:
+def test_shards_built_in_one_go_are_those_built_one_by_one(
+    checkpoint: Path, tmp_path: Path, redis_url: str
+) -> None:
     """Writing a shard while the next is computed changes no byte, and a store that lacks one gets it from the other."""
     planned = plan(open_checkpoint(checkpoint), "overlap", "int4", 5)
     alone, both = (f"file://{tmp_path}/alone",), (f"file://{tmp_path}/both", redis_url)
-    one_by_one = [build_shards(str(checkpoint), planned, [shard], alone, 10.0)[0] for shard in range(5)]
+    one_by_one = [
+        build_shards(str(checkpoint), planned, [shard], alone, 10.0)[0] for shard in range(5)
+    ]
     assert [True] * 5 == [new for _, new in one_by_one]
     assert one_by_one == build_shards(str(checkpoint), planned, [0, 1, 2, 3, 4], both, 10.0)
     with closing(open_store(redis_url)) as store:
         store.delete(planned)
-        assert [(digest, False) for digest, _ in one_by_one] == build_shards(str(checkpoint), planned, [0, 1, 2, 3, 4], both, 10.0)
-        assert [len(planned.shard_ids(shard)) for shard in range(5)] == [store.count(planned, shard) for shard in range(5)]
+        assert [(digest, False) for digest, _ in one_by_one] == build_shards(
+            str(checkpoint), planned, [0, 1, 2, 3, 4], both, 10.0
+        )
+        assert [len(planned.shard_ids(shard)) for shard in range(5)] == [
+            store.count(planned, shard) for shard in range(5)
+        ]
 
 
 def test_memory_does_not_grow_with_the_vocabulary(checkpoint: Path, tmp_path: Path) -> None:
@@ -299,5 +374,7 @@ def test_memory_does_not_grow_with_the_vocabulary(checkpoint: Path, tmp_path: Pa
     big = tiny_model(tmp_path / "big", hidden_size=768, num_hidden_layers=8, vocab_size=8192)
     for shards in (1, 6):
         command = [sys.executable, "-c", code, str(big), str(shards), f"file://{tmp_path}/{shards}"]
-        above, shard = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+        above, shard = map(
+            int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        )
         assert above < 4 * shard

@@ -14,7 +14,16 @@ from tests.chaos.proxy import Link
 from tests.chaos.system import CHECKPOINT, DEADLINE_SECONDS, Load, System, right_answers
 
 ANSWERS = {"t@1": ["the first text", "other"], "t@2": ["the second text", "other"]}
-GOOD = Seen(0, streamed=True, began=1.0, ended=2.0, pieces=["the first", " text"], finishes=1, dones=1, version="t@1")
+GOOD = Seen(
+    0,
+    streamed=True,
+    began=1.0,
+    ended=2.0,
+    pieces=["the first", " text"],
+    finishes=1,
+    dones=1,
+    version="t@1",
+)
 
 
 def found(**changes) -> list[str]:
@@ -86,7 +95,9 @@ def test_a_link_carries_delays_and_cuts() -> None:
         link.mend()
         client.sendall(b"three")  # does not overtake
         served.settimeout(5)
-        assert b"twothree" == served.recv(3, socket.MSG_WAITALL) + served.recv(5, socket.MSG_WAITALL)
+        assert b"twothree" == served.recv(3, socket.MSG_WAITALL) + served.recv(
+            5, socket.MSG_WAITALL
+        )
         link.cut()
         assert b"" == _received(client)
         again = stack.enter_context(socket.create_connection((host, int(port)), timeout=5))

@@ -49,7 +49,10 @@ def test_nothing_is_unpickled(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="not a safetensors file"):
         open_checkpoint(copy)
     (copy / WEIGHTS).unlink()
-    with pytest.raises(NotFound, match=r"pytorch_model\.bin can run code when loaded and is refused: convert it to safetensors"):
+    with pytest.raises(
+        NotFound,
+        match=r"pytorch_model\.bin can run code when loaded and is refused: convert it to safetensors",
+    ):
         open_checkpoint(copy)
     assert not trap.exists()
     pickle.loads(pickle.dumps(Trap(trap)))
@@ -57,7 +60,9 @@ def test_nothing_is_unpickled(copy: Path, tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-def test_spoilt_weights_are_refused_or_whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_spoilt_weights_are_refused_or_whole(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     """A byte of the header changed, or the file cut anywhere: an error of ours, or a model of the same shape."""
     whole = (checkpoint / WEIGHTS).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -68,7 +73,11 @@ def test_spoilt_weights_are_refused_or_whole(checkpoint: Path, tmp_path_factory:
         spoilt = whole[: data.draw(st.integers(0, len(whole) - 1))]
     else:
         place = data.draw(st.integers(0, header - 1))
-        spoilt = whole[:place] + bytes([whole[place] ^ data.draw(st.integers(1, 255))]) + whole[place + 1 :]
+        spoilt = (
+            whole[:place]
+            + bytes([whole[place] ^ data.draw(st.integers(1, 255))])
+            + whole[place + 1 :]
+        )
     (folder / WEIGHTS).write_bytes(spoilt)
     try:
         model = open_checkpoint(folder).model()
@@ -94,11 +103,23 @@ def test_a_config_that_is_none_is_refused(copy: Path, text: str) -> None:
         ({"kind": "base"}, "lacks 16 tensors of a base model, such as model.layers.0.mlp"),
         ({"kind": "flex", "beta": 1}, "lacks 8 tensors of a flex model"),
         ({"num_hidden_layers": 5}, "lacks 9 tensors of a memory model, such as model.layers.4"),
-        ({"num_hidden_layers": 3}, "has 9 tensors that a memory model lacks, such as model.layers.3"),
+        (
+            {"num_hidden_layers": 3},
+            "has 9 tensors that a memory model lacks, such as model.layers.3",
+        ),
         ({"intermediate_size": 300}, r"has shape \[256, 96\]|has shape \[96, 256\]"),
-        ({"vocab_size": 1000}, r"embed_tokens.weight has shape \[\d+, 96\], config.json asks for \[1000, 96\]"),
-        ({"tie_word_embeddings": False}, "lacks 1 tensors of a memory model, such as lm_head.weight"),
-        ({"vocab_size": 2**31, "hidden_size": 2**31, "num_attention_heads": 1}, r"has shape|hidden_size|vocab_size"),
+        (
+            {"vocab_size": 1000},
+            r"embed_tokens.weight has shape \[\d+, 96\], config.json asks for \[1000, 96\]",
+        ),
+        (
+            {"tie_word_embeddings": False},
+            "lacks 1 tensors of a memory model, such as lm_head.weight",
+        ),
+        (
+            {"vocab_size": 2**31, "hidden_size": 2**31, "num_attention_heads": 1},
+            r"has shape|hidden_size|vocab_size",
+        ),
     ],
 )
 def test_a_config_of_another_model_is_refused(copy: Path, changes: dict, message: str) -> None:
@@ -120,7 +141,11 @@ def test_exactly_what_defines_rows_changes_their_id(tmp_path: Path) -> None:
     assert {name for name in weights if "embed_tokens" in name or ".ffn_m." in name} == changing
     assert 1 + 2 * 4 == len(changing)
     save_file(weights, path / WEIGHTS)
-    for change, changes in (({"rope_theta": 5.0}, False), ({"eos_token_id": 3}, False), ({"rms_norm_eps": 0.5}, True)):
+    for change, changes in (
+        ({"rope_theta": 5.0}, False),
+        ({"eos_token_id": 3}, False),
+        ({"rms_norm_eps": 0.5}, True),
+    ):
         edit(path, **change)
         assert changes == (before != open_checkpoint(path).rows_id())
 
@@ -136,4 +161,6 @@ def test_an_untied_head_is_kept(tmp_path: Path) -> None:
 
 def test_saving_leaves_a_checkpoint_and_nothing_else(checkpoint: Path) -> None:
     """Three files, no temporary ones."""
-    assert ["config.json", "model.safetensors", "tokenizer.json"] == sorted(p.name for p in checkpoint.iterdir())
+    assert ["config.json", "model.safetensors", "tokenizer.json"] == sorted(
+        p.name for p in checkpoint.iterdir()
+    )

@@ -23,14 +23,24 @@ def tolhouse(*arguments: str | Path, code: int = 0) -> str:
     return ended.stderr if code else ended.stdout
 
 
-def commands(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
+def commands(
+    group: click.Group, path: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], click.Command]]:
     found: list[tuple[tuple[str, ...], click.Command]] = []
     for name, command in group.commands.items():
-        found += commands(command, (*path, name)) if isinstance(command, click.Group) else [((*path, name), command)]
+        found += (
+            commands(command, (*path, name))
+            if isinstance(command, click.Group)
+            else [((*path, name), command)]
+        )
     return found
 
 
-@pytest.mark.parametrize(("path", "command"), commands(main), ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(
+    ("path", "command"),
+    commands(main),
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
 def test_every_command_explains_itself(path: tuple[str, ...], command: click.Command) -> None:
     """Each has a sentence about itself, and each of its options is explained or speaks for itself."""
     assert command.help
@@ -51,8 +61,13 @@ def test_tables_are_managed_from_the_shell(checkpoint: Path, tmp_path: Path) -> 
     url = f"file://{tmp_path}"
     store = ("--store", url)
     assert "" == tolhouse("tables", "list", *store)
-    old, new = (build_table(checkpoint, url, codec=codec, name="t", publish=False) for codec in ("fp32", "int8"))
-    assert {f"  {old}", f"  {new}"} == {line[: 2 + len(old)] for line in tolhouse("tables", "list", *store).splitlines()}
+    old, new = (
+        build_table(checkpoint, url, codec=codec, name="t", publish=False)
+        for codec in ("fp32", "int8")
+    )
+    assert {f"  {old}", f"  {new}"} == {
+        line[: 2 + len(old)] for line in tolhouse("tables", "list", *store).splitlines()
+    }
     assert "not published" in tolhouse("tables", "show", "t", *store, code=1)
     assert old in tolhouse("publish", old, *store)
     assert new in tolhouse("tables", "publish", new, *store)
@@ -63,8 +78,12 @@ def test_tables_are_managed_from_the_shell(checkpoint: Path, tmp_path: Path) -> 
     assert "fp32" == json.loads(tolhouse("tables", "show", "t", *store))["codec"]
     assert "no version before" in tolhouse("tables", "rollback", "t", *store, code=1)
     assert new in tolhouse("tables", "delete", new, *store)
-    assert [f"* {old}"] == [line[: 2 + len(old)] for line in tolhouse("tables", "list", *store).splitlines()]
-    assert old in tolhouse("publish", new, *store, code=1)  # not there any more; what is there is named
+    assert [f"* {old}"] == [
+        line[: 2 + len(old)] for line in tolhouse("tables", "list", *store).splitlines()
+    ]
+    assert old in tolhouse(
+        "publish", new, *store, code=1
+    )  # not there any more; what is there is named
     assert "NAME@VERSION" in tolhouse("publish", "t", *store, code=1).upper()
 
 
@@ -88,14 +107,27 @@ def test_rows_and_text_from_the_shell(checkpoint: Path, tmp_path: Path) -> None:
         norms = [[float(n) for n in line.split()[1:]] for line in shown.splitlines()]
         assert np.allclose(np.linalg.norm(rows, axis=-1), norms, atol=1e-3)
         assert "allowed are" in tolhouse("fetch", ref, "99999", "--lookup", cluster.lookup, code=1)
-        assert "is not in" in tolhouse("fetch", f"tiny-memory@{'0' * 16}", "1", "--lookup", cluster.lookup, code=1)
+        assert "is not in" in tolhouse(
+            "fetch", f"tiny-memory@{'0' * 16}", "1", "--lookup", cluster.lookup, code=1
+        )
         here = tolhouse("generate", checkpoint, "def add(", "--max-tokens", "20")
         assert here.startswith("def add(")
-        assert here == tolhouse("generate", checkpoint, "def add(", "--max-tokens", "20", "--worker", cluster.workers)
-        assert "exceed the context" in tolhouse(
-            "generate", checkpoint, "def add(", "--max-tokens", "999", "--worker", cluster.workers, code=1
+        assert here == tolhouse(
+            "generate", checkpoint, "def add(", "--max-tokens", "20", "--worker", cluster.workers
         )
-    assert "can't be reached" in tolhouse("generate", checkpoint, "x", "--worker", cluster.workers, code=1)
+        assert "exceed the context" in tolhouse(
+            "generate",
+            checkpoint,
+            "def add(",
+            "--max-tokens",
+            "999",
+            "--worker",
+            cluster.workers,
+            code=1,
+        )
+    assert "can't be reached" in tolhouse(
+        "generate", checkpoint, "x", "--worker", cluster.workers, code=1
+    )
     assert "can't be reached" in tolhouse("fetch", ref, "1", "--lookup", cluster.lookup, code=1)
 
 
@@ -113,7 +145,9 @@ def test_x0_is_shown_in_the_shell(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_memory_is_explained_in_the_shell(checkpoint: Path) -> None:
     """explain prints a block per token, or JSON."""
-    found = json.loads(tolhouse("explain", checkpoint, "def add", "--json", "--keys", "2", "--neighbours", "3"))
+    found = json.loads(
+        tolhouse("explain", checkpoint, "def add", "--json", "--keys", "2", "--neighbours", "3")
+    )
     assert {2} == {len(keys) for entry in found for keys in entry["keys"]}
     assert {3} == {len(entry["nearest"]) for entry in found}
     assert "nearest" in tolhouse("explain", checkpoint, "def add")
@@ -136,14 +170,18 @@ def test_memory_is_explained_in_the_shell(checkpoint: Path) -> None:
         (("demo", "--checkpoint", "nothing"), 1, "no checkpoint"),
     ],
 )
-def test_what_can_not_be_done_is_told_in_a_line(arguments: tuple[str, ...], code: int, message: str, tmp_path: Path, monkeypatch) -> None:
+def test_what_can_not_be_done_is_told_in_a_line(
+    arguments: tuple[str, ...], code: int, message: str, tmp_path: Path, monkeypatch
+) -> None:
     """Bad commands end with a code and a message, and leave nothing behind."""
     monkeypatch.chdir(tmp_path)
     assert message in tolhouse(*arguments, code=code)
     assert [] == [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-def test_an_unknown_variable_stops_a_process_and_known_ones_configure_it(tmp_path: Path, monkeypatch) -> None:
+def test_an_unknown_variable_stops_a_process_and_known_ones_configure_it(
+    tmp_path: Path, monkeypatch
+) -> None:
     """The environment is read strictly; what it sets can be seen."""
     monkeypatch.setenv("TOLHOUSE_LOOKUP_STORE", f"file://{tmp_path}")
     monkeypatch.setenv("TOLHOUSE_LOOKUP_LISTEN", "127.0.0.1:0")

@@ -24,7 +24,9 @@ FREE = ("--listen", "127.0.0.1:0")
 @pytest.fixture(scope="module")
 def table(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     url = f"file://{tmp_path_factory.mktemp('tables')}"
-    return url, build_table(checkpoint, url, codec="bf16", shards=64)  # each replica has some, whatever the ports
+    return url, build_table(
+        checkpoint, url, codec="bf16", shards=64
+    )  # each replica has some, whatever the ports
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,9 @@ def test_a_client_outlives_many_versions(checkpoint: Path, tmp_path: Path) -> No
         before = client.fetch(ref, [7, 8])
         for number in range(1, 21):
             made = make_overlay(store, ref, np.array([7]), row * 2**number)
-            assert (row[0] * 2**number).tobytes() == client.fetch(made.ref, [7])[0].astype(np.float32).tobytes()
+            assert (row[0] * 2**number).tobytes() == client.fetch(made.ref, [7])[0].astype(
+                np.float32
+            ).tobytes()
         assert (16, 16) == (len(client._manifests), len(client._companions))
         assert before.tobytes() == client.fetch(ref, [7, 8]).tobytes()
 
@@ -115,9 +119,15 @@ def test_nobody_there_is_unavailable() -> None:
 
 def test_the_wrong_service_is_told(cluster: Cluster) -> None:
     """Rows asked of a worker, and tokens of a lookup service, are Unsupported."""
-    with Client(cluster.workers) as client, pytest.raises(errors.Unsupported, match="another service"):
+    with (
+        Client(cluster.workers) as client,
+        pytest.raises(errors.Unsupported, match="another service"),
+    ):
         client.fetch("tiny-memory", [1])
-    with Client(cluster.lookup) as client, pytest.raises(errors.Unsupported, match="another service"):
+    with (
+        Client(cluster.lookup) as client,
+        pytest.raises(errors.Unsupported, match="another service"),
+    ):
         list(client.generate([1]))
 
 
@@ -135,12 +145,17 @@ def test_many_threads_share_a_client(client: Client, table: tuple[str, str]) -> 
 
 @pytest.fixture
 def replicas(table: tuple[str, str]) -> Iterator[list[Process]]:
-    with process("lookup", "--store", table[0], *FREE) as first, process("lookup", "--store", table[0], *FREE) as second:
+    with (
+        process("lookup", "--store", table[0], *FREE) as first,
+        process("lookup", "--store", table[0], *FREE) as second,
+    ):
         yield [first, second]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_replica_may_die_or_hang(replicas: list[Process], table: tuple[str, str], number: signal.Signals) -> None:
+def test_a_replica_may_die_or_hang(
+    replicas: list[Process], table: tuple[str, str], number: signal.Signals
+) -> None:
     """Whichever replica is killed or stopped, the other answers within the deadline."""
     with Client([r.address for r in replicas], timeout_seconds=8, map_hot_rows=False) as client:
         expected = client.fetch(table[1], range(300)).tobytes()
@@ -155,29 +170,45 @@ def test_a_replica_may_die_or_hang(replicas: list[Process], table: tuple[str, st
                 client.fetch(table[1], range(300))
 
 
-def test_a_replica_that_hangs_is_waited_for_once(replicas: list[Process], table: tuple[str, str]) -> None:
+def test_a_replica_that_hangs_is_waited_for_once(
+    replicas: list[Process], table: tuple[str, str]
+) -> None:
     """After the first wait its ids go to the other replica, until it answers again."""
     with Client([r.address for r in replicas], timeout_seconds=8, map_hot_rows=False) as client:
         manifest = client.describe(table[1])
-        ids, usual = np.arange(300, dtype=np.uint32), client._replicas.owner(manifest, np.arange(300), 0)[1]
+        ids, usual = (
+            np.arange(300, dtype=np.uint32),
+            client._replicas.owner(manifest, np.arange(300), 0)[1],
+        )
         expected = client.fetch_records(manifest, ids)
         os.kill(replicas[0].pid, signal.SIGSTOP)
         assert np.array_equal(expected, client.fetch_records(manifest, ids))
         assert {1} == set(client._replicas.owner(manifest, ids, 0)[1].tolist())
         os.kill(replicas[0].pid, signal.SIGCONT)
         deadline = time.monotonic() + 30
-        while client._replicas.owner(manifest, ids, 0)[1].tolist() != usual.tolist() and time.monotonic() < deadline:
+        while (
+            client._replicas.owner(manifest, ids, 0)[1].tolist() != usual.tolist()
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.02)
         assert usual.tolist() == client._replicas.owner(manifest, ids, 0)[1].tolist()
         assert np.array_equal(expected, client.fetch_records(manifest, ids))
 
 
-def test_a_replica_behind_a_slow_link_is_asked_last(replicas: list[Process], table: tuple[str, str]) -> None:
+def test_a_replica_behind_a_slow_link_is_asked_last(
+    replicas: list[Process], table: tuple[str, str]
+) -> None:
     """While answers of one take several times as long as the other's, its ids go there; no longer once the link is mended."""
-    with Link(replicas[0].address) as link, Client([link.address, replicas[1].address], map_hot_rows=False) as client:
+    with (
+        Link(replicas[0].address) as link,
+        Client([link.address, replicas[1].address], map_hot_rows=False) as client,
+    ):
         manifest = client.describe(table[1])
         ids = np.arange(300, dtype=np.uint32)
-        expected, usual = client.fetch_records(manifest, ids), client._replicas.owner(manifest, ids, 0)[1].tolist()
+        expected, usual = (
+            client.fetch_records(manifest, ids),
+            client._replicas.owner(manifest, ids, 0)[1].tolist(),
+        )
 
         def owners() -> list[int]:
             assert np.array_equal(expected, client.fetch_records(manifest, ids))
@@ -202,14 +233,27 @@ def test_each_shard_has_its_replica(replicas: list[Process], table: tuple[str, s
         assert set(addresses) == set(first)
 
 
-def test_a_published_version_is_what_a_name_stands_for_from_then_on(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_published_version_is_what_a_name_stands_for_from_then_on(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     """After publish and rollback a client that asks by name gets the other version's rows; by version, always the same."""
     url = f"file://{tmp_path}"
-    old, new = (build_table(checkpoint, url, codec=codec, name="flip") for codec in ("fp32", "int8"))
+    old, new = (
+        build_table(checkpoint, url, codec=codec, name="flip") for codec in ("fp32", "int8")
+    )
     with process("lookup", "--store", url, *FREE) as running, Client(running.address) as client:
         assert new == client.describe("flip").ref
         rows = client.fetch("flip", [1, 2]).tobytes()
-        command = [sys.executable, "-m", "tolhouse.cli", "tables", "rollback", "flip", "--store", url]
+        command = [
+            sys.executable,
+            "-m",
+            "tolhouse.cli",
+            "tables",
+            "rollback",
+            "flip",
+            "--store",
+            url,
+        ]
         subprocess.run(command, check=True, capture_output=True)
         assert old == client.describe("flip").ref
         assert client.describe("flip") is client.describe("flip")  # sent once

@@ -23,8 +23,13 @@ def bits(rows: np.ndarray) -> bytes:
 def rows_of(draw: st.DrawFn, name: str) -> np.ndarray:
     """float32 rows of one to three axes with values of every size that the codec takes, denormals and -0.0 among them."""
     top = draw(st.sampled_from([LARGEST[name], 1.0, 2.0**-14, 2.0**-126, 2.0**-149]))
-    shape = (*draw(array_shapes(min_dims=0, max_dims=2, max_side=6)), draw(st.integers(1, 6) | st.sampled_from([31, 32, 33, 64, 71])))
-    return draw(arrays(np.float32, shape, elements=st.floats(-top, top, width=32, allow_subnormal=True)))
+    shape = (
+        *draw(array_shapes(min_dims=0, max_dims=2, max_side=6)),
+        draw(st.integers(1, 6) | st.sampled_from([31, 32, 33, 64, 71])),
+    )
+    return draw(
+        arrays(np.float32, shape, elements=st.floats(-top, top, width=32, allow_subnormal=True))
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -33,7 +38,10 @@ def test_rows_come_back_within_the_bound(name: str, data: st.DataObject) -> None
     """Each value is off by at most `relative_error` of its row's largest, or by the codec's smallest step."""
     rows = data.draw(rows_of(name))
     back = codec(name).decode(codec(name).encode(rows)).astype(np.float64)
-    allowed = codec(name).relative_error * np.abs(rows, dtype=np.float64).max(axis=-1, keepdims=True) + STEP[name]
+    allowed = (
+        codec(name).relative_error * np.abs(rows, dtype=np.float64).max(axis=-1, keepdims=True)
+        + STEP[name]
+    )
     assert rows.shape == back.shape
     assert (np.abs(back - rows) <= allowed).all()
 
@@ -63,7 +71,10 @@ def test_zeros_come_back_as_zeros(name: str, shape: tuple[int, ...]) -> None:
         assert not back.astype(np.float32).any()
 
 
-@pytest.mark.parametrize(("name", "expected"), [("fp32", 4 * 96), ("fp16", 2 * 96), ("bf16", 2 * 96), ("int8", 4 + 96), ("int4", 6 + 48)])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("fp32", 4 * 96), ("fp16", 2 * 96), ("bf16", 2 * 96), ("int8", 4 + 96), ("int4", 6 + 48)],
+)
 def test_a_block_has_its_bytes(name: str, expected: int) -> None:
     """Nothing is padded; int8 spends four bytes on its scale, int4 two on each of its three."""
     assert expected == codec(name).block(96).itemsize
@@ -81,7 +92,9 @@ def test_what_is_not_finite_is_refused(name: str, bad: float, place: int) -> Non
         codec(name).encode(rows)
 
 
-@pytest.mark.parametrize(("name", "fits", "too_large"), [("fp16", 65_519.0, 65_520.0), ("bf16", 3.389e38, 3.4e38)])
+@pytest.mark.parametrize(
+    ("name", "fits", "too_large"), [("fp16", 65_519.0, 65_520.0), ("bf16", 3.389e38, 3.4e38)]
+)
 def test_what_a_codec_can_not_hold_is_refused(name: str, fits: float, too_large: float) -> None:
     """The largest value that rounds into the codec is stored; one above it is refused, and never infinite."""
     rows = np.array([1.0, fits, -fits], np.float32)
@@ -139,7 +152,12 @@ def test_an_int4_group_depends_on_its_own_values_alone(rows: np.ndarray) -> None
     """The groups of a row decode to what each of them gives as a row of its own."""
     back = codec("int4").decode(codec("int4").encode(rows))
     parts = [rows[..., start : start + GROUP] for start in range(0, rows.shape[-1], GROUP)]
-    assert back.tolist() == np.concatenate([codec("int4").decode(codec("int4").encode(part)) for part in parts], axis=-1).tolist()
+    assert (
+        back.tolist()
+        == np.concatenate(
+            [codec("int4").decode(codec("int4").encode(part)) for part in parts], axis=-1
+        ).tolist()
+    )
 
 
 def test_int4_holds_the_largest_floats() -> None:
@@ -160,7 +178,9 @@ def test_many_rows_are_encoded_as_one_is() -> None:
 
 def test_an_unknown_codec_is_refused() -> None:
     """The error names the codecs there are."""
-    with pytest.raises(InvalidArgument, match=r"'int3' is unknown; one of fp32, fp16, bf16, int8, int4"):
+    with pytest.raises(
+        InvalidArgument, match=r"'int3' is unknown; one of fp32, fp16, bf16, int8, int4"
+    ):
         codec("int3")
 
 

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolhouse.engine.attention import PagedKVCache
+from tolhouse.engine.block_manager import BlockManager
+from tolhouse.engine.cpu.compiled import Compiled
+from tolhouse.engine.cpu.packed import load
+from tolhouse.engine.dequant import Staged
+from tolhouse.engine.row_providers import NoRows
+from tolhouse.engine.runner import Runner
+from tolhouse.engine.scheduler import Chunk
+from tolhouse.engine.sequence import Sequence
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.config import preset
+from tolhouse.sampling import SamplingParams
 from tolhouse.testing import tiny_model
-from tolhouse.worker.attention import Pages
-from tolhouse.worker.compiled import Compiled
-from tolhouse.worker.decode import Staged
-from tolhouse.worker.kv_cache import KVCache
-from tolhouse.worker.packed import load
-from tolhouse.worker.rows import NoRows
-from tolhouse.worker.runner import Runner
-from tolhouse.worker.sampling import Sampling
-from tolhouse.worker.scheduler import Chunk
-from tolhouse.worker.sequence import Sequence
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,9 @@ class RandomRows(NoRows):
 
     def __init__(self, layers: int, hidden_size: int) -> None:
         super().__init__(hidden_size, CPU)
-        self.rows = torch.randn(layers, 256, hidden_size, generator=torch.Generator().manual_seed(1))
+        self.rows = torch.randn(
+            layers, 256, hidden_size, generator=torch.Generator().manual_seed(1)
+        )
 
     def decode(self, staged: Staged) -> torch.Tensor:
         return self.rows[:, staged.index].contiguous()
@@ -58,12 +60,20 @@ def test_compiled_steps_are_the_uncompiled_ones(tmp_path: Path) -> None:
     for lengths in ([20], [3, 17, 40, 64, 5], [33, 16]):
         hidden = []
         for model in models:
-            pages, cache = Pages(config, 64, CPU, torch.float32), KVCache(64)
+            pages, cache = PagedKVCache(config, 64, CPU, torch.float32), BlockManager(64)
             runner = Runner(model, pages, rows)
-            found = [Sequence(n, [(7 * i + n) % 256 for i in range(n)], Sampling(1), lambda _: None) for n in lengths]
+            found = [
+                Sequence(
+                    n, [(7 * i + n) % 256 for i in range(n)], SamplingParams(1), lambda _: None
+                )
+                for n in lengths
+            ]
             for sequence in found:
                 assert cache.grow(sequence, len(sequence.ids))
-            for step in ([Chunk(s, 0, len(s.ids) - 1) for s in found], [Chunk(s, len(s.ids) - 1, len(s.ids)) for s in found]):
+            for step in (
+                [Chunk(s, 0, len(s.ids) - 1) for s in found],
+                [Chunk(s, len(s.ids) - 1, len(s.ids)) for s in found],
+            ):
                 ids = torch.tensor([i for c in step for i in c.sequence.ids[c.first : c.last]])
                 with torch.inference_mode():
                     out = runner.finish(runner.launch(step), Staged(torch.empty(0), ids))
@@ -78,11 +88,16 @@ def test_a_worker_does_not_import_the_compiler(tmp_path: Path) -> None:
     code = f"""
 import sys, torch, tolhouse.worker.service
 from tolhouse.model.checkpoint import open_checkpoint
-from tolhouse.worker.packed import load
+from tolhouse.engine.cpu.packed import load
 load(open_checkpoint({str(path)!r}), torch.device("cpu"), torch.float32)
 print(sorted({{"sympy", "torch._dynamo", "torch._inductor"}} & set(sys.modules)))
 """
-    assert "[]\n" == subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert (
+        "[]\n"
+        == subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
 
 
 def test_without_a_compiler_the_worker_says_so_and_goes_on(
@@ -100,7 +115,9 @@ def test_without_a_compiler_the_worker_says_so_and_goes_on(
 
 def test_workers_that_share_a_cache_compile_once(tmp_path: Path) -> None:
     """Of two that start together one compiles, and the other waits for what it makes; one that ends does not wait for it."""
-    first, second, third = (Compiled(preset("tiny", "base"), torch.float32, tmp_path / "cache") for _ in range(3))
+    first, second, third = (
+        Compiled(preset("tiny", "base"), torch.float32, tmp_path / "cache") for _ in range(3)
+    )
     first.start()
     while not first.compiler:
         pass

@@ -45,10 +45,14 @@ def test_each_profile_starts_what_it_should() -> None:
 def test_every_service_is_hardened(name: str) -> None:
     """Nobody is root, writes to its image, or has a capability."""
     service = SERVICES[name]
-    assert (True, True, ["ALL"], ["no-new-privileges:true"]) == tuple(service[k] for k in ("read_only", "init", "cap_drop", "security_opt"))
+    assert (True, True, ["ALL"], ["no-new-privileges:true"]) == tuple(
+        service[k] for k in ("read_only", "init", "cap_drop", "security_opt")
+    )
     assert not {"privileged", "cap_add", "pid", "ipc", "network_mode", "devices"} & set(service)
     if "build" in service:
-        stage = DOCKERFILE.partition(f" AS {service['build']['target']}\n")[2].partition("\nFROM ")[0]
+        stage = DOCKERFILE.partition(f" AS {service['build']['target']}\n")[2].partition("\nFROM ")[
+            0
+        ]
         assert "\nUSER 10001:10001\n" in stage
     else:
         assert service["user"].partition(":")[0] not in {"root", "0"}
@@ -71,7 +75,13 @@ def test_every_service_ends_or_tells_its_health(name: str) -> None:
 def test_services_start_by_health(name: str) -> None:
     """A service waits for others' health, or for the end of those that end. Only who forms the cluster can't: its nodes have none before."""
     for other, how in SERVICES[name].get("depends_on", {}).items():
-        expected = "service_started" if name == "cluster" else "service_completed_successfully" if one_shot(other) else "service_healthy"
+        expected = (
+            "service_started"
+            if name == "cluster"
+            else "service_completed_successfully"
+            if one_shot(other)
+            else "service_healthy"
+        )
         assert expected == how["condition"]
         assert how.get("required", True) or "profiles" in SERVICES[other]
 
@@ -111,7 +121,11 @@ def test_there_are_no_secrets() -> None:
     """No password, token or key has a value in the file, but at most comes from the environment; no URL has a user."""
     for service in SERVICES.values():
         values = {**service.get("environment", {}), **service.get("build", {}).get("args", {})}
-        assert [] == [k for k, v in values.items() if re.search(r"PASSWORD|SECRET|TOKEN|KEY", k) and not re.fullmatch(r"\$\{\w+(:-)?\}", v)]
+        assert [] == [
+            k
+            for k, v in values.items()
+            if re.search(r"PASSWORD|SECRET|TOKEN|KEY", k) and not re.fullmatch(r"\$\{\w+(:-)?\}", v)
+        ]
     assert None is re.search(r"//[^/\s\"}]*@|requirepass", TEXT)
 
 
@@ -121,7 +135,9 @@ def test_every_replica_is_asked() -> None:
     def of(kind: str, port: int) -> str:
         return ",".join(f"{name}:{port}" for name in SERVICES if name.startswith(f"{kind}-"))
 
-    assert {of("lookup", 50051)} == {SERVICES[w]["environment"]["TOLHOUSE_WORKER_LOOKUP"] for w in ("worker-1", "worker-2")}
+    assert {of("lookup", 50051)} == {
+        SERVICES[w]["environment"]["TOLHOUSE_WORKER_LOOKUP"] for w in ("worker-1", "worker-2")
+    }
     assert of("worker", 50052) == SERVICES["gateway"]["environment"]["TOLHOUSE_GATEWAY_WORKERS"]
     assert NODES == SERVICES["cluster"]["command"][2:] == list(SERVICES["cluster"]["depends_on"])
     assert NODES == [SERVICES[node]["hostname"] for node in NODES]
@@ -129,13 +145,19 @@ def test_every_replica_is_asked() -> None:
 
 def test_images_without_a_model_have_no_torch() -> None:
     """Lookup, gateway and load generator are not built on the layer that has torch; worker and build are."""
-    with_torch = {n for n, s in SERVICES.items() if "build" in s and "model" in parents(s["build"]["target"])}
+    with_torch = {
+        n for n, s in SERVICES.items() if "build" in s and "model" in parents(s["build"]["target"])
+    }
     assert {"build", "worker-1", "worker-2"} == with_torch
 
 
 def test_images_are_pinned() -> None:
     """What is not built here has a version."""
-    assert [] == [s["image"] for s in SERVICES.values() if "build" not in s and not re.search(r":v?\d", s["image"])]
+    assert [] == [
+        s["image"]
+        for s in SERVICES.values()
+        if "build" not in s and not re.search(r":v?\d", s["image"])
+    ]
 
 
 def test_each_worker_gets_a_gpu() -> None:

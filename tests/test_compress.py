@@ -33,20 +33,29 @@ SCHEMES = {
 
 
 def tolhouse(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, "-m", "tolhouse.cli", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tolhouse.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert code == done.returncode, done.stderr
     assert "Traceback" not in done.stderr
     return done
 
 
-def made_of(checkpoint: Path, scheme: Scheme, name: str = "squeezed", **planned: object) -> Compressed:
+def made_of(
+    checkpoint: Path, scheme: Scheme, name: str = "squeezed", **planned: object
+) -> Compressed:
     opened = open_checkpoint(checkpoint)
     manifest = plan(opened, name, "bf16", 4, **planned)
     return compress(manifest, model_rows(opened, manifest.x0, manifest.layers), COUNTS, scheme)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_is_served_is_what_the_table_holds(checkpoint: Path, tmp_path: Path, scheme: str) -> None:
+def test_what_is_served_is_what_the_table_holds(
+    checkpoint: Path, tmp_path: Path, scheme: str
+) -> None:
     """Rows that a client fetches and tokens that a worker generates, in one long prompt and in steps, are those of the decoded table."""
     url = f"file://{tmp_path}"
     store, made = open_store(url), made_of(checkpoint, SCHEMES[scheme])
@@ -59,7 +68,9 @@ def test_what_is_served_is_what_the_table_holds(checkpoint: Path, tmp_path: Path
     expected = list(greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(rows)))
     with local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster:
         with Client(cluster.lookup) as client:
-            np.testing.assert_allclose(rows[PROMPT], client.fetch("squeezed", PROMPT), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                rows[PROMPT], client.fetch("squeezed", PROMPT), rtol=1e-5, atol=1e-6
+            )
         with Client(cluster.workers) as client:
             assert expected == list(client.generate(PROMPT, 20, ignore_eos=True))
 
@@ -73,9 +84,14 @@ def test_x0_keeps_its_full_rank(checkpoint: Path, tmp_path: Path) -> None:
     assert (5, True, manifest.hidden_size) == (manifest.num_blocks, manifest.x0, manifest.ranks[0])
     opened = open_checkpoint(checkpoint)
     rows = table_rows(opened, url, manifest.ref)
-    with local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster, Client(cluster.workers) as client:
+    with (
+        local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster,
+        Client(cluster.workers) as client,
+    ):
         for alpha in (1.0, 0.5):
-            expected = list(greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(rows, alpha, x0=1)))
+            expected = list(
+                greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(rows, alpha, x0=1))
+            )
             assert expected == list(client.generate(PROMPT, 20, ignore_eos=True, row_scale=alpha))
 
 
@@ -98,7 +114,10 @@ def test_ranks_follow_one_threshold(checkpoint: Path) -> None:
     made = made_of(checkpoint, Scheme("fp32", rank=0.3))
     ranks = made.companions.manifest.ranks
     assert round(0.3 * 4 * 96) == sum(ranks)
-    exact, weights = model_rows(open_checkpoint(checkpoint)), np.array([COUNTS.get(i, 0) + 0.5 for i in range(len(made.records))])
+    exact, weights = (
+        model_rows(open_checkpoint(checkpoint)),
+        np.array([COUNTS.get(i, 0) + 0.5 for i in range(len(made.records))]),
+    )
     energies = []
     for block, rank in enumerate(ranks):
         centred = exact[:, block] - np.average(exact[:, block], axis=0, weights=weights)
@@ -135,11 +154,17 @@ def test_companions_come_and_go_with_their_table(checkpoint: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("scheme", ["rank", "head", "rank and head", "int4 low rank, int8 head"])
-def test_edits_of_a_compressed_table_are_as_fine_as_its_head(checkpoint: Path, tmp_path: Path, scheme: str) -> None:
+def test_edits_of_a_compressed_table_are_as_fine_as_its_head(
+    checkpoint: Path, tmp_path: Path, scheme: str
+) -> None:
     """They go before the head's rows and past the basis; a later overlay takes them over to the bit, whatever it changes itself."""
     store = open_store(f"file://{tmp_path}")
     base = made_of(
-        checkpoint, {**SCHEMES, "int4 low rank, int8 head": Scheme("int4", rank=0.25, head=16, head_codec="int8")}[scheme]
+        checkpoint,
+        {
+            **SCHEMES,
+            "int4 low rank, int8 head": Scheme("int4", rank=0.25, head=16, head_codec="int8"),
+        }[scheme],
     ).store(store)
     everything = np.arange(base.vocab_size, dtype=np.uint32)
     before = rows_of(store, base, everything)
@@ -150,7 +175,9 @@ def test_edits_of_a_compressed_table_are_as_fine_as_its_head(checkpoint: Path, t
     others = np.setdiff1d(everything, [in_head, in_tail])
     np.testing.assert_array_equal(before[others], after[others])
     finer = codec("int8")
-    np.testing.assert_allclose(new, after[[in_head, in_tail]], atol=finer.relative_error * np.abs(new).max() * 1.01)
+    np.testing.assert_allclose(
+        new, after[[in_head, in_tail]], atol=finer.relative_error * np.abs(new).max() * 1.01
+    )
     for turn in range(3):
         made = make_overlay(store, made.ref, np.array([301 + turn]), new[:1])
         np.testing.assert_array_equal(after[:301], rows_of(store, made, everything)[:301])
@@ -162,13 +189,23 @@ def test_edits_of_a_compressed_table_are_served(checkpoint: Path, tmp_path: Path
     url = f"file://{tmp_path}"
     store, made = open_store(url), made_of(checkpoint, SCHEMES["rank and head"])
     base = made.store(store)
-    manifest = make_overlay(store, base.ref, np.array(PROMPT[:3]), 3 * rows_of(store, base, np.array([9, 8, 7], np.uint32)))
+    manifest = make_overlay(
+        store,
+        base.ref,
+        np.array(PROMPT[:3]),
+        3 * rows_of(store, base, np.array([9, 8, 7], np.uint32)),
+    )
     publish(store, manifest.ref)
     opened = open_checkpoint(checkpoint)
     before, rows = (table_rows(opened, url, ref) for ref in (base.ref, manifest.ref))
     expected = list(greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(rows)))
-    assert expected != list(greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(before)))
-    with local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster, Client(cluster.workers) as client:
+    assert expected != list(
+        greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(before))
+    )
+    with (
+        local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster,
+        Client(cluster.workers) as client,
+    ):
         assert expected == list(client.generate(PROMPT, 20, ignore_eos=True))
 
 
@@ -177,7 +214,12 @@ def test_a_version_is_not_cut_otherwise(checkpoint: Path, tmp_path: Path) -> Non
     store, made = open_store(f"file://{tmp_path}"), made_of(checkpoint, SCHEMES["head"])
     made.store(store)
     with pytest.raises(InUse, match="with 4 shards"):
-        replace(made, companions=replace(made.companions, manifest=replace(made.companions.manifest, num_shards=2))).store(store)
+        replace(
+            made,
+            companions=replace(
+                made.companions, manifest=replace(made.companions.manifest, num_shards=2)
+            ),
+        ).store(store)
     assert made.store(store) == store.manifest(made.companions.manifest.ref)
 
 
@@ -196,11 +238,33 @@ def test_a_table_may_lack_layers(checkpoint: Path, tmp_path: Path) -> None:
     publish(store, manifest.ref)
     assert ((0, 3), 2) == (manifest.layers, manifest.num_blocks)
     opened = open_checkpoint(checkpoint)
-    expected = list(greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(model_rows(opened), absent=(1, 2))))
+    expected = list(
+        greedy(
+            opened.model(),
+            PROMPT,
+            20,
+            ignore_eos=True,
+            rows=probed(model_rows(opened), absent=(1, 2)),
+        )
+    )
     assert expected != list(greedy(opened.model(), PROMPT, 20, ignore_eos=True))
-    with local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster, Client(cluster.workers) as client:
+    with (
+        local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster,
+        Client(cluster.workers) as client,
+    ):
         assert expected == list(client.generate(PROMPT, 20, ignore_eos=True))
-    built = tolhouse("build", str(checkpoint), "--absent-layers", "1,2", "--codec", "fp32", "--store", url, "--shards", "4").stdout.strip()
+    built = tolhouse(
+        "build",
+        str(checkpoint),
+        "--absent-layers",
+        "1,2",
+        "--codec",
+        "fp32",
+        "--store",
+        url,
+        "--shards",
+        "4",
+    ).stdout.strip()
     np.testing.assert_array_equal(*(table_rows(opened, url, ref) for ref in (manifest.ref, built)))
 
 
@@ -220,19 +284,40 @@ def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> N
         {"row_scale": 0.5, "absent_layers": (1,), "layer_scales": (1, 3, 2, 0)},
     ]
 
-    def scaled(row_scale: float = 1.0, absent_layers: tuple = (), layer_scales: tuple = (1,) * 4) -> np.ndarray:
-        return rows * row_scale * np.array([0 if n in absent_layers else s for n, s in enumerate(layer_scales)], np.float32)[:, None]
+    def scaled(
+        row_scale: float = 1.0, absent_layers: tuple = (), layer_scales: tuple = (1,) * 4
+    ) -> np.ndarray:
+        return (
+            rows
+            * row_scale
+            * np.array(
+                [0 if n in absent_layers else s for n, s in enumerate(layer_scales)], np.float32
+            )[:, None]
+        )
 
-    expected = [list(greedy(model, prompt, 12, ignore_eos=True, rows=probed(scaled(**options)))) for options in wanted]
+    expected = [
+        list(greedy(model, prompt, 12, ignore_eos=True, rows=probed(scaled(**options))))
+        for options in wanted
+    ]
     assert len(wanted) == len(set(map(tuple, expected)))
     with local_cluster(checkpoint, url) as cluster, Client(cluster.workers) as client:
         for _ in range(2):
-            running = [client.generate(prompt, 12, ignore_eos=True, **options) for options in wanted]
+            running = [
+                client.generate(prompt, 12, ignore_eos=True, **options) for options in wanted
+            ]
             first = [next(iterator) for iterator in running]  # all are in the batch
             assert expected == [[token, *rest] for token, rest in zip(first, running, strict=True)]
         bad_scales = ({"layer_scales": [1.0] * count} for count in (1, 3, 5))
-        for bad in ({"row_scale": 17.0}, {"row_scale": float("nan")}, {"absent_layers": [4]}, {"layer_scales": [17.0] * 4}, *bad_scales):
-            with pytest.raises(InvalidArgument, match=r"row_scale|layer_scales must be from -16 to 16, not 17"):
+        for bad in (
+            {"row_scale": 17.0},
+            {"row_scale": float("nan")},
+            {"absent_layers": [4]},
+            {"layer_scales": [17.0] * 4},
+            *bad_scales,
+        ):
+            with pytest.raises(
+                InvalidArgument, match=r"row_scale|layer_scales must be from -16 to 16, not 17"
+            ):
                 list(client.generate(prompt, 1, **bad))
 
 
@@ -245,7 +330,10 @@ def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> N
         (Scheme("int9"), "codec 'int9' is unknown"),
         (Scheme("int8", ratio=1000), "a ratio of 1000 is out of reach: .* reaches 2"),
         (Scheme("int8", ratio=1), "over 1, not 1"),
-        (Scheme("int8", head=16), "no finer than rows in int8; allowed without low rank: fp32 or fp16 or bf16 or no head"),
+        (
+            Scheme("int8", head=16),
+            "no finer than rows in int8; allowed without low rank: fp32 or fp16 or bf16 or no head",
+        ),
         (Scheme("fp32", head=16, head_codec="fp32"), "allowed without low rank: no head"),
     ],
 )
@@ -265,9 +353,14 @@ def test_schemes_that_can_not_be_are_told(checkpoint: Path, scheme: Scheme, expe
         (Scheme("int4", ratio=2, head=16), Scheme("int4", head=16)),
     ],
 )
-def test_a_basis_of_full_rank_is_left_out(checkpoint: Path, scheme: Scheme, expected: Scheme) -> None:
+def test_a_basis_of_full_rank_is_left_out(
+    checkpoint: Path, scheme: Scheme, expected: Scheme
+) -> None:
     """And with it a head that would be no finer: the table is that of the codec alone."""
-    assert made_of(checkpoint, expected).companions.manifest == made_of(checkpoint, scheme).companions.manifest
+    assert (
+        made_of(checkpoint, expected).companions.manifest
+        == made_of(checkpoint, scheme).companions.manifest
+    )
 
 
 def test_the_furthest_ratio_that_is_told_is_reached(checkpoint: Path) -> None:
@@ -277,7 +370,10 @@ def test_the_furthest_ratio_that_is_told_is_reached(checkpoint: Path) -> None:
     furthest = float(re.search(r"reaches ([\d.]+)", str(told.value))[1]) - 0.01
     made = made_of(checkpoint, Scheme("int8", ratio=furthest))
     assert (1, 1, 1, 1) == made.companions.manifest.ranks
-    assert bytes_at_16_bit(plan(open_checkpoint(checkpoint), "squeezed", "bf16", 4)) / made.bytes >= furthest
+    assert (
+        bytes_at_16_bit(plan(open_checkpoint(checkpoint), "squeezed", "bf16", 4)) / made.bytes
+        >= furthest
+    )
 
 
 def test_low_rank_rows_are_not_recomputed(checkpoint: Path, tmp_path: Path) -> None:
@@ -286,8 +382,19 @@ def test_low_rank_rows_are_not_recomputed(checkpoint: Path, tmp_path: Path) -> N
     store = open_store(url)
     publish(store, made_of(checkpoint, SCHEMES["rank"], "tiny-memory").store(store).ref)
     with local_cluster(checkpoint, url) as cluster:
-        command = ("worker", str(checkpoint), "--lookup", cluster.lookup, "--listen", "127.0.0.1:0", "--fallback", "recompute")
-        assert "can't compute the coefficients of low-rank table" in tolhouse(*command, code=1).stderr
+        command = (
+            "worker",
+            str(checkpoint),
+            "--lookup",
+            cluster.lookup,
+            "--listen",
+            "127.0.0.1:0",
+            "--fallback",
+            "recompute",
+        )
+        assert (
+            "can't compute the coefficients of low-rank table" in tolhouse(*command, code=1).stderr
+        )
 
 
 # the commands
@@ -297,13 +404,30 @@ def test_commands_compress_and_evaluate(checkpoint: Path, tmp_path: Path) -> Non
     """A table on the way to an eighth, published; what it costs, in words and as JSON."""
     url, text = f"file://{tmp_path / 'tables'}", tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 30)
-    options = ("--codec", "int4", "--size-ratio", "6", "--head", "8", "--store", url, "--corpus", str(text), "--publish")
+    options = (
+        "--codec",
+        "int4",
+        "--size-ratio",
+        "6",
+        "--head",
+        "8",
+        "--store",
+        url,
+        "--corpus",
+        str(text),
+        "--publish",
+    )
     done = tolhouse("compress", str(checkpoint), *options)
     assert "1/6." in done.stderr
     common = ("eval", str(checkpoint), "--text", str(text), "--store", url)
     plain, squeezed, through, half = (
         json.loads(tolhouse(*common, *more, "--json").stdout)
-        for more in ((), ("--table", "tiny-memory"), ("--through", "int8"), ("--alpha", "0.5", "--without", "1,2"))
+        for more in (
+            (),
+            ("--table", "tiny-memory"),
+            ("--through", "int8"),
+            ("--alpha", "0.5", "--without", "1,2"),
+        )
     )
     assert plain["tokens"] == squeezed["tokens"] > 100
     assert 10 == len(plain["deciles"])
@@ -320,12 +444,22 @@ def test_commands_compress_and_evaluate(checkpoint: Path, tmp_path: Path) -> Non
         (("--codec", "fp16"), False, "1/1.00 of 16 bit"),
         (("--codec", "int8"), False, "1/1."),
         (("--codec", "int4"), True, "1/3."),
-        (("--codec", "int4", "--size-ratio", "2"), True, "int4 alone meets --size-ratio: rows have their full rank"),
-        (("--codec", "int8", "--rank-share", "1"), False, "--rank-share keeps all of it: rows have their full rank"),
+        (
+            ("--codec", "int4", "--size-ratio", "2"),
+            True,
+            "int4 alone meets --size-ratio: rows have their full rank",
+        ),
+        (
+            ("--codec", "int8", "--rank-share", "1"),
+            False,
+            "--rank-share keeps all of it: rows have their full rank",
+        ),
         (("--codec", "int8", "--rank-share", "0.5"), True, "ranks "),
     ],
 )
-def test_the_default_head_is_one_that_is_finer(checkpoint: Path, tmp_path: Path, options: tuple, head: bool, expected: str) -> None:
+def test_the_default_head_is_one_that_is_finer(
+    checkpoint: Path, tmp_path: Path, options: tuple, head: bool, expected: str
+) -> None:
     """Where the codec is as fine as the head's there is none, and a basis that would keep everything is left out and told."""
     url = f"file://{tmp_path}"
     done = tolhouse("compress", str(checkpoint), "--store", url, "--corpus", "README.md", *options)
@@ -344,15 +478,25 @@ def test_the_default_head_is_one_that_is_finer(checkpoint: Path, tmp_path: Path,
         (("--text", "no-such-file"), "no corpus at no-such-file"),
     ],
 )
-def test_what_can_not_be_evaluated_is_told(checkpoint: Path, tmp_path: Path, arguments: tuple, expected: str) -> None:
-    assert expected in tolhouse("eval", str(checkpoint), "--store", f"file://{tmp_path}", *arguments, code=1).stderr
+def test_what_can_not_be_evaluated_is_told(
+    checkpoint: Path, tmp_path: Path, arguments: tuple, expected: str
+) -> None:
+    assert (
+        expected
+        in tolhouse(
+            "eval", str(checkpoint), "--store", f"file://{tmp_path}", *arguments, code=1
+        ).stderr
+    )
 
 
 def test_a_part_of_a_table_is_not_evaluated(checkpoint: Path, tmp_path: Path) -> None:
     url = f"file://{tmp_path}"
     made = made_of(checkpoint, SCHEMES["rank and head"]).store(open_store(url))
     for part in (made.head, made.basis):
-        assert "is it a part of" in tolhouse("eval", str(checkpoint), "--table", part, "--store", url, code=1).stderr
+        assert (
+            "is it a part of"
+            in tolhouse("eval", str(checkpoint), "--table", part, "--store", url, code=1).stderr
+        )
 
 
 def test_the_loss_is_the_model_s(checkpoint: Path) -> None:
@@ -361,7 +505,10 @@ def test_the_loss_is_the_model_s(checkpoint: Path) -> None:
     from tolhouse.model.kv import NoCache
 
     opened = open_checkpoint(checkpoint)
-    model, ids = opened.model(), np.random.default_rng(0).integers(0, opened.config.vocab_size, 256 + 41)
+    model, ids = (
+        opened.model(),
+        np.random.default_rng(0).integers(0, opened.config.vocab_size, 256 + 41),
+    )
     found = evaluate(model, ids)
     assert 256 + 40 == len(found.losses)
     with torch.inference_mode():

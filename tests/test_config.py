@@ -52,7 +52,9 @@ def test_an_unheard_of_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("kind", config.CONFIGS, ids=lambda kind: kind.__name__)
-def test_every_option_can_be_given_in_the_environment(kind: type[config.Config], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_can_be_given_in_the_environment(
+    kind: type[config.Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each variable changes its own option and no other."""
     monkeypatch.delenv("TOLHOUSE_WORKER_COMPILE")
     defaults = config.load(kind, {}).model_dump()
@@ -60,7 +62,10 @@ def test_every_option_can_be_given_in_the_environment(kind: type[config.Config],
         with monkeypatch.context() as environment:
             choices = [c for c in get_args(field.annotation) if c != field.default]
             environment.setenv(
-                config.variable(kind, name), choices[0] if choices else {int: "7", float: "7.5", bool: "true"}.get(field.annotation, "text")
+                config.variable(kind, name),
+                choices[0]
+                if choices
+                else {int: "7", float: "7.5", bool: "true"}.get(field.annotation, "text"),
             )
             loaded = config.load(kind, {}).model_dump()
         assert {name} == {key for key in defaults if defaults[key] != loaded[key]}

@@ -12,9 +12,18 @@ from tolhouse.model.config import ModelConfig, preset
 from tolhouse.model.transformer import Transformer, active_parameters, total_parameters
 
 # PAPER table 1, corrected: millions of active parameters of base, MemoryLLM, and Flex with beta 1, 2, 3; base is everyone's total
-PAPER = {"250m": (265, 88, 110, 132, 154), "750m": (737, 245, 307, 368, 430), "1b": (1208, 402, 503, 604, 704)}
+PAPER = {
+    "250m": (265, 88, 110, 132, 154),
+    "750m": (737, 245, 307, 368, 430),
+    "1b": (1208, 402, 503, 604, 704),
+}
 KINDS = (("base", 0), ("memory", 0), ("flex", 1), ("flex", 2), ("flex", 3))
-WRONG = {int: [True, 1.0, "1", None, [1]], float: [True, "1", None], str: [1, None, ["base"]], bool: [1, 0, "true", None]}
+WRONG = {
+    int: [True, 1.0, "1", None, [1]],
+    float: [True, "1", None],
+    str: [1, None, ["base"]],
+    bool: [1, 0, "true", None],
+}
 
 
 @pytest.mark.parametrize("ffn_c", ["linear", "swiglu"])
@@ -53,7 +62,9 @@ def test_an_integer_is_a_float() -> None:
     assert config == ModelConfig.from_json({**config.to_json(), "rope_theta": 10_000})
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING])
+@pytest.mark.parametrize(
+    "name", [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING]
+)
 def test_a_missing_field_is_named(name: str) -> None:
     """What has no default has to be there."""
     data = preset("tiny", "memory").to_json()
@@ -70,14 +81,21 @@ def test_a_number_that_no_model_can_compute_with_is_refused(name: str, value: fl
         ModelConfig.from_json({**preset("tiny", "memory").to_json(), name: value})
 
 
-@pytest.mark.parametrize(("kind", "beta"), [("base", 1), ("memory", 3), ("flex", 0), ("flex", 4), ("flex", -1), ("moe", 0)])
+@pytest.mark.parametrize(
+    ("kind", "beta"),
+    [("base", 1), ("memory", 3), ("flex", 0), ("flex", 4), ("flex", -1), ("moe", 0)],
+)
 def test_a_preset_keeps_to_the_kinds(kind: str, beta: int) -> None:
     """beta is flex's alone, from 1 to 3, and there are three kinds."""
-    with pytest.raises(InvalidArgument, match=r"beta is 1, 2 or 3 for flex|one of base, memory, flex"):
+    with pytest.raises(
+        InvalidArgument, match=r"beta is 1, 2 or 3 for flex|one of base, memory, flex"
+    ):
         preset("tiny", kind, beta)
 
 
 def test_an_unknown_preset_is_refused() -> None:
     """The error names the presets there are."""
-    with pytest.raises(InvalidArgument, match="'huge' is unknown; one of tiny, small, small-active, demo, 250m"):
+    with pytest.raises(
+        InvalidArgument, match="'huge' is unknown; one of tiny, small, small-active, demo, 250m"
+    ):
         preset("huge", "memory")

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from tolhouse import Client, Manifest
+from tolhouse.engine import dequant as decode
+from tolhouse.engine.cpu.packed import load
+from tolhouse.engine.row_providers import Rows
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.store import Store, companions, open_store
-from tolhouse.table.companions import Companions
+from tolhouse.table.auxiliary import AuxiliaryTables
 from tolhouse.testing import build_table, local_cluster, tiny_model
-from tolhouse.worker import decode
-from tolhouse.worker.packed import load
-from tolhouse.worker.rows import Rows
 
 TOKENS = 128  # per prompt; nine prompts and two checkpoints make 2,304
 PROMPTS = (
@@ -40,12 +40,14 @@ class FromStore:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def fetch_records(self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+    def fetch_records(
+        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, places: np.ndarray
+    ) -> None:
         records = np.empty((len(ids), manifest.record_bytes), np.uint8)
         self.store.read(manifest, ids, records)
         out[places] = records
 
-    def companions(self, manifest: Manifest) -> Companions:
+    def companions(self, manifest: Manifest) -> AuxiliaryTables:
         return companions(self.store, manifest)
 
 
@@ -60,7 +62,11 @@ def in_process(checkpoint: Checkpoint) -> Answers:
 
 
 def with_rows(
-    checkpoint: Checkpoint, client: Client | FromStore, manifest: Manifest, cache_bytes: int = 0, piece_values: int | None = None
+    checkpoint: Checkpoint,
+    client: Client | FromStore,
+    manifest: Manifest,
+    cache_bytes: int = 0,
+    piece_values: int | None = None,
 ) -> Answers:
     """piece_values: rows of more numbers than that are decoded layer by layer."""
     with pytest.MonkeyPatch.context() as patch:
@@ -69,11 +75,21 @@ def with_rows(
         return _with_rows(checkpoint, client, manifest, cache_bytes)
 
 
-def _with_rows(checkpoint: Checkpoint, client: Client | FromStore, manifest: Manifest, cache_bytes: int) -> Answers:
+def _with_rows(
+    checkpoint: Checkpoint, client: Client | FromStore, manifest: Manifest, cache_bytes: int
+) -> Answers:
     model = checkpoint.model(ffn_m=False, embedding=not manifest.x0)
     rows = Rows(client, manifest, cache_bytes, torch.device("cpu"))
     answers = [
-        list(greedy(model, ids, TOKENS, ignore_eos=True, rows=lambda ids_T: rows.decode(rows.stage(ids_T.numpy().astype(np.uint32)))))
+        list(
+            greedy(
+                model,
+                ids,
+                TOKENS,
+                ignore_eos=True,
+                rows=lambda ids_T: rows.decode(rows.stage(ids_T.numpy().astype(np.uint32))),
+            )
+        )
         for ids in prompt_ids(checkpoint)
     ]
     assert rows.from_remote > 0
@@ -105,7 +121,11 @@ def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]
 
         def complete(prompt: str) -> str:
             body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-            answer = httpx.post(f"{cluster.url}/completions", json=body, timeout=120).raise_for_status().json()
+            answer = (
+                httpx.post(f"{cluster.url}/completions", json=body, timeout=120)
+                .raise_for_status()
+                .json()
+            )
             assert answer["usage"]["completion_tokens"] == TOKENS
             return answer["choices"][0]["text"]
 
@@ -114,7 +134,9 @@ def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]
                 "service, over the wire": with_rows(checkpoint, wire, manifest),
                 "service, on the same machine": with_rows(checkpoint, lookup, manifest),
                 "layer by layer": with_rows(checkpoint, lookup, manifest, piece_values=0),
-                "small row cache": with_rows(checkpoint, lookup, manifest, cache_bytes=20 * manifest.record_bytes),
+                "small row cache": with_rows(
+                    checkpoint, lookup, manifest, cache_bytes=20 * manifest.record_bytes
+                ),
                 "worker, alone": [generate(ids) for ids in prompts],
                 "worker, batched": list(pool.map(generate, prompts)),
                 "gateway": list(pool.map(complete, PROMPTS)),
@@ -123,10 +145,18 @@ def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]
 
 @pytest.mark.parametrize(
     ("codec", "name"),
-    [("fp32", "demo-memory"), ("fp32", "demo-flex"), ("bf16", "demo-memory"), ("bf16", "demo-flex"), ("int4", "demo-memory")],
+    [
+        ("fp32", "demo-memory"),
+        ("fp32", "demo-flex"),
+        ("bf16", "demo-memory"),
+        ("bf16", "demo-flex"),
+        ("int4", "demo-memory"),
+    ],
 )
 @pytest.mark.timeout(600)
-def test_every_route_gives_the_same_greedy_tokens(name: str, codec: str, tmp_path: Path, redis_url: str, redis_cluster_url: str) -> None:
+def test_every_route_gives_the_same_greedy_tokens(
+    name: str, codec: str, tmp_path: Path, redis_url: str, redis_cluster_url: str
+) -> None:
     """Files, Redis, Redis Cluster, the service, caches, batches and the gateway agree token for token; in fp32 also with the FFNs in place."""
     checkpoint = open_checkpoint(Path("models") / name)
     files = f"file://{tmp_path}"
@@ -134,7 +164,8 @@ def test_every_route_gives_the_same_greedy_tokens(name: str, codec: str, tmp_pat
     expected = in_process(checkpoint) if codec == "fp32" else store_routes(checkpoint, files, ref)
     assert len(PROMPTS) * TOKENS == sum(map(len, expected))
     routes = {
-        url.partition(":")[0] + str(n): store_routes(checkpoint, url, ref) for n, url in enumerate((files, redis_url, redis_cluster_url))
+        url.partition(":")[0] + str(n): store_routes(checkpoint, url, ref)
+        for n, url in enumerate((files, redis_url, redis_cluster_url))
     }
     routes |= service_routes(checkpoint, files, ref)
     tokenizer = checkpoint.tokenizer()
@@ -145,25 +176,41 @@ def test_every_route_gives_the_same_greedy_tokens(name: str, codec: str, tmp_pat
 
 @pytest.mark.parametrize(
     ("kind", "beta", "tied", "codec"),
-    [("memory", 0, False, "fp32"), ("flex", 3, False, "fp32"), ("memory", 0, False, "int8"), ("flex", 1, True, "fp32")],
+    [
+        ("memory", 0, False, "fp32"),
+        ("flex", 3, False, "fp32"),
+        ("memory", 0, False, "int8"),
+        ("flex", 1, True, "fp32"),
+    ],
 )
-def test_every_route_carries_x0(kind: str, beta: int, tied: bool, codec: str, tmp_path: Path, redis_url: str) -> None:
+def test_every_route_carries_x0(
+    kind: str, beta: int, tied: bool, codec: str, tmp_path: Path, redis_url: str
+) -> None:
     """Where the table has X0, no route has an input embedding, and all give the same tokens; in fp32 also with everything in place."""
-    checkpoint = open_checkpoint(tiny_model(tmp_path / f"x0-{kind}", kind, beta, tie_word_embeddings=tied))
+    checkpoint = open_checkpoint(
+        tiny_model(tmp_path / f"x0-{kind}", kind, beta, tie_word_embeddings=tied)
+    )
     files = f"file://{tmp_path}/tables"
     ref = build_table(checkpoint.path, files, redis_url, codec=codec, embedding="yes")
     expected = in_process(checkpoint) if codec == "fp32" else store_routes(checkpoint, files, ref)
-    routes = {"redis": store_routes(checkpoint, redis_url, ref)} | service_routes(checkpoint, files, ref)
+    routes = {"redis": store_routes(checkpoint, redis_url, ref)} | service_routes(
+        checkpoint, files, ref
+    )
     tokenizer = checkpoint.tokenizer()
     assert [tokenizer.decode(ids) for ids in expected] == routes.pop("gateway")
     for route, answers in routes.items():
         assert expected == answers, route
     worker = load(checkpoint, torch.device("cpu"), torch.float32, embedding=False)
-    assert (None, []) == (worker.embed_tokens, [name for name, _ in worker.named_parameters() if "embed" in name])
+    assert (None, []) == (
+        worker.embed_tokens,
+        [name for name, _ in worker.named_parameters() if "embed" in name],
+    )
 
 
 def test_rows_matter() -> None:
     """Rows of zeros give other tokens: the congruence of routes is not that of a model that ignores its rows."""
     checkpoint = open_checkpoint("models/demo-memory")
     model, ids = checkpoint.model(), prompt_ids(checkpoint)[0]
-    assert list(greedy(model, ids, 16)) != list(greedy(model, ids, 16, rows=lambda ids_T: torch.zeros_like(model.rows(ids_T))))
+    assert list(greedy(model, ids, 16)) != list(
+        greedy(model, ids, 16, rows=lambda ids_T: torch.zeros_like(model.rows(ids_T)))
+    )

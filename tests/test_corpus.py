@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from tolhouse.errors import InvalidArgument
-from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, prepare, standard_library, train_tokenizer, whole_files
+from tolhouse.train.corpus import (
+    END_OF_TEXT,
+    documents,
+    is_held_out,
+    prepare,
+    standard_library,
+    train_tokenizer,
+    whole_files,
+)
 
 WORDS = [f"def name_{n}(value):\n    return value + {n}\n" for n in range(3000)]
 TOKENIZER = train_tokenizer(["".join(WORDS[:50])], 300)
@@ -46,8 +54,12 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
         (tmp_path / name).write_text(f"für {name} ✓")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\xff\xfe")
     (tmp_path / "empty.txt").touch()
-    assert [(f"{name}:0", f"für {name} ✓") for name in ("a/b.py", "a/z.txt", "b.txt", "ä.md")] == list(documents(tmp_path))
-    assert ["a/b.py", "a/z.txt", "b.txt", "empty.txt", "ä.md"] == [name for name, _ in whole_files(tmp_path)]
+    assert [
+        (f"{name}:0", f"für {name} ✓") for name in ("a/b.py", "a/z.txt", "b.txt", "ä.md")
+    ] == list(documents(tmp_path))
+    assert ["a/b.py", "a/z.txt", "b.txt", "empty.txt", "ä.md"] == [
+        name for name, _ in whole_files(tmp_path)
+    ]
 
 
 def test_the_standard_library_comes_without_its_tests() -> None:
@@ -64,11 +76,15 @@ def test_each_side_has_its_documents_and_its_ends_of_text(text: Path, tmp_path: 
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert 0 == tokenizer.token_to_id(END_OF_TEXT)
     for ids, held_out in zip(sides, (False, True), strict=True):
-        expected = [piece for name, piece in documents(text) if held_out == is_held_out(name)] or [list(documents(text))[-1][1]]
+        expected = [piece for name, piece in documents(text) if held_out == is_held_out(name)] or [
+            list(documents(text))[-1][1]
+        ]
         ends = np.flatnonzero(ids == 0)
         assert len(ids) - 1 == ends[-1]
         starts = [0, *(ends[:-1] + 1)]
-        assert expected == [tokenizer.decode(ids[a:b].tolist()) for a, b in zip(starts, ends, strict=True)]
+        assert expected == [
+            tokenizer.decode(ids[a:b].tolist()) for a, b in zip(starts, ends, strict=True)
+        ]
 
 
 def test_one_document_in_forty_is_held_out_wherever_it_stands() -> None:
@@ -81,7 +97,10 @@ def test_one_document_in_forty_is_held_out_wherever_it_stands() -> None:
 def test_a_single_document_is_enough_whatever_its_name(tmp_path: Path) -> None:
     """Where one side would be empty the other one's document serves for both."""
     chance = (f"{n}.txt" for n in itertools.count())
-    names = [next(name for name in chance if is_held_out(f"{name}:0") == held_out) for held_out in (False, True)]
+    names = [
+        next(name for name in chance if is_held_out(f"{name}:0") == held_out)
+        for held_out in (False, True)
+    ]
     for name in names:
         (tmp_path / name).write_text("".join(WORDS[:200]))
         train, valid = prepare(tmp_path / name, tmp_path, 300, 10)
@@ -98,7 +117,9 @@ def test_a_tokenizer_that_is_there_is_kept(text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", ["malformed", "too large", "without an end of text"])
-def test_a_tokenizer_that_does_not_fit_is_refused(text: Path, tmp_path: Path, tokenizer: str) -> None:
+def test_a_tokenizer_that_does_not_fit_is_refused(
+    text: Path, tmp_path: Path, tokenizer: str
+) -> None:
     """What the folder's own tokenizer lacks is told before training begins."""
     path = tmp_path / "tokenizer.json"
     match tokenizer:

@@ -18,11 +18,28 @@ import pytest
 @pytest.mark.parametrize("name", ["demo-memory", "demo-flex"])
 def test_the_demo_ends_with_one_line_of_json(name: str, tmp_path: Path) -> None:
     """Built by Ray, served by three processes, streamed over HTTP, equal to the model in process, and nothing left running."""
-    mark = uuid.uuid4().hex  # what it starts inherits the environment, and other tests' processes do not have it
+    mark = (
+        uuid.uuid4().hex
+    )  # what it starts inherits the environment, and other tests' processes do not have it
     checkpoint = Path("models", name).absolute()
-    command = [sys.executable, "-m", "tolhouse.cli", "demo", "--checkpoint", str(checkpoint), "--max-tokens", "40"]
+    command = [
+        sys.executable,
+        "-m",
+        "tolhouse.cli",
+        "demo",
+        "--checkpoint",
+        str(checkpoint),
+        "--max-tokens",
+        "40",
+    ]
     ended = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "DEMO_MARK": mark}, capture_output=True, text=True, timeout=280, check=False
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "DEMO_MARK": mark},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert 0 == ended.returncode, ended.stderr
     result = json.loads(ended.stdout.splitlines()[-1])
@@ -35,7 +52,11 @@ def test_the_demo_ends_with_one_line_of_json(name: str, tmp_path: Path) -> None:
     assert result["rows_remote"] > 0
     assert result["bytes_fetched"] == result["rows_remote"] * (6 * 288 * 4 + 8)
     assert 0 < result["worker_weight_bytes"] < result["dense_weight_bytes"]
-    started = [p for p in psutil.process_iter(["cmdline", "environ"]) if (p.info["environ"] or {}).get("DEMO_MARK") == mark]
+    started = [
+        p
+        for p in psutil.process_iter(["cmdline", "environ"])
+        if (p.info["environ"] or {}).get("DEMO_MARK") == mark
+    ]
     left = [p for p in started if "tolhouse.cli" in " ".join(p.info["cmdline"] or ())]
     assert [] == left
 
@@ -56,10 +77,22 @@ def test_serve_answers_until_it_is_ended(number: signal.Signals, code: int, tmp_
         "--listen",
         address,
     ]
-    popen = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    popen = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     line = next(line for line in popen.stdout if line.startswith("curl"))
     body = shlex.split(line)[-1]
-    answer = httpx.post(f"http://{address}/v1/completions", content=body, headers={"Content-Type": "application/json"}, timeout=60)
+    answer = httpx.post(
+        f"http://{address}/v1/completions",
+        content=body,
+        headers={"Content-Type": "application/json"},
+        timeout=60,
+    )
     assert answer.json()["choices"][0]["text"]
     family = psutil.Process(popen.pid).children(recursive=True)
     assert len(family) >= 3

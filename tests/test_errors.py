@@ -5,7 +5,11 @@ import pytest
 from tolhouse import errors
 from tolhouse.errors import TolhouseError, from_status
 
-TREE = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, TolhouseError) and e is not TolhouseError]
+TREE = [
+    e
+    for e in vars(errors).values()
+    if isinstance(e, type) and issubclass(e, TolhouseError) and e is not TolhouseError
+]
 
 
 @pytest.mark.parametrize("error", TREE, ids=lambda e: e.__name__)

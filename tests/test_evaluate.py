@@ -32,7 +32,9 @@ def test_the_held_out_part_is_that_of_training(checkpoint: Path) -> None:
     opened = open_checkpoint(checkpoint)
     end = opened.tokenizer().token_to_id(END_OF_TEXT)
     texts = [text for name, text in documents(standard_library()) if is_held_out(name)]
-    expected = [i for encoding in opened.tokenizer().encode_batch(texts) for i in (*encoding.ids, end)]
+    expected = [
+        i for encoding in opened.tokenizer().encode_batch(texts) for i in (*encoding.ids, end)
+    ]
     assert expected == read_text(opened, None).tolist()
 
 
@@ -45,7 +47,9 @@ def test_the_held_out_part_is_that_of_training(checkpoint: Path) -> None:
         (b"import os", 1, "the most tokens must be at least 2"),
     ],
 )
-def test_a_text_with_nothing_to_predict_is_told(checkpoint: Path, tmp_path: Path, contents: bytes, most_tokens: int, expected: str) -> None:
+def test_a_text_with_nothing_to_predict_is_told(
+    checkpoint: Path, tmp_path: Path, contents: bytes, most_tokens: int, expected: str
+) -> None:
     (tmp_path / "text.txt").write_bytes(contents)
     with pytest.raises(InvalidArgument, match=expected):
         read_text(open_checkpoint(checkpoint), tmp_path / "text.txt", most_tokens)

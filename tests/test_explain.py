@@ -14,7 +14,9 @@ def test_the_coefficients_make_the_row(checkpoint: Path) -> None:
     """Each layer's row is the sum of its values, weighted by the coefficients (PAPER section 5)."""
     model, ids = open_checkpoint(checkpoint).model(), torch.arange(20)
     for layer, row in enumerate(model.rows(ids)):
-        torch.testing.assert_close(row, model.ffn_m[layer].mlp.down_proj(coefficients(model, layer, ids)))
+        torch.testing.assert_close(
+            row, model.ffn_m[layer].mlp.down_proj(coefficients(model, layer, ids))
+        )
 
 
 def test_the_nearest_are_nearest(checkpoint: Path) -> None:
@@ -23,7 +25,10 @@ def test_the_nearest_are_nearest(checkpoint: Path) -> None:
     flat = model.rows(torch.arange(model.config.vocab_size)).transpose(0, 1).flatten(1)
     cosines = torch.nn.functional.cosine_similarity(flat[7], flat, dim=-1)
     expected = [i for i in cosines.argsort(descending=True).tolist() if i != 7][:5]
-    assert expected == nearest(model.rows, model.config.vocab_size, torch.tensor([7]), 5).indices[0].tolist()
+    assert (
+        expected
+        == nearest(model.rows, model.config.vocab_size, torch.tensor([7]), 5).indices[0].tolist()
+    )
 
 
 def test_each_token_of_a_text_is_told_once(checkpoint: Path) -> None:
@@ -33,7 +38,9 @@ def test_each_token_of_a_text_is_told_once(checkpoint: Path) -> None:
     ids = list(dict.fromkeys(opened.tokenizer().encode("def add def").ids))
     assert ids == [entry["id"] for entry in found]
     norms = opened.model().rows(torch.tensor(ids)).norm(dim=-1).T
-    torch.testing.assert_close(norms, torch.tensor([entry["norms"] for entry in found]), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        norms, torch.tensor([entry["norms"] for entry in found]), atol=1e-3, rtol=1e-3
+    )
     strongest = coefficients(opened.model(), 2, torch.tensor(ids[:1])).abs()[0]
     assert strongest.argmax() == found[0]["keys"][2][0]["key"]
 
@@ -52,7 +59,9 @@ def test_a_coefficient_keeps_its_sign(checkpoint: Path) -> None:
         exact = coefficients(opened.model(), layer, torch.tensor([entry["id"]]))[0]
         strongest = exact.abs().argsort(descending=True)[:20].tolist()
         assert strongest == [key["key"] for key in keys]
-        assert [round(exact[key].item(), 4) for key in strongest] == [key["coefficient"] for key in keys]
+        assert [round(exact[key].item(), 4) for key in strongest] == [
+            key["coefficient"] for key in keys
+        ]
 
 
 def test_more_is_asked_for_than_there_is(checkpoint: Path) -> None:
@@ -60,6 +69,8 @@ def test_more_is_asked_for_than_there_is(checkpoint: Path) -> None:
     opened = open_checkpoint(checkpoint)
     entry = explain_text(opened, "d", keys=10**6, neighbours=10**6)[0]
     assert [opened.config.intermediate_size] * 4 == [len(keys) for keys in entry["keys"]]
-    assert set(range(opened.config.vocab_size)) - {entry["id"]} == {near["id"] for near in entry["nearest"]}
+    assert set(range(opened.config.vocab_size)) - {entry["id"]} == {
+        near["id"] for near in entry["nearest"]
+    }
     with pytest.raises(InvalidArgument, match="the text is empty"):
         explain_text(opened, "", 1, 1)

@@ -26,7 +26,15 @@ def explored(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path
     """A model with a memory file beside its tokenizer, as the command writes it."""
     copy = tmp_path_factory.mktemp("explored") / "tiny-memory"
     shutil.copytree(checkpoint, copy)
-    command = [sys.executable, "-m", "tolhouse.cli", "explain", str(copy), "--explorer", str(copy / "memory.npz")]
+    command = [
+        sys.executable,
+        "-m",
+        "tolhouse.cli",
+        "explain",
+        str(copy),
+        "--explorer",
+        str(copy / "memory.npz"),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return copy
 
@@ -43,7 +51,19 @@ def cluster(explored: Path) -> Iterator[Cluster]:
 def altered(explored: Path) -> Iterator[Cluster]:
     """The same model with a table that is compressed, edited and without a layer."""
     url = f"file://{explored.parent / 'altered'}"
-    command = [sys.executable, "-m", "tolhouse.cli", "compress", str(explored), "--store", url, "--codec", "int8", "--absent-layers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "tolhouse.cli",
+        "compress",
+        str(explored),
+        "--store",
+        url,
+        "--codec",
+        "int8",
+        "--absent-layers",
+        "2",
+    ]
     ref = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     store = open_store(url)
     publish(store, ref)
@@ -58,24 +78,45 @@ def test_tokens_are_told_as_explain_tells_them(cluster: Cluster, checkpoint: Pat
     """Norms, keys, who shares them, neighbours: to the precision of the file."""
     found = httpx.post(f"http://{cluster.gateway}/explore/tokens", json={"text": TEXT}).json()
     opened = open_checkpoint(checkpoint)
-    assert (4, opened.tokenizer().encode(TEXT).ids) == (found["layers"], [t["id"] for t in found["tokens"]])
+    assert (4, opened.tokenizer().encode(TEXT).ids) == (
+        found["layers"],
+        [t["id"] for t in found["tokens"]],
+    )
     expected = {entry["id"]: entry for entry in explain_text(opened, TEXT, 3, 5)}
     for token in found["tokens"]:
         entry = expected[token["id"]]
         np.testing.assert_allclose(entry["norms"], token["norms"], rtol=2e-3)
         token = httpx.get(f"http://{cluster.gateway}/explore/tokens/{token['id']}").json()
-        assert [[k["key"] for k in layer] for layer in entry["keys"]] == [[k["key"] for k in layer] for layer in token["keys"]]
+        assert [[k["key"] for k in layer] for layer in entry["keys"]] == [
+            [k["key"] for k in layer] for layer in token["keys"]
+        ]
         for layer, told in zip(entry["keys"], token["keys"], strict=True):
-            shared = [[opened.tokenizer().decode([s["id"]], skip_special_tokens=False) for s in k["shared_by"]] for k in told]
+            shared = [
+                [
+                    opened.tokenizer().decode([s["id"]], skip_special_tokens=False)
+                    for s in k["shared_by"]
+                ]
+                for k in told
+            ]
             assert [k["shared_by"] for k in layer] == shared
-        np.testing.assert_allclose([n["cosine"] for n in entry["nearest"]], [n["cosine"] for n in token["nearest"]], atol=2e-3)
+        np.testing.assert_allclose(
+            [n["cosine"] for n in entry["nearest"]],
+            [n["cosine"] for n in token["nearest"]],
+            atol=2e-3,
+        )
 
 
 @pytest.mark.parametrize("name", ["demo-memory", "demo-flex"])
 def test_the_demo_models_have_theirs(name: str) -> None:
     """What is committed beside a checkpoint is of that checkpoint."""
-    opened, arrays = open_checkpoint(Path("models") / name), np.load(Path("models") / name / "memory.npz")
-    assert (opened.model_id(), opened.tokenizer_id) == (str(arrays["model_id"]), str(arrays["tokenizer_id"]))
+    opened, arrays = (
+        open_checkpoint(Path("models") / name),
+        np.load(Path("models") / name / "memory.npz"),
+    )
+    assert (opened.model_id(), opened.tokenizer_id) == (
+        str(arrays["model_id"]),
+        str(arrays["tokenizer_id"]),
+    )
 
 
 def test_live_counts_grow(cluster: Cluster) -> None:
@@ -99,22 +140,40 @@ def test_whose_rows_they_are_is_told(cluster: Cluster, altered: Cluster, explore
     assert f"{own}." == httpx.get(f"http://{cluster.gateway}/explore/live").json()["memory"]
     told = httpx.get(f"http://{altered.gateway}/explore/live").json()
     assert [2] == told["absent_layers"]
-    assert f"{own}, not of those of {told['tables'][0]} (int8, edited, without layer 2)." == told["memory"]
+    assert (
+        f"{own}, not of those of {told['tables'][0]} (int8, edited, without layer 2)."
+        == told["memory"]
+    )
 
 
-def test_a_memory_of_another_model_is_not_shown(cluster: Cluster, explored: Path, tmp_path: Path) -> None:
+def test_a_memory_of_another_model_is_not_shown(
+    cluster: Cluster, explored: Path, tmp_path: Path
+) -> None:
     """Though it has the same tokenizer and shape: the page says so, and goes on without it; the log says it once."""
     other = shutil.copytree(explored, tmp_path / "other")
     arrays = dict(np.load(explored / "memory.npz"))
     np.savez_compressed(other / "memory.npz", **arrays | {"model_id": np.array("f" * 64)})
     expected = f"memory.npz is of model ffffffffffff, and the workers serve tiny-memory ({str(arrays['model_id'])[:12]}): write it again"
-    with process("gateway", str(other), "--workers", cluster.workers, "--listen", "127.0.0.1:0", "--poll-seconds", "0.2") as gateway:
+    with process(
+        "gateway",
+        str(other),
+        "--workers",
+        cluster.workers,
+        "--listen",
+        "127.0.0.1:0",
+        "--poll-seconds",
+        "0.2",
+    ) as gateway:
         url = f"http://{gateway.address}/explore"
         while not httpx.get(f"{url}/live").json()["workers"]:
             pass
-        assert [{"id", "token"}] * 3 == [set(t) for t in httpx.post(f"{url}/tokens", json={"text": TEXT}).json()["tokens"][:3]]
+        assert [{"id", "token"}] * 3 == [
+            set(t) for t in httpx.post(f"{url}/tokens", json={"text": TEXT}).json()["tokens"][:3]
+        ]
         answer = httpx.get(f"{url}/tokens/5")
-        assert (404, True) == (answer.status_code, expected in answer.json()["error"]["message"]), answer.text
+        assert (404, True) == (answer.status_code, expected in answer.json()["error"]["message"]), (
+            answer.text
+        )
         assert expected in httpx.get(f"{url}/live").json()["memory"]
         assert 1 == gateway.log.read_text().count("the memory file is not shown")
 
@@ -128,10 +187,15 @@ def test_the_page_is_whole(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("text", ["x" * 8_193, None, 5])
 def test_bad_texts_are_refused(cluster: Cluster, text: object) -> None:
-    assert 400 == httpx.post(f"http://{cluster.gateway}/explore/tokens", json={"text": text}).status_code
+    assert (
+        400
+        == httpx.post(f"http://{cluster.gateway}/explore/tokens", json={"text": text}).status_code
+    )
 
 
-@pytest.mark.parametrize(("token", "status"), [("512", 404), ("4294967296", 400), ("-1", 400), ("x", 400)])
+@pytest.mark.parametrize(
+    ("token", "status"), [("512", 404), ("4294967296", 400), ("-1", 400), ("x", 400)]
+)
 def test_tokens_that_are_not_there_are_told(cluster: Cluster, token: str, status: int) -> None:
     answer = httpx.get(f"http://{cluster.gateway}/explore/tokens/{token}")
     assert (status, True) == (answer.status_code, bool(answer.json()["error"]["message"]))
@@ -139,14 +203,29 @@ def test_tokens_that_are_not_there_are_told(cluster: Cluster, token: str, status
 
 @pytest.mark.parametrize(
     ("without", "expected"),
-    [("norms", "is not what `tolhouse explain --explorer` writes"), ("model_id", "does not say of which model it is")],
+    [
+        ("norms", "is not what `tolhouse explain --explorer` writes"),
+        ("model_id", "does not say of which model it is"),
+    ],
 )
-def test_a_file_that_lacks_something_is_told(explored: Path, tmp_path: Path, without: str, expected: str) -> None:
+def test_a_file_that_lacks_something_is_told(
+    explored: Path, tmp_path: Path, without: str, expected: str
+) -> None:
     """Such as of which model it is, which no file said before."""
     shutil.copytree(explored, tmp_path / "m")
-    arrays = {name: array for name, array in np.load(explored / "memory.npz").items() if name != without}
+    arrays = {
+        name: array for name, array in np.load(explored / "memory.npz").items() if name != without
+    }
     np.savez_compressed(tmp_path / "m" / "memory.npz", **arrays)
-    command = [sys.executable, "-m", "tolhouse.cli", "gateway", str(tmp_path / "m"), "--listen", "127.0.0.1:0"]
+    command = [
+        sys.executable,
+        "-m",
+        "tolhouse.cli",
+        "gateway",
+        str(tmp_path / "m"),
+        "--listen",
+        "127.0.0.1:0",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (1, True) == (done.returncode, expected in done.stderr), done.stderr
     assert "Traceback" not in done.stderr
@@ -154,18 +233,43 @@ def test_a_file_that_lacks_something_is_told(explored: Path, tmp_path: Path, wit
 
 def test_a_memory_file_is_not_written_of_a_table(checkpoint: Path, tmp_path: Path) -> None:
     """Its keys would be the model's and its norms the table's: the two options are refused together."""
-    command = [sys.executable, "-m", "tolhouse.cli", "explain", str(checkpoint), "--explorer", str(tmp_path / "m.npz"), "--table", "x"]
+    command = [
+        sys.executable,
+        "-m",
+        "tolhouse.cli",
+        "explain",
+        str(checkpoint),
+        "--explorer",
+        str(tmp_path / "m.npz"),
+        "--table",
+        "x",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (1, True, []) == (done.returncode, "takes no --table" in done.stderr, list(tmp_path.iterdir())), done.stderr
+    assert (1, True, []) == (
+        done.returncode,
+        "takes no --table" in done.stderr,
+        list(tmp_path.iterdir()),
+    ), done.stderr
 
 
 def test_a_file_that_is_no_memory_is_told(checkpoint: Path, tmp_path: Path) -> None:
     """The gateway says so at its start."""
     shutil.copytree(checkpoint, tmp_path / "m")
     (tmp_path / "m" / "memory.npz").write_bytes(b"no archive")
-    command = [sys.executable, "-m", "tolhouse.cli", "gateway", str(tmp_path / "m"), "--listen", "127.0.0.1:0"]
+    command = [
+        sys.executable,
+        "-m",
+        "tolhouse.cli",
+        "gateway",
+        str(tmp_path / "m"),
+        "--listen",
+        "127.0.0.1:0",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (1, True) == (done.returncode, "is not what `tolhouse explain --explorer` writes" in done.stderr), done.stderr
+    assert (1, True) == (
+        done.returncode,
+        "is not what `tolhouse explain --explorer` writes" in done.stderr,
+    ), done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -177,7 +281,9 @@ def browser() -> Iterator[object]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        browser = driver.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+        )
         yield browser
         browser.close()
 
@@ -196,23 +302,37 @@ def page(cluster: Cluster, browser: object) -> Iterator[object]:
 
 def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
     """Tokens with their keys, by mouse and by keyboard; α and a layer change the right-hand text and not the left-hand one."""
-    with page.expect_response(lambda answer: "add(x)" in (answer.request.post_data or "") and answer.url.endswith("completions")):
+    with page.expect_response(
+        lambda answer: (
+            "add(x)" in (answer.request.post_data or "") and answer.url.endswith("completions")
+        )
+    ):
         page.fill("#prompt", TEXT)
-    page.wait_for_function("document.querySelectorAll('#tokens button').length > 5 && document.querySelector('#original .dim')")
+    page.wait_for_function(
+        "document.querySelectorAll('#tokens button').length > 5 && document.querySelector('#original .dim')"
+    )
     page.click("#tokens button:nth-child(1)")
     page.wait_for_function("document.querySelectorAll('#detail tbody tr').length === 4")
     first = page.inner_text("#detail strong")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("first => document.querySelector('#detail strong').innerText !== first", arg=first)
+    page.wait_for_function(
+        "first => document.querySelector('#detail strong').innerText !== first", arg=first
+    )
     neighbour = page.locator("#detail p .link").first
     name = neighbour.inner_text()
     neighbour.focus()
     page.keyboard.press("Enter")  # on to a neighbour, and from there to one that shares a key
-    page.wait_for_function("name => document.querySelector('#detail strong').innerText.trim() === name.trim()", arg=name)
+    page.wait_for_function(
+        "name => document.querySelector('#detail strong').innerText.trim() === name.trim()",
+        arg=name,
+    )
     sharer = page.locator("#detail tbody .link").last
     name = sharer.inner_text()
     sharer.click()
-    page.wait_for_function("name => document.querySelector('#detail strong').innerText.trim() === name.trim()", arg=name)
+    page.wait_for_function(
+        "name => document.querySelector('#detail strong').innerText.trim() === name.trim()",
+        arg=name,
+    )
     assert "true" == page.get_attribute("#tokens button:nth-child(2)", "aria-pressed")
     page.wait_for_function("document.getElementById('status').textContent === 'the same text'")
     original = page.inner_text("#original")
@@ -227,7 +347,9 @@ def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
     page.locator("#layers input").first.focus()
     page.keyboard.press("Home")
     assert ["0.00", "1.00", "1.00", "1.00"] == page.locator("#layers output").all_inner_texts()
-    page.wait_for_function("document.getElementById('probed').textContent !== document.getElementById('original').textContent")
+    page.wait_for_function(
+        "document.getElementById('probed').textContent !== document.getElementById('original').textContent"
+    )
     page.wait_for_function("document.getElementById('live').textContent.includes('tiny-memory@')")
     if folder := os.environ.get("SCREENSHOTS"):
         page.screenshot(path=f"{folder}/explore.png", full_page=True)
@@ -235,11 +357,17 @@ def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
 
 def test_the_page_tells_errors(page: object) -> None:
     """A text that is too long is refused, in words; what was there of another is gone, and the page goes on."""
-    page.wait_for_function("document.querySelector('#odds td') && document.querySelector('#tokens button')")
+    page.wait_for_function(
+        "document.querySelector('#odds td') && document.querySelector('#tokens button')"
+    )
     page.fill("#prompt", "word " * 3000)
     page.wait_for_function("document.getElementById('status').className === 'error'")
-    page.wait_for_function("/context.*8192|8192.*context/.test(document.getElementById('status').textContent)")  # both say why
-    assert [""] * 4 == [page.inner_text(f"#{part}") for part in ("original", "probed", "odds", "tokens")]
+    page.wait_for_function(
+        "/context.*8192|8192.*context/.test(document.getElementById('status').textContent)"
+    )  # both say why
+    assert [""] * 4 == [
+        page.inner_text(f"#{part}") for part in ("original", "probed", "odds", "tokens")
+    ]
     assert "Choose a token" in page.inner_text("#detail")
     page.fill("#prompt", json.loads('"def"'))
     page.wait_for_function("document.getElementById('status').textContent.endsWith('text')")
@@ -252,16 +380,25 @@ def test_the_page_tells_errors(page: object) -> None:
 def test_the_page_tells_log_probabilities(page: object, cluster: Cluster) -> None:
     """Of each token, as it is beside as it was set, and where the two first differ; by keyboard too."""
     body = {"prompt": TEXT, "max_tokens": 24, "temperature": 0, "logprobs": 1}
-    answers = [httpx.post(f"http://{cluster.gateway}/v1/completions", json=body | more).json() for more in ({}, {"row_scale": -0.5})]
+    answers = [
+        httpx.post(f"http://{cluster.gateway}/v1/completions", json=body | more).json()
+        for more in ({}, {"row_scale": -0.5})
+    ]
     plain, probed = (answer["choices"][0]["logprobs"] for answer in answers)
     page.fill("#prompt", TEXT)
     page.click("#reset")
     page.fill("#alpha", "-0.5")
     page.wait_for_function("document.getElementById('status').textContent === 'another text'")
     columns = [page.locator(f"#odds td:nth-child({column})").all_inner_texts() for column in (3, 5)]
-    assert [[f"{p:.3f}" for p in side["token_logprobs"]] for side in (plain, probed)] == [[t for t in c if t] for c in columns]
-    differing = [n for n, (a, b) in enumerate(zip(plain["tokens"], probed["tokens"], strict=False)) if a != b]
-    assert [str(differing[0] + 1)] == page.locator("#odds tr.first td:first-child").all_inner_texts()
+    assert [[f"{p:.3f}" for p in side["token_logprobs"]] for side in (plain, probed)] == [
+        [t for t in c if t] for c in columns
+    ]
+    differing = [
+        n for n, (a, b) in enumerate(zip(plain["tokens"], probed["tokens"], strict=False)) if a != b
+    ]
+    assert [str(differing[0] + 1)] == page.locator(
+        "#odds tr.first td:first-child"
+    ).all_inner_texts()
     assert 1 == page.inner_text("#odds").count("first difference")
     page.locator("#layers input").last.focus()
     page.keyboard.press("Tab")
@@ -272,10 +409,19 @@ def test_the_page_tells_log_probabilities(page: object, cluster: Cluster) -> Non
 def test_an_older_answer_is_given_up(page: object) -> None:
     """Tokens of a text that was changed meanwhile are not waited for."""
     held = []
-    page.route("**/explore/tokens", lambda route: held.append(route) if "older" in route.request.post_data else route.continue_())
-    with page.expect_request(lambda request: "older" in (request.post_data or "") and request.url.endswith("tokens")):
+    page.route(
+        "**/explore/tokens",
+        lambda route: (
+            held.append(route) if "older" in route.request.post_data else route.continue_()
+        ),
+    )
+    with page.expect_request(
+        lambda request: "older" in (request.post_data or "") and request.url.endswith("tokens")
+    ):
         page.fill("#prompt", "older older older")
-    with page.expect_event("requestfailed", lambda request: request.url.endswith("/explore/tokens")):
+    with page.expect_event(
+        "requestfailed", lambda request: request.url.endswith("/explore/tokens")
+    ):
         page.fill("#prompt", "def")
     page.wait_for_function("document.getElementById('tokens').textContent === 'def'")
     assert 1 == len(held)
@@ -295,7 +441,11 @@ def test_the_page_tells_what_a_table_lacks(altered: Cluster, browser: object) ->
     page.goto(f"http://{altered.gateway}/explore")
     page.wait_for_function("document.querySelector('#layers input:disabled')")
     page.click("#reset")
-    states = page.eval_on_selector_all("#layers input", "sliders => sliders.map(slider => [slider.disabled, slider.value])")
+    states = page.eval_on_selector_all(
+        "#layers input", "sliders => sliders.map(slider => [slider.disabled, slider.value])"
+    )
     assert [[False, "1"], [False, "1"], [True, "0"], [False, "1"]] == states
-    assert ["layer 2", "not in the table"] == page.inner_text("#layers label:nth-child(3)").split("\n")
+    assert ["layer 2", "not in the table"] == page.inner_text("#layers label:nth-child(3)").split(
+        "\n"
+    )
     assert "(int8, edited, without layer 2)" in page.inner_text("#memory")

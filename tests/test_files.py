@@ -15,17 +15,23 @@ from hypothesis import strategies as st
 from tolhouse.errors import Corrupt, NotFound
 from tolhouse.store import delete, publish, resolve, rollback, shard_digest
 from tolhouse.store.files import FileStore
-from tolhouse.table.spec import Manifest
+from tolhouse.table.manifest import Manifest
 
 IDS = np.arange(10, dtype=np.uint32)
 
 
 def manifest_of(num_shards: int = 2, version: str = "0123456789abcdef") -> Manifest:
-    return Manifest("t", version, "int8", len(IDS), 6, (0, 1), num_shards, model_id="m", tokenizer_id="k")
+    return Manifest(
+        "t", version, "int8", len(IDS), 6, (0, 1), num_shards, model_id="m", tokenizer_id="k"
+    )
 
 
 def records_of(manifest: Manifest, ids: np.ndarray) -> np.ndarray:
-    rows = np.random.default_rng(int(manifest.version, 16)).standard_normal((len(IDS), 2, 6)).astype(np.float32)
+    rows = (
+        np.random.default_rng(int(manifest.version, 16))
+        .standard_normal((len(IDS), 2, 6))
+        .astype(np.float32)
+    )
     return manifest.encode(ids, rows[ids])
 
 
@@ -66,13 +72,33 @@ def altered(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (Path.unlink, r"shard-00001-of-00002\.safetensors is missing"),
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"shard-00001-of-00002\.safetensors .* truncated"),
-    "cut within the header": (lambda path: path.write_bytes(path.read_bytes()[:20]), r"shard-00001-of-00002\.safetensors is truncated"),
-    "emptied": (lambda path: path.write_bytes(b""), r"shard-00001-of-00002\.safetensors is truncated"),
-    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), r"shard-00001-of-00002\.safetensors has"),
-    "not a shard": (lambda path: path.write_text("x" * 500), r"shard-00001-of-00002\.safetensors is truncated or not"),
+    "truncated": (
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        r"shard-00001-of-00002\.safetensors .* truncated",
+    ),
+    "cut within the header": (
+        lambda path: path.write_bytes(path.read_bytes()[:20]),
+        r"shard-00001-of-00002\.safetensors is truncated",
+    ),
+    "emptied": (
+        lambda path: path.write_bytes(b""),
+        r"shard-00001-of-00002\.safetensors is truncated",
+    ),
+    "longer": (
+        lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+        r"shard-00001-of-00002\.safetensors has",
+    ),
+    "not a shard": (
+        lambda path: path.write_text("x" * 500),
+        r"shard-00001-of-00002\.safetensors is truncated or not",
+    ),
     "altered": (altered, r"row of token 9 in table t@0123456789abcdef fails its checksum"),
-    "another shard": (lambda path: path.write_bytes(path.with_name("shard-00000-of-00002.safetensors").read_bytes()), "row of token 1 "),
+    "another shard": (
+        lambda path: path.write_bytes(
+            path.with_name("shard-00000-of-00002.safetensors").read_bytes()
+        ),
+        "row of token 1 ",
+    ),
 }
 
 
@@ -80,8 +106,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 IN_USE = ("longer", "not a shard", "altered", "another shard")
 
 
-@pytest.mark.parametrize(("damage", "in_use"), [*((d, False) for d in DAMAGE), *((d, True) for d in IN_USE)])
-def test_damage_is_named_and_mended_files_are_served(store: FileStore, shards: list[Path], damage: str, in_use: bool) -> None:
+@pytest.mark.parametrize(
+    ("damage", "in_use"), [*((d, False) for d in DAMAGE), *((d, True) for d in IN_USE)]
+)
+def test_damage_is_named_and_mended_files_are_served(
+    store: FileStore, shards: list[Path], damage: str, in_use: bool
+) -> None:
     """A damaged shard is Corrupt, the other one is served meanwhile, and the same store serves the file once it is whole."""
     manifest, whole = manifest_of(), shards[1].read_bytes()
     if in_use:
@@ -96,7 +126,9 @@ def test_damage_is_named_and_mended_files_are_served(store: FileStore, shards: l
     assert EXPECTED == read(store, manifest)
 
 
-def test_a_file_cut_short_while_it_is_mapped_is_corrupt_and_no_crash(tmp_path: Path, shards: list[Path]) -> None:
+def test_a_file_cut_short_while_it_is_mapped_is_corrupt_and_no_crash(
+    tmp_path: Path, shards: list[Path]
+) -> None:
     """Reading beyond the end of a mapped file would end the process by SIGBUS; it is Corrupt instead, and then served whole."""
     code = """
 import pathlib, sys
@@ -118,13 +150,20 @@ for size in (len(whole) - 1, 200, 0):
 store.read(manifest, ids, out)
 print(out.tobytes().hex())
 """
-    ended = subprocess.run([sys.executable, "-c", code, tmp_path, shards[0]], capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, tmp_path, shards[0]],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     *errors, served = ended.stdout.splitlines()
     assert [f"shard file {shards[0]} was cut short while in use"] * 3 == errors
     assert EXPECTED.hex() == served
 
 
-def test_a_file_replaced_while_it_is_in_use_changes_nothing(store: FileStore, shards: list[Path]) -> None:
+def test_a_file_replaced_while_it_is_in_use_changes_nothing(
+    store: FileStore, shards: list[Path]
+) -> None:
     """Files are replaced by renaming: what was opened stays whole, even when the file is gone."""
     assert EXPECTED == read(store, manifest_of())
     write(store.root, manifest_of())
@@ -134,7 +173,9 @@ def test_a_file_replaced_while_it_is_in_use_changes_nothing(store: FileStore, sh
     assert EXPECTED == read(store, manifest_of())
 
 
-@given(shard=st.integers(0, 1), place=st.integers(0, 400), flip=st.integers(1, 255), cut=st.booleans())
+@given(
+    shard=st.integers(0, 1), place=st.integers(0, 400), flip=st.integers(1, 255), cut=st.booleans()
+)
 def test_no_damage_gives_other_rows(shard: int, place: int, flip: int, cut: bool) -> None:
     """Whatever byte of a shard file is changed, or wherever it is cut: the right rows, or Corrupt."""
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +191,9 @@ def test_no_damage_gives_other_rows(shard: int, place: int, flip: int, cut: bool
                 assert str(path) in str(error) or "row of token" in str(error)  # noqa: PT017
 
 
-def test_a_version_built_anew_with_other_shards_is_read(store: FileStore, shards: list[Path]) -> None:
+def test_a_version_built_anew_with_other_shards_is_read(
+    store: FileStore, shards: list[Path]
+) -> None:
     """A store that had the old files open reads the new ones: the number of shards is no part of the version."""
     assert EXPECTED == read(store, manifest_of())
     with closing(FileStore(store.root)) as other:
@@ -171,14 +214,35 @@ def test_writing_leaves_whole_files_and_nothing_else(store: FileStore, shards: l
     write(store.root, other)
     for manifest in (manifest_of(), other):
         publish(store, manifest.ref)
-    names = {"alias.json", *(f"{v}/{n}" for v in ("0123456789abcdef", "f" * 16) for n in ("manifest.json", *(p.name for p in shards)))}
-    assert names == {p.relative_to(store.root / "t").as_posix() for p in store.root.rglob("*") if p.is_file()}
+    names = {
+        "alias.json",
+        *(
+            f"{v}/{n}"
+            for v in ("0123456789abcdef", "f" * 16)
+            for n in ("manifest.json", *(p.name for p in shards))
+        ),
+    }
+    assert names == {
+        p.relative_to(store.root / "t").as_posix() for p in store.root.rglob("*") if p.is_file()
+    }
     delete(store, manifest_of().ref)
     assert ["alias.json", "f" * 16] == sorted(p.name for p in (store.root / "t").iterdir())
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": 1, "history": []}', '{"version": "0123456789abcdef", "history": null}'])
-def test_a_malformed_alias_is_told_and_a_publish_mends_it(store: FileStore, shards: list[Path], text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"version": 1, "history": []}',
+        '{"version": "0123456789abcdef", "history": null}',
+    ],
+)
+def test_a_malformed_alias_is_told_and_a_publish_mends_it(
+    store: FileStore, shards: list[Path], text: str
+) -> None:
     """It is Corrupt with the advice to publish a version, and the advice is good."""
     alias = store.root / "t" / "alias.json"
     alias.write_text(text)

@@ -21,11 +21,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolhouse import Client
 from tolhouse.gateway import problems
-from tolhouse.gateway.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from tolhouse.gateway.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from tolhouse.gateway.text import TextStream
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.tokenizer import load_tokenizer
-from tolhouse.testing import Cluster, build_table, free_port, local_cluster, process, wait_until_healthy
+from tolhouse.testing import (
+    Cluster,
+    build_table,
+    free_port,
+    local_cluster,
+    process,
+    wait_until_healthy,
+)
 
 DEMO = Path("models/demo-memory")
 PROMPT = "def main():\n    parser = argparse.ArgumentParser("
@@ -51,21 +63,33 @@ def tokenizer():
 
 
 def complete(client: openai.OpenAI, prompt, **options):
-    return client.completions.create(model="demo-memory", prompt=prompt, **{"temperature": 0, "max_tokens": 24, **options})
+    return client.completions.create(
+        model="demo-memory", prompt=prompt, **{"temperature": 0, "max_tokens": 24, **options}
+    )
 
 
 # the stock client
 
 
-def test_a_completion_is_the_text_of_the_worker_s_tokens(client: openai.OpenAI, cluster: Cluster, tokenizer) -> None:
+def test_a_completion_is_the_text_of_the_worker_s_tokens(
+    client: openai.OpenAI, cluster: Cluster, tokenizer
+) -> None:
     """Text in, text out, with usage, from the tokens that a worker gives for the same ids."""
     with Client(cluster.workers.split(",")[0]) as worker:
         ids = list(worker.generate(tokenizer.encode(PROMPT).ids, 24))
     answer = complete(client, PROMPT)
     assert tokenizer.decode(ids) == answer.choices[0].text
-    assert ("length", "demo-memory", "text_completion") == (answer.choices[0].finish_reason, answer.model, answer.object)
+    assert ("length", "demo-memory", "text_completion") == (
+        answer.choices[0].finish_reason,
+        answer.model,
+        answer.object,
+    )
     count = len(tokenizer.encode(PROMPT).ids)
-    assert (count, 24, count + 24) == (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens)
+    assert (count, 24, count + 24) == (
+        answer.usage.prompt_tokens,
+        answer.usage.completion_tokens,
+        answer.usage.total_tokens,
+    )
 
 
 def test_a_stream_adds_up_to_the_completion(client: openai.OpenAI) -> None:
@@ -74,7 +98,9 @@ def test_a_stream_adds_up_to_the_completion(client: openai.OpenAI) -> None:
     plain = complete(client, PROMPT)
     assert plain.choices[0].text == "".join(p.choices[0].text for p in pieces if p.choices)
     assert len(pieces) > 10
-    assert ["length"] == [p.choices[0].finish_reason for p in pieces if p.choices and p.choices[0].finish_reason]
+    assert ["length"] == [
+        p.choices[0].finish_reason for p in pieces if p.choices and p.choices[0].finish_reason
+    ]
     assert plain.usage == pieces[-1].usage
     assert 1 == len({p.id for p in pieces})
 
@@ -87,13 +113,18 @@ def test_all_forms_of_prompt_are_taken(client: openai.OpenAI, tokenizer) -> None
     assert text == complete(client, ids).choices[0].text
     assert [text, other] == [c.text for c in complete(client, [PROMPT, "import "]).choices]
     answer = complete(client, [ids, tokenizer.encode("import ").ids], n=2)
-    assert [(0, text), (1, text), (2, other), (3, other)] == [(c.index, c.text) for c in answer.choices]
+    assert [(0, text), (1, text), (2, other), (3, other)] == [
+        (c.index, c.text) for c in answer.choices
+    ]
     assert 4 * 24 == answer.usage.completion_tokens
 
 
 def test_a_seed_repeats_and_choices_differ(client: openai.OpenAI) -> None:
     """The same seed gives the same texts, and the choices of one request are different draws."""
-    draws = [[c.text for c in complete(client, PROMPT, temperature=1.0, seed=5, n=3).choices] for _ in range(2)]
+    draws = [
+        [c.text for c in complete(client, PROMPT, temperature=1.0, seed=5, n=3).choices]
+        for _ in range(2)
+    ]
     assert draws[0] == draws[1]
     assert 3 == len(set(draws[0]))
 
@@ -107,15 +138,23 @@ def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
     plain = complete(client, PROMPT, max_tokens=60, stop=[stop, "never said"])
     streamed = list(complete(client, PROMPT, max_tokens=60, stop=stop, stream=True))
     assert (expected, "stop") == (plain.choices[0].text, plain.choices[0].finish_reason)
-    assert (expected, "stop") == ("".join(p.choices[0].text for p in streamed), streamed[-1].choices[0].finish_reason)
+    assert (expected, "stop") == (
+        "".join(p.choices[0].text for p in streamed),
+        streamed[-1].choices[0].finish_reason,
+    )
 
 
 def test_a_stop_string_may_be_shown(client: openai.OpenAI) -> None:
     """With include_stop_str_in_output the text ends after the stop string."""
     whole = complete(client, PROMPT, max_tokens=60).choices[0].text
     stop = whole[20:26]
-    shown = complete(client, PROMPT, max_tokens=60, stop=stop, extra_body={"include_stop_str_in_output": True})
-    assert (whole[: whole.index(stop)] + stop, "stop") == (shown.choices[0].text, shown.choices[0].finish_reason)
+    shown = complete(
+        client, PROMPT, max_tokens=60, stop=stop, extra_body={"include_stop_str_in_output": True}
+    )
+    assert (whole[: whole.index(stop)] + stop, "stop") == (
+        shown.choices[0].text,
+        shown.choices[0].finish_reason,
+    )
 
 
 def test_logprobs_have_openai_s_form(client: openai.OpenAI, cluster: Cluster, tokenizer) -> None:
@@ -127,11 +166,18 @@ def test_logprobs_have_openai_s_form(client: openai.OpenAI, cluster: Cluster, to
     assert answer.text == "".join(told.tokens)
     assert [r.logprobs.chosen[0] for r in replies] == pytest.approx(told.token_logprobs, abs=1e-4)
     assert [3] * 24 == [len(top) for top in told.top_logprobs]
-    assert told.token_logprobs == [top[token] for token, top in zip(told.tokens, told.top_logprobs, strict=True)]
-    assert [answer.text[at : at + len(token)] for at, token in zip(told.text_offset, told.tokens, strict=True)] == told.tokens
+    assert told.token_logprobs == [
+        top[token] for token, top in zip(told.tokens, told.top_logprobs, strict=True)
+    ]
+    assert [
+        answer.text[at : at + len(token)]
+        for at, token in zip(told.text_offset, told.tokens, strict=True)
+    ] == told.tokens
     pieces = [p.choices[0].logprobs for p in complete(client, PROMPT, logprobs=3, stream=True)]
     assert told.tokens == [token for p in pieces for token in p.tokens]
-    assert told.token_logprobs == pytest.approx([value for p in pieces for value in p.token_logprobs], abs=1e-4)
+    assert told.token_logprobs == pytest.approx(
+        [value for p in pieces for value in p.token_logprobs], abs=1e-4
+    )
     assert told.text_offset == [at for p in pieces for at in p.text_offset]
 
 
@@ -142,11 +188,21 @@ def test_an_echo_tells_the_prompt_s_logprobs(client: openai.OpenAI, tokenizer) -
     echoed = complete(client, PROMPT, logprobs=1, echo=True).choices[0]
     assert PROMPT + plain.text == echoed.text == "".join(echoed.logprobs.tokens)
     assert (None, None) == (echoed.logprobs.token_logprobs[0], echoed.logprobs.top_logprobs[0])
-    assert [len(PROMPT) + at for at in plain.logprobs.text_offset] == echoed.logprobs.text_offset[count:]
-    ids = tokenizer.encode(PROMPT).ids + [tokenizer.token_to_id(t) or tokenizer.encode(t).ids[0] for t in plain.logprobs.tokens]
+    assert [len(PROMPT) + at for at in plain.logprobs.text_offset] == echoed.logprobs.text_offset[
+        count:
+    ]
+    ids = tokenizer.encode(PROMPT).ids + [
+        tokenizer.token_to_id(t) or tokenizer.encode(t).ids[0] for t in plain.logprobs.tokens
+    ]
     scored = complete(client, ids, logprobs=1, echo=True, max_tokens=0)
-    assert echoed.logprobs.token_logprobs[1:] == pytest.approx(scored.choices[0].logprobs.token_logprobs[1:], abs=1e-4)
-    assert (echoed.text, "length", 0) == (scored.choices[0].text, scored.choices[0].finish_reason, scored.usage.completion_tokens)
+    assert echoed.logprobs.token_logprobs[1:] == pytest.approx(
+        scored.choices[0].logprobs.token_logprobs[1:], abs=1e-4
+    )
+    assert (echoed.text, "length", 0) == (
+        scored.choices[0].text,
+        scored.choices[0].finish_reason,
+        scored.usage.completion_tokens,
+    )
     assert PROMPT == complete(client, PROMPT, echo=True, max_tokens=0).choices[0].text
     pieces = [p.choices[0] for p in complete(client, PROMPT, echo=True, stream=True)]
     assert PROMPT + plain.text == "".join(p.text for p in pieces)
@@ -157,8 +213,15 @@ def test_a_stop_string_s_tokens_are_not_told(client: openai.OpenAI) -> None:
     whole = complete(client, PROMPT, max_tokens=60, logprobs=0).choices[0]
     stop = whole.text[20:26]
     end = whole.text.index(stop)
-    expected = [t for t, at in zip(whole.logprobs.tokens, whole.logprobs.text_offset, strict=True) if at < end]
-    assert expected == complete(client, PROMPT, max_tokens=60, logprobs=0, stop=stop).choices[0].logprobs.tokens
+    expected = [
+        t
+        for t, at in zip(whole.logprobs.tokens, whole.logprobs.text_offset, strict=True)
+        if at < end
+    ]
+    assert (
+        expected
+        == complete(client, PROMPT, max_tokens=60, logprobs=0, stop=stop).choices[0].logprobs.tokens
+    )
     pieces = complete(client, PROMPT, max_tokens=60, logprobs=0, stop=stop, stream=True)
     assert expected == [token for p in pieces for token in p.choices[0].logprobs.tokens]
 
@@ -166,23 +229,67 @@ def test_a_stop_string_s_tokens_are_not_told(client: openai.OpenAI) -> None:
 def test_penalties_bias_and_stop_ids_reach_the_sampler(client: openai.OpenAI, tokenizer) -> None:
     """A biased token is all there is, a penalty ends repetition, a stop id ends the text, an early end is put off."""
     x = tokenizer.encode("x").ids[0]
-    assert "x" * 8 == complete(client, PROMPT, max_tokens=8, logit_bias={str(x): 100}).choices[0].text
-    penalised = complete(client, PROMPT, max_tokens=8, logit_bias={str(x): 10}, frequency_penalty=2, presence_penalty=2).choices[0].text
+    assert (
+        "x" * 8 == complete(client, PROMPT, max_tokens=8, logit_bias={str(x): 100}).choices[0].text
+    )
+    penalised = (
+        complete(
+            client,
+            PROMPT,
+            max_tokens=8,
+            logit_bias={str(x): 10},
+            frequency_penalty=2,
+            presence_penalty=2,
+        )
+        .choices[0]
+        .text
+    )
     assert penalised != "x" * 8
-    repeated = complete(client, "x", max_tokens=8, logit_bias={str(x): 20}, extra_body={"repetition_penalty": 10}).choices[0].text
+    repeated = (
+        complete(
+            client,
+            "x",
+            max_tokens=8,
+            logit_bias={str(x): 20},
+            extra_body={"repetition_penalty": 10},
+        )
+        .choices[0]
+        .text
+    )
     assert repeated != "x" * 8
-    stopped = complete(client, PROMPT, logit_bias={str(x): 100}, extra_body={"stop_token_ids": [x]}).choices[0]
+    stopped = complete(
+        client, PROMPT, logit_bias={str(x): 100}, extra_body={"stop_token_ids": [x]}
+    ).choices[0]
     assert ("", "stop") == (stopped.text, stopped.finish_reason)
-    told = complete(client, PROMPT, logprobs=0, echo=True, logit_bias={str(x): 100}, extra_body={"stop_token_ids": [x]}).choices[0]
-    assert (PROMPT, "x", len(PROMPT)) == (told.text, told.logprobs.tokens[-1], told.logprobs.text_offset[-1])
-    later = complete(client, PROMPT, logit_bias={str(x): 100}, extra_body={"stop_token_ids": [x], "min_tokens": 3})
+    told = complete(
+        client,
+        PROMPT,
+        logprobs=0,
+        echo=True,
+        logit_bias={str(x): 100},
+        extra_body={"stop_token_ids": [x]},
+    ).choices[0]
+    assert (PROMPT, "x", len(PROMPT)) == (
+        told.text,
+        told.logprobs.tokens[-1],
+        told.logprobs.text_offset[-1],
+    )
+    later = complete(
+        client,
+        PROMPT,
+        logit_bias={str(x): 100},
+        extra_body={"stop_token_ids": [x], "min_tokens": 3},
+    )
     assert 3 <= later.usage.completion_tokens
 
 
 def test_the_models_are_listed(client: openai.OpenAI) -> None:
     """What workers serve is what /v1/models shows."""
     assert ["demo-memory"] == [m.id for m in client.models.list()]
-    assert ("demo-memory", 512) == (client.models.retrieve("demo-memory").id, client.models.retrieve("demo-memory").max_model_len)
+    assert ("demo-memory", 512) == (
+        client.models.retrieve("demo-memory").id,
+        client.models.retrieve("demo-memory").max_model_len,
+    )
     with pytest.raises(openai.NotFoundError, match="available: demo-memory"):
         client.models.retrieve("other")
 
@@ -206,7 +313,10 @@ TEMPLATE = """\
 {{- '# ' + message.role + ': ' + message.content + '\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'def ' }}{% endif %}"""
-MESSAGES = [{"role": "system", "content": "write Python"}, {"role": "user", "content": [{"type": "text", "text": "add"}]}]
+MESSAGES = [
+    {"role": "system", "content": "write Python"},
+    {"role": "user", "content": [{"type": "text", "text": "add"}]},
+]
 RENDERED = "# system: write Python\n# user: add\ndef "
 
 
@@ -216,9 +326,20 @@ def talking(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("talking")
     shutil.copy(DEMO / "tokenizer.json", folder)
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    with process("gateway", str(folder), "--workers", cluster.workers, "--listen", "127.0.0.1:0", "--poll-seconds", "0.2") as gateway:
+    with process(
+        "gateway",
+        str(folder),
+        "--workers",
+        cluster.workers,
+        "--listen",
+        "127.0.0.1:0",
+        "--poll-seconds",
+        "0.2",
+    ) as gateway:
         wait_until_healthy(gateway.address)
-        with openai.OpenAI(base_url=f"http://{gateway.address}/v1", api_key="none", max_retries=0) as made:
+        with openai.OpenAI(
+            base_url=f"http://{gateway.address}/v1", api_key="none", max_retries=0
+        ) as made:
             yield made
 
 
@@ -227,22 +348,42 @@ def chat(client: openai.OpenAI, **options):
     return client.chat.completions.create(model="demo-memory", **options)
 
 
-def test_a_chat_is_the_completion_of_its_template(client: openai.OpenAI, talking: openai.OpenAI, tokenizer) -> None:
+def test_a_chat_is_the_completion_of_its_template(
+    client: openai.OpenAI, talking: openai.OpenAI, tokenizer
+) -> None:
     """Messages go through the template; the answer is the completion of the text it makes."""
     answer, completion = chat(talking), complete(client, RENDERED)
-    assert (completion.choices[0].text, "assistant") == (answer.choices[0].message.content, answer.choices[0].message.role)
+    assert (completion.choices[0].text, "assistant") == (
+        answer.choices[0].message.content,
+        answer.choices[0].message.role,
+    )
     assert ("chat.completion", "length") == (answer.object, answer.choices[0].finish_reason)
-    assert (completion.usage.prompt_tokens, 24) == (answer.usage.prompt_tokens, answer.usage.completion_tokens)
+    assert (completion.usage.prompt_tokens, 24) == (
+        answer.usage.prompt_tokens,
+        answer.usage.completion_tokens,
+    )
     rest = chat(talking, max_completion_tokens=None, extra_body={"ignore_eos": True})
     assert 512 == rest.usage.total_tokens
     root = str(talking.base_url).removesuffix("/v1/")
-    assert tokenizer.encode(RENDERED).ids == httpx.post(f"{root}/tokenize", json={"messages": MESSAGES}).json()["tokens"]
+    assert (
+        tokenizer.encode(RENDERED).ids
+        == httpx.post(f"{root}/tokenize", json={"messages": MESSAGES}).json()["tokens"]
+    )
 
 
 def test_a_streamed_chat_adds_up(talking: openai.OpenAI) -> None:
     """The role first, then content, then the reason, then usage; choices of n are told apart."""
     plain = chat(talking, n=2, temperature=1.0, seed=3)
-    pieces = list(chat(talking, n=2, temperature=1.0, seed=3, stream=True, stream_options={"include_usage": True}))
+    pieces = list(
+        chat(
+            talking,
+            n=2,
+            temperature=1.0,
+            seed=3,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
     assert plain.usage == pieces[-1].usage
     assert [] == pieces[-1].choices
     for choice in plain.choices:
@@ -254,14 +395,23 @@ def test_a_streamed_chat_adds_up(talking: openai.OpenAI) -> None:
     assert {"chat.completion.chunk"} == {p.object for p in pieces}
 
 
-def test_a_chat_s_logprobs_have_openai_s_form(client: openai.OpenAI, talking: openai.OpenAI) -> None:
+def test_a_chat_s_logprobs_have_openai_s_form(
+    client: openai.OpenAI, talking: openai.OpenAI
+) -> None:
     """Each token with its bytes and the likeliest in its place, the same as the completion's, also when streamed."""
     told = chat(talking, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     expected = complete(client, RENDERED, logprobs=2).choices[0].logprobs
-    assert (expected.tokens, expected.token_logprobs) == ([t.token for t in told], pytest.approx([t.logprob for t in told], abs=1e-4))
+    assert (expected.tokens, expected.token_logprobs) == (
+        [t.token for t in told],
+        pytest.approx([t.logprob for t in told], abs=1e-4),
+    )
     assert all(t.token == bytes(t.bytes).decode() for t in told)
-    assert [(2, t.token) for t in told] == [(len(t.top_logprobs), t.top_logprobs[0].token) for t in told]
-    pieces = [p.choices[0].logprobs for p in chat(talking, logprobs=True, top_logprobs=2, stream=True)]
+    assert [(2, t.token) for t in told] == [
+        (len(t.top_logprobs), t.top_logprobs[0].token) for t in told
+    ]
+    pieces = [
+        p.choices[0].logprobs for p in chat(talking, logprobs=True, top_logprobs=2, stream=True)
+    ]
     assert expected.tokens == [t.token for p in pieces if p for t in p.content]
     assert [] == chat(talking, logprobs=True).choices[0].logprobs.content[0].top_logprobs
 
@@ -272,9 +422,19 @@ def test_a_chat_s_logprobs_have_openai_s_form(client: openai.OpenAI, talking: op
         ({"messages": []}, "at least 1"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "'user'"),
         ({"messages": [{"role": "user"}]}, "content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]}, "'text'"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}
+                ]
+            },
+            "'text'",
+        ),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "the user speaks first"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported: leave it out"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}]},
+            "tools is not supported: leave it out",
+        ),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
         ({"top_logprobs": 2}, "logprobs=true"),
         ({"logprobs": True, "top_logprobs": 21}, "less than or equal to 20"),
@@ -284,7 +444,9 @@ def test_a_chat_s_logprobs_have_openai_s_form(client: openai.OpenAI, talking: op
         ({"messages": [{"role": "user", "content": "(a" * 900}]}, "context of 512"),
     ],
 )
-def test_a_bad_chat_is_told_what_is_wrong(talking: openai.OpenAI, options: dict, message: str) -> None:
+def test_a_bad_chat_is_told_what_is_wrong(
+    talking: openai.OpenAI, options: dict, message: str
+) -> None:
     """Status 400, naming what is not taken."""
     with pytest.raises(openai.BadRequestError, match=message):
         chat(talking, **options)
@@ -292,7 +454,10 @@ def test_a_bad_chat_is_told_what_is_wrong(talking: openai.OpenAI, options: dict,
 
 def test_without_a_template_chat_says_what_is_missing(client: openai.OpenAI) -> None:
     """The error names the files that would do."""
-    with pytest.raises(openai.BadRequestError, match=r"needs a chat_template\.jinja, or a tokenizer_config\.json with"):
+    with pytest.raises(
+        openai.BadRequestError,
+        match=r"needs a chat_template\.jinja, or a tokenizer_config\.json with",
+    ):
         chat(client)
 
 
@@ -321,7 +486,11 @@ def test_without_a_template_chat_says_what_is_missing(client: openai.OpenAI) -> 
         ({"prompt": "a", "temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"prompt": "a", "temperature": "hot"}, "temperature", "number"),
         ({"prompt": "a", "temperature": None, "top_p": 0}, "top_p", "greater than 0"),
-        ({"prompt": "a", "max_tokens": 0}, None, "max_tokens must be at least 1; 0 is allowed with echo=true"),
+        (
+            {"prompt": "a", "max_tokens": 0},
+            None,
+            "max_tokens must be at least 1; 0 is allowed with echo=true",
+        ),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
         ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", "integer"),
         ({"prompt": "a", "n": 1000}, "n", "128"),
@@ -329,28 +498,51 @@ def test_without_a_template_chat_says_what_is_missing(client: openai.OpenAI) -> 
         ({"prompt": "a", "logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"prompt": "a", "logprobs": True}, "logprobs", "integer"),
         ({"prompt": "a", "suffix": "b"}, None, "suffix is not supported: leave it out"),
-        ({"prompt": "a", "use_beam_search": True}, None, "use_beam_search is not supported: leave it out, or False"),
+        (
+            {"prompt": "a", "use_beam_search": True},
+            None,
+            "use_beam_search is not supported: leave it out, or False",
+        ),
         ({"prompt": "a", "presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
-        ({"prompt": "a", "repetition_penalty": 1e-40}, "repetition_penalty", "greater than or equal to 0.01"),
+        (
+            {"prompt": "a", "repetition_penalty": 1e-40},
+            "repetition_penalty",
+            "greater than or equal to 0.01",
+        ),
         ({"prompt": "a", "min_p": 1.5}, "min_p", "less than or equal to 1"),
         ({"prompt": "a", "top_k": -2}, "top_k", "greater than or equal to -1"),
         ({"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias", "less than or equal to 100"),
         ({"prompt": "a", "logit_bias": {"one": 1}}, "logit_bias", "integer"),
-        ({"prompt": "a", "logit_bias": {"99999": 1}}, None, "logit_bias of token 99999 is outside the vocabulary"),
+        (
+            {"prompt": "a", "logit_bias": {"99999": 1}},
+            None,
+            "logit_bias of token 99999 is outside the vocabulary",
+        ),
         ({"prompt": "a", "logit_bias": {"\ud800": 1}}, "logit_bias", "unicode"),
         ({"prompt": "a", "stop": ["x"] * 33}, "stop", "at most 32 texts"),
         ({"prompt": "a", "stop": "x" * 513}, "stop", "at most 512 characters"),
         ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids", "greater than or equal to 0"),
         ({"prompt": "a", "min_tokens": 17}, None, "min_tokens must be from 0 to max_tokens"),
-        ({"prompt": "a", "best_of": 3}, None, "best_of is not supported: leave it out, or equal to n, which is 1"),
+        (
+            {"prompt": "a", "best_of": 3},
+            None,
+            "best_of is not supported: leave it out, or equal to n, which is 1",
+        ),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, None, "stream=true"),
         ({"prompt": "a", "stream": "yes"}, "stream", "boolean"),
     ],
 )
-def test_a_bad_body_is_told_what_is_wrong(cluster: Cluster, body, param: str | None, message: str) -> None:
+def test_a_bad_body_is_told_what_is_wrong(
+    cluster: Cluster, body, param: str | None, message: str
+) -> None:
     """Status 400 in OpenAI's form, naming the parameter and what is allowed."""
     content = body if isinstance(body, str) else json.dumps(body)
-    answer = httpx.post(f"{cluster.url}/completions", content=content, headers={"Content-Type": "application/json"}, timeout=30)
+    answer = httpx.post(
+        f"{cluster.url}/completions",
+        content=content,
+        headers={"Content-Type": "application/json"},
+        timeout=30,
+    )
     assert 400 == answer.status_code, answer.text
     error = answer.json()["error"]
     assert ("invalid_request_error", param, 400) == (error["type"], error["param"], error["code"])
@@ -359,15 +551,29 @@ def test_a_bad_body_is_told_what_is_wrong(cluster: Cluster, body, param: str | N
 
 odd_text = st.text(st.characters() | st.just("\ud800"), max_size=6)
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 30) | st.sampled_from([2**31, 2**64, -(2**70), 1e308]) | st.floats() | odd_text,
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 30)
+    | st.sampled_from([2**31, 2**64, -(2**70), 1e308])
+    | st.floats()
+    | odd_text,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(odd_text, inner, max_size=3),
     max_leaves=6,
 )
 likely = {
-    "prompt": st.text(max_size=20) | st.lists(st.integers(0, 8191), max_size=5) | st.lists(st.text(max_size=5), max_size=3),
-    "messages": st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "system"]), "content": st.text(max_size=9)}), max_size=3),
+    "prompt": st.text(max_size=20)
+    | st.lists(st.integers(0, 8191), max_size=5)
+    | st.lists(st.text(max_size=5), max_size=3),
+    "messages": st.lists(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "system"]), "content": st.text(max_size=9)}
+        ),
+        max_size=3,
+    ),
     "tokens": st.lists(st.integers(0, 9000), max_size=5),
-    "logit_bias": st.dictionaries(st.integers(-1, 9000).map(str), st.integers(-101, 101), max_size=3),
+    "logit_bias": st.dictionaries(
+        st.integers(-1, 9000).map(str), st.integers(-101, 101), max_size=3
+    ),
     "logprobs": st.integers(0, 3) | st.booleans(),
     "top_logprobs": st.integers(0, 3),
     "stop": st.text(max_size=3) | st.lists(st.text(max_size=3), max_size=3),
@@ -381,7 +587,10 @@ likely = {
     "top_k": st.integers(-1, 9000),
     "seed": st.integers(-9, 9),
 }
-NAMES = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, *DetokenizeRequest.model_fields} - {"model", "max_tokens"})
+NAMES = sorted(
+    {*CompletionRequest.model_fields, *ChatRequest.model_fields, *DetokenizeRequest.model_fields}
+    - {"model", "max_tokens"}
+)
 
 
 @given(
@@ -393,12 +602,18 @@ NAMES = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, *Det
 def test_no_body_breaks_anything(talking: openai.OpenAI, path: str, body: dict, odd: dict) -> None:
     """Whatever is sent, the answer is one that OpenAI's clients know, and never a 500."""
     url = str(talking.base_url).removesuffix("/v1/") + path
-    kinds = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest, "/tokenize": TokenizeRequest}
+    kinds = {
+        "/v1/completions": CompletionRequest,
+        "/v1/chat/completions": ChatRequest,
+        "/tokenize": TokenizeRequest,
+    }
     known = kinds.get(path, DetokenizeRequest).model_fields
     given_ = {**body, **odd, **({"max_tokens": 3} if "max_tokens" in known else {})}
     for sent in (given_, {name: value for name, value in given_.items() if name in known}):
         content = json.dumps(sent)
-        answer = httpx.post(url, content=content, headers={"Content-Type": "application/json"}, timeout=60)
+        answer = httpx.post(
+            url, content=content, headers={"Content-Type": "application/json"}, timeout=60
+        )
         assert answer.status_code in (200, 400), (content, answer.text)
         if answer.status_code == 400:
             assert answer.json()["error"]["message"]
@@ -417,7 +632,10 @@ def test_health_and_metrics(cluster: Cluster) -> None:
     """Health names the workers; metrics count requests by route, never by what was asked for."""
     httpx.get(f"http://{cluster.gateway}/made/up")
     health = httpx.get(f"http://{cluster.gateway}/health")
-    assert (200, dict.fromkeys(cluster.workers.split(","), "healthy")) == (health.status_code, health.json()["workers"])
+    assert (200, dict.fromkeys(cluster.workers.split(","), "healthy")) == (
+        health.status_code,
+        health.json()["workers"],
+    )
     text = httpx.get(f"http://{cluster.gateway}/metrics").text
     assert "tolhouse_gateway_healthy_workers 2.0" in text
     assert 'tolhouse_gateway_requests_total{path="/health",status="200"}' in text
@@ -431,10 +649,18 @@ def test_requests_go_to_the_least_loaded_worker(cluster: Cluster) -> None:
     before = [w.describe_worker().rows for w in workers]
     body = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: httpx.post(f"{cluster.url}/completions", json=body, timeout=60).json(), range(8)))
+        answers = list(
+            pool.map(
+                lambda _: httpx.post(f"{cluster.url}/completions", json=body, timeout=60).json(),
+                range(8),
+            )
+        )
     assert 1 == len({a["choices"][0]["text"] for a in answers})
     asked = [
-        w.describe_worker().rows.from_cache + w.describe_worker().rows.from_remote - b.from_cache - b.from_remote
+        w.describe_worker().rows.from_cache
+        + w.describe_worker().rows.from_remote
+        - b.from_cache
+        - b.from_remote
         for w, b in zip(workers, before, strict=True)
     ]
     assert min(asked) > 0
@@ -486,8 +712,16 @@ def test_text_and_tokens_are_changed_into_each_other(cluster: Cluster, tokenizer
     """/tokenize gives ids, their number and the context; /detokenize gives the text back."""
     url = f"http://{cluster.gateway}"
     ids = tokenizer.encode(PROMPT).ids
-    told = httpx.post(f"{url}/tokenize", json={"model": "demo-memory", "prompt": PROMPT, "return_token_strs": True}).json()
-    assert (ids, len(ids), 512, PROMPT) == (told["tokens"], told["count"], told["max_model_len"], "".join(told["token_strs"]))
+    told = httpx.post(
+        f"{url}/tokenize",
+        json={"model": "demo-memory", "prompt": PROMPT, "return_token_strs": True},
+    ).json()
+    assert (ids, len(ids), 512, PROMPT) == (
+        told["tokens"],
+        told["count"],
+        told["max_model_len"],
+        "".join(told["token_strs"]),
+    )
     assert {"prompt": PROMPT} == httpx.post(f"{url}/detokenize", json={"tokens": ids}).json()
     assert 0 == httpx.post(f"{url}/tokenize", json={"prompt": ""}).json()["count"]
     info = httpx.get(f"{url}/tokenizer_info").json()
@@ -506,16 +740,32 @@ def test_text_and_tokens_are_changed_into_each_other(cluster: Cluster, tokenizer
 def test_an_echo_of_half_characters_is_whole(client: openai.OpenAI, tokenizer) -> None:
     """Tokens that are parts of characters have names of their own, and as many logprobs and offsets as all others."""
     ids = tokenizer.encode("世界").ids
-    told = complete(client, ids, echo=True, logprobs=1, max_tokens=1, extra_body={"ignore_eos": True}).choices[0].logprobs
-    assert {len(ids) + 1} == {len(told.tokens), len(told.token_logprobs), len(told.top_logprobs), len(told.text_offset)}
+    told = (
+        complete(client, ids, echo=True, logprobs=1, max_tokens=1, extra_body={"ignore_eos": True})
+        .choices[0]
+        .logprobs
+    )
+    assert {len(ids) + 1} == {
+        len(told.tokens),
+        len(told.token_logprobs),
+        len(told.top_logprobs),
+        len(told.text_offset),
+    }
     assert told.tokens[0].startswith("bytes:\\x")
-    assert all(token in top for token, top in zip(told.tokens[1:], told.top_logprobs[1:], strict=True))
+    assert all(
+        token in top for token, top in zip(told.tokens[1:], told.top_logprobs[1:], strict=True)
+    )
 
 
 def test_version_and_ping(cluster: Cluster) -> None:
     """The package's version; an empty answer while there is a healthy worker."""
-    assert {"version": tolhouse.__version__} == httpx.get(f"http://{cluster.gateway}/version").json()
-    assert [200, 200] == [httpx.get(f"http://{cluster.gateway}/ping").status_code, httpx.post(f"http://{cluster.gateway}/ping").status_code]
+    assert {"version": tolhouse.__version__} == httpx.get(
+        f"http://{cluster.gateway}/version"
+    ).json()
+    assert [200, 200] == [
+        httpx.get(f"http://{cluster.gateway}/ping").status_code,
+        httpx.post(f"http://{cluster.gateway}/ping").status_code,
+    ]
 
 
 def test_latencies_are_measured(cluster: Cluster) -> None:
@@ -524,16 +774,33 @@ def test_latencies_are_measured(cluster: Cluster) -> None:
     def counts() -> list[float]:
         lines = httpx.get(f"http://{cluster.gateway}/metrics").text.splitlines()
         names = ("time_to_first_token", "inter_token", "completion")
-        return [float(line.split()[1]) for name in names for line in lines if line.startswith(f"tolhouse_gateway_{name}_seconds_count")]
+        return [
+            float(line.split()[1])
+            for name in names
+            for line in lines
+            if line.startswith(f"tolhouse_gateway_{name}_seconds_count")
+        ]
 
     before = counts()
-    httpx.post(f"{cluster.url}/completions", json={"prompt": PROMPT, "max_tokens": 10, "ignore_eos": True, "n": 2})
+    httpx.post(
+        f"{cluster.url}/completions",
+        json={"prompt": PROMPT, "max_tokens": 10, "ignore_eos": True, "n": 2},
+    )
     assert [2, 18, 2] == [after - b for after, b in zip(counts(), before, strict=True)]
 
 
 def test_what_is_too_large_is_refused(cluster: Cluster) -> None:
     """A body beyond the limit is told so, announced or not; so is a text that can't fit the context."""
-    with process("gateway", str(DEMO), "--workers", cluster.workers, "--listen", "127.0.0.1:0", "--max-body-megabytes", "0.02") as gateway:
+    with process(
+        "gateway",
+        str(DEMO),
+        "--workers",
+        cluster.workers,
+        "--listen",
+        "127.0.0.1:0",
+        "--max-body-megabytes",
+        "0.02",
+    ) as gateway:
         url = f"http://{gateway.address}/v1/completions"
         body = json.dumps({"prompt": "a" * 30_000}).encode()
         headers = {"Content-Type": "application/json"}
@@ -544,7 +811,12 @@ def test_what_is_too_large_is_refused(cluster: Cluster) -> None:
     answer = httpx.post(f"{cluster.url}/completions", json={"prompt": "a" * 900_000})
     assert 400 == answer.status_code
     assert "context of 512 tokens" in answer.json()["error"]["message"]
-    assert 400 == httpx.post(f"{cluster.url}/completions", json={"prompt": PROMPT, "user": "a" * 513}).status_code
+    assert (
+        400
+        == httpx.post(
+            f"{cluster.url}/completions", json={"prompt": PROMPT, "user": "a" * 513}
+        ).status_code
+    )
 
 
 def test_full_queues_are_told(tmp_path: Path) -> None:
@@ -552,9 +824,16 @@ def test_full_queues_are_told(tmp_path: Path) -> None:
     url = f"file://{tmp_path}"
     build_table(DEMO, url)
     body = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0, "ignore_eos": True}
-    with local_cluster(DEMO, url, worker_options=("--max-running", "1", "--max-waiting", "1")) as cluster:
+    with local_cluster(
+        DEMO, url, worker_options=("--max-running", "1", "--max-waiting", "1")
+    ) as cluster:
         with ThreadPoolExecutor(12) as pool:
-            answers = list(pool.map(lambda _: httpx.post(f"{cluster.url}/completions", json=body, timeout=60), range(12)))
+            answers = list(
+                pool.map(
+                    lambda _: httpx.post(f"{cluster.url}/completions", json=body, timeout=60),
+                    range(12),
+                )
+            )
     full = [a for a in answers if a.status_code == 429]
     assert {200, 429} == {a.status_code for a in answers}
     assert {"1"} == {a.headers["retry-after"] for a in full}
@@ -567,7 +846,12 @@ def test_a_full_worker_is_not_asked(tmp_path: Path) -> None:
     build_table(DEMO, url)
     short = {"prompt": PROMPT, "max_tokens": 1}
     long = {"prompt": PROMPT, "max_tokens": 450, "ignore_eos": True, "stream": True}
-    with local_cluster(DEMO, url, worker_options=("--max-running", "1", "--max-waiting", "1")) as cluster, ExitStack() as stack:
+    with (
+        local_cluster(
+            DEMO, url, worker_options=("--max-running", "1", "--max-waiting", "1")
+        ) as cluster,
+        ExitStack() as stack,
+    ):
 
         def taken() -> int:
             described = client.describe_worker()
@@ -577,7 +861,11 @@ def test_a_full_worker_is_not_asked(tmp_path: Path) -> None:
         deadline = time.monotonic() + 30
         with ExitStack() as streams, ThreadPoolExecutor(2) as pool:
             for count in (1, 2):
-                pool.submit(lambda: streams.enter_context(httpx.stream("POST", f"{cluster.url}/completions", json=long, timeout=60)))
+                pool.submit(
+                    lambda: streams.enter_context(
+                        httpx.stream("POST", f"{cluster.url}/completions", json=long, timeout=60)
+                    )
+                )
                 while taken() < count:
                     assert time.monotonic() < deadline
             refused = httpx.post(f"{cluster.url}/completions", json=short)
@@ -590,7 +878,13 @@ def test_a_full_worker_is_not_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_caller_that_goes_away_ends_the_work(cluster: Cluster, stream: bool) -> None:
     """Closing the connection cancels the sequence in the worker."""
-    body = {"prompt": PROMPT, "max_tokens": 450, "temperature": 0, "ignore_eos": True, "stream": stream}
+    body = {
+        "prompt": PROMPT,
+        "max_tokens": 450,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": stream,
+    }
     if stream:
         with httpx.stream("POST", f"{cluster.url}/completions", json=body, timeout=60) as answer:
             next(answer.iter_lines())
@@ -648,15 +942,24 @@ def test_a_worker_may_hang(tmp_path: Path) -> None:
         endless = {**body, "max_tokens": 500, "ignore_eos": True, "stream": True}
 
         def stream() -> list[str]:
-            with httpx.stream("POST", f"{cluster.url}/completions", json=endless, timeout=60) as answer:
+            with httpx.stream(
+                "POST", f"{cluster.url}/completions", json=endless, timeout=60
+            ) as answer:
                 return list(answer.iter_lines())
 
         streams = [pool.submit(stream) for _ in range(2)]  # one on each worker
         time.sleep(0.3)
         os.kill(first.pid, signal.SIGSTOP)
-        answers = [answer.result() for answer in [pool.submit(post) for _ in range(4)]]  # two of them on the one that is stopped
-        assert [(200, expected)] * 4 == [(answer.status_code, answer.json()["choices"][0]["text"]) for answer in answers]
-        ends = sorted("error" if any('"error"' in line for line in one.result()) else one.result()[-2] for one in streams)
+        answers = [
+            answer.result() for answer in [pool.submit(post) for _ in range(4)]
+        ]  # two of them on the one that is stopped
+        assert [(200, expected)] * 4 == [
+            (answer.status_code, answer.json()["choices"][0]["text"]) for answer in answers
+        ]
+        ends = sorted(
+            "error" if any('"error"' in line for line in one.result()) else one.result()[-2]
+            for one in streams
+        )
         assert ["data: [DONE]", "error"] == ends
         counted = httpx.get(f"http://{cluster.gateway}/metrics").text  # its status line said 200
         assert re.search(r'path="/v1/completions",status="50[34]"} 1', counted), counted
@@ -667,13 +970,24 @@ def test_a_worker_that_ends_finishes_what_it_began(tmp_path: Path) -> None:
     """While a worker drains after SIGTERM its streams go on to their end, and new requests go to the other."""
     url = f"file://{tmp_path}"
     build_table(DEMO, url)
-    body = {"prompt": PROMPT, "max_tokens": 480, "temperature": 0, "ignore_eos": True, "stream": True}
+    body = {
+        "prompt": PROMPT,
+        "max_tokens": 480,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
     patient = ("--drain-seconds", "90")  # on a slow machine too
-    with local_cluster(DEMO, url, workers=2, worker_options=patient) as cluster, ThreadPoolExecutor(8) as pool:
+    with (
+        local_cluster(DEMO, url, workers=2, worker_options=patient) as cluster,
+        ThreadPoolExecutor(8) as pool,
+    ):
         first = next(p for p in cluster.processes if p.ready["service"] == "worker")
 
         def stream() -> list[str]:
-            with httpx.stream("POST", f"{cluster.url}/completions", json=body, timeout=100) as answer:
+            with httpx.stream(
+                "POST", f"{cluster.url}/completions", json=body, timeout=100
+            ) as answer:
                 return [line for line in answer.iter_lines() if line]
 
         streams = [pool.submit(stream) for _ in range(8)]
@@ -687,13 +1001,25 @@ def test_a_worker_that_ends_finishes_what_it_began(tmp_path: Path) -> None:
 
 def test_a_worker_of_another_tokenizer_gets_no_requests(cluster: Cluster, checkpoint: Path) -> None:
     """A gateway whose tokenizer is not the worker's says so instead of sending it wrong ids."""
-    with process("gateway", str(checkpoint), "--workers", cluster.workers, "--listen", "127.0.0.1:0", "--poll-seconds", "0.1") as gateway:
+    with process(
+        "gateway",
+        str(checkpoint),
+        "--workers",
+        cluster.workers,
+        "--listen",
+        "127.0.0.1:0",
+        "--poll-seconds",
+        "0.1",
+    ) as gateway:
         for _ in range(100):
             answer = httpx.post(f"http://{gateway.address}/v1/completions", json={"prompt": "a"})
             if answer.status_code == 409:
                 break
             time.sleep(0.05)
-        assert (409, "start it with the worker's checkpoint") == (answer.status_code, answer.json()["error"]["message"][-37:])
+        assert (409, "start it with the worker's checkpoint") == (
+            answer.status_code,
+            answer.json()["error"]["message"][-37:],
+        )
 
 
 def test_what_can_not_start_says_why(cluster: Cluster, tmp_path: Path) -> None:
@@ -715,14 +1041,27 @@ def test_what_can_not_start_says_why(cluster: Cluster, tmp_path: Path) -> None:
 def test_a_gateway_ends_with_0(cluster: Cluster) -> None:
     """SIGTERM drains: a stream that runs is finished first."""
     with process(
-        "gateway", str(DEMO), "--workers", cluster.workers, "--listen", f"127.0.0.1:{free_port()}", "--poll-seconds", "0.1"
+        "gateway",
+        str(DEMO),
+        "--workers",
+        cluster.workers,
+        "--listen",
+        f"127.0.0.1:{free_port()}",
+        "--poll-seconds",
+        "0.1",
     ) as gateway:
         url = f"http://{gateway.address}"
         for _ in range(100):
             if httpx.get(f"{url}/health").status_code == 200:
                 break
             time.sleep(0.05)
-        body = {"prompt": PROMPT, "max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream": True}
+        body = {
+            "prompt": PROMPT,
+            "max_tokens": 200,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -740,7 +1079,9 @@ def test_an_error_may_quote_anything() -> None:
 def test_limits_mean_the_same_at_both_ends(client: openai.OpenAI) -> None:
     """What the gateway takes at its bounds the worker takes too, though on the wire it has 32 bits."""
     for options in ({"repetition_penalty": 0.01}, {"row_scale": -16}, {"layer_scales": [16] * 6}):
-        client.completions.create(model="demo-memory", prompt=PROMPT, max_tokens=1, extra_body=options)
+        client.completions.create(
+            model="demo-memory", prompt=PROMPT, max_tokens=1, extra_body=options
+        )
     client.completions.create(model="demo-memory", prompt=PROMPT, max_tokens=1, top_p=1e-300)
 
 
@@ -748,7 +1089,10 @@ def test_long_texts_hold_nobody_up(cluster: Cluster) -> None:
     """Others are answered while texts as long as bodies may be are tokenised."""
     body = {"prompt": "\u00e9 " * 200_000, "return_token_strs": True}
     with ThreadPoolExecutor(6) as pool:
-        long = [pool.submit(httpx.post, f"http://{cluster.gateway}/tokenize", json=body, timeout=120) for _ in range(6)]
+        long = [
+            pool.submit(httpx.post, f"http://{cluster.gateway}/tokenize", json=body, timeout=120)
+            for _ in range(6)
+        ]
         before = 0
         while not all(one.done() for one in long):
             assert 200 == httpx.get(f"http://{cluster.gateway}/version", timeout=60).status_code
@@ -777,7 +1121,11 @@ def test_text_arrives_whole_whatever_the_pieces(text: str, sizes: list[int]) -> 
     assert expected == "".join(pieces) + stream.finish()
 
 
-@given(st.text("ab", min_size=1, max_size=40), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3), st.data())
+@given(
+    st.text("ab", min_size=1, max_size=40),
+    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.data(),
+)
 def test_stop_strings_cut_as_a_naive_search_would(text: str, stops: list[str], data) -> None:
     """However tokens arrive, the text ends at the stop string that is complete first; what was given before is part of it."""
     tokenizer = load_tokenizer(DEMO / "tokenizer.json")
@@ -803,7 +1151,10 @@ def test_bytes_that_never_become_a_character_are_shown_at_the_end() -> None:
     assert tokenizer.decode(ids) == stream.finish()
 
 
-@given(st.text("ab", max_size=40), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
+@given(
+    st.text("ab", max_size=40),
+    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+)
 @settings(max_examples=200, deadline=None)
 def test_a_stop_string_is_found_wherever_it_begins(text: str, stops: list[str]) -> None:
     """The text ends before the first stop string to appear, however it is cut into tokens."""
@@ -816,5 +1167,7 @@ def test_a_stop_string_is_found_wherever_it_begins(text: str, stops: list[str]) 
     shown += stream.finish()
     # the first to be complete wins; of those complete at once, the one that begins first
     ends = [end for end in range(1, len(text) + 1) if any(text[:end].endswith(s) for s in stops)]
-    expected = min(text[: ends[0]].index(s) for s in stops if s in text[: ends[0]]) if ends else len(text)
+    expected = (
+        min(text[: ends[0]].index(s) for s in stops if s in text[: ends[0]]) if ends else len(text)
+    )
     assert text[:expected] == shown

@@ -15,20 +15,21 @@ SOURCES = ROOT / "services" / "tolhouse"
 
 # from the ground up: a part imports its own floor's neighbours only where `BESIDE` says so, and those below
 FLOORS = (
-    {"v1", "errors", "telemetry", "outlier"},
-    {"watched"},
-    {"tls", "certs"},
-    {"access", "tracing"},
-    {"table", "model", "rpc", "config", "scrape"},
-    {"wire"},
-    {"store", "client", "train"},
+    {"v1", "errors", "logs"},
+    {"files", "sampling"},
+    {"certs"},
+    {"net", "table", "tracing"},
+    {"config", "model"},
+    {"store", "train"},
+    {"client"},
     {"analysis"},
-    {"lookup", "build", "worker", "gateway"},
+    {"lookup", "build", "engine"},
+    {"worker", "gateway"},
     {"testing"},
     {"demo"},
     {"cli"},
 )
-BESIDE = {("telemetry", "errors")}
+BESIDE = {("logs", "errors"), ("tracing", "net"), ("net", "table"), ("table", "net")}
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 
 
@@ -37,7 +38,11 @@ def part_of(path: Path) -> str:
 
 
 def modules() -> list[Path]:
-    return [p for p in sorted(SOURCES.rglob("*.py")) if "v1" not in p.relative_to(SOURCES).parts and p != SOURCES / "__init__.py"]
+    return [
+        p
+        for p in sorted(SOURCES.rglob("*.py"))
+        if "v1" not in p.relative_to(SOURCES).parts and p != SOURCES / "__init__.py"
+    ]
 
 
 def imports(path: Path) -> set[str]:
@@ -48,7 +53,11 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "tolhouse" else {str(node.module)}
+            found |= (
+                {f"{node.module}.{alias.name}" for alias in node.names}
+                if node.module == "tolhouse"
+                else {str(node.module)}
+            )
     return found
 
 
@@ -66,7 +75,11 @@ def test_every_part_has_a_floor() -> None:
 def test_nothing_imports_upwards_or_sideways(path: Path) -> None:
     """A part imports only parts of lower floors; the four services never import each other."""
     mine = part_of(path)
-    wrong = {other for other in imported_parts(path) if FLOOR_OF[other] >= FLOOR_OF[mine] and (mine, other) not in BESIDE}
+    wrong = {
+        other
+        for other in imported_parts(path)
+        if FLOOR_OF[other] >= FLOOR_OF[mine] and (mine, other) not in BESIDE
+    }
     assert set() == wrong
 
 
@@ -83,13 +96,21 @@ def test_nothing_imports_upwards_or_sideways(path: Path) -> None:
 )
 def test_only_its_place_imports_a_package(package: str, allowed: set[str]) -> None:
     """Redis is met in one file, Ray in the build job, HTTP and templates in the gateway, pickle nowhere."""
-    importers = {p.relative_to(SOURCES).as_posix() for p in modules() if any(n.split(".")[0] == package for n in imports(p))}
+    importers = {
+        p.relative_to(SOURCES).as_posix()
+        for p in modules()
+        if any(n.split(".")[0] == package for n in imports(p))
+    }
     assert allowed == importers
 
 
 def test_only_config_reads_the_environment() -> None:
     """No other file mentions os.environ or getenv."""
-    readers = {p.relative_to(SOURCES).as_posix() for p in modules() if re.search(r"environ\b|getenv", p.read_text())}
+    readers = {
+        p.relative_to(SOURCES).as_posix()
+        for p in modules()
+        if re.search(r"environ\b|getenv", p.read_text())
+    }
     assert {"config.py"} == readers
 
 
@@ -98,7 +119,7 @@ def test_only_config_reads_the_environment() -> None:
     [
         ("tolhouse", ("torch", "ray", "redis", "fastapi", "tokenizers", "safetensors")),
         ("tolhouse.cli", ("torch", "ray", "redis", "fastapi", "tokenizers")),
-        ("tolhouse.table.spec", ("torch", "ray", "redis")),
+        ("tolhouse.table.manifest", ("torch", "ray", "redis")),
         ("tolhouse.lookup.service", ("torch", "ray", "fastapi", "tokenizers")),
         ("tolhouse.worker.service", ("ray", "redis", "fastapi")),
         ("tolhouse.gateway.app", ("torch", "ray", "redis")),
@@ -108,14 +129,22 @@ def test_only_config_reads_the_environment() -> None:
 def test_a_part_brings_only_what_it_needs(module: str, absent: tuple[str, ...]) -> None:
     """Imported in a clean process, a part leaves the others' libraries alone."""
     code = f"import sys, {module}; print(*[name for name in {absent!r} if name in sys.modules])"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert "" == answer.stdout.strip()
 
 
 def test_the_public_names_are_the_client_and_the_errors() -> None:
-    """`tolhouse` exports Client, its Access, Manifest and the whole error tree, and nothing by accident."""
-    tree = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.TolhouseError)}
-    assert {"Access", "Client", "Manifest", "__version__"} | tree == set(tolhouse.__all__)
+    """`tolhouse` exports Client, its ClientCredentials, Manifest and the whole error tree, and nothing by accident."""
+    tree = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.TolhouseError)
+    }
+    assert {"ClientCredentials", "Client", "Manifest", "__version__"} | tree == set(
+        tolhouse.__all__
+    )
     assert all(hasattr(tolhouse, name) for name in tolhouse.__all__)
 
 
@@ -123,7 +152,17 @@ def test_the_generated_code_is_that_of_the_protos(tmp_path: Path) -> None:
     """services/tolhouse/v1 is what `make protos` would write now."""
     protos = sorted((ROOT / "protos" / "tolhouse" / "v1").glob("*.proto"))
     out = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
-    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'protos'}", *out, *map(str, protos)], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "grpc_tools.protoc",
+            f"-I{ROOT / 'protos'}",
+            *out,
+            *map(str, protos),
+        ],
+        check=True,
+    )
     fresh = {p.name: p.read_text() for p in (tmp_path / "tolhouse" / "v1").iterdir()}
     committed = {p.name: p.read_text() for p in (SOURCES / "v1").glob("*_pb2*") if p.is_file()}
     assert fresh == committed

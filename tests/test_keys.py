@@ -19,9 +19,9 @@ from click.testing import CliRunner
 from tolhouse import Client
 from tolhouse.cli import main
 from tolhouse.errors import InUse, InvalidArgument, NotFound
+from tolhouse.files import ReloadingFiles
 from tolhouse.gateway.keys import Key, Meter, add_key, read_keys, remove_key
 from tolhouse.testing import Cluster, build_table, local_cluster
-from tolhouse.watched import Watched
 
 BODY = {"prompt": "def add", "max_tokens": 2}
 
@@ -37,7 +37,9 @@ def first(keys: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def cluster(checkpoint: Path, keys: Path, first: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(
+    checkpoint: Path, keys: Path, first: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
     url = f"file://{tmp_path_factory.mktemp('tables')}"
     build_table(checkpoint, url)
     with local_cluster(checkpoint, url, gateway_options=("--keys-file", str(keys))) as running:
@@ -47,7 +49,11 @@ def cluster(checkpoint: Path, keys: Path, first: str, tmp_path_factory: pytest.T
 def ask(cluster: Cluster, key: str | None, path: str = "/v1/completions", **more) -> httpx.Response:
     headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
     return httpx.request(
-        "POST" if path.startswith("/v1/c") else "GET", f"http://{cluster.gateway}{path}", headers=headers, timeout=60, **more
+        "POST" if path.startswith("/v1/c") else "GET",
+        f"http://{cluster.gateway}{path}",
+        headers=headers,
+        timeout=60,
+        **more,
     )
 
 
@@ -69,26 +75,41 @@ def test_requests_need_a_key(cluster: Cluster, first: str) -> None:
             answer = ask(cluster, key, path)
             assert (401, "Bearer") == (answer.status_code, answer.headers["WWW-Authenticate"]), path
             assert "authentication_error" == answer.json()["error"]["type"]
-    assert 401 == httpx.post(f"http://{cluster.gateway}/v1/models", headers={"Authorization": f"Basic {first}"}).status_code
+    assert (
+        401
+        == httpx.post(
+            f"http://{cluster.gateway}/v1/models", headers={"Authorization": f"Basic {first}"}
+        ).status_code
+    )
     assert "tolhouse_gateway" in ask(cluster, first, "/metrics").text
 
 
 def test_health_is_open_and_tells_strangers_little(cluster: Cluster, first: str) -> None:
     """Probes have no key; which workers there are is told with one."""
     assert {"status": "ok"} == ask(cluster, None, "/health").json()
-    assert {"status": "ok", "workers": {cluster.workers: "healthy"}} == ask(cluster, first, "/health").json()
+    assert {"status": "ok", "workers": {cluster.workers: "healthy"}} == ask(
+        cluster, first, "/health"
+    ).json()
     assert [200, 200] == [ask(cluster, None, path).status_code for path in ("/ping", "/version")]
 
 
 def test_the_stock_client_carries_a_key(cluster: Cluster, first: str) -> None:
     """And knows the error."""
     with openai.OpenAI(base_url=cluster.url, api_key=first, max_retries=0) as client:
-        assert "length" == client.completions.create(model="tiny-memory", **BODY).choices[0].finish_reason
-    with openai.OpenAI(base_url=cluster.url, api_key="wrong", max_retries=0) as client, pytest.raises(openai.AuthenticationError):
+        assert (
+            "length"
+            == client.completions.create(model="tiny-memory", **BODY).choices[0].finish_reason
+        )
+    with (
+        openai.OpenAI(base_url=cluster.url, api_key="wrong", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
         client.models.list()
 
 
-def test_a_key_is_made_changed_and_removed_while_the_gateway_serves(cluster: Cluster, keys: Path, first: str) -> None:
+def test_a_key_is_made_changed_and_removed_while_the_gateway_serves(
+    cluster: Cluster, keys: Path, first: str
+) -> None:
     """The next request sees it; a file that is broken meanwhile changes nothing."""
     second = add_key(keys, "second", 600, 4)
     assert [200, 200] == [ask(cluster, key, json=BODY).status_code for key in (first, second)]
@@ -128,13 +149,19 @@ def test_a_key_s_requests_in_flight_are_limited(cluster: Cluster, keys: Path) ->
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"
     with ExitStack() as stack:
-        held = [stack.enter_context(socket.create_connection((host, int(port)), timeout=30)) for _ in range(2)]
+        held = [
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            for _ in range(2)
+        ]
         for one in held:
             one.sendall(head.encode())  # and no body yet
         while (answer := ask(cluster, key, json=BODY)).status_code == 200:
             pass  # the two are not both heard yet
         assert (429, "1") == (answer.status_code, answer.headers["Retry-After"])
-        assert "2 requests with this key are in flight; allowed are 2" == answer.json()["error"]["message"]
+        assert (
+            "2 requests with this key are in flight; allowed are 2"
+            == answer.json()["error"]["message"]
+        )
         held[0].sendall(body.encode())
         assert held[0].recv(100).startswith(b"HTTP/1.1 200")
         held[1].close()  # gone without a body
@@ -158,7 +185,12 @@ def test_a_key_s_sequences_take_turns(cluster: Cluster, keys: Path) -> None:
 
     watching = threading.Thread(target=watch)
     watching.start()
-    body = {"prompt": ["def add", "class", "import", "x", "y"], "n": 2, "max_tokens": 30, "ignore_eos": True}
+    body = {
+        "prompt": ["def add", "class", "import", "x", "y"],
+        "n": 2,
+        "max_tokens": 30,
+        "ignore_eos": True,
+    }
     whole = ask(cluster, key, json=body)
     done.set()
     watching.join()
@@ -182,7 +214,7 @@ def test_an_owner_keeps_its_file_and_a_file_that_can_be_read_again_is(tmp_path: 
             raise PermissionError("not mine")
         return [*read_keys(str(path))]
 
-    watched = Watched((str(path),), read)
+    watched = ReloadingFiles((str(path),), read)
     readable = False
     remove_key(path, "one")
     assert ["one", "two"] == watched.get()
@@ -214,11 +246,18 @@ def test_the_file_holds_hashes_alone(tmp_path: Path) -> None:
     made = run.invoke(main, ["keys", "add", str(path), "alice", "--requests-per-minute", "30"])
     key = made.output.strip()
     assert key not in path.read_text()
-    assert {"alice": {"sha256": hashlib.sha256(key.encode()).hexdigest(), "requests_per_minute": 30, "concurrent": 16}} == json.loads(
-        path.read_text()
-    )
+    assert {
+        "alice": {
+            "sha256": hashlib.sha256(key.encode()).hexdigest(),
+            "requests_per_minute": 30,
+            "concurrent": 16,
+        }
+    } == json.loads(path.read_text())
     assert 0o600 == path.stat().st_mode & 0o777
-    assert "alice  30 requests a minute, 16 at once\n" == run.invoke(main, ["keys", "list", str(path)]).output
+    assert (
+        "alice  30 requests a minute, 16 at once\n"
+        == run.invoke(main, ["keys", "list", str(path)]).output
+    )
     assert "" == run.invoke(main, ["keys", "remove", str(path), "alice"]).output
     assert {} == read_keys(str(path))
     with pytest.raises(NotFound, match="no key for 'alice'"):
@@ -229,17 +268,32 @@ def test_the_file_holds_hashes_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"a": {}}', '{"a": {"sha256": "x"}}', '{"a b": {"sha256": "' + "0" * 64 + '"}}',
-             '{"a": {"sha256": "' + "0" * 64 + '", "concurrent": 0}}', '{"a": {"sha256": "' + "0" * 64 + '", "admin": true}}'])  # fmt: skip
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"a": {}}',
+        '{"a": {"sha256": "x"}}',
+        '{"a b": {"sha256": "' + "0" * 64 + '"}}',
+        '{"a": {"sha256": "' + "0" * 64 + '", "concurrent": 0}}',
+        '{"a": {"sha256": "' + "0" * 64 + '", "admin": true}}',
+    ],
+)
 def test_a_malformed_file_is_told(text: str, tmp_path: Path) -> None:
     """Where, and by what it is written."""
     path = tmp_path / "keys.json"
     path.write_text(text)
-    with pytest.raises(InvalidArgument, match=r"keys\.json is malformed at .*`tolhouse keys` writes it"):
+    with pytest.raises(
+        InvalidArgument, match=r"keys\.json is malformed at .*`tolhouse keys` writes it"
+    ):
         read_keys(str(path))
 
 
-@pytest.mark.parametrize("arguments", [("a/b",), ("x", "--requests-per-minute", "nan"), ("x", "--requests-per-minute", "inf")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("a/b",), ("x", "--requests-per-minute", "nan"), ("x", "--requests-per-minute", "inf")],
+)
 def test_what_can_be_no_key_is_told(arguments: tuple[str, ...], tmp_path: Path) -> None:
     """In a line, and no file is written."""
     path = tmp_path / "keys.json"

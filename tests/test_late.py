@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 from tolhouse import Client
+from tolhouse.engine.attention import PagedKVCache
+from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
+from tolhouse.engine.cpu.packed import load
+from tolhouse.engine.cuda_graphs import GraphRunner
+from tolhouse.engine.engine import Engine
+from tolhouse.engine.row_providers import NoRows, Rows
+from tolhouse.engine.runner import Runner
+from tolhouse.engine.sequence import Output, Sequence
 from tolhouse.errors import Unavailable
 from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.sampling import SamplingParams
 from tolhouse.testing import Process, build_table, process, tiny_model
-from tolhouse.worker.attention import Pages
-from tolhouse.worker.engine import Engine
-from tolhouse.worker.graphs import GraphRunner
-from tolhouse.worker.kv_cache import BLOCK_TOKENS, KVCache
-from tolhouse.worker.packed import load
-from tolhouse.worker.rows import NoRows, Rows
-from tolhouse.worker.runner import Runner
-from tolhouse.worker.sampling import Sampling
-from tolhouse.worker.sequence import Output, Sequence
 
 CPU = torch.device("cpu")
 SLOTS = 24  # of the row cache
@@ -42,9 +42,11 @@ def rows(lookup: Process) -> Iterator[Rows]:
         rows.close()
 
 
-def engine_of(checkpoint: Path, rows: Rows | NoRows, max_step_tokens: int = 64, runner: type[Runner] = Runner) -> Engine:
-    found, cache = open_checkpoint(checkpoint), KVCache(4096 // BLOCK_TOKENS)
-    pages = Pages(found.config, cache.num_blocks + 1, CPU, torch.float32)
+def engine_of(
+    checkpoint: Path, rows: Rows | NoRows, max_step_tokens: int = 64, runner: type[Runner] = Runner
+) -> Engine:
+    found, cache = open_checkpoint(checkpoint), BlockManager(4096 // BLOCK_TOKENS)
+    pages = PagedKVCache(found.config, cache.num_blocks + 1, CPU, torch.float32)
     model = load(found, CPU, torch.float32, not (rows.manifest and rows.manifest.x0))
     return Engine(runner(model, pages, rows), rows, cache, 8, 100, max_step_tokens)
 
@@ -54,10 +56,12 @@ def answers(engine: Engine, prompts: list[list[int]], tokens: int = 40) -> list[
     found: list[list] = [[] for _ in prompts]
 
     def take(mine: list) -> None:
-        return lambda output: mine.extend(output.tokens) if not output.error else mine.append(output.error)
+        return lambda output: (
+            mine.extend(output.tokens) if not output.error else mine.append(output.error)
+        )
 
     for number, (prompt, mine) in enumerate(zip(prompts, found, strict=True)):
-        sampling = Sampling(tokens, temperature=1.0, seed=number)
+        sampling = SamplingParams(tokens, temperature=1.0, seed=number)
         engine.add(Sequence(len(prompt), list(prompt), sampling, take(mine)))
     engine.read_mail()
     with torch.inference_mode():
@@ -78,7 +82,9 @@ def test_who_sits_out_gets_the_same_tokens(checkpoint: Path, rows: Rows) -> None
     assert engine.sat_out > 10
 
 
-def test_a_service_that_is_lost_ends_who_sits_out(checkpoint: Path, rows: Rows, lookup: Process) -> None:
+def test_a_service_that_is_lost_ends_who_sits_out(
+    checkpoint: Path, rows: Rows, lookup: Process
+) -> None:
     """The fetch beside a step fails, and the sequence is told by the next; those whose rows are cached go on to their end."""
     engine = engine_of(checkpoint, rows)
     rows.trip_seconds = 1e9
@@ -88,11 +94,11 @@ def test_a_service_that_is_lost_ends_who_sits_out(checkpoint: Path, rows: Rows, 
     lookup.popen.wait()
     ended: list[Output] = []
     allowed = {int(i): 100.0 for i in cached}
-    engine.add(Sequence(2, [1, 2], Sampling(30, logit_bias=allowed), ended.append))
+    engine.add(Sequence(2, [1, 2], SamplingParams(30, logit_bias=allowed), ended.append))
     engine.read_mail()
     with torch.inference_mode():
         engine.step()
-        lost = Sequence(1, [3], Sampling(30, logit_bias={200: 100.0}), ended.append)
+        lost = Sequence(1, [3], SamplingParams(30, logit_bias={200: 100.0}), ended.append)
         engine.add(lost)
         engine.read_mail()
         while engine.scheduler.running:
@@ -103,14 +109,16 @@ def test_a_service_that_is_lost_ends_who_sits_out(checkpoint: Path, rows: Rows, 
     assert engine.sat_out > 0
 
 
-def test_rows_of_a_prompt_s_next_piece_come_while_the_last_is_computed(checkpoint: Path, rows: Rows) -> None:
+def test_rows_of_a_prompt_s_next_piece_come_while_the_last_is_computed(
+    checkpoint: Path, rows: Rows
+) -> None:
     """All but the first piece's are on their way before they are asked for."""
     engine = engine_of(checkpoint, rows, max_step_tokens=8)
     prompt = list(range(100, 132))
     asked: list[list[int]] = []
     prefetch = rows.prefetch
     rows.prefetch = lambda ids: (asked.append(ids.tolist()), prefetch(ids))
-    engine.add(Sequence(len(prompt), list(prompt), Sampling(1), lambda _: None))
+    engine.add(Sequence(len(prompt), list(prompt), SamplingParams(1), lambda _: None))
     engine.read_mail()
     with torch.inference_mode():
         for _ in range(4):
@@ -125,7 +133,10 @@ def test_steps_in_recorded_sizes_give_the_same_tokens(embedding: str, tmp_path: 
     """What a GPU replays as graphs, run here as it is: padded to sizes, begun before its rows are there where the worker has X0 itself."""
     path = tiny_model(tmp_path / "m")
     build_table(path, f"file://{tmp_path}", embedding=embedding)
-    with process("lookup", "--store", f"file://{tmp_path}", "--listen", "127.0.0.1:0") as lookup, Client(lookup.address) as client:
+    with (
+        process("lookup", "--store", f"file://{tmp_path}", "--listen", "127.0.0.1:0") as lookup,
+        Client(lookup.address) as client,
+    ):
         (manifest, _), *_ = client.tables()
         found = []
         for runner in (Runner, GraphRunner):
@@ -144,7 +155,9 @@ def test_a_base_model_runs_in_recorded_sizes_too(tmp_path: Path) -> None:
     prompts = [[7 * n + 1, 5, 3] for n in range(3)]
     found = []
     for runner in (Runner, GraphRunner):
-        engine = engine_of(path, NoRows(open_checkpoint(path).config.hidden_size, CPU), runner=runner)
+        engine = engine_of(
+            path, NoRows(open_checkpoint(path).config.hidden_size, CPU), runner=runner
+        )
         found.append(answers(engine, prompts))
     assert found[0] == found[1]
     replayed = []

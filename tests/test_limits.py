@@ -15,13 +15,14 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from tolhouse import Client, scrape
+from tolhouse import Client
 from tolhouse.errors import InvalidArgument, Overloaded
 from tolhouse.gateway.server import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
 from tolhouse.lookup import service
-from tolhouse.lookup.hotrows import HotRows
+from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.lookup.service import MAX_IDS_PER_FETCH
-from tolhouse.rpc import MAX_CONNECTIONS, MAX_REQUEST_BYTES, MAX_STREAMS
+from tolhouse.net import metrics as scrape
+from tolhouse.net.server import MAX_CONNECTIONS, MAX_REQUEST_BYTES, MAX_STREAMS
 from tolhouse.store import open_store, tables
 from tolhouse.testing import Cluster, build_table, local_cluster, process
 from tolhouse.v1 import lookup_pb2
@@ -44,7 +45,16 @@ def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def cluster(checkpoint: Path, store: str) -> Iterator[Cluster]:
     """A gateway that has little patience."""
-    options = ("--header-timeout-seconds", "2", "--body-timeout-seconds", "2", "--max-connections", "40", "--max-body-megabytes", "0.5")
+    options = (
+        "--header-timeout-seconds",
+        "2",
+        "--body-timeout-seconds",
+        "2",
+        "--max-connections",
+        "40",
+        "--max-body-megabytes",
+        "0.5",
+    )
     with local_cluster(checkpoint, store, gateway_options=options) as running:
         yield running
 
@@ -113,14 +123,19 @@ def test_a_silent_connection_is_closed(cluster: Cluster) -> None:
 def test_a_body_that_dribbles_in_is_given_up(cluster: Cluster) -> None:
     """Announced or chunked, and on a path that takes none."""
     with ExitStack() as stack:
-        for header in (POST + b"Content-Length: 1000\r\n\r\n", POST + b"Transfer-Encoding: chunked\r\n\r\n"):
+        for header in (
+            POST + b"Content-Length: 1000\r\n\r\n",
+            POST + b"Transfer-Encoding: chunked\r\n\r\n",
+        ):
             slow = stack.enter_context(connect(cluster.gateway))
             slow.sendall(header)
             dribble(slow, b'{"prompt"' if b"Length" in header else b'5\r\n{"pro')
             assert (408, "the body did not arrive within 2 s") == answered(slow)
         slow = stack.enter_context(connect(cluster.gateway))
         slow.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
-        for _ in range(30):  # after the answer came, what is left of the body may take no longer than a header
+        for _ in range(
+            30
+        ):  # after the answer came, what is left of the body may take no longer than a header
             time.sleep(0.3)
             with suppress(ConnectionError):
                 slow.sendall(b"x")
@@ -151,13 +166,24 @@ def test_a_half_open_tls_handshake_is_given_up(checkpoint: Path, pki: Path, stor
     trusting = ssl.create_default_context(cafile=f"{pki}/ca.pem")
     with (
         process("lookup", "--store", store, *LOCAL, *tls) as lookup,
-        process("gateway", str(checkpoint), *LOCAL, *tls, "--header-timeout-seconds", "2") as gateway,
+        process(
+            "gateway", str(checkpoint), *LOCAL, *tls, "--header-timeout-seconds", "2"
+        ) as gateway,
         ExitStack() as stack,
     ):
-        half = [stack.enter_context(connect(a)) for a in (gateway.address, lookup.address, lookup.ready["metrics"]) for _ in range(3)]
+        half = [
+            stack.enter_context(connect(a))
+            for a in (gateway.address, lookup.address, lookup.ready["metrics"])
+            for _ in range(3)
+        ]
         for connection in half[::2]:
-            connection.sendall(bytes.fromhex("16030100f8010000f40303"))  # the beginning of a ClientHello
-        for url in (f"https://{gateway.address}/version", f"https://{lookup.ready['metrics']}/metrics"):
+            connection.sendall(
+                bytes.fromhex("16030100f8010000f40303")
+            )  # the beginning of a ClientHello
+        for url in (
+            f"https://{gateway.address}/version",
+            f"https://{lookup.ready['metrics']}/metrics",
+        ):
             assert 200 == httpx.get(url, verify=trusting).status_code
         for connection in half:
             with suppress(ConnectionError):
@@ -171,7 +197,8 @@ def test_a_body_with_two_ends_is_refused(cluster: Cluster) -> None:
     """With Content-Length and Transfer-Encoding both, a proxy could see another request behind it."""
     with connect(cluster.gateway) as connection:
         connection.sendall(
-            POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+            POST
+            + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /version HTTP/1.1\r\nHost: x\r\n\r\n"
         )
         status, message = answered(connection)
     assert (400, True) == (status, "send one of them" in message)
@@ -185,12 +212,19 @@ def test_an_enormous_header_is_refused(cluster: Cluster) -> None:
     endless = b"GET /version HTTP/1.1\r\nHost: x\r\nX-Large: "
     many = b"".join(b"X-%d: y\r\n" % n for n in range(MAX_HEADER_FIELDS + 1))
     line = b"GET /" + b"x" * MAX_HEADER_BYTES + b" HTTP/1.1\r\nHost: x\r\n\r\n"
-    for data in (b"GET /version HTTP/1.1\r\nHost: x\r\n" + large, b"GET /version HTTP/1.1\r\nHost: x\r\n" + many + b"\r\n", line):
+    for data in (
+        b"GET /version HTTP/1.1\r\nHost: x\r\n" + large,
+        b"GET /version HTTP/1.1\r\nHost: x\r\n" + many + b"\r\n",
+        line,
+    ):
         with connect(cluster.gateway) as connection:
             connection.sendall(data)
             status, message = answered(connection)
         assert 431 == status
-        assert f"at most {MAX_HEADER_FIELDS if data.count(b'X-') > 50 else MAX_HEADER_BYTES}" in message
+        assert (
+            f"at most {MAX_HEADER_FIELDS if data.count(b'X-') > 50 else MAX_HEADER_BYTES}"
+            in message
+        )
     with connect(cluster.gateway) as connection:
         sent = 0
         try:
@@ -217,7 +251,10 @@ def test_too_many_connections_are_refused(cluster: Cluster) -> None:
     with ExitStack() as stack:
         open_now = [stack.enter_context(connect(cluster.gateway)) for _ in range(60)]
         status, message = answered(open_now[-1])
-        assert (503, "too many open connections: 40 are allowed, try again later") == (status, message)
+        assert (503, "too many open connections: 40 are allowed, try again later") == (
+            status,
+            message,
+        )
     deadline = time.monotonic() + 30
     while complete(cluster) != 200:
         assert time.monotonic() < deadline
@@ -228,7 +265,9 @@ def test_bodies_have_a_size_alone_and_together(cluster: Cluster) -> None:
     size = 500_000
     with connect(cluster.gateway) as connection:
         connection.sendall(POST + b"Content-Length: 500001\r\n\r\n")
-        assert (413, "the body is too large: at most 500000 bytes are taken") == answered(connection)
+        assert (413, "the body is too large: at most 500000 bytes are taken") == answered(
+            connection
+        )
     with connect(cluster.gateway) as connection:
         connection.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n7a121\r\n" + b" " * 500_001)
         assert 413 == answered(connection)[0]
@@ -254,22 +293,41 @@ def test_bodies_have_a_size_alone_and_together(cluster: Cluster) -> None:
         (b'{"prompt": [' + b"1," * 200_000 + b"1]}", "exceed the context"),
         (b'{"prompt": "' + b"x" * 400_000 + b'"}', "more than fit the context"),
         (b'{"prompt": [' + b"9" * 400_000 + b"]}", ""),
-        (b'{"prompt": "a", "stop": [' + b'"a",' * 32 + b'"a"]}', "at most 32 texts, each of at most 512"),
-        (b'{"prompt": "a", "stop": "' + b"x" * 513 + b'"}', "at most 32 texts, each of at most 512"),
+        (
+            b'{"prompt": "a", "stop": [' + b'"a",' * 32 + b'"a"]}',
+            "at most 32 texts, each of at most 512",
+        ),
+        (
+            b'{"prompt": "a", "stop": "' + b"x" * 513 + b'"}',
+            "at most 32 texts, each of at most 512",
+        ),
         (b'{"prompt": "a", "stop_token_ids": [' + b"1," * 128 + b"1]}", "at most 128"),
-        (b'{"prompt": "a", "logit_bias": {' + b",".join(b'"%d": 1' % n for n in range(1025)) + b"}}", "1025 fields; at most 1024"),
+        (
+            b'{"prompt": "a", "logit_bias": {'
+            + b",".join(b'"%d": 1' % n for n in range(1025))
+            + b"}}",
+            "1025 fields; at most 1024",
+        ),
         (b'{"prompt": "a", "n": 129}', "128"),
         (b'{"prompt": "a", "best_of": 9}', "best_of is not supported"),
         (b'{"prompt": ["a", "b"], "n": 65}', "more than 128 completions"),
         (b'{"prompt": "a", "logprobs": 21}', "20"),
         (b'{"prompt": "a", "model": "' + b"m" * 257 + b'"}', "256"),
-        (b"{" + b",".join(b'"a%d": 1' % n for n in range(30_000)) + b"}", "30000 fields; at most 1024"),
+        (
+            b"{" + b",".join(b'"a%d": 1' % n for n in range(30_000)) + b"}",
+            "30000 fields; at most 1024",
+        ),
     ],
     ids=lambda value: value[:30].decode() if isinstance(value, bytes) else "",
 )
 def test_what_a_body_holds_has_bounds(body: bytes, said: str, cluster: Cluster) -> None:
     """Depth, numbers of things and their sizes: 400 and a short message, at once."""
-    answer = httpx.post(f"http://{cluster.gateway}/v1/completions", content=body, headers={"Content-Type": "application/json"}, timeout=60)
+    answer = httpx.post(
+        f"http://{cluster.gateway}/v1/completions",
+        content=body,
+        headers={"Content-Type": "application/json"},
+        timeout=60,
+    )
     assert 400 == answer.status_code
     assert said in answer.json()["error"]["message"]
     assert len(answer.content) < 2000
@@ -283,17 +341,26 @@ def test_fetch_and_generate_have_bounds(cluster: Cluster) -> None:
     with Client(cluster.lookup) as client, grpc.insecure_channel(cluster.lookup) as channel:
         manifest = client.describe("tiny-memory")
         ids = np.zeros(MAX_IDS_PER_FETCH + 1, "<u4").tobytes()
-        call = LookupStub(channel).Fetch(iter([lookup_pb2.FetchRequest(request_id=1, table=manifest.ref, token_ids=ids)]), timeout=10)
+        call = LookupStub(channel).Fetch(
+            iter([lookup_pb2.FetchRequest(request_id=1, table=manifest.ref, token_ids=ids)]),
+            timeout=10,
+        )
         assert f"at most {MAX_IDS_PER_FETCH} are allowed" in next(call).error.message
         call.cancel()
         with pytest.raises(grpc.RpcError) as caught:
-            LookupStub(channel).Describe(lookup_pb2.DescribeRequest(table="x" * (MAX_REQUEST_BYTES + 1)), timeout=10)
+            LookupStub(channel).Describe(
+                lookup_pb2.DescribeRequest(table="x" * (MAX_REQUEST_BYTES + 1)), timeout=10
+            )
         assert grpc.StatusCode.RESOURCE_EXHAUSTED == caught.value.code()
         with pytest.raises(grpc.RpcError) as caught:
-            LookupStub(channel).Describe(lookup_pb2.DescribeRequest(table="x" * 1_000_000), timeout=10)
+            LookupStub(channel).Describe(
+                lookup_pb2.DescribeRequest(table="x" * 1_000_000), timeout=10
+            )
         assert grpc.StatusCode.INVALID_ARGUMENT == caught.value.code()
         with pytest.raises(grpc.RpcError) as caught:
-            LookupStub(channel).ListTables(lookup_pb2.ListTablesRequest(), timeout=10, metadata=(("large", "x" * 20_000),))
+            LookupStub(channel).ListTables(
+                lookup_pb2.ListTablesRequest(), timeout=10, metadata=(("large", "x" * 20_000),)
+            )
         assert grpc.StatusCode.RESOURCE_EXHAUSTED == caught.value.code()
         assert 1 == len(client.tables())
     with Client(cluster.workers) as client:
@@ -318,15 +385,22 @@ def test_answers_that_nobody_takes_hold_up_their_own_connection_alone(store: str
 
             async def two_rows(channel: grpc.aio.Channel) -> int:
                 call = LookupStub(channel).Fetch()
-                await call.write(lookup_pb2.FetchRequest(request_id=1, table=manifest.ref, token_ids=ids[:8]))
+                await call.write(
+                    lookup_pb2.FetchRequest(request_id=1, table=manifest.ref, token_ids=ids[:8])
+                )
                 reply = await call.read()
                 call.cancel()
                 return len(reply.records)
 
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as one, grpc.aio.insecure_channel(f"localhost:{port}") as other:
+            async with (
+                grpc.aio.insecure_channel(f"127.0.0.1:{port}") as one,
+                grpc.aio.insecure_channel(f"localhost:{port}") as other,
+            ):
                 calls = [LookupStub(one).Fetch() for _ in range(service.MOST_AT_ONCE)]
                 for call in calls:
-                    await call.write(lookup_pb2.FetchRequest(request_id=1, table=manifest.ref, token_ids=ids))
+                    await call.write(
+                        lookup_pb2.FetchRequest(request_id=1, table=manifest.ref, token_ids=ids)
+                    )
                     assert 0 == (await call.read()).first
                 waits = asyncio.create_task(two_rows(one))
                 assert 2 * manifest.record_bytes == await two_rows(other)
@@ -350,7 +424,13 @@ def many(make: Callable[[], socket.socket], count: int) -> Iterator[list[socket.
 
 def opening(stream: int) -> bytes:
     """The HEADERS frame with which a client opens a Fetch stream, and says no more."""
-    fields = (":method", "POST"), (":scheme", "http"), (":path", "/tolhouse.v1.Lookup/Fetch"), (":authority", "x"), ("te", "trailers")
+    fields = (
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", "/tolhouse.v1.Lookup/Fetch"),
+        (":authority", "x"),
+        ("te", "trailers"),
+    )
     block = b""
     for name, value in (*fields, ("content-type", "application/grpc")):
         block += b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
@@ -359,7 +439,11 @@ def opening(stream: int) -> bytes:
 
 def test_streams_of_a_connection_are_limited(store: str) -> None:
     """A client opens ten thousand, whatever it was told: those above the limit end at once, other clients are served."""
-    with process("lookup", "--store", store, *LOCAL) as lookup, connect(lookup.address) as greedy, Client(lookup.address) as other:
+    with (
+        process("lookup", "--store", store, *LOCAL) as lookup,
+        connect(lookup.address) as greedy,
+        Client(lookup.address) as other,
+    ):
         manifest = other.describe("tiny-memory")
         before = psutil.Process(lookup.pid).memory_info().rss
         greedy.sendall(PREFACE + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")

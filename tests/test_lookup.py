@@ -70,7 +70,13 @@ def metrics(running: Process) -> str:
 
 def refused(*arguments: str) -> str:
     """What a process that can't start says on stderr; it exits with 1 and shows no traceback."""
-    ended = subprocess.run([sys.executable, "-m", "tolhouse.cli", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-m", "tolhouse.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert 1 == ended.returncode
     assert "" == ended.stdout
     assert "Traceback" not in ended.stderr
@@ -81,14 +87,23 @@ def refused(*arguments: str) -> str:
 @pytest.mark.parametrize("mapped", [True, False])
 @pytest.mark.parametrize("kind", ["file", "redis", "cluster"])
 def test_rows_are_those_of_the_store(
-    kind: str, mapped: bool, codec: str, checkpoint: Path, tmp_path: Path, redis_url: str, redis_cluster_url: str
+    kind: str,
+    mapped: bool,
+    codec: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    redis_url: str,
+    redis_cluster_url: str,
 ) -> None:
     """Whatever the store and the codec, a fetch gives the stored rows, twice: from the store, then hot, sent or mapped."""
     url = {"file": f"file://{tmp_path}", "redis": redis_url, "cluster": redis_cluster_url}[kind]
     ref = build_table(checkpoint, url, codec=codec, shards=6, name=f"lookup-{codec}")
     ids = [0, 5, 3, 5, 299, 17, 300]
     manifest, records = stored(url, ref, ids)
-    with process("lookup", "--store", url, *FREE) as running, Client(running.address, map_hot_rows=mapped) as client:
+    with (
+        process("lookup", "--store", url, *FREE) as running,
+        Client(running.address, map_hot_rows=mapped) as client,
+    ):
         for _ in range(2):
             rows = client.fetch(ref, ids)
             assert manifest.decode(records).tobytes() == rows.tobytes()
@@ -96,7 +111,10 @@ def test_rows_are_those_of_the_store(
         assert (manifest, True) in client.tables()
         distinct = len(set(ids))
         assert f'tolhouse_lookup_rows_total{{source="store"}} {distinct}.0' in metrics(running)
-        assert f'tolhouse_lookup_rows_total{{source="hot"}} {0 if mapped else distinct}.0' in metrics(running)
+        assert (
+            f'tolhouse_lookup_rows_total{{source="hot"}} {0 if mapped else distinct}.0'
+            in metrics(running)
+        )
         assert f"tolhouse_lookup_rows_taken_total {distinct if mapped else 0}.0" in metrics(running)
 
 
@@ -106,7 +124,12 @@ def test_a_bad_request_fails_alone(stub: LookupStub, files: tuple[str, str]) -> 
     manifest, records = stored(url, ref, [1, 2])
     good = {"table": ref, "token_ids": packed(1, 2)}
     bad = {
-        2: (ref, packed(manifest.vocab_size), "OUT_OF_RANGE", f"allowed are 0 to {manifest.vocab_size - 1}"),
+        2: (
+            ref,
+            packed(manifest.vocab_size),
+            "OUT_OF_RANGE",
+            f"allowed are 0 to {manifest.vocab_size - 1}",
+        ),
         3: (ref, b"abc", "INVALID_ARGUMENT", "four bytes each"),
         4: ("nothing@0123456789abcdef", packed(1), "NOT_FOUND", ref),
         5: (manifest.name, packed(1), "INVALID_ARGUMENT", "name@version"),
@@ -116,7 +139,10 @@ def test_a_bad_request_fails_alone(stub: LookupStub, files: tuple[str, str]) -> 
         9: (f"{manifest.name}@{'0' * 16}", packed(1), "NOT_FOUND", ref),
     }
     requests = [lookup_pb2.FetchRequest(request_id=1, **good)]
-    requests += [lookup_pb2.FetchRequest(request_id=n, table=table, token_ids=ids) for n, (table, ids, _, _) in bad.items()]
+    requests += [
+        lookup_pb2.FetchRequest(request_id=n, table=table, token_ids=ids)
+        for n, (table, ids, _, _) in bad.items()
+    ]
     requests += [lookup_pb2.FetchRequest(request_id=10, **good)]
     replies = {reply.request_id: reply for reply in ask(stub, *requests)}
     assert set(range(1, 11)) == set(replies)
@@ -130,7 +156,9 @@ def test_a_bad_request_fails_alone(stub: LookupStub, files: tuple[str, str]) -> 
 
 def test_no_ids_are_answered_with_no_records(stub: LookupStub, files: tuple[str, str]) -> None:
     """An empty request is complete at once."""
-    assert [lookup_pb2.FetchReply(request_id=7, last=True)] == ask(stub, lookup_pb2.FetchRequest(request_id=7, table=files[1]))
+    assert [lookup_pb2.FetchReply(request_id=7, last=True)] == ask(
+        stub, lookup_pb2.FetchRequest(request_id=7, table=files[1])
+    )
 
 
 def test_long_answers_come_in_chunks(checkpoint: Path, tmp_path: Path) -> None:
@@ -141,8 +169,14 @@ def test_long_answers_come_in_chunks(checkpoint: Path, tmp_path: Path) -> None:
     ids = list(range(0, 300, 2))
     _, records = stored(url, ref, ids)
     assert records.nbytes > 3 << 20
-    with process("lookup", "--store", url, *FREE) as running, grpc.insecure_channel(running.address) as channel:
-        replies = ask(LookupStub(channel), lookup_pb2.FetchRequest(request_id=1, table=ref, token_ids=packed(*ids)))
+    with (
+        process("lookup", "--store", url, *FREE) as running,
+        grpc.insecure_channel(running.address) as channel,
+    ):
+        replies = ask(
+            LookupStub(channel),
+            lookup_pb2.FetchRequest(request_id=1, table=ref, token_ids=packed(*ids)),
+        )
     assert len(replies) > 3
     assert all(reply.ByteSize() < 2 << 20 for reply in replies)
     assert [False] * (len(replies) - 1) + [True] == [reply.last for reply in replies]
@@ -157,10 +191,14 @@ def test_health_reflection_and_metrics_are_on(service: Process) -> None:
     """Stock tools find the service, its health and its metrics."""
     with grpc.insecure_channel(service.address) as channel:
         for name in ("", "tolhouse.v1.Lookup"):
-            reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+            reply = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service=name), timeout=10
+            )
             assert health_pb2.HealthCheckResponse.SERVING == reply.status
         asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-        (answer,) = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(asked, timeout=10)
+        (answer,) = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+            asked, timeout=10
+        )
         assert "tolhouse.v1.Lookup" in {s.name for s in answer.list_services_response.service}
     assert "tolhouse_lookup_fetch_seconds_bucket" in metrics(service)
 
@@ -176,7 +214,9 @@ def test_unary_calls_have_statuses(stub: LookupStub, files: tuple[str, str]) -> 
     assert grpc.StatusCode.INVALID_ARGUMENT == caught.value.code()
 
 
-def test_a_damaged_shard_file_is_told_and_the_others_are_served(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_damaged_shard_file_is_told_and_the_others_are_served(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     """Altered, truncated and missing shards give DATA_LOSS for their rows only; mended files are served without a restart."""
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url, shards=4)
@@ -189,7 +229,10 @@ def test_a_damaged_shard_file_is_told_and_the_others_are_served(checkpoint: Path
     paths[0].write_bytes(altered)
     paths[1].write_bytes(whole[1][:-1000])
     paths[2].unlink()
-    with process("lookup", "--store", url, "--hot-megabytes", "0", *FREE) as running, Client(running.address) as client:
+    with (
+        process("lookup", "--store", url, "--hot-megabytes", "0", *FREE) as running,
+        Client(running.address) as client,
+    ):
         last = manifest.shard_ids(0)[-1]
         for token, message in ((last, f"token {last} "), (1, "truncated"), (2, "missing")):
             with pytest.raises(errors.Corrupt, match=message):
@@ -201,13 +244,18 @@ def test_a_damaged_shard_file_is_told_and_the_others_are_served(checkpoint: Path
         assert expected.tobytes() == client.fetch(ref, range(16)).tobytes()
 
 
-def test_a_shard_file_cut_short_while_it_is_mapped_does_not_kill_the_service(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_shard_file_cut_short_while_it_is_mapped_does_not_kill_the_service(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     """Rows of a shrunken file fail with DATA_LOSS; the process goes on, and serves the file again once it is whole."""
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url, shards=2)
     path = sorted(tmp_path.rglob("shard-*"))[1]
     whole = path.read_bytes()
-    with process("lookup", "--store", url, "--hot-megabytes", "0", *FREE) as running, Client(running.address) as client:
+    with (
+        process("lookup", "--store", url, "--hot-megabytes", "0", *FREE) as running,
+        Client(running.address) as client,
+    ):
         expected = client.fetch(ref, range(8)).tobytes()
         path.write_bytes(whole[:4096])
         with pytest.raises(errors.Corrupt, match="truncated"):
@@ -221,7 +269,10 @@ def test_a_shard_file_cut_short_while_it_is_mapped_does_not_kill_the_service(che
 def test_a_version_built_anew_in_other_shards_is_served(checkpoint: Path, redis_url: str) -> None:
     """A service that had the table open finds its rows again after they were deleted and built in another division."""
     ref = build_table(checkpoint, redis_url, shards=2, name="anew", publish=False)
-    with process("lookup", "--store", redis_url, "--hot-megabytes", "0", *FREE) as running, Client(running.address) as client:
+    with (
+        process("lookup", "--store", redis_url, "--hot-megabytes", "0", *FREE) as running,
+        Client(running.address) as client,
+    ):
         expected = client.fetch(ref, range(50)).tobytes()
         with closing(open_store(redis_url)) as store:
             delete(store, ref, force=True)
@@ -235,7 +286,11 @@ def test_a_record_altered_in_redis_is_told(checkpoint: Path, redis_url: str) -> 
     """A record altered, swapped, cut or missing in Redis gives DATA_LOSS, never other rows."""
     ref = build_table(checkpoint, redis_url, shards=4, name="altered")
     key = f"tolhouse:{{{ref}:1}}"
-    with Redis.from_url(redis_url) as redis, process("lookup", "--store", redis_url, *FREE) as running, Client(running.address) as client:
+    with (
+        Redis.from_url(redis_url) as redis,
+        process("lookup", "--store", redis_url, *FREE) as running,
+        Client(running.address) as client,
+    ):
         record = redis.hget(key, 1)
         redis.hset(key, 1, record[:40] + bytes([record[40] ^ 1]) + record[41:])
         redis.hset(key, 5, record)  # another token's, itself intact
@@ -247,15 +302,26 @@ def test_a_record_altered_in_redis_is_told(checkpoint: Path, redis_url: str) -> 
         assert 3 == len(client.fetch(ref, [0, 2, 17]))
 
 
-def test_what_can_not_start_says_why(files: tuple[str, str], service: Process, tmp_path: Path) -> None:
+def test_what_can_not_start_says_why(
+    files: tuple[str, str], service: Process, tmp_path: Path
+) -> None:
     """A port in use, a store that is not there or not understood, and a wrong address end the process with one line."""
     assert "in use" in refused("lookup", "--store", files[0], "--listen", service.address)
-    assert "in use" in refused("lookup", "--store", files[0], *FREE, "--metrics-listen", service.address).lower()
-    assert "can't be reached" in refused("lookup", "--store", f"redis://127.0.0.1:{free_port()}", *FREE)
+    assert (
+        "in use"
+        in refused(
+            "lookup", "--store", files[0], *FREE, "--metrics-listen", service.address
+        ).lower()
+    )
+    assert "can't be reached" in refused(
+        "lookup", "--store", f"redis://127.0.0.1:{free_port()}", *FREE
+    )
     assert "not understood" in refused("lookup", "--store", str(tmp_path))
     assert "not understood" in refused("lookup", "--store", "redis://127.0.0.1/first", *FREE)
     (tmp_path / "file").touch()
-    assert "is a file, and no folder" in refused("lookup", "--store", f"file://{tmp_path}/file", *FREE)
+    assert "is a file, and no folder" in refused(
+        "lookup", "--store", f"file://{tmp_path}/file", *FREE
+    )
     assert "HOST:PORT" in refused("lookup", "--store", files[0], "--listen", "nowhere")
 
 
@@ -273,7 +339,9 @@ def test_a_store_that_comes_later_is_waited_for(checkpoint: Path) -> None:
         "60",
         *FREE,
     )
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as popen:
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as popen:
         assert popen.stderr
         assert popen.stdout
         for line in popen.stderr:
@@ -293,7 +361,16 @@ def test_redis_may_die_and_come_back(checkpoint: Path) -> None:
     with ExitStack() as stack:
         url = stack.enter_context(redis_server(port=port))
         ref = build_table(checkpoint, url, shards=3)
-        running = process("lookup", "--store", url, "--hot-megabytes", "0", "--store-timeout-seconds", "0.5", *FREE)
+        running = process(
+            "lookup",
+            "--store",
+            url,
+            "--hot-megabytes",
+            "0",
+            "--store-timeout-seconds",
+            "0.5",
+            *FREE,
+        )
         with running as lookup, Client(lookup.address, timeout_seconds=20) as client:
             expected = client.fetch(ref, [1, 2, 3]).tobytes()
             stack.close()
@@ -304,12 +381,17 @@ def test_redis_may_die_and_come_back(checkpoint: Path) -> None:
                 assert expected == client.fetch(ref, [1, 2, 3]).tobytes()
 
 
-def test_a_request_in_flight_is_answered_before_the_service_ends(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_request_in_flight_is_answered_before_the_service_ends(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     """After SIGTERM a long answer still comes whole; then its stream ends, others that were idle too, and the process with 0."""
     big = tiny_model(tmp_path / "big", hidden_size=768, num_hidden_layers=8)
     url = f"file://{tmp_path}/tables"
     ref = build_table(big, url, shards=3)
-    with process("lookup", "--store", url, *FREE) as running, grpc.insecure_channel(running.address) as channel:
+    with (
+        process("lookup", "--store", url, *FREE) as running,
+        grpc.insecure_channel(running.address) as channel,
+    ):
         streams = []
         for ids in (packed(1), packed(*[*range(300)] * 20)):
             requests: queue.SimpleQueue[lookup_pb2.FetchRequest | None] = queue.SimpleQueue()
@@ -324,11 +406,24 @@ def test_a_request_in_flight_is_answered_before_the_service_ends(checkpoint: Pat
         assert 0 == running.popen.wait(30)
 
 
-def test_a_replica_that_is_stopped_costs_no_request(checkpoint: Path, files: tuple[str, str]) -> None:
+def test_a_replica_that_is_stopped_costs_no_request(
+    checkpoint: Path, files: tuple[str, str]
+) -> None:
     """While one of two replicas drains and ends, every fetch is answered."""
     url, ref = files
-    options = ("lookup", "--store", url, "--drain-seconds", "300", *FREE)  # an idle stream does not keep it for so long
-    with process(*options) as first, process(*options) as second, Client([first.address, second.address], map_hot_rows=False) as client:
+    options = (
+        "lookup",
+        "--store",
+        url,
+        "--drain-seconds",
+        "300",
+        *FREE,
+    )  # an idle stream does not keep it for so long
+    with (
+        process(*options) as first,
+        process(*options) as second,
+        Client([first.address, second.address], map_hot_rows=False) as client,
+    ):
         expected = client.fetch(ref, range(300)).tobytes()
         first.popen.terminate()
         while first.popen.poll() is None:
@@ -342,7 +437,10 @@ def test_a_client_on_the_same_machine_rings_for_rows(checkpoint: Path, redis_url
     ref = build_table(checkpoint, redis_url, shards=4, name="rung")
     manifest, records = stored(redis_url, ref, list(range(60)))
     expected = manifest.decode(records)
-    with process("lookup", "--store", redis_url, *FREE) as running, Client(running.address) as client:
+    with (
+        process("lookup", "--store", redis_url, *FREE) as running,
+        Client(running.address) as client,
+    ):
         client.fetch(ref, [0])
         assert expected.tobytes() == client.fetch(ref, range(60)).tobytes()
         assert "tolhouse_lookup_rows_rung_total 59.0" in metrics(running)
@@ -354,14 +452,22 @@ def test_a_client_on_the_same_machine_rings_for_rows(checkpoint: Path, redis_url
         assert 2 == len(client.fetch(ref, [100, 102]))
 
 
-def test_a_neighbour_that_hangs_is_waited_for_no_longer_than_others(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_neighbour_that_hangs_is_waited_for_no_longer_than_others(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     """While one of two replicas is stopped, rows that it would have to read come from the other, within the deadline."""
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url, shards=8)
-    with process("lookup", "--store", url, *FREE) as first, process("lookup", "--store", url, *FREE) as second:
+    with (
+        process("lookup", "--store", url, *FREE) as first,
+        process("lookup", "--store", url, *FREE) as second,
+    ):
         with Client([first.address, second.address], map_hot_rows=False) as client:
             expected = client.fetch(ref, range(300))
-        with process("lookup", "--store", url, *FREE) as third, Client([third.address, second.address], timeout_seconds=8) as client:
+        with (
+            process("lookup", "--store", url, *FREE) as third,
+            Client([third.address, second.address], timeout_seconds=8) as client,
+        ):
             client.fetch(ref, range(8))  # both are neighbours now
             os.kill(third.pid, signal.SIGSTOP)
             assert expected.tobytes() == client.fetch(ref, range(300)).tobytes()
@@ -376,21 +482,34 @@ def test_several_processes_share_a_port(files: tuple[str, str]) -> None:
         assert 3 == running.ready["processes"] == len(set(addresses))
         for _ in range(30):
             with Client(running.address, map_hot_rows=False) as client:
-                assert expected.tobytes() == client.fetch_records(client.describe(ref), np.array([1, 2, 3], np.uint32)).tobytes()
+                assert (
+                    expected.tobytes()
+                    == client.fetch_records(
+                        client.describe(ref), np.array([1, 2, 3], np.uint32)
+                    ).tobytes()
+                )
         counts = []
         for address in addresses:
             with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
                 counts += [
-                    line.split()[-1] for line in answer.read().decode().splitlines() if line.startswith("tolhouse_lookup_bytes_total")
+                    line.split()[-1]
+                    for line in answer.read().decode().splitlines()
+                    if line.startswith("tolhouse_lookup_bytes_total")
                 ]
         assert 1 < sum(float(count) > 0 for count in counts)
-        assert "in use" in refused("lookup", "--store", url, "--processes", "2", "--listen", running.address)
+        assert "in use" in refused(
+            "lookup", "--store", url, "--processes", "2", "--listen", running.address
+        )
         assert "in use" in refused("lookup", "--store", url, "--listen", running.address)
         children = psutil.Process(running.pid).children()
         running.popen.terminate()
         assert 0 == running.popen.wait(30)
         for _ in range(200):  # Python's own resource tracker ends a moment after its parent
-            left = [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+            left = [
+                child
+                for child in children
+                if child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+            ]
             if not left:
                 break
             time.sleep(0.05)
@@ -401,7 +520,11 @@ def test_several_processes_share_a_port(files: tuple[str, str]) -> None:
 def test_processes_that_share_a_port_end_together(killed: str, files: tuple[str, str]) -> None:
     """When one is killed none stays behind, whichever it is; the first says so with its exit code."""
     with process("lookup", "--store", files[0], "--processes", "2", *FREE) as running:
-        serving = [child for child in psutil.Process(running.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        serving = [
+            child
+            for child in psutil.Process(running.pid).children()
+            if "spawn_main" in " ".join(child.cmdline())
+        ]
         assert 2 == len(serving)
         (running.popen if killed == "first" else serving[0]).kill()
         assert (-9 if killed == "first" else 1) == running.popen.wait(30)

@@ -33,7 +33,11 @@ KINDS = [
 
 def model_of(kind: str, beta: int = 0, ffn_c: str = "linear", **overrides) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(preset("tiny", kind, beta, ffn_c=ffn_c, vocab_size=64, **overrides)).eval().requires_grad_(False)
+    return (
+        Transformer(preset("tiny", kind, beta, ffn_c=ffn_c, vocab_size=64, **overrides))
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 # shapes
@@ -64,7 +68,13 @@ def test_our_presets_have_equal_totals(size: str) -> None:
         with torch.device("meta"):
             model = Transformer(preset(size, kind, beta, ffn_c=ffn_c))
         named = model.named_parameters()
-        totals.add(sum(p.numel() for n, p in named if p.dim() == 2 and not n.startswith(("embed_tokens", "lm_head"))))
+        totals.add(
+            sum(
+                p.numel()
+                for n, p in named
+                if p.dim() == 2 and not n.startswith(("embed_tokens", "lm_head"))
+            )
+        )
     assert 1 == len(totals)
 
 
@@ -127,10 +137,14 @@ def test_a_sequence_in_pieces_is_the_sequence_at_once(kind: str, beta: int, ffn_
     whole = model(ids, positions, NoCache(24), model.rows(ids))
     cache, pieces = GrowingCache(), []
     for start, end in pairwise((0, 7, 8, 9, 24)):
-        pieces.append(model(ids[start:end], positions[start:end], cache, model.rows(ids[start:end])))
+        pieces.append(
+            model(ids[start:end], positions[start:end], cache, model.rows(ids[start:end]))
+        )
     torch.testing.assert_close(whole, torch.cat(pieces), atol=1e-5, rtol=1e-4)
     other = torch.cat((ids[:12], ids[12:].flip(0)))
-    torch.testing.assert_close(whole[:12], model(other, positions, NoCache(24), model.rows(other))[:12])
+    torch.testing.assert_close(
+        whole[:12], model(other, positions, NoCache(24), model.rows(other))[:12]
+    )
 
 
 def test_forward_never_computes_the_token_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,14 +163,23 @@ def test_forward_never_computes_the_token_memory(monkeypatch: pytest.MonkeyPatch
 def test_rows_may_carry_x0(tied: bool, tmp_path: Path) -> None:
     """With X0 in front of its rows, a model loaded without its embedding gives the same logits; without it, it says what is missing."""
     opened = open_checkpoint(tiny_model(tmp_path / "m", tie_word_embeddings=tied))
-    whole, bare, ids, positions = opened.model(), opened.model(ffn_m=False, embedding=False), torch.arange(6), torch.arange(6)
+    whole, bare, ids, positions = (
+        opened.model(),
+        opened.model(ffn_m=False, embedding=False),
+        torch.arange(6),
+        torch.arange(6),
+    )
     rows = whole.rows(ids, x0=True)
     assert torch.equal(rows, torch.cat((whole.embed_tokens(ids)[None], whole.rows(ids))))
     expected = whole(ids, positions, NoCache(6), whole.rows(ids))
     assert torch.equal(expected, bare(ids, positions, NoCache(6), rows))
     assert torch.equal(expected, whole(ids, positions, NoCache(6), rows))
-    assert not torch.allclose(expected, bare(ids, positions, NoCache(6), torch.cat((rows[:1] * 2, rows[1:]))))
-    assert [] == [name for name, _ in bare.named_parameters() if name.startswith(("embed_tokens", "ffn_m"))]
+    assert not torch.allclose(
+        expected, bare(ids, positions, NoCache(6), torch.cat((rows[:1] * 2, rows[1:])))
+    )
+    assert [] == [
+        name for name, _ in bare.named_parameters() if name.startswith(("embed_tokens", "ffn_m"))
+    ]
     with pytest.raises(InvalidArgument, match="X0 comes from a table"):
         bare(ids, positions, NoCache(6), rows[1:])
 
@@ -165,7 +188,11 @@ def test_each_layer_adds_its_own_row() -> None:
     """The rows of two layers exchanged give other logits: which layer a row belongs to matters."""
     model, ids, positions = model_of("memory"), torch.arange(6), torch.arange(6)
     rows = model.rows(ids) * 5
-    assert not torch.allclose(model(ids, positions, NoCache(6), rows), model(ids, positions, NoCache(6), rows[[1, 0, 2, 3]]), atol=1e-3)
+    assert not torch.allclose(
+        model(ids, positions, NoCache(6), rows),
+        model(ids, positions, NoCache(6), rows[[1, 0, 2, 3]]),
+        atol=1e-3,
+    )
 
 
 def test_greedy_completion_keeps_to_its_limits(checkpoint: Path) -> None:
@@ -195,12 +222,16 @@ def test_a_checkpoint_comes_back(kind: str, beta: int, ffn_c: str, tmp_path: Pat
     assert all(torch.equal(whole[name], worker[name]) for name in worker)
     again = tmp_path / "again"
     save_checkpoint(again, opened.model(), path / "tokenizer.json")
-    assert {p.name: p.read_bytes() for p in path.iterdir()} == {p.name: p.read_bytes() for p in again.iterdir()}
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == {
+        p.name: p.read_bytes() for p in again.iterdir()
+    }
     assert opened.model_id() == open_checkpoint(again).model_id()
     stored = (path / WEIGHTS).stat().st_size
     assert 0 < stored - opened.weight_bytes(dense=True) < 8192  # the header
     assert (kind == "base") == (opened.weight_bytes(dense=False) == opened.weight_bytes(dense=True))
-    assert opened.weight_bytes(dense=False) == opened.weight_bytes(dense=False, embedding=False)  # it is the head
+    assert opened.weight_bytes(dense=False) == opened.weight_bytes(
+        dense=False, embedding=False
+    )  # it is the head
 
 
 def test_tensors_have_the_names_of_the_docstring(tmp_path: Path) -> None:
@@ -213,8 +244,12 @@ def test_tensors_have_the_names_of_the_docstring(tmp_path: Path) -> None:
         f"{layer}input_layernorm.weight",
         f"{layer}post_attention_layernorm.weight",
     }
-    expected |= {f"{layer}self_attn.{x}_proj.weight" for x in "qkvo"} | {f"{layer}mlp.maps.{j}.weight" for j in range(2)}
-    expected |= {f"{layer}ffn_m.norm.weight"} | {f"{layer}ffn_m.mlp.{x}_proj.weight" for x in ("gate", "up", "down")}
+    expected |= {f"{layer}self_attn.{x}_proj.weight" for x in "qkvo"} | {
+        f"{layer}mlp.maps.{j}.weight" for j in range(2)
+    }
+    expected |= {f"{layer}ffn_m.norm.weight"} | {
+        f"{layer}ffn_m.mlp.{x}_proj.weight" for x in ("gate", "up", "down")
+    }
     assert expected == names
 
 
@@ -271,7 +306,9 @@ def damage(path: Path, how: str) -> None:
         case "no tokenizer":
             (path / "tokenizer.json").unlink()
         case "large tokenizer":
-            (path / "tokenizer.json").write_bytes(Path("models/demo-memory/tokenizer.json").read_bytes())
+            (path / "tokenizer.json").write_bytes(
+                Path("models/demo-memory/tokenizer.json").read_bytes()
+            )
         case "folder":
             weights.unlink()
             weights.mkdir()
@@ -316,9 +353,16 @@ def test_what_is_no_folder_is_no_checkpoint(tmp_path: Path) -> None:
 def test_the_demo_models_are_twins() -> None:
     """memory and flex beta 3, equal in total parameters and tokenizer, bfloat16, at most 20 MB each, with a card and a curve."""
     memory, flex = (open_checkpoint(Path("models") / name) for name in ("demo-memory", "demo-flex"))
-    assert ("memory", 0, "flex", 3) == (memory.config.kind, memory.config.beta, flex.config.kind, flex.config.beta)
+    assert ("memory", 0, "flex", 3) == (
+        memory.config.kind,
+        memory.config.beta,
+        flex.config.kind,
+        flex.config.beta,
+    )
     assert memory.tokenizer_id == flex.tokenizer_id
-    totals = [sum(p.numel() for p in c.model().parameters() if p.dim() == 2) for c in (memory, flex)]
+    totals = [
+        sum(p.numel() for p in c.model().parameters() if p.dim() == 2) for c in (memory, flex)
+    ]
     assert totals[0] == totals[1]
     for checkpoint in (memory, flex):
         assert (checkpoint.path / WEIGHTS).stat().st_size <= 20_000_000

@@ -18,16 +18,22 @@ COMPONENT = Path("deploy/k8s/components/monitoring")
 DASHBOARD = json.loads((FOLDER / "grafana/dashboards/tolhouse.json").read_text())
 ALERTS = yaml.safe_load((FOLDER / "alerts.yml").read_text())["groups"][0]["rules"]
 DEMO = Path("models/demo-memory")
-promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="promtool, of Debian's package prometheus, is not here")
+promtool = pytest.mark.skipif(
+    not shutil.which("promtool"), reason="promtool, of Debian's package prometheus, is not here"
+)
 
 
 def expressions() -> list[str]:
     panels = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
-    return [target["expr"] for panel in panels for target in panel["targets"]] + [rule["expr"] for rule in ALERTS]
+    return [target["expr"] for panel in panels for target in panel["targets"]] + [
+        rule["expr"] for rule in ALERTS
+    ]
 
 
 def run(*arguments: str, told: str = "") -> str:
-    ended = subprocess.run(["promtool", *arguments], capture_output=True, text=True, input=told, check=False)
+    ended = subprocess.run(
+        ["promtool", *arguments], capture_output=True, text=True, input=told, check=False
+    )
     assert 0 == ended.returncode, ended.stdout + ended.stderr
     return ended.stdout
 
@@ -43,8 +49,13 @@ def test_the_configuration_and_the_rules_are_right() -> None:
 @promtool
 def test_every_panel_asks_what_prometheus_understands(tmp_path: Path) -> None:
     """Its expressions parse."""
-    rules = [{"record": f"panel:{n}", "expr": expr.replace("$__rate_interval", "1m")} for n, expr in enumerate(expressions())]
-    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    rules = [
+        {"record": f"panel:{n}", "expr": expr.replace("$__rate_interval", "1m")}
+        for n, expr in enumerate(expressions())
+    ]
+    (tmp_path / "rules.yml").write_text(
+        yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]})
+    )
     run("check", "rules", "--lint=none", str(tmp_path / "rules.yml"))
 
 
@@ -55,23 +66,38 @@ def test_each_alert_is_tested_both_ways_and_says_what_to_do() -> None:
     assert names == {test["alertname"] for test in tests[0]["alert_rule_test"]}
     fired = tests[1]["promql_expr_test"][0]["exp_samples"]
     assert names == {re.search('"(.*)"', sample["labels"]).group(1) for sample in fired}
-    assert all({"summary", "runbook"} == set(rule["annotations"]) and rule["labels"]["severity"] for rule in ALERTS)
+    assert all(
+        {"summary", "runbook"} == set(rule["annotations"]) and rule["labels"]["severity"]
+        for rule in ALERTS
+    )
 
 
 def test_kubernetes_has_the_same_alerts_and_the_same_dashboard() -> None:
     """The monitoring component's are those that are tested here: kustomize reads no file from outside its folder, so they are there twice."""
     manifest = yaml.safe_load((COMPONENT / "alerts.yaml").read_text())
     assert ALERTS == manifest["spec"]["groups"][0]["rules"]
-    assert (FOLDER / "grafana/dashboards/tolhouse.json").read_text() == (COMPONENT / "tolhouse.json").read_text()
+    assert (FOLDER / "grafana/dashboards/tolhouse.json").read_text() == (
+        COMPONENT / "tolhouse.json"
+    ).read_text()
 
 
 def test_the_dashboard_has_no_two_panels_in_one_place() -> None:
     """Panels have ids, places and descriptions of their own, and ask the source that the viewer chooses: at first the provisioned one."""
     panels = DASHBOARD["panels"]
-    assert len(panels) == len({panel["id"] for panel in panels}) == len({(p["gridPos"]["x"], p["gridPos"]["y"]) for p in panels})
+    assert (
+        len(panels)
+        == len({panel["id"] for panel in panels})
+        == len({(p["gridPos"]["x"], p["gridPos"]["y"]) for p in panels})
+    )
     (source,) = DASHBOARD["templating"]["list"]
-    (provisioned,) = yaml.safe_load((FOLDER / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
-    assert (source["query"], source["current"]["value"], True) == (provisioned["type"], "default", provisioned["isDefault"])
+    (provisioned,) = yaml.safe_load(
+        (FOLDER / "grafana/provisioning/datasources/prometheus.yml").read_text()
+    )["datasources"]
+    assert (source["query"], source["current"]["value"], True) == (
+        provisioned["type"],
+        "default",
+        provisioned["isDefault"],
+    )
     for panel in panels:
         if panel["type"] != "row":
             assert panel["description"]
@@ -83,12 +109,24 @@ def test_every_metric_that_is_looked_at_is_exported(tmp_path: Path) -> None:
     url = f"file://{tmp_path}"
     build_table(DEMO, url)
     with closing(open_store(url)), local_cluster(DEMO, url) as cluster:
-        for body in ({"prompt": "import ", "max_tokens": 4}, {"prompt": "import ", "max_tokens": 0}):
+        for body in (
+            {"prompt": "import ", "max_tokens": 4},
+            {"prompt": "import ", "max_tokens": 0},
+        ):
             httpx.post(f"{cluster.url}/completions", json=body, timeout=60)
-        addresses = [cluster.gateway, *(p.ready["metrics"] for p in cluster.processes if "metrics" in p.ready)]
+        addresses = [
+            cluster.gateway,
+            *(p.ready["metrics"] for p in cluster.processes if "metrics" in p.ready),
+        ]
         texts = [httpx.get(f"http://{address}/metrics").text for address in addresses]
-    exported = set(re.findall(r"^(?:# TYPE )?([a-z_]+)(?:\{| )", "\n".join(texts), re.MULTILINE)) | {"up"}
-    asked = {name for expr in expressions() for name in re.findall(r"\b(?:(?:tolhouse|process)_[a-z_]+|up)\b", expr)}
+    exported = set(
+        re.findall(r"^(?:# TYPE )?([a-z_]+)(?:\{| )", "\n".join(texts), re.MULTILINE)
+    ) | {"up"}
+    asked = {
+        name
+        for expr in expressions()
+        for name in re.findall(r"\b(?:(?:tolhouse|process)_[a-z_]+|up)\b", expr)
+    }
     assert set() == asked - exported
     if shutil.which("promtool"):
         for text in texts:

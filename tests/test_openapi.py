@@ -22,13 +22,31 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Itera
 
 
 def schemathesis(gateway: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{gateway}/openapi.json", "--no-color", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "schemathesis.cli",
+        "run",
+        f"{gateway}/openapi.json",
+        "--no-color",
+        *arguments,
+    ]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
 def test_the_gateway_is_as_it_says(gateway: str, tmp_path: Path) -> None:
     """No answer is a defect, or of a status, a type or a form that the description lacks; what it forbids is refused."""
-    done = schemathesis(gateway, tmp_path, "--exclude-checks", NOT_CHECKED, "--max-examples", "10", "--seed", "1", "--continue-on-failure")
+    done = schemathesis(
+        gateway,
+        tmp_path,
+        "--exclude-checks",
+        NOT_CHECKED,
+        "--max-examples",
+        "10",
+        "--seed",
+        "1",
+        "--continue-on-failure",
+    )
     assert 0 == done.returncode, done.stdout + done.stderr
     routes = httpx.get(f"{gateway}/openapi.json").json()["paths"].values()
     assert f"Tested: {sum(map(len, routes))}" in done.stdout
@@ -41,6 +59,17 @@ def test_an_answer_that_is_not_described_would_be_found(gateway: str, tmp_path: 
     del route["responses"]["default"]
     described["paths"] = {"/detokenize": {"post": route}}
     (tmp_path / "openapi.json").write_text(httpx.Response(200, json=described).text)
-    command = [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", "--url", gateway, "--no-color", "--max-examples", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "schemathesis.cli",
+        "run",
+        "openapi.json",
+        "--url",
+        gateway,
+        "--no-color",
+        "--max-examples",
+        "5",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (1, True) == (done.returncode, "Undocumented" in done.stdout), done.stdout + done.stderr

@@ -14,7 +14,7 @@ from tolhouse.errors import IdOutOfRange, InUse, InvalidArgument, NotFound
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.store import delete, open_store, publish, rollback, rows_of
 from tolhouse.store.overlay import make_overlay
-from tolhouse.table.spec import Manifest
+from tolhouse.table.manifest import Manifest
 from tolhouse.testing import build_table, local_cluster
 
 EDITED, OTHER = 40, 7
@@ -29,7 +29,12 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def tolhouse(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, "-m", "tolhouse.cli", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tolhouse.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert code == done.returncode, done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -40,37 +45,60 @@ def ids(*of: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8", "int4"])
-def test_changed_rows_are_its_own_and_the_others_the_parent_s(store_url: str, checkpoint: Path, codec: str) -> None:
+def test_changed_rows_are_its_own_and_the_others_the_parent_s(
+    store_url: str, checkpoint: Path, codec: str
+) -> None:
     """Also through the lookup service, which a client asks for a mix of both; and it holds as many records as were changed."""
     name = f"over-{codec}"
     store, ref = open_store(store_url), build_table(checkpoint, store_url, codec=codec, name=name)
     parent = store.manifest(ref)
     new = 2 * rows_of(store, parent, ids(OTHER, 9))
     made = make_overlay(store, name, ids(EDITED, 3), new)
-    assert (ref, (3, EDITED), 2 * parent.record_bytes) == (made.parent, made.changed, made.table_bytes)
+    assert (ref, (3, EDITED), 2 * parent.record_bytes) == (
+        made.parent,
+        made.changed,
+        made.table_bytes,
+    )
     assert made == store.manifest(made.ref)
     everything = np.arange(parent.vocab_size, dtype=np.uint32)
     expected = rows_of(store, parent, everything)
     expected[[EDITED, 3]] = parent.codec_.decode(parent.codec_.encode(new))
     np.testing.assert_array_equal(expected, rows_of(store, made, everything))
-    with local_cluster(checkpoint, store_url, worker_options=("--table", name)) as cluster, Client(cluster.lookup) as client:
+    with (
+        local_cluster(checkpoint, store_url, worker_options=("--table", name)) as cluster,
+        Client(cluster.lookup) as client,
+    ):
         for _ in range(2):  # from the store, then from hot rows
-            np.testing.assert_array_equal(expected[[EDITED, 1, 3, 2]], client.fetch(made.ref, [EDITED, 1, 3, 2]).astype(np.float32))
+            np.testing.assert_array_equal(
+                expected[[EDITED, 1, 3, 2]],
+                client.fetch(made.ref, [EDITED, 1, 3, 2]).astype(np.float32),
+            )
     delete(store, made.ref, force=True)
     assert [ref] == [r for r in store.refs() if r.startswith(f"{name}@")]
 
 
-def test_an_edit_shows_where_its_token_stands_and_only_there(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_edit_shows_where_its_token_stands_and_only_there(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     """Published under load's eyes: a text with the token gets other logprobs, one without it the same; a rollback brings all back."""
     url = f"file://{tmp_path}"
     build_table(checkpoint, url)
 
     def told(prompt: list[int]) -> list[float]:
-        return [p for reply in client.replies(prompt, 0, prompt_logprobs=0) for p in reply.prompt_logprobs.chosen]
+        return [
+            p
+            for reply in client.replies(prompt, 0, prompt_logprobs=0)
+            for p in reply.prompt_logprobs.chosen
+        ]
 
-    with local_cluster(checkpoint, url, worker_options=("--table-poll-seconds", "0.1")) as cluster, Client(cluster.workers) as client:
+    with (
+        local_cluster(checkpoint, url, worker_options=("--table-poll-seconds", "0.1")) as cluster,
+        Client(cluster.workers) as client,
+    ):
         before = told(WITH), told(WITHOUT)
-        made = tolhouse("overlay", "tiny-memory", "--copy", f"{EDITED}={OTHER}", "--publish", "--store", url).stdout.strip()
+        made = tolhouse(
+            "overlay", "tiny-memory", "--copy", f"{EDITED}={OTHER}", "--publish", "--store", url
+        ).stdout.strip()
         wait_for(client, made)
         after = told(WITH), told(WITHOUT)
         assert before[1] == after[1]
@@ -95,8 +123,12 @@ def test_an_overlay_of_an_overlay_has_the_changes_of_both(checkpoint: Path, tmp_
     first = make_overlay(store, ref, ids(10, 11), rows[:2])
     second = make_overlay(store, first.ref, ids(11, 12), rows[1:] * 3)
     assert (ref, (10, 11, 12)) == (second.parent, second.changed)
-    np.testing.assert_array_equal(np.concatenate([rows[:1], rows[1:] * 3]), rows_of(store, second, ids(10, 11, 12)))
-    assert second == make_overlay(store, ref, ids(10, 11, 12), np.concatenate([rows[:1], rows[1:] * 3]))  # the same rows, the same version
+    np.testing.assert_array_equal(
+        np.concatenate([rows[:1], rows[1:] * 3]), rows_of(store, second, ids(10, 11, 12))
+    )
+    assert second == make_overlay(
+        store, ref, ids(10, 11, 12), np.concatenate([rows[:1], rows[1:] * 3])
+    )  # the same rows, the same version
     delete(store, first.ref)
     np.testing.assert_array_equal(rows[:1], rows_of(store, second, ids(10)))
 
@@ -112,10 +144,15 @@ def test_what_an_overlay_lies_over_stays(checkpoint: Path, tmp_path: Path) -> No
             delete(store, ref, force=force)
     shutil.rmtree(tmp_path / "tiny-memory" / ref.partition("@")[2])
     store = open_store(store.url)
-    for work in (lambda: rows_of(store, made, ids(5)), lambda: make_overlay(store, made.ref, ids(3), np.zeros((1, 4, 96)))):
+    for work in (
+        lambda: rows_of(store, made, ids(5)),
+        lambda: make_overlay(store, made.ref, ids(3), np.zeros((1, 4, 96))),
+    ):
         with pytest.raises(NotFound, match=f"is an overlay over {ref}, which is not in"):
             work()
-    told = tolhouse("overlay", "tiny-memory", "--scale", "3=0.5", "--store", store.url, code=1).stderr
+    told = tolhouse(
+        "overlay", "tiny-memory", "--scale", "3=0.5", "--store", store.url, code=1
+    ).stderr
     assert f"is an overlay over {ref}, which is not in" in told
     told = tolhouse("overlay", ref, "--scale", "3=0.5", "--store", store.url, code=1).stderr
     assert f"table {ref} is not in" in told
@@ -124,7 +161,10 @@ def test_what_an_overlay_lies_over_stays(checkpoint: Path, tmp_path: Path) -> No
 def test_an_overlay_without_its_parent_is_not_served(checkpoint: Path, tmp_path: Path) -> None:
     """Neither a publish nor a rollback lets the name stand for it."""
     store = open_store(f"file://{tmp_path}")
-    gone, other = (store.manifest(build_table(checkpoint, store.url, codec=codec)) for codec in ("fp32", "int8"))
+    gone, other = (
+        store.manifest(build_table(checkpoint, store.url, codec=codec))
+        for codec in ("fp32", "int8")
+    )
     made = make_overlay(store, gone.ref, ids(1), rows_of(store, gone, ids(2)))
     publish(store, made.ref)
     publish(store, other.ref)
@@ -136,7 +176,9 @@ def test_an_overlay_without_its_parent_is_not_served(checkpoint: Path, tmp_path:
     assert other.version == store.alias("tiny-memory").version
 
 
-def test_a_version_s_record_does_not_pass_for_its_overlay_s(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_version_s_record_does_not_pass_for_its_overlay_s(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     """The checksum of a changed row names the overlay: the parent's old record in its place is found."""
     store = open_store(f"file://{tmp_path}")
     parent = store.manifest(build_table(checkpoint, store.url))
@@ -148,8 +190,12 @@ def test_a_version_s_record_does_not_pass_for_its_overlay_s(checkpoint: Path, tm
     seed_of = {m: m.seeds(ids(1))[0] for m in (parent, made)}
     assert seed_of[parent] != seed_of[made]
     assert parent.seeds(ids(2)) == made.seeds(ids(2))
-    assert [0] == made.take(ids(1), memoryview(old.reshape(-1)), [0], memoryview(bytearray(old.size)), [0])
-    assert [] == made.take(ids(1), memoryview(new.reshape(-1)), [0], memoryview(bytearray(new.size)), [0])
+    assert [0] == made.take(
+        ids(1), memoryview(old.reshape(-1)), [0], memoryview(bytearray(old.size)), [0]
+    )
+    assert [] == made.take(
+        ids(1), memoryview(new.reshape(-1)), [0], memoryview(bytearray(new.size)), [0]
+    )
 
 
 def test_a_rolled_back_name_has_its_rows_again(checkpoint: Path, tmp_path: Path) -> None:
@@ -172,7 +218,10 @@ def test_a_rolled_back_name_has_its_rows_again(checkpoint: Path, tmp_path: Path)
         (("--copy", "3=999999"), "token id 999999 is outside table"),
         (("--scale", "999999=1"), "token id 999999 is outside table"),
         (("--copy", "import=3"), "token 'import' is not an id: give --checkpoint"),
-        (("--scale", "3=1", "--scale", "3=2"), "changes the row of each token once: token id 3 was given more than once"),
+        (
+            ("--scale", "3=1", "--scale", "3=2"),
+            "changes the row of each token once: token id 3 was given more than once",
+        ),
         (("--rows", "no-such.npz"), "no file no-such.npz"),
         (("--rows", "README.md"), "README.md is not an .npz archive"),
         (("--copy", "99999999999999999999999=5"), "token id 9223372036854775807 is outside table"),
@@ -193,17 +242,27 @@ def test_tokens_are_named_by_text(checkpoint: Path, tmp_path: Path) -> None:
     url = f"file://{tmp_path}"
     build_table(checkpoint, url)
     tokenizer = open_checkpoint(checkpoint).tokenizer()
-    word = next(tokenizer.decode([i]) for i in range(300, 500) if tokenizer.decode([i]).isalpha() and len(tokenizer.decode([i])) > 1)
+    word = next(
+        tokenizer.decode([i])
+        for i in range(300, 500)
+        if tokenizer.decode([i]).isalpha() and len(tokenizer.decode([i])) > 1
+    )
     (token,) = tokenizer.encode(word).ids
     command = ("overlay", "tiny-memory", "--checkpoint", str(checkpoint), "--store", url)
     ref = tolhouse(*command, "--scale", f"{word}=0").stdout.strip()
     made = open_store(url).manifest(ref)
     assert (token,) == made.changed
     assert not rows_of(open_store(url), made, ids(token)).any()
-    assert "is not one token but" in tolhouse(*command, "--scale", f"{word} {word} {word}=0", code=1).stderr
+    assert (
+        "is not one token but"
+        in tolhouse(*command, "--scale", f"{word} {word} {word}=0", code=1).stderr
+    )
 
 
-@pytest.mark.parametrize(("edit", "token", "other"), [("A==", "A", "="), ("==A", "=", "A"), ("A='='", "A", "="), ("'3'=A", "3", "A")])
+@pytest.mark.parametrize(
+    ("edit", "token", "other"),
+    [("A==", "A", "="), ("==A", "=", "A"), ("A='='", "A", "="), ("'3'=A", "3", "A")],
+)
 def test_a_token_may_be_an_equals_sign(checkpoint: Path, edit: str, token: str, other: str) -> None:
     """An edit is divided where there is a token on both sides."""
     tokenizer = open_checkpoint(checkpoint).tokenizer()
@@ -233,8 +292,15 @@ def test_sizes_are_told_with_what_is_stored_beside(checkpoint: Path, tmp_path: P
     made = store.manifest(done.stdout.strip())
     size = made.table_bytes + store.manifest(made.edits).table_bytes
     assert f", {size / 1e3:.1f} kB" in done.stderr
-    whole = base.table_bytes + store.manifest(base.basis).table_bytes + store.manifest(base.head).table_bytes
-    listed = {line[2 : 2 + len(base.ref)]: line for line in tolhouse("tables", "list", "--store", url).stdout.splitlines()}
+    whole = (
+        base.table_bytes
+        + store.manifest(base.basis).table_bytes
+        + store.manifest(base.head).table_bytes
+    )
+    listed = {
+        line[2 : 2 + len(base.ref)]: line
+        for line in tolhouse("tables", "list", "--store", url).stdout.splitlines()
+    }
     assert f" {size / 1e6:.1f} MB" in listed[made.ref]
     assert f" {whole / 1e6:.1f} MB" in listed[base.ref]
 
@@ -249,18 +315,29 @@ def test_rows_come_from_a_file(checkpoint: Path, tmp_path: Path) -> None:
     build_table(checkpoint, url)
     rows = np.random.default_rng(0).standard_normal((2, 4, 96)).astype(np.float32)
     np.savez(tmp_path / "rows.npz", ids=np.array([9, 4]), rows=rows)
-    ref = tolhouse("overlay", "tiny-memory", "--rows", str(tmp_path / "rows.npz"), "--store", url).stdout.strip()
+    ref = tolhouse(
+        "overlay", "tiny-memory", "--rows", str(tmp_path / "rows.npz"), "--store", url
+    ).stdout.strip()
     store = open_store(url)
     np.testing.assert_array_equal(rows, rows_of(store, store.manifest(ref), ids(9, 4)))
     np.savez(tmp_path / "rows.npz", ids=np.array([9, 4]), rows=rows[:, :3])
-    assert "have [2, 4, 96]" in tolhouse("overlay", "tiny-memory", "--rows", str(tmp_path / "rows.npz"), "--store", url, code=1).stderr
+    assert (
+        "have [2, 4, 96]"
+        in tolhouse(
+            "overlay", "tiny-memory", "--rows", str(tmp_path / "rows.npz"), "--store", url, code=1
+        ).stderr
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "array", "scalar", "empty"])
 def test_files_that_hold_no_rows_are_told(checkpoint: Path, tmp_path: Path, damage: str) -> None:
     url, file = f"file://{tmp_path}", tmp_path / "rows.npz"
     build_table(checkpoint, url)
-    np.savez(file, ids=np.array([9]), rows=np.float32(3) if damage == "scalar" else np.ones((1, 4, 96), np.float32))
+    np.savez(
+        file,
+        ids=np.array([9]),
+        rows=np.float32(3) if damage == "scalar" else np.ones((1, 4, 96), np.float32),
+    )
     whole = file.read_bytes()
     if damage == "cut":
         file.write_bytes(whole[: len(whole) // 2])
@@ -271,7 +348,10 @@ def test_files_that_hold_no_rows_are_told(checkpoint: Path, tmp_path: Path, dama
         (tmp_path / "rows.npy").rename(file)
     elif damage == "empty":
         file.write_bytes(b"")
-    assert str(file) in tolhouse("overlay", "tiny-memory", "--rows", str(file), "--store", url, code=1).stderr
+    assert (
+        str(file)
+        in tolhouse("overlay", "tiny-memory", "--rows", str(file), "--store", url, code=1).stderr
+    )
 
 
 def test_an_edit_leaves_the_embedding(checkpoint: Path, tmp_path: Path) -> None:
@@ -279,7 +359,9 @@ def test_an_edit_leaves_the_embedding(checkpoint: Path, tmp_path: Path) -> None:
     url = f"file://{tmp_path}"
     store, ref = open_store(url), build_table(checkpoint, url, embedding="yes")
     before = rows_of(store, store.manifest(ref), ids(EDITED, OTHER, 3))
-    made = tolhouse("overlay", "tiny-memory", "--copy", f"{EDITED}={OTHER}", "--scale", "3=0", "--store", url).stdout.strip()
+    made = tolhouse(
+        "overlay", "tiny-memory", "--copy", f"{EDITED}={OTHER}", "--scale", "3=0", "--store", url
+    ).stdout.strip()
     after = rows_of(store, store.manifest(made), ids(EDITED, 3))
     np.testing.assert_array_equal(before[[0, 2], 0], after[:, 0])
     np.testing.assert_array_equal(before[1, 1:], after[0, 1:])
@@ -289,9 +371,20 @@ def test_an_edit_leaves_the_embedding(checkpoint: Path, tmp_path: Path) -> None:
 def test_another_tokenizer_s_texts_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     url = f"file://{tmp_path}"
     build_table(checkpoint, url)
-    assert "another tokenizer" in tolhouse(
-        "overlay", "tiny-memory", "--checkpoint", "models/demo-memory", "--scale", "import=0", "--store", url, code=1
-    ).stderr  # fmt: skip
+    assert (
+        "another tokenizer"
+        in tolhouse(
+            "overlay",
+            "tiny-memory",
+            "--checkpoint",
+            "models/demo-memory",
+            "--scale",
+            "import=0",
+            "--store",
+            url,
+            code=1,
+        ).stderr
+    )
 
 
 def test_bad_overlays_are_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -303,6 +396,9 @@ def test_bad_overlays_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="at least one"):
         make_overlay(store, manifest.ref, np.array([], np.int64), np.zeros((0, 4, 96)))
     text = make_overlay(store, manifest.ref, ids(1), np.zeros((1, 4, 96), np.float32)).to_json()
-    for bad in (text.replace('"changed": [\n  1\n ]', '"changed": []'), text.replace(manifest.ref, "tiny-memory")):
+    for bad in (
+        text.replace('"changed": [\n  1\n ]', '"changed": []'),
+        text.replace(manifest.ref, "tiny-memory"),
+    ):
         with pytest.raises(InvalidArgument, match="manifest: "):
             Manifest.from_json(bad)

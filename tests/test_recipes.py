@@ -8,13 +8,21 @@ from tolhouse.train.recipes import RECIPES, recipe
 def test_the_paper_s_runs_are_the_paper_s(size: str) -> None:
     """PAPER section 3: 50B tokens in sequences of 2048, 1e-4 to 1e-5 after 5000 steps, Adam (0.9, 0.95), decay 0.1, z-loss 1e-6."""
     run = recipe(f"paper-{size}", "memory", 0)
-    assert (2048, 5000, 1e-4, 1e-5) == (run.sequence_tokens, run.warmup_steps, run.peak_rate, run.final_rate)
+    assert (2048, 5000, 1e-4, 1e-5) == (
+        run.sequence_tokens,
+        run.warmup_steps,
+        run.peak_rate,
+        run.final_rate,
+    )
     assert ((0.9, 0.95), 0.1, 1e-6) == (run.betas, run.weight_decay, run.z_loss)
     assert 50 == round(run.steps * run.step_tokens / 1e9)
     assert size in RECIPES[f"paper-{size}"].__doc__
 
 
-@pytest.mark.parametrize(("kind", "beta"), [("base", 0), ("memory", 0), ("wide", 0), ("flex", 1), ("flex", 2), ("flex", 3)])
+@pytest.mark.parametrize(
+    ("kind", "beta"),
+    [("base", 0), ("memory", 0), ("wide", 0), ("flex", 1), ("flex", 2), ("flex", 3)],
+)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_fits_its_model(name: str, kind: str, beta: int) -> None:
     """Sequences fit the context, the warm-up ends before the run does, and the loss is looked at on the way."""
@@ -29,6 +37,12 @@ def test_a_run_fits_its_model(name: str, kind: str, beta: int) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_kinds_of_a_recipe_differ_in_the_model_alone(name: str) -> None:
     """Every kind is trained alike, as the paper compares them: same steps, same tokens, same rates."""
-    runs = [vars(recipe(name, kind, beta)) for kind, beta in (("base", 0), ("memory", 0), ("flex", 3))]
-    assert all({k: v for k, v in run.items() if k != "config"} == {k: v for k, v in runs[0].items() if k != "config"} for run in runs)
+    runs = [
+        vars(recipe(name, kind, beta)) for kind, beta in (("base", 0), ("memory", 0), ("flex", 3))
+    ]
+    assert all(
+        {k: v for k, v in run.items() if k != "config"}
+        == {k: v for k, v in runs[0].items() if k != "config"}
+        for run in runs
+    )
     assert 3 == len({run["config"] for run in runs})

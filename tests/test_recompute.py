@@ -11,21 +11,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tolhouse import Client
+from tolhouse.engine.recompute import Recompute
+from tolhouse.engine.row_providers import Rows
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
 from tolhouse.store import open_store
 from tolhouse.table.codecs import CODECS
 from tolhouse.testing import build_table, free_port, process, tiny_model
-from tolhouse.worker.recompute import Recompute
-from tolhouse.worker.rows import Rows
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize(("embedding", "dtype"), [("yes", "bfloat16"), ("no", "bfloat16"), ("yes", "float32"), ("no", "float16")])
+@pytest.mark.parametrize(
+    ("embedding", "dtype"),
+    [("yes", "bfloat16"), ("no", "bfloat16"), ("yes", "float32"), ("no", "float16")],
+)
 def test_records_are_the_table_s(codec: str, embedding: str, dtype: str, tmp_path: Path) -> None:
     """Whatever the codec, with X0 or without, however weights are stored, and in whatever order tokens come: the builder's bytes."""
     path, url = tiny_model(tmp_path / "m", tie_word_embeddings=False), f"file://{tmp_path}"
     stored = load_file(path / WEIGHTS)
-    save_file({name: tensor.to(getattr(torch, dtype)) for name, tensor in stored.items()}, path / WEIGHTS)
+    save_file(
+        {name: tensor.to(getattr(torch, dtype)) for name, tensor in stored.items()}, path / WEIGHTS
+    )
     ref = build_table(path, url, codec=codec, shards=3, embedding=embedding)
     with closing(open_store(url)) as store:
         manifest = store.manifest(ref)
@@ -45,7 +50,11 @@ def test_weights_stay_in_the_mapped_file(checkpoint: Path, tmp_path: Path) -> No
         recompute = Recompute(open_checkpoint(checkpoint), store.manifest(ref))
     weights = [*recompute.model.parameters(), recompute.model.embed_tokens.weight]
     for _ in range(2):
-        mapped = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(f"/{WEIGHTS}")]
+        mapped = [
+            line.split()[0].split("-")
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if line.endswith(f"/{WEIGHTS}")
+        ]
         places = [range(int(first, 16), int(last, 16)) for first, last in mapped]
         assert {torch.bfloat16} == {weight.dtype for weight in weights}
         assert all(any(weight.data_ptr() in place for place in places) for weight in weights)
@@ -62,14 +71,26 @@ def wait_for(what: Callable[[], bool]) -> None:
 
 def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_path: Path) -> None:
     """A service that is killed, and one that came back without the table, are both away; all the while rows are the same bits."""
-    whole, empty, address = f"file://{tmp_path}/whole", f"file://{tmp_path}/empty", f"127.0.0.1:{free_port()}"
+    whole, empty, address = (
+        f"file://{tmp_path}/whole",
+        f"file://{tmp_path}/empty",
+        f"127.0.0.1:{free_port()}",
+    )
     ref = build_table(checkpoint, whole)
     listen = ("--listen", address)
     with ExitStack() as stack:
         lookup = stack.enter_context(process("lookup", "--store", whole, *listen))
-        client = stack.enter_context(Client(address, timeout_seconds=2, map_hot_rows=False))  # a mapping outlives its service
+        client = stack.enter_context(
+            Client(address, timeout_seconds=2, map_hot_rows=False)
+        )  # a mapping outlives its service
         manifest = client.describe(ref)
-        rows = Rows(client, manifest, 0, torch.device("cpu"), fallback=Recompute(open_checkpoint(checkpoint), manifest))
+        rows = Rows(
+            client,
+            manifest,
+            0,
+            torch.device("cpu"),
+            fallback=Recompute(open_checkpoint(checkpoint), manifest),
+        )
         stack.callback(rows.close)
         ids = np.array([5, 200, 5, 17], np.uint32)
         expected = rows.decode(rows.stage(ids))

@@ -11,17 +11,28 @@ from contextlib import ExitStack, closing
 import numpy as np
 import pytest
 from redis import Redis, RedisCluster
-from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, TolhouseError, Unauthenticated, Unavailable
+from tolhouse.errors import (
+    Corrupt,
+    DeadlineExceeded,
+    InvalidArgument,
+    TolhouseError,
+    Unauthenticated,
+    Unavailable,
+)
 from tolhouse.store import Store, delete, open_store, publish, resolve, shard_digest
 from tolhouse.store.redis import RedisStore
-from tolhouse.table.spec import Manifest
+from tolhouse.table.manifest import Manifest
 from tolhouse.testing import free_port, redis_cluster_nodes, redis_server
 
 from tests.chaos.proxy import Link
 
 IDS = np.arange(40, dtype=np.uint32)
-MANIFEST = Manifest("damaged", "0123456789abcdef", "int8", len(IDS), 6, (0, 1), 8, model_id="m", tokenizer_id="k")
-RECORDS = MANIFEST.encode(IDS, np.random.default_rng(0).standard_normal((len(IDS), 2, 6)).astype(np.float32))
+MANIFEST = Manifest(
+    "damaged", "0123456789abcdef", "int8", len(IDS), 6, (0, 1), 8, model_id="m", tokenizer_id="k"
+)
+RECORDS = MANIFEST.encode(
+    IDS, np.random.default_rng(0).standard_normal((len(IDS), 2, 6)).astype(np.float32)
+)
 HASH = f"tolhouse:{{{MANIFEST.ref}:1}}"  # of tokens 1, 9, 17, 25, 33
 
 
@@ -38,9 +49,13 @@ def read(store: Store, ids: np.ndarray = IDS) -> bytes:
 
 
 @pytest.fixture(params=["standalone", "cluster"])
-def servers(request: pytest.FixtureRequest, redis_url: str, redis_cluster_url: str) -> Iterator[tuple[Store, Redis | RedisCluster]]:
+def servers(
+    request: pytest.FixtureRequest, redis_url: str, redis_cluster_url: str
+) -> Iterator[tuple[Store, Redis | RedisCluster]]:
     """A store with a table, and a plain client of the same servers."""
-    url, client = {"standalone": (redis_url, Redis), "cluster": (redis_cluster_url, RedisCluster)}[request.param]
+    url, client = {"standalone": (redis_url, Redis), "cluster": (redis_cluster_url, RedisCluster)}[
+        request.param
+    ]
     with closing(open_store(url)) as store, closing(client.from_url(url)) as redis:
         write(store)
         yield store, redis
@@ -48,7 +63,9 @@ def servers(request: pytest.FixtureRequest, redis_url: str, redis_cluster_url: s
         delete(store, MANIFEST.ref)
 
 
-def test_a_damaged_record_is_named_until_it_is_loaded_again(servers: tuple[Store, Redis | RedisCluster]) -> None:
+def test_a_damaged_record_is_named_until_it_is_loaded_again(
+    servers: tuple[Store, Redis | RedisCluster],
+) -> None:
     """Altered, another token's, cut, longer, empty or missing: Corrupt with the token, and the other rows are served."""
     store, redis = servers
     one, other = RECORDS[17].tobytes(), RECORDS[9].tobytes()
@@ -73,13 +90,17 @@ def test_a_lost_shard_is_corrupt(servers: tuple[Store, Redis | RedisCluster]) ->
         read(store)
 
 
-def test_malformed_manifests_and_aliases_are_told_and_mended(servers: tuple[Store, Redis | RedisCluster]) -> None:
+def test_malformed_manifests_and_aliases_are_told_and_mended(
+    servers: tuple[Store, Redis | RedisCluster],
+) -> None:
     """Both are Corrupt, naming the table; a commit and a publish write them anew."""
     store, redis = servers
     redis.set(f"tolhouse:{{{MANIFEST.ref}}}:manifest", MANIFEST.to_json().replace("int8", "int3"))
     with pytest.raises(Corrupt, match=MANIFEST.ref):
         resolve(store, MANIFEST.ref)
-    redis.set(f"tolhouse:{{{MANIFEST.ref}}}:manifest", MANIFEST.to_json().replace("damaged", "other"))
+    redis.set(
+        f"tolhouse:{{{MANIFEST.ref}}}:manifest", MANIFEST.to_json().replace("damaged", "other")
+    )
     with pytest.raises(Corrupt, match="describes table other@"):
         resolve(store, MANIFEST.ref)
     store.commit(MANIFEST)
@@ -104,7 +125,10 @@ def test_many_threads_share_a_store(servers: tuple[Store, Redis | RedisCluster])
 
 def test_a_cluster_spreads_the_shards(redis_cluster_url: str) -> None:
     """Every master of the Cluster holds some of the table, and each shard is one hash."""
-    with closing(open_store(redis_cluster_url)) as store, closing(RedisCluster.from_url(redis_cluster_url)) as cluster:
+    with (
+        closing(open_store(redis_cluster_url)) as store,
+        closing(RedisCluster.from_url(redis_cluster_url)) as cluster,
+    ):
         write(store)
         keys = [f"tolhouse:{{{MANIFEST.ref}:{shard}}}" for shard in range(MANIFEST.num_shards)]
         assert [5] * 8 == [cluster.hlen(key) for key in keys]
@@ -124,7 +148,9 @@ def test_a_cluster_spreads_the_shards(redis_cluster_url: str) -> None:
         "redis://:secret@127.0.0.1:{port}?frobnicate=1",
     ],
 )
-def test_a_url_that_is_not_understood_is_refused_without_its_password(url: str, redis_url: str) -> None:
+def test_a_url_that_is_not_understood_is_refused_without_its_password(
+    url: str, redis_url: str
+) -> None:
     """Another scheme, no port, an option that is none: InvalidArgument, in which no password stands."""
     with pytest.raises(InvalidArgument, match="not understood") as caught:
         open_store(url.format(port=redis_url.rpartition(":")[2]))
@@ -132,14 +158,22 @@ def test_a_url_that_is_not_understood_is_refused_without_its_password(url: str, 
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://:secret@127.0.0.1:{port}", "redis://user:secret@127.0.0.1:{port}", "redis://127.0.0.1:{port}?password=secret"]
+    "url",
+    [
+        "redis://:secret@127.0.0.1:{port}",
+        "redis://user:secret@127.0.0.1:{port}",
+        "redis://127.0.0.1:{port}?password=secret",
+    ],
 )
 def test_errors_and_urls_hide_the_password(url: str) -> None:
     """With nobody there, and with a wrong password, the message has the address and not the password."""
     port = free_port()
     with pytest.raises(Unavailable, match=f"127.0.0.1:{port}.* can't be reached") as nobody:
         open_store(url.format(port=port), timeout_seconds=1)
-    with redis_server("--requirepass", "right", port=port), pytest.raises(Unauthenticated, match=f"127.0.0.1:{port}") as wrong:
+    with (
+        redis_server("--requirepass", "right", port=port),
+        pytest.raises(Unauthenticated, match=f"127.0.0.1:{port}") as wrong,
+    ):
         open_store(url.format(port=port))
     assert "secret" not in f"{nobody.value} {wrong.value}"
 
@@ -152,7 +186,10 @@ def test_a_password_that_is_missing_or_may_too_little_is_unauthenticated() -> No
             open_store(url)
         with closing(Redis.from_url(f"redis://:right@{host}")) as redis:
             redis.execute_command("ACL", "SETUSER", "weak", "on", ">pw", "+info", "+client")
-        with closing(open_store(f"redis://weak:pw@{host}")) as store, pytest.raises(Unauthenticated, match="permission"):
+        with (
+            closing(open_store(f"redis://weak:pw@{host}")) as store,
+            pytest.raises(Unauthenticated, match="permission"),
+        ):
             store.refs()
 
 
@@ -215,7 +252,10 @@ def test_a_master_behind_a_slow_link_leaves_reads_to_its_replica() -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_master_may_die_or_hang(number: signal.Signals) -> None:
     """Its replica has the rows, before and after it takes over; what only a master can do works once there is one again."""
-    with redis_cluster_nodes(3, 1, node_timeout_ms=1000) as nodes, closing(open_store(nodes[1].url, 1.0)) as store:
+    with (
+        redis_cluster_nodes(3, 1, node_timeout_ms=1000) as nodes,
+        closing(open_store(nodes[1].url, 1.0)) as store,
+    ):
         write(store)
         nodes[0].popen.send_signal(number)
         for _ in range(3):

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 from tolhouse import Client, Manifest, errors
+from tolhouse.engine.engine import Engine
+from tolhouse.engine.row_providers import Rows
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.store import Store, delete, open_store, publish, rollback
 from tolhouse.testing import Process, build_table, process, tiny_model
-from tolhouse.worker import follow
-from tolhouse.worker.engine import Engine
-from tolhouse.worker.follow import Follower
-from tolhouse.worker.rows import Rows
+from tolhouse.worker import table_watcher as follow
+from tolhouse.worker.table_watcher import TableWatcher
 
 FREE = ("--listen", "127.0.0.1:0")
 PROMPTS = ([17, 4, 200], [9, 9, 9, 30], list(range(40, 80)))
@@ -28,10 +28,21 @@ LONG = 800
 
 def answers(checkpoint: Path, lookup: Client, ref: str, tokens: int) -> list[list[int]]:
     """What the model says with the rows of one version."""
-    model, rows = open_checkpoint(checkpoint).model(ffn_m=False), Rows(lookup, lookup.describe(ref), 0, torch.device("cpu"))
+    model, rows = (
+        open_checkpoint(checkpoint).model(ffn_m=False),
+        Rows(lookup, lookup.describe(ref), 0, torch.device("cpu")),
+    )
     with closing(rows):
         return [
-            list(greedy(model, ids, tokens, ignore_eos=True, rows=lambda ids_T: rows.decode(rows.stage(ids_T.numpy().astype(np.uint32)))))
+            list(
+                greedy(
+                    model,
+                    ids,
+                    tokens,
+                    ignore_eos=True,
+                    rows=lambda ids_T: rows.decode(rows.stage(ids_T.numpy().astype(np.uint32))),
+                )
+            )
             for ids in PROMPTS
         ]
 
@@ -48,29 +59,48 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) -> str:
     return f"file://{tmp_path}/tables" if request.param == "file" else redis_url
 
 
-def test_new_sequences_use_a_published_version_and_running_ones_end_on_theirs(url: str, tmp_path: Path) -> None:
+def test_new_sequences_use_a_published_version_and_running_ones_end_on_theirs(
+    url: str, tmp_path: Path
+) -> None:
     """Also back and forth; no answer is of two versions, rows after a rollback are those before, and none in use is deleted."""
     checkpoint = tiny_model(tmp_path / "long", max_position_embeddings=1024)
     one = build_table(checkpoint, url, name="rolled")
     two = build_table(checkpoint, url, name="rolled", codec="int4", publish=False)
     options = ("--table", "rolled", "--table-poll-seconds", "0.05", "--row-cache-megabytes", "0.1")
-    with closing(open_store(url)) as store, process("lookup", "--store", url, *FREE) as lookup, Client(lookup.address) as rows:
+    with (
+        closing(open_store(url)) as store,
+        process("lookup", "--store", url, *FREE) as lookup,
+        Client(lookup.address) as rows,
+    ):
         expected = {ref: answers(checkpoint, rows, ref, LONG) for ref in (one, two)}
         short = {ref: [ids[:20] for ids in expected[ref]] for ref in (one, two)}
         assert short[one] != short[two]
         before = rows.fetch(one, range(100)).tobytes()
-        with process("worker", str(checkpoint), "--lookup", lookup.address, *options, *FREE) as worker, Client(worker.address) as client:
-            for flip, now, other in ((publish, one, two), (lambda s, _: rollback(s, "rolled"), two, one)):
+        with (
+            process(
+                "worker", str(checkpoint), "--lookup", lookup.address, *options, *FREE
+            ) as worker,
+            Client(worker.address) as client,
+        ):
+            for flip, now, other in (
+                (publish, one, two),
+                (lambda s, _: rollback(s, "rolled"), two, one),
+            ):
                 running = [client.replies(ids, LONG, ignore_eos=True) for ids in PROMPTS]
                 begun = [next(replies) for replies in running]
                 flip(store, other)
                 until(lambda other=other: client.describe_worker().table == other)
-                assert short[other] == [list(client.generate(ids, 20, ignore_eos=True)) for ids in PROMPTS]
+                assert short[other] == [
+                    list(client.generate(ids, 20, ignore_eos=True)) for ids in PROMPTS
+                ]
                 with pytest.raises(errors.InUse, match="in use"):
                     delete(store, unpublished(store, one, two))
                 rest = [list(replies) for replies in running]
                 assert {now} == {reply.table for replies in rest for reply in replies}
-                assert expected[now] == [[*a.token_ids, *(i for r in b for i in r.token_ids)] for a, b in zip(begun, rest, strict=True)]
+                assert expected[now] == [
+                    [*a.token_ids, *(i for r in b for i in r.token_ids)]
+                    for a, b in zip(begun, rest, strict=True)
+                ]
             assert short[one] == [
                 list(client.generate(ids, 20, ignore_eos=True)) for ids in PROMPTS
             ]  # not from the other's keys and values
@@ -98,7 +128,12 @@ def test_a_version_of_another_model_is_not_taken_up(checkpoint: Path, tmp_path: 
     two = build_table(checkpoint, url, name="mine", codec="int8", publish=False)
     options = ("--table", "mine", "--table-poll-seconds", "0.1")
     with closing(open_store(url)) as store, process("lookup", "--store", url, *FREE) as lookup:
-        with process("worker", str(checkpoint), "--lookup", lookup.address, *options, *FREE) as worker, Client(worker.address) as client:
+        with (
+            process(
+                "worker", str(checkpoint), "--lookup", lookup.address, *options, *FREE
+            ) as worker,
+            Client(worker.address) as client,
+        ):
             publish(store, other)
             until(lambda: "refused" in worker.log.read_text())
             assert f"table {other} was built from model" in worker.log.read_text()
@@ -109,7 +144,9 @@ def test_a_version_of_another_model_is_not_taken_up(checkpoint: Path, tmp_path: 
             assert "tolhouse_worker_table_refused{" not in metrics(worker)
 
 
-def test_a_worker_follows_on_after_what_should_not_happen(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_follows_on_after_what_should_not_happen(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A version that a full device could not take is taken up later, and those in use are held meanwhile."""
     monkeypatch.setattr(follow, "_PAUSE_SECONDS", 0.05)
     url = f"file://{tmp_path}/tables"
@@ -122,10 +159,14 @@ def test_a_worker_follows_on_after_what_should_not_happen(checkpoint: Path, tmp_
         if len(taken) < 3:
             raise RuntimeError("out of memory")
 
-    with closing(open_store(url)) as store, process("lookup", "--store", url, *FREE) as lookup, Client(lookup.address) as client:
+    with (
+        closing(open_store(url)) as store,
+        process("lookup", "--store", url, *FREE) as lookup,
+        Client(lookup.address) as client,
+    ):
         publish(store, two)
         engine = cast("Engine", SimpleNamespace(table=one, tables=lambda: [one]))
-        follower = Follower(client, "full", engine, take_up, 0.05)
+        follower = TableWatcher(client, "full", engine, take_up, 0.05)
         follower.start()
         until(lambda: len(taken) == 3)
         follower.stop()
@@ -140,7 +181,12 @@ def test_a_worker_told_a_version_stays_with_it(checkpoint: Path, tmp_path: Path)
     two = build_table(checkpoint, url, name="kept", codec="int8", publish=False)
     options = ("--table", one, "--table-poll-seconds", "0.1")
     with closing(open_store(url)) as store, process("lookup", "--store", url, *FREE) as lookup:
-        with process("worker", str(checkpoint), "--lookup", lookup.address, *options, *FREE) as worker, Client(worker.address) as client:
+        with (
+            process(
+                "worker", str(checkpoint), "--lookup", lookup.address, *options, *FREE
+            ) as worker,
+            Client(worker.address) as client,
+        ):
             publish(store, two)
             until(lambda: store.leased(store.manifest(one)))
             time.sleep(0.5)

@@ -8,16 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tolhouse import errors
-from tolhouse.worker import sampler
-from tolhouse.worker.sampler import State, prompt_logprobs, sample
-from tolhouse.worker.sampling import Sampling
+from tolhouse.engine import sampler
+from tolhouse.engine.sampler import State, prompt_logprobs, sample
+from tolhouse.sampling import SamplingParams
 
 finite = st.floats(-30, 30, width=32)
 rows = st.lists(finite, min_size=2, max_size=40, unique=True).map(torch.tensor)
 
 
 def draw(logits: torch.Tensor, count: int = 400, **sampling) -> list[int]:
-    state = State(Sampling(1, **sampling), [1])
+    state = State(SamplingParams(1, **sampling), [1])
     return [sample(logits[None], [state])[0][0] for _ in range(count)]
 
 
@@ -41,14 +41,20 @@ def allowed(logits: torch.Tensor, **sampling) -> set[int]:
         middle.append(min(below + share / 2, 1 - 2**-53))
         below += share
     places = [0.0, *middle, 1 - 2**-53]
-    state = State(Sampling(1, **{"temperature": 1.0, **sampling}), [1])
+    state = State(SamplingParams(1, **{"temperature": 1.0, **sampling}), [1])
     state.random = Places(places)
     return {sample(logits[None], [state])[0][0] for _ in places}
 
 
-def _reference(shifted: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[int]:
+def _reference(
+    shifted: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> list[int]:
     """Ids that min-p, then top-k, then top-p leave of logits whose largest is zero."""
-    order = [i for i in sorted(range(len(shifted)), key=lambda i: -shifted[i]) if min_p == 0 or shifted[i] >= math.log(min_p)]
+    order = [
+        i
+        for i in sorted(range(len(shifted)), key=lambda i: -shifted[i])
+        if min_p == 0 or shifted[i] >= math.log(min_p)
+    ]
     order = order[: top_k or None]
     total, before, kept = sum(math.exp(shifted[i]) for i in order), 0.0, []
     for i in order:
@@ -70,19 +76,32 @@ def test_sampling_keeps_to_its_limits() -> None:
     assert {0, 1} == set(draw(logits, temperature=1.0, seed=1, min_p=0.31))
     assert {0, 1, 2} == set(draw(logits, temperature=1.0, seed=1, min_p=0.29))
     assert {0} == set(draw(logits, temperature=1e-6, seed=1))
-    assert draw(logits, temperature=1.0, seed=7) == draw(logits, temperature=1.0, seed=7) != draw(logits, temperature=1.0, seed=8)
+    assert (
+        draw(logits, temperature=1.0, seed=7)
+        == draw(logits, temperature=1.0, seed=7)
+        != draw(logits, temperature=1.0, seed=8)
+    )
     often = draw(logits, count=4000, temperature=1.0, seed=3).count(0) / 4000
     assert abs(often - 0.5) < 0.05
     hot = draw(logits, count=4000, temperature=100.0, seed=3).count(0) / 4000
     assert abs(hot - 0.25) < 0.05
 
 
-@given(rows, st.integers(0, 45), st.sampled_from([0.05, 0.3, 0.7, 0.95, 1.0]), st.sampled_from([0.0, 1e-4, 0.1, 0.6]))
-def test_limits_leave_the_right_tokens(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> None:
+@given(
+    rows,
+    st.integers(0, 45),
+    st.sampled_from([0.05, 0.3, 0.7, 0.95, 1.0]),
+    st.sampled_from([0.0, 1e-4, 0.1, 0.6]),
+)
+def test_limits_leave_the_right_tokens(
+    logits: torch.Tensor, top_k: int, top_p: float, min_p: float
+) -> None:
     """Whatever is drawn is in the reference's set; each of its tokens with a mass worth the name can be drawn."""
     shifted = (logits - logits.max()).double()
     sums = torch.tensor([math.exp(x) for x in sorted(shifted.tolist(), reverse=True)]).cumsum(0)
-    near = (sums / sums[-1] - top_p).abs().min() < 1e-5 or (min_p and (shifted - math.log(min_p)).abs().min() < 1e-5)
+    near = (sums / sums[-1] - top_p).abs().min() < 1e-5 or (
+        min_p and (shifted - math.log(min_p)).abs().min() < 1e-5
+    )
     kept = set(_reference(shifted.float(), top_k, top_p, min_p))
     drawn = allowed(logits, top_k=top_k, top_p=top_p, min_p=min_p)
     mass = sum(math.exp(shifted[i]) for i in kept)
@@ -109,13 +128,20 @@ def test_top_p_looks_beyond_its_candidates(monkeypatch: pytest.MonkeyPatch) -> N
     st.sampled_from([-2.0, 0.0, 0.7]),
     st.sampled_from([-1.0, 0.0, 1.5]),
 )
-def test_penalties_and_bias_are_those_of_the_reference(logits, data, repetition: float, presence: float, frequency: float) -> None:
+def test_penalties_and_bias_are_those_of_the_reference(
+    logits, data, repetition: float, presence: float, frequency: float
+) -> None:
     """Greedy tokens of many steps are those of a reference that counts for itself."""
     ids = st.integers(0, len(logits) - 1)
     prompt = data.draw(st.lists(ids, min_size=1, max_size=5))
     bias = data.draw(st.dictionaries(ids, st.sampled_from([-100.0, -1.5, 2.0, 100.0]), max_size=4))
-    options = {"repetition_penalty": repetition, "presence_penalty": presence, "frequency_penalty": frequency, "logit_bias": bias}
-    state, answer = State(Sampling(20, **options), prompt), []
+    options = {
+        "repetition_penalty": repetition,
+        "presence_penalty": presence,
+        "frequency_penalty": frequency,
+        "logit_bias": bias,
+    }
+    state, answer = State(SamplingParams(20, **options), prompt), []
     for _ in range(6):
         values = []
         for i, logit in enumerate(logits.tolist()):
@@ -131,7 +157,9 @@ def test_penalties_and_bias_are_those_of_the_reference(logits, data, repetition:
 @given(rows, st.integers(0, 20))
 def test_logprobs_are_those_of_the_model(logits: torch.Tensor, k: int) -> None:
     """Raw, whatever changes the choice: the chosen token's, and the k likeliest in order, whose masses never exceed 1."""
-    state = State(Sampling(3, logprobs=k, logit_bias={1: 100.0}, temperature=0.5, top_k=1), [0])
+    state = State(
+        SamplingParams(3, logprobs=k, logit_bias={1: 100.0}, temperature=0.5, top_k=1), [0]
+    )
     tokens, (logprobs,) = sample(logits[None], [state])
     expected = logits.log_softmax(-1)
     assert logprobs is not None
@@ -146,7 +174,9 @@ def test_a_prompt_s_logprobs_come_in_any_parts() -> None:
     logits_TV = torch.randn(9, 30, generator=torch.Generator().manual_seed(0))
     ids = list(range(3, 12))
     whole = prompt_logprobs(logits_TV, ids, 2)
-    assert whole == prompt_logprobs(logits_TV[:4], ids[:4], 2) + prompt_logprobs(logits_TV[4:], ids[4:], 2)
+    assert whole == prompt_logprobs(logits_TV[:4], ids[:4], 2) + prompt_logprobs(
+        logits_TV[4:], ids[4:], 2
+    )
     assert logits_TV.log_softmax(-1)[torch.arange(9), ids].tolist() == whole.chosen
     assert (18, 18) == (len(whole.top_ids), len(whole.top))
 
@@ -159,14 +189,20 @@ def test_a_row_s_tokens_do_not_depend_on_the_others() -> None:
         {"temperature": 1.0, "seed": 1, "top_k": 5},
         {"temperature": 1.0, "seed": 1, "top_p": 0.5, "min_p": 0.01},
         {"repetition_penalty": 1.5, "logprobs": 3},
-        {"temperature": 2.0, "seed": 4, "presence_penalty": 1.0, "frequency_penalty": 0.5, "logprobs": 0},
+        {
+            "temperature": 2.0,
+            "seed": 4,
+            "presence_penalty": 1.0,
+            "frequency_penalty": 0.5,
+            "logprobs": 0,
+        },
         {"logit_bias": {3: 50.0}, "min_tokens": 2, "stop_ids": frozenset({3})},
     ]
     steps = torch.randn(10, len(kinds), 50, generator=torch.Generator().manual_seed(3)) * 2
-    together = [State(Sampling(10, **kind), [1, 2]) for kind in kinds]
+    together = [State(SamplingParams(10, **kind), [1, 2]) for kind in kinds]
     batched = [sample(logits_BV, together) for logits_BV in steps]
     for row, kind in enumerate(kinds):
-        state = State(Sampling(10, **kind), [1, 2])
+        state = State(SamplingParams(10, **kind), [1, 2])
         for step, logits_BV in enumerate(steps):
             (token,), (logprobs,) = sample(logits_BV[row : row + 1], [state])
             assert (token, logprobs) == (batched[step][0][row], batched[step][1][row])
@@ -174,7 +210,7 @@ def test_a_row_s_tokens_do_not_depend_on_the_others() -> None:
 
 def test_min_tokens_hold_the_end_back() -> None:
     """A stop id that is by far the likeliest comes only once there are enough tokens."""
-    state = State(Sampling(10, min_tokens=3, stop_ids=frozenset({2})), [0])
+    state = State(SamplingParams(10, min_tokens=3, stop_ids=frozenset({2})), [0])
     logits_1V = torch.tensor([[0.0, 1.0, 9.0, -1.0]])
     assert [1, 1, 1, 2, 2] == [sample(logits_1V, [state])[0][0] for _ in range(5)]
 
@@ -207,7 +243,7 @@ def test_min_tokens_hold_the_end_back() -> None:
 def test_sampling_values_are_checked(values: dict) -> None:
     """Each value outside its range is refused by name."""
     with pytest.raises(errors.InvalidArgument, match=next(iter(values))):
-        Sampling(**{"max_tokens": 1, **values})
+        SamplingParams(**{"max_tokens": 1, **values})
 
 
 @pytest.mark.parametrize("how", [{}, {"top_k": 5}, {"top_p": 0.5}])
@@ -215,6 +251,8 @@ def test_logits_that_are_no_numbers_are_nobody_else_s_trouble(how: dict) -> None
     """What is drawn from them is some token of the vocabulary; the sequence beside it gets its own."""
     rows_BV = torch.zeros(2, 64)
     rows_BV[0], rows_BV[1, 7] = math.nan, 50.0
-    (first, second), _ = sample(rows_BV, [State(Sampling(1, temperature=1.0, **how), [1]) for _ in range(2)])
+    (first, second), _ = sample(
+        rows_BV, [State(SamplingParams(1, temperature=1.0, **how), [1]) for _ in range(2)]
+    )
     assert 0 <= first < 64
     assert 7 == second

@@ -6,17 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolhouse.engine.attention import PagedKVCache
+from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
+from tolhouse.engine.cpu.packed import load
+from tolhouse.engine.engine import Engine
+from tolhouse.engine.row_providers import NoRows
+from tolhouse.engine.runner import Runner
+from tolhouse.engine.sequence import Output, Sequence
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
+from tolhouse.sampling import SamplingParams
 from tolhouse.testing import tiny_model
-from tolhouse.worker.attention import Pages
-from tolhouse.worker.engine import Engine
-from tolhouse.worker.kv_cache import BLOCK_TOKENS, KVCache
-from tolhouse.worker.packed import load
-from tolhouse.worker.rows import NoRows
-from tolhouse.worker.runner import Runner
-from tolhouse.worker.sampling import Sampling
-from tolhouse.worker.sequence import Output, Sequence
 
 CPU = torch.device("cpu")
 
@@ -37,9 +37,11 @@ class Alone:
         return self.known[key][:count]
 
     def engine(self, blocks: int, max_running: int, max_step_tokens: int) -> Engine:
-        cache, rows = KVCache(blocks), NoRows(self.checkpoint.config.hidden_size, CPU)
-        pages = Pages(self.checkpoint.config, blocks, CPU, torch.float32)
-        return Engine(Runner(self.model, pages, rows), rows, cache, max_running, 1000, max_step_tokens)
+        cache, rows = BlockManager(blocks), NoRows(self.checkpoint.config.hidden_size, CPU)
+        pages = PagedKVCache(self.checkpoint.config, blocks, CPU, torch.float32)
+        return Engine(
+            Runner(self.model, pages, rows), rows, cache, max_running, 1000, max_step_tokens
+        )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,13 @@ def prompt(start: int, length: int) -> list[int]:
 class Request:
     def __init__(self, ids: list[int], max_tokens: int, priority: int = 0, **sampling) -> None:
         self.ids, self.max_tokens, self.tokens, self.ends, self.scores = ids, max_tokens, [], 0, []
-        self.sequence = Sequence(len(ids), list(ids), Sampling(max_tokens, **sampling), self.emit, priority=priority)
+        self.sequence = Sequence(
+            len(ids),
+            list(ids),
+            SamplingParams(max_tokens, **sampling),
+            self.emit,
+            priority=priority,
+        )
 
     def emit(self, output: Output) -> None:
         assert not self.ends, "something came after the end"
@@ -103,9 +111,16 @@ arrivals = st.lists(
 
 @settings(max_examples=50)
 @given(arrivals, st.integers(6, 16), st.integers(1, 6), st.integers(8, 70))
-def test_random_load_loses_nothing(alone: Alone, load: list, blocks: int, max_running: int, max_step_tokens: int) -> None:
+def test_random_load_loses_nothing(
+    alone: Alone, load: list, blocks: int, max_running: int, max_step_tokens: int
+) -> None:
     """Whatever arrives and is cancelled, in a tiny KV cache: each request ends once with its own tokens, every block comes back."""
-    engine, requests, cancelled, clock = alone.engine(blocks, max_running, max_step_tokens), [], {}, 0
+    engine, requests, cancelled, clock = (
+        alone.engine(blocks, max_running, max_step_tokens),
+        [],
+        {},
+        0,
+    )
     for start, length, count, pause, cancel, priority in load:
         request = Request(prompt(start, length), count, priority)
         requests.append(request)
@@ -185,7 +200,9 @@ def test_priority_goes_before_arrival(alone: Alone) -> None:
     engine, order = alone.engine(32, 1, 64), []
     for number, priority in enumerate((0, 1, -1, 0)):
         request = Request(prompt(number, 5), 2, priority)
-        request.sequence.emit = lambda output, number=number: order.append(number) if output.finish_reason else None
+        request.sequence.emit = lambda output, number=number: (
+            order.append(number) if output.finish_reason else None
+        )
         engine.add(request.sequence)
     run(engine)
     assert [2, 0, 3, 1] == order
@@ -201,7 +218,11 @@ def test_prompt_scores_survive_pieces_and_preemption(alone: Alone) -> None:
     assert 49 == len(whole.scores)
     for blocks, step_tokens in ((32, 7), (5, 16)):
         engine = alone.engine(blocks, 4, step_tokens)
-        others = [Request(prompt(2, 20), 30, -1), Request(ids, 3, prompt_logprobs=0), Request(ids, 3)]
+        others = [
+            Request(prompt(2, 20), 30, -1),
+            Request(ids, 3, prompt_logprobs=0),
+            Request(ids, 3),
+        ]
         for request in others:
             engine.add(request.sequence)
         run(engine)

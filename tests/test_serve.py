@@ -18,12 +18,23 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Itera
     """One worker that computes one sequence; more wait than slow load ever sends, and fewer than fast load does."""
     url = f"file://{tmp_path_factory.mktemp('tables')}"
     build_table(checkpoint, url)
-    with local_cluster(checkpoint, url, worker_options=("--max-running", "1", "--max-waiting", "40")) as running:
+    with local_cluster(
+        checkpoint, url, worker_options=("--max-running", "1", "--max-waiting", "40")
+    ) as running:
         yield running
 
 
 def serve(address: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "loadtest.serve", "--url", f"http://{address}", "--prompt-characters", "5:40", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "loadtest.serve",
+        "--url",
+        f"http://{address}",
+        "--prompt-characters",
+        "5:40",
+        *arguments,
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -52,7 +63,17 @@ def test_answers_that_do_not_come_are_counted(cluster: Cluster) -> None:
     worker = cluster.processes[1].popen
     worker.send_signal(signal.SIGSTOP)
     try:
-        done = serve(cluster.gateway, "--rate", "4", "--seconds", "1", "--deadline-seconds", "0.5", "--model", "tiny-memory")
+        done = serve(
+            cluster.gateway,
+            "--rate",
+            "4",
+            "--seconds",
+            "1",
+            "--deadline-seconds",
+            "0.5",
+            "--model",
+            "tiny-memory",
+        )
     finally:
         worker.send_signal(signal.SIGCONT)
     (one,) = json.loads(done.stdout.splitlines()[-1])["rates"]
@@ -68,7 +89,10 @@ def test_answers_that_do_not_come_are_counted(cluster: Cluster) -> None:
         ((), "error: no answer of OpenAI's API at"),
         (("--rate", "0"), "argument --rate: invalid list of positive numbers value: '0'"),
         (("--max-tokens", "9:2"), "argument --max-tokens: invalid range LOW:HIGH"),
-        (("--model", "m", "--text", "no-such-file"), "error: [Errno 2] No such file or directory: 'no-such-file'"),
+        (
+            ("--model", "m", "--text", "no-such-file"),
+            "error: [Errno 2] No such file or directory: 'no-such-file'",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_in_a_line(arguments: tuple[str, ...], expected: str) -> None:
@@ -88,5 +112,9 @@ def test_a_good_answer_is_whole_and_in_time() -> None:
         Answer([0.1, 0.2], 0.2, 2, "broken off"),
     )
     found = summary([good, late, slow, broken], 1, 2.0, first_token_seconds=1, token_seconds=0.15)
-    assert (0.5, 3, {"broken off": 1}) == (found["good_per_second"], found["answered"], found["errors"])
+    assert (0.5, 3, {"broken off": 1}) == (
+        found["good_per_second"],
+        found["answered"],
+        found["errors"],
+    )
     assert 4.5 == found["tokens_per_second"]

@@ -12,9 +12,19 @@ from tolhouse.table.shared import Segment
 from tolhouse.testing import build_table, process
 
 IDENTITY = {"version": "0123456789abcdef", "model_id": "0" * 64, "tokenizer_id": "0" * 64}
-MANIFEST = Manifest(name="shared", codec="fp32", vocab_size=50, hidden_size=6, layers=(0, 1), num_shards=1, **IDENTITY)
+MANIFEST = Manifest(
+    name="shared",
+    codec="fp32",
+    vocab_size=50,
+    hidden_size=6,
+    layers=(0, 1),
+    num_shards=1,
+    **IDENTITY,
+)
 IDS = np.arange(8, dtype=np.uint32)
-RECORDS = MANIFEST.encode(IDS, np.random.default_rng(0).standard_normal((8, 2, 6)).astype(np.float32))
+RECORDS = MANIFEST.encode(
+    IDS, np.random.default_rng(0).standard_normal((8, 2, 6)).astype(np.float32)
+)
 
 
 @pytest.fixture
@@ -27,7 +37,9 @@ def owner() -> Segment:
 
 
 def reader_of(owner: Segment, **changes: int) -> Segment | None:
-    return Segment.attach(MANIFEST, 10, **{"number": owner.id, "pid": os.getpid(), "fd": owner.fd, **changes})
+    return Segment.attach(
+        MANIFEST, 10, **{"number": owner.id, "pid": os.getpid(), "fd": owner.fd, **changes}
+    )
 
 
 def taken(segment: Segment, ids: np.ndarray) -> tuple[list[int], np.ndarray]:
@@ -76,12 +88,17 @@ def test_what_is_no_segment_is_not_mapped(owner: Segment, tmp_path: Path) -> Non
     assert reader_of(owner, fd=fd) is None
 
 
-def test_who_reads_from_memory_says_so(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_reads_from_memory_says_so(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows taken from a neighbour's memory are no requests: the version is said to be in use all the same, in the background."""
     monkeypatch.setattr("tolhouse.client.client._SAY_SECONDS", 0.05)
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url)
-    with process("lookup", "--store", url, "--listen", "127.0.0.1:0") as running, Client(running.address) as client:
+    with (
+        process("lookup", "--store", url, "--listen", "127.0.0.1:0") as running,
+        Client(running.address) as client,
+    ):
         manifest, held, hold = client.describe(ref), [], client.hold
         monkeypatch.setattr(client, "hold", lambda of: (hold(of), held.append(of)))
         deadline = time.monotonic() + 30
@@ -95,7 +112,9 @@ def test_rows_are_right_while_they_are_being_replaced(checkpoint: Path, tmp_path
     """Several clients read from a slab a tenth of what they ask for, as its rows come and go: every row is its token's."""
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url, codec="bf16", shards=4)
-    with process("lookup", "--store", url, "--hot-megabytes", "0.03", "--listen", "127.0.0.1:0") as running:
+    with process(
+        "lookup", "--store", url, "--hot-megabytes", "0.03", "--listen", "127.0.0.1:0"
+    ) as running:
         with Client(running.address, map_hot_rows=False) as client:
             expected = client.fetch(ref, range(300))
 
@@ -103,7 +122,9 @@ def test_rows_are_right_while_they_are_being_replaced(checkpoint: Path, tmp_path
             random = np.random.default_rng(seed)
             with Client(running.address) as client:
                 batches = [(random.zipf(1.3, 20) % 300).astype(np.uint32) for _ in range(200)]
-                return all(expected[ids].tobytes() == client.fetch(ref, ids).tobytes() for ids in batches)
+                return all(
+                    expected[ids].tobytes() == client.fetch(ref, ids).tobytes() for ids in batches
+                )
 
         with ThreadPoolExecutor(4) as pool:
             assert all(pool.map(hammer, range(4)))

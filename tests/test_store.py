@@ -11,16 +11,29 @@ import numpy as np
 import pytest
 from redis import Redis
 from tolhouse import errors
-from tolhouse.store import Store, delete, open_store, publish, resolve, rollback, shard_digest, tables
-from tolhouse.table.spec import Manifest, digest
+from tolhouse.store import (
+    Store,
+    delete,
+    open_store,
+    publish,
+    resolve,
+    rollback,
+    shard_digest,
+    tables,
+)
+from tolhouse.table.manifest import Manifest, digest
 from tolhouse.testing import free_port, redis_server
 
 VOCABULARY = 50
 
 
 @pytest.fixture(params=["file", "redis", "cluster"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str, redis_cluster_url: str) -> Iterator[Store]:
-    url = {"file": f"file://{tmp_path}", "redis": redis_url, "cluster": redis_cluster_url}[request.param]
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, redis_url: str, redis_cluster_url: str
+) -> Iterator[Store]:
+    url = {"file": f"file://{tmp_path}", "redis": redis_url, "cluster": redis_cluster_url}[
+        request.param
+    ]
     with closing(open_store(url)) as opened:
         yield opened
 
@@ -33,11 +46,23 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def manifest_of(name: str, version: int = 1, num_shards: int = 3) -> Manifest:
     identity = {"model_id": "0" * 64, "tokenizer_id": "1" * 64, "version": f"{version:016x}"}
-    return Manifest(name=name, codec="fp32", vocab_size=VOCABULARY, hidden_size=6, layers=(0, 1), num_shards=num_shards, **identity)
+    return Manifest(
+        name=name,
+        codec="fp32",
+        vocab_size=VOCABULARY,
+        hidden_size=6,
+        layers=(0, 1),
+        num_shards=num_shards,
+        **identity,
+    )
 
 
 def records_of(manifest: Manifest, ids: np.ndarray) -> np.ndarray:
-    rows = np.random.default_rng(int(manifest.version, 16)).standard_normal((VOCABULARY, 2, 6)).astype(np.float32)
+    rows = (
+        np.random.default_rng(int(manifest.version, 16))
+        .standard_normal((VOCABULARY, 2, 6))
+        .astype(np.float32)
+    )
     return manifest.encode(ids, rows[ids])
 
 
@@ -84,7 +109,12 @@ def test_versions_live_side_by_side_and_never_mix(store: Store, name: str) -> No
     """Each version answers with its own records."""
     one, two = (write(store, manifest_of(name, version)) for version in (1, 2))
     ids = np.arange(VOCABULARY, dtype=np.uint32)
-    assert records_of(one, ids).tobytes() == read(store, one, ids) != read(store, two, ids) == records_of(two, ids).tobytes()
+    assert (
+        records_of(one, ids).tobytes()
+        == read(store, one, ids)
+        != read(store, two, ids)
+        == records_of(two, ids).tobytes()
+    )
 
 
 def test_a_name_stands_for_what_was_published_last(store: Store, name: str) -> None:
@@ -130,7 +160,9 @@ def test_a_shard_is_replaced_as_a_whole(store: Store, name: str) -> None:
     manifest = write(store, manifest_of(name))
     store.write_shard(manifest, 0, records_of(manifest, manifest.shard_ids(0)))
     assert 17 == store.count(manifest, 0)
-    assert records_of(manifest, np.array([0, 3], np.uint32)).tobytes() == read(store, manifest, np.array([0, 3], np.uint32))
+    assert records_of(manifest, np.array([0, 3], np.uint32)).tobytes() == read(
+        store, manifest, np.array([0, 3], np.uint32)
+    )
 
 
 # files
@@ -162,7 +194,9 @@ def test_another_shard_in_a_shard_s_place_is_found(tmp_path: Path) -> None:
     with closing(open_store(f"file://{tmp_path}")) as store:
         one, two = (write(store, manifest_of("swapped", version)) for version in (1, 2))
         file = "shard-00000-of-00003.safetensors"
-        (tmp_path / "swapped" / one.version / file).write_bytes((tmp_path / "swapped" / two.version / file).read_bytes())
+        (tmp_path / "swapped" / one.version / file).write_bytes(
+            (tmp_path / "swapped" / two.version / file).read_bytes()
+        )
         with pytest.raises(errors.Corrupt, match="token 0 "):
             read(store, one, np.array([0], np.uint32))
         assert None is shard_digest(store, one, 0)
@@ -171,7 +205,10 @@ def test_another_shard_in_a_shard_s_place_is_found(tmp_path: Path) -> None:
 def test_a_folder_that_can_not_be_written_is_told(tmp_path: Path) -> None:
     """A file in the way is Unavailable with its path, and nothing half-written is left."""
     (tmp_path / "blocked").write_text("x")
-    with closing(open_store(f"file://{tmp_path}")) as store, pytest.raises(errors.Unavailable, match="can't write"):
+    with (
+        closing(open_store(f"file://{tmp_path}")) as store,
+        pytest.raises(errors.Unavailable, match="can't write"),
+    ):
         write(store, manifest_of("blocked"))
     assert ["blocked"] == [p.name for p in tmp_path.iterdir()]
 
@@ -185,10 +222,14 @@ def test_a_shard_is_one_hash_and_so_one_slot(redis_cluster_url: str, name: str) 
         manifest = write(store, manifest_of(name))
         keys = [f"tolhouse:{{{manifest.ref}:{shard}}}" for shard in range(3)]
         assert [17, 17, 16] == [store._redis.hlen(key) for key in keys]
-        assert manifest.shard_ids(0).tolist() == sorted(int(field) for field in store._redis.hkeys(keys[0]))
+        assert manifest.shard_ids(0).tolist() == sorted(
+            int(field) for field in store._redis.hkeys(keys[0])
+        )
 
 
-@pytest.mark.parametrize("url", ["", "x", "ftp://a", "file://", "redis://", "redis://host:port", "http://localhost"])
+@pytest.mark.parametrize(
+    "url", ["", "x", "ftp://a", "file://", "redis://", "redis://host:port", "http://localhost"]
+)
 def test_urls_that_are_not_understood_are_told_what_is_allowed(url: str) -> None:
     """Nothing is guessed from a malformed URL."""
     with pytest.raises(errors.InvalidArgument, match="not understood"):
@@ -216,7 +257,11 @@ def test_a_password_is_asked_for_and_taken() -> None:
 
 def test_a_redis_that_hangs_costs_no_more_than_the_timeout() -> None:
     """Every call ends as DeadlineExceeded or Unavailable while the server is stopped, and works once it goes on."""
-    with redis_server() as url, closing(open_store(url, timeout_seconds=0.3)) as store, closing(Redis.from_url(url)) as redis:
+    with (
+        redis_server() as url,
+        closing(open_store(url, timeout_seconds=0.3)) as store,
+        closing(Redis.from_url(url)) as redis,
+    ):
         manifest = write(store, manifest_of("hang"))
         pid = redis.info("server")["process_id"]
         os.kill(pid, signal.SIGSTOP)
@@ -227,7 +272,9 @@ def test_a_redis_that_hangs_costs_no_more_than_the_timeout() -> None:
             os.kill(pid, signal.SIGCONT)
         for _ in range(50):
             try:
-                assert records_of(manifest, np.array([1], np.uint32)).tobytes() == read(store, manifest, np.array([1], np.uint32))
+                assert records_of(manifest, np.array([1], np.uint32)).tobytes() == read(
+                    store, manifest, np.array([1], np.uint32)
+                )
                 break
             except errors.TolhouseError:
                 time.sleep(0.1)
@@ -237,7 +284,10 @@ def test_a_redis_that_hangs_costs_no_more_than_the_timeout() -> None:
 
 def test_a_full_redis_is_told() -> None:
     """Out of memory is Overloaded, and says which knob to turn."""
-    with redis_server("--maxmemory", "1mb", "--maxmemory-policy", "noeviction") as url, closing(open_store(url)) as store:
+    with (
+        redis_server("--maxmemory", "1mb", "--maxmemory-policy", "noeviction") as url,
+        closing(open_store(url)) as store,
+    ):
 
         def fill() -> None:
             for version in range(2000):
@@ -252,18 +302,25 @@ def test_what_is_not_found_comes_with_what_there_is(tmp_path: Path) -> None:
     with closing(open_store(f"file://{tmp_path}")) as store:
         refs = [write(store, manifest_of("known", version)).ref for version in range(10)]
         for missing in ("unknown", f"known@{'f' * 16}"):
-            with pytest.raises(errors.NotFound, match=f"tables here: {', '.join(refs[:8])} and 2 more"):
+            with pytest.raises(
+                errors.NotFound, match=f"tables here: {', '.join(refs[:8])} and 2 more"
+            ):
                 resolve(store, missing)
 
 
-def test_a_rollback_gives_back_the_same_bytes_and_always_goes_somewhere(store: Store, name: str) -> None:
+def test_a_rollback_gives_back_the_same_bytes_and_always_goes_somewhere(
+    store: Store, name: str
+) -> None:
     """Through every earlier version, in order; once those between are deleted, none is gone back to in vain."""
     one, two = (write(store, manifest_of(name, version)) for version in (1, 2))
     ids = np.arange(VOCABULARY, dtype=np.uint32)
     before = read(store, publish(store, one.ref), ids)
     publish(store, two.ref)
     publish(store, one.ref)
-    assert (one.version, (one.version, two.version)) == (store.alias(name).version, store.alias(name).history)
+    assert (one.version, (one.version, two.version)) == (
+        store.alias(name).version,
+        store.alias(name).history,
+    )
     assert two == rollback(store, name)
     assert one == rollback(store, name)
     assert before == read(store, resolve(store, name), ids)

@@ -16,22 +16,26 @@ from tolhouse.analysis.explain import coefficients, shared_by
 from tolhouse.analysis.report import report
 from tolhouse.analysis.survey import OUTLIER, k_means, survey
 from tolhouse.errors import InvalidArgument
+from tolhouse.files import replace_file
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.testing import tiny_model
-from tolhouse.watched import replace_file
 
 
 def test_clusters_are_found() -> None:
     """Four bundles of vectors are four clusters, whose centres explain nearly all; noise is hardly explained."""
     generator = torch.Generator().manual_seed(1)
-    bundles = torch.eye(16)[:4].repeat_interleave(50, 0) + 0.01 * torch.randn(200, 16, generator=generator)
+    bundles = torch.eye(16)[:4].repeat_interleave(50, 0) + 0.01 * torch.randn(
+        200, 16, generator=generator
+    )
     found = [k_means(torch.nn.functional.normalize(bundles, dim=1), 12, seed) for seed in range(3)]
     for cluster, explained in found:
         assert explained > 0.98
         for a in range(0, 200, 50):
             for b in range(a + 50, 200, 50):
                 assert not set(cluster[a : a + 50].tolist()) & set(cluster[b : b + 50].tolist())
-    _, explained = k_means(torch.nn.functional.normalize(torch.randn(2000, 64, generator=generator), dim=1), 12, 0)
+    _, explained = k_means(
+        torch.nn.functional.normalize(torch.randn(2000, 64, generator=generator), dim=1), 12, 0
+    )
     assert explained < 0.2
 
 
@@ -44,7 +48,9 @@ def test_figures_are_those_of_the_definitions(checkpoint: Path) -> None:
     for layer, entry in enumerate(found["layers"]):
         c = coefficients(model, layer, everything).numpy()
         rms = np.sqrt((c**2).mean(1, keepdims=True))
-        assert entry["outliers"] == pytest.approx((np.abs(c) > OUTLIER * rms).sum(1).mean(), abs=1e-3)
+        assert entry["outliers"] == pytest.approx(
+            (np.abs(c) > OUTLIER * rms).sum(1).mean(), abs=1e-3
+        )
         rows = model.rows(everything)[layer].numpy()
         energy = np.linalg.eigvalsh(np.cov(rows.T))[::-1]
         share = np.cumsum(energy) / energy.sum()
@@ -102,16 +108,52 @@ def test_what_can_not_be_surveyed_is_told(checkpoint: Path, tmp_path: Path) -> N
 
 def test_a_table_s_rows_are_looked_into(checkpoint: Path, tmp_path: Path) -> None:
     """One that lacks a layer: its norms there are zero, and those of the others the model's."""
-    made = ("--codec", "fp32", "--head", "0", "--absent-layers", "1", "--embedding", "yes", "--publish", "--corpus", "README.md")
-    command = [sys.executable, "-m", "tolhouse.cli", "compress", str(checkpoint), "--store", f"file://{tmp_path}", *made]
+    made = (
+        "--codec",
+        "fp32",
+        "--head",
+        "0",
+        "--absent-layers",
+        "1",
+        "--embedding",
+        "yes",
+        "--publish",
+        "--corpus",
+        "README.md",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "tolhouse.cli",
+        "compress",
+        str(checkpoint),
+        "--store",
+        f"file://{tmp_path}",
+        *made,
+    ]
     subprocess.run(command, capture_output=True, check=True)
-    command = [sys.executable, "-m", "tolhouse.cli", "explain", str(checkpoint), "--clusters", "4", "--probe-tokens", "100", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "tolhouse.cli",
+        "explain",
+        str(checkpoint),
+        "--clusters",
+        "4",
+        "--probe-tokens",
+        "100",
+        "--json",
+    ]
     mine, its = (
-        json.loads(subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout)
+        json.loads(
+            subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout
+        )
         for more in ((), ("--table", "tiny-memory", "--store", f"file://{tmp_path}"))
     )
     norms = [layer["mean_norm"] for layer in its["layers"]]
-    assert [*norms[:1], *norms[2:]] == pytest.approx([layer["mean_norm"] for n, layer in enumerate(mine["layers"]) if n != 1], rel=1e-2)
+    assert [*norms[:1], *norms[2:]] == pytest.approx(
+        [layer["mean_norm"] for n, layer in enumerate(mine["layers"]) if n != 1], rel=1e-2
+    )
     assert 0 == norms[1]
     assert its["probes"]["without_layer"][1] == 1
     assert its["definitions"] == mine["definitions"]
@@ -130,9 +172,16 @@ def test_a_table_s_rows_are_looked_into(checkpoint: Path, tmp_path: Path) -> Non
         (("{}", b"\xff\xfe"), "is not UTF-8"),
     ],
 )
-def test_what_can_not_be_explained_is_told(checkpoint: Path, arguments: tuple, expected: str) -> None:
+def test_what_can_not_be_explained_is_told(
+    checkpoint: Path, arguments: tuple, expected: str
+) -> None:
     given = [str(checkpoint) if a == "{}" else a for a in arguments]
-    done = subprocess.run([sys.executable, "-m", "tolhouse.cli", "explain", *given], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tolhouse.cli", "explain", *given],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (1, True) == (done.returncode, expected in done.stderr), done.stderr
     assert "Traceback" not in done.stderr
 
@@ -144,7 +193,11 @@ def test_a_link_s_target_is_replaced_and_a_pipe_is_written_into(tmp_path: Path) 
     link.symlink_to(target)
     for data in (b"new", b"newer"):
         replace_file(link, data)
-        assert (data, True, [target]) == (target.read_bytes(), link.is_symlink(), [*target.parent.iterdir()])
+        assert (data, True, [target]) == (
+            target.read_bytes(),
+            link.is_symlink(),
+            [*target.parent.iterdir()],
+        )
     os.mkfifo(pipe)
     read: list[bytes] = []
     reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
@@ -159,6 +212,14 @@ def test_a_link_s_target_is_replaced_and_a_pipe_is_written_into(tmp_path: Path) 
 def test_a_file_is_kept_where_no_other_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "memory.npz").write_bytes(b"precious")
     base = tiny_model(tmp_path / "base", "base")
-    command = [sys.executable, "-m", "tolhouse.cli", "explain", str(base), "--explorer", str(tmp_path / "memory.npz")]
+    command = [
+        sys.executable,
+        "-m",
+        "tolhouse.cli",
+        "explain",
+        str(base),
+        "--explorer",
+        str(tmp_path / "memory.npz"),
+    ]
     assert 1 == subprocess.run(command, capture_output=True, check=False).returncode
     assert b"precious" == (tmp_path / "memory.npz").read_bytes()

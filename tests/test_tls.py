@@ -17,28 +17,49 @@ from pathlib import Path
 import httpx
 import pytest
 from redis import Redis
-from tolhouse import Access, Client
+from tolhouse import Client, ClientCredentials
 from tolhouse.certs import ensure_authority, issue
 from tolhouse.errors import InvalidArgument, NotFound, Unauthenticated, Unavailable
+from tolhouse.files import ReloadingFiles, replace_file
+from tolhouse.net.tls import is_loopback
 from tolhouse.store import open_store, require_private
-from tolhouse.testing import build_table, free_port, process, redis_binary, redis_server, wait_until_healthy
-from tolhouse.tls import is_loopback
-from tolhouse.watched import Watched, replace_file
+from tolhouse.testing import (
+    build_table,
+    free_port,
+    process,
+    redis_binary,
+    redis_server,
+    wait_until_healthy,
+)
 
 LOCAL = ("--listen", "127.0.0.1:0")
 
 
 def serving(folder: Path, name: str = "service") -> tuple[str, ...]:
     """Options of a listener that demands certificates of the authority in `folder`."""
-    return "--tls-cert", f"{folder}/{name}.pem", "--tls-key", f"{folder}/{name}.key", "--tls-client-ca", f"{folder}/ca.pem"
+    return (
+        "--tls-cert",
+        f"{folder}/{name}.pem",
+        "--tls-key",
+        f"{folder}/{name}.key",
+        "--tls-client-ca",
+        f"{folder}/ca.pem",
+    )
 
 
 def calling(folder: Path) -> tuple[str, ...]:
-    return "--tls-ca", f"{folder}/ca.pem", "--tls-client-cert", f"{folder}/client.pem", "--tls-client-key", f"{folder}/client.key"
+    return (
+        "--tls-ca",
+        f"{folder}/ca.pem",
+        "--tls-client-cert",
+        f"{folder}/client.pem",
+        "--tls-client-key",
+        f"{folder}/client.key",
+    )
 
 
-def access(folder: Path) -> Access:
-    return Access(f"{folder}/ca.pem", f"{folder}/client.pem", f"{folder}/client.key")
+def access(folder: Path) -> ClientCredentials:
+    return ClientCredentials(f"{folder}/ca.pem", f"{folder}/client.pem", f"{folder}/client.key")
 
 
 def context(folder: Path, client: bool = True) -> ssl.SSLContext:
@@ -51,7 +72,13 @@ def context(folder: Path, client: bool = True) -> ssl.SSLContext:
 
 def tolhouse(*arguments: str) -> str:
     """What a command that fails says."""
-    ended = subprocess.run([sys.executable, "-m", "tolhouse.cli", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-m", "tolhouse.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert 1 == ended.returncode, ended.stderr
     assert "Traceback" not in ended.stderr
     return ended.stderr
@@ -80,21 +107,40 @@ def test_every_link_speaks_mutual_tls(checkpoint: Path, pki: Path, tmp_path: Pat
     password = tmp_path / "password"
     password.write_text("a long password\n")
     acl_file = tmp_path / "users.acl"
-    acl_file.write_text("user default off\nuser tolhouse on #" + hashlib.sha256(b"a long password").hexdigest() + " ~tolhouse:* &* +@all\n")
+    acl_file.write_text(
+        "user default off\nuser tolhouse on #"
+        + hashlib.sha256(b"a long password").hexdigest()
+        + " ~tolhouse:* &* +@all\n"
+    )
     with ExitStack() as stack:
         redis = stack.enter_context(redis_server("--aclfile", str(acl_file), tls=pki))
-        files = f"ssl_ca_certs={pki}/ca.pem&ssl_certfile={pki}/client.pem&ssl_keyfile={pki}/client.key"
+        files = (
+            f"ssl_ca_certs={pki}/ca.pem&ssl_certfile={pki}/client.pem&ssl_keyfile={pki}/client.key"
+        )
         url = f"{redis.replace('//', '//tolhouse@127.0.0.1:1,')}?password_file={password}&{files}"
         build_table(checkpoint, url)
         lookup = stack.enter_context(process("lookup", "--store", url, *LOCAL, *serving(pki)))
         arguments = ("worker", str(checkpoint), "--lookup", lookup.address, *LOCAL)
         worker = stack.enter_context(process(*arguments, *serving(pki), *calling(pki)))
         gateway = stack.enter_context(
-            process("gateway", str(checkpoint), "--workers", worker.address, *LOCAL, *serving(pki), *calling(pki), "--poll-seconds", "0.2")
+            process(
+                "gateway",
+                str(checkpoint),
+                "--workers",
+                worker.address,
+                *LOCAL,
+                *serving(pki),
+                *calling(pki),
+                "--poll-seconds",
+                "0.2",
+            )
         )
         wait_until_healthy(gateway.address, tls=context(pki))
         with httpx.Client(verify=context(pki)) as http:
-            answer = http.post(f"https://{gateway.address}/v1/completions", json={"prompt": "def add", "max_tokens": 4})
+            answer = http.post(
+                f"https://{gateway.address}/v1/completions",
+                json={"prompt": "def add", "max_tokens": 4},
+            )
             metrics = [http.get(f"https://{p.ready['metrics']}/metrics") for p in (lookup, worker)]
         assert (200, 4) == (answer.status_code, answer.json()["usage"]["completion_tokens"])
         assert all("tolhouse_" in told.text for told in metrics)
@@ -105,19 +151,25 @@ def test_every_link_speaks_mutual_tls(checkpoint: Path, pki: Path, tmp_path: Pat
             with pytest.raises(httpx.TransportError):
                 httpx.get(f"http://{address}/metrics")
         for peer in (lookup, worker):
-            for stranger in (Access(f"{pki}/ca.pem"), Access()):
+            for stranger in (ClientCredentials(f"{pki}/ca.pem"), ClientCredentials()):
                 with (
-                    Client(peer.address, 3, access=stranger) as client,
+                    Client(peer.address, 3, credentials=stranger) as client,
                     pytest.raises(Unavailable, match="want a TLS certificate that it trusts"),
                 ):
                     client.tables()
-        assert "a long password" not in "".join(p.log.read_text() for p in (lookup, worker, gateway))
+        assert "a long password" not in "".join(
+            p.log.read_text() for p in (lookup, worker, gateway)
+        )
 
 
 def test_a_cluster_speaks_tls(checkpoint: Path, pki: Path) -> None:
     """Addresses that a Redis Cluster tells of are called with TLS too."""
     tls_redis_or_skip()
-    files = {"ssl_ca_certs": f"{pki}/ca.pem", "ssl_certfile": f"{pki}/client.pem", "ssl_keyfile": f"{pki}/client.key"}
+    files = {
+        "ssl_ca_certs": f"{pki}/ca.pem",
+        "ssl_certfile": f"{pki}/client.pem",
+        "ssl_keyfile": f"{pki}/client.key",
+    }
     with redis_server("--cluster-enabled", "yes", port=free_port(10_001, 22_000), tls=pki) as url:
         with closing(Redis.from_url(url, **files)) as redis:
             redis.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
@@ -149,33 +201,48 @@ def bad(pki: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("expired", "has expired"), ("elsewhere", "is for another host name"), ("untrusted", "is not of the authority trusted here")],
+    [
+        ("expired", "has expired"),
+        ("elsewhere", "is for another host name"),
+        ("untrusted", "is not of the authority trusted here"),
+    ],
 )
 def test_a_server_s_bad_certificate_is_told(name: str, said: str, bad: Path, store: str) -> None:
     """The client says what is wrong with it; HTTPS clients do not trust it either."""
     pair = ("--tls-cert", f"{bad}/{name}.pem", "--tls-key", f"{bad}/{name}.key")
     with process("lookup", "--store", store, *LOCAL, *pair) as lookup:
-        with Client(lookup.address, 3, access=access(bad)) as client, pytest.raises(Unavailable, match=f"its TLS certificate {said}"):
+        with (
+            Client(lookup.address, 3, credentials=access(bad)) as client,
+            pytest.raises(Unavailable, match=f"its TLS certificate {said}"),
+        ):
             client.tables()
         with pytest.raises(OSError, match="certificate verify failed"):
-            urllib.request.urlopen(f"https://{lookup.ready['metrics']}/metrics", timeout=5, context=context(bad))
+            urllib.request.urlopen(
+                f"https://{lookup.ready['metrics']}/metrics", timeout=5, context=context(bad)
+            )
 
 
 @pytest.mark.parametrize("name", ["expired", "untrusted"])
 def test_a_client_s_bad_certificate_is_refused(name: str, bad: Path, store: str) -> None:
     """One that has expired, or that another authority signed, opens no port."""
     with process("lookup", "--store", store, *LOCAL, *serving(bad)) as lookup:
-        shown = Access(f"{bad}/ca.pem", f"{bad}/{name}.pem", f"{bad}/{name}.key")
-        with Client(lookup.address, 3, access=shown) as client, pytest.raises(Unavailable, match="want a TLS certificate that it trusts"):
+        shown = ClientCredentials(f"{bad}/ca.pem", f"{bad}/{name}.pem", f"{bad}/{name}.key")
+        with (
+            Client(lookup.address, 3, credentials=shown) as client,
+            pytest.raises(Unavailable, match="want a TLS certificate that it trusts"),
+        ):
             client.tables()
-        with Client(lookup.address, 3, access=access(bad)) as client:
+        with Client(lookup.address, 3, credentials=access(bad)) as client:
             assert 1 == len(client.tables())
 
 
 def test_tls_meets_plaintext(pki: Path, store: str) -> None:
     """A client with TLS says that the service has none."""
     with process("lookup", "--store", store, *LOCAL) as lookup:
-        with Client(lookup.address, 3, access=access(pki)) as client, pytest.raises(Unavailable, match="does not speak TLS"):
+        with (
+            Client(lookup.address, 3, credentials=access(pki)) as client,
+            pytest.raises(Unavailable, match="does not speak TLS"),
+        ):
             client.tables()
 
 
@@ -184,12 +251,28 @@ def test_tls_meets_plaintext(pki: Path, store: str) -> None:
     [
         (("--tls-cert", "{0}/service.pem"), "go together: only the certificate is given"),
         (("--tls-key", "{0}/service.key"), "go together: only the key is given"),
-        (("--tls-cert", "{0}/service.pem", "--tls-key", "{0}/client.key"), "client.key is not that of the certificate"),
-        (("--tls-cert", "{0}/not.pem", "--tls-key", "{0}/service.key"), "is no PEM certificate"),
-        (("--tls-cert", "{0}/missing.pem", "--tls-key", "{0}/service.key"), "missing.pem can't be read: No such file"),
-        (("--tls-cert", "{0}/service.pem", "--tls-key", "{0}"), "the TLS key {0} can't be read: Is a directory"),
         (
-            ("--tls-cert", "{0}/service.pem", "--tls-key", "{0}/service.key", "--tls-client-ca", "{0}/not.pem"),
+            ("--tls-cert", "{0}/service.pem", "--tls-key", "{0}/client.key"),
+            "client.key is not that of the certificate",
+        ),
+        (("--tls-cert", "{0}/not.pem", "--tls-key", "{0}/service.key"), "is no PEM certificate"),
+        (
+            ("--tls-cert", "{0}/missing.pem", "--tls-key", "{0}/service.key"),
+            "missing.pem can't be read: No such file",
+        ),
+        (
+            ("--tls-cert", "{0}/service.pem", "--tls-key", "{0}"),
+            "the TLS key {0} can't be read: Is a directory",
+        ),
+        (
+            (
+                "--tls-cert",
+                "{0}/service.pem",
+                "--tls-key",
+                "{0}/service.key",
+                "--tls-client-ca",
+                "{0}/not.pem",
+            ),
             "not.pem holds no PEM certificate",
         ),
         (("--tls-client-ca", "{0}/ca.pem"), "--tls-client-ca needs --tls-cert and --tls-key"),
@@ -197,7 +280,9 @@ def test_tls_meets_plaintext(pki: Path, store: str) -> None:
         (("--token-file", "{0}/not.pem"), "must hold a token a line, each of at least 16"),
     ],
 )
-def test_files_that_do_not_fit_are_told_at_start(options: tuple[str, ...], said: str, bad: Path, store: str) -> None:
+def test_files_that_do_not_fit_are_told_at_start(
+    options: tuple[str, ...], said: str, bad: Path, store: str
+) -> None:
     """Which file, and what is wrong with it, in a line."""
     filled = [option.format(bad) for option in options]
     assert said.format(bad) in tolhouse("lookup", "--store", store, *LOCAL, *filled)
@@ -206,8 +291,20 @@ def test_files_that_do_not_fit_are_told_at_start(options: tuple[str, ...], said:
 # plaintext
 
 
-@pytest.mark.parametrize(("address", "local"), [("127.0.0.1:1", True), ("localhost:1", True), ("[::1]:1", True), ("127.9.9.9:1", True),
-    ("0.0.0.0:1", False), ("[::]:1", False), ("10.0.0.1:1", False), ("lookup-1:1", False), ("localhost.example:1", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("127.0.0.1:1", True),
+        ("localhost:1", True),
+        ("[::1]:1", True),
+        ("127.9.9.9:1", True),
+        ("0.0.0.0:1", False),
+        ("[::]:1", False),
+        ("10.0.0.1:1", False),
+        ("lookup-1:1", False),
+        ("localhost.example:1", False),
+    ],
+)
 def test_what_is_this_machine(address: str, local: bool) -> None:
     """Only addresses that can't lead elsewhere count; a name other than localhost might."""
     assert local == is_loopback(address)
@@ -226,7 +323,7 @@ def test_plaintext_between_machines_has_to_be_asked_for(checkpoint: Path, store:
         assert said in tolhouse(*command, "--store", "redis://user:secret@redis:6379")
     with pytest.raises(InvalidArgument, match="plaintext"):
         Client("lookup-1:50051")
-    Client("lookup-1:50051", access=Access(insecure=True)).close()
+    Client("lookup-1:50051", credentials=ClientCredentials(insecure=True)).close()
     with process("lookup", "--store", store, "--listen", "0.0.0.0:0", "--insecure") as lookup:
         with Client(f"127.0.0.1:{lookup.address.rpartition(':')[2]}") as client:
             assert 1 == len(client.tables())
@@ -278,7 +375,7 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
             raise InvalidArgument("no number") from None
         return reads[-1]
 
-    watched = Watched((str(path), ""), read)
+    watched = ReloadingFiles((str(path), ""), read)
     assert (1, 1, [1]) == (watched.get(), watched.get(), [*reads])
     replace_file(path, b"22")
     assert (22, 22, [1, 22]) == (watched.get(), watched.get(), [*reads])
@@ -290,7 +387,9 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     assert 333 == watched.get()
 
 
-def test_certificates_and_authority_are_replaced_under_load(checkpoint: Path, store: str, tmp_path: Path) -> None:
+def test_certificates_and_authority_are_replaced_under_load(
+    checkpoint: Path, store: str, tmp_path: Path
+) -> None:
     """Step by step to another authority, while requests run on old and on new connections: none fails, and the old is out at the end."""
     folder, old, new = tmp_path / "in-use", tmp_path / "old", tmp_path / "new"
     folder.mkdir()
@@ -305,10 +404,28 @@ def test_certificates_and_authority_are_replaced_under_load(checkpoint: Path, st
 
     use(old, "ca.pem", "service.pem", "service.key", "client.pem", "client.key")
     with ExitStack() as stack:
-        lookup = stack.enter_context(process("lookup", "--store", store, *LOCAL, *serving(folder), "--hot-megabytes", "0"))
-        arguments = ("worker", str(checkpoint), "--lookup", lookup.address, *LOCAL, "--row-cache-megabytes", "0")
+        lookup = stack.enter_context(
+            process("lookup", "--store", store, *LOCAL, *serving(folder), "--hot-megabytes", "0")
+        )
+        arguments = (
+            "worker",
+            str(checkpoint),
+            "--lookup",
+            lookup.address,
+            *LOCAL,
+            "--row-cache-megabytes",
+            "0",
+        )
         worker = stack.enter_context(process(*arguments, *serving(folder), *calling(folder)))
-        arguments = ("gateway", str(checkpoint), "--workers", worker.address, *LOCAL, "--poll-seconds", "0.2")
+        arguments = (
+            "gateway",
+            str(checkpoint),
+            "--workers",
+            worker.address,
+            *LOCAL,
+            "--poll-seconds",
+            "0.2",
+        )
         gateway = stack.enter_context(process(*arguments, *serving(folder), *calling(folder)))
         wait_until_healthy(gateway.address, tls=context(folder))
         ended, failed, done = threading.Event(), [], [0, 0, 0]
@@ -325,25 +442,32 @@ def test_certificates_and_authority_are_replaced_under_load(checkpoint: Path, st
         body = {"prompt": "def add", "max_tokens": 2}
 
         def over_one_connection() -> None:
-            assert 200 == kept.post(f"https://{gateway.address}/v1/completions", json=body).status_code
+            assert (
+                200 == kept.post(f"https://{gateway.address}/v1/completions", json=body).status_code
+            )
 
         def over_new_connections() -> None:
-            answer = httpx.post(f"https://{gateway.address}/v1/completions", json=body, verify=context(folder))
+            answer = httpx.post(
+                f"https://{gateway.address}/v1/completions", json=body, verify=context(folder)
+            )
             assert 200 == answer.status_code
 
         def with_the_sdk() -> None:
-            with Client(lookup.address, access=access(folder)) as client:
+            with Client(lookup.address, credentials=access(folder)) as client:
                 assert 1 == len(client.tables())
 
         threads = [
-            threading.Thread(target=load, args=each) for each in enumerate((over_one_connection, over_new_connections, with_the_sdk))
+            threading.Thread(target=load, args=each)
+            for each in enumerate((over_one_connection, over_new_connections, with_the_sdk))
         ]
         for thread in threads:
             thread.start()
 
         def go_on() -> None:
             before = [*done]
-            while not failed and any(now < then + 3 for now, then in zip(done, before, strict=True)):
+            while not failed and any(
+                now < then + 3 for now, then in zip(done, before, strict=True)
+            ):
                 time.sleep(0.01)
 
         go_on()
@@ -351,7 +475,9 @@ def test_certificates_and_authority_are_replaced_under_load(checkpoint: Path, st
         replace_file(folder / "ca.pem", both)
         go_on()
         for name in ("service", "client"):
-            use(new, f"{name}.pem", f"{name}.key")  # one after the other: a pair that does not fit is not taken
+            use(
+                new, f"{name}.pem", f"{name}.key"
+            )  # one after the other: a pair that does not fit is not taken
             go_on()
         kept_connection_is_old = [*done]
         use(new, "ca.pem")
@@ -361,22 +487,39 @@ def test_certificates_and_authority_are_replaced_under_load(checkpoint: Path, st
             thread.join()
         assert [] == failed
         assert kept_connection_is_old < done
-        with Client(lookup.address, 3, access=Access(f"{new}/ca.pem", f"{old}/client.pem", f"{old}/client.key")) as client:
+        with Client(
+            lookup.address,
+            3,
+            credentials=ClientCredentials(
+                f"{new}/ca.pem", f"{old}/client.pem", f"{old}/client.key"
+            ),
+        ) as client:
             with pytest.raises(Unavailable):
                 client.tables()
-        with Client(lookup.address, 3, access=access(old)) as client, pytest.raises(Unavailable, match="not of the authority trusted here"):
+        with (
+            Client(lookup.address, 3, credentials=access(old)) as client,
+            pytest.raises(Unavailable, match="not of the authority trusted here"),
+        ):
             client.tables()
         for address in (gateway.address, worker.ready["metrics"]):
             host, port = address.split(":")
-            with socket.create_connection((host, int(port))) as raw, context(new).wrap_socket(raw, server_hostname=host) as connection:
-                assert ssl.PEM_cert_to_DER_cert((new / "service.pem").read_text()) == connection.getpeercert(binary_form=True)
+            with (
+                socket.create_connection((host, int(port))) as raw,
+                context(new).wrap_socket(raw, server_hostname=host) as connection,
+            ):
+                assert ssl.PEM_cert_to_DER_cert(
+                    (new / "service.pem").read_text()
+                ) == connection.getpeercert(binary_form=True)
 
 
 def test_redis_password_is_replaced(tmp_path: Path) -> None:
     """New connections use the password that the file has then."""
     password = tmp_path / "password"
     password.write_text("first")
-    with redis_server("--requirepass", "first") as url, closing(open_store(f"{url}?password_file={password}")) as store:
+    with (
+        redis_server("--requirepass", "first") as url,
+        closing(open_store(f"{url}?password_file={password}")) as store,
+    ):
         assert [] == store.refs()
         with closing(Redis.from_url(url, password="first")) as redis:
             redis.config_set("requirepass", "second")
@@ -393,5 +536,7 @@ def test_certs_are_made_from_the_shell(tmp_path: Path) -> None:
     for more in ((), ("--name", "gateway", "--hosts", "gateway.example")):
         told = subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout
     assert f"{tmp_path}/gateway.pem {tmp_path}/gateway.key\n" == told
-    assert {"ca.pem", "ca.key", "service.pem", "service.key", "gateway.pem", "gateway.key"} == {p.name for p in tmp_path.iterdir()}
+    assert {"ca.pem", "ca.key", "service.pem", "service.key", "gateway.pem", "gateway.key"} == {
+        p.name for p in tmp_path.iterdir()
+    }
     assert {0o600} == {p.stat().st_mode & 0o777 for p in tmp_path.glob("*.key")}

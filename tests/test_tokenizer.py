@@ -14,7 +14,9 @@ def test_ids_have_to_lie_in_the_vocabulary(checkpoint: Path) -> None:
     """As many tokens as the model has are fine, one more is not."""
     size = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).get_vocab_size()
     assert size == load_tokenizer(checkpoint / "tokenizer.json", size).get_vocab_size()
-    with pytest.raises(InvalidArgument, match=f"{size} tokens, but the model's vocabulary is {size - 1}"):
+    with pytest.raises(
+        InvalidArgument, match=f"{size} tokens, but the model's vocabulary is {size - 1}"
+    ):
         load_tokenizer(checkpoint / "tokenizer.json", size - 1)
 
 
@@ -27,21 +29,34 @@ def test_an_id_above_the_vocabulary_is_refused_however_few_tokens_there_are(tmp_
         load_tokenizer(path, 5000)
 
 
-def test_equal_files_have_equal_ids(checkpoint: Path, flex_checkpoint: Path, tmp_path: Path) -> None:
+def test_equal_files_have_equal_ids(
+    checkpoint: Path, flex_checkpoint: Path, tmp_path: Path
+) -> None:
     """The id is that of the bytes: 64 hex digits, and others once a byte differs."""
     data = (checkpoint / "tokenizer.json").read_bytes()
-    assert tokenizer_id(checkpoint / "tokenizer.json") == tokenizer_id(flex_checkpoint / "tokenizer.json")
+    assert tokenizer_id(checkpoint / "tokenizer.json") == tokenizer_id(
+        flex_checkpoint / "tokenizer.json"
+    )
     (tmp_path / "other.json").write_bytes(data + b"\n")
     assert tokenizer_id(checkpoint / "tokenizer.json") != tokenizer_id(tmp_path / "other.json")
     assert 64 == len(bytes.fromhex(tokenizer_id(tmp_path / "other.json")).hex())
 
 
 @given(data=st.data())
-def test_a_spoilt_tokenizer_is_refused_or_works(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_a_spoilt_tokenizer_is_refused_or_works(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     """Cut anywhere, or replaced by any bytes, it is an InvalidArgument that names the file."""
     whole = (checkpoint / "tokenizer.json").read_bytes()
     path = tmp_path_factory.mktemp("spoilt") / "tokenizer.json"
-    path.write_bytes(data.draw(st.one_of(st.binary(max_size=50), st.integers(0, len(whole) - 3).map(lambda size: whole[:size]))))
+    path.write_bytes(
+        data.draw(
+            st.one_of(
+                st.binary(max_size=50),
+                st.integers(0, len(whole) - 3).map(lambda size: whole[:size]),
+            )
+        )
+    )
     with pytest.raises(InvalidArgument, match=f"{path} is not a tokenizer.json"):
         load_tokenizer(path)
 

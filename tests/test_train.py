@@ -22,7 +22,16 @@ from tolhouse.train.trainer import Trainer, rate
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of texts: a few modules of the standard library, and a binary file that is passed over."""
     folder = tmp_path_factory.mktemp("corpus")
-    for name in ("argparse", "ast", "dataclasses", "difflib", "inspect", "subprocess", "tarfile", "typing"):
+    for name in (
+        "argparse",
+        "ast",
+        "dataclasses",
+        "difflib",
+        "inspect",
+        "subprocess",
+        "tarfile",
+        "typing",
+    ):
         (folder / f"{name}.txt").write_text((corpus.standard_library() / f"{name}.py").read_text())
     (folder / "binary").write_bytes(bytes(range(256)))
     return folder
@@ -31,7 +40,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def small() -> Recipe:
     tiny = recipe("tiny", "memory", 0)
-    return replace(tiny, config=replace(tiny.config, vocab_size=512), steps=12, sequence_tokens=32, eval_every_steps=4, warmup_steps=3)
+    return replace(
+        tiny,
+        config=replace(tiny.config, vocab_size=512),
+        steps=12,
+        sequence_tokens=32,
+        eval_every_steps=4,
+        warmup_steps=3,
+    )
 
 
 def train(small: Recipe, text: Path, out: Path, seed: int = 0) -> tuple[float, bytes]:
@@ -47,7 +63,9 @@ def train(small: Recipe, text: Path, out: Path, seed: int = 0) -> tuple[float, b
 
 def test_a_seed_fixes_the_checkpoint(small: Recipe, text: Path, tmp_path: Path) -> None:
     """Two runs of one seed end in the same bytes; another seed ends elsewhere; the loss falls from that of a blind guess."""
-    first, again, other = (train(small, text, tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    first, again, other = (
+        train(small, text, tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
     assert first == again
     assert first[1] != other[1]
     with (tmp_path / "a" / "loss.csv").open() as file:
@@ -89,10 +107,23 @@ def test_a_run_goes_on_where_it_was_saved(small: Recipe, text: Path, tmp_path: P
 @pytest.mark.timeout(600)
 def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
     """`tolhouse train` killed by SIGKILL and started again gives the checkpoint of an uninterrupted run."""
-    command = [sys.executable, "-m", "tolhouse.cli", "train", "tiny", "--no-compile", "--steps", "120", "--corpus", str(text)]
+    command = [
+        sys.executable,
+        "-m",
+        "tolhouse.cli",
+        "train",
+        "tiny",
+        "--no-compile",
+        "--steps",
+        "120",
+        "--corpus",
+        str(text),
+    ]
     subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
     killed = tmp_path / "killed"
-    popen = subprocess.Popen([*command, "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    popen = subprocess.Popen(
+        [*command, "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not (killed / "training-state.safetensors").exists():  # saved first after 50 steps
         assert popen.poll() is None
         time.sleep(0.01)
@@ -105,7 +136,9 @@ def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
     assert "tolhouse train tiny --corpus" in card
     assert (tmp_path / "whole" / "loss.csv").read_text() == (killed / "loss.csv").read_text()
     (killed / "training-state.safetensors").unlink()
-    ended = subprocess.run([*command, "--out", str(killed)], check=False, capture_output=True, text=True)
+    ended = subprocess.run(
+        [*command, "--out", str(killed)], check=False, capture_output=True, text=True
+    )
     assert 1 == ended.returncode
     assert "holds a finished checkpoint" in ended.stderr
 
@@ -121,11 +154,18 @@ def test_the_loss_is_that_of_the_model_itself(small: Recipe, text: Path, tmp_pat
     model, length = trainer.model, small.sequence_tokens
     from tolhouse.model.kv import NoCache
 
-    logits = model(inputs, torch.arange(length).repeat(len(inputs) // length), NoCache(length), model.rows(inputs))
+    logits = model(
+        inputs,
+        torch.arange(length).repeat(len(inputs) // length),
+        NoCache(length),
+        model.rows(inputs),
+    )
     direct = torch.nn.functional.cross_entropy(logits, targets)
     shared = trainer.loss(inputs, targets, z_loss=False)
     torch.testing.assert_close(direct, shared, rtol=1e-5, atol=1e-6)
-    gradients = [torch.autograd.grad(loss, list(model.ffn_m.parameters())) for loss in (direct, shared)]
+    gradients = [
+        torch.autograd.grad(loss, list(model.ffn_m.parameters())) for loss in (direct, shared)
+    ]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
 

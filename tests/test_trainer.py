@@ -24,7 +24,11 @@ IDS = np.random.default_rng(0).integers(0, 300, 4000).astype(np.int32)
 def small(kind: str = "memory", beta: int = 0, **changes) -> Recipe:
     tiny = recipe("tiny", kind, beta)
     config = replace(tiny.config, vocab_size=512, num_hidden_layers=2)
-    return replace(tiny, config=config, **{"steps": 3, "batch_sequences": 2, "sequence_tokens": 16, "warmup_steps": 1, **changes})
+    return replace(
+        tiny,
+        config=config,
+        **{"steps": 3, "batch_sequences": 2, "sequence_tokens": 16, "warmup_steps": 1, **changes},
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -44,21 +48,32 @@ def out(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "beta", "autocast"), [("base", 0, False), ("memory", 0, False), ("memory", 0, True), ("flex", 3, True), ("wide", 0, True)]
+    ("kind", "beta", "autocast"),
+    [
+        ("base", 0, False),
+        ("memory", 0, False),
+        ("memory", 0, True),
+        ("flex", 3, True),
+        ("wide", 0, True),
+    ],
 )
 def test_every_kind_learns(kind: str, beta: int, autocast: bool, out: Path) -> None:
     """In either precision every weight moves, and on a text of sixteen tokens the loss falls from that of a blind guess."""
     text = np.tile(IDS[:16], 20)
     trainer = Trainer(small(kind, beta, steps=30, autocast=autocast), text, text, out)
     trainer.run()
-    first, *_, last = (float(line.split(",")[2]) for line in (out / "loss.csv").read_text().splitlines()[1:])
+    first, *_, last = (
+        float(line.split(",")[2]) for line in (out / "loss.csv").read_text().splitlines()[1:]
+    )
     assert first == pytest.approx(math.log(512), abs=0.3)
     assert last < first - 2
     torch.manual_seed(trainer.seed)
     untrained = Transformer(trainer.recipe.config)
     initialise(untrained)
     before = dict(untrained.named_parameters())
-    assert not [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]
+    assert not [
+        name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])
+    ]
 
 
 def test_a_finished_run_is_not_trained_any_further(out: Path) -> None:
@@ -113,8 +128,13 @@ def test_the_rate_stays_between_its_ends(warmup: int, more: int, step: int) -> N
     assert (run.final_rate if more else run.peak_rate) == pytest.approx(rate(run, run.steps))
 
 
-@pytest.mark.parametrize(("corpus", "message"), [("nothing", "no corpus at"), ("short.txt", "is too small"), ("empty", "is too small")])
-def test_a_corpus_that_can_not_train_is_told_in_a_line(corpus: str, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("corpus", "message"),
+    [("nothing", "no corpus at"), ("short.txt", "is too small"), ("empty", "is too small")],
+)
+def test_a_corpus_that_can_not_train_is_told_in_a_line(
+    corpus: str, message: str, tmp_path: Path
+) -> None:
     """`tolhouse train` ends with 1 and one line on stderr, and leaves no checkpoint."""
     (tmp_path / "short.txt").write_text("import os\n")
     (tmp_path / "empty").mkdir()
@@ -143,4 +163,7 @@ def test_weights_are_stored_as_they_were_trained(out: Path) -> None:
     trainer = Trainer(small("flex", 2), IDS, IDS, out)
     trainer.run()
     stored = open_checkpoint(out).model().state_dict()
-    assert all(torch.equal(p.bfloat16().float(), stored[name]) for name, p in trainer.model.state_dict().items())
+    assert all(
+        torch.equal(p.bfloat16().float(), stored[name])
+        for name, p in trainer.model.state_dict().items()
+    )

@@ -9,7 +9,11 @@ from tolhouse.model.kv import NoCache
 from tolhouse.model.transformer import RMSNorm, SwiGLU, Transformer
 from torch import Tensor
 
-KINDS = [("base", 0, "linear"), ("memory", 0, "linear"), *(("flex", beta, form) for beta in (1, 2, 3) for form in ("linear", "swiglu"))]
+KINDS = [
+    ("base", 0, "linear"),
+    ("memory", 0, "linear"),
+    *(("flex", beta, form) for beta in (1, 2, 3) for form in ("linear", "swiglu")),
+]
 IDS = torch.tensor([5, 9, 5, 60, 0, 33, 7])
 POSITIONS = torch.arange(len(IDS))
 
@@ -18,7 +22,9 @@ def model_of(kind: str, beta: int = 0, ffn_c: str = "linear", **overrides) -> Tr
     """In float64, and with weights and norms far from trivial."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = Transformer(preset("tiny", kind, beta, ffn_c=ffn_c, vocab_size=64, num_hidden_layers=2, **overrides)).double()
+        model = Transformer(
+            preset("tiny", kind, beta, ffn_c=ffn_c, vocab_size=64, num_hidden_layers=2, **overrides)
+        ).double()
         for p in model.parameters():
             p.data += 0.3 * torch.randn_like(p)
     return model.eval().requires_grad_(False)
@@ -54,9 +60,14 @@ def attention(inputs: list[Tensor], block: torch.nn.Module, model: Transformer) 
     size, theta, out = model.config.head_dim, model.config.rope_theta, []
     for head in range(model.config.num_attention_heads):
         part = slice(head * size, (head + 1) * size)
-        q, k, v = ([(p.weight @ x)[part] for x in inputs] for p in (block.q_proj, block.k_proj, block.v_proj))
+        q, k, v = (
+            [(p.weight @ x)[part] for x in inputs]
+            for p in (block.q_proj, block.k_proj, block.v_proj)
+        )
         query = turned(q[-1], len(inputs) - 1, theta)
-        scores = torch.stack([query @ turned(key, place, theta) for place, key in enumerate(k)]) / math.sqrt(size)
+        scores = torch.stack(
+            [query @ turned(key, place, theta) for place, key in enumerate(k)]
+        ) / math.sqrt(size)
         out.append(scores.softmax(0) @ torch.stack(v))
     return block.o_proj.weight @ torch.cat(out)
 
@@ -67,7 +78,9 @@ def paper(model: Transformer, ids: Tensor) -> Tensor:
     x = x0
     for layer, block in enumerate(model.layers):
         inputs = [norm(t, block.input_layernorm) for t in x]
-        x = [t + attention(inputs[: place + 1], block.self_attn, model) for place, t in enumerate(x)]
+        x = [
+            t + attention(inputs[: place + 1], block.self_attn, model) for place, t in enumerate(x)
+        ]
         if block.mlp:
             x = [t + ffn_c(norm(t, block.post_attention_layernorm), block.mlp) for t in x]
         if model.ffn_m:
@@ -80,7 +93,12 @@ def paper(model: Transformer, ids: Tensor) -> Tensor:
 def test_the_model_is_the_paper_s(form: tuple[str, int, str]) -> None:
     """For every kind, logits are those of the equations, to the precision of the rotary angles."""
     model = model_of(*form)
-    torch.testing.assert_close(paper(model, IDS), model(IDS, POSITIONS, NoCache(len(IDS)), model.rows(IDS)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        paper(model, IDS),
+        model(IDS, POSITIONS, NoCache(len(IDS)), model.rows(IDS)),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("place", range(len(IDS)))
@@ -111,7 +129,9 @@ def test_order_matters() -> None:
     """The same tokens in another order lead to other logits of the last one."""
     model = model_of("memory")
     other = torch.cat((IDS[:-1].flip(0), IDS[-1:]))
-    last, swapped = (model(ids, POSITIONS, NoCache(len(ids)), model.rows(ids))[-1] for ids in (IDS, other))
+    last, swapped = (
+        model(ids, POSITIONS, NoCache(len(ids)), model.rows(ids))[-1] for ids in (IDS, other)
+    )
     assert not torch.allclose(last, swapped, atol=1e-3)
 
 
@@ -121,7 +141,9 @@ def test_sequences_of_a_batch_do_not_see_each_other() -> None:
     pair = torch.stack((IDS, IDS.flip(0)))
     alone = torch.cat([model(ids, POSITIONS, NoCache(len(ids)), model.rows(ids)) for ids in pair])
     both = pair.flatten()
-    torch.testing.assert_close(alone, model(both, POSITIONS.repeat(2), NoCache(len(IDS)), model.rows(both)))
+    torch.testing.assert_close(
+        alone, model(both, POSITIONS.repeat(2), NoCache(len(IDS)), model.rows(both))
+    )
 
 
 def test_rows_know_nothing_of_attention() -> None:
@@ -133,7 +155,9 @@ def test_rows_know_nothing_of_attention() -> None:
             p.data += 1
     assert torch.equal(rows, model.rows(IDS))
     model.embed_tokens.weight.data[9] += torch.arange(96)
-    assert [True, False, True, True, True, True, True] == (rows == model.rows(IDS)).all(-1).all(0).tolist()
+    assert [True, False, True, True, True, True, True] == (rows == model.rows(IDS)).all(-1).all(
+        0
+    ).tolist()
 
 
 def test_tokens_may_have_a_head_of_their_own() -> None:

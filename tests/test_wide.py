@@ -41,7 +41,10 @@ def test_served_tokens_are_the_model_s(wide: Path, tmp_path: Path, compile: str)
     checkpoint = open_checkpoint(wide)
     expected = list(greedy(checkpoint.model(), PROMPT, 40, ignore_eos=True))
     options = ("--compile", compile, "--compile-cache", str(tmp_path / "cache"))
-    with local_cluster(wide, url, worker_options=options) as cluster, Client(cluster.workers) as client:
+    with (
+        local_cluster(wide, url, worker_options=options) as cluster,
+        Client(cluster.workers) as client,
+    ):
         if compile == "auto":
             deadline = time.monotonic() + 120
             while "decoding is compiled" not in cluster.processes[1].log.read_text():
@@ -51,14 +54,20 @@ def test_served_tokens_are_the_model_s(wide: Path, tmp_path: Path, compile: str)
         assert len(set(expected)) > 4
 
 
-def test_a_fetch_carries_one_row_for_each_token(wide: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_fetch_carries_one_row_for_each_token(
+    wide: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     """Record, store and wire hold 1/N of what a table with a row for each layer does: the worker's own counts say so."""
     counted = {}
     for path in (wide, checkpoint):
         url = f"file://{tmp_path / path.name}"
         build_table(path, url)
         options = ("--row-cache-megabytes", "0")
-        with local_cluster(path, url, worker_options=options) as cluster, Client(cluster.workers) as client, Client(cluster.lookup) as rows:
+        with (
+            local_cluster(path, url, worker_options=options) as cluster,
+            Client(cluster.workers) as client,
+            Client(cluster.lookup) as rows,
+        ):
             list(client.generate(PROMPT, 1, ignore_eos=True))
             counts = client.describe_worker().rows
             manifest = rows.describe(path.name)
@@ -67,6 +76,9 @@ def test_a_fetch_carries_one_row_for_each_token(wide: Path, checkpoint: Path, tm
                 manifest.num_layers,
                 manifest.table_bytes - 8 * manifest.vocab_size,
             )
-    (wide_bytes, wide_layers, wide_table), (bytes_, layers, table) = counted[wide], counted[checkpoint]
+    (wide_bytes, wide_layers, wide_table), (bytes_, layers, table) = (
+        counted[wide],
+        counted[checkpoint],
+    )
     assert (1, 4) == (wide_layers, layers)
     assert (4 * wide_bytes, 4 * wide_table) == (bytes_, table)  # but for the checksums

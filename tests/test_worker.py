@@ -15,20 +15,30 @@ import pytest
 import torch
 from redis import Redis
 from tolhouse import Client, errors
+from tolhouse.engine.attention import PagedKVCache
+from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
+from tolhouse.engine.cpu.packed import load
+from tolhouse.engine.engine import Engine
+from tolhouse.engine.row_providers import NoRows
+from tolhouse.engine.runner import Runner
+from tolhouse.engine.sequence import Output, Sequence
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.model.kv import GrowingCache
-from tolhouse.testing import Cluster, Process, build_table, end, free_port, local_cluster, process, redis_server, tiny_model
+from tolhouse.sampling import SamplingParams
+from tolhouse.testing import (
+    Cluster,
+    Process,
+    build_table,
+    end,
+    free_port,
+    local_cluster,
+    process,
+    redis_server,
+    tiny_model,
+)
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
-from tolhouse.worker.attention import Pages
-from tolhouse.worker.engine import Engine
-from tolhouse.worker.kv_cache import BLOCK_TOKENS, KVCache
-from tolhouse.worker.packed import load
-from tolhouse.worker.rows import NoRows
-from tolhouse.worker.runner import Runner
-from tolhouse.worker.sampling import Sampling
-from tolhouse.worker.sequence import Output, Sequence
 
 FREE = ("--listen", "127.0.0.1:0")
 PROMPT = [5, 17, 3, 99, 200]
@@ -42,7 +52,9 @@ class Collected:
         self.outputs: list[Output] = []
         self.reason = ""
         self.error: Exception | None = None
-        self.sequence = Sequence(len(prompt), list(prompt), Sampling(max_tokens, **sampling), self.emit)
+        self.sequence = Sequence(
+            len(prompt), list(prompt), SamplingParams(max_tokens, **sampling), self.emit
+        )
 
     def emit(self, output: Output) -> None:
         assert not self.ended
@@ -60,12 +72,24 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("base") / "tiny-base", "base")
 
 
-def engine_of(path: Path, kv_tokens: int = 4096, max_running: int = 8, max_step_tokens: int = 64) -> Engine:
+def engine_of(
+    path: Path, kv_tokens: int = 4096, max_running: int = 8, max_step_tokens: int = 64
+) -> Engine:
     """An engine whose steps the test runs itself."""
     checkpoint, cpu = open_checkpoint(path), torch.device("cpu")
-    cache, rows = KVCache(kv_tokens // BLOCK_TOKENS), NoRows(checkpoint.config.hidden_size, cpu)
-    pages = Pages(checkpoint.config, cache.num_blocks, cpu, torch.float32)
-    return Engine(Runner(load(checkpoint, cpu, torch.float32), pages, rows), rows, cache, max_running, 100, max_step_tokens)
+    cache, rows = (
+        BlockManager(kv_tokens // BLOCK_TOKENS),
+        NoRows(checkpoint.config.hidden_size, cpu),
+    )
+    pages = PagedKVCache(checkpoint.config, cache.num_blocks, cpu, torch.float32)
+    return Engine(
+        Runner(load(checkpoint, cpu, torch.float32), pages, rows),
+        rows,
+        cache,
+        max_running,
+        100,
+        max_step_tokens,
+    )
 
 
 def run(engine: Engine, *wanted: Collected) -> None:
@@ -96,7 +120,14 @@ def test_sequences_join_and_leave_a_running_batch(base: Path) -> None:
                 assert engine.running <= 8
     run(engine, *wanted)
     for one in wanted:
-        alone = list(greedy(model, one.sequence.ids[: one.sequence.prompt_tokens], one.sequence.sampling.max_tokens, ignore_eos=True))
+        alone = list(
+            greedy(
+                model,
+                one.sequence.ids[: one.sequence.prompt_tokens],
+                one.sequence.sampling.max_tokens,
+                ignore_eos=True,
+            )
+        )
         assert alone == one.tokens
         assert "length" == one.reason
     assert engine.cache.num_blocks == engine.cache.free_blocks
@@ -105,7 +136,9 @@ def test_sequences_join_and_leave_a_running_batch(base: Path) -> None:
 def test_a_kv_cache_too_small_for_all_serves_all_in_turn(base: Path) -> None:
     """Who finds no block waits, who loses one is computed again: all get the same tokens, the first to come first."""
     engine = engine_of(base, kv_tokens=6 * BLOCK_TOKENS)
-    wanted = [Collected([1, 2, 3], 70) for _ in range(6)]  # five blocks each in the end, one at first
+    wanted = [
+        Collected([1, 2, 3], 70) for _ in range(6)
+    ]  # five blocks each in the end, one at first
     for one in wanted:
         engine.add(one.sequence)
     ended: list[int] = []
@@ -163,13 +196,19 @@ def test_stop_ids_end_a_sequence_and_are_left_out(base: Path) -> None:
     engine.add(stopped.sequence)
     run(engine, stopped)
     assert free.tokens[: free.tokens.index(end)] == stopped.tokens
-    assert ("stop", end, None) == (stopped.reason, stopped.outputs[-1].end_id, stopped.outputs[0].end_id)
+    assert ("stop", end, None) == (
+        stopped.reason,
+        stopped.outputs[-1].end_id,
+        stopped.outputs[0].end_id,
+    )
 
 
 def test_an_engine_tells_the_logprobs_of_prompt_and_answer(base: Path) -> None:
     """In a batch with others, both are those of the model run over the whole text; without an answer the prompt's come alone."""
     engine = engine_of(base, max_step_tokens=512)
-    prompt = [int(i) for i in torch.randint(1, 300, (40,), generator=torch.Generator().manual_seed(1))]
+    prompt = [
+        int(i) for i in torch.randint(1, 300, (40,), generator=torch.Generator().manual_seed(1))
+    ]
     wanted = Collected(prompt, 10, logprobs=2, prompt_logprobs=3, stop_ids=frozenset())
     alone = Collected(prompt, 0, prompt_logprobs=0)
     others = [Collected(PROMPT, 20), Collected(PROMPT, 20, temperature=1.0, seed=1, logprobs=0)]
@@ -179,11 +218,15 @@ def test_an_engine_tells_the_logprobs_of_prompt_and_answer(base: Path) -> None:
     ids = prompt + wanted.tokens
     model = open_checkpoint(base).model()
     with torch.inference_mode():
-        logits_TV = model(torch.tensor(ids), torch.arange(len(ids)), GrowingCache(), model.rows(torch.tensor(ids)))
+        logits_TV = model(
+            torch.tensor(ids), torch.arange(len(ids)), GrowingCache(), model.rows(torch.tensor(ids))
+        )
     expected = logits_TV.log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]].tolist()
     told = wanted.outputs[0].prompt_logprobs
     assert told is not None
-    assert told.chosen + [o.logprobs.chosen[0] for o in wanted.outputs] == pytest.approx(expected, abs=1e-4)
+    assert told.chosen + [o.logprobs.chosen[0] for o in wanted.outputs] == pytest.approx(
+        expected, abs=1e-4
+    )
     assert (39 * 3, 39 * 3) == (len(told.top_ids), len(told.top))
     assert [2] * 10 == [len(o.logprobs.top) for o in wanted.outputs]
     assert ([], "length", 1) == (alone.tokens, alone.reason, len(alone.outputs))
@@ -202,7 +245,9 @@ def table(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[s
 
 @pytest.fixture(scope="module")
 def cluster(checkpoint: Path, table: tuple[str, str]) -> Iterator[Cluster]:
-    with local_cluster(checkpoint, table[0], worker_options=("--max-waiting", "6", "--max-running", "4")) as running:
+    with local_cluster(
+        checkpoint, table[0], worker_options=("--max-waiting", "6", "--max-running", "4")
+    ) as running:
         yield running
 
 
@@ -228,22 +273,33 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(worker: Client) -> No
     alone = [list(worker.generate(PROMPT, 30, seed=seed, **options)) for seed in range(4)]
     assert 4 == len(set(map(tuple, alone)))
     with ThreadPoolExecutor(4) as pool:
-        assert alone == list(pool.map(lambda seed: list(worker.generate(PROMPT, 30, seed=seed, **options)), range(4)))
+        assert alone == list(
+            pool.map(lambda seed: list(worker.generate(PROMPT, 30, seed=seed, **options)), range(4))
+        )
 
 
 def test_a_client_is_told_logprobs(worker: Client) -> None:
     """Replies bring, with each token, its logprob and the likeliest, and with the first one the prompt's."""
     replies = list(worker.replies(PROMPT, 6, logprobs=2, prompt_logprobs=1, ignore_eos=True))
-    assert list(worker.generate(PROMPT, 6, ignore_eos=True)) == [i for r in replies for i in r.token_ids]
-    assert [(1, 2, 2)] * 6 == [(len(r.logprobs.chosen), len(r.logprobs.top_ids), len(r.logprobs.top)) for r in replies]
-    assert all(r.token_ids[0] == r.logprobs.top_ids[0] and r.logprobs.chosen[0] == r.logprobs.top[0] for r in replies)
+    assert list(worker.generate(PROMPT, 6, ignore_eos=True)) == [
+        i for r in replies for i in r.token_ids
+    ]
+    assert [(1, 2, 2)] * 6 == [
+        (len(r.logprobs.chosen), len(r.logprobs.top_ids), len(r.logprobs.top)) for r in replies
+    ]
+    assert all(
+        r.token_ids[0] == r.logprobs.top_ids[0] and r.logprobs.chosen[0] == r.logprobs.top[0]
+        for r in replies
+    )
     assert [True] + [False] * 5 == [r.HasField("prompt_logprobs") for r in replies]
     assert (4, 4) == (len(replies[0].prompt_logprobs.chosen), len(replies[0].prompt_logprobs.top))
     scored = list(worker.replies(PROMPT, 0, prompt_logprobs=1))
     assert [([], "length")] == [(list(r.token_ids), r.finish_reason) for r in scored]
 
 
-def test_a_description_tells_identity_weights_and_rows(worker: Client, checkpoint: Path, table: tuple[str, str]) -> None:
+def test_a_description_tells_identity_weights_and_rows(
+    worker: Client, checkpoint: Path, table: tuple[str, str]
+) -> None:
     """A worker says what it serves; its weights are those of the dense model without FFN-M; its rows are counted."""
     before = worker.describe_worker().rows
     list(worker.generate([7, 8, 9], 5, ignore_eos=True))
@@ -256,22 +312,39 @@ def test_a_description_tells_identity_weights_and_rows(worker: Client, checkpoin
         described.tokenizer_id,
     )
     config = opened.config
-    ffn_m = config.num_hidden_layers * (3 * config.hidden_size * config.intermediate_size + config.hidden_size)
+    ffn_m = config.num_hidden_layers * (
+        3 * config.hidden_size * config.intermediate_size + config.hidden_size
+    )
     assert 2 * ffn_m == described.dense_weight_bytes - described.weight_bytes
-    asked = described.rows.from_cache + described.rows.from_remote - before.from_cache - before.from_remote
+    asked = (
+        described.rows.from_cache
+        + described.rows.from_remote
+        - before.from_cache
+        - before.from_remote
+    )
     assert 3 + 4 == asked  # the prompt, and each sampled token but the last
 
 
 def test_a_table_with_x0_takes_the_embedding_out_of_the_worker(tmp_path: Path) -> None:
     """With untied embeddings, the weights of such a worker are those of another without the embedding; completions are the same."""
-    path, url = tiny_model(tmp_path / "untied", tie_word_embeddings=False), f"file://{tmp_path}/tables"
+    path, url = (
+        tiny_model(tmp_path / "untied", tie_word_embeddings=False),
+        f"file://{tmp_path}/tables",
+    )
     config, found = open_checkpoint(path).config, []
     for embedding in ("no", "yes"):
         ref = build_table(path, url, shards=4, embedding=embedding)
-        with local_cluster(path, url, worker_options=("--table", ref)) as cluster, Client(cluster.workers) as client:
-            found.append((list(client.generate(PROMPT, 20, ignore_eos=True)), client.describe_worker()))
+        with (
+            local_cluster(path, url, worker_options=("--table", ref)) as cluster,
+            Client(cluster.workers) as client,
+        ):
+            found.append(
+                (list(client.generate(PROMPT, 20, ignore_eos=True)), client.describe_worker())
+            )
     (tokens, without), (same, with_x0) = found
-    assert tokens == same == list(greedy(open_checkpoint(path).model(), PROMPT, 20, ignore_eos=True))
+    assert (
+        tokens == same == list(greedy(open_checkpoint(path).model(), PROMPT, 20, ignore_eos=True))
+    )
     assert 2 * config.vocab_size * config.hidden_size == without.weight_bytes - with_x0.weight_bytes
     assert without.table != with_x0.table
 
@@ -314,16 +387,30 @@ def test_a_full_queue_is_told_and_the_queued_are_served(worker: Client) -> None:
         ({"prompt_ids": [1], "temperature": float("nan")}, "INVALID_ARGUMENT", "temperature"),
         ({"prompt_ids": [1], "top_p": 2}, "INVALID_ARGUMENT", "top_p"),
         ({"prompt_ids": [1], "stop_ids": [99_999]}, "INVALID_ARGUMENT", "stop id"),
-        ({"prompt_ids": [1], "logit_bias": {99_999: 1}}, "INVALID_ARGUMENT", "logit_bias of token 99999"),
-        ({"prompt_ids": [1], "logit_bias": {1: float("nan")}}, "INVALID_ARGUMENT", "from -100 to 100"),
+        (
+            {"prompt_ids": [1], "logit_bias": {99_999: 1}},
+            "INVALID_ARGUMENT",
+            "logit_bias of token 99999",
+        ),
+        (
+            {"prompt_ids": [1], "logit_bias": {1: float("nan")}},
+            "INVALID_ARGUMENT",
+            "from -100 to 100",
+        ),
         ({"prompt_ids": [1], "logprobs": 21}, "INVALID_ARGUMENT", "logprobs must be from 0 to 20"),
         ({"prompt_ids": [1], "min_tokens": 4}, "INVALID_ARGUMENT", "min_tokens"),
     ],
 )
-def test_bad_requests_have_their_status(cluster: Cluster, request_: dict, status: str, message: str) -> None:
+def test_bad_requests_have_their_status(
+    cluster: Cluster, request_: dict, status: str, message: str
+) -> None:
     """What can't be served is told before it takes a place in the queue."""
     with grpc.insecure_channel(cluster.workers) as channel, pytest.raises(grpc.RpcError) as caught:
-        list(GenerationStub(channel).Generate(generation_pb2.GenerateRequest(**{"max_tokens": 3, **request_}), timeout=30))
+        list(
+            GenerationStub(channel).Generate(
+                generation_pb2.GenerateRequest(**{"max_tokens": 3, **request_}), timeout=30
+            )
+        )
     assert status == caught.value.code().name
     assert message in caught.value.details()
 
@@ -334,7 +421,9 @@ def test_the_metrics_count_tokens_and_rows(cluster: Cluster, worker: Client) -> 
     ready = next(p.ready for p in cluster.processes if p.ready["service"] == "worker")
     with urllib.request.urlopen(f"http://{ready['metrics']}/metrics", timeout=10) as answer:
         text = answer.read().decode()
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("tolhouse_worker"))
+    values = dict(
+        line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("tolhouse_worker")
+    )
     rows = worker.describe_worker().rows
     assert float(values["tolhouse_worker_tokens_total"]) >= 5
     assert rows.from_cache == float(values['tolhouse_worker_rows_total{source="cache"}'])
@@ -345,7 +434,9 @@ def test_the_metrics_count_tokens_and_rows(cluster: Cluster, worker: Client) -> 
 def test_a_base_model_needs_no_table(base: Path) -> None:
     """The same worker serves a dense model, whose FFNs stand in their blocks, without any lookup service."""
     with process("worker", str(base), *FREE) as running, Client(running.address) as client:
-        assert list(greedy(open_checkpoint(base).model(), PROMPT, 20)) == list(client.generate(PROMPT, 20))
+        assert list(greedy(open_checkpoint(base).model(), PROMPT, 20)) == list(
+            client.generate(PROMPT, 20)
+        )
         assert "" == client.describe_worker().table
 
 
@@ -358,12 +449,24 @@ def lookup(table: tuple[str, str]) -> Iterator[Process]:
         yield running
 
 
-def test_a_lost_lookup_service_fails_who_needs_it_and_comes_back(checkpoint: Path, table: tuple[str, str]) -> None:
+def test_a_lost_lookup_service_fails_who_needs_it_and_comes_back(
+    checkpoint: Path, table: tuple[str, str]
+) -> None:
     """Sequences that miss a row end as Unavailable, those whose rows are cached go on, and the worker recovers by itself."""
     address = f"127.0.0.1:{free_port()}"
     with ExitStack() as stack:
         lookup = stack.enter_context(process("lookup", "--store", table[0], "--listen", address))
-        worker = stack.enter_context(process("worker", str(checkpoint), "--lookup", address, "--fetch-timeout-seconds", "2", *FREE))
+        worker = stack.enter_context(
+            process(
+                "worker",
+                str(checkpoint),
+                "--lookup",
+                address,
+                "--fetch-timeout-seconds",
+                "2",
+                *FREE,
+            )
+        )
         client = stack.enter_context(Client(worker.address))
         expected = list(client.generate(PROMPT, 20, ignore_eos=True))
         lookup.popen.send_signal(signal.SIGKILL)
@@ -383,7 +486,9 @@ def test_a_lost_lookup_service_fails_who_needs_it_and_comes_back(checkpoint: Pat
         settle(client, running=0, waiting=0)
 
 
-def test_a_stopped_lookup_service_costs_no_more_than_the_deadline(checkpoint: Path, lookup: Process) -> None:
+def test_a_stopped_lookup_service_costs_no_more_than_the_deadline(
+    checkpoint: Path, lookup: Process
+) -> None:
     """A lookup service that hangs ends the sequence with an error; nothing waits for ever."""
     options = ("--lookup", lookup.address, "--fetch-timeout-seconds", "1", *FREE)
     with process("worker", str(checkpoint), *options) as worker, Client(worker.address) as client:
@@ -396,15 +501,32 @@ def test_a_stopped_lookup_service_costs_no_more_than_the_deadline(checkpoint: Pa
 
 @pytest.mark.parametrize("trouble", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("embedding", ["yes", "no"])
-def test_with_a_fallback_a_lost_lookup_service_changes_nothing(embedding: str, trouble: signal.Signals, tmp_path: Path) -> None:
+def test_with_a_fallback_a_lost_lookup_service_changes_nothing(
+    embedding: str, trouble: signal.Signals, tmp_path: Path
+) -> None:
     """Killed or hung in the middle of a completion, its rows are computed in the worker, to the same tokens; once back, it is asked again."""
-    path, url, address = tiny_model(tmp_path / "untied", tie_word_embeddings=False), f"file://{tmp_path}/tables", f"127.0.0.1:{free_port()}"
+    path, url, address = (
+        tiny_model(tmp_path / "untied", tie_word_embeddings=False),
+        f"file://{tmp_path}/tables",
+        f"127.0.0.1:{free_port()}",
+    )
     build_table(path, url, shards=4, embedding=embedding)
     expected = list(greedy(open_checkpoint(path).model(), PROMPT, 200, ignore_eos=True))
-    options = ("--fallback", "recompute", "--fetch-timeout-seconds", "1", "--row-cache-megabytes", "0")
+    options = (
+        "--fallback",
+        "recompute",
+        "--fetch-timeout-seconds",
+        "1",
+        "--row-cache-megabytes",
+        "0",
+    )
     with ExitStack() as stack:
-        lookup = stack.enter_context(process("lookup", "--store", url, "--listen", address, "--hot-megabytes", "0"))
-        worker = stack.enter_context(process("worker", str(path), "--lookup", address, *options, *FREE))
+        lookup = stack.enter_context(
+            process("lookup", "--store", url, "--listen", address, "--hot-megabytes", "0")
+        )
+        worker = stack.enter_context(
+            process("worker", str(path), "--lookup", address, *options, *FREE)
+        )
         client = stack.enter_context(Client(worker.address))
         tokens = client.generate(PROMPT, 200, ignore_eos=True)
         begun = [next(tokens) for _ in range(5)]
@@ -414,8 +536,13 @@ def test_with_a_fallback_a_lost_lookup_service_changes_nothing(embedding: str, t
         rows = client.describe_worker().rows
         assert rows.from_remote > 0
         assert rows.recomputed > 200
-        with urllib.request.urlopen(f"http://{worker.ready['metrics']}/metrics", timeout=10) as answer:
-            assert f'tolhouse_worker_rows_total{{source="recomputed"}} {float(rows.recomputed)}' in answer.read().decode()
+        with urllib.request.urlopen(
+            f"http://{worker.ready['metrics']}/metrics", timeout=10
+        ) as answer:
+            assert (
+                f'tolhouse_worker_rows_total{{source="recomputed"}} {float(rows.recomputed)}'
+                in answer.read().decode()
+            )
         if trouble == signal.SIGKILL:
             lookup.popen.wait()
             stack.enter_context(process("lookup", "--store", url, "--listen", address))
@@ -425,7 +552,10 @@ def test_with_a_fallback_a_lost_lookup_service_changes_nothing(embedding: str, t
             before = client.describe_worker().rows
             assert expected[:20] == list(client.generate(PROMPT, 20, ignore_eos=True))
             after = client.describe_worker().rows
-            if (0, 24) == (after.recomputed - before.recomputed, after.from_remote - before.from_remote):
+            if (0, 24) == (
+                after.recomputed - before.recomputed,
+                after.from_remote - before.from_remote,
+            ):
                 break
             time.sleep(0.05)
         else:
@@ -438,7 +568,10 @@ def test_a_corrupt_row_fails_only_who_asks_for_it(checkpoint: Path, redis_url: s
     with Redis.from_url(redis_url) as redis:
         record = redis.hget(f"tolhouse:{{{ref}:2}}", 250)
         redis.hset(f"tolhouse:{{{ref}:2}}", 250, bytes([record[0] ^ 1]) + record[1:])
-    with local_cluster(checkpoint, redis_url, worker_options=("--table", ref)) as cluster, Client(cluster.workers) as client:
+    with (
+        local_cluster(checkpoint, redis_url, worker_options=("--table", ref)) as cluster,
+        Client(cluster.workers) as client,
+    ):
 
         def attempt(prompt: list[int]) -> int | str:
             try:
@@ -458,7 +591,11 @@ def test_a_table_that_vanishes_is_not_the_caller_s_fault(checkpoint: Path) -> No
     with redis_server() as url, ExitStack() as stack:
         ref = build_table(checkpoint, url, shards=4)
         first = stack.enter_context(process("lookup", "--store", url, "--listen", address))
-        worker = stack.enter_context(process("worker", str(checkpoint), "--lookup", address, "--row-cache-megabytes", "0", *FREE))
+        worker = stack.enter_context(
+            process(
+                "worker", str(checkpoint), "--lookup", address, "--row-cache-megabytes", "0", *FREE
+            )
+        )
         client = stack.enter_context(Client(worker.address))
         expected = list(client.generate(PROMPT, 10))
         end(first.popen)
@@ -466,7 +603,9 @@ def test_a_table_that_vanishes_is_not_the_caller_s_fault(checkpoint: Path) -> No
             redis.flushall()
         stack.enter_context(process("lookup", "--store", url, "--listen", address))
         said = "the stream broke"
-        while "the stream broke" in said:  # that to the first service, which the worker may not have noticed yet
+        while (
+            "the stream broke" in said
+        ):  # that to the first service, which the worker may not have noticed yet
             with pytest.raises(errors.Unavailable) as raised:
                 list(client.generate(PROMPT, 10))
             said = str(raised.value)
@@ -477,14 +616,20 @@ def test_a_table_that_vanishes_is_not_the_caller_s_fault(checkpoint: Path) -> No
 
 def refused(*arguments: str) -> str:
     ended = subprocess.run(
-        [sys.executable, "-m", "tolhouse.cli", "worker", *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "tolhouse.cli", "worker", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert (1, "") == (ended.returncode, ended.stdout)
     assert "Traceback" not in ended.stderr
     return ended.stderr
 
 
-def test_what_can_not_start_says_why(checkpoint: Path, flex_checkpoint: Path, lookup: Process, cluster: Cluster, tmp_path: Path) -> None:
+def test_what_can_not_start_says_why(
+    checkpoint: Path, flex_checkpoint: Path, lookup: Process, cluster: Cluster, tmp_path: Path
+) -> None:
     """Another model's table, another tokenizer's, no table, no lookup service, a port in use, a bad value: one line each."""
     to = ("--lookup", lookup.address)
     assert "was built from model" in refused(str(flex_checkpoint), *to, "--table", "tiny-memory")
@@ -495,7 +640,9 @@ def test_what_can_not_start_says_why(checkpoint: Path, flex_checkpoint: Path, lo
     text = (renamed / "tokenizer.json").read_text()
     (renamed / "tokenizer.json").write_text(text + "\n")
     assert "was built from tokenizer" in refused(str(renamed), *to)
-    assert "not published" in refused(str(checkpoint), *to, "--table", "nothing", "--lookup-wait-seconds", "0.2")
+    assert "not published" in refused(
+        str(checkpoint), *to, "--table", "nothing", "--lookup-wait-seconds", "0.2"
+    )
     nobody = ("--lookup", f"127.0.0.1:{free_port()}", "--lookup-wait-seconds", "0.5")
     assert "can't be reached" in refused(str(checkpoint), *nobody)
     assert "in use" in refused(str(checkpoint), *to, "--listen", cluster.workers)

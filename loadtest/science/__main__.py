@@ -24,21 +24,34 @@ def curves(model: Model, most_tokens: int) -> dict[str, list[tuple[float, float]
     head = len(model.rows) // HEAD_SHARE
     families = {
         "low rank at 16 bit": [Scheme("bf16", ratio=ratio) for ratio in RATIOS if ratio <= 8],
-        "low rank and head at 16 bit": [Scheme("bf16", ratio=ratio, head=head, head_codec="bf16") for ratio in RATIOS if ratio <= 8],
-        "int8 low rank, int8 head": [Scheme("int8", ratio=ratio, head=head) for ratio in RATIOS if ratio > 2],
-        "int4 low rank, int8 head": [Scheme("int4", ratio=ratio, head=head) for ratio in RATIOS if ratio > 3],
+        "low rank and head at 16 bit": [
+            Scheme("bf16", ratio=ratio, head=head, head_codec="bf16")
+            for ratio in RATIOS
+            if ratio <= 8
+        ],
+        "int8 low rank, int8 head": [
+            Scheme("int8", ratio=ratio, head=head) for ratio in RATIOS if ratio > 2
+        ],
+        "int4 low rank, int8 head": [
+            Scheme("int4", ratio=ratio, head=head) for ratio in RATIOS if ratio > 3
+        ],
         "int8, int4": [Scheme("int8"), Scheme("int4")],
         "int4, int8 head": [Scheme("int4", head=head)],
     }
     exact = model.evaluate(model.rows, most_tokens).perplexity
     found: dict[str, list[tuple[float, float]]] = {}
-    print(f"\n{model.path.name}: perplexity {exact:.4f} in float32\n  {'':30}{'16 bit':>8} {'perplexity':>11}")
+    print(
+        f"\n{model.path.name}: perplexity {exact:.4f} in float32\n  {'':30}{'16 bit':>8} {'perplexity':>11}"
+    )
     for family, schemes in tqdm(families.items(), desc="families", leave=False, dynamic_ncols=True):
         for scheme in schemes:
             made = model.compressed(scheme)
             loss = model.evaluate(model.decoded(made), most_tokens).perplexity / exact - 1
             found.setdefault(family, []).append((model.bytes16() / made.bytes, loss))
-            print(f"  {family:30}{model.bytes16() / made.bytes:7.2f}x {100 * loss:+10.3f} %", flush=True)
+            print(
+                f"  {family:30}{model.bytes16() / made.bytes:7.2f}x {100 * loss:+10.3f} %",
+                flush=True,
+            )
     return found
 
 
@@ -50,8 +63,20 @@ def plot(found: dict[str, list[tuple[float, float]]], name: str) -> None:
 
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for family, points in found.items():
-        axes.plot([x for x, _ in points], [max(100 * y, 1e-2) for _, y in points], marker="o", ms=4, label=family)
-    axes.set(xlabel="times smaller than 16 bit", ylabel="increase of perplexity, %", xscale="log", yscale="log", title=name)
+        axes.plot(
+            [x for x, _ in points],
+            [max(100 * y, 1e-2) for _, y in points],
+            marker="o",
+            ms=4,
+            label=family,
+        )
+    axes.set(
+        xlabel="times smaller than 16 bit",
+        ylabel="increase of perplexity, %",
+        xscale="log",
+        yscale="log",
+        title=name,
+    )
     axes.set_xticks([1, 2, 3, 4, 6, 8, 12, 16], labels=["1", "2", "3", "4", "6", "8", "12", "16"])
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -61,9 +86,13 @@ def plot(found: dict[str, list[tuple[float, float]]], name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m loadtest.science", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m loadtest.science",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tokens", type=int, default=0, help="held-out tokens for each size; 0: all (default)")
+    parser.add_argument(
+        "--tokens", type=int, default=0, help="held-out tokens for each size; 0: all (default)"
+    )
     options = parser.parse_args()
     PLOTS.mkdir(exist_ok=True)
     for name in ("demo-memory", "demo-flex"):

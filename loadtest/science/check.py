@@ -36,20 +36,34 @@ def compression(model: Model, most_tokens: int) -> dict[str, float]:
     """A table of all schemes; the loss of each, the perplexity at 16 bit, and the largest difference of what is served."""
     length = model.checkpoint.config.max_position_embeddings
     lines, found, furthest = [], {}, 0.0
-    exact = model.evaluate(model.decoded(model.compressed(schemes(len(model.rows))["bf16"])), most_tokens).perplexity
-    for name, scheme in tqdm(schemes(len(model.rows)).items(), desc="codecs", leave=False, dynamic_ncols=True):
+    exact = model.evaluate(
+        model.decoded(model.compressed(schemes(len(model.rows))["bf16"])), most_tokens
+    ).perplexity
+    for name, scheme in tqdm(
+        schemes(len(model.rows)).items(), desc="codecs", leave=False, dynamic_ncols=True
+    ):
         made = model.compressed(scheme, alike=name.endswith(ALIKE))
         rows = model.decoded(made)
         loss = model.evaluate(rows, most_tokens).perplexity / exact - 1
-        with tempfile.TemporaryDirectory(prefix="tolhouse-science-") as folder, served(model, made, Path(folder)) as client:
-            ours, theirs = own_perplexity(model, rows, length), served_perplexity(client, model.text, length)
+        with (
+            tempfile.TemporaryDirectory(prefix="tolhouse-science-") as folder,
+            served(model, made, Path(folder)) as client,
+        ):
+            ours, theirs = (
+                own_perplexity(model, rows, length),
+                served_perplexity(client, model.text, length),
+            )
         furthest = max(furthest, abs(theirs / ours - 1))
         found[name] = loss
         lines.append(
             f"  {name:26}{made.bytes / 1e6:8.2f} MB {model.bytes16() / made.bytes:6.2f}x  {100 * loss:+8.3f} %   {ours:9.5f} {theirs:9.5f}"
         )
-    print(f"{model.path.name}: held-out perplexity {exact:.4f} at 16 bit, rows of {model.bytes16() / 1e6:.1f} MB")
-    print(f"  {'codec':26}{'bytes':>11} {'16 bit':>7}  {'perplexity':>10}   {'here':>9} {'served':>9}")
+    print(
+        f"{model.path.name}: held-out perplexity {exact:.4f} at 16 bit, rows of {model.bytes16() / 1e6:.1f} MB"
+    )
+    print(
+        f"  {'codec':26}{'bytes':>11} {'16 bit':>7}  {'perplexity':>10}   {'here':>9} {'served':>9}"
+    )
     print("\n".join(lines), flush=True)
     return {**found, "16bit": exact, "furthest": furthest}
 
@@ -59,10 +73,19 @@ def probes(model: Model) -> None:
     exact = model.evaluate(model.rows, PROBE_TOKENS).perplexity
     print(f"\nperplexity over that of α = 1, {PROBE_TOKENS:,} tokens")
     print("  α          " + "".join(f"{alpha:9.2f}" for alpha in ALPHAS))
-    print("             " + "".join(f"{model.evaluate(model.rows, PROBE_TOKENS, alpha=alpha).perplexity / exact:9.3f}" for alpha in ALPHAS))
+    print(
+        "             "
+        + "".join(
+            f"{model.evaluate(model.rows, PROBE_TOKENS, alpha=alpha).perplexity / exact:9.3f}"
+            for alpha in ALPHAS
+        )
+    )
     layers = range(model.rows.shape[1])
     print("  without    " + "".join(f"{f'layer {layer}':>9}" for layer in layers))
-    dropped = [model.evaluate(model.rows, PROBE_TOKENS, absent=(layer,)).perplexity / exact for layer in layers]
+    dropped = [
+        model.evaluate(model.rows, PROBE_TOKENS, absent=(layer,)).perplexity / exact
+        for layer in layers
+    ]
     print("             " + "".join(f"{d:9.3f}" for d in dropped), flush=True)
 
 
@@ -74,11 +97,16 @@ def one_wide(folder: Path) -> float:
         url = f"file://{folder / kind}-tables"
         build_table(path, url, codec="bf16")
         options = ("--row-cache-megabytes", "0", "--compile", "never")
-        with local_cluster(path, url, worker_options=options) as cluster, Client(cluster.workers) as client:
+        with (
+            local_cluster(path, url, worker_options=options) as cluster,
+            Client(cluster.workers) as client,
+        ):
             list(client.generate(range(1, 40), 8, ignore_eos=True))
             rows = client.describe_worker().rows
             fetched[kind] = rows.remote_bytes / rows.from_remote
-    print(f"\none wide FFN: {fetched['wide']:.0f} bytes a token, memory with 4 layers: {fetched['memory']:.0f}")
+    print(
+        f"\none wide FFN: {fetched['wide']:.0f} bytes a token, memory with 4 layers: {fetched['memory']:.0f}"
+    )
     return fetched["wide"] / fetched["memory"]
 
 
@@ -96,29 +124,56 @@ def edited(model: Model, scheme: str, folder: Path) -> bool:
     texts = [model.text[start : start + 64] for start in range(0, 6400, 64)]
     told: list[list[list[float]]] = []
     print(f"\n{scheme}")
-    for what, ref in zip(("as it is", *(f"{a!r} with the row of {b!r}" for a, b in edits)), refs, strict=True):
+    for what, ref in zip(
+        ("as it is", *(f"{a!r} with the row of {b!r}" for a, b in edits)), refs, strict=True
+    ):
         options = ("--table", ref, "--compile", "never")
-        with local_cluster(model.path, url, worker_options=options) as cluster, Client(cluster.workers) as client:
+        with (
+            local_cluster(model.path, url, worker_options=options) as cluster,
+            Client(cluster.workers) as client,
+        ):
             told.append(
-                [[p for reply in client.replies(t.tolist(), 0, prompt_logprobs=0) for p in reply.prompt_logprobs.chosen] for t in texts]
+                [
+                    [
+                        p
+                        for reply in client.replies(t.tolist(), 0, prompt_logprobs=0)
+                        for p in reply.prompt_logprobs.chosen
+                    ]
+                    for t in texts
+                ]
             )
-            shown = "".join(tokenizer.decode(list(client.generate(tokenizer.encode(PROMPT).ids, 8, ignore_eos=True))))
+            shown = "".join(
+                tokenizer.decode(
+                    list(client.generate(tokenizer.encode(PROMPT).ids, 8, ignore_eos=True))
+                )
+            )
             print(f"  {what:34} {PROMPT!r} goes on {shown!r}", flush=True)
     right = []
     for (token, _), earlier, later in zip(tokens, told, told[1:], strict=False):
         for text, before, after in zip(texts, earlier, later, strict=True):
             at = np.flatnonzero(text == token)
-            first = int(at[0]) if len(at) else len(text)  # what is predicted from here on may change
-            right.append(before[:first] == after[:first] and (first >= len(text) - 1 or before[first:] != after[first:]))
-        print(f"  {sum(token in t for t in texts)} of {len(texts)} texts have {tokenizer.decode([token])!r}")
+            first = (
+                int(at[0]) if len(at) else len(text)
+            )  # what is predicted from here on may change
+            right.append(
+                before[:first] == after[:first]
+                and (first >= len(text) - 1 or before[first:] != after[first:])
+            )
+        print(
+            f"  {sum(token in t for t in texts)} of {len(texts)} texts have {tokenizer.decode([token])!r}"
+        )
     return all(right) and all(any(token in t for t in texts) for token, _ in tokens)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m loadtest.science.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m loadtest.science.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tokens", type=int, default=0, help="held-out tokens for the codecs; 0: all (default)")
+    parser.add_argument(
+        "--tokens", type=int, default=0, help="held-out tokens for the codecs; 0: all (default)"
+    )
     most = parser.parse_args().tokens
     if most and most < LEAST_TOKENS:
         parser.error(f"--tokens must be 0, for all, or at least {LEAST_TOKENS}, not {most}")
@@ -133,7 +188,9 @@ def run(most_tokens: int) -> None:
     probes(model)
     with tempfile.TemporaryDirectory(prefix="tolhouse-science-") as name:
         wide = one_wide(Path(name))
-        only = [edited(model, scheme, Path(name) / scheme) for scheme in ("bf16", "int4 low rank, 8x")]
+        only = [
+            edited(model, scheme, Path(name) / scheme) for scheme in ("bf16", "int4 low rank, 8x")
+        ]
     told = {
         "ppl_16bit": round(found["16bit"], 4),
         "int8_loss": round(found["int8"], 6),

@@ -50,10 +50,17 @@ class Model:
         self.model = self.checkpoint.model()
         self.rows = model_rows(self.checkpoint)
         self.text = read_text(self.checkpoint, None)
-        self.counts = count_tokens(self.checkpoint.tokenizer(), "", self.checkpoint.config.vocab_size)
+        self.counts = count_tokens(
+            self.checkpoint.tokenizer(), "", self.checkpoint.config.vocab_size
+        )
 
     def compressed(self, scheme: Scheme, *, alike: bool = False) -> Compressed:
-        return compress(plan(self.checkpoint, "", scheme.codec, 16), self.rows, {} if alike else self.counts, scheme)
+        return compress(
+            plan(self.checkpoint, "", scheme.codec, 16),
+            self.rows,
+            {} if alike else self.counts,
+            scheme,
+        )
 
     def evaluate(self, rows: np.ndarray, most_tokens: int = 0, **probe: object) -> Evaluation:
         return evaluate(self.model, self.text[: most_tokens or None], probed(rows, **probe))  # type: ignore[arg-type]
@@ -75,7 +82,10 @@ def served(model: Model, made: Compressed, folder: Path) -> Iterator[Client]:
     manifest = made.store(store)
     publish(store, manifest.ref)
     options = ("--table", manifest.ref, "--row-cache-megabytes", "1", "--compile", "never")
-    with local_cluster(model.path, url, worker_options=options) as cluster, Client(cluster.workers) as client:
+    with (
+        local_cluster(model.path, url, worker_options=options) as cluster,
+        Client(cluster.workers) as client,
+    ):
         yield client
 
 

@@ -60,12 +60,28 @@ def train(run: Run, seed: int) -> None:
     if kept.exists():
         return
     out = RUNS / f"{run.name}-{seed}"
-    flags = ["--kind", run.kind, "--beta", str(run.beta), "--ffn-c", run.ffn_c, "--seed", str(seed), "--out", str(out)]
+    flags = [
+        "--kind",
+        run.kind,
+        "--beta",
+        str(run.beta),
+        "--ffn-c",
+        run.ffn_c,
+        "--seed",
+        str(seed),
+        "--out",
+        str(out),
+    ]
     out.mkdir(parents=True, exist_ok=True)
     print(f"{run.name}, seed {seed}: tolhouse train {run.recipe} {' '.join(flags)}", flush=True)
     if not (out / "model.safetensors").exists():
         with (out / "train.log").open("ab") as log:
-            subprocess.run([sys.executable, "-m", "tolhouse.cli", "train", run.recipe, *flags], stdout=log, stderr=log, check=True)
+            subprocess.run(
+                [sys.executable, "-m", "tolhouse.cli", "train", run.recipe, *flags],
+                stdout=log,
+                stderr=log,
+                check=True,
+            )
     shutil.copy(out / "loss.csv", kept)
 
 
@@ -74,7 +90,9 @@ def last_loss(run: Run, seed: int) -> float | None:
     if not kept.exists():
         return None
     with kept.open() as file:
-        return [float(row["held_out_loss"]) for row in csv.DictReader(file) if row["held_out_loss"]][-1]
+        return [
+            float(row["held_out_loss"]) for row in csv.DictReader(file) if row["held_out_loss"]
+        ][-1]
 
 
 def table(seeds: int) -> tuple[str, dict[str, float]]:
@@ -85,24 +103,44 @@ def table(seeds: int) -> tuple[str, dict[str, float]]:
         if any(losses):
             found[run.name] = [math.exp(loss) for loss in losses if loss is not None]
     mean = {name: math.exp(sum(map(math.log, p)) / len(p)) for name, p in found.items()}
-    lines = ["| kind | total | active | held-out perplexity, by seed | mean |", "|---|---|---|---|---|"]
+    lines = [
+        "| kind | total | active | held-out perplexity, by seed | mean |",
+        "|---|---|---|---|---|",
+    ]
     for run in sorted((r for r in KINDS if r.name in found), key=lambda r: mean[r.name]):
         total, active = run.parameters()
-        lines.append(f"| {run.name} | {total:,} | {active:,} | {' · '.join(f'{p:.2f}' for p in found[run.name])} | {mean[run.name]:.2f} |")
+        lines.append(
+            f"| {run.name} | {total:,} | {active:,} | {' · '.join(f'{p:.2f}' for p in found[run.name])} | {mean[run.name]:.2f} |"
+        )
     return "\n".join(lines), mean
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m loadtest.science.kinds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m loadtest.science.kinds",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seeds", type=int, default=2, help="runs of each kind (default %(default)d)")
-    parser.add_argument("--only", default="", metavar="WORD", help="train kinds with this in their name alone")
-    parser.add_argument("--print", action="store_true", help="train nothing: the table from the curves that are kept")
+    parser.add_argument(
+        "--seeds", type=int, default=2, help="runs of each kind (default %(default)d)"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help="train kinds with this in their name alone"
+    )
+    parser.add_argument(
+        "--print",
+        action="store_true",
+        help="train nothing: the table from the curves that are kept",
+    )
     options = parser.parse_args()
     CURVES.mkdir(exist_ok=True)
     if not options.print:
-        runs = [(run, seed) for seed in range(options.seeds) for run in KINDS if options.only in run.name]
+        runs = [
+            (run, seed)
+            for seed in range(options.seeds)
+            for run in KINDS
+            if options.only in run.name
+        ]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda one: train(*one), runs))
     text, mean = table(options.seeds)

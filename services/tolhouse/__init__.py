@@ -10,7 +10,6 @@ with Client("127.0.0.1:50052") as worker:                 # an attention worker
         print(token_id)
 """
 
-from tolhouse.access import Access
 from tolhouse.client.client import Client
 from tolhouse.errors import (
     Cancelled,
@@ -29,13 +28,14 @@ from tolhouse.errors import (
     Unavailable,
     Unsupported,
 )
-from tolhouse.table.spec import Manifest
+from tolhouse.net.auth import ClientCredentials
+from tolhouse.table.manifest import Manifest
 
 __version__ = "0.1.0"
 __all__ = [
-    "Access",
     "Cancelled",
     "Client",
+    "ClientCredentials",
     "Corrupt",
     "DeadlineExceeded",
     "IdOutOfRange",

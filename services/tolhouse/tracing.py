@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from tolhouse.errors import InvalidArgument
-from tolhouse.telemetry import log
-from tolhouse.tls import is_loopback
+from tolhouse.logs import log
+from tolhouse.net.tls import is_loopback
 
 if TYPE_CHECKING:
     from opentelemetry import trace
@@ -69,8 +69,14 @@ def start_tracing(service: str, url: str, *, insecure: bool) -> None:
     if not url:
         return
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc.rpartition(":")[2].isdecimal() or parts.path not in ("", "/"):
-        raise InvalidArgument(f"--traces {url!r} is not http://HOST:PORT or https://HOST:PORT of an OTLP collector's gRPC port, often 4317")
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.netloc.rpartition(":")[2].isdecimal()
+        or parts.path not in ("", "/")
+    ):
+        raise InvalidArgument(
+            f"--traces {url!r} is not http://HOST:PORT or https://HOST:PORT of an OTLP collector's gRPC port, often 4317"
+        )
     if parts.scheme == "http" and not insecure and not is_loopback(parts.netloc):
         raise InvalidArgument(
             f"--traces {url} would send traces to another machine in plaintext: use https://, or --insecure where the network is trusted"
@@ -81,12 +87,18 @@ def start_tracing(service: str, url: str, *, insecure: bool) -> None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
-        raise InvalidArgument("--traces needs OpenTelemetry's SDK: pip install 'tolhouse[traces]'") from None
+        raise InvalidArgument(
+            "--traces needs OpenTelemetry's SDK: pip install 'tolhouse[traces]'"
+        ) from None
     library = logging.getLogger("opentelemetry")
     library.handlers[:], library.propagate = log.handlers, False
     log.addFilter(_named)
     provider = TracerProvider(resource=Resource.create({"service.name": f"tolhouse-{service}"}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, insecure=parts.scheme == "http", timeout=5)))
+    provider.add_span_processor(
+        BatchSpanProcessor(
+            OTLPSpanExporter(endpoint=url, insecure=parts.scheme == "http", timeout=5)
+        )
+    )
     _tracer = provider.get_tracer("tolhouse")
 
 
@@ -108,7 +120,14 @@ def under(traceparents: Iterable[str]) -> Iterator[None]:
         _here.reset(token)
 
 
-def begin(name: str, attributes: Attributes | None = None, *, parent: str = "", root: bool = False, kind: str = "INTERNAL") -> Span:
+def begin(
+    name: str,
+    attributes: Attributes | None = None,
+    *,
+    parent: str = "",
+    root: bool = False,
+    kind: str = "INTERNAL",
+) -> Span:
     """A span below `parent`, to be ended by the caller. Without one it begins a trace if it may be a `root`, else it is nothing.
 
     kind: SERVER where a call came in, CLIENT where one goes out, or INTERNAL.
@@ -137,12 +156,22 @@ def span(name: str, attributes: Attributes | None = None, kind: str = "INTERNAL"
             one.end(error)
 
 
-def _begin(tracer: "trace.Tracer", name: str, attributes: Attributes | None, above: tuple[str, ...], kind: str) -> Span:
+def _begin(
+    tracer: "trace.Tracer",
+    name: str,
+    attributes: Attributes | None,
+    above: tuple[str, ...],
+    kind: str,
+) -> Span:
     from opentelemetry.trace import Link, SpanKind, get_current_span
 
     contexts = [_read(traceparent) for traceparent in above]
     links = [Link(get_current_span(context).get_span_context()) for context in contexts[1:]]
-    return Span(tracer.start_span(name, context=contexts[0], kind=SpanKind[kind], attributes=attributes, links=links))
+    return Span(
+        tracer.start_span(
+            name, context=contexts[0], kind=SpanKind[kind], attributes=attributes, links=links
+        )
+    )
 
 
 def _read(traceparent: str) -> "Context":

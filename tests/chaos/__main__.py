@@ -36,13 +36,18 @@ def run(fault: Fault, system: System, answers: Answers, flip_to: str) -> dict:
     load.stop()
     ended = time.monotonic()
     usual = rate(load.history, started + 1, moment)
-    recovery = recovery_seconds(load.history, moment, ended if fault.recovers_within > FAULT_SECONDS else until, usual)
+    recovery = recovery_seconds(
+        load.history, moment, ended if fault.recovers_within > FAULT_SECONDS else until, usual
+    )
     wrong = violations(load.history, answers, DEADLINE_SECONDS)
     failed = [seen for seen in load.history if seen.failed]
     if fault.may_fail == "none":
         wrong += [f"a request failed: {seen.error}" for seen in failed]
     elif fault.may_fail == "streaming":
-        wrong += [f"a request failed before its first token: {seen.error}" for seen in failed_before_a_token(failed)]
+        wrong += [
+            f"a request failed before its first token: {seen.error}"
+            for seen in failed_before_a_token(failed)
+        ]
     if not flipped:
         wrong.append("no version could be published during the fault")
     elif flip_to not in {seen.version for seen in load.history}:
@@ -69,8 +74,12 @@ def show(row: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.partition("\n\n")[2])
-    parser.add_argument("--only", default="", metavar="WORD", help="only faults whose name has this in it")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos", description=__doc__.partition("\n\n")[2]
+    )
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help="only faults whose name has this in it"
+    )
     only = parser.parse_args().only
     rows = []
     print(f"{'fault':38} {'requests':>8} {'failed':>6} {'wrong':>6} {'recovery':>9}")
@@ -87,7 +96,11 @@ def main() -> None:
         rows.append(row)
         show(row)
     wrong = sum(len(row["wrong"]) for row in rows)
-    slow = [row["fault"] for row in rows if row["recovery_s"] is None or row["recovery_s"] > row["limit_s"]]
+    slow = [
+        row["fault"]
+        for row in rows
+        if row["recovery_s"] is None or row["recovery_s"] > row["limit_s"]
+    ]
     print(
         json.dumps(
             {

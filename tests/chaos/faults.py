@@ -13,7 +13,9 @@ from tolhouse.testing import RedisNode
 from tests.chaos.proxy import Link
 from tests.chaos.system import System, wait_until
 
-Allowed = Literal["none", "streaming", "errors"]  # requests that may fail: none, those that had shown a token, any (with a clear error)
+Allowed = Literal[
+    "none", "streaming", "errors"
+]  # requests that may fail: none, those that had shown a token, any (with a clear error)
 
 
 @dataclass
@@ -28,10 +30,19 @@ class Fault:
 def of_services(system: System) -> list[Fault]:
     lookup, worker = system.lookups[0], system.workers[0]
     faults = []
-    for what, service, may_fail in (("lookup replica", lookup, "none"), ("worker", worker, "streaming")):
-        kill, stop = (lambda s=service, n=number: s.signal(n) for number in (signal.SIGKILL, signal.SIGSTOP))
+    for what, service, may_fail in (
+        ("lookup replica", lookup, "none"),
+        ("worker", worker, "streaming"),
+    ):
+        kill, stop = (
+            lambda s=service, n=number: s.signal(n) for number in (signal.SIGKILL, signal.SIGSTOP)
+        )
         faults.append(Fault(f"kill -9 of a {what}", kill, service.restart, may_fail))
-        faults.append(Fault(f"SIGSTOP of a {what}", stop, lambda s=service: s.signal(signal.SIGCONT), may_fail))
+        faults.append(
+            Fault(
+                f"SIGSTOP of a {what}", stop, lambda s=service: s.signal(signal.SIGCONT), may_fail
+            )
+        )
     for what, links, may_fail in (
         ("gateway and worker", [system.to_workers[0]], "streaming"),
         ("worker and lookup", [system.to_lookups[0][0]], "none"),
@@ -55,16 +66,23 @@ def of_redis(system: System, nodes: list[RedisNode], links: list[Link], ref: str
     faults = []
     for what, first in (("master", 0), ("replica", 3)):
         node = nodes[first]
-        faults.append(Fault(f"kill -9 of a Redis {what}", node.popen.kill, node.restart, "none", 10.0))
+        faults.append(
+            Fault(f"kill -9 of a Redis {what}", node.popen.kill, node.restart, "none", 10.0)
+        )
         other = nodes[first + 1]
-        stop, go_on = (lambda n=other, s=number: n.popen.send_signal(s) for number in (signal.SIGSTOP, signal.SIGCONT))
+        stop, go_on = (
+            lambda n=other, s=number: n.popen.send_signal(s)
+            for number in (signal.SIGSTOP, signal.SIGCONT)
+        )
         faults.append(Fault(f"SIGSTOP of a Redis {what}", stop, go_on, "none", 10.0))
     faults += of_links("lookup and a Redis master", [links[2]], "none")
     faults += of_links("lookup and a Redis replica", [links[5]], "none")
     faults.append(corrupted(system, nodes[2].url, ref))
     moved = Moved(nodes, ref)
     faults.append(Fault("slot migration", moved.there, moved.back))
-    faults.append(Fault("restart of everything", lambda: restart(system, nodes), lambda: None, "errors", 30.0))
+    faults.append(
+        Fault("restart of everything", lambda: restart(system, nodes), lambda: None, "errors", 30.0)
+    )
     return faults
 
 
@@ -94,7 +112,12 @@ def corrupted(system: System, url: str, ref: str) -> Fault:
     def inject() -> None:
         with cluster() as redis:
             kept.update(redis.hgetall(key))
-            redis.hset(key, mapping={token: bytes([record[0] ^ 1]) + record[1:] for token, record in kept.items()})
+            redis.hset(
+                key,
+                mapping={
+                    token: bytes([record[0] ^ 1]) + record[1:] for token, record in kept.items()
+                },
+            )
 
     def mend() -> None:
         with cluster() as redis:
@@ -117,14 +140,23 @@ class Moved:
                 slot = redis.keyslot(key)
                 home = redis.get_node_from_key(key)
                 self.homes[slot] = home.name
-                self._move(redis, slot, home, next(node for node in primaries if node.name != home.name))
+                self._move(
+                    redis, slot, home, next(node for node in primaries if node.name != home.name)
+                )
 
     def back(self) -> None:
         with RedisCluster.from_url(self.nodes[2].url) as redis:
             for slot, name in self.homes.items():
-                self._move(redis, slot, redis.nodes_manager.get_node_from_slot(slot), redis.get_node(node_name=name))
+                self._move(
+                    redis,
+                    slot,
+                    redis.nodes_manager.get_node_from_slot(slot),
+                    redis.get_node(node_name=name),
+                )
 
-    def _move(self, redis: RedisCluster, slot: int, source: ClusterNode, target: ClusterNode) -> None:
+    def _move(
+        self, redis: RedisCluster, slot: int, source: ClusterNode, target: ClusterNode
+    ) -> None:
         one, other = redis.get_redis_connection(source), redis.get_redis_connection(target)
         names = [client.execute_command("CLUSTER MYID").decode() for client in (one, other)]
         other.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", names[0])

@@ -42,20 +42,34 @@ def violations(history: Iterable[Seen], answers: Answers, deadline_seconds: floa
     for seen in history:
         right = {version: texts[seen.prompt] for version, texts in answers.items()}
         if seen.ended - seen.began > deadline_seconds:
-            found.append(f"prompt {seen.prompt} took {seen.ended - seen.began:.1f} s, more than its deadline")
+            found.append(
+                f"prompt {seen.prompt} took {seen.ended - seen.began:.1f} s, more than its deadline"
+            )
         if seen.failed:
             if seen.finishes:
-                found.append(f"prompt {seen.prompt} ended twice: in an answer, and in {seen.error!r}")
+                found.append(
+                    f"prompt {seen.prompt} ended twice: in an answer, and in {seen.error!r}"
+                )
             if not any(text.startswith(seen.text) for text in right.values()):
                 found.append(f"prompt {seen.prompt} began wrongly before its error: {seen.text!r}")
             continue
         if (seen.finishes, seen.dones) != (1, 1):
-            found.append(f"prompt {seen.prompt} ended {seen.finishes} times, and {seen.dones} times whole")
+            found.append(
+                f"prompt {seen.prompt} ended {seen.finishes} times, and {seen.dones} times whole"
+            )
         if seen.text not in right.values():
-            mixed = len(right) > 1 and seen.text[:1] and any(t.startswith(seen.text[:8]) for t in right.values())
-            found.append(f"prompt {seen.prompt} got {'a wrong or mixed' if mixed else 'a wrong'} text: {seen.text!r}")
+            mixed = (
+                len(right) > 1
+                and seen.text[:1]
+                and any(t.startswith(seen.text[:8]) for t in right.values())
+            )
+            found.append(
+                f"prompt {seen.prompt} got {'a wrong or mixed' if mixed else 'a wrong'} text: {seen.text!r}"
+            )
         elif seen.version and right.get(seen.version) != seen.text:
-            found.append(f"prompt {seen.prompt} was told version {seen.version}, and got another's text")
+            found.append(
+                f"prompt {seen.prompt} was told version {seen.version}, and got another's text"
+            )
     return found
 
 
@@ -69,7 +83,9 @@ def rate(history: Iterable[Seen], start: float, end: float) -> float:
     return sum(start <= seen.ended < end and not seen.failed for seen in history) / (end - start)
 
 
-def recovery_seconds(history: Sequence[Seen], fault: float, until: float, usual: float, share: float = 0.7) -> float | None:
+def recovery_seconds(
+    history: Sequence[Seen], fault: float, until: float, usual: float, share: float = 0.7
+) -> float | None:
     """Seconds from a fault until the rate is back at `share` of the usual one, and stays there on the whole; None if it never is.
 
     Looked at in windows of EDGE_SECONDS: the first one from which on the mean of what follows is that much, and it itself too.

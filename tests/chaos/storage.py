@@ -28,7 +28,10 @@ def _shard_file() -> dict:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tolhouse-chaos-")))
         url = f"file://{folder}"
-        other, ref = (build_table(CHECKPOINT, url, name="chaos", codec=codec, shards=16) for codec in ("int4", "int8"))
+        other, ref = (
+            build_table(CHECKPOINT, url, name="chaos", codec=codec, shards=16)
+            for codec in ("int4", "int8")
+        )
         answers = right_answers(url, [ref, other])
         system = System(stack, url, "chaos")
         load = Load(system.gateway.address)
@@ -53,10 +56,20 @@ def _shard_file() -> dict:
         recovery = recovery_seconds(load.history, mended, time.monotonic(), usual)
         failed = sum(seen.failed for seen in load.history)
         wrong = violations(load.history, answers, DEADLINE_SECONDS)
-        if not flipped or {seen.version for seen in load.history if not seen.failed} != {ref, other}:
+        if not flipped or {seen.version for seen in load.history if not seen.failed} != {
+            ref,
+            other,
+        }:
             wrong.append("not both versions were answered with")
-        return {"fault": "corrupted shard file (from its end)", "requests": len(load.history), "failed": failed, "wrong": wrong,
-                "usual": usual, "recovery_s": recovery, "limit_s": 5.0}  # fmt: skip
+        return {
+            "fault": "corrupted shard file (from its end)",
+            "requests": len(load.history),
+            "failed": failed,
+            "wrong": wrong,
+            "usual": usual,
+            "recovery_s": recovery,
+            "limit_s": 5.0,
+        }
 
 
 def _full_disk() -> dict:
@@ -65,21 +78,51 @@ def _full_disk() -> dict:
         url, wrong = f"file://{folder}/tables", []
         started = time.monotonic()
         mounted = (
-            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, check=False).returncode == 0
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder],
+                capture_output=True,
+                check=False,
+            ).returncode
+            == 0
         )
         if not mounted:
-            print("full disk during a build: left out, as only root may make a small disk", flush=True)
+            print(
+                "full disk during a build: left out, as only root may make a small disk", flush=True
+            )
             return {}
         try:
 
             def build() -> subprocess.CompletedProcess:
-                command = [sys.executable, "-m", "tolhouse.cli", "build", str(CHECKPOINT), "--store", url, "--codec", "int8", "--publish"]
-                return subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, timeout=200, check=False)
+                command = [
+                    sys.executable,
+                    "-m",
+                    "tolhouse.cli",
+                    "build",
+                    str(CHECKPOINT),
+                    "--store",
+                    url,
+                    "--codec",
+                    "int8",
+                    "--publish",
+                ]
+                return subprocess.run(
+                    [*command, "--workers", "1"],
+                    capture_output=True,
+                    text=True,
+                    timeout=200,
+                    check=False,
+                )
 
             first = build()
             said = first.stderr.strip().splitlines()[-1:] or [""]
-            if first.returncode != 1 or "Traceback" in first.stderr or "No space left" not in said[0]:
-                wrong.append(f"a build on a full disk ended with {first.returncode}: {first.stderr[-300:]}")
+            if (
+                first.returncode != 1
+                or "Traceback" in first.stderr
+                or "No space left" not in said[0]
+            ):
+                wrong.append(
+                    f"a build on a full disk ended with {first.returncode}: {first.stderr[-300:]}"
+                )
             with closing(open_store(url)) as store:
                 if store.refs():
                     wrong.append(f"a table that is not whole is there: {store.refs()}")
@@ -94,5 +137,12 @@ def _full_disk() -> dict:
                     wrong.append("the table is not there after the second build")
         finally:
             subprocess.run(["umount", folder], check=True)
-        return {"fault": "full disk during a build", "requests": 2, "failed": 1, "wrong": wrong,
-                "usual": 0, "recovery_s": time.monotonic() - started, "limit_s": 120.0}  # fmt: skip
+        return {
+            "fault": "full disk during a build",
+            "requests": 2,
+            "failed": 1,
+            "wrong": wrong,
+            "usual": 0,
+            "recovery_s": time.monotonic() - started,
+            "limit_s": 120.0,
+        }

@@ -15,20 +15,31 @@ import httpx
 import numpy as np
 import torch
 from tolhouse import Client, Manifest
+from tolhouse.engine.row_providers import Rows
 from tolhouse.errors import TolhouseError
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.store import Store, companions, open_store, publish
-from tolhouse.table.companions import Companions
-from tolhouse.testing import Process, RedisNode, build_table, end, free_port, process, redis_cluster_nodes, wait_until_healthy
-from tolhouse.worker.rows import Rows
+from tolhouse.table.auxiliary import AuxiliaryTables
+from tolhouse.testing import (
+    Process,
+    RedisNode,
+    build_table,
+    end,
+    free_port,
+    process,
+    redis_cluster_nodes,
+    wait_until_healthy,
+)
 
 from tests.chaos.history import Answers, Seen
 from tests.chaos.proxy import Link
 
 CHECKPOINT = Path("models/demo-memory")
 PROMPTS = tuple(
-    line for line in Path("services/tolhouse/testing.py").read_text().splitlines() if line.startswith(("def ", "    with ", "    return "))
+    line
+    for line in Path("services/tolhouse/testing.py").read_text().splitlines()
+    if line.startswith(("def ", "    with ", "    return "))
 )[:24]
 ANSWER_TOKENS = 40
 CLIENTS = 6
@@ -80,7 +91,10 @@ class System:
         def link(to: Service) -> Link:
             return stack.enter_context(Link(to.address))
 
-        self.lookups = [service("lookup", "--store", store_url, "--hot-megabytes", "0").start() for _ in range(2)]
+        self.lookups = [
+            service("lookup", "--store", store_url, "--hot-megabytes", "0").start()
+            for _ in range(2)
+        ]
         self.to_lookups = [[link(lookup) for lookup in self.lookups] for _ in range(2)]  # by worker
         self.workers = []
         for links in self.to_lookups:
@@ -96,10 +110,20 @@ class System:
                 "--table-poll-seconds",
                 "0.5",
             )
-            self.workers.append(service("worker", str(CHECKPOINT), "--lookup", ",".join(one.address for one in links), *options).start())
+            self.workers.append(
+                service(
+                    "worker",
+                    str(CHECKPOINT),
+                    "--lookup",
+                    ",".join(one.address for one in links),
+                    *options,
+                ).start()
+            )
         self.to_workers = [link(worker) for worker in self.workers]
         workers = ",".join(one.address for one in self.to_workers)
-        self.gateway = service("gateway", str(CHECKPOINT), "--workers", workers, "--poll-seconds", "0.5").start()
+        self.gateway = service(
+            "gateway", str(CHECKPOINT), "--workers", workers, "--poll-seconds", "0.5"
+        ).start()
         wait_until_healthy(self.gateway.address)
 
     def flip(self, ref: str, seconds: float = 15.0) -> bool:
@@ -129,7 +153,17 @@ def right_answers(url: str, refs: list[str]) -> dict[str, list[str]]:
                 return rows.decode(rows.stage(ids_T.numpy().astype(np.uint32)))
 
             found[ref] = [
-                tokenizer.decode(list(greedy(model, tokenizer.encode(prompt).ids, ANSWER_TOKENS, ignore_eos=True, rows=get)))
+                tokenizer.decode(
+                    list(
+                        greedy(
+                            model,
+                            tokenizer.encode(prompt).ids,
+                            ANSWER_TOKENS,
+                            ignore_eos=True,
+                            rows=get,
+                        )
+                    )
+                )
                 for prompt in PROMPTS
             ]
             rows.close()
@@ -142,10 +176,12 @@ class _FromStore(Client):
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def companions(self, manifest: Manifest) -> Companions:
+    def companions(self, manifest: Manifest) -> AuxiliaryTables:
         return companions(self.store, manifest)
 
-    def fetch_records(self, manifest: Manifest, ids: np.ndarray, out: Any = None, places: Any = None) -> np.ndarray:
+    def fetch_records(
+        self, manifest: Manifest, ids: np.ndarray, out: Any = None, places: Any = None
+    ) -> np.ndarray:
         records = np.empty((len(ids), manifest.record_bytes), np.uint8)
         self.store.read(manifest, ids, records)
         out[places] = records
@@ -158,7 +194,10 @@ class Load:
     def __init__(self, gateway: str) -> None:
         self.gateway, self.history, self._stop = gateway, list[Seen](), threading.Event()
         self._next = itertools.count()
-        self._threads = [threading.Thread(target=self._run, name=f"client {n}", daemon=True) for n in range(CLIENTS)]
+        self._threads = [
+            threading.Thread(target=self._run, name=f"client {n}", daemon=True)
+            for n in range(CLIENTS)
+        ]
 
     def start(self) -> None:
         for thread in self._threads:
@@ -184,7 +223,13 @@ class Load:
                     self._stop.wait(0.1)
 
     def _ask(self, client: httpx.Client, seen: Seen) -> None:
-        body = {"prompt": PROMPTS[seen.prompt], "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True, "stream": seen.streamed}
+        body = {
+            "prompt": PROMPTS[seen.prompt],
+            "max_tokens": ANSWER_TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": seen.streamed,
+        }
         with client.stream("POST", f"http://{self.gateway}/v1/completions", json=body) as answer:
             seen.status = answer.status_code
             if answer.status_code != httpx.codes.OK:
@@ -226,10 +271,13 @@ def over_redis() -> Iterator[tuple[System, list[RedisNode], list[Link], Answers]
             return int(links[-1].address.rpartition(":")[2])
 
         on_disk = ("--appendonly", "yes")
-        nodes = stack.enter_context(redis_cluster_nodes(3, 1, *on_disk, node_timeout_ms=2000, announced=announced))
+        nodes = stack.enter_context(
+            redis_cluster_nodes(3, 1, *on_disk, node_timeout_ms=2000, announced=announced)
+        )
         url = f"redis://{','.join(link.address for link in links)}"
         refs = [
-            build_table(CHECKPOINT, url, name="chaos", codec=codec, shards=16, publish=n == 0) for n, codec in enumerate(("int8", "int4"))
+            build_table(CHECKPOINT, url, name="chaos", codec=codec, shards=16, publish=n == 0)
+            for n, codec in enumerate(("int8", "int4"))
         ]
         answers = right_answers(url, refs)
         yield System(stack, url, "chaos"), nodes, links, answers

@@ -19,18 +19,36 @@ SLOW_SECONDS = 5.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=1_100_000, help="in all (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same inputs (default %(default)s)")
-    parser.add_argument("--only", default="", metavar="WORD", help="only targets whose name has this in it")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--inputs", type=int, default=1_100_000, help="in all (default %(default)s)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="the same seed gives the same inputs (default %(default)s)",
+    )
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help="only targets whose name has this in it"
+    )
     options = parser.parse_args()
     counts = {}
     with folder() as name:
-        found = {what: target for what, target in targets(Path(name)).items() if options.only in what}
+        found = {
+            what: target for what, target in targets(Path(name)).items() if options.only in what
+        }
         for what, target in found.items():
             read = refused = 0
             started = time.perf_counter()
-            for data in islice(mutations(target.seeds, random.Random(f"{options.seed} {what}")), options.inputs // len(found)):
+            for data in islice(
+                mutations(target.seeds, random.Random(f"{options.seed} {what}")),
+                options.inputs // len(found),
+            ):
                 begun = time.perf_counter()
                 try:
                     target.read(data)
@@ -42,7 +60,10 @@ def main() -> None:
                 if time.perf_counter() - begun > SLOW_SECONDS:
                     _finding(what, data, TimeoutError(f"took more than {SLOW_SECONDS:g} s"))
             counts[what] = read + refused
-            print(f"{what:14} {read + refused:8} inputs, {refused:8} refused, {time.perf_counter() - started:6.1f} s", flush=True)
+            print(
+                f"{what:14} {read + refused:8} inputs, {refused:8} refused, {time.perf_counter() - started:6.1f} s",
+                flush=True,
+            )
     print(json.dumps({"inputs": sum(counts.values()), "findings": 0, "targets": len(counts)}))
 
 

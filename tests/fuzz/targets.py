@@ -12,20 +12,38 @@ from pathlib import Path
 import numpy as np
 from google.protobuf.message import DecodeError
 from pydantic import ValidationError
-from tolhouse import wire
 from tolhouse.errors import TolhouseError
 from tolhouse.gateway.keys import add_key, read_keys
-from tolhouse.gateway.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from tolhouse.gateway.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from tolhouse.lookup.service import _ids as ids_of_request
+from tolhouse.net import fetch_reply
 from tolhouse.store import Alias
 from tolhouse.store.files import FileStore
-from tolhouse.table.spec import Manifest
+from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import lookup_pb2
 
 ALLOWED = (TolhouseError, ValidationError)
-MANIFEST = Manifest("fuzz", "0123456789abcdef", "int8", 6, 5, (0, 1), 1, model_id="m", tokenizer_id="k", frequent=(3, 1))
+MANIFEST = Manifest(
+    "fuzz",
+    "0123456789abcdef",
+    "int8",
+    6,
+    5,
+    (0, 1),
+    1,
+    model_id="m",
+    tokenizer_id="k",
+    frequent=(3, 1),
+)
 IDS = np.arange(MANIFEST.vocab_size, dtype=np.uint32)
-RECORDS = MANIFEST.encode(IDS, np.random.default_rng(0).standard_normal((len(IDS), 2, 5)).astype(np.float32))
+RECORDS = MANIFEST.encode(
+    IDS, np.random.default_rng(0).standard_normal((len(IDS), 2, 5)).astype(np.float32)
+)
 
 
 @dataclass(frozen=True)
@@ -43,34 +61,90 @@ def targets(folder: Path) -> dict[str, Target]:
     keys = folder / "keys.json"
     for name in ("one", "two"):
         add_key(keys, name, 60, 4)
-    reply = wire.reply(7, 0, list(map(memoryview, RECORDS)), RECORDS.nbytes, True, lookup_pb2.Segment(id=1, pid=2, fd=3, capacity=4))
+    reply = fetch_reply.reply(
+        7,
+        0,
+        list(map(memoryview, RECORDS)),
+        RECORDS.nbytes,
+        True,
+        lookup_pb2.Segment(id=1, pid=2, fd=3, capacity=4),
+    )
     return {
         "manifest": Target([MANIFEST.to_json().encode()], Manifest.from_json),
-        "alias": Target([Alias("0123456789abcdef", ("fedcba9876543210",)).to_json().encode()], Alias.from_json),
+        "alias": Target(
+            [Alias("0123456789abcdef", ("fedcba9876543210",)).to_json().encode()], Alias.from_json
+        ),
         "record": Target([RECORDS.tobytes()], _records),
         "shard file": Target([shard.read_bytes()], lambda data: _shard(store, shard, data)),
         "fetch request": Target(
-            [lookup_pb2.FetchRequest(request_id=1, table=MANIFEST.ref, token_ids=IDS.tobytes()).SerializeToString()], _fetch
+            [
+                lookup_pb2.FetchRequest(
+                    request_id=1, table=MANIFEST.ref, token_ids=IDS.tobytes()
+                ).SerializeToString()
+            ],
+            _fetch,
         ),
-        "fetch reply": Target([reply, wire.failed(7, "NOT_FOUND", "no")], wire.parse),
-        "keys file": Target([keys.read_bytes()], lambda data: (keys.write_bytes(data), read_keys(str(keys)))),
-        "completion": Target(_bodies(COMPLETIONS), lambda data: CompletionRequest.model_validate_json(data)),
+        "fetch reply": Target([reply, fetch_reply.failed(7, "NOT_FOUND", "no")], fetch_reply.parse),
+        "keys file": Target(
+            [keys.read_bytes()], lambda data: (keys.write_bytes(data), read_keys(str(keys)))
+        ),
+        "completion": Target(
+            _bodies(COMPLETIONS), lambda data: CompletionRequest.model_validate_json(data)
+        ),
         "chat": Target(_bodies(CHATS), lambda data: ChatRequest.model_validate_json(data)),
         "tokenize": Target(
-            _bodies([{"prompt": "a"}, {"messages": CHATS[0]["messages"]}]), lambda data: TokenizeRequest.model_validate_json(data)
+            _bodies([{"prompt": "a"}, {"messages": CHATS[0]["messages"]}]),
+            lambda data: TokenizeRequest.model_validate_json(data),
         ),
-        "detokenize": Target(_bodies([{"tokens": [1, 2]}]), lambda data: DetokenizeRequest.model_validate_json(data)),
+        "detokenize": Target(
+            _bodies([{"tokens": [1, 2]}]), lambda data: DetokenizeRequest.model_validate_json(data)
+        ),
     }
 
 
 COMPLETIONS = [
-    {"model": "m", "prompt": "a", "max_tokens": 4, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["x", "yy"], "logprobs": 2},
-    {"prompt": [[1, 2], [3]], "n": 2, "stream": True, "stream_options": {"include_usage": True}, "logit_bias": {"5": -1.5}, "echo": True},
-    {"prompt": [1, 2], "min_p": 0.1, "repetition_penalty": 1.2, "stop_token_ids": [3], "ignore_eos": True, "min_tokens": 1, "user": "u"},
+    {
+        "model": "m",
+        "prompt": "a",
+        "max_tokens": 4,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 3,
+        "stop": ["x", "yy"],
+        "logprobs": 2,
+    },
+    {
+        "prompt": [[1, 2], [3]],
+        "n": 2,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "logit_bias": {"5": -1.5},
+        "echo": True,
+    },
+    {
+        "prompt": [1, 2],
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "stop_token_ids": [3],
+        "ignore_eos": True,
+        "min_tokens": 1,
+        "user": "u",
+    },
 ]
 CHATS = [
-    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "text", "text": "b"}]}], "max_tokens": 4},
-    {"messages": [{"role": "system", "content": "s"}], "logprobs": True, "top_logprobs": 3, "user": "u"},
+    {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+        ],
+        "max_tokens": 4,
+    },
+    {
+        "messages": [{"role": "system", "content": "s"}],
+        "logprobs": True,
+        "top_logprobs": 3,
+        "user": "u",
+    },
 ]
 
 
@@ -101,10 +175,14 @@ def _fetch(data: bytes) -> None:
     except DecodeError:  # gRPC refuses it before we see it
         return
     ids = ids_of_request(request.token_ids, MANIFEST)
-    assert ids.size == 0 or int(ids.max()) < MANIFEST.vocab_size, "an id outside the vocabulary passes"
+    assert ids.size == 0 or int(ids.max()) < MANIFEST.vocab_size, (
+        "an id outside the vocabulary passes"
+    )
 
 
 def folder() -> tempfile.TemporaryDirectory:
     """Files are written often: in memory where that is possible."""
     memory = Path("/dev/shm")
-    return tempfile.TemporaryDirectory(prefix="tolhouse-fuzz-", dir=memory if memory.is_dir() else None)
+    return tempfile.TemporaryDirectory(
+        prefix="tolhouse-fuzz-", dir=memory if memory.is_dir() else None
+    )

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from tolhouse.errors import InvalidArgument, NotFound
 from tolhouse.store import Store, rows_of
-from tolhouse.table.spec import Manifest
+from tolhouse.table.manifest import Manifest
 
 
 def token_id(word: str, tokenizer: Tokenizer | None) -> int:
@@ -17,13 +17,19 @@ def token_id(word: str, tokenizer: Tokenizer | None) -> int:
     if word.isascii() and word.isdecimal():
         return min(int(word[:20]), 2**63 - 1)
     if tokenizer is None:
-        raise InvalidArgument(f"token {word!r} is not an id: give --checkpoint, whose tokenizer knows texts")
+        raise InvalidArgument(
+            f"token {word!r} is not an id: give --checkpoint, whose tokenizer knows texts"
+        )
     text = word[1:-1] if len(word) > 2 and word[0] == word[-1] and word[0] in "'\"" else word
-    if not text.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in text):  # bytes of the command line that are not UTF-8
+    if not text.isprintable() and any(
+        0xD800 <= ord(c) < 0xE000 for c in text
+    ):  # bytes of the command line that are not UTF-8
         raise InvalidArgument(f"token {text!a} is not UTF-8: give its id")
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if len(ids) != 1:
-        parts = ", ".join(f"{tokenizer.decode([i], skip_special_tokens=False)!r} ({i})" for i in ids[:8])
+        parts = ", ".join(
+            f"{tokenizer.decode([i], skip_special_tokens=False)!r} ({i})" for i in ids[:8]
+        )
         raise InvalidArgument(f"{text!r} is not one token but {len(ids)}: {parts}")
     return ids[0]
 
@@ -64,9 +70,26 @@ def read_rows(file: Path) -> tuple[np.ndarray, np.ndarray]:
             ids, rows = archive["ids"], archive["rows"]
     except FileNotFoundError:
         raise NotFound(f"no file {file}") from None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile, zlib.error) as error:
-        raise InvalidArgument(f"{file} is not an .npz archive with arrays `ids` and `rows`: {error}") from None
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or rows.dtype.kind != "f" or rows.ndim != 3 or len(rows) != len(ids):
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        TypeError,
+        IndexError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise InvalidArgument(
+            f"{file} is not an .npz archive with arrays `ids` and `rows`: {error}"
+        ) from None
+    if (
+        ids.ndim != 1
+        or ids.dtype.kind not in "iu"
+        or rows.dtype.kind != "f"
+        or rows.ndim != 3
+        or len(rows) != len(ids)
+    ):
         raise InvalidArgument(
             f"{file}: ids must be a flat list of whole numbers and rows floats [ids, layers, width], not {ids.dtype} {list(ids.shape)} and {rows.dtype} {list(rows.shape)}"
         )
@@ -81,8 +104,12 @@ def edited_rows(
     given: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The ids [T] that edits change and their new rows [T, N, D]: of (token, other), of (token, factor), and ids and rows from elsewhere."""
-    sources = np.array([*(other for _, other in copied), *(token for token, _ in scaled)], np.uint64)
-    targets = np.array([*(token for token, _ in copied), *(token for token, _ in scaled)], np.uint64)
+    sources = np.array(
+        [*(other for _, other in copied), *(token for token, _ in scaled)], np.uint64
+    )
+    targets = np.array(
+        [*(token for token, _ in copied), *(token for token, _ in scaled)], np.uint64
+    )
     manifest.check_ids(np.concatenate([sources, targets]))
     parts = [given] if given else []
     if len(sources):
@@ -92,7 +119,9 @@ def edited_rows(
             rows[:, 0] = rows_of(store, manifest, targets.astype(np.uint32))[:, 0]
         rows = _finite(rows)
         if given and given[1].shape[1:] != rows.shape[1:]:
-            raise InvalidArgument(f"the given rows are of {list(given[1].shape[1:])}; those of {manifest.ref} of {list(rows.shape[1:])}")
+            raise InvalidArgument(
+                f"the given rows are of {list(given[1].shape[1:])}; those of {manifest.ref} of {list(rows.shape[1:])}"
+            )
         parts = [(targets.astype(np.int64), rows), *parts]
     return np.concatenate([ids for ids, _ in parts]), np.concatenate([rows for _, rows in parts])
 
@@ -100,5 +129,7 @@ def edited_rows(
 def _finite(rows: np.ndarray) -> np.ndarray:
     """As float32; InvalidArgument where a value is none, or larger than any."""
     if not (np.abs(rows) <= np.finfo(np.float32).max).all():
-        raise InvalidArgument("the edited rows hold values that are not finite in 32 bits: give smaller factors or rows")
+        raise InvalidArgument(
+            "the edited rows hold values that are not finite in 32 bits: give smaller factors or rows"
+        )
     return rows.astype(np.float32)

@@ -57,20 +57,33 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: Transformer, ids: np.ndarray, rows: RowsOf | None = None, *, quiet: bool = True) -> Evaluation:
+def evaluate(
+    model: Transformer, ids: np.ndarray, rows: RowsOf | None = None, *, quiet: bool = True
+) -> Evaluation:
     """The losses of token ids [T] after the first, with `rows` in place of the model's own; InvalidArgument for less than two ids."""
     if len(ids) < 2:
-        raise InvalidArgument(f"the text has {len(ids)} tokens; at least 2 are needed, one to predict the other from")
+        raise InvalidArgument(
+            f"the text has {len(ids)} tokens; at least 2 are needed, one to predict the other from"
+        )
     length = min(model.config.max_position_embeddings, len(ids) - 1)
     rows = rows or model.rows
     whole = (len(ids) - 1) // length
-    windows = torch.from_numpy(ids[: whole * length + 1].astype(np.int64)).unfold(0, length + 1, length)
+    windows = torch.from_numpy(ids[: whole * length + 1].astype(np.int64)).unfold(
+        0, length + 1, length
+    )
     rest = torch.from_numpy(ids[whole * length :].astype(np.int64))[None]
-    batches = [*windows.split(max(1, _BATCH_TOKENS // length)), *([rest] if rest.shape[1] > 1 else [])]
+    batches = [
+        *windows.split(max(1, _BATCH_TOKENS // length)),
+        *([rest] if rest.shape[1] > 1 else []),
+    ]
     losses = []
-    for some_BS in tqdm(batches, desc="evaluate", unit="batch", disable=quiet, leave=False, dynamic_ncols=True):
+    for some_BS in tqdm(
+        batches, desc="evaluate", unit="batch", disable=quiet, leave=False, dynamic_ncols=True
+    ):
         inputs_T, targets_T = some_BS[:, :-1].flatten(), some_BS[:, 1:].flatten()
         size = some_BS.shape[1] - 1
-        logits_TV = model(inputs_T, torch.arange(size).repeat(len(some_BS)), NoCache(size), rows(inputs_T))
+        logits_TV = model(
+            inputs_T, torch.arange(size).repeat(len(some_BS)), NoCache(size), rows(inputs_T)
+        )
         losses.append(F.cross_entropy(logits_TV.float(), targets_T, reduction="none"))
     return Evaluation(torch.cat(losses).double().numpy(), ids[1:].astype(np.int64))

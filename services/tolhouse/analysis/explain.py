@@ -23,13 +23,17 @@ _SHARERS = 4  # tokens told for a key
 
 
 @torch.inference_mode()
-def explain_text(checkpoint: Checkpoint, text: str, keys: int, neighbours: int, rows: np.ndarray | None = None) -> list[dict[str, Any]]:
+def explain_text(
+    checkpoint: Checkpoint, text: str, keys: int, neighbours: int, rows: np.ndarray | None = None
+) -> list[dict[str, Any]]:
     """One entry per distinct token of `text`, in order: id, token, norms by layer, strongest keys by layer, nearest.
 
     Norms and neighbours are those of the model's rows or, of a table, of `rows` [V, N, D], which may have X0 in front.
     """
     if not checkpoint.config.num_rows:
-        raise InvalidArgument(f"checkpoint {checkpoint.path.name} is of kind {checkpoint.config.kind}: it has no token memory")
+        raise InvalidArgument(
+            f"checkpoint {checkpoint.path.name} is of kind {checkpoint.config.kind}: it has no token memory"
+        )
     tokenizer, model = checkpoint.tokenizer(), checkpoint.model()
     try:
         ids = list(dict.fromkeys(tokenizer.encode(text).ids))
@@ -38,7 +42,11 @@ def explain_text(checkpoint: Checkpoint, text: str, keys: int, neighbours: int, 
     if not ids:
         raise InvalidArgument("the text is empty; at least one token is needed")
     ids_T = torch.tensor(ids)
-    of = probed(rows[:, rows.shape[1] - checkpoint.config.num_rows :]) if rows is not None else model.rows
+    of = (
+        probed(rows[:, rows.shape[1] - checkpoint.config.num_rows :])
+        if rows is not None
+        else model.rows
+    )
     norms_TN = of(ids_T).norm(dim=-1).T
     near = nearest(of, checkpoint.config.vocab_size, ids_T, neighbours)
     by_layer = [coefficients(model, layer, ids_T) for layer in range(checkpoint.config.num_rows)]
@@ -54,14 +62,21 @@ def explain_text(checkpoint: Checkpoint, text: str, keys: int, neighbours: int, 
                     {
                         "key": k,
                         "coefficient": round(float(c_TK[t, k]), 4),
-                        "shared_by": [tokenizer.decode([i], skip_special_tokens=False) for i in who_TKS[t, place].tolist()],
+                        "shared_by": [
+                            tokenizer.decode([i], skip_special_tokens=False)
+                            for i in who_TKS[t, place].tolist()
+                        ],
                     }
                     for place, k in enumerate(top_TK[t].tolist())
                 ]
                 for c_TK, top_TK, who_TKS in zip(by_layer, strongest, sharers, strict=True)
             ],
             "nearest": [
-                {"id": i, "token": tokenizer.decode([i], skip_special_tokens=False), "cosine": round(c, 4)}
+                {
+                    "id": i,
+                    "token": tokenizer.decode([i], skip_special_tokens=False),
+                    "cosine": round(c, 4),
+                }
                 for i, c in zip(near.indices[t].tolist(), near.values[t].tolist(), strict=True)
             ],
         }
@@ -80,7 +95,9 @@ def shared_by(model: Transformer, layer: int, keys_TK: Tensor, count: int) -> Te
     """The `count` tokens, strongest first, that have the largest coefficients of each of the keys [T, K], by magnitude: [T, K, count]."""
     wanted, place_TK = keys_TK.unique(return_inverse=True)
     vocabulary = torch.arange(model.config.vocab_size)
-    c_VW = torch.cat([coefficients(model, layer, part)[:, wanted] for part in vocabulary.split(_BATCH_TOKENS)])
+    c_VW = torch.cat(
+        [coefficients(model, layer, part)[:, wanted] for part in vocabulary.split(_BATCH_TOKENS)]
+    )
     return c_VW.abs().topk(min(count, len(vocabulary)), dim=0).indices.T[place_TK]
 
 
@@ -88,8 +105,13 @@ def shared_by(model: Transformer, layer: int, keys_TK: Tensor, count: int) -> Te
 def explorer(checkpoint: Checkpoint, keys: int = 3, neighbours: int = 5) -> dict[str, np.ndarray]:
     """The same of all tokens, for the gateway's explorer page: arrays by the names that gateway/explore.py reads."""
     if not checkpoint.config.num_rows:
-        raise InvalidArgument(f"checkpoint {checkpoint.path.name} is of kind {checkpoint.config.kind}: it has no token memory")
-    model, parts = checkpoint.model(), torch.arange(checkpoint.config.vocab_size).split(_BATCH_TOKENS)
+        raise InvalidArgument(
+            f"checkpoint {checkpoint.path.name} is of kind {checkpoint.config.kind}: it has no token memory"
+        )
+    model, parts = (
+        checkpoint.model(),
+        torch.arange(checkpoint.config.vocab_size).split(_BATCH_TOKENS),
+    )
     norms, strongest, values, sharers = [], [], [], []
     for layer, ffn in enumerate(model.ffn_m):
         c_VK = torch.cat([coefficients(model, layer, part) for part in parts])
@@ -107,7 +129,10 @@ def explorer(checkpoint: Checkpoint, keys: int = 3, neighbours: int = 5) -> dict
         "near": torch.cat([n.indices for n in near]).int(),
         "cosines": torch.cat([n.values for n in near]).half(),
     }
-    of = {"tokenizer_id": np.array(checkpoint.tokenizer_id), "model_id": np.array(checkpoint.model_id())}
+    of = {
+        "tokenizer_id": np.array(checkpoint.tokenizer_id),
+        "model_id": np.array(checkpoint.model_id()),
+    }
     return {**of, **{name: array.numpy() for name, array in arrays.items()}}
 
 
@@ -118,7 +143,10 @@ def nearest(rows: RowsOf, vocab_size: int, ids_T: Tensor, count: int) -> torch.r
         return F.normalize(rows(part_U).transpose(0, 1).flatten(1), dim=-1)
 
     wanted = directions(ids_T)
-    cosines_TV = torch.cat([wanted @ directions(part).T for part in torch.arange(vocab_size).split(_BATCH_TOKENS)], dim=1)
+    cosines_TV = torch.cat(
+        [wanted @ directions(part).T for part in torch.arange(vocab_size).split(_BATCH_TOKENS)],
+        dim=1,
+    )
     cosines_TV[torch.arange(len(ids_T)), ids_T] = -torch.inf
     return cosines_TV.topk(min(count, vocab_size - 1))
 
@@ -129,7 +157,13 @@ def table_of(found: list[dict[str, Any]]) -> str:
     for entry in found:
         lines.append(f"{entry['token']!r} (id {entry['id']})")
         for layer, (norm, keys) in enumerate(zip(entry["norms"], entry["keys"], strict=True)):
-            strongest = "  ".join(f"{k['key']}:{k['coefficient']:.2f} {' '.join(map(repr, k['shared_by'][:2]))}" for k in keys)
+            strongest = "  ".join(
+                f"{k['key']}:{k['coefficient']:.2f} {' '.join(map(repr, k['shared_by'][:2]))}"
+                for k in keys
+            )
             lines.append(f"  layer {layer:>2}  norm {norm:8.3f}  keys {strongest}")
-        lines.append("  nearest   " + "  ".join(f"{n['token']!r} ({n['id']}) {n['cosine']:.2f}" for n in entry["nearest"]))
+        lines.append(
+            "  nearest   "
+            + "  ".join(f"{n['token']!r} ({n['id']}) {n['cosine']:.2f}" for n in entry["nearest"])
+        )
     return "\n".join(lines)

@@ -24,7 +24,9 @@ def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -
     part is that of training, in pieces with an end after each. NotFound, or InvalidArgument where there is nothing to predict.
     """
     if most_tokens == 1:
-        raise InvalidArgument("the most tokens must be at least 2, one to predict the other from, or 0 for all")
+        raise InvalidArgument(
+            "the most tokens must be at least 2, one to predict the other from, or 0 for all"
+        )
     tokenizer = checkpoint.tokenizer()
     end = tokenizer.token_to_id(END_OF_TEXT)
     ends = [] if end is None else [end]
@@ -33,7 +35,9 @@ def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -
     else:
         found = list(whole_files(path))
         if not found:
-            wrong = "holds no text that is UTF-8" if path.is_dir() else "is not UTF-8, or can't be read"
+            wrong = (
+                "holds no text that is UTF-8" if path.is_dir() else "is not UTF-8, or can't be read"
+            )
             raise InvalidArgument(f"{path} {wrong}: give a text file or a folder of them")
         texts = [text for _, text in found if text]
     ids = [i for encoding in tokenizer.encode_batch(texts) for i in (*encoding.ids, *ends)]
@@ -47,7 +51,9 @@ def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -
     return np.array(ids, np.int64)
 
 
-def model_rows(checkpoint: Checkpoint, x0: bool = False, layers: tuple[int, ...] | None = None) -> np.ndarray:
+def model_rows(
+    checkpoint: Checkpoint, x0: bool = False, layers: tuple[int, ...] | None = None
+) -> np.ndarray:
     """Rows float32 [V, N, D] that the model computes, of all layers or of `layers`; X0 in front if `x0`."""
     ids = np.arange(checkpoint.config.vocab_size, dtype=np.uint32)
     return np.concatenate([rows for _, rows in batches(checkpoint.model(), ids, x0, layers)])
@@ -65,8 +71,13 @@ def table_rows(checkpoint: Checkpoint, store_url: str, table: str) -> np.ndarray
             f"table {manifest.ref} was built from model {manifest.model_id[:12]}, but checkpoint {checkpoint.name} is {checkpoint.model_id()[:12]}"
         )
     config = checkpoint.config
-    if (manifest.vocab_size, manifest.hidden_size) != (config.vocab_size, config.hidden_size) or manifest.layers[-1] >= config.num_rows:
-        raise Mismatch(f"table {manifest.ref} does not hold a row for each token of {checkpoint.name}: is it a part of a compressed one?")
+    if (manifest.vocab_size, manifest.hidden_size) != (
+        config.vocab_size,
+        config.hidden_size,
+    ) or manifest.layers[-1] >= config.num_rows:
+        raise Mismatch(
+            f"table {manifest.ref} does not hold a row for each token of {checkpoint.name}: is it a part of a compressed one?"
+        )
     found = rows_of(store, manifest, np.arange(manifest.vocab_size, dtype=np.uint32))
     rows = np.zeros((len(found), manifest.x0 + config.num_rows, config.hidden_size), np.float32)
     rows[:, [*range(manifest.x0), *(manifest.x0 + layer for layer in manifest.layers)]] = found
@@ -85,7 +96,9 @@ def probed(rows: np.ndarray, alpha: float = 1.0, absent: Iterable[int] = (), x0:
     """
     count = rows.shape[1] - x0
     if not -MAX_ROW_SCALE <= alpha <= MAX_ROW_SCALE:
-        raise InvalidArgument(f"rows may be scaled by -{MAX_ROW_SCALE:g} to {MAX_ROW_SCALE:g}, not {alpha:g}")
+        raise InvalidArgument(
+            f"rows may be scaled by -{MAX_ROW_SCALE:g} to {MAX_ROW_SCALE:g}, not {alpha:g}"
+        )
     if bad := [layer for layer in absent if not 0 <= layer < count]:
         raise InvalidArgument(
             f"there is no layer {bad[0]} to leave out: this model has {f'0 to {count - 1}' if count > 1 else 'one row for all layers'}"

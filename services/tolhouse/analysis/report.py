@@ -35,15 +35,26 @@ def report(found: dict[str, Any], tokens: list[dict[str, Any]]) -> str:
     parts = [
         f"<h1>The memory of {html.escape(found['checkpoint'])}</h1>",
         f"<p>A {html.escape(found['kind'])} model of {found['vocab_size']} tokens and {len(layers)} rows for each.</p>",
-        "<dl>" + "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in found["definitions"].items()) + "</dl>",
+        "<dl>"
+        + "".join(
+            f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>"
+            for k, v in found["definitions"].items()
+        )
+        + "</dl>",
         "<h2>By layer</h2>",
         _table(
             ["layer", "mean norm", "clustering", "outliers per token", "rank for 90%"],
-            [[e["layer"], e["mean_norm"], e["clustering"], e["outliers"], e["rank_90"]] for e in layers],
+            [
+                [e["layer"], e["mean_norm"], e["clustering"], e["outliers"], e["rank_90"]]
+                for e in layers
+            ],
         ),
         *(
             _figure(by_layer(name), caption)
-            for name, caption in (("clustering", "Clustering of key coefficients"), ("outliers", "Outliers per token"))
+            for name, caption in (
+                ("clustering", "Clustering of key coefficients"),
+                ("outliers", "Outliers per token"),
+            )
         ),
         _figure(spectra, "Singular values of each layer's rows"),
     ]
@@ -58,8 +69,12 @@ def report(found: dict[str, Any], tokens: list[dict[str, Any]]) -> str:
         def dropped(axes: Any) -> None:
             increases = [ratio - 1 for ratio in probes["without_layer"]]
             axes.bar(numbers, increases)
-            scale = "log" if min(increases) > 0 else "linear"  # a log scale has no place for a layer without which nothing is worse
-            axes.set(xlabel="layer left out", ylabel="relative increase of perplexity", yscale=scale)
+            scale = (
+                "log" if min(increases) > 0 else "linear"
+            )  # a log scale has no place for a layer without which nothing is worse
+            axes.set(
+                xlabel="layer left out", ylabel="relative increase of perplexity", yscale=scale
+            )
 
         parts += [
             "<h2>Probes</h2>",
@@ -67,22 +82,39 @@ def report(found: dict[str, Any], tokens: list[dict[str, Any]]) -> str:
             _figure(sweep, "All rows times α"),
             _figure(dropped, "Without the rows of one layer"),
         ]
-    parts.append("<h2>Clusters</h2><p>Those that text has most of, with their most frequent tokens.</p>")
+    parts.append(
+        "<h2>Clusters</h2><p>Those that text has most of, with their most frequent tokens.</p>"
+    )
     for entry in layers:
-        cells = [[f"{c['share_of_text']:.1%}", c["tokens"], _tokens(c["most_frequent"])] for c in entry["clusters"]]
-        parts.append(f"<h3>Layer {entry['layer']}</h3>" + _table(["share of text", "tokens", "most frequent"], cells))
+        cells = [
+            [f"{c['share_of_text']:.1%}", c["tokens"], _tokens(c["most_frequent"])]
+            for c in entry["clusters"]
+        ]
+        parts.append(
+            f"<h3>Layer {entry['layer']}</h3>"
+            + _table(["share of text", "tokens", "most frequent"], cells)
+        )
     for token in tokens:
         parts.append(f"<h2>Token {_tokens([token['token']])} ({token['id']})</h2>")
         keys = [
             [
                 layer,
                 norm,
-                " · ".join(f"{k['key']}: {k['coefficient']:.2f} {_tokens(k.get('shared_by', []))}" for k in strongest),
+                " · ".join(
+                    f"{k['key']}: {k['coefficient']:.2f} {_tokens(k.get('shared_by', []))}"
+                    for k in strongest
+                ),
             ]
-            for layer, (norm, strongest) in enumerate(zip(token["norms"], token["keys"], strict=True))
+            for layer, (norm, strongest) in enumerate(
+                zip(token["norms"], token["keys"], strict=True)
+            )
         ]
-        parts.append(_table(["layer", "norm", "strongest keys, and the tokens that have them most"], keys))
-        near = " ".join(f"{_tokens([n['token']])} ({n['id']}) {n['cosine']:.2f}" for n in token["nearest"])
+        parts.append(
+            _table(["layer", "norm", "strongest keys, and the tokens that have them most"], keys)
+        )
+        near = " ".join(
+            f"{_tokens([n['token']])} ({n['id']}) {n['cosine']:.2f}" for n in token["nearest"]
+        )
         parts.append(f"<p>Nearest rows: {near}</p>")
     body = "\n".join(parts)
     title = html.escape(found["checkpoint"])

@@ -32,18 +32,30 @@ _BATCH_TOKENS = 2048
 
 
 @torch.inference_mode()
-def survey(checkpoint: Checkpoint, clusters: int, probe_tokens: int, seed: int = 0, rows: np.ndarray | None = None) -> dict[str, Any]:
+def survey(
+    checkpoint: Checkpoint,
+    clusters: int,
+    probe_tokens: int,
+    seed: int = 0,
+    rows: np.ndarray | None = None,
+) -> dict[str, Any]:
     """All of DEFINITIONS as plain values, for the model's rows or, of a table, `rows` [V, N, D] with X0 in front if it has it.
 
     The probes read the default text's first tokens, 0 for none. InvalidArgument for a model without token memory.
     """
     config = checkpoint.config
     if not config.num_rows:
-        raise InvalidArgument(f"checkpoint {checkpoint.path.name} is of kind {config.kind}: it has no token memory")
+        raise InvalidArgument(
+            f"checkpoint {checkpoint.path.name} is of kind {config.kind}: it has no token memory"
+        )
     if probe_tokens == 1:
-        raise InvalidArgument("the probes need at least 2 tokens, one to predict the other from, or 0 for no probes")
+        raise InvalidArgument(
+            "the probes need at least 2 tokens, one to predict the other from, or 0 for no probes"
+        )
     if not 1 < clusters <= config.vocab_size:
-        raise InvalidArgument(f"the number of clusters must be from 2 to {config.vocab_size}, the vocabulary, not {clusters}")
+        raise InvalidArgument(
+            f"the number of clusters must be from 2 to {config.vocab_size}, the vocabulary, not {clusters}"
+        )
     tokenizer, model = checkpoint.tokenizer(), checkpoint.model()
     rows = model_rows(checkpoint) if rows is None else rows
     x0 = rows.shape[1] - config.num_rows
@@ -51,8 +63,18 @@ def survey(checkpoint: Checkpoint, clusters: int, probe_tokens: int, seed: int =
     counts = np.bincount(text, minlength=config.vocab_size)
     layers = []
     for layer in tqdm(range(config.num_rows), desc="layers", leave=False, dynamic_ncols=True):
-        c_VK = torch.cat([coefficients(model, layer, part) for part in torch.arange(config.vocab_size).split(_BATCH_TOKENS)])
-        outliers = (c_VK.abs() > OUTLIER * c_VK.square().mean(1, keepdim=True).sqrt()).sum(1).float().mean()
+        c_VK = torch.cat(
+            [
+                coefficients(model, layer, part)
+                for part in torch.arange(config.vocab_size).split(_BATCH_TOKENS)
+            ]
+        )
+        outliers = (
+            (c_VK.abs() > OUTLIER * c_VK.square().mean(1, keepdim=True).sqrt())
+            .sum(1)
+            .float()
+            .mean()
+        )
         cluster_V, explained = k_means(F.normalize(c_VK, dim=1), clusters, seed)
         mine = rows[:, x0 + layer]
         energy = np.linalg.svd(mine - mine.mean(0), compute_uv=False) ** 2
@@ -67,11 +89,19 @@ def survey(checkpoint: Checkpoint, clusters: int, probe_tokens: int, seed: int =
                 "clusters": _described(cluster_V.numpy(), counts, tokenizer),
             }
         )
-    found: dict[str, Any] = {"checkpoint": checkpoint.name, "kind": config.kind, "vocab_size": config.vocab_size}
+    found: dict[str, Any] = {
+        "checkpoint": checkpoint.name,
+        "kind": config.kind,
+        "vocab_size": config.vocab_size,
+    }
     found |= {"definitions": DEFINITIONS, "layers": layers}
     if probe_tokens:
         ids = text[:probe_tokens]
-        asked = [(1.0, ()), *((alpha, ()) for alpha in ALPHAS), *((1.0, (layer,)) for layer in range(config.num_rows))]
+        asked = [
+            (1.0, ()),
+            *((alpha, ()) for alpha in ALPHAS),
+            *((1.0, (layer,)) for layer in range(config.num_rows)),
+        ]
         exact, *others = (
             evaluate(model, ids, probed(rows, alpha, absent, x0)).perplexity
             for alpha, absent in tqdm(asked, desc="probes", leave=False, dynamic_ncols=True)
@@ -81,7 +111,9 @@ def survey(checkpoint: Checkpoint, clusters: int, probe_tokens: int, seed: int =
         found["probes"] = {
             "tokens": len(ids),
             "perplexity": round(exact, 4),
-            "alpha": {f"{alpha:g}": round(ratio, 4) for alpha, ratio in zip(ALPHAS, sweep, strict=True)},
+            "alpha": {
+                f"{alpha:g}": round(ratio, 4) for alpha, ratio in zip(ALPHAS, sweep, strict=True)
+            },
             "without_layer": [round(ratio, 4) for ratio in dropped],
         }
     return found
@@ -92,7 +124,9 @@ def k_means(x_VK: Tensor, clusters: int, seed: int) -> tuple[Tensor, float]:
     picked = torch.randperm(len(x_VK), generator=torch.Generator().manual_seed(seed))[:clusters]
     centres_CK = x_VK[picked]
     for _ in range(_ROUNDS):
-        cluster_V = torch.cat([(part @ centres_CK.T).argmax(1) for part in x_VK.split(_BATCH_TOKENS)])
+        cluster_V = torch.cat(
+            [(part @ centres_CK.T).argmax(1) for part in x_VK.split(_BATCH_TOKENS)]
+        )
         sums_CK = torch.zeros_like(centres_CK).index_add_(0, cluster_V, x_VK)
         empty_C = torch.bincount(cluster_V, minlength=clusters) == 0
         centres_CK = torch.where(empty_C[:, None], centres_CK, F.normalize(sums_CK, dim=1))
@@ -111,7 +145,13 @@ def _described(cluster_V: np.ndarray, counts: np.ndarray, tokenizer: Any) -> lis
         members = np.flatnonzero(cluster_V == number)
         top = members[np.argsort(-counts[members], kind="stable")][:_SHOWN_TOKENS].tolist()
         texts = [tokenizer.decode([i], skip_special_tokens=False) for i in top]
-        found.append({"tokens": len(members), "share_of_text": round(float(share[number]), 4), "most_frequent": texts})
+        found.append(
+            {
+                "tokens": len(members),
+                "share_of_text": round(float(share[number]), 4),
+                "most_frequent": texts,
+            }
+        )
     return found
 
 
@@ -133,10 +173,15 @@ def summary(found: dict[str, Any]) -> str:
         ]
     if "probes" in found:
         probes = found["probes"]
-        lines.append(f"perplexity over {probes['perplexity']:.3f}, that of {probes['tokens']:,} tokens with all rows")
+        lines.append(
+            f"perplexity over {probes['perplexity']:.3f}, that of {probes['tokens']:,} tokens with all rows"
+        )
         lines.append("  α      " + "".join(f"{alpha:>9}" for alpha in probes["alpha"]))
         lines.append("         " + "".join(f"{ratio:9.3f}" for ratio in probes["alpha"].values()))
-        lines.append("  without" + "".join(f"{f'layer {layer}':>9}" for layer in range(len(probes["without_layer"]))))
+        lines.append(
+            "  without"
+            + "".join(f"{f'layer {layer}':>9}" for layer in range(len(probes["without_layer"])))
+        )
         lines.append("         " + "".join(f"{ratio:9.3f}" for ratio in probes["without_layer"]))
     lines += [f"{word}: {meaning}" for word, meaning in found["definitions"].items()]
     return "\n".join(lines)

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from tolhouse.errors import InvalidArgument
 from tolhouse.store import Store, refuse_another
+from tolhouse.table.auxiliary import AuxiliaryTables, Basis
 from tolhouse.table.codecs import CODECS, codec
-from tolhouse.table.companions import Basis, Companions
-from tolhouse.table.spec import MAX_FREQUENT, Manifest, digest
+from tolhouse.table.manifest import MAX_FREQUENT, Manifest, digest
 
 BASIS_CODEC = "fp16"  # its vectors are of length one
 HEAD_SHARE = 32  # of the vocabulary, one token in so many is in the head, unless told otherwise: 60 to 70% of text
@@ -46,20 +46,26 @@ class Scheme:
 class Compressed:
     """A table and its companions with all their records, not stored yet."""
 
-    companions: Companions
+    companions: AuxiliaryTables
     records: np.ndarray
     basis: Manifest | None = None
     basis_records: np.ndarray | None = None
 
     @property
     def bytes(self) -> int:
-        return sum(m.table_bytes for m in (self.companions.manifest, self.companions.head, self.basis) if m)
+        return sum(
+            m.table_bytes for m in (self.companions.manifest, self.companions.head, self.basis) if m
+        )
 
     def store(self, store: Store) -> Manifest:
         """Write companions first, the table last; returns its manifest. InUse: the version is there with other shards."""
         found = self.companions
         refuse_another(store, found.manifest)
-        for manifest, records in ((self.basis, self.basis_records), (found.head, found.head_records), (found.manifest, self.records)):
+        for manifest, records in (
+            (self.basis, self.basis_records),
+            (found.head, found.head_records),
+            (found.manifest, self.records),
+        ):
             if manifest is None or records is None:
                 continue
             digests = []
@@ -83,11 +89,15 @@ def check(planned: Manifest, scheme: Scheme) -> None:
     vocabulary = planned.vocab_size
     most = min(vocabulary // 2, MAX_FREQUENT)
     if not 0 <= scheme.head <= most:
-        raise InvalidArgument(f"the head may have from 0 to {most} tokens of a vocabulary of {vocabulary}, not {scheme.head}")
+        raise InvalidArgument(
+            f"the head may have from 0 to {most} tokens of a vocabulary of {vocabulary}, not {scheme.head}"
+        )
     if scheme.rank and scheme.ratio:
         raise InvalidArgument("a rank and a ratio can't both be given: the ratio chooses the rank")
     if not 0 <= scheme.rank <= 1:
-        raise InvalidArgument(f"the rank is a share of all values, from 0 to 1, not {scheme.rank:g}")
+        raise InvalidArgument(
+            f"the rank is a share of all values, from 0 to 1, not {scheme.rank:g}"
+        )
     if scheme.head and not scheme.low_rank and not scheme.finer:
         allowed = [*(name for name in CODECS if replace(scheme, head_codec=name).finer), "no head"]
         raise InvalidArgument(
@@ -96,13 +106,19 @@ def check(planned: Manifest, scheme: Scheme) -> None:
     if not scheme.ratio:
         return
     if not scheme.ratio > 1:
-        raise InvalidArgument(f"the ratio is how many times fewer bytes than at 16 bit, over 1, not {scheme.ratio:g}")
+        raise InvalidArgument(
+            f"the ratio is how many times fewer bytes than at 16 bit, over 1, not {scheme.ratio:g}"
+        )
     needed, whole = _bytes(planned, scheme, _least_ranks(planned)), bytes_at_16_bit(planned)
     if needed > whole / scheme.ratio and not _suffices(planned, scheme):
-        raise InvalidArgument(f"a ratio of {scheme.ratio:g} is out of reach: with this codec and head, rank 1 reaches {whole / needed:.2f}")
+        raise InvalidArgument(
+            f"a ratio of {scheme.ratio:g} is out of reach: with this codec and head, rank 1 reaches {whole / needed:.2f}"
+        )
 
 
-def compress(planned: Manifest, rows: np.ndarray, counts: Mapping[int, int], scheme: Scheme) -> Compressed:
+def compress(
+    planned: Manifest, rows: np.ndarray, counts: Mapping[int, int], scheme: Scheme
+) -> Compressed:
     """The table `planned`, whose rows are `rows` [V, N, D], by `scheme`. `counts`: how often text has each token.
 
     Where the codec alone is small enough for the ratio, or every layer would keep its full rank, there is no basis, and a head only if its
@@ -113,47 +129,79 @@ def compress(planned: Manifest, rows: np.ndarray, counts: Mapping[int, int], sch
     order = sorted(range(vocabulary), key=lambda i: (-counts.get(i, 0), i))
     low_rank = scheme.low_rank and not _suffices(planned, scheme)
     if low_rank:
-        weights = np.array([counts.get(i, 0) + 0.5 for i in range(vocabulary)])  # a token that was not seen may yet come
+        weights = np.array(
+            [counts.get(i, 0) + 0.5 for i in range(vocabulary)]
+        )  # a token that was not seen may yet come
         weights[order[: scheme.head]] = 0
         parts = [
             _components(rows[:, block], weights)
-            for block in tqdm(range(blocks), desc="low rank", unit="layer", leave=False, dynamic_ncols=True)
+            for block in tqdm(
+                range(blocks), desc="low rank", unit="layer", leave=False, dynamic_ncols=True
+            )
         ]
         energies = [values for _, values, _ in parts]
         if planned.x0:
-            energies[0] = np.full(size, np.inf)  # all of X0: every layer reads it, and no other row's error compares with its
+            energies[0] = np.full(
+                size, np.inf
+            )  # all of X0: every layer reads it, and no other row's error compares with its
         total = round(scheme.rank * planned.num_layers * size) + size * planned.x0
         ranks = _affordable(planned, energies, scheme) if scheme.ratio else _ranks(energies, total)
         low_rank = min(ranks) < size
     if not low_rank and not scheme.finer:
         scheme = replace(scheme, head=0)
-    frequent = tuple(i for i in order[:MAX_FREQUENT] if counts.get(i, 0)) if not scheme.head else tuple(order[:MAX_FREQUENT])
+    frequent = (
+        tuple(i for i in order[:MAX_FREQUENT] if counts.get(i, 0))
+        if not scheme.head
+        else tuple(order[:MAX_FREQUENT])
+    )
     base = replace(planned, codec=codec(scheme.codec).name, frequent=frequent)
 
     head, head_records = None, None
     if scheme.head:
-        head = replace(planned, codec=scheme.head_codec, vocab_size=scheme.head, num_shards=1, frequent=())
+        head = replace(
+            planned, codec=scheme.head_codec, vocab_size=scheme.head, num_shards=1, frequent=()
+        )
         head, head_records = _sealed(head, rows[order[: scheme.head]], "head")
         base = replace(base, head=head.ref)
     basis, basis_table, basis_records = None, None, None
     if low_rank:
         means = np.stack([mean for mean, _, _ in parts]).astype(np.float32)
-        exact = Basis(means, tuple(vectors[:rank].astype(np.float32) for (_, _, vectors), rank in zip(parts, ranks, strict=True)))
+        exact = Basis(
+            means,
+            tuple(
+                vectors[:rank].astype(np.float32)
+                for (_, _, vectors), rank in zip(parts, ranks, strict=True)
+            ),
+        )
         basis_table = replace(
-            planned, codec=BASIS_CODEC, vocab_size=sum(ranks) + blocks, num_shards=1, frequent=(), layers=planned.layers[:1], x0=False
+            planned,
+            codec=BASIS_CODEC,
+            vocab_size=sum(ranks) + blocks,
+            num_shards=1,
+            frequent=(),
+            layers=planned.layers[:1],
+            x0=False,
         )
         basis_table, basis_records = _sealed(basis_table, exact.table(), "basis")
-        basis = Basis.of(basis_table.decode(basis_records).astype(np.float32), ranks)  # as a reader has it
+        basis = Basis.of(
+            basis_table.decode(basis_records).astype(np.float32), ranks
+        )  # as a reader has it
         base = replace(base, ranks=ranks, basis=basis_table.ref)
     contents = basis.coefficients(rows) if basis else rows
     table, records = _sealed(base, contents)
-    return Compressed(Companions(table, basis, head, head_records), records, basis_table, basis_records)
+    return Compressed(
+        AuxiliaryTables(table, basis, head, head_records), records, basis_table, basis_records
+    )
 
 
-def _sealed(manifest: Manifest, rows: np.ndarray | list[np.ndarray], what: str = "") -> tuple[Manifest, np.ndarray]:
+def _sealed(
+    manifest: Manifest, rows: np.ndarray | list[np.ndarray], what: str = ""
+) -> tuple[Manifest, np.ndarray]:
     """A manifest with the version that its contents give it, and its records."""
     ids = np.arange(manifest.vocab_size, dtype=np.uint32)
-    contents = hashlib.sha256(f"{what} {manifest.codec} {manifest.layers} {manifest.x0} {manifest.ranks} {manifest.needs}".encode())
+    contents = hashlib.sha256(
+        f"{what} {manifest.codec} {manifest.layers} {manifest.x0} {manifest.ranks} {manifest.needs}".encode()
+    )
     for part in rows if isinstance(rows, list) else [rows]:
         contents.update(np.ascontiguousarray(part, np.float32).tobytes())
     name = f"{manifest.name[: 63 - len(what)]}.{what}" if what else manifest.name
@@ -184,11 +232,17 @@ def _least_ranks(planned: Manifest) -> tuple[int, ...]:
 
 def _bytes(planned: Manifest, scheme: Scheme, ranks: tuple[int, ...] = ()) -> int:
     """Of a table with its head, and with `ranks` its basis."""
-    head = replace(planned, codec=scheme.head_codec).record_bytes * scheme.head if scheme.head else 0
+    head = (
+        replace(planned, codec=scheme.head_codec).record_bytes * scheme.head if scheme.head else 0
+    )
     if not ranks:
         return replace(planned, codec=scheme.codec).table_bytes + head
     sized = replace(planned, codec=scheme.codec, ranks=ranks, basis=f"{planned.name}@{'0' * 16}")
-    return head + sized.table_bytes + (sum(ranks) + len(ranks)) * (codec(BASIS_CODEC).block(planned.hidden_size).itemsize + 8)
+    return (
+        head
+        + sized.table_bytes
+        + (sum(ranks) + len(ranks)) * (codec(BASIS_CODEC).block(planned.hidden_size).itemsize + 8)
+    )
 
 
 def _suffices(planned: Manifest, scheme: Scheme) -> bool:
@@ -196,7 +250,10 @@ def _suffices(planned: Manifest, scheme: Scheme) -> bool:
     if scheme.ratio:
         plain = scheme if scheme.finer else replace(scheme, head=0)
         return _bytes(planned, plain) <= bytes_at_16_bit(planned) / scheme.ratio
-    return round(scheme.rank * planned.num_layers * planned.hidden_size) == planned.num_layers * planned.hidden_size
+    return (
+        round(scheme.rank * planned.num_layers * planned.hidden_size)
+        == planned.num_layers * planned.hidden_size
+    )
 
 
 def _affordable(planned: Manifest, energies: list[np.ndarray], scheme: Scheme) -> tuple[int, ...]:
@@ -207,5 +264,9 @@ def _affordable(planned: Manifest, energies: list[np.ndarray], scheme: Scheme) -
         return _least_ranks(planned)
     while least < most:
         middle = (least + most + 1) // 2
-        least, most = (middle, most) if _bytes(planned, scheme, _ranks(energies, middle)) <= allowed else (least, middle - 1)
+        least, most = (
+            (middle, most)
+            if _bytes(planned, scheme, _ranks(energies, middle)) <= allowed
+            else (least, middle - 1)
+        )
     return _ranks(energies, least)

@@ -6,8 +6,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from tolhouse.errors import InvalidArgument
-from tolhouse.table.spec import MAX_FREQUENT
-from tolhouse.telemetry import event
+from tolhouse.logs import event
+from tolhouse.table.manifest import MAX_FREQUENT
 from tolhouse.train.corpus import documents, is_held_out, standard_library
 
 _SAMPLE_CHARS = 4_000_000  # counted, evenly over the documents: a few seconds
@@ -16,7 +16,9 @@ _SAMPLE_CHARS = 4_000_000  # counted, evenly over the documents: a few seconds
 def frequent_tokens(tokenizer: Tokenizer, corpus: str, vocab_size: int) -> tuple[int, ...]:
     """Token ids by falling frequency in a text file or a folder of them; NotFound, InvalidArgument if there is no text."""
     counts = count_tokens(tokenizer, corpus, vocab_size)
-    return tuple(i for i, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_FREQUENT])
+    return tuple(
+        i for i, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_FREQUENT]
+    )
 
 
 def count_tokens(tokenizer: Tokenizer, corpus: str, vocab_size: int) -> Counter[int]:
@@ -31,6 +33,16 @@ def count_tokens(tokenizer: Tokenizer, corpus: str, vocab_size: int) -> Counter[
     if not texts:
         raise InvalidArgument(f"--corpus {path} holds no text (UTF-8)")
     step = max(1, -(-sum(map(len, texts)) // _SAMPLE_CHARS))
-    counts = Counter(i for encoding in tokenizer.encode_batch(texts[::step]) for i in encoding.ids if i < vocab_size)
-    event("counted tokens", corpus=str(path) if corpus else "the standard library's sources", tokens=counts.total(), distinct=len(counts))
+    counts = Counter(
+        i
+        for encoding in tokenizer.encode_batch(texts[::step])
+        for i in encoding.ids
+        if i < vocab_size
+    )
+    event(
+        "counted tokens",
+        corpus=str(path) if corpus else "the standard library's sources",
+        tokens=counts.total(),
+        distinct=len(counts),
+    )
     return counts

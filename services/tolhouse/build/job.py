@@ -16,11 +16,11 @@ from tqdm import tqdm
 from tolhouse.build.shards import build_shards, verify
 from tolhouse.config import settle_ray
 from tolhouse.errors import DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
+from tolhouse.logs import event, split_address
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.store import open_store, refuse_another
 from tolhouse.table.codecs import codec
-from tolhouse.table.spec import Manifest, check_name, content_id
-from tolhouse.telemetry import event, split_address
+from tolhouse.table.manifest import Manifest, check_name, content_id
 
 _OBJECT_STORE_BYTES = 80 << 20  # tasks return digests only
 _CONNECT_SECONDS = 5
@@ -40,11 +40,17 @@ def plan(
     """The manifest of the table to build, without its digests. `frequent`: see frequency.py; `embedding`: see config.py."""
     config = checkpoint.config
     if not config.num_rows:
-        raise InvalidArgument(f"checkpoint {checkpoint.path} is of kind {config.kind}: it has no context-free FFNs to build a table from")
+        raise InvalidArgument(
+            f"checkpoint {checkpoint.path} is of kind {config.kind}: it has no context-free FFNs to build a table from"
+        )
     if num_shards > config.vocab_size:
-        raise InvalidArgument(f"{num_shards} shards for a vocabulary of {config.vocab_size}: at most one shard per token")
+        raise InvalidArgument(
+            f"{num_shards} shards for a vocabulary of {config.vocab_size}: at most one shard per token"
+        )
     if bad := [layer for layer in absent if not 0 <= layer < config.num_rows]:
-        raise InvalidArgument(f"there is no layer {bad[0]} to leave out: rows are of layers 0 to {config.num_rows - 1}")
+        raise InvalidArgument(
+            f"there is no layer {bad[0]} to leave out: rows are of layers 0 to {config.num_rows - 1}"
+        )
     layers = tuple(layer for layer in range(config.num_rows) if layer not in set(absent))
     if not layers:
         raise InvalidArgument("all layers are left out: at least one must stay")
@@ -82,26 +88,45 @@ def build(
         task = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=_RETRIED)
         digests: dict[int, str] = {}
         computed = 0
-        with tqdm(total=planned.vocab_size, unit="row", unit_scale=True, desc=f"build {planned.name}", dynamic_ncols=True) as bar:
+        with tqdm(
+            total=planned.vocab_size,
+            unit="row",
+            unit_scale=True,
+            desc=f"build {planned.name}",
+            dynamic_ncols=True,
+        ) as bar:
             limit = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
             # a task writes one shard while it computes the next, so it wants several; enough tasks to end together
             step = max(1, min(_MOST_SHARDS_A_TASK, planned.num_shards // (4 * limit)))
-            groups = [list(range(first, min(first + step, planned.num_shards))) for first in range(0, planned.num_shards, step)]
+            groups = [
+                list(range(first, min(first + step, planned.num_shards)))
+                for first in range(0, planned.num_shards, step)
+            ]
             calls = ((path, planned, group, stores, timeout_seconds) for group in groups)
             for number, results in _bounded(ray, task(build_shards), limit, calls):
                 for shard, (digest, new) in zip(groups[number], results, strict=True):
                     digests[shard] = digest
                     computed += new
                     bar.update(len(planned.shard_ids(shard)))
-        manifest = dataclasses.replace(planned, shards=tuple(digests[k] for k in range(planned.num_shards)))
-        sample = np.sort(np.random.default_rng(int(manifest.version, 16)).choice(
-            manifest.vocab_size, min(verify_rows, manifest.vocab_size), replace=False)).astype(np.uint32)  # fmt: skip
+        manifest = dataclasses.replace(
+            planned, shards=tuple(digests[k] for k in range(planned.num_shards))
+        )
+        sample = np.sort(
+            np.random.default_rng(int(manifest.version, 16)).choice(
+                manifest.vocab_size, min(verify_rows, manifest.vocab_size), replace=False
+            )
+        ).astype(np.uint32)
         for url in stores:
             _get(ray, task(verify).remote(path, manifest, url, sample, timeout_seconds))
     for store in opened:
         store.commit(manifest)
         store.close()
-    event("built", table=manifest.ref, shards_computed=computed, shards_kept=manifest.num_shards - computed)
+    event(
+        "built",
+        table=manifest.ref,
+        shards_computed=computed,
+        shards_kept=manifest.num_shards - computed,
+    )
     return manifest
 
 
@@ -151,7 +176,11 @@ def _ray(address: str) -> Iterator[Any]:
         yield ray
         return
 
-    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES} if address == "local" else {}
+    local: dict[str, Any] = (
+        {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        if address == "local"
+        else {}
+    )
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
     except (ConnectionError, ValueError, RuntimeError) as error:

@@ -6,11 +6,13 @@ A command imports what it needs when it runs: `tolhouse lookup` works where torc
 import click
 
 from tolhouse import __version__
-from tolhouse.cli import access, models, services, tables
+from tolhouse.cli import credentials, models, services, tables
 from tolhouse.cli.options import Commands
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="tolhouse")
 def main() -> None:
     """Serve language models whose feed-forward layers are looked up, not computed.
@@ -31,9 +33,16 @@ def main() -> None:
 
 for command in (
     models.train,
-    *(tables.build, tables.compress, tables.tables, tables.publish, tables.rollback, tables.overlay),
+    *(
+        tables.build,
+        tables.compress,
+        tables.tables,
+        tables.publish,
+        tables.rollback,
+        tables.overlay,
+    ),
     *(services.lookup, services.worker, services.gateway),
-    *(access.keys, access.certs),
+    *(credentials.keys, credentials.certs),
     *(models.generate, models.fetch, models.evaluate, models.explain),
     *(services.demo, services.serve),
 ):

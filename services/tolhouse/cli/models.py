@@ -21,18 +21,52 @@ from tolhouse.model.config import KINDS
     type=click.Path(path_type=Path),
     help="Folder of the checkpoint; a run that was killed goes on there. Default: runs/RECIPE-KIND.",
 )
-@click.option("--kind", type=click.Choice(KINDS), default="memory", show_default=True, help="What the FFNs read.")
-@click.option("--beta", type=click.IntRange(0, 3), default=0, help="flex: FFN-C keeps beta * h^2 parameters in the block, 1 to 3.")
-@click.option("--ffn-c", type=click.Choice(["linear", "swiglu"]), default="linear", show_default=True, help="flex: the form of FFN-C.")
 @click.option(
-    "--corpus", type=click.Path(path_type=Path), help="A text file, or a folder of them. Default: the Python standard library's sources."
+    "--kind",
+    type=click.Choice(KINDS),
+    default="memory",
+    show_default=True,
+    help="What the FFNs read.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Same seed, same checkpoint.")
 @click.option(
-    "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads for tensor work; the result depends on them."
+    "--beta",
+    type=click.IntRange(0, 3),
+    default=0,
+    help="flex: FFN-C keeps beta * h^2 parameters in the block, 1 to 3.",
+)
+@click.option(
+    "--ffn-c",
+    type=click.Choice(["linear", "swiglu"]),
+    default="linear",
+    show_default=True,
+    help="flex: the form of FFN-C.",
+)
+@click.option(
+    "--corpus",
+    type=click.Path(path_type=Path),
+    help="A text file, or a folder of them. Default: the Python standard library's sources.",
+)
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Same seed, same checkpoint.",
+)
+@click.option(
+    "--threads",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Threads for tensor work; the result depends on them.",
 )
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps, in place of the recipe's.")
-@click.option("--compile/--no-compile", default=True, show_default=True, help="Use torch.compile where a C compiler is there.")
+@click.option(
+    "--compile/--no-compile",
+    default=True,
+    show_default=True,
+    help="Use torch.compile where a C compiler is there.",
+)
 def train(
     recipe: str,
     out: Path | None,
@@ -76,13 +110,28 @@ def train(
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("prompt")
-@click.option("--worker", help="Worker to ask, HOST:PORT. Default: run the model here, with its FFNs in place, greedily.")
+@click.option(
+    "--worker",
+    help="Worker to ask, HOST:PORT. Default: run the model here, with its FFNs in place, greedily.",
+)
 @click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="With --worker; 0 is greedy.")
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="With --worker; 0 is greedy.",
+)
 @click.option("--seed", type=click.IntRange(0), help="With --worker.")
 @options(config.ClientConfig)
 def generate(
-    settings: config.ClientConfig, checkpoint: Path, prompt: str, worker: str | None, max_tokens: int, temperature: float, seed: int | None
+    settings: config.ClientConfig,
+    checkpoint: Path,
+    prompt: str,
+    worker: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int | None,
 ) -> None:
     """Complete PROMPT and print the text as it comes. CHECKPOINT gives the tokenizer, and without --worker the model."""
     from tokenizers.decoders import DecodeStream
@@ -93,9 +142,13 @@ def generate(
     tokenizer = load_tokenizer(checkpoint / TOKENIZER)
     ids = tokenizer.encode(prompt).ids
     if worker:
-        tokens = Client(worker, access=settings.access()).generate(ids, max_tokens, temperature=temperature, seed=seed)
+        tokens = Client(worker, credentials=settings.client_credentials()).generate(
+            ids, max_tokens, temperature=temperature, seed=seed
+        )
     elif temperature or seed is not None:
-        raise InvalidArgument("--temperature and --seed need a --worker: without one, completion is greedy")
+        raise InvalidArgument(
+            "--temperature and --seed need a --worker: without one, completion is greedy"
+        )
     else:
         from tolhouse.model.checkpoint import open_checkpoint
         from tolhouse.model.generate import greedy
@@ -113,16 +166,25 @@ def generate(
 @click.command()
 @click.argument("table")
 @click.argument("ids", nargs=-1, required=True, type=int)
-@click.option("--lookup", default="127.0.0.1:50051", show_default=True, help="Lookup replicas, HOST:PORT with commas between.")
-@click.option("--out", type=click.Path(path_type=Path), help="Also save the rows [T, N, D] as this .npy file.")
+@click.option(
+    "--lookup",
+    default="127.0.0.1:50051",
+    show_default=True,
+    help="Lookup replicas, HOST:PORT with commas between.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Also save the rows [T, N, D] as this .npy file."
+)
 @options(config.ClientConfig)
-def fetch(settings: config.ClientConfig, table: str, ids: tuple[int, ...], lookup: str, out: Path | None) -> None:
+def fetch(
+    settings: config.ClientConfig, table: str, ids: tuple[int, ...], lookup: str, out: Path | None
+) -> None:
     """Fetch the rows of token IDS of TABLE, NAME or NAME@VERSION, and show each row's norm by layer, that of X0 first where the table carries it."""
     import numpy as np
 
     from tolhouse.client.client import Client
 
-    with Client(lookup, access=settings.access()) as client:
+    with Client(lookup, credentials=settings.client_credentials()) as client:
         manifest = client.describe(table)
         rows = client.fetch(manifest, list(ids)).astype(np.float32)
     blocks = f"{'X0 and ' * manifest.x0}{manifest.num_layers} layers of {manifest.hidden_size}"
@@ -140,11 +202,28 @@ def fetch(settings: config.ClientConfig, table: str, ids: tuple[int, ...], looku
     type=click.Path(path_type=Path),
     help="Text to predict: a file, or a folder of them. Default: the standard library's held-out part.",
 )
-@click.option("--table", help="Rows of this table, NAME or NAME@VERSION. Default: those that the model computes.")
-@click.option("--through", "codec", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), help="Rows as this codec gives them back.")
-@click.option("--alpha", default=1.0, show_default=True, type=float, help="Rows are multiplied by this.")
-@click.option("--without", default="", metavar="LAYERS", help="Layers whose rows are left out, with commas between.")
-@click.option("--most-tokens", default=0, type=click.IntRange(0), help="Only the text's first tokens; 0: all.")
+@click.option(
+    "--table",
+    help="Rows of this table, NAME or NAME@VERSION. Default: those that the model computes.",
+)
+@click.option(
+    "--through",
+    "codec",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
+    help="Rows as this codec gives them back.",
+)
+@click.option(
+    "--alpha", default=1.0, show_default=True, type=float, help="Rows are multiplied by this."
+)
+@click.option(
+    "--without",
+    default="",
+    metavar="LAYERS",
+    help="Layers whose rows are left out, with commas between.",
+)
+@click.option(
+    "--most-tokens", default=0, type=click.IntRange(0), help="Only the text's first tokens; 0: all."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options(config.StoreConfig)
 def evaluate(
@@ -173,19 +252,37 @@ def evaluate(
     absent = layer_numbers(without, "--without")
     rows = None
     if not opened.config.num_rows and (table or codec or absent or alpha != 1):
-        raise InvalidArgument(f"checkpoint {opened.name} is of kind {opened.config.kind}: it has no rows to replace or to scale")
+        raise InvalidArgument(
+            f"checkpoint {opened.name} is of kind {opened.config.kind}: it has no rows to replace or to scale"
+        )
     if opened.config.num_rows:
         taken = table_rows(opened, stores_of(settings)[0], table) if table else model_rows(opened)
-        rows = probed(through(codec, taken) if codec else taken, alpha, absent, x0=taken.shape[1] - opened.config.num_rows)
+        rows = probed(
+            through(codec, taken) if codec else taken,
+            alpha,
+            absent,
+            x0=taken.shape[1] - opened.config.num_rows,
+        )
     found = evaluate_text(opened.model(), read_text(opened, text, most_tokens), rows, quiet=False)
     if as_json:
-        told = {"tokens": len(found.losses), "loss": found.loss, "perplexity": found.perplexity, "deciles": found.deciles()}
+        told = {
+            "tokens": len(found.losses),
+            "loss": found.loss,
+            "perplexity": found.perplexity,
+            "deciles": found.deciles(),
+        }
         click.echo(json.dumps(told))
         return
-    click.echo(f"{len(found.losses):,} tokens: {found.loss:.4f} nats each, perplexity {found.perplexity:.4f}")
-    click.echo("by how frequent they are in the text, a tenth of it each:\n  tenth   tokens   seen at least    loss")
+    click.echo(
+        f"{len(found.losses):,} tokens: {found.loss:.4f} nats each, perplexity {found.perplexity:.4f}"
+    )
+    click.echo(
+        "by how frequent they are in the text, a tenth of it each:\n  tenth   tokens   seen at least    loss"
+    )
     for d in found.deciles():
-        click.echo(f"  {d['decile']:>5}  {d['distinct_tokens']:>7}  {d['least_count']:>9} times  {d['loss']:6.3f}")
+        click.echo(
+            f"  {d['decile']:>5}  {d['distinct_tokens']:>7}  {d['least_count']:>9} times  {d['loss']:6.3f}"
+        )
 
 
 def _require_writable(file: Path) -> None:
@@ -196,7 +293,9 @@ def _require_writable(file: Path) -> None:
         raise InvalidArgument(f"{file} is a folder: give the name of a file")
     try:
         if not file.exists() or file.is_file():
-            tempfile.NamedTemporaryFile(dir=file.resolve().parent).close()  # rights alone don't tell: /proc takes nobody's files
+            tempfile.NamedTemporaryFile(
+                dir=file.resolve().parent
+            ).close()  # rights alone don't tell: /proc takes nobody's files
         elif not os.access(file, os.W_OK):
             raise InvalidArgument(f"{file} can't be written: Permission denied")
     except OSError as error:
@@ -206,22 +305,50 @@ def _require_writable(file: Path) -> None:
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("text", required=False)
-@click.option("--keys", default=3, show_default=True, type=click.IntRange(1), help="Strongest keys to show per layer.")
-@click.option("--neighbours", default=5, show_default=True, type=click.IntRange(1), help="Nearest tokens to show, by cosine of their rows.")
 @click.option(
-    "--clusters", default=64, show_default=True, type=click.IntRange(2), help="Without TEXT: clusters of key coefficients per layer."
+    "--keys",
+    default=3,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Strongest keys to show per layer.",
 )
 @click.option(
-    "--probe-tokens", default=8192, show_default=True, type=click.IntRange(0), help="Without TEXT: held-out tokens for the probes; 0: none."
+    "--neighbours",
+    default=5,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Nearest tokens to show, by cosine of their rows.",
+)
+@click.option(
+    "--clusters",
+    default=64,
+    show_default=True,
+    type=click.IntRange(2),
+    help="Without TEXT: clusters of key coefficients per layer.",
+)
+@click.option(
+    "--probe-tokens",
+    default=8192,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Without TEXT: held-out tokens for the probes; 0: none.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--html", "page", type=click.Path(path_type=Path), help="Also write a report with plots, the whole in one file.")
+@click.option(
+    "--html",
+    "page",
+    type=click.Path(path_type=Path),
+    help="Also write a report with plots, the whole in one file.",
+)
 @click.option(
     "--explorer",
     type=click.Path(path_type=Path),
     help="Only write what the gateway's /explore page shows of the model's own rows, memory.npz beside tokenizer.json.",
 )
-@click.option("--table", help="Rows of this table, NAME or NAME@VERSION, in place of the model's; keys are the model's.")
+@click.option(
+    "--table",
+    help="Rows of this table, NAME or NAME@VERSION, in place of the model's; keys are the model's.",
+)
 @options(config.StoreConfig)
 def explain(
     settings: config.StoreConfig,
@@ -243,15 +370,19 @@ def explain(
     """
     from tolhouse.analysis.explain import explain_text, table_of
     from tolhouse.analysis.probes import table_rows
+    from tolhouse.files import replace_file
     from tolhouse.model.checkpoint import open_checkpoint
-    from tolhouse.watched import replace_file
 
     for written_file in filter(None, (page, explorer)):
         _require_writable(written_file)
     if not checkpoint.exists() and "@" in checkpoint.name:
-        raise InvalidArgument(f"{checkpoint} is no checkpoint; a table has rows and no keys: give its checkpoint, and --table {checkpoint}")
+        raise InvalidArgument(
+            f"{checkpoint} is no checkpoint; a table has rows and no keys: give its checkpoint, and --table {checkpoint}"
+        )
     if explorer and table:
-        raise InvalidArgument("--explorer writes what the model's own rows and keys are, and takes no --table: leave one of the two out")
+        raise InvalidArgument(
+            "--explorer writes what the model's own rows and keys are, and takes no --table: leave one of the two out"
+        )
     opened = open_checkpoint(checkpoint)
     if explorer:
         import numpy as np

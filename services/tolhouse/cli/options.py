@@ -12,12 +12,22 @@ import click
 
 from tolhouse import config
 from tolhouse.errors import InvalidArgument, TolhouseError
-from tolhouse.telemetry import event, start_logging
+from tolhouse.logs import event, start_logging
 
 EXTRAS = {
-    "torch": "worker", "ray": "build", "redis": "lookup", "fastapi": "gateway", "uvicorn": "gateway", "matplotlib": "train",
-    "tokenizers": "worker", "safetensors": "lookup", "prometheus_client": "lookup", "tqdm": "build", "cryptography": "certs", "starlette": "gateway",
-}  # fmt: skip
+    "torch": "worker",
+    "ray": "build",
+    "redis": "lookup",
+    "fastapi": "gateway",
+    "uvicorn": "gateway",
+    "matplotlib": "train",
+    "tokenizers": "worker",
+    "safetensors": "lookup",
+    "prometheus_client": "lookup",
+    "tqdm": "build",
+    "cryptography": "certs",
+    "starlette": "gateway",
+}
 
 
 class Commands(click.Group):
@@ -35,7 +45,11 @@ class Commands(click.Group):
             package = (error.name or "").partition(".")[0]
             if package not in EXTRAS:
                 raise
-            sys.exit(_told(f"this command needs the package {package}: pip install 'tolhouse[{EXTRAS[package]}]'"))
+            sys.exit(
+                _told(
+                    f"this command needs the package {package}: pip install 'tolhouse[{EXTRAS[package]}]'"
+                )
+            )
         except KeyboardInterrupt:
             sys.exit(130)
         except BrokenPipeError:
@@ -54,7 +68,9 @@ def layer_numbers(text: str, option: str) -> list[int]:
     """Numbers of layers with commas between."""
     parts = [part.strip() for part in text.split(",") if text]
     if not all(part.isdecimal() for part in parts):
-        raise InvalidArgument(f"{option} {text!r} is not a list of layer numbers with commas between, such as 3,4")
+        raise InvalidArgument(
+            f"{option} {text!r} is not a list of layer numbers with commas between, such as 3,4"
+        )
     return [int(part) for part in parts]
 
 
@@ -64,7 +80,9 @@ def options(kind: type[config.Config]) -> Callable:
     def decorate(command: Callable) -> Callable:
         def wrapped(**given: Any) -> Any:
             mine = {field: given.pop(field) for field in kind.model_fields}
-            loaded = config.load(kind, {field: value for field, value in mine.items() if value is not None})
+            loaded = config.load(
+                kind, {field: value for field, value in mine.items() if value is not None}
+            )
             start_logging(loaded.log_level)
             return command(loaded, **given)
 
@@ -81,7 +99,13 @@ def options(kind: type[config.Config]) -> Callable:
             text = f"{info.description}{default} [{config.variable(kind, field)}]"
             shown = None if choices else "N" if info.annotation in (int, float) else "TEXT"
             name = f"--{field.replace('_', '-')}"
-            click.option(name, field, type=click.Choice(choices) if choices else str, metavar=shown, help=text)(wrapped)
+            click.option(
+                name,
+                field,
+                type=click.Choice(choices) if choices else str,
+                metavar=shown,
+                help=text,
+            )(wrapped)
         return wrapped
 
     return decorate
@@ -92,15 +116,27 @@ def checkpoint_argument(command: str) -> Callable:
     return click.argument("checkpoint", envvar=variable, type=click.Path(path_type=Path))
 
 
-def stores_of(settings: config.StoreConfig | config.TableConfig | config.LookupConfig) -> tuple[str, ...]:
+def stores_of(
+    settings: config.StoreConfig | config.TableConfig | config.LookupConfig,
+) -> tuple[str, ...]:
     from tolhouse.store import has_password, require_private
 
-    found = tuple(dict.fromkeys(u.strip() for u in re.split(r",(?=\s*\w+://)", settings.store) if u.strip()))
+    found = tuple(
+        dict.fromkeys(u.strip() for u in re.split(r",(?=\s*\w+://)", settings.store) if u.strip())
+    )
     for url in found:
         require_private(url, insecure=settings.insecure)
         if has_password(url) and any(url in argument for argument in sys.argv):
-            event("a password on the command line can be read by everyone on this machine: name a password_file in the URL", WARNING)
+            event(
+                "a password on the command line can be read by everyone on this machine: name a password_file in the URL",
+                WARNING,
+            )
     if not found:
-        raise InvalidArgument("no store given: file://PATH, redis://HOST:PORT, or both with a comma between")
+        raise InvalidArgument(
+            "no store given: file://PATH, redis://HOST:PORT, or both with a comma between"
+        )
     # other processes may run elsewhere: a relative path is made absolute
-    return tuple(f"file://{Path(u[7:]).absolute()}" if u.startswith("file://") and u[7:] else u for u in found)
+    return tuple(
+        f"file://{Path(u[7:]).absolute()}" if u.startswith("file://") and u[7:] else u
+        for u in found
+    )

@@ -49,7 +49,13 @@ def gateway(settings: config.GatewayConfig, checkpoint: Path) -> None:
 
 
 @click.command()
-@click.option("--checkpoint", default="models/demo-memory", show_default=True, type=click.Path(path_type=Path), help="Checkpoint to serve.")
+@click.option(
+    "--checkpoint",
+    default="models/demo-memory",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Checkpoint to serve.",
+)
 @click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(1))
 def demo(checkpoint: Path, max_tokens: int) -> None:
     """Build a table, start lookup, worker and gateway, complete three prompts over HTTP, and stop everything.
@@ -62,8 +68,16 @@ def demo(checkpoint: Path, max_tokens: int) -> None:
 
 
 @click.command()
-@click.option("--checkpoint", default="models/demo-memory", show_default=True, type=click.Path(path_type=Path), help="Checkpoint to serve.")
-@click.option("--listen", default="127.0.0.1:8000", show_default=True, help="Address of the gateway.")
+@click.option(
+    "--checkpoint",
+    default="models/demo-memory",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Checkpoint to serve.",
+)
+@click.option(
+    "--listen", default="127.0.0.1:8000", show_default=True, help="Address of the gateway."
+)
 def serve(checkpoint: Path, listen: str) -> None:
     """Build the table if need be, start lookup, worker and gateway, and leave them running until Ctrl-C."""
     from tolhouse.demo import serve as run_serve

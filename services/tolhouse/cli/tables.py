@@ -11,19 +11,23 @@ import click
 from tolhouse import config
 from tolhouse.cli.options import Commands, checkpoint_argument, layer_numbers, options, stores_of
 from tolhouse.errors import Corrupt, InvalidArgument, Mismatch, NotFound
-from tolhouse.table.spec import Manifest
+from tolhouse.table.manifest import Manifest
 
 
 @click.command()
 @checkpoint_argument("build")
-@click.option("--publish", "publish_it", is_flag=True, help="Publish the table once it is whole and verified.")
+@click.option(
+    "--publish", "publish_it", is_flag=True, help="Publish the table once it is whole and verified."
+)
 @click.option(
     "--publish-new",
     is_flag=True,
     help="Publish it where it is new, or nothing is published under its name: for jobs that may run again after a rollback or an edit.",
 )
 @options(config.BuildConfig)
-def build(settings: config.BuildConfig, checkpoint: Path, publish_it: bool, publish_new: bool) -> None:
+def build(
+    settings: config.BuildConfig, checkpoint: Path, publish_it: bool, publish_new: bool
+) -> None:
     """Compute the table of CHECKPOINT with Ray: every token's feed-forward outputs, in shards.
 
     Start a build that was killed again with the same options: whole shards are kept. With two stores, the table is
@@ -38,15 +42,34 @@ def build(settings: config.BuildConfig, checkpoint: Path, publish_it: bool, publ
     opened = open_checkpoint(checkpoint)
     stores = stores_of(settings)
     absent = layer_numbers(settings.absent_layers, "--absent-layers")
-    manifest = plan(opened, settings.name, settings.codec, settings.shards, embedding=settings.embedding, absent=absent)
-    manifest = replace(manifest, frequent=frequent_tokens(opened.tokenizer(), settings.corpus, manifest.vocab_size))
-    click.echo(
-        f"{manifest.ref}: {manifest.vocab_size} rows of {manifest.record_bytes} bytes, {manifest.table_bytes / 1e6:.1f} MB", err=True
+    manifest = plan(
+        opened,
+        settings.name,
+        settings.codec,
+        settings.shards,
+        embedding=settings.embedding,
+        absent=absent,
     )
-    opened_stores = [wait_for_store(url, settings.store_timeout_seconds, settings.store_wait_seconds) for url in stores]
+    manifest = replace(
+        manifest, frequent=frequent_tokens(opened.tokenizer(), settings.corpus, manifest.vocab_size)
+    )
+    click.echo(
+        f"{manifest.ref}: {manifest.vocab_size} rows of {manifest.record_bytes} bytes, {manifest.table_bytes / 1e6:.1f} MB",
+        err=True,
+    )
+    opened_stores = [
+        wait_for_store(url, settings.store_timeout_seconds, settings.store_wait_seconds)
+        for url in stores
+    ]
     new_in = [store for store in opened_stores if is_new(store, manifest)]
     built = build_table(
-        opened, manifest, stores, settings.ray_address, settings.workers, settings.verify_rows, settings.store_timeout_seconds
+        opened,
+        manifest,
+        stores,
+        settings.ray_address,
+        settings.workers,
+        settings.verify_rows,
+        settings.store_timeout_seconds,
     )
     for store in new_in if publish_new and not publish_it else opened_stores if publish_it else ():
         publish(store, built.ref)
@@ -86,8 +109,21 @@ def compress(settings: config.CompressConfig, checkpoint: Path, publish_it: bool
     for store in opened_stores:
         store.refs()  # one that can't be had is told before the work, not after
     absent = layer_numbers(settings.absent_layers, "--absent-layers")
-    plain = plan(opened, settings.name, settings.codec, settings.shards, embedding=settings.embedding, absent=absent)
-    scheme = Scheme(settings.codec, settings.rank_share, settings.size_ratio, max(0, settings.head), settings.head_codec)
+    plain = plan(
+        opened,
+        settings.name,
+        settings.codec,
+        settings.shards,
+        embedding=settings.embedding,
+        absent=absent,
+    )
+    scheme = Scheme(
+        settings.codec,
+        settings.rank_share,
+        settings.size_ratio,
+        max(0, settings.head),
+        settings.head_codec,
+    )
     if settings.head < 0 and (scheme.low_rank or scheme.finer):
         scheme = replace(scheme, head=plain.vocab_size // HEAD_SHARE)
     check(plain, scheme)
@@ -95,10 +131,21 @@ def compress(settings: config.CompressConfig, checkpoint: Path, publish_it: bool
     rows = model_rows(opened, plain.x0, plain.layers)
     made = compress_rows(plain, rows, counts, scheme)
     share = bytes_at_16_bit(plain) / made.bytes
-    ranks = f", ranks {' '.join(map(str, made.companions.manifest.ranks))}" if made.companions.manifest.ranks else ""
-    click.echo(f"{made.companions.manifest.ref}: {made.bytes / 1e6:.2f} MB, 1/{share:.2f} of 16 bit{ranks}", err=True)
+    ranks = (
+        f", ranks {' '.join(map(str, made.companions.manifest.ranks))}"
+        if made.companions.manifest.ranks
+        else ""
+    )
+    click.echo(
+        f"{made.companions.manifest.ref}: {made.bytes / 1e6:.2f} MB, 1/{share:.2f} of 16 bit{ranks}",
+        err=True,
+    )
     if scheme.low_rank and not ranks:
-        why = f"{settings.codec} alone meets --size-ratio" if settings.size_ratio else "--rank-share keeps all of it"
+        why = (
+            f"{settings.codec} alone meets --size-ratio"
+            if settings.size_ratio
+            else "--rank-share keeps all of it"
+        )
         click.echo(f"{why}: rows have their full rank, without a basis", err=True)
     for store in opened_stores:
         stored = made.store(store)
@@ -137,7 +184,9 @@ def list_tables(settings: config.StoreConfig) -> None:
 
     def work(store: Any) -> None:
         found = list(all_tables(store))
-        click.echo(f"{store.url}: {len(found) or 'no'} table{'' if len(found) == 1 else 's'}", err=True)
+        click.echo(
+            f"{store.url}: {len(found) or 'no'} table{'' if len(found) == 1 else 's'}", err=True
+        )
         sizes = {m.ref: m.table_bytes for m, _ in found}
         for m, published in found:
             size = m.table_bytes + sum(sizes.get(ref, 0) for ref in _own_companions(m))
@@ -173,7 +222,10 @@ def publish(settings: config.StoreConfig, table: str) -> None:
         made = publish_table(store, table)
         click.echo(f"{made.ref} is published in {store.url}")
         if before and before.model_id != made.model_id:
-            click.echo(f"it is of another model than {before.ref}: workers of that one stay with what they have, start others", err=True)
+            click.echo(
+                f"it is of another model than {before.ref}: workers of that one stay with what they have, start others",
+                err=True,
+            )
 
     _each_store(settings, work)
 
@@ -188,26 +240,53 @@ def rollback(settings: config.StoreConfig, name: str) -> None:
     """Make NAME stand for the version it stood for before."""
     from tolhouse.store import rollback as roll_back
 
-    _each_store(settings, lambda store: click.echo(f"{roll_back(store, name).ref} is published in {store.url}"))
+    _each_store(
+        settings,
+        lambda store: click.echo(f"{roll_back(store, name).ref} is published in {store.url}"),
+    )
 
 
 @tables.command()
 @click.argument("table")
-@click.option("--force", is_flag=True, help="Also a version that is in use: who reads it gets errors.")
+@click.option(
+    "--force", is_flag=True, help="Also a version that is in use: who reads it gets errors."
+)
 @options(config.StoreConfig)
 def delete(settings: config.StoreConfig, table: str, force: bool) -> None:
     """Delete a version that is neither published nor in use: TABLE is NAME@VERSION."""
     from tolhouse.store import delete as delete_table
 
-    _each_store(settings, lambda store: click.echo(f"{delete_table(store, table, force).ref} is deleted from {store.url}"))
+    _each_store(
+        settings,
+        lambda store: click.echo(
+            f"{delete_table(store, table, force).ref} is deleted from {store.url}"
+        ),
+    )
 
 
 @click.command()
 @click.argument("table")
-@click.option("--copy", "copies", multiple=True, metavar="TOKEN=OTHER", help="TOKEN gets the row of OTHER.")
-@click.option("--scale", "scales", multiple=True, metavar="TOKEN=FACTOR", help="TOKEN's row is multiplied; 0 takes its memory away.")
-@click.option("--rows", "file", type=click.Path(path_type=Path), help="Rows from elsewhere: an .npz with `ids` [T] and `rows` [T, N, D].")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Its tokenizer tells the ids of tokens that are given as text.")
+@click.option(
+    "--copy", "copies", multiple=True, metavar="TOKEN=OTHER", help="TOKEN gets the row of OTHER."
+)
+@click.option(
+    "--scale",
+    "scales",
+    multiple=True,
+    metavar="TOKEN=FACTOR",
+    help="TOKEN's row is multiplied; 0 takes its memory away.",
+)
+@click.option(
+    "--rows",
+    "file",
+    type=click.Path(path_type=Path),
+    help="Rows from elsewhere: an .npz with `ids` [T] and `rows` [T, N, D].",
+)
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Its tokenizer tells the ids of tokens that are given as text.",
+)
 @click.option("--publish", "publish_it", is_flag=True, help="Publish the version at once.")
 @options(config.StoreConfig)
 def overlay(
@@ -245,10 +324,19 @@ def overlay(
     def work(store: Any) -> None:
         manifest = resolve(store, table)
         if checkpoint and manifest.tokenizer_id != tokenizer_id(checkpoint / TOKENIZER):
-            raise Mismatch(f"table {manifest.ref} was built with another tokenizer than that of {checkpoint}: its tokens have other ids")
-        made = make_overlay(store, manifest.ref, *edited_rows(store, manifest, copied, scaled, given))
-        size = made.table_bytes + sum(store.manifest(ref).table_bytes for ref in _own_companions(made))
-        click.echo(f"{made.num_records} changed rows over {made.parent}, {size / 1e3:.1f} kB, in {store.url}", err=True)
+            raise Mismatch(
+                f"table {manifest.ref} was built with another tokenizer than that of {checkpoint}: its tokens have other ids"
+            )
+        made = make_overlay(
+            store, manifest.ref, *edited_rows(store, manifest, copied, scaled, given)
+        )
+        size = made.table_bytes + sum(
+            store.manifest(ref).table_bytes for ref in _own_companions(made)
+        )
+        click.echo(
+            f"{made.num_records} changed rows over {made.parent}, {size / 1e3:.1f} kB, in {store.url}",
+            err=True,
+        )
         if publish_it:
             publish_table(store, made.ref)
         click.echo(made.ref)

@@ -14,31 +14,43 @@ import numpy as np
 import numpy.typing as npt
 
 from tolhouse import tracing
-from tolhouse.access import Access
-from tolhouse.client.addresses import Addresses
+from tolhouse.client.fetch_stream import FetchStream, Request
 from tolhouse.client.generation import Options, request_of
 from tolhouse.client.neighbour import Neighbour
-from tolhouse.client.replicas import Replicas
-from tolhouse.client.stream import FetchStream, Request
-from tolhouse.errors import Cancelled, Corrupt, DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
-from tolhouse.outlier import SUSPECT_SECONDS
-from tolhouse.rpc import error_of
-from tolhouse.table.companions import Companions, companions_of
-from tolhouse.table.spec import Manifest, split_ref
-from tolhouse.telemetry import event
+from tolhouse.client.router import Replicas
+from tolhouse.errors import (
+    Cancelled,
+    Corrupt,
+    DeadlineExceeded,
+    InvalidArgument,
+    TolhouseError,
+    Unavailable,
+)
+from tolhouse.logs import event
+from tolhouse.net.auth import ClientCredentials
+from tolhouse.net.channel import error_of
+from tolhouse.net.dns import Addresses
+from tolhouse.net.health import SUSPECT_SECONDS
+from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
+from tolhouse.table.manifest import Manifest, split_ref
 from tolhouse.v1 import generation_pb2, lookup_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
 T = TypeVar("T")
 
-_RETRIED = (Unavailable, DeadlineExceeded, Cancelled, Corrupt)  # another replica, or the same once more, may do better
+_RETRIED = (
+    Unavailable,
+    DeadlineExceeded,
+    Cancelled,
+    Corrupt,
+)  # another replica, or the same once more, may do better
 _ROUNDS = 2
 _SAY_SECONDS = 10.0  # a third of how long a lookup service believes it
 _LOOK_SECONDS = 1.0  # for a replica that was away to answer
 _LOOK_UP_SECONDS = 1.0  # between two looks at who is behind a name
 _MOST_KEPT = 16  # versions whose manifest and companions are kept
 _GONE_SECONDS = 600.0  # that calls to an address may go on after its name has lost it: it drains
-_LOCAL = Access()
+_LOCAL = ClientCredentials()
 
 
 class _Job(NamedTuple):
@@ -54,21 +66,36 @@ class Client:
 
     fetch, describe and tables want lookup services; generate wants a worker. Safe to use from several threads. Hot rows of
     a lookup service of the same machine and user are read in its memory, unless `map_hot_rows` is false. Services of other
-    machines need an `access` with TLS.
+    machines need `credentials` with TLS.
     """
 
     def __init__(
-        self, target: str | Sequence[str], timeout_seconds: float = 10.0, *, access: Access = _LOCAL, map_hot_rows: bool = True
+        self,
+        target: str | Sequence[str],
+        timeout_seconds: float = 10.0,
+        *,
+        credentials: ClientCredentials = _LOCAL,
+        map_hot_rows: bool = True,
     ) -> None:
         self._addresses = Addresses(target)
-        self._addresses.check(access)
-        self.timeout_seconds, self.access, self.map_hot_rows = timeout_seconds, access, map_hot_rows
+        self._addresses.check(credentials)
+        self.timeout_seconds, self.credentials, self.map_hot_rows = (
+            timeout_seconds,
+            credentials,
+            map_hot_rows,
+        )
         self._streams: dict[str, FetchStream] = {}
         self._gone: dict[str, float] = {}  # addresses that have streams still, and since when
-        self._manifests: dict[str, tuple[Manifest, int]] = {}  # by "name@version": they never change
-        self._companions: dict[str, Companions] = {}
-        self._said: dict[str, float] = {}  # until when the lookup service knows that a version is in use
-        self._stood_for: dict[str, str] = {}  # names, and the version that each stood for when last asked
+        self._manifests: dict[
+            str, tuple[Manifest, int]
+        ] = {}  # by "name@version": they never change
+        self._companions: dict[str, AuxiliaryTables] = {}
+        self._said: dict[
+            str, float
+        ] = {}  # until when the lookup service knows that a version is in use
+        self._stood_for: dict[
+            str, str
+        ] = {}  # names, and the version that each stood for when last asked
         self._replicas = Replicas(self._seconds)
         self._closed, self._renewing = threading.Event(), threading.Lock()
         self._renew()
@@ -98,7 +125,9 @@ class Client:
     def tables(self) -> list[tuple[Manifest, bool]]:
         """Every table the lookup service has, and whether its name stands for it."""
         reply = self._unary("ListTables", lookup_pb2.ListTablesRequest())
-        return [(Manifest.from_json(table.manifest_json), table.published) for table in reply.tables]
+        return [
+            (Manifest.from_json(table.manifest_json), table.published) for table in reply.tables
+        ]
 
     def describe(self, table: str) -> Manifest:
         """The manifest of "name@version", or of the version that "name" stands for now; NotFound if there is none."""
@@ -126,21 +155,27 @@ class Client:
         rows.flags.writeable = False
         return rows
 
-    def companions(self, manifest: Manifest) -> Companions:
+    def companions(self, manifest: Manifest) -> AuxiliaryTables:
         """What the rows of a compressed table need besides its records; fetched once, and kept."""
         found = self._companions.get(manifest.ref)
         if found is None:
 
             def fetch(ref: str) -> tuple[Manifest, np.ndarray]:
                 found = self.describe(ref)
-                return found, self.fetch_records(found, np.arange(found.vocab_size, dtype=np.uint32))
+                return found, self.fetch_records(
+                    found, np.arange(found.vocab_size, dtype=np.uint32)
+                )
 
-            found = companions_of(manifest, fetch)
+            found = load_auxiliary(manifest, fetch)
             _keep(self._companions, manifest.ref, found)
         return found
 
     def fetch_records(
-        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray | None = None, places: np.ndarray | None = None
+        self,
+        manifest: Manifest,
+        ids: np.ndarray,
+        out: np.ndarray | None = None,
+        places: np.ndarray | None = None,
     ) -> np.ndarray:
         """Verified records of distinct `ids` (uint32 [T]) in rows `places` [T] of `out` (uint8 [., record_bytes], contiguous).
 
@@ -155,7 +190,9 @@ class Client:
         job = _Job(manifest, ids, flat, range(len(ids)) if places is None else places.tolist())
         deadline = time.monotonic() + self.timeout_seconds
         left = np.arange(len(ids))
-        near = self._streams[self.targets[0]].neighbour(manifest) if len(self.targets) == 1 else None
+        near = (
+            self._streams[self.targets[0]].neighbour(manifest) if len(self.targets) == 1 else None
+        )
         if near:  # all hot rows of all shards are there
             left = left[near.take(ids, flat, job.places)]
         attempts = _ROUNDS * len(self.targets)
@@ -181,7 +218,9 @@ class Client:
         self._said[ref] = now + _SAY_SECONDS
 
         def say() -> None:
-            with suppress(TolhouseError, ValueError):  # it may be away, or this client closed meanwhile
+            with suppress(
+                TolhouseError, ValueError
+            ):  # it may be away, or this client closed meanwhile
                 self.hold(ref)
 
         threading.Thread(target=say, daemon=True, name="in use").start()
@@ -196,20 +235,34 @@ class Client:
         return found
 
     def generate(
-        self, prompt_ids: Iterable[int], max_tokens: int = 16, *, timeout_seconds: float | None = None, **options: Unpack[Options]
+        self,
+        prompt_ids: Iterable[int],
+        max_tokens: int = 16,
+        *,
+        timeout_seconds: float | None = None,
+        **options: Unpack[Options],
     ) -> Iterator[int]:
         """Stream the token ids of one completion from a worker; greedy at temperature 0. Closing the iterator cancels."""
-        with closing(self.replies(prompt_ids, max_tokens, timeout_seconds=timeout_seconds, **options)) as replies:
+        with closing(
+            self.replies(prompt_ids, max_tokens, timeout_seconds=timeout_seconds, **options)
+        ) as replies:
             for reply in replies:
                 yield from reply.token_ids
 
     def replies(
-        self, prompt_ids: Iterable[int], max_tokens: int = 16, *, timeout_seconds: float | None = None, **options: Unpack[Options]
+        self,
+        prompt_ids: Iterable[int],
+        max_tokens: int = 16,
+        *,
+        timeout_seconds: float | None = None,
+        **options: Unpack[Options],
     ) -> Generator[generation_pb2.GenerateReply]:
         """The same with all that a worker tells: why it ended, and log probabilities of tokens and prompt if asked for."""
         request = request_of(prompt_ids, max_tokens, **options)
         target = self.targets[0]
-        call = GenerationStub(self._streams[target].channel).Generate(request, timeout=timeout_seconds, metadata=self.access.metadata())
+        call = GenerationStub(self._streams[target].channel).Generate(
+            request, timeout=timeout_seconds, metadata=self.credentials.metadata()
+        )
         try:
             for reply in call:
                 yield reply
@@ -226,11 +279,15 @@ class Client:
         try:
             request = generation_pb2.DescribeWorkerRequest()
             stub = GenerationStub(self._streams[target].channel)
-            return stub.DescribeWorker(request, timeout=self.timeout_seconds, metadata=self.access.metadata())
+            return stub.DescribeWorker(
+                request, timeout=self.timeout_seconds, metadata=self.credentials.metadata()
+            )
         except grpc.RpcError as error:
             raise error_of(error, f"worker {target}") from None
 
-    def _attempt(self, job: "_Job", left: np.ndarray, attempt: int, patience: float) -> tuple[np.ndarray, TolhouseError | None]:
+    def _attempt(
+        self, job: "_Job", left: np.ndarray, attempt: int, patience: float
+    ) -> tuple[np.ndarray, TolhouseError | None]:
         """Try to get the records `left` of a job; those still open, and the error that says why."""
         manifest, ids, out, places = job
         _, most = self._describe(manifest.ref)
@@ -249,7 +306,9 @@ class Client:
         for stream, mine in self._divided(manifest, ids, left, attempt):
             near = stream.neighbour(manifest)
             cold = mine[near.take(ids[mine], out, to(mine))] if near else mine
-            line = near.ring(ids[cold]) if near and len(cold) and not tracing.here() else None  # a bell carries no trace
+            line = (
+                near.ring(ids[cold]) if near and len(cold) and not tracing.here() else None
+            )  # a bell carries no trace
             if near and line:
                 rung.append((stream, near, cold, line))
             else:
@@ -269,7 +328,9 @@ class Client:
             except FutureTimeout:
                 stream.reset()
                 self._replicas.failed(stream.target, manifest.ref)
-                worst = DeadlineExceeded(f"lookup {stream.target} did not answer within {patience:.1f} s")
+                worst = DeadlineExceeded(
+                    f"lookup {stream.target} did not answer within {patience:.1f} s"
+                )
             except TolhouseError as error:
                 if isinstance(error, (Unavailable, DeadlineExceeded)):
                     self._replicas.failed(stream.target, manifest.ref)
@@ -294,8 +355,8 @@ class Client:
             for address in found:
                 self._gone.pop(address, None)
                 if address not in self._streams:
-                    access = self._addresses.access(address, self.access)
-                    self._streams[address] = FetchStream(address, access, self.map_hot_rows)
+                    credentials = self._addresses.credentials_for(address, self.credentials)
+                    self._streams[address] = FetchStream(address, credentials, self.map_hot_rows)
             if found != self._replicas.targets:
                 self._replicas.become(found)
             for address in set(self._streams) - set(found):
@@ -303,7 +364,9 @@ class Client:
                     del self._gone[address]
                     self._streams.pop(address).close()
 
-    def _divided(self, manifest: Manifest, ids: np.ndarray, left: np.ndarray, attempt: int) -> Iterator[tuple[FetchStream, np.ndarray]]:
+    def _divided(
+        self, manifest: Manifest, ids: np.ndarray, left: np.ndarray, attempt: int
+    ) -> Iterator[tuple[FetchStream, np.ndarray]]:
         """The places `left`, by the replica that each shard asks at this attempt."""
         targets = self.targets
         if len(targets) == 1:
@@ -317,14 +380,19 @@ class Client:
         known = self._manifests.get(table)
         if known is None:  # what a bare name stands for is asked anew each time
             before = self._manifests.get(self._stood_for.get(table, ""))
-            reply = self._unary("Describe", lookup_pb2.DescribeRequest(table=table, known=before[0].ref if before else ""))
+            reply = self._unary(
+                "Describe",
+                lookup_pb2.DescribeRequest(table=table, known=before[0].ref if before else ""),
+            )
             if before and not reply.manifest_json:
                 return before
             known = Manifest.from_json(reply.manifest_json), reply.max_ids_per_fetch
             _keep(self._manifests, known[0].ref, known)
             self._stood_for[table] = known[0].ref
             if split_ref(table)[1] is not None and known[0].ref != table:
-                raise Corrupt(f"asked for table {table}, the lookup service described {known[0].ref}")
+                raise Corrupt(
+                    f"asked for table {table}, the lookup service described {known[0].ref}"
+                )
         return known
 
     def _seconds(self, target: str, ref: str) -> float | None:
@@ -332,9 +400,15 @@ class Client:
         began = time.monotonic()
         try:
             request = lookup_pb2.DescribeRequest(table=ref, known=ref)
-            self._streams[target].stub.Describe(request, timeout=_LOOK_SECONDS, metadata=self.access.metadata())
+            self._streams[target].stub.Describe(
+                request, timeout=_LOOK_SECONDS, metadata=self.credentials.metadata()
+            )
         except grpc.RpcError as error:
-            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+            if error.code() in (
+                grpc.StatusCode.UNAVAILABLE,
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                grpc.StatusCode.CANCELLED,
+            ):
                 return None
         except (ValueError, KeyError):  # closed meanwhile, or gone
             return None
@@ -346,7 +420,9 @@ class Client:
         timeout = self.timeout_seconds / len(self.targets) / _ROUNDS
         for target in self._replicas.in_turn() * _ROUNDS:
             try:
-                return getattr(self._streams[target].stub, method)(request, timeout=timeout, metadata=self.access.metadata())
+                return getattr(self._streams[target].stub, method)(
+                    request, timeout=timeout, metadata=self.credentials.metadata()
+                )
             except grpc.RpcError as failure:
                 error = error_of(failure, f"lookup {target}")
                 if not isinstance(error, (Unavailable, DeadlineExceeded)):
@@ -368,7 +444,11 @@ def token_ids(ids: npt.ArrayLike) -> np.ndarray:
     if array.size == 0:
         return np.empty(0, np.uint32)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise InvalidArgument(f"token ids must be a flat list of whole numbers, not an array of {array.dtype} with {array.ndim} dimensions")
+        raise InvalidArgument(
+            f"token ids must be a flat list of whole numbers, not an array of {array.dtype} with {array.ndim} dimensions"
+        )
     if int(array.min()) < 0 or int(array.max()) >= 2**32:
-        raise InvalidArgument(f"token ids run from 0 up; {int(array.min())} to {int(array.max())} were given")
+        raise InvalidArgument(
+            f"token ids run from 0 up; {int(array.min())} to {int(array.max())} were given"
+        )
     return array.astype(np.uint32, copy=False)

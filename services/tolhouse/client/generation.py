@@ -7,9 +7,9 @@ from typing import TypedDict, Unpack
 import grpc
 
 from tolhouse import tracing
-from tolhouse.access import Access
 from tolhouse.errors import InvalidArgument, Unavailable
-from tolhouse.rpc import Line, dial_async, error_of
+from tolhouse.net.auth import ClientCredentials
+from tolhouse.net.channel import ReloadingChannel, dial_async, error_of
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
@@ -43,21 +43,25 @@ def request_of(
 ) -> generation_pb2.GenerateRequest:
     """The message; InvalidArgument where a value can't be sent. The worker checks what the values mean."""
     try:
-        return generation_pb2.GenerateRequest(request_id=request_id, prompt_ids=prompt_ids, max_tokens=max_tokens, **options)
+        return generation_pb2.GenerateRequest(
+            request_id=request_id, prompt_ids=prompt_ids, max_tokens=max_tokens, **options
+        )
     except (ValueError, TypeError, OverflowError) as error:
-        raise InvalidArgument(f"a generation parameter is out of range or of the wrong type: {error}") from None
+        raise InvalidArgument(
+            f"a generation parameter is out of range or of the wrong type: {error}"
+        ) from None
 
 
 class WorkerChannel:
     """One worker, called from an event loop."""
 
-    def __init__(self, target: str, access: Access) -> None:
-        self.target, self.access = target, access
-        self._line = Line(access, self._dial)
+    def __init__(self, target: str, credentials: ClientCredentials) -> None:
+        self.target, self.credentials = target, credentials
+        self._line = ReloadingChannel(credentials, self._dial)
         self._calls: set[grpc.aio.Call] = set()
 
     def _dial(self) -> tuple[grpc.aio.Channel, GenerationStub]:
-        channel = dial_async(self.target, self.access)
+        channel = dial_async(self.target, self.credentials)
         return channel, GenerationStub(channel)
 
     @property
@@ -73,14 +77,24 @@ class WorkerChannel:
     async def describe(self, timeout_seconds: float) -> generation_pb2.DescribeWorkerReply:
         try:
             request = generation_pb2.DescribeWorkerRequest()
-            return await self.stub.DescribeWorker(request, timeout=timeout_seconds, metadata=self.access.metadata())
+            return await self.stub.DescribeWorker(
+                request, timeout=timeout_seconds, metadata=self.credentials.metadata()
+            )
         except grpc.RpcError as error:
             raise error_of(error, f"worker {self.target}") from None
 
-    async def generate(self, request: generation_pb2.GenerateRequest) -> AsyncGenerator[generation_pb2.GenerateReply]:
+    async def generate(
+        self, request: generation_pb2.GenerateRequest
+    ) -> AsyncGenerator[generation_pb2.GenerateReply]:
         """Replies up to the one with a finish_reason. Closing the iterator cancels the call."""
         place = tracing.here()
-        call = self.stub.Generate(request, metadata=(*(self.access.metadata() or ()), *([(tracing.HEADER, place)] if place else [])))
+        call = self.stub.Generate(
+            request,
+            metadata=(
+                *(self.credentials.metadata() or ()),
+                *([(tracing.HEADER, place)] if place else []),
+            ),
+        )
         self._calls.add(call)
         try:
             async for reply in call:
@@ -89,7 +103,9 @@ class WorkerChannel:
             raise error_of(error, f"worker {self.target}") from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if call in self._calls or (task and task.cancelling()):  # it is the caller who is cancelled
+            if call in self._calls or (
+                task and task.cancelling()
+            ):  # it is the caller who is cancelled
                 raise
             raise Unavailable(f"worker {self.target} does not answer any more") from None
         finally:

@@ -5,8 +5,8 @@ import threading
 
 import numpy as np
 
+from tolhouse.table.manifest import Manifest
 from tolhouse.table.shared import MOST_RUNG, RUNG, Segment, bell
-from tolhouse.table.spec import Manifest
 from tolhouse.v1 import lookup_pb2
 
 _CALL_SECONDS = 0.5  # to be heard; a service that hangs does not listen

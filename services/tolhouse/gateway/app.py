@@ -6,7 +6,13 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    aclosing,
+    asynccontextmanager,
+    nullcontext,
+    suppress,
+)
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -22,24 +28,30 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tolhouse import __version__, tracing
-from tolhouse.client.addresses import Addresses
 from tolhouse.config import GatewayConfig
 from tolhouse.errors import Cancelled, InUse, TolhouseError
 from tolhouse.gateway import explore, problems
 from tolhouse.gateway.chat import Chat, ChatForm
 from tolhouse.gateway.completions import Completion, CompletionForm
-from tolhouse.gateway.intake import Intake
-from tolhouse.gateway.keys import Keyed
+from tolhouse.gateway.intake import RequestLimitsMiddleware
+from tolhouse.gateway.keys import AuthMiddleware
 from tolhouse.gateway.metrics import WORKERS, Measured
 from tolhouse.gateway.pool import Pool
 from tolhouse.gateway.run import Run
-from tolhouse.gateway.schema import ChatRequest, CompletionRequest, DetokenizeRequest, ExploreRequest, TokenizeRequest
+from tolhouse.gateway.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ExploreRequest,
+    TokenizeRequest,
+)
 from tolhouse.gateway.server import MAX_HEADER_BYTES, Limits, Server
 from tolhouse.gateway.template import ChatTemplate
 from tolhouse.gateway.vocabulary import Vocabulary, check_ids
+from tolhouse.logs import event, ready, split_address, take_over
 from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
-from tolhouse.rpc import keep_large_blocks, settle
-from tolhouse.telemetry import event, ready, split_address, take_over
+from tolhouse.net.dns import Addresses
+from tolhouse.net.server import keep_large_blocks, settle
 
 T = TypeVar("T")
 
@@ -47,7 +59,10 @@ T = TypeVar("T")
 def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIApp:
     vocabulary = Vocabulary(load_tokenizer(tokenizer_file))
     template = ChatTemplate(tokenizer_file.parent)
-    memory, page = explore.open_memory(tokenizer_file.parent, tokenizer_id(tokenizer_file)), explore.PAGE.read_text()
+    memory, page = (
+        explore.open_memory(tokenizer_file.parent, tokenizer_id(tokenizer_file)),
+        explore.PAGE.read_text(),
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -60,7 +75,13 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
                 await watching
 
     at_once = asyncio.Semaphore(_AT_ONCE)
-    app = FastAPI(title="Tolhouse", version=__version__, lifespan=lifespan, responses=_PROBLEMS, redirect_slashes=False)
+    app = FastAPI(
+        title="Tolhouse",
+        version=__version__,
+        lifespan=lifespan,
+        responses=_PROBLEMS,
+        redirect_slashes=False,
+    )
     WORKERS.set_function(lambda: len(pool.healthy()))
 
     @app.get("/health", responses={503: {"description": "No worker is healthy"}})
@@ -72,7 +93,9 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
             body["workers"] = {m.channel.target: str(m.trouble or "healthy") for m in pool.members}
         return JSONResponse(body, 200 if ok else 503)
 
-    @app.api_route("/ping", methods=["GET", "POST"], responses={503: {"description": "No worker is healthy"}})
+    @app.api_route(
+        "/ping", methods=["GET", "POST"], responses={503: {"description": "No worker is healthy"}}
+    )
     async def ping() -> JSONResponse:
         """As health, without words."""
         return JSONResponse({}, 200 if pool.healthy() else 503)
@@ -87,7 +110,13 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     def card(name: str) -> dict:
-        return {"id": name, "object": "model", "created": 0, "owned_by": "tolhouse", "max_model_len": pool.limits(name).context_tokens}
+        return {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "tolhouse",
+            "max_model_len": pool.limits(name).context_tokens,
+        }
 
     @app.get("/v1/models")
     async def models() -> dict:
@@ -124,21 +153,36 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
         limits = pool.limits(pool.check_model(body.model))
         text = body.prompt or ""
         if body.messages is not None:
-            text = template.render([m.plain for m in body.messages], add_generation_prompt=body.add_generation_prompt)
+            text = template.render(
+                [m.plain for m in body.messages], add_generation_prompt=body.add_generation_prompt
+            )
 
         def answer(ids: list[int]) -> Response:
             strings = [vocabulary.shown(i)[0] for i in ids] if body.return_token_strs else None
-            return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": limits.context_tokens, "token_strs": strings})
+            return JSONResponse(
+                {
+                    "tokens": ids,
+                    "count": len(ids),
+                    "max_model_len": limits.context_tokens,
+                    "token_strs": strings,
+                }
+            )
 
         async with at_once:
-            return await asyncio.to_thread(answer, await vocabulary.ids(text, special=body.add_special_tokens))
+            return await asyncio.to_thread(
+                answer, await vocabulary.ids(text, special=body.add_special_tokens)
+            )
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict:
         """The text of token ids."""
         limits = pool.limits(pool.check_model(body.model))
         async with at_once:
-            return {"prompt": await asyncio.to_thread(vocabulary.text, check_ids(body.tokens, limits.vocab_size))}
+            return {
+                "prompt": await asyncio.to_thread(
+                    vocabulary.text, check_ids(body.tokens, limits.vocab_size)
+                )
+            }
 
     @app.get("/explore", response_class=HTMLResponse)
     async def explore_page() -> Response:
@@ -152,7 +196,9 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
         shown = None if explore.why_absent(memory, pool) else memory
 
         def answer(ids: list[int]) -> Response:
-            return JSONResponse({"layers": layers, "tokens": explore.tokens(ids, vocabulary, shown)})
+            return JSONResponse(
+                {"layers": layers, "tokens": explore.tokens(ids, vocabulary, shown)}
+            )
 
         async with at_once:
             return await asyncio.to_thread(answer, await vocabulary.ids(body.text))
@@ -172,7 +218,13 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
     async def tokenizer_info() -> dict:
         """Special tokens and the chat template, for clients that have no tokenizer of their own."""
         eos = vocabulary.tokenizer.id_to_token(pool.limits(pool.check_model(None)).eos_token_id)
-        return {"eos_token": eos, "bos_token": None, "pad_token": None, **template.tokens, "chat_template": template.source}
+        return {
+            "eos_token": eos,
+            "bos_token": None,
+            "pad_token": None,
+            **template.tokens,
+            "chat_template": template.source,
+        }
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -181,27 +233,39 @@ def create_app(pool: Pool, tokenizer_file: Path, config: GatewayConfig) -> ASGIA
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(problems.body_of(str(error.detail), error.status_code), error.status_code, headers=error.headers)
+        return JSONResponse(
+            problems.body_of(str(error.detail), error.status_code),
+            error.status_code,
+            headers=error.headers,
+        )
 
     @app.exception_handler(TolhouseError)
     async def failed(request: Request, error: TolhouseError) -> JSONResponse:
         status, body = problems.answer_of(error, request.state.request_id)
-        return JSONResponse(body, status, headers={"Retry-After": "1"} if status in (429, 503) else None)
+        return JSONResponse(
+            body, status, headers={"Retry-After": "1"} if status in (429, 503) else None
+        )
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
         status, body = problems.answer_of(error, request.state.request_id)
         return JSONResponse(body, status)
 
-    keyed = Keyed(app, config.keys_file) if config.keys_file else app
+    keyed = AuthMiddleware(app, config.keys_file) if config.keys_file else app
     # around everything: also a refusal, and the answer to a defect, have an id and are counted
-    taken_in = Intake(keyed, int(config.max_body_megabytes * 1e6), config.body_timeout_seconds)
+    taken_in = RequestLimitsMiddleware(
+        keyed, int(config.max_body_megabytes * 1e6), config.body_timeout_seconds
+    )
     return Measured(taken_in, {route.path for route in app.routes if isinstance(route, Route)})
 
 
 _AT_ONCE = 2  # answers in the making that grow with the text: what they hold in memory, and how long others wait, is bounded so
-_PROBLEMS: dict[int | str, dict[str, Any]] = {"default": {"model": problems.Problem, "description": "What was wrong, and what is allowed"}}
-_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # with `stream`
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    "default": {"model": problems.Problem, "description": "What was wrong, and what is allowed"}
+}
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}}
+}  # with `stream`
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
@@ -219,7 +283,9 @@ def _turn(request: Request) -> AbstractAsyncContextManager[None]:
 async def _answer(request: Request, run: Run, form: CompletionForm | ChatForm) -> Response:
     """The whole answer, or a stream of its pieces."""
     if not run.body.stream:
-        return JSONResponse(form.whole(await _unless_disconnected(request, run.whole())).model_dump())
+        return JSONResponse(
+            form.whole(await _unless_disconnected(request, run.whole())).model_dump()
+        )
     # the first piece is awaited before the status line goes out, so that an early failure has its own status
     pieces = run.pieces()
     first = await _unless_disconnected(request, anext(pieces))
@@ -239,7 +305,9 @@ async def _answer(request: Request, run: Run, form: CompletionForm | ChatForm) -
             yield _event(json.dumps(body))
         yield _event("[DONE]")
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return StreamingResponse(
+        events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+    )
 
 
 async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
@@ -248,19 +316,21 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     path = Path(checkpoint)
     file = path / TOKENIZER if path.is_dir() else path
     load_tokenizer(file)
-    addresses, access = Addresses(config.workers), config.access()
-    addresses.check(access)
+    addresses, to_workers = Addresses(config.workers), config.client_credentials()
+    addresses.check(to_workers)
     host, port = split_address(config.listen)
-    guard = config.guard()
+    credentials = config.server_credentials()
     tracing.start_tracing("gateway", config.traces, insecure=config.insecure)
-    guard.check(config.listen, "--listen")
-    pool = Pool(addresses, access, tokenizer_id(file), config.poll_seconds)
+    credentials.check(config.listen, "--listen")
+    pool = Pool(addresses, to_workers, tokenizer_id(file), config.poll_seconds)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
     except OSError as error:
-        raise InUse(f"gateway can't listen on {config.listen}: {error.strerror or error}; choose another --listen") from None
+        raise InUse(
+            f"gateway can't listen on {config.listen}: {error.strerror or error}; choose another --listen"
+        ) from None
     settings = uvicorn.Config(
         create_app(pool, file, config),
         http="h11",
@@ -270,12 +340,16 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
     )
-    limits = Limits(config.max_connections, config.header_timeout_seconds, config.body_timeout_seconds)
-    server = Server(settings, limits, guard.tls.context() if guard.tls else None)
+    limits = Limits(
+        config.max_connections, config.header_timeout_seconds, config.body_timeout_seconds
+    )
+    server = Server(settings, limits, credentials.tls.context() if credentials.tls else None)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
-    take_over("uvicorn", logging.ERROR)  # its warnings are of single requests, of which our own log tells
+    take_over(
+        "uvicorn", logging.ERROR
+    )  # its warnings are of single requests, of which our own log tells
     settle()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():

@@ -76,25 +76,55 @@ class ChatForm:
     def whole(self, pieces: list[Piece]) -> Chat:
         run = self.run
         choices = [
-            Choice(index=p.index, message=Message(content=p.text), logprobs=self._logprobs(p), finish_reason=p.finish_reason)
+            Choice(
+                index=p.index,
+                message=Message(content=p.text),
+                logprobs=self._logprobs(p),
+                finish_reason=p.finish_reason,
+            )
             for p in pieces
         ]
-        return Chat(id=self.id, created=run.created, model=run.model, choices=choices, usage=run.usage(), system_fingerprint=run.table)
+        return Chat(
+            id=self.id,
+            created=run.created,
+            model=run.model,
+            choices=choices,
+            usage=run.usage(),
+            system_fingerprint=run.table,
+        )
 
     def chunks(self, piece: Piece) -> Iterator[Chunk]:
         if piece.index not in self.begun:
             self.begun.add(piece.index)
-            yield self._chunk([ChunkChoice(index=piece.index, delta={"role": "assistant", "content": ""})])
+            yield self._chunk(
+                [ChunkChoice(index=piece.index, delta={"role": "assistant", "content": ""})]
+            )
         delta = {"content": piece.text} if piece.text else {}
         logprobs = self._logprobs(piece) if piece.tokens else None
-        yield self._chunk([ChunkChoice(index=piece.index, delta=delta, logprobs=logprobs, finish_reason=piece.finish_reason)])
+        yield self._chunk(
+            [
+                ChunkChoice(
+                    index=piece.index,
+                    delta=delta,
+                    logprobs=logprobs,
+                    finish_reason=piece.finish_reason,
+                )
+            ]
+        )
 
     def usage(self) -> Chunk:
         return self._chunk([], self.run.usage())
 
     def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> Chunk:
         run = self.run
-        return Chunk(id=self.id, created=run.created, model=run.model, choices=choices, usage=usage, system_fingerprint=run.table)
+        return Chunk(
+            id=self.id,
+            created=run.created,
+            model=run.model,
+            choices=choices,
+            usage=usage,
+            system_fingerprint=run.table,
+        )
 
     def _logprobs(self, piece: Piece) -> Logprobs | None:
         if self.run.body.top is None:

@@ -32,12 +32,16 @@ class Piece:
 
 
 class Choice:
-    def __init__(self, index: int, prompt_ids: list[int], body: Generation, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, index: int, prompt_ids: list[int], body: Generation, vocabulary: Vocabulary
+    ) -> None:
         self.index, self.prompt_ids, self.vocabulary = index, prompt_ids, vocabulary
         self.wants_tokens = body.top is not None
         self.echo = vocabulary.text(prompt_ids) if body.echoes else None  # until it is given
         self.begin = len(self.echo or "")  # of the answer, in the text
-        self.text = TextStream(vocabulary.tokenizer, body.stops, include_stop=bool(body.include_stop_str_in_output))
+        self.text = TextStream(
+            vocabulary.tokenizer, body.stops, include_stop=bool(body.include_stop_str_in_output)
+        )
         self.prompt_logprobs: list[Any] = [(None, ())]
         self.held: list[Token] = []  # whose text may yet turn out to be a stop string's
 
@@ -45,10 +49,17 @@ class Choice:
         """What a reply adds, which may be nothing. After a finish_reason there is no more."""
         piece = Piece(self.index)
         self.prompt_logprobs += _logprobs(reply.prompt_logprobs)
-        if self.echo is not None and (reply.token_ids or reply.finish_reason):  # the whole prompt has been told by now
+        if self.echo is not None and (
+            reply.token_ids or reply.finish_reason
+        ):  # the whole prompt has been told by now
             piece.text, self.echo = self.echo, None
             if self.wants_tokens:
-                told = zip(self.prompt_ids, self.vocabulary.offsets(self.prompt_ids), self.prompt_logprobs, strict=True)
+                told = zip(
+                    self.prompt_ids,
+                    self.vocabulary.offsets(self.prompt_ids),
+                    self.prompt_logprobs,
+                    strict=True,
+                )
                 piece.tokens = [Token(i, offset, *logprobs) for i, offset, logprobs in told]
         piece.text += self.text.push(reply.token_ids)
         if reply.finish_reason:
@@ -57,13 +68,20 @@ class Choice:
         if self.wants_tokens:
             self._hold(reply)
             everything = piece.finish_reason and not self.text.stopped
-            given = len(self.held) if everything else sum(token.offset < self.begin + self.text.released for token in self.held)
+            given = (
+                len(self.held)
+                if everything
+                else sum(token.offset < self.begin + self.text.released for token in self.held)
+            )
             piece.tokens += self.held[:given]
             del self.held[:given]
         return piece
 
     def _hold(self, reply: generation_pb2.GenerateReply) -> None:
-        ids, offsets = list(reply.token_ids), self.text.offsets[len(self.text.offsets) - len(reply.token_ids) :]
+        ids, offsets = (
+            list(reply.token_ids),
+            self.text.offsets[len(self.text.offsets) - len(reply.token_ids) :],
+        )
         if reply.HasField("end_id"):  # scores of a text count it, though it is not shown
             ids, offsets = [*ids, reply.end_id], [*offsets, self.text.released]
         told = zip(ids, offsets, _logprobs(reply.logprobs), strict=True)

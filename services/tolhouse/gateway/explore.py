@@ -16,7 +16,7 @@ import numpy as np
 from tolhouse.errors import InvalidArgument, NotFound
 from tolhouse.gateway.pool import Pool
 from tolhouse.gateway.vocabulary import Vocabulary
-from tolhouse.telemetry import event
+from tolhouse.logs import event
 from tolhouse.v1 import generation_pb2
 
 MEMORY = "memory.npz"
@@ -31,12 +31,30 @@ class Memory:
         self.file, self.refused = file, ""  # `refused`: why it is not shown, as the log has it
         try:
             with np.load(file, allow_pickle=False) as archive:
-                self.norms, self.keys, self.coefficients, self.sharers, self.near, self.cosines = (archive[name] for name in _ARRAYS)
-                of, self.model_id = str(archive["tokenizer_id"]), str(archive["model_id"]) if "model_id" in archive else ""
-        except (OSError, ValueError, KeyError, EOFError, TypeError, IndexError, zipfile.BadZipFile, zlib.error) as error:
-            raise InvalidArgument(f"{file} is not what `tolhouse explain --explorer` writes: {error}") from None
+                self.norms, self.keys, self.coefficients, self.sharers, self.near, self.cosines = (
+                    archive[name] for name in _ARRAYS
+                )
+                of, self.model_id = (
+                    str(archive["tokenizer_id"]),
+                    str(archive["model_id"]) if "model_id" in archive else "",
+                )
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            TypeError,
+            IndexError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
+            raise InvalidArgument(
+                f"{file} is not what `tolhouse explain --explorer` writes: {error}"
+            ) from None
         if of != tokenizer_id:
-            raise InvalidArgument(f"{file} is of another tokenizer, {of[:12]}; this one is {tokenizer_id[:12]}: write it again")
+            raise InvalidArgument(
+                f"{file} is of another tokenizer, {of[:12]}; this one is {tokenizer_id[:12]}: write it again"
+            )
         if not self.model_id:
             raise InvalidArgument(
                 f"{file} does not say of which model it is: write it again, with `tolhouse explain CHECKPOINT --explorer FILE`"
@@ -54,7 +72,9 @@ class Memory:
             and self.near.shape[:-1] == (size,)
             and self.near.shape == self.cosines.shape
         ):
-            raise InvalidArgument(f"{file} is not what `tolhouse explain --explorer` writes: its arrays do not fit each other")
+            raise InvalidArgument(
+                f"{file} is not what `tolhouse explain --explorer` writes: its arrays do not fit each other"
+            )
 
     def of(self, i: int, named: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
         """What is known of a token; `named` tells a token's id and text."""
@@ -63,12 +83,21 @@ class Memory:
             "norms": self.norms_of(i),
             "keys": [
                 [
-                    {"key": int(k), "coefficient": round(float(c), 3), "shared_by": [named(int(t)) for t in self.sharers[layer, k]]}
+                    {
+                        "key": int(k),
+                        "coefficient": round(float(c), 3),
+                        "shared_by": [named(int(t)) for t in self.sharers[layer, k]],
+                    }
                     for k, c in zip(keys, coefficients, strict=True)
                 ]
-                for layer, (keys, coefficients) in enumerate(zip(self.keys[i], self.coefficients[i], strict=True))
+                for layer, (keys, coefficients) in enumerate(
+                    zip(self.keys[i], self.coefficients[i], strict=True)
+                )
             ],
-            "nearest": [{**named(int(t)), "cosine": round(float(c), 3)} for t, c in zip(self.near[i], self.cosines[i], strict=True)],
+            "nearest": [
+                {**named(int(t)), "cosine": round(float(c), 3)}
+                for t, c in zip(self.near[i], self.cosines[i], strict=True)
+            ],
         }
 
     def norms_of(self, i: int) -> list[float]:
@@ -98,7 +127,9 @@ def why_absent(memory: Memory | None, pool: Pool) -> str:
     if why != memory.refused:  # once, not at each look
         memory.refused = why
         if why:
-            event("the memory file is not shown", logging.WARNING, file=str(memory.file), reason=why)
+            event(
+                "the memory file is not shown", logging.WARNING, file=str(memory.file), reason=why
+            )
     return why
 
 
@@ -135,7 +166,14 @@ def live(pool: Pool, memory: Memory | None) -> dict[str, Any]:
         "waiting": sum(d.waiting for d in described),
         **{
             name: sum(getattr(d.rows, name) for d in described)
-            for name in ("from_cache", "from_remote", "recomputed", "wait_seconds", "fetches", "fetch_seconds")
+            for name in (
+                "from_cache",
+                "from_remote",
+                "recomputed",
+                "wait_seconds",
+                "fetches",
+                "fetch_seconds",
+            )
         },
     }
 
@@ -152,7 +190,13 @@ def _whose(memory: Memory | None, described: list[generation_pb2.DescribeWorkerR
     line = f"Norms, keys and neighbours are of the model's own rows ({names + ', ' if names else ''}{memory.model_id[:12]})"
     others = set()
     for d in described:
-        missing = [f"without layer{'s' * (len(d.absent_layers) > 1)} {', '.join(map(str, d.absent_layers))}"] if d.absent_layers else []
+        missing = (
+            [
+                f"without layer{'s' * (len(d.absent_layers) > 1)} {', '.join(map(str, d.absent_layers))}"
+            ]
+            if d.absent_layers
+            else []
+        )
         another = ["another model's"] * (d.model_id != memory.model_id)
         if d.table and (differing := [*another, *d.altered, *missing]):
             others.add(f"not of those of {d.table} ({', '.join(differing)})")

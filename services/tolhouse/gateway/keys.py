@@ -21,10 +21,12 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tolhouse.errors import InUse, InvalidArgument, NotFound
+from tolhouse.files import ReloadingFiles, read_file, replace_file
 from tolhouse.gateway import problems
-from tolhouse.watched import Watched, read_file, replace_file
 
-OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/explore"})  # answer without a key: probes have none, and the page asks for one
+OPEN_PATHS = frozenset(
+    {"/health", "/ping", "/version", "/explore"}
+)  # answer without a key: probes have none, and the page asks for one
 _PREFIX = "th-"
 
 
@@ -49,7 +51,9 @@ def read_keys(path: str) -> dict[str, Key]:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise InvalidArgument(f"the keys file {path} is malformed at {place}: {first['msg']}; `tolhouse keys` writes it") from None
+        raise InvalidArgument(
+            f"the keys file {path} is malformed at {place}: {first['msg']}; `tolhouse keys` writes it"
+        ) from None
 
 
 def add_key(path: Path, name: str, requests_per_minute: float, concurrent: int) -> str:
@@ -59,11 +63,17 @@ def add_key(path: Path, name: str, requests_per_minute: float, concurrent: int) 
         raise InUse(f"{path} has a key for {name!r} already: remove it first, or take another name")
     key = _PREFIX + secrets.token_urlsafe(32)
     try:
-        added = Key(sha256=_digest(key.encode()), requests_per_minute=requests_per_minute, concurrent=concurrent)
+        added = Key(
+            sha256=_digest(key.encode()),
+            requests_per_minute=requests_per_minute,
+            concurrent=concurrent,
+        )
         _write(path, {**keys, name: added})
     except ValidationError as error:
         first = error.errors()[0]
-        raise InvalidArgument(f"no key can be made for {name!r} with {requests_per_minute:g} requests a minute: {first['msg']}") from None
+        raise InvalidArgument(
+            f"no key can be made for {name!r} with {requests_per_minute:g} requests a minute: {first['msg']}"
+        ) from None
     return key
 
 
@@ -71,7 +81,9 @@ def remove_key(path: Path, name: str) -> None:
     """Take a name's key out of the file."""
     keys = read_keys(str(path))
     if name not in keys:
-        raise NotFound(f"{path} has no key for {name!r}; it has some for {', '.join(sorted(keys)) or 'nobody'}")
+        raise NotFound(
+            f"{path} has no key for {name!r}; it has some for {', '.join(sorted(keys)) or 'nobody'}"
+        )
     del keys[name]
     _write(path, keys)
 
@@ -103,21 +115,29 @@ class Meter:
         now, rate = time.monotonic(), self.key.requests_per_minute / 60
         self._left, self._at = min(self._room, self._left + (now - self._at) * rate), now
         if self.in_flight >= self.key.concurrent:
-            return 1.0, f"{self.in_flight} requests with this key are in flight; allowed are {self.key.concurrent}"
+            return (
+                1.0,
+                f"{self.in_flight} requests with this key are in flight; allowed are {self.key.concurrent}",
+            )
         if self._left < 1:
-            return (1 - self._left) / rate, f"too many requests with this key: allowed are {self.key.requests_per_minute:g} a minute"
+            return (
+                (1 - self._left) / rate,
+                f"too many requests with this key: allowed are {self.key.requests_per_minute:g} a minute",
+            )
         self._left -= 1
         self.in_flight += 1
         return None
 
 
-class Keyed:
+class AuthMiddleware:
     """Lets requests in that carry a key, as `Authorization: Bearer KEY`, within its limits."""
 
     def __init__(self, app: ASGIApp, path: str) -> None:
         self.app = app
-        self._meters: dict[str, Meter] = {}  # by name: new limits, or a new key, go on from what was used
-        self._names = Watched((path,), partial(self._read, path))
+        self._meters: dict[
+            str, Meter
+        ] = {}  # by name: new limits, or a new key, go on from what was used
+        self._names = ReloadingFiles((path,), partial(self._read, path))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -130,14 +150,18 @@ class Keyed:
             return
         if name is None:
             message = "this needs an API key that the gateway knows, as `Authorization: Bearer KEY`"
-            await JSONResponse(problems.body_of(message, 401), 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+            await JSONResponse(problems.body_of(message, 401), 401, {"WWW-Authenticate": "Bearer"})(
+                scope, receive, send
+            )
             return
         scope["state"]["key"] = name
         meter = self._meters[name]
         refused = meter.take()
         if refused:
             seconds, message = refused
-            await JSONResponse(problems.body_of(message, 429), 429, {"Retry-After": str(math.ceil(seconds))})(scope, receive, send)
+            await JSONResponse(
+                problems.body_of(message, 429), 429, {"Retry-After": str(math.ceil(seconds))}
+            )(scope, receive, send)
             return
         scope["state"]["sequences"] = meter.sequences
         try:

@@ -7,11 +7,23 @@ from prometheus_client import Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUESTS = Counter("tolhouse_gateway_requests_total", "HTTP requests answered", ["path", "status"])
-SECONDS = Histogram("tolhouse_gateway_request_seconds", "Time from a request to the end of its answer", ["path"])
+SECONDS = Histogram(
+    "tolhouse_gateway_request_seconds", "Time from a request to the end of its answer", ["path"]
+)
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-FIRST = Histogram("tolhouse_gateway_time_to_first_token_seconds", "Time from a prompt to its first token", buckets=_BUCKETS)
-NEXT = Histogram("tolhouse_gateway_inter_token_seconds", "Time from a token to the next one", buckets=_BUCKETS)
-WHOLE = Histogram("tolhouse_gateway_completion_seconds", "Time from a prompt to the end of its completion", buckets=_BUCKETS)
+FIRST = Histogram(
+    "tolhouse_gateway_time_to_first_token_seconds",
+    "Time from a prompt to its first token",
+    buckets=_BUCKETS,
+)
+NEXT = Histogram(
+    "tolhouse_gateway_inter_token_seconds", "Time from a token to the next one", buckets=_BUCKETS
+)
+WHOLE = Histogram(
+    "tolhouse_gateway_completion_seconds",
+    "Time from a prompt to the end of its completion",
+    buckets=_BUCKETS,
+)
 TOKENS = Counter("tolhouse_gateway_completion_tokens_total", "Completion tokens answered")
 WORKERS = Gauge("tolhouse_gateway_healthy_workers", "Workers that get requests")
 

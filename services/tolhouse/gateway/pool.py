@@ -6,11 +6,18 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tolhouse.access import Access
-from tolhouse.client.addresses import Addresses
 from tolhouse.client.generation import WorkerChannel
-from tolhouse.errors import DeadlineExceeded, Mismatch, NotFound, Overloaded, TolhouseError, Unavailable
-from tolhouse.telemetry import event, log
+from tolhouse.errors import (
+    DeadlineExceeded,
+    Mismatch,
+    NotFound,
+    Overloaded,
+    TolhouseError,
+    Unavailable,
+)
+from tolhouse.logs import event, log
+from tolhouse.net.auth import ClientCredentials
+from tolhouse.net.dns import Addresses
 from tolhouse.v1 import generation_pb2
 
 _POLL_TIMEOUT_SECONDS = 2.0  # a busy machine is not a lost one
@@ -43,8 +50,19 @@ class Limits(NamedTuple):
 
 
 class Pool:
-    def __init__(self, addresses: Addresses, access: Access, tokenizer_id: str, poll_seconds: float) -> None:
-        self.addresses, self.access, self.tokenizer_id, self.poll_seconds = addresses, access, tokenizer_id, poll_seconds
+    def __init__(
+        self,
+        addresses: Addresses,
+        credentials: ClientCredentials,
+        tokenizer_id: str,
+        poll_seconds: float,
+    ) -> None:
+        self.addresses, self.credentials, self.tokenizer_id, self.poll_seconds = (
+            addresses,
+            credentials,
+            tokenizer_id,
+            poll_seconds,
+        )
         self.members: list[Member] = []
 
     async def watch(self) -> None:
@@ -64,7 +82,10 @@ class Pool:
         kept = [m for m in self.members if m.channel.target in found]
         known = {m.channel.target for m in kept}
         new = [
-            Member(WorkerChannel(t, self.addresses.access(t, self.access)), trouble=Unavailable(f"worker {t} has not answered yet"))
+            Member(
+                WorkerChannel(t, self.addresses.credentials_for(t, self.credentials)),
+                trouble=Unavailable(f"worker {t} has not answered yet"),
+            )
             for t in found
             if t not in known
         ]
@@ -106,21 +127,30 @@ class Pool:
         """Overloaded where all workers of a model have all they take: better said before any work is done for a request."""
         serving = [m for m in self.healthy() if m.described and m.described.model == model]
         if serving and all(m.full for m in serving):
-            raise Overloaded(f"{sum(m.load for m in serving)} requests are with the workers already, all that they take: try again later")
+            raise Overloaded(
+                f"{sum(m.load for m in serving)} requests are with the workers already, all that they take: try again later"
+            )
 
     def limits(self, model: str) -> Limits:
         """What all healthy workers of a model can take."""
-        described = [m.described for m in self.healthy() if m.described and m.described.model == model]
+        described = [
+            m.described for m in self.healthy() if m.described and m.described.model == model
+        ]
         if not described:
             raise self.trouble()
-        context, vocabulary = min(d.context_tokens for d in described), min(d.vocab_size for d in described)
+        context, vocabulary = (
+            min(d.context_tokens for d in described),
+            min(d.vocab_size for d in described),
+        )
         return Limits(context, vocabulary, described[0].eos_token_id)
 
     def trouble(self) -> TolhouseError:
         """Why no worker is healthy."""
         causes = [m.trouble for m in self.members if m.trouble]
         kind = Mismatch if causes and all(isinstance(c, Mismatch) for c in causes) else Unavailable
-        return kind(f"no healthy worker: {'; '.join(map(str, causes)) or 'there is no address of one yet'}")
+        return kind(
+            f"no healthy worker: {'; '.join(map(str, causes)) or 'there is no address of one yet'}"
+        )
 
     async def generate(
         self, model: str, request: generation_pb2.GenerateRequest, may_restart: bool = False
@@ -131,7 +161,11 @@ class Pool:
         """
         tried: set[Member] = set()
         while True:
-            left = [m for m in self.healthy() if m not in tried and m.described and m.described.model == model]
+            left = [
+                m
+                for m in self.healthy()
+                if m not in tried and m.described and m.described.model == model
+            ]
             if not left:
                 raise self.trouble()
             member = min(left, key=lambda m: m.load)
@@ -145,8 +179,16 @@ class Pool:
                         yield reply
                 return
             except (Unavailable, Overloaded, DeadlineExceeded) as error:
-                event("worker failed a request", worker=member.channel.target, request_id=request.request_id, error=str(error))
-                another = any(m not in tried and m.described and m.described.model == model for m in self.healthy())
+                event(
+                    "worker failed a request",
+                    worker=member.channel.target,
+                    request_id=request.request_id,
+                    error=str(error),
+                )
+                another = any(
+                    m not in tried and m.described and m.described.model == model
+                    for m in self.healthy()
+                )
                 if (begun and not may_restart) or not another:
                     raise
                 if begun:
@@ -172,4 +214,8 @@ class Pool:
             if member.missed == _MOST_MISSED:
                 member.channel.abandon()  # one that hangs keeps its calls open, and says nothing
         if str(before) != str(member.trouble):
-            event("worker changed", worker=member.channel.target, trouble=str(member.trouble or "none"))
+            event(
+                "worker changed",
+                worker=member.channel.target,
+                trouble=str(member.trouble or "none"),
+            )

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from tolhouse.errors import Internal, TolhouseError
-from tolhouse.telemetry import log
+from tolhouse.logs import log
 
 MAX_MESSAGE = 1000  # characters
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -32,7 +32,9 @@ class Problem(BaseModel):
 
 def body_of(message: str, code: int, param: str | None = None) -> dict:
     kind = _KINDS.get(code, "invalid_request_error" if code < 500 else "server_error")
-    message = message.encode(errors="backslashreplace").decode()  # half a surrogate pair, quoted from a body, can't be sent
+    message = message.encode(
+        errors="backslashreplace"
+    ).decode()  # half a surrogate pair, quoted from a body, can't be sent
     if len(message) > MAX_MESSAGE:  # it quotes what was given
         message = f"{message[:MAX_MESSAGE]} …"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -42,13 +44,17 @@ def answer_of(error: Exception, request_id: str) -> tuple[int, dict]:
     """HTTP status and body of an error; a defect of ours is logged whole and told in a line."""
     if not isinstance(error, TolhouseError):
         log.error("internal error", exc_info=error, extra={"fields": {"request_id": request_id}})
-        error = Internal(f"internal error; the gateway's log has the details of request {request_id}")
+        error = Internal(
+            f"internal error; the gateway's log has the details of request {request_id}"
+        )
     return error.http_status, body_of(str(error), error.http_status)
 
 
 def invalid(errors: Sequence[Mapping[str, Any]], known: Iterable[str]) -> dict:
     """The answer to a body in which pydantic found `errors`: what was wrong, and what is allowed."""
-    found = max(errors, key=lambda error: len(error["loc"]))  # in a list of alternatives, the one that fitted best
+    found = max(
+        errors, key=lambda error: len(error["loc"])
+    )  # in a list of alternatives, the one that fitted best
     loc = [str(part) for part in found["loc"][1:2]]
     place = loc[0] if loc and not loc[0].isdigit() else None
     return body_of(_explain(found, place, known), 400, place)

@@ -37,7 +37,13 @@ class Run:
         turn: AbstractAsyncContextManager[None],
     ) -> None:
         self.turn = turn
-        self.body, self.prompts, self.model, self.pool, self.vocabulary = body, prompts, model, pool, vocabulary
+        self.body, self.prompts, self.model, self.pool, self.vocabulary = (
+            body,
+            prompts,
+            model,
+            pool,
+            vocabulary,
+        )
         self.request_id, self.created = request_id, int(time.time())
         self.n = body.n or 1
         self.completion_tokens = 0
@@ -61,7 +67,10 @@ class Run:
 
         async def pump(index: int, ids: list[int], number: int) -> None:
             try:
-                async with self.turn, aclosing(self._choice(index, ids, number, may_restart)) as pieces:
+                async with (
+                    self.turn,
+                    aclosing(self._choice(index, ids, number, may_restart)) as pieces,
+                ):
                     async for piece in pieces:
                         queue.put_nowait(piece)
             except BaseException as error:
@@ -100,9 +109,15 @@ class Run:
 
     def usage(self) -> Usage:
         prompt = sum(map(len, self.prompts))
-        return Usage(prompt_tokens=prompt, completion_tokens=self.completion_tokens, total_tokens=prompt + self.completion_tokens)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=self.completion_tokens,
+            total_tokens=prompt + self.completion_tokens,
+        )
 
-    async def _choice(self, index: int, prompt_ids: list[int], number: int, may_restart: bool) -> AsyncGenerator[Piece]:
+    async def _choice(
+        self, index: int, prompt_ids: list[int], number: int, may_restart: bool
+    ) -> AsyncGenerator[Piece]:
         body, clock = self.body, Clock()
         most = body.most_tokens(self.context - len(prompt_ids))
         request = request_of(prompt_ids, most, f"{self.request_id}-{index}", **body.options(number))

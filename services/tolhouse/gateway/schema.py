@@ -2,7 +2,16 @@
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
 from tolhouse.client.generation import MAX_ROW_SCALE, Options
 
@@ -38,7 +47,9 @@ class Object(BaseModel):
 
 
 class Body(Object):
-    unsupported: ClassVar[dict[str, tuple]] = {}  # parameters that others know, and the values at which they ask for nothing
+    unsupported: ClassVar[
+        dict[str, tuple]
+    ] = {}  # parameters that others know, and the values at which they ask for nothing
 
     model: Annotated[StrictStr, Field(max_length=256)] | None = None
 
@@ -66,7 +77,9 @@ class Generation(Body):
     top_p: float | None = Field(1.0, gt=0, le=1, strict=True)
     n: StrictInt | None = Field(1, ge=1, le=MAX_CHOICES)
     seed: StrictInt | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop: (
+        StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] | None
+    ) = None
     stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
     presence_penalty: float | None = Field(0.0, ge=-2, le=2, strict=True)
@@ -81,8 +94,12 @@ class Generation(Body):
     ignore_eos: StrictBool | None = False
     min_tokens: StrictInt | None = Field(0, ge=0, le=2**31)
     row_scale: RowScale | None = 1.0  # feed-forward rows are multiplied by it
-    absent_layers: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = None  # layers that go without their rows
-    layer_scales: Annotated[list[RowScale], Field(max_length=1024, fail_fast=True)] | None = None  # one for each layer, times that
+    absent_layers: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = (
+        None  # layers that go without their rows
+    )
+    layer_scales: Annotated[list[RowScale], Field(max_length=1024, fail_fast=True)] | None = (
+        None  # one for each layer, times that
+    )
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "Generation":
@@ -118,7 +135,9 @@ class Generation(Body):
         return Options(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=max(0, self.top_k or 0),
-            top_p=1.0 if self.top_p is None else max(self.top_p, 1e-30),  # on the wire it has 32 bits
+            top_p=1.0
+            if self.top_p is None
+            else max(self.top_p, 1e-30),  # on the wire it has 32 bits
             min_p=self.min_p or 0.0,
             repetition_penalty=self.repetition_penalty or 1.0,
             presence_penalty=self.presence_penalty or 0.0,
@@ -155,11 +174,15 @@ class CompletionRequest(Generation):
         if not self.prompts:
             raise ValueError("prompt is an empty list: give a text, token ids, or a list of either")
         if self.best_of not in (None, self.n or 1):
-            raise ValueError(f"best_of is not supported: leave it out, or equal to n, which is {self.n or 1}")
+            raise ValueError(
+                f"best_of is not supported: leave it out, or equal to n, which is {self.n or 1}"
+            )
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens must be at least 1; 0 is allowed with echo=true")
         if len(self.prompts) * (self.n or 1) > MAX_CHOICES:
-            raise ValueError(f"{len(self.prompts)} prompts times n={self.n or 1} is more than {MAX_CHOICES} completions in one request")
+            raise ValueError(
+                f"{len(self.prompts)} prompts times n={self.n or 1} is more than {MAX_CHOICES} completions in one request"
+            )
         return self
 
     @property
@@ -202,7 +225,11 @@ class Message(Object):
     @property
     def plain(self) -> dict[str, str]:
         """As templates know it: the content is one text."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        content = (
+            self.content
+            if isinstance(self.content, str)
+            else "\n".join(part.text for part in self.content)
+        )
         return {"role": self.role, "content": content, **({"name": self.name} if self.name else {})}
 
 
@@ -255,7 +282,9 @@ class TokenizeRequest(Body):
     """POST /tokenize: of a text, or of messages where the checkpoint has a chat template."""
 
     prompt: StrictStr | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)] | None = None
+    messages: (
+        Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)] | None
+    ) = None
     add_generation_prompt: StrictBool = True
     add_special_tokens: StrictBool = False
     return_token_strs: StrictBool | None = False

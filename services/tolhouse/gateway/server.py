@@ -15,7 +15,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tolhouse.gateway import metrics, problems
-from tolhouse.telemetry import event
+from tolhouse.logs import event
 
 MAX_HEADER_BYTES = 16 << 10  # a request's first line and header
 MAX_HEADER_FIELDS = 100
@@ -24,7 +24,9 @@ MAX_HEADER_FIELDS = 100
 class Limits(NamedTuple):
     connections: int
     header_seconds: float  # for a request's header to arrive, and for a TLS handshake
-    body_seconds: float  # for a request's body to arrive, and for a caller to take what waits for it
+    body_seconds: (
+        float  # for a request's body to arrive, and for a caller to take what waits for it
+    )
 
 
 class Server(uvicorn.Server):
@@ -39,7 +41,13 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         patience = self.limits.header_seconds if self.tls else None
         self.servers = [
-            await loop.create_server(self._connection, sock=sock, ssl=self.tls, ssl_handshake_timeout=patience, backlog=self.config.backlog)
+            await loop.create_server(
+                self._connection,
+                sock=sock,
+                ssl=self.tls,
+                ssl_handshake_timeout=patience,
+                backlog=self.config.backlog,
+            )
             for sock in sockets or []
         ]
         self.started = True
@@ -50,7 +58,12 @@ class Server(uvicorn.Server):
         yield
 
     def _connection(self) -> "Connection":
-        return Connection(self.limits, config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        return Connection(
+            self.limits,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
 
 
 class Connection(H11Protocol):
@@ -68,7 +81,10 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections:
-            self._refuse(503, f"too many open connections: {self.limits.connections} are allowed, try again later")
+            self._refuse(
+                503,
+                f"too many open connections: {self.limits.connections} are allowed, try again later",
+            )
         else:
             self._header_timer = self.loop.call_later(self.limits.header_seconds, self._too_slow)
 
@@ -85,7 +101,9 @@ class Connection(H11Protocol):
         if self._answering:
             self._unset_header_timer()
             self._heard = False
-        elif self._header_timer is None:  # the beginning of another request, or the rest of one that was refused
+        elif (
+            self._header_timer is None
+        ):  # the beginning of another request, or the rest of one that was refused
             self._header_timer = self.loop.call_later(self.limits.header_seconds, self._too_slow)
 
     def pause_writing(self) -> None:
@@ -102,7 +120,9 @@ class Connection(H11Protocol):
         """uvicorn calls this while it handles h11's error."""
         error = sys.exception()
         if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
-            self._refuse(431, f"the header is too large: at most {MAX_HEADER_BYTES} bytes are taken")
+            self._refuse(
+                431, f"the header is too large: at most {MAX_HEADER_BYTES} bytes are taken"
+            )
         else:
             self._refuse(400, f"this is not HTTP: {error or msg}")
 
@@ -120,11 +140,17 @@ class Connection(H11Protocol):
         metrics.refused(status)
         event("refused", status=status, reason=message)
         body = json.dumps(problems.body_of(message, status)).encode()
-        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        headers = [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("Connection", "close"),
+        ]
         if status == 503:
             headers.append(("Retry-After", "1"))
         try:
-            answer = h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase.encode())
+            answer = h11.Response(
+                status_code=status, headers=headers, reason=HTTPStatus(status).phrase.encode()
+            )
             for part in (answer, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(part) or b"")
         except h11.LocalProtocolError:  # in the middle of an answer

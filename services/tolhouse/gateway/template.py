@@ -34,15 +34,28 @@ class ChatTemplate:
             value = value.get("content") if isinstance(value, dict) else value
             if isinstance(value, str):
                 self.tokens[name] = value
-        source = (folder / FILE).read_text() if (folder / FILE).is_file() else config.get("chat_template")
+        source = (
+            (folder / FILE).read_text()
+            if (folder / FILE).is_file()
+            else config.get("chat_template")
+        )
         if isinstance(source, list):  # several, by name
-            source = next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
+            source = next(
+                (
+                    t.get("template")
+                    for t in source
+                    if isinstance(t, dict) and t.get("name") == "default"
+                ),
+                None,
+            )
         self.source = source if isinstance(source, str) else None
         if self.source is not None:
             try:
                 self.template = _environment().from_string(self.source)
             except TemplateError as error:
-                raise InvalidArgument(f"the chat template in {folder} is malformed: {error}") from None
+                raise InvalidArgument(
+                    f"the chat template in {folder} is malformed: {error}"
+                ) from None
 
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
         """The prompt's text; InvalidArgument where there is no template, or it does not take these messages."""
@@ -52,15 +65,24 @@ class ChatTemplate:
                 "tokenizer.json; /v1/completions works without"
             )
         try:
-            return self.template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self.tokens)
+            return self.template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self.tokens
+            )
         except Exception as error:  # noqa: BLE001 - templates are programs: what fails in one is what the messages brought
-            raise InvalidArgument(f"the chat template does not take these messages: {error}") from None
+            raise InvalidArgument(
+                f"the chat template does not take these messages: {error}"
+            ) from None
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
     environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().astimezone().strftime(form)}
+    environment.globals |= {
+        "raise_exception": _raise,
+        "strftime_now": lambda form: datetime.now().astimezone().strftime(form),
+    }
     return environment
 
 

@@ -13,8 +13,15 @@ class TextStream:
     on how tokens arrive.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, include_stop: bool = False) -> None:
-        self.tokenizer, self.stop, self.include_stop, self.stopped = tokenizer, stop, include_stop, False
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, include_stop: bool = False
+    ) -> None:
+        self.tokenizer, self.stop, self.include_stop, self.stopped = (
+            tokenizer,
+            stop,
+            include_stop,
+            False,
+        )
         self.ids: list[int] = []
         self.offsets: list[int] = []  # where the text of each token begins
         self.released = 0  # characters given away
@@ -34,7 +41,11 @@ class TextStream:
 
     def finish(self) -> str:
         """The rest of the text, once there are no more tokens: bytes that never became a character show as U+FFFD."""
-        return "" if self.stopped else self._release(self.tokenizer.decode(self.ids)[self._decoded :], last=True)
+        return (
+            ""
+            if self.stopped
+            else self._release(self.tokenizer.decode(self.ids)[self._decoded :], last=True)
+        )
 
     def _release(self, text: str, last: bool) -> str:
         text = self._held + text
@@ -45,7 +56,14 @@ class TextStream:
             given = end if self.include_stop else begin
             self._held = ""
         else:
-            longest = 0 if last else max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+            longest = (
+                0
+                if last
+                else max(
+                    (n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])),
+                    default=0,
+                )
+            )
             given = len(text) - longest
             self._held = text[given:]
         self.released += given

@@ -23,11 +23,15 @@ class Vocabulary:
     async def ids(self, text: str, most: int | None = None, *, special: bool = False) -> list[int]:
         """Token ids of a text; PromptTooLong where they are certainly more than `most`, without counting them."""
         if most is not None and len(text) > most * self.longest:
-            raise PromptTooLong(f"the prompt has {len(text)} characters, more than fit the context of {most} tokens: shorten it")
+            raise PromptTooLong(
+                f"the prompt has {len(text)} characters, more than fit the context of {most} tokens: shorten it"
+            )
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise InvalidArgument("the prompt holds half a surrogate pair, which is no character") from None
+            raise InvalidArgument(
+                "the prompt holds half a surrogate pair, which is no character"
+            ) from None
 
         def encode() -> list[int]:
             return self.tokenizer.encode(text, add_special_tokens=special).ids
@@ -60,7 +64,9 @@ class Vocabulary:
 
 def check_ids(ids: list[int], vocab_size: int) -> list[int]:
     if bad := [i for i in ids if not 0 <= i < vocab_size]:
-        raise InvalidArgument(f"token id {bad[0]} is outside the vocabulary: allowed are 0 to {vocab_size - 1}")
+        raise InvalidArgument(
+            f"token id {bad[0]} is outside the vocabulary: allowed are 0 to {vocab_size - 1}"
+        )
     return ids
 
 
@@ -68,7 +74,9 @@ def _byte_level() -> dict[str, int]:
     """The characters that stand for bytes in byte-level vocabularies."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
 
 
 _BYTES = _byte_level()

@@ -17,8 +17,8 @@ from contextlib import suppress
 import numpy as np
 
 from tolhouse.errors import TolhouseError
+from tolhouse.logs import log
 from tolhouse.table.shared import MOST_RUNG, RUNG, Segment, bell
-from tolhouse.telemetry import log
 
 MAX_LINES = 256  # open connections; more are closed, and ask over gRPC
 
@@ -43,12 +43,16 @@ class Doorbell:
         with suppress(OSError):  # closed
             while True:
                 connection, _ = self._listener.accept()
-                _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+                _, user, _ = struct.unpack(
+                    "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                )
                 if user != os.getuid() or len(self._open) > MAX_LINES:
                     connection.close()
                     continue
                 self._open.add(connection)
-                threading.Thread(target=self._serve, args=(connection,), name="doorbell", daemon=True).start()
+                threading.Thread(
+                    target=self._serve, args=(connection,), name="doorbell", daemon=True
+                ).start()
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, suppress(OSError):

@@ -5,9 +5,9 @@ import logging
 import time
 
 from tolhouse.errors import TolhouseError
+from tolhouse.logs import event
 from tolhouse.store import LEASE_SECONDS, Store
-from tolhouse.table.spec import Manifest
-from tolhouse.telemetry import event
+from tolhouse.table.manifest import Manifest
 
 
 class Leases:
@@ -31,4 +31,9 @@ class Leases:
         try:
             await asyncio.to_thread(self.store.lease, manifest)
         except TolhouseError as error:
-            event("the store can't be told that a version is in use", logging.WARNING, table=manifest.ref, reason=str(error))
+            event(
+                "the store can't be told that a version is in use",
+                logging.WARNING,
+                table=manifest.ref,
+                reason=str(error),
+            )

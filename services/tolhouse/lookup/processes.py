@@ -16,8 +16,8 @@ from multiprocessing.context import SpawnProcess
 
 from tolhouse.config import LookupConfig
 from tolhouse.errors import InUse, TolhouseError, Unavailable
+from tolhouse.logs import event, ready, split_address, start_logging
 from tolhouse.lookup.service import run
-from tolhouse.telemetry import event, ready, split_address, start_logging
 
 _START_SECONDS = 120
 
@@ -36,8 +36,13 @@ def run_all(config: LookupConfig) -> None:
         children: list[tuple[SpawnProcess, Connection]] = []
         for number in range(config.processes):
             ours, theirs = spawn.Pipe()
-            each = {"listen": listen, "metrics_listen": f"{metrics_host}:{metrics_port + number if metrics_port else 0}"}
-            child = spawn.Process(target=_serve, args=(config.model_copy(update=each), theirs), daemon=True)
+            each = {
+                "listen": listen,
+                "metrics_listen": f"{metrics_host}:{metrics_port + number if metrics_port else 0}",
+            }
+            child = spawn.Process(
+                target=_serve, args=(config.model_copy(update=each), theirs), daemon=True
+            )
             child.start()
             theirs.close()
             children.append((child, ours))
@@ -51,7 +56,12 @@ def run_all(config: LookupConfig) -> None:
             signal.signal(kind, stop)
         try:
             told = [_ready(ours) for _, ours in children]
-            ready("lookup", listen, metrics=",".join(str(fields["metrics"]) for fields in told), processes=len(told))
+            ready(
+                "lookup",
+                listen,
+                metrics=",".join(str(fields["metrics"]) for fields in told),
+                processes=len(told),
+            )
             wait([child.sentinel for child, _ in children])  # the first that ends
             if not stopping.is_set():
                 raise Unavailable("one of the lookup processes ended by itself; its log says why")
@@ -110,7 +120,9 @@ def _port(listen: str) -> socket.socket:
             held.bind((host, port))
         except OSError as error:
             held.close()
-            raise InUse(f"lookup can't listen on {listen}: {error.strerror or error}: choose another --listen") from None
+            raise InUse(
+                f"lookup can't listen on {listen}: {error.strerror or error}: choose another --listen"
+            ) from None
         if not shared:
             port = held.getsockname()[1]
             held.close()

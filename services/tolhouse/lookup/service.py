@@ -1,6 +1,6 @@
 """The gRPC face of the lookup service. Protobuf types end here.
 
-Copies of a record on its way out: one into the reply (`wire.py`) from the slab, the mapped shard or Redis' answer; then
+Copies of a record on its way out: one into the reply (`fetch_reply.py`) from the slab, the mapped shard or Redis' answer; then
 gRPC's own, one into its slice and one into the socket. On its way in from Redis: the socket's, hiredis' two, and one into
 the slab (`hotrows.py`); from a mapped shard, only the latter.
 """
@@ -20,26 +20,33 @@ from prometheus_client import REGISTRY, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tolhouse import tracing, wire
+from tolhouse import tracing
 from tolhouse.config import LookupConfig
 from tolhouse.errors import Internal, InvalidArgument, TolhouseError
-from tolhouse.lookup.hotrows import HotRows, OpenTable
+from tolhouse.logs import event, log
+from tolhouse.lookup.hot_rows import HotRows, OpenTable
 from tolhouse.lookup.leases import Leases
-from tolhouse.rpc import MAX_ERROR, answer, keep_large_blocks, serve
-from tolhouse.scrape import serve_metrics
+from tolhouse.net import fetch_reply
+from tolhouse.net.metrics import serve_metrics
+from tolhouse.net.server import MAX_ERROR, answer, keep_large_blocks, serve
 from tolhouse.store import resolve, tables, wait_for_store
+from tolhouse.table.manifest import Buffer, Manifest, split_ref
 from tolhouse.table.shared import Segment
-from tolhouse.table.spec import Buffer, Manifest, split_ref
-from tolhouse.telemetry import event, log
 from tolhouse.v1 import lookup_pb2
 
 NAME = "tolhouse.v1.Lookup"
 CHUNK_BYTES = 1 << 20
 MAX_IDS_PER_FETCH = 65_536
-MOST_AT_ONCE = 8  # requests of one connection in the making: an answer that nobody takes holds megabytes
+MOST_AT_ONCE = (
+    8  # requests of one connection in the making: an answer that nobody takes holds megabytes
+)
 
-REQUESTS = Counter("tolhouse_lookup_requests_total", "Fetch requests answered, by gRPC status", ["status"])
-ROWS = Counter("tolhouse_lookup_rows_total", "Rows served, from hot rows or from the store", ["source"])
+REQUESTS = Counter(
+    "tolhouse_lookup_requests_total", "Fetch requests answered, by gRPC status", ["status"]
+)
+ROWS = Counter(
+    "tolhouse_lookup_rows_total", "Rows served, from hot rows or from the store", ["source"]
+)
 ROWS_HOT, ROWS_STORE = ROWS.labels("hot"), ROWS.labels("store")
 BYTES = Counter("tolhouse_lookup_bytes_total", "Record bytes served")
 SECONDS = Histogram(
@@ -68,10 +75,14 @@ class LookupService:
         self.leases = Leases(rows.store)
         self.draining = False
         self._idle: set[asyncio.Task] = set()  # streams that wait for a request
-        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # by connection
+        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = (
+            WeakValueDictionary()
+        )  # by connection
 
     async def Fetch(
-        self, request_iterator: AsyncIterator[lookup_pb2.FetchRequest], context: grpc.aio.ServicerContext
+        self,
+        request_iterator: AsyncIterator[lookup_pb2.FetchRequest],
+        context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[bytes]:
         stream = asyncio.current_task()
         offered: set[int] = set()  # segments this client has been told of
@@ -99,14 +110,18 @@ class LookupService:
         for stream in self._idle:
             stream.cancel()
 
-    async def Describe(self, request: lookup_pb2.DescribeRequest, context: grpc.aio.ServicerContext) -> lookup_pb2.DescribeReply:
+    async def Describe(
+        self, request: lookup_pb2.DescribeRequest, context: grpc.aio.ServicerContext
+    ) -> lookup_pb2.DescribeReply:
         is_still: bool = await answer(context, self._is_still(request.table, request.known))
         if is_still:
             return lookup_pb2.DescribeReply(max_ids_per_fetch=MAX_IDS_PER_FETCH)
         manifest = await answer(context, asyncio.to_thread(resolve, self.rows.store, request.table))
         if split_ref(request.table)[1] is not None:
             self.leases.used(manifest)
-        return lookup_pb2.DescribeReply(manifest_json=manifest.to_json(), max_ids_per_fetch=MAX_IDS_PER_FETCH)
+        return lookup_pb2.DescribeReply(
+            manifest_json=manifest.to_json(), max_ids_per_fetch=MAX_IDS_PER_FETCH
+        )
 
     async def _is_still(self, table: str, known: str) -> bool:
         """Whether `table` stands for the version `known`; a manifest lists frequent tokens, and may have a megabyte."""
@@ -120,30 +135,52 @@ class LookupService:
             self.leases.used((await self.rows.table(known)).manifest)
         return table == known
 
-    async def ListTables(self, request: lookup_pb2.ListTablesRequest, context: grpc.aio.ServicerContext) -> lookup_pb2.ListTablesReply:
+    async def ListTables(
+        self, request: lookup_pb2.ListTablesRequest, context: grpc.aio.ServicerContext
+    ) -> lookup_pb2.ListTablesReply:
         found = await answer(context, asyncio.to_thread(lambda: list(tables(self.rows.store))))
         return lookup_pb2.ListTablesReply(
             tables=[
-                lookup_pb2.Table(name=m.name, version=m.version, published=published, manifest_json=replace(m, frequent=()).to_json())
+                lookup_pb2.Table(
+                    name=m.name,
+                    version=m.version,
+                    published=published,
+                    manifest_json=replace(m, frequent=()).to_json(),
+                )
                 for m, published in found
             ]
         )
 
-    async def _fetch(self, request: lookup_pb2.FetchRequest, offered: set[int]) -> AsyncIterator[bytes]:
+    async def _fetch(
+        self, request: lookup_pb2.FetchRequest, offered: set[int]
+    ) -> AsyncIterator[bytes]:
         """The serialised replies to one request; its failure is its last reply, and the stream lives on."""
         started, status, told = time.perf_counter(), "OK", ""
-        trace = tracing.begin("lookup Fetch", {"tolhouse.table": request.table}, parent=request.traceparent, kind="SERVER")
+        trace = tracing.begin(
+            "lookup Fetch",
+            {"tolhouse.table": request.table},
+            parent=request.traceparent,
+            kind="SERVER",
+        )
         try:
             if split_ref(request.table)[1] is None:
-                raise InvalidArgument(f"fetch needs name@version, not {request.table!r}: ask Describe what a name stands for")
+                raise InvalidArgument(
+                    f"fetch needs name@version, not {request.table!r}: ask Describe what a name stands for"
+                )
             table = await self.rows.table(request.table)
             self.leases.used(table.manifest)
             ids = _ids(request.token_ids, table.manifest)
             size, first, missed = table.manifest.record_bytes, 0, 0
-            async for part, arrived in self.rows.parts(table, ids, max(1, CHUNK_BYTES // size), trace.traceparent):
+            async for part, arrived in self.rows.parts(
+                table, ids, max(1, CHUNK_BYTES // size), trace.traceparent
+            ):
                 read = arrived
-                while not (reply := self._reply(request.request_id, table, ids, first, part, read, offered)):
-                    read = read | await self.rows.again(table, part, trace.traceparent)  # what was hot has been evicted since
+                while not (
+                    reply := self._reply(request.request_id, table, ids, first, part, read, offered)
+                ):
+                    read = read | await self.rows.again(
+                        table, part, trace.traceparent
+                    )  # what was hot has been evicted since
                 missed += len(read)
                 first += len(part)
                 yield reply
@@ -156,14 +193,21 @@ class LookupService:
                 log.error("internal error", exc_info=error)
                 error = Internal("internal error; the service's log has the details")
             status, told = error.grpc_status, str(error)[:MAX_ERROR]
-            yield wire.failed(request.request_id, status, told)
+            yield fetch_reply.failed(request.request_id, status, told)
         finally:
             trace.end(told)
         REQUESTS.labels(status).inc()
         SECONDS.observe(time.perf_counter() - started)
 
     def _reply(
-        self, request_id: int, table: OpenTable, ids: np.ndarray, first: int, part: np.ndarray, read: dict[int, Buffer], offered: set[int]
+        self,
+        request_id: int,
+        table: OpenTable,
+        ids: np.ndarray,
+        first: int,
+        part: np.ndarray,
+        read: dict[int, Buffer],
+        offered: set[int],
     ) -> bytes:
         """A reply with the records of `part` of `ids`; nothing if one of them is neither hot nor in `read`."""
         last, size = first + len(part) == len(ids), table.manifest.record_bytes * len(part)
@@ -171,7 +215,9 @@ class LookupService:
         with table.lock:  # until the records are copied
             if table.lacks(part, read):
                 return b""
-            reply = wire.reply(request_id, first, table.records(part, read), size, last, offer)
+            reply = fetch_reply.reply(
+                request_id, first, table.records(part, read), size, last, offer
+            )
         if len(ids):
             offered.add(table.segment.id)
         return reply
@@ -179,10 +225,17 @@ class LookupService:
 
 def register(service: LookupService, server: grpc.aio.Server) -> None:
     """As the generated code does, but for the replies of Fetch, which are serialised already."""
-    fetch = grpc.stream_stream_rpc_method_handler(service.Fetch, lookup_pb2.FetchRequest.FromString, None)
+    fetch = grpc.stream_stream_rpc_method_handler(
+        service.Fetch, lookup_pb2.FetchRequest.FromString, None
+    )
     describe, list_tables = (
-        grpc.unary_unary_rpc_method_handler(method, kind.FromString, lambda reply: reply.SerializeToString())
-        for method, kind in ((service.Describe, lookup_pb2.DescribeRequest), (service.ListTables, lookup_pb2.ListTablesRequest))
+        grpc.unary_unary_rpc_method_handler(
+            method, kind.FromString, lambda reply: reply.SerializeToString()
+        )
+        for method, kind in (
+            (service.Describe, lookup_pb2.DescribeRequest),
+            (service.ListTables, lookup_pb2.ListTablesRequest),
+        )
     )
     handlers = {"Fetch": fetch, "Describe": describe, "ListTables": list_tables}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(NAME, handlers)])
@@ -192,28 +245,38 @@ def told(segment: Segment | None) -> lookup_pb2.Segment | None:
     """Where a client finds a segment; None if it can't."""
     if segment is None or segment.fd < 0 or not segment.capacity:
         return None
-    return lookup_pb2.Segment(id=segment.id, pid=os.getpid(), fd=segment.fd, capacity=segment.capacity)
+    return lookup_pb2.Segment(
+        id=segment.id, pid=os.getpid(), fd=segment.fd, capacity=segment.capacity
+    )
 
 
 def _ids(packed: bytes, manifest: Manifest) -> np.ndarray:
     if len(packed) % 4:
-        raise InvalidArgument(f"token_ids has {len(packed)} bytes; it packs little-endian uint32, four bytes each")
+        raise InvalidArgument(
+            f"token_ids has {len(packed)} bytes; it packs little-endian uint32, four bytes each"
+        )
     ids = np.frombuffer(packed, "<u4")
     if len(ids) > MAX_IDS_PER_FETCH:
-        raise InvalidArgument(f"{len(ids)} token ids in one request; at most {MAX_IDS_PER_FETCH} are allowed")
+        raise InvalidArgument(
+            f"{len(ids)} token ids in one request; at most {MAX_IDS_PER_FETCH} are allowed"
+        )
     manifest.check_ids(ids)
     return ids
 
 
-async def run(config: LookupConfig, announce: Callable[..., None], *, share_port: bool = False) -> None:
+async def run(
+    config: LookupConfig, announce: Callable[..., None], *, share_port: bool = False
+) -> None:
     """Serve the store until told to stop."""
     keep_large_blocks()
-    guard = config.guard()
+    credentials = config.server_credentials()
     tracing.start_tracing("lookup", config.traces, insecure=config.insecure)
-    store = await asyncio.to_thread(wait_for_store, config.store, config.store_timeout_seconds, config.store_wait_seconds)
+    store = await asyncio.to_thread(
+        wait_for_store, config.store, config.store_timeout_seconds, config.store_wait_seconds
+    )
     service = LookupService(HotRows(store, int(config.hot_megabytes * 1e6)))
     REGISTRY.register(Taken(service.rows))
-    metrics = serve_metrics(config.metrics_listen, guard)
+    metrics = serve_metrics(config.metrics_listen, credentials)
     event("serving store", store=store.url)
     with suppress(TolhouseError):  # whoever asks for a row is told
         if not await asyncio.to_thread(store.refs):
@@ -228,7 +291,7 @@ async def run(config: LookupConfig, announce: Callable[..., None], *, share_port
             config.drain_seconds,
             drain=service.drain,
             announce=announce,
-            guard=guard,
+            credentials=credentials,
             share_port=share_port,
             metrics=metrics,
         )

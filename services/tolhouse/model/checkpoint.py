@@ -56,7 +56,9 @@ class Checkpoint:
     def tokenizer_id(self) -> str:
         return tokenizer_id(self.path / TOKENIZER)
 
-    def model(self, ffn_m: bool = True, embedding: bool = True, dtype: torch.dtype | None = torch.float32) -> Transformer:
+    def model(
+        self, ffn_m: bool = True, embedding: bool = True, dtype: torch.dtype | None = torch.float32
+    ) -> Transformer:
         """The model in `dtype`, or with None as stored, in the mapped file.
 
         Without its FFN-M weights if `ffn_m` is false, without its input embedding if `embedding` is: those are not read then.
@@ -71,7 +73,10 @@ class Checkpoint:
         if self.config.tie_word_embeddings and not embedding:
             names["lm_head.weight"] = EMBEDDING
         with _open(self.path / WEIGHTS) as weights:
-            state = {name: weights.get_tensor(tensor_name).to(dtype=dtype) for name, tensor_name in names.items()}
+            state = {
+                name: weights.get_tensor(tensor_name).to(dtype=dtype)
+                for name, tensor_name in names.items()
+            }
         if self.config.tie_word_embeddings and embedding:
             state["lm_head.weight"] = state["embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
@@ -88,7 +93,9 @@ class Checkpoint:
         """64 hex digits over config and all weights: what a table says it was built from."""
         with (self.path / WEIGHTS).open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
-        return hashlib.sha256(f"{_canonical(self.config.to_json())}\n{weights}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"{_canonical(self.config.to_json())}\n{weights}".encode()
+        ).hexdigest()
 
     def rows_id(self) -> str:
         """64 hex digits over what defines the rows: embedding, per-layer norms, FFN-M weights (DESIGN section 3)."""
@@ -105,11 +112,17 @@ class Checkpoint:
         """Bytes of the weights as stored: all of them, or those that a worker loads, with or without an input embedding."""
 
         def loaded(name: str) -> bool:
-            return ".ffn_m." not in name and (name != EMBEDDING or embedding or self.config.tie_word_embeddings)
+            return ".ffn_m." not in name and (
+                name != EMBEDDING or embedding or self.config.tie_word_embeddings
+            )
 
         with _open(self.path / WEIGHTS) as weights:
             slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - not a dict
-        return sum(math.prod(t.get_shape()) * _DTYPES[t.get_dtype()] for name, t in slices.items() if dense or loaded(name))
+        return sum(
+            math.prod(t.get_shape()) * _DTYPES[t.get_dtype()]
+            for name, t in slices.items()
+            if dense or loaded(name)
+        )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -119,10 +132,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path).resolve()
     if not path.is_dir():
-        raise NotFound(f"no checkpoint at {path}: a checkpoint is a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER}")
+        raise NotFound(
+            f"no checkpoint at {path}: a checkpoint is a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER}"
+        )
     if not (path / WEIGHTS).is_file():
-        others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
-        hint = f"; {', '.join(others)} can run code when loaded and is refused: convert it to safetensors" if others else ""
+        others = sorted(
+            p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+        )
+        hint = (
+            f"; {', '.join(others)} can run code when loaded and is refused: convert it to safetensors"
+            if others
+            else ""
+        )
         raise NotFound(f"checkpoint {path} has no {WEIGHTS}{hint}")
     try:
         data = json.loads((path / CONFIG).read_text())
@@ -136,7 +157,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, config)
 
 
-def save_checkpoint(path: Path, model: Transformer, tokenizer_file: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def save_checkpoint(
+    path: Path, model: Transformer, tokenizer_file: Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
     """Write config, weights (rounded to `dtype`) and tokenizer into the folder `path`; weights are replaced at once."""
     path.mkdir(parents=True, exist_ok=True)
     tied = model.config.tie_word_embeddings
@@ -147,7 +170,9 @@ def save_checkpoint(path: Path, model: Transformer, tokenizer_file: Path, dtype:
     }
     partial = path / f"{WEIGHTS}.partial"
     save_file(state, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors keeps its files to their owner; a service may run as another user
+    partial.chmod(
+        0o644
+    )  # safetensors keeps its files to their owner; a service may run as another user
     partial.replace(path / WEIGHTS)
     config = {**model.config.to_json(), "torch_dtype": str(dtype).removeprefix("torch.")}
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -177,14 +202,22 @@ def _check_tensors(path: Path, config: ModelConfig) -> None:
     with _open(path) as weights:
         found = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
         if missing := sorted(set(expected) - set(found)):
-            raise InvalidArgument(f"{path} lacks {len(missing)} tensors of a {config.kind} model, such as {missing[0]}")
+            raise InvalidArgument(
+                f"{path} lacks {len(missing)} tensors of a {config.kind} model, such as {missing[0]}"
+            )
         if extra := sorted(set(found) - set(expected)):
-            raise InvalidArgument(f"{path} has {len(extra)} tensors that a {config.kind} model lacks, such as {extra[0]}")
+            raise InvalidArgument(
+                f"{path} has {len(extra)} tensors that a {config.kind} model lacks, such as {extra[0]}"
+            )
         for name, shape in expected.items():
             if found[name].get_shape() != shape:
-                raise InvalidArgument(f"{path}: {name} has shape {found[name].get_shape()}, config.json asks for {shape}")
+                raise InvalidArgument(
+                    f"{path}: {name} has shape {found[name].get_shape()}, config.json asks for {shape}"
+                )
             if found[name].get_dtype() not in _DTYPES:
-                raise InvalidArgument(f"{path}: {name} is {found[name].get_dtype()}; allowed are {', '.join(_DTYPES)}")
+                raise InvalidArgument(
+                    f"{path}: {name} is {found[name].get_dtype()}; allowed are {', '.join(_DTYPES)}"
+                )
 
 
 def _open(path: Path) -> safe_open:

@@ -52,16 +52,28 @@ class ModelConfig:
             require(ok or numeric, f"{field.name} must be {wanted.__name__}, not {value!r}")  # type: ignore[union-attr]
         require(self.kind in KINDS, f"kind {self.kind!r} is unknown; one of {', '.join(KINDS)}")
         for name, limit in _LIMITS.items():
-            require(0 < getattr(self, name) <= limit, f"{name} must be from 1 to {limit}, not {getattr(self, name)}")
+            require(
+                0 < getattr(self, name) <= limit,
+                f"{name} must be from 1 to {limit}, not {getattr(self, name)}",
+            )
         for name in ("rope_theta", "rms_norm_eps"):
-            require(0 < getattr(self, name) < math.inf, f"{name} must be a number above 0, not {getattr(self, name)}")
+            require(
+                0 < getattr(self, name) < math.inf,
+                f"{name} must be a number above 0, not {getattr(self, name)}",
+            )
         require(
             self.hidden_size % (2 * self.num_attention_heads) == 0,
             f"hidden_size {self.hidden_size} must be an even multiple of num_attention_heads {self.num_attention_heads}",
         )
-        require(self.ffn_c in FFN_C_FORMS, f"ffn_c {self.ffn_c!r} is unknown; one of {', '.join(FFN_C_FORMS)}")
+        require(
+            self.ffn_c in FFN_C_FORMS,
+            f"ffn_c {self.ffn_c!r} is unknown; one of {', '.join(FFN_C_FORMS)}",
+        )
         flex = self.kind == "flex"
-        require(self.beta in ((1, 2, 3) if flex else (0,)), "beta is 1, 2 or 3 for flex, and 0 for the other kinds")
+        require(
+            self.beta in ((1, 2, 3) if flex else (0,)),
+            "beta is 1, 2 or 3 for flex, and 0 for the other kinds",
+        )
         require(0 <= self.eos_token_id < self.vocab_size, "eos_token_id must lie in the vocabulary")
 
     @property
@@ -82,11 +94,15 @@ class ModelConfig:
         if not isinstance(data, dict):
             raise InvalidArgument("model config: not a JSON object")
         if data.get("model_type") != "memoryllm":
-            raise InvalidArgument(f"model config: model_type must be 'memoryllm', not {data.get('model_type')!r}")
+            raise InvalidArgument(
+                f"model config: model_type must be 'memoryllm', not {data.get('model_type')!r}"
+            )
         fields = {f.name: f for f in dataclasses.fields(cls)}
         given = {k: v for k, v in data.items() if k not in ("model_type", "torch_dtype")}
         if unknown := sorted(set(given) - set(fields)):
-            raise InvalidArgument(f"model config: unknown fields {unknown}; known are {sorted(fields)}")
+            raise InvalidArgument(
+                f"model config: unknown fields {unknown}; known are {sorted(fields)}"
+            )
         required = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
         if missing := sorted(required - set(given)):
             raise InvalidArgument(f"model config: missing fields {missing}")
@@ -98,7 +114,14 @@ class ModelConfig:
 _PRESETS: dict[str, tuple[int, int, int, int, int, tuple[int, int, int, int]]] = {
     "tiny": (96, 4, 4, 1024, 256, (256, 224, 192, 160)),
     "small": (144, 6, 4, 4096, 256, (384, 336, 288, 240)),
-    "small-active": (84, 6, 3, 4096, 256, (224, 196, 168, 140)),  # a base model of this is as large as what is active of `small` memory
+    "small-active": (
+        84,
+        6,
+        3,
+        4096,
+        256,
+        (224, 196, 168, 140),
+    ),  # a base model of this is as large as what is active of `small` memory
     "demo": (288, 6, 6, 8192, 512, (768, 672, 576, 480)),
     "250m": (960, 24, 16, 128_256, 2048, (2560, 2240, 1920, 1600)),
     "750m": (1600, 24, 16, 128_256, 2048, (4272, 3738, 3200, 2668)),
@@ -121,7 +144,8 @@ def preset(name: str, kind: str, beta: int = 0, **overrides: Any) -> ModelConfig
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "intermediate_size": ffn[beta] * (layers if kind == "wide" else 1),  # as many parameters as all the others' together
+        "intermediate_size": ffn[beta]
+        * (layers if kind == "wide" else 1),  # as many parameters as all the others' together
         "max_position_embeddings": context,
     }
     return ModelConfig(**{**fields, **overrides})

@@ -22,7 +22,9 @@ def check_prompt(config: ModelConfig, prompt_ids: Iterable[int], max_tokens: int
             "shorten the prompt or lower max_tokens"
         )
     if bad := [i for i in ids if not 0 <= i < config.vocab_size]:
-        raise InvalidArgument(f"token id {bad[0]} is outside the vocabulary: allowed are 0 to {config.vocab_size - 1}")
+        raise InvalidArgument(
+            f"token id {bad[0]} is outside the vocabulary: allowed are 0 to {config.vocab_size - 1}"
+        )
     return ids
 
 

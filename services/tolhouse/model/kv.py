@@ -31,7 +31,9 @@ class GrowingCache:
 
     def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
         if layer in self.kv:
-            k_THE, v_THE = (torch.cat(pair) for pair in zip(self.kv[layer], (k_THE, v_THE), strict=True))
+            k_THE, v_THE = (
+                torch.cat(pair) for pair in zip(self.kv[layer], (k_THE, v_THE), strict=True)
+            )
         self.kv[layer] = k_THE, v_THE
         new, total = len(q_THE), len(k_THE)
         mask = torch.ones(new, total, dtype=torch.bool, device=q_THE.device).tril(total - new)

@@ -43,8 +43,12 @@ class Transformer(nn.Module):
         embeddings = torch.empty(config.vocab_size, config.hidden_size)
         if not embeddings.is_meta:  # where weights are not there yet, drawing them does nothing but import torch's compiler, 100 MB
             embeddings.normal_()
-        self.embed_tokens: nn.Embedding | None = nn.Embedding.from_pretrained(embeddings, freeze=False)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.embed_tokens: nn.Embedding | None = nn.Embedding.from_pretrained(
+            embeddings, freeze=False
+        )
+        self.layers = nn.ModuleList(
+            Block(config, layer) for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -54,7 +58,9 @@ class Transformer(nn.Module):
     def x0(self, ids_T: Tensor) -> Tensor:
         """Embeddings [T, D] of token ids."""
         if self.embed_tokens is None:
-            raise InvalidArgument("this model was loaded without its embedding; X0 comes from a table that carries it")
+            raise InvalidArgument(
+                "this model was loaded without its embedding; X0 comes from a table that carries it"
+            )
         return self.embed_tokens(ids_T)
 
     def rows(self, ids_T: Tensor, x0: bool = False) -> Tensor:
@@ -65,7 +71,9 @@ class Transformer(nn.Module):
         x0_TD = self.x0(ids_T)
         if not self.ffn_m:
             if self.config.num_rows:
-                raise InvalidArgument("this model was loaded without its FFN-M weights; its rows come from a table")
+                raise InvalidArgument(
+                    "this model was loaded without its FFN-M weights; its rows come from a table"
+                )
             return x0_TD.new_empty(0, *x0_TD.shape)
         return torch.stack([x0_TD] * x0 + [ffn(x0_TD) for ffn in self.ffn_m])
 
@@ -73,7 +81,14 @@ class Transformer(nn.Module):
         """Logits [T, V] of T tokens at `positions_T`, with `rows_NTD` added layer by layer."""
         return self.lm_head(self.hidden(ids_T, positions_T, cache, rows_NTD))
 
-    def hidden(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Rows, begun_TD: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        cache: Cache,
+        rows_NTD: Rows,
+        begun_TD: Tensor | None = None,
+    ) -> Tensor:
         """Final hidden states [T, D], for callers that want the logits of some tokens only; from where `begin` left off, if it ran."""
         carried = len(rows_NTD) - self.config.num_rows  # 1: X0 in front
         x_TD = rows_NTD[0] if carried > 0 else begun_TD
@@ -81,7 +96,11 @@ class Transformer(nn.Module):
             x_TD = self.x0(ids_T)
         rope = rotary(positions_T, self.config.head_dim, self.config.rope_theta, x_TD.dtype)
         for layer, block in enumerate(self.layers):
-            row_TD = rows_NTD[carried + (0 if self.config.kind == "wide" else layer)] if len(rows_NTD) else None
+            row_TD = (
+                rows_NTD[carried + (0 if self.config.kind == "wide" else layer)]
+                if len(rows_NTD)
+                else None
+            )
             if layer or begun_TD is None:
                 x_TD = block(x_TD, rope, cache, row_TD)
             elif row_TD is not None:
@@ -103,17 +122,25 @@ class Block(nn.Module):
         # base: the FFN, reading the residual stream · flex: FFN-C, the part of it that stays · memory: nothing
         self.mlp = residual_ffn(config)
         self.post_attention_layernorm = RMSNorm(config) if self.mlp else None
-        self.row_scale = nn.Parameter(torch.ones(config.hidden_size)) if config.kind == "wide" else None
+        self.row_scale = (
+            nn.Parameter(torch.ones(config.hidden_size)) if config.kind == "wide" else None
+        )
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: Cache, row_TD: Tensor | None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: Cache, row_TD: Tensor | None
+    ) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, cache)
         if self.mlp and self.post_attention_layernorm:
             x_TD = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
-        return x_TD if row_TD is None else self.add(x_TD, row_TD)  # what the paper changes: FFN_l(LN_l(X0)) comes from outside
+        return (
+            x_TD if row_TD is None else self.add(x_TD, row_TD)
+        )  # what the paper changes: FFN_l(LN_l(X0)) comes from outside
 
     def add(self, x_TD: Tensor, row_TD: Tensor) -> Tensor:
         """A row added; one that all layers share is scaled by each as it has learned to (One Wide FFN, arXiv 2309.01826; the scale is ours)."""
-        return x_TD + row_TD if self.row_scale is None else torch.addcmul(x_TD, row_TD, self.row_scale)
+        return (
+            x_TD + row_TD if self.row_scale is None else torch.addcmul(x_TD, row_TD, self.row_scale)
+        )
 
 
 class Attention(nn.Module):
@@ -128,7 +155,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
-        q_THE, k_THE, v_THE = (proj(x_TD).view(self.shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q_THE, k_THE, v_THE = (
+            proj(x_TD).view(self.shape) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         out_THE = cache.attend(self.layer, rotate(q_THE, rope), rotate(k_THE, rope), v_THE)
         return self.o_proj(out_THE.reshape(x_TD.shape))
 
@@ -138,7 +167,9 @@ class ContextFreeFFN(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = RMSNorm(config)  # the paper says LayerNorm once and LLaMA's recipe elsewhere; we take RMSNorm
+        self.norm = RMSNorm(
+            config
+        )  # the paper says LayerNorm once and LLaMA's recipe elsewhere; we take RMSNorm
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x0_TD: Tensor) -> Tensor:
@@ -161,7 +192,9 @@ class LinearStack(nn.Module):
 
     def __init__(self, hidden_size: int, depth: int) -> None:
         super().__init__()
-        self.maps = nn.ModuleList(nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(depth))
+        self.maps = nn.ModuleList(
+            nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(depth)
+        )
 
     def forward(self, x_TD: Tensor) -> Tensor:
         for linear in self.maps[:-1]:
@@ -190,9 +223,13 @@ def residual_ffn(config: ModelConfig) -> nn.Module | None:
     return None
 
 
-def rotary(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary(
+    positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin, [T, 1, E] each, of rotary position embedding; sin has the sign that `rotate` wants."""
-    exponents = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
+    exponents = (
+        torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
+    )
     angles = positions_T[:, None, None].float() * theta**-exponents
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
@@ -213,4 +250,8 @@ def active_parameters(model: nn.Module) -> int:
 
 def total_parameters(model: nn.Module) -> int:
     """All parameters but the embeddings: equal for every kind of one preset, up to its norms and the rounding of K."""
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("embed_tokens.", "lm_head.")))
+    return sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if not name.startswith(("embed_tokens.", "lm_head."))
+    )

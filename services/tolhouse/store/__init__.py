@@ -16,11 +16,19 @@ from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 
-from tolhouse.errors import Corrupt, DeadlineExceeded, InUse, InvalidArgument, NotFound, TolhouseError, Unavailable
-from tolhouse.table.companions import Companions, companions_of
-from tolhouse.table.spec import Buffer, Manifest, check_name, digest, split_ref
-from tolhouse.telemetry import event
-from tolhouse.tls import is_loopback
+from tolhouse.errors import (
+    Corrupt,
+    DeadlineExceeded,
+    InUse,
+    InvalidArgument,
+    NotFound,
+    TolhouseError,
+    Unavailable,
+)
+from tolhouse.logs import event
+from tolhouse.net.tls import is_loopback
+from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
+from tolhouse.table.manifest import Buffer, Manifest, check_name, digest, split_ref
 
 _WAIT_SECONDS = 1.0  # between two tries to reach a store
 LEASE_SECONDS = 30.0  # after its last use, a version counts as used for so long
@@ -62,20 +70,27 @@ class Store(Protocol):
     def manifest(self, ref: str) -> Manifest:
         """The manifest of "name@version"; NotFound if that table is not here, or not complete."""
 
-    def own_records(self, manifest: Manifest, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
+    def own_records(
+        self, manifest: Manifest, ids: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
         """The verified records of `ids`, which the version has itself, shard by shard as they come: places in `ids`, and the records, uncopied.
 
         Corrupt if one is missing or altered.
         """
         ...
 
-    def records(self, manifest: Manifest, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
+    def records(
+        self, manifest: Manifest, ids: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
         """The same of any `ids`: what an overlay has not changed is its parent's. NotFound if that one is gone."""
         if not manifest.parent:
             yield from self.own_records(manifest, ids)
             return
         owned = manifest.owns(ids)
-        for table, mine in ((manifest, np.flatnonzero(owned)), (self.parent(manifest), np.flatnonzero(~owned))):
+        for table, mine in (
+            (manifest, np.flatnonzero(owned)),
+            (self.parent(manifest), np.flatnonzero(~owned)),
+        ):
             if len(mine):
                 for places, records in self.own_records(table, ids[mine]):
                     yield mine[places], records
@@ -86,8 +101,14 @@ class Store(Protocol):
             try:
                 found = self.manifest(manifest.parent)
             except NotFound:
-                raise NotFound(f"table {manifest.ref} is an overlay over {manifest.parent}, which is not in {self.url} any more") from None
-            if found.parent or found.record_dtype != manifest.record_dtype or found.vocab_size != manifest.vocab_size:
+                raise NotFound(
+                    f"table {manifest.ref} is an overlay over {manifest.parent}, which is not in {self.url} any more"
+                ) from None
+            if (
+                found.parent
+                or found.record_dtype != manifest.record_dtype
+                or found.vocab_size != manifest.vocab_size
+            ):
                 raise Corrupt(
                     f"table {manifest.ref} in {self.url} can't be an overlay over {manifest.parent}: their records differ in form"
                 )
@@ -166,13 +187,25 @@ def require_private(url: str, *, insecure: bool) -> str:
     try:
         parts = urlsplit(url)
         options, plain = dict(parse_qsl(parts.query)), parts.scheme == "redis"
-        hosts = [urlsplit(f"//{host}").hostname or "localhost" for host in parts.netloc.rpartition("@")[2].split(",")]
-        far = parts.scheme.startswith("redis") and not all(is_loopback(f"{host}:0") for host in hosts)
+        hosts = [
+            urlsplit(f"//{host}").hostname or "localhost"
+            for host in parts.netloc.rpartition("@")[2].split(",")
+        ]
+        far = parts.scheme.startswith("redis") and not all(
+            is_loopback(f"{host}:0") for host in hosts
+        )
     except ValueError:
         raise not_understood(url) from None
-    unchecked = options.get("ssl_cert_reqs", "required") != "required" or options.get("ssl_check_hostname", "true").lower() != "true"
+    unchecked = (
+        options.get("ssl_cert_reqs", "required") != "required"
+        or options.get("ssl_check_hostname", "true").lower() != "true"
+    )
     if far and not insecure and (plain or unchecked):
-        how = "in plaintext: give a rediss:// URL" if plain else "without a check of its certificate: leave those options out"
+        how = (
+            "in plaintext: give a rediss:// URL"
+            if plain
+            else "without a check of its certificate: leave those options out"
+        )
         raise InvalidArgument(
             f"Redis at {shown(url)} is another machine and would be called {how}, or --insecure where the network is trusted"
         )
@@ -189,7 +222,9 @@ def has_password(url: str) -> bool:
 
 
 def not_understood(url: str) -> InvalidArgument:
-    return InvalidArgument(f"store {shown(url)!r} is not understood; allowed are file://PATH, redis://HOST:PORT and rediss://HOST:PORT")
+    return InvalidArgument(
+        f"store {shown(url)!r} is not understood; allowed are file://PATH, redis://HOST:PORT and rediss://HOST:PORT"
+    )
 
 
 def shown(url: str) -> str:
@@ -215,7 +250,11 @@ def resolve(store: Store, ref: str) -> Manifest:
 def known(store: Store) -> str:
     refs = store.refs()
     more = f" and {len(refs) - 8} more" if len(refs) > 8 else ""
-    return f"tables here: {', '.join(refs[:8])}{more}" if refs else "there are no tables here yet: `tolhouse build` makes them"
+    return (
+        f"tables here: {', '.join(refs[:8])}{more}"
+        if refs
+        else "there are no tables here yet: `tolhouse build` makes them"
+    )
 
 
 def publish(store: Store, ref: str) -> Manifest:
@@ -263,7 +302,11 @@ def refuse_another(store: Store, planned: Manifest) -> None:
         there = store.manifest(planned.ref)
     except (NotFound, Corrupt):
         return
-    if (there.num_shards, there.model_id, there.tokenizer_id) != (planned.num_shards, planned.model_id, planned.tokenizer_id):
+    if (there.num_shards, there.model_id, there.tokenizer_id) != (
+        planned.num_shards,
+        planned.model_id,
+        planned.tokenizer_id,
+    ):
         raise InUse(
             f"{planned.ref} is in {store.url} already, with {there.num_shards} shards and built from model {there.model_id[:12]}: "
             f"build with --shards {there.num_shards}, under another --name, or delete it first"
@@ -295,15 +338,24 @@ def delete(store: Store, ref: str, force: bool = False) -> Manifest:
     manifest = resolve(store, ref)
     alias = store.alias(name)
     if alias and alias.version == version:
-        raise InUse(f"{ref} is published: publish or roll back to another version before deleting it")
+        raise InUse(
+            f"{ref} is published: publish or roll back to another version before deleting it"
+        )
     others = [m for m, _ in tables(store) if m.ref != ref]
     if above := [m.ref for m in others if ref in m.needs]:
         raise InUse(f"{ref} is a part of {', '.join(above)}: delete that first")
     if not force and store.leased(manifest):
-        raise InUse(f"{ref} is in use: its rows were asked for within the last {LEASE_SECONDS:g} s; wait until nobody does, or use --force")
+        raise InUse(
+            f"{ref} is in use: its rows were asked for within the last {LEASE_SECONDS:g} s; wait until nobody does, or use --force"
+        )
     if alias and version in alias.history:
         # what remains on either side of it may be one version: going back has to lead to another
-        *history, now = (v for v, _ in itertools.groupby(v for v in (*alias.history, alias.version) if v != version))
+        *history, now = (
+            v
+            for v, _ in itertools.groupby(
+                v for v in (*alias.history, alias.version) if v != version
+            )
+        )
         store.set_alias(name, Alias(now, tuple(history)))
     store.delete(manifest)
     for companion in manifest.companions:
@@ -313,14 +365,14 @@ def delete(store: Store, ref: str, force: bool = False) -> Manifest:
     return manifest
 
 
-def companions(store: Store, manifest: Manifest) -> Companions:
+def companions(store: Store, manifest: Manifest) -> AuxiliaryTables:
     """What a table's rows need besides its records; NotFound, Corrupt."""
 
     def read(ref: str) -> tuple[Manifest, np.ndarray]:
         found = store.manifest(ref)
         return found, records_of(store, found, np.arange(found.vocab_size, dtype=np.uint32))
 
-    return companions_of(manifest, read)
+    return load_auxiliary(manifest, read)
 
 
 def records_of(store: Store, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
@@ -332,7 +384,9 @@ def records_of(store: Store, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
 
 def rows_of(store: Store, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
     """Rows float32 [T, N, D] of `ids` [T], as the table has them."""
-    return companions(store, manifest).decode(ids, records_of(store, manifest, ids)).astype(np.float32)
+    return (
+        companions(store, manifest).decode(ids, records_of(store, manifest, ids)).astype(np.float32)
+    )
 
 
 def shard_digest(store: Store, manifest: Manifest, shard: int) -> str | None:

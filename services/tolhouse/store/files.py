@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from tolhouse.errors import Corrupt, InvalidArgument, NotFound, TolhouseError, Unavailable
 from tolhouse.store import LEASE_SECONDS, Alias, Store, by_shard
-from tolhouse.table.spec import Buffer, Manifest, check_name, split_ref
+from tolhouse.table.manifest import Buffer, Manifest, check_name, split_ref
 
 
 class FileStore(Store):
@@ -61,14 +61,20 @@ class FileStore(Store):
             raise Corrupt(f"{path} describes table {manifest.ref}")
         return manifest
 
-    def own_records(self, manifest: Manifest, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
+    def own_records(
+        self, manifest: Manifest, ids: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
         for shard, places in by_shard(manifest, ids):
             try:
                 rows = self._shard(manifest, shard).records()
-                found: list[Buffer] = [rows[row].data for row in manifest.positions(shard, ids[places]).tolist()]
+                found: list[Buffer] = [
+                    rows[row].data for row in manifest.positions(shard, ids[places]).tolist()
+                ]
                 manifest.verify(ids[places], found)
             except Corrupt:
-                self._forget(manifest, shard)  # the file may be mended by a rebuild, under the same name
+                self._forget(
+                    manifest, shard
+                )  # the file may be mended by a rebuild, under the same name
                 raise
             yield places, found
 
@@ -78,12 +84,16 @@ class FileStore(Store):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"records": np.ascontiguousarray(records)}, partial)
-            partial.chmod(0o644)  # safetensors keeps its files to their owner; a service may run as another user
+            partial.chmod(
+                0o644
+            )  # safetensors keeps its files to their owner; a service may run as another user
             _sync(partial)
             partial.replace(path)
             _sync(path.parent)
         except (OSError, SafetensorError) as error:
-            raise Unavailable(f"can't write {path}: {getattr(error, 'strerror', None) or error}") from None
+            raise Unavailable(
+                f"can't write {path}: {getattr(error, 'strerror', None) or error}"
+            ) from None
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink()
@@ -125,7 +135,9 @@ class FileStore(Store):
         try:
             self._lease(manifest).touch()
         except OSError as error:
-            raise Unavailable(f"can't write {self._lease(manifest)}: {error.strerror or error}") from None
+            raise Unavailable(
+                f"can't write {self._lease(manifest)}: {error.strerror or error}"
+            ) from None
 
     def leased(self, manifest: Manifest) -> bool:
         try:
@@ -141,14 +153,21 @@ class FileStore(Store):
         return self.root / manifest.name / manifest.version / "lease"
 
     def _path(self, manifest: Manifest, shard: int) -> Path:
-        return self.root / manifest.name / manifest.version / f"shard-{shard:05}-of-{manifest.num_shards:05}.safetensors"
+        return (
+            self.root
+            / manifest.name
+            / manifest.version
+            / f"shard-{shard:05}-of-{manifest.num_shards:05}.safetensors"
+        )
 
     def _shard(self, manifest: Manifest, shard: int) -> "_Shard":
         path = self._path(manifest, shard)
         with self._lock:
             opened = self._shards.get(path)
             if opened is None:
-                opened = self._shards[path] = _Shard(path, len(manifest.shard_ids(shard)), manifest.record_bytes)
+                opened = self._shards[path] = _Shard(
+                    path, len(manifest.shard_ids(shard)), manifest.record_bytes
+                )
             return opened
 
     def _forget(self, manifest: Manifest, shard: int) -> None:
@@ -167,13 +186,17 @@ class _Shard:
                 self.size = start + rows * record_bytes
                 found = os.fstat(file.fileno()).st_size
                 if found != self.size:
-                    raise Corrupt(f"shard file {path} has {found} bytes instead of {self.size}: truncated, or another file")
+                    raise Corrupt(
+                        f"shard file {path} has {found} bytes instead of {self.size}: truncated, or another file"
+                    )
                 self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise Corrupt(f"shard file {path} is missing") from None
         except OSError as error:
             raise Unavailable(f"can't read {path}: {error.strerror or error}") from None
-        self._records = np.frombuffer(self._mapped, np.uint8, offset=start).reshape(rows, record_bytes)
+        self._records = np.frombuffer(self._mapped, np.uint8, offset=start).reshape(
+            rows, record_bytes
+        )
 
     def records(self) -> np.ndarray:
         """uint8 [rows, record_bytes]; Corrupt if the file has shrunk, where reading the mapping would kill the process."""
@@ -187,11 +210,17 @@ def _header(file: BinaryIO, path: Path, rows: int, record_bytes: int) -> int:
     try:
         (length,) = struct.unpack("<Q", file.read(8))
         tensor = json.loads(file.read(min(length, 1 << 20)))["records"]
-        ok = tensor["dtype"] == "U8" and tensor["shape"] == [rows, record_bytes] and tensor["data_offsets"][0] == 0
+        ok = (
+            tensor["dtype"] == "U8"
+            and tensor["shape"] == [rows, record_bytes]
+            and tensor["data_offsets"][0] == 0
+        )
     except (struct.error, ValueError, KeyError, TypeError, IndexError, RecursionError):
         ok = False
     if not ok:
-        raise Corrupt(f"shard file {path} is truncated or not a shard of {rows} records of {record_bytes} bytes")
+        raise Corrupt(
+            f"shard file {path} is truncated or not a shard of {rows} records of {record_bytes} bytes"
+        )
     return 8 + length
 
 

@@ -8,8 +8,8 @@ from redis.cluster import ClusterNode, RedisCluster
 from redis.connection import ConnectionPool
 from redis.exceptions import RedisError
 
-from tolhouse.outlier import lags
-from tolhouse.telemetry import event
+from tolhouse.logs import event
+from tolhouse.net.health import lags
 
 _LOOK_SECONDS = 0.5  # between two looks at the Cluster while a node is away or suspected
 
@@ -29,7 +29,11 @@ class Nodes:
         """Name and connections of the node to ask for `key`, and whether that is a replica."""
         nodes, away = self._of(key), self._away
         place = next((n for n, node in enumerate(nodes) if node.name not in away), 0)
-        return nodes[place].name, self.cluster.get_redis_connection(nodes[place]).connection_pool, place > 0
+        return (
+            nodes[place].name,
+            self.cluster.get_redis_connection(nodes[place]).connection_pool,
+            place > 0,
+        )
 
     def spare(self, key: str) -> bool:
         """Whether a node for `key` is left that has not failed."""
@@ -94,8 +98,16 @@ class Nodes:
         manager = self.cluster.nodes_manager
         if manager.get_node(node_name=name) is None:
             return False
-        shares = (nodes for nodes in manager.slots_cache.values() if any(node.name == name for node in nodes))
-        others = [node.name for node in next(shares, []) if node.name != name and node.name not in self._away]
+        shares = (
+            nodes
+            for nodes in manager.slots_cache.values()
+            if any(node.name == name for node in nodes)
+        )
+        others = [
+            node.name
+            for node in next(shares, [])
+            if node.name != name and node.name not in self._away
+        ]
         return lags(name, others, self._seconds)
 
     def _seconds(self, name: str) -> float | None:

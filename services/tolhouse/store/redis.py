@@ -31,13 +31,21 @@ from redis.connection import AbstractConnection, ConnectionPool
 from redis.credentials import CredentialProvider
 from redis.retry import Retry
 
-from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, NotFound, Overloaded, Unauthenticated, Unavailable
-from tolhouse.outlier import SUSPECT_SECONDS
+from tolhouse.errors import (
+    Corrupt,
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    Overloaded,
+    Unauthenticated,
+    Unavailable,
+)
+from tolhouse.files import ReloadingFiles, read_file
+from tolhouse.logs import event
+from tolhouse.net.health import SUSPECT_SECONDS
 from tolhouse.store import LEASE_SECONDS, Alias, Store, by_shard, not_understood, shown
 from tolhouse.store.nodes import Nodes
-from tolhouse.table.spec import Buffer, Manifest, check_name, split, split_ref
-from tolhouse.telemetry import event
-from tolhouse.watched import Watched, read_file
+from tolhouse.table.manifest import Buffer, Manifest, check_name, split, split_ref
 
 _TABLES = "tolhouse:tables"
 _WRITE_BYTES = 1 << 20  # per HSET
@@ -46,8 +54,16 @@ _READ_BYTES = 1 << 18  # per recv
 _SENT_BYTES = 1 << 19  # of answers that are asked for at a time
 _FAILOVER_SECONDS = 8.0  # longest wait for a node of a Cluster, or one that takes its place
 _PAUSE_SECONDS = 0.1
-_NOT_NOW = (exceptions.ClusterDownError, exceptions.TryAgainError, exceptions.MasterDownError, exceptions.BusyLoadingError)
-_LOST = (exceptions.ConnectionError, exceptions.TimeoutError)  # a node that can't be reached, or hangs
+_NOT_NOW = (
+    exceptions.ClusterDownError,
+    exceptions.TryAgainError,
+    exceptions.MasterDownError,
+    exceptions.BusyLoadingError,
+)
+_LOST = (
+    exceptions.ConnectionError,
+    exceptions.TimeoutError,
+)  # a node that can't be reached, or hangs
 
 
 class RedisStore(Store):
@@ -71,8 +87,13 @@ class RedisStore(Store):
                     self._redis = RedisCluster.from_url(one, require_full_coverage=False, **options)
                     self._nodes = Nodes(self._redis)
             except FileNotFoundError as error:
-                raise InvalidArgument(f"a TLS file that the store's URL names can't be read: {error.strerror}") from None
-            except (ValueError, TypeError):  # a port that is no number, an option that redis-py doesn't have
+                raise InvalidArgument(
+                    f"a TLS file that the store's URL names can't be read: {error.strerror}"
+                ) from None
+            except (
+                ValueError,
+                TypeError,
+            ):  # a port that is no number, an option that redis-py doesn't have
                 raise not_understood(url) from None
 
     def refs(self) -> list[str]:
@@ -93,15 +114,25 @@ class RedisStore(Store):
             raise Corrupt(f"{ref} in {self.url} describes table {manifest.ref}")
         return manifest
 
-    def own_records(self, manifest: Manifest, ids: np.ndarray) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
+    def own_records(
+        self, manifest: Manifest, ids: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
         shards = by_shard(manifest, ids)
         reads = [(_shard_key(manifest, shard), ids[places].tolist()) for shard, places in shards]
         with self._mapped():
-            for (_, places), (_, tokens), records in zip(shards, reads, self._hmget(reads, manifest.record_bytes), strict=True):
+            for (_, places), (_, tokens), records in zip(
+                shards, reads, self._hmget(reads, manifest.record_bytes), strict=True
+            ):
                 for token, record in zip(tokens, records, strict=True):
                     if record is None or len(record) != manifest.record_bytes:
-                        size = "is missing" if record is None else f"has {len(record)} bytes, not {manifest.record_bytes},"
-                        raise Corrupt(f"the row of token {token} of table {manifest.ref} {size} in {self.url}: load it again")
+                        size = (
+                            "is missing"
+                            if record is None
+                            else f"has {len(record)} bytes, not {manifest.record_bytes},"
+                        )
+                        raise Corrupt(
+                            f"the row of token {token} of table {manifest.ref} {size} in {self.url}: load it again"
+                        )
                 manifest.verify(ids[places], records)
                 yield places, records
 
@@ -120,7 +151,11 @@ class RedisStore(Store):
                     yield answer
                     answered += 1
             except (*_LOST, *_NOT_NOW) as error:
-                if not self._nodes and ask == self._sent and not isinstance(error, exceptions.TimeoutError):
+                if (
+                    not self._nodes
+                    and ask == self._sent
+                    and not isinstance(error, exceptions.TimeoutError)
+                ):
                     ask = self._piped  # it tries again
                     continue
                 if not self._nodes or time.monotonic() > deadline:
@@ -147,11 +182,15 @@ class RedisStore(Store):
             lanes: dict[str, _Lane] = {}
             order = []
             for key, tokens in reads:
-                name, pool, is_replica = self._nodes.of(key) if self._nodes else ("", self._redis.connection_pool, False)
+                name, pool, is_replica = (
+                    self._nodes.of(key) if self._nodes else ("", self._redis.connection_pool, False)
+                )
                 lane = lanes.get(name)
                 if lane is None:
                     with self._blamed(name):
-                        lane = lanes[name] = _Lane(name, stack.enter_context(_connection(pool)), is_replica)
+                        lane = lanes[name] = _Lane(
+                            name, stack.enter_context(_connection(pool)), is_replica
+                        )
                 with self._blamed(name):
                     lane.add(("HMGET", key, *tokens), len(tokens) * record_bytes)
                 order.append(lane)
@@ -184,7 +223,10 @@ class RedisStore(Store):
             for start in range(0, len(ids), step * _WRITES_AHEAD):
                 pipeline = self._redis.pipeline(transaction=False)
                 for at in range(start, min(start + step * _WRITES_AHEAD, len(ids)), step):
-                    pipeline.hset(key, mapping=dict(zip(ids[at : at + step], views[at : at + step], strict=True)))
+                    pipeline.hset(
+                        key,
+                        mapping=dict(zip(ids[at : at + step], views[at : at + step], strict=True)),
+                    )
                 pipeline.execute()
 
     def count(self, manifest: Manifest, shard: int) -> int:
@@ -199,7 +241,9 @@ class RedisStore(Store):
     def delete(self, manifest: Manifest) -> None:
         with self._mapped():
             self._redis.srem(_TABLES, manifest.ref)
-            self._redis.delete(f"tolhouse:{{{manifest.ref}}}:manifest", f"tolhouse:{{{manifest.ref}}}:lease")
+            self._redis.delete(
+                f"tolhouse:{{{manifest.ref}}}:manifest", f"tolhouse:{{{manifest.ref}}}:lease"
+            )
             for shard in range(manifest.num_shards):
                 self._redis.unlink(_shard_key(manifest, shard))
 
@@ -237,8 +281,14 @@ class RedisStore(Store):
         """Redis' errors as ours."""
         try:
             yield
-        except (exceptions.AuthenticationError, exceptions.AuthorizationError, exceptions.NoPermissionError) as error:
-            raise Unauthenticated(f"Redis at {self.url} refuses the user or password: {error}") from None
+        except (
+            exceptions.AuthenticationError,
+            exceptions.AuthorizationError,
+            exceptions.NoPermissionError,
+        ) as error:
+            raise Unauthenticated(
+                f"Redis at {self.url} refuses the user or password: {error}"
+            ) from None
         except exceptions.TimeoutError as error:
             raise DeadlineExceeded(f"Redis at {self.url} did not answer in time: {error}") from None
         except exceptions.OutOfMemoryError as error:
@@ -274,7 +324,9 @@ class _PasswordFile(CredentialProvider):
 
     def __init__(self, user: str, path: str) -> None:
         self._user = user
-        self._password = Watched((path,), lambda: read_file(path, "the file of Redis' password").decode().strip())
+        self._password = ReloadingFiles(
+            (path,), lambda: read_file(path, "the file of Redis' password").decode().strip()
+        )
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
         return (self._user, self._password.get()) if self._user else (self._password.get(),)
@@ -289,9 +341,13 @@ def _credentials(url: str) -> tuple[str, CredentialProvider | None]:
         if not path:
             return url, None
         if parts.password or "password" in options:
-            raise InvalidArgument(f"store {shown(url)!r} has a password and a password_file: give one of them")
+            raise InvalidArgument(
+                f"store {shown(url)!r} has a password and a password_file: give one of them"
+            )
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(options))
-        return urlunsplit(bare), _PasswordFile(unquote(parts.username or options.pop("username", "")), path)
+        return urlunsplit(bare), _PasswordFile(
+            unquote(parts.username or options.pop("username", "")), path
+        )
     except (ValueError, UnicodeDecodeError):
         raise not_understood(url) from None
 
@@ -318,7 +374,9 @@ class _Lane:
 
     def send(self) -> None:
         # redis-py's own way makes a tuple from a generator, which CPython puts on a list of free ones that nothing else takes from
-        self.connection.send_packed_command([b"".join(map(hiredis.pack_command, self.commands))], check_health=False)
+        self.connection.send_packed_command(
+            [b"".join(map(hiredis.pack_command, self.commands))], check_health=False
+        )
         self.commands, self.answer_bytes = [], 0
 
     def answer(self) -> Any:

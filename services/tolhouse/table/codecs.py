@@ -35,8 +35,12 @@ class Codec:
         top = np.maximum(rows.max(initial=0), -rows.min(initial=0))
         if not np.isfinite(top):
             raise InvalidArgument("rows hold values that are not finite")
-        if not np.isfinite(self.decode(self.encode_values(top.reshape(1))).astype(np.float32)).all():  # what holds it holds the others
-            raise InvalidArgument(f"rows hold values too large for {self.name}; fp32, bf16, int8 and int4 reach 3e38")
+        if not np.isfinite(
+            self.decode(self.encode_values(top.reshape(1))).astype(np.float32)
+        ).all():  # what holds it holds the others
+            raise InvalidArgument(
+                f"rows hold values too large for {self.name}; fp32, bf16, int8 and int4 reach 3e38"
+            )
         return self.encode_values(rows)
 
 
@@ -46,7 +50,11 @@ def _plain(name: str, dtype: np.dtype, relative_error: float, step: float = 0.0)
 
     def encode(rows: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
-            values = _bfloat16(rows) if dtype == ml_dtypes.bfloat16 else np.ascontiguousarray(rows.astype(dtype))
+            values = (
+                _bfloat16(rows)
+                if dtype == ml_dtypes.bfloat16
+                else np.ascontiguousarray(rows.astype(dtype))
+            )
         return values.view(block(rows.shape[-1]))[..., 0]
 
     return Codec(name, block, encode, lambda blocks: blocks["values"], relative_error, step)
@@ -71,7 +79,9 @@ def _int8_encode(rows: np.ndarray) -> np.ndarray:
     blocks = np.empty(rows.shape[:-1], _int8_block(rows.shape[-1]))
     scale = (np.abs(rows).max(axis=-1) / 127).astype(np.float32)
     # a row of zeros, or one too small for a scale, is stored as zeros
-    scaled = np.divide(rows, scale[..., None], out=np.zeros(rows.shape, np.float32), where=scale[..., None] > 0)
+    scaled = np.divide(
+        rows, scale[..., None], out=np.zeros(rows.shape, np.float32), where=scale[..., None] > 0
+    )
     blocks["scale"] = scale
     with np.errstate(invalid="ignore"):
         blocks["codes"] = np.clip(np.rint(scaled), -127, 127)
@@ -83,12 +93,18 @@ def _int8_decode(blocks: np.ndarray) -> np.ndarray:
 
 
 GROUP = 32  # values that share a scale of int4
-_CACHED = 2**17  # values that int4 encodes at a time, so that they stay in a core's cache between passes
+_CACHED = (
+    2**17
+)  # values that int4 encodes at a time, so that they stay in a core's cache between passes
 _TOP = np.uint16(0x7E12)  # the largest bfloat16 of which 7 times is finite
 
 
 def _int4_block(size: int) -> np.dtype:
-    fields = [("scales", ml_dtypes.bfloat16, (-(-size // GROUP),)), ("codes", "i1", (size // 2,)), ("last", "i1", (size % 2,))]
+    fields = [
+        ("scales", ml_dtypes.bfloat16, (-(-size // GROUP),)),
+        ("codes", "i1", (size // 2,)),
+        ("last", "i1", (size % 2,)),
+    ]
     return np.dtype(fields)
 
 
@@ -114,11 +130,17 @@ def _int4_encode_into(blocks: np.ndarray, rows: np.ndarray) -> None:
     scaled = np.abs(rows)
     largest = np.maximum.reduceat(scaled, np.arange(0, size, GROUP), axis=1)
     # a scale is rounded up, so that no code is above 7, but not so far that 7 times it is infinite
-    bits = np.minimum(((largest / np.float32(7)).view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16), _TOP)
+    bits = np.minimum(
+        ((largest / np.float32(7)).view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16), _TOP
+    )
     blocks["scales"] = bits.astype(np.uint16).view(ml_dtypes.bfloat16)
     scales = (bits << np.uint32(16)).view(np.float32)
-    scales[scales == 0] = np.inf  # a group of zeros, or one too small for a scale, is stored as zeros
-    for (values, scale), (out, _) in zip(_groups(rows, scales), _groups(scaled, scales), strict=True):
+    scales[scales == 0] = (
+        np.inf
+    )  # a group of zeros, or one too small for a scale, is stored as zeros
+    for (values, scale), (out, _) in zip(
+        _groups(rows, scales), _groups(scaled, scales), strict=True
+    ):
         np.divide(values, scale, out=out)
     codes = np.rint(scaled, out=scaled).astype(np.int8)
     blocks["codes"] = codes[:, :half] & 15 | codes[:, half : 2 * half] * 16

@@ -29,8 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tolhouse.table.rowcache import MOST_USES
-from tolhouse.table.spec import Manifest
+from tolhouse.table.manifest import Manifest
+from tolhouse.table.row_cache import MOST_USES
 
 MOST_RUNG = 16_384
 RUNG = b"1"
@@ -40,7 +40,15 @@ _WORD, _CLOSED = slice(8, 24), 24
 class Segment:
     """The memory of one table's hot rows, as its owner (`create`) or as a reader (`attach`) sees it."""
 
-    def __init__(self, counts: mmap.mmap, rows: mmap.mmap, manifest: Manifest, capacity: int, number: int, fd: int) -> None:
+    def __init__(
+        self,
+        counts: mmap.mmap,
+        rows: mmap.mmap,
+        manifest: Manifest,
+        capacity: int,
+        number: int,
+        fd: int,
+    ) -> None:
         """`counts` holds the part that readers may write, `rows` the whole; both begin with the head."""
         self.manifest, self.capacity, self.id, self.fd = manifest, capacity, number, fd
         uses, slots, slab, end = _layout(manifest, capacity)
@@ -49,7 +57,9 @@ class Segment:
         self._memory = rows
         self.uses = np.frombuffer(counts, np.uint8, capacity, uses)
         self.slot_of = np.frombuffer(rows, np.int32, manifest.vocab_size, slots)
-        self.slab = np.frombuffer(rows, np.uint8, end - slab, slab).reshape(capacity, manifest.record_bytes)
+        self.slab = np.frombuffer(rows, np.uint8, end - slab, slab).reshape(
+            capacity, manifest.record_bytes
+        )
         self.bytes = memoryview(rows)[slab:end]  # the slab, flat
 
     @classmethod
@@ -68,7 +78,9 @@ class Segment:
         return segment
 
     @classmethod
-    def attach(cls, manifest: Manifest, capacity: int, number: int, pid: int, fd: int) -> "Segment | None":
+    def attach(
+        cls, manifest: Manifest, capacity: int, number: int, pid: int, fd: int
+    ) -> "Segment | None":
         """The segment of another process, or None if it can't be mapped from here."""
         path = Path(f"/proc/{pid}/fd/{fd}")
         with suppress(OSError, ValueError):

@@ -16,9 +16,20 @@ from tolhouse.errors import InvalidArgument, NotFound
 from tolhouse.model.tokenizer import load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "pydoc_data"}
+_SKIPPED = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib2to3",
+    "pydoc_data",
+}
 _HELD_OUT_ONE_IN = 40
-_PIECE_CHARS = 20_000  # a long file counts as several documents, so that a single file is split as well
+_PIECE_CHARS = (
+    20_000  # a long file counts as several documents, so that a single file is split as well
+)
 
 
 def standard_library() -> Path:
@@ -38,7 +49,11 @@ def whole_files(path: Path) -> Iterator[tuple[str, str]]:
         raise NotFound(f"no corpus at {path}: give a text file or a folder of them")
     stdlib = path == standard_library()
     single = not path.is_dir()  # a file, or a pipe
-    files = [path] if single else sorted(p for p in path.rglob("*.py" if stdlib else "*") if p.is_file())
+    files = (
+        [path]
+        if single
+        else sorted(p for p in path.rglob("*.py" if stdlib else "*") if p.is_file())
+    )
     for file in files:
         if stdlib and _SKIPPED & set(file.relative_to(path).parts):
             continue
@@ -70,12 +85,17 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def prepare(path: Path, folder: Path, vocab_size: int, least_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def prepare(
+    path: Path, folder: Path, vocab_size: int, least_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(train, held-out) token ids of the corpus at `path`, by a tokenizer in `folder` that is trained if not there."""
     pairs = list(documents(path))
     kept = [text for name, text in pairs if not is_held_out(name)]
     held_out = [text for name, text in pairs if is_held_out(name)]
-    kept, held_out = kept or held_out[:1], held_out or kept[-1:]  # a single document is on both sides
+    kept, held_out = (
+        kept or held_out[:1],
+        held_out or kept[-1:],
+    )  # a single document is on both sides
     file = folder / "tokenizer.json"
     if not file.exists():
         train_tokenizer(kept, vocab_size).save(str(file))
@@ -91,5 +111,7 @@ def prepare(path: Path, folder: Path, vocab_size: int, least_tokens: int) -> tup
     train, valid = encode(kept), encode(held_out)
     if min(len(train), len(valid)) <= least_tokens:
         size = min(len(train), len(valid))
-        raise InvalidArgument(f"the corpus at {path} is too small: {size} tokens on one side; more than {least_tokens} are needed")
+        raise InvalidArgument(
+            f"the corpus at {path} is too small: {size} tokens on one side; more than {least_tokens} are needed"
+        )
     return train, valid

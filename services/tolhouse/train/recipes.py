@@ -54,7 +54,9 @@ def paper(size: str) -> Callable[[str, int], Recipe]:
     """The paper's own run at one of its sizes, 50B tokens (PAPER section 3). Batch size is our choice."""
 
     def recipe(kind: str, beta: int) -> Recipe:
-        return Recipe(preset(size, kind, beta, vocab_size=8192), 95_000, 256, 2048, 1e-4, 1e-5, 5000, 1000)
+        return Recipe(
+            preset(size, kind, beta, vocab_size=8192), 95_000, 256, 2048, 1e-4, 1e-5, 5000, 1000
+        )
 
     recipe.__doc__ = f"The paper's {size} run: for accelerators."
     return recipe

@@ -35,16 +35,22 @@ def train_checkpoint(
     if steps:
         chosen = replace(chosen, steps=steps, warmup_steps=min(chosen.warmup_steps, steps))
     if (out / WEIGHTS).exists() and not (out / STATE).exists():
-        raise InUse(f"{out} holds a finished checkpoint: choose another --out, or remove the folder to train it anew")
+        raise InUse(
+            f"{out} holds a finished checkpoint: choose another --out, or remove the folder to train it anew"
+        )
     torch.set_num_threads(threads)
     source = corpus_path or corpus.standard_library()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        train_ids, valid_ids = corpus.prepare(source, out, chosen.config.vocab_size, chosen.sequence_tokens)
+        train_ids, valid_ids = corpus.prepare(
+            source, out, chosen.config.vocab_size, chosen.sequence_tokens
+        )
         trainer = Trainer(chosen, train_ids, valid_ids, out, seed=seed, compile=compile)
         loss = trainer.run()
     except OSError as error:
-        raise Unavailable(f"can't write {error.filename or out}: {error.strerror or error}") from None
+        raise Unavailable(
+            f"can't write {error.filename or out}: {error.strerror or error}"
+        ) from None
     flags = [f"--kind {kind}"] if kind != "memory" else []
     flags += [f"--beta {beta}"] if beta else []
     flags += [f"--ffn-c {ffn_c}"] if ffn_c != "linear" else []

@@ -50,8 +50,14 @@ class Trainer:
         first = self.resume()
         loss_of = compiled(self.loss) if self.compile else self.loss
         curve, saved = Curve(self.out, first), time.monotonic()
-        with tqdm(total=self.recipe.steps * self.recipe.step_tokens, initial=first * self.recipe.step_tokens,
-                  unit="tok", unit_scale=True, desc="train", dynamic_ncols=True) as bar:  # fmt: skip
+        with tqdm(
+            total=self.recipe.steps * self.recipe.step_tokens,
+            initial=first * self.recipe.step_tokens,
+            unit="tok",
+            unit_scale=True,
+            desc="train",
+            dynamic_ncols=True,
+        ) as bar:
             for step in range(first, self.recipe.steps):
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate(self.recipe, step)
@@ -61,7 +67,11 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 done = step + 1
-                valid = self.evaluate() if done % self.recipe.eval_every_steps == 0 or done == self.recipe.steps else None
+                valid = (
+                    self.evaluate()
+                    if done % self.recipe.eval_every_steps == 0 or done == self.recipe.steps
+                    else None
+                )
                 curve.add(done, done * self.recipe.step_tokens, loss.item(), valid)
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 bar.update(self.recipe.step_tokens)
@@ -76,29 +86,44 @@ class Trainer:
     def batch(self, ids: np.ndarray, *seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, [B * S] each: windows drawn by `seed`, so that step n is the same in every run."""
         recipe = self.recipe
-        starts = np.random.default_rng(seed).integers(0, len(ids) - recipe.sequence_tokens, recipe.batch_sequences)
-        windows = torch.from_numpy(np.stack([ids[s : s + recipe.sequence_tokens + 1] for s in starts])).long()
+        starts = np.random.default_rng(seed).integers(
+            0, len(ids) - recipe.sequence_tokens, recipe.batch_sequences
+        )
+        windows = torch.from_numpy(
+            np.stack([ids[s : s + recipe.sequence_tokens + 1] for s in starts])
+        ).long()
         return windows[:, :-1].flatten(), windows[:, 1:].flatten()
 
     def loss(self, ids_T: Tensor, targets_T: Tensor, z_loss: bool = True) -> Tensor:
         unique_U, inverse_T = ids_T.unique(return_inverse=True)
         return self.loss_of_rows(ids_T, targets_T, unique_U, inverse_T, z_loss)
 
-    def loss_of_rows(self, ids_T: Tensor, targets_T: Tensor, unique_U: Tensor, inverse_T: Tensor, z_loss: bool) -> Tensor:
+    def loss_of_rows(
+        self, ids_T: Tensor, targets_T: Tensor, unique_U: Tensor, inverse_T: Tensor, z_loss: bool
+    ) -> Tensor:
         length = self.recipe.sequence_tokens
         positions_T = torch.arange(length).repeat(len(ids_T) // length)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.autocast):
             rows_NUD = self.model.rows(unique_U)
             # an embedding lookup per layer: its backward adds up the gradients of equal tokens
-            rows_NTD = torch.stack([F.embedding(inverse_T, row_UD) for row_UD in rows_NUD]) if len(rows_NUD) else rows_NUD
+            rows_NTD = (
+                torch.stack([F.embedding(inverse_T, row_UD) for row_UD in rows_NUD])
+                if len(rows_NUD)
+                else rows_NUD
+            )
             logits_TV = self.model(ids_T, positions_T, NoCache(length), rows_NTD).float()
         loss = F.cross_entropy(logits_TV, targets_T)
-        return loss + self.recipe.z_loss * logits_TV.logsumexp(-1).square().mean() if z_loss else loss
+        return (
+            loss + self.recipe.z_loss * logits_TV.logsumexp(-1).square().mean() if z_loss else loss
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: int = 8) -> float:
         """Mean cross-entropy in nats per token over fixed held-out windows."""
-        losses = [self.loss(*self.batch(self.valid_ids, 0, 1, index), z_loss=False).item() for index in range(batches)]
+        losses = [
+            self.loss(*self.batch(self.valid_ids, 0, 1, index), z_loss=False).item()
+            for index in range(batches)
+        ]
         return float(np.mean(losses))
 
     def fingerprint(self) -> dict[str, str]:
@@ -126,7 +151,9 @@ class Trainer:
         try:
             opened = safe_open(file, framework="pt")
         except SafetensorError as error:
-            raise Corrupt(f"{file} can't be read: {error}; remove it, or the folder, to begin anew") from None
+            raise Corrupt(
+                f"{file} can't be read: {error}; remove it, or the folder, to begin anew"
+            ) from None
         with opened as saved:
             metadata = saved.metadata()
             step = int(metadata.pop("step"))
@@ -152,13 +179,18 @@ def initialise(model: Transformer) -> None:
     for name, p in model.named_parameters():
         if p.dim() == 2:
             residual = "o_proj" in name or "down_proj" in name or ".maps." in name
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * model.config.num_hidden_layers) if residual else 0.02)
+            nn.init.normal_(
+                p, std=0.02 / math.sqrt(2 * model.config.num_hidden_layers) if residual else 0.02
+            )
 
 
 def adamw(model: Transformer, recipe: Recipe) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=recipe.betas, fused=True)
 
 
@@ -167,7 +199,10 @@ def rate(recipe: Recipe, step: int) -> float:
     if step < recipe.warmup_steps:
         return recipe.peak_rate * (step + 1) / recipe.warmup_steps
     progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return recipe.final_rate + (recipe.peak_rate - recipe.final_rate) * (1 + math.cos(math.pi * progress)) / 2
+    return (
+        recipe.final_rate
+        + (recipe.peak_rate - recipe.final_rate) * (1 + math.cos(math.pi * progress)) / 2
+    )
 
 
 def compiled(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -182,7 +217,9 @@ def compiled(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         except Exception as error:
             if chosen is loss:
                 raise
-            tqdm.write(f"torch.compile is not available here ({type(error).__name__}); training runs uncompiled")
+            tqdm.write(
+                f"torch.compile is not available here ({type(error).__name__}); training runs uncompiled"
+            )
             chosen = loss
             return loss(*args)
 
@@ -199,7 +236,9 @@ class Curve:
             with self.file.open() as file:
                 for step, tokens, loss, valid in list(csv.reader(file))[1:]:
                     if int(step) <= first:
-                        self.rows.append((int(step), int(tokens), float(loss), float(valid) if valid else None))
+                        self.rows.append(
+                            (int(step), int(tokens), float(loss), float(valid) if valid else None)
+                        )
 
     @property
     def last_valid(self) -> float:
@@ -224,7 +263,13 @@ class Curve:
 
         self.flush()
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        axes.plot([r[1] for r in self.rows], [r[2] for r in self.rows], lw=0.6, alpha=0.6, label="training")
+        axes.plot(
+            [r[1] for r in self.rows],
+            [r[2] for r in self.rows],
+            lw=0.6,
+            alpha=0.6,
+            label="training",
+        )
         evals = [(r[1], r[3]) for r in self.rows if r[3] is not None]
         axes.plot(*zip(*evals, strict=True), marker="o", ms=3, label="held out")
         axes.set(xlabel="tokens", ylabel="cross-entropy, nats per token")
@@ -234,7 +279,14 @@ class Curve:
         plt.close(figure)
 
 
-def card(recipe: Recipe, command: str, corpus: str, train_tokens: int, loss: float, parameters: tuple[int, int]) -> str:
+def card(
+    recipe: Recipe,
+    command: str,
+    corpus: str,
+    train_tokens: int,
+    loss: float,
+    parameters: tuple[int, int],
+) -> str:
     """A model card in Markdown."""
     c = recipe.config
     beta = f", beta {c.beta}, FFN-C {c.ffn_c}" if c.kind == "flex" else ""

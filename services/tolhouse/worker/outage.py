@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 
 from tolhouse.errors import TolhouseError
-from tolhouse.telemetry import event, log
+from tolhouse.logs import event, log
 
 
 class Outage:
@@ -14,14 +14,22 @@ class Outage:
     One that begins again before a fetch has worked goes on with the pauses of the last.
     """
 
-    def __init__(self, is_back: Callable[[], bool], first_seconds: float = 0.1, longest_seconds: float = 5.0) -> None:
-        self.is_back, self.first_seconds, self.longest_seconds = is_back, first_seconds, longest_seconds
+    def __init__(
+        self, is_back: Callable[[], bool], first_seconds: float = 0.1, longest_seconds: float = 5.0
+    ) -> None:
+        self.is_back, self.first_seconds, self.longest_seconds = (
+            is_back,
+            first_seconds,
+            longest_seconds,
+        )
         self.on = False
         self._pause_seconds = first_seconds
         self._closed = threading.Event()
 
     def begin(self, error: TolhouseError) -> None:
-        event("the lookup service is away: rows are computed here", logging.WARNING, reason=str(error))
+        event(
+            "the lookup service is away: rows are computed here", logging.WARNING, reason=str(error)
+        )
         self.on = True
         threading.Thread(target=self._watch, name="outage", daemon=True).start()
 

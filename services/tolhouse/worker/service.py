@@ -15,31 +15,33 @@ from prometheus_client.registry import Collector
 from tolhouse import tracing
 from tolhouse.client.client import Client
 from tolhouse.config import WorkerConfig
+from tolhouse.engine.attention import PagedKVCache, blocks_of
+from tolhouse.engine.block_manager import BlockManager
+from tolhouse.engine.cpu.compiled import Compiled
+from tolhouse.engine.cpu.packed import load
+from tolhouse.engine.cuda_graphs import GraphRunner
+from tolhouse.engine.engine import Engine
+from tolhouse.engine.recompute import Recompute
+from tolhouse.engine.row_providers import NoRows, Rows, check_table, wait_for_table
+from tolhouse.engine.runner import Runner
+from tolhouse.engine.sampler import Logprobs
+from tolhouse.engine.sequence import Output, Sequence
 from tolhouse.errors import InvalidArgument, Mismatch, TolhouseError
+from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import check_prompt
-from tolhouse.rpc import keep_large_blocks, serve, stream
-from tolhouse.scrape import serve_metrics
-from tolhouse.table.spec import Manifest
-from tolhouse.telemetry import event
+from tolhouse.net.metrics import serve_metrics
+from tolhouse.net.server import keep_large_blocks, serve, stream
+from tolhouse.sampling import SamplingParams
+from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationServicer, add_GenerationServicer_to_server
-from tolhouse.worker.attention import Pages, blocks_of
-from tolhouse.worker.compiled import Compiled
-from tolhouse.worker.engine import Engine
-from tolhouse.worker.follow import Follower
-from tolhouse.worker.graphs import GraphRunner
-from tolhouse.worker.kv_cache import KVCache
-from tolhouse.worker.packed import load
-from tolhouse.worker.recompute import Recompute
-from tolhouse.worker.rows import NoRows, Rows, check_table, wait_for_table
-from tolhouse.worker.runner import Runner
-from tolhouse.worker.sampler import Logprobs
-from tolhouse.worker.sampling import Sampling
-from tolhouse.worker.sequence import Output, Sequence
+from tolhouse.worker.table_watcher import TableWatcher
 
 NAME = "tolhouse.v1.Generation"
-REQUESTS = Counter("tolhouse_worker_requests_total", "Generate calls answered, by gRPC status", ["status"])
+REQUESTS = Counter(
+    "tolhouse_worker_requests_total", "Generate calls answered, by gRPC status", ["status"]
+)
 MAX_REQUEST_ID = 256  # characters: it stands in the log
 _AS_COMPUTED = ("fp32", "fp16", "bf16")  # codecs that keep rows but for the rounding to 16 bits
 
@@ -57,7 +59,9 @@ class WorkerService(GenerationServicer):
             "row_layers": checkpoint.config.num_rows,
             "most_sequences": engine.scheduler.max_running + engine.max_waiting,
             "eos_token_id": checkpoint.config.eos_token_id,
-            "weight_bytes": checkpoint.weight_bytes(dense=False, embedding=not (manifest and manifest.x0)),
+            "weight_bytes": checkpoint.weight_bytes(
+                dense=False, embedding=not (manifest and manifest.x0)
+            ),
             "dense_weight_bytes": checkpoint.weight_bytes(dense=True),
         }
 
@@ -83,17 +87,31 @@ class WorkerService(GenerationServicer):
         engine = self.engine
         counts = generation_pb2.RowCounts(**engine.counts())
         return generation_pb2.DescribeWorkerReply(
-            **self.identity, table=engine.table, running=engine.running, waiting=engine.waiting, rows=counts, tokens=engine.tokens
+            **self.identity,
+            table=engine.table,
+            running=engine.running,
+            waiting=engine.waiting,
+            rows=counts,
+            tokens=engine.tokens,
         )
 
-    async def _generate(self, request: generation_pb2.GenerateRequest, traceparent: str) -> AsyncIterator[generation_pb2.GenerateReply]:
+    async def _generate(
+        self, request: generation_pb2.GenerateRequest, traceparent: str
+    ) -> AsyncIterator[generation_pb2.GenerateReply]:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Output] = asyncio.Queue()
         sequence: Sequence | None = None
         status, told = "CANCELLED", ""  # unless it ends otherwise
-        about = {"gen_ai.request.model": self.identity["model"], "gen_ai.usage.input_tokens": len(request.prompt_ids)}
+        about = {
+            "gen_ai.request.model": self.identity["model"],
+            "gen_ai.usage.input_tokens": len(request.prompt_ids),
+        }
         trace = tracing.begin(
-            "worker Generate", {**about, "tolhouse.request_id": request.request_id}, parent=traceparent, root=True, kind="SERVER"
+            "worker Generate",
+            {**about, "tolhouse.request_id": request.request_id},
+            parent=traceparent,
+            root=True,
+            kind="SERVER",
         )
 
         def emit(output: Output) -> None:
@@ -102,12 +120,22 @@ class WorkerService(GenerationServicer):
         try:
             sequence = self._sequence(request, emit)
             sequence.traceparent = trace.traceparent
-            event("request", logging.DEBUG, request_id=request.request_id, prompt_tokens=sequence.prompt_tokens)
+            event(
+                "request",
+                logging.DEBUG,
+                request_id=request.request_id,
+                prompt_tokens=sequence.prompt_tokens,
+            )
             self.engine.add(sequence)
             while True:
                 output = await events.get()
                 if output.error:
-                    event("request failed", logging.WARNING, request_id=request.request_id, error=str(output.error))
+                    event(
+                        "request failed",
+                        logging.WARNING,
+                        request_id=request.request_id,
+                        error=str(output.error),
+                    )
                     raise output.error
                 if output.finish_reason:
                     status = "OK"
@@ -138,18 +166,27 @@ class WorkerService(GenerationServicer):
             if sequence:
                 self.engine.cancel(sequence)
 
-    def _sequence(self, request: generation_pb2.GenerateRequest, emit: Callable[[Output], None]) -> Sequence:
+    def _sequence(
+        self, request: generation_pb2.GenerateRequest, emit: Callable[[Output], None]
+    ) -> Sequence:
         if len(request.request_id) > MAX_REQUEST_ID:
-            raise InvalidArgument(f"the request_id has {len(request.request_id)} characters; at most {MAX_REQUEST_ID} are taken")
+            raise InvalidArgument(
+                f"the request_id has {len(request.request_id)} characters; at most {MAX_REQUEST_ID} are taken"
+            )
         prompt = check_prompt(self.config, request.prompt_ids, request.max_tokens)
-        for what, ids in (("stop id", request.stop_ids), ("logit_bias of token", request.logit_bias)):
+        for what, ids in (
+            ("stop id", request.stop_ids),
+            ("logit_bias of token", request.logit_bias),
+        ):
             if bad := [i for i in ids if i >= self.config.vocab_size]:
-                raise InvalidArgument(f"{what} {bad[0]} is outside the vocabulary: allowed are 0 to {self.config.vocab_size - 1}")
+                raise InvalidArgument(
+                    f"{what} {bad[0]} is outside the vocabulary: allowed are 0 to {self.config.vocab_size - 1}"
+                )
 
         def given(name: str, default: Any) -> Any:
             return getattr(request, name) if request.HasField(name) else default
 
-        sampling = Sampling(
+        sampling = SamplingParams(
             max_tokens=request.max_tokens,
             temperature=request.temperature,
             top_k=request.top_k,
@@ -160,7 +197,8 @@ class WorkerService(GenerationServicer):
             frequency_penalty=request.frequency_penalty,
             logit_bias=dict(request.logit_bias),
             seed=given("seed", None),
-            stop_ids=frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else {self.config.eos_token_id}),
+            stop_ids=frozenset(request.stop_ids)
+            | (frozenset() if request.ignore_eos else {self.config.eos_token_id}),
             min_tokens=request.min_tokens,
             logprobs=given("logprobs", None),
             prompt_logprobs=given("prompt_logprobs", None),
@@ -170,11 +208,21 @@ class WorkerService(GenerationServicer):
         )
         rows = self.config.num_rows
         wrong_count = len(sampling.layer_scales) not in (0, rows)
-        if wrong_count or (sampling.probes and (not rows or max(sampling.absent_layers, default=0) >= rows)):
+        if wrong_count or (
+            sampling.probes and (not rows or max(sampling.absent_layers, default=0) >= rows)
+        ):
             there = (
-                f"layers 0 to {rows - 1}" if rows > 1 else "one row for all layers" if rows else f"a {self.config.kind} model, without rows"
+                f"layers 0 to {rows - 1}"
+                if rows > 1
+                else "one row for all layers"
+                if rows
+                else f"a {self.config.kind} model, without rows"
             )
-            layers = f"layers {sorted(sampling.absent_layers)}" if sampling.absent_layers else "rows to scale"
+            layers = (
+                f"layers {sorted(sampling.absent_layers)}"
+                if sampling.absent_layers
+                else "rows to scale"
+            )
             asked = f"scales of {len(sampling.layer_scales)} layers" if wrong_count else layers
             raise InvalidArgument(
                 f"row_scale, absent_layers and layer_scales are for rows that there are: this is {there}, and {asked[:200]} were asked for"
@@ -183,17 +231,24 @@ class WorkerService(GenerationServicer):
 
 
 def _traceparent(context: grpc.aio.ServicerContext) -> str:
-    return next((str(value) for key, value in context.invocation_metadata() or () if key == tracing.HEADER), "")
+    return next(
+        (str(value) for key, value in context.invocation_metadata() or () if key == tracing.HEADER),
+        "",
+    )
 
 
 def _logprobs(logprobs: Logprobs | None) -> generation_pb2.Logprobs | None:
-    return generation_pb2.Logprobs(chosen=logprobs.chosen, top_ids=logprobs.top_ids, top=logprobs.top) if logprobs else None
+    return (
+        generation_pb2.Logprobs(chosen=logprobs.chosen, top_ids=logprobs.top_ids, top=logprobs.top)
+        if logprobs
+        else None
+    )
 
 
 class EngineMetrics(Collector):
     """The engine's own counts, read when Prometheus asks: nothing is counted twice."""
 
-    def __init__(self, engine: Engine, follower: Follower | None) -> None:
+    def __init__(self, engine: Engine, follower: TableWatcher | None) -> None:
         self.engine, self.follower = engine, follower
 
     def collect(self) -> Iterator[Metric]:
@@ -201,30 +256,72 @@ class EngineMetrics(Collector):
         yield GaugeMetricFamily("tolhouse_worker_running", "Sequences in the batch", engine.running)
         yield GaugeMetricFamily("tolhouse_worker_waiting", "Sequences in the queue", engine.waiting)
         used = 1 - cache.free_blocks / cache.num_blocks
-        yield GaugeMetricFamily("tolhouse_worker_kv_cache_usage_ratio", "Share of the KV cache in use", used)
+        yield GaugeMetricFamily(
+            "tolhouse_worker_kv_cache_usage_ratio", "Share of the KV cache in use", used
+        )
         yield CounterMetricFamily("tolhouse_worker_tokens", "Tokens generated", engine.tokens)
         yield CounterMetricFamily("tolhouse_worker_steps", "Engine steps", engine.steps)
-        yield CounterMetricFamily("tolhouse_worker_step_seconds", "Time in engine steps", engine.step_seconds)
-        yield CounterMetricFamily("tolhouse_worker_forward_seconds", "Time of steps in the model's forward", engine.forward_seconds)
-        yield CounterMetricFamily("tolhouse_worker_preemptions", "Sequences that gave their KV cache back", engine.scheduler.preemptions)
-        yield CounterMetricFamily("tolhouse_worker_prompt_tokens", "Prompt tokens of sequences let into the batch", cache.prompt_tokens)
-        yield CounterMetricFamily("tolhouse_worker_prefix_hit_tokens", "Prompt tokens found in the KV cache", cache.found_tokens)
-        by_source = CounterMetricFamily("tolhouse_worker_rows", "Rows that steps asked for, by source", labels=["source"])
+        yield CounterMetricFamily(
+            "tolhouse_worker_step_seconds", "Time in engine steps", engine.step_seconds
+        )
+        yield CounterMetricFamily(
+            "tolhouse_worker_forward_seconds",
+            "Time of steps in the model's forward",
+            engine.forward_seconds,
+        )
+        yield CounterMetricFamily(
+            "tolhouse_worker_preemptions",
+            "Sequences that gave their KV cache back",
+            engine.scheduler.preemptions,
+        )
+        yield CounterMetricFamily(
+            "tolhouse_worker_prompt_tokens",
+            "Prompt tokens of sequences let into the batch",
+            cache.prompt_tokens,
+        )
+        yield CounterMetricFamily(
+            "tolhouse_worker_prefix_hit_tokens",
+            "Prompt tokens found in the KV cache",
+            cache.found_tokens,
+        )
+        by_source = CounterMetricFamily(
+            "tolhouse_worker_rows", "Rows that steps asked for, by source", labels=["source"]
+        )
         by_source.add_metric(["cache"], counts["from_cache"])
         by_source.add_metric(["remote"], counts["from_remote"])
         by_source.add_metric(["recomputed"], counts["recomputed"])
         yield by_source
-        yield CounterMetricFamily("tolhouse_worker_row_bytes", "Bytes of rows fetched", counts["remote_bytes"])
-        yield CounterMetricFamily("tolhouse_worker_row_wait_seconds", "Time that steps waited for rows", counts["wait_seconds"])
-        yield CounterMetricFamily("tolhouse_worker_row_fetches", "Calls of the lookup service for rows", counts["fetches"])
-        yield CounterMetricFamily("tolhouse_worker_row_fetch_seconds", "Time that these took", counts["fetch_seconds"])
-        yield CounterMetricFamily("tolhouse_worker_sat_out", "Tokens that came a step later because their row did", engine.sat_out)
-        info = GaugeMetricFamily("tolhouse_worker_table_info", "1 for the table version that new sequences begin with", labels=["table"])
+        yield CounterMetricFamily(
+            "tolhouse_worker_row_bytes", "Bytes of rows fetched", counts["remote_bytes"]
+        )
+        yield CounterMetricFamily(
+            "tolhouse_worker_row_wait_seconds",
+            "Time that steps waited for rows",
+            counts["wait_seconds"],
+        )
+        yield CounterMetricFamily(
+            "tolhouse_worker_row_fetches", "Calls of the lookup service for rows", counts["fetches"]
+        )
+        yield CounterMetricFamily(
+            "tolhouse_worker_row_fetch_seconds", "Time that these took", counts["fetch_seconds"]
+        )
+        yield CounterMetricFamily(
+            "tolhouse_worker_sat_out",
+            "Tokens that came a step later because their row did",
+            engine.sat_out,
+        )
+        info = GaugeMetricFamily(
+            "tolhouse_worker_table_info",
+            "1 for the table version that new sequences begin with",
+            labels=["table"],
+        )
         if engine.table:
             info.add_metric([engine.table], 1)
         yield info
         refused = GaugeMetricFamily(
-            "tolhouse_worker_table_refused", "1 for a published version that does not fit this worker", labels=["table"]
+            "tolhouse_worker_table_refused",
+            "1 for a published version that does not fit this worker",
+            labels=["table"],
         )
         if self.follower and self.follower.refused:
             refused.add_metric([self.follower.refused], 1)
@@ -244,43 +341,73 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     compiled = Compiled(checkpoint.config, dtype, config.compile_cache)
     if config.compile == "auto" and device.type == "cpu":
         compiled.start()
-    cache = KVCache(blocks_of(checkpoint.config, int(config.kv_cache_megabytes * 1e6), dtype))
-    guard = config.guard()
+    cache = BlockManager(blocks_of(checkpoint.config, int(config.kv_cache_megabytes * 1e6), dtype))
+    credentials = config.server_credentials()
     tracing.start_tracing("worker", config.traces, insecure=config.insecure)
-    client = Client(config.lookup, timeout_seconds=config.fetch_timeout_seconds, access=config.access())
+    client = Client(
+        config.lookup,
+        timeout_seconds=config.fetch_timeout_seconds,
+        credentials=config.client_credentials(),
+    )
     table = config.table or checkpoint.name
 
     def rows_of(manifest: Manifest) -> Rows:
         check_table(manifest, checkpoint)
         fallback = Recompute(checkpoint, manifest) if config.fallback == "recompute" else None
-        rows = Rows(client, manifest, int(config.row_cache_megabytes * 1e6), device, dtype, fallback, checkpoint.config.num_rows)
+        rows = Rows(
+            client,
+            manifest,
+            int(config.row_cache_megabytes * 1e6),
+            device,
+            dtype,
+            fallback,
+            checkpoint.config.num_rows,
+        )
         rows.fill()
         return rows
 
     rows: Rows | NoRows = NoRows(checkpoint.config.hidden_size, device)
     if checkpoint.config.num_rows:
-        rows = rows_of(await asyncio.to_thread(wait_for_table, client, table, config.lookup_wait_seconds))
-    pages = Pages(checkpoint.config, cache.num_blocks + 1, device, dtype)  # one to spare, for GraphRunner
+        rows = rows_of(
+            await asyncio.to_thread(wait_for_table, client, table, config.lookup_wait_seconds)
+        )
+    pages = PagedKVCache(
+        checkpoint.config, cache.num_blocks + 1, device, dtype
+    )  # one to spare, for GraphRunner
     embedding = not (rows.manifest and rows.manifest.x0)
     model = load(checkpoint, device, dtype, embedding)
     if device.type == "cpu":
         compiled.attach(model)
     kind = Runner if device.type == "cpu" else GraphRunner
     runner = kind(model, pages, rows)
-    engine = Engine(runner, rows, cache, config.max_running, config.max_waiting, config.max_step_tokens)
+    engine = Engine(
+        runner, rows, cache, config.max_running, config.max_waiting, config.max_step_tokens
+    )
 
     def take_up(manifest: Manifest) -> None:
         if model.embed_tokens is None and not manifest.x0:
-            raise Mismatch("it does not carry X0, and this worker was started without its input embedding: start it again")
+            raise Mismatch(
+                "it does not carry X0, and this worker was started without its input embedding: start it again"
+            )
         rows = rows_of(manifest)
         engine.use(kind(model, pages, rows), rows)
 
-    follower = Follower(client, table, engine, take_up, config.table_poll_seconds) if engine.table else None
+    follower = (
+        TableWatcher(client, table, engine, take_up, config.table_poll_seconds)
+        if engine.table
+        else None
+    )
     service = WorkerService(engine, checkpoint, config.name or checkpoint.name)
-    metrics = serve_metrics(config.metrics_listen, guard)
+    metrics = serve_metrics(config.metrics_listen, credentials)
     REGISTRY.register(EngineMetrics(engine, follower))
-    event("loaded", checkpoint=checkpoint.name, table=engine.table, kv_cache_tokens=cache.capacity_tokens, device=str(device),
-          dtype=str(dtype).removeprefix("torch."))  # fmt: skip
+    event(
+        "loaded",
+        checkpoint=checkpoint.name,
+        table=engine.table,
+        kv_cache_tokens=cache.capacity_tokens,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+    )
     engine.start()
     if follower:
         follower.start()
@@ -291,7 +418,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
             lambda server: add_GenerationServicer_to_server(service, server),
             (NAME,),
             config.drain_seconds,
-            guard=guard,
+            credentials=credentials,
             metrics=metrics,
         )
     finally:
@@ -316,6 +443,10 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InvalidArgument(f"--device {name!r} is unknown; cpu, cuda or auto") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise InvalidArgument(f"--device {name!r} is not on this machine; cpu, cuda where there is one, or auto")
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and not torch.cuda.is_available()
+    ):
+        raise InvalidArgument(
+            f"--device {name!r} is not on this machine; cpu, cuda where there is one, or auto"
+        )
     return device

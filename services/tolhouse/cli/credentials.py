@@ -1,0 +1,91 @@
+"""Who may call: API keys of the gateway, and certificates for development."""
+
+from pathlib import Path
+
+import click
+
+from tolhouse.cli.options import Commands
+
+
+@click.group(cls=Commands)
+def keys() -> None:
+    """Make, list and remove API keys of the gateway; FILE keeps their hashes, and a running gateway reads it again."""
+
+
+keys_file = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+
+
+@keys.command("add")
+@keys_file
+@click.argument("name")
+@click.option(
+    "--requests-per-minute",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Rate; a sixth may come at once.",
+)
+@click.option(
+    "--concurrent",
+    default=16,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Requests in flight.",
+)
+def add_key(file: Path, name: str, requests_per_minute: float, concurrent: int) -> None:
+    """Make a key for NAME and print it: this once, only its hash is kept."""
+    from tolhouse.gateway.keys import add_key
+
+    click.echo(add_key(file, name, requests_per_minute, concurrent))
+
+
+@keys.command("list")
+@keys_file
+def list_keys(file: Path) -> None:
+    """List names and limits."""
+    from tolhouse.gateway.keys import read_keys
+
+    for name, key in sorted(read_keys(str(file)).items()):
+        click.echo(
+            f"{name}  {key.requests_per_minute:g} requests a minute, {key.concurrent} at once"
+        )
+
+
+@keys.command("remove")
+@keys_file
+@click.argument("name")
+def remove_key(file: Path, name: str) -> None:
+    """Take the key of NAME away; requests in flight end as they are."""
+    from tolhouse.gateway.keys import remove_key
+
+    remove_key(file, name)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--name", default="service", show_default=True, help="Of the files NAME.pem and NAME.key."
+)
+@click.option(
+    "--hosts",
+    default="localhost,127.0.0.1,::1",
+    show_default=True,
+    help="Names and addresses it is for, with commas between.",
+)
+def certs(folder: Path, name: str, hosts: str) -> None:
+    """Make a certificate for development in FOLDER, and an authority that signs it if there is none yet.
+
+    ca.pem is the authority, NAME.pem and NAME.key serve for both ends of a connection, for 90 days. In production,
+    certificates come from an authority of your own.
+    """
+    from tolhouse.certs import ensure_authority, issue
+
+    ensure_authority(folder)
+    click.echo(
+        " ".join(
+            map(
+                str,
+                issue(folder, name, [host.strip() for host in hosts.split(",") if host.strip()]),
+            )
+        )
+    )

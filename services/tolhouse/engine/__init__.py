@@ -1,0 +1,1 @@
+"""The engine: batches sequences, gets their rows, runs the model, samples."""

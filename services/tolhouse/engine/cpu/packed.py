@@ -1,0 +1,194 @@
+"""The model's matrices as the worker's device likes them best: q, k and v in one, and on a CPU packed for its kernels.
+
+On a CPU, linear layers that read weights as they come run at a third of the memory's bandwidth, packed ones at four fifths
+(loadtest/LOG.md). `float32` computes in float32 and holds weights of 16 bit as 16 bit; `bfloat16` does all in bfloat16.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import ClassVar, cast
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.config import ModelConfig
+from tolhouse.model.transformer import Attention, Block, Cache, RMSNorm, Transformer, rotate
+
+_LARGEST_FLOAT16 = 65504.0
+
+
+class FusedAttention(nn.Module):
+    """`Attention` with one matrix for q, k and v."""
+
+    def __init__(self, attention: Attention, qkv_proj: nn.Module, o_proj: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.shape = attention.layer, (-1, 3, *attention.shape[1:])
+        self.qkv_proj, self.o_proj = qkv_proj, o_proj
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
+        qkv_T3HE = self.qkv_proj(x_TD).view(self.shape)
+        cos_T1E, sin_T1E = rope
+        q_THE, k_THE = rotate(qkv_T3HE[:, :2], (cos_T1E[:, None], sin_T1E[:, None])).unbind(1)
+        return self.o_proj(
+            cache.attend(self.layer, q_THE, k_THE, qkv_T3HE[:, 2]).reshape(x_TD.shape)
+        )
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weights only its kernel can read. Compiled code calls it by its handle."""
+
+    layers: ClassVar[WeakValueDictionary[int, "PackedLinear"]] = WeakValueDictionary()
+    _handles = itertools.count()
+
+    def __init__(self, outputs: int, run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.outputs, self.run = outputs, run
+        number = next(self._handles)
+        self.register_buffer("handle", torch.tensor(number))
+        self.layers[number] = self
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.run(x_TD)
+
+
+def float16_linear(weight: Tensor) -> PackedLinear:
+    """float32 in and out over weights in float16, which hold bfloat16 ones to 2^-25 or better. FBGEMM's, on x86."""
+    packed, run = (
+        torch.ops.quantized.linear_prepack_fp16(weight.float(), None),
+        torch.ops.quantized.linear_dynamic_fp16.default,
+    )
+    return PackedLinear(len(weight), lambda x_TD: run(x_TD, packed))
+
+
+def onednn_linear(weight: Tensor, dtype: torch.dtype) -> PackedLinear:
+    """Input, weights and output in one dtype, float32 or bfloat16."""
+    ops = torch.ops.mkldnn  # names of torch's own compiler
+    packed, run = ops._reorder_linear_weight(weight.to(dtype), None), ops._linear_pointwise.default  # noqa: SLF001
+    return PackedLinear(len(weight), lambda x_TD: run(x_TD, packed, None, "none", [], ""))
+
+
+_ops = torch.library.Library("tolhouse", "DEF")
+_ops.define("packed_linear(Tensor x, Tensor handle, SymInt outputs) -> Tensor")
+
+
+@torch.library.impl(_ops, "packed_linear", "CPU")
+def _packed_linear(x_TD: Tensor, handle: Tensor, _outputs: int) -> Tensor:
+    return PackedLinear.layers[int(handle)].run(x_TD)
+
+
+@torch.library.register_fake("tolhouse::packed_linear", lib=_ops)
+def _shape_of_packed_linear(x_TD: Tensor, _handle: Tensor, outputs: int) -> Tensor:
+    return x_TD.new_empty(x_TD.shape[0], outputs)
+
+
+def linear(weight: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A linear layer for `weight` [out, in], which need not be kept."""
+    if device.type == "cpu":
+        sixteen_bit = weight.dtype in (torch.bfloat16, torch.float16)
+        fits = sixteen_bit and float(weight.abs().max()) < _LARGEST_FLOAT16
+        if (
+            fits
+            and dtype == torch.float32
+            and "fbgemm" in torch.backends.quantized.supported_engines
+        ):
+            return float16_linear(weight)
+        if torch.backends.mkldnn.is_available():
+            return onednn_linear(weight, dtype)
+    outputs, inputs = weight.shape
+    layer = nn.Linear(inputs, outputs, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
+    return layer
+
+
+class Embedding(nn.Module):
+    """X0 in `dtype`, of weights as stored."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.dtype = weight, dtype
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        return F.embedding(ids_T, self.weight).to(self.dtype)
+
+
+def load(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, embedding: bool = True
+) -> Transformer:
+    """The model without FFN-M, ready to run on `device` in `dtype`; without an input embedding where rows carry X0.
+
+    Weights are read from the mapped file one by one: none is in memory twice. A tied embedding is: packed as the head and,
+    for the few rows that a step reads of it, in the file's mapping, which the kernel may drop.
+    """
+    model = checkpoint.model(ffn_m=False, embedding=False, dtype=None)
+    for block in cast("Iterable[Block]", model.layers):
+        pack(block, lambda weight: linear(weight, device, dtype))
+    _replace(model, "lm_head", linear(model.lm_head.weight, device, dtype))
+    if embedding:
+        if not checkpoint.config.tie_word_embeddings:
+            weight = checkpoint.embedding().to(device, copy=True)
+        elif isinstance(model.lm_head, nn.Linear):
+            weight = model.lm_head.weight
+        else:
+            weight = checkpoint.embedding()
+        _replace(model, "embed_tokens", Embedding(weight, dtype))
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.weight = nn.Parameter(
+                module.weight.to(device, dtype, copy=True), requires_grad=False
+            )
+        elif isinstance(module, Block) and module.row_scale is not None:
+            module.row_scale = nn.Parameter(
+                module.row_scale.to(device, dtype, copy=True), requires_grad=False
+            )
+    return model
+
+
+def pack(block: Block, make: Callable[[Tensor], nn.Module]) -> None:
+    """Put linear layers that `make` returns for a weight [out, in] in the place of a block's own."""
+    attention = block.self_attn
+    qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
+    _replace(
+        block, "self_attn", FusedAttention(attention, make(qkv), make(attention.o_proj.weight))
+    )
+    if block.mlp:
+        _replace_linears(block.mlp, make)
+
+
+def stand_in(config: ModelConfig, dtype: torch.dtype) -> Block:
+    """A packed block without weights, for a compiler: its linear layers call whatever layers their handles will name."""
+    with torch.device("meta"):
+        block = Block(config, 0)
+
+    def named(weight: Tensor) -> PackedLinear:
+        layer = PackedLinear(
+            len(weight),
+            lambda x_TD: torch.ops.tolhouse.packed_linear(x_TD, layer.handle, layer.outputs),
+        )
+        return layer
+
+    pack(block, named)
+    for module in block.modules():
+        if isinstance(module, RMSNorm):
+            module.weight = nn.Parameter(
+                torch.ones(config.hidden_size, dtype=dtype), requires_grad=False
+            )
+    if block.row_scale is not None:
+        block.row_scale = nn.Parameter(
+            torch.ones(config.hidden_size, dtype=dtype), requires_grad=False
+        )
+    return block
+
+
+def _replace(module: nn.Module, name: str, by: nn.Module) -> None:
+    setattr(module, name, by)  # another class with the same call
+
+
+def _replace_linears(module: nn.Module, make: Callable[[Tensor], nn.Module]) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            _replace(module, name, make(child.weight))
+        else:
+            _replace_linears(child, make)

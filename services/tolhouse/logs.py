@@ -1,0 +1,72 @@
+"""Logs, the same for every process. They go to stderr, one JSON object a line, or plain text on a terminal."""
+
+import json
+import logging
+import sys
+import time
+
+from tolhouse.errors import InvalidArgument
+
+log = logging.getLogger("tolhouse")
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields = " ".join(f"{key}={value}" for key, value in getattr(record, "fields", {}).items())
+        text = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.levelname.lower():7} {record.getMessage()} {fields}"
+        return (
+            f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text.rstrip()
+        )
+
+
+def start_logging(level: str = "info") -> None:
+    """Send logs to stderr from `level` up: debug, info, warning or error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain() if sys.stderr.isatty() else _Json())
+    log.handlers[:] = [handler]
+    log.setLevel(level.upper())
+    log.propagate = False
+
+
+def take_over(name: str, level: int = logging.WARNING) -> None:
+    """Another library's log goes where ours does, in its form, from `level` up."""
+    logger = logging.getLogger(name)
+    logger.handlers[:] = log.handlers
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+def event(message: str, level: int = logging.INFO, **fields: object) -> None:
+    """One log line with named fields."""
+    log.log(level, message, extra={"fields": fields})
+
+
+def ready(service: str, address: str, **fields: object) -> None:
+    """Say that a process answers: a log line, and one line of JSON on stdout with the address and its real port."""
+    event("ready", logging.INFO, service=service, address=address, **fields)
+    print(
+        json.dumps({"event": "ready", "service": service, "address": address, **fields}), flush=True
+    )
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """("host", port) of "host:port"; InvalidArgument for anything else."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise InvalidArgument(
+            f"address {address!r} is not HOST:PORT, such as 127.0.0.1:50051 (port 0: any free one)"
+        )
+    return host.strip("[]"), int(port)

@@ -1,0 +1,1 @@
+"""How processes talk: TLS, credentials, servers, channels, names, health."""

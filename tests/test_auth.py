@@ -1,0 +1,228 @@
+"""The services' token: who is let in, what is said to others, and that it is replaced without a call that fails."""
+
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tolhouse import Client, ClientCredentials
+from tolhouse.errors import InvalidArgument, Unauthenticated
+from tolhouse.files import replace_file
+from tolhouse.net.auth import Tokens
+from tolhouse.table.shared import Segment, bell
+from tolhouse.testing import Process, build_table, process, wait_until_healthy
+from tolhouse.v1 import lookup_pb2
+from tolhouse.v1.lookup_pb2_grpc import LookupStub
+
+LOCAL = ("--listen", "127.0.0.1:0")
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens"
+    path.write_text(f"# the services'\n{secrets.token_urlsafe()}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = f"file://{tmp_path_factory.mktemp('tables')}"
+    build_table(checkpoint, url)
+    return url
+
+
+@pytest.fixture
+def lookup(store: str, tokens: Path) -> Iterator[Process]:
+    with process("lookup", "--store", store, *LOCAL, "--token-file", str(tokens)) as running:
+        yield running
+
+
+def test_calls_need_the_token_and_health_does_not(
+    lookup: Process, tokens: Path, tmp_path: Path
+) -> None:
+    """Unary calls, streams and reflection; with the token, a fetch, also of hot rows in memory, is as ever."""
+    wrong = tmp_path / "wrong"
+    wrong.write_text(secrets.token_urlsafe())
+    for stranger in (ClientCredentials(), ClientCredentials(token_file=str(wrong))):
+        with (
+            Client(lookup.address, credentials=stranger) as client,
+            pytest.raises(Unauthenticated, match="no token, or one that this service"),
+        ):
+            client.tables()
+    with grpc.insecure_channel(lookup.address) as channel:
+        assert (
+            1
+            == health_pb2_grpc.HealthStub(channel)
+            .Check(health_pb2.HealthCheckRequest(), timeout=5)
+            .status
+        )
+        requests = (
+            (LookupStub(channel).Fetch, lookup_pb2.FetchRequest()),
+            (
+                reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo,
+                reflection_pb2.ServerReflectionRequest(list_services=""),
+            ),
+        )
+        for call, request in requests:
+            with pytest.raises(grpc.RpcError) as caught:
+                next(call(iter([request]), timeout=5))
+            assert grpc.StatusCode.UNAUTHENTICATED == caught.value.code()
+    with Client(lookup.address, credentials=ClientCredentials(token_file=str(tokens))) as client:
+        rows = [client.fetch("tiny-memory", [3, 1, 2]) for _ in range(3)]
+        assert np.array_equal(rows[0], rows[2])
+
+
+@pytest.mark.parametrize(
+    "sent",
+    ["", "Bearer", "Bearer ", "Basic {0}", "{0}", "Bearer {0}x", "Bearer  {0}", "Bearer {0} "],
+)
+def test_only_the_whole_token_fits(sent: str, tokens: Path) -> None:
+    """In the scheme Bearer, and to the byte."""
+    known = Tokens(str(tokens))
+    token = tokens.read_text().split()[-1]
+    assert not known.accept(sent.format(token))
+    assert known.accept(f"bearer {token}")
+    assert known.accept(f"Bearer {token}".encode())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\n# none\n",
+        "short\n",
+        "a token with spaces in it\n",
+        "a-good-token-of-20-ch\nshort\n",
+        "ä" * 20,
+    ],
+)
+def test_a_token_file_is_checked(text: str, tmp_path: Path) -> None:
+    """What it must hold is told, what it holds is not."""
+    path = tmp_path / "t"
+    path.write_text(text)
+    with pytest.raises(InvalidArgument, match="must hold a token a line") as caught:
+        Tokens(str(path))
+    assert "short" not in str(caught.value)
+
+
+def test_the_token_is_replaced_under_load(checkpoint: Path, store: str, tmp_path: Path) -> None:
+    """Added to listeners, then sent, then the old one removed: no request fails, and the old token is out at the end."""
+    old, new = secrets.token_urlsafe(), secrets.token_urlsafe()
+    accepted, sent = tmp_path / "accepted", tmp_path / "sent"
+    accepted.write_text(old)
+    sent.write_text(old)
+    with ExitStack() as stack:
+        lookup = stack.enter_context(
+            process("lookup", "--store", store, *LOCAL, "--token-file", str(accepted))
+        )
+        # a worker takes and sends the token of one file: the first of it
+        worker = stack.enter_context(
+            process(
+                "worker",
+                str(checkpoint),
+                "--lookup",
+                lookup.address,
+                *LOCAL,
+                "--token-file",
+                str(accepted),
+                "--row-cache-megabytes",
+                "0",
+            )
+        )
+        gateway = stack.enter_context(
+            process(
+                "gateway",
+                str(checkpoint),
+                "--workers",
+                worker.address,
+                *LOCAL,
+                "--token-file",
+                str(sent),
+                "--poll-seconds",
+                "0.1",
+            )
+        )
+        wait_until_healthy(gateway.address)
+        ended, failed, done = threading.Event(), [], 0
+
+        def load() -> None:
+            nonlocal done
+            while not ended.is_set():
+                answer = httpx.post(
+                    f"http://{gateway.address}/v1/completions",
+                    json={"prompt": "def add", "max_tokens": 2},
+                )
+                done += 1
+                if answer.status_code != 200:
+                    failed.append(answer.text)
+
+        thread = threading.Thread(target=load)
+        thread.start()
+        for path, text in (
+            (accepted, f"{old}\n{new}\n"),
+            (sent, new),
+            (accepted, f"{new}\n{old}\n"),
+            (accepted, new),
+        ):
+            replace_file(path, text.encode())
+            before = done
+            while done < before + 5 and not failed:
+                time.sleep(0.01)
+        ended.set()
+        thread.join()
+        assert [] == failed
+        sent.write_text(old)
+        for peer in (lookup, worker):
+            with (
+                Client(peer.address, credentials=ClientCredentials(token_file=str(sent))) as client,
+                pytest.raises(Unauthenticated),
+            ):
+                client.tables()
+        assert not any(
+            token in p.log.read_text() for token in (old, new) for p in (lookup, worker, gateway)
+        )
+
+
+def test_the_doorbell_hears_those_alone_who_have_the_segment(lookup: Process, tokens: Path) -> None:
+    """Its name can be seen in /proc/net/unix; without the word in the segment, the line is closed unheard."""
+    with Client(lookup.address, credentials=ClientCredentials(token_file=str(tokens))) as client:
+        manifest = client.describe("tiny-memory")
+        client.fetch(manifest, [1])
+        near = client._streams[lookup.address].neighbour(manifest)
+        assert near
+        segment: Segment = near._segment
+        line = near.ring(np.array([5], np.uint32))
+        assert line
+        assert near.answered(line, 5)
+        for said in (
+            bytes(16),
+            segment.word[:-1],
+            segment.word + b"x",
+            np.arange(4, dtype="<u4").tobytes(),
+        ):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+                stranger.connect(bell(segment.id))
+                stranger.settimeout(5)
+                stranger.send(said)
+                try:
+                    stranger.send(np.arange(4, dtype="<u4").tobytes())
+                    heard = stranger.recv(1)
+                except OSError:
+                    heard = b""
+                assert (b"" if said[:16] != segment.word else b"1") == heard
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as odd:
+            odd.connect(bell(segment.id))
+            odd.settimeout(5)
+            odd.send(segment.word)
+            odd.send(b"abc")
+            assert b"0" == odd.recv(1)
+    assert "internal error" not in lookup.log.read_text()

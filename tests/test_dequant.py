@@ -1,0 +1,121 @@
+"""Decoding on the device: the values of `Manifest.decode`, to the bit, in the order that the model reads."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tolhouse.engine.dequant import Decoder, LayerwiseRows, Staged, decode
+from tolhouse.table.auxiliary import AuxiliaryTables
+from tolhouse.table.codecs import CODECS
+from tolhouse.table.manifest import Manifest
+from tolhouse.worker import decode as module
+
+
+def table(codec: str, size: int, layers: int, x0: bool = False) -> Manifest:
+    return Manifest(
+        "t",
+        "0123456789abcdef",
+        codec,
+        1000,
+        size,
+        tuple(range(layers)),
+        1,
+        model_id="m",
+        tokenizer_id="k",
+        x0=x0,
+    )
+
+
+def records_of(manifest: Manifest, count: int, seed: int, top: float = 1.0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    rows = random.standard_normal((count, manifest.num_blocks, manifest.hidden_size)).astype(
+        np.float32
+    )
+    rows *= top * random.choice([0, 1e-3, 1], (count, manifest.num_blocks, 1))
+    return manifest.encode(np.arange(count, dtype=np.uint32), rows.astype(np.float32))
+
+
+def expected_of(manifest: Manifest, records: np.ndarray) -> bytes:
+    return np.ascontiguousarray(
+        manifest.decode(records).astype(np.float32).swapaxes(0, 1)
+    ).tobytes()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@given(
+    size=st.integers(1, 9) | st.sampled_from([31, 32, 33, 64, 95, 97, 288]),
+    layers=st.integers(1, 4),
+    x0=st.booleans(),
+    count=st.integers(0, 5),
+    top=st.sampled_from([1.0, 1e-38, 1e-43, 9000.0]),
+    seed=st.integers(0, 99),
+)
+def test_rows_are_those_of_the_manifest(
+    codec: str, size: int, layers: int, x0: bool, count: int, top: float, seed: int
+) -> None:
+    """Whatever the codec and the shape, and down to denormals: the same bits, transposed."""
+    manifest = table(codec, size, layers, x0)
+    records = records_of(manifest, count, seed, top)
+    rows = decode(torch.from_numpy(records), manifest)
+    assert ((layers + x0, count, size), torch.float32, True) == (
+        tuple(rows.shape),
+        rows.dtype,
+        rows.is_contiguous(),
+    )
+    assert expected_of(manifest, records) == rows.numpy().tobytes()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@given(
+    size=st.sampled_from([1, 6, 33]),
+    index=st.lists(st.integers(0, 6), max_size=20),
+    piece=st.integers(1, 300),
+)
+def test_an_index_gathers_and_repeats_rows(
+    codec: str, size: int, index: list[int], piece: int
+) -> None:
+    """The rows of `records[index]`, however many are decoded at a time."""
+    manifest = table(codec, size, 2)
+    records = records_of(manifest, 7, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(module._PIECE_VALUES, "cpu", piece)
+        rows = decode(torch.from_numpy(records), manifest, torch.tensor(index, dtype=torch.int64))
+        whole = decode(torch.from_numpy(records), manifest)
+    assert expected_of(manifest, records[index]) == rows.numpy().tobytes()
+    assert expected_of(manifest, records) == whole.numpy().tobytes()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@given(
+    size=st.sampled_from([1, 6, 33, 64]),
+    x0=st.booleans(),
+    index=st.lists(st.integers(0, 6), max_size=9),
+)
+def test_layer_by_layer_rows_are_the_same(
+    codec: str, size: int, x0: bool, index: list[int]
+) -> None:
+    """A long prompt's rows have the bits they have when all are decoded at once."""
+    manifest = table(codec, size, 3, x0)
+    records, index_T = (
+        torch.from_numpy(records_of(manifest, 7, 0)),
+        torch.tensor(index, dtype=torch.int64),
+    )
+    rows = LayerwiseRows(
+        Decoder(AuxiliaryTables(manifest), torch.device("cpu"), torch.float32),
+        Staged(records, index_T),
+        3,
+    )
+    assert 3 + x0 == len(rows)
+    layers = b"".join(rows[layer].numpy().tobytes() for layer in range(len(rows)))
+    assert decode(records, manifest, index_T).numpy().tobytes() == layers
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_records_are_left_as_they_are(codec: str) -> None:
+    """A cache's slab can be decoded where it lies."""
+    manifest = table(codec, 33, 2)
+    records = records_of(manifest, 5, 0)
+    before = records.tobytes()
+    decode(torch.from_numpy(records), manifest)
+    assert before == records.tobytes()

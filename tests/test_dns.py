@@ -1,0 +1,219 @@
+"""Names that stand for several addresses: found, lost and found again, by clients of lookup replicas and by the gateway's pool."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tolhouse import Client, errors
+from tolhouse.certs import ensure_authority, issue
+from tolhouse.gateway.pool import Pool
+from tolhouse.model.tokenizer import tokenizer_id
+from tolhouse.net.auth import ClientCredentials
+from tolhouse.net.dns import Addresses
+from tolhouse.testing import build_table, free_port, process
+from tolhouse.v1.generation_pb2 import GenerateRequest
+
+HOSTS = "127.0.0.2", "127.0.0.3", "127.0.0.4"
+
+
+@pytest.fixture
+def behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The addresses that the name `rows.test` has; all others are asked of the real resolver."""
+    found: list[str] = []
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: str, port: int, *rest: int, **more: int) -> list:
+        if host != "rows.test":
+            return real(host, port, *rest, **more)
+        if not found:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [answer for address in found for answer in real(address, port, *rest, **more)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return found
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_names_are_looked_up(behind: list[str]) -> None:
+    """Each address once and in order, beside those given; a name that loses all keeps them; IPv6 where there is nothing else."""
+    addresses = Addresses("dns:///rows.test:50051, 10.0.0.1:1,127.0.0.2:50051")
+    assert ("10.0.0.1:1", "127.0.0.2:50051") == addresses.look_up()
+    behind[:] = ["127.0.0.3", "127.0.0.2", "::1"]
+    assert ("127.0.0.2:50051", "127.0.0.3:50051", "10.0.0.1:1") == addresses.look_up()
+    behind.clear()
+    assert ("127.0.0.2:50051", "127.0.0.3:50051", "10.0.0.1:1") == addresses.look_up()
+    behind[:] = ["::1"]
+    assert ("[::1]:50051", "10.0.0.1:1", "127.0.0.2:50051") == addresses.look_up()
+    assert ("127.0.0.1:50051",) == Addresses("dns:///localhost:50051").look_up()
+
+
+@pytest.mark.parametrize(
+    "target", ["", " , ", "rows.test", "dns:///rows.test", "dns:rows.test", "dns:///rows.test:grpc"]
+)
+def test_targets_that_are_none_are_refused(target: str) -> None:
+    """A target without a port, or with a scheme that is not known, is told at once."""
+    with pytest.raises(errors.InvalidArgument, match="HOST:PORT"):
+        Addresses(target)
+
+
+def test_plaintext_to_a_name_has_to_be_asked_for() -> None:
+    """A name is another machine's before it is looked up."""
+    with pytest.raises(errors.InvalidArgument, match=r"rows\.test:50051 is another machine"):
+        Client("dns:///rows.test:50051")
+
+
+def test_a_client_follows_a_name(behind: list[str], checkpoint: Path, tmp_path: Path) -> None:
+    """Rows come from every replica of the name as they come and go; while there was never one, the client says so."""
+    url, port = f"file://{tmp_path}", free_port()
+    ref = build_table(checkpoint, url)
+    insecure = ClientCredentials(insecure=True)
+    with (
+        ExitStack() as running,
+        Client(f"dns:///rows.test:{port}", 8, credentials=insecure, map_hot_rows=False) as client,
+    ):
+        with pytest.raises(errors.Unavailable, match=r"rows\.test"):
+            client.describe(ref)
+        options = ("lookup", "--store", url, "--listen")
+        for host in HOSTS:
+            running.enter_context(process(*options, f"{host}:{port}", "--insecure"))
+        behind[:] = HOSTS[:2]
+        until(lambda: bool(client._replicas.targets))
+        manifest, ids = client.describe(ref), np.arange(300, dtype=np.uint32)
+        expected = client.fetch_records(manifest, ids)
+        for there in (HOSTS, HOSTS[1:], HOSTS[:1]):
+            behind[:] = there
+            until(lambda there=there: client.targets == tuple(f"{host}:{port}" for host in there))
+            assert np.array_equal(expected, client.fetch_records(manifest, ids))
+        targets, owners = client._replicas.owner(manifest, ids, 0)
+        assert (f"{HOSTS[0]}:{port}",) == targets
+        assert {0} == set(owners.tolist())
+
+
+def test_a_shard_stays_with_its_replica(
+    behind: list[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    """When another replica comes, a shard stays where it was or goes to the new one; when that goes, all is as before."""
+    url, port = f"file://{tmp_path}", free_port()
+    ref = build_table(checkpoint, url, shards=64)
+    with process("lookup", "--store", url, "--listen", f"{HOSTS[0]}:{port}", "--insecure"):
+        behind[:] = HOSTS[:2]
+        with Client(
+            f"dns:///rows.test:{port}",
+            credentials=ClientCredentials(insecure=True),
+            map_hot_rows=False,
+        ) as client:
+            manifest, ids = client.describe(ref), np.arange(64)
+
+            def owners(hosts: tuple[str, ...]) -> list[str]:
+                behind[:] = hosts
+                until(lambda: len(client.targets) == len(hosts))
+                targets, numbers = client._replicas.owner(manifest, ids, 0)
+                return [targets[n] for n in numbers]
+
+            before, during, after = owners(HOSTS[:2]), owners(HOSTS), owners(HOSTS[:2])
+            assert {f"{HOSTS[2]}:{port}"} == {
+                new for old, new in zip(before, during, strict=True) if old != new
+            }
+            assert before == after
+
+
+def test_a_certificate_is_for_the_name(behind: list[str], checkpoint: Path, tmp_path: Path) -> None:
+    """Of addresses behind a name, the certificate is checked against the name; one for another name is refused."""
+    url, port = f"file://{tmp_path / 'tables'}", free_port()
+    ref = build_table(checkpoint, url)
+    authority = ensure_authority(tmp_path / "pki")
+    behind[:] = HOSTS[:1]
+    for name, right in (("rows.test", True), ("other.test", False)):
+        certificate, key = issue(tmp_path / "pki", name, [name])
+        options = (
+            "--listen",
+            f"{HOSTS[0]}:{port}",
+            "--tls-cert",
+            str(certificate),
+            "--tls-key",
+            str(key),
+        )
+        credentials = ClientCredentials(tls_ca=str(authority))
+        with (
+            process("lookup", "--store", url, *options),
+            Client(f"dns:///rows.test:{port}", 4, credentials=credentials) as client,
+        ):
+            if right:
+                assert ref == client.describe(ref).ref
+            else:
+                with pytest.raises(errors.Unavailable, match="another host name"):
+                    client.describe(ref)
+
+
+def test_the_pool_follows_a_name(behind: list[str], checkpoint: Path, tmp_path: Path) -> None:
+    """New workers get requests; one that is gone gets none, and ends what it has begun."""
+    url, port = f"file://{tmp_path}", free_port()
+    build_table(checkpoint, url)
+    request = GenerateRequest(prompt_ids=[1, 2, 3], max_tokens=40, ignore_eos=True)
+
+    async def follow() -> None:
+        addresses = Addresses(f"dns:///rows.test:{port}")
+        pool = Pool(
+            addresses,
+            ClientCredentials(insecure=True),
+            tokenizer_id(checkpoint / "tokenizer.json"),
+            0.05,
+        )
+        watching = asyncio.create_task(pool.watch())
+
+        async def healthy(*hosts: str) -> None:
+            deadline = time.monotonic() + 60
+            while {m.channel.target for m in pool.healthy()} != {
+                f"{host}:{port}" for host in hosts
+            }:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.02)
+
+        await asyncio.sleep(0.2)
+        with pytest.raises(errors.Unavailable, match="no address"):
+            pool.check_model(None)
+        behind[:] = HOSTS[:1]
+        await healthy(HOSTS[0])
+        model = pool.check_model(None)
+        first = pool.generate(model, request)
+        tokens = list((await anext(first)).token_ids)
+        behind[:] = HOSTS[1:2]
+        await healthy(HOSTS[1])
+        assert 40 == len(
+            [t async for reply in pool.generate(model, request) for t in reply.token_ids]
+        )
+        async for reply in first:  # on the worker that is gone
+            tokens += reply.token_ids
+        assert 40 == len(tokens)
+        behind[:] = HOSTS[:2]
+        await healthy(*HOSTS[:2])
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
+
+    with ExitStack() as running:
+        lookup = running.enter_context(process("lookup", "--store", url, "--listen", "127.0.0.1:0"))
+        for host in HOSTS[:2]:
+            running.enter_context(
+                process(
+                    "worker",
+                    str(checkpoint),
+                    "--lookup",
+                    lookup.address,
+                    "--listen",
+                    f"{host}:{port}",
+                    "--insecure",
+                )
+            )
+        asyncio.run(follow())

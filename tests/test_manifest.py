@@ -1,0 +1,314 @@
+"""The manifest and the bytes of a record, which three processes must agree on."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from tolhouse.errors import Corrupt, IdOutOfRange, InvalidArgument
+from tolhouse.store import open_store
+from tolhouse.table.manifest import Manifest, check_name, content_id, digest, split_ref
+
+
+def golden(codec: str = "fp32", **changes) -> Manifest:
+    fields = {
+        "name": "golden",
+        "version": "0123456789abcdef",
+        "codec": codec,
+        "vocab_size": 5,
+        "hidden_size": 3,
+        "layers": (0, 2),
+    }
+    return Manifest(
+        **{**fields, "num_shards": 2, "model_id": "0" * 64, "tokenizer_id": "1" * 64, **changes}
+    )
+
+
+IDS = np.array([1, 3], np.uint32)
+ROWS = np.array(
+    [[[0.0, -1.5, 2.0], [0.25, 3.0, -0.125]], [[1.0, 1.0, -1.0], [0.0, 0.0, 0.0]]], np.float32
+)
+GOLDEN = {
+    "fp32": (
+        "000000000000c0bf000000400000803e00004040000000be598818cbd91b692e",
+        "0000803f0000803f000080bf00000000000000000000000070b0af5283a55d9d",
+        "ffdb27497ed5c97374fff80031049505",
+    ),
+    "fp16": (
+        "000000be00400034004200b07970b42685dfcec8",
+        "003c003c00bc000000000000c90c8cd256b5ee05",
+        "b73ecbc7bf4bcc4d8afb4127a375f728",
+    ),
+    "bf16": (
+        "0000c0bf0040803e404000beda5b3fec144d98c1",
+        "803f803f80bf0000000000008b98dd1ec28e13ba",
+        "15e422c0744913a9ff76cb2c9d5ccc90",
+    ),
+    "int8": (
+        "0402813c00a17f0683c13c0b7ffb7f79625029ba2fde",
+        "0402013c7f7f81000000000000007479ab747b204e4b",
+        "ea6e72a80bc5c113324b87caac9976be",
+    ),
+    "int4": (
+        "933eb007dc3e7100414a64b707918e8a",
+        "133e77f900000000f9269f4a1a437fb7",
+        "90c7081a05f2e4e7e68a27cc55c02454",
+    ),
+}
+
+
+@pytest.mark.parametrize("codec", GOLDEN)
+def test_the_bytes_of_a_record_are_fixed(codec: str) -> None:
+    """Blocks in order of layers, then the checksum: whoever changes a byte of this changes the format."""
+    records = golden(codec).encode(IDS, ROWS)
+    assert GOLDEN[codec] == (*(bytes(record).hex() for record in records), digest(records))
+
+
+def test_x0_stands_before_the_layers() -> None:
+    """A table that carries X0 has a block more, in front and in the same codec; its version is another, and JSON keeps it."""
+    manifest = golden("int8", layers=(2,), x0=True)
+    assert (1, 2) == (manifest.num_layers, manifest.num_blocks)
+    assert GOLDEN["int8"][:2] == tuple(bytes(record).hex() for record in manifest.encode(IDS, ROWS))
+    assert (2, 2, 3) == manifest.decode(manifest.encode(IDS, ROWS)).shape
+    assert content_id("ab" * 32, "bf16", (0, 1, 2)) == content_id(
+        "ab" * 32, "bf16", (0, 1, 2), x0=False
+    )
+    assert content_id("ab" * 32, "bf16", (0, 1, 2)) != content_id(
+        "ab" * 32, "bf16", (0, 1, 2), x0=True
+    )
+
+
+def test_the_checksum_is_what_the_documentation_says() -> None:
+    """XXH3-64 over the blocks, seeded with version and token id, little-endian, at the end."""
+    record = bytes.fromhex(GOLDEN["fp32"][1])
+    seed = (0x0123456789ABCDEF + 3 * 0x9E3779B97F4A7C15) % 2**64
+    assert xxhash.xxh3_64_intdigest(record[:-8], seed) == int.from_bytes(record[-8:], "little")
+
+
+def test_the_version_is_a_content_id() -> None:
+    """It is fixed, and differs with each thing that defines the rows."""
+    assert "102e16c0aec169fc" == content_id("ab" * 32, "bf16", (0, 1, 2))
+    others = {
+        content_id("ac" * 32, "bf16", (0, 1, 2)),
+        content_id("ab" * 32, "int8", (0, 1, 2)),
+        content_id("ab" * 32, "bf16", (0, 1)),
+    }
+    assert 3 == len(others - {"102e16c0aec169fc"})
+
+
+def test_a_shard_file_is_plain_safetensors(tmp_path: Path) -> None:
+    """One uint8 tensor of records, at a fixed place, readable by any safetensors reader."""
+    store, manifest = open_store(f"file://{tmp_path}"), golden()
+    records = manifest.encode(IDS, ROWS)
+    store.write_shard(manifest, 1, records)
+    file = tmp_path / "golden" / "0123456789abcdef" / "shard-00001-of-00002.safetensors"
+    (tensor,) = load_file(file).items()
+    assert ("records", records.tobytes(), np.uint8) == (
+        tensor[0],
+        tensor[1].tobytes(),
+        tensor[1].dtype,
+    )
+    assert GOLDEN_FILE == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+GOLDEN_FILE = "19d14c4693f756ad213d06722b9fb0b3649e07e700a7f5b2135e27d76a85e390"
+
+MANIFESTS = st.builds(
+    golden,
+    codec=st.sampled_from(list(GOLDEN)),
+    vocab_size=st.integers(1, 400),
+    hidden_size=st.integers(1, 9),
+    layers=st.sets(st.integers(0, 50), min_size=1, max_size=5).map(lambda s: tuple(sorted(s))),
+    num_shards=st.integers(1, 9),
+    frequent=st.sampled_from([(), (0,)]),
+    x0=st.booleans(),
+    version=st.integers(0, 2**64 - 1).map("{:016x}".format),
+)
+
+
+@given(MANIFESTS)
+@settings(max_examples=100, deadline=None)
+def test_a_manifest_survives_json(manifest: Manifest) -> None:
+    """What is written is what is read, with and without digests."""
+    assert manifest == Manifest.from_json(manifest.to_json())
+    complete = dataclasses.replace(manifest, shards=("0" * 32,) * manifest.num_shards)
+    assert complete == Manifest.from_json(complete.to_json())
+
+
+@given(MANIFESTS)
+@settings(max_examples=100, deadline=None)
+def test_shards_divide_the_vocabulary(manifest: Manifest) -> None:
+    """Each token is in one shard, the one that shard_of names, at the place id // shards."""
+    parts = [manifest.shard_ids(shard) for shard in range(manifest.num_shards)]
+    assert list(range(manifest.vocab_size)) == sorted(np.concatenate(parts).tolist())
+    for shard, ids in enumerate(parts):
+        assert (manifest.shard_of(ids) == shard).all()
+        assert list(range(len(ids))) == (ids // manifest.num_shards).tolist()
+
+
+@given(MANIFESTS, st.data())
+@settings(max_examples=100, deadline=None)
+def test_any_altered_byte_is_found(manifest: Manifest, data: st.DataObject) -> None:
+    """A record is intact for its token and version; with one byte changed, for another token or version, it is not."""
+    ids = np.array([data.draw(st.integers(0, manifest.vocab_size - 1))], np.uint32)
+    rows = (
+        np.random.default_rng(0)
+        .standard_normal((1, manifest.num_blocks, manifest.hidden_size))
+        .astype(np.float32)
+    )
+    records = manifest.encode(ids, rows)
+    manifest.verify(ids, records)
+    altered = records.copy()
+    altered[0, data.draw(st.integers(0, manifest.record_bytes - 1))] ^= data.draw(
+        st.integers(1, 255)
+    )
+    for wrong_manifest, wrong_ids, wrong in (
+        (manifest, ids, altered),
+        (manifest, ids + np.uint32(1), records),
+        (
+            dataclasses.replace(manifest, version=f"{int(manifest.version, 16) ^ 1:016x}"),
+            ids,
+            records,
+        ),
+    ):
+        with pytest.raises(Corrupt, match=f"token {wrong_ids[0]} "):
+            wrong_manifest.verify(wrong_ids, wrong)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("format", 2),
+        ("name", "a/b"),
+        ("name", 7),
+        ("version", "xyz"),
+        ("codec", "int3"),
+        ("vocab_size", 0),
+        ("vocab_size", 2.0),
+        ("vocab_size", True),
+        ("hidden_size", -1),
+        ("hidden_size", 2**20 + 1),
+        ("hidden_size", 2**20),  # a record that no message could carry
+        ("num_shards", 65_537),
+        ("layers", []),
+        ("layers", [1, 0]),
+        ("layers", [0, 0]),
+        ("layers", [-1]),
+        ("layers", "01"),
+        ("layers", None),
+        ("model_id", None),
+        ("shards", ["a"]),
+        ("shards", [1, 2]),
+    ],
+)
+def test_a_malformed_manifest_is_refused(field: str, value: object) -> None:
+    """Whatever field is wrong, the error says that the manifest is."""
+    data = {**json.loads(golden().to_json()), field: value}
+    with pytest.raises(InvalidArgument, match=r"manifest|table name|codec"):
+        Manifest.from_json(json.dumps(data))
+
+
+def test_an_older_manifest_is_read() -> None:
+    """Tables built before there was a list of frequent tokens have an empty one; before there was X0, they have none."""
+    data = {**json.loads(golden(frequent=(3, 1), x0=True).to_json())}
+    assert ((3, 1), True) == (
+        Manifest.from_json(json.dumps(data)).frequent,
+        Manifest.from_json(json.dumps(data)).x0,
+    )
+    del data["frequent"], data["x0"]
+    assert golden() == Manifest.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", b"\xff\xfe"])
+def test_what_is_no_manifest_is_refused(text: str | bytes) -> None:
+    """Not JSON, not an object, or without its fields."""
+    with pytest.raises(InvalidArgument, match="manifest"):
+        Manifest.from_json(text)
+    with pytest.raises(InvalidArgument, match="surplus"):
+        Manifest.from_json(json.dumps({**json.loads(golden().to_json()), "surplus": 1}))
+
+
+def test_ids_outside_the_vocabulary_are_named() -> None:
+    """The first id that is too large is told, with what is allowed."""
+    golden().check_ids(np.array([0, 4], np.uint32))
+    with pytest.raises(IdOutOfRange, match=r"token id 5 .* allowed are 0 to 4"):
+        golden().check_ids(np.array([0, 5, 9], np.uint32))
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "-a", "a b", "a" * 65, "a\n", "ä", "a:b", "a{b}", "a@b"]
+)
+def test_names_that_could_mean_something_else_are_refused(name: str) -> None:
+    """A name is also a folder and a part of a Redis key."""
+    with pytest.raises(InvalidArgument, match="letters, digits"):
+        check_name(name)
+
+
+def test_a_reference_is_a_name_and_perhaps_a_version() -> None:
+    """name and name@version are taken apart; anything else is refused."""
+    assert ("a", None) == split_ref("a")
+    assert ("a", "0123456789abcdef") == split_ref("a@0123456789abcdef")
+    for bad in ("a@", "a@0123", "a@0123456789ABCDEF", "a@0123456789abcdef@", "@0123456789abcdef"):
+        with pytest.raises(InvalidArgument):
+            split_ref(bad)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(
+            ("frequent", bad)
+            for bad in ([5], [-1], [1, 1], [True], [1.0], [[1]], "1", {"1": 1}, None)
+        ),
+        ("format", True),
+        ("format", 1.0),
+        ("shards", ["zz", "z" * 32]),
+        ("shards", {"a": 1}),
+        ("tokenizer_id", 1),
+        ("vocab_size", "5"),
+        *(("x0", bad) for bad in (1, "true", None, [])),
+    ],
+)
+def test_what_only_looks_right_in_a_manifest_is_refused(field: str, value: object) -> None:
+    """A number that equals another of a different type, and strings that are no digests; the field is named."""
+    with pytest.raises(InvalidArgument, match=f"manifest: .*{field}"):
+        Manifest.from_json(json.dumps({**json.loads(golden().to_json()), field: value}))
+
+
+@given(st.one_of(st.binary(max_size=60), st.text(max_size=60)))
+def test_any_bytes_are_no_manifest(text: bytes | str) -> None:
+    """Whatever stands in the file, the error is InvalidArgument."""
+    with pytest.raises(InvalidArgument, match="manifest"):
+        Manifest.from_json(text)
+
+
+def test_json_without_end_is_no_manifest() -> None:
+    """Brackets nested deeper than the reader goes are refused like other malformed text."""
+    with pytest.raises(InvalidArgument, match="manifest: not JSON"):
+        Manifest.from_json("[" * 100_000)
+
+
+def test_a_record_is_token_major_and_a_run_of_layers_is_a_run_of_bytes() -> None:
+    """Block after block, lowest layer first, scale before codes, eight bytes of checksum, and nothing between."""
+    manifest = golden("int8")
+    (record,) = manifest.encode(IDS[:1], ROWS[:1])
+    blocks = [manifest.codec_.encode(layer).tobytes() for layer in ROWS[0]]
+    assert [4 + 3, 4 + 3] == [len(block) for block in blocks]
+    assert b"".join(blocks) == record[:-8].tobytes()
+    assert 2 * 7 + 8 == manifest.record_bytes == len(record)
+
+
+def test_a_record_may_be_as_large_as_a_message_allows() -> None:
+    """3 MiB with its checksum, and not four bytes more."""
+    size = (3 * 2**20 - 8) // 4
+    assert 3 * 2**20 == golden(layers=(0,), hidden_size=size).record_bytes
+    with pytest.raises(
+        InvalidArgument, match="a record of 3145732 bytes is over the limit of 3145728"
+    ):
+        golden(layers=(0,), hidden_size=size + 1)

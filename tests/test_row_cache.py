@@ -1,0 +1,151 @@
+"""The row cache, against a slow S3-FIFO that is plainly right."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolhouse.table.manifest import Manifest
+from tolhouse.table.row_cache import RowCache, capacity_for
+
+VOCABULARY = 12
+LISTS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=5, unique=True)
+
+
+def cache_of(capacity: int) -> RowCache:
+    slab = np.zeros((capacity, 8), np.uint8)
+    return RowCache(slab, np.full(VOCABULARY, -1, np.int32), np.zeros(capacity, np.uint8))
+
+
+def fill(cache: RowCache, ids: np.ndarray, **more: bool) -> np.ndarray:
+    """Take `ids` in, with records that tell their token."""
+    slots = cache.reserve(ids, **more)
+    cache.slab[slots[slots >= 0]] = record_of(ids[slots >= 0])
+    cache.settle(ids, slots)
+    return slots
+
+
+def record_of(ids: np.ndarray) -> np.ndarray:
+    return ids.astype("<u8").view(np.uint8).reshape(-1, 8)
+
+
+class S3Fifo:
+    """S3-FIFO as the paper tells it: two lists from oldest to newest, a count of uses each, and a list of those who left."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.small, self.main, self.uses, self.ghosts = capacity, [], [], {}, []
+
+    def access(self, ids: list[int]) -> list[bool]:
+        hits = [i in self.uses for i in ids]
+        for i, hit in zip(ids, hits, strict=True):
+            if hit:
+                self.uses[i] = min(3, self.uses[i] + 1)
+        kept = {i for i, hit in zip(ids, hits, strict=True) if hit}
+        for i in [i for i, hit in zip(ids, hits, strict=True) if not hit][
+            : self.capacity - len(kept)
+        ]:
+            if len(self.uses) == self.capacity:
+                self.evict(kept)
+            (self.main if i in self.ghosts else self.small).append(i)
+            self.uses[i] = 0
+            kept.add(i)
+        return hits
+
+    def evict(self, kept: set[int]) -> None:
+        spared = 0
+        while True:
+            if self.small and (
+                len(self.small) >= max(1, self.capacity // 10) or spared >= len(self.main)
+            ):
+                i = self.small.pop(0)
+                if i not in kept and self.uses[i] < 2:
+                    self.ghosts = [*self.ghosts, i][-self.capacity :]
+                    break
+                self.uses[i] = 0
+                self.main.append(i)
+            else:
+                i = self.main.pop(0)
+                if i not in kept and self.uses[i] == 0:
+                    break
+                if i in kept:
+                    spared += 1
+                else:
+                    self.uses[i] -= 1
+                self.main.append(i)
+        del self.uses[i]
+
+
+@given(st.integers(0, 6), st.lists(LISTS, max_size=40))
+@settings(max_examples=400, deadline=None)
+def test_the_cache_is_s3_fifo_and_never_mixes_rows(capacity: int, batches: list[list[int]]) -> None:
+    """Hits, contents and bytes are those of the slow one; rows in use stay; the bound holds."""
+    cache, slow = cache_of(capacity), S3Fifo(capacity)
+    hits = asked = 0
+    for batch in batches:
+        ids = np.array(batch, np.uint32)
+        slots = cache.slots(ids)
+        cached = slots >= 0
+        assert slow.access(batch) == cached.tolist()
+        cache.keep(slots[cached])
+        slots[~cached] = fill(cache, ids[~cached])
+        cache.unkeep(slots[cached])
+        given_ = slots >= 0
+        assert min(len(ids), capacity) == given_.sum() == len(set(slots[given_].tolist()))
+        assert record_of(ids[given_]).tobytes() == cache.slab[slots[given_]].tobytes()
+        assert set(slow.uses) == set(np.flatnonzero(cache.slot_of >= 0).tolist())
+        assert len(slow.uses) == len(cache)
+        hits, asked = hits + int(cached.sum()), asked + len(ids)
+        assert (hits, asked - hits) == (cache.hits, cache.misses)
+
+
+@given(st.integers(1, 6), st.lists(st.tuples(LISTS, st.booleans()), max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_what_was_reserved_and_released_was_never_there(
+    capacity: int, batches: list[tuple[list[int], bool]]
+) -> None:
+    """A fetch that fails leaves no row of its own behind, and takes no slot for good."""
+    cache = cache_of(capacity)
+    for batch, fails in batches:
+        ids = np.array(batch, np.uint32)
+        ids = ids[cache.slots(ids) < 0]
+        if not fails:
+            fill(cache, ids)
+            continue
+        slots = cache.reserve(ids)
+        assert (cache.slot_of[ids] == -1).all()
+        cache.release(slots)
+        assert (cache.slot_of[ids] == -1).all()
+    everything = np.arange(VOCABULARY, dtype=np.uint32)
+    absent = everything[cache.slot_of < 0]
+    assert min(capacity, len(absent)) == (fill(cache, absent) >= 0).sum()
+
+
+def test_a_reserved_slot_is_given_to_nobody_else() -> None:
+    """While one reader's rows are on their way, another gets other slots, or none."""
+    cache = cache_of(4)
+    first = cache.reserve(np.array([0, 1, 2], np.uint32))
+    second = cache.reserve(np.array([3, 4, 5], np.uint32))
+    assert [True, False, False] == (second >= 0).tolist()
+    assert 4 == len({*first.tolist(), second[0]})
+    assert [-1] == cache.reserve(np.array([6], np.uint32)).tolist()
+
+
+def test_a_cache_filled_with_hot_rows_keeps_them_through_a_scan() -> None:
+    """Rows asked for once pass through the small queue; those known to be hot stay."""
+    cache = RowCache(
+        np.zeros((20, 8), np.uint8), np.full(1000, -1, np.int32), np.zeros(20, np.uint8)
+    )
+    hot = np.arange(18, dtype=np.uint32)
+    fill(cache, hot, main=True)
+    for i in range(100, 1000):
+        fill(cache, np.array([i], np.uint32))
+    assert (cache.slot_of[hot] >= 0).all()
+
+
+def test_a_cache_never_takes_more_than_its_budget_or_the_table() -> None:
+    """A budget is rounded down to whole records; a large one over a small table takes the table's rows."""
+    identity = {"version": "0" * 16, "model_id": "0" * 64, "tokenizer_id": "0" * 64}
+    manifest = Manifest(
+        name="a", codec="fp32", vocab_size=10, hidden_size=4, layers=(0,), num_shards=1, **identity
+    )
+    assert 24 == manifest.record_bytes
+    assert [0, 1, 1, 10] == [capacity_for(manifest, most) for most in (23, 24, 47, 1 << 40)]
+    assert (10, 24) == RowCache.private(manifest, 1 << 40).slab.shape
