@@ -23,61 +23,26 @@ NAMESPACE = "tolhouse"
 NAME = "app.kubernetes.io/name"
 SLACK = 256 * 10**6  # bytes of a lookup service besides its hot rows
 
-# Kinds that schemas of Kubernetes do not know: the fields of their spec that we use, those that must be there with True
+# Kinds that schemas of Kubernetes do not know: the fields that we use, with "?" where optional
 SHAPES = {
-    ("ray.io/v1", "RayJob"): {
-        "entrypoint": True,
-        "submissionMode": True,
-        "shutdownAfterJobFinishes": True,
-        "ttlSecondsAfterFinished": True,
-        "backoffLimit": False,
-        "submitterPodTemplate": True,
-        "rayClusterSpec": True,
-    },
-    ("monitoring.coreos.com/v1", "ServiceMonitor"): {"selector": True, "endpoints": True},
-    ("monitoring.coreos.com/v1", "PrometheusRule"): {"groups": True},
+    ("ray.io/v1", "RayJob"): "entrypoint submissionMode shutdownAfterJobFinishes backoffLimit?"
+    " ttlSecondsAfterFinished submitterPodTemplate rayClusterSpec",
+    ("monitoring.coreos.com/v1", "ServiceMonitor"): "selector endpoints",
+    ("monitoring.coreos.com/v1", "PrometheusRule"): "groups",
 }
 _INNER = {
-    "rayClusterSpec": {"rayVersion": True, "headGroupSpec": True, "workerGroupSpecs": True},
-    "headGroupSpec": {"rayStartParams": True, "template": True},
-    "workerGroupSpecs": {
-        "groupName": True,
-        "replicas": True,
-        "minReplicas": True,
-        "maxReplicas": True,
-        "rayStartParams": True,
-        "template": True,
-    },
-    "endpoints": {
-        "port": True,
-        "path": False,
-        "interval": False,
-        "scheme": False,
-        "authorization": False,
-    },
-    "authorization": {"type": True, "credentials": True},
-    "groups": {"name": True, "interval": False, "rules": True},
-    "rules": {
-        "alert": False,
-        "record": False,
-        "expr": True,
-        "for": False,
-        "labels": False,
-        "annotations": False,
-    },
+    "rayClusterSpec": "rayVersion headGroupSpec workerGroupSpecs",
+    "headGroupSpec": "rayStartParams template",
+    "workerGroupSpecs": "groupName replicas minReplicas maxReplicas rayStartParams template",
+    "endpoints": "port path? interval? scheme? authorization?",
+    "authorization": "type credentials",
+    "groups": "name interval? rules",
+    "rules": "alert? record? expr for? labels? annotations?",
 }
 _CLUSTER_WIDE = {"Namespace"}
-_SUFFIXES = {
-    "": 1,
-    "m": Decimal("0.001"),
-    "k": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "Ki": 2**10,
-    "Mi": 2**20,
-    "Gi": 2**30,
-    "Ti": 2**40,
-}
+_VOLUMES = "configMap csi downwardAPI emptyDir ephemeral persistentVolumeClaim projected secret"
+_DECIMAL = {"": 1, "m": Decimal("0.001"), "k": 10**3, "M": 10**6, "G": 10**9}
+_SUFFIXES = {**_DECIMAL, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 Document = dict[str, Any]
 
@@ -112,9 +77,8 @@ class Pod:
 
 def render(folder: Path) -> list[Document]:
     """What `kubectl apply -k` would send."""
-    made = subprocess.run(
-        [KUBECTL, "kustomize", folder], capture_output=True, text=True, check=False
-    )
+    command = [KUBECTL, "kustomize", folder]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert 0 == made.returncode, made.stderr
     assert "" == made.stderr  # nor a warning
     return list(yaml.safe_load_all(made.stdout))
@@ -125,30 +89,32 @@ def of(documents: list[Document], *kinds: str) -> list[Document]:
 
 
 def pods(documents: list[Document]) -> list[Pod]:
-    found = []
-    for d in documents:
-        spec = d.get("spec", {})
-        if d["kind"] == "Pod":
-            found.append(Pod(d, d["metadata"].get("labels", {}), spec))
-        elif d["kind"] in {"Deployment", "StatefulSet", "Job"}:
-            claims = tuple(c["metadata"]["name"] for c in spec.get("volumeClaimTemplates", []))
-            found.append(
-                Pod(
-                    d,
-                    spec["template"]["metadata"].get("labels", {}),
-                    spec["template"]["spec"],
-                    claims,
-                )
-            )
-        elif d["kind"] == "CronJob":
-            template = spec["jobTemplate"]["spec"]["template"]
-            found.append(Pod(d, template["metadata"].get("labels", {}), template["spec"]))
-        elif d["kind"] == "RayJob":
+    return [Pod(d, *_pod(t), _claims(d)) for d in documents for t in _templates(d)]
+
+
+def _templates(document: Document) -> list[Document]:
+    spec = document.get("spec", {})
+    match document["kind"]:
+        case "Pod":
+            return [document]
+        case "Deployment" | "StatefulSet" | "Job":
+            return [spec["template"]]
+        case "CronJob":
+            return [spec["jobTemplate"]["spec"]["template"]]
+        case "RayJob":
             cluster = spec["rayClusterSpec"]
             groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-            templates = [spec["submitterPodTemplate"], *(g["template"] for g in groups)]
-            found += [Pod(d, t["metadata"].get("labels", {}), t["spec"]) for t in templates]
-    return found
+            return [spec["submitterPodTemplate"], *(g["template"] for g in groups)]
+    return []
+
+
+def _pod(template: Document) -> tuple[dict[str, str], Document]:
+    return template["metadata"].get("labels", {}), template["spec"]
+
+
+def _claims(document: Document) -> tuple[str, ...]:
+    claims = document.get("spec", {}).get("volumeClaimTemplates", [])
+    return tuple(claim["metadata"]["name"] for claim in claims)
 
 
 def selects(selector: Document, labels: dict[str, str]) -> bool:
@@ -220,12 +186,11 @@ def _invalid(document: Document, where: str) -> Iterator[str]:
             yield f"{where} in Kubernetes {version}: {error.message}"
 
 
-def _misshapen(spec: Document, shape: dict[str, bool]) -> Iterator[str]:
-    yield from (
-        f"{field} is missing" for field, needed in shape.items() if needed and field not in spec
-    )
+def _misshapen(spec: Document, shape: str) -> Iterator[str]:
+    known = shape.split()
+    yield from (f"{f} is missing" for f in known if not f.endswith("?") and f not in spec)
     for field, value in spec.items():
-        if field not in shape:
+        if field not in known and f"{field}?" not in known:
             yield f"{field} is unknown"
         for inner in value if isinstance(value, list) else [value]:
             if field in _INNER:
@@ -615,16 +580,7 @@ def security(documents: list[Document]) -> Iterator[str]:
         if any(p.spec.get(shared) for shared in ("hostNetwork", "hostPID", "hostIPC")):
             yield f"{p} shares namespaces of its node"
         for v in p.spec.get("volumes", []):
-            if not set(v) - {"name"} <= {
-                "configMap",
-                "csi",
-                "downwardAPI",
-                "emptyDir",
-                "ephemeral",
-                "persistentVolumeClaim",
-                "projected",
-                "secret",
-            }:
+            if not set(v) - {"name"} <= set(_VOLUMES.split()):
                 yield f"{p}: the volume {v['name']} is of a kind that is not allowed"
             if "emptyDir" in v and "sizeLimit" not in v["emptyDir"]:
                 yield f"{p}: the volume {v['name']} may fill its node"

@@ -1,8 +1,9 @@
 """The Kubernetes manifests as kustomize renders them: right for the schemas, and in what those can't see."""
 
 import copy
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from tests import manifests
 from tests.manifests import CHECKS, Check, Document, connections, render
 
 K8S = Path(__file__).parent.parent / "deploy" / "k8s"
+Rendered = dict[str, list[Document]]
 
 
 @pytest.fixture(scope="module")
-def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Document]]:
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
     """Both overlays, the loader beside `local`, and `local` with all components."""
     folder = tmp_path_factory.mktemp("k8s")
     shutil.copytree(K8S, folder, dirs_exist_ok=True)
@@ -32,7 +34,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Documen
 
 @pytest.mark.parametrize("name", ["local", "monitored", "gpu"])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_manifests_are_right(rendered: dict[str, list[Document]], name: str, check: Check) -> None:
+def test_manifests_are_right(rendered: Rendered, name: str, check: Check) -> None:
     """No check finds anything in any overlay."""
     assert [] == list(check(rendered[name]))
 
@@ -77,14 +79,12 @@ def names(*pods: str) -> set[str]:
         ),
     ],
 )
-def test_only_neighbours_may_talk(
-    rendered: dict[str, list[Document]], name: str, expected: set[str]
-) -> None:
+def test_only_neighbours_may_talk(rendered: Rendered, name: str, expected: set[str]) -> None:
     """Policies of both ends together let exactly these connections through."""
     assert expected == connections(rendered[name])
 
 
-def test_each_overlay_has_its_kinds(rendered: dict[str, list[Document]]) -> None:
+def test_each_overlay_has_its_kinds(rendered: Rendered) -> None:
     """`local` needs nothing but Kubernetes; `gpu` builds with Ray, keeps tables in six Redis nodes and scales its workers."""
     kinds = {name: {d["kind"] for d in documents} for name, documents in rendered.items()}
     assert set() == kinds["local"] & {kind for _, kind in manifests.SHAPES}
@@ -106,7 +106,7 @@ def test_each_overlay_has_its_kinds(rendered: dict[str, list[Document]]) -> None
     assert 1 == worker["resources"]["limits"]["nvidia.com/gpu"]
 
 
-def test_storage_comes_first(rendered: dict[str, list[Document]]) -> None:
+def test_storage_comes_first(rendered: Rendered) -> None:
     """What README.md applies before the loader runs, by its label, is the namespace and every claim."""
     for name, claims in (("local", {"models", "tables"}), ("gpu", {"models"})):
         first = [
@@ -127,9 +127,7 @@ def test_compose_and_kubernetes_form_a_cluster_alike() -> None:
     ).read_text()
 
 
-def test_a_setting_that_changes_rolls_its_pods(
-    tmp_path: Path, rendered: dict[str, list[Document]]
-) -> None:
+def test_a_setting_that_changes_rolls_its_pods(tmp_path: Path, rendered: Rendered) -> None:
     """Another value gives a ConfigMap another name, and with it the templates that refer to it, a RayJob's too."""
     shutil.copytree(K8S, tmp_path, dirs_exist_ok=True)
     base = tmp_path / "base" / "kustomization.yaml"
@@ -157,530 +155,156 @@ def find(documents: list[Document], kind: str, name: str) -> Document:
     return found
 
 
-def at(kind: str, name: str, path: str, value: Any) -> Callable[[list[Document]], None]:
-    """Sets what is at `path` of a document; None deletes it, a function makes it from what it was."""
-
-    def change(documents: list[Document]) -> None:
-        place: Any = find(documents, kind, name)
-        *way, last = [int(step) if step.isdigit() else step for step in path.split("|")]
-        for step in way:
-            place = place[step]
-        if value is None:
-            del place[last]
-        else:
-            place[last] = value(place[last]) if callable(value) else value
-
-    return change
+def set_at(document: Document, path: str, value: Any) -> None:
+    """Set what is at `path` of a document; None deletes it."""
+    place: Any = document
+    *way, last = [int(step) if step.isdigit() else step for step in path.split("|")]
+    for step in way:
+        place = place[step]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
 
 
-def without(kind: str, name: str) -> Callable[[list[Document]], None]:
-    return lambda documents: documents.remove(find(documents, kind, name))
+# by check and overlay: a document, a path in it, a value for it (null deletes), and what the check says
+# @P is a template's pod, @C its first container
+FAULTS = """
+schemas local:
+    Deployment worker  @C|imagePolicy  Always  imagePolicy
+    Deployment worker  spec|replicas  two  not of type
+    PodDisruptionBudget worker  apiVersion  policy/v1beta1  policy/v1beta1
+    Service worker  metadata|namespace  default  namespace default
+schemas gpu:
+    RayJob build  spec|entrypoint  null  entrypoint is missing
+    RayJob build  spec|rayClusterSpec|headGroup  {}  headGroup is unknown
+    RayJob build  spec|submitterPodTemplate|spec|containers|0|imag  x  imag
+    ServiceMonitor gateway  spec|endpoints|0|prt  http  prt is unknown
+    PrometheusRule tolhouse  spec|groups|0|rules|0|expr  null  expr is missing
+selectors local:
+    Deployment worker  spec|selector|matchLabels  {"app": "worker"}  its own pods
+    Service worker  spec|selector  {"app": "worker"}  Service worker selects []
+    PodDisruptionBudget worker  spec|selector|matchLabels  {"app": "worker"}  no PodDisruptionBudget
+    NetworkPolicy worker  spec|podSelector|matchLabels  {"app": "worker"}  selects no pod
+    NetworkPolicy worker  spec|egress|0|to|0|podSelector|matchLabels|app  lookup  selects no pod
+    Deployment worker  @P|topologySpreadConstraints|0|labelSelector|matchLabels  {app: x}  not its own
+selectors gpu:
+    StatefulSet redis  spec|serviceName  redises  no Service redises
+    ServiceMonitor gateway  spec|selector|matchLabels  {"app": "gateway"}  selects no Service
+    ServiceMonitor gateway  spec|endpoints|0|port  metrics  no port metrics
+    HorizontalPodAutoscaler worker  spec|scaleTargetRef|name  workers  target is not there
+    HorizontalPodAutoscaler worker  spec|minReplicas  9  above maxReplicas
+    Deployment worker  spec|replicas  2  set the scale back
+volumes local:
+    Deployment worker  @P|volumes|0|name  model  not defined
+    Deployment worker  @C|volumeMounts|0  null  not mounted
+    PersistentVolumeClaim models  -  null  no claim models
+    ConfigMap lookup  -  null  no ConfigMap lookup
+    ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  file:///table  no volume is mounted
+    Deployment worker  @C|volumeMounts|0|mountPath  /tmp  at one place
+volumes gpu:
+    StatefulSet redis  spec|volumeClaimTemplates|0|metadata|name  disk  not defined
+    ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  redis://redis:6379?password_file=/redis  no volume is mounted
+secrets gpu:
+    ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  redis://redis:6379?password_file=/secrets/redis/admin  no file of a Secret
+    ConfigMap gateway  data|TOLHOUSE_GATEWAY_KEYS_FILE  /secrets/gateway/keys  no file of a Secret
+    StatefulSet redis  @C|env|0|valueFrom|secretKeyRef|key  root  make root of the Secret redis-auth
+    ServiceMonitor gateway  spec|endpoints|0|authorization|credentials|name  keys  make key of the Secret keys
+    Deployment worker  @P|volumes|3|secret|items  null  how to make * of the Secret services-token
+    Deployment worker  @P|volumes|3|secret|defaultMode  292  not for its group alone
+    Deployment worker  @P|securityContext|fsGroup  null  not for its group alone
+    Deployment worker  @C|volumeMounts|3|readOnly  false  mounted for writing
+resources local:
+    Deployment worker  @C|resources|limits|memory  512Mi  more memory than its limit
+    Deployment worker  @C|resources|requests|cpu  250 m  no quantity
+    Deployment worker  @C|resources|limits|cpu  null  no limit of cpu
+resources gpu:
+    ConfigMap lookup  data|TOLHOUSE_LOOKUP_HOT_MEGABYTES  "8192"  hot rows of two versions
+    Deployment worker  @C|resources|requests|nvidia.com/gpu  0  the same in requests
+ports local:
+    Deployment worker  @C|readinessProbe|grpc|port  50051  asks port 50051
+    Deployment gateway  @C|livenessProbe|httpGet|port  https  asks port https
+    Deployment worker  @C|ports|0|name  rpc  has no port grpc
+    ConfigMap worker  data|TOLHOUSE_WORKER_LISTEN  0.0.0.0:50053  no port of worker
+    ConfigMap worker  data|TOLHOUSE_WORKER_LISTEN  127.0.0.1:50052  closed to others
+    NetworkPolicy worker  spec|egress|0|ports|0|port  http  nobody it means has port http
+environment local:
+    ConfigMap worker  data|TOLHOUSE_WORKER_LOKUP  x  TOLHOUSE_WORKER_LOKUP is not
+    ConfigMap worker  data|TOLHOUSE_WORKER_DRAIN_SECONDS  soon  drain_seconds
+    ConfigMap worker  data|TOLHOUSE_WORKER_LOOKUP  dns:///lookups:50051  no such Service
+    ConfigMap worker  data|TOLHOUSE_WORKER_LOOKUP  dns:///lookup:50052  no such Service
+    Service lookup  spec|clusterIP  null  must be headless
+    Deployment worker  @P|enableServiceLinks  true  enableServiceLinks
+environment gpu:
+    ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  redis://tolhouse@cache:6379  no such Service
+accounts local:
+    Deployment worker  @P|serviceAccountName  default  account default
+    Deployment worker  @P|automountServiceAccountToken  true  mounts a token
+    ServiceAccount worker  automountServiceAccountToken  null  gives a token
+security local:
+    Namespace tolhouse  metadata|labels|pod-security.kubernetes.io/enforce  baseline  not enforce
+    Deployment worker  @P|securityContext|runAsNonRoot  null  run as root
+    Deployment worker  @P|securityContext|seccompProfile  null  seccomp
+    Deployment worker  @P|hostNetwork  true  shares namespaces
+    Deployment worker  @P|volumes|0  {"name": "models", "hostPath": {"path": "/"}}  not allowed
+    Deployment worker  @C|securityContext|allowPrivilegeEscalation  null  gain privileges
+    Deployment worker  @C|securityContext|capabilities  {drop: [ALL], add: [SYS_TIME]}  keeps capabilities
+    Deployment worker  @C|securityContext|readOnlyRootFilesystem  false  write to its image
+    Deployment worker  @C|ports|0|hostPort  50052  port of its node
+    Deployment worker  @P|volumes|1|emptyDir  {}  fill its node
+images local:
+    Deployment worker  @C|image  tolhouse-worker:latest  no version
+    Deployment worker  @C|image  tolhouse-worker:0.0.9  not of version
+    Deployment worker  @C|image  tolhouse-wrkr:0.1.0  no target
+rollout local:
+    Deployment worker  spec|strategy|rollingUpdate|maxUnavailable  1  with a gap
+    Deployment worker  @C|readinessProbe  null  no readinessProbe
+    Deployment worker  @C|lifecycle  null  how it pauses
+    Deployment worker  @P|terminationGracePeriodSeconds  130  before it has drained
+    Deployment worker  @C|startupProbe|failureThreshold  6  30 s to start
+rollout gpu:
+    Deployment lookup  @C|startupProbe|failureThreshold  60  may wait 600 s
+"""
 
 
-CONTAINER = "spec|template|spec|containers|0"
-BAD: list[tuple[Check, str, Callable[[list[Document]], None], str]] = [
-    (
-        manifests.schemas,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|imagePolicy", "Always"),
-        "imagePolicy",
-    ),
-    (manifests.schemas, "local", at("Deployment", "worker", "spec|replicas", "two"), "not of type"),
-    (
-        manifests.schemas,
-        "local",
-        at("PodDisruptionBudget", "worker", "apiVersion", "policy/v1beta1"),
-        "policy/v1beta1",
-    ),
-    (
-        manifests.schemas,
-        "local",
-        at("Service", "worker", "metadata|namespace", "default"),
-        "namespace default",
-    ),
-    (manifests.schemas, "local", lambda documents: documents.append(documents[0]), "2 times"),
-    (
-        manifests.schemas,
-        "gpu",
-        at("RayJob", "build", "spec|entrypoint", None),
-        "entrypoint is missing",
-    ),
-    (
-        manifests.schemas,
-        "gpu",
-        at("RayJob", "build", "spec|rayClusterSpec|headGroup", {}),
-        "headGroup is unknown",
-    ),
-    (
-        manifests.schemas,
-        "gpu",
-        at("RayJob", "build", "spec|submitterPodTemplate|spec|containers|0|imag", "x"),
-        "imag",
-    ),
-    (
-        manifests.schemas,
-        "gpu",
-        at("ServiceMonitor", "gateway", "spec|endpoints|0|prt", "http"),
-        "prt is unknown",
-    ),
-    (
-        manifests.schemas,
-        "gpu",
-        at("PrometheusRule", "tolhouse", "spec|groups|0|rules|0|expr", None),
-        "expr is missing",
-    ),
-    (
-        manifests.selectors,
-        "local",
-        at("Deployment", "worker", "spec|selector|matchLabels", {"app": "worker"}),
-        "its own pods",
-    ),
-    (
-        manifests.selectors,
-        "local",
-        at("Service", "worker", "spec|selector", {"app": "worker"}),
-        "Service worker selects []",
-    ),
-    (
-        manifests.selectors,
-        "local",
-        at("PodDisruptionBudget", "worker", "spec|selector|matchLabels", {"app": "worker"}),
-        "no PodDisruptionBudget",
-    ),
-    (
-        manifests.selectors,
-        "local",
-        at("NetworkPolicy", "worker", "spec|podSelector|matchLabels", {"app": "worker"}),
-        "selects no pod",
-    ),
-    (
-        manifests.selectors,
-        "local",
-        at(
-            "NetworkPolicy",
-            "worker",
-            "spec|egress|0|to|0|podSelector|matchLabels",
-            {"app": "lookup"},
-        ),
-        "selects no pod",
-    ),
-    (
-        manifests.selectors,
-        "local",
-        at(
-            "Deployment",
-            "worker",
-            "spec|template|spec|topologySpreadConstraints|0|labelSelector|matchLabels",
-            {"app": "x"},
-        ),
-        "not its own",
-    ),
-    (
-        manifests.selectors,
-        "gpu",
-        at("StatefulSet", "redis", "spec|serviceName", "redises"),
-        "no Service redises",
-    ),
-    (
-        manifests.selectors,
-        "gpu",
-        at("ServiceMonitor", "gateway", "spec|selector|matchLabels", {"app": "gateway"}),
-        "selects no Service",
-    ),
-    (
-        manifests.selectors,
-        "gpu",
-        at("ServiceMonitor", "gateway", "spec|endpoints|0|port", "metrics"),
-        "no port metrics",
-    ),
-    (
-        manifests.selectors,
-        "gpu",
-        at("HorizontalPodAutoscaler", "worker", "spec|scaleTargetRef|name", "workers"),
-        "target is not there",
-    ),
-    (
-        manifests.selectors,
-        "gpu",
-        at("HorizontalPodAutoscaler", "worker", "spec|minReplicas", 9),
-        "above maxReplicas",
-    ),
-    (
-        manifests.selectors,
-        "gpu",
-        at("Deployment", "worker", "spec|replicas", 2),
-        "set the scale back",
-    ),
-    (
-        manifests.volumes,
-        "local",
-        at("Deployment", "worker", "spec|template|spec|volumes|0|name", "model"),
-        "not defined",
-    ),
-    (
-        manifests.volumes,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|volumeMounts|0", None),
-        "not mounted",
-    ),
-    (manifests.volumes, "local", without("PersistentVolumeClaim", "models"), "no claim models"),
-    (manifests.volumes, "local", without("ConfigMap", "lookup"), "no ConfigMap lookup"),
-    (
-        manifests.volumes,
-        "local",
-        at("ConfigMap", "lookup", "data|TOLHOUSE_LOOKUP_STORE", "file:///table"),
-        "where no volume is mounted",
-    ),
-    (
-        manifests.volumes,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|volumeMounts|0|mountPath", "/tmp"),
-        "at one place",
-    ),
-    (
-        manifests.volumes,
-        "gpu",
-        at("StatefulSet", "redis", "spec|volumeClaimTemplates|0|metadata|name", "disk"),
-        "not defined",
-    ),
-    (
-        manifests.volumes,
-        "gpu",
-        at(
-            "ConfigMap",
-            "lookup",
-            "data|TOLHOUSE_LOOKUP_STORE",
-            "redis://tolhouse@redis:6379?password_file=/redis",
-        ),
-        "where no volume is mounted",
-    ),
-    (
-        manifests.secrets,
-        "gpu",
-        at(
-            "ConfigMap",
-            "lookup",
-            "data|TOLHOUSE_LOOKUP_STORE",
-            "redis://tolhouse@redis:6379?password_file=/secrets/redis/admin",
-        ),
-        "no file of a Secret",
-    ),
-    (
-        manifests.secrets,
-        "gpu",
-        at("ConfigMap", "gateway", "data|TOLHOUSE_GATEWAY_KEYS_FILE", "/secrets/gateway/keys"),
-        "no file of a Secret",
-    ),
-    (
-        manifests.secrets,
-        "gpu",
-        at("StatefulSet", "redis", f"{CONTAINER}|env|0|valueFrom|secretKeyRef|key", "root"),
-        "how to make root of the Secret redis-auth",
-    ),
-    (
-        manifests.secrets,
-        "gpu",
-        at("ServiceMonitor", "gateway", "spec|endpoints|0|authorization|credentials|name", "keys"),
-        "how to make key of the Secret keys",
-    ),
-    (
-        manifests.secrets,
-        "gpu",
-        at("Deployment", "worker", "spec|template|spec|volumes|3|secret|items", None),
-        "how to make * of the Secret services-token",
-    ),
-    (
-        manifests.secrets,
-        "gpu",
-        at("Deployment", "worker", "spec|template|spec|volumes|3|secret|defaultMode", 0o444),
-        "not for its group alone",
-    ),
-    (
-        manifests.secrets,
-        "gpu",
-        at("Deployment", "worker", "spec|template|spec|securityContext|fsGroup", None),
-        "not for its group alone",
-    ),
-    (
-        manifests.secrets,
-        "gpu",
-        at("Deployment", "worker", f"{CONTAINER}|volumeMounts|3|readOnly", False),
-        "mounted for writing",
-    ),
-    (
-        manifests.resources,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|resources|limits|memory", "512Mi"),
-        "more memory than its limit",
-    ),
-    (
-        manifests.resources,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|resources|requests|cpu", "250 m"),
-        "no quantity",
-    ),
-    (
-        manifests.resources,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|resources|limits|cpu", None),
-        "no limit of cpu",
-    ),
-    (
-        manifests.resources,
-        "gpu",
-        at("ConfigMap", "lookup", "data|TOLHOUSE_LOOKUP_HOT_MEGABYTES", "8192"),
-        "hot rows of two versions",
-    ),
-    (
-        manifests.resources,
-        "gpu",
-        at("Deployment", "worker", f"{CONTAINER}|resources|requests|nvidia.com/gpu", 0),
-        "the same in requests",
-    ),
-    (
-        manifests.ports,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|readinessProbe|grpc|port", 50051),
-        "asks port 50051",
-    ),
-    (
-        manifests.ports,
-        "local",
-        at("Deployment", "gateway", f"{CONTAINER}|livenessProbe|httpGet|port", "https"),
-        "asks port https",
-    ),
-    (
-        manifests.ports,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|ports|0|name", "rpc"),
-        "has no port grpc",
-    ),
-    (
-        manifests.ports,
-        "local",
-        at("ConfigMap", "worker", "data|TOLHOUSE_WORKER_LISTEN", "0.0.0.0:50053"),
-        "no port of worker",
-    ),
-    (
-        manifests.ports,
-        "local",
-        at("ConfigMap", "worker", "data|TOLHOUSE_WORKER_LISTEN", "127.0.0.1:50052"),
-        "closed to others",
-    ),
-    (
-        manifests.ports,
-        "local",
-        at("NetworkPolicy", "worker", "spec|egress|0|ports|0|port", "http"),
-        "nobody it means has port http",
-    ),
-    (
-        manifests.environment,
-        "local",
-        at("ConfigMap", "worker", "data|TOLHOUSE_WORKER_LOKUP", "x"),
-        "TOLHOUSE_WORKER_LOKUP is not",
-    ),
-    (
-        manifests.environment,
-        "local",
-        at("ConfigMap", "worker", "data|TOLHOUSE_WORKER_DRAIN_SECONDS", "soon"),
-        "drain_seconds",
-    ),
-    (
-        manifests.environment,
-        "local",
-        at("ConfigMap", "worker", "data|TOLHOUSE_WORKER_LOOKUP", "dns:///lookups:50051"),
-        "no such Service",
-    ),
-    (
-        manifests.environment,
-        "local",
-        at("ConfigMap", "worker", "data|TOLHOUSE_WORKER_LOOKUP", "dns:///lookup:50052"),
-        "no such Service",
-    ),
-    (
-        manifests.environment,
-        "local",
-        at("Service", "lookup", "spec|clusterIP", None),
-        "must be headless",
-    ),
-    (
-        manifests.environment,
-        "gpu",
-        at("ConfigMap", "lookup", "data|TOLHOUSE_LOOKUP_STORE", "redis://tolhouse@cache:6379"),
-        "no such Service",
-    ),
-    (
-        manifests.environment,
-        "local",
-        at("Deployment", "worker", "spec|template|spec|enableServiceLinks", True),
-        "enableServiceLinks",
-    ),
-    (
-        manifests.accounts,
-        "local",
-        at("Deployment", "worker", "spec|template|spec|serviceAccountName", "default"),
-        "account default",
-    ),
-    (
-        manifests.accounts,
-        "local",
-        at("Deployment", "worker", "spec|template|spec|automountServiceAccountToken", True),
-        "mounts a token",
-    ),
-    (
-        manifests.accounts,
-        "local",
-        at("ServiceAccount", "worker", "automountServiceAccountToken", None),
-        "gives a token",
-    ),
-    (
-        manifests.security,
-        "local",
-        at(
-            "Namespace",
-            "tolhouse",
-            "metadata|labels|pod-security.kubernetes.io/enforce",
-            "baseline",
-        ),
-        "not enforce",
-    ),
-    (
-        manifests.security,
-        "local",
-        at("Deployment", "worker", "spec|template|spec|securityContext|runAsNonRoot", None),
-        "run as root",
-    ),
-    (
-        manifests.security,
-        "local",
-        at("Deployment", "worker", "spec|template|spec|securityContext|seccompProfile", None),
-        "seccomp",
-    ),
-    (
-        manifests.security,
-        "local",
-        at("Deployment", "worker", "spec|template|spec|hostNetwork", True),
-        "shares namespaces",
-    ),
-    (
-        manifests.security,
-        "local",
-        at(
-            "Deployment",
-            "worker",
-            "spec|template|spec|volumes|0",
-            {"name": "models", "hostPath": {"path": "/"}},
-        ),
-        "not allowed",
-    ),
-    (
-        manifests.security,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|securityContext|allowPrivilegeEscalation", None),
-        "gain privileges",
-    ),
-    (
-        manifests.security,
-        "local",
-        at(
-            "Deployment",
-            "worker",
-            f"{CONTAINER}|securityContext|capabilities",
-            {"drop": ["ALL"], "add": ["NET_ADMIN"]},
-        ),
-        "keeps capabilities",
-    ),
-    (
-        manifests.security,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|securityContext|readOnlyRootFilesystem", False),
-        "write to its image",
-    ),
-    (
-        manifests.security,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|ports|0|hostPort", 50052),
-        "port of its node",
-    ),
-    (
-        manifests.security,
-        "local",
-        at("Deployment", "worker", "spec|template|spec|volumes|1|emptyDir", {}),
-        "fill its node",
-    ),
-    (
-        manifests.images,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|image", "tolhouse-worker:latest"),
-        "no version",
-    ),
-    (
-        manifests.images,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|image", "tolhouse-worker:0.0.9"),
-        "not of version",
-    ),
-    (
-        manifests.images,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|image", "tolhouse-wrkr:0.1.0"),
-        "no target",
-    ),
-    (
-        manifests.rollout,
-        "local",
-        at("Deployment", "worker", "spec|strategy|rollingUpdate|maxUnavailable", 1),
-        "with a gap",
-    ),
-    (
-        manifests.rollout,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|readinessProbe", None),
-        "no readinessProbe",
-    ),
-    (
-        manifests.rollout,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|lifecycle", None),
-        "how it pauses",
-    ),
-    (
-        manifests.rollout,
-        "local",
-        at("Deployment", "worker", "spec|template|spec|terminationGracePeriodSeconds", 130),
-        "before it has drained",
-    ),
-    (
-        manifests.rollout,
-        "local",
-        at("Deployment", "worker", f"{CONTAINER}|startupProbe|failureThreshold", 6),
-        "30 s to start",
-    ),
-    (
-        manifests.rollout,
-        "gpu",
-        at("Deployment", "lookup", f"{CONTAINER}|startupProbe|failureThreshold", 60),
-        "may wait 600 s",
-    ),
-]
+def faults() -> Iterator[Any]:
+    """A case of `test_checks_find_what_is_wrong` for each line of FAULTS."""
+    for line in FAULTS.strip().splitlines():
+        if not line.startswith(" "):
+            check, overlay = line.rstrip(":").split()
+            continue
+        document, path, value, message = re.split("  +", line.strip())
+        path = path.replace("@C", "@P|containers|0").replace("@P", "spec|template|spec")
+        case = (getattr(manifests, check), overlay, *document.split(), path, value, message)
+        yield pytest.param(*case, id=f"{check}: {message}")
 
 
 @pytest.mark.parametrize(
-    ("check", "name", "spoil", "said"),
-    BAD,
-    ids=[f"{check.__name__}: {said}" for check, _, _, said in BAD],
+    ("check", "overlay", "kind", "name", "path", "value", "message"), list(faults())
 )
 def test_checks_find_what_is_wrong(
-    rendered: dict[str, list[Document]],
+    rendered: Rendered,
     check: Check,
+    overlay: str,
+    kind: str,
     name: str,
-    spoil: Callable[[list[Document]], None],
-    said: str,
+    path: str,
+    value: str,
+    message: str,
 ) -> None:
-    """Manifests with one thing wrong fail the check that is there for it, and it says so."""
-    documents = copy.deepcopy(rendered[name])
-    spoil(documents)
-    assert said in "\n".join(check(documents))
+    """Manifests with one fault fail the check that is there for it, and it says so."""
+    documents = copy.deepcopy(rendered[overlay])
+    if path == "-":
+        documents.remove(find(documents, kind, name))
+    else:
+        set_at(find(documents, kind, name), path, yaml.safe_load(value))
+    assert message in "\n".join(check(documents))
+
+
+def test_a_document_that_is_there_twice_is_found(rendered: Rendered) -> None:
+    """Two documents of one kind and name are a fault."""
+    documents = rendered["local"]
+    assert "2 times" in "\n".join(manifests.schemas([*documents, documents[0]]))
 
 
 @pytest.mark.parametrize(
@@ -697,7 +321,7 @@ def test_checks_find_what_is_wrong(
         "prometheus",
     ],
 )
-def test_every_policy_counts(rendered: dict[str, list[Document]], policy: str) -> None:
+def test_every_policy_counts(rendered: Rendered, policy: str) -> None:
     """Without any one of the NetworkPolicies, other connections would be let through."""
     documents = copy.deepcopy(rendered["gpu"])
     documents.remove(find(documents, "NetworkPolicy", policy))
