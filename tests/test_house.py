@@ -29,7 +29,14 @@ FLOORS = (
     {"demo"},
     {"cli"},
 )
-BESIDE = {("logs", "errors"), ("tracing", "net"), ("net", "table"), ("table", "net")}
+BESIDE = {
+    ("engine", "worker"),
+    ("sampling", "client"),
+    ("logs", "errors"),
+    ("tracing", "net"),
+    ("net", "table"),
+    ("table", "net"),
+}
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 
 
