@@ -6,70 +6,14 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
-ODD = [
-    b"",
-    b"\0",
-    b"\xff",
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b'"',
-    b",",
-    b":",
-    b"null",
-    b"true",
-    b"-1",
-    b"0",
-    b"1e999",
-    b"-0.0",
-    b"NaN",
-    b"Infinity",
-    b"9" * 30,
-    b"2147483648",
-    b"18446744073709551616",
-    b"\\ud800",
-    b"\xed\xa0\x80",
-    b"\xf0\x9f\x98\x80",
-    b"[" * 2000,
-    b'{"a":' * 500,
-    b"__proto__",
-    b"../..",
-    b"%s%n",
-    b"\r\n",
-    b"\x80" * 11,
-    b"\xff" * 9 + b"\x01",
-]
+ODD = rb"""{ } [ ] " , : null true -1 0 1e999 -0.0 NaN Infinity 2147483648 \ud800 __proto__
+../.. %s%n 18446744073709551616 999999999999999999999999999999""".split()
+ODD += [b"", b"\0", b"\xff", b"\xed\xa0\x80", b"\xf0\x9f\x98\x80", b"\r\n", b"\x80" * 11]
+ODD += [b"[" * 2000, b'{"a":' * 500, b"\xff" * 9 + b"\x01"]
 
-
-VALUES = [
-    None,
-    True,
-    False,
-    0,
-    1,
-    -1,
-    0.5,
-    1e308,
-    2**31,
-    2**63,
-    2**64,
-    10**400,
-    "",
-    "a",
-    "\ud800",
-    "x" * 600,
-    [],
-    {},
-    [1],
-    ["a"],
-    [[]],
-    [None],
-    {"a": 1},
-    {"1": 1},
-    list(range(300)),
-    [[0] * 20] * 20,
-]
+VALUES: list[Any] = [None, True, False, 0, 1, -1, 0.5, 1e308, 2**31, 2**63, 2**64, 10**400]
+VALUES += ["", "a", "\ud800", "x" * 600, [], {}, [1], ["a"], [[]], [None], {"a": 1}, {"1": 1}]
+VALUES += [list(range(300)), [[0] * 20] * 20]
 
 
 def mutations(seeds: Sequence[bytes], rng: random.Random) -> Iterator[bytes]:
@@ -122,9 +66,8 @@ def _restructured(seed: bytes, rng: random.Random) -> bytes:
         what = rng.randrange(4)
         if key is None or what == 0:
             if isinstance(node, dict):
-                node[rng.choice(("odd", "", "prompt", "n", "messages"))] = deepcopy(
-                    rng.choice(VALUES)
-                )
+                name = rng.choice(("odd", "", "prompt", "n", "messages"))
+                node[name] = deepcopy(rng.choice(VALUES))
             else:
                 node.append(deepcopy(rng.choice(VALUES)))
         elif what == 1:
