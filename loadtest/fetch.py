@@ -2,8 +2,7 @@
 
 Starts its own Redis servers and lookup services on loopback, measures the contenders in turn on the same ids, prints
 medians and, last, one line of JSON with the ratios. Machines are noisy: the ratios within a run mean something, the times
-of two runs do not. A service is asked twice over: by a client on the same machine, which may map its hot rows, and "over
-the wire", by one that may not.
+of two runs do not.
 """
 
 import argparse
@@ -100,33 +99,23 @@ def large_rows(pairs: int) -> dict[str, float]:
                 url, 32
             ) as cold,  # rows go round: each has left long before it is asked for again
             Client(hot) as hot_client,
-            Client(hot, map_hot_rows=False) as hot_wire,
             Client(cold) as cold_client,
-            Client(cold, map_hot_rows=False) as cold_wire,
             server("naive") as naive,
         ):
             for part in np.split(ids, 32):
                 hot_client.fetch(manifest, part)
-            half = len(ids) // 2
             contenders: dict[str, Work] = {
                 "Redis MGET": lambda batch: redis.mget([keys[i] for i in batch.tolist()]),
                 "one naive gRPC answer": Naive(naive).rows,
                 "service, hot": lambda batch: hot_client.fetch(manifest, batch),
-                "service, hot, over the wire": lambda batch: hot_wire.fetch(manifest, batch),
                 "service, from Redis": lambda batch: cold_client.fetch(manifest, batch),
-                "service, from Redis, over the wire": lambda batch: cold_wire.fetch(
-                    manifest, (batch + half) % len(ids)
-                ),
             }
             found = medians(contenders, in_turn(len(ids), 32, pairs), "32 ids of 96 KiB")
-    redis_, naive_, hot_, hot_wire_, cold_, cold_wire_ = found.values()
+    redis_, naive_, hot_, cold_ = found.values()
     return {
         "hot_vs_redis": redis_ / hot_,
         "hot_vs_unary": naive_ / hot_,
         "cold_vs_redis": redis_ / cold_,
-        "hot_wire_vs_redis": redis_ / hot_wire_,
-        "hot_wire_vs_unary": naive_ / hot_wire_,
-        "cold_wire_vs_redis": redis_ / cold_wire_,
     }
 
 
@@ -140,14 +129,12 @@ def small_rows(pairs: int) -> dict[str, float]:
         with (
             service(url, 64) as address,
             Client(address) as client,
-            Client(address, map_hot_rows=False) as wire,
         ):
             client.fetch(manifest, range(manifest.vocab_size))
             one = medians(
                 {
                     "bare echo on an open stream": lambda _: bare_.echo(payload),
                     "service": lambda batch: client.fetch(manifest, batch),
-                    "service, over the wire": lambda batch: wire.fetch(manifest, batch),
                 },
                 in_turn(manifest.vocab_size, 1, 10 * pairs),
                 "1 id of 4 KiB",
@@ -156,18 +143,15 @@ def small_rows(pairs: int) -> dict[str, float]:
                 {
                     "bare unary answer": lambda batch: bare_.bytes(b"%d" % (len(batch) * 4096)),
                     "service": lambda batch: client.fetch(manifest, batch),
-                    "service, over the wire": lambda batch: wire.fetch(manifest, batch),
                 },
                 in_turn(manifest.vocab_size, 256, 2 * pairs),
                 "256 ids of 4 KiB",
             )
-    echo, single, single_wire = one.values()
-    unary, batch, batch_wire = many.values()
+    echo, single = one.values()
+    unary, batch = many.values()
     return {
         "single_vs_echo": single / echo,
-        "single_wire_vs_echo": single_wire / echo,
         "batch256_vs_bare": batch / unary,
-        "batch256_wire_vs_bare": batch_wire / unary,
     }
 
 
@@ -270,20 +254,19 @@ def _growth(sizes: dict[str, tuple[Client, Manifest]], pairs: int, title: str) -
     return max(after / before for before, after in pairwise(found.values()))
 
 
-def lookup_processes(seconds: float) -> dict[str, float]:
-    """Rows per second that four clients get over the wire from 1, 2 and 4 lookup processes on one port."""
-    manifest, found = manifest_of("shared", 4096, 4), {}
+def clients(seconds: float) -> dict[str, float]:
+    """Rows per second that four clients get from one lookup service."""
+    manifest = manifest_of("shared", 4096, 4)
     with redis_server() as url, closing(open_store(url)) as store:
         load(store, manifest)
-        print(f"{CLIENTS} clients, 256 ids of 4 KiB, hot, over the wire")
-        for count in (1, 2, 4):
-            with service(url, 64, "--processes", str(count)) as address, _clients() as pool:
-                rates = pool.map(
-                    _rate, [address] * CLIENTS, [manifest.to_json()] * CLIENTS, [seconds] * CLIENTS
-                )
-                found[f"rows_per_second_{count}"] = sum(rates)
-            print(f"  {count} lookup processes {found[f'rows_per_second_{count}']:12.0f} rows/s")
-    return found
+        print(f"{CLIENTS} clients, 256 ids of 4 KiB, hot")
+        with service(url, 64) as address, _clients() as pool:
+            rates = pool.map(
+                _rate, [address] * CLIENTS, [manifest.to_json()] * CLIENTS, [seconds] * CLIENTS
+            )
+            rate = sum(rates)
+        print(f"  lookup {rate:12.0f} rows/s")
+    return {"rows_per_second": rate}
 
 
 @contextmanager
@@ -295,7 +278,7 @@ def _clients() -> Iterator[ProcessPoolExecutor]:
 def _rate(address: str, manifest_json: str, seconds: float) -> float:
     keep_large_blocks()
     manifest = Manifest.from_json(manifest_json)
-    with Client(address, map_hot_rows=False) as client:
+    with Client(address) as client:
         batches = in_turn(manifest.vocab_size, 256, 16)
         for batch in batches:
             client.fetch(manifest, batch)
@@ -324,7 +307,7 @@ def main() -> None:
         **small_rows(pairs),
         **real_text(48 if quick else 96),
         **growth(pairs),
-        **lookup_processes(1 if quick else 4),
+        **clients(1 if quick else 4),
     }
     print(json.dumps({name: round(ratio, 3) for name, ratio in ratios.items()}))
 

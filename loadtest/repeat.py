@@ -1,7 +1,6 @@
-"""The same fetch over and over, to look at with a profiler: `python -m loadtest.repeat hot|wire|redis [SECONDS]`.
+"""The same fetch over and over, to look at with a profiler: `python -m loadtest.repeat hot|redis [SECONDS]`.
 
-32 ids of 96 KiB at a time: hot rows as a client on the same machine reads them, over the wire, or from Redis with nothing
-cached. Says "ready" with the process ids of client and service once it goes round, and last how many bytes a second it got.
+32 ids of 96 KiB at a time: hot rows, or from Redis with nothing cached. Says "ready" with the process ids of client and service once it goes round, and last how many bytes a second it got.
 
     py-spy record --gil -d 5 -p PID -o profile.svg
 """
@@ -21,7 +20,7 @@ from loadtest.tables import load, manifest_of
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] not in ("hot", "wire", "redis"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("hot", "redis"):
         sys.exit(__doc__)
     kind, seconds = sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 10.0
     keep_large_blocks()  # as the worker does
@@ -39,7 +38,7 @@ def main() -> None:
         )
         with (
             process("lookup", *options) as lookup,
-            Client(lookup.address, map_hot_rows=kind != "wire") as client,
+            Client(lookup.address) as client,
         ):
             for batch in batches:
                 client.fetch(manifest, batch)

@@ -1,7 +1,6 @@
 """The services' token: who is let in, what is said to others, and that it is replaced without a call that fails."""
 
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from tolhouse import Client, ClientCredentials
 from tolhouse.errors import InvalidArgument, Unauthenticated
 from tolhouse.files import replace_file
 from tolhouse.net.auth import Tokens
-from tolhouse.table.shared import Segment, bell
 from tolhouse.testing import Process, build_table, process, wait_until_healthy
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
@@ -49,7 +47,7 @@ def lookup(store: str, tokens: Path) -> Iterator[Process]:
 def test_calls_need_the_token_and_health_does_not(
     lookup: Process, tokens: Path, tmp_path: Path
 ) -> None:
-    """Unary calls, streams and reflection; with the token, a fetch, also of hot rows in memory, is as ever."""
+    """Unary calls, streams and reflection; with the token, a fetch is as ever."""
     wrong = tmp_path / "wrong"
     wrong.write_text(secrets.token_urlsafe())
     for stranger in (ClientCredentials(), ClientCredentials(token_file=str(wrong))):
@@ -190,39 +188,3 @@ def test_the_token_is_replaced_under_load(checkpoint: Path, store: str, tmp_path
         assert not any(
             token in p.log.read_text() for token in (old, new) for p in (lookup, worker, gateway)
         )
-
-
-def test_the_doorbell_hears_those_alone_who_have_the_segment(lookup: Process, tokens: Path) -> None:
-    """Its name can be seen in /proc/net/unix; without the word in the segment, the line is closed unheard."""
-    with Client(lookup.address, credentials=ClientCredentials(token_file=str(tokens))) as client:
-        manifest = client.describe("tiny-memory")
-        client.fetch(manifest, [1])
-        near = client._streams[lookup.address].neighbour(manifest)
-        assert near
-        segment: Segment = near._segment
-        line = near.ring(np.array([5], np.uint32))
-        assert line
-        assert near.answered(line, 5)
-        for said in (
-            bytes(16),
-            segment.word[:-1],
-            segment.word + b"x",
-            np.arange(4, dtype="<u4").tobytes(),
-        ):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
-                stranger.connect(bell(segment.id))
-                stranger.settimeout(5)
-                stranger.send(said)
-                try:
-                    stranger.send(np.arange(4, dtype="<u4").tobytes())
-                    heard = stranger.recv(1)
-                except OSError:
-                    heard = b""
-                assert (b"" if said[:16] != segment.word else b"1") == heard
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as odd:
-            odd.connect(bell(segment.id))
-            odd.settimeout(5)
-            odd.send(segment.word)
-            odd.send(b"abc")
-            assert b"0" == odd.recv(1)
-    assert "internal error" not in lookup.log.read_text()

@@ -157,7 +157,7 @@ def test_a_replica_may_die_or_hang(
     replicas: list[Process], table: tuple[str, str], number: signal.Signals
 ) -> None:
     """Whichever replica is killed or stopped, the other answers within the deadline."""
-    with Client([r.address for r in replicas], timeout_seconds=8, map_hot_rows=False) as client:
+    with Client([r.address for r in replicas], timeout_seconds=8) as client:
         expected = client.fetch(table[1], range(300)).tobytes()
         os.kill(replicas[0].pid, number)
         assert expected == client.fetch(table[1], range(300)).tobytes()
@@ -174,7 +174,7 @@ def test_a_replica_that_hangs_is_waited_for_once(
     replicas: list[Process], table: tuple[str, str]
 ) -> None:
     """After the first wait its ids go to the other replica, until it answers again."""
-    with Client([r.address for r in replicas], timeout_seconds=8, map_hot_rows=False) as client:
+    with Client([r.address for r in replicas], timeout_seconds=8) as client:
         manifest = client.describe(table[1])
         ids, usual = (
             np.arange(300, dtype=np.uint32),
@@ -201,7 +201,7 @@ def test_a_replica_behind_a_slow_link_is_asked_last(
     """While answers of one take several times as long as the other's, its ids go there; no longer once the link is mended."""
     with (
         Link(replicas[0].address) as link,
-        Client([link.address, replicas[1].address], map_hot_rows=False) as client,
+        Client([link.address, replicas[1].address]) as client,
     ):
         manifest = client.describe(table[1])
         ids = np.arange(300, dtype=np.uint32)

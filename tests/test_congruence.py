@@ -111,7 +111,6 @@ def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]
     with (
         local_cluster(checkpoint.path, url, lookups=2, worker_options=options) as cluster,
         Client(cluster.lookup) as lookup,
-        Client(cluster.lookup, map_hot_rows=False) as wire,
         Client(cluster.workers) as worker,
     ):
         manifest = lookup.describe(ref)
@@ -131,8 +130,7 @@ def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]
 
         with ThreadPoolExecutor(len(prompts)) as pool:
             return {
-                "service, over the wire": with_rows(checkpoint, wire, manifest),
-                "service, on the same machine": with_rows(checkpoint, lookup, manifest),
+                "service": with_rows(checkpoint, lookup, manifest),
                 "layer by layer": with_rows(checkpoint, lookup, manifest, piece_values=0),
                 "small row cache": with_rows(
                     checkpoint, lookup, manifest, cache_bytes=20 * manifest.record_bytes

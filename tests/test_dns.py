@@ -80,7 +80,7 @@ def test_a_client_follows_a_name(behind: list[str], checkpoint: Path, tmp_path: 
     insecure = ClientCredentials(insecure=True)
     with (
         ExitStack() as running,
-        Client(f"dns:///rows.test:{port}", 8, credentials=insecure, map_hot_rows=False) as client,
+        Client(f"dns:///rows.test:{port}", 8, credentials=insecure) as client,
     ):
         with pytest.raises(errors.Unavailable, match=r"rows\.test"):
             client.describe(ref)
@@ -111,7 +111,6 @@ def test_a_shard_stays_with_its_replica(
         with Client(
             f"dns:///rows.test:{port}",
             credentials=ClientCredentials(insecure=True),
-            map_hot_rows=False,
         ) as client:
             manifest, ids = client.describe(ref), np.arange(64)
 

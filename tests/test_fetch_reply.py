@@ -10,46 +10,29 @@ from tolhouse.v1 import lookup_pb2
 NUMBERS = st.integers(0, 2**64 - 1)
 
 
-SEGMENTS = st.none() | st.builds(
-    lookup_pb2.Segment,
-    id=NUMBERS,
-    pid=st.integers(0, 2**32 - 1),
-    fd=st.integers(0, 2**32 - 1),
-    capacity=st.integers(0, 2**32 - 1),
-)
-
-
 @given(
     NUMBERS,
     st.integers(0, 2**32 - 1),
     st.lists(st.binary(max_size=300), max_size=5),
     st.booleans(),
-    SEGMENTS,
 )
-@example(2**64 - 1, 2**32 - 1, [b"x" * 70_000], True, None)
+@example(2**64 - 1, 2**32 - 1, [b"x" * 70_000], True)
 def test_a_reply_is_what_the_generated_code_reads(
     request_id: int,
     first: int,
     records: list[bytes],
     last: bool,
-    segment: lookup_pb2.Segment | None,
 ) -> None:
     """A stock client gets the same fields, and our own reader too."""
     whole = b"".join(records)
-    data = fetch_reply.reply(
-        request_id, first, [memoryview(r) for r in records], len(whole), last, segment
-    )
-    expected = lookup_pb2.FetchReply(
-        request_id=request_id, first=first, records=whole, last=last, segment=segment
-    )
+    data = fetch_reply.reply(request_id, first, [memoryview(r) for r in records], len(whole), last)
+    expected = lookup_pb2.FetchReply(request_id=request_id, first=first, records=whole, last=last)
     assert expected == lookup_pb2.FetchReply.FromString(data)
     assert (
         expected.ByteSize() == len(data) or request_id == 0
     )  # the number of a request is always written
     parsed = fetch_reply.parse(data)
-    assert (request_id, first, whole, last, None, segment) == parsed._replace(
-        records=bytes(parsed.records)
-    )
+    assert (request_id, first, whole, last, None) == parsed._replace(records=bytes(parsed.records))
 
 
 @given(
@@ -58,7 +41,6 @@ def test_a_reply_is_what_the_generated_code_reads(
     st.binary(max_size=300),
     st.booleans(),
     st.none() | st.tuples(st.text(), st.text()),
-    SEGMENTS,
 )
 def test_a_reply_of_the_generated_code_is_read(
     request_id: int,
@@ -66,15 +48,12 @@ def test_a_reply_of_the_generated_code_is_read(
     records: bytes,
     last: bool,
     error: tuple[str, str] | None,
-    segment: lookup_pb2.Segment | None,
 ) -> None:
     """Whatever a stock server sends, fields in its own order, is understood."""
     told = lookup_pb2.Error(status=error[0], message=error[1]) if error else None
     fields = {"request_id": request_id, "first": first, "records": records, "last": last}
-    parsed = fetch_reply.parse(
-        lookup_pb2.FetchReply(**fields, error=told, segment=segment).SerializeToString()
-    )
-    assert (request_id, first, records, last, told, segment) == parsed._replace(
+    parsed = fetch_reply.parse(lookup_pb2.FetchReply(**fields, error=told).SerializeToString())
+    assert (request_id, first, records, last, told) == parsed._replace(
         records=bytes(parsed.records)
     )
 

@@ -34,8 +34,8 @@ def lookup(checkpoint: Path, tmp_path: Path) -> Iterator[Process]:
 
 @pytest.fixture
 def rows(lookup: Process) -> Iterator[Rows]:
-    """Of a service that this process can't look into: what is not cached is late."""
-    with Client(lookup.address, timeout_seconds=2, map_hot_rows=False) as client:
+    """What is not cached is late."""
+    with Client(lookup.address, timeout_seconds=2) as client:
         (manifest, _), *_ = client.tables()
         rows = Rows(client, manifest, SLOTS * manifest.record_bytes, CPU)
         yield rows

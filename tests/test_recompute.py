@@ -80,9 +80,7 @@ def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_pat
     listen = ("--listen", address)
     with ExitStack() as stack:
         lookup = stack.enter_context(process("lookup", "--store", whole, *listen))
-        client = stack.enter_context(
-            Client(address, timeout_seconds=2, map_hot_rows=False)
-        )  # a mapping outlives its service
+        client = stack.enter_context(Client(address, timeout_seconds=2))
         manifest = client.describe(ref)
         rows = Rows(
             client,

@@ -180,13 +180,7 @@ class LookupConfig(Server):
     metrics_listen: str = knob(
         "127.0.0.1:0", "Address to serve Prometheus metrics on; port 0: any free one."
     )
-    hot_megabytes: float = knob(256, "Memory for hot rows, per table in use and process.", ge=0)
-    processes: int = knob(
-        1,
-        "Processes on the same port; each has its own hot rows, and metrics on a port of its own, one up.",
-        ge=1,
-        le=64,
-    )
+    hot_megabytes: float = knob(256, "Memory for hot rows, per table in use.", ge=0)
     drain_seconds: float = knob(10, "Time for calls in flight to end after SIGTERM.", ge=0)
     store_timeout_seconds: float = knob(2, "Longest wait for one answer of Redis.", gt=0)
     store_wait_seconds: float = knob(

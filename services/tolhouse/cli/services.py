@@ -22,10 +22,10 @@ def run(main: Any) -> None:
 @options(config.LookupConfig)
 def lookup(settings: config.LookupConfig) -> None:
     """Serve the tables of a store over gRPC: token ids in, rows out."""
-    from tolhouse.lookup.processes import run_all
+    from tolhouse.lookup.service import run as serve
 
     stores_of(settings)
-    run_all(settings)
+    run(serve(settings))
 
 
 @click.command()

@@ -1,22 +1,19 @@
 """`Client`: rows and manifests from lookup replicas, tokens from a worker, over one set of channels."""
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import closing, suppress
+from contextlib import closing
 from typing import Any, NamedTuple, Self, TypeVar, Unpack
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 
-from tolhouse import tracing
 from tolhouse.client.fetch_stream import FetchStream, Request
 from tolhouse.client.generation import Options, request_of
-from tolhouse.client.neighbour import Neighbour
 from tolhouse.client.router import Replicas
 from tolhouse.errors import (
     Cancelled,
@@ -45,7 +42,6 @@ _RETRIED = (
     Corrupt,
 )  # another replica, or the same once more, may do better
 _ROUNDS = 2
-_SAY_SECONDS = 10.0  # a third of how long a lookup service believes it
 _LOOK_SECONDS = 1.0  # for a replica that was away to answer
 _LOOK_UP_SECONDS = 1.0  # between two looks at who is behind a name
 _MOST_KEPT = 16  # versions whose manifest and companions are kept
@@ -64,9 +60,8 @@ class Client:
     """Talks to the service at `target`, "host:port", or to several replicas of it: "host:port,host:port", or "dns:///host:port" for
     all that the name stands for, as they come and go.
 
-    fetch, describe and tables want lookup services; generate wants a worker. Safe to use from several threads. Hot rows of
-    a lookup service of the same machine and user are read in its memory, unless `map_hot_rows` is false. Services of other
-    machines need `credentials` with TLS.
+    fetch, describe and tables want lookup services; generate wants a worker. Safe to use from several threads. Services
+    of other machines need `credentials` with TLS.
     """
 
     def __init__(
@@ -75,24 +70,16 @@ class Client:
         timeout_seconds: float = 10.0,
         *,
         credentials: ClientCredentials = _LOCAL,
-        map_hot_rows: bool = True,
     ) -> None:
         self._addresses = Addresses(target)
         self._addresses.check(credentials)
-        self.timeout_seconds, self.credentials, self.map_hot_rows = (
-            timeout_seconds,
-            credentials,
-            map_hot_rows,
-        )
+        self.timeout_seconds, self.credentials = timeout_seconds, credentials
         self._streams: dict[str, FetchStream] = {}
         self._gone: dict[str, float] = {}  # addresses that have streams still, and since when
         self._manifests: dict[
             str, tuple[Manifest, int]
         ] = {}  # by "name@version": they never change
         self._companions: dict[str, AuxiliaryTables] = {}
-        self._said: dict[
-            str, float
-        ] = {}  # until when the lookup service knows that a version is in use
         self._stood_for: dict[
             str, str
         ] = {}  # names, and the version that each stood for when last asked
@@ -190,11 +177,6 @@ class Client:
         job = _Job(manifest, ids, flat, range(len(ids)) if places is None else places.tolist())
         deadline = time.monotonic() + self.timeout_seconds
         left = np.arange(len(ids))
-        near = (
-            self._streams[self.targets[0]].neighbour(manifest) if len(self.targets) == 1 else None
-        )
-        if near:  # all hot rows of all shards are there
-            left = left[near.take(ids, flat, job.places)]
         attempts = _ROUNDS * len(self.targets)
         for attempt in range(attempts):
             if not len(left):
@@ -207,32 +189,7 @@ class Client:
             left, error = self._attempt(job, left, attempt, max(0.001, patience))
             if error and (not isinstance(error, _RETRIED) or attempt == attempts - 1):
                 raise error
-        self._keep_in_use(manifest.ref)
         return out
-
-    def _keep_in_use(self, ref: str) -> None:
-        """Say now and then that a version is in use: rows read from a neighbour's memory are no requests that it would notice."""
-        now = time.monotonic()
-        if now < self._said.setdefault(ref, now + _SAY_SECONDS):
-            return
-        self._said[ref] = now + _SAY_SECONDS
-
-        def say() -> None:
-            with suppress(
-                TolhouseError, ValueError
-            ):  # it may be away, or this client closed meanwhile
-                self.hold(ref)
-
-        threading.Thread(target=say, daemon=True, name="in use").start()
-
-    def at_hand(self, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
-        """Which of `ids` (uint32 [T]) `fetch_records` would find in the memory of a lookup service of this machine; bool [T]."""
-        found = np.zeros(len(ids), bool)
-        for stream, mine in self._divided(manifest, ids, np.arange(len(ids)), 0):
-            near = stream.neighbour(manifest)
-            if near:
-                found[mine] = near.hot(ids[mine])
-        return found
 
     def generate(
         self,
@@ -293,29 +250,11 @@ class Client:
         _, most = self._describe(manifest.ref)
         end = time.monotonic() + patience
         requests: list[tuple[FetchStream, np.ndarray, Request]] = []
-        rung: list[tuple[FetchStream, Neighbour, np.ndarray, socket.socket]] = []
-
-        def to(mine: np.ndarray) -> list[int]:
-            return [places[n] for n in mine.tolist()]
-
-        def submit(stream: FetchStream, mine: np.ndarray) -> None:
+        for stream, mine in self._divided(manifest, ids, left, attempt):
             for start in range(0, len(mine), most):
                 part = mine[start : start + most]
-                requests.append((stream, part, stream.submit(manifest, ids[part], out, to(part))))
-
-        for stream, mine in self._divided(manifest, ids, left, attempt):
-            near = stream.neighbour(manifest)
-            cold = mine[near.take(ids[mine], out, to(mine))] if near else mine
-            line = (
-                near.ring(ids[cold]) if near and len(cold) and not tracing.here() else None
-            )  # a bell carries no trace
-            if near and line:
-                rung.append((stream, near, cold, line))
-            else:
-                submit(stream, cold)
-        for stream, near, mine, line in rung:
-            answered = near.answered(line, max(0.001, (end - time.monotonic()) / 2))
-            submit(stream, mine[near.take(ids[mine], out, to(mine))] if answered else mine)
+                to = [places[n] for n in part.tolist()]
+                requests.append((stream, part, stream.submit(manifest, ids[part], out, to)))
         failed: list[np.ndarray] = []
         worst: TolhouseError | None = None
         for stream, part, request in requests:
@@ -356,7 +295,7 @@ class Client:
                 self._gone.pop(address, None)
                 if address not in self._streams:
                     credentials = self._addresses.credentials_for(address, self.credentials)
-                    self._streams[address] = FetchStream(address, credentials, self.map_hot_rows)
+                    self._streams[address] = FetchStream(address, credentials)
             if found != self._replicas.targets:
                 self._replicas.become(found)
             for address in set(self._streams) - set(found):

@@ -1,7 +1,7 @@
 """One Fetch stream to one lookup replica, with any number of requests in flight, assembled where the caller wants them.
 
 Copies of a record here: gRPC's, out of the socket and into the reply's bytes, and one of ours from there into the caller's
-buffer, where it is verified. From a neighbour's hot rows it is that one alone.
+buffer, where it is verified.
 """
 
 import itertools
@@ -15,7 +15,6 @@ import grpc
 import numpy as np
 
 from tolhouse import tracing
-from tolhouse.client.neighbour import Neighbour
 from tolhouse.errors import Corrupt, Internal, TolhouseError, from_status
 from tolhouse.net import fetch_reply
 from tolhouse.net.auth import ClientCredentials, Metadata
@@ -87,8 +86,8 @@ class _Dialled(NamedTuple):
 class FetchStream:
     """Opens its stream when first used, and again after it broke. Safe to use from several threads."""
 
-    def __init__(self, target: str, credentials: ClientCredentials, map_hot_rows: bool) -> None:
-        self.target, self.credentials, self.map_hot_rows = target, credentials, map_hot_rows
+    def __init__(self, target: str, credentials: ClientCredentials) -> None:
+        self.target, self.credentials = target, credentials
         self._line = ReloadingChannel(credentials, self._dial)
         self._lock = threading.Lock()
         self._open: _Call | None = None
@@ -109,11 +108,6 @@ class FetchStream:
         )
         return _Dialled(channel, LookupStub(channel), fetch)
 
-    def neighbour(self, manifest: Manifest) -> Neighbour | None:
-        """The replica as a process of this machine, once it has said that it is one for this table."""
-        call = self._open
-        return call.neighbours.get(manifest.ref) if call and not call.broken else None
-
     def submit(
         self, manifest: Manifest, ids: np.ndarray, out: memoryview, places: list[int]
     ) -> Request:
@@ -125,7 +119,6 @@ class FetchStream:
                     self._line.current.fetch,
                     self.credentials.metadata(),
                     self.target,
-                    self.map_hot_rows,
                 )
             self._open.send(request)
         return request
@@ -148,10 +141,8 @@ class _Call:
         fetch: grpc.StreamStreamMultiCallable,
         metadata: Metadata | None,
         target: str,
-        map_hot_rows: bool,
     ) -> None:
-        self.target, self.map_hot_rows, self.broken = target, map_hot_rows, False
-        self.neighbours: dict[str, Neighbour] = {}  # by table
+        self.target, self.broken = target, False
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._pending: dict[int, Request] = {}
@@ -193,21 +184,11 @@ class _Call:
         with self._lock:
             self.broken = True
             pending, self._pending = self._pending, {}
-        for neighbour in self.neighbours.values():
-            neighbour.close()
         self._outgoing.put(None)
         for request in pending.values():
             request.done.set_exception(error)
 
     def _answer(self, reply: fetch_reply.Reply, request: Request) -> None:
-        if reply.segment and self.map_hot_rows:
-            neighbour = Neighbour.at(request.manifest, reply.segment)
-            if neighbour:
-                there = {ref: one for ref, one in self.neighbours.items() if not one.gone}
-                for old in self.neighbours.values():
-                    if old.gone:
-                        old.close()
-                self.neighbours = {**there, request.manifest.ref: neighbour}
         if request.take(reply):
             with self._lock:
                 del self._pending[reply.request_id]

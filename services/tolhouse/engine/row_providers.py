@@ -108,11 +108,7 @@ class Rows:
         self._arrive_if_done()
         late_T = self.cache.slot_of[ids] < 0
         if late_T.any():
-            late_T[late_T] = (
-                not self._failed
-                and not self.outage.on
-                and ~self.client.at_hand(self.manifest, ids[late_T])
-            )
+            late_T &= not self._failed and not self.outage.on
         self._some_late = bool(late_T.any())
         return late_T
 

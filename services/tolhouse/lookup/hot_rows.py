@@ -1,6 +1,6 @@
 """Rows of open tables: from the hot rows if they are there, else from the store, and then kept.
 
-The hot rows lie in a segment that clients on the same machine map (table/shared.py). They are filled with the manifest's
+The hot rows lie in this process' memory. They are filled with the manifest's
 frequent tokens when a table is opened, and kept by the row cache's policy from then on. A version that nobody has used for a while is let go of,
 unless its name stands for it.
 """
@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, islice
 
 import numpy as np
@@ -21,11 +20,9 @@ import numpy as np
 from tolhouse import tracing
 from tolhouse.errors import Corrupt, TolhouseError
 from tolhouse.logs import event
-from tolhouse.lookup.doorbell import Doorbell
 from tolhouse.store import LEASE_SECONDS, Store, resolve, stands_for, tables
 from tolhouse.table.manifest import Buffer, Manifest
-from tolhouse.table.row_cache import RowCache, capacity_for
-from tolhouse.table.shared import Segment
+from tolhouse.table.row_cache import RowCache
 
 _MOST_OPEN_TABLES = 8
 _IDLE_SECONDS = 2 * LEASE_SECONDS  # without a word from anyone who uses it, a table is closed
@@ -37,12 +34,15 @@ Arrival = Future[dict[int, Buffer]]  # of verified records from the store, by to
 @dataclass
 class OpenTable:
     manifest: Manifest
-    segment: Segment
     hot: RowCache
     reading: dict[int, Arrival] = field(default_factory=dict)  # rows on their way from the store
     lock: threading.Lock = field(default_factory=threading.Lock)  # of `hot` and `reading`
-    doorbell: Doorbell | None = None
     used: float = 0.0  # last, by the monotonic clock
+
+    @property
+    def flat(self) -> memoryview:
+        """The hot rows' bytes."""
+        return memoryview(self.hot.slab.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
 
     @property
     def idle(self) -> bool:
@@ -55,7 +55,7 @@ class OpenTable:
 
     def records(self, ids: np.ndarray, read: dict[int, Buffer]) -> list[Buffer]:
         """Records of `ids`, hot or among those just read, where they lie: good while the lock is held."""
-        size, flat = self.manifest.record_bytes, self.segment.bytes
+        size, flat = self.manifest.record_bytes, self.flat
         slots = self.hot.slots(ids)
         if not read:
             return [flat[slot * size : (slot + 1) * size] for slot in slots.tolist()]
@@ -70,22 +70,20 @@ class HotRows:
 
     def __init__(self, store: Store, hot_bytes: int) -> None:
         self.store, self.hot_bytes = store, hot_bytes
-        self._open: OrderedDict[str, OpenTable] = OrderedDict()
+        self.open: OrderedDict[str, OpenTable] = OrderedDict()
         self._filling: set[asyncio.Task] = set()
         self._loop = asyncio.get_running_loop()
-        self.rung = 0  # rows read for clients that rang
-        self._taken = 0  # rows that clients took from segments now closed
         self._tidying = asyncio.create_task(self._tidy())
 
     async def table(self, ref: str) -> OpenTable:
         """The table "name@version", opened on first use; NotFound if the store lacks it."""
-        table = self._open.get(ref)
+        table = self.open.get(ref)
         if table is None:
             manifest = await asyncio.to_thread(resolve, self.store, ref)
-            table = self._open.get(ref) or self._opened(manifest)
-            while len(self._open) > _MOST_OPEN_TABLES:
-                self._close(next(iter(self._open)))
-        self._open.move_to_end(ref)
+            table = self.open.get(ref) or self._opened(manifest)
+            while len(self.open) > _MOST_OPEN_TABLES:
+                self._close(next(iter(self.open)))
+        self.open.move_to_end(ref)
         table.used = time.monotonic()
         return table
 
@@ -128,36 +126,16 @@ class HotRows:
             for i, arrival in self._begin(table, ids, traceparent).items()
         }
 
-    def bring(self, table: OpenTable, ids: np.ndarray) -> None:
-        """Make `ids` hot, as far as there is room, in the thread that calls."""
-        table.manifest.check_ids(ids)
-        new, slots, arrivals = self._claim(table, ids)
-        if new:
-            self._read(table, new, slots, arrivals[new[0]])
-        for arrival in set(arrivals.values()):
-            arrival.result()
-        self.rung += len(new)
-
-    def taken(self) -> int:
-        """Rows that clients took from the segments themselves."""
-        return self._taken + sum(int(table.segment.taken[0]) for table in self._open.values())
-
     def close(self) -> None:
         for task in (self._tidying, *self._filling):
             task.cancel()
-        for ref in list(self._open):
+        for ref in list(self.open):
             self._close(ref)
 
     def _opened(self, manifest: Manifest) -> OpenTable:
-        segment = Segment.create(manifest, capacity_for(manifest, self.hot_bytes))
-        table = OpenTable(manifest, segment, RowCache(segment.slab, segment.slot_of, segment.uses))
-        self._open[manifest.ref] = table
-        if segment.fd >= 0 and segment.capacity:
-            try:
-                table.doorbell = Doorbell(segment, partial(self.bring, table))
-            except OSError as error:  # gRPC does as well
-                event("no doorbell", table=manifest.ref, reason=str(error))
-        if manifest.frequent and segment.capacity:
+        table = OpenTable(manifest, RowCache.private(manifest, self.hot_bytes))
+        self.open[manifest.ref] = table
+        if manifest.frequent and table.hot.capacity:
             task = asyncio.create_task(self._fill(table))
             self._filling.add(task)
             task.add_done_callback(self._filling.discard)
@@ -167,7 +145,7 @@ class HotRows:
         """Close versions that are neither in use nor published: each holds as many hot rows as the one in use."""
         while True:
             await asyncio.sleep(_IDLE_SECONDS / 4)
-            for table in list(self._open.values()):
+            for table in list(self.open.values()):
                 if table.idle:
                     with suppress(TolhouseError):  # while the store is away, all stay
                         published = await asyncio.to_thread(
@@ -178,12 +156,7 @@ class HotRows:
                             event("table closed: nobody uses it", table=table.manifest.ref)
 
     def _close(self, ref: str) -> None:
-        table = self._open.pop(ref, None)
-        if table:
-            self._taken += int(table.segment.taken[0])
-            table.segment.close()
-            if table.doorbell:
-                table.doorbell.close()
+        self.open.pop(ref, None)
 
     async def _fill(self, table: OpenTable) -> None:
         """Read the frequent tokens' rows, and others while there is room; the most frequent arrive last, and so leave last."""
@@ -192,7 +165,7 @@ class HotRows:
             i for i in range(table.manifest.vocab_size) if i not in seen
         )  # a BPE gives frequent tokens low ids
         frequent = np.array(
-            list(islice(chain(table.manifest.frequent, others), table.segment.capacity))[::-1],
+            list(islice(chain(table.manifest.frequent, others), table.hot.capacity))[::-1],
             np.uint32,
         )
         step = max(1, _READ_BYTES // table.manifest.record_bytes)
@@ -244,7 +217,7 @@ class HotRows:
         wanted, size, flat = (
             np.array(ids, np.uint32),
             table.manifest.record_bytes,
-            table.segment.bytes,
+            table.flat,
         )
         found: dict[int, Buffer] = {}
         error: BaseException | None = None

@@ -6,9 +6,8 @@ the slab (`hotrows.py`); from a mapped shard, only the latter.
 """
 
 import asyncio
-import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from logging import WARNING
@@ -16,9 +15,7 @@ from weakref import WeakValueDictionary
 
 import grpc
 import numpy as np
-from prometheus_client import REGISTRY, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import Counter, Histogram
 
 from tolhouse import tracing
 from tolhouse.config import LookupConfig
@@ -31,7 +28,6 @@ from tolhouse.net.metrics import serve_metrics
 from tolhouse.net.server import MAX_ERROR, answer, keep_large_blocks, serve
 from tolhouse.store import resolve, tables, wait_for_store
 from tolhouse.table.manifest import Buffer, Manifest, split_ref
-from tolhouse.table.shared import Segment
 from tolhouse.v1 import lookup_pb2
 
 NAME = "tolhouse.v1.Lookup"
@@ -56,19 +52,6 @@ SECONDS = Histogram(
 )
 
 
-class Taken(Collector):
-    """Rows that clients on this machine had without a request: counted in the segments, and at the doorbells."""
-
-    def __init__(self, rows: HotRows) -> None:
-        self.rows = rows
-
-    def collect(self) -> Iterator[Metric]:
-        text = "Rows that clients on this machine took from the hot rows without a request"
-        yield CounterMetricFamily("tolhouse_lookup_rows_taken", text, self.rows.taken())
-        text = "Rows that clients on this machine rang for, and that were read from the store"
-        yield CounterMetricFamily("tolhouse_lookup_rows_rung", text, self.rows.rung)
-
-
 class LookupService:
     def __init__(self, rows: HotRows) -> None:
         self.rows = rows
@@ -85,7 +68,6 @@ class LookupService:
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[bytes]:
         stream = asyncio.current_task()
-        offered: set[int] = set()  # segments this client has been told of
         turn = self._turns.setdefault(context.peer(), asyncio.Semaphore(MOST_AT_ONCE))
         assert stream
         try:
@@ -93,7 +75,7 @@ class LookupService:
             async for request in request_iterator:
                 self._idle.discard(stream)
                 async with turn:
-                    async for reply in self._fetch(request, offered):
+                    async for reply in self._fetch(request):
                         yield reply
                 if self.draining:
                     return
@@ -151,9 +133,7 @@ class LookupService:
             ]
         )
 
-    async def _fetch(
-        self, request: lookup_pb2.FetchRequest, offered: set[int]
-    ) -> AsyncIterator[bytes]:
+    async def _fetch(self, request: lookup_pb2.FetchRequest) -> AsyncIterator[bytes]:
         """The serialised replies to one request; its failure is its last reply, and the stream lives on."""
         started, status, told = time.perf_counter(), "OK", ""
         trace = tracing.begin(
@@ -175,9 +155,7 @@ class LookupService:
                 table, ids, max(1, CHUNK_BYTES // size), trace.traceparent
             ):
                 read = arrived
-                while not (
-                    reply := self._reply(request.request_id, table, ids, first, part, read, offered)
-                ):
+                while not (reply := self._reply(request.request_id, table, ids, first, part, read)):
                     read = read | await self.rows.again(
                         table, part, trace.traceparent
                     )  # what was hot has been evicted since
@@ -207,20 +185,13 @@ class LookupService:
         first: int,
         part: np.ndarray,
         read: dict[int, Buffer],
-        offered: set[int],
     ) -> bytes:
         """A reply with the records of `part` of `ids`; nothing if one of them is neither hot nor in `read`."""
         last, size = first + len(part) == len(ids), table.manifest.record_bytes * len(part)
-        offer = told(table.segment) if len(ids) and table.segment.id not in offered else None
         with table.lock:  # until the records are copied
             if table.lacks(part, read):
                 return b""
-            reply = fetch_reply.reply(
-                request_id, first, table.records(part, read), size, last, offer
-            )
-        if len(ids):
-            offered.add(table.segment.id)
-        return reply
+            return fetch_reply.reply(request_id, first, table.records(part, read), size, last)
 
 
 def register(service: LookupService, server: grpc.aio.Server) -> None:
@@ -241,15 +212,6 @@ def register(service: LookupService, server: grpc.aio.Server) -> None:
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(NAME, handlers)])
 
 
-def told(segment: Segment | None) -> lookup_pb2.Segment | None:
-    """Where a client finds a segment; None if it can't."""
-    if segment is None or segment.fd < 0 or not segment.capacity:
-        return None
-    return lookup_pb2.Segment(
-        id=segment.id, pid=os.getpid(), fd=segment.fd, capacity=segment.capacity
-    )
-
-
 def _ids(packed: bytes, manifest: Manifest) -> np.ndarray:
     if len(packed) % 4:
         raise InvalidArgument(
@@ -264,9 +226,7 @@ def _ids(packed: bytes, manifest: Manifest) -> np.ndarray:
     return ids
 
 
-async def run(
-    config: LookupConfig, announce: Callable[..., None], *, share_port: bool = False
-) -> None:
+async def run(config: LookupConfig) -> None:
     """Serve the store until told to stop."""
     keep_large_blocks()
     credentials = config.server_credentials()
@@ -275,7 +235,6 @@ async def run(
         wait_for_store, config.store, config.store_timeout_seconds, config.store_wait_seconds
     )
     service = LookupService(HotRows(store, int(config.hot_megabytes * 1e6)))
-    REGISTRY.register(Taken(service.rows))
     metrics = serve_metrics(config.metrics_listen, credentials)
     event("serving store", store=store.url)
     with suppress(TolhouseError):  # whoever asks for a row is told
@@ -290,9 +249,7 @@ async def run(
             (NAME,),
             config.drain_seconds,
             drain=service.drain,
-            announce=announce,
             credentials=credentials,
-            share_port=share_port,
             metrics=metrics,
         )
     finally:

@@ -16,7 +16,7 @@ from tolhouse.table.manifest import Buffer
 from tolhouse.v1 import lookup_pb2
 
 _REQUEST_ID, _FIRST, _LAST = 1 << 3, 2 << 3, 4 << 3  # varints
-_RECORDS, _ERROR, _SEGMENT = 3 << 3 | 2, 5 << 3 | 2, 6 << 3 | 2  # with a length
+_RECORDS, _ERROR = 3 << 3 | 2, 5 << 3 | 2  # with a length
 
 
 class Reply(NamedTuple):
@@ -25,7 +25,6 @@ class Reply(NamedTuple):
     records: memoryview
     last: bool
     error: lookup_pb2.Error | None
-    segment: lookup_pb2.Segment | None
 
 
 def reply(
@@ -34,7 +33,6 @@ def reply(
     records: Sequence[Buffer],
     size: int,
     last: bool,
-    segment: lookup_pb2.Segment | None = None,
 ) -> bytes:
     """A serialised FetchReply with whole `records`, `size` bytes in all."""
     header = bytearray((_REQUEST_ID,))
@@ -44,11 +42,6 @@ def reply(
         _put(header, first)
     if last:
         header += bytes((_LAST, 1))
-    if segment:
-        told = segment.SerializeToString()
-        header.append(_SEGMENT)
-        _put(header, len(told))
-        header += told
     if size:
         header.append(_RECORDS)
         _put(header, size)
@@ -64,7 +57,7 @@ def failed(request_id: int, status: str, message: str) -> bytes:
 def parse(data: bytes) -> Reply:
     """The FetchReply in `data`, with its records as a view; Internal if it is none."""
     request_id = first = last = at = 0
-    records, error, segment, view = memoryview(b""), None, None, memoryview(data)
+    records, error, view = memoryview(b""), None, memoryview(data)
     try:
         while at < len(data):
             tag = data[at]
@@ -75,22 +68,20 @@ def parse(data: bytes) -> Reply:
                 first = value
             elif tag == _LAST:
                 last = value
-            elif tag in (_RECORDS, _ERROR, _SEGMENT):
+            elif tag in (_RECORDS, _ERROR):
                 body = view[at : at + value]
                 at += value
                 if tag == _RECORDS:
                     records = body
-                elif tag == _ERROR:
-                    error = lookup_pb2.Error.FromString(bytes(body))
                 else:
-                    segment = lookup_pb2.Segment.FromString(bytes(body))
+                    error = lookup_pb2.Error.FromString(bytes(body))
             else:
                 raise ValueError(f"field {tag >> 3}")
         if at != len(data):
             raise ValueError("cut short")
     except (IndexError, ValueError, DecodeError) as problem:
         raise Internal(f"the lookup service sent a reply that can't be read: {problem}") from None
-    return Reply(request_id, first, records, bool(last), error, segment)
+    return Reply(request_id, first, records, bool(last), error)
 
 
 def _put(out: bytearray, value: int) -> None:

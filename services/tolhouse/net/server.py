@@ -5,7 +5,6 @@ import ctypes
 import gc
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -102,24 +101,21 @@ async def serve(
     names: tuple[str, ...],
     drain_seconds: float,
     drain: Callable[[], None] | None = None,
-    announce: Callable[..., None] | None = None,
     *,
     credentials: ServerCredentials,
-    share_port: bool = False,  # else a port in use is an error, not a share of its connections
     **fields: object,
 ) -> None:
     """Serve on `listen` until SIGTERM or SIGINT, then call `drain` and finish calls in flight for at most `drain_seconds`.
 
-    Once it answers, one line of JSON on stdout says so: service, address with its real port, and `fields`; or `announce`
-    is called with the latter two. `share_port`: other processes may listen on the same port. InvalidArgument where `guard`
-    does not allow for `listen`.
+    Once it answers, one line of JSON on stdout says so: service, address with its real port, and `fields`.
+    InvalidArgument where `credentials` do not allow for `listen`.
     """
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
 
     credentials.check(listen, "--listen")
     server = grpc.aio.server(
-        options=[*SERVER_OPTIONS, ("grpc.so_reuseport", int(share_port))],
+        options=[*SERVER_OPTIONS, ("grpc.so_reuseport", 0)],
         interceptors=credentials.interceptors(),
     )
     register(server)
@@ -149,7 +145,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    (announce or partial(ready, service))(f"{host}:{port}", **fields)
+    ready(service, f"{host}:{port}", **fields)
     await stop.wait()
     event("draining", service=service)
     await checks.enter_graceful_shutdown()

@@ -19,32 +19,18 @@ class FetchRequest(_message.Message):
     def __init__(self, request_id: _Optional[int] = ..., table: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class FetchReply(_message.Message):
-    __slots__ = ("request_id", "first", "records", "last", "error", "segment")
+    __slots__ = ("request_id", "first", "records", "last", "error")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     RECORDS_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
-    SEGMENT_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     first: int
     records: bytes
     last: bool
     error: Error
-    segment: Segment
-    def __init__(self, request_id: _Optional[int] = ..., first: _Optional[int] = ..., records: _Optional[bytes] = ..., last: _Optional[bool] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., segment: _Optional[_Union[Segment, _Mapping]] = ...) -> None: ...
-
-class Segment(_message.Message):
-    __slots__ = ("id", "pid", "fd", "capacity")
-    ID_FIELD_NUMBER: _ClassVar[int]
-    PID_FIELD_NUMBER: _ClassVar[int]
-    FD_FIELD_NUMBER: _ClassVar[int]
-    CAPACITY_FIELD_NUMBER: _ClassVar[int]
-    id: int
-    pid: int
-    fd: int
-    capacity: int
-    def __init__(self, id: _Optional[int] = ..., pid: _Optional[int] = ..., fd: _Optional[int] = ..., capacity: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., first: _Optional[int] = ..., records: _Optional[bytes] = ..., last: _Optional[bool] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("status", "message")
