@@ -1,27 +1,147 @@
-"""Outlier detection: who lags behind, and who is only as slow as all are."""
+"""Peers' health: what is down, what is slow, and what is only as slow as all are."""
+
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
-from tolhouse.net.health import lags
+from tolhouse.errors import Unavailable
+from tolhouse.net.health import PeerHealth
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if what():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it never came")
+
+
+class Peers:
+    """Peers with given answers: seconds, or None for none. Their time passes on a clock of their own."""
+
+    def __init__(self, **answers: list[float | None]) -> None:
+        self.answers = answers
+        self.probed: list[str] = []
+        self._passed = 0.0
+
+    def clock(self) -> float:
+        return time.monotonic() + self._passed
+
+    def probe(self, name: str) -> bool:
+        self.probed.append(name)
+        seconds = self.answers[name].pop(0)
+        if seconds is None:
+            raise Unavailable("gone")
+        self._passed += seconds
+        return True
+
+    def others(self, name: str) -> list[str] | None:
+        return [other for other in self.answers if other != name] if self.answers else None
+
+
+@pytest.fixture
+def tracked() -> Iterator[Callable[..., PeerHealth]]:
+    """A tracker of `Peers` that ends with the test."""
+    made: list[PeerHealth] = []
+
+    def track(peers: Peers, first: float = 0.001, longest: float = 30.0) -> PeerHealth:
+        seconds = {"first_seconds": first, "longest_seconds": longest}
+        made.append(PeerHealth("peer", peers.probe, peers.others, clock=peers.clock, **seconds))
+        return made[-1]
+
+    yield track
+    for health in made:
+        health.close()
 
 
 @pytest.mark.parametrize(
-    ("mine", "others", "expected"),
+    ("own", "others", "expected"),
     [
-        ([0.01], [[0.001]], False),  # fast enough, whatever the others do
-        ([None], [[0.001]], True),
-        ([None], [], True),
-        ([0.4, 0.4], [[0.001]], True),
-        ([0.4, 0.4], [[0.2, 0.2]], False),  # this machine is busy
-        ([0.4, 0.4], [[None], [0.01]], True),
-        ([0.4, 0.4], [[None]], False),  # the others are no better
-        ([0.4, 0.4], [], False),
-        ([0.4, 0.01], [[0.001]], False),  # it had to connect
-        ([0.4, 0.4], [[3.0, 0.01]], True),
+        ([0.01], [[0.001]], True),  # fast enough, whatever the others do
+        ([None], [[0.001]], False),
+        ([None], [], False),
+        ([0.4, 0.4], [[0.001]], False),
+        ([0.4, 0.4], [[0.2, 0.2]], True),  # this machine is busy
+        ([0.4, 0.4], [[None], [0.01]], False),
+        ([0.4, 0.4], [[None]], True),  # the others are no better
+        ([0.4, 0.4], [], True),
+        ([0.4, 0.01], [[0.001]], True),  # it had to connect
+        ([0.4, 0.4], [[3.0, 0.01]], False),
     ],
 )
-def test_who_lags(mine: list, others: list[list], expected: bool) -> None:
-    """Whoever does not answer, or takes several times as long as another at the same moment."""
-    takes = {"mine": iter(mine), **{str(n): iter(each) for n, each in enumerate(others)}}
-    assert expected == lags(
-        "mine", [str(n) for n in range(len(others))], lambda peer: next(takes[peer])
-    )
+def test_a_suspected_peer_is_compared_with_the_others(
+    tracked: Callable[..., PeerHealth], own: list, others: list[list], expected: bool
+) -> None:
+    """A peer is unhealthy if it does not answer, or takes several times as long as another at the same moment."""
+    peers = Peers(own=own, **{f"other{n}": each for n, each in enumerate(others)})
+    total = sum(map(len, [own, *others]))
+    health = tracked(peers, longest=1000.0)
+    health.report_slow("own")
+    assert health.up("own")
+    wait_for(lambda: len(peers.probed) == total or not own)
+    wait_for(lambda: expected == health.up("own"))
+    assert ["other", "own"][:: 1 if not expected else -1] == health.order(["own", "other"])
+
+
+def test_a_peer_stays_down_until_it_answers(tracked: Callable[..., PeerHealth]) -> None:
+    """It is probed again after each failure, and not once it has answered; reports meanwhile change nothing."""
+    peers = Peers(own=[None, None, 0.0])
+    health = tracked(peers, longest=0.004)
+    assert health.up("own")
+    for _ in range(3):
+        health.report_down("own", "refused")
+    assert frozenset({"own"}) == health.unhealthy
+    wait_for(lambda: health.up("own"))
+    assert 3 == len(peers.probed)
+
+
+def test_trouble_soon_after_a_recovery_goes_on_with_its_pauses(
+    tracked: Callable[..., PeerHealth],
+) -> None:
+    """A peer that answers probes and fails at work is not tried ten times a second."""
+    peers = Peers(own=[None] * 12 + [0.0])
+    health = tracked(peers, first=0.0001)
+    health.report_down("own")
+    wait_for(lambda: health.up("own"))
+    health.report_down("own")
+    time.sleep(0.1)
+    assert not health.up("own")
+    assert 13 == len(peers.probed)
+
+
+def test_a_peer_that_is_gone_is_forgotten(tracked: Callable[..., PeerHealth]) -> None:
+    """Its name has lost the address: it is not probed for ever."""
+    peers = Peers()
+    health = tracked(peers)
+    health.report_down("own")
+    wait_for(lambda: health.up("own"))
+    assert [] == peers.probed
+
+
+def test_a_defect_of_a_probe_keeps_no_peer_down(tracked: Callable[..., PeerHealth]) -> None:
+    """The probe is tried again."""
+    peers = Peers(own=[])  # the first probe fails with IndexError
+    health = tracked(peers)
+    health.report_down("own")
+    wait_for(lambda: len(peers.probed) > 1)
+    peers.answers["own"] += [0.0] * 10
+    wait_for(lambda: health.up("own"))
+
+
+def test_a_closed_tracker_probes_no_more(tracked: Callable[..., PeerHealth]) -> None:
+    """Its owner ends while a peer is down."""
+    peers = Peers(own=[0.0])
+    health = tracked(peers, first=0.05)
+    health.report_down("own")
+    health.close()
+    time.sleep(0.1)
+    assert (False, []) == (health.up("own"), peers.probed)
+
+
+def test_reports_alone_change_states_without_a_probe() -> None:
+    """The gateway polls its workers itself."""
+    health = PeerHealth("worker")
+    health.report_down("a", Unavailable("refused"))
+    assert ["b", "a"] == health.order(["a", "b"])
+    health.report_up("a")
+    assert ["a", "b"] == health.order(["a", "b"])

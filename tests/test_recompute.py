@@ -16,6 +16,7 @@ from tolhouse.engine.row_providers import Rows
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
 from tolhouse.store import open_store
 from tolhouse.table.codecs import CODECS
+from tolhouse.table.manifest import Manifest
 from tolhouse.testing import build_table, free_port, process, tiny_model
 
 
@@ -69,6 +70,17 @@ def wait_for(what: Callable[[], bool]) -> None:
     raise AssertionError("it never came")
 
 
+class CountingClient(Client):
+    """Counts how often it was asked for the tables and had an answer."""
+
+    asked = 0
+
+    def tables(self) -> list[tuple[Manifest, bool]]:
+        tables = super().tables()
+        self.asked += 1
+        return tables
+
+
 def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_path: Path) -> None:
     """A service that is killed, and one that came back without the table, are both away; all the while rows are the same bits."""
     whole, empty, address = (
@@ -80,7 +92,7 @@ def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_pat
     listen = ("--listen", address)
     with ExitStack() as stack:
         lookup = stack.enter_context(process("lookup", "--store", whole, *listen))
-        client = stack.enter_context(Client(address, timeout_seconds=2))
+        client = stack.enter_context(CountingClient(address, timeout_seconds=2))
         manifest = client.describe(ref)
         rows = Rows(
             client,
@@ -92,18 +104,19 @@ def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_pat
         stack.callback(rows.close)
         ids = np.array([5, 200, 5, 17], np.uint32)
         expected = rows.decode(rows.stage(ids))
-        assert (3, 0, False) == (rows.from_remote, rows.recomputed, rows.outage.on)
+        assert (3, 0, True) == (rows.from_remote, rows.recomputed, rows.is_up)
         lookup.popen.send_signal(signal.SIGKILL)
         lookup.popen.wait()
         assert torch.equal(expected, rows.decode(rows.stage(ids)))
-        assert (3, 3, True) == (rows.from_remote, rows.recomputed, rows.outage.on)
+        assert (3, 3, False) == (rows.from_remote, rows.recomputed, rows.is_up)
         with process("lookup", "--store", empty, *listen):
             with Client(address) as other:
                 assert [] == other.tables()
-            wait_for(lambda: rows.outage._pause_seconds > 2)  # it has been asked, too
+            asked = client.asked
+            wait_for(lambda: client.asked > asked + 1)  # and the answer was no
             assert torch.equal(expected, rows.decode(rows.stage(ids)))
-            assert (3, 6, True) == (rows.from_remote, rows.recomputed, rows.outage.on)
+            assert (3, 6, False) == (rows.from_remote, rows.recomputed, rows.is_up)
         stack.enter_context(process("lookup", "--store", whole, *listen))
-        wait_for(lambda: not rows.outage.on)
+        wait_for(lambda: rows.is_up)
         assert torch.equal(expected, rows.decode(rows.stage(ids)))
-        assert (6, 6, False) == (rows.from_remote, rows.recomputed, rows.outage.on)
+        assert (6, 6, True) == (rows.from_remote, rows.recomputed, rows.is_up)

@@ -83,7 +83,7 @@ class Client:
         self._stood_for: dict[
             str, str
         ] = {}  # names, and the version that each stood for when last asked
-        self._replicas = Replicas(self._seconds)
+        self._replicas = Replicas(self._answers)
         self._closed, self._renewing = threading.Event(), threading.Lock()
         self._renew()
         if self._addresses.change:
@@ -104,7 +104,7 @@ class Client:
 
     def close(self) -> None:
         self._closed.set()
-        self._replicas.close()
+        self._replicas.health.close()
         with self._renewing:
             for stream in self._streams.values():
                 stream.close()
@@ -262,17 +262,17 @@ class Client:
             try:
                 request.done.result(timeout=max(0.0, end - waits_since))
                 if time.monotonic() - waits_since > SUSPECT_SECONDS:
-                    self._replicas.suspect(stream.target, manifest.ref)
+                    self._replicas.took_long(stream.target)
                 continue
             except FutureTimeout:
                 stream.reset()
-                self._replicas.failed(stream.target, manifest.ref)
                 worst = DeadlineExceeded(
                     f"lookup {stream.target} did not answer within {patience:.1f} s"
                 )
+                self._replicas.failed(stream.target, worst)
             except TolhouseError as error:
                 if isinstance(error, (Unavailable, DeadlineExceeded)):
-                    self._replicas.failed(stream.target, manifest.ref)
+                    self._replicas.failed(stream.target, error)
                 worst = error if worst is None or isinstance(worst, _RETRIED) else worst
             request.give_up()
             failed.append(part)
@@ -334,24 +334,19 @@ class Client:
                 )
         return known
 
-    def _seconds(self, target: str, ref: str) -> float | None:
-        """How long a replica takes to answer, be it with an error; None if it doesn't."""
-        began = time.monotonic()
+    def _answers(self, target: str) -> bool:
+        """Whether a replica answers for the table used last, be it with an error."""
+        ref = next(reversed(self._manifests), "")
+        request = lookup_pb2.DescribeRequest(table=ref, known=ref)
         try:
-            request = lookup_pb2.DescribeRequest(table=ref, known=ref)
             self._streams[target].stub.Describe(
                 request, timeout=_LOOK_SECONDS, metadata=self.credentials.metadata()
             )
         except grpc.RpcError as error:
-            if error.code() in (
-                grpc.StatusCode.UNAVAILABLE,
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                grpc.StatusCode.CANCELLED,
-            ):
-                return None
+            return not isinstance(error_of(error, target), _RETRIED)
         except (ValueError, KeyError):  # closed meanwhile, or gone
-            return None
-        return time.monotonic() - began
+            return False
+        return True
 
     def _unary(self, method: str, request: Any) -> Any:
         """The answer of the first replica that has one."""

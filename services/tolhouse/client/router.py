@@ -1,32 +1,22 @@
-"""Which lookup replica each shard's ids go to: rendezvous hashing, and those that failed or lag go last until they answer as the others do."""
+"""Which lookup replica each shard's ids go to: rendezvous hashing, and replicas that are down or slow come last."""
 
-import threading
 from collections.abc import Callable
 
 import numpy as np
 import xxhash
 
-from tolhouse.logs import event
-from tolhouse.net.health import lags
+from tolhouse.errors import TolhouseError
+from tolhouse.net.health import PeerHealth
 from tolhouse.table.manifest import Manifest
-
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = (
-    0.1,
-    1.0,
-)  # between two looks at a replica that is away
 
 
 class Replicas:
-    """`seconds` says how long a replica takes to say something of a table, None if it doesn't. Safe to use from several threads."""
+    """The replicas now, and their order for each shard. `probe` says whether one answers. Safe to use from several threads."""
 
-    def __init__(self, seconds: Callable[[str, str], float | None]) -> None:
-        self.seconds = seconds
+    def __init__(self, probe: Callable[[str], bool]) -> None:
         self.targets: tuple[str, ...] = ()
-        self._away: frozenset[str] = frozenset()
-        self._watched: set[str] = set()
+        self.health = PeerHealth("lookup replica", probe, self._others)
         self._orders: dict[tuple[str, tuple[str, ...], frozenset[str]], np.ndarray] = {}
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
 
     def become(self, targets: tuple[str, ...]) -> None:
         """From now on there are these. A shard stays with its replica, unless that is gone or a new one ranks before it."""
@@ -37,65 +27,30 @@ class Replicas:
     ) -> tuple[tuple[str, ...], np.ndarray]:
         """The replicas, and the number among them [T] of the one that each of `ids` [T] is asked of at this attempt."""
         targets, order = self._order(manifest)
-        there = sum(
-            target not in self._away for target in targets
-        )  # only if there are none, those that are away are tried
-        return targets, order[manifest.shard_of(ids), attempt % (there or len(targets))]
+        healthy = sum(map(self.health.up, targets))  # the others are tried only if there are none
+        return targets, order[manifest.shard_of(ids), attempt % (healthy or len(targets))]
 
     def in_turn(self) -> list[str]:
-        """All replicas, those that are away last."""
-        away = self._away
-        return sorted(self.targets, key=lambda target: target in away)
+        """All replicas, healthy ones first."""
+        return self.health.order(self.targets)
 
-    def failed(self, target: str, ref: str) -> None:
-        """It is asked last from now on, by anyone, until it answers: a replica that hangs costs its callers one wait, not one each time."""
+    def failed(self, target: str, error: TolhouseError) -> None:
+        """It is asked last from now on, so that one that hangs costs its callers one wait; unless it is the only one."""
         if len(self.targets) > 1:
-            self._put_last(target, "lookup replica is away")
-            self.suspect(target, ref)
+            self.health.report_down(target, error)
 
-    def suspect(self, target: str, ref: str) -> None:
-        """A thread looks whether it lags behind the others, and while it does it is asked last."""
-        with self._lock:
-            if target in self._watched or len(self.targets) == 1:
-                return
-            self._watched.add(target)
-        threading.Thread(
-            target=self._watch, args=(target, ref), name=f"watch {target}", daemon=True
-        ).start()
+    def took_long(self, target: str) -> None:
+        if len(self.targets) > 1:
+            self.health.report_slow(target)
 
-    def close(self) -> None:
-        self._closed.set()
-
-    def _put_last(self, target: str, why: str) -> None:
-        with self._lock:
-            is_news, self._away = target not in self._away, self._away | {target}
-        if is_news:
-            event(why, target=target)
-
-    def _watch(self, target: str, ref: str) -> None:
-        pause = _FIRST_PAUSE_SECONDS
-        while not self._closed.wait(pause):
-            gone = target not in self.targets
-            others = [
-                other for other in self.targets if other != target and other not in self._away
-            ]
-            if gone or not lags(target, others, lambda one: self.seconds(one, ref)):
-                with self._lock:
-                    was_away, self._away = target in self._away, self._away - {target}
-                    self._watched.discard(target)
-                if was_away:
-                    event(
-                        "lookup replica is gone" if gone else "lookup replica is back",
-                        target=target,
-                    )
-                return
-            self._put_last(target, "lookup replica lags behind the others")
-            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+    def _others(self, target: str) -> list[str] | None:
+        targets = self.targets
+        return [other for other in targets if other != target] if target in targets else None
 
     def _order(self, manifest: Manifest) -> tuple[tuple[str, ...], np.ndarray]:
         """The replicas, and their numbers in the order in which each shard asks them, [num_shards, replicas]."""
-        targets, away, orders = self.targets, self._away, self._orders
-        key = manifest.ref, targets, away
+        targets, unhealthy, orders = self.targets, self.health.unhealthy, self._orders
+        key = manifest.ref, targets, unhealthy
         if key not in orders:
             weights = [
                 [
@@ -105,7 +60,7 @@ class Replicas:
                 for shard in range(manifest.num_shards)
             ]
             order = np.argsort(np.array(weights, np.uint64), axis=1)
-            last = np.array([target in away for target in targets])
+            last = np.array([target in unhealthy for target in targets])
             orders[key] = np.take_along_axis(
                 order, np.argsort(last[order], axis=1, kind="stable"), axis=1
             )

@@ -16,9 +16,9 @@ from tolhouse.engine.recompute import Recompute
 from tolhouse.errors import DeadlineExceeded, Mismatch, NotFound, TolhouseError, Unavailable
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.net.health import PeerHealth
 from tolhouse.table.manifest import Manifest
 from tolhouse.tracing import span
-from tolhouse.worker.outage import Outage
 
 COUNTS = (
     "from_cache",
@@ -47,7 +47,9 @@ class Rows:
         num_rows: int = 0,  # of the model; by default as many as the table has
     ) -> None:
         self.client, self.manifest, self.device, self.dtype = client, manifest, device, dtype
-        self.fallback, self.outage = fallback, Outage(self._is_back)
+        self.fallback = fallback
+        # of the service, as far as this table goes: while it is down, no step asks it for anything
+        self.health = PeerHealth("source of rows", self._is_back, longest_seconds=5.0)
         companions = client.companions(manifest)
         self.decoder, self.num_rows = (
             Decoder(companions, device, dtype),
@@ -69,7 +71,7 @@ class Rows:
 
     def close(self) -> None:
         self._background.shutdown()
-        self.outage.close()
+        self.health.close()
 
     def fill(self) -> None:
         """Fetch the frequent tokens' rows into the cache; without them it fills itself."""
@@ -108,7 +110,7 @@ class Rows:
         self._arrive_if_done()
         late_T = self.cache.slot_of[ids] < 0
         if late_T.any():
-            late_T &= not self._failed and not self.outage.on
+            late_T &= not self._failed and self.is_up
         self._some_late = bool(late_T.any())
         return late_T
 
@@ -117,7 +119,7 @@ class Rows:
 
         late: `late` found them so; how long it takes is what to wait would have cost.
         """
-        if self._coming or self.outage.on:
+        if self._coming or not self.is_up:
             return
         self.mirror.used()  # by the step that has been launched
         ids = ids[
@@ -158,9 +160,9 @@ class Rows:
                 if (
                     self.fallback
                     and isinstance(error, (Unavailable, DeadlineExceeded))
-                    and not self.outage.on
+                    and self.is_up
                 ):
-                    self.outage.begin(error)
+                    self.health.report_down(self.manifest.ref, error)
             else:
                 self._failed = False
                 self._settle(ids, slots)
@@ -227,7 +229,7 @@ class Rows:
         try:
             if self.fallback is None:
                 self._fetch(ids, out, places, trip)
-            elif self.outage.on or not self._fetched(ids, out, places, trip):
+            elif not self.is_up or not self._fetched(ids, out, places, trip):
                 out[places] = self.fallback.records(ids)
                 self.recomputed += len(ids)
             self._failed = False
@@ -235,13 +237,12 @@ class Rows:
             self.wait_seconds += time.perf_counter() - started
 
     def _fetched(self, ids: np.ndarray, out: np.ndarray, places: np.ndarray, trip: bool) -> bool:
-        """Whether a fetch worked; if the lookup service could not be reached, an outage has begun."""
+        """Whether a fetch worked; if the lookup service could not be reached, it is down from now on."""
         try:
             self._fetch(ids, out, places, trip)
         except (Unavailable, DeadlineExceeded) as error:
-            self.outage.begin(error)
+            self.health.report_down(self.manifest.ref, error)
             return False
-        self.outage.fetched()
         return True
 
     def _fetch(
@@ -266,9 +267,14 @@ class Rows:
         self.from_remote += len(ids)
         self.remote_bytes += len(ids) * self.manifest.record_bytes
 
-    def _is_back(self) -> bool:
+    @property
+    def is_up(self) -> bool:
+        """Whether fetches are tried."""
+        return self.health.up(self.manifest.ref)
+
+    def _is_back(self, ref: str) -> bool:
         """Whether the lookup service answers, and has the table."""
-        return self.manifest.ref in [manifest.ref for manifest, _ in self.client.tables()]
+        return ref in [manifest.ref for manifest, _ in self.client.tables()]
 
     def has(self, ids: np.ndarray) -> bool:
         """Whether all of `ids` are cached."""

@@ -1,14 +1,164 @@
-"""Outlier detection: which of several peers that could all do the same work lags behind.
+"""Which peers answer. Lookup replicas, Redis nodes, workers and a worker's source of rows are all tracked this way.
 
-That one took long says little: the work may have been large, or this machine busy. So it is a suspicion, no more. Then the peer and others are looked
-at, with a call that has no work in it: whoever takes several times as long as another at the same moment lags.
+A failed call puts its peer down. A call that took long says little: the work may have been large, or this machine busy.
+So the peer is compared with others that can do its work, by probes that carry no work: it is slow if it takes several
+times as long as the quickest of them. A peer that is down or slow is used last until a probe finds it well again.
 """
 
+import logging
+import threading
+import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
 
-SUSPECT_SECONDS = 0.1  # a wait that is worth a look
-_TIMES = 4.0  # as long as the quickest of the others
-_LOOKS = 2  # of which the quicker counts: the first may have to connect
+from tolhouse.errors import TolhouseError
+from tolhouse.logs import event, log
+
+SUSPECT_SECONDS = 0.1  # a wait that is worth a probe
+_SLOW_TIMES = 4.0  # as long as the quickest of the others
+_PROBES = 2  # of which the quicker counts: the first may have to connect
+
+State = Literal["up", "probing", "slow", "down"]
+
+
+@dataclass
+class _Peer:
+    state: State  # "up": it has recovered, and is forgotten if it stays so for the longest pause
+    due: float  # when to look at it again
+    pause: float
+
+
+class PeerHealth:
+    """The health of peers by name; a peer that nothing was reported of is up. Safe to use from several threads.
+
+    `probe(name)` says whether a peer answers, or raises. `alternatives(name)` names peers that can do the same work, or is
+    None once the peer is gone. Without a probe, states follow reports alone; with one, a daemon thread probes with
+    growing pauses while a peer is in trouble. Trouble soon after a recovery goes on with the pauses of the one before.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        probe: Callable[[str], bool] | None = None,
+        alternatives: Callable[[str], Iterable[str] | None] = lambda _: (),
+        *,
+        first_seconds: float = 0.1,
+        longest_seconds: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._kind, self._probe, self._alternatives = kind, probe, alternatives
+        self._first, self._longest, self._clock = first_seconds, longest_seconds, clock
+        self._peers: dict[str, _Peer] = {}
+        self._changed = threading.Condition()
+        self._watching = self._closed = False
+        self.unhealthy: frozenset[str] = frozenset()  # those that are down or slow
+
+    def up(self, name: str) -> bool:
+        return name not in self.unhealthy
+
+    def order(self, names: Iterable[str]) -> list[str]:
+        """The same names, healthy ones first."""
+        return sorted(names, key=self.unhealthy.__contains__)
+
+    def report_down(self, name: str, reason: object = "") -> None:
+        """A call failed, or found no answer in time."""
+        self._report(name, "down", reason)
+
+    def report_slow(self, name: str) -> None:
+        """A call took long; whether the peer is slow is left to a comparison by probes."""
+        if name not in self._peers or self._peers[name].state == "up":
+            self._report(name, "probing")
+
+    def report_up(self, name: str) -> None:
+        """The peer is known to be well."""
+        if name in self._peers:
+            with self._changed:
+                self._become(name, None, "back")
+
+    def close(self) -> None:
+        """Probe no more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _report(self, name: str, state: State, reason: object = "") -> None:
+        with self._changed:
+            known = self._peers.get(name) or _Peer("up", 0.0, self._first)
+            due = known.due if known.state != "up" else self._clock() + known.pause
+            self._become(name, _Peer(state, due, known.pause), state, reason)
+            self._changed.notify_all()
+            if self._probe and not self._watching and not self._closed:
+                self._watching = True
+                title = f"{self._kind} health"
+                threading.Thread(target=self._watch, name=title, daemon=True).start()
+
+    def _become(self, name: str, peer: _Peer | None, news: str, reason: object = "") -> None:
+        was_up, is_up = self.up(name), peer is None or peer.state in ("up", "probing")
+        if peer:
+            self._peers[name] = peer
+        else:
+            self._peers.pop(name, None)
+        self.unhealthy = self.unhealthy - {name} if is_up else self.unhealthy | {name}
+        if was_up != is_up:
+            fields = {"reason": str(reason)} if reason else {}
+            level = logging.INFO if is_up else logging.WARNING
+            event(f"{self._kind} is {news}", level, peer=name, **fields)
+
+    def _watch(self) -> None:
+        while True:
+            with self._changed:
+                if self._closed or not self._peers:
+                    self._watching = False
+                    return
+                name, peer = min(self._peers.items(), key=lambda item: item[1].due)
+                wait = peer.due - self._clock()
+                if wait > 0:
+                    self._changed.wait(wait)
+                    continue
+            pause, state = min(2 * peer.pause, self._longest), peer.state
+            found: Literal[State, "gone"]
+            try:
+                found = "gone" if state == "up" else self._examine(name)
+            except Exception:  # noqa: BLE001 - a defect must not end the thread
+                log.exception("probing %s %s failed", self._kind, name)
+                found = state
+            with self._changed:
+                if found == "gone":
+                    self._become(name, None, found)
+                elif name in self._peers:  # no report has cleared it meanwhile
+                    due = self._clock() + (self._longest if found == "up" else pause)
+                    news = "back" if found == "up" else found
+                    self._become(name, _Peer(found, due, pause), news)
+
+    def _examine(self, name: str) -> Literal[State, "gone"]:
+        others = self._alternatives(name)
+        if others is None:
+            return "gone"
+        own = self._seconds(name)
+        if own is None:
+            return "down"
+        if own >= SUSPECT_SECONDS:
+            times = [self._seconds(other) for other in others if self.up(other)]
+            if any(seconds is not None and own > _SLOW_TIMES * seconds for seconds in times):
+                return "slow"
+        return "up"
+
+    def _seconds(self, name: str) -> float | None:
+        """How long the peer takes to answer a probe; None if it does not answer."""
+        assert self._probe is not None
+        best = float("inf")
+        for _ in range(_PROBES):
+            began = self._clock()
+            try:
+                if not self._probe(name):
+                    return None
+            except TolhouseError:
+                return None
+            best = min(best, self._clock() - began)
+            if best < SUSPECT_SECONDS:
+                break
+        return best
 
 
 def lags(peer: str, others: Iterable[str], look: Callable[[str], float | None]) -> bool:
@@ -17,12 +167,12 @@ def lags(peer: str, others: Iterable[str], look: Callable[[str], float | None]) 
     if mine is None or mine < SUSPECT_SECONDS:
         return mine is None
     theirs = [seconds for other in others if (seconds := _quickest(other, look)) is not None]
-    return bool(theirs) and mine > _TIMES * min(theirs)
+    return bool(theirs) and mine > _SLOW_TIMES * min(theirs)
 
 
 def _quickest(peer: str, look: Callable[[str], float | None]) -> float | None:
     best: float | None = None
-    for _ in range(_LOOKS):
+    for _ in range(_PROBES):
         seconds = look(peer)
         if seconds is None or seconds < SUSPECT_SECONDS:
             return seconds
