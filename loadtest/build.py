@@ -27,7 +27,7 @@ import numpy as np
 import ray
 from tolhouse.build.job import build, plan
 from tolhouse.build.shards import _model, build_shards
-from tolhouse.config import settle_ray
+from tolhouse.config import set_ray_defaults
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.rows import batches
 from tolhouse.testing import redis_server, tiny_model
@@ -123,7 +123,7 @@ def main() -> None:
     )
     quick = parser.parse_args().quick
     layers, vocabulary, rounds = (2, 12_288, 2) if quick else (4, 16_384, 5)
-    settle_ray()
+    set_ray_defaults()
     shape = {
         "hidden_size": 960,
         "intermediate_size": 2560,

@@ -26,7 +26,7 @@ from loadtest.serve import Answer, Load, run, text_of
 
 CHECKPOINT = Path("models/demo-memory")
 FIRST_TOKEN_SECONDS, TOKEN_SECONDS = 10.0, 1.0
-QUEUE = ("--max-running", "16", "--max-waiting", "32")
+QUEUE = ("--max-num-seqs", "16", "--max-waiting", "32")
 
 
 def good(answers: list[Answer]) -> int:

@@ -136,7 +136,7 @@ def test_every_replica_is_asked() -> None:
         return ",".join(f"{name}:{port}" for name in SERVICES if name.startswith(f"{kind}-"))
 
     assert {of("lookup", 50051)} == {
-        SERVICES[w]["environment"]["TOLHOUSE_WORKER_LOOKUP"] for w in ("worker-1", "worker-2")
+        SERVICES[w]["environment"]["TOLHOUSE_WORKER_ROWS"] for w in ("worker-1", "worker-2")
     }
     assert of("worker", 50052) == SERVICES["gateway"]["environment"]["TOLHOUSE_GATEWAY_WORKERS"]
     assert NODES == SERVICES["cluster"]["command"][2:] == list(SERVICES["cluster"]["depends_on"])

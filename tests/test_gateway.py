@@ -825,7 +825,7 @@ def test_full_queues_are_told(tmp_path: Path) -> None:
     build_table(DEMO, url)
     body = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0, "ignore_eos": True}
     with local_cluster(
-        DEMO, url, worker_options=("--max-running", "1", "--max-waiting", "1")
+        DEMO, url, worker_options=("--max-num-seqs", "1", "--max-waiting", "1")
     ) as cluster:
         with ThreadPoolExecutor(12) as pool:
             answers = list(
@@ -848,7 +848,7 @@ def test_a_full_worker_is_not_asked(tmp_path: Path) -> None:
     long = {"prompt": PROMPT, "max_tokens": 450, "ignore_eos": True, "stream": True}
     with (
         local_cluster(
-            DEMO, url, worker_options=("--max-running", "1", "--max-waiting", "1")
+            DEMO, url, worker_options=("--max-num-seqs", "1", "--max-waiting", "1")
         ) as cluster,
         ExitStack() as stack,
     ):

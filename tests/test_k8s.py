@@ -231,8 +231,8 @@ ports local:
 environment local:
     ConfigMap worker  data|TOLHOUSE_WORKER_LOKUP  x  TOLHOUSE_WORKER_LOKUP is not
     ConfigMap worker  data|TOLHOUSE_WORKER_DRAIN_SECONDS  soon  drain_seconds
-    ConfigMap worker  data|TOLHOUSE_WORKER_LOOKUP  dns:///lookups:50051  no such Service
-    ConfigMap worker  data|TOLHOUSE_WORKER_LOOKUP  dns:///lookup:50052  no such Service
+    ConfigMap worker  data|TOLHOUSE_WORKER_ROWS  dns:///lookups:50051  no such Service
+    ConfigMap worker  data|TOLHOUSE_WORKER_ROWS  dns:///lookup:50052  no such Service
     Service lookup  spec|clusterIP  null  must be headless
     Deployment worker  @P|enableServiceLinks  true  enableServiceLinks
 environment gpu:

@@ -19,7 +19,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Itera
     url = f"file://{tmp_path_factory.mktemp('tables')}"
     build_table(checkpoint, url)
     with local_cluster(
-        checkpoint, url, worker_options=("--max-running", "1", "--max-waiting", "40")
+        checkpoint, url, worker_options=("--max-num-seqs", "1", "--max-waiting", "40")
     ) as running:
         yield running
 

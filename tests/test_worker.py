@@ -73,7 +73,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine_of(
-    path: Path, kv_tokens: int = 4096, max_running: int = 8, max_step_tokens: int = 64
+    path: Path, kv_tokens: int = 4096, max_num_seqs: int = 8, max_step_tokens: int = 64
 ) -> Engine:
     """An engine whose steps the test runs itself."""
     checkpoint, cpu = open_checkpoint(path), torch.device("cpu")
@@ -86,7 +86,7 @@ def engine_of(
         Runner(load(checkpoint, cpu, torch.float32), pages, rows),
         rows,
         cache,
-        max_running,
+        max_num_seqs,
         100,
         max_step_tokens,
     )
@@ -163,7 +163,7 @@ def test_what_could_never_fit_is_refused(base: Path) -> None:
 
 def test_a_cancelled_sequence_gives_its_blocks_back(base: Path) -> None:
     """Cancelling in the queue or in the batch frees everything and leaves the others alone."""
-    engine = engine_of(base, max_running=2)
+    engine = engine_of(base, max_num_seqs=2)
     gone, kept, queued = (Collected(PROMPT, 40) for _ in range(3))
     for one in (gone, kept, queued):
         engine.add(one.sequence)
@@ -246,7 +246,7 @@ def table(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[s
 @pytest.fixture(scope="module")
 def cluster(checkpoint: Path, table: tuple[str, str]) -> Iterator[Cluster]:
     with local_cluster(
-        checkpoint, table[0], worker_options=("--max-waiting", "6", "--max-running", "4")
+        checkpoint, table[0], worker_options=("--max-waiting", "6", "--max-num-seqs", "4")
     ) as running:
         yield running
 
@@ -646,7 +646,7 @@ def test_what_can_not_start_says_why(
     nobody = ("--lookup", f"127.0.0.1:{free_port()}", "--lookup-wait-seconds", "0.5")
     assert "can't be reached" in refused(str(checkpoint), *nobody)
     assert "in use" in refused(str(checkpoint), *to, "--listen", cluster.workers)
-    assert "TOLHOUSE_WORKER_MAX_RUNNING" in refused(str(checkpoint), *to, "--max-running", "0")
+    assert "TOLHOUSE_WORKER_MAX_NUM_SEQS" in refused(str(checkpoint), *to, "--max-num-seqs", "0")
     assert "holds no block" in refused(str(checkpoint), *to, "--kv-cache-megabytes", "0.001")
     assert "cpu, cuda" in refused(str(checkpoint), *to, "--device", "abacus")
     assert "no checkpoint" in refused(str(tmp_path / "nothing"), *to)

@@ -155,7 +155,7 @@ def local_cluster(
         lookup = ",".join(p.address for p in services)
         serving = [
             stack.enter_context(
-                process("worker", str(checkpoint), "--lookup", lookup, *free, *worker_options)
+                process("worker", str(checkpoint), "--rows", lookup, *free, *worker_options)
             )
             for _ in range(workers)
         ]

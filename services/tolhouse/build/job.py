@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tolhouse.build.shards import build_shards, verify
-from tolhouse.config import settle_ray
+from tolhouse.config import set_ray_defaults
 from tolhouse.errors import DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
 from tolhouse.logs import event, split_address
 from tolhouse.model.checkpoint import Checkpoint
@@ -168,7 +168,7 @@ def _ray(address: str) -> Iterator[Any]:
             raise Unavailable(
                 f"no Ray cluster at {address}: {error.strerror or error}; unset RAY_ADDRESS to build on this machine"
             ) from None
-    settle_ray()
+    set_ray_defaults()
     import ray
     import ray.exceptions
 

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Callable
 from logging import WARNING
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -79,36 +79,36 @@ def options(kind: type[config.Config]) -> Callable:
 
     def decorate(command: Callable) -> Callable:
         def wrapped(**given: Any) -> Any:
-            mine = {field: given.pop(field) for field in kind.model_fields}
-            loaded = config.load(
-                kind, {field: value for field, value in mine.items() if value is not None}
-            )
+            own = {name: given.pop(name) for name in names}
+            loaded = config.load(kind, {k: v for k, v in own.items() if v is not None})
             start_logging(loaded.log_level)
             return command(loaded, **given)
 
         wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
         wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+        names = []
         for field, info in reversed(kind.model_fields.items()):
-            if info.annotation is bool:
-                flag = field.replace("_", "-")
-                text = f"{info.description} [{config.variable(kind, field)}]"
-                click.option(f"--{flag}/--no-{flag}", field, default=None, help=text)(wrapped)
-                continue
-            choices = typing.get_args(info.annotation)
-            default = "" if info.default in ("", None) else f" Default {info.default}."
+            default = "" if info.default in ("", None, False) else f" Default {info.default}."
             text = f"{info.description}{default} [{config.variable(kind, field)}]"
-            shown = None if choices else "N" if info.annotation in (int, float) else "TEXT"
-            name = f"--{field.replace('_', '-')}"
-            click.option(
-                name,
-                field,
-                type=click.Choice(choices) if choices else str,
-                metavar=shown,
-                help=text,
-            )(wrapped)
+            for name in (field, *config.old_names(kind, field)):
+                names.append(name)
+                _option(name, info.annotation, help=text, hidden=name != field)(wrapped)
         return wrapped
 
     return decorate
+
+
+def _option(name: str, annotation: Any, **more: Any) -> Callable:
+    """An option whose value pydantic reads; click knows its choices and what to show."""
+    flag = name.replace("_", "-")
+    if annotation is bool:
+        return click.option(f"--{flag}/--no-{flag}", name, default=None, **more)
+    if typing.get_origin(annotation) is Literal:
+        return click.option(
+            f"--{flag}", name, type=click.Choice(typing.get_args(annotation)), **more
+        )
+    number = {int, float} & {annotation, *typing.get_args(annotation)}
+    return click.option(f"--{flag}", name, type=str, metavar="N" if number else "TEXT", **more)
 
 
 def checkpoint_argument(command: str) -> Callable:

@@ -345,7 +345,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     credentials = config.server_credentials()
     tracing.start_tracing("worker", config.traces, insecure=config.insecure)
     client = Client(
-        config.lookup,
+        config.rows,
         timeout_seconds=config.fetch_timeout_seconds,
         credentials=config.client_credentials(),
     )
@@ -381,7 +381,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     kind = Runner if device.type == "cpu" else GraphRunner
     runner = kind(model, pages, rows)
     engine = Engine(
-        runner, rows, cache, config.max_running, config.max_waiting, config.max_step_tokens
+        runner, rows, cache, config.max_num_seqs, config.max_waiting, config.max_num_batched_tokens
     )
 
     def take_up(manifest: Manifest) -> None:
@@ -397,7 +397,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
         if engine.table
         else None
     )
-    service = WorkerService(engine, checkpoint, config.name or checkpoint.name)
+    service = WorkerService(engine, checkpoint, config.served_model_name or checkpoint.name)
     metrics = serve_metrics(config.metrics_listen, credentials)
     REGISTRY.register(EngineMetrics(engine, follower))
     event(

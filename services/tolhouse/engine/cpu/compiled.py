@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tolhouse.config import settle_compiler
+from tolhouse.config import set_compiler_folder
 from tolhouse.engine import attention
 from tolhouse.engine.attention import AttentionMetadata, PagedKVCache
 from tolhouse.engine.block_manager import BLOCK_TOKENS
@@ -324,7 +324,7 @@ def main() -> None:
     os.nice(10)  # requests come first
     warnings.simplefilter("ignore")
     task = json.loads(sys.argv[1])
-    settle_compiler(f"{task['folder']}/inductor")
+    set_compiler_folder(f"{task['folder']}/inductor")
     threading.Thread(target=_end_with_parent, args=(task["folder"],), daemon=True).start()
     for name, sequences in ((_ALONE, 1), (_SEVERAL, 3)):
         _export(
