@@ -202,10 +202,11 @@ def test_spans_of_a_batch_link_to_all_its_requests() -> None:
         program = f"""
 from tolhouse import tracing
 tracing.start_tracing("batch", {url!r}, insecure=False)
-first, second = (tracing.begin(name, root=True) for name in ("first", "second"))
-with tracing.under([first.traceparent, "", second.traceparent]), tracing.span("both"):
-    print(tracing.here())
-first.end(), second.end("it broke")
+nothing = tracing.remote("")
+first, second = (tracing.begin(name, nothing, root=True) for name in ("first", "second"))
+with tracing.under([first, nothing, second]), tracing.span("both"):
+    print(tracing.traceparent())
+tracing.end(first), tracing.end(second, "it broke")
 """
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         done = subprocess.run(
@@ -220,15 +221,16 @@ first.end(), second.end("it broke")
     assert ("it broke", "") == (spans["second"].status.message, spans["first"].status.message)
 
 
-def test_off_costs_no_import() -> None:
-    """Without a collector nothing of OpenTelemetry is loaded, and spans are nothing."""
+def test_off_loads_no_sdk() -> None:
+    """Without a collector only OpenTelemetry's API is loaded, and spans are nothing."""
     program = """
 import sys
 from tolhouse import tracing
 tracing.start_tracing("lookup", "", insecure=False)
-with tracing.under(["00-x-y-01"]), tracing.span("fetch"):
-    assert tracing.here() == "" == tracing.begin("root", root=True).traceparent
-assert not [name for name in sys.modules if name.startswith("opentelemetry")]
+root = tracing.begin("root", tracing.remote("00-x-y-01"), root=True)
+with tracing.under([root]), tracing.span("fetch") as span:
+    assert not (span.is_recording() or root.is_recording() or tracing.traceparent())
+assert not [name for name in sys.modules if name.startswith("opentelemetry.sdk")]
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -1,85 +1,52 @@
-"""OpenTelemetry traces of a request, from the gateway to the store. Off, and not even imported, unless asked for.
+"""OpenTelemetry traces of a request, from the gateway to the store; off until `start_tracing`.
 
-A place in a trace is its W3C `traceparent`, a string: it goes along in the metadata of Generate, in FetchRequest, and inside
-a process in a context variable. Work for a batch stands below the first of its traced requests, and links to the others.
+Between processes a span's context travels as W3C `traceparent`, in the metadata of Generate and in
+FetchRequest. Work for a batch is below the first of its traced requests, and links to the others.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import cast
 from urllib.parse import urlsplit
+
+from opentelemetry import context, trace
+from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanKind, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import Attributes
 
 from tolhouse.errors import InvalidArgument
 from tolhouse.logs import log
 from tolhouse.net.tls import is_loopback
 
-if TYPE_CHECKING:
-    from opentelemetry import trace
-    from opentelemetry.context import Context
-
 HEADER = "traceparent"
+SERVER, CLIENT = SpanKind.SERVER, SpanKind.CLIENT  # where a call came in, and where one goes out
 
-Attributes = Mapping[str, str | int | float | bool]
-
-_tracer: "trace.Tracer | None" = None
-_here: ContextVar[tuple[str, ...]] = ContextVar("traceparents", default=())
-
-
-class Span:
-    """A piece of work with a beginning and an end; one that nobody records costs nothing."""
-
-    def __init__(self, span: "trace.Span | None" = None) -> None:
-        self._span = span
-        self.traceparent = _written(span) if span else ""
-
-    def tell(self, attributes: Attributes, name: str = "") -> None:
-        """What is known of it by now, and its name where that was not known before."""
-        if self._span:
-            self._span.set_attributes(attributes)
-            if name:
-                self._span.update_name(name)
-
-    def note(self, event: str) -> None:
-        """Something happened just now."""
-        if self._span:
-            self._span.add_event(event)
-
-    def end(self, error: str = "") -> None:
-        """It is done, or has failed with `error`."""
-        if self._span:
-            if error:
-                from opentelemetry.trace import StatusCode
-
-                self._span.set_status(StatusCode.ERROR, error)
-            self._span.end()
-
-
-_NOTHING = Span()
+_propagator = TraceContextTextMapPropagator()
+_tracer = trace.get_tracer("tolhouse")  # the SDK's if the process has set that up
+_LINKS = context.create_key("links")
 
 
 def start_tracing(service: str, url: str, *, insecure: bool) -> None:
-    """Send spans of `service` to the OTLP collector at `url`, http://HOST:PORT or https://HOST:PORT, over gRPC; "": to nobody.
+    """Send spans of `service` to the OTLP collector at `url`, unless that is empty.
 
-    InvalidArgument where the URL or the installation does not allow for it; `insecure` as everywhere. A collector that is away
-    loses spans, and nothing else.
+    InvalidArgument for a bad URL, a remote http:// without `insecure`, or a missing SDK.
+    A collector that can't be reached loses spans, and nothing else.
     """
     global _tracer  # noqa: PLW0603 - one for the process, as for logs
     if not url:
         return
     parts = urlsplit(url)
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.netloc.rpartition(":")[2].isdecimal()
-        or parts.path not in ("", "/")
-    ):
+    port = parts.netloc.rpartition(":")[2]
+    if parts.scheme not in ("http", "https") or not port.isdecimal() or parts.path.strip("/"):
         raise InvalidArgument(
-            f"--traces {url!r} is not http://HOST:PORT or https://HOST:PORT of an OTLP collector's gRPC port, often 4317"
+            f"--traces {url!r} is not http://HOST:PORT or https://HOST:PORT "
+            "of an OTLP collector's gRPC port, often 4317"
         )
     if parts.scheme == "http" and not insecure and not is_loopback(parts.netloc):
         raise InvalidArgument(
-            f"--traces {url} would send traces to another machine in plaintext: use https://, or --insecure where the network is trusted"
+            f"--traces {url} would send traces to another machine in plaintext: "
+            "use https://, or --insecure where the network is trusted"
         )
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -92,119 +59,83 @@ def start_tracing(service: str, url: str, *, insecure: bool) -> None:
         ) from None
     library = logging.getLogger("opentelemetry")
     library.handlers[:], library.propagate = log.handlers, False
-    log.addFilter(_named)
+    log.addFilter(_add_trace_id)
     provider = TracerProvider(resource=Resource.create({"service.name": f"tolhouse-{service}"}))
-    provider.add_span_processor(
-        BatchSpanProcessor(
-            OTLPSpanExporter(endpoint=url, insecure=parts.scheme == "http", timeout=5)
-        )
-    )
-    _tracer = provider.get_tracer("tolhouse")
+    exporter = OTLPSpanExporter(endpoint=url, insecure=parts.scheme == "http", timeout=5)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    _tracer = provider.get_tracer(
+        "tolhouse"
+    )  # ours alone: FastAPI would add two spans a request to a global provider's
 
 
-def here() -> str:
-    """Where this thread or task is in a trace that is recorded; "" where in none."""
-    return next(iter(_here.get()), "")
+def traceparent() -> str:
+    """The traceparent of the current span; "" outside of a trace."""
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier)
+    return carrier.get(HEADER, "")
 
 
-@contextmanager
-def under(traceparents: Iterable[str]) -> Iterator[None]:
-    """What is done meanwhile is done for these requests; those in no recorded trace do not count."""
-    if not _tracer:
-        yield
-        return
-    token = _here.set(tuple(dict.fromkeys(t for t in traceparents if _is_recorded(t))))
-    try:
-        yield
-    finally:
-        _here.reset(token)
+def remote(traceparent: str) -> Span:
+    """The span that another process calls `traceparent`; an invalid one for what is none."""
+    if not traceparent:
+        return INVALID_SPAN
+    return trace.get_current_span(_propagator.extract({HEADER: traceparent}, context.Context()))
 
 
 def begin(
     name: str,
-    attributes: Attributes | None = None,
+    parent: Span,
+    attributes: Attributes = None,
+    kind: SpanKind = SpanKind.INTERNAL,
     *,
-    parent: str = "",
     root: bool = False,
-    kind: str = "INTERNAL",
 ) -> Span:
-    """A span below `parent`, to be ended by the caller. Without one it begins a trace if it may be a `root`, else it is nothing.
+    """A span below `parent`, to be ended by the caller; without a valid parent only if a `root`."""
+    if not root and not parent.get_span_context().is_valid:
+        return INVALID_SPAN
+    return _tracer.start_span(name, trace.set_span_in_context(parent), kind, attributes)
 
-    kind: SERVER where a call came in, CLIENT where one goes out, or INTERNAL.
-    """
-    if not _tracer or not (root or _is_place(parent)):
-        return _NOTHING
-    return _begin(_tracer, name, attributes, (parent,), kind)
+
+def end(span: Span, error: str = "") -> None:
+    """The work is done, or has failed with `error`."""
+    if error:
+        span.set_status(StatusCode.ERROR, error)
+    span.end()
 
 
 @contextmanager
-def span(name: str, attributes: Attributes | None = None, kind: str = "INTERNAL") -> Iterator[Span]:
-    """The same around a block, below where this thread or task is, and what is done in the block stands below it in turn."""
-    above = _here.get()
-    if not _tracer or not above:
-        yield _NOTHING
+def under(spans: Iterable[Span]) -> Iterator[None]:
+    """What is done meanwhile is done for these requests; those that nobody records do not count."""
+    traced = [(s, s.get_span_context()) for s in spans if s is not INVALID_SPAN]
+    recorded = {place.span_id: s for s, place in traced if place.trace_flags.sampled}
+    if not recorded:
+        yield
         return
-    one = _begin(_tracer, name, attributes, above, kind)
-    error = ""
-    with under((one.traceparent,)):
-        try:
-            yield one
-        except BaseException as failure:
-            error = str(failure) or type(failure).__name__
-            raise
-        finally:
-            one.end(error)
+    first, *others = recorded.values()
+    links = [Link(other.get_span_context()) for other in others]
+    token = context.attach(context.set_value(_LINKS, links, trace.set_span_in_context(first)))
+    try:
+        yield
+    finally:
+        context.detach(token)
 
 
-def _begin(
-    tracer: "trace.Tracer",
-    name: str,
-    attributes: Attributes | None,
-    above: tuple[str, ...],
-    kind: str,
-) -> Span:
-    from opentelemetry.trace import Link, SpanKind, get_current_span
-
-    contexts = [_read(traceparent) for traceparent in above]
-    links = [Link(get_current_span(context).get_span_context()) for context in contexts[1:]]
-    return Span(
-        tracer.start_span(
-            name, context=contexts[0], kind=SpanKind[kind], attributes=attributes, links=links
-        )
-    )
+@contextmanager
+def span(
+    name: str, attributes: Attributes = None, kind: SpanKind = SpanKind.INTERNAL
+) -> Iterator[Span]:
+    """A span around a block of work, below the current one; nothing where there is none."""
+    if not trace.get_current_span().get_span_context().is_valid:
+        yield INVALID_SPAN
+        return
+    links = cast("Sequence[Link]", context.get_value(_LINKS))
+    with _tracer.start_as_current_span(name, kind=kind, attributes=attributes, links=links) as one:
+        yield one
 
 
-def _read(traceparent: str) -> "Context":
-    """As the standard has it, also for what is none: then a trace begins."""
-    from opentelemetry.context import Context
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-    return TraceContextTextMapPropagator().extract({HEADER: traceparent}, Context())
-
-
-def _written(span: "trace.Span") -> str:
-    from opentelemetry.trace import set_span_in_context
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-    carrier: dict[str, str] = {}
-    TraceContextTextMapPropagator().inject(carrier, set_span_in_context(span))
-    return carrier.get(HEADER, "")
-
-
-def _is_place(traceparent: str) -> bool:
-    from opentelemetry.trace import get_current_span
-
-    return bool(traceparent) and get_current_span(_read(traceparent)).get_span_context().is_valid
-
-
-def _is_recorded(traceparent: str) -> bool:
-    """By the lowest bit of the flags, which come last."""
-    return bool(traceparent) and int(traceparent[-1], 16) % 2 == 1
-
-
-def _named(record: logging.LogRecord) -> bool:
-    """A log line that belongs to a trace says to which."""
-    place = here()
-    if place:
-        record.fields = {**getattr(record, "fields", {}), "trace_id": place.split("-")[1]}
+def _add_trace_id(record: logging.LogRecord) -> bool:
+    here = trace.get_current_span().get_span_context()
+    if here.trace_flags.sampled:
+        trace_id = trace.format_trace_id(here.trace_id)
+        record.fields = {**getattr(record, "fields", {}), "trace_id": trace_id}
     return True

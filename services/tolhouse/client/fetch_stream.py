@@ -164,7 +164,7 @@ class _Call:
             request_id=number,
             table=request.manifest.ref,
             token_ids=packed,
-            traceparent=tracing.here(),
+            traceparent=tracing.traceparent(),
         )
         self._outgoing.put(asked)
 

@@ -87,12 +87,12 @@ class WorkerChannel:
         self, request: generation_pb2.GenerateRequest
     ) -> AsyncGenerator[generation_pb2.GenerateReply]:
         """Replies up to the one with a finish_reason. Closing the iterator cancels the call."""
-        place = tracing.here()
+        traceparent = tracing.traceparent()
         call = self.stub.Generate(
             request,
             metadata=(
                 *(self.credentials.metadata() or ()),
-                *([(tracing.HEADER, place)] if place else []),
+                *([(tracing.HEADER, traceparent)] if traceparent else []),
             ),
         )
         self._calls.add(call)

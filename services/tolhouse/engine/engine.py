@@ -23,7 +23,7 @@ from tolhouse.engine.scheduler import Chunk, Scheduler
 from tolhouse.engine.sequence import Output, Sequence
 from tolhouse.errors import Corrupt, Internal, Overloaded, PromptTooLong, TolhouseError
 from tolhouse.logs import log
-from tolhouse.tracing import under
+from tolhouse.tracing import Span, under
 
 _RECENT = 16  # steps that count as of late
 _SCORED_TOKENS = 256  # prompt tokens whose logits are in memory at once
@@ -203,9 +203,7 @@ class Engine:
         if not count or count == len(step) or count * self.pace > decoding * rows.trip_seconds:
             return step
         with under(
-            chunk.sequence.traceparent
-            for chunk, is_late in zip(step, late, strict=False)
-            if is_late
+            chunk.sequence.span for chunk, is_late in zip(step, late, strict=False) if is_late
         ):
             rows.prefetch(ids[late], late=True)
         late &= rows.coming(
@@ -224,7 +222,7 @@ class Engine:
                 step
             )  # the first layer's attention needs no row: a device is busy with it meanwhile
             try:
-                with under(chunk.sequence.traceparent for chunk in step):
+                with under(chunk.sequence.span for chunk in step):
                     staged = rows.stage(_ids(*step))
                 staged.scales = _scales(step, rows)
                 return step, begun, staged
@@ -250,7 +248,7 @@ class Engine:
         """Ask for the rows of the next pieces of prompts while the model computes those of this step."""
         scheduler, room = self.scheduler, self.scheduler.max_step_tokens
         ids: list[int] = []
-        traceparents: list[str] = []
+        spans: list[Span] = []
         done = {chunk.sequence: chunk.last for chunk in step}
         for sequence in scheduler.running + scheduler.waiting:
             if not room:
@@ -260,10 +258,10 @@ class Engine:
             start = done.get(sequence, sequence.computed)
             part = sequence.ids[start : start + room]
             ids += part
-            traceparents += [sequence.traceparent] if part else []
+            spans += [sequence.span] if part else []
             room -= len(part)
         if ids:
-            with under(traceparents):
+            with under(spans):
                 rows.prefetch(np.array(ids, np.uint32))
 
     def _score_prompts(

@@ -18,7 +18,7 @@ from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.net.health import PeerHealth
 from tolhouse.table.manifest import Manifest
-from tolhouse.tracing import span
+from tolhouse.tracing import CLIENT, span
 
 COUNTS = (
     "from_cache",
@@ -254,7 +254,7 @@ class Rows:
             with span(
                 "fetch rows",
                 {"tolhouse.table": self.manifest.ref, "tolhouse.rows": len(ids)},
-                "CLIENT",
+                CLIENT,
             ):
                 self.client.fetch_records(self.manifest, ids, out, places)
         except NotFound as error:  # it was there at start: its loss is no fault of the caller's

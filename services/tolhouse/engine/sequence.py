@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from tolhouse.engine.sampler import Logprobs, State
 from tolhouse.errors import TolhouseError
 from tolhouse.sampling import SamplingParams
+from tolhouse.tracing import INVALID_SPAN, Span
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Sequence:
     sampling: SamplingParams
     emit: Callable[[Output], None]
     computed: int = 0  # tokens of `ids` whose keys and values are in the cache
-    traceparent: str = ""  # its place in a trace, if it is part of one
+    span: Span = INVALID_SPAN  # of its request, if that is traced
     table: str = ""  # "name@version" of its rows; the engine says which when it comes
     priority: int = 0  # lower goes first
     arrival: int = 0  # the scheduler's count

@@ -77,9 +77,8 @@ class RequestLimitsMiddleware:
             "url.path": scope["path"][:MAX_PATH],
             "tolhouse.request_id": request_id,
         }
-        trace = tracing.begin(
-            scope["method"], about, parent=headers.get(tracing.HEADER, ""), root=True, kind="SERVER"
-        )
+        parent = tracing.remote(headers.get(tracing.HEADER, ""))
+        trace = tracing.begin(scope["method"], parent, about, tracing.SERVER, root=True)
         try:
             excess = _excess(scope)
             if excess:
@@ -96,16 +95,17 @@ class RequestLimitsMiddleware:
                     scope, limited, marked
                 )
             else:
-                with tracing.under((trace.traceparent,)):
+                with tracing.under([trace]):
                     await self.app(scope, limited, marked)
         finally:
             self._held -= taken
             status = scope["state"].get(
                 "failed", status
             )  # of a stream whose status line was out when it failed
-            name = f"{scope['method']} {scope['route'].path}" if "route" in scope else ""
-            trace.tell({"http.response.status_code": status}, name)
-            trace.end(f"HTTP {status}" if status >= 500 else "")
+            if "route" in scope:
+                trace.update_name(f"{scope['method']} {scope['route'].path}")
+            trace.set_attribute("http.response.status_code", status)
+            tracing.end(trace, f"HTTP {status}" if status >= 500 else "")
             level = (
                 logging.WARNING
                 if status >= 500
@@ -115,7 +115,7 @@ class RequestLimitsMiddleware:
             )
             seconds = round(time.perf_counter() - started, 4)
             key = {"key": scope["state"]["key"]} if "key" in scope["state"] else {}
-            with tracing.under((trace.traceparent,)):
+            with tracing.under([trace]):
                 event(
                     "request",
                     level,

@@ -97,7 +97,11 @@ class HotRows:
                 await self.table(ref)
 
     async def parts(
-        self, table: OpenTable, ids: np.ndarray, step: int, traceparent: str = ""
+        self,
+        table: OpenTable,
+        ids: np.ndarray,
+        step: int,
+        parent: tracing.Span = tracing.INVALID_SPAN,
     ) -> AsyncIterator[tuple[np.ndarray, dict[int, Buffer]]]:
         """Runs of `step` ids, and the verified records of those that had to be read.
 
@@ -108,7 +112,7 @@ class HotRows:
         for first in range(0, max(1, len(ids)), step):
             while ahead < len(ids) and ahead <= first + step:
                 window = max(step, _READ_BYTES // table.manifest.record_bytes)
-                arrivals |= self._begin(table, ids[ahead : ahead + window], traceparent)
+                arrivals |= self._begin(table, ids[ahead : ahead + window], parent)
                 ahead += window
             part = ids[first : first + step]
             read: dict[int, Buffer] = {}
@@ -118,12 +122,12 @@ class HotRows:
             yield part, read
 
     async def again(
-        self, table: OpenTable, ids: np.ndarray, traceparent: str = ""
+        self, table: OpenTable, ids: np.ndarray, parent: tracing.Span = tracing.INVALID_SPAN
     ) -> dict[int, Buffer]:
         """The same for rows that have been evicted since."""
         return {
             i: (await _arrived(arrival))[i]
-            for i, arrival in self._begin(table, ids, traceparent).items()
+            for i, arrival in self._begin(table, ids, parent).items()
         }
 
     def close(self) -> None:
@@ -181,13 +185,18 @@ class HotRows:
             event("hot rows filled", table=table.manifest.ref, rows=len(table.hot))
 
     def _begin(
-        self, table: OpenTable, ids: np.ndarray, traceparent: str = "", *, main: bool = False
+        self,
+        table: OpenTable,
+        ids: np.ndarray,
+        parent: tracing.Span = tracing.INVALID_SPAN,
+        *,
+        main: bool = False,
     ) -> dict[int, Arrival]:
         """Have a thread read those `ids` that are not hot; they are hot afterwards, if there is room."""
         new, slots, arrivals = self._claim(table, ids, main=main)
         if new:
             asyncio.get_running_loop().run_in_executor(
-                None, self._read, table, new, slots, arrivals[new[0]], traceparent
+                None, self._read, table, new, slots, arrivals[new[0]], parent
             )
         return arrivals
 
@@ -211,7 +220,7 @@ class HotRows:
         ids: list[int],
         slots: np.ndarray,
         arrival: Arrival,
-        traceparent: str = "",
+        parent: tracing.Span = tracing.INVALID_SPAN,
     ) -> None:
         """Read what was claimed. Each record goes into its slot while the next is on its way."""
         wanted, size, flat = (
@@ -226,7 +235,7 @@ class HotRows:
             "tolhouse.table": table.manifest.ref,
             "tolhouse.rows": len(ids),
         }
-        trace = tracing.begin("store read", about, parent=traceparent, kind="CLIENT")
+        trace = tracing.begin("store read", parent, about, tracing.CLIENT)
         try:
             for places, records in self.store.records(table.manifest, wanted):
                 for i, slot, record in zip(
@@ -237,7 +246,7 @@ class HotRows:
                         flat[slot * size : (slot + 1) * size] = record
         except BaseException as failure:  # noqa: BLE001 - whoever waits has to hear of it
             error = failure
-        trace.end(str(error) if error else "")
+        tracing.end(trace, str(error) if error else "")
         with table.lock:
             for i in ids:
                 del table.reading[i]

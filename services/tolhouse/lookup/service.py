@@ -138,9 +138,9 @@ class LookupService:
         started, status, told = time.perf_counter(), "OK", ""
         trace = tracing.begin(
             "lookup Fetch",
+            tracing.remote(request.traceparent),
             {"tolhouse.table": request.table},
-            parent=request.traceparent,
-            kind="SERVER",
+            tracing.SERVER,
         )
         try:
             if split_ref(request.table)[1] is None:
@@ -152,12 +152,12 @@ class LookupService:
             ids = _ids(request.token_ids, table.manifest)
             size, first, missed = table.manifest.record_bytes, 0, 0
             async for part, arrived in self.rows.parts(
-                table, ids, max(1, CHUNK_BYTES // size), trace.traceparent
+                table, ids, max(1, CHUNK_BYTES // size), trace
             ):
                 read = arrived
                 while not (reply := self._reply(request.request_id, table, ids, first, part, read)):
                     read = read | await self.rows.again(
-                        table, part, trace.traceparent
+                        table, part, trace
                     )  # what was hot has been evicted since
                 missed += len(read)
                 first += len(part)
@@ -165,7 +165,7 @@ class LookupService:
             ROWS_HOT.inc(len(ids) - missed)
             ROWS_STORE.inc(missed)
             BYTES.inc(size * len(ids))
-            trace.tell({"tolhouse.rows": len(ids), "tolhouse.rows_from_store": missed})
+            trace.set_attributes({"tolhouse.rows": len(ids), "tolhouse.rows_from_store": missed})
         except Exception as error:  # noqa: BLE001 - the boundary where every error becomes a status
             if not isinstance(error, TolhouseError):
                 log.error("internal error", exc_info=error)
@@ -173,7 +173,7 @@ class LookupService:
             status, told = error.grpc_status, str(error)[:MAX_ERROR]
             yield fetch_reply.failed(request.request_id, status, told)
         finally:
-            trace.end(told)
+            tracing.end(trace, told)
         REQUESTS.labels(status).inc()
         SECONDS.observe(time.perf_counter() - started)
 

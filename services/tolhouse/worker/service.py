@@ -78,7 +78,7 @@ class WorkerService(GenerationServicer):
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[generation_pb2.GenerateReply]:
-        async for reply in stream(context, self._generate(request, _traceparent(context))):
+        async for reply in stream(context, self._generate(request, _caller(context))):
             yield reply
 
     async def DescribeWorker(
@@ -96,7 +96,7 @@ class WorkerService(GenerationServicer):
         )
 
     async def _generate(
-        self, request: generation_pb2.GenerateRequest, traceparent: str
+        self, request: generation_pb2.GenerateRequest, caller: tracing.Span
     ) -> AsyncIterator[generation_pb2.GenerateReply]:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Output] = asyncio.Queue()
@@ -108,10 +108,10 @@ class WorkerService(GenerationServicer):
         }
         trace = tracing.begin(
             "worker Generate",
+            caller,
             {**about, "tolhouse.request_id": request.request_id},
-            parent=traceparent,
+            tracing.SERVER,
             root=True,
-            kind="SERVER",
         )
 
         def emit(output: Output) -> None:
@@ -119,7 +119,7 @@ class WorkerService(GenerationServicer):
 
         try:
             sequence = self._sequence(request, emit)
-            sequence.traceparent = trace.traceparent
+            sequence.span = trace
             event(
                 "request",
                 logging.DEBUG,
@@ -140,7 +140,7 @@ class WorkerService(GenerationServicer):
                 if output.finish_reason:
                     status = "OK"
                     new = len(sequence.ids) - sequence.prompt_tokens
-                    trace.tell(
+                    trace.set_attributes(
                         {
                             "gen_ai.usage.output_tokens": new,
                             "tolhouse.table": sequence.table,
@@ -162,7 +162,7 @@ class WorkerService(GenerationServicer):
             raise
         finally:  # also when the caller went away; a sequence that has ended is left alone
             REQUESTS.labels(status).inc()
-            trace.end(told)
+            tracing.end(trace, told)
             if sequence:
                 self.engine.cancel(sequence)
 
@@ -230,11 +230,9 @@ class WorkerService(GenerationServicer):
         return Sequence(len(prompt), prompt, sampling, emit)
 
 
-def _traceparent(context: grpc.aio.ServicerContext) -> str:
-    return next(
-        (str(value) for key, value in context.invocation_metadata() or () if key == tracing.HEADER),
-        "",
-    )
+def _caller(context: grpc.aio.ServicerContext) -> tracing.Span:
+    metadata = dict(context.invocation_metadata() or ())
+    return tracing.remote(str(metadata.get(tracing.HEADER, "")))
 
 
 def _logprobs(logprobs: Logprobs | None) -> generation_pb2.Logprobs | None:
