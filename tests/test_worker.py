@@ -185,14 +185,14 @@ def test_a_cancelled_sequence_gives_its_blocks_back(base: Path) -> None:
     assert engine.cache.num_blocks == engine.cache.free_blocks
 
 
-def test_stop_ids_end_a_sequence_and_are_left_out(base: Path) -> None:
+def test_stop_token_ids_end_a_sequence_and_are_left_out(base: Path) -> None:
     """The token that ends a completion is not part of it."""
     engine = engine_of(base)
     free = Collected(PROMPT, 20)
     engine.add(free.sequence)
     run(engine, free)
     end = free.tokens[5]
-    stopped = Collected(PROMPT, 20, stop_ids=frozenset({end}))
+    stopped = Collected(PROMPT, 20, stop_token_ids=(end,))
     engine.add(stopped.sequence)
     run(engine, stopped)
     assert free.tokens[: free.tokens.index(end)] == stopped.tokens
@@ -209,7 +209,7 @@ def test_an_engine_tells_the_logprobs_of_prompt_and_answer(base: Path) -> None:
     prompt = [
         int(i) for i in torch.randint(1, 300, (40,), generator=torch.Generator().manual_seed(1))
     ]
-    wanted = Collected(prompt, 10, logprobs=2, prompt_logprobs=3, stop_ids=frozenset())
+    wanted = Collected(prompt, 10, logprobs=2, prompt_logprobs=3, stop_token_ids=())
     alone = Collected(prompt, 0, prompt_logprobs=0)
     others = [Collected(PROMPT, 20), Collected(PROMPT, 20, temperature=1.0, seed=1, logprobs=0)]
     for one in (others[0], wanted, alone, others[1]):
@@ -378,27 +378,35 @@ def test_a_full_queue_is_told_and_the_queued_are_served(worker: Client) -> None:
 @pytest.mark.parametrize(
     ("request_", "status", "message"),
     [
-        ({"prompt_ids": []}, "INVALID_ARGUMENT", "empty"),
-        ({"prompt_ids": [99_999]}, "INVALID_ARGUMENT", "allowed are 0 to"),
-        ({"prompt_ids": [1] * 256}, "OUT_OF_RANGE", "context of 256"),
-        ({"prompt_ids": [1], "max_tokens": 0}, "INVALID_ARGUMENT", "max_tokens"),
-        ({"prompt_ids": [1], "max_tokens": 2**32 - 1}, "OUT_OF_RANGE", "lower max_tokens"),
-        ({"prompt_ids": [1], "temperature": -1}, "INVALID_ARGUMENT", "temperature"),
-        ({"prompt_ids": [1], "temperature": float("nan")}, "INVALID_ARGUMENT", "temperature"),
-        ({"prompt_ids": [1], "top_p": 2}, "INVALID_ARGUMENT", "top_p"),
-        ({"prompt_ids": [1], "stop_ids": [99_999]}, "INVALID_ARGUMENT", "stop id"),
+        ({"prompt_token_ids": []}, "INVALID_ARGUMENT", "empty"),
+        ({"prompt_token_ids": [99_999]}, "INVALID_ARGUMENT", "allowed are 0 to"),
+        ({"prompt_token_ids": [1] * 256}, "OUT_OF_RANGE", "context of 256"),
+        ({"prompt_token_ids": [1], "max_tokens": 0}, "INVALID_ARGUMENT", "max_tokens"),
+        ({"prompt_token_ids": [1], "max_tokens": 2**32 - 1}, "OUT_OF_RANGE", "lower max_tokens"),
+        ({"prompt_token_ids": [1], "temperature": -1}, "INVALID_ARGUMENT", "temperature"),
+        ({"prompt_token_ids": [1], "temperature": float("nan")}, "INVALID_ARGUMENT", "temperature"),
+        ({"prompt_token_ids": [1], "top_p": 2}, "INVALID_ARGUMENT", "top_p"),
         (
-            {"prompt_ids": [1], "logit_bias": {99_999: 1}},
+            {"prompt_token_ids": [1], "stop_token_ids": [99_999]},
             "INVALID_ARGUMENT",
-            "logit_bias of token 99999",
+            "stop_token_ids",
         ),
         (
-            {"prompt_ids": [1], "logit_bias": {1: float("nan")}},
+            {"prompt_token_ids": [1], "logit_bias": {99_999: 1}},
             "INVALID_ARGUMENT",
-            "from -100 to 100",
+            "logit_bias: token id 99999",
         ),
-        ({"prompt_ids": [1], "logprobs": 21}, "INVALID_ARGUMENT", "logprobs must be from 0 to 20"),
-        ({"prompt_ids": [1], "min_tokens": 4}, "INVALID_ARGUMENT", "min_tokens"),
+        (
+            {"prompt_token_ids": [1], "logit_bias": {1: float("nan")}},
+            "INVALID_ARGUMENT",
+            "logit_bias",
+        ),
+        (
+            {"prompt_token_ids": [1], "logprobs": 21},
+            "INVALID_ARGUMENT",
+            "logprobs: Input should be less than or equal to 20",
+        ),
+        ({"prompt_token_ids": [1], "min_tokens": 4}, "INVALID_ARGUMENT", "min_tokens"),
     ],
 )
 def test_bad_requests_have_their_status(

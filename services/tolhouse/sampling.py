@@ -1,110 +1,149 @@
-"""How the tokens of one request are chosen, and when they end: the values, each checked."""
+"""The one list of sampling parameters: names as in vLLM, bounds, defaults, documentation.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+The HTTP API, the SDK's keyword arguments, the command line and the worker take theirs from it;
+`GenerateRequest` in protos/ has a field for each. Log probabilities are the model's own. After
+them come, in this order: logit_bias, min_tokens, repetition_penalty, frequency_penalty and
+presence_penalty, temperature, min_p, top_k, top_p.
+"""
 
-from tolhouse.client.generation import MAX_ROW_SCALE
+from collections.abc import Iterable
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+)
+
 from tolhouse.errors import InvalidArgument
+from tolhouse.v1.generation_pb2 import GenerateRequest
+
+T = TypeVar("T")
 
 MAX_LOGPROBS = 20
-MAX_BIASED = 1024
-MAX_STOP_IDS = 256
-_ROUNDING = 1e-8  # what 32 bits on the wire make of a lower bound
+MAX_FIELDS = 1024  # of an object; logit_bias has the most
+MAX_COUNT = 2**31  # more tokens than any context has
+LEAST_TOP_P = 1e-30  # above 0 also in the 32 bits that it has on the wire
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """Temperature 0 is greedy; every other default leaves the model's distribution as it is.
+def few_fields(given: Any) -> Any:
+    """Refuse an object of many fields before they are looked at."""
+    if isinstance(given, dict) and len(given) > MAX_FIELDS:
+        raise ValueError(f"an object has {len(given)} fields; at most {MAX_FIELDS} are taken")
+    return given
 
-    The order: logit_bias, min_tokens, repetition_penalty, frequency and presence penalty, temperature, min_p, top_k, top_p.
-    Log probabilities are those before all of it.
-    """
 
-    max_tokens: int
-    temperature: float = 0.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    min_p: float = 0.0  # as a share of the likeliest token's probability
-    repetition_penalty: float = (
-        1.0  # divides positive logits of tokens in prompt or answer, multiplies negative ones
+def _option(default: Any, text: str, **bounds: Any) -> Any:
+    return Field(default, description=text, **bounds)
+
+
+# The first wrong item ends a list: a large body would make an error for each of its items, else.
+TokenId = Annotated[StrictInt, Field(ge=0, lt=2**32)]
+TokenIdKey = Annotated[int, Field(ge=0, lt=2**32)]  # a text in JSON
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Bias = Annotated[Number, Field(ge=-100, le=100)]
+Scale = Annotated[Number, Field(ge=-16, le=16)]
+Layers = Annotated[tuple[T, ...], Field(max_length=1024, fail_fast=True)]
+Temperature = Annotated[Number, Field(ge=0, le=100, description="0: greedy.")]
+TopK = Annotated[StrictInt, Field(ge=-1, le=MAX_COUNT), AfterValidator(lambda k: max(0, k))]
+TopP = Annotated[Number, Field(gt=0, le=1), AfterValidator(lambda p: max(LEAST_TOP_P, p))]
+Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda n: n % 2**64)]
+MaxTokens = Annotated[
+    StrictInt,
+    Field(ge=0, lt=2**32, description="Most tokens of the answer; 0: only the prompt is scored."),
+]
+
+
+class SamplingOptions(BaseModel):
+    """Parameters that have one form in all interfaces. 32 bits hold each bound exactly."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: Temperature = 0.0
+    top_k: TopK = _option(0, "Sample from so many likeliest tokens; 0 or -1: all.")
+    top_p: TopP = _option(1.0, "Sample from the fewest likeliest tokens with so much probability.")
+    min_p: Number = _option(
+        0.0, "Least probability, as a share of the likeliest token's.", ge=0, le=1
     )
-    presence_penalty: float = 0.0  # off the logits of tokens in the answer
-    frequency_penalty: float = 0.0  # the same, as often as they are there
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-    stop_ids: frozenset[int] = frozenset()
-    min_tokens: int = 0  # before a stop id
-    logprobs: int | None = None  # tell each token's, and those of so many likeliest
-    prompt_logprobs: int | None = None
-    row_scale: float = 1.0  # feed-forward rows are multiplied by it (PAPER section 5)
-    absent_layers: frozenset[int] = frozenset()  # layers that go without theirs
-    layer_scales: tuple[float, ...] = ()  # one for each layer, times row_scale; none: 1 for all
+    repetition_penalty: Number = _option(
+        1.0,
+        "Divides positive logits of tokens in prompt or answer, multiplies negative ones.",
+        ge=2**-7,
+        le=10,
+    )
+    presence_penalty: Number = _option(
+        0.0, "Subtracted from the logits of tokens in the answer.", ge=-2, le=2
+    )
+    frequency_penalty: Number = _option(
+        0.0, "The same for each time that they occur in it.", ge=-2, le=2
+    )
+    logit_bias: Annotated[dict[TokenIdKey, Bias], BeforeValidator(few_fields)] = _option(
+        {}, "Added to the logits of token ids."
+    )
+    seed: Seed | None = _option(None, "The same seed gives the same tokens; random by default.")
+    stop_token_ids: Annotated[tuple[TokenId, ...], Field(fail_fast=True)] = _option(
+        (), "Token ids that end the answer, beside the model's end token.", max_length=256
+    )
+    ignore_eos: StrictBool = _option(False, "Go on after the model's end token.")
+    min_tokens: StrictInt = _option(0, "No end before so many tokens.", ge=0, le=MAX_COUNT)
+    row_scale: Scale = _option(1.0, "Multiplies the looked-up rows of every layer.")
+    absent_layers: Layers[TokenId] = _option((), "Layers that go without their rows.")
+    layer_scales: Layers[Scale] = _option(
+        (), "A number for each layer, times row_scale; empty: 1 for all."
+    )
 
-    def __post_init__(self) -> None:
-        def require(ok: bool, message: str) -> None:
-            if not ok:
-                raise InvalidArgument(message)
 
-        def within(name: str, low: float, high: float) -> None:  # false for what is not a number
-            value = getattr(self, name)
-            require(
-                low - _ROUNDING <= value <= high,
-                f"{name} must be from {low:g} to {high:g}, not {value:g}",
+class SamplingParams(SamplingOptions):
+    """How the tokens of one answer are chosen and when it ends; InvalidArgument for a bad value."""
+
+    max_tokens: MaxTokens = 16
+    logprobs: StrictInt | None = _option(
+        None, "Return log probabilities, also of so many likeliest tokens.", ge=0, le=MAX_LOGPROBS
+    )
+    prompt_logprobs: StrictInt | None = _option(
+        None, "The same for the tokens of the prompt.", ge=0, le=MAX_LOGPROBS
+    )
+
+    def __init__(self, max_tokens: int = 16, **options: Any) -> None:
+        try:
+            super().__init__(**{"max_tokens": max_tokens, **options})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name, given = ".".join(map(str, first["loc"])), f"{first['input']!r:.100}"
+            raise InvalidArgument(f"{name}: {first['msg']}; {given} was given") from None
+        least = 0 if self.prompt_logprobs is not None else 1
+        if max_tokens < least:
+            raise InvalidArgument(f"max_tokens must be at least {least}, not {max_tokens}")
+        if self.min_tokens > max_tokens:
+            raise InvalidArgument(
+                f"min_tokens must be at most max_tokens={max_tokens}, not {self.min_tokens}"
             )
 
-        least = 0 if self.wants_prompt_logprobs else 1
-        require(
-            self.max_tokens >= least, f"max_tokens must be at least {least}, not {self.max_tokens}"
-        )
-        within("temperature", 0, 100)
-        require(self.top_k >= 0, f"top_k must be 0 (all tokens) or more, not {self.top_k}")
-        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p:g}")
-        within("min_p", 0, 1)
-        within("repetition_penalty", 0.01, 10)
-        within("presence_penalty", -2, 2)
-        within("frequency_penalty", -2, 2)
-        within("row_scale", -MAX_ROW_SCALE, MAX_ROW_SCALE)
-        far = next(
-            (scale for scale in self.layer_scales if not -MAX_ROW_SCALE <= scale <= MAX_ROW_SCALE),
-            0,
-        )
-        require(
-            far == 0,
-            f"layer_scales must be from {-MAX_ROW_SCALE:g} to {MAX_ROW_SCALE:g}, not {far:g}",
-        )
-        require(
-            len(self.logit_bias) <= MAX_BIASED,
-            f"logit_bias has {len(self.logit_bias)} tokens; allowed are {MAX_BIASED}",
-        )
-        wrong = next((value for value in self.logit_bias.values() if not -100 <= value <= 100), 0)
-        require(wrong == 0, f"logit_bias must be from -100 to 100, not {wrong:g}")
-        require(
-            len(self.stop_ids) <= MAX_STOP_IDS,
-            f"there are {len(self.stop_ids)} stop ids; allowed are {MAX_STOP_IDS}",
-        )
-        require(
-            0 <= self.min_tokens <= self.max_tokens,
-            f"min_tokens must be from 0 to max_tokens, which is {self.max_tokens}, not {self.min_tokens}",
-        )
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                within(name, 0, MAX_LOGPROBS)
+    def to_proto(self, prompt_token_ids: Iterable[int], request_id: str = "") -> GenerateRequest:
+        try:
+            return GenerateRequest(
+                request_id=request_id, prompt_token_ids=prompt_token_ids, **dict(self)
+            )
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InvalidArgument(f"the prompt is not a list of token ids: {error}") from None
 
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        """Logits are needed at every position of the prompt."""
-        return self.prompt_logprobs is not None
+    @classmethod
+    def from_proto(cls, request: GenerateRequest) -> Self:
+        options = {f.name: value for f, value in request.ListFields() if f.name in cls.model_fields}
+        return cls(**{**options, "max_tokens": request.max_tokens})
 
     @property
     def probes(self) -> bool:
         """Rows are not added as they are."""
-        return (
-            self.row_scale != 1
-            or bool(self.absent_layers)
-            or any(scale != 1 for scale in self.layer_scales)
-        )
+        scaled = any(scale != 1 for scale in (self.row_scale, *self.layer_scales))
+        return scaled or bool(self.absent_layers)
 
     @property
     def penalises(self) -> bool:
-        """What was said before matters."""
+        """Earlier tokens matter."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)

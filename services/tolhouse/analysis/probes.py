@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tolhouse.analysis.evaluate import RowsOf
-from tolhouse.client.generation import MAX_ROW_SCALE
 from tolhouse.errors import InvalidArgument, Mismatch
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.rows import batches
+from tolhouse.sampling import SamplingParams
 from tolhouse.store import open_store, resolve, rows_of
 from tolhouse.table.codecs import codec
 from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_library, whole_files
@@ -95,10 +95,7 @@ def probed(rows: np.ndarray, alpha: float = 1.0, absent: Iterable[int] = (), x0:
     InvalidArgument for a layer that there is not, or a factor that requests may not have either.
     """
     count = rows.shape[1] - x0
-    if not -MAX_ROW_SCALE <= alpha <= MAX_ROW_SCALE:
-        raise InvalidArgument(
-            f"rows may be scaled by -{MAX_ROW_SCALE:g} to {MAX_ROW_SCALE:g}, not {alpha:g}"
-        )
+    SamplingParams(row_scale=alpha)  # has the same bounds
     if bad := [layer for layer in absent if not 0 <= layer < count]:
         raise InvalidArgument(
             f"there is no layer {bad[0]} to leave out: this model has {f'0 to {count - 1}' if count > 1 else 'one row for all layers'}"

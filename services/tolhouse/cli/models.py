@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from tolhouse import config
-from tolhouse.cli.options import layer_numbers, options, stores_of
+from tolhouse.cli.options import layer_numbers, options, sampling_options, stores_of
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.config import KINDS
 
@@ -115,14 +115,7 @@ def train(
     help="Worker to ask, HOST:PORT. Default: run the model here, with its FFNs in place, greedily.",
 )
 @click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(1))
-@click.option(
-    "--temperature",
-    default=0.0,
-    show_default=True,
-    type=click.FloatRange(0),
-    help="With --worker; 0 is greedy.",
-)
-@click.option("--seed", type=click.IntRange(0), help="With --worker.")
+@sampling_options("temperature", "top_p", "top_k", "min_p", "seed", "row_scale")
 @options(config.ClientConfig)
 def generate(
     settings: config.ClientConfig,
@@ -130,10 +123,12 @@ def generate(
     prompt: str,
     worker: str | None,
     max_tokens: int,
-    temperature: float,
-    seed: int | None,
+    **sampling: float | None,
 ) -> None:
-    """Complete PROMPT and print the text as it comes. CHECKPOINT gives the tokenizer, and without --worker the model."""
+    """Complete PROMPT and print the text as it comes. CHECKPOINT gives the tokenizer, and without --worker the model.
+
+    Sampling options need a --worker; by default the completion is greedy.
+    """
     from tokenizers.decoders import DecodeStream
 
     from tolhouse.client.client import Client
@@ -141,13 +136,14 @@ def generate(
 
     tokenizer = load_tokenizer(checkpoint / TOKENIZER)
     ids = tokenizer.encode(prompt).ids
+    given = {name: value for name, value in sampling.items() if value is not None}
     if worker:
         tokens = Client(worker, credentials=settings.client_credentials()).generate(
-            ids, max_tokens, temperature=temperature, seed=seed
+            ids, max_tokens, **given
         )
-    elif temperature or seed is not None:
+    elif given:
         raise InvalidArgument(
-            "--temperature and --seed need a --worker: without one, completion is greedy"
+            f"--{next(iter(given)).replace('_', '-')} needs a --worker: without one, completion is greedy"
         )
     else:
         from tolhouse.model.checkpoint import open_checkpoint

@@ -13,6 +13,7 @@ import click
 from tolhouse import config
 from tolhouse.errors import InvalidArgument, TolhouseError
 from tolhouse.logs import event, start_logging
+from tolhouse.sampling import SamplingParams
 
 EXTRAS = {
     "torch": "worker",
@@ -94,6 +95,19 @@ def options(kind: type[config.Config]) -> Callable:
                 names.append(name)
                 _option(name, info.annotation, help=text, hidden=name != field)(wrapped)
         return wrapped
+
+    return decorate
+
+
+def sampling_options(*names: str) -> Callable:
+    """A command's options from the list of sampling parameters; None where one is not given."""
+
+    def decorate(command: Callable) -> Callable:
+        for name in reversed(names):
+            field = SamplingParams.model_fields[name]
+            kind = float if field.annotation is float else int
+            click.option(f"--{name.replace('_', '-')}", type=kind, help=field.description)(command)
+        return command
 
     return decorate
 

@@ -6,14 +6,13 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import closing
-from typing import Any, NamedTuple, Self, TypeVar, Unpack
+from typing import Any, NamedTuple, Self, TypeVar
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 
 from tolhouse.client.fetch_stream import FetchStream, Request
-from tolhouse.client.generation import Options, request_of
 from tolhouse.client.router import Replicas
 from tolhouse.errors import (
     Cancelled,
@@ -28,6 +27,7 @@ from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import error_of
 from tolhouse.net.dns import Addresses
 from tolhouse.net.health import SUSPECT_SECONDS
+from tolhouse.sampling import SamplingParams
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
 from tolhouse.table.manifest import Manifest, split_ref
 from tolhouse.v1 import generation_pb2, lookup_pb2
@@ -193,29 +193,32 @@ class Client:
 
     def generate(
         self,
-        prompt_ids: Iterable[int],
+        prompt_token_ids: Iterable[int],
         max_tokens: int = 16,
         *,
         timeout_seconds: float | None = None,
-        **options: Unpack[Options],
+        **sampling: Any,
     ) -> Iterator[int]:
-        """Stream the token ids of one completion from a worker; greedy at temperature 0. Closing the iterator cancels."""
+        """Stream the token ids of one completion from a worker. Closing the iterator cancels.
+
+        `sampling`: fields of `tolhouse.sampling.SamplingParams`; greedy by default.
+        """
         with closing(
-            self.replies(prompt_ids, max_tokens, timeout_seconds=timeout_seconds, **options)
+            self.replies(prompt_token_ids, max_tokens, timeout_seconds=timeout_seconds, **sampling)
         ) as replies:
             for reply in replies:
                 yield from reply.token_ids
 
     def replies(
         self,
-        prompt_ids: Iterable[int],
+        prompt_token_ids: Iterable[int],
         max_tokens: int = 16,
         *,
         timeout_seconds: float | None = None,
-        **options: Unpack[Options],
+        **sampling: Any,
     ) -> Generator[generation_pb2.GenerateReply]:
         """The same with all that a worker tells: why it ended, and log probabilities of tokens and prompt if asked for."""
-        request = request_of(prompt_ids, max_tokens, **options)
+        request = SamplingParams(max_tokens, **sampling).to_proto(prompt_token_ids)
         target = self.targets[0]
         call = GenerationStub(self._streams[target].channel).Generate(
             request, timeout=timeout_seconds, metadata=self.credentials.metadata()

@@ -1,55 +1,16 @@
-"""Generate calls to workers: the request, and the asynchronous call that the gateway makes."""
+"""Asynchronous calls to workers, as the gateway makes them."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping
-from typing import TypedDict, Unpack
+from collections.abc import AsyncGenerator
 
 import grpc
 
 from tolhouse import tracing
-from tolhouse.errors import InvalidArgument, Unavailable
+from tolhouse.errors import Unavailable
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import ReloadingChannel, dial_async, error_of
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
-
-MAX_ROW_SCALE = 16.0  # either way
-
-
-class Options(TypedDict, total=False):
-    """How tokens are chosen and when they end; the worker checks the values, and protos/tolhouse/v1 explains them."""
-
-    temperature: float  # 0, the default: greedy
-    top_k: int  # 0: all
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float]
-    seed: int | None
-    stop_ids: Iterable[int]
-    ignore_eos: bool
-    min_tokens: int
-    logprobs: int | None
-    prompt_logprobs: int | None
-    row_scale: float
-    absent_layers: Iterable[int]
-    layer_scales: Iterable[float]
-
-
-def request_of(
-    prompt_ids: Iterable[int], max_tokens: int, request_id: str = "", **options: Unpack[Options]
-) -> generation_pb2.GenerateRequest:
-    """The message; InvalidArgument where a value can't be sent. The worker checks what the values mean."""
-    try:
-        return generation_pb2.GenerateRequest(
-            request_id=request_id, prompt_ids=prompt_ids, max_tokens=max_tokens, **options
-        )
-    except (ValueError, TypeError, OverflowError) as error:
-        raise InvalidArgument(
-            f"a generation parameter is out of range or of the wrong type: {error}"
-        ) from None
 
 
 class WorkerChannel:

@@ -34,13 +34,13 @@ class Logprobs:
 class State:
     """What the choice of a sequence's next token needs to know of the earlier ones."""
 
-    def __init__(self, sampling: SamplingParams, prompt_ids: list[int]) -> None:
+    def __init__(self, sampling: SamplingParams, prompt_token_ids: list[int]) -> None:
         self.sampling = sampling
         self.taken = 0  # tokens chosen
         self.random = random.Random(sampling.seed) if sampling.temperature > 0 else None
         self.alters = bool(sampling.penalises or sampling.logit_bias or sampling.min_tokens)
         self.plain = self.random is None and not self.alters and sampling.logprobs is None
-        self._prompt_ids = list(prompt_ids) if sampling.penalises else []
+        self._prompt_token_ids = list(prompt_token_ids) if sampling.penalises else []
         self._counts_V: Tensor | None = None  # of tokens in the answer
         self._seen_V: Tensor | None = None  # in prompt or answer
 
@@ -53,7 +53,7 @@ class State:
             logits_V[ids] += torch.tensor(list(sampling.logit_bias.values()), device=device)
         if self.taken < sampling.min_tokens:
             logits_V[
-                torch.tensor(sorted(sampling.stop_ids), dtype=torch.long, device=device)
+                torch.tensor(sorted(sampling.stop_token_ids), dtype=torch.long, device=device)
             ] = -math.inf
         if sampling.penalises:
             counts_V, seen_V = self._history(logits_V)
@@ -76,7 +76,7 @@ class State:
         if self._counts_V is None or self._seen_V is None:
             self._counts_V = torch.zeros_like(logits_V)
             self._seen_V = torch.zeros_like(logits_V, dtype=torch.bool)
-            self._seen_V[torch.tensor(self._prompt_ids, device=logits_V.device)] = True
+            self._seen_V[torch.tensor(self._prompt_token_ids, device=logits_V.device)] = True
         return self._counts_V, self._seen_V
 
 

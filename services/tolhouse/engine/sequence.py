@@ -60,7 +60,7 @@ class Sequence:
         """Add a sampled token; the finish reason if it was the last: "stop" leaves an end token out, "length" keeps it."""
         if not self.sampling.max_tokens:  # only the prompt's log probabilities were wanted
             return "length"
-        if token_id in self.sampling.stop_ids:
+        if token_id in self.sampling.stop_token_ids:
             return "stop"
         self.ids.append(token_id)
         return "length" if len(self.ids) - self.prompt_tokens >= self.sampling.max_tokens else ""

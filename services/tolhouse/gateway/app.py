@@ -38,7 +38,7 @@ from tolhouse.gateway.keys import AuthMiddleware
 from tolhouse.gateway.metrics import WORKERS, Measured
 from tolhouse.gateway.pool import Pool
 from tolhouse.gateway.run import Run
-from tolhouse.gateway.schema import (
+from tolhouse.gateway.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -298,7 +298,7 @@ async def _answer(request: Request, run: Run, form: CompletionForm | ChatForm) -
                 async for piece in pieces:
                     for chunk in form.chunks(piece):
                         yield _event(chunk.model_dump_json())
-            if run.body.include_usage:
+            if run.body.stream_options.include_usage:
                 yield _event(form.usage().model_dump_json())
         except Exception as error:  # noqa: BLE001 - the status line is out: the error goes into the stream
             request.state.failed, body = problems.answer_of(error, run.request_id)

@@ -127,7 +127,7 @@ class ChatForm:
         )
 
     def _logprobs(self, piece: Piece) -> Logprobs | None:
-        if self.run.body.top is None:
+        if self.run.body.num_logprobs is None:
             return None
         return Logprobs(content=[_told(token, self.run.vocabulary) for token in piece.tokens])
 

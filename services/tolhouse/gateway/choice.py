@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tolhouse.gateway.schema import Generation
+from tolhouse.gateway.schemas import Generation
 from tolhouse.gateway.text import TextStream
 from tolhouse.gateway.vocabulary import Vocabulary
 from tolhouse.v1 import generation_pb2
@@ -36,11 +36,11 @@ class Choice:
         self, index: int, prompt_ids: list[int], body: Generation, vocabulary: Vocabulary
     ) -> None:
         self.index, self.prompt_ids, self.vocabulary = index, prompt_ids, vocabulary
-        self.wants_tokens = body.top is not None
+        self.wants_tokens = body.num_logprobs is not None
         self.echo = vocabulary.text(prompt_ids) if body.echoes else None  # until it is given
         self.begin = len(self.echo or "")  # of the answer, in the text
         self.text = TextStream(
-            vocabulary.tokenizer, body.stops, include_stop=bool(body.include_stop_str_in_output)
+            vocabulary.tokenizer, body.stops, include_stop=body.include_stop_str_in_output
         )
         self.prompt_logprobs: list[Any] = [(None, ())]
         self.held: list[Token] = []  # whose text may yet turn out to be a stop string's

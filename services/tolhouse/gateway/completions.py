@@ -55,7 +55,9 @@ class CompletionForm:
             Choice(
                 index=piece.index,
                 text=piece.text,
-                logprobs=None if run.body.top is None else _logprobs(piece.tokens, run.vocabulary),
+                logprobs=None
+                if run.body.num_logprobs is None
+                else _logprobs(piece.tokens, run.vocabulary),
                 finish_reason=piece.finish_reason,
             )
             for piece in pieces

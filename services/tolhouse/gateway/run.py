@@ -8,12 +8,11 @@ from contextlib import AbstractAsyncContextManager, aclosing
 
 from pydantic import BaseModel
 
-from tolhouse.client.generation import request_of
 from tolhouse.errors import InvalidArgument, PromptTooLong
 from tolhouse.gateway.choice import Choice, Piece
 from tolhouse.gateway.metrics import Clock
 from tolhouse.gateway.pool import Pool
-from tolhouse.gateway.schema import Generation
+from tolhouse.gateway.schemas import Generation
 from tolhouse.gateway.vocabulary import Vocabulary, check_ids
 
 
@@ -45,7 +44,7 @@ class Run:
             vocabulary,
         )
         self.request_id, self.created = request_id, int(time.time())
-        self.n = body.n or 1
+        self.n = body.n
         self.completion_tokens = 0
         self.table: str | None = None  # "name@version" of the rows, as the worker told it
         limits = pool.limits(model)
@@ -120,7 +119,8 @@ class Run:
     ) -> AsyncGenerator[Piece]:
         body, clock = self.body, Clock()
         most = body.most_tokens(self.context - len(prompt_ids))
-        request = request_of(prompt_ids, most, f"{self.request_id}-{index}", **body.options(number))
+        sampling = body.sampling(most, number)
+        request = sampling.to_proto(prompt_ids, f"{self.request_id}-{index}")
         choice = Choice(index, prompt_ids, body, self.vocabulary)
         told = 0  # tokens
         async with aclosing(self.pool.generate(self.model, request, may_restart)) as replies:

@@ -104,7 +104,7 @@ class WorkerService(GenerationServicer):
         status, told = "CANCELLED", ""  # unless it ends otherwise
         about = {
             "gen_ai.request.model": self.identity["model"],
-            "gen_ai.usage.input_tokens": len(request.prompt_ids),
+            "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
         }
         trace = tracing.begin(
             "worker Generate",
@@ -173,60 +173,27 @@ class WorkerService(GenerationServicer):
             raise InvalidArgument(
                 f"the request_id has {len(request.request_id)} characters; at most {MAX_REQUEST_ID} are taken"
             )
-        prompt = check_prompt(self.config, request.prompt_ids, request.max_tokens)
-        for what, ids in (
-            ("stop id", request.stop_ids),
-            ("logit_bias of token", request.logit_bias),
-        ):
-            if bad := [i for i in ids if i >= self.config.vocab_size]:
+        prompt = check_prompt(self.config, request.prompt_token_ids, request.max_tokens)
+        sampling, config = SamplingParams.from_proto(request), self.config
+        for name in ("stop_token_ids", "logit_bias"):
+            if bad := [i for i in getattr(sampling, name) if i >= config.vocab_size]:
                 raise InvalidArgument(
-                    f"{what} {bad[0]} is outside the vocabulary: allowed are 0 to {self.config.vocab_size - 1}"
+                    f"{name}: token id {bad[0]} is outside the vocabulary: "
+                    f"allowed are 0 to {config.vocab_size - 1}"
                 )
-
-        def given(name: str, default: Any) -> Any:
-            return getattr(request, name) if request.HasField(name) else default
-
-        sampling = SamplingParams(
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=given("top_p", 1.0),
-            min_p=request.min_p,
-            repetition_penalty=given("repetition_penalty", 1.0),
-            presence_penalty=request.presence_penalty,
-            frequency_penalty=request.frequency_penalty,
-            logit_bias=dict(request.logit_bias),
-            seed=given("seed", None),
-            stop_ids=frozenset(request.stop_ids)
-            | (frozenset() if request.ignore_eos else {self.config.eos_token_id}),
-            min_tokens=request.min_tokens,
-            logprobs=given("logprobs", None),
-            prompt_logprobs=given("prompt_logprobs", None),
-            row_scale=given("row_scale", 1.0),
-            absent_layers=frozenset(request.absent_layers),
-            layer_scales=tuple(request.layer_scales),
-        )
-        rows = self.config.num_rows
-        wrong_count = len(sampling.layer_scales) not in (0, rows)
-        if wrong_count or (
+        rows, scales = config.num_rows, len(sampling.layer_scales)
+        if scales not in (0, rows) or (
             sampling.probes and (not rows or max(sampling.absent_layers, default=0) >= rows)
         ):
-            there = (
-                f"layers 0 to {rows - 1}"
-                if rows > 1
-                else "one row for all layers"
-                if rows
-                else f"a {self.config.kind} model, without rows"
-            )
-            layers = (
-                f"layers {sorted(sampling.absent_layers)}"
-                if sampling.absent_layers
-                else "rows to scale"
-            )
-            asked = f"scales of {len(sampling.layer_scales)} layers" if wrong_count else layers
+            there = f"layers 0 to {rows - 1}" if rows > 1 else "one row for all layers"
             raise InvalidArgument(
-                f"row_scale, absent_layers and layer_scales are for rows that there are: this is {there}, and {asked[:200]} were asked for"
+                "row_scale, absent_layers and layer_scales apply to looked-up rows; this model has "
+                f"{there if rows else 'none'}, and the request has {scales} layer_scales "
+                f"and absent_layers {list(sampling.absent_layers)!s:.200}"
             )
+        if not sampling.ignore_eos:
+            ends = (*sampling.stop_token_ids, config.eos_token_id)
+            sampling = sampling.model_copy(update={"stop_token_ids": ends})
         return Sequence(len(prompt), prompt, sampling, emit)
 
 

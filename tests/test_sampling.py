@@ -1,0 +1,85 @@
+"""The one list of sampling parameters, and that every interface has it."""
+
+import pytest
+from click.testing import CliRunner
+from tolhouse.cli import main
+from tolhouse.errors import InvalidArgument
+from tolhouse.gateway.schemas import ChatRequest, CompletionRequest
+from tolhouse.sampling import SamplingOptions, SamplingParams
+from tolhouse.v1.generation_pb2 import GenerateRequest
+
+EXTREMES = (
+    {"temperature": 100, "top_k": -1, "top_p": 1e-300, "min_p": 1.0, "seed": -1},
+    {"top_k": 2**31, "seed": 2**64 - 1, "logprobs": 20, "prompt_logprobs": 0, "max_tokens": 0},
+    {"repetition_penalty": 2**-7, "presence_penalty": -2, "frequency_penalty": 2},
+    {"logit_bias": {2**32 - 1: -100}, "stop_token_ids": (2**32 - 1,) * 256, "ignore_eos": True},
+    {"row_scale": -16, "absent_layers": {3}, "layer_scales": [16.0] * 1024, "min_tokens": 16},
+)
+
+
+def test_every_interface_has_the_list() -> None:
+    """The fields of the proto and of both request bodies are those of the list, with its bounds."""
+    proto = set(GenerateRequest.DESCRIPTOR.fields_by_name) - {"request_id", "prompt_token_ids"}
+    assert set(SamplingParams.model_fields) == proto
+    for body in (CompletionRequest, ChatRequest):
+        for name, field in SamplingOptions.model_fields.items():
+            assert field.metadata == body.model_fields[name].metadata
+            assert name == "temperature" or field.default == body.model_fields[name].default
+    told = CliRunner().invoke(main, ["generate", "--help"]).output
+    assert "--row-scale" in told
+
+
+@pytest.mark.parametrize("options", [{}, *EXTREMES])
+def test_a_request_carries_them_all(options: dict) -> None:
+    """What one side accepts at its bounds arrives, and is accepted at the other side too."""
+    sent = SamplingParams(**options)
+    arrived = SamplingParams.from_proto(
+        GenerateRequest.FromString(sent.to_proto([1]).SerializeToString())
+    )
+    assert {**dict(sent), "top_p": 0} == {**dict(arrived), "top_p": 0}
+    assert sent.top_p == pytest.approx(arrived.top_p)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": "1"},
+        {"top_k": -2},
+        {"top_k": 1.5},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": float("inf")},
+        {"presence_penalty": 2.5},
+        {"frequency_penalty": float("nan")},
+        {"logit_bias": {1: 101}},
+        {"logit_bias": {-1: 0}},
+        {"logit_bias": dict.fromkeys(range(1025), 1)},
+        {"seed": 2**64},
+        {"stop_token_ids": range(257)},
+        {"logprobs": 21},
+        {"logprobs": True},
+        {"prompt_logprobs": -1},
+        {"min_tokens": 17},
+        {"max_tokens": 0},
+        {"max_tokens": 2**32},
+        {"row_scale": 17.0},
+        {"layer_scales": [1.0, float("nan")]},
+        {"temprature": 1.0},
+    ],
+    ids=str,
+)
+def test_values_are_checked(options: dict) -> None:
+    """Each value out of its bounds, and a name that is not in the list, is refused by name."""
+    with pytest.raises(InvalidArgument, match=next(iter(options))):
+        SamplingParams(**options)
+
+
+def test_a_prompt_of_other_things_is_refused() -> None:
+    """The prompt has to be a list of token ids of 32 bits."""
+    for prompt in ([-1], [2**32], ["a"], [1.5]):
+        with pytest.raises(InvalidArgument, match="token ids"):
+            SamplingParams().to_proto(prompt)
