@@ -21,7 +21,6 @@ from tolhouse.gateway.server import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
 from tolhouse.lookup import service
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.lookup.service import MAX_IDS_PER_FETCH
-from tolhouse.net import metrics as scrape
 from tolhouse.net.server import MAX_CONNECTIONS, MAX_REQUEST_BYTES, MAX_STREAMS
 from tolhouse.store import open_store, tables
 from tolhouse.testing import Cluster, build_table, local_cluster, process
@@ -521,16 +520,11 @@ def test_too_many_connections_to_a_service_are_closed(store: str) -> None:
 # metrics
 
 
-def test_metrics_are_told_though_others_hold_the_port(store: str) -> None:
-    """Connections that say nothing are closed; too many at once are too."""
+def test_metrics_are_served_while_others_hold_connections(store: str) -> None:
+    """A connection that says nothing keeps nobody waiting, and is closed."""
     with process("lookup", "--store", store, *LOCAL) as lookup:
         address = lookup.ready["metrics"]
-        with many(lambda: connect(address), scrape.MAX_CONNECTIONS) as held:
-            with connect(address) as one_more:
-                with suppress(ConnectionError):
-                    assert b"" == one_more.recv(1)
-            dribble(held[0], b"GET /metrics HTTP/1.1\r\n" * 10, 1)
-            for connection in held:
-                with suppress(ConnectionError):
-                    assert b"" == connection.recv(1)
+        with many(lambda: connect(address), 40) as held:
             assert "tolhouse_lookup" in httpx.get(f"http://{address}/metrics").text
+            with suppress(ConnectionError):
+                assert b"" == held[0].recv(1)
