@@ -30,18 +30,18 @@ BUILT_TOGETHER = 128  # rows that the builder encodes at a time
 
 
 def manifest_of(codec: str) -> Manifest:
-    layers = tuple(range(LAYERS))
+    blocks = tuple(f"ffn.{layer}" for layer in range(LAYERS))
     identity = {
         "model_id": "0" * 64,
         "tokenizer_id": "0" * 64,
-        "version": content_id("random", codec, layers),
+        "version": content_id("random", codec, blocks),
     }
     return Manifest(
         name=codec,
-        codec=codec,
+        codec_name=codec,
         vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        layers=layers,
+        blocks=blocks,
+        width=HIDDEN,
         num_shards=16,
         **identity,
     )
@@ -140,7 +140,7 @@ def fetched(rounds: int) -> dict[str, dict[str, float]]:
                 contenders: dict[str, Callable[[], object]] = {}
                 for manifest in tables:
                     ids = iter(chosen)
-                    contenders[manifest.codec] = lambda m=manifest, i=ids: decode(
+                    contenders[manifest.codec_name] = lambda m=manifest, i=ids: decode(
                         torch.from_numpy(client.fetch_records(m, next(i))), m
                     )
                 found[how] = medians(contenders, rounds)

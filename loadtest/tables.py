@@ -1,12 +1,12 @@
 """Tables of random records for benchmarks: intact for their tokens, and made as fast as they can be stored."""
 
 import numpy as np
-import xxhash
 from redis import Redis
 from tolhouse import Manifest
 from tolhouse.model.config import ModelConfig
 from tolhouse.store import Store
-from tolhouse.table.manifest import content_id, split
+from tolhouse.table.manifest import content_id
+from tolhouse.table.records import record_views
 
 HIDDEN = 2048
 _DIFFERENT = 61
@@ -16,14 +16,14 @@ def manifest_of(
     name: str, vocabulary: int, row_kib: int, shards: int = 64, frequent: tuple[int, ...] = ()
 ) -> Manifest:
     """bf16 rows of `row_kib` KiB: layers of 4 KiB. 24 layers, 96 KiB, are the paper's 1B model."""
-    layers = tuple(range(row_kib // 4))
+    blocks = tuple(f"ffn.{layer}" for layer in range(row_kib // 4))
     return Manifest(
         name=name,
-        version=content_id(name, "bf16", layers),
-        codec="bf16",
+        version=content_id(name, "bf16", blocks),
+        codec_name="bf16",
         vocab_size=vocabulary,
-        hidden_size=HIDDEN,
-        layers=layers,
+        blocks=blocks,
+        width=HIDDEN,
         num_shards=shards,
         model_id="0" * 64,
         tokenizer_id="0" * 64,
@@ -35,19 +35,21 @@ def alike(
     shape: ModelConfig, codec: str, frequent: tuple[int, ...] = (), model_id: str = "0" * 64
 ) -> Manifest:
     """A table for a model of this shape, named after its kind, with X0 where its embeddings are untied."""
-    layers, x0 = tuple(range(shape.num_rows)), not shape.tie_word_embeddings
+    blocks = (
+        *["x0"] * (not shape.tie_word_embeddings),
+        *(f"ffn.{layer}" for layer in range(shape.num_rows)),
+    )
     return Manifest(
         name=shape.kind,
-        version=content_id(f"{shape.kind} {shape.hidden_size}", codec, layers, x0),
-        codec=codec,
+        version=content_id(f"{shape.kind} {shape.hidden_size}", codec, blocks),
+        codec_name=codec,
         vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        layers=layers,
+        blocks=blocks,
+        width=shape.hidden_size,
         num_shards=64,
         model_id=model_id,
         tokenizer_id="0" * 64,
         frequent=frequent,
-        x0=x0,
     )
 
 
@@ -56,13 +58,10 @@ def records_of(manifest: Manifest, ids: np.ndarray) -> np.ndarray:
     some = np.arange(_DIFFERENT, dtype=np.uint32) % manifest.vocab_size
     rows = (
         np.random.default_rng(0)
-        .normal(0, 0.02, (_DIFFERENT, manifest.num_blocks, manifest.hidden_size))
+        .normal(0, 0.02, (_DIFFERENT, manifest.num_blocks, manifest.width))
         .astype(np.float32)
     )
-    records = manifest.encode(some, rows)[ids % _DIFFERENT]
-    for seed, record in zip(manifest.seeds(ids), split(records), strict=True):
-        record[-8:] = xxhash.xxh3_64_intdigest(record[:-8], seed).to_bytes(8, "little")
-    return records
+    return manifest.add_checksums(ids, manifest.encode(some, rows)[ids % _DIFFERENT])
 
 
 def load(store: Store, manifest: Manifest) -> None:
@@ -80,7 +79,9 @@ def load_plain(redis: Redis, manifest: Manifest, ids: np.ndarray) -> dict[int, s
         redis.mset(
             {
                 keys[i]: bytes(r)
-                for i, r in zip(part.tolist(), split(records_of(manifest, part)), strict=True)
+                for i, r in zip(
+                    part.tolist(), record_views(records_of(manifest, part)), strict=True
+                )
             }
         )
     return keys

@@ -94,7 +94,7 @@ def test_a_build_fills_both_stores_with_the_same_verified_rows(
             error = np.abs(manifest.decode(out) - expected) / np.abs(expected).max(
                 axis=-1, keepdims=True
             )
-            assert error.max() <= manifest.codec_.relative_error + 1e-5
+            assert error.max() <= manifest.codec.relative_error + 1e-5
     assert records[0].tobytes() == records[1].tobytes()
 
 
@@ -267,7 +267,7 @@ def test_a_table_carries_x0_where_the_embeddings_are_untied_or_it_is_told_to(
         manifest = store.manifest(ref)
         records = np.empty((3, manifest.record_bytes), np.uint8)
         store.read(manifest, ids, records)
-    assert x0 == manifest.x0
+    assert x0 == manifest.has_x0
     expected = model.rows(torch.from_numpy(ids.astype(np.int64)), x0).transpose(0, 1)
     torch.testing.assert_close(expected, torch.from_numpy(manifest.decode(records).copy()))
 

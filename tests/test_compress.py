@@ -49,7 +49,7 @@ def made_of(
 ) -> Compressed:
     opened = open_checkpoint(checkpoint)
     manifest = plan(opened, name, "bf16", 4, **planned)
-    return compress(manifest, model_rows(opened, manifest.x0, manifest.layers), COUNTS, scheme)
+    return compress(manifest, model_rows(opened, manifest.has_x0, manifest.layers), COUNTS, scheme)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -81,7 +81,7 @@ def test_x0_keeps_its_full_rank(checkpoint: Path, tmp_path: Path) -> None:
     store = open_store(url)
     manifest = made_of(checkpoint, SCHEMES["rank and head"], embedding="yes").store(store)
     publish(store, manifest.ref)
-    assert (5, True, manifest.hidden_size) == (manifest.num_blocks, manifest.x0, manifest.ranks[0])
+    assert (5, True, manifest.width) == (manifest.num_blocks, manifest.has_x0, manifest.ranks[0])
     opened = open_checkpoint(checkpoint)
     rows = table_rows(opened, url, manifest.ref)
     with (
@@ -143,12 +143,12 @@ def test_companions_come_and_go_with_their_table(checkpoint: Path, tmp_path: Pat
     store = open_store(f"file://{tmp_path}")
     first = made_of(checkpoint, SCHEMES["rank and head"]).store(store)
     second = made_of(checkpoint, Scheme("int4", rank=0.25, head=16, head_codec="fp32")).store(store)
-    assert (first.head, first.basis) == (second.head, second.basis)
+    assert (first.frequent_rows, first.basis) == (second.frequent_rows, second.basis)
     assert 4 == len(store.refs())
     with pytest.raises(InUse, match="is a part of"):
-        delete(store, first.head)
+        delete(store, first.frequent_rows)
     delete(store, first.ref)
-    assert {second.ref, second.head, second.basis} == set(store.refs())
+    assert {second.ref, second.frequent_rows, second.basis} == set(store.refs())
     delete(store, second.ref)
     assert [] == store.refs()
 
@@ -168,7 +168,7 @@ def test_edits_of_a_compressed_table_are_as_fine_as_its_head(
     ).store(store)
     everything = np.arange(base.vocab_size, dtype=np.uint32)
     before = rows_of(store, base, everything)
-    in_head, in_tail = base.frequent[0] if base.head else 3, 300
+    in_head, in_tail = base.frequent[0] if base.frequent_rows else 3, 300
     new = np.random.default_rng(0).standard_normal((2, *before.shape[1:]), np.float32)
     made = make_overlay(store, base.ref, np.array([in_head, in_tail]), new)
     after = rows_of(store, made, everything)
@@ -227,7 +227,7 @@ def test_parts_of_a_table_are_not_published(checkpoint: Path, tmp_path: Path) ->
     store = open_store(f"file://{tmp_path}")
     base = made_of(checkpoint, SCHEMES["rank and head"]).store(store)
     with pytest.raises(InvalidArgument, match="is a part of"):
-        publish(store, base.head)
+        publish(store, base.frequent_rows)
 
 
 def test_a_table_may_lack_layers(checkpoint: Path, tmp_path: Path) -> None:
@@ -462,7 +462,7 @@ def test_the_default_head_is_one_that_is_finer(
     url = f"file://{tmp_path}"
     done = tolhouse("compress", str(checkpoint), "--store", url, "--corpus", "README.md", *options)
     assert expected in done.stderr
-    assert head == bool(open_store(url).manifest(done.stdout.strip()).head)
+    assert head == bool(open_store(url).manifest(done.stdout.strip()).frequent_rows)
 
 
 @pytest.mark.parametrize(
@@ -490,7 +490,7 @@ def test_what_can_not_be_evaluated_is_told(
 def test_a_part_of_a_table_is_not_evaluated(checkpoint: Path, tmp_path: Path) -> None:
     url = f"file://{tmp_path}"
     made = made_of(checkpoint, SCHEMES["rank and head"]).store(open_store(url))
-    for part in (made.head, made.basis):
+    for part in (made.frequent_rows, made.basis):
         assert (
             "is it a part of"
             in tolhouse("eval", str(checkpoint), "--table", part, "--store", url, code=1).stderr

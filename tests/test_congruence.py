@@ -15,7 +15,7 @@ from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.row_providers import Rows
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import greedy
-from tolhouse.store import Store, companions, open_store
+from tolhouse.store import Store, auxiliary_of, open_store
 from tolhouse.table.auxiliary import AuxiliaryTables
 from tolhouse.testing import build_table, local_cluster, tiny_model
 
@@ -48,7 +48,7 @@ class FromStore:
         out[places] = records
 
     def companions(self, manifest: Manifest) -> AuxiliaryTables:
-        return companions(self.store, manifest)
+        return auxiliary_of(self.store, manifest)
 
 
 def prompt_ids(checkpoint: Checkpoint) -> list[list[int]]:
@@ -78,7 +78,7 @@ def with_rows(
 def _with_rows(
     checkpoint: Checkpoint, client: Client | FromStore, manifest: Manifest, cache_bytes: int
 ) -> Answers:
-    model = checkpoint.model(ffn_m=False, embedding=not manifest.x0)
+    model = checkpoint.model(ffn_m=False, embedding=not manifest.has_x0)
     rows = Rows(client, manifest, cache_bytes, torch.device("cpu"))
     answers = [
         list(

@@ -5,33 +5,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tolhouse.engine import dequant as module
 from tolhouse.engine.dequant import Decoder, LayerwiseRows, Staged, decode
 from tolhouse.table.auxiliary import AuxiliaryTables
 from tolhouse.table.codecs import CODECS
 from tolhouse.table.manifest import Manifest
-from tolhouse.worker import decode as module
+
+from tests.tables import manifest_of
 
 
 def table(codec: str, size: int, layers: int, x0: bool = False) -> Manifest:
-    return Manifest(
-        "t",
-        "0123456789abcdef",
-        codec,
-        1000,
-        size,
-        tuple(range(layers)),
-        1,
-        model_id="m",
-        tokenizer_id="k",
-        x0=x0,
-    )
+    blocks = (*["x0"] * x0, *(f"ffn.{layer}" for layer in range(layers)))
+    return manifest_of(codec_name=codec, vocab_size=1000, blocks=blocks, width=size, num_shards=1)
 
 
 def records_of(manifest: Manifest, count: int, seed: int, top: float = 1.0) -> np.ndarray:
     random = np.random.default_rng(seed)
-    rows = random.standard_normal((count, manifest.num_blocks, manifest.hidden_size)).astype(
-        np.float32
-    )
+    rows = random.standard_normal((count, manifest.num_blocks, manifest.width)).astype(np.float32)
     rows *= top * random.choice([0, 1e-3, 1], (count, manifest.num_blocks, 1))
     return manifest.encode(np.arange(count, dtype=np.uint32), rows.astype(np.float32))
 

@@ -68,7 +68,7 @@ def altered(explored: Path) -> Iterator[Cluster]:
     store = open_store(url)
     publish(store, ref)
     manifest = store.manifest(ref)
-    nothing = np.zeros((1, manifest.num_blocks, manifest.hidden_size), np.float32)
+    nothing = np.zeros((1, manifest.num_blocks, manifest.width), np.float32)
     publish(store, make_overlay(store, ref, np.array([5], np.uint32), nothing).ref)
     with local_cluster(explored, url) as running:
         yield running

@@ -17,45 +17,28 @@ from tolhouse.store import delete, publish, resolve, rollback, shard_digest
 from tolhouse.store.files import FileStore
 from tolhouse.table.manifest import Manifest
 
+from tests.tables import manifest_of, read, records_of, write
+
 IDS = np.arange(10, dtype=np.uint32)
 
 
-def manifest_of(num_shards: int = 2, version: str = "0123456789abcdef") -> Manifest:
-    return Manifest(
-        "t", version, "int8", len(IDS), 6, (0, 1), num_shards, model_id="m", tokenizer_id="k"
-    )
+def table(**fields: object) -> Manifest:
+    return manifest_of(**{"vocab_size": 10, "num_shards": 2, **fields})
 
 
-def records_of(manifest: Manifest, ids: np.ndarray) -> np.ndarray:
-    rows = (
-        np.random.default_rng(int(manifest.version, 16))
-        .standard_normal((len(IDS), 2, 6))
-        .astype(np.float32)
-    )
-    return manifest.encode(ids, rows[ids])
-
-
-def write(root: Path, manifest: Manifest) -> list[Path]:
+def write_files(root: Path, manifest: Manifest) -> list[Path]:
     """The shard files of a table in folder `root`."""
     with closing(FileStore(root)) as store:
-        for shard in range(manifest.num_shards):
-            store.write_shard(manifest, shard, records_of(manifest, manifest.shard_ids(shard)))
-        store.commit(manifest)
+        write(store, manifest)
     return sorted((root / "t" / manifest.version).glob("shard-*"))
 
 
-def read(store: FileStore, manifest: Manifest, ids: np.ndarray = IDS) -> bytes:
-    out = np.zeros((len(ids), manifest.record_bytes), np.uint8)
-    store.read(manifest, ids, out)
-    return out.tobytes()
-
-
-EXPECTED = records_of(manifest_of(), IDS).tobytes()
+EXPECTED = records_of(table()).tobytes()
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> list[Path]:
-    return write(tmp_path, manifest_of())
+    return write_files(tmp_path, table())
 
 
 @pytest.fixture
@@ -113,7 +96,7 @@ def test_damage_is_named_and_mended_files_are_served(
     store: FileStore, shards: list[Path], damage: str, in_use: bool
 ) -> None:
     """A damaged shard is Corrupt, the other one is served meanwhile, and the same store serves the file once it is whole."""
-    manifest, whole = manifest_of(), shards[1].read_bytes()
+    manifest, whole = table(), shards[1].read_bytes()
     if in_use:
         assert EXPECTED == read(store, manifest)
     make, message = DAMAGE[damage]
@@ -165,12 +148,12 @@ def test_a_file_replaced_while_it_is_in_use_changes_nothing(
     store: FileStore, shards: list[Path]
 ) -> None:
     """Files are replaced by renaming: what was opened stays whole, even when the file is gone."""
-    assert EXPECTED == read(store, manifest_of())
-    write(store.root, manifest_of())
-    assert EXPECTED == read(store, manifest_of())
+    assert EXPECTED == read(store, table())
+    write_files(store.root, table())
+    assert EXPECTED == read(store, table())
     for path in shards:
         path.unlink()
-    assert EXPECTED == read(store, manifest_of())
+    assert EXPECTED == read(store, table())
 
 
 @given(
@@ -179,14 +162,14 @@ def test_a_file_replaced_while_it_is_in_use_changes_nothing(
 def test_no_damage_gives_other_rows(shard: int, place: int, flip: int, cut: bool) -> None:
     """Whatever byte of a shard file is changed, or wherever it is cut: the right rows, or Corrupt."""
     with tempfile.TemporaryDirectory() as folder:
-        path = write(Path(folder), manifest_of())[shard]
+        path = write_files(Path(folder), table())[shard]
         data = bytearray(path.read_bytes())
         place %= len(data)
         data[place] ^= flip
         path.write_bytes(data[:place] if cut else data)
         with closing(FileStore(folder)) as store:
             try:
-                assert EXPECTED == read(store, manifest_of())
+                assert EXPECTED == read(store, table())
             except Corrupt as error:
                 assert str(path) in str(error) or "row of token" in str(error)  # noqa: PT017
 
@@ -195,11 +178,11 @@ def test_a_version_built_anew_with_other_shards_is_read(
     store: FileStore, shards: list[Path]
 ) -> None:
     """A store that had the old files open reads the new ones: the number of shards is no part of the version."""
-    assert EXPECTED == read(store, manifest_of())
+    assert EXPECTED == read(store, table())
     with closing(FileStore(store.root)) as other:
-        delete(other, manifest_of().ref)
-    write(store.root, manifest_of(num_shards=1))
-    assert EXPECTED == read(store, store.manifest(manifest_of().ref))
+        delete(other, table().ref)
+    write_files(store.root, table(num_shards=1))
+    assert EXPECTED == read(store, store.manifest(table().ref))
 
 
 def test_a_shard_is_readable_for_whom_its_manifest_is(shards: list[Path]) -> None:
@@ -210,9 +193,9 @@ def test_a_shard_is_readable_for_whom_its_manifest_is(shards: list[Path]) -> Non
 
 def test_writing_leaves_whole_files_and_nothing_else(store: FileStore, shards: list[Path]) -> None:
     """Shards, manifest and alias, and no temporary file beside them; a deleted version leaves no folder."""
-    other = manifest_of(version="f" * 16)
-    write(store.root, other)
-    for manifest in (manifest_of(), other):
+    other = table(version=2**64 - 1)
+    write_files(store.root, other)
+    for manifest in (table(), other):
         publish(store, manifest.ref)
     names = {
         "alias.json",
@@ -225,7 +208,7 @@ def test_writing_leaves_whole_files_and_nothing_else(store: FileStore, shards: l
     assert names == {
         p.relative_to(store.root / "t").as_posix() for p in store.root.rglob("*") if p.is_file()
     }
-    delete(store, manifest_of().ref)
+    delete(store, table().ref)
     assert ["alias.json", "f" * 16] == sorted(p.name for p in (store.root / "t").iterdir())
 
 
@@ -249,8 +232,8 @@ def test_a_malformed_alias_is_told_and_a_publish_mends_it(
     for work in (resolve, rollback):
         with pytest.raises(Corrupt, match=r"alias\.json is malformed; publish a version"):
             work(store, "t")
-    assert manifest_of() == publish(store, manifest_of().ref)
-    assert manifest_of() == resolve(store, "t")
+    assert table() == publish(store, table().ref)
+    assert table() == resolve(store, "t")
 
 
 def test_an_empty_store_says_how_tables_are_made(tmp_path: Path) -> None:

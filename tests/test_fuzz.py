@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz.mutate import mutations
-from tests.fuzz.targets import ALLOWED, RECORDS, Target, folder, targets
+from tests.fuzz.targets import ALLOWED, RECORDS, Target, folder, read_records, targets
 
 NAMES = (
     "manifest",
@@ -50,12 +50,9 @@ def test_all_targets_are_tested(found: dict[str, Target]) -> None:
     assert set(NAMES) == set(found)
 
 
-def test_an_altered_record_that_passed_would_be_found(
-    found: dict[str, Target], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_altered_record_that_passed_would_be_found() -> None:
     """The check is of the checksum: without it, a flipped bit is a finding."""
-    monkeypatch.setattr("tolhouse.table.manifest.passes", lambda *_: True)
     altered = bytearray(RECORDS.tobytes())
     altered[0] ^= 1
     with pytest.raises(AssertionError, match="altered"):
-        found["record"].read(bytes(altered))
+        read_records(bytes(altered), verify=lambda *_: None)

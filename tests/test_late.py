@@ -47,7 +47,7 @@ def engine_of(
 ) -> Engine:
     found, cache = open_checkpoint(checkpoint), BlockManager(4096 // BLOCK_TOKENS)
     pages = PagedKVCache(found.config, cache.num_blocks + 1, CPU, torch.float32)
-    model = load(found, CPU, torch.float32, not (rows.manifest and rows.manifest.x0))
+    model = load(found, CPU, torch.float32, not (rows.manifest and rows.manifest.has_x0))
     return Engine(runner(model, pages, rows), rows, cache, 8, 100, max_step_tokens)
 
 

@@ -276,7 +276,7 @@ def test_a_version_built_anew_in_other_shards_is_served(checkpoint: Path, redis_
 def test_a_record_altered_in_redis_is_told(checkpoint: Path, redis_url: str) -> None:
     """A record altered, swapped, cut or missing in Redis gives DATA_LOSS, never other rows."""
     ref = build_table(checkpoint, redis_url, shards=4, name="altered")
-    key = f"tolhouse:{{{ref}:1}}"
+    key = f"tolhouse:{{{ref}:shards-4:1}}"
     with (
         Redis.from_url(redis_url) as redis,
         process("lookup", "--store", redis_url, *FREE) as running,

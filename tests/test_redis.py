@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,31 +22,15 @@ from tolhouse.errors import (
 )
 from tolhouse.store import Store, delete, open_store, publish, resolve, shard_digest
 from tolhouse.store.redis import RedisStore
-from tolhouse.table.manifest import Manifest
 from tolhouse.testing import free_port, redis_cluster_nodes, redis_server
 
 from tests.chaos.proxy import Link
+from tests.tables import manifest_of, read, records_of, write
 
 IDS = np.arange(40, dtype=np.uint32)
-MANIFEST = Manifest(
-    "damaged", "0123456789abcdef", "int8", len(IDS), 6, (0, 1), 8, model_id="m", tokenizer_id="k"
-)
-RECORDS = MANIFEST.encode(
-    IDS, np.random.default_rng(0).standard_normal((len(IDS), 2, 6)).astype(np.float32)
-)
-HASH = f"tolhouse:{{{MANIFEST.ref}:1}}"  # of tokens 1, 9, 17, 25, 33
-
-
-def write(store: Store) -> None:
-    for shard in range(MANIFEST.num_shards):
-        store.write_shard(MANIFEST, shard, RECORDS[MANIFEST.shard_ids(shard)])
-    store.commit(MANIFEST)
-
-
-def read(store: Store, ids: np.ndarray = IDS) -> bytes:
-    out = np.zeros((len(ids), MANIFEST.record_bytes), np.uint8)
-    store.read(MANIFEST, ids, out)
-    return out.tobytes()
+MANIFEST = manifest_of("damaged", vocab_size=len(IDS), num_shards=8)
+RECORDS = records_of(MANIFEST)
+HASH = f"tolhouse:{{{MANIFEST.ref}:shards-8:1}}"  # of tokens 1, 9, 17, 25, 33
 
 
 @pytest.fixture(params=["standalone", "cluster"])
@@ -57,7 +42,7 @@ def servers(
         request.param
     ]
     with closing(open_store(url)) as store, closing(client.from_url(url)) as redis:
-        write(store)
+        write(store, MANIFEST)
         yield store, redis
         store.set_alias(MANIFEST.name, None)
         delete(store, MANIFEST.ref)
@@ -74,11 +59,11 @@ def test_a_damaged_record_is_named_until_it_is_loaded_again(
         if damaged is not None:
             redis.hset(HASH, 17, damaged)
         with pytest.raises(Corrupt, match=f"row of token 17 (of|in) table {MANIFEST.ref}"):
-            read(store)
+            read(store, MANIFEST)
         assert shard_digest(store, MANIFEST, 1) is None
-        assert np.delete(RECORDS, 17, axis=0).tobytes() == read(store, np.delete(IDS, 17))
+        assert np.delete(RECORDS, 17, axis=0).tobytes() == read(store, MANIFEST, np.delete(IDS, 17))
     store.write_shard(MANIFEST, 1, RECORDS[MANIFEST.shard_ids(1)])
-    assert RECORDS.tobytes() == read(store)
+    assert RECORDS.tobytes() == read(store, MANIFEST)
 
 
 def test_a_lost_shard_is_corrupt(servers: tuple[Store, Redis | RedisCluster]) -> None:
@@ -87,7 +72,7 @@ def test_a_lost_shard_is_corrupt(servers: tuple[Store, Redis | RedisCluster]) ->
     redis.delete(HASH)
     assert 0 == store.count(MANIFEST, 1)
     with pytest.raises(Corrupt, match=r"token 1 .* is missing in redis://.*: load it again"):
-        read(store)
+        read(store, MANIFEST)
 
 
 def test_malformed_manifests_and_aliases_are_told_and_mended(
@@ -98,9 +83,7 @@ def test_malformed_manifests_and_aliases_are_told_and_mended(
     redis.set(f"tolhouse:{{{MANIFEST.ref}}}:manifest", MANIFEST.to_json().replace("int8", "int3"))
     with pytest.raises(Corrupt, match=MANIFEST.ref):
         resolve(store, MANIFEST.ref)
-    redis.set(
-        f"tolhouse:{{{MANIFEST.ref}}}:manifest", MANIFEST.to_json().replace("damaged", "other")
-    )
+    redis.set(f"tolhouse:{{{MANIFEST.ref}}}:manifest", replace(MANIFEST, name="other").to_json())
     with pytest.raises(Corrupt, match="describes table other@"):
         resolve(store, MANIFEST.ref)
     store.commit(MANIFEST)
@@ -117,7 +100,7 @@ def test_many_threads_share_a_store(servers: tuple[Store, Redis | RedisCluster])
 
     def right(seed: int) -> bool:
         ids = np.random.default_rng(seed).integers(0, len(IDS), 25).astype(np.uint32)
-        return RECORDS[ids].tobytes() == read(store, ids)
+        return RECORDS[ids].tobytes() == read(store, MANIFEST, ids)
 
     with ThreadPoolExecutor(8) as pool:
         assert [True] * 200 == list(pool.map(right, range(200)))
@@ -129,8 +112,8 @@ def test_a_cluster_spreads_the_shards(redis_cluster_url: str) -> None:
         closing(open_store(redis_cluster_url)) as store,
         closing(RedisCluster.from_url(redis_cluster_url)) as cluster,
     ):
-        write(store)
-        keys = [f"tolhouse:{{{MANIFEST.ref}:{shard}}}" for shard in range(MANIFEST.num_shards)]
+        write(store, MANIFEST)
+        keys = [f"tolhouse:{{{MANIFEST.ref}:shards-8:{shard}}}" for shard in range(8)]
         assert [5] * 8 == [cluster.hlen(key) for key in keys]
         assert 3 == len({cluster.get_node_from_key(key).name for key in keys})
         delete(store, MANIFEST.ref)
@@ -205,15 +188,15 @@ def test_a_store_that_was_closed_under_it_comes_back() -> None:
     port = free_port()
     with redis_server(port=port) as url:
         store = open_store(url, timeout_seconds=1)
-        write(store)
+        write(store, MANIFEST)
     with closing(store):
         with pytest.raises(Unavailable, match="can't be reached"):
-            read(store)
+            read(store, MANIFEST)
         with redis_server(port=port):
             with pytest.raises(Corrupt, match="missing"):
-                read(store)
-            write(store)
-            assert RECORDS.tobytes() == read(store)
+                read(store, MANIFEST)
+            write(store, MANIFEST)
+            assert RECORDS.tobytes() == read(store, MANIFEST)
 
 
 def test_every_error_is_one_of_ours(servers: tuple[Store, Redis | RedisCluster]) -> None:
@@ -222,7 +205,7 @@ def test_every_error_is_one_of_ours(servers: tuple[Store, Redis | RedisCluster])
     redis.delete(HASH)
     redis.set(HASH, "x")
     with pytest.raises(TolhouseError, match="redis://"):
-        read(store)
+        read(store, MANIFEST)
 
 
 def test_a_master_behind_a_slow_link_leaves_reads_to_its_replica() -> None:
@@ -238,15 +221,15 @@ def test_a_master_behind_a_slow_link_leaves_reads_to_its_replica() -> None:
         store = stack.enter_context(closing(open_store(f"redis://{links[1].address}")))
         assert isinstance(store, RedisStore)
         assert store._nodes
-        write(store)
+        write(store, MANIFEST)
         for seconds, last in ((0.2, {links[0].address}), (0.0, set())):
             links[0].delay(seconds)
             deadline = time.monotonic() + 30
             while last != store._nodes._away and time.monotonic() < deadline:
-                assert RECORDS.tobytes() == read(store)
+                assert RECORDS.tobytes() == read(store, MANIFEST)
                 time.sleep(0.02)
             assert last == store._nodes._away
-            assert RECORDS.tobytes() == read(store)
+            assert RECORDS.tobytes() == read(store, MANIFEST)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -256,19 +239,19 @@ def test_a_master_may_die_or_hang(number: signal.Signals) -> None:
         redis_cluster_nodes(3, 1, node_timeout_ms=1000) as nodes,
         closing(open_store(nodes[1].url, 1.0)) as store,
     ):
-        write(store)
+        write(store, MANIFEST)
         nodes[0].popen.send_signal(number)
         for _ in range(3):
-            assert RECORDS.tobytes() == read(store)
+            assert RECORDS.tobytes() == read(store, MANIFEST)
         deadline = time.monotonic() + 30
         while True:
             try:
-                write(store)
+                write(store, MANIFEST)
                 break
             except TolhouseError:
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
-        assert RECORDS.tobytes() == read(store)
+        assert RECORDS.tobytes() == read(store, MANIFEST)
     with warnings.catch_warnings():  # redis-py leaves a socket open when a connection fails
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()

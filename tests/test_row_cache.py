@@ -3,8 +3,9 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolhouse.table.manifest import Manifest
 from tolhouse.table.row_cache import RowCache, capacity_for
+
+from tests.tables import manifest_of
 
 VOCABULARY = 12
 LISTS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=5, unique=True)
@@ -142,10 +143,7 @@ def test_a_cache_filled_with_hot_rows_keeps_them_through_a_scan() -> None:
 
 def test_a_cache_never_takes_more_than_its_budget_or_the_table() -> None:
     """A budget is rounded down to whole records; a large one over a small table takes the table's rows."""
-    identity = {"version": "0" * 16, "model_id": "0" * 64, "tokenizer_id": "0" * 64}
-    manifest = Manifest(
-        name="a", codec="fp32", vocab_size=10, hidden_size=4, layers=(0,), num_shards=1, **identity
-    )
+    manifest = manifest_of(codec_name="fp32", vocab_size=10, blocks=("ffn.0",), width=4)
     assert 24 == manifest.record_bytes
     assert [0, 1, 1, 10] == [capacity_for(manifest, most) for most in (23, 24, 47, 1 << 40)]
     assert (10, 24) == RowCache.private(manifest, 1 << 40).slab.shape

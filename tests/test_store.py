@@ -21,10 +21,10 @@ from tolhouse.store import (
     shard_digest,
     tables,
 )
-from tolhouse.table.manifest import Manifest, digest
+from tolhouse.table.records import digest
 from tolhouse.testing import free_port, redis_server
 
-VOCABULARY = 50
+from tests.tables import manifest_of, read, records_of, write
 
 
 @pytest.fixture(params=["file", "redis", "cluster"])
@@ -42,42 +42,6 @@ def store(
 def name(request: pytest.FixtureRequest) -> str:
     """A name of the test's own: the Redis servers are shared."""
     return f"t{abs(hash(request.node.nodeid)):x}"
-
-
-def manifest_of(name: str, version: int = 1, num_shards: int = 3) -> Manifest:
-    identity = {"model_id": "0" * 64, "tokenizer_id": "1" * 64, "version": f"{version:016x}"}
-    return Manifest(
-        name=name,
-        codec="fp32",
-        vocab_size=VOCABULARY,
-        hidden_size=6,
-        layers=(0, 1),
-        num_shards=num_shards,
-        **identity,
-    )
-
-
-def records_of(manifest: Manifest, ids: np.ndarray) -> np.ndarray:
-    rows = (
-        np.random.default_rng(int(manifest.version, 16))
-        .standard_normal((VOCABULARY, 2, 6))
-        .astype(np.float32)
-    )
-    return manifest.encode(ids, rows[ids])
-
-
-def write(store: Store, manifest: Manifest) -> Manifest:
-    for shard in range(manifest.num_shards):
-        ids = manifest.shard_ids(shard)
-        store.write_shard(manifest, shard, records_of(manifest, ids))
-    store.commit(manifest)
-    return manifest
-
-
-def read(store: Store, manifest: Manifest, ids: np.ndarray) -> bytes:
-    out = np.empty((len(ids), manifest.record_bytes), np.uint8)
-    store.read(manifest, ids, out)
-    return out.tobytes()
 
 
 def test_what_is_written_is_read(store: Store, name: str) -> None:
@@ -108,12 +72,11 @@ def test_a_table_is_not_there_before_its_manifest(store: Store, name: str) -> No
 def test_versions_live_side_by_side_and_never_mix(store: Store, name: str) -> None:
     """Each version answers with its own records."""
     one, two = (write(store, manifest_of(name, version)) for version in (1, 2))
-    ids = np.arange(VOCABULARY, dtype=np.uint32)
     assert (
-        records_of(one, ids).tobytes()
-        == read(store, one, ids)
-        != read(store, two, ids)
-        == records_of(two, ids).tobytes()
+        records_of(one).tobytes()
+        == read(store, one)
+        != read(store, two)
+        == records_of(two).tobytes()
     )
 
 
@@ -151,8 +114,7 @@ def test_a_version_is_deleted_only_when_nobody_stands_for_it(store: Store, name:
     assert [0, 0, 0] == [store.count(one, shard) for shard in range(3)]
     with pytest.raises(errors.InvalidArgument, match="no version before"):
         rollback(store, name)
-    ids = np.arange(VOCABULARY, dtype=np.uint32)
-    assert records_of(two, ids).tobytes() == read(store, two, ids)
+    assert records_of(two).tobytes() == read(store, two)
 
 
 def test_a_shard_is_replaced_as_a_whole(store: Store, name: str) -> None:
@@ -220,7 +182,7 @@ def test_a_shard_is_one_hash_and_so_one_slot(redis_cluster_url: str, name: str) 
     """The keys are those the design promises: a shard sits whole on one node of a Cluster."""
     with closing(open_store(redis_cluster_url)) as store:
         manifest = write(store, manifest_of(name))
-        keys = [f"tolhouse:{{{manifest.ref}:{shard}}}" for shard in range(3)]
+        keys = [f"tolhouse:{{{manifest.ref}:shards-3:{shard}}}" for shard in range(3)]
         assert [17, 17, 16] == [store._redis.hlen(key) for key in keys]
         assert manifest.shard_ids(0).tolist() == sorted(
             int(field) for field in store._redis.hkeys(keys[0])
@@ -313,8 +275,7 @@ def test_a_rollback_gives_back_the_same_bytes_and_always_goes_somewhere(
 ) -> None:
     """Through every earlier version, in order; once those between are deleted, none is gone back to in vain."""
     one, two = (write(store, manifest_of(name, version)) for version in (1, 2))
-    ids = np.arange(VOCABULARY, dtype=np.uint32)
-    before = read(store, publish(store, one.ref), ids)
+    before = read(store, publish(store, one.ref))
     publish(store, two.ref)
     publish(store, one.ref)
     assert (one.version, (one.version, two.version)) == (
@@ -323,7 +284,7 @@ def test_a_rollback_gives_back_the_same_bytes_and_always_goes_somewhere(
     )
     assert two == rollback(store, name)
     assert one == rollback(store, name)
-    assert before == read(store, resolve(store, name), ids)
+    assert before == read(store, resolve(store, name))
     publish(store, two.ref)
     publish(store, one.ref)
     delete(store, two.ref)

@@ -73,7 +73,7 @@ def test_a_fetch_carries_one_row_for_each_token(
             manifest = rows.describe(path.name)
             counted[path] = (
                 counts.remote_bytes / counts.from_remote - 8,
-                manifest.num_layers,
+                len(manifest.layers),
                 manifest.table_bytes - 8 * manifest.vocab_size,
             )
     (wide_bytes, wide_layers, wide_table), (bytes_, layers, table) = (

@@ -574,8 +574,8 @@ def test_a_corrupt_row_fails_only_who_asks_for_it(checkpoint: Path, redis_url: s
     """Of a batch whose rows come together, the sequence with the altered row ends with DATA_LOSS and the others go on."""
     ref = build_table(checkpoint, redis_url, shards=4, name="corrupt")
     with Redis.from_url(redis_url) as redis:
-        record = redis.hget(f"tolhouse:{{{ref}:2}}", 250)
-        redis.hset(f"tolhouse:{{{ref}:2}}", 250, bytes([record[0] ^ 1]) + record[1:])
+        record = redis.hget(f"tolhouse:{{{ref}:shards-4:2}}", 250)
+        redis.hset(f"tolhouse:{{{ref}:shards-4:2}}", 250, bytes([record[0] ^ 1]) + record[1:])
     with (
         local_cluster(checkpoint, redis_url, worker_options=("--table", ref)) as cluster,
         Client(cluster.workers) as client,

@@ -107,7 +107,7 @@ def corrupted(system: System, url: str, ref: str) -> Fault:
     def cluster() -> RedisCluster:
         return RedisCluster.from_url(url)
 
-    key = f"tolhouse:{{{ref}:3}}"
+    key = f"tolhouse:{{{ref}:shards-16:3}}"
 
     def inject() -> None:
         with cluster() as redis:
@@ -130,7 +130,8 @@ class Moved:
     """The slots of a version's shards go to another master one by one, key by key, under load, and back."""
 
     def __init__(self, nodes: list[RedisNode], ref: str) -> None:
-        self.nodes, self.keys = nodes, [f"tolhouse:{{{ref}:{shard}}}" for shard in range(4)]
+        self.nodes = nodes
+        self.keys = [f"tolhouse:{{{ref}:shards-16:{shard}}}" for shard in range(4)]
         self.homes: dict[int, str] = {}
 
     def there(self) -> None:

@@ -19,7 +19,7 @@ from tolhouse.engine.row_providers import Rows
 from tolhouse.errors import TolhouseError
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
-from tolhouse.store import Store, companions, open_store, publish
+from tolhouse.store import Store, auxiliary_of, open_store, publish
 from tolhouse.table.auxiliary import AuxiliaryTables
 from tolhouse.testing import (
     Process,
@@ -177,7 +177,7 @@ class _FromStore(Client):
         self.store = store
 
     def companions(self, manifest: Manifest) -> AuxiliaryTables:
-        return companions(self.store, manifest)
+        return auxiliary_of(self.store, manifest)
 
     def fetch_records(
         self, manifest: Manifest, ids: np.ndarray, out: Any = None, places: Any = None

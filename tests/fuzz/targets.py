@@ -6,6 +6,7 @@ A target takes bytes; an error that is none of `ALLOWED`, or a wrong reading, is
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 from tolhouse.errors import TolhouseError
 from tolhouse.gateway.keys import add_key, read_keys
-from tolhouse.gateway.schema import (
+from tolhouse.gateway.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -27,23 +28,12 @@ from tolhouse.store.files import FileStore
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import lookup_pb2
 
+from tests.tables import manifest_of, read, records_of, write
+
 ALLOWED = (TolhouseError, ValidationError)
-MANIFEST = Manifest(
-    "fuzz",
-    "0123456789abcdef",
-    "int8",
-    6,
-    5,
-    (0, 1),
-    1,
-    model_id="m",
-    tokenizer_id="k",
-    frequent=(3, 1),
-)
+MANIFEST = manifest_of("fuzz", vocab_size=6, width=5, num_shards=1, frequent=(3, 1))
 IDS = np.arange(MANIFEST.vocab_size, dtype=np.uint32)
-RECORDS = MANIFEST.encode(
-    IDS, np.random.default_rng(0).standard_normal((len(IDS), 2, 5)).astype(np.float32)
-)
+RECORDS = records_of(MANIFEST)
 
 
 @dataclass(frozen=True)
@@ -55,8 +45,7 @@ class Target:
 def targets(folder: Path) -> dict[str, Target]:
     """By name; files are written in `folder`."""
     store = FileStore(folder / "tables")
-    store.write_shard(MANIFEST, 0, RECORDS)
-    store.commit(MANIFEST)
+    write(store, MANIFEST)
     shard = next((folder / "tables").rglob("*.safetensors"))
     keys = folder / "keys.json"
     for name in ("one", "two"):
@@ -74,8 +63,8 @@ def targets(folder: Path) -> dict[str, Target]:
         "alias": Target(
             [Alias("0123456789abcdef", ("fedcba9876543210",)).to_json().encode()], Alias.from_json
         ),
-        "record": Target([RECORDS.tobytes()], _records),
-        "shard file": Target([shard.read_bytes()], lambda data: _shard(store, shard, data)),
+        "record": Target([RECORDS.tobytes()], read_records),
+        "shard file": Target([shard.read_bytes()], lambda data: _shard(store.root, shard, data)),
         "fetch request": Target(
             [
                 lookup_pb2.FetchRequest(
@@ -152,21 +141,19 @@ def _bodies(bodies: list[dict]) -> list[bytes]:
     return [json.dumps(body).encode() for body in bodies]
 
 
-def _records(data: bytes) -> None:
+def read_records(data: bytes, verify: Callable = MANIFEST.verify) -> None:
     """Records that pass their checksums are those that were written."""
     if len(data) != RECORDS.nbytes:
         return
     records = np.frombuffer(data, np.uint8).reshape(RECORDS.shape)
-    MANIFEST.verify(IDS, [row.data for row in records])
+    verify(IDS, [row.data for row in records])
     assert data == RECORDS.tobytes(), "altered records pass"
 
 
-def _shard(store: FileStore, path: Path, data: bytes) -> None:
+def _shard(root: Path, path: Path, data: bytes) -> None:
     path.write_bytes(data)
-    store._forget(MANIFEST, 0)
-    out = np.empty_like(RECORDS)
-    store.read(MANIFEST, IDS, out)
-    assert out.tobytes() == RECORDS.tobytes(), "altered records are served"
+    with closing(FileStore(root)) as store:
+        assert read(store, MANIFEST) == RECORDS.tobytes(), "altered records are served"
 
 
 def _fetch(data: bytes) -> None:

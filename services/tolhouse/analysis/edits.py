@@ -115,7 +115,7 @@ def edited_rows(
     if len(sources):
         rows = rows_of(store, manifest, sources.astype(np.uint32)).astype(np.float64)
         rows[len(copied) :] *= np.array([by for _, by in scaled])[:, None, None]
-        if manifest.x0:  # the embedding is not memory: an edit leaves it as it is
+        if manifest.has_x0:  # the embedding is not memory: an edit leaves it as it is
             rows[:, 0] = rows_of(store, manifest, targets.astype(np.uint32))[:, 0]
         rows = _finite(rows)
         if given and given[1].shape[1:] != rows.shape[1:]:

@@ -71,7 +71,7 @@ def table_rows(checkpoint: Checkpoint, store_url: str, table: str) -> np.ndarray
             f"table {manifest.ref} was built from model {manifest.model_id[:12]}, but checkpoint {checkpoint.name} is {checkpoint.model_id()[:12]}"
         )
     config = checkpoint.config
-    if (manifest.vocab_size, manifest.hidden_size) != (
+    if (manifest.vocab_size, manifest.width) != (
         config.vocab_size,
         config.hidden_size,
     ) or manifest.layers[-1] >= config.num_rows:
@@ -79,8 +79,10 @@ def table_rows(checkpoint: Checkpoint, store_url: str, table: str) -> np.ndarray
             f"table {manifest.ref} does not hold a row for each token of {checkpoint.name}: is it a part of a compressed one?"
         )
     found = rows_of(store, manifest, np.arange(manifest.vocab_size, dtype=np.uint32))
-    rows = np.zeros((len(found), manifest.x0 + config.num_rows, config.hidden_size), np.float32)
-    rows[:, [*range(manifest.x0), *(manifest.x0 + layer for layer in manifest.layers)]] = found
+    rows = np.zeros((len(found), manifest.has_x0 + config.num_rows, config.hidden_size), np.float32)
+    rows[:, [*range(manifest.has_x0), *(manifest.has_x0 + layer for layer in manifest.layers)]] = (
+        found
+    )
     return rows
 
 

@@ -5,7 +5,6 @@ error of a token's row counts as often as the token comes, ranks differ by layer
 the few tokens that make up most of any text are stored more finely than the tail. All rows are in memory at once.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -16,7 +15,8 @@ from tolhouse.errors import InvalidArgument
 from tolhouse.store import Store, refuse_another
 from tolhouse.table.auxiliary import AuxiliaryTables, Basis
 from tolhouse.table.codecs import CODECS, codec
-from tolhouse.table.manifest import MAX_FREQUENT, Manifest, digest
+from tolhouse.table.manifest import MAX_FREQUENT, Manifest, content_id
+from tolhouse.table.records import digest
 
 BASIS_CODEC = "fp16"  # its vectors are of length one
 HEAD_SHARE = 32  # of the vocabulary, one token in so many is in the head, unless told otherwise: 60 to 70% of text
@@ -54,7 +54,9 @@ class Compressed:
     @property
     def bytes(self) -> int:
         return sum(
-            m.table_bytes for m in (self.companions.manifest, self.companions.head, self.basis) if m
+            m.table_bytes
+            for m in (self.companions.manifest, self.companions.finer, self.basis)
+            if m
         )
 
     def store(self, store: Store) -> Manifest:
@@ -63,7 +65,7 @@ class Compressed:
         refuse_another(store, found.manifest)
         for manifest, records in (
             (self.basis, self.basis_records),
-            (found.head, found.head_records),
+            (found.finer, found.finer_records),
             (found.manifest, self.records),
         ):
             if manifest is None or records is None:
@@ -80,7 +82,7 @@ class Compressed:
 
 def bytes_at_16_bit(manifest: Manifest) -> int:
     """What a table of the same rows takes at 16 bit, checksums and all."""
-    return manifest.vocab_size * (manifest.num_blocks * manifest.hidden_size * 2 + 8)
+    return manifest.vocab_size * (manifest.num_blocks * manifest.width * 2 + 8)
 
 
 def check(planned: Manifest, scheme: Scheme) -> None:
@@ -140,11 +142,11 @@ def compress(
             )
         ]
         energies = [values for _, values, _ in parts]
-        if planned.x0:
+        if planned.has_x0:
             energies[0] = np.full(
                 size, np.inf
             )  # all of X0: every layer reads it, and no other row's error compares with its
-        total = round(scheme.rank * planned.num_layers * size) + size * planned.x0
+        total = round(scheme.rank * len(planned.layers) * size) + size * planned.has_x0
         ranks = _affordable(planned, energies, scheme) if scheme.ratio else _ranks(energies, total)
         low_rank = min(ranks) < size
     if not low_rank and not scheme.finer:
@@ -154,15 +156,15 @@ def compress(
         if not scheme.head
         else tuple(order[:MAX_FREQUENT])
     )
-    base = replace(planned, codec=codec(scheme.codec).name, frequent=frequent)
+    base = replace(planned, codec_name=codec(scheme.codec).name, frequent=frequent)
 
     head, head_records = None, None
     if scheme.head:
         head = replace(
-            planned, codec=scheme.head_codec, vocab_size=scheme.head, num_shards=1, frequent=()
+            planned, codec_name=scheme.head_codec, vocab_size=scheme.head, num_shards=1, frequent=()
         )
-        head, head_records = _sealed(head, rows[order[: scheme.head]], "head")
-        base = replace(base, head=head.ref)
+        head, head_records = _sealed(head, rows[order[: scheme.head]], "frequent_rows")
+        base = replace(base, frequent_rows=head.ref)
     basis, basis_table, basis_records = None, None, None
     if low_rank:
         means = np.stack([mean for mean, _, _ in parts]).astype(np.float32)
@@ -175,12 +177,11 @@ def compress(
         )
         basis_table = replace(
             planned,
-            codec=BASIS_CODEC,
+            codec_name=BASIS_CODEC,
             vocab_size=sum(ranks) + blocks,
             num_shards=1,
             frequent=(),
-            layers=planned.layers[:1],
-            x0=False,
+            blocks=("basis",),
         )
         basis_table, basis_records = _sealed(basis_table, exact.table(), "basis")
         basis = Basis.of(
@@ -199,13 +200,10 @@ def _sealed(
 ) -> tuple[Manifest, np.ndarray]:
     """A manifest with the version that its contents give it, and its records."""
     ids = np.arange(manifest.vocab_size, dtype=np.uint32)
-    contents = hashlib.sha256(
-        f"{what} {manifest.codec} {manifest.layers} {manifest.x0} {manifest.ranks} {manifest.needs}".encode()
-    )
-    for part in rows if isinstance(rows, list) else [rows]:
-        contents.update(np.ascontiguousarray(part, np.float32).tobytes())
+    parts = [np.asarray(part, np.float32) for part in (rows if isinstance(rows, list) else [rows])]
+    identity = what, manifest.codec_name, manifest.blocks, manifest.ranks, manifest.dependencies
     name = f"{manifest.name[: 63 - len(what)]}.{what}" if what else manifest.name
-    manifest = replace(manifest, name=name, version=contents.hexdigest()[:16])
+    manifest = replace(manifest, name=name, version=content_id(*identity, *parts))
     return manifest, manifest.encode(ids, rows)
 
 
@@ -227,21 +225,25 @@ def _ranks(energies: list[np.ndarray], total: int) -> tuple[int, ...]:
 
 
 def _least_ranks(planned: Manifest) -> tuple[int, ...]:
-    return (planned.hidden_size,) * planned.x0 + (1,) * planned.num_layers
+    return (planned.width,) * planned.has_x0 + (1,) * len(planned.layers)
 
 
 def _bytes(planned: Manifest, scheme: Scheme, ranks: tuple[int, ...] = ()) -> int:
     """Of a table with its head, and with `ranks` its basis."""
     head = (
-        replace(planned, codec=scheme.head_codec).record_bytes * scheme.head if scheme.head else 0
+        replace(planned, codec_name=scheme.head_codec).record_bytes * scheme.head
+        if scheme.head
+        else 0
     )
     if not ranks:
-        return replace(planned, codec=scheme.codec).table_bytes + head
-    sized = replace(planned, codec=scheme.codec, ranks=ranks, basis=f"{planned.name}@{'0' * 16}")
+        return replace(planned, codec_name=scheme.codec).table_bytes + head
+    sized = replace(
+        planned, codec_name=scheme.codec, ranks=ranks, basis=f"{planned.name}@{'0' * 16}"
+    )
     return (
         head
         + sized.table_bytes
-        + (sum(ranks) + len(ranks)) * (codec(BASIS_CODEC).block(planned.hidden_size).itemsize + 8)
+        + (sum(ranks) + len(ranks)) * (codec(BASIS_CODEC).block(planned.width).itemsize + 8)
     )
 
 
@@ -251,8 +253,8 @@ def _suffices(planned: Manifest, scheme: Scheme) -> bool:
         plain = scheme if scheme.finer else replace(scheme, head=0)
         return _bytes(planned, plain) <= bytes_at_16_bit(planned) / scheme.ratio
     return (
-        round(scheme.rank * planned.num_layers * planned.hidden_size)
-        == planned.num_layers * planned.hidden_size
+        round(scheme.rank * len(planned.layers) * planned.width)
+        == len(planned.layers) * planned.width
     )
 
 

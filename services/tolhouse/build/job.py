@@ -55,18 +55,18 @@ def plan(
     if not layers:
         raise InvalidArgument("all layers are left out: at least one must stay")
     x0 = embedding == "yes" or (embedding == "auto" and not config.tie_word_embeddings)
+    blocks = (*["x0"] * x0, *(f"ffn.{layer}" for layer in layers))
     return Manifest(
         name=check_name(name or checkpoint.name),
-        version=content_id(checkpoint.rows_id(), codec(codec_name).name, layers, x0),
-        codec=codec_name,
+        version=content_id(checkpoint.rows_id(), codec(codec_name).name, blocks),
+        codec_name=codec_name,
         vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        layers=layers,
+        blocks=blocks,
+        width=config.hidden_size,
         num_shards=num_shards,
         model_id=checkpoint.model_id(),
         tokenizer_id=checkpoint.tokenizer_id,
         frequent=frequent,
-        x0=x0,
     )
 
 

@@ -13,7 +13,8 @@ from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.rows import batches
 from tolhouse.model.transformer import Transformer
 from tolhouse.store import Store, open_store, shard_digest
-from tolhouse.table.manifest import Manifest, digest
+from tolhouse.table.manifest import Manifest
+from tolhouse.table.records import digest
 
 
 def build_shards(
@@ -50,7 +51,7 @@ def build_shards(
 
 def _compute(checkpoint: str, manifest: Manifest, shard: int, records: np.ndarray) -> None:
     ids = manifest.shard_ids(shard)
-    for part, rows in batches(_model(checkpoint), ids, manifest.x0, manifest.layers):
+    for part, rows in batches(_model(checkpoint), ids, manifest.has_x0, manifest.layers):
         records[part] = manifest.encode(ids[part], rows)
 
 
@@ -65,7 +66,7 @@ def _write(
 def compute_rows(checkpoint: str, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
     """float32 rows [T, N, D] of `ids`, as the table has them."""
     return np.concatenate(
-        [rows for _, rows in batches(_model(checkpoint), ids, manifest.x0, manifest.layers)]
+        [rows for _, rows in batches(_model(checkpoint), ids, manifest.has_x0, manifest.layers)]
     )
 
 
@@ -85,8 +86,8 @@ def verify(
     fresh = compute_rows(checkpoint, manifest, sample)
     # a row computed elsewhere, in another order of additions, differs by a few units in the last place of float32
     allowed = (
-        (manifest.codec_.relative_error + 1e-5) * np.abs(fresh).max(axis=-1, keepdims=True)
-        + manifest.codec_.step
+        (manifest.codec.relative_error + 1e-5) * np.abs(fresh).max(axis=-1, keepdims=True)
+        + manifest.codec.step
         + 1e-12
     )
     wrong = np.flatnonzero((np.abs(stored - fresh) > allowed).any(axis=(1, 2)))

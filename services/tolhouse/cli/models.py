@@ -183,8 +183,8 @@ def fetch(
     with Client(lookup, credentials=settings.client_credentials()) as client:
         manifest = client.describe(table)
         rows = client.fetch(manifest, list(ids)).astype(np.float32)
-    blocks = f"{'X0 and ' * manifest.x0}{manifest.num_layers} layers of {manifest.hidden_size}"
-    click.echo(f"{manifest.ref}: {len(ids)} rows, {blocks}, {manifest.codec}", err=True)
+    blocks = f"{'X0 and ' * manifest.has_x0}{len(manifest.layers)} layers of {manifest.width}"
+    click.echo(f"{manifest.ref}: {len(ids)} rows, {blocks}, {manifest.codec_name}", err=True)
     for i, row in zip(ids, rows, strict=True):
         click.echo(f"{i:>8}  " + " ".join(f"{norm:8.3f}" for norm in np.linalg.norm(row, axis=-1)))
     if out:

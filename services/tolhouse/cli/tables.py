@@ -128,7 +128,7 @@ def compress(settings: config.CompressConfig, checkpoint: Path, publish_it: bool
         scheme = replace(scheme, head=plain.vocab_size // HEAD_SHARE)
     check(plain, scheme)
     counts = count_tokens(opened.tokenizer(), settings.corpus, plain.vocab_size)
-    rows = model_rows(opened, plain.x0, plain.layers)
+    rows = model_rows(opened, plain.has_x0, plain.layers)
     made = compress_rows(plain, rows, counts, scheme)
     share = bytes_at_16_bit(plain) / made.bytes
     ranks = (
@@ -171,9 +171,9 @@ def _each_store(settings: config.StoreConfig, work: Callable[[Any], Any]) -> Non
             store.close()
 
 
-def _own_companions(manifest: Manifest) -> tuple[str, ...]:
+def _own_auxiliary(manifest: Manifest) -> tuple[str, ...]:
     """Those that are stored for it: an overlay's basis and head are its parent's."""
-    return tuple(ref for ref in manifest.companions if not manifest.parent or ref == manifest.edits)
+    return tuple(ref for ref in manifest.auxiliary if not manifest.parent or ref == manifest.edits)
 
 
 @tables.command("list")
@@ -189,9 +189,9 @@ def list_tables(settings: config.StoreConfig) -> None:
         )
         sizes = {m.ref: m.table_bytes for m, _ in found}
         for m, published in found:
-            size = m.table_bytes + sum(sizes.get(ref, 0) for ref in _own_companions(m))
+            size = m.table_bytes + sum(sizes.get(ref, 0) for ref in _own_auxiliary(m))
             click.echo(
-                f"{'*' if published else ' '} {m.ref}  {m.codec:5} {m.num_records:>8} rows {m.num_layers:>3} layers{' + X0' if m.x0 else '':5} {size / 1e6:>10.1f} MB{f'  over {m.parent}' * bool(m.parent)}"
+                f"{'*' if published else ' '} {m.ref}  {m.codec_name:5} {m.num_records:>8} rows {len(m.layers):>3} layers{' + X0' if m.has_x0 else '':5} {size / 1e6:>10.1f} MB{f'  over {m.parent}' * bool(m.parent)}"
             )
 
     _each_store(settings, work)
@@ -331,7 +331,7 @@ def overlay(
             store, manifest.ref, *edited_rows(store, manifest, copied, scaled, given)
         )
         size = made.table_bytes + sum(
-            store.manifest(ref).table_bytes for ref in _own_companions(made)
+            store.manifest(ref).table_bytes for ref in _own_auxiliary(made)
         )
         click.echo(
             f"{made.num_records} changed rows over {made.parent}, {size / 1e3:.1f} kB, in {store.url}",

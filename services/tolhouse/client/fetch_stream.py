@@ -53,7 +53,7 @@ class Request:
                 )
                 return True
             ids = self.ids[part]
-            if bad := self.manifest.take(
+            if bad := self.manifest.copy_records(
                 ids, reply.records, range(count), self.out, self.places[part]
             ):
                 self.done.set_exception(

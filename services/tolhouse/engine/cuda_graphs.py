@@ -34,7 +34,7 @@ class GraphRunner(Runner):
     def __init__(self, model: Transformer, pages: PagedKVCache, rows: Rows | NoRows) -> None:
         super().__init__(model, pages, rows)
         self.carried = bool(
-            rows.manifest and rows.manifest.x0
+            rows.manifest and rows.manifest.has_x0
         )  # then nothing can begin without rows
         self.graphs: dict[tuple[int, int], DecodeGraph] = {}
         self.pool = (

@@ -29,7 +29,7 @@ def decode(records_UB: Tensor, manifest: Manifest, index_T: Tensor | None = None
             f"the records of {manifest.ref} hold coefficients: their rows come from a Decoder"
         )
     count = len(records_UB if index_T is None else index_T)
-    blocks, size = manifest.num_blocks, manifest.hidden_size
+    blocks, size = manifest.num_blocks, manifest.width
     rows_NTD = torch.empty(blocks, count, size, device=records_UB.device)
     step = max(1, _PIECE_VALUES.get(records_UB.device.type, _GPU_PIECE_VALUES) // (blocks * size))
     for start in range(0, count, step):
@@ -38,18 +38,18 @@ def decode(records_UB: Tensor, manifest: Manifest, index_T: Tensor | None = None
             records_UB[part] if index_T is None else records_UB.index_select(0, index_T[part])
         )
         blocks_TNB = piece_TB[:, :-8].unflatten(1, (blocks, -1))  # without the checksum
-        _INTO[manifest.codec](blocks_TNB, rows_NTD[:, part].transpose(0, 1))
+        _INTO[manifest.codec_name](blocks_TNB, rows_NTD[:, part].transpose(0, 1))
     return rows_NTD
 
 
 def decode_block(records_UB: Tensor, manifest: Manifest, block: int, index_T: Tensor) -> Tensor:
     """One block of `records_UB[index_T]`: its row float32 [T, D], or its coefficients [T, r]."""
-    sizes = manifest.ranks or (manifest.hidden_size,) * manifest.num_blocks
-    start = sum(manifest.codec_.block(size).itemsize for size in sizes[:block])
-    end = start + manifest.codec_.block(sizes[block]).itemsize
+    sizes = manifest.ranks or (manifest.width,) * manifest.num_blocks
+    start = sum(manifest.codec.block(size).itemsize for size in sizes[:block])
+    end = start + manifest.codec.block(sizes[block]).itemsize
     block_TB = records_UB[:, start:end].index_select(0, index_T)
     values_TS = torch.empty(len(index_T), sizes[block], device=block_TB.device)
-    _INTO[manifest.codec](block_TB[:, None], values_TS[:, None])
+    _INTO[manifest.codec_name](block_TB[:, None], values_TS[:, None])
     return values_TS
 
 
@@ -68,26 +68,26 @@ class Staged:
 
 
 class Decoder:
-    """Rows of one table in `dtype` on `device`, from its records and its companions."""
+    """Rows of one table in `dtype` on `device`, from its records and its auxiliary tables."""
 
     def __init__(
-        self, companions: AuxiliaryTables, device: torch.device, dtype: torch.dtype
+        self, auxiliary: AuxiliaryTables, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.manifest, self.dtype, self.head = companions.manifest, dtype, companions.head
+        self.manifest, self.dtype, self.finer = auxiliary.manifest, dtype, auxiliary.finer
         self.means: list[Tensor] = []
         self.vectors: list[Tensor] = []
-        if companions.basis:
-            self.means = [torch.from_numpy(mean).to(device) for mean in companions.basis.means]
-            self.vectors = [torch.from_numpy(v).to(device) for v in companions.basis.vectors]
-        self.head_records = (
+        if auxiliary.basis:
+            self.means = [torch.from_numpy(mean).to(device) for mean in auxiliary.basis.means]
+            self.vectors = [torch.from_numpy(v).to(device) for v in auxiliary.basis.vectors]
+        self.finer_records = (
             None
-            if companions.head_records is None
-            else torch.from_numpy(companions.head_records).to(device)
+            if auxiliary.finer_records is None
+            else torch.from_numpy(auxiliary.finer_records).to(device)
         )
 
     def rows(self, staged: Staged) -> Tensor:
         """[N, T, D]"""
-        if not (self.vectors or self.head):
+        if not (self.vectors or self.finer):
             return decode(staged.records, self.manifest, staged.index).to(self.dtype)
         return torch.stack([self.block(staged, block) for block in range(self.manifest.num_blocks)])
 
@@ -96,8 +96,10 @@ class Decoder:
         row_TD = decode_block(staged.records, self.manifest, block, staged.index)
         if self.vectors:
             row_TD = torch.addmm(self.means[block], row_TD, self.vectors[block])
-        if self.head and self.head_records is not None and staged.places is not None:
-            finer_TD = decode_block(self.head_records, self.head, block, staged.places.clamp(min=0))
+        if self.finer and self.finer_records is not None and staged.places is not None:
+            finer_TD = decode_block(
+                self.finer_records, self.finer, block, staged.places.clamp(min=0)
+            )
             row_TD = torch.where(staged.places[:, None] >= 0, finer_TD, row_TD)
         return row_TD.to(self.dtype)
 
@@ -111,15 +113,15 @@ class LayerwiseRows:
     def __init__(self, decoder: Decoder, staged: Staged, num_rows: int) -> None:
         manifest = decoder.manifest
         self.decoder, self.staged = decoder, staged
-        self.block_of: list[int | None] = [0] if manifest.x0 else []
-        present = {layer: block for block, layer in enumerate(manifest.layers, manifest.x0)}
+        self.block_of: list[int | None] = [0] if manifest.has_x0 else []
+        present = {layer: block for block, layer in enumerate(manifest.layers, manifest.has_x0)}
         self.block_of += [present.get(layer) for layer in range(num_rows)]
 
     def __len__(self) -> int:
         return len(self.block_of)
 
     def __getitem__(self, number: int) -> Tensor | None:
-        block, scales, x0 = self.block_of[number], self.staged.scales, self.decoder.manifest.x0
+        block, scales, x0 = self.block_of[number], self.staged.scales, self.decoder.manifest.has_x0
         if block is None:
             return None
         row_TD = self.decoder.block(self.staged, block)
@@ -132,7 +134,7 @@ class LayerwiseRows:
 
 def is_long(count: int, manifest: Manifest) -> bool:
     """Whether the rows of so many tokens are more than the processor's last cache holds."""
-    return count * manifest.num_blocks * manifest.hidden_size > _PIECE_VALUES["cpu"]
+    return count * manifest.num_blocks * manifest.width > _PIECE_VALUES["cpu"]
 
 
 def _plain(dtype: torch.dtype) -> Callable[[Tensor, Tensor], None]:

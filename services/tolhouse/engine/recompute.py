@@ -53,6 +53,8 @@ class Recompute:
         return np.concatenate(
             [
                 self.manifest.encode(ids[part], rows)
-                for part, rows in batches(self.model, ids, self.manifest.x0, self.manifest.layers)
+                for part, rows in batches(
+                    self.model, ids, self.manifest.has_x0, self.manifest.layers
+                )
             ]
         )

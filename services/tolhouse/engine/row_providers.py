@@ -53,9 +53,9 @@ class Rows:
         companions = client.companions(manifest)
         self.decoder, self.num_rows = (
             Decoder(companions, device, dtype),
-            num_rows or manifest.num_layers,
+            num_rows or len(manifest.layers),
         )
-        self.places = companions.places.astype(np.int64) if companions.head else None
+        self.places = companions.finer_slots.astype(np.int64) if companions.finer else None
         self.mirror = DeviceRowCache(manifest, cache_bytes, device)
         self.cache, self.records = self.mirror.cache, self.mirror.records
         self.from_cache = self.from_remote = self.recomputed = self.remote_bytes = self.fetches = 0
@@ -100,7 +100,7 @@ class Rows:
 
     def decode(self, staged: Staged) -> Tensor | LayerwiseRows:
         """Rows [N, T, D] in `dtype`."""
-        odd = staged.scales is not None or self.manifest.num_layers < self.num_rows
+        odd = staged.scales is not None or len(self.manifest.layers) < self.num_rows
         if odd or (self.device.type == "cpu" and is_long(len(staged.index), self.manifest)):
             return LayerwiseRows(self.decoder, staged, self.num_rows)
         return self.decoder.rows(staged)
@@ -322,9 +322,9 @@ def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
     require(set(manifest.layers) <= set(layers), "layers", str(manifest.layers), str(layers))
     config = checkpoint.config
     require(
-        (manifest.vocab_size, manifest.hidden_size) == (config.vocab_size, config.hidden_size),
+        (manifest.vocab_size, manifest.width) == (config.vocab_size, config.hidden_size),
         "vocabulary and hidden size",
-        f"{manifest.vocab_size}, {manifest.hidden_size}",
+        f"{manifest.vocab_size}, {manifest.width}",
         f"{config.vocab_size}, {config.hidden_size}",
     )
 

@@ -28,7 +28,8 @@ from tolhouse.errors import (
 from tolhouse.logs import event
 from tolhouse.net.tls import is_loopback
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
-from tolhouse.table.manifest import Buffer, Manifest, check_name, digest, split_ref
+from tolhouse.table.manifest import Manifest, check_name, split_ref
+from tolhouse.table.records import Buffer, digest
 
 _WAIT_SECONDS = 1.0  # between two tries to reach a store
 LEASE_SECONDS = 30.0  # after its last use, a version counts as used for so long
@@ -276,8 +277,8 @@ def publish(store: Store, ref: str) -> Manifest:
 
 
 def refuse_part(store: Store, ref: str, what: str) -> None:
-    """InvalidArgument, with `what` it is not, if the version is a companion of another."""
-    if of := [m.ref for m in _complete(store) if ref in m.companions]:
+    """InvalidArgument, with `what` it is not, if the version is a part of another."""
+    if of := [m.ref for m in _complete(store) if ref in m.auxiliary]:
         raise InvalidArgument(f"{ref} is a part of {', '.join(of)} and {what}")
 
 
@@ -342,7 +343,7 @@ def delete(store: Store, ref: str, force: bool = False) -> Manifest:
             f"{ref} is published: publish or roll back to another version before deleting it"
         )
     others = [m for m, _ in tables(store) if m.ref != ref]
-    if above := [m.ref for m in others if ref in m.needs]:
+    if above := [m.ref for m in others if ref in m.dependencies]:
         raise InUse(f"{ref} is a part of {', '.join(above)}: delete that first")
     if not force and store.leased(manifest):
         raise InUse(
@@ -358,14 +359,14 @@ def delete(store: Store, ref: str, force: bool = False) -> Manifest:
         )
         store.set_alias(name, Alias(now, tuple(history)))
     store.delete(manifest)
-    for companion in manifest.companions:
-        if not any(companion in m.needs for m in others):
+    for part in manifest.auxiliary:
+        if not any(part in m.dependencies for m in others):
             with contextlib.suppress(NotFound):
-                store.delete(store.manifest(companion))
+                store.delete(store.manifest(part))
     return manifest
 
 
-def companions(store: Store, manifest: Manifest) -> AuxiliaryTables:
+def auxiliary_of(store: Store, manifest: Manifest) -> AuxiliaryTables:
     """What a table's rows need besides its records; NotFound, Corrupt."""
 
     def read(ref: str) -> tuple[Manifest, np.ndarray]:
@@ -385,7 +386,9 @@ def records_of(store: Store, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
 def rows_of(store: Store, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
     """Rows float32 [T, N, D] of `ids` [T], as the table has them."""
     return (
-        companions(store, manifest).decode(ids, records_of(store, manifest, ids)).astype(np.float32)
+        auxiliary_of(store, manifest)
+        .decode(ids, records_of(store, manifest, ids))
+        .astype(np.float32)
     )
 
 

@@ -26,7 +26,8 @@ from safetensors.numpy import save_file
 
 from tolhouse.errors import Corrupt, InvalidArgument, NotFound, TolhouseError, Unavailable
 from tolhouse.store import LEASE_SECONDS, Alias, Store, by_shard
-from tolhouse.table.manifest import Buffer, Manifest, check_name, split_ref
+from tolhouse.table.manifest import Manifest, check_name, split_ref
+from tolhouse.table.records import Buffer
 
 
 class FileStore(Store):
@@ -55,7 +56,7 @@ class FileStore(Store):
             manifest = Manifest.from_json(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             raise NotFound(f"table {ref} is not in {self.url}") from None
-        except InvalidArgument as error:
+        except (InvalidArgument, Corrupt) as error:
             raise Corrupt(f"{path}: {error}") from None
         if manifest.ref != ref:
             raise Corrupt(f"{path} describes table {manifest.ref}")

@@ -4,15 +4,15 @@ It is published, rolled back and deleted like any version, and resolved where ro
 parent's. An overlay over an overlay becomes one over the first one's parent, with the changed rows of both.
 """
 
-import hashlib
 from dataclasses import replace
 
 import numpy as np
 
 from tolhouse.errors import IdOutOfRange, InvalidArgument
-from tolhouse.store import Store, companions, records_of, refuse_part, resolve, rows_of
+from tolhouse.store import Store, auxiliary_of, records_of, refuse_part, resolve
 from tolhouse.table.codecs import codec
-from tolhouse.table.manifest import MAX_CHANGED, Manifest, digest
+from tolhouse.table.manifest import MAX_CHANGED, Manifest, content_id
+from tolhouse.table.records import digest
 
 
 def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> Manifest:
@@ -37,91 +37,76 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
         raise IdOutOfRange(
             f"token id {bad[0]} is outside table {manifest.ref}: allowed are 0 to {manifest.vocab_size - 1}"
         )
-    shape = len(ids), manifest.num_blocks, manifest.hidden_size
+    shape = len(ids), manifest.num_blocks, manifest.width
     if rows.shape != shape:
         raise InvalidArgument(
-            f"rows have the shape {list(rows.shape)}; {len(ids)} rows of {manifest.ref} have {list(shape)}"
+            f"rows have the shape {list(rows.shape)}; "
+            f"{len(ids)} rows of {manifest.ref} have {list(shape)}"
         )
     base = store.parent(manifest) if manifest.parent else manifest
-    before = np.setdiff1d(manifest.changed, ids).astype(
-        np.uint32
-    )  # what an earlier overlay changed, and this one does not
-    kept = records_of(store, manifest, before)
+    # what an earlier overlay changed, and this one does not, is copied: encoding it again would change it again
+    before = np.setdiff1d(manifest.changed, ids).astype(np.uint32)
     if len(ids) + len(before) > MAX_CHANGED:
         raise InvalidArgument(
-            f"{len(ids) + len(before)} changed rows are more than an overlay may have, {MAX_CHANGED}: build another table"
+            f"{len(ids) + len(before)} changed rows are more than an overlay may have, "
+            f"{MAX_CHANGED}: build another table"
         )
     order = np.argsort(np.concatenate([ids, before]))
     changed = np.concatenate([ids, before])[order].astype(np.uint32)
     rows = np.ascontiguousarray(rows, np.float32)
-    # what an earlier overlay changed is taken over as it is: to encode it once more would change it again
-    records = np.concatenate([companions(store, base).encode(ids.astype(np.uint32), rows), kept])[
-        order
-    ]
-    edits, finer = (
-        _edits(store, base, manifest, before, rows, order) if base.companions else (None, None)
-    )
-    if edits is not None and finer is not None:
-        store.write_shard(edits, 0, finer)
-        edits = replace(edits, shards=(digest(finer),))
-        store.commit(edits)
-    content = hashlib.sha256(
-        f"overlay {base.ref} {base.codec} {edits.ref if edits else ''}".encode() + changed.tobytes()
-    )
-    content.update(records[:, :-8].tobytes())
+    fresh = auxiliary_of(store, base).encode(ids.astype(np.uint32), rows)
+    records = np.concatenate([fresh, records_of(store, manifest, before)])[order]
+    edits = _write_edits(store, base, manifest, before, rows, order) if base.auxiliary else ""
     overlay = replace(
         base,
-        version=content.hexdigest()[:16],
+        version=content_id("overlay", base.ref, edits, changed, records[:, :-8]),
         parent=base.ref,
         changed=tuple(changed.tolist()),
-        edits=edits.ref if edits else "",
-        num_shards=1,
-        shards=(),
+        edits=edits,
     )
-    overlay.seal(changed, records)
-    store.write_shard(overlay, 0, records)
-    overlay = replace(overlay, shards=(digest(records),))
-    store.commit(overlay)
-    return overlay
+    return _write(store, overlay, changed, records)
 
 
-def _edits(
+def _write_edits(
     store: Store,
     base: Manifest,
     manifest: Manifest,
     before: np.ndarray,
     rows: np.ndarray,
     order: np.ndarray,
-) -> tuple[Manifest, np.ndarray]:
-    """The changed rows of a compressed table, whose own records are too coarse for an edit: a table of them, and its sealed records."""
-    finer = (
-        store.manifest(base.head).codec
-        if base.head
-        else min(base.codec, "int8", key=lambda name: codec(name).relative_error)
-    )
-    plain = replace(
+) -> str:
+    """Store the changed rows of a compressed table, whose own records are too coarse for an edit, as a table of theirs."""
+    if base.frequent_rows:
+        finer = store.manifest(base.frequent_rows).codec_name
+    else:
+        finer = min(base.codec_name, "int8", key=lambda name: codec(name).relative_error)
+    edits = replace(
         base,
-        codec=finer,
+        name=f"{base.name[:58]}.edits",
+        codec_name=finer,
         vocab_size=len(order),
-        num_shards=1,
         frequent=(),
         ranks=(),
         basis="",
-        head="",
+        frequent_rows="",
+        num_shards=1,
         shards=(),
     )
     ids = np.arange(len(order), dtype=np.uint32)
+    records = edits.encode(ids[: len(rows)], rows)
     if manifest.edits:
-        kept = records_of(
-            store,
-            store.manifest(manifest.edits),
-            np.searchsorted(manifest.changed, before).astype(np.uint32),
-        )
-    else:  # nothing was changed yet, or by a version from before there were edits
-        kept = plain.encode(before, rows_of(store, manifest, before))
-    records = np.concatenate([plain.encode(ids[: len(rows)], rows), kept])[order]
-    version = hashlib.sha256(
-        f"edits {finer} {base.layers} {base.x0}".encode() + records[:, :-8].tobytes()
-    )
-    found = replace(plain, name=f"{base.name[:58]}.edits", version=version.hexdigest()[:16])
-    return found, found.seal(ids, records)
+        kept = np.searchsorted(manifest.changed, before).astype(np.uint32)
+        earlier = records_of(store, store.manifest(manifest.edits), kept)
+        records = np.concatenate([records, earlier])
+    records = records[order]
+    version = content_id("edits", finer, base.blocks, records[:, :-8])
+    return _write(store, replace(edits, version=version), ids, records).ref
+
+
+def _write(store: Store, manifest: Manifest, ids: np.ndarray, records: np.ndarray) -> Manifest:
+    manifest = replace(manifest, num_shards=1, shards=())
+    manifest.add_checksums(ids, records)
+    store.write_shard(manifest, 0, records)
+    manifest = replace(manifest, shards=(digest(records),))
+    store.commit(manifest)
+    return manifest

@@ -1,6 +1,6 @@
 """The Redis store: a copy of a table that can be loaded again. Standalone and Cluster run through the same lines.
 
-    tolhouse:{name@version:k}            hash: token id -> record; one shard, so one slot of a Cluster
+    tolhouse:{name@version:shards-64:k}  hash: token id -> record; one shard, so one slot of a Cluster
     tolhouse:{name@version}:manifest     string, written last
     tolhouse:{name@version}:lease        string that expires: the version is in use
     tolhouse:{name}:alias                string
@@ -45,7 +45,8 @@ from tolhouse.logs import event
 from tolhouse.net.health import SUSPECT_SECONDS
 from tolhouse.store import LEASE_SECONDS, Alias, Store, by_shard, not_understood, shown
 from tolhouse.store.nodes import Nodes
-from tolhouse.table.manifest import Buffer, Manifest, check_name, split, split_ref
+from tolhouse.table.manifest import Manifest, check_name, split_ref
+from tolhouse.table.records import Buffer, record_views
 
 _TABLES = "tolhouse:tables"
 _WRITE_BYTES = 1 << 20  # per HSET
@@ -108,7 +109,7 @@ class RedisStore(Store):
             raise NotFound(f"table {ref} is not in {self.url}")
         try:
             manifest = Manifest.from_json(text)
-        except InvalidArgument as error:
+        except (InvalidArgument, Corrupt) as error:
             raise Corrupt(f"{ref} in {self.url}: {error}") from None
         if manifest.ref != ref:
             raise Corrupt(f"{ref} in {self.url} describes table {manifest.ref}")
@@ -217,7 +218,7 @@ class RedisStore(Store):
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
         key, ids = _shard_key(manifest, shard), manifest.shard_ids(shard).tolist()
         step = max(1, _WRITE_BYTES // manifest.record_bytes)
-        views = list(split(np.ascontiguousarray(records)))
+        views = list(record_views(np.ascontiguousarray(records)))
         with self._mapped():
             self._redis.unlink(key)
             for start in range(0, len(ids), step * _WRITES_AHEAD):
@@ -400,4 +401,4 @@ def _connection(pool: ConnectionPool) -> Iterator[AbstractConnection]:
 
 
 def _shard_key(manifest: Manifest, shard: int) -> str:
-    return f"tolhouse:{{{manifest.ref}:{shard}}}"
+    return f"tolhouse:{{{manifest.ref}:{manifest.layout}-{manifest.num_shards}:{shard}}}"

@@ -1,9 +1,11 @@
-"""What the rows of a compressed table need besides its own records; both are tables of their own, published by nobody.
+"""What the rows of a table need besides its own records: tables of their own, published by nobody.
 
-basis   low rank: a layer's row is its mean plus coefficients times basis vectors, and a record holds coefficients alone. Record i of the
-        table `basis` is a vector: for each block the mean, then its vectors.
-head    the rows of the most frequent tokens in a finer codec: record i is that of the i-th of `frequent`.
-edits   the rows that an overlay of such a table changes, in the head's codec or one as fine: record i is that of the i-th of `changed`.
+basis          low rank: a block's row is its mean plus coefficients times basis vectors, and a
+               record holds the coefficients alone. A record of this table is a vector: for each
+               block the mean, then its vectors.
+frequent_rows  the rows of the most frequent tokens in a finer codec, in the order of `frequent`.
+edits          the rows that an overlay of such a table changes, in the same codec or one as fine,
+               in the order of `changed`.
 """
 
 from collections.abc import Callable
@@ -15,9 +17,7 @@ import numpy as np
 from tolhouse.errors import Corrupt
 from tolhouse.table.manifest import Manifest
 
-Fetch = Callable[
-    [str], tuple[Manifest, np.ndarray]
-]  # "name@version" to the manifest and all records, verified
+Fetch = Callable[[str], tuple[Manifest, np.ndarray]]  # "name@version" to manifest and all records
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,13 @@ class Basis:
 
     def rows(self, coefficients: list[np.ndarray]) -> np.ndarray:
         """Rows float32 [T, N, D]."""
-        return np.stack(
-            [
-                self.means[k] + c @ v
-                for k, (c, v) in enumerate(zip(coefficients, self.vectors, strict=True))
-            ],
-            axis=1,
-        )
+        blocks = zip(self.means, coefficients, self.vectors, strict=True)
+        return np.stack([mean + c @ v for mean, c, v in blocks], axis=1)
 
     def table(self) -> np.ndarray:
         """The same as rows float32 [R, 1, D] of a table."""
-        return np.concatenate(
-            [part for k, v in enumerate(self.vectors) for part in (self.means[k : k + 1], v)]
-        )[:, None]
+        parts = zip(self.means, self.vectors, strict=True)
+        return np.concatenate([part for mean, v in parts for part in (mean[None], v)])[:, None]
 
     @classmethod
     def of(cls, rows: np.ndarray, ranks: tuple[int, ...]) -> "Basis":
@@ -60,77 +54,68 @@ class Basis:
 
 @dataclass(frozen=True)
 class AuxiliaryTables:
-    """Of one table; empty for one that is not compressed so."""
+    """Those of one table; empty for one that is not compressed so."""
 
     manifest: Manifest
     basis: Basis | None = None
-    head: Manifest | None = None  # how its records and those of edits are laid out
-    head_records: np.ndarray | None = (
-        None  # uint8 [H, its record_bytes], those of edits behind them
+    finer: Manifest | None = None  # how `finer_records` are laid out
+    finer_records: np.ndarray | None = (
+        None  # uint8 [F, its record_bytes]: frequent rows, then edits
     )
 
     def encode(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Sealed records of the table itself for rows float32 [T, N, D]."""
+        """Records of the table itself for rows float32 [T, N, D]."""
         return self.manifest.encode(ids, self.basis.coefficients(rows) if self.basis else rows)
 
     def decode(self, ids: np.ndarray, records: np.ndarray) -> np.ndarray:
-        """Rows [T, N, D] of `ids` [T] from the table's own records; a view of them where nothing is compressed and the codec is a float's."""
-        rows = (
-            self.basis.rows(self.manifest.coefficients(records))
-            if self.basis
-            else self.manifest.decode(records)
-        )
-        if self.head is None or self.head_records is None:
+        """Rows [T, N, D] of `ids` [T] from the table's own records; a view of them if it can be."""
+        if self.basis:
+            rows = self.basis.rows(self.manifest.coefficients(records))
+        else:
+            rows = self.manifest.decode(records)
+        if self.finer is None or self.finer_records is None:
             return rows
-        rows = rows.astype(np.float32)
-        places = self.places[ids]
-        rows[places >= 0] = self.head.decode(self.head_records[places[places >= 0]])
+        rows, slots = rows.astype(np.float32), self.finer_slots[ids]
+        rows[slots >= 0] = self.finer.decode(self.finer_records[slots[slots >= 0]])
         return rows
 
     @cached_property
-    def places(self) -> np.ndarray:
-        """Where in the head each token's row is, -1 where it has none; int32 [V]."""
-        places = np.full(self.manifest.vocab_size, -1, np.int32)
-        if self.head_records is not None:
-            edited = len(self.manifest.changed) if self.manifest.edits else 0
-            head = len(self.head_records) - edited
-            places[list(self.manifest.frequent[:head])] = np.arange(head)
-            places[list(self.manifest.changed)] = np.arange(head, head + edited) if edited else -1
-        return places
+    def finer_slots(self) -> np.ndarray:
+        """Where in `finer_records` each token's row is, -1 where it has none; int32 [V]."""
+        slots = np.full(self.manifest.vocab_size, -1, np.int32)
+        if self.finer_records is not None:
+            edited = self.manifest.changed if self.manifest.edits else ()
+            count = len(self.finer_records) - len(edited)
+            slots[list(self.manifest.frequent[:count])] = np.arange(count)
+            slots[list(edited)] = np.arange(count, count + len(edited))
+        return slots
 
 
 def load_auxiliary(manifest: Manifest, fetch: Fetch) -> AuxiliaryTables:
-    """The companions of a table; Corrupt where they are not what it says."""
-    if not manifest.companions:
-        return AuxiliaryTables(manifest)
+    """The auxiliary tables of a table; Corrupt where they are not what it says."""
 
-    def fit(ok: bool, found: Manifest) -> None:
-        if not ok or found.hidden_size != manifest.hidden_size:
-            raise Corrupt(f"table {found.ref} does not fit {manifest.ref}, which needs it")
+    def load(ref: str, num_blocks: int, allowed: range) -> tuple[Manifest, np.ndarray]:
+        table, records = fetch(ref)
+        if (table.width, table.num_blocks) != (manifest.width, num_blocks) or (
+            table.vocab_size not in allowed
+        ):
+            raise Corrupt(f"table {ref} does not fit {manifest.ref}, which needs it")
+        return table, records
 
-    basis, head, head_records = None, None, None
+    basis, parts = None, []
     if manifest.basis:
-        found, records = fetch(manifest.basis)
-        fit(
-            found.vocab_size == sum(manifest.ranks) + manifest.num_blocks and found.num_blocks == 1,
-            found,
-        )
-        basis = Basis.of(found.decode(records).astype(np.float32), manifest.ranks)
-    if manifest.head:
-        head, head_records = fetch(manifest.head)
-        fit(
-            head.vocab_size <= len(manifest.frequent) and head.num_blocks == manifest.num_blocks,
-            head,
-        )
+        count = sum(manifest.ranks) + manifest.num_blocks
+        table, records = load(manifest.basis, 1, range(count, count + 1))
+        basis = Basis.of(table.decode(records).astype(np.float32), manifest.ranks)
+    if manifest.frequent_rows:
+        allowed = range(1, len(manifest.frequent) + 1)
+        parts.append(load(manifest.frequent_rows, manifest.num_blocks, allowed))
     if manifest.edits:
-        edits, records = fetch(manifest.edits)
-        fit(
-            edits.vocab_size == len(manifest.changed) and edits.num_blocks == manifest.num_blocks,
-            edits,
-        )
-        fit(head is None or edits.record_dtype == head.record_dtype, edits)
-        head, head_records = (
-            edits,
-            records if head_records is None else np.concatenate([head_records, records]),
-        )
-    return AuxiliaryTables(manifest, basis, head, head_records)
+        count = len(manifest.changed)
+        parts.append(load(manifest.edits, manifest.num_blocks, range(count, count + 1)))
+    if len({table.record_dtype for table, _ in parts}) > 1:
+        raise Corrupt(f"tables {' and '.join(manifest.auxiliary)} of {manifest.ref} do not fit")
+    if not parts:
+        return AuxiliaryTables(manifest, basis)
+    finer_records = np.concatenate([records for _, records in parts])
+    return AuxiliaryTables(manifest, basis, parts[0][0], finer_records)

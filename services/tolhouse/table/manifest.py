@@ -1,193 +1,199 @@
-"""The identity card of a table and the layout of its records.
+"""The manifest: what a table is, where its records stand and how they are laid out.
 
-A record is one token's row: a block per present layer, lowest layer first, then the 8-byte checksum. Where the table
-carries X0, the token's embedding, its block stands before them. The checksum is XXH3-64 over the blocks, seeded with the
-table's version and the token's id: a record that is altered, torn, of another version or of another token does not pass.
+A record is one token's row: its blocks in the manifest's order, then the 8-byte checksum. An
+overlay is a version that holds the changed rows alone, over a parent that holds them all: a row
+that it has not changed is the parent's record, checksum and all.
 
-An overlay is a version that holds the changed rows alone, over a parent that holds them all. A row that it has not changed is
-the parent's record, checksum and all.
+In JSON a manifest carries the digest of all its other fields. Fields at their default are not
+written. `requires` names the optional fields without which a reader would give wrong rows; fields
+that a reader does not know are kept unless they are required.
 """
 
 import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import xxhash
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 from tolhouse.errors import Corrupt, IdOutOfRange, InvalidArgument
 from tolhouse.table.codecs import Codec, codec
+from tolhouse.table.records import Buffer, checksum, checksum_ok, record_views
 
-FORMAT = 1
-Buffer = bytes | memoryview  # one record
+FORMAT = 2
 MAX_RECORD_BYTES = 3 << 20  # a record travels whole, within gRPC's default message of 4 MiB
 MAX_SHARDS = 65_536
 MAX_FREQUENT = 32_768
 MAX_CHANGED = 100_000  # rows of an overlay: its manifest names them, and travels whole
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_DIGEST = re.compile(r"[0-9a-f]{32}")
 _VERSION = re.compile(r"[0-9a-f]{16}")
 _GOLDEN_64 = 0x9E3779B97F4A7C15
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a table is. `shards` holds a digest per shard once the build is complete, and is empty before."""
+def content_id(*parts: object) -> str:
+    """A version: 16 hex digits over `parts`, each an array (its bytes) or what JSON can hold."""
+    hashed = hashlib.sha256()
+    for part in (FORMAT, *parts):
+        is_array = isinstance(part, np.ndarray)
+        data = np.ascontiguousarray(part).data if is_array else json.dumps(part).encode()
+        hashed.update(memoryview(data).nbytes.to_bytes(8, "little"))
+        hashed.update(data)
+    return hashed.hexdigest()[:16]
 
-    name: str
-    version: str  # 16 hex digits; see `content_id`
-    codec: str
-    vocab_size: int
-    hidden_size: int
-    layers: tuple[int, ...]  # the layers whose rows are present, ascending
-    num_shards: int
+
+def check_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise InvalidArgument(
+            f"table name {name!r} is not allowed: 1 to 64 letters, digits, dots, dashes and "
+            "underscores, beginning with a letter or digit"
+        )
+    return name
+
+
+def split_ref(ref: str) -> tuple[str, str | None]:
+    """("name", "version") of "name@version", ("name", None) of "name"; else InvalidArgument."""
+    name, at, version = ref.partition("@")
+    check_name(name)
+    if at and not _VERSION.fullmatch(version):
+        raise InvalidArgument(
+            f"table {ref!r}: a version is 16 hex digits, as `tolhouse tables list` shows them"
+        )
+    return name, version if at else None
+
+
+def _check_ref(ref: str) -> str:
+    if ref and split_ref(ref)[1] is None:
+        raise InvalidArgument(f"manifest: {ref!r} must be name@version")
+    return ref
+
+
+Ids = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
+Ref = Annotated[str, AfterValidator(_check_ref)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Block = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}(\.(0|[1-9][0-9]{0,4}))?$")]
+Blocks = Annotated[tuple[Block, ...], Field(strict=False, min_length=1)]
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True))
+class Manifest:
+    """What a table is; InvalidArgument where the fields do not make a table."""
+
+    name: Annotated[str, AfterValidator(check_name)]
+    version: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]  # see `content_id`
+    codec_name: Annotated[str, AfterValidator(lambda name: codec(name).name)]
+    vocab_size: Annotated[int, Field(gt=0, le=2**32)]
+    blocks: Blocks  # x0, if the table has it, and ffn.3: a block of the layer of that number
+    width: Annotated[int, Field(gt=0, le=2**20)]  # values of a block
+    num_shards: Annotated[int, Field(gt=0, le=MAX_SHARDS)]
     model_id: str  # the checkpoint it was built from
     tokenizer_id: str
-    shards: tuple[str, ...] = ()
-    frequent: tuple[
-        int, ...
-    ] = ()  # token ids, the most frequent in text first: what a cache is filled with; may be empty
-    parent: str = ""  # an overlay's: "name@version" of the table, no overlay itself, whose rows it has where it has none of its own
-    changed: tuple[int, ...] = ()  # an overlay's own rows, by token id, ascending
-    ranks: tuple[int, ...] = ()  # low rank: coefficients of each block, in place of its values
-    basis: str = ""  # low rank: "name@version" of the table of basis vectors; companions.py
-    head: str = ""  # "name@version" of the table of the most frequent tokens' rows in a finer codec; companions.py
-    edits: str = ""  # a compressed table's overlay: "name@version" of the table of the changed rows in that codec; companions.py
-    x0: bool = (
-        False  # whether X0 stands in front of the layers: a worker then needs no input embedding
-    )
-    format: int = FORMAT
+    shards: Annotated[tuple[Digest, ...], Field(strict=False)] = ()  # empty before all are written
+    layout: Literal["shards"] = "shards"  # how a store lays out the records
+    frequent: Ids = ()  # token ids, the most frequent in text first: what a cache is filled with
+    parent: Ref = ""  # an overlay's: the table whose rows it has where it has none of its own
+    changed: Ids = ()  # an overlay's own rows, by token id
+    ranks: Ids = ()  # low rank: coefficients of each block, in place of its values
+    basis: Ref = ""  # low rank: the table of basis vectors; auxiliary.py
+    frequent_rows: Ref = ""  # the table of the most frequent tokens' rows in a finer codec
+    edits: Ref = ""  # a compressed table's overlay: the table of the changed rows in that codec
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # unknown fields
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explained(cls, data: Any, check: Any) -> "Manifest":
+        try:
+            return check(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where, value = ".".join(map(str, first["loc"])), f", not {first['input']!r:.60}"
+            raise InvalidArgument(
+                f"manifest: {where}: {first['msg']}{value * (first['type'] != 'missing')}"
+            ) from None
 
     def __post_init__(self) -> None:
-        def require(ok: bool, message: str) -> None:
+        count, width, size = self.num_blocks, self.width, self.vocab_size
+        if count * width > 2 * MAX_RECORD_BYTES:  # of half a byte at least
+            raise InvalidArgument(f"manifest: {count} blocks of width {width} make no record")
+        for ok, message in (
+            (
+                self.blocks == tuple(sorted(set(self.blocks), key=_block_order)),
+                f"blocks must be x0, then kind.number in order, each once, not {self.blocks!r}",
+            ),
+            (
+                len(self.frequent) <= MAX_FREQUENT
+                and len(set(self.frequent)) == len(self.frequent)
+                and max(self.frequent, default=0) < size,
+                f"frequent must be at most {MAX_FREQUENT} different token ids below {size}",
+            ),
+            (
+                len(self.changed) <= MAX_CHANGED
+                and list(self.changed) == sorted(set(self.changed))
+                and max(self.changed, default=0) < size
+                and bool(self.changed) == bool(self.parent),
+                f"changed must be at most {MAX_CHANGED} ids below {size}, ascending, of an overlay",
+            ),
+            (
+                len(self.ranks) == (count if self.basis else 0)
+                and all(0 < rank <= width for rank in self.ranks),
+                f"ranks must be numbers to {width} for each of {count} blocks if there is a basis",
+            ),
+            (self.parent or not self.edits, "edits are an overlay's, and there is no parent"),
+            (
+                len(self.shards) in (0, self.num_shards),
+                f"{len(self.shards)} digests for {self.num_shards} shards",
+            ),
+            (
+                self.record_bytes <= MAX_RECORD_BYTES,
+                f"a record of {self.record_bytes} bytes is over the limit of {MAX_RECORD_BYTES}",
+            ),
+        ):
             if not ok:
                 raise InvalidArgument(f"manifest: {message}")
-
-        require(
-            type(self.format) is int and self.format == FORMAT,
-            f"format {self.format!r} is unknown; this version reads {FORMAT}",
-        )
-        for field in (
-            "name",
-            "version",
-            "codec",
-            "model_id",
-            "tokenizer_id",
-            "parent",
-            "basis",
-            "head",
-            "edits",
-        ):
-            require(isinstance(getattr(self, field), str), f"{field} must be a string")
-        check_name(self.name)
-        require(
-            bool(_VERSION.fullmatch(self.version)), f"version {self.version!r} is not 16 hex digits"
-        )
-        codec(self.codec)
-        for field, limit in (
-            ("vocab_size", 2**32),
-            ("hidden_size", 2**20),
-            ("num_shards", MAX_SHARDS),
-        ):
-            value = getattr(self, field)
-            require(
-                type(value) is int and 0 < value <= limit,
-                f"{field} must be from 1 to {limit}, not {value!r}",
-            )
-        require(
-            len(self.layers) > 0
-            and all(type(layer) is int and 0 <= layer < 2**16 for layer in self.layers)
-            and list(self.layers) == sorted(set(self.layers)),
-            f"layers must be ascending layer numbers, not {self.layers!r}",
-        )
-        require(type(self.x0) is bool, f"x0 must be true or false, not {self.x0!r}")
-        require(
-            all(isinstance(d, str) and _DIGEST.fullmatch(d) for d in self.shards),
-            "shards must be digests of 32 hex digits",
-        )
-        require(
-            len(self.frequent) <= MAX_FREQUENT
-            and all(type(i) is int and 0 <= i < self.vocab_size for i in self.frequent)
-            and len(set(self.frequent)) == len(self.frequent),
-            f"frequent must be at most {MAX_FREQUENT} different token ids below {self.vocab_size}",
-        )
-        require(
-            len(self.changed) <= MAX_CHANGED
-            and all(type(i) is int and 0 <= i < self.vocab_size for i in self.changed)
-            and list(self.changed) == sorted(set(self.changed))
-            and bool(self.changed) == bool(self.parent),
-            f"changed must be at most {MAX_CHANGED} token ids below {self.vocab_size}, ascending, if there is a parent, and none otherwise",
-        )
-        for field in ("parent", "basis", "head", "edits"):
-            ref = getattr(self, field)
-            require(
-                not ref or split_ref(ref)[1] is not None, f"{field} {ref!r} must be name@version"
-            )
-        require(
-            all(type(r) is int and 0 < r <= self.hidden_size for r in self.ranks)
-            and len(self.ranks) == (self.num_blocks if self.basis else 0),
-            f"ranks must be a number from 1 to {self.hidden_size} for each of {self.num_blocks} blocks, if there is a basis, and none otherwise",
-        )
-        require(
-            not self.edits or bool(self.parent), "edits are an overlay's, and there is no parent"
-        )
-        require(
-            len(self.shards) in (0, self.num_shards),
-            f"{len(self.shards)} digests for {self.num_shards} shards",
-        )
-        require(
-            self.record_bytes <= MAX_RECORD_BYTES,
-            f"a record of {self.record_bytes} bytes is over the limit of {MAX_RECORD_BYTES}",
-        )
 
     @property
     def ref(self) -> str:
         return f"{self.name}@{self.version}"
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.layers)
+    @cached_property
+    def codec(self) -> Codec:
+        return codec(self.codec_name)
 
     @property
     def num_blocks(self) -> int:
-        """N of a row [N, D]: a block per layer, and one for X0 where it is there."""
-        return self.num_layers + self.x0
+        """N of a row [N, D]."""
+        return len(self.blocks)
 
     @cached_property
-    def codec_(self) -> Codec:
-        return codec(self.codec)
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose feed-forward rows are present, ascending."""
+        return tuple(int(block[4:]) for block in self.blocks if block.startswith("ffn."))
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        """ "name@version" of the other tables that its rows are made of."""
-        return tuple(ref for ref in (self.parent, *self.companions) if ref)
+    def has_x0(self) -> bool:
+        """Whether X0 stands in front: a worker then needs no input embedding."""
+        return self.blocks[0] == "x0"
 
     @property
-    def companions(self) -> tuple[str, ...]:
-        """Those of them that are published by nobody and come and go with it; companions.py."""
-        return tuple(ref for ref in (self.basis, self.head, self.edits) if ref)
+    def auxiliary(self) -> tuple[str, ...]:
+        """Tables that its rows are made of, published by nobody, which come and go with it."""
+        return tuple(ref for ref in (self.basis, self.frequent_rows, self.edits) if ref)
+
+    @property
+    def dependencies(self) -> tuple[str, ...]:
+        """All other tables that its rows are made of."""
+        return (self.parent, *self.auxiliary) if self.parent else self.auxiliary
 
     @cached_property
     def record_dtype(self) -> np.dtype:
         """`blocks`, alike; or with ranks block0, block1 and so on, each of its own size."""
-        if not self.ranks:
-            return np.dtype(
-                [
-                    ("blocks", self.codec_.block(self.hidden_size), (self.num_blocks,)),
-                    ("checksum", "<u8"),
-                ]
-            )
-        return np.dtype(
-            [
-                *((f"block{k}", self.codec_.block(rank)) for k, rank in enumerate(self.ranks)),
-                ("checksum", "<u8"),
-            ]
-        )
+        sized = [(f"block{k}", self.codec.block(rank)) for k, rank in enumerate(self.ranks)]
+        alike = [("blocks", self.codec.block(self.width), (self.num_blocks,))]
+        return np.dtype([*(sized or alike), ("checksum", "<u8")])
 
     @cached_property
     def record_bytes(self) -> int:
@@ -215,9 +221,9 @@ class Manifest:
 
     def positions(self, shard: int, ids: np.ndarray) -> np.ndarray:
         """Where in their shard the records of `ids` are."""
-        return (
-            np.searchsorted(self.shard_ids(shard), ids) if self.parent else ids // self.num_shards
-        )
+        if self.parent:
+            return np.searchsorted(self.shard_ids(shard), ids)
+        return ids // self.num_shards
 
     def owns(self, ids: np.ndarray) -> np.ndarray:
         """Which of `ids` [T] have a record of its own; bool [T]."""
@@ -231,157 +237,138 @@ class Manifest:
         if ids.size and int(ids.max()) >= self.vocab_size:
             bad = int(ids[ids >= self.vocab_size][0])
             raise IdOutOfRange(
-                f"token id {bad} is outside table {self.ref}: allowed are 0 to {self.vocab_size - 1}"
+                f"token id {bad} is outside table {self.ref}: "
+                f"allowed are 0 to {self.vocab_size - 1}"
             )
 
     # records: uint8 [T, record_bytes], one per token id of `ids`
 
     def encode(self, ids: np.ndarray, rows: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """Sealed records for float32 rows [T, N, D] of `ids`; with ranks, for each block's coefficients [T, r]."""
+        """Records of `ids` for float32 rows [T, N, D]; with ranks, for each block's [T, r]."""
         records = np.empty(len(ids), self.record_dtype)
         if self.ranks:
             for k, coefficients in enumerate(rows):
-                records[f"block{k}"] = self.codec_.encode(coefficients)
+                records[f"block{k}"] = self.codec.encode(coefficients)
         else:
-            records["blocks"] = self.codec_.encode(rows)  # type: ignore[arg-type]
-        return self.seal(ids, records.view(np.uint8).reshape(len(ids), self.record_bytes))
+            records["blocks"] = self.codec.encode(np.asarray(rows))
+        return self.add_checksums(ids, records.view(np.uint8).reshape(len(ids), self.record_bytes))
 
-    def seal(self, ids: np.ndarray, data: np.ndarray) -> np.ndarray:
-        """Records, contiguous, with the checksums that make them this version's records of `ids`, in place."""
-        records = data.view(self.record_dtype)[:, 0]
-        records["checksum"] = [
-            xxhash.xxh3_64_intdigest(r[:-8], seed)
-            for r, seed in zip(split(data), self.seeds(ids), strict=True)
+    def add_checksums(self, ids: np.ndarray, records: np.ndarray) -> np.ndarray:
+        """The records, contiguous, with the checksums of this version and `ids`, set in place."""
+        records.view(self.record_dtype)[:, 0]["checksum"] = [
+            checksum(record, seed)
+            for record, seed in zip(record_views(records), self.seeds(ids), strict=True)
         ]
-        return data
+        return records
 
     def decode(self, records: np.ndarray) -> np.ndarray:
-        """Rows [T, N, D] of records: a view of them for the float codecs, float32 values for the others."""
-        return self.codec_.decode(records.view(self.record_dtype)[..., 0]["blocks"])
+        """Rows [T, N, D]: a view of the records for float codecs, float32 values for others."""
+        return self.codec.decode(records.view(self.record_dtype)[..., 0]["blocks"])
 
     def coefficients(self, records: np.ndarray) -> list[np.ndarray]:
         """With ranks: coefficients float32 [T, r] of each block."""
-        found = records.view(self.record_dtype)[..., 0]
+        fields = records.view(self.record_dtype)[..., 0]
         return [
-            self.codec_.decode(np.ascontiguousarray(found[f"block{k}"])).astype(np.float32)
+            self.codec.decode(np.ascontiguousarray(fields[f"block{k}"])).astype(np.float32)
             for k in range(len(self.ranks))
         ]
 
     def verify(self, ids: np.ndarray, records: Iterable[Buffer]) -> None:
-        """Corrupt, naming the first bad token, unless every record is intact, of this version and of its token."""
+        """Corrupt, naming the token, unless each record is intact, of this version and token."""
         for i, seed, record in zip(ids.tolist(), self.seeds(ids), records, strict=True):
-            if not passes(record, seed):
+            if not checksum_ok(record, seed):
                 raise Corrupt(f"the row of token {i} in table {self.ref} fails its checksum")
 
-    def take(
+    def copy_records(
         self,
         ids: np.ndarray,
         source: memoryview,
-        at: Iterable[int],
+        source_slots: Iterable[int],
         out: memoryview,
-        places: Iterable[int],
+        slots: Iterable[int],
     ) -> list[int]:
-        """Copy the records of `ids` from `source` to `out`, both flat, record `at` to record `place`; indices of the bad ones.
+        """Copy records between slots of flat buffers; indices of those that fail their checksum.
 
-        One copy each, verified while it is in the core's cache. A negative `at` is a record that is not there.
+        Each is verified while it is in the core's cache. A negative source slot is no record.
         """
-        size, bad, checksum = self.record_bytes, [], xxhash.xxh3_64_intdigest
-        for n, (slot, place, seed) in enumerate(zip(at, places, self.seeds(ids), strict=True)):
-            if slot >= 0:
-                record = out[place * size : place * size + size]
-                record[:] = source[slot * size : slot * size + size]
-                if checksum(record[:-8], seed) == int.from_bytes(record[-8:], "little"):
+        size, bad = self.record_bytes, []
+        pairs = zip(source_slots, slots, self.seeds(ids), strict=True)
+        for n, (source_slot, slot, seed) in enumerate(pairs):
+            if source_slot >= 0:
+                record = out[slot * size : slot * size + size]
+                record[:] = source[source_slot * size : source_slot * size + size]
+                if checksum_ok(record, seed):
                     continue
             bad.append(n)
         return bad
 
     def seeds(self, ids: np.ndarray) -> list[int]:
-        """The seed of each token's checksum, which names the version that the record is of."""
-        versions = (
-            np.where(self.owns(ids), self._seed, self._parent_seed) if self.parent else self._seed
-        )
+        """The seed of each token's checksum: its version's and its own."""
+        versions = np.full(len(ids), int(self.version, 16), np.uint64)
+        if self.parent:
+            versions[~self.owns(ids)] = int(self.parent.rpartition("@")[2], 16)
         return (versions + ids.astype(np.uint64) * np.uint64(_GOLDEN_64)).tolist()
-
-    @cached_property
-    def _seed(self) -> np.uint64:
-        return np.uint64(int(self.version, 16))
-
-    @cached_property
-    def _parent_seed(self) -> np.uint64:
-        return np.uint64(int(self.parent.rpartition("@")[2], 16))
 
     # JSON
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+        data = {
+            name: value
+            for name, default in _FIELDS.items()
+            if (value := getattr(self, name)) != default
+        }
+        data["codec"] = data.pop("codec_name")
+        if required := [name for name in _REQUIRED if name in data]:
+            data["requires"] = required
+        data |= {**self.extra, "format": FORMAT}
+        return _canonical({**data, "digest": _digest(data)}) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Manifest":
-        """The manifest in `text`; InvalidArgument where it is malformed."""
+        """The manifest in `text`; InvalidArgument if it is malformed, Corrupt if altered."""
         try:
             data: Any = json.loads(text)
+            if not isinstance(data, dict):
+                raise InvalidArgument("manifest: not a JSON object")
+            if (number := data.get("format")) != FORMAT:
+                what_to_do = (
+                    "build the table again, and remove this one by `tolhouse tables delete`"
+                )
+                raise InvalidArgument(
+                    f"manifest: format {number!r:.60} is not {FORMAT}, which this version reads: "
+                    + (what_to_do if number == 1 else "upgrade tolhouse")
+                )
+            if data.pop("digest", None) != _digest(data):
+                raise Corrupt("manifest: its fields are not those that its digest was made of")
         except (ValueError, RecursionError) as error:
             raise InvalidArgument(f"manifest: not JSON: {error}") from None
-        names = {field.name for field in dataclasses.fields(cls)}
-        if isinstance(data, dict):
-            data = {
-                "frequent": [],
-                "x0": False,
-                "parent": "",
-                "changed": [],
-                "ranks": [],
-                "basis": "",
-                "head": "",
-                "edits": "",
-                **data,
-            }  # tables that were built before there were these
-        if not isinstance(data, dict) or set(data) != names:
-            odd = sorted(set(data) ^ names) if isinstance(data, dict) else "not an object"
-            raise InvalidArgument(f"manifest: missing or unknown fields: {odd}")
-        lists = ("layers", "shards", "frequent", "changed", "ranks")
-        if not all(isinstance(data[name], list) for name in lists):
-            raise InvalidArgument(f"manifest: {', '.join(lists)} must be lists")
-        return cls(**{**data, **{name: tuple(data[name]) for name in lists}})
+        required = data.pop("requires", [])
+        if not isinstance(required, list):
+            raise InvalidArgument(f"manifest: requires must be a list, not {required!r:.60}")
+        if unknown := [name for name in required if name not in _REQUIRED]:
+            raise InvalidArgument(
+                f"manifest: the table needs {unknown}, which this version does not know: "
+                "upgrade tolhouse"
+            )
+        del data["format"]
+        if "codec" in data:
+            data["codec_name"] = data.pop("codec")
+        extra = {name: data.pop(name) for name in data.keys() - _FIELDS.keys()}
+        return cls(**data, extra=extra)
 
 
-def passes(record: Buffer, seed: int) -> bool:
-    """Whether a record's checksum is that of its bytes under `seed`."""
-    view = memoryview(record)
-    return xxhash.xxh3_64_intdigest(view[:-8], seed) == int.from_bytes(view[-8:], "little")
+_FIELDS = {f.name: f.default for f in dataclasses.fields(Manifest) if f.name != "extra"}
+_REQUIRED = ("layout", "parent", "changed", "ranks", "basis", "frequent_rows", "edits")
 
 
-def split(records: np.ndarray) -> Iterator[memoryview]:
-    """Each record of a contiguous uint8 [T, record_bytes] as a view."""
-    size, flat = records.shape[1], memoryview(records.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
-    return (flat[at : at + size] for at in range(0, len(flat), size))
+def _block_order(block: str) -> tuple[bool, str, int]:
+    kind, _, number = block.partition(".")
+    return block != "x0", kind, int(number or -1)
 
 
-def content_id(rows_id: str, codec_name: str, layers: Sequence[int], x0: bool = False) -> str:
-    """The version of a table: 16 hex digits over what defines its rows, the codec and the blocks present."""
-    return hashlib.sha256(
-        f"{FORMAT} {rows_id} {codec_name} {list(layers)}{' x0' * x0}".encode()
-    ).hexdigest()[:16]
+def _canonical(data: dict[str, Any]) -> str:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
 
-def digest(records: np.ndarray) -> str:
-    """The digest of a shard's records that a manifest lists: XXH3-128, 32 hex digits."""
-    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(records).data)
-
-
-def check_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise InvalidArgument(
-            f"table name {name!r} is not allowed: 1 to 64 letters, digits, dots, dashes and underscores, beginning with a letter or digit"
-        )
-    return name
-
-
-def split_ref(ref: str) -> tuple[str, str | None]:
-    """("name", "version") of "name@version", ("name", None) of "name"; InvalidArgument for anything else."""
-    name, at, version = ref.partition("@")
-    check_name(name)
-    if at and not _VERSION.fullmatch(version):
-        raise InvalidArgument(
-            f"table {ref!r}: a version is 16 hex digits, as `tolhouse tables list` shows them"
-        )
-    return name, version if at else None
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(_canonical(data).encode()).hexdigest()

@@ -60,7 +60,7 @@ class WorkerService(GenerationServicer):
             "most_sequences": engine.scheduler.max_running + engine.max_waiting,
             "eos_token_id": checkpoint.config.eos_token_id,
             "weight_bytes": checkpoint.weight_bytes(
-                dense=False, embedding=not (manifest and manifest.x0)
+                dense=False, embedding=not (manifest and manifest.has_x0)
             ),
             "dense_weight_bytes": checkpoint.weight_bytes(dense=True),
         }
@@ -70,7 +70,7 @@ class WorkerService(GenerationServicer):
         """What the worker is, and what the table that new sequences begin with is to its model."""
         if not (manifest := self.engine.rows.manifest):
             return self._of_checkpoint
-        altered = [manifest.codec] if manifest.codec not in _AS_COMPUTED else []
+        altered = [manifest.codec_name] if manifest.codec_name not in _AS_COMPUTED else []
         altered += ["low rank"] * bool(manifest.basis) + ["edited"] * bool(manifest.parent)
         absent = sorted(set(range(self.config.num_rows)) - set(manifest.layers))
         return {**self._of_checkpoint, "absent_layers": absent, "altered": altered}
@@ -339,7 +339,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     pages = PagedKVCache(
         checkpoint.config, cache.num_blocks + 1, device, dtype
     )  # one to spare, for GraphRunner
-    embedding = not (rows.manifest and rows.manifest.x0)
+    embedding = not (rows.manifest and rows.manifest.has_x0)
     model = load(checkpoint, device, dtype, embedding)
     if device.type == "cpu":
         compiled.attach(model)
@@ -350,7 +350,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     )
 
     def take_up(manifest: Manifest) -> None:
-        if model.embed_tokens is None and not manifest.x0:
+        if model.embed_tokens is None and not manifest.has_x0:
             raise Mismatch(
                 "it does not carry X0, and this worker was started without its input embedding: start it again"
             )

@@ -1,0 +1,49 @@
+"""Small tables of random rows, for tests of what stores and reads them."""
+
+from typing import Any
+
+import numpy as np
+from tolhouse.store import Store
+from tolhouse.table.manifest import Manifest
+
+
+def manifest_of(name: str = "t", version: int = 0x0123456789ABCDEF, **fields: Any) -> Manifest:
+    """50 rows of two blocks of six int8 values in three shards, if `fields` don't say otherwise."""
+    usual: dict[str, Any] = {
+        "name": name,
+        "version": f"{version:016x}",
+        "codec_name": "int8",
+        "vocab_size": 50,
+        "blocks": ("ffn.0", "ffn.1"),
+        "width": 6,
+        "num_shards": 3,
+        "model_id": "0" * 64,
+        "tokenizer_id": "1" * 64,
+    }
+    return Manifest(**{**usual, **fields})
+
+
+def records_of(manifest: Manifest, ids: np.ndarray | None = None) -> np.ndarray:
+    """Records of `ids`, or of all tokens, of rows that differ with the version."""
+    if ids is None:
+        ids = np.arange(manifest.vocab_size, dtype=np.uint32)
+    shape = manifest.vocab_size, manifest.num_blocks, manifest.width
+    rows = np.random.default_rng(int(manifest.version, 16)).standard_normal(shape)
+    return manifest.encode(ids, rows[ids].astype(np.float32))
+
+
+def write(store: Store, manifest: Manifest) -> Manifest:
+    """Store the whole table, without digests of its shards."""
+    for shard in range(manifest.num_shards):
+        store.write_shard(manifest, shard, records_of(manifest, manifest.shard_ids(shard)))
+    store.commit(manifest)
+    return manifest
+
+
+def read(store: Store, manifest: Manifest, ids: np.ndarray | None = None) -> bytes:
+    """The bytes of the records of `ids`, or of all tokens, as the store gives them."""
+    if ids is None:
+        ids = np.arange(manifest.vocab_size, dtype=np.uint32)
+    out = np.zeros((len(ids), manifest.record_bytes), np.uint8)
+    store.read(manifest, ids, out)
+    return out.tobytes()
