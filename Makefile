@@ -3,6 +3,11 @@
 .PHONY: help setup demo serve test check bench chaos fuzz science-check science soak protos audit sbom
 SHELL := /bin/bash
 
+# glibc's allocator as in the images: deploy/Dockerfile has the reasons
+export MALLOC_ARENA_MAX := 2
+export MALLOC_MMAP_THRESHOLD_ := 1073741824
+export MALLOC_TRIM_THRESHOLD_ := 268435456
+
 PYTHON := $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt

@@ -1,0 +1,15 @@
+"""Benchmarks and load tests: `python -m loadtest.NAME`."""
+
+import os
+import sys
+
+# as deploy/Dockerfile sets it, so that what the images run is what is measured
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "268435456",
+}
+
+_is_program = any(word.startswith("loadtest") for word in sys.orig_argv[1:4])
+if _is_program and "MALLOC_ARENA_MAX" not in os.environ:  # glibc reads them when a process starts
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})

@@ -18,7 +18,7 @@ import grpc
 import numpy as np
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import dial
-from tolhouse.net.server import SERVER_OPTIONS, keep_large_blocks
+from tolhouse.net.server import SERVER_OPTIONS
 from tolhouse.v1 import lookup_pb2
 
 ROW_BYTES, ROWS = 96 << 10, 2048
@@ -43,7 +43,6 @@ def _naive(request: lookup_pb2.FetchRequest, _: grpc.ServicerContext) -> lookup_
 
 
 async def _serve_bare() -> None:
-    keep_large_blocks()
     server = grpc.aio.server(options=SERVER_OPTIONS)
     methods = {
         "Echo": grpc.stream_stream_rpc_method_handler(_echo),

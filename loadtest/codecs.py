@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from tolhouse import Client, Manifest
 from tolhouse.engine.dequant import decode
-from tolhouse.net.server import keep_large_blocks
 from tolhouse.store import Store, open_store
 from tolhouse.table.codecs import CODECS
 from tolhouse.table.manifest import content_id
@@ -153,7 +152,6 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds: done within a minute")
     rounds = 40 if parser.parse_args().quick else 400
-    keep_large_blocks()  # as the worker does
     threads = torch.get_num_threads()
     alone(rounds)
     torch.set_num_threads(threads)

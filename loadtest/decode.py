@@ -28,7 +28,6 @@ from tolhouse.engine.row_providers import NoRows, Rows
 from tolhouse.engine.runner import Runner
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig, preset
-from tolhouse.net.server import keep_large_blocks
 from tolhouse.store import open_store, publish
 from tolhouse.testing import process
 
@@ -199,7 +198,6 @@ def main() -> None:
         help="fewer rounds, and no workers of the 1b preset for their memory: within 90 seconds",
     )
     options = parser.parse_args()
-    keep_large_blocks()
     source, ids, frequent = trace(VOCABULARY)
     print(
         f"{options.preset}, vocabulary {VOCABULARY}, {source}, prompts of {PROMPT} and answers of {ANSWER} tokens, {torch.get_num_threads()} threads"

@@ -20,7 +20,6 @@ import torch
 from redis import Redis
 from tolhouse import Client, Manifest
 from tolhouse.engine.row_providers import Rows
-from tolhouse.net.server import keep_large_blocks
 from tolhouse.store import open_store, publish
 from tolhouse.testing import process, redis_cluster, redis_server
 from tqdm import tqdm
@@ -276,7 +275,6 @@ def _clients() -> Iterator[ProcessPoolExecutor]:
 
 
 def _rate(address: str, manifest_json: str, seconds: float) -> float:
-    keep_large_blocks()
     manifest = Manifest.from_json(manifest_json)
     with Client(address) as client:
         batches = in_turn(manifest.vocab_size, 256, 16)
@@ -299,7 +297,6 @@ def main() -> None:
         help="fewer pairs and smaller rows of text: done within a minute",
     )
     quick = parser.parse_args().quick
-    keep_large_blocks()  # as the worker does
     torch.set_num_threads(1)
     pairs = 60 if quick else 400
     ratios = {

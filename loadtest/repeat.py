@@ -11,7 +11,6 @@ import time
 from contextlib import closing
 
 from tolhouse import Client
-from tolhouse.net.server import keep_large_blocks
 from tolhouse.store import open_store
 from tolhouse.testing import process, redis_server
 
@@ -23,7 +22,6 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in ("hot", "redis"):
         sys.exit(__doc__)
     kind, seconds = sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 10.0
-    keep_large_blocks()  # as the worker does
     manifest = manifest_of("large", 2048, 96)
     batches = in_turn(manifest.vocab_size, 32, manifest.vocab_size // 32)
     with redis_server() as url, closing(open_store(url)) as store:

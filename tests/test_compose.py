@@ -7,6 +7,8 @@ import pytest
 import yaml
 from tolhouse import config
 
+import loadtest
+
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docker-compose.yml").read_text()
 SERVICES = yaml.safe_load(TEXT)["services"]
@@ -166,3 +168,10 @@ def test_each_worker_gets_a_gpu() -> None:
     for service in GPU.values():
         (device,) = service["deploy"]["resources"]["reservations"]["devices"]
         assert ("nvidia", ["gpu"]) == (device["driver"], device["capabilities"])
+
+
+def test_the_allocator_is_set_alike_everywhere() -> None:
+    """What `make` starts and what benchmarks measure has the images' settings of glibc's allocator."""
+    images = dict(re.findall(r"(MALLOC_\w+)=(\d+)", DOCKERFILE))
+    made = dict(re.findall(r"export (MALLOC_\w+) := (\d+)", (ROOT / "Makefile").read_text()))
+    assert loadtest.ALLOCATOR == images == made

@@ -51,7 +51,7 @@ from tolhouse.gateway.vocabulary import Vocabulary, check_ids
 from tolhouse.logs import event, ready, split_address, take_over
 from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
 from tolhouse.net.dns import Addresses
-from tolhouse.net.server import keep_large_blocks, settle
+from tolhouse.net.server import finish_startup
 
 T = TypeVar("T")
 
@@ -312,7 +312,6 @@ async def _answer(request: Request, run: Run, form: CompletionForm | ChatForm) -
 
 async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     """Serve HTTP until told to stop. `checkpoint` is a folder with a tokenizer.json, or that file."""
-    keep_large_blocks()
     path = Path(checkpoint)
     file = path / TOKENIZER if path.is_dir() else path
     load_tokenizer(file)
@@ -350,7 +349,7 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     take_over(
         "uvicorn", logging.ERROR
     )  # its warnings are of single requests, of which our own log tells
-    settle()
+    finish_startup()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)

@@ -25,7 +25,7 @@ from tolhouse.lookup.hot_rows import HotRows, OpenTable
 from tolhouse.lookup.leases import Leases
 from tolhouse.net import fetch_reply
 from tolhouse.net.metrics import serve_metrics
-from tolhouse.net.server import MAX_ERROR, answer, keep_large_blocks, serve
+from tolhouse.net.server import MAX_ERROR, answer, serve
 from tolhouse.store import resolve, tables, wait_for_store
 from tolhouse.table.manifest import Buffer, Manifest, split_ref
 from tolhouse.v1 import lookup_pb2
@@ -228,7 +228,6 @@ def _ids(packed: bytes, manifest: Manifest) -> np.ndarray:
 
 async def run(config: LookupConfig) -> None:
     """Serve the store until told to stop."""
-    keep_large_blocks()
     credentials = config.server_credentials()
     tracing.start_tracing("lookup", config.traces, insecure=config.insecure)
     store = await asyncio.to_thread(

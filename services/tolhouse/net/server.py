@@ -5,6 +5,7 @@ import ctypes
 import gc
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -22,8 +23,6 @@ MAX_HEADER_BYTES = 16 << 10  # of one call
 MAX_ERROR = 2000  # characters of an error, which may quote what was sent
 MAX_REQUEST_BYTES = 4 << 20  # gRPC's own default
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-
 SERVER_OPTIONS = [
     ("grpc.optimization_target", "throughput"),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -37,35 +36,17 @@ SERVER_OPTIONS = [
 ]
 
 
-def keep_large_blocks() -> None:
-    """Let this process keep freed blocks of megabytes for the next message, instead of returning them to the kernel.
+def finish_startup() -> None:
+    """Exempt what has been loaded from garbage collection, and return the memory that loading took.
 
-    Half the time of a megabyte message goes into page faults on fresh buffers otherwise (loadtest/LOG.md). For services;
-    the SDK leaves its host's allocator alone. Threads share two heaps: with one each, as many as eight for a core, memory creeps
-    up for hours until each has seen its worst. To be called before they start. Without glibc nothing happens.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return
-    mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-    mallopt(_M_TRIM_THRESHOLD, 256 << 20)
-    mallopt(_M_ARENA_MAX, 2)
-
-
-def settle() -> None:
-    """To be called once a process has loaded, before it serves: what is there now stays, and the memory that loading took goes back.
-
-    Python looks for unreachable cycles among old objects only when a quarter as many have survived as there are: beside the hundred thousand of
-    imported modules that takes hours, in which the cycles of calls pile up (loadtest/LOG.md). Frozen ones don't count, and aren't looked at.
+    Python looks for cycles among old objects only once a quarter as many have survived as exist. With
+    the objects of imported modules that takes hours, in which the cycles of calls pile up.
     """
     gc.collect()
     gc.freeze()
-    gc.collect()  # counts anew how many old objects there are: none
-    try:
+    gc.collect()  # counts the old objects anew: there are none
+    with suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):  # not glibc
-        return
 
 
 async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
@@ -137,7 +118,7 @@ async def serve(
         raise InUse(
             f"{service} can't listen on {listen}: the port is in use or the address is not this machine's; choose another --listen"
         )
-    settle()
+    finish_startup()
     await server.start()
     for name in ("", *names):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -31,7 +31,7 @@ from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import check_prompt
 from tolhouse.net.metrics import serve_metrics
-from tolhouse.net.server import keep_large_blocks, serve, stream
+from tolhouse.net.server import serve, stream
 from tolhouse.sampling import SamplingParams
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import generation_pb2
@@ -297,7 +297,6 @@ class EngineMetrics(Collector):
 
 async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     """Serve the checkpoint until told to stop."""
-    keep_large_blocks()
     checkpoint = open_checkpoint(checkpoint_path)
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
