@@ -131,7 +131,7 @@ def fetched(rounds: int) -> dict[str, dict[str, float]]:
             options = ("--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", megabytes)
             with process("lookup", *options) as service, Client(service.address) as client:
                 for manifest in tables:
-                    client.fetch_records(manifest, np.arange(VOCABULARY, dtype=np.uint32))
+                    client.rows.fetch_records(manifest, np.arange(VOCABULARY, dtype=np.uint32))
                 chosen = [
                     random.choice(VOCABULARY, IDS, replace=False).astype(np.uint32)
                     for _ in range(rounds + 1)
@@ -140,7 +140,7 @@ def fetched(rounds: int) -> dict[str, dict[str, float]]:
                 for manifest in tables:
                     ids = iter(chosen)
                     contenders[manifest.codec_name] = lambda m=manifest, i=ids: decode(
-                        torch.from_numpy(client.fetch_records(m, next(i))), m
+                        torch.from_numpy(client.rows.fetch_records(m, next(i))), m
                     )
                 found[how] = medians(contenders, rounds)
     return found

@@ -92,7 +92,7 @@ def contenders(name: str, folder: Path, frequent: tuple[int, ...]) -> Iterator[l
         ):
             rows: Rows | NoRows = NoRows(shape.hidden_size, CPU)
             if cached:
-                rows = Rows(client, manifest, int(manifest.table_bytes * cached), CPU)
+                rows = Rows(client.rows, manifest, int(manifest.table_bytes * cached), CPU)
                 rows.fill()
                 if cached == 1:
                     for part in np.array_split(np.arange(VOCABULARY, dtype=np.uint32), 64):

@@ -181,7 +181,9 @@ def real_text(row_kib: int) -> dict[str, float]:
                 filled_service(url, manifest.table_bytes / 3e6) as address,
                 Client(address) as client,
             ):
-                rows = Rows(client, manifest, slots * manifest.record_bytes, torch.device("cpu"))
+                rows = Rows(
+                    client.rows, manifest, slots * manifest.record_bytes, torch.device("cpu")
+                )
                 rows.fill()
                 filled, ours, theirs = rows.from_remote, 0.0, 0.0
                 for part in tqdm(

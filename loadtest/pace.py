@@ -79,7 +79,7 @@ def paced(
     client: Client, manifest: Manifest, ids: np.ndarray, milliseconds: float, rounds: int
 ) -> float:
     """Tokens per second with rows over those without: median over slices in turn. The text begins with `ids`."""
-    rows = Rows(client, manifest, manifest.table_bytes // 10, CPU)
+    rows = Rows(client.rows, manifest, manifest.table_bytes // 10, CPU)
     rows.fill()
     found = [
         Contender(name, engine(r, lambda _: milliseconds / 1e3))
@@ -114,7 +114,7 @@ def paced_prefill(client: Client, manifest: Manifest, ids: np.ndarray, rounds: i
         prompt = ids[number * PREFILL_TOKENS : (number + 1) * PREFILL_TOKENS].tolist()
         for mine, r in zip(
             times,
-            (NoRows(1, CPU), Rows(client, manifest, manifest.table_bytes // 10, CPU)),
+            (NoRows(1, CPU), Rows(client.rows, manifest, manifest.table_bytes // 10, CPU)),
             strict=True,
         ):
             one = Contender("", engine(r, lambda tokens: tokens / PREFILL_RATE))

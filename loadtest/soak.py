@@ -57,16 +57,16 @@ def exercise(target: str, ref: str) -> None:
         ThreadPoolExecutor(WARM_THREADS) as pool,
     ):
         manifest = client.describe(ref)
-        client.fetch_records(manifest, np.arange(manifest.vocab_size, dtype=np.uint32))
+        client.rows.fetch_records(manifest, np.arange(manifest.vocab_size, dtype=np.uint32))
 
         def fetch(seed: int) -> None:
             random = np.random.default_rng(seed)
             ids = np.unique(random.zipf(1.2, random.integers(1, 60)) % manifest.vocab_size)
-            client.fetch_records(manifest, ids.astype(np.uint32))
+            client.rows.fetch_records(manifest, ids.astype(np.uint32))
             if seed % 3 == 0:
                 other.describe(manifest.name)
             if seed % 30 == 0:
-                other.hold(ref)
+                other.rows.pin(ref)
 
         for _ in tqdm(
             pool.map(fetch, range(WARM_FETCHES)),

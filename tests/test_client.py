@@ -1,10 +1,12 @@
 """The SDK against real lookup services and workers: rows in the caller's order, failover, bounded waits, clear errors."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,13 +69,14 @@ def test_a_client_outlives_many_versions(checkpoint: Path, tmp_path: Path) -> No
     store = open_store(url)
     row = rows_of(store, store.manifest(ref), np.array([7], np.uint32))
     with process("lookup", "--store", url, *FREE) as lookup, Client(lookup.address) as client:
-        before = client.fetch(ref, [7, 8])
+        before, seen = client.fetch(ref, [7, 8]), []
         for number in range(1, 21):
             made = make_overlay(store, ref, np.array([7]), row * 2**number)
-            assert (row[0] * 2**number).tobytes() == client.fetch(made.ref, [7])[0].astype(
-                np.float32
-            ).tobytes()
-        assert (16, 16) == (len(client._manifests), len(client._companions))
+            fetched = client.fetch(made.ref, [7])[0].astype(np.float32)
+            assert (row[0] * 2**number).tobytes() == fetched.tobytes()
+            seen += [weakref.ref(client.describe(made.ref))]
+        gc.collect()
+        assert 16 == sum(manifest() is not None for manifest in seen)
         assert before.tobytes() == client.fetch(ref, [7, 8]).tobytes()
 
 
@@ -178,21 +181,21 @@ def test_a_replica_that_hangs_is_waited_for_once(
         manifest = client.describe(table[1])
         ids, usual = (
             np.arange(300, dtype=np.uint32),
-            client._replicas.owner(manifest, np.arange(300), 0)[1],
+            client.rows.replicas.owner(manifest, np.arange(300), 0)[1],
         )
-        expected = client.fetch_records(manifest, ids)
+        expected = client.rows.fetch_records(manifest, ids)
         os.kill(replicas[0].pid, signal.SIGSTOP)
-        assert np.array_equal(expected, client.fetch_records(manifest, ids))
-        assert {1} == set(client._replicas.owner(manifest, ids, 0)[1].tolist())
+        assert np.array_equal(expected, client.rows.fetch_records(manifest, ids))
+        assert {1} == set(client.rows.replicas.owner(manifest, ids, 0)[1].tolist())
         os.kill(replicas[0].pid, signal.SIGCONT)
         deadline = time.monotonic() + 30
         while (
-            client._replicas.owner(manifest, ids, 0)[1].tolist() != usual.tolist()
+            client.rows.replicas.owner(manifest, ids, 0)[1].tolist() != usual.tolist()
             and time.monotonic() < deadline
         ):
             time.sleep(0.02)
-        assert usual.tolist() == client._replicas.owner(manifest, ids, 0)[1].tolist()
-        assert np.array_equal(expected, client.fetch_records(manifest, ids))
+        assert usual.tolist() == client.rows.replicas.owner(manifest, ids, 0)[1].tolist()
+        assert np.array_equal(expected, client.rows.fetch_records(manifest, ids))
 
 
 def test_a_replica_behind_a_slow_link_is_asked_last(
@@ -206,13 +209,13 @@ def test_a_replica_behind_a_slow_link_is_asked_last(
         manifest = client.describe(table[1])
         ids = np.arange(300, dtype=np.uint32)
         expected, usual = (
-            client.fetch_records(manifest, ids),
-            client._replicas.owner(manifest, ids, 0)[1].tolist(),
+            client.rows.fetch_records(manifest, ids),
+            client.rows.replicas.owner(manifest, ids, 0)[1].tolist(),
         )
 
         def owners() -> list[int]:
-            assert np.array_equal(expected, client.fetch_records(manifest, ids))
-            return client._replicas.owner(manifest, ids, 0)[1].tolist()
+            assert np.array_equal(expected, client.rows.fetch_records(manifest, ids))
+            return client.rows.replicas.owner(manifest, ids, 0)[1].tolist()
 
         assert {0, 1} == set(usual)
         for seconds, then in ((0.2, [1] * 300), (0.0, usual)):
@@ -227,9 +230,14 @@ def test_each_shard_has_its_replica(replicas: list[Process], table: tuple[str, s
     """A shard is always asked of the same replica, whoever else there is in the list, so that the replicas' hot rows differ."""
     addresses = [r.address for r in replicas]
     with Client(addresses) as client, Client([*reversed(addresses)]) as other:
-        manifest = client.describe(table[1])
-        first = [addresses[n] for n in client._replicas._order(manifest)[1][:, 0]]
-        assert first == [other.targets[n] for n in other._replicas._order(manifest)[1][:, 0]]
+        manifest, ids = client.describe(table[1]), np.arange(64, dtype=np.uint32)
+        first, second = (
+            [targets[n] for n in owners]
+            for targets, owners in (
+                c.rows.replicas.owner(manifest, ids, 0) for c in (client, other)
+            )
+        )
+        assert first == second
         assert set(addresses) == set(first)
 
 

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from tolhouse import Client, Manifest
+from tolhouse.client.row_source import RowSource, open_row_source
 from tolhouse.engine import dequant as decode
 from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.row_providers import Rows
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import greedy
-from tolhouse.store import Store, auxiliary_of, open_store
-from tolhouse.table.auxiliary import AuxiliaryTables
 from tolhouse.testing import build_table, local_cluster, tiny_model
 
 TOKENS = 128  # per prompt; nine prompts and two checkpoints make 2,304
@@ -34,23 +33,6 @@ PROMPTS = (
 Answers = list[list[int]]
 
 
-class FromStore:
-    """What the worker's `Rows` asks of a client, straight from a store."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    def fetch_records(
-        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, places: np.ndarray
-    ) -> None:
-        records = np.empty((len(ids), manifest.record_bytes), np.uint8)
-        self.store.read(manifest, ids, records)
-        out[places] = records
-
-    def companions(self, manifest: Manifest) -> AuxiliaryTables:
-        return auxiliary_of(self.store, manifest)
-
-
 def prompt_ids(checkpoint: Checkpoint) -> list[list[int]]:
     tokenizer = checkpoint.tokenizer()
     return [tokenizer.encode(prompt).ids for prompt in PROMPTS]
@@ -63,7 +45,7 @@ def in_process(checkpoint: Checkpoint) -> Answers:
 
 def with_rows(
     checkpoint: Checkpoint,
-    client: Client | FromStore,
+    source: RowSource,
     manifest: Manifest,
     cache_bytes: int = 0,
     piece_values: int | None = None,
@@ -72,14 +54,14 @@ def with_rows(
     with pytest.MonkeyPatch.context() as patch:
         if piece_values is not None:
             patch.setitem(decode._PIECE_VALUES, "cpu", piece_values)
-        return _with_rows(checkpoint, client, manifest, cache_bytes)
+        return _with_rows(checkpoint, source, manifest, cache_bytes)
 
 
 def _with_rows(
-    checkpoint: Checkpoint, client: Client | FromStore, manifest: Manifest, cache_bytes: int
+    checkpoint: Checkpoint, source: RowSource, manifest: Manifest, cache_bytes: int
 ) -> Answers:
     model = checkpoint.model(ffn_m=False, embedding=not manifest.has_x0)
-    rows = Rows(client, manifest, cache_bytes, torch.device("cpu"))
+    rows = Rows(source, manifest, cache_bytes, torch.device("cpu"))
     answers = [
         list(
             greedy(
@@ -100,8 +82,8 @@ def _with_rows(
 
 
 def store_routes(checkpoint: Checkpoint, url: str, ref: str) -> Answers:
-    with closing(open_store(url)) as store:
-        return with_rows(checkpoint, FromStore(store), store.manifest(ref))
+    with closing(open_row_source(url)) as source:
+        return with_rows(checkpoint, source, source.describe(ref))
 
 
 def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]:
@@ -130,10 +112,10 @@ def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]
 
         with ThreadPoolExecutor(len(prompts)) as pool:
             return {
-                "service": with_rows(checkpoint, lookup, manifest),
-                "layer by layer": with_rows(checkpoint, lookup, manifest, piece_values=0),
+                "service": with_rows(checkpoint, lookup.rows, manifest),
+                "layer by layer": with_rows(checkpoint, lookup.rows, manifest, piece_values=0),
                 "small row cache": with_rows(
-                    checkpoint, lookup, manifest, cache_bytes=20 * manifest.record_bytes
+                    checkpoint, lookup.rows, manifest, cache_bytes=20 * manifest.record_bytes
                 ),
                 "worker, alone": [generate(ids) for ids in prompts],
                 "worker, batched": list(pool.map(generate, prompts)),

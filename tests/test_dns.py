@@ -88,14 +88,18 @@ def test_a_client_follows_a_name(behind: list[str], checkpoint: Path, tmp_path: 
         for host in HOSTS:
             running.enter_context(process(*options, f"{host}:{port}", "--insecure"))
         behind[:] = HOSTS[:2]
-        until(lambda: bool(client._replicas.targets))
+        until(lambda: bool(client.rows.replicas.targets))
         manifest, ids = client.describe(ref), np.arange(300, dtype=np.uint32)
-        expected = client.fetch_records(manifest, ids)
+        expected = client.rows.fetch_records(manifest, ids)
         for there in (HOSTS, HOSTS[1:], HOSTS[:1]):
             behind[:] = there
-            until(lambda there=there: client.targets == tuple(f"{host}:{port}" for host in there))
-            assert np.array_equal(expected, client.fetch_records(manifest, ids))
-        targets, owners = client._replicas.owner(manifest, ids, 0)
+            until(
+                lambda there=there: (
+                    client.rows.replicas.targets == tuple(f"{host}:{port}" for host in there)
+                )
+            )
+            assert np.array_equal(expected, client.rows.fetch_records(manifest, ids))
+        targets, owners = client.rows.replicas.owner(manifest, ids, 0)
         assert (f"{HOSTS[0]}:{port}",) == targets
         assert {0} == set(owners.tolist())
 
@@ -116,8 +120,8 @@ def test_a_shard_stays_with_its_replica(
 
             def owners(hosts: tuple[str, ...]) -> list[str]:
                 behind[:] = hosts
-                until(lambda: len(client.targets) == len(hosts))
-                targets, numbers = client._replicas.owner(manifest, ids, 0)
+                until(lambda: len(client.rows.replicas.targets) == len(hosts))
+                targets, numbers = client.rows.replicas.owner(manifest, ids, 0)
                 return [targets[n] for n in numbers]
 
             before, during, after = owners(HOSTS[:2]), owners(HOSTS), owners(HOSTS[:2])

@@ -37,7 +37,7 @@ def rows(lookup: Process) -> Iterator[Rows]:
     """What is not cached is late."""
     with Client(lookup.address, timeout_seconds=2) as client:
         (manifest, _), *_ = client.tables()
-        rows = Rows(client, manifest, SLOTS * manifest.record_bytes, CPU)
+        rows = Rows(client.rows, manifest, SLOTS * manifest.record_bytes, CPU)
         yield rows
         rows.close()
 
@@ -140,7 +140,7 @@ def test_steps_in_recorded_sizes_give_the_same_tokens(embedding: str, tmp_path: 
         (manifest, _), *_ = client.tables()
         found = []
         for runner in (Runner, GraphRunner):
-            rows = Rows(client, manifest, SLOTS * manifest.record_bytes, CPU)
+            rows = Rows(client.rows, manifest, SLOTS * manifest.record_bytes, CPU)
             engine = engine_of(path, rows, runner=runner)
             found.append(answers(engine, [[7 * n + 1, 5, 3, *range(9 * n)] for n in range(6)]))
             rows.close()

@@ -16,13 +16,14 @@ import numpy as np
 import psutil
 import pytest
 from tolhouse import Client
+from tolhouse.client.row_source import StoreRowSource
 from tolhouse.errors import InvalidArgument, Overloaded
 from tolhouse.gateway.server import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
 from tolhouse.lookup import service
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.lookup.service import MAX_IDS_PER_FETCH
 from tolhouse.net.server import MAX_CONNECTIONS, MAX_REQUEST_BYTES, MAX_STREAMS
-from tolhouse.store import open_store, tables
+from tolhouse.store import open_store
 from tolhouse.testing import Cluster, build_table, local_cluster, process
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
@@ -373,10 +374,10 @@ def test_answers_that_nobody_takes_hold_up_their_own_connection_alone(store: str
     """So many of one connection are in the making at once, however many streams it opens: what they hold in memory is bounded."""
 
     async def run() -> None:
-        with closing(open_store(store)) as opened:
-            manifest = next(tables(opened))[0]
+        with closing(StoreRowSource(store, lambda: open_store(store))) as source:
+            manifest = source.tables()[0][0]
             ids = (np.arange(MAX_IDS_PER_FETCH, dtype="<u4") % manifest.vocab_size).tobytes()
-            rows = HotRows(opened, 1 << 20)
+            rows = HotRows(source, 1 << 20)
             server = grpc.aio.server()
             service.register(service.LookupService(rows), server)
             port = server.add_insecure_port("127.0.0.1:0")

@@ -95,7 +95,7 @@ def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_pat
         client = stack.enter_context(CountingClient(address, timeout_seconds=2))
         manifest = client.describe(ref)
         rows = Rows(
-            client,
+            client.rows,
             manifest,
             0,
             torch.device("cpu"),

@@ -30,7 +30,7 @@ def answers(checkpoint: Path, lookup: Client, ref: str, tokens: int) -> list[lis
     """What the model says with the rows of one version."""
     model, rows = (
         open_checkpoint(checkpoint).model(ffn_m=False),
-        Rows(lookup, lookup.describe(ref), 0, torch.device("cpu")),
+        Rows(lookup.rows, lookup.describe(ref), 0, torch.device("cpu")),
     )
     with closing(rows):
         return [
@@ -166,7 +166,7 @@ def test_a_worker_follows_on_after_what_should_not_happen(
     ):
         publish(store, two)
         engine = cast("Engine", SimpleNamespace(table=one, tables=lambda: [one]))
-        follower = TableWatcher(client, "full", engine, take_up, 0.05)
+        follower = TableWatcher(client.rows, "full", engine, take_up, 0.05)
         follower.start()
         until(lambda: len(taken) == 3)
         follower.stop()

@@ -14,13 +14,12 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
-from tolhouse import Client, Manifest
+from tolhouse.client.row_source import open_row_source
 from tolhouse.engine.row_providers import Rows
 from tolhouse.errors import TolhouseError
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
-from tolhouse.store import Store, auxiliary_of, open_store, publish
-from tolhouse.table.auxiliary import AuxiliaryTables
+from tolhouse.store import open_store, publish
 from tolhouse.testing import (
     Process,
     RedisNode,
@@ -145,9 +144,9 @@ def right_answers(url: str, refs: list[str]) -> dict[str, list[str]]:
     checkpoint = open_checkpoint(CHECKPOINT)
     tokenizer, model = checkpoint.tokenizer(), checkpoint.model(ffn_m=False)
     found = {}
-    with closing(open_store(url)) as store:
+    with closing(open_row_source(url)) as source:
         for ref in refs:
-            rows = Rows(_FromStore(store), store.manifest(ref), 1 << 20, torch.device("cpu"))
+            rows = Rows(source, source.describe(ref), 1 << 20, torch.device("cpu"))
 
             def get(ids_T: torch.Tensor, rows: Rows = rows) -> Any:
                 return rows.decode(rows.stage(ids_T.numpy().astype(np.uint32)))
@@ -168,24 +167,6 @@ def right_answers(url: str, refs: list[str]) -> dict[str, list[str]]:
             ]
             rows.close()
     return found
-
-
-class _FromStore(Client):
-    """What `Rows` asks of a client, straight from a store."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    def companions(self, manifest: Manifest) -> AuxiliaryTables:
-        return auxiliary_of(self.store, manifest)
-
-    def fetch_records(
-        self, manifest: Manifest, ids: np.ndarray, out: Any = None, places: Any = None
-    ) -> np.ndarray:
-        records = np.empty((len(ids), manifest.record_bytes), np.uint8)
-        self.store.read(manifest, ids, records)
-        out[places] = records
-        return records
 
 
 class Load:

@@ -21,7 +21,7 @@ from tolhouse.gateway.schemas import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from tolhouse.lookup.service import _ids as ids_of_request
+from tolhouse.lookup.service import parse_ids
 from tolhouse.net import fetch_reply
 from tolhouse.store import Alias
 from tolhouse.store.files import FileStore
@@ -50,14 +50,12 @@ def targets(folder: Path) -> dict[str, Target]:
     keys = folder / "keys.json"
     for name in ("one", "two"):
         add_key(keys, name, 60, 4)
-    reply = fetch_reply.reply(
-        7,
-        0,
+    reply = fetch_reply.serialize(
+        lookup_pb2.FetchReply(request_id=7, last=True),
         list(map(memoryview, RECORDS)),
         RECORDS.nbytes,
-        True,
-        lookup_pb2.Segment(id=1, pid=2, fd=3, capacity=4),
     )
+    failure = lookup_pb2.FetchReply(request_id=7, error=lookup_pb2.Error(status="NOT_FOUND"))
     return {
         "manifest": Target([MANIFEST.to_json().encode()], Manifest.from_json),
         "alias": Target(
@@ -73,7 +71,7 @@ def targets(folder: Path) -> dict[str, Target]:
             ],
             _fetch,
         ),
-        "fetch reply": Target([reply, fetch_reply.failed(7, "NOT_FOUND", "no")], fetch_reply.parse),
+        "fetch reply": Target([reply, failure.SerializeToString()], fetch_reply.parse),
         "keys file": Target(
             [keys.read_bytes()], lambda data: (keys.write_bytes(data), read_keys(str(keys)))
         ),
@@ -161,7 +159,7 @@ def _fetch(data: bytes) -> None:
         request = lookup_pb2.FetchRequest.FromString(data)
     except DecodeError:  # gRPC refuses it before we see it
         return
-    ids = ids_of_request(request.token_ids, MANIFEST)
+    ids = parse_ids(request.token_ids, MANIFEST)
     assert ids.size == 0 or int(ids.max()) < MANIFEST.vocab_size, (
         "an id outside the vocabulary passes"
     )

@@ -1,4 +1,4 @@
-"""One Fetch stream to one lookup replica, with any number of requests in flight, assembled where the caller wants them.
+"""A channel to one replica, and one Fetch stream on it with any number of requests in flight.
 
 Copies of a record here: gRPC's, out of the socket and into the reply's bytes, and one of ours from there into the caller's
 buffer, where it is verified.
@@ -8,79 +8,67 @@ import itertools
 import queue
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import grpc
 import numpy as np
 
 from tolhouse import tracing
-from tolhouse.errors import Corrupt, Internal, TolhouseError, from_status
-from tolhouse.net import fetch_reply
-from tolhouse.net.auth import ClientCredentials, Metadata
+from tolhouse.errors import Corrupt, Internal, TolhouseError, Unavailable, from_status
+from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import ReloadingChannel, dial, error_of
+from tolhouse.net.fetch_reply import parse
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
 
-@dataclass
 class Request:
-    """Records on their way to `places` of `out`."""
+    """Records of `ids` (uint32 [T]) on their way to `slots` [T] of `out` (records, flat), verified once `done`."""
 
-    manifest: Manifest
-    ids: np.ndarray  # uint32 [T]
-    out: memoryview  # of records, flat
-    places: list[int]
-    done: Future = field(default_factory=Future)
-    _filled: int = 0  # records that are there
-    _given_up: bool = False
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(
+        self, manifest: Manifest, ids: np.ndarray, out: memoryview, slots: list[int]
+    ) -> None:
+        self.manifest, self.ids, self.out, self.slots = manifest, ids, out, slots
+        self.done: Future[None] = Future()
+        self._received = 0
+        self._given_up = False
+        self._lock = threading.Lock()
 
-    def take(self, reply: fetch_reply.Reply) -> bool:
-        """Put a reply's records into place, verified; whether nothing more is to come."""
+    def receive(self, reply: lookup_pb2.FetchReply, records: memoryview) -> bool:
+        """Copy the records of a reply; whether the request has ended."""
         with self._lock:
             if self._given_up:
                 return True
-            if reply.error:
-                self.done.set_exception(from_status(reply.error.status, reply.error.message))
+            try:
+                self._copy(reply, records)
+            except TolhouseError as error:
+                self.done.set_exception(error)
                 return True
-            count, odd = divmod(len(reply.records), self.manifest.record_bytes)
-            part = slice(self._filled, self._filled + count)
-            if odd or reply.first != part.start or part.stop > len(self.ids):
-                self.done.set_exception(
-                    Internal("the lookup service answered with records that do not fit the request")
-                )
-                return True
-            ids = self.ids[part]
-            if bad := self.manifest.copy_records(
-                ids, reply.records, range(count), self.out, self.places[part]
-            ):
-                self.done.set_exception(
-                    Corrupt(
-                        f"the row of token {ids[bad[0]]} in table {self.manifest.ref} fails its checksum"
-                    )
-                )
-                return True
-            self._filled = part.stop
-            if reply.last and self._filled < len(self.ids):
-                self.done.set_exception(
-                    Internal("the lookup service answered with fewer records than were asked for")
-                )
-            elif reply.last:
+            if reply.last:
                 self.done.set_result(None)
             return reply.last
 
+    def _copy(self, reply: lookup_pb2.FetchReply, records: memoryview) -> None:
+        if reply.HasField("error"):
+            raise from_status(reply.error.status, reply.error.message)
+        count, odd = divmod(len(records), self.manifest.record_bytes)
+        first, end = self._received, self._received + count
+        expected = len(self.ids)
+        if odd or reply.first != first or end > expected or (reply.last and end < expected):
+            raise Internal("the lookup service answered with records that do not fit the request")
+        ids, slots = self.ids[first:end], self.slots[first:end]
+        if bad := self.manifest.copy_records(ids, records, range(count), self.out, slots):
+            token = ids[bad[0]]
+            raise Corrupt(
+                f"the row of token {token} in table {self.manifest.ref} fails its checksum"
+            )
+        self._received = end
+
     def give_up(self) -> None:
-        """Nothing is written to `out` from now on."""
+        """Write nothing to `out` from now on."""
         with self._lock:
             self._given_up = True
-
-
-class _Dialled(NamedTuple):
-    channel: grpc.Channel
-    stub: LookupStub
-    fetch: grpc.StreamStreamMultiCallable
 
 
 class FetchStream:
@@ -88,38 +76,31 @@ class FetchStream:
 
     def __init__(self, target: str, credentials: ClientCredentials) -> None:
         self.target, self.credentials = target, credentials
-        self._line = ReloadingChannel(credentials, self._dial)
+        self._channel = ReloadingChannel(credentials, lambda: dial(target, credentials))
         self._lock = threading.Lock()
         self._open: _Call | None = None
 
     @property
     def channel(self) -> grpc.Channel:
-        return self._line.current.channel
+        return self._channel.current
 
-    @property
-    def stub(self) -> LookupStub:
-        return self._line.current.stub
-
-    def _dial(self) -> _Dialled:
-        channel = dial(self.target, self.credentials)
-        # replies stay bytes: fetch_reply.py reads them
-        fetch = channel.stream_stream(
-            "/tolhouse.v1.Lookup/Fetch", lookup_pb2.FetchRequest.SerializeToString
-        )
-        return _Dialled(channel, LookupStub(channel), fetch)
+    def call(self, method: str, request: Any, timeout_seconds: float) -> Any:
+        """Make a unary call of the lookup service."""
+        call = getattr(LookupStub(self.channel), method)
+        try:
+            return call(request, timeout=timeout_seconds, metadata=self.credentials.metadata())
+        except grpc.RpcError as error:
+            raise error_of(error, f"lookup {self.target}") from None
+        except ValueError:
+            raise Unavailable(f"the channel to {self.target} is closed") from None
 
     def submit(
-        self, manifest: Manifest, ids: np.ndarray, out: memoryview, places: list[int]
+        self, manifest: Manifest, ids: np.ndarray, out: memoryview, slots: list[int]
     ) -> Request:
-        """Ask for the records of `ids` (uint32 [T]); they will be in `places` of `out`, verified, when `done` is."""
-        request = Request(manifest, ids, out, places)
+        request = Request(manifest, ids, out, slots)
         with self._lock:
             if self._open is None or self._open.broken:
-                self._open = _Call(
-                    self._line.current.fetch,
-                    self.credentials.metadata(),
-                    self.target,
-                )
+                self._open = _Call(self)
             self._open.send(request)
         return request
 
@@ -136,59 +117,55 @@ class FetchStream:
 
 
 class _Call:
-    def __init__(
-        self,
-        fetch: grpc.StreamStreamMultiCallable,
-        metadata: Metadata | None,
-        target: str,
-    ) -> None:
-        self.target, self.broken = target, False
+    """One stream, from its beginning until it breaks."""
+
+    def __init__(self, stream: FetchStream) -> None:
+        self.peer, self.broken = f"lookup {stream.target}", False
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._pending: dict[int, Request] = {}
         self._outgoing: queue.SimpleQueue[lookup_pb2.FetchRequest | None] = queue.SimpleQueue()
-        self.call = fetch(iter(self._outgoing.get, None), metadata=metadata)
-        threading.Thread(target=self._receive, name=f"fetch {target}", daemon=True).start()
+        # replies stay bytes: net/fetch_reply.py reads them
+        fetch = stream.channel.stream_stream(
+            "/tolhouse.v1.Lookup/Fetch", lookup_pb2.FetchRequest.SerializeToString
+        )
+        requests = iter(self._outgoing.get, None)
+        self.call = fetch(requests, metadata=stream.credentials.metadata())
+        threading.Thread(target=self._receive, name=f"fetch {stream.target}", daemon=True).start()
 
     def send(self, request: Request) -> None:
         number = next(self._numbers)
         with self._lock:
             if self.broken:
-                request.done.set_exception(
-                    from_status("UNAVAILABLE", f"lookup {self.target}: the stream broke")
-                )
+                request.done.set_exception(Unavailable(f"{self.peer}: the stream broke"))
                 return
             self._pending[number] = request
-        packed = request.ids.astype("<u4", copy=False).tobytes()
-        asked = lookup_pb2.FetchRequest(
-            request_id=number,
-            table=request.manifest.ref,
-            token_ids=packed,
-            traceparent=tracing.traceparent(),
+        self._outgoing.put(
+            lookup_pb2.FetchRequest(
+                request_id=number,
+                table=request.manifest.ref,
+                token_ids=request.ids.astype("<u4", copy=False).tobytes(),
+                traceparent=tracing.traceparent(),
+            )
         )
-        self._outgoing.put(asked)
 
     def _receive(self) -> None:
         error: TolhouseError
         try:
             for data in self.call:
-                reply = fetch_reply.parse(data)
+                reply, records = parse(data)
                 request = self._pending.get(reply.request_id)
-                if request:
-                    self._answer(reply, request)
-            error = from_status("UNAVAILABLE", f"lookup {self.target} closed the stream")
+                if request and request.receive(reply, records):
+                    with self._lock:
+                        del self._pending[reply.request_id]
+            error = Unavailable(f"{self.peer} closed the stream")
         except grpc.RpcError as failure:
-            error = error_of(failure, f"lookup {self.target}")
+            error = error_of(failure, self.peer)
         except Exception as failure:  # noqa: BLE001 - requests must end, whatever went wrong here
-            error = Internal(f"lookup {self.target}: {failure}")
+            error = Internal(f"{self.peer}: {failure}")
         with self._lock:
             self.broken = True
             pending, self._pending = self._pending, {}
         self._outgoing.put(None)
         for request in pending.values():
             request.done.set_exception(error)
-
-    def _answer(self, reply: fetch_reply.Reply, request: Request) -> None:
-        if request.take(reply):
-            with self._lock:
-                del self._pending[reply.request_id]

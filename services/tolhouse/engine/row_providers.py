@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tolhouse.client.client import Client
+from tolhouse.client.row_source import RowSource
 from tolhouse.engine.dequant import Decoder, LayerwiseRows, Staged, is_long
 from tolhouse.engine.device_cache import DeviceRowCache
 from tolhouse.engine.recompute import Recompute
@@ -38,7 +38,7 @@ class Rows:
 
     def __init__(
         self,
-        client: Client,
+        client: RowSource,
         manifest: Manifest,
         cache_bytes: int,
         device: torch.device,
@@ -50,7 +50,7 @@ class Rows:
         self.fallback = fallback
         # of the service, as far as this table goes: while it is down, no step asks it for anything
         self.health = PeerHealth("source of rows", self._is_back, longest_seconds=5.0)
-        companions = client.companions(manifest)
+        companions = client.auxiliary(manifest)
         self.decoder, self.num_rows = (
             Decoder(companions, device, dtype),
             num_rows or len(manifest.layers),
@@ -281,7 +281,7 @@ class Rows:
         return bool((self.cache.slot_of[ids] >= 0).all())
 
 
-def wait_for_table(client: Client, table: str, seconds: float) -> Manifest:
+def wait_for_table(client: RowSource, table: str, seconds: float) -> Manifest:
     """The manifest of the table, once lookup service and table are there; the last error if they are not in time."""
     deadline, told = time.monotonic() + seconds, False
     while True:

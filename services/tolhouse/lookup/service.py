@@ -1,8 +1,7 @@
 """The gRPC face of the lookup service. Protobuf types end here.
 
-Copies of a record on its way out: one into the reply (`fetch_reply.py`) from the slab, the mapped shard or Redis' answer; then
-gRPC's own, one into its slice and one into the socket. On its way in from Redis: the socket's, hiredis' two, and one into
-the slab (`hotrows.py`); from a mapped shard, only the latter.
+Copies of a record on its way out: one from where it lies into the reply (net/fetch_reply.py), then gRPC's own, one into its
+slice and one into the socket.
 """
 
 import asyncio
@@ -18,24 +17,22 @@ import numpy as np
 from prometheus_client import Counter, Histogram
 
 from tolhouse import tracing
+from tolhouse.client.row_source import StoreRowSource
 from tolhouse.config import LookupConfig
 from tolhouse.errors import Internal, InvalidArgument, TolhouseError
 from tolhouse.logs import event, log
-from tolhouse.lookup.hot_rows import HotRows, OpenTable
-from tolhouse.lookup.leases import Leases
-from tolhouse.net import fetch_reply
+from tolhouse.lookup.hot_rows import HotRows
+from tolhouse.net.fetch_reply import serialize
 from tolhouse.net.metrics import serve_metrics
 from tolhouse.net.server import MAX_ERROR, answer, serve
-from tolhouse.store import resolve, tables, wait_for_store
-from tolhouse.table.manifest import Buffer, Manifest, split_ref
-from tolhouse.v1 import lookup_pb2
+from tolhouse.store import wait_for_store
+from tolhouse.table.manifest import Manifest, split_ref
+from tolhouse.v1 import lookup_pb2 as pb
 
 NAME = "tolhouse.v1.Lookup"
-CHUNK_BYTES = 1 << 20
 MAX_IDS_PER_FETCH = 65_536
-MOST_AT_ONCE = (
-    8  # requests of one connection in the making: an answer that nobody takes holds megabytes
-)
+# requests of one connection that are answered at once: a reply that its client does not read holds megabytes
+MOST_AT_ONCE = 8
 
 REQUESTS = Counter(
     "tolhouse_lookup_requests_total", "Fetch requests answered, by gRPC status", ["status"]
@@ -55,24 +52,19 @@ SECONDS = Histogram(
 class LookupService:
     def __init__(self, rows: HotRows) -> None:
         self.rows = rows
-        self.leases = Leases(rows.store)
         self.draining = False
         self._idle: set[asyncio.Task] = set()  # streams that wait for a request
-        self._turns: WeakValueDictionary[str, asyncio.Semaphore] = (
-            WeakValueDictionary()
-        )  # by connection
+        self._turns = WeakValueDictionary[str, asyncio.Semaphore]()  # by connection
 
     async def Fetch(
-        self,
-        request_iterator: AsyncIterator[lookup_pb2.FetchRequest],
-        context: grpc.aio.ServicerContext,
+        self, requests: AsyncIterator[pb.FetchRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[bytes]:
         stream = asyncio.current_task()
         turn = self._turns.setdefault(context.peer(), asyncio.Semaphore(MOST_AT_ONCE))
         assert stream
         try:
             self._idle.add(stream)
-            async for request in request_iterator:
+            async for request in requests:
                 self._idle.discard(stream)
                 async with turn:
                     async for reply in self._fetch(request):
@@ -87,132 +79,89 @@ class LookupService:
             self._idle.discard(stream)
 
     def drain(self) -> None:
-        """End every stream once it has answered what it was asked: clients keep theirs open, and turn to another replica."""
+        """End each stream once its requests are answered: clients keep streams open, and turn to another replica."""
         self.draining = True
         for stream in self._idle:
             stream.cancel()
 
     async def Describe(
-        self, request: lookup_pb2.DescribeRequest, context: grpc.aio.ServicerContext
-    ) -> lookup_pb2.DescribeReply:
-        is_still: bool = await answer(context, self._is_still(request.table, request.known))
-        if is_still:
-            return lookup_pb2.DescribeReply(max_ids_per_fetch=MAX_IDS_PER_FETCH)
-        manifest = await answer(context, asyncio.to_thread(resolve, self.rows.store, request.table))
-        if split_ref(request.table)[1] is not None:
-            self.leases.used(manifest)
-        return lookup_pb2.DescribeReply(
-            manifest_json=manifest.to_json(), max_ids_per_fetch=MAX_IDS_PER_FETCH
-        )
-
-    async def _is_still(self, table: str, known: str) -> bool:
-        """Whether `table` stands for the version `known`; a manifest lists frequent tokens, and may have a megabyte."""
-        name, version = split_ref(table)
-        if not known:
-            return False
-        if version is None:
-            alias = await asyncio.to_thread(self.rows.store.alias, name)
-            return alias is not None and f"{name}@{alias.version}" == known
-        if table == known:
-            self.leases.used((await self.rows.table(known)).manifest)
-        return table == known
+        self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DescribeReply:
+        manifest = await answer(context, self._describe(request.table, request.known))
+        text = manifest.to_json() if manifest.ref != request.known else ""
+        return pb.DescribeReply(manifest_json=text, max_ids_per_fetch=MAX_IDS_PER_FETCH)
 
     async def ListTables(
-        self, request: lookup_pb2.ListTablesRequest, context: grpc.aio.ServicerContext
-    ) -> lookup_pb2.ListTablesReply:
-        found = await answer(context, asyncio.to_thread(lambda: list(tables(self.rows.store))))
-        return lookup_pb2.ListTablesReply(
-            tables=[
-                lookup_pb2.Table(
-                    name=m.name,
-                    version=m.version,
-                    published=published,
-                    manifest_json=replace(m, frequent=()).to_json(),
-                )
-                for m, published in found
-            ]
-        )
+        self, _: pb.ListTablesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListTablesReply:
+        found = await answer(context, asyncio.to_thread(self.rows.source.tables))
+        return pb.ListTablesReply(tables=[_listed(*table) for table in found])
 
-    async def _fetch(self, request: lookup_pb2.FetchRequest) -> AsyncIterator[bytes]:
-        """The serialised replies to one request; its failure is its last reply, and the stream lives on."""
-        started, status, told = time.perf_counter(), "OK", ""
-        trace = tracing.begin(
-            "lookup Fetch",
-            tracing.remote(request.traceparent),
-            {"tolhouse.table": request.table},
-            tracing.SERVER,
-        )
+    async def _describe(self, table: str, known: str) -> Manifest:
+        if known and table == known:  # it is in use, though all its rows may be cached elsewhere
+            return (await self.rows.table(table)).manifest
+        manifest = await asyncio.to_thread(self.rows.source.describe, table)
+        if split_ref(table)[1] is not None:
+            self.rows.source.use(manifest)
+        return manifest
+
+    async def _fetch(self, request: pb.FetchRequest) -> AsyncIterator[bytes]:
+        """The serialised replies to one request; an error is its last reply, and the stream lives on."""
+        started, status, message = time.perf_counter(), "OK", ""
+        parent = tracing.remote(request.traceparent)
+        about = {"tolhouse.table": request.table}
+        trace = tracing.begin("lookup Fetch", parent, about, tracing.SERVER)
         try:
             if split_ref(request.table)[1] is None:
                 raise InvalidArgument(
-                    f"fetch needs name@version, not {request.table!r}: ask Describe what a name stands for"
+                    f"fetch needs name@version, not {request.table!r}: Describe tells a name's version"
                 )
             table = await self.rows.table(request.table)
-            self.leases.used(table.manifest)
-            ids = _ids(request.token_ids, table.manifest)
-            size, first, missed = table.manifest.record_bytes, 0, 0
-            async for part, arrived in self.rows.parts(
-                table, ids, max(1, CHUNK_BYTES // size), trace
-            ):
-                read = arrived
-                while not (reply := self._reply(request.request_id, table, ids, first, part, read)):
-                    read = read | await self.rows.again(
-                        table, part, trace
-                    )  # what was hot has been evicted since
-                missed += len(read)
-                first += len(part)
-                yield reply
+            ids = parse_ids(request.token_ids, table.manifest)
+            first = missed = 0
+            async for records, read in self.rows.chunks(table, ids, trace):
+                end, missed = first + len(records), missed + read
+                header = pb.FetchReply(
+                    request_id=request.request_id, first=first, last=end == len(ids)
+                )
+                first = end
+                yield serialize(header, records, len(records) * table.manifest.record_bytes)
             ROWS_HOT.inc(len(ids) - missed)
             ROWS_STORE.inc(missed)
-            BYTES.inc(size * len(ids))
+            BYTES.inc(table.manifest.record_bytes * len(ids))
             trace.set_attributes({"tolhouse.rows": len(ids), "tolhouse.rows_from_store": missed})
         except Exception as error:  # noqa: BLE001 - the boundary where every error becomes a status
             if not isinstance(error, TolhouseError):
                 log.error("internal error", exc_info=error)
                 error = Internal("internal error; the service's log has the details")
-            status, told = error.grpc_status, str(error)[:MAX_ERROR]
-            yield fetch_reply.failed(request.request_id, status, told)
+            status, message = error.grpc_status, str(error)[:MAX_ERROR]
+            failure = pb.Error(status=status, message=message)
+            header = pb.FetchReply(request_id=request.request_id, error=failure, last=True)
+            yield header.SerializeToString()
         finally:
-            tracing.end(trace, told)
+            tracing.end(trace, message)
         REQUESTS.labels(status).inc()
         SECONDS.observe(time.perf_counter() - started)
-
-    def _reply(
-        self,
-        request_id: int,
-        table: OpenTable,
-        ids: np.ndarray,
-        first: int,
-        part: np.ndarray,
-        read: dict[int, Buffer],
-    ) -> bytes:
-        """A reply with the records of `part` of `ids`; nothing if one of them is neither hot nor in `read`."""
-        last, size = first + len(part) == len(ids), table.manifest.record_bytes * len(part)
-        with table.lock:  # until the records are copied
-            if table.lacks(part, read):
-                return b""
-            return fetch_reply.reply(request_id, first, table.records(part, read), size, last)
 
 
 def register(service: LookupService, server: grpc.aio.Server) -> None:
     """As the generated code does, but for the replies of Fetch, which are serialised already."""
-    fetch = grpc.stream_stream_rpc_method_handler(
-        service.Fetch, lookup_pb2.FetchRequest.FromString, None
-    )
-    describe, list_tables = (
-        grpc.unary_unary_rpc_method_handler(
-            method, kind.FromString, lambda reply: reply.SerializeToString()
-        )
-        for method, kind in (
-            (service.Describe, lookup_pb2.DescribeRequest),
-            (service.ListTables, lookup_pb2.ListTablesRequest),
-        )
-    )
-    handlers = {"Fetch": fetch, "Describe": describe, "ListTables": list_tables}
+    handlers = {
+        "Fetch": grpc.stream_stream_rpc_method_handler(service.Fetch, pb.FetchRequest.FromString),
+        "Describe": grpc.unary_unary_rpc_method_handler(
+            service.Describe, pb.DescribeRequest.FromString, pb.DescribeReply.SerializeToString
+        ),
+        "ListTables": grpc.unary_unary_rpc_method_handler(
+            service.ListTables,
+            pb.ListTablesRequest.FromString,
+            pb.ListTablesReply.SerializeToString,
+        ),
+    }
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(NAME, handlers)])
 
 
-def _ids(packed: bytes, manifest: Manifest) -> np.ndarray:
+def parse_ids(packed: bytes, manifest: Manifest) -> np.ndarray:
+    """Token ids uint32 [T] of a request; InvalidArgument, IdOutOfRange."""
     if len(packed) % 4:
         raise InvalidArgument(
             f"token_ids has {len(packed)} bytes; it packs little-endian uint32, four bytes each"
@@ -226,20 +175,28 @@ def _ids(packed: bytes, manifest: Manifest) -> np.ndarray:
     return ids
 
 
+def _listed(manifest: Manifest, published: bool) -> pb.Table:
+    text = replace(manifest, frequent=()).to_json()
+    name, version = manifest.name, manifest.version
+    return pb.Table(name=name, version=version, published=published, manifest_json=text)
+
+
 async def run(config: LookupConfig) -> None:
-    """Serve the store until told to stop."""
+    """Serve the store until SIGTERM or SIGINT."""
     credentials = config.server_credentials()
     tracing.start_tracing("lookup", config.traces, insecure=config.insecure)
     store = await asyncio.to_thread(
         wait_for_store, config.store, config.store_timeout_seconds, config.store_wait_seconds
     )
-    service = LookupService(HotRows(store, int(config.hot_megabytes * 1e6)))
+    source = StoreRowSource(store.url, lambda: store)
+    rows = HotRows(source, int(config.hot_megabytes * 1e6))
+    service = LookupService(rows)
     metrics = serve_metrics(config.metrics_listen, credentials)
     event("serving store", store=store.url)
-    with suppress(TolhouseError):  # whoever asks for a row is told
+    with suppress(TolhouseError):  # requests will get the error
         if not await asyncio.to_thread(store.refs):
             event("the store holds no table yet", WARNING, store=store.url)
-    await service.rows.open_published()
+    await rows.open_published()
     try:
         await serve(
             "lookup",
@@ -252,5 +209,5 @@ async def run(config: LookupConfig) -> None:
             metrics=metrics,
         )
     finally:
-        service.rows.close()
-        store.close()
+        rows.close()
+        source.close()

@@ -1,106 +1,61 @@
-"""Fetch replies in protobuf's own bytes, made and read by hand: a record is copied once on the way in and once out.
+"""Fetch replies with a copy less each way: a record is copied once into a reply, and read where gRPC has put it.
 
-The generated code copies `records` into the message, then the message into its serialised form, and back again. Here a
-reply is one join of a header and the records where they lie, and is read as a view of the bytes that gRPC hands over.
-The bytes are plain protobuf: `tests/test_wire.py` holds them against the generated code, which any stock client may use.
-`records` comes last: protobuf leaves the order of fields to the writer, and so the header is all that precedes it.
+Generated code copies `records` into the message, the message into its serialised form, and back. Here a reply is one join
+of a header and the records where they lie. The bytes are plain protobuf, which any stock client reads: `records` comes last
+in what is made here, and anywhere in what is read.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
 from tolhouse.errors import Internal
-from tolhouse.table.manifest import Buffer
-from tolhouse.v1 import lookup_pb2
+from tolhouse.table.records import Buffer
+from tolhouse.v1.lookup_pb2 import FetchReply
 
-_REQUEST_ID, _FIRST, _LAST = 1 << 3, 2 << 3, 4 << 3  # varints
-_RECORDS, _ERROR = 3 << 3 | 2, 5 << 3 | 2  # with a length
-
-
-class Reply(NamedTuple):
-    request_id: int
-    first: int
-    records: memoryview
-    last: bool
-    error: lookup_pb2.Error | None
+_RECORDS = FetchReply.RECORDS_FIELD_NUMBER << 3 | 2  # a tag: the field, and that a length follows
+_VARINT, _SIZED = 0, 2
 
 
-def reply(
-    request_id: int,
-    first: int,
-    records: Sequence[Buffer],
-    size: int,
-    last: bool,
-) -> bytes:
-    """A serialised FetchReply with whole `records`, `size` bytes in all."""
-    header = bytearray((_REQUEST_ID,))
-    _put(header, request_id)
-    if first:
-        header.append(_FIRST)
-        _put(header, first)
-    if last:
-        header += bytes((_LAST, 1))
-    if size:
-        header.append(_RECORDS)
-        _put(header, size)
-    return b"".join((header, *records))
+def serialize(header: FetchReply, records: Sequence[Buffer], size: int) -> bytes:
+    """`header` with whole `records`, `size` bytes in all."""
+    tag = bytearray((_RECORDS,)) if size else bytearray()
+    while size > 0x7F:
+        tag.append(size & 0x7F | 0x80)
+        size >>= 7
+    if tag:
+        tag.append(size)
+    return b"".join((header.SerializeToString(), tag, *records))
 
 
-def failed(request_id: int, status: str, message: str) -> bytes:
-    """A serialised FetchReply that ends a request with an error."""
-    error = lookup_pb2.Error(status=status, message=message)
-    return lookup_pb2.FetchReply(request_id=request_id, error=error, last=True).SerializeToString()
-
-
-def parse(data: bytes) -> Reply:
-    """The FetchReply in `data`, with its records as a view; Internal if it is none."""
-    request_id = first = last = at = 0
-    records, error, view = memoryview(b""), None, memoryview(data)
+def parse(data: bytes) -> tuple[FetchReply, memoryview]:
+    """A reply but for its records, and these, in place; Internal if `data` is none."""
+    view, records, rest, at = memoryview(data), memoryview(b""), [], 0
     try:
         while at < len(data):
-            tag = data[at]
-            value, at = _get(data, at + 1)
-            if tag == _REQUEST_ID:
-                request_id = value
-            elif tag == _FIRST:
-                first = value
-            elif tag == _LAST:
-                last = value
-            elif tag in (_RECORDS, _ERROR):
-                body = view[at : at + value]
+            start = at
+            tag, at = _varint(data, at)
+            value, at = _varint(data, at)
+            if tag & 7 == _SIZED:
                 at += value
-                if tag == _RECORDS:
-                    records = body
-                else:
-                    error = lookup_pb2.Error.FromString(bytes(body))
-            else:
+            elif tag & 7 != _VARINT:
                 raise ValueError(f"field {tag >> 3}")
+            if tag == _RECORDS:
+                records = view[at - value : at]
+            else:
+                rest.append(view[start:at])
         if at != len(data):
             raise ValueError("cut short")
-    except (IndexError, ValueError, DecodeError) as problem:
-        raise Internal(f"the lookup service sent a reply that can't be read: {problem}") from None
-    return Reply(request_id, first, records, bool(last), error)
+        return FetchReply.FromString(b"".join(rest)), records
+    except (IndexError, ValueError, DecodeError) as error:
+        raise Internal(f"the lookup service sent a reply that can't be read: {error}") from None
 
 
-def _put(out: bytearray, value: int) -> None:
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-
-
-def _get(data: bytes, at: int) -> tuple[int, int]:
-    byte = data[at]
-    if byte < 0x80:
-        return byte, at + 1
-    value, shift = byte & 0x7F, 7
-    while byte > 0x7F:
-        at += 1
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if shift > 70:
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while data[at] > 0x7F:
+        value |= (data[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if shift > 63:
             raise ValueError("number too long")
-    return value, at + 1
+    return value | data[at] << shift, at + 1

@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from tolhouse import tracing
-from tolhouse.client.client import Client
+from tolhouse.client.row_source import open_row_source
 from tolhouse.config import WorkerConfig
 from tolhouse.engine.attention import PagedKVCache, blocks_of
 from tolhouse.engine.block_manager import BlockManager
@@ -308,7 +308,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     cache = BlockManager(blocks_of(checkpoint.config, int(config.kv_cache_megabytes * 1e6), dtype))
     credentials = config.server_credentials()
     tracing.start_tracing("worker", config.traces, insecure=config.insecure)
-    client = Client(
+    client = open_row_source(
         config.rows,
         timeout_seconds=config.fetch_timeout_seconds,
         credentials=config.client_credentials(),

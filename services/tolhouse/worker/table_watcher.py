@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from tolhouse.client.client import Client
+from tolhouse.client.row_source import RowSource
 from tolhouse.engine.engine import Engine
 from tolhouse.errors import DeadlineExceeded, NotFound, TolhouseError, Unavailable
 from tolhouse.logs import event, log
@@ -22,7 +22,7 @@ class TableWatcher:
 
     def __init__(
         self,
-        client: Client,
+        client: RowSource,
         name: str,
         engine: Engine,
         take_up: Callable[[Manifest], None],
@@ -55,7 +55,7 @@ class TableWatcher:
             try:
                 if since_held >= _HOLD_SECONDS:
                     for ref in self.engine.tables():
-                        self.client.hold(ref)
+                        self.client.pin(ref)
                     since_held = 0.0
                 self._look()
             except (
