@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tolhouse import Client
+from tolhouse import Client, ClientCredentials
+from tolhouse.client.lookup import LookupRowSource
 from tolhouse.engine.recompute import Recompute
 from tolhouse.engine.row_providers import Rows
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
@@ -70,7 +71,7 @@ def wait_for(what: Callable[[], bool]) -> None:
     raise AssertionError("it never came")
 
 
-class CountingClient(Client):
+class CountingSource(LookupRowSource):
     """Counts how often it was asked for the tables and had an answer."""
 
     asked = 0
@@ -92,10 +93,11 @@ def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_pat
     listen = ("--listen", address)
     with ExitStack() as stack:
         lookup = stack.enter_context(process("lookup", "--store", whole, *listen))
-        client = stack.enter_context(CountingClient(address, timeout_seconds=2))
+        client = CountingSource(address, 2, ClientCredentials())
+        stack.callback(client.close)
         manifest = client.describe(ref)
         rows = Rows(
-            client.rows,
+            client,
             manifest,
             0,
             torch.device("cpu"),
