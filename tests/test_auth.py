@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tolhouse import Client, ClientCredentials
 from tolhouse.errors import InvalidArgument, Unauthenticated
 from tolhouse.files import replace_file
-from tolhouse.net.auth import Tokens
+from tolhouse.net.auth import TokenFile
 from tolhouse.testing import Process, build_table, process, wait_until_healthy
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
@@ -85,11 +85,11 @@ def test_calls_need_the_token_and_health_does_not(
 )
 def test_only_the_whole_token_fits(sent: str, tokens: Path) -> None:
     """In the scheme Bearer, and to the byte."""
-    known = Tokens(str(tokens))
+    known = TokenFile(str(tokens))
     token = tokens.read_text().split()[-1]
-    assert not known.accept(sent.format(token))
-    assert known.accept(f"bearer {token}")
-    assert known.accept(f"Bearer {token}".encode())
+    assert not known.accepts(sent.format(token))
+    assert known.accepts(f"bearer {token}")
+    assert known.accepts(f"Bearer {token}".encode())
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_token_file_is_checked(text: str, tmp_path: Path) -> None:
     path = tmp_path / "t"
     path.write_text(text)
     with pytest.raises(InvalidArgument, match="must hold a token a line") as caught:
-        Tokens(str(path))
+        TokenFile(str(path))
     assert "short" not in str(caught.value)
 
 

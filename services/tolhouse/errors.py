@@ -1,113 +1,78 @@
-"""Every error Tolhouse raises, and what each becomes on the wire.
+"""Every error Tolhouse raises, with its gRPC and HTTP status; `from_status` is the way back.
 
-    TolhouseError
-    ├── InvalidArgument        the caller sent something that can't be right       INVALID_ARGUMENT     400
-    │   ├── IdOutOfRange       a token id at or above the vocabulary               OUT_OF_RANGE         400
-    │   └── PromptTooLong      prompt and answer do not fit the context            OUT_OF_RANGE         400
-    ├── NotFound               a table, version, file or model that is not there   NOT_FOUND            404
-    ├── Mismatch               parts that do not belong together: a table built    FAILED_PRECONDITION  409
-    │                          from another model, a tokenizer of another table
-    ├── InUse                  a port, a version or a directory in use             ABORTED              409
-    ├── Unauthenticated        a missing or wrong API key                          UNAUTHENTICATED      401
-    ├── Overloaded             a queue or a memory budget is full: try later       RESOURCE_EXHAUSTED   429
-    ├── Corrupt                bytes that fail their checksum, or are missing      DATA_LOSS            500
-    ├── Unsupported            the peer does not speak this call                   UNIMPLEMENTED        501
-    ├── Unavailable            a peer can't be reached: try again                  UNAVAILABLE          503
-    ├── DeadlineExceeded       a peer did not answer in time                       DEADLINE_EXCEEDED    504
-    ├── Cancelled              the caller went away                                CANCELLED            499
-    └── Internal               a defect of ours                                    INTERNAL             500
-
-The message of an error says what was wrong and what is allowed. A class carries its gRPC and its HTTP status;
-`from_status` is the way back from the wire.
+The message of an error says what was wrong and what is allowed.
 """
 
 
 class TolhouseError(Exception):
     """Base of all errors that Tolhouse raises on purpose."""
 
-    grpc_status = "INTERNAL"
-    http_status = 500
+    grpc_status, http_status = "INTERNAL", 500
 
 
-class InvalidArgument(TolhouseError):
+class InvalidArgument(TolhouseError):  # the caller sent something that can't be right
     grpc_status, http_status = "INVALID_ARGUMENT", 400
 
 
-class IdOutOfRange(InvalidArgument):
-    grpc_status, http_status = "OUT_OF_RANGE", 400
+class IdOutOfRange(InvalidArgument):  # a token id is at or above the vocabulary's size
+    grpc_status = "OUT_OF_RANGE"
 
 
-class PromptTooLong(InvalidArgument):
-    grpc_status, http_status = "OUT_OF_RANGE", 400
+class PromptTooLong(InvalidArgument):  # prompt and answer do not fit the context
+    grpc_status = "OUT_OF_RANGE"
 
 
-class NotFound(TolhouseError):
+class NotFound(TolhouseError):  # there is no such table, version, file or model
     grpc_status, http_status = "NOT_FOUND", 404
 
 
-class Mismatch(TolhouseError):
+class Mismatch(TolhouseError):  # parts that do not belong together, such as table and model
     grpc_status, http_status = "FAILED_PRECONDITION", 409
 
 
-class InUse(TolhouseError):
+class InUse(TolhouseError):  # a port, a version or a folder is in use
     grpc_status, http_status = "ABORTED", 409
 
 
-class Unauthenticated(TolhouseError):
+class Unauthenticated(TolhouseError):  # an API key or a token is missing or wrong
     grpc_status, http_status = "UNAUTHENTICATED", 401
 
 
-class Overloaded(TolhouseError):
+class Overloaded(TolhouseError):  # a queue or a memory budget is full: try later
     grpc_status, http_status = "RESOURCE_EXHAUSTED", 429
 
 
-class Corrupt(TolhouseError):
+class Corrupt(TolhouseError):  # bytes are missing, or fail their checksum
     grpc_status, http_status = "DATA_LOSS", 500
 
 
-class Unsupported(TolhouseError):
+class Unsupported(TolhouseError):  # the peer does not serve this call
     grpc_status, http_status = "UNIMPLEMENTED", 501
 
 
-class Unavailable(TolhouseError):
+class Unavailable(TolhouseError):  # a peer can't be reached: try again
     grpc_status, http_status = "UNAVAILABLE", 503
 
 
-class DeadlineExceeded(TolhouseError):
+class DeadlineExceeded(TolhouseError):  # a peer did not answer in time
     grpc_status, http_status = "DEADLINE_EXCEEDED", 504
 
 
-class Cancelled(TolhouseError):
+class Cancelled(TolhouseError):  # the caller went away
     grpc_status, http_status = "CANCELLED", 499
 
 
 class Internal(TolhouseError):
-    grpc_status, http_status = "INTERNAL", 500
+    """A defect of ours."""
 
 
-# A status names several errors only where a subclass refines its parent; the wire then carries the parent.
-_DIRECT: tuple[type[TolhouseError], ...] = (
-    InvalidArgument,
-    NotFound,
-    Mismatch,
-    InUse,
-    Unauthenticated,
-    Overloaded,
-    Corrupt,
-    Unsupported,
-    Unavailable,
-    DeadlineExceeded,
-    Cancelled,
-    Internal,
-)
-_BY_STATUS = {error.grpc_status: error for error in _DIRECT} | {
+_BY_STATUS = {error.grpc_status: error for error in TolhouseError.__subclasses__()} | {
     "OUT_OF_RANGE": IdOutOfRange,
     "PERMISSION_DENIED": Unauthenticated,
-    "UNKNOWN": Internal,
     "ALREADY_EXISTS": InUse,
 }
 
 
 def from_status(status: str, message: str) -> TolhouseError:
-    """The error that gRPC status name `status` stands for; an unheard-of name becomes `Internal`."""
+    """The error of a gRPC status by name; `Internal` for one that is unknown here."""
     return _BY_STATUS.get(status, Internal)(message)

@@ -1,4 +1,4 @@
-"""Files that are read again when they change: certificates, tokens and keys are replaced without a restart."""
+"""Files that can be replaced while they are in use: certificates, tokens, keys."""
 
 import logging
 import os
@@ -6,7 +6,6 @@ import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -17,42 +16,47 @@ T = TypeVar("T")
 
 
 class ReloadingFiles(Generic[T]):
-    """What `read` makes of `paths`. Safe to use from several threads.
+    """What `read` makes of `paths`, read again when they change. Safe to use from several threads.
 
-    The first reading may fail. A later one that fails leaves what was read before, and is told in the log: whoever
-    replaces a file by writing into it is seen in the middle of that, and once more at its end.
+    The first reading may fail. If a later one fails, the value stays and the log says why: a file
+    that is overwritten in place may be read half written, and is read again once it is complete.
     """
 
     def __init__(self, paths: Iterable[str], read: Callable[[], T]) -> None:
         self.paths, self._read = tuple(path for path in paths if path), read
         self._lock = threading.Lock()
-        self._seen = self._looks()  # before reading: a change in between is then seen as one
+        self._seen = self._versions()  # before reading, so that a change meanwhile is noticed
         self._value = read()
 
     def get(self) -> T:
-        """What the files hold now. Costs a look at each of them."""
-        if self.paths and self._looks() != self._seen:
+        """What the files hold now, for one `stat` of each."""
+        if self._versions() != self._seen:
             with self._lock:
-                looks = self._looks()
-                if looks != self._seen:
+                versions = self._versions()
+                if versions != self._seen:
                     try:
                         self._value = self._read()
-                        event("read again", files=", ".join(self.paths))
+                        event("files read again", files=", ".join(self.paths))
                     except (OSError, InvalidArgument) as error:
-                        event(
-                            "not read again; what was read before holds",
-                            logging.ERROR,
-                            reason=str(error),
-                        )
-                    self._seen = looks
+                        news = "files changed and can't be used: the contents before stay in use"
+                        event(news, logging.ERROR, reason=str(error))
+                    self._seen = versions
         return self._value
 
-    def _looks(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(_looks(path) for path in self.paths)
+    def _versions(self) -> list[tuple[int, ...]]:
+        return [_version(path) for path in self.paths]
+
+
+def _version(path: str) -> tuple[int, ...]:
+    try:
+        s = Path(path).stat()
+    except OSError:
+        return ()
+    return s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino  # ctime: it may have become readable
 
 
 def read_file(path: str, what: str) -> bytes:
-    """The bytes of `path`; InvalidArgument, which says what the file is for, if it can't be read."""
+    """The bytes of `path`; an InvalidArgument says what the file is for."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -60,49 +64,30 @@ def read_file(path: str, what: str) -> bytes:
 
 
 def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file whole, so that nobody sees half of it. A new one gets `mode`; one that is there keeps its own, and its owner.
+    """Write a file so that nobody reads half of it; InvalidArgument if it can't be written.
 
-    Through a link its target is replaced, and what is no file, such as a pipe, is written into. InvalidArgument if it can't be.
+    A new file gets `mode`; an old one keeps its mode and owner. Through a link its target is replaced;
+    what is not a regular file, such as a pipe, is written into.
     """
     try:
-        before: os.stat_result | None = None
-        with suppress(FileNotFoundError):
-            before = path.stat()
-            mode = stat.S_IMODE(before.st_mode)
+        before = path.stat() if path.exists() else None
         if before and not stat.S_ISREG(before.st_mode):
-            with path.open("wb") as there:
-                there.write(data)
+            path.write_bytes(data)
             return
         target = path.resolve()
         fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
-            with os.fdopen(
-                os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb"
-            ) as file:
-                file.write(data)
-                file.flush()
+            mode = stat.S_IMODE(before.st_mode) if before else mode
+            with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as f:
+                f.write(data)
+                f.flush()
                 if before and (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
-                    os.fchown(
-                        file.fileno(), before.st_uid, before.st_gid
-                    )  # whoever serves reads it still
-                os.fsync(file.fileno())
+                    os.fchown(f.fileno(), before.st_uid, before.st_gid)
+                os.fsync(f.fileno())
             fresh.replace(target)
         finally:
             fresh.unlink(missing_ok=True)
     except BrokenPipeError:
-        raise  # who reads has had enough
+        raise  # the reader has had enough
     except OSError as error:  # its own text names the fresh file
         raise InvalidArgument(f"{path} can't be written: {error.strerror or error}") from None
-
-
-def _looks(path: str) -> tuple[int, ...]:
-    try:
-        status = Path(path).stat()
-    except OSError:
-        return ()
-    return (
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-        status.st_size,
-        status.st_ino,
-    )  # ctime: it may have become readable

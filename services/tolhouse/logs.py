@@ -1,4 +1,4 @@
-"""Logs, the same for every process. They go to stderr, one JSON object a line, or plain text on a terminal."""
+"""Logs, the same for every process: to stderr, one JSON object a line, or text on a terminal."""
 
 import json
 import logging
@@ -23,26 +23,25 @@ class _Json(logging.Formatter):
         return json.dumps(fields)
 
 
-class _Plain(logging.Formatter):
+class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = " ".join(f"{key}={value}" for key, value in getattr(record, "fields", {}).items())
-        text = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.levelname.lower():7} {record.getMessage()} {fields}"
-        return (
-            f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text.rstrip()
-        )
+        at = time.strftime("%H:%M:%S", time.localtime(record.created))
+        text = f"{at} {record.levelname.lower():7} {record.getMessage()} {fields}".rstrip()
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
 def start_logging(level: str = "info") -> None:
     """Send logs to stderr from `level` up: debug, info, warning or error."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_Plain() if sys.stderr.isatty() else _Json())
+    handler.setFormatter(_Text() if sys.stderr.isatty() else _Json())
     log.handlers[:] = [handler]
     log.setLevel(level.upper())
     log.propagate = False
 
 
-def take_over(name: str, level: int = logging.WARNING) -> None:
-    """Another library's log goes where ours does, in its form, from `level` up."""
+def redirect_log(name: str, level: int = logging.WARNING) -> None:
+    """Send another library's log to where ours goes, in the same form, from `level` up."""
     logger = logging.getLogger(name)
     logger.handlers[:] = log.handlers
     logger.setLevel(level)
@@ -50,16 +49,15 @@ def take_over(name: str, level: int = logging.WARNING) -> None:
 
 
 def event(message: str, level: int = logging.INFO, **fields: object) -> None:
-    """One log line with named fields."""
+    """Log a line with named fields."""
     log.log(level, message, extra={"fields": fields})
 
 
 def ready(service: str, address: str, **fields: object) -> None:
-    """Say that a process answers: a log line, and one line of JSON on stdout with the address and its real port."""
+    """Announce that a process answers, in the log and as one line of JSON on stdout."""
     event("ready", logging.INFO, service=service, address=address, **fields)
-    print(
-        json.dumps({"event": "ready", "service": service, "address": address, **fields}), flush=True
-    )
+    line = {"event": "ready", "service": service, "address": address, **fields}
+    print(json.dumps(line), flush=True)
 
 
 def split_address(address: str) -> tuple[str, int]:

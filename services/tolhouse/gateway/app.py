@@ -48,7 +48,7 @@ from tolhouse.gateway.schemas import (
 from tolhouse.gateway.server import MAX_HEADER_BYTES, Limits, Server
 from tolhouse.gateway.template import ChatTemplate
 from tolhouse.gateway.vocabulary import Vocabulary, check_ids
-from tolhouse.logs import event, ready, split_address, take_over
+from tolhouse.logs import event, ready, redirect_log, split_address
 from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
 from tolhouse.net.dns import Addresses
 from tolhouse.net.server import finish_startup
@@ -346,7 +346,7 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: setattr(server, "should_exit", True))
-    take_over(
+    redirect_log(
         "uvicorn", logging.ERROR
     )  # its warnings are of single requests, of which our own log tells
     finish_startup()

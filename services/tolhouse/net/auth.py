@@ -1,6 +1,7 @@
-"""Who may call whom. `ClientCredentials` is what calls carry, `ServerCredentials` what a listener demands; a token is one secret for all services.
+"""What calls carry (`ClientCredentials`), and what a listener demands (`ServerCredentials`).
 
-Without TLS, both keep to this machine unless told to be insecure. Files are read again when they change.
+Without TLS, both keep to this machine unless told to be insecure. Files are read again when they
+change. A token is one secret for all services.
 """
 
 import hmac
@@ -12,16 +13,16 @@ import grpc
 
 from tolhouse.errors import InvalidArgument
 from tolhouse.files import ReloadingFiles, read_file
-from tolhouse.net.tls import ServerTls, client_credentials, is_loopback
+from tolhouse.net.tls import ServerTls, is_loopback, read_pems
 
-LEAST_TOKEN = 16  # characters
-_OPEN = "/grpc.health.v1.Health/"  # answers whoever asks: probes have no token
+MIN_TOKEN_LENGTH = 16
+_OPEN = "/grpc.health.v1.Health/"  # needs no token: probes have none
 
 Metadata = tuple[tuple[str, str], ...]
 
 
-class Tokens:
-    """A file with a token a line: callers send the first, listeners take any, so that they can be replaced one by one."""
+class TokenFile:
+    """A file with a token a line. Callers send the first; listeners accept all."""
 
     def __init__(self, path: str) -> None:
         self._tokens = ReloadingFiles((path,), partial(_read_tokens, path))
@@ -29,39 +30,35 @@ class Tokens:
     def metadata(self) -> Metadata:
         return (("authorization", f"Bearer {self._tokens.get()[0].decode()}"),)
 
-    def accept(self, authorization: str | bytes) -> bool:
-        given = (
-            authorization.encode(errors="replace")
-            if isinstance(authorization, str)
-            else authorization
-        )
-        scheme, _, token = given.partition(b" ")
-        if scheme.lower() != b"bearer":
-            return False
-        # all are compared, in a time that says nothing of how much fitted
-        return any([hmac.compare_digest(token, known) for known in self._tokens.get()])  # noqa: C419
+    def accepts(self, authorization: str | bytes) -> bool:
+        if isinstance(authorization, str):
+            authorization = authorization.encode(errors="replace")
+        scheme, _, token = authorization.partition(b" ")
+        # all are compared, so that the time says nothing of which one fits
+        fits = [hmac.compare_digest(token, known) for known in self._tokens.get()]
+        return scheme.lower() == b"bearer" and any(fits)
 
 
 def _read_tokens(path: str) -> tuple[bytes, ...]:
     lines = [line.strip() for line in read_file(path, "the token file").splitlines()]
     tokens = tuple(line for line in lines if line and not line.startswith(b"#"))
-    if not tokens or any(
-        len(t) < LEAST_TOKEN or not t.isascii() or not t.decode().isprintable() or b" " in t
-        for t in tokens
-    ):
+    printable = all(33 <= byte <= 126 for token in tokens for byte in token)
+    if not tokens or not printable or min(map(len, tokens)) < MIN_TOKEN_LENGTH:
         raise InvalidArgument(
-            f"the token file {path} must hold a token a line, each of at least {LEAST_TOKEN} printable ASCII characters"
+            f"the token file {path} must hold a token a line, each of at least {MIN_TOKEN_LENGTH} "
+            "printable ASCII characters"
         )
     return tokens
 
 
 @dataclass(frozen=True)
 class ClientCredentials:
-    """How to call services: TLS by the authority in the file `tls_ca`, or by this machine's with "system".
+    """How to call services. Without `tls_ca` only this machine is called, unless `insecure`.
 
-    `tls_cert` and `tls_key` are shown where callers need a certificate. `token_file` holds the services' token. Without
-    `tls_ca`, only services of this machine are called, unless `insecure`: then rows, prompts and tokens can be read on the way.
-    `tls_name` is whom certificates must be for, where that is not the host called.
+    `tls_ca` is a file of the authority to trust, or "system" for those that this machine trusts.
+    `tls_cert` and `tls_key` are for services that demand a certificate. `tls_name` is the host that
+    a service's certificate is for, if not the one called. `token_file` holds the services' token.
+    `insecure` calls other machines in plaintext: rows, prompts and tokens can be read on the way.
     """
 
     tls_ca: str = ""
@@ -73,30 +70,33 @@ class ClientCredentials:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Those that a connection depends on."""
+        """The files that a connection depends on."""
         return self.tls_ca, self.tls_cert, self.tls_key
 
     def channel_credentials(self, target: str) -> grpc.ChannelCredentials | None:
-        """None: plaintext. InvalidArgument where that is not allowed, or a file is not what it should be."""
+        """None means plaintext. InvalidArgument if that is not allowed, or a file does not fit."""
         if self.tls_ca:
-            return client_credentials(*self.files)
+            pems = read_pems(self.tls_cert, self.tls_key, self.tls_ca, retries=10)
+            pair = pems.key or None, pems.certificate or None
+            return grpc.ssl_channel_credentials(pems.authority, *pair)
         if self.tls_cert or self.tls_key:
             raise InvalidArgument(
                 "a TLS certificate to show needs a TLS authority to call by: give --tls-ca"
             )
         if not self.insecure and not is_loopback(target):
             raise InvalidArgument(
-                f"{target} is another machine and would be called in plaintext: give --tls-ca, or --insecure where the network is trusted"
+                f"{target} is another machine and would be called in plaintext: "
+                "give --tls-ca, or --insecure where the network is trusted"
             )
         return None
 
     def metadata(self) -> Metadata | None:
         """What goes with each call."""
-        return self._tokens.metadata() if self._tokens else None
+        return self._token.metadata() if self._token else None
 
     @cached_property
-    def _tokens(self) -> Tokens | None:
-        return Tokens(self.token_file) if self.token_file else None
+    def _token(self) -> TokenFile | None:
+        return TokenFile(self.token_file) if self.token_file else None
 
 
 @dataclass(frozen=True)
@@ -108,23 +108,23 @@ class ServerCredentials:
     insecure: bool = False
 
     def check(self, address: str, option: str) -> None:
-        """InvalidArgument unless `address` may be listened on."""
+        """InvalidArgument if `address` may not be listened on."""
         if not self.tls and not self.insecure and not is_loopback(address):
             raise InvalidArgument(
-                f"{option} {address} would serve other machines in plaintext: give --tls-cert and --tls-key, "
-                "or --insecure where the network is trusted"
+                f"{option} {address} would serve other machines in plaintext: "
+                "give --tls-cert and --tls-key, or --insecure where the network is trusted"
             )
 
     def interceptors(self) -> list[grpc.aio.ServerInterceptor]:
-        return [_Gate(Tokens(self.token_file))] if self.token_file else []
+        return [_TokenInterceptor(TokenFile(self.token_file))] if self.token_file else []
 
 
-class _Gate(grpc.aio.ServerInterceptor):
-    """Ends calls without a token, but for those of the health service. Each stream is looked at once."""
+class _TokenInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses calls without a token, except health checks."""
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: TokenFile) -> None:
         self._tokens = tokens
-        # ends any kind of call: on the wire they are all alike
+        # refuses any kind of call: on the wire they are all alike
         self._refusal = grpc.stream_stream_rpc_method_handler(_refuse)
 
     async def intercept_service(
@@ -132,15 +132,9 @@ class _Gate(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
-        given = next(
-            (
-                value
-                for key, value in handler_call_details.invocation_metadata
-                if key == "authorization"
-            ),
-            "",
-        )
-        if handler_call_details.method.startswith(_OPEN) or self._tokens.accept(given):
+        authorization = dict(handler_call_details.invocation_metadata).get("authorization", "")
+        is_open = handler_call_details.method.startswith(_OPEN)
+        if is_open or self._tokens.accepts(authorization):
             return await continuation(handler_call_details)
         return self._refusal
 

@@ -1,4 +1,4 @@
-"""Which addresses targets stand for: HOST:PORT is one, dns:///HOST:PORT is every one that the name has, now and later."""
+"""Addresses of targets: HOST:PORT is one, dns:///HOST:PORT all that the name has, now and later."""
 
 import logging
 import socket
@@ -13,31 +13,28 @@ SCHEME = "dns:///"  # as gRPC writes it
 
 
 class Addresses:
-    """Of `targets`, a text with commas between them, or several texts. For one thread at a time."""
+    """The addresses of `targets`: texts, or one with commas between them. For one thread."""
 
     def __init__(self, targets: str | Sequence[str]) -> None:
         given = targets.split(",") if isinstance(targets, str) else targets
         self.targets = tuple(t.strip() for t in given if t.strip())
         if not self.targets:
             raise InvalidArgument(
-                f"no address given: HOST:PORT, {SCHEME}HOST:PORT for all addresses of a name, or several with commas between"
+                f"no address given: HOST:PORT, {SCHEME}HOST:PORT for all addresses of a name, "
+                "or several with commas between"
             )
-        self._names = {
-            t: split_address(t.removeprefix(SCHEME)) for t in self.targets if t.startswith(SCHEME)
-        }
-        for target in self.targets:
-            if target not in self._names:
-                split_address(target)
+        parsed = {t: split_address(t.removeprefix(SCHEME)) for t in self.targets}
+        self._names = {t: address for t, address in parsed.items() if t.startswith(SCHEME)}
         self._found: dict[str, tuple[str, ...]] = dict.fromkeys(self._names, ())
         self._host_of: dict[str, str] = {}  # by address, the name that it was found by
 
     @property
     def change(self) -> bool:
-        """Whether another look may find others."""
+        """Whether another look-up may find others."""
         return bool(self._names)
 
     def look_up(self) -> tuple[str, ...]:
-        """All addresses, each once; asks the resolver. A name that has none now, or can't be resolved, keeps those it had last."""
+        """All addresses, each once. A name that has none now keeps those that it had last."""
         for target, (host, port) in self._names.items():
             found = _addresses(host, port)
             if found and found != self._found[target]:
@@ -49,26 +46,22 @@ class Addresses:
         return tuple(dict.fromkeys(a for t in self.targets for a in self._found.get(t, (t,))))
 
     def check(self, credentials: ClientCredentials) -> None:
-        """InvalidArgument unless `credentials` allow for calls to the targets."""
+        """InvalidArgument if `credentials` do not allow for calls to the targets."""
         for target in self.targets:
             credentials.channel_credentials(target.removeprefix(SCHEME))
 
     def credentials_for(self, address: str, credentials: ClientCredentials) -> ClientCredentials:
-        """How to call one of them: its certificate is for the name that stood for it."""
+        """The credentials for calls to one address, whose certificate is for its name."""
         host = self._host_of.get(address)
         return replace(credentials, tls_name=host) if host else credentials
 
 
 def _addresses(host: str, port: int) -> tuple[str, ...]:
-    """Of one family, as a pod may have one of each; sorted, since resolvers take turns."""
+    """Addresses of one family, as a pod may have one of each; sorted, as resolvers rotate them."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return ()
-    version4 = sorted(
-        {str(address[0]) for family, *_, address in found if family == socket.AF_INET}
-    )
-    version6 = sorted(
-        {str(address[0]) for family, *_, address in found if family == socket.AF_INET6}
-    )
-    return tuple(f"{a}:{port}" for a in version4) or tuple(f"[{a}]:{port}" for a in version6)
+    v4 = sorted({str(at[0]) for family, *_, at in found if family == socket.AF_INET})
+    v6 = sorted({str(at[0]) for family, *_, at in found if family == socket.AF_INET6})
+    return tuple(f"{a}:{port}" for a in v4) or tuple(f"[{a}]:{port}" for a in v6)

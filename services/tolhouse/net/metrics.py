@@ -36,7 +36,7 @@ class _Handler(MetricsHandler):
 
 
 class _Server(ThreadingHTTPServer):
-    """prometheus_client's own would do the TLS handshake of one connection while all others wait."""
+    """Handshakes take place in the connection's thread; in prometheus_client's, all others wait."""
 
     daemon_threads = True
 
