@@ -24,7 +24,7 @@ from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
 from tolhouse.engine.cpu.compiled import Compiled
 from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.engine import Engine
-from tolhouse.engine.row_providers import NoRows, Rows
+from tolhouse.engine.row_providers import NoRows, RowProvider, open_rows
 from tolhouse.engine.runner import Runner
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig, preset
@@ -90,9 +90,9 @@ def contenders(name: str, folder: Path, frequent: tuple[int, ...]) -> Iterator[l
             ("remote rows", shapes[1], 0.1),
             ("resident rows", shapes[1], 1),
         ):
-            rows: Rows | NoRows = NoRows(shape.hidden_size, CPU)
+            rows: RowProvider = NoRows(shape.hidden_size, CPU)
             if cached:
-                rows = Rows(client.rows, manifest, int(manifest.table_bytes * cached), CPU)
+                rows = open_rows(client.rows, manifest, int(manifest.table_bytes * cached), CPU)
                 rows.fill()
                 if cached == 1:
                     for part in np.array_split(np.arange(VOCABULARY, dtype=np.uint32), 64):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from redis import Redis
 from tolhouse import Client, Manifest
-from tolhouse.engine.row_providers import Rows
+from tolhouse.engine.row_providers import open_rows
 from tolhouse.store import open_store, publish
 from tolhouse.testing import process, redis_cluster, redis_server
 from tqdm import tqdm
@@ -181,11 +181,11 @@ def real_text(row_kib: int) -> dict[str, float]:
                 filled_service(url, manifest.table_bytes / 3e6) as address,
                 Client(address) as client,
             ):
-                rows = Rows(
+                rows = open_rows(
                     client.rows, manifest, slots * manifest.record_bytes, torch.device("cpu")
                 )
                 rows.fill()
-                filled, ours, theirs = rows.from_remote, 0.0, 0.0
+                filled, ours, theirs = rows.counts()["from_remote"], 0.0, 0.0
                 for part in tqdm(
                     np.array_split(read, len(read) // size), desc=f"{size} at a time", leave=False
                 ):
@@ -196,7 +196,7 @@ def real_text(row_kib: int) -> dict[str, float]:
                     ours, theirs = ours + time.perf_counter() - then, theirs + then - first
             found[name] = theirs / ours
             if read is ids:
-                hit_rate = 1 - (rows.from_remote - filled) / len(ids)
+                hit_rate = 1 - (rows.counts()["from_remote"] - filled) / len(ids)
             print(
                 f"  {size:3} at a time: worker {len(read) / ours:9.0f} rows/s   Redis MGET {len(read) / theirs:9.0f} rows/s"
             )

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from tolhouse import Client, Manifest
 from tolhouse.engine.block_manager import BlockManager
-from tolhouse.engine.dequant import Staged
+from tolhouse.engine.dequant import StagedRows
 from tolhouse.engine.engine import Engine
-from tolhouse.engine.row_providers import NoRows, Rows
-from tolhouse.engine.scheduler import Chunk
+from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider, open_rows
+from tolhouse.engine.scheduler import ScheduledChunk
 from tolhouse.model.config import preset
 from tolhouse.store import open_store, publish
 from tolhouse.testing import process
@@ -47,11 +47,11 @@ class Paced:
     def __init__(self, seconds: Callable[[int], float]) -> None:
         self.seconds, self.until = seconds, 0.0
 
-    def launch(self, step: list[Chunk]) -> tuple[float, int]:
+    def launch(self, step: list[ScheduledChunk]) -> tuple[float, int]:
         self.wait()
         return time.perf_counter(), sum(chunk.last - chunk.first for chunk in step)
 
-    def finish(self, begun: tuple[float, int], staged: Staged) -> Tensor:
+    def finish(self, begun: tuple[float, int], staged: StagedRows) -> Tensor:
         started, tokens = begun
         seconds = self.seconds(tokens)
         self.until = max(time.perf_counter(), started + seconds / LAYERS) + seconds * (
@@ -71,7 +71,7 @@ class Paced:
             pass
 
 
-def engine(rows: Rows | NoRows, seconds: Callable[[int], float]) -> Engine:
+def engine(rows: RowProvider, seconds: Callable[[int], float]) -> Engine:
     return Engine(Paced(seconds), rows, BlockManager(8192), SEQUENCES, 1000, 512)  # type: ignore[arg-type]
 
 
@@ -79,7 +79,7 @@ def paced(
     client: Client, manifest: Manifest, ids: np.ndarray, milliseconds: float, rounds: int
 ) -> float:
     """Tokens per second with rows over those without: median over slices in turn. The text begins with `ids`."""
-    rows = Rows(client.rows, manifest, manifest.table_bytes // 10, CPU)
+    rows = open_rows(client.rows, manifest, manifest.table_bytes // 10, CPU)
     rows.fill()
     found = [
         Contender(name, engine(r, lambda _: milliseconds / 1e3))
@@ -97,11 +97,11 @@ def paced(
             for one, mine in zip(found, rates, strict=True):
                 mine.append(one.rate(SLICE))
     remote = found[1].engine
-    share = rows.from_cache / (rows.from_cache + rows.from_remote)
+    counts = rows.counts()
+    share = counts["from_cache"] / (counts["from_cache"] + counts["from_remote"])
     print(
         f"  forward of {milliseconds:g} ms: no rows {statistics.median(rates[0]):7.0f} tokens/s, remote {statistics.median(rates[1]):7.0f}; "
-        f"{share:.1%} of a step's distinct rows cached, {rows.wait_seconds / remote.steps * 1e3:.2f} ms of a step waited for the rest, "
-        f"{remote.sat_out / remote.tokens:.2%} of the tokens sat out a step"
+        f"{share:.1%} of a step's distinct rows cached, {rows.wait_seconds / remote.steps * 1e3:.2f} ms of a step waited for the rest"
     )
     rows.close()
     return float(np.median(np.array(rates[1]) / np.array(rates[0])))
@@ -114,13 +114,13 @@ def paced_prefill(client: Client, manifest: Manifest, ids: np.ndarray, rounds: i
         prompt = ids[number * PREFILL_TOKENS : (number + 1) * PREFILL_TOKENS].tolist()
         for mine, r in zip(
             times,
-            (NoRows(1, CPU), Rows(client.rows, manifest, manifest.table_bytes // 10, CPU)),
+            (NoRows(1, CPU), open_rows(client.rows, manifest, manifest.table_bytes // 10, CPU)),
             strict=True,
         ):
             one = Contender("", engine(r, lambda tokens: tokens / PREFILL_RATE))
             one.start([prompt], [[0]])
             mine.append(one.until_done())
-            if isinstance(r, Rows):
+            if isinstance(r, CachedRows):
                 r.close()
     bare, remote = (statistics.median(t) for t in times)
     print(

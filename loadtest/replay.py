@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tolhouse.engine.engine import Engine
-from tolhouse.engine.sequence import Sequence
+from tolhouse.engine.sampler import Logprobs
+from tolhouse.engine.sequence import Output, Sequence
 from tolhouse.sampling import SamplingParams
 
 
@@ -14,8 +15,8 @@ class Replayed(Sequence):
         self.text = iter(text)
         return self
 
-    def take(self, token_id: int) -> str:
-        return super().take(next(self.text))
+    def append(self, token_id: int, *logprobs: Logprobs | None) -> Output:
+        return super().append(next(self.text), *logprobs)
 
 
 @dataclass

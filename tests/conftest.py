@@ -46,6 +46,12 @@ def flex_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, without rows."""
+    return tiny_model(tmp_path_factory.mktemp("checkpoints") / "tiny-base", "base")
+
+
+@pytest.fixture(scope="session")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an authority, ca.pem, and certificates of a service on this machine and of a client of it."""
     folder = tmp_path_factory.mktemp("pki")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tolhouse.engine.attention import AttentionMetadata, PagedKVCache, gathered, streamed, write
 from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
-from tolhouse.engine.scheduler import Chunk
+from tolhouse.engine.scheduler import ScheduledChunk as Chunk
 from tolhouse.engine.sequence import Sequence
 from tolhouse.model.config import preset
 from tolhouse.sampling import SamplingParams

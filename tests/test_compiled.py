@@ -11,10 +11,10 @@ from tolhouse.engine.attention import PagedKVCache
 from tolhouse.engine.block_manager import BlockManager
 from tolhouse.engine.cpu.compiled import Compiled
 from tolhouse.engine.cpu.packed import load
-from tolhouse.engine.dequant import Staged
+from tolhouse.engine.dequant import StagedRows
 from tolhouse.engine.row_providers import NoRows
 from tolhouse.engine.runner import Runner
-from tolhouse.engine.scheduler import Chunk
+from tolhouse.engine.scheduler import ScheduledChunk as Chunk
 from tolhouse.engine.sequence import Sequence
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.config import preset
@@ -29,12 +29,12 @@ class RandomRows(NoRows):
 
     def __init__(self, layers: int, hidden_size: int) -> None:
         super().__init__(hidden_size, CPU)
-        self.rows = torch.randn(
+        self.random = torch.randn(
             layers, 256, hidden_size, generator=torch.Generator().manual_seed(1)
         )
 
-    def decode(self, staged: Staged) -> torch.Tensor:
-        return self.rows[:, staged.index].contiguous()
+    def decode(self, staged: StagedRows) -> torch.Tensor:
+        return self.random[:, staged.index].contiguous()
 
 
 def test_compiled_steps_are_the_uncompiled_ones(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_compiled_steps_are_the_uncompiled_ones(tmp_path: Path) -> None:
             ):
                 ids = torch.tensor([i for c in step for i in c.sequence.ids[c.first : c.last]])
                 with torch.inference_mode():
-                    out = runner.finish(runner.launch(step), Staged(torch.empty(0), ids))
+                    out = runner.finish(runner.launch(step), StagedRows(torch.empty(0), ids))
             hidden.append(out)
         torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-4, atol=1e-4)
         assert not torch.equal(hidden[0], torch.zeros_like(hidden[0]))
@@ -86,7 +86,7 @@ def test_a_worker_does_not_import_the_compiler(tmp_path: Path) -> None:
     """It would take a third of a small worker's memory."""
     path = tiny_model(tmp_path / "m")
     code = f"""
-import sys, torch, tolhouse.worker.service
+import sys, torch, tolhouse.worker.run
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.engine.cpu.packed import load
 load(open_checkpoint({str(path)!r}), torch.device("cpu"), torch.float32)

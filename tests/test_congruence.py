@@ -11,9 +11,9 @@ import pytest
 import torch
 from tolhouse import Client, Manifest
 from tolhouse.client.row_source import RowSource, open_row_source
-from tolhouse.engine import dequant as decode
 from tolhouse.engine.cpu.packed import load
-from tolhouse.engine.row_providers import Rows
+from tolhouse.engine.dequant import CACHED_VALUES
+from tolhouse.engine.row_providers import open_rows
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.testing import build_table, local_cluster, tiny_model
@@ -48,20 +48,11 @@ def with_rows(
     source: RowSource,
     manifest: Manifest,
     cache_bytes: int = 0,
-    piece_values: int | None = None,
+    most_values: int = CACHED_VALUES,
 ) -> Answers:
-    """piece_values: rows of more numbers than that are decoded layer by layer."""
-    with pytest.MonkeyPatch.context() as patch:
-        if piece_values is not None:
-            patch.setitem(decode._PIECE_VALUES, "cpu", piece_values)
-        return _with_rows(checkpoint, source, manifest, cache_bytes)
-
-
-def _with_rows(
-    checkpoint: Checkpoint, source: RowSource, manifest: Manifest, cache_bytes: int
-) -> Answers:
+    """most_values: more are decoded layer by layer."""
     model = checkpoint.model(ffn_m=False, embedding=not manifest.has_x0)
-    rows = Rows(source, manifest, cache_bytes, torch.device("cpu"))
+    rows = open_rows(source, manifest, cache_bytes, torch.device("cpu"))
     answers = [
         list(
             greedy(
@@ -74,10 +65,12 @@ def _with_rows(
         )
         for ids in prompt_ids(checkpoint)
     ]
-    assert rows.from_remote > 0
+    counts = rows.counts()
+    fetched = counts["from_remote"] + counts["from_file"]
+    assert fetched > 0
     if cache_bytes:  # rows came and went and came again
-        assert rows.from_cache > 0
-        assert len(rows.cache) == rows.cache.capacity < rows.from_remote
+        assert counts["from_cache"] > 0
+        assert len(rows.cache) == rows.cache.capacity < fetched
     return answers
 
 
@@ -113,7 +106,7 @@ def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]
         with ThreadPoolExecutor(len(prompts)) as pool:
             return {
                 "service": with_rows(checkpoint, lookup.rows, manifest),
-                "layer by layer": with_rows(checkpoint, lookup.rows, manifest, piece_values=0),
+                "layer by layer": with_rows(checkpoint, lookup.rows, manifest, most_values=0),
                 "small row cache": with_rows(
                     checkpoint, lookup.rows, manifest, cache_bytes=20 * manifest.record_bytes
                 ),

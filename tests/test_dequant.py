@@ -5,8 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tolhouse.engine import dequant as module
-from tolhouse.engine.dequant import Decoder, LayerwiseRows, Staged, decode
+from tolhouse.engine.dequant import Decoder, LayerwiseRows, StagedRows, decode
 from tolhouse.table.auxiliary import AuxiliaryTables
 from tolhouse.table.codecs import CODECS
 from tolhouse.table.manifest import Manifest
@@ -68,10 +67,9 @@ def test_an_index_gathers_and_repeats_rows(
     """The rows of `records[index]`, however many are decoded at a time."""
     manifest = table(codec, size, 2)
     records = records_of(manifest, 7, 0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module._PIECE_VALUES, "cpu", piece)
-        rows = decode(torch.from_numpy(records), manifest, torch.tensor(index, dtype=torch.int64))
-        whole = decode(torch.from_numpy(records), manifest)
+    index_T = torch.tensor(index, dtype=torch.int64)
+    rows = decode(torch.from_numpy(records), manifest, index_T, piece)
+    whole = decode(torch.from_numpy(records), manifest, piece_values=piece)
     assert expected_of(manifest, records[index]) == rows.numpy().tobytes()
     assert expected_of(manifest, records) == whole.numpy().tobytes()
 
@@ -93,7 +91,7 @@ def test_layer_by_layer_rows_are_the_same(
     )
     rows = LayerwiseRows(
         Decoder(AuxiliaryTables(manifest), torch.device("cpu"), torch.float32),
-        Staged(records, index_T),
+        StagedRows(records, index_T),
         3,
     )
     assert 3 + x0 == len(rows)

@@ -128,7 +128,7 @@ def test_only_config_reads_the_environment() -> None:
         ("tolhouse.cli", ("torch", "ray", "redis", "fastapi", "tokenizers")),
         ("tolhouse.table.manifest", ("torch", "ray", "redis")),
         ("tolhouse.lookup.service", ("torch", "ray", "fastapi", "tokenizers")),
-        ("tolhouse.worker.service", ("ray", "redis", "fastapi")),
+        ("tolhouse.worker.run", ("ray", "redis", "fastapi")),
         ("tolhouse.gateway.app", ("torch", "ray", "redis")),
         ("tolhouse.build.shards", ("fastapi",)),
     ],

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tolhouse import Client, ClientCredentials
 from tolhouse.client.lookup import LookupRowSource
-from tolhouse.engine.recompute import Recompute
-from tolhouse.engine.row_providers import Rows
+from tolhouse.engine.recompute import RecomputedRows
+from tolhouse.engine.row_providers import CachedRows, open_rows
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
 from tolhouse.store import open_store
 from tolhouse.table.codecs import CODECS
@@ -36,7 +36,7 @@ def test_records_are_the_table_s(codec: str, embedding: str, dtype: str, tmp_pat
     ref = build_table(path, url, codec=codec, shards=3, embedding=embedding)
     with closing(open_store(url)) as store:
         manifest = store.manifest(ref)
-        recompute = Recompute(open_checkpoint(path), manifest)
+        recompute = RecomputedRows(open_checkpoint(path), manifest)
         random = np.random.default_rng(0)
         for count in (1, 2, 127, 200):
             ids = random.permutation(manifest.vocab_size)[:count].astype(np.uint32)
@@ -49,7 +49,7 @@ def test_weights_stay_in_the_mapped_file(checkpoint: Path, tmp_path: Path) -> No
     """Before and after rows are computed, every weight lies in the file's mapping, as it is stored."""
     ref = build_table(checkpoint, f"file://{tmp_path}")
     with closing(open_store(f"file://{tmp_path}")) as store:
-        recompute = Recompute(open_checkpoint(checkpoint), store.manifest(ref))
+        recompute = RecomputedRows(open_checkpoint(checkpoint), store.manifest(ref))
     weights = [*recompute.model.parameters(), recompute.model.embed_tokens.weight]
     for _ in range(2):
         mapped = [
@@ -82,6 +82,12 @@ class CountingSource(LookupRowSource):
         return tables
 
 
+def state(rows: CachedRows) -> tuple[float, float, bool]:
+    """Rows fetched, rows computed, and whether fetches are tried."""
+    counts = rows.counts()
+    return counts["from_remote"], counts["recomputed"], rows.provider.ready
+
+
 def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_path: Path) -> None:
     """A service that is killed, and one that came back without the table, are both away; all the while rows are the same bits."""
     whole, empty, address = (
@@ -96,29 +102,24 @@ def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_pat
         client = CountingSource(address, 2, ClientCredentials())
         stack.callback(client.close)
         manifest = client.describe(ref)
-        rows = Rows(
-            client,
-            manifest,
-            0,
-            torch.device("cpu"),
-            fallback=Recompute(open_checkpoint(checkpoint), manifest),
-        )
+        model = open_checkpoint(checkpoint)
+        rows = open_rows(client, manifest, 0, torch.device("cpu"), fallback=model)
         stack.callback(rows.close)
         ids = np.array([5, 200, 5, 17], np.uint32)
         expected = rows.decode(rows.stage(ids))
-        assert (3, 0, True) == (rows.from_remote, rows.recomputed, rows.is_up)
+        assert (3, 0, True) == state(rows)
         lookup.popen.send_signal(signal.SIGKILL)
         lookup.popen.wait()
         assert torch.equal(expected, rows.decode(rows.stage(ids)))
-        assert (3, 3, False) == (rows.from_remote, rows.recomputed, rows.is_up)
+        assert (3, 3, False) == state(rows)
         with process("lookup", "--store", empty, *listen):
             with Client(address) as other:
                 assert [] == other.tables()
             asked = client.asked
             wait_for(lambda: client.asked > asked + 1)  # and the answer was no
             assert torch.equal(expected, rows.decode(rows.stage(ids)))
-            assert (3, 6, False) == (rows.from_remote, rows.recomputed, rows.is_up)
+            assert (3, 6, False) == state(rows)
         stack.enter_context(process("lookup", "--store", whole, *listen))
-        wait_for(lambda: rows.is_up)
+        wait_for(lambda: rows.provider.ready)
         assert torch.equal(expected, rows.decode(rows.stage(ids)))
-        assert (6, 6, True) == (rows.from_remote, rows.recomputed, rows.is_up)
+        assert (6, 6, True) == state(rows)

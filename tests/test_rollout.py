@@ -13,12 +13,11 @@ import pytest
 import torch
 from tolhouse import Client, Manifest, errors
 from tolhouse.engine.engine import Engine
-from tolhouse.engine.row_providers import Rows
+from tolhouse.engine.row_providers import open_rows
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.store import Store, delete, open_store, publish, rollback
 from tolhouse.testing import Process, build_table, process, tiny_model
-from tolhouse.worker import table_watcher as follow
 from tolhouse.worker.table_watcher import TableWatcher
 
 FREE = ("--listen", "127.0.0.1:0")
@@ -30,7 +29,7 @@ def answers(checkpoint: Path, lookup: Client, ref: str, tokens: int) -> list[lis
     """What the model says with the rows of one version."""
     model, rows = (
         open_checkpoint(checkpoint).model(ffn_m=False),
-        Rows(lookup.rows, lookup.describe(ref), 0, torch.device("cpu")),
+        open_rows(lookup.rows, lookup.describe(ref), 0, torch.device("cpu")),
     )
     with closing(rows):
         return [
@@ -144,17 +143,14 @@ def test_a_version_of_another_model_is_not_taken_up(checkpoint: Path, tmp_path: 
             assert "tolhouse_worker_table_refused{" not in metrics(worker)
 
 
-def test_a_worker_follows_on_after_what_should_not_happen(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_follows_on_after_what_should_not_happen(checkpoint: Path, tmp_path: Path) -> None:
     """A version that a full device could not take is taken up later, and those in use are held meanwhile."""
-    monkeypatch.setattr(follow, "_PAUSE_SECONDS", 0.05)
     url = f"file://{tmp_path}/tables"
     one = build_table(checkpoint, url, name="full")
     two = build_table(checkpoint, url, name="full", codec="int8", publish=False)
     taken: list[str] = []
 
-    def take_up(manifest: Manifest) -> None:
+    def reload(manifest: Manifest) -> None:
         taken.append(manifest.ref)
         if len(taken) < 3:
             raise RuntimeError("out of memory")
@@ -166,7 +162,7 @@ def test_a_worker_follows_on_after_what_should_not_happen(
     ):
         publish(store, two)
         engine = cast("Engine", SimpleNamespace(table=one, tables=lambda: [one]))
-        follower = TableWatcher(client.rows, "full", engine, take_up, 0.05)
+        follower = TableWatcher(client.rows, "full", engine, reload, 0.05, pause_seconds=0.05)
         follower.start()
         until(lambda: len(taken) == 3)
         follower.stop()

@@ -33,7 +33,7 @@ def lookup(settings: config.LookupConfig) -> None:
 @options(config.WorkerConfig)
 def worker(settings: config.WorkerConfig, checkpoint: Path) -> None:
     """Serve tokens of CHECKPOINT over gRPC: attention here, feed-forward rows from the lookup service."""
-    from tolhouse.worker.service import run as serve
+    from tolhouse.worker.run import run as serve
 
     run(serve(checkpoint, settings))
 

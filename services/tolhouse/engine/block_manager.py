@@ -1,8 +1,10 @@
-"""Blocks of the KV cache: which are free, who uses which, and which hold the beginning of a prompt seen before.
+"""Blocks of the KV cache: which are free, which sequences use them, and which hold a known
+beginning of a text.
 
-Accounting only; keys and values themselves lie in `attention.py`. A block holds BLOCK_TOKENS tokens. Once it is full its contents have
-a digest, chained from the first block on, and whoever brings the same beginning shares it. A block that nobody uses stays
-findable until its place is needed: least recently used first.
+Accounting only: keys and values lie in `attention.py`. A block holds BLOCK_TOKENS tokens. A full
+block has a digest, chained from the sequence's first block on, and is shared with sequences that
+begin alike. An unused block stays findable until it is needed for others: least recently used
+first.
 """
 
 import hashlib
@@ -18,13 +20,9 @@ BLOCK_TOKENS = 16
 class BlockManager:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.prompt_tokens = self.found_tokens = (
-            0  # of the sequences that were let in, and of those the ones found here
-        )
+        self.prompt_tokens = self.shared_tokens = 0  # of admitted sequences; and found here
         self._users = [0] * num_blocks
-        self._unused: OrderedDict[int, None] = OrderedDict.fromkeys(
-            range(num_blocks)
-        )  # next to be taken first
+        self._unused = OrderedDict.fromkeys(range(num_blocks))  # the next to use first
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
 
@@ -37,21 +35,22 @@ class BlockManager:
         return len(self._unused)
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Give the sequence blocks for its first `tokens` tokens; False, and nothing given, if there are too few."""
+        """Give the sequence blocks for its first `tokens` tokens; False, and none given, if there are too few."""
         lacking = -(-tokens // BLOCK_TOKENS) - len(sequence.blocks)
         if lacking > len(self._unused):
             return False
         for _ in range(lacking):
             block, _ = self._unused.popitem(last=False)
-            self._forget(block)
+            self._block_of.pop(self._digest_of.pop(block, b""), None)
             self._users[block] = 1
             sequence.blocks.append(block)
         return True
 
     def share(self, sequence: Sequence) -> int:
-        """Give a sequence that has no blocks those that hold its beginning already; how many tokens that is.
+        """Give a sequence without blocks those that hold its beginning; how many tokens that is.
 
-        Its last token is left to be computed: what follows from it is not kept here. So is all of a prompt to be scored.
+        Its last token is left to be computed, for its logits. So is all of a prompt whose log
+        probabilities are asked for.
         """
         if sequence.sampling.prompt_logprobs is not None:
             return 0
@@ -59,14 +58,13 @@ class BlockManager:
             block = self._block_of.get(_digest(sequence, number))
             if block is None:
                 break
-            if not self._users[block]:
-                del self._unused[block]
+            self._unused.pop(block, None)
             self._users[block] += 1
             sequence.blocks.append(block)
         return len(sequence.blocks) * BLOCK_TOKENS
 
-    def seal(self, sequence: Sequence, first: int, last: int) -> None:
-        """Tokens `first` to `last` (not included) have been computed: blocks that they filled can be shared from now on."""
+    def commit(self, sequence: Sequence, first: int, last: int) -> None:
+        """Tokens `first` to `last` (not included) are computed: the blocks that they filled can be shared."""
         for number in range(first // BLOCK_TOKENS, last // BLOCK_TOKENS):
             block, digest = sequence.blocks[number], _digest(sequence, number)
             if digest not in self._block_of:
@@ -74,23 +72,27 @@ class BlockManager:
                 self._digest_of[block] = digest
 
     def release(self, sequence: Sequence) -> None:
-        """Take the sequence's blocks back; the end of its text is forgotten before its beginning."""
+        """Free the sequence's blocks; they will be evicted from the end of its text."""
         for block in reversed(sequence.blocks):
             self._users[block] -= 1
             if not self._users[block]:
                 self._unused[block] = None
                 if block not in self._digest_of:
-                    self._unused.move_to_end(block, last=False)  # there is nothing to find in it
+                    self._unused.move_to_end(block, last=False)  # nothing can be found in it
         sequence.blocks = []
 
-    def _forget(self, block: int) -> None:
-        digest = self._digest_of.pop(block, None)
-        if digest is not None:
-            del self._block_of[digest]
+    def check(self, sequences: list[Sequence]) -> None:
+        """AssertionError unless each block is counted once for each of `sequences` that uses it, and free if none does."""
+        users = [0] * self.num_blocks
+        for sequence in sequences:
+            for block in sequence.blocks:
+                users[block] += 1
+        assert users == self._users
+        assert {block for block, count in enumerate(users) if not count} == set(self._unused)
 
 
 def _digest(sequence: Sequence, number: int) -> bytes:
-    """The digest of a sequence's rows' version, and its text up to and with its block `number`. It is cryptographic: nobody can craft a text to get another's block."""
+    """Digest of the version of a sequence's rows, and of its text up to its block `number`. Cryptographic: no crafted text collides."""
     while len(sequence.digests) <= number:
         start = len(sequence.digests) * BLOCK_TOKENS
         before = sequence.digests[-1] if sequence.digests else sequence.rows_key.encode()

@@ -1,6 +1,8 @@
-"""The row cache's slab where the model runs: on a CPU the same memory, on a GPU a copy that each record reaches once.
+"""The row cache's slab where the model runs: on a CPU the same memory, on a GPU a copy that each
+record reaches once.
 
-Records cross the bus as codes, from pinned memory and on a stream of their own, beside what the GPU is doing.
+Records cross the bus as codes, from pinned memory and on a stream of their own, beside what the GPU
+is doing.
 """
 
 import numpy as np
@@ -16,17 +18,15 @@ class DeviceRowCache:
         shape = capacity_for(manifest, most_bytes), manifest.record_bytes
         self.host = torch.empty(
             shape, dtype=torch.uint8, pin_memory=on_gpu
-        )  # pages are taken when written
+        )  # paged in when written
         self.records = torch.empty(shape, dtype=torch.uint8, device=device) if on_gpu else self.host
         self.stream = torch.cuda.Stream(device) if on_gpu else None
-        self.read: torch.cuda.Event | None = (
-            None  # once the steps launched so far have read what they want
-        )
+        self.read: torch.cuda.Event | None = None  # after the last read of the launched steps
         slots, uses = np.full(manifest.vocab_size, -1, np.int32), np.zeros(shape[0], np.uint8)
         self.cache = RowCache(self.host.numpy(), slots, uses)
 
-    def send(self, slots: np.ndarray) -> None:
-        """The records in `slots` of the host's slab have changed."""
+    def upload(self, slots: np.ndarray) -> None:
+        """Copy `slots` of the host's slab, which have changed, to the device."""
         if self.stream:
             with torch.cuda.stream(self.stream):
                 if self.read:
@@ -34,17 +34,17 @@ class DeviceRowCache:
                 for slot in slots[slots >= 0].tolist():
                     self.records[slot].copy_(self.host[slot], non_blocking=True)
 
-    def used(self) -> None:
-        """What the model was asked until now may still be reading the records."""
+    def mark_read(self) -> None:
+        """Uploads wait for the work launched so far, which may read the records."""
         if self.stream:
             self.read = torch.cuda.current_stream(self.device).record_event()
 
-    def arrive(self) -> None:
-        """What the model is asked from now on sees all that was sent."""
+    def wait_for_uploads(self) -> None:
+        """Work launched from now on sees all that was uploaded."""
         if self.stream:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
-    def settle(self) -> None:
-        """Wait until nothing reads the host's slab any more."""
+    def wait_until_idle(self) -> None:
+        """Wait until no upload reads the host's slab."""
         if self.stream:
             self.stream.synchronize()

@@ -1,6 +1,4 @@
-"""What a user of the worker waits for, as Prometheus histograms: the first token, each further one, all of a request."""
-
-from collections.abc import Iterator
+"""Latencies that users of a worker see, as Prometheus histograms."""
 
 from prometheus_client import Histogram
 
@@ -10,39 +8,27 @@ _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
+def _histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+    return Histogram(f"tolhouse_worker_{name}_seconds", help, buckets=buckets, registry=None)
+
+
 class Latencies:
-    """One engine's."""
+    """Of one engine."""
 
     def __init__(self) -> None:
-        self.first = Histogram(
-            "tolhouse_worker_time_to_first_token_seconds",
-            "From queueing to the first token",
-            buckets=_LONG,
-            registry=None,
-        )
-        self.between = Histogram(
-            "tolhouse_worker_inter_token_seconds",
-            "From a token to the next",
-            buckets=_SHORT,
-            registry=None,
-        )
-        self.whole = Histogram(
-            "tolhouse_worker_request_seconds",
-            "From queueing to the last token",
-            buckets=_LONG,
-            registry=None,
-        )
-
-    def __iter__(self) -> Iterator[Histogram]:
-        return iter((self.first, self.between, self.whole))
+        first = _histogram("time_to_first_token", "From queueing to the first token", _LONG)
+        between = _histogram("inter_token", "From a token to the next", _SHORT)
+        whole = _histogram("request", "From queueing to the last token", _LONG)
+        self.histograms = first, between, whole
 
     def token(self, sequence: Sequence, now: float, *, ended: bool) -> None:
-        """`sequence` got a token at `now`, or its end."""
-        came, *earlier = sequence.times
-        if earlier:
-            self.between.observe(now - earlier[0])
+        """`sequence` got a token, or its end, at `now`."""
+        first, between, whole = self.histograms
+        arrived, *last = sequence.times
+        if last:
+            between.observe(now - last[0])
         else:
-            self.first.observe(now - came)
-        sequence.times = [came, now]
+            first.observe(now - arrived)
+        sequence.times = [arrived, now]
         if ended:
-            self.whole.observe(now - came)
+            whole.observe(now - arrived)

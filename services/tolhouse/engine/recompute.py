@@ -1,7 +1,7 @@
-"""Rows that the worker computes itself: the records of the table, byte for byte, from weights that stay in the checkpoint's file.
+"""Rows computed in the worker, from weights that stay in the checkpoint's file.
 
-The file is mapped: nothing of FFN-M is read before a row is computed, and the kernel may drop again what was. A layer's
-weights are in float32 while it runs, as they were for the builder, and only then.
+The file is mapped: FFN-M is read only when a row is computed, and the kernel may drop its pages
+again. A layer's weights are float32 while it runs, as they were for the builder, and only then.
 """
 
 from typing import cast
@@ -26,35 +26,37 @@ class Widened(nn.Module):
         self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional_call(
-            self.module, {name: p.float() for name, p in self.module.named_parameters()}, (x,)
-        )
+        wide = {name: p.float() for name, p in self.module.named_parameters()}
+        return functional_call(self.module, wide, (x,))
 
 
-class Recompute:
+class RecomputedRows:
+    """Records of the table, byte for byte the builder's."""
+
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
-        if manifest.parent:
-            raise Mismatch(
-                f"--fallback recompute can't compute the changed rows of overlay {manifest.ref}: serve it without"
-            )
-        if manifest.ranks:
-            raise Mismatch(
-                f"--fallback recompute can't compute the coefficients of low-rank table {manifest.ref} to the last bit: serve it without"
-            )
+        for refused, what in (
+            (manifest.parent, "the changed rows of overlay"),
+            (manifest.ranks, "the coefficients of low-rank table"),
+        ):
+            if refused:
+                message = f"--fallback recompute can't compute {what} {manifest.ref}"
+                raise Mismatch(f"{message}: serve it without")
+        self.rows = 0
         self.manifest = manifest
         self.model = checkpoint.model(embedding=False, dtype=None)
         self.model.ffn_m = nn.ModuleList(Widened(ffn) for ffn in self.model.ffn_m)
-        self.model.embed_tokens = cast(
-            "nn.Embedding", Embedding(checkpoint.embedding(), torch.float32)
-        )
+        embedding = Embedding(checkpoint.embedding(), torch.float32)
+        self.model.embed_tokens = cast("nn.Embedding", embedding)
 
     def records(self, ids: np.ndarray) -> np.ndarray:
         """Records uint8 [T, record_bytes] of `ids` [T], at least one."""
-        return np.concatenate(
-            [
-                self.manifest.encode(ids[part], rows)
-                for part, rows in batches(
-                    self.model, ids, self.manifest.has_x0, self.manifest.layers
-                )
-            ]
-        )
+        manifest = self.manifest
+        parts = batches(self.model, ids, manifest.has_x0, manifest.layers)
+        return np.concatenate([manifest.encode(ids[part], rows) for part, rows in parts])
+
+    def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
+        out[slots] = self.records(ids)
+        self.rows += len(ids)
+
+    def counts(self) -> dict[str, float]:
+        return {"recomputed": self.rows}

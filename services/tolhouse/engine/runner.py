@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from tolhouse.engine.attention import AttentionMetadata, PagedKVCache
-from tolhouse.engine.dequant import Staged
-from tolhouse.engine.row_providers import NoRows, Rows
-from tolhouse.engine.scheduler import Chunk
+from tolhouse.engine.dequant import StagedRows
+from tolhouse.engine.row_providers import RowProvider
+from tolhouse.engine.scheduler import ScheduledChunk, token_ids
 from tolhouse.model.transformer import Transformer
 
 
 @dataclass
 class Launched:
-    """A step that has begun: all of it but its rows."""
+    """A launched step: all of it but its rows."""
 
     ids: Tensor
     positions: Tensor
@@ -23,26 +23,19 @@ class Launched:
 
 
 class Runner:
-    def __init__(self, model: Transformer, pages: PagedKVCache, rows: Rows | NoRows) -> None:
+    def __init__(self, model: Transformer, pages: PagedKVCache, rows: RowProvider) -> None:
         self.model, self.pages, self.rows, self.device = model, pages, rows, pages.device
 
-    def launch(self, step: list[Chunk]) -> Launched:
-        """Begin a step before its rows are there. One that is begun and not finished has done nothing."""
-        ids_T = torch.from_numpy(
-            np.array([i for c in step for i in c.sequence.ids[c.first : c.last]], np.int64)
-        )
-        positions_T = torch.from_numpy(
-            np.array([p for c in step for p in range(c.first, c.last)], np.int64)
-        )
-        return Launched(
-            ids_T.to(self.device),
-            positions_T.to(self.device),
-            AttentionMetadata.of(self.pages, step),
-        )
+    def launch(self, step: list[ScheduledChunk]) -> Launched:
+        """Begin a step before its rows are there. Launching a step that is never finished has no effect."""
+        ids_T = torch.from_numpy(token_ids(step).astype(np.int64))
+        positions_T = torch.from_numpy(np.concatenate([np.arange(c.first, c.last) for c in step]))
+        view = AttentionMetadata.of(self.pages, step)
+        return Launched(ids_T.to(self.device), positions_T.to(self.device), view)
 
-    def finish(self, begun: Launched, staged: Staged) -> Tensor:
-        """Final hidden states [T, D] of the step's tokens. On a GPU it returns before they are there."""
-        return self.model.hidden(begun.ids, begun.positions, begun.view, self.rows.decode(staged))
+    def finish(self, step: Launched, staged: StagedRows) -> Tensor:
+        """Final hidden states [T, D] of the step's tokens. On a GPU it returns before they are computed."""
+        return self.model.hidden(step.ids, step.positions, step.view, self.rows.decode(staged))
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits [T, V]."""

@@ -1,32 +1,46 @@
-"""Which tokens are computed in the next step: one each of the sequences that decode, and pieces of prompts up to a limit.
+"""Which tokens are computed in the next step: one for each decoding sequence, and pieces of prompts
+up to a limit.
 
-A sequence gets blocks of the KV cache as it grows. Where none is left, the one that came last gives its blocks back and
-is computed again later (preemption by recompute); the first in order always gets on, so that all get to their end.
+A sequence gets blocks of the KV cache as it grows. When none is left, the last sequence in order
+gives its blocks back and is computed again later (preemption by recompute); the first in order
+always advances, so that all of them end.
 """
 
 import bisect
 from dataclasses import dataclass
+
+import numpy as np
 
 from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
 from tolhouse.engine.sequence import Sequence
 
 
 @dataclass
-class Chunk:
-    """Tokens `first` to `last` (not included) of a sequence are computed in a step."""
+class ScheduledChunk:
+    """Tokens `first` to `last` (not included) of a sequence, computed in one step."""
 
     sequence: Sequence
     first: int
     last: int
 
     @property
+    def count(self) -> int:
+        return self.last - self.first
+
+    @property
     def decodes(self) -> bool:
-        return self.last - self.first == 1 and self.first > 0
+        return self.count == 1 and self.first > 0
 
     @property
     def samples(self) -> bool:
         """Whether the sequence gets a new token from this step."""
         return self.last == len(self.sequence.ids)
+
+
+def token_ids(step: list[ScheduledChunk]) -> np.ndarray:
+    """uint32 [T]"""
+    ids = [i for chunk in step for i in chunk.sequence.ids[chunk.first : chunk.last]]
+    return np.array(ids, np.uint32)
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
@@ -49,44 +63,40 @@ class Scheduler:
         bisect.insort(self.waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and its blocks back."""
-        for place in (self.running, self.waiting):
-            if sequence in place:
-                place.remove(sequence)
+        """Remove a sequence from queue or batch, and free its blocks."""
+        for sequences in (self.running, self.waiting):
+            if sequence in sequences:
+                sequences.remove(sequence)
                 self.cache.release(sequence)
 
-    def schedule(self) -> list[Chunk]:
-        """The next step: those that decode first, so that a long prompt holds nobody up, then prompts, old ones before new."""
-        step: dict[Sequence, Chunk] = {}
-        budget, preempted = self.max_step_tokens, self.preemptions
+    def schedule(self) -> list[ScheduledChunk]:
+        """The next step: decoding sequences first, so that a long prompt delays none of them, then prompts, old ones first."""
+        step: dict[Sequence, ScheduledChunk] = {}
+        budget, preemptions = self.max_step_tokens, self.preemptions
         for decoding in (True, False):
             for sequence in list(self.running):
                 pending = len(sequence.ids) - sequence.computed
-                if (
-                    sequence in step
-                    or (pending == 1) != decoding
-                    or not budget
-                    or not self._make_room(sequence, min(pending, budget), step)
-                ):
-                    continue
                 count = min(pending, budget)
-                step[sequence] = Chunk(sequence, sequence.computed, sequence.computed + count)
-                budget -= count
-        while (
-            budget
-            and self.waiting
-            and len(self.running) < self.max_running
-            and preempted == self.preemptions
-        ):
-            chunk = self._admit(self.waiting[0], budget)
+                skipped = not count or sequence in step or (pending == 1) != decoding
+                if not skipped and self._make_room(sequence, count, step):
+                    first = sequence.computed
+                    step[sequence] = ScheduledChunk(sequence, first, first + count)
+                    budget -= count
+        while budget and self.waiting and len(self.running) < self.max_running:
+            # in order: no sequence overtakes a larger one, nor joins a step that has preempted another
+            chunk = (
+                self._admit(self.waiting[0], budget) if preemptions == self.preemptions else None
+            )
             if not chunk:
-                break  # in order: a large one is not overtaken for ever
+                break
             step[chunk.sequence] = chunk
-            budget -= chunk.last - chunk.first
+            budget -= chunk.count
         return sorted(step.values(), key=lambda chunk: not chunk.decodes)
 
-    def _make_room(self, sequence: Sequence, count: int, step: dict[Sequence, Chunk]) -> bool:
-        """Blocks for `count` more tokens, at the expense of those behind it; False if it had to go itself."""
+    def _make_room(
+        self, sequence: Sequence, count: int, step: dict[Sequence, ScheduledChunk]
+    ) -> bool:
+        """Blocks for `count` more tokens, at the expense of later sequences; False if it was preempted itself."""
         if sequence not in self.running:
             return False
         while not self.cache.grow(sequence, sequence.computed + count):
@@ -100,19 +110,18 @@ class Scheduler:
                 return False
         return True
 
-    def _admit(self, sequence: Sequence, budget: int) -> Chunk | None:
-        found = self.cache.share(sequence)
-        count = min(len(sequence.ids) - found, budget)
-        # a block is left for each that runs: who joins is not thrown out by the next token of another
-        lacking = -(-(found + count) // BLOCK_TOKENS) - len(sequence.blocks)
-        if lacking + len(self.running) > self.cache.free_blocks or not self.cache.grow(
-            sequence, found + count
-        ):
+    def _admit(self, sequence: Sequence, budget: int) -> ScheduledChunk | None:
+        shared = self.cache.share(sequence)
+        last = min(shared + budget, len(sequence.ids))
+        # a block is left for each running sequence: a new one is not preempted by the next token of another
+        lacking = -(-last // BLOCK_TOKENS) - len(sequence.blocks)
+        fits = lacking + len(self.running) <= self.cache.free_blocks
+        if not fits or not self.cache.grow(sequence, last):
             self.cache.release(sequence)
             return None
         self.cache.prompt_tokens += len(sequence.ids)
-        self.cache.found_tokens += found
+        self.cache.shared_tokens += shared
         self.waiting.pop(0)
-        sequence.computed = found
+        sequence.computed = shared
         bisect.insort(self.running, sequence, key=_rank)
-        return Chunk(sequence, found, found + count)
+        return ScheduledChunk(sequence, shared, last)

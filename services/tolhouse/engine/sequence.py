@@ -11,7 +11,7 @@ from tolhouse.tracing import INVALID_SPAN, Span
 
 @dataclass(frozen=True)
 class Output:
-    """What a step has for the caller of one sequence. A reason or an error is its last word."""
+    """What a step emits for one sequence. The last one has a reason or an error."""
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = ""  # "stop" or "length"
@@ -37,7 +37,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)  # of the KV cache, in order
     digests: list[bytes] = field(default_factory=list)  # of its text, block by block
     scored: int = 0  # prompt tokens whose log probabilities have been emitted
-    times: list[float] = field(default_factory=list)  # when it came, and when it last got a token
+    times: list[float] = field(default_factory=list)  # of its arrival and of its last token
     state: State = field(init=False)  # of the sampler
 
     def __post_init__(self) -> None:
@@ -45,22 +45,28 @@ class Sequence:
 
     @property
     def rows_key(self) -> str:
-        """Says what rows its keys and values come from: those of others may be shared where it is the same."""
-        sampling = self.sampling
-        if not sampling.probes:
+        """Identifies the rows behind its keys and values, which sequences of the same key may share."""
+        s = self.sampling
+        if not s.probes:
             return self.table
-        return f"{self.table} {sampling.row_scale!r} {sorted(sampling.absent_layers)} {sampling.layer_scales}"
+        return f"{self.table} {s.row_scale!r} {sorted(s.absent_layers)} {s.layer_scales}"
 
     @property
     def most_tokens(self) -> int:
-        """Tokens it may come to have in the cache; the last one sampled never gets there."""
+        """Tokens it may have in the cache in the end; the last sampled one never gets there."""
         return self.prompt_tokens + max(1, self.sampling.max_tokens) - 1
 
-    def take(self, token_id: int) -> str:
-        """Add a sampled token; the finish reason if it was the last: "stop" leaves an end token out, "length" keeps it."""
-        if not self.sampling.max_tokens:  # only the prompt's log probabilities were wanted
-            return "length"
+    def append(
+        self,
+        token_id: int,
+        logprobs: Logprobs | None = None,
+        prompt_logprobs: Logprobs | None = None,
+    ) -> Output:
+        """Add a sampled token, unless it is an end token; what there is to emit."""
+        if not self.sampling.max_tokens:  # only the prompt's log probabilities are asked for
+            return Output(finish_reason="length", prompt_logprobs=prompt_logprobs)
         if token_id in self.sampling.stop_token_ids:
-            return "stop"
+            return Output([], "stop", None, token_id, logprobs, prompt_logprobs)
         self.ids.append(token_id)
-        return "length" if len(self.ids) - self.prompt_tokens >= self.sampling.max_tokens else ""
+        full = len(self.ids) - self.prompt_tokens >= self.sampling.max_tokens
+        return Output([token_id], "length" * full, None, None, logprobs, prompt_logprobs)

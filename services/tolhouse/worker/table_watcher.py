@@ -1,11 +1,14 @@
-"""A worker follows what its table's name stands for: after a publish, new sequences begin with that version.
+"""A worker follows its table's name: after a publish, new sequences begin with that version.
 
-Given NAME@VERSION it stays there. In both cases the lookup service hears which versions are in use.
+A worker given NAME@VERSION stays with it. In both cases the versions in use are pinned in the row
+source.
 """
 
 import logging
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from tolhouse.client.row_source import RowSource
 from tolhouse.engine.engine import Engine
@@ -13,34 +16,27 @@ from tolhouse.errors import DeadlineExceeded, NotFound, TolhouseError, Unavailab
 from tolhouse.logs import event, log
 from tolhouse.table.manifest import Manifest
 
-_HOLD_SECONDS = 10.0  # between two words to the lookup service that versions are in use
-_PAUSE_SECONDS = 10.0  # after what should not have happened
+_PIN_SECONDS = 10.0  # between two pins of the versions in use; a third of how long one lasts
 
 
 class TableWatcher:
-    """`take_up` makes the engine use a version, in this thread; it refuses one that does not fit with an error."""
+    """`reload` makes the engine use a version, in this thread; it refuses one that does not fit with an error."""
 
     def __init__(
         self,
-        client: RowSource,
+        source: RowSource,
         name: str,
         engine: Engine,
-        take_up: Callable[[Manifest], None],
+        reload: Callable[[Manifest], None],
         poll_seconds: float,
+        pause_seconds: float = 10.0,  # after a defect
     ) -> None:
-        self.client, self.name, self.engine, self.take_up, self.poll_seconds = (
-            client,
-            name,
-            engine,
-            take_up,
-            poll_seconds,
-        )
-        self._taken, self.refused = (
-            engine.table,
-            "",
-        )  # `refused`: a published version that does not fit
+        self.source, self.name, self.engine, self.reload = source, name, engine, reload
+        self.poll_seconds, self.pause_seconds = poll_seconds, pause_seconds
+        self.current, self.refused = engine.table, ""  # a published version that does not fit
+        self._pin_at = 0.0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="follow", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watch table", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -49,52 +45,41 @@ class TableWatcher:
         self._stop.set()
 
     def _run(self) -> None:
-        since_held = _HOLD_SECONDS
         while not self._stop.wait(self.poll_seconds):
-            since_held += self.poll_seconds
             try:
-                if since_held >= _HOLD_SECONDS:
-                    for ref in self.engine.tables():
-                        self.client.pin(ref)
-                    since_held = 0.0
-                self._look()
-            except (
-                Unavailable,
-                DeadlineExceeded,
-                NotFound,
-            ):  # who misses a row says so; a name may stand for nothing for a while
-                pass
+                # a fetch reports a source that is down; and a name may stand for nothing for a while
+                with suppress(Unavailable, DeadlineExceeded, NotFound):
+                    self._pin()
+                    self._follow()
             except TolhouseError as error:
-                event(
-                    "the table's published version can't be read",
-                    logging.WARNING,
-                    table=self.name,
-                    reason=str(error),
-                )
-            except Exception as error:  # noqa: BLE001 - such as of a device that is full: a later look may find room
+                message = "the table's published version can't be read"
+                event(message, logging.WARNING, table=self.name, reason=str(error))
+            except Exception as error:  # noqa: BLE001 - such as of a full device: there may be room later
                 log.error("internal error", exc_info=error)
-                self._stop.wait(_PAUSE_SECONDS)
+                self._stop.wait(self.pause_seconds)
 
-    def _look(self) -> None:
+    def _pin(self) -> None:
+        if time.monotonic() >= self._pin_at:
+            for ref in self.engine.tables():
+                self.source.pin(ref)
+            self._pin_at = time.monotonic() + _PIN_SECONDS
+
+    def _follow(self) -> None:
         if "@" in self.name:
             return
-        manifest = self.client.describe(self.name)
-        if manifest.ref == self._taken:
+        manifest = self.source.describe(self.name)
+        if manifest.ref == self.current:
             self.refused = ""
-        if manifest.ref in (self._taken, self.refused):
+        if manifest.ref in (self.current, self.refused):
             return
         try:
-            self.take_up(manifest)
+            self.reload(manifest)
         except (Unavailable, DeadlineExceeded):
             raise
         except TolhouseError as error:
             self.refused = manifest.ref
-            event(
-                "a published version is refused: the worker stays with its own",
-                logging.ERROR,
-                table=manifest.ref,
-                reason=str(error),
-            )
+            message = "a published version is refused: the worker stays with its own"
+            event(message, logging.ERROR, table=manifest.ref, reason=str(error))
         else:
-            self._taken, self.refused = manifest.ref, ""
+            self.current, self.refused = manifest.ref, ""
             event("new sequences use another version", table=manifest.ref)

@@ -1,0 +1,61 @@
+"""The worker's Prometheus metrics: the engine's own counts, read when they are asked for."""
+
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from tolhouse.engine.engine import Engine
+from tolhouse.worker.table_watcher import TableWatcher
+
+GAUGE, COUNTER = GaugeMetricFamily, CounterMetricFamily
+
+
+class EngineMetrics(Collector):
+    def __init__(self, engine: Engine, watcher: TableWatcher | None) -> None:
+        self.engine, self.watcher = engine, watcher
+
+    def collect(self) -> Iterator[Metric]:
+        engine, cache, counts = self.engine, self.engine.cache, self.engine.counts()
+        used = 1 - cache.free_blocks / cache.num_blocks
+        for kind, name, text, value in (
+            (GAUGE, "running", "Sequences in the batch", engine.running),
+            (GAUGE, "waiting", "Sequences in the queue", engine.waiting),
+            (GAUGE, "kv_cache_usage_ratio", "Share of the KV cache in use", used),
+            (COUNTER, "tokens", "Tokens generated", engine.tokens),
+            (COUNTER, "steps", "Engine steps", engine.steps),
+            (COUNTER, "step_seconds", "Time in engine steps", engine.step_seconds),
+            (COUNTER, "forward_seconds", "Time of steps in the forward", engine.forward_seconds),
+            (COUNTER, "preemptions", "Sequences preempted", engine.scheduler.preemptions),
+            (COUNTER, "prompt_tokens", "Prompt tokens admitted", cache.prompt_tokens),
+            (COUNTER, "prefix_hit_tokens", "Those found in the KV cache", cache.shared_tokens),
+            (COUNTER, "row_bytes", "Bytes of rows received", counts["remote_bytes"]),
+            (COUNTER, "row_wait_seconds", "Time steps waited for rows", counts["wait_seconds"]),
+            (COUNTER, "row_fetches", "Fetches from the row source", counts["fetches"]),
+            (COUNTER, "row_fetch_seconds", "Time of these fetches", counts["fetch_seconds"]),
+        ):
+            yield kind(f"tolhouse_worker_{name}", text, value)
+        yield _labelled(
+            CounterMetricFamily("tolhouse_worker_rows", "Rows of steps", labels=["source"]),
+            {
+                "cache": counts["from_cache"],
+                "remote": counts["from_remote"],
+                "file": counts["from_file"],
+                "recomputed": counts["recomputed"],
+            },
+        )
+        refused = self.watcher.refused if self.watcher else ""
+        for name, text, table in (
+            ("info", "1 for the table version of new sequences", engine.table),
+            ("refused", "1 for a published version that does not fit this worker", refused),
+        ):
+            info = GaugeMetricFamily(f"tolhouse_worker_table_{name}", text, labels=["table"])
+            yield _labelled(info, {table: 1} if table else {})
+        for histogram in engine.latencies.histograms:
+            yield from histogram.collect()
+
+
+def _labelled(family: CounterMetricFamily | GaugeMetricFamily, values: dict[str, float]) -> Metric:
+    for label, value in values.items():
+        family.add_metric([label], value)
+    return family

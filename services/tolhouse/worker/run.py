@@ -1,0 +1,206 @@
+"""A worker process: builds the engine, follows the table, serves."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import torch
+from prometheus_client import REGISTRY
+
+from tolhouse import tracing
+from tolhouse.client.row_source import RowSource, open_row_source
+from tolhouse.config import WorkerConfig
+from tolhouse.engine.attention import PagedKVCache, blocks_of
+from tolhouse.engine.block_manager import BlockManager
+from tolhouse.engine.cpu.compiled import Compiled
+from tolhouse.engine.cpu.packed import load
+from tolhouse.engine.cuda_graphs import GraphRunner
+from tolhouse.engine.engine import Engine
+from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider, open_rows
+from tolhouse.engine.runner import Runner
+from tolhouse.errors import InvalidArgument, Mismatch, NotFound, Unavailable
+from tolhouse.logs import event
+from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
+from tolhouse.net.metrics import serve_metrics
+from tolhouse.net.server import serve
+from tolhouse.table.manifest import Manifest
+from tolhouse.v1.generation_pb2_grpc import add_GenerationServicer_to_server
+from tolhouse.worker.metrics import EngineMetrics
+from tolhouse.worker.service import WorkerService
+from tolhouse.worker.table_watcher import TableWatcher
+
+NAME = "tolhouse.v1.Generation"
+
+
+class Builder:
+    """Builds the engine of a checkpoint, and later runners for other versions of its table."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: WorkerConfig, source: RowSource | None
+    ) -> None:
+        self.checkpoint, self.config, self.source = checkpoint, config, source
+        self.table = config.table or checkpoint.name
+        self.device = _device(config.device)
+        self.dtype = _dtype(config.dtype, self.device)
+        capacity_bytes = int(config.kv_cache_megabytes * 1e6)
+        self.cache = BlockManager(blocks_of(checkpoint.config, capacity_bytes, self.dtype))
+        self.on_cpu = self.device.type == "cpu"
+        self.compiled = Compiled(checkpoint.config, self.dtype, config.compile_cache)
+
+    def engine(self) -> Engine:
+        if self.on_cpu and self.config.compile == "auto":
+            self.compiled.start()
+        shape, config = self.checkpoint.config, self.config
+        rows: RowProvider = NoRows(shape.hidden_size, self.device)
+        if self.source:
+            rows = self._rows(wait_for_table(self.source, self.table, config.lookup_wait_seconds))
+        # one block to spare, for GraphRunner
+        self.pages = PagedKVCache(shape, self.cache.num_blocks + 1, self.device, self.dtype)
+        embedding = not (rows.manifest and rows.manifest.has_x0)
+        self.model = load(self.checkpoint, self.device, self.dtype, embedding)
+        if self.on_cpu:
+            self.compiled.attach(self.model)
+        runner, limits = self._runner(rows), (config.max_waiting, config.max_num_batched_tokens)
+        return Engine(runner, rows, self.cache, config.max_num_seqs, *limits)
+
+    def version(self, manifest: Manifest) -> tuple[Runner, CachedRows]:
+        """Another version of the table, for the same model."""
+        if self.model.embed_tokens is None and not manifest.has_x0:
+            message = (
+                "it does not carry X0, and this worker was started without its input embedding"
+            )
+            raise Mismatch(f"{message}: start it again")
+        rows = self._rows(manifest)
+        return self._runner(rows), rows
+
+    def _runner(self, rows: RowProvider) -> Runner:
+        return (Runner if self.on_cpu else GraphRunner)(self.model, self.pages, rows)
+
+    def _rows(self, manifest: Manifest) -> CachedRows:
+        assert self.source
+        check_table(manifest, self.checkpoint)
+        rows = open_rows(
+            self.source,
+            manifest,
+            int(self.config.row_cache_megabytes * 1e6),
+            self.device,
+            self.dtype,
+            self.checkpoint.config.num_rows,
+            self.checkpoint if self.config.fallback == "recompute" else None,
+        )
+        rows.fill()
+        return rows
+
+
+async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
+    """Serve the checkpoint until told to stop."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    checkpoint, credentials = open_checkpoint(checkpoint_path), config.server_credentials()
+    tracing.start_tracing("worker", config.traces, insecure=config.insecure)
+    source = None
+    if checkpoint.config.num_rows:
+        source = open_row_source(
+            config.rows,
+            timeout_seconds=config.fetch_timeout_seconds,
+            credentials=config.client_credentials(),
+        )
+    builder = Builder(checkpoint, config, source)
+    engine = await asyncio.to_thread(builder.engine)
+    watcher = None
+    if source:
+
+        def reload(manifest: Manifest) -> None:
+            engine.use(*builder.version(manifest))
+
+        watcher = TableWatcher(source, builder.table, engine, reload, config.table_poll_seconds)
+    service = WorkerService(engine, checkpoint, config.served_model_name or checkpoint.name)
+    metrics = serve_metrics(config.metrics_listen, credentials)
+    REGISTRY.register(EngineMetrics(engine, watcher))
+    event(
+        "loaded",
+        checkpoint=checkpoint.name,
+        table=engine.table,
+        kv_cache_tokens=engine.cache.capacity_tokens,
+        device=str(builder.device),
+        dtype=str(builder.dtype).removeprefix("torch."),
+    )
+    engine.start()
+    if watcher:
+        watcher.start()
+    try:
+        await serve(
+            "worker",
+            config.listen,
+            lambda server: add_GenerationServicer_to_server(service, server),
+            (NAME,),
+            config.drain_seconds,
+            credentials=credentials,
+            metrics=metrics,
+        )
+    finally:
+        builder.compiled.stop()
+        if watcher:
+            watcher.stop()
+        engine.stop()
+        if source:
+            source.close()
+
+
+def wait_for_table(source: RowSource, table: str, seconds: float) -> Manifest:
+    """The manifest of the table, once source and table are there; the last error if they are not in time."""
+    deadline, logged = time.monotonic() + seconds, False
+    while True:
+        try:
+            return source.describe(table)
+        except (Unavailable, NotFound) as error:
+            if time.monotonic() >= deadline:
+                raise type(error)(f"{error} (waited {seconds:g} s)") from None
+            if not logged:
+                event("waiting for the table", table=table, reason=str(error))
+                logged = True
+            time.sleep(0.2)
+
+
+def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """Mismatch unless the table was built from this checkpoint, for its tokenizer."""
+    config, layers = checkpoint.config, tuple(range(checkpoint.config.num_rows))
+    for what, built, own in (
+        ("model", manifest.model_id[:12], checkpoint.model_id()[:12]),
+        ("tokenizer", manifest.tokenizer_id[:12], checkpoint.tokenizer_id[:12]),
+        # some layers may be absent
+        (
+            "layers",
+            manifest.layers,
+            layers if not set(manifest.layers) <= set(layers) else manifest.layers,
+        ),
+        ("vocabulary of size", manifest.vocab_size, config.vocab_size),
+        ("hidden size", manifest.width, config.hidden_size),
+    ):
+        if built != own:
+            raise Mismatch(
+                f"table {manifest.ref} was built from {what} {built}, but checkpoint "
+                f"{checkpoint.path.name} has {own}: build a table of this checkpoint, or name "
+                "another --table"
+            )
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: float32 on a CPU, where all batch sizes then give the same tokens, and bfloat16 on a GPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, name)
+
+
+def _device(name: str) -> torch.device:
+    on_gpu = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if on_gpu else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda")[: 1 + on_gpu]:
+        allowed = "cpu, cuda or auto" if on_gpu else "cpu or auto, as there is no GPU"
+        raise InvalidArgument(f"--device {name!r} is not on this machine; {allowed}")
+    return device

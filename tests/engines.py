@@ -1,0 +1,81 @@
+"""Engines whose steps a test runs itself, and requests that keep what they emit."""
+
+from pathlib import Path
+
+import torch
+from tolhouse.engine.attention import PagedKVCache
+from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
+from tolhouse.engine.cpu.packed import load
+from tolhouse.engine.engine import Engine
+from tolhouse.engine.row_providers import NoRows, RowProvider
+from tolhouse.engine.runner import Runner
+from tolhouse.engine.sequence import Output, Sequence
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.transformer import Transformer
+from tolhouse.sampling import SamplingParams
+
+CPU = torch.device("cpu")
+
+
+class Request:
+    """A sequence, and what an engine emits for it."""
+
+    def __init__(self, prompt: list[int], max_tokens: int, priority: int = 0, **sampling) -> None:
+        self.prompt, self.max_tokens = list(prompt), max_tokens
+        self.tokens: list[int] = []
+        self.outputs: list[Output] = []
+        self.reason, self.error = "", None
+        params = SamplingParams(max_tokens, **sampling)
+        ids = list(prompt)
+        self.sequence = Sequence(len(ids), ids, params, self.emit, priority=priority)
+
+    def emit(self, output: Output) -> None:
+        assert not self.ended, "something came after the end"
+        self.outputs.append(output)
+        self.tokens += output.tokens
+        self.reason, self.error = output.finish_reason, output.error
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.reason or self.error)
+
+    @property
+    def scores(self) -> list[float]:
+        return [p for o in self.outputs if o.prompt_logprobs for p in o.prompt_logprobs.chosen]
+
+
+def engine_of(
+    path: Path,
+    rows: RowProvider | None = None,
+    kv_tokens: int = 4096,
+    max_running: int = 8,
+    max_step_tokens: int = 64,
+    runner: type[Runner] = Runner,
+    model: Transformer | None = None,
+) -> Engine:
+    """`model`: already loaded from `path`, if it is."""
+    checkpoint = open_checkpoint(path)
+    rows = rows or NoRows(checkpoint.config.hidden_size, CPU)
+    cache = BlockManager(kv_tokens // BLOCK_TOKENS)
+    pages = PagedKVCache(checkpoint.config, cache.num_blocks + 1, CPU, torch.float32)
+    embedding = not (rows.manifest and rows.manifest.has_x0)
+    model = model or load(checkpoint, CPU, torch.float32, embedding)
+    return Engine(runner(model, pages, rows), rows, cache, max_running, 1000, max_step_tokens)
+
+
+def run(engine: Engine, steps: int = 10_000) -> None:
+    """Step until there is nothing to do, and check after each step that no block is lost."""
+    with torch.inference_mode():
+        for _ in range(steps):
+            if not (engine.waiting or engine.running):
+                return
+            engine.read_mail(wait=False)
+            engine.step()
+            engine.cache.check(engine.scheduler.running)
+
+
+def serve(engine: Engine, *requests: Request) -> None:
+    """Run all of them at once, to their end."""
+    for request in requests:
+        engine.add(request.sequence)
+    run(engine)

@@ -1,0 +1,181 @@
+"""The engine in this process: batches, preemption, cancellation, scores, prefetch, recorded steps."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tolhouse import errors
+from tolhouse.client.row_source import open_row_source
+from tolhouse.engine.block_manager import BLOCK_TOKENS
+from tolhouse.engine.cuda_graphs import GraphRunner
+from tolhouse.engine.engine import Engine
+from tolhouse.engine.row_providers import CachedRows, open_rows
+from tolhouse.engine.runner import Runner
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.generate import greedy
+from tolhouse.model.kv import GrowingCache
+from tolhouse.testing import build_table, tiny_model
+
+from tests.engines import CPU, Request, engine_of, run, serve
+
+PROMPT = [5, 17, 3, 99, 200]
+SLOTS = 24  # of the row cache
+
+
+@contextmanager
+def table_rows(
+    checkpoint: Path, folder: Path, **options: str
+) -> Iterator[Callable[[], CachedRows]]:
+    """Makes rows of a table of the checkpoint, each time with an empty cache."""
+    with ExitStack() as stack:
+        source = stack.enter_context(closing(open_row_source(f"file://{folder}")))
+        manifest = source.describe(build_table(checkpoint, source.url, **options))
+
+        def make() -> CachedRows:
+            rows = open_rows(source, manifest, SLOTS * manifest.record_bytes, CPU)
+            return stack.enter_context(closing(rows))
+
+        yield make
+
+
+def random_ids(count: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(1, 300, (count,), generator=generator).tolist()
+
+
+def test_sequences_join_and_leave_a_running_batch(base: Path) -> None:
+    """Sequences of all lengths, added at any time, each get the tokens they get alone."""
+    model, engine = open_checkpoint(base).model(), engine_of(base)
+    generator = torch.Generator().manual_seed(0)
+    requests = []
+    for number in range(20):
+        length, count = (int(torch.randint(1, 60, (1,), generator=generator)) for _ in range(2))
+        requests.append(Request(random_ids(length, generator), count))
+        engine.add(requests[-1].sequence)
+        run(engine, number % 4)
+        assert engine.running <= 8
+    run(engine)
+    for one in requests:
+        alone = list(greedy(model, one.prompt, one.max_tokens, ignore_eos=True))
+        assert (alone, "length") == (one.tokens, one.reason)
+    assert engine.cache.num_blocks == engine.cache.free_blocks
+
+
+def test_a_kv_cache_too_small_for_all_serves_all_in_turn(base: Path) -> None:
+    """Preempted sequences are computed again: all get the same tokens, in the order they came."""
+    engine = engine_of(base, kv_tokens=6 * BLOCK_TOKENS)
+    requests = [Request([1, 2, 3], 70) for _ in range(6)]  # one block at first, five in the end
+    for one in requests:
+        engine.add(one.sequence)
+    ended: list[int] = []
+    while len(ended) < 6:
+        run(engine, 1)
+        assert engine.running <= 4
+        ended += [n for n, one in enumerate(requests) if one.ended and n not in ended]
+    assert list(range(6)) == ended
+    assert engine.scheduler.preemptions > 0
+    assert 6 == engine.cache.free_blocks
+    assert 1 == len({tuple(one.tokens) for one in requests})
+
+
+def test_what_could_never_fit_is_refused(base: Path) -> None:
+    """A sequence longer than the whole KV cache is an error, instead of waiting for ever."""
+    engine = engine_of(base, kv_tokens=BLOCK_TOKENS)
+    with pytest.raises(errors.PromptTooLong, match="KV cache"):
+        engine.add(Request([1] * 10, 10).sequence)
+
+
+def test_a_cancelled_sequence_frees_its_blocks(base: Path) -> None:
+    """Cancelling in the queue or in the batch frees everything and leaves the others alone."""
+    engine = engine_of(base, max_running=2)
+    gone, kept, queued = (Request(PROMPT, 40) for _ in range(3))
+    for one in (gone, kept, queued):
+        engine.add(one.sequence)
+    run(engine, 2)
+    engine.cancel(gone.sequence)
+    engine.cancel(queued.sequence)
+    run(engine)
+    assert 40 == len(kept.tokens)
+    assert 2 >= len(gone.tokens)
+    assert [] == queued.tokens
+    engine.cancel(kept.sequence)  # it has ended: nothing happens
+    serve(engine, Request(PROMPT, 1))
+    assert engine.cache.num_blocks == engine.cache.free_blocks
+
+
+def test_stop_token_ids_end_a_sequence_and_are_left_out(base: Path) -> None:
+    """The token that ends a completion is not part of it."""
+    engine, free = engine_of(base), Request(PROMPT, 20)
+    serve(engine, free)
+    end = free.tokens[5]
+    stopped = Request(PROMPT, 20, stop_token_ids=(end,))
+    serve(engine, stopped)
+    assert free.tokens[: free.tokens.index(end)] == stopped.tokens
+    ends = [output.end_id for output in stopped.outputs]
+    assert ("stop", [None] * len(stopped.tokens) + [end]) == (stopped.reason, ends)
+
+
+def test_logprobs_of_prompt_and_answer_are_the_model_s(base: Path) -> None:
+    """Also in a batch with others; without an answer the prompt's come alone."""
+    engine = engine_of(base, max_step_tokens=512)
+    prompt = random_ids(40, torch.Generator().manual_seed(1))
+    scored = Request(prompt, 10, logprobs=2, prompt_logprobs=3, stop_token_ids=())
+    alone = Request(prompt, 0, prompt_logprobs=0)
+    sampled = Request(PROMPT, 20, temperature=1.0, seed=1, logprobs=0)
+    serve(engine, Request(PROMPT, 20), scored, alone, sampled)
+    ids = torch.tensor(prompt + scored.tokens)
+    model = open_checkpoint(base).model()
+    with torch.inference_mode():
+        logits_TV = model(ids, torch.arange(len(ids)), GrowingCache(), model.rows(ids))
+    expected = logits_TV.log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]].tolist()
+    first = scored.outputs[0].prompt_logprobs
+    answer = [output.logprobs.chosen[0] for output in scored.outputs]
+    assert first.chosen + answer == pytest.approx(expected, abs=1e-4)
+    assert (39 * 3, 39 * 3) == (len(first.top_ids), len(first.top))
+    assert [2] * 10 == [len(output.logprobs.top) for output in scored.outputs]
+    assert ([], "length", 1) == (alone.tokens, alone.reason, len(alone.outputs))
+    assert first.chosen == pytest.approx(alone.scores, abs=1e-5)
+    assert 20 == len(sampled.tokens)
+
+
+def test_rows_of_a_prompt_s_next_piece_are_prefetched(checkpoint: Path, tmp_path: Path) -> None:
+    """All but the first piece's are fetched while the piece before is computed."""
+    with table_rows(checkpoint, tmp_path) as make:
+        rows = make()
+        serve(engine_of(checkpoint, rows, max_step_tokens=8), Request(list(range(100, 132)), 1))
+        counts = rows.counts()
+    assert (32, 4, 24) == (counts["from_file"], counts["fetches"], rows.cache.hits)
+
+
+def sampled(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    """What sequences that run at once sample, each with a seed of its own."""
+    requests = [Request(p, 40, temperature=1.0, seed=n) for n, p in enumerate(prompts)]
+    serve(engine, *requests)
+    return [request.tokens for request in requests]
+
+
+@pytest.mark.parametrize("embedding", ["no", "yes"])
+def test_steps_in_recorded_sizes_give_the_same_tokens(embedding: str, tmp_path: Path) -> None:
+    """What a GPU replays as graphs, run as it is: padded, and begun before its rows are there."""
+    path = tiny_model(tmp_path / "m")
+    prompts = [[7 * n + 1, 5, 3, *range(9 * n)] for n in range(6)]
+    with table_rows(path, tmp_path / "tables", embedding=embedding) as make:
+        plain, graphs = (engine_of(path, make(), runner=r) for r in (Runner, GraphRunner))
+        assert sampled(plain, prompts) == sampled(graphs, prompts)
+    assert {1, 2, 4, 8} >= {sequences for sequences, _ in graphs.runner.graphs}
+    assert (embedding == "yes") == graphs.runner.carries_x0
+
+
+def test_a_base_model_runs_in_recorded_sizes_too(base: Path) -> None:
+    """It has no rows to wait for; its steps are replayed all the same."""
+    prompts = [[7 * n + 1, 5, 3] for n in range(3)]
+    plain, engine = engine_of(base), engine_of(base, runner=GraphRunner)
+    expected = sampled(plain, prompts)
+    assert expected == sampled(engine, prompts)
+    replayed = []
+    for graph in engine.runner.graphs.values():
+        finish = graph.finish
+        graph.finish = lambda staged, finish=finish: (replayed.append(1), finish(staged))[1]
+    assert expected == sampled(engine, prompts)
+    assert len(replayed) >= 39
