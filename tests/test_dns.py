@@ -1,4 +1,4 @@
-"""Names that stand for several addresses: found, lost and found again, by clients of lookup replicas and by the gateway's pool."""
+"""Names that stand for several addresses: found, lost and found again, by clients of lookup replicas and by the gateway's router."""
 
 import asyncio
 import socket
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tolhouse import Client, errors
 from tolhouse.certs import ensure_authority, issue
-from tolhouse.gateway.pool import Pool
+from tolhouse.gateway.router import WorkerRouter
 from tolhouse.model.tokenizer import tokenizer_id
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.dns import Addresses
@@ -166,7 +166,7 @@ def test_a_certificate_is_for_the_name(behind: list[str], checkpoint: Path, tmp_
                     client.describe(ref)
 
 
-def test_the_pool_follows_a_name(behind: list[str], checkpoint: Path, tmp_path: Path) -> None:
+def test_the_router_follows_a_name(behind: list[str], checkpoint: Path, tmp_path: Path) -> None:
     """New workers get requests; one that is gone gets none, and ends what it has begun."""
     url, port = f"file://{tmp_path}", free_port()
     build_table(checkpoint, url)
@@ -174,34 +174,32 @@ def test_the_pool_follows_a_name(behind: list[str], checkpoint: Path, tmp_path: 
 
     async def follow() -> None:
         addresses = Addresses(f"dns:///rows.test:{port}")
-        pool = Pool(
+        router = WorkerRouter(
             addresses,
             ClientCredentials(insecure=True),
             tokenizer_id(checkpoint / "tokenizer.json"),
             0.05,
         )
-        watching = asyncio.create_task(pool.watch())
+        watching = asyncio.create_task(router.watch())
 
         async def healthy(*hosts: str) -> None:
             deadline = time.monotonic() + 60
-            while {m.channel.target for m in pool.healthy()} != {
-                f"{host}:{port}" for host in hosts
-            }:
+            while {w.target for w in router.healthy()} != {f"{host}:{port}" for host in hosts}:
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.02)
 
         await asyncio.sleep(0.2)
         with pytest.raises(errors.Unavailable, match="no address"):
-            pool.check_model(None)
+            router.model(None)
         behind[:] = HOSTS[:1]
         await healthy(HOSTS[0])
-        model = pool.check_model(None)
-        first = pool.generate(model, request)
+        model = router.model(None)
+        first = router.generate(model.name, request)
         tokens = list((await anext(first)).token_ids)
         behind[:] = HOSTS[1:2]
         await healthy(HOSTS[1])
         assert 40 == len(
-            [t async for reply in pool.generate(model, request) for t in reply.token_ids]
+            [t async for reply in router.generate(model.name, request) for t in reply.token_ids]
         )
         async for reply in first:  # on the worker that is gone
             tokens += reply.token_ids

@@ -20,14 +20,14 @@ import tolhouse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolhouse import Client
-from tolhouse.gateway import problems
+from tolhouse.gateway.detokenizer import Detokenizer
+from tolhouse.gateway.error_responses import error_body
 from tolhouse.gateway.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
 )
-from tolhouse.gateway.text import TextStream
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.tokenizer import load_tokenizer
 from tolhouse.testing import (
@@ -1072,8 +1072,8 @@ def test_a_gateway_ends_with_0(cluster: Cluster) -> None:
 
 def test_an_error_may_quote_anything() -> None:
     """Half a surrogate pair in a message is written out: the answer can be sent. What is quoted at length is cut."""
-    assert r"no \ud800" == problems.body_of("no \ud800", 400)["error"]["message"]
-    assert 1002 == len(problems.body_of("9" * 5000, 400)["error"]["message"])
+    assert r"no \ud800" == error_body("no \ud800", 400)["error"]["message"]
+    assert 1002 == len(error_body("9" * 5000, 400)["error"]["message"])
 
 
 def test_limits_mean_the_same_at_both_ends(client: openai.OpenAI) -> None:
@@ -1111,7 +1111,7 @@ def test_text_arrives_whole_whatever_the_pieces(text: str, sizes: list[int]) -> 
     tokenizer = load_tokenizer(DEMO / "tokenizer.json")
     ids = tokenizer.encode(text).ids
     expected = tokenizer.decode(ids)
-    stream, pieces, at = TextStream(tokenizer), [], 0
+    stream, pieces, at = Detokenizer(tokenizer), [], 0
     while at < len(ids):
         size = sizes[len(pieces) % len(sizes)]
         pieces.append(stream.push(ids[at : at + size]))
@@ -1132,7 +1132,7 @@ def test_stop_strings_cut_as_a_naive_search_would(text: str, stops: list[str], d
     ends = [(n, n - len(s)) for n in range(len(text) + 1) for s in stops if text[:n].endswith(s)]
     include = data.draw(st.booleans())
     expected = text[: min(ends)[0 if include else 1]] if ends else text
-    stream, given_, at = TextStream(tokenizer, stops, include_stop=include), "", 0
+    stream, given_, at = Detokenizer(tokenizer, stops, include_stop=include), "", 0
     ids = [tokenizer.token_to_id(c) for c in text]
     while at < len(ids) and not stream.stopped:
         size = data.draw(st.integers(1, 6))
@@ -1146,7 +1146,7 @@ def test_bytes_that_never_become_a_character_are_shown_at_the_end() -> None:
     """A completion cut in the middle of a character ends in U+FFFD, as the tokenizer itself would have it."""
     tokenizer = load_tokenizer(DEMO / "tokenizer.json")
     ids = tokenizer.encode("世").ids[:-1]
-    stream = TextStream(tokenizer)
+    stream = Detokenizer(tokenizer)
     assert "" == stream.push(ids)
     assert tokenizer.decode(ids) == stream.finish()
 
@@ -1159,7 +1159,7 @@ def test_bytes_that_never_become_a_character_are_shown_at_the_end() -> None:
 def test_a_stop_string_is_found_wherever_it_begins(text: str, stops: list[str]) -> None:
     """The text ends before the first stop string to appear, however it is cut into tokens."""
     tokenizer = load_tokenizer(DEMO / "tokenizer.json")
-    stream, shown = TextStream(tokenizer, stops), ""
+    stream, shown = Detokenizer(tokenizer, stops), ""
     for character in text:  # one token per character
         shown += stream.push(tokenizer.encode(character).ids)
         if stream.stopped:

@@ -18,7 +18,7 @@ import pytest
 from tolhouse import Client
 from tolhouse.client.row_source import StoreRowSource
 from tolhouse.errors import InvalidArgument, Overloaded
-from tolhouse.gateway.server import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
+from tolhouse.gateway.middleware import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
 from tolhouse.lookup import service
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.lookup.service import MAX_IDS_PER_FETCH
@@ -237,13 +237,14 @@ def test_an_enormous_header_is_refused(cluster: Cluster) -> None:
     assert 200 == complete(cluster)
 
 
-def test_what_is_not_http_is_told(cluster: Cluster) -> None:
-    """In OpenAI's form, as everything else."""
+@pytest.mark.parametrize(
+    "data", [b"\x16\x03\x01\x00\xf8\x01\x00\r\n\r\n", b"GET / HTTP/1.1\r\n" * 2_000]
+)
+def test_what_is_not_http_is_refused(data: bytes, cluster: Cluster) -> None:
+    """uvicorn answers, and closes the connection."""
     with connect(cluster.gateway) as connection:
-        connection.sendall(b"\x16\x03\x01\x00\xf8\x01\x00\r\n\r\n")
-        status, message = answered(connection)
-    assert 400 == status
-    assert "this is not HTTP" in message
+        connection.sendall(data)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400")
 
 
 def test_too_many_connections_are_refused(cluster: Cluster) -> None:

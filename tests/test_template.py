@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tolhouse.errors import InvalidArgument
-from tolhouse.gateway.template import ChatTemplate
+from tolhouse.gateway.templates import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "<b>é</b>"}]
 
@@ -47,10 +47,10 @@ def test_templates_have_what_transformers_gives_them(tmp_path: Path) -> None:
     ("source", "message"),
     [
         ("{{ raise_exception('no system here') }}", "no system here"),
-        ("{{ messages[7].content + 'a' }}", "does not take"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "does not take"),
-        ("{{ messages.append(1) }}", "does not take"),
-        ("{{ 1 / 0 }}", "does not take"),
+        ("{{ messages[7].content + 'a' }}", "refuses"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses"),
+        ("{{ messages.append(1) }}", "refuses"),
+        ("{{ 1 / 0 }}", "refuses"),
     ],
 )
 def test_what_fails_in_a_template_is_told(tmp_path: Path, source: str, message: str) -> None:

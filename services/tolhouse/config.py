@@ -243,6 +243,11 @@ class GatewayConfig(Server, Caller):
         "File of API keys, as `tolhouse keys` writes it: requests must carry one of them. "
         "Default: no keys.",
     )
+    rate_limit_store: str = option(
+        "",
+        "Redis that counts requests of API keys for all gateways, redis://HOST:PORT or rediss://. "
+        "Default: each gateway counts its own.",
+    )
     max_connections: int = option(1024, "Most open connections; more are refused.", ge=1)
     header_timeout_seconds: float = option(
         10, "Longest time for a request's header, and for a TLS handshake.", gt=0

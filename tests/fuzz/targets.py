@@ -14,7 +14,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 from tolhouse.errors import TolhouseError
-from tolhouse.gateway.keys import add_key, read_keys
+from tolhouse.gateway.auth import add_key, read_keys
 from tolhouse.gateway.schemas import (
     ChatRequest,
     CompletionRequest,

@@ -34,7 +34,7 @@ keys_file = click.argument("file", type=click.Path(path_type=Path, dir_okay=Fals
 )
 def add_key(file: Path, name: str, requests_per_minute: float, concurrent: int) -> None:
     """Make a key for NAME and print it: this once, only its hash is kept."""
-    from tolhouse.gateway.keys import add_key
+    from tolhouse.gateway.auth import add_key
 
     click.echo(add_key(file, name, requests_per_minute, concurrent))
 
@@ -43,7 +43,7 @@ def add_key(file: Path, name: str, requests_per_minute: float, concurrent: int) 
 @keys_file
 def list_keys(file: Path) -> None:
     """List names and limits."""
-    from tolhouse.gateway.keys import read_keys
+    from tolhouse.gateway.auth import read_keys
 
     for name, key in sorted(read_keys(str(file)).items()):
         click.echo(
@@ -56,7 +56,7 @@ def list_keys(file: Path) -> None:
 @click.argument("name")
 def remove_key(file: Path, name: str) -> None:
     """Take the key of NAME away; requests in flight end as they are."""
-    from tolhouse.gateway.keys import remove_key
+    from tolhouse.gateway.auth import remove_key
 
     remove_key(file, name)
 

@@ -28,6 +28,7 @@ EXTRAS = {
     "tqdm": "build",
     "cryptography": "certs",
     "starlette": "gateway",
+    "limits": "gateway",
 }
 
 

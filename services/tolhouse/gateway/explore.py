@@ -1,203 +1,198 @@
-"""What the explorer page asks for besides completions: tokens with what their memory holds, and how the workers are doing.
+"""What the explorer page shows besides completions: tokens with their memory, and the workers.
 
-The gateway has no weights: what a model's memory holds is read from `memory.npz` beside its tokenizer, as `tolhouse explain --explorer`
-writes it. Without that file the page shows tokens, completions and load alone.
+The gateway has no weights: what a model's memory holds is read from `memory.npz` beside its
+tokenizer, as `tolhouse explain --explorer` writes it. Without that file the page shows tokens,
+completions and load alone.
 """
 
 import logging
 import zipfile
 import zlib
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tolhouse.errors import InvalidArgument, NotFound
-from tolhouse.gateway.pool import Pool
+from tolhouse.gateway.router import WorkerRouter
 from tolhouse.gateway.vocabulary import Vocabulary
 from tolhouse.logs import event
-from tolhouse.v1 import generation_pb2
+from tolhouse.v1.generation_pb2 import DescribeWorkerReply
 
 MEMORY = "memory.npz"
-PAGE = Path(__file__).with_name("explore.html")
 _ARRAYS = ("norms", "keys", "coefficients", "sharers", "near", "cosines")
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, IndexError)
+_TOTALS = ("tokens", "running", "waiting")
+_COUNTS = ["from_cache", "from_remote", "recomputed", "wait_seconds", "fetches", "fetch_seconds"]
+_AGAIN = "write it again, with `tolhouse explain CHECKPOINT --explorer FILE`"
 
 
-class Memory:
-    """norms [V, N]; strongest keys and their coefficients [V, N, k]; who has each key most [N, K, s]; nearest tokens and cosines [V, m]."""
+@cache
+def page() -> str:
+    return Path(__file__).with_name("explore.html").read_text()
+
+
+class MemoryFile:
+    """Of V tokens in N layers: norms [V, N], strongest keys and their coefficients [V, N, k], the
+    tokens that share each key most [N, K, s], nearest tokens and their cosines [V, m]."""
 
     def __init__(self, file: Path, tokenizer_id: str) -> None:
-        self.file, self.refused = file, ""  # `refused`: why it is not shown, as the log has it
+        self.file, self.logged_reason = file, ""
         try:
             with np.load(file, allow_pickle=False) as archive:
                 self.norms, self.keys, self.coefficients, self.sharers, self.near, self.cosines = (
                     archive[name] for name in _ARRAYS
                 )
-                of, self.model_id = (
-                    str(archive["tokenizer_id"]),
-                    str(archive["model_id"]) if "model_id" in archive else "",
-                )
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            EOFError,
-            TypeError,
-            IndexError,
-            zipfile.BadZipFile,
-            zlib.error,
-        ) as error:
-            raise InvalidArgument(
-                f"{file} is not what `tolhouse explain --explorer` writes: {error}"
-            ) from None
+                of = str(archive["tokenizer_id"])
+                self.model_id = str(archive["model_id"]) if "model_id" in archive else ""
+        except (*_UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
+            raise self._malformed(str(error)) from None
         if of != tokenizer_id:
             raise InvalidArgument(
-                f"{file} is of another tokenizer, {of[:12]}; this one is {tokenizer_id[:12]}: write it again"
+                f"{file} is of another tokenizer, {of[:12]}; this one is {tokenizer_id[:12]}: "
+                f"{_AGAIN}"
             )
         if not self.model_id:
-            raise InvalidArgument(
-                f"{file} does not say of which model it is: write it again, with `tolhouse explain CHECKPOINT --explorer FILE`"
-            )
+            raise InvalidArgument(f"{file} does not say of which model it is: {_AGAIN}")
         size, layers = self.norms.shape if self.norms.ndim == 2 else (0, 0)
-        tokens_below = all((a >= 0).all() and (a < size).all() for a in (self.sharers, self.near))
         if not (
-            tokens_below
+            self.sharers.ndim == 3
+            and len(self.sharers) == layers
             and self.keys.shape[:-1] == (size, layers)
             and self.keys.shape == self.coefficients.shape
-            and self.sharers.ndim == 3
-            and len(self.sharers) == layers
-            and (self.keys >= 0).all()
-            and (self.keys < self.sharers.shape[1]).all()
             and self.near.shape[:-1] == (size,)
             and self.near.shape == self.cosines.shape
+            and all(_below(ids, size) for ids in (self.sharers, self.near))
+            and _below(self.keys, self.sharers.shape[1])
         ):
-            raise InvalidArgument(
-                f"{file} is not what `tolhouse explain --explorer` writes: its arrays do not fit each other"
-            )
+            raise self._malformed("its arrays do not fit each other")
 
-    def of(self, i: int, named: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-        """What is known of a token; `named` tells a token's id and text."""
-        return {
-            **named(i),
-            "norms": self.norms_of(i),
-            "keys": [
-                [
-                    {
-                        "key": int(k),
-                        "coefficient": round(float(c), 3),
-                        "shared_by": [named(int(t)) for t in self.sharers[layer, k]],
-                    }
-                    for k, c in zip(keys, coefficients, strict=True)
-                ]
-                for layer, (keys, coefficients) in enumerate(
-                    zip(self.keys[i], self.coefficients[i], strict=True)
-                )
-            ],
-            "nearest": [
-                {**named(int(t)), "cosine": round(float(c), 3)}
-                for t, c in zip(self.near[i], self.cosines[i], strict=True)
-            ],
-        }
+    def _malformed(self, reason: str) -> InvalidArgument:
+        return InvalidArgument(
+            f"{self.file} is not what `tolhouse explain --explorer` writes: {reason}"
+        )
+
+    @property
+    def layers(self) -> int:
+        return self.norms.shape[1]
 
     def norms_of(self, i: int) -> list[float]:
         return [round(float(n), 3) for n in self.norms[i]]
 
+    def keys_of(self, i: int, vocabulary: Vocabulary) -> list[list[dict[str, Any]]]:
+        """By layer, the strongest keys of a token, each with the tokens that share it most."""
+        return [
+            [
+                {
+                    "key": int(key),
+                    "coefficient": round(float(coefficient), 3),
+                    "shared_by": [_named(int(t), vocabulary) for t in sharers[key]],
+                }
+                for key, coefficient in zip(keys, coefficients, strict=True)
+            ]
+            for keys, coefficients, sharers in zip(
+                self.keys[i], self.coefficients[i], self.sharers, strict=True
+            )
+        ]
 
-def open_memory(folder: Path, tokenizer_id: str) -> Memory | None:
+    def nearest(self, i: int, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+        pairs = zip(self.near[i], self.cosines[i], strict=True)
+        return [{**_named(int(t), vocabulary), "cosine": round(float(c), 3)} for t, c in pairs]
+
+
+def open_memory(folder: Path, tokenizer_id: str) -> MemoryFile | None:
     """The memory file of a folder, if it has one."""
     file = folder / MEMORY
-    return Memory(file, tokenizer_id) if file.exists() else None
+    return MemoryFile(file, tokenizer_id) if file.exists() else None
 
 
-def why_absent(memory: Memory | None, pool: Pool) -> str:
-    """Why there is nothing to show of a memory: no file, or one of a model that no worker serves; "" if there is."""
+def hidden_reason(memory: MemoryFile | None, router: WorkerRouter) -> str:
+    """Why no memory is shown: there is no file, or its model is not served; "" if it is shown."""
     if memory is None:
-        return "this gateway has no memory file: `tolhouse explain CHECKPOINT --explorer FILE` makes one"
-    served = {d.model_id: d for d in _described(pool)}
-    found, layers = served.get(memory.model_id), memory.norms.shape[1]
-    why = ""
-    if served and found is None:
+        return (
+            "this gateway has no memory file: `tolhouse explain CHECKPOINT --explorer FILE` "
+            "makes one"
+        )
+    served = {d.model_id: d for d in router.descriptions()}
+    model, reason = served.get(memory.model_id), ""
+    if served and model is None:
         names = ", ".join(sorted(f"{d.model} ({i[:12]})" for i, d in served.items()))
-        why = f"{MEMORY} is of model {memory.model_id[:12]}, and the workers serve {names}"
-    elif found and found.row_layers != layers:
-        why = f"{MEMORY} is of {layers} layers, and {found.model} has {found.row_layers}"
-    if why:
-        why += ": write it again, with `tolhouse explain CHECKPOINT --explorer FILE`"
-    if why != memory.refused:  # once, not at each look
-        memory.refused = why
-        if why:
-            event(
-                "the memory file is not shown", logging.WARNING, file=str(memory.file), reason=why
-            )
-    return why
+        of = memory.model_id[:12]
+        reason = f"{MEMORY} is of model {of}, and the workers serve {names}: {_AGAIN}"
+    elif model and model.row_layers != memory.layers:
+        count = f"{model.model} has {model.row_layers}"
+        reason = f"{MEMORY} is of {memory.layers} layers, and {count}: {_AGAIN}"
+    if reason and reason != memory.logged_reason:
+        what = "the memory file is not shown"
+        event(what, logging.WARNING, file=str(memory.file), reason=reason)
+    memory.logged_reason = reason
+    return reason
 
 
-def tokens(ids: list[int], vocabulary: Vocabulary, memory: Memory | None) -> list[dict[str, Any]]:
-    """Of each its id, its text and the norms of its row by layer."""
-    told: dict[int, dict[str, Any]] = {}
-    for i in ids:
-        if i not in told:
-            norms = {"norms": memory.norms_of(i)} if memory and i < len(memory.norms) else {}
-            told[i] = {"id": i, "token": vocabulary.shown(i)[0], **norms}
-    return [told[i] for i in ids]
+def tokens(
+    ids: list[int], vocabulary: Vocabulary, memory: MemoryFile | None
+) -> list[dict[str, Any]]:
+    """The id and text of each token, and the norms of its row by layer."""
+    found: dict[int, dict[str, Any]] = {}
+    for i in set(ids):
+        known = memory is not None and i < len(memory.norms)
+        norms = {"norms": memory.norms_of(i)} if memory and known else {}
+        found[i] = {**_named(i, vocabulary), **norms}
+    return [found[i] for i in ids]
 
 
-def token(i: int, vocabulary: Vocabulary, memory: Memory | None, why: str) -> dict[str, Any]:
-    """All that is known of one; NotFound, without a memory for the reason `why`."""
-    if memory is None:
-        raise NotFound(why)
+def token(
+    i: int, vocabulary: Vocabulary, memory: MemoryFile | None, router: WorkerRouter
+) -> dict[str, Any]:
+    """All that is known of a token; NotFound for one that there is not, or without a memory."""
+    reason = hidden_reason(memory, router)
+    if memory is None or reason:
+        raise NotFound(reason)
     if i >= len(memory.norms):
         raise NotFound(f"there is no token {i}: allowed are 0 to {len(memory.norms) - 1}")
-    return memory.of(i, lambda t: {"id": t, "token": vocabulary.shown(t)[0]})
-
-
-def live(pool: Pool, memory: Memory | None) -> dict[str, Any]:
-    """Counts of all healthy workers together, as they told them when last looked at; which rows the page shows, and which are served."""
-    described = _described(pool)
-    absent = [set(d.absent_layers) for d in described]
     return {
-        "workers": len(described),
-        "tables": sorted({d.table for d in described if d.table}),
-        "absent_layers": sorted(set.intersection(*absent)) if absent else [],
-        "memory": why_absent(memory, pool) or _whose(memory, described),
-        "tokens": sum(d.tokens for d in described),
-        "running": sum(d.running for d in described),
-        "waiting": sum(d.waiting for d in described),
-        **{
-            name: sum(getattr(d.rows, name) for d in described)
-            for name in (
-                "from_cache",
-                "from_remote",
-                "recomputed",
-                "wait_seconds",
-                "fetches",
-                "fetch_seconds",
-            )
-        },
+        **_named(i, vocabulary),
+        "norms": memory.norms_of(i),
+        "keys": memory.keys_of(i, vocabulary),
+        "nearest": memory.nearest(i, vocabulary),
     }
 
 
-def _described(pool: Pool) -> list[generation_pb2.DescribeWorkerReply]:
-    return [m.described for m in pool.healthy() if m.described]
+def live(router: WorkerRouter, memory: MemoryFile | None) -> dict[str, Any]:
+    """Counts of all healthy workers at their last polls; which rows are shown and served."""
+    descriptions = router.descriptions()
+    absent = [set(d.absent_layers) for d in descriptions]
+    reason = hidden_reason(memory, router)
+    return {
+        "workers": len(descriptions),
+        "tables": sorted({d.table for d in descriptions if d.table}),
+        "absent_layers": sorted(set.intersection(*absent)) if absent else [],
+        "memory": reason or (_shown_rows(memory, descriptions) if memory else ""),
+        **{name: sum(getattr(d, name) for d in descriptions) for name in _TOTALS},
+        **{name: sum(getattr(d.rows, name) for d in descriptions) for name in _COUNTS},
+    }
 
 
-def _whose(memory: Memory | None, described: list[generation_pb2.DescribeWorkerReply]) -> str:
-    """Whose rows the memory file tells of: the model's own, which a table need not have."""
-    if memory is None:
-        return ""
-    names = " and ".join(sorted({d.model for d in described if d.model_id == memory.model_id}))
-    line = f"Norms, keys and neighbours are of the model's own rows ({names + ', ' if names else ''}{memory.model_id[:12]})"
+def _shown_rows(memory: MemoryFile, descriptions: list[DescribeWorkerReply]) -> str:
+    """Whose rows the memory file holds: the model's own, which a table may not."""
+    names = " and ".join(sorted({d.model for d in descriptions if d.model_id == memory.model_id}))
+    model = f"{names + ', ' if names else ''}{memory.model_id[:12]}"
     others = set()
-    for d in described:
-        missing = (
-            [
-                f"without layer{'s' * (len(d.absent_layers) > 1)} {', '.join(map(str, d.absent_layers))}"
-            ]
-            if d.absent_layers
-            else []
-        )
-        another = ["another model's"] * (d.model_id != memory.model_id)
-        if d.table and (differing := [*another, *d.altered, *missing]):
-            others.add(f"not of those of {d.table} ({', '.join(differing)})")
-    return ", ".join([line, *sorted(others)]) + "."
+    for d in descriptions:
+        differences = ["another model's"] * (d.model_id != memory.model_id) + list(d.altered)
+        if d.absent_layers:
+            layers = ", ".join(map(str, d.absent_layers))
+            differences.append(f"without layer{'s' * (len(d.absent_layers) > 1)} {layers}")
+        if d.table and differences:
+            others.add(f"not of those of {d.table} ({', '.join(differences)})")
+    own = f"Norms, keys and neighbours are of the model's own rows ({model})"
+    return ", ".join([own, *sorted(others)]) + "."
+
+
+def _named(i: int, vocabulary: Vocabulary) -> dict[str, Any]:
+    return {"id": i, "token": vocabulary.shown(i)[0]}
+
+
+def _below(ids: np.ndarray, end: int) -> bool:
+    return bool((ids >= 0).all() and (ids < end).all())

@@ -10,12 +10,13 @@ from tokenizers.decoders import DecodeStream
 
 from tolhouse.errors import InvalidArgument, PromptTooLong
 
-_AT_ONCE = 4096  # characters that are tokenised in the event loop; more go to a thread
+_SHORT = 4096  # characters that are tokenised in the event loop; more go to a thread
+_LARGE = 2  # responses that grow with a text are made at a time: bounds their memory
 
 
 class Vocabulary:
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.large = tokenizer, asyncio.Semaphore(_LARGE)
         vocabulary = tokenizer.get_vocab()
         self.longest = max(map(len, vocabulary), default=1)  # characters or bytes of a token
         self.shown = functools.lru_cache(maxsize=len(vocabulary))(self._shown)
@@ -36,7 +37,7 @@ class Vocabulary:
         def encode() -> list[int]:
             return self.tokenizer.encode(text, add_special_tokens=special).ids
 
-        return await asyncio.to_thread(encode) if len(text) > _AT_ONCE else encode()
+        return await asyncio.to_thread(encode) if len(text) > _SHORT else encode()
 
     def text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)

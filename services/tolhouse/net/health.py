@@ -76,6 +76,12 @@ class PeerHealth:
             with self._changed:
                 self._become(name, None, "back")
 
+    def forget(self, name: str) -> None:
+        """The peer is gone for good."""
+        with self._changed:
+            self._peers.pop(name, None)
+            self.unhealthy -= {name}
+
     def close(self) -> None:
         """Probe no more."""
         with self._changed:

@@ -1,0 +1,199 @@
+"""The workers behind the gateway: which are healthy, which has the least load, which to try next."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tolhouse.client.generation import WorkerChannel
+from tolhouse.errors import (
+    DeadlineExceeded,
+    Mismatch,
+    NotFound,
+    Overloaded,
+    TolhouseError,
+    Unavailable,
+)
+from tolhouse.logs import event, log
+from tolhouse.net.auth import ClientCredentials
+from tolhouse.net.dns import Addresses
+from tolhouse.net.health import PeerHealth
+from tolhouse.v1.generation_pb2 import DescribeWorkerReply, GenerateReply, GenerateRequest
+
+_POLL_TIMEOUT_SECONDS = 2.0  # a busy machine is not a lost one
+_MAX_MISSED = 2  # polls in a row without an answer before a worker's requests are given up
+
+
+@dataclass(eq=False)
+class Worker:
+    channel: WorkerChannel
+    error: TolhouseError | None  # of the last poll
+    description: DescribeWorkerReply | None = None
+    in_flight: int = 0  # requests of this gateway
+    others: int = 0  # requests of other gateways, at the last poll
+    missed: int = 0
+
+    @property
+    def target(self) -> str:
+        return self.channel.target
+
+    @property
+    def load(self) -> int:
+        return self.in_flight + self.others
+
+    @property
+    def full(self) -> bool:
+        """It would refuse another request, as far as is known here."""
+        return bool(self.description and 0 < self.description.most_sequences <= self.load)
+
+
+class ServedModel(NamedTuple):
+    """What all healthy workers of a model accept."""
+
+    name: str
+    context_tokens: int
+    vocab_size: int
+    eos_token_id: int
+
+
+class WorkerRouter:
+    def __init__(
+        self,
+        addresses: Addresses,
+        credentials: ClientCredentials,
+        tokenizer_id: str,
+        poll_seconds: float,
+    ) -> None:
+        self.addresses, self.credentials = addresses, credentials
+        self.tokenizer_id, self.poll_seconds = tokenizer_id, poll_seconds
+        self.workers: list[Worker] = []
+        self.health = PeerHealth("worker")
+
+    async def watch(self) -> None:
+        """Resolve addresses and poll each worker by itself, until cancelled."""
+        async with asyncio.TaskGroup() as polls:
+            while True:
+                try:
+                    for worker in await self._resolve():
+                        polls.create_task(self._watch(worker))
+                except Exception:  # noqa: BLE001 - such as a TLS file in the middle of a change
+                    log.exception("new workers can't be called")
+                await asyncio.sleep(self.poll_seconds)
+
+    def healthy(self, model: str | None = None) -> list[Worker]:
+        """Workers that get requests, of one model or of all."""
+        up = (w for w in self.workers if not w.error and self.health.up(w.target))
+        return [w for w in up if w.description and model in (None, w.description.model)]
+
+    def descriptions(self, model: str | None = None) -> list[DescribeWorkerReply]:
+        return [w.description for w in self.healthy(model) if w.description]
+
+    def models(self) -> list[str]:
+        return sorted({d.model for d in self.descriptions()})
+
+    def model(self, name: str | None) -> ServedModel:
+        """The model to use; NotFound if no worker serves it, Unavailable if there are none."""
+        served = self.models()
+        if not served:
+            raise self.unavailable()
+        if name is None and len(served) == 1:
+            name = served[0]
+        if name not in served:
+            raise NotFound(f"model {name!r} is not served here; available: {', '.join(served)}")
+        all_ = self.descriptions(name)
+        context, vocab_size = min(d.context_tokens for d in all_), min(d.vocab_size for d in all_)
+        return ServedModel(name, context, vocab_size, all_[0].eos_token_id)
+
+    def check_room(self, model: str) -> None:
+        """Overloaded if all workers of a model are full: refused before any work is done."""
+        serving = self.healthy(model)
+        if serving and all(w.full for w in serving):
+            load = sum(w.load for w in serving)
+            raise Overloaded(f"{load} requests are with the workers already: try again later")
+
+    def unavailable(self) -> TolhouseError:
+        """Why no worker is healthy."""
+        errors = [w.error for w in self.workers if w.error]
+        kind = Mismatch if errors and all(isinstance(e, Mismatch) for e in errors) else Unavailable
+        why = "; ".join(map(str, errors)) or "none of them answers"
+        return kind(f"no healthy worker: {why if self.workers else 'no address of one yet'}")
+
+    async def generate(
+        self, model: str, request: GenerateRequest, may_restart: bool = False
+    ) -> AsyncGenerator[GenerateReply | None]:
+        """The replies of the least loaded worker; one that fails before its first is replaced.
+
+        may_restart: also one that fails later; None says that the replies begin anew.
+        """
+        tried: set[Worker] = set()
+        while True:
+            left = [w for w in self.healthy(model) if w not in tried]
+            if not left:
+                raise self.unavailable()
+            worker = min(left, key=lambda w: w.load)
+            tried.add(worker)
+            worker.in_flight += 1
+            begun = False
+            try:
+                async with aclosing(worker.channel.generate(request)) as replies:
+                    async for reply in replies:
+                        begun = True
+                        yield reply
+                return
+            except (Unavailable, Overloaded, DeadlineExceeded) as error:
+                about = f"request {request.request_id} at worker {worker.target} failed"
+                event(about, error=str(error))
+                if (begun and not may_restart) or tried.issuperset(self.healthy(model)):
+                    raise
+                if begun:
+                    yield None
+            finally:
+                worker.in_flight -= 1
+
+    async def _resolve(self) -> list[Worker]:
+        """Keep the workers that still have an address; returns those that are new."""
+        found = await asyncio.to_thread(self.addresses.look_up)
+        kept = [w for w in self.workers if w.target in found]
+        new = []
+        for target in (t for t in found if t not in {w.target for w in kept}):
+            credentials = self.addresses.credentials_for(target, self.credentials)
+            error = Unavailable(f"worker {target} has not answered yet")
+            new.append(Worker(WorkerChannel(target, credentials), error))
+        self.workers = kept + new
+        return new
+
+    async def _watch(self, worker: Worker) -> None:
+        """Poll a worker until it has no address and no requests any more."""
+        try:
+            while worker in self.workers or worker.in_flight:
+                try:
+                    await self._poll(worker)
+                except Exception:  # noqa: BLE001 - a defect must not end the polls
+                    log.exception("polling worker %s failed", worker.target)
+                await asyncio.sleep(self.poll_seconds)
+            event("worker is gone", worker=worker.target)
+        finally:
+            self.health.forget(worker.target)
+            await worker.channel.close()
+
+    async def _poll(self, worker: Worker) -> None:
+        try:
+            reply = await worker.channel.describe(_POLL_TIMEOUT_SECONDS)
+            worker.description, worker.missed = reply, 0
+            worker.others = max(0, reply.running + reply.waiting - worker.in_flight)
+            if reply.tokenizer_id != self.tokenizer_id:
+                raise Mismatch(
+                    f"worker {worker.target} serves {reply.model} with tokenizer "
+                    f"{reply.tokenizer_id[:12]}, but this gateway has {self.tokenizer_id[:12]}: "
+                    "start it with the worker's checkpoint"
+                )
+            worker.error = None
+            self.health.report_up(worker.target)
+        except TolhouseError as error:
+            worker.error = error
+            self.health.report_down(worker.target, error)
+            # a worker that drains refuses polls, and finishes its requests; a silent one hangs
+            worker.missed = worker.missed + 1 if isinstance(error, DeadlineExceeded) else 0
+            if worker.missed == _MAX_MISSED:
+                worker.channel.abandon()
