@@ -3,6 +3,8 @@
 from typing import Any
 
 import numpy as np
+from tolhouse import Client
+from tolhouse.client.lookup import LookupRowSource
 from tolhouse.store import Store
 from tolhouse.table.manifest import Manifest
 
@@ -47,3 +49,13 @@ def read(store: Store, manifest: Manifest, ids: np.ndarray | None = None) -> byt
     out = np.zeros((len(ids), manifest.record_bytes), np.uint8)
     store.read(manifest, ids, out)
     return out.tobytes()
+
+
+def owners_of(client: Client, table: str, ids: np.ndarray) -> list[str]:
+    """The address that a client of lookup services asks first for each of `ids`."""
+    assert isinstance(client.rows, LookupRowSource)
+    owners, manifest = [""] * len(ids), client.describe(table)
+    for replica, part in client.rows.replicas.divide(manifest, ids, np.arange(len(ids)), 0):
+        for n in part.tolist():
+            owners[n] = replica.target
+    return owners

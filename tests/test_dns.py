@@ -18,6 +18,8 @@ from tolhouse.net.dns import Addresses
 from tolhouse.testing import build_table, free_port, process
 from tolhouse.v1.generation_pb2 import GenerateRequest
 
+from tests.tables import owners_of
+
 HOSTS = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 
 
@@ -45,11 +47,11 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def known_to(client: Client) -> tuple[str, ...]:
+def known_to(client: Client) -> list[str]:
     """The addresses that a client has found."""
     with suppress(errors.Unavailable):
-        return client.rows.replicas.targets
-    return ()
+        return [replica.target for replica in client.rows.replicas.all]
+    return []
 
 
 def test_names_are_looked_up(behind: list[str]) -> None:
@@ -96,19 +98,14 @@ def test_a_client_follows_a_name(behind: list[str], checkpoint: Path, tmp_path: 
             running.enter_context(process(*options, f"{host}:{port}", "--insecure"))
         behind[:] = HOSTS[:2]
         until(lambda: bool(known_to(client)))
-        manifest, ids = client.describe(ref), np.arange(300, dtype=np.uint32)
-        expected = client.rows.fetch_records(manifest, ids)
+        ids = np.arange(300)
+        expected = client.fetch(ref, ids).tobytes()
         for there in (HOSTS, HOSTS[1:], HOSTS[:1]):
             behind[:] = there
-            until(
-                lambda there=there: (
-                    client.rows.replicas.targets == tuple(f"{host}:{port}" for host in there)
-                )
-            )
-            assert np.array_equal(expected, client.rows.fetch_records(manifest, ids))
-        targets, owners = client.rows.replicas.owner(manifest, ids, 0)
-        assert (f"{HOSTS[0]}:{port}",) == targets
-        assert {0} == set(owners.tolist())
+            addresses = [f"{host}:{port}" for host in there]
+            until(lambda addresses=addresses: known_to(client) == addresses)
+            assert expected == client.fetch(ref, ids).tobytes()
+        assert {f"{HOSTS[0]}:{port}"} == set(owners_of(client, ref, ids))
 
 
 def test_a_shard_stays_with_its_replica(
@@ -119,17 +116,13 @@ def test_a_shard_stays_with_its_replica(
     ref = build_table(checkpoint, url, shards=64)
     with process("lookup", "--store", url, "--listen", f"{HOSTS[0]}:{port}", "--insecure"):
         behind[:] = HOSTS[:2]
-        with Client(
-            f"dns:///rows.test:{port}",
-            credentials=ClientCredentials(insecure=True),
-        ) as client:
-            manifest, ids = client.describe(ref), np.arange(64)
+        insecure = ClientCredentials(insecure=True)
+        with Client(f"dns:///rows.test:{port}", credentials=insecure) as client:
 
             def owners(hosts: tuple[str, ...]) -> list[str]:
                 behind[:] = hosts
                 until(lambda: len(known_to(client)) == len(hosts))
-                targets, numbers = client.rows.replicas.owner(manifest, ids, 0)
-                return [targets[n] for n in numbers]
+                return owners_of(client, ref, np.arange(64))
 
             before, during, after = owners(HOSTS[:2]), owners(HOSTS), owners(HOSTS[:2])
             assert {f"{HOSTS[2]}:{port}"} == {

@@ -1,1 +1,1 @@
-"""The client SDK: rows from lookup services, tokens from workers. Needs numpy and grpcio; never torch, ray or redis."""
+"""The client SDK: rows from row sources, tokens from workers; without torch, ray or redis."""

@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from tolhouse.client.fetch_stream import FetchStream
+from tolhouse.client.fetch_stream import Replica
 from tolhouse.client.lookup import LookupRowSource
 from tolhouse.client.row_source import open_row_source
 from tolhouse.errors import InvalidArgument
@@ -21,11 +21,11 @@ from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
 
 class Client:
-    """Talks to the service at `target`, "HOST:PORT", or reads tables at "file://PATH" or "redis://HOST:PORT" itself.
+    """Calls the service at "HOST:PORT", or reads tables at "file://PATH" or "redis://HOST:PORT".
 
-    Several replicas are "HOST:PORT,HOST:PORT", or "dns:///HOST:PORT" for all addresses of a name as they come and go.
-    fetch, describe and tables want lookup services, files or Redis; generate wants a worker. Safe to use from several
-    threads. Services of other machines need `credentials` with TLS. `rows` is the row source itself.
+    Replicas are "HOST:PORT,HOST:PORT", or "dns:///HOST:PORT" for all addresses of a name as they
+    change. fetch, describe and tables want a row source, which is `rows`; generate wants a worker.
+    Services of other machines need `credentials` with TLS. Safe to use from several threads.
     """
 
     def __init__(
@@ -54,15 +54,16 @@ class Client:
         return self.rows.tables()
 
     def describe(self, table: str) -> Manifest:
-        """The manifest of "name@version", or of the version that "name" stands for now; NotFound if there is none."""
+        """The manifest of "name@version", or of what "name" stands for now; NotFound."""
         return self.rows.describe(table)
 
     def fetch(self, table: str | Manifest, ids: npt.ArrayLike) -> np.ndarray:
-        """Rows [T, N, D] of T token ids from "name@version", or from what "name" stands for now; X0 first where it is carried.
+        """Rows [T, N, D] of T token ids from "name@version", or from what "name" stands for now.
 
-        The float codecs give a read-only view of the received records, without a copy where no id comes twice; int8
-        and int4 give float32 values. NotFound: no such table. IdOutOfRange. Unavailable or DeadlineExceeded: no replica
-        answered. Corrupt: no replica has an intact row.
+        X0 comes first where the table carries it. Float codecs give a read-only view of the
+        records, without a copy where no id comes twice; int8 and int4 give float32 values.
+        NotFound: no such table. IdOutOfRange. Unavailable, DeadlineExceeded: no replica answered.
+        Corrupt: none has an intact row.
         """
         manifest = table if isinstance(table, Manifest) else self.describe(table)
         ids_T = token_ids(ids)
@@ -76,20 +77,13 @@ class Client:
         return rows
 
     def generate(
-        self,
-        prompt_token_ids: Iterable[int],
-        max_tokens: int = 16,
-        *,
-        timeout_seconds: float | None = None,
-        **sampling: Any,
+        self, prompt_token_ids: Iterable[int], max_tokens: int = 16, **options: Any
     ) -> Iterator[int]:
         """Stream the token ids of one completion from a worker. Closing the iterator cancels.
 
-        `sampling`: fields of `tolhouse.sampling.SamplingParams`; greedy by default.
+        `options`: fields of `tolhouse.sampling.SamplingParams`, greedy by default.
         """
-        with closing(
-            self.replies(prompt_token_ids, max_tokens, timeout_seconds=timeout_seconds, **sampling)
-        ) as replies:
+        with closing(self.replies(prompt_token_ids, max_tokens, **options)) as replies:
             for reply in replies:
                 yield from reply.token_ids
 
@@ -101,7 +95,7 @@ class Client:
         timeout_seconds: float | None = None,
         **sampling: Any,
     ) -> Generator[generation_pb2.GenerateReply]:
-        """The same with all that a worker returns: why it ended, and log probabilities of tokens and prompt if asked for."""
+        """The same as whole messages, with the reason of the end and log probabilities."""
         request = SamplingParams(max_tokens, **sampling).to_proto(prompt_token_ids)
         worker = self._worker()
         call = GenerationStub(worker.channel).Generate(
@@ -113,21 +107,16 @@ class Client:
                 if reply.finish_reason:
                     return
         except grpc.RpcError as error:
-            raise error_of(error, f"worker {worker.target}") from None
+            raise error_of(error, worker.target) from None
         finally:
             call.cancel()
 
     def describe_worker(self) -> generation_pb2.DescribeWorkerReply:
-        """What a worker serves, its load and its row counts; the fields are explained in protos/tolhouse/v1."""
-        worker, request = self._worker(), generation_pb2.DescribeWorkerRequest()
-        try:
-            return GenerationStub(worker.channel).DescribeWorker(
-                request, timeout=self.timeout_seconds, metadata=worker.credentials.metadata()
-            )
-        except grpc.RpcError as error:
-            raise error_of(error, f"worker {worker.target}") from None
+        """What a worker serves, its load and its row counts; protos/tolhouse/v1 has the fields."""
+        request = generation_pb2.DescribeWorkerRequest()
+        return self._worker().call(GenerationStub, "DescribeWorker", request, self.timeout_seconds)
 
-    def _worker(self) -> FetchStream:
+    def _worker(self) -> Replica:
         if not isinstance(self.rows, LookupRowSource):
             raise InvalidArgument(
                 f"{self.rows.url} holds tables; tokens come from a worker, HOST:PORT"
@@ -136,7 +125,7 @@ class Client:
 
 
 def token_ids(ids: npt.ArrayLike) -> np.ndarray:
-    """`ids` as uint32 [T]; InvalidArgument unless they are a flat list of whole numbers from 0 to 2^32 - 1."""
+    """`ids` as uint32 [T]; InvalidArgument unless they are a flat list of token ids."""
     array = np.asarray(ids)
     if array.size == 0:
         return np.empty(0, np.uint32)

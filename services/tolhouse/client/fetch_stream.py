@@ -1,6 +1,6 @@
-"""A channel to one replica, and one Fetch stream on it with any number of requests in flight.
+"""One replica: its channel, and a Fetch stream with any number of requests in flight.
 
-Copies of a record here: gRPC's, out of the socket and into the reply's bytes, and one of ours from there into the caller's
+A record is copied twice: by gRPC out of the socket into the reply, and from there into the caller's
 buffer, where it is verified.
 """
 
@@ -20,19 +20,17 @@ from tolhouse.net.channel import ReloadingChannel, dial, error_of
 from tolhouse.net.fetch_reply import parse
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import lookup_pb2
-from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
 
 class Request:
-    """Records of `ids` (uint32 [T]) on their way to `slots` [T] of `out` (records, flat), verified once `done`."""
+    """Verified records of `ids` (uint32 [T]) on their way to `slots` of `out`, which is flat."""
 
     def __init__(
         self, manifest: Manifest, ids: np.ndarray, out: memoryview, slots: list[int]
     ) -> None:
         self.manifest, self.ids, self.out, self.slots = manifest, ids, out, slots
         self.done: Future[None] = Future()
-        self._received = 0
-        self._given_up = False
+        self._received, self._given_up = 0, False
         self._lock = threading.Lock()
 
     def receive(self, reply: lookup_pb2.FetchReply, records: memoryview) -> bool:
@@ -54,15 +52,13 @@ class Request:
             raise from_status(reply.error.status, reply.error.message)
         count, odd = divmod(len(records), self.manifest.record_bytes)
         first, end = self._received, self._received + count
-        expected = len(self.ids)
-        if odd or reply.first != first or end > expected or (reply.last and end < expected):
+        missing = len(self.ids) - end
+        if odd or reply.first != first or missing < 0 or (reply.last and missing):
             raise Internal("the lookup service answered with records that do not fit the request")
         ids, slots = self.ids[first:end], self.slots[first:end]
         if bad := self.manifest.copy_records(ids, records, range(count), self.out, slots):
-            token = ids[bad[0]]
-            raise Corrupt(
-                f"the row of token {token} in table {self.manifest.ref} fails its checksum"
-            )
+            row = f"the row of token {ids[bad[0]]} in table {self.manifest.ref}"
+            raise Corrupt(f"{row} fails its checksum")
         self._received = end
 
     def give_up(self) -> None:
@@ -71,8 +67,8 @@ class Request:
             self._given_up = True
 
 
-class FetchStream:
-    """Opens its stream when first used, and again after it broke. Safe to use from several threads."""
+class Replica:
+    """Opens its stream when first used, and again after it broke. Thread-safe."""
 
     def __init__(self, target: str, credentials: ClientCredentials) -> None:
         self.target, self.credentials = target, credentials
@@ -84,13 +80,13 @@ class FetchStream:
     def channel(self) -> grpc.Channel:
         return self._channel.current
 
-    def call(self, method: str, request: Any, timeout_seconds: float) -> Any:
-        """Make a unary call of the lookup service."""
-        call = getattr(LookupStub(self.channel), method)
+    def call(self, stub: type, method: str, request: Any, timeout_seconds: float) -> Any:
+        """Make a unary call."""
+        call = getattr(stub(self.channel), method)
         try:
             return call(request, timeout=timeout_seconds, metadata=self.credentials.metadata())
         except grpc.RpcError as error:
-            raise error_of(error, f"lookup {self.target}") from None
+            raise error_of(error, self.target) from None
         except ValueError:
             raise Unavailable(f"the channel to {self.target} is closed") from None
 
@@ -119,25 +115,25 @@ class FetchStream:
 class _Call:
     """One stream, from its beginning until it breaks."""
 
-    def __init__(self, stream: FetchStream) -> None:
-        self.peer, self.broken = f"lookup {stream.target}", False
+    def __init__(self, replica: Replica) -> None:
+        self.target, self.broken = replica.target, False
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._pending: dict[int, Request] = {}
         self._outgoing: queue.SimpleQueue[lookup_pb2.FetchRequest | None] = queue.SimpleQueue()
         # replies stay bytes: net/fetch_reply.py reads them
-        fetch = stream.channel.stream_stream(
+        fetch = replica.channel.stream_stream(
             "/tolhouse.v1.Lookup/Fetch", lookup_pb2.FetchRequest.SerializeToString
         )
         requests = iter(self._outgoing.get, None)
-        self.call = fetch(requests, metadata=stream.credentials.metadata())
-        threading.Thread(target=self._receive, name=f"fetch {stream.target}", daemon=True).start()
+        self.call = fetch(requests, metadata=replica.credentials.metadata())
+        threading.Thread(target=self._receive, name=f"fetch {self.target}", daemon=True).start()
 
     def send(self, request: Request) -> None:
         number = next(self._numbers)
         with self._lock:
             if self.broken:
-                request.done.set_exception(Unavailable(f"{self.peer}: the stream broke"))
+                request.done.set_exception(Unavailable(f"{self.target}: the stream broke"))
                 return
             self._pending[number] = request
         self._outgoing.put(
@@ -158,11 +154,11 @@ class _Call:
                 if request and request.receive(reply, records):
                     with self._lock:
                         del self._pending[reply.request_id]
-            error = Unavailable(f"{self.peer} closed the stream")
+            error = Unavailable(f"{self.target} closed the stream")
         except grpc.RpcError as failure:
-            error = error_of(failure, self.peer)
+            error = error_of(failure, self.target)
         except Exception as failure:  # noqa: BLE001 - requests must end, whatever went wrong here
-            error = Internal(f"{self.peer}: {failure}")
+            error = Internal(f"{self.target}: {failure}")
         with self._lock:
             self.broken = True
             pending, self._pending = self._pending, {}

