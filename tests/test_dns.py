@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tolhouse.gateway.router import WorkerRouter
 from tolhouse.model.tokenizer import tokenizer_id
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.dns import Addresses
-from tolhouse.testing import build_table, free_port, process
+from tolhouse.testing import build_table, free_port, process, wait_until
 from tolhouse.v1.generation_pb2 import GenerateRequest
 
 from tests.tables import owners_of
@@ -38,13 +38,6 @@ def behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     return found
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def known_to(client: Client) -> list[str]:
@@ -97,13 +90,13 @@ def test_a_client_follows_a_name(behind: list[str], checkpoint: Path, tmp_path: 
         for host in HOSTS:
             running.enter_context(process(*options, f"{host}:{port}", "--insecure"))
         behind[:] = HOSTS[:2]
-        until(lambda: bool(known_to(client)))
+        wait_until(lambda: bool(known_to(client)))
         ids = np.arange(300)
         expected = client.fetch(ref, ids).tobytes()
         for there in (HOSTS, HOSTS[1:], HOSTS[:1]):
             behind[:] = there
             addresses = [f"{host}:{port}" for host in there]
-            until(lambda addresses=addresses: known_to(client) == addresses)
+            wait_until(lambda addresses=addresses: known_to(client) == addresses)
             assert expected == client.fetch(ref, ids).tobytes()
         assert {f"{HOSTS[0]}:{port}"} == set(owners_of(client, ref, ids))
 
@@ -121,7 +114,7 @@ def test_a_shard_stays_with_its_replica(
 
             def owners(hosts: tuple[str, ...]) -> list[str]:
                 behind[:] = hosts
-                until(lambda: len(known_to(client)) == len(hosts))
+                wait_until(lambda: len(known_to(client)) == len(hosts))
                 return owners_of(client, ref, np.arange(64))
 
             before, during, after = owners(HOSTS[:2]), owners(HOSTS), owners(HOSTS[:2])

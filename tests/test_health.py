@@ -6,14 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from tolhouse.errors import Unavailable
 from tolhouse.net.health import PeerHealth
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    for _ in range(2000):
-        if what():
-            return
-        time.sleep(0.005)
-    raise AssertionError("it never came")
+from tolhouse.testing import wait_until
 
 
 class Peers:
@@ -78,8 +71,8 @@ def test_a_suspected_peer_is_compared_with_the_others(
     health = tracked(peers, longest=1000.0)
     health.report_slow("own")
     assert health.up("own")
-    wait_for(lambda: len(peers.probed) == total or not own)
-    wait_for(lambda: expected == health.up("own"))
+    wait_until(lambda: len(peers.probed) == total or not own)
+    wait_until(lambda: expected == health.up("own"))
     assert ["other", "own"][:: 1 if not expected else -1] == health.order(["own", "other"])
 
 
@@ -91,7 +84,7 @@ def test_a_peer_stays_down_until_it_answers(tracked: Callable[..., PeerHealth]) 
     for _ in range(3):
         health.report_down("own", "refused")
     assert frozenset({"own"}) == health.unhealthy
-    wait_for(lambda: health.up("own"))
+    wait_until(lambda: health.up("own"))
     assert 3 == len(peers.probed)
 
 
@@ -102,7 +95,7 @@ def test_trouble_soon_after_a_recovery_goes_on_with_its_pauses(
     peers = Peers(own=[None] * 12 + [0.0])
     health = tracked(peers, first=0.0001)
     health.report_down("own")
-    wait_for(lambda: health.up("own"))
+    wait_until(lambda: health.up("own"))
     health.report_down("own")
     time.sleep(0.1)
     assert not health.up("own")
@@ -114,7 +107,7 @@ def test_a_peer_that_is_gone_is_forgotten(tracked: Callable[..., PeerHealth]) ->
     peers = Peers()
     health = tracked(peers)
     health.report_down("own")
-    wait_for(lambda: health.up("own"))
+    wait_until(lambda: health.up("own"))
     assert [] == peers.probed
 
 
@@ -123,9 +116,9 @@ def test_a_defect_of_a_probe_keeps_no_peer_down(tracked: Callable[..., PeerHealt
     peers = Peers(own=[])  # the first probe fails with IndexError
     health = tracked(peers)
     health.report_down("own")
-    wait_for(lambda: len(peers.probed) > 1)
+    wait_until(lambda: len(peers.probed) > 1)
     peers.answers["own"] += [0.0] * 10
-    wait_for(lambda: health.up("own"))
+    wait_until(lambda: health.up("own"))
 
 
 def test_a_closed_tracker_probes_no_more(tracked: Callable[..., PeerHealth]) -> None:

@@ -1,8 +1,6 @@
 """Rows computed in the worker: the table's own bytes, from weights that stay in their file."""
 
 import signal
-import time
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
 from tolhouse.store import open_store
 from tolhouse.table.codecs import CODECS
 from tolhouse.table.manifest import Manifest
-from tolhouse.testing import build_table, free_port, process, tiny_model
+from tolhouse.testing import build_table, free_port, process, tiny_model, wait_until
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -61,14 +59,6 @@ def test_weights_stay_in_the_mapped_file(checkpoint: Path, tmp_path: Path) -> No
         assert {torch.bfloat16} == {weight.dtype for weight in weights}
         assert all(any(weight.data_ptr() in place for place in places) for weight in weights)
         recompute.records(np.arange(5, dtype=np.uint32))
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if what():
-            return
-        time.sleep(0.02)
-    raise AssertionError("it never came")
 
 
 class CountingSource(LookupRowSource):
@@ -116,10 +106,10 @@ def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_pat
             with Client(address) as other:
                 assert [] == other.tables()
             asked = client.asked
-            wait_for(lambda: client.asked > asked + 1)  # and the answer was no
+            wait_until(lambda: client.asked > asked + 1)  # and the answer was no
             assert torch.equal(expected, rows.decode(rows.stage(ids)))
             assert (3, 6, False) == state(rows)
         stack.enter_context(process("lookup", "--store", whole, *listen))
-        wait_for(lambda: rows.provider.ready)
+        wait_until(lambda: rows.provider.ready)
         assert torch.equal(expected, rows.decode(rows.stage(ids)))
         assert (6, 6, True) == state(rows)

@@ -2,7 +2,6 @@
 
 import time
 import urllib.request
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from tolhouse.engine.row_providers import open_rows
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.store import Store, delete, open_store, publish, rollback
-from tolhouse.testing import Process, build_table, process, tiny_model
+from tolhouse.testing import Process, build_table, process, tiny_model, wait_until
 from tolhouse.worker.table_watcher import TableWatcher
 
 FREE = ("--listen", "127.0.0.1:0")
@@ -44,13 +43,6 @@ def answers(checkpoint: Path, lookup: Client, ref: str, tokens: int) -> list[lis
             )
             for ids in PROMPTS
         ]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture(params=["file", "redis"])
@@ -88,7 +80,7 @@ def test_new_sequences_use_a_published_version_and_running_ones_end_on_theirs(
                 running = [client.replies(ids, LONG, ignore_eos=True) for ids in PROMPTS]
                 begun = [next(replies) for replies in running]
                 flip(store, other)
-                until(lambda other=other: client.describe_worker().table == other)
+                wait_until(lambda other=other: client.describe_worker().table == other)
                 assert short[other] == [
                     list(client.generate(ids, 20, ignore_eos=True)) for ids in PROMPTS
                 ]
@@ -134,12 +126,12 @@ def test_a_version_of_another_model_is_not_taken_up(checkpoint: Path, tmp_path: 
             Client(worker.address) as client,
         ):
             publish(store, other)
-            until(lambda: "refused" in worker.log.read_text())
+            wait_until(lambda: "refused" in worker.log.read_text())
             assert f"table {other} was built from model" in worker.log.read_text()
             assert one == client.describe_worker().table
             assert f'tolhouse_worker_table_refused{{table="{other}"}} 1.0' in metrics(worker)
             publish(store, two)
-            until(lambda: client.describe_worker().table == two)
+            wait_until(lambda: client.describe_worker().table == two)
             assert "tolhouse_worker_table_refused{" not in metrics(worker)
 
 
@@ -164,7 +156,7 @@ def test_a_worker_follows_on_after_what_should_not_happen(checkpoint: Path, tmp_
         engine = cast("Engine", SimpleNamespace(table=one, tables=lambda: [one]))
         follower = TableWatcher(client.rows, "full", engine, reload, 0.05, pause_seconds=0.05)
         follower.start()
-        until(lambda: len(taken) == 3)
+        wait_until(lambda: len(taken) == 3)
         follower.stop()
         assert store.leased(store.manifest(one))
     assert [two] * 3 == taken
@@ -184,7 +176,7 @@ def test_a_worker_told_a_version_stays_with_it(checkpoint: Path, tmp_path: Path)
             Client(worker.address) as client,
         ):
             publish(store, two)
-            until(lambda: store.leased(store.manifest(one)))
+            wait_until(lambda: store.leased(store.manifest(one)))
             time.sleep(0.5)
             assert one == client.describe_worker().table
             with pytest.raises(errors.InUse, match="in use"):

