@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tolhouse import Client, Manifest
 from tolhouse.engine.dequant import decode
-from tolhouse.store import Store, open_store
+from tolhouse.store.base import Store, open_store
 from tolhouse.table.codecs import CODECS
 from tolhouse.table.manifest import content_id
 from tolhouse.testing import process, redis_server

@@ -28,7 +28,8 @@ from tolhouse.engine.row_providers import NoRows, RowProvider, open_rows
 from tolhouse.engine.runner import Runner
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig, preset
-from tolhouse.store import open_store, publish
+from tolhouse.store.base import open_store
+from tolhouse.store.registry import publish
 from tolhouse.testing import process
 
 from loadtest.memory import memory_ratio

@@ -20,7 +20,8 @@ import torch
 from redis import Redis
 from tolhouse import Client, Manifest
 from tolhouse.engine.row_providers import open_rows
-from tolhouse.store import open_store, publish
+from tolhouse.store.base import open_store
+from tolhouse.store.registry import publish
 from tolhouse.testing import process, redis_cluster, redis_server
 from tqdm import tqdm
 

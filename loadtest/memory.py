@@ -13,7 +13,8 @@ from tokenizers.models import WordLevel
 from tolhouse import Client
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import preset
-from tolhouse.store import open_store, publish
+from tolhouse.store.base import open_store
+from tolhouse.store.registry import publish
 from tolhouse.testing import process
 
 from loadtest.models import zero_weights

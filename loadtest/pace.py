@@ -23,7 +23,8 @@ from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider, open_rows
 from tolhouse.engine.scheduler import ScheduledChunk
 from tolhouse.model.config import preset
-from tolhouse.store import open_store, publish
+from tolhouse.store.base import open_store
+from tolhouse.store.registry import publish
 from tolhouse.testing import process
 from torch import Tensor
 

@@ -11,7 +11,7 @@ import time
 from contextlib import closing
 
 from tolhouse import Client
-from tolhouse.store import open_store
+from tolhouse.store.base import open_store
 from tolhouse.testing import process, redis_server
 
 from loadtest.fetch import in_turn

@@ -4,7 +4,7 @@ import numpy as np
 from redis import Redis
 from tolhouse import Manifest
 from tolhouse.model.config import ModelConfig
-from tolhouse.store import Store
+from tolhouse.store.base import Store
 from tolhouse.table.manifest import content_id
 from tolhouse.table.records import record_views
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from tolhouse import Client
 from tolhouse.client.lookup import LookupRowSource
-from tolhouse.store import Store
+from tolhouse.store.base import Store
 from tolhouse.table.manifest import Manifest
 
 
@@ -47,7 +47,7 @@ def read(store: Store, manifest: Manifest, ids: np.ndarray | None = None) -> byt
     if ids is None:
         ids = np.arange(manifest.vocab_size, dtype=np.uint32)
     out = np.zeros((len(ids), manifest.record_bytes), np.uint8)
-    store.read(manifest, ids, out)
+    store.read_records(manifest, ids, out)
     return out.tobytes()
 
 

@@ -15,7 +15,8 @@ import torch
 from tolhouse.build.job import plan
 from tolhouse.build.shards import build_shards
 from tolhouse.model.checkpoint import open_checkpoint
-from tolhouse.store import open_store, stands_for
+from tolhouse.store.base import open_store
+from tolhouse.store.registry import stands_for
 from tolhouse.testing import build_table, tiny_model
 
 DEMO = Path("models/demo-memory")
@@ -89,7 +90,7 @@ def test_a_build_fills_both_stores_with_the_same_verified_rows(
             assert ref == f"both-{codec}@{store.alias(f'both-{codec}').version}"
             assert 7 == len(manifest.shards)
             out = np.empty((len(ids), manifest.record_bytes), np.uint8)
-            store.read(manifest, ids, out)
+            store.read_records(manifest, ids, out)
             records.append(out)
             error = np.abs(manifest.decode(out) - expected) / np.abs(expected).max(
                 axis=-1, keepdims=True
@@ -266,7 +267,7 @@ def test_a_table_carries_x0_where_the_embeddings_are_untied_or_it_is_told_to(
     with closing(open_store(f"file://{tmp_path}")) as store:
         manifest = store.manifest(ref)
         records = np.empty((3, manifest.record_bytes), np.uint8)
-        store.read(manifest, ids, records)
+        store.read_records(manifest, ids, records)
     assert x0 == manifest.has_x0
     expected = model.rows(torch.from_numpy(ids.astype(np.int64)), x0).transpose(0, 1)
     torch.testing.assert_close(expected, torch.from_numpy(manifest.decode(records).copy()))

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tolhouse import Client, ClientCredentials, errors
-from tolhouse.store import delete, open_store, publish, rollback, rows_of
+from tolhouse.store.base import open_store
 from tolhouse.store.overlay import make_overlay
+from tolhouse.store.registry import delete, publish, rollback
 from tolhouse.testing import (
     Cluster,
     Process,
@@ -112,7 +113,7 @@ def test_a_client_outlives_many_versions(own: tuple[Client, str], checkpoint: Pa
     client, url = own
     ref = build_table(checkpoint, url, codec="bf16")
     with closing(open_store(url)) as store:
-        row = rows_of(store, store.manifest(ref), np.array([7], np.uint32))
+        row = store.rows(store.manifest(ref), np.array([7], np.uint32))
         before, seen = client.fetch(ref, [7, 8]), []
         for number in range(1, 21):
             made = make_overlay(store, ref, np.array([7]), row * 2**number)

@@ -17,8 +17,9 @@ from tolhouse.build.job import plan
 from tolhouse.errors import InUse, InvalidArgument
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
-from tolhouse.store import delete, open_store, publish, rows_of
+from tolhouse.store.base import open_store
 from tolhouse.store.overlay import make_overlay
+from tolhouse.store.registry import delete, publish
 from tolhouse.table.codecs import codec
 from tolhouse.testing import build_table, local_cluster
 
@@ -167,11 +168,11 @@ def test_edits_of_a_compressed_table_are_as_fine_as_its_head(
         }[scheme],
     ).store(store)
     everything = np.arange(base.vocab_size, dtype=np.uint32)
-    before = rows_of(store, base, everything)
+    before = store.rows(base, everything)
     in_head, in_tail = base.frequent[0] if base.frequent_rows else 3, 300
     new = np.random.default_rng(0).standard_normal((2, *before.shape[1:]), np.float32)
     made = make_overlay(store, base.ref, np.array([in_head, in_tail]), new)
-    after = rows_of(store, made, everything)
+    after = store.rows(made, everything)
     others = np.setdiff1d(everything, [in_head, in_tail])
     np.testing.assert_array_equal(before[others], after[others])
     finer = codec("int8")
@@ -180,7 +181,7 @@ def test_edits_of_a_compressed_table_are_as_fine_as_its_head(
     )
     for turn in range(3):
         made = make_overlay(store, made.ref, np.array([301 + turn]), new[:1])
-        np.testing.assert_array_equal(after[:301], rows_of(store, made, everything)[:301])
+        np.testing.assert_array_equal(after[:301], store.rows(made, everything)[:301])
     delete(store, made.ref)
     assert made.edits not in store.refs()
 
@@ -193,7 +194,7 @@ def test_edits_of_a_compressed_table_are_served(checkpoint: Path, tmp_path: Path
         store,
         base.ref,
         np.array(PROMPT[:3]),
-        3 * rows_of(store, base, np.array([9, 8, 7], np.uint32)),
+        3 * store.rows(base, np.array([9, 8, 7], np.uint32)),
     )
     publish(store, manifest.ref)
     opened = open_checkpoint(checkpoint)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from tolhouse.analysis.explain import explain_text
 from tolhouse.model.checkpoint import open_checkpoint
-from tolhouse.store import open_store, publish
+from tolhouse.store.base import open_store
 from tolhouse.store.overlay import make_overlay
+from tolhouse.store.registry import publish
 from tolhouse.testing import Cluster, build_table, local_cluster, process
 
 TEXT = "def add(x):\n    return"

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from tolhouse.client.row_source import StoreRowSource
 from tolhouse.lookup.hot_rows import HotRows
-from tolhouse.store import open_store, publish
+from tolhouse.store.base import open_store
+from tolhouse.store.registry import publish
 from tolhouse.testing import build_table
 
 

@@ -23,7 +23,7 @@ from tolhouse.lookup import service
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.lookup.service import MAX_IDS_PER_FETCH
 from tolhouse.net.server import MAX_CONNECTIONS, MAX_REQUEST_BYTES, MAX_STREAMS
-from tolhouse.store import open_store
+from tolhouse.store.base import open_store
 from tolhouse.testing import Cluster, build_table, local_cluster, process
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub

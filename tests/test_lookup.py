@@ -17,7 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from redis import Redis
 from tolhouse import Client, Manifest, errors
-from tolhouse.store import delete, open_store
+from tolhouse.store.base import open_store
+from tolhouse.store.registry import delete
 from tolhouse.testing import Process, build_table, free_port, process, redis_server, tiny_model
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
@@ -56,7 +57,7 @@ def stored(url: str, ref: str, ids: list[int]) -> tuple[Manifest, np.ndarray]:
     with closing(open_store(url)) as store:
         manifest = store.manifest(ref)
         out = np.empty((len(ids), manifest.record_bytes), np.uint8)
-        store.read(manifest, np.array(ids, np.uint32), out)
+        store.read_records(manifest, np.array(ids, np.uint32), out)
         return manifest, out
 
 

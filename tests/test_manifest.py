@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from tolhouse.errors import Corrupt, IdOutOfRange, InvalidArgument
-from tolhouse.store import open_store
+from tolhouse.store.base import open_store
 from tolhouse.table.manifest import Manifest, check_name, content_id, split_ref
 from tolhouse.table.records import digest
 

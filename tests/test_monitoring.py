@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from tolhouse.store import open_store
+from tolhouse.store.base import open_store
 from tolhouse.testing import build_table, local_cluster
 
 FOLDER = Path("deploy/monitoring")

@@ -13,8 +13,9 @@ from tolhouse import Client
 from tolhouse.analysis.edits import copy_of, scale_of
 from tolhouse.errors import IdOutOfRange, InUse, InvalidArgument, NotFound
 from tolhouse.model.checkpoint import open_checkpoint
-from tolhouse.store import delete, open_store, publish, rollback, rows_of
+from tolhouse.store.base import open_store
 from tolhouse.store.overlay import make_overlay
+from tolhouse.store.registry import delete, publish, rollback
 from tolhouse.testing import build_table, local_cluster
 
 EDITED, OTHER = 40, 7
@@ -52,7 +53,7 @@ def test_changed_rows_are_its_own_and_the_others_the_parent_s(
     name = f"over-{codec}"
     store, ref = open_store(store_url), build_table(checkpoint, store_url, codec=codec, name=name)
     parent = store.manifest(ref)
-    new = 2 * rows_of(store, parent, ids(OTHER, 9))
+    new = 2 * store.rows(parent, ids(OTHER, 9))
     made = make_overlay(store, name, ids(EDITED, 3), new)
     assert (ref, (3, EDITED), 2 * parent.record_bytes) == (
         made.parent,
@@ -61,9 +62,9 @@ def test_changed_rows_are_its_own_and_the_others_the_parent_s(
     )
     assert made == store.manifest(made.ref)
     everything = np.arange(parent.vocab_size, dtype=np.uint32)
-    expected = rows_of(store, parent, everything)
+    expected = store.rows(parent, everything)
     expected[[EDITED, 3]] = parent.codec.decode(parent.codec.encode(new))
-    np.testing.assert_array_equal(expected, rows_of(store, made, everything))
+    np.testing.assert_array_equal(expected, store.rows(made, everything))
     with (
         local_cluster(checkpoint, store_url, worker_options=("--table", name)) as cluster,
         Client(cluster.lookup) as client,
@@ -119,25 +120,25 @@ def wait_for(client: Client, table: str) -> None:
 def test_an_overlay_of_an_overlay_has_the_changes_of_both(checkpoint: Path, tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}")
     ref = build_table(checkpoint, store.url)
-    rows = rows_of(store, store.manifest(ref), ids(0, 1, 2))
+    rows = store.rows(store.manifest(ref), ids(0, 1, 2))
     first = make_overlay(store, ref, ids(10, 11), rows[:2])
     second = make_overlay(store, first.ref, ids(11, 12), rows[1:] * 3)
     assert (ref, (10, 11, 12)) == (second.parent, second.changed)
     np.testing.assert_array_equal(
-        np.concatenate([rows[:1], rows[1:] * 3]), rows_of(store, second, ids(10, 11, 12))
+        np.concatenate([rows[:1], rows[1:] * 3]), store.rows(second, ids(10, 11, 12))
     )
     assert second == make_overlay(
         store, ref, ids(10, 11, 12), np.concatenate([rows[:1], rows[1:] * 3])
     )  # the same rows, the same version
     delete(store, first.ref)
-    np.testing.assert_array_equal(rows[:1], rows_of(store, second, ids(10)))
+    np.testing.assert_array_equal(rows[:1], store.rows(second, ids(10)))
 
 
 def test_what_an_overlay_lies_over_stays(checkpoint: Path, tmp_path: Path) -> None:
     """A parent can't be deleted before its overlays; where it is gone all the same, its overlay's reader and maker are told."""
     store = open_store(f"file://{tmp_path}")
     ref = build_table(checkpoint, store.url)
-    made = make_overlay(store, ref, ids(1), rows_of(store, store.manifest(ref), ids(2)))
+    made = make_overlay(store, ref, ids(1), store.rows(store.manifest(ref), ids(2)))
     publish(store, made.ref)
     for force in (False, True):
         with pytest.raises(InUse, match=f"is a part of {made.ref}: delete that first"):
@@ -145,7 +146,7 @@ def test_what_an_overlay_lies_over_stays(checkpoint: Path, tmp_path: Path) -> No
     shutil.rmtree(tmp_path / "tiny-memory" / ref.partition("@")[2])
     store = open_store(store.url)
     for work in (
-        lambda: rows_of(store, made, ids(5)),
+        lambda: store.rows(made, ids(5)),
         lambda: make_overlay(store, made.ref, ids(3), np.zeros((1, 4, 96))),
     ):
         with pytest.raises(NotFound, match=f"is an overlay over {ref}, which is not in"):
@@ -165,7 +166,7 @@ def test_an_overlay_without_its_parent_is_not_served(checkpoint: Path, tmp_path:
         store.manifest(build_table(checkpoint, store.url, codec=codec))
         for codec in ("fp32", "int8")
     )
-    made = make_overlay(store, gone.ref, ids(1), rows_of(store, gone, ids(2)))
+    made = make_overlay(store, gone.ref, ids(1), store.rows(gone, ids(2)))
     publish(store, made.ref)
     publish(store, other.ref)
     shutil.rmtree(tmp_path / "tiny-memory" / gone.version)
@@ -182,11 +183,11 @@ def test_a_version_s_record_does_not_pass_for_its_overlay_s(
     """The checksum of a changed row names the overlay: the parent's old record in its place is found."""
     store = open_store(f"file://{tmp_path}")
     parent = store.manifest(build_table(checkpoint, store.url))
-    made = make_overlay(store, parent.ref, ids(1), rows_of(store, parent, ids(2)))
+    made = make_overlay(store, parent.ref, ids(1), store.rows(parent, ids(2)))
     old = np.empty((1, parent.record_bytes), np.uint8)
-    store.read(parent, ids(1), old)
+    store.read_records(parent, ids(1), old)
     new = np.empty((1, parent.record_bytes), np.uint8)
-    store.read(made, ids(1), new)
+    store.read_records(made, ids(1), new)
     seed_of = {m: m.seeds(ids(1))[0] for m in (parent, made)}
     assert seed_of[parent] != seed_of[made]
     assert parent.seeds(ids(2)) == made.seeds(ids(2))
@@ -201,7 +202,7 @@ def test_a_version_s_record_does_not_pass_for_its_overlay_s(
 def test_a_rolled_back_name_has_its_rows_again(checkpoint: Path, tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}")
     ref = build_table(checkpoint, store.url)
-    made = make_overlay(store, ref, ids(1), rows_of(store, store.manifest(ref), ids(2)))
+    made = make_overlay(store, ref, ids(1), store.rows(store.manifest(ref), ids(2)))
     publish(store, made.ref)
     assert ref == rollback(store, "tiny-memory").ref
 
@@ -252,7 +253,7 @@ def test_tokens_are_named_by_text(checkpoint: Path, tmp_path: Path) -> None:
     ref = tolhouse(*command, "--scale", f"{word}=0").stdout.strip()
     made = open_store(url).manifest(ref)
     assert (token,) == made.changed
-    assert not rows_of(open_store(url), made, ids(token)).any()
+    assert not open_store(url).rows(made, ids(token)).any()
     assert (
         "is not one token but"
         in tolhouse(*command, "--scale", f"{word} {word} {word}=0", code=1).stderr
@@ -319,7 +320,7 @@ def test_rows_come_from_a_file(checkpoint: Path, tmp_path: Path) -> None:
         "overlay", "tiny-memory", "--rows", str(tmp_path / "rows.npz"), "--store", url
     ).stdout.strip()
     store = open_store(url)
-    np.testing.assert_array_equal(rows, rows_of(store, store.manifest(ref), ids(9, 4)))
+    np.testing.assert_array_equal(rows, store.rows(store.manifest(ref), ids(9, 4)))
     np.savez(tmp_path / "rows.npz", ids=np.array([9, 4]), rows=rows[:, :3])
     assert (
         "have [2, 4, 96]"
@@ -358,11 +359,11 @@ def test_an_edit_leaves_the_embedding(checkpoint: Path, tmp_path: Path) -> None:
     """Of a table that carries X0: the row of a token is its memory, its X0 is not."""
     url = f"file://{tmp_path}"
     store, ref = open_store(url), build_table(checkpoint, url, embedding="yes")
-    before = rows_of(store, store.manifest(ref), ids(EDITED, OTHER, 3))
+    before = store.rows(store.manifest(ref), ids(EDITED, OTHER, 3))
     made = tolhouse(
         "overlay", "tiny-memory", "--copy", f"{EDITED}={OTHER}", "--scale", "3=0", "--store", url
     ).stdout.strip()
-    after = rows_of(store, store.manifest(made), ids(EDITED, 3))
+    after = store.rows(store.manifest(made), ids(EDITED, 3))
     np.testing.assert_array_equal(before[[0, 2], 0], after[:, 0])
     np.testing.assert_array_equal(before[1, 1:], after[0, 1:])
     assert not after[1, 1:].any()

@@ -13,7 +13,7 @@ from tolhouse.client.lookup import LookupRowSource
 from tolhouse.engine.recompute import RecomputedRows
 from tolhouse.engine.row_providers import CachedRows, open_rows
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
-from tolhouse.store import open_store
+from tolhouse.store.base import open_store
 from tolhouse.table.codecs import CODECS
 from tolhouse.table.manifest import Manifest
 from tolhouse.testing import build_table, free_port, process, tiny_model, wait_until
@@ -39,7 +39,7 @@ def test_records_are_the_table_s(codec: str, embedding: str, dtype: str, tmp_pat
         for count in (1, 2, 127, 200):
             ids = random.permutation(manifest.vocab_size)[:count].astype(np.uint32)
             expected = np.empty((count, manifest.record_bytes), np.uint8)
-            store.read(manifest, ids, expected)
+            store.read_records(manifest, ids, expected)
             assert expected.tobytes() == recompute.records(ids).tobytes()
 
 

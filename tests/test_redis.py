@@ -20,8 +20,10 @@ from tolhouse.errors import (
     Unauthenticated,
     Unavailable,
 )
-from tolhouse.store import Store, delete, open_store, publish, resolve, shard_digest
+from tolhouse.store.base import Store, open_store
 from tolhouse.store.redis import RedisStore
+from tolhouse.store.registry import delete, publish, resolve
+from tolhouse.store.writer import shard_digest
 from tolhouse.testing import free_port, redis_cluster_nodes, redis_server
 
 from tests.chaos.proxy import Link
@@ -220,15 +222,14 @@ def test_a_master_behind_a_slow_link_leaves_reads_to_its_replica() -> None:
         stack.enter_context(redis_cluster_nodes(3, 1, node_timeout_ms=5000, announced=announced))
         store = stack.enter_context(closing(open_store(f"redis://{links[1].address}")))
         assert isinstance(store, RedisStore)
-        assert store._nodes
         write(store, MANIFEST)
         for seconds, last in ((0.2, {links[0].address}), (0.0, set())):
             links[0].delay(seconds)
             deadline = time.monotonic() + 30
-            while last != store._nodes._away and time.monotonic() < deadline:
+            while last != store.unhealthy and time.monotonic() < deadline:
                 assert RECORDS.tobytes() == read(store, MANIFEST)
                 time.sleep(0.02)
-            assert last == store._nodes._away
+            assert last == store.unhealthy
             assert RECORDS.tobytes() == read(store, MANIFEST)
 
 

@@ -15,7 +15,8 @@ from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import open_rows
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
-from tolhouse.store import Store, delete, open_store, publish, rollback
+from tolhouse.store.base import Store, open_store
+from tolhouse.store.registry import delete, publish, rollback
 from tolhouse.testing import Process, build_table, process, tiny_model, wait_until
 from tolhouse.worker.table_watcher import TableWatcher
 
@@ -158,7 +159,7 @@ def test_a_worker_follows_on_after_what_should_not_happen(checkpoint: Path, tmp_
         follower.start()
         wait_until(lambda: len(taken) == 3)
         follower.stop()
-        assert store.leased(store.manifest(one))
+        assert store.leased(one)
     assert [two] * 3 == taken
 
 
@@ -176,7 +177,7 @@ def test_a_worker_told_a_version_stays_with_it(checkpoint: Path, tmp_path: Path)
             Client(worker.address) as client,
         ):
             publish(store, two)
-            wait_until(lambda: store.leased(store.manifest(one)))
+            wait_until(lambda: store.leased(one))
             time.sleep(0.5)
             assert one == client.describe_worker().table
             with pytest.raises(errors.InUse, match="in use"):

@@ -9,18 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from redis import Redis
+from redis import Redis, RedisCluster
 from tolhouse import errors
-from tolhouse.store import (
-    Store,
-    delete,
-    open_store,
-    publish,
-    resolve,
-    rollback,
-    shard_digest,
-    tables,
-)
+from tolhouse.store.base import Store, open_store
+from tolhouse.store.registry import delete, publish, resolve, rollback, tables
+from tolhouse.store.writer import shard_digest
 from tolhouse.table.records import digest
 from tolhouse.testing import free_port, redis_server
 
@@ -108,7 +101,7 @@ def test_a_version_is_deleted_only_when_nobody_stands_for_it(store: Store, name:
         delete(store, two.ref)
     with pytest.raises(errors.InvalidArgument, match="name@version"):
         delete(store, name)
-    assert one == delete(store, one.ref)
+    delete(store, one.ref)
     with pytest.raises(errors.NotFound):
         store.manifest(one.ref)
     assert [0, 0, 0] == [store.count(one, shard) for shard in range(3)]
@@ -141,7 +134,7 @@ def test_files_of_others_are_no_tables(tmp_path: Path) -> None:
         broken.mkdir(parents=True)
         (broken / "manifest.json").write_text("{}")
         assert [(manifest, False)] == list(tables(store))
-        with pytest.raises(errors.Corrupt, match=r"manifest\.json"):
+        with pytest.raises(errors.Corrupt, match=r"broken@.* manifest"):
             resolve(store, "broken@0000000000000001")
         (broken / "manifest.json").write_text(manifest.to_json())
         with pytest.raises(errors.Corrupt, match="describes table mine"):
@@ -180,12 +173,15 @@ def test_a_folder_that_can_not_be_written_is_told(tmp_path: Path) -> None:
 
 def test_a_shard_is_one_hash_and_so_one_slot(redis_cluster_url: str, name: str) -> None:
     """The keys are those the design promises: a shard sits whole on one node of a Cluster."""
-    with closing(open_store(redis_cluster_url)) as store:
+    with (
+        closing(open_store(redis_cluster_url)) as store,
+        closing(RedisCluster.from_url(redis_cluster_url)) as redis,
+    ):
         manifest = write(store, manifest_of(name))
         keys = [f"tolhouse:{{{manifest.ref}:shards-3:{shard}}}" for shard in range(3)]
-        assert [17, 17, 16] == [store._redis.hlen(key) for key in keys]
+        assert [17, 17, 16] == [redis.hlen(key) for key in keys]
         assert manifest.shard_ids(0).tolist() == sorted(
-            int(field) for field in store._redis.hkeys(keys[0])
+            int(field) for field in redis.hkeys(keys[0])
         )
 
 
@@ -299,6 +295,6 @@ def test_a_name_may_stand_for_nothing_again(store: Store, name: str) -> None:
     store.set_alias(name, None)
     assert None is store.alias(name)
     assert (manifest, False) in list(tables(store))
-    assert manifest == delete(store, manifest.ref)
+    delete(store, manifest.ref)
     with pytest.raises(errors.Corrupt):
         read(store, manifest, np.array([1], np.uint32))

@@ -22,7 +22,7 @@ from tolhouse.certs import ensure_authority, issue
 from tolhouse.errors import InvalidArgument, NotFound, Unauthenticated, Unavailable
 from tolhouse.files import ReloadingFiles, replace_file
 from tolhouse.net.tls import is_loopback
-from tolhouse.store import open_store, require_private
+from tolhouse.store.base import open_store, require_private
 from tolhouse.testing import (
     build_table,
     free_port,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from tolhouse import Client
-from tolhouse.store import open_store, rows_of
+from tolhouse.store.base import open_store
 from tolhouse.store.overlay import make_overlay
 from tolhouse.testing import build_table, local_cluster, tiny_model
 from tqdm import tqdm
@@ -119,7 +119,7 @@ def edited(model: Model, scheme: str, folder: Path) -> bool:
     edits = [(" return", " raise"), (" self", " import")]
     tokens = [[tokenizer.encode(word).ids[0] for word in edit] for edit in edits]
     for token, other in tokens:
-        row = rows_of(store, store.manifest(refs[-1]), np.array([other], np.uint32))
+        row = store.rows(store.manifest(refs[-1]), np.array([other], np.uint32))
         refs.append(make_overlay(store, refs[-1], np.array([token]), row).ref)
     texts = [model.text[start : start + 64] for start in range(0, 6400, 64)]
     told: list[list[list[float]]] = []

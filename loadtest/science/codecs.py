@@ -14,7 +14,8 @@ from tolhouse.build.compress import HEAD_SHARE, Compressed, Scheme, bytes_at_16_
 from tolhouse.build.frequency import count_tokens
 from tolhouse.build.job import plan
 from tolhouse.model.checkpoint import open_checkpoint
-from tolhouse.store import open_store, publish
+from tolhouse.store.base import open_store
+from tolhouse.store.registry import publish
 from tolhouse.testing import local_cluster
 
 SERVED_WINDOWS = 4

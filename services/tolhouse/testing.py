@@ -190,22 +190,18 @@ def build_table(
     embedding: str = "auto",
 ) -> str:
     """Build a table of `checkpoint` into `stores` without Ray; returns "name@version"."""
-    import dataclasses
-
     from tolhouse.build.job import plan
     from tolhouse.build.shards import build_shards
     from tolhouse.model.checkpoint import open_checkpoint
-    from tolhouse.store import open_store
-    from tolhouse.store import publish as publish_table
+    from tolhouse.store.base import open_store
+    from tolhouse.store.registry import publish as publish_table
+    from tolhouse.store.writer import commit
 
     planned = plan(open_checkpoint(checkpoint), name, codec, shards, frequent, embedding)
-    digests = tuple(
-        digest
-        for digest, _ in build_shards(str(checkpoint), planned, list(range(shards)), stores, 10.0)
-    )
+    written = build_shards(str(checkpoint), planned, list(range(shards)), stores, 10.0)
     for url in stores:
         store = open_store(url)
-        store.commit(dataclasses.replace(planned, shards=digests))
+        commit([store], planned, [digest for digest, _ in written])
         if publish:
             publish_table(store, planned.ref)
         store.close()

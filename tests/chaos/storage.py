@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from tolhouse.store import open_store
+from tolhouse.store.base import open_store
 from tolhouse.testing import build_table
 
 from tests.chaos.history import rate, recovery_seconds, violations

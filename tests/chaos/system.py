@@ -19,7 +19,8 @@ from tolhouse.engine.row_providers import CachedRows, open_rows
 from tolhouse.errors import TolhouseError
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
-from tolhouse.store import open_store, publish
+from tolhouse.store.base import open_store
+from tolhouse.store.registry import publish
 from tolhouse.testing import (
     Process,
     RedisNode,

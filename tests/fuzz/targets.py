@@ -23,7 +23,7 @@ from tolhouse.gateway.schemas import (
 )
 from tolhouse.lookup.service import parse_ids
 from tolhouse.net import fetch_reply
-from tolhouse.store import Alias
+from tolhouse.store.base import Alias
 from tolhouse.store.files import FileStore
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import lookup_pb2

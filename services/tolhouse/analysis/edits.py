@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tolhouse.errors import InvalidArgument, NotFound
-from tolhouse.store import Store, rows_of
+from tolhouse.store.base import Store
 from tolhouse.table.manifest import Manifest
 
 
@@ -113,10 +113,10 @@ def edited_rows(
     manifest.check_ids(np.concatenate([sources, targets]))
     parts = [given] if given else []
     if len(sources):
-        rows = rows_of(store, manifest, sources.astype(np.uint32)).astype(np.float64)
+        rows = store.rows(manifest, sources.astype(np.uint32)).astype(np.float64)
         rows[len(copied) :] *= np.array([by for _, by in scaled])[:, None, None]
         if manifest.has_x0:  # the embedding is not memory: an edit leaves it as it is
-            rows[:, 0] = rows_of(store, manifest, targets.astype(np.uint32))[:, 0]
+            rows[:, 0] = store.rows(manifest, targets.astype(np.uint32))[:, 0]
         rows = _finite(rows)
         if given and given[1].shape[1:] != rows.shape[1:]:
             raise InvalidArgument(

@@ -12,7 +12,8 @@ from tolhouse.errors import InvalidArgument, Mismatch
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.rows import batches
 from tolhouse.sampling import SamplingParams
-from tolhouse.store import open_store, resolve, rows_of
+from tolhouse.store.base import open_store
+from tolhouse.store.registry import resolve
 from tolhouse.table.codecs import codec
 from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_library, whole_files
 
@@ -78,7 +79,7 @@ def table_rows(checkpoint: Checkpoint, store_url: str, table: str) -> np.ndarray
         raise Mismatch(
             f"table {manifest.ref} does not hold a row for each token of {checkpoint.name}: is it a part of a compressed one?"
         )
-    found = rows_of(store, manifest, np.arange(manifest.vocab_size, dtype=np.uint32))
+    found = store.rows(manifest, np.arange(manifest.vocab_size, dtype=np.uint32))
     rows = np.zeros((len(found), manifest.has_x0 + config.num_rows, config.hidden_size), np.float32)
     rows[:, [*range(manifest.has_x0), *(manifest.has_x0 + layer for layer in manifest.layers)]] = (
         found

@@ -12,11 +12,12 @@ import numpy as np
 from tqdm import tqdm
 
 from tolhouse.errors import InvalidArgument
-from tolhouse.store import Store, refuse_another
+from tolhouse.store.base import Store
+from tolhouse.store.registry import refuse_another
+from tolhouse.store.writer import write_table
 from tolhouse.table.auxiliary import AuxiliaryTables, Basis
 from tolhouse.table.codecs import CODECS, codec
 from tolhouse.table.manifest import MAX_FREQUENT, Manifest, content_id
-from tolhouse.table.records import digest
 
 BASIS_CODEC = "fp16"  # its vectors are of length one
 HEAD_SHARE = 32  # of the vocabulary, one token in so many is in the head, unless told otherwise: 60 to 70% of text
@@ -60,24 +61,21 @@ class Compressed:
         )
 
     def store(self, store: Store) -> Manifest:
-        """Write companions first, the table last; returns its manifest. InUse: the version is there with other shards."""
-        found = self.companions
-        refuse_another(store, found.manifest)
+        """Write the auxiliary tables first; InUse: the version is there with other shards."""
+        tables = self.companions
+        refuse_another(store, tables.manifest)
         for manifest, records in (
             (self.basis, self.basis_records),
-            (found.finer, found.finer_records),
-            (found.manifest, self.records),
+            (tables.finer, tables.finer_records),
+            (tables.manifest, self.records),
         ):
-            if manifest is None or records is None:
-                continue
-            digests = []
-            for shard in range(manifest.num_shards):
-                mine = np.ascontiguousarray(records[manifest.shard_ids(shard)])
-                store.write_shard(manifest, shard, mine)
-                digests.append(digest(mine))
-            stored = replace(manifest, shards=tuple(digests))
-            store.commit(stored)
+            if manifest is not None and records is not None:
+                stored = _write(store, manifest, records)
         return stored
+
+
+def _write(store: Store, manifest: Manifest, records: np.ndarray) -> Manifest:
+    return write_table([store], manifest, lambda shard: records[manifest.shard_ids(shard)])
 
 
 def bytes_at_16_bit(manifest: Manifest) -> int:

@@ -3,7 +3,6 @@
 A killed job leaves whole shards behind and no manifest; the next one keeps them. A killed task runs again elsewhere.
 """
 
-import dataclasses
 import logging
 import socket
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,9 @@ from tolhouse.config import set_ray_defaults
 from tolhouse.errors import DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
 from tolhouse.logs import event, split_address
 from tolhouse.model.checkpoint import Checkpoint
-from tolhouse.store import open_store, refuse_another
+from tolhouse.store.base import open_store
+from tolhouse.store.registry import refuse_another
+from tolhouse.store.writer import commit
 from tolhouse.table.codecs import codec
 from tolhouse.table.manifest import Manifest, check_name, content_id
 
@@ -108,18 +109,15 @@ def build(
                     digests[shard] = digest
                     computed += new
                     bar.update(len(planned.shard_ids(shard)))
-        manifest = dataclasses.replace(
-            planned, shards=tuple(digests[k] for k in range(planned.num_shards))
-        )
         sample = np.sort(
-            np.random.default_rng(int(manifest.version, 16)).choice(
-                manifest.vocab_size, min(verify_rows, manifest.vocab_size), replace=False
+            np.random.default_rng(int(planned.version, 16)).choice(
+                planned.vocab_size, min(verify_rows, planned.vocab_size), replace=False
             )
         ).astype(np.uint32)
         for url in stores:
-            _get(ray, task(verify).remote(path, manifest, url, sample, timeout_seconds))
+            _get(ray, task(verify).remote(path, planned, url, sample, timeout_seconds))
+    manifest = commit(opened, planned, [digests[shard] for shard in range(planned.num_shards)])
     for store in opened:
-        store.commit(manifest)
         store.close()
     event(
         "built",

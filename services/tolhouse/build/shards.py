@@ -1,9 +1,5 @@
-"""Shards: compute their rows, encode, write, or take them from a store that has them already. Runs inside a Ray task.
+"""Shards of a model's rows, computed, encoded and written inside a Ray task."""
 
-While the rows of one shard are computed, the one before is digested and written: two shards are in memory, no more.
-"""
-
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -12,9 +8,9 @@ from tolhouse.errors import Corrupt, Mismatch
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.rows import batches
 from tolhouse.model.transformer import Transformer
-from tolhouse.store import Store, open_store, shard_digest
+from tolhouse.store.base import Store, open_store
+from tolhouse.store.writer import write_shards
 from tolhouse.table.manifest import Manifest
-from tolhouse.table.records import digest
 
 
 def build_shards(
@@ -26,41 +22,15 @@ def build_shards(
 ) -> list[tuple[str, bool]]:
     """The digest of each shard, now whole in every store, and whether it had to be computed."""
     opened = [_store(url, timeout_seconds) for url in stores]
-    written: list[tuple[Future[str], bool]] = []
-    with ThreadPoolExecutor(1) as background:
-        for shard in shards:
-            found = [shard_digest(store, manifest, shard) for store in opened]
-            whole = next((d for d in found if d), None)
-            lacking = [
-                store for store, its in zip(opened, found, strict=True) if not its or its != whole
-            ]
-            records = np.empty(
-                (len(manifest.shard_ids(shard)) if lacking else 0, manifest.record_bytes), np.uint8
-            )
-            if lacking and whole:
-                opened[found.index(whole)].read(manifest, manifest.shard_ids(shard), records)
-            elif lacking:
-                _compute(checkpoint, manifest, shard, records)
-            if written:
-                written[-1][0].result()
-            written.append(
-                (background.submit(_write, manifest, shard, records, lacking, whole), not whole)
-            )
-        return [(future.result(), new) for future, new in written]
 
+    def compute(shard: int) -> np.ndarray:
+        ids = manifest.shard_ids(shard)
+        records = np.empty((len(ids), manifest.record_bytes), np.uint8)
+        for part, rows in batches(_model(checkpoint), ids, manifest.has_x0, manifest.layers):
+            records[part] = manifest.encode(ids[part], rows)
+        return records
 
-def _compute(checkpoint: str, manifest: Manifest, shard: int, records: np.ndarray) -> None:
-    ids = manifest.shard_ids(shard)
-    for part, rows in batches(_model(checkpoint), ids, manifest.has_x0, manifest.layers):
-        records[part] = manifest.encode(ids[part], rows)
-
-
-def _write(
-    manifest: Manifest, shard: int, records: np.ndarray, lacking: list[Store], whole: str | None
-) -> str:
-    for store in lacking:
-        store.write_shard(manifest, shard, records)
-    return whole or digest(records)
+    return write_shards(opened, manifest, shards, compute)
 
 
 def compute_rows(checkpoint: str, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
@@ -80,9 +50,7 @@ def verify(
         raise Corrupt(
             f"{url} holds {counted} rows of {manifest.ref} instead of {manifest.num_records}"
         )
-    records = np.empty((len(sample), manifest.record_bytes), np.uint8)
-    store.read(manifest, sample, records)
-    stored = manifest.decode(records).astype(np.float32)
+    stored = manifest.decode(store.read_records(manifest, sample)).astype(np.float32)
     fresh = compute_rows(checkpoint, manifest, sample)
     # a row computed elsewhere, in another order of additions, differs by a few units in the last place of float32
     allowed = (

@@ -134,7 +134,7 @@ def checkpoint_argument(command: str) -> Callable:
 def stores_of(
     settings: config.StoreConfig | config.TableConfig | config.LookupConfig,
 ) -> tuple[str, ...]:
-    from tolhouse.store import has_password, require_private
+    from tolhouse.store.base import has_password, require_private
 
     found = tuple(
         dict.fromkeys(u.strip() for u in re.split(r",(?=\s*\w+://)", settings.store) if u.strip())

@@ -37,7 +37,8 @@ def build(
     from tolhouse.build.job import build as build_table
     from tolhouse.build.job import plan
     from tolhouse.model.checkpoint import open_checkpoint
-    from tolhouse.store import is_new, publish, stands_for, wait_for_store
+    from tolhouse.store.base import wait_for_store
+    from tolhouse.store.registry import is_new, publish, stands_for
 
     opened = open_checkpoint(checkpoint)
     stores = stores_of(settings)
@@ -102,7 +103,8 @@ def compress(settings: config.CompressConfig, checkpoint: Path, publish_it: bool
     from tolhouse.build.frequency import count_tokens
     from tolhouse.build.job import plan
     from tolhouse.model.checkpoint import open_checkpoint
-    from tolhouse.store import open_store, publish
+    from tolhouse.store.base import open_store
+    from tolhouse.store.registry import publish
 
     opened = open_checkpoint(checkpoint)
     opened_stores = [open_store(url, settings.store_timeout_seconds) for url in stores_of(settings)]
@@ -161,7 +163,7 @@ def tables() -> None:
 
 
 def _each_store(settings: config.StoreConfig, work: Callable[[Any], Any]) -> None:
-    from tolhouse.store import open_store
+    from tolhouse.store.base import open_store
 
     for url in stores_of(settings):
         store = open_store(url, settings.store_timeout_seconds)
@@ -180,7 +182,7 @@ def _own_auxiliary(manifest: Manifest) -> tuple[str, ...]:
 @options(config.StoreConfig)
 def list_tables(settings: config.StoreConfig) -> None:
     """List every table with its size, that of its parts included; a star marks the version that a name stands for."""
-    from tolhouse.store import tables as all_tables
+    from tolhouse.store.registry import tables as all_tables
 
     def work(store: Any) -> None:
         found = list(all_tables(store))
@@ -202,7 +204,7 @@ def list_tables(settings: config.StoreConfig) -> None:
 @options(config.StoreConfig)
 def show(settings: config.StoreConfig, table: str) -> None:
     """Show the manifest of TABLE, NAME or NAME@VERSION, as JSON."""
-    from tolhouse.store import resolve
+    from tolhouse.store.registry import resolve
 
     _each_store(settings, lambda store: click.echo(resolve(store, table).to_json(), nl=False))
 
@@ -212,8 +214,8 @@ def show(settings: config.StoreConfig, table: str) -> None:
 @options(config.StoreConfig)
 def publish(settings: config.StoreConfig, table: str) -> None:
     """Make a name stand for this version: TABLE is NAME@VERSION."""
-    from tolhouse.store import publish as publish_table
-    from tolhouse.store import resolve
+    from tolhouse.store.registry import publish as publish_table
+    from tolhouse.store.registry import resolve
 
     def work(store: Any) -> None:
         before: Manifest | None = None
@@ -238,7 +240,7 @@ tables.add_command(publish)
 @options(config.StoreConfig)
 def rollback(settings: config.StoreConfig, name: str) -> None:
     """Make NAME stand for the version it stood for before."""
-    from tolhouse.store import rollback as roll_back
+    from tolhouse.store.registry import rollback as roll_back
 
     _each_store(
         settings,
@@ -254,14 +256,13 @@ def rollback(settings: config.StoreConfig, name: str) -> None:
 @options(config.StoreConfig)
 def delete(settings: config.StoreConfig, table: str, force: bool) -> None:
     """Delete a version that is neither published nor in use: TABLE is NAME@VERSION."""
-    from tolhouse.store import delete as delete_table
+    from tolhouse.store.registry import delete as delete_table
 
-    _each_store(
-        settings,
-        lambda store: click.echo(
-            f"{delete_table(store, table, force).ref} is deleted from {store.url}"
-        ),
-    )
+    def work(store: Any) -> None:
+        delete_table(store, table, force)
+        click.echo(f"{table} is deleted from {store.url}")
+
+    _each_store(settings, work)
 
 
 @click.command()
@@ -310,9 +311,9 @@ def overlay(
     """
     from tolhouse.analysis.edits import copy_of, edited_rows, read_rows, scale_of
     from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
-    from tolhouse.store import publish as publish_table
-    from tolhouse.store import resolve
     from tolhouse.store.overlay import make_overlay
+    from tolhouse.store.registry import publish as publish_table
+    from tolhouse.store.registry import resolve
 
     if not (copies or scales or file):
         raise InvalidArgument("nothing to change: give --copy, --scale or --rows")

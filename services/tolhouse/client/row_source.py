@@ -21,16 +21,8 @@ from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, Tolhouse
 from tolhouse.logs import event
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.dns import SCHEME
-from tolhouse.store import (
-    LEASE_SECONDS,
-    Store,
-    open_store,
-    require_private,
-    resolve,
-    shown,
-    stands_for,
-    tables,
-)
+from tolhouse.store.base import LEASE_SECONDS, Store, open_store, require_private, shown
+from tolhouse.store.registry import resolve, stands_for, tables
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
 from tolhouse.table.manifest import Manifest, split_ref
 from tolhouse.tracing import CLIENT, Attributes, span
@@ -143,7 +135,7 @@ class StoreRowSource(RowSource):
         return list(tables(self.store))
 
     def pin(self, ref: str) -> None:
-        self.store.lease(self.describe(ref))
+        self.store.lease(self.describe(ref).ref)
 
     def close(self) -> None:
         self._background.shutdown()
@@ -159,7 +151,7 @@ class StoreRowSource(RowSource):
 
     def _lease(self, manifest: Manifest) -> None:
         try:
-            self.store.lease(manifest)
+            self.store.lease(manifest.ref)
         except TolhouseError as error:
             reason = str(error)
             event("a lease can't be renewed", logging.WARNING, table=manifest.ref, reason=reason)
@@ -179,18 +171,13 @@ class StoreRowSource(RowSource):
         }
         with span("store read", about, CLIENT):
             try:
-                self._read(current, ids, out, slots)
+                self.store.read_records(current, ids, out, slots)
             except Corrupt:
                 fresh = self.store.manifest(manifest.ref)
                 if fresh.num_shards == current.num_shards:
                     raise
                 self._manifests[manifest.ref] = fresh  # it was built again, in other shards
-                self._read(fresh, ids, out, slots)
-
-    def _read(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
-        for places, records in self.store.records(manifest, ids):
-            for slot, record in zip(slots[places].tolist(), records, strict=True):
-                out[slot] = np.frombuffer(record, np.uint8)
+                self.store.read_records(fresh, ids, out, slots)
 
 
 def open_row_source(

@@ -17,7 +17,8 @@ import numpy as np
 from tolhouse.client.row_source import StoreRowSource
 from tolhouse.errors import TolhouseError
 from tolhouse.logs import event
-from tolhouse.store import LEASE_SECONDS, stands_for
+from tolhouse.store.base import LEASE_SECONDS
+from tolhouse.store.registry import stands_for
 from tolhouse.table.manifest import Manifest
 from tolhouse.table.records import Buffer, record_views
 from tolhouse.table.row_cache import RowCache

@@ -25,7 +25,7 @@ from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.net.fetch_reply import serialize
 from tolhouse.net.metrics import serve_metrics
 from tolhouse.net.server import MAX_ERROR, answer, serve
-from tolhouse.store import wait_for_store
+from tolhouse.store.base import wait_for_store
 from tolhouse.table.manifest import Manifest, split_ref
 from tolhouse.v1 import lookup_pb2 as pb
 

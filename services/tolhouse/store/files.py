@@ -1,245 +1,225 @@
-"""The file store: a folder per version, a safetensors file per shard, served straight from a mapping.
+"""The file store: a folder per version and a safetensors file per shard, read by `pread`.
 
-    <root>/<name>/<version>/shard-00000-of-00064.safetensors    one uint8 tensor "records" [rows, record_bytes]
+    <root>/<name>/<version>/shard-00000-of-00064.safetensors    uint8 "records" [rows, record_bytes]
     <root>/<name>/<version>/manifest.json                       written last
     <root>/<name>/<version>/lease                               empty; when it was last used
     <root>/<name>/alias.json                                    what the name stands for
 
-Files with contents are written under a temporary name, fsynced and renamed; shards and manifests never change.
+Files with contents are written under a temporary name, fsynced and renamed; shards and manifests
+never change. Records are read straight into their destination; the page cache is the one copy of
+them that a machine needs, for any number of processes.
 """
 
 import contextlib
 import json
-import mmap
 import os
+import secrets
 import shutil
-import struct
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from tolhouse.errors import Corrupt, InvalidArgument, NotFound, TolhouseError, Unavailable
-from tolhouse.store import LEASE_SECONDS, Alias, Store, by_shard
-from tolhouse.table.manifest import Manifest, check_name, split_ref
-from tolhouse.table.records import Buffer
+from tolhouse.errors import Corrupt, InvalidArgument, TolhouseError, Unavailable
+from tolhouse.store.base import LEASE_SECONDS, Alias, Store
+from tolhouse.table.manifest import Manifest, split_ref
+
+_OPEN_FILES = 256
+_READ_BYTES = 16 << 20  # of neighbouring records that are read at once
+_READ_RECORDS = 1024  # IOV_MAX
 
 
 class FileStore(Store):
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, open_files: int = _OPEN_FILES) -> None:
         self.root = Path(root).absolute()
         if self.root.exists() and not self.root.is_dir():
             raise InvalidArgument(f"the store {self.root} is a file, and no folder of tables")
-        self.url = f"file://{self.root}"
-        self._parents = {}
-        self._shards: dict[Path, _Shard] = {}
-        self._lock = threading.Lock()
+        super().__init__(f"file://{self.root}")
+        self._opened = lru_cache(open_files)(self._open)  # threads that read keep theirs open
 
     def refs(self) -> list[str]:
-        found = []
+        refs = []
         for path in self.root.glob("*/*/manifest.json"):
             ref = f"{path.parent.parent.name}@{path.parent.name}"
             with contextlib.suppress(InvalidArgument):
                 split_ref(ref)
-                found.append(ref)
-        return sorted(found)
-
-    def manifest(self, ref: str) -> Manifest:
-        name, version = split_ref(ref)
-        path = self.root / name / str(version) / "manifest.json"
-        try:
-            manifest = Manifest.from_json(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            raise NotFound(f"table {ref} is not in {self.url}") from None
-        except (InvalidArgument, Corrupt) as error:
-            raise Corrupt(f"{path}: {error}") from None
-        if manifest.ref != ref:
-            raise Corrupt(f"{path} describes table {manifest.ref}")
-        return manifest
-
-    def own_records(
-        self, manifest: Manifest, ids: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
-        for shard, places in by_shard(manifest, ids):
-            try:
-                rows = self._shard(manifest, shard).records()
-                found: list[Buffer] = [
-                    rows[row].data for row in manifest.positions(shard, ids[places]).tolist()
-                ]
-                manifest.verify(ids[places], found)
-            except Corrupt:
-                self._forget(
-                    manifest, shard
-                )  # the file may be mended by a rebuild, under the same name
-                raise
-            yield places, found
+                refs.append(ref)
+        return sorted(refs)
 
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
-        path = self._path(manifest, shard)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"records": np.ascontiguousarray(records)}, partial)
-            partial.chmod(
-                0o644
-            )  # safetensors keeps its files to their owner; a service may run as another user
-            _sync(partial)
-            partial.replace(path)
-            _sync(path.parent)
-        except (OSError, SafetensorError) as error:
-            raise Unavailable(
-                f"can't write {path}: {getattr(error, 'strerror', None) or error}"
-            ) from None
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-        self._forget(manifest, shard)
+        path = self._path(manifest.ref, manifest.num_shards, shard)
+        records = np.ascontiguousarray(records)
+        _write(path, _header(*records.shape), records.data)
+        self._opened.cache_clear()
 
     def count(self, manifest: Manifest, shard: int) -> int:
         try:
-            return len(self._shard(manifest, shard).records())
+            return self._shard(manifest, manifest.ref, shard).rows
         except TolhouseError:
             return 0
 
     def commit(self, manifest: Manifest) -> None:
-        _write(self.root / manifest.name / manifest.version / "manifest.json", manifest.to_json())
+        _write(self._folder(manifest.ref) / "manifest.json", manifest.to_json().encode())
 
-    def delete(self, manifest: Manifest) -> None:
-        folder = self.root / manifest.name / manifest.version
+    def delete(self, ref: str) -> None:
+        folder = self._folder(ref)
         (folder / "manifest.json").unlink(missing_ok=True)
-        for shard in range(manifest.num_shards):
-            self._forget(manifest, shard)
-        shutil.rmtree(folder)
-
-    def alias(self, name: str) -> Alias | None:
-        path = self.root / check_name(name) / "alias.json"
-        try:
-            return Alias.from_json(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except Corrupt as error:
-            raise Corrupt(f"{path} {error}") from None
+        self._opened.cache_clear()
+        if folder.exists():
+            shutil.rmtree(folder)
 
     def set_alias(self, name: str, alias: Alias | None) -> None:
-        path = self.root / check_name(name) / "alias.json"
+        path = self._folder(name) / "alias.json"
         if alias is None:
             path.unlink(missing_ok=True)
         else:
-            _write(path, alias.to_json())
+            _write(path, alias.to_json().encode())
 
-    def lease(self, manifest: Manifest) -> None:
+    def lease(self, ref: str) -> None:
+        path = self._folder(ref) / "lease"
         try:
-            self._lease(manifest).touch()
+            path.touch()
         except OSError as error:
-            raise Unavailable(
-                f"can't write {self._lease(manifest)}: {error.strerror or error}"
-            ) from None
+            raise Unavailable(f"can't write {path}: {error.strerror or error}") from None
 
-    def leased(self, manifest: Manifest) -> bool:
+    def leased(self, ref: str) -> bool:
         try:
-            return time.time() - self._lease(manifest).stat().st_mtime < LEASE_SECONDS
+            return time.time() - (self._folder(ref) / "lease").stat().st_mtime < LEASE_SECONDS
         except OSError:
             return False
 
     def close(self) -> None:
-        with self._lock:
-            self._shards.clear()
+        self._opened.cache_clear()
 
-    def _lease(self, manifest: Manifest) -> Path:
-        return self.root / manifest.name / manifest.version / "lease"
+    def _read_own(
+        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, slots: np.ndarray
+    ) -> None:
+        try:
+            super()._read_own(manifest, ids, out, slots)
+        except Corrupt:
+            self._opened.cache_clear()  # a rebuild may replace the file under the same name
+            raise
 
-    def _path(self, manifest: Manifest, shard: int) -> Path:
-        return (
-            self.root
-            / manifest.name
-            / manifest.version
-            / f"shard-{shard:05}-of-{manifest.num_shards:05}.safetensors"
-        )
+    def _fill(
+        self, manifest: Manifest, ids: np.ndarray, views: list[memoryview]
+    ) -> Generator[memoryview]:
+        shards, rows, ref = manifest.shard_of(ids), manifest.positions(ids), manifest.ref
+        most = min(_READ_RECORDS, max(1, _READ_BYTES // manifest.record_bytes))
+        apart = (np.diff(shards) != 0) | (np.diff(rows) != 1)
+        starts = [0, *(np.flatnonzero(apart) + 1).tolist(), len(ids)]
+        for (start, end), shard, row in zip(
+            pairwise(starts), shards[starts[:-1]].tolist(), rows[starts[:-1]].tolist(), strict=True
+        ):
+            file = self._shard(manifest, ref, shard)
+            for first in range(start, end, most):
+                part = views[first : min(first + most, end)]
+                file.read(row + first - start, part)
+                yield from part
 
-    def _shard(self, manifest: Manifest, shard: int) -> "_Shard":
-        path = self._path(manifest, shard)
-        with self._lock:
-            opened = self._shards.get(path)
-            if opened is None:
-                opened = self._shards[path] = _Shard(
-                    path, len(manifest.shard_ids(shard)), manifest.record_bytes
-                )
-            return opened
+    def _shard(self, manifest: Manifest, ref: str, shard: int) -> "_ShardFile":
+        rows = manifest.shard_rows(shard)
+        return self._opened(ref, manifest.num_shards, shard, rows, manifest.record_bytes)
 
-    def _forget(self, manifest: Manifest, shard: int) -> None:
-        with self._lock:
-            self._shards.pop(self._path(manifest, shard), None)
+    def _open(
+        self, ref: str, num_shards: int, shard: int, rows: int, record_bytes: int
+    ) -> "_ShardFile":
+        return _ShardFile(self._path(ref, num_shards, shard), rows, record_bytes)
+
+    def _path(self, ref: str, num_shards: int, shard: int) -> Path:
+        return self._folder(ref) / f"shard-{shard:05}-of-{num_shards:05}.safetensors"
+
+    def _folder(self, ref: str) -> Path:
+        name, version = split_ref(ref)
+        return self.root / name / (version or "")
+
+    def _manifest_text(self, ref: str) -> bytes | None:
+        return _read(self._folder(ref) / "manifest.json")
+
+    def _alias_text(self, name: str) -> bytes | None:
+        return _read(self._folder(name) / "alias.json")
 
 
-class _Shard:
-    """One mapped shard file."""
+class _ShardFile:
+    """An open shard file. It closes with the last thread that reads from it."""
 
     def __init__(self, path: Path, rows: int, record_bytes: int) -> None:
-        self.path = path
+        header = _header(rows, record_bytes)
+        self.path, self.rows, self.record_bytes = path, rows, record_bytes
+        self.start, self.size = len(header), len(header) + rows * record_bytes
+        self._descriptor = -1
         try:
-            with path.open("rb") as file:
-                start = _header(file, path, rows, record_bytes)
-                self.size = start + rows * record_bytes
-                found = os.fstat(file.fileno()).st_size
-                if found != self.size:
-                    raise Corrupt(
-                        f"shard file {path} has {found} bytes instead of {self.size}: truncated, or another file"
-                    )
-                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._descriptor = os.open(path, os.O_RDONLY)
+            found = os.pread(self._descriptor, self.start, 0)
+            size = os.fstat(self._descriptor).st_size
         except FileNotFoundError:
             raise Corrupt(f"shard file {path} is missing") from None
         except OSError as error:
             raise Unavailable(f"can't read {path}: {error.strerror or error}") from None
-        self._records = np.frombuffer(self._mapped, np.uint8, offset=start).reshape(
-            rows, record_bytes
-        )
+        if found != header:
+            what = f"not a shard of {rows} records of {record_bytes} bytes"
+            raise Corrupt(f"shard file {path} is truncated or {what}")
+        if size != self.size:
+            what = "truncated, or another file"
+            raise Corrupt(f"shard file {path} has {size} bytes instead of {self.size}: {what}")
 
-    def records(self) -> np.ndarray:
-        """uint8 [rows, record_bytes]; Corrupt if the file has shrunk, where reading the mapping would kill the process."""
-        if self._mapped.size() != self.size:
-            raise Corrupt(f"shard file {self.path} was cut short while in use")
-        return self._records
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def read(self, row: int, views: list[memoryview]) -> None:
+        """Read the records from `row` on into `views`."""
+        try:
+            offset = self.start + row * self.record_bytes
+            count = os.preadv(self._descriptor, views, offset)
+            size = os.fstat(self._descriptor).st_size
+        except OSError as error:
+            raise Unavailable(f"can't read {self.path}: {error.strerror or error}") from None
+        if (count, size) != (len(views) * self.record_bytes, self.size):
+            raise Corrupt(f"shard file {self.path} changed its size while in use")
 
 
-def _header(file: BinaryIO, path: Path, rows: int, record_bytes: int) -> int:
-    """Where the records begin; Corrupt unless the file says that it holds what it should."""
+@lru_cache
+def _header(rows: int, record_bytes: int) -> bytes:
+    """What a safetensors file of one uint8 tensor "records" begins with."""
+    tensor = {
+        "dtype": "U8",
+        "shape": [rows, record_bytes],
+        "data_offsets": [0, rows * record_bytes],
+    }
+    text = json.dumps({"records": tensor}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _read(path: Path) -> bytes | None:
     try:
-        (length,) = struct.unpack("<Q", file.read(8))
-        tensor = json.loads(file.read(min(length, 1 << 20)))["records"]
-        ok = (
-            tensor["dtype"] == "U8"
-            and tensor["shape"] == [rows, record_bytes]
-            and tensor["data_offsets"][0] == 0
-        )
-    except (struct.error, ValueError, KeyError, TypeError, IndexError, RecursionError):
-        ok = False
-    if not ok:
-        raise Corrupt(
-            f"shard file {path} is truncated or not a shard of {rows} records of {record_bytes} bytes"
-        )
-    return 8 + length
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise Unavailable(f"can't read {path}: {error.strerror or error}") from None
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+def _write(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file so that it is either there whole, also after a power failure, or not at all."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text)
-        _sync(partial)
+        with partial.open("xb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
-        _sync(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
         raise Unavailable(f"can't write {path}: {error.strerror or error}") from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            partial.unlink()

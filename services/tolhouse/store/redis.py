@@ -1,22 +1,22 @@
-"""The Redis store: a copy of a table that can be loaded again. Standalone and Cluster run through the same lines.
+"""The Redis store: a copy of a table that can be loaded again, on one server or on a Cluster.
 
-    tolhouse:{name@version:shards-64:k}  hash: token id -> record; one shard, so one slot of a Cluster
+    tolhouse:{name@version:shards-64:k}  hash: token id -> record; one shard, so one slot
     tolhouse:{name@version}:manifest     string, written last
     tolhouse:{name@version}:lease        string that expires: the version is in use
     tolhouse:{name}:alias                string
     tolhouse:tables                      set of name@version
 
-Reads are grouped by shard into one HMGET each; all are sent, to all nodes, before the first answer is waited for, and
-each shard's records are handed on as they come. Every call has a timeout. While a node of a Cluster is away, reads go to
-its replica, as they do while it lags (nodes.py).
+Reads are grouped by shard into one HMGET each; all are sent, to all nodes, before the first answer
+is waited for. Every call has a timeout. While a node of a Cluster is down or slow, its replica is
+read: records never change, so that its copy is as good.
 
-A URL may name files, which new connections read as they are then: `password_file`, and with rediss:// `ssl_ca_certs`,
-`ssl_certfile` and `ssl_keyfile`, as redis-py calls them.
+A URL may name files, which new connections read as they are then: `password_file`, and with
+rediss:// `ssl_ca_certs`, `ssl_certfile` and `ssl_keyfile`, as redis-py calls them.
 """
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,8 +26,8 @@ import hiredis
 import numpy as np
 from redis import Redis, exceptions
 from redis.backoff import ExponentialBackoff
-from redis.cluster import RedisCluster
-from redis.connection import AbstractConnection, ConnectionPool
+from redis.cluster import ClusterNode, RedisCluster
+from redis.connection import AbstractConnection
 from redis.credentials import CredentialProvider
 from redis.retry import Retry
 
@@ -35,18 +35,16 @@ from tolhouse.errors import (
     Corrupt,
     DeadlineExceeded,
     InvalidArgument,
-    NotFound,
     Overloaded,
     Unauthenticated,
     Unavailable,
 )
 from tolhouse.files import ReloadingFiles, read_file
 from tolhouse.logs import event
-from tolhouse.net.health import SUSPECT_SECONDS
-from tolhouse.store import LEASE_SECONDS, Alias, Store, by_shard, not_understood, shown
-from tolhouse.store.nodes import Nodes
-from tolhouse.table.manifest import Manifest, check_name, split_ref
-from tolhouse.table.records import Buffer, record_views
+from tolhouse.net.health import SUSPECT_SECONDS, PeerHealth
+from tolhouse.store.base import LEASE_SECONDS, Alias, Store, not_understood, shown
+from tolhouse.table.manifest import Manifest
+from tolhouse.table.records import record_views
 
 _TABLES = "tolhouse:tables"
 _WRITE_BYTES = 1 << 20  # per HSET
@@ -61,15 +59,15 @@ _NOT_NOW = (
     exceptions.MasterDownError,
     exceptions.BusyLoadingError,
 )
-_LOST = (
-    exceptions.ConnectionError,
-    exceptions.TimeoutError,
-)  # a node that can't be reached, or hangs
+_LOST = (exceptions.ConnectionError, exceptions.TimeoutError)  # a node is gone, or hangs
+
+Read = tuple[str, list[int]]  # the key of a shard, and token ids
 
 
 class RedisStore(Store):
     def __init__(self, url: str, timeout_seconds: float) -> None:
-        self.url, self._parents = shown(url), {}
+        super().__init__(shown(url))
+        self._nodes: _Nodes | None = None
         url, credentials = _credentials(url)
         options: dict[str, Any] = {
             "socket_timeout": timeout_seconds,
@@ -78,142 +76,29 @@ class RedisStore(Store):
             "retry": Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
             "credential_provider": credentials,
         }
-        self._nodes: Nodes | None = None
         with self._mapped():
             try:
                 one, client, clustered = _first_to_answer(url, options)
                 self._redis: Any = client
                 if clustered:
                     client.close()
-                    self._redis = RedisCluster.from_url(one, require_full_coverage=False, **options)
-                    self._nodes = Nodes(self._redis)
+                    self._nodes = _Nodes(one, options)
+                    self._redis = self._nodes.cluster
             except FileNotFoundError as error:
                 raise InvalidArgument(
                     f"a TLS file that the store's URL names can't be read: {error.strerror}"
                 ) from None
-            except (
-                ValueError,
-                TypeError,
-            ):  # a port that is no number, an option that redis-py doesn't have
+            except (ValueError, TypeError):  # a port or an option that redis-py doesn't know
                 raise not_understood(url) from None
+
+    @property
+    def unhealthy(self) -> frozenset[str]:
+        """Nodes of a Cluster that are down or slow."""
+        return self._nodes.health.unhealthy if self._nodes else frozenset()
 
     def refs(self) -> list[str]:
         with self._mapped():
             return sorted(ref.decode() for ref in self._redis.smembers(_TABLES))
-
-    def manifest(self, ref: str) -> Manifest:
-        split_ref(ref)
-        with self._mapped():
-            text = self._redis.get(f"tolhouse:{{{ref}}}:manifest")
-        if text is None:
-            raise NotFound(f"table {ref} is not in {self.url}")
-        try:
-            manifest = Manifest.from_json(text)
-        except (InvalidArgument, Corrupt) as error:
-            raise Corrupt(f"{ref} in {self.url}: {error}") from None
-        if manifest.ref != ref:
-            raise Corrupt(f"{ref} in {self.url} describes table {manifest.ref}")
-        return manifest
-
-    def own_records(
-        self, manifest: Manifest, ids: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, list[Buffer]]]:
-        shards = by_shard(manifest, ids)
-        reads = [(_shard_key(manifest, shard), ids[places].tolist()) for shard, places in shards]
-        with self._mapped():
-            for (_, places), (_, tokens), records in zip(
-                shards, reads, self._hmget(reads, manifest.record_bytes), strict=True
-            ):
-                for token, record in zip(tokens, records, strict=True):
-                    if record is None or len(record) != manifest.record_bytes:
-                        size = (
-                            "is missing"
-                            if record is None
-                            else f"has {len(record)} bytes, not {manifest.record_bytes},"
-                        )
-                        raise Corrupt(
-                            f"the row of token {token} of table {manifest.ref} {size} in {self.url}: load it again"
-                        )
-                manifest.verify(ids[places], records)
-                yield places, records
-
-    def _hmget(self, reads: list[tuple[str, list[int]]], record_bytes: int) -> Iterator[list[Any]]:
-        """The answer to each HMGET as it comes; all are sent, to all nodes, before the first is read.
-
-        They are sent in a few parts: Redis answers what it has read before it reads on, and so the first rows are on their
-        way while it looks up the next. Where a node of a Cluster fails, its replica is asked for what is left: records never
-        change, so that its copy is as good. Where a slot has moved, redis-py's own pipeline does the rest.
-        """
-        answered, deadline = 0, time.monotonic() + _FAILOVER_SECONDS
-        ask = self._sent
-        while answered < len(reads):
-            try:
-                for answer in ask(reads[answered:], record_bytes):
-                    yield answer
-                    answered += 1
-            except (*_LOST, *_NOT_NOW) as error:
-                if (
-                    not self._nodes
-                    and ask == self._sent
-                    and not isinstance(error, exceptions.TimeoutError)
-                ):
-                    ask = self._piped  # it tries again
-                    continue
-                if not self._nodes or time.monotonic() > deadline:
-                    raise
-                event("a Redis node failed", logging.WARNING, url=self.url, reason=str(error))
-                if isinstance(error, _NOT_NOW) or not self._nodes.spare(reads[answered][0]):
-                    time.sleep(_PAUSE_SECONDS)  # until a replica has taken over
-                ask = self._sent
-            except exceptions.ResponseError:
-                if ask == self._piped:
-                    raise
-                ask = self._piped
-
-    def _piped(self, reads: list[tuple[str, list[int]]], record_bytes: int) -> Iterator[list[Any]]:
-        """The same by redis-py, which follows slots to where they moved."""
-        pipeline = self._redis.pipeline(transaction=False)
-        for key, tokens in reads:
-            pipeline.hmget(key, tokens)
-        yield from pipeline.execute()
-
-    def _sent(self, reads: list[tuple[str, list[int]]], record_bytes: int) -> Iterator[list[Any]]:
-        """The same, each from the node that is asked first for it; the node that fails is asked last from then on."""
-        with ExitStack() as stack:
-            lanes: dict[str, _Lane] = {}
-            order = []
-            for key, tokens in reads:
-                name, pool, is_replica = (
-                    self._nodes.of(key) if self._nodes else ("", self._redis.connection_pool, False)
-                )
-                lane = lanes.get(name)
-                if lane is None:
-                    with self._blamed(name):
-                        lane = lanes[name] = _Lane(
-                            name, stack.enter_context(_connection(pool)), is_replica
-                        )
-                with self._blamed(name):
-                    lane.add(("HMGET", key, *tokens), len(tokens) * record_bytes)
-                order.append(lane)
-            for lane in lanes.values():
-                with self._blamed(lane.name):
-                    lane.send()
-            for lane in order:
-                waits_since = time.monotonic()
-                with self._blamed(lane.name):
-                    answer = lane.answer()
-                if self._nodes and time.monotonic() - waits_since > SUSPECT_SECONDS:
-                    self._nodes.suspect(lane.name)
-                yield answer
-
-    @contextmanager
-    def _blamed(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except _LOST:
-            if self._nodes:
-                self._nodes.failed(name)
-            raise
 
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
         key, ids = _shard_key(manifest, shard), manifest.shard_ids(shard).tolist()
@@ -224,10 +109,8 @@ class RedisStore(Store):
             for start in range(0, len(ids), step * _WRITES_AHEAD):
                 pipeline = self._redis.pipeline(transaction=False)
                 for at in range(start, min(start + step * _WRITES_AHEAD, len(ids)), step):
-                    pipeline.hset(
-                        key,
-                        mapping=dict(zip(ids[at : at + step], views[at : at + step], strict=True)),
-                    )
+                    part = zip(ids[at : at + step], views[at : at + step], strict=True)
+                    pipeline.hset(key, mapping=dict(part))
                 pipeline.execute()
 
     def count(self, manifest: Manifest, shard: int) -> int:
@@ -236,74 +119,225 @@ class RedisStore(Store):
 
     def commit(self, manifest: Manifest) -> None:
         with self._mapped():
-            self._redis.set(f"tolhouse:{{{manifest.ref}}}:manifest", manifest.to_json())
+            self._redis.set(_key(manifest.ref, "manifest"), manifest.to_json())
             self._redis.sadd(_TABLES, manifest.ref)
 
-    def delete(self, manifest: Manifest) -> None:
+    def delete(self, ref: str) -> None:
         with self._mapped():
-            self._redis.srem(_TABLES, manifest.ref)
-            self._redis.delete(
-                f"tolhouse:{{{manifest.ref}}}:manifest", f"tolhouse:{{{manifest.ref}}}:lease"
-            )
-            for shard in range(manifest.num_shards):
-                self._redis.unlink(_shard_key(manifest, shard))
-
-    def alias(self, name: str) -> Alias | None:
-        with self._mapped():
-            text = self._redis.get(f"tolhouse:{{{check_name(name)}}}:alias")
-        try:
-            return None if text is None else Alias.from_json(text)
-        except Corrupt as error:
-            raise Corrupt(f"the alias of {name!r} in {self.url} {error}") from None
+            self._redis.srem(_TABLES, ref)
+            self._redis.delete(_key(ref, "manifest"), _key(ref, "lease"))
+            for key in self._redis.scan_iter(match=f"tolhouse:{{{ref}:*", count=1000):
+                self._redis.unlink(key)
 
     def set_alias(self, name: str, alias: Alias | None) -> None:
-        key = f"tolhouse:{{{check_name(name)}}}:alias"
         with self._mapped():
             if alias is None:
-                self._redis.delete(key)
+                self._redis.delete(_key(name, "alias"))
             else:
-                self._redis.set(key, alias.to_json())
+                self._redis.set(_key(name, "alias"), alias.to_json())
 
-    def lease(self, manifest: Manifest) -> None:
+    def lease(self, ref: str) -> None:
         with self._mapped():
-            self._redis.set(f"tolhouse:{{{manifest.ref}}}:lease", b"", px=int(LEASE_SECONDS * 1000))
+            self._redis.set(_key(ref, "lease"), b"", px=int(LEASE_SECONDS * 1000))
 
-    def leased(self, manifest: Manifest) -> bool:
+    def leased(self, ref: str) -> bool:
         with self._mapped():
-            return bool(self._redis.exists(f"tolhouse:{{{manifest.ref}}}:lease"))
+            return bool(self._redis.exists(_key(ref, "lease")))
 
     def close(self) -> None:
         if self._nodes:
-            self._nodes.close()
+            self._nodes.health.close()
         self._redis.close()
+
+    def _manifest_text(self, ref: str) -> bytes | None:
+        with self._mapped():
+            return self._redis.get(_key(ref, "manifest"))
+
+    def _alias_text(self, name: str) -> bytes | None:
+        with self._mapped():
+            return self._redis.get(_key(name, "alias"))
+
+    def _fill(
+        self, manifest: Manifest, ids: np.ndarray, views: list[memoryview]
+    ) -> Generator[memoryview]:
+        shards, size, unfilled = manifest.shard_of(ids), manifest.record_bytes, iter(views)
+        parts = np.split(ids, np.flatnonzero(np.diff(shards)) + 1)
+        reads = [(_shard_key(manifest, int(p[0]) % manifest.num_shards), p.tolist()) for p in parts]
+        with self._mapped():
+            for (_, tokens), records in zip(reads, self._answers(reads, size), strict=True):
+                for token, record in zip(tokens, records, strict=True):
+                    if record is None or len(record) != size:
+                        what = (
+                            f"has {len(record or b'')} bytes, not {size},"
+                            if record
+                            else "is missing"
+                        )
+                        raise Corrupt(
+                            f"the row of token {token} of table {manifest.ref} {what} in "
+                            f"{self.url}: load it again"
+                        )
+                    view = next(unfilled)
+                    view[:] = record
+                    yield view
+
+    def _answers(self, reads: list[Read], record_bytes: int) -> Iterator[list[Any]]:
+        """The answer to each HMGET. All are sent, to all nodes, before the first is read.
+
+        What a failed node has not answered is asked of another. redis-py's own pipeline does the
+        rest where a slot has moved, or a server's connections have to be made anew.
+        """
+        answered, deadline = 0, time.monotonic() + _FAILOVER_SECONDS
+        ask: Callable[..., Iterator[list[Any]]] = self._send
+        while answered < len(reads):
+            try:
+                for answer in ask(reads[answered:], record_bytes):
+                    yield answer
+                    answered += 1
+            except (*_LOST, *_NOT_NOW) as error:
+                if not self._nodes:
+                    if ask == self._pipeline or isinstance(error, exceptions.TimeoutError):
+                        raise
+                    ask = self._pipeline
+                    continue
+                if time.monotonic() > deadline:
+                    raise
+                event("a Redis node failed", logging.WARNING, url=self.url, reason=str(error))
+                if isinstance(error, _NOT_NOW) or not self._nodes.any_up(reads[answered][0]):
+                    time.sleep(_PAUSE_SECONDS)  # until a replica has taken over
+                ask = self._send
+            except exceptions.ResponseError:
+                if ask == self._pipeline:
+                    raise
+                ask = self._pipeline
+
+    def _pipeline(self, reads: list[Read], _: int) -> Iterator[list[Any]]:
+        pipeline = self._redis.pipeline(transaction=False)
+        for key, tokens in reads:
+            pipeline.hmget(key, tokens)
+        yield from pipeline.execute()
+
+    def _send(self, reads: list[Read], record_bytes: int) -> Iterator[list[Any]]:
+        """Each is sent to a node that is up, in parts: a server answers one and reads the next."""
+        with ExitStack() as stack:
+            lanes: dict[str, _Lane] = {}
+            order = []
+            for key, tokens in reads:
+                name, client = self._nodes.of(key) if self._nodes else ("", self._redis)
+                with self._reported(name):
+                    if name not in lanes:
+                        lanes[name] = _Lane(name, stack.enter_context(_connection(client)))
+                    lanes[name].add(("HMGET", key, *tokens), len(tokens) * record_bytes)
+                order.append(lanes[name])
+            for lane in lanes.values():
+                with self._reported(lane.name):
+                    lane.send()
+            for lane in order:
+                began = time.monotonic()
+                with self._reported(lane.name):
+                    answer = lane.connection.read_response()
+                if self._nodes and time.monotonic() - began > SUSPECT_SECONDS:
+                    self._nodes.health.report_slow(lane.name)
+                yield answer
+
+    @contextmanager
+    def _reported(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except _LOST as error:
+            if self._nodes:
+                self._nodes.health.report_down(name, error)
+            raise
 
     @contextmanager
     def _mapped(self) -> Iterator[None]:
         """Redis' errors as ours."""
         try:
             yield
-        except (
+        except IndexError:  # redis-py's, of a Cluster whose nodes don't know each other yet
+            raise Unavailable(f"Redis at {self.url} is a Cluster that is not formed yet") from None
+        except exceptions.RedisError as error:
+            ours, message = next(
+                (ours, message) for theirs, ours, message in _ERRORS if isinstance(error, theirs)
+            )
+            raise ours(f"Redis at {self.url} {message.format(error)}") from None
+
+
+_ERRORS = (
+    (
+        (
             exceptions.AuthenticationError,
             exceptions.AuthorizationError,
             exceptions.NoPermissionError,
-        ) as error:
-            raise Unauthenticated(
-                f"Redis at {self.url} refuses the user or password: {error}"
-            ) from None
-        except exceptions.TimeoutError as error:
-            raise DeadlineExceeded(f"Redis at {self.url} did not answer in time: {error}") from None
-        except exceptions.OutOfMemoryError as error:
-            raise Overloaded(f"Redis at {self.url} is full: {error}; raise its maxmemory") from None
-        except IndexError:  # redis-py's, of a Cluster whose nodes don't know each other yet
-            raise Unavailable(f"Redis at {self.url} is a Cluster that is not formed yet") from None
-        except (exceptions.ConnectionError, exceptions.RedisClusterException) as error:
-            raise Unavailable(f"Redis at {self.url} can't be reached: {error}") from None
+        ),
+        Unauthenticated,
+        "refuses the user or password: {}",
+    ),
+    (exceptions.TimeoutError, DeadlineExceeded, "did not answer in time: {}"),
+    (exceptions.OutOfMemoryError, Overloaded, "is full: {}; raise its maxmemory"),
+    (
+        (exceptions.ConnectionError, exceptions.RedisClusterException),
+        Unavailable,
+        "can't be reached: {}",
+    ),
+    (exceptions.RedisError, Unavailable, "refuses: {}"),
+)
+
+
+class _Nodes:
+    """The nodes of a Cluster: a key is read from its master, or a replica while that is not up."""
+
+    def __init__(self, url: str, options: dict[str, Any]) -> None:
+        self.cluster: Any = RedisCluster.from_url(
+            url, require_full_coverage=False, redis_connect_func=_read_only, **options
+        )
+        self.health = PeerHealth("Redis node", self._probe, self._alternatives)
+
+    def of(self, key: str) -> tuple[str, Redis]:
+        """The node to ask for a key: its name and a client of it."""
+        nodes = {node.name: node for node in self._holders(self.cluster.keyslot(key))}
+        name = self.health.order(nodes)[0]
+        return name, self.cluster.get_redis_connection(nodes[name])
+
+    def any_up(self, key: str) -> bool:
+        return any(self.health.up(n.name) for n in self._holders(self.cluster.keyslot(key)))
+
+    def _holders(self, slot: int) -> list[ClusterNode]:
+        """Master and replicas of a slot."""
+        manager = self.cluster.nodes_manager
+        return list(manager.slots_cache.get(slot) or [manager.get_node_from_slot(slot)])
+
+    def _probe(self, name: str) -> bool:
+        node = self.cluster.get_node(node_name=name)
+        try:
+            return bool(node and self.cluster.get_redis_connection(node).ping())
+        except exceptions.RedisError:
+            return False
+
+    def _alternatives(self, name: str) -> list[str] | None:
+        """Other nodes with the same keys, as the Cluster is now; None if the node is no part."""
+        manager = self.cluster.nodes_manager
+        before = list(manager.nodes_cache.values())
+        try:
+            manager.initialize(last_failed_node_name=name)
         except exceptions.RedisError as error:
-            raise Unavailable(f"Redis at {self.url} refuses: {error}") from None
+            event("the Redis Cluster does not answer", logging.WARNING, reason=str(error))
+        for node in before:
+            if manager.get_node(node_name=node.name) is None and node.redis_connection:
+                node.redis_connection.close()
+        if manager.get_node(node_name=name) is None:
+            return None
+        groups = ([node.name for node in nodes] for nodes in manager.slots_cache.values())
+        return [other for other in next((g for g in groups if name in g), []) if other != name]
+
+
+def _read_only(connection: AbstractConnection) -> None:
+    """Let a replica answer reads; a master takes no notice."""
+    connection.send_command("READONLY")
+    connection.read_response()
 
 
 def _first_to_answer(url: str, options: dict[str, Any]) -> tuple[str, Redis, bool]:
-    """Of several hosts with commas between: the URL of the first that answers, a client of it, and whether it is a Cluster's node."""
+    """Of several hosts the URL of the first that answers, a client, and if it is in a Cluster."""
     parts = urlsplit(url)
     user, at, hosts = parts.netloc.rpartition("@")
     urls = [urlunsplit(parts._replace(netloc=f"{user}{at}{host}")) for host in hosts.split(",")]
@@ -345,27 +379,21 @@ def _credentials(url: str) -> tuple[str, CredentialProvider | None]:
             raise InvalidArgument(
                 f"store {shown(url)!r} has a password and a password_file: give one of them"
             )
+        user = unquote(parts.username or options.pop("username", ""))
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(options))
-        return urlunsplit(bare), _PasswordFile(
-            unquote(parts.username or options.pop("username", "")), path
-        )
+        return urlunsplit(bare), _PasswordFile(user, path)
     except (ValueError, UnicodeDecodeError):
         raise not_understood(url) from None
 
 
 @dataclass
 class _Lane:
-    """Commands on their way to one node, and its answers in order."""
+    """Commands on their way to one node, which answers them in order."""
 
     name: str
     connection: AbstractConnection
-    is_replica: bool
     commands: list[tuple] = field(default_factory=list)
     answer_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        if self.is_replica:  # else it sends us to its master
-            self.commands.append(("READONLY",))
 
     def add(self, command: tuple, answer_bytes: int) -> None:
         self.commands.append(command)
@@ -374,22 +402,16 @@ class _Lane:
             self.send()
 
     def send(self) -> None:
-        # redis-py's own way makes a tuple from a generator, which CPython puts on a list of free ones that nothing else takes from
-        self.connection.send_packed_command(
-            [b"".join(map(hiredis.pack_command, self.commands))], check_health=False
-        )
+        # packed here: redis-py makes tuples from generators, which CPython's free list then holds
+        packed = b"".join(map(hiredis.pack_command, self.commands))
+        self.connection.send_packed_command([packed], check_health=False)
         self.commands, self.answer_bytes = [], 0
-
-    def answer(self) -> Any:
-        if self.is_replica:
-            self.connection.read_response()
-            self.is_replica = False
-        return self.connection.read_response()
 
 
 @contextmanager
-def _connection(pool: ConnectionPool) -> Iterator[AbstractConnection]:
-    """A connection of the pool; it is closed when something goes wrong, for answers may be left on it."""
+def _connection(client: Redis) -> Iterator[AbstractConnection]:
+    """A connection of the client's; it is closed on an error, since answers may be left on it."""
+    pool = client.connection_pool
     connection = pool.get_connection()
     try:
         yield connection
@@ -398,6 +420,10 @@ def _connection(pool: ConnectionPool) -> Iterator[AbstractConnection]:
         raise
     finally:
         pool.release(connection)
+
+
+def _key(ref: str, what: str) -> str:
+    return f"tolhouse:{{{ref}}}:{what}"
 
 
 def _shard_key(manifest: Manifest, shard: int) -> str:

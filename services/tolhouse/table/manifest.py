@@ -219,10 +219,16 @@ class Manifest:
             return self._changed[self._changed % self.num_shards == shard]
         return np.arange(shard, self.vocab_size, self.num_shards, dtype=np.uint32)
 
-    def positions(self, shard: int, ids: np.ndarray) -> np.ndarray:
-        """Where in their shard the records of `ids` are."""
+    def shard_rows(self, shard: int) -> int:
+        """How many records a shard has."""
         if self.parent:
-            return np.searchsorted(self.shard_ids(shard), ids)
+            return len(self.shard_ids(shard))
+        return (self.vocab_size - shard + self.num_shards - 1) // self.num_shards
+
+    def positions(self, ids: np.ndarray) -> np.ndarray:
+        """Where in their shards the records of `ids` are."""
+        if self.parent:
+            return self._ranks[np.searchsorted(self._changed, ids)]
         return ids // self.num_shards
 
     def owns(self, ids: np.ndarray) -> np.ndarray:
@@ -232,6 +238,15 @@ class Manifest:
     @cached_property
     def _changed(self) -> np.ndarray:
         return np.array(self.changed, np.uint32)
+
+    @cached_property
+    def _ranks(self) -> np.ndarray:
+        """Where in their shards the changed rows are."""
+        shards = self.shard_of(self._changed)
+        ranks = np.empty(len(shards), np.int64)
+        for shard in np.unique(shards):
+            ranks[shards == shard] = np.arange(np.count_nonzero(shards == shard))
+        return ranks
 
     def check_ids(self, ids: np.ndarray) -> None:
         if ids.size and int(ids.max()) >= self.vocab_size:
@@ -336,7 +351,7 @@ class Manifest:
                 )
                 raise InvalidArgument(
                     f"manifest: format {number!r:.60} is not {FORMAT}, which this version reads: "
-                    + (what_to_do if number == 1 else "upgrade tolhouse")
+                    + (what_to_do if number == 1 else "a later one needs a later tolhouse")
                 )
             if data.pop("digest", None) != _digest(data):
                 raise Corrupt("manifest: its fields are not those that its digest was made of")

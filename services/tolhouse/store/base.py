@@ -1,0 +1,286 @@
+"""What the file store and the Redis store do alike, and `open_store(url)`, which opens either.
+
+A store keeps immutable versions of tables and, per name, an alias: the version that the name
+stands for. Its methods may be called from several threads.
+"""
+
+import dataclasses
+import json
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from urllib.parse import SplitResult, parse_qsl, urlsplit
+
+import numpy as np
+
+from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, NotFound, Unavailable
+from tolhouse.logs import event
+from tolhouse.net.tls import is_loopback
+from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
+from tolhouse.table.manifest import Manifest, check_name, split_ref
+
+_WAIT_SECONDS = 1.0  # between two tries to reach a store
+LEASE_SECONDS = 30.0  # after its last use, a version counts as used for so long
+
+
+@dataclass(frozen=True)
+class Alias:
+    """The version a name stands for, and those it stood for before, latest last."""
+
+    version: str
+    history: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self)) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Alias":
+        """The alias in `text`; Corrupt where it is malformed."""
+        try:
+            data = json.loads(text)
+            alias = cls(data["version"], tuple(data["history"]))
+            ok = all(isinstance(version, str) for version in (alias.version, *alias.history))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            ok = False
+        if not ok:
+            raise Corrupt("is malformed; publish a version to write it anew")
+        return alias
+
+
+class Store(ABC):
+    """Reads and writes are of one immutable version; only an alias ever changes."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url  # for messages: without a password
+        self._parents: dict[str, Manifest] = {}  # of overlays, by ref
+
+    # versions
+
+    @abstractmethod
+    def refs(self) -> list[str]:
+        """ "name@version" of every complete table, sorted."""
+
+    def manifest(self, ref: str) -> Manifest:
+        """The manifest of "name@version"; NotFound if it is not here or not complete, Corrupt."""
+        split_ref(ref)
+        text = self._manifest_text(ref)
+        if text is None:
+            raise NotFound(f"table {ref} is not in {self.url}")
+        try:
+            manifest = Manifest.from_json(text)
+        except (InvalidArgument, Corrupt) as error:
+            raise Corrupt(f"{ref} in {self.url}: {error}") from None
+        if manifest.ref != ref:
+            raise Corrupt(f"{ref} in {self.url}: the manifest describes table {manifest.ref}")
+        return manifest
+
+    def parent(self, manifest: Manifest) -> Manifest:
+        """The table that an overlay lies over; NotFound if it is gone, Corrupt if it can't be."""
+        if manifest.parent not in self._parents:
+            about = (
+                f"table {manifest.ref} in {self.url} is an overlay over {manifest.parent}, which"
+            )
+            try:
+                found = self.manifest(manifest.parent)
+            except NotFound:
+                raise NotFound(f"{about} is not there any more") from None
+            if found.parent or (found.record_dtype, found.vocab_size) != (
+                manifest.record_dtype,
+                manifest.vocab_size,
+            ):
+                raise Corrupt(f"{about} has records of another form")
+            self._parents[manifest.parent] = found
+        return self._parents[manifest.parent]
+
+    @abstractmethod
+    def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
+        """Store a whole shard, durably, in place of whatever is there."""
+
+    @abstractmethod
+    def count(self, manifest: Manifest, shard: int) -> int:
+        """Rows that the shard holds; 0 where there is none."""
+
+    @abstractmethod
+    def commit(self, manifest: Manifest) -> None:
+        """Write the manifest, last of all: from now on the table is there."""
+
+    @abstractmethod
+    def delete(self, ref: str) -> None:
+        """Remove all that is stored of "name@version", complete or not; its manifest goes first."""
+
+    @abstractmethod
+    def lease(self, ref: str) -> None:
+        """Note that a version is used now; good for LEASE_SECONDS."""
+
+    @abstractmethod
+    def leased(self, ref: str) -> bool:
+        """Whether a version was used lately."""
+
+    # names
+
+    def alias(self, name: str) -> Alias | None:
+        """What `name` stands for, if it was ever published; Corrupt if that can't be read."""
+        text = self._alias_text(check_name(name))
+        try:
+            return None if text is None else Alias.from_json(text)
+        except Corrupt as error:
+            raise Corrupt(f"the alias of {name!r} in {self.url} {error}") from None
+
+    @abstractmethod
+    def set_alias(self, name: str, alias: Alias | None) -> None:
+        """Make `name` stand for another version, or for none."""
+
+    # rows
+
+    def read_records(
+        self,
+        manifest: Manifest,
+        ids: np.ndarray,
+        out: np.ndarray | None = None,
+        slots: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Verified records of `ids` uint32 [T], in `slots` of `out`, uint8 [., record_bytes].
+
+        Without them, as a new array. What an overlay has not changed is its parent's. Corrupt,
+        with the token, if a record is missing or altered; NotFound if a parent is gone.
+        """
+        out = np.empty((len(ids), manifest.record_bytes), np.uint8) if out is None else out
+        slots = np.arange(len(ids)) if slots is None else slots
+        if not manifest.parent:
+            self._read_own(manifest, ids, out, slots)
+            return out
+        owned = manifest.owns(ids)
+        self._read_own(manifest, ids[owned], out, slots[owned])
+        if not owned.all():
+            self._read_own(self.parent(manifest), ids[~owned], out, slots[~owned])
+        return out
+
+    def auxiliary(self, manifest: Manifest) -> AuxiliaryTables:
+        """What a table's rows need besides its records; NotFound, Corrupt."""
+
+        def fetch(ref: str) -> tuple[Manifest, np.ndarray]:
+            table = self.manifest(ref)
+            return table, self.read_records(table, np.arange(table.vocab_size, dtype=np.uint32))
+
+        return load_auxiliary(manifest, fetch)
+
+    def rows(self, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
+        """Rows float32 [T, N, D] of `ids` uint32 [T]."""
+        records = self.read_records(manifest, ids)
+        return self.auxiliary(manifest).decode(ids, records).astype(np.float32)
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def _read_own(
+        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, slots: np.ndarray
+    ) -> None:
+        """The same of `ids` that the version has itself."""
+        if not len(ids):
+            return
+        order = np.lexsort((manifest.positions(ids), manifest.shard_of(ids)))
+        ids, size, flat = ids[order], manifest.record_bytes, out.data.cast("B")
+        views = [flat[slot * size : slot * size + size] for slot in slots[order].tolist()]
+        with closing(self._fill(manifest, ids, views)) as filled:
+            manifest.verify(ids, filled)
+
+    @abstractmethod
+    def _fill(
+        self, manifest: Manifest, ids: np.ndarray, views: list[memoryview]
+    ) -> Generator[memoryview]:
+        """Read the records of `ids`, in order of shards and positions, into `views`.
+
+        Each view is yielded once it is full. Corrupt if a record is not there.
+        """
+
+    @abstractmethod
+    def _manifest_text(self, ref: str) -> bytes | None: ...
+
+    @abstractmethod
+    def _alias_text(self, name: str) -> bytes | None: ...
+
+
+def open_store(url: str, timeout_seconds: float = 5.0) -> Store:
+    """The store at `url`: file://PATH, or redis://HOST:PORT (rediss:// with TLS).
+
+    Of a Redis Cluster several nodes may be named, redis://HOST:PORT,HOST:PORT: the first that
+    answers tells of the others.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme == "file" and rest:
+        from tolhouse.store.files import FileStore
+
+        return FileStore(rest)
+    database = _parts(url)[0].path.strip("/")  # redis-py passes over one that it can't read
+    if scheme in ("redis", "rediss") and rest and (not database or database.isdecimal()):
+        from tolhouse.store.redis import RedisStore
+
+        return RedisStore(url, timeout_seconds)
+    raise not_understood(url)
+
+
+def wait_for_store(url: str, timeout_seconds: float, wait_seconds: float) -> Store:
+    """The store at `url`, which may take so long to become reachable, as while everything starts."""
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            return open_store(url, timeout_seconds)
+        except (Unavailable, DeadlineExceeded) as error:
+            if time.monotonic() > deadline:
+                raise
+            event("waiting for the store", logging.WARNING, reason=str(error))
+        time.sleep(_WAIT_SECONDS)
+
+
+def require_private(url: str, *, insecure: bool) -> str:
+    """The URL; InvalidArgument for a Redis on another machine without TLS or certificate checks."""
+    parts, options = _parts(url)
+    hosts = parts.netloc.rpartition("@")[2].split(",")
+    try:
+        names = [urlsplit(f"//{host}").hostname or "localhost" for host in hosts]
+    except ValueError:
+        raise not_understood(url) from None
+    if insecure or parts.scheme == "file" or all(is_loopback(f"{name}:0") for name in names):
+        return url
+    if parts.scheme == "redis":
+        how = "in plaintext: give a rediss:// URL"
+    elif options.get("ssl_cert_reqs", "required") != "required" or (
+        options.get("ssl_check_hostname", "true").lower() != "true"
+    ):
+        how = "without a check of its certificate: leave those options out"
+    else:
+        return url
+    raise InvalidArgument(
+        f"Redis at {shown(url)} is another machine and would be called {how}, "
+        "or --insecure where the network is trusted"
+    )
+
+
+def has_password(url: str) -> bool:
+    """Whether the URL itself holds a password."""
+    parts, options = _parts(url)
+    return bool(parts.password) or "password" in options
+
+
+def not_understood(url: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"store {shown(url)!r} is not understood; "
+        "allowed are file://PATH, redis://HOST:PORT and rediss://HOST:PORT"
+    )
+
+
+def shown(url: str) -> str:
+    """A store's URL for logs and messages: without user, password and options."""
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"
+
+
+def _parts(url: str) -> tuple[SplitResult, dict[str, str]]:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise not_understood(url) from None
+    return parts, dict(parse_qsl(parts.query))

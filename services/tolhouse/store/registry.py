@@ -1,0 +1,154 @@
+"""The life of versions: listed, resolved, published, rolled back, deleted."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import suppress
+
+from tolhouse.errors import Corrupt, InUse, InvalidArgument, NotFound, TolhouseError
+from tolhouse.store.base import LEASE_SECONDS, Alias, Store
+from tolhouse.table.manifest import Manifest, check_name, split_ref
+
+
+def tables(store: Store) -> Iterator[tuple[Manifest, bool]]:
+    """Every table that can be read, and whether its name stands for it."""
+    for manifest in _manifests(store):
+        yield manifest, stands_for(store, manifest.ref)
+
+
+def resolve(store: Store, ref: str) -> Manifest:
+    """The manifest of "name@version", or of the published version of "name"."""
+    name, version = split_ref(ref)
+    try:
+        return store.manifest(f"{name}@{version or _published(store, name).version}")
+    except NotFound as error:
+        raise NotFound(f"{error}; {_tables_here(store)}") from None
+
+
+def stands_for(store: Store, ref: str) -> bool:
+    """Whether the name of "name@version" stands for that version."""
+    name, version = split_ref(ref)
+    alias = store.alias(name)
+    return alias is not None and alias.version == version
+
+
+def is_new(store: Store, planned: Manifest) -> bool:
+    """Whether the version is not in the store yet, or nothing is published under its name."""
+    try:
+        return store.alias(planned.name) is None or not store.manifest(planned.ref)
+    except (NotFound, Corrupt):
+        return True
+
+
+def publish(store: Store, ref: str) -> Manifest:
+    """Make the name stand for this version; publishing what is published changes nothing."""
+    name, version = _version_of(store, ref, "publish")
+    manifest = resolve(store, ref)
+    refuse_part(store, ref, "no table to serve")
+    if manifest.parent:
+        store.parent(manifest)  # one without it has no rows to serve
+    try:
+        old = store.alias(name)
+    except Corrupt:
+        old = None
+    if old is None or old.version != version:
+        store.set_alias(name, Alias(version, (*old.history, old.version) if old else ()))
+    return manifest
+
+
+def rollback(store: Store, name: str) -> Manifest:
+    """Make the name stand for the version before the present one."""
+    try:
+        old = _published(store, check_name(name))
+    except NotFound as error:
+        raise NotFound(f"{error}; {_tables_here(store)}") from None
+    if not old.history:
+        raise InvalidArgument(f"table {name!r} has no version before {old.version} to go back to")
+    manifest = resolve(store, f"{name}@{old.history[-1]}")
+    if manifest.parent:
+        store.parent(manifest)
+    store.set_alias(name, Alias(old.history[-1], old.history[:-1]))
+    return manifest
+
+
+def delete(store: Store, ref: str, force: bool = False) -> None:
+    """Remove a version that is neither published nor in use, also from the name's history.
+
+    Its auxiliary tables go with it, unless others need them. force: also one that is in use,
+    whose users get errors. A version whose manifest can't be read, such as one of an earlier
+    format, is removed too.
+    """
+    name, version = _version_of(store, ref, "delete")
+    manifest: Manifest | None = None
+    with suppress(Corrupt):
+        manifest = resolve(store, ref)
+    alias = store.alias(name)
+    if alias and alias.version == version:
+        raise InUse(f"{ref} is published: publish or roll back to another version first")
+    others = [m for m in _manifests(store) if m.ref != ref]
+    if above := [m.ref for m in others if ref in m.dependencies]:
+        raise InUse(f"{ref} is a part of {', '.join(above)}: delete that first")
+    if not force and store.leased(ref):
+        raise InUse(
+            f"{ref} is in use: its rows were read within the last {LEASE_SECONDS:g} s; "
+            "wait until nobody does, or use --force"
+        )
+    if alias and version in alias.history:
+        # what remains on either side of it may be one version: going back has to lead to another
+        remaining = (v for v in (*alias.history, alias.version) if v != version)
+        *history, now = (v for v, _ in itertools.groupby(remaining))
+        store.set_alias(name, Alias(now, tuple(history)))
+    store.delete(ref)
+    for part in manifest.auxiliary if manifest else ():
+        if not any(part in m.dependencies for m in others):
+            store.delete(part)
+
+
+def refuse_part(store: Store, ref: str, what: str) -> None:
+    """InvalidArgument, with `what` it is not, if the version is an auxiliary table of another."""
+    if of := [m.ref for m in _manifests(store) if ref in m.auxiliary]:
+        raise InvalidArgument(f"{ref} is a part of {', '.join(of)} and {what}")
+
+
+def refuse_another(store: Store, planned: Manifest) -> None:
+    """InUse if the version to write is there, cut into other shards or of another model."""
+    try:
+        there = store.manifest(planned.ref)
+    except (NotFound, Corrupt):
+        return
+    if any(
+        getattr(there, field) != getattr(planned, field)
+        for field in ("num_shards", "model_id", "tokenizer_id")
+    ):
+        raise InUse(
+            f"{planned.ref} is in {store.url} already, with {there.num_shards} shards and built "
+            f"from model {there.model_id[:12]}: build with --shards {there.num_shards}, "
+            "under another --name, or delete it first"
+        )
+
+
+def _manifests(store: Store) -> Iterator[Manifest]:
+    for ref in store.refs():
+        with suppress(TolhouseError):  # deleted meanwhile, or malformed: `resolve` says which
+            yield store.manifest(ref)
+
+
+def _version_of(store: Store, ref: str, work: str) -> tuple[str, str]:
+    name, version = split_ref(ref)
+    if version is None:
+        raise InvalidArgument(f"{work} needs name@version, not {ref!r}; {_tables_here(store)}")
+    return name, version
+
+
+def _published(store: Store, name: str) -> Alias:
+    alias = store.alias(name)
+    if alias is None:
+        raise NotFound(f"table {name!r} is not published in {store.url}")
+    return alias
+
+
+def _tables_here(store: Store) -> str:
+    refs = store.refs()
+    more = f" and {len(refs) - 8} more" if len(refs) > 8 else ""
+    if not refs:
+        return "there are no tables here yet: `tolhouse build` makes them"
+    return f"tables here: {', '.join(refs[:8])}{more}"
