@@ -19,12 +19,12 @@ from prometheus_client import Counter, Histogram
 from tolhouse import tracing
 from tolhouse.client.row_source import StoreRowSource
 from tolhouse.config import LookupConfig
-from tolhouse.errors import Internal, InvalidArgument, TolhouseError
-from tolhouse.logs import event, log
+from tolhouse.errors import InvalidArgument, TolhouseError
+from tolhouse.logs import event
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.net.fetch_reply import serialize
 from tolhouse.net.metrics import serve_metrics
-from tolhouse.net.server import MAX_ERROR, answer, serve
+from tolhouse.net.server import ErrorsAsStatus, serve, status_of
 from tolhouse.store.base import wait_for_store
 from tolhouse.table.manifest import Manifest, split_ref
 from tolhouse.v1 import lookup_pb2 as pb
@@ -82,14 +82,16 @@ class LookupService:
     async def Describe(
         self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext
     ) -> pb.DescribeReply:
-        manifest = await answer(context, self._describe(request.table, request.known))
+        async with ErrorsAsStatus(context):
+            manifest = await self._describe(request.table, request.known)
         text = manifest.to_json() if manifest.ref != request.known else ""
         return pb.DescribeReply(manifest_json=text, max_ids_per_fetch=MAX_IDS_PER_FETCH)
 
     async def ListTables(
         self, _: pb.ListTablesRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListTablesReply:
-        found = await answer(context, asyncio.to_thread(self.rows.source.tables))
+        async with ErrorsAsStatus(context):
+            found = await asyncio.to_thread(self.rows.source.tables)
         return pb.ListTablesReply(tables=[_listed(*table) for table in found])
 
     async def _describe(self, table: str, known: str) -> Manifest:
@@ -123,10 +125,7 @@ class LookupService:
             BYTES.inc(table.manifest.record_bytes * len(ids))
             trace.set_attributes({"tolhouse.rows": len(ids), "tolhouse.rows_from_store": missed})
         except Exception as error:  # noqa: BLE001 - the boundary where every error becomes a status
-            if not isinstance(error, TolhouseError):
-                log.error("internal error", exc_info=error)
-                error = Internal("internal error; the service's log has the details")
-            status, message = error.grpc_status, str(error)[:MAX_ERROR]
+            status, message = status_of(error)
             failure = pb.Error(status=status, message=message)
             header = pb.FetchReply(request_id=request.request_id, error=failure, last=True)
             yield header.SerializeToString()
