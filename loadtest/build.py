@@ -26,22 +26,19 @@ from pathlib import Path
 import numpy as np
 import ray
 from tolhouse.build.job import build, plan
-from tolhouse.build.shards import _model, build_shards
+from tolhouse.build.shards import build_shards, source_of
 from tolhouse.config import set_ray_defaults
 from tolhouse.model.checkpoint import open_checkpoint
-from tolhouse.model.rows import batches
 from tolhouse.testing import redis_server, tiny_model
 from tqdm import tqdm
 
 CODECS = ("bf16", "int8", "int4")
 SHARDS = 16  # of whole batches here; a shard's last batch is padded, which costs 2% at 128k tokens in 64 shards
-_FIRST: dict[str, object] = {}  # a worker's model, loaded once
 
 
 def bare(path: str, ids: np.ndarray) -> int:
     """Compute rows, and drop them."""
-    model = _FIRST.setdefault(path, open_checkpoint(path).model() if path not in _FIRST else None)
-    return sum(len(rows) for _, rows in batches(model, ids))  # type: ignore[arg-type]
+    return sum(len(rows) for _, rows in source_of(path, ()).batches(ids))
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -57,9 +54,8 @@ def peaks(
     found = {}
     for codec in CODECS:
         planned = plan(open_checkpoint(path), f"peak-{codec}", codec, SHARDS)
-        next(
-            iter(batches(_model(path), planned.shard_ids(0)))
-        )  # the model is loaded, and has computed
+        # the model is loaded, and has computed
+        next(source_of(path, planned.blocks).batches(planned.shard_ids(0)))
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         build_shards(path, planned, list(range(SHARDS // 2)), (f"file://{folder}",), 10.0)

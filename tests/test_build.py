@@ -348,7 +348,7 @@ def test_shards_built_in_one_go_are_those_built_one_by_one(
     assert [True] * 5 == [new for _, new in one_by_one]
     assert one_by_one == build_shards(str(checkpoint), planned, [0, 1, 2, 3, 4], both, 10.0)
     with closing(open_store(redis_url)) as store:
-        store.delete(planned)
+        store.delete(planned.ref)
         assert [(digest, False) for digest, _ in one_by_one] == build_shards(
             str(checkpoint), planned, [0, 1, 2, 3, 4], both, 10.0
         )

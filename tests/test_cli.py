@@ -101,7 +101,7 @@ def test_rows_and_text_from_the_shell(checkpoint: Path, tmp_path: Path) -> None:
     ref = build_table(checkpoint, url)
     with local_cluster(checkpoint, url) as cluster:
         out = tmp_path / "rows.npy"
-        shown = tolhouse("fetch", ref, "3", "5", "--lookup", cluster.lookup, "--out", out)
+        shown = tolhouse("fetch", ref, "3", "5", "--rows", cluster.lookup, "--out", out)
         rows = np.load(out)
         assert (2, 4, 96) == rows.shape
         norms = [[float(n) for n in line.split()[1:]] for line in shown.splitlines()]

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from tolhouse import Client
-from tolhouse.analysis.probes import model_rows, probed, table_rows
+from tolhouse.analysis.probes import probed, table_rows
 from tolhouse.build.compress import Compressed, Scheme, bytes_at_16_bit, check, compress
 from tolhouse.build.job import plan
 from tolhouse.errors import InUse, InvalidArgument
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
+from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.store.base import open_store
 from tolhouse.store.overlay import make_overlay
 from tolhouse.store.registry import delete, publish
@@ -50,7 +51,7 @@ def made_of(
 ) -> Compressed:
     opened = open_checkpoint(checkpoint)
     manifest = plan(opened, name, "bf16", 4, **planned)
-    return compress(manifest, model_rows(opened, manifest.has_x0, manifest.layers), COUNTS, scheme)
+    return compress(manifest, MemoryLLM(opened, manifest.blocks).rows(), COUNTS, scheme)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -64,7 +65,7 @@ def test_what_is_served_is_what_the_table_holds(
     publish(store, manifest.ref)
     opened = open_checkpoint(checkpoint)
     rows = table_rows(opened, url, manifest.ref)
-    exact = model_rows(opened)
+    exact = MemoryLLM(opened).rows()
     assert 0 < np.square(rows - exact).sum() < 0.5 * np.square(exact).sum()
     expected = list(greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(rows)))
     with local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster:
@@ -99,7 +100,7 @@ def test_x0_keeps_its_full_rank(checkpoint: Path, tmp_path: Path) -> None:
 def test_the_head_is_finer_and_the_ratio_is_kept(checkpoint: Path) -> None:
     """Frequent tokens have rows of the finer codec; all that is stored is as small as was asked, and hardly smaller."""
     opened = open_checkpoint(checkpoint)
-    exact = model_rows(opened)
+    exact = MemoryLLM(opened).rows()
     made = made_of(checkpoint, SCHEMES["rank and head"])
     ids = np.arange(opened.config.vocab_size, dtype=np.uint32)
     rows = made.companions.decode(ids, made.records)
@@ -116,7 +117,7 @@ def test_ranks_follow_one_threshold(checkpoint: Path) -> None:
     ranks = made.companions.manifest.ranks
     assert round(0.3 * 4 * 96) == sum(ranks)
     exact, weights = (
-        model_rows(open_checkpoint(checkpoint)),
+        MemoryLLM(open_checkpoint(checkpoint)).rows(),
         np.array([COUNTS.get(i, 0) + 0.5 for i in range(len(made.records))]),
     )
     energies = []
@@ -130,7 +131,7 @@ def test_ranks_follow_one_threshold(checkpoint: Path) -> None:
 def test_a_frequent_token_weighs_more(checkpoint: Path) -> None:
     """The same rank fits a token better the more often text has it."""
     opened = open_checkpoint(checkpoint)
-    exact, plain = model_rows(opened), plan(opened, "squeezed", "bf16", 4)
+    exact, plain = MemoryLLM(opened).rows(), plan(opened, "squeezed", "bf16", 4)
     ids = np.arange(len(exact), dtype=np.uint32)
     errors = []
     for counts in ({}, {77: 1000}):
@@ -245,7 +246,7 @@ def test_a_table_may_lack_layers(checkpoint: Path, tmp_path: Path) -> None:
             PROMPT,
             20,
             ignore_eos=True,
-            rows=probed(model_rows(opened), absent=(1, 2)),
+            rows=probed(MemoryLLM(opened).rows(), absent_layers=(1, 2)),
         )
     )
     assert expected != list(greedy(opened.model(), PROMPT, 20, ignore_eos=True))
@@ -274,7 +275,7 @@ def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> N
     url = f"file://{tmp_path}"
     build_table(checkpoint, url)
     opened = open_checkpoint(checkpoint)
-    model, rows, prompt = opened.model(), model_rows(opened), PROMPT * 6
+    model, rows, prompt = opened.model(), MemoryLLM(opened).rows(), PROMPT * 6
     wanted: list[dict] = [
         {},
         {"row_scale": 0.5},
@@ -425,7 +426,7 @@ def test_commands_compress_and_evaluate(checkpoint: Path, tmp_path: Path) -> Non
             (),
             ("--table", "tiny-memory"),
             ("--through", "int8"),
-            ("--alpha", "0.5", "--without", "1,2"),
+            ("--row-scale", "0.5", "--absent-layers", "1,2"),
         )
     )
     assert plain["tokens"] == squeezed["tokens"] > 100
@@ -471,8 +472,8 @@ def test_the_default_head_is_one_that_is_finer(
     [
         (("--table", "nothing"), "table 'nothing' is not published"),
         (("--without", "9"), "there is no layer 9"),
-        (("--without", "one"), "--without 'one' is not a list of layer numbers"),
-        (("--alpha", "nan"), "should be a finite number; nan"),
+        (("--absent-layers", "one"), "--absent-layers (TOLHOUSE_CLIENT_ABSENT_LAYERS)"),
+        (("--row-scale", "nan"), "--row-scale (TOLHOUSE_CLIENT_ROW_SCALE)"),
         (("--alpha", "1e300"), "less than or equal to 16; 1e+300"),
         (("--text", "no-such-file"), "no corpus at no-such-file"),
     ],

@@ -20,7 +20,7 @@ FLOORS = (
     {"certs"},
     {"net", "table", "tracing"},
     {"config", "model"},
-    {"store", "train"},
+    {"store", "train", "sources"},
     {"client"},
     {"analysis"},
     {"lookup", "build", "engine"},
@@ -101,7 +101,7 @@ def test_nothing_imports_upwards_or_sideways(path: Path) -> None:
             {"gateway/app.py", "gateway/error_responses.py"}
             | {f"gateway/routes/{part.name}" for part in SOURCES.glob("gateway/routes/*.py")},
         ),
-        ("jinja2", {"gateway/templates.py"}),
+        ("jinja2", {"gateway/templates.py", "analysis/report.py"}),
         ("trustme", {"certs.py"}),
     ],
 )

@@ -71,8 +71,12 @@ def test_who_shares_a_key_has_it_most(checkpoint: Path) -> None:
 def test_the_probes_are_told(checkpoint: Path) -> None:
     """α = 1 changes nothing; each layer is left out once."""
     probes = survey(open_checkpoint(checkpoint), 8, 300)["probes"]
-    assert (1.0, 4, 300) == (probes["alpha"]["1"], len(probes["without_layer"]), probes["tokens"])
-    assert len(set(probes["alpha"].values())) > 4
+    assert (1.0, 4, 300) == (
+        probes["row_scale"]["1"],
+        len(probes["without_layer"]),
+        probes["tokens"],
+    )
+    assert len(set(probes["row_scale"].values())) > 4
 
 
 def test_the_report_is_one_file(checkpoint: Path, tmp_path: Path) -> None:

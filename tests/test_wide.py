@@ -22,7 +22,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer, block in enumerate(model.layers):
-            block.row_scale.copy_(torch.randn(block.row_scale.shape, generator=generator) * layer)
+            block.ffn_scale.copy_(torch.randn(block.ffn_scale.shape, generator=generator) * layer)
     save_checkpoint(path, model, path / "tokenizer.json")
     return path
 

@@ -76,14 +76,14 @@ def probes(model: Model) -> None:
     print(
         "             "
         + "".join(
-            f"{model.evaluate(model.rows, PROBE_TOKENS, alpha=alpha).perplexity / exact:9.3f}"
+            f"{model.evaluate(model.rows, PROBE_TOKENS, row_scale=alpha).perplexity / exact:9.3f}"
             for alpha in ALPHAS
         )
     )
     layers = range(model.rows.shape[1])
     print("  without    " + "".join(f"{f'layer {layer}':>9}" for layer in layers))
     dropped = [
-        model.evaluate(model.rows, PROBE_TOKENS, absent=(layer,)).perplexity / exact
+        model.evaluate(model.rows, PROBE_TOKENS, absent_layers=(layer,)).perplexity / exact
         for layer in layers
     ]
     print("             " + "".join(f"{d:9.3f}" for d in dropped), flush=True)

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from tolhouse import Client
 from tolhouse.analysis.evaluate import Evaluation, evaluate
-from tolhouse.analysis.probes import model_rows, probed, read_text
+from tolhouse.analysis.probes import probed, read_text
 from tolhouse.build.compress import HEAD_SHARE, Compressed, Scheme, bytes_at_16_bit, compress
 from tolhouse.build.frequency import count_tokens
 from tolhouse.build.job import plan
 from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import publish
 from tolhouse.testing import local_cluster
@@ -49,7 +50,7 @@ class Model:
     def __post_init__(self) -> None:
         self.checkpoint = open_checkpoint(self.path)
         self.model = self.checkpoint.model()
-        self.rows = model_rows(self.checkpoint)
+        self.rows = MemoryLLM(self.checkpoint).rows()
         self.text = read_text(self.checkpoint, None)
         self.counts = count_tokens(
             self.checkpoint.tokenizer(), "", self.checkpoint.config.vocab_size

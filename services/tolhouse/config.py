@@ -1,4 +1,4 @@
-"""Every option of every command: name, unit, default, bounds and help. No other file reads the environment.
+"""Every option: name, unit, default, bounds and help. No other file reads the environment.
 
 A field `row_cache_megabytes` of `WorkerConfig` is `--row-cache-megabytes` on the command line and
 `TOLHOUSE_WORKER_ROW_CACHE_MEGABYTES` in the environment; the command line wins. A field's former
@@ -7,9 +7,17 @@ names, `old`, still work in both. Values are read once, at start.
 
 import difflib
 import os
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from tolhouse.errors import InvalidArgument
 from tolhouse.net.auth import ClientCredentials, ServerCredentials
@@ -19,10 +27,13 @@ PREFIX = "TOLHOUSE_"
 DEFAULT_STORE = "file://.tolhouse/tables"
 INSECURE = "Allow plaintext between machines: for networks that are trusted."
 STORES = "file://PATH, redis://HOST:PORT, or both with a comma between."
-SERVICES = (
-    "HOST:PORT with commas between; dns:///HOST:PORT: all addresses of a name, as they change."
-)
+SERVICES = "HOST:PORT with commas between, or dns:///HOST:PORT, all addresses of a name."
+SOURCES = f"a store, file://PATH or redis://HOST:PORT, or lookup replicas, {SERVICES}"
 Codec = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Layers = Annotated[  # numbers with commas between
+    tuple[Annotated[int, Field(ge=0)], ...],
+    BeforeValidator(lambda v: [part for part in v.split(",") if v] if isinstance(v, str) else v),
+]
 
 
 def option(default: Any, text: str, *, old: str = "", env: str = "", **bounds: Any) -> Any:
@@ -116,9 +127,10 @@ class TableConfig(Config):
         "Text to count frequent tokens in: a file, or a folder of them. "
         "Default: the standard library's sources.",
     )
-    absent_layers: str = option(
-        "", "Layers whose rows are left out, with commas between; the model goes without them."
+    absent_layers: Layers = option(
+        (), "Layers whose rows are left out, with commas between; the model goes without them."
     )
+    publish: bool = option(False, "Publish the table once it is stored and verified.")
     shards: int = option(64, "Number of shards: units of work, files, hashes.", ge=1, le=65536)
     store_timeout_seconds: float = option(10, "Longest wait for one answer of Redis.", gt=0)
     insecure: bool = option(False, INSECURE)
@@ -127,6 +139,11 @@ class TableConfig(Config):
 class BuildConfig(TableConfig):
     prefix = "BUILD"
 
+    publish_new: bool = option(
+        False,
+        "Publish the table where it is new, or nothing is published under its name: for jobs "
+        "that may run again after a rollback or an edit.",
+    )
     store_wait_seconds: float = option(0, "Longest wait for Redis to come up, at start.", ge=0)
     verify_rows: int = option(64, "Rows, drawn at random, to recompute and compare.", ge=1)
     workers: int = option(0, "Ray tasks at a time; 0: one per core of the cluster.", ge=0)
@@ -162,10 +179,78 @@ class StoreConfig(Config):
     insecure: bool = option(False, INSECURE)
 
 
+class TrainConfig(Config):
+    prefix = "TRAIN"
+
+    out: Path | None = option(
+        None,
+        "Folder of the checkpoint; a run that was killed goes on there. Default: runs/RECIPE-KIND.",
+    )
+    kind: Literal["base", "memory", "flex", "wide"] = option("memory", "What the FFNs read.")
+    beta: int = option(0, "flex: FFN-C keeps beta * h^2 parameters, 1 to 3.", ge=0, le=3)
+    ffn_c: Literal["linear", "swiglu"] = option("linear", "flex: the form of FFN-C.")
+    corpus: Path | None = option(
+        None, "A text file, or a folder of them. Default: the Python standard library's sources."
+    )
+    seed: int = option(0, "Same seed, same checkpoint.", ge=0)
+    threads: int = option(1, "Threads for tensor work; the result depends on them.", ge=1)
+    steps: int | None = option(None, "Optimiser steps, in place of the recipe's.", ge=1)
+    compile: bool = option(True, "Use torch.compile where there is a C compiler.")
+
+
 class ClientConfig(Caller):
-    """Commands that call services."""
+    """Commands that call services; what two of them have in common has one variable."""
 
     prefix = "CLIENT"
+
+
+class GenerateConfig(ClientConfig):
+    worker: str = option(
+        "", "Worker to call, HOST:PORT. Default: run the model here, with its FFNs, greedily."
+    )
+    max_tokens: int = option(64, "Most tokens to generate.", ge=1)
+
+
+class RowsConfig(ClientConfig):
+    rows: str = option(DEFAULT_STORE, f"Where rows are read from: {SOURCES}", old="store lookup")
+
+
+class FetchConfig(RowsConfig):
+    out: Path | None = option(None, "Also save the rows [T, N, D] as this .npy file.")
+
+
+class LookConfig(RowsConfig):
+    """Commands that look into a model, with rows of a table or its own."""
+
+    table: str = option(
+        "", "Rows of this table, NAME or NAME@VERSION. Default: those that the model computes."
+    )
+    json_: bool = option(False, "Print JSON.")
+
+
+class EvalConfig(LookConfig):
+    text: Path | None = option(
+        None,
+        "Text to predict: a file, or a folder of them. "
+        "Default: the standard library's held-out part.",
+    )
+    through: Codec | None = option(None, "Rows as this codec gives them back.")
+    row_scale: float = option(1, "Factor of all rows.", old="alpha")
+    absent_layers: Layers = option((), "Layers whose rows are left out.", old="without")
+    most_tokens: int = option(0, "Only the text's first tokens; 0: all.", ge=0)
+
+
+class ExplainConfig(LookConfig):
+    keys: int = option(3, "Strongest keys to show per layer.", ge=1)
+    neighbours: int = option(5, "Nearest tokens to show, by cosine of their rows.", ge=1)
+    clusters: int = option(64, "Without TEXT: clusters of coefficients per layer.", ge=2)
+    probe_tokens: int = option(8192, "Without TEXT: held-out tokens for the probes; 0: none.", ge=0)
+    html: Path | None = option(None, "Also write a report with plots, in one file.")
+    explorer: Path | None = option(
+        None,
+        "Only write what the gateway's /explore page shows of the model's own rows: "
+        "memory.npz beside tokenizer.json.",
+    )
 
 
 class LookupConfig(Server):
@@ -185,12 +270,7 @@ class WorkerConfig(Server, Caller):
 
     listen: str = option("127.0.0.1:50052", "Address to serve gRPC on; port 0: any free one.")
     metrics_listen: str = option("127.0.0.1:0", "Address to serve Prometheus metrics on.")
-    rows: str = option(
-        DEFAULT_STORE,
-        "Where rows are read from: a store, file://PATH or redis://HOST:PORT, or lookup replicas, "
-        + SERVICES,
-        old="lookup",
-    )
+    rows: str = option(DEFAULT_STORE, f"Where rows are read from: {SOURCES}", old="lookup")
     table: str = option(
         "", "Table of the rows, NAME or NAME@VERSION. Default: the name of the checkpoint's folder."
     )
@@ -258,13 +338,8 @@ class GatewayConfig(Server, Caller):
 
 
 CONFIGS: tuple[type[Config], ...] = (
-    BuildConfig,
-    CompressConfig,
-    StoreConfig,
-    ClientConfig,
-    LookupConfig,
-    WorkerConfig,
-    GatewayConfig,
+    *(BuildConfig, CompressConfig, StoreConfig, TrainConfig, GenerateConfig, FetchConfig),
+    *(EvalConfig, ExplainConfig, LookupConfig, WorkerConfig, GatewayConfig),
 )
 # Commands whose argument CHECKPOINT the environment may give as well.
 CHECKPOINT_VARIABLES = {
@@ -272,6 +347,11 @@ CHECKPOINT_VARIABLES = {
     for command in ("build", "compress", "worker", "gateway")
 }
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def flag(field: str) -> str:
+    """The option of a field on the command line."""
+    return f"--{field.strip('_').replace('_', '-')}"
 
 
 def old_names(config: type[Config], field: str) -> list[str]:
@@ -285,7 +365,7 @@ def variable(config: type[Config], field: str) -> str:
     info = config.model_fields.get(field)
     extra = info.json_schema_extra if info else None
     own = str(extra["env"]) if isinstance(extra, dict) else ""
-    return own or f"{PREFIX}{config.prefix}_{field.upper()}"
+    return own or f"{PREFIX}{config.prefix}_{field.strip('_').upper()}"
 
 
 def variables() -> set[str]:
@@ -297,6 +377,18 @@ def variables() -> set[str]:
         for name in (field, *old_names(config, field))
     }
     return named | set(CHECKPOINT_VARIABLES.values())
+
+
+def arguments(settings: Config) -> list[str]:
+    """The command line that gives `settings`, as far as they differ from the defaults."""
+    words = []
+    for field, info in type(settings).model_fields.items():
+        value = getattr(settings, field)
+        if isinstance(value, bool) and value != info.default:
+            words.append(flag(field if value else f"no_{field}"))
+        elif value != info.default:
+            words += [flag(field), str(value)]
+    return words
 
 
 def load(config: type[ConfigT], given: dict[str, Any]) -> ConfigT:
@@ -324,7 +416,7 @@ def load(config: type[ConfigT], given: dict[str, Any]) -> ConfigT:
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0])
-        name = f"--{field.replace('_', '-')} ({variable(config, field)})"
+        name = f"{flag(field)} ({variable(config, field)})"
         raise InvalidArgument(f"{name}: {first['msg']}; {first['input']!r} was given") from None
 
 

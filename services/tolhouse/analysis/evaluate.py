@@ -1,7 +1,7 @@
-"""How well a model predicts text: loss and perplexity, and the loss by how frequent the predicted token is.
+"""How well a model predicts text: loss, perplexity, and the loss by frequency of the token.
 
-Text is read in windows of the model's context, one after the other: each window's last token is the first of the next one, so that every
-token but the text's first is predicted once, from what is before it in its window.
+Text is read in windows of the model's context. Each window's last token is the first of the next
+one: every token but the text's first is predicted once, from what is before it in its window.
 """
 
 import math
@@ -41,7 +41,7 @@ class Evaluation:
         return math.exp(self.loss)
 
     def deciles(self) -> list[dict[str, Any]]:
-        """The loss by frequency: tokens of the text from the most frequent down, cut into ten parts of as many occurrences each."""
+        """The loss by frequency: occurrences from the most frequent token down, in ten parts."""
         counts = np.bincount(self.targets)
         order = np.argsort(-counts[self.targets], kind="stable")
         return [
@@ -60,30 +60,22 @@ class Evaluation:
 def evaluate(
     model: Transformer, ids: np.ndarray, rows: RowsOf | None = None, *, quiet: bool = True
 ) -> Evaluation:
-    """The losses of token ids [T] after the first, with `rows` in place of the model's own; InvalidArgument for less than two ids."""
+    """The losses of at least two token ids [T], with `rows` in place of the model's own."""
     if len(ids) < 2:
-        raise InvalidArgument(
-            f"the text has {len(ids)} tokens; at least 2 are needed, one to predict the other from"
-        )
+        raise InvalidArgument(f"the text has {len(ids)} tokens; at least 2 are needed")
+    rows, ids_T = rows or model.rows, torch.from_numpy(ids.astype(np.int64))
     length = min(model.config.max_position_embeddings, len(ids) - 1)
-    rows = rows or model.rows
-    whole = (len(ids) - 1) // length
-    windows = torch.from_numpy(ids[: whole * length + 1].astype(np.int64)).unfold(
-        0, length + 1, length
-    )
-    rest = torch.from_numpy(ids[whole * length :].astype(np.int64))[None]
-    batches = [
-        *windows.split(max(1, _BATCH_TOKENS // length)),
-        *([rest] if rest.shape[1] > 1 else []),
-    ]
+    end = (len(ids) - 1) // length * length
+    windows = ids_T[: end + 1].unfold(0, length + 1, length)
+    batches = list(windows.split(max(1, _BATCH_TOKENS // length)))
+    if end + 1 < len(ids):
+        batches.append(ids_T[None, end:])
     losses = []
-    for some_BS in tqdm(
-        batches, desc="evaluate", unit="batch", disable=quiet, leave=False, dynamic_ncols=True
-    ):
-        inputs_T, targets_T = some_BS[:, :-1].flatten(), some_BS[:, 1:].flatten()
-        size = some_BS.shape[1] - 1
-        logits_TV = model(
-            inputs_T, torch.arange(size).repeat(len(some_BS)), NoCache(size), rows(inputs_T)
-        )
+    look = {"unit": "batch", "disable": quiet, "leave": False, "dynamic_ncols": True}
+    for windows_BS in tqdm(batches, desc="evaluate", **look):
+        inputs_T, targets_T = windows_BS[:, :-1].flatten(), windows_BS[:, 1:].flatten()
+        size = windows_BS.shape[1] - 1
+        positions_T = torch.arange(size).repeat(len(windows_BS))
+        logits_TV = model(inputs_T, positions_T, NoCache(size), rows(inputs_T))
         losses.append(F.cross_entropy(logits_TV.float(), targets_T, reduction="none"))
     return Evaluation(torch.cat(losses).double().numpy(), ids[1:].astype(np.int64))

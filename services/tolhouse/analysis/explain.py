@@ -1,8 +1,8 @@
 """What the memory of a model holds for a token: row norms, strongest keys, nearest rows.
 
-A key of a layer is one of FFN-M's K hidden units. Its coefficient for a token is SiLU(gate) * up, the factor with which
-its value (a column of down_proj) enters the row (PAPER section 2). Two tokens are near when the cosine of their rows,
-all layers joined, is high.
+A key of a layer is one of FFN-M's K hidden units. Its coefficient for a token is SiLU(gate) * up,
+the factor of its value (a column of down_proj) in the row (PAPER section 2). Two tokens are near
+when the cosine of their rows, all layers joined, is high.
 """
 
 from typing import Any, cast
@@ -17,24 +17,22 @@ from tolhouse.analysis.probes import probed
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.transformer import ContextFreeFFN, Transformer
+from tolhouse.sources.memoryllm import MemoryLLM
 
 _BATCH_TOKENS = 1024
-_SHARERS = 4  # tokens told for a key
+_SHARERS = 4  # tokens shown for a key
 
 
 @torch.inference_mode()
 def explain_text(
     checkpoint: Checkpoint, text: str, keys: int, neighbours: int, rows: np.ndarray | None = None
 ) -> list[dict[str, Any]]:
-    """One entry per distinct token of `text`, in order: id, token, norms by layer, strongest keys by layer, nearest.
+    """Of each distinct token: id, token, norms by layer, strongest keys by layer, nearest.
 
-    Norms and neighbours are those of the model's rows or, of a table, of `rows` [V, N, D], which may have X0 in front.
+    Norms and neighbours are of the model's rows or, of a table, of `rows` [V, N, D], which may
+    have X0 in front.
     """
-    if not checkpoint.config.num_rows:
-        raise InvalidArgument(
-            f"checkpoint {checkpoint.path.name} is of kind {checkpoint.config.kind}: it has no token memory"
-        )
-    tokenizer, model = checkpoint.tokenizer(), checkpoint.model()
+    tokenizer, config, model = checkpoint.tokenizer(), checkpoint.config, model_of(checkpoint)
     try:
         ids = list(dict.fromkeys(tokenizer.encode(text).ids))
     except TypeError:  # bytes of the command line that are not UTF-8
@@ -42,41 +40,31 @@ def explain_text(
     if not ids:
         raise InvalidArgument("the text is empty; at least one token is needed")
     ids_T = torch.tensor(ids)
-    of = (
-        probed(rows[:, rows.shape[1] - checkpoint.config.num_rows :])
-        if rows is not None
-        else model.rows
-    )
-    norms_TN = of(ids_T).norm(dim=-1).T
-    near = nearest(of, checkpoint.config.vocab_size, ids_T, neighbours)
-    by_layer = [coefficients(model, layer, ids_T) for layer in range(checkpoint.config.num_rows)]
-    strongest = [c_TK.abs().topk(min(keys, c_TK.shape[1])).indices for c_TK in by_layer]
-    sharers = [shared_by(model, layer, top_TK, _SHARERS) for layer, top_TK in enumerate(strongest)]
+    rows_of = model.rows if rows is None else probed(rows[:, -config.num_rows :])
+    norms_TN = rows_of(ids_T).norm(dim=-1).T
+    near = nearest(rows_of, config.vocab_size, ids_T, neighbours)
+
+    def word(i: int) -> str:
+        return tokenizer.decode([i], skip_special_tokens=False)
+
+    strongest: list[list[list[dict[str, Any]]]] = [[] for _ in ids]
+    for layer in range(config.num_rows):
+        c_TK = coefficients(model, layer, ids_T)
+        top_TK = c_TK.abs().topk(min(keys, c_TK.shape[1])).indices
+        sharers_TKS = shared_by(model, layer, top_TK, _SHARERS)
+        for t, by_key in enumerate(strongest):
+            top = zip(top_TK[t].tolist(), sharers_TKS[t].tolist(), strict=True)
+            names = ("key", "coefficient", "shared_by")
+            values = [(k, round(float(c_TK[t, k]), 4), [*map(word, who)]) for k, who in top]
+            by_key.append([dict(zip(names, value, strict=True)) for value in values])
     return [
         {
             "id": token,
-            "token": tokenizer.decode([token], skip_special_tokens=False),
+            "token": word(token),
             "norms": [round(n, 4) for n in norms_TN[t].tolist()],
-            "keys": [
-                [
-                    {
-                        "key": k,
-                        "coefficient": round(float(c_TK[t, k]), 4),
-                        "shared_by": [
-                            tokenizer.decode([i], skip_special_tokens=False)
-                            for i in who_TKS[t, place].tolist()
-                        ],
-                    }
-                    for place, k in enumerate(top_TK[t].tolist())
-                ]
-                for c_TK, top_TK, who_TKS in zip(by_layer, strongest, sharers, strict=True)
-            ],
+            "keys": strongest[t],
             "nearest": [
-                {
-                    "id": i,
-                    "token": tokenizer.decode([i], skip_special_tokens=False),
-                    "cosine": round(c, 4),
-                }
+                {"id": i, "token": word(i), "cosine": round(c, 4)}
                 for i, c in zip(near.indices[t].tolist(), near.values[t].tolist(), strict=True)
             ],
         }
@@ -84,69 +72,60 @@ def explain_text(
     ]
 
 
-def coefficients(model: Transformer, layer: int, ids_T: Tensor) -> Tensor:
-    """Key coefficients [T, K] of one layer."""
+def model_of(checkpoint: Checkpoint) -> Transformer:
+    """The model; InvalidArgument if it has no token memory."""
+    return MemoryLLM(checkpoint).model
+
+
+def coefficients(model: Transformer, layer: int, ids_T: Tensor | None = None) -> Tensor:
+    """Key coefficients [T, K] of one layer, by default of the whole vocabulary."""
+    ids_T = torch.arange(model.config.vocab_size) if ids_T is None else ids_T
     ffn = cast("ContextFreeFFN", model.ffn_m[layer])
-    x_TD = ffn.norm(model.x0(ids_T))
-    return F.silu(ffn.mlp.gate_proj(x_TD)) * ffn.mlp.up_proj(x_TD)
+    parts = [ffn.norm(model.x0(part)) for part in ids_T.split(_BATCH_TOKENS)]
+    return torch.cat([F.silu(ffn.mlp.gate_proj(x_TD)) * ffn.mlp.up_proj(x_TD) for x_TD in parts])
 
 
 def shared_by(model: Transformer, layer: int, keys_TK: Tensor, count: int) -> Tensor:
-    """The `count` tokens, strongest first, that have the largest coefficients of each of the keys [T, K], by magnitude: [T, K, count]."""
-    wanted, place_TK = keys_TK.unique(return_inverse=True)
-    vocabulary = torch.arange(model.config.vocab_size)
-    c_VW = torch.cat(
-        [coefficients(model, layer, part)[:, wanted] for part in vocabulary.split(_BATCH_TOKENS)]
-    )
-    return c_VW.abs().topk(min(count, len(vocabulary)), dim=0).indices.T[place_TK]
+    """For each of the keys [T, K] the `count` tokens of the largest coefficients: [T, K, count]."""
+    unique, index_TK = keys_TK.unique(return_inverse=True)
+    parts = torch.arange(model.config.vocab_size).split(_BATCH_TOKENS)
+    c_VU = torch.cat([coefficients(model, layer, part)[:, unique].abs() for part in parts])
+    return c_VU.topk(min(count, len(c_VU)), dim=0).indices.T[index_TK]
 
 
 @torch.inference_mode()
 def explorer(checkpoint: Checkpoint, keys: int = 3, neighbours: int = 5) -> dict[str, np.ndarray]:
-    """The same of all tokens, for the gateway's explorer page: arrays by the names that gateway/explore.py reads."""
-    if not checkpoint.config.num_rows:
-        raise InvalidArgument(
-            f"checkpoint {checkpoint.path.name} is of kind {checkpoint.config.kind}: it has no token memory"
-        )
-    model, parts = (
-        checkpoint.model(),
-        torch.arange(checkpoint.config.vocab_size).split(_BATCH_TOKENS),
-    )
-    norms, strongest, values, sharers = [], [], [], []
-    for layer, ffn in enumerate(model.ffn_m):
-        c_VK = torch.cat([coefficients(model, layer, part) for part in parts])
+    """The same of all tokens, for the gateway's explorer page: arrays that gateway/explore.py reads."""
+    model, count = model_of(checkpoint), checkpoint.config.vocab_size
+    parts = torch.arange(count).split(_BATCH_TOKENS)
+    by_layer: dict[str, list[Tensor]] = {"keys": [], "coefficients": [], "sharers": []}
+    for layer in range(checkpoint.config.num_rows):
+        c_VK = coefficients(model, layer)
         top_Vk = c_VK.abs().topk(min(keys, c_VK.shape[1])).indices
-        norms.append(torch.cat([ffn(model.x0(part)).norm(dim=-1) for part in parts]))
-        strongest.append(top_Vk)
-        values.append(c_VK.gather(1, top_Vk))
-        sharers.append(c_VK.abs().topk(min(_SHARERS, len(c_VK)), dim=0).indices.T)
-    near = [nearest(model.rows, checkpoint.config.vocab_size, part, neighbours) for part in parts]
+        by_layer["keys"].append(top_Vk)
+        by_layer["coefficients"].append(c_VK.gather(1, top_Vk))
+        by_layer["sharers"].append(c_VK.abs().topk(min(_SHARERS, count), dim=0).indices.T)
+    near = [nearest(model.rows, count, part, neighbours) for part in parts]
     arrays = {
-        "norms": torch.stack(norms, 1).half(),
-        "keys": torch.stack(strongest, 1).int(),
-        "coefficients": torch.stack(values, 1).half(),
-        "sharers": torch.stack(sharers).int(),
+        "norms": torch.cat([model.rows(part).norm(dim=-1).T for part in parts]).half(),
+        "keys": torch.stack(by_layer["keys"], 1).int(),
+        "coefficients": torch.stack(by_layer["coefficients"], 1).half(),
+        "sharers": torch.stack(by_layer["sharers"]).int(),
         "near": torch.cat([n.indices for n in near]).int(),
         "cosines": torch.cat([n.values for n in near]).half(),
     }
-    of = {
-        "tokenizer_id": np.array(checkpoint.tokenizer_id),
-        "model_id": np.array(checkpoint.model_id()),
-    }
-    return {**of, **{name: array.numpy() for name, array in arrays.items()}}
+    ids = {"tokenizer_id": checkpoint.tokenizer_id, "model_id": checkpoint.model_id()}
+    return {name: np.asarray(value) for name, value in {**ids, **arrays}.items()}
 
 
 def nearest(rows: RowsOf, vocab_size: int, ids_T: Tensor, count: int) -> torch.return_types.topk:
-    """The `count` tokens whose rows are nearest to each of `ids_T` by cosine, themselves left out."""
+    """The `count` tokens whose rows are nearest to each of `ids_T` by cosine, without itself."""
 
     def directions(part_U: Tensor) -> Tensor:
         return F.normalize(rows(part_U).transpose(0, 1).flatten(1), dim=-1)
 
-    wanted = directions(ids_T)
-    cosines_TV = torch.cat(
-        [wanted @ directions(part).T for part in torch.arange(vocab_size).split(_BATCH_TOKENS)],
-        dim=1,
-    )
+    own_TX, parts = directions(ids_T), torch.arange(vocab_size).split(_BATCH_TOKENS)
+    cosines_TV = torch.cat([own_TX @ directions(part).T for part in parts], dim=1)
     cosines_TV[torch.arange(len(ids_T)), ids_T] = -torch.inf
     return cosines_TV.topk(min(count, vocab_size - 1))
 
@@ -162,8 +141,6 @@ def table_of(found: list[dict[str, Any]]) -> str:
                 for k in keys
             )
             lines.append(f"  layer {layer:>2}  norm {norm:8.3f}  keys {strongest}")
-        lines.append(
-            "  nearest   "
-            + "  ".join(f"{n['token']!r} ({n['id']}) {n['cosine']:.2f}" for n in entry["nearest"])
-        )
+        near = (f"{n['token']!r} ({n['id']}) {n['cosine']:.2f}" for n in entry["nearest"])
+        lines.append("  nearest   " + "  ".join(near))
     return "\n".join(lines)

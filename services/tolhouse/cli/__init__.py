@@ -23,7 +23,7 @@ def main() -> None:
       tolhouse build models/mine                            compute its table of rows, with Ray
       tolhouse publish mine@VERSION                         let the name stand for that version
       tolhouse lookup                                       serve tables over gRPC
-      tolhouse worker models/mine                           serve tokens: attention, with rows from the lookup service
+      tolhouse worker models/mine                           serve tokens: attention, with those rows
       tolhouse gateway models/mine                          serve text: OpenAI's HTTP API
       tolhouse demo                                         all of it at once, on the demo checkpoint
 
@@ -32,18 +32,9 @@ def main() -> None:
 
 
 for command in (
-    models.train,
-    *(
-        tables.build,
-        tables.compress,
-        tables.tables,
-        tables.publish,
-        tables.rollback,
-        tables.overlay,
-    ),
-    *(services.lookup, services.worker, services.gateway),
-    *(credentials.keys, credentials.certs),
-    *(models.generate, models.fetch, models.evaluate, models.explain),
+    *(models.train, tables.build, tables.compress, tables.tables, tables.publish, tables.rollback),
+    *(tables.overlay, services.lookup, services.worker, services.gateway, credentials.keys),
+    *(credentials.certs, models.generate, models.fetch, models.evaluate, models.explain),
     *(services.demo, services.serve),
 ):
     main.add_command(command)

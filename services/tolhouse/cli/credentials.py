@@ -1,4 +1,4 @@
-"""Who may call: API keys of the gateway, and certificates for development."""
+"""Credentials of callers: API keys of the gateway, and certificates for development."""
 
 from pathlib import Path
 
@@ -6,13 +6,12 @@ import click
 
 from tolhouse.cli.options import Commands
 
+keys_file = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+
 
 @click.group(cls=Commands)
 def keys() -> None:
-    """Make, list and remove API keys of the gateway; FILE keeps their hashes, and a running gateway reads it again."""
-
-
-keys_file = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+    """Make, list and remove API keys; FILE keeps their hashes, and gateways read it again."""
 
 
 @keys.command("add")
@@ -33,10 +32,10 @@ keys_file = click.argument("file", type=click.Path(path_type=Path, dir_okay=Fals
     help="Requests in flight.",
 )
 def add_key(file: Path, name: str, requests_per_minute: float, concurrent: int) -> None:
-    """Make a key for NAME and print it: this once, only its hash is kept."""
-    from tolhouse.gateway.auth import add_key
+    """Make a key for NAME and print it, once: FILE keeps its hash alone."""
+    from tolhouse.gateway import auth
 
-    click.echo(add_key(file, name, requests_per_minute, concurrent))
+    click.echo(auth.add_key(file, name, requests_per_minute, concurrent))
 
 
 @keys.command("list")
@@ -46,26 +45,23 @@ def list_keys(file: Path) -> None:
     from tolhouse.gateway.auth import read_keys
 
     for name, key in sorted(read_keys(str(file)).items()):
-        click.echo(
-            f"{name}  {key.requests_per_minute:g} requests a minute, {key.concurrent} at once"
-        )
+        rate = f"{key.requests_per_minute:g} requests a minute"
+        click.echo(f"{name}  {rate}, {key.concurrent} at once")
 
 
 @keys.command("remove")
 @keys_file
 @click.argument("name")
 def remove_key(file: Path, name: str) -> None:
-    """Take the key of NAME away; requests in flight end as they are."""
-    from tolhouse.gateway.auth import remove_key
+    """Remove the key of NAME; requests in flight are completed."""
+    from tolhouse.gateway import auth
 
-    remove_key(file, name)
+    auth.remove_key(file, name)
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@click.option(
-    "--name", default="service", show_default=True, help="Of the files NAME.pem and NAME.key."
-)
+@click.option("--name", default="service", show_default=True, help="Of NAME.pem and NAME.key.")
 @click.option(
     "--hosts",
     default="localhost,127.0.0.1,::1",
@@ -73,19 +69,13 @@ def remove_key(file: Path, name: str) -> None:
     help="Names and addresses it is for, with commas between.",
 )
 def certs(folder: Path, name: str, hosts: str) -> None:
-    """Make a certificate for development in FOLDER, and an authority that signs it if there is none yet.
+    """Make a certificate for development in FOLDER, signed by the authority there.
 
-    ca.pem is the authority, NAME.pem and NAME.key serve for both ends of a connection, for 90 days. In production,
-    certificates come from an authority of your own.
+    ca.pem is the authority, made if there is none; NAME.pem and NAME.key serve for both ends of a
+    connection, for 90 days. In production, certificates come from an authority of your own.
     """
     from tolhouse.certs import ensure_authority, issue
 
     ensure_authority(folder)
-    click.echo(
-        " ".join(
-            map(
-                str,
-                issue(folder, name, [host.strip() for host in hosts.split(",") if host.strip()]),
-            )
-        )
-    )
+    names = [host.strip() for host in hosts.split(",") if host.strip()]
+    click.echo(" ".join(map(str, issue(folder, name, names))))

@@ -16,24 +16,24 @@ from tolhouse.logs import event, start_logging
 from tolhouse.sampling import SamplingParams
 
 EXTRAS = {
-    "torch": "worker",
-    "ray": "build",
-    "redis": "lookup",
-    "fastapi": "gateway",
-    "uvicorn": "gateway",
+    **dict.fromkeys(("torch", "tokenizers"), "worker"),
+    **dict.fromkeys(("ray", "tqdm"), "build"),
+    **dict.fromkeys(("redis", "safetensors", "prometheus_client"), "lookup"),
+    **dict.fromkeys(("fastapi", "limits", "starlette", "uvicorn"), "gateway"),
+    **dict.fromkeys(("cryptography", "trustme"), "certs"),
     "matplotlib": "train",
-    "tokenizers": "worker",
-    "safetensors": "lookup",
-    "prometheus_client": "lookup",
-    "tqdm": "build",
-    "cryptography": "certs",
-    "starlette": "gateway",
-    "limits": "gateway",
 }
+checkpoint_option = click.option(
+    "--checkpoint",
+    default="models/demo-memory",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Checkpoint to serve.",
+)
 
 
 class Commands(click.Group):
-    """A group whose commands end in one line on stderr where something is wrong, and in no traceback."""
+    """A group whose commands report an error in one line on stderr, without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of a table's life, not of the alphabet
@@ -41,60 +41,49 @@ class Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().main(*args, **kwargs)
-        except TolhouseError as error:
-            sys.exit(_told(str(error)))
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             if package not in EXTRAS:
                 raise
-            sys.exit(
-                _told(
-                    f"this command needs the package {package}: pip install 'tolhouse[{EXTRAS[package]}]'"
-                )
-            )
+            hint = f"pip install 'tolhouse[{EXTRAS[package]}]'"
+            return _fail(f"this command needs the package {package}: {hint}")
         except KeyboardInterrupt:
             sys.exit(130)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(141)
-        except OSError as error:  # a file that can't be read, a disk that is full
-            sys.exit(_told(str(error)))
+        except (TolhouseError, OSError) as error:  # also a file that can't be read, a full disk
+            return _fail(str(error))
 
 
-def _told(message: str) -> int:
+def _fail(message: str) -> typing.NoReturn:
     click.echo(f"error: {message}", err=True)
-    return 1
-
-
-def layer_numbers(text: str, option: str) -> list[int]:
-    """Numbers of layers with commas between."""
-    parts = [part.strip() for part in text.split(",") if text]
-    if not all(part.isdecimal() for part in parts):
-        raise InvalidArgument(
-            f"{option} {text!r} is not a list of layer numbers with commas between, such as 3,4"
-        )
-    return [int(part) for part in parts]
+    sys.exit(1)
 
 
 def options(kind: type[config.Config]) -> Callable:
-    """A command's options from the fields of a config, and the config itself as its first argument."""
+    """A command's options from the fields of a config, and the config as its first argument."""
+    names = [
+        (name, field)
+        for field in reversed(kind.model_fields)
+        for name in (field, *config.old_names(kind, field))
+    ]
 
     def decorate(command: Callable) -> Callable:
         def wrapped(**given: Any) -> Any:
-            own = {name: given.pop(name) for name in names}
+            own = {name: given.pop(name) for name, _ in names}
             loaded = config.load(kind, {k: v for k, v in own.items() if v is not None})
             start_logging(loaded.log_level)
             return command(loaded, **given)
 
         wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
         wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
-        names = []
-        for field, info in reversed(kind.model_fields.items()):
-            default = "" if info.default in ("", None, False) else f" Default {info.default}."
+        for name, field in names:
+            info = kind.model_fields[field]
+            shows = info.default is not False and info.default not in ("", None, ())
+            default = f" Default {info.default}." if shows else ""
             text = f"{info.description}{default} [{config.variable(kind, field)}]"
-            for name in (field, *config.old_names(kind, field)):
-                names.append(name)
-                _option(name, info.annotation, help=text, hidden=name != field)(wrapped)
+            _option(name, info.annotation, help=text, hidden=name != field)(wrapped)
         return wrapped
 
     return decorate
@@ -107,27 +96,28 @@ def sampling_options(*names: str) -> Callable:
         for name in reversed(names):
             field = SamplingParams.model_fields[name]
             kind = float if field.annotation is float else int
-            click.option(f"--{name.replace('_', '-')}", type=kind, help=field.description)(command)
+            click.option(config.flag(name), type=kind, help=field.description)(command)
         return command
 
     return decorate
 
 
 def _option(name: str, annotation: Any, **more: Any) -> Callable:
-    """An option whose value pydantic reads; click knows its choices and what to show."""
-    flag = name.replace("_", "-")
-    if annotation is bool:
-        return click.option(f"--{flag}/--no-{flag}", name, default=None, **more)
-    if typing.get_origin(annotation) is Literal:
-        return click.option(
-            f"--{flag}", name, type=click.Choice(typing.get_args(annotation)), **more
-        )
-    number = {int, float} & {annotation, *typing.get_args(annotation)}
-    return click.option(f"--{flag}", name, type=str, metavar="N" if number else "TEXT", **more)
+    """An option whose value pydantic reads; click shows its kind and checks choices."""
+    flag, parts = config.flag(name), (annotation, *typing.get_args(annotation))
+    choices = next((typing.get_args(p) for p in parts if typing.get_origin(p) is Literal), None)
+    if bool in parts:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, **more)
+    if choices:
+        return click.option(flag, name, type=click.Choice(choices), **more)
+    kinds = (("N", {int, float}), ("PATH", {Path}))
+    metavar = next((shown for shown, types in kinds if types & {*parts}), "TEXT")
+    return click.option(flag, name, type=str, metavar=metavar, **more)
 
 
-def checkpoint_argument(command: str) -> Callable:
-    variable = config.CHECKPOINT_VARIABLES[command]
+def checkpoint_argument(command: str = "") -> Callable:
+    """CHECKPOINT, which the environment may give to `command`."""
+    variable = config.CHECKPOINT_VARIABLES.get(command)
     return click.argument("checkpoint", envvar=variable, type=click.Path(path_type=Path))
 
 
@@ -136,22 +126,19 @@ def stores_of(
 ) -> tuple[str, ...]:
     from tolhouse.store.base import has_password, require_private
 
-    found = tuple(
-        dict.fromkeys(u.strip() for u in re.split(r",(?=\s*\w+://)", settings.store) if u.strip())
-    )
-    for url in found:
+    urls = [url.strip() for url in re.split(r",(?=\s*\w+://)", settings.store) if url.strip()]
+    for url in urls:
         require_private(url, insecure=settings.insecure)
         if has_password(url) and any(url in argument for argument in sys.argv):
             event(
-                "a password on the command line can be read by everyone on this machine: name a password_file in the URL",
+                "a password on the command line can be read by everyone on this machine: "
+                "name a password_file in the URL",
                 WARNING,
             )
-    if not found:
-        raise InvalidArgument(
-            "no store given: file://PATH, redis://HOST:PORT, or both with a comma between"
-        )
+    if not urls:
+        raise InvalidArgument(f"no store given: {config.STORES}")
     # other processes may run elsewhere: a relative path is made absolute
     return tuple(
-        f"file://{Path(u[7:]).absolute()}" if u.startswith("file://") and u[7:] else u
-        for u in found
+        f"file://{Path(url[7:]).absolute()}" if url.startswith("file://") and url[7:] else url
+        for url in dict.fromkeys(urls)
     )

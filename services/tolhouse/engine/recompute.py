@@ -14,7 +14,7 @@ from torch.func import functional_call
 from tolhouse.engine.cpu.packed import Embedding
 from tolhouse.errors import Mismatch
 from tolhouse.model.checkpoint import Checkpoint
-from tolhouse.model.rows import batches
+from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.table.manifest import Manifest
 
 
@@ -47,12 +47,12 @@ class RecomputedRows:
         self.model.ffn_m = nn.ModuleList(Widened(ffn) for ffn in self.model.ffn_m)
         embedding = Embedding(checkpoint.embedding(), torch.float32)
         self.model.embed_tokens = cast("nn.Embedding", embedding)
+        self.source = MemoryLLM(checkpoint, manifest.blocks, self.model)
 
     def records(self, ids: np.ndarray) -> np.ndarray:
         """Records uint8 [T, record_bytes] of `ids` [T], at least one."""
-        manifest = self.manifest
-        parts = batches(self.model, ids, manifest.has_x0, manifest.layers)
-        return np.concatenate([manifest.encode(ids[part], rows) for part, rows in parts])
+        parts = self.source.batches(ids)
+        return np.concatenate([self.manifest.encode(ids[part], rows) for part, rows in parts])
 
     def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
         out[slots] = self.records(ids)

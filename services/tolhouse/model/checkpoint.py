@@ -1,4 +1,4 @@
-"""A checkpoint: a folder of config.json, model.safetensors and tokenizer.json. Nothing is ever unpickled.
+"""A checkpoint: a folder of config.json, model.safetensors and tokenizer.json; no pickles.
 
 Tensor names are LLaMA's; FFN-M adds its own. `{i}` counts layers:
 
@@ -6,13 +6,13 @@ Tensor names are LLaMA's; FFN-M adds its own. `{i}` counts layers:
     model.layers.{i}.input_layernorm.weight                    [D]
     model.layers.{i}.self_attn.{q,k,v,o}_proj.weight           [D, D]
     model.layers.{i}.post_attention_layernorm.weight           [D]            base, flex
-    model.layers.{i}.mlp.{gate,up,down}_proj.weight            [K, D] [D, K]  base; flex with ffn_c = swiglu
-    model.layers.{i}.mlp.maps.{j}.weight                       [D, D]         flex with ffn_c = linear, j < beta
-    model.layers.{i}.ffn_m.norm.weight                         [D]            memory, flex; wide: layer 0's alone
-    model.layers.{i}.ffn_m.mlp.{gate,up,down}_proj.weight      [K, D] [D, K]  memory, flex; wide: layer 0's alone
-    model.layers.{i}.row_scale                                 [D]            wide
+    model.layers.{i}.mlp.{gate,up,down}_proj.weight            [K, D] [D, K]  base, flex with swiglu
+    model.layers.{i}.mlp.maps.{j}.weight                       [D, D]         flex, linear, j < beta
+    model.layers.{i}.ffn_m.norm.weight                         [D]            memory, flex, wide
+    model.layers.{i}.ffn_m.mlp.{gate,up,down}_proj.weight      [K, D] [D, K]  (wide: i = 0 alone)
+    model.layers.{i}.ffn_scale                                 [D]            wide; was row_scale
     model.norm.weight                                          [D]
-    lm_head.weight                                             [V, D]         unless tied to the embedding
+    lm_head.weight                                             [V, D]         unless tied
 """
 
 import hashlib
@@ -40,7 +40,7 @@ _DTYPES = {"BF16": 2, "F16": 2, "F32": 4}  # bytes per value
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk whose config and tokenizer have been read and whose weights have been listed, not loaded."""
+    """A checkpoint whose config and tokenizer were read, and whose weights were listed."""
 
     path: Path
     config: ModelConfig
@@ -61,7 +61,7 @@ class Checkpoint:
     ) -> Transformer:
         """The model in `dtype`, or with None as stored, in the mapped file.
 
-        Without its FFN-M weights if `ffn_m` is false, without its input embedding if `embedding` is: those are not read then.
+        Without `ffn_m` or `embedding`, the weights of FFN-M or the input embedding are not read.
         """
         with torch.device("meta"):
             model = Transformer(self.config)
@@ -70,17 +70,16 @@ class Checkpoint:
         if not embedding:
             model.embed_tokens = None
         names = {name: _tensor_name(name) for name, _ in model.named_parameters()}
-        if self.config.tie_word_embeddings and not embedding:
+        tied = self.config.tie_word_embeddings
+        if tied and not embedding:
             names["lm_head.weight"] = EMBEDDING
         with _open(self.path / WEIGHTS) as weights:
-            state = {
-                name: weights.get_tensor(tensor_name).to(dtype=dtype)
-                for name, tensor_name in names.items()
-            }
-        if self.config.tie_word_embeddings and embedding:
+            stored = _stored_names(weights)
+            state = {n: weights.get_tensor(stored[t]).to(dtype=dtype) for n, t in names.items()}
+        if tied and embedding:
             state["lm_head.weight"] = state["embed_tokens.weight"]
         model.load_state_dict(state, assign=True)
-        if self.config.tie_word_embeddings and model.embed_tokens:
+        if tied and model.embed_tokens:
             model.lm_head.weight = model.embed_tokens.weight
         return model.eval().requires_grad_(False)
 
@@ -93,15 +92,13 @@ class Checkpoint:
         """64 hex digits over config and all weights: what a table says it was built from."""
         with (self.path / WEIGHTS).open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
-        return hashlib.sha256(
-            f"{_canonical(self.config.to_json())}\n{weights}".encode()
-        ).hexdigest()
+        return _sha256(f"{_canonical(self.config.to_json())}\n{weights}").hexdigest()
 
     def rows_id(self) -> str:
-        """64 hex digits over what defines the rows: embedding, per-layer norms, FFN-M weights (DESIGN section 3)."""
-        digest = hashlib.sha256(_canonical({"rms_norm_eps": self.config.rms_norm_eps}).encode())
+        """64 hex digits over what defines the rows: embedding, per-layer norms, FFN-M weights."""
+        digest = _sha256(_canonical({"rms_norm_eps": self.config.rms_norm_eps}))
         with _open(self.path / WEIGHTS) as weights:
-            for name in sorted(weights.keys()):
+            for name in sorted(_stored_names(weights)):
                 if name == EMBEDDING or ".ffn_m." in name:
                     tensor = weights.get_tensor(name)
                     digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -109,49 +106,40 @@ class Checkpoint:
         return digest.hexdigest()
 
     def weight_bytes(self, dense: bool, embedding: bool = True) -> int:
-        """Bytes of the weights as stored: all of them, or those that a worker loads, with or without an input embedding."""
-
-        def loaded(name: str) -> bool:
-            return ".ffn_m." not in name and (
-                name != EMBEDDING or embedding or self.config.tie_word_embeddings
-            )
-
+        """Bytes of all weights as stored; or not `dense`, of those that a worker loads."""
+        skipped = [] if dense else [".ffn_m."]
+        if not (dense or embedding or self.config.tie_word_embeddings):
+            skipped.append(EMBEDDING)
         with _open(self.path / WEIGHTS) as weights:
-            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - not a dict
-        return sum(
-            math.prod(t.get_shape()) * _DTYPES[t.get_dtype()]
-            for name, t in slices.items()
-            if dense or loaded(name)
-        )
+            slices = [
+                weights.get_slice(name)
+                for name in _stored_names(weights).values()
+                if not any(part in name for part in skipped)
+            ]
+        return sum(math.prod(t.get_shape()) * _DTYPES[t.get_dtype()] for t in slices)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at `path`, checked as far as possible without reading weights.
 
-    NotFound if there is none; InvalidArgument if it is malformed, of an unknown kind, or not safetensors.
+    NotFound if there is none; InvalidArgument if it is malformed, of an unknown kind, or not
+    safetensors.
     """
     path = Path(path).resolve()
     if not path.is_dir():
-        raise NotFound(
-            f"no checkpoint at {path}: a checkpoint is a folder with {CONFIG}, {WEIGHTS} and {TOKENIZER}"
-        )
+        files = f"{CONFIG}, {WEIGHTS} and {TOKENIZER}"
+        raise NotFound(f"no checkpoint at {path}: a checkpoint is a folder with {files}")
     if not (path / WEIGHTS).is_file():
-        others = sorted(
-            p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-        )
-        hint = (
-            f"; {', '.join(others)} can run code when loaded and is refused: convert it to safetensors"
-            if others
-            else ""
-        )
-        raise NotFound(f"checkpoint {path} has no {WEIGHTS}{hint}")
+        unsafe = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+        others = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in unsafe))
+        hint = "can run code when loaded and is refused: convert it to safetensors"
+        raise NotFound(f"checkpoint {path} has no {WEIGHTS}" + (others and f"; {others} {hint}"))
     try:
-        data = json.loads((path / CONFIG).read_text())
+        config = ModelConfig.from_json(json.loads((path / CONFIG).read_text()))
     except FileNotFoundError:
         raise NotFound(f"checkpoint {path} has no {CONFIG}") from None
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{path / CONFIG} is not JSON: {error}") from None
-    config = ModelConfig.from_json(data)
     _check_tensors(path / WEIGHTS, config)
     load_tokenizer(path / TOKENIZER, config.vocab_size)
     return Checkpoint(path, config)
@@ -160,7 +148,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def save_checkpoint(
     path: Path, model: Transformer, tokenizer_file: Path, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Write config, weights (rounded to `dtype`) and tokenizer into the folder `path`; weights are replaced at once."""
+    """Write config, weights (rounded to `dtype`) and tokenizer to the folder `path`."""
     path.mkdir(parents=True, exist_ok=True)
     tied = model.config.tie_word_embeddings
     state = {
@@ -170,23 +158,12 @@ def save_checkpoint(
     }
     partial = path / f"{WEIGHTS}.partial"
     save_file(state, partial, metadata={"format": "pt"})
-    partial.chmod(
-        0o644
-    )  # safetensors keeps its files to their owner; a service may run as another user
+    partial.chmod(0o644)  # safetensors makes its files private; a service may run as another user
     partial.replace(path / WEIGHTS)
     config = {**model.config.to_json(), "torch_dtype": str(dtype).removeprefix("torch.")}
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer_file.resolve() != (path / TOKENIZER).resolve():
         (path / TOKENIZER).write_bytes(tokenizer_file.read_bytes())
-
-
-def _tensor_name(parameter: str) -> str:
-    if parameter.startswith("lm_head."):
-        return parameter
-    if parameter.startswith("ffn_m."):
-        _, layer, rest = parameter.split(".", 2)
-        return f"model.layers.{layer}.ffn_m.{rest}"
-    return f"model.{parameter}"
 
 
 def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, list[int]]]:
@@ -197,27 +174,37 @@ def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, list[int]]]:
         yield _tensor_name(name), list(tensor.shape)
 
 
+def _tensor_name(parameter: str) -> str:
+    if parameter.startswith("ffn_m."):
+        _, layer, rest = parameter.split(".", 2)
+        return f"model.layers.{layer}.ffn_m.{rest}"
+    return parameter if parameter.startswith("lm_head.") else f"model.{parameter}"
+
+
+def _stored_names(weights: safe_open) -> dict[str, str]:
+    """By the name of a tensor, its name in the file, which may be a former one."""
+    names = weights.keys()
+    return {name.replace(".row_scale", ".ffn_scale"): name for name in names}
+
+
 def _check_tensors(path: Path, config: ModelConfig) -> None:
-    expected = dict(tensor_shapes(config))
+    expected, kind = dict(tensor_shapes(config)), config.kind
+
+    def refuse(message: str) -> None:
+        raise InvalidArgument(f"{path}{message}")
+
     with _open(path) as weights:
-        found = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
-        if missing := sorted(set(expected) - set(found)):
-            raise InvalidArgument(
-                f"{path} lacks {len(missing)} tensors of a {config.kind} model, such as {missing[0]}"
-            )
-        if extra := sorted(set(found) - set(expected)):
-            raise InvalidArgument(
-                f"{path} has {len(extra)} tensors that a {config.kind} model lacks, such as {extra[0]}"
-            )
+        stored = _stored_names(weights)
+        if missing := sorted(expected.keys() - stored.keys()):
+            refuse(f" lacks {len(missing)} tensors of a {kind} model, such as {missing[0]}")
+        if extra := sorted(stored.keys() - expected.keys()):
+            refuse(f" has {len(extra)} tensors that a {kind} model lacks, such as {extra[0]}")
         for name, shape in expected.items():
-            if found[name].get_shape() != shape:
-                raise InvalidArgument(
-                    f"{path}: {name} has shape {found[name].get_shape()}, config.json asks for {shape}"
-                )
-            if found[name].get_dtype() not in _DTYPES:
-                raise InvalidArgument(
-                    f"{path}: {name} is {found[name].get_dtype()}; allowed are {', '.join(_DTYPES)}"
-                )
+            tensor = weights.get_slice(stored[name])
+            if tensor.get_shape() != shape:
+                refuse(f": {name} has shape {tensor.get_shape()}, {CONFIG} asks for {shape}")
+            if tensor.get_dtype() not in _DTYPES:
+                refuse(f": {name} is {tensor.get_dtype()}; allowed are {', '.join(_DTYPES)}")
 
 
 def _open(path: Path) -> safe_open:
@@ -229,3 +216,7 @@ def _open(path: Path) -> safe_open:
 
 def _canonical(data: dict) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"))
+
+
+def _sha256(text: str) -> "hashlib._Hash":
+    return hashlib.sha256(text.encode())

@@ -1,80 +1,69 @@
-"""The shape of a model: one frozen dataclass, saved as config.json with Hugging Face field names, and the presets.
+"""The shape of a model, saved as config.json with Hugging Face field names, and the presets.
 
 It knows nothing of tensors; `transformer.py` reads it, `checkpoint.py` stores it.
 """
 
 import dataclasses
-import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 from tolhouse.errors import InvalidArgument
 
-KINDS = ("base", "memory", "flex", "wide")
-FFN_C_FORMS = ("linear", "swiglu")
-_LIMITS = {
-    "vocab_size": 2**31,
-    "hidden_size": 2**17,
-    "num_hidden_layers": 2**10,
-    "num_attention_heads": 2**16,
-    "intermediate_size": 2**20,
-    "max_position_embeddings": 2**31,
-}
+Kind = Literal["base", "memory", "flex", "wide"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Size = Annotated[int, Field(ge=1, le=2**31)]
+Positive = Annotated[float, Field(gt=0)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 class ModelConfig:
-    """Shape of one model. `intermediate_size` is K of the FFN (base) or of FFN-M (memory, flex, wide); PAPER table 1."""
+    """Shape of one model; InvalidArgument where the fields do not make one.
 
-    kind: str  # base: LLaMA · memory: every FFN reads the token alone · flex: a part of the budget stays in the block · wide: one for all layers
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
+    base: LLaMA · memory: every FFN reads the token alone · flex: a part of the FFN stays in the
+    block · wide: one FFN, of the token alone, for all layers. `intermediate_size` is K of the FFN
+    (base) or of FFN-M (the others); PAPER table 1.
+    """
+
+    kind: Kind
+    vocab_size: Size
+    hidden_size: Annotated[Size, Field(le=2**17)]
+    num_hidden_layers: Annotated[Size, Field(le=2**10)]
+    num_attention_heads: Annotated[Size, Field(le=2**16)]
+    intermediate_size: Annotated[Size, Field(le=2**20)]
     beta: int = 0  # flex: FFN-C has beta * hidden_size^2 parameters
-    ffn_c: str = "linear"  # flex: the form of FFN-C, which the paper leaves open
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
+    ffn_c: Literal["linear", "swiglu"] = "linear"  # flex: its form, which the paper leaves open
+    max_position_embeddings: Size = 2048
+    rope_theta: Positive = 10000.0
+    rms_norm_eps: Positive = 1e-5
     tie_word_embeddings: bool = True
-    eos_token_id: int = 0
+    eos_token_id: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, data: Any, check: Any) -> "ModelConfig":
+        try:
+            return check(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            value = "" if first["type"] == "missing" else f", not {first['input']!r:.60}"
+            raise InvalidArgument(
+                f"model config: {first['loc'][0]}: {first['msg']}{value}"
+            ) from None
 
     def __post_init__(self) -> None:
-        def require(ok: bool, message: str) -> None:
-            if not ok:
-                raise InvalidArgument(f"model config: {message}")
-
-        for field in dataclasses.fields(self):
-            value, wanted = getattr(self, field.name), field.type
-            numeric = wanted is float and isinstance(value, int) and not isinstance(value, bool)
-            ok = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))  # type: ignore[arg-type]
-            require(ok or numeric, f"{field.name} must be {wanted.__name__}, not {value!r}")  # type: ignore[union-attr]
-        require(self.kind in KINDS, f"kind {self.kind!r} is unknown; one of {', '.join(KINDS)}")
-        for name, limit in _LIMITS.items():
-            require(
-                0 < getattr(self, name) <= limit,
-                f"{name} must be from 1 to {limit}, not {getattr(self, name)}",
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise InvalidArgument(
+                f"model config: hidden_size {self.hidden_size} must be an even multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
             )
-        for name in ("rope_theta", "rms_norm_eps"):
-            require(
-                0 < getattr(self, name) < math.inf,
-                f"{name} must be a number above 0, not {getattr(self, name)}",
+        if self.beta not in ((1, 2, 3) if self.kind == "flex" else (0,)):
+            raise InvalidArgument(
+                f"model config: beta is 1, 2 or 3 for flex and 0 for other kinds, not {self.beta}"
             )
-        require(
-            self.hidden_size % (2 * self.num_attention_heads) == 0,
-            f"hidden_size {self.hidden_size} must be an even multiple of num_attention_heads {self.num_attention_heads}",
-        )
-        require(
-            self.ffn_c in FFN_C_FORMS,
-            f"ffn_c {self.ffn_c!r} is unknown; one of {', '.join(FFN_C_FORMS)}",
-        )
-        flex = self.kind == "flex"
-        require(
-            self.beta in ((1, 2, 3) if flex else (0,)),
-            "beta is 1, 2 or 3 for flex, and 0 for the other kinds",
-        )
-        require(0 <= self.eos_token_id < self.vocab_size, "eos_token_id must lie in the vocabulary")
+        if self.eos_token_id >= self.vocab_size:
+            raise InvalidArgument("model config: eos_token_id must lie in the vocabulary")
 
     @property
     def head_dim(self) -> int:
@@ -82,7 +71,7 @@ class ModelConfig:
 
     @property
     def num_rows(self) -> int:
-        """Rows of a token: one for each layer, one that all layers share, or none in a base model."""
+        """Rows of a token: one for each layer, one that all layers share, or none."""
         return {"base": 0, "wide": 1}.get(self.kind, self.num_hidden_layers)
 
     def to_json(self) -> dict[str, Any]:
@@ -90,38 +79,20 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: Any) -> "ModelConfig":
-        """The config that `data` describes; InvalidArgument where a field is missing, unknown or of the wrong type."""
-        if not isinstance(data, dict):
-            raise InvalidArgument("model config: not a JSON object")
-        if data.get("model_type") != "memoryllm":
-            raise InvalidArgument(
-                f"model config: model_type must be 'memoryllm', not {data.get('model_type')!r}"
-            )
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        given = {k: v for k, v in data.items() if k not in ("model_type", "torch_dtype")}
-        if unknown := sorted(set(given) - set(fields)):
-            raise InvalidArgument(
-                f"model config: unknown fields {unknown}; known are {sorted(fields)}"
-            )
-        required = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
-        if missing := sorted(required - set(given)):
-            raise InvalidArgument(f"model config: missing fields {missing}")
-        return cls(**given)
+        """The config that `data` describes; InvalidArgument where it is none of ours."""
+        kind = data.get("model_type") if isinstance(data, dict) else None
+        if kind != "memoryllm":
+            raise InvalidArgument(f"model config: model_type must be 'memoryllm', not {kind!r:.60}")
+        return cls(**{k: v for k, v in data.items() if k not in ("model_type", "torch_dtype")})
 
 
-# hidden size, layers, heads, vocabulary, context, and K for base and memory, then for flex with beta 1, 2, 3 (PAPER table 1).
-# The first four are ours, at equal total parameters across kinds: 3 * K = (8 - beta) * h exactly.
+# Hidden size, layers, heads, vocabulary, context, and K for base and memory, then for flex with
+# beta 1, 2, 3 (PAPER table 1). The first four are ours, of equal total parameters across kinds:
+# 3 * K = (8 - beta) * h exactly. A base `small-active` has the active parameters of memory `small`.
 _PRESETS: dict[str, tuple[int, int, int, int, int, tuple[int, int, int, int]]] = {
     "tiny": (96, 4, 4, 1024, 256, (256, 224, 192, 160)),
     "small": (144, 6, 4, 4096, 256, (384, 336, 288, 240)),
-    "small-active": (
-        84,
-        6,
-        3,
-        4096,
-        256,
-        (224, 196, 168, 140),
-    ),  # a base model of this is as large as what is active of `small` memory
+    "small-active": (84, 6, 3, 4096, 256, (224, 196, 168, 140)),
     "demo": (288, 6, 6, 8192, 512, (768, 672, 576, 480)),
     "250m": (960, 24, 16, 128_256, 2048, (2560, 2240, 1920, 1600)),
     "750m": (1600, 24, 16, 128_256, 2048, (4272, 3738, 3200, 2668)),
@@ -131,12 +102,11 @@ PRESETS = tuple(_PRESETS)
 
 
 def preset(name: str, kind: str, beta: int = 0, **overrides: Any) -> ModelConfig:
-    """The shape `name` (one of PRESETS) as a model of `kind`; `overrides` replace single fields, such as vocab_size."""
+    """The shape `name` (one of PRESETS) as a model of `kind`; `overrides` replace single fields."""
     if name not in _PRESETS:
         raise InvalidArgument(f"preset {name!r} is unknown; one of {', '.join(PRESETS)}")
     hidden, layers, heads, vocab, context, ffn = _PRESETS[name]
-    if not 0 <= beta <= 3:
-        raise InvalidArgument(f"beta is 1, 2 or 3 for flex, and 0 for the other kinds, not {beta}")
+    size = ffn[beta if 0 <= beta <= 3 else 0]
     fields: dict[str, Any] = {
         "kind": kind,
         "beta": beta,
@@ -144,8 +114,8 @@ def preset(name: str, kind: str, beta: int = 0, **overrides: Any) -> ModelConfig
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "intermediate_size": ffn[beta]
-        * (layers if kind == "wide" else 1),  # as many parameters as all the others' together
+        # a wide FFN has the parameters of all the others together
+        "intermediate_size": size * layers if kind == "wide" else size,
         "max_position_embeddings": context,
     }
     return ModelConfig(**{**fields, **overrides})

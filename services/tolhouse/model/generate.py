@@ -1,4 +1,4 @@
-"""Greedy completion in one process with the FFNs in place: the reference that every other route must equal."""
+"""Greedy completion in one process, FFNs in place: the reference for every other route."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -12,14 +12,14 @@ from tolhouse.model.transformer import Rows, Transformer
 
 
 def check_prompt(config: ModelConfig, prompt_ids: Iterable[int], max_tokens: int) -> list[int]:
-    """The prompt as a list; an error unless it is not empty, of this vocabulary, and fits the context with its answer."""
+    """The prompt as a list, if it is not empty, of this vocabulary, and fits the context."""
     ids = list(prompt_ids)
     if not ids:
         raise InvalidArgument("the prompt is empty; at least one token is needed")
     if len(ids) + max_tokens > config.max_position_embeddings:
         raise PromptTooLong(
-            f"{len(ids)} prompt tokens and max_tokens {max_tokens} exceed the context of {config.max_position_embeddings} tokens: "
-            "shorten the prompt or lower max_tokens"
+            f"{len(ids)} prompt tokens and max_tokens {max_tokens} exceed the context of "
+            f"{config.max_position_embeddings} tokens: shorten the prompt or lower max_tokens"
         )
     if bad := [i for i in ids if not 0 <= i < config.vocab_size]:
         raise InvalidArgument(
@@ -36,9 +36,9 @@ def greedy(
     ignore_eos: bool = False,
     rows: Callable[[Tensor], Rows] | None = None,
 ) -> Iterator[int]:
-    """Token ids after `prompt_ids`, at most `max_tokens`, up to the end of text unless that is ignored.
+    """Token ids after `prompt_ids`, at most `max_tokens`, up to the end of text unless ignored.
 
-    `rows` gives the rows [N, T, D] of ids [T], with or without X0, where they come from elsewhere than the model.
+    `rows` gives rows [N, T, D] of ids [T], with or without X0, in place of the model's own.
     """
     if max_tokens < 1:
         raise InvalidArgument(f"max_tokens must be at least 1, not {max_tokens}")

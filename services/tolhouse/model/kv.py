@@ -1,6 +1,7 @@
-"""The two plain caches: none, for training over whole sequences, and a growing one for a single sequence.
+"""Two plain caches: none, for training, and a growing one for a single sequence.
 
-The worker's paged cache lives in `worker/kv_cache.py`. Shapes as in `transformer.py`, with B sequences of S tokens.
+The worker's paged cache is in `engine/attention.py`. Shapes as in `transformer.py`, with B
+sequences of S tokens.
 """
 
 import torch
@@ -31,9 +32,8 @@ class GrowingCache:
 
     def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
         if layer in self.kv:
-            k_THE, v_THE = (
-                torch.cat(pair) for pair in zip(self.kv[layer], (k_THE, v_THE), strict=True)
-            )
+            k_seen, v_seen = self.kv[layer]
+            k_THE, v_THE = torch.cat((k_seen, k_THE)), torch.cat((v_seen, v_THE))
         self.kv[layer] = k_THE, v_THE
         new, total = len(q_THE), len(k_THE)
         mask = torch.ones(new, total, dtype=torch.bool, device=q_THE.device).tril(total - new)

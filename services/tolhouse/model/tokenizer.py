@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: a file of the `tokenizers` library. Needs no torch, as the gateway reads it too."""
+"""The tokenizer of a checkpoint, a file of the `tokenizers` library. Needs no torch."""
 
 import hashlib
 from pathlib import Path
@@ -11,7 +11,7 @@ TOKENIZER = "tokenizer.json"
 
 
 def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer in file `path`; InvalidArgument if it is malformed or has ids at or above `vocab_size`."""
+    """The tokenizer in file `path`; InvalidArgument if malformed or with ids over `vocab_size`."""
     path = Path(path)
     if not path.is_file():
         raise NotFound(f"no tokenizer at {path}")

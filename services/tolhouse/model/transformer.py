@@ -3,11 +3,12 @@
     rows   = model.rows(ids)                     # context-free FFN outputs, [N, T, D]
     logits = model(ids, positions, cache, rows)  # attention; adds rows[l] in block l
 
-Rows may carry X0, the embedding, in front: [1 + N, T, D]. The model then begins with it and needs no embedding of its own.
-Where rows come from (computed here, fetched, cached) is the caller's business. What a token attends to is the
-cache's (`kv.py`, or the worker's paged one): this file knows neither sequences nor batches, only T tokens in a row.
+Rows may carry X0, the embedding, in front: [1 + N, T, D]; the model then needs none of its own.
+Where rows come from (computed here, fetched, cached) is the caller's business, and what a token
+attends to is the cache's (`kv.py`, or the worker's paged one): this file knows neither sequences
+nor batches, only T tokens in a row.
 
-Shapes: T tokens, D hidden size, N layers, H heads, E = D / H head size, K FFN intermediate size, V vocabulary.
+Shapes: T tokens, D hidden size, N layers, H heads, E = D / H head size, K FFN size, V vocabulary.
 """
 
 from typing import Protocol, cast
@@ -29,7 +30,7 @@ class Cache(Protocol):
 
 
 class Rows(Protocol):
-    """[N, T, D] or [1 + N, T, D]: a tensor, or what makes its layers as they are asked for, in turn; None for one that is absent."""
+    """[N, T, D] or [1 + N, T, D]: a tensor, or layers made on access, in turn; None if absent."""
 
     def __len__(self) -> int: ...
 
@@ -40,15 +41,11 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        embeddings = torch.empty(config.vocab_size, config.hidden_size)
-        if not embeddings.is_meta:  # where weights are not there yet, drawing them does nothing but import torch's compiler, 100 MB
-            embeddings.normal_()
-        self.embed_tokens: nn.Embedding | None = nn.Embedding.from_pretrained(
-            embeddings, freeze=False
-        )
-        self.layers = nn.ModuleList(
-            Block(config, layer) for layer in range(config.num_hidden_layers)
-        )
+        embedding = torch.empty(config.vocab_size, config.hidden_size)
+        if not embedding.is_meta:  # there, drawing would only import torch's compiler, 100 MB
+            embedding.normal_()
+        self.embed_tokens: nn.Embedding | None = nn.Embedding.from_pretrained(embedding, False)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -58,23 +55,19 @@ class Transformer(nn.Module):
     def x0(self, ids_T: Tensor) -> Tensor:
         """Embeddings [T, D] of token ids."""
         if self.embed_tokens is None:
-            raise InvalidArgument(
-                "this model was loaded without its embedding; X0 comes from a table that carries it"
-            )
+            raise InvalidArgument("loaded without its embedding, the model needs X0 from a table")
         return self.embed_tokens(ids_T)
 
     def rows(self, ids_T: Tensor, x0: bool = False) -> Tensor:
-        """FFN-M outputs of every layer for token ids, [N, T, D] (PAPER section 2); with `x0` behind X0, [1 + N, T, D].
+        """FFN-M outputs [N, T, D] of token ids (PAPER section 2); [1 + N, T, D] behind `x0`.
 
         N = 0 in a base model, which has no rows for X0 to stand in.
         """
         x0_TD = self.x0(ids_T)
-        if not self.ffn_m:
-            if self.config.num_rows:
-                raise InvalidArgument(
-                    "this model was loaded without its FFN-M weights; its rows come from a table"
-                )
+        if not self.config.num_rows:
             return x0_TD.new_empty(0, *x0_TD.shape)
+        if not self.ffn_m:
+            raise InvalidArgument("loaded without its FFN-M, the model needs rows from a table")
         return torch.stack([x0_TD] * x0 + [ffn(x0_TD) for ffn in self.ffn_m])
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Tensor) -> Tensor:
@@ -89,18 +82,15 @@ class Transformer(nn.Module):
         rows_NTD: Rows,
         begun_TD: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states [T, D], for callers that want the logits of some tokens only; from where `begin` left off, if it ran."""
+        """Final hidden states [T, D]; continues after `begin`, if that ran."""
         carried = len(rows_NTD) - self.config.num_rows  # 1: X0 in front
         x_TD = rows_NTD[0] if carried > 0 else begun_TD
         if x_TD is None:
             x_TD = self.x0(ids_T)
         rope = rotary(positions_T, self.config.head_dim, self.config.rope_theta, x_TD.dtype)
         for layer, block in enumerate(self.layers):
-            row_TD = (
-                rows_NTD[carried + (0 if self.config.kind == "wide" else layer)]
-                if len(rows_NTD)
-                else None
-            )
+            index = carried + (0 if self.config.kind == "wide" else layer)
+            row_TD = rows_NTD[index] if len(rows_NTD) else None
             if layer or begun_TD is None:
                 x_TD = block(x_TD, rope, cache, row_TD)
             elif row_TD is not None:
@@ -108,7 +98,7 @@ class Transformer(nn.Module):
         return self.norm(x_TD)
 
     def begin(self, ids_T: Tensor, positions_T: Tensor, cache: Cache) -> Tensor:
-        """All that `hidden` does before it needs a row: the first block, but for what it adds at its end. [T, D]"""
+        """What `hidden` does before it needs a row: the first block without its last addition."""
         x0_TD = self.x0(ids_T)
         rope = rotary(positions_T, self.config.head_dim, self.config.rope_theta, x0_TD.dtype)
         return self.layers[0](x0_TD, rope, cache, None)
@@ -119,12 +109,11 @@ class Block(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config)
         self.self_attn = Attention(config, layer)
-        # base: the FFN, reading the residual stream · flex: FFN-C, the part of it that stays · memory: nothing
+        # base: the FFN, of the residual stream · flex: FFN-C, the part of it that stays
         self.mlp = residual_ffn(config)
         self.post_attention_layernorm = RMSNorm(config) if self.mlp else None
-        self.row_scale = (
-            nn.Parameter(torch.ones(config.hidden_size)) if config.kind == "wide" else None
-        )
+        wide = config.kind == "wide"  # each layer learns to scale the row that all of them share
+        self.ffn_scale = nn.Parameter(torch.ones(config.hidden_size)) if wide else None
 
     def forward(
         self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: Cache, row_TD: Tensor | None
@@ -132,15 +121,14 @@ class Block(nn.Module):
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, cache)
         if self.mlp and self.post_attention_layernorm:
             x_TD = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
-        return (
-            x_TD if row_TD is None else self.add(x_TD, row_TD)
-        )  # what the paper changes: FFN_l(LN_l(X0)) comes from outside
+        # what the paper changes: FFN_l(LN_l(X0)) comes from outside
+        return x_TD if row_TD is None else self.add(x_TD, row_TD)
 
     def add(self, x_TD: Tensor, row_TD: Tensor) -> Tensor:
-        """A row added; one that all layers share is scaled by each as it has learned to (One Wide FFN, arXiv 2309.01826; the scale is ours)."""
-        return (
-            x_TD + row_TD if self.row_scale is None else torch.addcmul(x_TD, row_TD, self.row_scale)
-        )
+        """With a row, scaled in a One Wide FFN (arXiv 2309.01826; the scale is ours)."""
+        if self.ffn_scale is None:
+            return x_TD + row_TD
+        return torch.addcmul(x_TD, row_TD, self.ffn_scale)
 
 
 class Attention(nn.Module):
@@ -155,9 +143,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
-        q_THE, k_THE, v_THE = (
-            proj(x_TD).view(self.shape) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q_THE, k_THE, v_THE = (proj(x_TD).view(self.shape) for proj in projections)
         out_THE = cache.attend(self.layer, rotate(q_THE, rope), rotate(k_THE, rope), v_THE)
         return self.o_proj(out_THE.reshape(x_TD.shape))
 
@@ -167,9 +154,7 @@ class ContextFreeFFN(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = RMSNorm(
-            config
-        )  # the paper says LayerNorm once and LLaMA's recipe elsewhere; we take RMSNorm
+        self.norm = RMSNorm(config)  # the paper says LayerNorm once, and LLaMA's recipe elsewhere
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x0_TD: Tensor) -> Tensor:
@@ -188,13 +173,12 @@ class SwiGLU(nn.Module):
 
 
 class LinearStack(nn.Module):
-    """FFN-C as beta stacked h x h maps; SiLU between them, as without it they would be one map. The paper is silent."""
+    """FFN-C as beta stacked h x h maps with SiLU between them. The paper is silent."""
 
     def __init__(self, hidden_size: int, depth: int) -> None:
         super().__init__()
-        self.maps = nn.ModuleList(
-            nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(depth)
-        )
+        size = hidden_size
+        self.maps = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(depth))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         for linear in self.maps[:-1]:
@@ -226,11 +210,9 @@ def residual_ffn(config: ModelConfig) -> nn.Module | None:
 def rotary(
     positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, [T, 1, E] each, of rotary position embedding; sin has the sign that `rotate` wants."""
-    exponents = (
-        torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
-    )
-    angles = positions_T[:, None, None].float() * theta**-exponents
+    """cos and sin, [T, 1, E] each, of rotary position embedding, with the signs for `rotate`."""
+    steps = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32)
+    angles = positions_T[:, None, None].float() * theta ** -(steps / head_dim)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
@@ -243,15 +225,14 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def active_parameters(model: nn.Module) -> int:
-    """Parameters a worker computes with, embeddings not counted: attention, FFN-C and norms (PAPER table 1)."""
-    skipped = ("embed_tokens.", "lm_head.", "ffn_m.")
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(skipped))
+    """Parameters a worker computes with: attention, FFN-C and norms (PAPER table 1)."""
+    return _parameters(model, "embed_tokens.", "lm_head.", "ffn_m.")
 
 
 def total_parameters(model: nn.Module) -> int:
-    """All parameters but the embeddings: equal for every kind of one preset, up to its norms and the rounding of K."""
-    return sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if not name.startswith(("embed_tokens.", "lm_head."))
-    )
+    """All but the embeddings: equal for every kind of a preset, up to norms and rounding of K."""
+    return _parameters(model, "embed_tokens.", "lm_head.")
+
+
+def _parameters(model: nn.Module, *but: str) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(but))

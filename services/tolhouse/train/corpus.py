@@ -1,7 +1,7 @@
 """Text for training: files in, one long array of token ids out. Knows nothing of models.
 
-The default is the source of the Python standard library, which every machine has. Every 40th document (by a hash of
-its name, so that a file stays on its side) is held out. Documents are joined by the end-of-text token.
+The default is the source of the Python standard library, which every machine has. One document in
+40, by a hash of its name, is held out. Documents are joined by the end-of-text token.
 """
 
 import hashlib
@@ -17,19 +17,11 @@ from tolhouse.model.tokenizer import load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 _SKIPPED = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "lib2to3",
-    "pydoc_data",
+    *("test", "tests", "idle_test", "site-packages", "dist-packages"),
+    *("__pycache__", "lib2to3", "pydoc_data"),
 }
 _HELD_OUT_ONE_IN = 40
-_PIECE_CHARS = (
-    20_000  # a long file counts as several documents, so that a single file is split as well
-)
+_PIECE_CHARS = 20_000  # a long file is several documents, so that a single file is split as well
 
 
 def standard_library() -> Path:
@@ -37,24 +29,20 @@ def standard_library() -> Path:
 
 
 def documents(path: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of each document of the file `path`, or of every text file below it in the order of their names."""
+    """(name, text) of each document of the file `path`, or of the text files below it."""
     for name, text in whole_files(path):
         for start in range(0, len(text), _PIECE_CHARS):
             yield f"{name}:{start}", text[start : start + _PIECE_CHARS]
 
 
 def whole_files(path: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of the file `path`, or of every text file below it in the order of their names; those that are not UTF-8 are passed over."""
+    """(name, text) of the file `path`, or of every UTF-8 file below it, in the order of names."""
     if not path.exists():
         raise NotFound(f"no corpus at {path}: give a text file or a folder of them")
     stdlib = path == standard_library()
     single = not path.is_dir()  # a file, or a pipe
-    files = (
-        [path]
-        if single
-        else sorted(p for p in path.rglob("*.py" if stdlib else "*") if p.is_file())
-    )
-    for file in files:
+    below = path.rglob("*.py" if stdlib else "*")
+    for file in [path] if single else sorted(p for p in below if p.is_file()):
         if stdlib and _SKIPPED & set(file.relative_to(path).parts):
             continue
         try:
@@ -73,29 +61,24 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
 def prepare(
     path: Path, folder: Path, vocab_size: int, least_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(train, held-out) token ids of the corpus at `path`, by a tokenizer in `folder` that is trained if not there."""
+    """(train, held-out) token ids of a corpus, by the tokenizer in `folder`, trained if missing."""
     pairs = list(documents(path))
     kept = [text for name, text in pairs if not is_held_out(name)]
     held_out = [text for name, text in pairs if is_held_out(name)]
-    kept, held_out = (
-        kept or held_out[:1],
-        held_out or kept[-1:],
-    )  # a single document is on both sides
+    kept, held_out = kept or held_out[:1], held_out or kept[-1:]  # one document is on both sides
     file = folder / "tokenizer.json"
     if not file.exists():
         train_tokenizer(kept, vocab_size).save(str(file))
@@ -109,9 +92,9 @@ def prepare(
         return np.array(ids, dtype=np.int32)
 
     train, valid = encode(kept), encode(held_out)
-    if min(len(train), len(valid)) <= least_tokens:
-        size = min(len(train), len(valid))
+    if (size := min(len(train), len(valid))) <= least_tokens:
         raise InvalidArgument(
-            f"the corpus at {path} is too small: {size} tokens on one side; more than {least_tokens} are needed"
+            f"the corpus at {path} is too small: {size} tokens on one side; "
+            f"more than {least_tokens} are needed"
         )
     return train, valid

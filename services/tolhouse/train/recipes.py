@@ -9,7 +9,7 @@ from tolhouse.model.config import ModelConfig, preset
 
 @dataclass(frozen=True)
 class Recipe:
-    """Optimiser and schedule of PAPER section 3; sizes and rates are the recipe's own. Counts are in steps and tokens."""
+    """Optimiser and schedule of PAPER section 3; sizes and rates are the recipe's own."""
 
     config: ModelConfig
     steps: int
@@ -54,9 +54,8 @@ def paper(size: str) -> Callable[[str, int], Recipe]:
     """The paper's own run at one of its sizes, 50B tokens (PAPER section 3). Batch size is our choice."""
 
     def recipe(kind: str, beta: int) -> Recipe:
-        return Recipe(
-            preset(size, kind, beta, vocab_size=8192), 95_000, 256, 2048, 1e-4, 1e-5, 5000, 1000
-        )
+        config = preset(size, kind, beta, vocab_size=8192)
+        return Recipe(config, 95_000, 256, 2048, 1e-4, 1e-5, 5000, 1000)
 
     recipe.__doc__ = f"The paper's {size} run: for accelerators."
     return recipe

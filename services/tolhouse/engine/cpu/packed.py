@@ -139,9 +139,9 @@ def load(
             module.weight = nn.Parameter(
                 module.weight.to(device, dtype, copy=True), requires_grad=False
             )
-        elif isinstance(module, Block) and module.row_scale is not None:
-            module.row_scale = nn.Parameter(
-                module.row_scale.to(device, dtype, copy=True), requires_grad=False
+        elif isinstance(module, Block) and module.ffn_scale is not None:
+            module.ffn_scale = nn.Parameter(
+                module.ffn_scale.to(device, dtype, copy=True), requires_grad=False
             )
     return model
 
@@ -175,8 +175,8 @@ def stand_in(config: ModelConfig, dtype: torch.dtype) -> Block:
             module.weight = nn.Parameter(
                 torch.ones(config.hidden_size, dtype=dtype), requires_grad=False
             )
-    if block.row_scale is not None:
-        block.row_scale = nn.Parameter(
+    if block.ffn_scale is not None:
+        block.ffn_scale = nn.Parameter(
             torch.ones(config.hidden_size, dtype=dtype), requires_grad=False
         )
     return block

@@ -1,0 +1,1 @@
+"""Source models: whatever computes the rows of token ids."""

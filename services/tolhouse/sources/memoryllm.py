@@ -1,0 +1,78 @@
+"""MemoryLLM checkpoints, Flex and One Wide among them, as source models.
+
+A matrix product's last bits depend on its shape and on the number of threads. Rows are computed in
+batches of one size, the last one padded, by one thread: the same bytes on every machine, however
+often a build was interrupted, in a builder or in a worker.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from tolhouse.errors import InvalidArgument
+from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.transformer import Transformer
+
+BATCH_TOKENS = 128
+
+
+class MemoryLLM:
+    """Rows [T, blocks, width] of token ids; InvalidArgument for a model that has none.
+
+    By default they have a block for each layer, `ffn.0` and so on; `x0` is the embedding.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, blocks: Iterable[str] = (), model: Transformer | None = None
+    ) -> None:
+        config = checkpoint.config
+        if not config.num_rows:
+            raise InvalidArgument(
+                f"checkpoint {checkpoint.name} is of kind {config.kind}: it has no token memory, "
+                "no context-free FFNs to make rows of"
+            )
+        self.checkpoint = checkpoint
+        self.blocks = tuple(blocks) or tuple(f"ffn.{layer}" for layer in range(config.num_rows))
+        self.width, self.vocab_size = config.hidden_size, config.vocab_size
+        if model is not None:
+            self.model = model
+
+    @cached_property
+    def model(self) -> Transformer:
+        return self.checkpoint.model()
+
+    def rows(self, ids: np.ndarray | None = None) -> np.ndarray:
+        """float32 rows of `ids`, or of the whole vocabulary."""
+        ids = np.arange(self.vocab_size) if ids is None else ids
+        return np.concatenate([rows for _, rows in self.batches(ids)])
+
+    def batches(self, ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """The same a batch at a time, each with its place in `ids`."""
+        model, threads = self.model, torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for start in range(0, len(ids), BATCH_TOKENS):
+                part = ids[start : start + BATCH_TOKENS].astype(np.int64)
+                padded = torch.from_numpy(np.pad(part, (0, BATCH_TOKENS - len(part))))
+                with torch.inference_mode():
+                    x0 = model.x0(padded)
+                    parts = [x0 if b == "x0" else model.ffn_m[int(b[4:])](x0) for b in self.blocks]
+                    rows = torch.stack(parts, dim=1)[: len(part)]
+                yield slice(start, start + len(part)), rows.numpy()
+        finally:
+            torch.set_num_threads(threads)
+
+
+def select_blocks(checkpoint: Checkpoint, embedding: str, absent: Iterable[int]) -> list[str]:
+    """Blocks without those of `absent` layers; with x0 if `embedding` is yes, or auto and untied."""
+    count, left_out = checkpoint.config.num_rows, set(absent)
+    if bad := sorted(layer for layer in left_out if not 0 <= layer < count):
+        raise InvalidArgument(
+            f"there is no layer {bad[0]} to leave out: rows are of layers 0 to {count - 1}"
+        )
+    if count and len(left_out) == count:
+        raise InvalidArgument("all layers are left out: at least one must stay")
+    x0 = embedding == "yes" or (embedding == "auto" and not checkpoint.config.tie_word_embeddings)
+    return ["x0"] * x0 + [f"ffn.{layer}" for layer in range(count) if layer not in left_out]
