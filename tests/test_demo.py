@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import uuid
@@ -13,33 +12,20 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from tolhouse.testing import free_port
+
+TOLHOUSE = (sys.executable, "-m", "tolhouse.cli")
 
 
 @pytest.mark.parametrize("name", ["demo-memory", "demo-flex"])
 def test_the_demo_ends_with_one_line_of_json(name: str, tmp_path: Path) -> None:
-    """Built by Ray, served by three processes, streamed over HTTP, equal to the model in process, and nothing left running."""
-    mark = (
-        uuid.uuid4().hex
-    )  # what it starts inherits the environment, and other tests' processes do not have it
-    checkpoint = Path("models", name).absolute()
-    command = [
-        sys.executable,
-        "-m",
-        "tolhouse.cli",
-        "demo",
-        "--checkpoint",
-        str(checkpoint),
-        "--max-tokens",
-        "40",
-    ]
+    """Built by Ray, served over HTTP by three processes, equal to the model in process; all end."""
+    mark = uuid.uuid4().hex  # in the environment of all that it starts
+    checkpoint = str(Path("models", name).absolute())
+    command = [*TOLHOUSE, "demo", "--checkpoint", checkpoint, "--max-tokens", "40"]
+    environment = {**os.environ, "DEMO_MARK": mark}
     ended = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, "DEMO_MARK": mark},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
     )
     assert 0 == ended.returncode, ended.stderr
     result = json.loads(ended.stdout.splitlines()[-1])
@@ -52,47 +38,28 @@ def test_the_demo_ends_with_one_line_of_json(name: str, tmp_path: Path) -> None:
     assert result["rows_remote"] > 0
     assert result["bytes_fetched"] == result["rows_remote"] * (6 * 288 * 4 + 8)
     assert 0 < result["worker_weight_bytes"] < result["dense_weight_bytes"]
-    started = [
-        p
-        for p in psutil.process_iter(["cmdline", "environ"])
-        if (p.info["environ"] or {}).get("DEMO_MARK") == mark
-    ]
-    left = [p for p in started if "tolhouse.cli" in " ".join(p.info["cmdline"] or ())]
-    assert [] == left
+    running = [p.info for p in psutil.process_iter(["cmdline", "environ"])]
+    marked = [p for p in running if (p["environ"] or {}).get("DEMO_MARK") == mark]
+    assert [] == [p for p in marked if "tolhouse.cli" in " ".join(p["cmdline"] or ())]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
 def test_serve_answers_until_it_is_ended(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    """The curl line it prints works; Ctrl-C and SIGTERM end it with everything it started, without a traceback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [
-        sys.executable,
-        "-m",
-        "tolhouse.cli",
-        "serve",
-        "--checkpoint",
-        str(Path("models/demo-memory").absolute()),
-        "--listen",
-        address,
-    ]
+    """The curl line it prints works; Ctrl-C and SIGTERM end it and all that it started."""
+    address = f"127.0.0.1:{free_port()}"
+    checkpoint = str(Path("models/demo-memory").absolute())
+    pipe = subprocess.PIPE
     popen = subprocess.Popen(
-        command,
+        [*TOLHOUSE, "serve", "--checkpoint", checkpoint, "--listen", address],
         cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=pipe,
+        stderr=pipe,
         text=True,
         start_new_session=True,
     )
-    line = next(line for line in popen.stdout if line.startswith("curl"))
-    body = shlex.split(line)[-1]
-    answer = httpx.post(
-        f"http://{address}/v1/completions",
-        content=body,
-        headers={"Content-Type": "application/json"},
-        timeout=60,
-    )
+    body = shlex.split(next(line for line in popen.stdout if line.startswith("curl")))[-1]
+    header, url = {"Content-Type": "application/json"}, f"http://{address}/v1/completions"
+    answer = httpx.post(url, content=body, headers=header, timeout=60)
     assert answer.json()["choices"][0]["text"]
     family = psutil.Process(popen.pid).children(recursive=True)
     assert len(family) >= 3
