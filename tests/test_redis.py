@@ -226,10 +226,10 @@ def test_a_master_behind_a_slow_link_leaves_reads_to_its_replica() -> None:
         for seconds, last in ((0.2, {links[0].address}), (0.0, set())):
             links[0].delay(seconds)
             deadline = time.monotonic() + 30
-            while last != store.unhealthy and time.monotonic() < deadline:
+            while last != store.health.unhealthy and time.monotonic() < deadline:
                 assert RECORDS.tobytes() == read(store, MANIFEST)
                 time.sleep(0.02)
-            assert last == store.unhealthy
+            assert last == store.health.unhealthy
             assert RECORDS.tobytes() == read(store, MANIFEST)
 
 

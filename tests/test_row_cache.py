@@ -13,14 +13,14 @@ LISTS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=5, unique=
 
 def cache_of(capacity: int) -> RowCache:
     slab = np.zeros((capacity, 8), np.uint8)
-    return RowCache(slab, np.full(VOCABULARY, -1, np.int32), np.zeros(capacity, np.uint8))
+    return RowCache(slab, VOCABULARY)
 
 
 def fill(cache: RowCache, ids: np.ndarray, **more: bool) -> np.ndarray:
     """Take `ids` in, with records that tell their token."""
     slots = cache.reserve(ids, **more)
     cache.slab[slots[slots >= 0]] = record_of(ids[slots >= 0])
-    cache.settle(ids, slots)
+    cache.commit(ids, slots)
     return slots
 
 
@@ -85,9 +85,9 @@ def test_the_cache_is_s3_fifo_and_never_mixes_rows(capacity: int, batches: list[
         slots = cache.slots(ids)
         cached = slots >= 0
         assert slow.access(batch) == cached.tolist()
-        cache.keep(slots[cached])
+        cache.pin(slots[cached])
         slots[~cached] = fill(cache, ids[~cached])
-        cache.unkeep(slots[cached])
+        cache.unpin(slots[cached])
         given_ = slots >= 0
         assert min(len(ids), capacity) == given_.sum() == len(set(slots[given_].tolist()))
         assert record_of(ids[given_]).tobytes() == cache.slab[slots[given_]].tobytes()
@@ -131,9 +131,7 @@ def test_a_reserved_slot_is_given_to_nobody_else() -> None:
 
 def test_a_cache_filled_with_hot_rows_keeps_them_through_a_scan() -> None:
     """Rows asked for once pass through the small queue; those known to be hot stay."""
-    cache = RowCache(
-        np.zeros((20, 8), np.uint8), np.full(1000, -1, np.int32), np.zeros(20, np.uint8)
-    )
+    cache = RowCache(np.zeros((20, 8), np.uint8), 1000)
     hot = np.arange(18, dtype=np.uint32)
     fill(cache, hot, main=True)
     for i in range(100, 1000):

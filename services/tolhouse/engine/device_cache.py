@@ -22,8 +22,7 @@ class DeviceRowCache:
         self.records = torch.empty(shape, dtype=torch.uint8, device=device) if on_gpu else self.host
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         self.read: torch.cuda.Event | None = None  # after the last read of the launched steps
-        slots, uses = np.full(manifest.vocab_size, -1, np.int32), np.zeros(shape[0], np.uint8)
-        self.cache = RowCache(self.host.numpy(), slots, uses)
+        self.cache = RowCache(self.host.numpy(), manifest.vocab_size)
 
     def upload(self, slots: np.ndarray) -> None:
         """Copy `slots` of the host's slab, which have changed, to the device."""

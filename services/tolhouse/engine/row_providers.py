@@ -228,12 +228,12 @@ class CachedRows:
         missing = self.missing(ids)
         if len(missing):
             hits = slots[~absent]
-            self.cache.keep(hits)
+            self.cache.pin(hits)
             try:
                 with self._waiting():
                     self._load(missing)
             finally:
-                self.cache.unkeep(hits)
+                self.cache.unpin(hits)
             slots[absent] = self.cache.slot_of[ids[absent]]
         self.from_cache += distinct - len(missing)
         return slots
@@ -261,7 +261,7 @@ class CachedRows:
         self._commit(ids, slots)
 
     def _commit(self, ids: np.ndarray, slots: np.ndarray) -> None:
-        self.cache.settle(ids, slots)
+        self.cache.commit(ids, slots)
         self.slab.upload(slots)
 
     @contextmanager

@@ -41,7 +41,7 @@ class OpenTable:
     def add(self, ids: np.ndarray, records: np.ndarray, *, main: bool) -> None:
         slots = self.cache.reserve(ids, main=main)
         self.cache.slab[slots[slots >= 0]] = records[slots >= 0]
-        self.cache.settle(ids, slots)
+        self.cache.commit(ids, slots)
 
     def cold(self, ids: np.ndarray) -> list[int]:
         return list(dict.fromkeys(ids[self.cache.slot_of[ids] < 0].tolist()))

@@ -66,7 +66,7 @@ class Store(ABC):
     def manifest(self, ref: str) -> Manifest:
         """The manifest of "name@version"; NotFound if it is not here or not complete, Corrupt."""
         split_ref(ref)
-        text = self._manifest_text(ref)
+        text = self._read_text(ref, "manifest")
         if text is None:
             raise NotFound(f"table {ref} is not in {self.url}")
         try:
@@ -79,21 +79,18 @@ class Store(ABC):
 
     def parent(self, manifest: Manifest) -> Manifest:
         """The table that an overlay lies over; NotFound if it is gone, Corrupt if it can't be."""
-        if manifest.parent not in self._parents:
-            about = (
-                f"table {manifest.ref} in {self.url} is an overlay over {manifest.parent}, which"
-            )
+        ref = manifest.parent
+        if ref not in self._parents:
+            about = f"table {manifest.ref} in {self.url} is an overlay over {ref}, which"
             try:
-                found = self.manifest(manifest.parent)
+                found = self.manifest(ref)
             except NotFound:
                 raise NotFound(f"{about} is not there any more") from None
-            if found.parent or (found.record_dtype, found.vocab_size) != (
-                manifest.record_dtype,
-                manifest.vocab_size,
-            ):
+            forms = [(m.record_dtype, m.vocab_size) for m in (found, manifest)]
+            if found.parent or forms[0] != forms[1]:
                 raise Corrupt(f"{about} has records of another form")
-            self._parents[manifest.parent] = found
-        return self._parents[manifest.parent]
+            self._parents[ref] = found
+        return self._parents[ref]
 
     @abstractmethod
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
@@ -103,9 +100,9 @@ class Store(ABC):
     def count(self, manifest: Manifest, shard: int) -> int:
         """Rows that the shard holds; 0 where there is none."""
 
-    @abstractmethod
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest, last of all: from now on the table is there."""
+        self._write_text(manifest.ref, "manifest", manifest.to_json())
 
     @abstractmethod
     def delete(self, ref: str) -> None:
@@ -123,15 +120,18 @@ class Store(ABC):
 
     def alias(self, name: str) -> Alias | None:
         """What `name` stands for, if it was ever published; Corrupt if that can't be read."""
-        text = self._alias_text(check_name(name))
+        text = self._read_text(check_name(name), "alias")
         try:
             return None if text is None else Alias.from_json(text)
         except Corrupt as error:
             raise Corrupt(f"the alias of {name!r} in {self.url} {error}") from None
 
-    @abstractmethod
     def set_alias(self, name: str, alias: Alias | None) -> None:
         """Make `name` stand for another version, or for none."""
+        if alias is None:
+            self._remove_text(check_name(name), "alias")
+        else:
+            self._write_text(check_name(name), "alias", alias.to_json())
 
     # rows
 
@@ -196,11 +196,16 @@ class Store(ABC):
         Each view is yielded once it is full. Corrupt if a record is not there.
         """
 
-    @abstractmethod
-    def _manifest_text(self, ref: str) -> bytes | None: ...
+    # "manifest" of "name@version", and "alias" of "name"
 
     @abstractmethod
-    def _alias_text(self, name: str) -> bytes | None: ...
+    def _read_text(self, ref: str, what: str) -> bytes | None: ...
+
+    @abstractmethod
+    def _write_text(self, ref: str, what: str, text: str) -> None: ...
+
+    @abstractmethod
+    def _remove_text(self, ref: str, what: str) -> None: ...
 
 
 def open_store(url: str, timeout_seconds: float = 5.0) -> Store:

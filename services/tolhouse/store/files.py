@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from tolhouse.errors import Corrupt, InvalidArgument, TolhouseError, Unavailable
-from tolhouse.store.base import LEASE_SECONDS, Alias, Store
+from tolhouse.store.base import LEASE_SECONDS, Store
 from tolhouse.table.manifest import Manifest, split_ref
 
 _OPEN_FILES = 256
@@ -61,22 +61,11 @@ class FileStore(Store):
         except TolhouseError:
             return 0
 
-    def commit(self, manifest: Manifest) -> None:
-        _write(self._folder(manifest.ref) / "manifest.json", manifest.to_json().encode())
-
     def delete(self, ref: str) -> None:
-        folder = self._folder(ref)
-        (folder / "manifest.json").unlink(missing_ok=True)
+        self._remove_text(ref, "manifest")
         self._opened.cache_clear()
-        if folder.exists():
-            shutil.rmtree(folder)
-
-    def set_alias(self, name: str, alias: Alias | None) -> None:
-        path = self._folder(name) / "alias.json"
-        if alias is None:
-            path.unlink(missing_ok=True)
-        else:
-            _write(path, alias.to_json().encode())
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._folder(ref))
 
     def lease(self, ref: str) -> None:
         path = self._folder(ref) / "lease"
@@ -135,11 +124,20 @@ class FileStore(Store):
         name, version = split_ref(ref)
         return self.root / name / (version or "")
 
-    def _manifest_text(self, ref: str) -> bytes | None:
-        return _read(self._folder(ref) / "manifest.json")
+    def _read_text(self, ref: str, what: str) -> bytes | None:
+        path = self._folder(ref) / f"{what}.json"
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise Unavailable(f"can't read {path}: {error.strerror or error}") from None
 
-    def _alias_text(self, name: str) -> bytes | None:
-        return _read(self._folder(name) / "alias.json")
+    def _write_text(self, ref: str, what: str, text: str) -> None:
+        _write(self._folder(ref) / f"{what}.json", text.encode())
+
+    def _remove_text(self, ref: str, what: str) -> None:
+        (self._folder(ref) / f"{what}.json").unlink(missing_ok=True)
 
 
 class _ShardFile:
@@ -192,15 +190,6 @@ def _header(rows: int, record_bytes: int) -> bytes:
     text = json.dumps({"records": tensor}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise Unavailable(f"can't read {path}: {error.strerror or error}") from None
 
 
 def _write(path: Path, *parts: bytes | memoryview) -> None:

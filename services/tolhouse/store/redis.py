@@ -14,35 +14,27 @@ A URL may name files, which new connections read as they are then: `password_fil
 rediss:// `ssl_ca_certs`, `ssl_certfile` and `ssl_keyfile`, as redis-py calls them.
 """
 
-import logging
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, cast
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import hiredis
 import numpy as np
-from redis import Redis, exceptions
+from redis import Redis
+from redis import exceptions as theirs
 from redis.backoff import ExponentialBackoff
 from redis.cluster import ClusterNode, RedisCluster
 from redis.connection import AbstractConnection
 from redis.credentials import CredentialProvider
 from redis.retry import Retry
 
-from tolhouse.errors import (
-    Corrupt,
-    DeadlineExceeded,
-    InvalidArgument,
-    Overloaded,
-    Unauthenticated,
-    Unavailable,
-)
+from tolhouse import errors
+from tolhouse.errors import Corrupt, InvalidArgument, Unavailable
 from tolhouse.files import ReloadingFiles, read_file
-from tolhouse.logs import event
 from tolhouse.net.health import SUSPECT_SECONDS, PeerHealth
-from tolhouse.store.base import LEASE_SECONDS, Alias, Store, not_understood, shown
+from tolhouse.store.base import LEASE_SECONDS, Store, not_understood, shown
 from tolhouse.table.manifest import Manifest
 from tolhouse.table.records import record_views
 
@@ -53,13 +45,18 @@ _READ_BYTES = 1 << 18  # per recv
 _SENT_BYTES = 1 << 19  # of answers that are asked for at a time
 _FAILOVER_SECONDS = 8.0  # longest wait for a node of a Cluster, or one that takes its place
 _PAUSE_SECONDS = 0.1
-_NOT_NOW = (
-    exceptions.ClusterDownError,
-    exceptions.TryAgainError,
-    exceptions.MasterDownError,
-    exceptions.BusyLoadingError,
+_NO_ENTRY = theirs.AuthenticationError, theirs.AuthorizationError, theirs.NoPermissionError
+_LOST = theirs.ConnectionError, theirs.TimeoutError  # a node is gone, or hangs
+_NOT_NOW = theirs.ClusterDownError, theirs.TryAgainError, theirs.MasterDownError
+_NO_CONNECTION = theirs.ConnectionError, theirs.RedisClusterException
+_ERRORS: tuple[tuple[Any, type[errors.TolhouseError], str], ...] = (  # the first that fits
+    (_NO_ENTRY, errors.Unauthenticated, "refuses the user or password: {}"),
+    (theirs.TimeoutError, errors.DeadlineExceeded, "did not answer in time: {}"),
+    (theirs.OutOfMemoryError, errors.Overloaded, "is full: {}; raise its maxmemory"),
+    (_NO_CONNECTION, Unavailable, "can't be reached: {}"),
+    (theirs.RedisError, Unavailable, "refuses: {}"),
+    (IndexError, Unavailable, "is a Cluster that is not formed yet"),  # redis-py's
 )
-_LOST = (exceptions.ConnectionError, exceptions.TimeoutError)  # a node is gone, or hangs
 
 Read = tuple[str, list[int]]  # the key of a shard, and token ids
 
@@ -67,7 +64,6 @@ Read = tuple[str, list[int]]  # the key of a shard, and token ids
 class RedisStore(Store):
     def __init__(self, url: str, timeout_seconds: float) -> None:
         super().__init__(shown(url))
-        self._nodes: _Nodes | None = None
         url, credentials = _credentials(url)
         options: dict[str, Any] = {
             "socket_timeout": timeout_seconds,
@@ -78,34 +74,24 @@ class RedisStore(Store):
         }
         with self._mapped():
             try:
-                one, client, clustered = _first_to_answer(url, options)
-                self._redis: Any = client
-                if clustered:
-                    client.close()
-                    self._nodes = _Nodes(one, options)
-                    self._redis = self._nodes.cluster
+                self._redis, self._is_cluster = _connect(url, options)
             except FileNotFoundError as error:
                 raise InvalidArgument(
                     f"a TLS file that the store's URL names can't be read: {error.strerror}"
                 ) from None
             except (ValueError, TypeError):  # a port or an option that redis-py doesn't know
                 raise not_understood(url) from None
-
-    @property
-    def unhealthy(self) -> frozenset[str]:
-        """Nodes of a Cluster that are down or slow."""
-        return self._nodes.health.unhealthy if self._nodes else frozenset()
+        self.health = PeerHealth("Redis node", self._probe, self._alternatives)  # of a Cluster's
 
     def refs(self) -> list[str]:
-        with self._mapped():
-            return sorted(ref.decode() for ref in self._redis.smembers(_TABLES))
+        return sorted(ref.decode() for ref in self._call("smembers", _TABLES))
 
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
         key, ids = _shard_key(manifest, shard), manifest.shard_ids(shard).tolist()
         step = max(1, _WRITE_BYTES // manifest.record_bytes)
         views = list(record_views(np.ascontiguousarray(records)))
+        self._call("unlink", key)
         with self._mapped():
-            self._redis.unlink(key)
             for start in range(0, len(ids), step * _WRITES_AHEAD):
                 pipeline = self._redis.pipeline(transaction=False)
                 for at in range(start, min(start + step * _WRITES_AHEAD, len(ids)), step):
@@ -114,64 +100,66 @@ class RedisStore(Store):
                 pipeline.execute()
 
     def count(self, manifest: Manifest, shard: int) -> int:
-        with self._mapped():
-            return self._redis.hlen(_shard_key(manifest, shard))
+        return self._call("hlen", _shard_key(manifest, shard))
 
     def commit(self, manifest: Manifest) -> None:
-        with self._mapped():
-            self._redis.set(_key(manifest.ref, "manifest"), manifest.to_json())
-            self._redis.sadd(_TABLES, manifest.ref)
+        super().commit(manifest)
+        self._call("sadd", _TABLES, manifest.ref)
 
     def delete(self, ref: str) -> None:
+        self._call("srem", _TABLES, ref)
+        self._call("delete", _key(ref, "manifest"), _key(ref, "lease"))
         with self._mapped():
-            self._redis.srem(_TABLES, ref)
-            self._redis.delete(_key(ref, "manifest"), _key(ref, "lease"))
             for key in self._redis.scan_iter(match=f"tolhouse:{{{ref}:*", count=1000):
                 self._redis.unlink(key)
 
-    def set_alias(self, name: str, alias: Alias | None) -> None:
-        with self._mapped():
-            if alias is None:
-                self._redis.delete(_key(name, "alias"))
-            else:
-                self._redis.set(_key(name, "alias"), alias.to_json())
-
     def lease(self, ref: str) -> None:
-        with self._mapped():
-            self._redis.set(_key(ref, "lease"), b"", px=int(LEASE_SECONDS * 1000))
+        self._call("set", _key(ref, "lease"), b"", px=int(LEASE_SECONDS * 1000))
 
     def leased(self, ref: str) -> bool:
-        with self._mapped():
-            return bool(self._redis.exists(_key(ref, "lease")))
+        return bool(self._call("exists", _key(ref, "lease")))
 
     def close(self) -> None:
-        if self._nodes:
-            self._nodes.health.close()
+        self.health.close()
         self._redis.close()
 
-    def _manifest_text(self, ref: str) -> bytes | None:
-        with self._mapped():
-            return self._redis.get(_key(ref, "manifest"))
+    def _read_text(self, ref: str, what: str) -> bytes | None:
+        return self._call("get", _key(ref, what))
 
-    def _alias_text(self, name: str) -> bytes | None:
+    def _write_text(self, ref: str, what: str, text: str) -> None:
+        self._call("set", _key(ref, what), text)
+
+    def _remove_text(self, ref: str, what: str) -> None:
+        self._call("delete", _key(ref, what))
+
+    def _call(self, command: str, *arguments: Any, **options: Any) -> Any:
         with self._mapped():
-            return self._redis.get(_key(name, "alias"))
+            return getattr(self._redis, command)(*arguments, **options)
+
+    @contextmanager
+    def _mapped(self) -> Iterator[None]:
+        """Redis' errors as ours."""
+        try:
+            yield
+        except (theirs.RedisError, IndexError) as error:
+            ours, what = next(
+                (ours, what) for kind, ours, what in _ERRORS if isinstance(error, kind)
+            )
+            raise ours(f"Redis at {self.url} {what.format(error)}") from None
+
+    # reads
 
     def _fill(
         self, manifest: Manifest, ids: np.ndarray, views: list[memoryview]
     ) -> Generator[memoryview]:
-        shards, size, unfilled = manifest.shard_of(ids), manifest.record_bytes, iter(views)
-        parts = np.split(ids, np.flatnonzero(np.diff(shards)) + 1)
+        size, unfilled = manifest.record_bytes, iter(views)
+        parts = np.split(ids, np.flatnonzero(np.diff(manifest.shard_of(ids))) + 1)
         reads = [(_shard_key(manifest, int(p[0]) % manifest.num_shards), p.tolist()) for p in parts]
         with self._mapped():
             for (_, tokens), records in zip(reads, self._answers(reads, size), strict=True):
                 for token, record in zip(tokens, records, strict=True):
                     if record is None or len(record) != size:
-                        what = (
-                            f"has {len(record or b'')} bytes, not {size},"
-                            if record
-                            else "is missing"
-                        )
+                        what = "is missing" if not record else f"has {len(record)} bytes"
                         raise Corrupt(
                             f"the row of token {token} of table {manifest.ref} {what} in "
                             f"{self.url}: load it again"
@@ -181,10 +169,10 @@ class RedisStore(Store):
                     yield view
 
     def _answers(self, reads: list[Read], record_bytes: int) -> Iterator[list[Any]]:
-        """The answer to each HMGET. All are sent, to all nodes, before the first is read.
+        """The answer to each HMGET. What a failed node has not answered is asked of another.
 
-        What a failed node has not answered is asked of another. redis-py's own pipeline does the
-        rest where a slot has moved, or a server's connections have to be made anew.
+        redis-py's own pipeline does the rest where a slot has moved, or where the connections of
+        a server have to be made anew.
         """
         answered, deadline = 0, time.monotonic() + _FAILOVER_SECONDS
         ask: Callable[..., Iterator[list[Any]]] = self._send
@@ -193,22 +181,18 @@ class RedisStore(Store):
                 for answer in ask(reads[answered:], record_bytes):
                     yield answer
                     answered += 1
-            except (*_LOST, *_NOT_NOW) as error:
-                if not self._nodes:
-                    if ask == self._pipeline or isinstance(error, exceptions.TimeoutError):
+            except (*_LOST, theirs.ResponseError) as error:
+                if self._is_cluster and isinstance(error, (*_LOST, *_NOT_NOW)):
+                    if time.monotonic() > deadline:
                         raise
+                    holders = self._holders(reads[answered][0])
+                    if not (isinstance(error, _LOST) and any(map(self.health.up, holders))):
+                        time.sleep(_PAUSE_SECONDS)  # until a replica has taken over
+                    ask = self._send
+                elif ask == self._pipeline or isinstance(error, theirs.TimeoutError):
+                    raise
+                else:
                     ask = self._pipeline
-                    continue
-                if time.monotonic() > deadline:
-                    raise
-                event("a Redis node failed", logging.WARNING, url=self.url, reason=str(error))
-                if isinstance(error, _NOT_NOW) or not self._nodes.any_up(reads[answered][0]):
-                    time.sleep(_PAUSE_SECONDS)  # until a replica has taken over
-                ask = self._send
-            except exceptions.ResponseError:
-                if ask == self._pipeline:
-                    raise
-                ask = self._pipeline
 
     def _pipeline(self, reads: list[Read], _: int) -> Iterator[list[Any]]:
         pipeline = self._redis.pipeline(transaction=False)
@@ -217,110 +201,77 @@ class RedisStore(Store):
         yield from pipeline.execute()
 
     def _send(self, reads: list[Read], record_bytes: int) -> Iterator[list[Any]]:
-        """Each is sent to a node that is up, in parts: a server answers one and reads the next."""
+        """All are sent, to nodes that are up, before the first answer is waited for.
+
+        They are sent in parts: a server answers what it has read before it reads on.
+        """
+        size = sum(len(tokens) for _, tokens in reads) * record_bytes
+        step = max(1, _SENT_BYTES * len(reads) // size)
+        nodes = [self._node_of(key) for key, _ in reads]
+        connections: dict[str, AbstractConnection] = {}
         with ExitStack() as stack:
-            lanes: dict[str, _Lane] = {}
-            order = []
-            for key, tokens in reads:
-                name, client = self._nodes.of(key) if self._nodes else ("", self._redis)
+            for name in dict.fromkeys(nodes):
+                # packed here: redis-py makes tuples of generators, which CPython's free list holds
+                commands: list[bytes] = [
+                    hiredis.pack_command(cast("Any", ("HMGET", key, *tokens)))
+                    for node, (key, tokens) in zip(nodes, reads, strict=True)
+                    if node == name
+                ]
                 with self._reported(name):
-                    if name not in lanes:
-                        lanes[name] = _Lane(name, stack.enter_context(_connection(client)))
-                    lanes[name].add(("HMGET", key, *tokens), len(tokens) * record_bytes)
-                order.append(lanes[name])
-            for lane in lanes.values():
-                with self._reported(lane.name):
-                    lane.send()
-            for lane in order:
-                began = time.monotonic()
-                with self._reported(lane.name):
-                    answer = lane.connection.read_response()
-                if self._nodes and time.monotonic() - began > SUSPECT_SECONDS:
-                    self._nodes.health.report_slow(lane.name)
+                    connections[name] = stack.enter_context(_connection(self._client(name)))
+                    for at in range(0, len(commands), step):
+                        packed = [b"".join(commands[at : at + step])]
+                        connections[name].send_packed_command(packed, check_health=False)
+            for name in nodes:
+                with self._reported(name):
+                    answer = connections[name].read_response()
                 yield answer
 
     @contextmanager
     def _reported(self, name: str) -> Iterator[None]:
+        """Tell of a node of a Cluster that fails or takes long."""
+        began = time.monotonic()
         try:
             yield
         except _LOST as error:
-            if self._nodes:
-                self._nodes.health.report_down(name, error)
+            if name:
+                self.health.report_down(name, error)
             raise
+        if name and time.monotonic() - began > SUSPECT_SECONDS:
+            self.health.report_slow(name)
 
-    @contextmanager
-    def _mapped(self) -> Iterator[None]:
-        """Redis' errors as ours."""
-        try:
-            yield
-        except IndexError:  # redis-py's, of a Cluster whose nodes don't know each other yet
-            raise Unavailable(f"Redis at {self.url} is a Cluster that is not formed yet") from None
-        except exceptions.RedisError as error:
-            ours, message = next(
-                (ours, message) for theirs, ours, message in _ERRORS if isinstance(error, theirs)
-            )
-            raise ours(f"Redis at {self.url} {message.format(error)}") from None
+    # the nodes of a Cluster, by name
 
+    def _node_of(self, key: str) -> str:
+        """The node to ask for a key: its master, or a replica while that is not up."""
+        return self.health.order(self._holders(key))[0] if self._is_cluster else ""
 
-_ERRORS = (
-    (
-        (
-            exceptions.AuthenticationError,
-            exceptions.AuthorizationError,
-            exceptions.NoPermissionError,
-        ),
-        Unauthenticated,
-        "refuses the user or password: {}",
-    ),
-    (exceptions.TimeoutError, DeadlineExceeded, "did not answer in time: {}"),
-    (exceptions.OutOfMemoryError, Overloaded, "is full: {}; raise its maxmemory"),
-    (
-        (exceptions.ConnectionError, exceptions.RedisClusterException),
-        Unavailable,
-        "can't be reached: {}",
-    ),
-    (exceptions.RedisError, Unavailable, "refuses: {}"),
-)
+    def _holders(self, key: str) -> list[str]:
+        """Master and replicas of a key."""
+        manager, slot = self._redis.nodes_manager, self._redis.keyslot(key)
+        nodes = manager.slots_cache.get(slot) or [manager.get_node_from_slot(slot)]
+        return [node.name for node in nodes]
 
-
-class _Nodes:
-    """The nodes of a Cluster: a key is read from its master, or a replica while that is not up."""
-
-    def __init__(self, url: str, options: dict[str, Any]) -> None:
-        self.cluster: Any = RedisCluster.from_url(
-            url, require_full_coverage=False, redis_connect_func=_read_only, **options
-        )
-        self.health = PeerHealth("Redis node", self._probe, self._alternatives)
-
-    def of(self, key: str) -> tuple[str, Redis]:
-        """The node to ask for a key: its name and a client of it."""
-        nodes = {node.name: node for node in self._holders(self.cluster.keyslot(key))}
-        name = self.health.order(nodes)[0]
-        return name, self.cluster.get_redis_connection(nodes[name])
-
-    def any_up(self, key: str) -> bool:
-        return any(self.health.up(n.name) for n in self._holders(self.cluster.keyslot(key)))
-
-    def _holders(self, slot: int) -> list[ClusterNode]:
-        """Master and replicas of a slot."""
-        manager = self.cluster.nodes_manager
-        return list(manager.slots_cache.get(slot) or [manager.get_node_from_slot(slot)])
+    def _client(self, name: str) -> Redis:
+        if not name:
+            return self._redis
+        node = self._redis.get_node(node_name=name)
+        if node is None:
+            raise theirs.ConnectionError(f"{name} is no part of the Cluster any more")
+        return self._redis.get_redis_connection(node)
 
     def _probe(self, name: str) -> bool:
-        node = self.cluster.get_node(node_name=name)
         try:
-            return bool(node and self.cluster.get_redis_connection(node).ping())
-        except exceptions.RedisError:
+            return bool(self._client(name).ping())
+        except theirs.RedisError:
             return False
 
     def _alternatives(self, name: str) -> list[str] | None:
         """Other nodes with the same keys, as the Cluster is now; None if the node is no part."""
-        manager = self.cluster.nodes_manager
-        before = list(manager.nodes_cache.values())
-        try:
+        manager = self._redis.nodes_manager
+        before: list[ClusterNode] = list(manager.nodes_cache.values())
+        with suppress(theirs.RedisError):  # if no node answers, it stays as it was
             manager.initialize(last_failed_node_name=name)
-        except exceptions.RedisError as error:
-            event("the Redis Cluster does not answer", logging.WARNING, reason=str(error))
         for node in before:
             if manager.get_node(node_name=node.name) is None and node.redis_connection:
                 node.redis_connection.close()
@@ -330,28 +281,30 @@ class _Nodes:
         return [other for other in next((g for g in groups if name in g), []) if other != name]
 
 
-def _read_only(connection: AbstractConnection) -> None:
-    """Let a replica answer reads; a master takes no notice."""
-    connection.send_command("READONLY")
-    connection.read_response()
-
-
-def _first_to_answer(url: str, options: dict[str, Any]) -> tuple[str, Redis, bool]:
-    """Of several hosts the URL of the first that answers, a client, and if it is in a Cluster."""
+def _connect(url: str, options: dict[str, Any]) -> tuple[Any, bool]:
+    """A client of the first host that answers, and whether that is a node of a Cluster."""
     parts = urlsplit(url)
     user, at, hosts = parts.netloc.rpartition("@")
     urls = [urlunsplit(parts._replace(netloc=f"{user}{at}{host}")) for host in hosts.split(",")]
     for one in urls:
         client: Redis = Redis.from_url(one, **options)
         try:
-            clustered = client.info("cluster").get("cluster_enabled") == 1
+            if client.info("cluster").get("cluster_enabled") != 1:
+                return client, False
+            client.close()
+            options |= {"require_full_coverage": False, "redis_connect_func": _read_only}
+            return RedisCluster.from_url(one, **options), True
         except _LOST:
             client.close()
             if one == urls[-1]:
                 raise
-        else:
-            return one, client, clustered
     raise AssertionError("there is at least one host")
+
+
+def _read_only(connection: AbstractConnection) -> None:
+    """Let a replica answer reads; a master takes no notice."""
+    connection.send_command("READONLY")
+    connection.read_response()
 
 
 class _PasswordFile(CredentialProvider):
@@ -368,7 +321,7 @@ class _PasswordFile(CredentialProvider):
 
 
 def _credentials(url: str) -> tuple[str, CredentialProvider | None]:
-    """A URL without its `password_file`, and user and password by that; redis-py takes them together only."""
+    """A URL without its `password_file`, and user and password by that: redis-py wants both."""
     try:
         parts = urlsplit(url)
         options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
@@ -384,28 +337,6 @@ def _credentials(url: str) -> tuple[str, CredentialProvider | None]:
         return urlunsplit(bare), _PasswordFile(user, path)
     except (ValueError, UnicodeDecodeError):
         raise not_understood(url) from None
-
-
-@dataclass
-class _Lane:
-    """Commands on their way to one node, which answers them in order."""
-
-    name: str
-    connection: AbstractConnection
-    commands: list[tuple] = field(default_factory=list)
-    answer_bytes: int = 0
-
-    def add(self, command: tuple, answer_bytes: int) -> None:
-        self.commands.append(command)
-        self.answer_bytes += answer_bytes
-        if self.answer_bytes >= _SENT_BYTES:
-            self.send()
-
-    def send(self) -> None:
-        # packed here: redis-py makes tuples from generators, which CPython's free list then holds
-        packed = b"".join(map(hiredis.pack_command, self.commands))
-        self.connection.send_packed_command([packed], check_health=False)
-        self.commands, self.answer_bytes = [], 0
 
 
 @contextmanager
