@@ -1,8 +1,9 @@
-"""Which peers answer. Lookup replicas, Redis nodes, workers and a worker's source of rows are all tracked this way.
+"""The health of peers: lookup replicas, Redis nodes, workers, a worker's source of rows.
 
-A failed call puts its peer down. A call that took long says little: the work may have been large, or this machine busy.
-So the peer is compared with others that can do its work, by probes that carry no work: it is slow if it takes several
-times as long as the quickest of them. A peer that is down or slow is used last until a probe finds it well again.
+A failed call puts its peer down. A call that took long says little: the work may have been large,
+or this machine busy. So the peer is compared with others by probes that carry no work: it is slow
+if it takes several times as long as the quickest of them. A peer that is down or slow is used last
+until a probe finds it well.
 """
 
 import logging
@@ -30,11 +31,12 @@ class _Peer:
 
 
 class PeerHealth:
-    """The health of peers by name; a peer that nothing was reported of is up. Safe to use from several threads.
+    """Tracks peers by name; one that nothing was reported of is up. Threads may share it.
 
-    `probe(name)` says whether a peer answers, or raises. `alternatives(name)` names peers that can do the same work, or is
-    None once the peer is gone. Without a probe, states follow reports alone; with one, a daemon thread probes with
-    growing pauses while a peer is in trouble. Trouble soon after a recovery goes on with the pauses of the one before.
+    `probe(name)` says whether a peer answers, or raises. `alternatives(name)` names peers that can
+    do its work, or is None once the peer is gone. With a probe, a daemon thread runs while a peer is
+    in trouble, and probes with growing pauses; trouble soon after a recovery goes on with them.
+    Without one, states follow reports alone.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class PeerHealth:
         self._kind, self._probe, self._alternatives = kind, probe, alternatives
         self._first, self._longest, self._clock = first_seconds, longest_seconds, clock
         self._peers: dict[str, _Peer] = {}
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # with a lock that can be taken twice
         self._watching = self._closed = False
         self.unhealthy: frozenset[str] = frozenset()  # those that are down or slow
 
@@ -67,7 +69,8 @@ class PeerHealth:
 
     def report_slow(self, name: str) -> None:
         """A call took long; whether the peer is slow is left to a comparison by probes."""
-        if name not in self._peers or self._peers[name].state == "up":
+        known = self._peers.get(name)
+        if known is None or known.state == "up":
             self._report(name, "probing")
 
     def report_up(self, name: str) -> None:
@@ -118,21 +121,22 @@ class PeerHealth:
                     self._watching = False
                     return
                 name, peer = min(self._peers.items(), key=lambda item: item[1].due)
-                wait = peer.due - self._clock()
-                if wait > 0:
+                if (wait := peer.due - self._clock()) > 0:
                     self._changed.wait(wait)
                     continue
-            pause, state = min(2 * peer.pause, self._longest), peer.state
-            found: Literal[State, "gone"]
+                if peer.state == "up":
+                    self.forget(name)
+                    continue
+            found: Literal[State, "gone"] = peer.state
             try:
-                found = "gone" if state == "up" else self._examine(name)
+                found = self._examine(name)
             except Exception:  # noqa: BLE001 - a defect must not end the thread
                 log.exception("probing %s %s failed", self._kind, name)
-                found = state
             with self._changed:
                 if found == "gone":
                     self._become(name, None, found)
                 elif name in self._peers:  # no report has cleared it meanwhile
+                    pause = min(2 * peer.pause, self._longest)
                     due = self._clock() + (self._longest if found == "up" else pause)
                     news = "back" if found == "up" else found
                     self._become(name, _Peer(found, due, pause), news)
@@ -165,22 +169,3 @@ class PeerHealth:
             if best < SUSPECT_SECONDS:
                 break
         return best
-
-
-def lags(peer: str, others: Iterable[str], look: Callable[[str], float | None]) -> bool:
-    """Whether `peer` does not answer, or lags behind `others`; `look` gives the seconds until an answer, None if there is none."""
-    mine = _quickest(peer, look)
-    if mine is None or mine < SUSPECT_SECONDS:
-        return mine is None
-    theirs = [seconds for other in others if (seconds := _quickest(other, look)) is not None]
-    return bool(theirs) and mine > _SLOW_TIMES * min(theirs)
-
-
-def _quickest(peer: str, look: Callable[[str], float | None]) -> float | None:
-    best: float | None = None
-    for _ in range(_PROBES):
-        seconds = look(peer)
-        if seconds is None or seconds < SUSPECT_SECONDS:
-            return seconds
-        best = seconds if best is None else min(best, seconds)
-    return best
