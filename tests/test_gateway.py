@@ -1,4 +1,4 @@
-"""The gateway as a real process in front of real workers, asked by the stock OpenAI client and by plain HTTP."""
+"""The gateway as a real process in front of real workers, by the stock OpenAI client and HTTP."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import httpx
@@ -32,8 +32,8 @@ from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.tokenizer import load_tokenizer
 from tolhouse.testing import (
     Cluster,
+    Process,
     build_table,
-    free_port,
     local_cluster,
     process,
     wait_until_healthy,
@@ -41,13 +41,20 @@ from tolhouse.testing import (
 
 DEMO = Path("models/demo-memory")
 PROMPT = "def main():\n    parser = argparse.ArgumentParser("
+GREEDY = {"prompt": PROMPT, "temperature": 0}
+ENDLESS = {**GREEDY, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def table(tmp_path_factory: pytest.TempPathFactory) -> str:
     url = f"file://{tmp_path_factory.mktemp('tables')}"
     build_table(DEMO, url)
-    with local_cluster(DEMO, url, workers=2) as running:
+    return url
+
+
+@pytest.fixture(scope="module")
+def cluster(table: str) -> Iterator[Cluster]:
+    with local_cluster(DEMO, table, workers=2) as running:
         yield running
 
 
@@ -62,10 +69,38 @@ def tokenizer():
     return open_checkpoint(DEMO).tokenizer()
 
 
-def complete(client: openai.OpenAI, prompt, **options):
-    return client.completions.create(
-        model="demo-memory", prompt=prompt, **{"temperature": 0, "max_tokens": 24, **options}
-    )
+def another_gateway(
+    cluster: Cluster, folder: Path, *options: str
+) -> AbstractContextManager[Process]:
+    """In front of the same workers."""
+    listen = ("--listen", "127.0.0.1:0", "--poll-seconds", "0.1")
+    return process("gateway", str(folder), "--workers", cluster.workers, *listen, *options)
+
+
+def complete(client: openai.OpenAI, prompt=PROMPT, **options):
+    options = {"model": "demo-memory", "temperature": 0, "max_tokens": 24, **options}
+    return client.completions.create(prompt=prompt, **options)
+
+
+def choice(client: openai.OpenAI, prompt=PROMPT, **options):
+    return complete(client, prompt, **options).choices[0]
+
+
+def post(cluster: Cluster, body: dict, path: str = "/v1/completions", **more) -> httpx.Response:
+    return httpx.post(f"http://{cluster.gateway}{path}", json=body, timeout=100, **more)
+
+
+def get(cluster: Cluster, path: str, **more) -> httpx.Response:
+    return httpx.get(f"http://{cluster.gateway}{path}", timeout=60, **more)
+
+
+def text_of(answer: httpx.Response) -> str:
+    return answer.json()["choices"][0]["text"]
+
+
+def stream(cluster: Cluster, body: dict) -> list[str]:
+    with httpx.stream("POST", f"{cluster.url}/completions", json=body, timeout=100) as answer:
+        return [line for line in answer.iter_lines() if line]
 
 
 # the stock client
@@ -75,233 +110,177 @@ def test_a_completion_is_the_text_of_the_worker_s_tokens(
     client: openai.OpenAI, cluster: Cluster, tokenizer
 ) -> None:
     """Text in, text out, with usage, from the tokens that a worker gives for the same ids."""
+    prompt = tokenizer.encode(PROMPT).ids
     with Client(cluster.workers.split(",")[0]) as worker:
-        ids = list(worker.generate(tokenizer.encode(PROMPT).ids, 24))
-    answer = complete(client, PROMPT)
-    assert tokenizer.decode(ids) == answer.choices[0].text
-    assert ("length", "demo-memory", "text_completion") == (
+        ids = list(worker.generate(prompt, 24))
+    answer = complete(client)
+    assert ("demo-memory", "text_completion") == (answer.model, answer.object)
+    assert (tokenizer.decode(ids), "length") == (
+        answer.choices[0].text,
         answer.choices[0].finish_reason,
-        answer.model,
-        answer.object,
     )
-    count = len(tokenizer.encode(PROMPT).ids)
-    assert (count, 24, count + 24) == (
-        answer.usage.prompt_tokens,
-        answer.usage.completion_tokens,
-        answer.usage.total_tokens,
-    )
+    usage = answer.usage
+    assert (len(prompt), 24) == (usage.prompt_tokens, usage.completion_tokens)
+    assert len(prompt) + 24 == usage.total_tokens
 
 
 def test_a_stream_adds_up_to_the_completion(client: openai.OpenAI) -> None:
-    """Streamed pieces are the plain answer in parts; usage comes last where it was asked for."""
-    pieces = list(complete(client, PROMPT, stream=True, stream_options={"include_usage": True}))
-    plain = complete(client, PROMPT)
-    assert plain.choices[0].text == "".join(p.choices[0].text for p in pieces if p.choices)
-    assert len(pieces) > 10
-    assert ["length"] == [
-        p.choices[0].finish_reason for p in pieces if p.choices and p.choices[0].finish_reason
-    ]
-    assert plain.usage == pieces[-1].usage
-    assert 1 == len({p.id for p in pieces})
+    """Streamed chunks are the plain answer in parts; usage comes last where it was asked for."""
+    chunks = list(complete(client, stream=True, stream_options={"include_usage": True}))
+    plain, parts = complete(client), [c.choices[0] for c in chunks if c.choices]
+    assert plain.choices[0].text == "".join(part.text for part in parts)
+    assert len(chunks) > 10
+    assert ["length"] == [part.finish_reason for part in parts if part.finish_reason]
+    assert plain.usage == chunks[-1].usage
+    assert 1 == len({c.id for c in chunks})
 
 
 def test_all_forms_of_prompt_are_taken(client: openai.OpenAI, tokenizer) -> None:
     """A text, token ids, and lists of either; with n, choices are numbered prompt by prompt."""
     ids = tokenizer.encode(PROMPT).ids
-    text = complete(client, PROMPT).choices[0].text
-    other = complete(client, "import ").choices[0].text
-    assert text == complete(client, ids).choices[0].text
+    text, other = choice(client).text, choice(client, "import ").text
+    assert text == choice(client, ids).text
     assert [text, other] == [c.text for c in complete(client, [PROMPT, "import "]).choices]
     answer = complete(client, [ids, tokenizer.encode("import ").ids], n=2)
-    assert [(0, text), (1, text), (2, other), (3, other)] == [
-        (c.index, c.text) for c in answer.choices
-    ]
+    expected = [(0, text), (1, text), (2, other), (3, other)]
+    assert expected == [(c.index, c.text) for c in answer.choices]
     assert 4 * 24 == answer.usage.completion_tokens
 
 
 def test_a_seed_repeats_and_choices_differ(client: openai.OpenAI) -> None:
     """The same seed gives the same texts, and the choices of one request are different draws."""
-    draws = [
-        [c.text for c in complete(client, PROMPT, temperature=1.0, seed=5, n=3).choices]
-        for _ in range(2)
-    ]
-    assert draws[0] == draws[1]
-    assert 3 == len(set(draws[0]))
+    first, second = (complete(client, temperature=1.0, seed=5, n=3).choices for _ in range(2))
+    assert [c.text for c in first] == [c.text for c in second]
+    assert 3 == len({c.text for c in first})
 
 
 def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
-    """Whether streamed or not, nothing of the stop string is shown, also when it spans tokens."""
-    whole = complete(client, PROMPT, max_tokens=60).choices[0].text
+    """Whether streamed or not, nothing of it is shown, also when it spans tokens; unless wished."""
+    whole = choice(client, max_tokens=60).text
     stop = whole[20:26]
     assert 6 == len(stop)
     expected = whole[: whole.index(stop)]
-    plain = complete(client, PROMPT, max_tokens=60, stop=[stop, "never said"])
-    streamed = list(complete(client, PROMPT, max_tokens=60, stop=stop, stream=True))
-    assert (expected, "stop") == (plain.choices[0].text, plain.choices[0].finish_reason)
-    assert (expected, "stop") == (
-        "".join(p.choices[0].text for p in streamed),
-        streamed[-1].choices[0].finish_reason,
-    )
-
-
-def test_a_stop_string_may_be_shown(client: openai.OpenAI) -> None:
-    """With include_stop_str_in_output the text ends after the stop string."""
-    whole = complete(client, PROMPT, max_tokens=60).choices[0].text
-    stop = whole[20:26]
-    shown = complete(
-        client, PROMPT, max_tokens=60, stop=stop, extra_body={"include_stop_str_in_output": True}
-    )
-    assert (whole[: whole.index(stop)] + stop, "stop") == (
-        shown.choices[0].text,
-        shown.choices[0].finish_reason,
-    )
+    plain = choice(client, max_tokens=60, stop=[stop, "never said"])
+    assert (expected, "stop") == (plain.text, plain.finish_reason)
+    parts = [c.choices[0] for c in complete(client, max_tokens=60, stop=stop, stream=True)]
+    assert (expected, "stop") == ("".join(p.text for p in parts), parts[-1].finish_reason)
+    shown = {"include_stop_str_in_output": True}
+    shown = choice(client, max_tokens=60, stop=stop, extra_body=shown)
+    assert (expected + stop, "stop") == (shown.text, shown.finish_reason)
 
 
 def test_logprobs_have_openai_s_form(client: openai.OpenAI, cluster: Cluster, tokenizer) -> None:
-    """Tokens, their logprobs, the likeliest by text and offsets, as the worker tells them; streamed they add up to the same."""
+    """Tokens, logprobs, the likeliest by text and offsets, as the worker's; streamed the same."""
     with Client(cluster.workers.split(",")[0]) as worker:
         replies = list(worker.replies(tokenizer.encode(PROMPT).ids, 24, logprobs=3))
-    answer = complete(client, PROMPT, logprobs=3).choices[0]
-    told = answer.logprobs
-    assert answer.text == "".join(told.tokens)
-    assert [r.logprobs.chosen[0] for r in replies] == pytest.approx(told.token_logprobs, abs=1e-4)
-    assert [3] * 24 == [len(top) for top in told.top_logprobs]
-    assert told.token_logprobs == [
-        top[token] for token, top in zip(told.tokens, told.top_logprobs, strict=True)
-    ]
-    assert [
-        answer.text[at : at + len(token)]
-        for at, token in zip(told.text_offset, told.tokens, strict=True)
-    ] == told.tokens
-    pieces = [p.choices[0].logprobs for p in complete(client, PROMPT, logprobs=3, stream=True)]
-    assert told.tokens == [token for p in pieces for token in p.tokens]
-    assert told.token_logprobs == pytest.approx(
-        [value for p in pieces for value in p.token_logprobs], abs=1e-4
-    )
-    assert told.text_offset == [at for p in pieces for at in p.text_offset]
+    answer = choice(client, logprobs=3)
+    found = answer.logprobs
+    assert answer.text == "".join(found.tokens)
+    assert [r.logprobs.chosen[0] for r in replies] == pytest.approx(found.token_logprobs, abs=1e-4)
+    assert [3] * 24 == [len(top) for top in found.top_logprobs]
+    tops = zip(found.tokens, found.top_logprobs, strict=True)
+    assert found.token_logprobs == [top[token] for token, top in tops]
+    places = zip(found.text_offset, found.tokens, strict=True)
+    assert found.tokens == [answer.text[at : at + len(token)] for at, token in places]
+    parts = [c.choices[0].logprobs for c in complete(client, logprobs=3, stream=True)]
+    assert found.tokens == [token for p in parts for token in p.tokens]
+    streamed = [value for p in parts for value in p.token_logprobs]
+    assert found.token_logprobs == pytest.approx(streamed, abs=1e-4)
+    assert found.text_offset == [at for p in parts for at in p.text_offset]
 
 
 def test_an_echo_tells_the_prompt_s_logprobs(client: openai.OpenAI, tokenizer) -> None:
-    """Prompt and answer come as one text; the first token has no logprob; greedy text, given as prompt, has those it had as answer."""
-    plain = complete(client, PROMPT, logprobs=1).choices[0]
-    count = len(tokenizer.encode(PROMPT).ids)
-    echoed = complete(client, PROMPT, logprobs=1, echo=True).choices[0]
-    assert PROMPT + plain.text == echoed.text == "".join(echoed.logprobs.tokens)
-    assert (None, None) == (echoed.logprobs.token_logprobs[0], echoed.logprobs.top_logprobs[0])
-    assert [len(PROMPT) + at for at in plain.logprobs.text_offset] == echoed.logprobs.text_offset[
-        count:
-    ]
-    ids = tokenizer.encode(PROMPT).ids + [
-        tokenizer.token_to_id(t) or tokenizer.encode(t).ids[0] for t in plain.logprobs.tokens
-    ]
-    scored = complete(client, ids, logprobs=1, echo=True, max_tokens=0)
-    assert echoed.logprobs.token_logprobs[1:] == pytest.approx(
-        scored.choices[0].logprobs.token_logprobs[1:], abs=1e-4
-    )
-    assert (echoed.text, "length", 0) == (
-        scored.choices[0].text,
-        scored.choices[0].finish_reason,
-        scored.usage.completion_tokens,
-    )
-    assert PROMPT == complete(client, PROMPT, echo=True, max_tokens=0).choices[0].text
-    pieces = [p.choices[0] for p in complete(client, PROMPT, echo=True, stream=True)]
-    assert PROMPT + plain.text == "".join(p.text for p in pieces)
+    """Prompt and answer are one text; greedy text has the same logprobs as a prompt."""
+    plain = choice(client, logprobs=1)
+    ids = tokenizer.encode(PROMPT).ids
+    echoed = choice(client, logprobs=1, echo=True)
+    found = echoed.logprobs
+    assert PROMPT + plain.text == echoed.text == "".join(found.tokens)
+    assert (None, None) == (found.token_logprobs[0], found.top_logprobs[0])
+    offsets = [len(PROMPT) + at for at in plain.logprobs.text_offset]
+    assert offsets == found.text_offset[len(ids) :]
+    ids += [tokenizer.token_to_id(t) or tokenizer.encode(t).ids[0] for t in plain.logprobs.tokens]
+    answer = complete(client, ids, logprobs=1, echo=True, max_tokens=0)
+    scored = answer.choices[0]
+    expected = pytest.approx(scored.logprobs.token_logprobs[1:], abs=1e-4)
+    assert found.token_logprobs[1:] == expected
+    assert (echoed.text, "length") == (scored.text, scored.finish_reason)
+    assert 0 == answer.usage.completion_tokens
+    assert PROMPT == choice(client, echo=True, max_tokens=0).text
+    parts = [c.choices[0].text for c in complete(client, echo=True, stream=True)]
+    assert PROMPT + plain.text == "".join(parts)
+
+
+def test_an_echo_of_half_characters_is_whole(client: openai.OpenAI, tokenizer) -> None:
+    """Tokens that are parts of characters have names, logprobs and offsets like all others."""
+    ids, more = tokenizer.encode("世界").ids, {"ignore_eos": True}
+    found = choice(client, ids, echo=True, logprobs=1, max_tokens=1, extra_body=more).logprobs
+    lists = (found.tokens, found.token_logprobs, found.top_logprobs, found.text_offset)
+    assert {len(ids) + 1} == set(map(len, lists))
+    assert found.tokens[0].startswith("bytes:\\x")
+    rest = zip(found.tokens[1:], found.top_logprobs[1:], strict=True)
+    assert all(token in top for token, top in rest)
 
 
 def test_a_stop_string_s_tokens_are_not_told(client: openai.OpenAI) -> None:
     """With log probabilities, tokens are those that the shown text begins in, streamed or not."""
-    whole = complete(client, PROMPT, max_tokens=60, logprobs=0).choices[0]
+    whole = choice(client, max_tokens=60, logprobs=0)
     stop = whole.text[20:26]
-    end = whole.text.index(stop)
-    expected = [
-        t
-        for t, at in zip(whole.logprobs.tokens, whole.logprobs.text_offset, strict=True)
-        if at < end
-    ]
-    assert (
-        expected
-        == complete(client, PROMPT, max_tokens=60, logprobs=0, stop=stop).choices[0].logprobs.tokens
-    )
-    pieces = complete(client, PROMPT, max_tokens=60, logprobs=0, stop=stop, stream=True)
-    assert expected == [token for p in pieces for token in p.choices[0].logprobs.tokens]
+    places = zip(whole.logprobs.tokens, whole.logprobs.text_offset, strict=True)
+    expected = [t for t, at in places if at < whole.text.index(stop)]
+    options = {"max_tokens": 60, "logprobs": 0, "stop": stop}
+    assert expected == choice(client, **options).logprobs.tokens
+    chunks = complete(client, **options, stream=True)
+    assert expected == [token for c in chunks for token in c.choices[0].logprobs.tokens]
 
 
 def test_penalties_bias_and_stop_ids_reach_the_sampler(client: openai.OpenAI, tokenizer) -> None:
-    """A biased token is all there is, a penalty ends repetition, a stop id ends the text, an early end is put off."""
+    """A biased token is all there is; penalties end repetition; stop ids end the text, later."""
     x = tokenizer.encode("x").ids[0]
-    assert (
-        "x" * 8 == complete(client, PROMPT, max_tokens=8, logit_bias={str(x): 100}).choices[0].text
-    )
-    penalised = (
-        complete(
-            client,
-            PROMPT,
-            max_tokens=8,
-            logit_bias={str(x): 10},
-            frequency_penalty=2,
-            presence_penalty=2,
-        )
-        .choices[0]
-        .text
-    )
-    assert penalised != "x" * 8
-    repeated = (
-        complete(
-            client,
-            "x",
-            max_tokens=8,
-            logit_bias={str(x): 20},
-            extra_body={"repetition_penalty": 10},
-        )
-        .choices[0]
-        .text
-    )
-    assert repeated != "x" * 8
-    stopped = complete(
-        client, PROMPT, logit_bias={str(x): 100}, extra_body={"stop_token_ids": [x]}
-    ).choices[0]
+
+    def biased(bias: float, prompt: str = PROMPT, **more):
+        extra = {name: more.pop(name) for name in list(more) if name not in NATIVE}
+        bias = {str(x): bias}
+        return complete(client, prompt, max_tokens=8, logit_bias=bias, extra_body=extra, **more)
+
+    assert "x" * 8 == biased(100).choices[0].text
+    assert "x" * 8 != biased(10, frequency_penalty=2, presence_penalty=2).choices[0].text
+    assert "x" * 8 != biased(20, "x", repetition_penalty=10).choices[0].text
+    stopped = biased(100, stop_token_ids=[x]).choices[0]
     assert ("", "stop") == (stopped.text, stopped.finish_reason)
-    told = complete(
-        client,
-        PROMPT,
-        logprobs=0,
-        echo=True,
-        logit_bias={str(x): 100},
-        extra_body={"stop_token_ids": [x]},
-    ).choices[0]
-    assert (PROMPT, "x", len(PROMPT)) == (
-        told.text,
-        told.logprobs.tokens[-1],
-        told.logprobs.text_offset[-1],
-    )
-    later = complete(
-        client,
-        PROMPT,
-        logit_bias={str(x): 100},
-        extra_body={"stop_token_ids": [x], "min_tokens": 3},
-    )
+    found = biased(100, logprobs=0, echo=True, stop_token_ids=[x]).choices[0]
+    last = (found.logprobs.tokens[-1], found.logprobs.text_offset[-1])
+    assert (PROMPT, "x", len(PROMPT)) == (found.text, *last)
+    later = biased(100, stop_token_ids=[x], min_tokens=3)
     assert 3 <= later.usage.completion_tokens
+
+
+NATIVE = ("frequency_penalty", "presence_penalty", "logprobs", "echo")  # arguments of the client
+
+
+def test_limits_mean_the_same_at_both_ends(client: openai.OpenAI) -> None:
+    """What the gateway takes at its bounds the worker takes too, though on the wire it has 32 bits."""
+    for options in ({"repetition_penalty": 2**-7}, {"row_scale": -16}, {"layer_scales": [16] * 6}):
+        complete(client, max_tokens=1, extra_body=options)
+    complete(client, max_tokens=1, top_p=1e-300)
 
 
 def test_the_models_are_listed(client: openai.OpenAI) -> None:
     """What workers serve is what /v1/models shows."""
     assert ["demo-memory"] == [m.id for m in client.models.list()]
-    assert ("demo-memory", 512) == (
-        client.models.retrieve("demo-memory").id,
-        client.models.retrieve("demo-memory").max_model_len,
-    )
-    with pytest.raises(openai.NotFoundError, match="available: demo-memory"):
-        client.models.retrieve("other")
+    found = client.models.retrieve("demo-memory")
+    assert ("demo-memory", 512) == (found.id, found.max_model_len)
 
 
 def test_the_stock_client_sees_its_own_errors(client: openai.OpenAI) -> None:
     """Statuses and bodies are such that the OpenAI client raises what its users know."""
     with pytest.raises(openai.NotFoundError, match="available: demo-memory"):
-        client.completions.create(model="gpt-9", prompt="x")
-    with pytest.raises(openai.BadRequestError, match="exceed the context of 512"):
-        complete(client, PROMPT * 200)
-    with pytest.raises(openai.BadRequestError, match="exceed the context of 512"):
-        complete(client, PROMPT, max_tokens=1000, stream=True)
+        client.models.retrieve("other")
+    with pytest.raises(openai.NotFoundError, match="available: demo-memory"):
+        complete(client, model="gpt-9")
+    for options in ({"prompt": PROMPT * 200}, {"max_tokens": 1000, "stream": True}):
+        with pytest.raises(openai.BadRequestError, match="exceed the context of 512"):
+            complete(client, **options)
 
 
 # chat
@@ -310,7 +289,7 @@ def test_the_stock_client_sees_its_own_errors(client: openai.OpenAI) -> None:
 TEMPLATE = """\
 {%- for message in messages %}
 {%- if message.role == 'assistant' and loop.first %}{{ raise_exception('the user speaks first') }}{% endif %}
-{{- '# ' + message.role + ': ' + message.content + '\n' }}
+{{- '# ' + message.role + ': ' + message.content + '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'def ' }}{% endif %}"""
 MESSAGES = [
@@ -326,20 +305,10 @@ def talking(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("talking")
     shutil.copy(DEMO / "tokenizer.json", folder)
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    with process(
-        "gateway",
-        str(folder),
-        "--workers",
-        cluster.workers,
-        "--listen",
-        "127.0.0.1:0",
-        "--poll-seconds",
-        "0.2",
-    ) as gateway:
+    with another_gateway(cluster, folder) as gateway:
         wait_until_healthy(gateway.address)
-        with openai.OpenAI(
-            base_url=f"http://{gateway.address}/v1", api_key="none", max_retries=0
-        ) as made:
+        url = f"http://{gateway.address}/v1"
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as made:
             yield made
 
 
@@ -353,66 +322,47 @@ def test_a_chat_is_the_completion_of_its_template(
 ) -> None:
     """Messages go through the template; the answer is the completion of the text it makes."""
     answer, completion = chat(talking), complete(client, RENDERED)
-    assert (completion.choices[0].text, "assistant") == (
-        answer.choices[0].message.content,
-        answer.choices[0].message.role,
-    )
+    message = answer.choices[0].message
+    assert (completion.choices[0].text, "assistant") == (message.content, message.role)
     assert ("chat.completion", "length") == (answer.object, answer.choices[0].finish_reason)
-    assert (completion.usage.prompt_tokens, 24) == (
-        answer.usage.prompt_tokens,
-        answer.usage.completion_tokens,
-    )
+    assert completion.usage == answer.usage
     rest = chat(talking, max_completion_tokens=None, extra_body={"ignore_eos": True})
     assert 512 == rest.usage.total_tokens
-    root = str(talking.base_url).removesuffix("/v1/")
-    assert (
-        tokenizer.encode(RENDERED).ids
-        == httpx.post(f"{root}/tokenize", json={"messages": MESSAGES}).json()["tokens"]
-    )
+    url = str(talking.base_url).replace("/v1/", "/tokenize")
+    ids = httpx.post(url, json={"messages": MESSAGES}).json()["tokens"]
+    assert tokenizer.encode(RENDERED).ids == ids
 
 
 def test_a_streamed_chat_adds_up(talking: openai.OpenAI) -> None:
     """The role first, then content, then the reason, then usage; choices of n are told apart."""
-    plain = chat(talking, n=2, temperature=1.0, seed=3)
-    pieces = list(
-        chat(
-            talking,
-            n=2,
-            temperature=1.0,
-            seed=3,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-    )
-    assert plain.usage == pieces[-1].usage
-    assert [] == pieces[-1].choices
-    for choice in plain.choices:
-        mine = [p.choices[0] for p in pieces if p.choices and p.choices[0].index == choice.index]
-        assert ("assistant", "") == (mine[0].delta.role, mine[0].delta.content)
-        assert choice.message.content == "".join(p.delta.content or "" for p in mine)
-        assert [choice.finish_reason] == [p.finish_reason for p in mine if p.finish_reason]
-        assert choice.finish_reason == mine[-1].finish_reason
-    assert {"chat.completion.chunk"} == {p.object for p in pieces}
+    options = {"n": 2, "temperature": 1.0, "seed": 3}
+    plain = chat(talking, **options)
+    chunks = list(chat(talking, **options, stream=True, stream_options={"include_usage": True}))
+    assert (plain.usage, []) == (chunks[-1].usage, chunks[-1].choices)
+    for expected in plain.choices:
+        parts = [c.choices[0] for c in chunks if c.choices]
+        parts = [part for part in parts if part.index == expected.index]
+        assert ["assistant"] == [part.delta.role for part in parts if part.delta.role]
+        assert parts[0].delta.role
+        assert expected.message.content == "".join(part.delta.content or "" for part in parts)
+        assert [expected.finish_reason] == [p.finish_reason for p in parts if p.finish_reason]
+        assert expected.finish_reason == parts[-1].finish_reason
+    assert {"chat.completion.chunk"} == {c.object for c in chunks}
 
 
 def test_a_chat_s_logprobs_have_openai_s_form(
     client: openai.OpenAI, talking: openai.OpenAI
 ) -> None:
-    """Each token with its bytes and the likeliest in its place, the same as the completion's, also when streamed."""
-    told = chat(talking, logprobs=True, top_logprobs=2).choices[0].logprobs.content
-    expected = complete(client, RENDERED, logprobs=2).choices[0].logprobs
-    assert (expected.tokens, expected.token_logprobs) == (
-        [t.token for t in told],
-        pytest.approx([t.logprob for t in told], abs=1e-4),
-    )
-    assert all(t.token == bytes(t.bytes).decode() for t in told)
-    assert [(2, t.token) for t in told] == [
-        (len(t.top_logprobs), t.top_logprobs[0].token) for t in told
-    ]
-    pieces = [
-        p.choices[0].logprobs for p in chat(talking, logprobs=True, top_logprobs=2, stream=True)
-    ]
-    assert expected.tokens == [t.token for p in pieces if p for t in p.content]
+    """Each token with its bytes and the likeliest in its place, as the completion's."""
+    options = {"logprobs": True, "top_logprobs": 2}
+    found = chat(talking, **options).choices[0].logprobs.content
+    expected = choice(client, RENDERED, logprobs=2).logprobs
+    assert expected.tokens == [t.token for t in found]
+    assert expected.token_logprobs == pytest.approx([t.logprob for t in found], abs=1e-4)
+    assert all(t.token == bytes(t.bytes).decode() for t in found)
+    assert all((2, t.token) == (len(t.top_logprobs), t.top_logprobs[0].token) for t in found)
+    parts = [c.choices[0].logprobs for c in chat(talking, **options, stream=True)]
+    assert expected.tokens == [t.token for p in parts if p for t in p.content]
     assert [] == chat(talking, logprobs=True).choices[0].logprobs.content[0].top_logprobs
 
 
@@ -454,10 +404,8 @@ def test_a_bad_chat_is_told_what_is_wrong(
 
 def test_without_a_template_chat_says_what_is_missing(client: openai.OpenAI) -> None:
     """The error names the files that would do."""
-    with pytest.raises(
-        openai.BadRequestError,
-        match=r"needs a chat_template\.jinja, or a tokenizer_config\.json with",
-    ):
+    files = r"needs a chat_template\.jinja, or a tokenizer_config\.json with"
+    with pytest.raises(openai.BadRequestError, match=files):
         chat(client)
 
 
@@ -537,12 +485,8 @@ def test_a_bad_body_is_told_what_is_wrong(
 ) -> None:
     """Status 400 in OpenAI's form, naming the parameter and what is allowed."""
     content = body if isinstance(body, str) else json.dumps(body)
-    answer = httpx.post(
-        f"{cluster.url}/completions",
-        content=content,
-        headers={"Content-Type": "application/json"},
-        timeout=30,
-    )
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{cluster.url}/completions", content=content, headers=headers, timeout=30)
     assert 400 == answer.status_code, answer.text
     error = answer.json()["error"]
     assert ("invalid_request_error", param, 400) == (error["type"], error["param"], error["code"])
@@ -624,19 +568,17 @@ def test_no_body_breaks_anything(talking: openai.OpenAI, path: str, body: dict, 
 
 def test_paths_and_methods_that_are_not_there(cluster: Cluster) -> None:
     """404 and 405 come in the same form."""
-    assert 404 == httpx.get(f"{cluster.url}/nothing").json()["error"]["code"]
-    assert 405 == httpx.get(f"{cluster.url}/completions").json()["error"]["code"]
+    assert 404 == get(cluster, "/v1/nothing").json()["error"]["code"]
+    assert 405 == get(cluster, "/v1/completions").json()["error"]["code"]
 
 
 def test_health_and_metrics(cluster: Cluster) -> None:
-    """Health names the workers; metrics count requests by route, never by what was asked for."""
-    httpx.get(f"http://{cluster.gateway}/made/up")
-    health = httpx.get(f"http://{cluster.gateway}/health")
-    assert (200, dict.fromkeys(cluster.workers.split(","), "healthy")) == (
-        health.status_code,
-        health.json()["workers"],
-    )
-    text = httpx.get(f"http://{cluster.gateway}/metrics").text
+    """Health names the workers; metrics count requests by route, never by invented paths."""
+    get(cluster, "/made/up")
+    health = get(cluster, "/health")
+    assert 200 == health.status_code
+    assert dict.fromkeys(cluster.workers.split(","), "healthy") == health.json()["workers"]
+    text = get(cluster, "/metrics").text
     assert "tolhouse_gateway_healthy_workers 2.0" in text
     assert 'tolhouse_gateway_requests_total{path="/health",status="200"}' in text
     assert 'path="other",status="404"' in text
@@ -645,162 +587,93 @@ def test_health_and_metrics(cluster: Cluster) -> None:
 
 def test_requests_go_to_the_least_loaded_worker(cluster: Cluster) -> None:
     """Concurrent requests are spread over both workers."""
-    workers = [Client(address) for address in cluster.workers.split(",")]
-    before = [w.describe_worker().rows for w in workers]
-    body = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(
-            pool.map(
-                lambda _: httpx.post(f"{cluster.url}/completions", json=body, timeout=60).json(),
-                range(8),
-            )
-        )
-    assert 1 == len({a["choices"][0]["text"] for a in answers})
-    asked = [
-        w.describe_worker().rows.from_cache
-        + w.describe_worker().rows.from_remote
-        - b.from_cache
-        - b.from_remote
-        for w, b in zip(workers, before, strict=True)
-    ]
-    assert min(asked) > 0
-    for worker in workers:
-        worker.close()
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Client(a)) for a in cluster.workers.split(",")]
+        before = [w.describe_worker().tokens for w in workers]
+        pool = stack.enter_context(ThreadPoolExecutor(8))
+        answers = pool.map(lambda _: post(cluster, {**ENDLESS, "max_tokens": 40}), range(8))
+        assert 1 == len({text_of(answer) for answer in answers})
+        after = [w.describe_worker().tokens for w in workers]
+    assert all(a > b for a, b in zip(after, before, strict=True))
 
 
 def test_a_body_of_other_clients_is_taken(cluster: Cluster) -> None:
     """What load generators send with a completion, nulls and all, is understood."""
-    body = {
-        "model": "demo-memory",
-        "prompt": PROMPT,
-        "max_tokens": 4,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "top_k": -1,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "frequency_penalty": None,
-        "presence_penalty": None,
-        "logprobs": None,
-        "seed": None,
-        "best_of": 1,
-        "n": 1,
-        "use_beam_search": False,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    lines = httpx.post(f"{cluster.url}/completions", json=body, timeout=30).text.split("\n\n")
-    assert ["data: [DONE]", ""] == lines[-2:]
-    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
-    assert 4 == events[-1]["usage"]["completion_tokens"]
-    assert [] == events[-1]["choices"]
+    nulls = dict.fromkeys(("frequency_penalty", "presence_penalty", "logprobs", "seed"))
+    same = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "n": 1}
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    others = {"model": "demo-memory", "max_tokens": 4, "best_of": 1, "use_beam_search": False}
+    lines = stream(cluster, {**ENDLESS, **nulls, **same, **others, **usage})
+    assert "data: [DONE]" == lines.pop()
+    last = json.loads(lines[-1].removeprefix("data: "))
+    assert (4, []) == (last["usage"]["completion_tokens"], last["choices"])
 
 
-def test_a_request_id_is_taken_over_or_made(cluster: Cluster) -> None:
-    """The caller's id comes back in the header and in the answer's id; one that is no id, or none, is replaced."""
-    body = {"prompt": "a", "max_tokens": 1}
-    answer = httpx.post(f"{cluster.url}/completions", json=body, headers={"X-Request-Id": "mine-1"})
+def test_a_request_id_is_kept_or_made(cluster: Cluster) -> None:
+    """The caller's id is in header, answer and log; one that is no id, or none, is replaced."""
+    answer = post(cluster, {"prompt": "a", "max_tokens": 1}, headers={"X-Request-Id": "mine-1"})
     assert ("mine-1", "cmpl-mine-1") == (answer.headers["x-request-id"], answer.json()["id"])
-    long = httpx.get(f"http://{cluster.gateway}/nothing", headers={"X-Request-Id": "x" * 129})
+    long = get(cluster, "/nothing", headers={"X-Request-Id": "x" * 129})
     assert (404, 32) == (long.status_code, len(long.headers["x-request-id"]))
-    log = next(p.log for p in cluster.processes if p.ready["service"] == "gateway").read_text()
-    assert '"request_id": "mine-1"' in log
+    assert '"request_id": "mine-1"' in cluster.processes[-1].log.read_text()
 
 
 def test_text_and_tokens_are_changed_into_each_other(cluster: Cluster, tokenizer) -> None:
     """/tokenize gives ids, their number and the context; /detokenize gives the text back."""
-    url = f"http://{cluster.gateway}"
     ids = tokenizer.encode(PROMPT).ids
-    told = httpx.post(
-        f"{url}/tokenize",
-        json={"model": "demo-memory", "prompt": PROMPT, "return_token_strs": True},
-    ).json()
-    assert (ids, len(ids), 512, PROMPT) == (
-        told["tokens"],
-        told["count"],
-        told["max_model_len"],
-        "".join(told["token_strs"]),
-    )
-    assert {"prompt": PROMPT} == httpx.post(f"{url}/detokenize", json={"tokens": ids}).json()
-    assert 0 == httpx.post(f"{url}/tokenize", json={"prompt": ""}).json()["count"]
-    info = httpx.get(f"{url}/tokenizer_info").json()
+    body = {"model": "demo-memory", "prompt": PROMPT, "return_token_strs": True}
+    found = post(cluster, body, "/tokenize").json()
+    assert PROMPT == "".join(found.pop("token_strs"))
+    assert {"tokens": ids, "count": len(ids), "max_model_len": 512} == found
+    assert {"prompt": PROMPT} == post(cluster, {"tokens": ids}, "/detokenize").json()
+    assert 0 == post(cluster, {"prompt": ""}, "/tokenize").json()["count"]
+    info = get(cluster, "/tokenizer_info").json()
     assert ("<|endoftext|>", None) == (info["eos_token"], info["chat_template"])
-    refused = [
-        httpx.post(f"{url}/detokenize", json={"tokens": [8192]}),
-        httpx.post(f"{url}/detokenize", json={"tokens": [2**40]}),
-        httpx.post(f"{url}/tokenize", json={}),
-        httpx.post(f"{url}/tokenize", json={"messages": [{"role": "user", "content": "a"}]}),
-        httpx.post(f"{url}/tokenize", json={"prompt": "a", "model": 3}),
-    ]
-    assert [400] * 5 == [answer.status_code for answer in refused]
-    assert "chat template" in refused[3].json()["error"]["message"]
 
 
-def test_an_echo_of_half_characters_is_whole(client: openai.OpenAI, tokenizer) -> None:
-    """Tokens that are parts of characters have names of their own, and as many logprobs and offsets as all others."""
-    ids = tokenizer.encode("世界").ids
-    told = (
-        complete(client, ids, echo=True, logprobs=1, max_tokens=1, extra_body={"ignore_eos": True})
-        .choices[0]
-        .logprobs
-    )
-    assert {len(ids) + 1} == {
-        len(told.tokens),
-        len(told.token_logprobs),
-        len(told.top_logprobs),
-        len(told.text_offset),
-    }
-    assert told.tokens[0].startswith("bytes:\\x")
-    assert all(
-        token in top for token, top in zip(told.tokens[1:], told.top_logprobs[1:], strict=True)
-    )
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/detokenize", {"tokens": [8192]}, "vocabulary"),
+        ("/detokenize", {"tokens": [2**40]}, "less than"),
+        ("/tokenize", {}, "either"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}, "chat template"),
+        ("/tokenize", {"prompt": "a", "model": 3}, "model"),
+        ("/v1/completions", {"prompt": "a" * 900_000}, "context of 512 tokens"),
+        ("/v1/completions", {"prompt": PROMPT, "user": "a" * 513}, "user"),
+    ],
+)
+def test_what_can_not_be_done_is_refused(
+    cluster: Cluster, path: str, body: dict, message: str
+) -> None:
+    """With 400 and the reason, also where a text is long."""
+    answer = post(cluster, body, path)
+    assert (400, True) == (answer.status_code, message in answer.json()["error"]["message"])
 
 
 def test_version_and_ping(cluster: Cluster) -> None:
     """The package's version; an empty answer while there is a healthy worker."""
-    assert {"version": tolhouse.__version__} == httpx.get(
-        f"http://{cluster.gateway}/version"
-    ).json()
-    assert [200, 200] == [
-        httpx.get(f"http://{cluster.gateway}/ping").status_code,
-        httpx.post(f"http://{cluster.gateway}/ping").status_code,
-    ]
+    assert {"version": tolhouse.__version__} == get(cluster, "/version").json()
+    assert (200, 200) == (get(cluster, "/ping").status_code, post(cluster, {}, "/ping").status_code)
 
 
 def test_latencies_are_measured(cluster: Cluster) -> None:
     """Each completion has one first token and one end, and a time between each two tokens."""
 
     def counts() -> list[float]:
-        lines = httpx.get(f"http://{cluster.gateway}/metrics").text.splitlines()
+        text = get(cluster, "/metrics").text
         names = ("time_to_first_token", "inter_token", "completion")
-        return [
-            float(line.split()[1])
-            for name in names
-            for line in lines
-            if line.startswith(f"tolhouse_gateway_{name}_seconds_count")
-        ]
+        pattern = "tolhouse_gateway_{}_seconds_count (.*)"
+        return [float(re.search(pattern.format(name), text)[1]) for name in names]
 
     before = counts()
-    httpx.post(
-        f"{cluster.url}/completions",
-        json={"prompt": PROMPT, "max_tokens": 10, "ignore_eos": True, "n": 2},
-    )
+    post(cluster, {**ENDLESS, "max_tokens": 10, "n": 2})
     assert [2, 18, 2] == [after - b for after, b in zip(counts(), before, strict=True)]
 
 
 def test_what_is_too_large_is_refused(cluster: Cluster) -> None:
-    """A body beyond the limit is told so, announced or not; so is a text that can't fit the context."""
-    with process(
-        "gateway",
-        str(DEMO),
-        "--workers",
-        cluster.workers,
-        "--listen",
-        "127.0.0.1:0",
-        "--max-body-megabytes",
-        "0.02",
-    ) as gateway:
+    """A body beyond the limit is refused with the limit, announced or not."""
+    with another_gateway(cluster, DEMO, "--max-body-megabytes", "0.02") as gateway:
         url = f"http://{gateway.address}/v1/completions"
         body = json.dumps({"prompt": "a" * 30_000}).encode()
         headers = {"Content-Type": "application/json"}
@@ -808,189 +681,123 @@ def test_what_is_too_large_is_refused(cluster: Cluster) -> None:
             answer = httpx.post(url, content=content, headers=headers)
             assert (413, 413) == (answer.status_code, answer.json()["error"]["code"])
             assert "at most 20000 bytes" in answer.json()["error"]["message"]
-    answer = httpx.post(f"{cluster.url}/completions", json={"prompt": "a" * 900_000})
-    assert 400 == answer.status_code
-    assert "context of 512 tokens" in answer.json()["error"]["message"]
-    assert (
-        400
-        == httpx.post(
-            f"{cluster.url}/completions", json={"prompt": PROMPT, "user": "a" * 513}
-        ).status_code
-    )
 
 
-def test_full_queues_are_told(tmp_path: Path) -> None:
+NARROW = ("--max-num-seqs", "1", "--max-waiting", "1")
+
+
+def test_full_queues_are_told(table: str) -> None:
     """When no worker has a place left, the answer is 429, with a time to come back after."""
-    url = f"file://{tmp_path}"
-    build_table(DEMO, url)
-    body = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0, "ignore_eos": True}
-    with local_cluster(
-        DEMO, url, worker_options=("--max-num-seqs", "1", "--max-waiting", "1")
-    ) as cluster:
-        with ThreadPoolExecutor(12) as pool:
-            answers = list(
-                pool.map(
-                    lambda _: httpx.post(f"{cluster.url}/completions", json=body, timeout=60),
-                    range(12),
-                )
-            )
+    with (
+        local_cluster(DEMO, table, worker_options=NARROW) as cluster,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        answers = list(pool.map(lambda _: post(cluster, {**ENDLESS, "max_tokens": 60}), range(12)))
     full = [a for a in answers if a.status_code == 429]
     assert {200, 429} == {a.status_code for a in answers}
     assert {"1"} == {a.headers["retry-after"] for a in full}
     assert {"rate_limit_error"} == {a.json()["error"]["type"] for a in full}
 
 
-def test_a_full_worker_is_not_asked(tmp_path: Path) -> None:
-    """While a worker has all it takes, as far as the gateway knows, requests are refused before any work is done for them."""
-    url = f"file://{tmp_path}"
-    build_table(DEMO, url)
-    short = {"prompt": PROMPT, "max_tokens": 1}
-    long = {"prompt": PROMPT, "max_tokens": 450, "ignore_eos": True, "stream": True}
+def test_a_full_worker_is_not_asked(table: str) -> None:
+    """Requests to a worker that is full, as far as is known, are refused before any work."""
+    long, short = {**ENDLESS, "max_tokens": 450, "stream": True}, {**GREEDY, "max_tokens": 1}
+    deadline = time.monotonic() + 60
     with (
-        local_cluster(
-            DEMO, url, worker_options=("--max-num-seqs", "1", "--max-waiting", "1")
-        ) as cluster,
-        ExitStack() as stack,
+        local_cluster(DEMO, table, worker_options=NARROW) as cluster,
+        Client(cluster.workers) as client,
     ):
 
-        def taken() -> int:
+        def load() -> int:
             described = client.describe_worker()
             return described.running + described.waiting
 
-        client = stack.enter_context(Client(cluster.workers))
-        deadline = time.monotonic() + 30
         with ExitStack() as streams, ThreadPoolExecutor(2) as pool:
             for count in (1, 2):
-                pool.submit(
-                    lambda: streams.enter_context(
-                        httpx.stream("POST", f"{cluster.url}/completions", json=long, timeout=60)
-                    )
-                )
-                while taken() < count:
+                url = f"{cluster.url}/completions"
+                opened = httpx.stream("POST", url, json=long, timeout=60)
+                pool.submit(streams.enter_context, opened)
+                while load() < count:
                     assert time.monotonic() < deadline
-            refused = httpx.post(f"{cluster.url}/completions", json=short)
+            refused = post(cluster, short)
             assert (429, "1") == (refused.status_code, refused.headers["retry-after"])
             assert "2 requests are with the workers already" in refused.json()["error"]["message"]
-        while 200 != httpx.post(f"{cluster.url}/completions", json=short).status_code:
+        while 200 != post(cluster, short).status_code:
             assert time.monotonic() < deadline, "the places are not given back"
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_caller_that_goes_away_ends_the_work(cluster: Cluster, stream: bool) -> None:
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_caller_that_goes_away_ends_the_work(cluster: Cluster, streams: bool) -> None:
     """Closing the connection cancels the sequence in the worker."""
-    body = {
-        "prompt": PROMPT,
-        "max_tokens": 450,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": stream,
-    }
-    if stream:
+    body = {**ENDLESS, "max_tokens": 450, "stream": streams}
+    if streams:
         with httpx.stream("POST", f"{cluster.url}/completions", json=body, timeout=60) as answer:
             next(answer.iter_lines())
     else:
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{cluster.url}/completions", json=body, timeout=0.3)
+    deadline = time.monotonic() + 60
     for address in cluster.workers.split(","):
         with Client(address) as worker:
-            for _ in range(500):
-                if not worker.describe_worker().running:
-                    break
-                time.sleep(0.01)
-            else:
-                raise AssertionError("the sequence went on")
+            while worker.describe_worker().running:
+                assert time.monotonic() < deadline, "the sequence went on"
 
 
-def test_a_worker_may_die(tmp_path: Path) -> None:
-    """Requests go on at the other worker; without any, health and completions say 503; a worker that comes back is found."""
-    url = f"file://{tmp_path}"
-    build_table(DEMO, url)
-    body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0}
-    with local_cluster(DEMO, url, workers=2) as cluster:
+def test_a_worker_may_die(table: str) -> None:
+    """Requests go on at the other; without any, the answer is 503; one that is back is found."""
+    body, deadline = {**GREEDY, "max_tokens": 8}, time.monotonic() + 120
+    with local_cluster(DEMO, table, workers=2) as cluster:
         first, second = (p for p in cluster.processes if p.ready["service"] == "worker")
-        post = lambda: httpx.post(f"{cluster.url}/completions", json=body, timeout=60)  # noqa: E731
-        expected = post().json()["choices"][0]["text"]
+        expected = text_of(post(cluster, body))
         os.kill(first.pid, signal.SIGKILL)
         for _ in range(6):  # at once, before the gateway can have noticed
-            answer = post()
-            assert (200, expected) == (answer.status_code, answer.json()["choices"][0]["text"])
+            answer = post(cluster, body)
+            assert (200, expected) == (answer.status_code, text_of(answer))
         os.kill(second.pid, signal.SIGKILL)
         second.popen.wait()
-        answer = post()
+        answer = post(cluster, body)
         assert 503 == answer.status_code
         assert second.address in answer.json()["error"]["message"]
-        time.sleep(1)
-        assert 503 == httpx.get(f"http://{cluster.gateway}/health").status_code
-        again = ("worker", str(DEMO), "--lookup", cluster.lookup, "--listen", second.address)
+        while 503 != get(cluster, "/health").status_code:
+            assert time.monotonic() < deadline
+        again = ("worker", str(DEMO), "--rows", cluster.lookup, "--listen", second.address)
         with process(*again):
-            for _ in range(100):
-                if (answer := post()).status_code == 200:
-                    break
-                time.sleep(0.1)
-            assert expected == answer.json()["choices"][0]["text"]
+            while (answer := post(cluster, body)).status_code != 200:
+                assert time.monotonic() < deadline
+            assert expected == text_of(answer)
 
 
-def test_a_worker_may_hang(tmp_path: Path) -> None:
-    """Requests that a stopped worker has not begun to answer are answered by the other; one that it was streaming ends in an error."""
-    url = f"file://{tmp_path}"
-    build_table(DEMO, url)
-    body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0}
-    with local_cluster(DEMO, url, workers=2) as cluster, ThreadPoolExecutor(6) as pool:
+def test_a_worker_may_hang(table: str) -> None:
+    """The other worker answers what a stopped one has not begun; what it was streaming fails."""
+    body = {**GREEDY, "max_tokens": 8}
+    endless = {**ENDLESS, "max_tokens": 500, "stream": True}
+    with local_cluster(DEMO, table, workers=2) as cluster, ThreadPoolExecutor(6) as pool:
         first = next(p for p in cluster.processes if p.ready["service"] == "worker")
-        post = lambda: httpx.post(f"{cluster.url}/completions", json=body, timeout=60)  # noqa: E731
-        expected = post().json()["choices"][0]["text"]
-        endless = {**body, "max_tokens": 500, "ignore_eos": True, "stream": True}
-
-        def stream() -> list[str]:
-            with httpx.stream(
-                "POST", f"{cluster.url}/completions", json=endless, timeout=60
-            ) as answer:
-                return list(answer.iter_lines())
-
-        streams = [pool.submit(stream) for _ in range(2)]  # one on each worker
+        expected = text_of(post(cluster, body))
+        streams = [pool.submit(stream, cluster, endless) for _ in range(2)]  # one on each worker
         time.sleep(0.3)
         os.kill(first.pid, signal.SIGSTOP)
-        answers = [
-            answer.result() for answer in [pool.submit(post) for _ in range(4)]
-        ]  # two of them on the one that is stopped
-        assert [(200, expected)] * 4 == [
-            (answer.status_code, answer.json()["choices"][0]["text"]) for answer in answers
-        ]
-        ends = sorted(
-            "error" if any('"error"' in line for line in one.result()) else one.result()[-2]
-            for one in streams
-        )
-        assert ["data: [DONE]", "error"] == ends
-        counted = httpx.get(f"http://{cluster.gateway}/metrics").text  # its status line said 200
+        answers = [pool.submit(post, cluster, body) for _ in range(4)]  # two on the stopped one
+        for answer in (a.result() for a in answers):
+            assert (200, expected) == (answer.status_code, text_of(answer))
+        ends = [lines.result() for lines in streams]
+        failed = [any('"error"' in line for line in lines) for lines in ends]
+        assert (["data: [DONE]"] * 2, 1) == ([lines[-1] for lines in ends], sum(failed))
+        counted = get(cluster, "/metrics").text  # its status line said 200
         assert re.search(r'path="/v1/completions",status="50[34]"} 1', counted), counted
         os.kill(first.pid, signal.SIGCONT)
 
 
-def test_a_worker_that_ends_finishes_what_it_began(tmp_path: Path) -> None:
-    """While a worker drains after SIGTERM its streams go on to their end, and new requests go to the other."""
-    url = f"file://{tmp_path}"
-    build_table(DEMO, url)
-    body = {
-        "prompt": PROMPT,
-        "max_tokens": 480,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-    }
+def test_a_worker_that_ends_finishes_what_it_began(table: str) -> None:
+    """While a worker drains, its streams go on to their end, and new requests go to the other."""
+    body = {**ENDLESS, "max_tokens": 480, "stream": True}
     patient = ("--drain-seconds", "90")  # on a slow machine too
     with (
-        local_cluster(DEMO, url, workers=2, worker_options=patient) as cluster,
+        local_cluster(DEMO, table, workers=2, worker_options=patient) as cluster,
         ThreadPoolExecutor(8) as pool,
     ):
         first = next(p for p in cluster.processes if p.ready["service"] == "worker")
-
-        def stream() -> list[str]:
-            with httpx.stream(
-                "POST", f"{cluster.url}/completions", json=body, timeout=100
-            ) as answer:
-                return [line for line in answer.iter_lines() if line]
-
-        streams = [pool.submit(stream) for _ in range(8)]
+        streams = [pool.submit(stream, cluster, body) for _ in range(8)]
         time.sleep(0.3)
         os.kill(first.pid, signal.SIGTERM)
         for lines in (one.result() for one in streams):
@@ -1001,68 +808,40 @@ def test_a_worker_that_ends_finishes_what_it_began(tmp_path: Path) -> None:
 
 def test_a_worker_of_another_tokenizer_gets_no_requests(cluster: Cluster, checkpoint: Path) -> None:
     """A gateway whose tokenizer is not the worker's says so instead of sending it wrong ids."""
-    with process(
-        "gateway",
-        str(checkpoint),
-        "--workers",
-        cluster.workers,
-        "--listen",
-        "127.0.0.1:0",
-        "--poll-seconds",
-        "0.1",
-    ) as gateway:
-        for _ in range(100):
-            answer = httpx.post(f"http://{gateway.address}/v1/completions", json={"prompt": "a"})
-            if answer.status_code == 409:
-                break
-            time.sleep(0.05)
-        assert (409, "start it with the worker's checkpoint") == (
-            answer.status_code,
-            answer.json()["error"]["message"][-37:],
-        )
+    deadline = time.monotonic() + 60
+    with another_gateway(cluster, checkpoint) as gateway:
+        url = f"http://{gateway.address}/v1/completions"
+        while (answer := httpx.post(url, json={"prompt": "a"})).status_code != 409:
+            assert time.monotonic() < deadline
+        message = answer.json()["error"]["message"]
+        assert message.endswith("start it with the worker's checkpoint")
 
 
 def test_what_can_not_start_says_why(cluster: Cluster, tmp_path: Path) -> None:
-    """A port in use, no tokenizer, a bad address: one line on stderr."""
-
-    def refused(*arguments: str) -> str:
-        command = [sys.executable, "-m", "tolhouse.cli", "gateway", *arguments]
+    """A port in use, no tokenizer, a bad address or store: one line on stderr."""
+    here = ("--listen", "127.0.0.1:0")
+    for arguments, reason in (
+        ((DEMO, "--listen", cluster.gateway), "in use"),
+        ((tmp_path,), "no tokenizer"),
+        ((DEMO, "--workers", "nowhere"), "HOST:PORT"),
+        ((DEMO, "--listen", "nowhere"), "HOST:PORT"),
+        ((DEMO, *here, "--rate-limit-store", "file://x"), "redis://HOST:PORT"),
+        ((DEMO, *here, "--rate-limit-store", "redis://example.org"), "plaintext"),
+    ):
+        command = [sys.executable, "-m", "tolhouse.cli", "gateway", *map(str, arguments)]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert (1, "") == (ended.returncode, ended.stdout)
+        assert reason in ended.stderr
         assert "Traceback" not in ended.stderr
-        return ended.stderr
-
-    assert "in use" in refused(str(DEMO), "--listen", cluster.gateway)
-    assert "no tokenizer" in refused(str(tmp_path))
-    assert "HOST:PORT" in refused(str(DEMO), "--workers", "nowhere")
-    assert "HOST:PORT" in refused(str(DEMO), "--listen", "nowhere")
 
 
 def test_a_gateway_ends_with_0(cluster: Cluster) -> None:
     """SIGTERM drains: a stream that runs is finished first."""
-    with process(
-        "gateway",
-        str(DEMO),
-        "--workers",
-        cluster.workers,
-        "--listen",
-        f"127.0.0.1:{free_port()}",
-        "--poll-seconds",
-        "0.1",
-    ) as gateway:
-        url = f"http://{gateway.address}"
-        for _ in range(100):
-            if httpx.get(f"{url}/health").status_code == 200:
-                break
-            time.sleep(0.05)
-        body = {
-            "prompt": PROMPT,
-            "max_tokens": 200,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-        }
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+    with another_gateway(cluster, DEMO) as gateway:
+        url = f"http://{gateway.address}/v1/completions"
+        wait_until_healthy(gateway.address)
+        body = {**ENDLESS, "max_tokens": 200, "stream": True}
+        with httpx.stream("POST", url, json=body, timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
             gateway.popen.terminate()
@@ -1071,31 +850,19 @@ def test_a_gateway_ends_with_0(cluster: Cluster) -> None:
 
 
 def test_an_error_may_quote_anything() -> None:
-    """Half a surrogate pair in a message is written out: the answer can be sent. What is quoted at length is cut."""
+    """Half a surrogate pair is written out, so that it can be sent; a long quotation is cut."""
     assert r"no \ud800" == error_body("no \ud800", 400)["error"]["message"]
     assert 1002 == len(error_body("9" * 5000, 400)["error"]["message"])
-
-
-def test_limits_mean_the_same_at_both_ends(client: openai.OpenAI) -> None:
-    """What the gateway takes at its bounds the worker takes too, though on the wire it has 32 bits."""
-    for options in ({"repetition_penalty": 2**-7}, {"row_scale": -16}, {"layer_scales": [16] * 6}):
-        client.completions.create(
-            model="demo-memory", prompt=PROMPT, max_tokens=1, extra_body=options
-        )
-    client.completions.create(model="demo-memory", prompt=PROMPT, max_tokens=1, top_p=1e-300)
 
 
 def test_long_texts_hold_nobody_up(cluster: Cluster) -> None:
     """Others are answered while texts as long as bodies may be are tokenised."""
     body = {"prompt": "\u00e9 " * 200_000, "return_token_strs": True}
     with ThreadPoolExecutor(6) as pool:
-        long = [
-            pool.submit(httpx.post, f"http://{cluster.gateway}/tokenize", json=body, timeout=120)
-            for _ in range(6)
-        ]
+        long = [pool.submit(post, cluster, body, "/tokenize") for _ in range(6)]
         before = 0
         while not all(one.done() for one in long):
-            assert 200 == httpx.get(f"http://{cluster.gateway}/version", timeout=60).status_code
+            assert 200 == get(cluster, "/version").status_code
             before += 1
     assert before > 6
     assert {200} == {one.result().status_code for one in long}

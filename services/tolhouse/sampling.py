@@ -9,23 +9,13 @@ presence_penalty, temperature, min_p, top_k, top_p.
 from collections.abc import Iterable
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictInt,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tolhouse.errors import InvalidArgument
 from tolhouse.v1.generation_pb2 import GenerateRequest
 
 T = TypeVar("T")
 
-MAX_LOGPROBS = 20
 MAX_FIELDS = 1024  # of an object; logit_bias has the most
 MAX_COUNT = 2**31  # more tokens than any context has
 LEAST_TOP_P = 1e-30  # above 0 also in the 32 bits that it has on the wire
@@ -38,76 +28,64 @@ def few_fields(given: Any) -> Any:
     return given
 
 
-def _option(default: Any, text: str, **bounds: Any) -> Any:
-    return Field(default, description=text, **bounds)
+def _option(default: Any, text: str) -> Any:
+    return Field(default, description=text)
 
 
-# The first wrong item ends a list: a large body would make an error for each of its items, else.
-TokenId = Annotated[StrictInt, Field(ge=0, lt=2**32)]
-TokenIdKey = Annotated[int, Field(ge=0, lt=2**32)]  # a text in JSON
+# Strict: no text for a number. 32 bits hold each bound exactly.
+Bool = Annotated[bool, Field(strict=True)]
+Int = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Bias = Annotated[Number, Field(ge=-100, le=100)]
-Scale = Annotated[Number, Field(ge=-16, le=16)]
-Layers = Annotated[tuple[T, ...], Field(max_length=1024, fail_fast=True)]
 Temperature = Annotated[Number, Field(ge=0, le=100, description="0: greedy.")]
-TopK = Annotated[StrictInt, Field(ge=-1, le=MAX_COUNT), AfterValidator(lambda k: max(0, k))]
+TopK = Annotated[Int, Field(ge=-1, le=MAX_COUNT), AfterValidator(lambda k: max(0, k))]
 TopP = Annotated[Number, Field(gt=0, le=1), AfterValidator(lambda p: max(LEAST_TOP_P, p))]
-Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda n: n % 2**64)]
-MaxTokens = Annotated[
-    StrictInt,
-    Field(ge=0, lt=2**32, description="Most tokens of the answer; 0: only the prompt is scored."),
-]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Factor = Annotated[Number, Field(ge=2**-7, le=10)]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+Scale = Annotated[Number, Field(ge=-16, le=16)]
+Seed = Annotated[Int, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda n: n % 2**64)]
+MinTokens = Annotated[Int, Field(ge=0, le=MAX_COUNT)]
+MaxTokens = Annotated[Int, Field(ge=0, lt=2**32, description="Most tokens of the answer.")]
+Logprobs = Annotated[Int, Field(ge=0, le=20)]
+# The first wrong item ends a list: a large body would make an error for each of its items, else.
+TokenId = Annotated[Int, Field(ge=0, lt=2**32)]
+StopIds = Annotated[tuple[TokenId, ...], Field(max_length=256, fail_fast=True)]
+Layers = Annotated[tuple[T, ...], Field(max_length=1024, fail_fast=True)]
+Bias = Annotated[Number, Field(ge=-100, le=100)]
+BiasedId = Annotated[int, Field(ge=0, lt=2**32)]  # a text in JSON
+Biases = Annotated[dict[BiasedId, Bias], BeforeValidator(few_fields)]
 
 
 class SamplingOptions(BaseModel):
-    """Parameters that have one form in all interfaces. 32 bits hold each bound exactly."""
+    """The parameters that have one form in all interfaces."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     temperature: Temperature = 0.0
     top_k: TopK = _option(0, "Sample from so many likeliest tokens; 0 or -1: all.")
     top_p: TopP = _option(1.0, "Sample from the fewest likeliest tokens with so much probability.")
-    min_p: Number = _option(
-        0.0, "Least probability, as a share of the likeliest token's.", ge=0, le=1
+    min_p: Share = _option(0.0, "Least probability, as a share of the likeliest token's.")
+    repetition_penalty: Factor = _option(
+        1.0, "Divides positive logits of tokens in prompt or answer, multiplies negative ones."
     )
-    repetition_penalty: Number = _option(
-        1.0,
-        "Divides positive logits of tokens in prompt or answer, multiplies negative ones.",
-        ge=2**-7,
-        le=10,
-    )
-    presence_penalty: Number = _option(
-        0.0, "Subtracted from the logits of tokens in the answer.", ge=-2, le=2
-    )
-    frequency_penalty: Number = _option(
-        0.0, "The same for each time that they occur in it.", ge=-2, le=2
-    )
-    logit_bias: Annotated[dict[TokenIdKey, Bias], BeforeValidator(few_fields)] = _option(
-        {}, "Added to the logits of token ids."
-    )
+    presence_penalty: Penalty = _option(0.0, "Subtracted from logits of tokens in the answer.")
+    frequency_penalty: Penalty = _option(0.0, "The same, times their number in the answer.")
+    logit_bias: Biases = _option({}, "Added to the logits of token ids.")
     seed: Seed | None = _option(None, "The same seed gives the same tokens; random by default.")
-    stop_token_ids: Annotated[tuple[TokenId, ...], Field(fail_fast=True)] = _option(
-        (), "Token ids that end the answer, beside the model's end token.", max_length=256
-    )
-    ignore_eos: StrictBool = _option(False, "Go on after the model's end token.")
-    min_tokens: StrictInt = _option(0, "No end before so many tokens.", ge=0, le=MAX_COUNT)
+    stop_token_ids: StopIds = _option((), "They end the answer, beside the model's end token.")
+    ignore_eos: Bool = _option(False, "Go on after the model's end token.")
+    min_tokens: MinTokens = _option(0, "No end before so many tokens.")
     row_scale: Scale = _option(1.0, "Multiplies the looked-up rows of every layer.")
     absent_layers: Layers[TokenId] = _option((), "Layers that go without their rows.")
-    layer_scales: Layers[Scale] = _option(
-        (), "A number for each layer, times row_scale; empty: 1 for all."
-    )
+    layer_scales: Layers[Scale] = _option((), "One for each layer, times row_scale; empty: 1.")
 
 
 class SamplingParams(SamplingOptions):
     """How the tokens of one answer are chosen and when it ends; InvalidArgument for a bad value."""
 
-    max_tokens: MaxTokens = 16
-    logprobs: StrictInt | None = _option(
-        None, "Return log probabilities, also of so many likeliest tokens.", ge=0, le=MAX_LOGPROBS
-    )
-    prompt_logprobs: StrictInt | None = _option(
-        None, "The same for the tokens of the prompt.", ge=0, le=MAX_LOGPROBS
-    )
+    max_tokens: MaxTokens = 16  # 0 is allowed with prompt_logprobs
+    logprobs: Logprobs | None = _option(None, "Log probabilities, also of so many likeliest.")
+    prompt_logprobs: Logprobs | None = _option(None, "The same for the tokens of the prompt.")
 
     def __init__(self, max_tokens: int = 16, **options: Any) -> None:
         try:
@@ -116,13 +94,11 @@ class SamplingParams(SamplingOptions):
             first = error.errors()[0]
             name, given = ".".join(map(str, first["loc"])), f"{first['input']!r:.100}"
             raise InvalidArgument(f"{name}: {first['msg']}; {given} was given") from None
-        least = 0 if self.prompt_logprobs is not None else 1
-        if max_tokens < least:
-            raise InvalidArgument(f"max_tokens must be at least {least}, not {max_tokens}")
+        if not max_tokens and self.prompt_logprobs is None:
+            raise InvalidArgument("max_tokens must be at least 1, not 0")
         if self.min_tokens > max_tokens:
-            raise InvalidArgument(
-                f"min_tokens must be at most max_tokens={max_tokens}, not {self.min_tokens}"
-            )
+            limit = f"min_tokens must be at most max_tokens={max_tokens}"
+            raise InvalidArgument(f"{limit}, not {self.min_tokens}")
 
     def to_proto(self, prompt_token_ids: Iterable[int], request_id: str = "") -> GenerateRequest:
         try:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tolhouse import __version__, tracing
 from tolhouse.config import GatewayConfig
 from tolhouse.errors import InUse
 from tolhouse.gateway.auth import AuthMiddleware
-from tolhouse.gateway.connection import Limits, serve
+from tolhouse.gateway.connection import serve
 from tolhouse.gateway.error_responses import ErrorResponse, add_error_handlers
 from tolhouse.gateway.explore import open_memory
 from tolhouse.gateway.metrics import WORKERS
@@ -35,7 +36,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(router: WorkerRouter, tokenizer_file: Path, config: GatewayConfig) -> ASGIApp:
-    folder, limiter = tokenizer_file.parent, RateLimiter(config.rate_limit_store)
+    folder = tokenizer_file.parent
+    limiter = RateLimiter(config.rate_limit_store, insecure=config.insecure)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -61,15 +63,17 @@ def create_app(router: WorkerRouter, tokenizer_file: Path, config: GatewayConfig
         ChatTemplate(folder),
         open_memory(folder, tokenizer_id(tokenizer_file)),
     )
-    for part in (completions, chat, tokenization, explore, models):
-        app.include_router(part.routes)
+    parts = [part.routes for part in (completions, chat, tokenization, explore, models)]
+    for part in parts:
+        app.include_router(part)
     add_error_handlers(app)
     WORKERS.set_function(lambda: len(router.healthy()))
     # around the app, not inside: the answer to a defect too has an id and is counted
     keyed = AuthMiddleware(app, config.keys_file, limiter) if config.keys_file else app
     max_body_bytes = int(config.max_body_megabytes * 1e6)
     limited = RequestLimitsMiddleware(keyed, max_body_bytes, config.body_timeout_seconds)
-    return MetricsMiddleware(limited, set(app.openapi()["paths"]))
+    paths = {route.path for part in parts for route in part.routes if isinstance(route, Route)}
+    return MetricsMiddleware(limited, paths)
 
 
 async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
@@ -89,16 +93,11 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     try:
         listener.bind((host, port))
     except OSError as error:
-        reason = error.strerror or error
-        raise InUse(
-            f"gateway can't listen on {config.listen}: {reason}; choose another --listen"
-        ) from None
+        reason = f"{error.strerror or error}; choose another --listen"
+        raise InUse(f"gateway can't listen on {config.listen}: {reason}") from None
     app = create_app(router, file, config)
-    limits = Limits(
-        config.max_connections, config.header_timeout_seconds, config.body_timeout_seconds
-    )
     tls = credentials.tls.context() if credentials.tls else None
     finish_startup()
     address = f"{host}:{listener.getsockname()[1]}"
-    await serve(app, listener, limits, tls, config.drain_seconds, lambda: ready("gateway", address))
+    await serve(app, config, listener, tls, lambda: ready("gateway", address))
     event("stopped", service="gateway")

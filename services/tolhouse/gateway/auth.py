@@ -45,10 +45,8 @@ def read_keys(path: str) -> dict[str, Key]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise InvalidArgument(
-            f"the keys file {path} is malformed at {where}: {first['msg']}; "
-            "`tolhouse keys` writes it"
-        ) from None
+        wrong = f"malformed at {where}: {first['msg']}; `tolhouse keys` writes it"
+        raise InvalidArgument(f"the keys file {path} is {wrong}") from None
 
 
 def add_key(path: Path, name: str, requests_per_minute: float, concurrent: int) -> str:
@@ -62,10 +60,8 @@ def add_key(path: Path, name: str, requests_per_minute: float, concurrent: int) 
         _write(path, {**keys, name: Key.model_validate({"sha256": _sha256(key), **limits})})
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        raise InvalidArgument(
-            f"no key can be made for {name!r} with {requests_per_minute:g} requests a minute: "
-            f"{reason}"
-        ) from None
+        what = f"{name!r} with {requests_per_minute:g} requests a minute"
+        raise InvalidArgument(f"no key can be made for {what}: {reason}") from None
     return key
 
 
@@ -79,19 +75,15 @@ def remove_key(path: Path, name: str) -> None:
 
 
 class _Usage:
-    """What a key has in flight.
+    """What a key has in flight. Of a request's sequences as many run at once as requests may."""
 
-    A request may want many sequences, prompts by `n`: as many run at once as requests may.
-    """
-
-    def __init__(self) -> None:
-        self.key: Key | None = None
-        self.requests = 0
+    def __init__(self, key: Key) -> None:
+        self.requests, self.concurrent = 0, key.concurrent
+        self.sequences = asyncio.Semaphore(key.concurrent)
 
     def update(self, key: Key) -> None:
-        if not self.key or self.key.concurrent != key.concurrent:
-            self.sequences = asyncio.Semaphore(key.concurrent)
-        self.key = key
+        if self.concurrent != key.concurrent:
+            self.concurrent, self.sequences = key.concurrent, asyncio.Semaphore(key.concurrent)
 
 
 class AuthMiddleware:
@@ -128,18 +120,13 @@ class AuthMiddleware:
     async def _excess(self, name: str, key: Key, in_flight: int) -> ASGIApp | None:
         """The refusal of a request that is more than its key allows."""
         if in_flight >= key.concurrent:
-            return error_response(
-                f"{in_flight} requests with this key are in flight; allowed are {key.concurrent}",
-                429,
-            )
-        wait = await self.limiter.hit(name, key.requests_per_minute)
-        if not wait:
+            now = f"{in_flight} requests with this key are in flight"
+            return error_response(f"{now}; allowed are {key.concurrent}", 429)
+        rate = key.requests_per_minute
+        if not (wait := await self.limiter.hit(name, rate)):
             return None
-        return error_response(
-            f"too many requests with this key: allowed are {key.requests_per_minute:g} a minute",
-            429,
-            retry_after=wait,
-        )
+        message = f"too many requests with this key: allowed are {rate:g} a minute"
+        return error_response(message, 429, retry_after=wait)
 
     def _find(self, authorization: str) -> tuple[str, Key] | None:
         scheme, _, given = authorization.partition(" ")
@@ -152,7 +139,7 @@ class AuthMiddleware:
     def _read(self, path: str) -> dict[str, tuple[str, Key]]:
         keys = read_keys(path)
         for name, key in keys.items():
-            self._usage.setdefault(name, _Usage()).update(key)
+            self._usage.setdefault(name, _Usage(key)).update(key)
         return {key.sha256: (name, key) for name, key in keys.items()}
 
 

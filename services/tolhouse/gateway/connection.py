@@ -8,23 +8,17 @@ import socket
 import ssl
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import NamedTuple
 
 import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from tolhouse.config import GatewayConfig
 from tolhouse.gateway import metrics
 from tolhouse.gateway.error_responses import error_body
 from tolhouse.gateway.middleware import MAX_HEADER_BYTES
 from tolhouse.logs import event, redirect_log
-
-
-class Limits(NamedTuple):
-    connections: int
-    header_seconds: float  # for a request's header to arrive, and for a TLS handshake
-    body_seconds: float  # for the caller to read what waits to be sent
 
 
 class LimitedConnection(asyncio.Protocol):
@@ -34,14 +28,13 @@ class LimitedConnection(asyncio.Protocol):
     a request begins and ends.
     """
 
-    def __init__(self, limits: Limits, server: uvicorn.Server) -> None:
-        self.limits, self._open = limits, server.server_state.connections
+    def __init__(self, config: GatewayConfig, server: uvicorn.Server) -> None:
+        self.config, self._open = config, server.server_state.connections
         self._http: asyncio.Protocol = H11Protocol(
             config=server.config,
             server_state=server.server_state,
             app_state={**server.lifespan.state, "connection": self},
         )
-        self._loop = asyncio.get_running_loop()
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._requests = 0  # a next one may begin before the last has ended
@@ -50,14 +43,13 @@ class LimitedConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        if len(self._open) >= self.limits.connections:
+        self._transport, most = transport, self.config.max_connections
+        if len(self._open) >= most:
             self._http = asyncio.Protocol()  # which does nothing
-            allowed = f"{self.limits.connections} are allowed, try again later"
-            self._refuse(503, f"too many open connections: {allowed}")
-            return
-        self._http.connection_made(transport)
-        self._await_header()
+            self._refuse(503, f"too many open connections: {most} are allowed, try again later")
+        else:
+            self._http.connection_made(transport)
+            self._header_timer = self._later(self.config.header_timeout_seconds, self._too_slow)
 
     def data_received(self, data: bytes) -> None:
         if self._transport.is_closing():
@@ -70,15 +62,17 @@ class LimitedConnection(asyncio.Protocol):
         if self._transport.is_closing():
             _count_refusal(400, "this is not HTTP, or its header is too large")
         elif not self._requests and not self._header_timer:
-            self._await_header()
+            self._header_timer = self._later(self.config.header_timeout_seconds, self._too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timers()
+        for timer in (self._header_timer, self._write_timer):
+            if timer:
+                timer.cancel()
         self._http.connection_lost(exc)
 
     def pause_writing(self) -> None:
         self._http.pause_writing()
-        self._write_timer = self._loop.call_later(self.limits.body_seconds, self._transport.abort)
+        self._write_timer = self._later(self.config.body_timeout_seconds, self._transport.abort)
 
     def resume_writing(self) -> None:
         self._http.resume_writing()
@@ -97,13 +91,13 @@ class LimitedConnection(asyncio.Protocol):
         self._requests -= 1
         self._unread = not complete
 
-    def _await_header(self) -> None:
-        self._header_timer = self._loop.call_later(self.limits.header_seconds, self._too_slow)
+    def _later(self, seconds: float, action: Callable[[], None]) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(seconds, action)
 
     def _too_slow(self) -> None:
         if self._received and not self._unread:
-            late = f"the header did not arrive within {self.limits.header_seconds:g} s"
-            self._refuse(408, late)
+            seconds = self.config.header_timeout_seconds
+            self._refuse(408, f"the header did not arrive within {seconds:g} s")
         else:
             self._transport.close()
 
@@ -113,17 +107,11 @@ class LimitedConnection(asyncio.Protocol):
         body = json.dumps(error_body(message, status)).encode()
         retry = "Retry-After: 1\r\n" * (status == 503)
         head = (
-            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-            f"Connection: close\r\n{retry}\r\n"
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n{retry}"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         self._transport.write(head.encode() + body)
         self._transport.close()
-
-    def _stop_timers(self) -> None:
-        for timer in (self._header_timer, self._write_timer):
-            if timer:
-                timer.cancel()
 
 
 def _count_refusal(status: int, reason: str) -> None:
@@ -133,35 +121,34 @@ def _count_refusal(status: int, reason: str) -> None:
 
 async def serve(
     app: ASGIApp,
+    config: GatewayConfig,
     listener: socket.socket,
-    limits: Limits,
     tls: ssl.SSLContext | None,
-    drain_seconds: float,
     on_ready: Callable[[], None],
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish what has begun."""
-    config = uvicorn.Config(
+    settings = uvicorn.Config(
         app,
         http="h11",
         ws="none",
         log_config=None,
         lifespan="on",
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        timeout_graceful_shutdown=max(1, round(drain_seconds)),
+        timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
     )
     redirect_log("uvicorn", logging.ERROR)  # its warnings are of single requests, as our own log's
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(settings)
     serving = asyncio.create_task(server.serve(sockets=[]))  # the listener is here
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     if server.started:
         loop = asyncio.get_running_loop()
         listening = await loop.create_server(
-            lambda: LimitedConnection(limits, server),
+            lambda: LimitedConnection(config, server),
             sock=listener,
             ssl=tls,
-            ssl_handshake_timeout=limits.header_seconds if tls else None,
-            backlog=config.backlog,
+            ssl_handshake_timeout=config.header_timeout_seconds if tls else None,
+            backlog=settings.backlog,
         )
 
         def stop() -> None:

@@ -59,42 +59,39 @@ def status_and_message(error: Exception, request_id: str) -> tuple[int, str]:
     return error.http_status, str(error)
 
 
-async def _failed(request: Request, error: Exception) -> JSONResponse:
-    status, message = status_and_message(error, request.state.request_id)
-    return error_response(message, status)
-
-
-async def _refused(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    return error_response(str(error.detail), error.status_code, error.headers)
-
-
-async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    """What was wrong with a body or a path, and what is allowed."""
-    assert isinstance(error, RequestValidationError)
-    # of a list of alternatives, the one that fitted best
-    found = max(error.errors(), key=lambda e: len(e["loc"]))
-    _, *inside = map(str, found["loc"])
-    param = inside[0] if inside and not inside[0].isdigit() else None
-    message = found["msg"].removeprefix("Value error, ")
-    if found["type"] == "json_invalid":
-        message = f"the body is not valid JSON: {found.get('ctx', {}).get('error', message)}"
-    elif found["type"] == "extra_forbidden" and len(inside) == 1:
-        field = request.scope["route"].body_field.field_info.annotation
-        message = f"unknown parameter {param!r}; known are {', '.join(field.model_fields)}"
-    elif found["type"] == "missing" and param and len(inside) == 1:
-        message = f"parameter {param!r} is required"
-    elif param in _FORMS:
-        message = f"{param} must be {_FORMS[param]}"
-    elif param:
-        message = f"{'.'.join(inside)}: {message}"
-    elif found["type"] != "value_error":
-        message = "the body must be a JSON object, sent with Content-Type: application/json"
-    return JSONResponse(error_body(message, 400, param), 400)
-
-
 def add_error_handlers(app: FastAPI) -> None:
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(TolhouseError, _failed)
-    app.add_exception_handler(Exception, _failed)
+    @app.exception_handler(Exception)
+    @app.exception_handler(TolhouseError)
+    async def _failed(request: Request, error: Exception) -> JSONResponse:
+        status, message = status_and_message(error, request.state.request_id)
+        return error_response(message, status)
+
+    @app.exception_handler(HTTPException)
+    async def _refused(_: Request, error: HTTPException) -> JSONResponse:
+        return error_response(str(error.detail), error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        # of a list of alternatives, the one that fitted best
+        found = max(error.errors(), key=lambda e: len(e["loc"]))
+        _, *inside = map(str, found["loc"])
+        param = inside[0] if inside and not inside[0].isdigit() else None
+        message = _explain(found, param, inside, request)
+        return JSONResponse(error_body(message, 400, param), 400)
+
+
+def _explain(found: Mapping[str, Any], param: str | None, inside: list[str], at: Request) -> str:
+    """What was wrong with a body or a path, and what is allowed."""
+    kind, message = found["type"], found["msg"].removeprefix("Value error, ")
+    if kind == "json_invalid":
+        return f"the body is not valid JSON: {found.get('ctx', {}).get('error', message)}"
+    if kind == "extra_forbidden" and len(inside) == 1:
+        body = at.scope["route"].body_field.field_info.annotation
+        return f"unknown parameter {param!r}; known are {', '.join(body.model_fields)}"
+    if kind == "missing" and len(inside) == 1:
+        return f"parameter {param!r} is required"
+    if param in _FORMS:
+        return f"{param} must be {_FORMS[param]}"
+    if not param and kind != "value_error":
+        return "the body must be a JSON object, sent with Content-Type: application/json"
+    return f"{'.'.join(inside)}: {message}" if param else message

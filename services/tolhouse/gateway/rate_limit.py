@@ -12,6 +12,7 @@ from limits.aio.strategies import MovingWindowRateLimiter
 from limits.errors import StorageError
 from limits.storage import storage_from_string
 
+from tolhouse.errors import InvalidArgument
 from tolhouse.logs import event
 
 _TIMEOUT_SECONDS = 0.5  # for one answer of Redis
@@ -28,14 +29,25 @@ def window(requests_per_minute: float) -> RateLimitItem:
 
 
 class RateLimiter:
-    def __init__(self, redis_url: str = "") -> None:
+    def __init__(self, redis_url: str = "", *, insecure: bool = False) -> None:
+        """InvalidArgument if the URL is none of a Redis, or of a remote one in plaintext."""
         self._local = MovingWindowRateLimiter(MemoryStorage())
         self._shared: MovingWindowRateLimiter | None = None
         self._resume = 0.0  # when Redis is asked again
         if redis_url:
+            from tolhouse.store.base import require_private
+            from tolhouse.store.redis import split_credentials
+
+            if not redis_url.startswith(("redis://", "rediss://")):
+                raise InvalidArgument(
+                    "--rate-limit-store must be redis://HOST:PORT or rediss://HOST:PORT"
+                )
+            require_private(redis_url, insecure=insecure)
+            url, credentials = split_credentials(redis_url)
             storage: Any = storage_from_string(
-                f"async+{redis_url}",
+                f"async+{url}",
                 implementation="redispy",
+                credential_provider=credentials,
                 key_prefix="tolhouse:rate",
                 wrap_exceptions=True,
                 socket_timeout=_TIMEOUT_SECONDS,
@@ -52,11 +64,8 @@ class RateLimiter:
                 return await _hit(self._shared, item, name)
             except StorageError as error:
                 self._resume = time.monotonic() + _PAUSE_SECONDS
-                event(
-                    "requests are counted by each gateway for itself",
-                    logging.WARNING,
-                    reason=str(error.storage_error),
-                )
+                alone = "each gateway counts its own requests for a while"
+                event(alone, logging.WARNING, reason=str(error.storage_error))
         return await _hit(self._local, item, name)
 
     async def close(self) -> None:

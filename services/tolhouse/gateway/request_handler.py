@@ -5,7 +5,6 @@ import itertools
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, aclosing
-from typing import Any
 
 from pydantic import BaseModel
 
@@ -99,20 +98,8 @@ class RequestHandler:
 
     def usage(self) -> Usage:
         prompt, completion = sum(map(len, self.prompts)), self.completion_tokens
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-        )
-
-    def envelope(self, kind: str) -> dict[str, Any]:
-        """The fields that every response and chunk has."""
-        return {
-            "id": f"{kind}-{self.request_id}",
-            "created": self.created,
-            "model": self.model.name,
-            "system_fingerprint": self.table,
-        }
+        total = prompt + completion
+        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=total)
 
     def _most_tokens(self, ids: list[int]) -> int:
         return self.body.most_tokens(self.model.context_tokens - len(ids))

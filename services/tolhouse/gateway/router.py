@@ -3,18 +3,11 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tolhouse import errors
 from tolhouse.client.generation import WorkerChannel
-from tolhouse.errors import (
-    DeadlineExceeded,
-    Mismatch,
-    NotFound,
-    Overloaded,
-    TolhouseError,
-    Unavailable,
-)
 from tolhouse.logs import event, log
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.dns import Addresses
@@ -28,8 +21,8 @@ _MAX_MISSED = 2  # polls in a row without an answer before a worker's requests a
 @dataclass(eq=False)
 class Worker:
     channel: WorkerChannel
-    error: TolhouseError | None  # of the last poll
-    description: DescribeWorkerReply | None = None
+    error: errors.TolhouseError | None  # of the last poll
+    description: DescribeWorkerReply = field(default_factory=DescribeWorkerReply)
     in_flight: int = 0  # requests of this gateway
     others: int = 0  # requests of other gateways, at the last poll
     missed: int = 0
@@ -45,7 +38,7 @@ class Worker:
     @property
     def full(self) -> bool:
         """It would refuse another request, as far as is known here."""
-        return bool(self.description and 0 < self.description.most_sequences <= self.load)
+        return 0 < self.description.most_sequences <= self.load
 
 
 class ServedModel(NamedTuple):
@@ -57,18 +50,14 @@ class ServedModel(NamedTuple):
     eos_token_id: int
 
 
+@dataclass
 class WorkerRouter:
-    def __init__(
-        self,
-        addresses: Addresses,
-        credentials: ClientCredentials,
-        tokenizer_id: str,
-        poll_seconds: float,
-    ) -> None:
-        self.addresses, self.credentials = addresses, credentials
-        self.tokenizer_id, self.poll_seconds = tokenizer_id, poll_seconds
-        self.workers: list[Worker] = []
-        self.health = PeerHealth("worker")
+    addresses: Addresses
+    credentials: ClientCredentials
+    tokenizer_id: str
+    poll_seconds: float
+    workers: list[Worker] = field(default_factory=list)
+    health: PeerHealth = field(default_factory=lambda: PeerHealth("worker"))
 
     async def watch(self) -> None:
         """Resolve addresses and poll each worker by itself, until cancelled."""
@@ -84,10 +73,10 @@ class WorkerRouter:
     def healthy(self, model: str | None = None) -> list[Worker]:
         """Workers that get requests, of one model or of all."""
         up = (w for w in self.workers if not w.error and self.health.up(w.target))
-        return [w for w in up if w.description and model in (None, w.description.model)]
+        return [w for w in up if model in (None, w.description.model)]
 
     def descriptions(self, model: str | None = None) -> list[DescribeWorkerReply]:
-        return [w.description for w in self.healthy(model) if w.description]
+        return [w.description for w in self.healthy(model)]
 
     def models(self) -> list[str]:
         return sorted({d.model for d in self.descriptions()})
@@ -97,10 +86,10 @@ class WorkerRouter:
         served = self.models()
         if not served:
             raise self.unavailable()
-        if name is None and len(served) == 1:
-            name = served[0]
+        name = served[0] if name is None and len(served) == 1 else name
         if name not in served:
-            raise NotFound(f"model {name!r} is not served here; available: {', '.join(served)}")
+            available = ", ".join(served)
+            raise errors.NotFound(f"model {name!r} is not served here; available: {available}")
         all_ = self.descriptions(name)
         context, vocab_size = min(d.context_tokens for d in all_), min(d.vocab_size for d in all_)
         return ServedModel(name, context, vocab_size, all_[0].eos_token_id)
@@ -110,14 +99,17 @@ class WorkerRouter:
         serving = self.healthy(model)
         if serving and all(w.full for w in serving):
             load = sum(w.load for w in serving)
-            raise Overloaded(f"{load} requests are with the workers already: try again later")
+            raise errors.Overloaded(
+                f"{load} requests are with the workers already: try again later"
+            )
 
-    def unavailable(self) -> TolhouseError:
+    def unavailable(self) -> errors.TolhouseError:
         """Why no worker is healthy."""
-        errors = [w.error for w in self.workers if w.error]
-        kind = Mismatch if errors and all(isinstance(e, Mismatch) for e in errors) else Unavailable
-        why = "; ".join(map(str, errors)) or "none of them answers"
-        return kind(f"no healthy worker: {why if self.workers else 'no address of one yet'}")
+        found = [w.error for w in self.workers if w.error]
+        mismatch = found and all(isinstance(e, errors.Mismatch) for e in found)
+        why = "; ".join(map(str, found)) or "there is no address of one yet"
+        kind = errors.Mismatch if mismatch else errors.Unavailable
+        return kind(f"no healthy worker: {why}")
 
     async def generate(
         self, model: str, request: GenerateRequest, may_restart: bool = False
@@ -127,10 +119,7 @@ class WorkerRouter:
         may_restart: also one that fails later; None says that the replies begin anew.
         """
         tried: set[Worker] = set()
-        while True:
-            left = [w for w in self.healthy(model) if w not in tried]
-            if not left:
-                raise self.unavailable()
+        while left := [w for w in self.healthy(model) if w not in tried]:
             worker = min(left, key=lambda w: w.load)
             tried.add(worker)
             worker.in_flight += 1
@@ -141,25 +130,27 @@ class WorkerRouter:
                         begun = True
                         yield reply
                 return
-            except (Unavailable, Overloaded, DeadlineExceeded) as error:
-                about = f"request {request.request_id} at worker {worker.target} failed"
-                event(about, error=str(error))
+            except (errors.Unavailable, errors.Overloaded, errors.DeadlineExceeded) as error:
+                failed = f"request {request.request_id} failed at worker {worker.target}"
+                event(failed, error=str(error))
                 if (begun and not may_restart) or tried.issuperset(self.healthy(model)):
                     raise
                 if begun:
                     yield None
             finally:
                 worker.in_flight -= 1
+        raise self.unavailable()
 
     async def _resolve(self) -> list[Worker]:
         """Keep the workers that still have an address; returns those that are new."""
         found = await asyncio.to_thread(self.addresses.look_up)
         kept = [w for w in self.workers if w.target in found]
         new = []
-        for target in (t for t in found if t not in {w.target for w in kept}):
-            credentials = self.addresses.credentials_for(target, self.credentials)
-            error = Unavailable(f"worker {target} has not answered yet")
-            new.append(Worker(WorkerChannel(target, credentials), error))
+        for target in found:
+            if target not in {w.target for w in kept}:
+                credentials = self.addresses.credentials_for(target, self.credentials)
+                error = errors.Unavailable(f"worker {target} has not answered yet")
+                new.append(Worker(WorkerChannel(target, credentials), error))
         self.workers = kept + new
         return new
 
@@ -183,17 +174,18 @@ class WorkerRouter:
             worker.description, worker.missed = reply, 0
             worker.others = max(0, reply.running + reply.waiting - worker.in_flight)
             if reply.tokenizer_id != self.tokenizer_id:
-                raise Mismatch(
+                raise errors.Mismatch(
                     f"worker {worker.target} serves {reply.model} with tokenizer "
                     f"{reply.tokenizer_id[:12]}, but this gateway has {self.tokenizer_id[:12]}: "
                     "start it with the worker's checkpoint"
                 )
             worker.error = None
             self.health.report_up(worker.target)
-        except TolhouseError as error:
+        except errors.TolhouseError as error:
             worker.error = error
             self.health.report_down(worker.target, error)
             # a worker that drains refuses polls, and finishes its requests; a silent one hangs
-            worker.missed = worker.missed + 1 if isinstance(error, DeadlineExceeded) else 0
+            silent = isinstance(error, errors.DeadlineExceeded)
+            worker.missed = worker.missed + 1 if silent else 0
             if worker.missed == _MAX_MISSED:
                 worker.channel.abandon()

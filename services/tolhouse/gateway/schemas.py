@@ -2,30 +2,22 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, model_validator
 
-from tolhouse.sampling import (
-    MAX_LOGPROBS,
-    MaxTokens,
-    SamplingOptions,
-    SamplingParams,
-    Temperature,
-    TokenId,
-    few_fields,
-)
+from tolhouse import sampling
+from tolhouse.sampling import Bool, Int, SamplingOptions, SamplingParams
 
 T = TypeVar("T")
 
 MAX_CHOICES = 128  # prompts times n
 MAX_EXPLORED = 8_192  # characters; a token has at least a quarter of one
-MAX_STOPS = 32
 
 # The first wrong item ends a list: a large body would make an error for each of its items, else.
 Several = Annotated[list[T], Field(fail_fast=True)]
 Prompts = Annotated[list[T], Field(max_length=MAX_CHOICES, fail_fast=True)]
 StopString = Annotated[StrictStr, Field(max_length=512)]
-StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)]
-Logprobs = Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)]
+StopStrings = Annotated[list[StopString], Field(max_length=32, fail_fast=True)]
+Positive = Annotated[Int, Field(ge=1)]
 
 
 def _nullable(schema: dict[str, Any]) -> None:
@@ -45,7 +37,7 @@ class Object(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, given: Any) -> Any:
-        if not isinstance(few_fields(given), dict):
+        if not isinstance(sampling.few_fields(given), dict):
             return given
         for name, harmless in cls.unsupported.items():
             if given.get(name) not in (None, *harmless):
@@ -60,17 +52,23 @@ class Body(Object):
 
 
 class StreamOptions(Object):
-    include_usage: StrictBool = False
+    include_usage: Bool = False
 
 
 class Generation(SamplingOptions, Body):
     """Parameters of completions and chats; those beyond OpenAI's are as in vLLM."""
 
-    temperature: Temperature = 1.0
-    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
+    unsupported = {
+        "use_beam_search": (False,),
+        "length_penalty": (1,),
+        "response_format": ({"type": "text"},),
+    }
+
+    temperature: sampling.Temperature = 1.0
+    n: Annotated[Positive, Field(le=MAX_CHOICES)] = 1
     stop: StopString | StopStrings | None = None
-    include_stop_str_in_output: StrictBool = False
-    stream: StrictBool = False
+    include_stop_str_in_output: Bool = False
+    stream: Bool = False
     stream_options: StreamOptions = StreamOptions()
     user: Annotated[StrictStr, Field(max_length=512)] | None = None  # accepted and not used
 
@@ -111,18 +109,13 @@ class Generation(SamplingOptions, Body):
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    unsupported = {
-        "suffix": ("",),
-        "use_beam_search": (False,),
-        "length_penalty": (1,),
-        "response_format": ({"type": "text"},),
-    }
+    unsupported = {**Generation.unsupported, "suffix": ("",)}
 
-    prompt: StrictStr | Prompts[StrictStr] | Several[StrictInt] | Prompts[Several[StrictInt]]
-    max_tokens: MaxTokens = 16
-    logprobs: Logprobs | None = None
-    echo: StrictBool = False
-    best_of: StrictInt | None = None
+    prompt: StrictStr | Prompts[StrictStr] | Several[Int] | Prompts[Several[Int]]
+    max_tokens: sampling.MaxTokens = 16
+    logprobs: sampling.Logprobs | None = None
+    echo: Bool = False
+    best_of: Int | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -181,32 +174,23 @@ class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
     unsupported = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
+        **Generation.unsupported,
+        **dict.fromkeys(("audio", "prediction", "reasoning_effort", "web_search_options"), ()),
+        **dict.fromkeys(("echo", "continue_final_message", "store"), (False,)),
+        **dict.fromkeys(("tools", "functions"), ([],)),
+        **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
         "parallel_tool_calls": (True, False),
-        "functions": ([],),
-        "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
-        "audio": (),
-        "prediction": (),
-        "reasoning_effort": (),
-        "web_search_options": (),
-        "use_beam_search": (False,),
-        "length_penalty": (1,),
-        "echo": (False,),
-        "continue_final_message": (False,),
         "add_generation_prompt": (True,),
-        "store": (False,),
         "metadata": ({},),
         "service_tier": ("auto", "default"),
     }
 
     messages: Messages
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    logprobs: StrictBool = False
-    top_logprobs: Logprobs = 0
+    max_tokens: Positive | None = None
+    max_completion_tokens: Positive | None = None
+    logprobs: Bool = False
+    top_logprobs: sampling.Logprobs = 0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -227,9 +211,9 @@ class TokenizeRequest(Body):
 
     prompt: StrictStr | None = None
     messages: Messages | None = None
-    add_generation_prompt: StrictBool = True
-    add_special_tokens: StrictBool = False
-    return_token_strs: StrictBool = False
+    add_generation_prompt: Bool = True
+    add_special_tokens: Bool = False
+    return_token_strs: Bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -239,12 +223,8 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
-    """POST /detokenize."""
-
-    tokens: Several[TokenId]
+    tokens: Several[sampling.TokenId]
 
 
 class ExploreRequest(Body):
-    """POST /explore/tokens."""
-
     text: Annotated[StrictStr, Field(max_length=MAX_EXPLORED)]

@@ -1,6 +1,5 @@
 """POST /v1/chat/completions."""
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -9,9 +8,8 @@ from pydantic import BaseModel
 from tolhouse.gateway.detokenizer import Delta, Token
 from tolhouse.gateway.request_handler import RequestHandler, Usage
 from tolhouse.gateway.routes import Gateway
-from tolhouse.gateway.routes.responses import STREAMED, handle, respond
+from tolhouse.gateway.routes.responses import STREAMED, Envelope, Serializer, respond
 from tolhouse.gateway.schemas import ChatRequest
-from tolhouse.gateway.vocabulary import Vocabulary
 
 
 class TopLogprob(BaseModel):
@@ -35,23 +33,6 @@ class Message(BaseModel):
     refusal: None = None
 
 
-class Choice(BaseModel):
-    index: int
-    message: Message
-    logprobs: Logprobs | None = None
-    finish_reason: str | None = None
-
-
-class Chat(BaseModel):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int  # Unix time, seconds
-    model: str
-    choices: list[Choice]
-    usage: Usage
-    system_fingerprint: str | None = None  # the table's version
-
-
 class ChunkChoice(BaseModel):
     index: int
     delta: dict[str, str]
@@ -59,61 +40,57 @@ class ChunkChoice(BaseModel):
     finish_reason: str | None = None
 
 
-class Chunk(BaseModel):
-    """A part of a streamed answer."""
+class Choice(BaseModel):
+    index: int
+    message: Message
+    logprobs: Logprobs | None = None
+    finish_reason: str | None = None
 
-    id: str
+
+class Chat(Envelope):
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[Choice]
+
+
+class Chunk(Envelope):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChunkChoice]
-    usage: Usage | None = None
-    system_fingerprint: str | None = None  # the table's version
 
 
-class ChatSerializer:
+class ChatSerializer(Serializer):
+    prefix = "chatcmpl"
+
     def __init__(self, handler: RequestHandler) -> None:
-        self.handler = handler
+        super().__init__(handler)
         self.begun: set[int] = set()  # choices whose role has been sent
 
     def whole(self, deltas: list[Delta]) -> Chat:
         choices = [Choice(message=Message(content=d.text), **self._common(d)) for d in deltas]
-        envelope, usage = self.handler.envelope("chatcmpl"), self.handler.usage()
-        return Chat(**envelope, choices=choices, usage=usage)
+        return Chat(**self.envelope, choices=choices, usage=self.handler.usage())
 
-    def chunks(self, delta: Delta) -> Iterator[Chunk]:
-        if delta.index not in self.begun:
-            self.begun.add(delta.index)
-            role = {"role": "assistant", "content": ""}
-            yield self._chunk([ChunkChoice(index=delta.index, delta=role)])
-        content = {"content": delta.text} if delta.text else {}
-        yield self._chunk([ChunkChoice(delta=content, **self._common(delta))])
-
-    def usage(self) -> Chunk:
-        return self._chunk([], self.handler.usage())
-
-    def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> Chunk:
-        return Chunk(**self.handler.envelope("chatcmpl"), choices=choices, usage=usage)
+    def chunk(self, *deltas: Delta, usage: Usage | None = None) -> Chunk:
+        choices = []
+        for delta in deltas:
+            content = {"content": delta.text} if delta.text else {}
+            if delta.index not in self.begun:
+                content = {"role": "assistant", "content": delta.text}
+                self.begun.add(delta.index)
+            choices.append(ChunkChoice(delta=content, **self._common(delta)))
+        return Chunk(**self.envelope, choices=choices, usage=usage)
 
     def _common(self, delta: Delta) -> dict[str, Any]:
-        logprobs = None
-        if self.handler.body.num_logprobs is not None:
-            scored = [_logprob(token, self.handler.vocabulary) for token in delta.tokens]
-            logprobs = Logprobs(content=scored)
-        return {
-            "index": delta.index,
-            "logprobs": logprobs,
-            "finish_reason": delta.finish_reason,
-        }
+        content = [self._logprob(token) for token in delta.tokens]
+        logprobs = Logprobs(content=content) if self.scored else None
+        reason = delta.finish_reason
+        return {"index": delta.index, "logprobs": logprobs, "finish_reason": reason}
 
+    def _logprob(self, token: Token) -> TokenLogprob:
+        top = [TopLogprob(**self._shown(*pair)) for pair in token.top]
+        return TokenLogprob(**self._shown(token.id, token.logprob or 0.0), top_logprobs=top)
 
-def _logprob(token: Token, vocabulary: Vocabulary) -> TokenLogprob:
-    def fields(token_id: int, logprob: float) -> dict[str, Any]:
-        text, raw = vocabulary.shown(token_id)
+    def _shown(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text, raw = self.vocabulary.shown(token_id)
         return {"token": text, "logprob": logprob, "bytes": raw}
-
-    top = [TopLogprob(**fields(*pair)) for pair in token.top]
-    return TokenLogprob(**fields(token.id, token.logprob or 0.0), top_logprobs=top)
 
 
 routes = APIRouter()
@@ -123,5 +100,4 @@ routes = APIRouter()
 async def chat(body: ChatRequest, request: Request, gateway: Gateway) -> Response:
     """Answers messages by the checkpoint's chat template; with `stream`, as server-sent events."""
     prompt = gateway.template.render([message.plain for message in body.messages])
-    handler = await handle(request, body, [prompt], gateway)
-    return await respond(request, handler, ChatSerializer(handler))
+    return await respond(request, body, [prompt], gateway, ChatSerializer)

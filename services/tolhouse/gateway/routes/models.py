@@ -24,8 +24,7 @@ async def health(request: Request, gateway: Gateway) -> JSONResponse:
     return JSONResponse(body, 200 if healthy else 503)
 
 
-@routes.get("/ping", responses=UNHEALTHY)
-@routes.post("/ping", responses=UNHEALTHY)
+@routes.api_route("/ping", methods=["GET", "POST"], responses=UNHEALTHY)
 async def ping(gateway: Gateway) -> JSONResponse:
     """As health, without words."""
     return JSONResponse({}, 200 if gateway.router.healthy() else 503)

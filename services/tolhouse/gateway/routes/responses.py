@@ -2,9 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, nullcontext
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 from tolhouse.errors import Cancelled
 from tolhouse.gateway.detokenizer import Delta
 from tolhouse.gateway.error_responses import error_body, status_and_message
-from tolhouse.gateway.request_handler import RequestHandler
+from tolhouse.gateway.request_handler import RequestHandler, Usage
 from tolhouse.gateway.routes import Services
 from tolhouse.gateway.schemas import Generation
 
@@ -21,18 +22,50 @@ T = TypeVar("T")
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
-class Serializer(Protocol):
+class Envelope(BaseModel):
+    """What every response, and every chunk of a streamed one, has."""
+
+    id: str
+    created: int  # Unix time, seconds
+    model: str
+    usage: Usage | None = None
+    system_fingerprint: str | None = None  # the table's version
+
+
+class Serializer(ABC):
     """A handler's deltas in the form of one route."""
 
+    prefix: str  # of ids
+
+    def __init__(self, handler: RequestHandler) -> None:
+        self.handler, self.vocabulary = handler, handler.vocabulary
+        self.scored = handler.body.num_logprobs is not None
+
+    @abstractmethod
     def whole(self, deltas: list[Delta]) -> BaseModel: ...
-    def chunks(self, delta: Delta) -> Iterable[BaseModel]: ...
-    def usage(self) -> BaseModel: ...
+
+    @abstractmethod
+    def chunk(self, *deltas: Delta, usage: Usage | None = None) -> BaseModel: ...
+
+    @property
+    def envelope(self) -> dict[str, Any]:
+        handler = self.handler
+        return {
+            "id": f"{self.prefix}-{handler.request_id}",
+            "created": handler.created,
+            "model": handler.model.name,
+            "system_fingerprint": handler.table,
+        }
 
 
-async def handle(
-    request: Request, body: Generation, prompts: list[Any], gateway: Services
-) -> RequestHandler:
-    """The handler of a request, whose prompts are texts or token ids."""
+async def respond(
+    request: Request,
+    body: Generation,
+    prompts: list[Any],
+    gateway: Services,
+    serializer_of: type[Serializer],
+) -> Response:
+    """The response to a request whose prompts are texts or token ids."""
     model = gateway.router.model(body.model)
     gateway.router.check_room(model.name)
     ids = [
@@ -42,11 +75,9 @@ async def handle(
     # with API keys, fewer of a key's sequences run at once than its own limit
     slot = getattr(request.state, "sequences", None) or nullcontext()
     request_id = request.state.request_id
-    return RequestHandler(body, ids, model, gateway.router, gateway.vocabulary, request_id, slot)
-
-
-async def respond(request: Request, handler: RequestHandler, serializer: Serializer) -> Response:
-    if not handler.body.stream:
+    handler = RequestHandler(body, ids, model, gateway.router, gateway.vocabulary, request_id, slot)
+    serializer = serializer_of(handler)
+    if not body.stream:
         complete = await _unless_disconnected(request, handler.complete())
         return JSONResponse(serializer.whole(complete).model_dump())
     # the first delta comes before the status line, so that an early failure has its own status
@@ -56,17 +87,14 @@ async def respond(request: Request, handler: RequestHandler, serializer: Seriali
     async def events() -> AsyncIterator[str]:
         try:
             async with aclosing(deltas):
-                for chunk in serializer.chunks(first):
-                    yield _event(chunk.model_dump_json())
+                yield _event(serializer.chunk(first).model_dump_json())
                 async for delta in deltas:
-                    for chunk in serializer.chunks(delta):
-                        yield _event(chunk.model_dump_json())
-            if handler.body.stream_options.include_usage:
-                yield _event(serializer.usage().model_dump_json())
+                    yield _event(serializer.chunk(delta).model_dump_json())
+            if body.stream_options.include_usage:
+                yield _event(serializer.chunk(usage=handler.usage()).model_dump_json())
         except Exception as error:  # noqa: BLE001 - the status line is out: into the stream with it
-            status, message = status_and_message(error, handler.request_id)
-            request.state.failed_status = status
-            yield _event(json.dumps(error_body(message, status)))
+            request.state.failed_status, message = status_and_message(error, request_id)
+            yield _event(json.dumps(error_body(message, request.state.failed_status)))
         yield _event("[DONE]")
 
     headers = {"Cache-Control": "no-cache"}
