@@ -253,7 +253,9 @@ def test_gateways_share_a_rate_through_redis(tmp_path: Path) -> None:
             await limiter.close()
         return found
 
-    with redis_server() as url:
+    (tmp_path / "password").write_text("secret\n")
+    with redis_server("--requirepass", "secret") as url:
+        url += f"?password_file={tmp_path}/password"
         assert [200, 200, 429, 429] == asyncio.run(statuses(url))
         assert [200] * 4 == asyncio.run(statuses(""))
     assert [200] * 4 == asyncio.run(statuses(url))

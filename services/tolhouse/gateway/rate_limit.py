@@ -44,15 +44,15 @@ class RateLimiter:
                 )
             require_private(redis_url, insecure=insecure)
             url, credentials = split_credentials(redis_url)
-            storage: Any = storage_from_string(
-                f"async+{url}",
-                implementation="redispy",
-                credential_provider=credentials,
-                key_prefix="tolhouse:rate",
-                wrap_exceptions=True,
-                socket_timeout=_TIMEOUT_SECONDS,
-                socket_connect_timeout=_TIMEOUT_SECONDS,
-            )
+            options: dict[str, Any] = {
+                "implementation": "redispy",
+                "key_prefix": "tolhouse:rate",
+                "credential_provider": credentials,
+                "wrap_exceptions": True,
+                "socket_timeout": _TIMEOUT_SECONDS,
+                "socket_connect_timeout": _TIMEOUT_SECONDS,
+            }
+            storage: Any = storage_from_string(f"async+{url}", **options)
             self._shared = MovingWindowRateLimiter(storage)
             self._redis = storage.bridge.storage
 

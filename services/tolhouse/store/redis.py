@@ -64,7 +64,7 @@ Read = tuple[str, list[int]]  # the key of a shard, and token ids
 class RedisStore(Store):
     def __init__(self, url: str, timeout_seconds: float) -> None:
         super().__init__(shown(url))
-        url, credentials = _credentials(url)
+        url, credentials = split_credentials(url)
         options: dict[str, Any] = {
             "socket_timeout": timeout_seconds,
             "socket_connect_timeout": timeout_seconds,
@@ -320,7 +320,7 @@ class _PasswordFile(CredentialProvider):
         return (self._user, self._password.get()) if self._user else (self._password.get(),)
 
 
-def _credentials(url: str) -> tuple[str, CredentialProvider | None]:
+def split_credentials(url: str) -> tuple[str, CredentialProvider | None]:
     """A URL without its `password_file`, and user and password by that: redis-py wants both."""
     try:
         parts = urlsplit(url)
