@@ -1,64 +1,64 @@
-"""Compressed tables: what is served is what the table decodes to, companions come and go with it, and what it costs can be told."""
+"""Compressed tables: what is served is what the table decodes to, and what it costs is measured."""
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tolhouse import Client
+from tolhouse.analysis.evaluate import RowsOf, evaluate
 from tolhouse.analysis.probes import probed, table_rows
 from tolhouse.build.compress import Compressed, Scheme, bytes_at_16_bit, check, compress
 from tolhouse.build.job import plan
 from tolhouse.errors import InUse, InvalidArgument
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
+from tolhouse.model.kv import NoCache
 from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.store.base import open_store
 from tolhouse.store.overlay import make_overlay
 from tolhouse.store.registry import delete, publish
 from tolhouse.table.codecs import codec
+from tolhouse.table.manifest import Manifest
 from tolhouse.testing import build_table, local_cluster
+
+from tests.commands import tolhouse
 
 PROMPT = [5, 17, 40, 3, 99, 7, 300, 5]
 COUNTS = {i: 1000 // (1 + i) for i in range(300)}
 SCHEMES = {
-    "head": Scheme("int4", head=16),
+    "frequent": Scheme("int4", frequent=16),
     "rank": Scheme("bf16", rank=0.5),
-    "rank and head": Scheme("int8", rank=0.25, head=16, head_codec="fp32"),
-    "ratio": Scheme("int4", ratio=6, head=8),
+    "rank and frequent": Scheme("int8", rank=0.25, frequent=16, frequent_codec="fp32"),
+    "ratio": Scheme("int4", ratio=6, frequent=8),
 }
 
 
-def tolhouse(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-m", "tolhouse.cli", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert code == done.returncode, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+def planned(checkpoint: Path, name: str = "squeezed", **options: Any) -> Manifest:
+    return plan(open_checkpoint(checkpoint), name, "bf16", 4, **options)
 
 
-def made_of(
-    checkpoint: Path, scheme: Scheme, name: str = "squeezed", **planned: object
-) -> Compressed:
-    opened = open_checkpoint(checkpoint)
-    manifest = plan(opened, name, "bf16", 4, **planned)
-    return compress(manifest, MemoryLLM(opened, manifest.blocks).rows(), COUNTS, scheme)
+def made_of(checkpoint: Path, scheme: Scheme, name: str = "squeezed", **options: Any) -> Compressed:
+    manifest = planned(checkpoint, name, **options)
+    rows = MemoryLLM(open_checkpoint(checkpoint), manifest.blocks).rows()
+    return compress(manifest, rows, COUNTS, scheme)
+
+
+def alone(checkpoint: Path, rows: RowsOf | None = None) -> list[int]:
+    """Tokens after PROMPT by the model in this process, with these rows."""
+    model = open_checkpoint(checkpoint).model()
+    return list(greedy(model, PROMPT, 20, ignore_eos=True, rows=rows))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_is_served_is_what_the_table_holds(
     checkpoint: Path, tmp_path: Path, scheme: str
 ) -> None:
-    """Rows that a client fetches and tokens that a worker generates, in one long prompt and in steps, are those of the decoded table."""
+    """Rows that a client fetches and tokens that a worker generates are those of the table."""
     url = f"file://{tmp_path}"
     store, made = open_store(url), made_of(checkpoint, SCHEMES[scheme])
     manifest = made.store(store)
@@ -67,7 +67,7 @@ def test_what_is_served_is_what_the_table_holds(
     rows = table_rows(opened, url, manifest.ref)
     exact = MemoryLLM(opened).rows()
     assert 0 < np.square(rows - exact).sum() < 0.5 * np.square(exact).sum()
-    expected = list(greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(rows)))
+    expected = alone(checkpoint, probed(rows))
     with local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster:
         with Client(cluster.lookup) as client:
             np.testing.assert_allclose(
@@ -78,10 +78,10 @@ def test_what_is_served_is_what_the_table_holds(
 
 
 def test_x0_keeps_its_full_rank(checkpoint: Path, tmp_path: Path) -> None:
-    """A table that carries it serves a worker without an input embedding, also in requests that scale rows, which leave X0 alone."""
+    """A worker without an input embedding is served, also where requests scale rows but not X0."""
     url = f"file://{tmp_path}"
     store = open_store(url)
-    manifest = made_of(checkpoint, SCHEMES["rank and head"], embedding="yes").store(store)
+    manifest = made_of(checkpoint, SCHEMES["rank and frequent"], embedding="yes").store(store)
     publish(store, manifest.ref)
     assert (5, True, manifest.width) == (manifest.num_blocks, manifest.has_x0, manifest.ranks[0])
     opened = open_checkpoint(checkpoint)
@@ -90,37 +90,27 @@ def test_x0_keeps_its_full_rank(checkpoint: Path, tmp_path: Path) -> None:
         local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster,
         Client(cluster.workers) as client,
     ):
-        for alpha in (1.0, 0.5):
-            expected = list(
-                greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(rows, alpha, x0=1))
-            )
-            assert expected == list(client.generate(PROMPT, 20, ignore_eos=True, row_scale=alpha))
+        for scale in (1.0, 0.5):
+            expected = alone(checkpoint, probed(rows, scale, x0=1))
+            assert expected == list(client.generate(PROMPT, 20, ignore_eos=True, row_scale=scale))
 
 
-def test_the_head_is_finer_and_the_ratio_is_kept(checkpoint: Path) -> None:
-    """Frequent tokens have rows of the finer codec; all that is stored is as small as was asked, and hardly smaller."""
-    opened = open_checkpoint(checkpoint)
-    exact = MemoryLLM(opened).rows()
-    made = made_of(checkpoint, SCHEMES["rank and head"])
-    ids = np.arange(opened.config.vocab_size, dtype=np.uint32)
-    rows = made.companions.decode(ids, made.records)
+def test_frequent_rows_are_finer_and_the_ratio_is_kept(checkpoint: Path) -> None:
+    """Frequent tokens have rows of the finer codec; all that is stored is as small as was asked."""
+    exact = MemoryLLM(open_checkpoint(checkpoint)).rows()
+    rows = made_of(checkpoint, SCHEMES["rank and frequent"]).rows()
     np.testing.assert_array_equal(exact[:16], rows[:16])  # COUNTS falls with the id
     assert np.abs(exact[16:] - rows[16:]).max() > 0.01
-    plain = plan(opened, "squeezed", "bf16", 4)
-    ratio = bytes_at_16_bit(plain) / made_of(checkpoint, SCHEMES["ratio"]).bytes
+    ratio = bytes_at_16_bit(planned(checkpoint)) / made_of(checkpoint, SCHEMES["ratio"]).bytes
     assert 6 <= ratio < 6.2
 
 
 def test_ranks_follow_one_threshold(checkpoint: Path) -> None:
     """What a layer keeps is worth more, everywhere, than what any layer drops."""
-    made = made_of(checkpoint, Scheme("fp32", rank=0.3))
-    ranks = made.companions.manifest.ranks
+    ranks = made_of(checkpoint, Scheme("fp32", rank=0.3)).manifest.ranks
     assert round(0.3 * 4 * 96) == sum(ranks)
-    exact, weights = (
-        MemoryLLM(open_checkpoint(checkpoint)).rows(),
-        np.array([COUNTS.get(i, 0) + 0.5 for i in range(len(made.records))]),
-    )
-    energies = []
+    exact, energies = MemoryLLM(open_checkpoint(checkpoint)).rows(), []
+    weights = np.array([COUNTS.get(i, 0) + 0.5 for i in range(len(exact))])
     for block, rank in enumerate(ranks):
         centred = exact[:, block] - np.average(exact[:, block], axis=0, weights=weights)
         values = np.linalg.eigvalsh((centred * weights[:, None] / weights.sum()).T @ centred)[::-1]
@@ -130,21 +120,20 @@ def test_ranks_follow_one_threshold(checkpoint: Path) -> None:
 
 def test_a_frequent_token_weighs_more(checkpoint: Path) -> None:
     """The same rank fits a token better the more often text has it."""
-    opened = open_checkpoint(checkpoint)
-    exact, plain = MemoryLLM(opened).rows(), plan(opened, "squeezed", "bf16", 4)
-    ids = np.arange(len(exact), dtype=np.uint32)
-    errors = []
+    exact, errors = MemoryLLM(open_checkpoint(checkpoint)).rows(), []
     for counts in ({}, {77: 1000}):
-        made = compress(plain, exact, counts, Scheme("fp32", rank=0.2))
-        errors.append(np.square(made.companions.decode(ids, made.records)[77] - exact[77]).sum())
+        rows = compress(planned(checkpoint), exact, counts, Scheme("fp32", rank=0.2)).rows()
+        errors.append(np.square(rows[77] - exact[77]).sum())
     assert errors[1] < errors[0] / 10
 
 
-def test_companions_come_and_go_with_their_table(checkpoint: Path, tmp_path: Path) -> None:
+def test_auxiliary_tables_come_and_go_with_their_table(checkpoint: Path, tmp_path: Path) -> None:
     """They can't be deleted before it, and are when it is; one that another table needs stays."""
     store = open_store(f"file://{tmp_path}")
-    first = made_of(checkpoint, SCHEMES["rank and head"]).store(store)
-    second = made_of(checkpoint, Scheme("int4", rank=0.25, head=16, head_codec="fp32")).store(store)
+    first = made_of(checkpoint, SCHEMES["rank and frequent"]).store(store)
+    second = made_of(
+        checkpoint, Scheme("int4", rank=0.25, frequent=16, frequent_codec="fp32")
+    ).store(store)
     assert (first.frequent_rows, first.basis) == (second.frequent_rows, second.basis)
     assert 4 == len(store.refs())
     with pytest.raises(InUse, match="is a part of"):
@@ -155,30 +144,34 @@ def test_companions_come_and_go_with_their_table(checkpoint: Path, tmp_path: Pat
     assert [] == store.refs()
 
 
-@pytest.mark.parametrize("scheme", ["rank", "head", "rank and head", "int4 low rank, int8 head"])
-def test_edits_of_a_compressed_table_are_as_fine_as_its_head(
+@pytest.mark.parametrize(
+    "scheme", ["rank", "frequent", "rank and frequent", "int4 low rank, int8 frequent"]
+)
+def test_edits_of_a_compressed_table_are_as_fine_as_its_frequent_rows(
     checkpoint: Path, tmp_path: Path, scheme: str
 ) -> None:
-    """They go before the head's rows and past the basis; a later overlay takes them over to the bit, whatever it changes itself."""
+    """They win over frequent rows and the basis; a later overlay keeps them to the bit."""
     store = open_store(f"file://{tmp_path}")
     base = made_of(
         checkpoint,
         {
             **SCHEMES,
-            "int4 low rank, int8 head": Scheme("int4", rank=0.25, head=16, head_codec="int8"),
+            "int4 low rank, int8 frequent": Scheme(
+                "int4", rank=0.25, frequent=16, frequent_codec="int8"
+            ),
         }[scheme],
     ).store(store)
     everything = np.arange(base.vocab_size, dtype=np.uint32)
     before = store.rows(base, everything)
-    in_head, in_tail = base.frequent[0] if base.frequent_rows else 3, 300
+    in_frequent, in_tail = base.frequent[0] if base.frequent_rows else 3, 300
     new = np.random.default_rng(0).standard_normal((2, *before.shape[1:]), np.float32)
-    made = make_overlay(store, base.ref, np.array([in_head, in_tail]), new)
+    made = make_overlay(store, base.ref, np.array([in_frequent, in_tail]), new)
     after = store.rows(made, everything)
-    others = np.setdiff1d(everything, [in_head, in_tail])
+    others = np.setdiff1d(everything, [in_frequent, in_tail])
     np.testing.assert_array_equal(before[others], after[others])
     finer = codec("int8")
     np.testing.assert_allclose(
-        new, after[[in_head, in_tail]], atol=finer.relative_error * np.abs(new).max() * 1.01
+        new, after[[in_frequent, in_tail]], atol=finer.relative_error * np.abs(new).max() * 1.01
     )
     for turn in range(3):
         made = make_overlay(store, made.ref, np.array([301 + turn]), new[:1])
@@ -189,7 +182,7 @@ def test_edits_of_a_compressed_table_are_as_fine_as_its_head(
 
 def test_edits_of_a_compressed_table_are_served(checkpoint: Path, tmp_path: Path) -> None:
     url = f"file://{tmp_path}"
-    store, made = open_store(url), made_of(checkpoint, SCHEMES["rank and head"])
+    store, made = open_store(url), made_of(checkpoint, SCHEMES["rank and frequent"])
     base = made.store(store)
     manifest = make_overlay(
         store,
@@ -200,10 +193,8 @@ def test_edits_of_a_compressed_table_are_served(checkpoint: Path, tmp_path: Path
     publish(store, manifest.ref)
     opened = open_checkpoint(checkpoint)
     before, rows = (table_rows(opened, url, ref) for ref in (base.ref, manifest.ref))
-    expected = list(greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(rows)))
-    assert expected != list(
-        greedy(opened.model(), PROMPT, 20, ignore_eos=True, rows=probed(before))
-    )
+    expected = alone(checkpoint, probed(rows))
+    assert expected != alone(checkpoint, probed(before))
     with (
         local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster,
         Client(cluster.workers) as client,
@@ -213,21 +204,17 @@ def test_edits_of_a_compressed_table_are_served(checkpoint: Path, tmp_path: Path
 
 def test_a_version_is_not_cut_otherwise(checkpoint: Path, tmp_path: Path) -> None:
     """It would leave shards behind that no manifest names."""
-    store, made = open_store(f"file://{tmp_path}"), made_of(checkpoint, SCHEMES["head"])
+    store, made = open_store(f"file://{tmp_path}"), made_of(checkpoint, SCHEMES["frequent"])
     made.store(store)
+    *parts, (manifest, records) = made.tables
     with pytest.raises(InUse, match="with 4 shards"):
-        replace(
-            made,
-            companions=replace(
-                made.companions, manifest=replace(made.companions.manifest, num_shards=2)
-            ),
-        ).store(store)
-    assert made.store(store) == store.manifest(made.companions.manifest.ref)
+        Compressed((*parts, (replace(manifest, num_shards=2), records))).store(store)
+    assert made.store(store) == store.manifest(manifest.ref)
 
 
 def test_parts_of_a_table_are_not_published(checkpoint: Path, tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}")
-    base = made_of(checkpoint, SCHEMES["rank and head"]).store(store)
+    base = made_of(checkpoint, SCHEMES["rank and frequent"]).store(store)
     with pytest.raises(InvalidArgument, match="is a part of"):
         publish(store, base.frequent_rows)
 
@@ -240,38 +227,20 @@ def test_a_table_may_lack_layers(checkpoint: Path, tmp_path: Path) -> None:
     publish(store, manifest.ref)
     assert ((0, 3), 2) == (manifest.layers, manifest.num_blocks)
     opened = open_checkpoint(checkpoint)
-    expected = list(
-        greedy(
-            opened.model(),
-            PROMPT,
-            20,
-            ignore_eos=True,
-            rows=probed(MemoryLLM(opened).rows(), absent_layers=(1, 2)),
-        )
-    )
-    assert expected != list(greedy(opened.model(), PROMPT, 20, ignore_eos=True))
+    expected = alone(checkpoint, probed(MemoryLLM(opened).rows(), absent_layers=(1, 2)))
+    assert expected != alone(checkpoint)
     with (
         local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster,
         Client(cluster.workers) as client,
     ):
         assert expected == list(client.generate(PROMPT, 20, ignore_eos=True))
-    built = tolhouse(
-        "build",
-        str(checkpoint),
-        "--absent-layers",
-        "1,2",
-        "--codec",
-        "fp32",
-        "--store",
-        url,
-        "--shards",
-        "4",
-    ).stdout.strip()
+    options = "--absent-layers 1,2 --codec fp32 --shards 4"
+    built = tolhouse(f"build {checkpoint} --store {url} {options}").stdout.strip()
     np.testing.assert_array_equal(*(table_rows(opened, url, ref) for ref in (manifest.ref, built)))
 
 
 def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> None:
-    """α, absent layers and their scales are each request's own, in one batch and with one prefix, whose keys and values are not shared then."""
+    """Scales and absent layers are each request's own, in one batch and with one prefix."""
     url = f"file://{tmp_path}"
     build_table(checkpoint, url)
     opened = open_checkpoint(checkpoint)
@@ -289,13 +258,8 @@ def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> N
     def scaled(
         row_scale: float = 1.0, absent_layers: tuple = (), layer_scales: tuple = (1,) * 4
     ) -> np.ndarray:
-        return (
-            rows
-            * row_scale
-            * np.array(
-                [0 if n in absent_layers else s for n, s in enumerate(layer_scales)], np.float32
-            )[:, None]
-        )
+        scales = [0 if n in absent_layers else s for n, s in enumerate(layer_scales)]
+        return rows * row_scale * np.array(scales, np.float32)[:, None]
 
     expected = [
         list(greedy(model, prompt, 12, ignore_eos=True, rows=probed(scaled(**options))))
@@ -326,21 +290,21 @@ def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> N
     [
         (Scheme("int8", rank=0.5, ratio=2), "can't both be given"),
         (Scheme("int8", rank=1.5), "from 0 to 1, not 1.5"),
-        (Scheme("int8", head=100_000), "the head may have from 0 to"),
+        (Scheme("int8", frequent=100_000), "from 0 to .* frequent tokens"),
         (Scheme("int9"), "codec 'int9' is unknown"),
         (Scheme("int8", ratio=1000), "a ratio of 1000 is out of reach: .* reaches 2"),
         (Scheme("int8", ratio=1), "over 1, not 1"),
         (
-            Scheme("int8", head=16),
-            "no finer than rows in int8; allowed without low rank: fp32 or fp16 or bf16 or no head",
+            Scheme("int8", frequent=16),
+            "no finer than rows in int8; allowed without low rank: fp32 or fp16 or bf16 or none",
         ),
-        (Scheme("fp32", head=16, head_codec="fp32"), "allowed without low rank: no head"),
+        (Scheme("fp32", frequent=16, frequent_codec="fp32"), "allowed without low rank: none"),
     ],
 )
 def test_schemes_that_can_not_be_are_told(checkpoint: Path, scheme: Scheme, expected: str) -> None:
     """Before there are rows or counts."""
     with pytest.raises(InvalidArgument, match=expected):
-        check(plan(open_checkpoint(checkpoint), "squeezed", "bf16", 4), scheme)
+        check(planned(checkpoint), scheme)
     with pytest.raises(InvalidArgument, match=expected):
         made_of(checkpoint, scheme)
 
@@ -348,19 +312,16 @@ def test_schemes_that_can_not_be_are_told(checkpoint: Path, scheme: Scheme, expe
 @pytest.mark.parametrize(
     ("scheme", "expected"),
     [
-        (Scheme("bf16", rank=1, head=16), Scheme("bf16")),
-        (Scheme("int8", ratio=1.5, head=16), Scheme("int8")),
-        (Scheme("int4", ratio=2, head=16), Scheme("int4", head=16)),
+        (Scheme("bf16", rank=1, frequent=16), Scheme("bf16")),
+        (Scheme("int8", ratio=1.5, frequent=16), Scheme("int8")),
+        (Scheme("int4", ratio=2, frequent=16), Scheme("int4", frequent=16)),
     ],
 )
 def test_a_basis_of_full_rank_is_left_out(
     checkpoint: Path, scheme: Scheme, expected: Scheme
 ) -> None:
-    """And with it a head that would be no finer: the table is that of the codec alone."""
-    assert (
-        made_of(checkpoint, expected).companions.manifest
-        == made_of(checkpoint, scheme).companions.manifest
-    )
+    """And frequent rows that would be no finer: the table is that of the codec alone."""
+    assert made_of(checkpoint, expected).manifest == made_of(checkpoint, scheme).manifest
 
 
 def test_the_furthest_ratio_that_is_told_is_reached(checkpoint: Path) -> None:
@@ -369,11 +330,8 @@ def test_the_furthest_ratio_that_is_told_is_reached(checkpoint: Path) -> None:
         made_of(checkpoint, Scheme("int8", ratio=1000))
     furthest = float(re.search(r"reaches ([\d.]+)", str(told.value))[1]) - 0.01
     made = made_of(checkpoint, Scheme("int8", ratio=furthest))
-    assert (1, 1, 1, 1) == made.companions.manifest.ranks
-    assert (
-        bytes_at_16_bit(plan(open_checkpoint(checkpoint), "squeezed", "bf16", 4)) / made.bytes
-        >= furthest
-    )
+    assert (1, 1, 1, 1) == made.manifest.ranks
+    assert bytes_at_16_bit(planned(checkpoint)) / made.bytes >= furthest
 
 
 def test_low_rank_rows_are_not_recomputed(checkpoint: Path, tmp_path: Path) -> None:
@@ -381,20 +339,9 @@ def test_low_rank_rows_are_not_recomputed(checkpoint: Path, tmp_path: Path) -> N
     url = f"file://{tmp_path}"
     store = open_store(url)
     publish(store, made_of(checkpoint, SCHEMES["rank"], "tiny-memory").store(store).ref)
-    with local_cluster(checkpoint, url) as cluster:
-        command = (
-            "worker",
-            str(checkpoint),
-            "--lookup",
-            cluster.lookup,
-            "--listen",
-            "127.0.0.1:0",
-            "--fallback",
-            "recompute",
-        )
-        assert (
-            "can't compute the coefficients of low-rank table" in tolhouse(*command, code=1).stderr
-        )
+    command = f"worker {checkpoint} --rows {url} --listen 127.0.0.1:0 --fallback recompute"
+    message = "can't compute the coefficients of low-rank table"
+    assert message in tolhouse(command, code=1).stderr
 
 
 # the commands
@@ -404,106 +351,86 @@ def test_commands_compress_and_evaluate(checkpoint: Path, tmp_path: Path) -> Non
     """A table on the way to an eighth, published; what it costs, in words and as JSON."""
     url, text = f"file://{tmp_path / 'tables'}", tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 30)
-    options = (
-        "--codec",
-        "int4",
-        "--size-ratio",
-        "6",
-        "--head",
-        "8",
-        "--store",
-        url,
-        "--corpus",
-        str(text),
-        "--publish",
-    )
-    done = tolhouse("compress", str(checkpoint), *options)
+    options = "--codec int4 --size-ratio 6 --frequent-rows 8 --publish"
+    done = tolhouse(f"compress {checkpoint} {options} --store {url} --corpus {text}")
     assert "1/6." in done.stderr
-    common = ("eval", str(checkpoint), "--text", str(text), "--store", url)
-    plain, squeezed, through, half = (
-        json.loads(tolhouse(*common, *more, "--json").stdout)
+    common = f"eval {checkpoint} --text {text} --rows {url}"
+    plain, squeezed, through, half, old = (
+        json.loads(tolhouse(f"{common} {more} --json").stdout)
         for more in (
-            (),
-            ("--table", "tiny-memory"),
-            ("--through", "int8"),
-            ("--row-scale", "0.5", "--absent-layers", "1,2"),
+            *("", "--table tiny-memory", "--through int8"),
+            *("--row-scale 0.5 --absent-layers 1,2", "--alpha 0.5 --without 1,2"),
         )
     )
+    assert half == old
     assert plain["tokens"] == squeezed["tokens"] > 100
     assert 10 == len(plain["deciles"])
     assert plain["perplexity"] == pytest.approx(np.exp(plain["loss"]))
     assert plain["loss"] == pytest.approx(np.mean([d["loss"] for d in plain["deciles"]]), rel=0.02)
     assert 0 < abs(through["loss"] - plain["loss"]) < abs(squeezed["loss"] - plain["loss"])
     assert plain["loss"] != half["loss"]
-    assert "perplexity" in tolhouse(*common, "--most-tokens", "50").stdout
+    assert "perplexity" in tolhouse(f"{common} --most-tokens 50").stdout
 
 
 @pytest.mark.parametrize(
-    ("options", "head", "expected"),
+    ("options", "frequent", "expected"),
     [
-        (("--codec", "fp16"), False, "1/1.00 of 16 bit"),
-        (("--codec", "int8"), False, "1/1."),
-        (("--codec", "int4"), True, "1/3."),
+        ("--codec fp16", False, "1/1.00 of 16 bit"),
+        ("--codec int8", False, "1/1."),
+        ("--codec int4", True, "1/3."),
         (
-            ("--codec", "int4", "--size-ratio", "2"),
+            "--codec int4 --size-ratio 2",
             True,
-            "int4 alone meets --size-ratio: rows have their full rank",
+            "int4 alone meets --size-ratio: rows have their full",
         ),
         (
-            ("--codec", "int8", "--rank-share", "1"),
+            "--codec int8 --rank-share 1",
             False,
-            "--rank-share keeps all of it: rows have their full rank",
+            "--rank-share keeps all of it: rows have their full",
         ),
-        (("--codec", "int8", "--rank-share", "0.5"), True, "ranks "),
+        ("--codec int8 --rank-share 0.5", True, "ranks "),
     ],
 )
-def test_the_default_head_is_one_that_is_finer(
-    checkpoint: Path, tmp_path: Path, options: tuple, head: bool, expected: str
+def test_default_frequent_rows_are_finer(
+    checkpoint: Path, tmp_path: Path, options: str, frequent: bool, expected: str
 ) -> None:
-    """Where the codec is as fine as the head's there is none, and a basis that would keep everything is left out and told."""
+    """Where their codec is not there are none; a basis that would keep everything is left out."""
     url = f"file://{tmp_path}"
-    done = tolhouse("compress", str(checkpoint), "--store", url, "--corpus", "README.md", *options)
+    done = tolhouse(f"compress {checkpoint} --store {url} --corpus README.md {options}")
     assert expected in done.stderr
-    assert head == bool(open_store(url).manifest(done.stdout.strip()).frequent_rows)
+    assert frequent == bool(open_store(url).manifest(done.stdout.strip()).frequent_rows)
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--table", "nothing"), "table 'nothing' is not published"),
-        (("--without", "9"), "there is no layer 9"),
-        (("--absent-layers", "one"), "--absent-layers (TOLHOUSE_CLIENT_ABSENT_LAYERS)"),
-        (("--row-scale", "nan"), "--row-scale (TOLHOUSE_CLIENT_ROW_SCALE)"),
-        (("--alpha", "1e300"), "less than or equal to 16; 1e+300"),
-        (("--text", "no-such-file"), "no corpus at no-such-file"),
+        ("--table nothing", "table 'nothing' is not published"),
+        ("--absent-layers 9", "there is no layer 9"),
+        ("--absent-layers one", "--absent-layers (TOLHOUSE_CLIENT_ABSENT_LAYERS)"),
+        ("--row-scale nan", "--row-scale (TOLHOUSE_CLIENT_ROW_SCALE)"),
+        ("--row-scale 1e300", "less than or equal to 16; 1e+300"),
+        ("--text no-such-file", "no corpus at no-such-file"),
     ],
 )
 def test_what_can_not_be_evaluated_is_told(
-    checkpoint: Path, tmp_path: Path, arguments: tuple, expected: str
+    checkpoint: Path, tmp_path: Path, arguments: str, expected: str
 ) -> None:
-    assert (
-        expected
-        in tolhouse(
-            "eval", str(checkpoint), "--store", f"file://{tmp_path}", *arguments, code=1
-        ).stderr
-    )
+    """One line says which option is wrong, and how."""
+    command = f"eval {checkpoint} --rows file://{tmp_path} {arguments}"
+    assert expected in tolhouse(command, code=1).stderr
 
 
 def test_a_part_of_a_table_is_not_evaluated(checkpoint: Path, tmp_path: Path) -> None:
+    """An auxiliary table has no row for each token."""
     url = f"file://{tmp_path}"
-    made = made_of(checkpoint, SCHEMES["rank and head"]).store(open_store(url))
-    for part in (made.frequent_rows, made.basis):
-        assert (
-            "is it a part of"
-            in tolhouse("eval", str(checkpoint), "--table", part, "--store", url, code=1).stderr
-        )
+    made = made_of(checkpoint, SCHEMES["rank and frequent"]).store(open_store(url))
+    for part in made.auxiliary:
+        done = tolhouse(f"eval {checkpoint} --table {part} --rows {url}", code=1)
+        assert "is it a part of" in done.stderr
 
 
 def test_the_loss_is_the_model_s(checkpoint: Path) -> None:
     """Window by window, as one forward over each gives it."""
-    from tolhouse.analysis.evaluate import evaluate
-    from tolhouse.model.kv import NoCache
-
     opened = open_checkpoint(checkpoint)
     model, ids = (
         opened.model(),

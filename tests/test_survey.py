@@ -115,7 +115,7 @@ def test_a_table_s_rows_are_looked_into(checkpoint: Path, tmp_path: Path) -> Non
     made = (
         "--codec",
         "fp32",
-        "--head",
+        "--frequent-rows",
         "0",
         "--absent-layers",
         "1",

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from tolhouse.analysis.survey import summary, survey
-from tolhouse.build.compress import HEAD_SHARE, Scheme
+from tolhouse.build.compress import FREQUENT_SHARE, Scheme
 from tolhouse.model.checkpoint import open_checkpoint
 from tqdm import tqdm
 
@@ -21,22 +21,22 @@ RATIOS = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 
 def curves(model: Model, most_tokens: int) -> dict[str, list[tuple[float, float]]]:
     """(times smaller than 16 bit, relative increase of perplexity) by family."""
-    head = len(model.rows) // HEAD_SHARE
+    head = len(model.rows) // FREQUENT_SHARE
     families = {
         "low rank at 16 bit": [Scheme("bf16", ratio=ratio) for ratio in RATIOS if ratio <= 8],
         "low rank and head at 16 bit": [
-            Scheme("bf16", ratio=ratio, head=head, head_codec="bf16")
+            Scheme("bf16", ratio=ratio, frequent=head, frequent_codec="bf16")
             for ratio in RATIOS
             if ratio <= 8
         ],
         "int8 low rank, int8 head": [
-            Scheme("int8", ratio=ratio, head=head) for ratio in RATIOS if ratio > 2
+            Scheme("int8", ratio=ratio, frequent=head) for ratio in RATIOS if ratio > 2
         ],
         "int4 low rank, int8 head": [
-            Scheme("int4", ratio=ratio, head=head) for ratio in RATIOS if ratio > 3
+            Scheme("int4", ratio=ratio, frequent=head) for ratio in RATIOS if ratio > 3
         ],
         "int8, int4": [Scheme("int8"), Scheme("int4")],
-        "int4, int8 head": [Scheme("int4", head=head)],
+        "int4, int8 head": [Scheme("int4", frequent=head)],
     }
     exact = model.evaluate(model.rows, most_tokens).perplexity
     found: dict[str, list[tuple[float, float]]] = {}
@@ -46,7 +46,7 @@ def curves(model: Model, most_tokens: int) -> dict[str, list[tuple[float, float]
     for family, schemes in tqdm(families.items(), desc="families", leave=False, dynamic_ncols=True):
         for scheme in schemes:
             made = model.compressed(scheme)
-            loss = model.evaluate(model.decoded(made), most_tokens).perplexity / exact - 1
+            loss = model.evaluate(made.rows(), most_tokens).perplexity / exact - 1
             found.setdefault(family, []).append((model.bytes16() / made.bytes, loss))
             print(
                 f"  {family:30}{model.bytes16() / made.bytes:7.2f}x {100 * loss:+10.3f} %",

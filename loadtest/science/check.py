@@ -37,13 +37,13 @@ def compression(model: Model, most_tokens: int) -> dict[str, float]:
     length = model.checkpoint.config.max_position_embeddings
     lines, found, furthest = [], {}, 0.0
     exact = model.evaluate(
-        model.decoded(model.compressed(schemes(len(model.rows))["bf16"])), most_tokens
+        model.compressed(schemes(len(model.rows))["bf16"]).rows(), most_tokens
     ).perplexity
     for name, scheme in tqdm(
         schemes(len(model.rows)).items(), desc="codecs", leave=False, dynamic_ncols=True
     ):
         made = model.compressed(scheme, alike=name.endswith(ALIKE))
-        rows = model.decoded(made)
+        rows = made.rows()
         loss = model.evaluate(rows, most_tokens).perplexity / exact - 1
         with (
             tempfile.TemporaryDirectory(prefix="tolhouse-science-") as folder,

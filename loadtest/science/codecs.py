@@ -10,7 +10,7 @@ import numpy as np
 from tolhouse import Client
 from tolhouse.analysis.evaluate import Evaluation, evaluate
 from tolhouse.analysis.probes import probed, read_text
-from tolhouse.build.compress import HEAD_SHARE, Compressed, Scheme, bytes_at_16_bit, compress
+from tolhouse.build.compress import FREQUENT_SHARE, Compressed, Scheme, bytes_at_16_bit, compress
 from tolhouse.build.frequency import count_tokens
 from tolhouse.build.job import plan
 from tolhouse.model.checkpoint import open_checkpoint
@@ -24,20 +24,20 @@ ALIKE = ", tokens alike"  # the SVD counts each token once, however often text h
 
 
 def schemes(vocabulary: int) -> dict[str, Scheme]:
-    """By what they are called in tables; `head` is one token in HEAD_SHARE."""
-    head = vocabulary // HEAD_SHARE
+    """By what they are called in tables; `head` is one token in FREQUENT_SHARE."""
+    head = vocabulary // FREQUENT_SHARE
     return {
         "fp32": Scheme("fp32"),
         "fp16": Scheme("fp16"),
         "bf16": Scheme("bf16"),
         "int8": Scheme("int8"),
         "int4, no head": Scheme("int4"),
-        "int4": Scheme("int4", head=head),
+        "int4": Scheme("int4", frequent=head),
         "low rank, half": Scheme("bf16", ratio=2),
         f"low rank, half{ALIKE}": Scheme("bf16", ratio=2),
-        "low rank and head, half": Scheme("bf16", ratio=2, head=head, head_codec="bf16"),
-        "int8 low rank, 4x": Scheme("int8", ratio=4, head=head),
-        "int4 low rank, 8x": Scheme("int4", ratio=8, head=head),
+        "low rank and head, half": Scheme("bf16", ratio=2, frequent=head, frequent_codec="bf16"),
+        "int8 low rank, 4x": Scheme("int8", ratio=4, frequent=head),
+        "int4 low rank, 8x": Scheme("int4", ratio=8, frequent=head),
     }
 
 
@@ -66,11 +66,6 @@ class Model:
 
     def evaluate(self, rows: np.ndarray, most_tokens: int = 0, **probe: object) -> Evaluation:
         return evaluate(self.model, self.text[: most_tokens or None], probed(rows, **probe))  # type: ignore[arg-type]
-
-    def decoded(self, made: Compressed) -> np.ndarray:
-        """Rows [V, N, D] as a reader of the table has them."""
-        ids = np.arange(self.checkpoint.config.vocab_size, dtype=np.uint32)
-        return made.companions.decode(ids, made.records).astype(np.float32)
 
     def bytes16(self) -> int:
         return bytes_at_16_bit(plan(self.checkpoint, "", "bf16", 16))

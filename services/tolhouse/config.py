@@ -162,13 +162,14 @@ class CompressConfig(TableConfig):
     size_ratio: float = option(
         0, "Low rank by size: how many times smaller than at 16 bit; 0: by --rank-share.", ge=0
     )
-    head: int = option(
+    frequent_rows: int = option(
         -1,
         "Most frequent tokens whose rows are kept in the finer codec; "
         "-1: a thirty-second of the vocabulary, or none where that codec is no finer.",
         ge=-1,
+        old="head",
     )
-    head_codec: Codec = option("int8", "The finer codec.")
+    frequent_codec: Codec = option("int8", "The finer codec.", old="head_codec")
 
 
 class StoreConfig(Config):

@@ -67,7 +67,7 @@ def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
 
     \b
       --codec int4                          under a third of 16 bit, for 0.1% of perplexity
-      --codec bf16 --rank-share 0.5 --head 0    low rank alone
+      --codec bf16 --rank-share 0.5 --frequent-rows 0    low rank alone
       --codec int4 --size-ratio 8               an eighth of 16 bit
     """
     from tolhouse.build import compress
@@ -82,14 +82,14 @@ def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
     for store in stores:
         store.refs()  # one that can't be reached is reported before the work, not after
     plain = _planned(opened, settings)
-    sizes = settings.rank_share, settings.size_ratio, max(0, settings.head)
-    scheme = compress.Scheme(settings.codec, *sizes, settings.head_codec)
-    if settings.head < 0 and (scheme.low_rank or scheme.finer):
-        scheme = replace(scheme, head=plain.vocab_size // compress.HEAD_SHARE)
+    sizes = settings.rank_share, settings.size_ratio, max(0, settings.frequent_rows)
+    scheme = compress.Scheme(settings.codec, *sizes, settings.frequent_codec)
+    if settings.frequent_rows < 0 and (scheme.low_rank or scheme.finer):
+        scheme = replace(scheme, frequent=plain.vocab_size // compress.FREQUENT_SHARE)
     compress.check(plain, scheme)
     counts = count_tokens(opened.tokenizer(), settings.corpus, plain.vocab_size)
     made = compress.compress(plain, MemoryLLM(opened, plain.blocks).rows(), counts, scheme)
-    manifest = made.companions.manifest
+    manifest = made.manifest
     share = compress.bytes_at_16_bit(plain) / made.bytes
     ranks = f", ranks {' '.join(map(str, manifest.ranks))}" if manifest.ranks else ""
     click.echo(
