@@ -11,10 +11,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, NotFound, Unavailable
 from tolhouse.logs import event
@@ -31,7 +32,7 @@ class Alias:
     """The version a name stands for, and those it stood for before, latest last."""
 
     version: str
-    history: tuple[str, ...] = ()
+    history: tuple[str, ...]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self)) + "\n"
@@ -40,14 +41,9 @@ class Alias:
     def from_json(cls, text: str | bytes) -> "Alias":
         """The alias in `text`; Corrupt where it is malformed."""
         try:
-            data = json.loads(text)
-            alias = cls(data["version"], tuple(data["history"]))
-            ok = all(isinstance(version, str) for version in (alias.version, *alias.history))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            ok = False
-        if not ok:
-            raise Corrupt("is malformed; publish a version to write it anew")
-        return alias
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError:
+            raise Corrupt("is malformed; publish a version to write it anew") from None
 
 
 class Store(ABC):
@@ -211,8 +207,7 @@ class Store(ABC):
 def open_store(url: str, timeout_seconds: float = 5.0) -> Store:
     """The store at `url`: file://PATH, or redis://HOST:PORT (rediss:// with TLS).
 
-    Of a Redis Cluster several nodes may be named, redis://HOST:PORT,HOST:PORT: the first that
-    answers tells of the others.
+    Several nodes of a Redis Cluster may be named, redis://HOST:PORT,HOST:PORT; one has to answer.
     """
     scheme, _, rest = url.partition("://")
     if scheme == "file" and rest:
@@ -228,7 +223,7 @@ def open_store(url: str, timeout_seconds: float = 5.0) -> Store:
 
 
 def wait_for_store(url: str, timeout_seconds: float, wait_seconds: float) -> Store:
-    """The store at `url`, which may take so long to become reachable, as while everything starts."""
+    """The store at `url`, which may become reachable only within `wait_seconds`."""
     deadline = time.monotonic() + wait_seconds
     while True:
         try:

@@ -1,1 +1,1 @@
-"""The table format: what three processes must agree on to the byte. Needs numpy; knows nothing of torch or networks."""
+"""The table format, which processes must agree on to the byte; nothing of torch or networks."""

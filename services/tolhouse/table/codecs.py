@@ -1,9 +1,10 @@
-"""How the rows of one layer are stored: float arrays in, fixed-size blocks out, and back.
+"""How blocks are stored: float arrays in, fixed-size blocks out, and back.
 
-A block holds one token's row of one layer. fp32, fp16 and bf16 are the values themselves. int8 is one float32 scale,
-then D codes: symmetric, scale = max|x| / 127, x ~ scale * code. int4 is a bfloat16 scale for each 32 neighbours, the
-last of which may have fewer, then codes from -7 to 7 in two's complement, two per byte: the low nibbles are the first half
-of the row, the high nibbles the second, and where D is odd the last code has a byte of its own.
+fp32, fp16 and bf16 are the values themselves. int8 is one float32 scale, then D codes: symmetric,
+scale = max|x| / 127, x ~ scale * code. int4 is a bfloat16 scale for each 32 neighbours, the last of
+which may have fewer, then codes from -7 to 7 in two's complement, two per byte: the low nibbles are
+the first half of the values, the high nibbles the second, and where D is odd the last code has a
+byte of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,10 +18,10 @@ from tolhouse.errors import InvalidArgument
 
 @dataclass(frozen=True)
 class Codec:
-    """`block(D)` is the numpy type of a block. `encode` takes float32 [..., D] to blocks [...]; `decode` takes them back.
+    """`encode` takes float32 [..., D] to blocks [...] of type `block(D)`; `decode` takes them back.
 
-    |decode(encode(x)) - x| is at most `relative_error` times the row's largest magnitude, plus `step`: half the distance
-    of the codec's smallest numbers, which a row too small for its exponents loses.
+    |decode(encode(x)) - x| is at most `relative_error` times the row's largest magnitude, plus
+    `step`: half the distance of the codec's smallest numbers, lost by values too small for it.
     """
 
     name: str
@@ -31,13 +32,12 @@ class Codec:
     step: float = 0.0
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
-        """Blocks [...] for float32 rows [..., D]; InvalidArgument if a value is not finite or does not fit the codec."""
+        """Blocks [...] for float32 rows [..., D]; InvalidArgument if a value does not fit."""
         top = np.maximum(rows.max(initial=0), -rows.min(initial=0))
         if not np.isfinite(top):
             raise InvalidArgument("rows hold values that are not finite")
-        if not np.isfinite(
-            self.decode(self.encode_values(top.reshape(1))).astype(np.float32)
-        ).all():  # what holds it holds the others
+        largest = self.decode(self.encode_values(top.reshape(1)))  # if it fits, all do
+        if not np.isfinite(largest.astype(np.float32)).all():
             raise InvalidArgument(
                 f"rows hold values too large for {self.name}; fp32, bf16, int8 and int4 reach 3e38"
             )
@@ -50,25 +50,10 @@ def _plain(name: str, dtype: np.dtype, relative_error: float, step: float = 0.0)
 
     def encode(rows: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
-            values = (
-                _bfloat16(rows)
-                if dtype == ml_dtypes.bfloat16
-                else np.ascontiguousarray(rows.astype(dtype))
-            )
+            values = np.ascontiguousarray(rows.astype(dtype))
         return values.view(block(rows.shape[-1]))[..., 0]
 
     return Codec(name, block, encode, lambda blocks: blocks["values"], relative_error, step)
-
-
-def _bfloat16(rows: np.ndarray) -> np.ndarray:
-    """Finite values rounded to the nearest, ties to even, as ml_dtypes does it, and several times as fast."""
-    bits = np.ascontiguousarray(rows, np.float32).view(np.uint32)
-    rounded = bits >> 16
-    rounded &= 1
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= 16
-    return rounded.astype(np.uint16).view(ml_dtypes.bfloat16)
 
 
 def _int8_block(size: int) -> np.dtype:
@@ -93,23 +78,17 @@ def _int8_decode(blocks: np.ndarray) -> np.ndarray:
 
 
 GROUP = 32  # values that share a scale of int4
-_CACHED = (
-    2**17
-)  # values that int4 encodes at a time, so that they stay in a core's cache between passes
+_CACHED = 2**17  # values that int4 encodes at a time: they stay in a core's cache between passes
 _TOP = np.uint16(0x7E12)  # the largest bfloat16 of which 7 times is finite
 
 
 def _int4_block(size: int) -> np.dtype:
-    fields = [
-        ("scales", ml_dtypes.bfloat16, (-(-size // GROUP),)),
-        ("codes", "i1", (size // 2,)),
-        ("last", "i1", (size % 2,)),
-    ]
-    return np.dtype(fields)
+    scales = ("scales", ml_dtypes.bfloat16, (-(-size // GROUP),))
+    return np.dtype([scales, ("codes", "i1", (size // 2,)), ("last", "i1", (size % 2,))])
 
 
 def _groups(values: np.ndarray, scales: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Views of values [R, D], first in whole groups, then the shorter one, with their scales [R, G] to go with them."""
+    """Views of values [R, D] and scales [R, G]: the whole groups, then the shorter one."""
     whole = values.shape[1] // GROUP
     yield values[:, : whole * GROUP].reshape(len(values), whole, GROUP), scales[:, :whole, None]
     yield values[:, whole * GROUP :], scales[:, whole:]
@@ -135,12 +114,9 @@ def _int4_encode_into(blocks: np.ndarray, rows: np.ndarray) -> None:
     )
     blocks["scales"] = bits.astype(np.uint16).view(ml_dtypes.bfloat16)
     scales = (bits << np.uint32(16)).view(np.float32)
-    scales[scales == 0] = (
-        np.inf
-    )  # a group of zeros, or one too small for a scale, is stored as zeros
-    for (values, scale), (out, _) in zip(
-        _groups(rows, scales), _groups(scaled, scales), strict=True
-    ):
+    scales[scales == 0] = np.inf  # a group of zeros, or too small for a scale, is stored as zeros
+    groups = zip(_groups(rows, scales), _groups(scaled, scales), strict=True)
+    for (values, scale), (out, _) in groups:
         np.divide(values, scale, out=out)
     codes = np.rint(scaled, out=scaled).astype(np.int8)
     blocks["codes"] = codes[:, :half] & 15 | codes[:, half : 2 * half] * 16

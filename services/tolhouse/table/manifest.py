@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -67,16 +67,19 @@ def split_ref(ref: str) -> tuple[str, str | None]:
 
 
 def _check_ref(ref: str) -> str:
-    if ref and split_ref(ref)[1] is None:
-        raise InvalidArgument(f"manifest: {ref!r} must be name@version")
+    _require(not ref or split_ref(ref)[1] is not None, f"{ref!r} must be name@version")
     return ref
+
+
+def _require(ok: object, message: str) -> None:
+    if not ok:
+        raise InvalidArgument(f"manifest: {message}")
 
 
 Ids = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
 Ref = Annotated[str, AfterValidator(_check_ref)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Block = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}(\.(0|[1-9][0-9]{0,4}))?$")]
-Blocks = Annotated[tuple[Block, ...], Field(strict=False, min_length=1)]
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
@@ -87,16 +90,16 @@ class Manifest:
     version: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]  # see `content_id`
     codec_name: Annotated[str, AfterValidator(lambda name: codec(name).name)]
     vocab_size: Annotated[int, Field(gt=0, le=2**32)]
-    blocks: Blocks  # x0, if the table has it, and ffn.3: a block of the layer of that number
+    blocks: Annotated[tuple[Block, ...], Field(strict=False, min_length=1)]  # x0, ffn.LAYER
     width: Annotated[int, Field(gt=0, le=2**20)]  # values of a block
     num_shards: Annotated[int, Field(gt=0, le=MAX_SHARDS)]
     model_id: str  # the checkpoint it was built from
     tokenizer_id: str
     shards: Annotated[tuple[Digest, ...], Field(strict=False)] = ()  # empty before all are written
     layout: Literal["shards"] = "shards"  # how a store lays out the records
-    frequent: Ids = ()  # token ids, the most frequent in text first: what a cache is filled with
+    frequent: Annotated[Ids, Field(max_length=MAX_FREQUENT)] = ()  # the most frequent in text first
     parent: Ref = ""  # an overlay's: the table whose rows it has where it has none of its own
-    changed: Ids = ()  # an overlay's own rows, by token id
+    changed: Annotated[Ids, Field(max_length=MAX_CHANGED)] = ()  # an overlay's own rows
     ranks: Ids = ()  # low rank: coefficients of each block, in place of its values
     basis: Ref = ""  # low rank: the table of basis vectors; auxiliary.py
     frequent_rows: Ref = ""  # the table of the most frequent tokens' rows in a finer codec
@@ -110,50 +113,35 @@ class Manifest:
             return check(data)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            where, value = ".".join(map(str, first["loc"])), f", not {first['input']!r:.60}"
-            raise InvalidArgument(
-                f"manifest: {where}: {first['msg']}{value * (first['type'] != 'missing')}"
-            ) from None
+            value = f", not {first['input']!r:.60}" if first["type"] != "missing" else ""
+            where = ".".join(map(str, first["loc"]))
+            raise InvalidArgument(f"manifest: {where}: {first['msg']}{value}") from None
 
     def __post_init__(self) -> None:
-        count, width, size = self.num_blocks, self.width, self.vocab_size
-        if count * width > 2 * MAX_RECORD_BYTES:  # of half a byte at least
-            raise InvalidArgument(f"manifest: {count} blocks of width {width} make no record")
-        for ok, message in (
-            (
-                self.blocks == tuple(sorted(set(self.blocks), key=_block_order)),
-                f"blocks must be x0, then kind.number in order, each once, not {self.blocks!r}",
-            ),
-            (
-                len(self.frequent) <= MAX_FREQUENT
-                and len(set(self.frequent)) == len(self.frequent)
-                and max(self.frequent, default=0) < size,
-                f"frequent must be at most {MAX_FREQUENT} different token ids below {size}",
-            ),
-            (
-                len(self.changed) <= MAX_CHANGED
-                and list(self.changed) == sorted(set(self.changed))
-                and max(self.changed, default=0) < size
-                and bool(self.changed) == bool(self.parent),
-                f"changed must be at most {MAX_CHANGED} ids below {size}, ascending, of an overlay",
-            ),
-            (
-                len(self.ranks) == (count if self.basis else 0)
-                and all(0 < rank <= width for rank in self.ranks),
-                f"ranks must be numbers to {width} for each of {count} blocks if there is a basis",
-            ),
-            (self.parent or not self.edits, "edits are an overlay's, and there is no parent"),
-            (
-                len(self.shards) in (0, self.num_shards),
-                f"{len(self.shards)} digests for {self.num_shards} shards",
-            ),
-            (
-                self.record_bytes <= MAX_RECORD_BYTES,
-                f"a record of {self.record_bytes} bytes is over the limit of {MAX_RECORD_BYTES}",
-            ),
-        ):
-            if not ok:
-                raise InvalidArgument(f"manifest: {message}")
+        blocks, count, width, size = self.blocks, self.num_blocks, self.width, self.vocab_size
+        in_order = tuple(sorted(set(blocks), key=_block_order))
+        _require(blocks == in_order, f"blocks must be x0, then kind.number in order, not {blocks}")
+        # a value takes half a byte at least
+        _require(count * width <= 2 * MAX_RECORD_BYTES, f"{count} of {width} values make no record")
+        distinct = len(set(self.frequent)) == len(self.frequent)
+        below = max((*self.frequent, *self.changed), default=0) < size
+        _require(
+            below and distinct, f"frequent must be different ids, all and changed below {size}"
+        )
+        ascending = list(self.changed) == sorted(set(self.changed))
+        _require(ascending, "changed must be ascending ids")
+        if self.parent:
+            _require(self.changed and self.num_shards == 1, "an overlay has changed, in one shard")
+        else:
+            _require(not self.changed and not self.edits, "changed and edits need a parent")
+        ranked = len(self.ranks) == count * bool(self.basis)
+        ranked = ranked and all(0 < rank <= width for rank in self.ranks)
+        _require(ranked, f"ranks must be from 1 to {width} for each block, only with a basis")
+        shards = len(self.shards)
+        _require(shards in (0, self.num_shards), f"{shards} digests for {self.num_shards} shards")
+        size = self.record_bytes
+        limit = f"a record of {size} bytes is over the limit of {MAX_RECORD_BYTES}"
+        _require(size <= MAX_RECORD_BYTES, limit)
 
     @property
     def ref(self) -> str:
@@ -214,22 +202,18 @@ class Manifest:
         return ids % self.num_shards
 
     def shard_ids(self, shard: int) -> np.ndarray:
-        """Token ids of one shard, ascending; record i of the shard is that of the i-th."""
+        """Token ids of one shard, ascending, as its records are."""
         if self.parent:
-            return self._changed[self._changed % self.num_shards == shard]
+            return self._changed
         return np.arange(shard, self.vocab_size, self.num_shards, dtype=np.uint32)
 
     def shard_rows(self, shard: int) -> int:
         """How many records a shard has."""
-        if self.parent:
-            return len(self.shard_ids(shard))
-        return (self.vocab_size - shard + self.num_shards - 1) // self.num_shards
+        return len(self.changed or range(shard, self.vocab_size, self.num_shards))
 
     def positions(self, ids: np.ndarray) -> np.ndarray:
         """Where in their shards the records of `ids` are."""
-        if self.parent:
-            return self._ranks[np.searchsorted(self._changed, ids)]
-        return ids // self.num_shards
+        return np.searchsorted(self._changed, ids) if self.parent else ids // self.num_shards
 
     def owns(self, ids: np.ndarray) -> np.ndarray:
         """Which of `ids` [T] have a record of its own; bool [T]."""
@@ -239,22 +223,11 @@ class Manifest:
     def _changed(self) -> np.ndarray:
         return np.array(self.changed, np.uint32)
 
-    @cached_property
-    def _ranks(self) -> np.ndarray:
-        """Where in their shards the changed rows are."""
-        shards = self.shard_of(self._changed)
-        ranks = np.empty(len(shards), np.int64)
-        for shard in np.unique(shards):
-            ranks[shards == shard] = np.arange(np.count_nonzero(shards == shard))
-        return ranks
-
     def check_ids(self, ids: np.ndarray) -> None:
         if ids.size and int(ids.max()) >= self.vocab_size:
             bad = int(ids[ids >= self.vocab_size][0])
-            raise IdOutOfRange(
-                f"token id {bad} is outside table {self.ref}: "
-                f"allowed are 0 to {self.vocab_size - 1}"
-            )
+            allowed = f"allowed are 0 to {self.vocab_size - 1}"
+            raise IdOutOfRange(f"token id {bad} is outside table {self.ref}: {allowed}")
 
     # records: uint8 [T, record_bytes], one per token id of `ids`
 
@@ -270,10 +243,8 @@ class Manifest:
 
     def add_checksums(self, ids: np.ndarray, records: np.ndarray) -> np.ndarray:
         """The records, contiguous, with the checksums of this version and `ids`, set in place."""
-        records.view(self.record_dtype)[:, 0]["checksum"] = [
-            checksum(record, seed)
-            for record, seed in zip(record_views(records), self.seeds(ids), strict=True)
-        ]
+        seeded = zip(record_views(records), self.seeds(ids), strict=True)
+        records.view(self.record_dtype)[:, 0]["checksum"] = [checksum(*pair) for pair in seeded]
         return records
 
     def decode(self, records: np.ndarray) -> np.ndarray:
@@ -295,27 +266,18 @@ class Manifest:
                 raise Corrupt(f"the row of token {i} in table {self.ref} fails its checksum")
 
     def copy_records(
-        self,
-        ids: np.ndarray,
-        source: memoryview,
-        source_slots: Iterable[int],
-        out: memoryview,
-        slots: Iterable[int],
-    ) -> list[int]:
-        """Copy records between slots of flat buffers; indices of those that fail their checksum.
+        self, ids: np.ndarray, source: memoryview, out: memoryview, slots: Iterable[int]
+    ) -> None:
+        """Copy consecutive records to slots of `out`, both flat; Corrupt as of `verify`."""
+        size = self.record_bytes
 
-        Each is verified while it is in the core's cache. A negative source slot is no record.
-        """
-        size, bad = self.record_bytes, []
-        pairs = zip(source_slots, slots, self.seeds(ids), strict=True)
-        for n, (source_slot, slot, seed) in enumerate(pairs):
-            if source_slot >= 0:
+        def copied() -> Iterator[memoryview]:  # each is verified while it is in the core's cache
+            for n, slot in enumerate(slots):
                 record = out[slot * size : slot * size + size]
-                record[:] = source[source_slot * size : source_slot * size + size]
-                if checksum_ok(record, seed):
-                    continue
-            bad.append(n)
-        return bad
+                record[:] = source[n * size : n * size + size]
+                yield record
+
+        self.verify(ids, copied())
 
     def seeds(self, ids: np.ndarray) -> list[int]:
         """The seed of each token's checksum: its version's and its own."""
@@ -327,11 +289,8 @@ class Manifest:
     # JSON
 
     def to_json(self) -> str:
-        data = {
-            name: value
-            for name, default in _FIELDS.items()
-            if (value := getattr(self, name)) != default
-        }
+        fields = ((name, getattr(self, name)) for name in _FIELDS)
+        data = {name: value for name, value in fields if value != _FIELDS[name]}
         data["codec"] = data.pop("codec_name")
         if required := [name for name in _REQUIRED if name in data]:
             data["requires"] = required
@@ -343,29 +302,22 @@ class Manifest:
         """The manifest in `text`; InvalidArgument if it is malformed, Corrupt if altered."""
         try:
             data: Any = json.loads(text)
-            if not isinstance(data, dict):
-                raise InvalidArgument("manifest: not a JSON object")
-            if (number := data.get("format")) != FORMAT:
-                what_to_do = (
-                    "build the table again, and remove this one by `tolhouse tables delete`"
-                )
-                raise InvalidArgument(
-                    f"manifest: format {number!r:.60} is not {FORMAT}, which this version reads: "
-                    + (what_to_do if number == 1 else "a later one needs a later tolhouse")
-                )
-            if data.pop("digest", None) != _digest(data):
-                raise Corrupt("manifest: its fields are not those that its digest was made of")
+            _require(isinstance(data, dict), "not a JSON object")
+            given, own = data.pop("digest", None), _digest(data)
         except (ValueError, RecursionError) as error:
             raise InvalidArgument(f"manifest: not JSON: {error}") from None
-        required = data.pop("requires", [])
-        if not isinstance(required, list):
-            raise InvalidArgument(f"manifest: requires must be a list, not {required!r:.60}")
-        if unknown := [name for name in required if name not in _REQUIRED]:
-            raise InvalidArgument(
-                f"manifest: the table needs {unknown}, which this version does not know: "
-                "upgrade tolhouse"
-            )
-        del data["format"]
+        number, required = data.pop("format", None), data.pop("requires", [])
+        advice = "build the table again, and remove this one by `tolhouse tables delete`"
+        advice = advice if number == 1 else "a later one needs a later tolhouse"
+        message = f"format {number!r:.60} is not {FORMAT}, which this version reads: {advice}"
+        _require(number == FORMAT, message)
+        if given != own:
+            raise Corrupt("manifest: its fields are not those that its digest was made of")
+        _require(isinstance(required, list), f"requires must be a list, not {required!r:.60}")
+        unknown = [name for name in required if name not in _REQUIRED]
+        _require(
+            not unknown, f"the table needs {unknown}, unknown to this version: upgrade tolhouse"
+        )
         if "codec" in data:
             data["codec_name"] = data.pop("codec")
         extra = {name: data.pop(name) for name in data.keys() - _FIELDS.keys()}
