@@ -1,10 +1,8 @@
-"""The services' token: who is let in, what is said to others, and that it is replaced without a call that fails."""
+"""The services' token: who is let in, what others are told, and its replacement under load."""
 
 import secrets
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -17,7 +15,7 @@ from tolhouse import Client, ClientCredentials
 from tolhouse.errors import InvalidArgument, Unauthenticated
 from tolhouse.files import replace_file
 from tolhouse.net.auth import TokenFile
-from tolhouse.testing import Process, build_table, process, wait_until_healthy
+from tolhouse.testing import Process, build_table, local_cluster, process, wait_until
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
@@ -57,20 +55,12 @@ def test_calls_need_the_token_and_health_does_not(
         ):
             client.tables()
     with grpc.insecure_channel(lookup.address) as channel:
-        assert (
-            1
-            == health_pb2_grpc.HealthStub(channel)
-            .Check(health_pb2.HealthCheckRequest(), timeout=5)
-            .status
-        )
-        requests = (
-            (LookupStub(channel).Fetch, lookup_pb2.FetchRequest()),
-            (
-                reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo,
-                reflection_pb2.ServerReflectionRequest(list_services=""),
-            ),
-        )
-        for call, request in requests:
+        health = health_pb2_grpc.HealthStub(channel)
+        assert 1 == health.Check(health_pb2.HealthCheckRequest(), timeout=5).status
+        reflect = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+        listing = reflection_pb2.ServerReflectionRequest(list_services="")
+        fetch = LookupStub(channel).Fetch
+        for call, request in ((fetch, lookup_pb2.FetchRequest()), (reflect, listing)):
             with pytest.raises(grpc.RpcError) as caught:
                 next(call(iter([request]), timeout=5))
             assert grpc.StatusCode.UNAUTHENTICATED == caught.value.code()
@@ -92,17 +82,10 @@ def test_only_the_whole_token_fits(sent: str, tokens: Path) -> None:
     assert known.accepts(f"Bearer {token}".encode())
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "\n# none\n",
-        "short\n",
-        "a token with spaces in it\n",
-        "a-good-token-of-20-ch\nshort\n",
-        "ä" * 20,
-    ],
-)
+WRONG = "a token with spaces in it\n", "a-good-token-of-20-ch\nshort\n", "ä" * 20
+
+
+@pytest.mark.parametrize("text", ["", "\n# none\n", "short\n", *WRONG])
 def test_a_token_file_is_checked(text: str, tmp_path: Path) -> None:
     """What it must hold is told, what it holds is not."""
     path = tmp_path / "t"
@@ -113,52 +96,28 @@ def test_a_token_file_is_checked(text: str, tmp_path: Path) -> None:
 
 
 def test_the_token_is_replaced_under_load(checkpoint: Path, store: str, tmp_path: Path) -> None:
-    """Added to listeners, then sent, then the old one removed: no request fails, and the old token is out at the end."""
+    """Accepted, then sent, then the old one removed: no request fails, and the old one is out."""
     old, new = secrets.token_urlsafe(), secrets.token_urlsafe()
     accepted, sent = tmp_path / "accepted", tmp_path / "sent"
     accepted.write_text(old)
     sent.write_text(old)
-    with ExitStack() as stack:
-        lookup = stack.enter_context(
-            process("lookup", "--store", store, *LOCAL, "--token-file", str(accepted))
-        )
-        # a worker takes and sends the token of one file: the first of it
-        worker = stack.enter_context(
-            process(
-                "worker",
-                str(checkpoint),
-                "--lookup",
-                lookup.address,
-                *LOCAL,
-                "--token-file",
-                str(accepted),
-                "--row-cache-megabytes",
-                "0",
-            )
-        )
-        gateway = stack.enter_context(
-            process(
-                "gateway",
-                str(checkpoint),
-                "--workers",
-                worker.address,
-                *LOCAL,
-                "--token-file",
-                str(sent),
-                "--poll-seconds",
-                "0.1",
-            )
-        )
-        wait_until_healthy(gateway.address)
+    # a worker accepts all tokens of its file, and sends the first
+    services = ("--token-file", str(accepted))
+    with local_cluster(
+        checkpoint,
+        store,
+        lookup_options=services,
+        worker_options=(*services, "--row-cache-megabytes", "0"),
+        gateway_options=("--token-file", str(sent)),
+    ) as cluster:
+        lookup, worker, gateway = cluster.processes
         ended, failed, done = threading.Event(), [], 0
 
         def load() -> None:
             nonlocal done
             while not ended.is_set():
-                answer = httpx.post(
-                    f"http://{gateway.address}/v1/completions",
-                    json={"prompt": "def add", "max_tokens": 2},
-                )
+                body = {"prompt": "def add", "max_tokens": 2}
+                answer = httpx.post(f"{cluster.url}/completions", json=body)
                 done += 1
                 if answer.status_code != 200:
                     failed.append(answer.text)
@@ -173,8 +132,7 @@ def test_the_token_is_replaced_under_load(checkpoint: Path, store: str, tmp_path
         ):
             replace_file(path, text.encode())
             before = done
-            while done < before + 5 and not failed:
-                time.sleep(0.01)
+            wait_until(lambda before=before: failed or done >= before + 5)
         ended.set()
         thread.join()
         assert [] == failed

@@ -92,7 +92,7 @@ class Process:
 
 @contextmanager
 def process(*arguments: str) -> Iterator[Process]:
-    """Run `tolhouse ARGUMENTS` until the block ends; Unavailable, with its log, if it can't start."""
+    """Run `tolhouse ARGUMENTS` until the block ends; Unavailable, with its log, if it fails."""
     command = [sys.executable, "-m", "tolhouse.cli", *arguments]
     with tempfile.TemporaryDirectory(prefix="tolhouse-") as folder:
         log = Path(folder) / "log"
@@ -149,8 +149,12 @@ def local_cluster(
     worker_options: tuple[str, ...] = (),
     lookup_options: tuple[str, ...] = (),
     gateway_options: tuple[str, ...] = (),
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[Cluster]:
-    """Lookup replicas over a store with the checkpoint's table published, workers and a gateway."""
+    """Lookup replicas over a store with the checkpoint's table published, workers and a gateway.
+
+    `tls` is for calling a gateway whose options have a certificate.
+    """
     with ExitStack() as stack:
 
         def start(count: int, *arguments: str) -> tuple[list[Process], str]:
@@ -162,7 +166,7 @@ def local_cluster(
         second, serving = start(workers, "worker", model, "--rows", lookup, *_FREE, *worker_options)
         options = ("--workers", serving, "--listen", gateway_listen, "--poll-seconds", "0.2")
         third, gateway = start(1, "gateway", model, *options, *gateway_options)
-        wait_until_healthy(gateway)
+        wait_until_healthy(gateway, tls=tls)
         yield Cluster(lookup, serving, gateway, [*first, *second, *third])
 
 
