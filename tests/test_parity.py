@@ -1,0 +1,194 @@
+"""Where rows come from changes nothing: every route gives the greedy tokens of the model with its FFNs in place."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from tolhouse import Client, Manifest
+from tolhouse.client.row_source import RowSource, open_row_source
+from tolhouse.engine.cpu.packed import load
+from tolhouse.engine.dequant import CACHED_VALUES
+from tolhouse.engine.row_providers import open_rows
+from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
+from tolhouse.model.generate import greedy
+from tolhouse.testing import Cluster, build_table, local_cluster, process, tiny_model
+
+TOKENS = 128  # per prompt; nine prompts and two checkpoints make 2,304
+PROMPTS = (
+    "import os\nimport sys\n\n\ndef walk(",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self",
+    "try:\n    import json\nexcept",
+    'def read_file(path):\n    """',
+    "for key, value in sorted(",
+    "# für später ✓ 世界\nname = '",
+    "    def test_roundtrip(self):\n        for proto in range(",
+    "def main():\n    parser = argparse.ArgumentParser(",
+    "raise ValueError(",
+)
+Answers = list[list[int]]
+
+
+def prompt_ids(checkpoint: Checkpoint) -> list[list[int]]:
+    tokenizer = checkpoint.tokenizer()
+    return [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+
+
+def in_process(checkpoint: Checkpoint) -> Answers:
+    model = checkpoint.model()
+    return [list(greedy(model, ids, TOKENS, ignore_eos=True)) for ids in prompt_ids(checkpoint)]
+
+
+def with_rows(
+    checkpoint: Checkpoint,
+    source: RowSource,
+    manifest: Manifest,
+    cache_bytes: int = 0,
+    most_values: int = CACHED_VALUES,
+) -> Answers:
+    """most_values: more are decoded layer by layer."""
+    model = checkpoint.model(ffn_m=False, embedding=not manifest.has_x0)
+    rows = open_rows(source, manifest, cache_bytes, torch.device("cpu"))
+    answers = [
+        list(
+            greedy(
+                model,
+                ids,
+                TOKENS,
+                ignore_eos=True,
+                rows=lambda ids_T: rows.decode(rows.stage(ids_T.numpy().astype(np.uint32))),
+            )
+        )
+        for ids in prompt_ids(checkpoint)
+    ]
+    counts = rows.counts()
+    fetched = counts["from_remote"] + counts["from_file"]
+    assert fetched > 0
+    if cache_bytes:  # rows came and went and came again
+        assert counts["from_cache"] > 0
+        assert len(rows.cache) == rows.cache.capacity < fetched
+    return answers
+
+
+def direct(checkpoint: Checkpoint, url: str, ref: str) -> Answers:
+    with closing(open_row_source(url)) as source:
+        return with_rows(checkpoint, source, source.describe(ref))
+
+
+def by_worker(checkpoint: Checkpoint, url: str, ref: str) -> Answers:
+    options = ("--rows", url, "--table", ref, "--listen", "127.0.0.1:0")
+    with process("worker", str(checkpoint.path), *options) as worker:
+        return generate(checkpoint, worker.address)
+
+
+def generate(checkpoint: Checkpoint, worker: str, at_once: int = 1) -> Answers:
+    with Client(worker) as client, ThreadPoolExecutor(at_once) as pool:
+
+        def one(ids: list[int]) -> list[int]:
+            return list(client.generate(ids, TOKENS, ignore_eos=True))
+
+        return list(pool.map(one, prompt_ids(checkpoint)))
+
+
+def complete(cluster: Cluster, prompt: str) -> str:
+    body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    answer = httpx.post(f"{cluster.url}/completions", json=body, timeout=120).raise_for_status()
+    assert TOKENS == answer.json()["usage"]["completion_tokens"]
+    return answer.json()["choices"][0]["text"]
+
+
+def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]:
+    """From lookup services: in this process, by workers, and as texts from the gateway."""
+    options = ("--table", ref, "--row-cache-megabytes", "0.5")  # less than the working set
+    with (
+        local_cluster(checkpoint.path, url, lookups=2, worker_options=options) as cluster,
+        closing(open_row_source(cluster.lookup)) as source,
+        ThreadPoolExecutor(len(PROMPTS)) as pool,
+    ):
+        manifest = source.describe(ref)
+        small = 20 * manifest.record_bytes
+        return {
+            "lookup": with_rows(checkpoint, source, manifest),
+            "layer by layer": with_rows(checkpoint, source, manifest, most_values=0),
+            "small row cache": with_rows(checkpoint, source, manifest, cache_bytes=small),
+            "worker": generate(checkpoint, cluster.workers),
+            "worker, batched": generate(checkpoint, cluster.workers, len(PROMPTS)),
+            "gateway": list(pool.map(lambda prompt: complete(cluster, prompt), PROMPTS)),
+        }
+
+
+def check_routes(checkpoint: Checkpoint, codec: str, *urls: str, **options: str) -> None:
+    """Build a table in all stores at `urls`, and compare the tokens along every route."""
+    ref = build_table(checkpoint.path, *urls, codec=codec, **options)
+    expected = in_process(checkpoint) if codec == "fp32" else direct(checkpoint, urls[0], ref)
+    assert len(PROMPTS) * TOKENS == sum(map(len, expected))
+    routes = {url: direct(checkpoint, url, ref) for url in urls}
+    routes |= service_routes(checkpoint, urls[0], ref)
+    tokenizer = checkpoint.tokenizer()
+    assert [tokenizer.decode(ids) for ids in expected] == routes.pop("gateway")  # it answers text
+    for route, answers in routes.items():
+        assert expected == answers, route
+
+
+@pytest.mark.parametrize(
+    ("codec", "name"),
+    [
+        ("fp32", "demo-memory"),
+        ("fp32", "demo-flex"),
+        ("bf16", "demo-memory"),
+        ("bf16", "demo-flex"),
+        ("int4", "demo-memory"),
+    ],
+)
+@pytest.mark.timeout(600)
+def test_every_route_gives_the_same_greedy_tokens(
+    name: str, codec: str, tmp_path: Path, redis_url: str, redis_cluster_url: str
+) -> None:
+    """Files, Redis, Redis Cluster, lookup services, caches, batches and the gateway agree token for token; in fp32 also with the FFNs in place."""
+    checkpoint = open_checkpoint(Path("models") / name)
+    check_routes(checkpoint, codec, f"file://{tmp_path}", redis_url, redis_cluster_url)
+
+
+def test_a_worker_reads_files_and_redis_itself(
+    tmp_path: Path, redis_url: str, redis_cluster_url: str
+) -> None:
+    """Without a lookup service the tokens are the same, too."""
+    checkpoint = open_checkpoint("models/demo-memory")
+    urls = (f"file://{tmp_path}", redis_url, redis_cluster_url)
+    ref = build_table(checkpoint.path, *urls)
+    expected = in_process(checkpoint)
+    for url in urls:
+        assert expected == by_worker(checkpoint, url, ref), url
+
+
+@pytest.mark.parametrize(
+    ("kind", "beta", "tied", "codec"),
+    [
+        ("memory", 0, False, "fp32"),
+        ("flex", 3, False, "fp32"),
+        ("memory", 0, False, "int8"),
+        ("flex", 1, True, "fp32"),
+    ],
+)
+def test_every_route_carries_x0(
+    kind: str, beta: int, tied: bool, codec: str, tmp_path: Path, redis_url: str
+) -> None:
+    """Where the table has X0, no route has an input embedding, and all give the same tokens."""
+    path = tiny_model(tmp_path / f"x0-{kind}", kind, beta, tie_word_embeddings=tied)
+    checkpoint = open_checkpoint(path)
+    check_routes(checkpoint, codec, f"file://{tmp_path}/tables", redis_url, embedding="yes")
+    worker = load(checkpoint, torch.device("cpu"), torch.float32, embedding=False)
+    assert worker.embed_tokens is None
+    assert [] == [name for name, _ in worker.named_parameters() if "embed" in name]
+
+
+def test_rows_matter() -> None:
+    """Rows of zeros give other tokens: parity is not that of a model that ignores its rows."""
+    checkpoint = open_checkpoint("models/demo-memory")
+    model, ids = checkpoint.model(), prompt_ids(checkpoint)[0]
+    zeros = greedy(model, ids, 16, rows=lambda ids_T: torch.zeros_like(model.rows(ids_T)))
+    assert list(greedy(model, ids, 16)) != list(zeros)
