@@ -1,18 +1,19 @@
-"""Rows through the lookup service, side by side with Redis alone and with bare gRPC: `python -m loadtest.fetch [--quick]`.
+"""Rows from all kinds of sources, next to Redis alone and to bare gRPC: `python -m loadtest.fetch [--quick]`.
 
-Starts its own Redis servers and lookup services on loopback, measures the contenders in turn on the same ids, prints
-medians and, last, one line of JSON with the ratios. Machines are noisy: the ratios within a run mean something, the times
-of two runs do not.
+Starts its own Redis servers and lookup services, which are called over TCP on loopback, measures the contenders in turn on
+the same ids, prints medians and, last, one line of JSON with the ratios, of which more is better but for single_vs_echo,
+batch256_vs_bare and growth. Machines are noisy: the ratios within a run mean something, the times of two runs do not.
 """
 
 import argparse
 import json
 import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -57,65 +58,53 @@ def in_turn(vocabulary: int, size: int, count: int) -> list[np.ndarray]:
 
 
 @contextmanager
-def service(url: str, hot_megabytes: float, *options: str) -> Iterator[str]:
-    with process(
-        "lookup",
-        "--store",
-        url,
-        "--listen",
-        "127.0.0.1:0",
-        "--hot-megabytes",
-        str(hot_megabytes),
-        *options,
-    ) as running:
-        yield running.address
-
-
-@contextmanager
-def filled_service(url: str, hot_megabytes: float) -> Iterator[str]:
-    """One that has read the frequent tokens' rows of its published table."""
-    with process(
-        "lookup", "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", str(hot_megabytes)
-    ) as running:
-        while "hot rows filled" not in running.log.read_text():
+def service(url: str, hot_megabytes: float, *, filled: bool = False) -> Iterator[str]:
+    """A lookup service; `filled`: that has read the frequent tokens' rows of its published table."""
+    options = ("--listen", "127.0.0.1:0", "--hot-megabytes", str(hot_megabytes))
+    with process("lookup", "--store", url, *options) as running:
+        while filled and "hot rows filled" not in running.log.read_text():
             time.sleep(0.05)
         yield running.address
 
 
 def large_rows(pairs: int) -> dict[str, float]:
-    """32 ids of 96 KiB: hot, and from Redis with nothing cached, against MGET of the same rows and one naive answer."""
+    """32 ids of 96 KiB from each kind of source, against MGET of the same rows and one naive answer.
+
+    The lookup services have them hot, or read them from Redis with nothing cached.
+    """
     manifest = manifest_of("large", 2048, 96)
-    with (
-        redis_server() as url,
-        closing(Redis.from_url(url)) as redis,
-        closing(open_store(url)) as store,
-    ):
-        load(store, manifest)
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        url = enter(redis_server())
+        files = f"file://{enter(tempfile.TemporaryDirectory(prefix='tolhouse-fetch-'))}"
+        redis = enter(closing(Redis.from_url(url)))
+        for store in (url, files):
+            with closing(open_store(store)) as opened:
+                load(opened, manifest)
         ids = np.arange(manifest.vocab_size, dtype=np.uint32)
         keys = load_plain(redis, manifest, ids)
-        with (
-            service(url, 250) as hot,
-            service(
-                url, 32
-            ) as cold,  # rows go round: each has left long before it is asked for again
-            Client(hot) as hot_client,
-            Client(cold) as cold_client,
-            server("naive") as naive,
-        ):
-            for part in np.split(ids, 32):
-                hot_client.fetch(manifest, part)
-            contenders: dict[str, Work] = {
-                "Redis MGET": lambda batch: redis.mget([keys[i] for i in batch.tolist()]),
-                "one naive gRPC answer": Naive(naive).rows,
-                "service, hot": lambda batch: hot_client.fetch(manifest, batch),
-                "service, from Redis": lambda batch: cold_client.fetch(manifest, batch),
-            }
-            found = medians(contenders, in_turn(len(ids), 32, pairs), "32 ids of 96 KiB")
-    redis_, naive_, hot_, cold_ = found.values()
+        # in the cold one rows go round: each has left long before it is asked for again
+        hot, cold = (enter(Client(enter(service(url, size)))) for size in (250, 32))
+        direct_redis, direct_file = (enter(Client(store)) for store in (url, files))
+        for part in np.split(ids, 32):
+            hot.fetch(manifest, part)
+            direct_file.fetch(manifest, part)
+        contenders: dict[str, Work] = {
+            "Redis MGET": lambda batch: redis.mget([keys[i] for i in batch.tolist()]),
+            "one naive gRPC answer": Naive(enter(server("naive"))).rows,
+            "service, hot": lambda batch: hot.fetch(manifest, batch),
+            "service, from Redis": lambda batch: cold.fetch(manifest, batch),
+            "redis:// directly": lambda batch: direct_redis.fetch(manifest, batch),
+            "file:// directly": lambda batch: direct_file.fetch(manifest, batch),
+        }
+        found = medians(contenders, in_turn(len(ids), 32, pairs), "32 ids of 96 KiB")
+    redis_, naive_, hot_, cold_, direct_redis_, direct_file_ = found.values()
     return {
         "hot_vs_redis": redis_ / hot_,
         "hot_vs_unary": naive_ / hot_,
         "cold_vs_redis": redis_ / cold_,
+        "direct_redis_vs_mget": redis_ / direct_redis_,
+        "direct_file_vs_redis": redis_ / direct_file_,
     }
 
 
@@ -179,7 +168,7 @@ def real_text(row_kib: int) -> dict[str, float]:
             ("effective_decoding_vs_redis", 32, ids[: len(ids) // 4]),
         ):
             with (
-                filled_service(url, manifest.table_bytes / 3e6) as address,
+                service(url, manifest.table_bytes / 3e6, filled=True) as address,
                 Client(address) as client,
             ):
                 rows = open_rows(
@@ -257,24 +246,18 @@ def _growth(sizes: dict[str, tuple[Client, Manifest]], pairs: int, title: str) -
 
 
 def clients(seconds: float) -> dict[str, float]:
-    """Rows per second that four clients get from one lookup service."""
-    manifest = manifest_of("shared", 4096, 4)
+    """Rows per second that four client processes get from one lookup service, over what one gets."""
+    manifest, rates = manifest_of("shared", 4096, 4), []
+    spawn = multiprocessing.get_context("spawn")
     with redis_server() as url, closing(open_store(url)) as store:
         load(store, manifest)
-        print(f"{CLIENTS} clients, 256 ids of 4 KiB, hot")
-        with service(url, 64) as address, _clients() as pool:
-            rates = pool.map(
-                _rate, [address] * CLIENTS, [manifest.to_json()] * CLIENTS, [seconds] * CLIENTS
-            )
-            rate = sum(rates)
-        print(f"  lookup {rate:12.0f} rows/s")
-    return {"rows_per_second": rate}
-
-
-@contextmanager
-def _clients() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(CLIENTS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool
+        print("256 ids of 4 KiB, hot")
+        with service(url, 64) as address, ProcessPoolExecutor(CLIENTS, mp_context=spawn) as pool:
+            for count in (1, CLIENTS):
+                each = [(address, manifest.to_json(), seconds)] * count
+                rates.append(sum(pool.map(_rate, *zip(*each, strict=True))))
+                print(f"  {count} clients {rates[-1]:12.0f} rows/s")
+    return {"clients": rates[1] / rates[0]}
 
 
 def _rate(address: str, manifest_json: str, seconds: float) -> float:

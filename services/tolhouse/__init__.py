@@ -2,10 +2,10 @@
 
 from tolhouse import Client
 
-with Client("127.0.0.1:50051") as lookup:                 # a lookup service, or several: "a:50051,b:50051"
-    rows = lookup.fetch("demo-memory", [17, 4, 2048])     # [3, layers, hidden size]; a name, or name@version
+with Client("127.0.0.1:50051") as source:              # a lookup service, file://PATH or redis://HOST
+    rows = source.fetch("demo-memory", [17, 4, 2048])  # [3, blocks, width]; a name, or name@version
 
-with Client("127.0.0.1:50052") as worker:                 # an attention worker
+with Client("127.0.0.1:50052") as worker:  # an attention worker
     for token_id in worker.generate([17, 4, 2048], max_tokens=32):
         print(token_id)
 """

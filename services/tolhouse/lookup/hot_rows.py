@@ -40,7 +40,8 @@ class OpenTable:
 
     def add(self, ids: np.ndarray, records: np.ndarray, *, main: bool) -> None:
         slots = self.cache.reserve(ids, main=main)
-        self.cache.slab[slots[slots >= 0]] = records[slots >= 0]
+        given = slots >= 0 if (slots < 0).any() else slice(None)  # a slice makes no copy
+        self.cache.slab[slots[given]] = records[given]
         self.cache.commit(ids, slots)
 
     def cold(self, ids: np.ndarray) -> list[int]:
