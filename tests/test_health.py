@@ -10,7 +10,7 @@ from tolhouse.testing import wait_until
 
 
 class Peers:
-    """Peers with given answers: seconds, or None for none. Their time passes on a clock of their own."""
+    """Peers with given answers: seconds on a clock of their own, or None for none."""
 
     def __init__(self, **answers: list[float | None]) -> None:
         self.answers = answers
@@ -65,7 +65,7 @@ def tracked() -> Iterator[Callable[..., PeerHealth]]:
 def test_a_suspected_peer_is_compared_with_the_others(
     tracked: Callable[..., PeerHealth], own: list, others: list[list], expected: bool
 ) -> None:
-    """A peer is unhealthy if it does not answer, or takes several times as long as another at the same moment."""
+    """It is unhealthy without an answer, or if it takes several times as long as another."""
     peers = Peers(own=own, **{f"other{n}": each for n, each in enumerate(others)})
     total = sum(map(len, [own, *others]))
     health = tracked(peers, longest=1000.0)
@@ -77,7 +77,7 @@ def test_a_suspected_peer_is_compared_with_the_others(
 
 
 def test_a_peer_stays_down_until_it_answers(tracked: Callable[..., PeerHealth]) -> None:
-    """It is probed again after each failure, and not once it has answered; reports meanwhile change nothing."""
+    """It is probed after each failure, and not once it has answered."""
     peers = Peers(own=[None, None, 0.0])
     health = tracked(peers, longest=0.004)
     assert health.up("own")
