@@ -1,27 +1,20 @@
-"""Decode steps compiled ahead of time: the same hidden states as uncompiled, and a worker that does without where it must."""
+"""Decode steps compiled ahead of time: the hidden states of uncompiled ones, or a worker without."""
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tolhouse.engine.attention import PagedKVCache
-from tolhouse.engine.block_manager import BlockManager
-from tolhouse.engine.cpu.compiled import Compiled
-from tolhouse.engine.cpu.packed import load
+from tolhouse.engine.cpu.compiled import CompiledDecode
 from tolhouse.engine.dequant import StagedRows
 from tolhouse.engine.row_providers import NoRows
-from tolhouse.engine.runner import Runner
-from tolhouse.engine.scheduler import ScheduledChunk as Chunk
-from tolhouse.engine.sequence import Sequence
-from tolhouse.model.checkpoint import open_checkpoint
-from tolhouse.model.config import preset
-from tolhouse.sampling import SamplingParams
-from tolhouse.testing import tiny_model
+from tolhouse.engine.scheduler import ScheduledChunk
+from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 
-CPU = torch.device("cpu")
+from tests.engines import CPU, Request, engine_of
 
 
 class RandomRows(NoRows):
@@ -29,113 +22,100 @@ class RandomRows(NoRows):
 
     def __init__(self, layers: int, hidden_size: int) -> None:
         super().__init__(hidden_size, CPU)
-        self.random = torch.randn(
-            layers, 256, hidden_size, generator=torch.Generator().manual_seed(1)
-        )
+        generator = torch.Generator().manual_seed(1)
+        self.random = torch.randn(layers, 256, hidden_size, generator=generator)
 
     def decode(self, staged: StagedRows) -> torch.Tensor:
         return self.random[:, staged.index].contiguous()
 
 
-def test_compiled_steps_are_the_uncompiled_ones(tmp_path: Path) -> None:
-    """A model with all kinds of parts; one sequence and several, of different lengths; from what is kept on disk, and anew where that is damaged."""
-    path = tiny_model(tmp_path / "m", "flex", 3)
-    checkpoint = open_checkpoint(path)
-    config = checkpoint.config
-    rows = RandomRows(config.num_rows, config.hidden_size)
-    compiled, again, anew = (Compiled(config, torch.float32, tmp_path / "cache") for _ in range(3))
+def compiled_for(checkpoint: Checkpoint, cache: Path) -> CompiledDecode:
+    compiled = CompiledDecode(checkpoint, torch.float32, cache)
     compiled.start()
-    assert compiled.wait()
-    kept = {file: file.stat().st_mtime_ns for file in compiled.folder.iterdir()}
-    again.start()
+    return compiled
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+def test_compiled_steps_are_the_uncompiled_ones(flex_checkpoint: Path, tmp_path: Path) -> None:
+    """For one sequence and several; code is kept on disk, and compiled again where it is damaged."""
+    checkpoint = open_checkpoint(flex_checkpoint)
+    first = compiled_for(checkpoint, tmp_path)
+    assert first.wait()
+    kept = times(first.folder)
+    again = compiled_for(checkpoint, tmp_path)
     assert again.wait()
-    assert kept == {file: file.stat().st_mtime_ns for file in again.folder.iterdir()}
+    assert (None, kept) == (again.compiler, times(first.folder))
     for file in kept:  # as a power cut may leave them: torch would crash on it
         data = file.read_bytes()
         file.write_bytes(data[: len(data) // 4] + bytes(len(data) // 4) + data[len(data) // 2 :])
-    anew.start()
-    assert anew.wait()
-    models = [load(checkpoint, CPU, torch.float32) for _ in range(2)]
-    anew.attach(models[1])
+    compiled = compiled_for(checkpoint, tmp_path)
+    assert compiled.wait()
+    rows = RandomRows(checkpoint.config.num_rows, checkpoint.config.hidden_size)
+    engines = [engine_of(flex_checkpoint, rows) for _ in range(2)]
+    compiled.attach(engines[1].runner.model)
     for lengths in ([20], [3, 17, 40, 64, 5], [33, 16]):
-        hidden = []
-        for model in models:
-            pages, cache = PagedKVCache(config, 64, CPU, torch.float32), BlockManager(64)
-            runner = Runner(model, pages, rows)
-            found = [
-                Sequence(
-                    n, [(7 * i + n) % 256 for i in range(n)], SamplingParams(1), lambda _: None
-                )
-                for n in lengths
-            ]
-            for sequence in found:
-                assert cache.grow(sequence, len(sequence.ids))
-            for step in (
-                [Chunk(s, 0, len(s.ids) - 1) for s in found],
-                [Chunk(s, len(s.ids) - 1, len(s.ids)) for s in found],
-            ):
-                ids = torch.tensor([i for c in step for i in c.sequence.ids[c.first : c.last]])
-                with torch.inference_mode():
-                    out = runner.finish(runner.launch(step), StagedRows(torch.empty(0), ids))
-            hidden.append(out)
+        hidden = [decoded(engine, lengths) for engine in engines]
         torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-4, atol=1e-4)
-        assert not torch.equal(hidden[0], torch.zeros_like(hidden[0]))
+        assert hidden[0].any()
 
 
-def test_a_worker_does_not_import_the_compiler(tmp_path: Path) -> None:
+@torch.inference_mode()
+def decoded(engine, lengths: list[int]) -> torch.Tensor:
+    """Hidden states of the last tokens of sequences of these lengths, after the others."""
+    found = [Request([(7 * i + n) % 256 for i in range(n)], 1).sequence for n in lengths]
+    assert all(engine.cache.grow(sequence, len(sequence.ids)) for sequence in found)
+    for first, last in ((0, -1), (-1, 0)):
+        step = [ScheduledChunk(s, first % len(s.ids), len(s.ids) + last) for s in found]
+        ids = torch.tensor([i for c in step for i in c.sequence.ids[c.first : c.last]])
+        runner = engine.runner
+        out = runner.finish(runner.launch(step), StagedRows(torch.empty(0), ids))
+    return out
+
+
+def test_a_worker_does_not_import_the_compiler(checkpoint: Path) -> None:
     """It would take a third of a small worker's memory."""
-    path = tiny_model(tmp_path / "m")
     code = f"""
 import sys, torch, tolhouse.worker.run
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.engine.cpu.packed import load
-load(open_checkpoint({str(path)!r}), torch.device("cpu"), torch.float32)
+load(open_checkpoint({str(checkpoint)!r}), torch.device("cpu"), torch.float32)
 print(sorted({{"sympy", "torch._dynamo", "torch._inductor"}} & set(sys.modules)))
 """
-    assert (
-        "[]\n"
-        == subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-    )
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "[]\n" == output
 
 
 def test_without_a_compiler_the_worker_says_so_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A warning names what is missing; nothing is left behind."""
     monkeypatch.setenv("CXX", "no-such-compiler")
-    compiled = Compiled(preset("tiny", "base"), torch.float32, tmp_path / "cache")
     with caplog.at_level(logging.WARNING):
-        compiled.start()
-        assert not compiled.wait()
+        assert not compiled_for(open_checkpoint(base), tmp_path).wait()
     assert "g++" in caplog.text
-    assert [] == list((tmp_path / "cache").iterdir())
+    assert [] == list(tmp_path.iterdir())
 
 
-def test_workers_that_share_a_cache_compile_once(tmp_path: Path) -> None:
-    """Of two that start together one compiles, and the other waits for what it makes; one that ends does not wait for it."""
-    first, second, third = (
-        Compiled(preset("tiny", "base"), torch.float32, tmp_path / "cache") for _ in range(3)
-    )
-    first.start()
-    while not first.compiler:
-        pass
-    second.start()
-    third.start()
-    third.stop()
-    assert not third.ready
-    assert first.compiler.poll() is None
-    assert [True, True] == [one.wait() for one in (first, second)]
-    assert second.compiler is None
+def test_workers_that_share_a_cache_compile_once(base: Path, tmp_path: Path) -> None:
+    """Of two that start together one compiles, and the other finds what it made."""
+    checkpoint = open_checkpoint(base)
+    first, second = (compiled_for(checkpoint, tmp_path) for _ in range(2))
+    assert first.wait()
+    made = times(first.folder)
+    assert second.wait()
+    assert (made, [first.folder]) == (times(first.folder), list(tmp_path.iterdir()))
 
 
-def test_a_worker_that_ends_ends_its_compiler(tmp_path: Path) -> None:
-    """Even one that has just begun; what was half done is gone."""
-    compiled = Compiled(preset("tiny", "base"), torch.float32, tmp_path / "cache")
-    compiled.start()
-    while not compiled.compiler:
-        pass
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_worker_that_ends_ends_its_compiler(begun: bool, base: Path, tmp_path: Path) -> None:
+    """At once, or while it compiles; no unfinished file is left."""
+    compiled = compiled_for(open_checkpoint(base), tmp_path)
+    while not (list(tmp_path.glob("compiling-*")) if begun else compiled.compiler):
+        os.sched_yield()
     compiled.stop()
     assert compiled.compiler.poll() is not None
-    assert [] == list((tmp_path / "cache").iterdir())
+    assert [] == list(tmp_path.iterdir())

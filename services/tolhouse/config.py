@@ -266,7 +266,20 @@ class LookupConfig(Server):
     store_wait_seconds: float = option(0, "Longest wait for Redis to come up, at start.", ge=0)
 
 
-class WorkerConfig(Server, Caller):
+class CompileConfig(Config):
+    """The command `compile`, and the worker that runs it."""
+
+    prefix = "WORKER"
+
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "Precision of the forward; auto: float32 on a CPU, bfloat16 on a GPU."
+    )
+    compile_cache: str = option(
+        "~/.cache/tolhouse", "Folder that keeps what was compiled, for the next start."
+    )
+
+
+class WorkerConfig(Server, Caller, CompileConfig):
     prefix = "WORKER"
 
     listen: str = option("127.0.0.1:50052", "Address to serve gRPC on; port 0: any free one.")
@@ -300,14 +313,8 @@ class WorkerConfig(Server, Caller):
     lookup_wait_seconds: float = option(60, "Longest wait for the table at start.", ge=0)
     threads: int = option(0, "Threads for tensor work; 0: one per core.", ge=0)
     device: str = option("auto", "cpu, cuda, or auto: cuda if there is one.")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "Precision of the forward; auto: float32 on a CPU, bfloat16 on a GPU."
-    )
     compile: Literal["auto", "never"] = option(
         "auto", "Compile decoding at start; auto: on a CPU, where there is a compiler."
-    )
-    compile_cache: str = option(
-        "~/.cache/tolhouse", "Folder that keeps what was compiled, for the next start."
     )
 
 
@@ -340,13 +347,13 @@ class GatewayConfig(Server, Caller):
 
 CONFIGS: tuple[type[Config], ...] = (
     *(BuildConfig, CompressConfig, StoreConfig, TrainConfig, GenerateConfig, FetchConfig),
-    *(EvalConfig, ExplainConfig, LookupConfig, WorkerConfig, GatewayConfig),
+    *(EvalConfig, ExplainConfig, LookupConfig, CompileConfig, WorkerConfig, GatewayConfig),
 )
 # Commands whose argument CHECKPOINT the environment may give as well.
 CHECKPOINT_VARIABLES = {
     command: f"{PREFIX}{command.upper()}_CHECKPOINT"
     for command in ("build", "compress", "worker", "gateway")
-}
+} | {"compile": f"{PREFIX}WORKER_CHECKPOINT"}
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 

@@ -33,8 +33,9 @@ def main() -> None:
 
 for command in (
     *(models.train, tables.build, tables.compress, tables.tables, tables.publish, tables.rollback),
-    *(tables.overlay, services.lookup, services.worker, services.gateway, credentials.keys),
-    *(credentials.certs, models.generate, models.fetch, models.evaluate, models.explain),
+    *(tables.overlay, services.lookup, services.compile_, services.worker, services.gateway),
+    *(credentials.keys, credentials.certs),
+    *(models.generate, models.fetch, models.evaluate, models.explain),
     *(services.demo, services.serve),
 ):
     main.add_command(command)

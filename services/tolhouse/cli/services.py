@@ -39,6 +39,23 @@ def worker(settings: config.WorkerConfig, checkpoint: Path) -> None:
     run(service.run(checkpoint, settings))
 
 
+@click.command("compile")
+@checkpoint_argument("compile")
+@options(config.CompileConfig)
+@click.option("--background", is_flag=True, hidden=True)
+def compile_(settings: config.CompileConfig, checkpoint: Path, background: bool) -> None:
+    """Compile decoding of CHECKPOINT for this CPU, as a worker does while it starts."""
+    import torch
+
+    from tolhouse.engine.cpu.export import compile_decode, end_with_parent
+    from tolhouse.model.checkpoint import open_checkpoint
+
+    if background:
+        end_with_parent()
+    dtype = getattr(torch, settings.dtype.replace("auto", "float32"))
+    click.echo(compile_decode(open_checkpoint(checkpoint).config, dtype, settings.compile_cache))
+
+
 @click.command()
 @checkpoint_argument("gateway")
 @options(config.GatewayConfig)

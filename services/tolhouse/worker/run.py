@@ -12,7 +12,7 @@ from tolhouse.client.row_source import RowSource, open_row_source
 from tolhouse.config import WorkerConfig
 from tolhouse.engine.attention import PagedKVCache, blocks_of
 from tolhouse.engine.block_manager import BlockManager
-from tolhouse.engine.cpu.compiled import Compiled
+from tolhouse.engine.cpu.compiled import CompiledDecode
 from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.cuda_graphs import GraphRunner
 from tolhouse.engine.engine import Engine
@@ -45,7 +45,7 @@ class Builder:
         capacity_bytes = int(config.kv_cache_megabytes * 1e6)
         self.cache = BlockManager(blocks_of(checkpoint.config, capacity_bytes, self.dtype))
         self.on_cpu = self.device.type == "cpu"
-        self.compiled = Compiled(checkpoint.config, self.dtype, config.compile_cache)
+        self.compiled = CompiledDecode(checkpoint, self.dtype, config.compile_cache)
 
     def engine(self) -> Engine:
         if self.on_cpu and self.config.compile == "auto":

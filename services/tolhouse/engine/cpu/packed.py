@@ -1,7 +1,8 @@
-"""The model's matrices as the worker's device likes them best: q, k and v in one, and on a CPU packed for its kernels.
+"""The model's matrices as the worker's device likes them: q, k and v in one, packed on a CPU.
 
-On a CPU, linear layers that read weights as they come run at a third of the memory's bandwidth, packed ones at four fifths
-(loadtest/LOG.md). `float32` computes in float32 and holds weights of 16 bit as 16 bit; `bfloat16` does all in bfloat16.
+On a CPU, linear layers over plain weights run at a third of the memory's bandwidth, over packed
+ones at four fifths (loadtest/LOG.md). `float32` computes in float32 and holds weights of 16 bit as
+16 bit; `bfloat16` does all in bfloat16.
 """
 
 import itertools
@@ -14,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tolhouse.model.checkpoint import Checkpoint
-from tolhouse.model.config import ModelConfig
 from tolhouse.model.transformer import Attention, Block, Cache, RMSNorm, Transformer, rotate
 
 _LARGEST_FLOAT16 = 65504.0
@@ -32,9 +32,8 @@ class FusedAttention(nn.Module):
         qkv_T3HE = self.qkv_proj(x_TD).view(self.shape)
         cos_T1E, sin_T1E = rope
         q_THE, k_THE = rotate(qkv_T3HE[:, :2], (cos_T1E[:, None], sin_T1E[:, None])).unbind(1)
-        return self.o_proj(
-            cache.attend(self.layer, q_THE, k_THE, qkv_T3HE[:, 2]).reshape(x_TD.shape)
-        )
+        out_THE = cache.attend(self.layer, q_THE, k_THE, qkv_T3HE[:, 2])
+        return self.o_proj(out_THE.reshape(x_TD.shape))
 
 
 class PackedLinear(nn.Module):
@@ -55,19 +54,25 @@ class PackedLinear(nn.Module):
 
 
 def float16_linear(weight: Tensor) -> PackedLinear:
-    """float32 in and out over weights in float16, which hold bfloat16 ones to 2^-25 or better. FBGEMM's, on x86."""
-    packed, run = (
-        torch.ops.quantized.linear_prepack_fp16(weight.float(), None),
-        torch.ops.quantized.linear_dynamic_fp16.default,
-    )
-    return PackedLinear(len(weight), lambda x_TD: run(x_TD, packed))
+    """float32 in and out over float16 weights, exact to 2^-25 for bfloat16 ones. FBGEMM's, on x86."""
+    weights = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+    run = torch.ops.quantized.linear_dynamic_fp16.default
+    return PackedLinear(len(weight), lambda x_TD: run(x_TD, weights))
 
 
 def onednn_linear(weight: Tensor, dtype: torch.dtype) -> PackedLinear:
     """Input, weights and output in one dtype, float32 or bfloat16."""
-    ops = torch.ops.mkldnn  # names of torch's own compiler
-    packed, run = ops._reorder_linear_weight(weight.to(dtype), None), ops._linear_pointwise.default  # noqa: SLF001
-    return PackedLinear(len(weight), lambda x_TD: run(x_TD, packed, None, "none", [], ""))
+    ops = torch.ops.mkldnn
+    weights = ops._reorder_linear_weight(weight.to(dtype), None)  # noqa: SLF001 - no public name
+    run = ops._linear_pointwise.default  # noqa: SLF001 - that torch's own compiler calls
+    return PackedLinear(len(weight), lambda x_TD: run(x_TD, weights, None, "none", [], ""))
+
+
+def by_handle(weight: Tensor) -> PackedLinear:
+    """A layer without weights, for a compiler: it calls the layer that its handle will name."""
+    op = torch.ops.tolhouse.packed_linear
+    layer = PackedLinear(len(weight), lambda x_TD: op(x_TD, layer.handle, layer.outputs))
+    return layer
 
 
 _ops = torch.library.Library("tolhouse", "DEF")
@@ -85,15 +90,12 @@ def _shape_of_packed_linear(x_TD: Tensor, _handle: Tensor, outputs: int) -> Tens
 
 
 def linear(weight: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A linear layer for `weight` [out, in], which need not be kept."""
+    """A linear layer for `weight` [out, in], which may be dropped afterwards."""
     if device.type == "cpu":
         sixteen_bit = weight.dtype in (torch.bfloat16, torch.float16)
         fits = sixteen_bit and float(weight.abs().max()) < _LARGEST_FLOAT16
-        if (
-            fits
-            and dtype == torch.float32
-            and "fbgemm" in torch.backends.quantized.supported_engines
-        ):
+        has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+        if fits and dtype == torch.float32 and has_fbgemm:
             return float16_linear(weight)
         if torch.backends.mkldnn.is_available():
             return onednn_linear(weight, dtype)
@@ -117,69 +119,43 @@ class Embedding(nn.Module):
 def load(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, embedding: bool = True
 ) -> Transformer:
-    """The model without FFN-M, ready to run on `device` in `dtype`; without an input embedding where rows carry X0.
+    """The model without FFN-M, ready to run; without an input embedding where rows carry X0.
 
-    Weights are read from the mapped file one by one: none is in memory twice. A tied embedding is: packed as the head and,
-    for the few rows that a step reads of it, in the file's mapping, which the kernel may drop.
+    Weights are read from the mapped file one by one: none is in memory twice, but for a tied
+    embedding, which is packed as the head, while the few rows that a step reads of it stay in the
+    file's mapping.
     """
     model = checkpoint.model(ffn_m=False, embedding=False, dtype=None)
     for block in cast("Iterable[Block]", model.layers):
         pack(block, lambda weight: linear(weight, device, dtype))
     _replace(model, "lm_head", linear(model.lm_head.weight, device, dtype))
     if embedding:
+        weight = checkpoint.embedding()
         if not checkpoint.config.tie_word_embeddings:
-            weight = checkpoint.embedding().to(device, copy=True)
+            weight = weight.to(device, copy=True)
         elif isinstance(model.lm_head, nn.Linear):
             weight = model.lm_head.weight
-        else:
-            weight = checkpoint.embedding()
         _replace(model, "embed_tokens", Embedding(weight, dtype))
+
+    def own(weight: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
+
     for module in model.modules():
         if isinstance(module, RMSNorm):
-            module.weight = nn.Parameter(
-                module.weight.to(device, dtype, copy=True), requires_grad=False
-            )
+            module.weight = own(module.weight)
         elif isinstance(module, Block) and module.ffn_scale is not None:
-            module.ffn_scale = nn.Parameter(
-                module.ffn_scale.to(device, dtype, copy=True), requires_grad=False
-            )
+            module.ffn_scale = own(module.ffn_scale)
     return model
 
 
 def pack(block: Block, make: Callable[[Tensor], nn.Module]) -> None:
-    """Put linear layers that `make` returns for a weight [out, in] in the place of a block's own."""
+    """Replace a block's linear layers by those that `make` returns for a weight [out, in]."""
     attention = block.self_attn
     qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
-    _replace(
-        block, "self_attn", FusedAttention(attention, make(qkv), make(attention.o_proj.weight))
-    )
+    fused = FusedAttention(attention, make(qkv), make(attention.o_proj.weight))
+    _replace(block, "self_attn", fused)
     if block.mlp:
         _replace_linears(block.mlp, make)
-
-
-def stand_in(config: ModelConfig, dtype: torch.dtype) -> Block:
-    """A packed block without weights, for a compiler: its linear layers call whatever layers their handles will name."""
-    with torch.device("meta"):
-        block = Block(config, 0)
-
-    def named(weight: Tensor) -> PackedLinear:
-        layer = PackedLinear(
-            len(weight),
-            lambda x_TD: torch.ops.tolhouse.packed_linear(x_TD, layer.handle, layer.outputs),
-        )
-        return layer
-
-    pack(block, named)
-    for module in block.modules():
-        if isinstance(module, RMSNorm):
-            module.weight = nn.Parameter(
-                torch.ones(config.hidden_size, dtype=dtype), requires_grad=False
-            )
-    if block.ffn_scale is not None:
-        block.ffn_scale = nn.Parameter(
-            torch.ones(config.hidden_size, dtype=dtype), requires_grad=False
-        )
-    return block
 
 
 def _replace(module: nn.Module, name: str, by: nn.Module) -> None:
