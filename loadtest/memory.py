@@ -8,8 +8,6 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from tolhouse import Client
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import preset
@@ -25,66 +23,45 @@ PROMPT, ANSWER = 64, 64
 
 
 def memory_ratio(name: str, *, tied: bool) -> float:
-    """VmRSS of a worker of MemoryLLM, its row cache full, over that of a dense model's, both after the same request.
+    """VmRSS of a worker of MemoryLLM, its row cache full, over a dense model's, after one request.
 
-    The preset's own vocabulary. Weights are zeros in a file with holes, which the worker packs into memory as it does any others.
+    The preset's own vocabulary. Weights are zeros in a file with holes, packed into memory as any.
     """
     resident = {}
     for kind in ("base", "memory"):
         shape = preset(name, kind, tie_word_embeddings=tied)
-        with tempfile.TemporaryDirectory(prefix="tolhouse-memory-") as folder:
+        with tempfile.TemporaryDirectory(prefix="tolhouse-memory-") as folder, ExitStack() as stack:
             path = zero_weights(Path(folder) / kind, shape)
-            Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(path / "tokenizer.json"))
-            with ExitStack() as stack:
-                lookup = (
-                    stack.enter_context(_lookup(Path(folder), Checkpoint(path, shape)))
-                    if shape.num_rows
-                    else ()
-                )
-                options = (
-                    "--listen",
-                    "127.0.0.1:0",
-                    "--compile",
-                    "never",
-                    "--row-cache-megabytes",
-                    str(CACHE_MEGABYTES),
-                    *lookup,
-                )
-                worker = stack.enter_context(process("worker", str(path), *options))
-                resident[kind] = _after_request(worker.address, worker.pid)
+            options = ["--listen", "127.0.0.1:0", "--compile", "never"]
+            options += ["--row-cache-megabytes", str(CACHE_MEGABYTES)]
+            if shape.num_rows:
+                options += stack.enter_context(_lookup(Path(folder), Checkpoint(path, shape)))
+            worker = stack.enter_context(process("worker", str(path), *options))
+            resident[kind] = _after_request(worker.address, worker.pid)
     ratio = resident["memory"] / resident["base"]
-    head = "tied" if tied else "untied"
-    print(
-        f"  {name}, {head} embeddings: resident {resident['memory'] / 1e9:.2f} GB, dense {resident['base'] / 1e9:.2f} GB: {ratio:.3f}"
-    )
+    memory, base = (f"{resident[kind] / 1e9:.2f} GB" for kind in ("memory", "base"))
+    embeddings = "tied" if tied else "untied"
+    print(f"  {name}, {embeddings} embeddings: resident {memory}, dense {base}: {ratio:.3f}")
     return ratio
 
 
 @contextmanager
 def _lookup(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:
-    """A lookup service over a table of which only the frequent tokens' rows are there; the worker's options for it."""
-    shape = checkpoint.config
+    """A lookup service over a table of frequent tokens' rows alone; the worker's options for it."""
+    shape, url = checkpoint.config, f"file://{folder / 'tables'}"
     manifest = alike(shape, "int8", model_id=checkpoint.model_id())
-    frequent = tuple(
-        range(min(int(CACHE_MEGABYTES * 1e6) // manifest.record_bytes, shape.vocab_size))
-    )
-    manifest = dataclasses.replace(
-        manifest, frequent=frequent, tokenizer_id=checkpoint.tokenizer_id, num_shards=1
-    )
-    url = f"file://{folder / 'tables'}"
+    count = min(int(CACHE_MEGABYTES * 1e6) // manifest.record_bytes, shape.vocab_size)
+    ids, ours = np.arange(count, dtype=np.uint32), {"tokenizer_id": checkpoint.tokenizer_id}
+    manifest = dataclasses.replace(manifest, frequent=tuple(range(count)), num_shards=1, **ours)
     with closing(open_store(url)) as store:
-        store.write_shard(
-            dataclasses.replace(manifest, vocab_size=len(frequent)),
-            0,
-            records_of(manifest, np.array(frequent, np.uint32)),
-        )
+        held = dataclasses.replace(manifest, vocab_size=count)
+        store.write_shard(held, 0, records_of(manifest, ids))
         _stretch(next(folder.glob("tables/*/*/*.safetensors")), manifest.vocab_size)
         store.commit(manifest)
         publish(store, manifest.ref)
-    with process(
-        "lookup", "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", "0"
-    ) as lookup:
-        yield "--lookup", lookup.address, "--table", manifest.ref
+    options = "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", "0"
+    with process("lookup", *options) as lookup:
+        yield "--rows", lookup.address, "--table", manifest.ref
 
 
 def _stretch(path: Path, rows: int) -> None:

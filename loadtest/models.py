@@ -7,19 +7,21 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tolhouse.model.checkpoint import CONFIG, WEIGHTS, tensor_shapes
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tolhouse.model.checkpoint import CONFIG, TOKENIZER, WEIGHTS, tensor_shapes
 from tolhouse.model.config import ModelConfig
 
 
 def random_weights(path: Path, shape: ModelConfig) -> Path:
-    """A folder with config.json and model.safetensors in bfloat16: normal(0.02), the same few million numbers over and over."""
+    """A checkpoint in bfloat16: normal(0.02), the same few million numbers over and over."""
     if not path.exists():
         path.mkdir(parents=True)
         noise = (torch.randn(2**22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
         save_file(
             {name: _filled(noise, size) for name, size in tensor_shapes(shape)}, path / WEIGHTS
         )
-        (path / CONFIG).write_text(json.dumps(shape.to_json()))
+        _write_rest(path, shape)
     return path
 
 
@@ -35,8 +37,13 @@ def zero_weights(path: Path, shape: ModelConfig) -> Path:
     with (path / WEIGHTS).open("wb") as file:
         file.write(struct.pack("<Q", len(data)) + data)
         file.truncate(8 + len(data) + end)
-    (path / CONFIG).write_text(json.dumps(shape.to_json()))
+    _write_rest(path, shape)
     return path
+
+
+def _write_rest(path: Path, shape: ModelConfig) -> None:
+    (path / CONFIG).write_text(json.dumps(shape.to_json()))
+    Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(path / TOKENIZER))
 
 
 def _filled(noise: torch.Tensor, size: list[int]) -> torch.Tensor:

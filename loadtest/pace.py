@@ -1,8 +1,10 @@
-"""What rows cost a worker with an accelerator's pace: `python -m loadtest.pace [--quick]`.
+"""What rows cost a worker at an accelerator's pace: `python -m loadtest.pace [--quick]`.
 
-The engine's own scheduler, row cache (a tenth of the table), client and a lookup service, under a forward that is a wait of so many milliseconds:
-a stand-in for a GPU, which leaves the cores free. Rows have the 1b preset's shape in int8, token ids are replayed from real text, 64
-sequences run at once. Tokens per second against the same engine without any rows, in turn. Prints a table and, last, one line of JSON.
+The engine's scheduler and row cache (a tenth of the table), over a lookup service through TCP and
+over files, under a forward that is a wait of so many milliseconds: a stand-in for a GPU, which
+leaves the cores free. Rows have the 1b preset's shape in int8, token ids are replayed from real
+text, 64 sequences run at once. Tokens per second against the same engine without rows, in turn.
+Prints a table and, last, one line of JSON.
 """
 
 import argparse
@@ -16,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tolhouse import Client, Manifest
+from tolhouse import Manifest
+from tolhouse.client.row_source import RowSource, open_row_source
 from tolhouse.engine.block_manager import BlockManager
 from tolhouse.engine.dequant import StagedRows
 from tolhouse.engine.engine import Engine
@@ -34,16 +37,14 @@ from loadtest.text import trace
 
 CPU = torch.device("cpu")
 VOCABULARY, SEQUENCES, PROMPT, ANSWER = 32_768, 64, 32, 160
-_POLLED = (
-    5e-4  # seconds: who waits for a device polls it in the end, which is more punctual than a sleep
-)
+_POLLED = 5e-4  # seconds: the end of a wait for a device is polled, more punctual than a sleep
 LAYERS = 24
 SLICE = 40  # steps of one contender before the other has its turn
 PREFILL_TOKENS, PREFILL_RATE = 4096, 50_000
 
 
 class Paced:
-    """A runner whose forward of a step takes so many seconds and no work. Rows are wanted when the first of LAYERS has attended."""
+    """A runner whose forward takes time and no work. Rows are needed after the first of LAYERS."""
 
     def __init__(self, seconds: Callable[[int], float]) -> None:
         self.seconds, self.until = seconds, 0.0
@@ -77,16 +78,20 @@ def engine(rows: RowProvider, seconds: Callable[[int], float]) -> Engine:
 
 
 def paced(
-    client: Client, manifest: Manifest, ids: np.ndarray, milliseconds: float, rounds: int
-) -> float:
-    """Tokens per second with rows over those without: median over slices in turn. The text begins with `ids`."""
-    rows = open_rows(client.rows, manifest, manifest.table_bytes // 10, CPU)
-    rows.fill()
-    found = [
-        Contender(name, engine(r, lambda _: milliseconds / 1e3))
-        for name, r in (("no rows", NoRows(1, CPU)), ("remote rows", rows))
-    ]
-    rates: list[list[float]] = [[], []]
+    sources: dict[str, RowSource],
+    manifest: Manifest,
+    ids: np.ndarray,
+    milliseconds: float,
+    rounds: int,
+) -> dict[str, float]:
+    """By source, tokens per second over those without rows: medians over slices in turn."""
+    rows = {name: rows_of(source, manifest) for name, source in sources.items()}
+    for one in rows.values():
+        one.fill()
+    providers: dict[str, RowProvider] = {"no rows": NoRows(1, CPU), **rows}
+    seconds = milliseconds / 1e3
+    found = [Contender(n, engine(r, lambda _: seconds)) for n, r in providers.items()]
+    rates: dict[str, list[float]] = {name: [] for name in providers}
     length = PROMPT + ANSWER
     for number in range(rounds):
         at = (np.arange(SEQUENCES) + number * SEQUENCES) * length % (len(ids) - length)
@@ -95,39 +100,44 @@ def paced(
             one.start([text[:PROMPT] for text in texts], [text[PROMPT:] for text in texts])
             one.until_decoding()
         while found[0].engine.running:
-            for one, mine in zip(found, rates, strict=True):
-                mine.append(one.rate(SLICE))
-    remote = found[1].engine
-    counts = rows.counts()
-    share = counts["from_cache"] / (counts["from_cache"] + counts["from_remote"])
-    print(
-        f"  forward of {milliseconds:g} ms: no rows {statistics.median(rates[0]):7.0f} tokens/s, remote {statistics.median(rates[1]):7.0f}; "
-        f"{share:.1%} of a step's distinct rows cached, {rows.wait_seconds / remote.steps * 1e3:.2f} ms of a step waited for the rest"
-    )
-    rows.close()
-    return float(np.median(np.array(rates[1]) / np.array(rates[0])))
+            for one in found:
+                rates[one.name].append(one.rate(SLICE))
+    bare = np.array(rates["no rows"])
+    print(f"  forward of {milliseconds:g} ms: no rows {np.median(bare):7.0f} tokens/s")
+    for one in found[1:]:
+        provider = rows[one.name]
+        counts, rate = provider.counts(), statistics.median(rates[one.name])
+        fetched = counts["from_remote"] + counts["from_file"]
+        cached = counts["from_cache"] / (counts["from_cache"] + fetched)
+        wait = f"{counts['wait_seconds'] / one.engine.steps * 1e3:.2f} ms of a step waited"
+        print(
+            f"    {one.name:6} {rate:7.0f} tokens/s, {cached:.1%} of distinct rows cached, {wait}"
+        )
+        provider.close()
+    return {name: float(np.median(np.array(rates[name]) / bare)) for name in rows}
 
 
-def paced_prefill(client: Client, manifest: Manifest, ids: np.ndarray, rounds: int) -> float:
+def paced_prefill(
+    sources: dict[str, RowSource], manifest: Manifest, ids: np.ndarray, rounds: int
+) -> dict[str, float]:
     """The same for one long prompt, nothing of it cached."""
-    times: list[list[float]] = [[], []]
+    times: dict[str, list[float]] = {name: [] for name in ("no rows", *sources)}
     for number in range(rounds):
         prompt = ids[number * PREFILL_TOKENS : (number + 1) * PREFILL_TOKENS].tolist()
-        for mine, r in zip(
-            times,
-            (NoRows(1, CPU), open_rows(client.rows, manifest, manifest.table_bytes // 10, CPU)),
-            strict=True,
-        ):
-            one = Contender("", engine(r, lambda tokens: tokens / PREFILL_RATE))
+        for name, seconds in times.items():
+            rows = rows_of(sources[name], manifest) if name in sources else NoRows(1, CPU)
+            one = Contender(name, engine(rows, lambda tokens: tokens / PREFILL_RATE))
             one.start([prompt], [[0]])
-            mine.append(one.until_done())
-            if isinstance(r, CachedRows):
-                r.close()
-    bare, remote = (statistics.median(t) for t in times)
-    print(
-        f"  cold prompt of {PREFILL_TOKENS} at {PREFILL_RATE} tokens/s: no rows {bare * 1e3:.0f} ms, remote {remote * 1e3:.0f} ms"
-    )
-    return float(np.median(np.array(times[0]) / np.array(times[1])))
+            seconds.append(one.until_done())
+            rows.close()
+    shown = ", ".join(f"{name} {statistics.median(t) * 1e3:.0f} ms" for name, t in times.items())
+    print(f"  cold prompt of {PREFILL_TOKENS} at {PREFILL_RATE} tokens/s: {shown}")
+    bare = np.array(times["no rows"])
+    return {name: float(np.median(bare / np.array(times[name]))) for name in sources}
+
+
+def rows_of(source: RowSource, manifest: Manifest) -> CachedRows:
+    return open_rows(source, manifest, manifest.table_bytes // 10, CPU)
 
 
 def main() -> None:
@@ -135,52 +145,44 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds: within 90 seconds")
-    parser.add_argument(
-        "--hot-megabytes",
-        type=float,
-        default=1000,
-        help="the lookup service's memory for hot rows (default 1000)",
-    )
+    text = "the lookup service's memory for hot rows (default 1000)"
+    parser.add_argument("--hot-megabytes", type=float, default=1000, help=text)
     options = parser.parse_args()
     source, ids, frequent = trace(VOCABULARY)
     manifest = alike(preset("1b", "memory", vocab_size=VOCABULARY), "int8", frequent)
-    print(
-        f"{source}, {SEQUENCES} sequences, rows of {manifest.record_bytes} bytes, table of {manifest.table_bytes / 1e9:.1f} GB, "
-        f"of which the worker keeps a tenth and the service {options.hot_megabytes:g} MB"
-    )
+    size = f"rows of {manifest.record_bytes} bytes, table of {manifest.table_bytes / 1e9:.1f} GB"
+    kept = f"a tenth in the worker, {options.hot_megabytes:g} MB in the service"
+    print(f"{source}, {SEQUENCES} sequences, {size}, {kept}")
     with (
         tempfile.TemporaryDirectory(prefix="tolhouse-pace-") as folder,
         ExitStack() as stack,
         torch.inference_mode(),
     ):
-        url = f"file://{Path(folder)}"
+        url, hot = f"file://{Path(folder)}", ("--hot-megabytes", str(options.hot_megabytes))
         with closing(open_store(url)) as store:
             load(store, manifest)
             publish(store, manifest.ref)
-        service = (
-            "lookup",
-            "--store",
-            url,
-            "--listen",
-            "127.0.0.1:0",
-            "--hot-megabytes",
-            str(options.hot_megabytes),
+        lookup = stack.enter_context(
+            process("lookup", "--store", url, "--listen", "127.0.0.1:0", *hot)
         )
-        lookup = stack.enter_context(process(*service))
         while "hot rows filled" not in lookup.log.read_text():
             time.sleep(0.05)
-        client = stack.enter_context(Client(lookup.address))
-        rounds = 1 if options.quick else 3
-        part = (
-            rounds * SEQUENCES * (PROMPT + ANSWER)
-        )  # other text each time: first, unmeasured, some that a service in use has long seen
-        paced(client, manifest, ids, 1, rounds)
-        result = {
-            f"paced_{x}ms": paced(client, manifest, ids[at * part :], x, rounds)
-            for at, x in ((1, 10), (2, 3))
+        sources = {
+            name: stack.enter_context(closing(open_row_source(source)))
+            for name, source in (("remote", lookup.address), ("file", url))
         }
-        result["paced_prefill"] = paced_prefill(client, manifest, ids[3 * part :], 3)
-    print(json.dumps({k: round(v, 3) for k, v in result.items()}))
+        rounds = 1 if options.quick else 3
+        # other text each time: the first, unmeasured, is what a service in use has long seen
+        part = rounds * SEQUENCES * (PROMPT + ANSWER)
+        paced(sources, manifest, ids, 1, rounds)
+        result = {}
+        for at, milliseconds in ((1, 10), (2, 3)):
+            ratios = paced(sources, manifest, ids[at * part :], milliseconds, rounds)
+            result[f"paced_{milliseconds}ms"] = ratios["remote"]
+            result[f"paced_file_{milliseconds}ms"] = ratios["file"]
+        ratios = paced_prefill(sources, manifest, ids[3 * part :], 3)
+        result |= {"paced_prefill": ratios["remote"], "paced_file_prefill": ratios["file"]}
+    print(json.dumps({key: round(value, 3) for key, value in result.items()}))
 
 
 if __name__ == "__main__":
