@@ -42,7 +42,7 @@ def worker(settings: config.WorkerConfig, checkpoint: Path) -> None:
 @click.command("compile")
 @checkpoint_argument("compile")
 @options(config.CompileConfig)
-@click.option("--background", is_flag=True, hidden=True)
+@click.option("--background", is_flag=True, hidden=True, help="End when stdin is closed.")
 def compile_(settings: config.CompileConfig, checkpoint: Path, background: bool) -> None:
     """Compile decoding of CHECKPOINT for this CPU, as a worker does while it starts."""
     import torch
