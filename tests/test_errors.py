@@ -14,7 +14,7 @@ TREE = [
 
 @pytest.mark.parametrize("error", TREE)
 def test_an_error_comes_back_from_its_status(error: type[TolhouseError]) -> None:
-    """A status becomes the error that was raised, or one that shares its status; the message is kept."""
+    """A status becomes the error that was raised, or its parent; the message is kept."""
     assert hasattr(grpc.StatusCode, error.grpc_status)
     assert 400 <= error.http_status < 600
     back = from_status(error.grpc_status, "why")

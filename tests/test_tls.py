@@ -108,7 +108,7 @@ def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_link_speaks_mutual_tls(checkpoint: Path, pki: Path, tmp_path: Path) -> None:
-    """Also Redis, with an ACL user: a completion goes through, callers without certificate do not."""
+    """Also Redis, with an ACL user: completions work, callers without certificate do not."""
     tls_redis_or_skip()
     password = tmp_path / "password"
     password.write_text("a long password\n")

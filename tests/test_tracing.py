@@ -134,7 +134,7 @@ def test_a_log_line_names_its_trace(traced: tuple[Receiver, Cluster]) -> None:
 
 
 def test_what_the_caller_does_not_record_is_not_recorded(traced: tuple[Receiver, Cluster]) -> None:
-    """A traceparent without its flag, and one that is none: the first leaves no span, the second begins a trace."""
+    """A traceparent without its flag leaves no span; an invalid one begins a trace."""
     one, cluster = traced
     complete(cluster, traceparent=f"00-{'3' * 32}-{'4' * 16}-00")
     complete(cluster, traceparent="no traceparent", **{"x-request-id": "anew"})
@@ -162,7 +162,7 @@ def test_a_failure_is_told(traced: tuple[Receiver, Cluster]) -> None:
 
 
 def test_spans_of_a_batch_link_to_all_its_requests() -> None:
-    """Rows that several requests of a step want are fetched once: below the first, with a link to the other."""
+    """Rows for several requests are fetched below the first, with links to the others."""
     with receiver() as (one, url), pytest.MonkeyPatch.context() as patch:
         program = f"""
 from tolhouse import tracing

@@ -1,4 +1,4 @@
-"""A certificate authority for development and tests; in production, certificates come from yours."""
+"""A certificate authority for development and tests; in production, use your own."""
 
 import datetime as dt
 from collections.abc import Iterable

@@ -66,8 +66,8 @@ def read_file(path: str, what: str) -> bytes:
 def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Write a file so that nobody reads half of it; InvalidArgument if it can't be written.
 
-    A new file gets `mode`; an old one keeps its mode and owner. Through a link its target is replaced;
-    what is not a regular file, such as a pipe, is written into.
+    A new file gets `mode`; an old one keeps its mode and owner. A link's target is replaced; what
+    is not a regular file, such as a pipe, is written into.
     """
     try:
         before = path.stat() if path.exists() else None

@@ -34,8 +34,8 @@ class PeerHealth:
     """Tracks peers by name; one that nothing was reported of is up. Threads may share it.
 
     `probe(name)` says whether a peer answers, or raises. `alternatives(name)` names peers that can
-    do its work, or is None once the peer is gone. With a probe, a daemon thread runs while a peer is
-    in trouble, and probes with growing pauses; trouble soon after a recovery goes on with them.
+    do its work, or is None once the peer is gone. With a probe, a daemon thread runs while a peer
+    is in trouble, and probes with growing pauses; trouble soon after a recovery goes on with them.
     Without one, states follow reports alone.
     """
 
@@ -76,8 +76,7 @@ class PeerHealth:
     def report_up(self, name: str) -> None:
         """The peer is known to be well."""
         if name in self._peers:
-            with self._changed:
-                self._become(name, None, "back")
+            self._report(name, "up")
 
     def forget(self, name: str) -> None:
         """The peer is gone for good."""
@@ -95,24 +94,21 @@ class PeerHealth:
         with self._changed:
             known = self._peers.get(name) or _Peer("up", 0.0, self._first)
             due = known.due if known.state != "up" else self._clock() + known.pause
-            self._become(name, _Peer(state, due, known.pause), state, reason)
+            self._become(name, _Peer(state, due, known.pause), reason)
             self._changed.notify_all()
             if self._probe and not self._watching and not self._closed:
                 self._watching = True
                 title = f"{self._kind} health"
                 threading.Thread(target=self._watch, name=title, daemon=True).start()
 
-    def _become(self, name: str, peer: _Peer | None, news: str, reason: object = "") -> None:
-        was_up, is_up = self.up(name), peer is None or peer.state in ("up", "probing")
-        if peer:
-            self._peers[name] = peer
-        else:
-            self._peers.pop(name, None)
+    def _become(self, name: str, peer: _Peer, reason: object = "") -> None:
+        was_up, is_up = self.up(name), peer.state in ("up", "probing")
+        self._peers[name] = peer
         self.unhealthy = self.unhealthy - {name} if is_up else self.unhealthy | {name}
         if was_up != is_up:
             fields = {"reason": str(reason)} if reason else {}
             level = logging.INFO if is_up else logging.WARNING
-            event(f"{self._kind} is {news}", level, peer=name, **fields)
+            event(f"{self._kind} is {peer.state}", level, peer=name, **fields)
 
     def _watch(self) -> None:
         while True:
@@ -127,24 +123,25 @@ class PeerHealth:
                 if peer.state == "up":
                     self.forget(name)
                     continue
-            found: Literal[State, "gone"] = peer.state
+            state: State | None = peer.state
             try:
-                found = self._examine(name)
+                state = self._examine(name)
             except Exception:  # noqa: BLE001 - a defect must not end the thread
                 log.exception("probing %s %s failed", self._kind, name)
             with self._changed:
-                if found == "gone":
-                    self._become(name, None, found)
-                elif name in self._peers:  # no report has cleared it meanwhile
+                if state is None:
+                    event(f"{self._kind} is gone", peer=name)
+                    self.forget(name)
+                elif name in self._peers:  # it has not been forgotten meanwhile
                     pause = min(2 * peer.pause, self._longest)
-                    due = self._clock() + (self._longest if found == "up" else pause)
-                    news = "back" if found == "up" else found
-                    self._become(name, _Peer(found, due, pause), news)
+                    due = self._clock() + (self._longest if state == "up" else pause)
+                    self._become(name, _Peer(state, due, pause))
 
-    def _examine(self, name: str) -> Literal[State, "gone"]:
+    def _examine(self, name: str) -> State | None:
+        """The state of a peer by probes; None if it is gone."""
         others = self._alternatives(name)
         if others is None:
-            return "gone"
+            return None
         own = self._seconds(name)
         if own is None:
             return "down"

@@ -1,4 +1,4 @@
-"""gRPC servers, the same for every service: health, reflection, drain, limits, errors as statuses."""
+"""gRPC servers, the same for every service: health, reflection, drain, limits, statuses."""
 
 import asyncio
 import ctypes
