@@ -77,14 +77,14 @@ class Store(ABC):
         """The table that an overlay lies over; NotFound if it is gone, Corrupt if it can't be."""
         ref = manifest.parent
         if ref not in self._parents:
-            about = f"table {manifest.ref} in {self.url} is an overlay over {ref}, which"
+            about = f"table {manifest.ref} is an overlay over {ref}, which"
             try:
                 found = self.manifest(ref)
             except NotFound:
-                raise NotFound(f"{about} is not there any more") from None
+                raise NotFound(f"{about} is not in {self.url} any more") from None
             forms = [(m.record_dtype, m.vocab_size) for m in (found, manifest)]
             if found.parent or forms[0] != forms[1]:
-                raise Corrupt(f"{about} has records of another form")
+                raise Corrupt(f"{about} has records of another form in {self.url}")
             self._parents[ref] = found
         return self._parents[ref]
 

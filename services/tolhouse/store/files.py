@@ -16,9 +16,8 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ class FileStore(Store):
         if self.root.exists() and not self.root.is_dir():
             raise InvalidArgument(f"the store {self.root} is a file, and no folder of tables")
         super().__init__(f"file://{self.root}")
-        self._opened = lru_cache(open_files)(self._open)  # threads that read keep theirs open
+        self._opened = lru_cache(open_files)(_ShardFile)  # threads that read keep theirs open
 
     def refs(self) -> list[str]:
         refs = []
@@ -50,14 +49,13 @@ class FileStore(Store):
         return sorted(refs)
 
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
-        path = self._path(manifest.ref, manifest.num_shards, shard)
         records = np.ascontiguousarray(records)
-        _write(path, _header(*records.shape), records.data)
+        _write(Path(self._path(manifest, shard)), _header(*records.shape), records.data)
         self._opened.cache_clear()
 
     def count(self, manifest: Manifest, shard: int) -> int:
         try:
-            return self._shard(manifest, manifest.ref, shard).rows
+            return self._shard(manifest, shard).rows
         except TolhouseError:
             return 0
 
@@ -69,10 +67,8 @@ class FileStore(Store):
 
     def lease(self, ref: str) -> None:
         path = self._folder(ref) / "lease"
-        try:
+        with _errors("write", path):
             path.touch()
-        except OSError as error:
-            raise Unavailable(f"can't write {path}: {error.strerror or error}") from None
 
     def leased(self, ref: str) -> bool:
         try:
@@ -95,30 +91,26 @@ class FileStore(Store):
     def _fill(
         self, manifest: Manifest, ids: np.ndarray, views: list[memoryview]
     ) -> Generator[memoryview]:
-        shards, rows, ref = manifest.shard_of(ids), manifest.positions(ids), manifest.ref
+        shards, rows = manifest.shard_of(ids), manifest.positions(ids)
         most = min(_READ_RECORDS, max(1, _READ_BYTES // manifest.record_bytes))
         apart = (np.diff(shards) != 0) | (np.diff(rows) != 1)
-        starts = [0, *(np.flatnonzero(apart) + 1).tolist(), len(ids)]
-        for (start, end), shard, row in zip(
-            pairwise(starts), shards[starts[:-1]].tolist(), rows[starts[:-1]].tolist(), strict=True
-        ):
-            file = self._shard(manifest, ref, shard)
+        starts = [0, *(np.flatnonzero(apart) + 1).tolist()]  # of runs of neighbours
+        ends = [*starts[1:], len(ids)]
+        runs = zip(starts, ends, shards[starts].tolist(), rows[starts].tolist(), strict=True)
+        for start, end, shard, row in runs:
+            file = self._shard(manifest, shard)
             for first in range(start, end, most):
                 part = views[first : min(first + most, end)]
                 file.read(row + first - start, part)
                 yield from part
 
-    def _shard(self, manifest: Manifest, ref: str, shard: int) -> "_ShardFile":
+    def _shard(self, manifest: Manifest, shard: int) -> "_ShardFile":
         rows = manifest.shard_rows(shard)
-        return self._opened(ref, manifest.num_shards, shard, rows, manifest.record_bytes)
+        return self._opened(self._path(manifest, shard), rows, manifest.record_bytes)
 
-    def _open(
-        self, ref: str, num_shards: int, shard: int, rows: int, record_bytes: int
-    ) -> "_ShardFile":
-        return _ShardFile(self._path(ref, num_shards, shard), rows, record_bytes)
-
-    def _path(self, ref: str, num_shards: int, shard: int) -> Path:
-        return self._folder(ref) / f"shard-{shard:05}-of-{num_shards:05}.safetensors"
+    def _path(self, manifest: Manifest, shard: int) -> str:
+        file = f"shard-{shard:05}-of-{manifest.num_shards:05}.safetensors"
+        return f"{self.root}/{manifest.name}/{manifest.version}/{file}"
 
     def _folder(self, ref: str) -> Path:
         name, version = split_ref(ref)
@@ -126,12 +118,9 @@ class FileStore(Store):
 
     def _read_text(self, ref: str, what: str) -> bytes | None:
         path = self._folder(ref) / f"{what}.json"
-        try:
+        with _errors("read", path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise Unavailable(f"can't read {path}: {error.strerror or error}") from None
+        return None
 
     def _write_text(self, ref: str, what: str, text: str) -> None:
         _write(self._folder(ref) / f"{what}.json", text.encode())
@@ -143,20 +132,19 @@ class FileStore(Store):
 class _ShardFile:
     """An open shard file. It closes with the last thread that reads from it."""
 
-    def __init__(self, path: Path, rows: int, record_bytes: int) -> None:
+    def __init__(self, path: str, rows: int, record_bytes: int) -> None:
         header = _header(rows, record_bytes)
         self.path, self.rows, self.record_bytes = path, rows, record_bytes
         self.start, self.size = len(header), len(header) + rows * record_bytes
         self._descriptor = -1
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-            found = os.pread(self._descriptor, self.start, 0)
+        with _errors("read", path):
+            try:
+                self._descriptor = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                raise Corrupt(f"shard file {path} is missing") from None
+            start = os.pread(self._descriptor, self.start, 0)
             size = os.fstat(self._descriptor).st_size
-        except FileNotFoundError:
-            raise Corrupt(f"shard file {path} is missing") from None
-        except OSError as error:
-            raise Unavailable(f"can't read {path}: {error.strerror or error}") from None
-        if found != header:
+        if start != header:
             what = f"not a shard of {rows} records of {record_bytes} bytes"
             raise Corrupt(f"shard file {path} is truncated or {what}")
         if size != self.size:
@@ -169,12 +157,9 @@ class _ShardFile:
 
     def read(self, row: int, views: list[memoryview]) -> None:
         """Read the records from `row` on into `views`."""
-        try:
-            offset = self.start + row * self.record_bytes
-            count = os.preadv(self._descriptor, views, offset)
+        with _errors("read", self.path):
+            count = os.preadv(self._descriptor, views, self.start + row * self.record_bytes)
             size = os.fstat(self._descriptor).st_size
-        except OSError as error:
-            raise Unavailable(f"can't read {self.path}: {error.strerror or error}") from None
         if (count, size) != (len(views) * self.record_bytes, self.size):
             raise Corrupt(f"shard file {self.path} changed its size while in use")
 
@@ -182,11 +167,8 @@ class _ShardFile:
 @lru_cache
 def _header(rows: int, record_bytes: int) -> bytes:
     """What a safetensors file of one uint8 tensor "records" begins with."""
-    tensor = {
-        "dtype": "U8",
-        "shape": [rows, record_bytes],
-        "data_offsets": [0, rows * record_bytes],
-    }
+    end = rows * record_bytes
+    tensor = {"dtype": "U8", "shape": [rows, record_bytes], "data_offsets": [0, end]}
     text = json.dumps({"records": tensor}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -195,20 +177,23 @@ def _header(rows: int, record_bytes: int) -> bytes:
 def _write(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file so that it is either there whole, also after a power failure, or not at all."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
+    with _errors("write", path), contextlib.ExitStack() as stack:
         path.parent.mkdir(parents=True, exist_ok=True)
+        stack.callback(partial.unlink, missing_ok=True)
         with partial.open("xb") as file:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        stack.callback(os.close, folder)
+        os.fsync(folder)
+
+
+@contextlib.contextmanager
+def _errors(work: str, path: str | Path) -> Iterator[None]:
+    """What the system refuses is Unavailable."""
+    try:
+        yield
     except OSError as error:
-        raise Unavailable(f"can't write {path}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        raise Unavailable(f"can't {work} {path}: {error.strerror or error}") from None

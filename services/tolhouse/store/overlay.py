@@ -30,13 +30,14 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
     base = store.parent(manifest) if manifest.parent else manifest
     # what an earlier overlay changed, and this one does not, is copied: encoding would change it
     before = np.setdiff1d(manifest.changed, ids).astype(np.uint32)
-    if len(ids) + len(before) > MAX_CHANGED:
+    changed = np.concatenate([ids, before]).astype(np.uint32)
+    if len(changed) > MAX_CHANGED:
         raise InvalidArgument(
-            f"{len(ids) + len(before)} changed rows are more than an overlay may have, "
+            f"{len(changed)} changed rows are more than an overlay may have, "
             f"{MAX_CHANGED}: build another table"
         )
-    order = np.argsort(np.concatenate([ids, before]))
-    changed = np.concatenate([ids, before])[order].astype(np.uint32)
+    order = np.argsort(changed)
+    changed = changed[order]
     rows = np.ascontiguousarray(rows, np.float32)
     fresh = store.auxiliary(base).encode(ids.astype(np.uint32), rows)
     records = np.concatenate([fresh, store.read_records(manifest, before)])[order]
@@ -44,6 +45,8 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
     overlay = replace(
         base,
         version=content_id("overlay", base.ref, edits, changed, records[:, :-8]),
+        num_shards=1,
+        shards=(),
         parent=base.ref,
         changed=tuple(changed.tolist()),
         edits=edits,
@@ -52,15 +55,13 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
 
 
 def _check(manifest: Manifest, ids: np.ndarray, rows: np.ndarray) -> None:
-    distinct, times = np.unique(ids, return_counts=True)
     shape = len(ids), manifest.num_blocks, manifest.width
     if not len(ids):
         raise InvalidArgument("an overlay changes at least one token: give its id")
-    if (times > 1).any():
-        raise InvalidArgument(
-            "an overlay changes the row of each token once: "
-            f"token id {distinct[times > 1][0]} was given more than once"
-        )
+    distinct, times = np.unique(ids, return_counts=True)
+    if times.max() > 1:
+        twice = f"token id {distinct[times.argmax()]} was given more than once"
+        raise InvalidArgument(f"an overlay changes the row of each token once: {twice}")
     if distinct[0] < 0:
         raise IdOutOfRange(f"token id {distinct[0]} is below 0")
     manifest.check_ids(ids)
@@ -87,6 +88,8 @@ def _write_edits(
     edits = replace(
         base,
         name=f"{base.name[:58]}.edits",
+        num_shards=1,
+        shards=(),
         codec_name=finer,
         vocab_size=len(order),
         frequent=(),
@@ -106,6 +109,4 @@ def _write_edits(
 
 
 def _write(store: Store, manifest: Manifest, ids: np.ndarray, records: np.ndarray) -> Manifest:
-    manifest = replace(manifest, num_shards=1, shards=())
-    manifest.add_checksums(ids, records)
-    return write_table([store], manifest, lambda _: records)
+    return write_table([store], manifest, lambda _: manifest.add_checksums(ids, records))
