@@ -53,9 +53,7 @@ class Config(BaseModel):
 class Caller(Config):
     """Processes that call services."""
 
-    tls_ca: str = option(
-        "", "CA of the services to call, PEM, or `system`: calls use TLS. Default: plaintext."
-    )
+    tls_ca: str = option("", "CA of the services to call, PEM, or `system`. Default: plaintext.")
     tls_client_cert: str = option("", "Certificate to show to them, PEM, with its chain.")
     tls_client_key: str = option("", "Its key, PEM, without a password.")
     token_file: str = option("", "File with the services' token; the first line is sent.")
@@ -71,25 +69,15 @@ class Server(Config):
     """Processes that listen."""
 
     listen: str = option("", "Address to listen on, HOST:PORT; port 0: any free one.")
-    host: str = option("", "Host to listen on, in place of that of --listen.")
-    port: int | None = option(
-        None, "Port to listen on, in place of that of --listen.", ge=0, lt=2**16
-    )
+    host: str = option("", "Host, in place of that of --listen.")
+    port: int | None = option(None, "Port, in place of that of --listen.", ge=0, lt=2**16)
     drain_seconds: float = option(30, "Time for calls in flight to end after SIGTERM.", ge=0)
-    tls_cert: str = option(
-        "", "Certificate to serve TLS with on every port, PEM; read again when it changes."
-    )
+    tls_cert: str = option("", "Certificate of every port, PEM; read again when it changes.")
     tls_key: str = option("", "Its key, PEM, without a password.")
     tls_client_ca: str = option("", "CA whose certificates callers must show, PEM: mutual TLS.")
-    token_file: str = option(
-        "", "File with a token a line; calls must carry one of them, and carry the first."
-    )
+    token_file: str = option("", "File of accepted tokens, one a line; the first is sent.")
     insecure: bool = option(False, INSECURE)
-    traces: str = option(
-        "",
-        "OTLP collector to send traces to over gRPC, http://HOST:PORT or https://HOST:PORT. "
-        "OpenTelemetry's own variables apply, such as OTEL_TRACES_SAMPLER. Default: no traces.",
-    )
+    traces: str = option("", "OTLP collector of traces, http://HOST:PORT (gRPC). Default: none.")
 
     @model_validator(mode="after")
     def _listen_on_host_and_port(self) -> Self:
@@ -111,38 +99,36 @@ class Server(Config):
         return ServerCredentials(tls, self.token_file, self.insecure)
 
 
-class TableConfig(Config):
+class StoreConfig(Config):
+    prefix = "TABLES"
+
+    store: str = option(DEFAULT_STORE, f"Where tables live: {STORES}")
+    store_timeout_seconds: float = option(5, "Longest wait for one answer of Redis.", gt=0)
+    insecure: bool = option(False, INSECURE)
+
+
+class TableConfig(StoreConfig):
     """Commands that make tables of checkpoints."""
 
-    store: str = option(DEFAULT_STORE, f"Where the table goes: {STORES}")
     name: str = option("", "Name of the table. Default: that of the checkpoint's folder.")
     codec: Codec = option("bf16", "How rows are stored.")
     embedding: Literal["auto", "yes", "no"] = option(
-        "auto",
-        "Whether rows carry X0, so that workers need no input embedding; "
-        "auto: where the model's two embeddings are untied.",
+        "auto", "Whether rows carry X0, for workers without input embedding; auto: if untied."
     )
     corpus: str = option(
-        "",
-        "Text to count frequent tokens in: a file, or a folder of them. "
-        "Default: the standard library's sources.",
+        "", "Text, or folder of it, to count tokens in. Default: the standard library's sources."
     )
-    absent_layers: Layers = option(
-        (), "Layers whose rows are left out, with commas between; the model goes without them."
-    )
+    absent_layers: Layers = option((), "Layers without rows, with commas between.")
     publish: bool = option(False, "Publish the table once it is stored and verified.")
     shards: int = option(64, "Number of shards: units of work, files, hashes.", ge=1, le=65536)
     store_timeout_seconds: float = option(10, "Longest wait for one answer of Redis.", gt=0)
-    insecure: bool = option(False, INSECURE)
 
 
 class BuildConfig(TableConfig):
     prefix = "BUILD"
 
     publish_new: bool = option(
-        False,
-        "Publish the table where it is new, or nothing is published under its name: for jobs "
-        "that may run again after a rollback or an edit.",
+        False, "Publish the table if it is new, or nothing is published: for jobs that run again."
     )
     store_wait_seconds: float = option(0, "Longest wait for Redis to come up, at start.", ge=0)
     verify_rows: int = option(64, "Rows, drawn at random, to recompute and compare.", ge=1)
@@ -164,34 +150,24 @@ class CompressConfig(TableConfig):
     )
     frequent_rows: int = option(
         -1,
-        "Most frequent tokens whose rows are kept in the finer codec; "
-        "-1: a thirty-second of the vocabulary, or none where that codec is no finer.",
+        "Most frequent tokens whose rows are in the finer codec; -1: a thirty-second, if finer.",
         ge=-1,
         old="head",
     )
     frequent_codec: Codec = option("int8", "The finer codec.", old="head_codec")
 
 
-class StoreConfig(Config):
-    prefix = "TABLES"
-
-    store: str = option(DEFAULT_STORE, f"Where tables live: {STORES}")
-    store_timeout_seconds: float = option(5, "Longest wait for one answer of Redis.", gt=0)
-    insecure: bool = option(False, INSECURE)
-
-
 class TrainConfig(Config):
     prefix = "TRAIN"
 
     out: Path | None = option(
-        None,
-        "Folder of the checkpoint; a run that was killed goes on there. Default: runs/RECIPE-KIND.",
+        None, "Folder of the checkpoint, or of a run to continue. Default: runs/RECIPE-KIND."
     )
     kind: Literal["base", "memory", "flex", "wide"] = option("memory", "What the FFNs read.")
     beta: int = option(0, "flex: FFN-C keeps beta * h^2 parameters, 1 to 3.", ge=0, le=3)
     ffn_c: Literal["linear", "swiglu"] = option("linear", "flex: the form of FFN-C.")
     corpus: Path | None = option(
-        None, "A text file, or a folder of them. Default: the Python standard library's sources."
+        None, "A text, or a folder of texts. Default: the Python standard library's sources."
     )
     seed: int = option(0, "Same seed, same checkpoint.", ge=0)
     threads: int = option(1, "Threads for tensor work; the result depends on them.", ge=1)
@@ -206,9 +182,7 @@ class ClientConfig(Caller):
 
 
 class GenerateConfig(ClientConfig):
-    worker: str = option(
-        "", "Worker to call, HOST:PORT. Default: run the model here, with its FFNs, greedily."
-    )
+    worker: str = option("", "Worker to call, HOST:PORT. Default: run the model here, greedily.")
     max_tokens: int = option(64, "Most tokens to generate.", ge=1)
 
 
@@ -223,17 +197,13 @@ class FetchConfig(RowsConfig):
 class LookConfig(RowsConfig):
     """Commands that look into a model, with rows of a table or its own."""
 
-    table: str = option(
-        "", "Rows of this table, NAME or NAME@VERSION. Default: those that the model computes."
-    )
+    table: str = option("", "Rows of this table, NAME or NAME@VERSION. Default: the model's own.")
     json_: bool = option(False, "Print JSON.")
 
 
 class EvalConfig(LookConfig):
     text: Path | None = option(
-        None,
-        "Text to predict: a file, or a folder of them. "
-        "Default: the standard library's held-out part.",
+        None, "Text to predict, or a folder. Default: the standard library's held-out part."
     )
     through: Codec | None = option(None, "Rows as this codec gives them back.")
     row_scale: float = option(1, "Factor of all rows.", old="alpha")
@@ -248,9 +218,7 @@ class ExplainConfig(LookConfig):
     probe_tokens: int = option(8192, "Without TEXT: held-out tokens for the probes; 0: none.", ge=0)
     html: Path | None = option(None, "Also write a report with plots, in one file.")
     explorer: Path | None = option(
-        None,
-        "Only write what the gateway's /explore page shows of the model's own rows: "
-        "memory.npz beside tokenizer.json.",
+        None, "Only write the data of the gateway's /explore page, memory.npz."
     )
 
 
@@ -285,30 +253,19 @@ class WorkerConfig(Server, Caller, CompileConfig):
     listen: str = option("127.0.0.1:50052", "Address to serve gRPC on; port 0: any free one.")
     metrics_listen: str = option("127.0.0.1:0", "Address to serve Prometheus metrics on.")
     rows: str = option(DEFAULT_STORE, f"Where rows are read from: {SOURCES}", old="lookup")
-    table: str = option(
-        "", "Table of the rows, NAME or NAME@VERSION. Default: the name of the checkpoint's folder."
-    )
-    table_poll_seconds: float = option(
-        1, "Time between checks of the version that a table's NAME stands for.", gt=0
-    )
-    served_model_name: str = option(
-        "", "Name of the model in the API. Default: that of the checkpoint's folder.", old="name"
-    )
+    table: str = option("", "Table, NAME or NAME@VERSION. Default: the checkpoint's name.")
+    table_poll_seconds: float = option(1, "Time between checks for a new version.", gt=0)
+    served_model_name: str = option("", "Name in the API. Default: the checkpoint's.", old="name")
     row_cache_megabytes: float = option(32, "Memory for rows kept in the worker.", ge=0)
     kv_cache_megabytes: float = option(256, "Memory for keys and values of sequences.", gt=0)
     max_num_seqs: int = option(32, "Most sequences in the running batch.", ge=1, old="max_running")
     max_waiting: int = option(256, "Most sequences in the queue; more are refused.", ge=1)
     max_num_batched_tokens: int = option(
-        512,
-        "Most tokens in one step; longer prompts are computed in several.",
-        ge=1,
-        old="max_step_tokens",
+        512, "Most tokens in a step; longer prompts take several.", ge=1, old="max_step_tokens"
     )
     fetch_timeout_seconds: float = option(10, "Longest wait for the rows of a step.", gt=0)
     fallback: Literal["none", "recompute"] = option(
-        "none",
-        "While rows can't be fetched: fail requests whose rows are missing, or compute these from "
-        "the checkpoint's file.",
+        "none", "Where rows can't be fetched: fail requests that miss one, or compute them here."
     )
     lookup_wait_seconds: float = option(60, "Longest wait for the table at start.", ge=0)
     threads: int = option(0, "Threads for tensor work; 0: one per core.", ge=0)
@@ -326,11 +283,7 @@ class GatewayConfig(Server, Caller):
     workers: str = option("127.0.0.1:50052", f"Workers, {SERVICES}")
     max_body_megabytes: float = option(1, "Largest body of a request.", gt=0)
     poll_seconds: float = option(1, "Time between checks of a worker's health and load.", gt=0)
-    keys_file: str = option(
-        "",
-        "File of API keys, as `tolhouse keys` writes it: requests must carry one of them. "
-        "Default: no keys.",
-    )
+    keys_file: str = option("", "File of API keys, made by `tolhouse keys`. Default: no keys.")
     rate_limit_store: str = option(
         "",
         "Redis that counts requests of API keys for all gateways, redis://HOST:PORT or rediss://. "

@@ -11,42 +11,36 @@ from tolhouse.errors import InvalidArgument, NotFound
 from tolhouse.store.base import Store
 from tolhouse.table.manifest import Manifest
 
+_BAD_ARCHIVE = (OSError, ValueError, LookupError, EOFError, TypeError, zipfile.BadZipFile)
+
 
 def token_id(word: str, tokenizer: Tokenizer | None) -> int:
-    """The id of a token, given as a number or, where there is a tokenizer, as its text in single or double quotes or as it is."""
+    """The id of a token, a number or, with a tokenizer, its text, which may be in quotes."""
     if word.isascii() and word.isdecimal():
         return min(int(word[:20]), 2**63 - 1)
     if tokenizer is None:
-        raise InvalidArgument(
-            f"token {word!r} is not an id: give --checkpoint, whose tokenizer knows texts"
-        )
+        raise InvalidArgument(f"token {word!r} is not an id: give --checkpoint, for its tokenizer")
     text = word[1:-1] if len(word) > 2 and word[0] == word[-1] and word[0] in "'\"" else word
-    if not text.isprintable() and any(
-        0xD800 <= ord(c) < 0xE000 for c in text
-    ):  # bytes of the command line that are not UTF-8
+    if any(0xD800 <= ord(c) < 0xE000 for c in text):  # bytes of the command line, not UTF-8
         raise InvalidArgument(f"token {text!a} is not UTF-8: give its id")
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if len(ids) != 1:
-        parts = ", ".join(
-            f"{tokenizer.decode([i], skip_special_tokens=False)!r} ({i})" for i in ids[:8]
-        )
+        words = ((tokenizer.decode([i], skip_special_tokens=False), i) for i in ids[:8])
+        parts = ", ".join(f"{word!r} ({i})" for word, i in words)
         raise InvalidArgument(f"{text!r} is not one token but {len(ids)}: {parts}")
     return ids[0]
 
 
 def copy_of(edit: str, tokenizer: Tokenizer | None) -> tuple[int, int]:
-    """The ids in TOKEN=OTHER. Either may be a text with `=` in it: the last `=` that has a token on both sides divides them."""
-    halves = [(edit[:at], edit[at + 1 :]) for at in range(len(edit) - 2, 0, -1) if edit[at] == "="]
-    if not halves:
-        raise InvalidArgument(f"--copy {edit!r} is not TOKEN=OTHER")
-    first: InvalidArgument | None = None
-    for token, other in halves:
-        try:
-            return token_id(token, tokenizer), token_id(other, tokenizer)
-        except InvalidArgument as error:
-            first = first or error
-    assert first
-    raise first
+    """The ids in TOKEN=OTHER, divided by the last `=` that has a token on both sides."""
+    errors = [InvalidArgument(f"--copy {edit!r} is not TOKEN=OTHER")]
+    for at in range(len(edit) - 2, 0, -1):
+        if edit[at] == "=":
+            try:
+                return token_id(edit[:at], tokenizer), token_id(edit[at + 1 :], tokenizer)
+            except InvalidArgument as error:
+                errors.append(error)
+    raise errors[min(1, len(errors) - 1)]
 
 
 def scale_of(edit: str, tokenizer: Tokenizer | None) -> tuple[int, float]:
@@ -70,28 +64,16 @@ def read_rows(file: Path) -> tuple[np.ndarray, np.ndarray]:
             ids, rows = archive["ids"], archive["rows"]
     except FileNotFoundError:
         raise NotFound(f"no file {file}") from None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        TypeError,
-        IndexError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except (*_BAD_ARCHIVE, zlib.error) as error:
         raise InvalidArgument(
             f"{file} is not an .npz archive with arrays `ids` and `rows`: {error}"
         ) from None
-    if (
-        ids.ndim != 1
-        or ids.dtype.kind not in "iu"
-        or rows.dtype.kind != "f"
-        or rows.ndim != 3
-        or len(rows) != len(ids)
-    ):
+    kinds = ids.dtype.kind in "iu" and rows.dtype.kind == "f"
+    if not kinds or (ids.ndim, rows.ndim) != (1, 3) or len(rows) != len(ids):
+        arrays = f"{ids.dtype} {list(ids.shape)} and {rows.dtype} {list(rows.shape)}"
         raise InvalidArgument(
-            f"{file}: ids must be a flat list of whole numbers and rows floats [ids, layers, width], not {ids.dtype} {list(ids.shape)} and {rows.dtype} {list(rows.shape)}"
+            f"{file}: ids must be a flat list of whole numbers and rows floats "
+            f"[ids, layers, width], not {arrays}"
         )
     return ids.astype(np.int64), _finite(rows)
 
@@ -103,13 +85,9 @@ def edited_rows(
     scaled: list[tuple[int, float]],
     given: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The ids [T] that edits change and their new rows [T, N, D]: of (token, other), of (token, factor), and ids and rows from elsewhere."""
-    sources = np.array(
-        [*(other for _, other in copied), *(token for token, _ in scaled)], np.uint64
-    )
-    targets = np.array(
-        [*(token for token, _ in copied), *(token for token, _ in scaled)], np.uint64
-    )
+    """Changed ids [T] and new rows [T, N, D]: of (token, other), (token, factor), and elsewhere."""
+    sources = np.array([*(other for _, other in copied), *(i for i, _ in scaled)], np.uint64)
+    targets = np.array([i for i, _ in (*copied, *scaled)], np.uint64)
     manifest.check_ids(np.concatenate([sources, targets]))
     parts = [given] if given else []
     if len(sources):
@@ -119,17 +97,18 @@ def edited_rows(
             rows[:, 0] = store.rows(manifest, targets.astype(np.uint32))[:, 0]
         rows = _finite(rows)
         if given and given[1].shape[1:] != rows.shape[1:]:
+            shapes = [list(array.shape[1:]) for array in (given[1], rows)]
             raise InvalidArgument(
-                f"the given rows are of {list(given[1].shape[1:])}; those of {manifest.ref} of {list(rows.shape[1:])}"
+                f"the given rows are of {shapes[0]}; those of {manifest.ref} of {shapes[1]}"
             )
         parts = [(targets.astype(np.int64), rows), *parts]
     return np.concatenate([ids for ids, _ in parts]), np.concatenate([rows for _, rows in parts])
 
 
 def _finite(rows: np.ndarray) -> np.ndarray:
-    """As float32; InvalidArgument where a value is none, or larger than any."""
+    """As float32; InvalidArgument where a value is not finite in it."""
     if not (np.abs(rows) <= np.finfo(np.float32).max).all():
         raise InvalidArgument(
-            "the edited rows hold values that are not finite in 32 bits: give smaller factors or rows"
+            "the edited rows hold values that are not finite in 32 bits: give smaller ones"
         )
     return rows.astype(np.float32)

@@ -14,35 +14,24 @@ _SAMPLE_CHARS = 4_000_000  # counted, evenly over the documents: a few seconds
 
 
 def frequent_tokens(tokenizer: Tokenizer, corpus: str, vocab_size: int) -> tuple[int, ...]:
-    """Token ids by falling frequency in a text file or a folder of them; NotFound, InvalidArgument if there is no text."""
+    """Token ids by falling frequency in a text file or a folder of them."""
     counts = count_tokens(tokenizer, corpus, vocab_size)
-    return tuple(
-        i for i, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_FREQUENT]
-    )
+    return tuple(sorted(counts, key=lambda i: (-counts[i], i))[:MAX_FREQUENT])
 
 
 def count_tokens(tokenizer: Tokenizer, corpus: str, vocab_size: int) -> Counter[int]:
-    """How often a text file or a folder of them has each token, in a sample.
+    """How often a text file, or a folder of them, has each token, in a sample.
 
-    By default it is the text that `tolhouse train` trains tokenizers on, the standard library's sources. For a tokenizer
-    trained on something else the list is less good, never wrong: it only says what to cache first.
+    By default it is the text that tokenizers are trained on, the standard library's sources. For
+    another tokenizer the list is less good, never wrong: it only says what to cache first.
     """
     path = Path(corpus) if corpus else standard_library()
-    found = list(documents(path))
-    texts = [text for name, text in found if not is_held_out(name)] or [text for _, text in found]
+    named = list(documents(path))
+    texts = [text for name, text in named if not is_held_out(name)] or [text for _, text in named]
     if not texts:
         raise InvalidArgument(f"--corpus {path} holds no text (UTF-8)")
     step = max(1, -(-sum(map(len, texts)) // _SAMPLE_CHARS))
-    counts = Counter(
-        i
-        for encoding in tokenizer.encode_batch(texts[::step])
-        for i in encoding.ids
-        if i < vocab_size
-    )
-    event(
-        "counted tokens",
-        corpus=str(path) if corpus else "the standard library's sources",
-        tokens=counts.total(),
-        distinct=len(counts),
-    )
+    encodings = tokenizer.encode_batch(texts[::step])
+    counts = Counter(i for encoding in encodings for i in encoding.ids if i < vocab_size)
+    event("counted tokens", corpus=str(path), tokens=counts.total(), distinct=len(counts))
     return counts

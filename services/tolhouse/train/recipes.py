@@ -1,7 +1,6 @@
-"""Recipes as functions: each gives the whole description of one training run."""
+"""Recipes: each is the whole description of one training run."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.config import ModelConfig, preset
@@ -30,47 +29,23 @@ class Recipe:
         return self.batch_sequences * self.sequence_tokens
 
 
-def tiny(kind: str, beta: int) -> Recipe:
-    """A minute on two cores: loss falls, text does not make sense yet."""
-    return Recipe(preset("tiny", kind, beta), 200, 8, 128, 3e-3, 3e-4, 20, 50, autocast=False)
-
-
-def small(kind: str, beta: int) -> Recipe:
-    """About ten minutes on one core: for comparing kinds, which have equal total parameters."""
-    return Recipe(preset("small", kind, beta), 1500, 16, 256, 3e-3, 1e-4, 100, 250)
-
-
-def small_active(kind: str, beta: int) -> Recipe:
-    """The same run of a narrower model: base has as many parameters as a worker computes with of `small` memory."""
-    return replace(small(kind, beta), config=preset("small-active", kind, beta))
-
-
-def demo(kind: str, beta: int) -> Recipe:
-    """About an hour on two cores: completes Python in the manner of the standard library."""
-    return Recipe(preset("demo", kind, beta), 4000, 8, 512, 2e-3, 5e-5, 200, 250)
-
-
-def paper(size: str) -> Callable[[str, int], Recipe]:
-    """The paper's own run at one of its sizes, 50B tokens (PAPER section 3). Batch size is our choice."""
-
-    def recipe(kind: str, beta: int) -> Recipe:
-        config = preset(size, kind, beta, vocab_size=8192)
-        return Recipe(config, 95_000, 256, 2048, 1e-4, 1e-5, 5000, 1000)
-
-    recipe.__doc__ = f"The paper's {size} run: for accelerators."
-    return recipe
-
-
-RECIPES: dict[str, Callable[[str, int], Recipe]] = {
-    "tiny": tiny,
-    "small": small,
-    "small-active": small_active,
-    "demo": demo,
-    **{f"paper-{size}": paper(size) for size in ("250m", "750m", "1b")},
+# Steps, sequences and tokens of a batch, peak and final rate, warm-up, steps between evaluations.
+_SMALL = (1500, 16, 256, 3e-3, 1e-4, 100, 250)  # ten minutes on a core: kinds at equal parameters
+_PAPER = (95_000, 256, 2048, 1e-4, 1e-5, 5000, 1000)  # 50B tokens; the batch size is our choice
+RECIPES = {
+    "tiny": (200, 8, 128, 3e-3, 3e-4, 20, 50),  # a minute on two cores: loss falls, no sense yet
+    "small": _SMALL,
+    "small-active": _SMALL,
+    "demo": (4000, 8, 512, 2e-3, 5e-5, 200, 250),  # an hour on two cores: completes Python
+    "paper-250m": _PAPER,
+    "paper-750m": _PAPER,
+    "paper-1b": _PAPER,
 }
 
 
 def recipe(name: str, kind: str, beta: int) -> Recipe:
     if name not in RECIPES:
         raise InvalidArgument(f"recipe {name!r} is unknown; one of {', '.join(RECIPES)}")
-    return RECIPES[name](kind, beta)
+    vocabulary = {"vocab_size": 8192} if name.startswith("paper-") else {}
+    config = preset(name.removeprefix("paper-"), kind, beta, **vocabulary)
+    return Recipe(config, *RECIPES[name], autocast=name != "tiny")
