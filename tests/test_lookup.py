@@ -7,7 +7,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -43,6 +43,14 @@ def service(files: tuple[str, str]) -> Iterator[Process]:
 def stub(service: Process) -> Iterator[LookupStub]:
     with grpc.insecure_channel(service.address) as channel:
         yield LookupStub(channel)
+
+
+@contextmanager
+def serving(url: str, *options: str) -> Iterator[tuple[Process, Client]]:
+    """A lookup service over the store at `url`, and a client of it."""
+    with process("lookup", "--store", url, *options, *FREE) as running:
+        with Client(running.address) as client:
+            yield running, client
 
 
 def ask(stub: LookupStub, *requests: lookup_pb2.FetchRequest) -> list[lookup_pb2.FetchReply]:
@@ -96,10 +104,7 @@ def test_rows_are_those_of_the_store(
     ref = build_table(checkpoint, url, codec=codec, shards=6, name=f"lookup-{codec}")
     ids = [0, 5, 3, 5, 299, 17, 300]
     manifest, records = stored(url, ref, ids)
-    with (
-        process("lookup", "--store", url, *FREE) as running,
-        Client(running.address) as client,
-    ):
+    with serving(url) as (running, client):
         for _ in range(2):
             rows = client.fetch(ref, ids)
             assert manifest.decode(records).tobytes() == rows.tobytes()
@@ -221,10 +226,7 @@ def test_a_damaged_shard_file_is_told_and_the_others_are_served(
     paths[0].write_bytes(altered)
     paths[1].write_bytes(whole[1][:-1000])
     paths[2].unlink()
-    with (
-        process("lookup", "--store", url, "--hot-megabytes", "0", *FREE) as running,
-        Client(running.address) as client,
-    ):
+    with serving(url, "--hot-megabytes", "0") as (_, client):
         last = manifest.shard_ids(0)[-1]
         for token, message in ((last, f"token {last} "), (1, "truncated"), (2, "missing")):
             with pytest.raises(errors.Corrupt, match=message):
@@ -244,10 +246,7 @@ def test_a_shard_file_cut_short_while_it_is_mapped_does_not_kill_the_service(
     ref = build_table(checkpoint, url, shards=2)
     path = sorted(tmp_path.rglob("shard-*"))[1]
     whole = path.read_bytes()
-    with (
-        process("lookup", "--store", url, "--hot-megabytes", "0", *FREE) as running,
-        Client(running.address) as client,
-    ):
+    with serving(url, "--hot-megabytes", "0") as (running, client):
         expected = client.fetch(ref, range(8)).tobytes()
         path.write_bytes(whole[:4096])
         with pytest.raises(errors.Corrupt, match="truncated"):
@@ -261,10 +260,7 @@ def test_a_shard_file_cut_short_while_it_is_mapped_does_not_kill_the_service(
 def test_a_version_built_anew_in_other_shards_is_served(checkpoint: Path, redis_url: str) -> None:
     """A service that had the table open finds its rows again after they were deleted and built in another division."""
     ref = build_table(checkpoint, redis_url, shards=2, name="anew", publish=False)
-    with (
-        process("lookup", "--store", redis_url, "--hot-megabytes", "0", *FREE) as running,
-        Client(running.address) as client,
-    ):
+    with serving(redis_url, "--hot-megabytes", "0") as (_, client):
         expected = client.fetch(ref, range(50)).tobytes()
         with closing(open_store(redis_url)) as store:
             delete(store, ref, force=True)
@@ -294,27 +290,20 @@ def test_a_record_altered_in_redis_is_told(checkpoint: Path, redis_url: str) -> 
         assert 3 == len(client.fetch(ref, [0, 2, 17]))
 
 
-def test_what_can_not_start_says_why(
-    files: tuple[str, str], service: Process, tmp_path: Path
-) -> None:
+def test_what_can_not_start_says_why(service: Process, tmp_path: Path) -> None:
     """A port in use, a store that is not there or not understood, and a wrong address end the process with one line."""
-    assert "in use" in refused("lookup", "--store", files[0], "--listen", service.address)
-    assert (
-        "in use"
-        in refused(
-            "lookup", "--store", files[0], *FREE, "--metrics-listen", service.address
-        ).lower()
-    )
-    assert "can't be reached" in refused(
-        "lookup", "--store", f"redis://127.0.0.1:{free_port()}", *FREE
-    )
-    assert "not understood" in refused("lookup", "--store", str(tmp_path))
-    assert "not understood" in refused("lookup", "--store", "redis://127.0.0.1/first", *FREE)
-    (tmp_path / "file").touch()
-    assert "is a file, and no folder" in refused(
-        "lookup", "--store", f"file://{tmp_path}/file", *FREE
-    )
-    assert "HOST:PORT" in refused("lookup", "--store", files[0], "--listen", "nowhere")
+    file, empty = tmp_path / "file", f"file://{tmp_path}"
+    file.touch()
+    for store, options, message in (
+        (empty, ("--listen", service.address), "in use"),
+        (empty, (*FREE, "--metrics-listen", service.address), "in use"),
+        (f"redis://127.0.0.1:{free_port()}", FREE, "can't be reached"),
+        (str(tmp_path), FREE, "not understood"),
+        ("redis://127.0.0.1/first", FREE, "not understood"),
+        (f"file://{file}", FREE, "is a file, and no folder"),
+        (empty, ("--listen", "nowhere"), "HOST:PORT"),
+    ):
+        assert message in refused("lookup", "--store", store, *options).replace("In use", "in use")
 
 
 def test_a_store_that_comes_later_is_waited_for(checkpoint: Path) -> None:
@@ -348,22 +337,13 @@ def test_a_store_that_comes_later_is_waited_for(checkpoint: Path) -> None:
 
 
 def test_redis_may_die_and_come_back(checkpoint: Path) -> None:
-    """While Redis is away fetches fail with UNAVAILABLE, in bounded time; afterwards they work again by themselves."""
+    """While Redis is down fetches fail with UNAVAILABLE, in bounded time; afterwards they work again by themselves."""
     port = free_port()
     with ExitStack() as stack:
         url = stack.enter_context(redis_server(port=port))
         ref = build_table(checkpoint, url, shards=3)
-        running = process(
-            "lookup",
-            "--store",
-            url,
-            "--hot-megabytes",
-            "0",
-            "--store-timeout-seconds",
-            "0.5",
-            *FREE,
-        )
-        with running as lookup, Client(lookup.address, timeout_seconds=20) as client:
+        options = ("--hot-megabytes", "0", "--store-timeout-seconds", "0.5")
+        with serving(url, *options) as (_, client):
             expected = client.fetch(ref, [1, 2, 3]).tobytes()
             stack.close()
             with pytest.raises(errors.Unavailable, match="can't be reached"):

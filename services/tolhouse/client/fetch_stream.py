@@ -19,21 +19,21 @@ from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import ReloadingChannel, dial, error_of
 from tolhouse.net.fetch_reply import parse
 from tolhouse.table.manifest import Manifest
-from tolhouse.v1 import lookup_pb2
+from tolhouse.v1 import lookup_pb2 as pb
+
+Array = np.ndarray
 
 
 class Request:
     """Verified records of `ids` (uint32 [T]) on their way to `slots` of `out`, which is flat."""
 
-    def __init__(
-        self, manifest: Manifest, ids: np.ndarray, out: memoryview, slots: list[int]
-    ) -> None:
+    def __init__(self, manifest: Manifest, ids: Array, out: memoryview, slots: list[int]) -> None:
         self.manifest, self.ids, self.out, self.slots = manifest, ids, out, slots
         self.done: Future[None] = Future()
         self._received, self._given_up = 0, False
         self._lock = threading.Lock()
 
-    def receive(self, reply: lookup_pb2.FetchReply, records: memoryview) -> bool:
+    def receive(self, reply: pb.FetchReply, records: memoryview) -> bool:
         """Copy the records of a reply; whether the request has ended."""
         with self._lock:
             if self._given_up:
@@ -47,7 +47,7 @@ class Request:
                 self.done.set_result(None)
             return reply.last
 
-    def _copy(self, reply: lookup_pb2.FetchReply, records: memoryview) -> None:
+    def _copy(self, reply: pb.FetchReply, records: memoryview) -> None:
         if reply.HasField("error"):
             raise from_status(reply.error.status, reply.error.message)
         count, odd = divmod(len(records), self.manifest.record_bytes)
@@ -88,9 +88,7 @@ class Replica:
         except ValueError:
             raise Unavailable(f"the channel to {self.target} is closed") from None
 
-    def submit(
-        self, manifest: Manifest, ids: np.ndarray, out: memoryview, slots: list[int]
-    ) -> Request:
+    def submit(self, manifest: Manifest, ids: Array, out: memoryview, slots: list[int]) -> Request:
         request = Request(manifest, ids, out, slots)
         with self._lock:
             if self._open is None or self._open.broken:
@@ -118,10 +116,10 @@ class _Call:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._pending: dict[int, Request] = {}
-        self._outgoing: queue.SimpleQueue[lookup_pb2.FetchRequest | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[pb.FetchRequest | None] = queue.SimpleQueue()
         # replies stay bytes: net/fetch_reply.py reads them
         fetch = replica.channel.stream_stream(
-            "/tolhouse.v1.Lookup/Fetch", lookup_pb2.FetchRequest.SerializeToString
+            "/tolhouse.v1.Lookup/Fetch", pb.FetchRequest.SerializeToString
         )
         requests = iter(self._outgoing.get, None)
         self.call = fetch(requests, metadata=replica.credentials.metadata())
@@ -134,14 +132,10 @@ class _Call:
                 request.done.set_exception(Unavailable(f"{self.target}: the stream broke"))
                 return
             self._pending[number] = request
-        self._outgoing.put(
-            lookup_pb2.FetchRequest(
-                request_id=number,
-                table=request.manifest.ref,
-                token_ids=request.ids.astype("<u4", copy=False).tobytes(),
-                traceparent=tracing.traceparent(),
-            )
-        )
+        message = pb.FetchRequest(request_id=number, table=request.manifest.ref)
+        message.token_ids = request.ids.astype("<u4", copy=False).tobytes()
+        message.traceparent = tracing.traceparent()
+        self._outgoing.put(message)
 
     def _receive(self) -> None:
         error: TolhouseError

@@ -14,7 +14,7 @@ from tolhouse.errors import Cancelled, Corrupt, DeadlineExceeded, TolhouseError,
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.health import SUSPECT_SECONDS
 from tolhouse.table.manifest import Manifest
-from tolhouse.v1 import lookup_pb2
+from tolhouse.v1 import lookup_pb2 as pb
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
 # another replica, or the same once more, may do better
@@ -35,17 +35,17 @@ class LookupRowSource(RowSource):
         self._max_ids = 65_536  # of a request; replicas say how many they take
 
     def tables(self) -> list[tuple[Manifest, bool]]:
-        found = self._call("ListTables", lookup_pb2.ListTablesRequest()).tables
+        found = self._call("ListTables", pb.ListTablesRequest()).tables
         return [(Manifest.from_json(table.manifest_json), table.published) for table in found]
 
     def pin(self, ref: str) -> None:
-        self._call("Describe", lookup_pb2.DescribeRequest(table=ref, known=ref))
+        self._call("Describe", pb.DescribeRequest(table=ref, known=ref))
 
     def close(self) -> None:
         self.replicas.close()
 
     def _describe(self, table: str, known: Manifest | None) -> Manifest:
-        request = lookup_pb2.DescribeRequest(table=table, known=known.ref if known else "")
+        request = pb.DescribeRequest(table=table, known=known.ref if known else "")
         reply = self._call("Describe", request)
         self._max_ids = reply.max_ids_per_fetch
         if known and not reply.manifest_json:
@@ -68,16 +68,14 @@ class LookupRowSource(RowSource):
                 for replica, indices in self.replicas.divide(manifest, ids, left, attempt)
                 for part in np.split(indices, range(self._max_ids, len(indices), self._max_ids))
             ]
-            waited = [
-                (part, self._wait(replica, request, end)) for replica, part, request in requests
-            ]
-            failed = [(part, error) for part, error in waited if error]
-            if not failed:
-                return
-            for _, error in failed:
+            errors = [self._wait(replica, request, end) for replica, _, request in requests]
+            for error in filter(None, errors):
                 if not isinstance(error, _RETRIED) or attempt == _ROUNDS * count - 1:
                     raise error
-            left = np.concatenate([part for part, _ in failed])
+            failed = [part for (_, part, _), error in zip(requests, errors, strict=True) if error]
+            if not failed:
+                return
+            left = np.concatenate(failed)
 
     def _wait(self, replica: Replica, request: Request, end: float) -> TolhouseError | None:
         """Wait for a request until `end`; its error, after which nothing is written for it."""
@@ -103,7 +101,7 @@ class LookupRowSource(RowSource):
         """Whether a replica answers for the table described last, be it with an error."""
         ref = next((manifest.ref for manifest in reversed(self._manifests.values())), "")
         try:
-            request = lookup_pb2.DescribeRequest(table=ref, known=ref)
+            request = pb.DescribeRequest(table=ref, known=ref)
             replica.call(LookupStub, "Describe", request, _PROBE_SECONDS)
         except TolhouseError as error:
             return not isinstance(error, _RETRIED)

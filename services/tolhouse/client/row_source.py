@@ -6,13 +6,12 @@ asked for, or the same errors.
 """
 
 import logging
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -116,20 +115,15 @@ class StoreRowSource(RowSource):
 
     def __init__(self, url: str, open_store: Callable[[], Store]) -> None:
         super().__init__(url)
-        self._open = open_store
-        self._opened: Store | None = None
-        self._opening = threading.Lock()
+        self._open_store = open_store
         self._leased: Newest[float] = Newest()  # when a version's lease was renewed
         self._background = ThreadPoolExecutor(1, "lease")
         with suppress(Unavailable, DeadlineExceeded):  # the store may come up later
             _ = self.store
 
-    @property
+    @cached_property
     def store(self) -> Store:
-        with self._opening:
-            if self._opened is None:
-                self._opened = self._open()
-            return self._opened
+        return self._open_store()
 
     def tables(self) -> list[tuple[Manifest, bool]]:
         return list(tables(self.store))
@@ -139,8 +133,8 @@ class StoreRowSource(RowSource):
 
     def close(self) -> None:
         self._background.shutdown()
-        if self._opened:
-            self._opened.close()
+        if "store" in vars(self):  # it was opened
+            self.store.close()
 
     def use(self, manifest: Manifest) -> None:
         """Renew a version's lease in the background, where that is due."""

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from logging import WARNING
+from operator import methodcaller
+from typing import TypeAlias
 from weakref import WeakValueDictionary
 
 import grpc
@@ -28,6 +30,8 @@ from tolhouse.net.server import ErrorsAsStatus, serve, status_of
 from tolhouse.store.base import wait_for_store
 from tolhouse.table.manifest import Manifest, split_ref
 from tolhouse.v1 import lookup_pb2 as pb
+
+Context: TypeAlias = grpc.aio.ServicerContext
 
 NAME = "tolhouse.v1.Lookup"
 MAX_IDS_PER_FETCH = 65_536
@@ -52,7 +56,7 @@ class LookupService:
         self._turns = WeakValueDictionary[str, asyncio.Semaphore]()  # by connection
 
     async def Fetch(
-        self, requests: AsyncIterator[pb.FetchRequest], context: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[pb.FetchRequest], context: Context
     ) -> AsyncIterator[bytes]:
         stream = asyncio.current_task()
         turn = self._turns.setdefault(context.peer(), asyncio.Semaphore(MOST_AT_ONCE))
@@ -79,17 +83,13 @@ class LookupService:
         for stream in self._idle:
             stream.cancel()
 
-    async def Describe(
-        self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext
-    ) -> pb.DescribeReply:
+    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         async with ErrorsAsStatus(context):
             manifest = await self._describe(request.table, request.known)
         text = manifest.to_json() if manifest.ref != request.known else ""
         return pb.DescribeReply(manifest_json=text, max_ids_per_fetch=MAX_IDS_PER_FETCH)
 
-    async def ListTables(
-        self, _: pb.ListTablesRequest, context: grpc.aio.ServicerContext
-    ) -> pb.ListTablesReply:
+    async def ListTables(self, _: pb.ListTablesRequest, context: Context) -> pb.ListTablesReply:
         async with ErrorsAsStatus(context):
             found = await asyncio.to_thread(self.rows.source.tables)
         return pb.ListTablesReply(tables=[_listed(*table) for table in found])
@@ -137,16 +137,11 @@ class LookupService:
 
 def register(service: LookupService, server: grpc.aio.Server) -> None:
     """As the generated code does, but for the replies of Fetch, which are serialised already."""
+    unary, write = grpc.unary_unary_rpc_method_handler, methodcaller("SerializeToString")
     handlers = {
         "Fetch": grpc.stream_stream_rpc_method_handler(service.Fetch, pb.FetchRequest.FromString),
-        "Describe": grpc.unary_unary_rpc_method_handler(
-            service.Describe, pb.DescribeRequest.FromString, pb.DescribeReply.SerializeToString
-        ),
-        "ListTables": grpc.unary_unary_rpc_method_handler(
-            service.ListTables,
-            pb.ListTablesRequest.FromString,
-            pb.ListTablesReply.SerializeToString,
-        ),
+        "Describe": unary(service.Describe, pb.DescribeRequest.FromString, write),
+        "ListTables": unary(service.ListTables, pb.ListTablesRequest.FromString, write),
     }
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(NAME, handlers)])
 
