@@ -451,3 +451,4 @@ def test_certs_are_made_from_the_shell(tmp_path: Path) -> None:
     names = {f"{name}.{kind}" for name in ("ca", "service", "gateway") for kind in ("pem", "key")}
     assert names == {p.name for p in tmp_path.iterdir()}
     assert {0o600} == {p.stat().st_mode & 0o777 for p in tmp_path.glob("*.key")}
+    assert "for these hosts" in tolhouse("certs", str(tmp_path), "--hosts", "a host")

@@ -40,7 +40,7 @@ def start_logging(level: str = "info") -> None:
     log.propagate = False
 
 
-def redirect_log(name: str, level: int = logging.WARNING) -> None:
+def redirect_log(name: str, level: int) -> None:
     """Send another library's log to where ours goes, in the same form, from `level` up."""
     logger = logging.getLogger(name)
     logger.handlers[:] = log.handlers

@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from tolhouse.errors import NotFound, Unavailable
 
@@ -130,7 +130,7 @@ class Cluster:
     lookup: str  # of all replicas, with commas between
     workers: str
     gateway: str
-    processes: list[Process] = field(default_factory=list)
+    processes: list[Process]
 
     @property
     def url(self) -> str:
@@ -149,12 +149,9 @@ def local_cluster(
     worker_options: tuple[str, ...] = (),
     lookup_options: tuple[str, ...] = (),
     gateway_options: tuple[str, ...] = (),
-    tls: ssl.SSLContext | None = None,
+    tls: ssl.SSLContext | None = None,  # to call a gateway whose options have a certificate
 ) -> Iterator[Cluster]:
-    """Lookup replicas over a store with the checkpoint's table published, workers and a gateway.
-
-    `tls` is for calling a gateway whose options have a certificate.
-    """
+    """Lookup replicas over a store with the checkpoint's table published, workers and a gateway."""
     with ExitStack() as stack:
 
         def start(count: int, *arguments: str) -> tuple[list[Process], str]:
@@ -175,12 +172,8 @@ def wait_until_healthy(
 ) -> None:
     """Wait until the gateway at `address` has a healthy worker; over HTTPS if `tls` is given."""
     url = f"http{'s' * bool(tls)}://{address}/health"
-
-    def is_healthy() -> bool:
-        with urllib.request.urlopen(url, timeout=5, context=tls) as reply:  # noqa: S310
-            return reply.status == 200
-
-    wait_until(is_healthy, f"the health of gateway {address}", seconds)
+    what = f"the health of gateway {address}"
+    wait_until(lambda: not urlopen(url, timeout=5, context=tls).close(), what, seconds)  # noqa: S310
 
 
 def build_table(
@@ -260,19 +253,23 @@ def redis_node(*arguments: str, port: int = 0, tls: Path | None = None) -> Itera
     if tls:
         scheme, options = "rediss", f"--port 0 --tls-port {port}".split()
         options += ["--tls-replication", "yes", "--tls-cluster", "yes"]
-        options += ["--tls-cert-file", f"{tls}/service.pem", "--tls-key-file", f"{tls}/service.key"]
-        options += ["--tls-ca-cert-file", f"{tls}/ca.pem"]
+        for what, file in {
+            "cert": "service.pem",
+            "key": "service.key",
+            "ca-cert": "ca.pem",
+        }.items():
+            options += [f"--tls-{what}-file", f"{tls}/{file}"]
     with tempfile.TemporaryDirectory(prefix="tolhouse-redis-") as folder:
         command = [redis_binary(tls=bool(tls)), *options, "--bind", "127.0.0.1", "--dir", folder]
         command += ["--save", "", "--appendonly", "no", *arguments]
         node = RedisNode(f"{scheme}://127.0.0.1:{port}", command, _quiet(command))
 
         def answers() -> bool:
-            socket.create_connection(("127.0.0.1", port)).close()
-            return True
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) == 0
 
         try:
-            wait_until(answers, f"redis-server on port {port}")
+            wait_until(answers, f"Redis on port {port}")
             yield node
         finally:
             end(node.popen)
@@ -299,15 +296,14 @@ def redis_cluster_nodes(
     """
     from redis import Redis
 
+    # rows never change: what a node has is right, whatever becomes of the others
+    common = "--cluster-enabled yes --cluster-require-full-coverage no "
+    common += f"--cluster-allow-reads-when-down yes --cluster-node-timeout {node_timeout_ms} "
+
     def node(port: int) -> RedisNode:
-        # rows never change: what a node has is right, whatever becomes of the others
-        words = "--cluster-enabled yes --cluster-require-full-coverage no "
-        words += "--cluster-allow-reads-when-down yes --cluster-node-timeout "
-        arguments = [*words.split(), str(node_timeout_ms)]
-        if announced:
-            arguments += ["--cluster-announce-port", str(announced(port))]
-            arguments += ["--cluster-announce-bus-port", str(port + 10_000)]
-        return stack.enter_context(redis_node(*arguments, *options, port=port))
+        own = f"--cluster-announce-port {announced(port)} " if announced else ""
+        own += f"--cluster-announce-bus-port {port + 10_000}"
+        return stack.enter_context(redis_node(*(common + own).split(), *options, port=port))
 
     with ExitStack() as stack:
         # the nodes' own bus takes the port 10000 above: keep below the ephemeral range
