@@ -203,9 +203,8 @@ def measure(measured: dict[str, Measured], ids: np.ndarray, *, quick: bool) -> d
         result |= decoding(measured, ids, concurrency, 1 if quick else rounds)
     prompts = [prefilling(measured, ids, n, 1 if quick else 5) for n in (1024, 4096)]
     remote, bandwidth = measured["remote"], statistics.median(bandwidths)
-    print(
-        f"  memory is read at {bandwidth / 1e9:.1f} GB/s, {remote.weight_bytes / 1e6:.0f} MB a token"
-    )
+    weights = f"{remote.weight_bytes / 1e6:.0f} MB of weights a token"
+    print(f"  memory is read at {bandwidth / 1e9:.1f} GB/s, {weights}")
     result |= {
         "remote_prefill_vs_resident": min(values[0] for values in prompts),
         "file_prefill_vs_resident": min(values[1] for values in prompts),

@@ -1,4 +1,4 @@
-"""Resident memory of worker processes: MemoryLLM's against the dense model's of as many parameters."""
+"""Resident memory of worker processes: MemoryLLM's against a dense model's of the same size."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""An engine under sequences whose tokens are those of a text, whatever is sampled, stepped by the benchmark itself."""
+"""An engine whose sequences replay a text, whatever is sampled, stepped by the benchmark."""
 
 import time
 from collections.abc import Callable

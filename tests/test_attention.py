@@ -22,7 +22,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def sequences(pages: PagedKVCache, lengths: list[int]) -> tuple[list[Sequence], list[torch.Tensor]]:
-    """Sequences of so many tokens, their blocks dealt out in turn, and their keys and values [2, T, H, E], all but the last in the pages."""
+    """Sequences of these lengths, blocks in turn, and [2, T, H, E] keys and values in the pages."""
     cache = BlockManager(pages.keys.shape[1])
     found = [Sequence(n, list(range(n)), SamplingParams(1), lambda _: None) for n in lengths]
     for tokens in range(1, max(lengths) + 1):
@@ -46,7 +46,7 @@ def expected(q_THE: torch.Tensor, k_LHE: torch.Tensor, v_LHE: torch.Tensor) -> t
 
 @pytest.mark.parametrize("attend", [gathered, streamed])
 def test_decoding_attends_to_all_of_its_own(attend: Callable[..., torch.Tensor]) -> None:
-    """One token of each of several sequences, of all lengths, their blocks dealt out in turn; and of one alone."""
+    """One token of each of several sequences of all lengths, and of one alone."""
     pages = PagedKVCache(SHAPE, 64, CPU, torch.float32)
     found, kept = sequences(pages, [1, 15, 16, 17, 40, 100])
     for part in (slice(None), slice(3, 4), slice(0, 1), slice(1, 3)):
@@ -66,7 +66,7 @@ def test_decoding_attends_to_all_of_its_own(attend: Callable[..., torch.Tensor])
 
 
 def test_pieces_of_prompts_attend_to_what_came_before() -> None:
-    """A step of a token that decodes, a prompt's first piece and another's last gives each its own."""
+    """A decoding token, a prompt's first piece and another's last each get their own."""
     pages = PagedKVCache(SHAPE, 64, CPU, torch.float32)
     found, kept = sequences(pages, [30, 20, 2 * BLOCK_TOKENS + 9])
     step = [Chunk(found[0], 29, 30), Chunk(found[1], 0, 7), Chunk(found[2], 13, 41)]

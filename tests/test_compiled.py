@@ -1,4 +1,4 @@
-"""Decode steps compiled ahead of time: the hidden states of uncompiled ones, or a worker without."""
+"""Decode steps compiled ahead of time give the hidden states of uncompiled ones."""
 
 import logging
 import os
@@ -40,7 +40,7 @@ def times(folder: Path) -> dict[Path, int]:
 
 
 def test_compiled_steps_are_the_uncompiled_ones(flex_checkpoint: Path, tmp_path: Path) -> None:
-    """For one sequence and several; code is kept on disk, and compiled again where it is damaged."""
+    """For one sequence and several; code is kept on disk, and compiled anew where damaged."""
     checkpoint = open_checkpoint(flex_checkpoint)
     first = compiled_for(checkpoint, tmp_path)
     assert first.wait()

@@ -1,4 +1,4 @@
-"""Decoding on the device: the values of `Manifest.decode`, to the bit, in the order that the model reads."""
+"""Decoding on the device: the codecs' values, to the bit, in the order that the model reads."""
 
 import numpy as np
 import pytest

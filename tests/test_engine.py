@@ -1,4 +1,4 @@
-"""The engine in this process: batches, preemption, cancellation, scores, prefetch, recorded steps."""
+"""The engine: batches, preemption, cancellation, scores, prefetch, recorded steps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager

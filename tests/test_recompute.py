@@ -25,7 +25,7 @@ from tolhouse.testing import build_table, free_port, process, tiny_model, wait_u
     [("yes", "bfloat16"), ("no", "bfloat16"), ("yes", "float32"), ("no", "float16")],
 )
 def test_records_are_the_table_s(codec: str, embedding: str, dtype: str, tmp_path: Path) -> None:
-    """Whatever the codec, with X0 or without, however weights are stored, and in whatever order tokens come: the builder's bytes."""
+    """Whatever the codec, X0, the weights' dtype and the order of tokens: the builder's bytes."""
     path, url = tiny_model(tmp_path / "m", tie_word_embeddings=False), f"file://{tmp_path}"
     stored = load_file(path / WEIGHTS)
     save_file(
@@ -44,7 +44,7 @@ def test_records_are_the_table_s(codec: str, embedding: str, dtype: str, tmp_pat
 
 
 def test_weights_stay_in_the_mapped_file(checkpoint: Path, tmp_path: Path) -> None:
-    """Before and after rows are computed, every weight lies in the file's mapping, as it is stored."""
+    """Before and after rows are computed, all weights lie in the file's mapping, as stored."""
     ref = build_table(checkpoint, f"file://{tmp_path}")
     with closing(open_store(f"file://{tmp_path}")) as store:
         recompute = RecomputedRows(open_checkpoint(checkpoint), store.manifest(ref))
@@ -79,7 +79,7 @@ def state(rows: CachedRows) -> tuple[float, float, bool]:
 
 
 def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_path: Path) -> None:
-    """A service that is killed, and one that came back without the table, are both away; all the while rows are the same bits."""
+    """Rows are the same bits while the service is killed, back without the table, and back."""
     whole, empty, address = (
         f"file://{tmp_path}/whole",
         f"file://{tmp_path}/empty",

@@ -1,4 +1,4 @@
-"""A version is published, rolled back and deleted while the system runs: new sequences use it, running ones end on theirs."""
+"""Versions are published, rolled back and deleted while the system runs."""
 
 import time
 import urllib.request
@@ -54,7 +54,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) -> str:
 def test_new_sequences_use_a_published_version_and_running_ones_end_on_theirs(
     url: str, tmp_path: Path
 ) -> None:
-    """Also back and forth; no answer is of two versions, rows after a rollback are those before, and none in use is deleted."""
+    """Also after a rollback; no answer mixes two versions, and none in use is deleted."""
     checkpoint = tiny_model(tmp_path / "long", max_position_embeddings=1024)
     one = build_table(checkpoint, url, name="rolled")
     two = build_table(checkpoint, url, name="rolled", codec="int4", publish=False)
@@ -137,7 +137,7 @@ def test_a_version_of_another_model_is_not_taken_up(checkpoint: Path, tmp_path: 
 
 
 def test_a_worker_follows_on_after_what_should_not_happen(checkpoint: Path, tmp_path: Path) -> None:
-    """A version that a full device could not take is taken up later, and those in use are held meanwhile."""
+    """A version that a full device could not take is loaded later; those in use are pinned."""
     url = f"file://{tmp_path}/tables"
     one = build_table(checkpoint, url, name="full")
     two = build_table(checkpoint, url, name="full", codec="int8", publish=False)

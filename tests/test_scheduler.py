@@ -1,4 +1,4 @@
-"""The scheduler under random load: which sequences run when changes no token, and nothing is lost."""
+"""The scheduler under random load: it changes no token, and nothing is lost."""
 
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def test_random_load_loses_nothing(
 
 
 def test_a_known_beginning_is_not_computed_again(alone: Alone) -> None:
-    """A second request shares the prompt's full blocks, computes the rest, and gets the same tokens."""
+    """A second request shares the prompt's full blocks, and gets the same tokens."""
     engine, ids = alone.engine(32, 4, 64), prompt(1, 3 * BLOCK_TOKENS + 5)
     first, second, longer = Request(ids, 20), Request(ids, 20), Request([*ids, 9, 8, 7], 5)
     for request, found in ((first, 0), (second, 3 * BLOCK_TOKENS), (longer, 3 * BLOCK_TOKENS)):

@@ -1,4 +1,4 @@
-"""One wide FFN for all layers: one row for each token, and the same tokens wherever that row comes from."""
+"""One wide FFN for all layers: one row for each token, the same tokens from everywhere."""
 
 import time
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_served_tokens_are_the_model_s(wide: Path, tmp_path: Path, compile: str)
 def test_a_fetch_carries_one_row_for_each_token(
     wide: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Record, store and wire hold 1/N of what a table with a row for each layer does: the worker's own counts say so."""
+    """Record, store and wire hold 1/N of a table with a row for each layer."""
     counted = {}
     for path in (wide, checkpoint):
         url = f"file://{tmp_path / path.name}"

@@ -79,7 +79,7 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(worker: Client) -> No
 
 
 def test_a_client_is_told_logprobs(worker: Client) -> None:
-    """Replies bring, with each token, its logprob and the likeliest, and with the first one the prompt's."""
+    """Each token comes with its logprob and the likeliest; the prompt's come with the first."""
     replies = list(worker.replies(PROMPT, 6, logprobs=2, prompt_logprobs=1, ignore_eos=True))
     assert list(worker.generate(PROMPT, 6, ignore_eos=True)) == [
         i for r in replies for i in r.token_ids
@@ -100,7 +100,7 @@ def test_a_client_is_told_logprobs(worker: Client) -> None:
 def test_a_description_tells_identity_weights_and_rows(
     worker: Client, checkpoint: Path, table: tuple[str, str]
 ) -> None:
-    """A worker says what it serves; its weights are those of the dense model without FFN-M; its rows are counted."""
+    """The description has identity, weights without FFN-M, and counts of rows."""
     before = worker.describe_worker().rows
     list(worker.generate([7, 8, 9], 5, ignore_eos=True))
     described = worker.describe_worker()
@@ -126,7 +126,7 @@ def test_a_description_tells_identity_weights_and_rows(
 
 
 def test_a_table_with_x0_takes_the_embedding_out_of_the_worker(tmp_path: Path) -> None:
-    """With untied embeddings, the weights of such a worker are those of another without the embedding; completions are the same."""
+    """Such a worker lacks the embedding's weights, and its completions are the same."""
     path, url = (
         tiny_model(tmp_path / "untied", tie_word_embeddings=False),
         f"file://{tmp_path}/tables",
@@ -158,7 +158,7 @@ def test_cancelling_stops_the_work(worker: Client) -> None:
 
 
 def test_a_full_queue_is_told_and_the_queued_are_served(worker: Client) -> None:
-    """Beyond running and waiting places requests get RESOURCE_EXHAUSTED at once; all others end well."""
+    """Beyond running and waiting places requests get RESOURCE_EXHAUSTED; all others end well."""
 
     def attempt(_: int) -> int | str:
         try:
@@ -240,7 +240,7 @@ def test_the_metrics_count_tokens_and_rows(cluster: Cluster, worker: Client) -> 
 
 
 def test_a_base_model_needs_no_table(base: Path) -> None:
-    """The same worker serves a dense model, whose FFNs stand in their blocks, without any lookup service."""
+    """The same worker serves a dense model, without any row source."""
     with process("worker", str(base), *FREE) as running, Client(running.address) as client:
         assert list(greedy(open_checkpoint(base).model(), PROMPT, 20)) == list(
             client.generate(PROMPT, 20)
@@ -260,7 +260,7 @@ def lookup(table: tuple[str, str]) -> Iterator[Process]:
 def test_a_lost_lookup_service_fails_who_needs_it_and_comes_back(
     checkpoint: Path, table: tuple[str, str]
 ) -> None:
-    """Sequences that miss a row end as Unavailable, those whose rows are cached go on, and the worker recovers by itself."""
+    """Sequences that miss a row end as Unavailable, others go on, and the worker recovers."""
     address = f"127.0.0.1:{free_port()}"
     with ExitStack() as stack:
         lookup = stack.enter_context(process("lookup", "--store", table[0], "--listen", address))
@@ -312,7 +312,7 @@ def test_a_stopped_lookup_service_costs_no_more_than_the_deadline(
 def test_with_a_fallback_a_lost_lookup_service_changes_nothing(
     embedding: str, trouble: signal.Signals, tmp_path: Path
 ) -> None:
-    """Killed or hung in the middle of a completion, its rows are computed in the worker, to the same tokens; once back, it is asked again."""
+    """Its rows are computed in the worker, to the same tokens, until it is back."""
     path, url, address = (
         tiny_model(tmp_path / "untied", tie_word_embeddings=False),
         f"file://{tmp_path}/tables",
@@ -371,7 +371,7 @@ def test_with_a_fallback_a_lost_lookup_service_changes_nothing(
 
 
 def test_a_corrupt_row_fails_only_who_asks_for_it(checkpoint: Path, redis_url: str) -> None:
-    """Of a batch whose rows come together, the sequence with the altered row ends with DATA_LOSS and the others go on."""
+    """The sequence with the altered row ends with DATA_LOSS, and others of its batch go on."""
     ref = build_table(checkpoint, redis_url, shards=4, name="corrupt")
     with Redis.from_url(redis_url) as redis:
         record = redis.hget(f"tolhouse:{{{ref}:shards-4:2}}", 250)
@@ -394,7 +394,7 @@ def test_a_corrupt_row_fails_only_who_asks_for_it(checkpoint: Path, redis_url: s
 
 
 def test_a_table_that_vanishes_is_not_the_caller_s_fault(checkpoint: Path) -> None:
-    """When a lookup service comes back without the table, sequences end as Unavailable; once it is loaded again, they work."""
+    """Without the table, sequences end as Unavailable; once it is loaded again, they work."""
     address = f"127.0.0.1:{free_port()}"
     with redis_server() as url, ExitStack() as stack:
         ref = build_table(checkpoint, url, shards=4)
@@ -438,7 +438,7 @@ def refused(*arguments: str) -> str:
 def test_what_can_not_start_says_why(
     checkpoint: Path, flex_checkpoint: Path, lookup: Process, cluster: Cluster, tmp_path: Path
 ) -> None:
-    """Another model's table, another tokenizer's, no table, no lookup service, a port in use, a bad value: one line each."""
+    """Another model's table or tokenizer, no table or service, a bad value: one line each."""
     to = ("--lookup", lookup.address)
     assert "was built from model" in refused(str(flex_checkpoint), *to, "--table", "tiny-memory")
     renamed = tmp_path / "tiny-memory"

@@ -63,7 +63,7 @@ def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> 
 
 
 class AttentionMetadata:
-    """One step's `Cache` (model/transformer.py): tokens of decoding sequences, then chunks of prompts."""
+    """One step's `Cache` (model/transformer.py): decoding sequences, then chunks of prompts."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class AttentionMetadata:
 
 
 def _chunk(q_HTE: Tensor, k_HLE: Tensor, v_HLE: Tensor, first: int) -> Tensor:
-    """Attention of T consecutive tokens from position `first` to the L = first + T up to the last."""
+    """Attention of T consecutive tokens from position `first` to the L = first + T so far."""
     q, k, v = q_HTE[None], k_HLE[None], v_HLE[None]
     if not first:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0]
@@ -150,7 +150,7 @@ def write(
 def gathered(
     q_BHE: Tensor, keys: Tensor, values: Tensor, tables_BC: Tensor, lengths_B: Tensor
 ) -> Tensor:
-    """Attention of one token of each of B sequences to its `lengths_B` tokens in blocks `tables_BC`."""
+    """Attention of one token of each sequence to its `lengths_B` tokens in blocks `tables_BC`."""
     k_BHLE = keys[tables_BC].permute(0, 2, 1, 4, 3).flatten(2, 3)
     v_BHLE = values[tables_BC].transpose(1, 2).flatten(2, 3)
     seen_BL = torch.arange(k_BHLE.shape[2], device=q_BHE.device) < lengths_B[:, None]

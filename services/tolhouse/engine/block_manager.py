@@ -35,7 +35,7 @@ class BlockManager:
         return len(self._unused)
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Give the sequence blocks for its first `tokens` tokens; False, and none given, if there are too few."""
+        """Give the sequence blocks for its first `tokens` tokens; False if there are too few."""
         lacking = -(-tokens // BLOCK_TOKENS) - len(sequence.blocks)
         if lacking > len(self._unused):
             return False
@@ -64,7 +64,7 @@ class BlockManager:
         return len(sequence.blocks) * BLOCK_TOKENS
 
     def commit(self, sequence: Sequence, first: int, last: int) -> None:
-        """Tokens `first` to `last` (not included) are computed: the blocks that they filled can be shared."""
+        """Tokens `first` to `last` (not included) are computed: their full blocks can be shared."""
         for number in range(first // BLOCK_TOKENS, last // BLOCK_TOKENS):
             block, digest = sequence.blocks[number], _digest(sequence, number)
             if digest not in self._block_of:
@@ -82,7 +82,7 @@ class BlockManager:
         sequence.blocks = []
 
     def check(self, sequences: list[Sequence]) -> None:
-        """AssertionError unless each block is counted once for each of `sequences` that uses it, and free if none does."""
+        """AssertionError unless each block is counted once for each sequence that uses it."""
         users = [0] * self.num_blocks
         for sequence in sequences:
             for block in sequence.blocks:
@@ -92,7 +92,7 @@ class BlockManager:
 
 
 def _digest(sequence: Sequence, number: int) -> bytes:
-    """Digest of the version of a sequence's rows, and of its text up to its block `number`. Cryptographic: no crafted text collides."""
+    """Digest of a sequence's rows and text up to block `number`; no crafted text collides."""
     while len(sequence.digests) <= number:
         start = len(sequence.digests) * BLOCK_TOKENS
         before = sequence.digests[-1] if sequence.digests else sequence.rows_key.encode()

@@ -31,7 +31,7 @@ class GraphLaunched(Launched):
 
 
 class GraphRunner(Runner):
-    """Needs one block more in `pages` than there are to allocate: padding up to a graph's size is written there."""
+    """Needs one block more in `pages` than are allocated, where padding is written."""
 
     def __init__(self, model: Transformer, pages: PagedKVCache, rows: RowProvider) -> None:
         super().__init__(model, pages, rows)

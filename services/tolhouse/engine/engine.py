@@ -65,7 +65,7 @@ class Engine:
             rows.close()
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; Overloaded if the queue is full, PromptTooLong if the KV cache could never hold it."""
+        """Queue a sequence; Overloaded if the queue is full, PromptTooLong if it can never run."""
         need, capacity = sequence.most_tokens, self.cache.capacity_tokens
         if need > capacity:
             message = (
@@ -81,11 +81,11 @@ class Engine:
         self._mailbox.put(lambda: self._enter(sequence))
 
     def cancel(self, sequence: Sequence) -> None:
-        """Drop a sequence at the next step, without further output. Nothing happens to one that has ended."""
+        """Drop a sequence at the next step, without further output, unless it has ended."""
         self._mailbox.put(lambda: self.scheduler.remove(sequence))
 
     def use(self, runner: Runner, rows: CachedRows) -> None:
-        """Let new sequences begin with another version of the table; running ones end with theirs."""
+        """Let new sequences begin with another version of the table; others end with theirs."""
         self._mailbox.put(lambda: self._use(runner, rows))
 
     def tables(self) -> list[str]:
@@ -112,7 +112,7 @@ class Engine:
     # from the engine's thread
 
     def step(self) -> None:
-        """One more token for each decoding sequence, and what fits of the waiting prompts. A forward has rows of one version."""
+        """One more token for each decoding sequence, and what fits of the waiting prompts."""
         step = self.scheduler.schedule()
         if len(self._served) == 1:
             self._step(step, self.runner, self.rows)
@@ -172,7 +172,7 @@ class Engine:
     def _launch(
         self, step: Step, runner: Runner, rows: RowProvider
     ) -> tuple[Step, Any, StagedRows | None]:
-        """Launch a step and stage its rows. Sequences whose rows can't be had end with the error, and the others go on."""
+        """Launch a step and stage its rows; without sequences that end as theirs can't be had."""
         while step:
             # the first layer's attention needs no row: a device is busy with it meanwhile
             launched = runner.launch(step)
@@ -186,10 +186,10 @@ class Engine:
         return step, None, None
 
     def _survives(self, chunk: ScheduledChunk, error: TolhouseError, rows: RowProvider) -> bool:
-        """Whether the rows of one chunk can be had after `error`; if not, its sequence has ended."""
+        """Whether the rows of a chunk can be had after `error`; if not, its sequence has ended."""
         ids = token_ids([chunk])
         try:
-            # a bad row fails the sequences that need it; a source that is down fails all that miss a row, without another wait
+            # a bad row fails sequences that need it; a source that is down, all that miss a row
             if len(rows.missing(ids)):
                 if not isinstance(error, Corrupt):
                     raise error
@@ -200,7 +200,7 @@ class Engine:
             return False
 
     def _prefetch(self, step: Step, rows: RowProvider) -> None:
-        """Fetch the rows of the next pieces of prompts while the model computes those of this step."""
+        """Fetch rows of the next pieces of prompts while the model computes this step."""
         room = self.scheduler.max_step_tokens
         ids: list[int] = []
         spans: list[Span] = []
@@ -221,7 +221,7 @@ class Engine:
     def _score_prompts(
         self, step: Step, ends: list[int], hidden_TD: Tensor
     ) -> dict[Sequence, Logprobs]:
-        """Log probabilities of this step's prompt tokens, where they are asked for and not emitted yet."""
+        """Log probabilities of this step's prompt tokens, where asked for and not emitted yet."""
         scores: dict[Sequence, Logprobs] = {}
         for chunk, end in zip(step, ends, strict=True):
             sequence, k = chunk.sequence, chunk.sequence.sampling.prompt_logprobs
@@ -277,7 +277,7 @@ class Engine:
                     self._end(sequence, Output(error=Internal(message)))
 
     def read_mail(self, *, wait: bool = True) -> bool:
-        """Make the calls of other threads, waiting for one while idle. False once the engine is to stop."""
+        """Make the calls of other threads, waiting for one while idle. False: stop."""
         while True:
             idle = not self.scheduler.running and not self.scheduler.waiting
             try:
@@ -290,7 +290,7 @@ class Engine:
 
 
 def _scales(step: Step, rows: RowProvider) -> Tensor | None:
-    """Factors of each layer's rows for each token, float32 [N, T]; None where all rows are added as they are."""
+    """Factors of each layer's rows for each token, float32 [N, T]; None where all are 1."""
     if isinstance(rows, NoRows) or not any(chunk.sequence.sampling.probes for chunk in step):
         return None
     scales_NT = torch.ones(rows.num_rows, sum(chunk.count for chunk in step))

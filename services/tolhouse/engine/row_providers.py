@@ -118,7 +118,7 @@ class FallbackRows:
 
 
 class CachedRows:
-    """Rows of a step from a cache over `records`. Belongs to the engine's thread; counts may be read from any."""
+    """Rows from a cache over `records`. Of the engine's thread, but for its counts."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class CachedRows:
         return absent[np.sort(np.unique(absent, return_index=True)[1])]
 
     def stage(self, ids: np.ndarray) -> StagedRows:
-        """Records of `ids` [T] on the device, each distinct token asked for once; valid until the next call."""
+        """Records of `ids` [T] on the device, each asked for once; valid until the next call."""
         self._receive(ids)
         distinct = len(set(ids.tolist()))
         if distinct > self.cache.capacity:
@@ -188,7 +188,7 @@ class CachedRows:
         return self.decoder.rows(staged)
 
     def prefetch(self, ids: np.ndarray) -> None:
-        """Begin to fetch what the cache lacks of `ids`, up to half its size. What was staged before is no longer safe."""
+        """Begin to fetch missing `ids`, up to half the cache. What was staged is no longer safe."""
         if self._prefetched or not self.provider.ready:
             return
         self.slab.mark_read()  # by the step that has been launched
@@ -239,7 +239,7 @@ class CachedRows:
         return slots
 
     def _without_cache(self, ids: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Records of more distinct tokens than the cache has slots: what is cached is copied, the rest is not kept."""
+        """Records of more distinct tokens than the cache has slots; new ones are not kept."""
         unique_U, index_T = np.unique(ids, return_inverse=True)
         records = np.empty((len(unique_U), self.manifest.record_bytes), np.uint8)
         slots = self.cache.slots(unique_U)
@@ -312,7 +312,7 @@ def open_rows(
     num_rows: int = 0,
     fallback: Checkpoint | None = None,
 ) -> CachedRows:
-    """Cached rows of a table; those that `source` can't give while it is down are computed from `fallback`."""
+    """Cached rows of a table, computed from `fallback` while `source` is down."""
     rows = SourceRows(source, manifest)
     records = FallbackRows(rows, RecomputedRows(fallback, manifest)) if fallback else rows
     return CachedRows(records, source.auxiliary(manifest), cache_bytes, device, dtype, num_rows)

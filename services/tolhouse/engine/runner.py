@@ -1,4 +1,4 @@
-"""The forward of a step on its device: from chunks of sequences and their staged rows to hidden states and logits."""
+"""The forward of a step: from chunks of sequences and staged rows to hidden states and logits."""
 
 from dataclasses import dataclass
 
@@ -27,14 +27,14 @@ class Runner:
         self.model, self.pages, self.rows, self.device = model, pages, rows, pages.device
 
     def launch(self, step: list[ScheduledChunk]) -> Launched:
-        """Begin a step before its rows are there. Launching a step that is never finished has no effect."""
+        """Begin a step before its rows are there. One that is never finished has no effect."""
         ids_T = torch.from_numpy(token_ids(step).astype(np.int64))
         positions_T = torch.from_numpy(np.concatenate([np.arange(c.first, c.last) for c in step]))
         view = AttentionMetadata.of(self.pages, step)
         return Launched(ids_T.to(self.device), positions_T.to(self.device), view)
 
     def finish(self, step: Launched, staged: StagedRows) -> Tensor:
-        """Final hidden states [T, D] of the step's tokens. On a GPU it returns before they are computed."""
+        """Final hidden states [T, D] of the step's tokens; on a GPU, not computed yet."""
         return self.model.hidden(step.ids, step.positions, step.view, self.rows.decode(staged))
 
     def logits(self, hidden_TD: Tensor) -> Tensor:

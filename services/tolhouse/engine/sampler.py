@@ -1,7 +1,8 @@
-"""From logits to token ids and log probabilities. Knows neither sequences nor the cache, only a row of logits for each `State`.
+"""From logits to token ids and log probabilities. Knows a row of logits for each `State`, no more.
 
-Shapes: B rows of a batch, T tokens of a prompt, V vocabulary, S rows that draw at random, L of them in one way, K likeliest
-tokens. Tensors stay on the logits' device. A row's tokens do not depend on the other rows.
+Shapes: B rows of a batch, T tokens of a prompt, V vocabulary, S rows that draw at random, L of them
+in one way, K likeliest tokens. Tensors stay on the logits' device. A row's tokens do not depend on
+the other rows.
 """
 
 import math
@@ -14,29 +15,29 @@ from torch import Tensor
 from tolhouse.sampling import SamplingParams
 
 _LEAST_TEMPERATURE = 1e-5
-_CANDIDATES = 1024  # likeliest tokens in which top-p mostly finds its mass; ordering the whole vocabulary takes ten times as long
+# likeliest tokens, in which top-p mostly finds its mass; to order all takes ten times as long
+_CANDIDATES = 1024
 
 
 @dataclass
 class Logprobs:
-    """Of T tokens, with the K likeliest in the place of each, likeliest first; flat, as they travel."""
+    """Of T tokens, with the K likeliest in place of each, likeliest first; flat, as on the wire."""
 
     chosen: list[float]  # [T]
     top_ids: list[int]  # [T * K]
     top: list[float]  # [T * K]
 
     def __add__(self, other: "Logprobs") -> "Logprobs":
-        return Logprobs(
-            self.chosen + other.chosen, self.top_ids + other.top_ids, self.top + other.top
-        )
+        top_ids, top = self.top_ids + other.top_ids, self.top + other.top
+        return Logprobs(self.chosen + other.chosen, top_ids, top)
 
 
 class State:
-    """What the choice of a sequence's next token needs to know of the earlier ones."""
+    """What the choice of a sequence's next token depends on, of the earlier ones."""
 
     def __init__(self, sampling: SamplingParams, prompt_token_ids: list[int]) -> None:
         self.sampling = sampling
-        self.taken = 0  # tokens chosen
+        self.count = 0  # of tokens chosen
         self.random = random.Random(sampling.seed) if sampling.temperature > 0 else None
         self.alters = bool(sampling.penalises or sampling.logit_bias or sampling.min_tokens)
         self.plain = self.random is None and not self.alters and sampling.logprobs is None
@@ -51,23 +52,20 @@ class State:
         if sampling.logit_bias:
             ids = torch.tensor(list(sampling.logit_bias), device=device)
             logits_V[ids] += torch.tensor(list(sampling.logit_bias.values()), device=device)
-        if self.taken < sampling.min_tokens:
-            logits_V[
-                torch.tensor(sorted(sampling.stop_token_ids), dtype=torch.long, device=device)
-            ] = -math.inf
+        if self.count < sampling.min_tokens:
+            ends = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
+            logits_V[ends] = -math.inf
         if sampling.penalises:
             counts_V, seen_V = self._history(logits_V)
             rate = sampling.repetition_penalty
-            logits_V = torch.where(
-                seen_V, torch.where(logits_V > 0, logits_V / rate, logits_V * rate), logits_V
-            )
-            logits_V -= sampling.frequency_penalty * counts_V + sampling.presence_penalty * (
-                counts_V > 0
-            )
+            penalised_V = torch.where(logits_V > 0, logits_V / rate, logits_V * rate)
+            logits_V = torch.where(seen_V, penalised_V, logits_V)
+            logits_V -= sampling.frequency_penalty * counts_V
+            logits_V -= sampling.presence_penalty * (counts_V > 0)
         return logits_V
 
-    def take(self, token_id: int) -> None:
-        self.taken += 1
+    def append(self, token_id: int) -> None:
+        self.count += 1
         if self._counts_V is not None and self._seen_V is not None:
             self._counts_V[token_id] += 1
             self._seen_V[token_id] = True
@@ -81,35 +79,28 @@ class State:
 
 
 def sample(logits_BV: Tensor, states: list[State]) -> tuple[list[int], list[Logprobs | None]]:
-    """The next token of each row, and its log probabilities where they are wanted. Advances the states."""
+    """Each row's next token, and its log probabilities if asked for. Advances the states."""
     if all(state.plain for state in states):
         return _likeliest(logits_BV).tolist(), [None] * len(states)
     altered_BV = logits_BV
     if any(state.alters for state in states):
         rows = zip(logits_BV.float(), states, strict=True)
-        altered_BV = torch.stack(
-            [state.alter(row_V) if state.alters else row_V for row_V, state in rows]
-        )
+        altered = [state.alter(row_V) if state.alters else row_V for row_V, state in rows]
+        altered_BV = torch.stack(altered)
     tokens_B = _likeliest(altered_BV)
     drawing = [row for row, state in enumerate(states) if state.random]
     if drawing:
         tokens_B[drawing] = _draw(altered_BV[drawing], [states[row] for row in drawing])
     tokens = tokens_B.tolist()
     for state, token in zip(states, tokens, strict=True):
-        state.take(token)
+        state.append(token)
     logprobs: list[Logprobs | None] = [None] * len(states)
-    wanting = [
-        (row, state.sampling.logprobs)
-        for row, state in enumerate(states)
-        if state.sampling.logprobs is not None
-    ]
-    if wanting:
-        numbers = [row for row, _ in wanting]
-        chosen, top_ids, top = _logprobs(
-            logits_BV[numbers], tokens_B[numbers], max(k for _, k in wanting)
-        )
-        for place, (row, k) in enumerate(wanting):
-            logprobs[row] = Logprobs([chosen[place]], top_ids[place][:k], top[place][:k])
+    counts = {row: s.sampling.logprobs for row, s in enumerate(states)}
+    if wanted := {row: k for row, k in counts.items() if k is not None}:
+        at, most = list(wanted), max(wanted.values())
+        scored = zip(*_logprobs(logits_BV[at], tokens_B[at], most), strict=True)
+        for (row, k), (chosen, top_ids, top) in zip(wanted.items(), scored, strict=True):
+            logprobs[row] = Logprobs([chosen], top_ids[:k], top[:k])
     return tokens, logprobs
 
 
@@ -121,10 +112,9 @@ def _likeliest(logits_BV: Tensor) -> Tensor:
 
 
 def prompt_logprobs(logits_TV: Tensor, next_ids: list[int], k: int) -> Logprobs:
-    """Log probabilities of the token after each of T consecutive positions, `next_ids` [T], with the `k` likeliest in its place."""
-    chosen, top_ids, top = _logprobs(
-        logits_TV, torch.tensor(next_ids, dtype=torch.long, device=logits_TV.device), k
-    )
+    """Of the tokens `next_ids` [T] after consecutive positions, with the `k` likeliest."""
+    next_T = torch.tensor(next_ids, dtype=torch.long, device=logits_TV.device)
+    chosen, top_ids, top = _logprobs(logits_TV, next_T, k)
     return Logprobs(chosen, [i for row in top_ids for i in row], [p for row in top for p in row])
 
 
@@ -140,18 +130,20 @@ def _logprobs(
 def _draw(logits_SV: Tensor, states: list[State]) -> Tensor:
     """A token for each row from what temperature, min-p, top-k and top-p leave of its distribution.
 
-    How a row draws follows from its own sampling: among its `top_k`, among as many as `top_p` may need, or among all.
+    A row's own sampling says how: among `top_k`, among as many as `top_p` may need, or among all.
     """
     tokens_S = torch.empty(len(states), dtype=torch.long, device=logits_SV.device)
     ways = [
-        _of_top_k if s.sampling.top_k else _of_top_p if s.sampling.top_p < 1 else _of_all
-        for s in states
+        _of_top_k if s.top_k else _of_top_p if s.top_p < 1 else _of_all for s in _params(states)
     ]
-    for way in (_of_top_k, _of_top_p, _of_all):
+    for way in dict.fromkeys(ways):
         rows = [row for row, own in enumerate(ways) if own is way]
-        if rows:
-            tokens_S[rows] = way(logits_SV[rows].float(), [states[row] for row in rows])
+        tokens_S[rows] = way(logits_SV[rows].float(), [states[row] for row in rows])
     return tokens_S
+
+
+def _params(states: list[State]) -> list[SamplingParams]:
+    return [state.sampling for state in states]
 
 
 def _of_all(logits_LV: Tensor, states: list[State]) -> Tensor:
@@ -159,12 +151,12 @@ def _of_all(logits_LV: Tensor, states: list[State]) -> Tensor:
 
 
 def _of_top_k(logits_LV: Tensor, states: list[State]) -> Tensor:
-    counts = [state.sampling.top_k for state in states]
+    counts = [p.top_k for p in _params(states)]
     top_LK, ids_LK = logits_LV.topk(min(max(counts), logits_LV.shape[-1]))  # likeliest first
     ranks_K = torch.arange(top_LK.shape[-1], device=top_LK.device)
     top_LK = _scaled(top_LK.masked_fill(ranks_K >= _column(counts, top_LK), -math.inf), states)
-    kept_LK = _within_mass(top_LK, top_LK.exp().sum(-1, keepdim=True, dtype=torch.float64), states)
-    return ids_LK.gather(-1, _pick(top_LK.masked_fill(~kept_LK, -math.inf), states)[:, None])[:, 0]
+    total_L1 = top_LK.exp().sum(-1, keepdim=True, dtype=torch.float64)
+    return _pick_within(_within_mass(top_LK, total_L1, states), top_LK, ids_LK, states)
 
 
 def _of_top_p(logits_LV: Tensor, states: list[State]) -> Tensor:
@@ -175,46 +167,44 @@ def _of_top_p(logits_LV: Tensor, states: list[State]) -> Tensor:
         kept_LK = _within_mass(top_LK, total_L1, states)
         if not kept_LK[:, -1].any():
             break
-    return ids_LK.gather(-1, _pick(top_LK.masked_fill(~kept_LK, -math.inf), states)[:, None])[:, 0]
+    return _pick_within(kept_LK, top_LK, ids_LK, states)
+
+
+def _pick_within(kept_LK: Tensor, top_LK: Tensor, ids_LK: Tensor, states: list[State]) -> Tensor:
+    picked_L = _pick(top_LK.masked_fill(~kept_LK, -math.inf), states)
+    return ids_LK.gather(-1, picked_L[:, None])[:, 0]
 
 
 def _scaled(logits_LK: Tensor, states: list[State]) -> Tensor:
-    """Logits by temperature, with the largest as zero, and minus infinity for those that min-p leaves out."""
-    samplings = [state.sampling for state in states]
-    logits_LK = logits_LK - logits_LK.amax(
-        -1, keepdim=True
-    )  # before the division: a small temperature can't overflow
-    logits_LK /= _column([max(s.temperature, _LEAST_TEMPERATURE) for s in samplings], logits_LK)
-    if any(s.min_p for s in samplings):
-        least_L1 = _column(
-            [math.log(s.min_p) if s.min_p else -math.inf for s in samplings], logits_LK
-        )
-        logits_LK.masked_fill_(logits_LK < least_L1, -math.inf)
+    """Logits by temperature, the largest as zero; -inf for those that min-p leaves out."""
+    # before the division, so that a small temperature can't overflow
+    logits_LK = logits_LK - logits_LK.amax(-1, keepdim=True)
+    temperatures = [max(p.temperature, _LEAST_TEMPERATURE) for p in _params(states)]
+    logits_LK /= _column(temperatures, logits_LK)
+    if any(p.min_p for p in _params(states)):
+        least = [math.log(p.min_p) if p.min_p else -math.inf for p in _params(states)]
+        logits_LK.masked_fill_(logits_LK < _column(least, logits_LK), -math.inf)
     return logits_LK
 
 
 def _within_mass(top_LK: Tensor, total_L1: Tensor, states: list[State]) -> Tensor:
-    """Which of the likeliest, in their order, belong to the fewest whose mass, of a total, reaches top-p."""
-    # sums of floats may reach 1 early: who has no top-p keeps all
-    top_p_L1 = _column(
-        [s.sampling.top_p if s.sampling.top_p < 1 else math.inf for s in states], total_L1
-    )
+    """Which of the likeliest, in order, are the fewest whose share of a total reaches top-p."""
+    # sums of floats may reach 1 early: without top-p, all are kept
+    shares = [p.top_p if p.top_p < 1 else math.inf for p in _params(states)]
     parts_LK = top_LK.exp().double() / total_L1
-    return parts_LK.cumsum(-1) - parts_LK < top_p_L1
+    return parts_LK.cumsum(-1) - parts_LK < _column(shares, total_L1)
 
 
 def _pick(logits_LK: Tensor, states: list[State]) -> Tensor:
-    """Where each row's own uniform number falls: the first place beyond it, so never one of no probability."""
+    """Where each row's uniform number falls: the first index beyond it, not of mass 0."""
     mass_LK = logits_LK.exp().cumsum(-1, dtype=torch.float64)
     total_L1 = mass_LK[:, -1:]
     uniform_L1 = _column([state.random.random() for state in states if state.random], mass_LK)
-    target_L1 = torch.minimum(
-        uniform_L1 * total_L1, torch.nextafter(total_L1, torch.zeros_like(total_L1))
-    )
-    # a broken model's NaN, which nothing is beyond, ends in some token: it must not be the other sequences' failure
-    return torch.searchsorted(mass_LK, target_L1, right=True)[:, 0].clamp_(
-        max=mass_LK.shape[-1] - 1
-    )
+    most_L1 = torch.nextafter(total_L1, torch.zeros_like(total_L1))
+    target_L1 = torch.minimum(uniform_L1 * total_L1, most_L1)
+    # a broken model's NaN, which nothing is beyond, ends in some token, and fails no other sequence
+    last = mass_LK.shape[-1] - 1
+    return torch.searchsorted(mass_LK, target_L1, right=True)[:, 0].clamp_(max=last)
 
 
 def _column(values: list[float] | list[int], like: Tensor) -> Tensor:

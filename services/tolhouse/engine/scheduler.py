@@ -70,7 +70,7 @@ class Scheduler:
                 self.cache.release(sequence)
 
     def schedule(self) -> list[ScheduledChunk]:
-        """The next step: decoding sequences first, so that a long prompt delays none of them, then prompts, old ones first."""
+        """The next step: decoding sequences, which no long prompt delays, then prompts in order."""
         step: dict[Sequence, ScheduledChunk] = {}
         budget, preemptions = self.max_step_tokens, self.preemptions
         for decoding in (True, False):
@@ -83,7 +83,7 @@ class Scheduler:
                     step[sequence] = ScheduledChunk(sequence, first, first + count)
                     budget -= count
         while budget and self.waiting and len(self.running) < self.max_running:
-            # in order: no sequence overtakes a larger one, nor joins a step that has preempted another
+            # in order: no sequence overtakes a larger one, or joins after a preemption
             chunk = (
                 self._admit(self.waiting[0], budget) if preemptions == self.preemptions else None
             )
@@ -96,7 +96,7 @@ class Scheduler:
     def _make_room(
         self, sequence: Sequence, count: int, step: dict[Sequence, ScheduledChunk]
     ) -> bool:
-        """Blocks for `count` more tokens, at the expense of later sequences; False if it was preempted itself."""
+        """Blocks for `count` more tokens, taken from later sequences; False if it is preempted."""
         if sequence not in self.running:
             return False
         while not self.cache.grow(sequence, sequence.computed + count):
@@ -113,7 +113,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence, budget: int) -> ScheduledChunk | None:
         shared = self.cache.share(sequence)
         last = min(shared + budget, len(sequence.ids))
-        # a block is left for each running sequence: a new one is not preempted by the next token of another
+        # a block is left for each running sequence: a new one is not preempted by their next tokens
         lacking = -(-last // BLOCK_TOKENS) - len(sequence.blocks)
         fits = lacking + len(self.running) <= self.cache.free_blocks
         if not fits or not self.cache.grow(sequence, last):

@@ -45,7 +45,7 @@ class Sequence:
 
     @property
     def rows_key(self) -> str:
-        """Identifies the rows behind its keys and values, which sequences of the same key may share."""
+        """Identifies the rows behind its keys and values: sequences of the same key share them."""
         s = self.sampling
         if not s.probes:
             return self.table

@@ -1,1 +1,1 @@
-"""The attention worker: token ids in, token ids out; the rows of its FFNs come from the lookup service."""
+"""The worker: takes token ids, generates token ids."""

@@ -148,7 +148,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
 
 
 def wait_for_table(source: RowSource, table: str, seconds: float) -> Manifest:
-    """The manifest of the table, once source and table are there; the last error if they are not in time."""
+    """The manifest of the table, once it can be read; the last error if that takes too long."""
     deadline, logged = time.monotonic() + seconds, False
     while True:
         try:
@@ -164,29 +164,23 @@ def wait_for_table(source: RowSource, table: str, seconds: float) -> Manifest:
 
 def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Mismatch unless the table was built from this checkpoint, for its tokenizer."""
-    config, layers = checkpoint.config, tuple(range(checkpoint.config.num_rows))
+    config = checkpoint.config
+    layers = [layer for layer in manifest.layers if layer < config.num_rows]  # some may be absent
     for what, built, own in (
         ("model", manifest.model_id[:12], checkpoint.model_id()[:12]),
         ("tokenizer", manifest.tokenizer_id[:12], checkpoint.tokenizer_id[:12]),
-        # some layers may be absent
-        (
-            "layers",
-            manifest.layers,
-            layers if not set(manifest.layers) <= set(layers) else manifest.layers,
-        ),
+        ("layers", list(manifest.layers), layers),
         ("vocabulary of size", manifest.vocab_size, config.vocab_size),
         ("hidden size", manifest.width, config.hidden_size),
     ):
         if built != own:
-            raise Mismatch(
-                f"table {manifest.ref} was built from {what} {built}, but checkpoint "
-                f"{checkpoint.path.name} has {own}: build a table of this checkpoint, or name "
-                "another --table"
-            )
+            message = f"table {manifest.ref} was built from {what} {built}"
+            hint = "build a table of this checkpoint, or name another --table"
+            raise Mismatch(f"{message}, but checkpoint {checkpoint.path.name} has {own}: {hint}")
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: float32 on a CPU, where all batch sizes then give the same tokens, and bfloat16 on a GPU."""
+    """auto: bfloat16 on a GPU, float32 on a CPU, where all batch sizes give the same tokens."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return getattr(torch, name)

@@ -154,8 +154,9 @@ def check_rows(config: ModelConfig, sampling: SamplingParams) -> None:
         return
     there = f"layers 0 to {rows - 1}" if rows > 1 else "one row for all layers" if rows else "none"
     raise InvalidArgument(
-        f"row_scale, absent_layers and layer_scales apply to looked-up rows; this model has {there}, "
-        f"and the request has {scales} layer_scales and absent_layers {list(absent)!s:.200}"
+        "row_scale, absent_layers and layer_scales apply to looked-up rows; this model has "
+        f"{there}, and the request has {scales} layer_scales "
+        f"and absent_layers {list(absent)!s:.200}"
     )
 
 

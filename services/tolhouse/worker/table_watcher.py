@@ -20,7 +20,7 @@ _PIN_SECONDS = 10.0  # between two pins of the versions in use; a third of how l
 
 
 class TableWatcher:
-    """`reload` makes the engine use a version, in this thread; it refuses one that does not fit with an error."""
+    """`reload` makes the engine use a version, or raises an error where it does not fit."""
 
     def __init__(
         self,
@@ -47,14 +47,14 @@ class TableWatcher:
     def _run(self) -> None:
         while not self._stop.wait(self.poll_seconds):
             try:
-                # a fetch reports a source that is down; and a name may stand for nothing for a while
+                # a fetch reports a source that is down; a name may stand for nothing for a while
                 with suppress(Unavailable, DeadlineExceeded, NotFound):
                     self._pin()
                     self._follow()
             except TolhouseError as error:
                 message = "the table's published version can't be read"
                 event(message, logging.WARNING, table=self.name, reason=str(error))
-            except Exception as error:  # noqa: BLE001 - such as of a full device: there may be room later
+            except Exception as error:  # noqa: BLE001 - such as of a full device, for now
                 log.error("internal error", exc_info=error)
                 self._stop.wait(self.pause_seconds)
 

@@ -62,7 +62,7 @@ class CompiledDecode:
             self._thread.join()
 
     def attach(self, model: Transformer) -> None:
-        """Let the blocks of `model` decode with this; blocks that are not packed stay as they are."""
+        """Let the blocks of `model` decode with this, if they are packed."""
         if any(isinstance(module, nn.Linear) for module in model.layers.modules()):
             return
         for layer, block in enumerate(model.layers):
@@ -113,7 +113,7 @@ class CompiledDecode:
 
 
 class DecodeBlock(nn.Module):
-    """A block that decodes with compiled code once that is loaded, and computes prompts as it is."""
+    """A block that decodes with compiled code once that is loaded; for prompts, as it is."""
 
     def __init__(self, block: Block, layer: int, compiled: CompiledDecode) -> None:
         super().__init__()

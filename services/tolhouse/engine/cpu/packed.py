@@ -37,7 +37,7 @@ class FusedAttention(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weights only its kernel can read. Compiled code calls it by its handle."""
+    """A linear layer in its kernel's own format. Compiled code calls it by its handle."""
 
     layers: ClassVar[WeakValueDictionary[int, "PackedLinear"]] = WeakValueDictionary()
     _handles = itertools.count()
@@ -54,7 +54,7 @@ class PackedLinear(nn.Module):
 
 
 def float16_linear(weight: Tensor) -> PackedLinear:
-    """float32 in and out over float16 weights, exact to 2^-25 for bfloat16 ones. FBGEMM's, on x86."""
+    """float32 over float16 weights, exact to 2^-25 for bfloat16 ones. FBGEMM's, on x86."""
     weights = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
     run = torch.ops.quantized.linear_dynamic_fp16.default
     return PackedLinear(len(weight), lambda x_TD: run(x_TD, weights))
