@@ -22,21 +22,25 @@ from tolhouse.testing import Cluster, build_table, local_cluster, process
 TEXT = "def add(x):\n    return"
 
 
+def tolhouse(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tolhouse.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def get(cluster: Cluster, path: str) -> httpx.Response:
+    return httpx.get(f"http://{cluster.gateway}{path}", timeout=60)
+
+
+def post(cluster: Cluster, path: str, **body: object) -> httpx.Response:
+    return httpx.post(f"http://{cluster.gateway}{path}", json=body, timeout=60)
+
+
 @pytest.fixture(scope="module")
 def explored(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """A model with a memory file beside its tokenizer, as the command writes it."""
     copy = tmp_path_factory.mktemp("explored") / "tiny-memory"
     shutil.copytree(checkpoint, copy)
-    command = [
-        sys.executable,
-        "-m",
-        "tolhouse.cli",
-        "explain",
-        str(copy),
-        "--explorer",
-        str(copy / "memory.npz"),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    assert 0 == tolhouse("explain", copy, "--explorer", copy / "memory.npz").returncode
     return copy
 
 
@@ -52,20 +56,8 @@ def cluster(explored: Path) -> Iterator[Cluster]:
 def altered(explored: Path) -> Iterator[Cluster]:
     """The same model with a table that is compressed, edited and without a layer."""
     url = f"file://{explored.parent / 'altered'}"
-    command = [
-        sys.executable,
-        "-m",
-        "tolhouse.cli",
-        "compress",
-        str(explored),
-        "--store",
-        url,
-        "--codec",
-        "int8",
-        "--absent-layers",
-        "2",
-    ]
-    ref = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    options = ("--store", url, "--codec", "int8", "--absent-layers", "2")
+    ref = tolhouse("compress", explored, *options).stdout.strip()
     store = open_store(url)
     publish(store, ref)
     manifest = store.manifest(ref)
@@ -77,58 +69,41 @@ def altered(explored: Path) -> Iterator[Cluster]:
 
 def test_tokens_are_told_as_explain_tells_them(cluster: Cluster, checkpoint: Path) -> None:
     """Norms, keys, who shares them, neighbours: to the precision of the file."""
-    found = httpx.post(f"http://{cluster.gateway}/explore/tokens", json={"text": TEXT}).json()
+    found = post(cluster, "/explore/tokens", text=TEXT).json()
     opened = open_checkpoint(checkpoint)
-    assert (4, opened.tokenizer().encode(TEXT).ids) == (
-        found["layers"],
-        [t["id"] for t in found["tokens"]],
-    )
+    tokenizer = opened.tokenizer()
+    ids = [token["id"] for token in found["tokens"]]
+    assert (4, tokenizer.encode(TEXT).ids) == (found["layers"], ids)
     expected = {entry["id"]: entry for entry in explain_text(opened, TEXT, 3, 5)}
-    for token in found["tokens"]:
-        entry = expected[token["id"]]
-        np.testing.assert_allclose(entry["norms"], token["norms"], rtol=2e-3)
-        token = httpx.get(f"http://{cluster.gateway}/explore/tokens/{token['id']}").json()
-        assert [[k["key"] for k in layer] for layer in entry["keys"]] == [
-            [k["key"] for k in layer] for layer in token["keys"]
-        ]
-        for layer, told in zip(entry["keys"], token["keys"], strict=True):
-            shared = [
-                [
-                    opened.tokenizer().decode([s["id"]], skip_special_tokens=False)
-                    for s in k["shared_by"]
-                ]
-                for k in told
-            ]
-            assert [k["shared_by"] for k in layer] == shared
-        np.testing.assert_allclose(
-            [n["cosine"] for n in entry["nearest"]],
-            [n["cosine"] for n in token["nearest"]],
-            atol=2e-3,
-        )
+    for short in found["tokens"]:
+        entry = expected[short["id"]]
+        np.testing.assert_allclose(entry["norms"], short["norms"], rtol=2e-3)
+        token = get(cluster, f"/explore/tokens/{short['id']}").json()
+        for layer, keys in zip(entry["keys"], token["keys"], strict=True):
+            assert [k["key"] for k in layer] == [k["key"] for k in keys]
+            for expected_key, key in zip(layer, keys, strict=True):
+                sharers = [[s["id"]] for s in key["shared_by"]]
+                texts = [tokenizer.decode(s, skip_special_tokens=False) for s in sharers]
+                assert expected_key["shared_by"] == texts
+        cosines = [[n["cosine"] for n in e["nearest"]] for e in (entry, token)]
+        np.testing.assert_allclose(*cosines, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", ["demo-memory", "demo-flex"])
 def test_the_demo_models_have_theirs(name: str) -> None:
     """What is committed beside a checkpoint is of that checkpoint."""
-    opened, arrays = (
-        open_checkpoint(Path("models") / name),
-        np.load(Path("models") / name / "memory.npz"),
-    )
-    assert (opened.model_id(), opened.tokenizer_id) == (
-        str(arrays["model_id"]),
-        str(arrays["tokenizer_id"]),
-    )
+    folder = Path("models") / name
+    opened, arrays = open_checkpoint(folder), np.load(folder / "memory.npz")
+    assert opened.model_id() == str(arrays["model_id"])
+    assert opened.tokenizer_id == str(arrays["tokenizer_id"])
 
 
 def test_live_counts_grow(cluster: Cluster) -> None:
-    """By the tokens that were asked for, once the gateway has looked again."""
-    url = f"http://{cluster.gateway}"
-    before = httpx.get(f"{url}/explore/live").json()
-    httpx.post(f"{url}/v1/completions", json={"prompt": TEXT, "max_tokens": 7, "ignore_eos": True})
-    for _ in range(100):
-        after = httpx.get(f"{url}/explore/live").json()
-        if after["tokens"] >= before["tokens"] + 7:
-            break
+    """By the tokens that were asked for, once the gateway has polled again."""
+    before = get(cluster, "/explore/live").json()
+    post(cluster, "/v1/completions", prompt=TEXT, max_tokens=7, ignore_eos=True)
+    while (after := get(cluster, "/explore/live").json())["tokens"] < before["tokens"] + 7:
+        pass
     assert re.fullmatch(r"tiny-memory@[0-9a-f]{16}", after["tables"][0])
     assert (1, []) == (after["workers"], after["absent_layers"])
     assert 0 < after["fetch_seconds"] / after["fetches"] < 60
@@ -137,68 +112,57 @@ def test_live_counts_grow(cluster: Cluster) -> None:
 
 def test_whose_rows_they_are_is_told(cluster: Cluster, altered: Cluster, explored: Path) -> None:
     """The model's own, which those of a table need not be."""
-    own = f"Norms, keys and neighbours are of the model's own rows (tiny-memory, {open_checkpoint(explored).model_id()[:12]})"
-    assert f"{own}." == httpx.get(f"http://{cluster.gateway}/explore/live").json()["memory"]
-    told = httpx.get(f"http://{altered.gateway}/explore/live").json()
-    assert [2] == told["absent_layers"]
-    assert (
-        f"{own}, not of those of {told['tables'][0]} (int8, edited, without layer 2)."
-        == told["memory"]
-    )
+    model = f"tiny-memory, {open_checkpoint(explored).model_id()[:12]}"
+    own = f"Norms, keys and neighbours are of the model's own rows ({model})"
+    assert f"{own}." == get(cluster, "/explore/live").json()["memory"]
+    found = get(altered, "/explore/live").json()
+    assert [2] == found["absent_layers"]
+    differing = f"not of those of {found['tables'][0]} (int8, edited, without layer 2)"
+    assert f"{own}, {differing}." == found["memory"]
 
 
 def test_a_memory_of_another_model_is_not_shown(
     cluster: Cluster, explored: Path, tmp_path: Path
 ) -> None:
-    """Though it has the same tokenizer and shape: the page says so, and goes on without it; the log says it once."""
+    """Though its tokenizer and shape fit: the page goes on without it; the log says it once."""
     other = shutil.copytree(explored, tmp_path / "other")
     arrays = dict(np.load(explored / "memory.npz"))
     np.savez_compressed(other / "memory.npz", **arrays | {"model_id": np.array("f" * 64)})
-    expected = f"memory.npz is of model ffffffffffff, and the workers serve tiny-memory ({str(arrays['model_id'])[:12]}): write it again"
-    with process(
-        "gateway",
-        str(other),
-        "--workers",
-        cluster.workers,
-        "--listen",
-        "127.0.0.1:0",
-        "--poll-seconds",
-        "0.2",
-    ) as gateway:
-        url = f"http://{gateway.address}/explore"
-        while not httpx.get(f"{url}/live").json()["workers"]:
+    served = f"the workers serve tiny-memory ({str(arrays['model_id'])[:12]})"
+    expected = f"memory.npz is of model ffffffffffff, and {served}: write it again"
+    options = ("--workers", cluster.workers, "--listen", "127.0.0.1:0", "--poll-seconds", "0.2")
+    with process("gateway", str(other), *options) as gateway:
+        here = Cluster("", "", gateway.address)
+        while not get(here, "/explore/live").json()["workers"]:
             pass
-        assert [{"id", "token"}] * 3 == [
-            set(t) for t in httpx.post(f"{url}/tokens", json={"text": TEXT}).json()["tokens"][:3]
-        ]
-        answer = httpx.get(f"{url}/tokens/5")
-        assert (404, True) == (answer.status_code, expected in answer.json()["error"]["message"]), (
-            answer.text
-        )
-        assert expected in httpx.get(f"{url}/live").json()["memory"]
+        tokens = post(here, "/explore/tokens", text=TEXT).json()["tokens"]
+        assert [{"id", "token"}] * 3 == [set(token) for token in tokens[:3]]
+        answer = get(here, "/explore/tokens/5")
+        assert 404 == answer.status_code
+        assert expected in answer.json()["error"]["message"]
+        assert expected in get(here, "/explore/live").json()["memory"]
         assert 1 == gateway.log.read_text().count("the memory file is not shown")
 
 
 def test_the_page_is_whole(cluster: Cluster) -> None:
     """Nothing of it lies elsewhere."""
-    answer = httpx.get(f"http://{cluster.gateway}/explore")
+    answer = get(cluster, "/explore")
     assert (200, "text/html; charset=utf-8") == (answer.status_code, answer.headers["content-type"])
     assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", answer.text)
 
 
 @pytest.mark.parametrize("text", ["x" * 8_193, None, 5])
 def test_bad_texts_are_refused(cluster: Cluster, text: object) -> None:
-    assert (
-        400
-        == httpx.post(f"http://{cluster.gateway}/explore/tokens", json={"text": text}).status_code
-    )
+    """One that is too long, and what is no text."""
+    assert 400 == post(cluster, "/explore/tokens", text=text).status_code
 
 
 @pytest.mark.parametrize(
     ("token", "status"), [("512", 404), ("4294967296", 400), ("-1", 400), ("x", 400)]
 )
 def test_tokens_that_are_not_there_are_told(cluster: Cluster, token: str, status: int) -> None:
-    answer = httpx.get(f"http://{cluster.gateway}/explore/tokens/{token}")
+    """Outside the vocabulary, or no number."""
+    answer = get(cluster, f"/explore/tokens/{token}")
     assert (status, True) == (answer.status_code, bool(answer.json()["error"]["message"]))
 
 
@@ -207,71 +171,29 @@ def test_tokens_that_are_not_there_are_told(cluster: Cluster, token: str, status
     [
         ("norms", "is not what `tolhouse explain --explorer` writes"),
         ("model_id", "does not say of which model it is"),
+        ("", "is not what `tolhouse explain --explorer` writes"),
     ],
 )
-def test_a_file_that_lacks_something_is_told(
+def test_a_malformed_file_is_told(
     explored: Path, tmp_path: Path, without: str, expected: str
 ) -> None:
-    """Such as of which model it is, which no file said before."""
+    """One that lacks something, or is no archive; at the gateway's start."""
     shutil.copytree(explored, tmp_path / "m")
-    arrays = {
-        name: array for name, array in np.load(explored / "memory.npz").items() if name != without
-    }
-    np.savez_compressed(tmp_path / "m" / "memory.npz", **arrays)
-    command = [
-        sys.executable,
-        "-m",
-        "tolhouse.cli",
-        "gateway",
-        str(tmp_path / "m"),
-        "--listen",
-        "127.0.0.1:0",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    file = tmp_path / "m" / "memory.npz"
+    arrays = {name: array for name, array in np.load(file).items() if name != without}
+    np.savez_compressed(file, **arrays)
+    if not without:
+        file.write_bytes(b"no archive")
+    done = tolhouse("gateway", tmp_path / "m", "--listen", "127.0.0.1:0")
     assert (1, True) == (done.returncode, expected in done.stderr), done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_memory_file_is_not_written_of_a_table(checkpoint: Path, tmp_path: Path) -> None:
-    """Its keys would be the model's and its norms the table's: the two options are refused together."""
-    command = [
-        sys.executable,
-        "-m",
-        "tolhouse.cli",
-        "explain",
-        str(checkpoint),
-        "--explorer",
-        str(tmp_path / "m.npz"),
-        "--table",
-        "x",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (1, True, []) == (
-        done.returncode,
-        "takes no --table" in done.stderr,
-        list(tmp_path.iterdir()),
-    ), done.stderr
-
-
-def test_a_file_that_is_no_memory_is_told(checkpoint: Path, tmp_path: Path) -> None:
-    """The gateway says so at its start."""
-    shutil.copytree(checkpoint, tmp_path / "m")
-    (tmp_path / "m" / "memory.npz").write_bytes(b"no archive")
-    command = [
-        sys.executable,
-        "-m",
-        "tolhouse.cli",
-        "gateway",
-        str(tmp_path / "m"),
-        "--listen",
-        "127.0.0.1:0",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (1, True) == (
-        done.returncode,
-        "is not what `tolhouse explain --explorer` writes" in done.stderr,
-    ), done.stderr
-    assert "Traceback" not in done.stderr
+    """Its keys would be the model's and its norms the table's: the options exclude each other."""
+    done = tolhouse("explain", checkpoint, "--explorer", tmp_path / "m.npz", "--table", "x")
+    assert (1, True) == (done.returncode, "takes no --table" in done.stderr), done.stderr
+    assert [] == list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -301,8 +223,16 @@ def page(cluster: Cluster, browser: object) -> Iterator[object]:
     assert all(url.startswith(f"http://{cluster.gateway}/") for url in asked)
 
 
+SHOWN = "name => document.querySelector('#detail strong').innerText.trim() === name.trim()"
+
+
+def wait_for_status(page: object, text: str) -> None:
+    condition = "text => document.getElementById('status').textContent === text"
+    page.wait_for_function(condition, arg=text)
+
+
 def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
-    """Tokens with their keys, by mouse and by keyboard; α and a layer change the right-hand text and not the left-hand one."""
+    """Tokens with their keys, by mouse and keyboard; sliders change the right-hand text alone."""
     with page.expect_response(
         lambda answer: (
             "add(x)" in (answer.request.post_data or "") and answer.url.endswith("completions")
@@ -310,7 +240,8 @@ def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
     ):
         page.fill("#prompt", TEXT)
     page.wait_for_function(
-        "document.querySelectorAll('#tokens button').length > 5 && document.querySelector('#original .dim')"
+        "document.querySelectorAll('#tokens button').length > 5"
+        " && document.querySelector('#original .dim')"
     )
     page.click("#tokens button:nth-child(1)")
     page.wait_for_function("document.querySelectorAll('#detail tbody tr').length === 4")
@@ -323,33 +254,28 @@ def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
     name = neighbour.inner_text()
     neighbour.focus()
     page.keyboard.press("Enter")  # on to a neighbour, and from there to one that shares a key
-    page.wait_for_function(
-        "name => document.querySelector('#detail strong').innerText.trim() === name.trim()",
-        arg=name,
-    )
+    page.wait_for_function(SHOWN, arg=name)
     sharer = page.locator("#detail tbody .link").last
     name = sharer.inner_text()
     sharer.click()
-    page.wait_for_function(
-        "name => document.querySelector('#detail strong').innerText.trim() === name.trim()",
-        arg=name,
-    )
+    page.wait_for_function(SHOWN, arg=name)
     assert "true" == page.get_attribute("#tokens button:nth-child(2)", "aria-pressed")
-    page.wait_for_function("document.getElementById('status').textContent === 'the same text'")
+    wait_for_status(page, "the same text")
     original = page.inner_text("#original")
     assert original == page.inner_text("#probed")
     page.locator("#alpha").focus()
     page.keyboard.press("Home")
-    page.wait_for_function("document.getElementById('status').textContent === 'another text'")
+    wait_for_status(page, "another text")
     assert "-0.50" == page.inner_text("#alpha-out")
     assert original == page.inner_text("#original") != page.inner_text("#probed")
     page.click("#reset")
-    page.wait_for_function("document.getElementById('status').textContent === 'the same text'")
+    wait_for_status(page, "the same text")
     page.locator("#layers input").first.focus()
     page.keyboard.press("Home")
     assert ["0.00", "1.00", "1.00", "1.00"] == page.locator("#layers output").all_inner_texts()
     page.wait_for_function(
-        "document.getElementById('probed').textContent !== document.getElementById('original').textContent"
+        "document.getElementById('probed').textContent"
+        " !== document.getElementById('original').textContent"
     )
     page.wait_for_function("document.getElementById('live').textContent.includes('tiny-memory@')")
     if folder := os.environ.get("SCREENSHOTS"):
@@ -357,7 +283,7 @@ def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
 
 
 def test_the_page_tells_errors(page: object) -> None:
-    """A text that is too long is refused, in words; what was there of another is gone, and the page goes on."""
+    """A text that is too long is refused, and what was shown is gone; the page goes on."""
     page.wait_for_function(
         "document.querySelector('#odds td') && document.querySelector('#tokens button')"
     )
@@ -374,22 +300,20 @@ def test_the_page_tells_errors(page: object) -> None:
     page.wait_for_function("document.getElementById('status').textContent.endsWith('text')")
     assert "dim" == page.get_attribute("#status", "class")
     page.fill("#prompt", "")
-    page.wait_for_function("document.getElementById('status').textContent === 'type a text'")
+    wait_for_status(page, "type a text")
     assert [""] * 3 == [page.inner_text(f"#{part}") for part in ("original", "probed", "odds")]
 
 
 def test_the_page_tells_log_probabilities(page: object, cluster: Cluster) -> None:
-    """Of each token, as it is beside as it was set, and where the two first differ; by keyboard too."""
+    """Of each token, without and with the sliders, and where the two first differ."""
     body = {"prompt": TEXT, "max_tokens": 24, "temperature": 0, "logprobs": 1}
-    answers = [
-        httpx.post(f"http://{cluster.gateway}/v1/completions", json=body | more).json()
-        for more in ({}, {"row_scale": -0.5})
-    ]
+    changes = ({}, {"row_scale": -0.5})
+    answers = [post(cluster, "/v1/completions", **body | more).json() for more in changes]
     plain, probed = (answer["choices"][0]["logprobs"] for answer in answers)
     page.fill("#prompt", TEXT)
     page.click("#reset")
     page.fill("#alpha", "-0.5")
-    page.wait_for_function("document.getElementById('status').textContent === 'another text'")
+    wait_for_status(page, "another text")
     columns = [page.locator(f"#odds td:nth-child({column})").all_inner_texts() for column in (3, 5)]
     assert [[f"{p:.3f}" for p in side["token_logprobs"]] for side in (plain, probed)] == [
         [t for t in c if t] for c in columns
@@ -437,7 +361,7 @@ def test_rates_are_never_negative(page: object) -> None:
 
 
 def test_the_page_tells_what_a_table_lacks(altered: Cluster, browser: object) -> None:
-    """A layer without rows can't be chosen, nor is it by a reset; the line above the keys says whose rows are shown."""
+    """A layer without rows can't be chosen, nor by a reset; whose rows are shown is said."""
     page = browser.new_page()
     page.goto(f"http://{altered.gateway}/explore")
     page.wait_for_function("document.querySelector('#layers input:disabled')")

@@ -259,7 +259,7 @@ NATIVE = ("frequency_penalty", "presence_penalty", "logprobs", "echo")  # argume
 
 
 def test_limits_mean_the_same_at_both_ends(client: openai.OpenAI) -> None:
-    """What the gateway takes at its bounds the worker takes too, though on the wire it has 32 bits."""
+    """What the gateway accepts at its bounds, the worker accepts in 32 bits."""
     for options in ({"repetition_penalty": 2**-7}, {"row_scale": -16}, {"layer_scales": [16] * 6}):
         complete(client, max_tokens=1, extra_body=options)
     complete(client, max_tokens=1, top_p=1e-300)
@@ -288,7 +288,9 @@ def test_the_stock_client_sees_its_own_errors(client: openai.OpenAI) -> None:
 
 TEMPLATE = """\
 {%- for message in messages %}
-{%- if message.role == 'assistant' and loop.first %}{{ raise_exception('the user speaks first') }}{% endif %}
+{%- if message.role == 'assistant' and loop.first %}
+{{- raise_exception('the user speaks first') }}
+{%- endif %}
 {{- '# ' + message.role + ': ' + message.content + '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'def ' }}{% endif %}"""
@@ -894,7 +896,7 @@ def test_text_arrives_whole_whatever_the_pieces(text: str, sizes: list[int]) -> 
     st.data(),
 )
 def test_stop_strings_cut_as_a_naive_search_would(text: str, stops: list[str], data) -> None:
-    """However tokens arrive, the text ends at the stop string that is complete first; what was given before is part of it."""
+    """However tokens arrive, the text ends at the stop string that is complete first."""
     tokenizer = load_tokenizer(DEMO / "tokenizer.json")
     ends = [(n, n - len(s)) for n in range(len(text) + 1) for s in stops if text[:n].endswith(s)]
     include = data.draw(st.booleans())
@@ -910,7 +912,7 @@ def test_stop_strings_cut_as_a_naive_search_would(text: str, stops: list[str], d
 
 
 def test_bytes_that_never_become_a_character_are_shown_at_the_end() -> None:
-    """A completion cut in the middle of a character ends in U+FFFD, as the tokenizer itself would have it."""
+    """A completion cut in the middle of a character ends in U+FFFD, as the tokenizer has it."""
     tokenizer = load_tokenizer(DEMO / "tokenizer.json")
     ids = tokenizer.encode("世").ids[:-1]
     stream = Detokenizer(tokenizer)

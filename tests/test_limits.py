@@ -1,4 +1,4 @@
-"""Whatever a stranger can make large, many or slow has an end, told in a line, and others are served meanwhile. Real sockets."""
+"""All that a stranger can make large, many or slow has an end; others are served meanwhile."""
 
 import asyncio
 import json
@@ -45,17 +45,9 @@ def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def cluster(checkpoint: Path, store: str) -> Iterator[Cluster]:
     """A gateway that has little patience."""
-    options = (
-        "--header-timeout-seconds",
-        "2",
-        "--body-timeout-seconds",
-        "2",
-        "--max-connections",
-        "40",
-        "--max-body-megabytes",
-        "0.5",
-    )
-    with local_cluster(checkpoint, store, gateway_options=options) as running:
+    options = "--header-timeout-seconds 2 --body-timeout-seconds 2"
+    options += " --max-connections 40 --max-body-megabytes 0.5"
+    with local_cluster(checkpoint, store, gateway_options=tuple(options.split())) as running:
         yield running
 
 
@@ -65,7 +57,7 @@ def connect(address: str) -> socket.socket:
 
 
 def answered(connection: socket.socket) -> tuple[int, str]:
-    """Status and error message of an answer after which the connection is closed; (0, "") where it is closed without one."""
+    """Status and error message of the last answer before the end; (0, "") without an answer."""
     data = b""
     while True:
         try:
@@ -104,7 +96,7 @@ def complete(cluster: Cluster) -> int:
 
 
 def test_a_header_that_dribbles_in_is_given_up(cluster: Cluster) -> None:
-    """A byte a second, on a new connection and on one that was used before; others are served meanwhile."""
+    """A byte a second, on a new connection and on a used one; others are served meanwhile."""
     with connect(cluster.gateway) as slow, connect(cluster.gateway) as used:
         used.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
         assert used.recv(1000).startswith(b"HTTP/1.1 200")
@@ -123,19 +115,17 @@ def test_a_silent_connection_is_closed(cluster: Cluster) -> None:
 def test_a_body_that_dribbles_in_is_given_up(cluster: Cluster) -> None:
     """Announced or chunked, and on a path that takes none."""
     with ExitStack() as stack:
-        for header in (
-            POST + b"Content-Length: 1000\r\n\r\n",
-            POST + b"Transfer-Encoding: chunked\r\n\r\n",
+        for header, body in (
+            (b"Content-Length: 1000", b'{"prompt"'),
+            (b"Transfer-Encoding: chunked", b'5\r\n{"pro'),
         ):
             slow = stack.enter_context(connect(cluster.gateway))
-            slow.sendall(header)
-            dribble(slow, b'{"prompt"' if b"Length" in header else b'5\r\n{"pro')
+            slow.sendall(POST + header + b"\r\n\r\n")
+            dribble(slow, body)
             assert (408, "the body did not arrive within 2 s") == answered(slow)
         slow = stack.enter_context(connect(cluster.gateway))
         slow.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
-        for _ in range(
-            30
-        ):  # after the answer came, what is left of the body may take no longer than a header
+        for _ in range(30):  # the rest of the body may take no longer than a header
             time.sleep(0.3)
             with suppress(ConnectionError):
                 slow.sendall(b"x")
@@ -144,7 +134,7 @@ def test_a_body_that_dribbles_in_is_given_up(cluster: Cluster) -> None:
 
 
 def test_an_answer_that_nobody_takes_is_dropped(cluster: Cluster) -> None:
-    """Megabytes asked for in a pipeline, and not read: the connection is closed, and holds no memory."""
+    """Megabytes requested in a pipeline, and not read: the connection is closed."""
     with connect(cluster.gateway) as greedy:
         greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         greedy.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
@@ -161,14 +151,13 @@ def test_an_answer_that_nobody_takes_is_dropped(cluster: Cluster) -> None:
 
 
 def test_a_half_open_tls_handshake_is_given_up(checkpoint: Path, pki: Path, store: str) -> None:
-    """On every port of every process, also where bytes of a handshake came; others shake hands meanwhile."""
+    """On every port of every process, also with some bytes; others shake hands meanwhile."""
     tls = ("--tls-cert", f"{pki}/service.pem", "--tls-key", f"{pki}/service.key")
     trusting = ssl.create_default_context(cafile=f"{pki}/ca.pem")
+    patience = ("--header-timeout-seconds", "2")
     with (
         process("lookup", "--store", store, *LOCAL, *tls) as lookup,
-        process(
-            "gateway", str(checkpoint), *LOCAL, *tls, "--header-timeout-seconds", "2"
-        ) as gateway,
+        process("gateway", str(checkpoint), *LOCAL, *tls, *patience) as gateway,
         ExitStack() as stack,
     ):
         half = [
@@ -177,9 +166,7 @@ def test_a_half_open_tls_handshake_is_given_up(checkpoint: Path, pki: Path, stor
             for _ in range(3)
         ]
         for connection in half[::2]:
-            connection.sendall(
-                bytes.fromhex("16030100f8010000f40303")
-            )  # the beginning of a ClientHello
+            connection.sendall(bytes.fromhex("16030100f8010000f40303"))  # of a ClientHello
         for url in (
             f"https://{gateway.address}/version",
             f"https://{lookup.ready['metrics']}/metrics",
@@ -194,11 +181,12 @@ def test_a_half_open_tls_handshake_is_given_up(checkpoint: Path, pki: Path, stor
 
 
 def test_a_body_with_two_ends_is_refused(cluster: Cluster) -> None:
-    """With Content-Length and Transfer-Encoding both, a proxy could see another request behind it."""
+    """With Content-Length and Transfer-Encoding, a proxy could see another request behind it."""
     with connect(cluster.gateway) as connection:
         connection.sendall(
             POST
-            + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+            + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+            + b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
         )
         status, message = answered(connection)
     assert (400, True) == (status, "send one of them" in message)
@@ -220,11 +208,8 @@ def test_an_enormous_header_is_refused(cluster: Cluster) -> None:
         with connect(cluster.gateway) as connection:
             connection.sendall(data)
             status, message = answered(connection)
-        assert 431 == status
-        assert (
-            f"at most {MAX_HEADER_FIELDS if data.count(b'X-') > 50 else MAX_HEADER_BYTES}"
-            in message
-        )
+        most = MAX_HEADER_FIELDS if data.count(b"X-") > 50 else MAX_HEADER_BYTES
+        assert (431, True) == (status, f"at most {most}" in message)
     with connect(cluster.gateway) as connection:
         sent = 0
         try:
@@ -248,27 +233,24 @@ def test_what_is_not_http_is_refused(data: bytes, cluster: Cluster) -> None:
 
 
 def test_too_many_connections_are_refused(cluster: Cluster) -> None:
-    """The next one is told to come later; when some have gone, or were too slow, there is room again."""
+    """The next one is refused for now; when some have gone, there is room again."""
     with ExitStack() as stack:
         open_now = [stack.enter_context(connect(cluster.gateway)) for _ in range(60)]
         status, message = answered(open_now[-1])
-        assert (503, "too many open connections: 40 are allowed, try again later") == (
-            status,
-            message,
-        )
+        assert 503 == status
+        assert "too many open connections: 40 are allowed, try again later" == message
     deadline = time.monotonic() + 30
     while complete(cluster) != 200:
         assert time.monotonic() < deadline
 
 
 def test_bodies_have_a_size_alone_and_together(cluster: Cluster) -> None:
-    """One that is too large ends with 413, whether it says so or not; many large ones are heard out, and their memory is free afterwards."""
+    """A body that is too large ends with 413; many large ones are read, and their memory freed."""
     size = 500_000
     with connect(cluster.gateway) as connection:
         connection.sendall(POST + b"Content-Length: 500001\r\n\r\n")
-        assert (413, "the body is too large: at most 500000 bytes are taken") == answered(
-            connection
-        )
+        expected = (413, "the body is too large: at most 500000 bytes are taken")
+        assert expected == answered(connection)
     with connect(cluster.gateway) as connection:
         connection.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n7a121\r\n" + b" " * 500_001)
         assert 413 == answered(connection)[0]
@@ -323,12 +305,8 @@ def test_bodies_have_a_size_alone_and_together(cluster: Cluster) -> None:
 )
 def test_what_a_body_holds_has_bounds(body: bytes, said: str, cluster: Cluster) -> None:
     """Depth, numbers of things and their sizes: 400 and a short message, at once."""
-    answer = httpx.post(
-        f"http://{cluster.gateway}/v1/completions",
-        content=body,
-        headers={"Content-Type": "application/json"},
-        timeout=60,
-    )
+    url, headers = f"{cluster.url}/completions", {"Content-Type": "application/json"}
+    answer = httpx.post(url, content=body, headers=headers, timeout=60)
     assert 400 == answer.status_code
     assert said in answer.json()["error"]["message"]
     assert len(answer.content) < 2000
@@ -342,27 +320,21 @@ def test_fetch_and_generate_have_bounds(cluster: Cluster) -> None:
     with Client(cluster.lookup) as client, grpc.insecure_channel(cluster.lookup) as channel:
         manifest = client.describe("tiny-memory")
         ids = np.zeros(MAX_IDS_PER_FETCH + 1, "<u4").tobytes()
-        call = LookupStub(channel).Fetch(
-            iter([lookup_pb2.FetchRequest(request_id=1, table=manifest.ref, token_ids=ids)]),
-            timeout=10,
-        )
+        stub = LookupStub(channel)
+        request = lookup_pb2.FetchRequest(request_id=1, table=manifest.ref, token_ids=ids)
+        call = stub.Fetch(iter([request]), timeout=10)
         assert f"at most {MAX_IDS_PER_FETCH} are allowed" in next(call).error.message
         call.cancel()
-        with pytest.raises(grpc.RpcError) as caught:
-            LookupStub(channel).Describe(
-                lookup_pb2.DescribeRequest(table="x" * (MAX_REQUEST_BYTES + 1)), timeout=10
-            )
-        assert grpc.StatusCode.RESOURCE_EXHAUSTED == caught.value.code()
-        with pytest.raises(grpc.RpcError) as caught:
-            LookupStub(channel).Describe(
-                lookup_pb2.DescribeRequest(table="x" * 1_000_000), timeout=10
-            )
-        assert grpc.StatusCode.INVALID_ARGUMENT == caught.value.code()
-        with pytest.raises(grpc.RpcError) as caught:
-            LookupStub(channel).ListTables(
-                lookup_pb2.ListTablesRequest(), timeout=10, metadata=(("large", "x" * 20_000),)
-            )
-        assert grpc.StatusCode.RESOURCE_EXHAUSTED == caught.value.code()
+        header = (("large", "x" * 20_000),)
+        for table, metadata, status in (
+            ("x" * (MAX_REQUEST_BYTES + 1), (), grpc.StatusCode.RESOURCE_EXHAUSTED),
+            ("x" * 1_000_000, (), grpc.StatusCode.INVALID_ARGUMENT),
+            ("x", header, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ):
+            describe = lookup_pb2.DescribeRequest(table=table)
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Describe(describe, timeout=10, metadata=metadata)
+            assert status == caught.value.code()
         assert 1 == len(client.tables())
     with Client(cluster.workers) as client:
         for prompt, error in ((range(1_000_000), InvalidArgument), (range(3_000_000), Overloaded)):
@@ -372,7 +344,7 @@ def test_fetch_and_generate_have_bounds(cluster: Cluster) -> None:
 
 
 def test_answers_that_nobody_takes_hold_up_their_own_connection_alone(store: str) -> None:
-    """So many of one connection are in the making at once, however many streams it opens: what they hold in memory is bounded."""
+    """So many of one connection are computed at once, however many streams it opens."""
 
     async def run() -> None:
         with closing(StoreRowSource(store, lambda: open_store(store))) as source:
@@ -384,11 +356,12 @@ def test_answers_that_nobody_takes_hold_up_their_own_connection_alone(store: str
             port = server.add_insecure_port("127.0.0.1:0")
             await server.start()
 
+            def request(ids: bytes) -> lookup_pb2.FetchRequest:
+                return lookup_pb2.FetchRequest(request_id=1, table=manifest.ref, token_ids=ids)
+
             async def two_rows(channel: grpc.aio.Channel) -> int:
                 call = LookupStub(channel).Fetch()
-                await call.write(
-                    lookup_pb2.FetchRequest(request_id=1, table=manifest.ref, token_ids=ids[:8])
-                )
+                await call.write(request(ids[:8]))
                 reply = await call.read()
                 call.cancel()
                 return len(reply.records)
@@ -399,9 +372,7 @@ def test_answers_that_nobody_takes_hold_up_their_own_connection_alone(store: str
             ):
                 calls = [LookupStub(one).Fetch() for _ in range(service.MOST_AT_ONCE)]
                 for call in calls:
-                    await call.write(
-                        lookup_pb2.FetchRequest(request_id=1, table=manifest.ref, token_ids=ids)
-                    )
+                    await call.write(request(ids))
                     assert 0 == (await call.read()).first
                 waits = asyncio.create_task(two_rows(one))
                 assert 2 * manifest.record_bytes == await two_rows(other)
@@ -425,21 +396,16 @@ def many(make: Callable[[], socket.socket], count: int) -> Iterator[list[socket.
 
 def opening(stream: int) -> bytes:
     """The HEADERS frame with which a client opens a Fetch stream, and says no more."""
-    fields = (
-        (":method", "POST"),
-        (":scheme", "http"),
-        (":path", "/tolhouse.v1.Lookup/Fetch"),
-        (":authority", "x"),
-        ("te", "trailers"),
-    )
+    fields = {":method": "POST", ":scheme": "http", ":path": "/tolhouse.v1.Lookup/Fetch"}
+    fields |= {":authority": "x", "te": "trailers", "content-type": "application/grpc"}
     block = b""
-    for name, value in (*fields, ("content-type", "application/grpc")):
+    for name, value in fields.items():
         block += b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
     return len(block).to_bytes(3) + b"\x01\x04" + stream.to_bytes(4) + block
 
 
 def test_streams_of_a_connection_are_limited(store: str) -> None:
-    """A client opens ten thousand, whatever it was told: those above the limit end at once, other clients are served."""
+    """Of ten thousand, those above the limit end at once, and other clients are served."""
     with (
         process("lookup", "--store", store, *LOCAL) as lookup,
         connect(lookup.address) as greedy,

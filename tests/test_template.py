@@ -16,7 +16,7 @@ def made(folder: Path, **config) -> ChatTemplate:
 
 
 def test_a_template_is_found_in_either_file(tmp_path: Path) -> None:
-    """In tokenizer_config.json, as a text or among several by name; chat_template.jinja goes first."""
+    """In tokenizer_config.json, a text or one of several; chat_template.jinja goes first."""
     assert "a" == made(tmp_path, chat_template="a").render(MESSAGES)
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     assert "d" == made(tmp_path, chat_template=named).render(MESSAGES)
@@ -26,7 +26,8 @@ def test_a_template_is_found_in_either_file(tmp_path: Path) -> None:
 
 def test_templates_have_what_transformers_gives_them(tmp_path: Path) -> None:
     """Special tokens, plain tojson, trimmed blocks, loop controls; nothing is escaped."""
-    text = "{% for m in messages %}\n    {% if loop.index > 1 %}{% break %}{% endif %}\n{{ m.content }}{{ m | tojson }}\n{% endfor %}"
+    text = "{% for m in messages %}\n    {% if loop.index > 1 %}{% break %}{% endif %}\n"
+    text += "{{ m.content }}{{ m | tojson }}\n{% endfor %}"
     rendered = made(
         tmp_path,
         bos_token={"content": "<s>"},
@@ -54,7 +55,7 @@ def test_templates_have_what_transformers_gives_them(tmp_path: Path) -> None:
     ],
 )
 def test_what_fails_in_a_template_is_told(tmp_path: Path, source: str, message: str) -> None:
-    """A refusal of the template's own, a defect in it, or a way out of the sandbox: the caller hears that it does not work."""
+    """A refusal of the template's own, a defect in it, or a way out of the sandbox."""
     with pytest.raises(InvalidArgument, match=message):
         made(tmp_path, chat_template=source).render(MESSAGES)
 

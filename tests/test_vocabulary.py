@@ -15,7 +15,7 @@ VOCABULARY = Vocabulary(load_tokenizer(Path("models/demo-memory/tokenizer.json")
 
 @given(st.text(max_size=60))
 def test_tokens_show_their_bytes(text: str) -> None:
-    """The bytes of a text's tokens are those of the text; its offsets are where tokens begin that are whole characters."""
+    """The bytes of a text's tokens are those of the text; offsets are where tokens begin."""
     ids = asyncio.run(VOCABULARY.ids(text))
     shown = [VOCABULARY.shown(i) for i in ids]
     assert text.encode() == b"".join(bytes(raw) for _, raw in shown)

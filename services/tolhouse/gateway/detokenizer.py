@@ -15,7 +15,7 @@ _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 class Detokenizer:
-    """The text of one completion, in parts that are final. `stopped` once a stop string is complete.
+    """The text of one completion, in parts that are final; `stopped` after a stop string.
 
     The stop string that is complete first ends the text, before it or, with `include_stop`, after
     it: that does not depend on how tokens arrive.

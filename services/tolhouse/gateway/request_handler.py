@@ -5,6 +5,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
@@ -22,35 +23,32 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+@dataclass
 class RequestHandler:
     """A request, checked and tokenised; `deltas` may be read once."""
 
-    def __init__(
-        self,
-        body: Generation,
-        prompts: list[list[int]],
-        model: ServedModel,
-        router: WorkerRouter,
-        vocabulary: Vocabulary,
-        request_id: str,
-        slot: AbstractAsyncContextManager[None],
-    ) -> None:
-        """slot: held while a sequence is generated."""
-        self.body, self.prompts, self.model = body, prompts, model
-        self.router, self.vocabulary, self.slot = router, vocabulary, slot
-        self.request_id, self.created = request_id, int(time.time())
-        self.completion_tokens = 0
-        self.table: str | None = None  # "name@version" of the rows, as the worker names it
-        for ids in prompts:
+    body: Generation
+    prompts: list[list[int]]
+    model: ServedModel
+    router: WorkerRouter
+    vocabulary: Vocabulary
+    request_id: str
+    slot: AbstractAsyncContextManager[None]  # held while a sequence is generated
+    created: int = field(default_factory=lambda: int(time.time()))
+    completion_tokens: int = 0
+    table: str | None = None  # "name@version" of the rows, as the worker names it
+
+    def __post_init__(self) -> None:
+        context = self.model.context_tokens
+        for ids in self.prompts:
             if not ids:
                 raise InvalidArgument("the prompt is empty; at least one token is needed")
             most = self._most_tokens(ids)
-            if len(ids) + most > model.context_tokens:
-                raise PromptTooLong(
-                    f"{len(ids)} prompt tokens and max_tokens {most} exceed the context of "
-                    f"{model.context_tokens} tokens: shorten the prompt or lower max_tokens"
-                )
-            check_ids(ids, model.vocab_size)  # no more of them than the context now
+            if len(ids) + most > context:
+                both = f"{len(ids)} prompt tokens and max_tokens {most}"
+                hint = "shorten the prompt or lower max_tokens"
+                raise PromptTooLong(f"{both} exceed the context of {context} tokens: {hint}")
+            check_ids(ids, self.model.vocab_size)  # no more of them than the context now
 
     async def deltas(self, may_restart: bool = False) -> AsyncGenerator[Delta]:
         """Deltas of all choices as they come.

@@ -1,4 +1,4 @@
-"""The workers behind the gateway: which are healthy, which has the least load, which to try next."""
+"""The workers behind the gateway: which are healthy, least loaded, and to be tried next."""
 
 import asyncio
 from collections.abc import AsyncGenerator

@@ -41,7 +41,7 @@ class ChatTemplate:
             raise InvalidArgument(f"the chat template in {folder} is malformed: {error}") from None
 
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """The prompt's text; InvalidArgument if there is no template, or it refuses the messages."""
+        """The prompt's text; InvalidArgument without a template, or if it refuses the messages."""
         if self.template is None:
             raise InvalidArgument(
                 f"this model has no chat template: chat needs a {FILE}, or a {CONFIG} with "

@@ -22,17 +22,12 @@ class Vocabulary:
         self.shown = functools.lru_cache(maxsize=len(vocabulary))(self._shown)
 
     async def ids(self, text: str, most: int | None = None, *, special: bool = False) -> list[int]:
-        """Token ids of a text; PromptTooLong where they are certainly more than `most`, without counting them."""
+        """Token ids of a text; PromptTooLong if its length alone says that they exceed `most`."""
         if most is not None and len(text) > most * self.longest:
-            raise PromptTooLong(
-                f"the prompt has {len(text)} characters, more than fit the context of {most} tokens: shorten it"
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InvalidArgument(
-                "the prompt holds half a surrogate pair, which is no character"
-            ) from None
+            size = f"the prompt has {len(text)} characters"
+            raise PromptTooLong(f"{size}, more than fit the context of {most} tokens: shorten it")
+        if re.search("[\ud800-\udfff]", text):
+            raise InvalidArgument("the prompt holds half a surrogate pair, which is no character")
 
         def encode() -> list[int]:
             return self.tokenizer.encode(text, add_special_tokens=special).ids
@@ -49,7 +44,7 @@ class Vocabulary:
         return list(itertools.accumulate(lengths[:-1], initial=0)) if ids else []
 
     def _shown(self, token_id: int) -> tuple[str, list[int]]:
-        """A token's text, and its bytes. One that is no whole character shows as bytes:\\xe4, as in OpenAI's answers."""
+        """A token's text and bytes; a part of a character is "bytes:\\xe4", as OpenAI has it."""
         text = self.text([token_id])
         if "\ufffd" not in text:
             return text, list(text.encode())
@@ -65,9 +60,8 @@ class Vocabulary:
 
 def check_ids(ids: list[int], vocab_size: int) -> list[int]:
     if bad := [i for i in ids if not 0 <= i < vocab_size]:
-        raise InvalidArgument(
-            f"token id {bad[0]} is outside the vocabulary: allowed are 0 to {vocab_size - 1}"
-        )
+        allowed = f"allowed are 0 to {vocab_size - 1}"
+        raise InvalidArgument(f"token id {bad[0]} is outside the vocabulary: {allowed}")
     return ids
 
 
