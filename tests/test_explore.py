@@ -263,10 +263,10 @@ def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
     wait_for_status(page, "the same text")
     original = page.inner_text("#original")
     assert original == page.inner_text("#probed")
-    page.locator("#alpha").focus()
+    page.locator("#row-scale").focus()
     page.keyboard.press("Home")
     wait_for_status(page, "another text")
-    assert "-0.50" == page.inner_text("#alpha-out")
+    assert "-0.50" == page.inner_text("#row-scale-out")
     assert original == page.inner_text("#original") != page.inner_text("#probed")
     page.click("#reset")
     wait_for_status(page, "the same text")
@@ -312,7 +312,7 @@ def test_the_page_tells_log_probabilities(page: object, cluster: Cluster) -> Non
     plain, probed = (answer["choices"][0]["logprobs"] for answer in answers)
     page.fill("#prompt", TEXT)
     page.click("#reset")
-    page.fill("#alpha", "-0.5")
+    page.fill("#row-scale", "-0.5")
     wait_for_status(page, "another text")
     columns = [page.locator(f"#odds td:nth-child({column})").all_inner_texts() for column in (3, 5)]
     assert [[f"{p:.3f}" for p in side["token_logprobs"]] for side in (plain, probed)] == [

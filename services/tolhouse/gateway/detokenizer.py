@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -64,8 +64,7 @@ class Detokenizer:
         return text[:end]
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """A token and its log probability, which the first of a prompt has not."""
 
     id: int
@@ -93,7 +92,7 @@ class ChoiceDetokenizer:
     ) -> None:
         self.index, self.prompt_ids, self.vocabulary = index, prompt_ids, vocabulary
         self.wants_tokens = body.num_logprobs is not None
-        self.echo = vocabulary.text(prompt_ids) if body.echoes else None  # until it is returned
+        self.echo = vocabulary.text(prompt_ids) if body.echo else None  # until it is returned
         self.begin = len(self.echo or "")  # of the answer, in the text
         include_stop = body.include_stop_str_in_output
         self.text = Detokenizer(vocabulary.tokenizer, body.stops, include_stop=include_stop)

@@ -1,5 +1,6 @@
 """Request bodies of the API. Unknown and unsupported parameters are refused by name."""
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, model_validator
@@ -70,6 +71,7 @@ class Generation(SamplingOptions, Body):
     include_stop_str_in_output: Bool = False
     stream: Bool = False
     stream_options: StreamOptions = StreamOptions()
+    echo: Bool = False  # the prompt is part of the answer
     user: Annotated[StrictStr, Field(max_length=512)] | None = None  # accepted and not used
 
     @model_validator(mode="after")
@@ -83,25 +85,20 @@ class Generation(SamplingOptions, Body):
         return [s for s in ([self.stop] if isinstance(self.stop, str) else self.stop or ()) if s]
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Number of likeliest tokens to return for each token; None: no log probabilities."""
-        raise NotImplementedError
 
-    @property
-    def echoes(self) -> bool:
-        """The prompt is part of the answer."""
-        return False
-
+    @abstractmethod
     def most_tokens(self, room: int) -> int:
         """Tokens of the answer, where the context has room for so many."""
-        raise NotImplementedError
 
     def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
         """The worker's parameters for one of the `n` choices of a prompt."""
         options = {name: getattr(self, name) for name in SamplingOptions.model_fields}
         if self.seed is not None:
             options["seed"] = (self.seed + choice) % 2**64
-        if self.echoes and (self.num_logprobs is not None or not max_tokens):
+        if self.echo and (self.num_logprobs is not None or not max_tokens):
             options["prompt_logprobs"] = self.num_logprobs or 0
         return SamplingParams(max_tokens, logprobs=self.num_logprobs, **options)
 
@@ -114,7 +111,6 @@ class CompletionRequest(Generation):
     prompt: StrictStr | Prompts[StrictStr] | Several[Int] | Prompts[Several[Int]]
     max_tokens: sampling.MaxTokens = 16
     logprobs: sampling.Logprobs | None = None
-    echo: Bool = False
     best_of: Int | None = None
 
     @model_validator(mode="after")
@@ -139,10 +135,6 @@ class CompletionRequest(Generation):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
-
-    @property
-    def echoes(self) -> bool:
-        return self.echo
 
     def most_tokens(self, room: int) -> int:
         return self.max_tokens
@@ -176,7 +168,7 @@ class ChatRequest(Generation):
     unsupported = {
         **Generation.unsupported,
         **dict.fromkeys(("audio", "prediction", "reasoning_effort", "web_search_options"), ()),
-        **dict.fromkeys(("echo", "continue_final_message", "store"), (False,)),
+        **dict.fromkeys(("continue_final_message", "store"), (False,)),
         **dict.fromkeys(("tools", "functions"), ([],)),
         **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
         "parallel_tool_calls": (True, False),
@@ -187,6 +179,7 @@ class ChatRequest(Generation):
     }
 
     messages: Messages
+    echo: Literal[False] = False
     max_tokens: Positive | None = None
     max_completion_tokens: Positive | None = None
     logprobs: Bool = False

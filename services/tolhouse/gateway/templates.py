@@ -68,19 +68,16 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+    made = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {
-        "raise_exception": _raise,
-        "strftime_now": lambda form: datetime.now().astimezone().strftime(form),
-    }
-    return environment
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)  # jinja's own escapes for HTML
+    # jinja's own tojson escapes for HTML
+    made.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
+    made.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
+    made.globals["raise_exception"] = _raise
+    return made
 
 
 def _raise(message: str) -> NoReturn:
