@@ -99,5 +99,8 @@ routes = APIRouter()
 @routes.post("/v1/chat/completions", response_model=Chat, responses=STREAMED)
 async def chat(body: ChatRequest, request: Request, gateway: Gateway) -> Response:
     """Answers messages by the checkpoint's chat template; with `stream`, as server-sent events."""
-    prompt = gateway.template.render([message.plain for message in body.messages])
-    return await respond(request, body, [prompt], gateway, ChatSerializer)
+
+    def prompts() -> list[str]:
+        return [gateway.template.render([message.plain for message in body.messages])]
+
+    return await respond(request, body, prompts, gateway, ChatSerializer)

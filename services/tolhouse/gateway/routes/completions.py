@@ -73,4 +73,4 @@ routes = APIRouter()
 @routes.post("/v1/completions", response_model=Completion, responses=STREAMED)
 async def completions(body: CompletionRequest, request: Request, gateway: Gateway) -> Response:
     """Completes one or more prompts; with `stream`, as server-sent events."""
-    return await respond(request, body, body.prompts, gateway, CompletionSerializer)
+    return await respond(request, body, lambda: body.prompts, gateway, CompletionSerializer)

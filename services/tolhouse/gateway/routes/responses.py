@@ -3,7 +3,7 @@
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, nullcontext
 from typing import Any, TypeVar
 
@@ -61,16 +61,16 @@ class Serializer(ABC):
 async def respond(
     request: Request,
     body: Generation,
-    prompts: list[Any],
+    prompts: Callable[[], list[Any]],
     gateway: Services,
     serializer_of: type[Serializer],
 ) -> Response:
-    """The response to a request whose prompts are texts or token ids."""
+    """The response to a request whose prompts, texts or token ids, are made if there is room."""
     model = gateway.router.model(body.model)
     gateway.router.check_room(model.name)
     ids = [
         await gateway.vocabulary.ids(p, model.context_tokens) if isinstance(p, str) else p
-        for p in prompts
+        for p in prompts()
     ]
     # with API keys, fewer of a key's sequences run at once than its own limit
     slot = getattr(request.state, "sequences", None) or nullcontext()
