@@ -12,6 +12,7 @@ import pytest
 from redis import Redis, RedisCluster
 from tolhouse import errors
 from tolhouse.store.base import Store, open_store
+from tolhouse.store.files import FileStore
 from tolhouse.store.registry import delete, publish, resolve, rollback, tables
 from tolhouse.store.writer import shard_digest
 from tolhouse.table.records import digest
@@ -118,6 +119,48 @@ def test_a_shard_is_replaced_as_a_whole(store: Store, name: str) -> None:
     assert records_of(manifest, np.array([0, 3], np.uint32)).tobytes() == read(
         store, manifest, np.array([0, 3], np.uint32)
     )
+
+
+def test_records_are_read_into_slots(store: Store, name: str) -> None:
+    """Those that are asked for stand where they should; the others stay as they are."""
+    manifest = write(store, manifest_of(name))
+    out = np.zeros((6, manifest.record_bytes), np.uint8)
+    assert out is store.read_records(manifest, np.array([7, 40]), out, np.array([4, 1]))
+    expected = records_of(manifest, np.array([40, 7], np.uint32))
+    assert (expected == out[[1, 4]]).all()
+    assert not out[[0, 2, 3, 5]].any()
+
+
+def test_a_table_of_format_1_is_refused_and_can_be_deleted(
+    store: Store, name: str, redis_url: str, redis_cluster_url: str
+) -> None:
+    """Nothing of it is left, neither its manifest nor its shards; another version stays."""
+    other, old = write(store, manifest_of(name, 2)), manifest_of(name, 1)
+    if isinstance(store, FileStore):
+        (store.root / name / old.version).mkdir()
+        (store.root / name / old.version / "manifest.json").write_text('{"format": 1}')
+        (store.root / name / old.version / "shard-00000-of-00001.safetensors").write_text("x")
+    else:
+        with closing(open_redis(store, redis_url, redis_cluster_url)) as redis:
+            redis.set(f"tolhouse:{{{old.ref}}}:manifest", '{"format": 1}')
+            redis.sadd("tolhouse:tables", old.ref)
+            redis.hset(f"tolhouse:{{{old.ref}:0}}", 0, "x")
+    with pytest.raises(errors.Corrupt, match="build the table again"):
+        resolve(store, old.ref)
+    delete(store, old.ref)
+    assert [other.ref] == [ref for ref in store.refs() if ref.startswith(f"{name}@")]
+    assert records_of(other).tobytes() == read(store, other)
+    if isinstance(store, FileStore):
+        assert [other.version] == [path.name for path in (store.root / name).iterdir()]
+    else:
+        with closing(open_redis(store, redis_url, redis_cluster_url)) as redis:
+            assert [] == list(redis.scan_iter(match=f"tolhouse:{{{old.ref}*"))
+
+
+def open_redis(store: Store, *urls: str) -> Redis | RedisCluster:
+    """A plain client of the servers of `store`."""
+    url = next(url for url in urls if url == store.url)
+    return (RedisCluster if url == urls[1] else Redis).from_url(url)
 
 
 # files
