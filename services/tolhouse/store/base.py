@@ -245,14 +245,18 @@ def require_private(url: str, *, insecure: bool) -> str:
         raise not_understood(url) from None
     if insecure or parts.scheme == "file" or all(is_loopback(f"{name}:0") for name in names):
         return url
-    if parts.scheme == "redis":
-        how = "in plaintext: give a rediss:// URL"
-    elif options.get("ssl_cert_reqs", "required") != "required" or (
-        options.get("ssl_check_hostname", "true").lower() != "true"
+    certificate = (
+        options.get("ssl_cert_reqs", "required"),
+        options.get("ssl_check_hostname", "true"),
+    )
+    if (
+        parts.scheme == "rediss"
+        and certificate[0] == "required"
+        and certificate[1].lower() == "true"
     ):
-        how = "without a check of its certificate: leave those options out"
-    else:
         return url
+    how = "without a check of its certificate: leave those options out"
+    how = "in plaintext: give a rediss:// URL" if parts.scheme == "redis" else how
     raise InvalidArgument(
         f"Redis at {shown(url)} is another machine and would be called {how}, "
         "or --insecure where the network is trusted"

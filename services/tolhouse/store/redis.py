@@ -25,7 +25,7 @@ import numpy as np
 from redis import Redis
 from redis import exceptions as theirs
 from redis.backoff import ExponentialBackoff
-from redis.cluster import ClusterNode, RedisCluster
+from redis.cluster import RedisCluster
 from redis.connection import AbstractConnection
 from redis.credentials import CredentialProvider
 from redis.retry import Retry
@@ -76,9 +76,8 @@ class RedisStore(Store):
             try:
                 self._redis, self._is_cluster = _connect(url, options)
             except FileNotFoundError as error:
-                raise InvalidArgument(
-                    f"a TLS file that the store's URL names can't be read: {error.strerror}"
-                ) from None
+                what = "a TLS file that the store's URL names can't be read"
+                raise InvalidArgument(f"{what}: {error.strerror}") from None
             except (ValueError, TypeError):  # a port or an option that redis-py doesn't know
                 raise not_understood(url) from None
         self.health = PeerHealth("Redis node", self._probe, self._alternatives)  # of a Cluster's
@@ -159,11 +158,9 @@ class RedisStore(Store):
             for (_, tokens), records in zip(reads, self._answers(reads, size), strict=True):
                 for token, record in zip(tokens, records, strict=True):
                     if record is None or len(record) != size:
-                        what = "is missing" if not record else f"has {len(record)} bytes"
-                        raise Corrupt(
-                            f"the row of token {token} of table {manifest.ref} {what} in "
-                            f"{self.url}: load it again"
-                        )
+                        row = f"the row of token {token} of table {manifest.ref}"
+                        what = f"has {len(record)} bytes" if record else "is missing"
+                        raise Corrupt(f"{row} {what} in {self.url}: load it again")
                     view = next(unfilled)
                     view[:] = record
                     yield view
@@ -269,16 +266,12 @@ class RedisStore(Store):
     def _alternatives(self, name: str) -> list[str] | None:
         """Other nodes with the same keys, as the Cluster is now; None if the node is no part."""
         manager = self._redis.nodes_manager
-        before: list[ClusterNode] = list(manager.nodes_cache.values())
         with suppress(theirs.RedisError):  # if no node answers, it stays as it was
             manager.initialize(last_failed_node_name=name)
-        for node in before:
-            if manager.get_node(node_name=node.name) is None and node.redis_connection:
-                node.redis_connection.close()
         if manager.get_node(node_name=name) is None:
             return None
-        groups = ([node.name for node in nodes] for nodes in manager.slots_cache.values())
-        return [other for other in next((g for g in groups if name in g), []) if other != name]
+        groups = ({node.name for node in nodes} for nodes in manager.slots_cache.values())
+        return list(next((group for group in groups if name in group), set()) - {name})
 
 
 def _connect(url: str, options: dict[str, Any]) -> tuple[Any, bool]:
@@ -312,12 +305,11 @@ class _PasswordFile(CredentialProvider):
 
     def __init__(self, user: str, path: str) -> None:
         self._user = user
-        self._password = ReloadingFiles(
-            (path,), lambda: read_file(path, "the file of Redis' password").decode().strip()
-        )
+        what = "the file of Redis' password"
+        self._file = ReloadingFiles((path,), lambda: read_file(path, what).decode().strip())
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        return (self._user, self._password.get()) if self._user else (self._password.get(),)
+        return (self._user, self._file.get()) if self._user else (self._file.get(),)
 
 
 def split_credentials(url: str) -> tuple[str, CredentialProvider | None]:
@@ -329,9 +321,8 @@ def split_credentials(url: str) -> tuple[str, CredentialProvider | None]:
         if not path:
             return url, None
         if parts.password or "password" in options:
-            raise InvalidArgument(
-                f"store {shown(url)!r} has a password and a password_file: give one of them"
-            )
+            what = "has a password and a password_file: give one of them"
+            raise InvalidArgument(f"store {shown(url)!r} {what}")
         user = unquote(parts.username or options.pop("username", ""))
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(options))
         return urlunsplit(bare), _PasswordFile(user, path)

@@ -3,10 +3,11 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import suppress
+from operator import attrgetter
 
 from tolhouse.errors import Corrupt, InUse, InvalidArgument, NotFound, TolhouseError
 from tolhouse.store.base import LEASE_SECONDS, Alias, Store
-from tolhouse.table.manifest import Manifest, check_name, split_ref
+from tolhouse.table.manifest import Manifest, split_ref
 
 
 def tables(store: Store) -> Iterator[tuple[Manifest, bool]]:
@@ -19,7 +20,11 @@ def resolve(store: Store, ref: str) -> Manifest:
     """The manifest of "name@version", or of the published version of "name"."""
     name, version = split_ref(ref)
     try:
-        return store.manifest(f"{name}@{version or _published(store, name).version}")
+        if version is None and (alias := store.alias(name)):
+            version = alias.version
+        if version is None:
+            raise NotFound(f"table {name!r} is not published in {store.url}")
+        return store.manifest(f"{name}@{version}")
     except NotFound as error:
         raise NotFound(f"{error}; {_tables_here(store)}") from None
 
@@ -42,14 +47,11 @@ def is_new(store: Store, planned: Manifest) -> bool:
 def publish(store: Store, ref: str) -> Manifest:
     """Make the name stand for this version; publishing what is published changes nothing."""
     name, version = _version_of(store, ref, "publish")
-    manifest = resolve(store, ref)
+    manifest = _servable(store, ref)
     refuse_part(store, ref, "no table to serve")
-    if manifest.parent:
-        store.parent(manifest)  # one without it has no rows to serve
-    try:
+    old: Alias | None = None
+    with suppress(Corrupt):
         old = store.alias(name)
-    except Corrupt:
-        old = None
     if old is None or old.version != version:
         store.set_alias(name, Alias(version, (*old.history, old.version) if old else ()))
     return manifest
@@ -57,15 +59,10 @@ def publish(store: Store, ref: str) -> Manifest:
 
 def rollback(store: Store, name: str) -> Manifest:
     """Make the name stand for the version before the present one."""
-    try:
-        old = _published(store, check_name(name))
-    except NotFound as error:
-        raise NotFound(f"{error}; {_tables_here(store)}") from None
+    old = store.alias(name) or Alias(resolve(store, name).version, ())
     if not old.history:
         raise InvalidArgument(f"table {name!r} has no version before {old.version} to go back to")
-    manifest = resolve(store, f"{name}@{old.history[-1]}")
-    if manifest.parent:
-        store.parent(manifest)
+    manifest = _servable(store, f"{name}@{old.history[-1]}")
     store.set_alias(name, Alias(old.history[-1], old.history[:-1]))
     return manifest
 
@@ -115,14 +112,12 @@ def refuse_another(store: Store, planned: Manifest) -> None:
         there = store.manifest(planned.ref)
     except (NotFound, Corrupt):
         return
-    if any(
-        getattr(there, field) != getattr(planned, field)
-        for field in ("num_shards", "model_id", "tokenizer_id")
-    ):
+    identity = attrgetter("num_shards", "model_id", "tokenizer_id")
+    if identity(there) != identity(planned):
+        shards, model = there.num_shards, there.model_id[:12]
         raise InUse(
-            f"{planned.ref} is in {store.url} already, with {there.num_shards} shards and built "
-            f"from model {there.model_id[:12]}: build with --shards {there.num_shards}, "
-            "under another --name, or delete it first"
+            f"{planned.ref} is in {store.url} already, with {shards} shards and built from model "
+            f"{model}: build with --shards {shards}, under another --name, or delete it first"
         )
 
 
@@ -139,11 +134,12 @@ def _version_of(store: Store, ref: str, work: str) -> tuple[str, str]:
     return name, version
 
 
-def _published(store: Store, name: str) -> Alias:
-    alias = store.alias(name)
-    if alias is None:
-        raise NotFound(f"table {name!r} is not published in {store.url}")
-    return alias
+def _servable(store: Store, ref: str) -> Manifest:
+    """The manifest of a version; NotFound if it is gone, or its parent is."""
+    manifest = resolve(store, ref)
+    if manifest.parent:
+        store.parent(manifest)
+    return manifest
 
 
 def _tables_here(store: Store) -> str:
