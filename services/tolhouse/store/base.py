@@ -245,22 +245,14 @@ def require_private(url: str, *, insecure: bool) -> str:
         raise not_understood(url) from None
     if insecure or parts.scheme == "file" or all(is_loopback(f"{name}:0") for name in names):
         return url
-    certificate = (
-        options.get("ssl_cert_reqs", "required"),
-        options.get("ssl_check_hostname", "true"),
-    )
-    if (
-        parts.scheme == "rediss"
-        and certificate[0] == "required"
-        and certificate[1].lower() == "true"
-    ):
+    checks = ("ssl_cert_reqs", "required"), ("ssl_check_hostname", "true")
+    checked = all(options.get(name, value).lower() == value for name, value in checks)
+    if parts.scheme == "rediss" and checked:
         return url
     how = "without a check of its certificate: leave those options out"
     how = "in plaintext: give a rediss:// URL" if parts.scheme == "redis" else how
-    raise InvalidArgument(
-        f"Redis at {shown(url)} is another machine and would be called {how}, "
-        "or --insecure where the network is trusted"
-    )
+    how = f"{how}, or --insecure where the network is trusted"
+    raise InvalidArgument(f"Redis at {shown(url)} is another machine and would be called {how}")
 
 
 def has_password(url: str) -> bool:
@@ -270,10 +262,8 @@ def has_password(url: str) -> bool:
 
 
 def not_understood(url: str) -> InvalidArgument:
-    return InvalidArgument(
-        f"store {shown(url)!r} is not understood; "
-        "allowed are file://PATH, redis://HOST:PORT and rediss://HOST:PORT"
-    )
+    allowed = "file://PATH, redis://HOST:PORT and rediss://HOST:PORT"
+    return InvalidArgument(f"store {shown(url)!r} is not understood; allowed are {allowed}")
 
 
 def shown(url: str) -> str:

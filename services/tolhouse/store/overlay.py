@@ -6,6 +6,7 @@ one's parent, with the changed rows of both.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from tolhouse.store.registry import refuse_part, resolve
 from tolhouse.store.writer import write_table
 from tolhouse.table.codecs import codec
 from tolhouse.table.manifest import MAX_CHANGED, Manifest, content_id
+
+_ONE_SHARD: dict[str, Any] = {"num_shards": 1, "shards": ()}
 
 
 def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> Manifest:
@@ -32,25 +35,19 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
     before = np.setdiff1d(manifest.changed, ids).astype(np.uint32)
     changed = np.concatenate([ids, before]).astype(np.uint32)
     if len(changed) > MAX_CHANGED:
-        raise InvalidArgument(
-            f"{len(changed)} changed rows are more than an overlay may have, "
-            f"{MAX_CHANGED}: build another table"
-        )
+        most = f"more than an overlay may have, {MAX_CHANGED}: build another table"
+        raise InvalidArgument(f"{len(changed)} changed rows are {most}")
     order = np.argsort(changed)
     changed = changed[order]
     rows = np.ascontiguousarray(rows, np.float32)
     fresh = store.auxiliary(base).encode(ids.astype(np.uint32), rows)
     records = np.concatenate([fresh, store.read_records(manifest, before)])[order]
-    edits = _write_edits(store, base, manifest, before, rows, order) if base.auxiliary else ""
-    overlay = replace(
-        base,
-        version=content_id("overlay", base.ref, edits, changed, records[:, :-8]),
-        num_shards=1,
-        shards=(),
-        parent=base.ref,
-        changed=tuple(changed.tolist()),
-        edits=edits,
-    )
+    changed_ids = tuple(changed.tolist())
+    overlay = replace(base, parent=base.ref, changed=changed_ids, **_ONE_SHARD)
+    if base.auxiliary:
+        edits, finer = _edits(store, base, manifest, before, rows)
+        own = np.arange(len(order), dtype=np.uint32)
+        overlay = replace(overlay, edits=_write(store, edits, own, finer[order]).ref)
     return _write(store, overlay, changed, records)
 
 
@@ -66,47 +63,34 @@ def _check(manifest: Manifest, ids: np.ndarray, rows: np.ndarray) -> None:
         raise IdOutOfRange(f"token id {distinct[0]} is below 0")
     manifest.check_ids(ids)
     if rows.shape != shape:
-        raise InvalidArgument(
-            f"rows have the shape {list(rows.shape)}; "
-            f"{len(ids)} rows of {manifest.ref} have {list(shape)}"
-        )
+        allowed = f"{len(ids)} rows of {manifest.ref} have {list(shape)}"
+        raise InvalidArgument(f"rows have the shape {list(rows.shape)}; {allowed}")
 
 
-def _write_edits(
-    store: Store,
-    base: Manifest,
-    manifest: Manifest,
-    before: np.ndarray,
-    rows: np.ndarray,
-    order: np.ndarray,
-) -> str:
-    """Store the changed rows as a table of their own: a compressed one's records are too coarse."""
+def _edits(
+    store: Store, base: Manifest, manifest: Manifest, before: np.ndarray, rows: np.ndarray
+) -> tuple[Manifest, np.ndarray]:
+    """A table of the edited rows, then those of `before`, for a base whose records are too coarse.
+
+    Its version is not set yet, and neither are the records' checksums.
+    """
     if base.frequent_rows:
         finer = store.manifest(base.frequent_rows).codec_name
     else:
         finer = min(base.codec_name, "int8", key=lambda name: codec(name).relative_error)
-    edits = replace(
-        base,
-        name=f"{base.name[:58]}.edits",
-        num_shards=1,
-        shards=(),
-        codec_name=finer,
-        vocab_size=len(order),
-        frequent=(),
-        ranks=(),
-        basis="",
-        frequent_rows="",
-    )
-    ids = np.arange(len(order), dtype=np.uint32)
-    records = edits.encode(ids[: len(rows)], rows)
+    plain = {"frequent": (), "ranks": (), "basis": "", "frequent_rows": "", **_ONE_SHARD}
+    name, count = f"{base.name[:58]}.edits", len(rows) + len(before)
+    edits = replace(base, name=name, codec_name=finer, vocab_size=count, **plain)
+    records = edits.encode(np.arange(len(rows), dtype=np.uint32), rows)
     if manifest.edits:
         kept = np.searchsorted(manifest.changed, before).astype(np.uint32)
         earlier = store.read_records(store.manifest(manifest.edits), kept)
         records = np.concatenate([records, earlier])
-    records = records[order]
-    version = content_id("edits", finer, base.blocks, records[:, :-8])
-    return _write(store, replace(edits, version=version), ids, records).ref
+    return edits, records
 
 
-def _write(store: Store, manifest: Manifest, ids: np.ndarray, records: np.ndarray) -> Manifest:
+def _write(store: Store, planned: Manifest, ids: np.ndarray, records: np.ndarray) -> Manifest:
+    """Store a table in one shard, with the version that its contents give it."""
+    parts = planned.codec_name, planned.blocks, planned.dependencies, ids, records[:, :-8]
+    manifest = replace(planned, version=content_id(planned.name, *parts))
     return write_table([store], manifest, lambda _: manifest.add_checksums(ids, records))

@@ -59,7 +59,7 @@ def publish(store: Store, ref: str) -> Manifest:
 
 def rollback(store: Store, name: str) -> Manifest:
     """Make the name stand for the version before the present one."""
-    old = store.alias(name) or Alias(resolve(store, name).version, ())
+    old = store.alias(name) or Alias(resolve(store, name).version, ())  # which is not found
     if not old.history:
         raise InvalidArgument(f"table {name!r} has no version before {old.version} to go back to")
     manifest = _servable(store, f"{name}@{old.history[-1]}")

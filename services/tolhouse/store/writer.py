@@ -29,22 +29,26 @@ def write_shards(
 ) -> list[tuple[str, bool]]:
     """The digest of each shard, now whole in every store, and whether it had to be computed."""
     written: list[tuple[Future[str], bool]] = []
+
+    def write(shard: int, records: np.ndarray, lacking: list[Store], known: str | None) -> str:
+        for store in lacking:
+            store.write_shard(manifest, shard, records)
+        return known or digest(records)
+
     with ThreadPoolExecutor(1) as background:
         for shard in shards:
             found = [shard_digest(store, manifest, shard) for store in stores]
-            whole = next(filter(None, found), None)
-            lacking = [s for s, d in zip(stores, found, strict=True) if not d or d != whole]
-            if lacking and whole:
-                source = stores[found.index(whole)]
+            known = next(filter(None, found), None)
+            lacking = [s for s, d in zip(stores, found, strict=True) if not d or d != known]
+            records = np.empty(0, np.uint8)
+            if lacking and known:
+                source = stores[found.index(known)]
                 records = source.read_records(manifest, manifest.shard_ids(shard))
             elif lacking:
                 records = records_of(shard)
-            else:
-                records = np.empty(0, np.uint8)
             if written:
                 written[-1][0].result()
-            future = background.submit(_write, manifest, shard, records, lacking, whole)
-            written.append((future, not whole))
+            written.append((background.submit(write, shard, records, lacking, known), not known))
         return [(future.result(), computed) for future, computed in written]
 
 
@@ -65,15 +69,3 @@ def shard_digest(store: Store, manifest: Manifest, shard: int) -> str | None:
         return digest(store.read_records(manifest, ids))
     except Corrupt:
         return None
-
-
-def _write(
-    manifest: Manifest,
-    shard: int,
-    records: np.ndarray,
-    stores: Sequence[Store],
-    known_digest: str | None,
-) -> str:
-    for store in stores:
-        store.write_shard(manifest, shard, records)
-    return known_digest or digest(records)

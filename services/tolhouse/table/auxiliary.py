@@ -94,25 +94,23 @@ class AuxiliaryTables:
 def load_auxiliary(manifest: Manifest, fetch: Fetch) -> AuxiliaryTables:
     """The auxiliary tables of a table; Corrupt where they are not what it says."""
 
-    def load(ref: str, num_blocks: int, allowed: range) -> tuple[Manifest, np.ndarray]:
+    def load(ref: str, num_blocks: int, least: int, most: int) -> tuple[Manifest, np.ndarray]:
         table, records = fetch(ref)
-        if (table.width, table.num_blocks) != (manifest.width, num_blocks) or (
-            table.vocab_size not in allowed
-        ):
+        fits = (table.width, table.num_blocks) == (manifest.width, num_blocks)
+        if not (fits and least <= table.vocab_size <= most):
             raise Corrupt(f"table {ref} does not fit {manifest.ref}, which needs it")
         return table, records
 
-    basis, parts = None, []
+    basis, parts, blocks = None, [], manifest.num_blocks
     if manifest.basis:
-        count = sum(manifest.ranks) + manifest.num_blocks
-        table, records = load(manifest.basis, 1, range(count, count + 1))
+        count = sum(manifest.ranks) + blocks
+        table, records = load(manifest.basis, 1, count, count)
         basis = Basis.of(table.decode(records).astype(np.float32), manifest.ranks)
     if manifest.frequent_rows:
-        allowed = range(1, len(manifest.frequent) + 1)
-        parts.append(load(manifest.frequent_rows, manifest.num_blocks, allowed))
+        parts.append(load(manifest.frequent_rows, blocks, 1, len(manifest.frequent)))
     if manifest.edits:
         count = len(manifest.changed)
-        parts.append(load(manifest.edits, manifest.num_blocks, range(count, count + 1)))
+        parts.append(load(manifest.edits, blocks, count, count))
     if len({table.record_dtype for table, _ in parts}) > 1:
         raise Corrupt(f"tables {' and '.join(manifest.auxiliary)} of {manifest.ref} do not fit")
     if not parts:
