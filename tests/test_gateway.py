@@ -918,25 +918,3 @@ def test_bytes_that_never_become_a_character_are_shown_at_the_end() -> None:
     stream = Detokenizer(tokenizer)
     assert "" == stream.push(ids)
     assert tokenizer.decode(ids) == stream.finish()
-
-
-@given(
-    st.text("ab", max_size=40),
-    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
-)
-@settings(max_examples=200, deadline=None)
-def test_a_stop_string_is_found_wherever_it_begins(text: str, stops: list[str]) -> None:
-    """The text ends before the first stop string to appear, however it is cut into tokens."""
-    tokenizer = load_tokenizer(DEMO / "tokenizer.json")
-    stream, shown = Detokenizer(tokenizer, stops), ""
-    for character in text:  # one token per character
-        shown += stream.push(tokenizer.encode(character).ids)
-        if stream.stopped:
-            break
-    shown += stream.finish()
-    # the first to be complete wins; of those complete at once, the one that begins first
-    ends = [end for end in range(1, len(text) + 1) if any(text[:end].endswith(s) for s in stops)]
-    expected = (
-        min(text[: ends[0]].index(s) for s in stops if s in text[: ends[0]]) if ends else len(text)
-    )
-    assert text[:expected] == shown
