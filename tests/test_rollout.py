@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tolhouse import Client, Manifest, errors
+from tolhouse.client.row_source import open_row_source
 from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import open_rows
 from tolhouse.model.checkpoint import open_checkpoint
@@ -119,21 +120,19 @@ def test_a_version_of_another_model_is_not_taken_up(checkpoint: Path, tmp_path: 
     other = build_table(tiny_model(tmp_path / "other", seed=1), url, name="mine", publish=False)
     two = build_table(checkpoint, url, name="mine", codec="int8", publish=False)
     options = ("--table", "mine", "--table-poll-seconds", "0.1")
-    with closing(open_store(url)) as store, process("lookup", "--store", url, *FREE) as lookup:
-        with (
-            process(
-                "worker", str(checkpoint), "--lookup", lookup.address, *options, *FREE
-            ) as worker,
-            Client(worker.address) as client,
-        ):
-            publish(store, other)
-            wait_until(lambda: "refused" in worker.log.read_text())
-            assert f"table {other} was built from model" in worker.log.read_text()
-            assert one == client.describe_worker().table
-            assert f'tolhouse_worker_table_refused{{table="{other}"}} 1.0' in metrics(worker)
-            publish(store, two)
-            wait_until(lambda: client.describe_worker().table == two)
-            assert "tolhouse_worker_table_refused{" not in metrics(worker)
+    with (
+        closing(open_store(url)) as store,
+        process("worker", str(checkpoint), "--rows", url, *options, *FREE) as worker,
+        Client(worker.address) as client,
+    ):
+        publish(store, other)
+        wait_until(lambda: "refused" in worker.log.read_text())
+        assert f"table {other} was built from model" in worker.log.read_text()
+        assert one == client.describe_worker().table
+        assert f'tolhouse_worker_table_refused{{table="{other}"}} 1.0' in metrics(worker)
+        publish(store, two)
+        wait_until(lambda: client.describe_worker().table == two)
+        assert "tolhouse_worker_table_refused{" not in metrics(worker)
 
 
 def test_a_worker_follows_on_after_what_should_not_happen(checkpoint: Path, tmp_path: Path) -> None:
@@ -148,17 +147,13 @@ def test_a_worker_follows_on_after_what_should_not_happen(checkpoint: Path, tmp_
         if len(taken) < 3:
             raise RuntimeError("out of memory")
 
-    with (
-        closing(open_store(url)) as store,
-        process("lookup", "--store", url, *FREE) as lookup,
-        Client(lookup.address) as client,
-    ):
+    with closing(open_store(url)) as store, closing(open_row_source(url)) as source:
         publish(store, two)
         engine = cast("Engine", SimpleNamespace(table=one, tables=lambda: [one]))
-        follower = TableWatcher(client.rows, "full", engine, reload, 0.05, pause_seconds=0.05)
-        follower.start()
+        watcher = TableWatcher(source, "full", engine, reload, 0.05, pause_seconds=0.05)
+        watcher.start()
         wait_until(lambda: len(taken) == 3)
-        follower.stop()
+        watcher.stop()
         assert store.leased(one)
     assert [two] * 3 == taken
 
@@ -169,16 +164,14 @@ def test_a_worker_told_a_version_stays_with_it(checkpoint: Path, tmp_path: Path)
     one = build_table(checkpoint, url, name="kept")
     two = build_table(checkpoint, url, name="kept", codec="int8", publish=False)
     options = ("--table", one, "--table-poll-seconds", "0.1")
-    with closing(open_store(url)) as store, process("lookup", "--store", url, *FREE) as lookup:
-        with (
-            process(
-                "worker", str(checkpoint), "--lookup", lookup.address, *options, *FREE
-            ) as worker,
-            Client(worker.address) as client,
-        ):
-            publish(store, two)
-            wait_until(lambda: store.leased(one))
-            time.sleep(0.5)
-            assert one == client.describe_worker().table
-            with pytest.raises(errors.InUse, match="in use"):
-                delete(store, one)
+    with (
+        closing(open_store(url)) as store,
+        process("worker", str(checkpoint), "--rows", url, *options, *FREE) as worker,
+        Client(worker.address) as client,
+    ):
+        publish(store, two)
+        wait_until(lambda: store.leased(one))
+        time.sleep(0.5)
+        assert one == client.describe_worker().table
+        with pytest.raises(errors.InUse, match="in use"):
+            delete(store, one)

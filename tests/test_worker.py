@@ -248,6 +248,24 @@ def test_a_base_model_needs_no_table(base: Path) -> None:
         assert "" == client.describe_worker().table
 
 
+@pytest.mark.parametrize("scheme", ["file", "redis"])
+def test_rows_are_read_without_a_lookup_service(
+    scheme: str, checkpoint: Path, table: tuple[str, str], redis_url: str
+) -> None:
+    """From a store that the worker reads itself; its counts tell files from what is remote."""
+    if scheme == "redis":
+        build_table(checkpoint, redis_url, shards=4)
+    url = table[0] if scheme == "file" else redis_url
+    with (
+        process("worker", str(checkpoint), "--rows", url, *FREE) as running,
+        Client(running.address) as client,
+    ):
+        expected = list(greedy(open_checkpoint(checkpoint).model(), PROMPT, 20, ignore_eos=True))
+        assert expected == list(client.generate(PROMPT, 20, ignore_eos=True))
+        rows = client.describe_worker().rows
+        assert (scheme == "file", scheme == "redis") == (rows.from_file > 0, rows.from_remote > 0)
+
+
 # a lookup service in trouble
 
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,27 +31,10 @@ Counts = dict[str, float]  # by field of `RowCounts` in generation.proto
 _FILL_BYTES = 16 << 20  # fetched at a time while the cache is filled
 
 
-class Records(Protocol):
-    """A provider below the cache."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether it is worth asking for records ahead of need."""
-        ...
-
-    def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
-        """Write the records of distinct `ids` (uint32 [T]) into rows `slots` [T] of `out`."""
-        ...
-
-    def counts(self) -> Counts: ...
-
-    def close(self) -> None: ...
-
-
 class SourceRows:
     """Records from a row source."""
 
-    ready = True
+    ready = True  # to be asked for rows ahead of need
 
     def __init__(self, source: RowSource, manifest: Manifest) -> None:
         self.source, self.manifest = source, manifest
@@ -61,6 +43,7 @@ class SourceRows:
         self.seconds = 0.0
 
     def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
+        """Write the records of distinct `ids` (uint32 [T]) into rows `slots` [T] of `out`."""
         started = time.perf_counter()
         attributes: Attributes = {"tolhouse.table": self.manifest.ref, "tolhouse.rows": len(ids)}
         try:
@@ -122,7 +105,7 @@ class CachedRows:
 
     def __init__(
         self,
-        records: Records,
+        records: SourceRows | FallbackRows,
         auxiliary: AuxiliaryTables,
         cache_bytes: int,
         device: torch.device,

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -66,9 +67,7 @@ class Builder:
     def version(self, manifest: Manifest) -> tuple[Runner, CachedRows]:
         """Another version of the table, for the same model."""
         if self.model.embed_tokens is None and not manifest.has_x0:
-            message = (
-                "it does not carry X0, and this worker was started without its input embedding"
-            )
+            message = "it has no X0, and this worker was started without its input embedding"
             raise Mismatch(f"{message}: start it again")
         rows = self._rows(manifest)
         return self._runner(rows), rows
@@ -98,37 +97,37 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
         torch.set_num_threads(config.threads)
     checkpoint, credentials = open_checkpoint(checkpoint_path), config.server_credentials()
     tracing.start_tracing("worker", config.traces, insecure=config.insecure)
-    source = None
-    if checkpoint.config.num_rows:
-        source = open_row_source(
-            config.rows,
-            timeout_seconds=config.fetch_timeout_seconds,
-            credentials=config.client_credentials(),
+    with ExitStack() as stack:
+        source, watcher = None, None
+        if checkpoint.config.num_rows:
+            calling, timeout = config.client_credentials(), config.fetch_timeout_seconds
+            source = open_row_source(config.rows, timeout_seconds=timeout, credentials=calling)
+            stack.callback(source.close)
+        builder = Builder(checkpoint, config, source)
+        stack.callback(builder.compiled.stop)
+        engine = await asyncio.to_thread(builder.engine)
+        engine.start()
+        stack.callback(engine.stop)
+        if source:
+            watcher = TableWatcher(
+                source,
+                builder.table,
+                engine,
+                lambda manifest: engine.use(*builder.version(manifest)),
+                config.table_poll_seconds,
+            )
+            watcher.start()
+            stack.callback(watcher.stop)
+        service = WorkerService(engine, checkpoint, config.served_model_name or checkpoint.name)
+        REGISTRY.register(EngineMetrics(engine, watcher))
+        event(
+            "loaded",
+            checkpoint=checkpoint.name,
+            table=engine.table,
+            kv_cache_tokens=engine.cache.capacity_tokens,
+            device=str(builder.device),
+            dtype=str(builder.dtype).removeprefix("torch."),
         )
-    builder = Builder(checkpoint, config, source)
-    engine = await asyncio.to_thread(builder.engine)
-    watcher = None
-    if source:
-
-        def reload(manifest: Manifest) -> None:
-            engine.use(*builder.version(manifest))
-
-        watcher = TableWatcher(source, builder.table, engine, reload, config.table_poll_seconds)
-    service = WorkerService(engine, checkpoint, config.served_model_name or checkpoint.name)
-    metrics = serve_metrics(config.metrics_listen, credentials)
-    REGISTRY.register(EngineMetrics(engine, watcher))
-    event(
-        "loaded",
-        checkpoint=checkpoint.name,
-        table=engine.table,
-        kv_cache_tokens=engine.cache.capacity_tokens,
-        device=str(builder.device),
-        dtype=str(builder.dtype).removeprefix("torch."),
-    )
-    engine.start()
-    if watcher:
-        watcher.start()
-    try:
         await serve(
             "worker",
             config.listen,
@@ -136,15 +135,8 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
             (NAME,),
             config.drain_seconds,
             credentials=credentials,
-            metrics=metrics,
+            metrics=serve_metrics(config.metrics_listen, credentials),
         )
-    finally:
-        builder.compiled.stop()
-        if watcher:
-            watcher.stop()
-        engine.stop()
-        if source:
-            source.close()
 
 
 def wait_for_table(source: RowSource, table: str, seconds: float) -> Manifest:
