@@ -26,11 +26,13 @@ from tolhouse.testing import (
     process,
     redis_server,
     tiny_model,
+    wait_until,
 )
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
 FREE = ("--listen", "127.0.0.1:0")
+UNCACHED = ("--row-cache-megabytes", "0")
 PROMPT = [5, 17, 3, 99, 200]
 
 
@@ -59,38 +61,35 @@ def worker(cluster: Cluster) -> Iterator[Client]:
 
 def settle(worker: Client, **expected: int) -> None:
     """Wait until the worker reports these values."""
-    for _ in range(500):
+
+    def reported() -> bool:
         described = worker.describe_worker()
-        if all(getattr(described, name) == value for name, value in expected.items()):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"{described} never had {expected}")
+        return expected == {name: getattr(described, name) for name in expected}
+
+    wait_until(reported, f"a worker with {expected}")
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(worker: Client) -> None:
     """Sampled tokens depend on the seed, and not on who else runs."""
     options = {"temperature": 1.2, "top_k": 50, "top_p": 0.95, "ignore_eos": True}
-    alone = [list(worker.generate(PROMPT, 30, seed=seed, **options)) for seed in range(4)]
+
+    def sampled(seed: int) -> list[int]:
+        return list(worker.generate(PROMPT, 30, seed=seed, **options))
+
+    alone = [sampled(seed) for seed in range(4)]
     assert 4 == len(set(map(tuple, alone)))
     with ThreadPoolExecutor(4) as pool:
-        assert alone == list(
-            pool.map(lambda seed: list(worker.generate(PROMPT, 30, seed=seed, **options)), range(4))
-        )
+        assert alone == list(pool.map(sampled, range(4)))
 
 
 def test_a_client_is_told_logprobs(worker: Client) -> None:
     """Each token comes with its logprob and the likeliest; the prompt's come with the first."""
     replies = list(worker.replies(PROMPT, 6, logprobs=2, prompt_logprobs=1, ignore_eos=True))
-    assert list(worker.generate(PROMPT, 6, ignore_eos=True)) == [
-        i for r in replies for i in r.token_ids
-    ]
-    assert [(1, 2, 2)] * 6 == [
-        (len(r.logprobs.chosen), len(r.logprobs.top_ids), len(r.logprobs.top)) for r in replies
-    ]
-    assert all(
-        r.token_ids[0] == r.logprobs.top_ids[0] and r.logprobs.chosen[0] == r.logprobs.top[0]
-        for r in replies
-    )
+    tokens = [i for r in replies for i in r.token_ids]
+    assert list(worker.generate(PROMPT, 6, ignore_eos=True)) == tokens
+    for token, logprobs in zip(tokens, (r.logprobs for r in replies), strict=True):
+        assert (2, 2) == (len(logprobs.top_ids), len(logprobs.top))
+        assert ([token], [logprobs.top[0]]) == (logprobs.top_ids[:1], logprobs.chosen)
     assert [True] + [False] * 5 == [r.HasField("prompt_logprobs") for r in replies]
     assert (4, 4) == (len(replies[0].prompt_logprobs.chosen), len(replies[0].prompt_logprobs.top))
     scored = list(worker.replies(PROMPT, 0, prompt_logprobs=1))
@@ -105,24 +104,14 @@ def test_a_description_tells_identity_weights_and_rows(
     list(worker.generate([7, 8, 9], 5, ignore_eos=True))
     described = worker.describe_worker()
     opened = open_checkpoint(checkpoint)
-    assert ("tiny-memory", table[1], opened.model_id(), opened.tokenizer_id) == (
-        described.model,
-        described.table,
-        described.model_id,
-        described.tokenizer_id,
-    )
+    identity = (described.model, described.table, described.model_id, described.tokenizer_id)
+    assert ("tiny-memory", table[1], opened.model_id(), opened.tokenizer_id) == identity
     config = opened.config
-    ffn_m = config.num_hidden_layers * (
-        3 * config.hidden_size * config.intermediate_size + config.hidden_size
-    )
-    assert 2 * ffn_m == described.dense_weight_bytes - described.weight_bytes
-    asked = (
-        described.rows.from_cache
-        + described.rows.from_remote
-        - before.from_cache
-        - before.from_remote
-    )
-    assert 3 + 4 == asked  # the prompt, and each sampled token but the last
+    ffn = 3 * config.hidden_size * config.intermediate_size + config.hidden_size
+    saved = described.dense_weight_bytes - described.weight_bytes
+    assert 2 * config.num_hidden_layers * ffn == saved
+    counts = [rows.from_cache + rows.from_remote for rows in (before, described.rows)]
+    assert 3 + 4 == counts[1] - counts[0]  # the prompt, and each sampled token but the last
 
 
 def test_a_table_with_x0_takes_the_embedding_out_of_the_worker(tmp_path: Path) -> None:
@@ -176,62 +165,46 @@ def test_a_full_queue_is_told_and_the_queued_are_served(worker: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "status", "message"),
+    ("request_", "message"),
     [
-        ({"prompt_token_ids": []}, "INVALID_ARGUMENT", "empty"),
-        ({"prompt_token_ids": [99_999]}, "INVALID_ARGUMENT", "allowed are 0 to"),
-        ({"prompt_token_ids": [1] * 256}, "OUT_OF_RANGE", "context of 256"),
-        ({"prompt_token_ids": [1], "max_tokens": 0}, "INVALID_ARGUMENT", "max_tokens"),
-        ({"prompt_token_ids": [1], "max_tokens": 2**32 - 1}, "OUT_OF_RANGE", "lower max_tokens"),
-        ({"prompt_token_ids": [1], "temperature": -1}, "INVALID_ARGUMENT", "temperature"),
-        ({"prompt_token_ids": [1], "temperature": float("nan")}, "INVALID_ARGUMENT", "temperature"),
-        ({"prompt_token_ids": [1], "top_p": 2}, "INVALID_ARGUMENT", "top_p"),
-        (
-            {"prompt_token_ids": [1], "stop_token_ids": [99_999]},
-            "INVALID_ARGUMENT",
-            "stop_token_ids",
-        ),
-        (
-            {"prompt_token_ids": [1], "logit_bias": {99_999: 1}},
-            "INVALID_ARGUMENT",
-            "logit_bias: token id 99999",
-        ),
-        (
-            {"prompt_token_ids": [1], "logit_bias": {1: float("nan")}},
-            "INVALID_ARGUMENT",
-            "logit_bias",
-        ),
-        (
-            {"prompt_token_ids": [1], "logprobs": 21},
-            "INVALID_ARGUMENT",
-            "logprobs: Input should be less than or equal to 20",
-        ),
-        ({"prompt_token_ids": [1], "min_tokens": 4}, "INVALID_ARGUMENT", "min_tokens"),
+        ({"prompt_token_ids": []}, "empty"),
+        ({"prompt_token_ids": [99_999]}, "allowed are 0 to"),
+        ({"prompt_token_ids": [1] * 256}, "context of 256"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 2**32 - 1}, "lower max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"stop_token_ids": [99_999]}, "stop_token_ids"),
+        ({"logit_bias": {99_999: 1}}, "logit_bias: token id 99999"),
+        ({"logit_bias": {1: float("nan")}}, "logit_bias"),
+        ({"logprobs": 21}, "logprobs: Input should be less than or equal to 20"),
+        ({"min_tokens": 4}, "min_tokens"),
     ],
 )
-def test_bad_requests_have_their_status(
-    cluster: Cluster, request_: dict, status: str, message: str
-) -> None:
-    """What can't be served is told before it takes a place in the queue."""
+def test_bad_requests_have_their_status(cluster: Cluster, request_: dict, message: str) -> None:
+    """What can't be served is refused before it takes a place in the queue."""
+    fields = {"prompt_token_ids": [1], "max_tokens": 3, **request_}
+    request = generation_pb2.GenerateRequest(**fields)
     with grpc.insecure_channel(cluster.workers) as channel, pytest.raises(grpc.RpcError) as caught:
-        list(
-            GenerationStub(channel).Generate(
-                generation_pb2.GenerateRequest(**{"max_tokens": 3, **request_}), timeout=30
-            )
-        )
-    assert status == caught.value.code().name
+        list(GenerationStub(channel).Generate(request, timeout=30))
+    too_long = message in ("context of 256", "lower max_tokens")
+    assert ("OUT_OF_RANGE" if too_long else "INVALID_ARGUMENT") == caught.value.code().name
     assert message in caught.value.details()
+
+
+def metrics(worker: Process) -> str:
+    url = f"http://{worker.ready['metrics']}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return answer.read().decode()
 
 
 def test_the_metrics_count_tokens_and_rows(cluster: Cluster, worker: Client) -> None:
     """Prometheus finds the engine's own counts."""
     list(worker.generate(PROMPT, 5, ignore_eos=True))
-    ready = next(p.ready for p in cluster.processes if p.ready["service"] == "worker")
-    with urllib.request.urlopen(f"http://{ready['metrics']}/metrics", timeout=10) as answer:
-        text = answer.read().decode()
-    values = dict(
-        line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("tolhouse_worker")
-    )
+    process = next(p for p in cluster.processes if p.ready["service"] == "worker")
+    lines = [line for line in metrics(process).splitlines() if line.startswith("tolhouse_worker")]
+    values = dict(line.rsplit(" ", 1) for line in lines)
     rows = worker.describe_worker().rows
     assert float(values["tolhouse_worker_tokens_total"]) >= 5
     assert rows.from_cache == float(values['tolhouse_worker_rows_total{source="cache"}'])
@@ -286,7 +259,7 @@ def test_a_lost_lookup_service_fails_who_needs_it_and_comes_back(
             process(
                 "worker",
                 str(checkpoint),
-                "--lookup",
+                "--rows",
                 address,
                 "--fetch-timeout-seconds",
                 "2",
@@ -316,7 +289,7 @@ def test_a_stopped_lookup_service_costs_no_more_than_the_deadline(
     checkpoint: Path, lookup: Process
 ) -> None:
     """A lookup service that hangs ends the sequence with an error; nothing waits for ever."""
-    options = ("--lookup", lookup.address, "--fetch-timeout-seconds", "1", *FREE)
+    options = ("--rows", lookup.address, "--fetch-timeout-seconds", "1", *FREE)
     with process("worker", str(checkpoint), *options) as worker, Client(worker.address) as client:
         lookup.popen.send_signal(signal.SIGSTOP)
         with pytest.raises(errors.DeadlineExceeded, match="did not answer"):
@@ -351,7 +324,7 @@ def test_with_a_fallback_a_lost_lookup_service_changes_nothing(
             process("lookup", "--store", url, "--listen", address, "--hot-megabytes", "0")
         )
         worker = stack.enter_context(
-            process("worker", str(path), "--lookup", address, *options, *FREE)
+            process("worker", str(path), "--rows", address, *options, *FREE)
         )
         client = stack.enter_context(Client(worker.address))
         tokens = client.generate(PROMPT, 200, ignore_eos=True)
@@ -362,13 +335,8 @@ def test_with_a_fallback_a_lost_lookup_service_changes_nothing(
         rows = client.describe_worker().rows
         assert rows.from_remote > 0
         assert rows.recomputed > 200
-        with urllib.request.urlopen(
-            f"http://{worker.ready['metrics']}/metrics", timeout=10
-        ) as answer:
-            assert (
-                f'tolhouse_worker_rows_total{{source="recomputed"}} {float(rows.recomputed)}'
-                in answer.read().decode()
-            )
+        counted = f'tolhouse_worker_rows_total{{source="recomputed"}} {float(rows.recomputed)}'
+        assert counted in metrics(worker)
         if trouble == signal.SIGKILL:
             lookup.popen.wait()
             stack.enter_context(process("lookup", "--store", url, "--listen", address))
@@ -418,9 +386,7 @@ def test_a_table_that_vanishes_is_not_the_caller_s_fault(checkpoint: Path) -> No
         ref = build_table(checkpoint, url, shards=4)
         first = stack.enter_context(process("lookup", "--store", url, "--listen", address))
         worker = stack.enter_context(
-            process(
-                "worker", str(checkpoint), "--lookup", address, "--row-cache-megabytes", "0", *FREE
-            )
+            process("worker", str(checkpoint), "--rows", address, *UNCACHED, *FREE)
         )
         client = stack.enter_context(Client(worker.address))
         expected = list(client.generate(PROMPT, 10))
@@ -428,10 +394,8 @@ def test_a_table_that_vanishes_is_not_the_caller_s_fault(checkpoint: Path) -> No
         with Redis.from_url(url) as redis:
             redis.flushall()
         stack.enter_context(process("lookup", "--store", url, "--listen", address))
-        said = "the stream broke"
-        while (
-            "the stream broke" in said
-        ):  # that to the first service, which the worker may not have noticed yet
+        said = "the stream broke"  # to the first service, as the worker may not have noticed yet
+        while "the stream broke" in said:
             with pytest.raises(errors.Unavailable) as raised:
                 list(client.generate(PROMPT, 10))
             said = str(raised.value)
@@ -457,7 +421,7 @@ def test_what_can_not_start_says_why(
     checkpoint: Path, flex_checkpoint: Path, lookup: Process, cluster: Cluster, tmp_path: Path
 ) -> None:
     """Another model's table or tokenizer, no table or service, a bad value: one line each."""
-    to = ("--lookup", lookup.address)
+    to = ("--rows", lookup.address)
     assert "was built from model" in refused(str(flex_checkpoint), *to, "--table", "tiny-memory")
     renamed = tmp_path / "tiny-memory"
     renamed.mkdir()
@@ -469,7 +433,7 @@ def test_what_can_not_start_says_why(
     assert "not published" in refused(
         str(checkpoint), *to, "--table", "nothing", "--lookup-wait-seconds", "0.2"
     )
-    nobody = ("--lookup", f"127.0.0.1:{free_port()}", "--lookup-wait-seconds", "0.5")
+    nobody = ("--rows", f"127.0.0.1:{free_port()}", "--lookup-wait-seconds", "0.5")
     assert "can't be reached" in refused(str(checkpoint), *nobody)
     assert "in use" in refused(str(checkpoint), *to, "--listen", cluster.workers)
     assert "TOLHOUSE_WORKER_MAX_NUM_SEQS" in refused(str(checkpoint), *to, "--max-num-seqs", "0")

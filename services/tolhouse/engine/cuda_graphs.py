@@ -76,10 +76,9 @@ class DecodeGraph:
 
         self.ids_B, self.positions_B, self.index_B = (buffer(sequences) for _ in range(3))
         self.finer_B = buffer(sequences, fill=-1)
-        blocks_B, tables_BC = (
-            buffer(*s, fill=self.spare) for s in ((sequences,), (sequences, blocks))
-        )
-        offsets_B, lengths_B = buffer(sequences), buffer(sequences, fill=1)
+        blocks_B, offsets_B = buffer(sequences, fill=self.spare), buffer(sequences)
+        tables_BC = buffer(sequences, blocks, fill=self.spare)
+        lengths_B = buffer(sequences, fill=1)
         self.view = AttentionMetadata(pages, sequences, blocks_B, offsets_B, tables_BC, lengths_B)
 
         def first() -> Tensor:

@@ -4,6 +4,7 @@ The file is mapped: FFN-M is read only when a row is computed, and the kernel ma
 again. A layer's weights are float32 while it runs, as they were for the builder, and only then.
 """
 
+import threading
 from typing import cast
 
 import numpy as np
@@ -42,6 +43,7 @@ class RecomputedRows:
                 message = f"--fallback recompute can't compute {what} {manifest.ref}"
                 raise Mismatch(f"{message}: serve it without")
         self.rows = 0
+        self._lock = threading.Lock()  # a prefetch may run beside a step, over the same modules
         self.manifest = manifest
         self.model = checkpoint.model(embedding=False, dtype=None)
         self.model.ffn_m = nn.ModuleList(Widened(ffn) for ffn in self.model.ffn_m)
@@ -55,8 +57,9 @@ class RecomputedRows:
         return np.concatenate([self.manifest.encode(ids[part], rows) for part, rows in parts])
 
     def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
-        out[slots] = self.records(ids)
-        self.rows += len(ids)
+        with self._lock:
+            out[slots] = self.records(ids)
+            self.rows += len(ids)
 
     def counts(self) -> dict[str, float]:
         return {"recomputed": self.rows}
