@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +12,11 @@ from tolhouse import Client
 from tolhouse.analysis.edits import copy_of, scale_of
 from tolhouse.errors import Corrupt, IdOutOfRange, InUse, InvalidArgument, NotFound
 from tolhouse.model.checkpoint import open_checkpoint
-from tolhouse.store.base import open_store
+from tolhouse.store.base import Store, open_store
 from tolhouse.store.overlay import make_overlay
 from tolhouse.store.registry import delete, publish, rollback
-from tolhouse.testing import build_table, local_cluster
+from tolhouse.table.manifest import Manifest
+from tolhouse.testing import build_table, local_cluster, wait_until
 
 EDITED, OTHER = 40, 7
 WITH, WITHOUT = [5, 17, EDITED, 3], [5, 17, 41, 3]
@@ -29,13 +29,20 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return request.getfixturevalue("redis_url" if request.param == "redis" else "redis_cluster_url")
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(f"file://{tmp_path}")
+
+
+@pytest.fixture
+def parent(checkpoint: Path, store: Store) -> Manifest:
+    """A table in the store."""
+    return store.manifest(build_table(checkpoint, store.url))
+
+
 def tolhouse(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-m", "tolhouse.cli", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "tolhouse.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert code == done.returncode, done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -86,11 +93,8 @@ def test_an_edit_shows_where_its_token_stands_and_only_there(
     build_table(checkpoint, url)
 
     def told(prompt: list[int]) -> list[float]:
-        return [
-            p
-            for reply in client.replies(prompt, 0, prompt_logprobs=0)
-            for p in reply.prompt_logprobs.chosen
-        ]
+        replies = client.replies(prompt, 0, prompt_logprobs=0)
+        return [p for reply in replies for p in reply.prompt_logprobs.chosen]
 
     with (
         local_cluster(checkpoint, url, worker_options=("--table-poll-seconds", "0.1")) as cluster,
@@ -100,45 +104,34 @@ def test_an_edit_shows_where_its_token_stands_and_only_there(
         made = tolhouse(
             "overlay", "tiny-memory", "--copy", f"{EDITED}={OTHER}", "--publish", "--store", url
         ).stdout.strip()
-        wait_for(client, made)
+        wait_until(lambda: client.describe_worker().table == made)
         after = told(WITH), told(WITHOUT)
         assert before[1] == after[1]
         assert before[0][:2] == after[0][:2]  # what is predicted before the token is read
         assert before[0][2] != after[0][2]
         tolhouse("tables", "rollback", "tiny-memory", "--store", url)
-        wait_for(client, open_store(url).manifest(made).parent)
+        parent = open_store(url).manifest(made).parent
+        wait_until(lambda: client.describe_worker().table == parent)
         assert before == (told(WITH), told(WITHOUT))
 
 
-def wait_for(client: Client, table: str) -> None:
-    deadline = time.monotonic() + 30
-    while client.describe_worker().table != table:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_an_overlay_of_an_overlay_has_the_changes_of_both(checkpoint: Path, tmp_path: Path) -> None:
-    store = open_store(f"file://{tmp_path}")
-    ref = build_table(checkpoint, store.url)
-    rows = store.rows(store.manifest(ref), ids(0, 1, 2))
-    first = make_overlay(store, ref, ids(10, 11), rows[:2])
+def test_an_overlay_of_an_overlay_has_the_changes_of_both(store: Store, parent: Manifest) -> None:
+    """It lies over the first one's parent; the same rows make the same version."""
+    rows = store.rows(parent, ids(0, 1, 2))
+    first = make_overlay(store, parent.ref, ids(10, 11), rows[:2])
     second = make_overlay(store, first.ref, ids(11, 12), rows[1:] * 3)
-    assert (ref, (10, 11, 12)) == (second.parent, second.changed)
-    np.testing.assert_array_equal(
-        np.concatenate([rows[:1], rows[1:] * 3]), store.rows(second, ids(10, 11, 12))
-    )
-    assert second == make_overlay(
-        store, ref, ids(10, 11, 12), np.concatenate([rows[:1], rows[1:] * 3])
-    )  # the same rows, the same version
+    assert (parent.ref, (10, 11, 12)) == (second.parent, second.changed)
+    expected = np.concatenate([rows[:1], rows[1:] * 3])
+    np.testing.assert_array_equal(expected, store.rows(second, ids(10, 11, 12)))
+    assert second == make_overlay(store, parent.ref, ids(10, 11, 12), expected)
     delete(store, first.ref)
     np.testing.assert_array_equal(rows[:1], store.rows(second, ids(10)))
 
 
-def test_what_an_overlay_lies_over_stays(checkpoint: Path, tmp_path: Path) -> None:
-    """A parent can't be deleted before its overlays; where it is gone all the same, its overlay's reader and maker are told."""
-    store = open_store(f"file://{tmp_path}")
-    ref = build_table(checkpoint, store.url)
-    made = make_overlay(store, ref, ids(1), store.rows(store.manifest(ref), ids(2)))
+def test_what_an_overlay_lies_over_stays(store: Store, parent: Manifest, tmp_path: Path) -> None:
+    """A parent can't be deleted before its overlays; if it is gone, reads and edits say so."""
+    ref = parent.ref
+    made = make_overlay(store, ref, ids(1), store.rows(parent, ids(2)))
     publish(store, made.ref)
     for force in (False, True):
         with pytest.raises(InUse, match=f"is a part of {made.ref}: delete that first"):
@@ -151,12 +144,9 @@ def test_what_an_overlay_lies_over_stays(checkpoint: Path, tmp_path: Path) -> No
     ):
         with pytest.raises(NotFound, match=f"is an overlay over {ref}, which is not in"):
             work()
-    told = tolhouse(
-        "overlay", "tiny-memory", "--scale", "3=0.5", "--store", store.url, code=1
-    ).stderr
-    assert f"is an overlay over {ref}, which is not in" in told
-    told = tolhouse("overlay", ref, "--scale", "3=0.5", "--store", store.url, code=1).stderr
-    assert f"table {ref} is not in" in told
+    for table, message in (("tiny-memory", f"over {ref}, which is not in"), (ref, "is not in")):
+        done = tolhouse("overlay", table, "--scale", "3=0.5", "--store", store.url, code=1)
+        assert message in done.stderr
 
 
 def test_an_overlay_without_its_parent_is_not_served(checkpoint: Path, tmp_path: Path) -> None:
@@ -177,12 +167,8 @@ def test_an_overlay_without_its_parent_is_not_served(checkpoint: Path, tmp_path:
     assert other.version == store.alias("tiny-memory").version
 
 
-def test_a_version_s_record_does_not_pass_for_its_overlay_s(
-    checkpoint: Path, tmp_path: Path
-) -> None:
-    """The checksum of a changed row names the overlay: the parent's old record in its place is found."""
-    store = open_store(f"file://{tmp_path}")
-    parent = store.manifest(build_table(checkpoint, store.url))
+def test_a_version_s_record_does_not_pass_for_its_overlay_s(store: Store, parent: Manifest) -> None:
+    """The checksum of a changed row names the overlay: the parent's record is found out."""
     made = make_overlay(store, parent.ref, ids(1), store.rows(parent, ids(2)))
     old, new = store.read_records(parent, ids(1)), store.read_records(made, ids(1))
     seed_of = {m: m.seeds(ids(1))[0] for m in (parent, made)}
@@ -195,12 +181,10 @@ def test_a_version_s_record_does_not_pass_for_its_overlay_s(
         made.copy_records(ids(1), memoryview(old.reshape(-1)), memoryview(out), [0])
 
 
-def test_a_rolled_back_name_has_its_rows_again(checkpoint: Path, tmp_path: Path) -> None:
-    store = open_store(f"file://{tmp_path}")
-    ref = build_table(checkpoint, store.url)
-    made = make_overlay(store, ref, ids(1), store.rows(store.manifest(ref), ids(2)))
-    publish(store, made.ref)
-    assert ref == rollback(store, "tiny-memory").ref
+def test_a_rolled_back_name_has_its_rows_again(store: Store, parent: Manifest) -> None:
+    """The name of a published overlay goes back to its parent."""
+    publish(store, make_overlay(store, parent.ref, ids(1), store.rows(parent, ids(2))).ref)
+    assert parent == rollback(store, "tiny-memory")
 
 
 @pytest.mark.parametrize(
@@ -289,17 +273,11 @@ def test_sizes_are_told_with_what_is_stored_beside(checkpoint: Path, tmp_path: P
     made = store.manifest(done.stdout.strip())
     size = made.table_bytes + store.manifest(made.edits).table_bytes
     assert f", {size / 1e3:.1f} kB" in done.stderr
-    whole = (
-        base.table_bytes
-        + store.manifest(base.basis).table_bytes
-        + store.manifest(base.frequent_rows).table_bytes
-    )
-    listed = {
-        line[2 : 2 + len(base.ref)]: line
-        for line in tolhouse("tables", "list", "--store", url).stdout.splitlines()
-    }
+    total = base.table_bytes + sum(store.manifest(ref).table_bytes for ref in base.auxiliary)
+    lines = tolhouse("tables", "list", "--store", url).stdout.splitlines()
+    listed = {line[2 : 2 + len(base.ref)]: line for line in lines}
     assert f" {size / 1e6:.1f} MB" in listed[made.ref]
-    assert f" {whole / 1e6:.1f} MB" in listed[base.ref]
+    assert f" {total / 1e6:.1f} MB" in listed[base.ref]
 
 
 def rows_file(folder: Path, count: int) -> str:
@@ -307,23 +285,15 @@ def rows_file(folder: Path, count: int) -> str:
     return str(folder / "rows.npz")
 
 
-def test_rows_come_from_a_file(checkpoint: Path, tmp_path: Path) -> None:
-    url = f"file://{tmp_path}"
-    build_table(checkpoint, url)
+def test_rows_come_from_a_file(store: Store, parent: Manifest, tmp_path: Path) -> None:
+    """Ids and rows of an archive are the edits; rows of another shape are refused."""
+    options = ("overlay", parent.ref, "--rows", str(tmp_path / "rows.npz"), "--store", store.url)
     rows = np.random.default_rng(0).standard_normal((2, 4, 96)).astype(np.float32)
     np.savez(tmp_path / "rows.npz", ids=np.array([9, 4]), rows=rows)
-    ref = tolhouse(
-        "overlay", "tiny-memory", "--rows", str(tmp_path / "rows.npz"), "--store", url
-    ).stdout.strip()
-    store = open_store(url)
-    np.testing.assert_array_equal(rows, store.rows(store.manifest(ref), ids(9, 4)))
+    made = store.manifest(tolhouse(*options).stdout.strip())
+    np.testing.assert_array_equal(rows, store.rows(made, ids(9, 4)))
     np.savez(tmp_path / "rows.npz", ids=np.array([9, 4]), rows=rows[:, :3])
-    assert (
-        "have [2, 4, 96]"
-        in tolhouse(
-            "overlay", "tiny-memory", "--rows", str(tmp_path / "rows.npz"), "--store", url, code=1
-        ).stderr
-    )
+    assert "have [2, 4, 96]" in tolhouse(*options, code=1).stderr
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "array", "scalar", "empty"])
@@ -384,15 +354,13 @@ def test_another_tokenizer_s_texts_are_refused(checkpoint: Path, tmp_path: Path)
     )
 
 
-def test_bad_overlays_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_bad_overlays_are_refused(store: Store, parent: Manifest) -> None:
     """Ids and rows that do not fit, and manifests that say what can't be."""
-    store = open_store(f"file://{tmp_path}")
-    manifest = store.manifest(build_table(checkpoint, store.url))
     with pytest.raises(IdOutOfRange):
-        make_overlay(store, manifest.ref, np.array([-1]), np.zeros((1, 4, 96)))
+        make_overlay(store, parent.ref, np.array([-1]), np.zeros((1, 4, 96)))
     with pytest.raises(InvalidArgument, match="at least one"):
-        make_overlay(store, manifest.ref, np.array([], np.int64), np.zeros((0, 4, 96)))
-    made = make_overlay(store, manifest.ref, ids(1), np.zeros((1, 4, 96), np.float32))
+        make_overlay(store, parent.ref, np.array([], np.int64), np.zeros((0, 4, 96)))
+    made = make_overlay(store, parent.ref, ids(1), np.zeros((1, 4, 96), np.float32))
     for bad in ({"changed": ()}, {"parent": "tiny-memory"}):
         with pytest.raises(InvalidArgument, match="manifest: "):
             replace(made, **bad)
