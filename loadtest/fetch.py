@@ -1,8 +1,8 @@
-"""Rows from all kinds of sources, next to Redis alone and to bare gRPC: `python -m loadtest.fetch [--quick]`.
+"""Rows from row sources, next to Redis alone and bare gRPC: `python -m loadtest.fetch [--quick]`.
 
-Starts its own Redis servers and lookup services, which are called over TCP on loopback, measures the contenders in turn on
-the same ids, prints medians and, last, one line of JSON with the ratios, of which more is better but for single_vs_echo,
-batch256_vs_bare and growth. Machines are noisy: the ratios within a run mean something, the times of two runs do not.
+Starts its own Redis servers and lookup services, called over TCP on loopback, measures contenders
+in turn on the same ids, and prints medians and, last, one line of JSON with ratios. More is better
+but for single_vs_echo, batch256_vs_bare and growth. Compare ratios, not times: machines are noisy.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _PAUSE = 0.002  # seconds in which the last contender's threads come to rest
 
 
 def medians(contenders: dict[str, Work], batches: list[np.ndarray], title: str) -> dict[str, float]:
-    """Median seconds per batch of each contender, all of them in turn on each batch; printed, fastest contender's unit."""
+    """Median seconds per batch of each contender, all of them in turn on each batch; printed."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for batch in tqdm(batches, desc=title, leave=False):
         for name, work in contenders.items():
@@ -52,14 +52,14 @@ def medians(contenders: dict[str, Work], batches: list[np.ndarray], title: str) 
 
 
 def in_turn(vocabulary: int, size: int, count: int) -> list[np.ndarray]:
-    """`count` batches of `size` ids that go round the vocabulary, so that a row comes again as late as possible."""
+    """`count` batches of `size` ids that go round the vocabulary: a row comes again late."""
     order = np.random.default_rng(0).permutation(vocabulary).astype(np.uint32)
     return [np.take(order, range(n * size, (n + 1) * size), mode="wrap") for n in range(count)]
 
 
 @contextmanager
 def service(url: str, hot_megabytes: float, *, filled: bool = False) -> Iterator[str]:
-    """A lookup service; `filled`: that has read the frequent tokens' rows of its published table."""
+    """A lookup service; `filled`: with the frequent tokens' rows of its published table."""
     options = ("--listen", "127.0.0.1:0", "--hot-megabytes", str(hot_megabytes))
     with process("lookup", "--store", url, *options) as running:
         while filled and "hot rows filled" not in running.log.read_text():
@@ -68,7 +68,7 @@ def service(url: str, hot_megabytes: float, *, filled: bool = False) -> Iterator
 
 
 def large_rows(pairs: int) -> dict[str, float]:
-    """32 ids of 96 KiB from each kind of source, against MGET of the same rows and one naive answer.
+    """32 ids of 96 KiB from each kind of source, against MGET of the same and one naive answer.
 
     The lookup services have them hot, or read them from Redis with nothing cached.
     """
@@ -109,7 +109,7 @@ def large_rows(pairs: int) -> dict[str, float]:
 
 
 def small_rows(pairs: int) -> dict[str, float]:
-    """Hot rows of 4 KiB: one against an echo of 4 KiB on an open stream, 256 against a bare unary answer of 1 MiB."""
+    """Hot rows of 4 KiB: one against an echo on an open stream, 256 against a unary answer."""
     manifest = manifest_of("small", 4096, 4)
     payload = bytes(4096)
     with redis_server() as url, closing(open_store(url)) as store, server("bare") as bare:
@@ -145,9 +145,10 @@ def small_rows(pairs: int) -> dict[str, float]:
 
 
 def real_text(row_kib: int) -> dict[str, float]:
-    """Workers with a row cache of a tenth of the table read text, against MGET of the same ids; the service keeps a third.
+    """Workers with a row cache of a tenth of the table read text, against MGET of the same ids.
 
-    One takes 512 ids at a time, as steps with a prompt do, one 32, as steps do in which 32 sequences decode.
+    The service keeps a third. One worker takes 512 ids at a time, as steps with a prompt do, one
+    32, as steps do in which 32 sequences decode.
     """
     source, ids, frequent = trace(32_768)
     manifest = manifest_of("text", 32_768, row_kib, frequent=frequent)
@@ -161,7 +162,8 @@ def real_text(row_kib: int) -> dict[str, float]:
         publish(store, manifest.ref)
         keys = load_plain(redis, manifest, np.unique(ids))
         print(
-            f"{source}: {len(ids)} tokens, 32k BPE, rows of {row_kib} KiB, worker cache of {slots} rows"
+            f"{source}: {len(ids)} tokens, 32k BPE, rows of {row_kib} KiB, "
+            f"worker cache of {slots} rows"
         )
         for name, size, read in (
             ("effective_vs_redis", 512, ids),
@@ -188,12 +190,14 @@ def real_text(row_kib: int) -> dict[str, float]:
             if read is ids:
                 hit_rate = 1 - (rows.counts()["from_remote"] - filled) / len(ids)
             print(
-                f"  {size:3} at a time: worker {len(read) / ours:9.0f} rows/s   Redis MGET {len(read) / theirs:9.0f} rows/s"
+                f"  {size:3} at a time: worker {len(read) / ours:9.0f} rows/s   "
+                f"Redis MGET {len(read) / theirs:9.0f} rows/s"
             )
     asked = ids.tolist()
     best, cold_best = clairvoyant(asked, slots, frequent), clairvoyant(asked, slots, ())
     print(
-        f"  hit rate {hit_rate:.4f}; clairvoyant {best:.4f} from the same beginning, {cold_best:.4f} from an empty cache"
+        f"  hit rate {hit_rate:.4f}; clairvoyant {best:.4f} from the same beginning, "
+        f"{cold_best:.4f} from an empty cache"
     )
     return {
         "hit_rate": hit_rate,
@@ -204,7 +208,7 @@ def real_text(row_kib: int) -> dict[str, float]:
 
 
 def growth(pairs: int) -> dict[str, float]:
-    """Time of a row from Redis, nothing cached, as the vocabulary and as the Cluster grow; the worst step over the best."""
+    """Growth of a row's time from Redis, nothing cached, with the vocabulary and the Cluster."""
     found = {}
     small, large = manifest_of("v16k", 16_384, 4), manifest_of("v128k", 131_072, 4)
     with redis_server() as url, closing(open_store(url)) as store:
@@ -246,7 +250,7 @@ def _growth(sizes: dict[str, tuple[Client, Manifest]], pairs: int, title: str) -
 
 
 def clients(seconds: float) -> dict[str, float]:
-    """Rows per second that four client processes get from one lookup service, over what one gets."""
+    """Rows per second of four client processes over those of one, from one lookup service."""
     manifest, rates = manifest_of("shared", 4096, 4), []
     spawn = multiprocessing.get_context("spawn")
     with redis_server() as url, closing(open_store(url)) as store:

@@ -1,4 +1,4 @@
-"""The SDK against real row sources and workers: rows in the caller's order, failover, bounded waits, clear errors."""
+"""The SDK against real row sources and workers: order of rows, failover, waits, errors."""
 
 import gc
 import os
@@ -60,7 +60,7 @@ def client(request: pytest.FixtureRequest, cluster: Cluster, stores: dict) -> It
 
 @pytest.fixture(params=["lookup", "file", "redis"])
 def own(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Client, str]]:
-    """A client of each kind of row source, and the URL of the store behind it, which is the test's own."""
+    """A client of each kind of row source, and the URL of the store behind it, for one test."""
     with ExitStack() as stack:
         url = target = f"file://{tmp_path}"
         if request.param == "redis":
@@ -134,7 +134,7 @@ def test_what_is_no_list_of_ids_is_refused(cluster: Cluster, ids: list) -> None:
 
 
 def test_errors_are_the_same_for_all_row_sources(client: Client, table: str) -> None:
-    """Unknown names and versions are NotFound with what there is; ids outside the vocabulary are IdOutOfRange."""
+    """Unknown tables are NotFound with what there is; ids over the vocabulary IdOutOfRange."""
     for wrong, error, message in (
         ("nothing", errors.NotFound, table),
         ("tiny-memory@0123456789abcdef", errors.NotFound, table),
@@ -191,7 +191,7 @@ def test_nobody_there_is_unavailable(scheme: str) -> None:
 
 
 def test_the_wrong_service_is_an_error(cluster: Cluster, stores: dict[str, str]) -> None:
-    """Rows of a worker and tokens of a lookup service are Unsupported; files have no tokens either."""
+    """Rows of a worker and tokens of a lookup service are Unsupported; files have no tokens."""
     with Client(cluster.workers) as client, pytest.raises(errors.Unsupported, match="another"):
         client.fetch("tiny-memory", [1])
     with Client(cluster.lookup) as client, pytest.raises(errors.Unsupported, match="another"):
@@ -213,7 +213,7 @@ def test_many_threads_share_a_client(client: Client, table: str) -> None:
 
 
 def test_a_name_is_resolved_each_time(own: tuple[Client, str], checkpoint: Path) -> None:
-    """After publish and rollback the name gives the other version's rows; a version always the same."""
+    """After publish and rollback a name gives other rows; a version always gives the same."""
     client, url = own
     old, new = (build_table(checkpoint, url, codec=c, name="flip") for c in ("fp32", "int8"))
     assert new == client.describe("flip").ref
@@ -282,7 +282,7 @@ def test_a_replica_that_hangs_is_waited_for_once(replicas: list[Process], table:
 
 
 def test_a_replica_behind_a_slow_link_comes_last(replicas: list[Process], table: str) -> None:
-    """While answers of one take several times as long as the other's, its ids go there; no longer once the link is mended."""
+    """A replica several times slower than the other gets no ids until its link is mended."""
     other = replicas[1].address
     with Link(replicas[0].address) as link, Client([link.address, other]) as client:
         usual, expected = owners_of(client, table, IDS), client.fetch(table, IDS).tobytes()

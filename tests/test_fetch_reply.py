@@ -1,4 +1,4 @@
-"""Replies made and read with fewer copies are protobuf's own: equal to the generated code, both ways."""
+"""Replies made and read with fewer copies equal the generated code's, both ways."""
 
 import pytest
 from hypothesis import example, given
@@ -35,7 +35,7 @@ def test_a_reply_is_that_of_the_generated_code(header: FetchReply, records: list
 
 @given(st.binary(max_size=100))
 def test_any_bytes_are_a_reply_or_an_error(data: bytes) -> None:
-    """Bytes that are no reply are Internal, and what is read is what the generated code would read."""
+    """Bytes that are no reply are Internal; others are read as the generated code reads them."""
     try:
         header, records = parse(data)
     except Internal:

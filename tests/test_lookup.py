@@ -1,4 +1,4 @@
-"""The lookup service as a real process, over files, Redis and a Redis Cluster, asked by a stock gRPC client."""
+"""The lookup service as a process, over files, Redis and a Cluster, and a stock gRPC client."""
 
 import json
 import queue
@@ -99,7 +99,7 @@ def test_rows_are_those_of_the_store(
     redis_url: str,
     redis_cluster_url: str,
 ) -> None:
-    """Whatever the store and the codec, a fetch gives the stored rows, twice: from the store, then hot."""
+    """For each store and codec a fetch gives the stored rows, first from the store, then hot."""
     url = {"file": f"file://{tmp_path}", "redis": redis_url, "cluster": redis_cluster_url}[kind]
     ref = build_table(checkpoint, url, codec=codec, shards=6, name=f"lookup-{codec}")
     ids = [0, 5, 3, 5, 299, 17, 300]
@@ -116,7 +116,7 @@ def test_rows_are_those_of_the_store(
 
 
 def test_a_bad_request_fails_alone(stub: LookupStub, files: tuple[str, str]) -> None:
-    """On one stream, good requests are answered before, between and after bad ones, each of which gets its own status."""
+    """On one stream, good requests are answered around bad ones, which get their own statuses."""
     url, ref = files
     manifest, records = stored(url, ref, [1, 2])
     good = {"table": ref, "token_ids": packed(1, 2)}
@@ -214,7 +214,7 @@ def test_unary_calls_have_statuses(stub: LookupStub, files: tuple[str, str]) -> 
 def test_a_damaged_shard_file_is_told_and_the_others_are_served(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Altered, truncated and missing shards give DATA_LOSS for their rows only; mended files are served without a restart."""
+    """Damaged shards give DATA_LOSS for their rows only; mended files need no restart."""
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url, shards=4)
     manifest, records = stored(url, ref, list(range(16)))
@@ -241,7 +241,7 @@ def test_a_damaged_shard_file_is_told_and_the_others_are_served(
 def test_a_shard_file_cut_short_while_it_is_mapped_does_not_kill_the_service(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Rows of a shrunken file fail with DATA_LOSS; the process goes on, and serves the file again once it is whole."""
+    """Rows of a shrunken file fail with DATA_LOSS, and are served again once it is whole."""
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url, shards=2)
     path = sorted(tmp_path.rglob("shard-*"))[1]
@@ -258,7 +258,7 @@ def test_a_shard_file_cut_short_while_it_is_mapped_does_not_kill_the_service(
 
 
 def test_a_version_built_anew_in_other_shards_is_served(checkpoint: Path, redis_url: str) -> None:
-    """A service that had the table open finds its rows again after they were deleted and built in another division."""
+    """A service that had the table open serves it after it was built again in other shards."""
     ref = build_table(checkpoint, redis_url, shards=2, name="anew", publish=False)
     with serving(redis_url, "--hot-megabytes", "0") as (_, client):
         expected = client.fetch(ref, range(50)).tobytes()
@@ -291,7 +291,7 @@ def test_a_record_altered_in_redis_is_told(checkpoint: Path, redis_url: str) -> 
 
 
 def test_what_can_not_start_says_why(service: Process, tmp_path: Path) -> None:
-    """A port in use, a store that is not there or not understood, and a wrong address end the process with one line."""
+    """A port in use, a bad store and a bad address end the process with one line."""
     file, empty = tmp_path / "file", f"file://{tmp_path}"
     file.touch()
     for store, options, message in (
@@ -307,7 +307,7 @@ def test_what_can_not_start_says_why(service: Process, tmp_path: Path) -> None:
 
 
 def test_a_store_that_comes_later_is_waited_for(checkpoint: Path) -> None:
-    """With --store-wait-seconds, a service that starts before its Redis serves once that is there."""
+    """With --store-wait-seconds, a service may start before its Redis."""
     port = free_port()
     arguments = (
         sys.executable,
@@ -337,7 +337,7 @@ def test_a_store_that_comes_later_is_waited_for(checkpoint: Path) -> None:
 
 
 def test_redis_may_die_and_come_back(checkpoint: Path) -> None:
-    """While Redis is down fetches fail with UNAVAILABLE, in bounded time; afterwards they work again by themselves."""
+    """While Redis is down fetches fail with UNAVAILABLE in bounded time; then they work again."""
     port = free_port()
     with ExitStack() as stack:
         url = stack.enter_context(redis_server(port=port))
@@ -356,7 +356,7 @@ def test_redis_may_die_and_come_back(checkpoint: Path) -> None:
 def test_a_request_in_flight_is_answered_before_the_service_ends(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """After SIGTERM a long answer still comes whole; then its stream ends, others that were idle too, and the process with 0."""
+    """After SIGTERM a long answer comes whole; then all streams end, and the process with 0."""
     big = tiny_model(tmp_path / "big", hidden_size=768, num_hidden_layers=8)
     url = f"file://{tmp_path}/tables"
     ref = build_table(big, url, shards=3)
@@ -405,7 +405,7 @@ def test_a_replica_that_is_stopped_costs_no_request(
 
 
 def test_rows_are_right_while_they_are_being_replaced(checkpoint: Path, tmp_path: Path) -> None:
-    """Several clients read through hot rows a tenth of what they ask for: every row is its token's."""
+    """Clients read through hot rows a tenth of what they ask for: every row is its token's."""
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url, codec="bf16", shards=4)
     with process("lookup", "--store", url, "--hot-megabytes", "0.03", *FREE) as running:

@@ -1,4 +1,4 @@
-"""Where rows come from changes nothing: every route gives the greedy tokens of the model with its FFNs in place."""
+"""Every route of rows gives the greedy tokens of the model with its FFNs in place."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -148,7 +148,7 @@ def check_routes(checkpoint: Checkpoint, codec: str, *urls: str, **options: str)
 def test_every_route_gives_the_same_greedy_tokens(
     name: str, codec: str, tmp_path: Path, redis_url: str, redis_cluster_url: str
 ) -> None:
-    """Files, Redis, Redis Cluster, lookup services, caches, batches and the gateway agree token for token; in fp32 also with the FFNs in place."""
+    """Stores, services, caches, batches and gateway agree; in fp32 also with FFNs in place."""
     checkpoint = open_checkpoint(Path("models") / name)
     check_routes(checkpoint, codec, f"file://{tmp_path}", redis_url, redis_cluster_url)
 
