@@ -3,6 +3,7 @@
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -84,7 +85,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-# a file in use that is gone is kept by its mapping, and one that shrinks has a test of its own: both below
+# a file in use that is gone stays open, and one that shrinks has a test of its own: both below
 IN_USE = ("longer", "not a shard", "altered", "another shard")
 
 
@@ -94,7 +95,7 @@ IN_USE = ("longer", "not a shard", "altered", "another shard")
 def test_damage_is_named_and_mended_files_are_served(
     store: FileStore, shards: list[Path], damage: str, in_use: bool
 ) -> None:
-    """A damaged shard is Corrupt, the other one is served meanwhile, and the same store serves the file once it is whole."""
+    """A damaged shard is Corrupt, the other one is served, and so is the mended file."""
     manifest, whole = table(), shards[1].read_bytes()
     if in_use:
         assert EXPECTED == read(store, manifest)
@@ -135,11 +136,19 @@ def test_a_file_replaced_while_it_is_in_use_changes_nothing(
     assert EXPECTED == read(store, table())
 
 
+def test_threads_share_few_open_files(tmp_path: Path, shards: list[Path]) -> None:
+    """Files that are closed for others are not closed under a thread that reads them."""
+    with closing(FileStore(tmp_path, open_files=1)) as store, ThreadPoolExecutor(8) as pool:
+        assert {EXPECTED} == set(pool.map(lambda _: read(store, table()), range(200)))
+        opened = [path.resolve() for path in Path("/proc/self/fd").iterdir() if path.exists()]
+        assert 1 >= sum(path in opened for path in shards)
+
+
 @given(
     shard=st.integers(0, 1), place=st.integers(0, 400), flip=st.integers(1, 255), cut=st.booleans()
 )
 def test_no_damage_gives_other_rows(shard: int, place: int, flip: int, cut: bool) -> None:
-    """Whatever byte of a shard file is changed, or wherever it is cut: the right rows, or Corrupt."""
+    """Whatever byte of a shard is changed, or wherever it is cut: the right rows, or Corrupt."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_files(Path(folder), table())[shard]
         data = bytearray(path.read_bytes())
