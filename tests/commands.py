@@ -6,10 +6,20 @@ import sys
 from pathlib import Path
 
 
-def tolhouse(line: str, *more: str | bytes | Path, code: int = 0) -> subprocess.CompletedProcess:
-    """Run the command `line`, then `more` arguments; it ends with `code` and without a traceback."""
-    command = [sys.executable, "-m", "tolhouse.cli", *shlex.split(line), *more]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert code == ended.returncode, ended.stderr
-    assert "Traceback" not in ended.stderr
-    return ended
+def start(line: str, *more: str | bytes | int | Path) -> subprocess.Popen:
+    """Start the command `line` with `more` arguments."""
+    words = [word if isinstance(word, bytes) else str(word) for word in more]
+    command = [sys.executable, "-m", "tolhouse.cli", *shlex.split(line), *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+
+
+def tolhouse(
+    line: str, *more: str | bytes | int | Path, code: int = 0
+) -> subprocess.CompletedProcess:
+    """Run a command to its end, with `code` and without a traceback."""
+    popen = start(line, *more)
+    out, err = popen.communicate(timeout=240)
+    assert code == popen.returncode, err
+    assert "Traceback" not in err
+    return subprocess.CompletedProcess(popen.args, code, out, err)

@@ -19,20 +19,15 @@ from tolhouse.store.base import open_store
 from tolhouse.store.registry import stands_for
 from tolhouse.testing import build_table, tiny_model
 
+from tests.commands import start, tolhouse
+
 DEMO = Path("models/demo-memory")
 SHARDS = 64
 
 
-def start(*arguments: str | Path, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tolhouse.cli", "build", *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
-
-
-def build(*arguments: str | Path) -> tuple[int, str, str]:
+def build(*arguments: str | int | Path) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `tolhouse build`."""
-    popen = start(*arguments)
+    popen = start("build", *arguments)
     out, err = popen.communicate(timeout=240)
     assert "Traceback" not in err
     return popen.returncode, out.strip(), err
@@ -67,19 +62,8 @@ def test_a_build_fills_both_stores_with_the_same_verified_rows(
 ) -> None:
     """Files and Redis get the same records, decoding to what the model computes, and the table can be published and read."""
     files = f"file://{tmp_path}"
-    code, ref, err = build(
-        checkpoint,
-        "--store",
-        f"{files},{redis_url}",
-        "--codec",
-        codec,
-        "--shards",
-        "7",
-        "--name",
-        f"both-{codec}",
-        "--publish",
-    )
-    assert 0 == code, err
+    options = f"--codec {codec} --shards 7 --name both-{codec} --publish"
+    ref = tolhouse(f"build {checkpoint} --store {files},{redis_url} {options}").stdout.strip()
     opened = open_checkpoint(checkpoint)
     ids = np.arange(opened.config.vocab_size, dtype=np.uint32)
     expected = opened.model().rows(torch.arange(len(ids))).transpose(0, 1).numpy()
@@ -104,7 +88,7 @@ def test_a_build_killed_half_way_resumes_to_the_same_bytes(
 ) -> None:
     """SIGKILL of the job leaves whole shards and no manifest; the next run keeps them, ends alike, and no task goes on behind it."""
     options = (DEMO, "--store", f"file://{tmp_path}", "--shards", SHARDS, "--workers", "1")
-    popen = start(*options)
+    popen = start("build", *options)
     wait_for(lambda: len(shards(tmp_path)) >= 3, popen)
     family = psutil.Process(popen.pid).children(recursive=True)
     popen.kill()
@@ -150,7 +134,9 @@ def test_a_killed_ray_worker_does_not_fail_the_build(
     tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     """The tasks of a Ray worker process that dies by SIGKILL run again elsewhere."""
-    popen = start(DEMO, "--store", f"file://{tmp_path}", "--shards", SHARDS, "--workers", "1")
+    popen = start(
+        "build", DEMO, "--store", f"file://{tmp_path}", "--shards", SHARDS, "--workers", "1"
+    )
     wait_for(lambda: len(shards(tmp_path)) >= 3, popen)
     workers = wait_for(
         lambda: [
@@ -199,19 +185,9 @@ def test_a_table_is_copied_from_files_to_redis_without_computing(
     """With a whole table in one store, a build into both computes no shard."""
     files = f"file://{tmp_path}"
     build_table(checkpoint, files, codec="fp16", shards=4, name="copied")
-    code, _, err = build(
-        checkpoint,
-        "--store",
-        f"{files},{redis_url}",
-        "--codec",
-        "fp16",
-        "--shards",
-        "4",
-        "--name",
-        "copied",
-    )
-    assert 0 == code, err
-    assert '"shards_computed": 0' in err
+    options = "--codec fp16 --shards 4 --name copied"
+    done = tolhouse(f"build {checkpoint} --store {files},{redis_url} {options}")
+    assert '"shards_computed": 0' in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -244,25 +220,19 @@ def test_bad_options_are_refused_with_a_clear_error(
 
 
 @pytest.mark.parametrize(
-    ("tied", "options", "x0"),
-    [(False, (), True), (False, ("no",), False), (True, (), False), (True, ("yes",), True)],
+    ("tied", "embedding", "x0"),
+    [
+        *((False, "", True), (False, "--embedding no", False)),
+        *((True, "", False), (True, "--embedding yes", True)),
+    ],
 )
 def test_a_table_carries_x0_where_the_embeddings_are_untied_or_it_is_told_to(
-    tied: bool, options: tuple[str, ...], x0: bool, tmp_path: Path
+    tied: bool, embedding: str, x0: bool, tmp_path: Path
 ) -> None:
     """`--embedding` decides, by default the checkpoint does; either way the table passes the check against the model."""
     path = tiny_model(tmp_path / "m", tie_word_embeddings=tied)
-    code, ref, err = build(
-        path,
-        "--store",
-        f"file://{tmp_path}",
-        "--shards",
-        "3",
-        "--codec",
-        "fp32",
-        *(("--embedding", *options) * bool(options)),
-    )
-    assert 0 == code, err
+    options = f"--store file://{tmp_path} --shards 3 --codec fp32 {embedding}"
+    ref = tolhouse(f"build {path} {options}").stdout.strip()
     model, ids = open_checkpoint(path).model(), np.array([7, 300, 9], np.uint32)
     with closing(open_store(f"file://{tmp_path}")) as store:
         manifest = store.manifest(ref)

@@ -1,8 +1,6 @@
 """The `tolhouse` command: help that teaches, tables managed from the shell, and one line where something is wrong."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -13,32 +11,30 @@ from tolhouse.cli import main
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.testing import build_table, local_cluster, process
 
+from tests import commands
+
 
 def tolhouse(*arguments: str | Path, code: int = 0) -> str:
-    """stdout of a command that ends with `code`, or its stderr if that is not 0; never a traceback."""
-    command = [sys.executable, "-m", "tolhouse.cli", *map(str, arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert code == ended.returncode, ended.stderr
-    assert "Traceback" not in ended.stderr
+    """stdout of a command that ends with `code`, or its stderr if that is not 0."""
+    ended = commands.tolhouse("", *arguments, code=code)
     return ended.stderr if code else ended.stdout
 
 
-def commands(
+def all_commands(
     group: click.Group, path: tuple[str, ...] = ()
 ) -> list[tuple[tuple[str, ...], click.Command]]:
     found: list[tuple[tuple[str, ...], click.Command]] = []
     for name, command in group.commands.items():
+        own = (*path, name)
         found += (
-            commands(command, (*path, name))
-            if isinstance(command, click.Group)
-            else [((*path, name), command)]
+            all_commands(command, own) if isinstance(command, click.Group) else [(own, command)]
         )
     return found
 
 
 @pytest.mark.parametrize(
     ("path", "command"),
-    commands(main),
+    all_commands(main),
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_every_command_explains_itself(path: tuple[str, ...], command: click.Command) -> None:
@@ -95,8 +91,12 @@ def test_both_stores_are_managed_at_once(checkpoint: Path, tmp_path: Path, redis
     assert 2 == tolhouse("tables", "list", *both).count(f"* {ref}")
 
 
+def norms_of(shown: str) -> list[list[float]]:
+    return [[float(n) for n in line.split()[1:]] for line in shown.splitlines()]
+
+
 def test_rows_and_text_from_the_shell(checkpoint: Path, tmp_path: Path) -> None:
-    """fetch shows a norm per layer and saves the rows; generate prints the same text in process and from a worker."""
+    """fetch shows norms and saves rows; generate prints the same text here and from a worker."""
     url = f"file://{tmp_path}/tables"
     ref = build_table(checkpoint, url)
     with local_cluster(checkpoint, url) as cluster:
@@ -104,31 +104,20 @@ def test_rows_and_text_from_the_shell(checkpoint: Path, tmp_path: Path) -> None:
         shown = tolhouse("fetch", ref, "3", "5", "--rows", cluster.lookup, "--out", out)
         rows = np.load(out)
         assert (2, 4, 96) == rows.shape
-        norms = [[float(n) for n in line.split()[1:]] for line in shown.splitlines()]
+        norms = norms_of(shown)
         assert np.allclose(np.linalg.norm(rows, axis=-1), norms, atol=1e-3)
-        assert "allowed are" in tolhouse("fetch", ref, "99999", "--lookup", cluster.lookup, code=1)
-        assert "is not in" in tolhouse(
-            "fetch", f"tiny-memory@{'0' * 16}", "1", "--lookup", cluster.lookup, code=1
-        )
-        here = tolhouse("generate", checkpoint, "def add(", "--max-tokens", "20")
+        rows = ("--rows", cluster.lookup)
+        assert "allowed are" in tolhouse("fetch", ref, "99999", *rows, code=1)
+        unknown = f"tiny-memory@{'0' * 16}"
+        assert "is not in" in tolhouse("fetch", unknown, "1", *rows, code=1)
+        complete, served = ("generate", checkpoint, "def add("), ("--worker", cluster.workers)
+        here = tolhouse(*complete, "--max-tokens", "20")
         assert here.startswith("def add(")
-        assert here == tolhouse(
-            "generate", checkpoint, "def add(", "--max-tokens", "20", "--worker", cluster.workers
-        )
-        assert "exceed the context" in tolhouse(
-            "generate",
-            checkpoint,
-            "def add(",
-            "--max-tokens",
-            "999",
-            "--worker",
-            cluster.workers,
-            code=1,
-        )
-    assert "can't be reached" in tolhouse(
-        "generate", checkpoint, "x", "--worker", cluster.workers, code=1
-    )
-    assert "can't be reached" in tolhouse("fetch", ref, "1", "--lookup", cluster.lookup, code=1)
+        assert here == tolhouse(*complete, "--max-tokens", "20", *served)
+        assert "exceed the context" in tolhouse(*complete, "--max-tokens", "999", *served, code=1)
+    assert norms == norms_of(tolhouse("fetch", ref, "3", "5", "--rows", url))
+    assert "can't be reached" in tolhouse(*complete, *served, code=1)
+    assert "can't be reached" in tolhouse("fetch", ref, "1", *rows, code=1)
 
 
 def test_x0_is_shown_in_the_shell(checkpoint: Path, tmp_path: Path) -> None:
@@ -136,8 +125,7 @@ def test_x0_is_shown_in_the_shell(checkpoint: Path, tmp_path: Path) -> None:
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url, embedding="yes")
     assert " 4 layers + X0 " in tolhouse("tables", "list", "--store", url)
-    with process("lookup", "--store", url, "--listen", "127.0.0.1:0") as lookup:
-        _, *norms = tolhouse("fetch", ref, "3", "--lookup", lookup.address).split()
+    _, *norms = tolhouse("fetch", ref, "3", "--lookup", url).split()
     x0 = open_checkpoint(checkpoint).model().embed_tokens.weight[3]
     assert 5 == len(norms)
     assert f"{float(x0.norm()):.3f}" == norms[0]

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -19,6 +17,8 @@ from tolhouse.errors import InvalidArgument
 from tolhouse.files import replace_file
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.testing import tiny_model
+
+from tests.commands import tolhouse
 
 
 def test_clusters_are_found() -> None:
@@ -82,9 +82,8 @@ def test_the_probes_are_told(checkpoint: Path) -> None:
 def test_the_report_is_one_file(checkpoint: Path, tmp_path: Path) -> None:
     """Plots and all; text of tokens can't break out of it."""
     page = tmp_path / "report.html"
-    options = ("--clusters", "8", "--probe-tokens", "300", "--html", str(page), "--json")
-    command = [sys.executable, "-m", "tolhouse.cli", "explain", str(checkpoint), "<b>def", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    options = f"--clusters 8 --probe-tokens 300 --html {page} --json"
+    done = tolhouse(f"explain {checkpoint} '<b>def' {options}")
     assert "<" in "".join(entry["token"] for entry in json.loads(done.stdout))
     text = page.read_text()
     assert 5 == text.count("<svg")
@@ -112,47 +111,13 @@ def test_what_can_not_be_surveyed_is_told(checkpoint: Path, tmp_path: Path) -> N
 
 def test_a_table_s_rows_are_looked_into(checkpoint: Path, tmp_path: Path) -> None:
     """One that lacks a layer: its norms there are zero, and those of the others the model's."""
-    made = (
-        "--codec",
-        "fp32",
-        "--frequent-rows",
-        "0",
-        "--absent-layers",
-        "1",
-        "--embedding",
-        "yes",
-        "--publish",
-        "--corpus",
-        "README.md",
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "tolhouse.cli",
-        "compress",
-        str(checkpoint),
-        "--store",
-        f"file://{tmp_path}",
-        *made,
-    ]
-    subprocess.run(command, capture_output=True, check=True)
-    command = [
-        sys.executable,
-        "-m",
-        "tolhouse.cli",
-        "explain",
-        str(checkpoint),
-        "--clusters",
-        "4",
-        "--probe-tokens",
-        "100",
-        "--json",
-    ]
+    url, made = f"file://{tmp_path}", "--codec fp32 --frequent-rows 0 --absent-layers 1"
+    options = f"{made} --embedding yes --publish --corpus README.md"
+    tolhouse(f"compress {checkpoint} --store {url} {options}")
+    command = f"explain {checkpoint} --clusters 4 --probe-tokens 100 --json"
     mine, its = (
-        json.loads(
-            subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout
-        )
-        for more in ((), ("--table", "tiny-memory", "--store", f"file://{tmp_path}"))
+        json.loads(tolhouse(f"{command} {more}").stdout)
+        for more in ("", f"--table tiny-memory --rows {url}")
     )
     norms = [layer["mean_norm"] for layer in its["layers"]]
     assert [*norms[:1], *norms[2:]] == pytest.approx(
@@ -179,15 +144,9 @@ def test_a_table_s_rows_are_looked_into(checkpoint: Path, tmp_path: Path) -> Non
 def test_what_can_not_be_explained_is_told(
     checkpoint: Path, arguments: tuple, expected: str
 ) -> None:
+    """One line says what is wrong."""
     given = [str(checkpoint) if a == "{}" else a for a in arguments]
-    done = subprocess.run(
-        [sys.executable, "-m", "tolhouse.cli", "explain", *given],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (1, True) == (done.returncode, expected in done.stderr), done.stderr
-    assert "Traceback" not in done.stderr
+    assert expected in tolhouse("explain", *given, code=1).stderr
 
 
 def test_a_link_s_target_is_replaced_and_a_pipe_is_written_into(tmp_path: Path) -> None:
@@ -216,14 +175,5 @@ def test_a_link_s_target_is_replaced_and_a_pipe_is_written_into(tmp_path: Path) 
 def test_a_file_is_kept_where_no_other_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "memory.npz").write_bytes(b"precious")
     base = tiny_model(tmp_path / "base", "base")
-    command = [
-        sys.executable,
-        "-m",
-        "tolhouse.cli",
-        "explain",
-        str(base),
-        "--explorer",
-        str(tmp_path / "memory.npz"),
-    ]
-    assert 1 == subprocess.run(command, capture_output=True, check=False).returncode
+    tolhouse(f"explain {base} --explorer {tmp_path}/memory.npz", code=1)
     assert b"precious" == (tmp_path / "memory.npz").read_bytes()

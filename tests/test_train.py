@@ -2,8 +2,6 @@
 
 import csv
 import math
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,21 +15,15 @@ from tolhouse.train import corpus
 from tolhouse.train.recipes import RECIPES, Recipe, recipe
 from tolhouse.train.trainer import Trainer, rate
 
+from tests.commands import start, tolhouse
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of texts: a few modules of the standard library, and a binary file that is passed over."""
     folder = tmp_path_factory.mktemp("corpus")
-    for name in (
-        "argparse",
-        "ast",
-        "dataclasses",
-        "difflib",
-        "inspect",
-        "subprocess",
-        "tarfile",
-        "typing",
-    ):
+    modules = "argparse ast dataclasses difflib inspect subprocess tarfile typing"
+    for name in modules.split(" "):
         (folder / f"{name}.txt").write_text((corpus.standard_library() / f"{name}.py").read_text())
     (folder / "binary").write_bytes(bytes(range(256)))
     return folder
@@ -107,41 +99,24 @@ def test_a_run_goes_on_where_it_was_saved(small: Recipe, text: Path, tmp_path: P
 @pytest.mark.timeout(600)
 def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
     """`tolhouse train` killed by SIGKILL and started again gives the checkpoint of an uninterrupted run."""
-    command = [
-        sys.executable,
-        "-m",
-        "tolhouse.cli",
-        "train",
-        "tiny",
-        "--no-compile",
-        "--steps",
-        "120",
-        "--corpus",
-        str(text),
-    ]
-    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    command = f"train tiny --no-compile --steps 120 --corpus {text} --out"
+    tolhouse(command, tmp_path / "whole")
     killed = tmp_path / "killed"
-    popen = subprocess.Popen(
-        [*command, "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    popen = start(command, killed)
     while not (killed / "training-state.safetensors").exists():  # saved first after 50 steps
         assert popen.poll() is None
         time.sleep(0.01)
     popen.kill()
-    popen.wait()
+    popen.communicate()
     assert not (killed / WEIGHTS).exists()
-    subprocess.run([*command, "--out", str(killed)], check=True, capture_output=True)
+    tolhouse(command, killed)
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (killed / WEIGHTS).read_bytes()
     card = (killed / "README.md").read_text()
     assert "tolhouse train tiny --out" in card
     assert "--steps 120 --no-compile" in card
     assert (tmp_path / "whole" / "loss.csv").read_text() == (killed / "loss.csv").read_text()
     (killed / "training-state.safetensors").unlink()
-    ended = subprocess.run(
-        [*command, "--out", str(killed)], check=False, capture_output=True, text=True
-    )
-    assert 1 == ended.returncode
-    assert "holds a finished checkpoint" in ended.stderr
+    assert "holds a finished checkpoint" in tolhouse(command, killed, code=1).stderr
 
 
 def test_the_loss_is_that_of_the_model_itself(small: Recipe, text: Path, tmp_path: Path) -> None:

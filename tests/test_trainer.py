@@ -1,8 +1,6 @@
 """Runs that can't go on: of another recipe, seed or text, from a spoilt state, or on a corpus that is not there."""
 
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,8 @@ from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
 from tolhouse.model.transformer import Transformer
 from tolhouse.train.recipes import Recipe, recipe
 from tolhouse.train.trainer import STATE, Trainer, initialise, rate
+
+from tests.commands import tolhouse
 
 IDS = np.random.default_rng(0).integers(0, 300, 4000).astype(np.int32)
 
@@ -138,20 +138,9 @@ def test_a_corpus_that_can_not_train_is_told_in_a_line(
     """`tolhouse train` ends with 1 and one line on stderr, and leaves no checkpoint."""
     (tmp_path / "short.txt").write_text("import os\n")
     (tmp_path / "empty").mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "tolhouse.cli",
-        "train",
-        "tiny",
-        "--no-compile",
-        "--corpus",
-        tmp_path / corpus,
-        "--out",
-        tmp_path / "out",
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (1, "") == (ended.returncode, ended.stdout)
+    options = f"--corpus {tmp_path / corpus} --out {tmp_path / 'out'}"
+    ended = tolhouse(f"train tiny --no-compile {options}", code=1)
+    assert "" == ended.stdout
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: the corpus" if corpus != "nothing" else "error: no corpus")
     assert message in line
