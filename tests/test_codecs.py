@@ -1,4 +1,4 @@
-"""Codecs: what comes back is what went in, within the codec's bound; what can't be stored is refused."""
+"""What codecs give back is what they were given, within their bounds; the rest is refused."""
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +21,7 @@ def bits(rows: np.ndarray) -> bytes:
 
 @st.composite
 def rows_of(draw: st.DrawFn, name: str) -> np.ndarray:
-    """float32 rows of one to three axes with values of every size that the codec takes, denormals and -0.0 among them."""
+    """float32 rows of one to three axes with values of every size, denormals and -0.0 too."""
     top = draw(st.sampled_from([LARGEST[name], 1.0, 2.0**-14, 2.0**-126, 2.0**-149]))
     shape = (
         *draw(array_shapes(min_dims=0, max_dims=2, max_side=6)),
@@ -35,7 +35,7 @@ def rows_of(draw: st.DrawFn, name: str) -> np.ndarray:
 @pytest.mark.parametrize("name", ALL)
 @given(data=st.data())
 def test_rows_come_back_within_the_bound(name: str, data: st.DataObject) -> None:
-    """Each value is off by at most `relative_error` of its row's largest, or by the codec's smallest step."""
+    """Each value is off by at most `relative_error` of its row's largest, or by `step`."""
     rows = data.draw(rows_of(name))
     back = codec(name).decode(codec(name).encode(rows)).astype(np.float64)
     allowed = (
@@ -96,7 +96,7 @@ def test_what_is_not_finite_is_refused(name: str, bad: float, place: int) -> Non
     ("name", "fits", "too_large"), [("fp16", 65_519.0, 65_520.0), ("bf16", 3.389e38, 3.4e38)]
 )
 def test_what_a_codec_can_not_hold_is_refused(name: str, fits: float, too_large: float) -> None:
-    """The largest value that rounds into the codec is stored; one above it is refused, and never infinite."""
+    """The largest value that rounds into the codec is stored; one above it is refused."""
     rows = np.array([1.0, fits, -fits], np.float32)
     assert np.isfinite(codec(name).decode(codec(name).encode(rows)).astype(np.float32)).all()
     with pytest.raises(InvalidArgument, match=f"too large for {name}"):
@@ -136,7 +136,7 @@ def nibbles(byte: int) -> tuple[int, int]:
 
 
 def test_int4_has_a_scale_per_32_values_and_its_halves_in_low_and_high_nibbles() -> None:
-    """Of 67 values, group 2 has the last three; byte i holds value i and value 33 + i; the last stands alone."""
+    """Of 67 values, group 2 has the last three; byte i holds values i and 33 + i."""
     row = np.concatenate([np.full(32, 7), np.full(32, -14), [0.25, 1.75, -0.5]]).astype(np.float32)
     block = codec("int4").encode(row)
     assert [1, 2, 0.25] == block["scales"].astype(np.float32).tolist()

@@ -1,4 +1,4 @@
-"""Shard files that are damaged in any way: right rows or Corrupt, never others, and mended files are served again."""
+"""Damaged shard files give right rows or Corrupt, never others; mended ones are served."""
 
 import stat
 import tempfile
@@ -165,7 +165,7 @@ def test_no_damage_gives_other_rows(shard: int, place: int, flip: int, cut: bool
 def test_a_version_built_anew_with_other_shards_is_read(
     store: FileStore, shards: list[Path]
 ) -> None:
-    """A store that had the old files open reads the new ones: the number of shards is no part of the version."""
+    """The number of shards is no part of the version: a store reads the new files."""
     assert EXPECTED == read(store, table())
     with closing(FileStore(store.root)) as other:
         delete(other, table().ref)
@@ -174,13 +174,13 @@ def test_a_version_built_anew_with_other_shards_is_read(
 
 
 def test_a_shard_is_readable_for_whom_its_manifest_is(shards: list[Path]) -> None:
-    """Another user, such as that of another container, may serve the files: both modes are those of the umask."""
+    """Another user may serve the files: both modes are those of the umask."""
     manifest = shards[0].with_name("manifest.json")
     assert stat.filemode(manifest.stat().st_mode) == stat.filemode(shards[0].stat().st_mode)
 
 
 def test_writing_leaves_whole_files_and_nothing_else(store: FileStore, shards: list[Path]) -> None:
-    """Shards, manifest and alias, and no temporary file beside them; a deleted version leaves no folder."""
+    """Shards, manifest and alias, and nothing beside them; a deleted version leaves no folder."""
     other = table(version=2**64 - 1)
     write_files(store.root, other)
     for manifest in (table(), other):

@@ -74,7 +74,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("codec", GOLDEN)
 def test_the_bytes_of_a_record_are_fixed(codec: str) -> None:
-    """Blocks in order of layers, then the checksum: whoever changes a byte of this changes the format."""
+    """Blocks in order, then the checksum: whoever changes a byte of this changes the format."""
     records = golden(codec).encode(IDS, ROWS)
     assert GOLDEN[codec] == (*(bytes(record).hex() for record in records), digest(records))
 
@@ -145,7 +145,7 @@ MANIFESTS = st.builds(
 
 @given(MANIFESTS)
 def test_a_manifest_survives_json(manifest: Manifest) -> None:
-    """What is written is what is read, with and without digests, also fields that this version does not know."""
+    """What is written is what is read, with and without digests, and unknown fields as well."""
     assert manifest == Manifest.from_json(manifest.to_json())
     complete = dataclasses.replace(manifest, shards=("0" * 32,) * manifest.num_shards)
     assert complete == Manifest.from_json(complete.to_json())
@@ -164,7 +164,7 @@ def test_defaults_are_not_written_and_what_a_reader_needs_is_required() -> None:
 
 
 def test_unknown_fields_are_kept_unless_they_are_required() -> None:
-    """A later version may add what earlier ones may pass over; what they may not pass over they refuse."""
+    """A later version may add fields; those that a reader must understand it refuses."""
     manifest = Manifest.from_json(text_of(later={"a": [1, 2.5]}))
     assert {"later": {"a": [1, 2.5]}} == manifest.extra
     assert {"a": [1, 2.5]} == json.loads(manifest.to_json())["later"]
@@ -200,7 +200,7 @@ def test_shards_divide_the_vocabulary(manifest: Manifest) -> None:
 
 @given(MANIFESTS, st.data())
 def test_any_altered_byte_is_found(manifest: Manifest, data: st.DataObject) -> None:
-    """A record is intact for its token and version; with one byte changed, for another token or version, it is not."""
+    """With one byte changed, or for another token or version, a record is not intact."""
     ids = np.array([data.draw(st.integers(0, manifest.vocab_size - 1))], np.uint32)
     records = records_of(manifest, ids)
     manifest.verify(ids, records)
@@ -243,7 +243,7 @@ def test_any_altered_byte_is_found(manifest: Manifest, data: st.DataObject) -> N
     ],
 )
 def test_a_malformed_manifest_is_refused(field: str, value: object) -> None:
-    """Whatever field is wrong or missing, also a number that equals another of a different type: it is named."""
+    """Whatever field is wrong or missing is named, also where only its type is wrong."""
     message = (
         "manifest: .*(no record|over the limit|digests)" if field in ("width", "shards") else field
     )
@@ -310,7 +310,7 @@ def test_json_without_end_is_no_manifest() -> None:
 
 
 def test_a_record_is_token_major_and_a_run_of_layers_is_a_run_of_bytes() -> None:
-    """Block after block, lowest layer first, scale before codes, eight bytes of checksum, and nothing between."""
+    """Block after block, scale before codes, eight bytes of checksum, and nothing between."""
     manifest = golden("int8")
     (record,) = manifest.encode(IDS[:1], ROWS[:1])
     blocks = [manifest.codec.encode(layer).tobytes() for layer in ROWS[0]]

@@ -1,4 +1,4 @@
-"""Row overlays: a version that stores its changed rows alone is read, served, rolled back and deleted like any other."""
+"""Row overlays are read, served, rolled back and deleted like any version."""
 
 import shutil
 import subprocess
@@ -56,7 +56,7 @@ def ids(*of: int) -> np.ndarray:
 def test_changed_rows_are_its_own_and_the_others_the_parent_s(
     store_url: str, checkpoint: Path, codec: str
 ) -> None:
-    """Also through the lookup service, which a client asks for a mix of both; and it holds as many records as were changed."""
+    """Also through the lookup service, which a client asks for a mix of both."""
     name = f"over-{codec}"
     store, ref = open_store(store_url), build_table(checkpoint, store_url, codec=codec, name=name)
     parent = store.manifest(ref)
@@ -88,7 +88,7 @@ def test_changed_rows_are_its_own_and_the_others_the_parent_s(
 def test_an_edit_shows_where_its_token_stands_and_only_there(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Published under load's eyes: a text with the token gets other logprobs, one without it the same; a rollback brings all back."""
+    """A text with the token gets other logprobs, one without it the same, until a rollback."""
     url = f"file://{tmp_path}"
     build_table(checkpoint, url)
 
@@ -264,7 +264,7 @@ def test_parts_of_a_table_are_not_edited(checkpoint: Path, tmp_path: Path) -> No
 
 
 def test_sizes_are_told_with_what_is_stored_beside(checkpoint: Path, tmp_path: Path) -> None:
-    """A table's with its basis and head, an overlay's with its edits; `overlay` and `tables list` agree."""
+    """A table's with its auxiliary tables, an overlay's with its edits; commands agree."""
     url = f"file://{tmp_path}"
     store = open_store(url)
     options = ("--codec", "int8", "--rank-share", "0.9", "--store", url, "--corpus", "README.md")

@@ -1,4 +1,4 @@
-"""Redis when it is damaged, closed, guarded or asked for in the wrong way: clear errors, and no password in any of them."""
+"""Redis when it is damaged, closed or guarded: clear errors, and no password in them."""
 
 import gc
 import signal
@@ -53,7 +53,7 @@ def servers(
 def test_a_damaged_record_is_named_until_it_is_loaded_again(
     servers: tuple[Store, Redis | RedisCluster],
 ) -> None:
-    """Altered, another token's, cut, longer, empty or missing: Corrupt with the token, and the other rows are served."""
+    """Altered, another token's, cut, longer, empty or missing: Corrupt with the token."""
     store, redis = servers
     one, other = RECORDS[17].tobytes(), RECORDS[9].tobytes()
     for damaged in (bytes([one[0] ^ 1]) + one[1:], other, one[:-1], one + b"\0", b"", None):
@@ -136,7 +136,7 @@ def test_a_cluster_spreads_the_shards(redis_cluster_url: str) -> None:
 def test_a_url_that_is_not_understood_is_refused_without_its_password(
     url: str, redis_url: str
 ) -> None:
-    """Another scheme, no port, an option that is none: InvalidArgument, in which no password stands."""
+    """Another scheme, no port, an unknown option: InvalidArgument, without the password."""
     with pytest.raises(InvalidArgument, match="not understood") as caught:
         open_store(url.format(port=redis_url.rpartition(":")[2]))
     assert "sec" not in str(caught.value)
@@ -151,7 +151,7 @@ def test_a_url_that_is_not_understood_is_refused_without_its_password(
     ],
 )
 def test_errors_and_urls_hide_the_password(url: str) -> None:
-    """With nobody there, and with a wrong password, the message has the address and not the password."""
+    """With nobody there, and with a wrong password, the message has the address alone."""
     port = free_port()
     with pytest.raises(Unavailable, match=f"127.0.0.1:{port}.* can't be reached") as nobody:
         open_store(url.format(port=port), timeout_seconds=1)
@@ -164,7 +164,7 @@ def test_errors_and_urls_hide_the_password(url: str) -> None:
 
 
 def test_a_password_that_is_missing_or_may_too_little_is_unauthenticated() -> None:
-    """Not trying again helps here: neither without a password nor as a user who lacks a permission."""
+    """Both without a password and as a user who lacks a permission."""
     with redis_server("--requirepass", "right") as url:
         host = url.removeprefix("redis://")
         with pytest.raises(Unauthenticated):
@@ -186,7 +186,7 @@ def test_a_server_that_speaks_another_protocol_is_told(redis_url: str) -> None:
 
 
 def test_a_store_that_was_closed_under_it_comes_back() -> None:
-    """A server that dies is Unavailable; one that starts again at its address is used without a new store, and is empty."""
+    """A server that dies is Unavailable; one that starts again is used without a new store."""
     port = free_port()
     with redis_server(port=port) as url:
         store = open_store(url, timeout_seconds=1)
@@ -202,7 +202,7 @@ def test_a_store_that_was_closed_under_it_comes_back() -> None:
 
 
 def test_every_error_is_one_of_ours(servers: tuple[Store, Redis | RedisCluster]) -> None:
-    """A key of another type in a shard's place, as another program may leave it, is an error that names the server."""
+    """A key of another type in a shard's place is an error that names the server."""
     store, redis = servers
     redis.delete(HASH)
     redis.set(HASH, "x")
@@ -235,7 +235,7 @@ def test_a_master_behind_a_slow_link_leaves_reads_to_its_replica() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_master_may_die_or_hang(number: signal.Signals) -> None:
-    """Its replica has the rows, before and after it takes over; what only a master can do works once there is one again."""
+    """Its replica has the rows; what only a master can do works once there is one again."""
     with (
         redis_cluster_nodes(3, 1, node_timeout_ms=1000) as nodes,
         closing(open_store(nodes[1].url, 1.0)) as store,

@@ -29,7 +29,7 @@ def record_of(ids: np.ndarray) -> np.ndarray:
 
 
 class S3Fifo:
-    """S3-FIFO as the paper tells it: two lists from oldest to newest, a count of uses each, and a list of those who left."""
+    """S3-FIFO as in the paper: two lists from oldest to newest, counts of uses, the departed."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.small, self.main, self.uses, self.ghosts = capacity, [], [], {}, []
@@ -140,7 +140,7 @@ def test_a_cache_filled_with_hot_rows_keeps_them_through_a_scan() -> None:
 
 
 def test_a_cache_never_takes_more_than_its_budget_or_the_table() -> None:
-    """A budget is rounded down to whole records; a large one over a small table takes the table's rows."""
+    """A budget is rounded down to whole records; a large one takes the table's rows."""
     manifest = manifest_of(codec_name="fp32", vocab_size=10, blocks=("ffn.0",), width=4)
     assert 24 == manifest.record_bytes
     assert [0, 1, 1, 10] == [capacity_for(manifest, most) for most in (23, 24, 47, 1 << 40)]

@@ -39,7 +39,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def test_what_is_written_is_read(store: Store, name: str) -> None:
-    """Any ids, in any order, with duplicates; counts and digests of shards are those of the records."""
+    """Any ids, in any order, with duplicates; counts and digests are those of the records."""
     manifest = write(store, manifest_of(name))
     ids = np.array([49, 0, 7, 7, 12, 3], np.uint32)
     assert records_of(manifest, ids).tobytes() == read(store, manifest, ids)
@@ -96,7 +96,7 @@ def test_a_name_stands_for_what_was_published_last(store: Store, name: str) -> N
 
 
 def test_a_version_is_deleted_only_when_nobody_stands_for_it(store: Store, name: str) -> None:
-    """The published one is InUse; a deleted one is gone, also from the history, and its neighbour stays whole."""
+    """A published one is InUse; a deleted one is gone, also from the history."""
     one, two = (publish(store, write(store, manifest_of(name, version)).ref) for version in (1, 2))
     with pytest.raises(errors.InUse, match="is published"):
         delete(store, two.ref)
@@ -167,7 +167,7 @@ def open_redis(store: Store, *urls: str) -> Redis | RedisCluster:
 
 
 def test_files_of_others_are_no_tables(tmp_path: Path) -> None:
-    """Folders and manifests that do not belong are passed over in lists, and told where they are asked for."""
+    """Folders and manifests that do not belong are left out of lists, and told on request."""
     with closing(open_store(f"file://{tmp_path}")) as store:
         manifest = write(store, manifest_of("mine"))
         (tmp_path / "README").write_text("x")
@@ -257,7 +257,7 @@ def test_a_password_is_asked_for_and_taken() -> None:
 
 
 def test_a_redis_that_hangs_costs_no_more_than_the_timeout() -> None:
-    """Every call ends as DeadlineExceeded or Unavailable while the server is stopped, and works once it goes on."""
+    """Every call ends in an error while the server is stopped, and works once it goes on."""
     with (
         redis_server() as url,
         closing(open_store(url, timeout_seconds=0.3)) as store,
@@ -299,7 +299,7 @@ def test_a_full_redis_is_told() -> None:
 
 
 def test_what_is_not_found_comes_with_what_there_is(tmp_path: Path) -> None:
-    """The tables of the store, eight at most, are named; an unknown name and an unknown version alike."""
+    """The tables of the store, eight at most, are named for unknown names and versions."""
     with closing(open_store(f"file://{tmp_path}")) as store:
         refs = [write(store, manifest_of("known", version)).ref for version in range(10)]
         for missing in ("unknown", f"known@{'f' * 16}"):
@@ -312,7 +312,7 @@ def test_what_is_not_found_comes_with_what_there_is(tmp_path: Path) -> None:
 def test_a_rollback_gives_back_the_same_bytes_and_always_goes_somewhere(
     store: Store, name: str
 ) -> None:
-    """Through every earlier version, in order; once those between are deleted, none is gone back to in vain."""
+    """Through every earlier version, in order, without those that were deleted."""
     one, two = (write(store, manifest_of(name, version)) for version in (1, 2))
     before = read(store, publish(store, one.ref))
     publish(store, two.ref)
