@@ -20,6 +20,7 @@ from tolhouse.v1.generation_pb2 import GenerateRequest
 from tests.tables import owners_of
 
 HOSTS = "127.0.0.2", "127.0.0.3", "127.0.0.4"
+INSECURE = ClientCredentials(insecure=True)
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def known_to(client: Client) -> list[str]:
 
 def test_names_are_looked_up(behind: list[str]) -> None:
     """Each address once, in order; a name that loses all keeps them; IPv6 if there is no other."""
-    addresses = Addresses("dns:///rows.test:50051, 10.0.0.1:1,127.0.0.2:50051")
+    addresses = Addresses("dns:///rows.test:50051, 10.0.0.1:1,127.0.0.2:50051", INSECURE)
     assert ("10.0.0.1:1", "127.0.0.2:50051") == addresses.look_up()
     behind[:] = ["127.0.0.3", "127.0.0.2", "::1"]
     assert ("127.0.0.2:50051", "127.0.0.3:50051", "10.0.0.1:1") == addresses.look_up()
@@ -56,7 +57,7 @@ def test_names_are_looked_up(behind: list[str]) -> None:
     assert ("127.0.0.2:50051", "127.0.0.3:50051", "10.0.0.1:1") == addresses.look_up()
     behind[:] = ["::1"]
     assert ("[::1]:50051", "10.0.0.1:1", "127.0.0.2:50051") == addresses.look_up()
-    assert ("127.0.0.1:50051",) == Addresses("dns:///localhost:50051").look_up()
+    assert ("127.0.0.1:50051",) == Addresses("dns:///localhost:50051", INSECURE).look_up()
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_names_are_looked_up(behind: list[str]) -> None:
 def test_targets_that_are_none_are_refused(target: str) -> None:
     """A target without a port, or with a scheme that is not known, is told at once."""
     with pytest.raises(errors.InvalidArgument, match="HOST:PORT"):
-        Addresses(target)
+        Addresses(target, INSECURE)
 
 
 def test_plaintext_to_a_name_has_to_be_asked_for() -> None:
@@ -78,10 +79,9 @@ def test_a_client_follows_a_name(behind: list[str], checkpoint: Path, tmp_path: 
     """Rows come from the replicas that the name has now; without one, the error names it."""
     url, port = f"file://{tmp_path}", free_port()
     ref = build_table(checkpoint, url)
-    insecure = ClientCredentials(insecure=True)
     with (
         ExitStack() as running,
-        Client(f"dns:///rows.test:{port}", 8, credentials=insecure) as client,
+        Client(f"dns:///rows.test:{port}", 8, credentials=INSECURE) as client,
     ):
         with pytest.raises(errors.Unavailable, match=r"rows\.test"):
             client.describe(ref)
@@ -108,8 +108,7 @@ def test_a_shard_stays_with_its_replica(
     ref = build_table(checkpoint, url, shards=64)
     with process("lookup", "--store", url, "--listen", f"{HOSTS[0]}:{port}", "--insecure"):
         behind[:] = HOSTS[:2]
-        insecure = ClientCredentials(insecure=True)
-        with Client(f"dns:///rows.test:{port}", credentials=insecure) as client:
+        with Client(f"dns:///rows.test:{port}", credentials=INSECURE) as client:
 
             def owners(hosts: tuple[str, ...]) -> list[str]:
                 behind[:] = hosts
@@ -149,9 +148,8 @@ def test_the_router_follows_a_name(behind: list[str], checkpoint: Path, tmp_path
     request = GenerateRequest(prompt_token_ids=[1, 2, 3], max_tokens=40, ignore_eos=True)
 
     async def follow() -> None:
-        addresses = Addresses(f"dns:///rows.test:{port}")
-        credentials, path = ClientCredentials(insecure=True), checkpoint / "tokenizer.json"
-        router = WorkerRouter(addresses, credentials, tokenizer_id(path), 0.05)
+        addresses = Addresses(f"dns:///rows.test:{port}", INSECURE)
+        router = WorkerRouter(addresses, tokenizer_id(checkpoint / "tokenizer.json"), 0.05)
         watching = asyncio.create_task(router.watch())
 
         async def healthy(*hosts: str) -> None:

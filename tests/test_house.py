@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, what comes along, and that generated code and names are what they should be."""
+"""The rules of the house: what may import what, what comes along, and the generated code."""
 
 import ast
 import re
@@ -29,14 +29,7 @@ FLOORS = (
     {"demo"},
     {"cli"},
 )
-BESIDE = {
-    ("engine", "worker"),
-    ("sampling", "client"),
-    ("logs", "errors"),
-    ("tracing", "net"),
-    ("net", "table"),
-    ("table", "net"),
-}
+BESIDE = {("logs", "errors"), ("tracing", "net")}
 FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from tolhouse import tracing
 from tolhouse.errors import Internal, TolhouseError, Unavailable, from_status
 from tolhouse.net.auth import ClientCredentials
-from tolhouse.net.channel import ReloadingChannel, dial, error_of
+from tolhouse.net.channel import error_of, reloading_channel
 from tolhouse.net.fetch_reply import parse
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import lookup_pb2 as pb
@@ -70,13 +70,13 @@ class Replica:
 
     def __init__(self, target: str, credentials: ClientCredentials) -> None:
         self.target, self.credentials = target, credentials
-        self._channel = ReloadingChannel(credentials, lambda: dial(target, credentials))
+        self._channel = reloading_channel(target, credentials)
         self._lock = threading.Lock()
         self._open: _Call | None = None
 
     @property
     def channel(self) -> grpc.Channel:
-        return self._channel.current
+        return self._channel()
 
     def call(self, stub: type, method: str, request: Any, timeout_seconds: float) -> Any:
         """Make a unary call."""

@@ -8,7 +8,7 @@ import grpc
 from tolhouse import tracing
 from tolhouse.errors import Unavailable
 from tolhouse.net.auth import ClientCredentials
-from tolhouse.net.channel import ReloadingChannel, dial_async, error_of
+from tolhouse.net.channel import error_of, reloading_channel
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
@@ -18,12 +18,12 @@ class WorkerChannel:
 
     def __init__(self, target: str, credentials: ClientCredentials) -> None:
         self.target, self.credentials = target, credentials
-        self._channel = ReloadingChannel(credentials, lambda: dial_async(target, credentials))
+        self._channel = reloading_channel(target, credentials, grpc.aio)
         self._calls: set[grpc.aio.Call] = set()
 
     @property
     def stub(self) -> GenerationStub:
-        return GenerationStub(self._channel.current)
+        return GenerationStub(self._channel())
 
     def abandon(self) -> None:
         """End all calls in flight with Unavailable: the worker hangs."""
@@ -44,7 +44,7 @@ class WorkerChannel:
     ) -> AsyncGenerator[generation_pb2.GenerateReply]:
         """Replies up to the one with a finish_reason. Closing the iterator cancels the call."""
         traceparent = tracing.traceparent()
-        metadata = self.credentials.metadata() or ()
+        metadata = self.credentials.metadata()
         if traceparent:
             metadata = (*metadata, (tracing.HEADER, traceparent))
         call = self.stub.Generate(request, metadata=metadata)
@@ -64,4 +64,4 @@ class WorkerChannel:
             call.cancel()
 
     async def close(self) -> None:
-        await self._channel.current.close()
+        await self._channel().close()

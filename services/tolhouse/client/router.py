@@ -31,9 +31,8 @@ class Replicas:
         credentials: ClientCredentials,
         probe: Callable[[Replica], bool],
     ) -> None:
-        self._addresses = Addresses(targets)
-        self._addresses.check(credentials)
-        self.credentials, self.name = credentials, ",".join(self._addresses.targets)
+        self._addresses = Addresses(targets, credentials)
+        self.name = ",".join(self._addresses.targets)
         self._replicas: tuple[Replica, ...] = ()
         self._orders: dict[tuple[str, tuple[Replica, ...], frozenset[str]], np.ndarray] = {}
         self.health = PeerHealth(
@@ -123,4 +122,4 @@ class Replicas:
                 self._orders = {}
 
     def _dial(self, address: str) -> Replica:
-        return Replica(address, self._addresses.credentials_for(address, self.credentials))
+        return Replica(address, self._addresses.credentials_for(address))

@@ -81,13 +81,12 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     path = Path(checkpoint)
     file = path / TOKENIZER if path.is_dir() else path
     load_tokenizer(file)
-    addresses, to_workers = Addresses(config.workers), config.client_credentials()
-    addresses.check(to_workers)
+    addresses = Addresses(config.workers, config.client_credentials())
     host, port = split_address(config.listen)
     credentials = config.server_credentials()
     tracing.start_tracing("gateway", config.traces, insecure=config.insecure)
     credentials.check(config.listen, "--listen")
-    router = WorkerRouter(addresses, to_workers, tokenizer_id(file), config.poll_seconds)
+    router = WorkerRouter(addresses, tokenizer_id(file), config.poll_seconds)
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 from tolhouse import errors
 from tolhouse.client.generation import WorkerChannel
 from tolhouse.logs import event, log
-from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.dns import Addresses
 from tolhouse.net.health import PeerHealth
 from tolhouse.v1.generation_pb2 import DescribeWorkerReply, GenerateReply, GenerateRequest
@@ -53,7 +52,6 @@ class ServedModel(NamedTuple):
 @dataclass
 class WorkerRouter:
     addresses: Addresses
-    credentials: ClientCredentials
     tokenizer_id: str
     poll_seconds: float
     workers: list[Worker] = field(default_factory=list)
@@ -148,7 +146,7 @@ class WorkerRouter:
         new = []
         for target in found:
             if target not in {w.target for w in kept}:
-                credentials = self.addresses.credentials_for(target, self.credentials)
+                credentials = self.addresses.credentials_for(target)
                 error = errors.Unavailable(f"worker {target} has not answered yet")
                 new.append(Worker(WorkerChannel(target, credentials), error))
         self.workers = kept + new

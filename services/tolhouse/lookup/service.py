@@ -25,8 +25,7 @@ from tolhouse.errors import InvalidArgument, TolhouseError
 from tolhouse.logs import event
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.net.fetch_reply import serialize
-from tolhouse.net.metrics import serve_metrics
-from tolhouse.net.server import ErrorsAsStatus, serve, status_of
+from tolhouse.net.server import errors_as_status, serve, serve_metrics, status_of
 from tolhouse.store.base import wait_for_store
 from tolhouse.table.manifest import Manifest, split_ref
 from tolhouse.v1 import lookup_pb2 as pb
@@ -84,13 +83,13 @@ class LookupService:
             stream.cancel()
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
-        async with ErrorsAsStatus(context):
+        async with errors_as_status(context):
             manifest = await self._describe(request.table, request.known)
         text = manifest.to_json() if manifest.ref != request.known else ""
         return pb.DescribeReply(manifest_json=text, max_ids_per_fetch=MAX_IDS_PER_FETCH)
 
     async def ListTables(self, _: pb.ListTablesRequest, context: Context) -> pb.ListTablesReply:
-        async with ErrorsAsStatus(context):
+        async with errors_as_status(context):
             found = await asyncio.to_thread(self.rows.source.tables)
         return pb.ListTablesReply(tables=[_listed(*table) for table in found])
 
@@ -185,7 +184,7 @@ async def run(config: LookupConfig) -> None:
             "lookup",
             config.listen,
             lambda server: register(service, server),
-            (NAME,),
+            NAME,
             config.drain_seconds,
             drain=service.drain,
             credentials=credentials,

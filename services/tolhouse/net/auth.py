@@ -5,9 +5,10 @@ change. A token is one secret for all services.
 """
 
 import hmac
-from collections.abc import Awaitable, Callable
+import re
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from typing import Any
 
 import grpc
 
@@ -15,7 +16,6 @@ from tolhouse.errors import InvalidArgument
 from tolhouse.files import ReloadingFiles, read_file
 from tolhouse.net.tls import ServerTls, is_loopback, read_pems
 
-MIN_TOKEN_LENGTH = 16
 _OPEN = "/grpc.health.v1.Health/"  # needs no token: probes have none
 
 Metadata = tuple[tuple[str, str], ...]
@@ -25,30 +25,25 @@ class TokenFile:
     """A file with a token a line. Callers send the first; listeners accept all."""
 
     def __init__(self, path: str) -> None:
-        self._tokens = ReloadingFiles((path,), partial(_read_tokens, path))
+        self._path = path
+        self._tokens = ReloadingFiles((path,), self._read)
 
     def metadata(self) -> Metadata:
         return (("authorization", f"Bearer {self._tokens.get()[0].decode()}"),)
 
-    def accepts(self, authorization: str | bytes) -> bool:
-        if isinstance(authorization, str):
-            authorization = authorization.encode(errors="replace")
-        scheme, _, token = authorization.partition(b" ")
+    def accepts(self, authorization: str) -> bool:
+        scheme, _, token = authorization.encode().partition(b" ")
         # all are compared, so that the time says nothing of which one fits
         fits = [hmac.compare_digest(token, known) for known in self._tokens.get()]
         return scheme.lower() == b"bearer" and any(fits)
 
-
-def _read_tokens(path: str) -> tuple[bytes, ...]:
-    lines = [line.strip() for line in read_file(path, "the token file").splitlines()]
-    tokens = tuple(line for line in lines if line and not line.startswith(b"#"))
-    printable = all(33 <= byte <= 126 for token in tokens for byte in token)
-    if not tokens or not printable or min(map(len, tokens)) < MIN_TOKEN_LENGTH:
-        raise InvalidArgument(
-            f"the token file {path} must hold a token a line, each of at least {MIN_TOKEN_LENGTH} "
-            "printable ASCII characters"
-        )
-    return tokens
+    def _read(self) -> list[bytes]:
+        lines = read_file(self._path, "the token file").splitlines()
+        tokens = [t for line in lines if (t := line.strip()) and not t.startswith(b"#")]
+        if not tokens or not all(re.fullmatch(rb"[!-~]{16,}", token) for token in tokens):
+            rule = "a token a line, each of at least 16 printable ASCII characters"
+            raise InvalidArgument(f"the token file {self._path} must hold {rule}")
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -68,11 +63,6 @@ class ClientCredentials:
     insecure: bool = False
     tls_name: str = ""
 
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The files that a connection depends on."""
-        return self.tls_ca, self.tls_cert, self.tls_key
-
     def channel_credentials(self, target: str) -> grpc.ChannelCredentials | None:
         """None means plaintext. InvalidArgument if that is not allowed, or a file does not fit."""
         if self.tls_ca:
@@ -80,23 +70,19 @@ class ClientCredentials:
             pair = pems.key or None, pems.certificate or None
             return grpc.ssl_channel_credentials(pems.authority, *pair)
         if self.tls_cert or self.tls_key:
-            raise InvalidArgument(
-                "a TLS certificate to show needs a TLS authority to call by: give --tls-ca"
-            )
+            raise InvalidArgument("a TLS certificate to show needs an authority: give --tls-ca")
         if not self.insecure and not is_loopback(target):
-            raise InvalidArgument(
-                f"{target} is another machine and would be called in plaintext: "
-                "give --tls-ca, or --insecure where the network is trusted"
-            )
+            advice = "give --tls-ca, or --insecure where the network is trusted"
+            raise InvalidArgument(f"{target} is another machine, called in plaintext: {advice}")
         return None
 
-    def metadata(self) -> Metadata | None:
+    def metadata(self) -> Metadata:
         """What goes with each call."""
-        return self._token.metadata() if self._token else None
+        return self._token.metadata() if self.token_file else ()
 
     @cached_property
-    def _token(self) -> TokenFile | None:
-        return TokenFile(self.token_file) if self.token_file else None
+    def _token(self) -> TokenFile:
+        return TokenFile(self.token_file)
 
 
 @dataclass(frozen=True)
@@ -110,10 +96,8 @@ class ServerCredentials:
     def check(self, address: str, option: str) -> None:
         """InvalidArgument if `address` may not be listened on."""
         if not self.tls and not self.insecure and not is_loopback(address):
-            raise InvalidArgument(
-                f"{option} {address} would serve other machines in plaintext: "
-                "give --tls-cert and --tls-key, or --insecure where the network is trusted"
-            )
+            advice = "give --tls-cert and --tls-key, or --insecure where the network is trusted"
+            raise InvalidArgument(f"{option} {address} would serve in plaintext: {advice}")
 
     def interceptors(self) -> list[grpc.aio.ServerInterceptor]:
         return [_TokenInterceptor(TokenFile(self.token_file))] if self.token_file else []
@@ -127,11 +111,7 @@ class _TokenInterceptor(grpc.aio.ServerInterceptor):
         # refuses any kind of call: on the wire they are all alike
         self._refusal = grpc.stream_stream_rpc_method_handler(_refuse)
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         authorization = dict(handler_call_details.invocation_metadata).get("authorization", "")
         is_open = handler_call_details.method.startswith(_OPEN)
         if is_open or self._tokens.accepts(authorization):
@@ -140,7 +120,5 @@ class _TokenInterceptor(grpc.aio.ServerInterceptor):
 
 
 async def _refuse(_: object, context: grpc.aio.ServicerContext) -> None:
-    await context.abort(
-        grpc.StatusCode.UNAUTHENTICATED,
-        "the call has no token, or one that this service does not know: give it with --token-file",
-    )
+    message = "the call has no token, or one that this service does not know"
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"{message}: give it with --token-file")

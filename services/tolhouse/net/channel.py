@@ -2,15 +2,13 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import grpc
 
 from tolhouse.errors import TolhouseError, Unsupported, from_status
 from tolhouse.files import ReloadingFiles
 from tolhouse.net.auth import ClientCredentials
-
-T = TypeVar("T")
 
 _CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.optimization_target", "throughput"),
@@ -35,17 +33,8 @@ _TLS_PROBLEMS = {
 _CALLERS_FAULT = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "NOT_FOUND")
 
 
-def dial(target: str, credentials: ClientCredentials) -> grpc.Channel:
-    """A channel to `target`; InvalidArgument if `credentials` do not allow for it."""
-    return _dial(grpc, target, credentials)
-
-
-def dial_async(target: str, credentials: ClientCredentials) -> grpc.aio.Channel:
-    """The same for an event loop."""
-    return _dial(grpc.aio, target, credentials)
-
-
-def _dial(library: Any, target: str, credentials: ClientCredentials) -> Any:
+def dial(target: str, credentials: ClientCredentials, library: Any = grpc) -> Any:
+    """A channel of `library`, grpc or grpc.aio; InvalidArgument if `credentials` forbid it."""
     tls, options = credentials.channel_credentials(target), [*_CHANNEL_OPTIONS]
     if tls is None:
         return library.insecure_channel(target, options=options)
@@ -54,31 +43,25 @@ def _dial(library: Any, target: str, credentials: ClientCredentials) -> Any:
     return library.secure_channel(target, tls, options=options)
 
 
-class ReloadingChannel(Generic[T]):
-    """What `dial` makes, a channel and its stubs; made anew when the TLS files change."""
+def reloading_channel(
+    target: str, credentials: ClientCredentials, library: Any = grpc
+) -> Callable[[], Any]:
+    """Returns the channel of `dial`, made anew when the TLS files change."""
+    kept: deque[Any] = deque(maxlen=2)  # calls on the one before may end
 
-    def __init__(self, credentials: ClientCredentials, dial: Callable[[], T]) -> None:
-        self.credentials = credentials
-        kept: deque[T] = deque(maxlen=2)  # calls on the one before may end
+    def dial_again() -> Any:
+        kept.append(dial(target, credentials, library))
+        return kept[-1]
 
-        def dial_again() -> T:
-            kept.append(dial())
-            return kept[-1]
-
-        self._current = ReloadingFiles(credentials.files, dial_again)
-
-    @property
-    def current(self) -> T:
-        return self._current.get()
+    files = credentials.tls_ca, credentials.tls_cert, credentials.tls_key
+    return ReloadingFiles(files, dial_again).get
 
 
 def error_of(error: grpc.RpcError, peer: str) -> TolhouseError:
     """The error that a failed call to `peer` stands for."""
     status, details = error.code().name, error.details() or ""
     if status == "UNIMPLEMENTED":
-        return Unsupported(
-            f"{peer} does not serve this call; is it the address of another service?"
-        )
+        return Unsupported(f"{peer} does not serve this call; is it another service's address?")
     if status == "UNAVAILABLE" and ("connect" in details.lower() or "socket" in details.lower()):
         unreachable = "can't be reached"
         reasons = (reason for sign, reason in _TLS_PROBLEMS.items() if sign in details)

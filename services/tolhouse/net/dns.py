@@ -1,6 +1,5 @@
 """Addresses of targets: HOST:PORT is one, dns:///HOST:PORT all that the name has, now and later."""
 
-import logging
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,25 +12,24 @@ SCHEME = "dns:///"  # as gRPC writes it
 
 
 class Addresses:
-    """The addresses of `targets`: texts, or one with commas between them. For one thread."""
+    """The addresses of `targets`: texts, or one with commas between them. For one thread.
 
-    def __init__(self, targets: str | Sequence[str]) -> None:
+    InvalidArgument for a target that is none, or that `credentials` do not allow to call.
+    """
+
+    def __init__(self, targets: str | Sequence[str], credentials: ClientCredentials) -> None:
         given = targets.split(",") if isinstance(targets, str) else targets
-        self.targets = tuple(t.strip() for t in given if t.strip())
+        self.targets, self._credentials = tuple(t.strip() for t in given if t.strip()), credentials
         if not self.targets:
-            raise InvalidArgument(
-                f"no address given: HOST:PORT, {SCHEME}HOST:PORT for all addresses of a name, "
-                "or several with commas between"
-            )
+            named = f"{SCHEME}HOST:PORT for all addresses of a name"
+            raise InvalidArgument(f"no address given: HOST:PORT, {named}, or several with commas")
         parsed = {t: split_address(t.removeprefix(SCHEME)) for t in self.targets}
+        for target in self.targets:
+            credentials.channel_credentials(target.removeprefix(SCHEME))
         self._names = {t: address for t, address in parsed.items() if t.startswith(SCHEME)}
         self._found: dict[str, tuple[str, ...]] = dict.fromkeys(self._names, ())
         self._host_of: dict[str, str] = {}  # by address, the name that it was found by
-
-    @property
-    def change(self) -> bool:
-        """Whether another look-up may find others."""
-        return bool(self._names)
+        self.change = bool(self._names)  # whether another look-up may find others
 
     def look_up(self) -> tuple[str, ...]:
         """All addresses, each once. A name that has none now keeps those that it had last."""
@@ -40,20 +38,13 @@ class Addresses:
             if found and found != self._found[target]:
                 event("addresses changed", target=target, addresses=",".join(found))
                 self._found[target] = found
-            elif not found and not self._found[target]:
-                event("no address yet", logging.DEBUG, target=target)
             self._host_of |= dict.fromkeys(found, host)
         return tuple(dict.fromkeys(a for t in self.targets for a in self._found.get(t, (t,))))
 
-    def check(self, credentials: ClientCredentials) -> None:
-        """InvalidArgument if `credentials` do not allow for calls to the targets."""
-        for target in self.targets:
-            credentials.channel_credentials(target.removeprefix(SCHEME))
-
-    def credentials_for(self, address: str, credentials: ClientCredentials) -> ClientCredentials:
+    def credentials_for(self, address: str) -> ClientCredentials:
         """The credentials for calls to one address, whose certificate is for its name."""
         host = self._host_of.get(address)
-        return replace(credentials, tls_name=host) if host else credentials
+        return replace(self._credentials, tls_name=host) if host else self._credentials
 
 
 def _addresses(host: str, port: int) -> tuple[str, ...]:
@@ -62,6 +53,6 @@ def _addresses(host: str, port: int) -> tuple[str, ...]:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return ()
-    v4 = sorted({str(at[0]) for family, *_, at in found if family == socket.AF_INET})
-    v6 = sorted({str(at[0]) for family, *_, at in found if family == socket.AF_INET6})
-    return tuple(f"{a}:{port}" for a in v4) or tuple(f"[{a}]:{port}" for a in v6)
+    hosts = sorted({str(at[0]) for *_, at in found})
+    v4 = tuple(f"{host}:{port}" for host in hosts if ":" not in host)
+    return v4 or tuple(f"[{host}]:{port}" for host in hosts)

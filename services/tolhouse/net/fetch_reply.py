@@ -1,8 +1,7 @@
 """Fetch replies with fewer copies: a record is copied once into a reply, and read in place.
 
 Generated code copies `records` into the message, the message into its serialised form, and back:
-large replies then take a quarter longer. The bytes are plain protobuf, with `records` last in what
-is made here, and anywhere in what is read.
+large replies then take a quarter longer. The bytes are plain protobuf.
 """
 
 from collections.abc import Sequence
@@ -10,22 +9,18 @@ from collections.abc import Sequence
 from google.protobuf.message import DecodeError
 
 from tolhouse.errors import Internal
-from tolhouse.table.records import Buffer
 from tolhouse.v1.lookup_pb2 import FetchReply
 
 _RECORDS = FetchReply.RECORDS_FIELD_NUMBER << 3 | 2  # a tag: the field, and that a length follows
 _VARINT, _SIZED = 0, 2
 
 
-def serialize(header: FetchReply, records: Sequence[Buffer], size: int) -> bytes:
+def serialize(header: FetchReply, records: Sequence[bytes | memoryview], size: int) -> bytes:
     """`header` with whole `records`, `size` bytes in all."""
-    tag = bytearray((_RECORDS,)) if size else bytearray()
-    while size > 0x7F:
-        tag.append(size & 0x7F | 0x80)
-        size >>= 7
-    if tag:
-        tag.append(size)
-    return b"".join((header.SerializeToString(), tag, *records))
+    tag = [_RECORDS, size] if size else []
+    while tag and tag[-1] > 0x7F:
+        tag[-1:] = tag[-1] & 0x7F | 0x80, tag[-1] >> 7
+    return b"".join((header.SerializeToString(), bytes(tag), *records))
 
 
 def parse(data: bytes) -> tuple[FetchReply, memoryview]:

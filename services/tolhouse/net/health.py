@@ -1,9 +1,9 @@
 """The health of peers: lookup replicas, Redis nodes, workers, a worker's source of rows.
 
 A failed call puts its peer down. A call that took long says little: the work may have been large,
-or this machine busy. So the peer is compared with others by probes that carry no work: it is slow
-if it takes several times as long as the quickest of them. A peer that is down or slow is used last
-until a probe finds it well.
+or this machine busy. So probes without work compare the peer with others: it is slow if it takes
+several times as long as the quickest. A peer that is down or slow is used last until a probe finds
+it well.
 """
 
 import logging
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from tolhouse.errors import TolhouseError
@@ -20,7 +21,7 @@ SUSPECT_SECONDS = 0.1  # a wait that is worth a probe
 _SLOW_TIMES = 4.0  # as long as the quickest of the others
 _PROBES = 2  # of which the quicker counts: the first may have to connect
 
-State = Literal["up", "probing", "slow", "down"]
+State = Literal["up", "probing", "slow", "down", "gone"]
 
 
 @dataclass
@@ -123,45 +124,43 @@ class PeerHealth:
                 if peer.state == "up":
                     self.forget(name)
                     continue
-            state: State | None = peer.state
+            state: State = peer.state
             try:
                 state = self._examine(name)
             except Exception:  # noqa: BLE001 - a defect must not end the thread
                 log.exception("probing %s %s failed", self._kind, name)
             with self._changed:
-                if state is None:
-                    event(f"{self._kind} is gone", peer=name)
+                if state == "gone":
                     self.forget(name)
                 elif name in self._peers:  # it has not been forgotten meanwhile
                     pause = min(2 * peer.pause, self._longest)
                     due = self._clock() + (self._longest if state == "up" else pause)
                     self._become(name, _Peer(state, due, pause))
 
-    def _examine(self, name: str) -> State | None:
-        """The state of a peer by probes; None if it is gone."""
+    def _examine(self, name: str) -> State:
+        """The state of a peer by probes."""
         others = self._alternatives(name)
         if others is None:
-            return None
+            return "gone"
         own = self._seconds(name)
-        if own is None:
-            return "down"
-        if own >= SUSPECT_SECONDS:
-            times = [self._seconds(other) for other in others if self.up(other)]
-            if any(seconds is not None and own > _SLOW_TIMES * seconds for seconds in times):
-                return "slow"
-        return "up"
+        if SUSPECT_SECONDS <= own < inf:
+            quickest = min(
+                (self._seconds(other) for other in others if self.up(other)), default=inf
+            )
+            return "slow" if own > _SLOW_TIMES * quickest else "up"
+        return "up" if own < inf else "down"
 
-    def _seconds(self, name: str) -> float | None:
-        """How long the peer takes to answer a probe; None if it does not answer."""
+    def _seconds(self, name: str) -> float:
+        """How long the peer takes to answer a probe; infinity if it does not answer."""
         assert self._probe is not None
-        best = float("inf")
+        best = inf
         for _ in range(_PROBES):
             began = self._clock()
             try:
                 if not self._probe(name):
-                    return None
+                    return inf
             except TolhouseError:
-                return None
+                return inf
             best = min(best, self._clock() - began)
             if best < SUSPECT_SECONDS:
                 break

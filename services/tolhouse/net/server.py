@@ -1,20 +1,21 @@
-"""gRPC servers, the same for every service: health, reflection, drain, limits, statuses."""
+"""gRPC servers, alike for every service: health, reflection, metrics, drain, limits, statuses."""
 
 import asyncio
 import ctypes
 import gc
 import signal
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import grpc
+from prometheus_client import start_http_server
 
 from tolhouse.errors import Internal, InUse, TolhouseError
 from tolhouse.logs import event, log, ready, split_address
 from tolhouse.net.auth import ServerCredentials
-from tolhouse.net.tls import HANDSHAKE_SECONDS
+from tolhouse.net.tls import HANDSHAKE_SECONDS, ServerTls
 
 MAX_STREAMS = 1024  # open calls of one connection; more wait for one of them to end
 MAX_CONNECTIONS = 1024  # of one service; more are closed
@@ -49,18 +50,14 @@ def finish_startup() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-@dataclass
-class ErrorsAsStatus:
-    """`async with` around the work of a call: an error ends the call with its status."""
-
-    context: grpc.aio.ServicerContext
-
-    async def __aenter__(self) -> None: ...
-
-    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, Exception):
-            status, message = status_of(error)
-            await self.context.abort(grpc.StatusCode[status], message)
+@asynccontextmanager
+async def errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    """An error of the block ends the call with its status."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - the boundary where every error becomes a status
+        status, message = status_of(error)
+        await context.abort(grpc.StatusCode[status], message)
 
 
 def status_of(error: Exception) -> tuple[str, str]:
@@ -75,7 +72,7 @@ async def serve(
     service: str,
     listen: str,
     register: Callable[[grpc.aio.Server], Any],
-    names: tuple[str, ...],
+    name: str,
     drain_seconds: float,
     drain: Callable[[], None] | None = None,
     *,
@@ -84,8 +81,7 @@ async def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then call `drain` and finish calls for up to `drain_seconds`.
 
-    Once the service answers, a line on stdout has its address with the real port, and `fields`.
-    InvalidArgument if `credentials` do not allow for `listen`.
+    Once the service `name` answers, a line on stdout has the real address, and `fields`.
     """
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
@@ -95,20 +91,18 @@ async def serve(
     register(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    listed = (*names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    listed = name, health.SERVICE_NAME, reflection.SERVICE_NAME
     reflection.enable_server_reflection(listed, server)
     port, tls = 0, credentials.tls and credentials.tls.credentials()
     with suppress(RuntimeError):
         port = server.add_secure_port(listen, tls) if tls else server.add_insecure_port(listen)
     if not port:
-        raise InUse(
-            f"{service} can't listen on {listen}: the port is in use, or the address is not this "
-            "machine's; choose another --listen"
-        )
+        reason = "the port is in use, or the address is another machine's"
+        raise InUse(f"{service} can't listen on {listen}: {reason}; choose another --listen")
     finish_startup()
     await server.start()
-    for name in ("", *names):
-        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    for checked in ("", name):
+        await checks.set(checked, health_pb2.HealthCheckResponse.SERVING)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -120,3 +114,21 @@ async def serve(
         drain()
     await server.stop(drain_seconds)
     event("stopped", service=service)
+
+
+def serve_metrics(address: str, credentials: ServerCredentials) -> str:
+    """Serve Prometheus metrics, by HTTPS where `credentials` have TLS; the address as it is."""
+    credentials.check(address, "--metrics-listen")
+    (host, port), tls = split_address(address), credentials.tls or ServerTls("", "")
+    use_current, ca = tls.context().sni_callback, tls.client_ca or None
+    files: dict[str, Any] = {"certfile": tls.certificate, "keyfile": tls.key, "client_cafile": ca}
+    try:
+        server, _ = start_http_server(port, host, client_auth_required=bool(ca), **files)
+    except OSError as error:
+        message = f"metrics can't listen on {address}: {error.strerror or error}"
+        raise InUse(f"{message}; choose another --metrics-listen") from None
+    if isinstance(server.socket, ssl.SSLSocket):
+        server.socket.context.sni_callback = use_current
+        # handshakes take place in threads, so that a slow one keeps no other waiting
+        server.socket.do_handshake_on_connect = False  # type: ignore[attr-defined] # typeshed's gap
+    return f"{host}:{server.server_port}"

@@ -22,8 +22,7 @@ from tolhouse.engine.runner import Runner
 from tolhouse.errors import InvalidArgument, Mismatch, NotFound, Unavailable
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
-from tolhouse.net.metrics import serve_metrics
-from tolhouse.net.server import serve
+from tolhouse.net.server import serve, serve_metrics
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1.generation_pb2_grpc import add_GenerationServicer_to_server
 from tolhouse.worker.metrics import EngineMetrics
@@ -132,7 +131,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
             "worker",
             config.listen,
             lambda server: add_GenerationServicer_to_server(service, server),
-            (NAME,),
+            NAME,
             config.drain_seconds,
             credentials=credentials,
             metrics=serve_metrics(config.metrics_listen, credentials),

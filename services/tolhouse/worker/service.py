@@ -17,7 +17,7 @@ from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig
 from tolhouse.model.generate import check_prompt
-from tolhouse.net.server import ErrorsAsStatus
+from tolhouse.net.server import errors_as_status
 from tolhouse.sampling import SamplingParams
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationServicer
@@ -58,7 +58,7 @@ class WorkerService(GenerationServicer):
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[generation_pb2.GenerateReply]:
-        async with ErrorsAsStatus(context):
+        async with errors_as_status(context):
             async for reply in self._replies(request, _caller(context)):
                 yield reply
 
