@@ -1,10 +1,11 @@
-"""What codecs cost in held-out loss: `python -m loadtest.accuracy [--quick] [--x0] [--orders N] [CHECKPOINT …]`.
+"""What codecs cost in held-out loss: `python -m loadtest.accuracy [--quick] [--x0] [--orders N]
+[CHECKPOINT …]`.
 
-Each checkpoint reads the held-out text of the corpus it was trained on, in windows one after the other, with the rows that
-each codec gives back; with --x0, rows carry X0, which is coded like the rest. The differences from fp32 are told with their
-standard error over the windows. With --orders, it is int4 in groups of several sizes instead, over N random orders of the
-columns: one order's rounding is a matter of luck.
-"""
+Each checkpoint reads the held-out text of the corpus it was trained on, in windows one after the
+other, with the rows that each codec gives back; with --x0, rows carry X0, which is coded like the
+rest. The differences from fp32 are told with their standard error over the windows. With --orders,
+it is int4 in groups of several sizes instead, over N random orders of the columns: one order's
+rounding is a matter of luck."""
 
 import argparse
 import json

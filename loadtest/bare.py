@@ -1,9 +1,10 @@
-"""gRPC with nothing behind it, to measure against: `python -m loadtest.bare bare|naive` serves, `server()` starts one.
+"""gRPC with nothing behind it, to measure against: `python -m loadtest.bare bare|naive` serves,
+`server()` starts one.
 
-The bare one gives a stream's messages back (`Echo`) and answers a number with so many bytes (`Bytes`), without protobuf
-and with the options of our own services. The naive one is a lookup as one would write it first (`Rows`): one unary
-answer, a generated message around joined rows, nothing tuned.
-"""
+The bare one gives a stream's messages back (`Echo`) and answers a number with so many bytes
+(`Bytes`), without protobuf and with the options of our own services. The naive one is a lookup as
+one would write it first (`Rows`): one unary answer, a generated message around joined rows, nothing
+tuned."""
 
 import asyncio
 import queue

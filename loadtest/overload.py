@@ -1,8 +1,9 @@
 """Three times what the system can take: `python -m loadtest.overload [--quick]`.
 
-The whole system in this machine's processes, and clients that do not wait (loadtest/serve.py). First rates that grow until the rate of good
-answers does not: the best is the peak. Then three times that, and then half of it. Good is an answer that is whole, its first token
-within FIRST_TOKEN_SECONDS. Prints a table and, last, one line of JSON:
+The whole system in this machine's processes, and clients that do not wait (loadtest/serve.py).
+First rates that grow until the rate of good answers does not: the best is the peak. Then three
+times that, and then half of it. Good is an answer that is whole, its first token within
+FIRST_TOKEN_SECONDS. Prints a table and, last, one line of JSON:
 
   goodput_ratio        good answers a second at three times the peak, over the peak (asked: at least 0.8)
   refused_ms           95th percentile of the time until a refusal, 429, arrives

@@ -1,6 +1,8 @@
-"""The same fetch over and over, to look at with a profiler: `python -m loadtest.repeat hot|redis [SECONDS]`.
+"""The same fetch over and over, to look at with a profiler: `python -m loadtest.repeat hot|redis
+[SECONDS]`.
 
-32 ids of 96 KiB at a time: hot rows, or from Redis with nothing cached. Says "ready" with the process ids of client and service once it goes round, and last how many bytes a second it got.
+32 ids of 96 KiB at a time: hot rows, or from Redis with nothing cached. Says "ready" with the
+process ids of client and service once it goes round, and last how many bytes a second it got.
 
     py-spy record --gil -d 5 -p PID -o profile.svg
 """

@@ -1,8 +1,9 @@
 """Load on a gateway, as users make it, and what they get: `python -m loadtest.serve --rate 2,4,8`.
 
-Requests come at random moments, so many a second on average (a Poisson process), whether earlier ones are answered or not: load that
-waits for answers before it asks again hides how long a server that is too slow lets people wait. Each asks for a streamed completion
-of a piece of text, of random length, with as many tokens as it says. Needs httpx and numpy, and any server with OpenAI's API.
+Requests come at random moments, so many a second on average (a Poisson process), whether earlier
+ones are answered or not: load that waits for answers before it asks again hides how long a server
+that is too slow lets people wait. Each asks for a streamed completion of a piece of text, of random
+length, with as many tokens as it says. Needs httpx and numpy, and any server with OpenAI's API.
 
   good        requests a second that were answered whole, their first token within --first-token-seconds, and the others
               within --token-seconds of one another on average: goodput
@@ -11,9 +12,8 @@ of a piece of text, of random length, with as many tokens as it says. Needs http
   whole       from sending the request to the end of its answer
   errors      answers that were no whole answer, by kind
 
-Several rates, with commas between, are tried in turn; the highest whose goodput keeps up with it is the server's capacity. Prints a table
-and, last, one line of JSON.
-"""
+Several rates, with commas between, are tried in turn; the highest whose goodput keeps up with it is
+the server's capacity. Prints a table and, last, one line of JSON."""
 
 import argparse
 import asyncio
@@ -109,7 +109,8 @@ async def send(client: httpx.AsyncClient, load: Load, prompt: str, max_tokens: i
 
 
 async def run(load: Load, rate: float, seconds: float, seed: int = 0) -> tuple[list[Answer], float]:
-    """Send `rate` requests a second for so many seconds; their answers, and the seconds until the last one."""
+    """Send `rate` requests a second for so many seconds; their answers, and the seconds until the
+    last one."""
     rng = np.random.default_rng(seed)
     sent: list[asyncio.Task[Answer]] = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)

@@ -1,16 +1,19 @@
-"""Mixed load for a long time: does anything grow? `make soak`, or `python -m loadtest.soak [--minutes 20]`.
+"""Mixed load for a long time: does anything grow? `make soak`, or `python -m loadtest.soak
+[--minutes 20]`.
 
-The whole system over Redis, in this machine's processes, at about half of what two cores can do: streams of random lengths at random moments.
-Every ten seconds the median time of an answer and the resident memory of each process are taken.
+The whole system over Redis, in this machine's processes, at about half of what two cores can do:
+streams of random lengths at random moments. Every ten seconds the median time of an answer and the
+resident memory of each process are taken.
 
-A process that is new grows until it has seen its busiest moment and its heap its oddest mixture of sizes, which is no leak. So there is a
-warm-up that does not count: at each lookup service, every row, then random ones by several threads, while others ask for what workers ask each
-second, as often as in an hour; then eight minutes of half as many requests more.
+A process that is new grows until it has seen its busiest moment and its heap its oddest mixture of
+sizes, which is no leak. So there is a warm-up that does not count: at each lookup service, every
+row, then random ones by several threads, while others ask for what workers ask each second, as
+often as in an hour; then eight minutes of half as many requests more.
 
-Prints, for each, the slope of a straight line through what was taken, with its confidence interval, and whether zero lies in it; last, one
-line of JSON. The six intervals hold together with 95%: at 95% each, every fourth run would find a slope where there is none. That of a memory
-is no narrower than what a single page more does to the slope.
-"""
+Prints, for each, the slope of a straight line through what was taken, with its confidence interval,
+and whether zero lies in it; last, one line of JSON. The six intervals hold together with 95%: at
+95% each, every fourth run would find a slope where there is none. That of a memory is no narrower
+than what a single page more does to the slope."""
 
 import argparse
 import asyncio
@@ -35,10 +38,11 @@ DEVIATIONS = 2.64  # of a normal distribution: 95% for six at once
 
 
 def slope(values: list[float], grain: float = 0.0) -> tuple[float, float]:
-    """Per hour, and half of its confidence interval. Neighbours are alike, which is allowed for by their first autocorrelation.
+    """Per hour, and half of its confidence interval. Neighbours are alike, which is allowed for by
+    their first autocorrelation.
 
-    `grain`: of what a value is a multiple. The interval is at least the slope that one step of it in the middle makes.
-    """
+    `grain`: of what a value is a multiple. The interval is at least the slope that one step of it
+    in the middle makes."""
     x, y = np.arange(len(values)) * WINDOW_SECONDS / 3600, np.array(values)
     a, b = np.polyfit(x, y, 1)
     rest = y - (a * x + b)
@@ -50,7 +54,8 @@ def slope(values: list[float], grain: float = 0.0) -> tuple[float, float]:
 
 
 def exercise(target: str, ref: str) -> None:
-    """Fetches as they come under load, as many as in an hour, some at once; and with each third one what workers ask besides, such as what is published."""
+    """Fetches as they come under load, as many as in an hour, some at once; and with each third one
+    what workers ask besides, such as what is published."""
     with (
         Client(target) as client,
         Client(target) as other,

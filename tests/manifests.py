@@ -1,4 +1,5 @@
-"""Checks of rendered Kubernetes manifests, for what a schema can't see. Each tells what is wrong, a line for each thing."""
+"""Checks of rendered Kubernetes manifests, for what a schema can't see. Each tells what is wrong, a
+line for each thing."""
 
 import re
 import subprocess
@@ -65,7 +66,8 @@ class Pod:
         return [*self.spec.get("initContainers", []), *self.spec["containers"]]
 
     def port(self, port: int | str) -> int | None:
-        """The number of a port, given so or by name, that one of the containers has; None if none does."""
+        """The number of a port, given so or by name, that one of the containers has; None if none
+        does."""
         for p in (p for c in self.containers for p in c.get("ports", [])):
             if port in (p.get("name"), p["containerPort"]):
                 return int(p["containerPort"])
@@ -148,7 +150,8 @@ def settings(documents: list[Document], container: Document) -> dict[str, str]:
 
 
 def schemas(documents: list[Document]) -> Iterator[str]:
-    """Strict schemas of Kubernetes, the oldest and the newest; of other kinds, their shape and the pods in them."""
+    """Strict schemas of Kubernetes, the oldest and the newest; of other kinds, their shape and the
+    pods in them."""
     for d in documents:
         where = f"{d['kind']} {d['metadata']['name']}"
         shape = SHAPES.get((d["apiVersion"], d["kind"]))
@@ -198,7 +201,7 @@ def _misshapen(spec: Document, shape: str) -> Iterator[str]:
 
 
 def selectors(documents: list[Document]) -> Iterator[str]:
-    """Whatever selects something selects what it means to, and what is named as a target is there."""
+    """Selectors select what they mean to, and what is named as a target is there."""
     every = pods(documents)
     by_name = {(d["kind"], d["metadata"]["name"]): d for d in documents}
     for d in documents:
@@ -243,7 +246,7 @@ def selectors(documents: list[Document]) -> Iterator[str]:
             if target is None:
                 yield f"{where}: its target is not there"
             elif "replicas" in target["spec"]:
-                yield f"{where}: its target says how many replicas there are: every apply would set the scale back"
+                yield f"{where}: its target has replicas: an apply would set the scale back"
             if spec["minReplicas"] > spec["maxReplicas"]:
                 yield f"{where}: minReplicas is above maxReplicas"
     for p in every:
@@ -267,10 +270,11 @@ def selectors(documents: list[Document]) -> Iterator[str]:
 
 
 def connections(documents: list[Document]) -> set[str]:
-    """Who may talk to whom: "from > to:port", for each port that the pods have by name, and `others` for the rest of them.
+    """Who may talk to whom: "from > to:port", for each port that the pods have by name, and
+    `others` for the rest of them.
 
-    Also from and to those outside that policies may mean: DNS, Prometheus, a trace collector, KubeRay's operator, and anyone.
-    """
+    Also from and to those outside that policies may mean: DNS, Prometheus, a trace collector,
+    KubeRay's operator, and anyone."""
     (namespace,) = of(documents, "Namespace")
     home = namespace["metadata"]["labels"] | {"kubernetes.io/metadata.name": NAMESPACE}
     ends = [
@@ -303,7 +307,8 @@ def connections(documents: list[Document]) -> set[str]:
     policies = [p["spec"] for p in of(documents, "NetworkPolicy")]
 
     def allowed(end: _End, peer: _End, target: _End, port: str, way: str, peers: str) -> bool:
-        """Whether policies for `end`, if any, let it have a connection with `peer` to a port of `target`, one of the two."""
+        """Whether policies for `end`, if any, let it have a connection with `peer` to a port of
+        `target`, one of the two."""
         if end in (dns, collector, *strangers):
             return True
         mine = [
@@ -356,7 +361,8 @@ def _local_selectors(policy: Document) -> Iterator[Document]:
 
 
 def volumes(documents: list[Document]) -> Iterator[str]:
-    """Every mount has a volume, every volume a mount, and what volumes and environments refer to is there."""
+    """Every mount has a volume, every volume a mount, and what volumes and environments refer to is
+    there."""
     claims = {d["metadata"]["name"] for d in of(documents, "PersistentVolumeClaim")}
     maps = {d["metadata"]["name"] for d in of(documents, "ConfigMap")}
     for p in pods(documents):
@@ -395,7 +401,8 @@ def _paths(value: str) -> list[str]:
 
 
 def secrets(documents: list[Document]) -> Iterator[str]:
-    """Of Secrets, README.md says how to make each key that is used; files of them are where settings say, for the pod's group alone."""
+    """Of Secrets, README.md says how to make each key that is used; files of them are where
+    settings say, for the pod's group alone."""
     used = {
         (m["authorization"]["credentials"]["name"], m["authorization"]["credentials"]["key"])
         for d in of(documents, "ServiceMonitor")
@@ -445,7 +452,8 @@ def secrets(documents: list[Document]) -> Iterator[str]:
 
 
 def resources(documents: list[Document]) -> Iterator[str]:
-    """Every container asks for processor and memory, for no more than it may have and enough for hot rows; a device is asked for whole."""
+    """Every container asks for processor and memory, for no more than it may have and enough for
+    hot rows; a device is asked for whole."""
     for p in pods(documents):
         for c in p.containers:
             requests, limits = (
@@ -469,11 +477,12 @@ def resources(documents: list[Document]) -> Iterator[str]:
                 if name == "memory" and p.name == "lookup" and most < 2 * hot * 10**6 + SLACK:
                     yield f"{p}: container {c['name']} has no room for hot rows of two versions"
                 if "/" in name and (wanted != most or name not in limits or most != int(most)):
-                    yield f"{p}: container {c['name']}: {name} must be a whole number, the same in requests and limits"
+                    yield f"{p}: container {c['name']}: {name} must be whole and the same in requests"
 
 
 def ports(documents: list[Document]) -> Iterator[str]:
-    """Probes, Services and NetworkPolicies name ports that containers have; processes listen on them."""
+    """Probes, Services and NetworkPolicies name ports that containers have; processes listen on
+    them."""
     every = pods(documents)
     for p in every:
         for c in p.containers:
@@ -495,7 +504,8 @@ def ports(documents: list[Document]) -> Iterator[str]:
                     selects({"matchLabels": s["spec"]["selector"]}, p.labels)
                     and p.port(port.get("targetPort", port["port"])) is None
                 ):
-                    yield f"Service {s['metadata']['name']}: {p} has no port {port.get('targetPort')}"
+                    target = port.get("targetPort")
+                    yield f"Service {s['metadata']['name']}: {p} has no port {target}"
     for policy in of(documents, "NetworkPolicy"):
         spec = policy["spec"]
         for rule in spec.get("ingress", []):
@@ -516,11 +526,13 @@ def ports(documents: list[Document]) -> Iterator[str]:
 def _unknown_ports(policy: Document, rule: Document, targets: list[Pod]) -> Iterator[str]:
     for port in rule.get("ports", []):
         if not any(p.port(port["port"]) for p in targets):
-            yield f"NetworkPolicy {policy['metadata']['name']}: nobody it means has port {port['port']}"
+            name = policy["metadata"]["name"]
+            yield f"NetworkPolicy {name}: no pod it means has port {port['port']}"
 
 
 def environment(documents: list[Document]) -> Iterator[str]:
-    """Every variable is one of config.py's, with a value that it takes; the services that values name are there."""
+    """Every variable is one of config.py's, with a value that it takes; the services that values
+    name are there."""
     services = {s["metadata"]["name"]: s["spec"] for s in of(documents, "Service")}
     for p in pods(documents):
         if p.spec.get("enableServiceLinks") is not False:
@@ -540,7 +552,8 @@ def environment(documents: list[Document]) -> Iterator[str]:
                 try:
                     kind(**fields)
                 except ValidationError as error:
-                    yield f"{p}: {kind.__name__}: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}"
+                    first = error.errors()[0]
+                    yield f"{p}: {kind.__name__}: {first['loc'][0]}: {first['msg']}"
             for name, value in given.items():
                 for scheme, host, port in re.findall(
                     r"\b(dns|redis)://+(?:\w+@)?([\w.-]+):(\d+)", value
@@ -549,7 +562,7 @@ def environment(documents: list[Document]) -> Iterator[str]:
                     if spec is None or int(port) not in [s["port"] for s in spec["ports"]]:
                         yield f"{p}: {name} is {value}, and there is no such Service with that port"
                     elif scheme == "dns" and spec.get("clusterIP") != "None":
-                        yield f"{p}: {name} is {value}, but that Service has one address for all its pods: it must be headless"
+                        yield f"{p}: {name} is {value}, but that Service must be headless"
 
 
 def accounts(documents: list[Document]) -> Iterator[str]:
@@ -566,7 +579,8 @@ def accounts(documents: list[Document]) -> Iterator[str]:
 
 
 def security(documents: list[Document]) -> Iterator[str]:
-    """The namespace enforces the restricted standard, every pod keeps to it, and none can write to its image."""
+    """The namespace enforces the restricted standard, every pod keeps to it, and none can write to
+    its image."""
     for n in of(documents, "Namespace"):
         for mode in ("enforce", "audit", "warn"):
             if n["metadata"]["labels"].get(f"pod-security.kubernetes.io/{mode}") != "restricted":
@@ -621,11 +635,12 @@ def images(documents: list[Document]) -> Iterator[str]:
             elif name.startswith("tolhouse-") and (
                 tag != version or name.removeprefix("tolhouse-").removesuffix("-gpu") not in targets
             ):
-                yield f"{p}: {c['image']} is no target of deploy/Dockerfile, or not of version {version}"
+                yield f"{p}: {c['image']} is no target of Dockerfile, or not of version {version}"
 
 
 def rollout(documents: list[Document]) -> Iterator[str]:
-    """A new pod is there and ready before an old one goes; one that goes has the time that it takes, and so has one that loads."""
+    """A new pod is there and ready before an old one goes; one that goes has the time that it
+    takes, and so has one that loads."""
     for p in pods(of(documents, "Deployment", "ConfigMap")):
         strategy = p.owner["spec"].get("strategy", {}).get("rollingUpdate", {})
         if (strategy.get("maxUnavailable"), strategy.get("maxSurge")) != (0, 1):
@@ -653,7 +668,7 @@ def rollout(documents: list[Document]) -> Iterator[str]:
                 (float(v) for n, v in given.items() if n.endswith("_WAIT_SECONDS")), default=0
             )
             if patience < waits + 60:
-                yield f"{p} is given {patience} s to start, and may wait {waits:g} s before it loads"
+                yield f"{p} is given {patience} s to start, and may wait {waits:g} s"
 
 
 Check = Callable[[list[Document]], Iterator[str]]

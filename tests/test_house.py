@@ -13,7 +13,7 @@ from tolhouse import errors
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "services" / "tolhouse"
 
-# from the ground up: a part imports its own floor's neighbours only where `BESIDE` says so, and those below
+# from the ground up: a part imports those below, and neighbours where `BESIDE` says so
 FLOORS = (
     {"v1", "errors", "logs"},
     {"files", "sampling"},
@@ -99,7 +99,8 @@ def test_nothing_imports_upwards_or_sideways(path: Path) -> None:
     ],
 )
 def test_only_its_place_imports_a_package(package: str, allowed: set[str]) -> None:
-    """Redis is met in one file, Ray in the build job, HTTP and templates in the gateway, pickle nowhere."""
+    """Redis is met in one file, Ray in the build job, HTTP and templates in the gateway, pickle
+    nowhere."""
     importers = {
         p.relative_to(SOURCES).as_posix()
         for p in modules()
@@ -140,7 +141,8 @@ def test_a_part_brings_only_what_it_needs(module: str, absent: tuple[str, ...]) 
 
 
 def test_the_public_names_are_the_client_and_the_errors() -> None:
-    """`tolhouse` exports Client, its ClientCredentials, Manifest and the whole error tree, and nothing by accident."""
+    """`tolhouse` exports Client, its ClientCredentials, Manifest and the whole error tree, and
+    nothing by accident."""
     tree = {
         name
         for name, value in vars(errors).items()

@@ -1,4 +1,5 @@
-"""The Kubernetes manifests as kustomize renders them: right for the schemas, and in what those can't see."""
+"""The Kubernetes manifests as kustomize renders them: right for the schemas, and in what those
+can't see."""
 
 import copy
 import re
@@ -24,8 +25,8 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
     shutil.copytree(K8S, folder, dirs_exist_ok=True)
     local = folder / "overlays" / "local" / "kustomization.yaml"
     local.write_text(
-        local.read_text()
-        + "components: [../../components/monitoring, ../../components/traces, ../../components/auth]\n"
+        local.read_text() + "components: [../../components/monitoring, ../../components/traces,"
+        " ../../components/auth]\n"
     )
     found = {name: render(K8S / "overlays" / name) for name in ("local", "gpu")}
     found["local"] += yaml.safe_load_all((K8S / "loader.yaml").read_text())
@@ -85,7 +86,8 @@ def test_only_neighbours_may_talk(rendered: Rendered, name: str, expected: set[s
 
 
 def test_each_overlay_has_its_kinds(rendered: Rendered) -> None:
-    """`local` needs nothing but Kubernetes; `gpu` builds with Ray, keeps tables in six Redis nodes and scales its workers."""
+    """`local` needs nothing but Kubernetes; `gpu` builds with Ray, keeps tables in six Redis nodes
+    and scales its workers."""
     kinds = {name: {d["kind"] for d in documents} for name, documents in rendered.items()}
     assert set() == kinds["local"] & {kind for _, kind in manifests.SHAPES}
     assert {"ServiceMonitor", "PrometheusRule"} == kinds["monitored"] - kinds["local"]
@@ -107,7 +109,8 @@ def test_each_overlay_has_its_kinds(rendered: Rendered) -> None:
 
 
 def test_storage_comes_first(rendered: Rendered) -> None:
-    """What README.md applies before the loader runs, by its label, is the namespace and every claim."""
+    """What README.md applies before the loader runs, by its label, is the namespace and every
+    claim."""
     for name, claims in (("local", {"models", "tables"}), ("gpu", {"models"})):
         first = [
             d
@@ -128,7 +131,8 @@ def test_compose_and_kubernetes_form_a_cluster_alike() -> None:
 
 
 def test_a_setting_that_changes_rolls_its_pods(tmp_path: Path, rendered: Rendered) -> None:
-    """Another value gives a ConfigMap another name, and with it the templates that refer to it, a RayJob's too."""
+    """Another value gives a ConfigMap another name, and with it the templates that refer to it, a
+    RayJob's too."""
     shutil.copytree(K8S, tmp_path, dirs_exist_ok=True)
     base = tmp_path / "base" / "kustomization.yaml"
     base.write_text(base.read_text().replace("/models/demo-memory", "/models/demo-flex"))
@@ -167,7 +171,7 @@ def set_at(document: Document, path: str, value: Any) -> None:
         place[last] = value
 
 
-# by check and overlay: a document, a path in it, a value for it (null deletes), and what the check says
+# by check and overlay: a document, a path in it, a value (null deletes), and what the check says
 # @P is a template's pod, @C its first container
 FAULTS = """
 schemas local:
@@ -187,7 +191,7 @@ selectors local:
     PodDisruptionBudget worker  spec|selector|matchLabels  {"app": "worker"}  no PodDisruptionBudget
     NetworkPolicy worker  spec|podSelector|matchLabels  {"app": "worker"}  selects no pod
     NetworkPolicy worker  spec|egress|0|to|0|podSelector|matchLabels|app  lookup  selects no pod
-    Deployment worker  @P|topologySpreadConstraints|0|labelSelector|matchLabels  {app: x}  not its own
+    Deployment worker  @P|topologySpreadConstraints|0|labelSelector|matchLabels  {a: x}  not its own
 selectors gpu:
     StatefulSet redis  spec|serviceName  redises  no Service redises
     ServiceMonitor gateway  spec|selector|matchLabels  {"app": "gateway"}  selects no Service
@@ -200,16 +204,16 @@ volumes local:
     Deployment worker  @C|volumeMounts|0  null  not mounted
     PersistentVolumeClaim models  -  null  no claim models
     ConfigMap lookup  -  null  no ConfigMap lookup
-    ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  file:///table  no volume is mounted
+    ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  file:///table  no volume
     Deployment worker  @C|volumeMounts|0|mountPath  /tmp  at one place
 volumes gpu:
     StatefulSet redis  spec|volumeClaimTemplates|0|metadata|name  disk  not defined
-    ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  redis://redis:6379?password_file=/redis  no volume is mounted
+    ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  redis://r:6379?password_file=/redis  no volume
 secrets gpu:
-    ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  redis://redis:6379?password_file=/secrets/redis/admin  no file of a Secret
+    ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  redis://r?password_file=/secrets/redis/adm  no file
     ConfigMap gateway  data|TOLHOUSE_GATEWAY_KEYS_FILE  /secrets/gateway/keys  no file of a Secret
     StatefulSet redis  @C|env|0|valueFrom|secretKeyRef|key  root  make root of the Secret redis-auth
-    ServiceMonitor gateway  spec|endpoints|0|authorization|credentials|name  keys  make key of the Secret keys
+    ServiceMonitor gateway  spec|endpoints|0|authorization|credentials|name  keys  of the Secret keys
     Deployment worker  @P|volumes|3|secret|items  null  how to make * of the Secret services-token
     Deployment worker  @P|volumes|3|secret|defaultMode  292  not for its group alone
     Deployment worker  @P|securityContext|fsGroup  null  not for its group alone
@@ -220,14 +224,14 @@ resources local:
     Deployment worker  @C|resources|limits|cpu  null  no limit of cpu
 resources gpu:
     ConfigMap lookup  data|TOLHOUSE_LOOKUP_HOT_MEGABYTES  "8192"  hot rows of two versions
-    Deployment worker  @C|resources|requests|nvidia.com/gpu  0  the same in requests
+    Deployment worker  @C|resources|requests|nvidia.com/gpu  0  same in requests
 ports local:
     Deployment worker  @C|readinessProbe|grpc|port  50051  asks port 50051
     Deployment gateway  @C|livenessProbe|httpGet|port  https  asks port https
     Deployment worker  @C|ports|0|name  rpc  has no port grpc
     ConfigMap worker  data|TOLHOUSE_WORKER_LISTEN  0.0.0.0:50053  no port of worker
     ConfigMap worker  data|TOLHOUSE_WORKER_LISTEN  127.0.0.1:50052  closed to others
-    NetworkPolicy worker  spec|egress|0|ports|0|port  http  nobody it means has port http
+    NetworkPolicy worker  spec|egress|0|ports|0|port  http  no pod it means has port http
 environment local:
     ConfigMap worker  data|TOLHOUSE_WORKER_LOKUP  x  TOLHOUSE_WORKER_LOKUP is not
     ConfigMap worker  data|TOLHOUSE_WORKER_DRAIN_SECONDS  soon  drain_seconds
@@ -248,7 +252,7 @@ security local:
     Deployment worker  @P|hostNetwork  true  shares namespaces
     Deployment worker  @P|volumes|0  {"name": "models", "hostPath": {"path": "/"}}  not allowed
     Deployment worker  @C|securityContext|allowPrivilegeEscalation  null  gain privileges
-    Deployment worker  @C|securityContext|capabilities  {drop: [ALL], add: [SYS_TIME]}  keeps capabilities
+    Deployment worker  @C|securityContext|capabilities  {drop: [ALL], add: [KILL]}  capabilities
     Deployment worker  @C|securityContext|readOnlyRootFilesystem  false  write to its image
     Deployment worker  @C|ports|0|hostPort  50052  port of its node
     Deployment worker  @P|volumes|1|emptyDir  {}  fill its node
