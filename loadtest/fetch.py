@@ -220,13 +220,13 @@ def growth(pairs: int) -> dict[str, float]:
                 pairs,
                 "32 ids of 4 KiB, by vocabulary",
             )
-    with redis_cluster(1) as one, redis_cluster(6) as six:
-        for url in (one, six):
-            with closing(open_store(url)) as store:
+    with redis_cluster(1) as (one,), redis_cluster(6) as (six, *_):
+        for node in (one, six):
+            with closing(open_store(node.url)) as store:
                 load(store, small)
         with (
-            service(one, 2) as first,
-            service(six, 2) as second,
+            service(one.url, 2) as first,
+            service(six.url, 2) as second,
             Client(first) as alone,
             Client(second) as many,
         ):

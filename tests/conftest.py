@@ -31,8 +31,8 @@ def redis_url() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def redis_cluster_url() -> Iterator[str]:
-    with redis_cluster() as url:
-        yield url
+    with redis_cluster() as nodes:
+        yield nodes[0].url
 
 
 @pytest.fixture(scope="session")

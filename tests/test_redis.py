@@ -24,7 +24,7 @@ from tolhouse.store.base import Store, open_store
 from tolhouse.store.redis import RedisStore
 from tolhouse.store.registry import delete, publish, resolve
 from tolhouse.store.writer import shard_digest
-from tolhouse.testing import free_port, redis_cluster_nodes, redis_server
+from tolhouse.testing import free_port, redis_cluster, redis_server
 
 from tests.chaos.proxy import Link
 from tests.tables import manifest_of, read, records_of, write
@@ -219,7 +219,7 @@ def test_a_master_behind_a_slow_link_leaves_reads_to_its_replica() -> None:
             links.append(stack.enter_context(Link(f"127.0.0.1:{port}")))
             return int(links[-1].address.rpartition(":")[2])
 
-        stack.enter_context(redis_cluster_nodes(3, 1, node_timeout_ms=5000, announced=announced))
+        stack.enter_context(redis_cluster(3, 1, node_timeout_ms=5000, announced=announced))
         store = stack.enter_context(closing(open_store(f"redis://{links[1].address}")))
         assert isinstance(store, RedisStore)
         write(store, MANIFEST)
@@ -237,7 +237,7 @@ def test_a_master_behind_a_slow_link_leaves_reads_to_its_replica() -> None:
 def test_a_master_may_die_or_hang(number: signal.Signals) -> None:
     """Its replica has the rows; what only a master can do works once there is one again."""
     with (
-        redis_cluster_nodes(3, 1, node_timeout_ms=1000) as nodes,
+        redis_cluster(3, 1, node_timeout_ms=1000) as nodes,
         closing(open_store(nodes[1].url, 1.0)) as store,
     ):
         write(store, MANIFEST)

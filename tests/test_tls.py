@@ -27,7 +27,6 @@ from tolhouse.net.tls import is_loopback
 from tolhouse.store.base import open_store, require_private
 from tolhouse.testing import (
     build_table,
-    free_port,
     local_cluster,
     process,
     redis_binary,
@@ -155,7 +154,7 @@ def test_a_cluster_speaks_tls(checkpoint: Path, pki: Path) -> None:
         "ssl_certfile": f"{pki}/client.pem",
         "ssl_keyfile": f"{pki}/client.key",
     }
-    with redis_server("--cluster-enabled", "yes", port=free_port(10_001, 22_000), tls=pki) as url:
+    with redis_server("--cluster-enabled", "yes", tls=pki) as url:
         with closing(Redis.from_url(url, **files)) as redis:
             redis.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
             wait_until(lambda: redis.execute_command("CLUSTER INFO")["cluster_state"] == "ok")

@@ -26,17 +26,14 @@ def ensure_authority(folder: Path) -> Path:
 def issue(
     folder: Path, name: str, hosts: Iterable[str], valid: dt.timedelta = dt.timedelta(days=90)
 ) -> tuple[Path, Path]:
-    """A certificate `name`.pem for `hosts`, names or addresses, and its key `name`.key.
-
-    The authority in `folder` signs it, for both ends of a connection. Existing files are replaced
-    as a whole, so that processes that watch them never read half of one.
-    """
+    """A certificate `name`.pem for `hosts`, names or addresses, and its key `name`.key."""
     authority = CA.from_pem((folder / "ca.pem").read_bytes(), (folder / "ca.key").read_bytes())
     now = dt.datetime.now(dt.UTC)
     begin = now - dt.timedelta(hours=1) + min(valid, dt.timedelta())  # clocks differ
+    end, common_name = now + valid, name[:64]
     try:
         leaf = authority.issue_cert(
-            *hosts, common_name=name[:64], not_before=begin, not_after=now + valid
+            *hosts, common_name=common_name, not_before=begin, not_after=end
         )
     except ValueError as error:
         raise InvalidArgument(f"no certificate can be for these hosts: {error}") from None

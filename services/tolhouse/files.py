@@ -6,6 +6,7 @@ import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -43,16 +44,13 @@ class ReloadingFiles(Generic[T]):
                     self._seen = versions
         return self._value
 
-    def _versions(self) -> list[tuple[int, ...]]:
-        return [_version(path) for path in self.paths]
-
-
-def _version(path: str) -> tuple[int, ...]:
-    try:
-        s = Path(path).stat()
-    except OSError:
-        return ()
-    return s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino  # ctime: it may have become readable
+    def _versions(self) -> list[tuple[str | int, ...]]:
+        found: list[tuple[str | int, ...]] = []
+        for path in self.paths:
+            with suppress(OSError):
+                s = Path(path).stat()  # ctime: it may have become readable
+                found.append((path, s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino))
+        return found
 
 
 def read_file(path: str, what: str) -> bytes:
@@ -64,10 +62,9 @@ def read_file(path: str, what: str) -> bytes:
 
 
 def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file so that nobody reads half of it; InvalidArgument if it can't be written.
+    """Write a file at once, or raise InvalidArgument; `mode` is that of a new one.
 
-    A new file gets `mode`; an old one keeps its mode and owner. A link's target is replaced; what
-    is not a regular file, such as a pipe, is written into.
+    An old one keeps its mode and owner. What is not a regular file, such as a pipe, is written into.
     """
     try:
         before = path.stat() if path.exists() else None
@@ -81,7 +78,7 @@ def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
             with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as f:
                 f.write(data)
                 f.flush()
-                if before and (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+                if before:
                     os.fchown(f.fileno(), before.st_uid, before.st_gid)
                 os.fsync(f.fileno())
             fresh.replace(target)

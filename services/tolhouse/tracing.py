@@ -16,11 +16,10 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import Attributes
 
 from tolhouse.errors import InvalidArgument
-from tolhouse.logs import log
+from tolhouse.logs import log, redirect_log
 from tolhouse.net.tls import is_loopback
 
 HEADER = "traceparent"
-SERVER, CLIENT = SpanKind.SERVER, SpanKind.CLIENT  # where a call came in, and where one goes out
 
 _propagator = TraceContextTextMapPropagator()
 _tracer = trace.get_tracer("tolhouse")  # the SDK's if the process has set that up
@@ -31,7 +30,6 @@ def start_tracing(service: str, url: str, *, insecure: bool) -> None:
     """Send spans of `service` to the OTLP collector at `url`, unless that is empty.
 
     InvalidArgument for a bad URL, a remote http:// without `insecure`, or a missing SDK.
-    A collector that can't be reached loses spans, and nothing else.
     """
     global _tracer  # noqa: PLW0603 - one for the process, as for logs
     if not url:
@@ -39,33 +37,26 @@ def start_tracing(service: str, url: str, *, insecure: bool) -> None:
     parts = urlsplit(url)
     port = parts.netloc.rpartition(":")[2]
     if parts.scheme not in ("http", "https") or not port.isdecimal() or parts.path.strip("/"):
-        raise InvalidArgument(
-            f"--traces {url!r} is not http://HOST:PORT or https://HOST:PORT "
-            "of an OTLP collector's gRPC port, often 4317"
-        )
+        expected = "http://HOST:PORT or https://HOST:PORT of an OTLP collector's gRPC port"
+        raise InvalidArgument(f"--traces {url!r} is not {expected}, often 4317")
     if parts.scheme == "http" and not insecure and not is_loopback(parts.netloc):
-        raise InvalidArgument(
-            f"--traces {url} would send traces to another machine in plaintext: "
-            "use https://, or --insecure where the network is trusted"
-        )
+        advice = "use https://, or --insecure where the network is trusted"
+        raise InvalidArgument(f"--traces {url} would send traces in plaintext: {advice}")
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
-        raise InvalidArgument(
-            "--traces needs OpenTelemetry's SDK: pip install 'tolhouse[traces]'"
-        ) from None
-    library = logging.getLogger("opentelemetry")
-    library.handlers[:], library.propagate = log.handlers, False
+        advice = "pip install 'tolhouse[traces]'"
+        raise InvalidArgument(f"--traces needs OpenTelemetry's SDK: {advice}") from None
+    redirect_log("opentelemetry", logging.WARNING)
     log.addFilter(_add_trace_id)
     provider = TracerProvider(resource=Resource.create({"service.name": f"tolhouse-{service}"}))
     exporter = OTLPSpanExporter(endpoint=url, insecure=parts.scheme == "http", timeout=5)
     provider.add_span_processor(BatchSpanProcessor(exporter))
-    _tracer = provider.get_tracer(
-        "tolhouse"
-    )  # ours alone: FastAPI would add two spans a request to a global provider's
+    # not the global provider: FastAPI would add two spans a request
+    _tracer = provider.get_tracer("tolhouse")
 
 
 def traceparent() -> str:
@@ -82,18 +73,12 @@ def remote(traceparent: str) -> Span:
     return trace.get_current_span(_propagator.extract({HEADER: traceparent}, context.Context()))
 
 
-def begin(
-    name: str,
-    parent: Span,
-    attributes: Attributes = None,
-    kind: SpanKind = SpanKind.INTERNAL,
-    *,
-    root: bool = False,
-) -> Span:
-    """A span below `parent`, to be ended by the caller; without a valid parent only if a `root`."""
+def begin(name: str, parent: Span, attributes: Attributes = None, *, root: bool = False) -> Span:
+    """A span of a call that came in, for the caller to end; without a valid parent only if `root`."""
     if not root and not parent.get_span_context().is_valid:
         return INVALID_SPAN
-    return _tracer.start_span(name, trace.set_span_in_context(parent), kind, attributes)
+    above = trace.set_span_in_context(parent)
+    return _tracer.start_span(name, above, SpanKind.SERVER, attributes)
 
 
 def end(span: Span, error: str = "") -> None:
@@ -106,14 +91,14 @@ def end(span: Span, error: str = "") -> None:
 @contextmanager
 def under(spans: Iterable[Span]) -> Iterator[None]:
     """What is done meanwhile is done for these requests; those that nobody records do not count."""
-    traced = [(s, s.get_span_context()) for s in spans if s is not INVALID_SPAN]
-    recorded = {place.span_id: s for s, place in traced if place.trace_flags.sampled}
+    contexts = {s.get_span_context().span_id: s for s in spans if s is not INVALID_SPAN}
+    recorded = [s for s in contexts.values() if s.get_span_context().trace_flags.sampled]
     if not recorded:
         yield
         return
-    first, *others = recorded.values()
-    links = [Link(other.get_span_context()) for other in others]
-    token = context.attach(context.set_value(_LINKS, links, trace.set_span_in_context(first)))
+    links = [Link(other.get_span_context()) for other in recorded[1:]]
+    above = context.set_value(_LINKS, links, trace.set_span_in_context(recorded[0]))
+    token = context.attach(above)
     try:
         yield
     finally:
@@ -121,15 +106,14 @@ def under(spans: Iterable[Span]) -> Iterator[None]:
 
 
 @contextmanager
-def span(
-    name: str, attributes: Attributes = None, kind: SpanKind = SpanKind.INTERNAL
-) -> Iterator[Span]:
-    """A span around a block of work, below the current one; nothing where there is none."""
+def span(name: str, attributes: Attributes = None) -> Iterator[Span]:
+    """A span around a call that goes out, below the current span; nothing where there is none."""
     if not trace.get_current_span().get_span_context().is_valid:
         yield INVALID_SPAN
         return
     links = cast("Sequence[Link]", context.get_value(_LINKS))
-    with _tracer.start_as_current_span(name, kind=kind, attributes=attributes, links=links) as one:
+    start = _tracer.start_as_current_span
+    with start(name, kind=SpanKind.CLIENT, attributes=attributes, links=links) as one:
         yield one
 
 

@@ -28,7 +28,7 @@ from tolhouse.testing import (
     end,
     free_port,
     process,
-    redis_cluster_nodes,
+    redis_cluster,
     wait_until_healthy,
 )
 
@@ -254,7 +254,7 @@ def over_redis() -> Iterator[tuple[System, list[RedisNode], list[Link], Answers]
 
         on_disk = ("--appendonly", "yes")
         nodes = stack.enter_context(
-            redis_cluster_nodes(3, 1, *on_disk, node_timeout_ms=2000, announced=announced)
+            redis_cluster(3, 1, *on_disk, node_timeout_ms=2000, announced=announced)
         )
         url = f"redis://{','.join(link.address for link in links)}"
         refs = [

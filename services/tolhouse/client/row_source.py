@@ -24,7 +24,7 @@ from tolhouse.store.base import LEASE_SECONDS, Store, open_store, require_privat
 from tolhouse.store.registry import resolve, stands_for, tables
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
 from tolhouse.table.manifest import Manifest, split_ref
-from tolhouse.tracing import CLIENT, Attributes, span
+from tolhouse.tracing import Attributes, span
 
 T = TypeVar("T")
 Array = np.ndarray
@@ -163,7 +163,7 @@ class StoreRowSource(RowSource):
             "tolhouse.table": manifest.ref,
             "tolhouse.rows": len(ids),
         }
-        with span("store read", about, CLIENT):
+        with span("store read", about):
             try:
                 self.store.read_records(current, ids, out, slots)
             except Corrupt:

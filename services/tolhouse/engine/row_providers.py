@@ -25,7 +25,7 @@ from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.net.health import PeerHealth
 from tolhouse.table.auxiliary import AuxiliaryTables
 from tolhouse.table.manifest import Manifest
-from tolhouse.tracing import CLIENT, Attributes, span
+from tolhouse.tracing import Attributes, span
 
 Counts = dict[str, float]  # by field of `RowCounts` in generation.proto
 _FILL_BYTES = 16 << 20  # fetched at a time while the cache is filled
@@ -47,7 +47,7 @@ class SourceRows:
         started = time.perf_counter()
         attributes: Attributes = {"tolhouse.table": self.manifest.ref, "tolhouse.rows": len(ids)}
         try:
-            with span("fetch rows", attributes, CLIENT):
+            with span("fetch rows", attributes):
                 self.source.fetch_records(self.manifest, ids, out, slots)
         except NotFound as error:  # the table was there at start: its loss is no fault of a request
             raise Unavailable(str(error)) from None

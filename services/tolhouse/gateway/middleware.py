@@ -54,7 +54,7 @@ class MetricsMiddleware:
             "tolhouse.request_id": request_id,
         }
         parent = tracing.remote(headers.get(tracing.HEADER, ""))
-        span = tracing.begin(method, parent, about, tracing.SERVER, root=True)
+        span = tracing.begin(method, parent, about, root=True)
         with tracing.under([span]):
             try:
                 await self.app(scope, receive, send_with_id)

@@ -106,7 +106,7 @@ class LookupService:
         started, status, message = time.perf_counter(), "OK", ""
         parent = tracing.remote(request.traceparent)
         about = {"tolhouse.table": request.table}
-        trace = tracing.begin("lookup Fetch", parent, about, tracing.SERVER)
+        trace = tracing.begin("lookup Fetch", parent, about)
         try:
             if split_ref(request.table)[1] is None:
                 raise InvalidArgument(f"fetch needs name@version, not {request.table!r}")

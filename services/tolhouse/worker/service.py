@@ -85,7 +85,7 @@ class WorkerService(GenerationServicer):
             "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
             "tolhouse.request_id": request_id,
         }
-        trace = tracing.begin("worker Generate", caller, about, tracing.SERVER, root=True)
+        trace = tracing.begin("worker Generate", caller, about, root=True)
         outputs: asyncio.Queue[Output] = asyncio.Queue()
         try:
             sequence = self._sequence(request, outputs)
