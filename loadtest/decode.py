@@ -13,32 +13,28 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from tolhouse.client.row_source import RowSource, open_row_source
+from tolhouse.client.row_source import RowSource
 from tolhouse.config import WorkerConfig
 from tolhouse.engine.attention import PagedKVCache
 from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
 from tolhouse.engine.cpu.compiled import CompiledDecode
 from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.engine import Engine
-from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider, open_rows
+from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
 from tolhouse.engine.runner import Runner
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig, preset
-from tolhouse.store.base import open_store
-from tolhouse.store.registry import publish
 from tolhouse.table.manifest import Manifest
-from tolhouse.testing import process
 
 from loadtest.memory import memory_ratio
 from loadtest.models import random_weights
 from loadtest.replay import Contender
-from loadtest.tables import alike
-from loadtest.tables import load as load_table
+from loadtest.tables import alike, served
 from loadtest.text import trace
 
 CPU = torch.device("cpu")
@@ -67,34 +63,22 @@ def contenders(
     preset_name: str, folder: Path, frequent: tuple[int, ...]
 ) -> Iterator[dict[str, Measured]]:
     """By name: base, remote, file, resident."""
-    base, memory = (
-        preset(preset_name, kind, vocab_size=VOCABULARY, max_position_embeddings=8192)
-        for kind in ("base", "memory")
-    )
-    manifest, url = alike(memory, "int8", frequent), f"file://{folder / 'tables'}"
+    limits = {"vocab_size": VOCABULARY, "max_position_embeddings": 8192}
+    base, memory = (preset(preset_name, kind, **limits) for kind in ("base", "memory"))
+    manifest = alike(memory, "int8", frequent)
     models = {s.kind: Checkpoint(random_weights(folder / s.kind, s), s) for s in (base, memory)}
-    compiled = {
-        kind: CompiledDecode(model, torch.float32, COMPILED) for kind, model in models.items()
-    }
+    compiled = {k: CompiledDecode(model, torch.float32, COMPILED) for k, model in models.items()}
     with ExitStack() as stack:
         for one in compiled.values():
             one.start()
             stack.callback(one.stop)
-        with closing(open_store(url)) as store:
-            load_table(store, manifest)
-            publish(store, manifest.ref)
-        hot = f"{manifest.table_bytes / 1.5e6:.0f}"
-        options = "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", hot
-        lookup = stack.enter_context(process("lookup", *options))
-        remote, file = (
-            stack.enter_context(closing(open_row_source(source)))
-            for source in (lookup.address, url)
-        )
+        served_table = served(folder / "tables", manifest, manifest.table_bytes / 1.5e6)
+        sources = stack.enter_context(served_table)
         rows: dict[str, RowProvider] = {
             "base": NoRows(base.hidden_size, CPU),
-            "remote": rows_of(remote, manifest, 0.1),
-            "file": rows_of(file, manifest, 0.1),
-            "resident": rows_of(file, manifest, 1),
+            "remote": rows_of(sources["remote"], manifest, 0.1),
+            "file": rows_of(sources["file"], manifest, 0.1),
+            "resident": rows_of(sources["file"], manifest, 1),
         }
         engines = {}
         for name, provider in rows.items():
@@ -106,7 +90,7 @@ def contenders(
 
 def rows_of(source: RowSource, manifest: Manifest, share: float) -> CachedRows:
     """Rows with a cache of a share of the table, filled."""
-    rows = open_rows(source, manifest, int(manifest.table_bytes * share), CPU)
+    rows = CachedRows(source, manifest, int(manifest.table_bytes * share), CPU)
     rows.fill()
     if share == 1:
         for part in np.array_split(np.arange(VOCABULARY, dtype=np.uint32), 64):
@@ -124,7 +108,7 @@ def engine_of(
     pages.values.zero_()
     model = load(checkpoint, CPU, torch.float32)
     compiled.attach(model)
-    engine = Engine(Runner(model, pages, rows), rows, cache, 64, 1000, 512)
+    engine = Engine(Runner(model, pages, rows), cache, 64, 1000, 512)
     return Measured(name, engine, read_bytes(shape))
 
 
@@ -187,22 +171,18 @@ def prefilling(
     return float(np.median(resident / remote)), float(np.median(resident / file))
 
 
-def memory_bandwidth(block: torch.Tensor) -> float:
-    """Bytes per second at which all threads together read memory."""
-    started = time.perf_counter()
-    block.sum()
-    return block.nbytes / (time.perf_counter() - started)
-
-
 def measure(measured: dict[str, Measured], ids: np.ndarray, *, quick: bool) -> dict[str, float]:
-    block = torch.ones(2**27)  # half a gigabyte
-    bandwidths = [memory_bandwidth(block) for _ in range(10)]
+    block, seconds = torch.ones(2**27), []  # half a gigabyte
+    for _ in range(20):
+        started = time.perf_counter()
+        block.sum()
+        seconds.append(time.perf_counter() - started)
+    bandwidth = block.nbytes / statistics.median(seconds)
     result = decoding(measured, ids, 1, 1 if quick else 6)
-    bandwidths += [memory_bandwidth(block) for _ in range(10)]
     for concurrency, rounds in ((8, 4), (32, 3)):
         result |= decoding(measured, ids, concurrency, 1 if quick else rounds)
     prompts = [prefilling(measured, ids, n, 1 if quick else 5) for n in (1024, 4096)]
-    remote, bandwidth = measured["remote"], statistics.median(bandwidths)
+    remote = measured["remote"]
     weights = f"{remote.weight_bytes / 1e6:.0f} MB of weights a token"
     print(f"  memory is read at {bandwidth / 1e9:.1f} GB/s, {weights}")
     result |= {
@@ -218,14 +198,12 @@ def measure(measured: dict[str, Measured], ids: np.ndarray, *, quick: bool) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     presets = "demo", "250m", "750m", "1b"
     parser.add_argument("--preset", default="250m", choices=presets, help="shape (default 250m)")
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer rounds, no memory of the 1b preset: 90 seconds"
-    )
+    text = "fewer rounds, no memory of the 1b preset: 90 seconds"
+    parser.add_argument("--quick", action="store_true", help=text)
     options = parser.parse_args()
     source, ids, frequent = trace(VOCABULARY)
     threads = f"{torch.get_num_threads()} threads"

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from redis import Redis
 from tolhouse import Client, Manifest
-from tolhouse.engine.row_providers import open_rows
+from tolhouse.engine.row_providers import CachedRows
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import publish
 from tolhouse.testing import process, redis_cluster, redis_server
@@ -173,7 +173,7 @@ def real_text(row_kib: int) -> dict[str, float]:
                 service(url, manifest.table_bytes / 3e6, filled=True) as address,
                 Client(address) as client,
             ):
-                rows = open_rows(
+                rows = CachedRows(
                     client.rows, manifest, slots * manifest.record_bytes, torch.device("cpu")
                 )
                 rows.fill()

@@ -70,10 +70,9 @@ def _stretch(path: Path, rows: int) -> None:
     length = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + length].decode()
     held, size = (int(n) for n in re.search(r'"shape":\[(\d+),(\d+)\]', header).groups())
-    header = header.replace(f"[{held},{size}]", f"[{rows},{size}]").replace(
-        f"[0,{held * size}]", f"[0,{rows * size}]"
-    )
-    header = header.rstrip() + " " * (-len(header.rstrip()) % 8)
+    header = header.replace(f"[{held},{size}]", f"[{rows},{size}]")
+    header = header.replace(f"[0,{held * size}]", f"[0,{rows * size}]").rstrip()
+    header += " " * (-len(header) % 8)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header.encode() + data[8 + length :])
         file.truncate(8 + len(header) + rows * size)

@@ -1,4 +1,4 @@
-"""Checkpoints of random weights for benchmarks: of any shape, written as fast as a disk takes them."""
+"""Checkpoints of random weights for benchmarks, of any shape, written at the disk's speed."""
 
 import json
 import math
@@ -18,9 +18,8 @@ def random_weights(path: Path, shape: ModelConfig) -> Path:
     if not path.exists():
         path.mkdir(parents=True)
         noise = (torch.randn(2**22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-        save_file(
-            {name: _filled(noise, size) for name, size in tensor_shapes(shape)}, path / WEIGHTS
-        )
+        tensors = {name: _filled(noise, size) for name, size in tensor_shapes(shape)}
+        save_file(tensors, path / WEIGHTS)
         _write_rest(path, shape)
     return path
 

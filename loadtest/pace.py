@@ -13,26 +13,22 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
 import torch
 from tolhouse import Manifest
-from tolhouse.client.row_source import RowSource, open_row_source
+from tolhouse.client.row_source import RowSource
 from tolhouse.engine.block_manager import BlockManager
 from tolhouse.engine.dequant import StagedRows
 from tolhouse.engine.engine import Engine
-from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider, open_rows
+from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
 from tolhouse.engine.scheduler import ScheduledChunk
 from tolhouse.model.config import preset
-from tolhouse.store.base import open_store
-from tolhouse.store.registry import publish
-from tolhouse.testing import process
 from torch import Tensor
 
 from loadtest.replay import Contender
-from loadtest.tables import alike, load
+from loadtest.tables import alike, served
 from loadtest.text import trace
 
 CPU = torch.device("cpu")
@@ -46,8 +42,8 @@ PREFILL_TOKENS, PREFILL_RATE = 4096, 50_000
 class Paced:
     """A runner whose forward takes time and no work. Rows are needed after the first of LAYERS."""
 
-    def __init__(self, seconds: Callable[[int], float]) -> None:
-        self.seconds, self.until = seconds, 0.0
+    def __init__(self, rows: RowProvider, seconds: Callable[[int], float]) -> None:
+        self.rows, self.seconds, self.until = rows, seconds, 0.0
 
     def launch(self, step: list[ScheduledChunk]) -> tuple[float, int]:
         self.wait()
@@ -55,10 +51,8 @@ class Paced:
 
     def finish(self, begun: tuple[float, int], staged: StagedRows) -> Tensor:
         started, tokens = begun
-        seconds = self.seconds(tokens)
-        self.until = max(time.perf_counter(), started + seconds / LAYERS) + seconds * (
-            1 - 1 / LAYERS
-        )
+        first = self.seconds(tokens) / LAYERS
+        self.until = max(time.perf_counter(), started + first) + (LAYERS - 1) * first
         return torch.zeros(tokens, 1)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
@@ -74,7 +68,7 @@ class Paced:
 
 
 def engine(rows: RowProvider, seconds: Callable[[int], float]) -> Engine:
-    return Engine(Paced(seconds), rows, BlockManager(8192), SEQUENCES, 1000, 512)  # type: ignore[arg-type]
+    return Engine(Paced(rows, seconds), BlockManager(8192), SEQUENCES, 1000, 512)  # type: ignore[arg-type]
 
 
 def paced(
@@ -137,13 +131,12 @@ def paced_prefill(
 
 
 def rows_of(source: RowSource, manifest: Manifest) -> CachedRows:
-    return open_rows(source, manifest, manifest.table_bytes // 10, CPU)
+    return CachedRows(source, manifest, manifest.table_bytes // 10, CPU)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--quick", action="store_true", help="fewer rounds: within 90 seconds")
     text = "the lookup service's memory for hot rows (default 1000)"
     parser.add_argument("--hot-megabytes", type=float, default=1000, help=text)
@@ -155,22 +148,9 @@ def main() -> None:
     print(f"{source}, {SEQUENCES} sequences, {size}, {kept}")
     with (
         tempfile.TemporaryDirectory(prefix="tolhouse-pace-") as folder,
-        ExitStack() as stack,
+        served(Path(folder), manifest, options.hot_megabytes) as sources,
         torch.inference_mode(),
     ):
-        url, hot = f"file://{Path(folder)}", ("--hot-megabytes", str(options.hot_megabytes))
-        with closing(open_store(url)) as store:
-            load(store, manifest)
-            publish(store, manifest.ref)
-        lookup = stack.enter_context(
-            process("lookup", "--store", url, "--listen", "127.0.0.1:0", *hot)
-        )
-        while "hot rows filled" not in lookup.log.read_text():
-            time.sleep(0.05)
-        sources = {
-            name: stack.enter_context(closing(open_row_source(source)))
-            for name, source in (("remote", lookup.address), ("file", url))
-        }
         rounds = 1 if options.quick else 3
         # other text each time: the first, unmeasured, is what a service in use has long seen
         part = rounds * SEQUENCES * (PROMPT + ANSWER)

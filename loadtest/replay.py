@@ -1,7 +1,7 @@
 """An engine whose sequences replay a text, whatever is sampled, stepped by the benchmark."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tolhouse.engine.engine import Engine
@@ -11,9 +11,9 @@ from tolhouse.sampling import SamplingParams
 
 
 class Replayed(Sequence):
-    def follow(self, text: list[int]) -> "Replayed":
-        self.text = iter(text)
-        return self
+    """A sequence whose answer is given, in `text`."""
+
+    text: Iterator[int]
 
     def append(self, token_id: int, *logprobs: Logprobs | None) -> Output:
         return super().append(next(self.text), *logprobs)
@@ -26,21 +26,16 @@ class Contender:
 
     def start(self, prompts: list[list[int]], answers: list[list[int]]) -> None:
         for prompt, answer in zip(prompts, answers, strict=True):
-            sequence = Replayed(
-                len(prompt), list(prompt), SamplingParams(len(answer)), lambda _: None
-            )
-            self.engine.add(sequence.follow(answer))
+            params = SamplingParams(len(answer))
+            sequence = Replayed(len(prompt), list(prompt), params, lambda _: None)
+            sequence.text = iter(answer)
+            self.engine.add(sequence)
         self.engine.read_mail()
 
     def until_decoding(self) -> None:
         """Step until every prompt is computed."""
-        scheduler = self.engine.scheduler
-        self._run(
-            lambda: (
-                not scheduler.waiting
-                and all(s.computed >= s.prompt_tokens for s in scheduler.running)
-            )
-        )
+        batch, queue = self.engine.scheduler.running, self.engine.scheduler.waiting
+        self._run(lambda: not queue and all(s.computed >= s.prompt_tokens for s in batch))
 
     def until_done(self) -> float:
         """Step until nothing is left to do; seconds."""

@@ -1,14 +1,21 @@
-"""Tables of random records for benchmarks: intact for their tokens, and made as fast as they can be stored."""
+"""Tables of random records for benchmarks: intact, and made as fast as they can be stored."""
+
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 import numpy as np
 from redis import Redis
 from tolhouse import Manifest
+from tolhouse.client.row_source import RowSource, open_row_source
 from tolhouse.model.config import ModelConfig
-from tolhouse.store.base import Store
+from tolhouse.store.base import Store, open_store
+from tolhouse.store.registry import publish
 from tolhouse.table.manifest import content_id
 from tolhouse.table.records import record_views
+from tolhouse.testing import process
 
-HIDDEN = 2048
 _DIFFERENT = 61
 
 
@@ -17,50 +24,39 @@ def manifest_of(
 ) -> Manifest:
     """bf16 rows of `row_kib` KiB: layers of 4 KiB. 24 layers, 96 KiB, are the paper's 1B model."""
     blocks = tuple(f"ffn.{layer}" for layer in range(row_kib // 4))
-    return Manifest(
-        name=name,
-        version=content_id(name, "bf16", blocks),
-        codec_name="bf16",
-        vocab_size=vocabulary,
-        blocks=blocks,
-        width=HIDDEN,
-        num_shards=shards,
-        model_id="0" * 64,
-        tokenizer_id="0" * 64,
-        frequent=frequent,
-    )
+    return _manifest(name, "bf16", vocabulary, blocks, 2048, num_shards=shards, frequent=frequent)
 
 
 def alike(
     shape: ModelConfig, codec: str, frequent: tuple[int, ...] = (), model_id: str = "0" * 64
 ) -> Manifest:
-    """A table for a model of this shape, named after its kind, with X0 where its embeddings are untied."""
-    blocks = (
-        *["x0"] * (not shape.tie_word_embeddings),
-        *(f"ffn.{layer}" for layer in range(shape.num_rows)),
-    )
+    """A table for a model of this shape, named after its kind; with X0 if embeddings are untied."""
+    x0 = ["x0"] * (not shape.tie_word_embeddings)
+    blocks = (*x0, *(f"ffn.{layer}" for layer in range(shape.num_rows)))
+    more = {"frequent": frequent, "model_id": model_id}
+    return _manifest(shape.kind, codec, shape.vocab_size, blocks, shape.hidden_size, **more)
+
+
+def _manifest(
+    name: str, codec: str, vocabulary: int, blocks: tuple[str, ...], width: int, **more: object
+) -> Manifest:
+    defaults = {"model_id": "0" * 64, "tokenizer_id": "0" * 64, "num_shards": 64}
     return Manifest(
-        name=shape.kind,
-        version=content_id(f"{shape.kind} {shape.hidden_size}", codec, blocks),
+        name=name,
+        version=content_id(name, width, codec, blocks),
         codec_name=codec,
-        vocab_size=shape.vocab_size,
+        vocab_size=vocabulary,
         blocks=blocks,
-        width=shape.hidden_size,
-        num_shards=64,
-        model_id=model_id,
-        tokenizer_id="0" * 64,
-        frequent=frequent,
+        width=width,
+        **(defaults | more),
     )
 
 
 def records_of(manifest: Manifest, ids: np.ndarray) -> np.ndarray:
-    """Intact records of random rows, a few dozen of which are everybody's."""
+    """Intact records of random rows, which a few dozen tokens share."""
     some = np.arange(_DIFFERENT, dtype=np.uint32) % manifest.vocab_size
-    rows = (
-        np.random.default_rng(0)
-        .normal(0, 0.02, (_DIFFERENT, manifest.num_blocks, manifest.width))
-        .astype(np.float32)
-    )
+    shape = _DIFFERENT, manifest.num_blocks, manifest.width
+    rows = np.random.default_rng(0).normal(0, 0.02, shape).astype(np.float32)
     return manifest.add_checksums(ids, manifest.encode(some, rows)[ids % _DIFFERENT])
 
 
@@ -71,17 +67,31 @@ def load(store: Store, manifest: Manifest) -> None:
     store.commit(manifest)
 
 
+@contextmanager
+def served(
+    folder: Path, manifest: Manifest, hot_megabytes: float
+) -> Iterator[dict[str, RowSource]]:
+    """Row sources of a table: "remote", a lookup service over TCP, and "file", the files it reads."""
+    url = f"file://{folder}"
+    with closing(open_store(url)) as store:
+        load(store, manifest)
+        publish(store, manifest.ref)
+    options = "--listen", "127.0.0.1:0", "--hot-megabytes", f"{hot_megabytes:.0f}"
+    with process("lookup", "--store", url, *options) as lookup:
+        while "hot rows filled" not in lookup.log.read_text():
+            time.sleep(0.05)
+        with (
+            closing(open_row_source(lookup.address)) as remote,
+            closing(open_row_source(url)) as file,
+        ):
+            yield {"remote": remote, "file": file}
+
+
 def load_plain(redis: Redis, manifest: Manifest, ids: np.ndarray) -> dict[int, str]:
     """The records of `ids` as plain strings, for MGET; their keys."""
     keys = {i: f"{manifest.name}:{i}" for i in ids.tolist()}
     for start in range(0, len(ids), 64):
         part = ids[start : start + 64]
-        redis.mset(
-            {
-                keys[i]: bytes(r)
-                for i, r in zip(
-                    part.tolist(), record_views(records_of(manifest, part)), strict=True
-                )
-            }
-        )
+        records = map(bytes, record_views(records_of(manifest, part)))
+        redis.mset(dict(zip((keys[i] for i in part.tolist()), records, strict=True)))
     return keys

@@ -1,4 +1,4 @@
-"""Real text as a trace of token ids, and how often the best cache there could be would have had them."""
+"""Real text as a trace of token ids, and the hit rate of the best possible cache."""
 
 import heapq
 from collections import Counter
@@ -12,25 +12,27 @@ _NEVER = 1 << 60
 
 
 def trace(vocabulary: int) -> tuple[str, np.ndarray, tuple[int, ...]]:
-    """Where a text comes from, the token ids of its second half, and those of its first half by falling frequency.
+    """A text's source, the ids of its second half, and those of its first half by frequency.
 
-    The tokenizer is a BPE of `vocabulary` tokens, trained on the text and on the standard library's sources: the text alone
-    does not give so many.
+    The tokenizer is a BPE trained on the text and on the standard library's sources: the text alone
+    does not give so many tokens.
     """
     library = [text for _, text in documents(standard_library())]
-    source, pieces = (
-        ("wikitext-2-valid", [TEXT.read_text()]) if TEXT.exists() else ("standard library", library)
-    )
+    source, pieces = "standard library", library
+    if TEXT.exists():
+        source, pieces = "wikitext-2-valid", [TEXT.read_text()]
     tokenizer = train_tokenizer([*pieces, *library], vocabulary)
-    ids = np.concatenate([encoding.ids for encoding in tokenizer.encode_batch(pieces)]).astype(
-        np.uint32
-    )[:500_000]
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch(pieces)]
+    ids = np.concatenate(encoded).astype(np.uint32)[:500_000]
     half = len(ids) // 2
     return source, ids[half:], tuple(i for i, _ in Counter(ids[:half].tolist()).most_common())
 
 
 def clairvoyant(ids: list[int], slots: int, held: tuple[int, ...]) -> float:
-    """Hit rate of Belady's policy, which knows what comes, for a cache that begins with `held`; it may decline to keep a row."""
+    """Hit rate of Belady's policy, which knows the future, for a cache that begins with `held`.
+
+    It may decline to keep a row.
+    """
     following, next_of = [_NEVER] * len(ids), {}
     for place in range(len(ids) - 1, -1, -1):
         following[place] = next_of.get(ids[place], _NEVER)
@@ -46,7 +48,7 @@ def clairvoyant(ids: list[int], slots: int, held: tuple[int, ...]) -> float:
             continue
         elif len(cached) == slots:
             while cached.get(furthest[0][1]) != -furthest[0][0]:
-                heapq.heappop(furthest)  # what was said of it has changed since
+                heapq.heappop(furthest)  # an entry that has changed since
             if -furthest[0][0] <= at:
                 continue
             del cached[heapq.heappop(furthest)[1]]

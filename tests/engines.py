@@ -1,5 +1,6 @@
 """Engines whose steps a test runs itself, and requests that keep what they emit."""
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -58,9 +59,8 @@ def engine_of(
     rows = rows or NoRows(checkpoint.config.hidden_size, CPU)
     cache = BlockManager(kv_tokens // BLOCK_TOKENS)
     pages = PagedKVCache(checkpoint.config, cache.num_blocks + 1, CPU, torch.float32)
-    embedding = not (rows.manifest and rows.manifest.has_x0)
-    model = model or load(checkpoint, CPU, torch.float32, embedding)
-    return Engine(runner(model, pages, rows), rows, cache, max_running, 1000, max_step_tokens)
+    model = model or load(checkpoint, CPU, torch.float32, not rows.has_x0)
+    return Engine(runner(model, pages, rows), cache, max_running, 1000, max_step_tokens)
 
 
 def run(engine: Engine, steps: int = 10_000) -> None:
@@ -71,7 +71,9 @@ def run(engine: Engine, steps: int = 10_000) -> None:
                 return
             engine.read_mail(wait=False)
             engine.step()
-            engine.cache.check(engine.scheduler.running)
+            users = Counter(b for one in engine.scheduler.running for b in one.blocks)
+            assert [users[b] for b in range(engine.cache.num_blocks)] == engine.cache.users
+            assert engine.cache.users.count(0) == engine.cache.free_blocks
 
 
 def serve(engine: Engine, *requests: Request) -> None:

@@ -31,9 +31,8 @@ def sequences(pages: PagedKVCache, lengths: list[int]) -> tuple[list[Sequence], 
     kept = [torch.stack([random(n), random(n, 1)[:, 0]]) for n in lengths]
     for sequence, (k, v) in zip(found, kept, strict=True):
         for layer in range(len(pages.keys)):
-            AttentionMetadata.of(pages, [Chunk(sequence, 0, len(sequence.ids))]).attend(
-                layer, k, k, v
-            )
+            view = AttentionMetadata.of(pages, [Chunk(sequence, 0, len(sequence.ids))])
+            view.attend(layer, k, k, v)
     return found, kept
 
 
@@ -52,9 +51,8 @@ def test_decoding_attends_to_all_of_its_own(attend: Callable[..., torch.Tensor])
     for part in (slice(None), slice(3, 4), slice(0, 1), slice(1, 3)):
         step = [Chunk(s, len(s.ids) - 1, len(s.ids)) for s in found[part]]
         view = AttentionMetadata.of(pages, step)
-        tables_BC = torch.tensor(
-            [[*s.blocks, *[0] * 7][:7] for s in found[part]]
-        )  # a first token counts as a prompt; here it may decode
+        # a first token counts as a prompt; here it may decode
+        tables_BC = torch.tensor([[*s.blocks, *[0] * 7][:7] for s in found[part]])
         lengths_B = torch.tensor([len(s.ids) for s in found[part]])
         q_BHE = random(len(step), 2)[:, 0]
         k_BHE, v_BHE = (torch.stack([kv[number, -1] for kv in kept[part]]) for number in (0, 1))
@@ -71,12 +69,9 @@ def test_pieces_of_prompts_attend_to_what_came_before() -> None:
     found, kept = sequences(pages, [30, 20, 2 * BLOCK_TOKENS + 9])
     step = [Chunk(found[0], 29, 30), Chunk(found[1], 0, 7), Chunk(found[2], 13, 41)]
     q_THE = random(36, 3)[:, 0]
-    k_THE, v_THE = (
-        torch.cat([kv[number, c.first : c.last] for kv, c in zip(kept, step, strict=True)])
-        for number in (0, 1)
-    )
+    parts = [kv[:, c.first : c.last] for kv, c in zip(kept, step, strict=True)]
+    k_THE, v_THE = torch.cat(parts, dim=1)
     got = AttentionMetadata.of(pages, step).attend(0, q_THE, k_THE, v_THE).split([1, 7, 28])
     for q, (k, v), chunk, out in zip(q_THE.split([1, 7, 28]), kept, step, got, strict=True):
-        torch.testing.assert_close(
-            expected(q, k[: chunk.last], v[: chunk.last]), out, rtol=1e-4, atol=1e-5
-        )
+        whole = expected(q, k[: chunk.last], v[: chunk.last])
+        torch.testing.assert_close(whole, out, rtol=1e-4, atol=1e-5)

@@ -71,7 +71,7 @@ def decoded(engine, lengths: list[int]) -> torch.Tensor:
         step = [ScheduledChunk(s, first % len(s.ids), len(s.ids) + last) for s in found]
         ids = torch.tensor([i for c in step for i in c.sequence.ids[c.first : c.last]])
         runner = engine.runner
-        out = runner.finish(runner.launch(step), StagedRows(torch.empty(0), ids))
+        out = runner.finish(runner.launch(step), StagedRows(torch.empty(0), ids, ids))
     return out
 
 

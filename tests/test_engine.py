@@ -9,10 +9,9 @@ import torch
 from tolhouse import errors
 from tolhouse.client.row_source import open_row_source
 from tolhouse.engine.block_manager import BLOCK_TOKENS
-from tolhouse.engine.cuda_graphs import GraphRunner
 from tolhouse.engine.engine import Engine
-from tolhouse.engine.row_providers import CachedRows, open_rows
-from tolhouse.engine.runner import Runner
+from tolhouse.engine.row_providers import CachedRows
+from tolhouse.engine.runner import GraphRunner, Runner
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.model.kv import GrowingCache
@@ -34,7 +33,7 @@ def table_rows(
         manifest = source.describe(build_table(checkpoint, source.url, **options))
 
         def make() -> CachedRows:
-            rows = open_rows(source, manifest, SLOTS * manifest.record_bytes, CPU)
+            rows = CachedRows(source, manifest, SLOTS * manifest.record_bytes, CPU)
             return stack.enter_context(closing(rows))
 
         yield make
@@ -164,7 +163,7 @@ def test_steps_in_recorded_sizes_give_the_same_tokens(embedding: str, tmp_path: 
         plain, graphs = (engine_of(path, make(), runner=r) for r in (Runner, GraphRunner))
         assert sampled(plain, prompts) == sampled(graphs, prompts)
     assert {1, 2, 4, 8} >= {sequences for sequences, _ in graphs.runner.graphs}
-    assert (embedding == "yes") == graphs.runner.carries_x0
+    assert (embedding == "yes") == graphs.rows.has_x0
 
 
 def test_a_base_model_runs_in_recorded_sizes_too(base: Path) -> None:

@@ -13,7 +13,7 @@ from tolhouse import Client, Manifest
 from tolhouse.client.row_source import RowSource, open_row_source
 from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.dequant import CACHED_VALUES
-from tolhouse.engine.row_providers import open_rows
+from tolhouse.engine.row_providers import CachedRows
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.testing import Cluster, build_table, local_cluster, process, tiny_model
@@ -52,7 +52,7 @@ def with_rows(
 ) -> Answers:
     """most_values: more are decoded layer by layer."""
     model = checkpoint.model(ffn_m=False, embedding=not manifest.has_x0)
-    rows = open_rows(source, manifest, cache_bytes, torch.device("cpu"))
+    rows = CachedRows(source, manifest, cache_bytes, torch.device("cpu"))
     answers = [
         list(
             greedy(

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tolhouse import Client, ClientCredentials
 from tolhouse.client.lookup import LookupRowSource
-from tolhouse.engine.recompute import RecomputedRows
-from tolhouse.engine.row_providers import CachedRows, open_rows
+from tolhouse.engine.row_providers import CachedRows, RecomputedRows
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
 from tolhouse.store.base import open_store
 from tolhouse.table.codecs import CODECS
@@ -27,10 +26,8 @@ from tolhouse.testing import build_table, free_port, process, tiny_model, wait_u
 def test_records_are_the_table_s(codec: str, embedding: str, dtype: str, tmp_path: Path) -> None:
     """Whatever the codec, X0, the weights' dtype and the order of tokens: the builder's bytes."""
     path, url = tiny_model(tmp_path / "m", tie_word_embeddings=False), f"file://{tmp_path}"
-    stored = load_file(path / WEIGHTS)
-    save_file(
-        {name: tensor.to(getattr(torch, dtype)) for name, tensor in stored.items()}, path / WEIGHTS
-    )
+    stored = {k: v.to(getattr(torch, dtype)) for k, v in load_file(path / WEIGHTS).items()}
+    save_file(stored, path / WEIGHTS)
     ref = build_table(path, url, codec=codec, shards=3, embedding=embedding)
     with closing(open_store(url)) as store:
         manifest = store.manifest(ref)
@@ -38,9 +35,10 @@ def test_records_are_the_table_s(codec: str, embedding: str, dtype: str, tmp_pat
         random = np.random.default_rng(0)
         for count in (1, 2, 127, 200):
             ids = random.permutation(manifest.vocab_size)[:count].astype(np.uint32)
-            expected = np.empty((count, manifest.record_bytes), np.uint8)
+            expected, computed = np.empty((2, count, manifest.record_bytes), np.uint8)
             store.read_records(manifest, ids, expected)
-            assert expected.tobytes() == recompute.records(ids).tobytes()
+            recompute.fetch(ids, computed, np.arange(count))
+            assert expected.tobytes() == computed.tobytes()
 
 
 def test_weights_stay_in_the_mapped_file(checkpoint: Path, tmp_path: Path) -> None:
@@ -50,15 +48,13 @@ def test_weights_stay_in_the_mapped_file(checkpoint: Path, tmp_path: Path) -> No
         recompute = RecomputedRows(open_checkpoint(checkpoint), store.manifest(ref))
     weights = [*recompute.model.parameters(), recompute.model.embed_tokens.weight]
     for _ in range(2):
-        mapped = [
-            line.split()[0].split("-")
-            for line in Path("/proc/self/maps").read_text().splitlines()
-            if line.endswith(f"/{WEIGHTS}")
-        ]
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        mapped = [line.split()[0].split("-") for line in lines if line.endswith(f"/{WEIGHTS}")]
         places = [range(int(first, 16), int(last, 16)) for first, last in mapped]
         assert {torch.bfloat16} == {weight.dtype for weight in weights}
         assert all(any(weight.data_ptr() in place for place in places) for weight in weights)
-        recompute.records(np.arange(5, dtype=np.uint32))
+        ids = np.arange(5, dtype=np.uint32)
+        recompute.fetch(ids, np.empty((5, recompute.manifest.record_bytes), np.uint8), ids)
 
 
 class CountingSource(LookupRowSource):
@@ -80,11 +76,8 @@ def state(rows: CachedRows) -> tuple[float, float, bool]:
 
 def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_path: Path) -> None:
     """Rows are the same bits while the service is killed, back without the table, and back."""
-    whole, empty, address = (
-        f"file://{tmp_path}/whole",
-        f"file://{tmp_path}/empty",
-        f"127.0.0.1:{free_port()}",
-    )
+    whole, empty = f"file://{tmp_path}/whole", f"file://{tmp_path}/empty"
+    address = f"127.0.0.1:{free_port()}"
     ref = build_table(checkpoint, whole)
     listen = ("--listen", address)
     with ExitStack() as stack:
@@ -93,7 +86,7 @@ def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_pat
         stack.callback(client.close)
         manifest = client.describe(ref)
         model = open_checkpoint(checkpoint)
-        rows = open_rows(client, manifest, 0, torch.device("cpu"), fallback=model)
+        rows = CachedRows(client, manifest, 0, torch.device("cpu"), fallback=model)
         stack.callback(rows.close)
         ids = np.array([5, 200, 5, 17], np.uint32)
         expected = rows.decode(rows.stage(ids))

@@ -13,7 +13,7 @@ import torch
 from tolhouse import Client, Manifest, errors
 from tolhouse.client.row_source import open_row_source
 from tolhouse.engine.engine import Engine
-from tolhouse.engine.row_providers import open_rows
+from tolhouse.engine.row_providers import CachedRows
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.store.base import Store, open_store
@@ -30,7 +30,7 @@ def answers(checkpoint: Path, lookup: Client, ref: str, tokens: int) -> list[lis
     """What the model says with the rows of one version."""
     model, rows = (
         open_checkpoint(checkpoint).model(ffn_m=False),
-        open_rows(lookup.rows, lookup.describe(ref), 0, torch.device("cpu")),
+        CachedRows(lookup.rows, lookup.describe(ref), 0, torch.device("cpu")),
     )
     with closing(rows):
         return [

@@ -1,7 +1,7 @@
 """The sampler against references that do the same token by token, in plain Python."""
 
 import math
-import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,15 +21,6 @@ def draw(logits: torch.Tensor, count: int = 400, **sampling) -> list[int]:
 
 def allowed(logits: torch.Tensor, **sampling) -> set[int]:
     """Tokens that can be drawn at all, found by uniform numbers in each token's share."""
-
-    class Places(random.Random):
-        def __init__(self, places: list[float]) -> None:
-            super().__init__()
-            self.places = iter(places)
-
-        def random(self) -> float:
-            return next(self.places)
-
     shifted = (logits - logits.max()) / max(sampling.get("temperature", 1.0), 1e-5)
     kept = _reference(shifted, **{k: v for k, v in sampling.items() if k != "temperature"})
     mass = sum(math.exp(shifted[i]) for i in sorted(kept))
@@ -40,7 +31,7 @@ def allowed(logits: torch.Tensor, **sampling) -> set[int]:
         below += share
     places = [0.0, *middle, 1 - 2**-53]
     state = State(SamplingParams(1, **{"temperature": 1.0, **sampling}), [1])
-    state.random = Places(places)
+    state.random = SimpleNamespace(random=iter(places).__next__)
     return {sample(logits[None], [state])[0][0] for _ in places}
 
 
@@ -48,12 +39,8 @@ def _reference(
     shifted: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> list[int]:
     """Ids that min-p, then top-k, then top-p leave of logits whose largest is zero."""
-    order = [
-        i
-        for i in sorted(range(len(shifted)), key=lambda i: -shifted[i])
-        if min_p == 0 or shifted[i] >= math.log(min_p)
-    ]
-    order = order[: top_k or None]
+    order = sorted(range(len(shifted)), key=lambda i: -shifted[i])
+    order = [i for i in order if min_p == 0 or shifted[i] >= math.log(min_p)][: top_k or None]
     total, before, kept = sum(math.exp(shifted[i]) for i in order), 0.0, []
     for i in order:
         if top_p == 1 or before < top_p:
@@ -66,23 +53,22 @@ def test_sampling_keeps_to_its_limits() -> None:
     """top-k, top-p and min-p limit tokens; temperature flattens; a seed fixes the draw."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     assert {0} == set(draw(logits))
-    assert {0, 1, 2, 3} == set(draw(logits, temperature=1.0, seed=1))
-    assert {0, 1} == set(draw(logits, temperature=1.0, seed=1, top_k=2))
-    assert {0, 1} == set(draw(logits, temperature=1.0, seed=1, top_p=0.79))
-    assert {0, 1, 2} == set(draw(logits, temperature=1.0, seed=1, top_p=0.81))
-    assert {0} == set(draw(logits, temperature=1.0, seed=1, top_p=1e-6))
-    assert {0, 1} == set(draw(logits, temperature=1.0, seed=1, min_p=0.31))
-    assert {0, 1, 2} == set(draw(logits, temperature=1.0, seed=1, min_p=0.29))
     assert {0} == set(draw(logits, temperature=1e-6, seed=1))
-    assert (
-        draw(logits, temperature=1.0, seed=7)
-        == draw(logits, temperature=1.0, seed=7)
-        != draw(logits, temperature=1.0, seed=8)
-    )
-    often = draw(logits, count=4000, temperature=1.0, seed=3).count(0) / 4000
-    assert abs(often - 0.5) < 0.05
-    hot = draw(logits, count=4000, temperature=100.0, seed=3).count(0) / 4000
-    assert abs(hot - 0.25) < 0.05
+    for expected, limit in (
+        ({0, 1, 2, 3}, {}),
+        ({0, 1}, {"top_k": 2}),
+        ({0, 1}, {"top_p": 0.79}),
+        ({0, 1, 2}, {"top_p": 0.81}),
+        ({0}, {"top_p": 1e-6}),
+        ({0, 1}, {"min_p": 0.31}),
+        ({0, 1, 2}, {"min_p": 0.29}),
+    ):
+        assert expected == set(draw(logits, temperature=1.0, seed=1, **limit))
+    first, again, other = (draw(logits, temperature=1.0, seed=seed) for seed in (7, 7, 8))
+    assert first == again != other
+    for temperature, expected in ((1.0, 0.5), (100.0, 0.25)):
+        drawn = draw(logits, count=4000, temperature=temperature, seed=3)
+        assert drawn.count(0) / 4000 == pytest.approx(expected, abs=0.05)
 
 
 @given(
@@ -155,9 +141,8 @@ def test_penalties_and_bias_are_those_of_the_reference(
 @given(rows, st.integers(0, 20))
 def test_logprobs_are_those_of_the_model(logits: torch.Tensor, k: int) -> None:
     """Raw ones, whatever changes the choice: the chosen token's, and the k likeliest in order."""
-    state = State(
-        SamplingParams(3, logprobs=k, logit_bias={1: 100.0}, temperature=0.5, top_k=1), [0]
-    )
+    params = SamplingParams(3, logprobs=k, logit_bias={1: 100.0}, temperature=0.5, top_k=1)
+    state = State(params, [0])
     tokens, (logprobs,) = sample(logits[None], [state])
     expected = logits.log_softmax(-1)
     assert logprobs is not None
@@ -172,9 +157,10 @@ def test_a_prompt_s_logprobs_come_in_any_parts() -> None:
     logits_TV = torch.randn(9, 30, generator=torch.Generator().manual_seed(0))
     ids = list(range(3, 12))
     whole = prompt_logprobs(logits_TV, ids, 2)
-    assert whole == prompt_logprobs(logits_TV[:4], ids[:4], 2) + prompt_logprobs(
-        logits_TV[4:], ids[4:], 2
+    first, second = (
+        prompt_logprobs(logits_TV[part], ids[part], 2) for part in (slice(4), slice(4, 9))
     )
+    assert whole == first + second
     assert logits_TV.log_softmax(-1)[torch.arange(9), ids].tolist() == whole.chosen
     assert (18, 18) == (len(whole.top_ids), len(whole.top))
 
@@ -187,13 +173,8 @@ def test_a_row_s_tokens_do_not_depend_on_the_others() -> None:
         {"temperature": 1.0, "seed": 1, "top_k": 5},
         {"temperature": 1.0, "seed": 1, "top_p": 0.5, "min_p": 0.01},
         {"repetition_penalty": 1.5, "logprobs": 3},
-        {
-            "temperature": 2.0,
-            "seed": 4,
-            "presence_penalty": 1.0,
-            "frequency_penalty": 0.5,
-            "logprobs": 0,
-        },
+        {"temperature": 2.0, "seed": 4, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {"temperature": 2.0, "seed": 4, "logprobs": 0},
         {"logit_bias": {3: 50.0}, "min_tokens": 2, "stop_token_ids": (3,)},
     ]
     steps = torch.randn(10, len(kinds), 50, generator=torch.Generator().manual_seed(3)) * 2
@@ -214,12 +195,11 @@ def test_min_tokens_hold_the_end_back() -> None:
 
 
 @pytest.mark.parametrize("how", [{}, {"top_k": 5}, {"top_p": 0.5}])
-def test_logits_that_are_no_numbers_are_nobody_else_s_trouble(how: dict) -> None:
+def test_logits_that_are_no_numbers_disturb_no_other_sequence(how: dict) -> None:
     """Some token of the vocabulary is drawn from them; the sequence beside gets its own."""
     rows_BV = torch.zeros(2, 64)
     rows_BV[0], rows_BV[1, 7] = math.nan, 50.0
-    (first, second), _ = sample(
-        rows_BV, [State(SamplingParams(1, temperature=1.0, **how), [1]) for _ in range(2)]
-    )
+    states = [State(SamplingParams(1, temperature=1.0, **how), [1]) for _ in range(2)]
+    (first, second), _ = sample(rows_BV, states)
     assert 0 <= first < 64
     assert 7 == second

@@ -1,6 +1,5 @@
 """One wide FFN for all layers: one row for each token, the same tokens from everywhere."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from tolhouse import Client
 from tolhouse.model.checkpoint import open_checkpoint, save_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.model.transformer import total_parameters
-from tolhouse.testing import build_table, local_cluster, tiny_model
+from tolhouse.testing import build_table, local_cluster, tiny_model, wait_until
 
 PROMPT = [5, 17, 40, 3, 99]
 
@@ -46,10 +45,8 @@ def test_served_tokens_are_the_model_s(wide: Path, tmp_path: Path, compile: str)
         Client(cluster.workers) as client,
     ):
         if compile == "auto":
-            deadline = time.monotonic() + 120
-            while "decoding is compiled" not in cluster.processes[1].log.read_text():
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+            log = cluster.processes[1].log
+            wait_until(lambda: "decoding is compiled" in log.read_text(), seconds=120)
         assert expected == list(client.generate(PROMPT, 40, ignore_eos=True))
         assert len(set(expected)) > 4
 
@@ -58,27 +55,20 @@ def test_a_fetch_carries_one_row_for_each_token(
     wide: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     """Record, store and wire hold 1/N of a table with a row for each layer."""
-    counted = {}
+    record, layers, table = {}, {}, {}
     for path in (wide, checkpoint):
         url = f"file://{tmp_path / path.name}"
         build_table(path, url)
-        options = ("--row-cache-megabytes", "0")
         with (
-            local_cluster(path, url, worker_options=options) as cluster,
+            local_cluster(path, url, worker_options=("--row-cache-megabytes", "0")) as cluster,
             Client(cluster.workers) as client,
             Client(cluster.lookup) as rows,
         ):
             list(client.generate(PROMPT, 1, ignore_eos=True))
-            counts = client.describe_worker().rows
-            manifest = rows.describe(path.name)
-            counted[path] = (
-                counts.remote_bytes / counts.from_remote - 8,
-                len(manifest.layers),
-                manifest.table_bytes - 8 * manifest.vocab_size,
-            )
-    (wide_bytes, wide_layers, wide_table), (bytes_, layers, table) = (
-        counted[wide],
-        counted[checkpoint],
-    )
-    assert (1, 4) == (wide_layers, layers)
-    assert (4 * wide_bytes, 4 * wide_table) == (bytes_, table)  # but for the checksums
+            counts, manifest = client.describe_worker().rows, rows.describe(path.name)
+            layers[path] = len(manifest.layers)
+            # but for the checksums
+            record[path] = counts.remote_bytes / counts.from_remote - 8
+            table[path] = manifest.table_bytes - 8 * manifest.vocab_size
+    assert (1, 4) == (layers[wide], layers[checkpoint])
+    assert (record[checkpoint], table[checkpoint]) == (4 * record[wide], 4 * table[wide])

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import torch
 from tolhouse.client.row_source import open_row_source
-from tolhouse.engine.row_providers import CachedRows, open_rows
+from tolhouse.engine.row_providers import CachedRows
 from tolhouse.errors import TolhouseError
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
@@ -147,7 +147,7 @@ def right_answers(url: str, refs: list[str]) -> dict[str, list[str]]:
     found = {}
     with closing(open_row_source(url)) as source:
         for ref in refs:
-            rows = open_rows(source, source.describe(ref), 1 << 20, torch.device("cpu"))
+            rows = CachedRows(source, source.describe(ref), 1 << 20, torch.device("cpu"))
 
             def get(ids_T: torch.Tensor, rows: CachedRows = rows) -> Any:
                 return rows.decode(rows.stage(ids_T.numpy().astype(np.uint32)))

@@ -47,7 +47,7 @@ def compile_(settings: config.CompileConfig, checkpoint: Path, background: bool)
     """Compile decoding of CHECKPOINT for this CPU, as a worker does while it starts."""
     import torch
 
-    from tolhouse.engine.cpu.export import compile_decode, end_with_parent
+    from tolhouse.engine.cpu.compiled import compile_decode, end_with_parent
     from tolhouse.model.checkpoint import open_checkpoint
 
     if background:

@@ -21,8 +21,8 @@ class BlockManager:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.prompt_tokens = self.shared_tokens = 0  # of admitted sequences; and found here
-        self._users = [0] * num_blocks
-        self._unused = OrderedDict.fromkeys(range(num_blocks))  # the next to use first
+        self.users = [0] * num_blocks  # how many sequences use each block
+        self.unused = OrderedDict.fromkeys(range(num_blocks))  # the next to use first
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
 
@@ -32,17 +32,17 @@ class BlockManager:
 
     @property
     def free_blocks(self) -> int:
-        return len(self._unused)
+        return len(self.unused)
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give the sequence blocks for its first `tokens` tokens; False if there are too few."""
         lacking = -(-tokens // BLOCK_TOKENS) - len(sequence.blocks)
-        if lacking > len(self._unused):
+        if lacking > len(self.unused):
             return False
         for _ in range(lacking):
-            block, _ = self._unused.popitem(last=False)
+            block, _ = self.unused.popitem(last=False)
             self._block_of.pop(self._digest_of.pop(block, b""), None)
-            self._users[block] = 1
+            self.users[block] = 1
             sequence.blocks.append(block)
         return True
 
@@ -58,8 +58,8 @@ class BlockManager:
             block = self._block_of.get(_digest(sequence, number))
             if block is None:
                 break
-            self._unused.pop(block, None)
-            self._users[block] += 1
+            self.unused.pop(block, None)
+            self.users[block] += 1
             sequence.blocks.append(block)
         return len(sequence.blocks) * BLOCK_TOKENS
 
@@ -74,21 +74,12 @@ class BlockManager:
     def release(self, sequence: Sequence) -> None:
         """Free the sequence's blocks; they will be evicted from the end of its text."""
         for block in reversed(sequence.blocks):
-            self._users[block] -= 1
-            if not self._users[block]:
-                self._unused[block] = None
+            self.users[block] -= 1
+            if not self.users[block]:
+                self.unused[block] = None
                 if block not in self._digest_of:
-                    self._unused.move_to_end(block, last=False)  # nothing can be found in it
+                    self.unused.move_to_end(block, last=False)  # nothing can be found in it
         sequence.blocks = []
-
-    def check(self, sequences: list[Sequence]) -> None:
-        """AssertionError unless each block is counted once for each sequence that uses it."""
-        users = [0] * self.num_blocks
-        for sequence in sequences:
-            for block in sequence.blocks:
-                users[block] += 1
-        assert users == self._users
-        assert {block for block, count in enumerate(users) if not count} == set(self._unused)
 
 
 def _digest(sequence: Sequence, number: int) -> bytes:

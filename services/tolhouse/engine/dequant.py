@@ -4,14 +4,13 @@ Rows are gathered as codes and written once, in the order that the model reads. 
 and multiplied in the result's memory: no second array of the rows' size is made.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tolhouse.errors import InvalidArgument
 from tolhouse.table.auxiliary import AuxiliaryTables
 from tolhouse.table.codecs import GROUP
 from tolhouse.table.manifest import Manifest
@@ -28,11 +27,8 @@ def decode(
 ) -> Tensor:
     """Rows float32 [N, T, D] of records uint8 [U, record_bytes], or of `records_UB[index_T]`.
 
-    Both are contiguous and on one device. Checksums are not verified.
+    Both are contiguous and on one device, records without coefficients. Checksums are not verified.
     """
-    if manifest.ranks:
-        message = f"the records of {manifest.ref} hold coefficients"
-        raise InvalidArgument(f"{message}: their rows come from a Decoder")
     count = len(records_UB if index_T is None else index_T)
     blocks, size, device = manifest.num_blocks, manifest.width, records_UB.device
     rows_NTD = torch.empty(blocks, count, size, device=device)
@@ -40,9 +36,9 @@ def decode(
     step = max(1, piece_values // (blocks * size))
     for start in range(0, count, step):
         part = slice(start, start + step)
-        piece_TB = records_UB[part]
-        if index_T is not None:
-            piece_TB = records_UB.index_select(0, index_T[part])
+        piece_TB = (
+            records_UB[part] if index_T is None else records_UB.index_select(0, index_T[part])
+        )
         blocks_TNB = piece_TB[:, :-8].unflatten(1, (blocks, -1))  # without the checksum
         _DECODERS[manifest.codec_name](blocks_TNB, rows_NTD[:, part].transpose(0, 1))
     return rows_NTD
@@ -65,7 +61,7 @@ class StagedRows:
 
     records: Tensor
     index: Tensor  # int64 [T]
-    finer: Tensor | None = None  # int64 [T]: where the token's finer row is, -1 if it has none
+    ids: Tensor  # int64 [T]
     scales: Tensor | None = None  # float32 [N, T]: factors of each layer's row, PAPER section 5
 
 
@@ -75,14 +71,13 @@ class Decoder:
     def __init__(
         self, auxiliary: AuxiliaryTables, device: torch.device, dtype: torch.dtype
     ) -> None:
-        def on_device(arrays: Iterable[np.ndarray]) -> list[Tensor]:
-            return [torch.from_numpy(array).to(device) for array in arrays]
-
         self.manifest, self.dtype, self.finer = auxiliary.manifest, dtype, auxiliary.finer
         basis, records = auxiliary.basis, auxiliary.finer_records
-        self.means = on_device(basis.means) if basis else []
-        self.vectors = on_device(basis.vectors) if basis else []
-        self.finer_records = None if records is None else torch.from_numpy(records).to(device)
+        self.means = [torch.from_numpy(mean).to(device) for mean in basis.means] if basis else []
+        self.vectors = [torch.from_numpy(v).to(device) for v in basis.vectors] if basis else []
+        if records is not None:
+            self.finer_records = torch.from_numpy(records).to(device)
+            self.finer_slots = torch.from_numpy(auxiliary.finer_slots).to(device)
 
     def rows(self, staged: StagedRows) -> Tensor:
         """[N, T, D]"""
@@ -95,10 +90,10 @@ class Decoder:
         row_TD = decode_block(staged.records, self.manifest, block, staged.index)
         if self.vectors:
             row_TD = torch.addmm(self.means[block], row_TD, self.vectors[block])
-        if self.finer and self.finer_records is not None and staged.finer is not None:
-            index_T = staged.finer.clamp(min=0)
-            finer_TD = decode_block(self.finer_records, self.finer, block, index_T)
-            row_TD = torch.where(staged.finer[:, None] >= 0, finer_TD, row_TD)
+        if self.finer:
+            slots_T = self.finer_slots[staged.ids]  # -1: the token has no finer row
+            finer_TD = decode_block(self.finer_records, self.finer, block, slots_T.clamp(min=0))
+            row_TD = torch.where(slots_T[:, None] >= 0, finer_TD, row_TD)
         return row_TD.to(self.dtype)
 
 
@@ -113,8 +108,7 @@ class LayerwiseRows:
         manifest = decoder.manifest
         self.decoder, self.staged, self.x0 = decoder, staged, manifest.has_x0
         present = {layer: block for block, layer in enumerate(manifest.layers, self.x0)}
-        layers = (present.get(layer) for layer in range(num_rows))
-        self.block_of: list[int | None] = [*range(self.x0), *layers]
+        self.block_of = [*range(self.x0), *map(present.get, range(num_rows))]
 
     def __len__(self) -> int:
         return len(self.block_of)
@@ -129,11 +123,8 @@ class LayerwiseRows:
         return row_TD * scales[number - self.x0, :, None].to(row_TD.dtype)
 
 
-def _plain(dtype: torch.dtype) -> Callable[[Tensor, Tensor], None]:
-    def into(blocks_TNB: Tensor, rows_TND: Tensor) -> None:
-        rows_TND.copy_(blocks_TNB.view(dtype))
-
-    return into
+def _plain(dtype: torch.dtype, blocks_TNB: Tensor, rows_TND: Tensor) -> None:
+    rows_TND.copy_(blocks_TNB.view(dtype))
 
 
 def _int8(blocks_TNB: Tensor, rows_TND: Tensor) -> None:
@@ -160,9 +151,9 @@ def _scales(bytes_TNB: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _DECODERS: dict[str, Callable[[Tensor, Tensor], None]] = {
-    "fp32": _plain(torch.float32),
-    "fp16": _plain(torch.float16),
-    "bf16": _plain(torch.bfloat16),
+    "fp32": partial(_plain, torch.float32),
+    "fp16": partial(_plain, torch.float16),
+    "bf16": partial(_plain, torch.bfloat16),
     "int8": _int8,
     "int4": _int4,
 }

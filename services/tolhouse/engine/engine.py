@@ -9,17 +9,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
+from prometheus_client import Histogram
 from torch import Tensor
 
 from tolhouse.engine.block_manager import BlockManager
 from tolhouse.engine.dequant import StagedRows
-from tolhouse.engine.latency import Latencies
-from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
-from tolhouse.engine.runner import Runner
+from tolhouse.engine.row_providers import RowProvider
+from tolhouse.engine.runner import Launched, Runner
 from tolhouse.engine.sampler import Logprobs, prompt_logprobs, sample
 from tolhouse.engine.scheduler import ScheduledChunk, Scheduler, token_ids
 from tolhouse.engine.sequence import Output, Sequence
@@ -28,28 +27,37 @@ from tolhouse.logs import log
 from tolhouse.tracing import Span, under
 
 _SCORED_TOKENS = 256  # prompt tokens whose logits are in memory at once
+_SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)  # seconds
+_LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 Step = list[ScheduledChunk]
+Sampled = dict[Sequence, tuple[int, Logprobs | None]]
+Scores = dict[Sequence, Logprobs]
 
 
 class Engine:
     def __init__(
         self,
         runner: Runner,
-        rows: RowProvider,
         cache: BlockManager,
         max_running: int,
         max_waiting: int,
         max_step_tokens: int,
     ) -> None:
-        self.runner, self.rows, self.cache, self.max_waiting = runner, rows, cache, max_waiting
-        self.table = rows.manifest.ref if rows.manifest else ""  # of new sequences
-        self._served = {self.table: (runner, rows)}  # by table version: all that sequences use
+        self.runner, self.cache, self.max_waiting = runner, cache, max_waiting  # of new sequences
+        self._served = {self.table: runner}  # by table version: all that sequences use
         self._retired: Counter[str] = Counter()  # row counts of versions no longer in use
         self._lock = threading.Lock()  # of the two
         self.scheduler = Scheduler(cache, max_running, max(max_running, max_step_tokens))
         self.tokens = self.steps = 0  # sampled tokens, and steps run
         self.step_seconds = self.forward_seconds = 0.0  # all of it, and the model's part
-        self.latencies = Latencies()
+        self.histograms = [
+            Histogram(f"tolhouse_worker_{name}_seconds", text, buckets=buckets, registry=None)
+            for name, text, buckets in (
+                ("time_to_first_token", "From queueing to the first token", _LONG),
+                ("inter_token", "From a token to the next", _SHORT),
+                ("request", "From queueing to the last token", _LONG),
+            )
+        ]
         self._mailbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -61,22 +69,17 @@ class Engine:
     def stop(self) -> None:
         self._mailbox.put(None)
         self._thread.join()
-        for _, rows in self._served.values():
-            rows.close()
+        for runner in self._served.values():
+            runner.rows.close()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; Overloaded if the queue is full, PromptTooLong if it can never run."""
-        need, capacity = sequence.most_tokens, self.cache.capacity_tokens
-        if need > capacity:
-            message = (
-                f"prompt and answer need {need} tokens of KV cache; this worker has {capacity}"
-            )
-            raise PromptTooLong(message)
+        # the last sampled token never gets into the cache
+        need = sequence.prompt_tokens + max(1, sequence.sampling.max_tokens) - 1
+        if need > (capacity := self.cache.capacity_tokens):
+            raise PromptTooLong(f"{need} tokens exceed this worker's KV cache of {capacity}")
         if self.waiting >= self.max_waiting:
-            message = (
-                f"{self.waiting} requests are waiting already, the most that this worker queues"
-            )
-            raise Overloaded(f"{message}: try again later")
+            raise Overloaded(f"this worker's queue of {self.max_waiting} is full: try again later")
         sequence.times = [time.perf_counter()]
         self._mailbox.put(lambda: self._enter(sequence))
 
@@ -84,9 +87,18 @@ class Engine:
         """Drop a sequence at the next step, without further output, unless it has ended."""
         self._mailbox.put(lambda: self.scheduler.remove(sequence))
 
-    def use(self, runner: Runner, rows: CachedRows) -> None:
+    def use(self, runner: Runner) -> None:
         """Let new sequences begin with another version of the table; others end with theirs."""
-        self._mailbox.put(lambda: self._use(runner, rows))
+        self._mailbox.put(lambda: self._use(runner))
+
+    @property
+    def rows(self) -> RowProvider:
+        return self.runner.rows
+
+    @property
+    def table(self) -> str:
+        """ "name@version" of new sequences' rows, "" of a base model."""
+        return self.rows.table
 
     def tables(self) -> list[str]:
         """ "name@version" of all versions in use."""
@@ -97,8 +109,8 @@ class Engine:
         """Row counts of all versions so far, by field of `RowCounts`."""
         with self._lock:
             total = self._retired.copy()
-            for _, rows in self._served.values():
-                total.update(rows.counts())
+            for runner in self._served.values():
+                total.update(runner.rows.counts())
             return total
 
     @property
@@ -114,30 +126,26 @@ class Engine:
     def step(self) -> None:
         """One more token for each decoding sequence, and what fits of the waiting prompts."""
         step = self.scheduler.schedule()
-        if len(self._served) == 1:
-            self._step(step, self.runner, self.rows)
-            return
-        for table, (runner, rows) in list(self._served.items()):
-            self._step([chunk for chunk in step if chunk.sequence.table == table], runner, rows)
+        for table, runner in self._served.items():
+            self._step([chunk for chunk in step if chunk.sequence.table == table], runner)
         self._retire()
 
-    def _step(self, step: Step, runner: Runner, rows: RowProvider) -> None:
+    def _step(self, step: Step, runner: Runner) -> None:
         started = time.perf_counter()
-        step, launched, staged = self._launch(step, runner, rows)
-        if not staged:
+        step, launched, staged = self._launch(step, runner)
+        if not launched or not staged:
             return
         ready = time.perf_counter()
         hidden_TD = runner.finish(launched, staged)
-        self._prefetch(step, rows)
+        self._prefetch(step, runner.rows)
         ends = np.cumsum([chunk.count for chunk in step]).tolist()
-        sampling = [(c.sequence, end - 1) for c, end in zip(step, ends, strict=True) if c.samples]
+        last = {c.sequence: end - 1 for c, end in zip(step, ends, strict=True) if c.samples}
         scores = self._score_prompts(step, ends, hidden_TD)
-        sampled_BD = hidden_TD[[last for _, last in sampling]]
-        logits_BV = runner.logits(sampled_BD) if sampling else sampled_BD
+        sampled_BD = hidden_TD[list(last.values())]
+        logits_BV = runner.logits(sampled_BD) if last else sampled_BD
         computed = time.perf_counter()
-        tokens, logprobs = sample(logits_BV, [sequence.state for sequence, _ in sampling])
-        results = zip(tokens, logprobs, strict=True)
-        sampled = dict(zip((sequence for sequence, _ in sampling), results, strict=True))
+        tokens, logprobs = sample(logits_BV, [sequence.state for sequence in last])
+        sampled = dict(zip(last, zip(tokens, logprobs, strict=True), strict=True))
         self._post_process(step, sampled, scores)
         self.steps += 1
         self.forward_seconds += computed - ready
@@ -147,42 +155,38 @@ class Engine:
         sequence.table = self.table
         self.scheduler.add(sequence)
 
-    def _use(self, runner: Runner, rows: CachedRows) -> None:
-        table = rows.manifest.ref
-        if table in self._served:  # rolled back before its last sequence ended
-            rows.close()
-        else:
-            with self._lock:
-                self._served = {**self._served, table: (runner, rows)}
-        self.table, (self.runner, self.rows) = table, self._served[table]
+    def _use(self, runner: Runner) -> None:
+        with self._lock:
+            self.runner = self._served.setdefault(runner.rows.table, runner)
+        if self.runner is not runner:  # rolled back before its last sequence ended
+            runner.rows.close()
 
     def _retire(self) -> None:
         """Close versions that no sequence uses any more."""
+        if len(self._served) == 1:
+            return
         sequences = self.scheduler.running + self.scheduler.waiting
-        used = {self.table, *(sequence.table for sequence in sequences)}
-        for table in self._served.keys() - used:
+        for table in self._served.keys() - {self.table, *(s.table for s in sequences)}:
             with self._lock:
-                served = dict(self._served)
-                _, rows = served.pop(table)
-                self._served = served
+                rows = self._served.pop(table).rows
                 self._retired.update(rows.counts())
             # in a thread, since a fetch may be under way
             threading.Thread(target=rows.close, name="close rows", daemon=True).start()
 
     def _launch(
-        self, step: Step, runner: Runner, rows: RowProvider
-    ) -> tuple[Step, Any, StagedRows | None]:
+        self, step: Step, runner: Runner
+    ) -> tuple[Step, Launched | None, StagedRows | None]:
         """Launch a step and stage its rows; without sequences that end as theirs can't be had."""
         while step:
             # the first layer's attention needs no row: a device is busy with it meanwhile
             launched = runner.launch(step)
             try:
                 with under(chunk.sequence.span for chunk in step):
-                    staged = rows.stage(token_ids(step))
-                staged.scales = _scales(step, rows)
+                    staged = runner.rows.stage(token_ids(step))
+                staged.scales = _scales(step, runner.rows)
                 return step, launched, staged
             except TolhouseError as error:
-                step = [chunk for chunk in step if self._survives(chunk, error, rows)]
+                step = [chunk for chunk in step if self._survives(chunk, error, runner.rows)]
         return step, None, None
 
     def _survives(self, chunk: ScheduledChunk, error: TolhouseError, rows: RowProvider) -> bool:
@@ -205,24 +209,19 @@ class Engine:
         ids: list[int] = []
         spans: list[Span] = []
         done = {chunk.sequence: chunk.last for chunk in step}
-        table = rows.manifest.ref if rows.manifest else ""
         for sequence in self.scheduler.running + self.scheduler.waiting:
-            if len(ids) >= room:
-                break
             start = done.get(sequence, sequence.computed)
             part = sequence.ids[start : start + room - len(ids)]
-            if part and sequence.table == table:
+            if part and sequence.table == rows.table:
                 ids += part
                 spans.append(sequence.span)
         if ids:
             with under(spans):
                 rows.prefetch(np.array(ids, np.uint32))
 
-    def _score_prompts(
-        self, step: Step, ends: list[int], hidden_TD: Tensor
-    ) -> dict[Sequence, Logprobs]:
+    def _score_prompts(self, step: Step, ends: list[int], hidden_TD: Tensor) -> Scores:
         """Log probabilities of this step's prompt tokens, where asked for and not emitted yet."""
-        scores: dict[Sequence, Logprobs] = {}
+        scores: Scores = {}
         for chunk, end in zip(step, ends, strict=True):
             sequence, k = chunk.sequence, chunk.sequence.sampling.prompt_logprobs
             last = min(chunk.last, sequence.prompt_tokens - 1)
@@ -238,13 +237,8 @@ class Engine:
             scores[sequence] = score
         return scores
 
-    def _post_process(
-        self,
-        step: Step,
-        sampled: dict[Sequence, tuple[int, Logprobs | None]],
-        scores: dict[Sequence, Logprobs],
-    ) -> None:
-        now = time.perf_counter()
+    def _post_process(self, step: Step, sampled: Sampled, scores: Scores) -> None:
+        now, (first, between, whole) = time.perf_counter(), self.histograms
         for chunk in step:
             sequence = chunk.sequence
             sequence.computed = chunk.last
@@ -253,8 +247,11 @@ class Engine:
             if sequence in sampled:
                 output = sequence.append(*sampled[sequence], output.prompt_logprobs)
                 self.tokens += len(output.tokens)
-                self.latencies.token(sequence, now, ended=bool(output.finish_reason))
+                arrived, *last = sequence.times
+                (between if last else first).observe(now - (last or [arrived])[0])
+                sequence.times = [arrived, now]
             if output.finish_reason:
+                whole.observe(now - sequence.times[0])
                 self._end(sequence, output)
             elif output.tokens or output.prompt_logprobs:
                 sequence.emit(output)
@@ -268,11 +265,9 @@ class Engine:
         while self.read_mail():
             try:
                 self.step()
-            except Exception as error:  # noqa: BLE001 - a defect: these sequences end, the worker lives on
+            except Exception as error:  # noqa: BLE001 - a defect fails sequences, not the worker
                 log.exception("engine step failed")
-                message = (
-                    f"the engine failed: {type(error).__name__}; the worker's log has the details"
-                )
+                message = f"the engine failed: {type(error).__name__}; the worker's log says more"
                 for sequence in list(self.scheduler.running):
                     self._end(sequence, Output(error=Internal(message)))
 
@@ -291,12 +286,13 @@ class Engine:
 
 def _scales(step: Step, rows: RowProvider) -> Tensor | None:
     """Factors of each layer's rows for each token, float32 [N, T]; None where all are 1."""
-    if isinstance(rows, NoRows) or not any(chunk.sequence.sampling.probes for chunk in step):
+    if not rows.table or not any(chunk.sequence.sampling.probes for chunk in step):
         return None
-    scales_NT = torch.ones(rows.num_rows, sum(chunk.count for chunk in step))
-    for chunk, part_NT in zip(step, scales_NT.split([c.count for c in step], 1), strict=True):
+    parts = []
+    for chunk in step:
         sampling = chunk.sequence.sampling
-        layer_scales = torch.tensor(sampling.layer_scales or (1.0,))[:, None]
-        part_NT[:] = sampling.row_scale * layer_scales
-        part_NT[sorted(sampling.absent_layers)] = 0
-    return scales_NT.to(rows.device)
+        layer_scales = sampling.layer_scales or (1.0,) * rows.num_rows
+        scales_N = torch.tensor(layer_scales) * sampling.row_scale
+        scales_N[sorted(sampling.absent_layers)] = 0
+        parts.append(scales_N[:, None].expand(-1, chunk.count))
+    return torch.cat(parts, 1).to(rows.device)

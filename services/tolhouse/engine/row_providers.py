@@ -6,25 +6,28 @@ One table version each; a base model has `NoRows`.
 """
 
 import contextvars
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from tolhouse.client.row_source import RowSource
+from tolhouse.engine.cpu.packed import Embedding
 from tolhouse.engine.dequant import CACHED_VALUES, Decoder, LayerwiseRows, StagedRows
-from tolhouse.engine.device_cache import DeviceRowCache
-from tolhouse.engine.recompute import RecomputedRows
-from tolhouse.errors import DeadlineExceeded, NotFound, TolhouseError, Unavailable
+from tolhouse.errors import DeadlineExceeded, Mismatch, NotFound, TolhouseError, Unavailable
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.net.health import PeerHealth
-from tolhouse.table.auxiliary import AuxiliaryTables
+from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.table.manifest import Manifest
+from tolhouse.table.row_cache import RowCache, capacity_for
 from tolhouse.tracing import Attributes, span
 
 Counts = dict[str, float]  # by field of `RowCounts` in generation.proto
@@ -69,6 +72,45 @@ class SourceRows:
         pass
 
 
+class RecomputedRows:
+    """Records computed from the checkpoint, byte for byte the builder's.
+
+    The checkpoint's file is mapped: FFN-M is read only when a row is computed, and the kernel may
+    drop its pages again. A layer's weights are float32 while it runs, as they were for the builder.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
+        if manifest.parent or manifest.ranks:
+            kind = "edited" if manifest.parent else "low-rank"
+            message = f"--fallback recompute can't compute {kind} table {manifest.ref}"
+            raise Mismatch(f"{message}: serve it without")
+        self.rows, self.manifest = 0, manifest
+        self._lock = threading.Lock()  # a prefetch may run beside a step, over the same modules
+        self.model = checkpoint.model(embedding=False, dtype=None)
+        self.model.ffn_m = nn.ModuleList(Widened(ffn) for ffn in self.model.ffn_m)
+        embedding = Embedding(checkpoint.embedding(), torch.float32)
+        self.model.embed_tokens = cast("nn.Embedding", embedding)
+        self.source = MemoryLLM(checkpoint, manifest.blocks, self.model)
+
+    def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
+        with self._lock:
+            for part, rows in self.source.batches(ids):
+                out[slots[part]] = self.manifest.encode(ids[part], rows)
+            self.rows += len(ids)
+
+
+class Widened(nn.Module):
+    """A module whose weights stay as stored, and are float32 while it runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = {name: p.float() for name, p in self.module.named_parameters()}
+        return functional_call(self.module, wide, (x,))
+
+
 class FallbackRows:
     """Records from a source, or computed here while the source is down."""
 
@@ -94,30 +136,42 @@ class FallbackRows:
         return ref in [manifest.ref for manifest, _ in self.primary.source.tables()]
 
     def counts(self) -> Counts:
-        return self.primary.counts() | self.recomputed.counts()
+        return self.primary.counts() | {"recomputed": self.recomputed.rows}
 
     def close(self) -> None:
         self.health.close()
 
 
 class CachedRows:
-    """Rows from a cache over `records`. Of the engine's thread, but for its counts."""
+    """Rows of a table from a cache over a provider. Of the engine's thread, but for its counts.
+
+    On a CPU the cache's slab is `records`; on a GPU these are a copy that each record reaches once,
+    as codes, from pinned memory and on a stream of its own, beside what the GPU is doing.
+    """
 
     def __init__(
         self,
-        records: SourceRows | FallbackRows,
-        auxiliary: AuxiliaryTables,
+        source: RowSource,
+        manifest: Manifest,
         cache_bytes: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         num_rows: int = 0,  # of the model; by default as many as the table has
+        fallback: Checkpoint | None = None,  # computes rows while the source is down
     ) -> None:
-        self.provider, self.manifest, self.device = records, auxiliary.manifest, device
-        self.decoder = Decoder(auxiliary, device, dtype)
-        self.num_rows = num_rows or len(self.manifest.layers)
-        self.finer_slots = auxiliary.finer_slots.astype(np.int64) if auxiliary.finer else None
-        self.slab = DeviceRowCache(self.manifest, cache_bytes, device)
-        self.cache, self.records = self.slab.cache, self.slab.records
+        rows = SourceRows(source, manifest)
+        recomputed = RecomputedRows(fallback, manifest) if fallback else None
+        self.provider = FallbackRows(rows, recomputed) if recomputed else rows
+        self.manifest, self.device, self.on_cpu = manifest, device, device.type == "cpu"
+        self.table, self.has_x0 = manifest.ref, manifest.has_x0
+        self.num_rows = num_rows or len(manifest.layers)
+        self.decoder = Decoder(source.auxiliary(manifest), device, dtype)
+        shape = capacity_for(manifest, cache_bytes), manifest.record_bytes
+        self.host = torch.empty(shape, dtype=torch.uint8, pin_memory=not self.on_cpu)
+        self.records = self.host if self.on_cpu else torch.empty_like(self.host, device=device)
+        self.stream = None if self.on_cpu else torch.cuda.Stream(device)
+        self.read: torch.cuda.Event | None = None  # after the last read of the launched steps
+        self.cache = RowCache(self.host.numpy(), manifest.vocab_size)
         self.most_values = CACHED_VALUES  # on a CPU, more are decoded layer by layer
         self.from_cache, self.wait_seconds = 0, 0.0
         self._background = ThreadPoolExecutor(1, "rows")
@@ -155,33 +209,34 @@ class CachedRows:
             records, index_T = self._without_cache(ids)
         else:
             records, index_T = self.records, self._cached(ids, distinct)
-        self.slab.wait_for_uploads()
-        index = torch.from_numpy(index_T.astype(np.int64, copy=False)).to(self.device)
-        finer = None
-        if self.finer_slots is not None:
-            finer = torch.from_numpy(self.finer_slots[ids]).to(self.device)
-        return StagedRows(records, index, finer)
+        if self.stream:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        index, tokens = (
+            torch.from_numpy(x.astype(np.int64)).to(self.device) for x in (index_T, ids)
+        )
+        return StagedRows(records, index, tokens)
 
     def decode(self, staged: StagedRows) -> Tensor | LayerwiseRows:
         """Rows [N, T, D]."""
         uneven = staged.scales is not None or len(self.manifest.layers) < self.num_rows
         values = len(staged.index) * self.manifest.num_blocks * self.manifest.width
-        if uneven or (self.device.type == "cpu" and values > self.most_values):
+        if uneven or (self.on_cpu and values > self.most_values):
             return LayerwiseRows(self.decoder, staged, self.num_rows)
         return self.decoder.rows(staged)
 
     def prefetch(self, ids: np.ndarray) -> None:
         """Begin to fetch missing `ids`, up to half the cache. What was staged is no longer safe."""
-        if self._prefetched or not self.provider.ready:
-            return
-        self.slab.mark_read()  # by the step that has been launched
+        if self.stream:
+            self.read = torch.cuda.current_stream(self.device).record_event()
         ids = self.missing(ids)[: self.cache.capacity // 2]
-        if len(ids):
-            slots = self.cache.reserve(ids)
-            self.slab.wait_until_idle()
-            run = contextvars.copy_context().run
-            fetch = self._background.submit(run, self.provider.fetch, ids, self.cache.slab, slots)
-            self._prefetched = ids, slots, fetch
+        if self._prefetched or not self.provider.ready or not len(ids):
+            return
+        slots = self.cache.reserve(ids)
+        if self.stream:
+            self.stream.synchronize()  # uploads read the slots that are written now
+        run = contextvars.copy_context().run
+        fetch = self._background.submit(run, self.provider.fetch, ids, self.cache.slab, slots)
+        self._prefetched = ids, slots, fetch
 
     def _receive(self, wanted: np.ndarray) -> None:
         """Commit what `prefetch` fetched; wait for it where `wanted` needs its rows or its room.
@@ -199,10 +254,10 @@ class CachedRows:
             error = fetch.exception()
         if not error:
             self._commit(ids, slots)
-            return
-        self.cache.release(slots)
-        if not isinstance(error, TolhouseError):  # a defect
-            raise error
+        else:
+            self.cache.release(slots)
+            if not isinstance(error, TolhouseError):  # a defect
+                raise error
 
     def _cached(self, ids: np.ndarray, distinct: int) -> np.ndarray:
         """Slots of `ids` [T], once all are cached."""
@@ -245,7 +300,12 @@ class CachedRows:
 
     def _commit(self, ids: np.ndarray, slots: np.ndarray) -> None:
         self.cache.commit(ids, slots)
-        self.slab.upload(slots)
+        if self.stream:
+            with torch.cuda.stream(self.stream):
+                if self.read:
+                    self.stream.wait_event(self.read)
+                for slot in slots[slots >= 0].tolist():
+                    self.records[slot].copy_(self.host[slot], non_blocking=True)
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -259,13 +319,14 @@ class CachedRows:
 class NoRows:
     """A base model's: its FFNs are in its blocks."""
 
-    manifest = None
+    manifest, table, has_x0, num_rows = None, "", False, 0
 
     def __init__(self, hidden_size: int, device: torch.device) -> None:
         self.hidden_size, self.device, self.records = hidden_size, device, torch.empty(0, 0)
 
     def stage(self, ids: np.ndarray) -> StagedRows:
-        return StagedRows(self.records, torch.from_numpy(ids.astype(np.int64)))
+        tokens = torch.from_numpy(ids.astype(np.int64))
+        return StagedRows(self.records, tokens, tokens)
 
     def decode(self, staged: StagedRows) -> Tensor:
         return torch.empty(0, len(staged.index), self.hidden_size, device=self.device)
@@ -284,18 +345,3 @@ class NoRows:
 
 
 RowProvider = CachedRows | NoRows
-
-
-def open_rows(
-    source: RowSource,
-    manifest: Manifest,
-    cache_bytes: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    num_rows: int = 0,
-    fallback: Checkpoint | None = None,
-) -> CachedRows:
-    """Cached rows of a table, computed from `fallback` while `source` is down."""
-    rows = SourceRows(source, manifest)
-    records = FallbackRows(rows, RecomputedRows(fallback, manifest)) if fallback else rows
-    return CachedRows(records, source.auxiliary(manifest), cache_bytes, device, dtype, num_rows)

@@ -1,6 +1,16 @@
-"""The forward of a step: from chunks of sequences and staged rows to hidden states and logits."""
+"""The forward of a step: from chunks of sequences and staged rows to hidden states and logits.
 
+On a GPU, decode steps are CUDA graphs, recorded once for each size, so that a step is two launches
+in place of a thousand. The first graph ends where the first row is needed, so that the device
+attends while rows are on their way; the second decodes the rows from the slab and does the rest.
+Steps with prompts run uncaptured. On a CPU nothing is recorded: the same code runs each time, which
+is how it is tested there.
+"""
+
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +30,8 @@ class Launched:
     ids: Tensor
     positions: Tensor
     view: AttentionMetadata
+    first: Tensor | None = None  # the first block's states up to its row, if that is launched too
+    graph: "DecodeGraph | None" = None
 
 
 class Runner:
@@ -35,8 +47,99 @@ class Runner:
 
     def finish(self, step: Launched, staged: StagedRows) -> Tensor:
         """Final hidden states [T, D] of the step's tokens; on a GPU, not computed yet."""
-        return self.model.hidden(step.ids, step.positions, step.view, self.rows.decode(staged))
+        rows = self.rows.decode(staged)
+        return self.model.hidden(step.ids, step.positions, step.view, rows, step.first)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Logits [T, V]."""
         return self.model.lm_head(hidden_TD)
+
+
+class GraphRunner(Runner):
+    """Needs one block more in `pages` than are allocated, where padding is written."""
+
+    def __init__(self, model: Transformer, pages: PagedKVCache, rows: RowProvider) -> None:
+        super().__init__(model, pages, rows)
+        self.graphs: dict[tuple[int, int], DecodeGraph] = {}
+        # one pool for all graphs: no two run at once
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def launch(self, step: list[ScheduledChunk]) -> Launched:
+        launched = super().launch(step)
+        if launched.view.chunks:
+            if not self.rows.has_x0:  # nothing can begin without rows that carry it
+                ids, positions = launched.ids, launched.positions
+                launched.first = self.model.begin(ids, positions, launched.view)
+            return launched
+        sequences, blocks = launched.view.tables_BC.shape
+        size = 1 << (sequences - 1).bit_length(), 1 << (blocks - 1).bit_length()
+        if size not in self.graphs:
+            self.graphs[size] = DecodeGraph(self, *size)
+        launched.graph = self.graphs[size]
+        launched.graph.launch(launched)
+        return launched
+
+    def finish(self, step: Launched, staged: StagedRows) -> Tensor:
+        if step.graph and staged.records is self.rows.records and staged.scales is None:
+            return step.graph.finish(staged)
+        return super().finish(step, staged)
+
+
+class DecodeGraph:
+    """A step of up to B sequences with up to C blocks each, in buffers of its own."""
+
+    def __init__(self, runner: GraphRunner, sequences: int, blocks: int) -> None:
+        model, rows, pages, device = runner.model, runner.rows, runner.pages, runner.device
+        self.spare, self.count = pages.keys.shape[1] - 1, 0
+        # ids, positions, blocks, offsets, lengths
+        self.padding_51 = torch.tensor([0, 0, self.spare, 0, 1], device=device)[:, None]
+        self.inputs_5B = self.padding_51.repeat(1, sequences)
+        self.tables_BC = torch.full((sequences, blocks), self.spare, device=device)
+        self.index_B = torch.zeros(sequences, dtype=torch.int64, device=device)
+        ids, positions, blocks_B, offsets_B, lengths_B = self.inputs_5B
+        slots = blocks_B, offsets_B, self.tables_BC, lengths_B
+        view = AttentionMetadata(pages, sequences, *slots)
+        self.first_BD: Tensor | None = None
+        if not rows.has_x0:
+            begin = functools.partial(model.begin, ids, positions, view)
+            self._first, self.first_BD = record(begin, device, runner.pool)
+
+        def rest() -> Tensor:
+            decoded = rows.decode(StagedRows(rows.records, self.index_B, ids))
+            return model.hidden(ids, positions, view, decoded, self.first_BD)
+
+        self._rest, self.hidden_BD = record(rest, device, runner.pool)
+
+    def launch(self, step: Launched) -> None:
+        self.count, view = len(step.ids), step.view
+        inputs = step.ids, step.positions, view.blocks_T, view.offsets_T, view.lengths_B
+        self.inputs_5B.copy_(self.padding_51)
+        self.inputs_5B[:, : self.count] = torch.stack(inputs)
+        self.tables_BC.fill_(self.spare)
+        self.tables_BC[: self.count, : view.tables_BC.shape[1]] = view.tables_BC
+        if self.first_BD is not None:
+            self._first()
+
+    def finish(self, staged: StagedRows) -> Tensor:
+        self.index_B[: self.count] = staged.index
+        self._rest()
+        return self.hidden_BD[: self.count]
+
+
+def record(
+    work: Callable[[], Tensor], device: torch.device, pool: Any
+) -> tuple[Callable[[], object], Tensor]:
+    """A function that repeats `work`, and the tensor that has its result each time."""
+    if device.type == "cpu":
+        out = work()
+        return lambda: out.copy_(work()), out
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # libraries initialise at their first calls, which can't be recorded
+            work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        out = work()
+    return graph.replay, out

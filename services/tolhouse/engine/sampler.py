@@ -42,8 +42,7 @@ class State:
         self.alters = bool(sampling.penalises or sampling.logit_bias or sampling.min_tokens)
         self.plain = self.random is None and not self.alters and sampling.logprobs is None
         self._prompt_token_ids = list(prompt_token_ids) if sampling.penalises else []
-        self._counts_V: Tensor | None = None  # of tokens in the answer
-        self._seen_V: Tensor | None = None  # in prompt or answer
+        self._counts_2V: Tensor | None = None  # of tokens in the answer, and in all
 
     def alter(self, logits_V: Tensor) -> Tensor:
         """The logits after bias, penalties, and the ban on an early end."""
@@ -56,32 +55,28 @@ class State:
             ends = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=device)
             logits_V[ends] = -math.inf
         if sampling.penalises:
-            counts_V, seen_V = self._history(logits_V)
+            if self._counts_2V is None:
+                self._counts_2V = torch.zeros(2, len(logits_V), device=device)
+                self._counts_2V[1, torch.tensor(self._prompt_token_ids, device=device)] = 1
+            answer_V, all_V = self._counts_2V
             rate = sampling.repetition_penalty
             penalised_V = torch.where(logits_V > 0, logits_V / rate, logits_V * rate)
-            logits_V = torch.where(seen_V, penalised_V, logits_V)
-            logits_V -= sampling.frequency_penalty * counts_V
-            logits_V -= sampling.presence_penalty * (counts_V > 0)
+            logits_V = torch.where(all_V > 0, penalised_V, logits_V)
+            logits_V -= sampling.frequency_penalty * answer_V
+            logits_V -= sampling.presence_penalty * (answer_V > 0)
         return logits_V
 
     def append(self, token_id: int) -> None:
         self.count += 1
-        if self._counts_V is not None and self._seen_V is not None:
-            self._counts_V[token_id] += 1
-            self._seen_V[token_id] = True
-
-    def _history(self, logits_V: Tensor) -> tuple[Tensor, Tensor]:
-        if self._counts_V is None or self._seen_V is None:
-            self._counts_V = torch.zeros_like(logits_V)
-            self._seen_V = torch.zeros_like(logits_V, dtype=torch.bool)
-            self._seen_V[torch.tensor(self._prompt_token_ids, device=logits_V.device)] = True
-        return self._counts_V, self._seen_V
+        if self._counts_2V is not None:
+            self._counts_2V[:, token_id] += 1
 
 
 def sample(logits_BV: Tensor, states: list[State]) -> tuple[list[int], list[Logprobs | None]]:
     """Each row's next token, and its log probabilities if asked for. Advances the states."""
+    logprobs: list[Logprobs | None] = [None] * len(states)
     if all(state.plain for state in states):
-        return _likeliest(logits_BV).tolist(), [None] * len(states)
+        return _likeliest(logits_BV).tolist(), logprobs
     altered_BV = logits_BV
     if any(state.alters for state in states):
         rows = zip(logits_BV.float(), states, strict=True)
@@ -94,13 +89,14 @@ def sample(logits_BV: Tensor, states: list[State]) -> tuple[list[int], list[Logp
     tokens = tokens_B.tolist()
     for state, token in zip(states, tokens, strict=True):
         state.append(token)
-    logprobs: list[Logprobs | None] = [None] * len(states)
-    counts = {row: s.sampling.logprobs for row, s in enumerate(states)}
-    if wanted := {row: k for row, k in counts.items() if k is not None}:
-        at, most = list(wanted), max(wanted.values())
-        scored = zip(*_logprobs(logits_BV[at], tokens_B[at], most), strict=True)
-        for (row, k), (chosen, top_ids, top) in zip(wanted.items(), scored, strict=True):
-            logprobs[row] = Logprobs([chosen], top_ids[:k], top[:k])
+    wanted = [row for row, state in enumerate(states) if state.sampling.logprobs is not None]
+    if wanted:
+        counts = [states[row].sampling.logprobs or 0 for row in wanted]
+        scored = _logprobs(logits_BV[wanted], tokens_B[wanted], max(counts))
+        for row, k, chosen, ids, top in zip(
+            wanted, counts, *map(Tensor.tolist, scored), strict=True
+        ):
+            logprobs[row] = Logprobs([chosen], ids[:k], top[:k])
     return tokens, logprobs
 
 
@@ -114,17 +110,13 @@ def _likeliest(logits_BV: Tensor) -> Tensor:
 def prompt_logprobs(logits_TV: Tensor, next_ids: list[int], k: int) -> Logprobs:
     """Of the tokens `next_ids` [T] after consecutive positions, with the `k` likeliest."""
     next_T = torch.tensor(next_ids, dtype=torch.long, device=logits_TV.device)
-    chosen, top_ids, top = _logprobs(logits_TV, next_T, k)
-    return Logprobs(chosen, [i for row in top_ids for i in row], [p for row in top for p in row])
+    return Logprobs(*(x.flatten().tolist() for x in _logprobs(logits_TV, next_T, k)))
 
 
-def _logprobs(
-    logits_TV: Tensor, ids_T: Tensor, k: int
-) -> tuple[list[float], list[list[int]], list[list[float]]]:
+def _logprobs(logits_TV: Tensor, ids_T: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     logprobs_TV = logits_TV.float().log_softmax(-1)
-    chosen_T = logprobs_TV.gather(-1, ids_T[:, None])[:, 0]
     top_TK, ids_TK = logprobs_TV.topk(min(k, logprobs_TV.shape[-1]))
-    return chosen_T.tolist(), ids_TK.tolist(), top_TK.tolist()
+    return logprobs_TV.gather(-1, ids_T[:, None])[:, 0], ids_TK, top_TK
 
 
 def _draw(logits_SV: Tensor, states: list[State]) -> Tensor:
@@ -133,17 +125,12 @@ def _draw(logits_SV: Tensor, states: list[State]) -> Tensor:
     A row's own sampling says how: among `top_k`, among as many as `top_p` may need, or among all.
     """
     tokens_S = torch.empty(len(states), dtype=torch.long, device=logits_SV.device)
-    ways = [
-        _of_top_k if s.top_k else _of_top_p if s.top_p < 1 else _of_all for s in _params(states)
-    ]
+    params = [state.sampling for state in states]
+    ways = [_of_top_k if p.top_k else _of_top_p if p.top_p < 1 else _of_all for p in params]
     for way in dict.fromkeys(ways):
         rows = [row for row, own in enumerate(ways) if own is way]
         tokens_S[rows] = way(logits_SV[rows].float(), [states[row] for row in rows])
     return tokens_S
-
-
-def _params(states: list[State]) -> list[SamplingParams]:
-    return [state.sampling for state in states]
 
 
 def _of_all(logits_LV: Tensor, states: list[State]) -> Tensor:
@@ -151,7 +138,7 @@ def _of_all(logits_LV: Tensor, states: list[State]) -> Tensor:
 
 
 def _of_top_k(logits_LV: Tensor, states: list[State]) -> Tensor:
-    counts = [p.top_k for p in _params(states)]
+    counts = [state.sampling.top_k for state in states]
     top_LK, ids_LK = logits_LV.topk(min(max(counts), logits_LV.shape[-1]))  # likeliest first
     ranks_K = torch.arange(top_LK.shape[-1], device=top_LK.device)
     top_LK = _scaled(top_LK.masked_fill(ranks_K >= _column(counts, top_LK), -math.inf), states)
@@ -179,10 +166,11 @@ def _scaled(logits_LK: Tensor, states: list[State]) -> Tensor:
     """Logits by temperature, the largest as zero; -inf for those that min-p leaves out."""
     # before the division, so that a small temperature can't overflow
     logits_LK = logits_LK - logits_LK.amax(-1, keepdim=True)
-    temperatures = [max(p.temperature, _LEAST_TEMPERATURE) for p in _params(states)]
+    temperatures = [max(state.sampling.temperature, _LEAST_TEMPERATURE) for state in states]
     logits_LK /= _column(temperatures, logits_LK)
-    if any(p.min_p for p in _params(states)):
-        least = [math.log(p.min_p) if p.min_p else -math.inf for p in _params(states)]
+    shares = [state.sampling.min_p for state in states]
+    if any(shares):
+        least = [math.log(share) if share else -math.inf for share in shares]
         logits_LK.masked_fill_(logits_LK < _column(least, logits_LK), -math.inf)
     return logits_LK
 
@@ -190,7 +178,7 @@ def _scaled(logits_LK: Tensor, states: list[State]) -> Tensor:
 def _within_mass(top_LK: Tensor, total_L1: Tensor, states: list[State]) -> Tensor:
     """Which of the likeliest, in order, are the fewest whose share of a total reaches top-p."""
     # sums of floats may reach 1 early: without top-p, all are kept
-    shares = [p.top_p if p.top_p < 1 else math.inf for p in _params(states)]
+    shares = [p if (p := state.sampling.top_p) < 1 else math.inf for state in states]
     parts_LK = top_LK.exp().double() / total_L1
     return parts_LK.cumsum(-1) - parts_LK < _column(shares, total_L1)
 

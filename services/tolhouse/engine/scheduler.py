@@ -37,6 +37,9 @@ class ScheduledChunk:
         return self.last == len(self.sequence.ids)
 
 
+Chunks = dict[Sequence, ScheduledChunk]
+
+
 def token_ids(step: list[ScheduledChunk]) -> np.ndarray:
     """uint32 [T]"""
     ids = [i for chunk in step for i in chunk.sequence.ids[chunk.first : chunk.last]]
@@ -71,7 +74,7 @@ class Scheduler:
 
     def schedule(self) -> list[ScheduledChunk]:
         """The next step: decoding sequences, which no long prompt delays, then prompts in order."""
-        step: dict[Sequence, ScheduledChunk] = {}
+        step: Chunks = {}
         budget, preemptions = self.max_step_tokens, self.preemptions
         for decoding in (True, False):
             for sequence in list(self.running):
@@ -82,20 +85,17 @@ class Scheduler:
                     first = sequence.computed
                     step[sequence] = ScheduledChunk(sequence, first, first + count)
                     budget -= count
-        while budget and self.waiting and len(self.running) < self.max_running:
-            # in order: no sequence overtakes a larger one, or joins after a preemption
-            chunk = (
-                self._admit(self.waiting[0], budget) if preemptions == self.preemptions else None
-            )
+        # in order: no sequence overtakes a larger one, or joins after a preemption
+        full = self.preemptions > preemptions
+        while not full and budget and self.waiting and len(self.running) < self.max_running:
+            chunk = self._admit(self.waiting[0], budget)
             if not chunk:
                 break
             step[chunk.sequence] = chunk
             budget -= chunk.count
         return sorted(step.values(), key=lambda chunk: not chunk.decodes)
 
-    def _make_room(
-        self, sequence: Sequence, count: int, step: dict[Sequence, ScheduledChunk]
-    ) -> bool:
+    def _make_room(self, sequence: Sequence, count: int, step: Chunks) -> bool:
         """Blocks for `count` more tokens, taken from later sequences; False if it is preempted."""
         if sequence not in self.running:
             return False

@@ -47,14 +47,7 @@ class Sequence:
     def rows_key(self) -> str:
         """Identifies the rows behind its keys and values: sequences of the same key share them."""
         s = self.sampling
-        if not s.probes:
-            return self.table
-        return f"{self.table} {s.row_scale!r} {sorted(s.absent_layers)} {s.layer_scales}"
-
-    @property
-    def most_tokens(self) -> int:
-        """Tokens it may have in the cache in the end; the last sampled one never gets there."""
-        return self.prompt_tokens + max(1, self.sampling.max_tokens) - 1
+        return f"{self.table} {s.row_scale} {sorted(s.absent_layers)} {s.layer_scales}"
 
     def append(
         self,

@@ -51,7 +51,7 @@ class EngineMetrics(Collector):
         ):
             info = GaugeMetricFamily(f"tolhouse_worker_table_{name}", text, labels=["table"])
             yield _labelled(info, {table: 1} if table else {})
-        for histogram in engine.latencies.histograms:
+        for histogram in engine.histograms:
             yield from histogram.collect()
 
 

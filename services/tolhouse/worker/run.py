@@ -15,10 +15,9 @@ from tolhouse.engine.attention import PagedKVCache, blocks_of
 from tolhouse.engine.block_manager import BlockManager
 from tolhouse.engine.cpu.compiled import CompiledDecode
 from tolhouse.engine.cpu.packed import load
-from tolhouse.engine.cuda_graphs import GraphRunner
 from tolhouse.engine.engine import Engine
-from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider, open_rows
-from tolhouse.engine.runner import Runner
+from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
+from tolhouse.engine.runner import GraphRunner, Runner
 from tolhouse.errors import InvalidArgument, Mismatch, NotFound, Unavailable
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
@@ -33,7 +32,7 @@ NAME = "tolhouse.v1.Generation"
 
 
 class Builder:
-    """Builds the engine of a checkpoint, and later runners for other versions of its table."""
+    """Builds the engine of a checkpoint, and later its runners for other versions of the table."""
 
     def __init__(
         self, checkpoint: Checkpoint, config: WorkerConfig, source: RowSource | None
@@ -47,45 +46,39 @@ class Builder:
         self.on_cpu = self.device.type == "cpu"
         self.compiled = CompiledDecode(checkpoint, self.dtype, config.compile_cache)
 
-    def engine(self) -> Engine:
-        if self.on_cpu and self.config.compile == "auto":
+    def build(self) -> Engine:
+        config, shape = self.config, self.checkpoint.config
+        if self.on_cpu and config.compile == "auto":
             self.compiled.start()
-        shape, config = self.checkpoint.config, self.config
         rows: RowProvider = NoRows(shape.hidden_size, self.device)
         if self.source:
             rows = self._rows(wait_for_table(self.source, self.table, config.lookup_wait_seconds))
         # one block to spare, for GraphRunner
         self.pages = PagedKVCache(shape, self.cache.num_blocks + 1, self.device, self.dtype)
-        embedding = not (rows.manifest and rows.manifest.has_x0)
-        self.model = load(self.checkpoint, self.device, self.dtype, embedding)
+        self.model = load(self.checkpoint, self.device, self.dtype, embedding=not rows.has_x0)
         if self.on_cpu:
             self.compiled.attach(self.model)
-        runner, limits = self._runner(rows), (config.max_waiting, config.max_num_batched_tokens)
-        return Engine(runner, rows, self.cache, config.max_num_seqs, *limits)
+        limits = config.max_num_seqs, config.max_waiting, config.max_num_batched_tokens
+        self.engine = Engine(self._runner(rows), self.cache, *limits)
+        return self.engine
 
-    def version(self, manifest: Manifest) -> tuple[Runner, CachedRows]:
-        """Another version of the table, for the same model."""
+    def reload(self, manifest: Manifest) -> None:
+        """Let new sequences use another version of the table."""
         if self.model.embed_tokens is None and not manifest.has_x0:
-            message = "it has no X0, and this worker was started without its input embedding"
-            raise Mismatch(f"{message}: start it again")
-        rows = self._rows(manifest)
-        return self._runner(rows), rows
+            raise Mismatch("it has no X0, and this worker has no input embedding: start it again")
+        self.engine.use(self._runner(self._rows(manifest)))
 
     def _runner(self, rows: RowProvider) -> Runner:
         return (Runner if self.on_cpu else GraphRunner)(self.model, self.pages, rows)
 
     def _rows(self, manifest: Manifest) -> CachedRows:
         assert self.source
-        check_table(manifest, self.checkpoint)
-        rows = open_rows(
-            self.source,
-            manifest,
-            int(self.config.row_cache_megabytes * 1e6),
-            self.device,
-            self.dtype,
-            self.checkpoint.config.num_rows,
-            self.checkpoint if self.config.fallback == "recompute" else None,
-        )
+        config, checkpoint = self.config, self.checkpoint
+        check_table(manifest, checkpoint)
+        cache_bytes = int(config.row_cache_megabytes * 1e6)
+        fallback = checkpoint if config.fallback == "recompute" else None
+        place = self.device, self.dtype, checkpoint.config.num_rows, fallback
+        rows = CachedRows(self.source, manifest, cache_bytes, *place)
         rows.fill()
         return rows
 
@@ -104,17 +97,12 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
             stack.callback(source.close)
         builder = Builder(checkpoint, config, source)
         stack.callback(builder.compiled.stop)
-        engine = await asyncio.to_thread(builder.engine)
+        engine = await asyncio.to_thread(builder.build)
         engine.start()
         stack.callback(engine.stop)
         if source:
-            watcher = TableWatcher(
-                source,
-                builder.table,
-                engine,
-                lambda manifest: engine.use(*builder.version(manifest)),
-                config.table_poll_seconds,
-            )
+            name, poll = builder.table, config.table_poll_seconds
+            watcher = TableWatcher(source, name, engine, builder.reload, poll)
             watcher.start()
             stack.callback(watcher.stop)
         service = WorkerService(engine, checkpoint, config.served_model_name or checkpoint.name)

@@ -1,37 +1,48 @@
 """A block's decode step compiled ahead of time: one call into C++ per layer, not twenty into torch.
 
-`tolhouse compile` (export.py) keeps it on disk. A worker runs that command as a child while it
-loads and serves uncompiled: that delays no start, and a failure is a warning.
+`tolhouse compile` keeps it on disk. A worker runs that command as a child while it loads and serves
+uncompiled: that delays no start, a failure is a warning, and torch's compiler, 70 MB, is not in the
+worker's memory.
 """
 
+import fcntl
 import hashlib
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import warnings
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from tolhouse.config import set_compiler_folder
 from tolhouse.engine import attention
-from tolhouse.engine.attention import AttentionMetadata
+from tolhouse.engine.attention import AttentionMetadata, PagedKVCache
 from tolhouse.engine.cpu import packed
+from tolhouse.errors import Internal
 from tolhouse.logs import event, log
 from tolhouse.model import transformer
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig
-from tolhouse.model.transformer import Block, Transformer
+from tolhouse.model.transformer import Block, RMSNorm, Transformer
 
 ALONE, SEVERAL = "alone.pt2", "several.pt2"  # one sequence is a case of its own to a compiler
 DIGESTS = "digests.json"  # of the two
 _END_SECONDS = 10.0  # for a compiler to remove its files
+# ids are the engine's own; any number of threads
+_OPTIONS = {"assert_indirect_indexing": False, "cpp.dynamic_threads": True}
 
 
 class CompiledDecode:
@@ -71,9 +82,9 @@ class CompiledDecode:
     def _prepare(self) -> None:
         started = time.monotonic()
         try:
-            if not is_complete(self.folder):
+            if not _is_complete(self.folder):
                 self._compile()
-            # what `aoti_load_package` wraps: that one imports torch's compiler, 70 MB
+            # what `aoti_load_package` wraps: that one imports torch's compiler
             loader = torch._C._aoti.AOTIModelPackageLoader  # noqa: SLF001
             self.alone, self.several = (
                 loader(str(self.folder / name), "model", False, 1, -1) for name in (ALONE, SEVERAL)
@@ -101,8 +112,7 @@ class CompiledDecode:
         ) as self.compiler:
             if self._stopped:
                 self._signal(signal.SIGTERM)
-            assert self.compiler.stderr
-            message = self.compiler.stderr.read()
+            message = self.compiler.stderr.read() if self.compiler.stderr else ""
         if self.compiler.returncode:
             raise RuntimeError(message or f"the compiler ended with {self.compiler.returncode}")
 
@@ -118,7 +128,7 @@ class DecodeBlock(nn.Module):
     def __init__(self, block: Block, layer: int, compiled: CompiledDecode) -> None:
         super().__init__()
         self.block, self.layer, self.compiled = block, layer, compiled
-        self.state = list(block_state(block).values())
+        self.state = list(_state(block).values())
         self.has_row = bool(compiled.checkpoint.config.num_rows)
 
     def forward(
@@ -137,37 +147,147 @@ class DecodeBlock(nn.Module):
         return run.boxed_run([*self.state, x_TD, *rope, *cache.layer(self.layer), *row])[0]
 
 
-def block_state(block: nn.Module) -> dict[str, Tensor]:
+def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -> Path:
+    """The folder of a shape's compiled decode step, which is made unless it is there.
+
+    Of all processes that share `cache` one compiles at a time, and the others find it done.
+    """
+    folder = Path(cache).expanduser() / key(config, dtype)
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = os.open(folder.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_complete(folder):
+            for left in folder.parent.glob("compiling-*"):  # by processes that were killed
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix="compiling-") as work:
+                _compile(config, dtype, Path(work), folder)
+    finally:
+        os.close(lock)
+    return folder
+
+
+def end_with_parent() -> None:
+    """Yield to other processes, and end when the parent closes stdin, however that comes about."""
+
+    def wait() -> None:
+        sys.stdin.read()
+        os.killpg(0, signal.SIGTERM)
+
+    os.nice(10)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that files are removed
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _compile(config: ModelConfig, dtype: torch.dtype, work: Path, folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    set_compiler_folder(f"{work}/inductor")
+    try:
+        for name, sequences in ((ALONE, 1), (SEVERAL, 3)):
+            _export(config, dtype, sequences, work / name)
+    except RuntimeError as error:
+        reason = str(error).strip().rpartition("\n")[2]
+        raise Internal(f"a C++ compiler such as g++ is needed: {reason}") from None
+    digests = _digests(work)
+    folder.mkdir(exist_ok=True)
+    for name in digests:
+        (work / name).replace(folder / name)
+    (folder / DIGESTS).write_text(json.dumps(digests))
+
+
+def _export(config: ModelConfig, dtype: torch.dtype, sequences: int, path: Path) -> None:
+    """Compile the decode step of one block for one sequence, or for any number from two."""
+    block = _stand_in(config, dtype)
+    pages = PagedKVCache(config, 2 * sequences, torch.device("cpu"), dtype)
+    count = torch.zeros(sequences, dtype=torch.int64)
+    tables_BC = torch.arange(2 * sequences).view(sequences, 2)
+    x_TD = torch.zeros(sequences, config.hidden_size, dtype=dtype)
+    rope = list(transformer.rotary(count, config.head_dim, config.rope_theta, dtype))
+    keys, values = (torch.empty_strided(x.shape, x.stride(), dtype=dtype) for x in pages.layers[0])
+    layer = [keys, values, count, count.clone(), tables_BC, count + 1]
+    row = [x_TD.clone()] * bool(config.num_rows)
+    inputs = list(_state(block).values()), x_TD, rope, layer, row
+    tokens = {0: torch.export.Dim("T", min=2, max=1 << 20)} if sequences > 1 else {}
+    blocks, width = torch.export.Dim("blocks", min=2), torch.export.Dim("C", min=2)
+    tables: list[Any] = [{0: blocks}, {0: blocks}, tokens, tokens, {**tokens, 1: width}, tokens]
+    shapes: Any = [{} for _ in inputs[0]], tokens, [tokens] * 2, tables, [tokens] * len(row)
+    exported = torch.export.export(_Decode(block), inputs, dynamic_shapes=shapes)
+    package = torch._inductor.aoti_compile_and_package  # noqa: SLF001 - its documented name
+    package(exported, package_path=str(path), inductor_configs=_OPTIONS)
+
+
+def _stand_in(config: ModelConfig, dtype: torch.dtype) -> Block:
+    """A packed block without weights: its linear layers call those that their handles will name."""
+    with torch.device("meta"):
+        block = Block(config, 0)
+    packed.pack(block, packed.by_handle)
+    ones = nn.Parameter(torch.ones(config.hidden_size, dtype=dtype), requires_grad=False)
+    for module in block.modules():
+        if isinstance(module, RMSNorm):
+            module.weight = nn.Parameter(ones.clone(), requires_grad=False)
+    if block.ffn_scale is not None:
+        block.ffn_scale = ones
+    return block
+
+
+class _Decode(nn.Module):
+    """A block as a function of its state too, for the exporter."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.call = lambda *args: functional_call(block, *args)  # hides the block's own state
+        self.names = list(_state(block))
+
+    def forward(
+        self,
+        state: list[Tensor],
+        x_TD: Tensor,
+        rope: list[Tensor],
+        layer: list[Tensor],
+        row: list[Tensor],
+    ) -> Tensor:
+        named = dict(zip(self.names, state, strict=True))
+        return self.call(named, (x_TD, rope, _Layer(layer), row[0] if row else None))
+
+
+@dataclass
+class _Layer:
+    """One layer's part of AttentionMetadata."""
+
+    tensors: list[Tensor]
+
+    def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
+        keys, values, blocks_T, offsets_T, tables_BC, lengths_B = self.tensors
+        attention.write(k_THE, v_THE, keys, values, blocks_T, offsets_T)
+        return attention.streamed(q_THE, keys, values, tables_BC, lengths_B)
+
+
+def _state(block: nn.Module) -> dict[str, Tensor]:
     """What differs between blocks: norms, and handles of packed matrices."""
     return dict(sorted([*block.named_parameters(), *block.named_buffers()]))
 
 
-def is_complete(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     """Whether compiled code is there, undamaged: torch would run whatever is in the files."""
     try:
-        digests = json.loads((folder / DIGESTS).read_text())
-        return all(digest(folder / name) == digests[name] for name in (ALONE, SEVERAL))
-    except (OSError, ValueError, KeyError, TypeError):
+        return json.loads((folder / DIGESTS).read_text()) == _digests(folder)
+    except (OSError, ValueError):
         return False
 
 
-def digest(file: Path) -> str:
-    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+def _digests(folder: Path) -> dict[str, str]:
+    files = {name: (folder / name).read_bytes() for name in (ALONE, SEVERAL)}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
 
 
 def key(config: ModelConfig, dtype: torch.dtype) -> str:
-    """Identifies all that the code depends on: shape, sources, compiler, processor."""
-    modules = transformer, attention, packed, sys.modules[__name__]
-    parts = [inspect.getsource(module) for module in modules]
-    parts += [Path(__file__).with_name("export.py").read_text(), json.dumps(config.to_json())]
-    parts += [str(dtype), torch.__version__, _processor()]
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()
-
-
-def _processor() -> str:
-    """Code is compiled for exactly this one."""
+    """Identifies all that the code depends on: shape, sources, compiler, exactly this processor."""
     lines: list[str] = []
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = (line for line in lines if line.startswith(("flags", "Features")))
-    return next(flags, torch.backends.cpu.get_cpu_capability())
+    processor = next(flags, torch.backends.cpu.get_cpu_capability())
+    modules = transformer, attention, packed, sys.modules[__name__]
+    parts = [inspect.getsource(module) for module in modules]
+    parts += [json.dumps(config.to_json()), str(dtype), torch.__version__, processor]
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()
