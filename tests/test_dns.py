@@ -43,7 +43,7 @@ def behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def known_to(client: Client) -> list[str]:
     """The addresses that a client has found."""
     with suppress(errors.Unavailable):
-        return [replica.target for replica in client.rows.replicas.all]
+        return [replica.target for replica in client.rows.replicas.in_turn()]
     return []
 
 

@@ -1,8 +1,8 @@
 """`Client`: rows and manifests from a row source, tokens from a worker."""
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
-from typing import Any, Self
+from contextlib import AbstractContextManager, closing
+from typing import Any
 
 import grpc
 import numpy as np
@@ -20,7 +20,7 @@ from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
 
-class Client:
+class Client(AbstractContextManager["Client"]):
     """Calls the service at "HOST:PORT", or reads tables at "file://PATH" or "redis://HOST:PORT".
 
     Replicas are "HOST:PORT,HOST:PORT", or "dns:///HOST:PORT" for all addresses of a name as they
@@ -36,12 +36,7 @@ class Client:
         credentials: ClientCredentials | None = None,
     ) -> None:
         self.timeout_seconds = timeout_seconds
-        self.rows = open_row_source(
-            target, timeout_seconds=timeout_seconds, credentials=credentials
-        )
-
-    def __enter__(self) -> Self:
-        return self
+        self.rows = open_row_source(target, timeout_seconds, credentials)
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -61,18 +56,17 @@ class Client:
         """Rows [T, N, D] of T token ids from "name@version", or from what "name" stands for now.
 
         X0 comes first where the table carries it. Float codecs give a read-only view of the
-        records, without a copy where no id comes twice; int8 and int4 give float32 values.
-        NotFound: no such table. IdOutOfRange. Unavailable, DeadlineExceeded: no replica answered.
-        Corrupt: none has an intact row.
+        records where no id comes twice; int8 and int4 give float32 values. NotFound, IdOutOfRange.
+        Unavailable, DeadlineExceeded: no replica answered. Corrupt: none has an intact row.
         """
         manifest = table if isinstance(table, Manifest) else self.describe(table)
         ids_T = token_ids(ids)
         auxiliary = self.rows.auxiliary(manifest)
-        unique, inverse = np.unique(ids_T, return_inverse=True)
-        if len(unique) == len(ids_T):
-            rows = auxiliary.decode(ids_T, self.rows.fetch_records(manifest, ids_T))
-        else:
-            rows = auxiliary.decode(unique, self.rows.fetch_records(manifest, unique))[inverse]
+        unique = np.unique(ids_T)
+        wanted = unique if len(unique) < len(ids_T) else ids_T
+        rows = auxiliary.decode(wanted, self.rows.fetch_records(manifest, wanted))
+        if len(wanted) < len(ids_T):
+            rows = rows[np.searchsorted(wanted, ids_T)]
         rows.flags.writeable = False
         return rows
 
@@ -102,10 +96,7 @@ class Client:
             request, timeout=timeout_seconds, metadata=worker.credentials.metadata()
         )
         try:
-            for reply in call:
-                yield reply
-                if reply.finish_reason:
-                    return
+            yield from call
         except grpc.RpcError as error:
             raise error_of(error, worker.target) from None
         finally:
@@ -118,9 +109,7 @@ class Client:
 
     def _worker(self) -> Replica:
         if not isinstance(self.rows, LookupRowSource):
-            raise InvalidArgument(
-                f"{self.rows.url} holds tables; tokens come from a worker, HOST:PORT"
-            )
+            raise InvalidArgument(f"{self.rows.url} holds tables; tokens come from a worker")
         return self.rows.replicas.in_turn()[0]
 
 
@@ -130,7 +119,7 @@ def token_ids(ids: npt.ArrayLike) -> np.ndarray:
     if array.size == 0:
         return np.empty(0, np.uint32)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        given = f"an array of {array.dtype} with {array.ndim} dimensions"
+        given = f"{array.dtype} in {array.ndim} dimensions"
         raise InvalidArgument(f"token ids must be a flat list of whole numbers, not {given}")
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= 2**32:

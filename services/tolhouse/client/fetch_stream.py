@@ -5,10 +5,10 @@ buffer, where it is verified.
 """
 
 import itertools
-import queue
 import threading
 from concurrent.futures import Future
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -24,14 +24,13 @@ from tolhouse.v1 import lookup_pb2 as pb
 Array = np.ndarray
 
 
-class Request:
+class Request(Future[None]):
     """Verified records of `ids` (uint32 [T]) on their way to `slots` of `out`, which is flat."""
 
     def __init__(self, manifest: Manifest, ids: Array, out: memoryview, slots: list[int]) -> None:
+        super().__init__()
         self.manifest, self.ids, self.out, self.slots = manifest, ids, out, slots
-        self.done: Future[None] = Future()
-        self._received, self._given_up = 0, False
-        self._lock = threading.Lock()
+        self._received, self._given_up, self._lock = 0, False, threading.Lock()
 
     def receive(self, reply: pb.FetchReply, records: memoryview) -> bool:
         """Copy the records of a reply; whether the request has ended."""
@@ -39,30 +38,33 @@ class Request:
             if self._given_up:
                 return True
             try:
-                self._copy(reply, records)
+                if reply.HasField("error"):
+                    raise from_status(reply.error.status, reply.error.message)
+                count, odd = divmod(len(records), self.manifest.record_bytes)
+                first, end = self._received, self._received + count
+                missing = len(self.ids) - end
+                if odd or reply.first != first or missing < 0 or (reply.last and missing):
+                    raise Internal("the lookup service sent records that do not fit the request")
+                ids, slots = self.ids[first:end], self.slots[first:end]
+                self.manifest.copy_records(ids, records, self.out, slots)
+                self._received = end
             except TolhouseError as error:
-                self.done.set_exception(error)
+                self.set_exception(error)
                 return True
             if reply.last:
-                self.done.set_result(None)
+                self.set_result(None)
             return reply.last
-
-    def _copy(self, reply: pb.FetchReply, records: memoryview) -> None:
-        if reply.HasField("error"):
-            raise from_status(reply.error.status, reply.error.message)
-        count, odd = divmod(len(records), self.manifest.record_bytes)
-        first, end = self._received, self._received + count
-        missing = len(self.ids) - end
-        if odd or reply.first != first or missing < 0 or (reply.last and missing):
-            raise Internal("the lookup service answered with records that do not fit the request")
-        ids, slots = self.ids[first:end], self.slots[first:end]
-        self.manifest.copy_records(ids, records, self.out, slots)
-        self._received = end
 
     def give_up(self) -> None:
         """Write nothing to `out` from now on."""
         with self._lock:
             self._given_up = True
+
+
+class _Stream(NamedTuple):
+    call: Any
+    outgoing: SimpleQueue[pb.FetchRequest | None]
+    pending: dict[int, Request]  # by request_id
 
 
 class Replica:
@@ -71,8 +73,8 @@ class Replica:
     def __init__(self, target: str, credentials: ClientCredentials) -> None:
         self.target, self.credentials = target, credentials
         self._channel = reloading_channel(target, credentials)
-        self._lock = threading.Lock()
-        self._open: _Call | None = None
+        self._lock, self._numbers = threading.Lock(), itertools.count(1)
+        self._stream: _Stream | None = None
 
     @property
     def channel(self) -> grpc.Channel:
@@ -89,71 +91,55 @@ class Replica:
             raise Unavailable(f"the channel to {self.target} is closed") from None
 
     def submit(self, manifest: Manifest, ids: Array, out: memoryview, slots: list[int]) -> Request:
-        request = Request(manifest, ids, out, slots)
+        request, number = Request(manifest, ids, out, slots), next(self._numbers)
+        message = pb.FetchRequest(request_id=number, table=manifest.ref)
+        message.token_ids = ids.astype("<u4", copy=False).tobytes()
+        message.traceparent = tracing.traceparent()
         with self._lock:
-            if self._open is None or self._open.broken:
-                self._open = _Call(self)
-            self._open.send(request)
+            stream = self._stream = self._stream or self._open()
+            stream.pending[number] = request
+        stream.outgoing.put(message)
         return request
 
     def reset(self) -> None:
         """Give the stream up, with all requests in flight: the peer does not answer."""
         with self._lock:
-            if self._open:
-                self._open.call.cancel()
-                self._open = None
+            if self._stream:
+                self._stream.call.cancel()
+                self._stream = None
 
     def close(self) -> None:
         self.reset()
         self.channel.close()
 
-
-class _Call:
-    """One stream, from its beginning until it breaks."""
-
-    def __init__(self, replica: Replica) -> None:
-        self.target, self.broken = replica.target, False
-        self._lock = threading.Lock()
-        self._numbers = itertools.count(1)
-        self._pending: dict[int, Request] = {}
-        self._outgoing: queue.SimpleQueue[pb.FetchRequest | None] = queue.SimpleQueue()
+    def _open(self) -> _Stream:
+        outgoing: SimpleQueue[pb.FetchRequest | None] = SimpleQueue()
         # replies stay bytes: net/fetch_reply.py reads them
-        fetch = replica.channel.stream_stream(
+        fetch = self.channel.stream_stream(
             "/tolhouse.v1.Lookup/Fetch", pb.FetchRequest.SerializeToString
         )
-        requests = iter(self._outgoing.get, None)
-        self.call = fetch(requests, metadata=replica.credentials.metadata())
-        threading.Thread(target=self._receive, name=f"fetch {self.target}", daemon=True).start()
+        call = fetch(iter(outgoing.get, None), metadata=self.credentials.metadata())
+        stream = _Stream(call, outgoing, {})
+        title = f"fetch {self.target}"
+        threading.Thread(target=self._receive, args=(stream,), name=title, daemon=True).start()
+        return stream
 
-    def send(self, request: Request) -> None:
-        number = next(self._numbers)
-        with self._lock:
-            if self.broken:
-                request.done.set_exception(Unavailable(f"{self.target}: the stream broke"))
-                return
-            self._pending[number] = request
-        message = pb.FetchRequest(request_id=number, table=request.manifest.ref)
-        message.token_ids = request.ids.astype("<u4", copy=False).tobytes()
-        message.traceparent = tracing.traceparent()
-        self._outgoing.put(message)
-
-    def _receive(self) -> None:
+    def _receive(self, stream: _Stream) -> None:
         error: TolhouseError
         try:
-            for data in self.call:
+            for data in stream.call:
                 reply, records = parse(data)
-                request = self._pending.get(reply.request_id)
+                request = stream.pending.get(reply.request_id)
                 if request and request.receive(reply, records):
-                    with self._lock:
-                        del self._pending[reply.request_id]
+                    del stream.pending[reply.request_id]
             error = Unavailable(f"{self.target} closed the stream")
         except grpc.RpcError as failure:
             error = error_of(failure, self.target)
         except Exception as failure:  # noqa: BLE001 - requests must end, whatever went wrong here
             error = Internal(f"{self.target}: {failure}")
         with self._lock:
-            self.broken = True
-            pending, self._pending = self._pending, {}
-        self._outgoing.put(None)
-        for request in pending.values():
-            request.done.set_exception(error)
+            if self._stream is stream:
+                self._stream = None
+        stream.outgoing.put(None)
+        for request in stream.pending.values():
+            request.set_exception(error)

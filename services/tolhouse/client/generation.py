@@ -32,10 +32,11 @@ class WorkerChannel:
             call.cancel()
 
     async def describe(self, timeout_seconds: float) -> generation_pb2.DescribeWorkerReply:
-        call, request = self.stub.DescribeWorker, generation_pb2.DescribeWorkerRequest()
+        request, metadata = generation_pb2.DescribeWorkerRequest(), self.credentials.metadata()
         try:
-            metadata = self.credentials.metadata()
-            return await call(request, timeout=timeout_seconds, metadata=metadata)
+            return await self.stub.DescribeWorker(
+                request, timeout=timeout_seconds, metadata=metadata
+            )
         except grpc.RpcError as error:
             raise error_of(error, f"worker {self.target}") from None
 
@@ -43,9 +44,8 @@ class WorkerChannel:
         self, request: generation_pb2.GenerateRequest
     ) -> AsyncGenerator[generation_pb2.GenerateReply]:
         """Replies up to the one with a finish_reason. Closing the iterator cancels the call."""
-        traceparent = tracing.traceparent()
         metadata = self.credentials.metadata()
-        if traceparent:
+        if traceparent := tracing.traceparent():
             metadata = (*metadata, (tracing.HEADER, traceparent))
         call = self.stub.Generate(request, metadata=metadata)
         self._calls.add(call)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 import numpy as np
@@ -55,7 +54,7 @@ class LookupRowSource(RowSource):
     def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
         flat = memoryview(out.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
         deadline = time.monotonic() + self.timeout_seconds
-        count, left = len(self.replicas.all), np.arange(len(ids))
+        count, left = len(self.replicas.in_turn()), np.arange(len(ids))
         for attempt in range(_ROUNDS * count):
             if attempt and attempt % count == 0:
                 time.sleep(0.05)  # all have failed once: a moment for one to come back
@@ -66,7 +65,8 @@ class LookupRowSource(RowSource):
             requests = [
                 (replica, part, replica.submit(manifest, ids[part], flat, slots[part].tolist()))
                 for replica, indices in self.replicas.divide(manifest, ids, left, attempt)
-                for part in np.split(indices, range(self._max_ids, len(indices), self._max_ids))
+                for first in range(0, len(indices), self._max_ids)
+                for part in (indices[first : first + self._max_ids],)
             ]
             errors = [self._wait(replica, request, end) for replica, _, request in requests]
             for error in filter(None, errors):
@@ -77,24 +77,19 @@ class LookupRowSource(RowSource):
                 return
             left = np.concatenate(failed)
 
-    def _wait(self, replica: Replica, request: Request, end: float) -> TolhouseError | None:
+    def _wait(self, replica: Replica, request: Request, end: float) -> BaseException | None:
         """Wait for a request until `end`; its error, after which nothing is written for it."""
         began = time.monotonic()
-        error: TolhouseError
         try:
-            request.done.result(timeout=max(0.0, end - began))
-        except FutureTimeout:
+            error = request.exception(max(0.0, end - began))
+        except TimeoutError:
             replica.reset()
             error = DeadlineExceeded(f"lookup {replica.target} did not answer in time")
-        except TolhouseError as failure:
-            error = failure
-        else:
-            if time.monotonic() - began > SUSPECT_SECONDS:
-                self.replicas.report(replica, None)
-            return None
         request.give_up()
         if isinstance(error, (Unavailable, DeadlineExceeded)):
-            self.replicas.report(replica, error)
+            self.replicas.health.report_down(replica.target, error)
+        elif time.monotonic() - began > SUSPECT_SECONDS:
+            self.replicas.health.report_slow(replica.target)
         return error
 
     def _probe(self, replica: Replica) -> bool:

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
@@ -33,75 +34,46 @@ class Replicas:
     ) -> None:
         self._addresses = Addresses(targets, credentials)
         self.name = ",".join(self._addresses.targets)
-        self._replicas: tuple[Replica, ...] = ()
-        self._orders: dict[tuple[str, tuple[Replica, ...], frozenset[str]], np.ndarray] = {}
+        self._replicas: dict[str, Replica] = {}  # by address; replaced as a whole
         self.health = PeerHealth(
             "lookup replica",
-            lambda target: any(probe(r) for r in self._replicas if r.target == target),
-            self._others,
+            lambda target: target in self._replicas and probe(self._replicas[target]),
+            lambda target: self._replicas.keys() - {target} if target in self._replicas else None,
         )
         self._closed, self._renewing = threading.Event(), threading.Lock()
         self._renew()
         if self._addresses.change:
             threading.Thread(target=self._follow, name="addresses", daemon=True).start()
 
-    @property
-    def all(self) -> tuple[Replica, ...]:
-        """The replicas now; Unavailable while there are none."""
-        if not self._replicas:
-            raise Unavailable(f"{self.name}: the name has no address yet")
-        return self._replicas
-
     def close(self) -> None:
         self._closed.set()
         self.health.close()
         with self._renewing:
-            for replica in self._replicas:
+            for replica in self._replicas.values():
                 replica.close()
 
     def in_turn(self) -> list[Replica]:
-        """All replicas, healthy ones first."""
-        return sorted(self.all, key=lambda replica: not self.health.up(replica.target))
-
-    def report(self, replica: Replica, error: TolhouseError | None) -> None:
-        """A call failed, or took long; of a single replica no health is kept."""
-        if len(self._replicas) > 1 and error:
-            self.health.report_down(replica.target, error)
-        elif len(self._replicas) > 1:
-            self.health.report_slow(replica.target)
+        """All replicas, healthy ones first; Unavailable while there are none."""
+        replicas = self._replicas
+        if not replicas:
+            raise Unavailable(f"{self.name}: the name has no address yet")
+        return [replicas[target] for target in self.health.order(replicas)]
 
     def divide(
         self, manifest: Manifest, ids: np.ndarray, left: np.ndarray, attempt: int
     ) -> Iterator[tuple[Replica, np.ndarray]]:
         """The indices `left` of `ids`, by the replica to ask for them at this attempt."""
-        replicas = self.all
+        replicas = self.in_turn()
         if len(replicas) == 1:
             yield replicas[0], left
             return
         healthy = sum(self.health.up(r.target) for r in replicas)  # if there is one, no others
         shards, rank = manifest.shard_of(ids[left]), attempt % (healthy or len(replicas))
-        owners = self._order(manifest, replicas)[shards, rank]
+        targets = tuple(replica.target for replica in replicas)
+        order = _order(manifest.ref, manifest.num_shards, targets, self.health.unhealthy)
+        owners = order[shards, rank]
         for number in np.unique(owners).tolist():
             yield replicas[number], left[owners == number]
-
-    def _order(self, manifest: Manifest, replicas: tuple[Replica, ...]) -> np.ndarray:
-        """Indices of the replicas in each shard's order, [num_shards, replicas]."""
-        unhealthy = self.health.unhealthy
-        key = manifest.ref, replicas, unhealthy
-        if key not in self._orders:
-            weights = [
-                [xxh3_64_intdigest(f"{manifest.ref}:{shard}:{r.target}".encode()) for r in replicas]
-                for shard in range(manifest.num_shards)
-            ]
-            order = np.argsort(np.array(weights, np.uint64), axis=1)
-            last = np.array([r.target in unhealthy for r in replicas])
-            healthy_first = np.argsort(last[order], axis=1, kind="stable")
-            self._orders[key] = np.take_along_axis(order, healthy_first, axis=1)
-        return self._orders[key]
-
-    def _others(self, target: str) -> list[str] | None:
-        targets = [replica.target for replica in self._replicas]
-        return [other for other in targets if other != target] if target in targets else None
 
     def _follow(self) -> None:
         while not self._closed.wait(_RESOLVE_SECONDS):
@@ -112,14 +84,23 @@ class Replicas:
 
     def _renew(self) -> None:
         """Resolve names. A replica that its name has lost ends with the last call that has it."""
-        found, now = (
-            self._addresses.look_up(),
-            {replica.target: replica for replica in self._replicas},
-        )
+        found, now = self._addresses.look_up(), self._replicas
         with self._renewing:
             if found != tuple(now) and not self._closed.is_set():
-                self._replicas = tuple(now.get(address) or self._dial(address) for address in found)
-                self._orders = {}
+                credentials = self._addresses.credentials_for
+                self._replicas = {at: now.get(at) or Replica(at, credentials(at)) for at in found}
 
-    def _dial(self, address: str) -> Replica:
-        return Replica(address, self._addresses.credentials_for(address))
+
+@lru_cache(64)
+def _order(
+    ref: str, num_shards: int, targets: tuple[str, ...], unhealthy: frozenset[str]
+) -> np.ndarray:
+    """Indices of `targets` in each shard's order, [num_shards, len(targets)]; healthy ones first."""
+    weights = [
+        [xxh3_64_intdigest(f"{ref}:{shard}:{target}".encode()) for target in targets]
+        for shard in range(num_shards)
+    ]
+    order = np.argsort(np.array(weights, np.uint64), axis=1)
+    last = np.array([target in unhealthy for target in targets])
+    healthy_first = np.argsort(last[order], axis=1, kind="stable")
+    return np.take_along_axis(order, healthy_first, axis=1)

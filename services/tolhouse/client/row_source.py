@@ -1,8 +1,7 @@
 """Row sources: where rows are read from, named by a URL.
 
-file://PATH and redis://HOST:PORT (rediss:// with TLS) are read by this process; HOST:PORT and
-dns:///NAME:PORT are lookup services (lookup.py). All give verified records of exactly the version
-asked for, or the same errors.
+This process reads file:// and redis:// itself; lookup.py calls lookup services. All give verified
+records of exactly the version asked for, or the same errors.
 """
 
 import logging
@@ -29,16 +28,14 @@ from tolhouse.tracing import Attributes, span
 T = TypeVar("T")
 Array = np.ndarray
 
-_MOST_KEPT = 16
-
 
 class Newest(dict[str, T]):
-    """The values set last: a process outlives many versions, and a manifest may have a megabyte."""
+    """The 16 values set last: a process outlives many versions, and a manifest may be large."""
 
     def __setitem__(self, key: str, value: T) -> None:
         self.pop(key, None)
         super().__setitem__(key, value)
-        for old in list(self)[:-_MOST_KEPT]:
+        for old in list(self)[:-16]:
             self.pop(old, None)
 
 
@@ -104,8 +101,7 @@ class RowSource(ABC):
             found = self.describe(ref)
             return found, self.fetch_records(found, np.arange(found.vocab_size, dtype=np.uint32))
 
-        found = self._auxiliary.get(manifest.ref)
-        if found is None:
+        if not (found := self._auxiliary.get(manifest.ref)):
             found = self._auxiliary[manifest.ref] = load_auxiliary(manifest, fetch)
         return found
 
@@ -141,14 +137,13 @@ class StoreRowSource(RowSource):
         now = time.monotonic()
         if now - self._leased.get(manifest.ref, -LEASE_SECONDS) > LEASE_SECONDS / 3:
             self._leased[manifest.ref] = now
-            self._background.submit(self._lease, manifest)
+            self._background.submit(self._lease, manifest.ref)
 
-    def _lease(self, manifest: Manifest) -> None:
+    def _lease(self, ref: str) -> None:
         try:
-            self.store.lease(manifest.ref)
+            self.store.lease(ref)
         except TolhouseError as error:
-            reason = str(error)
-            event("a lease can't be renewed", logging.WARNING, table=manifest.ref, reason=reason)
+            event("a lease can't be renewed", logging.WARNING, table=ref, reason=str(error))
 
     def _describe(self, table: str, known: Manifest | None) -> Manifest:
         if known and stands_for(self.store, known.ref):
@@ -176,7 +171,6 @@ class StoreRowSource(RowSource):
 
 def open_row_source(
     url: str | Sequence[str],
-    *,
     timeout_seconds: float = 10.0,
     credentials: ClientCredentials | None = None,
 ) -> RowSource:
@@ -192,8 +186,7 @@ def open_row_source(
         return LookupRowSource(url, timeout_seconds, credentials)
     if url.partition("://")[0] not in ("file", "redis", "rediss"):
         raise InvalidArgument(
-            f"row source {shown(url)!r} is not understood: allowed are file://PATH, "
-            "redis://HOST:PORT, rediss://HOST:PORT, HOST:PORT and dns:///NAME:PORT"
+            f"{shown(url)!r} is no file://, redis://, rediss://, dns:/// or HOST:PORT"
         )
     require_private(url, insecure=credentials.insecure)
     return StoreRowSource(shown(url), partial(open_store, url, timeout_seconds))

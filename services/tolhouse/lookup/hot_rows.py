@@ -10,7 +10,7 @@ import time
 from asyncio import Future
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
-from itertools import chain, islice
+from logging import WARNING
 
 import numpy as np
 
@@ -38,22 +38,8 @@ class OpenTable:
         self.flat = memoryview(self.cache.slab.reshape(-1))  # type: ignore[arg-type]  # it is one
         self.reading: dict[int, Read] = {}
 
-    def add(self, ids: np.ndarray, records: np.ndarray, *, main: bool) -> None:
-        slots = self.cache.reserve(ids, main=main)
-        given = slots >= 0 if (slots < 0).any() else slice(None)  # a slice makes no copy
-        self.cache.slab[slots[given]] = records[given]
-        self.cache.commit(ids, slots)
-
     def cold(self, ids: np.ndarray) -> list[int]:
         return list(dict.fromkeys(ids[self.cache.slot_of[ids] < 0].tolist()))
-
-    def records(self, ids: np.ndarray, read: dict[int, Buffer]) -> list[Buffer]:
-        """Records of `ids`, hot or in `read`: good until the event loop goes on."""
-        size, slots = self.manifest.record_bytes, self.cache.slots(ids).tolist()
-        return [
-            self.flat[slot * size : (slot + 1) * size] if slot >= 0 else read[i]
-            for i, slot in zip(ids.tolist(), slots, strict=True)
-        ]
 
 
 class HotRows:
@@ -87,9 +73,11 @@ class HotRows:
 
     async def open_published(self) -> None:
         """Open published tables, so that they are filled before the first request."""
-        found = await asyncio.to_thread(self.source.tables)
-        for ref in [manifest.ref for manifest, published in found if published][:_MOST_OPEN_TABLES]:
-            with suppress(TolhouseError):  # requests will get the error
+        with suppress(TolhouseError):  # requests will get the error
+            found = await asyncio.to_thread(self.source.tables)
+            if not found:
+                event("the store holds no table yet", WARNING, store=self.source.url)
+            for ref in [m.ref for m, published in found if published][:_MOST_OPEN_TABLES]:
                 await self.table(ref)
 
     async def chunks(
@@ -99,10 +87,9 @@ class HotRows:
 
         A chunk is good until the event loop goes on. While one is sent, the next ones are read.
         """
-        step = max(1, _CHUNK_BYTES // table.manifest.record_bytes)
-        window = max(step, _READ_BYTES // table.manifest.record_bytes)
-        begun: dict[int, Read] = {}
-        ahead = 0
+        size, begun, ahead = table.manifest.record_bytes, dict[int, Read](), 0
+        step = max(1, _CHUNK_BYTES // size)
+        window = max(step, _READ_BYTES // size)
         for first in range(0, max(1, len(ids)), step):
             while ahead < min(len(ids), first + 2 * step):
                 begun |= self._read(table, ids[ahead : ahead + window], parent)
@@ -113,7 +100,12 @@ class HotRows:
                     arrival = begun.pop(i, None) or self._read(table, part, parent).get(i)
                     if arrival:
                         read[i] = (await asyncio.shield(arrival))[i]
-            yield table.records(part, read), len(read)
+            slots = table.cache.slots(part).tolist()
+            records = [
+                table.flat[slot * size : (slot + 1) * size] if slot >= 0 else read[i]
+                for i, slot in zip(part.tolist(), slots, strict=True)
+            ]
+            yield records, len(read)
 
     def _read(
         self, table: OpenTable, ids: np.ndarray, parent: Span = INVALID_SPAN, *, main: bool = False
@@ -137,7 +129,10 @@ class HotRows:
         else:
             arrival.set_result(dict(zip(ids.tolist(), record_views(records), strict=True)))
             await asyncio.sleep(0)  # replies go first
-            table.add(ids, records, main=main)
+            slots = table.cache.reserve(ids, main=main)
+            given = slots >= 0 if (slots < 0).any() else slice(None)  # a slice makes no copy
+            table.cache.slab[slots[given]] = records[given]
+            table.cache.commit(ids, slots)
         finally:
             for i in ids.tolist():
                 del table.reading[i]
@@ -147,9 +142,8 @@ class HotRows:
         frequent = table.manifest.frequent
         if not frequent or not table.cache.capacity:
             return
-        seen = set(frequent)  # a BPE gives frequent tokens low ids
-        others = (i for i in range(table.manifest.vocab_size) if i not in seen)
-        ids = np.array(list(islice(chain(frequent, others), table.cache.capacity)), np.uint32)[::-1]
+        others = sorted({*range(table.manifest.vocab_size)} - {*frequent})  # low ids are frequent
+        ids = np.array([*frequent, *others][: table.cache.capacity][::-1], np.uint32)
         step = max(1, _READ_BYTES // table.manifest.record_bytes)
         try:
             for start in range(0, len(ids), step):
@@ -166,13 +160,12 @@ class HotRows:
         while True:
             await asyncio.sleep(self.idle_seconds / 4)
             for ref, table in list(self.open.items()):
-                published = True  # while the store can't be reached, all stay open
-                with suppress(TolhouseError):
-                    published = await asyncio.to_thread(stands_for, self.source.store, ref)
-                idle = time.monotonic() - table.used > self.idle_seconds
-                if idle and not published and ref in self.open:
-                    del self.open[ref]
-                    event("unused table closed", table=ref)
+                if time.monotonic() - table.used < self.idle_seconds:
+                    continue
+                with suppress(TolhouseError):  # while the store can't be reached, all stay open
+                    if not await asyncio.to_thread(stands_for, self.source.store, ref):
+                        self.open.pop(ref, None)
+                        event("unused table closed", table=ref)
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

@@ -7,9 +7,7 @@ its slice and into the socket.
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from dataclasses import replace
-from logging import WARNING
 from operator import methodcaller
 from typing import TypeAlias
 from weakref import WeakValueDictionary
@@ -21,7 +19,7 @@ from prometheus_client import Counter, Histogram
 from tolhouse import tracing
 from tolhouse.client.row_source import StoreRowSource
 from tolhouse.config import LookupConfig
-from tolhouse.errors import InvalidArgument, TolhouseError
+from tolhouse.errors import InvalidArgument
 from tolhouse.logs import event
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.net.fetch_reply import serialize
@@ -84,22 +82,24 @@ class LookupService:
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         async with errors_as_status(context):
-            manifest = await self._describe(request.table, request.known)
+            if request.known and request.table == request.known:
+                # it is in use, though all its rows may be cached elsewhere
+                manifest = (await self.rows.table(request.table)).manifest
+            else:
+                manifest = await asyncio.to_thread(self.rows.source.describe, request.table)
+                if split_ref(request.table)[1] is not None:
+                    self.rows.source.use(manifest)
         text = manifest.to_json() if manifest.ref != request.known else ""
         return pb.DescribeReply(manifest_json=text, max_ids_per_fetch=MAX_IDS_PER_FETCH)
 
     async def ListTables(self, _: pb.ListTablesRequest, context: Context) -> pb.ListTablesReply:
         async with errors_as_status(context):
-            found = await asyncio.to_thread(self.rows.source.tables)
-        return pb.ListTablesReply(tables=[_listed(*table) for table in found])
-
-    async def _describe(self, table: str, known: str) -> Manifest:
-        if known and table == known:  # it is in use, though all its rows may be cached elsewhere
-            return (await self.rows.table(table)).manifest
-        manifest = await asyncio.to_thread(self.rows.source.describe, table)
-        if split_ref(table)[1] is not None:
-            self.rows.source.use(manifest)
-        return manifest
+            reply = pb.ListTablesReply()
+            for manifest, published in await asyncio.to_thread(self.rows.source.tables):
+                listed = reply.tables.add(name=manifest.name, version=manifest.version)
+                listed.manifest_json = replace(manifest, frequent=()).to_json()
+                listed.published = published
+        return reply
 
     async def _fetch(self, request: pb.FetchRequest) -> AsyncIterator[bytes]:
         """The serialised replies to one request; an error is the last, and the stream goes on."""
@@ -157,12 +157,6 @@ def parse_ids(packed: bytes, manifest: Manifest) -> np.ndarray:
     return ids
 
 
-def _listed(manifest: Manifest, published: bool) -> pb.Table:
-    text = replace(manifest, frequent=()).to_json()
-    name, version = manifest.name, manifest.version
-    return pb.Table(name=name, version=version, published=published, manifest_json=text)
-
-
 async def run(config: LookupConfig) -> None:
     """Serve the store until SIGTERM or SIGINT."""
     credentials = config.server_credentials()
@@ -175,9 +169,6 @@ async def run(config: LookupConfig) -> None:
     service = LookupService(rows)
     metrics = serve_metrics(config.metrics_listen, credentials)
     event("serving store", store=store.url)
-    with suppress(TolhouseError):  # requests will get the error
-        if not await asyncio.to_thread(store.refs):
-            event("the store holds no table yet", WARNING, store=store.url)
     await rows.open_published()
     try:
         await serve(

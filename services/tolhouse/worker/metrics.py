@@ -35,27 +35,18 @@ class EngineMetrics(Collector):
             (COUNTER, "row_fetch_seconds", "Time of these fetches", counts["fetch_seconds"]),
         ):
             yield kind(f"tolhouse_worker_{name}", text, value)
-        yield _labelled(
-            CounterMetricFamily("tolhouse_worker_rows", "Rows of steps", labels=["source"]),
-            {
-                "cache": counts["from_cache"],
-                "remote": counts["from_remote"],
-                "file": counts["from_file"],
-                "recomputed": counts["recomputed"],
-            },
-        )
+        rows = CounterMetricFamily("tolhouse_worker_rows", "Rows of steps", labels=["source"])
+        for source in ("from_cache", "from_remote", "from_file", "recomputed"):
+            rows.add_metric([source.removeprefix("from_")], counts[source])
+        yield rows
         refused = self.watcher.refused if self.watcher else ""
         for name, text, table in (
             ("info", "1 for the table version of new sequences", engine.table),
             ("refused", "1 for a published version that does not fit this worker", refused),
         ):
             info = GaugeMetricFamily(f"tolhouse_worker_table_{name}", text, labels=["table"])
-            yield _labelled(info, {table: 1} if table else {})
+            if table:
+                info.add_metric([table], 1)
+            yield info
         for histogram in engine.histograms:
             yield from histogram.collect()
-
-
-def _labelled(family: CounterMetricFamily | GaugeMetricFamily, values: dict[str, float]) -> Metric:
-    for label, value in values.items():
-        family.add_metric([label], value)
-    return family

@@ -10,14 +10,13 @@ from prometheus_client import Counter
 
 from tolhouse import tracing
 from tolhouse.engine.engine import Engine
-from tolhouse.engine.sampler import Logprobs
 from tolhouse.engine.sequence import Output, Sequence
-from tolhouse.errors import InvalidArgument, TolhouseError
+from tolhouse.errors import InvalidArgument
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig
 from tolhouse.model.generate import check_prompt
-from tolhouse.net.server import errors_as_status
+from tolhouse.net.server import status_of
 from tolhouse.sampling import SamplingParams
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationServicer
@@ -58,9 +57,51 @@ class WorkerService(GenerationServicer):
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[generation_pb2.GenerateReply]:
-        async with errors_as_status(context):
-            async for reply in self._replies(request, _caller(context)):
-                yield reply
+        request_id, sequence, reason = request.request_id, None, ""
+        status, message = "CANCELLED", ""  # unless it ends otherwise
+        about = {
+            "gen_ai.request.model": self._of_checkpoint["model"],
+            "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
+            "tolhouse.request_id": request_id,
+        }
+        metadata = dict(context.invocation_metadata() or ())
+        caller = tracing.remote(str(metadata.get(tracing.HEADER, "")))
+        trace = tracing.begin("worker Generate", caller, about, root=True)
+        outputs: asyncio.Queue[Output] = asyncio.Queue()
+        try:
+            sequence = self._sequence(request, outputs)
+            sequence.span, prompt_tokens = trace, sequence.prompt_tokens
+            event("request", logging.DEBUG, request_id=request_id, prompt_tokens=prompt_tokens)
+            self.engine.add(sequence)
+            while not reason:
+                output = await outputs.get()
+                if output.error:
+                    error = str(output.error)
+                    event("request failed", logging.WARNING, request_id=request_id, error=error)
+                    raise output.error
+                if reason := output.finish_reason:
+                    status = "OK"
+                    new = len(sequence.ids) - prompt_tokens
+                    trace.set_attribute("gen_ai.usage.output_tokens", new)
+                    trace.set_attribute("tolhouse.table", sequence.table)
+                    trace.set_attribute("tolhouse.finish_reason", reason)
+                chosen, prompt = output.logprobs, output.prompt_logprobs
+                yield generation_pb2.GenerateReply(
+                    token_ids=output.tokens,
+                    finish_reason=reason,
+                    end_id=output.end_id,
+                    logprobs=vars(chosen) if chosen else None,
+                    prompt_logprobs=vars(prompt) if prompt else None,
+                    table=sequence.table,
+                )
+        except Exception as failure:  # noqa: BLE001 - the boundary where every error becomes a status
+            status, message = status_of(failure)
+            await context.abort(grpc.StatusCode[status], message)
+        finally:  # also when the caller has gone; nothing happens to a sequence that has ended
+            REQUESTS.labels(status).inc()
+            tracing.end(trace, message)
+            if sequence:
+                self.engine.cancel(sequence)
 
     async def DescribeWorker(
         self, request: generation_pb2.DescribeWorkerRequest, context: grpc.aio.ServicerContext
@@ -75,59 +116,15 @@ class WorkerService(GenerationServicer):
             tokens=engine.tokens,
         )
 
-    async def _replies(
-        self, request: generation_pb2.GenerateRequest, caller: tracing.Span
-    ) -> AsyncIterator[generation_pb2.GenerateReply]:
-        request_id, sequence, reason = request.request_id, None, ""
-        status, message = "CANCELLED", ""  # unless it ends otherwise
-        about = {
-            "gen_ai.request.model": self._of_checkpoint["model"],
-            "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
-            "tolhouse.request_id": request_id,
-        }
-        trace = tracing.begin("worker Generate", caller, about, root=True)
-        outputs: asyncio.Queue[Output] = asyncio.Queue()
-        try:
-            sequence = self._sequence(request, outputs)
-            sequence.span = trace
-            prompt_tokens = sequence.prompt_tokens
-            event("request", logging.DEBUG, request_id=request_id, prompt_tokens=prompt_tokens)
-            self.engine.add(sequence)
-            while not reason:
-                output = await outputs.get()
-                if output.error:
-                    error = str(output.error)
-                    event("request failed", logging.WARNING, request_id=request_id, error=error)
-                    raise output.error
-                reason = output.finish_reason
-                if reason:
-                    status = "OK"
-                    new = len(sequence.ids) - prompt_tokens
-                    trace.set_attribute("gen_ai.usage.output_tokens", new)
-                    trace.set_attribute("tolhouse.table", sequence.table)
-                    trace.set_attribute("tolhouse.finish_reason", reason)
-                yield _reply(output, sequence.table)
-        except TolhouseError as error:
-            status, message = error.grpc_status, str(error)
-            raise
-        finally:  # also when the caller has gone; nothing happens to a sequence that has ended
-            REQUESTS.labels(status).inc()
-            tracing.end(trace, message)
-            if sequence:
-                self.engine.cancel(sequence)
-
     def _sequence(
         self, request: generation_pb2.GenerateRequest, outputs: asyncio.Queue[Output]
     ) -> Sequence:
         if (length := len(request.request_id)) > MAX_REQUEST_ID:
-            message = (
-                f"the request_id has {length} characters; at most {MAX_REQUEST_ID} are allowed"
-            )
-            raise InvalidArgument(message)
+            allowed = f"at most {MAX_REQUEST_ID} are allowed"
+            raise InvalidArgument(f"the request_id has {length} characters; {allowed}")
         prompt = check_prompt(self.config, request.prompt_token_ids, request.max_tokens)
         sampling = SamplingParams.from_proto(request)
-        check_ids(self.config, sampling)
-        check_rows(self.config, sampling)
+        check_sampling(self.config, sampling)
         if not sampling.ignore_eos:
             ends = (*sampling.stop_token_ids, self.config.eos_token_id)
             sampling = sampling.model_copy(update={"stop_token_ids": ends})
@@ -139,42 +136,17 @@ class WorkerService(GenerationServicer):
         return Sequence(len(prompt), prompt, sampling, emit)
 
 
-def check_ids(config: ModelConfig, sampling: SamplingParams) -> None:
-    """InvalidArgument where a request names tokens outside the vocabulary."""
+def check_sampling(config: ModelConfig, sampling: SamplingParams) -> None:
+    """InvalidArgument where a request names tokens or rows that the model does not have."""
     for name in ("stop_token_ids", "logit_bias"):
         if bad := [i for i in getattr(sampling, name) if i >= config.vocab_size]:
             message = f"{name}: token id {bad[0]} is outside the vocabulary"
             raise InvalidArgument(f"{message}: allowed are 0 to {config.vocab_size - 1}")
-
-
-def check_rows(config: ModelConfig, sampling: SamplingParams) -> None:
-    """InvalidArgument where a request scales rows that the model does not have."""
     rows, scales, absent = config.num_rows, len(sampling.layer_scales), sampling.absent_layers
     if scales in (0, rows) and (not sampling.probes or (rows and max(absent, default=0) < rows)):
         return
     there = f"layers 0 to {rows - 1}" if rows > 1 else "one row for all layers" if rows else "none"
     raise InvalidArgument(
-        "row_scale, absent_layers and layer_scales apply to looked-up rows; this model has "
-        f"{there}, and the request has {scales} layer_scales "
-        f"and absent_layers {list(absent)!s:.200}"
+        f"row_scale, absent_layers and layer_scales are for looked-up rows; the model has {there}, "
+        f"the request {scales} layer_scales and absent_layers {list(absent)!s:.200}"
     )
-
-
-def _caller(context: grpc.aio.ServicerContext) -> tracing.Span:
-    metadata = dict(context.invocation_metadata() or ())
-    return tracing.remote(str(metadata.get(tracing.HEADER, "")))
-
-
-def _reply(output: Output, table: str) -> generation_pb2.GenerateReply:
-    return generation_pb2.GenerateReply(
-        token_ids=output.tokens,
-        finish_reason=output.finish_reason,
-        end_id=output.end_id,
-        logprobs=_logprobs(output.logprobs),
-        prompt_logprobs=_logprobs(output.prompt_logprobs),
-        table=table,
-    )
-
-
-def _logprobs(logprobs: Logprobs | None) -> generation_pb2.Logprobs | None:
-    return generation_pb2.Logprobs(**vars(logprobs)) if logprobs else None

@@ -49,8 +49,12 @@ class TableWatcher:
             try:
                 # a fetch reports a source that is down; a name may stand for nothing for a while
                 with suppress(Unavailable, DeadlineExceeded, NotFound):
-                    self._pin()
-                    self._follow()
+                    if time.monotonic() >= self._pin_at:
+                        for ref in self.engine.tables():
+                            self.source.pin(ref)
+                        self._pin_at = time.monotonic() + _PIN_SECONDS
+                    if "@" not in self.name:
+                        self._follow(self.source.describe(self.name))
             except TolhouseError as error:
                 message = "the table's published version can't be read"
                 event(message, logging.WARNING, table=self.name, reason=str(error))
@@ -58,28 +62,17 @@ class TableWatcher:
                 log.error("internal error", exc_info=error)
                 self._stop.wait(self.pause_seconds)
 
-    def _pin(self) -> None:
-        if time.monotonic() >= self._pin_at:
-            for ref in self.engine.tables():
-                self.source.pin(ref)
-            self._pin_at = time.monotonic() + _PIN_SECONDS
-
-    def _follow(self) -> None:
-        if "@" in self.name:
-            return
-        manifest = self.source.describe(self.name)
-        if manifest.ref == self.current:
-            self.refused = ""
-        if manifest.ref in (self.current, self.refused):
+    def _follow(self, manifest: Manifest) -> None:
+        if manifest.ref == self.refused:
             return
         try:
-            self.reload(manifest)
+            if manifest.ref != self.current:
+                self.reload(manifest)
+                event("new sequences use another version", table=manifest.ref)
+            self.current, self.refused = manifest.ref, ""
         except (Unavailable, DeadlineExceeded):
             raise
         except TolhouseError as error:
             self.refused = manifest.ref
             message = "a published version is refused: the worker stays with its own"
             event(message, logging.ERROR, table=manifest.ref, reason=str(error))
-        else:
-            self.current, self.refused = manifest.ref, ""
-            event("new sequences use another version", table=manifest.ref)
