@@ -25,8 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import ray
-from tolhouse.build.job import build, plan
-from tolhouse.build.shards import build_shards, source_of
+from tolhouse.build.job import build, build_shards, plan, source_of
 from tolhouse.config import set_ray_defaults
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.testing import redis_server, tiny_model

@@ -12,8 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tolhouse.build.job import plan
-from tolhouse.build.shards import build_shards
+from tolhouse.build.job import build_shards, plan
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import stands_for
@@ -331,7 +330,7 @@ def test_memory_does_not_grow_with_the_vocabulary(checkpoint: Path, tmp_path: Pa
     """Four times the shards of one size are built within the same few shards of memory."""
     code = (
         "import sys; from dataclasses import replace; from pathlib import Path\n"
-        "from tolhouse.build.job import plan; from tolhouse.build.shards import build_shards\n"
+        "from tolhouse.build.job import build_shards, plan\n"
         "from tolhouse.model.checkpoint import open_checkpoint\n"
         "path, shards = sys.argv[1], int(sys.argv[2])\n"
         "planned = plan(open_checkpoint(path), 'memory', 'fp32', 8)\n"

@@ -290,7 +290,7 @@ def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> N
     [
         (Scheme("int8", rank=0.5, ratio=2), "can't both be given"),
         (Scheme("int8", rank=1.5), "from 0 to 1, not 1.5"),
-        (Scheme("int8", frequent=100_000), "from 0 to .* frequent tokens"),
+        (Scheme("int8", frequent=100_000), "from 0 to .* may be frequent"),
         (Scheme("int9"), "codec 'int9' is unknown"),
         (Scheme("int8", ratio=1000), "a ratio of 1000 is out of reach: .* reaches 2"),
         (Scheme("int8", ratio=1), "over 1, not 1"),

@@ -128,7 +128,7 @@ def test_only_config_reads_the_environment() -> None:
         ("tolhouse.lookup.service", ("torch", "ray", "fastapi", "tokenizers")),
         ("tolhouse.worker.run", ("ray", "redis", "fastapi")),
         ("tolhouse.gateway.app", ("torch", "ray", "redis")),
-        ("tolhouse.build.shards", ("fastapi",)),
+        ("tolhouse.build.job", ("fastapi",)),
     ],
 )
 def test_a_part_brings_only_what_it_needs(module: str, absent: tuple[str, ...]) -> None:

@@ -190,7 +190,7 @@ def test_a_rolled_back_name_has_its_rows_again(store: Store, parent: Manifest) -
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), "nothing to change: give --copy, --scale or --rows"),
+        ((), "nothing to change: give --copy, --scale or --rows-file"),
         (("--scale", "3"), "--scale '3' is not TOKEN=FACTOR"),
         (("--copy", "3="), "--copy '3=' is not TOKEN=OTHER"),
         (("--scale", "٣=1"), "token '٣' is not an id"),

@@ -131,12 +131,12 @@ def test_a_table_s_rows_are_looked_into(checkpoint: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("{}", "--html", "no-folder/report.html"), "no folder no-folder"),
-        (("{}", "--explorer", "no-folder/memory.npz"), "no folder no-folder"),
+        (("{}", "--html", "no-folder/report.html"), "no-folder/report.html can't be written"),
+        (("{}", "--explorer", "no-folder/memory.npz"), "No such file"),
         (("{}", "--html", "tests"), "tests is a folder"),
         (("{}", "--explorer", "tests"), "tests is a folder"),
         (("{}", "--html", "/proc/report.html"), "/proc/report.html can't be written"),
-        (("tiny-memory@0123456789abcdef",), "a table has rows and no keys"),
+        (("tiny-memory@0123456789abcdef",), "is a table, without keys"),
         (("{}", "def", "--table", "nothing", "--store", "file:///nowhere"), "nowhere"),
         (("{}", b"\xff\xfe"), "is not UTF-8"),
     ],

@@ -10,14 +10,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tolhouse.errors import InvalidArgument
 from tolhouse.net.auth import ClientCredentials, ServerCredentials
@@ -28,7 +21,7 @@ DEFAULT_STORE = "file://.tolhouse/tables"
 INSECURE = "Allow plaintext between machines: for networks that are trusted."
 STORES = "file://PATH, redis://HOST:PORT, or both with a comma between."
 SERVICES = "HOST:PORT with commas between, or dns:///HOST:PORT, all addresses of a name."
-SOURCES = f"a store, file://PATH or redis://HOST:PORT, or lookup replicas, {SERVICES}"
+ROWS = f"Where rows are: file://PATH, redis://HOST:PORT, or lookup replicas, {SERVICES}"
 Codec = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Layers = Annotated[  # numbers with commas between
     tuple[Annotated[int, Field(ge=0)], ...],
@@ -37,7 +30,7 @@ Layers = Annotated[  # numbers with commas between
 
 
 def option(default: Any, text: str, *, old: str = "", env: str = "", **bounds: Any) -> Any:
-    """A field with its help; `env`: its variable, where Tolhouse does not name it."""
+    """A field with its help; `old`: its former names; `env`: others' variables, read last."""
     return Field(default, description=text, json_schema_extra={"old": old, "env": env}, **bounds)
 
 
@@ -45,9 +38,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     prefix: ClassVar[str]
 
-    log_level: Literal["debug", "info", "warning", "error"] = option(
-        "info", "Least level of log lines, which go to stderr."
-    )
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "Least level logged.")
 
 
 class Caller(Config):
@@ -60,9 +51,8 @@ class Caller(Config):
     insecure: bool = option(False, INSECURE)
 
     def client_credentials(self) -> ClientCredentials:
-        return ClientCredentials(
-            self.tls_ca, self.tls_client_cert, self.tls_client_key, self.token_file, self.insecure
-        )
+        files = self.tls_ca, self.tls_client_cert, self.tls_client_key, self.token_file
+        return ClientCredentials(*files, self.insecure)
 
 
 class Server(Config):
@@ -90,12 +80,9 @@ class Server(Config):
     def server_credentials(self) -> ServerCredentials:
         """What listeners demand; InvalidArgument where the parts do not go together."""
         if self.tls_client_ca and not self.tls_cert:
-            raise InvalidArgument(
-                "--tls-client-ca needs --tls-cert and --tls-key: callers show certificates over TLS"
-            )
-        tls = None
-        if self.tls_cert or self.tls_key:
-            tls = ServerTls(self.tls_cert, self.tls_key, self.tls_client_ca)
+            raise InvalidArgument("--tls-client-ca needs --tls-cert and --tls-key")
+        files = self.tls_cert, self.tls_key, self.tls_client_ca
+        tls = ServerTls(*files) if any(files) else None
         return ServerCredentials(tls, self.token_file, self.insecure)
 
 
@@ -112,12 +99,8 @@ class TableConfig(StoreConfig):
 
     name: str = option("", "Name of the table. Default: that of the checkpoint's folder.")
     codec: Codec = option("bf16", "How rows are stored.")
-    embedding: Literal["auto", "yes", "no"] = option(
-        "auto", "Whether rows carry X0, for workers without input embedding; auto: if untied."
-    )
-    corpus: str = option(
-        "", "Text, or folder of it, to count tokens in. Default: the standard library's sources."
-    )
+    embedding: Literal["auto", "yes", "no"] = option("auto", "Store X0 too; auto: if it is untied.")
+    corpus: str = option("", "Text or folder to count tokens in. Default: the standard library.")
     absent_layers: Layers = option((), "Layers without rows, with commas between.")
     publish: bool = option(False, "Publish the table once it is stored and verified.")
     shards: int = option(64, "Number of shards: units of work, files, hashes.", ge=1, le=65536)
@@ -127,32 +110,21 @@ class TableConfig(StoreConfig):
 class BuildConfig(TableConfig):
     prefix = "BUILD"
 
-    publish_new: bool = option(
-        False, "Publish the table if it is new, or nothing is published: for jobs that run again."
-    )
+    publish_new: bool = option(False, "Publish the table if it is new, or nothing is published.")
     store_wait_seconds: float = option(0, "Longest wait for Redis to come up, at start.", ge=0)
     verify_rows: int = option(64, "Rows, drawn at random, to recompute and compare.", ge=1)
     workers: int = option(0, "Ray tasks at a time; 0: one per core of the cluster.", ge=0)
-    ray_address: str = option(
-        "local", "Ray cluster to run on; `local` starts one for this build.", env="RAY_ADDRESS"
-    )
+    ray_address: str = option("local", "Ray cluster; `local` starts one.", env="RAY_ADDRESS")
 
 
 class CompressConfig(TableConfig):
     prefix = "COMPRESS"
 
-    codec: Codec = option("int4", "How rows, or with a rank their coefficients, are stored.")
-    rank_share: float = option(
-        0, "Low rank: share of all values to keep, as coefficients; 0: all, without a basis.", ge=0
-    )
-    size_ratio: float = option(
-        0, "Low rank by size: how many times smaller than at 16 bit; 0: by --rank-share.", ge=0
-    )
+    codec: Codec = option("int4", "How rows, or their coefficients, are stored.")
+    rank_share: float = option(0, "Low rank: share of all values to keep; 0: all.", ge=0)
+    size_ratio: float = option(0, "Low rank: times smaller than at 16 bit; 0: any.", ge=0)
     frequent_rows: int = option(
-        -1,
-        "Most frequent tokens whose rows are in the finer codec; -1: a thirty-second, if finer.",
-        ge=-1,
-        old="head",
+        -1, "Most frequent tokens, stored finer; -1: one in 32, if finer.", ge=-1, old="head"
     )
     frequent_codec: Codec = option("int8", "The finer codec.", old="head_codec")
 
@@ -160,15 +132,11 @@ class CompressConfig(TableConfig):
 class TrainConfig(Config):
     prefix = "TRAIN"
 
-    out: Path | None = option(
-        None, "Folder of the checkpoint, or of a run to continue. Default: runs/RECIPE-KIND."
-    )
+    out: Path | None = option(None, "Folder, new or of a run to go on. Default: runs/RECIPE-KIND.")
     kind: Literal["base", "memory", "flex", "wide"] = option("memory", "What the FFNs read.")
     beta: int = option(0, "flex: FFN-C keeps beta * h^2 parameters, 1 to 3.", ge=0, le=3)
     ffn_c: Literal["linear", "swiglu"] = option("linear", "flex: the form of FFN-C.")
-    corpus: Path | None = option(
-        None, "A text, or a folder of texts. Default: the Python standard library's sources."
-    )
+    corpus: Path | None = option(None, "Text, or a folder of it. Default: the standard library.")
     seed: int = option(0, "Same seed, same checkpoint.", ge=0)
     threads: int = option(1, "Threads for tensor work; the result depends on them.", ge=1)
     steps: int | None = option(None, "Optimiser steps, in place of the recipe's.", ge=1)
@@ -187,7 +155,7 @@ class GenerateConfig(ClientConfig):
 
 
 class RowsConfig(ClientConfig):
-    rows: str = option(DEFAULT_STORE, f"Where rows are read from: {SOURCES}", old="store lookup")
+    rows: str = option(DEFAULT_STORE, ROWS, old="store lookup", env="TOLHOUSE_TABLES_STORE")
 
 
 class FetchConfig(RowsConfig):
@@ -202,9 +170,7 @@ class LookConfig(RowsConfig):
 
 
 class EvalConfig(LookConfig):
-    text: Path | None = option(
-        None, "Text to predict, or a folder. Default: the standard library's held-out part."
-    )
+    text: Path | None = option(None, "Text or folder to predict. Default: the held-out text.")
     through: Codec | None = option(None, "Rows as this codec gives them back.")
     row_scale: float = option(1, "Factor of all rows.", old="alpha")
     absent_layers: Layers = option((), "Layers whose rows are left out.", old="without")
@@ -217,9 +183,7 @@ class ExplainConfig(LookConfig):
     clusters: int = option(64, "Without TEXT: clusters of coefficients per layer.", ge=2)
     probe_tokens: int = option(8192, "Without TEXT: held-out tokens for the probes; 0: none.", ge=0)
     html: Path | None = option(None, "Also write a report with plots, in one file.")
-    explorer: Path | None = option(
-        None, "Only write the data of the gateway's /explore page, memory.npz."
-    )
+    explorer: Path | None = option(None, "Only write the gateway's /explore data, memory.npz.")
 
 
 class LookupConfig(Server):
@@ -239,12 +203,8 @@ class CompileConfig(Config):
 
     prefix = "WORKER"
 
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "Precision of the forward; auto: float32 on a CPU, bfloat16 on a GPU."
-    )
-    compile_cache: str = option(
-        "~/.cache/tolhouse", "Folder that keeps what was compiled, for the next start."
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Precision; auto: by device.")
+    compile_cache: str = option("~/.cache/tolhouse", "Folder that keeps compiled code.")
 
 
 class WorkerConfig(Server, Caller, CompileConfig):
@@ -252,7 +212,7 @@ class WorkerConfig(Server, Caller, CompileConfig):
 
     listen: str = option("127.0.0.1:50052", "Address to serve gRPC on; port 0: any free one.")
     metrics_listen: str = option("127.0.0.1:0", "Address to serve Prometheus metrics on.")
-    rows: str = option(DEFAULT_STORE, f"Where rows are read from: {SOURCES}", old="lookup")
+    rows: str = option(DEFAULT_STORE, ROWS, old="lookup")
     table: str = option("", "Table, NAME or NAME@VERSION. Default: the checkpoint's name.")
     table_poll_seconds: float = option(1, "Time between checks for a new version.", gt=0)
     served_model_name: str = option("", "Name in the API. Default: the checkpoint's.", old="name")
@@ -260,19 +220,15 @@ class WorkerConfig(Server, Caller, CompileConfig):
     kv_cache_megabytes: float = option(256, "Memory for keys and values of sequences.", gt=0)
     max_num_seqs: int = option(32, "Most sequences in the running batch.", ge=1, old="max_running")
     max_waiting: int = option(256, "Most sequences in the queue; more are refused.", ge=1)
-    max_num_batched_tokens: int = option(
-        512, "Most tokens in a step; longer prompts take several.", ge=1, old="max_step_tokens"
-    )
+    max_num_batched_tokens: int = option(512, "Most tokens in a step.", ge=1, old="max_step_tokens")
     fetch_timeout_seconds: float = option(10, "Longest wait for the rows of a step.", gt=0)
     fallback: Literal["none", "recompute"] = option(
-        "none", "Where rows can't be fetched: fail requests that miss one, or compute them here."
+        "none", "If no rows come: fail, or compute them."
     )
     lookup_wait_seconds: float = option(60, "Longest wait for the table at start.", ge=0)
     threads: int = option(0, "Threads for tensor work; 0: one per core.", ge=0)
     device: str = option("auto", "cpu, cuda, or auto: cuda if there is one.")
-    compile: Literal["auto", "never"] = option(
-        "auto", "Compile decoding at start; auto: on a CPU, where there is a compiler."
-    )
+    compile: Literal["auto", "never"] = option("auto", "Compile decoding; auto: if on a CPU.")
 
 
 class GatewayConfig(Server, Caller):
@@ -284,29 +240,18 @@ class GatewayConfig(Server, Caller):
     max_body_megabytes: float = option(1, "Largest body of a request.", gt=0)
     poll_seconds: float = option(1, "Time between checks of a worker's health and load.", gt=0)
     keys_file: str = option("", "File of API keys, made by `tolhouse keys`. Default: no keys.")
-    rate_limit_store: str = option(
-        "",
-        "Redis that counts requests of API keys for all gateways, redis://HOST:PORT or rediss://. "
-        "Default: each gateway counts its own.",
-    )
+    rate_limit_store: str = option("", "Redis that counts for all gateways. Default: each its own.")
     max_connections: int = option(1024, "Most open connections; more are refused.", ge=1)
-    header_timeout_seconds: float = option(
-        10, "Longest time for a request's header, and for a TLS handshake.", gt=0
-    )
-    body_timeout_seconds: float = option(
-        60, "Longest time for a request's body to arrive, and for a response to be read.", gt=0
-    )
+    header_timeout_seconds: float = option(10, "Longest time for a header or TLS handshake.", gt=0)
+    body_timeout_seconds: float = option(60, "Longest time to receive or to send a body.", gt=0)
 
 
 CONFIGS: tuple[type[Config], ...] = (
     *(BuildConfig, CompressConfig, StoreConfig, TrainConfig, GenerateConfig, FetchConfig),
     *(EvalConfig, ExplainConfig, LookupConfig, CompileConfig, WorkerConfig, GatewayConfig),
 )
-# Commands whose argument CHECKPOINT the environment may give as well.
-CHECKPOINT_VARIABLES = {
-    command: f"{PREFIX}{command.upper()}_CHECKPOINT"
-    for command in ("build", "compress", "worker", "gateway")
-} | {"compile": f"{PREFIX}WORKER_CHECKPOINT"}
+# prefixes of commands whose argument CHECKPOINT the environment may give as well
+CHECKPOINT_PREFIXES = ("BUILD", "COMPRESS", "WORKER", "GATEWAY")
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
@@ -315,61 +260,53 @@ def flag(field: str) -> str:
     return f"--{field.strip('_').replace('_', '-')}"
 
 
-def old_names(config: type[Config], field: str) -> list[str]:
-    """Former names of a field, which still work."""
-    extra = config.model_fields[field].json_schema_extra
-    return str(extra["old"]).split() if isinstance(extra, dict) else []
+def names(config: type[Config], field: str) -> list[str]:
+    """The name of a field, and its former names, which still work."""
+    return [field, *_extra(config, field, "old")]
 
 
-def variable(config: type[Config], field: str) -> str:
-    """The environment variable of a field, or of a former name of one."""
-    info = config.model_fields.get(field)
-    extra = info.json_schema_extra if info else None
-    own = str(extra["env"]) if isinstance(extra, dict) else ""
-    return own or f"{PREFIX}{config.prefix}_{field.strip('_').upper()}"
+def variable(config: type[Config], name: str) -> str:
+    """The environment variable of a field by this name."""
+    return f"{PREFIX}{config.prefix}_{name.strip('_').upper()}"
 
 
 def variables() -> set[str]:
     """Every environment variable that Tolhouse reads."""
-    named = {
-        variable(config, name)
-        for config in CONFIGS
-        for field in config.model_fields
-        for name in (field, *old_names(config, field))
-    }
-    return named | set(CHECKPOINT_VARIABLES.values())
+    fields = {v for config in CONFIGS for f in config.model_fields for v in _variables(config, f)}
+    return fields | {f"{PREFIX}{prefix}_CHECKPOINT" for prefix in CHECKPOINT_PREFIXES}
+
+
+def _variables(config: type[Config], field: str) -> list[str]:
+    return [variable(config, n) for n in names(config, field)] + _extra(config, field, "env")
+
+
+def _extra(config: type[Config], field: str, key: str) -> list[str]:
+    extra = config.model_fields[field].json_schema_extra
+    return str(extra[key]).split() if isinstance(extra, dict) else []
 
 
 def arguments(settings: Config) -> list[str]:
     """The command line that gives `settings`, as far as they differ from the defaults."""
     words = []
-    for field, info in type(settings).model_fields.items():
-        value = getattr(settings, field)
-        if isinstance(value, bool) and value != info.default:
-            words.append(flag(field if value else f"no_{field}"))
-        elif value != info.default:
-            words += [flag(field), str(value)]
+    for field, value in settings.model_dump(exclude_defaults=True).items():
+        words.append(flag(f"no_{field}" if value is False else field))
+        if not isinstance(value, bool):
+            words.append(str(value))
     return words
 
 
 def load(config: type[ConfigT], given: dict[str, Any]) -> ConfigT:
-    """`given` over the environment over the defaults.
-
-    InvalidArgument for a bad value, or for a TOLHOUSE_ variable that does not exist.
-    """
+    """`given` over the environment over the defaults; InvalidArgument for bad values or names."""
     known = variables()
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else "`tolhouse COMMAND --help` lists them"
-            raise InvalidArgument(
-                f"the environment variable {name} is not one of Tolhouse's; {hint}"
-            )
+            raise InvalidArgument(f"environment variable {name} is not one of Tolhouse's; {hint}")
     values = {}
     for field in config.model_fields:
-        names = (field, *old_names(config, field))
-        found = [given[name] for name in names if name in given]
-        found += [v for name in names if (v := os.environ.get(variable(config, name))) is not None]
+        found = [given[name] for name in names(config, field) if name in given]
+        found += [os.environ[v] for v in _variables(config, field) if v in os.environ]
         if found:
             values[field] = found[0]
     try:

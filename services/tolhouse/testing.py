@@ -185,8 +185,7 @@ def build_table(
     embedding: str = "auto",
 ) -> str:
     """Build a table of `checkpoint` into `stores` without Ray; returns "name@version"."""
-    from tolhouse.build.job import plan
-    from tolhouse.build.shards import build_shards
+    from tolhouse.build.job import build_shards, plan
     from tolhouse.model.checkpoint import open_checkpoint
     from tolhouse.store import registry
     from tolhouse.store.base import open_store

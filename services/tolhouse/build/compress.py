@@ -6,8 +6,10 @@ error threshold holds for all of them, and the few tokens that make up most of a
 more finely than the others. All rows are in memory at once.
 """
 
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -68,11 +70,9 @@ class Compressed:
     def store(self, store: Store) -> Manifest:
         """Write all of it; InUse: the version is there with other shards."""
         refuse_another(store, self.manifest)
-        return [_write(store, *table) for table in self.tables][-1]
-
-
-def _write(store: Store, manifest: Manifest, records: np.ndarray) -> Manifest:
-    return write_table([store], manifest, lambda shard: records[manifest.shard_ids(shard)])
+        for m, records in self.tables:
+            made = write_table([store], m, lambda k, m=m, r=records: r[m.shard_ids(k)])  # type: ignore[misc]
+        return made
 
 
 def bytes_at_16_bit(manifest: Manifest) -> int:
@@ -83,34 +83,27 @@ def bytes_at_16_bit(manifest: Manifest) -> int:
 def check(planned: Manifest, scheme: Scheme) -> None:
     """InvalidArgument where the table can't be compressed by `scheme`, whatever its rows are."""
     codec(scheme.codec), codec(scheme.frequent_codec)
-    rank, ratio, frequent = scheme.rank, scheme.ratio, scheme.frequent
-    most = min(planned.vocab_size // 2, MAX_FREQUENT)
-    if not 0 <= frequent <= most:
-        raise InvalidArgument(
-            f"there may be from 0 to {most} frequent tokens in a vocabulary of "
-            f"{planned.vocab_size}, not {frequent}"
-        )
-    if rank and ratio:
-        raise InvalidArgument("a rank and a ratio can't both be given: the ratio chooses the rank")
-    if not 0 <= rank <= 1:
-        raise InvalidArgument(f"the rank is a share of all values, from 0 to 1, not {rank:g}")
-    if frequent and not scheme.low_rank and not scheme.finer:
+    rank, ratio, size = scheme.rank, scheme.ratio, planned.vocab_size
+    wrong, most = "", min(size // 2, MAX_FREQUENT)
+    if not 0 <= scheme.frequent <= most:
+        wrong = f"from 0 to {most} of {size} tokens may be frequent, not {scheme.frequent}"
+    elif rank and ratio:
+        wrong = "a rank and a ratio can't both be given: the ratio chooses the rank"
+    elif not 0 <= rank <= 1:
+        wrong = f"the rank is a share of all values, from 0 to 1, not {rank:g}"
+    elif scheme.frequent and not scheme.low_rank and not scheme.finer:
         finer = [name for name in CODECS if replace(scheme, frequent_codec=name).finer]
-        raise InvalidArgument(
-            f"frequent rows in {scheme.frequent_codec} are no finer than rows in {scheme.codec}; "
-            f"allowed without low rank: {' or '.join([*finer, 'none'])}"
-        )
-    if ratio and not ratio > 1:
-        raise InvalidArgument(
-            f"the ratio is how many times fewer bytes than at 16 bit, over 1, not {ratio:g}"
-        )
-    if ratio and not _suffices(planned, scheme):
+        allowed = f"allowed without low rank: {' or '.join([*finer, 'none'])}"
+        codecs = f"{scheme.frequent_codec} are no finer than rows in {scheme.codec}"
+        wrong = f"frequent rows in {codecs}; {allowed}"
+    elif ratio and not ratio > 1:
+        wrong = f"the ratio is how many times fewer bytes than at 16 bit, over 1, not {ratio:g}"
+    elif ratio and not _suffices(planned, scheme):
         reached = bytes_at_16_bit(planned) / _bytes(planned, scheme, _least_ranks(planned))
         if reached < ratio:
-            raise InvalidArgument(
-                f"a ratio of {ratio:g} is out of reach: with these codecs and frequent rows, "
-                f"rank 1 reaches {reached:.2f}"
-            )
+            wrong = f"a ratio of {ratio:g} is out of reach: rank 1 reaches {reached:.2f}"
+    if wrong:
+        raise InvalidArgument(wrong)
 
 
 def compress(
@@ -124,57 +117,44 @@ def compress(
     check(planned, scheme)
     vocabulary, blocks, size = rows.shape
     order = sorted(range(vocabulary), key=lambda i: (-counts.get(i, 0), i))
-    low_rank = scheme.low_rank and not _suffices(planned, scheme)
-    if low_rank:
+    frequent, auxiliary = order[: scheme.frequent], []
+    own: Any = rows
+    fields: dict[str, Any] = {}
+    if scheme.low_rank and not _suffices(planned, scheme):
         # a token that was not seen may yet come
         weights = np.array([counts.get(i, 0) + 0.5 for i in range(vocabulary)])
-        weights[order[: scheme.frequent]] = 0
+        weights[frequent] = 0
         bar = tqdm(range(blocks), desc="low rank", unit="layer", leave=False, dynamic_ncols=True)
         parts = [_components(rows[:, block], weights) for block in bar]
-        energies = [values for _, values, _ in parts]
-        if planned.has_x0:  # every layer reads it, and no row's error compares with its: all of it
-            energies[0] = np.full(size, np.inf)
-        total = round(scheme.rank * len(planned.layers) * size) + size * planned.has_x0
-        ranks = _affordable(planned, energies, scheme) if scheme.ratio else _ranks(energies, total)
-        low_rank = min(ranks) < size
-    if not low_rank and not scheme.finer:
-        scheme = replace(scheme, frequent=0)
-    seen = [i for i in order[:MAX_FREQUENT] if scheme.frequent or counts.get(i, 0)]
-    table = replace(planned, codec_name=codec(scheme.codec).name, frequent=tuple(seen))
-    auxiliary = []
-    if low_rank:
-        means = np.stack([mean for mean, _, _ in parts]).astype(np.float32)
-        vectors = [
-            v[:rank].astype(np.float32) for (_, _, v), rank in zip(parts, ranks, strict=True)
-        ]
-        part = {"codec_name": BASIS_CODEC, "vocab_size": sum(ranks) + blocks, "blocks": ("basis",)}
-        exact = Basis(means, tuple(vectors)).table()
-        manifest, records = _encoded(_part(planned, **part), exact, "basis")
-        auxiliary.append((manifest, records))
-        basis = Basis.of(manifest.decode(records).astype(np.float32), ranks)  # as a reader has it
-        table = replace(table, ranks=ranks, basis=manifest.ref)
-    if scheme.frequent:
-        part = {"codec_name": scheme.frequent_codec, "vocab_size": scheme.frequent}
-        finer = rows[order[: scheme.frequent]]
-        auxiliary.append(_encoded(_part(planned, **part), finer, "frequent_rows"))
-        table = replace(table, frequent_rows=auxiliary[-1][0].ref)
-    return Compressed((*auxiliary, _encoded(table, basis.coefficients(rows) if low_rank else rows)))
+        ranks = _ranks(planned, scheme, [energies for _, energies, _ in parts])
+        if min(ranks) < size:
+            vectors = tuple(v[:rank] for (_, _, v), rank in zip(parts, ranks, strict=True))
+            exact = Basis(np.stack([mean for mean, _, _ in parts]), vectors).table()
+            manifest, records = _table(planned, exact, BASIS_CODEC, "basis", blocks=("basis",))
+            basis = Basis.of(manifest.decode(records).astype(np.float32), ranks)  # as readers do
+            auxiliary, own = [(manifest, records)], basis.coefficients(rows)
+            fields = {"ranks": ranks, "basis": manifest.ref}
+    if frequent and (auxiliary or scheme.finer):
+        auxiliary.append(_table(planned, rows[frequent], scheme.frequent_codec, "frequent_rows"))
+        fields["frequent_rows"] = auxiliary[-1][0].ref
+    seen = [i for i in order[:MAX_FREQUENT] if "frequent_rows" in fields or counts.get(i, 0)]
+    own_table = _table(planned, own, scheme.codec, **fields, frequent=tuple(seen))
+    return Compressed((*auxiliary, own_table))
 
 
-def _part(planned: Manifest, **fields: object) -> Manifest:
-    return replace(planned, num_shards=1, frequent=(), **fields)  # type: ignore[arg-type]
-
-
-def _encoded(
-    manifest: Manifest, rows: np.ndarray | list[np.ndarray], part: str = ""
+def _table(
+    planned: Manifest, rows: Any, codec_name: str, part: str = "", **fields: Any
 ) -> tuple[Manifest, np.ndarray]:
-    """A manifest with the version that its contents give it, and its records."""
-    ids = np.arange(manifest.vocab_size, dtype=np.uint32)
+    """A table like `planned`, or a part of it, with a version by its contents; its records."""
     arrays = [np.asarray(r, np.float32) for r in (rows if isinstance(rows, list) else [rows])]
-    identity = part, manifest.codec_name, manifest.blocks, manifest.ranks, manifest.dependencies
-    name = f"{manifest.name[: 63 - len(part)]}.{part}" if part else manifest.name
-    manifest = replace(manifest, name=name, version=content_id(*identity, *arrays))
-    return manifest, manifest.encode(ids, rows)
+    if part:
+        name = f"{planned.name[: 63 - len(part)]}.{part}"
+        fields |= {"name": name, "num_shards": 1, "frequent": ()}
+    ids = np.arange(len(arrays[0]), dtype=np.uint32)
+    table = replace(planned, codec_name=codec(codec_name).name, vocab_size=len(ids), **fields)
+    identity = part, table.codec_name, table.blocks, table.ranks, table.dependencies
+    table = replace(table, version=content_id(*identity, *arrays))
+    return table, table.encode(ids, rows)
 
 
 def _components(rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -183,15 +163,31 @@ def _components(rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.n
     mean = share @ rows
     centred = rows - mean
     values, vectors = np.linalg.eigh((centred * share[:, None]).T @ centred)
-    return mean, np.maximum(values[::-1], 0), vectors.T[::-1]
+    directions = vectors.T[::-1].astype(np.float32)
+    return mean.astype(np.float32), np.maximum(values[::-1], 0), directions
 
 
-def _ranks(energies: list[np.ndarray], total: int) -> tuple[int, ...]:
-    """Directions that each layer keeps, at least one: `total` over all, above one threshold."""
-    size = len(energies[0])
-    total = min(max(total, len(energies)), size * len(energies))
-    threshold = np.sort(np.concatenate(energies))[::-1][total - 1]
-    return tuple(min(size, max(1, int((e >= threshold).sum()))) for e in energies)
+def _ranks(planned: Manifest, scheme: Scheme, energies: list[np.ndarray]) -> tuple[int, ...]:
+    """Directions that each layer keeps, at least one, all above one threshold.
+
+    As many as the scheme's rank says, or as reach its ratio.
+    """
+    size, x0 = planned.width, planned.has_x0
+    if x0:  # every layer reads it, and no row's error compares with its: all of it
+        energies = [np.full(size, np.inf), *energies[1:]]
+    falling = np.sort(np.concatenate(energies))[::-1]
+
+    def ranks(total: int) -> tuple[int, ...]:
+        counts = (int((e >= falling[total - 1]).sum()) for e in energies)
+        return tuple(min(size, max(1, count)) for count in counts)
+
+    least = sum(_least_ranks(planned))
+    if not scheme.ratio:
+        return ranks(max(round(scheme.rank * len(planned.layers) * size) + size * x0, least))
+    allowed, totals = bytes_at_16_bit(planned) / scheme.ratio, range(least, len(falling) + 1)
+    fitting = bisect(totals, False, key=lambda n: _bytes(planned, scheme, ranks(n)) > allowed)
+    # `check` has seen the least ranks to fit
+    return ranks(totals[fitting - 1]) if fitting else _least_ranks(planned)
 
 
 def _least_ranks(planned: Manifest) -> tuple[int, ...]:
@@ -216,19 +212,3 @@ def _suffices(planned: Manifest, scheme: Scheme) -> bool:
         return _bytes(planned, plain) <= bytes_at_16_bit(planned) / scheme.ratio
     values = len(planned.layers) * planned.width
     return round(scheme.rank * values) == values
-
-
-def _affordable(planned: Manifest, energies: list[np.ndarray], scheme: Scheme) -> tuple[int, ...]:
-    """The ranks by one threshold with the most coefficients that reach the ratio."""
-    allowed = bytes_at_16_bit(planned) / scheme.ratio
-
-    def fits(total: int) -> bool:
-        return _bytes(planned, scheme, _ranks(energies, total)) <= allowed
-
-    least, most = max(len(energies), sum(_least_ranks(planned))), len(energies) * len(energies[0])
-    if not fits(least):
-        return _least_ranks(planned)  # which `check` has seen to fit
-    while least < most:
-        middle = (least + most + 1) // 2
-        least, most = (middle, most) if fits(middle) else (least, middle - 1)
-    return _ranks(energies, least)

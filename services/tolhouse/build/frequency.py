@@ -1,4 +1,4 @@
-"""Which tokens are frequent in text: the order in which caches are filled with their rows."""
+"""Which tokens are frequent in text."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,16 +7,9 @@ from tokenizers import Tokenizer
 
 from tolhouse.errors import InvalidArgument
 from tolhouse.logs import event
-from tolhouse.table.manifest import MAX_FREQUENT
 from tolhouse.train.corpus import documents, is_held_out, standard_library
 
 _SAMPLE_CHARS = 4_000_000  # counted, evenly over the documents: a few seconds
-
-
-def frequent_tokens(tokenizer: Tokenizer, corpus: str, vocab_size: int) -> tuple[int, ...]:
-    """Token ids by falling frequency in a text file or a folder of them."""
-    counts = count_tokens(tokenizer, corpus, vocab_size)
-    return tuple(sorted(counts, key=lambda i: (-counts[i], i))[:MAX_FREQUENT])
 
 
 def count_tokens(tokenizer: Tokenizer, corpus: str, vocab_size: int) -> Counter[int]:

@@ -1,4 +1,4 @@
-"""The Ray job: retriable tasks of a few shards each, a check against the model, the manifest.
+"""The build: tasks of a few shards each on Ray, a check against the model, the manifest.
 
 A killed job leaves complete shards behind and no manifest; the next one keeps them. A killed task
 runs again elsewhere.
@@ -8,27 +8,28 @@ import logging
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from tolhouse.build.shards import build_shards, verify
+from tolhouse import errors
 from tolhouse.config import set_ray_defaults
-from tolhouse.errors import DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
+from tolhouse.errors import Corrupt, InvalidArgument, Mismatch, Unavailable
 from tolhouse.logs import event, split_address
-from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.sources.memoryllm import MemoryLLM, select_blocks
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import refuse_another
-from tolhouse.store.writer import commit
+from tolhouse.store.writer import commit, write_shards
 from tolhouse.table.codecs import codec
 from tolhouse.table.manifest import Manifest, check_name, content_id
 
 _OBJECT_STORE_BYTES = 80 << 20  # tasks return digests only
 _CONNECT_SECONDS = 5
 _MOST_SHARDS_A_TASK = 8
-_RETRIED = [Unavailable, DeadlineExceeded]
+_RETRIED = [Unavailable, errors.DeadlineExceeded]
 
 
 def plan(
@@ -42,16 +43,15 @@ def plan(
 ) -> Manifest:
     """The manifest of the table to build, without its digests; embedding: auto, yes or no."""
     source = MemoryLLM(checkpoint, select_blocks(checkpoint, embedding, absent))
-    if num_shards > source.vocab_size:
-        raise InvalidArgument(
-            f"{num_shards} shards for a vocabulary of {source.vocab_size}: "
-            "at most one shard per token"
-        )
+    size = source.vocab_size
+    if num_shards > size:
+        wrong = f"{num_shards} shards for a vocabulary of {size}"
+        raise InvalidArgument(f"{wrong}: at most one shard per token")
     return Manifest(
         name=check_name(name or checkpoint.name),
         version=content_id(checkpoint.rows_id(), codec(codec_name).name, source.blocks),
         codec_name=codec_name,
-        vocab_size=source.vocab_size,
+        vocab_size=size,
         blocks=source.blocks,
         width=source.width,
         num_shards=num_shards,
@@ -61,6 +61,50 @@ def plan(
     )
 
 
+def build_shards(
+    checkpoint: str, manifest: Manifest, shards: list[int], stores: tuple[str, ...], timeout: float
+) -> list[tuple[str, bool]]:
+    """The digest of each shard, now in every store, and whether it had to be computed."""
+
+    def compute(shard: int) -> np.ndarray:
+        ids = manifest.shard_ids(shard)
+        records = np.empty((len(ids), manifest.record_bytes), np.uint8)
+        for part, rows in source_of(checkpoint, manifest.blocks).batches(ids):
+            records[part] = manifest.encode(ids[part], rows)
+        return records
+
+    return write_shards([_store(url, timeout) for url in stores], manifest, shards, compute)
+
+
+def verify(
+    checkpoint: str, manifest: Manifest, url: str, sample: np.ndarray, timeout: float
+) -> None:
+    """Corrupt unless the store has a row per token, Mismatch unless `sample`'s are the model's."""
+    store, codec = _store(url, timeout), manifest.codec
+    counted = sum(store.count(manifest, shard) for shard in range(manifest.num_shards))
+    if counted != manifest.num_records:
+        rows = f"{counted} rows of {manifest.ref}"
+        raise Corrupt(f"{url} holds {rows} instead of {manifest.num_records}")
+    stored = store.rows(manifest, sample)
+    fresh = source_of(checkpoint, manifest.blocks).rows(sample)
+    # computed elsewhere, in another order of additions, a row differs in the last bits of float32
+    largest = np.abs(fresh).max(axis=-1, keepdims=True)
+    allowed = (codec.relative_error + 1e-5) * largest + codec.step + 1e-12
+    wrong = np.flatnonzero((np.abs(stored - fresh) > allowed).any(axis=(1, 2)))
+    if len(wrong):
+        row = f"the row of token {sample[wrong[0]]} of {manifest.ref}"
+        raise Mismatch(f"{url}: {row} is not what the model computes")
+
+
+_store = lru_cache(maxsize=4)(open_store)
+
+
+@lru_cache(maxsize=1)
+def source_of(checkpoint: str, blocks: tuple[str, ...]) -> MemoryLLM:
+    """The source model of a checkpoint, loaded once per process."""
+    return MemoryLLM(open_checkpoint(checkpoint), blocks)
+
+
 def build(
     checkpoint: Checkpoint,
     planned: Manifest,
@@ -68,55 +112,42 @@ def build(
     ray_address: str,
     workers: int,
     verify_rows: int,
-    timeout_seconds: float,
+    timeout: float,
 ) -> Manifest:
     """Build the planned table into every store; its manifest, once verified in all of them."""
-    opened = [open_store(url, timeout_seconds) for url in stores]
+    opened = [open_store(url, timeout) for url in stores]
     for store in opened:
         refuse_another(store, planned)
     path, count, vocabulary = str(checkpoint.path), planned.num_shards, planned.vocab_size
-    digests: dict[int, str] = {}
-    computed = 0
-    with _ray(ray_address) as ray:
-        task = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=_RETRIED)
+    digests, computed = [""] * count, 0
+    pending: dict[Any, list[int]] = {}  # shards of running tasks
+    look = {"desc": f"build {planned.name}", "unit": "row", "unit_scale": True}
+    with _ray(ray_address) as ray, tqdm(total=vocabulary, dynamic_ncols=True, **look) as bar:
+        remote = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=_RETRIED)
         limit = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         # a task writes a shard while it computes the next: several, but enough tasks for all cores
         step = max(1, min(_MOST_SHARDS_A_TASK, count // (4 * limit)))
         groups = [[*range(i, min(i + step, count))] for i in range(0, count, step)]
-        calls = ((path, planned, group, stores, timeout_seconds) for group in groups)
-        look: dict[str, Any] = {"unit": "row", "unit_scale": True, "dynamic_ncols": True}
-        with tqdm(total=vocabulary, desc=f"build {planned.name}", **look) as bar:
-            for number, results in _bounded(ray, task(build_shards), limit, calls):
-                for shard, (digest, new) in zip(groups[number], results, strict=True):
-                    digests[shard] = digest
-                    computed += new
-                    bar.update(len(planned.shard_ids(shard)))
+        task, verify_task = remote(build_shards), remote(verify)
+        while groups or pending:
+            while groups and len(pending) < 2 * limit:
+                group = groups.pop(0)
+                pending[task.remote(path, planned, group, stores, timeout)] = group
+            (done,), _ = ray.wait(list(pending))
+            for shard, (digest, new) in zip(pending.pop(done), _get(ray, done), strict=True):
+                digests[shard] = digest
+                computed += new
+                bar.update(len(planned.shard_ids(shard)))
         random = np.random.default_rng(int(planned.version, 16))
         sample = random.choice(vocabulary, min(verify_rows, vocabulary), replace=False)
         sample = np.sort(sample).astype(np.uint32)
         for url in stores:
-            _get(ray, task(verify).remote(path, planned, url, sample, timeout_seconds))
-    manifest = commit(opened, planned, [digests[shard] for shard in range(count)])
+            _get(ray, verify_task.remote(path, planned, url, sample, timeout))
+    manifest = commit(opened, planned, digests)
     for store in opened:
         store.close()
     event("built", table=manifest.ref, shards_computed=computed, shards_kept=count - computed)
     return manifest
-
-
-def _bounded(ray: Any, run: Any, limit: int, calls: Iterable[tuple]) -> Iterator[tuple[int, Any]]:
-    """(number, result) of every call as it ends, with two tasks pending per slot."""
-    pending: dict[Any, int] = {}
-
-    def next_result() -> tuple[int, Any]:
-        (done, *_), _ = ray.wait(list(pending), num_returns=1)
-        return pending.pop(done), _get(ray, done)
-
-    for number, call in enumerate(calls):
-        if len(pending) >= 2 * limit:
-            yield next_result()
-        pending[run.remote(*call)] = number
-    while pending:
-        yield next_result()
 
 
 def _get(ray: Any, reference: Any) -> Any:
@@ -124,7 +155,7 @@ def _get(ray: Any, reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, TolhouseError):
+        if isinstance(error.cause, errors.TolhouseError):
             raise type(error.cause)(str(error.cause)) from None
         raise
     except ray.exceptions.RayError as error:
@@ -138,10 +169,9 @@ def _ray(address: str) -> Iterator[Any]:
             place = split_address(address.removeprefix("ray://"))
             socket.create_connection(place, timeout=_CONNECT_SECONDS).close()
         except OSError as error:
-            raise Unavailable(
-                f"no Ray cluster at {address}: {error.strerror or error}; "
-                "unset RAY_ADDRESS to build on this machine"
-            ) from None
+            hint = "unset RAY_ADDRESS to build on this machine"
+            reason = f"{error.strerror or error}; {hint}"
+            raise Unavailable(f"no Ray cluster at {address}: {reason}") from None
     set_ray_defaults()
     import ray
     import ray.exceptions

@@ -9,25 +9,25 @@ from tolhouse import __version__
 from tolhouse.cli import credentials, models, services, tables
 from tolhouse.cli.options import Commands
 
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 
-@click.group(
-    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+
+@click.group(cls=Commands, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="tolhouse")
 def main() -> None:
     """Serve language models whose feed-forward layers are looked up, not computed.
 
     \b
-    A model's way, command by command:
+    From checkpoint to serving:
       tolhouse train demo --out models/mine                 train a checkpoint from scratch
       tolhouse build models/mine                            compute its table of rows, with Ray
       tolhouse publish mine@VERSION                         let the name stand for that version
       tolhouse lookup                                       serve tables over gRPC
       tolhouse worker models/mine                           serve tokens: attention, with those rows
       tolhouse gateway models/mine                          serve text: OpenAI's HTTP API
-      tolhouse demo                                         all of it at once, on the demo checkpoint
+      tolhouse demo                                         all of it, on the demo checkpoint
 
-    Every option can be given in the environment too, as the variable named in brackets; the command line wins.
+    The environment gives options too, by the variables in brackets; the command line wins.
     """
 
 

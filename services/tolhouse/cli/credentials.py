@@ -6,7 +6,7 @@ import click
 
 from tolhouse.cli.options import Commands
 
-keys_file = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+keys_file = click.argument("file", type=Path)
 
 
 @click.group(cls=Commands)
@@ -17,20 +17,8 @@ def keys() -> None:
 @keys.command("add")
 @keys_file
 @click.argument("name")
-@click.option(
-    "--requests-per-minute",
-    default=600.0,
-    show_default=True,
-    type=click.FloatRange(0, min_open=True),
-    help="Rate; a sixth may come at once.",
-)
-@click.option(
-    "--concurrent",
-    default=16,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Requests in flight.",
-)
+@click.option("--requests-per-minute", default=600.0, help="Rate; a sixth may come at once.")
+@click.option("--concurrent", default=16, help="Requests in flight.")
 def add_key(file: Path, name: str, requests_per_minute: float, concurrent: int) -> None:
     """Make a key for NAME and print it, once: FILE keeps its hash alone."""
     from tolhouse.gateway import auth
@@ -42,9 +30,9 @@ def add_key(file: Path, name: str, requests_per_minute: float, concurrent: int) 
 @keys_file
 def list_keys(file: Path) -> None:
     """List names and limits."""
-    from tolhouse.gateway.auth import read_keys
+    from tolhouse.gateway import auth
 
-    for name, key in sorted(read_keys(str(file)).items()):
+    for name, key in sorted(auth.read_keys(str(file)).items()):
         rate = f"{key.requests_per_minute:g} requests a minute"
         click.echo(f"{name}  {rate}, {key.concurrent} at once")
 
@@ -60,14 +48,9 @@ def remove_key(file: Path, name: str) -> None:
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--name", default="service", show_default=True, help="Of NAME.pem and NAME.key.")
-@click.option(
-    "--hosts",
-    default="localhost,127.0.0.1,::1",
-    show_default=True,
-    help="Names and addresses it is for, with commas between.",
-)
+@click.argument("folder", type=Path)
+@click.option("--name", default="service", help="Of NAME.pem and NAME.key.")
+@click.option("--hosts", default="localhost,127.0.0.1,::1", help="Names and addresses it is for.")
 def certs(folder: Path, name: str, hosts: str) -> None:
     """Make a certificate for development in FOLDER, signed by the authority there.
 

@@ -2,16 +2,19 @@
 
 import io
 import json
-import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from tolhouse import config
-from tolhouse.cli.options import checkpoint_argument, options, sampling_options
+from tolhouse.cli.options import checkpoint_argument, options
+from tolhouse.client.client import Client
 from tolhouse.errors import InvalidArgument
+from tolhouse.sampling import SamplingParams
 
 
 @click.command()
@@ -35,13 +38,21 @@ def train(settings: config.TrainConfig, recipe: str) -> None:
     train_checkpoint(recipe, settings)
 
 
+def _sampling_options(command: Callable) -> Callable:
+    for name in ("row_scale", "seed", "min_p", "top_k", "top_p", "temperature"):
+        field = SamplingParams.model_fields[name]
+        kind = float if field.annotation is float else int
+        click.option(config.flag(name), type=kind, help=field.description)(command)
+    return command
+
+
 @click.command()
 @checkpoint_argument()
 @click.argument("prompt")
-@sampling_options("temperature", "top_p", "top_k", "min_p", "seed", "row_scale")
+@_sampling_options
 @options(config.GenerateConfig)
 def generate(
-    settings: config.GenerateConfig, checkpoint: Path, prompt: str, **sampling: float | None
+    settings: config.GenerateConfig, checkpoint: Path, prompt: str, **sampling: Any
 ) -> None:
     """Complete PROMPT with the model of CHECKPOINT, greedily, or with a --worker that serves it.
 
@@ -49,7 +60,6 @@ def generate(
     """
     from tokenizers.decoders import DecodeStream
 
-    from tolhouse.client.client import Client
     from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint / TOKENIZER)
@@ -81,17 +91,13 @@ def generate(
 @options(config.FetchConfig)
 def fetch(settings: config.FetchConfig, table: str, ids: tuple[int, ...]) -> None:
     """Fetch the rows of token IDS of TABLE, NAME or NAME@VERSION; show their norms by block."""
-    import numpy as np
-
-    from tolhouse.client.client import Client
-
     with Client(settings.rows, credentials=settings.client_credentials()) as client:
         manifest = client.describe(table)
         rows = client.fetch(manifest, list(ids)).astype(np.float32)
     blocks = f"{manifest.num_blocks} blocks of {manifest.width}"
     click.echo(f"{manifest.ref}: {len(ids)} rows, {blocks}, {manifest.codec_name}", err=True)
-    for i, row in zip(ids, rows, strict=True):
-        click.echo(f"{i:>8}  " + " ".join(f"{norm:8.3f}" for norm in np.linalg.norm(row, axis=-1)))
+    for i, norms in zip(ids, np.linalg.norm(rows, axis=-1), strict=True):
+        click.echo(f"{i:>8}  " + " ".join(f"{norm:8.3f}" for norm in norms))
     if settings.out:
         np.save(settings.out, rows)
 
@@ -99,10 +105,8 @@ def fetch(settings: config.FetchConfig, table: str, ids: tuple[int, ...]) -> Non
 def _table_rows(checkpoint: Any, settings: config.LookConfig) -> Any:
     from tolhouse.analysis.probes import table_rows
 
-    if not settings.table:
-        return None
-    credentials = settings.client_credentials()
-    return table_rows(checkpoint, settings.rows, settings.table, credentials)
+    source = settings.rows, settings.table, settings.client_credentials()
+    return table_rows(checkpoint, *source) if settings.table else None
 
 
 @click.command("eval")
@@ -121,23 +125,21 @@ def evaluate(settings: config.EvalConfig, checkpoint: Path) -> None:
     from tolhouse.sources.memoryllm import MemoryLLM
 
     opened, scale, absent = open_checkpoint(checkpoint), settings.row_scale, settings.absent_layers
-    layers, rows_of = opened.config.num_rows, None
-    if not layers and (settings.table or settings.through or absent or scale != 1):
-        kind = f"of kind {opened.config.kind}"
-        raise InvalidArgument(f"checkpoint {opened.name} is {kind}: it has no rows to replace")
+    layers, kind, rows_of = opened.config.num_rows, opened.config.kind, None
     if layers:
         rows = _table_rows(opened, settings)
         rows = MemoryLLM(opened).rows() if rows is None else rows
         rows = probes.through(settings.through, rows) if settings.through else rows
         rows_of = probes.probed(rows, scale, absent, x0=rows.shape[1] - layers)
+    elif settings.table or settings.through or absent or scale != 1:
+        raise InvalidArgument(f"checkpoint {opened.name} of kind {kind} has no rows to replace")
     ids = probes.read_text(opened, settings.text, settings.most_tokens)
     result = evaluate.evaluate(opened.model(), ids, rows_of, quiet=False)
     count, loss, perplexity = len(result.losses), result.loss, result.perplexity
     deciles = result.deciles()
     if settings.json_:
-        names = ("tokens", "loss", "perplexity", "deciles")
-        values = (count, loss, perplexity, deciles)
-        click.echo(json.dumps(dict(zip(names, values, strict=True))))
+        found = {"tokens": count, "loss": loss, "perplexity": perplexity, "deciles": deciles}
+        click.echo(json.dumps(found))
         return
     click.echo(f"{count:,} tokens: {loss:.4f} nats each, perplexity {perplexity:.4f}")
     click.echo("by frequency in the text, a tenth of it each:")
@@ -145,22 +147,6 @@ def evaluate(settings: config.EvalConfig, checkpoint: Path) -> None:
     for d in deciles:
         times = f"{d['least_count']:>9} times"
         click.echo(f"  {d['decile']:>5}  {d['distinct_tokens']:>7}  {times}  {d['loss']:6.3f}")
-
-
-def _require_writable(file: Path) -> None:
-    """InvalidArgument where `replace_file` would fail, before the work and not after it."""
-    if not file.parent.is_dir():
-        raise InvalidArgument(f"there is no folder {file.parent} to write {file.name} to")
-    if file.is_dir():
-        raise InvalidArgument(f"{file} is a folder: give the name of a file")
-    try:
-        if not file.exists() or file.is_file():
-            # permissions are not enough: nobody can make files in /proc
-            tempfile.NamedTemporaryFile(dir=file.resolve().parent).close()
-        elif not os.access(file, os.W_OK):
-            raise InvalidArgument(f"{file} can't be written: Permission denied")
-    except OSError as error:
-        raise InvalidArgument(f"{file} can't be written: {error.strerror or error}") from None
 
 
 @click.command()
@@ -180,18 +166,20 @@ def explain(settings: config.ExplainConfig, checkpoint: Path, text: str | None) 
 
     html, keys, neighbours = settings.html, settings.keys, settings.neighbours
     for file in filter(None, (html, settings.explorer)):
-        _require_writable(file)
+        try:  # before the work; permissions tell too little: nobody can make files in /proc
+            if file.is_dir():
+                raise InvalidArgument(f"{file} is a folder: give the name of a file")
+            if file.is_file() or not file.exists():
+                tempfile.NamedTemporaryFile(dir=file.resolve().parent).close()
+        except OSError as error:
+            raise InvalidArgument(f"{file} can't be written: {error.strerror or error}") from None
     if not checkpoint.exists() and "@" in checkpoint.name:
-        raise InvalidArgument(
-            f"{checkpoint} is no checkpoint; a table has rows and no keys: give its checkpoint, "
-            f"and --table {checkpoint}"
-        )
+        hint = f"give its checkpoint, and --table {checkpoint}"
+        raise InvalidArgument(f"{checkpoint} is a table, without keys: {hint}")
     if settings.explorer and settings.table:
         raise InvalidArgument("--explorer is of the model's own rows and keys, without --table")
     opened = open_checkpoint(checkpoint)
     if settings.explorer:
-        import numpy as np
-
         written = io.BytesIO()
         np.savez_compressed(written, **explain.explorer(opened, keys, neighbours))  # type: ignore[arg-type]
         replace_file(settings.explorer, written.getvalue(), 0o644)

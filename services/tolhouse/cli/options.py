@@ -4,6 +4,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable
+from functools import wraps
 from logging import WARNING
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import click
 from tolhouse import config
 from tolhouse.errors import InvalidArgument, TolhouseError
 from tolhouse.logs import event, start_logging
-from tolhouse.sampling import SamplingParams
+from tolhouse.store.base import has_password, require_private
 
 EXTRAS = {
     **dict.fromkeys(("torch", "tokenizers"), "worker"),
@@ -23,13 +24,6 @@ EXTRAS = {
     **dict.fromkeys(("cryptography", "trustme"), "certs"),
     "matplotlib": "train",
 }
-checkpoint_option = click.option(
-    "--checkpoint",
-    default="models/demo-memory",
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="Checkpoint to serve.",
-)
 
 
 class Commands(click.Group):
@@ -46,58 +40,32 @@ class Commands(click.Group):
             if package not in EXTRAS:
                 raise
             hint = f"pip install 'tolhouse[{EXTRAS[package]}]'"
-            return _fail(f"this command needs the package {package}: {hint}")
-        except KeyboardInterrupt:
-            sys.exit(130)
-        except BrokenPipeError:
-            sys.stderr.close()
-            sys.exit(141)
+            message = f"this command needs the package {package}: {hint}"
         except (TolhouseError, OSError) as error:  # also a file that can't be read, a full disk
-            return _fail(str(error))
-
-
-def _fail(message: str) -> typing.NoReturn:
-    click.echo(f"error: {message}", err=True)
-    sys.exit(1)
+            message = str(error)
+        click.echo(f"error: {message}", err=True)
+        sys.exit(1)
 
 
 def options(kind: type[config.Config]) -> Callable:
     """A command's options from the fields of a config, and the config as its first argument."""
-    names = [
-        (name, field)
-        for field in reversed(kind.model_fields)
-        for name in (field, *config.old_names(kind, field))
-    ]
+    names = [name for field in kind.model_fields for name in config.names(kind, field)]
 
     def decorate(command: Callable) -> Callable:
+        @wraps(command)
         def wrapped(**given: Any) -> Any:
-            own = {name: given.pop(name) for name, _ in names}
-            loaded = config.load(kind, {k: v for k, v in own.items() if v is not None})
-            start_logging(loaded.log_level)
-            return command(loaded, **given)
+            own = {name: given.pop(name) for name in names}
+            settings = config.load(kind, {k: v for k, v in own.items() if v is not None})
+            start_logging(settings.log_level)
+            return command(settings, **given)
 
-        wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-        wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
-        for name, field in names:
-            info = kind.model_fields[field]
+        for field, info in reversed(kind.model_fields.items()):
             shows = info.default is not False and info.default not in ("", None, ())
             default = f" Default {info.default}." if shows else ""
             text = f"{info.description}{default} [{config.variable(kind, field)}]"
-            _option(name, info.annotation, help=text, hidden=name != field)(wrapped)
+            for name in config.names(kind, field):
+                _option(name, info.annotation, help=text, hidden=name != field)(wrapped)
         return wrapped
-
-    return decorate
-
-
-def sampling_options(*names: str) -> Callable:
-    """A command's options from the list of sampling parameters; None where one is not given."""
-
-    def decorate(command: Callable) -> Callable:
-        for name in reversed(names):
-            field = SamplingParams.model_fields[name]
-            kind = float if field.annotation is float else int
-            click.option(config.flag(name), type=kind, help=field.description)(command)
-        return command
 
     return decorate
 
@@ -115,28 +83,22 @@ def _option(name: str, annotation: Any, **more: Any) -> Callable:
     return click.option(flag, name, type=str, metavar=metavar, **more)
 
 
-def checkpoint_argument(command: str = "") -> Callable:
-    """CHECKPOINT, which the environment may give to `command`."""
-    variable = config.CHECKPOINT_VARIABLES.get(command)
-    return click.argument("checkpoint", envvar=variable, type=click.Path(path_type=Path))
+def checkpoint_argument(prefix: str = "") -> Callable:
+    """CHECKPOINT; with a prefix the environment may give it."""
+    variable = f"{config.PREFIX}{prefix}_CHECKPOINT" if prefix else None
+    return click.argument("checkpoint", envvar=variable, type=Path)
 
 
-def stores_of(
-    settings: config.StoreConfig | config.TableConfig | config.LookupConfig,
-) -> tuple[str, ...]:
-    from tolhouse.store.base import has_password, require_private
-
+def stores_of(settings: config.StoreConfig | config.LookupConfig) -> tuple[str, ...]:
+    """The URLs in --store; InvalidArgument without one, or for plaintext between machines."""
     urls = [url.strip() for url in re.split(r",(?=\s*\w+://)", settings.store) if url.strip()]
+    if not urls:
+        raise InvalidArgument(f"no store given: {config.STORES}")
     for url in urls:
         require_private(url, insecure=settings.insecure)
         if has_password(url) and any(url in argument for argument in sys.argv):
-            event(
-                "a password on the command line can be read by everyone on this machine: "
-                "name a password_file in the URL",
-                WARNING,
-            )
-    if not urls:
-        raise InvalidArgument(f"no store given: {config.STORES}")
+            hint = "name a password_file in the URL"
+            event(f"all users can see a password on the command line: {hint}", WARNING)
     # other processes may run elsewhere: a relative path is made absolute
     return tuple(
         f"file://{Path(url[7:]).absolute()}" if url.startswith("file://") and url[7:] else url

@@ -2,21 +2,12 @@
 
 import asyncio
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
 
 import click
 
 from tolhouse import config
-from tolhouse.cli.options import checkpoint_argument, checkpoint_option, options, stores_of
-
-
-def run(main: Coroutine[Any, Any, None]) -> None:
-    try:
-        asyncio.run(main)
-    except KeyboardInterrupt:
-        sys.exit(130)
+from tolhouse.cli.options import checkpoint_argument, options, stores_of
 
 
 @click.command()
@@ -26,21 +17,21 @@ def lookup(settings: config.LookupConfig) -> None:
     from tolhouse.lookup import service
 
     stores_of(settings)
-    run(service.run(settings))
+    asyncio.run(service.run(settings))
 
 
 @click.command()
-@checkpoint_argument("worker")
+@checkpoint_argument("WORKER")
 @options(config.WorkerConfig)
 def worker(settings: config.WorkerConfig, checkpoint: Path) -> None:
     """Serve tokens of CHECKPOINT over gRPC: attention here, feed-forward rows from --rows."""
-    from tolhouse.worker import run as service
+    from tolhouse.worker import run
 
-    run(service.run(checkpoint, settings))
+    asyncio.run(run.run(checkpoint, settings))
 
 
 @click.command("compile")
-@checkpoint_argument("compile")
+@checkpoint_argument("WORKER")
 @options(config.CompileConfig)
 @click.option("--background", is_flag=True, hidden=True, help="End when stdin is closed.")
 def compile_(settings: config.CompileConfig, checkpoint: Path, background: bool) -> None:
@@ -57,18 +48,21 @@ def compile_(settings: config.CompileConfig, checkpoint: Path, background: bool)
 
 
 @click.command()
-@checkpoint_argument("gateway")
+@checkpoint_argument("GATEWAY")
 @options(config.GatewayConfig)
 def gateway(settings: config.GatewayConfig, checkpoint: Path) -> None:
     """Serve text over HTTP, as OpenAI's API does, with the tokenizer of CHECKPOINT."""
     from tolhouse.gateway import app
 
-    run(app.run(checkpoint, settings))
+    asyncio.run(app.run(checkpoint, settings))
+
+
+demo_model = click.option("--checkpoint", default="models/demo-memory", type=Path, help="Folder.")
 
 
 @click.command()
-@checkpoint_option
-@click.option("--max-tokens", default=64, show_default=True, type=click.IntRange(1))
+@demo_model
+@click.option("--max-tokens", default=64, type=click.IntRange(1))
 def demo(checkpoint: Path, max_tokens: int) -> None:
     """Build a table, serve it, complete three prompts over HTTP, and stop everything.
 
@@ -80,8 +74,8 @@ def demo(checkpoint: Path, max_tokens: int) -> None:
 
 
 @click.command()
-@checkpoint_option
-@click.option("--listen", default="127.0.0.1:8000", show_default=True, help="Gateway's address.")
+@demo_model
+@click.option("--listen", default="127.0.0.1:8000", help="Gateway's address.")
 def serve(checkpoint: Path, listen: str) -> None:
     """Build the table if need be, start lookup, worker and gateway, and run until Ctrl-C."""
     from tolhouse import demo

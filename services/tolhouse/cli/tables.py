@@ -1,6 +1,6 @@
 """A table's life: built, compressed, listed, published, edited, deleted."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,9 @@ import click
 from tolhouse import config
 from tolhouse.cli.options import Commands, checkpoint_argument, options, stores_of
 from tolhouse.errors import Corrupt, InvalidArgument, Mismatch, NotFound
-from tolhouse.table.manifest import Manifest
+from tolhouse.store import registry
+from tolhouse.store.base import Store, open_store, wait_for_store
+from tolhouse.table.manifest import MAX_FREQUENT, Manifest
 
 
 def _planned(checkpoint: Any, settings: config.TableConfig) -> Manifest:
@@ -22,7 +24,7 @@ def _planned(checkpoint: Any, settings: config.TableConfig) -> Manifest:
 
 
 @click.command()
-@checkpoint_argument("build")
+@checkpoint_argument("BUILD")
 @options(config.BuildConfig)
 def build(settings: config.BuildConfig, checkpoint: Path) -> None:
     """Compute the table of CHECKPOINT with Ray: every token's feed-forward outputs, in shards.
@@ -31,32 +33,31 @@ def build(settings: config.BuildConfig, checkpoint: Path) -> None:
     With two stores, the table is computed once and written to both.
     """
     from tolhouse.build import job
-    from tolhouse.build.frequency import frequent_tokens
+    from tolhouse.build.frequency import count_tokens
     from tolhouse.model.checkpoint import open_checkpoint
-    from tolhouse.store.base import wait_for_store
-    from tolhouse.store.registry import is_new, publish, stands_for
 
     opened, urls = open_checkpoint(checkpoint), stores_of(settings)
     planned = _planned(opened, settings)
-    frequent = frequent_tokens(opened.tokenizer(), settings.corpus, planned.vocab_size)
-    planned = replace(planned, frequent=frequent)
+    counts = count_tokens(opened.tokenizer(), settings.corpus, planned.vocab_size)
+    frequent = sorted(counts, key=lambda i: (-counts[i], i))[:MAX_FREQUENT]
+    planned = replace(planned, frequent=tuple(frequent))
     rows = f"{planned.vocab_size} rows of {planned.record_bytes} bytes"
     click.echo(f"{planned.ref}: {rows}, {planned.table_bytes / 1e6:.1f} MB", err=True)
     seconds, wait = settings.store_timeout_seconds, settings.store_wait_seconds
     stores = [wait_for_store(url, seconds, wait) for url in urls]
-    new_in = [s for s in stores if is_new(s, planned)]
+    new_in = [s for s in stores if registry.is_new(s, planned)]
     tasks = settings.ray_address, settings.workers, settings.verify_rows
     built = job.build(opened, planned, urls, *tasks, seconds)
     for s in stores if settings.publish else new_in if settings.publish_new else ():
-        publish(s, built.ref)
-    if not all(stands_for(s, built.ref) for s in stores):
+        registry.publish(s, built.ref)
+    if not all(registry.stands_for(s, built.ref) for s in stores):
         command = f"tolhouse publish {built.ref} --store {settings.store}"
         click.echo(f"built and verified; to publish it as {built.name}:\n  {command}", err=True)
     click.echo(built.ref)
 
 
 @click.command()
-@checkpoint_argument("compress")
+@checkpoint_argument("COMPRESS")
 @options(config.CompressConfig)
 def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
     """Make a table of CHECKPOINT in fewer bytes than `build` does, served like any other.
@@ -74,8 +75,6 @@ def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
     from tolhouse.build.frequency import count_tokens
     from tolhouse.model.checkpoint import open_checkpoint
     from tolhouse.sources.memoryllm import MemoryLLM
-    from tolhouse.store.base import open_store
-    from tolhouse.store.registry import publish
 
     opened = open_checkpoint(checkpoint)
     stores = [open_store(url, settings.store_timeout_seconds) for url in stores_of(settings)]
@@ -92,9 +91,8 @@ def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
     manifest = made.manifest
     share = compress.bytes_at_16_bit(plain) / made.bytes
     ranks = f", ranks {' '.join(map(str, manifest.ranks))}" if manifest.ranks else ""
-    click.echo(
-        f"{manifest.ref}: {made.bytes / 1e6:.2f} MB, 1/{share:.2f} of 16 bit{ranks}", err=True
-    )
+    size = f"{made.bytes / 1e6:.2f} MB, 1/{share:.2f} of 16 bit"
+    click.echo(f"{manifest.ref}: {size}{ranks}", err=True)
     if scheme.low_rank and not ranks:
         by_size = f"{settings.codec} alone meets --size-ratio"
         why = by_size if settings.size_ratio else "--rank-share keeps all of it"
@@ -103,7 +101,7 @@ def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
         with closing(store):
             stored = made.store(store)
             if settings.publish:
-                publish(store, stored.ref)
+                registry.publish(store, stored.ref)
     click.echo(stored.ref)
 
 
@@ -112,12 +110,10 @@ def tables() -> None:
     """List, show, publish, roll back and delete versions of tables."""
 
 
-def _each_store(settings: config.StoreConfig, work: Callable[[Any], Any]) -> None:
-    from tolhouse.store.base import open_store
-
+def _stores(settings: config.StoreConfig) -> Iterator[Store]:
     for url in stores_of(settings):
         with closing(open_store(url, settings.store_timeout_seconds)) as store:
-            work(store)
+            yield store
 
 
 def _own_auxiliary(manifest: Manifest) -> tuple[str, ...]:
@@ -129,10 +125,8 @@ def _own_auxiliary(manifest: Manifest) -> tuple[str, ...]:
 @options(config.StoreConfig)
 def list_tables(settings: config.StoreConfig) -> None:
     """List every table with its size, its parts included; a star marks published versions."""
-    from tolhouse.store.registry import tables as all_tables
-
-    def work(store: Any) -> None:
-        found = list(all_tables(store))
+    for store in _stores(settings):
+        found = list(registry.tables(store))
         plural = "" if len(found) == 1 else "s"
         click.echo(f"{store.url}: {len(found) or 'no'} table{plural}", err=True)
         sizes = {m.ref: m.table_bytes for m, _ in found}
@@ -144,17 +138,14 @@ def list_tables(settings: config.StoreConfig) -> None:
             star = "*" if published else " "
             click.echo(f"{star} {m.ref}  {rows} {layers} {size / 1e6:>10.1f} MB{over}")
 
-    _each_store(settings, work)
-
 
 @tables.command()
 @click.argument("table")
 @options(config.StoreConfig)
 def show(settings: config.StoreConfig, table: str) -> None:
     """Show the manifest of TABLE, NAME or NAME@VERSION, as JSON."""
-    from tolhouse.store.registry import resolve
-
-    _each_store(settings, lambda store: click.echo(resolve(store, table).to_json(), nl=False))
+    for store in _stores(settings):
+        click.echo(registry.resolve(store, table).to_json(), nl=False)
 
 
 @click.command()
@@ -162,22 +153,15 @@ def show(settings: config.StoreConfig, table: str) -> None:
 @options(config.StoreConfig)
 def publish(settings: config.StoreConfig, table: str) -> None:
     """Make a name stand for this version: TABLE is NAME@VERSION."""
-    from tolhouse.store.registry import publish, resolve
-
-    def work(store: Any) -> None:
+    for store in _stores(settings):
         before: Manifest | None = None
         with suppress(NotFound, Corrupt):
-            before = resolve(store, table.partition("@")[0])
-        made = publish(store, table)
+            before = registry.resolve(store, table.partition("@")[0])
+        made = registry.publish(store, table)
         click.echo(f"{made.ref} is published in {store.url}")
         if before and before.model_id != made.model_id:
-            click.echo(
-                f"it is of another model than {before.ref}: workers of that one keep serving it; "
-                "start others",
-                err=True,
-            )
-
-    _each_store(settings, work)
+            hint = "workers of that one keep serving it; start others"
+            click.echo(f"it is of another model than {before.ref}: {hint}", err=True)
 
 
 tables.add_command(publish)
@@ -188,12 +172,8 @@ tables.add_command(publish)
 @options(config.StoreConfig)
 def rollback(settings: config.StoreConfig, name: str) -> None:
     """Make NAME stand for the version it stood for before."""
-    from tolhouse.store.registry import rollback
-
-    def work(store: Any) -> None:
-        click.echo(f"{rollback(store, name).ref} is published in {store.url}")
-
-    _each_store(settings, work)
+    for store in _stores(settings):
+        click.echo(f"{registry.rollback(store, name).ref} is published in {store.url}")
 
 
 @tables.command()
@@ -202,26 +182,17 @@ def rollback(settings: config.StoreConfig, name: str) -> None:
 @options(config.StoreConfig)
 def delete(settings: config.StoreConfig, table: str, force: bool) -> None:
     """Delete a version that is neither published nor in use: TABLE is NAME@VERSION."""
-    from tolhouse.store.registry import delete
-
-    def work(store: Any) -> None:
-        delete(store, table, force)
+    for store in _stores(settings):
+        registry.delete(store, table, force)
         click.echo(f"{table} is deleted from {store.url}")
-
-    _each_store(settings, work)
-
-
-path_type = click.Path(path_type=Path)
 
 
 @click.command()
 @click.argument("table")
 @click.option("--copy", multiple=True, metavar="TOKEN=OTHER", help="TOKEN gets the row of OTHER.")
 @click.option("--scale", multiple=True, metavar="TOKEN=FACTOR", help="TOKEN's row is multiplied.")
-@click.option(
-    "--rows-file", "--rows", type=path_type, help="An .npz with `ids` [T] and `rows` [T, N, D]."
-)
-@click.option("--checkpoint", type=path_type, help="Its tokenizer gives the ids of TOKENs in text.")
+@click.option("--rows-file", "--rows", type=Path, help="An .npz: `ids` [T], `rows` [T, N, D].")
+@click.option("--checkpoint", type=Path, help="Its tokenizer gives the ids of TOKENs in text.")
 @click.option("--publish", "publishes", is_flag=True, help="Publish the version at once.")
 @options(config.StoreConfig)
 def overlay(
@@ -246,7 +217,6 @@ def overlay(
     from tolhouse.analysis.edits import copy_of, edited_rows, read_rows, scale_of
     from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
     from tolhouse.store.overlay import make_overlay
-    from tolhouse.store.registry import publish, resolve
 
     if not (copy or scale or rows_file):
         raise InvalidArgument("nothing to change: give --copy, --scale or --rows-file")
@@ -255,13 +225,11 @@ def overlay(
     scaled = [scale_of(edit, tokenizer) for edit in scale]
     given = read_rows(rows_file) if rows_file else None
 
-    def work(store: Any) -> None:
-        manifest = resolve(store, table)
+    for store in _stores(settings):
+        manifest = registry.resolve(store, table)
         if checkpoint and manifest.tokenizer_id != tokenizer_id(checkpoint / TOKENIZER):
-            raise Mismatch(
-                f"table {manifest.ref} was built with another tokenizer than that of {checkpoint}: "
-                "its tokens have other ids"
-            )
+            other = f"another tokenizer than that of {checkpoint}, with other ids"
+            raise Mismatch(f"table {manifest.ref} was built with {other}")
         edits = edited_rows(store, manifest, copied, scaled, given)
         made = make_overlay(store, manifest.ref, *edits)
         parts = [store.manifest(ref).table_bytes for ref in _own_auxiliary(made)]
@@ -269,7 +237,5 @@ def overlay(
         rows = f"{made.num_records} changed rows over {made.parent}"
         click.echo(f"{rows}, {size}, in {store.url}", err=True)
         if publishes:
-            publish(store, made.ref)
+            registry.publish(store, made.ref)
         click.echo(made.ref)
-
-    _each_store(settings, work)
