@@ -238,6 +238,8 @@ def wait_for_store(url: str, timeout_seconds: float, wait_seconds: float) -> Sto
 def require_private(url: str, *, insecure: bool) -> str:
     """The URL; InvalidArgument for a Redis on another machine without TLS or certificate checks."""
     parts, options = _parts(url)
+    if parts.scheme not in ("file", "redis", "rediss"):
+        raise not_understood(url)
     hosts = parts.netloc.rpartition("@")[2].split(",")
     try:
         names = [urlsplit(f"//{host}").hostname or "localhost" for host in hosts]
