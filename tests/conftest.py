@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from tolhouse.certs import ensure_authority, issue
-from tolhouse.testing import redis_cluster, redis_server, tiny_model
+from tolhouse.testing import build_table, redis_cluster, redis_server, tiny_model
 
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # tiny models, and many processes on few cores: threads would wait for each other
@@ -38,6 +38,14 @@ def redis_cluster_url() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("checkpoints") / "tiny-memory")
+
+
+@pytest.fixture(scope="session")
+def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store with the table of `checkpoint`, which tests leave as it is."""
+    url = f"file://{tmp_path_factory.mktemp('tables')}"
+    build_table(checkpoint, url)
+    return url
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from tolhouse import Client, ClientCredentials
 from tolhouse.errors import InvalidArgument, Unauthenticated
 from tolhouse.files import replace_file
 from tolhouse.net.auth import TokenFile
-from tolhouse.testing import Process, build_table, local_cluster, process, wait_until
+from tolhouse.testing import Process, local_cluster, process, wait_until
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
@@ -27,13 +27,6 @@ def tokens(tmp_path: Path) -> Path:
     path = tmp_path / "tokens"
     path.write_text(f"# the services'\n{secrets.token_urlsafe()}\n")
     return path
-
-
-@pytest.fixture(scope="module")
-def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = f"file://{tmp_path_factory.mktemp('tables')}"
-    build_table(checkpoint, url)
-    return url
 
 
 @pytest.fixture

@@ -1,11 +1,8 @@
 """The explorer: what the gateway tells it, and the page itself in a real browser."""
 
-import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,12 +16,9 @@ from tolhouse.store.overlay import make_overlay
 from tolhouse.store.registry import publish
 from tolhouse.testing import Cluster, build_table, local_cluster, process
 
+from tests.commands import tolhouse
+
 TEXT = "def add(x):\n    return"
-
-
-def tolhouse(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tolhouse.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def get(cluster: Cluster, path: str) -> httpx.Response:
@@ -40,7 +34,7 @@ def explored(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path
     """A model with a memory file beside its tokenizer, as the command writes it."""
     copy = tmp_path_factory.mktemp("explored") / "tiny-memory"
     shutil.copytree(checkpoint, copy)
-    assert 0 == tolhouse("explain", copy, "--explorer", copy / "memory.npz").returncode
+    tolhouse(f"explain {copy} --explorer {copy}/memory.npz")
     return copy
 
 
@@ -56,8 +50,8 @@ def cluster(explored: Path) -> Iterator[Cluster]:
 def altered(explored: Path) -> Iterator[Cluster]:
     """The same model with a table that is compressed, edited and without a layer."""
     url = f"file://{explored.parent / 'altered'}"
-    options = ("--store", url, "--codec", "int8", "--absent-layers", "2")
-    ref = tolhouse("compress", explored, *options).stdout.strip()
+    options = f"--store {url} --codec int8 --absent-layers 2"
+    ref = tolhouse(f"compress {explored} {options}").stdout.strip()
     store = open_store(url)
     publish(store, ref)
     manifest = store.manifest(ref)
@@ -132,7 +126,7 @@ def test_a_memory_of_another_model_is_not_shown(
     expected = f"memory.npz is of model ffffffffffff, and {served}: write it again"
     options = ("--workers", cluster.workers, "--listen", "127.0.0.1:0", "--poll-seconds", "0.2")
     with process("gateway", str(other), *options) as gateway:
-        here = Cluster("", "", gateway.address)
+        here = Cluster("", "", gateway.address, [])
         while not get(here, "/explore/live").json()["workers"]:
             pass
         tokens = post(here, "/explore/tokens", text=TEXT).json()["tokens"]
@@ -166,17 +160,8 @@ def test_tokens_that_are_not_there_are_told(cluster: Cluster, token: str, status
     assert (status, True) == (answer.status_code, bool(answer.json()["error"]["message"]))
 
 
-@pytest.mark.parametrize(
-    ("without", "expected"),
-    [
-        ("norms", "is not what `tolhouse explain --explorer` writes"),
-        ("model_id", "does not say of which model it is"),
-        ("", "is not what `tolhouse explain --explorer` writes"),
-    ],
-)
-def test_a_malformed_file_is_told(
-    explored: Path, tmp_path: Path, without: str, expected: str
-) -> None:
+@pytest.mark.parametrize("without", ["norms", "model_id", ""])
+def test_a_malformed_file_is_told(explored: Path, tmp_path: Path, without: str) -> None:
     """One that lacks something, or is no archive; at the gateway's start."""
     shutil.copytree(explored, tmp_path / "m")
     file = tmp_path / "m" / "memory.npz"
@@ -184,15 +169,14 @@ def test_a_malformed_file_is_told(
     np.savez_compressed(file, **arrays)
     if not without:
         file.write_bytes(b"no archive")
-    done = tolhouse("gateway", tmp_path / "m", "--listen", "127.0.0.1:0")
-    assert (1, True) == (done.returncode, expected in done.stderr), done.stderr
-    assert "Traceback" not in done.stderr
+    done = tolhouse(f"gateway {tmp_path}/m --listen 127.0.0.1:0", code=1)
+    assert "is not what `tolhouse explain --explorer` writes" in done.stderr
 
 
 def test_a_memory_file_is_not_written_of_a_table(checkpoint: Path, tmp_path: Path) -> None:
     """Its keys would be the model's and its norms the table's: the options exclude each other."""
-    done = tolhouse("explain", checkpoint, "--explorer", tmp_path / "m.npz", "--table", "x")
-    assert (1, True) == (done.returncode, "without --table" in done.stderr), done.stderr
+    done = tolhouse(f"explain {checkpoint} --explorer {tmp_path}/m.npz --table x", code=1)
+    assert "without --table" in done.stderr
     assert [] == list(tmp_path.iterdir())
 
 
@@ -203,10 +187,9 @@ def browser() -> Iterator[object]:
         pytest.skip("no chromium on the PATH")
     from playwright.sync_api import sync_playwright
 
+    options = ["--no-sandbox", "--disable-gpu"]
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
-        )
+        browser = driver.chromium.launch(executable_path=chromium, args=options)
         yield browser
         browser.close()
 
@@ -226,6 +209,10 @@ def page(cluster: Cluster, browser: object) -> Iterator[object]:
 SHOWN = "name => document.querySelector('#detail strong').innerText.trim() === name.trim()"
 
 
+def is_of(request: object, path: str, text: str) -> bool:
+    return request.url.endswith(path) and text in (request.post_data or "")
+
+
 def wait_for_status(page: object, text: str) -> None:
     condition = "text => document.getElementById('status').textContent === text"
     page.wait_for_function(condition, arg=text)
@@ -233,23 +220,16 @@ def wait_for_status(page: object, text: str) -> None:
 
 def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
     """Tokens with their keys, by mouse and keyboard; sliders change the right-hand text alone."""
-    with page.expect_response(
-        lambda answer: (
-            "add(x)" in (answer.request.post_data or "") and answer.url.endswith("completions")
-        )
-    ):
+    with page.expect_response(lambda answer: is_of(answer.request, "completions", "add(x)")):
         page.fill("#prompt", TEXT)
-    page.wait_for_function(
-        "document.querySelectorAll('#tokens button').length > 5"
-        " && document.querySelector('#original .dim')"
-    )
+    page.wait_for_function("document.querySelectorAll('#tokens button').length > 5")
+    page.wait_for_selector("#original .dim")
     page.click("#tokens button:nth-child(1)")
     page.wait_for_function("document.querySelectorAll('#detail tbody tr').length === 4")
     first = page.inner_text("#detail strong")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function(
-        "first => document.querySelector('#detail strong').innerText !== first", arg=first
-    )
+    another = "first => document.querySelector('#detail strong').innerText !== first"
+    page.wait_for_function(another, arg=first)
     neighbour = page.locator("#detail p .link").first
     name = neighbour.inner_text()
     neighbour.focus()
@@ -273,10 +253,7 @@ def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
     page.locator("#layers input").first.focus()
     page.keyboard.press("Home")
     assert ["0.00", "1.00", "1.00", "1.00"] == page.locator("#layers output").all_inner_texts()
-    page.wait_for_function(
-        "document.getElementById('probed').textContent"
-        " !== document.getElementById('original').textContent"
-    )
+    page.wait_for_function("$('probed').textContent !== $('original').textContent")
     page.wait_for_function("document.getElementById('live').textContent.includes('tiny-memory@')")
     if folder := os.environ.get("SCREENSHOTS"):
         page.screenshot(path=f"{folder}/explore.png", full_page=True)
@@ -284,20 +261,17 @@ def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
 
 def test_the_page_tells_errors(page: object) -> None:
     """A text that is too long is refused, and what was shown is gone; the page goes on."""
-    page.wait_for_function(
-        "document.querySelector('#odds td') && document.querySelector('#tokens button')"
-    )
+    page.wait_for_selector("#odds td")
+    page.wait_for_selector("#tokens button")
     page.fill("#prompt", "word " * 3000)
-    page.wait_for_function("document.getElementById('status').className === 'error'")
-    page.wait_for_function(
-        "/context.*8192|8192.*context/.test(document.getElementById('status').textContent)"
-    )  # both say why
-    assert [""] * 4 == [
-        page.inner_text(f"#{part}") for part in ("original", "probed", "odds", "tokens")
-    ]
+    page.wait_for_function("$('status').className === 'error'")
+    both = "/context.*8192|8192.*context/.test($('status').textContent)"  # both say why
+    page.wait_for_function(both)
+    parts = ("original", "probed", "odds", "tokens")
+    assert [""] * 4 == [page.inner_text(f"#{part}") for part in parts]
     assert "Choose a token" in page.inner_text("#detail")
-    page.fill("#prompt", json.loads('"def"'))
-    page.wait_for_function("document.getElementById('status').textContent.endsWith('text')")
+    page.fill("#prompt", "def")
+    page.wait_for_function("$('status').textContent.endsWith('text')")
     assert "dim" == page.get_attribute("#status", "class")
     page.fill("#prompt", "")
     wait_for_status(page, "type a text")
@@ -315,15 +289,11 @@ def test_the_page_tells_log_probabilities(page: object, cluster: Cluster) -> Non
     page.fill("#row-scale", "-0.5")
     wait_for_status(page, "another text")
     columns = [page.locator(f"#odds td:nth-child({column})").all_inner_texts() for column in (3, 5)]
-    assert [[f"{p:.3f}" for p in side["token_logprobs"]] for side in (plain, probed)] == [
-        [t for t in c if t] for c in columns
-    ]
-    differing = [
-        n for n, (a, b) in enumerate(zip(plain["tokens"], probed["tokens"], strict=False)) if a != b
-    ]
-    assert [str(differing[0] + 1)] == page.locator(
-        "#odds tr.first td:first-child"
-    ).all_inner_texts()
+    expected = [[f"{p:.3f}" for p in side["token_logprobs"]] for side in (plain, probed)]
+    assert expected == [[t for t in c if t] for c in columns]
+    pairs = enumerate(zip(plain["tokens"], probed["tokens"], strict=False), 1)
+    first = next(n for n, (a, b) in pairs if a != b)
+    assert str(first) == page.inner_text("#odds tr.first td:first-child")
     assert 1 == page.inner_text("#odds").count("first difference")
     page.locator("#layers input").last.focus()
     page.keyboard.press("Tab")
@@ -334,19 +304,17 @@ def test_the_page_tells_log_probabilities(page: object, cluster: Cluster) -> Non
 def test_an_older_answer_is_given_up(page: object) -> None:
     """Tokens of a text that was changed meanwhile are not waited for."""
     held = []
-    page.route(
-        "**/explore/tokens",
-        lambda route: (
-            held.append(route) if "older" in route.request.post_data else route.continue_()
-        ),
-    )
-    with page.expect_request(
-        lambda request: "older" in (request.post_data or "") and request.url.endswith("tokens")
-    ):
+
+    def hold(route: object) -> None:
+        if "older" in route.request.post_data:
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/explore/tokens", hold)
+    with page.expect_request(lambda request: is_of(request, "tokens", "older")):
         page.fill("#prompt", "older older older")
-    with page.expect_event(
-        "requestfailed", lambda request: request.url.endswith("/explore/tokens")
-    ):
+    with page.expect_event("requestfailed", lambda request: is_of(request, "tokens", "older")):
         page.fill("#prompt", "def")
     page.wait_for_function("document.getElementById('tokens').textContent === 'def'")
     assert 1 == len(held)
@@ -364,13 +332,11 @@ def test_the_page_tells_what_a_table_lacks(altered: Cluster, browser: object) ->
     """A layer without rows can't be chosen, nor by a reset; whose rows are shown is said."""
     page = browser.new_page()
     page.goto(f"http://{altered.gateway}/explore")
-    page.wait_for_function("document.querySelector('#layers input:disabled')")
+    page.wait_for_selector("#layers input:disabled")
     page.click("#reset")
-    states = page.eval_on_selector_all(
-        "#layers input", "sliders => sliders.map(slider => [slider.disabled, slider.value])"
-    )
+    state_of = "sliders => sliders.map(slider => [slider.disabled, slider.value])"
+    states = page.eval_on_selector_all("#layers input", state_of)
     assert [[False, "1"], [False, "1"], [True, "0"], [False, "1"]] == states
-    assert ["layer 2", "not in the table"] == page.inner_text("#layers label:nth-child(3)").split(
-        "\n"
-    )
+    label = page.inner_text("#layers label:nth-child(3)")
+    assert ["layer 2", "not in the table"] == label.split("\n")
     assert "(int8, edited, without layer 2)" in page.inner_text("#memory")

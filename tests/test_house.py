@@ -91,8 +91,7 @@ def test_nothing_imports_upwards_or_sideways(path: Path) -> None:
         ("pickle", set()),
         (
             "fastapi",
-            {"gateway/app.py", "gateway/error_responses.py"}
-            | {f"gateway/routes/{part.name}" for part in SOURCES.glob("gateway/routes/*.py")},
+            {f"gateway/{name}.py" for name in ("app", "error_responses", "routes")},
         ),
         ("jinja2", {"gateway/templates.py", "analysis/report.py"}),
         ("trustme", {"certs.py"}),

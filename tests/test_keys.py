@@ -6,8 +6,6 @@ import json
 import os
 import socket
 import stat
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,7 +23,9 @@ from tolhouse.files import ReloadingFiles
 from tolhouse.gateway.auth import AuthMiddleware, add_key, read_keys, remove_key
 from tolhouse.gateway.middleware import MetricsMiddleware
 from tolhouse.gateway.rate_limit import RateLimiter, window
-from tolhouse.testing import Cluster, build_table, local_cluster, redis_server
+from tolhouse.testing import Cluster, local_cluster, redis_server
+
+from tests.commands import tolhouse
 
 BODY = {"prompt": "def add", "max_tokens": 2}
 
@@ -41,32 +41,22 @@ def first(keys: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def cluster(
-    checkpoint: Path, keys: Path, first: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Cluster]:
-    url = f"file://{tmp_path_factory.mktemp('tables')}"
-    build_table(checkpoint, url)
-    with local_cluster(checkpoint, url, gateway_options=("--keys-file", str(keys))) as running:
+def cluster(checkpoint: Path, store: str, keys: Path, first: str) -> Iterator[Cluster]:
+    with local_cluster(checkpoint, store, gateway_options=("--keys-file", str(keys))) as running:
         yield running
 
 
 def ask(cluster: Cluster, key: str | None, path: str = "/v1/completions", **more) -> httpx.Response:
     headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
-    return httpx.request(
-        "POST" if path.startswith("/v1/c") else "GET",
-        f"http://{cluster.gateway}{path}",
-        headers=headers,
-        timeout=60,
-        **more,
-    )
+    method, url = "POST" if path.startswith("/v1/c") else "GET", f"http://{cluster.gateway}{path}"
+    return httpx.request(method, url, headers=headers, timeout=60, **more)
 
 
 def test_requests_need_a_key(cluster: Cluster, first: str) -> None:
     """Every route but health; the error has OpenAI's form, whatever the body."""
     assert 200 == ask(cluster, first, json=BODY).status_code
-    paths = ["/metrics", "/docs", "/openapi.json", "/tokenizer_info", "/nothing", "//health"]
-    paths += ["/v1/completions", "/v1/chat/completions", "/v1/models"]
-    for path in paths:
+    paths = "/metrics /docs /openapi.json /tokenizer_info /nothing //health /v1/completions"
+    for path in (paths + " /v1/chat/completions /v1/models").split():
         for key in (None, "", "x", first[:-1], first + "x", first.upper(), "ä"):
             answer = ask(cluster, key, path)
             assert (401, "Bearer") == (answer.status_code, answer.headers["WWW-Authenticate"]), path
@@ -79,9 +69,8 @@ def test_requests_need_a_key(cluster: Cluster, first: str) -> None:
 def test_health_is_open_and_tells_strangers_little(cluster: Cluster, first: str) -> None:
     """Probes have no key; which workers there are is told with one."""
     assert {"status": "ok"} == ask(cluster, None, "/health").json()
-    assert {"status": "ok", "workers": {cluster.workers: "healthy"}} == ask(
-        cluster, first, "/health"
-    ).json()
+    known = ask(cluster, first, "/health").json()
+    assert {"status": "ok", "workers": {cluster.workers: "healthy"}} == known
     assert [200, 200] == [ask(cluster, None, path).status_code for path in ("/ping", "/version")]
 
 
@@ -131,12 +120,12 @@ def test_a_key_s_rate_is_limited(cluster: Cluster, keys: Path, first: str) -> No
 def test_a_key_s_requests_in_flight_are_limited(cluster: Cluster, keys: Path) -> None:
     """They count from the header on until they end, however they do."""
     key = add_key(keys, "narrow", 60_000, 2)
-    host, port = cluster.gateway.split(":")
+    address = ("127.0.0.1", int(cluster.gateway.split(":")[1]))
     body = json.dumps(BODY)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with ExitStack() as stack:
-        opened = [socket.create_connection((host, int(port)), timeout=30) for _ in range(2)]
+        opened = (socket.create_connection(address, timeout=30) for _ in range(2))
         held = [stack.enter_context(one) for one in opened]
         for one in held:
             one.sendall(head.encode())  # and no body yet
@@ -259,23 +248,18 @@ def test_the_file_holds_hashes_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "[]",
-        "{",
-        '{"a": {}}',
-        '{"a": {"sha256": "x"}}',
-        '{"a b": {"sha256": "' + "0" * 64 + '"}}',
-        '{"a": {"sha256": "' + "0" * 64 + '", "concurrent": 0}}',
-        '{"a": {"sha256": "' + "0" * 64 + '", "admin": true}}',
+        *("", "[]", "{", '{"a": {}}', '{"a": {"sha256": "x"}}'),
+        f'{{"a b": {{"sha256": "{"0" * 64}"}}}}',
+        f'{{"a": {{"sha256": "{"0" * 64}", "concurrent": 0}}}}',
+        f'{{"a": {{"sha256": "{"0" * 64}", "admin": true}}}}',
     ],
 )
 def test_a_malformed_file_is_told(text: str, tmp_path: Path) -> None:
     """Where, and by what it is written."""
     path = tmp_path / "keys.json"
     path.write_text(text)
-    with pytest.raises(
-        InvalidArgument, match=r"keys\.json is malformed at .*`tolhouse keys` writes it"
-    ):
+    told = r"keys\.json is malformed at .*`tolhouse keys` writes it"
+    with pytest.raises(InvalidArgument, match=told):
         read_keys(str(path))
 
 
@@ -286,6 +270,5 @@ def test_a_malformed_file_is_told(text: str, tmp_path: Path) -> None:
 def test_what_can_be_no_key_is_told(arguments: tuple[str, ...], tmp_path: Path) -> None:
     """In a line, and no file is written."""
     path = tmp_path / "keys.json"
-    command = [sys.executable, "-m", "tolhouse.cli", "keys", "add", str(path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (1, 1, False) == (done.returncode, done.stderr.count("\n"), path.exists()), done.stderr
+    done = tolhouse(f"keys add {path}", *arguments, code=1)
+    assert (1, False) == (done.stderr.count("\n"), path.exists()), done.stderr

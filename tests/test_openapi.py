@@ -8,17 +8,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tolhouse.testing import build_table, local_cluster
+from tolhouse.testing import local_cluster
 
 # a body that fits its schema may name a model, or have a length, that is not served
 NOT_CHECKED = "positive_data_acceptance"
 
 
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[str]:
-    url = f"file://{tmp_path_factory.mktemp('tables')}"
-    build_table(checkpoint, url)
-    with local_cluster(checkpoint, url) as cluster:
+def gateway(checkpoint: Path, store: str) -> Iterator[str]:
+    with local_cluster(checkpoint, store) as cluster:
         yield f"http://{cluster.gateway}"
 
 

@@ -1,5 +1,7 @@
 """The one list of sampling parameters, and that every interface has it."""
 
+import math
+
 import pytest
 from click.testing import CliRunner
 from tolhouse.cli import main
@@ -33,9 +35,8 @@ def test_every_interface_has_the_list() -> None:
 def test_a_request_carries_them_all(options: dict) -> None:
     """What one side accepts at its bounds arrives, and is accepted at the other side too."""
     sent = SamplingParams(**options)
-    arrived = SamplingParams.from_proto(
-        GenerateRequest.FromString(sent.to_proto([1]).SerializeToString())
-    )
+    wire = sent.to_proto([1]).SerializeToString()
+    arrived = SamplingParams.from_proto(GenerateRequest.FromString(wire))
     assert {**dict(sent), "top_p": 0} == {**dict(arrived), "top_p": 0}
     assert sent.top_p == pytest.approx(arrived.top_p)
 
@@ -43,31 +44,22 @@ def test_a_request_carries_them_all(options: dict) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"temperature": -0.1},
-        {"temperature": float("nan")},
-        {"temperature": "1"},
-        {"top_k": -2},
-        {"top_k": 1.5},
-        {"top_p": 0},
-        {"top_p": 1.1},
+        *({"temperature": value} for value in (-0.1, math.nan, "1")),
+        *({"top_k": value} for value in (-2, 1.5)),
+        *({"top_p": value} for value in (0, 1.1)),
         {"min_p": 2},
-        {"repetition_penalty": 0},
-        {"repetition_penalty": float("inf")},
+        *({"repetition_penalty": value} for value in (0, math.inf)),
         {"presence_penalty": 2.5},
-        {"frequency_penalty": float("nan")},
-        {"logit_bias": {1: 101}},
-        {"logit_bias": {-1: 0}},
-        {"logit_bias": dict.fromkeys(range(1025), 1)},
+        {"frequency_penalty": math.nan},
+        *({"logit_bias": value} for value in ({1: 101}, {-1: 0}, dict.fromkeys(range(1025), 1))),
         {"seed": 2**64},
         {"stop_token_ids": range(257)},
-        {"logprobs": 21},
-        {"logprobs": True},
+        *({"logprobs": value} for value in (21, True)),
         {"prompt_logprobs": -1},
         {"min_tokens": 17},
-        {"max_tokens": 0},
-        {"max_tokens": 2**32},
+        *({"max_tokens": value} for value in (0, 2**32)),
         {"row_scale": 17.0},
-        {"layer_scales": [1.0, float("nan")]},
+        {"layer_scales": [1.0, math.nan]},
         {"temprature": 1.0},
     ],
     ids=str,

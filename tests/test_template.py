@@ -28,19 +28,13 @@ def test_templates_have_what_transformers_gives_them(tmp_path: Path) -> None:
     """Special tokens, plain tojson, trimmed blocks, loop controls; nothing is escaped."""
     text = "{% for m in messages %}\n    {% if loop.index > 1 %}{% break %}{% endif %}\n"
     text += "{{ m.content }}{{ m | tojson }}\n{% endfor %}"
-    rendered = made(
-        tmp_path,
-        bos_token={"content": "<s>"},
-        eos_token="</s>",
-        chat_template="{{ bos_token }}" + text + "{{ eos_token }}",
-    )
-    assert '<s><b>é</b>{"role": "user", "content": "<b>é</b>"}\n</s>' == rendered.render(
-        MESSAGES * 2
-    )
+    text = "{{ bos_token }}" + text + "{{ eos_token }}"
+    template = made(tmp_path, bos_token={"content": "<s>"}, eos_token="</s>", chat_template=text)
+    expected = '<s><b>é</b>{"role": "user", "content": "<b>é</b>"}\n</s>'
+    assert expected == template.render(MESSAGES * 2)
     asked = made(tmp_path, chat_template="{% if add_generation_prompt %}x{% endif %}")
-    assert ["x", ""] == [
-        asked.render(MESSAGES, add_generation_prompt=asks) for asks in (True, False)
-    ]
+    assert "x" == asked.render(MESSAGES)
+    assert "" == asked.render(MESSAGES, add_generation_prompt=False)
     assert made(tmp_path, chat_template="{{ strftime_now('%Y') }}").render(MESSAGES).isdecimal()
 
 
@@ -62,15 +56,15 @@ def test_what_fails_in_a_template_is_told(tmp_path: Path, source: str, message: 
 
 def test_no_template_and_bad_ones(tmp_path: Path) -> None:
     """What would be needed is named; a file that can't be read as one is refused at start."""
-    with pytest.raises(
-        InvalidArgument, match=r"needs a chat_template.jinja, or a tokenizer_config.json"
-    ):
+    needed = r"needs a chat_template.jinja, or a tokenizer_config.json"
+    with pytest.raises(InvalidArgument, match=needed):
         ChatTemplate(tmp_path).render(MESSAGES)
-    with pytest.raises(InvalidArgument, match="malformed"):
-        made(tmp_path, chat_template="{% if %}")
-    (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(InvalidArgument, match="not a JSON object"):
-        ChatTemplate(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(InvalidArgument, match="not JSON"):
-        ChatTemplate(tmp_path)
+    malformed = (
+        ('{"chat_template": "{% if %}"}', "malformed"),
+        ("[]", "object"),
+        ("{", "not JSON"),
+    )
+    for text, message in malformed:
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        with pytest.raises(InvalidArgument, match=message):
+            ChatTemplate(tmp_path)

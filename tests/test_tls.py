@@ -96,13 +96,6 @@ def tls_redis_or_skip() -> None:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module")
-def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    url = f"file://{tmp_path_factory.mktemp('tables')}"
-    build_table(checkpoint, url)
-    return url
-
-
 # the whole way
 
 

@@ -28,8 +28,8 @@ def few_fields(given: Any) -> Any:
     return given
 
 
-def _option(default: Any, text: str) -> Any:
-    return Field(default, description=text)
+def _option(default: Any, text: str, **bounds: Any) -> Any:
+    return Field(default, description=text, **bounds)
 
 
 # Strict: no text for a number. 32 bits hold each bound exactly.
@@ -39,12 +39,8 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Temperature = Annotated[Number, Field(ge=0, le=100, description="0: greedy.")]
 TopK = Annotated[Int, Field(ge=-1, le=MAX_COUNT), AfterValidator(lambda k: max(0, k))]
 TopP = Annotated[Number, Field(gt=0, le=1), AfterValidator(lambda p: max(LEAST_TOP_P, p))]
-Share = Annotated[Number, Field(ge=0, le=1)]
-Factor = Annotated[Number, Field(ge=2**-7, le=10)]
-Penalty = Annotated[Number, Field(ge=-2, le=2)]
 Scale = Annotated[Number, Field(ge=-16, le=16)]
 Seed = Annotated[Int, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda n: n % 2**64)]
-MinTokens = Annotated[Int, Field(ge=0, le=MAX_COUNT)]
 MaxTokens = Annotated[Int, Field(ge=0, lt=2**32, description="Most tokens of the answer.")]
 Logprobs = Annotated[Int, Field(ge=0, le=20)]
 # The first wrong item ends a list: a large body would make an error for each of its items, else.
@@ -52,8 +48,8 @@ TokenId = Annotated[Int, Field(ge=0, lt=2**32)]
 StopIds = Annotated[tuple[TokenId, ...], Field(max_length=256, fail_fast=True)]
 Layers = Annotated[tuple[T, ...], Field(max_length=1024, fail_fast=True)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
-BiasedId = Annotated[int, Field(ge=0, lt=2**32)]  # a text in JSON
-Biases = Annotated[dict[BiasedId, Bias], BeforeValidator(few_fields)]
+IdAsText = Annotated[int, Field(ge=0, lt=2**32)]  # such as a key in JSON
+Biases = Annotated[dict[IdAsText, Bias], BeforeValidator(few_fields)]
 
 
 class SamplingOptions(BaseModel):
@@ -64,17 +60,19 @@ class SamplingOptions(BaseModel):
     temperature: Temperature = 0.0
     top_k: TopK = _option(0, "Sample from so many likeliest tokens; 0 or -1: all.")
     top_p: TopP = _option(1.0, "Sample from the fewest likeliest tokens with so much probability.")
-    min_p: Share = _option(0.0, "Least probability, as a share of the likeliest token's.")
-    repetition_penalty: Factor = _option(
-        1.0, "Divides positive logits of tokens in prompt or answer, multiplies negative ones."
+    min_p: Number = _option(0.0, "Least probability, as a share of the likeliest's.", ge=0, le=1)
+    repetition_penalty: Number = _option(
+        1.0, "Divides positive logits of tokens so far, multiplies negative ones.", ge=2**-7, le=10
     )
-    presence_penalty: Penalty = _option(0.0, "Subtracted from logits of tokens in the answer.")
-    frequency_penalty: Penalty = _option(0.0, "The same, times their number in the answer.")
+    presence_penalty: Number = _option(
+        0.0, "Subtracted from logits of answered tokens.", ge=-2, le=2
+    )
+    frequency_penalty: Number = _option(0.0, "The same, times their number.", ge=-2, le=2)
     logit_bias: Biases = _option({}, "Added to the logits of token ids.")
     seed: Seed | None = _option(None, "The same seed gives the same tokens; random by default.")
     stop_token_ids: StopIds = _option((), "They end the answer, beside the model's end token.")
     ignore_eos: Bool = _option(False, "Go on after the model's end token.")
-    min_tokens: MinTokens = _option(0, "No end before so many tokens.")
+    min_tokens: Int = _option(0, "No end before so many tokens.", ge=0, le=MAX_COUNT)
     row_scale: Scale = _option(1.0, "Multiplies the looked-up rows of every layer.")
     absent_layers: Layers[TokenId] = _option((), "Layers that go without their rows.")
     layer_scales: Layers[Scale] = _option((), "One for each layer, times row_scale; empty: 1.")
@@ -97,27 +95,24 @@ class SamplingParams(SamplingOptions):
         if not max_tokens and self.prompt_logprobs is None:
             raise InvalidArgument("max_tokens must be at least 1, not 0")
         if self.min_tokens > max_tokens:
-            limit = f"min_tokens must be at most max_tokens={max_tokens}"
-            raise InvalidArgument(f"{limit}, not {self.min_tokens}")
+            raise InvalidArgument(f"min_tokens must be at most max_tokens={max_tokens}")
 
     def to_proto(self, prompt_token_ids: Iterable[int], request_id: str = "") -> GenerateRequest:
         try:
-            return GenerateRequest(
-                request_id=request_id, prompt_token_ids=prompt_token_ids, **dict(self)
-            )
+            fields = dict(self, request_id=request_id, prompt_token_ids=prompt_token_ids)
+            return GenerateRequest(**fields)
         except (ValueError, TypeError, OverflowError) as error:
             raise InvalidArgument(f"the prompt is not a list of token ids: {error}") from None
 
     @classmethod
     def from_proto(cls, request: GenerateRequest) -> Self:
-        options = {f.name: value for f, value in request.ListFields() if f.name in cls.model_fields}
-        return cls(**{**options, "max_tokens": request.max_tokens})
+        given = {f.name: value for f, value in request.ListFields() if f.name in cls.model_fields}
+        return cls(**{**given, "max_tokens": request.max_tokens})
 
     @property
     def probes(self) -> bool:
         """Rows are not added as they are."""
-        scaled = any(scale != 1 for scale in (self.row_scale, *self.layer_scales))
-        return scaled or bool(self.absent_layers)
+        return bool({self.row_scale, *self.layer_scales} - {1.0} or self.absent_layers)
 
     @property
     def penalises(self) -> bool:

@@ -74,24 +74,21 @@ def add_error_handlers(app: FastAPI) -> None:
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         # of a list of alternatives, the one that fitted best
         found = max(error.errors(), key=lambda e: len(e["loc"]))
-        _, *inside = map(str, found["loc"])
+        (_, *inside), kind = map(str, found["loc"]), found["type"]
         param = inside[0] if inside and not inside[0].isdigit() else None
-        message = _explain(found, param, inside, request)
+        message = found["msg"].removeprefix("Value error, ")
+        if kind == "json_invalid":
+            reason = found.get("ctx", {}).get("error", message)
+            message = f"the body is not valid JSON: {reason}"
+        elif kind == "extra_forbidden" and len(inside) == 1:
+            body = request.scope["route"].body_field.field_info.annotation
+            message = f"unknown parameter {param!r}; known are {', '.join(body.model_fields)}"
+        elif kind == "missing" and len(inside) == 1:
+            message = f"parameter {param!r} is required"
+        elif param in _FORMS:
+            message = f"{param} must be {_FORMS[param]}"
+        elif param:
+            message = f"{'.'.join(inside)}: {message}"
+        elif kind != "value_error":
+            message = "the body must be a JSON object, sent with Content-Type: application/json"
         return JSONResponse(error_body(message, 400, param), 400)
-
-
-def _explain(found: Mapping[str, Any], param: str | None, inside: list[str], at: Request) -> str:
-    """What was wrong with a body or a path, and what is allowed."""
-    kind, message = found["type"], found["msg"].removeprefix("Value error, ")
-    if kind == "json_invalid":
-        return f"the body is not valid JSON: {found.get('ctx', {}).get('error', message)}"
-    if kind == "extra_forbidden" and len(inside) == 1:
-        body = at.scope["route"].body_field.field_info.annotation
-        return f"unknown parameter {param!r}; known are {', '.join(body.model_fields)}"
-    if kind == "missing" and len(inside) == 1:
-        return f"parameter {param!r} is required"
-    if param in _FORMS:
-        return f"{param} must be {_FORMS[param]}"
-    if not param and kind != "value_error":
-        return "the body must be a JSON object, sent with Content-Type: application/json"
-    return f"{'.'.join(inside)}: {message}" if param else message

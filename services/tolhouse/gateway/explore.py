@@ -1,14 +1,10 @@
 """What the explorer page shows besides completions: tokens with their memory, and the workers.
 
 The gateway has no weights: what a model's memory holds is read from `memory.npz` beside its
-tokenizer, as `tolhouse explain --explorer` writes it. Without that file the page shows tokens,
-completions and load alone.
+tokenizer, as `tolhouse explain --explorer` writes it. The page does without that file, too.
 """
 
 import logging
-import zipfile
-import zlib
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +12,12 @@ import numpy as np
 
 from tolhouse.errors import InvalidArgument, NotFound
 from tolhouse.gateway.router import WorkerRouter
-from tolhouse.gateway.vocabulary import Vocabulary
+from tolhouse.gateway.text import Vocabulary
 from tolhouse.logs import event
-from tolhouse.v1.generation_pb2 import DescribeWorkerReply
+from tolhouse.v1.generation_pb2 import DescribeWorkerReply, RowCounts
 
 MEMORY = "memory.npz"
-_ARRAYS = ("norms", "keys", "coefficients", "sharers", "near", "cosines")
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, IndexError)
 _WRITE = "with `tolhouse explain CHECKPOINT --explorer FILE`"
-_LOAD = ("tokens", "running", "waiting")
-_ROWS = ("from_cache", "from_remote", "recomputed", "wait_seconds", "fetches", "fetch_seconds")
-
-
-@cache
-def page() -> str:
-    return Path(__file__).with_name("explore.html").read_text()
 
 
 class MemoryFile:
@@ -38,150 +25,124 @@ class MemoryFile:
     tokens that share each key most [N, K, s], nearest tokens and their cosines [V, m]."""
 
     def __init__(self, file: Path, tokenizer_id: str) -> None:
-        self.file, self.logged_reason = file, ""
         try:
             with np.load(file, allow_pickle=False) as archive:
-                arrays = [archive[name] for name in _ARRAYS]
-                own_tokenizer, names = str(archive["tokenizer_id"]), archive.files
-                self.model_id = str(archive["model_id"]) if "model_id" in names else ""
-        except (*_UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
-            raise self._malformed(str(error)) from None
-        if own_tokenizer != tokenizer_id:
-            theirs = f"{own_tokenizer[:12]}; this one is {tokenizer_id[:12]}"
-            raise InvalidArgument(f"{file} is of another tokenizer, {theirs}: write it {_WRITE}")
-        if not self.model_id:
-            raise InvalidArgument(f"{file} does not say of which model it is: write it {_WRITE}")
-        self.norms, self.keys, self.coefficients, self.sharers, self.near, self.cosines = arrays
-        shape = self.norms.shape if self.norms.ndim == 2 else (0, 0)
-        self.size, self.layers = map(int, shape)
-        if not (
-            self.sharers.ndim == 3
-            and len(self.sharers) == self.layers
-            and self.keys.shape == self.coefficients.shape
-            and self.keys.shape[:-1] == self.norms.shape
-            and self.near.shape == self.cosines.shape
-            and self.near.shape[:-1] == (self.size,)
-            and _are_below(self.keys, self.sharers.shape[1])
-            and _are_below(self.sharers, self.size)
-            and _are_below(self.near, self.size)
-        ):
-            raise self._malformed("its arrays do not fit each other")
+                arrays = dict(archive)
+            self.norms, self.sharers = arrays["norms"], arrays["sharers"]
+            self.keys, self.coefficients = arrays["keys"], arrays["coefficients"]
+            self.near, self.cosines = arrays["near"], arrays["cosines"]
+            theirs, self.model_id = str(arrays["tokenizer_id"]), str(arrays["model_id"])
+            (self.size, self.layers, k), (_, count, s) = self.keys.shape, self.sharers.shape
+            v, n, m = self.size, self.layers, self.near.shape[-1]
+            shapes = {"norms": (v, n), "coefficients": (v, n, k), "sharers": (n, count, s)}
+            shapes |= {"near": (v, m), "cosines": (v, m)}
+            fit = all(arrays[name].shape == shape for name, shape in shapes.items())
+            ids = ((self.keys, count), (self.sharers, v), (self.near, v))
+            if not fit or any((array < 0).any() or (array >= end).any() for array, end in ids):
+                raise ValueError("its arrays do not fit each other")
+        except Exception as error:  # noqa: BLE001 - a damaged archive may raise almost any
+            wrong = f"is not what `tolhouse explain --explorer` writes: {error}"
+            raise InvalidArgument(f"{file} {wrong}") from None
+        if theirs != tokenizer_id:
+            which = f"{theirs[:12]}; this one is {tokenizer_id[:12]}"
+            raise InvalidArgument(f"{file} is of another tokenizer, {which}: write it {_WRITE}")
 
-    def _malformed(self, reason: str) -> InvalidArgument:
-        what = "is not what `tolhouse explain --explorer` writes"
-        return InvalidArgument(f"{self.file} {what}: {reason}")
 
-    def norms_of(self, i: int) -> list[float]:
-        return [round(float(n), 3) for n in self.norms[i]]
+class Explorer:
+    """The page's data, of the memory file in `folder` if there is one."""
 
-    def describe(self, i: int, vocabulary: Vocabulary) -> dict[str, Any]:
+    def __init__(
+        self, folder: Path, tokenizer_id: str, router: WorkerRouter, vocabulary: Vocabulary
+    ) -> None:
+        self.file, self.router, self.vocabulary = folder / MEMORY, router, vocabulary
+        self.memory = MemoryFile(self.file, tokenizer_id) if self.file.exists() else None
+        self._logged_reason = ""
+
+    def tokens(self, ids: list[int]) -> dict[str, Any]:
+        """The id and text of each token, and the norms of its row by layer."""
+        workers, memory = self.router.descriptions(), self.memory
+        size = memory.size if memory and not self._hidden_reason(workers) else 0
+        found = {i: {**self._named(i), **(self._norms(i) if i < size else {})} for i in set(ids)}
+        layers = max((d.row_layers for d in workers), default=0)
+        return {"layers": layers, "tokens": [found[i] for i in ids]}
+
+    def token(self, i: int) -> dict[str, Any]:
         """A token's norms, its strongest keys by layer with who shares them, its neighbours."""
-        layers = zip(self.keys[i], self.coefficients[i], self.sharers, strict=True)
-        near = zip(self.near[i], self.cosines[i], strict=True)
+        memory, reason = self.memory, self._hidden_reason(self.router.descriptions())
+        if memory is None or reason:
+            raise NotFound(reason)
+        if i >= memory.size:
+            raise NotFound(f"there is no token {i}: allowed are 0 to {memory.size - 1}")
+        keys = [
+            [
+                {
+                    "key": int(key),
+                    "coefficient": round(float(coefficient), 3),
+                    "shared_by": [self._named(int(t)) for t in sharers[key]],
+                }
+                for key, coefficient in zip(*layer, strict=True)
+            ]
+            for *layer, sharers in zip(
+                memory.keys[i], memory.coefficients[i], memory.sharers, strict=True
+            )
+        ]
+        near = zip(memory.near[i], memory.cosines[i], strict=True)
+        nearest = [{**self._named(int(t)), "cosine": round(float(c), 3)} for t, c in near]
+        return {**self._named(i), **self._norms(i), "keys": keys, "nearest": nearest}
+
+    def live(self) -> dict[str, Any]:
+        """Counts of all healthy workers at their last polls; which rows are shown and served."""
+        workers = self.router.descriptions()
+        absent, rows = [set(d.absent_layers) for d in workers], RowCounts.DESCRIPTOR.fields_by_name
         return {
-            **_named(i, vocabulary),
-            "norms": self.norms_of(i),
-            "keys": [
-                [
-                    {
-                        "key": int(key),
-                        "coefficient": round(float(coefficient), 3),
-                        "shared_by": [_named(int(t), vocabulary) for t in sharers[key]],
-                    }
-                    for key, coefficient in zip(keys, coefficients, strict=True)
-                ]
-                for keys, coefficients, sharers in layers
-            ],
-            "nearest": [
-                {**_named(int(t), vocabulary), "cosine": round(float(c), 3)} for t, c in near
-            ],
+            "workers": len(workers),
+            "tables": sorted({d.table for d in workers if d.table}),
+            "absent_layers": sorted(set.intersection(*absent)) if absent else [],
+            "memory": self._hidden_reason(workers) or self._shown_rows(workers),
+            **{n: sum(getattr(d, n) for d in workers) for n in ("tokens", "running", "waiting")},
+            **{n: sum(getattr(d.rows, n) for d in workers) for n in rows},
         }
 
+    def _named(self, i: int) -> dict[str, Any]:
+        return {"id": i, "token": self.vocabulary.shown(i)[0]}
 
-def open_memory(folder: Path, tokenizer_id: str) -> MemoryFile | None:
-    """The memory file of a folder, if it has one."""
-    file = folder / MEMORY
-    return MemoryFile(file, tokenizer_id) if file.exists() else None
+    def _norms(self, i: int) -> dict[str, Any]:
+        assert self.memory
+        return {"norms": [round(float(n), 3) for n in self.memory.norms[i]]}
 
+    def _hidden_reason(self, workers: list[DescribeWorkerReply]) -> str:
+        """Why no memory is shown: there is no file, or its model is not served; "" if it is."""
+        memory = self.memory
+        if memory is None:
+            return f"this gateway has no memory file: write it {_WRITE}"
+        served, reason = {d.model_id: d for d in workers}, ""
+        model = served.get(memory.model_id)
+        if served and model is None:
+            names = ", ".join(sorted(f"{d.model} ({i[:12]})" for i, d in served.items()))
+            reason = f"{MEMORY} is of model {memory.model_id[:12]}, and the workers serve {names}"
+        elif model and model.row_layers != memory.layers:
+            count = f"{model.model} has {model.row_layers}"
+            reason = f"{MEMORY} is of {memory.layers} layers, and {count}"
+        if reason:
+            reason += f": write it again, {_WRITE}"
+            if reason != self._logged_reason:
+                what = "the memory file is not shown"
+                event(what, logging.WARNING, file=str(self.file), reason=reason)
+        self._logged_reason = reason
+        return reason
 
-def hidden_reason(memory: MemoryFile | None, router: WorkerRouter) -> str:
-    """Why no memory is shown: there is no file, or its model is not served; "" if it is shown."""
-    if memory is None:
-        return f"this gateway has no memory file: write it {_WRITE}"
-    served, reason = {d.model_id: d for d in router.descriptions()}, ""
-    model = served.get(memory.model_id)
-    if served and model is None:
-        names = ", ".join(sorted(f"{d.model} ({i[:12]})" for i, d in served.items()))
-        reason = f"{MEMORY} is of model {memory.model_id[:12]}, and the workers serve {names}"
-    elif model and model.row_layers != memory.layers:
-        count = f"{model.model} has {model.row_layers}"
-        reason = f"{MEMORY} is of {memory.layers} layers, and {count}"
-    if reason:
-        reason += f": write it again, {_WRITE}"
-        if reason != memory.logged_reason:
-            what = "the memory file is not shown"
-            event(what, logging.WARNING, file=str(memory.file), reason=reason)
-    memory.logged_reason = reason
-    return reason
-
-
-def tokens(
-    ids: list[int], vocabulary: Vocabulary, memory: MemoryFile | None
-) -> list[dict[str, Any]]:
-    """The id and text of each token, and the norms of its row by layer."""
-    found = {i: _named(i, vocabulary) for i in ids}
-    if memory:
-        found |= {
-            i: {**t, "norms": memory.norms_of(i)} for i, t in found.items() if i < memory.size
-        }
-    return [found[i] for i in ids]
-
-
-def token(
-    i: int, vocabulary: Vocabulary, memory: MemoryFile | None, router: WorkerRouter
-) -> dict[str, Any]:
-    reason = hidden_reason(memory, router)
-    if memory is None or reason:
-        raise NotFound(reason)
-    if i >= memory.size:
-        raise NotFound(f"there is no token {i}: allowed are 0 to {memory.size - 1}")
-    return memory.describe(i, vocabulary)
-
-
-def live(router: WorkerRouter, memory: MemoryFile | None) -> dict[str, Any]:
-    """Counts of all healthy workers at their last polls; which rows are shown and served."""
-    workers = router.descriptions()
-    absent = [set(d.absent_layers) for d in workers]
-    reason = hidden_reason(memory, router)
-    return {
-        "workers": len(workers),
-        "tables": sorted({d.table for d in workers if d.table}),
-        "absent_layers": sorted(set.intersection(*absent)) if absent else [],
-        "memory": reason or (_shown_rows(memory, workers) if memory else ""),
-        **{name: sum(getattr(d, name) for d in workers) for name in _LOAD},
-        **{name: sum(getattr(d.rows, name) for d in workers) for name in _ROWS},
-    }
-
-
-def _shown_rows(memory: MemoryFile, workers: list[DescribeWorkerReply]) -> str:
-    """Whose rows the memory file holds: the model's own, which a table may not."""
-    names = " and ".join(sorted({d.model for d in workers if d.model_id == memory.model_id}))
-    others = set()
-    for d in workers:
-        differences = ["another model's"] * (d.model_id != memory.model_id) + list(d.altered)
-        if d.absent_layers:
-            layers = ", ".join(map(str, d.absent_layers))
-            differences.append(f"without layer{'s' * (len(d.absent_layers) > 1)} {layers}")
-        if d.table and differences:
-            others.add(f"not of those of {d.table} ({', '.join(differences)})")
-    model = f"{names + ', ' if names else ''}{memory.model_id[:12]}"
-    own = f"Norms, keys and neighbours are of the model's own rows ({model})"
-    return ", ".join([own, *sorted(others)]) + "."
-
-
-def _named(i: int, vocabulary: Vocabulary) -> dict[str, Any]:
-    return {"id": i, "token": vocabulary.shown(i)[0]}
-
-
-def _are_below(ids: np.ndarray, end: int) -> bool:
-    return bool((ids >= 0).all() and (ids < end).all())
+    def _shown_rows(self, workers: list[DescribeWorkerReply]) -> str:
+        """Whose rows the memory file holds: the model's own, which a table may not."""
+        assert self.memory
+        own, others = self.memory.model_id, set()
+        for d in workers:
+            differences = ["another model's"] * (d.model_id != own) + list(d.altered)
+            if d.absent_layers:
+                layers = ", ".join(map(str, d.absent_layers))
+                differences.append(f"without layer{'s' * (len(d.absent_layers) > 1)} {layers}")
+            if d.table and differences:
+                others.add(f"not of those of {d.table} ({', '.join(differences)})")
+        names = " and ".join(sorted({d.model for d in workers if d.model_id == own}))
+        model = f"{names}, {own[:12]}" if names else own[:12]
+        shown = f"Norms, keys and neighbours are of the model's own rows ({model})"
+        return ", ".join([shown, *sorted(others)]) + "."

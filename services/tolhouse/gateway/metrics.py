@@ -1,7 +1,5 @@
 """What the gateway counts and times."""
 
-import time
-
 from prometheus_client import Counter, Gauge, Histogram
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -20,27 +18,3 @@ NEXT = _times("inter_token", "Time from a token to the next one")
 WHOLE = _times("completion", "Time from a prompt to the end of its completion")
 TOKENS = Counter("tolhouse_gateway_completion_tokens_total", "Completion tokens answered")
 WORKERS = Gauge("tolhouse_gateway_healthy_workers", "Workers that get requests")
-
-
-class CompletionTimer:
-    """Times one completion, from now on."""
-
-    def __init__(self) -> None:
-        self.started = self.last = time.perf_counter()
-        self.tokens = 0
-
-    def add(self, tokens: int) -> None:
-        """So many tokens have arrived."""
-        if not tokens:
-            return
-        now = time.perf_counter()
-        if not self.tokens:
-            FIRST.observe(now - self.started)
-        else:
-            NEXT.observe((now - self.last) / tokens)
-        self.last = now
-        self.tokens += tokens
-        TOKENS.inc(tokens)
-
-    def end(self) -> None:
-        WHOLE.observe(time.perf_counter() - self.started)

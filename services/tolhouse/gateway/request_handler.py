@@ -1,33 +1,24 @@
 """One request: a worker call for each choice, and their deltas as they come. Knows no HTTP."""
 
 import asyncio
-import itertools
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
 
-from pydantic import BaseModel
-
 from tolhouse.errors import InvalidArgument, PromptTooLong
-from tolhouse.gateway.detokenizer import ChoiceDetokenizer, Delta
-from tolhouse.gateway.metrics import CompletionTimer
+from tolhouse.gateway import metrics
 from tolhouse.gateway.router import ServedModel, WorkerRouter
-from tolhouse.gateway.schemas import Generation
-from tolhouse.gateway.vocabulary import Vocabulary, check_ids
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+from tolhouse.gateway.schemas import GenerationRequest
+from tolhouse.gateway.text import ChoiceDetokenizer, Delta, Vocabulary, check_ids
+from tolhouse.v1.generation_pb2 import GenerateRequest
 
 
 @dataclass
 class RequestHandler:
     """A request, checked and tokenised; `deltas` may be read once."""
 
-    body: Generation
+    body: GenerationRequest
     prompts: list[list[int]]
     model: ServedModel
     router: WorkerRouter
@@ -37,41 +28,32 @@ class RequestHandler:
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
     table: str | None = None  # "name@version" of the rows, as the worker names it
+    _queue: asyncio.Queue[Delta | BaseException] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
-        context = self.model.context_tokens
+        body, context = self.body, self.model.context_tokens
+        self._requests: list[GenerateRequest] = []  # one for each choice
         for ids in self.prompts:
             if not ids:
                 raise InvalidArgument("the prompt is empty; at least one token is needed")
-            most = self._most_tokens(ids)
+            most = body.most_tokens(context - len(ids))
             if len(ids) + most > context:
                 both = f"{len(ids)} prompt tokens and max_tokens {most}"
                 hint = "shorten the prompt or lower max_tokens"
                 raise PromptTooLong(f"{both} exceed the context of {context} tokens: {hint}")
             check_ids(ids, self.model.vocab_size)  # no more of them than the context now
+            for choice in range(body.n):
+                sampling = body.sampling(most, choice, body.num_logprobs)
+                request_id = f"{self.request_id}-{len(self._requests)}"
+                self._requests.append(sampling.to_proto(ids, request_id))
 
-    async def deltas(self, may_restart: bool = False) -> AsyncGenerator[Delta]:
-        """Deltas of all choices as they come.
-
-        may_restart: a choice whose worker is lost begins anew at another.
-        """
-        queue: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
-
-        async def pump(index: int, ids: list[int], number: int) -> None:
-            try:
-                async with self.slot, aclosing(self._choice(index, ids, number, may_restart)) as d:
-                    async for delta in d:
-                        queue.put_nowait(delta)
-            except BaseException as error:
-                queue.put_nowait(error)
-                raise
-
-        choices = enumerate(itertools.product(self.prompts, range(self.body.n)))
-        tasks = [asyncio.create_task(pump(i, ids, number)) for i, (ids, number) in choices]
-        unfinished = len(tasks)
+    async def deltas(self) -> AsyncGenerator[Delta]:
+        """Deltas of all choices as they come."""
+        unfinished = len(self._requests)
+        tasks = [asyncio.create_task(self._run(index)) for index in range(unfinished)]
         try:
             while unfinished:
-                delta = await queue.get()
+                delta = await self._queue.get()
                 if isinstance(delta, BaseException):
                     raise delta
                 unfinished -= delta.finish_reason is not None
@@ -83,8 +65,8 @@ class RequestHandler:
 
     async def complete(self) -> list[Delta]:
         """One delta for each choice, with all of it."""
-        choices = [Delta(index) for index in range(len(self.prompts) * self.body.n)]
-        async with aclosing(self.deltas(may_restart=True)) as deltas:
+        choices = [Delta(index) for index in range(len(self._requests))]
+        async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
                 if delta.restarted:
                     choices[delta.index] = Delta(delta.index)
@@ -94,38 +76,38 @@ class RequestHandler:
                 choice.finish_reason = delta.finish_reason
         return choices
 
-    def usage(self) -> Usage:
-        prompt, completion = sum(map(len, self.prompts)), self.completion_tokens
-        total = prompt + completion
-        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=total)
-
-    def _most_tokens(self, ids: list[int]) -> int:
-        return self.body.most_tokens(self.model.context_tokens - len(ids))
-
-    async def _choice(
-        self, index: int, ids: list[int], number: int, may_restart: bool
-    ) -> AsyncGenerator[Delta]:
-        sampling = self.body.sampling(self._most_tokens(ids), number)
-        request = sampling.to_proto(ids, f"{self.request_id}-{index}")
-
-        def begin() -> tuple[ChoiceDetokenizer, CompletionTimer]:
-            return ChoiceDetokenizer(index, ids, self.body, self.vocabulary), CompletionTimer()
-
-        choice, timer = begin()
-        async with aclosing(self.router.generate(self.model.name, request, may_restart)) as replies:
-            async for reply in replies:
-                if reply is None:
-                    self.completion_tokens -= timer.tokens
-                    choice, timer = begin()
-                    yield Delta(index, restarted=True)
-                    continue
-                timer.add(len(reply.token_ids))
-                self.completion_tokens += len(reply.token_ids)
-                self.table = reply.table or None
-                delta = choice.push(reply)
-                if delta.finish_reason:
-                    timer.end()
-                    yield delta
-                    return  # closes the call: after a stop string, the worker stops
-                if delta.text or delta.tokens:
-                    yield delta
+    async def _run(self, index: int) -> None:
+        """Put a choice's deltas into the queue. Unless streamed, it may begin anew elsewhere."""
+        body, request, put = self.body, self._requests[index], self._queue.put_nowait
+        replies = self.router.generate(self.model.name, request, may_restart=not body.stream)
+        ids = list(request.prompt_token_ids)
+        try:
+            async with self.slot, aclosing(replies):
+                choice = ChoiceDetokenizer(index, ids, body, self.vocabulary)
+                started, last, tokens = time.perf_counter(), 0.0, 0
+                async for reply in replies:
+                    now = time.perf_counter()
+                    if reply is None:
+                        self.completion_tokens -= tokens
+                        choice = ChoiceDetokenizer(index, ids, body, self.vocabulary)
+                        started, tokens = now, 0
+                        put(Delta(index, restarted=True))
+                        continue
+                    if new := len(reply.token_ids):
+                        kind, seconds = metrics.FIRST, now - started
+                        if tokens:
+                            kind, seconds = metrics.NEXT, (now - last) / new
+                        kind.observe(seconds)
+                        metrics.TOKENS.inc(new)
+                        last, tokens = now, tokens + new
+                        self.completion_tokens += new
+                    self.table = reply.table or None
+                    delta = choice.push(reply)
+                    if delta.text or delta.tokens or delta.finish_reason:
+                        put(delta)
+                    if delta.finish_reason:
+                        metrics.WHOLE.observe(now - started)
+                        return  # closes the call: after a stop string, the worker stops
+        except BaseException as error:
+            put(error)
+            raise

@@ -19,6 +19,7 @@ _MAX_MISSED = 2  # polls in a row without an answer before a worker's requests a
 
 @dataclass(eq=False)
 class Worker:
+    target: str
     channel: WorkerChannel
     error: errors.TolhouseError | None  # of the last poll
     description: DescribeWorkerReply = field(default_factory=DescribeWorkerReply)
@@ -27,17 +28,8 @@ class Worker:
     missed: int = 0
 
     @property
-    def target(self) -> str:
-        return self.channel.target
-
-    @property
     def load(self) -> int:
         return self.in_flight + self.others
-
-    @property
-    def full(self) -> bool:
-        """It would refuse another request, as far as is known here."""
-        return 0 < self.description.most_sequences <= self.load
 
 
 class ServedModel(NamedTuple):
@@ -62,7 +54,15 @@ class WorkerRouter:
         async with asyncio.TaskGroup() as polls:
             while True:
                 try:
-                    for worker in await self._resolve():
+                    found = await asyncio.to_thread(self.addresses.look_up)
+                    self.workers = [w for w in self.workers if w.target in found]
+                    for target in found:
+                        if target in (w.target for w in self.workers):
+                            continue
+                        credentials = self.addresses.credentials_for(target)
+                        error = errors.Unavailable(f"worker {target} has not answered yet")
+                        worker = Worker(target, WorkerChannel(target, credentials), error)
+                        self.workers.append(worker)
                         polls.create_task(self._watch(worker))
                 except Exception:  # noqa: BLE001 - such as a TLS file in the middle of a change
                     log.exception("new workers can't be called")
@@ -86,20 +86,18 @@ class WorkerRouter:
             raise self.unavailable()
         name = served[0] if name is None and len(served) == 1 else name
         if name not in served:
-            available = ", ".join(served)
-            raise errors.NotFound(f"model {name!r} is not served here; available: {available}")
-        all_ = self.descriptions(name)
-        context, vocab_size = min(d.context_tokens for d in all_), min(d.vocab_size for d in all_)
-        return ServedModel(name, context, vocab_size, all_[0].eos_token_id)
+            unknown = f"model {name!r} is not served here"
+            raise errors.NotFound(f"{unknown}; available: {', '.join(served)}")
+        found = self.descriptions(name)
+        least = (min(d.context_tokens for d in found), min(d.vocab_size for d in found))
+        return ServedModel(name, *least, found[0].eos_token_id)
 
     def check_room(self, model: str) -> None:
         """Overloaded if all workers of a model are full: refused before any work is done."""
         serving = self.healthy(model)
-        if serving and all(w.full for w in serving):
-            load = sum(w.load for w in serving)
-            raise errors.Overloaded(
-                f"{load} requests are with the workers already: try again later"
-            )
+        if serving and all(0 < w.description.most_sequences <= w.load for w in serving):
+            requests = f"{sum(w.load for w in serving)} requests"
+            raise errors.Overloaded(f"{requests} are with the workers already: try again later")
 
     def unavailable(self) -> errors.TolhouseError:
         """Why no worker is healthy."""
@@ -139,25 +137,20 @@ class WorkerRouter:
                 worker.in_flight -= 1
         raise self.unavailable()
 
-    async def _resolve(self) -> list[Worker]:
-        """Keep the workers that still have an address; returns those that are new."""
-        found = await asyncio.to_thread(self.addresses.look_up)
-        kept = [w for w in self.workers if w.target in found]
-        new = []
-        for target in found:
-            if target not in {w.target for w in kept}:
-                credentials = self.addresses.credentials_for(target)
-                error = errors.Unavailable(f"worker {target} has not answered yet")
-                new.append(Worker(WorkerChannel(target, credentials), error))
-        self.workers = kept + new
-        return new
-
     async def _watch(self, worker: Worker) -> None:
         """Poll a worker until it has no address and no requests any more."""
         try:
             while worker in self.workers or worker.in_flight:
                 try:
                     await self._poll(worker)
+                except errors.TolhouseError as error:
+                    worker.error = error
+                    self.health.report_down(worker.target, error)
+                    # one that drains refuses polls, and finishes its requests; a silent one hangs
+                    silent = isinstance(error, errors.DeadlineExceeded)
+                    worker.missed = worker.missed + 1 if silent else 0
+                    if worker.missed == _MAX_MISSED:
+                        worker.channel.abandon()
                 except Exception:  # noqa: BLE001 - a defect must not end the polls
                     log.exception("polling worker %s failed", worker.target)
                 await asyncio.sleep(self.poll_seconds)
@@ -167,23 +160,12 @@ class WorkerRouter:
             await worker.channel.close()
 
     async def _poll(self, worker: Worker) -> None:
-        try:
-            reply = await worker.channel.describe(_POLL_TIMEOUT_SECONDS)
-            worker.description, worker.missed = reply, 0
-            worker.others = max(0, reply.running + reply.waiting - worker.in_flight)
-            if reply.tokenizer_id != self.tokenizer_id:
-                raise errors.Mismatch(
-                    f"worker {worker.target} serves {reply.model} with tokenizer "
-                    f"{reply.tokenizer_id[:12]}, but this gateway has {self.tokenizer_id[:12]}: "
-                    "start it with the worker's checkpoint"
-                )
-            worker.error = None
-            self.health.report_up(worker.target)
-        except errors.TolhouseError as error:
-            worker.error = error
-            self.health.report_down(worker.target, error)
-            # a worker that drains refuses polls, and finishes its requests; a silent one hangs
-            silent = isinstance(error, errors.DeadlineExceeded)
-            worker.missed = worker.missed + 1 if silent else 0
-            if worker.missed == _MAX_MISSED:
-                worker.channel.abandon()
+        reply = await worker.channel.describe(_POLL_TIMEOUT_SECONDS)
+        worker.description, worker.missed = reply, 0
+        worker.others = max(0, reply.running + reply.waiting - worker.in_flight)
+        if reply.tokenizer_id != self.tokenizer_id:
+            theirs = f"{reply.model} with tokenizer {reply.tokenizer_id[:12]}"
+            own = f"{self.tokenizer_id[:12]}: start it with the worker's checkpoint"
+            raise errors.Mismatch(f"worker {worker.target} serves {theirs}, this gateway has {own}")
+        worker.error = None
+        self.health.report_up(worker.target)

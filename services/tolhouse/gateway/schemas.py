@@ -1,6 +1,6 @@
 """Request bodies of the API. Unknown and unsupported parameters are refused by name."""
 
-from abc import abstractmethod
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, model_validator
@@ -60,9 +60,18 @@ class Generation(SamplingOptions, Body):
     """Parameters of completions and chats; those beyond OpenAI's are as in vLLM."""
 
     unsupported = {
-        "use_beam_search": (False,),
-        "length_penalty": (1,),
+        **dict.fromkeys(("audio", "prediction", "reasoning_effort", "web_search_options"), ()),
+        **dict.fromkeys(("use_beam_search", "continue_final_message", "store"), (False,)),
+        **dict.fromkeys(("tools", "functions"), ([],)),
+        **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+        "parallel_tool_calls": (True, False),
         "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "add_generation_prompt": (True,),
+        "metadata": ({},),
+        "service_tier": ("auto", "default"),
+        "length_penalty": (1,),
+        "suffix": ("",),
     }
 
     temperature: sampling.Temperature = 1.0
@@ -80,33 +89,18 @@ class Generation(SamplingOptions, Body):
             raise ValueError("stream_options is allowed with stream=true only")
         return self
 
-    @property
-    def stops(self) -> list[str]:
-        return [s for s in ([self.stop] if isinstance(self.stop, str) else self.stop or ()) if s]
-
-    @property
-    @abstractmethod
-    def num_logprobs(self) -> int | None:
-        """Number of likeliest tokens to return for each token; None: no log probabilities."""
-
-    @abstractmethod
-    def most_tokens(self, room: int) -> int:
-        """Tokens of the answer, where the context has room for so many."""
-
-    def sampling(self, max_tokens: int, choice: int) -> SamplingParams:
+    def sampling(self, max_tokens: int, choice: int, logprobs: int | None) -> SamplingParams:
         """The worker's parameters for one of the `n` choices of a prompt."""
         options = {name: getattr(self, name) for name in SamplingOptions.model_fields}
         if self.seed is not None:
             options["seed"] = (self.seed + choice) % 2**64
-        if self.echo and (self.num_logprobs is not None or not max_tokens):
-            options["prompt_logprobs"] = self.num_logprobs or 0
-        return SamplingParams(max_tokens, logprobs=self.num_logprobs, **options)
+        if self.echo and (logprobs is not None or not max_tokens):
+            options["prompt_logprobs"] = logprobs or 0
+        return SamplingParams(max_tokens, logprobs=logprobs, **options)
 
 
 class CompletionRequest(Generation):
     """POST /v1/completions."""
-
-    unsupported = {**Generation.unsupported, "suffix": ("",)}
 
     prompt: StrictStr | Prompts[StrictStr] | Several[Int] | Prompts[Several[Int]]
     max_tokens: sampling.MaxTokens = 16
@@ -115,28 +109,30 @@ class CompletionRequest(Generation):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.prompts:
+        prompts = len(self.prompts(None))
+        if not prompts:
             raise ValueError("prompt is an empty list: give a text, token ids, or a list of either")
         if self.best_of not in (None, self.n):
             raise ValueError(f"best_of is not supported: leave it out, or equal to n={self.n}")
         if not self.max_tokens and not self.echo:
             raise ValueError("max_tokens must be at least 1; 0 is allowed with echo=true")
-        if len(self.prompts) * self.n > MAX_CHOICES:
-            count = f"{len(self.prompts)} prompts times n={self.n}"
-            raise ValueError(f"{count} is more than {MAX_CHOICES} completions in one request")
+        if prompts * self.n > MAX_CHOICES:
+            count = f"{prompts} prompts times n={self.n}"
+            raise ValueError(f"{count} is more than {MAX_CHOICES} completions")
         return self
 
-    @property
-    def prompts(self) -> list[Any]:
-        """The prompts one by one, each text or token ids."""
+    def prompts(self, render: Callable[..., str] | None) -> list[Any]:
+        """The prompts one by one, each text or token ids; messages are rendered to a text."""
         one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
         return [self.prompt] if one else list(self.prompt)
 
     @property
     def num_logprobs(self) -> int | None:
+        """Number of likeliest tokens to return for each token; None: no log probabilities."""
         return self.logprobs
 
     def most_tokens(self, room: int) -> int:
+        """Tokens of the answer, where the context has room for so many."""
         return self.max_tokens
 
 
@@ -153,10 +149,9 @@ class Message(Object):
     @property
     def plain(self) -> dict[str, str]:
         """As templates know it: the content is one text."""
-        content = self.content
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
-        return {"role": self.role, "content": content, **({"name": self.name} if self.name else {})}
+        parts, name = self.content, {"name": self.name} if self.name else {}
+        text = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
+        return {"role": self.role, "content": text, **name}
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
@@ -164,19 +159,6 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fa
 
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
-
-    unsupported = {
-        **Generation.unsupported,
-        **dict.fromkeys(("audio", "prediction", "reasoning_effort", "web_search_options"), ()),
-        **dict.fromkeys(("continue_final_message", "store"), (False,)),
-        **dict.fromkeys(("tools", "functions"), ([],)),
-        **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
-        "parallel_tool_calls": (True, False),
-        "modalities": (["text"],),
-        "add_generation_prompt": (True,),
-        "metadata": ({},),
-        "service_tier": ("auto", "default"),
-    }
 
     messages: Messages
     echo: Literal[False] = False
@@ -191,12 +173,18 @@ class ChatRequest(Generation):
             raise ValueError("top_logprobs is allowed with logprobs=true only")
         return self
 
+    def prompts(self, render: Callable[..., str]) -> list[Any]:
+        return [render([message.plain for message in self.messages])]
+
     @property
     def num_logprobs(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
     def most_tokens(self, room: int) -> int:
         return self.max_completion_tokens or self.max_tokens or max(1, room)
+
+
+GenerationRequest = CompletionRequest | ChatRequest
 
 
 class TokenizeRequest(Body):

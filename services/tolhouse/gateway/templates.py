@@ -1,11 +1,12 @@
 """The checkpoint's chat template: messages to a prompt's text, rendered as transformers does."""
 
 import json
-from datetime import datetime
+import time
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from jinja2 import Template, TemplateError
+from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -15,17 +16,31 @@ CONFIG, FILE = "tokenizer_config.json", "chat_template.jinja"
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+_environment = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+)
+_environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's is for HTML
+_environment.globals |= {"strftime_now": time.strftime, "raise_exception": _refuse}
+
+
 class ChatTemplate:
     """chat_template.jinja of a folder, or else `chat_template` of its tokenizer_config.json."""
 
     def __init__(self, folder: Path) -> None:
-        config = _read_config(folder / CONFIG)
-        self.tokens: dict[str, str] = {}
-        for name in _TOKENS:
-            value = config.get(name)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                self.tokens[name] = value
+        file = folder / CONFIG
+        try:
+            config = json.loads(file.read_text()) if file.is_file() else {}
+        except ValueError as error:
+            raise InvalidArgument(f"{file} is not JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise InvalidArgument(f"{file} is not a JSON object")
+        given = {name: config.get(name) for name in _TOKENS}
+        texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in given.items()}
+        self.tokens = {name: text for name, text in texts.items() if isinstance(text, str)}
         source = config.get("chat_template")
         if isinstance(source, list):  # several, by name
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
@@ -33,52 +48,18 @@ class ChatTemplate:
         if (folder / FILE).is_file():
             source = (folder / FILE).read_text()
         self.source: str | None = source if isinstance(source, str) else None
-        self.template: Template | None = None
         try:
-            if self.source is not None:
-                self.template = _environment().from_string(self.source)
+            self.template = None if self.source is None else _environment.from_string(self.source)
         except TemplateError as error:
             raise InvalidArgument(f"the chat template in {folder} is malformed: {error}") from None
 
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
         """The prompt's text; InvalidArgument without a template, or if it refuses the messages."""
         if self.template is None:
-            raise InvalidArgument(
-                f"this model has no chat template: chat needs a {FILE}, or a {CONFIG} with "
-                "chat_template, beside the gateway's tokenizer.json; /v1/completions needs none"
-            )
+            files = f"a {FILE}, or a {CONFIG} with chat_template, beside the tokenizer.json"
+            raise InvalidArgument(f"this model has no chat template: chat needs {files}")
+        known = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return self.template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.tokens
-            )
+            return self.template.render(**known, **self.tokens)
         except Exception as error:  # noqa: BLE001 - templates are programs: messages make them fail
             raise InvalidArgument(f"the chat template refuses these messages: {error}") from None
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise InvalidArgument(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InvalidArgument(f"{file} is not a JSON object")
-    return config
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    # jinja's own tojson escapes for HTML
-    made.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
-    made.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
-    made.globals["raise_exception"] = _raise
-    return made
-
-
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)

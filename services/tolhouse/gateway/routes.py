@@ -1,0 +1,221 @@
+"""The routes of the API and of the explorer page."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import aclosing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from tolhouse import __version__
+from tolhouse.errors import Cancelled
+from tolhouse.gateway import responses, schemas
+from tolhouse.gateway.error_responses import error_body, status_and_message
+from tolhouse.gateway.explore import Explorer
+from tolhouse.gateway.request_handler import RequestHandler
+from tolhouse.gateway.router import WorkerRouter
+from tolhouse.gateway.schemas import GenerationRequest
+from tolhouse.gateway.templates import ChatTemplate
+from tolhouse.gateway.text import Vocabulary, check_ids
+from tolhouse.sampling import IdAsText
+
+T = TypeVar("T")
+_POLL_SECONDS = 0.1  # between looks whether a caller is still there
+_Responses = dict[int | str, dict[str, Any]]
+_STREAMED: _Responses = {200: {"content": {"text/event-stream": {}}}}
+_UNHEALTHY: _Responses = {503: {"description": "No worker is healthy"}}
+
+
+class _Metrics(Response):
+    media_type = CONTENT_TYPE_LATEST
+
+
+@dataclass(frozen=True)
+class Services:
+    """What routes share."""
+
+    router: WorkerRouter
+    vocabulary: Vocabulary
+    template: ChatTemplate
+    explorer: Explorer
+
+
+async def _services(request: Request) -> Services:
+    return request.app.state.services
+
+
+Gateway = Annotated[Services, Depends(_services)]
+routes = APIRouter()
+
+
+@routes.post("/v1/completions", response_model=responses.Completion, responses=_STREAMED)
+async def completions(
+    body: schemas.CompletionRequest, request: Request, gateway: Gateway
+) -> Response:
+    """Completes one or more prompts; with `stream`, as server-sent events."""
+    return await _respond(body, request, gateway, responses.Serializer)
+
+
+@routes.post("/v1/chat/completions", response_model=responses.Chat, responses=_STREAMED)
+async def chat(body: schemas.ChatRequest, request: Request, gateway: Gateway) -> Response:
+    """Answers messages by the checkpoint's chat template; with `stream`, as server-sent events."""
+    return await _respond(body, request, gateway, responses.ChatSerializer)
+
+
+async def _respond(
+    body: GenerationRequest, request: Request, gateway: Services, form: type[responses.Serializer]
+) -> Response:
+    router, vocabulary = gateway.router, gateway.vocabulary
+    model, request_id = router.model(body.model), request.state.request_id
+    router.check_room(model.name)  # before work on prompts
+    ids = [
+        await vocabulary.ids(p, model.context_tokens) if isinstance(p, str) else p
+        for p in body.prompts(gateway.template.render)
+    ]
+    # with API keys, fewer of a key's sequences run at once than its own limit
+    slot = getattr(request.state, "sequences", None) or nullcontext()
+    handler = RequestHandler(body, ids, model, router, vocabulary, request_id, slot)
+    to_json = form(handler).to_json
+    if not body.stream:
+        choices = await _unless_disconnected(request, handler.complete())
+        return Response(to_json(*choices), media_type="application/json")
+    # the first delta comes before the status line, so that an early failure has its own status
+    deltas = handler.deltas()
+    first = await _unless_disconnected(request, anext(deltas))
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            async with aclosing(deltas):
+                yield to_json(first)
+                async for delta in deltas:
+                    yield to_json(delta)
+            if body.stream_options.include_usage:
+                yield to_json()
+        except Exception as error:  # noqa: BLE001 - the status line is out: into the stream with it
+            request.state.failed_status, message = status_and_message(error, request_id)
+            yield json.dumps(error_body(message, request.state.failed_status))
+        yield "[DONE]"
+
+    lines = (f"data: {data}\n\n" async for data in events())
+    headers = {"Cache-Control": "no-cache"}
+    return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
+
+
+async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the caller goes away first."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=_POLL_SECONDS))[0]:
+            if await request.is_disconnected():
+                raise Cancelled("the caller went away")
+        return task.result()
+    finally:
+        task.cancel()
+
+
+@routes.post("/tokenize")
+async def tokenize(body: schemas.TokenizeRequest, gateway: Gateway) -> Response:
+    """Token ids of a text, or of messages."""
+    model, vocabulary = gateway.router.model(body.model), gateway.vocabulary
+    text = body.prompt or ""
+    if body.messages is not None:
+        messages, generates = [m.plain for m in body.messages], body.add_generation_prompt
+        text = gateway.template.render(messages, add_generation_prompt=generates)
+
+    def respond(ids: list[int]) -> Response:
+        strings = [vocabulary.shown(i)[0] for i in ids] if body.return_token_strs else None
+        counts = {"count": len(ids), "max_model_len": model.context_tokens}
+        return JSONResponse({"tokens": ids, **counts, "token_strs": strings})
+
+    async with vocabulary.large:
+        ids = await vocabulary.ids(text, special=body.add_special_tokens)
+        return await asyncio.to_thread(respond, ids)
+
+
+@routes.post("/detokenize")
+async def detokenize(body: schemas.DetokenizeRequest, gateway: Gateway) -> dict:
+    """The text of token ids."""
+    ids = check_ids(body.tokens, gateway.router.model(body.model).vocab_size)
+    async with gateway.vocabulary.large:
+        return {"prompt": await asyncio.to_thread(gateway.vocabulary.text, ids)}
+
+
+@routes.get("/tokenizer_info")
+async def tokenizer_info(gateway: Gateway) -> dict:
+    """Special tokens and the chat template, for clients that have no tokenizer of their own."""
+    end = gateway.router.model(None).eos_token_id
+    eos = gateway.vocabulary.tokenizer.id_to_token(end)
+    tokens = {"eos_token": eos, "bos_token": None, "pad_token": None, **gateway.template.tokens}
+    return {**tokens, "chat_template": gateway.template.source}
+
+
+@routes.get("/explore", response_class=HTMLResponse)
+async def explorer_page() -> Response:
+    """A page to look into the model's memory, and to complete text without parts of it."""
+    return FileResponse(Path(__file__).with_name("explore.html"))
+
+
+@routes.post("/explore/tokens")
+async def explore_tokens(body: schemas.ExploreRequest, gateway: Gateway) -> Response:
+    """Tokens of a text, each with the norms of its rows."""
+    async with gateway.vocabulary.large:
+        ids = await gateway.vocabulary.ids(body.text)
+        return await asyncio.to_thread(lambda: JSONResponse(gateway.explorer.tokens(ids)))
+
+
+@routes.get("/explore/tokens/{token_id}")
+async def explore_token(token_id: IdAsText, gateway: Gateway) -> dict:
+    """What the memory holds for a token: its keys with who shares them, and its neighbours."""
+    return gateway.explorer.token(token_id)
+
+
+@routes.get("/explore/live")
+async def live(gateway: Gateway) -> dict:
+    """Counts of the workers, for rates, and what their table is to the model."""
+    return gateway.explorer.live()
+
+
+@routes.get("/health", responses=_UNHEALTHY)
+async def health(request: Request, gateway: Gateway) -> JSONResponse:
+    """200 while a worker is healthy. With API keys, only callers with one see the workers."""
+    healthy = gateway.router.healthy()
+    body: dict[str, Any] = {"status": "ok" if healthy else "unavailable"}
+    if getattr(request.state, "trusted", True):
+        workers = gateway.router.workers
+        body["workers"] = {w.target: str(w.error or "healthy") for w in workers}
+    return JSONResponse(body, 200 if healthy else 503)
+
+
+@routes.api_route("/ping", methods=["GET", "POST"], responses=_UNHEALTHY)
+async def ping(gateway: Gateway) -> JSONResponse:
+    """As health, without words."""
+    return JSONResponse({}, 200 if gateway.router.healthy() else 503)
+
+
+@routes.get("/version")
+async def version() -> dict:
+    return {"version": __version__}
+
+
+@routes.get("/metrics", response_class=_Metrics)
+async def metrics() -> Response:
+    """Metrics in Prometheus' text format."""
+    return _Metrics(generate_latest())
+
+
+@routes.get("/v1/models")
+async def models(gateway: Gateway) -> dict:
+    """The models that healthy workers serve."""
+    cards = [await model(name, gateway) for name in gateway.router.models()]
+    return {"object": "list", "data": cards}
+
+
+@routes.get("/v1/models/{model}")
+async def model(model: str, gateway: Gateway) -> dict:
+    card = {"id": model, "object": "model", "created": 0, "owned_by": "tolhouse"}
+    return {**card, "max_model_len": gateway.router.model(model).context_tokens}
