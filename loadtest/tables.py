@@ -12,8 +12,7 @@ from tolhouse.client.row_source import RowSource, open_row_source
 from tolhouse.model.config import ModelConfig
 from tolhouse.store.base import Store, open_store
 from tolhouse.store.registry import publish
-from tolhouse.table.manifest import content_id
-from tolhouse.table.records import record_views
+from tolhouse.table.manifest import content_id, record_views
 from tolhouse.testing import process
 
 _DIFFERENT = 61

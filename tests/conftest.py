@@ -35,6 +35,14 @@ def redis_cluster_url() -> Iterator[str]:
         yield nodes[0].url
 
 
+@pytest.fixture(params=["file", "redis", "cluster"])
+def store_url(
+    request: pytest.FixtureRequest, tmp_path: Path, redis_url: str, redis_cluster_url: str
+) -> str:
+    urls = {"file": f"file://{tmp_path}", "redis": redis_url, "cluster": redis_cluster_url}
+    return urls[request.param]
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("checkpoints") / "tiny-memory")

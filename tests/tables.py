@@ -11,24 +11,18 @@ from tolhouse.table.manifest import Manifest
 
 def manifest_of(name: str = "t", version: int = 0x0123456789ABCDEF, **fields: Any) -> Manifest:
     """50 rows of two blocks of six int8 values in three shards, if `fields` don't say otherwise."""
-    usual: dict[str, Any] = {
-        "name": name,
-        "version": f"{version:016x}",
-        "codec_name": "int8",
-        "vocab_size": 50,
-        "blocks": ("ffn.0", "ffn.1"),
-        "width": 6,
-        "num_shards": 3,
-        "model_id": "0" * 64,
-        "tokenizer_id": "1" * 64,
-    }
-    return Manifest(**{**usual, **fields})
+    usual = {"codec_name": "int8", "vocab_size": 50, "blocks": ("ffn.0", "ffn.1"), "width": 6}
+    usual |= {"num_shards": 3, "model_id": "0" * 64, "tokenizer_id": "1" * 64}
+    return Manifest(name=name, version=f"{version:016x}", **{**usual, **fields})
+
+
+def ids(*of: int) -> np.ndarray:
+    return np.array(of, np.uint32)
 
 
 def records_of(manifest: Manifest, ids: np.ndarray | None = None) -> np.ndarray:
     """Records of `ids`, or of all tokens, of rows that differ with the version."""
-    if ids is None:
-        ids = np.arange(manifest.vocab_size, dtype=np.uint32)
+    ids = np.arange(manifest.vocab_size, dtype=np.uint32) if ids is None else ids
     shape = manifest.vocab_size, manifest.num_blocks, manifest.width
     rows = np.random.default_rng(int(manifest.version, 16)).standard_normal(shape)
     return manifest.encode(ids, rows[ids].astype(np.float32))
@@ -44,11 +38,13 @@ def write(store: Store, manifest: Manifest) -> Manifest:
 
 def read(store: Store, manifest: Manifest, ids: np.ndarray | None = None) -> bytes:
     """The bytes of the records of `ids`, or of all tokens, as the store gives them."""
-    if ids is None:
-        ids = np.arange(manifest.vocab_size, dtype=np.uint32)
-    out = np.zeros((len(ids), manifest.record_bytes), np.uint8)
-    store.read_records(manifest, ids, out)
-    return out.tobytes()
+    ids = np.arange(manifest.vocab_size, dtype=np.uint32) if ids is None else ids
+    return store.read_records(manifest, ids).tobytes()
+
+
+def assert_holds(store: Store, manifest: Manifest, ids: np.ndarray | None = None) -> None:
+    """The store gives the records of `ids`, or of all tokens, that were written."""
+    assert records_of(manifest, ids).tobytes() == read(store, manifest, ids)
 
 
 def owners_of(client: Client, table: str, ids: np.ndarray) -> list[str]:

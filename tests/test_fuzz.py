@@ -10,19 +10,8 @@ import pytest
 from tests.fuzz.mutate import mutations
 from tests.fuzz.targets import ALLOWED, RECORDS, Target, folder, read_records, targets
 
-NAMES = (
-    "manifest",
-    "alias",
-    "record",
-    "shard file",
-    "fetch request",
-    "fetch reply",
-    "keys file",
-    "completion",
-    "chat",
-    "tokenize",
-    "detokenize",
-)
+NAMES = "alias,chat,completion,detokenize,fetch reply,fetch request,keys file,manifest,record"
+NAMES += ",shard file,tokenize"
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +20,9 @@ def found() -> Iterator[dict[str, Target]]:
         yield targets(Path(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES.split(","))
 def test_input_is_read_rightly_or_refused(found: dict[str, Target], name: str) -> None:
-    """The good ones are read; of the others each is read or refused with one of our errors, and some are refused."""
+    """Good ones are read; each of the others is read or refused with one of our errors."""
     target, refused = found[name], 0
     for seed in target.seeds:
         target.read(seed)
@@ -47,7 +36,7 @@ def test_input_is_read_rightly_or_refused(found: dict[str, Target], name: str) -
 
 def test_all_targets_are_tested(found: dict[str, Target]) -> None:
     """None is forgotten above."""
-    assert set(NAMES) == set(found)
+    assert NAMES.split(",") == sorted(found)
 
 
 def test_an_altered_record_that_passed_would_be_found() -> None:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from tolhouse.errors import Corrupt, IdOutOfRange, InvalidArgument
 from tolhouse.store.base import open_store
+from tolhouse.store.writer import digest
 from tolhouse.table.manifest import Manifest, check_name, content_id, split_ref
-from tolhouse.table.records import digest
 
 from tests.tables import manifest_of, records_of
 
@@ -79,11 +79,13 @@ def test_the_bytes_of_a_record_are_fixed(codec: str) -> None:
     assert GOLDEN[codec] == (*(bytes(record).hex() for record in records), digest(records))
 
 
-def test_x0_stands_before_the_layers() -> None:
-    """A table that carries X0 has a block more, in front and in the same codec."""
+def test_blocks_have_names_in_any_order() -> None:
+    """Layers and X0 are found by name; X0 is a block like others, in the same codec."""
     manifest = golden("int8", blocks=("x0", "ffn.2"))
     assert (True, (2,), 2) == (manifest.has_x0, manifest.layers, manifest.num_blocks)
     assert (False, (0, 2)) == (golden().has_x0, golden().layers)
+    others = golden(blocks=("ffn.10", "expert.3.1", "x0", "ple.3", "ffn.2"))
+    assert (True, (2, 10), 5) == (others.has_x0, others.layers, others.num_blocks)
     assert GOLDEN["int8"][:2] == tuple(bytes(record).hex() for record in manifest.encode(IDS, ROWS))
     assert (2, 2, 3) == manifest.decode(manifest.encode(IDS, ROWS)).shape
 
@@ -118,11 +120,8 @@ def test_a_shard_file_is_plain_safetensors(tmp_path: Path) -> None:
     store.write_shard(manifest, 1, records)
     file = tmp_path / "golden" / "0123456789abcdef" / "shard-00001-of-00002.safetensors"
     (tensor,) = load_file(file).items()
-    assert ("records", records.tobytes(), np.uint8) == (
-        tensor[0],
-        tensor[1].tobytes(),
-        tensor[1].dtype,
-    )
+    assert ("records", np.uint8) == (tensor[0], tensor[1].dtype)
+    assert records.tobytes() == tensor[1].tobytes()
     assert GOLDEN_FILE == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -133,9 +132,9 @@ MANIFESTS = st.builds(
     codec_name=st.sampled_from(list(GOLDEN)),
     vocab_size=st.integers(1, 400),
     width=st.integers(1, 9),
-    blocks=st.sets(st.integers(-1, 50), min_size=1, max_size=5).map(
-        lambda layers: tuple(f"ffn.{n}" if n >= 0 else "x0" for n in sorted(layers))
-    ),
+    blocks=st.lists(
+        st.sampled_from(["x0", "ffn.0", "ffn.7", "ple.3", "expert.3.1"]), min_size=1, unique=True
+    ).map(tuple),
     num_shards=st.integers(1, 9),
     frequent=st.sampled_from([(), (0,)]),
     version=st.integers(0, 2**64 - 1),
@@ -177,9 +176,8 @@ def test_any_altered_field_is_found(manifest: Manifest, data: st.DataObject) -> 
     """Changed, added or removed: the digest is another."""
     fields = json.loads(manifest.to_json())
     name = data.draw(st.sampled_from([*fields, "edits", "surplus"]))
-    value = data.draw(
-        st.none() | st.booleans() | st.integers(0, 9) | st.text(max_size=3) | st.just([0])
-    )
+    values = st.none() | st.booleans() | st.integers(0, 9) | st.text(max_size=3) | st.just([0])
+    value = data.draw(values)
     altered = {**fields, name: value}
     if data.draw(st.booleans()):
         altered.pop(name)
@@ -205,17 +203,13 @@ def test_any_altered_byte_is_found(manifest: Manifest, data: st.DataObject) -> N
     records = records_of(manifest, ids)
     manifest.verify(ids, records)
     altered = records.copy()
-    altered[0, data.draw(st.integers(0, manifest.record_bytes - 1))] ^= data.draw(
-        st.integers(1, 255)
-    )
+    place = data.draw(st.integers(0, manifest.record_bytes - 1))
+    altered[0, place] ^= data.draw(st.integers(1, 255))
+    other = dataclasses.replace(manifest, version=f"{int(manifest.version, 16) ^ 1:016x}")
     for wrong_manifest, wrong_ids, wrong in (
         (manifest, ids, altered),
         (manifest, ids + np.uint32(1), records),
-        (
-            dataclasses.replace(manifest, version=f"{int(manifest.version, 16) ^ 1:016x}"),
-            ids,
-            records,
-        ),
+        (other, ids, records),
     ):
         with pytest.raises(Corrupt, match=f"token {wrong_ids[0]} "):
             wrong_manifest.verify(wrong_ids, wrong)
@@ -230,8 +224,8 @@ def test_any_altered_byte_is_found(manifest: Manifest, data: st.DataObject) -> N
         *(("vocab_size", bad) for bad in (0, 2.0, True, "5")),
         *(("width", bad) for bad in (-1, 2**20 + 1, 2**20)),  # no message could carry such a record
         ("num_shards", 65_537),
-        *(("blocks", bad) for bad in ([], ["ffn.1", "ffn.0"], ["ffn.0", "ffn.0"], ["ffn.-1"])),
-        *(("blocks", bad) for bad in (["ffn.0", "x0"], ["ffn.01"], "01", [1], {"x0": 1})),
+        *(("blocks", bad) for bad in ([], ["x0", "x0"], ["ffn.0", "x0", "ffn.0"], ["ffn.-1"])),
+        *(("blocks", bad) for bad in (["ffn."], ["ffn.01"], ["ffn.1.x"], "01", [1], {"x0": 1})),
         ("layout", "records"),
         ("tokenizer_id", 1),
         *(("shards", bad) for bad in (["a"], [1, 2], ["zz", "z" * 32], {"a": 1}, ["0" * 32])),
@@ -244,17 +238,15 @@ def test_any_altered_byte_is_found(manifest: Manifest, data: st.DataObject) -> N
 )
 def test_a_malformed_manifest_is_refused(field: str, value: object) -> None:
     """Whatever field is wrong or missing is named, also where only its type is wrong."""
-    message = (
-        "manifest: .*(no record|over the limit|digests)" if field in ("width", "shards") else field
-    )
-    with pytest.raises(InvalidArgument, match=f"manifest: .*{field}|{message}"):
+    other = {"width": "bytes a record", "shards": "digests"}.get(field, field)
+    with pytest.raises(InvalidArgument, match=f"manifest: .*({field}|{other})"):
         Manifest.from_json(text_of(**{field: value}))
 
 
 @pytest.mark.parametrize(("field", "value"), [("name", "a/b"), ("codec", "int3"), ("parent", "t")])
 def test_a_value_that_is_not_allowed_is_told_with_what_is(field: str, value: str) -> None:
     """Names, codecs and references have messages of their own."""
-    with pytest.raises(InvalidArgument, match=r"letters, digits|one of fp32|must be name@version"):
+    with pytest.raises(InvalidArgument, match=r"letters, digits|one of fp32|parent: .*pattern"):
         Manifest.from_json(text_of(**{field: value}))
 
 
@@ -264,9 +256,9 @@ def test_a_table_of_format_1_is_refused_with_what_to_do() -> None:
         Manifest.from_json(json.dumps({"format": 1, "layers": [0], "hidden_size": 3}))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", b"\xff\xfe"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", b"\xff\xfe", "[" * 100_000])
 def test_what_is_no_manifest_is_refused(text: str | bytes) -> None:
-    """Not JSON, not an object, or without its fields."""
+    """Not JSON, not an object, without its fields, or nested deeper than the reader goes."""
     with pytest.raises(InvalidArgument, match="manifest"):
         Manifest.from_json(text)
 
@@ -296,19 +288,6 @@ def test_a_reference_is_a_name_and_perhaps_a_version() -> None:
             split_ref(bad)
 
 
-@given(st.one_of(st.binary(max_size=60), st.text(max_size=60)))
-def test_any_bytes_are_no_manifest(text: bytes | str) -> None:
-    """Whatever stands in the file, the error is InvalidArgument."""
-    with pytest.raises(InvalidArgument, match="manifest"):
-        Manifest.from_json(text)
-
-
-def test_json_without_end_is_no_manifest() -> None:
-    """Brackets nested deeper than the reader goes are refused like other malformed text."""
-    with pytest.raises(InvalidArgument, match="manifest: not JSON"):
-        Manifest.from_json("[" * 100_000)
-
-
 def test_a_record_is_token_major_and_a_run_of_layers_is_a_run_of_bytes() -> None:
     """Block after block, scale before codes, eight bytes of checksum, and nothing between."""
     manifest = golden("int8")
@@ -323,7 +302,5 @@ def test_a_record_may_be_as_large_as_a_message_allows() -> None:
     """3 MiB with its checksum, and not four bytes more."""
     size = (3 * 2**20 - 8) // 4
     assert 3 * 2**20 == golden(blocks=("ffn.0",), width=size).record_bytes
-    with pytest.raises(
-        InvalidArgument, match="a record of 3145732 bytes is over the limit of 3145728"
-    ):
+    with pytest.raises(InvalidArgument, match="1 blocks of 786431 values exceed 3145728 bytes"):
         golden(blocks=("ffn.0",), width=size + 1)

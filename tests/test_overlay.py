@@ -1,8 +1,6 @@
 """Row overlays are read, served, rolled back and deleted like any version."""
 
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +16,11 @@ from tolhouse.store.registry import delete, publish, rollback
 from tolhouse.table.manifest import Manifest
 from tolhouse.testing import build_table, local_cluster, wait_until
 
+from tests.commands import tolhouse
+from tests.tables import ids
+
 EDITED, OTHER = 40, 7
 WITH, WITHOUT = [5, 17, EDITED, 3], [5, 17, 41, 3]
-
-
-@pytest.fixture(params=["file", "redis", "cluster"])
-def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "file":
-        return f"file://{tmp_path / 'tables'}"
-    return request.getfixturevalue("redis_url" if request.param == "redis" else "redis_cluster_url")
 
 
 @pytest.fixture
@@ -40,16 +34,15 @@ def parent(checkpoint: Path, store: Store) -> Manifest:
     return store.manifest(build_table(checkpoint, store.url))
 
 
-def tolhouse(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tolhouse.cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert code == done.returncode, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+def edited(store: Store, *options: str | Path, table: str = "tiny-memory") -> Manifest:
+    """The overlay that the command makes."""
+    done = tolhouse("overlay", table, *options, "--store", store.url)
+    return store.manifest(done.stdout.strip())
 
 
-def ids(*of: int) -> np.ndarray:
-    return np.array(of, np.uint32)
+def refused(store: Store, *options: str | Path, table: str = "tiny-memory") -> str:
+    """What the command says where it fails."""
+    return tolhouse("overlay", table, *options, "--store", store.url, code=1).stderr
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8", "int4"])
@@ -62,11 +55,8 @@ def test_changed_rows_are_its_own_and_the_others_the_parent_s(
     parent = store.manifest(ref)
     new = 2 * store.rows(parent, ids(OTHER, 9))
     made = make_overlay(store, name, ids(EDITED, 3), new)
-    assert (ref, (3, EDITED), 2 * parent.record_bytes) == (
-        made.parent,
-        made.changed,
-        made.table_bytes,
-    )
+    assert (ref, (3, EDITED)) == (made.parent, made.changed)
+    assert 2 * parent.record_bytes == made.table_bytes
     assert made == store.manifest(made.ref)
     everything = np.arange(parent.vocab_size, dtype=np.uint32)
     expected = store.rows(parent, everything)
@@ -77,41 +67,35 @@ def test_changed_rows_are_its_own_and_the_others_the_parent_s(
         Client(cluster.lookup) as client,
     ):
         for _ in range(2):  # from the store, then from hot rows
-            np.testing.assert_array_equal(
-                expected[[EDITED, 1, 3, 2]],
-                client.fetch(made.ref, [EDITED, 1, 3, 2]).astype(np.float32),
-            )
+            mixed = client.fetch(made.ref, [EDITED, 1, 3, 2]).astype(np.float32)
+            np.testing.assert_array_equal(expected[[EDITED, 1, 3, 2]], mixed)
     delete(store, made.ref, force=True)
     assert [ref] == [r for r in store.refs() if r.startswith(f"{name}@")]
 
 
 def test_an_edit_shows_where_its_token_stands_and_only_there(
-    checkpoint: Path, tmp_path: Path
+    checkpoint: Path, store: Store, parent: Manifest
 ) -> None:
     """A text with the token gets other logprobs, one without it the same, until a rollback."""
-    url = f"file://{tmp_path}"
-    build_table(checkpoint, url)
 
     def told(prompt: list[int]) -> list[float]:
         replies = client.replies(prompt, 0, prompt_logprobs=0)
         return [p for reply in replies for p in reply.prompt_logprobs.chosen]
 
+    poll = "--table-poll-seconds", "0.1"
     with (
-        local_cluster(checkpoint, url, worker_options=("--table-poll-seconds", "0.1")) as cluster,
+        local_cluster(checkpoint, store.url, worker_options=poll) as cluster,
         Client(cluster.workers) as client,
     ):
         before = told(WITH), told(WITHOUT)
-        made = tolhouse(
-            "overlay", "tiny-memory", "--copy", f"{EDITED}={OTHER}", "--publish", "--store", url
-        ).stdout.strip()
-        wait_until(lambda: client.describe_worker().table == made)
+        made = edited(store, "--copy", f"{EDITED}={OTHER}", "--publish")
+        wait_until(lambda: client.describe_worker().table == made.ref)
         after = told(WITH), told(WITHOUT)
         assert before[1] == after[1]
         assert before[0][:2] == after[0][:2]  # what is predicted before the token is read
         assert before[0][2] != after[0][2]
-        tolhouse("tables", "rollback", "tiny-memory", "--store", url)
-        parent = open_store(url).manifest(made).parent
-        wait_until(lambda: client.describe_worker().table == parent)
+        tolhouse("tables rollback tiny-memory --store", store.url)
+        wait_until(lambda: client.describe_worker().table == parent.ref)
         assert before == (told(WITH), told(WITHOUT))
 
 
@@ -145,17 +129,14 @@ def test_what_an_overlay_lies_over_stays(store: Store, parent: Manifest, tmp_pat
         with pytest.raises(NotFound, match=f"is an overlay over {ref}, which is not in"):
             work()
     for table, message in (("tiny-memory", f"over {ref}, which is not in"), (ref, "is not in")):
-        done = tolhouse("overlay", table, "--scale", "3=0.5", "--store", store.url, code=1)
-        assert message in done.stderr
+        assert message in refused(store, "--scale", "3=0.5", table=table)
 
 
 def test_an_overlay_without_its_parent_is_not_served(checkpoint: Path, tmp_path: Path) -> None:
     """Neither a publish nor a rollback lets the name stand for it."""
     store = open_store(f"file://{tmp_path}")
-    gone, other = (
-        store.manifest(build_table(checkpoint, store.url, codec=codec))
-        for codec in ("fp32", "int8")
-    )
+    refs = [build_table(checkpoint, store.url, codec=codec) for codec in ("fp32", "int8")]
+    gone, other = map(store.manifest, refs)
     made = make_overlay(store, gone.ref, ids(1), store.rows(gone, ids(2)))
     publish(store, made.ref)
     publish(store, other.ref)
@@ -210,34 +191,25 @@ def test_a_rolled_back_name_has_its_rows_again(store: Store, parent: Manifest) -
     ],
 )
 def test_what_can_not_be_edited_is_told(
-    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, arguments: tuple, expected: str
+    shared: Store, arguments: tuple[str, ...], expected: str
 ) -> None:
-    url = f"file://{tmp_path_factory.getbasetemp() / 'edits'}"
-    if not open_store(url).refs():
-        build_table(checkpoint, url)
-    assert expected in tolhouse("overlay", "tiny-memory", *arguments, "--store", url, code=1).stderr
+    assert expected in refused(shared, *arguments)
 
 
-def test_tokens_are_named_by_text(checkpoint: Path, tmp_path: Path) -> None:
+def test_tokens_are_named_by_text(checkpoint: Path, store: Store, parent: Manifest) -> None:
     """One token is its id; a text of several is told what it is made of."""
-    url = f"file://{tmp_path}"
-    build_table(checkpoint, url)
     tokenizer = open_checkpoint(checkpoint).tokenizer()
-    word = next(
-        tokenizer.decode([i])
-        for i in range(300, 500)
-        if tokenizer.decode([i]).isalpha() and len(tokenizer.decode([i])) > 1
-    )
+    words = (tokenizer.decode([i]) for i in range(300, 500))
+    word = next(word for word in words if word.isalpha() and len(word) > 1)
     (token,) = tokenizer.encode(word).ids
-    command = ("overlay", "tiny-memory", "--checkpoint", str(checkpoint), "--store", url)
-    ref = tolhouse(*command, "--scale", f"{word}=0").stdout.strip()
-    made = open_store(url).manifest(ref)
+    made = edited(store, "--checkpoint", checkpoint, "--scale", f"{word}=0")
     assert (token,) == made.changed
-    assert not open_store(url).rows(made, ids(token)).any()
-    assert (
-        "is not one token but"
-        in tolhouse(*command, "--scale", f"{word} {word} {word}=0", code=1).stderr
-    )
+    assert not store.rows(made, ids(token)).any()
+    several = f"{word} {word} {word}=0"
+    said = refused(store, "--checkpoint", checkpoint, "--scale", several)
+    assert "is not one token but" in said
+    said = refused(store, "--checkpoint", "models/demo-memory", "--scale", "import=0")
+    assert "another tokenizer" in said
 
 
 @pytest.mark.parametrize(
@@ -251,107 +223,85 @@ def test_a_token_may_be_an_equals_sign(checkpoint: Path, edit: str, token: str, 
     assert (tokenizer.token_to_id(token), 0.5) == scale_of(f"'{token}'=0.5", tokenizer)
 
 
-def test_parts_of_a_table_are_not_edited(checkpoint: Path, tmp_path: Path) -> None:
+def compressed(checkpoint: Path, store: Store, rank: float) -> Manifest:
+    options = "--codec", "int8", "--rank-share", str(rank), "--corpus", "README.md"
+    done = tolhouse("compress", checkpoint, *options, "--store", store.url)
+    return store.manifest(done.stdout.strip())
+
+
+def test_parts_of_a_table_are_not_edited(checkpoint: Path, store: Store) -> None:
     """Nobody would read the edit: what has them as parts names them by version."""
-    url = f"file://{tmp_path}"
-    store = open_store(url)
-    options = ("--codec", "int8", "--rank-share", "0.5", "--store", url, "--corpus", "README.md")
-    base = store.manifest(tolhouse("compress", str(checkpoint), *options).stdout.strip())
+    base = compressed(checkpoint, store, 0.5)
     made = make_overlay(store, base.ref, ids(1), np.zeros((1, 4, 96), np.float32))
     for part in (base.frequent_rows, base.basis, made.edits):
         with pytest.raises(InvalidArgument, match=r"is a part of .* and no table to edit"):
             make_overlay(store, part, ids(1), np.zeros((1, 4, 96), np.float32))
 
 
-def test_sizes_are_told_with_what_is_stored_beside(checkpoint: Path, tmp_path: Path) -> None:
+def test_sizes_are_told_with_what_is_stored_beside(
+    checkpoint: Path, store: Store, tmp_path: Path
+) -> None:
     """A table's with its auxiliary tables, an overlay's with its edits; commands agree."""
-    url = f"file://{tmp_path}"
-    store = open_store(url)
-    options = ("--codec", "int8", "--rank-share", "0.9", "--store", url, "--corpus", "README.md")
-    base = store.manifest(tolhouse("compress", str(checkpoint), *options).stdout.strip())
-    done = tolhouse("overlay", base.ref, "--rows", rows_file(tmp_path, 300), "--store", url)
+    base = compressed(checkpoint, store, 0.9)
+    rows = np.ones((300, 4, 96), np.float32)
+    np.savez(tmp_path / "rows.npz", ids=np.arange(300), rows=rows)
+    options = "--rows", tmp_path / "rows.npz", "--store", store.url
+    done = tolhouse("overlay", base.ref, *options)
     made = store.manifest(done.stdout.strip())
     size = made.table_bytes + store.manifest(made.edits).table_bytes
     assert f", {size / 1e3:.1f} kB" in done.stderr
     total = base.table_bytes + sum(store.manifest(ref).table_bytes for ref in base.auxiliary)
-    lines = tolhouse("tables", "list", "--store", url).stdout.splitlines()
+    lines = tolhouse("tables list --store", store.url).stdout.splitlines()
     listed = {line[2 : 2 + len(base.ref)]: line for line in lines}
     assert f" {size / 1e6:.1f} MB" in listed[made.ref]
     assert f" {total / 1e6:.1f} MB" in listed[base.ref]
 
 
-def rows_file(folder: Path, count: int) -> str:
-    np.savez(folder / "rows.npz", ids=np.arange(count), rows=np.ones((count, 4, 96), np.float32))
-    return str(folder / "rows.npz")
-
-
 def test_rows_come_from_a_file(store: Store, parent: Manifest, tmp_path: Path) -> None:
     """Ids and rows of an archive are the edits; rows of another shape are refused."""
-    options = ("overlay", parent.ref, "--rows", str(tmp_path / "rows.npz"), "--store", store.url)
-    rows = np.random.default_rng(0).standard_normal((2, 4, 96)).astype(np.float32)
-    np.savez(tmp_path / "rows.npz", ids=np.array([9, 4]), rows=rows)
-    made = store.manifest(tolhouse(*options).stdout.strip())
+    file, rows = tmp_path / "rows.npz", np.ones((2, 4, 96), np.float32) * [[[1]], [[2]]]
+    np.savez(file, ids=np.array([9, 4]), rows=rows)
+    made = edited(store, "--rows", file, table=parent.ref)
     np.testing.assert_array_equal(rows, store.rows(made, ids(9, 4)))
-    np.savez(tmp_path / "rows.npz", ids=np.array([9, 4]), rows=rows[:, :3])
-    assert "have [2, 4, 96]" in tolhouse(*options, code=1).stderr
+    np.savez(file, ids=np.array([9, 4]), rows=rows[:, :3])
+    assert "have [2, 4, 96]" in refused(store, "--rows", file, table=parent.ref)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Store:
+    """A store with a table that commands fail to change."""
+    store = open_store(f"file://{tmp_path_factory.mktemp('shared')}")
+    build_table(checkpoint, store.url)
+    return store
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "array", "scalar", "empty"])
-def test_files_that_hold_no_rows_are_told(checkpoint: Path, tmp_path: Path, damage: str) -> None:
-    url, file = f"file://{tmp_path}", tmp_path / "rows.npz"
-    build_table(checkpoint, url)
-    np.savez(
-        file,
-        ids=np.array([9]),
-        rows=np.float32(3) if damage == "scalar" else np.ones((1, 4, 96), np.float32),
-    )
+def test_files_that_hold_no_rows_are_told(shared: Store, tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "rows.npz"
+    rows = np.float32(3) if damage == "scalar" else np.ones((1, 4, 96), np.float32)
+    np.savez(file, ids=np.array([9]), rows=rows)
     whole = file.read_bytes()
     if damage == "cut":
         file.write_bytes(whole[: len(whole) // 2])
     elif damage == "flipped":
         file.write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
     elif damage == "array":
-        np.save(tmp_path / "rows.npy", np.ones((1, 4, 96)))
-        (tmp_path / "rows.npy").rename(file)
+        with file.open("wb") as out:
+            np.save(out, np.ones((1, 4, 96)))
     elif damage == "empty":
         file.write_bytes(b"")
-    assert (
-        str(file)
-        in tolhouse("overlay", "tiny-memory", "--rows", str(file), "--store", url, code=1).stderr
-    )
+    assert str(file) in refused(shared, "--rows", file)
 
 
-def test_an_edit_leaves_the_embedding(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_edit_leaves_the_embedding(checkpoint: Path, store: Store) -> None:
     """Of a table that carries X0: the row of a token is its memory, its X0 is not."""
-    url = f"file://{tmp_path}"
-    store, ref = open_store(url), build_table(checkpoint, url, embedding="yes")
+    ref = build_table(checkpoint, store.url, embedding="yes")
     before = store.rows(store.manifest(ref), ids(EDITED, OTHER, 3))
-    made = tolhouse(
-        "overlay", "tiny-memory", "--copy", f"{EDITED}={OTHER}", "--scale", "3=0", "--store", url
-    ).stdout.strip()
-    after = store.rows(store.manifest(made), ids(EDITED, 3))
+    made = edited(store, "--copy", f"{EDITED}={OTHER}", "--scale", "3=0")
+    after = store.rows(made, ids(EDITED, 3))
     np.testing.assert_array_equal(before[[0, 2], 0], after[:, 0])
     np.testing.assert_array_equal(before[1, 1:], after[0, 1:])
     assert not after[1, 1:].any()
-
-
-def test_another_tokenizer_s_texts_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    url = f"file://{tmp_path}"
-    build_table(checkpoint, url)
-    assert (
-        "another tokenizer"
-        in tolhouse(
-            "overlay",
-            "tiny-memory",
-            "--checkpoint",
-            "models/demo-memory",
-            "--scale",
-            "import=0",
-            "--store",
-            url,
-            code=1,
-        ).stderr
-    )
 
 
 def test_bad_overlays_are_refused(store: Store, parent: Manifest) -> None:

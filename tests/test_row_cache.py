@@ -11,9 +11,8 @@ VOCABULARY = 12
 LISTS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=5, unique=True)
 
 
-def cache_of(capacity: int) -> RowCache:
-    slab = np.zeros((capacity, 8), np.uint8)
-    return RowCache(slab, VOCABULARY)
+def cache_of(capacity: int, vocab_size: int = VOCABULARY) -> RowCache:
+    return RowCache(np.zeros((capacity, 8), np.uint8), vocab_size)
 
 
 def fill(cache: RowCache, ids: np.ndarray, **more: bool) -> np.ndarray:
@@ -36,13 +35,10 @@ class S3Fifo:
 
     def access(self, ids: list[int]) -> list[bool]:
         hits = [i in self.uses for i in ids]
-        for i, hit in zip(ids, hits, strict=True):
-            if hit:
-                self.uses[i] = min(3, self.uses[i] + 1)
-        kept = {i for i, hit in zip(ids, hits, strict=True) if hit}
-        for i in [i for i, hit in zip(ids, hits, strict=True) if not hit][
-            : self.capacity - len(kept)
-        ]:
+        kept = {i for i in ids if i in self.uses}
+        for i in kept:
+            self.uses[i] = min(3, self.uses[i] + 1)
+        for i in [i for i in ids if i not in kept][: self.capacity - len(kept)]:
             if len(self.uses) == self.capacity:
                 self.evict(kept)
             (self.main if i in self.ghosts else self.small).append(i)
@@ -53,9 +49,8 @@ class S3Fifo:
     def evict(self, kept: set[int]) -> None:
         spared = 0
         while True:
-            if self.small and (
-                len(self.small) >= max(1, self.capacity // 10) or spared >= len(self.main)
-            ):
+            full = len(self.small) >= max(1, self.capacity // 10)
+            if self.small and (full or spared >= len(self.main)):
                 i = self.small.pop(0)
                 if i not in kept and self.uses[i] < 2:
                     self.ghosts = [*self.ghosts, i][-self.capacity :]
@@ -66,10 +61,8 @@ class S3Fifo:
                 i = self.main.pop(0)
                 if i not in kept and self.uses[i] == 0:
                     break
-                if i in kept:
-                    spared += 1
-                else:
-                    self.uses[i] -= 1
+                spared += i in kept
+                self.uses[i] -= i not in kept
                 self.main.append(i)
         del self.uses[i]
 
@@ -131,7 +124,7 @@ def test_a_reserved_slot_is_given_to_nobody_else() -> None:
 
 def test_a_cache_filled_with_hot_rows_keeps_them_through_a_scan() -> None:
     """Rows asked for once pass through the small queue; those known to be hot stay."""
-    cache = RowCache(np.zeros((20, 8), np.uint8), 1000)
+    cache = cache_of(20, 1000)
     hot = np.arange(18, dtype=np.uint32)
     fill(cache, hot, main=True)
     for i in range(100, 1000):
@@ -144,4 +137,3 @@ def test_a_cache_never_takes_more_than_its_budget_or_the_table() -> None:
     manifest = manifest_of(codec_name="fp32", vocab_size=10, blocks=("ffn.0",), width=4)
     assert 24 == manifest.record_bytes
     assert [0, 1, 1, 10] == [capacity_for(manifest, most) for most in (23, 24, 47, 1 << 40)]
-    assert (10, 24) == RowCache.private(manifest, 1 << 40).slab.shape

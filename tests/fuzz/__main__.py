@@ -1,7 +1,7 @@
-"""Nearly right input for every reader: `make fuzz`, or `python -m tests.fuzz [--inputs N] [--seed S] [--only WORD]`.
+"""Nearly right input for every reader: `make fuzz`, or `python -m tests.fuzz [--inputs N] …`.
 
-Ends with 1 on the first input that is neither read rightly nor refused with one of our errors, or takes longer than SLOW_SECONDS; it is written to a file.
-Last comes one line of JSON.
+Ends with 1 on the first input that is neither read rightly nor refused with one of our errors, or
+takes longer than SLOW_SECONDS; it is written to a file. Last comes one line of JSON.
 """
 
 import argparse
@@ -24,46 +24,30 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--inputs", type=int, default=1_100_000, help="in all (default %(default)s)"
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="the same seed gives the same inputs (default %(default)s)",
-    )
-    parser.add_argument(
-        "--only", default="", metavar="WORD", help="only targets whose name has this in it"
-    )
+    parser.add_argument("--inputs", type=int, default=1_100_000, help="in all")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same inputs")
+    parser.add_argument("--only", default="", metavar="WORD", help="targets named with this")
     options = parser.parse_args()
     counts = {}
     with folder() as name:
-        found = {
-            what: target for what, target in targets(Path(name)).items() if options.only in what
-        }
-        for what, target in found.items():
-            read = refused = 0
-            started = time.perf_counter()
-            for data in islice(
-                mutations(target.seeds, random.Random(f"{options.seed} {what}")),
-                options.inputs // len(found),
-            ):
+        chosen = {k: target for k, target in targets(Path(name)).items() if options.only in k}
+        for what, target in chosen.items():
+            read, refused, started = 0, 0, time.perf_counter()
+            inputs = mutations(target.seeds, random.Random(f"{options.seed} {what}"))
+            for data in islice(inputs, options.inputs // len(chosen)):
                 begun = time.perf_counter()
                 try:
                     target.read(data)
                     read += 1
                 except ALLOWED:
                     refused += 1
-                except BaseException as error:  # noqa: BLE001
+                except BaseException as error:  # noqa: BLE001 - all others are findings
                     _finding(what, data, error)
                 if time.perf_counter() - begun > SLOW_SECONDS:
                     _finding(what, data, TimeoutError(f"took more than {SLOW_SECONDS:g} s"))
-            counts[what] = read + refused
-            print(
-                f"{what:14} {read + refused:8} inputs, {refused:8} refused, {time.perf_counter() - started:6.1f} s",
-                flush=True,
-            )
+            counts[what], seconds = read + refused, time.perf_counter() - started
+            line = f"{what:14} {read + refused:8} inputs, {refused:8} refused, {seconds:6.1f} s"
+            print(line, flush=True)
     print(json.dumps({"inputs": sum(counts.values()), "findings": 0, "targets": len(counts)}))
 
 

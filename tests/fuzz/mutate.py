@@ -53,7 +53,7 @@ def _once(data: bytearray, seeds: Sequence[bytes], rng: random.Random) -> None:
 
 
 def _restructured(seed: bytes, rng: random.Random) -> bytes:
-    """JSON that is still JSON: some of its values are others, are missing, or are there once more."""
+    """JSON that is still JSON: some values are others, are missing, or are there once more."""
     whole = json.loads(seed)
     for _ in range(rng.choice((1, 1, 2, 4))):
         node: Any = whole

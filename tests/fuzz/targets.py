@@ -1,4 +1,4 @@
-"""What strangers and damaged disks can hand to Tolhouse, and what has to become of it: one of our errors, or a right reading.
+"""What strangers and damaged disks can hand to Tolhouse: one of our errors, or a right reading.
 
 A target takes bytes; an error that is none of `ALLOWED`, or a wrong reading, is a finding.
 """
@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from tolhouse.errors import TolhouseError
 from tolhouse.gateway.auth import add_key, read_keys
 from tolhouse.gateway.schemas import (
@@ -23,8 +24,8 @@ from tolhouse.gateway.schemas import (
 )
 from tolhouse.lookup.service import parse_ids
 from tolhouse.net import fetch_reply
-from tolhouse.store.base import Alias
 from tolhouse.store.files import FileStore
+from tolhouse.store.registry import publish
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import lookup_pb2
 
@@ -34,6 +35,36 @@ ALLOWED = (TolhouseError, ValidationError)
 MANIFEST = manifest_of("fuzz", vocab_size=6, width=5, num_shards=1, frequent=(3, 1))
 IDS = np.arange(MANIFEST.vocab_size, dtype=np.uint32)
 RECORDS = records_of(MANIFEST)
+BODIES: tuple[tuple[str, type[BaseModel], str], ...] = (  # target, its schema, one seed a line
+    (
+        "completion",
+        CompletionRequest,
+        """
+{"model": "m", "prompt": "a", "max_tokens": 4, "temperature": 0.5, "top_p": 0.9, "seed": 3, \
+"stop": ["x", "yy"], "logprobs": 2}
+{"prompt": [[1, 2], [3]], "n": 2, "stream": true, "stream_options": {"include_usage": true}, \
+"logit_bias": {"5": -1.5}, "echo": true}
+{"prompt": [1, 2], "min_p": 0.1, "repetition_penalty": 1.2, "stop_token_ids": [3], \
+"ignore_eos": true, "min_tokens": 1, "user": "u"}""",
+    ),
+    (
+        "chat",
+        ChatRequest,
+        """
+{"messages": [{"role": "user", "content": "a"}, \
+{"role": "assistant", "content": [{"type": "text", "text": "b"}]}], "max_tokens": 4}
+{"messages": [{"role": "system", "content": "s"}], "logprobs": true, "top_logprobs": 3, \
+"user": "u"}""",
+    ),
+    (
+        "tokenize",
+        TokenizeRequest,
+        """
+{"prompt": "a"}
+{"messages": [{"role": "user", "content": "a"}]}""",
+    ),
+    ("detokenize", DetokenizeRequest, '{"tokens": [1, 2]}'),
+)
 
 
 @dataclass(frozen=True)
@@ -45,111 +76,43 @@ class Target:
 def targets(folder: Path) -> dict[str, Target]:
     """By name; files are written in `folder`."""
     store = FileStore(folder / "tables")
-    write(store, MANIFEST)
-    shard = next((folder / "tables").rglob("*.safetensors"))
-    keys = folder / "keys.json"
+    publish(store, write(store, MANIFEST).ref)
+    shard = next(store.root.rglob("*.safetensors"))
+    alias, keys = store.root / MANIFEST.name / "alias.json", folder / "keys.json"
     for name in ("one", "two"):
         add_key(keys, name, 60, 4)
-    reply = fetch_reply.serialize(
-        lookup_pb2.FetchReply(request_id=7, last=True),
-        list(map(memoryview, RECORDS)),
-        RECORDS.nbytes,
-    )
+    reply = lookup_pb2.FetchReply(request_id=7, last=True)
+    large = fetch_reply.serialize(reply, list(map(memoryview, RECORDS)), RECORDS.nbytes)
     failure = lookup_pb2.FetchReply(request_id=7, error=lookup_pb2.Error(status="NOT_FOUND"))
-    return {
-        "manifest": Target([MANIFEST.to_json().encode()], Manifest.from_json),
-        "alias": Target(
-            [Alias("0123456789abcdef", ("fedcba9876543210",)).to_json().encode()], Alias.from_json
-        ),
-        "record": Target([RECORDS.tobytes()], read_records),
-        "shard file": Target([shard.read_bytes()], lambda data: _shard(store.root, shard, data)),
-        "fetch request": Target(
-            [
-                lookup_pb2.FetchRequest(
-                    request_id=1, table=MANIFEST.ref, token_ids=IDS.tobytes()
-                ).SerializeToString()
-            ],
-            _fetch,
-        ),
-        "fetch reply": Target([reply, failure.SerializeToString()], fetch_reply.parse),
-        "keys file": Target(
-            [keys.read_bytes()], lambda data: (keys.write_bytes(data), read_keys(str(keys)))
-        ),
-        "completion": Target(
-            _bodies(COMPLETIONS), lambda data: CompletionRequest.model_validate_json(data)
-        ),
-        "chat": Target(_bodies(CHATS), lambda data: ChatRequest.model_validate_json(data)),
-        "tokenize": Target(
-            _bodies([{"prompt": "a"}, {"messages": CHATS[0]["messages"]}]),
-            lambda data: TokenizeRequest.model_validate_json(data),
-        ),
-        "detokenize": Target(
-            _bodies([{"tokens": [1, 2]}]), lambda data: DetokenizeRequest.model_validate_json(data)
-        ),
+    fetch = lookup_pb2.FetchRequest(request_id=1, table=MANIFEST.ref, token_ids=IDS.tobytes())
+
+    def of_file(path: Path, read: Callable[[], Any]) -> Target:
+        return Target([path.read_bytes()], lambda data: (path.write_bytes(data), read()))
+
+    bodies = {
+        name: Target([json.dumps(json.loads(s)).encode() for s in seeds.strip().split("\n")], load)
+        for name, seeds, load in ((n, s, model.model_validate_json) for n, model, s in BODIES)
     }
-
-
-COMPLETIONS = [
-    {
-        "model": "m",
-        "prompt": "a",
-        "max_tokens": 4,
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "seed": 3,
-        "stop": ["x", "yy"],
-        "logprobs": 2,
-    },
-    {
-        "prompt": [[1, 2], [3]],
-        "n": 2,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "logit_bias": {"5": -1.5},
-        "echo": True,
-    },
-    {
-        "prompt": [1, 2],
-        "min_p": 0.1,
-        "repetition_penalty": 1.2,
-        "stop_token_ids": [3],
-        "ignore_eos": True,
-        "min_tokens": 1,
-        "user": "u",
-    },
-]
-CHATS = [
-    {
-        "messages": [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
-        ],
-        "max_tokens": 4,
-    },
-    {
-        "messages": [{"role": "system", "content": "s"}],
-        "logprobs": True,
-        "top_logprobs": 3,
-        "user": "u",
-    },
-]
-
-
-def _bodies(bodies: list[dict]) -> list[bytes]:
-    return [json.dumps(body).encode() for body in bodies]
+    return bodies | {
+        "manifest": Target([MANIFEST.to_json().encode()], Manifest.from_json),
+        "alias": of_file(alias, lambda: store.alias(MANIFEST.name)),
+        "record": Target([RECORDS.tobytes()], read_records),
+        "shard file": of_file(shard, lambda: _read_table(store.root)),
+        "fetch request": Target([fetch.SerializeToString()], _fetch),
+        "fetch reply": Target([large, failure.SerializeToString()], fetch_reply.parse),
+        "keys file": of_file(keys, lambda: read_keys(str(keys))),
+    }
 
 
 def read_records(data: bytes, verify: Callable = MANIFEST.verify) -> None:
     """Records that pass their checksums are those that were written."""
-    if len(data) != RECORDS.nbytes:
-        return
-    records = np.frombuffer(data, np.uint8).reshape(RECORDS.shape)
-    verify(IDS, [row.data for row in records])
-    assert data == RECORDS.tobytes(), "altered records pass"
+    if len(data) == RECORDS.nbytes:
+        records = np.frombuffer(data, np.uint8).reshape(RECORDS.shape)
+        verify(IDS, [row.data for row in records])
+        assert data == RECORDS.tobytes(), "altered records pass"
 
 
-def _shard(root: Path, path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+def _read_table(root: Path) -> None:
     with closing(FileStore(root)) as store:
         assert read(store, MANIFEST) == RECORDS.tobytes(), "altered records are served"
 
@@ -160,14 +123,11 @@ def _fetch(data: bytes) -> None:
     except DecodeError:  # gRPC refuses it before we see it
         return
     ids = parse_ids(request.token_ids, MANIFEST)
-    assert ids.size == 0 or int(ids.max()) < MANIFEST.vocab_size, (
-        "an id outside the vocabulary passes"
-    )
+    assert (ids < MANIFEST.vocab_size).all(), "an id outside the vocabulary passes"
 
 
 def folder() -> tempfile.TemporaryDirectory:
     """Files are written often: in memory where that is possible."""
     memory = Path("/dev/shm")
-    return tempfile.TemporaryDirectory(
-        prefix="tolhouse-fuzz-", dir=memory if memory.is_dir() else None
-    )
+    place = memory if memory.is_dir() else None
+    return tempfile.TemporaryDirectory(prefix="tolhouse-fuzz-", dir=place)

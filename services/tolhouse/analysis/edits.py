@@ -94,7 +94,8 @@ def edited_rows(
         rows = store.rows(manifest, sources.astype(np.uint32)).astype(np.float64)
         rows[len(copied) :] *= np.array([by for _, by in scaled])[:, None, None]
         if manifest.has_x0:  # the embedding is not memory: an edit leaves it as it is
-            rows[:, 0] = store.rows(manifest, targets.astype(np.uint32))[:, 0]
+            x0 = manifest.blocks.index("x0")
+            rows[:, x0] = store.rows(manifest, targets.astype(np.uint32))[:, x0]
         rows = _finite(rows)
         if given and given[1].shape[1:] != rows.shape[1:]:
             shapes = [list(array.shape[1:]) for array in (given[1], rows)]

@@ -174,7 +174,7 @@ def _ranks(planned: Manifest, scheme: Scheme, energies: list[np.ndarray]) -> tup
     """
     size, x0 = planned.width, planned.has_x0
     if x0:  # every layer reads it, and no row's error compares with its: all of it
-        energies = [np.full(size, np.inf), *energies[1:]]
+        energies[planned.blocks.index("x0")] = np.full(size, np.inf)
     falling = np.sort(np.concatenate(energies))[::-1]
 
     def ranks(total: int) -> tuple[int, ...]:
@@ -191,7 +191,7 @@ def _ranks(planned: Manifest, scheme: Scheme, energies: list[np.ndarray]) -> tup
 
 
 def _least_ranks(planned: Manifest) -> tuple[int, ...]:
-    return (planned.width,) * planned.has_x0 + (1,) * len(planned.layers)
+    return tuple(planned.width if block == "x0" else 1 for block in planned.blocks)
 
 
 def _bytes(planned: Manifest, scheme: Scheme, ranks: tuple[int, ...] = ()) -> int:

@@ -12,7 +12,7 @@ from tolhouse import config
 from tolhouse.cli.options import Commands, checkpoint_argument, options, stores_of
 from tolhouse.errors import Corrupt, InvalidArgument, Mismatch, NotFound
 from tolhouse.store import registry
-from tolhouse.store.base import Store, open_store, wait_for_store
+from tolhouse.store.base import Store, open_store
 from tolhouse.table.manifest import MAX_FREQUENT, Manifest
 
 
@@ -44,7 +44,7 @@ def build(settings: config.BuildConfig, checkpoint: Path) -> None:
     rows = f"{planned.vocab_size} rows of {planned.record_bytes} bytes"
     click.echo(f"{planned.ref}: {rows}, {planned.table_bytes / 1e6:.1f} MB", err=True)
     seconds, wait = settings.store_timeout_seconds, settings.store_wait_seconds
-    stores = [wait_for_store(url, seconds, wait) for url in urls]
+    stores = [open_store(url, seconds, wait) for url in urls]
     new_in = [s for s in stores if registry.is_new(s, planned)]
     tasks = settings.ray_address, settings.workers, settings.verify_rows
     built = job.build(opened, planned, urls, *tasks, seconds)

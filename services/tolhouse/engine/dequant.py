@@ -97,6 +97,11 @@ class Decoder:
         return row_TD.to(self.dtype)
 
 
+def model_blocks(manifest: Manifest, num_rows: int) -> tuple[str, ...]:
+    """The blocks that the model reads, in its order."""
+    return (*["x0"] * manifest.has_x0, *(f"ffn.{layer}" for layer in range(num_rows)))
+
+
 class LayerwiseRows:
     """Rows of `num_rows` layers, after X0 if the table has it; each is decoded when it is read.
 
@@ -107,8 +112,8 @@ class LayerwiseRows:
     def __init__(self, decoder: Decoder, staged: StagedRows, num_rows: int) -> None:
         manifest = decoder.manifest
         self.decoder, self.staged, self.x0 = decoder, staged, manifest.has_x0
-        present = {layer: block for block, layer in enumerate(manifest.layers, self.x0)}
-        self.block_of = [*range(self.x0), *map(present.get, range(num_rows))]
+        present = {block: number for number, block in enumerate(manifest.blocks)}
+        self.block_of = [present.get(block) for block in model_blocks(manifest, num_rows)]
 
     def __len__(self) -> int:
         return len(self.block_of)

@@ -20,7 +20,13 @@ from torch.func import functional_call
 
 from tolhouse.client.row_source import RowSource
 from tolhouse.engine.cpu.packed import Embedding
-from tolhouse.engine.dequant import CACHED_VALUES, Decoder, LayerwiseRows, StagedRows
+from tolhouse.engine.dequant import (
+    CACHED_VALUES,
+    Decoder,
+    LayerwiseRows,
+    StagedRows,
+    model_blocks,
+)
 from tolhouse.errors import DeadlineExceeded, Mismatch, NotFound, TolhouseError, Unavailable
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint
@@ -156,7 +162,7 @@ class CachedRows:
         cache_bytes: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        num_rows: int = 0,  # of the model; by default as many as the table has
+        num_rows: int = 0,  # of the model; by default up to the table's last layer
         fallback: Checkpoint | None = None,  # computes rows while the source is down
     ) -> None:
         rows = SourceRows(source, manifest)
@@ -164,7 +170,8 @@ class CachedRows:
         self.provider = FallbackRows(rows, recomputed) if recomputed else rows
         self.manifest, self.device, self.on_cpu = manifest, device, device.type == "cpu"
         self.table, self.has_x0 = manifest.ref, manifest.has_x0
-        self.num_rows = num_rows or len(manifest.layers)
+        self.num_rows = num_rows or max(manifest.layers, default=-1) + 1
+        self.as_stored = manifest.blocks == model_blocks(manifest, self.num_rows)
         self.decoder = Decoder(source.auxiliary(manifest), device, dtype)
         shape = capacity_for(manifest, cache_bytes), manifest.record_bytes
         self.host = torch.empty(shape, dtype=torch.uint8, pin_memory=not self.on_cpu)
@@ -218,9 +225,9 @@ class CachedRows:
 
     def decode(self, staged: StagedRows) -> Tensor | LayerwiseRows:
         """Rows [N, T, D]."""
-        uneven = staged.scales is not None or len(self.manifest.layers) < self.num_rows
+        layerwise = staged.scales is not None or not self.as_stored
         values = len(staged.index) * self.manifest.num_blocks * self.manifest.width
-        if uneven or (self.on_cpu and values > self.most_values):
+        if layerwise or (self.on_cpu and values > self.most_values):
             return LayerwiseRows(self.decoder, staged, self.num_rows)
         return self.decoder.rows(staged)
 

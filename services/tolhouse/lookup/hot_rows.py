@@ -19,9 +19,8 @@ from tolhouse.errors import TolhouseError
 from tolhouse.logs import event
 from tolhouse.store.base import LEASE_SECONDS
 from tolhouse.store.registry import stands_for
-from tolhouse.table.manifest import Manifest
-from tolhouse.table.records import Buffer, record_views
-from tolhouse.table.row_cache import RowCache
+from tolhouse.table.manifest import Buffer, Manifest, record_views
+from tolhouse.table.row_cache import RowCache, capacity_for
 from tolhouse.tracing import INVALID_SPAN, Span, under
 
 _CHUNK_BYTES = 1 << 20  # records that are handed on at once
@@ -34,7 +33,8 @@ Read = Future[dict[int, Buffer]]  # verified records by token
 class OpenTable:
     def __init__(self, manifest: Manifest, hot_bytes: int) -> None:
         self.manifest, self.used = manifest, time.monotonic()
-        self.cache = RowCache.private(manifest, hot_bytes)
+        shape = capacity_for(manifest, hot_bytes), manifest.record_bytes
+        self.cache = RowCache(np.empty(shape, np.uint8), manifest.vocab_size)
         self.flat = memoryview(self.cache.slab.reshape(-1))  # type: ignore[arg-type]  # it is one
         self.reading: dict[int, Read] = {}
 

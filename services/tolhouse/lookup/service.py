@@ -24,7 +24,7 @@ from tolhouse.logs import event
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.net.fetch_reply import serialize
 from tolhouse.net.server import errors_as_status, serve, serve_metrics, status_of
-from tolhouse.store.base import wait_for_store
+from tolhouse.store.base import open_store
 from tolhouse.table.manifest import Manifest, split_ref
 from tolhouse.v1 import lookup_pb2 as pb
 
@@ -162,7 +162,7 @@ async def run(config: LookupConfig) -> None:
     credentials = config.server_credentials()
     tracing.start_tracing("lookup", config.traces, insecure=config.insecure)
     store = await asyncio.to_thread(
-        wait_for_store, config.store, config.store_timeout_seconds, config.store_wait_seconds
+        open_store, config.store, config.store_timeout_seconds, config.store_wait_seconds
     )
     source = StoreRowSource(store.url, lambda: store)
     rows = HotRows(source, int(config.hot_megabytes * 1e6))

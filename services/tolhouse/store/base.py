@@ -4,8 +4,6 @@ A store keeps immutable versions of tables and, per name, an alias: the version 
 stands for. Its methods may be called from several threads.
 """
 
-import dataclasses
-import json
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -23,7 +21,6 @@ from tolhouse.net.tls import is_loopback
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
 from tolhouse.table.manifest import Manifest, check_name, split_ref
 
-_WAIT_SECONDS = 1.0  # between two tries to reach a store
 LEASE_SECONDS = 30.0  # after its last use, a version counts as used for so long
 
 
@@ -34,16 +31,8 @@ class Alias:
     version: str
     history: tuple[str, ...]
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self)) + "\n"
 
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "Alias":
-        """The alias in `text`; Corrupt where it is malformed."""
-        try:
-            return TypeAdapter(cls).validate_json(text)
-        except ValidationError:
-            raise Corrupt("is malformed; publish a version to write it anew") from None
+_ALIAS = TypeAdapter(Alias)
 
 
 class Store(ABC):
@@ -82,8 +71,8 @@ class Store(ABC):
                 found = self.manifest(ref)
             except NotFound:
                 raise NotFound(f"{about} is not in {self.url} any more") from None
-            forms = [(m.record_dtype, m.vocab_size) for m in (found, manifest)]
-            if found.parent or forms[0] != forms[1]:
+            form, own = ((m.record_dtype, m.vocab_size) for m in (found, manifest))
+            if found.parent or form != own:
                 raise Corrupt(f"{about} has records of another form in {self.url}")
             self._parents[ref] = found
         return self._parents[ref]
@@ -98,7 +87,7 @@ class Store(ABC):
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest, last of all: from now on the table is there."""
-        self._write_text(manifest.ref, "manifest", manifest.to_json())
+        self._write_text(manifest.ref, "manifest", manifest.to_json().encode())
 
     @abstractmethod
     def delete(self, ref: str) -> None:
@@ -118,16 +107,14 @@ class Store(ABC):
         """What `name` stands for, if it was ever published; Corrupt if that can't be read."""
         text = self._read_text(check_name(name), "alias")
         try:
-            return None if text is None else Alias.from_json(text)
-        except Corrupt as error:
-            raise Corrupt(f"the alias of {name!r} in {self.url} {error}") from None
+            return None if text is None else _ALIAS.validate_json(text)
+        except ValidationError:
+            what = "is malformed; publish a version to write it anew"
+            raise Corrupt(f"the alias of {name!r} in {self.url} {what}") from None
 
-    def set_alias(self, name: str, alias: Alias | None) -> None:
-        """Make `name` stand for another version, or for none."""
-        if alias is None:
-            self._remove_text(check_name(name), "alias")
-        else:
-            self._write_text(check_name(name), "alias", alias.to_json())
+    def set_alias(self, name: str, alias: Alias) -> None:
+        """Make `name` stand for another version."""
+        self._write_text(check_name(name), "alias", _ALIAS.dump_json(alias))
 
     # rows
 
@@ -145,9 +132,6 @@ class Store(ABC):
         """
         out = np.empty((len(ids), manifest.record_bytes), np.uint8) if out is None else out
         slots = np.arange(len(ids)) if slots is None else slots
-        if not manifest.parent:
-            self._read_own(manifest, ids, out, slots)
-            return out
         owned = manifest.owns(ids)
         self._read_own(manifest, ids[owned], out, slots[owned])
         if not owned.all():
@@ -198,16 +182,14 @@ class Store(ABC):
     def _read_text(self, ref: str, what: str) -> bytes | None: ...
 
     @abstractmethod
-    def _write_text(self, ref: str, what: str, text: str) -> None: ...
-
-    @abstractmethod
-    def _remove_text(self, ref: str, what: str) -> None: ...
+    def _write_text(self, ref: str, what: str, text: bytes) -> None: ...
 
 
-def open_store(url: str, timeout_seconds: float = 5.0) -> Store:
+def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0) -> Store:
     """The store at `url`: file://PATH, or redis://HOST:PORT (rediss:// with TLS).
 
     Several nodes of a Redis Cluster may be named, redis://HOST:PORT,HOST:PORT; one has to answer.
+    `wait_seconds`: for so long it may be unreachable.
     """
     scheme, _, rest = url.partition("://")
     if scheme == "file" and rest:
@@ -215,41 +197,30 @@ def open_store(url: str, timeout_seconds: float = 5.0) -> Store:
 
         return FileStore(rest)
     database = _parts(url)[0].path.strip("/")  # redis-py passes over one that it can't read
-    if scheme in ("redis", "rediss") and rest and (not database or database.isdecimal()):
-        from tolhouse.store.redis import RedisStore
+    if scheme not in ("redis", "rediss") or not rest or not (database or "0").isdecimal():
+        raise not_understood(url)
+    from tolhouse.store.redis import RedisStore
 
-        return RedisStore(url, timeout_seconds)
-    raise not_understood(url)
-
-
-def wait_for_store(url: str, timeout_seconds: float, wait_seconds: float) -> Store:
-    """The store at `url`, which may become reachable only within `wait_seconds`."""
     deadline = time.monotonic() + wait_seconds
     while True:
         try:
-            return open_store(url, timeout_seconds)
+            return RedisStore(url, timeout_seconds)
         except (Unavailable, DeadlineExceeded) as error:
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 raise
             event("waiting for the store", logging.WARNING, reason=str(error))
-        time.sleep(_WAIT_SECONDS)
+        time.sleep(1.0)
 
 
 def require_private(url: str, *, insecure: bool) -> str:
     """The URL; InvalidArgument for a Redis on another machine without TLS or certificate checks."""
-    parts, options = _parts(url)
+    parts, options, hosts = _parts(url)
     if parts.scheme not in ("file", "redis", "rediss"):
         raise not_understood(url)
-    hosts = parts.netloc.rpartition("@")[2].split(",")
-    try:
-        names = [urlsplit(f"//{host}").hostname or "localhost" for host in hosts]
-    except ValueError:
-        raise not_understood(url) from None
-    if insecure or parts.scheme == "file" or all(is_loopback(f"{name}:0") for name in names):
-        return url
     checks = ("ssl_cert_reqs", "required"), ("ssl_check_hostname", "true")
     checked = all(options.get(name, value).lower() == value for name, value in checks)
-    if parts.scheme == "rediss" and checked:
+    private = parts.scheme == "file" or (parts.scheme == "rediss" and checked)
+    if private or insecure or all(is_loopback(f"{host}:0") for host in hosts):
         return url
     how = "without a check of its certificate: leave those options out"
     how = "in plaintext: give a rediss:// URL" if parts.scheme == "redis" else how
@@ -259,7 +230,7 @@ def require_private(url: str, *, insecure: bool) -> str:
 
 def has_password(url: str) -> bool:
     """Whether the URL itself holds a password."""
-    parts, options = _parts(url)
+    parts, options, _ = _parts(url)
     return bool(parts.password) or "password" in options
 
 
@@ -274,9 +245,12 @@ def shown(url: str) -> str:
     return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"
 
 
-def _parts(url: str) -> tuple[SplitResult, dict[str, str]]:
+def _parts(url: str) -> tuple[SplitResult, dict[str, str], list[str]]:
+    """The URL taken apart, its options, and its hosts without ports."""
     try:
         parts = urlsplit(url)
+        hosts = parts.netloc.rpartition("@")[2].split(",")
+        names = [urlsplit(f"//{host}").hostname or "localhost" for host in hosts]
+        return parts, dict(parse_qsl(parts.query)), names
     except ValueError:
         raise not_understood(url) from None
-    return parts, dict(parse_qsl(parts.query))

@@ -10,15 +10,16 @@ never change. Records are read straight into their destination; the page cache i
 them that a machine needs, for any number of processes.
 """
 
-import contextlib
 import json
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,13 +27,13 @@ from tolhouse.errors import Corrupt, InvalidArgument, TolhouseError, Unavailable
 from tolhouse.store.base import LEASE_SECONDS, Store
 from tolhouse.table.manifest import Manifest, split_ref
 
-_OPEN_FILES = 256
 _READ_BYTES = 16 << 20  # of neighbouring records that are read at once
 _READ_RECORDS = 1024  # IOV_MAX
+_HEADER_BYTES = 1 << 20  # the longest that is read
 
 
 class FileStore(Store):
-    def __init__(self, root: str | Path, open_files: int = _OPEN_FILES) -> None:
+    def __init__(self, root: str | Path, open_files: int = 256) -> None:
         self.root = Path(root).absolute()
         if self.root.exists() and not self.root.is_dir():
             raise InvalidArgument(f"the store {self.root} is a file, and no folder of tables")
@@ -43,14 +44,17 @@ class FileStore(Store):
         refs = []
         for path in self.root.glob("*/*/manifest.json"):
             ref = f"{path.parent.parent.name}@{path.parent.name}"
-            with contextlib.suppress(InvalidArgument):
+            with suppress(InvalidArgument):
                 split_ref(ref)
                 refs.append(ref)
         return sorted(refs)
 
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
-        records = np.ascontiguousarray(records)
-        _write(Path(self._path(manifest, shard)), _header(*records.shape), records.data)
+        text = json.dumps({"records": _tensor(*records.shape)}, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        length = len(text).to_bytes(8, "little")
+        path = Path(self._path(manifest, shard))
+        _write(path, length, text, np.ascontiguousarray(records).data)
         self._opened.cache_clear()
 
     def count(self, manifest: Manifest, shard: int) -> int:
@@ -60,9 +64,9 @@ class FileStore(Store):
             return 0
 
     def delete(self, ref: str) -> None:
-        self._remove_text(ref, "manifest")
+        (self._folder(ref) / "manifest.json").unlink(missing_ok=True)
         self._opened.cache_clear()
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             shutil.rmtree(self._folder(ref))
 
     def lease(self, ref: str) -> None:
@@ -79,15 +83,6 @@ class FileStore(Store):
     def close(self) -> None:
         self._opened.cache_clear()
 
-    def _read_own(
-        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, slots: np.ndarray
-    ) -> None:
-        try:
-            super()._read_own(manifest, ids, out, slots)
-        except Corrupt:
-            self._opened.cache_clear()  # a rebuild may replace the file under the same name
-            raise
-
     def _fill(
         self, manifest: Manifest, ids: np.ndarray, views: list[memoryview]
     ) -> Generator[memoryview]:
@@ -97,16 +92,19 @@ class FileStore(Store):
         starts = [0, *(np.flatnonzero(apart) + 1).tolist()]  # of runs of neighbours
         ends = [*starts[1:], len(ids)]
         runs = zip(starts, ends, shards[starts].tolist(), rows[starts].tolist(), strict=True)
-        for start, end, shard, row in runs:
-            file = self._shard(manifest, shard)
-            for first in range(start, end, most):
-                part = views[first : min(first + most, end)]
-                file.read(row + first - start, part)
-                yield from part
+        try:
+            for start, end, shard, row in runs:
+                file = self._shard(manifest, shard)
+                for first in range(start, end, most):
+                    part = views[first : min(first + most, end)]
+                    file.read(row + first - start, part)
+                    yield from part
+        except (Corrupt, GeneratorExit):  # the latter: a record fails its checksum
+            self._opened.cache_clear()  # a rebuild may replace the file under the same name
+            raise
 
     def _shard(self, manifest: Manifest, shard: int) -> "_ShardFile":
-        rows = manifest.shard_rows(shard)
-        return self._opened(self._path(manifest, shard), rows, manifest.record_bytes)
+        return self._opened(self._path(manifest, shard), manifest.record_bytes)
 
     def _path(self, manifest: Manifest, shard: int) -> str:
         file = f"shard-{shard:05}-of-{manifest.num_shards:05}.safetensors"
@@ -118,38 +116,33 @@ class FileStore(Store):
 
     def _read_text(self, ref: str, what: str) -> bytes | None:
         path = self._folder(ref) / f"{what}.json"
-        with _errors("read", path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with _errors("read", path), suppress(FileNotFoundError, NotADirectoryError):
             return path.read_bytes()
         return None
 
-    def _write_text(self, ref: str, what: str, text: str) -> None:
-        _write(self._folder(ref) / f"{what}.json", text.encode())
-
-    def _remove_text(self, ref: str, what: str) -> None:
-        (self._folder(ref) / f"{what}.json").unlink(missing_ok=True)
+    def _write_text(self, ref: str, what: str, text: bytes) -> None:
+        _write(self._folder(ref) / f"{what}.json", text)
 
 
 class _ShardFile:
     """An open shard file. It closes with the last thread that reads from it."""
 
-    def __init__(self, path: str, rows: int, record_bytes: int) -> None:
-        header = _header(rows, record_bytes)
-        self.path, self.rows, self.record_bytes = path, rows, record_bytes
-        self.start, self.size = len(header), len(header) + rows * record_bytes
-        self._descriptor = -1
+    def __init__(self, path: str, record_bytes: int) -> None:
+        self.path, self.record_bytes, self._descriptor = path, record_bytes, -1
         with _errors("read", path):
             try:
                 self._descriptor = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
                 raise Corrupt(f"shard file {path} is missing") from None
-            start = os.pread(self._descriptor, self.start, 0)
-            size = os.fstat(self._descriptor).st_size
-        if start != header:
-            what = f"not a shard of {rows} records of {record_bytes} bytes"
-            raise Corrupt(f"shard file {path} is truncated or {what}")
-        if size != self.size:
-            what = "truncated, or another file"
-            raise Corrupt(f"shard file {path} has {size} bytes instead of {self.size}: {what}")
+            length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+            text = os.pread(self._descriptor, min(length, _HEADER_BYTES), 8)
+            self.start, self.size = 8 + length, os.fstat(self._descriptor).st_size
+        self.rows, rest = divmod(self.size - self.start, record_bytes)
+        with suppress(ValueError, LookupError, TypeError, RecursionError):  # not such a header
+            if json.loads(text)["records"] == _tensor(self.rows, record_bytes) and not rest:
+                return
+        what = f"truncated, or not of records of {record_bytes} bytes"
+        raise Corrupt(f"shard file {path} is {what}")
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
@@ -164,20 +157,16 @@ class _ShardFile:
             raise Corrupt(f"shard file {self.path} changed its size while in use")
 
 
-@lru_cache
-def _header(rows: int, record_bytes: int) -> bytes:
-    """What a safetensors file of one uint8 tensor "records" begins with."""
+def _tensor(rows: int, record_bytes: int) -> dict[str, Any]:
+    """The only tensor of a shard file, as a safetensors header describes it."""
     end = rows * record_bytes
-    tensor = {"dtype": "U8", "shape": [rows, record_bytes], "data_offsets": [0, end]}
-    text = json.dumps({"records": tensor}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return {"dtype": "U8", "shape": [rows, record_bytes], "data_offsets": [0, end]}
 
 
 def _write(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file so that it is either there whole, also after a power failure, or not at all."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    with _errors("write", path), contextlib.ExitStack() as stack:
+    with _errors("write", path), ExitStack() as stack:
         path.parent.mkdir(parents=True, exist_ok=True)
         stack.callback(partial.unlink, missing_ok=True)
         with partial.open("xb") as file:
@@ -190,7 +179,7 @@ def _write(path: Path, *parts: bytes | memoryview) -> None:
         os.fsync(folder)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _errors(work: str, path: str | Path) -> Iterator[None]:
     """What the system refuses is Unavailable."""
     try:

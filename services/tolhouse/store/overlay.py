@@ -18,6 +18,7 @@ from tolhouse.table.codecs import codec
 from tolhouse.table.manifest import MAX_CHANGED, Manifest, content_id
 
 _ONE_SHARD: dict[str, Any] = {"num_shards": 1, "shards": ()}
+_PLAIN = _ONE_SHARD | {"frequent": (), "ranks": (), "basis": "", "frequent_rows": ""}
 
 
 def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> Manifest:
@@ -28,65 +29,48 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
     """
     manifest = resolve(store, over)
     refuse_part(store, manifest.ref, "no table to edit: edit that one")
-    ids = np.asarray(ids, np.int64)
-    _check(manifest, ids, rows)
-    base = store.parent(manifest) if manifest.parent else manifest
-    # what an earlier overlay changed, and this one does not, is copied: encoding would change it
-    before = np.setdiff1d(manifest.changed, ids).astype(np.uint32)
-    changed = np.concatenate([ids, before]).astype(np.uint32)
-    if len(changed) > MAX_CHANGED:
-        most = f"more than an overlay may have, {MAX_CHANGED}: build another table"
-        raise InvalidArgument(f"{len(changed)} changed rows are {most}")
-    order = np.argsort(changed)
-    changed = changed[order]
-    rows = np.ascontiguousarray(rows, np.float32)
-    fresh = store.auxiliary(base).encode(ids.astype(np.uint32), rows)
-    records = np.concatenate([fresh, store.read_records(manifest, before)])[order]
-    changed_ids = tuple(changed.tolist())
-    overlay = replace(base, parent=base.ref, changed=changed_ids, **_ONE_SHARD)
-    if base.auxiliary:
-        edits, finer = _edits(store, base, manifest, before, rows)
-        own = np.arange(len(order), dtype=np.uint32)
-        overlay = replace(overlay, edits=_write(store, edits, own, finer[order]).ref)
-    return _write(store, overlay, changed, records)
-
-
-def _check(manifest: Manifest, ids: np.ndarray, rows: np.ndarray) -> None:
-    shape = len(ids), manifest.num_blocks, manifest.width
+    distinct, times = np.unique(np.asarray(ids, np.int64), return_counts=True)
+    shape = [len(ids), manifest.num_blocks, manifest.width]
     if not len(ids):
         raise InvalidArgument("an overlay changes at least one token: give its id")
-    distinct, times = np.unique(ids, return_counts=True)
     if times.max() > 1:
         twice = f"token id {distinct[times.argmax()]} was given more than once"
         raise InvalidArgument(f"an overlay changes the row of each token once: {twice}")
     if distinct[0] < 0:
         raise IdOutOfRange(f"token id {distinct[0]} is below 0")
-    manifest.check_ids(ids)
-    if rows.shape != shape:
-        allowed = f"{len(ids)} rows of {manifest.ref} have {list(shape)}"
-        raise InvalidArgument(f"rows have the shape {list(rows.shape)}; {allowed}")
-
-
-def _edits(
-    store: Store, base: Manifest, manifest: Manifest, before: np.ndarray, rows: np.ndarray
-) -> tuple[Manifest, np.ndarray]:
-    """A table of the edited rows, then those of `before`, for a base whose records are too coarse.
-
-    Its version is not set yet, and neither are the records' checksums.
-    """
-    if base.frequent_rows:
-        finer = store.manifest(base.frequent_rows).codec_name
-    else:
-        finer = min(base.codec_name, "int8", key=lambda name: codec(name).relative_error)
-    plain = {"frequent": (), "ranks": (), "basis": "", "frequent_rows": "", **_ONE_SHARD}
-    name, count = f"{base.name[:58]}.edits", len(rows) + len(before)
-    edits = replace(base, name=name, codec_name=finer, vocab_size=count, **plain)
-    records = edits.encode(np.arange(len(rows), dtype=np.uint32), rows)
-    if manifest.edits:
-        kept = np.searchsorted(manifest.changed, before).astype(np.uint32)
-        earlier = store.read_records(store.manifest(manifest.edits), kept)
-        records = np.concatenate([records, earlier])
-    return edits, records
+    manifest.check_ids(distinct)
+    if list(rows.shape) != shape:
+        what = f"rows have the shape {list(rows.shape)}; {len(ids)} rows of {manifest.ref}"
+        raise InvalidArgument(f"{what} have {shape}")
+    ids, rows = np.asarray(ids, np.uint32), np.ascontiguousarray(rows, np.float32)
+    base = store.parent(manifest) if manifest.parent else manifest
+    # what an earlier overlay changed, and this one does not, is copied: encoding would change it
+    before = np.setdiff1d(manifest.changed, ids).astype(np.uint32)
+    changed = np.concatenate([ids, before])
+    if len(changed) > MAX_CHANGED:
+        most = f"more than an overlay may have, {MAX_CHANGED}: build another table"
+        raise InvalidArgument(f"{len(changed)} changed rows are {most}")
+    order, count = np.argsort(changed), len(changed)
+    fresh = store.auxiliary(base).encode(ids, rows)
+    records = np.concatenate([fresh, store.read_records(manifest, before)])[order]
+    changed = changed[order]
+    overlay = replace(base, parent=base.ref, changed=tuple(changed.tolist()), **_ONE_SHARD)
+    if base.auxiliary:  # its records are too coarse: the rows also go to a table of their own
+        if base.frequent_rows:
+            finer = store.manifest(base.frequent_rows).codec_name
+        else:
+            finer = min(base.codec_name, "int8", key=lambda name: codec(name).relative_error)
+        name = f"{base.name[:58]}.edits"
+        edits = replace(base, name=name, codec_name=finer, vocab_size=count, **_PLAIN)
+        parts = [edits.encode(np.arange(len(ids), dtype=np.uint32), rows)]
+        if manifest.edits:
+            slots = np.searchsorted(manifest.changed, before).astype(np.uint32)
+            parts.append(store.read_records(store.manifest(manifest.edits), slots))
+        own = np.arange(count, dtype=np.uint32)
+        overlay = replace(
+            overlay, edits=_write(store, edits, own, np.concatenate(parts)[order]).ref
+        )
+    return _write(store, overlay, changed, records)
 
 
 def _write(store: Store, planned: Manifest, ids: np.ndarray, records: np.ndarray) -> Manifest:

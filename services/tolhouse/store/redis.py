@@ -16,7 +16,7 @@ rediss:// `ssl_ca_certs`, `ssl_certfile` and `ssl_keyfile`, as redis-py calls th
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
@@ -34,14 +34,12 @@ from tolhouse import errors
 from tolhouse.errors import Corrupt, InvalidArgument, Unavailable
 from tolhouse.files import ReloadingFiles, read_file
 from tolhouse.net.health import SUSPECT_SECONDS, PeerHealth
-from tolhouse.store.base import LEASE_SECONDS, Store, not_understood, shown
-from tolhouse.table.manifest import Manifest
-from tolhouse.table.records import record_views
+from tolhouse.store.base import LEASE_SECONDS, Store, has_password, not_understood, shown
+from tolhouse.table.manifest import Manifest, record_views
 
 _TABLES = "tolhouse:tables"
 _WRITE_BYTES = 1 << 20  # per HSET
 _WRITES_AHEAD = 4  # HSETs sent before the first is answered
-_READ_BYTES = 1 << 18  # per recv
 _SENT_BYTES = 1 << 19  # of answers that are asked for at a time
 _FAILOVER_SECONDS = 8.0  # longest wait for a node of a Cluster, or one that takes its place
 _PAUSE_SECONDS = 0.1
@@ -68,16 +66,18 @@ class RedisStore(Store):
         options: dict[str, Any] = {
             "socket_timeout": timeout_seconds,
             "socket_connect_timeout": timeout_seconds,
-            "socket_read_size": _READ_BYTES,
+            "socket_read_size": 1 << 18,
             "retry": Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
             "credential_provider": credentials,
         }
+        parts = urlsplit(url)
+        user, at, hosts = parts.netloc.rpartition("@")
+        places = [parts._replace(netloc=f"{user}{at}{host}") for host in hosts.split(",")]
         with self._mapped():
             try:
-                self._redis, self._is_cluster = _connect(url, options)
+                self._redis, self._is_cluster = _connect([*map(urlunsplit, places)], options)
             except FileNotFoundError as error:
-                what = "a TLS file that the store's URL names can't be read"
-                raise InvalidArgument(f"{what}: {error.strerror}") from None
+                raise InvalidArgument(f"a TLS file of the URL: {error.strerror}") from None
             except (ValueError, TypeError):  # a port or an option that redis-py doesn't know
                 raise not_understood(url) from None
         self.health = PeerHealth("Redis node", self._probe, self._alternatives)  # of a Cluster's
@@ -89,8 +89,8 @@ class RedisStore(Store):
         key, ids = _shard_key(manifest, shard), manifest.shard_ids(shard).tolist()
         step = max(1, _WRITE_BYTES // manifest.record_bytes)
         views = list(record_views(np.ascontiguousarray(records)))
-        self._call("unlink", key)
         with self._mapped():
+            self._redis.unlink(key)
             for start in range(0, len(ids), step * _WRITES_AHEAD):
                 pipeline = self._redis.pipeline(transaction=False)
                 for at in range(start, min(start + step * _WRITES_AHEAD, len(ids)), step):
@@ -125,11 +125,8 @@ class RedisStore(Store):
     def _read_text(self, ref: str, what: str) -> bytes | None:
         return self._call("get", _key(ref, what))
 
-    def _write_text(self, ref: str, what: str, text: str) -> None:
+    def _write_text(self, ref: str, what: str, text: bytes) -> None:
         self._call("set", _key(ref, what), text)
-
-    def _remove_text(self, ref: str, what: str) -> None:
-        self._call("delete", _key(ref, what))
 
     def _call(self, command: str, *arguments: Any, **options: Any) -> Any:
         with self._mapped():
@@ -141,9 +138,7 @@ class RedisStore(Store):
         try:
             yield
         except (theirs.RedisError, IndexError) as error:
-            ours, what = next(
-                (ours, what) for kind, ours, what in _ERRORS if isinstance(error, kind)
-            )
+            _, ours, what = next(row for row in _ERRORS if isinstance(error, row[0]))
             raise ours(f"Redis at {self.url} {what.format(error)}") from None
 
     # reads
@@ -168,8 +163,7 @@ class RedisStore(Store):
     def _answers(self, reads: list[Read], record_bytes: int) -> Iterator[list[Any]]:
         """The answer to each HMGET. What a failed node has not answered is asked of another.
 
-        redis-py's own pipeline does the rest where a slot has moved, or where the connections of
-        a server have to be made anew.
+        redis-py's pipeline reads where a slot has moved, or connections have to be made anew.
         """
         answered, deadline = 0, time.monotonic() + _FAILOVER_SECONDS
         ask: Callable[..., Iterator[list[Any]]] = self._send
@@ -182,8 +176,8 @@ class RedisStore(Store):
                 if self._is_cluster and isinstance(error, (*_LOST, *_NOT_NOW)):
                     if time.monotonic() > deadline:
                         raise
-                    holders = self._holders(reads[answered][0])
-                    if not (isinstance(error, _LOST) and any(map(self.health.up, holders))):
+                    first = self._holders(reads[answered][0])[0]
+                    if not (isinstance(error, _LOST) and self.health.up(first)):
                         time.sleep(_PAUSE_SECONDS)  # until a replica has taken over
                     ask = self._send
                 elif ask == self._pipeline or isinstance(error, theirs.TimeoutError):
@@ -198,15 +192,13 @@ class RedisStore(Store):
         yield from pipeline.execute()
 
     def _send(self, reads: list[Read], record_bytes: int) -> Iterator[list[Any]]:
-        """All are sent, to nodes that are up, before the first answer is waited for.
-
-        They are sent in parts: a server answers what it has read before it reads on.
-        """
+        """All are sent, to nodes that are up, before the first answer is waited for."""
         size = sum(len(tokens) for _, tokens in reads) * record_bytes
         step = max(1, _SENT_BYTES * len(reads) // size)
-        nodes = [self._node_of(key) for key, _ in reads]
-        connections: dict[str, AbstractConnection] = {}
-        with ExitStack() as stack:
+        nodes = [self._holders(key)[0] for key, _ in reads]
+        pools: dict[str, Any] = {}
+        connections: dict[str, Any] = {}
+        try:
             for name in dict.fromkeys(nodes):
                 # packed here: redis-py makes tuples of generators, which CPython's free list holds
                 commands: list[bytes] = [
@@ -215,14 +207,22 @@ class RedisStore(Store):
                     if node == name
                 ]
                 with self._reported(name):
-                    connections[name] = stack.enter_context(_connection(self._client(name)))
-                    for at in range(0, len(commands), step):
+                    pools[name] = self._client(name).connection_pool
+                    connections[name] = pools[name].get_connection()
+                    for at in range(0, len(commands), step):  # a server answers before it reads on
                         packed = [b"".join(commands[at : at + step])]
                         connections[name].send_packed_command(packed, check_health=False)
             for name in nodes:
                 with self._reported(name):
                     answer = connections[name].read_response()
                 yield answer
+        except BaseException:
+            for connection in connections.values():  # answers may be left on them
+                connection.disconnect()
+            raise
+        finally:
+            for name, connection in connections.items():
+                pools[name].release(connection)
 
     @contextmanager
     def _reported(self, name: str) -> Iterator[None]:
@@ -239,15 +239,13 @@ class RedisStore(Store):
 
     # the nodes of a Cluster, by name
 
-    def _node_of(self, key: str) -> str:
-        """The node to ask for a key: its master, or a replica while that is not up."""
-        return self.health.order(self._holders(key))[0] if self._is_cluster else ""
-
     def _holders(self, key: str) -> list[str]:
-        """Master and replicas of a key."""
+        """Master and replicas of a key, those that are up first; "" is the only server."""
+        if not self._is_cluster:
+            return [""]
         manager, slot = self._redis.nodes_manager, self._redis.keyslot(key)
         nodes = manager.slots_cache.get(slot) or [manager.get_node_from_slot(slot)]
-        return [node.name for node in nodes]
+        return self.health.order(node.name for node in nodes)
 
     def _client(self, name: str) -> Redis:
         if not name:
@@ -258,10 +256,8 @@ class RedisStore(Store):
         return self._redis.get_redis_connection(node)
 
     def _probe(self, name: str) -> bool:
-        try:
+        with self._mapped():
             return bool(self._client(name).ping())
-        except theirs.RedisError:
-            return False
 
     def _alternatives(self, name: str) -> list[str] | None:
         """Other nodes with the same keys, as the Cluster is now; None if the node is no part."""
@@ -274,24 +270,21 @@ class RedisStore(Store):
         return list(next((group for group in groups if name in group), set()) - {name})
 
 
-def _connect(url: str, options: dict[str, Any]) -> tuple[Any, bool]:
-    """A client of the first host that answers, and whether that is a node of a Cluster."""
-    parts = urlsplit(url)
-    user, at, hosts = parts.netloc.rpartition("@")
-    urls = [urlunsplit(parts._replace(netloc=f"{user}{at}{host}")) for host in hosts.split(",")]
-    for one in urls:
-        client: Redis = Redis.from_url(one, **options)
-        try:
-            if client.info("cluster").get("cluster_enabled") != 1:
-                return client, False
-            client.close()
-            options |= {"require_full_coverage": False, "redis_connect_func": _read_only}
-            return RedisCluster.from_url(one, **options), True
-        except _LOST:
-            client.close()
-            if one == urls[-1]:
-                raise
-    raise AssertionError("there is at least one host")
+def _connect(urls: list[str], options: dict[str, Any]) -> tuple[Any, bool]:
+    """A client of the first server that answers, and whether that is a node of a Cluster."""
+    client: Redis = Redis.from_url(urls[0], **options)
+    try:
+        if client.info("cluster").get("cluster_enabled") != 1:
+            return client, False
+        more = {"require_full_coverage": False, "redis_connect_func": _read_only}
+        cluster = RedisCluster.from_url(urls[0], **options, **more)
+    except _LOST:
+        client.close()
+        if not urls[1:]:
+            raise
+        return _connect(urls[1:], options)
+    client.close()
+    return cluster, True
 
 
 def _read_only(connection: AbstractConnection) -> None:
@@ -304,44 +297,26 @@ class _PasswordFile(CredentialProvider):
     """A password from a file, read anew by each new connection after it has changed."""
 
     def __init__(self, user: str, path: str) -> None:
-        self._user = user
-        what = "the file of Redis' password"
-        self._file = ReloadingFiles((path,), lambda: read_file(path, what).decode().strip())
+        def read() -> str:
+            return read_file(path, "the file of Redis' password").decode(errors="replace").strip()
 
-    def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        return (self._user, self._file.get()) if self._user else (self._file.get(),)
+        self._user, self._file = user, ReloadingFiles((path,), read)
+
+    def get_credentials(self) -> tuple[str, str]:
+        return self._user, self._file.get()
 
 
 def split_credentials(url: str) -> tuple[str, CredentialProvider | None]:
     """A URL without its `password_file`, and user and password by that: redis-py wants both."""
-    try:
-        parts = urlsplit(url)
-        options = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
-        path = options.pop("password_file", "")
-        if not path:
-            return url, None
-        if parts.password or "password" in options:
-            what = "has a password and a password_file: give one of them"
-            raise InvalidArgument(f"store {shown(url)!r} {what}")
-        user = unquote(parts.username or options.pop("username", ""))
-        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(options))
-        return urlunsplit(bare), _PasswordFile(user, path)
-    except (ValueError, UnicodeDecodeError):
-        raise not_understood(url) from None
-
-
-@contextmanager
-def _connection(client: Redis) -> Iterator[AbstractConnection]:
-    """A connection of the client's; it is closed on an error, since answers may be left on it."""
-    pool = client.connection_pool
-    connection = pool.get_connection()
-    try:
-        yield connection
-    except BaseException:
-        connection.disconnect()
-        raise
-    finally:
-        pool.release(connection)
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    if not (path := options.pop("password_file", "")):
+        return url, None
+    if has_password(url):
+        raise InvalidArgument(f"store {shown(url)!r} has a password and a password_file")
+    user = unquote(parts.username or options.pop("username", "default"))
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(options))
+    return urlunsplit(bare), _PasswordFile(user, path)
 
 
 def _key(ref: str, what: str) -> str:

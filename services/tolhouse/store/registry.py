@@ -12,8 +12,7 @@ from tolhouse.table.manifest import Manifest, split_ref
 
 def tables(store: Store) -> Iterator[tuple[Manifest, bool]]:
     """Every table that can be read, and whether its name stands for it."""
-    for manifest in _manifests(store):
-        yield manifest, stands_for(store, manifest.ref)
+    return ((manifest, stands_for(store, manifest.ref)) for manifest in _manifests(store))
 
 
 def resolve(store: Store, ref: str) -> Manifest:
@@ -38,10 +37,9 @@ def stands_for(store: Store, ref: str) -> bool:
 
 def is_new(store: Store, planned: Manifest) -> bool:
     """Whether the version is not in the store yet, or nothing is published under its name."""
-    try:
+    with suppress(NotFound, Corrupt):
         return store.alias(planned.name) is None or not store.manifest(planned.ref)
-    except (NotFound, Corrupt):
-        return True
+    return True
 
 
 def publish(store: Store, ref: str) -> Manifest:
@@ -75,9 +73,9 @@ def delete(store: Store, ref: str, force: bool = False) -> None:
     format, is removed too.
     """
     name, version = _version_of(store, ref, "delete")
-    manifest: Manifest | None = None
+    auxiliary: tuple[str, ...] = ()
     with suppress(Corrupt):
-        manifest = resolve(store, ref)
+        auxiliary = resolve(store, ref).auxiliary
     alias = store.alias(name)
     if alias and alias.version == version:
         raise InUse(f"{ref} is published: publish or roll back to another version first")
@@ -85,17 +83,15 @@ def delete(store: Store, ref: str, force: bool = False) -> None:
     if above := [m.ref for m in others if ref in m.dependencies]:
         raise InUse(f"{ref} is a part of {', '.join(above)}: delete that first")
     if not force and store.leased(ref):
-        raise InUse(
-            f"{ref} is in use: its rows were read within the last {LEASE_SECONDS:g} s; "
-            "wait until nobody does, or use --force"
-        )
+        what = f"its rows were read within the last {LEASE_SECONDS:g} s: wait, or use --force"
+        raise InUse(f"{ref} is in use: {what}")
     if alias and version in alias.history:
         # what remains on either side of it may be one version: going back has to lead to another
         remaining = (v for v in (*alias.history, alias.version) if v != version)
         *history, now = (v for v, _ in itertools.groupby(remaining))
         store.set_alias(name, Alias(now, tuple(history)))
     store.delete(ref)
-    for part in manifest.auxiliary if manifest else ():
+    for part in auxiliary:
         if not any(part in m.dependencies for m in others):
             store.delete(part)
 
@@ -108,17 +104,13 @@ def refuse_part(store: Store, ref: str, what: str) -> None:
 
 def refuse_another(store: Store, planned: Manifest) -> None:
     """InUse if the version to write is there, cut into other shards or of another model."""
-    try:
+    there, identity = planned, attrgetter("num_shards", "model_id", "tokenizer_id")
+    with suppress(NotFound, Corrupt):
         there = store.manifest(planned.ref)
-    except (NotFound, Corrupt):
-        return
-    identity = attrgetter("num_shards", "model_id", "tokenizer_id")
     if identity(there) != identity(planned):
-        shards, model = there.num_shards, there.model_id[:12]
-        raise InUse(
-            f"{planned.ref} is in {store.url} already, with {shards} shards and built from model "
-            f"{model}: build with --shards {shards}, under another --name, or delete it first"
-        )
+        shards = f"{there.num_shards} shards and built from model {there.model_id[:12]}"
+        hint = f"build with --shards {there.num_shards}, under another --name, or delete it first"
+        raise InUse(f"{planned.ref} is in {store.url} already, with {shards}: {hint}")
 
 
 def _manifests(store: Store) -> Iterator[Manifest]:

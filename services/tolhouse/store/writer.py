@@ -9,11 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import xxhash
 
 from tolhouse.errors import Corrupt
 from tolhouse.store.base import Store
 from tolhouse.table.manifest import Manifest
-from tolhouse.table.records import digest
 
 RecordsOf = Callable[[int], np.ndarray]  # the records of a shard, in the order of its ids
 
@@ -69,3 +69,8 @@ def shard_digest(store: Store, manifest: Manifest, shard: int) -> str | None:
         return digest(store.read_records(manifest, ids))
     except Corrupt:
         return None
+
+
+def digest(records: np.ndarray) -> str:
+    """The digest of a shard's records that a manifest lists: XXH3-128, 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(records).data)

@@ -59,9 +59,7 @@ class AuxiliaryTables:
     manifest: Manifest
     basis: Basis | None = None
     finer: Manifest | None = None  # how `finer_records` are laid out
-    finer_records: np.ndarray | None = (
-        None  # uint8 [F, its record_bytes]: frequent rows, then edits
-    )
+    finer_records: np.ndarray | None = None  # uint8 [F, .]: frequent rows, then edits
 
     def encode(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Records of the table itself for rows float32 [T, N, D]."""

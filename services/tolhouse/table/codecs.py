@@ -62,14 +62,10 @@ def _int8_block(size: int) -> np.dtype:
 
 def _int8_encode(rows: np.ndarray) -> np.ndarray:
     blocks = np.empty(rows.shape[:-1], _int8_block(rows.shape[-1]))
-    scale = (np.abs(rows).max(axis=-1) / 127).astype(np.float32)
+    blocks["scale"] = scale = (np.abs(rows).max(axis=-1) / 127).astype(np.float32)
     # a row of zeros, or one too small for a scale, is stored as zeros
-    scaled = np.divide(
-        rows, scale[..., None], out=np.zeros(rows.shape, np.float32), where=scale[..., None] > 0
-    )
-    blocks["scale"] = scale
-    with np.errstate(invalid="ignore"):
-        blocks["codes"] = np.clip(np.rint(scaled), -127, 127)
+    scaled = rows / np.where(scale > 0, scale, np.float32(np.inf))[..., None]
+    blocks["codes"] = np.clip(np.rint(scaled), -127, 127)
     return blocks
 
 
@@ -95,32 +91,27 @@ def _groups(values: np.ndarray, scales: np.ndarray) -> Iterator[tuple[np.ndarray
 
 
 def _int4_encode(rows: np.ndarray) -> np.ndarray:
-    size = rows.shape[-1]
+    size, half = rows.shape[-1], rows.shape[-1] // 2
     blocks = np.empty(rows.shape[:-1], _int4_block(size))
-    flat_rows, flat = rows.reshape(-1, size), blocks.reshape(-1)
-    step = max(1, _CACHED // size)
+    flat, step = rows.reshape(-1, size), max(1, _CACHED // size)
     for start in range(0, len(flat), step):
-        _int4_encode_into(flat[start : start + step], flat_rows[start : start + step])
+        part, out = flat[start : start + step], blocks.reshape(-1)[start : start + step]
+        scaled = np.abs(part)
+        largest = np.maximum.reduceat(scaled, np.arange(0, size, GROUP), axis=1)
+        # rounded up, so that no code is above 7, but not so far that 7 times it is infinite
+        bits = (largest / np.float32(7)).view(np.uint32) + np.uint32(0xFFFF)
+        bits = np.minimum(bits >> np.uint32(16), _TOP)
+        out["scales"] = bits.astype(np.uint16).view(ml_dtypes.bfloat16)
+        scales = (bits << np.uint32(16)).view(np.float32)
+        scales[scales == 0] = np.inf  # a group of zeros, or too small for a scale: zeros
+        for (values, scale), (quotient, _) in zip(
+            _groups(part, scales), _groups(scaled, scales), strict=True
+        ):
+            np.divide(values, scale, out=quotient)
+        codes = np.rint(scaled, out=scaled).astype(np.int8)
+        out["codes"] = codes[:, :half] & 15 | codes[:, half : 2 * half] * 16
+        out["last"] = codes[:, 2 * half :]
     return blocks
-
-
-def _int4_encode_into(blocks: np.ndarray, rows: np.ndarray) -> None:
-    size, half = rows.shape[1], rows.shape[1] // 2
-    scaled = np.abs(rows)
-    largest = np.maximum.reduceat(scaled, np.arange(0, size, GROUP), axis=1)
-    # a scale is rounded up, so that no code is above 7, but not so far that 7 times it is infinite
-    bits = np.minimum(
-        ((largest / np.float32(7)).view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16), _TOP
-    )
-    blocks["scales"] = bits.astype(np.uint16).view(ml_dtypes.bfloat16)
-    scales = (bits << np.uint32(16)).view(np.float32)
-    scales[scales == 0] = np.inf  # a group of zeros, or too small for a scale, is stored as zeros
-    groups = zip(_groups(rows, scales), _groups(scaled, scales), strict=True)
-    for (values, scale), (out, _) in groups:
-        np.divide(values, scale, out=out)
-    codes = np.rint(scaled, out=scaled).astype(np.int8)
-    blocks["codes"] = codes[:, :half] & 15 | codes[:, half : 2 * half] * 16
-    blocks["last"] = codes[:, 2 * half :]
 
 
 def _int4_decode(blocks: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""The manifest: what a table is, where its records stand and how they are laid out.
+"""The manifest: what a table is, where its records are and how they are laid out.
 
-A record is one token's row: its blocks in the manifest's order, then the 8-byte checksum. An
-overlay is a version that holds the changed rows alone, over a parent that holds them all: a row
-that it has not changed is the parent's record, checksum and all.
+A record is one token's row: its blocks in the manifest's order, then XXH3-64 of them, seeded by
+version and token: a record that is altered or of another version or token does not pass. An overlay
+holds the changed rows alone, over a parent that holds all: other rows are the parent's records.
 
 In JSON a manifest carries the digest of all its other fields. Fields at their default are not
 written. `requires` names the optional fields without which a reader would give wrong rows; fields
@@ -18,21 +18,23 @@ from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import xxhash
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from tolhouse.errors import Corrupt, IdOutOfRange, InvalidArgument
 from tolhouse.table.codecs import Codec, codec
-from tolhouse.table.records import Buffer, checksum, checksum_ok, record_views
 
 FORMAT = 2
 MAX_RECORD_BYTES = 3 << 20  # a record travels whole, within gRPC's default message of 4 MiB
 MAX_SHARDS = 65_536
 MAX_FREQUENT = 32_768
 MAX_CHANGED = 100_000  # rows of an overlay: its manifest names them, and travels whole
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_VERSION = re.compile(r"[0-9a-f]{16}")
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_VERSION = r"[0-9a-f]{16}"
 _GOLDEN_64 = 0x9E3779B97F4A7C15
+
+Buffer = bytes | memoryview  # one record
 
 
 def content_id(*parts: object) -> str:
@@ -47,11 +49,9 @@ def content_id(*parts: object) -> str:
 
 
 def check_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise InvalidArgument(
-            f"table name {name!r} is not allowed: 1 to 64 letters, digits, dots, dashes and "
-            "underscores, beginning with a letter or digit"
-        )
+    if not re.fullmatch(_NAME, name):
+        allowed = "a letter or digit, then up to 63 letters, digits, dots, dashes and underscores"
+        raise InvalidArgument(f"table name {name!r} is not allowed: it is {allowed}")
     return name
 
 
@@ -59,16 +59,10 @@ def split_ref(ref: str) -> tuple[str, str | None]:
     """("name", "version") of "name@version", ("name", None) of "name"; else InvalidArgument."""
     name, at, version = ref.partition("@")
     check_name(name)
-    if at and not _VERSION.fullmatch(version):
-        raise InvalidArgument(
-            f"table {ref!r}: a version is 16 hex digits, as `tolhouse tables list` shows them"
-        )
+    if at and not re.fullmatch(_VERSION, version):
+        what = "a version is 16 hex digits, as `tolhouse tables list` shows them"
+        raise InvalidArgument(f"table {ref!r}: {what}")
     return name, version if at else None
-
-
-def _check_ref(ref: str) -> str:
-    _require(not ref or split_ref(ref)[1] is not None, f"{ref!r} must be name@version")
-    return ref
 
 
 def _require(ok: object, message: str) -> None:
@@ -77,9 +71,9 @@ def _require(ok: object, message: str) -> None:
 
 
 Ids = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
-Ref = Annotated[str, AfterValidator(_check_ref)]
+Ref = Annotated[str, Field(pattern=f"^({_NAME}@{_VERSION})?$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Block = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}(\.(0|[1-9][0-9]{0,4}))?$")]
+Block = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}(\.(0|[1-9][0-9]{0,4})){0,4}$")]
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
@@ -87,10 +81,10 @@ class Manifest:
     """What a table is; InvalidArgument where the fields do not make a table."""
 
     name: Annotated[str, AfterValidator(check_name)]
-    version: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]  # see `content_id`
+    version: Annotated[str, Field(pattern=f"^{_VERSION}$")]  # see `content_id`
     codec_name: Annotated[str, AfterValidator(lambda name: codec(name).name)]
     vocab_size: Annotated[int, Field(gt=0, le=2**32)]
-    blocks: Annotated[tuple[Block, ...], Field(strict=False, min_length=1)]  # x0, ffn.LAYER
+    blocks: Annotated[tuple[Block, ...], Field(strict=False, min_length=1)]  # x0, ffn.LAYER…
     width: Annotated[int, Field(gt=0, le=2**20)]  # values of a block
     num_shards: Annotated[int, Field(gt=0, le=MAX_SHARDS)]
     model_id: str  # the checkpoint it was built from
@@ -118,16 +112,11 @@ class Manifest:
             raise InvalidArgument(f"manifest: {where}: {first['msg']}{value}") from None
 
     def __post_init__(self) -> None:
-        blocks, count, width, size = self.blocks, self.num_blocks, self.width, self.vocab_size
-        in_order = tuple(sorted(set(blocks), key=_block_order))
-        _require(blocks == in_order, f"blocks must be x0, then kind.number in order, not {blocks}")
-        # a value takes half a byte at least
-        _require(count * width <= 2 * MAX_RECORD_BYTES, f"{count} of {width} values make no record")
-        distinct = len(set(self.frequent)) == len(self.frequent)
+        count, width, size = self.num_blocks, self.width, self.vocab_size
+        _require(len(set(self.blocks)) == count, f"blocks must be distinct, not {self.blocks}")
+        _require(len(set(self.frequent)) == len(self.frequent), "frequent must be distinct ids")
         below = max((*self.frequent, *self.changed), default=0) < size
-        _require(
-            below and distinct, f"frequent must be different ids, all and changed below {size}"
-        )
+        _require(below, f"frequent and changed must be ids below {size}")
         ascending = list(self.changed) == sorted(set(self.changed))
         _require(ascending, "changed must be ascending ids")
         if self.parent:
@@ -139,9 +128,9 @@ class Manifest:
         _require(ranked, f"ranks must be from 1 to {width} for each block, only with a basis")
         shards = len(self.shards)
         _require(shards in (0, self.num_shards), f"{shards} digests for {self.num_shards} shards")
-        size = self.record_bytes
-        limit = f"a record of {size} bytes is over the limit of {MAX_RECORD_BYTES}"
-        _require(size <= MAX_RECORD_BYTES, limit)
+        # a value takes half a byte at least
+        fits = count * width <= 2 * MAX_RECORD_BYTES and self.record_bytes <= MAX_RECORD_BYTES
+        _require(fits, f"{count} blocks of {width} values exceed {MAX_RECORD_BYTES} bytes a record")
 
     @property
     def ref(self) -> str:
@@ -159,12 +148,13 @@ class Manifest:
     @cached_property
     def layers(self) -> tuple[int, ...]:
         """The layers whose feed-forward rows are present, ascending."""
-        return tuple(int(block[4:]) for block in self.blocks if block.startswith("ffn."))
+        found = (re.fullmatch(r"ffn\.(\d+)", block) for block in self.blocks)
+        return tuple(sorted(int(match[1]) for match in found if match))
 
     @property
     def has_x0(self) -> bool:
-        """Whether X0 stands in front: a worker then needs no input embedding."""
-        return self.blocks[0] == "x0"
+        """Whether rows have the embedding: a worker then needs none of its own."""
+        return "x0" in self.blocks
 
     @property
     def auxiliary(self) -> tuple[str, ...]:
@@ -207,10 +197,6 @@ class Manifest:
             return self._changed
         return np.arange(shard, self.vocab_size, self.num_shards, dtype=np.uint32)
 
-    def shard_rows(self, shard: int) -> int:
-        """How many records a shard has."""
-        return len(self.changed or range(shard, self.vocab_size, self.num_shards))
-
     def positions(self, ids: np.ndarray) -> np.ndarray:
         """Where in their shards the records of `ids` are."""
         return np.searchsorted(self._changed, ids) if self.parent else ids // self.num_shards
@@ -244,7 +230,8 @@ class Manifest:
     def add_checksums(self, ids: np.ndarray, records: np.ndarray) -> np.ndarray:
         """The records, contiguous, with the checksums of this version and `ids`, set in place."""
         seeded = zip(record_views(records), self.seeds(ids), strict=True)
-        records.view(self.record_dtype)[:, 0]["checksum"] = [checksum(*pair) for pair in seeded]
+        checksums = [xxhash.xxh3_64_intdigest(record[:-8], seed) for record, seed in seeded]
+        records.view(self.record_dtype)[:, 0]["checksum"] = checksums
         return records
 
     def decode(self, records: np.ndarray) -> np.ndarray:
@@ -262,7 +249,8 @@ class Manifest:
     def verify(self, ids: np.ndarray, records: Iterable[Buffer]) -> None:
         """Corrupt, naming the token, unless each record is intact, of this version and token."""
         for i, seed, record in zip(ids.tolist(), self.seeds(ids), records, strict=True):
-            if not checksum_ok(record, seed):
+            checksum = int.from_bytes(record[-8:], "little")
+            if xxhash.xxh3_64_intdigest(memoryview(record)[:-8], seed) != checksum:
                 raise Corrupt(f"the row of token {i} in table {self.ref} fails its checksum")
 
     def copy_records(
@@ -309,15 +297,12 @@ class Manifest:
         number, required = data.pop("format", None), data.pop("requires", [])
         advice = "build the table again, and remove this one by `tolhouse tables delete`"
         advice = advice if number == 1 else "a later one needs a later tolhouse"
-        message = f"format {number!r:.60} is not {FORMAT}, which this version reads: {advice}"
-        _require(number == FORMAT, message)
+        _require(number == FORMAT, f"format {number!r:.60} is not {FORMAT}: {advice}")
         if given != own:
             raise Corrupt("manifest: its fields are not those that its digest was made of")
         _require(isinstance(required, list), f"requires must be a list, not {required!r:.60}")
         unknown = [name for name in required if name not in _REQUIRED]
-        _require(
-            not unknown, f"the table needs {unknown}, unknown to this version: upgrade tolhouse"
-        )
+        _require(not unknown, f"the table needs {unknown}, unknown here: upgrade tolhouse")
         if "codec" in data:
             data["codec_name"] = data.pop("codec")
         extra = {name: data.pop(name) for name in data.keys() - _FIELDS.keys()}
@@ -328,9 +313,10 @@ _FIELDS = {f.name: f.default for f in dataclasses.fields(Manifest) if f.name != 
 _REQUIRED = ("layout", "parent", "changed", "ranks", "basis", "frequent_rows", "edits")
 
 
-def _block_order(block: str) -> tuple[bool, str, int]:
-    kind, _, number = block.partition(".")
-    return block != "x0", kind, int(number or -1)
+def record_views(records: np.ndarray) -> Iterator[memoryview]:
+    """Each record of a contiguous uint8 [T, record_bytes] as a view."""
+    size, flat = records.shape[1], memoryview(records.reshape(-1))  # type: ignore[arg-type]  # is one
+    return (flat[at : at + size] for at in range(0, len(flat), size))
 
 
 def _canonical(data: dict[str, Any]) -> str:

@@ -35,12 +35,6 @@ class RowCache:
         self._left_at = np.full(vocab_size, -1 - self.capacity, np.int64)
         self._departures = 0
 
-    @classmethod
-    def private(cls, manifest: Manifest, most_bytes: int) -> "RowCache":
-        """A cache in memory of its own, for at most all rows of the table."""
-        capacity = capacity_for(manifest, most_bytes)
-        return cls(np.empty((capacity, manifest.record_bytes), np.uint8), manifest.vocab_size)
-
     def __len__(self) -> int:
         return self.capacity - len(self._free)
 
@@ -116,5 +110,5 @@ class RowCache:
 
 
 def capacity_for(manifest: Manifest, most_bytes: int) -> int:
-    """Slots of a cache of at most `most_bytes`."""
+    """Slots of a cache of at most `most_bytes`, and at most all rows of the table."""
     return min(most_bytes // manifest.record_bytes, manifest.vocab_size)
