@@ -13,7 +13,7 @@ from tolhouse.certs import ensure_authority, issue
 from tolhouse.gateway.router import WorkerRouter
 from tolhouse.model.tokenizer import tokenizer_id
 from tolhouse.net.auth import ClientCredentials
-from tolhouse.net.dns import Addresses
+from tolhouse.net.channel import Addresses
 from tolhouse.testing import build_table, free_port, process, wait_until
 from tolhouse.v1.generation_pb2 import GenerateRequest
 

@@ -23,7 +23,7 @@ from tolhouse import Client, ClientCredentials
 from tolhouse.certs import ensure_authority, issue
 from tolhouse.errors import InvalidArgument, NotFound, Unauthenticated, Unavailable
 from tolhouse.files import ReloadingFiles, replace_file
-from tolhouse.net.tls import is_loopback
+from tolhouse.logs import is_loopback
 from tolhouse.store.base import open_store, require_private
 from tolhouse.testing import (
     build_table,

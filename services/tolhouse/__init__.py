@@ -1,4 +1,4 @@
-"""Tolhouse serves language models whose feed-forward layers read only the token: those layers come from a lookup table.
+"""Tolhouse serves language models whose feed-forward layers are rows of a lookup table, by token.
 
 from tolhouse import Client
 

@@ -14,7 +14,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from tolhouse.errors import InvalidArgument
 from tolhouse.net.auth import ClientCredentials, ServerCredentials
-from tolhouse.net.tls import ServerTls
 
 PREFIX = "TOLHOUSE_"
 DEFAULT_STORE = "file://.tolhouse/tables"
@@ -81,9 +80,8 @@ class Server(Config):
         """What listeners demand; InvalidArgument where the parts do not go together."""
         if self.tls_client_ca and not self.tls_cert:
             raise InvalidArgument("--tls-client-ca needs --tls-cert and --tls-key")
-        files = self.tls_cert, self.tls_key, self.tls_client_ca
-        tls = ServerTls(*files) if any(files) else None
-        return ServerCredentials(tls, self.token_file, self.insecure)
+        tls = self.tls_cert, self.tls_key, self.tls_client_ca
+        return ServerCredentials(*tls, self.token_file, self.insecure)
 
 
 class StoreConfig(Config):

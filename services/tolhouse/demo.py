@@ -42,7 +42,7 @@ def demo(checkpoint_path: Path, max_tokens: int) -> int:
         served = worker.describe_worker()
         # HTTP shows no token ids: the worker is asked for them
         tokens = [list(worker.generate(ids, max_tokens)) for ids in prompts]
-    _say("comparing with the model in one process, its FFNs in place")
+    click.echo("· comparing with the model in one process, its FFNs in place", err=True)
     model = checkpoint.model()
     local = [list(greedy(model, ids, max_tokens)) for ids in prompts]
     same = tokens == local and texts == [tokenizer.decode(ids) for ids in local]
@@ -97,7 +97,7 @@ def running(
     With `follow`, the worker serves the version that the table's name stands for.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with us
-    _say(f"building the table of {checkpoint.name} with Ray")
+    click.echo(f"· building the table of {checkpoint.name} with Ray", err=True)
     # fp32 rows are the model's own: served tokens equal the in-process ones
     options = f"--codec fp32 --store {DEFAULT_STORE} --publish-new --log-level warning".split()
     command = [sys.executable, "-m", "tolhouse.cli", "build", str(checkpoint.path), *options]
@@ -105,10 +105,10 @@ def running(
     if built.returncode:
         raise Unavailable("the build failed; its message is above")
     table = built.stdout.strip()
-    _say(f"{table} is built and verified; starting lookup, worker and gateway")
+    click.echo(f"· {table} is built and verified; starting lookup, worker and gateway", err=True)
     worker = _WORKER if follow else ("--table", table, *_WORKER)
     with local_cluster(
-        checkpoint.path, DEFAULT_STORE, gateway_listen=listen, worker_options=worker
+        checkpoint.path, DEFAULT_STORE, worker_options=worker, gateway_options=("--listen", listen)
     ) as cluster:
         yield cluster
 
@@ -119,23 +119,19 @@ def _complete(cluster: Cluster, model: str, prompt: str, max_tokens: int) -> str
     data, header = json.dumps({**body, "stream": True}), {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{cluster.url}/completions", data.encode(), header)  # noqa: S310
     click.echo(f"\n{click.style(prompt, bold=True)}", nl=False)
-    text = ""
+    texts = []
     try:
         with urllib.request.urlopen(request, timeout=120) as reply:  # noqa: S310
             for line in reply:
-                event = line.decode().removeprefix("data: ").strip()
-                if event and event != "[DONE]":
+                event = line.removeprefix(b"data: ").strip()
+                if event and event != b"[DONE]":
                     message = json.loads(event)
                     if "error" in message:
                         raise Internal(message["error"]["message"])
-                    text += message["choices"][0]["text"]
-                    click.echo(message["choices"][0]["text"], nl=False)
+                    texts.append(message["choices"][0]["text"])
+                    click.echo(texts[-1], nl=False)
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")
         raise Internal(f"the gateway answered {error.code}: {said}") from None
     click.echo()
-    return text
-
-
-def _say(text: str) -> None:
-    click.echo(f"· {text}", err=True)
+    return "".join(texts)

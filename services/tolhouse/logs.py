@@ -1,5 +1,6 @@
 """Logs, the same for every process: to stderr, one JSON object a line, or text on a terminal."""
 
+import ipaddress
 import json
 import logging
 import sys
@@ -10,31 +11,23 @@ from tolhouse.errors import InvalidArgument
 log = logging.getLogger("tolhouse")
 
 
-class _Json(logging.Formatter):
+class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        fields = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
-        return json.dumps(fields)
-
-
-class _Text(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        fields = " ".join(f"{key}={value}" for key, value in getattr(record, "fields", {}).items())
-        at = time.strftime("%H:%M:%S", time.localtime(record.created))
-        text = f"{at} {record.levelname.lower():7} {record.getMessage()} {fields}".rstrip()
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        fields, level = getattr(record, "fields", {}), record.levelname.lower()
+        error = self.formatException(record.exc_info) if record.exc_info else ""
+        if sys.stderr.isatty():
+            at = time.strftime("%H:%M:%S", time.localtime(record.created))
+            named = " ".join(f"{key}={value}" for key, value in fields.items())
+            return f"{at} {level:7} {record.getMessage()} {named}\n{error}".rstrip()
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        line = {"time": at, "level": level, "message": record.getMessage(), **fields}
+        return json.dumps({**line, "exception": error} if error else line)
 
 
 def start_logging(level: str = "info") -> None:
     """Send logs to stderr from `level` up: debug, info, warning or error."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_Text() if sys.stderr.isatty() else _Json())
+    handler.setFormatter(_Formatter())
     log.handlers[:] = [handler]
     log.setLevel(level.upper())
     log.propagate = False
@@ -68,3 +61,12 @@ def split_address(address: str) -> tuple[str, int]:
             f"address {address!r} is not HOST:PORT, such as 127.0.0.1:50051 (port 0: any free one)"
         )
     return host.strip("[]"), int(port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether "host:port" can only be this machine; of names, only localhost is."""
+    host, _ = split_address(address)
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

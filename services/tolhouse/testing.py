@@ -147,7 +147,6 @@ def local_cluster(
     *,
     lookups: int = 1,
     workers: int = 1,
-    gateway_listen: str = "127.0.0.1:0",
     worker_options: tuple[str, ...] = (),
     lookup_options: tuple[str, ...] = (),
     gateway_options: tuple[str, ...] = (),
@@ -156,17 +155,18 @@ def local_cluster(
     """Lookup replicas over a store with the checkpoint's table published, workers and a gateway."""
     with ExitStack() as stack:
 
-        def start(count: int, *arguments: str) -> tuple[list[Process], str]:
-            started = [stack.enter_context(process(*arguments)) for _ in range(count)]
-            return started, ",".join(p.address for p in started)
+        def start(count: int, command: str, *arguments: str) -> str:
+            started = [process(command, *_FREE, *arguments) for _ in range(count)]
+            processes.extend(map(stack.enter_context, started))
+            return ",".join(p.address for p in processes[-count:])
 
-        model = str(checkpoint)
-        first, lookup = start(lookups, "lookup", "--store", store, *_FREE, *lookup_options)
-        second, serving = start(workers, "worker", model, "--rows", lookup, *_FREE, *worker_options)
-        options = ("--workers", serving, "--listen", gateway_listen, "--poll-seconds", "0.2")
-        third, gateway = start(1, "gateway", model, *options, *gateway_options)
-        wait_until_healthy(gateway, tls=tls)
-        yield Cluster(lookup, serving, gateway, [*first, *second, *third])
+        processes, model = list[Process](), str(checkpoint)
+        lookup = start(lookups, "lookup", "--store", store, *lookup_options)
+        serving = start(workers, "worker", model, "--rows", lookup, *worker_options)
+        poll = ("--poll-seconds", "0.2")
+        gateway = start(1, "gateway", model, "--workers", serving, *poll, *gateway_options)
+        wait_until_healthy(gateway, tls)
+        yield Cluster(lookup, serving, gateway, processes)
 
 
 def wait_until_healthy(address: str, tls: ssl.SSLContext | None = None) -> None:

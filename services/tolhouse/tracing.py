@@ -16,8 +16,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import Attributes
 
 from tolhouse.errors import InvalidArgument
-from tolhouse.logs import log, redirect_log
-from tolhouse.net.tls import is_loopback
+from tolhouse.logs import is_loopback, log, redirect_log
 
 HEADER = "traceparent"
 

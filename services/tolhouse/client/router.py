@@ -12,7 +12,7 @@ from tolhouse.client.fetch_stream import Replica
 from tolhouse.errors import TolhouseError, Unavailable
 from tolhouse.logs import event
 from tolhouse.net.auth import ClientCredentials
-from tolhouse.net.dns import Addresses
+from tolhouse.net.channel import Addresses
 from tolhouse.net.health import PeerHealth
 from tolhouse.table.manifest import Manifest
 

@@ -18,7 +18,7 @@ import numpy as np
 from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
 from tolhouse.logs import event
 from tolhouse.net.auth import ClientCredentials
-from tolhouse.net.dns import SCHEME
+from tolhouse.net.channel import SCHEME
 from tolhouse.store.base import LEASE_SECONDS, Store, open_store, require_private, shown
 from tolhouse.store.registry import resolve, stands_for, tables
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary

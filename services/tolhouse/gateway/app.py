@@ -21,7 +21,7 @@ from tolhouse.gateway.templates import ChatTemplate
 from tolhouse.gateway.text import Vocabulary
 from tolhouse.logs import event
 from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
-from tolhouse.net.dns import Addresses
+from tolhouse.net.channel import Addresses
 from tolhouse.net.server import finish_startup
 
 
@@ -51,10 +51,9 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     max_body_bytes = int(config.max_body_megabytes * 1e6)
     limited = RequestLimitsMiddleware(keyed, max_body_bytes, config.body_timeout_seconds)
     outer = MetricsMiddleware(limited, {r.path for r in routes.routes if isinstance(r, Route)})
-    tls = credentials.tls.context() if credentials.tls else None
     finish_startup()
     watching = asyncio.create_task(router.watch())
-    await serve(outer, config, tls)
+    await serve(outer, config, credentials.for_http())
     watching.cancel()
     await asyncio.gather(watching, limiter.close(), return_exceptions=True)
     event("stopped", service="gateway")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tolhouse import errors
 from tolhouse.client.generation import WorkerChannel
 from tolhouse.logs import event, log
-from tolhouse.net.dns import Addresses
+from tolhouse.net.channel import Addresses
 from tolhouse.net.health import PeerHealth
 from tolhouse.v1.generation_pb2 import DescribeWorkerReply, GenerateReply, GenerateRequest
 

@@ -6,19 +6,67 @@ change. A token is one secret for all services.
 
 import hmac
 import re
+import ssl
+import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
 from tolhouse.errors import InvalidArgument
 from tolhouse.files import ReloadingFiles, read_file
-from tolhouse.net.tls import ServerTls, is_loopback, read_pems
+from tolhouse.logs import is_loopback
 
+SYSTEM = "system"  # in place of a file: the authorities that this machine trusts
 _OPEN = "/grpc.health.v1.Health/"  # needs no token: probes have none
 
 Metadata = tuple[tuple[str, str], ...]
+
+
+class Pems(NamedTuple):
+    context: ssl.SSLContext  # of a server that uses them
+    certificate: bytes
+    key: bytes
+    authority: bytes
+
+
+def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> Pems:
+    """The contents of three files, "" for one that is not given; InvalidArgument if they don't fit.
+
+    `retries` are for the moment in which a certificate is replaced already, and its key is not.
+    """
+    if bool(certificate) != bool(key):
+        given = "certificate" if certificate else "key"
+        raise InvalidArgument(f"a TLS certificate and key go together: only the {given} is given")
+    if authority == SYSTEM:
+        paths = ssl.get_default_verify_paths()
+        if not paths.cafile:
+            message = f"this machine has no file of trusted authorities at {paths.openssl_cafile}"
+            raise InvalidArgument(f"{message}: give one by name, not {SYSTEM!r}")
+        authority = paths.cafile
+    named = {"certificate": certificate, "key": key, "authority": authority}
+    pems = [read_file(path, f"the TLS {what}") if path else b"" for what, path in named.items()]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        if certificate:  # the password is for keys that would ask for one on the terminal
+            context.load_cert_chain(certificate, key, password=lambda: b"")
+    except ssl.SSLError as error:
+        message = f"{certificate} is no PEM certificate, or {key} no PEM key without a password"
+        if error.reason == "KEY_VALUES_MISMATCH":
+            if retries:
+                time.sleep(0.05)
+                return read_pems(certificate, key, authority, retries - 1)
+            message = f"the TLS key {key} is not that of the certificate {certificate}"
+        raise InvalidArgument(f"{message} ({error.reason})") from None
+    try:
+        if authority:
+            context.load_verify_locations(authority)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except ssl.SSLError:
+        raise InvalidArgument(f"the TLS authority {authority} holds no PEM certificate") from None
+    return Pems(context, *pems)
 
 
 class TokenFile:
@@ -87,20 +135,49 @@ class ClientCredentials:
 
 @dataclass(frozen=True)
 class ServerCredentials:
-    """What a listener demands of its callers."""
+    """What a listener shows and demands; with `tls_client_ca`, certificates of that authority."""
 
-    tls: ServerTls | None = None
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
     token_file: str = ""
     insecure: bool = False
 
     def check(self, address: str, option: str) -> None:
         """InvalidArgument if `address` may not be listened on."""
-        if not self.tls and not self.insecure and not is_loopback(address):
+        if not self.tls_cert and not self.insecure and not is_loopback(address):
             advice = "give --tls-cert and --tls-key, or --insecure where the network is trusted"
             raise InvalidArgument(f"{option} {address} would serve in plaintext: {advice}")
 
     def interceptors(self) -> list[grpc.aio.ServerInterceptor]:
         return [_TokenInterceptor(TokenFile(self.token_file))] if self.token_file else []
+
+    def for_grpc(self) -> grpc.ServerCredentials | None:
+        """gRPC asks for the certificate at every handshake. None means plaintext."""
+
+        def current() -> grpc.ServerCertificateConfiguration:
+            _, certificate, key, authority = self._pems.get()
+            pairs = [(key, certificate)]
+            return grpc.ssl_server_certificate_configuration(pairs, authority or None)
+
+        if not self._pems.get().certificate:
+            return None
+        return grpc.dynamic_ssl_server_credentials(current(), current, bool(self.tls_client_ca))
+
+    def for_http(self) -> ssl.SSLContext | None:
+        """A context that leaves each handshake to one of the files as they are then."""
+
+        def use_current(connection: ssl.SSLObject, *_: object) -> None:
+            connection.context = self._pems.get().context
+
+        context = self._pems.get().context
+        context.sni_callback = use_current  # called with and without a name
+        return context if self.tls_cert else None
+
+    @cached_property
+    def _pems(self) -> ReloadingFiles[Pems]:
+        files = self.tls_cert, self.tls_key, self.tls_client_ca
+        return ReloadingFiles(files, lambda: read_pems(*files))
 
 
 class _TokenInterceptor(grpc.aio.ServerInterceptor):

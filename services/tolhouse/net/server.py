@@ -15,7 +15,6 @@ from prometheus_client import start_http_server
 from tolhouse.errors import Internal, InUse, TolhouseError
 from tolhouse.logs import event, log, ready, split_address
 from tolhouse.net.auth import ServerCredentials
-from tolhouse.net.tls import HANDSHAKE_SECONDS, ServerTls
 
 MAX_STREAMS = 1024  # open calls of one connection; more wait for one of them to end
 MAX_CONNECTIONS = 1024  # of one service; more are closed
@@ -33,15 +32,14 @@ SERVER_OPTIONS = [
     ("grpc.max_metadata_size", MAX_HEADER_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_HEADER_BYTES),
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    ("grpc.server_handshake_timeout_ms", int(1000 * HANDSHAKE_SECONDS)),  # of TLS and of HTTP/2
+    ("grpc.server_handshake_timeout_ms", 10_000),  # of TLS and of HTTP/2
 ]
 
 
 def finish_startup() -> None:
     """Exempt what has been loaded from garbage collection, and return the memory that loading took.
 
-    Python looks for cycles among old objects only once a quarter as many have survived as exist.
-    With the objects of imported modules that takes hours, in which the cycles of calls pile up.
+    Else the cycles of calls pile up for hours: Python looks for old ones once a quarter is new.
     """
     gc.collect()
     gc.freeze()
@@ -93,7 +91,7 @@ async def serve(
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     listed = name, health.SERVICE_NAME, reflection.SERVICE_NAME
     reflection.enable_server_reflection(listed, server)
-    port, tls = 0, credentials.tls and credentials.tls.credentials()
+    port, tls = 0, credentials.for_grpc()
     with suppress(RuntimeError):
         port = server.add_secure_port(listen, tls) if tls else server.add_insecure_port(listen)
     if not port:
@@ -119,16 +117,17 @@ async def serve(
 def serve_metrics(address: str, credentials: ServerCredentials) -> str:
     """Serve Prometheus metrics, by HTTPS where `credentials` have TLS; the address as it is."""
     credentials.check(address, "--metrics-listen")
-    (host, port), tls = split_address(address), credentials.tls or ServerTls("", "")
-    use_current, ca = tls.context().sni_callback, tls.client_ca or None
-    files: dict[str, Any] = {"certfile": tls.certificate, "keyfile": tls.key, "client_cafile": ca}
+    (host, port), context = split_address(address), credentials.for_http()
+    ca = credentials.tls_client_ca or None
+    tls: dict[str, Any] = {"client_cafile": ca, "client_auth_required": bool(ca)}
+    tls |= {"certfile": credentials.tls_cert, "keyfile": credentials.tls_key}
     try:
-        server, _ = start_http_server(port, host, client_auth_required=bool(ca), **files)
+        server, _ = start_http_server(port, host, **tls)
     except OSError as error:
         message = f"metrics can't listen on {address}: {error.strerror or error}"
         raise InUse(f"{message}; choose another --metrics-listen") from None
-    if isinstance(server.socket, ssl.SSLSocket):
-        server.socket.context.sni_callback = use_current
+    if context and isinstance(server.socket, ssl.SSLSocket):
+        server.socket.context.sni_callback = context.sni_callback
         # handshakes take place in threads, so that a slow one keeps no other waiting
         server.socket.do_handshake_on_connect = False  # type: ignore[attr-defined] # typeshed's gap
     return f"{host}:{server.server_port}"

@@ -16,8 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, NotFound, Unavailable
-from tolhouse.logs import event
-from tolhouse.net.tls import is_loopback
+from tolhouse.logs import event, is_loopback
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
 from tolhouse.table.manifest import Manifest, check_name, split_ref
 
