@@ -40,9 +40,8 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     app = FastAPI(
         title="Tolhouse", version=__version__, responses={"default": error}, redirect_slashes=False
     )
-    template = ChatTemplate(file.parent)
-    explorer = Explorer(file.parent, router.tokenizer_id, router, vocabulary)
-    app.state.services = Services(router, vocabulary, template, explorer)
+    explorer = Explorer(file.parent, router, vocabulary)
+    app.state.services = Services(router, vocabulary, ChatTemplate(file.parent), explorer)
     app.include_router(routes)
     add_error_handlers(app)
     WORKERS.set_function(lambda: len(router.healthy()))

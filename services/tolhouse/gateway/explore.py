@@ -51,11 +51,9 @@ class MemoryFile:
 class Explorer:
     """The page's data, of the memory file in `folder` if there is one."""
 
-    def __init__(
-        self, folder: Path, tokenizer_id: str, router: WorkerRouter, vocabulary: Vocabulary
-    ) -> None:
+    def __init__(self, folder: Path, router: WorkerRouter, vocabulary: Vocabulary) -> None:
         self.file, self.router, self.vocabulary = folder / MEMORY, router, vocabulary
-        self.memory = MemoryFile(self.file, tokenizer_id) if self.file.exists() else None
+        self.memory = MemoryFile(self.file, router.tokenizer_id) if self.file.exists() else None
         self._logged_reason = ""
 
     def tokens(self, ids: list[int]) -> dict[str, Any]:
@@ -73,18 +71,13 @@ class Explorer:
             raise NotFound(reason)
         if i >= memory.size:
             raise NotFound(f"there is no token {i}: allowed are 0 to {memory.size - 1}")
+        layers = zip(memory.keys[i], memory.coefficients[i], memory.sharers, strict=True)
         keys = [
             [
-                {
-                    "key": int(key),
-                    "coefficient": round(float(coefficient), 3),
-                    "shared_by": [self._named(int(t)) for t in sharers[key]],
-                }
-                for key, coefficient in zip(*layer, strict=True)
+                self._key(key, c, sharers[key])
+                for key, c in zip(strongest, coefficients, strict=True)
             ]
-            for *layer, sharers in zip(
-                memory.keys[i], memory.coefficients[i], memory.sharers, strict=True
-            )
+            for strongest, coefficients, sharers in layers
         ]
         near = zip(memory.near[i], memory.cosines[i], strict=True)
         nearest = [{**self._named(int(t)), "cosine": round(float(c), 3)} for t, c in near]
@@ -101,6 +94,14 @@ class Explorer:
             "memory": self._hidden_reason(workers) or self._shown_rows(workers),
             **{n: sum(getattr(d, n) for d in workers) for n in ("tokens", "running", "waiting")},
             **{n: sum(getattr(d.rows, n) for d in workers) for n in rows},
+        }
+
+    def _key(self, key: int, coefficient: float, sharers: np.ndarray) -> dict[str, Any]:
+        shared_by = [self._named(int(t)) for t in sharers]
+        return {
+            "key": int(key),
+            "coefficient": round(float(coefficient), 3),
+            "shared_by": shared_by,
         }
 
     def _named(self, i: int) -> dict[str, Any]:

@@ -62,8 +62,8 @@ class RateLimiter:
             return max(0.001, stats.reset_time - time.time())
         except StorageError as error:
             self._resume = time.monotonic() + _PAUSE_SECONDS
-            alone = "each gateway counts its own requests for a while"
-            event(alone, logging.WARNING, reason=str(error.storage_error))
+            reason = str(error.storage_error)
+            event("each gateway counts its own requests for now", logging.WARNING, reason=reason)
             return await self.hit(name, requests_per_minute)
 
     async def close(self) -> None:

@@ -39,8 +39,7 @@ class RequestHandler:
             most = body.most_tokens(context - len(ids))
             if len(ids) + most > context:
                 both = f"{len(ids)} prompt tokens and max_tokens {most}"
-                hint = "shorten the prompt or lower max_tokens"
-                raise PromptTooLong(f"{both} exceed the context of {context} tokens: {hint}")
+                raise PromptTooLong(f"{both} exceed the context of {context} tokens: lower one")
             check_ids(ids, self.model.vocab_size)  # no more of them than the context now
             for choice in range(body.n):
                 sampling = body.sampling(most, choice, body.num_logprobs)
@@ -64,34 +63,25 @@ class RequestHandler:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def complete(self) -> list[Delta]:
-        """One delta for each choice, with all of it."""
-        choices = [Delta(index) for index in range(len(self._requests))]
+        """One delta for each choice, of a request that is not streamed."""
         async with aclosing(self.deltas()) as deltas:
-            async for delta in deltas:
-                if delta.restarted:
-                    choices[delta.index] = Delta(delta.index)
-                choice = choices[delta.index]
-                choice.text += delta.text
-                choice.tokens += delta.tokens
-                choice.finish_reason = delta.finish_reason
-        return choices
+            return sorted([delta async for delta in deltas], key=lambda delta: delta.index)
 
     async def _run(self, index: int) -> None:
-        """Put a choice's deltas into the queue. Unless streamed, it may begin anew elsewhere."""
+        """Put a choice's deltas into the queue: one, unless streamed, as it may begin anew."""
         body, request, put = self.body, self._requests[index], self._queue.put_nowait
         replies = self.router.generate(self.model.name, request, may_restart=not body.stream)
         ids = list(request.prompt_token_ids)
         try:
             async with self.slot, aclosing(replies):
-                choice = ChoiceDetokenizer(index, ids, body, self.vocabulary)
+                choice, delta = ChoiceDetokenizer(ids, body, self.vocabulary), Delta(index)
                 started, last, tokens = time.perf_counter(), 0.0, 0
                 async for reply in replies:
                     now = time.perf_counter()
                     if reply is None:
                         self.completion_tokens -= tokens
-                        choice = ChoiceDetokenizer(index, ids, body, self.vocabulary)
-                        started, tokens = now, 0
-                        put(Delta(index, restarted=True))
+                        choice = ChoiceDetokenizer(ids, body, self.vocabulary)
+                        delta, started, tokens = Delta(index), now, 0
                         continue
                     if new := len(reply.token_ids):
                         kind, seconds = metrics.FIRST, now - started
@@ -102,12 +92,14 @@ class RequestHandler:
                         last, tokens = now, tokens + new
                         self.completion_tokens += new
                     self.table = reply.table or None
-                    delta = choice.push(reply)
-                    if delta.text or delta.tokens or delta.finish_reason:
-                        put(delta)
+                    choice.push(reply, delta)
                     if delta.finish_reason:
                         metrics.WHOLE.observe(now - started)
+                        put(delta)
                         return  # closes the call: after a stop string, the worker stops
+                    if body.stream and (delta.text or delta.tokens):
+                        put(delta)
+                        delta = Delta(index)
         except BaseException as error:
             put(error)
             raise

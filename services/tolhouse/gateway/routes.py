@@ -19,7 +19,7 @@ from tolhouse.gateway.error_responses import error_body, status_and_message
 from tolhouse.gateway.explore import Explorer
 from tolhouse.gateway.request_handler import RequestHandler
 from tolhouse.gateway.router import WorkerRouter
-from tolhouse.gateway.schemas import GenerationRequest
+from tolhouse.gateway.schemas import CompletionRequest, GenerationRequest
 from tolhouse.gateway.templates import ChatTemplate
 from tolhouse.gateway.text import Vocabulary, check_ids
 from tolhouse.sampling import IdAsText
@@ -54,9 +54,7 @@ routes = APIRouter()
 
 
 @routes.post("/v1/completions", response_model=responses.Completion, responses=_STREAMED)
-async def completions(
-    body: schemas.CompletionRequest, request: Request, gateway: Gateway
-) -> Response:
+async def completions(body: CompletionRequest, request: Request, gateway: Gateway) -> Response:
     """Completes one or more prompts; with `stream`, as server-sent events."""
     return await _respond(body, request, gateway, responses.Serializer)
 

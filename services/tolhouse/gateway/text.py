@@ -138,33 +138,30 @@ class Delta:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
-    restarted: bool = False  # the choice begins anew: earlier deltas do not count
 
 
 class ChoiceDetokenizer:
     """A worker's replies to the deltas of one choice."""
 
-    def __init__(
-        self, index: int, prompt_ids: list[int], body: GenerationRequest, vocabulary: Vocabulary
-    ) -> None:
-        self.index, self.wants_tokens = index, body.num_logprobs is not None
-        self.echo = vocabulary.text(prompt_ids) if body.echo else ""  # until it is returned
+    def __init__(self, prompt: list[int], body: GenerationRequest, vocabulary: Vocabulary) -> None:
+        self.wants_tokens = body.num_logprobs is not None
+        self.echo = vocabulary.text(prompt) if body.echo else ""  # until it is returned
         self.begin = len(self.echo)  # of the answer, in the text
         include_stop = body.include_stop_str_in_output
         self.text = Detokenizer(vocabulary.tokenizer, body.stop or (), include_stop=include_stop)
         self.held: list[Token] = []  # whose text may yet turn out to be a stop string's
         if body.echo and self.wants_tokens:  # later ones come with their log probabilities
-            self.prompt = zip(prompt_ids, vocabulary.offsets(prompt_ids), strict=True)
+            self.prompt = zip(prompt, vocabulary.offsets(prompt), strict=True)
             self.held.append(Token(*next(self.prompt)))
 
-    def push(self, reply: GenerateReply) -> Delta:
-        """What a reply adds, which may be nothing."""
+    def push(self, reply: GenerateReply, delta: Delta) -> None:
+        """Add to `delta` what a reply completes, which may be nothing."""
         text, ids = self.text, list(reply.token_ids)
         if reply.prompt_logprobs.chosen and self.wants_tokens:
             self.held += _tokens(reply.prompt_logprobs, self.prompt)
         if not (ids or reply.finish_reason):
-            return Delta(self.index)
-        delta = Delta(self.index, self.echo + text.push(ids))
+            return
+        delta.text += self.echo + text.push(ids)
         self.echo = ""
         if reply.finish_reason:
             delta.text += text.finish()
@@ -178,8 +175,8 @@ class ChoiceDetokenizer:
             end = self.begin + text.released
             final = delta.finish_reason and not text.stopped
             count = len(self.held) if final else sum(t.offset < end for t in self.held)
-            delta.tokens, self.held = self.held[:count], self.held[count:]
-        return delta
+            delta.tokens += self.held[:count]
+            self.held = self.held[count:]
 
 
 def _tokens(packed: Logprobs, places: Iterable[tuple[int, int]]) -> Iterator[Token]:
