@@ -115,9 +115,7 @@ def test_whose_rows_they_are_is_told(cluster: Cluster, altered: Cluster, explore
     assert f"{own}, {differing}." == found["memory"]
 
 
-def test_a_memory_of_another_model_is_not_shown(
-    cluster: Cluster, explored: Path, tmp_path: Path
-) -> None:
+def test_another_model_s_memory_is_hidden(cluster: Cluster, explored: Path, tmp_path: Path) -> None:
     """Though its tokenizer and shape fit: the page goes on without it; the log says it once."""
     other = shutil.copytree(explored, tmp_path / "other")
     arrays = dict(np.load(explored / "memory.npz"))

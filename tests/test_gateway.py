@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -16,13 +16,13 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from openai import OpenAI
 from tolhouse import Client, __version__
 from tolhouse.gateway import schemas
 from tolhouse.gateway.error_responses import error_body
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.testing import (
     Cluster,
-    Process,
     build_table,
     local_cluster,
     process,
@@ -51,8 +51,8 @@ def cluster(table: str) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def client(cluster: Cluster) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=cluster.url, api_key="none", max_retries=0) as made:
+def client(cluster: Cluster) -> Iterator[OpenAI]:
+    with OpenAI(base_url=cluster.url, api_key="none", max_retries=0) as made:
         yield made
 
 
@@ -61,20 +61,18 @@ def tokenizer():
     return open_checkpoint(DEMO).tokenizer()
 
 
-def another_gateway(
-    cluster: Cluster, folder: Path, *options: str
-) -> AbstractContextManager[Process]:
+def another_gateway(cluster: Cluster, folder: Path, *options: str):
     """In front of the same workers."""
     listen = ("--listen", "127.0.0.1:0", "--poll-seconds", "0.1")
     return process("gateway", str(folder), "--workers", cluster.workers, *listen, *options)
 
 
-def complete(client: openai.OpenAI, prompt=PROMPT, **options):
+def complete(client: OpenAI, prompt=PROMPT, **options):
     options = {"model": "demo-memory", "temperature": 0, "max_tokens": 24, **options}
     return client.completions.create(prompt=prompt, **options)
 
 
-def choice(client: openai.OpenAI, prompt=PROMPT, **options):
+def choice(client: OpenAI, prompt=PROMPT, **options):
     return complete(client, prompt, **options).choices[0]
 
 
@@ -98,9 +96,7 @@ def stream(cluster: Cluster, body: dict) -> list[str]:
 # the stock client
 
 
-def test_a_completion_is_the_text_of_the_worker_s_tokens(
-    client: openai.OpenAI, cluster: Cluster, tokenizer
-) -> None:
+def test_a_completion_is_the_worker_s(client: OpenAI, cluster: Cluster, tokenizer) -> None:
     """Text in, text out, with usage, from the tokens that a worker gives for the same ids."""
     prompt = tokenizer.encode(PROMPT).ids
     with Client(cluster.workers.split(",")[0]) as worker:
@@ -113,7 +109,7 @@ def test_a_completion_is_the_text_of_the_worker_s_tokens(
     assert len(prompt) + 24 == usage.total_tokens
 
 
-def test_a_stream_adds_up_to_the_completion(client: openai.OpenAI) -> None:
+def test_a_stream_adds_up_to_the_completion(client: OpenAI) -> None:
     """Streamed chunks are the plain answer in parts; usage comes last where it was asked for."""
     chunks = list(complete(client, stream=True, stream_options={"include_usage": True}))
     plain, parts = complete(client), [c.choices[0] for c in chunks if c.choices]
@@ -124,7 +120,7 @@ def test_a_stream_adds_up_to_the_completion(client: openai.OpenAI) -> None:
     assert 1 == len({c.id for c in chunks})
 
 
-def test_all_forms_of_prompt_are_taken(client: openai.OpenAI, tokenizer) -> None:
+def test_all_forms_of_prompt_are_taken(client: OpenAI, tokenizer) -> None:
     """A text, token ids, and lists of either; with n, choices are numbered prompt by prompt."""
     ids = tokenizer.encode(PROMPT).ids
     text, other = choice(client).text, choice(client, "import ").text
@@ -136,14 +132,14 @@ def test_all_forms_of_prompt_are_taken(client: openai.OpenAI, tokenizer) -> None
     assert 4 * 24 == answer.usage.completion_tokens
 
 
-def test_a_seed_repeats_and_choices_differ(client: openai.OpenAI) -> None:
+def test_a_seed_repeats_and_choices_differ(client: OpenAI) -> None:
     """The same seed gives the same texts, and the choices of one request are different draws."""
     first, second = (complete(client, temperature=1.0, seed=5, n=3).choices for _ in range(2))
     assert [c.text for c in first] == [c.text for c in second]
     assert 3 == len({c.text for c in first})
 
 
-def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
+def test_a_stop_string_ends_the_text_before_it(client: OpenAI) -> None:
     """Whether streamed or not, nothing of it is shown, also when it spans tokens; unless wished."""
     whole = choice(client, max_tokens=60).text
     stop = whole[20:26]
@@ -158,7 +154,7 @@ def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
     assert (expected + stop, "stop") == (shown.text, shown.finish_reason)
 
 
-def test_logprobs_have_openai_s_form(client: openai.OpenAI, cluster: Cluster, tokenizer) -> None:
+def test_logprobs_have_openai_s_form(client: OpenAI, cluster: Cluster, tokenizer) -> None:
     """Tokens, logprobs, the likeliest by text and offsets, as the worker's; streamed the same."""
     with Client(cluster.workers.split(",")[0]) as worker:
         replies = list(worker.replies(tokenizer.encode(PROMPT).ids, 24, logprobs=3))
@@ -178,7 +174,7 @@ def test_logprobs_have_openai_s_form(client: openai.OpenAI, cluster: Cluster, to
     assert found.text_offset == [at for p in parts for at in p.text_offset]
 
 
-def test_an_echo_tells_the_prompt_s_logprobs(client: openai.OpenAI, tokenizer) -> None:
+def test_an_echo_tells_the_prompt_s_logprobs(client: OpenAI, tokenizer) -> None:
     """Prompt and answer are one text; greedy text has the same logprobs as a prompt."""
     plain = choice(client, logprobs=1)
     ids = tokenizer.encode(PROMPT).ids
@@ -200,7 +196,7 @@ def test_an_echo_tells_the_prompt_s_logprobs(client: openai.OpenAI, tokenizer) -
     assert PROMPT + plain.text == "".join(parts)
 
 
-def test_an_echo_of_half_characters_is_whole(client: openai.OpenAI, tokenizer) -> None:
+def test_an_echo_of_half_characters_is_whole(client: OpenAI, tokenizer) -> None:
     """Tokens that are parts of characters have names, logprobs and offsets like all others."""
     ids, more = tokenizer.encode("世界").ids, {"ignore_eos": True}
     found = choice(client, ids, echo=True, logprobs=1, max_tokens=1, extra_body=more).logprobs
@@ -211,7 +207,7 @@ def test_an_echo_of_half_characters_is_whole(client: openai.OpenAI, tokenizer) -
     assert all(token in top for token, top in rest)
 
 
-def test_a_stop_string_s_tokens_are_not_told(client: openai.OpenAI) -> None:
+def test_a_stop_string_s_tokens_are_not_told(client: OpenAI) -> None:
     """With log probabilities, tokens are those that the shown text begins in, streamed or not."""
     whole = choice(client, max_tokens=60, logprobs=0)
     stop = whole.text[20:26]
@@ -223,7 +219,7 @@ def test_a_stop_string_s_tokens_are_not_told(client: openai.OpenAI) -> None:
     assert expected == [token for c in chunks for token in c.choices[0].logprobs.tokens]
 
 
-def test_penalties_bias_and_stop_ids_reach_the_sampler(client: openai.OpenAI, tokenizer) -> None:
+def test_penalties_bias_and_stop_ids_reach_the_sampler(client: OpenAI, tokenizer) -> None:
     """A biased token is all there is; penalties end repetition; stop ids end the text, later."""
     x = tokenizer.encode("x").ids[0]
 
@@ -247,21 +243,21 @@ def test_penalties_bias_and_stop_ids_reach_the_sampler(client: openai.OpenAI, to
 NATIVE = ("frequency_penalty", "presence_penalty", "logprobs", "echo")  # arguments of the client
 
 
-def test_limits_mean_the_same_at_both_ends(client: openai.OpenAI) -> None:
+def test_limits_mean_the_same_at_both_ends(client: OpenAI) -> None:
     """What the gateway accepts at its bounds, the worker accepts in 32 bits."""
     for options in ({"repetition_penalty": 2**-7}, {"row_scale": -16}, {"layer_scales": [16] * 6}):
         complete(client, max_tokens=1, extra_body=options)
     complete(client, max_tokens=1, top_p=1e-300)
 
 
-def test_the_models_are_listed(client: openai.OpenAI) -> None:
+def test_the_models_are_listed(client: OpenAI) -> None:
     """What workers serve is what /v1/models shows."""
     assert ["demo-memory"] == [m.id for m in client.models.list()]
     found = client.models.retrieve("demo-memory")
     assert ("demo-memory", 512) == (found.id, found.max_model_len)
 
 
-def test_the_stock_client_sees_its_own_errors(client: openai.OpenAI) -> None:
+def test_the_stock_client_sees_its_own_errors(client: OpenAI) -> None:
     """Statuses and bodies are such that the OpenAI client raises what its users know."""
     with pytest.raises(openai.NotFoundError, match="available: demo-memory"):
         client.models.retrieve("other")
@@ -291,7 +287,7 @@ RENDERED = "# system: write Python\n# user: add\ndef "
 
 
 @pytest.fixture(scope="module")
-def talking(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+def talking(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
     """A gateway in front of the same workers, with a chat template."""
     folder = tmp_path_factory.mktemp("talking")
     shutil.copy(DEMO / "tokenizer.json", folder)
@@ -299,18 +295,16 @@ def talking(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with another_gateway(cluster, folder) as gateway:
         wait_until_healthy(gateway.address)
         url = f"http://{gateway.address}/v1"
-        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as made:
+        with OpenAI(base_url=url, api_key="none", max_retries=0) as made:
             yield made
 
 
-def chat(client: openai.OpenAI, **options):
+def chat(client: OpenAI, **options):
     options = {"temperature": 0, "max_completion_tokens": 24, "messages": MESSAGES, **options}
     return client.chat.completions.create(model="demo-memory", **options)
 
 
-def test_a_chat_is_the_completion_of_its_template(
-    client: openai.OpenAI, talking: openai.OpenAI, tokenizer
-) -> None:
+def test_a_chat_is_a_completion(client: OpenAI, talking: OpenAI, tokenizer) -> None:
     """Messages go through the template; the answer is the completion of the text it makes."""
     answer, completion = chat(talking), complete(client, RENDERED)
     message = answer.choices[0].message
@@ -324,7 +318,7 @@ def test_a_chat_is_the_completion_of_its_template(
     assert tokenizer.encode(RENDERED).ids == ids
 
 
-def test_a_streamed_chat_adds_up(talking: openai.OpenAI) -> None:
+def test_a_streamed_chat_adds_up(talking: OpenAI) -> None:
     """The role first, then content, then the reason, then usage; choices of n are told apart."""
     options = {"n": 2, "temperature": 1.0, "seed": 3}
     plain = chat(talking, **options)
@@ -341,9 +335,7 @@ def test_a_streamed_chat_adds_up(talking: openai.OpenAI) -> None:
     assert {"chat.completion.chunk"} == {c.object for c in chunks}
 
 
-def test_a_chat_s_logprobs_have_openai_s_form(
-    client: openai.OpenAI, talking: openai.OpenAI
-) -> None:
+def test_a_chat_s_logprobs_have_openai_s_form(client: OpenAI, talking: OpenAI) -> None:
     """Each token with its bytes and the likeliest in its place, as the completion's."""
     options = {"logprobs": True, "top_logprobs": 2}
     found = chat(talking, **options).choices[0].logprobs.content
@@ -375,15 +367,13 @@ def test_a_chat_s_logprobs_have_openai_s_form(
         ({"messages": [{"role": "user", "content": "(a" * 900}]}, "context of 512"),
     ],
 )
-def test_a_bad_chat_is_told_what_is_wrong(
-    talking: openai.OpenAI, options: dict, message: str
-) -> None:
+def test_a_bad_chat_is_refused(talking: OpenAI, options: dict, message: str) -> None:
     """Status 400, naming what is not taken."""
     with pytest.raises(openai.BadRequestError, match=message):
         chat(talking, **options)
 
 
-def test_without_a_template_chat_says_what_is_missing(client: openai.OpenAI) -> None:
+def test_without_a_template_chat_says_what_is_missing(client: OpenAI) -> None:
     """The error names the files that would do."""
     files = r"needs a chat_template\.jinja, or a tokenizer_config\.json with"
     with pytest.raises(openai.BadRequestError, match=files):
@@ -419,7 +409,7 @@ def test_without_a_template_chat_says_what_is_missing(client: openai.OpenAI) -> 
         ({"prompt": "a", "max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
         ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", "integer"),
         ({"prompt": "a", "n": 1000}, "n", "128"),
-        ({"prompt": ["a"] * 100, "n": 2}, None, "more than 128"),
+        ({"prompt": ["a"] * 100, "n": 2}, None, "more than 128 completions"),
         ({"prompt": "a", "logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"prompt": "a", "logprobs": True}, "logprobs", "integer"),
         ({"prompt": "a", "suffix": "b"}, None, "suffix is not supported: leave it out"),
@@ -441,9 +431,7 @@ def test_without_a_template_chat_says_what_is_missing(client: openai.OpenAI) -> 
         ({"prompt": "a", "stream": "yes"}, "stream", "boolean"),
     ],
 )
-def test_a_bad_body_is_told_what_is_wrong(
-    cluster: Cluster, body, param: str | None, message: str
-) -> None:
+def test_a_bad_body_is_refused(cluster: Cluster, body, param: str | None, message: str) -> None:
     """Status 400 in OpenAI's form, naming the parameter and what is allowed."""
     content = body if isinstance(body, str) else json.dumps(body)
     headers = {"Content-Type": "application/json"}
@@ -497,7 +485,7 @@ NAMES = sorted(set().union(*FIELDS_OF.values()) - {"model", "max_tokens"})
     odd=st.dictionaries(st.sampled_from(NAMES), anything, max_size=2),
 )
 @settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_body_breaks_anything(talking: openai.OpenAI, path: str, body: dict, odd: dict) -> None:
+def test_no_body_breaks_anything(talking: OpenAI, path: str, body: dict, odd: dict) -> None:
     """Whatever is sent, the answer is one that OpenAI's clients know, and never a 500."""
     url = str(talking.base_url).removesuffix("/v1/") + path
     known, headers = FIELDS_OF[path], {"Content-Type": "application/json"}
@@ -590,9 +578,7 @@ def test_text_and_tokens_are_changed_into_each_other(cluster: Cluster, tokenizer
         ("/v1/completions", {"prompt": PROMPT, "user": "a" * 513}, "user"),
     ],
 )
-def test_what_can_not_be_done_is_refused(
-    cluster: Cluster, path: str, body: dict, message: str
-) -> None:
+def test_bad_requests_are_refused(cluster: Cluster, path: str, body: dict, message: str) -> None:
     """With 400 and the reason, also where a text is long."""
     answer = post(cluster, body, path)
     assert (400, True) == (answer.status_code, message in answer.json()["error"]["message"])

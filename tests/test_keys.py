@@ -83,9 +83,7 @@ def test_the_stock_client_carries_a_key(cluster: Cluster, first: str) -> None:
             client.with_options(api_key="wrong").models.list()
 
 
-def test_a_key_is_made_changed_and_removed_while_the_gateway_serves(
-    cluster: Cluster, keys: Path, first: str
-) -> None:
+def test_a_key_is_made_and_removed_meanwhile(cluster: Cluster, keys: Path, first: str) -> None:
     """The next request sees it; a file that is broken meanwhile changes nothing."""
     second = add_key(keys, "second", 600, 4)
     assert [200, 200] == [ask(cluster, key, json=BODY).status_code for key in (first, second)]
