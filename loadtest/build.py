@@ -1,11 +1,14 @@
-"""Building a table against the bare time of computing its rows: `python -m loadtest.build [--quick]`.
+"""Building a table against the bare time of computing its rows.
 
-A random model with the FFNs of the paper's 250M (h = 960, K = 2560), a local Ray with a one-thread worker per core, and a
-Redis on loopback. In turn: `model.rows` over the vocabulary by the same workers in the same batches and nothing else, and
-the build job into files, or into files and Redis, from its first task to the committed manifest. Ray's start and the
-workers' loading of the model come before; how long a whole `tolhouse build` takes is printed too. Memory is the peak of a
-worker process of its own above what it has with the model loaded, over the bound: four shards and 300 MB. Prints medians
-and, last, one line of JSON with the ratios, those without a codec in their name being the worst.
+    python -m loadtest.build [--quick]
+
+A random model with the FFNs of the paper's 250M (h = 960, K = 2560), a local Ray with a one-thread
+worker per core, and a Redis on loopback. In turn: `model.rows` over the vocabulary by the same
+workers in the same batches, and the build job into files, or into files and Redis, from its first
+task to the committed manifest. Ray's start and loading the model come before; the time of a whole
+`tolhouse build` is printed too. Memory is the peak of a worker process above what it has with the
+model loaded, over the bound: four shards and 300 MB. Prints medians and, last, one line of JSON
+with the ratios; those without a codec in their name are the worst.
 """
 
 import argparse
@@ -32,7 +35,7 @@ from tolhouse.testing import redis_server, tiny_model
 from tqdm import tqdm
 
 CODECS = ("bf16", "int8", "int4")
-SHARDS = 16  # of whole batches here; a shard's last batch is padded, which costs 2% at 128k tokens in 64 shards
+SHARDS = 16  # of whole batches; a padded last batch costs 2% at 128k tokens in 64 shards
 
 
 def bare(path: str, ids: np.ndarray) -> int:
@@ -46,10 +49,8 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def peaks(
-    path: str, folder: str, told: "multiprocessing.Queue[dict[str, tuple[int, int]]]"
-) -> None:
-    """In a process of its own, for each codec: bytes above the loaded model while it builds half the shards, and the bound."""
+def peaks(path: str, folder: str, told: "multiprocessing.Queue[dict]") -> None:
+    """For each codec: bytes above the loaded model while half the shards are built; the bound."""
     found = {}
     for codec in CODECS:
         planned = plan(open_checkpoint(path), f"peak-{codec}", codec, SHARDS)
@@ -64,11 +65,8 @@ def peaks(
 
 
 def _status(field: str) -> int:
-    return next(
-        int(line.split()[1]) << 10
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(field)
-    )
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
 def measure(
@@ -82,9 +80,7 @@ def measure(
     def compute() -> None:
         ray.get([remote.remote(str(path), ids) for ids in halves])
 
-    plans = {
-        codec: plan(checkpoint, codec, codec, SHARDS) for codec in CODECS
-    }  # reads the model, whatever the vocabulary
+    plans = {codec: plan(checkpoint, codec, codec, SHARDS) for codec in CODECS}  # reads the model
 
     def table(codec: str, *, redis: bool) -> None:
         planned = replace(plans[codec], name=f"bench{time.monotonic_ns()}")
@@ -110,24 +106,17 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer layers and rounds: done within a minute"
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--quick", action="store_true", help="fewer layers and rounds: a minute")
     quick = parser.parse_args().quick
     layers, vocabulary, rounds = (2, 12_288, 2) if quick else (4, 16_384, 5)
     set_ray_defaults()
-    shape = {
-        "hidden_size": 960,
-        "intermediate_size": 2560,
-        "num_attention_heads": 16,
-        "num_hidden_layers": layers,
-    }
+    shape = {"hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 16}
     with tempfile.TemporaryDirectory(prefix="tolhouse-") as name, redis_server() as redis_url:
         folder = Path(name)
-        path = tiny_model(folder / "model", vocab_size=vocabulary, **shape)
+        path = folder / "model"
+        tiny_model(path, vocab_size=vocabulary, num_hidden_layers=layers, **shape)
         ray.init(
             include_dashboard=False,
             logging_level=logging.ERROR,
@@ -145,19 +134,11 @@ def main() -> None:
         above = told.get(timeout=300)
         child.join()
         for codec, (most, bound) in above.items():
-            print(
-                f"  {codec:18} peak {most / 1e6:.0f} MB above the model, bound {bound / 1e6:.0f} MB"
-            )
+            peak = f"peak {most / 1e6:.0f} MB above the model, bound {bound / 1e6:.0f} MB"
+            print(f"  {codec:18} {peak}")
         if not quick:
-            command = [
-                sys.executable,
-                "-m",
-                "tolhouse.cli",
-                "build",
-                str(path),
-                "--store",
-                f"file://{folder}/whole",
-            ]
+            words = f"-m tolhouse.cli build {path} --store file://{folder}/whole".split()
+            command = [sys.executable, *words]
             whole = seconds(lambda: subprocess.run(command, check=True, capture_output=True))
             print(f"  `tolhouse build`, Ray's start and all: {whole:.1f} s")
     both = {name: ratio for name, ratio in ratios.items() if name.endswith("Redis too")}
@@ -166,10 +147,7 @@ def main() -> None:
         "build_redis_vs_compute": max(both.values()),
         "peak_over_bound": max(most / bound for most, bound in above.values()),
         **{f"build_vs_compute_{codec}": ratios[codec] for codec in CODECS},
-        **{
-            f"build_redis_vs_compute_{name.partition(',')[0]}": ratio
-            for name, ratio in both.items()
-        },
+        **{f"build_redis_vs_compute_{name.partition(',')[0]}": both[name] for name in both},
     }
     print(json.dumps({name: round(value, 3) for name, value in result.items()}))
 

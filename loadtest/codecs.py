@@ -1,9 +1,11 @@
-"""Whether a codec's decoding costs more than the bytes it saves: `python -m loadtest.codecs [--quick]`.
+"""Whether a codec's decoding costs more than the bytes it saves.
 
-First each codec by itself: bytes, encoding, and decoding of a batch by numpy (as the SDK does) and by torch (as the worker
-does). Then fetch and decode together, through a lookup service of its own over its own Redis, the codecs in turn on the
-same ids. Prints medians and, last, one line of JSON: how many times faster than bf16 the rows are there. The times of two
-runs are not comparable, the ratios within one are.
+    python -m loadtest.codecs [--quick]
+
+First each codec by itself: bytes, encoding, and decoding of a batch by numpy (as the SDK does) and
+by torch (as the worker does). Then fetch and decode together, through a lookup service over a Redis
+of its own, the codecs in turn on the same ids. Prints medians and, last, one line of JSON: how many
+times faster than bf16 the rows are there. Only ratios within a run are comparable.
 """
 
 import argparse
@@ -12,12 +14,14 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import torch
 from tolhouse import Client, Manifest
 from tolhouse.engine.dequant import decode
 from tolhouse.store.base import Store, open_store
+from tolhouse.store.writer import write_table
 from tolhouse.table.codecs import CODECS
 from tolhouse.table.manifest import content_id
 from tolhouse.testing import process, redis_server
@@ -30,30 +34,20 @@ BUILT_TOGETHER = 128  # rows that the builder encodes at a time
 
 def manifest_of(codec: str) -> Manifest:
     blocks = tuple(f"ffn.{layer}" for layer in range(LAYERS))
-    identity = {
-        "model_id": "0" * 64,
-        "tokenizer_id": "0" * 64,
-        "version": content_id("random", codec, blocks),
-    }
-    return Manifest(
-        name=codec,
-        codec_name=codec,
-        vocab_size=VOCABULARY,
-        blocks=blocks,
-        width=HIDDEN,
-        num_shards=16,
-        **identity,
-    )
+    identity = {"version": content_id("random", codec, blocks), "model_id": "0" * 64}
+    size = {"vocab_size": VOCABULARY, "blocks": blocks, "width": HIDDEN, "num_shards": 16}
+    return Manifest(name=codec, codec_name=codec, tokenizer_id="0" * 64, **identity, **size)
 
 
 def load(store: Store, manifest: Manifest) -> None:
     """A table of random rows, the same ones for every codec."""
     random = np.random.default_rng(0)
-    for shard in range(manifest.num_shards):
+
+    def records_of(shard: int) -> np.ndarray:
         ids = manifest.shard_ids(shard)
-        rows = random.standard_normal((len(ids), LAYERS, HIDDEN), np.float32)
-        store.write_shard(manifest, shard, manifest.encode(ids, rows))
-    store.commit(manifest)
+        return manifest.encode(ids, random.standard_normal((len(ids), LAYERS, HIDDEN), np.float32))
+
+    write_table([store], manifest, records_of)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -86,16 +80,12 @@ def alone(rounds: int) -> None:
     random = np.random.default_rng(0)
     many = random.standard_normal((BUILT_TOGETHER, LAYERS, HIDDEN), np.float32)
     batch, ids = many[:IDS], np.arange(IDS, dtype=np.uint32)
-    print(
-        f"rows of {LAYERS} x {HIDDEN}: microseconds per row, {BUILT_TOGETHER} encoded and {IDS} decoded together"
-    )
-    print(
-        f"  {'':6}{'bytes':>9}{'encode':>9}{'(ns/value)':>12}{'numpy':>9}{'torch, 1 thread':>18}{'2 threads':>12}"
-    )
-    encoding = medians(
-        {name: lambda c=codec: c.encode(many) for name, codec in CODECS.items()},
-        max(3, rounds // 10),
-    )
+    print(f"rows of {LAYERS} x {HIDDEN}: microseconds per row")
+    print(f"{BUILT_TOGETHER} rows are encoded and {IDS} decoded together")
+    columns = f"{'bytes':>9}{'encode':>9}{'(ns/value)':>12}{'numpy':>9}"
+    print(f"  {'':6}{columns}{'torch, 1 thread':>18}{'2 threads':>12}")
+    encoders = {name: lambda c=codec: c.encode(many) for name, codec in CODECS.items()}
+    encoding = medians(encoders, max(3, rounds // 10))
     contenders: dict[str, Callable[[], object]] = {}
     for name in CODECS:
         manifest = manifest_of(name)
@@ -103,19 +93,14 @@ def alone(rounds: int) -> None:
         tensor = torch.from_numpy(records)
         contenders[f"{name} numpy"] = lambda m=manifest, r=records: m.decode(r).astype(np.float32)
         for threads in (1, 2):
-            contenders[f"{name} {threads}"] = on_threads(
-                threads, lambda m=manifest, t=tensor: decode(t, m)
-            )
+            contenders[f"{name} {threads}"] = on_threads(threads, partial(decode, tensor, manifest))
     decoding = medians(contenders, rounds)
     for name in CODECS:
-        encode, figures = (
-            encoding[name] / BUILT_TOGETHER,
-            [decoding[f"{name} {how}"] / IDS * 1e6 for how in ("numpy", 1, 2)],
-        )
-        print(
-            f"  {name:6}{manifest_of(name).record_bytes:9,}{encode * 1e6:9.1f}{encode / LAYERS / HIDDEN * 1e9:12.2f}"
-            f"{figures[0]:9.1f}{figures[1]:18.1f}{figures[2]:12.1f}"
-        )
+        encode = encoding[name] / BUILT_TOGETHER
+        numpy, one, two = (decoding[f"{name} {how}"] / IDS * 1e6 for how in ("numpy", 1, 2))
+        size, value = manifest_of(name).record_bytes, encode / LAYERS / HIDDEN * 1e9
+        encoded = f"{size:9,}{encode * 1e6:9.1f}{value:12.2f}"
+        print(f"  {name:6}{encoded}{numpy:9.1f}{one:18.1f}{two:12.1f}")
 
 
 def fetched(rounds: int) -> dict[str, dict[str, float]]:
@@ -132,10 +117,8 @@ def fetched(rounds: int) -> dict[str, dict[str, float]]:
             with process("lookup", *options) as service, Client(service.address) as client:
                 for manifest in tables:
                     client.rows.fetch_records(manifest, np.arange(VOCABULARY, dtype=np.uint32))
-                chosen = [
-                    random.choice(VOCABULARY, IDS, replace=False).astype(np.uint32)
-                    for _ in range(rounds + 1)
-                ]
+                picks = (random.choice(VOCABULARY, IDS, replace=False) for _ in range(rounds + 1))
+                chosen = [ids.astype(np.uint32) for ids in picks]
                 contenders: dict[str, Callable[[], object]] = {}
                 for manifest in tables:
                     ids = iter(chosen)
@@ -147,9 +130,8 @@ def fetched(rounds: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--quick", action="store_true", help="fewer rounds: done within a minute")
     rounds = 40 if parser.parse_args().quick else 400
     threads = torch.get_num_threads()

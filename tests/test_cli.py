@@ -1,4 +1,4 @@
-"""The `tolhouse` command: help that teaches, tables managed from the shell, and one line where something is wrong."""
+"""The `tolhouse` command: its help, tables managed from the shell, errors in a line."""
 
 import json
 from pathlib import Path
@@ -20,29 +20,21 @@ def tolhouse(*arguments: str | Path, code: int = 0) -> str:
     return ended.stderr if code else ended.stdout
 
 
-def all_commands(
-    group: click.Group, path: tuple[str, ...] = ()
-) -> list[tuple[tuple[str, ...], click.Command]]:
-    found: list[tuple[tuple[str, ...], click.Command]] = []
+def all_commands(group: click.Group, path: str = "") -> dict[str, click.Command]:
+    found = {}
     for name, command in group.commands.items():
-        own = (*path, name)
-        found += (
-            all_commands(command, own) if isinstance(command, click.Group) else [(own, command)]
-        )
+        own = f"{path}{name} "
+        found |= all_commands(command, own) if isinstance(command, click.Group) else {own: command}
     return found
 
 
-@pytest.mark.parametrize(
-    ("path", "command"),
-    all_commands(main),
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)
-def test_every_command_explains_itself(path: tuple[str, ...], command: click.Command) -> None:
-    """Each has a sentence about itself, and each of its options is explained or speaks for itself."""
+@pytest.mark.parametrize("command", all_commands(main).values(), ids=all_commands(main))
+def test_every_command_explains_itself(command: click.Command) -> None:
+    """Each has a sentence about itself, and each of its options is explained."""
     assert command.help
     for parameter in command.params:
         if isinstance(parameter, click.Option) and parameter.name != "max_tokens":
-            assert parameter.help, f"{path}: {parameter.name}"
+            assert parameter.help, parameter.name
 
 
 def test_help_names_the_environment_variables() -> None:
@@ -61,9 +53,8 @@ def test_tables_are_managed_from_the_shell(checkpoint: Path, tmp_path: Path) -> 
         build_table(checkpoint, url, codec=codec, name="t", publish=False)
         for codec in ("fp32", "int8")
     )
-    assert {f"  {old}", f"  {new}"} == {
-        line[: 2 + len(old)] for line in tolhouse("tables", "list", *store).splitlines()
-    }
+    listed = tolhouse("tables", "list", *store).splitlines()
+    assert {f"  {old}", f"  {new}"} == {line[: 2 + len(old)] for line in listed}
     assert "not published" in tolhouse("tables", "show", "t", *store, code=1)
     assert old in tolhouse("publish", old, *store)
     assert new in tolhouse("tables", "publish", new, *store)
@@ -74,12 +65,9 @@ def test_tables_are_managed_from_the_shell(checkpoint: Path, tmp_path: Path) -> 
     assert "fp32" == json.loads(tolhouse("tables", "show", "t", *store))["codec"]
     assert "no version before" in tolhouse("tables", "rollback", "t", *store, code=1)
     assert new in tolhouse("tables", "delete", new, *store)
-    assert [f"* {old}"] == [
-        line[: 2 + len(old)] for line in tolhouse("tables", "list", *store).splitlines()
-    ]
-    assert old in tolhouse(
-        "publish", new, *store, code=1
-    )  # not there any more; what is there is named
+    (line,) = tolhouse("tables", "list", *store).splitlines()
+    assert line.startswith(f"* {old}")
+    assert old in tolhouse("publish", new, *store, code=1)  # what is there is named
     assert "NAME@VERSION" in tolhouse("publish", "t", *store, code=1).upper()
 
 
@@ -133,9 +121,8 @@ def test_x0_is_shown_in_the_shell(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_memory_is_explained_in_the_shell(checkpoint: Path) -> None:
     """explain prints a block per token, or JSON."""
-    found = json.loads(
-        tolhouse("explain", checkpoint, "def add", "--json", "--keys", "2", "--neighbours", "3")
-    )
+    counts = ("--keys", "2", "--neighbours", "3")
+    found = json.loads(tolhouse("explain", checkpoint, "def add", "--json", *counts))
     assert {2} == {len(keys) for entry in found for keys in entry["keys"]}
     assert {3} == {len(entry["nearest"]) for entry in found}
     assert "nearest" in tolhouse("explain", checkpoint, "def add")
@@ -167,10 +154,8 @@ def test_what_can_not_be_done_is_told_in_a_line(
     assert [] == [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-def test_an_unknown_variable_stops_a_process_and_known_ones_configure_it(
-    tmp_path: Path, monkeypatch
-) -> None:
-    """The environment is read strictly; what it sets can be seen."""
+def test_the_environment_is_read_strictly(tmp_path: Path, monkeypatch) -> None:
+    """An unknown variable stops a process; known ones configure it."""
     monkeypatch.setenv("TOLHOUSE_LOOKUP_STORE", f"file://{tmp_path}")
     monkeypatch.setenv("TOLHOUSE_LOOKUP_LISTEN", "127.0.0.1:0")
     with process("lookup") as running:

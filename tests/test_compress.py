@@ -35,6 +35,7 @@ SCHEMES = {
     "rank": Scheme("bf16", rank=0.5),
     "rank and frequent": Scheme("int8", rank=0.25, frequent=16, frequent_codec="fp32"),
     "ratio": Scheme("int4", ratio=6, frequent=8),
+    "int4 rank, int8 frequent": Scheme("int4", rank=0.25, frequent=16, frequent_codec="int8"),
 }
 
 
@@ -54,8 +55,8 @@ def alone(checkpoint: Path, rows: RowsOf | None = None) -> list[int]:
     return list(greedy(model, PROMPT, 20, ignore_eos=True, rows=rows))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_is_served_is_what_the_table_holds(
+@pytest.mark.parametrize("scheme", sorted(set(SCHEMES) - {"int4 rank, int8 frequent"}))
+def test_a_worker_serves_what_the_table_holds(
     checkpoint: Path, tmp_path: Path, scheme: str
 ) -> None:
     """Rows that a client fetches and tokens that a worker generates are those of the table."""
@@ -70,9 +71,8 @@ def test_what_is_served_is_what_the_table_holds(
     expected = alone(checkpoint, probed(rows))
     with local_cluster(checkpoint, url, worker_options=("--table", "squeezed")) as cluster:
         with Client(cluster.lookup) as client:
-            np.testing.assert_allclose(
-                rows[PROMPT], client.fetch("squeezed", PROMPT), rtol=1e-5, atol=1e-6
-            )
+            fetched = client.fetch("squeezed", PROMPT)
+            np.testing.assert_allclose(rows[PROMPT], fetched, rtol=1e-5, atol=1e-6)
         with Client(cluster.workers) as client:
             assert expected == list(client.generate(PROMPT, 20, ignore_eos=True))
 
@@ -131,9 +131,8 @@ def test_auxiliary_tables_come_and_go_with_their_table(checkpoint: Path, tmp_pat
     """They can't be deleted before it, and are when it is; one that another table needs stays."""
     store = open_store(f"file://{tmp_path}")
     first = made_of(checkpoint, SCHEMES["rank and frequent"]).store(store)
-    second = made_of(
-        checkpoint, Scheme("int4", rank=0.25, frequent=16, frequent_codec="fp32")
-    ).store(store)
+    scheme = Scheme("int4", rank=0.25, frequent=16, frequent_codec="fp32")
+    second = made_of(checkpoint, scheme).store(store)
     assert (first.frequent_rows, first.basis) == (second.frequent_rows, second.basis)
     assert 4 == len(store.refs())
     with pytest.raises(InUse, match="is a part of"):
@@ -144,35 +143,23 @@ def test_auxiliary_tables_come_and_go_with_their_table(checkpoint: Path, tmp_pat
     assert [] == store.refs()
 
 
-@pytest.mark.parametrize(
-    "scheme", ["rank", "frequent", "rank and frequent", "int4 low rank, int8 frequent"]
-)
+@pytest.mark.parametrize("scheme", sorted(set(SCHEMES) - {"ratio"}))
 def test_edits_of_a_compressed_table_are_as_fine_as_its_frequent_rows(
     checkpoint: Path, tmp_path: Path, scheme: str
 ) -> None:
     """They win over frequent rows and the basis; a later overlay keeps them to the bit."""
     store = open_store(f"file://{tmp_path}")
-    base = made_of(
-        checkpoint,
-        {
-            **SCHEMES,
-            "int4 low rank, int8 frequent": Scheme(
-                "int4", rank=0.25, frequent=16, frequent_codec="int8"
-            ),
-        }[scheme],
-    ).store(store)
+    base = made_of(checkpoint, SCHEMES[scheme]).store(store)
     everything = np.arange(base.vocab_size, dtype=np.uint32)
     before = store.rows(base, everything)
-    in_frequent, in_tail = base.frequent[0] if base.frequent_rows else 3, 300
+    edited = [base.frequent[0] if base.frequent_rows else 3, 300]
     new = np.random.default_rng(0).standard_normal((2, *before.shape[1:]), np.float32)
-    made = make_overlay(store, base.ref, np.array([in_frequent, in_tail]), new)
+    made = make_overlay(store, base.ref, np.array(edited), new)
     after = store.rows(made, everything)
-    others = np.setdiff1d(everything, [in_frequent, in_tail])
+    others = np.setdiff1d(everything, edited)
     np.testing.assert_array_equal(before[others], after[others])
-    finer = codec("int8")
-    np.testing.assert_allclose(
-        new, after[[in_frequent, in_tail]], atol=finer.relative_error * np.abs(new).max() * 1.01
-    )
+    allowed = codec("int8").relative_error * np.abs(new).max() * 1.01
+    np.testing.assert_allclose(new, after[edited], atol=allowed)
     for turn in range(3):
         made = make_overlay(store, made.ref, np.array([301 + turn]), new[:1])
         np.testing.assert_array_equal(after[:301], store.rows(made, everything)[:301])
@@ -181,15 +168,12 @@ def test_edits_of_a_compressed_table_are_as_fine_as_its_frequent_rows(
 
 
 def test_edits_of_a_compressed_table_are_served(checkpoint: Path, tmp_path: Path) -> None:
+    """A worker generates with the edited rows."""
     url = f"file://{tmp_path}"
     store, made = open_store(url), made_of(checkpoint, SCHEMES["rank and frequent"])
     base = made.store(store)
-    manifest = make_overlay(
-        store,
-        base.ref,
-        np.array(PROMPT[:3]),
-        3 * store.rows(base, np.array([9, 8, 7], np.uint32)),
-    )
+    rows = 3 * store.rows(base, np.array([9, 8, 7], np.uint32))
+    manifest = make_overlay(store, base.ref, np.array(PROMPT[:3]), rows)
     publish(store, manifest.ref)
     opened = open_checkpoint(checkpoint)
     before, rows = (table_rows(opened, url, ref) for ref in (base.ref, manifest.ref))
@@ -213,6 +197,7 @@ def test_a_version_is_not_cut_otherwise(checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_parts_of_a_table_are_not_published(checkpoint: Path, tmp_path: Path) -> None:
+    """They are no tables to serve."""
     store = open_store(f"file://{tmp_path}")
     base = made_of(checkpoint, SCHEMES["rank and frequent"]).store(store)
     with pytest.raises(InvalidArgument, match="is a part of"):
@@ -220,7 +205,7 @@ def test_parts_of_a_table_are_not_published(checkpoint: Path, tmp_path: Path) ->
 
 
 def test_a_table_may_lack_layers(checkpoint: Path, tmp_path: Path) -> None:
-    """Built or compressed, it is smaller by them, and the worker goes without; compiled steps too."""
+    """Built or compressed, it is smaller by them, and the worker goes without."""
     url = f"file://{tmp_path}"
     store = open_store(url)
     manifest = made_of(checkpoint, Scheme("fp32"), absent=(1, 2)).store(store)
@@ -255,32 +240,21 @@ def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> N
         {"row_scale": 0.5, "absent_layers": (1,), "layer_scales": (1, 3, 2, 0)},
     ]
 
-    def scaled(
-        row_scale: float = 1.0, absent_layers: tuple = (), layer_scales: tuple = (1,) * 4
-    ) -> np.ndarray:
-        scales = [0 if n in absent_layers else s for n, s in enumerate(layer_scales)]
-        return rows * row_scale * np.array(scales, np.float32)[:, None]
-
-    expected = [
-        list(greedy(model, prompt, 12, ignore_eos=True, rows=probed(scaled(**options))))
-        for options in wanted
-    ]
+    expected = []
+    for options in wanted:
+        scales = np.array(options.get("layer_scales", (1,) * 4), np.float32)
+        scales[list(options.get("absent_layers", ()))] = 0
+        scaled = probed(rows * scales[:, None] * options.get("row_scale", 1.0))
+        expected.append(list(greedy(model, prompt, 12, ignore_eos=True, rows=scaled)))
     assert len(wanted) == len(set(map(tuple, expected)))
     with local_cluster(checkpoint, url) as cluster, Client(cluster.workers) as client:
         for _ in range(2):
-            running = [
-                client.generate(prompt, 12, ignore_eos=True, **options) for options in wanted
-            ]
+            running = [client.generate(prompt, 12, ignore_eos=True, **more) for more in wanted]
             first = [next(iterator) for iterator in running]  # all are in the batch
             assert expected == [[token, *rest] for token, rest in zip(first, running, strict=True)]
-        bad_scales = ({"layer_scales": [1.0] * count} for count in (1, 3, 5))
-        for bad in (
-            {"row_scale": 17.0},
-            {"row_scale": float("nan")},
-            {"absent_layers": [4]},
-            {"layer_scales": [17.0] * 4},
-            *bad_scales,
-        ):
+        bad_scales = ({"layer_scales": scales} for scales in ([17.0] * 4, [1.0], [1.0] * 5))
+        nan = float("nan")
+        for bad in ({"row_scale": 17.0}, {"row_scale": nan}, {"absent_layers": [4]}, *bad_scales):
             with pytest.raises(InvalidArgument, match=r"row_scale|layer_scales"):
                 list(client.generate(prompt, 1, **bad))
 
@@ -296,7 +270,7 @@ def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> N
         (Scheme("int8", ratio=1), "over 1, not 1"),
         (
             Scheme("int8", frequent=16),
-            "no finer than rows in int8; allowed without low rank: fp32 or fp16 or bf16 or none",
+            "no finer than int8; .* low rank: fp32 or fp16 or bf16 or none",
         ),
         (Scheme("fp32", frequent=16, frequent_codec="fp32"), "allowed without low rank: none"),
     ],
@@ -317,9 +291,7 @@ def test_schemes_that_can_not_be_are_told(checkpoint: Path, scheme: Scheme, expe
         (Scheme("int4", ratio=2, frequent=16), Scheme("int4", frequent=16)),
     ],
 )
-def test_a_basis_of_full_rank_is_left_out(
-    checkpoint: Path, scheme: Scheme, expected: Scheme
-) -> None:
+def test_a_full_basis_is_left_out(checkpoint: Path, scheme: Scheme, expected: Scheme) -> None:
     """And frequent rows that would be no finer: the table is that of the codec alone."""
     assert made_of(checkpoint, expected).manifest == made_of(checkpoint, scheme).manifest
 
@@ -378,16 +350,8 @@ def test_commands_compress_and_evaluate(checkpoint: Path, tmp_path: Path) -> Non
         ("--codec fp16", False, "1/1.00 of 16 bit"),
         ("--codec int8", False, "1/1."),
         ("--codec int4", True, "1/3."),
-        (
-            "--codec int4 --size-ratio 2",
-            True,
-            "int4 alone meets --size-ratio: rows have their full",
-        ),
-        (
-            "--codec int8 --rank-share 1",
-            False,
-            "--rank-share keeps all of it: rows have their full",
-        ),
+        ("--codec int4 --size-ratio 2", True, "int4 alone meets --size-ratio: rows have their"),
+        ("--codec int8 --rank-share 1", False, "--rank-share keeps all of it: rows have their"),
         ("--codec int8 --rank-share 0.5", True, "ranks "),
     ],
 )
@@ -432,10 +396,8 @@ def test_a_part_of_a_table_is_not_evaluated(checkpoint: Path, tmp_path: Path) ->
 def test_the_loss_is_the_model_s(checkpoint: Path) -> None:
     """Window by window, as one forward over each gives it."""
     opened = open_checkpoint(checkpoint)
-    model, ids = (
-        opened.model(),
-        np.random.default_rng(0).integers(0, opened.config.vocab_size, 256 + 41),
-    )
+    model = opened.model()
+    ids = np.random.default_rng(0).integers(0, opened.config.vocab_size, 256 + 41)
     found = evaluate(model, ids)
     assert 256 + 40 == len(found.losses)
     with torch.inference_mode():

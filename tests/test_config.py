@@ -28,6 +28,8 @@ def test_former_names_still_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """An option that was renamed can be given by its old name; its new name wins."""
     old = config.load(config.WorkerConfig, {"lookup": "a:1", "max_running": "3"})
     assert ("a:1", 3) == (old.rows, old.max_num_seqs)
+    monkeypatch.setenv("TOLHOUSE_TABLES_STORE", "redis://d")
+    assert "redis://d" == config.load(config.EvalConfig, {}).rows
     monkeypatch.setenv("TOLHOUSE_WORKER_LOOKUP", "b:2")
     assert "b:2" == config.load(config.WorkerConfig, {}).rows
     monkeypatch.setenv("TOLHOUSE_WORKER_ROWS", "c:3")
@@ -50,7 +52,7 @@ def test_host_and_port_replace_those_of_listen(given: dict[str, str], expected: 
 
 
 def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given values, then variables, then defaults; RAY_ADDRESS is Ray's own."""
+    """Given values, then variables, others' ones last, then defaults."""
     assert 32 == config.load(config.WorkerConfig, {}).max_num_seqs
     monkeypatch.setenv("TOLHOUSE_WORKER_MAX_NUM_SEQS", "5")
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")

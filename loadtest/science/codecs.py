@@ -11,8 +11,7 @@ from tolhouse import Client
 from tolhouse.analysis.evaluate import Evaluation, evaluate
 from tolhouse.analysis.probes import probed, read_text
 from tolhouse.build.compress import FREQUENT_SHARE, Compressed, Scheme, bytes_at_16_bit, compress
-from tolhouse.build.frequency import count_tokens
-from tolhouse.build.job import plan
+from tolhouse.build.job import count_tokens, plan
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.store.base import open_store

@@ -94,8 +94,7 @@ def check(planned: Manifest, scheme: Scheme) -> None:
     elif scheme.frequent and not scheme.low_rank and not scheme.finer:
         finer = [name for name in CODECS if replace(scheme, frequent_codec=name).finer]
         allowed = f"allowed without low rank: {' or '.join([*finer, 'none'])}"
-        codecs = f"{scheme.frequent_codec} are no finer than rows in {scheme.codec}"
-        wrong = f"frequent rows in {codecs}; {allowed}"
+        wrong = f"{scheme.frequent_codec} is no finer than {scheme.codec}; {allowed}"
     elif ratio and not ratio > 1:
         wrong = f"the ratio is how many times fewer bytes than at 16 bit, over 1, not {ratio:g}"
     elif ratio and not _suffices(planned, scheme):

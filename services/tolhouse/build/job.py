@@ -6,12 +6,15 @@ runs again elsewhere.
 
 import logging
 import socket
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from tolhouse import errors
@@ -25,9 +28,11 @@ from tolhouse.store.registry import refuse_another
 from tolhouse.store.writer import commit, write_shards
 from tolhouse.table.codecs import codec
 from tolhouse.table.manifest import Manifest, check_name, content_id
+from tolhouse.train.corpus import documents, is_held_out, standard_library
 
 _OBJECT_STORE_BYTES = 80 << 20  # tasks return digests only
 _CONNECT_SECONDS = 5
+_SAMPLE_CHARS = 4_000_000  # counted, evenly over the documents: a few seconds
 _MOST_SHARDS_A_TASK = 8
 _RETRIED = [Unavailable, errors.DeadlineExceeded]
 
@@ -45,8 +50,7 @@ def plan(
     source = MemoryLLM(checkpoint, select_blocks(checkpoint, embedding, absent))
     size = source.vocab_size
     if num_shards > size:
-        wrong = f"{num_shards} shards for a vocabulary of {size}"
-        raise InvalidArgument(f"{wrong}: at most one shard per token")
+        raise InvalidArgument(f"{num_shards} shards of {size} rows: at most one shard per token")
     return Manifest(
         name=check_name(name or checkpoint.name),
         version=content_id(checkpoint.rows_id(), codec(codec_name).name, source.blocks),
@@ -59,6 +63,24 @@ def plan(
         tokenizer_id=checkpoint.tokenizer_id,
         frequent=frequent,
     )
+
+
+def count_tokens(tokenizer: Tokenizer, corpus: str, vocab_size: int) -> Counter[int]:
+    """How often a text file, or a folder of them, has each token, in a sample.
+
+    By default it is the text that tokenizers are trained on, the standard library's sources. For
+    another tokenizer the list is less good, never wrong: it only says what to cache first.
+    """
+    path = Path(corpus) if corpus else standard_library()
+    named = list(documents(path))
+    texts = [text for name, text in named if not is_held_out(name)] or [text for _, text in named]
+    if not texts:
+        raise InvalidArgument(f"--corpus {path} holds no text (UTF-8)")
+    step = max(1, -(-sum(map(len, texts)) // _SAMPLE_CHARS))
+    encodings = tokenizer.encode_batch(texts[::step])
+    counts = Counter(i for encoding in encodings for i in encoding.ids if i < vocab_size)
+    event("counted tokens", corpus=str(path), tokens=counts.total(), distinct=len(counts))
+    return counts
 
 
 def build_shards(
@@ -83,8 +105,7 @@ def verify(
     store, codec = _store(url, timeout), manifest.codec
     counted = sum(store.count(manifest, shard) for shard in range(manifest.num_shards))
     if counted != manifest.num_records:
-        rows = f"{counted} rows of {manifest.ref}"
-        raise Corrupt(f"{url} holds {rows} instead of {manifest.num_records}")
+        raise Corrupt(f"{url} holds {counted} of {manifest.num_records} rows of {manifest.ref}")
     stored = store.rows(manifest, sample)
     fresh = source_of(checkpoint, manifest.blocks).rows(sample)
     # computed elsewhere, in another order of additions, a row differs in the last bits of float32

@@ -6,7 +6,7 @@ A command imports what it needs when it runs: `tolhouse lookup` works where torc
 import click
 
 from tolhouse import __version__
-from tolhouse.cli import credentials, models, services, tables
+from tolhouse.cli import models, services, tables
 from tolhouse.cli.options import Commands
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
@@ -34,7 +34,7 @@ def main() -> None:
 for command in (
     *(models.train, tables.build, tables.compress, tables.tables, tables.publish, tables.rollback),
     *(tables.overlay, services.lookup, services.compile_, services.worker, services.gateway),
-    *(credentials.keys, credentials.certs),
+    *(services.keys, services.certs),
     *(models.generate, models.fetch, models.evaluate, models.explain),
     *(services.demo, services.serve),
 ):

@@ -66,8 +66,8 @@ def generate(
     ids, count = tokenizer.encode(prompt).ids, settings.max_tokens
     given = {name: value for name, value in sampling.items() if value is not None}
     if settings.worker:
-        client = Client(settings.worker, credentials=settings.client_credentials())
-        tokens = client.generate(ids, count, **given)
+        credentials = settings.client_credentials()
+        tokens = Client(settings.worker, credentials=credentials).generate(ids, count, **given)
     elif given:
         flag = config.flag(next(iter(given)))
         raise InvalidArgument(f"{flag} needs a --worker: without one, completion is greedy")

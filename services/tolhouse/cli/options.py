@@ -54,8 +54,8 @@ def options(kind: type[config.Config]) -> Callable:
     def decorate(command: Callable) -> Callable:
         @wraps(command)
         def wrapped(**given: Any) -> Any:
-            own = {name: given.pop(name) for name in names}
-            settings = config.load(kind, {k: v for k, v in own.items() if v is not None})
+            own = {n: value for n in names if (value := given.pop(n)) is not None}
+            settings = config.load(kind, own)
             start_logging(settings.log_level)
             return command(settings, **given)
 

@@ -1,4 +1,4 @@
-"""Processes that serve, alone and all at once."""
+"""Processes that serve, alone and all at once; the credentials that they ask for."""
 
 import asyncio
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from tolhouse import config
-from tolhouse.cli.options import checkpoint_argument, options, stores_of
+from tolhouse.cli.options import Commands, checkpoint_argument, options, stores_of
 
 
 @click.command()
@@ -57,6 +57,7 @@ def gateway(settings: config.GatewayConfig, checkpoint: Path) -> None:
     asyncio.run(app.run(checkpoint, settings))
 
 
+keys_file = click.argument("file", type=Path)
 demo_model = click.option("--checkpoint", default="models/demo-memory", type=Path, help="Folder.")
 
 
@@ -81,3 +82,58 @@ def serve(checkpoint: Path, listen: str) -> None:
     from tolhouse import demo
 
     demo.serve(checkpoint, listen)
+
+
+@click.group(cls=Commands)
+def keys() -> None:
+    """Make, list and remove API keys; FILE keeps their hashes, and gateways read it again."""
+
+
+@keys.command("add")
+@keys_file
+@click.argument("name")
+@click.option("--requests-per-minute", default=600.0, help="Rate; a sixth may come at once.")
+@click.option("--concurrent", default=16, help="Requests in flight.")
+def add_key(file: Path, name: str, requests_per_minute: float, concurrent: int) -> None:
+    """Make a key for NAME and print it, once: FILE keeps its hash alone."""
+    from tolhouse.gateway import auth
+
+    click.echo(auth.add_key(file, name, requests_per_minute, concurrent))
+
+
+@keys.command("list")
+@keys_file
+def list_keys(file: Path) -> None:
+    """List names and limits."""
+    from tolhouse.gateway import auth
+
+    for name, key in sorted(auth.read_keys(str(file)).items()):
+        rate = f"{key.requests_per_minute:g} requests a minute"
+        click.echo(f"{name}  {rate}, {key.concurrent} at once")
+
+
+@keys.command("remove")
+@keys_file
+@click.argument("name")
+def remove_key(file: Path, name: str) -> None:
+    """Remove the key of NAME; requests in flight are completed."""
+    from tolhouse.gateway import auth
+
+    auth.remove_key(file, name)
+
+
+@click.command()
+@click.argument("folder", type=Path)
+@click.option("--name", default="service", help="Of NAME.pem and NAME.key.")
+@click.option("--hosts", default="localhost,127.0.0.1,::1", help="Names and addresses it is for.")
+def certs(folder: Path, name: str, hosts: str) -> None:
+    """Make a certificate for development in FOLDER, signed by the authority there.
+
+    ca.pem is the authority, made if there is none; NAME.pem and NAME.key serve for both ends of a
+    connection, for 90 days. In production, certificates come from an authority of your own.
+    """
+    from tolhouse.certs import ensure_authority, issue
+
+    ensure_authority(folder)
+    names = [host.strip() for host in hosts.split(",") if host.strip()]
+    click.echo(" ".join(map(str, issue(folder, name, names))))

@@ -33,12 +33,11 @@ def build(settings: config.BuildConfig, checkpoint: Path) -> None:
     With two stores, the table is computed once and written to both.
     """
     from tolhouse.build import job
-    from tolhouse.build.frequency import count_tokens
     from tolhouse.model.checkpoint import open_checkpoint
 
     opened, urls = open_checkpoint(checkpoint), stores_of(settings)
     planned = _planned(opened, settings)
-    counts = count_tokens(opened.tokenizer(), settings.corpus, planned.vocab_size)
+    counts = job.count_tokens(opened.tokenizer(), settings.corpus, planned.vocab_size)
     frequent = sorted(counts, key=lambda i: (-counts[i], i))[:MAX_FREQUENT]
     planned = replace(planned, frequent=tuple(frequent))
     rows = f"{planned.vocab_size} rows of {planned.record_bytes} bytes"
@@ -72,7 +71,7 @@ def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
       --codec int4 --size-ratio 8               an eighth of 16 bit
     """
     from tolhouse.build import compress
-    from tolhouse.build.frequency import count_tokens
+    from tolhouse.build.job import count_tokens
     from tolhouse.model.checkpoint import open_checkpoint
     from tolhouse.sources.memoryllm import MemoryLLM
 
@@ -127,8 +126,7 @@ def list_tables(settings: config.StoreConfig) -> None:
     """List every table with its size, its parts included; a star marks published versions."""
     for store in _stores(settings):
         found = list(registry.tables(store))
-        plural = "" if len(found) == 1 else "s"
-        click.echo(f"{store.url}: {len(found) or 'no'} table{plural}", err=True)
+        click.echo(f"{store.url}: {len(found) or 'no'} table{'s' * (len(found) != 1)}", err=True)
         sizes = {m.ref: m.table_bytes for m, _ in found}
         for m, published in found:
             size = m.table_bytes + sum(sizes.get(ref, 0) for ref in _own_auxiliary(m))
