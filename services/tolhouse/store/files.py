@@ -58,10 +58,9 @@ class FileStore(Store):
         self._opened.cache_clear()
 
     def count(self, manifest: Manifest, shard: int) -> int:
-        try:
-            return self._shard(manifest, shard).rows
-        except TolhouseError:
-            return 0
+        with suppress(TolhouseError):
+            return self._opened(self._path(manifest, shard), manifest.record_bytes).rows
+        return 0
 
     def delete(self, ref: str) -> None:
         (self._folder(ref) / "manifest.json").unlink(missing_ok=True)
@@ -75,10 +74,9 @@ class FileStore(Store):
             path.touch()
 
     def leased(self, ref: str) -> bool:
-        try:
+        with suppress(OSError):
             return time.time() - (self._folder(ref) / "lease").stat().st_mtime < LEASE_SECONDS
-        except OSError:
-            return False
+        return False
 
     def close(self) -> None:
         self._opened.cache_clear()
@@ -94,7 +92,7 @@ class FileStore(Store):
         runs = zip(starts, ends, shards[starts].tolist(), rows[starts].tolist(), strict=True)
         try:
             for start, end, shard, row in runs:
-                file = self._shard(manifest, shard)
+                file = self._opened(self._path(manifest, shard), manifest.record_bytes)
                 for first in range(start, end, most):
                     part = views[first : min(first + most, end)]
                     file.read(row + first - start, part)
@@ -102,9 +100,6 @@ class FileStore(Store):
         except (Corrupt, GeneratorExit):  # the latter: a record fails its checksum
             self._opened.cache_clear()  # a rebuild may replace the file under the same name
             raise
-
-    def _shard(self, manifest: Manifest, shard: int) -> "_ShardFile":
-        return self._opened(self._path(manifest, shard), manifest.record_bytes)
 
     def _path(self, manifest: Manifest, shard: int) -> str:
         file = f"shard-{shard:05}-of-{manifest.num_shards:05}.safetensors"
@@ -141,8 +136,7 @@ class _ShardFile:
         with suppress(ValueError, LookupError, TypeError, RecursionError):  # not such a header
             if json.loads(text)["records"] == _tensor(self.rows, record_bytes) and not rest:
                 return
-        what = f"truncated, or not of records of {record_bytes} bytes"
-        raise Corrupt(f"shard file {path} is {what}")
+        raise Corrupt(f"shard file {path} is truncated, or not of records of {record_bytes} bytes")
 
     def __del__(self) -> None:
         if self._descriptor >= 0:

@@ -17,6 +17,7 @@ rediss:// `ssl_ca_certs`, `ssl_certfile` and `ssl_keyfile`, as redis-py calls th
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
@@ -266,8 +267,8 @@ class RedisStore(Store):
             manager.initialize(last_failed_node_name=name)
         if manager.get_node(node_name=name) is None:
             return None
-        groups = ({node.name for node in nodes} for nodes in manager.slots_cache.values())
-        return list(next((group for group in groups if name in group), set()) - {name})
+        groups = ([node.name for node in nodes] for nodes in manager.slots_cache.values())
+        return [other for other in next((g for g in groups if name in g), []) if other != name]
 
 
 def _connect(urls: list[str], options: dict[str, Any]) -> tuple[Any, bool]:
@@ -293,17 +294,15 @@ def _read_only(connection: AbstractConnection) -> None:
     connection.read_response()
 
 
+@dataclass
 class _PasswordFile(CredentialProvider):
     """A password from a file, read anew by each new connection after it has changed."""
 
-    def __init__(self, user: str, path: str) -> None:
-        def read() -> str:
-            return read_file(path, "the file of Redis' password").decode(errors="replace").strip()
-
-        self._user, self._file = user, ReloadingFiles((path,), read)
+    user: str
+    file: ReloadingFiles[bytes]
 
     def get_credentials(self) -> tuple[str, str]:
-        return self._user, self._file.get()
+        return self.user, self.file.get().decode(errors="replace").strip()
 
 
 def split_credentials(url: str) -> tuple[str, CredentialProvider | None]:
@@ -316,7 +315,8 @@ def split_credentials(url: str) -> tuple[str, CredentialProvider | None]:
         raise InvalidArgument(f"store {shown(url)!r} has a password and a password_file")
     user = unquote(parts.username or options.pop("username", "default"))
     bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(options))
-    return urlunsplit(bare), _PasswordFile(user, path)
+    file = ReloadingFiles((path,), lambda: read_file(path, "the file of Redis' password"))
+    return urlunsplit(bare), _PasswordFile(user, file)
 
 
 def _key(ref: str, what: str) -> str:

@@ -6,6 +6,7 @@ are in memory, no more.
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -42,8 +43,8 @@ def write_shards(
             lacking = [s for s, d in zip(stores, found, strict=True) if not d or d != known]
             records = np.empty(0, np.uint8)
             if lacking and known:
-                source = stores[found.index(known)]
-                records = source.read_records(manifest, manifest.shard_ids(shard))
+                ids = manifest.shard_ids(shard)
+                records = stores[found.index(known)].read_records(manifest, ids)
             elif lacking:
                 records = records_of(shard)
             if written:
@@ -63,12 +64,10 @@ def commit(stores: Sequence[Store], manifest: Manifest, digests: Sequence[str]) 
 def shard_digest(store: Store, manifest: Manifest, shard: int) -> str | None:
     """The digest of a shard whose records are all there and intact; None if it must be written."""
     ids = manifest.shard_ids(shard)
-    if store.count(manifest, shard) != len(ids):
-        return None
-    try:
-        return digest(store.read_records(manifest, ids))
-    except Corrupt:
-        return None
+    with suppress(Corrupt):
+        if store.count(manifest, shard) == len(ids):
+            return digest(store.read_records(manifest, ids))
+    return None
 
 
 def digest(records: np.ndarray) -> str:

@@ -119,10 +119,9 @@ class Manifest:
         _require(below, f"frequent and changed must be ids below {size}")
         ascending = list(self.changed) == sorted(set(self.changed))
         _require(ascending, "changed must be ascending ids")
-        if self.parent:
-            _require(self.changed and self.num_shards == 1, "an overlay has changed, in one shard")
-        else:
-            _require(not self.changed and not self.edits, "changed and edits need a parent")
+        overlay = bool(self.changed) and self.num_shards == 1
+        fits = overlay if self.parent else not self.changed and not self.edits
+        _require(fits, "an overlay has a parent and changed ids, in one shard; others have neither")
         ranked = len(self.ranks) == count * bool(self.basis)
         ranked = ranked and all(0 < rank <= width for rank in self.ranks)
         _require(ranked, f"ranks must be from 1 to {width} for each block, only with a basis")
@@ -241,10 +240,8 @@ class Manifest:
     def coefficients(self, records: np.ndarray) -> list[np.ndarray]:
         """With ranks: coefficients float32 [T, r] of each block."""
         fields = records.view(self.record_dtype)[..., 0]
-        return [
-            self.codec.decode(np.ascontiguousarray(fields[f"block{k}"])).astype(np.float32)
-            for k in range(len(self.ranks))
-        ]
+        blocks = (np.ascontiguousarray(fields[f"block{k}"]) for k in range(len(self.ranks)))
+        return [self.codec.decode(block).astype(np.float32) for block in blocks]
 
     def verify(self, ids: np.ndarray, records: Iterable[Buffer]) -> None:
         """Corrupt, naming the token, unless each record is intact, of this version and token."""
