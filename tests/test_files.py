@@ -50,9 +50,8 @@ def store(tmp_path: Path) -> Iterator[FileStore]:
 
 
 def altered(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    *rest, last = path.read_bytes()
+    path.write_bytes(bytes((*rest, last ^ 1)))
 
 
 def framed(header: bytes) -> bytes:

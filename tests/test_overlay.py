@@ -162,12 +162,6 @@ def test_a_version_s_record_does_not_pass_for_its_overlay_s(store: Store, parent
         made.copy_records(ids(1), memoryview(old.reshape(-1)), memoryview(out), [0])
 
 
-def test_a_rolled_back_name_has_its_rows_again(store: Store, parent: Manifest) -> None:
-    """The name of a published overlay goes back to its parent."""
-    publish(store, make_overlay(store, parent.ref, ids(1), store.rows(parent, ids(2))).ref)
-    assert parent == rollback(store, "tiny-memory")
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -180,10 +174,7 @@ def test_a_rolled_back_name_has_its_rows_again(store: Store, parent: Manifest) -
         (("--copy", "3=999999"), "token id 999999 is outside table"),
         (("--scale", "999999=1"), "token id 999999 is outside table"),
         (("--copy", "import=3"), "token 'import' is not an id: give --checkpoint"),
-        (
-            ("--scale", "3=1", "--scale", "3=2"),
-            "changes the row of each token once: token id 3 was given more than once",
-        ),
+        (("--scale", "3=1", "--scale", "3=2"), "each token once: token id 3 was given more than"),
         (("--rows", "no-such.npz"), "no file no-such.npz"),
         (("--rows", "README.md"), "README.md is not an .npz archive"),
         (("--copy", "99999999999999999999999=5"), "token id 9223372036854775807 is outside table"),
@@ -212,10 +203,10 @@ def test_tokens_are_named_by_text(checkpoint: Path, store: Store, parent: Manife
     assert "another tokenizer" in said
 
 
-@pytest.mark.parametrize(
-    ("edit", "token", "other"),
-    [("A==", "A", "="), ("==A", "=", "A"), ("A='='", "A", "="), ("'3'=A", "3", "A")],
-)
+EQUALS = ("A==", "A", "="), ("==A", "=", "A"), ("A='='", "A", "="), ("'3'=A", "3", "A")
+
+
+@pytest.mark.parametrize(("edit", "token", "other"), EQUALS)
 def test_a_token_may_be_an_equals_sign(checkpoint: Path, edit: str, token: str, other: str) -> None:
     """An edit is divided where there is a token on both sides."""
     tokenizer = open_checkpoint(checkpoint).tokenizer()
