@@ -4,6 +4,9 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
+
+from tolhouse.testing import Process
 
 
 def start(line: str, *more: str | bytes | int | Path) -> subprocess.Popen:
@@ -23,3 +26,9 @@ def tolhouse(
     assert code == popen.returncode, err
     assert "Traceback" not in err
     return subprocess.CompletedProcess(popen.args, code, out, err)
+
+
+def metrics(running: Process) -> str:
+    """The page of a process' Prometheus metrics."""
+    with urlopen(f"http://{running.ready['metrics']}/metrics", timeout=10) as answer:
+        return answer.read().decode()

@@ -3,9 +3,8 @@
 import gc
 import os
 import signal
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -24,6 +23,7 @@ from tolhouse.testing import (
     local_cluster,
     process,
     redis_server,
+    wait_until,
 )
 
 from tests.chaos.proxy import Link
@@ -68,13 +68,6 @@ def own(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Client
         elif request.param == "lookup":
             target = stack.enter_context(process("lookup", "--store", url, *FREE)).address
         yield stack.enter_context(Client(target)), url
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_rows_come_in_the_order_asked_for(client: Client, table: str) -> None:
@@ -238,7 +231,7 @@ def test_a_version_in_use_is_not_deleted(own: tuple[Client, str], checkpoint: Pa
     client.rows.pin(pinned)
     with closing(open_store(url)) as store:
         for ref in (fetched, pinned):
-            until(lambda ref=ref: store.leased(ref))
+            wait_until(lambda ref=ref: store.leased(ref))
             with pytest.raises(errors.InUse, match="in use"):
                 delete(store, ref)
         delete(store, idle)
@@ -277,7 +270,7 @@ def test_a_replica_that_hangs_is_waited_for_once(replicas: list[Process], table:
         assert expected == client.fetch(table, IDS).tobytes()
         assert {replicas[1].address} == set(owners_of(client, table, IDS))
         os.kill(replicas[0].pid, signal.SIGCONT)
-        until(lambda: usual == owners_of(client, table, IDS))
+        wait_until(lambda: usual == owners_of(client, table, IDS))
         assert expected == client.fetch(table, IDS).tobytes()
 
 
@@ -294,7 +287,7 @@ def test_a_replica_behind_a_slow_link_comes_last(replicas: list[Process], table:
 
         for seconds, then in ((0.2, [other] * 300), (0.0, usual)):
             link.delay(seconds)
-            until(lambda then=then: then == owners())
+            wait_until(lambda then=then: then == owners())
 
 
 def test_each_shard_has_its_replica(replicas: list[Process], table: str) -> None:

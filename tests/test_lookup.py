@@ -2,9 +2,6 @@
 
 import json
 import queue
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -22,6 +19,8 @@ from tolhouse.store.registry import delete
 from tolhouse.testing import Process, build_table, free_port, process, redis_server, tiny_model
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
+
+from tests.commands import metrics, start, tolhouse
 
 FREE = ("--listen", "127.0.0.1:0")
 
@@ -67,26 +66,6 @@ def stored(url: str, ref: str, ids: list[int]) -> tuple[Manifest, np.ndarray]:
         out = np.empty((len(ids), manifest.record_bytes), np.uint8)
         store.read_records(manifest, np.array(ids, np.uint32), out)
         return manifest, out
-
-
-def metrics(running: Process) -> str:
-    with urllib.request.urlopen(f"http://{running.ready['metrics']}/metrics", timeout=10) as answer:
-        return answer.read().decode()
-
-
-def refused(*arguments: str) -> str:
-    """What a process that can't start says on stderr; it exits with 1 and shows no traceback."""
-    ended = subprocess.run(
-        [sys.executable, "-m", "tolhouse.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert 1 == ended.returncode
-    assert "" == ended.stdout
-    assert "Traceback" not in ended.stderr
-    return ended.stderr
 
 
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "bf16", "int8", "int4"])
@@ -303,26 +282,16 @@ def test_what_can_not_start_says_why(service: Process, tmp_path: Path) -> None:
         (f"file://{file}", FREE, "is a file, and no folder"),
         (empty, ("--listen", "nowhere"), "HOST:PORT"),
     ):
-        assert message in refused("lookup", "--store", store, *options).replace("In use", "in use")
+        assert message in tolhouse("lookup --store", store, *options, code=1).stderr.replace(
+            "In use", "in use"
+        )
 
 
 def test_a_store_that_comes_later_is_waited_for(checkpoint: Path) -> None:
     """With --store-wait-seconds, a service may start before its Redis."""
     port = free_port()
-    arguments = (
-        sys.executable,
-        "-m",
-        "tolhouse.cli",
-        "lookup",
-        "--store",
-        f"redis://127.0.0.1:{port}",
-        "--store-wait-seconds",
-        "60",
-        *FREE,
-    )
-    with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as popen:
+    command = f"lookup --store redis://127.0.0.1:{port} --store-wait-seconds 60"
+    with start(command, *FREE) as popen:
         assert popen.stderr
         assert popen.stdout
         for line in popen.stderr:
@@ -383,14 +352,8 @@ def test_a_replica_that_is_stopped_costs_no_request(
 ) -> None:
     """While one of two replicas drains and ends, every fetch is answered."""
     url, ref = files
-    options = (
-        "lookup",
-        "--store",
-        url,
-        "--drain-seconds",
-        "300",
-        *FREE,
-    )  # an idle stream does not keep it for so long
+    # an idle stream does not keep it for so long
+    options = ("lookup", "--store", url, "--drain-seconds", "300", *FREE)
     with (
         process(*options) as first,
         process(*options) as second,

@@ -1,7 +1,6 @@
 """Versions are published, rolled back and deleted while the system runs."""
 
 import time
-import urllib.request
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +17,10 @@ from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.store.base import Store, open_store
 from tolhouse.store.registry import delete, publish, rollback
-from tolhouse.testing import Process, build_table, process, tiny_model, wait_until
+from tolhouse.testing import build_table, process, tiny_model, wait_until
 from tolhouse.worker.table_watcher import TableWatcher
+
+from tests.commands import metrics
 
 FREE = ("--listen", "127.0.0.1:0")
 PROMPTS = ([17, 4, 200], [9, 9, 9, 30], list(range(40, 80)))
@@ -101,11 +102,6 @@ def test_new_sequences_use_a_published_version_and_running_ones_end_on_theirs(
             assert counts.from_remote > 0
         assert before == rows.fetch("rolled", range(100)).tobytes()
         delete(store, two, force=True)
-
-
-def metrics(worker: Process) -> str:
-    with urllib.request.urlopen(f"http://{worker.ready['metrics']}/metrics") as answer:
-        return answer.read().decode()
 
 
 def unpublished(store: Store, *refs: str) -> str:

@@ -16,7 +16,7 @@ from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import error_of
 from tolhouse.sampling import SamplingParams
 from tolhouse.table.manifest import Manifest
-from tolhouse.v1 import generation_pb2
+from tolhouse.v1 import generation_pb2 as pb
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
 
@@ -88,7 +88,7 @@ class Client(AbstractContextManager["Client"]):
         *,
         timeout_seconds: float | None = None,
         **sampling: Any,
-    ) -> Generator[generation_pb2.GenerateReply]:
+    ) -> Generator[pb.GenerateReply]:
         """The same as whole messages, with the reason of the end and log probabilities."""
         request = SamplingParams(max_tokens, **sampling).to_proto(prompt_token_ids)
         worker = self._worker()
@@ -102,9 +102,9 @@ class Client(AbstractContextManager["Client"]):
         finally:
             call.cancel()
 
-    def describe_worker(self) -> generation_pb2.DescribeWorkerReply:
+    def describe_worker(self) -> pb.DescribeWorkerReply:
         """What a worker serves, its load and its row counts; protos/tolhouse/v1 has the fields."""
-        request = generation_pb2.DescribeWorkerRequest()
+        request = pb.DescribeWorkerRequest()
         return self._worker().call(GenerationStub, "DescribeWorker", request, self.timeout_seconds)
 
     def _worker(self) -> Replica:

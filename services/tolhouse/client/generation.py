@@ -9,7 +9,7 @@ from tolhouse import tracing
 from tolhouse.errors import Unavailable
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import error_of, reloading_channel
-from tolhouse.v1 import generation_pb2
+from tolhouse.v1 import generation_pb2 as pb
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
 
@@ -31,18 +31,14 @@ class WorkerChannel:
         for call in calls:
             call.cancel()
 
-    async def describe(self, timeout_seconds: float) -> generation_pb2.DescribeWorkerReply:
-        request, metadata = generation_pb2.DescribeWorkerRequest(), self.credentials.metadata()
+    async def describe(self, seconds: float) -> pb.DescribeWorkerReply:
+        request, metadata = pb.DescribeWorkerRequest(), self.credentials.metadata()
         try:
-            return await self.stub.DescribeWorker(
-                request, timeout=timeout_seconds, metadata=metadata
-            )
+            return await self.stub.DescribeWorker(request, timeout=seconds, metadata=metadata)
         except grpc.RpcError as error:
             raise error_of(error, f"worker {self.target}") from None
 
-    async def generate(
-        self, request: generation_pb2.GenerateRequest
-    ) -> AsyncGenerator[generation_pb2.GenerateReply]:
+    async def generate(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateReply]:
         """Replies up to the one with a finish_reason. Closing the iterator cancels the call."""
         metadata = self.credentials.metadata()
         if traceparent := tracing.traceparent():

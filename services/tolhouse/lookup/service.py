@@ -9,11 +9,11 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from operator import methodcaller
-from typing import TypeAlias
 from weakref import WeakValueDictionary
 
 import grpc
 import numpy as np
+from grpc.aio import ServicerContext as Context
 from prometheus_client import Counter, Histogram
 
 from tolhouse import tracing
@@ -27,8 +27,6 @@ from tolhouse.net.server import errors_as_status, serve, serve_metrics, status_o
 from tolhouse.store.base import open_store
 from tolhouse.table.manifest import Manifest, split_ref
 from tolhouse.v1 import lookup_pb2 as pb
-
-Context: TypeAlias = grpc.aio.ServicerContext
 
 NAME = "tolhouse.v1.Lookup"
 MAX_IDS_PER_FETCH = 65_536
@@ -82,13 +80,9 @@ class LookupService:
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         async with errors_as_status(context):
-            if request.known and request.table == request.known:
-                # it is in use, though all its rows may be cached elsewhere
-                manifest = (await self.rows.table(request.table)).manifest
-            else:
-                manifest = await asyncio.to_thread(self.rows.source.describe, request.table)
-                if split_ref(request.table)[1] is not None:
-                    self.rows.source.use(manifest)
+            manifest = await asyncio.to_thread(self.rows.source.describe, request.table)
+            if manifest.ref == request.table:  # it is in use; its rows may be cached elsewhere
+                await self.rows.table(request.table)
         text = manifest.to_json() if manifest.ref != request.known else ""
         return pb.DescribeReply(manifest_json=text, max_ids_per_fetch=MAX_IDS_PER_FETCH)
 

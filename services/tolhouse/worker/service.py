@@ -18,7 +18,7 @@ from tolhouse.model.config import ModelConfig
 from tolhouse.model.generate import check_prompt
 from tolhouse.net.server import status_of
 from tolhouse.sampling import SamplingParams
-from tolhouse.v1 import generation_pb2
+from tolhouse.v1 import generation_pb2 as pb
 from tolhouse.v1.generation_pb2_grpc import GenerationServicer
 
 REQUESTS = Counter("tolhouse_worker_requests_total", "Generate calls, by gRPC status", ["status"])
@@ -55,8 +55,8 @@ class WorkerService(GenerationServicer):
         return {**self._of_checkpoint, "absent_layers": absent, "altered": altered}
 
     async def Generate(
-        self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[generation_pb2.GenerateReply]:
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateReply]:
         request_id, sequence, reason = request.request_id, None, ""
         status, message = "CANCELLED", ""  # unless it ends otherwise
         about = {
@@ -86,7 +86,7 @@ class WorkerService(GenerationServicer):
                     trace.set_attribute("tolhouse.table", sequence.table)
                     trace.set_attribute("tolhouse.finish_reason", reason)
                 chosen, prompt = output.logprobs, output.prompt_logprobs
-                yield generation_pb2.GenerateReply(
+                yield pb.GenerateReply(
                     token_ids=output.tokens,
                     finish_reason=reason,
                     end_id=output.end_id,
@@ -104,21 +104,19 @@ class WorkerService(GenerationServicer):
                 self.engine.cancel(sequence)
 
     async def DescribeWorker(
-        self, request: generation_pb2.DescribeWorkerRequest, context: grpc.aio.ServicerContext
-    ) -> generation_pb2.DescribeWorkerReply:
+        self, request: pb.DescribeWorkerRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DescribeWorkerReply:
         engine = self.engine
-        return generation_pb2.DescribeWorkerReply(
+        return pb.DescribeWorkerReply(
             **self.identity,
             table=engine.table,
             running=engine.running,
             waiting=engine.waiting,
-            rows=generation_pb2.RowCounts(**engine.counts()),
+            rows=pb.RowCounts(**engine.counts()),
             tokens=engine.tokens,
         )
 
-    def _sequence(
-        self, request: generation_pb2.GenerateRequest, outputs: asyncio.Queue[Output]
-    ) -> Sequence:
+    def _sequence(self, request: pb.GenerateRequest, outputs: asyncio.Queue[Output]) -> Sequence:
         if (length := len(request.request_id)) > MAX_REQUEST_ID:
             allowed = f"at most {MAX_REQUEST_ID} are allowed"
             raise InvalidArgument(f"the request_id has {length} characters; {allowed}")
