@@ -14,16 +14,8 @@ from tests.chaos.proxy import Link
 from tests.chaos.system import CHECKPOINT, DEADLINE_SECONDS, Load, System, right_answers
 
 ANSWERS = {"t@1": ["the first text", "other"], "t@2": ["the second text", "other"]}
-GOOD = Seen(
-    0,
-    streamed=True,
-    began=1.0,
-    ended=2.0,
-    pieces=["the first", " text"],
-    finishes=1,
-    dones=1,
-    version="t@1",
-)
+TIMES = {"began": 1.0, "ended": 2.0}
+GOOD = Seen(0, True, **TIMES, pieces=["the first", " text"], finishes=1, dones=1, version="t@1")
 
 
 def found(**changes) -> list[str]:

@@ -36,18 +36,15 @@ def run(fault: Fault, system: System, answers: Answers, flip_to: str) -> dict:
     load.stop()
     ended = time.monotonic()
     usual = rate(load.history, started + 1, moment)
-    recovery = recovery_seconds(
-        load.history, moment, ended if fault.recovers_within > FAULT_SECONDS else until, usual
-    )
+    last = ended if fault.recovers_within > FAULT_SECONDS else until
+    recovery = recovery_seconds(load.history, moment, last, usual)
     wrong = violations(load.history, answers, DEADLINE_SECONDS)
     failed = [seen for seen in load.history if seen.failed]
     if fault.may_fail == "none":
         wrong += [f"a request failed: {seen.error}" for seen in failed]
     elif fault.may_fail == "streaming":
-        wrong += [
-            f"a request failed before its first token: {seen.error}"
-            for seen in failed_before_a_token(failed)
-        ]
+        early = failed_before_a_token(failed)
+        wrong += [f"a request failed before its first token: {seen.error}" for seen in early]
     if not flipped:
         wrong.append("no version could be published during the fault")
     elif flip_to not in {seen.version for seen in load.history}:
@@ -65,10 +62,8 @@ def run(fault: Fault, system: System, answers: Answers, flip_to: str) -> dict:
 
 def show(row: dict) -> None:
     recovery = "never" if row["recovery_s"] is None else f"{row['recovery_s']:.1f} s"
-    print(
-        f"{row['fault']:38} {row['requests']:8} {row['failed']:6} {len(row['wrong']):6} {recovery:>9}   {row['usual']:.0f}/s before",
-        flush=True,
-    )
+    counts = f"{row['requests']:8} {row['failed']:6} {len(row['wrong']):6}"
+    print(f"{row['fault']:38} {counts} {recovery:>9}   {row['usual']:.0f}/s before", flush=True)
     for text in row["wrong"][:3]:
         print(f"    {text[:300]}", flush=True)
 
@@ -96,22 +91,9 @@ def main() -> None:
         rows.append(row)
         show(row)
     wrong = sum(len(row["wrong"]) for row in rows)
-    slow = [
-        row["fault"]
-        for row in rows
-        if row["recovery_s"] is None or row["recovery_s"] > row["limit_s"]
-    ]
-    print(
-        json.dumps(
-            {
-                "faults": len(rows),
-                "requests": sum(row["requests"] for row in rows),
-                "failed": sum(row["failed"] for row in rows),
-                "wrong": wrong,
-                "slow": slow,
-            }
-        )
-    )
+    slow = [r["fault"] for r in rows if r["recovery_s"] is None or r["recovery_s"] > r["limit_s"]]
+    sums = {key: sum(row[key] for row in rows) for key in ("requests", "failed")}
+    print(json.dumps({"faults": len(rows), **sums, "wrong": wrong, "slow": slow}))
     sys.exit(bool(wrong or slow))
 
 

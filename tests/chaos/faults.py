@@ -112,12 +112,8 @@ def corrupted(system: System, url: str, ref: str) -> Fault:
     def inject() -> None:
         with cluster() as redis:
             kept.update(redis.hgetall(key))
-            redis.hset(
-                key,
-                mapping={
-                    token: bytes([record[0] ^ 1]) + record[1:] for token, record in kept.items()
-                },
-            )
+            turned = {t: bytes([record[0] ^ 1]) + record[1:] for t, record in kept.items()}
+            redis.hset(key, mapping=turned)
 
     def mend() -> None:
         with cluster() as redis:
@@ -141,19 +137,17 @@ class Moved:
                 slot = redis.keyslot(key)
                 home = redis.get_node_from_key(key)
                 self.homes[slot] = home.name
-                self._move(
-                    redis, slot, home, next(node for node in primaries if node.name != home.name)
-                )
+                other = next(node for node in primaries if node.name != home.name)
+                self._move(redis, slot, home, other)
 
     def back(self) -> None:
         with RedisCluster.from_url(self.nodes[2].url) as redis:
             for slot, name in self.homes.items():
-                self._move(
-                    redis,
-                    slot,
+                now, home = (
                     redis.nodes_manager.get_node_from_slot(slot),
                     redis.get_node(node_name=name),
                 )
+                self._move(redis, slot, now, home)
 
     def _move(
         self, redis: RedisCluster, slot: int, source: ClusterNode, target: ClusterNode

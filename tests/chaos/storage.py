@@ -56,10 +56,8 @@ def _shard_file() -> dict:
         recovery = recovery_seconds(load.history, mended, time.monotonic(), usual)
         failed = sum(seen.failed for seen in load.history)
         wrong = violations(load.history, answers, DEADLINE_SECONDS)
-        if not flipped or {seen.version for seen in load.history if not seen.failed} != {
-            ref,
-            other,
-        }:
+        versions = {seen.version for seen in load.history if not seen.failed}
+        if not flipped or versions != {ref, other}:
             wrong.append("not both versions were answered with")
         return {
             "fault": "corrupted shard file (from its end)",
@@ -77,52 +75,24 @@ def _full_disk() -> dict:
     with tempfile.TemporaryDirectory(prefix="tolhouse-chaos-") as folder:
         url, wrong = f"file://{folder}/tables", []
         started = time.monotonic()
-        mounted = (
-            subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder],
-                capture_output=True,
-                check=False,
-            ).returncode
-            == 0
-        )
-        if not mounted:
-            print(
-                "full disk during a build: left out, as only root may make a small disk", flush=True
-            )
+        mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            print("full disk during a build: left out, as only root may make a small disk")
             return {}
         try:
 
             def build() -> subprocess.CompletedProcess:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "tolhouse.cli",
-                    "build",
-                    str(CHECKPOINT),
-                    "--store",
-                    url,
-                    "--codec",
-                    "int8",
-                    "--publish",
-                ]
-                return subprocess.run(
-                    [*command, "--workers", "1"],
-                    capture_output=True,
-                    text=True,
-                    timeout=200,
-                    check=False,
-                )
+                options = f"--store {url} --codec int8 --publish --workers 1".split()
+                command = [sys.executable, "-m", "tolhouse.cli", "build", str(CHECKPOINT), *options]
+                kept = {"capture_output": True, "text": True}
+                return subprocess.run(command, **kept, timeout=200, check=False)
 
             first = build()
             said = first.stderr.strip().splitlines()[-1:] or [""]
-            if (
-                first.returncode != 1
-                or "Traceback" in first.stderr
-                or "No space left" not in said[0]
-            ):
-                wrong.append(
-                    f"a build on a full disk ended with {first.returncode}: {first.stderr[-300:]}"
-                )
+            told = "Traceback" not in first.stderr and "No space left" in said[0]
+            if first.returncode != 1 or not told:
+                code, text = first.returncode, first.stderr[-300:]
+                wrong.append(f"a build on a full disk ended with {code}: {text}")
             with closing(open_store(url)) as store:
                 if store.refs():
                     wrong.append(f"a table that is not whole is there: {store.refs()}")

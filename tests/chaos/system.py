@@ -98,27 +98,10 @@ class System:
         self.to_lookups = [[link(lookup) for lookup in self.lookups] for _ in range(2)]  # by worker
         self.workers = []
         for links in self.to_lookups:
-            options = (
-                "--table",
-                name,
-                "--row-cache-megabytes",
-                "0.1",
-                "--compile",
-                "never",
-                "--threads",
-                "1",
-                "--table-poll-seconds",
-                "0.5",
-            )
-            self.workers.append(
-                service(
-                    "worker",
-                    str(CHECKPOINT),
-                    "--lookup",
-                    ",".join(one.address for one in links),
-                    *options,
-                ).start()
-            )
+            lookup = ",".join(one.address for one in links)
+            options = f"--rows {lookup} --table {name} --row-cache-megabytes 0.1 --threads 1"
+            options += " --compile never --table-poll-seconds 0.5"
+            self.workers.append(service("worker", str(CHECKPOINT), *options.split()).start())
         self.to_workers = [link(worker) for worker in self.workers]
         workers = ",".join(one.address for one in self.to_workers)
         self.gateway = service(
@@ -152,20 +135,11 @@ def right_answers(url: str, refs: list[str]) -> dict[str, list[str]]:
             def get(ids_T: torch.Tensor, rows: CachedRows = rows) -> Any:
                 return rows.decode(rows.stage(ids_T.numpy().astype(np.uint32)))
 
-            found[ref] = [
-                tokenizer.decode(
-                    list(
-                        greedy(
-                            model,
-                            tokenizer.encode(prompt).ids,
-                            ANSWER_TOKENS,
-                            ignore_eos=True,
-                            rows=get,
-                        )
-                    )
-                )
-                for prompt in PROMPTS
-            ]
+            found[ref] = []
+            for prompt in PROMPTS:
+                ids = tokenizer.encode(prompt).ids
+                answer = greedy(model, ids, ANSWER_TOKENS, ignore_eos=True, rows=get)
+                found[ref].append(tokenizer.decode(list(answer)))
             rows.close()
     return found
 
@@ -218,20 +192,19 @@ class Load:
                 seen.error = answer.read().decode()
                 return
             if not seen.streamed:
-                whole = json.loads(answer.read())
-                self._take(seen, whole)
+                self._add(seen, json.loads(answer.read()))
                 seen.dones += 1
                 return
             for line in answer.iter_lines():
                 if line == "data: [DONE]":
                     seen.dones += 1
                 elif line.startswith("data: "):
-                    self._take(seen, json.loads(line.removeprefix("data: ")))
+                    self._add(seen, json.loads(line.removeprefix("data: ")))
             if not seen.dones and not seen.error:
                 seen.error = "the stream broke off"
 
     @staticmethod
-    def _take(seen: Seen, data: dict[str, Any]) -> None:
+    def _add(seen: Seen, data: dict[str, Any]) -> None:
         if "error" in data:
             seen.error = str(data["error"])
             return
