@@ -14,8 +14,9 @@ import click
 from tolhouse import config
 from tolhouse.errors import InvalidArgument, TolhouseError
 from tolhouse.logs import event, start_logging
-from tolhouse.store.base import has_password, require_private
+from tolhouse.store.base import require_private
 
+_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&]password=")  # in a URL
 EXTRAS = {
     **dict.fromkeys(("torch", "tokenizers"), "worker"),
     **dict.fromkeys(("ray", "tqdm"), "build"),
@@ -57,6 +58,9 @@ def options(kind: type[config.Config]) -> Callable:
             own = {n: value for n in names if (value := given.pop(n)) is not None}
             settings = config.load(kind, own)
             start_logging(settings.log_level)
+            if any(_PASSWORD.search(str(value)) for value in own.values()):
+                hint = "name a password_file in the URL"
+                event(f"all users can see a password on the command line: {hint}", WARNING)
             return command(settings, **given)
 
         for field, info in reversed(kind.model_fields.items()):
@@ -96,9 +100,6 @@ def stores_of(settings: config.StoreConfig | config.LookupConfig) -> tuple[str, 
         raise InvalidArgument(f"no store given: {config.STORES}")
     for url in urls:
         require_private(url, insecure=settings.insecure)
-        if has_password(url) and any(url in argument for argument in sys.argv):
-            hint = "name a password_file in the URL"
-            event(f"all users can see a password on the command line: {hint}", WARNING)
     # other processes may run elsewhere: a relative path is made absolute
     return tuple(
         f"file://{Path(url[7:]).absolute()}" if url.startswith("file://") and url[7:] else url

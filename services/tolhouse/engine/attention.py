@@ -8,6 +8,7 @@ products of attention run along memory, without a sum across a register.
 import contextlib
 import math
 import mmap
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,17 +20,10 @@ from tolhouse.engine.scheduler import ScheduledChunk
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.config import ModelConfig
 
-_FEWEST_BLOCKS = 2  # in a table: one is a case of its own to a compiler
-
-
-def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Memory of one block, all layers."""
-    return 2 * config.num_hidden_layers * config.hidden_size * dtype.itemsize * BLOCK_TOKENS
-
 
 def blocks_of(config: ModelConfig, capacity_bytes: int, dtype: torch.dtype) -> int:
     """How many blocks fit; InvalidArgument if none does."""
-    size = block_bytes(config, dtype)
+    size = 2 * config.num_hidden_layers * config.hidden_size * dtype.itemsize * BLOCK_TOKENS
     if capacity_bytes < size:
         message = f"a KV cache of {capacity_bytes} bytes holds no block"
         raise InvalidArgument(f"{message}: {BLOCK_TOKENS} tokens take {size} bytes")
@@ -62,29 +56,25 @@ def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> 
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
+@dataclass
 class AttentionMetadata:
     """One step's `Cache` (model/transformer.py): decoding sequences, then chunks of prompts."""
 
-    def __init__(
-        self,
-        pages: PagedKVCache,
-        decoding: int,
-        blocks_T: Tensor,
-        offsets_T: Tensor,
-        tables_BC: Tensor,
-        lengths_B: Tensor,
-    ) -> None:
-        self.pages, self.decoding = pages, decoding
-        self.blocks_T, self.offsets_T = blocks_T, offsets_T  # where the step's tokens go
-        self.tables_BC, self.lengths_B = tables_BC, lengths_B
-        # tokens, first position, and the blocks of the sequence if it has a past
-        self.chunks: list[tuple[int, int, Tensor | None]] = []
+    pages: PagedKVCache
+    decoding: int  # sequences
+    blocks_T: Tensor  # where the step's tokens go
+    offsets_T: Tensor
+    tables_BC: Tensor
+    lengths_B: Tensor
+    # tokens, first position, and the blocks of the sequence if it has a past
+    chunks: list[tuple[int, int, Tensor | None]] = field(default_factory=list, init=False)
 
     @classmethod
     def of(cls, pages: PagedKVCache, step: list[ScheduledChunk]) -> "AttentionMetadata":
         decoding = sum(chunk.decodes for chunk in step)
         lengths_B = np.array([chunk.last for chunk in step[:decoding]], np.int64)
-        widest = max(_FEWEST_BLOCKS, -(-int(lengths_B.max(initial=1)) // BLOCK_TOKENS))
+        # at least two blocks: one is a case of its own to a compiler
+        widest = max(2, -(-int(lengths_B.max(initial=1)) // BLOCK_TOKENS))
         tables_BC = np.zeros((decoding, widest), np.int64)
         for row, chunk in zip(tables_BC, step, strict=False):
             blocks = chunk.sequence.blocks[:widest]
@@ -112,8 +102,6 @@ class AttentionMetadata:
     def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
         keys, values = self.pages.layers[layer]
         write(k_THE, v_THE, keys, values, self.blocks_T, self.offsets_T)
-        if not self.chunks:
-            return gathered(q_THE, keys, values, self.tables_BC, self.lengths_B)
         outs, start = [], self.decoding
         if start:
             outs.append(gathered(q_THE[:start], keys, values, self.tables_BC, self.lengths_B))
@@ -154,9 +142,8 @@ def gathered(
     k_BHLE = keys[tables_BC].permute(0, 2, 1, 4, 3).flatten(2, 3)
     v_BHLE = values[tables_BC].transpose(1, 2).flatten(2, 3)
     seen_BL = torch.arange(k_BHLE.shape[2], device=q_BHE.device) < lengths_B[:, None]
-    return F.scaled_dot_product_attention(
-        q_BHE[:, :, None], k_BHLE, v_BHLE, attn_mask=seen_BL[:, None, None]
-    )[:, :, 0]
+    q, mask = q_BHE[:, :, None], seen_BL[:, None, None]
+    return F.scaled_dot_product_attention(q, k_BHLE, v_BHLE, attn_mask=mask)[:, :, 0]
 
 
 def streamed(

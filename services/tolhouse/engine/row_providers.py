@@ -34,7 +34,7 @@ from tolhouse.net.health import PeerHealth
 from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.table.manifest import Manifest
 from tolhouse.table.row_cache import RowCache, capacity_for
-from tolhouse.tracing import Attributes, span
+from tolhouse.tracing import span
 
 Counts = dict[str, float]  # by field of `RowCounts` in generation.proto
 _FILL_BYTES = 16 << 20  # fetched at a time while the cache is filled
@@ -54,9 +54,9 @@ class SourceRows:
     def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
         """Write the records of distinct `ids` (uint32 [T]) into rows `slots` [T] of `out`."""
         started = time.perf_counter()
-        attributes: Attributes = {"tolhouse.table": self.manifest.ref, "tolhouse.rows": len(ids)}
+        table = self.manifest.ref
         try:
-            with span("fetch rows", attributes):
+            with span("fetch rows", {"tolhouse.table": table, "tolhouse.rows": len(ids)}):
                 self.source.fetch_records(self.manifest, ids, out, slots)
         except NotFound as error:  # the table was there at start: its loss is no fault of a request
             raise Unavailable(str(error)) from None
@@ -87,9 +87,11 @@ class RecomputedRows:
 
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         if manifest.parent or manifest.ranks:
-            kind = "edited" if manifest.parent else "low-rank"
-            message = f"--fallback recompute can't compute {kind} table {manifest.ref}"
-            raise Mismatch(f"{message}: serve it without")
+            what = (
+                "changed rows of overlay" if manifest.parent else "coefficients of low-rank table"
+            )
+            message = f"can't compute the {what} {manifest.ref}: serve it without"
+            raise Mismatch(f"--fallback recompute {message}")
         self.rows, self.manifest = 0, manifest
         self._lock = threading.Lock()  # a prefetch may run beside a step, over the same modules
         self.model = checkpoint.model(embedding=False, dtype=None)
@@ -122,7 +124,11 @@ class FallbackRows:
 
     def __init__(self, primary: SourceRows, recomputed: RecomputedRows) -> None:
         self.primary, self.recomputed, self.ref = primary, recomputed, primary.manifest.ref
-        self.health = PeerHealth("source of rows", self._answers, longest_seconds=5.0)
+
+        def answers(ref: str) -> bool:  # and has the table
+            return ref in [manifest.ref for manifest, _ in primary.source.tables()]
+
+        self.health = PeerHealth("source of rows", answers, longest_seconds=5.0)
 
     @property
     def ready(self) -> bool:
@@ -136,10 +142,6 @@ class FallbackRows:
             except (Unavailable, DeadlineExceeded) as error:
                 self.health.report_down(self.ref, error)
         self.recomputed.fetch(ids, out, slots)
-
-    def _answers(self, ref: str) -> bool:
-        """Whether the source can be reached, and has the table."""
-        return ref in [manifest.ref for manifest, _ in self.primary.source.tables()]
 
     def counts(self) -> Counts:
         return self.primary.counts() | {"recomputed": self.recomputed.rows}

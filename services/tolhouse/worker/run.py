@@ -1,6 +1,7 @@
 """A worker process: builds the engine, follows the table, serves."""
 
 import asyncio
+import re
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,10 +41,12 @@ class Builder:
         self.checkpoint, self.config, self.source = checkpoint, config, source
         self.table = config.table or checkpoint.name
         self.device = _device(config.device)
-        self.dtype = _dtype(config.dtype, self.device)
+        self.on_cpu = self.device.type == "cpu"
+        # on a CPU, all batch sizes give the same tokens in float32
+        best = "float32" if self.on_cpu else "bfloat16"
+        self.dtype: torch.dtype = getattr(torch, config.dtype.replace("auto", best))
         capacity_bytes = int(config.kv_cache_megabytes * 1e6)
         self.cache = BlockManager(blocks_of(checkpoint.config, capacity_bytes, self.dtype))
-        self.on_cpu = self.device.type == "cpu"
         self.compiled = CompiledDecode(checkpoint, self.dtype, config.compile_cache)
 
     def build(self) -> Engine:
@@ -137,7 +140,7 @@ def wait_for_table(source: RowSource, table: str, seconds: float) -> Manifest:
                 raise type(error)(f"{error} (waited {seconds:g} s)") from None
             if not logged:
                 event("waiting for the table", table=table, reason=str(error))
-                logged = True
+            logged = True
             time.sleep(0.2)
 
 
@@ -158,22 +161,10 @@ def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
             raise Mismatch(f"{message}, but checkpoint {checkpoint.path.name} has {own}: {hint}")
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 on a GPU, float32 on a CPU, where all batch sizes give the same tokens."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return getattr(torch, name)
-
-
 def _device(name: str) -> torch.device:
     on_gpu = torch.cuda.is_available()
-    if name == "auto":
-        name = "cuda" if on_gpu else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda")[: 1 + on_gpu]:
-        allowed = "cpu, cuda or auto" if on_gpu else "cpu or auto, as there is no GPU"
-        raise InvalidArgument(f"--device {name!r} is not on this machine; {allowed}")
-    return device
+    name = ("cuda" if on_gpu else "cpu") if name == "auto" else name
+    if re.fullmatch(r"cpu|cuda(:\d+)?" if on_gpu else "cpu", name):
+        return torch.device(name)
+    allowed = "cpu, cuda or auto" if on_gpu else "cpu or auto, as there is no GPU"
+    raise InvalidArgument(f"--device {name!r} is not on this machine; {allowed}")

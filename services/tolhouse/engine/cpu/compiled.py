@@ -36,7 +36,7 @@ from tolhouse.logs import event, log
 from tolhouse.model import transformer
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig
-from tolhouse.model.transformer import Block, RMSNorm, Transformer
+from tolhouse.model.transformer import Block, Transformer
 
 ALONE, SEVERAL = "alone.pt2", "several.pt2"  # one sequence is a case of its own to a compiler
 DIGESTS = "digests.json"  # of the two
@@ -141,9 +141,8 @@ class DecodeBlock(nn.Module):
         if cache.chunks or not self.compiled.ready:
             return self.block(x_TD, rope, cache, row_TD)
         run = self.compiled.alone if len(x_TD) == 1 else self.compiled.several
-        if row_TD is None and self.has_row:  # absent from the table: compiled code adds one anyway
-            row_TD = torch.zeros_like(x_TD)
-        row = [] if row_TD is None else [row_TD]
+        # compiled code adds a row also where the table has none
+        row = [torch.zeros_like(x_TD) if row_TD is None else row_TD] if self.has_row else []
         return run.boxed_run([*self.state, x_TD, *rope, *cache.layer(self.layer), *row])[0]
 
 
@@ -197,7 +196,10 @@ def _compile(config: ModelConfig, dtype: torch.dtype, work: Path, folder: Path) 
 
 def _export(config: ModelConfig, dtype: torch.dtype, sequences: int, path: Path) -> None:
     """Compile the decode step of one block for one sequence, or for any number from two."""
-    block = _stand_in(config, dtype)
+    with torch.device("meta"):
+        block = Block(config, 0)
+    packed.pack(block, packed.by_handle)  # without weights: handles will name its linear layers
+    block.to_empty(device="cpu").to(dtype).requires_grad_(False)
     pages = PagedKVCache(config, 2 * sequences, torch.device("cpu"), dtype)
     count = torch.zeros(sequences, dtype=torch.int64)
     tables_BC = torch.arange(2 * sequences).view(sequences, 2)
@@ -214,20 +216,6 @@ def _export(config: ModelConfig, dtype: torch.dtype, sequences: int, path: Path)
     exported = torch.export.export(_Decode(block), inputs, dynamic_shapes=shapes)
     package = torch._inductor.aoti_compile_and_package  # noqa: SLF001 - its documented name
     package(exported, package_path=str(path), inductor_configs=_OPTIONS)
-
-
-def _stand_in(config: ModelConfig, dtype: torch.dtype) -> Block:
-    """A packed block without weights: its linear layers call those that their handles will name."""
-    with torch.device("meta"):
-        block = Block(config, 0)
-    packed.pack(block, packed.by_handle)
-    ones = nn.Parameter(torch.ones(config.hidden_size, dtype=dtype), requires_grad=False)
-    for module in block.modules():
-        if isinstance(module, RMSNorm):
-            module.weight = nn.Parameter(ones.clone(), requires_grad=False)
-    if block.ffn_scale is not None:
-        block.ffn_scale = ones
-    return block
 
 
 class _Decode(nn.Module):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tolhouse.model.checkpoint import Checkpoint
-from tolhouse.model.transformer import Attention, Block, Cache, RMSNorm, Transformer, rotate
+from tolhouse.model.transformer import Attention, Block, Cache, Transformer, rotate
 
 _LARGEST_FLOAT16 = 65504.0
 
@@ -53,21 +53,6 @@ class PackedLinear(nn.Module):
         return self.run(x_TD)
 
 
-def float16_linear(weight: Tensor) -> PackedLinear:
-    """float32 over float16 weights, exact to 2^-25 for bfloat16 ones. FBGEMM's, on x86."""
-    weights = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
-    run = torch.ops.quantized.linear_dynamic_fp16.default
-    return PackedLinear(len(weight), lambda x_TD: run(x_TD, weights))
-
-
-def onednn_linear(weight: Tensor, dtype: torch.dtype) -> PackedLinear:
-    """Input, weights and output in one dtype, float32 or bfloat16."""
-    ops = torch.ops.mkldnn
-    weights = ops._reorder_linear_weight(weight.to(dtype), None)  # noqa: SLF001 - no public name
-    run = ops._linear_pointwise.default  # noqa: SLF001 - that torch's own compiler calls
-    return PackedLinear(len(weight), lambda x_TD: run(x_TD, weights, None, "none", [], ""))
-
-
 def by_handle(weight: Tensor) -> PackedLinear:
     """A layer without weights, for a compiler: it calls the layer that its handle will name."""
     op = torch.ops.tolhouse.packed_linear
@@ -94,11 +79,17 @@ def linear(weight: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Modul
     if device.type == "cpu":
         sixteen_bit = weight.dtype in (torch.bfloat16, torch.float16)
         fits = sixteen_bit and float(weight.abs().max()) < _LARGEST_FLOAT16
-        has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+        has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines  # on x86
         if fits and dtype == torch.float32 and has_fbgemm:
-            return float16_linear(weight)
+            # float32 over float16 weights, exact to 2^-25 for bfloat16 ones
+            float16 = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+            run = torch.ops.quantized.linear_dynamic_fp16.default
+            return PackedLinear(len(weight), lambda x_TD: run(x_TD, float16))
         if torch.backends.mkldnn.is_available():
-            return onednn_linear(weight, dtype)
+            # what torch's own compiler calls; there are no public names
+            weights = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), None)  # noqa: SLF001
+            run = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001
+            return PackedLinear(len(weight), lambda x: run(x, weights, None, "none", [], ""))
     outputs, inputs = weight.shape
     layer = nn.Linear(inputs, outputs, bias=False, device="meta")
     layer.weight = nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
@@ -128,23 +119,17 @@ def load(
     model = checkpoint.model(ffn_m=False, embedding=False, dtype=None)
     for block in cast("Iterable[Block]", model.layers):
         pack(block, lambda weight: linear(weight, device, dtype))
-    _replace(model, "lm_head", linear(model.lm_head.weight, device, dtype))
+    model.set_submodule("lm_head", linear(model.lm_head.weight, device, dtype))
     if embedding:
         weight = checkpoint.embedding()
         if not checkpoint.config.tie_word_embeddings:
             weight = weight.to(device, copy=True)
         elif isinstance(model.lm_head, nn.Linear):
             weight = model.lm_head.weight
-        _replace(model, "embed_tokens", Embedding(weight, dtype))
-
-    def own(weight: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
-
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.weight = own(module.weight)
-        elif isinstance(module, Block) and module.ffn_scale is not None:
-            module.ffn_scale = own(module.ffn_scale)
+        model.embed_tokens = cast("nn.Embedding", Embedding(weight, dtype))
+    for parameter in model.parameters():  # norms and scales
+        parameter.requires_grad_(False)
+        parameter.data = parameter.to(device, dtype)
     return model
 
 
@@ -153,18 +138,7 @@ def pack(block: Block, make: Callable[[Tensor], nn.Module]) -> None:
     attention = block.self_attn
     qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
     fused = FusedAttention(attention, make(qkv), make(attention.o_proj.weight))
-    _replace(block, "self_attn", fused)
-    if block.mlp:
-        _replace_linears(block.mlp, make)
-
-
-def _replace(module: nn.Module, name: str, by: nn.Module) -> None:
-    setattr(module, name, by)  # another class with the same call
-
-
-def _replace_linears(module: nn.Module, make: Callable[[Tensor], nn.Module]) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            _replace(module, name, make(child.weight))
-        else:
-            _replace_linears(child, make)
+    block.set_submodule("self_attn", fused)
+    for name, child in list(block.named_modules()):
+        if isinstance(child, nn.Linear) and name.startswith("mlp."):
+            block.set_submodule(name, make(child.weight))
