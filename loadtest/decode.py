@@ -27,6 +27,7 @@ from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
 from tolhouse.engine.runner import Runner
+from tolhouse.engine.scheduler import Scheduler
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig, preset
 from tolhouse.table.manifest import Manifest
@@ -108,7 +109,7 @@ def engine_of(
     pages.values.zero_()
     model = load(checkpoint, CPU, torch.float32)
     compiled.attach(model)
-    engine = Engine(Runner(model, pages, rows), cache, 64, 1000, 512)
+    engine = Engine(Runner(model, pages, rows), Scheduler(cache, 64, 512), 1000)
     return Measured(name, engine, read_bytes(shape))
 
 

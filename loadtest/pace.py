@@ -23,7 +23,7 @@ from tolhouse.engine.block_manager import BlockManager
 from tolhouse.engine.dequant import StagedRows
 from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
-from tolhouse.engine.scheduler import ScheduledChunk
+from tolhouse.engine.scheduler import ScheduledChunk, Scheduler
 from tolhouse.model.config import preset
 from torch import Tensor
 
@@ -68,7 +68,8 @@ class Paced:
 
 
 def engine(rows: RowProvider, seconds: Callable[[int], float]) -> Engine:
-    return Engine(Paced(rows, seconds), BlockManager(8192), SEQUENCES, 1000, 512)  # type: ignore[arg-type]
+    scheduler = Scheduler(BlockManager(8192), SEQUENCES, 512)
+    return Engine(Paced(rows, seconds), scheduler, 1000)  # type: ignore[arg-type]
 
 
 def paced(

@@ -10,6 +10,7 @@ from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import NoRows, RowProvider
 from tolhouse.engine.runner import Runner
+from tolhouse.engine.scheduler import Scheduler
 from tolhouse.engine.sequence import Output, Sequence
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.transformer import Transformer
@@ -60,7 +61,8 @@ def engine_of(
     cache = BlockManager(kv_tokens // BLOCK_TOKENS)
     pages = PagedKVCache(checkpoint.config, cache.num_blocks + 1, CPU, torch.float32)
     model = model or load(checkpoint, CPU, torch.float32, not rows.has_x0)
-    return Engine(runner(model, pages, rows), cache, max_running, 1000, max_step_tokens)
+    scheduler = Scheduler(cache, max_running, max_step_tokens)
+    return Engine(runner(model, pages, rows), scheduler, 1000)
 
 
 def run(engine: Engine, steps: int = 10_000) -> None:

@@ -36,24 +36,21 @@ class PagedKVCache:
     ) -> None:
         layers, heads, size = config.num_hidden_layers, config.num_attention_heads, config.head_dim
         # zeros, as masked values must be numbers; a block's layers side by side, as all are written
-        pages = _zeros((num_blocks, 2, layers, heads, BLOCK_TOKENS * size), device, dtype)
+        shape = num_blocks, 2, layers, heads, BLOCK_TOKENS * size
+        if device.type == "cpu":  # in fresh memory, which is paged in when written, in huge pages
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
+            with contextlib.suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            pages = torch.frombuffer(memory, dtype=dtype).view(shape)
+        else:
+            pages = torch.zeros(shape, dtype=dtype, device=device)
         keys = pages[:, 0].unflatten(-1, (size, BLOCK_TOKENS))
         values = pages[:, 1].unflatten(-1, (BLOCK_TOKENS, size))
         self.keys = keys.transpose(0, 1)  # [N, blocks, H, E, S]
         self.values = values.transpose(0, 1)  # [N, blocks, H, S, E]
         self.layers = list(zip(self.keys, self.values, strict=True))
         self.device = device
-
-
-def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """On a CPU in fresh anonymous memory, which is paged in when written, in huge pages."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 @dataclass
@@ -106,25 +103,18 @@ class AttentionMetadata:
         if start:
             outs.append(gathered(q_THE[:start], keys, values, self.tables_BC, self.lengths_B))
         for count, first, past in self.chunks:
-            part = slice(start, start + count)
-            if past is None:
-                k_HLE, v_HLE = k_THE[part].transpose(0, 1), v_THE[part].transpose(0, 1)
-            else:
-                k_HLE = keys[past].permute(1, 0, 3, 2).flatten(1, 2)[:, : first + count]
-                v_HLE = values[past].transpose(0, 1).flatten(1, 2)[:, : first + count]
-            outs.append(_chunk(q_THE[part].transpose(0, 1), k_HLE, v_HLE, first).transpose(0, 1))
+            part, last, mask_TL = slice(start, start + count), first + count, None
+            q_HTE, k_HLE, v_HLE = (x[part].transpose(0, 1) for x in (q_THE, k_THE, v_THE))
+            if past is not None:
+                k_HLE = keys[past].permute(1, 0, 3, 2).flatten(1, 2)[:, :last]
+                v_HLE = values[past].transpose(0, 1).flatten(1, 2)[:, :last]
+                mask_TL = q_HTE.new_full((count, last), -math.inf).triu(first + 1)
+            q, k, v = q_HTE[None], k_HLE[None], v_HLE[None]
+            causal = mask_TL is None
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TL, is_causal=causal)
+            outs.append(out[0].transpose(0, 1))
             start += count
         return torch.cat(outs) if len(outs) > 1 else outs[0]
-
-
-def _chunk(q_HTE: Tensor, k_HLE: Tensor, v_HLE: Tensor, first: int) -> Tensor:
-    """Attention of T consecutive tokens from position `first` to the L = first + T so far."""
-    q, k, v = q_HTE[None], k_HLE[None], v_HLE[None]
-    if not first:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0]
-    shape = q_HTE.shape[1], k_HLE.shape[1]
-    mask_TL = torch.full(shape, -math.inf, dtype=q.dtype, device=q.device).triu(first + 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TL)[0]
 
 
 def write(

@@ -15,7 +15,6 @@ import torch
 from prometheus_client import Histogram
 from torch import Tensor
 
-from tolhouse.engine.block_manager import BlockManager
 from tolhouse.engine.dequant import StagedRows
 from tolhouse.engine.row_providers import RowProvider
 from tolhouse.engine.runner import Launched, Runner
@@ -35,19 +34,12 @@ Scores = dict[Sequence, Logprobs]
 
 
 class Engine:
-    def __init__(
-        self,
-        runner: Runner,
-        cache: BlockManager,
-        max_running: int,
-        max_waiting: int,
-        max_step_tokens: int,
-    ) -> None:
-        self.runner, self.cache, self.max_waiting = runner, cache, max_waiting  # of new sequences
+    def __init__(self, runner: Runner, scheduler: Scheduler, max_waiting: int) -> None:
+        self.runner = runner  # of new sequences
+        self.scheduler, self.cache, self.max_waiting = scheduler, scheduler.cache, max_waiting
         self._served = {self.table: runner}  # by table version: all that sequences use
         self._retired: Counter[str] = Counter()  # row counts of versions no longer in use
         self._lock = threading.Lock()  # of the two
-        self.scheduler = Scheduler(cache, max_running, max(max_running, max_step_tokens))
         self.tokens = self.steps = 0  # sampled tokens, and steps run
         self.step_seconds = self.forward_seconds = 0.0  # all of it, and the model's part
         self.histograms = [

@@ -1,10 +1,8 @@
 """The forward of a step: from chunks of sequences and staged rows to hidden states and logits.
 
-On a GPU, decode steps are CUDA graphs, recorded once for each size, so that a step is two launches
-in place of a thousand. The first graph ends where the first row is needed, so that the device
-attends while rows are on their way; the second decodes the rows from the slab and does the rest.
-Steps with prompts run uncaptured. On a CPU nothing is recorded: the same code runs each time, which
-is how it is tested there.
+On a GPU, decode steps are CUDA graphs, recorded once for each size: two launches in place of a
+thousand. The first graph ends where the first row is needed, so that the device attends while rows
+are on their way. Steps with prompts run uncaptured. On a CPU, for tests, nothing is recorded.
 """
 
 import functools

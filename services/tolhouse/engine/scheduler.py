@@ -7,6 +7,7 @@ always advances, so that all of them end.
 """
 
 import bisect
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,7 @@ class ScheduledChunk:
 
 
 Chunks = dict[Sequence, ScheduledChunk]
+_rank = operator.attrgetter("priority", "arrival")
 
 
 def token_ids(step: list[ScheduledChunk]) -> np.ndarray:
@@ -46,15 +48,12 @@ def token_ids(step: list[ScheduledChunk]) -> np.ndarray:
     return np.array(ids, np.uint32)
 
 
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    return sequence.priority, sequence.arrival
-
-
 class Scheduler:
     """Owns the queue and the batch, both in order of priority and then of arrival."""
 
     def __init__(self, cache: BlockManager, max_running: int, max_step_tokens: int) -> None:
-        self.cache, self.max_running, self.max_step_tokens = cache, max_running, max_step_tokens
+        self.cache, self.max_running = cache, max_running
+        self.max_step_tokens = max(max_running, max_step_tokens)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -80,8 +79,8 @@ class Scheduler:
             for sequence in list(self.running):
                 pending = len(sequence.ids) - sequence.computed
                 count = min(pending, budget)
-                skipped = not count or sequence in step or (pending == 1) != decoding
-                if not skipped and self._make_room(sequence, count, step):
+                fits = count and decoding == (pending == 1)
+                if fits and self._make_room(sequence, count, step):
                     first = sequence.computed
                     step[sequence] = ScheduledChunk(sequence, first, first + count)
                     budget -= count

@@ -19,6 +19,7 @@ from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
 from tolhouse.engine.runner import GraphRunner, Runner
+from tolhouse.engine.scheduler import Scheduler
 from tolhouse.errors import InvalidArgument, Mismatch, NotFound, Unavailable
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
@@ -61,8 +62,8 @@ class Builder:
         self.model = load(self.checkpoint, self.device, self.dtype, embedding=not rows.has_x0)
         if self.on_cpu:
             self.compiled.attach(self.model)
-        limits = config.max_num_seqs, config.max_waiting, config.max_num_batched_tokens
-        self.engine = Engine(self._runner(rows), self.cache, *limits)
+        scheduler = Scheduler(self.cache, config.max_num_seqs, config.max_num_batched_tokens)
+        self.engine = Engine(self._runner(rows), scheduler, config.max_waiting)
         return self.engine
 
     def reload(self, manifest: Manifest) -> None:
