@@ -227,6 +227,12 @@ def require_private(url: str, *, insecure: bool) -> str:
     raise InvalidArgument(f"Redis at {shown(url)} is another machine and would be called {how}")
 
 
+def has_password(url: str) -> bool:
+    """Whether the URL itself holds a password."""
+    parts, options, _ = _parts(url)
+    return bool(parts.password) or "password" in options
+
+
 def not_understood(url: str) -> InvalidArgument:
     allowed = "file://PATH, redis://HOST:PORT and rediss://HOST:PORT"
     return InvalidArgument(f"store {shown(url)!r} is not understood; allowed are {allowed}")
