@@ -197,11 +197,13 @@ def test_an_enormous_header_is_refused(cluster: Cluster) -> None:
     "data", [b"\x16\x03\x01\x00\xf8\x01\x00\r\n\r\n", b"GET / HTTP/1.1\r\n" * 2_000]
 )
 def test_what_is_not_http_is_refused(data: bytes, cluster: Cluster) -> None:
-    """In OpenAI's form, and the connection is closed."""
+    """With 400, and the connection is closed."""
     with connect(cluster.gateway) as connection:
         connection.sendall(data)
-        status, message = answered(connection)
-    assert (400, True) == (status, "this is not HTTP" in message)
+        with suppress(ConnectionError):
+            assert connection.recv(100).startswith(b"HTTP/1.1 400")
+            while connection.recv(4096):
+                pass
 
 
 def test_too_many_connections_are_refused(cluster: Cluster) -> None:

@@ -8,6 +8,7 @@ import ssl
 from collections.abc import Callable
 from http import HTTPStatus
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -20,11 +21,6 @@ from tolhouse.gateway.middleware import MAX_HEADER_BYTES
 from tolhouse.logs import event, ready, redirect_log, split_address
 
 
-class _Http(H11Protocol):
-    def send_400_response(self, msg: str) -> None:
-        self.app_state["connection"].refuse_invalid()
-
-
 class LimitedConnection(asyncio.Protocol):
     """Passes everything to uvicorn's protocol, and closes the connection of a slow caller.
 
@@ -34,7 +30,7 @@ class LimitedConnection(asyncio.Protocol):
     def __init__(self, config: GatewayConfig, server: uvicorn.Server) -> None:
         self.config, state = config, server.server_state
         self._open, app_state = state.connections, {"connection": self}
-        self._http: asyncio.Protocol = _Http(server.config, state, app_state)
+        self._http: asyncio.Protocol = H11Protocol(server.config, state, app_state)
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._requests = 0  # a next one may begin before the last has ended
         self._received = False  # something since the last request began
@@ -54,8 +50,13 @@ class LimitedConnection(asyncio.Protocol):
         if self._transport.is_closing():
             return
         self._received = True
-        self._http.data_received(data)
-        if not (self._requests or "header" in self._timers or self._transport.is_closing()):
+        try:
+            self._http.data_received(data)
+        except h11.LocalProtocolError:  # what is not HTTP, in the middle of an answer
+            self._transport.close()
+        if self._transport.is_closing():
+            _count_refusal(400, "this is not HTTP, or its header is too large")
+        elif not (self._requests or "header" in self._timers):
             self._start("header", self.config.header_timeout_seconds, self._too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -81,13 +82,6 @@ class LimitedConnection(asyncio.Protocol):
         self._requests -= 1
         self._unread = not complete
 
-    def refuse_invalid(self) -> None:
-        if self._requests or self._unread:  # an answer has begun, or is complete
-            self._transport.close()
-        else:
-            most = MAX_HEADER_BYTES
-            self._refuse(400, f"this is not HTTP, or its header has more than {most} bytes")
-
     def _start(self, timer: str, seconds: float, action: Callable[[], None]) -> None:
         self._timers[timer] = asyncio.get_running_loop().call_later(seconds, action)
 
@@ -104,13 +98,17 @@ class LimitedConnection(asyncio.Protocol):
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer in OpenAI's form, and close."""
-        metrics.REQUESTS.labels("other", status).inc()
-        event("refused", status=status, reason=message)
+        _count_refusal(status, message)
         response = error_response(message, status, {"Connection": "close"})
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()]
         lines += [b": ".join(header) for header in response.raw_headers]
         self._transport.write(b"\r\n".join([*lines, b"", response.body]))
         self._transport.close()
+
+
+def _count_refusal(status: int, reason: str) -> None:
+    metrics.REQUESTS.labels("other", status).inc()
+    event("refused", status=status, reason=reason)
 
 
 async def serve(app: ASGIApp, config: GatewayConfig, tls: ssl.SSLContext | None) -> None:
