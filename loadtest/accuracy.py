@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
-from tolhouse.model.kv import NoCache
+from tolhouse.model.transformer import NoCache
 from tolhouse.table import codecs
 from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_library
 from torch import Tensor

@@ -18,7 +18,7 @@ def random_weights(path: Path, shape: ModelConfig) -> Path:
     if not path.exists():
         path.mkdir(parents=True)
         noise = (torch.randn(2**22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-        tensors = {name: _filled(noise, size) for name, size in tensor_shapes(shape)}
+        tensors = {name: _filled(noise, size) for name, size in tensor_shapes(shape).items()}
         save_file(tensors, path / WEIGHTS)
         _write_rest(path, shape)
     return path
@@ -28,7 +28,7 @@ def zero_weights(path: Path, shape: ModelConfig) -> Path:
     """The same, all zeros and a file with holes: of any size at once."""
     path.mkdir(parents=True)
     header, end = {}, 0
-    for name, size in tensor_shapes(shape):
+    for name, size in tensor_shapes(shape).items():
         start, end = end, end + 2 * math.prod(size)
         header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [start, end]}
     data = json.dumps(header).encode()

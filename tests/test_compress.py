@@ -17,7 +17,7 @@ from tolhouse.build.job import plan
 from tolhouse.errors import InUse, InvalidArgument
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
-from tolhouse.model.kv import NoCache
+from tolhouse.model.transformer import NoCache
 from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.store.base import open_store
 from tolhouse.store.overlay import make_overlay

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.config import PRESETS, ModelConfig, preset
-from tolhouse.model.transformer import Transformer, active_parameters, total_parameters
+from tolhouse.model.transformer import Transformer, parameter_counts
 
 # PAPER table 1, corrected: millions of active parameters of base, memory, and flex with beta 1 to 3
 PAPER = {
@@ -37,8 +37,9 @@ def test_presets_print_the_paper_s_numbers(size: str, ffn_c: str) -> None:
     """Cut to millions, active parameters are those of its table; totals, of its base model."""
     with torch.device("meta"):
         models = [Transformer(preset(size, kind, beta, ffn_c=ffn_c)) for kind, beta in KINDS]
-    assert PAPER[size] == tuple(active_parameters(model) // 10**6 for model in models)
-    assert {PAPER[size][0]} == {total_parameters(model) // 10**6 for model in models}
+    counts = [[count // 10**6 for count in parameter_counts(model)] for model in models]
+    assert PAPER[size] == tuple(active for _, active in counts)
+    assert {PAPER[size][0]} == {total for total, _ in counts}
 
 
 @pytest.mark.parametrize("ffn_c", ["linear", "swiglu"])
@@ -47,7 +48,7 @@ def test_our_presets_differ_by_flex_s_third_norm_alone(size: str, ffn_c: str) ->
     """Every kind has two norms per layer and equal matrices; flex has a third norm, for FFN-C."""
     with torch.device("meta"):
         models = [Transformer(preset(size, kind, beta, ffn_c=ffn_c)) for kind, beta in KINDS]
-    base, memory, *flex = [total_parameters(model) for model in models]
+    base, memory, *flex = [parameter_counts(model)[0] for model in models]
     third = models[0].config.num_hidden_layers * models[0].config.hidden_size
     assert base == memory
     assert [memory + third] * 3 == flex

@@ -14,7 +14,7 @@ from tolhouse.engine.row_providers import CachedRows
 from tolhouse.engine.runner import GraphRunner, Runner
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
-from tolhouse.model.kv import GrowingCache
+from tolhouse.model.transformer import GrowingCache
 from tolhouse.testing import build_table, tiny_model
 
 from tests.engines import CPU, Request, engine_of, run, serve

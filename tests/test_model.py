@@ -9,8 +9,7 @@ from tolhouse.errors import InvalidArgument, PromptTooLong
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.config import preset
 from tolhouse.model.generate import greedy
-from tolhouse.model.kv import GrowingCache, NoCache
-from tolhouse.model.transformer import Transformer
+from tolhouse.model.transformer import GrowingCache, NoCache, Transformer
 from tolhouse.testing import tiny_model
 
 KINDS = [

@@ -128,7 +128,7 @@ def test_the_loss_is_that_of_the_model_itself(small: Recipe, text: Path, tmp_pat
     trainer.run()
     inputs, targets = trainer.batch(ids[0], 0, 5)
     model, length = trainer.model, small.sequence_tokens
-    from tolhouse.model.kv import NoCache
+    from tolhouse.model.transformer import NoCache
 
     logits = model(
         inputs,

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 from tolhouse.model.config import preset
-from tolhouse.model.kv import NoCache
-from tolhouse.model.transformer import RMSNorm, SwiGLU, Transformer
+from tolhouse.model.transformer import NoCache, SwiGLU, Transformer
 from torch import Tensor
 
 KINDS = [
@@ -30,7 +29,7 @@ def model_of(kind: str, beta: int = 0, ffn_c: str = "linear", **overrides) -> Tr
     return model.eval().requires_grad_(False)
 
 
-def norm(x: Tensor, layer: RMSNorm) -> Tensor:
+def norm(x: Tensor, layer: torch.nn.RMSNorm) -> Tensor:
     return x / math.sqrt(x.square().mean() + layer.eps) * layer.weight
 
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from tolhouse.model.transformer import Transformer, active_parameters, total_parameters
+from tolhouse.model.transformer import Transformer, parameter_counts
 from tolhouse.train.recipes import recipe
 from torch import device
 
@@ -36,8 +36,7 @@ class Run(NamedTuple):
         """Total and active ones, without embeddings."""
         config = replace(recipe(self.recipe, self.kind, self.beta).config, ffn_c=self.ffn_c)
         with device("meta"):
-            model = Transformer(config)
-        return total_parameters(model), active_parameters(model)
+            return parameter_counts(Transformer(config))
 
 
 KINDS = (

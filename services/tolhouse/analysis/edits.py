@@ -1,7 +1,9 @@
 """Edits of token rows as a user writes them: TOKEN=OTHER, TOKEN=FACTOR, or a file of rows."""
 
+import math
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from tolhouse.errors import InvalidArgument, NotFound
 from tolhouse.store.base import Store
 from tolhouse.table.manifest import Manifest
 
-_BAD_ARCHIVE = (OSError, ValueError, LookupError, EOFError, TypeError, zipfile.BadZipFile)
+_BAD_ZIP = (zipfile.BadZipFile, zlib.error)
+_BAD_ARCHIVE = (OSError, ValueError, LookupError, EOFError, TypeError, *_BAD_ZIP)
 
 
 def token_id(word: str, tokenizer: Tokenizer | None) -> int:
@@ -21,9 +24,10 @@ def token_id(word: str, tokenizer: Tokenizer | None) -> int:
     if tokenizer is None:
         raise InvalidArgument(f"token {word!r} is not an id: give --checkpoint, for its tokenizer")
     text = word[1:-1] if len(word) > 2 and word[0] == word[-1] and word[0] in "'\"" else word
-    if any(0xD800 <= ord(c) < 0xE000 for c in text):  # bytes of the command line, not UTF-8
-        raise InvalidArgument(f"token {text!a} is not UTF-8: give its id")
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+    except TypeError:  # bytes of the command line
+        raise InvalidArgument(f"token {text!a} is not UTF-8: give its id") from None
     if len(ids) != 1:
         words = ((tokenizer.decode([i], skip_special_tokens=False), i) for i in ids[:8])
         parts = ", ".join(f"{word!r} ({i})" for word, i in words)
@@ -48,13 +52,10 @@ def scale_of(edit: str, tokenizer: Tokenizer | None) -> tuple[int, float]:
     token, _, value = edit.rpartition("=")
     if not token or not value:
         raise InvalidArgument(f"--scale {edit!r} is not TOKEN=FACTOR")
-    try:
-        factor = float(value)
-    except ValueError:
-        factor = float("nan")
-    if not np.isfinite(factor):
-        raise InvalidArgument(f"{value!r} is not a number to scale a row by")
-    return token_id(token, tokenizer), factor
+    with suppress(ValueError):
+        if math.isfinite(factor := float(value)):
+            return token_id(token, tokenizer), factor
+    raise InvalidArgument(f"{value!r} is not a number to scale a row by")
 
 
 def read_rows(file: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -64,17 +65,14 @@ def read_rows(file: Path) -> tuple[np.ndarray, np.ndarray]:
             ids, rows = archive["ids"], archive["rows"]
     except FileNotFoundError:
         raise NotFound(f"no file {file}") from None
-    except (*_BAD_ARCHIVE, zlib.error) as error:
-        raise InvalidArgument(
-            f"{file} is not an .npz archive with arrays `ids` and `rows`: {error}"
-        ) from None
+    except _BAD_ARCHIVE as error:
+        arrays = "arrays `ids` and `rows`"
+        raise InvalidArgument(f"{file} is not an .npz archive with {arrays}: {error}") from None
     kinds = ids.dtype.kind in "iu" and rows.dtype.kind == "f"
     if not kinds or (ids.ndim, rows.ndim) != (1, 3) or len(rows) != len(ids):
         arrays = f"{ids.dtype} {list(ids.shape)} and {rows.dtype} {list(rows.shape)}"
-        raise InvalidArgument(
-            f"{file}: ids must be a flat list of whole numbers and rows floats "
-            f"[ids, layers, width], not {arrays}"
-        )
+        rule = "ids must be a flat list of whole numbers and rows floats [ids, layers, width]"
+        raise InvalidArgument(f"{file}: {rule}, not {arrays}")
     return ids.astype(np.int64), _finite(rows)
 
 
@@ -98,10 +96,8 @@ def edited_rows(
             rows[:, x0] = store.rows(manifest, targets.astype(np.uint32))[:, x0]
         rows = _finite(rows)
         if given and given[1].shape[1:] != rows.shape[1:]:
-            shapes = [list(array.shape[1:]) for array in (given[1], rows)]
-            raise InvalidArgument(
-                f"the given rows are of {shapes[0]}; those of {manifest.ref} of {shapes[1]}"
-            )
+            new, old = (list(array.shape[1:]) for array in (given[1], rows))
+            raise InvalidArgument(f"the given rows are of {new}; those of {manifest.ref} of {old}")
         parts = [(targets.astype(np.int64), rows), *parts]
     return np.concatenate([ids for ids, _ in parts]), np.concatenate([rows for _, rows in parts])
 
@@ -109,7 +105,6 @@ def edited_rows(
 def _finite(rows: np.ndarray) -> np.ndarray:
     """As float32; InvalidArgument where a value is not finite in it."""
     if not (np.abs(rows) <= np.finfo(np.float32).max).all():
-        raise InvalidArgument(
-            "the edited rows hold values that are not finite in 32 bits: give smaller ones"
-        )
+        message = "the edited rows hold values that are not finite in 32 bits: give smaller ones"
+        raise InvalidArgument(message)
     return rows.astype(np.float32)

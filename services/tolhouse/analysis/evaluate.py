@@ -16,8 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tolhouse.errors import InvalidArgument
-from tolhouse.model.kv import NoCache
-from tolhouse.model.transformer import Transformer
+from tolhouse.model.transformer import NoCache, Transformer
 
 _BATCH_TOKENS = 4096
 DECILES = 10
@@ -71,8 +70,8 @@ def evaluate(
     if end + 1 < len(ids):
         batches.append(ids_T[None, end:])
     losses = []
-    look = {"unit": "batch", "disable": quiet, "leave": False, "dynamic_ncols": True}
-    for windows_BS in tqdm(batches, desc="evaluate", **look):
+    bar = {"unit": "batch", "disable": quiet, "leave": False, "dynamic_ncols": True}
+    for windows_BS in tqdm(batches, desc="evaluate", **bar):
         inputs_T, targets_T = windows_BS[:, :-1].flatten(), windows_BS[:, 1:].flatten()
         size = windows_BS.shape[1] - 1
         positions_T = torch.arange(size).repeat(len(windows_BS))

@@ -32,7 +32,11 @@ def explain_text(
     Norms and neighbours are of the model's rows or, of a table, of `rows` [V, N, D], which may
     have X0 in front.
     """
-    tokenizer, config, model = checkpoint.tokenizer(), checkpoint.config, model_of(checkpoint)
+    model, config, tokenizer = (
+        MemoryLLM(checkpoint).model,
+        checkpoint.config,
+        checkpoint.tokenizer(),
+    )
     try:
         ids = list(dict.fromkeys(tokenizer.encode(text).ids))
     except TypeError:  # bytes of the command line that are not UTF-8
@@ -47,34 +51,29 @@ def explain_text(
     def word(i: int) -> str:
         return tokenizer.decode([i], skip_special_tokens=False)
 
-    strongest: list[list[list[dict[str, Any]]]] = [[] for _ in ids]
-    for layer in range(config.num_rows):
-        c_TK = coefficients(model, layer, ids_T)
-        top_TK = c_TK.abs().topk(min(keys, c_TK.shape[1])).indices
-        sharers_TKS = shared_by(model, layer, top_TK, _SHARERS)
-        for t, by_key in enumerate(strongest):
-            top = zip(top_TK[t].tolist(), sharers_TKS[t].tolist(), strict=True)
-            names = ("key", "coefficient", "shared_by")
-            values = [(k, round(float(c_TK[t, k]), 4), [*map(word, who)]) for k, who in top]
-            by_key.append([dict(zip(names, value, strict=True)) for value in values])
-    return [
+    found: list[dict[str, Any]] = [
         {
             "id": token,
             "token": word(token),
-            "norms": [round(n, 4) for n in norms_TN[t].tolist()],
-            "keys": strongest[t],
+            "norms": [round(norm, 4) for norm in norms_TN[t].tolist()],
+            "keys": [],
             "nearest": [
-                {"id": i, "token": word(i), "cosine": round(c, 4)}
-                for i, c in zip(near.indices[t].tolist(), near.values[t].tolist(), strict=True)
+                {"id": i, "token": word(i), "cosine": round(cosine, 4)}
+                for i, cosine in zip(near.indices[t].tolist(), near.values[t].tolist(), strict=True)
             ],
         }
         for t, token in enumerate(ids)
     ]
-
-
-def model_of(checkpoint: Checkpoint) -> Transformer:
-    """The model; InvalidArgument if it has no token memory."""
-    return MemoryLLM(checkpoint).model
+    for layer in range(config.num_rows):
+        c_TK = coefficients(model, layer, ids_T)
+        top_TK = c_TK.abs().topk(min(keys, c_TK.shape[1])).indices
+        sharers_TKS = shared_by(model, layer, top_TK, _SHARERS).tolist()
+        for t, entry in enumerate(found):
+            entry["keys"].append([])
+            for k, ids in zip(top_TK[t].tolist(), sharers_TKS[t], strict=True):
+                key = {"key": k, "coefficient": round(float(c_TK[t, k]), 4)}
+                entry["keys"][-1].append({**key, "shared_by": [*map(word, ids)]})
+    return found
 
 
 def coefficients(model: Transformer, layer: int, ids_T: Tensor | None = None) -> Tensor:
@@ -95,27 +94,27 @@ def shared_by(model: Transformer, layer: int, keys_TK: Tensor, count: int) -> Te
 
 @torch.inference_mode()
 def explorer(checkpoint: Checkpoint, keys: int = 3, neighbours: int = 5) -> dict[str, np.ndarray]:
-    """The same of all tokens, for the gateway's explorer page: arrays that gateway/explore.py reads."""
-    model, count = model_of(checkpoint), checkpoint.config.vocab_size
-    parts = torch.arange(count).split(_BATCH_TOKENS)
-    by_layer: dict[str, list[Tensor]] = {"keys": [], "coefficients": [], "sharers": []}
+    """The same of all tokens as arrays, for the gateway's explorer page (gateway/explore.py)."""
+    model, count = MemoryLLM(checkpoint).model, checkpoint.config.vocab_size
+    strongest, values, sharers = [], [], []
     for layer in range(checkpoint.config.num_rows):
         c_VK = coefficients(model, layer)
-        top_Vk = c_VK.abs().topk(min(keys, c_VK.shape[1])).indices
-        by_layer["keys"].append(top_Vk)
-        by_layer["coefficients"].append(c_VK.gather(1, top_Vk))
-        by_layer["sharers"].append(c_VK.abs().topk(min(_SHARERS, count), dim=0).indices.T)
+        strongest.append(c_VK.abs().topk(min(keys, c_VK.shape[1])).indices)
+        values.append(c_VK.gather(1, strongest[-1]))
+        sharers.append(c_VK.abs().topk(min(_SHARERS, count), dim=0).indices.T)
+    parts = torch.arange(count).split(_BATCH_TOKENS)
     near = [nearest(model.rows, count, part, neighbours) for part in parts]
     arrays = {
+        "tokenizer_id": checkpoint.tokenizer_id,
+        "model_id": checkpoint.model_id(),
         "norms": torch.cat([model.rows(part).norm(dim=-1).T for part in parts]).half(),
-        "keys": torch.stack(by_layer["keys"], 1).int(),
-        "coefficients": torch.stack(by_layer["coefficients"], 1).half(),
-        "sharers": torch.stack(by_layer["sharers"]).int(),
+        "keys": torch.stack(strongest, 1).int(),
+        "coefficients": torch.stack(values, 1).half(),
+        "sharers": torch.stack(sharers).int(),
         "near": torch.cat([n.indices for n in near]).int(),
         "cosines": torch.cat([n.values for n in near]).half(),
     }
-    ids = {"tokenizer_id": checkpoint.tokenizer_id, "model_id": checkpoint.model_id()}
-    return {name: np.asarray(value) for name, value in {**ids, **arrays}.items()}
+    return {name: np.asarray(value) for name, value in arrays.items()}
 
 
 def nearest(rows: RowsOf, vocab_size: int, ids_T: Tensor, count: int) -> torch.return_types.topk:
@@ -136,11 +135,10 @@ def table_of(found: list[dict[str, Any]]) -> str:
     for entry in found:
         lines.append(f"{entry['token']!r} (id {entry['id']})")
         for layer, (norm, keys) in enumerate(zip(entry["norms"], entry["keys"], strict=True)):
-            strongest = "  ".join(
-                f"{k['key']}:{k['coefficient']:.2f} {' '.join(map(repr, k['shared_by'][:2]))}"
-                for k in keys
-            )
-            lines.append(f"  layer {layer:>2}  norm {norm:8.3f}  keys {strongest}")
+            lines.append(f"  layer {layer:>2}  norm {norm:8.3f}  keys ")
+            for k in keys:
+                tokens = " ".join(map(repr, k["shared_by"][:2]))
+                lines[-1] += f"{k['key']}:{k['coefficient']:.2f} {tokens}  "
         near = (f"{n['token']!r} ({n['id']}) {n['cosine']:.2f}" for n in entry["nearest"])
         lines.append("  nearest   " + "  ".join(near))
-    return "\n".join(lines)
+    return "\n".join(map(str.rstrip, lines))

@@ -1,4 +1,4 @@
-"""Rows to measure: of a table, through a codec, scaled, or without some layers (PAPER section 5)."""
+"""Rows to measure: of a table, through a codec, scaled, without some layers (PAPER section 5)."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,28 +19,25 @@ from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_
 def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -> np.ndarray:
     """The first `most_tokens` ids, int64 [T], of a text; by default of the held-out text.
 
-    A given file, or folder of them, is read whole, with an end of text between two files alone: no
-    token is predicted that is not its own. The held-out part of the standard library is in the
-    pieces of training, each with an end. NotFound; InvalidArgument without a token to predict.
+    Files are read whole, with an end of text between two of them. The held-out part of the
+    standard library is in the pieces of training, each with an end.
     """
     if most_tokens == 1:
         raise InvalidArgument("the most tokens must be at least 2, or 0 for all")
     tokenizer = checkpoint.tokenizer()
     end = tokenizer.token_to_id(END_OF_TEXT)
     ends = [] if end is None else [end]
-    if path is None:
-        texts = [text for name, text in documents(standard_library()) if is_held_out(name)]
-    else:
-        files = list(whole_files(path))
-        if not files:
+    if path:
+        texts = [text for _, text in whole_files(path)]
+        if not texts:
             folder = "holds no text that is UTF-8"
             wrong = folder if path.is_dir() else "is not UTF-8, or can't be read"
             raise InvalidArgument(f"{path} {wrong}: give a text file or a folder of them")
-        texts = [text for _, text in files if text]
-    ids = [i for encoding in tokenizer.encode_batch(texts) for i in (*encoding.ids, *ends)]
-    if path is not None and ends:
-        ids = ids[:-1]
-    ids = ids[: most_tokens or None]
+    else:
+        texts = [text for name, text in documents(standard_library()) if is_held_out(name)]
+    encodings = tokenizer.encode_batch([*filter(None, texts)])
+    ids = [i for encoding in encodings for i in (*encoding.ids, *ends)]
+    ids = ids[: len(ids) - bool(path and ends)][: most_tokens or None]
     if len(ids) < 2:
         count = f"{len(ids)} token{'s' * (len(ids) != 1)}"
         raise InvalidArgument(f"{path or 'the text'} gives {count}; at least 2 are needed")
@@ -52,29 +49,22 @@ def table_rows(
 ) -> np.ndarray:
     """Rows float32 [V, N, D] of a table of this checkpoint, behind X0 if it carries that.
 
-    The rows of layers that it lacks are zero. Mismatch if it is of another checkpoint, or a part
-    of a compressed table.
+    The rows of layers that it lacks are zero.
     """
-    config = checkpoint.config
+    config, model_id = checkpoint.config, checkpoint.model_id()
     with Client(url, credentials=credentials) as client:
         manifest = client.describe(table)
-        found = client.fetch(manifest, np.arange(manifest.vocab_size))
-    if manifest.model_id != checkpoint.model_id():
-        raise Mismatch(
-            f"table {manifest.ref} was built from model {manifest.model_id[:12]}, "
-            f"but checkpoint {checkpoint.name} is {checkpoint.model_id()[:12]}"
-        )
+        fetched = client.fetch(manifest, np.arange(manifest.vocab_size))
+    if manifest.model_id != model_id:
+        built = f"table {manifest.ref} was built from model {manifest.model_id[:12]}"
+        raise Mismatch(f"{built}, but checkpoint {checkpoint.name} is {model_id[:12]}")
     blocks = [*["x0"] * manifest.has_x0, *(f"ffn.{layer}" for layer in range(config.num_rows))]
-    shape = manifest.vocab_size, len(blocks), manifest.width
-    if shape != (config.vocab_size, len(blocks), config.hidden_size) or (
-        not set(manifest.blocks) <= set(blocks)
-    ):
-        raise Mismatch(
-            f"table {manifest.ref} does not hold a row for each token of {checkpoint.name}: "
-            "is it a part of a compressed one?"
-        )
-    rows = np.zeros(shape, np.float32)
-    rows[:, [blocks.index(block) for block in manifest.blocks]] = found
+    sizes = (config.vocab_size, config.hidden_size)
+    if sizes != (manifest.vocab_size, manifest.width) or not set(manifest.blocks) <= set(blocks):
+        lack = f"does not hold a row for each token of {checkpoint.name}"
+        raise Mismatch(f"table {manifest.ref} {lack}: is it a part of a compressed one?")
+    rows = np.zeros((config.vocab_size, len(blocks), config.hidden_size), np.float32)
+    rows[:, [blocks.index(block) for block in manifest.blocks]] = fetched
     return rows
 
 
@@ -86,10 +76,7 @@ def through(name: str, rows: np.ndarray) -> np.ndarray:
 def probed(
     rows: np.ndarray, row_scale: float = 1, absent_layers: Iterable[int] = (), x0: int = 0
 ) -> RowsOf:
-    """`rows` [V, N, D] times `row_scale`, those of `absent_layers` zero; the first `x0` as they are.
-
-    InvalidArgument for a layer that does not exist, or a factor that requests may not have either.
-    """
+    """`rows` [V, N, D] times `row_scale`, without `absent_layers`; the first `x0` as they are."""
     count = rows.shape[1] - x0
     SamplingParams(row_scale=row_scale)  # has the same bounds
     if bad := [layer for layer in absent_layers if not 0 <= layer < count]:

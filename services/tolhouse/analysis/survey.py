@@ -45,7 +45,7 @@ def survey(
     seed: int = 0,
     rows: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """All of DEFINITIONS, for the model's rows or, of a table, `rows` [V, N, D], X0 in front or not.
+    """All of DEFINITIONS, for the model's rows or a table's `rows` [V, N, D], X0 in front or not.
 
     The probes read the default text's first tokens, 0 for none.
     """

@@ -33,7 +33,7 @@ def train(settings: config.TrainConfig, recipe: str) -> None:
     The folder gets the checkpoint, its tokenizer, loss.csv, loss.png and a model card. The
     tokenizer is trained on the corpus unless the folder has one already.
     """
-    from tolhouse.train.run import train_checkpoint
+    from tolhouse.train.trainer import train_checkpoint
 
     train_checkpoint(recipe, settings)
 

@@ -18,6 +18,7 @@ Tensor names are LLaMA's; FFN-M adds its own. `{i}` counts layers:
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,15 +71,12 @@ class Checkpoint:
         if not embedding:
             model.embed_tokens = None
         names = {name: _tensor_name(name) for name, _ in model.named_parameters()}
-        tied = self.config.tie_word_embeddings
-        if tied and not embedding:
+        if tied := self.config.tie_word_embeddings:
             names["lm_head.weight"] = EMBEDDING
         with _open(self.path / WEIGHTS) as weights:
             stored = _stored_names(weights)
-            state = {n: weights.get_tensor(stored[t]).to(dtype=dtype) for n, t in names.items()}
-        if tied and embedding:
-            state["lm_head.weight"] = state["embed_tokens.weight"]
-        model.load_state_dict(state, assign=True)
+            read = {t: weights.get_tensor(stored[t]).to(dtype=dtype) for t in {*names.values()}}
+        model.load_state_dict({n: read[t] for n, t in names.items()}, assign=True)
         if tied and model.embed_tokens:
             model.lm_head.weight = model.embed_tokens.weight
         return model.eval().requires_grad_(False)
@@ -92,11 +90,13 @@ class Checkpoint:
         """64 hex digits over config and all weights: what a table says it was built from."""
         with (self.path / WEIGHTS).open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
-        return _sha256(f"{_canonical(self.config.to_json())}\n{weights}").hexdigest()
+        return hashlib.sha256(
+            _canonical(self.config.to_json()) + f"\n{weights}".encode()
+        ).hexdigest()
 
     def rows_id(self) -> str:
         """64 hex digits over what defines the rows: embedding, per-layer norms, FFN-M weights."""
-        digest = _sha256(_canonical({"rms_norm_eps": self.config.rms_norm_eps}))
+        digest = hashlib.sha256(_canonical({"rms_norm_eps": self.config.rms_norm_eps}))
         with _open(self.path / WEIGHTS) as weights:
             for name in sorted(_stored_names(weights)):
                 if name == EMBEDDING or ".ffn_m." in name:
@@ -107,24 +107,18 @@ class Checkpoint:
 
     def weight_bytes(self, dense: bool, embedding: bool = True) -> int:
         """Bytes of all weights as stored; or not `dense`, of those that a worker loads."""
-        skipped = [] if dense else [".ffn_m."]
-        if not (dense or embedding or self.config.tie_word_embeddings):
-            skipped.append(EMBEDDING)
+        head = embedding or self.config.tie_word_embeddings
         with _open(self.path / WEIGHTS) as weights:
             slices = [
-                weights.get_slice(name)
-                for name in _stored_names(weights).values()
-                if not any(part in name for part in skipped)
+                weights.get_slice(stored)
+                for name, stored in _stored_names(weights).items()
+                if dense or (".ffn_m." not in name and (head or name != EMBEDDING))
             ]
-        return sum(math.prod(t.get_shape()) * _DTYPES[t.get_dtype()] for t in slices)
+            return sum(math.prod(t.get_shape()) * _DTYPES[t.get_dtype()] for t in slices)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`, checked as far as possible without reading weights.
-
-    NotFound if there is none; InvalidArgument if it is malformed, of an unknown kind, or not
-    safetensors.
-    """
+    """The checkpoint at `path`, checked as far as possible without reading weights."""
     path = Path(path).resolve()
     if not path.is_dir():
         files = f"{CONFIG}, {WEIGHTS} and {TOKENIZER}"
@@ -140,7 +134,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise NotFound(f"checkpoint {path} has no {CONFIG}") from None
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{path / CONFIG} is not JSON: {error}") from None
-    _check_tensors(path / WEIGHTS, config)
+    with _open(path / WEIGHTS) as weights:
+        if defect := next(_defects(weights, config), None):
+            raise InvalidArgument(f"{path / WEIGHTS}{defect}")
     load_tokenizer(path / TOKENIZER, config.vocab_size)
     return Checkpoint(path, config)
 
@@ -150,11 +146,9 @@ def save_checkpoint(
 ) -> None:
     """Write config, weights (rounded to `dtype`) and tokenizer to the folder `path`."""
     path.mkdir(parents=True, exist_ok=True)
-    tied = model.config.tie_word_embeddings
     state = {
-        _tensor_name(name): tensor.detach().to(dtype).contiguous()
-        for name, tensor in model.named_parameters()
-        if not (tied and name == "lm_head.weight")
+        _tensor_name(name): p.detach().to(dtype).contiguous()
+        for name, p in model.named_parameters()
     }
     partial = path / f"{WEIGHTS}.partial"
     save_file(state, partial, metadata={"format": "pt"})
@@ -166,45 +160,37 @@ def save_checkpoint(
         (path / TOKENIZER).write_bytes(tokenizer_file.read_bytes())
 
 
-def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, list[int]]]:
-    """Name and shape of each tensor in a checkpoint of this config."""
+def tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
+    """The shape of each tensor in a checkpoint of this config, by name."""
     with torch.device("meta"):
         model = Transformer(config)
-    for name, tensor in model.named_parameters():  # a tied head is listed once, as the embedding
-        yield _tensor_name(name), list(tensor.shape)
+    # a tied head is listed once, as the embedding
+    return {_tensor_name(name): list(p.shape) for name, p in model.named_parameters()}
 
 
 def _tensor_name(parameter: str) -> str:
-    if parameter.startswith("ffn_m."):
-        _, layer, rest = parameter.split(".", 2)
-        return f"model.layers.{layer}.ffn_m.{rest}"
-    return parameter if parameter.startswith("lm_head.") else f"model.{parameter}"
+    name = re.sub(r"^ffn_m\.(\d+)", r"layers.\1.ffn_m", parameter)
+    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def _stored_names(weights: safe_open) -> dict[str, str]:
     """By the name of a tensor, its name in the file, which may be a former one."""
-    names = weights.keys()
-    return {name.replace(".row_scale", ".ffn_scale"): name for name in names}
+    return {name.replace(".row_scale", ".ffn_scale"): name for name in weights.keys()}  # noqa: SIM118
 
 
-def _check_tensors(path: Path, config: ModelConfig) -> None:
-    expected, kind = dict(tensor_shapes(config)), config.kind
-
-    def refuse(message: str) -> None:
-        raise InvalidArgument(f"{path}{message}")
-
-    with _open(path) as weights:
-        stored = _stored_names(weights)
-        if missing := sorted(expected.keys() - stored.keys()):
-            refuse(f" lacks {len(missing)} tensors of a {kind} model, such as {missing[0]}")
-        if extra := sorted(stored.keys() - expected.keys()):
-            refuse(f" has {len(extra)} tensors that a {kind} model lacks, such as {extra[0]}")
-        for name, shape in expected.items():
-            tensor = weights.get_slice(stored[name])
-            if tensor.get_shape() != shape:
-                refuse(f": {name} has shape {tensor.get_shape()}, {CONFIG} asks for {shape}")
-            if tensor.get_dtype() not in _DTYPES:
-                refuse(f": {name} is {tensor.get_dtype()}; allowed are {', '.join(_DTYPES)}")
+def _defects(weights: safe_open, config: ModelConfig) -> Iterator[str]:
+    """What in the weights does not agree with `config`."""
+    expected, stored, kind = tensor_shapes(config), _stored_names(weights), config.kind
+    if missing := sorted(expected.keys() - stored.keys()):
+        yield f" lacks {len(missing)} tensors of a {kind} model, such as {missing[0]}"
+    if extra := sorted(stored.keys() - expected.keys()):
+        yield f" has {len(extra)} tensors that a {kind} model lacks, such as {extra[0]}"
+    for name, shape in expected.items():
+        tensor = weights.get_slice(stored[name])
+        if tensor.get_shape() != shape:
+            yield f": {name} has shape {tensor.get_shape()}, {CONFIG} asks for {shape}"
+        if tensor.get_dtype() not in _DTYPES:
+            yield f": {name} is {tensor.get_dtype()}; allowed are {', '.join(_DTYPES)}"
 
 
 def _open(path: Path) -> safe_open:
@@ -214,9 +200,5 @@ def _open(path: Path) -> safe_open:
         raise InvalidArgument(f"{path} is not a safetensors file: {error}") from None
 
 
-def _canonical(data: dict) -> str:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"))
-
-
-def _sha256(text: str) -> "hashlib._Hash":
-    return hashlib.sha256(text.encode())
+def _canonical(data: dict) -> bytes:
+    return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()

@@ -48,20 +48,17 @@ class ModelConfig:
         except ValidationError as error:
             first = error.errors()[0]
             value = "" if first["type"] == "missing" else f", not {first['input']!r:.60}"
-            raise InvalidArgument(
-                f"model config: {first['loc'][0]}: {first['msg']}{value}"
-            ) from None
+            message = f"model config: {first['loc'][0]}: {first['msg']}{value}"
+            raise InvalidArgument(message) from None
 
     def __post_init__(self) -> None:
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise InvalidArgument(
-                f"model config: hidden_size {self.hidden_size} must be an even multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if self.beta not in ((1, 2, 3) if self.kind == "flex" else (0,)):
-            raise InvalidArgument(
-                f"model config: beta is 1, 2 or 3 for flex and 0 for other kinds, not {self.beta}"
-            )
+        size, heads, beta = self.hidden_size, self.num_attention_heads, self.beta
+        if size % (2 * heads):
+            rule = f"must be an even multiple of num_attention_heads {heads}"
+            raise InvalidArgument(f"model config: hidden_size {size} {rule}")
+        if beta not in ((1, 2, 3) if self.kind == "flex" else (0,)):
+            rule = "is 1, 2 or 3 for flex and 0 for other kinds"
+            raise InvalidArgument(f"model config: beta {rule}, not {beta}")
         if self.eos_token_id >= self.vocab_size:
             raise InvalidArgument("model config: eos_token_id must lie in the vocabulary")
 
@@ -86,9 +83,16 @@ class ModelConfig:
         return cls(**{k: v for k, v in data.items() if k not in ("model_type", "torch_dtype")})
 
 
-# Hidden size, layers, heads, vocabulary, context, and K for base and memory, then for flex with
-# beta 1, 2, 3 (PAPER table 1). The first four are ours, of equal total parameters across kinds:
-# 3 * K = (8 - beta) * h exactly. A base `small-active` has the active parameters of memory `small`.
+# The fields named here, and K for base and memory, then for flex with beta 1, 2, 3 (PAPER table 1).
+# The first four presets are ours, of equal total parameters across kinds: 3 * K = (8 - beta) * h
+# exactly. A base `small-active` has the active parameters of memory `small`.
+_SIZES = [
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+]
 _PRESETS: dict[str, tuple[int, int, int, int, int, tuple[int, int, int, int]]] = {
     "tiny": (96, 4, 4, 1024, 256, (256, 224, 192, 160)),
     "small": (144, 6, 4, 4096, 256, (384, 336, 288, 240)),
@@ -105,17 +109,9 @@ def preset(name: str, kind: str, beta: int = 0, **overrides: Any) -> ModelConfig
     """The shape `name` (one of PRESETS) as a model of `kind`; `overrides` replace single fields."""
     if name not in _PRESETS:
         raise InvalidArgument(f"preset {name!r} is unknown; one of {', '.join(PRESETS)}")
-    hidden, layers, heads, vocab, context, ffn = _PRESETS[name]
+    *sizes, ffn = _PRESETS[name]
+    fields: dict[str, Any] = dict(zip(_SIZES, sizes, strict=True))
     size = ffn[beta if 0 <= beta <= 3 else 0]
-    fields: dict[str, Any] = {
-        "kind": kind,
-        "beta": beta,
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        # a wide FFN has the parameters of all the others together
-        "intermediate_size": size * layers if kind == "wide" else size,
-        "max_position_embeddings": context,
-    }
-    return ModelConfig(**{**fields, **overrides})
+    # a wide FFN has the parameters of all the others together
+    fields["intermediate_size"] = size * fields["num_hidden_layers"] if kind == "wide" else size
+    return ModelConfig(**{**fields, "kind": kind, "beta": beta, **overrides})

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from tolhouse.errors import InvalidArgument, PromptTooLong
 from tolhouse.model.config import ModelConfig
-from tolhouse.model.kv import GrowingCache
-from tolhouse.model.transformer import Rows, Transformer
+from tolhouse.model.transformer import GrowingCache, Rows, Transformer
 
 
 def check_prompt(config: ModelConfig, prompt_ids: Iterable[int], max_tokens: int) -> list[int]:
@@ -17,14 +16,12 @@ def check_prompt(config: ModelConfig, prompt_ids: Iterable[int], max_tokens: int
     if not ids:
         raise InvalidArgument("the prompt is empty; at least one token is needed")
     if len(ids) + max_tokens > config.max_position_embeddings:
-        raise PromptTooLong(
-            f"{len(ids)} prompt tokens and max_tokens {max_tokens} exceed the context of "
-            f"{config.max_position_embeddings} tokens: shorten the prompt or lower max_tokens"
-        )
+        asked = f"{len(ids)} prompt tokens and max_tokens {max_tokens}"
+        context = f"the context of {config.max_position_embeddings} tokens"
+        raise PromptTooLong(f"{asked} exceed {context}: shorten the prompt or lower max_tokens")
     if bad := [i for i in ids if not 0 <= i < config.vocab_size]:
-        raise InvalidArgument(
-            f"token id {bad[0]} is outside the vocabulary: allowed are 0 to {config.vocab_size - 1}"
-        )
+        allowed = f"allowed are 0 to {config.vocab_size - 1}"
+        raise InvalidArgument(f"token id {bad[0]} is outside the vocabulary: {allowed}")
     return ids
 
 
@@ -42,14 +39,13 @@ def greedy(
     """
     if max_tokens < 1:
         raise InvalidArgument(f"max_tokens must be at least 1, not {max_tokens}")
-    rows = rows or model.rows
-    ids, cache, position = check_prompt(model.config, prompt_ids, max_tokens), GrowingCache(), 0
+    rows_of, cache, position = rows or model.rows, GrowingCache(), 0
+    ids_T = torch.tensor(check_prompt(model.config, prompt_ids, max_tokens))
     for _ in range(max_tokens):
-        ids_T = torch.tensor(ids)
-        positions_T = torch.arange(position, position + len(ids))
-        hidden_TD = model.hidden(ids_T, positions_T, cache, rows(ids_T))
-        position += len(ids)
-        ids = [int(model.lm_head(hidden_TD[-1]).argmax())]
-        if ids[0] == model.config.eos_token_id and not ignore_eos:
+        positions_T = position + torch.arange(len(ids_T))
+        hidden_TD = model.hidden(ids_T, positions_T, cache, rows_of(ids_T))
+        position += len(ids_T)
+        ids_T = model.lm_head(hidden_TD[-1]).argmax(keepdim=True)
+        if (token := int(ids_T)) == model.config.eos_token_id and not ignore_eos:
             return
-        yield ids[0]
+        yield token

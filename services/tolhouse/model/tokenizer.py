@@ -21,9 +21,8 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
         raise InvalidArgument(f"{path} is not a tokenizer.json: {error}") from None
     size = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if vocab_size is not None and size > vocab_size:
-        raise InvalidArgument(
-            f"{path} has {size} tokens, but the model's vocabulary is {vocab_size}"
-        )
+        message = f"{path} has {size} tokens, but the model's vocabulary is {vocab_size}"
+        raise InvalidArgument(message)
     return tokenizer
 
 

@@ -5,10 +5,11 @@
 
 Rows may carry X0, the embedding, in front: [1 + N, T, D]; the model then needs none of its own.
 Where rows come from (computed here, fetched, cached) is the caller's business, and what a token
-attends to is the cache's (`kv.py`, or the worker's paged one): this file knows neither sequences
-nor batches, only T tokens in a row.
+attends to is the cache's, one of two plain ones below or the worker's paged one: the model knows
+neither sequences nor batches, only T tokens in a row.
 
-Shapes: T tokens, D hidden size, N layers, H heads, E = D / H head size, K FFN size, V vocabulary.
+Shapes: T tokens, D hidden size, N layers, H heads, E = D / H head size, K FFN size, V vocabulary;
+in the plain caches B sequences of S tokens.
 """
 
 from typing import Protocol, cast
@@ -20,12 +21,14 @@ from torch import Tensor, nn
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.config import ModelConfig
 
+Rope = tuple[Tensor, Tensor]  # cos and sin, [T, 1, E] each
+
 
 class Cache(Protocol):
     """Keeps keys and values, and decides which of them each token sees."""
 
     def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
-        """Attention outputs [T, H, E] of T new tokens, which the cache takes in."""
+        """Attention outputs [T, H, E] of T new tokens, which the cache stores."""
         ...
 
 
@@ -46,7 +49,7 @@ class Transformer(nn.Module):
             embedding.normal_()
         self.embed_tokens: nn.Embedding | None = nn.Embedding.from_pretrained(embedding, False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -107,17 +110,16 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = nn.RMSNorm(size, eps)
         self.self_attn = Attention(config, layer)
         # base: the FFN, of the residual stream · flex: FFN-C, the part of it that stays
         self.mlp = residual_ffn(config)
-        self.post_attention_layernorm = RMSNorm(config) if self.mlp else None
+        self.post_attention_layernorm = nn.RMSNorm(size, eps) if self.mlp else None
         wide = config.kind == "wide"  # each layer learns to scale the row that all of them share
-        self.ffn_scale = nn.Parameter(torch.ones(config.hidden_size)) if wide else None
+        self.ffn_scale = nn.Parameter(torch.ones(size)) if wide else None
 
-    def forward(
-        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: Cache, row_TD: Tensor | None
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, rope: Rope, cache: Cache, row_TD: Tensor | None) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, cache)
         if self.mlp and self.post_attention_layernorm:
             x_TD = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
@@ -142,7 +144,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
+    def forward(self, x_TD: Tensor, rope: Rope, cache: Cache) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q_THE, k_THE, v_THE = (proj(x_TD).view(self.shape) for proj in projections)
         out_THE = cache.attend(self.layer, rotate(q_THE, rope), rotate(k_THE, rope), v_THE)
@@ -150,11 +152,12 @@ class Attention(nn.Module):
 
 
 class ContextFreeFFN(nn.Module):
-    """FFN-M of one layer: its own norm on the raw embedding X0, its own SwiGLU (PAPER section 1)."""
+    """FFN-M of one layer: its own norm on the embedding X0, its own SwiGLU (PAPER section 1)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = RMSNorm(config)  # the paper says LayerNorm once, and LLaMA's recipe elsewhere
+        # the paper says LayerNorm once, and LLaMA's recipe elsewhere
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x0_TD: Tensor) -> Tensor:
@@ -177,23 +180,13 @@ class LinearStack(nn.Module):
 
     def __init__(self, hidden_size: int, depth: int) -> None:
         super().__init__()
-        size = hidden_size
-        self.maps = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(depth))
+        maps = (nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(depth))
+        self.maps = nn.ModuleList(maps)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         for linear in self.maps[:-1]:
             x_TD = F.silu(linear(x_TD))
         return self.maps[-1](x_TD)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.eps = config.rms_norm_eps
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return F.rms_norm(x_TD, self.weight.shape, self.weight, self.eps)
 
 
 def residual_ffn(config: ModelConfig) -> nn.Module | None:
@@ -207,32 +200,56 @@ def residual_ffn(config: ModelConfig) -> nn.Module | None:
     return None
 
 
-def rotary(
-    positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and sin, [T, 1, E] each, of rotary position embedding, with the signs for `rotate`."""
+def rotary(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
+    """Rotary position embedding, with the signs for `rotate`."""
     steps = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32)
     angles = positions_T[:, None, None].float() * theta ** -(steps / head_dim)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     """x [..., E] with its halves (a, b) turned into (a cos - b sin, b cos + a sin)."""
     cos, sin = rope
     half = x.shape[-1] // 2
     return torch.addcmul(x * cos, torch.cat((x[..., half:], x[..., :half]), -1), sin)
 
 
-def active_parameters(model: nn.Module) -> int:
-    """Parameters a worker computes with: attention, FFN-C and norms (PAPER table 1)."""
-    return _parameters(model, "embed_tokens.", "lm_head.", "ffn_m.")
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Of all weights but the embeddings, and of those that a worker computes with (PAPER table 1).
+
+    The first is equal for every kind of a preset, up to norms and rounding of K.
+    """
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    total = sum(n for name, n in sizes.items() if not name.startswith(("embed_", "lm_head.")))
+    return total, total - sum(n for name, n in sizes.items() if name.startswith("ffn_m."))
 
 
-def total_parameters(model: nn.Module) -> int:
-    """All but the embeddings: equal for every kind of a preset, up to norms and rounding of K."""
-    return _parameters(model, "embed_tokens.", "lm_head.")
+class NoCache:
+    """T = B * S tokens are B whole sequences; each token sees its own sequence up to itself."""
+
+    def __init__(self, sequence_length: int) -> None:
+        self.sequence_length = sequence_length
+
+    def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
+        heads = (-1, self.sequence_length, *q_THE.shape[1:])
+        q, k, v = (x_THE.view(heads).transpose(1, 2) for x_THE in (q_THE, k_THE, v_THE))
+        out_BHSE = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out_BHSE.transpose(1, 2).reshape(q_THE.shape)
 
 
-def _parameters(model: nn.Module, *but: str) -> int:
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(but))
+class GrowingCache:
+    """One sequence, fed in parts: a token sees everything before it."""
+
+    def __init__(self) -> None:
+        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
+        if layer in self.kv:
+            k_seen, v_seen = self.kv[layer]
+            k_THE, v_THE = torch.cat((k_seen, k_THE)), torch.cat((v_seen, v_THE))
+        self.kv[layer] = k_THE, v_THE
+        new, total = len(q_THE), len(k_THE)
+        mask = torch.ones(new, total, dtype=torch.bool, device=q_THE.device).tril(total - new)
+        q, k, v = (x.transpose(0, 1) for x in (q_THE, k_THE, v_THE))  # [H, ., E]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1)

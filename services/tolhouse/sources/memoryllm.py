@@ -29,10 +29,8 @@ class MemoryLLM:
     ) -> None:
         config = checkpoint.config
         if not config.num_rows:
-            raise InvalidArgument(
-                f"checkpoint {checkpoint.name} is of kind {config.kind}: it has no token memory, "
-                "no context-free FFNs to make rows of"
-            )
+            lack = "it has no token memory, no context-free FFNs to make rows of"
+            raise InvalidArgument(f"checkpoint {checkpoint.name} is of kind {config.kind}: {lack}")
         self.checkpoint = checkpoint
         self.blocks = tuple(blocks) or tuple(f"ffn.{layer}" for layer in range(config.num_rows))
         self.width, self.vocab_size = config.hidden_size, config.vocab_size
@@ -66,12 +64,11 @@ class MemoryLLM:
 
 
 def select_blocks(checkpoint: Checkpoint, embedding: str, absent: Iterable[int]) -> list[str]:
-    """Blocks without those of `absent` layers; with x0 if `embedding` is yes, or auto and untied."""
+    """Blocks of layers not `absent`, behind x0 if `embedding` is yes, or auto and not tied."""
     count, left_out = checkpoint.config.num_rows, set(absent)
-    if bad := sorted(layer for layer in left_out if not 0 <= layer < count):
-        raise InvalidArgument(
-            f"there is no layer {bad[0]} to leave out: rows are of layers 0 to {count - 1}"
-        )
+    if bad := sorted(left_out - set(range(count))):
+        there = f"rows are of layers 0 to {count - 1}"
+        raise InvalidArgument(f"there is no layer {bad[0]} to leave out: {there}")
     if count and len(left_out) == count:
         raise InvalidArgument("all layers are left out: at least one must stay")
     x0 = embedding == "yes" or (embedding == "auto" and not checkpoint.config.tie_word_embeddings)

@@ -1,1 +1,1 @@
-"""Training from scratch by the paper's recipe: `recipes` says what, `corpus` on which text, `trainer` how."""
+"""Training by the paper's recipe: `recipes` says what, `corpus` on which text, `trainer` how."""

@@ -16,10 +16,8 @@ from tolhouse.errors import InvalidArgument, NotFound
 from tolhouse.model.tokenizer import load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-_SKIPPED = {
-    *("test", "tests", "idle_test", "site-packages", "dist-packages"),
-    *("__pycache__", "lib2to3", "pydoc_data"),
-}
+_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_SKIPPED |= {"lib2to3", "pydoc_data"}
 _HELD_OUT_ONE_IN = 40
 _PIECE_CHARS = 20_000  # a long file is several documents, so that a single file is split as well
 
@@ -75,10 +73,10 @@ def prepare(
     path: Path, folder: Path, vocab_size: int, least_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(train, held-out) token ids of a corpus, by the tokenizer in `folder`, trained if missing."""
-    pairs = list(documents(path))
-    kept = [text for name, text in pairs if not is_held_out(name)]
-    held_out = [text for name, text in pairs if is_held_out(name)]
-    kept, held_out = kept or held_out[:1], held_out or kept[-1:]  # one document is on both sides
+    sides: tuple[list[str], list[str]] = [], []
+    for name, text in documents(path):
+        sides[is_held_out(name)].append(text)
+    kept, held_out = sides[0] or sides[1][:1], sides[1] or sides[0][-1:]  # one is on both sides
     file = folder / "tokenizer.json"
     if not file.exists():
         train_tokenizer(kept, vocab_size).save(str(file))
@@ -86,15 +84,11 @@ def prepare(
     end = tokenizer.token_to_id(END_OF_TEXT)
     if end is None:
         raise InvalidArgument(f"{file} has no token {END_OF_TEXT}, which ends a document")
-
-    def encode(texts: list[str]) -> np.ndarray:
-        ids = [i for encoding in tokenizer.encode_batch(texts) for i in (*encoding.ids, end)]
-        return np.array(ids, dtype=np.int32)
-
-    train, valid = encode(kept), encode(held_out)
+    train, valid = (
+        np.array([i for e in tokenizer.encode_batch(texts) for i in (*e.ids, end)], np.int32)
+        for texts in (kept, held_out)
+    )
     if (size := min(len(train), len(valid))) <= least_tokens:
-        raise InvalidArgument(
-            f"the corpus at {path} is too small: {size} tokens on one side; "
-            f"more than {least_tokens} are needed"
-        )
+        need = f"{size} tokens on one side; more than {least_tokens} are needed"
+        raise InvalidArgument(f"the corpus at {path} is too small: {need}")
     return train, valid

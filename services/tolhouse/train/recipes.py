@@ -34,12 +34,9 @@ _SMALL = (1500, 16, 256, 3e-3, 1e-4, 100, 250)  # ten minutes on a core: kinds a
 _PAPER = (95_000, 256, 2048, 1e-4, 1e-5, 5000, 1000)  # 50B tokens; the batch size is our choice
 RECIPES = {
     "tiny": (200, 8, 128, 3e-3, 3e-4, 20, 50),  # a minute on two cores: loss falls, no sense yet
-    "small": _SMALL,
-    "small-active": _SMALL,
+    **dict.fromkeys(("small", "small-active"), _SMALL),
     "demo": (4000, 8, 512, 2e-3, 5e-5, 200, 250),  # an hour on two cores: completes Python
-    "paper-250m": _PAPER,
-    "paper-750m": _PAPER,
-    "paper-1b": _PAPER,
+    **dict.fromkeys(("paper-250m", "paper-750m", "paper-1b"), _PAPER),
 }
 
 

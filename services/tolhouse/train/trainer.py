@@ -1,4 +1,4 @@
-"""The training loop: deterministic for a seed, resumable after a kill, with its curve as CSV and PNG.
+"""Training: deterministic for a seed, resumable after a kill, with its curve as CSV and PNG.
 
 FFN-M reads token ids alone, so each distinct token of a batch goes through it once and its rows are
 used wherever it stands: with 4,096 tokens a step, a third of the work. Rows are `model.rows`.
@@ -6,9 +6,9 @@ used wherever it stands: with 4,096 tokens a step, a third of the work. Rows are
 
 import csv
 import math
+import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tolhouse.errors import Corrupt, Mismatch
-from tolhouse.model.checkpoint import save_checkpoint
-from tolhouse.model.kv import NoCache
-from tolhouse.model.transformer import Transformer
-from tolhouse.train.recipes import Recipe
+from tolhouse.config import TrainConfig, arguments
+from tolhouse.errors import Corrupt, InUse, InvalidArgument, Mismatch, Unavailable
+from tolhouse.model.checkpoint import WEIGHTS, save_checkpoint
+from tolhouse.model.transformer import NoCache, Transformer, parameter_counts
+from tolhouse.train import corpus
+from tolhouse.train.recipes import Recipe, recipe
 
 STATE = "training-state.safetensors"
+CARD = """# {kind} model
+
+| | |
+|---|---|
+{table}
+
+`loss.csv` and `loss.png` are the run's curve. The model continues text like its data and knows
+nothing else: it is here to show and to test the serving system.
+"""
 
 
 @dataclass
@@ -47,24 +57,39 @@ class Trainer:
         torch.manual_seed(self.seed)
         self.model = Transformer(recipe.config)
         initialise(self.model)
-        self.optimizer = adamw(self.model, recipe)
+        groups = [
+            {
+                "params": [p for p in self.model.parameters() if p.dim() == dim],
+                "weight_decay": decay,
+            }
+            for dim, decay in ((2, recipe.weight_decay), (1, 0.0))
+        ]
+        lr, betas = recipe.peak_rate, recipe.betas
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
         first = self.resume()
-        loss_of = compiled(self.loss) if self.compile else self.loss
+        loss_of = torch.compile(self.loss, dynamic=True) if self.compile else self.loss
         curve, saved = Curve(self.out, first), time.monotonic()
         counts = {"total": recipe.steps * recipe.step_tokens, "initial": first * recipe.step_tokens}
         bar = tqdm(**counts, unit="tok", unit_scale=True, desc="train", dynamic_ncols=True)
         for step in range(first, recipe.steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate(recipe, step)
-            loss = loss_of(*self.batch(self.train_ids, self.seed, step))
+            batch = self.batch(self.train_ids, self.seed, step)
+            try:
+                loss = loss_of(*batch)
+            except Exception as error:
+                if loss_of == self.loss:
+                    raise
+                tqdm.write(f"no torch.compile here ({type(error).__name__}): training uncompiled")
+                loss_of = self.loss
+                loss = loss_of(*batch)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
             done = step + 1
             evaluates = done % recipe.eval_every_steps == 0 or done == recipe.steps
-            valid = self.evaluate() if evaluates else None
-            curve.add(done, done * recipe.step_tokens, loss.item(), valid)
+            curve.add(done, done * recipe.step_tokens, loss.item(), evaluates and self.evaluate())
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             bar.update(recipe.step_tokens)
             if evaluates or time.monotonic() - saved > self.save_every_seconds:
@@ -74,7 +99,7 @@ class Trainer:
         bar.close()
         curve.plot()
         save_checkpoint(self.out, self.model, self.out / "tokenizer.json")
-        return curve.last_valid if first < recipe.steps else self.evaluate()
+        return curve.held_out()[-1][1] if first < recipe.steps else self.evaluate()
 
     def batch(self, ids: np.ndarray, *seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, [B * S] each: windows drawn by `seed`, the same in every run."""
@@ -129,15 +154,13 @@ class Trainer:
         try:
             opened = safe_open(file, framework="pt")
         except SafetensorError as error:
-            raise Corrupt(f"{file} can't be read: {error}; remove it to begin anew") from None
+            raise Corrupt(f"{file} can't be read: {error}; remove it to start again") from None
         with opened as saved:
             metadata, expected = saved.metadata(), self.fingerprint()
             step = int(metadata["step"])
             if changed := sorted(k for k, v in expected.items() if metadata.get(k) != v):
-                raise Mismatch(
-                    f"{self.out} holds another run, which differs in {', '.join(changed)}: "
-                    "choose another --out, or remove the folder to begin anew"
-                )
+                other = f"{self.out} holds another run, which differs in {', '.join(changed)}"
+                raise Mismatch(f"{other}: choose another --out, or remove the folder")
             for name, p in self.model.named_parameters():
                 p.copy_(saved.get_tensor(f"weight.{name}"))
                 self.optimizer.state[p] = {
@@ -149,23 +172,12 @@ class Trainer:
 
 
 def initialise(model: Transformer) -> None:
-    """Normal(0.02); projections into the residual stream smaller by sqrt(2 N), as in GPT-2.
-
-    The paper is silent.
-    """
+    """Normal(0.02), and less into the residual stream, as in GPT-2; the paper is silent."""
     small = 0.02 / math.sqrt(2 * model.config.num_hidden_layers)
     for name, p in model.named_parameters():
         if p.dim() == 2:
             residual = any(part in name for part in ("o_proj", "down_proj", ".maps."))
             nn.init.normal_(p, std=small if residual else 0.02)
-
-
-def adamw(model: Transformer, recipe: Recipe) -> torch.optim.AdamW:
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() == dim], "weight_decay": decay}
-        for dim, decay in ((2, recipe.weight_decay), (1, 0.0))
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=recipe.betas, fused=True)
 
 
 def rate(recipe: Recipe, step: int) -> float:
@@ -177,44 +189,23 @@ def rate(recipe: Recipe, step: int) -> float:
     return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def compiled(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`loss` through torch.compile, or as it is where no compiler is at hand."""
-    chosen = torch.compile(loss, dynamic=True)
-
-    def call(*args: Tensor) -> Tensor:
-        nonlocal chosen
-        try:
-            return chosen(*args)
-        except Exception as error:
-            if chosen is loss:
-                raise
-            tqdm.write(f"no torch.compile here ({type(error).__name__}): training uncompiled")
-            chosen = loss
-            return loss(*args)
-
-    return call
-
-
 class Curve:
     """loss.csv and loss.png of a run. A resumed run drops the rows past its first step."""
 
     def __init__(self, out: Path, first: int) -> None:
         self.file = out / "loss.csv"
-        self.rows: list[tuple[int, int, float, float | None]] = []  # the last: held out
+        self.rows: list[list[str]] = []  # step, tokens, loss, held-out loss if measured
         if first and self.file.exists():
-            with self.file.open() as file:
-                for step, tokens, loss, valid in list(csv.reader(file))[1:]:
-                    if int(step) <= first:
-                        self.add(
-                            int(step), int(tokens), float(loss), float(valid) if valid else None
-                        )
+            with self.file.open(newline="") as file:
+                self.rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= first]
 
-    @property
-    def last_valid(self) -> float:
-        return next((valid for *_, valid in reversed(self.rows) if valid is not None), math.nan)
+    def add(self, step: int, tokens: int, loss: float, held_out: float) -> None:
+        rounded = str(round(held_out, 5)) if held_out else ""
+        self.rows.append([str(step), str(tokens), str(round(loss, 5)), rounded])
 
-    def add(self, step: int, tokens: int, loss: float, valid: float | None) -> None:
-        self.rows.append((step, tokens, round(loss, 5), valid and round(valid, 5)))
+    def held_out(self) -> list[tuple[int, float]]:
+        """Tokens and held-out loss of each evaluation."""
+        return [(int(tokens), float(loss)) for _, tokens, _, loss in self.rows if loss]
 
     def write(self) -> None:
         partial = self.file.with_suffix(".partial")
@@ -232,12 +223,62 @@ class Curve:
 
         self.write()
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        _, tokens, losses, _ = zip(*self.rows, strict=True)
-        axes.plot(tokens, losses, lw=0.6, alpha=0.6, label="training")
-        evals = [(tokens, valid) for _, tokens, _, valid in self.rows if valid is not None]
-        axes.plot(*zip(*evals, strict=True), marker="o", ms=3, label="held out")
+        training = [(int(tokens), float(loss)) for _, tokens, loss, _ in self.rows]
+        axes.plot(*zip(*training, strict=True), lw=0.6, alpha=0.6, label="training")
+        axes.plot(*zip(*self.held_out(), strict=True), marker="o", ms=3, label="held out")
         axes.set(xlabel="tokens", ylabel="cross-entropy, nats per token")
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(self.file.with_suffix(".png"), dpi=120)
         plt.close(figure)
+
+
+def train_checkpoint(name: str, options: TrainConfig) -> None:
+    """Train recipe `name`, or continue a run that was interrupted, and write its model card."""
+    chosen = recipe(name, options.kind, options.beta)
+    if options.kind != "flex" and options.ffn_c != "linear":
+        has = f"a {options.kind} model has no FFN-C"
+        raise InvalidArgument(f"--ffn-c {options.ffn_c} is for --kind flex; {has}")
+    steps = options.steps or chosen.steps
+    config, warmup = replace(chosen.config, ffn_c=options.ffn_c), min(chosen.warmup_steps, steps)
+    chosen = replace(chosen, config=config, steps=steps, warmup_steps=warmup)
+    out = options.out or Path("runs") / f"{name}-{options.kind}"
+    if (out / WEIGHTS).exists() and not (out / STATE).exists():
+        advice = "choose another --out, or remove the folder"
+        raise InUse(f"{out} holds a finished checkpoint: {advice}")
+    torch.set_num_threads(options.threads)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        source = options.corpus or corpus.standard_library()
+        ids = corpus.prepare(source, out, config.vocab_size, chosen.sequence_tokens)
+        trainer = Trainer(chosen, *ids, out, seed=options.seed, compile=options.compile)
+        loss = trainer.run()
+    except OSError as error:
+        place = error.filename or out
+        raise Unavailable(f"can't write {place}: {error.strerror or error}") from None
+    text = f"sources of the Python standard library ({platform.python_version()}), without tests"
+    if options.corpus:
+        text = f"text at {source}"
+    (total, active), tokens, seen = (
+        parameter_counts(trainer.model),
+        len(ids[0]),
+        steps * chosen.step_tokens,
+    )
+    beta = f", beta {config.beta}, FFN-C {config.ffn_c}" if config.kind == "flex" else ""
+    facts = {
+        "kind": f"{config.kind}{beta}",
+        "shape": f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, K = {config.intermediate_size}, "
+        f"vocabulary {config.vocab_size} (tied, {config.vocab_size * config.hidden_size:,} "
+        f"parameters), context {config.max_position_embeddings}",
+        "parameters": f"{total:,} without embeddings, {active:,} of them active in a worker",
+        "data": f"{text}, {tokens:,} tokens; "
+        "about one piece in forty of its 20,000-character pieces held out",
+        "trained on": f"{seen:,} tokens ({seen / tokens:.1f} passes), "
+        f"{steps} steps of {chosen.step_tokens:,}",
+        "held-out loss": f"{loss:.4f} nats per token, perplexity {math.exp(loss):.2f}",
+        "weights": "bfloat16, safetensors",
+        "command": f"`{' '.join(['tolhouse train', name, *arguments(options)])}`",
+    }
+    table = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
+    (out / "README.md").write_text(CARD.format(kind=config.kind, table=table))
