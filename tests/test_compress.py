@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tolhouse import Client
-from tolhouse.analysis.evaluate import RowsOf, evaluate
-from tolhouse.analysis.probes import probed, table_rows
+from tolhouse.analysis.evaluate import RowsOf, evaluate, probed, table_rows
 from tolhouse.build.compress import Compressed, Scheme, bytes_at_16_bit, check, compress
 from tolhouse.build.job import plan
 from tolhouse.errors import InUse, InvalidArgument

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tolhouse.analysis.evaluate import evaluate
-from tolhouse.analysis.probes import read_text
+from tolhouse.analysis.evaluate import evaluate, read_text
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_library

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from tolhouse import Client
-from tolhouse.analysis.evaluate import Evaluation, evaluate
-from tolhouse.analysis.probes import probed, read_text
+from tolhouse.analysis.evaluate import Evaluation, evaluate, probed, read_text
 from tolhouse.build.compress import FREQUENT_SHARE, Compressed, Scheme, bytes_at_16_bit, compress
 from tolhouse.build.job import count_tokens, plan
 from tolhouse.model.checkpoint import open_checkpoint

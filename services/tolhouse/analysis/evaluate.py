@@ -1,12 +1,14 @@
 """How well a model predicts text: loss, perplexity, and the loss by frequency of the token.
 
 Text is read in windows of the model's context. Each window's last token is the first of the next
-one: every token but the text's first is predicted once, from what is before it in its window.
+one: every token but the text's first is predicted once, from what is before it in its window. Rows
+may be of a table, through a codec, scaled, or without some layers (PAPER section 5).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.client.client import Client
+from tolhouse.errors import InvalidArgument, Mismatch
+from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.transformer import NoCache, Transformer
+from tolhouse.net.auth import ClientCredentials
+from tolhouse.sampling import SamplingParams
+from tolhouse.table.codecs import codec
+from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_library, whole_files
 
 _BATCH_TOKENS = 4096
 DECILES = 10
@@ -78,3 +86,76 @@ def evaluate(
         logits_TV = model(inputs_T, positions_T, NoCache(size), rows(inputs_T))
         losses.append(F.cross_entropy(logits_TV.float(), targets_T, reduction="none"))
     return Evaluation(torch.cat(losses).double().numpy(), ids[1:].astype(np.int64))
+
+
+def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -> np.ndarray:
+    """The first `most_tokens` ids, int64 [T], of a text; by default of the held-out text.
+
+    Files are read whole, with an end of text between two of them. The held-out part of the
+    standard library is in the pieces of training, each with an end.
+    """
+    if most_tokens == 1:
+        raise InvalidArgument("the most tokens must be at least 2, or 0 for all")
+    tokenizer = checkpoint.tokenizer()
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    ends = [] if end is None else [end]
+    if path:
+        texts = [text for _, text in whole_files(path)]
+        if not texts:
+            folder = "holds no text that is UTF-8"
+            wrong = folder if path.is_dir() else "is not UTF-8, or can't be read"
+            raise InvalidArgument(f"{path} {wrong}: give a text file or a folder of them")
+    else:
+        texts = [text for name, text in documents(standard_library()) if is_held_out(name)]
+    encodings = tokenizer.encode_batch([*filter(None, texts)])
+    ids = [i for encoding in encodings for i in (*encoding.ids, *ends)]
+    ids = ids[: len(ids) - bool(path and ends)][: most_tokens or None]
+    if len(ids) < 2:
+        count = f"{len(ids)} token{'s' * (len(ids) != 1)}"
+        raise InvalidArgument(f"{path or 'the text'} gives {count}; at least 2 are needed")
+    return np.array(ids, np.int64)
+
+
+def table_rows(
+    checkpoint: Checkpoint, url: str, table: str, credentials: ClientCredentials | None = None
+) -> np.ndarray:
+    """Rows float32 [V, N, D] of a table of this checkpoint, behind X0 if it carries that.
+
+    The rows of layers that it lacks are zero.
+    """
+    config, model_id = checkpoint.config, checkpoint.model_id()
+    with Client(url, credentials=credentials) as client:
+        manifest = client.describe(table)
+        fetched = client.fetch(manifest, np.arange(manifest.vocab_size))
+    if manifest.model_id != model_id:
+        built = f"table {manifest.ref} was built from model {manifest.model_id[:12]}"
+        raise Mismatch(f"{built}, but checkpoint {checkpoint.name} is {model_id[:12]}")
+    blocks = [*["x0"] * manifest.has_x0, *(f"ffn.{layer}" for layer in range(config.num_rows))]
+    sizes = (config.vocab_size, config.hidden_size)
+    if sizes != (manifest.vocab_size, manifest.width) or not set(manifest.blocks) <= set(blocks):
+        lack = f"does not hold a row for each token of {checkpoint.name}"
+        raise Mismatch(f"table {manifest.ref} {lack}: is it a part of a compressed one?")
+    rows = np.zeros((config.vocab_size, len(blocks), config.hidden_size), np.float32)
+    rows[:, [blocks.index(block) for block in manifest.blocks]] = fetched
+    return rows
+
+
+def through(name: str, rows: np.ndarray) -> np.ndarray:
+    """Rows as a codec gives them back."""
+    return codec(name).decode(codec(name).encode(rows)).astype(np.float32)
+
+
+def probed(
+    rows: np.ndarray, row_scale: float = 1, absent_layers: Iterable[int] = (), x0: int = 0
+) -> RowsOf:
+    """`rows` [V, N, D] times `row_scale`, without `absent_layers`; the first `x0` as they are."""
+    count = rows.shape[1] - x0
+    SamplingParams(row_scale=row_scale)  # has the same bounds
+    if bad := [layer for layer in absent_layers if not 0 <= layer < count]:
+        layers = f"0 to {count - 1}" if count > 1 else "one row for all layers"
+        raise InvalidArgument(f"there is no layer {bad[0]} to leave out: this model has {layers}")
+    scale = torch.full((x0 + count, 1, 1), float(row_scale))
+    scale[:x0] = 1
+    scale[[x0 + layer for layer in absent_layers]] = 0
+    rows_NVD = torch.from_numpy(np.ascontiguousarray(rows.swapaxes(0, 1))) * scale
+    return lambda ids_T: rows_NVD[:, ids_T]

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tolhouse.analysis.evaluate import RowsOf
-from tolhouse.analysis.probes import probed
+from tolhouse.analysis.evaluate import RowsOf, probed
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.transformer import ContextFreeFFN, Transformer

@@ -1,7 +1,8 @@
 """A survey and explained tokens as one HTML file, with its plots inside and no links elsewhere."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jinja2
@@ -50,53 +51,38 @@ with all rows it is {{ "%.3f"|format(probes.perplexity) }}.</p>
 
 def report(found: dict[str, Any], tokens: list[dict[str, Any]]) -> str:
     """`found` is of `survey`, `tokens` of `explain_text` and may be empty."""
-    layers, probes = found["layers"], found.get("probes", {})
+    layers, probes, plots = found["layers"], found.get("probes"), list[dict[str, str]]()
     numbers = [entry["layer"] for entry in layers]
-
-    def by_layer(name: str, caption: str) -> dict[str, str]:
-        def draw(axes: Any) -> None:
+    captions = {"clustering": "Clustering of key coefficients", "outliers": "Outliers per token"}
+    for name, caption in captions.items():
+        with _plot(plots, caption, xlabel="layer", ylabel=name) as axes:
             axes.plot(numbers, [entry[name] for entry in layers], marker="o")
-            axes.set(xlabel="layer", ylabel=name)
-
-        return _plot(caption, draw)
-
-    def spectra(axes: Any) -> None:
+    labels = {"xlabel": "singular value", "ylabel": "over the first"}
+    with _plot(plots, "Singular values of each layer's rows", **labels) as axes:
         for entry in layers:
             values = entry["spectrum"]
             axes.semilogy([v / values[0] for v in values if v > 0], label=f"layer {entry['layer']}")
-        axes.set(xlabel="singular value", ylabel="over the first")
         axes.legend(fontsize="small")
-
-    def sweep(axes: Any) -> None:
-        axes.semilogy(
-            [*map(float, probes["row_scale"])], [*probes["row_scale"].values()], marker="o"
-        )
-        axes.set(xlabel="row_scale", ylabel="perplexity over that of row_scale 1")
-
-    def dropped(axes: Any) -> None:
-        increases = [ratio - 1 for ratio in probes["without_layer"]]
-        axes.bar(numbers, increases)
-        # a log scale has no place for a layer without which nothing is worse
-        scale = "log" if min(increases) > 0 else "linear"
-        axes.set(xlabel="layer left out", ylabel="relative increase of perplexity", yscale=scale)
-
-    plots = [
-        by_layer("clustering", "Clustering of key coefficients"),
-        by_layer("outliers", "Outliers per token"),
-        _plot("Singular values of each layer's rows", spectra),
-    ]
     if probes:
-        plots += [
-            _plot("All rows times row_scale", sweep),
-            _plot("Without the rows of one layer", dropped),
-        ]
+        labels = {"xlabel": "row_scale", "ylabel": "perplexity over that of row_scale 1"}
+        with _plot(plots, "All rows times row_scale", **labels) as axes:
+            scales = probes["row_scale"]
+            axes.semilogy([*map(float, scales)], [*scales.values()], marker="o")
+        increases = [ratio - 1 for ratio in probes["without_layer"]]
+        labels = {"xlabel": "layer left out", "ylabel": "relative increase of perplexity"}
+        # a log scale has no place for a layer without which nothing is worse
+        labels["yscale"] = "log" if min(increases) > 0 else "linear"
+        with _plot(plots, "Without the rows of one layer", **labels) as axes:
+            axes.bar(numbers, increases)
     environment = jinja2.Environment(autoescape=True)
     environment.globals["quoted"] = lambda text: repr(text)[1:-1]
     environment.filters["values_of"] = lambda entry, *names: [entry[name] for name in names]
     return environment.from_string(_PAGE).render(**found, explained=tokens, plots=plots)
 
 
-def _plot(caption: str, draw: Callable[[Any], None]) -> dict[str, str]:
+@contextmanager
+def _plot(plots: list[dict[str, str]], caption: str, **settings: str) -> Iterator[Any]:
+    """Axes to draw on; then the figure is added to `plots`."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -104,10 +90,10 @@ def _plot(caption: str, draw: Callable[[Any], None]) -> dict[str, str]:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    draw(axes)
+    yield axes
+    axes.set(**settings)
     axes.grid(alpha=0.3)
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     plt.close(figure)
-    svg = out.getvalue()
-    return {"caption": caption, "svg": svg[svg.index("<svg") :]}
+    plots.append({"caption": caption, "svg": "<svg" + out.getvalue().partition("<svg")[2]})

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from tolhouse.analysis.evaluate import evaluate
+from tolhouse.analysis.evaluate import evaluate, probed, read_text
 from tolhouse.analysis.explain import coefficients
-from tolhouse.analysis.probes import probed, read_text
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.sources.memoryllm import MemoryLLM
@@ -39,11 +38,7 @@ _BATCH_TOKENS = 2048
 
 @torch.inference_mode()
 def survey(
-    checkpoint: Checkpoint,
-    clusters: int,
-    probe_tokens: int,
-    seed: int = 0,
-    rows: np.ndarray | None = None,
+    checkpoint: Checkpoint, clusters: int, probe_tokens: int, rows: np.ndarray | None = None
 ) -> dict[str, Any]:
     """All of DEFINITIONS, for the model's rows or a table's `rows` [V, N, D], X0 in front or not.
 
@@ -53,10 +48,8 @@ def survey(
     if probe_tokens == 1:
         raise InvalidArgument("the probes need at least 2 tokens, or 0 for no probes")
     if not 1 < clusters <= config.vocab_size:
-        raise InvalidArgument(
-            f"the number of clusters must be from 2 to {config.vocab_size}, the vocabulary, "
-            f"not {clusters}"
-        )
+        allowed = f"from 2 to {config.vocab_size}, the vocabulary"
+        raise InvalidArgument(f"the number of clusters must be {allowed}, not {clusters}")
     tokenizer, model = checkpoint.tokenizer(), source.model
     rows = source.rows() if rows is None else rows
     x0 = rows.shape[1] - config.num_rows
@@ -66,7 +59,7 @@ def survey(
     for layer in tqdm(range(config.num_rows), desc="layers", leave=False, dynamic_ncols=True):
         c_VK, rows_VD = coefficients(model, layer), rows[:, x0 + layer]
         rms_V1 = c_VK.square().mean(1, keepdim=True).sqrt()
-        cluster_V, explained = k_means(F.normalize(c_VK, dim=1), clusters, seed)
+        cluster_V, explained = k_means(F.normalize(c_VK, dim=1), clusters)
         energy = np.linalg.svd(rows_VD - rows_VD.mean(0), compute_uv=False) ** 2
         outliers = (c_VK.abs() > OUTLIER * rms_V1).sum(1).float().mean()
         entry = {
@@ -99,7 +92,7 @@ def survey(
     return found
 
 
-def k_means(x_VK: Tensor, clusters: int, seed: int) -> tuple[Tensor, float]:
+def k_means(x_VK: Tensor, clusters: int, seed: int = 0) -> tuple[Tensor, float]:
     """Cluster numbers [V] of vectors of length one, and the share of their variance explained."""
     start = torch.randperm(len(x_VK), generator=torch.Generator().manual_seed(seed))[:clusters]
     centres_CK = x_VK[start]
@@ -123,18 +116,13 @@ def _described(cluster_V: np.ndarray, counts: np.ndarray, tokenizer: Any) -> lis
         members = np.flatnonzero(cluster_V == number)
         top = members[np.argsort(-counts[members], kind="stable")][:_SHOWN_TOKENS].tolist()
         words = [tokenizer.decode([i], skip_special_tokens=False) for i in top]
-        text_share = round(float(share[number]), 4)
-        entry = {"tokens": len(members), "share_of_text": text_share, "most_frequent": words}
-        described.append(entry)
+        entry = {"tokens": len(members), "share_of_text": round(float(share[number]), 4)}
+        described.append({**entry, "most_frequent": words})
     return described
 
 
 def summary(found: dict[str, Any]) -> str:
     """The same for a terminal."""
-
-    def row(head: str, cells: Any) -> str:
-        return f"  {head:7}" + "".join(f"{cell:>9}" for cell in cells)
-
     lines = [f"{found['checkpoint']}: {found['kind']}, {found['vocab_size']} tokens"]
     lines.append("  layer  mean norm  clustering  outliers  rank for 90%")
     for e in found["layers"]:
@@ -149,9 +137,9 @@ def summary(found: dict[str, Any]) -> str:
         ratios, dropped = probes["row_scale"], probes["without_layer"]
         base = f"{probes['perplexity']:.3f}, that of {probes['tokens']:,} tokens with all rows"
         lines.append(f"perplexity over {base}")
-        lines.append(row("factor", ratios))
-        lines.append(row("", (f"{ratio:.3f}" for ratio in ratios.values())))
-        lines.append(row("without", (f"layer {layer}" for layer in range(len(dropped)))))
-        lines.append(row("", (f"{ratio:.3f}" for ratio in dropped)))
+        rows = [("factor", ratios), ("", (f"{ratio:.3f}" for ratio in ratios.values()))]
+        rows += [("without", (f"layer {layer}" for layer in range(len(dropped))))]
+        rows += [("", (f"{ratio:.3f}" for ratio in dropped))]
+        lines += [f"  {head:7}" + "".join(f"{cell:>9}" for cell in cells) for head, cells in rows]
     lines += [f"{word}: {meaning}" for word, meaning in found["definitions"].items()]
     return "\n".join(lines)

@@ -103,7 +103,7 @@ def fetch(settings: config.FetchConfig, table: str, ids: tuple[int, ...]) -> Non
 
 
 def _table_rows(checkpoint: Any, settings: config.LookConfig) -> Any:
-    from tolhouse.analysis.probes import table_rows
+    from tolhouse.analysis.evaluate import table_rows
 
     source = settings.rows, settings.table, settings.client_credentials()
     return table_rows(checkpoint, *source) if settings.table else None
@@ -120,7 +120,7 @@ def evaluate(settings: config.EvalConfig, checkpoint: Path) -> None:
       tolhouse eval models/demo-memory --table demo-memory --rows redis://127.0.0.1:6379
       tolhouse eval models/demo-memory --row-scale 0.5 --absent-layers 4,5
     """
-    from tolhouse.analysis import evaluate, probes
+    from tolhouse.analysis import evaluate as analysis
     from tolhouse.model.checkpoint import open_checkpoint
     from tolhouse.sources.memoryllm import MemoryLLM
 
@@ -129,12 +129,12 @@ def evaluate(settings: config.EvalConfig, checkpoint: Path) -> None:
     if layers:
         rows = _table_rows(opened, settings)
         rows = MemoryLLM(opened).rows() if rows is None else rows
-        rows = probes.through(settings.through, rows) if settings.through else rows
-        rows_of = probes.probed(rows, scale, absent, x0=rows.shape[1] - layers)
+        rows = analysis.through(settings.through, rows) if settings.through else rows
+        rows_of = analysis.probed(rows, scale, absent, x0=rows.shape[1] - layers)
     elif settings.table or settings.through or absent or scale != 1:
         raise InvalidArgument(f"checkpoint {opened.name} of kind {kind} has no rows to replace")
-    ids = probes.read_text(opened, settings.text, settings.most_tokens)
-    result = evaluate.evaluate(opened.model(), ids, rows_of, quiet=False)
+    ids = analysis.read_text(opened, settings.text, settings.most_tokens)
+    result = analysis.evaluate(opened.model(), ids, rows_of, quiet=False)
     count, loss, perplexity = len(result.losses), result.loss, result.perplexity
     deciles = result.deciles()
     if settings.json_:
