@@ -247,7 +247,7 @@ def test_a_malformed_checkpoint_is_refused(
 
 
 def test_the_demo_models_are_twins() -> None:
-    """memory and flex beta 3 of equal totals and tokenizer; bfloat16, small, with card and curve."""
+    """memory and flex beta 3, of equal totals and tokenizer; bfloat16, with card and curve."""
     memory, flex = (open_checkpoint(Path("models") / name) for name in ("demo-memory", "demo-flex"))
     kinds = [(checkpoint.config.kind, checkpoint.config.beta) for checkpoint in (memory, flex)]
     assert [("memory", 0), ("flex", 3)] == kinds

@@ -71,7 +71,7 @@ def test_the_standard_library_comes_without_its_tests() -> None:
 
 
 def test_each_side_has_its_documents_and_its_ends_of_text(text: Path, tmp_path: Path) -> None:
-    """Training and held-out ids decode to the pieces of either side, each closed by the end-of-text token."""
+    """The ids of either side decode to its pieces, each closed by the end-of-text token."""
     sides = prepare(text, tmp_path, 300, 10)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert 0 == tokenizer.token_to_id(END_OF_TEXT)

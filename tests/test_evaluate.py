@@ -12,7 +12,7 @@ LONG = "def name(value):\n    return value + 1\n" * 1000
 
 
 def test_a_given_text_is_its_own_tokens_alone(checkpoint: Path, tmp_path: Path) -> None:
-    """Also one that training would cut into pieces; an end of text is between two files, and in no other place."""
+    """Files are not cut into pieces; an end of text is between two files alone."""
     opened = open_checkpoint(checkpoint)
     tokenizer = opened.tokenizer()
     end = tokenizer.token_to_id(END_OF_TEXT)
@@ -27,7 +27,7 @@ def test_a_given_text_is_its_own_tokens_alone(checkpoint: Path, tmp_path: Path) 
 
 
 def test_the_held_out_part_is_that_of_training(checkpoint: Path) -> None:
-    """In pieces, each closed by an end of text: figures that were measured on it stay what they are."""
+    """It is in pieces, each closed by an end of text, as in training."""
     opened = open_checkpoint(checkpoint)
     end = opened.tokenizer().token_to_id(END_OF_TEXT)
     texts = [text for name, text in documents(standard_library()) if is_held_out(name)]

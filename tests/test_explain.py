@@ -52,7 +52,7 @@ def test_a_base_model_has_nothing_to_tell(tmp_path: Path) -> None:
 
 
 def test_a_coefficient_keeps_its_sign(checkpoint: Path) -> None:
-    """Keys are in order of strength, and each has the factor with which it enters the row, which may be negative."""
+    """Keys are in order of strength, each with its factor in the row, which may be negative."""
     opened = open_checkpoint(checkpoint)
     entry = explain_text(opened, "d", keys=20, neighbours=1)[0]
     for layer, keys in enumerate(entry["keys"]):
@@ -65,7 +65,7 @@ def test_a_coefficient_keeps_its_sign(checkpoint: Path) -> None:
 
 
 def test_more_is_asked_for_than_there_is(checkpoint: Path) -> None:
-    """All keys and all other tokens are the most that can be told; nothing can be told of no text."""
+    """All keys and all other tokens are the most that can be shown; an empty text has none."""
     opened = open_checkpoint(checkpoint)
     entry = explain_text(opened, "d", keys=10**6, neighbours=10**6)[0]
     assert [opened.config.intermediate_size] * 4 == [len(keys) for keys in entry["keys"]]

@@ -97,7 +97,7 @@ def test_each_layer_adds_its_own_row() -> None:
 
 
 def test_greedy_completion_keeps_to_its_limits(checkpoint: Path) -> None:
-    """Prompts that are empty, foreign or too long are refused; the end of text ends it unless ignored."""
+    """Prompts that are empty, foreign or too long are refused; the end of text may be ignored."""
     model = open_checkpoint(checkpoint).model()
     assert 5 == len(list(greedy(model, [1, 2], 5, ignore_eos=True)))
     for prompt, count, error in (

@@ -6,7 +6,7 @@ from tolhouse.train.recipes import RECIPES, recipe
 
 @pytest.mark.parametrize("size", ["250m", "750m", "1b"])
 def test_the_paper_s_runs_are_the_paper_s(size: str) -> None:
-    """PAPER section 3: 50B tokens in sequences of 2048, 1e-4 to 1e-5 after 5000 steps, Adam (0.9, 0.95), decay 0.1, z-loss 1e-6."""
+    """PAPER section 3: 50B tokens in sequences of 2048, its rates, Adam, decay and z-loss."""
     run = recipe(f"paper-{size}", "memory", 0)
     assert (2048, 5000, 1e-4, 1e-5) == (
         run.sequence_tokens,
@@ -24,7 +24,7 @@ def test_the_paper_s_runs_are_the_paper_s(size: str) -> None:
 )
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_fits_its_model(name: str, kind: str, beta: int) -> None:
-    """Sequences fit the context, the warm-up ends before the run does, and the loss is looked at on the way."""
+    """Sequences fit the context, the warm-up ends before the run, and the loss is measured."""
     run = recipe(name, kind, beta)
     assert (kind, beta) == (run.config.kind, run.config.beta)
     assert run.sequence_tokens <= run.config.max_position_embeddings
@@ -35,7 +35,7 @@ def test_a_run_fits_its_model(name: str, kind: str, beta: int) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_kinds_of_a_recipe_differ_in_the_model_alone(name: str) -> None:
-    """Every kind is trained alike, as the paper compares them: same steps, same tokens, same rates."""
+    """Every kind is trained alike: the same steps, tokens and rates."""
     runs = [
         vars(recipe(name, kind, beta)) for kind, beta in (("base", 0), ("memory", 0), ("flex", 3))
     ]

@@ -22,7 +22,7 @@ from tests.commands import tolhouse
 
 
 def test_clusters_are_found() -> None:
-    """Four bundles of vectors are four clusters, whose centres explain nearly all; noise is hardly explained."""
+    """Four bundles of vectors are four clusters, which explain nearly all; noise is not."""
     generator = torch.Generator().manual_seed(1)
     bundles = torch.eye(16)[:4].repeat_interleave(50, 0) + 0.01 * torch.randn(
         200, 16, generator=generator

@@ -20,7 +20,7 @@ from tests.commands import start, tolhouse
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of texts: a few modules of the standard library, and a binary file that is passed over."""
+    """A folder of a few modules of the standard library, and a binary file, which is skipped."""
     folder = tmp_path_factory.mktemp("corpus")
     modules = "argparse ast dataclasses difflib inspect subprocess tarfile typing"
     for name in modules.split(" "):
@@ -54,7 +54,7 @@ def train(small: Recipe, text: Path, out: Path, seed: int = 0) -> tuple[float, b
 
 
 def test_a_seed_fixes_the_checkpoint(small: Recipe, text: Path, tmp_path: Path) -> None:
-    """Two runs of one seed end in the same bytes; another seed ends elsewhere; the loss falls from that of a blind guess."""
+    """Two runs of a seed give the same bytes, another seed others; the loss falls."""
     first, again, other = (
         train(small, text, tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
@@ -98,7 +98,7 @@ def test_a_run_goes_on_where_it_was_saved(small: Recipe, text: Path, tmp_path: P
 
 @pytest.mark.timeout(600)
 def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
-    """`tolhouse train` killed by SIGKILL and started again gives the checkpoint of an uninterrupted run."""
+    """`tolhouse train`, killed and started again, gives the checkpoint of a whole run."""
     command = f"train tiny --no-compile --steps 120 --corpus {text} --out"
     tolhouse(command, tmp_path / "whole")
     killed = tmp_path / "killed"
@@ -120,7 +120,7 @@ def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
 
 
 def test_the_loss_is_that_of_the_model_itself(small: Recipe, text: Path, tmp_path: Path) -> None:
-    """Rows computed once per distinct token and handed out give the loss of rows computed for every token, and its gradients."""
+    """Rows computed once per distinct token give the loss and gradients of rows of every token."""
     ids = corpus.prepare(text, tmp_path, small.config.vocab_size, small.sequence_tokens)
     trainer = Trainer(small, *ids, tmp_path)
     replace_steps = replace(small, steps=1)
@@ -168,7 +168,7 @@ def test_every_recipe_has_every_kind(name: str) -> None:
 
 
 def test_a_corpus_is_divided_by_name_and_text_round_trips(text: Path, tmp_path: Path) -> None:
-    """A document stays on its side, binaries are passed over, and the tokenizer gives any text back."""
+    """A document stays on its side, binaries are skipped, and the tokenizer gives any text back."""
     names = [name for name, _ in corpus.documents(text)]
     assert not any(name.startswith("binary") for name in names)
     assert len(set(names)) == len(names) > 8

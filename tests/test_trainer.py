@@ -1,4 +1,4 @@
-"""Runs that can't go on: of another recipe, seed or text, from a spoilt state, or on a corpus that is not there."""
+"""Runs of another recipe, seed or text, from a damaged state, or without a corpus."""
 
 import math
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def out(checkpoint: Path, tmp_path: Path) -> Path:
     ],
 )
 def test_every_kind_learns(kind: str, beta: int, autocast: bool, out: Path) -> None:
-    """In either precision every weight moves, and on a text of sixteen tokens the loss falls from that of a blind guess."""
+    """In either precision every weight moves, and the loss on sixteen tokens falls."""
     text = np.tile(IDS[:16], 20)
     trainer = Trainer(small(kind, beta, steps=30, autocast=autocast), text, text, out)
     trainer.run()
@@ -97,7 +97,7 @@ def test_a_finished_run_is_not_trained_any_further(out: Path) -> None:
     ],
 )
 def test_a_run_of_other_settings_is_not_continued(other: dict, message: str, out: Path) -> None:
-    """Another recipe, seed or text is a Mismatch that says which, and the state that is there stays."""
+    """Another recipe, seed or text is a Mismatch that says which; the state stays."""
     settings = {"recipe": small(), "train_ids": IDS, "valid_ids": IDS, "out": out}
     Trainer(**settings).run()
     before = (out / STATE).read_bytes()
@@ -117,7 +117,7 @@ def test_a_spoilt_state_is_told(size: int, out: Path) -> None:
 
 @given(st.integers(1, 50), st.integers(0, 200), st.integers(0, 250))
 def test_the_rate_stays_between_its_ends(warmup: int, more: int, step: int) -> None:
-    """Up to the peak in equal steps, never above it, and from there down to the final rate at the last step."""
+    """Up to the peak in equal steps, then down to the final rate at the last step."""
     run = replace(small(), warmup_steps=warmup, steps=warmup + more)
     step = min(step, run.steps)
     if step < warmup:

@@ -103,7 +103,7 @@ def test_the_model_is_the_paper_s(form: tuple[str, int, str]) -> None:
 @pytest.mark.parametrize("place", range(len(IDS)))
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_row_is_felt_from_its_token_on(place: int, layer: int) -> None:
-    """Another row of one token in one layer changes logits there; before it nothing; after it whatever still looks back."""
+    """Another row of a token changes logits there, before it none, after it those that see it."""
     model = model_of("memory")
     rows = model.rows(IDS)
     other = rows.clone()
@@ -146,7 +146,7 @@ def test_sequences_of_a_batch_do_not_see_each_other() -> None:
 
 
 def test_rows_know_nothing_of_attention() -> None:
-    """With attention, FFN-C and the last norms changed, rows are the same bits; with the embedding changed, they are not."""
+    """Attention, FFN-C and the last norms do not change rows; the embedding does."""
     model = model_of("flex", 1)
     rows = model.rows(IDS)
     for name, p in model.named_parameters():

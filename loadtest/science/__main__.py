@@ -1,7 +1,8 @@
 """Every table and plot of SCIENCE.md: `make science`, or `python -m loadtest.science [--tokens N]`.
 
-Sizes against perplexity for both committed checkpoints and many ratios, the survey of their memory, the check (check.py), and the kinds from
-their kept training curves (kinds.py, which also trains them). Plots go to loadtest/science/plots; tables are printed.
+Sizes against perplexity for both committed checkpoints and many ratios, the survey of their memory,
+the check (check.py), and the kinds from their kept training curves (kinds.py, which also trains
+them). Plots go to loadtest/science/plots; tables are printed.
 """
 
 import argparse
@@ -41,7 +42,8 @@ def curves(model: Model, most_tokens: int) -> dict[str, list[tuple[float, float]
     exact = model.evaluate(model.rows, most_tokens).perplexity
     found: dict[str, list[tuple[float, float]]] = {}
     print(
-        f"\n{model.path.name}: perplexity {exact:.4f} in float32\n  {'':30}{'16 bit':>8} {'perplexity':>11}"
+        f"\n{model.path.name}: perplexity {exact:.4f} in float32"
+        f"\n  {'':30}{'16 bit':>8} {'perplexity':>11}"
     )
     for family, schemes in tqdm(families.items(), desc="families", leave=False, dynamic_ncols=True):
         for scheme in schemes:

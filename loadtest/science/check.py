@@ -1,15 +1,16 @@
-"""The science in ten minutes, from the committed checkpoints: `make science-check`, or `python -m loadtest.science.check`.
+"""The science in ten minutes, from the committed checkpoints: `make science-check`.
 
-Held-out perplexity by codec and size, measured in this process and again through lookup service and worker; α and layers; the bytes of One
-Wide FFN; an edited token. Prints tables and, last, one line of JSON, losses as relative increases of perplexity over 16 bit:
+Held-out perplexity by codec and size, measured in this process and again through lookup service and
+worker; α and layers; the bytes of One Wide FFN; an edited token. Prints tables and, last, one line
+of JSON, losses as relative increases of perplexity over 16 bit:
 
   ppl_16bit                     with rows in bfloat16
   int8_loss, int4_loss          int4 with one token in 32 at int8 (asked: at most 0.0002 and 0.002)
-  lowrank_half_loss             half the bytes by low rank alone, at 16 bit (asked: at most 0.0175, half of the paper's)
+  lowrank_half_loss             half the bytes by low rank alone, at 16 bit (asked: at most 0.0175)
   codec_8x_loss                 an eighth of the bytes
-  one_wide_bytes_ratio          bytes of rows fetched for each token, One Wide FFN's over memory's of as many layers
-  overlay_changes_only_its_token   of a plain table and of a compressed one, an edit and another over it
-  served_difference             largest |served perplexity - ours| / ours over all codecs (asked: at most 0.001)
+  one_wide_bytes_ratio          bytes of rows fetched for a token, One Wide FFN over memory
+  overlay_changes_only_its_token   an edit and another over it, of a plain and a compressed table
+  served_difference             largest |served perplexity / ours - 1| (asked: at most 0.001)
 """
 
 import argparse
@@ -33,7 +34,7 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1)
 
 
 def compression(model: Model, most_tokens: int) -> dict[str, float]:
-    """A table of all schemes; the loss of each, the perplexity at 16 bit, and the largest difference of what is served."""
+    """The loss of each scheme, the perplexity at 16 bit, and how far served perplexity differs."""
     length = model.checkpoint.config.max_position_embeddings
     lines, found, furthest = [], {}, 0.0
     exact = model.evaluate(
@@ -56,10 +57,12 @@ def compression(model: Model, most_tokens: int) -> dict[str, float]:
         furthest = max(furthest, abs(theirs / ours - 1))
         found[name] = loss
         lines.append(
-            f"  {name:26}{made.bytes / 1e6:8.2f} MB {model.bytes16() / made.bytes:6.2f}x  {100 * loss:+8.3f} %   {ours:9.5f} {theirs:9.5f}"
+            f"  {name:26}{made.bytes / 1e6:8.2f} MB {model.bytes16() / made.bytes:6.2f}x  "
+            f"{100 * loss:+8.3f} %   {ours:9.5f} {theirs:9.5f}"
         )
     print(
-        f"{model.path.name}: held-out perplexity {exact:.4f} at 16 bit, rows of {model.bytes16() / 1e6:.1f} MB"
+        f"{model.path.name}: held-out perplexity {exact:.4f} at 16 bit, "
+        f"rows of {model.bytes16() / 1e6:.1f} MB"
     )
     print(
         f"  {'codec':26}{'bytes':>11} {'16 bit':>7}  {'perplexity':>10}   {'here':>9} {'served':>9}"
@@ -90,7 +93,7 @@ def probes(model: Model) -> None:
 
 
 def one_wide(folder: Path) -> float:
-    """Bytes of rows that a worker has fetched for each token, of a wide model over a memory model's: by the worker's own counters."""
+    """Bytes of rows that a worker fetches for a token: of a wide model over a memory model."""
     fetched = {}
     for kind in ("wide", "memory"):
         path = tiny_model(folder / kind, kind)
@@ -105,13 +108,14 @@ def one_wide(folder: Path) -> float:
             rows = client.describe_worker().rows
             fetched[kind] = rows.remote_bytes / rows.from_remote
     print(
-        f"\none wide FFN: {fetched['wide']:.0f} bytes a token, memory with 4 layers: {fetched['memory']:.0f}"
+        f"\none wide FFN: {fetched['wide']:.0f} bytes a token, "
+        f"memory with 4 layers: {fetched['memory']:.0f}"
     )
     return fetched["wide"] / fetched["memory"]
 
 
 def edited(model: Model, scheme: str, folder: Path) -> bool:
-    """Whether a token's edit, and another's over it, each change log probabilities after their token, and no others: by 100 texts, served."""
+    """Whether each of two edits changes log probabilities after its token, and no others."""
     url = f"file://{folder}"
     store = open_store(url)
     refs = [model.compressed(schemes(len(model.rows))[scheme]).store(store).ref]
@@ -160,7 +164,8 @@ def edited(model: Model, scheme: str, folder: Path) -> bool:
                 and (first >= len(text) - 1 or before[first:] != after[first:])
             )
         print(
-            f"  {sum(token in t for t in texts)} of {len(texts)} texts have {tokenizer.decode([token])!r}"
+            f"  {sum(token in t for t in texts)} of {len(texts)} texts "
+            f"have {tokenizer.decode([token])!r}"
         )
     return all(right) and all(any(token in t for t in texts) for token, _ in tokens)
 

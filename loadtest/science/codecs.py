@@ -1,4 +1,4 @@
-"""What compression costs, and whether what is served is what was measured: the schemes that check.py and __main__.py go through."""
+"""What compression costs, and whether what is served is what was measured."""
 
 import math
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ class Model:
 
 @contextmanager
 def served(model: Model, made: Compressed, folder: Path) -> Iterator[Client]:
-    """A worker that fetches the rows of a table from a lookup service, over sockets, without rows of its own."""
+    """A worker that fetches its rows from a lookup service."""
     url = f"file://{folder}"
     store = open_store(url)
     manifest = made.store(store)

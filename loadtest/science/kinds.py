@@ -1,8 +1,8 @@
-"""Kinds of models at equal total parameters: `python -m loadtest.science.kinds [--seeds 2] [--only WORD]`.
+"""Kinds of models at equal total parameters: `python -m loadtest.science.kinds [--seeds 2]`.
 
-Trains what is not trained yet, two runs at a time on a core each, and then prints the table: held-out perplexity, total and active
-parameters, for each kind and seed. A run that was killed goes on where it was. Loss curves are kept in loadtest/science/curves, so that the
-table can be printed without a training: `--print`.
+Trains what is not trained yet, two runs at a time on a core each, and then prints the table:
+held-out perplexity, total and active parameters, for each kind and seed. A run that was killed
+continues. Loss curves are kept in loadtest/science/curves, so that `--print` needs no training.
 """
 
 import argparse
@@ -59,18 +59,8 @@ def train(run: Run, seed: int) -> None:
     if kept.exists():
         return
     out = RUNS / f"{run.name}-{seed}"
-    flags = [
-        "--kind",
-        run.kind,
-        "--beta",
-        str(run.beta),
-        "--ffn-c",
-        run.ffn_c,
-        "--seed",
-        str(seed),
-        "--out",
-        str(out),
-    ]
+    given = f"--kind {run.kind} --beta {run.beta} --ffn-c {run.ffn_c} --seed {seed} --out {out}"
+    flags = given.split()
     out.mkdir(parents=True, exist_ok=True)
     print(f"{run.name}, seed {seed}: tolhouse train {run.recipe} {' '.join(flags)}", flush=True)
     if not (out / "model.safetensors").exists():
@@ -95,7 +85,7 @@ def last_loss(run: Run, seed: int) -> float | None:
 
 
 def table(seeds: int) -> tuple[str, dict[str, float]]:
-    """Markdown, kinds from the lowest perplexity to the highest; and the mean perplexity of each."""
+    """Markdown, the lowest perplexity first; and the mean perplexity of each kind."""
     found: dict[str, list[float]] = {}
     for run in KINDS:
         losses = [last_loss(run, seed) for seed in range(seeds)]
@@ -109,7 +99,8 @@ def table(seeds: int) -> tuple[str, dict[str, float]]:
     for run in sorted((r for r in KINDS if r.name in found), key=lambda r: mean[r.name]):
         total, active = run.parameters()
         lines.append(
-            f"| {run.name} | {total:,} | {active:,} | {' · '.join(f'{p:.2f}' for p in found[run.name])} | {mean[run.name]:.2f} |"
+            f"| {run.name} | {total:,} | {active:,} "
+            f"| {' · '.join(f'{p:.2f}' for p in found[run.name])} | {mean[run.name]:.2f} |"
         )
     return "\n".join(lines), mean
 
