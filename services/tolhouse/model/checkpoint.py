@@ -90,9 +90,8 @@ class Checkpoint:
         """64 hex digits over config and all weights: what a table says it was built from."""
         with (self.path / WEIGHTS).open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
-        return hashlib.sha256(
-            _canonical(self.config.to_json()) + f"\n{weights}".encode()
-        ).hexdigest()
+        config = _canonical(self.config.to_json())
+        return hashlib.sha256(config + f"\n{weights}".encode()).hexdigest()
 
     def rows_id(self) -> str:
         """64 hex digits over what defines the rows: embedding, per-layer norms, FFN-M weights."""
@@ -141,21 +140,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, config)
 
 
-def save_checkpoint(
-    path: Path, model: Transformer, tokenizer_file: Path, dtype: torch.dtype = torch.bfloat16
-) -> None:
-    """Write config, weights (rounded to `dtype`) and tokenizer to the folder `path`."""
+def save_checkpoint(path: Path, model: Transformer, tokenizer_file: Path) -> None:
+    """Write config, weights in bfloat16 and tokenizer to the folder `path`."""
     path.mkdir(parents=True, exist_ok=True)
-    state = {
-        _tensor_name(name): p.detach().to(dtype).contiguous()
-        for name, p in model.named_parameters()
-    }
+    weights = {name: p.detach().bfloat16().contiguous() for name, p in model.named_parameters()}
+    state = {_tensor_name(name): tensor for name, tensor in weights.items()}
     partial = path / f"{WEIGHTS}.partial"
     save_file(state, partial, metadata={"format": "pt"})
     partial.chmod(0o644)  # safetensors makes its files private; a service may run as another user
     partial.replace(path / WEIGHTS)
-    config = {**model.config.to_json(), "torch_dtype": str(dtype).removeprefix("torch.")}
-    (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (path / CONFIG).write_text(json.dumps(model.config.to_json(), indent=2) + "\n")
     if tokenizer_file.resolve() != (path / TOKENIZER).resolve():
         (path / TOKENIZER).write_bytes(tokenizer_file.read_bytes())
 

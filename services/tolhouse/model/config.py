@@ -83,16 +83,9 @@ class ModelConfig:
         return cls(**{k: v for k, v in data.items() if k not in ("model_type", "torch_dtype")})
 
 
-# The fields named here, and K for base and memory, then for flex with beta 1, 2, 3 (PAPER table 1).
-# The first four presets are ours, of equal total parameters across kinds: 3 * K = (8 - beta) * h
-# exactly. A base `small-active` has the active parameters of memory `small`.
-_SIZES = [
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-]
+# Hidden size, layers, heads, vocabulary, context, and K for base and memory, then for flex with
+# beta 1, 2, 3 (PAPER table 1). The first four are ours, of equal total parameters across kinds:
+# 3 * K = (8 - beta) * h exactly. A base `small-active` has the active parameters of memory `small`.
 _PRESETS: dict[str, tuple[int, int, int, int, int, tuple[int, int, int, int]]] = {
     "tiny": (96, 4, 4, 1024, 256, (256, 224, 192, 160)),
     "small": (144, 6, 4, 4096, 256, (384, 336, 288, 240)),
@@ -109,9 +102,10 @@ def preset(name: str, kind: str, beta: int = 0, **overrides: Any) -> ModelConfig
     """The shape `name` (one of PRESETS) as a model of `kind`; `overrides` replace single fields."""
     if name not in _PRESETS:
         raise InvalidArgument(f"preset {name!r} is unknown; one of {', '.join(PRESETS)}")
-    *sizes, ffn = _PRESETS[name]
-    fields: dict[str, Any] = dict(zip(_SIZES, sizes, strict=True))
+    hidden, layers, heads, vocab, context, ffn = _PRESETS[name]
     size = ffn[beta if 0 <= beta <= 3 else 0]
-    # a wide FFN has the parameters of all the others together
-    fields["intermediate_size"] = size * fields["num_hidden_layers"] if kind == "wide" else size
-    return ModelConfig(**{**fields, "kind": kind, "beta": beta, **overrides})
+    size *= layers if kind == "wide" else 1  # it has the parameters of all the others together
+    fields: dict[str, Any] = {"kind": kind, "beta": beta, "vocab_size": vocab}
+    fields |= {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    fields |= {"intermediate_size": size, "max_position_embeddings": context}
+    return ModelConfig(**{**fields, **overrides})

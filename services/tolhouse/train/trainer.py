@@ -10,6 +10,7 @@ import platform
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,15 +58,12 @@ class Trainer:
         torch.manual_seed(self.seed)
         self.model = Transformer(recipe.config)
         initialise(self.model)
-        groups = [
-            {
-                "params": [p for p in self.model.parameters() if p.dim() == dim],
-                "weight_decay": decay,
-            }
-            for dim, decay in ((2, recipe.weight_decay), (1, 0.0))
-        ]
-        lr, betas = recipe.peak_rate, recipe.betas
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+        matrices, vectors = ([p for p in self.model.parameters() if p.dim() == d] for d in (2, 1))
+        groups: list[dict[str, Any]] = [{"params": matrices}]
+        groups += [{"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            groups, recipe.peak_rate, recipe.betas, weight_decay=recipe.weight_decay, fused=True
+        )
         first = self.resume()
         loss_of = torch.compile(self.loss, dynamic=True) if self.compile else self.loss
         curve, saved = Curve(self.out, first), time.monotonic()
@@ -259,11 +257,8 @@ def train_checkpoint(name: str, options: TrainConfig) -> None:
     text = f"sources of the Python standard library ({platform.python_version()}), without tests"
     if options.corpus:
         text = f"text at {source}"
-    (total, active), tokens, seen = (
-        parameter_counts(trainer.model),
-        len(ids[0]),
-        steps * chosen.step_tokens,
-    )
+    total, active = parameter_counts(trainer.model)
+    tokens, seen = len(ids[0]), steps * chosen.step_tokens
     beta = f", beta {config.beta}, FFN-C {config.ffn_c}" if config.kind == "flex" else ""
     facts = {
         "kind": f"{config.kind}{beta}",
