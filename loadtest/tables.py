@@ -70,7 +70,7 @@ def load(store: Store, manifest: Manifest) -> None:
 def served(
     folder: Path, manifest: Manifest, hot_megabytes: float
 ) -> Iterator[dict[str, RowSource]]:
-    """Row sources of a table: "remote", a lookup service over TCP, and "file", the files it reads."""
+    """Row sources of a table: "remote", a lookup service over TCP, and "file", its files."""
     url = f"file://{folder}"
     with closing(open_store(url)) as store:
         load(store, manifest)

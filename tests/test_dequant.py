@@ -60,7 +60,7 @@ def test_rows_are_those_of_the_manifest(
 def test_an_index_gathers_and_repeats_rows(
     codec: str, size: int, index: list[int], piece: int
 ) -> None:
-    """The rows of `records[index]`, however many are decoded at a time; records stay as they are."""
+    """The rows of `records[index]`, however many are decoded at a time; records stay."""
     manifest = table(codec, size, 2)
     records = records_of(manifest, 7, 0)
     index_T = torch.tensor(index, dtype=torch.int64)
