@@ -7,8 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import click
@@ -25,8 +24,7 @@ PROMPTS = (
     'def read_file(path):\n    """',
     "def main():\n    parser = argparse.ArgumentParser(",
 )
-# a tenth of the demo model's table, as one would cache of a large one
-_WORKER = ("--row-cache-megabytes", "6")
+_WORKER = ("--row-cache-megabytes", "6")  # a tenth of the table, as of a large one
 
 
 def demo(checkpoint_path: Path, max_tokens: int) -> int:
@@ -47,9 +45,8 @@ def demo(checkpoint_path: Path, max_tokens: int) -> int:
     local = [list(greedy(model, ids, max_tokens)) for ids in prompts]
     same = tokens == local and texts == [tokenizer.decode(ids) for ids in local]
     count, rate = sum(map(len, tokens)), round(sum(map(len, tokens)) / seconds, 1)
-    cached = served.rows.from_cache - before.from_cache
-    remote = served.rows.from_remote - before.from_remote
-    fetched = served.rows.remote_bytes - before.remote_bytes
+    names = "from_cache", "from_remote", "remote_bytes"
+    cached, remote, fetched = (getattr(served.rows, n) - getattr(before, n) for n in names)
     weights, dense = served.weight_bytes, served.dense_weight_bytes
     click.echo(
         f"\n{count} tokens at {rate} tokens/s · rows: {cached} from the worker's cache, {remote} "
@@ -88,14 +85,10 @@ def serve(checkpoint_path: Path, listen: str) -> None:
         raise Unavailable("a process ended by itself; its log is above")
 
 
-@contextmanager
 def running(
     checkpoint: Checkpoint, listen: str = "127.0.0.1:0", *, follow: bool = False
-) -> Iterator[Cluster]:
-    """The whole system over a table of `checkpoint`, built if need be.
-
-    With `follow`, the worker serves the version that the table's name stands for.
-    """
+) -> AbstractContextManager[Cluster]:
+    """All of it over a table of `checkpoint`; with `follow`, the worker follows its name."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with us
     click.echo(f"· building the table of {checkpoint.name} with Ray", err=True)
     # fp32 rows are the model's own: served tokens equal the in-process ones
@@ -107,17 +100,17 @@ def running(
     table = built.stdout.strip()
     click.echo(f"· {table} is built and verified; starting lookup, worker and gateway", err=True)
     worker = _WORKER if follow else ("--table", table, *_WORKER)
-    with local_cluster(
+    return local_cluster(
         checkpoint.path, DEFAULT_STORE, worker_options=worker, gateway_options=("--listen", listen)
-    ) as cluster:
-        yield cluster
+    )
 
 
 def _complete(cluster: Cluster, model: str, prompt: str, max_tokens: int) -> str:
     """The completion of `prompt`, streamed over HTTP and shown as it arrives."""
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
     data, header = json.dumps({**body, "stream": True}), {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{cluster.url}/completions", data.encode(), header)  # noqa: S310
+    url = f"{cluster.url}/completions"
+    request = urllib.request.Request(url, data.encode(), header)  # noqa: S310
     click.echo(f"\n{click.style(prompt, bold=True)}", nl=False)
     texts = []
     try:

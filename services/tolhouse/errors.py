@@ -1,7 +1,4 @@
-"""Every error Tolhouse raises, with its gRPC and HTTP status; `from_status` is the way back.
-
-The message of an error says what was wrong and what is allowed.
-"""
+"""Every error Tolhouse raises, with its gRPC and HTTP status; a message says what is allowed."""
 
 
 class TolhouseError(Exception):

@@ -17,10 +17,9 @@ T = TypeVar("T")
 
 
 class ReloadingFiles(Generic[T]):
-    """What `read` makes of `paths`, read again when they change. Safe to use from several threads.
+    """What `read` makes of `paths`, read again when they change. Threads may share it.
 
-    The first reading may fail. If a later one fails, the value stays and the log says why: a file
-    that is overwritten in place may be read half written, and is read again once it is complete.
+    If a later reading fails, as of a file half written, the value stays and the log says why.
     """
 
     def __init__(self, paths: Iterable[str], read: Callable[[], T]) -> None:
@@ -31,18 +30,19 @@ class ReloadingFiles(Generic[T]):
 
     def get(self) -> T:
         """What the files hold now, for one `stat` of each."""
-        if self._versions() != self._seen:
-            with self._lock:
-                versions = self._versions()
-                if versions != self._seen:
-                    try:
-                        self._value = self._read()
-                        event("files read again", files=", ".join(self.paths))
-                    except (OSError, InvalidArgument) as error:
-                        news = "files changed and can't be used: the contents before stay in use"
-                        event(news, logging.ERROR, reason=str(error))
-                    self._seen = versions
-        return self._value
+        if self._versions() == self._seen:
+            return self._value
+        with self._lock:
+            versions = self._versions()
+            if versions != self._seen:
+                try:
+                    self._value = self._read()
+                    event("files read again", files=", ".join(self.paths))
+                except (OSError, InvalidArgument) as error:
+                    news = "files changed and can't be used: the contents before stay in use"
+                    event(news, logging.ERROR, reason=str(error))
+                self._seen = versions
+            return self._value
 
     def _versions(self) -> list[tuple[str | int, ...]]:
         found: list[tuple[str | int, ...]] = []
@@ -62,10 +62,7 @@ def read_file(path: str, what: str) -> bytes:
 
 
 def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file at once, or raise InvalidArgument; `mode` is that of a new one.
-
-    An old one keeps its mode and owner. What is not a regular file, such as a pipe, is written into.
-    """
+    """Replace a file, which keeps its mode and owner, at once; a pipe or device is written into."""
     try:
         before = path.stat() if path.exists() else None
         if before and not stat.S_ISREG(before.st_mode):

@@ -26,15 +26,13 @@ class _Formatter(logging.Formatter):
 
 def start_logging(level: str = "info") -> None:
     """Send logs to stderr from `level` up: debug, info, warning or error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Formatter())
-    log.handlers[:] = [handler]
-    log.setLevel(level.upper())
-    log.propagate = False
+    log.handlers[:] = [logging.StreamHandler()]
+    log.handlers[0].setFormatter(_Formatter())
+    redirect_log(log.name, level.upper())
 
 
-def redirect_log(name: str, level: int) -> None:
-    """Send another library's log to where ours goes, in the same form, from `level` up."""
+def redirect_log(name: str, level: int | str) -> None:
+    """Send a library's log to where ours goes, in the same form, from `level` up."""
     logger = logging.getLogger(name)
     logger.handlers[:] = log.handlers
     logger.setLevel(level)
@@ -48,18 +46,17 @@ def event(message: str, level: int = logging.INFO, **fields: object) -> None:
 
 def ready(service: str, address: str, **fields: object) -> None:
     """Announce that a process answers, in the log and as one line of JSON on stdout."""
-    event("ready", logging.INFO, service=service, address=address, **fields)
-    line = {"event": "ready", "service": service, "address": address, **fields}
-    print(json.dumps(line), flush=True)
+    about = {"service": service, "address": address, **fields}
+    log.info("ready", extra={"fields": about})
+    print(json.dumps({"event": "ready", **about}), flush=True)
 
 
 def split_address(address: str) -> tuple[str, int]:
     """("host", port) of "host:port"; InvalidArgument for anything else."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
-        raise InvalidArgument(
-            f"address {address!r} is not HOST:PORT, such as 127.0.0.1:50051 (port 0: any free one)"
-        )
+        example = "127.0.0.1:50051; port 0 stands for any free one"
+        raise InvalidArgument(f"address {address!r} is not HOST:PORT, such as {example}")
     return host.strip("[]"), int(port)
 
 

@@ -38,7 +38,7 @@ class Stack:
 
 
 def tiny_model(
-    path: Path, kind: str = "memory", beta: int = 0, seed: int = 0, **overrides: Any
+    path: Path, kind: str = "memory", beta: int = 0, seed: int = 0, **fields: Any
 ) -> Path:
     """A checkpoint of random weights with a tokenizer of a few hundred tokens, in folder `path`."""
     import torch
@@ -52,7 +52,7 @@ def tiny_model(
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer([_TEXT], 512)
     tokenizer.save(str(path / "tokenizer.json"))
-    config = preset("tiny", kind, beta, **{"vocab_size": tokenizer.get_vocab_size(), **overrides})
+    config = preset("tiny", kind, beta, **{"vocab_size": tokenizer.get_vocab_size(), **fields})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Transformer(config)
@@ -84,14 +84,8 @@ class Process:
     popen: subprocess.Popen
     ready: dict[str, Any]
     log: Path
-
-    @property
-    def address(self) -> str:
-        return self.ready["address"]
-
-    @property
-    def pid(self) -> int:
-        return self.popen.pid
+    address: str
+    pid: int
 
 
 @contextmanager
@@ -109,7 +103,8 @@ def process(*arguments: str) -> Iterator[Process]:
             if not line:
                 said = log.read_text(errors="replace").strip()[-2000:] or "nothing"
                 raise Unavailable(f"the process did not get ready; it said: {said}")
-            yield Process(popen, json.loads(line), log)
+            ready = json.loads(line)
+            yield Process(popen, ready, log, ready["address"], popen.pid)
         finally:
             end(popen)
             popen.stdout.close()
@@ -163,8 +158,8 @@ def local_cluster(
         processes, model = list[Process](), str(checkpoint)
         lookup = start(lookups, "lookup", "--store", store, *lookup_options)
         serving = start(workers, "worker", model, "--rows", lookup, *worker_options)
-        poll = ("--poll-seconds", "0.2")
-        gateway = start(1, "gateway", model, "--workers", serving, *poll, *gateway_options)
+        polled = "--workers", serving, "--poll-seconds", "0.2"
+        gateway = start(1, "gateway", model, *polled, *gateway_options)
         wait_until_healthy(gateway, tls)
         yield Cluster(lookup, serving, gateway, processes)
 
@@ -308,12 +303,9 @@ def redis_cluster(
 
 
 def free_port() -> int:
-    """A port that nothing listens on.
-
-    It is below those of outgoing connections, as is that of a Redis node's bus, 10,000 above it.
-    """
+    """A port that nothing listens on."""
     while True:
-        port = random.randint(10_001, 22_000)
+        port = random.randint(10_001, 22_000)  # with a bus's (10,000 above) below outgoing ports
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

@@ -26,10 +26,7 @@ _LINKS = context.create_key("links")
 
 
 def start_tracing(service: str, url: str, *, insecure: bool) -> None:
-    """Send spans of `service` to the OTLP collector at `url`, unless that is empty.
-
-    InvalidArgument for a bad URL, a remote http:// without `insecure`, or a missing SDK.
-    """
+    """Send spans of `service` to the OTLP collector at `url`, unless that is empty."""
     global _tracer  # noqa: PLW0603 - one for the process, as for logs
     if not url:
         return
@@ -47,8 +44,7 @@ def start_tracing(service: str, url: str, *, insecure: bool) -> None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
-        advice = "pip install 'tolhouse[traces]'"
-        raise InvalidArgument(f"--traces needs OpenTelemetry's SDK: {advice}") from None
+        raise InvalidArgument("--traces needs its SDK: pip install 'tolhouse[traces]'") from None
     redirect_log("opentelemetry", logging.WARNING)
     log.addFilter(_add_trace_id)
     provider = TracerProvider(resource=Resource.create({"service.name": f"tolhouse-{service}"}))
@@ -73,7 +69,7 @@ def remote(traceparent: str) -> Span:
 
 
 def begin(name: str, parent: Span, attributes: Attributes = None, *, root: bool = False) -> Span:
-    """A span of a call that came in, for the caller to end; without a valid parent only if `root`."""
+    """A span of a call that came in, for the caller to end; only a `root` needs no valid parent."""
     if not root and not parent.get_span_context().is_valid:
         return INVALID_SPAN
     above = trace.set_span_in_context(parent)
@@ -111,8 +107,7 @@ def span(name: str, attributes: Attributes = None) -> Iterator[Span]:
         yield INVALID_SPAN
         return
     links = cast("Sequence[Link]", context.get_value(_LINKS))
-    start = _tracer.start_as_current_span
-    with start(name, kind=SpanKind.CLIENT, attributes=attributes, links=links) as one:
+    with _tracer.start_as_current_span(name, None, SpanKind.CLIENT, attributes, links) as one:
         yield one
 
 

@@ -1,6 +1,6 @@
 """`Client`: rows and manifests from a row source, tokens from a worker."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
 from typing import Any
 
@@ -13,7 +13,7 @@ from tolhouse.client.lookup import LookupRowSource
 from tolhouse.client.row_source import open_row_source
 from tolhouse.errors import InvalidArgument
 from tolhouse.net.auth import ClientCredentials
-from tolhouse.net.channel import error_of
+from tolhouse.net.channel import Targets, error_of
 from tolhouse.sampling import SamplingParams
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import generation_pb2 as pb
@@ -30,7 +30,7 @@ class Client(AbstractContextManager["Client"]):
 
     def __init__(
         self,
-        target: str | Sequence[str],
+        target: Targets,
         timeout_seconds: float = 10.0,
         *,
         credentials: ClientCredentials | None = None,
@@ -55,18 +55,18 @@ class Client(AbstractContextManager["Client"]):
     def fetch(self, table: str | Manifest, ids: npt.ArrayLike) -> np.ndarray:
         """Rows [T, N, D] of T token ids from "name@version", or from what "name" stands for now.
 
-        X0 comes first where the table carries it. Float codecs give a read-only view of the
-        records where no id comes twice; int8 and int4 give float32 values. NotFound, IdOutOfRange.
-        Unavailable, DeadlineExceeded: no replica answered. Corrupt: none has an intact row.
+        X0 comes first where the table carries it. They are read-only; int8 and int4 give float32.
+        NotFound, IdOutOfRange. Unavailable, DeadlineExceeded: no replica answered. Corrupt: none
+        has an intact row.
         """
         manifest = table if isinstance(table, Manifest) else self.describe(table)
         ids_T = token_ids(ids)
         auxiliary = self.rows.auxiliary(manifest)
         unique = np.unique(ids_T)
-        wanted = unique if len(unique) < len(ids_T) else ids_T
-        rows = auxiliary.decode(wanted, self.rows.fetch_records(manifest, wanted))
-        if len(wanted) < len(ids_T):
-            rows = rows[np.searchsorted(wanted, ids_T)]
+        distinct = unique if len(unique) < len(ids_T) else ids_T
+        rows = auxiliary.decode(distinct, self.rows.fetch_records(manifest, distinct))
+        if distinct is unique:
+            rows = rows[np.searchsorted(unique, ids_T)]
         rows.flags.writeable = False
         return rows
 
@@ -92,9 +92,8 @@ class Client(AbstractContextManager["Client"]):
         """The same as whole messages, with the reason of the end and log probabilities."""
         request = SamplingParams(max_tokens, **sampling).to_proto(prompt_token_ids)
         worker = self._worker()
-        call = GenerationStub(worker.channel).Generate(
-            request, timeout=timeout_seconds, metadata=worker.credentials.metadata()
-        )
+        stub, metadata = GenerationStub(worker.channel()), worker.credentials.metadata()
+        call = stub.Generate(request, timeout=timeout_seconds, metadata=metadata)
         try:
             yield from call
         except grpc.RpcError as error:

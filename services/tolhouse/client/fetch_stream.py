@@ -1,7 +1,6 @@
 """One replica: its channel, and a Fetch stream with any number of requests in flight.
 
-A record is copied twice: by gRPC out of the socket into the reply, and from there into the caller's
-buffer, where it is verified.
+gRPC copies a record into the reply; it is copied once more, to the caller, and verified there.
 """
 
 import itertools
@@ -72,17 +71,13 @@ class Replica:
 
     def __init__(self, target: str, credentials: ClientCredentials) -> None:
         self.target, self.credentials = target, credentials
-        self._channel = reloading_channel(target, credentials)
+        self.channel = reloading_channel(target, credentials)
         self._lock, self._numbers = threading.Lock(), itertools.count(1)
         self._stream: _Stream | None = None
 
-    @property
-    def channel(self) -> grpc.Channel:
-        return self._channel()
-
     def call(self, stub: type, method: str, request: Any, timeout_seconds: float) -> Any:
         """Make a unary call."""
-        call = getattr(stub(self.channel), method)
+        call = getattr(stub(self.channel()), method)
         try:
             return call(request, timeout=timeout_seconds, metadata=self.credentials.metadata())
         except grpc.RpcError as error:
@@ -110,18 +105,17 @@ class Replica:
 
     def close(self) -> None:
         self.reset()
-        self.channel.close()
+        self.channel().close()
 
     def _open(self) -> _Stream:
         outgoing: SimpleQueue[pb.FetchRequest | None] = SimpleQueue()
-        # replies stay bytes: net/fetch_reply.py reads them
-        fetch = self.channel.stream_stream(
-            "/tolhouse.v1.Lookup/Fetch", pb.FetchRequest.SerializeToString
-        )
+        write = (
+            pb.FetchRequest.SerializeToString
+        )  # replies stay bytes: net/fetch_reply.py reads them
+        fetch = self.channel().stream_stream("/tolhouse.v1.Lookup/Fetch", write)
         call = fetch(iter(outgoing.get, None), metadata=self.credentials.metadata())
         stream = _Stream(call, outgoing, {})
-        title = f"fetch {self.target}"
-        threading.Thread(target=self._receive, args=(stream,), name=title, daemon=True).start()
+        threading.Thread(target=self._receive, args=(stream,), name="fetch", daemon=True).start()
         return stream
 
     def _receive(self, stream: _Stream) -> None:

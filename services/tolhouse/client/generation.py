@@ -21,10 +21,6 @@ class WorkerChannel:
         self._channel = reloading_channel(target, credentials, grpc.aio)
         self._calls: set[grpc.aio.Call] = set()
 
-    @property
-    def stub(self) -> GenerationStub:
-        return GenerationStub(self._channel())
-
     def abandon(self) -> None:
         """End all calls in flight with Unavailable: the worker hangs."""
         calls, self._calls = self._calls, set()
@@ -32,9 +28,10 @@ class WorkerChannel:
             call.cancel()
 
     async def describe(self, seconds: float) -> pb.DescribeWorkerReply:
-        request, metadata = pb.DescribeWorkerRequest(), self.credentials.metadata()
+        stub, metadata = GenerationStub(self._channel()), self.credentials.metadata()
         try:
-            return await self.stub.DescribeWorker(request, timeout=seconds, metadata=metadata)
+            request = pb.DescribeWorkerRequest()
+            return await stub.DescribeWorker(request, timeout=seconds, metadata=metadata)
         except grpc.RpcError as error:
             raise error_of(error, f"worker {self.target}") from None
 
@@ -43,7 +40,7 @@ class WorkerChannel:
         metadata = self.credentials.metadata()
         if traceparent := tracing.traceparent():
             metadata = (*metadata, (tracing.HEADER, traceparent))
-        call = self.stub.Generate(request, metadata=metadata)
+        call = GenerationStub(self._channel()).Generate(request, metadata=metadata)
         self._calls.add(call)
         try:
             async for reply in call:

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +15,7 @@ from tolhouse.client.row_source import Array, RowSource
 from tolhouse.errors import Cancelled, Corrupt, DeadlineExceeded, TolhouseError, Unavailable
 from tolhouse.logs import event
 from tolhouse.net.auth import ClientCredentials
-from tolhouse.net.channel import Addresses
+from tolhouse.net.channel import Addresses, Targets
 from tolhouse.net.health import SUSPECT_SECONDS, PeerHealth
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import lookup_pb2 as pb
@@ -24,16 +24,15 @@ from tolhouse.v1.lookup_pb2_grpc import LookupStub
 # another replica, or the same once more, may do better
 _RETRIED = (Unavailable, DeadlineExceeded, Cancelled, Corrupt)
 _ROUNDS = 2
+_Part = tuple[Replica, Array]  # a replica, and the indices to ask it for
 _PROBE_SECONDS = _RESOLVE_SECONDS = 1.0  # of a probe; between two look-ups of a name's addresses
 
 
 class LookupRowSource(RowSource):
     """Asks the replicas in each shard's order."""
 
-    def __init__(
-        self, targets: str | Sequence[str], timeout_seconds: float, credentials: ClientCredentials
-    ) -> None:
-        self.timeout_seconds = timeout_seconds
+    def __init__(self, targets: Targets, timeout: float, credentials: ClientCredentials) -> None:
+        self.timeout_seconds = timeout
         self.replicas = Replicas(targets, credentials, self._probe)
         super().__init__(self.replicas.name)
         self._max_ids = 65_536  # of a request; replicas say how many they take
@@ -52,9 +51,9 @@ class LookupRowSource(RowSource):
         request = pb.DescribeRequest(table=table, known=known.ref if known else "")
         reply = self._call("Describe", request)
         self._max_ids = reply.max_ids_per_fetch
-        if known and not reply.manifest_json:
-            return known
-        return Manifest.from_json(reply.manifest_json)
+        return (
+            Manifest.from_json(reply.manifest_json) if reply.manifest_json or not known else known
+        )
 
     def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
         flat = memoryview(out.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
@@ -110,10 +109,9 @@ class LookupRowSource(RowSource):
     def _call(self, method: str, request: Any) -> Any:
         """The answer of the first replica that has one."""
         replicas = self.replicas.in_turn() * _ROUNDS
-        error: TolhouseError
+        timeout, error = self.timeout_seconds / len(replicas), TolhouseError()
         for replica in replicas:
             try:
-                timeout = self.timeout_seconds / len(replicas)
                 return replica.call(LookupStub, method, request, timeout)
             except (Unavailable, DeadlineExceeded) as failure:
                 error = failure
@@ -128,10 +126,7 @@ class Replicas:
     """
 
     def __init__(
-        self,
-        targets: str | Sequence[str],
-        credentials: ClientCredentials,
-        probe: Callable[[Replica], bool],
+        self, targets: Targets, credentials: ClientCredentials, probe: Callable[[Replica], bool]
     ) -> None:
         self._addresses = Addresses(targets, credentials)
         self.name = ",".join(self._addresses.targets)
@@ -160,9 +155,7 @@ class Replicas:
             raise Unavailable(f"{self.name}: the name has no address yet")
         return [replicas[target] for target in self.health.order(replicas)]
 
-    def divide(
-        self, manifest: Manifest, ids: Array, left: Array, attempt: int
-    ) -> Iterator[tuple[Replica, Array]]:
+    def divide(self, manifest: Manifest, ids: Array, left: Array, attempt: int) -> Iterator[_Part]:
         """The indices `left` of `ids`, by the replica to ask for them at this attempt."""
         replicas = self.in_turn()
         if len(replicas) == 1:
@@ -194,12 +187,10 @@ class Replicas:
 
 @lru_cache(64)
 def _order(ref: str, num_shards: int, targets: tuple[str, ...], unhealthy: frozenset[str]) -> Array:
-    """Indices of `targets` in each shard's order, [num_shards, len(targets)]; healthy ones first."""
-    weights = [
-        [xxh3_64_intdigest(f"{ref}:{shard}:{target}".encode()) for target in targets]
-        for shard in range(num_shards)
-    ]
-    order = np.argsort(np.array(weights, np.uint64), axis=1)
+    """Indices of `targets` in each shard's order [num_shards, targets]; healthy ones first."""
+    texts = (f"{ref}:{shard}:{target}" for shard in range(num_shards) for target in targets)
+    weights = np.array([xxh3_64_intdigest(text.encode()) for text in texts], np.uint64)
+    order = np.argsort(weights.reshape(num_shards, -1), axis=1)
     last = np.array([target in unhealthy for target in targets])
     healthy_first = np.argsort(last[order], axis=1, kind="stable")
     return np.take_along_axis(order, healthy_first, axis=1)

@@ -1,13 +1,12 @@
-"""Row sources: where rows are read from, named by a URL.
+"""Row sources: where rows are read from, named by a URL. lookup.py calls lookup services.
 
-This process reads file:// and redis:// itself; lookup.py calls lookup services. All give verified
-records of exactly the version asked for, or the same errors.
+All give verified records of exactly the version asked for, or the same errors.
 """
 
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property, partial
@@ -18,7 +17,7 @@ import numpy as np
 from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
 from tolhouse.logs import event
 from tolhouse.net.auth import ClientCredentials
-from tolhouse.net.channel import SCHEME
+from tolhouse.net.channel import SCHEME, Targets
 from tolhouse.store.base import LEASE_SECONDS, Store, open_store, require_private, shown
 from tolhouse.store.registry import resolve, stands_for, tables
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
@@ -83,9 +82,8 @@ class RowSource(ABC):
         """Verified records of distinct `ids` (uint32 [T]) in rows `slots` [T] of `out`.
 
         `out` is uint8 [., record_bytes], contiguous; by default it is made, with records in order.
-        After an error its rows may hold anything, and are not written to any more. IdOutOfRange.
-        NotFound: the table is gone. Unavailable, DeadlineExceeded: the source does not answer.
-        Corrupt: it has no intact row.
+        After an error its rows may hold anything, and are not written to any more. IdOutOfRange;
+        NotFound: the table is gone; Unavailable, DeadlineExceeded; Corrupt: no row is intact.
         """
         manifest.check_ids(ids)
         if out is None:
@@ -146,38 +144,34 @@ class StoreRowSource(RowSource):
             event("a lease can't be renewed", logging.WARNING, table=ref, reason=str(error))
 
     def _describe(self, table: str, known: Manifest | None) -> Manifest:
-        if known and stands_for(self.store, known.ref):
-            return known
-        return resolve(self.store, table)
+        return known if known and stands_for(self.store, known.ref) else resolve(self.store, table)
 
     def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
         self.use(manifest)
-        current = self._manifests.get(manifest.ref, manifest)
+        ref, count = manifest.ref, len(ids)
+        current = self._manifests.get(ref, manifest)
         about: Attributes = {
             "server.address": self.url,
-            "tolhouse.table": manifest.ref,
-            "tolhouse.rows": len(ids),
+            "tolhouse.table": ref,
+            "tolhouse.rows": count,
         }
         with span("store read", about):
             try:
                 self.store.read_records(current, ids, out, slots)
             except Corrupt:
-                fresh = self.store.manifest(manifest.ref)
+                fresh = self.store.manifest(ref)
                 if fresh.num_shards == current.num_shards:
                     raise
-                self._manifests[manifest.ref] = fresh  # it was built again, in other shards
+                self._manifests[ref] = fresh  # it was built again, in other shards
                 self.store.read_records(fresh, ids, out, slots)
 
 
 def open_row_source(
-    url: str | Sequence[str],
-    timeout_seconds: float = 10.0,
-    credentials: ClientCredentials | None = None,
+    url: Targets, timeout_seconds: float = 10.0, credentials: ClientCredentials | None = None
 ) -> RowSource:
-    """The row source at `url`; several texts are lookup replicas.
+    """The row source at `url`; several texts are lookup replicas. It need not be reachable yet.
 
-    `timeout_seconds` is the longest wait for an answer. Other machines' services need `credentials`
-    with TLS, and their Redis a rediss:// URL. One that can't be reached yet is no error.
+    Other machines' services need `credentials` with TLS, and their Redis a rediss:// URL.
     """
     credentials = credentials or ClientCredentials()
     if not isinstance(url, str) or "://" not in url or url.startswith(SCHEME):
@@ -185,8 +179,7 @@ def open_row_source(
 
         return LookupRowSource(url, timeout_seconds, credentials)
     if url.partition("://")[0] not in ("file", "redis", "rediss"):
-        raise InvalidArgument(
-            f"{shown(url)!r} is no file://, redis://, rediss://, dns:/// or HOST:PORT"
-        )
+        allowed = "file://, redis://, rediss://, dns:/// or HOST:PORT"
+        raise InvalidArgument(f"{shown(url)!r} is no {allowed}")
     require_private(url, insecure=credentials.insecure)
     return StoreRowSource(shown(url), partial(open_store, url, timeout_seconds))

@@ -1,13 +1,10 @@
-"""The gRPC face of the lookup service. Protobuf types end here.
-
-A record is copied three times on its way out: into the reply (net/fetch_reply.py), and by gRPC into
-its slice and into the socket.
-"""
+"""The gRPC interface of the lookup service. Protobuf types end here."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from operator import methodcaller
 from weakref import WeakValueDictionary
 
@@ -99,8 +96,7 @@ class LookupService:
         """The serialised replies to one request; an error is the last, and the stream goes on."""
         started, status, message = time.perf_counter(), "OK", ""
         parent = tracing.remote(request.traceparent)
-        about = {"tolhouse.table": request.table}
-        trace = tracing.begin("lookup Fetch", parent, about)
+        trace = tracing.begin("lookup Fetch", parent, {"tolhouse.table": request.table})
         try:
             if split_ref(request.table)[1] is None:
                 raise InvalidArgument(f"fetch needs name@version, not {request.table!r}")
@@ -153,28 +149,17 @@ def parse_ids(packed: bytes, manifest: Manifest) -> np.ndarray:
 
 async def run(config: LookupConfig) -> None:
     """Serve the store until SIGTERM or SIGINT."""
-    credentials = config.server_credentials()
     tracing.start_tracing("lookup", config.traces, insecure=config.insecure)
-    store = await asyncio.to_thread(
-        open_store, config.store, config.store_timeout_seconds, config.store_wait_seconds
-    )
+    timeouts = config.store_timeout_seconds, config.store_wait_seconds
+    store = await asyncio.to_thread(open_store, config.store, *timeouts)
     source = StoreRowSource(store.url, lambda: store)
     rows = HotRows(source, int(config.hot_megabytes * 1e6))
     service = LookupService(rows)
-    metrics = serve_metrics(config.metrics_listen, credentials)
+    metrics = serve_metrics(config.metrics_listen, config.server_credentials())
     event("serving store", store=store.url)
     await rows.open_published()
     try:
-        await serve(
-            "lookup",
-            config.listen,
-            lambda server: register(service, server),
-            NAME,
-            config.drain_seconds,
-            drain=service.drain,
-            credentials=credentials,
-            metrics=metrics,
-        )
+        await serve("lookup", NAME, config, partial(register, service), metrics, service.drain)
     finally:
         rows.close()
         source.close()

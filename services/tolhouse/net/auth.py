@@ -1,7 +1,6 @@
-"""What calls carry (`ClientCredentials`), and what a listener demands (`ServerCredentials`).
+"""What calls carry, and what a listener demands: TLS files and a token, read when they change.
 
-Without TLS, both keep to this machine unless told to be insecure. Files are read again when they
-change. A token is one secret for all services.
+Without TLS, both keep to this machine unless they are insecure. All services share a token.
 """
 
 import hmac
@@ -32,17 +31,14 @@ class Pems(NamedTuple):
 
 
 def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> Pems:
-    """The contents of three files, "" for one that is not given; InvalidArgument if they don't fit.
-
-    `retries` are for the moment in which a certificate is replaced already, and its key is not.
-    """
+    """Read three files, "" for one not given; `retries` while only one of a pair is replaced."""
     if bool(certificate) != bool(key):
         given = "certificate" if certificate else "key"
         raise InvalidArgument(f"a TLS certificate and key go together: only the {given} is given")
     if authority == SYSTEM:
         paths = ssl.get_default_verify_paths()
         if not paths.cafile:
-            message = f"this machine has no file of trusted authorities at {paths.openssl_cafile}"
+            message = f"there is no file of trusted authorities at {paths.openssl_cafile}"
             raise InvalidArgument(f"{message}: give one by name, not {SYSTEM!r}")
         authority = paths.cafile
     named = {"certificate": certificate, "key": key, "authority": authority}
@@ -76,8 +72,8 @@ class TokenFile:
         self._path = path
         self._tokens = ReloadingFiles((path,), self._read)
 
-    def metadata(self) -> Metadata:
-        return (("authorization", f"Bearer {self._tokens.get()[0].decode()}"),)
+    def first(self) -> str:
+        return self._tokens.get()[0].decode()
 
     def accepts(self, authorization: str) -> bool:
         scheme, _, token = authorization.encode().partition(b" ")
@@ -114,9 +110,8 @@ class ClientCredentials:
     def channel_credentials(self, target: str) -> grpc.ChannelCredentials | None:
         """None means plaintext. InvalidArgument if that is not allowed, or a file does not fit."""
         if self.tls_ca:
-            pems = read_pems(self.tls_cert, self.tls_key, self.tls_ca, retries=10)
-            pair = pems.key or None, pems.certificate or None
-            return grpc.ssl_channel_credentials(pems.authority, *pair)
+            _, cert, key, ca = read_pems(self.tls_cert, self.tls_key, self.tls_ca, retries=10)
+            return grpc.ssl_channel_credentials(ca, key or None, cert or None)
         if self.tls_cert or self.tls_key:
             raise InvalidArgument("a TLS certificate to show needs an authority: give --tls-ca")
         if not self.insecure and not is_loopback(target):
@@ -126,7 +121,7 @@ class ClientCredentials:
 
     def metadata(self) -> Metadata:
         """What goes with each call."""
-        return self._token.metadata() if self.token_file else ()
+        return (("authorization", f"Bearer {self._token.first()}"),) if self.token_file else ()
 
     @cached_property
     def _token(self) -> TokenFile:
@@ -150,15 +145,14 @@ class ServerCredentials:
             raise InvalidArgument(f"{option} {address} would serve in plaintext: {advice}")
 
     def interceptors(self) -> list[grpc.aio.ServerInterceptor]:
-        return [_TokenInterceptor(TokenFile(self.token_file))] if self.token_file else []
+        return [_TokenInterceptor(self.token_file)] if self.token_file else []
 
     def for_grpc(self) -> grpc.ServerCredentials | None:
         """gRPC asks for the certificate at every handshake. None means plaintext."""
 
         def current() -> grpc.ServerCertificateConfiguration:
-            _, certificate, key, authority = self._pems.get()
-            pairs = [(key, certificate)]
-            return grpc.ssl_server_certificate_configuration(pairs, authority or None)
+            _, cert, key, ca = self._pems.get()
+            return grpc.ssl_server_certificate_configuration([(key, cert)], ca or None)
 
         if not self._pems.get().certificate:
             return None
@@ -183,19 +177,16 @@ class ServerCredentials:
 class _TokenInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls without a token, except health checks."""
 
-    def __init__(self, tokens: TokenFile) -> None:
-        self._tokens = tokens
-        # refuses any kind of call: on the wire they are all alike
-        self._refusal = grpc.stream_stream_rpc_method_handler(_refuse)
+    def __init__(self, path: str) -> None:
+        self._tokens = TokenFile(path)
 
-    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        authorization = dict(handler_call_details.invocation_metadata).get("authorization", "")
-        is_open = handler_call_details.method.startswith(_OPEN)
-        if is_open or self._tokens.accepts(authorization):
-            return await continuation(handler_call_details)
-        return self._refusal
+    async def intercept_service(self, continuation: Any, call: Any) -> Any:
+        authorization = dict(call.invocation_metadata).get("authorization", "")
+        if call.method.startswith(_OPEN) or self._tokens.accepts(authorization):
+            return await continuation(call)
+        # fits any kind of call: on the wire they are all alike
+        return grpc.stream_stream_rpc_method_handler(self._refuse)
 
-
-async def _refuse(_: object, context: grpc.aio.ServicerContext) -> None:
-    message = "the call has no token, or one that this service does not know"
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"{message}: give it with --token-file")
+    async def _refuse(self, _: object, context: grpc.aio.ServicerContext) -> None:
+        message = "the call has no token, or one that this service does not know: use --token-file"
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)

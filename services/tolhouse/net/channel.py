@@ -3,6 +3,7 @@
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -31,9 +32,10 @@ _TLS_PROBLEMS = {
     "Hostname Verification Check failed": "its TLS certificate is for another host name",
     "CERTIFICATE_VERIFY_FAILED": "its TLS certificate is not of the authority trusted here",
     "WRONG_VERSION_NUMBER": "it does not speak TLS",
-    "Socket closed": "it closed the connection: it may be full, want TLS, or want a TLS "
-    "certificate that it trusts; its log may say more",
+    "Socket closed": "it may be full, want TLS, or want a TLS certificate that it trusts",
 }
+Targets = str | Sequence[str]  # texts, or one with commas between them
+Channel = Callable[[], Any]
 _CALLERS_FAULT = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "NOT_FOUND")
 
 
@@ -47,9 +49,7 @@ def dial(target: str, credentials: ClientCredentials, library: Any = grpc) -> An
     return library.secure_channel(target, tls, options=options)
 
 
-def reloading_channel(
-    target: str, credentials: ClientCredentials, library: Any = grpc
-) -> Callable[[], Any]:
+def reloading_channel(target: str, credentials: ClientCredentials, library: Any = grpc) -> Channel:
     """Returns the channel of `dial`, made anew when the TLS files change."""
     kept: deque[Any] = deque(maxlen=2)  # calls on the one before may end
 
@@ -67,36 +67,39 @@ def error_of(error: grpc.RpcError, peer: str) -> TolhouseError:
     if status == "UNIMPLEMENTED":
         return Unsupported(f"{peer} does not serve this call; is it another service's address?")
     if status == "UNAVAILABLE" and ("connect" in details.lower() or "socket" in details.lower()):
-        unreachable = "can't be reached"
-        reasons = (reason for sign, reason in _TLS_PROBLEMS.items() if sign in details)
-        details = f"{next(reasons, unreachable)} ({details})"
+        reasons = [reason for sign, reason in _TLS_PROBLEMS.items() if sign in details]
+        reasons.append("can't be reached")
+        details = f"{reasons[0]} ({details})"
     return from_status(status, details if status in _CALLERS_FAULT else f"{peer}: {details}")
 
 
 class Addresses:
-    """The addresses of `targets`: texts, or one with commas between them. For one thread.
+    """The addresses of `targets`, which `credentials` must allow to call. For one thread."""
 
-    InvalidArgument for a target that is none, or that `credentials` do not allow to call.
-    """
-
-    def __init__(self, targets: str | Sequence[str], credentials: ClientCredentials) -> None:
+    def __init__(self, targets: Targets, credentials: ClientCredentials) -> None:
         given = targets.split(",") if isinstance(targets, str) else targets
         self.targets, self._credentials = tuple(t.strip() for t in given if t.strip()), credentials
         if not self.targets:
-            named = f"{SCHEME}HOST:PORT for all addresses of a name"
-            raise InvalidArgument(f"no address given: HOST:PORT, {named}, or several with commas")
-        parsed = {t: split_address(t.removeprefix(SCHEME)) for t in self.targets}
+            allowed = f"HOST:PORT, or {SCHEME}HOST:PORT for all addresses of a name"
+            raise InvalidArgument(f"no address given: {allowed}; several with commas")
+        self._names, self._found = dict[str, tuple[str, int]](), dict[str, tuple[str, ...]]()
         for target in self.targets:
+            address = split_address(target.removeprefix(SCHEME))
             credentials.channel_credentials(target.removeprefix(SCHEME))
-        self._names = {t: address for t, address in parsed.items() if t.startswith(SCHEME)}
-        self._found: dict[str, tuple[str, ...]] = dict.fromkeys(self._names, ())
+            if target.startswith(SCHEME):
+                self._names[target], self._found[target] = address, ()
         self._host_of: dict[str, str] = {}  # by address, the name that it was found by
         self.change = bool(self._names)  # whether another look-up may find others
 
     def look_up(self) -> tuple[str, ...]:
         """All addresses, each once. A name that has none now keeps those that it had last."""
         for target, (host, port) in self._names.items():
-            found = _addresses(host, port)
+            found: tuple[str, ...] = ()
+            with suppress(OSError, UnicodeError):
+                results = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                ips = sorted({str(at[0]) for *_, at in results})  # resolvers rotate them
+                v4 = tuple(f"{ip}:{port}" for ip in ips if ":" not in ip)
+                found = v4 or tuple(f"[{ip}]:{port}" for ip in ips)  # a pod may have one of each
             if found and found != self._found[target]:
                 event("addresses changed", target=target, addresses=",".join(found))
                 self._found[target] = found
@@ -107,14 +110,3 @@ class Addresses:
         """The credentials for calls to one address, whose certificate is for its name."""
         host = self._host_of.get(address)
         return replace(self._credentials, tls_name=host) if host else self._credentials
-
-
-def _addresses(host: str, port: int) -> tuple[str, ...]:
-    """Addresses of one family, as a pod may have one of each; sorted, as resolvers rotate them."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return ()
-    hosts = sorted({str(at[0]) for *_, at in found})
-    v4 = tuple(f"{host}:{port}" for host in hosts if ":" not in host)
-    return v4 or tuple(f"[{host}]:{port}" for host in hosts)

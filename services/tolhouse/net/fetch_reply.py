@@ -1,7 +1,6 @@
 """Fetch replies with fewer copies: a record is copied once into a reply, and read in place.
 
-Generated code copies `records` into the message, the message into its serialised form, and back:
-large replies then take a quarter longer. The bytes are plain protobuf.
+With generated code, which copies twice each way, large replies take a quarter longer.
 """
 
 from collections.abc import Sequence

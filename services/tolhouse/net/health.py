@@ -1,15 +1,15 @@
 """The health of peers: lookup replicas, Redis nodes, workers, a worker's source of rows.
 
-A failed call puts its peer down. A call that took long says little: the work may have been large,
-or this machine busy. So probes without work compare the peer with others: it is slow if it takes
-several times as long as the quickest. A peer that is down or slow is used last until a probe finds
-it well.
+A failed call puts its peer down. A call that took long says little: the work may have been large.
+So probes without work compare the peer with others: it is slow if it takes several times as long
+as the quickest. A peer that is down or slow is used last until a probe finds it well.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from typing import Literal
@@ -99,8 +99,7 @@ class PeerHealth:
             self._changed.notify_all()
             if self._probe and not self._watching and not self._closed:
                 self._watching = True
-                title = f"{self._kind} health"
-                threading.Thread(target=self._watch, name=title, daemon=True).start()
+                threading.Thread(target=self._watch, name=self._kind, daemon=True).start()
 
     def _become(self, name: str, peer: _Peer, reason: object = "") -> None:
         was_up, is_up = self.up(name), peer.state in ("up", "probing")
@@ -144,24 +143,21 @@ class PeerHealth:
             return "gone"
         own = self._seconds(name)
         if SUSPECT_SECONDS <= own < inf:
-            quickest = min(
-                (self._seconds(other) for other in others if self.up(other)), default=inf
-            )
+            quickest = min([inf, *(self._seconds(other) for other in others if self.up(other))])
             return "slow" if own > _SLOW_TIMES * quickest else "up"
         return "up" if own < inf else "down"
 
     def _seconds(self, name: str) -> float:
         """How long the peer takes to answer a probe; infinity if it does not answer."""
-        assert self._probe is not None
+        assert self._probe
         best = inf
-        for _ in range(_PROBES):
-            began = self._clock()
-            try:
+        with suppress(TolhouseError):
+            for _ in range(_PROBES):
+                began = self._clock()
                 if not self._probe(name):
                     return inf
-            except TolhouseError:
-                return inf
-            best = min(best, self._clock() - began)
-            if best < SUSPECT_SECONDS:
-                break
-        return best
+                best = min(best, self._clock() - began)
+                if best < SUSPECT_SECONDS:
+                    break
+            return best
+        return inf

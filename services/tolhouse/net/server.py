@@ -7,14 +7,17 @@ import signal
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Protocol
 
 import grpc
-from prometheus_client import start_http_server
+from prometheus_client import REGISTRY, start_http_server
 
 from tolhouse.errors import Internal, InUse, TolhouseError
 from tolhouse.logs import event, log, ready, split_address
 from tolhouse.net.auth import ServerCredentials
+
+Register = Callable[[grpc.aio.Server], None]  # adds a service to a server
+Drain = Callable[[], None] | None
 
 MAX_STREAMS = 1024  # open calls of one connection; more wait for one of them to end
 MAX_CONNECTIONS = 1024  # of one service; more are closed
@@ -36,12 +39,16 @@ SERVER_OPTIONS = [
 ]
 
 
-def finish_startup() -> None:
-    """Exempt what has been loaded from garbage collection, and return the memory that loading took.
+class Config(Protocol):
+    listen: str
+    drain_seconds: float
 
-    Else the cycles of calls pile up for hours: Python looks for old ones once a quarter is new.
-    """
-    gc.collect()
+    def server_credentials(self) -> ServerCredentials: ...
+
+
+def finish_startup() -> None:
+    """Exempt what is loaded from garbage collection, and return the memory that loading took."""
+    gc.collect()  # else cycles of calls pile up: Python looks for old ones rarely
     gc.freeze()
     gc.collect()  # counts the old objects anew: there are none
     with suppress(AttributeError, OSError):  # not glibc
@@ -67,30 +74,23 @@ def status_of(error: Exception) -> tuple[str, str]:
 
 
 async def serve(
-    service: str,
-    listen: str,
-    register: Callable[[grpc.aio.Server], Any],
-    name: str,
-    drain_seconds: float,
-    drain: Callable[[], None] | None = None,
-    *,
-    credentials: ServerCredentials,
-    **fields: object,
+    service: str, name: str, config: Config, register: Register, metrics: str, drain: Drain = None
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then call `drain` and finish calls for up to `drain_seconds`.
+    """Serve until SIGTERM or SIGINT, then call `drain` and finish calls for a while.
 
-    Once the service `name` answers, a line on stdout has the real address, and `fields`.
+    Once the service `name` answers, a line on stdout has the real address, and that of `metrics`.
     """
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
 
+    listen, credentials = config.listen, config.server_credentials()
     credentials.check(listen, "--listen")
     server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=credentials.interceptors())
     register(server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    listed = name, health.SERVICE_NAME, reflection.SERVICE_NAME
-    reflection.enable_server_reflection(listed, server)
+    names = name, health.SERVICE_NAME, reflection.SERVICE_NAME
+    reflection.enable_server_reflection(names, server)
     port, tls = 0, credentials.for_grpc()
     with suppress(RuntimeError):
         port = server.add_secure_port(listen, tls) if tls else server.add_insecure_port(listen)
@@ -104,13 +104,13 @@ async def serve(
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    ready(service, f"{split_address(listen)[0]}:{port}", **fields)
+    ready(service, f"{split_address(listen)[0]}:{port}", metrics=metrics)
     await stop.wait()
     event("draining", service=service)
     await checks.enter_graceful_shutdown()
     if drain:
         drain()
-    await server.stop(drain_seconds)
+    await server.stop(config.drain_seconds)
     event("stopped", service=service)
 
 
@@ -118,11 +118,11 @@ def serve_metrics(address: str, credentials: ServerCredentials) -> str:
     """Serve Prometheus metrics, by HTTPS where `credentials` have TLS; the address as it is."""
     credentials.check(address, "--metrics-listen")
     (host, port), context = split_address(address), credentials.for_http()
-    ca = credentials.tls_client_ca or None
-    tls: dict[str, Any] = {"client_cafile": ca, "client_auth_required": bool(ca)}
-    tls |= {"certfile": credentials.tls_cert, "keyfile": credentials.tls_key}
+    ca, pair = credentials.tls_client_ca or None, (credentials.tls_cert, credentials.tls_key)
     try:
-        server, _ = start_http_server(port, host, **tls)
+        server, _ = start_http_server(
+            port, host, REGISTRY, *pair, ca, client_auth_required=bool(ca)
+        )
     except OSError as error:
         message = f"metrics can't listen on {address}: {error.strerror or error}"
         raise InUse(f"{message}; choose another --metrics-listen") from None

@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -119,15 +120,9 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
             device=str(builder.device),
             dtype=str(builder.dtype).removeprefix("torch."),
         )
-        await serve(
-            "worker",
-            config.listen,
-            lambda server: add_GenerationServicer_to_server(service, server),
-            NAME,
-            config.drain_seconds,
-            credentials=credentials,
-            metrics=serve_metrics(config.metrics_listen, credentials),
-        )
+        metrics = serve_metrics(config.metrics_listen, credentials)
+        register = partial(add_GenerationServicer_to_server, service)
+        await serve("worker", NAME, config, register, metrics)
 
 
 def wait_for_table(source: RowSource, table: str, seconds: float) -> Manifest:
