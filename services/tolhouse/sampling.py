@@ -1,9 +1,7 @@
 """The one list of sampling parameters: names as in vLLM, bounds, defaults, documentation.
 
-The HTTP API, the SDK's keyword arguments, the command line and the worker take theirs from it;
-`GenerateRequest` in protos/ has a field for each. Log probabilities are the model's own. After
-them come, in this order: logit_bias, min_tokens, repetition_penalty, frequency_penalty and
-presence_penalty, temperature, min_p, top_k, top_p.
+`GenerateRequest` in protos/ has a field for each. Log probabilities are the model's own. The order
+after them: logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p.
 """
 
 from collections.abc import Iterable
@@ -56,7 +54,6 @@ class SamplingOptions(BaseModel):
     """The parameters that have one form in all interfaces."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-
     temperature: Temperature = 0.0
     top_k: TopK = _option(0, "Sample from so many likeliest tokens; 0 or -1: all.")
     top_p: TopP = _option(1.0, "Sample from the fewest likeliest tokens with so much probability.")
@@ -64,9 +61,7 @@ class SamplingOptions(BaseModel):
     repetition_penalty: Number = _option(
         1.0, "Divides positive logits of tokens so far, multiplies negative ones.", ge=2**-7, le=10
     )
-    presence_penalty: Number = _option(
-        0.0, "Subtracted from logits of answered tokens.", ge=-2, le=2
-    )
+    presence_penalty: Number = _option(0.0, "Subtracted from logits of answers.", ge=-2, le=2)
     frequency_penalty: Number = _option(0.0, "The same, times their number.", ge=-2, le=2)
     logit_bias: Biases = _option({}, "Added to the logits of token ids.")
     seed: Seed | None = _option(None, "The same seed gives the same tokens; random by default.")
@@ -97,10 +92,9 @@ class SamplingParams(SamplingOptions):
         if self.min_tokens > max_tokens:
             raise InvalidArgument(f"min_tokens must be at most max_tokens={max_tokens}")
 
-    def to_proto(self, prompt_token_ids: Iterable[int], request_id: str = "") -> GenerateRequest:
+    def to_proto(self, ids: Iterable[int], request_id: str = "") -> GenerateRequest:
         try:
-            fields = dict(self, request_id=request_id, prompt_token_ids=prompt_token_ids)
-            return GenerateRequest(**fields)
+            return GenerateRequest(**dict(self), request_id=request_id, prompt_token_ids=ids)
         except (ValueError, TypeError, OverflowError) as error:
             raise InvalidArgument(f"the prompt is not a list of token ids: {error}") from None
 
@@ -116,5 +110,4 @@ class SamplingParams(SamplingOptions):
 
     @property
     def penalises(self) -> bool:
-        """Earlier tokens matter."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)

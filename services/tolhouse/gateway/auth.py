@@ -1,7 +1,4 @@
-"""API keys: a file of their hashes and limits, by name, and the middleware that asks for one.
-
-A key is shown once, when it is made. Keys are 256 random bits: a plain hash can't be turned back.
-"""
+"""API keys: a file of their plain hashes (a key is 256 random bits), and the middleware."""
 
 import hashlib
 import secrets
@@ -24,7 +21,6 @@ OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/explore"})
 
 class Key(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     requests_per_minute: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600
     concurrent: Annotated[int, Field(ge=1)] = 16
@@ -83,14 +79,12 @@ class AuthMiddleware:
         # by digest: what the time of this tells about a hash leads to no key
         found = self._keys.get().get(_sha256(given.strip())) if scheme.lower() == "bearer" else None
         app, state = self.app, scope["state"]
-        if scope["path"] in OPEN_PATHS:
+        if found is None and scope["path"] not in OPEN_PATHS:
+            message = "an API key that the gateway knows is needed, as `Authorization: Bearer KEY`"
+            app = error_response(message, 401, {"WWW-Authenticate": "Bearer"})
+        if found is None or scope["path"] in OPEN_PATHS:
             state["trusted"] = found is not None
             await app(scope, receive, send)
-            return
-        if found is None:
-            message = "an API key that the gateway knows is needed, as `Authorization: Bearer KEY`"
-            unknown = error_response(message, 401, {"WWW-Authenticate": "Bearer"})
-            await unknown(scope, receive, send)
             return
         name, key = found
         rate, most = key.requests_per_minute, key.concurrent

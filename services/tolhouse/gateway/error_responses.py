@@ -78,8 +78,7 @@ def add_error_handlers(app: FastAPI) -> None:
         param = inside[0] if inside and not inside[0].isdigit() else None
         message = found["msg"].removeprefix("Value error, ")
         if kind == "json_invalid":
-            reason = found.get("ctx", {}).get("error", message)
-            message = f"the body is not valid JSON: {reason}"
+            message = f"the body is not valid JSON: {found['ctx']['error']}"
         elif kind == "extra_forbidden" and len(inside) == 1:
             body = request.scope["route"].body_field.field_info.annotation
             message = f"unknown parameter {param!r}; known are {', '.join(body.model_fields)}"

@@ -1,7 +1,7 @@
 """What the explorer page shows besides completions: tokens with their memory, and the workers.
 
-The gateway has no weights: what a model's memory holds is read from `memory.npz` beside its
-tokenizer, as `tolhouse explain --explorer` writes it. The page does without that file, too.
+The gateway has no weights: `tolhouse explain --explorer` writes what a model's memory holds to
+`memory.npz` beside its tokenizer. The page does without that file, too.
 """
 
 import logging
@@ -71,14 +71,12 @@ class Explorer:
             raise NotFound(reason)
         if i >= memory.size:
             raise NotFound(f"there is no token {i}: allowed are 0 to {memory.size - 1}")
-        layers = zip(memory.keys[i], memory.coefficients[i], memory.sharers, strict=True)
-        keys = [
-            [
-                self._key(key, c, sharers[key])
-                for key, c in zip(strongest, coefficients, strict=True)
-            ]
-            for strongest, coefficients, sharers in layers
-        ]
+        keys: list[list[dict[str, Any]]] = [[] for _ in range(memory.layers)]
+        for layer, of_layer in enumerate(keys):
+            for key, c in zip(memory.keys[i, layer], memory.coefficients[i, layer], strict=True):
+                shared_by = [self._named(int(t)) for t in memory.sharers[layer, key]]
+                values = {"key": int(key), "coefficient": round(float(c), 3)}
+                of_layer.append({**values, "shared_by": shared_by})
         near = zip(memory.near[i], memory.cosines[i], strict=True)
         nearest = [{**self._named(int(t)), "cosine": round(float(c), 3)} for t, c in near]
         return {**self._named(i), **self._norms(i), "keys": keys, "nearest": nearest}
@@ -94,14 +92,6 @@ class Explorer:
             "memory": self._hidden_reason(workers) or self._shown_rows(workers),
             **{n: sum(getattr(d, n) for d in workers) for n in ("tokens", "running", "waiting")},
             **{n: sum(getattr(d.rows, n) for d in workers) for n in rows},
-        }
-
-    def _key(self, key: int, coefficient: float, sharers: np.ndarray) -> dict[str, Any]:
-        shared_by = [self._named(int(t)) for t in sharers]
-        return {
-            "key": int(key),
-            "coefficient": round(float(coefficient), 3),
-            "shared_by": shared_by,
         }
 
     def _named(self, i: int) -> dict[str, Any]:
@@ -122,8 +112,7 @@ class Explorer:
             names = ", ".join(sorted(f"{d.model} ({i[:12]})" for i, d in served.items()))
             reason = f"{MEMORY} is of model {memory.model_id[:12]}, and the workers serve {names}"
         elif model and model.row_layers != memory.layers:
-            count = f"{model.model} has {model.row_layers}"
-            reason = f"{MEMORY} is of {memory.layers} layers, and {count}"
+            reason = f"{MEMORY} is of {memory.layers} layers, {model.model} has {model.row_layers}"
         if reason:
             reason += f": write it again, {_WRITE}"
             if reason != self._logged_reason:

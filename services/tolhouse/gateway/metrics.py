@@ -10,9 +10,7 @@ def _times(name: str, text: str) -> Histogram:
 
 
 REQUESTS = Counter("tolhouse_gateway_requests_total", "HTTP requests answered", ["path", "status"])
-SECONDS = Histogram(
-    "tolhouse_gateway_request_seconds", "Time from a request to the end of its answer", ["path"]
-)
+SECONDS = Histogram("tolhouse_gateway_request_seconds", "Time until an answer's end", ["path"])
 FIRST = _times("time_to_first_token", "Time from a prompt to its first token")
 NEXT = _times("inter_token", "Time from a token to the next one")
 WHOLE = _times("completion", "Time from a prompt to the end of its completion")

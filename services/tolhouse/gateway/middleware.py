@@ -25,10 +25,7 @@ _CLOSE = {"Connection": "close"}  # the rest of the request is not read
 
 
 class MetricsMiddleware:
-    """Gives each request an id; counts, times, traces and logs its end.
-
-    A stream that fails after its status line sets `failed_status`, and counts as that.
-    """
+    """Gives each request an id; counts, times, traces and logs it, with `failed_status` if set."""
 
     def __init__(self, app: ASGIApp, paths: Collection[str]) -> None:
         self.app, self.paths = app, paths  # the routes: other paths are the caller's invention
@@ -46,8 +43,8 @@ class MetricsMiddleware:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        about = {"http.request.method": method, "url.path": scope["path"][:_MAX_PATH]}
-        about["tolhouse.request_id"] = request_id
+        about = {"http.request.method": method, "tolhouse.request_id": request_id}
+        about["url.path"] = scope["path"][:_MAX_PATH]
         parent = tracing.remote(headers.get(tracing.HEADER, ""))
         span = tracing.begin(method, parent, about, root=True)
         with tracing.under([span]):
@@ -114,6 +111,7 @@ class RequestLimitsMiddleware:
 
     def _refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
         """What h11 lets pass: it counts no fields, and bytes of parts alone."""
+        status, message = 431, ""
         count, length = len(scope["headers"]), headers.get("content-length", "")
         size = len(scope["raw_path"]) + len(scope["query_string"])
         size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
@@ -123,9 +121,7 @@ class RequestLimitsMiddleware:
             message = f"the header has {size} bytes; at most {MAX_HEADER_BYTES} are taken"
         elif length and "transfer-encoding" in headers:  # a proxy may see another end of the body
             message = "Content-Length and Transfer-Encoding are both given: send one of them"
-            return error_response(message, 400, _CLOSE)
+            status = 400
         elif length.isdecimal() and int(length) > self.max_body_bytes:
-            return error_response(self._too_large, 413, _CLOSE)
-        else:
-            return None
-        return error_response(message, 431, _CLOSE)
+            status, message = 413, self._too_large
+        return error_response(message, status, _CLOSE) if message else None

@@ -39,9 +39,7 @@ class RateLimiter:
             from tolhouse.store.redis import split_credentials
 
             if not redis_url.startswith(("redis://", "rediss://")):
-                raise InvalidArgument(
-                    "--rate-limit-store must be redis://HOST:PORT or rediss://HOST:PORT"
-                )
+                raise InvalidArgument("--rate-limit-store must be redis://HOST:PORT, or rediss://")
             require_private(redis_url, insecure=insecure)
             url, credentials = split_credentials(redis_url)
             options: dict[str, Any] = {"implementation": "redispy", "key_prefix": "tolhouse:rate"}

@@ -47,7 +47,6 @@ class RequestHandler:
                 self._requests.append(sampling.to_proto(ids, request_id))
 
     async def deltas(self) -> AsyncGenerator[Delta]:
-        """Deltas of all choices as they come."""
         unfinished = len(self._requests)
         tasks = [asyncio.create_task(self._run(index)) for index in range(unfinished)]
         try:
@@ -84,10 +83,10 @@ class RequestHandler:
                         delta, started, tokens = Delta(index), now, 0
                         continue
                     if new := len(reply.token_ids):
-                        kind, seconds = metrics.FIRST, now - started
                         if tokens:
-                            kind, seconds = metrics.NEXT, (now - last) / new
-                        kind.observe(seconds)
+                            metrics.NEXT.observe((now - last) / new)
+                        else:
+                            metrics.FIRST.observe(now - started)
                         metrics.TOKENS.inc(new)
                         last, tokens = now, tokens + new
                         self.completion_tokens += new

@@ -99,9 +99,8 @@ class Serializer:
         """A chunk, or the whole response; usage is in this, and in a chunk without choices."""
         handler, usage = self.handler, None
         if not (self.stream and deltas):
-            prompt, completion = sum(map(len, handler.prompts)), handler.completion_tokens
-            usage = {"prompt_tokens": prompt, "completion_tokens": completion}
-            usage["total_tokens"] = prompt + completion
+            p, n = sum(map(len, handler.prompts)), handler.completion_tokens
+            usage = {"prompt_tokens": p, "completion_tokens": n, "total_tokens": p + n}
         scored = handler.body.num_logprobs is not None
         choices = [
             {

@@ -86,8 +86,7 @@ class WorkerRouter:
             raise self.unavailable()
         name = served[0] if name is None and len(served) == 1 else name
         if name not in served:
-            unknown = f"model {name!r} is not served here"
-            raise errors.NotFound(f"{unknown}; available: {', '.join(served)}")
+            raise errors.NotFound(f"model {name!r} is not served; available: {', '.join(served)}")
         found = self.descriptions(name)
         least = (min(d.context_tokens for d in found), min(d.vocab_size for d in found))
         return ServedModel(name, *least, found[0].eos_token_id)
@@ -110,10 +109,8 @@ class WorkerRouter:
     async def generate(
         self, model: str, request: GenerateRequest, may_restart: bool = False
     ) -> AsyncGenerator[GenerateReply | None]:
-        """The replies of the least loaded worker; one that fails before its first is replaced.
-
-        may_restart: also one that fails later; None says that the replies begin anew.
-        """
+        """Replies of the least loaded worker, or of the next if that fails before its first one or,
+        with may_restart, after: None says that the replies begin anew."""
         tried: set[Worker] = set()
         while left := [w for w in self.healthy(model) if w not in tried]:
             worker = min(left, key=lambda w: w.load)
@@ -127,8 +124,7 @@ class WorkerRouter:
                         yield reply
                 return
             except (errors.Unavailable, errors.Overloaded, errors.DeadlineExceeded) as error:
-                failed = f"request {request.request_id} failed at worker {worker.target}"
-                event(failed, error=str(error))
+                event(f"request {request.request_id} failed at {worker.target}", error=str(error))
                 if (begun and not may_restart) or tried.issuperset(self.healthy(model)):
                     raise
                 if begun:

@@ -29,16 +29,11 @@ _POLL_SECONDS = 0.1  # between looks whether a caller is still there
 _Responses = dict[int | str, dict[str, Any]]
 _STREAMED: _Responses = {200: {"content": {"text/event-stream": {}}}}
 _UNHEALTHY: _Responses = {503: {"description": "No worker is healthy"}}
-
-
-class _Metrics(Response):
-    media_type = CONTENT_TYPE_LATEST
+_METRICS: _Responses = {200: {"content": {CONTENT_TYPE_LATEST: {}}}}
 
 
 @dataclass(frozen=True)
 class Services:
-    """What routes share."""
-
     router: WorkerRouter
     vocabulary: Vocabulary
     template: ChatTemplate
@@ -100,8 +95,7 @@ async def _respond(
         yield "[DONE]"
 
     lines = (f"data: {data}\n\n" async for data in events())
-    headers = {"Cache-Control": "no-cache"}
-    return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
+    return StreamingResponse(lines, 200, {"Cache-Control": "no-cache"}, "text/event-stream")
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
@@ -184,8 +178,7 @@ async def health(request: Request, gateway: Gateway) -> JSONResponse:
     healthy = gateway.router.healthy()
     body: dict[str, Any] = {"status": "ok" if healthy else "unavailable"}
     if getattr(request.state, "trusted", True):
-        workers = gateway.router.workers
-        body["workers"] = {w.target: str(w.error or "healthy") for w in workers}
+        body["workers"] = {w.target: str(w.error or "healthy") for w in gateway.router.workers}
     return JSONResponse(body, 200 if healthy else 503)
 
 
@@ -200,10 +193,10 @@ async def version() -> dict:
     return {"version": __version__}
 
 
-@routes.get("/metrics", response_class=_Metrics)
+@routes.get("/metrics", response_class=Response, responses=_METRICS)
 async def metrics() -> Response:
     """Metrics in Prometheus' text format."""
-    return _Metrics(generate_latest())
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
 @routes.get("/v1/models")

@@ -31,7 +31,6 @@ def _nullable(schema: dict[str, Any]) -> None:
 
 class Object(BaseModel):
     model_config = ConfigDict(extra="forbid", json_schema_extra=_nullable)
-
     # OpenAI's or vLLM's parameters, and the values at which they change nothing
     unsupported: ClassVar[dict[str, tuple]] = {}
 
@@ -132,7 +131,6 @@ class CompletionRequest(Generation):
         return self.logprobs
 
     def most_tokens(self, room: int) -> int:
-        """Tokens of the answer, where the context has room for so many."""
         return self.max_tokens
 
 

@@ -20,9 +20,8 @@ def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-_environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-)
+_options = {"trim_blocks": True, "lstrip_blocks": True}  # as transformers has them
+_environment = ImmutableSandboxedEnvironment(extensions=[loopcontrols], **_options)
 _environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's is for HTML
 _environment.globals |= {"strftime_now": time.strftime, "raise_exception": _refuse}
 
@@ -33,11 +32,9 @@ class ChatTemplate:
     def __init__(self, folder: Path) -> None:
         file = folder / CONFIG
         try:
-            config = json.loads(file.read_text()) if file.is_file() else {}
-        except ValueError as error:
-            raise InvalidArgument(f"{file} is not JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise InvalidArgument(f"{file} is not a JSON object")
+            config = {**json.loads(file.read_text())} if file.is_file() else {}
+        except (ValueError, TypeError) as error:
+            raise InvalidArgument(f"{file} is not JSON of an object: {error}") from None
         given = {name: config.get(name) for name in _TOKENS}
         texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in given.items()}
         self.tokens = {name: text for name, text in texts.items() if isinstance(text, str)}

@@ -71,14 +71,11 @@ def check_ids(ids: list[int], vocab_size: int) -> list[int]:
 
 
 class Detokenizer:
-    """The text of one completion, in parts that are final; `stopped` after a stop string.
-
-    The stop string that is complete first ends the text, before it or, with `include_stop`, after
-    it: that does not depend on how tokens arrive.
-    """
+    """The text of one completion, in parts that are final. The stop string that is complete first
+    ends it, before the string or, with `include_stop`, after it, however tokens arrive."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: str | Sequence[str] = (), include_stop: bool = False
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), include_stop: bool = False
     ) -> None:
         self.tokenizer, self.include_stop = tokenizer, include_stop
         self.stop = [s for s in ([stop] if isinstance(stop, str) else stop) if s]

@@ -44,16 +44,6 @@ class WorkerService(GenerationServicer):
             "dense_weight_bytes": checkpoint.weight_bytes(dense=True),
         }
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What the worker serves, and how the current table's rows differ from its model's."""
-        if not (manifest := self.engine.rows.manifest):
-            return self._of_checkpoint
-        altered = [manifest.codec_name] if manifest.codec_name not in _AS_COMPUTED else []
-        altered += ["low rank"] * bool(manifest.basis) + ["edited"] * bool(manifest.parent)
-        absent = sorted(set(range(self.config.num_rows)) - set(manifest.layers))
-        return {**self._of_checkpoint, "absent_layers": absent, "altered": altered}
-
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateReply]:
@@ -94,7 +84,7 @@ class WorkerService(GenerationServicer):
                     prompt_logprobs=vars(prompt) if prompt else None,
                     table=sequence.table,
                 )
-        except Exception as failure:  # noqa: BLE001 - the boundary where every error becomes a status
+        except Exception as failure:  # noqa: BLE001 - here every error becomes a status
             status, message = status_of(failure)
             await context.abort(grpc.StatusCode[status], message)
         finally:  # also when the caller has gone; nothing happens to a sequence that has ended
@@ -106,9 +96,15 @@ class WorkerService(GenerationServicer):
     async def DescribeWorker(
         self, request: pb.DescribeWorkerRequest, context: grpc.aio.ServicerContext
     ) -> pb.DescribeWorkerReply:
-        engine = self.engine
+        engine, absent, altered = self.engine, set[int](), list[str]()
+        if manifest := engine.rows.manifest:  # which may hold others than the model's rows
+            absent = set(range(self.config.num_rows)) - set(manifest.layers)
+            altered += [manifest.codec_name] * (manifest.codec_name not in _AS_COMPUTED)
+            altered += ["low rank"] * bool(manifest.basis) + ["edited"] * bool(manifest.parent)
         return pb.DescribeWorkerReply(
-            **self.identity,
+            **self._of_checkpoint,
+            absent_layers=sorted(absent),
+            altered=altered,
             table=engine.table,
             running=engine.running,
             waiting=engine.waiting,
@@ -118,8 +114,7 @@ class WorkerService(GenerationServicer):
 
     def _sequence(self, request: pb.GenerateRequest, outputs: asyncio.Queue[Output]) -> Sequence:
         if (length := len(request.request_id)) > MAX_REQUEST_ID:
-            allowed = f"at most {MAX_REQUEST_ID} are allowed"
-            raise InvalidArgument(f"the request_id has {length} characters; {allowed}")
+            raise InvalidArgument(f"request_id has {length} characters; allowed: {MAX_REQUEST_ID}")
         prompt = check_prompt(self.config, request.prompt_token_ids, request.max_tokens)
         sampling = SamplingParams.from_proto(request)
         check_sampling(self.config, sampling)

@@ -1,8 +1,4 @@
-"""A worker follows its table's name: after a publish, new sequences begin with that version.
-
-A worker given NAME@VERSION stays with it. In both cases the versions in use are pinned in the row
-source.
-"""
+"""A worker follows its table's name, unless given NAME@VERSION, and pins the versions in use."""
 
 import logging
 import threading
