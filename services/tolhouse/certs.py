@@ -3,6 +3,7 @@
 import datetime as dt
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from trustme import CA
 
@@ -29,12 +30,10 @@ def issue(
     """A certificate `name`.pem for `hosts`, names or addresses, and its key `name`.key."""
     authority = CA.from_pem((folder / "ca.pem").read_bytes(), (folder / "ca.key").read_bytes())
     now = dt.datetime.now(dt.UTC)
-    begin = now - dt.timedelta(hours=1) + min(valid, dt.timedelta())  # clocks differ
-    end, common_name = now + valid, name[:64]
+    start = now - dt.timedelta(hours=1) + min(valid, dt.timedelta())  # clocks differ
+    more: Any = {"common_name": name[:64], "not_before": start, "not_after": now + valid}
     try:
-        leaf = authority.issue_cert(
-            *hosts, common_name=common_name, not_before=begin, not_after=end
-        )
+        leaf = authority.issue_cert(*hosts, **more)
     except ValueError as error:
         raise InvalidArgument(f"no certificate can be for these hosts: {error}") from None
     certificate, key = folder / f"{name}.pem", folder / f"{name}.key"

@@ -220,9 +220,7 @@ class WorkerConfig(Server, Caller, CompileConfig):
     max_waiting: int = option(256, "Most sequences in the queue; more are refused.", ge=1)
     max_num_batched_tokens: int = option(512, "Most tokens in a step.", ge=1, old="max_step_tokens")
     fetch_timeout_seconds: float = option(10, "Longest wait for the rows of a step.", gt=0)
-    fallback: Literal["none", "recompute"] = option(
-        "none", "If no rows come: fail, or compute them."
-    )
+    fallback: Literal["none", "recompute"] = option("none", "Without rows: fail, or compute them.")
     lookup_wait_seconds: float = option(60, "Longest wait for the table at start.", ge=0)
     threads: int = option(0, "Threads for tensor work; 0: one per core.", ge=0)
     device: str = option("auto", "cpu, cuda, or auto: cuda if there is one.")

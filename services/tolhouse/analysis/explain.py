@@ -31,11 +31,8 @@ def explain_text(
     Norms and neighbours are of the model's rows or, of a table, of `rows` [V, N, D], which may
     have X0 in front.
     """
-    model, config, tokenizer = (
-        MemoryLLM(checkpoint).model,
-        checkpoint.config,
-        checkpoint.tokenizer(),
-    )
+    model, config = MemoryLLM(checkpoint).model, checkpoint.config
+    tokenizer = checkpoint.tokenizer()
     try:
         ids = list(dict.fromkeys(tokenizer.encode(text).ids))
     except TypeError:  # bytes of the command line that are not UTF-8

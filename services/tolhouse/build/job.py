@@ -98,22 +98,20 @@ def build_shards(
     return write_shards([_store(url, timeout) for url in stores], manifest, shards, compute)
 
 
-def verify(
-    checkpoint: str, manifest: Manifest, url: str, sample: np.ndarray, timeout: float
-) -> None:
-    """Corrupt unless the store has a row per token, Mismatch unless `sample`'s are the model's."""
+def verify(checkpoint: str, manifest: Manifest, url: str, ids: np.ndarray, timeout: float) -> None:
+    """Corrupt unless the store has a row per token, Mismatch unless those of `ids` are the model's."""
     store, codec = _store(url, timeout), manifest.codec
     counted = sum(store.count(manifest, shard) for shard in range(manifest.num_shards))
     if counted != manifest.num_records:
         raise Corrupt(f"{url} holds {counted} of {manifest.num_records} rows of {manifest.ref}")
-    stored = store.rows(manifest, sample)
-    fresh = source_of(checkpoint, manifest.blocks).rows(sample)
+    stored = store.rows(manifest, ids)
+    fresh = source_of(checkpoint, manifest.blocks).rows(ids)
     # computed elsewhere, in another order of additions, a row differs in the last bits of float32
     largest = np.abs(fresh).max(axis=-1, keepdims=True)
     allowed = (codec.relative_error + 1e-5) * largest + codec.step + 1e-12
     wrong = np.flatnonzero((np.abs(stored - fresh) > allowed).any(axis=(1, 2)))
     if len(wrong):
-        row = f"the row of token {sample[wrong[0]]} of {manifest.ref}"
+        row = f"the row of token {ids[wrong[0]]} of {manifest.ref}"
         raise Mismatch(f"{url}: {row} is not what the model computes")
 
 

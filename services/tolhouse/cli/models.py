@@ -51,9 +51,7 @@ def _sampling_options(command: Callable) -> Callable:
 @click.argument("prompt")
 @_sampling_options
 @options(config.GenerateConfig)
-def generate(
-    settings: config.GenerateConfig, checkpoint: Path, prompt: str, **sampling: Any
-) -> None:
+def generate(settings: config.GenerateConfig, checkpoint: Path, prompt: str, **more: Any) -> None:
     """Complete PROMPT with the model of CHECKPOINT, greedily, or with a --worker that serves it.
 
     Sampling options need a --worker.
@@ -64,7 +62,7 @@ def generate(
 
     tokenizer = load_tokenizer(checkpoint / TOKENIZER)
     ids, count = tokenizer.encode(prompt).ids, settings.max_tokens
-    given = {name: value for name, value in sampling.items() if value is not None}
+    given = {name: value for name, value in more.items() if value is not None}
     if settings.worker:
         credentials = settings.client_credentials()
         tokens = Client(settings.worker, credentials=credentials).generate(ids, count, **given)

@@ -1,10 +1,8 @@
-"""Blocks of the KV cache: which are free, which sequences use them, and which hold a known
-beginning of a text.
+"""Blocks of the KV cache: which are free, in use, or hold a known beginning of a text.
 
-Accounting only: keys and values lie in `attention.py`. A block holds BLOCK_TOKENS tokens. A full
-block has a digest, chained from the sequence's first block on, and is shared with sequences that
-begin alike. An unused block stays findable until it is needed for others: least recently used
-first.
+Accounting only: keys and values lie in `attention.py`. A full block has a digest, chained from the
+sequence's first block on, and is shared with sequences that begin alike. An unused block stays
+findable until it is needed for others, the least recently used first.
 """
 
 import hashlib

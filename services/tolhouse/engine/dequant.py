@@ -68,16 +68,14 @@ class StagedRows:
 class Decoder:
     """Rows of one table in `dtype` on `device`, from its records and its auxiliary tables."""
 
-    def __init__(
-        self, auxiliary: AuxiliaryTables, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self.manifest, self.dtype, self.finer = auxiliary.manifest, dtype, auxiliary.finer
-        basis, records = auxiliary.basis, auxiliary.finer_records
+    def __init__(self, tables: AuxiliaryTables, device: torch.device, dtype: torch.dtype) -> None:
+        self.manifest, self.dtype, self.finer = tables.manifest, dtype, tables.finer
+        basis, records = tables.basis, tables.finer_records
         self.means = [torch.from_numpy(mean).to(device) for mean in basis.means] if basis else []
         self.vectors = [torch.from_numpy(v).to(device) for v in basis.vectors] if basis else []
         if records is not None:
             self.finer_records = torch.from_numpy(records).to(device)
-            self.finer_slots = torch.from_numpy(auxiliary.finer_slots).to(device)
+            self.finer_slots = torch.from_numpy(tables.finer_slots).to(device)
 
     def rows(self, staged: StagedRows) -> Tensor:
         """[N, T, D]"""
@@ -97,7 +95,7 @@ class Decoder:
         return row_TD.to(self.dtype)
 
 
-def model_blocks(manifest: Manifest, num_rows: int) -> tuple[str, ...]:
+def row_blocks(manifest: Manifest, num_rows: int) -> tuple[str, ...]:
     """The blocks that the model reads, in its order."""
     return (*["x0"] * manifest.has_x0, *(f"ffn.{layer}" for layer in range(num_rows)))
 
@@ -113,7 +111,7 @@ class LayerwiseRows:
         manifest = decoder.manifest
         self.decoder, self.staged, self.x0 = decoder, staged, manifest.has_x0
         present = {block: number for number, block in enumerate(manifest.blocks)}
-        self.block_of = [present.get(block) for block in model_blocks(manifest, num_rows)]
+        self.block_of = [present.get(block) for block in row_blocks(manifest, num_rows)]
 
     def __len__(self) -> int:
         return len(self.block_of)

@@ -1,5 +1,4 @@
-"""Which tokens are computed in the next step: one for each decoding sequence, and pieces of prompts
-up to a limit.
+"""Which tokens a step computes: one for each decoding sequence, and pieces of prompts.
 
 A sequence gets blocks of the KV cache as it grows. When none is left, the last sequence in order
 gives its blocks back and is computed again later (preemption by recompute); the first in order

@@ -20,6 +20,7 @@ from tolhouse.logs import event, is_loopback
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
 from tolhouse.table.manifest import Manifest, check_name, split_ref
 
+Views = list[memoryview]  # of records
 LEASE_SECONDS = 30.0  # after its last use, a version counts as used for so long
 
 
@@ -167,9 +168,7 @@ class Store(ABC):
             manifest.verify(ids, filled)
 
     @abstractmethod
-    def _fill(
-        self, manifest: Manifest, ids: np.ndarray, views: list[memoryview]
-    ) -> Generator[memoryview]:
+    def _fill(self, manifest: Manifest, ids: np.ndarray, views: Views) -> Generator[memoryview]:
         """Read the records of `ids`, in order of shards and positions, into `views`.
 
         Each view is yielded once it is full. Corrupt if a record is not there.

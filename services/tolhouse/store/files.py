@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tolhouse.errors import Corrupt, InvalidArgument, TolhouseError, Unavailable
-from tolhouse.store.base import LEASE_SECONDS, Store
+from tolhouse.store.base import LEASE_SECONDS, Store, Views
 from tolhouse.table.manifest import Manifest, split_ref
 
 _READ_BYTES = 16 << 20  # of neighbouring records that are read at once
@@ -81,9 +81,7 @@ class FileStore(Store):
     def close(self) -> None:
         self._opened.cache_clear()
 
-    def _fill(
-        self, manifest: Manifest, ids: np.ndarray, views: list[memoryview]
-    ) -> Generator[memoryview]:
+    def _fill(self, manifest: Manifest, ids: np.ndarray, views: Views) -> Generator[memoryview]:
         shards, rows = manifest.shard_of(ids), manifest.positions(ids)
         most = min(_READ_RECORDS, max(1, _READ_BYTES // manifest.record_bytes))
         apart = (np.diff(shards) != 0) | (np.diff(rows) != 1)

@@ -67,9 +67,8 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
             slots = np.searchsorted(manifest.changed, before).astype(np.uint32)
             parts.append(store.read_records(store.manifest(manifest.edits), slots))
         own = np.arange(count, dtype=np.uint32)
-        overlay = replace(
-            overlay, edits=_write(store, edits, own, np.concatenate(parts)[order]).ref
-        )
+        edits = _write(store, edits, own, np.concatenate(parts)[order])
+        overlay = replace(overlay, edits=edits.ref)
     return _write(store, overlay, changed, records)
 
 

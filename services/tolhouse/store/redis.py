@@ -35,7 +35,7 @@ from tolhouse import errors
 from tolhouse.errors import Corrupt, InvalidArgument, Unavailable
 from tolhouse.files import ReloadingFiles, read_file
 from tolhouse.net.health import SUSPECT_SECONDS, PeerHealth
-from tolhouse.store.base import LEASE_SECONDS, Store, has_password, not_understood, shown
+from tolhouse.store.base import LEASE_SECONDS, Store, Views, has_password, not_understood, shown
 from tolhouse.table.manifest import Manifest, record_views
 
 _TABLES = "tolhouse:tables"
@@ -144,9 +144,7 @@ class RedisStore(Store):
 
     # reads
 
-    def _fill(
-        self, manifest: Manifest, ids: np.ndarray, views: list[memoryview]
-    ) -> Generator[memoryview]:
+    def _fill(self, manifest: Manifest, ids: np.ndarray, views: Views) -> Generator[memoryview]:
         size, unfilled = manifest.record_bytes, iter(views)
         parts = np.split(ids, np.flatnonzero(np.diff(manifest.shard_of(ids))) + 1)
         reads = [(_shard_key(manifest, int(p[0]) % manifest.num_shards), p.tolist()) for p in parts]

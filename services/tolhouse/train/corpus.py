@@ -69,9 +69,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def prepare(
-    path: Path, folder: Path, vocab_size: int, least_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
+def prepare(path: Path, folder: Path, vocab_size: int, least: int) -> tuple[np.ndarray, np.ndarray]:
     """(train, held-out) token ids of a corpus, by the tokenizer in `folder`, trained if missing."""
     sides: tuple[list[str], list[str]] = [], []
     for name, text in documents(path):
@@ -88,7 +86,7 @@ def prepare(
         np.array([i for e in tokenizer.encode_batch(texts) for i in (*e.ids, end)], np.int32)
         for texts in (kept, held_out)
     )
-    if (size := min(len(train), len(valid))) <= least_tokens:
-        need = f"{size} tokens on one side; more than {least_tokens} are needed"
+    if (size := min(len(train), len(valid))) <= least:
+        need = f"{size} tokens on one side; more than {least} are needed"
         raise InvalidArgument(f"the corpus at {path} is too small: {need}")
     return train, valid
