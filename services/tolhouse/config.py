@@ -121,9 +121,7 @@ class CompressConfig(TableConfig):
     codec: Codec = option("int4", "How rows, or their coefficients, are stored.")
     rank_share: float = option(0, "Low rank: share of all values to keep; 0: all.", ge=0)
     size_ratio: float = option(0, "Low rank: times smaller than at 16 bit; 0: any.", ge=0)
-    frequent_rows: int = option(
-        -1, "Most frequent tokens, stored finer; -1: one in 32, if finer.", ge=-1, old="head"
-    )
+    frequent_rows: int = option(-1, "Frequent tokens, stored finer; -1: auto.", ge=-1, old="head")
     frequent_codec: Codec = option("int8", "The finer codec.", old="head_codec")
 
 

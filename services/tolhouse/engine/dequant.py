@@ -36,9 +36,9 @@ def decode(
     step = max(1, piece_values // (blocks * size))
     for start in range(0, count, step):
         part = slice(start, start + step)
-        piece_TB = (
-            records_UB[part] if index_T is None else records_UB.index_select(0, index_T[part])
-        )
+        piece_TB = records_UB[part]
+        if index_T is not None:
+            piece_TB = records_UB.index_select(0, index_T[part])
         blocks_TNB = piece_TB[:, :-8].unflatten(1, (blocks, -1))  # without the checksum
         _DECODERS[manifest.codec_name](blocks_TNB, rows_NTD[:, part].transpose(0, 1))
     return rows_NTD

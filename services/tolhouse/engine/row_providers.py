@@ -212,9 +212,8 @@ class CachedRows:
             records, index_T = self.records, self._cached(ids, distinct)
         if self.stream:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        index, tokens = (
-            torch.from_numpy(x.astype(np.int64)).to(self.device) for x in (index_T, ids)
-        )
+        index = torch.from_numpy(index_T.astype(np.int64)).to(self.device)
+        tokens = torch.from_numpy(ids.astype(np.int64)).to(self.device)
         return StagedRows(records, index, tokens)
 
     def decode(self, staged: StagedRows) -> Tensor | LayerwiseRows:

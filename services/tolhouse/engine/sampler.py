@@ -93,9 +93,8 @@ def sample(logits_BV: Tensor, states: list[State]) -> tuple[list[int], list[Logp
     if wanted:
         counts = [states[row].sampling.logprobs or 0 for row in wanted]
         scored = _logprobs(logits_BV[wanted], tokens_B[wanted], max(counts))
-        for row, k, chosen, ids, top in zip(
-            wanted, counts, *map(Tensor.tolist, scored), strict=True
-        ):
+        lists = (wanted, counts, *map(Tensor.tolist, scored))
+        for row, k, chosen, ids, top in zip(*lists, strict=True):
             logprobs[row] = Logprobs([chosen], ids[:k], top[:k])
     return tokens, logprobs
 

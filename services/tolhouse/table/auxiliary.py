@@ -29,10 +29,8 @@ class Basis:
 
     def coefficients(self, rows: np.ndarray) -> list[np.ndarray]:
         """[T, r] of each block, of rows float32 [T, N, D]."""
-        return [
-            np.ascontiguousarray((rows[:, k] - self.means[k]) @ v.T)
-            for k, v in enumerate(self.vectors)
-        ]
+        blocks = zip(rows.swapaxes(0, 1), self.means, self.vectors, strict=True)
+        return [np.ascontiguousarray((row - mean) @ v.T) for row, mean, v in blocks]
 
     def rows(self, coefficients: list[np.ndarray]) -> np.ndarray:
         """Rows float32 [T, N, D]."""

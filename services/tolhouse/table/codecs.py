@@ -38,9 +38,8 @@ class Codec:
             raise InvalidArgument("rows hold values that are not finite")
         largest = self.decode(self.encode_values(top.reshape(1)))  # if it fits, all do
         if not np.isfinite(largest.astype(np.float32)).all():
-            raise InvalidArgument(
-                f"rows hold values too large for {self.name}; fp32, bf16, int8 and int4 reach 3e38"
-            )
+            allowed = "fp32, bf16, int8 and int4 reach 3e38"
+            raise InvalidArgument(f"rows hold values too large for {self.name}; {allowed}")
         return self.encode_values(rows)
 
 
