@@ -69,7 +69,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an authority, ca.pem, and certificates of a service on this machine and of a client of it."""
+    """A folder with an authority, ca.pem, and certificates of a service on this machine and of a
+    client of it."""
     folder = tmp_path_factory.mktemp("pki")
     ensure_authority(folder)
     issue(folder, "service", ["localhost", "127.0.0.1"])

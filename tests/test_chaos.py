@@ -1,4 +1,5 @@
-"""The checker of `make chaos` finds each kind of violation, and the links do what they say; and one fault is run for real."""
+"""The checker of `make chaos` finds each kind of violation, and the links do what they say; and one
+fault is run for real."""
 
 import dataclasses
 import signal
@@ -23,7 +24,8 @@ def found(**changes) -> list[str]:
 
 
 def test_good_histories_pass() -> None:
-    """Either version's text; a text that both have; an error before anything, and after a right beginning."""
+    """Either version's text; a text that both have; an error before anything, and after a right
+    beginning."""
     assert [] == found()
     assert [] == found(pieces=["the second text"], version="t@2")
     assert [] == found(prompt=1, pieces=["other"], version="t@2")
@@ -66,7 +68,8 @@ def test_rates_and_recovery_are_of_whole_answers() -> None:
 
 
 def test_a_link_carries_delays_and_cuts() -> None:
-    """Bytes arrive in order through a link, delayed or not; once cut, connections break, and new ones too, until it is mended."""
+    """Bytes arrive in order through a link, delayed or not; once cut, connections break, and new
+    ones too, until it is mended."""
     with ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         link = stack.enter_context(Link(f"127.0.0.1:{server.getsockname()[1]}"))

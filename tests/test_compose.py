@@ -1,4 +1,5 @@
-"""docker-compose.yml and what it mounts and builds: what an operator relies on, and Compose itself does not check."""
+"""docker-compose.yml and what it mounts and builds: what an operator relies on, and Compose itself
+does not check."""
 
 import re
 from pathlib import Path
@@ -30,7 +31,8 @@ def parents(target: str) -> list[str]:
 
 
 def test_each_profile_starts_what_it_should() -> None:
-    """Two lookup replicas and two workers by default; three masters and three replicas; monitoring; load."""
+    """Two lookup replicas and two workers by default; three masters and three replicas; monitoring;
+    load."""
     found: dict[str, set[str]] = {}
     for name, service in SERVICES.items():
         for profile in service.get("profiles", ["default"]):
@@ -75,7 +77,8 @@ def test_every_service_ends_or_tells_its_health(name: str) -> None:
 
 @each_service
 def test_services_start_by_health(name: str) -> None:
-    """A service waits for others' health, or for the end of those that end. Only who forms the cluster can't: its nodes have none before."""
+    """A service waits for others' health, or for the end of those that end. Only who forms the
+    cluster can't: its nodes have none before."""
     for other, how in SERVICES[name].get("depends_on", {}).items():
         expected = (
             "service_started"
@@ -120,7 +123,8 @@ def test_what_is_mounted_and_copied_is_there() -> None:
 
 
 def test_there_are_no_secrets() -> None:
-    """No password, token or key has a value in the file, but at most comes from the environment; no URL has a user."""
+    """No password, token or key has a value in the file, but at most comes from the environment; no
+    URL has a user."""
     for service in SERVICES.values():
         values = {**service.get("environment", {}), **service.get("build", {}).get("args", {})}
         assert [] == [
@@ -132,7 +136,8 @@ def test_there_are_no_secrets() -> None:
 
 
 def test_every_replica_is_asked() -> None:
-    """Workers know both lookup replicas, the gateway both workers, and the cluster is formed of all nodes."""
+    """Workers know both lookup replicas, the gateway both workers, and the cluster is formed of all
+    nodes."""
 
     def of(kind: str, port: int) -> str:
         return ",".join(f"{name}:{port}" for name in SERVICES if name.startswith(f"{kind}-"))
@@ -146,7 +151,8 @@ def test_every_replica_is_asked() -> None:
 
 
 def test_images_without_a_model_have_no_torch() -> None:
-    """Lookup, gateway and load generator are not built on the layer that has torch; worker and build are."""
+    """Lookup, gateway and load generator are not built on the layer that has torch; worker and
+    build are."""
     with_torch = {
         n for n, s in SERVICES.items() if "build" in s and "model" in parents(s["build"]["target"])
     }
@@ -171,7 +177,7 @@ def test_each_worker_gets_a_gpu() -> None:
 
 
 def test_the_allocator_is_set_alike_everywhere() -> None:
-    """What `make` starts and what benchmarks measure has the images' settings of glibc's allocator."""
+    """What `make` starts and benchmarks measure has the images' settings of the allocator."""
     images = dict(re.findall(r"(MALLOC_\w+)=(\d+)", DOCKERFILE))
     made = dict(re.findall(r"export (MALLOC_\w+) := (\d+)", (ROOT / "Makefile").read_text()))
     assert loadtest.ALLOCATOR == images == made

@@ -210,10 +210,10 @@ volumes gpu:
     StatefulSet redis  spec|volumeClaimTemplates|0|metadata|name  disk  not defined
     ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  redis://r:6379?password_file=/redis  no volume
 secrets gpu:
-    ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  redis://r?password_file=/secrets/redis/adm  no file
+    ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  redis://r?password_file=/secrets/redis/a  no file
     ConfigMap gateway  data|TOLHOUSE_GATEWAY_KEYS_FILE  /secrets/gateway/keys  no file of a Secret
     StatefulSet redis  @C|env|0|valueFrom|secretKeyRef|key  root  make root of the Secret redis-auth
-    ServiceMonitor gateway  spec|endpoints|0|authorization|credentials|name  keys  of the Secret keys
+    ServiceMonitor gateway  spec|endpoints|0|authorization|credentials|name  keys  the Secret keys
     Deployment worker  @P|volumes|3|secret|items  null  how to make * of the Secret services-token
     Deployment worker  @P|volumes|3|secret|defaultMode  292  not for its group alone
     Deployment worker  @P|securityContext|fsGroup  null  not for its group alone

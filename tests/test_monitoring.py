@@ -1,4 +1,5 @@
-"""Alerts and dashboard: right by Prometheus' own tools, and of metrics that running services export."""
+"""Alerts and dashboard: right by Prometheus' own tools, and of metrics that running services
+export."""
 
 import json
 import re
@@ -73,7 +74,8 @@ def test_each_alert_is_tested_both_ways_and_says_what_to_do() -> None:
 
 
 def test_kubernetes_has_the_same_alerts_and_the_same_dashboard() -> None:
-    """The monitoring component's are those that are tested here: kustomize reads no file from outside its folder, so they are there twice."""
+    """The monitoring component's are those that are tested here: kustomize reads no file from
+    outside its folder, so they are there twice."""
     manifest = yaml.safe_load((COMPONENT / "alerts.yaml").read_text())
     assert ALERTS == manifest["spec"]["groups"][0]["rules"]
     assert (FOLDER / "grafana/dashboards/tolhouse.json").read_text() == (
@@ -82,7 +84,8 @@ def test_kubernetes_has_the_same_alerts_and_the_same_dashboard() -> None:
 
 
 def test_the_dashboard_has_no_two_panels_in_one_place() -> None:
-    """Panels have ids, places and descriptions of their own, and ask the source that the viewer chooses: at first the provisioned one."""
+    """Panels have ids, places and descriptions of their own, and ask the source that the viewer
+    chooses: at first the provisioned one."""
     panels = DASHBOARD["panels"]
     assert (
         len(panels)
@@ -105,7 +108,8 @@ def test_the_dashboard_has_no_two_panels_in_one_place() -> None:
 
 
 def test_every_metric_that_is_looked_at_is_exported(tmp_path: Path) -> None:
-    """After some requests, good and bad, the services export all names in alerts and dashboard; promtool finds nothing wrong with them."""
+    """After some requests, good and bad, the services export all names in alerts and dashboard;
+    promtool finds nothing wrong with them."""
     url = f"file://{tmp_path}"
     build_table(DEMO, url)
     with closing(open_store(url)), local_cluster(DEMO, url) as cluster:

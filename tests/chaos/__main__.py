@@ -1,8 +1,9 @@
-"""Faults under load, and a checker of what clients saw: `make chaos`, or `python -m tests.chaos [--only WORD]`.
+"""Faults under load, and a checker of what clients saw: `make chaos`, or `python -m tests.chaos
+[--only WORD]`.
 
-For each fault: some seconds as usual, the fault, a version flip a second later, the fault's end, and some seconds more.
-Prints a table and, last, one line of JSON; ends with 1 where anything was seen that must not be.
-"""
+For each fault: some seconds as usual, the fault, a version flip a second later, the fault's end,
+and some seconds more. Prints a table and, last, one line of JSON; ends with 1 where anything was
+seen that must not be."""
 
 import argparse
 import json

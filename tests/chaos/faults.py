@@ -62,7 +62,8 @@ def of_links(what: str, links: list[Link], may_fail: Allowed) -> list[Fault]:
 
 
 def of_redis(system: System, nodes: list[RedisNode], links: list[Link], ref: str) -> list[Fault]:
-    """Each with a master of its own, as far as that goes: after a fault its replica may be the master."""
+    """Each with a master of its own, as far as that goes: after a fault its replica may be the
+    master."""
     faults = []
     for what, first in (("master", 0), ("replica", 3)):
         node = nodes[first]
@@ -123,7 +124,8 @@ def corrupted(system: System, url: str, ref: str) -> Fault:
 
 
 class Moved:
-    """The slots of a version's shards go to another master one by one, key by key, under load, and back."""
+    """The slots of a version's shards go to another master one by one, key by key, under load, and
+    back."""
 
     def __init__(self, nodes: list[RedisNode], ref: str) -> None:
         self.nodes = nodes

@@ -1,8 +1,7 @@
 """What clients saw, and what of it must not be.
 
-A request ends exactly once: in its whole answer, or in an error, before which a stream may have shown the beginning of it.
-An answer is that of one version of the table, token for token.
-"""
+A request ends exactly once: in its whole answer, or in an error, before which a stream may have
+shown the beginning of it. An answer is that of one version of the table, token for token."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +36,8 @@ class Seen:
 
 
 def violations(history: Iterable[Seen], answers: Answers, deadline_seconds: float) -> list[str]:
-    """What is wrong with each request that should not have ended as it did; empty where all is well."""
+    """What is wrong with each request that should not have ended as it did; empty where all is
+    well."""
     found = []
     for seen in history:
         right = {version: texts[seen.prompt] for version, texts in answers.items()}
@@ -63,9 +63,8 @@ def violations(history: Iterable[Seen], answers: Answers, deadline_seconds: floa
                 and seen.text[:1]
                 and any(t.startswith(seen.text[:8]) for t in right.values())
             )
-            found.append(
-                f"prompt {seen.prompt} got {'a wrong or mixed' if mixed else 'a wrong'} text: {seen.text!r}"
-            )
+            kind = "a wrong or mixed" if mixed else "a wrong"
+            found.append(f"prompt {seen.prompt} got {kind} text: {seen.text!r}")
         elif seen.version and right.get(seen.version) != seen.text:
             found.append(
                 f"prompt {seen.prompt} was told version {seen.version}, and got another's text"
@@ -74,7 +73,8 @@ def violations(history: Iterable[Seen], answers: Answers, deadline_seconds: floa
 
 
 def failed_before_a_token(history: Iterable[Seen]) -> list[Seen]:
-    """Requests that failed though nothing of them had been shown: another worker could have answered them."""
+    """Requests that failed though nothing of them had been shown: another worker could have
+    answered them."""
     return [seen for seen in history if seen.failed and not seen.pieces]
 
 
@@ -86,10 +86,11 @@ def rate(history: Iterable[Seen], start: float, end: float) -> float:
 def recovery_seconds(
     history: Sequence[Seen], fault: float, until: float, usual: float, share: float = 0.7
 ) -> float | None:
-    """Seconds from a fault until the rate is back at `share` of the usual one, and stays there on the whole; None if it never is.
+    """Seconds from a fault until the rate is back at `share` of the usual one, and stays there on
+    the whole; None if it never is.
 
-    Looked at in windows of EDGE_SECONDS: the first one from which on the mean of what follows is that much, and it itself too.
-    """
+    Looked at in windows of EDGE_SECONDS: the first one from which on the mean of what follows is
+    that much, and it itself too."""
     step = EDGE_SECONDS / 4
     moment = fault
     while moment + EDGE_SECONDS <= until:

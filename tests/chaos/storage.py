@@ -1,4 +1,5 @@
-"""Faults of disks: a shard file that is altered while it is served, and a disk that fills up during a build."""
+"""Faults of disks: a shard file that is altered while it is served, and a disk that fills up during
+a build."""
 
 import subprocess
 import sys
@@ -71,7 +72,8 @@ def _shard_file() -> dict:
 
 
 def _full_disk() -> dict:
-    """A build on a disk that is too small says so in a line, publishes nothing, and ends what it began once there is room."""
+    """A build on a disk that is too small says so in a line, publishes nothing, and ends what it
+    began once there is room."""
     with tempfile.TemporaryDirectory(prefix="tolhouse-chaos-") as folder:
         url, wrong = f"file://{folder}/tables", []
         started = time.monotonic()

@@ -1,4 +1,5 @@
-"""The whole system as real processes, with a link between any two that can be cut, and clients that ask all the time."""
+"""The whole system as real processes, with a link between any two that can be cut, and clients that
+ask all the time."""
 
 import itertools
 import json
@@ -77,7 +78,8 @@ class Service:
 
 
 class System:
-    """Two lookup replicas over `store_url`, two workers and a gateway; every connection between them goes through a link."""
+    """Two lookup replicas over `store_url`, two workers and a gateway; every connection between
+    them goes through a link."""
 
     def __init__(self, stack: ExitStack, store_url: str, name: str) -> None:
         free = ("--metrics-listen", "127.0.0.1:0")
@@ -145,7 +147,7 @@ def right_answers(url: str, refs: list[str]) -> dict[str, list[str]]:
 
 
 class Load:
-    """Clients that ask all the time, every other one for a stream; what they saw is in `history`."""
+    """Clients that ask all the time, every other one for a stream; `history` is what they saw."""
 
     def __init__(self, gateway: str) -> None:
         self.gateway, self.history, self._stop = gateway, list[Seen](), threading.Event()
@@ -217,7 +219,8 @@ class Load:
 
 @contextmanager
 def over_redis() -> Iterator[tuple[System, list[RedisNode], list[Link], Answers]]:
-    """The system over a Redis Cluster of three masters and three replicas; its nodes, the links to them, and the right answers."""
+    """The system over a Redis Cluster of three masters and three replicas; its nodes, the links to
+    them, and the right answers."""
     with ExitStack() as stack:
         links: list[Link] = []
 

@@ -99,7 +99,7 @@ def build_shards(
 
 
 def verify(checkpoint: str, manifest: Manifest, url: str, ids: np.ndarray, timeout: float) -> None:
-    """Corrupt unless the store has a row per token, Mismatch unless those of `ids` are the model's."""
+    """Corrupt unless the store has a row per token, Mismatch unless `ids` have the model's."""
     store, codec = _store(url, timeout), manifest.codec
     counted = sum(store.count(manifest, shard) for shard in range(manifest.num_shards))
     if counted != manifest.num_records:
