@@ -1,8 +1,7 @@
 """Keys and values in pages, and one step's view of them: what each token of the step attends to.
 
-Shapes as in `model/transformer.py`; besides, B decoding sequences, C blocks of the longest of them,
-S = BLOCK_TOKENS. In a page, keys lie dimension by dimension and values token by token, so that both
-products of attention run along memory, without a sum across a register.
+Shapes as in `model/transformer.py`; B decoding sequences, C blocks of the longest, S BLOCK_TOKENS.
+In a page keys lie dimension by dimension, values token by token: both products run along memory.
 """
 
 import contextlib

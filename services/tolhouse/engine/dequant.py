@@ -1,7 +1,6 @@
 """Records to rows on their device: what crosses the bus is codes. Values are those of the codecs.
 
-Rows are gathered as codes and written once, in the order that the model reads. Codes are widened
-and multiplied in the result's memory: no second array of the rows' size is made.
+Codes are widened and multiplied in the result's memory: no second array of its size is made.
 """
 
 from collections.abc import Callable

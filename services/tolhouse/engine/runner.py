@@ -1,8 +1,7 @@
 """The forward of a step: from chunks of sequences and staged rows to hidden states and logits.
 
-On a GPU, decode steps are CUDA graphs, recorded once for each size: two launches in place of a
-thousand. The first graph ends where the first row is needed, so that the device attends while rows
-are on their way. Steps with prompts run uncaptured. On a CPU, for tests, nothing is recorded.
+On a GPU, decode steps are CUDA graphs, recorded once for each size. The first of two ends where the
+first row is needed: the device attends while rows are on their way. On a CPU none is recorded.
 """
 
 import functools

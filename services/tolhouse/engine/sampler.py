@@ -1,8 +1,7 @@
 """From logits to token ids and log probabilities. Knows a row of logits for each `State`, no more.
 
 Shapes: B rows of a batch, T tokens of a prompt, V vocabulary, S rows that draw at random, L of them
-in one way, K likeliest tokens. Tensors stay on the logits' device. A row's tokens do not depend on
-the other rows.
+in one way, K likeliest tokens. A row's tokens do not depend on the other rows.
 """
 
 import math

@@ -5,9 +5,8 @@
     <root>/<name>/<version>/lease                               empty; when it was last used
     <root>/<name>/alias.json                                    what the name stands for
 
-Files with contents are written under a temporary name, fsynced and renamed; shards and manifests
-never change. Records are read straight into their destination; the page cache is the one copy of
-them that a machine needs, for any number of processes.
+Files are written under a temporary name, fsynced and renamed. Records are read straight into their
+destination; the page cache is the one copy that a machine needs, for any number of processes.
 """
 
 import json

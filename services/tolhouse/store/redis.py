@@ -6,12 +6,10 @@
     tolhouse:{name}:alias                string
     tolhouse:tables                      set of name@version
 
-Reads are grouped by shard into one HMGET each; all are sent, to all nodes, before the first answer
-is waited for. Every call has a timeout. While a node of a Cluster is down or slow, its replica is
-read: records never change, so that its copy is as good.
-
-A URL may name files, which new connections read as they are then: `password_file`, and with
-rediss:// `ssl_ca_certs`, `ssl_certfile` and `ssl_keyfile`, as redis-py calls them.
+Reads are one HMGET per shard; all are sent, to all nodes, before the first answer is waited for.
+Every call has a timeout. While a node of a Cluster is down or slow, its replica is read: records
+never change. A URL may name files, which new connections read: `password_file`, and with rediss://
+`ssl_ca_certs`, `ssl_certfile` and `ssl_keyfile`, as redis-py calls them.
 """
 
 import time

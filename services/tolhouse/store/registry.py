@@ -68,9 +68,8 @@ def rollback(store: Store, name: str) -> Manifest:
 def delete(store: Store, ref: str, force: bool = False) -> None:
     """Remove a version that is neither published nor in use, also from the name's history.
 
-    Its auxiliary tables go with it, unless others need them. force: also one that is in use,
-    whose users get errors. A version whose manifest can't be read, such as one of an earlier
-    format, is removed too.
+    Its auxiliary tables go too, unless others need them. A manifest need not be readable, such as
+    that of an earlier format. force: also a version in use, whose users get errors.
     """
     name, version = _version_of(store, ref, "delete")
     auxiliary: tuple[str, ...] = ()

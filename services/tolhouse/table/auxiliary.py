@@ -1,11 +1,9 @@
 """What the rows of a table need besides its own records: tables of their own, published by nobody.
 
-basis          low rank: a block's row is its mean plus coefficients times basis vectors, and a
-               record holds the coefficients alone. A record of this table is a vector: for each
-               block the mean, then its vectors.
+basis          low rank: a block's row is its mean plus coefficients times basis vectors. A record
+               of this table is a vector: for each block the mean, then its vectors.
 frequent_rows  the rows of the most frequent tokens in a finer codec, in the order of `frequent`.
-edits          the rows that an overlay of such a table changes, in the same codec or one as fine,
-               in the order of `changed`.
+edits          changed rows of an overlay, in the same codec or a finer one, as `changed` has them.
 """
 
 from collections.abc import Callable

@@ -1,11 +1,9 @@
 """The hot-row cache: records of one table in a slab of bounded size, kept by S3-FIFO.
 
-S3-FIFO (Yang et al., SOSP 2023): newcomers pass through a small queue, a tenth of the slab. Those
-that are asked for again while they wait go on to the main queue; the others leave and are
-remembered for a while, and one that comes back then goes to the main queue at once. A hit only
-counts a use, each of which spares a row one round of the main queue.
-
-The cache says which row belongs in which slot; its owner puts the bytes there. Not thread-safe.
+S3-FIFO (Yang et al., SOSP 2023): rows enter a small queue, a tenth of the slab. Those that are
+used again there go on to the main queue; the others leave, and go to the main queue if they return
+soon. Each use spares a row one round of the main queue. The owner of the cache writes the records
+into the slots that it gives. Not thread-safe.
 """
 
 from collections import deque

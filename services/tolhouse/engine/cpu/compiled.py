@@ -1,8 +1,7 @@
 """A block's decode step compiled ahead of time: one call into C++ per layer, not twenty into torch.
 
-`tolhouse compile` keeps it on disk. A worker runs that command as a child while it loads and serves
-uncompiled: that delays no start, a failure is a warning, and torch's compiler, 70 MB, is not in the
-worker's memory.
+`tolhouse compile` keeps it on disk. A worker runs that command as a child and serves uncompiled:
+no start is delayed, a failure is a warning, and torch's compiler stays out of the worker's memory.
 """
 
 import fcntl

@@ -1,8 +1,7 @@
 """The model's matrices as the worker's device likes them: q, k and v in one, packed on a CPU.
 
-On a CPU, linear layers over plain weights run at a third of the memory's bandwidth, over packed
-ones at four fifths (loadtest/LOG.md). `float32` computes in float32 and holds weights of 16 bit as
-16 bit; `bfloat16` does all in bfloat16.
+Linear layers over plain weights run at a third of a CPU's memory bandwidth, packed ones at four
+fifths (loadtest/LOG.md). `float32` computes in float32 and holds 16-bit weights in 16 bits.
 """
 
 import itertools
