@@ -13,7 +13,6 @@ from tolhouse.errors import InvalidArgument
 from tolhouse.v1.generation_pb2 import GenerateRequest
 
 T = TypeVar("T")
-
 MAX_FIELDS = 1024  # of an object; logit_bias has the most
 MAX_COUNT = 2**31  # more tokens than any context has
 LEAST_TOP_P = 1e-30  # above 0 also in the 32 bits that it has on the wire

@@ -37,9 +37,8 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     router = WorkerRouter(addresses, tokenizer_id(file), config.poll_seconds)
     limiter = RateLimiter(config.rate_limit_store, insecure=config.insecure)
     error = {"model": ErrorResponse, "description": "What was wrong, and what is allowed"}
-    app = FastAPI(
-        title="Tolhouse", version=__version__, responses={"default": error}, redirect_slashes=False
-    )
+    app = FastAPI(title="Tolhouse", version=__version__, responses={"default": error})
+    app.router.redirect_slashes = False
     explorer = Explorer(file.parent, router, vocabulary)
     app.state.services = Services(router, vocabulary, ChatTemplate(file.parent), explorer)
     app.include_router(routes)

@@ -123,8 +123,7 @@ class Explorer:
 
     def _shown_rows(self, workers: list[DescribeWorkerReply]) -> str:
         """Whose rows the memory file holds: the model's own, which a table may not."""
-        assert self.memory
-        own, others = self.memory.model_id, set()
+        own, others = self.memory.model_id if self.memory else "", set()
         for d in workers:
             differences = ["another model's"] * (d.model_id != own) + list(d.altered)
             if d.absent_layers:

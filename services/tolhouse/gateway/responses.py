@@ -102,25 +102,15 @@ class Serializer:
             p, n = sum(map(len, handler.prompts)), handler.completion_tokens
             usage = {"prompt_tokens": p, "completion_tokens": n, "total_tokens": p + n}
         scored = handler.body.num_logprobs is not None
-        choices = [
-            {
-                "index": delta.index,
-                "logprobs": self.logprobs(delta.tokens) if scored else None,
-                "finish_reason": delta.finish_reason,
-                **self.content(delta),
-            }
-            for delta in deltas
-        ]
-        fields = {
-            "id": f"{self.prefix}-{handler.request_id}",
-            "created": handler.created,
-            "model": handler.model.name,
-            "choices": choices,
-            "usage": usage,
-            "system_fingerprint": handler.table,
-        }
+        choices = []
+        for delta in deltas:
+            scores = self.logprobs(delta.tokens) if scored else None
+            item = {"index": delta.index, "finish_reason": delta.finish_reason, "logprobs": scores}
+            choices.append({**item, **self.content(delta)})
+        fields = {"created": handler.created, "model": handler.model.name, "usage": usage}
+        fields |= {"id": f"{self.prefix}-{handler.request_id}", "choices": choices}
         kind = self.chunk if self.stream else self.whole
-        return kind.model_validate(fields).model_dump_json()
+        return kind(**fields, system_fingerprint=handler.table).model_dump_json()
 
     def content(self, delta: Delta) -> dict[str, Any]:
         return {"text": delta.text}

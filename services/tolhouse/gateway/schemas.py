@@ -9,7 +9,6 @@ from tolhouse import sampling
 from tolhouse.sampling import Bool, Int, SamplingOptions, SamplingParams
 
 T = TypeVar("T")
-
 MAX_CHOICES = 128  # prompts times n
 MAX_EXPLORED = 8_192  # characters; a token has at least a quarter of one
 

@@ -52,8 +52,7 @@ class TableWatcher:
                     if "@" not in self.name:
                         self._follow(self.source.describe(self.name))
             except TolhouseError as error:
-                message = "the table's published version can't be read"
-                event(message, logging.WARNING, table=self.name, reason=str(error))
+                event("table can't be read", logging.WARNING, table=self.name, reason=str(error))
             except Exception as error:  # noqa: BLE001 - such as of a full device, for now
                 log.error("internal error", exc_info=error)
                 self._stop.wait(self.pause_seconds)
@@ -70,5 +69,4 @@ class TableWatcher:
             raise
         except TolhouseError as error:
             self.refused = manifest.ref
-            message = "a published version is refused: the worker stays with its own"
-            event(message, logging.ERROR, table=manifest.ref, reason=str(error))
+            event("published version refused", logging.ERROR, table=manifest.ref, reason=str(error))
