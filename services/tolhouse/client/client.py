@@ -73,10 +73,7 @@ class Client(AbstractContextManager["Client"]):
     def generate(
         self, prompt_token_ids: Iterable[int], max_tokens: int = 16, **options: Any
     ) -> Iterator[int]:
-        """Stream the token ids of one completion from a worker. Closing the iterator cancels.
-
-        `options`: fields of `tolhouse.sampling.SamplingParams`, greedy by default.
-        """
+        """Stream a completion's token ids; closing cancels. `options` are of SamplingParams."""
         with closing(self.replies(prompt_token_ids, max_tokens, **options)) as replies:
             for reply in replies:
                 yield from reply.token_ids

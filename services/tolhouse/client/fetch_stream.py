@@ -10,17 +10,15 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import grpc
-import numpy as np
 
 from tolhouse import tracing
+from tolhouse.client.row_source import Array
 from tolhouse.errors import Internal, TolhouseError, Unavailable, from_status
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import error_of, reloading_channel
 from tolhouse.net.fetch_reply import parse
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import lookup_pb2 as pb
-
-Array = np.ndarray
 
 
 class Request(Future[None]):

@@ -1,8 +1,7 @@
 """Hot rows in memory over the reads of a row source.
 
-All of it belongs to the event loop; reads alone run in threads. Each open table has a row cache,
-which begins with the manifest's frequent tokens. A row that is being read for one request is not
-read again for another. A version that is unused for a while is closed, unless it is published.
+Reads alone run in threads, all else in the event loop. Each open table has a row cache, filled with
+frequent tokens first. A row is read once for all that wait. Unused, unpublished versions close.
 """
 
 import asyncio
@@ -83,10 +82,7 @@ class HotRows:
     async def chunks(
         self, table: OpenTable, ids: np.ndarray, parent: Span = INVALID_SPAN
     ) -> AsyncIterator[tuple[list[Buffer], int]]:
-        """The records of `ids` in chunks, and how many of each had to be read.
-
-        A chunk is good until the event loop goes on. While one is sent, the next ones are read.
-        """
+        """Chunks of records, good until the event loop goes on, and how many of each were read."""
         size, begun, ahead = table.manifest.record_bytes, dict[int, Read](), 0
         step = max(1, _CHUNK_BYTES // size)
         window = max(step, _READ_BYTES // size)

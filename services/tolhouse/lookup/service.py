@@ -25,6 +25,7 @@ from tolhouse.store.base import open_store
 from tolhouse.table.manifest import Manifest, split_ref
 from tolhouse.v1 import lookup_pb2 as pb
 
+Requests = AsyncIterator[pb.FetchRequest]
 NAME = "tolhouse.v1.Lookup"
 MAX_IDS_PER_FETCH = 65_536
 MOST_AT_ONCE = 8  # requests of one connection: a reply that nobody reads holds megabytes
@@ -47,9 +48,7 @@ class LookupService:
         self._idle: set[asyncio.Task] = set()  # streams that wait for a request
         self._turns = WeakValueDictionary[str, asyncio.Semaphore]()  # by connection
 
-    async def Fetch(
-        self, requests: AsyncIterator[pb.FetchRequest], context: Context
-    ) -> AsyncIterator[bytes]:
+    async def Fetch(self, requests: Requests, context: Context) -> AsyncIterator[bytes]:
         stream = asyncio.current_task()
         turn = self._turns.setdefault(context.peer(), asyncio.Semaphore(MOST_AT_ONCE))
         assert stream

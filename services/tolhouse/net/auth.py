@@ -70,15 +70,12 @@ class TokenFile:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._tokens = ReloadingFiles((path,), self._read)
-
-    def first(self) -> str:
-        return self._tokens.get()[0].decode()
+        self.tokens = ReloadingFiles((path,), self._read)
 
     def accepts(self, authorization: str) -> bool:
         scheme, _, token = authorization.encode().partition(b" ")
         # all are compared, so that the time says nothing of which one fits
-        fits = [hmac.compare_digest(token, known) for known in self._tokens.get()]
+        fits = [hmac.compare_digest(token, known) for known in self.tokens.get()]
         return scheme.lower() == b"bearer" and any(fits)
 
     def _read(self) -> list[bytes]:
@@ -121,7 +118,9 @@ class ClientCredentials:
 
     def metadata(self) -> Metadata:
         """What goes with each call."""
-        return (("authorization", f"Bearer {self._token.first()}"),) if self.token_file else ()
+        if not self.token_file:
+            return ()
+        return (("authorization", f"Bearer {self._token.tokens.get()[0].decode()}"),)
 
     @cached_property
     def _token(self) -> TokenFile:
@@ -178,11 +177,11 @@ class _TokenInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls without a token, except health checks."""
 
     def __init__(self, path: str) -> None:
-        self._tokens = TokenFile(path)
+        self._file = TokenFile(path)
 
     async def intercept_service(self, continuation: Any, call: Any) -> Any:
         authorization = dict(call.invocation_metadata).get("authorization", "")
-        if call.method.startswith(_OPEN) or self._tokens.accepts(authorization):
+        if call.method.startswith(_OPEN) or self._file.accepts(authorization):
             return await continuation(call)
         # fits any kind of call: on the wire they are all alike
         return grpc.stream_stream_rpc_method_handler(self._refuse)

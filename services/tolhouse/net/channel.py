@@ -35,7 +35,6 @@ _TLS_PROBLEMS = {
     "Socket closed": "it may be full, want TLS, or want a TLS certificate that it trusts",
 }
 Targets = str | Sequence[str]  # texts, or one with commas between them
-Channel = Callable[[], Any]
 _CALLERS_FAULT = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "NOT_FOUND")
 
 
@@ -49,7 +48,7 @@ def dial(target: str, credentials: ClientCredentials, library: Any = grpc) -> An
     return library.secure_channel(target, tls, options=options)
 
 
-def reloading_channel(target: str, credentials: ClientCredentials, library: Any = grpc) -> Channel:
+def reloading_channel(target: str, credentials: ClientCredentials, library: Any = grpc) -> Callable:
     """Returns the channel of `dial`, made anew when the TLS files change."""
     kept: deque[Any] = deque(maxlen=2)  # calls on the one before may end
 

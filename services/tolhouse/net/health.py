@@ -35,9 +35,8 @@ class PeerHealth:
     """Tracks peers by name; one that nothing was reported of is up. Threads may share it.
 
     `probe(name)` says whether a peer answers, or raises. `alternatives(name)` names peers that can
-    do its work, or is None once the peer is gone. With a probe, a daemon thread runs while a peer
-    is in trouble, and probes with growing pauses; trouble soon after a recovery goes on with them.
-    Without one, states follow reports alone.
+    do its work, or is None once the peer is gone. A thread probes peers in trouble with growing
+    pauses, which stay long for a while after a recovery. Without `probe`, reports alone count.
     """
 
     def __init__(

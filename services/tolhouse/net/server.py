@@ -22,7 +22,6 @@ Drain = Callable[[], None] | None
 MAX_STREAMS = 1024  # open calls of one connection; more wait for one of them to end
 MAX_CONNECTIONS = 1024  # of one service; more are closed
 MAX_HEADER_BYTES = 16 << 10  # of one call
-MAX_ERROR = 2000  # characters of an error, which may quote what was sent
 MAX_REQUEST_BYTES = 4 << 20  # gRPC's own default
 
 SERVER_OPTIONS = [
@@ -70,16 +69,13 @@ def status_of(error: Exception) -> tuple[str, str]:
     if not isinstance(error, TolhouseError):
         log.error("internal error", exc_info=error)
         error = Internal("internal error; the service's log has the details")
-    return error.grpc_status, str(error)[:MAX_ERROR]
+    return error.grpc_status, str(error)[:2000]  # it may quote what was sent
 
 
 async def serve(
     service: str, name: str, config: Config, register: Register, metrics: str, drain: Drain = None
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then call `drain` and finish calls for a while.
-
-    Once the service `name` answers, a line on stdout has the real address, and that of `metrics`.
-    """
+    """Announce the service once it answers; at SIGTERM or SIGINT call `drain` and finish calls."""
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
 
@@ -124,8 +120,7 @@ def serve_metrics(address: str, credentials: ServerCredentials) -> str:
             port, host, REGISTRY, *pair, ca, client_auth_required=bool(ca)
         )
     except OSError as error:
-        message = f"metrics can't listen on {address}: {error.strerror or error}"
-        raise InUse(f"{message}; choose another --metrics-listen") from None
+        raise InUse(f"--metrics-listen {address} fails: {error.strerror or error}") from None
     if context and isinstance(server.socket, ssl.SSLSocket):
         server.socket.context.sni_callback = context.sni_callback
         # handshakes take place in threads, so that a slow one keeps no other waiting
