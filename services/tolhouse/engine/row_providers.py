@@ -81,7 +81,7 @@ class RecomputedRows:
 
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         if manifest.parent or manifest.ranks:
-            what = "changed rows of overlay" if manifest.parent else "coefficients of low-rank"
+            what = "rows of overlay" if manifest.parent else "coefficients of low-rank table"
             message = f"can't compute the {what} {manifest.ref}: serve it without"
             raise Mismatch(f"--fallback recompute {message}")
         self.rows, self.manifest = 0, manifest
