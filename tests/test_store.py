@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from redis import Redis, RedisCluster
+from tolhouse.client.row_source import open_row_source
 from tolhouse.errors import (
     Corrupt,
     DeadlineExceeded,
@@ -185,6 +186,17 @@ def test_files_of_others_are_no_tables(tmp_path: Path) -> None:
         (folder / "manifest.json").write_text(manifest.to_json())
         with pytest.raises(Corrupt, match="describes table mine"):
             resolve(store, "broken@0000000000000001")
+
+
+def test_two_stores_are_not_one_folder(tmp_path: Path) -> None:
+    """Where one store is opened, a list of them is refused: a path with a comma is one store."""
+    for urls in (f"file://{tmp_path},redis://h:1", f"file://{tmp_path}/a, file://{tmp_path}/b"):
+        with pytest.raises(InvalidArgument, match="several stores; one is allowed"):
+            open_store(urls)
+        with pytest.raises(InvalidArgument, match="several stores; one is allowed"):
+            open_row_source(urls)
+    with closing(open_store(f"file://{tmp_path}/a,b")) as store:
+        assert store.url == f"file://{tmp_path}/a,b"
 
 
 def test_another_shard_in_a_shard_s_place_is_found(tmp_path: Path) -> None:

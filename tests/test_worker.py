@@ -10,8 +10,10 @@ import grpc
 import pytest
 from redis import Redis
 from tolhouse import Client, errors
+from tolhouse.client.row_source import StoreRowSource
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
+from tolhouse.store.base import open_store
 from tolhouse.testing import (
     Cluster,
     Process,
@@ -20,12 +22,14 @@ from tolhouse.testing import (
     free_port,
     local_cluster,
     process,
+    redis_node,
     redis_server,
     tiny_model,
     wait_until,
 )
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
+from tolhouse.worker.run import wait_for_table
 
 from tests.commands import metrics, tolhouse
 
@@ -400,3 +404,20 @@ def test_what_can_not_start_says_why(
     assert "holds no block" in refused(str(checkpoint), *to, "--kv-cache-megabytes", "0.001")
     assert "cpu or" in refused(str(checkpoint), *to, "--device", "abacus")
     assert "no checkpoint" in refused(str(tmp_path / "nothing"), *to)
+
+
+def test_a_source_that_hangs_at_start_is_waited_for(checkpoint: Path) -> None:
+    """A Redis that accepts connections and does not answer yet is no reason to give up."""
+    with redis_node() as node, ThreadPoolExecutor(1) as background:
+        ref = build_table(checkpoint, node.url, name="late")
+        node.popen.send_signal(signal.SIGSTOP)
+        source = StoreRowSource(node.url, lambda: open_store(node.url, 0.1))
+        try:
+            waiting = background.submit(wait_for_table, source, "late", 60)
+            with pytest.raises(errors.DeadlineExceeded):
+                wait_for_table(source, "late", 0)
+            node.popen.send_signal(signal.SIGCONT)
+            assert ref == waiting.result(60).ref
+        finally:
+            node.popen.send_signal(signal.SIGCONT)
+            source.close()

@@ -130,7 +130,7 @@ def table_rows(
     if manifest.model_id != model_id:
         built = f"table {manifest.ref} was built from model {manifest.model_id[:12]}"
         raise Mismatch(f"{built}, but checkpoint {checkpoint.name} is {model_id[:12]}")
-    blocks = [*["x0"] * manifest.has_x0, *(f"ffn.{layer}" for layer in range(config.num_rows))]
+    blocks = manifest.model_blocks(config.num_rows)
     sizes = (config.vocab_size, config.hidden_size)
     if sizes != (manifest.vocab_size, manifest.width) or not set(manifest.blocks) <= set(blocks):
         lack = f"does not hold a row for each token of {checkpoint.name}"

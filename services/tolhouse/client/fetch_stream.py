@@ -107,9 +107,8 @@ class Replica:
 
     def _open(self) -> _Stream:
         outgoing: SimpleQueue[pb.FetchRequest | None] = SimpleQueue()
-        write = (
-            pb.FetchRequest.SerializeToString
-        )  # replies stay bytes: net/fetch_reply.py reads them
+        # replies stay bytes: net/fetch_reply.py reads them
+        write = pb.FetchRequest.SerializeToString
         fetch = self.channel().stream_stream("/tolhouse.v1.Lookup/Fetch", write)
         call = fetch(iter(outgoing.get, None), metadata=self.credentials.metadata())
         stream = _Stream(call, outgoing, {})

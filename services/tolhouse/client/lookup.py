@@ -51,9 +51,9 @@ class LookupRowSource(RowSource):
         request = pb.DescribeRequest(table=table, known=known.ref if known else "")
         reply = self._call("Describe", request)
         self._max_ids = reply.max_ids_per_fetch
-        return (
-            Manifest.from_json(reply.manifest_json) if reply.manifest_json or not known else known
-        )
+        if known and not reply.manifest_json:
+            return known
+        return Manifest.from_json(reply.manifest_json)
 
     def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
         flat = memoryview(out.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer

@@ -94,11 +94,6 @@ class Decoder:
         return row_TD.to(self.dtype)
 
 
-def row_blocks(manifest: Manifest, num_rows: int) -> tuple[str, ...]:
-    """The blocks that the model reads, in its order."""
-    return (*["x0"] * manifest.has_x0, *(f"ffn.{layer}" for layer in range(num_rows)))
-
-
 class LayerwiseRows:
     """Rows of `num_rows` layers, after X0 if the table has it; each is decoded when it is read.
 
@@ -110,7 +105,7 @@ class LayerwiseRows:
         manifest = decoder.manifest
         self.decoder, self.staged, self.x0 = decoder, staged, manifest.has_x0
         present = {block: number for number, block in enumerate(manifest.blocks)}
-        self.block_of = [present.get(block) for block in row_blocks(manifest, num_rows)]
+        self.block_of = [present.get(block) for block in manifest.model_blocks(num_rows)]
 
     def __len__(self) -> int:
         return len(self.block_of)

@@ -132,7 +132,7 @@ class Engine:
         self._prefetch(step, runner.rows)
         ends = np.cumsum([chunk.count for chunk in step]).tolist()
         last = {c.sequence: end - 1 for c, end in zip(step, ends, strict=True) if c.samples}
-        scores = self._score_prompts(step, ends, hidden_TD)
+        scores = self._score_prompts(step, ends, hidden_TD, runner)
         sampled_BD = hidden_TD[list(last.values())]
         logits_BV = runner.logits(sampled_BD) if last else sampled_BD
         computed = time.perf_counter()
@@ -211,7 +211,9 @@ class Engine:
             with under(spans):
                 rows.prefetch(np.array(ids, np.uint32))
 
-    def _score_prompts(self, step: Step, ends: list[int], hidden_TD: Tensor) -> Scores:
+    def _score_prompts(
+        self, step: Step, ends: list[int], hidden_TD: Tensor, runner: Runner
+    ) -> Scores:
         """Log probabilities of this step's prompt tokens, where asked for and not emitted yet."""
         scores: Scores = {}
         for chunk, end in zip(step, ends, strict=True):
@@ -223,7 +225,7 @@ class Engine:
             for at in range(sequence.scored, last, _SCORED_TOKENS):
                 next_ids = sequence.ids[at + 1 : min(at + _SCORED_TOKENS, last) + 1]
                 first = end - chunk.last + at
-                logits_TV = self.runner.logits(hidden_TD[first : first + len(next_ids)])
+                logits_TV = runner.logits(hidden_TD[first : first + len(next_ids)])
                 score += prompt_logprobs(logits_TV, next_ids, k)
             sequence.scored = last
             scores[sequence] = score

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from tolhouse.client.row_source import RowSource
 from tolhouse.engine.cpu.packed import Embedding
-from tolhouse.engine.dequant import CACHED_VALUES, Decoder, LayerwiseRows, StagedRows, row_blocks
+from tolhouse.engine.dequant import CACHED_VALUES, Decoder, LayerwiseRows, StagedRows
 from tolhouse.errors import DeadlineExceeded, Mismatch, NotFound, TolhouseError, Unavailable
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint
@@ -165,7 +165,7 @@ class CachedRows:
         self.manifest, self.device, self.on_cpu = manifest, device, device.type == "cpu"
         self.table, self.has_x0 = manifest.ref, manifest.has_x0
         self.num_rows = num_rows or max(manifest.layers, default=-1) + 1
-        self.as_stored = manifest.blocks == row_blocks(manifest, self.num_rows)
+        self.as_stored = manifest.blocks == manifest.model_blocks(self.num_rows)
         self.decoder = Decoder(source.auxiliary(manifest), device, dtype)
         shape = capacity_for(manifest, cache_bytes), manifest.record_bytes
         self.host = torch.empty(shape, dtype=torch.uint8, pin_memory=not self.on_cpu)

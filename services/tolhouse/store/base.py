@@ -5,6 +5,7 @@ stands for. Its methods may be called from several threads.
 """
 
 import logging
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator
@@ -189,6 +190,8 @@ def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0
     Several nodes of a Redis Cluster may be named, redis://HOST:PORT,HOST:PORT; one has to answer.
     `wait_seconds`: for so long it may be unreachable.
     """
+    if re.search(r",\s*\w+://", url):
+        raise InvalidArgument(f"{shown(url)!r} names several stores; one is allowed here")
     scheme, _, rest = url.partition("://")
     if scheme == "file" and rest:
         from tolhouse.store.files import FileStore

@@ -155,6 +155,10 @@ class Manifest:
         """Whether rows have the embedding: a worker then needs none of its own."""
         return "x0" in self.blocks
 
+    def model_blocks(self, num_rows: int) -> tuple[str, ...]:
+        """The blocks that a model with `num_rows` rows reads, in its order, present or not."""
+        return (*["x0"] * self.has_x0, *(f"ffn.{layer}" for layer in range(num_rows)))
+
     @property
     def auxiliary(self) -> tuple[str, ...]:
         """Tables that its rows are made of, published by nobody, which come and go with it."""

@@ -21,7 +21,7 @@ from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
 from tolhouse.engine.runner import GraphRunner, Runner
 from tolhouse.engine.scheduler import Scheduler
-from tolhouse.errors import InvalidArgument, Mismatch, NotFound, Unavailable
+from tolhouse.errors import DeadlineExceeded, InvalidArgument, Mismatch, NotFound, Unavailable
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.net.server import serve, serve_metrics
@@ -131,7 +131,7 @@ def wait_for_table(source: RowSource, table: str, seconds: float) -> Manifest:
     while True:
         try:
             return source.describe(table)
-        except (Unavailable, NotFound) as error:
+        except (Unavailable, DeadlineExceeded, NotFound) as error:
             if time.monotonic() >= deadline:
                 raise type(error)(f"{error} (waited {seconds:g} s)") from None
             if not logged:
