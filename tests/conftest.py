@@ -10,15 +10,12 @@ from hypothesis import settings
 from tolhouse.certs import ensure_authority, issue
 from tolhouse.testing import build_table, redis_cluster, redis_server, tiny_model
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # tiny models, and many processes on few cores: threads would wait for each other
-)
-os.environ["TOLHOUSE_WORKER_COMPILE"] = (
-    "never"  # of the many workers that tests start; test_attention.py compiles
-)
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background job ignores it, and so would all that tests start
+# tiny models, and many processes on few cores: threads would wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"
+# of the many workers that tests start; test_compiled.py and test_wide.py compile
+os.environ["TOLHOUSE_WORKER_COMPILE"] = "never"
+# a shell's background job ignores it, and so would all that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("tolhouse", deadline=None, max_examples=60)
 settings.load_profile("tolhouse")
 

@@ -3,17 +3,19 @@
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from tolhouse.engine.attention import PagedKVCache
 from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
 from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.engine import Engine
-from tolhouse.engine.row_providers import NoRows, RowProvider
+from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
 from tolhouse.engine.runner import Runner
 from tolhouse.engine.scheduler import Scheduler
 from tolhouse.engine.sequence import Output, Sequence
 from tolhouse.model.checkpoint import open_checkpoint
-from tolhouse.model.transformer import Transformer
+from tolhouse.model.generate import greedy
+from tolhouse.model.transformer import Rows, Transformer
 from tolhouse.sampling import SamplingParams
 
 CPU = torch.device("cpu")
@@ -83,3 +85,12 @@ def serve(engine: Engine, *requests: Request) -> None:
     for request in requests:
         engine.add(request.sequence)
     run(engine)
+
+
+def greedy_with(model: Transformer, rows: CachedRows, ids: list[int], tokens: int) -> list[int]:
+    """What `model` says with fetched rows."""
+
+    def decoded(ids_T: torch.Tensor) -> Rows:
+        return rows.decode(rows.stage(ids_T.numpy().astype(np.uint32)))
+
+    return list(greedy(model, ids, tokens, ignore_eos=True, rows=decoded))

@@ -148,8 +148,8 @@ def test_an_untied_head_is_kept(tmp_path: Path) -> None:
 
 def test_tensors_have_the_names_of_the_docstring(tmp_path: Path) -> None:
     """LLaMA's names, and FFN-M's own."""
-    names = set(load_file(tiny_model(tmp_path / "m", "flex", 2, num_hidden_layers=1) / WEIGHTS))
-    layer = "model.layers.0."
+    path = tiny_model(tmp_path / "m", "flex", 2, num_hidden_layers=1)
+    names, layer = set(load_file(path / WEIGHTS)), "model.layers.0."
     assert names == {
         *("model.embed_tokens.weight", "model.norm.weight"),
         *(f"{layer}{x}.weight" for x in ("input_layernorm", "post_attention_layernorm")),
@@ -158,6 +158,8 @@ def test_tensors_have_the_names_of_the_docstring(tmp_path: Path) -> None:
         f"{layer}ffn_m.norm.weight",
         *(f"{layer}ffn_m.mlp.{x}_proj.weight" for x in ("gate", "up", "down")),
     }
+    files = {"config.json", "model.safetensors", "tokenizer.json"}
+    assert files == {file.name for file in path.iterdir()}  # and nothing else
 
 
 def test_a_tensor_s_former_name_is_read(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_memory_is_explained_in_the_shell(checkpoint: Path) -> None:
         (("train", "tiny", "--ffn-c", "swiglu", "--out", "x"), 1, "--kind flex"),
         (("tables", "list", "--store", "nowhere"), 1, "not understood"),
         (("tables", "list", "--store", ""), 1, "no store given"),
-        (("fetch", "a b", "1"), 1, ""),
+        (("fetch", "a b", "1"), 1, "not allowed"),
         (("generate", "nothing", "x"), 1, "no tokenizer"),
         (("serve", "--checkpoint", "nothing"), 1, "no checkpoint"),
         (("demo", "--checkpoint", "nothing"), 1, "no checkpoint"),

@@ -1,7 +1,6 @@
 """Decode steps compiled ahead of time give the hidden states of uncompiled ones."""
 
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from tolhouse.engine.dequant import StagedRows
 from tolhouse.engine.row_providers import NoRows
 from tolhouse.engine.scheduler import ScheduledChunk
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
+from tolhouse.testing import wait_until
 
 from tests.engines import CPU, Request, engine_of
 
@@ -114,8 +114,7 @@ def test_workers_that_share_a_cache_compile_once(base: Path, tmp_path: Path) -> 
 def test_a_worker_that_ends_ends_its_compiler(begun: bool, base: Path, tmp_path: Path) -> None:
     """At once, or while it compiles; no unfinished file is left."""
     compiled = compiled_for(open_checkpoint(base), tmp_path)
-    while not (list(tmp_path.glob("compiling-*")) if begun else compiled.compiler):
-        os.sched_yield()
+    wait_until(lambda: list(tmp_path.glob("compiling-*")) if begun else compiled.compiler)
     compiled.stop()
     assert compiled.compiler.poll() is not None
     assert [] == list(tmp_path.iterdir())

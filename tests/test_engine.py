@@ -154,6 +154,15 @@ def sampled(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
     return [request.tokens for request in requests]
 
 
+def replays(engine: Engine) -> list[int]:
+    """A list that grows by one with each recorded step that is replayed from now on."""
+    replayed: list[int] = []
+    for graph in engine.runner.graphs.values():
+        finish = graph.finish
+        graph.finish = lambda staged, finish=finish: (replayed.append(1), finish(staged))[1]
+    return replayed
+
+
 @pytest.mark.parametrize("embedding", ["no", "yes"])
 def test_steps_in_recorded_sizes_give_the_same_tokens(embedding: str, tmp_path: Path) -> None:
     """What a GPU replays as graphs, run as it is: padded, and begun before its rows are there."""
@@ -162,6 +171,9 @@ def test_steps_in_recorded_sizes_give_the_same_tokens(embedding: str, tmp_path: 
     with table_rows(path, tmp_path / "tables", embedding=embedding) as make:
         plain, graphs = (engine_of(path, make(), runner=r) for r in (Runner, GraphRunner))
         assert sampled(plain, prompts) == sampled(graphs, prompts)
+        replayed = replays(graphs)
+        sampled(graphs, prompts)
+    assert len(replayed) >= 39
     assert {1, 2, 4, 8} >= {sequences for sequences, _ in graphs.runner.graphs}
     assert (embedding == "yes") == graphs.rows.has_x0
 
@@ -172,9 +184,6 @@ def test_a_base_model_runs_in_recorded_sizes_too(base: Path) -> None:
     plain, engine = engine_of(base), engine_of(base, runner=GraphRunner)
     expected = sampled(plain, prompts)
     assert expected == sampled(engine, prompts)
-    replayed = []
-    for graph in engine.runner.graphs.values():
-        finish = graph.finish
-        graph.finish = lambda staged, finish=finish: (replayed.append(1), finish(staged))[1]
+    replayed = replays(engine)
     assert expected == sampled(engine, prompts)
     assert len(replayed) >= 39

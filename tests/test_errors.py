@@ -14,11 +14,19 @@ TREE = [
 
 @pytest.mark.parametrize("error", TREE)
 def test_an_error_comes_back_from_its_status(error: type[TolhouseError]) -> None:
-    """A status becomes the error that was raised, or its parent; the message is kept."""
+    """A status becomes the error that was raised, or one with that status; the message is kept."""
     assert hasattr(grpc.StatusCode, error.grpc_status)
     assert 400 <= error.http_status < 600
     back = from_status(error.grpc_status, "why")
     assert (error.grpc_status, "why") == (back.grpc_status, str(back))
+
+
+@pytest.mark.parametrize("status", [s.name for s in grpc.StatusCode if s.name != "OK"])
+def test_every_status_becomes_an_error(status: str) -> None:
+    """Also one that nothing of ours sends."""
+    error = from_status(status, "why")
+    assert isinstance(error, TolhouseError)
+    assert "why" == str(error)
 
 
 @pytest.mark.parametrize(

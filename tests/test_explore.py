@@ -14,7 +14,7 @@ from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.store.base import open_store
 from tolhouse.store.overlay import make_overlay
 from tolhouse.store.registry import publish
-from tolhouse.testing import Cluster, build_table, local_cluster, process
+from tolhouse.testing import Cluster, build_table, local_cluster, process, wait_until
 
 from tests.commands import tolhouse
 
@@ -96,8 +96,12 @@ def test_live_counts_grow(cluster: Cluster) -> None:
     """By the tokens that were asked for, once the gateway has polled again."""
     before = get(cluster, "/explore/live").json()
     post(cluster, "/v1/completions", prompt=TEXT, max_tokens=7, ignore_eos=True)
-    while (after := get(cluster, "/explore/live").json())["tokens"] < before["tokens"] + 7:
-        pass
+
+    def grown() -> dict | None:
+        now = get(cluster, "/explore/live").json()
+        return now if now["tokens"] >= before["tokens"] + 7 else None
+
+    after = wait_until(grown)
     assert re.fullmatch(r"tiny-memory@[0-9a-f]{16}", after["tables"][0])
     assert (1, []) == (after["workers"], after["absent_layers"])
     assert 0 < after["fetch_seconds"] / after["fetches"] < 60
@@ -125,8 +129,7 @@ def test_another_model_s_memory_is_hidden(cluster: Cluster, explored: Path, tmp_
     options = ("--workers", cluster.workers, "--listen", "127.0.0.1:0", "--poll-seconds", "0.2")
     with process("gateway", str(other), *options) as gateway:
         here = Cluster("", "", gateway.address, [])
-        while not get(here, "/explore/live").json()["workers"]:
-            pass
+        wait_until(lambda: get(here, "/explore/live").json()["workers"])
         tokens = post(here, "/explore/tokens", text=TEXT).json()["tokens"]
         assert [{"id", "token"}] * 3 == [set(token) for token in tokens[:3]]
         answer = get(here, "/explore/tokens/5")

@@ -1,8 +1,10 @@
 """Peers' health: what is down, what is slow, and what is only as slow as all are."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 from tolhouse.errors import Unavailable
 from tolhouse.net.health import PeerHealth
@@ -15,6 +17,7 @@ class Peers:
     def __init__(self, **answers: list[float | None]) -> None:
         self.answers = answers
         self.probed: list[str] = []
+        self.times: list[float] = []
         self._passed = 0.0
 
     def clock(self) -> float:
@@ -22,6 +25,7 @@ class Peers:
 
     def probe(self, name: str) -> bool:
         self.probed.append(name)
+        self.times.append(time.monotonic())
         seconds = self.answers[name].pop(0)
         if seconds is None:
             raise Unavailable("gone")
@@ -71,9 +75,14 @@ def test_a_suspected_peer_is_compared_with_the_others(
     health = tracked(peers, longest=1000.0)
     health.report_slow("own")
     assert health.up("own")
-    wait_until(lambda: len(peers.probed) == total or not own)
-    wait_until(lambda: expected == health.up("own"))
-    assert ["other", "own"][:: 1 if not expected else -1] == health.order(["own", "other"])
+    wait_until(lambda: len(peers.probed) == total)
+    health.close()
+    for thread in threading.enumerate():
+        if thread.name == "peer":  # it ends after the verdict
+            thread.join()
+    assert expected == health.up("own")
+    order = ["own", "other"] if expected else ["other", "own"]
+    assert order == health.order(["own", "other"])
 
 
 def test_a_peer_stays_down_until_it_answers(tracked: Callable[..., PeerHealth]) -> None:
@@ -92,14 +101,28 @@ def test_trouble_soon_after_a_recovery_goes_on_with_its_pauses(
     tracked: Callable[..., PeerHealth],
 ) -> None:
     """A peer that answers probes and fails at work is not tried ten times a second."""
-    peers = Peers(own=[None] * 12 + [0.0])
+    peers = Peers(own=[None] * 14 + [0.0])
     health = tracked(peers, first=0.0001)
     health.report_down("own")
     wait_until(lambda: health.up("own"))
     health.report_down("own")
     time.sleep(0.1)
     assert not health.up("own")
-    assert 13 == len(peers.probed)
+    assert 15 == len(peers.probed)
+
+
+def test_after_a_calm_time_pauses_begin_anew(tracked: Callable[..., PeerHealth]) -> None:
+    """A peer that stays up for the longest pause is forgotten, and with it how often it failed."""
+    peers = Peers(own=[None] * 5 + [0.0, 0.0])
+    health = tracked(peers, first=0.03, longest=0.8)
+    health.report_down("own")
+    wait_until(lambda: health.up("own"))
+    pauses = np.diff(peers.times)
+    time.sleep(1.6)
+    down = time.monotonic()
+    health.report_down("own")
+    wait_until(lambda: health.up("own"))
+    assert peers.times[-1] - down < pauses[-1]
 
 
 def test_a_peer_that_is_gone_is_forgotten(tracked: Callable[..., PeerHealth]) -> None:

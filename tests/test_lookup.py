@@ -217,7 +217,7 @@ def test_a_damaged_shard_file_is_told_and_the_others_are_served(
         assert expected.tobytes() == client.fetch(ref, range(16)).tobytes()
 
 
-def test_a_shard_file_cut_short_while_it_is_mapped_does_not_kill_the_service(
+def test_a_shard_file_cut_short_while_it_is_in_use_does_not_kill_the_service(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     """Rows of a shrunken file fail with DATA_LOSS, and are served again once it is whole."""

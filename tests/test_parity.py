@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 import torch
 from tolhouse import Client, Manifest
@@ -17,6 +16,8 @@ from tolhouse.engine.row_providers import CachedRows
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.testing import Cluster, build_table, local_cluster, process, tiny_model
+
+from tests.engines import greedy_with
 
 TOKENS = 128  # per prompt; nine prompts and two checkpoints make 2,304
 PROMPTS = (
@@ -53,18 +54,8 @@ def with_rows(
     """most_values: more are decoded layer by layer."""
     model = checkpoint.model(ffn_m=False, embedding=not manifest.has_x0)
     rows = CachedRows(source, manifest, cache_bytes, torch.device("cpu"))
-    answers = [
-        list(
-            greedy(
-                model,
-                ids,
-                TOKENS,
-                ignore_eos=True,
-                rows=lambda ids_T: rows.decode(rows.stage(ids_T.numpy().astype(np.uint32))),
-            )
-        )
-        for ids in prompt_ids(checkpoint)
-    ]
+    with closing(rows):
+        answers = [greedy_with(model, rows, ids, TOKENS) for ids in prompt_ids(checkpoint)]
     counts = rows.counts()
     fetched = counts["from_remote"] + counts["from_file"]
     assert fetched > 0

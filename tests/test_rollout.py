@@ -6,21 +6,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-import numpy as np
 import pytest
-import torch
 from tolhouse import Client, Manifest, errors
 from tolhouse.client.row_source import open_row_source
 from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import CachedRows
 from tolhouse.model.checkpoint import open_checkpoint
-from tolhouse.model.generate import greedy
 from tolhouse.store.base import Store, open_store
 from tolhouse.store.registry import delete, publish, rollback
 from tolhouse.testing import build_table, process, tiny_model, wait_until
 from tolhouse.worker.table_watcher import TableWatcher
 
 from tests.commands import metrics
+from tests.engines import CPU, greedy_with
 
 FREE = ("--listen", "127.0.0.1:0")
 PROMPTS = ([17, 4, 200], [9, 9, 9, 30], list(range(40, 80)))
@@ -29,23 +27,9 @@ LONG = 800
 
 def answers(checkpoint: Path, lookup: Client, ref: str, tokens: int) -> list[list[int]]:
     """What the model says with the rows of one version."""
-    model, rows = (
-        open_checkpoint(checkpoint).model(ffn_m=False),
-        CachedRows(lookup.rows, lookup.describe(ref), 0, torch.device("cpu")),
-    )
-    with closing(rows):
-        return [
-            list(
-                greedy(
-                    model,
-                    ids,
-                    tokens,
-                    ignore_eos=True,
-                    rows=lambda ids_T: rows.decode(rows.stage(ids_T.numpy().astype(np.uint32))),
-                )
-            )
-            for ids in PROMPTS
-        ]
+    model = open_checkpoint(checkpoint).model(ffn_m=False)
+    with closing(CachedRows(lookup.rows, lookup.describe(ref), 0, CPU)) as rows:
+        return [greedy_with(model, rows, ids, tokens) for ids in PROMPTS]
 
 
 @pytest.fixture(params=["file", "redis"])
@@ -71,9 +55,7 @@ def test_new_sequences_use_a_published_version_and_running_ones_end_on_theirs(
         assert short[one] != short[two]
         before = rows.fetch(one, range(100)).tobytes()
         with (
-            process(
-                "worker", str(checkpoint), "--lookup", lookup.address, *options, *FREE
-            ) as worker,
+            process("worker", str(checkpoint), "--rows", lookup.address, *options, *FREE) as worker,
             Client(worker.address) as client,
         ):
             for flip, now, other in (

@@ -1,1 +1,1 @@
-"""What a row holds. Reads checkpoints; serves nobody."""
+"""Analysis of what rows hold, and of what they cost or gain a model. No service uses it."""

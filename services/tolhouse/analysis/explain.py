@@ -90,7 +90,7 @@ def shared_by(model: Transformer, layer: int, keys_TK: Tensor, count: int) -> Te
 
 @torch.inference_mode()
 def explorer(checkpoint: Checkpoint, keys: int = 3, neighbours: int = 5) -> dict[str, np.ndarray]:
-    """The same of all tokens as arrays, for the gateway's explorer page (gateway/explore.py)."""
+    """Arrays for the gateway's explorer (gateway/explore.py): `explain_text` of all tokens."""
     model, count = MemoryLLM(checkpoint).model, checkpoint.config.vocab_size
     strongest, values, sharers = [], [], []
     for layer in range(checkpoint.config.num_rows):
@@ -126,7 +126,7 @@ def nearest(rows: RowsOf, vocab_size: int, ids_T: Tensor, count: int) -> torch.r
 
 
 def table_of(found: list[dict[str, Any]]) -> str:
-    """The same for a terminal."""
+    """`explain_text`'s result as text for a terminal."""
     lines = []
     for entry in found:
         lines.append(f"{entry['token']!r} (id {entry['id']})")

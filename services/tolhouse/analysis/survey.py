@@ -122,7 +122,7 @@ def _described(cluster_V: np.ndarray, counts: np.ndarray, tokenizer: Any) -> lis
 
 
 def summary(found: dict[str, Any]) -> str:
-    """The same for a terminal."""
+    """`survey`'s result as text for a terminal."""
     lines = [f"{found['checkpoint']}: {found['kind']}, {found['vocab_size']} tokens"]
     lines.append("  layer  mean norm  clustering  outliers  rank for 90%")
     for e in found["layers"]:

@@ -86,7 +86,7 @@ class Client(AbstractContextManager["Client"]):
         timeout_seconds: float | None = None,
         **sampling: Any,
     ) -> Generator[pb.GenerateReply]:
-        """The same as whole messages, with the reason of the end and log probabilities."""
+        """As `generate`, but yields whole replies, with log probabilities and the finish reason."""
         request = SamplingParams(max_tokens, **sampling).to_proto(prompt_token_ids)
         worker = self._worker()
         stub, metadata = GenerationStub(worker.channel()), worker.credentials.metadata()

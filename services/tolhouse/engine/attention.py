@@ -138,7 +138,7 @@ def gathered(
 def streamed(
     q_BHE: Tensor, keys: Tensor, values: Tensor, tables_BC: Tensor, lengths_B: Tensor
 ) -> Tensor:
-    """The same as plain sums for a compiler, which reads each page once and copies none."""
+    """`gathered` written as plain sums: once compiled, it reads each page once and copies none."""
     # stored first: a compiler would compute q, and all that leads to it, anew for every key
     sequences_B = torch.arange(q_BHE.shape[0], device=q_BHE.device)
     q_BHE = torch.empty_like(q_BHE).index_put((sequences_B,), q_BHE)

@@ -143,10 +143,10 @@ class FallbackRows:
 
 
 class CachedRows:
-    """Rows of a table from a cache over a provider. Of the engine's thread, but for its counts.
+    """A cache of a table's rows over a provider. Only the engine's thread may use it, but `counts`.
 
-    On a CPU the cache's slab is `records`; on a GPU these are a copy that each record reaches once,
-    as codes, from pinned memory and on a stream of its own, beside what the GPU is doing.
+    On a CPU `records` is the cache's slab itself. On a GPU it is a copy of the slab: each record is
+    uploaded once, still encoded, from pinned memory, on a stream that overlaps with computation.
     """
 
     def __init__(
@@ -317,7 +317,7 @@ class CachedRows:
 
 
 class NoRows:
-    """A base model's: its FFNs are in its blocks."""
+    """For a base model, which has no rows: its FFNs are in its blocks."""
 
     manifest, table, has_x0, num_rows = None, "", False, 0
 

@@ -110,7 +110,10 @@ class RequestLimitsMiddleware:
             connection.request_ended(complete=complete)
 
     def _refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
-        """What h11 lets pass: it counts no fields, and bytes of parts alone."""
+        """A response if the header is too large or ambiguous; None if not.
+
+        h11 does not count fields, and limits bytes only of what has not been parsed yet.
+        """
         status, message = 431, ""
         count, length = len(scope["headers"]), headers.get("content-length", "")
         size = len(scope["raw_path"]) + len(scope["query_string"])

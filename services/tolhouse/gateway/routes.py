@@ -184,7 +184,7 @@ async def health(request: Request, gateway: Gateway) -> JSONResponse:
 
 @routes.api_route("/ping", methods=["GET", "POST"], responses=_UNHEALTHY)
 async def ping(gateway: Gateway) -> JSONResponse:
-    """As health, without words."""
+    """The status of /health, without a body to read."""
     return JSONResponse({}, 200 if gateway.router.healthy() else 503)
 
 

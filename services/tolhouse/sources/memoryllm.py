@@ -47,7 +47,7 @@ class MemoryLLM:
         return np.concatenate([rows for _, rows in self.batches(ids)])
 
     def batches(self, ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """The same a batch at a time, each with its place in `ids`."""
+        """The rows of `ids` in batches, each with the slice of `ids` that it is for."""
         model, threads = self.model, torch.get_num_threads()
         torch.set_num_threads(1)
         try:

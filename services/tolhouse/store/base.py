@@ -159,7 +159,7 @@ class Store(ABC):
     def _read_own(
         self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, slots: np.ndarray
     ) -> None:
-        """The same of `ids` that the version has itself."""
+        """As `read_records`, for `ids` whose records this version stores itself."""
         if not len(ids):
             return
         order = np.lexsort((manifest.positions(ids), manifest.shard_of(ids)))

@@ -36,13 +36,13 @@ class Basis:
         return np.stack([mean + c @ v for mean, c, v in blocks], axis=1)
 
     def table(self) -> np.ndarray:
-        """The same as rows float32 [R, 1, D] of a table."""
+        """Rows float32 [R, 1, D] of its table: for each block the mean, then the vectors."""
         parts = zip(self.means, self.vectors, strict=True)
         return np.concatenate([part for mean, v in parts for part in (mean[None], v)])[:, None]
 
     @classmethod
     def of(cls, rows: np.ndarray, ranks: tuple[int, ...]) -> "Basis":
-        """Back from rows [R, 1, D]."""
+        """The basis that `table` turned into rows [R, 1, D]."""
         ends = np.cumsum([1 + rank for rank in ranks])
         parts = np.split(np.ascontiguousarray(rows[:, 0], np.float32), ends[:-1])
         return cls(np.stack([part[0] for part in parts]), tuple(part[1:] for part in parts))
@@ -50,7 +50,7 @@ class Basis:
 
 @dataclass(frozen=True)
 class AuxiliaryTables:
-    """Those of one table; empty for one that is not compressed so."""
+    """The auxiliary tables of one table; all fields are None if it has none."""
 
     manifest: Manifest
     basis: Basis | None = None

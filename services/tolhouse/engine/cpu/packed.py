@@ -1,4 +1,4 @@
-"""The model's matrices as the worker's device likes them: q, k and v in one, packed on a CPU.
+"""The model's matrices in the layout that is fastest on the device: q, k and v joined, and packed.
 
 Linear layers over plain weights run at a third of a CPU's memory bandwidth, packed ones at four
 fifths (loadtest/LOG.md). `float32` computes in float32 and holds 16-bit weights in 16 bits.
