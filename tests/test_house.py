@@ -4,10 +4,14 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
 import tolhouse
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tolhouse import errors
 
 ROOT = Path(__file__).parent.parent
@@ -137,6 +141,71 @@ def test_a_part_brings_only_what_it_needs(module: str, absent: tuple[str, ...]) 
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert "" == answer.stdout.strip()
+
+
+def packages(module: str) -> set[str]:
+    """Others' packages that a module, and all of ours that it imports, import somewhere."""
+    found, seen, left = set[str](), set[Path](), [module]
+    while left:
+        name = left.pop()
+        if name.partition(".")[0] != "tolhouse":
+            found.add(name.partition(".")[0])
+            continue
+        path = SOURCES.parent / name.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if path.is_file() and path not in seen:
+            seen.add(path)
+            left += imports(path)
+    return found - sys.stdlib_module_names
+
+
+def installed_with(extra: str) -> set[str]:
+    """Packages that `pip install tolhouse[EXTRA]` brings, and those that they bring themselves."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found, left = set[str](), [Requirement(f"tolhouse[{extra}]")]
+    while left:
+        wanted = left.pop()
+        if str(wanted) in found:
+            continue
+        found |= {str(wanted), canonicalize_name(wanted.name)}
+        if wanted.name == "tolhouse":
+            texts = project["dependencies"]
+            texts = sum((project["optional-dependencies"][e] for e in wanted.extras), texts)
+            left += map(Requirement, texts)
+            continue
+        needed = map(Requirement, requires(wanted.name) or ())
+        extras = wanted.extras or {""}
+        left += [
+            n
+            for n in needed
+            if not n.marker or any(n.marker.evaluate({"extra": e}) for e in extras)
+        ]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("extra", "module"),
+    [
+        ("lookup", "tolhouse.lookup.service"),
+        ("worker", "tolhouse.worker.run"),
+        ("worker", "tolhouse.engine.cpu.compiled"),
+        ("gateway", "tolhouse.gateway.app"),
+        ("build", "tolhouse.build.job"),
+        ("build", "tolhouse.build.compress"),
+        ("train", "tolhouse.train.trainer"),
+        ("train", "tolhouse.analysis.report"),
+        ("certs", "tolhouse.certs"),
+    ],
+)
+def test_an_extra_brings_all_that_its_part_imports(extra: str, module: str) -> None:
+    """Also what is imported on use, as Redis is where rows come from one."""
+    needed, installed, providers = packages(module), installed_with(extra), packages_distributions()
+    if extra == "gateway":  # it has no gRPC server
+        needed -= {"grpc_health", "grpc_reflection"}
+    assert needed
+    assert set() == {
+        p for p in needed if installed.isdisjoint(map(canonicalize_name, providers[p]))
+    }
 
 
 def test_the_public_names_are_the_client_and_the_errors() -> None:

@@ -18,9 +18,10 @@ from tolhouse.store.base import require_private
 
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&]password=")  # in a URL
 EXTRAS = {
-    **dict.fromkeys(("torch", "tokenizers"), "worker"),
+    **dict.fromkeys(("torch", "tokenizers", "safetensors"), "worker"),
     **dict.fromkeys(("ray", "tqdm"), "build"),
-    **dict.fromkeys(("redis", "safetensors", "prometheus_client"), "lookup"),
+    **dict.fromkeys(("hiredis", "redis"), "store"),
+    **dict.fromkeys(("prometheus_client", "grpc_health", "grpc_reflection"), "lookup"),
     **dict.fromkeys(("fastapi", "limits", "starlette", "uvicorn"), "gateway"),
     **dict.fromkeys(("cryptography", "trustme"), "certs"),
     "matplotlib": "train",
