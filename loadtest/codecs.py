@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from tolhouse import Client, Manifest
 from tolhouse.engine.dequant import decode
-from tolhouse.store.base import Store, open_store
-from tolhouse.store.writer import write_table
+from tolhouse.store.base import open_store
 from tolhouse.table.codecs import CODECS
-from tolhouse.table.manifest import content_id
-from tolhouse.testing import process, redis_server
+from tolhouse.testing import redis_server
 from tqdm import tqdm
+
+from loadtest import tables
 
 VOCABULARY, LAYERS, HIDDEN = 512, 24, 2048  # the rows of the paper's 1B model
 IDS = 32
@@ -33,21 +33,7 @@ BUILT_TOGETHER = 128  # rows that the builder encodes at a time
 
 
 def manifest_of(codec: str) -> Manifest:
-    blocks = tuple(f"ffn.{layer}" for layer in range(LAYERS))
-    identity = {"version": content_id("random", codec, blocks), "model_id": "0" * 64}
-    size = {"vocab_size": VOCABULARY, "blocks": blocks, "width": HIDDEN, "num_shards": 16}
-    return Manifest(name=codec, codec_name=codec, tokenizer_id="0" * 64, **identity, **size)
-
-
-def load(store: Store, manifest: Manifest) -> None:
-    """A table of random rows, the same ones for every codec."""
-    random = np.random.default_rng(0)
-
-    def records_of(shard: int) -> np.ndarray:
-        ids = manifest.shard_ids(shard)
-        return manifest.encode(ids, random.standard_normal((len(ids), LAYERS, HIDDEN), np.float32))
-
-    write_table([store], manifest, records_of)
+    return tables.manifest_of(codec, VOCABULARY, LAYERS * 4, 16, codec=codec)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -108,19 +94,18 @@ def fetched(rounds: int) -> dict[str, dict[str, float]]:
     random = np.random.default_rng(1)
     found: dict[str, dict[str, float]] = {}
     with redis_server() as url:
-        tables = [manifest_of(name) for name in CODECS]
+        manifests = [manifest_of(name) for name in CODECS]
         with closing(open_store(url)) as store:
-            for manifest in tqdm(tables, desc="tables", leave=False):
-                load(store, manifest)
-        for how, megabytes in (("hot", "200"), ("from Redis", "0")):
-            options = ("--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", megabytes)
-            with process("lookup", *options) as service, Client(service.address) as client:
-                for manifest in tables:
+            for manifest in tqdm(manifests, desc="tables", leave=False):
+                tables.load(store, manifest)
+        for how, megabytes in (("hot", 200), ("from Redis", 0)):
+            with tables.service(url, megabytes) as lookup, Client(lookup.address) as client:
+                for manifest in manifests:
                     client.rows.fetch_records(manifest, np.arange(VOCABULARY, dtype=np.uint32))
                 picks = (random.choice(VOCABULARY, IDS, replace=False) for _ in range(rounds + 1))
                 chosen = [ids.astype(np.uint32) for ids in picks]
                 contenders: dict[str, Callable[[], object]] = {}
-                for manifest in tables:
+                for manifest in manifests:
                     ids = iter(chosen)
                     contenders[manifest.codec_name] = lambda m=manifest, i=ids: decode(
                         torch.from_numpy(client.rows.fetch_records(m, next(i))), m

@@ -11,9 +11,9 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from itertools import pairwise
 
 import numpy as np
@@ -23,11 +23,11 @@ from tolhouse import Client, Manifest
 from tolhouse.engine.row_providers import CachedRows
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import publish
-from tolhouse.testing import process, redis_cluster, redis_server
+from tolhouse.testing import redis_cluster, redis_server
 from tqdm import tqdm
 
 from loadtest.bare import Bare, Naive, server
-from loadtest.tables import load, load_plain, manifest_of
+from loadtest.tables import load, load_plain, manifest_of, service
 from loadtest.text import clairvoyant, trace
 
 Work = Callable[[np.ndarray], object]
@@ -57,16 +57,6 @@ def in_turn(vocabulary: int, size: int, count: int) -> list[np.ndarray]:
     return [np.take(order, range(n * size, (n + 1) * size), mode="wrap") for n in range(count)]
 
 
-@contextmanager
-def service(url: str, hot_megabytes: float, *, filled: bool = False) -> Iterator[str]:
-    """A lookup service; `filled`: with the frequent tokens' rows of its published table."""
-    options = ("--listen", "127.0.0.1:0", "--hot-megabytes", str(hot_megabytes))
-    with process("lookup", "--store", url, *options) as running:
-        while filled and "hot rows filled" not in running.log.read_text():
-            time.sleep(0.05)
-        yield running.address
-
-
 def large_rows(pairs: int) -> dict[str, float]:
     """32 ids of 96 KiB from each kind of source, against MGET of the same and one naive answer.
 
@@ -84,7 +74,7 @@ def large_rows(pairs: int) -> dict[str, float]:
         ids = np.arange(manifest.vocab_size, dtype=np.uint32)
         keys = load_plain(redis, manifest, ids)
         # in the cold one rows go round: each has left long before it is asked for again
-        hot, cold = (enter(Client(enter(service(url, size)))) for size in (250, 32))
+        hot, cold = (enter(Client(enter(service(url, size)).address)) for size in (250, 32))
         direct_redis, direct_file = (enter(Client(store)) for store in (url, files))
         for part in np.split(ids, 32):
             hot.fetch(manifest, part)
@@ -116,8 +106,8 @@ def small_rows(pairs: int) -> dict[str, float]:
         load(store, manifest)
         bare_ = Bare(bare)
         with (
-            service(url, 64) as address,
-            Client(address) as client,
+            service(url, 64) as lookup,
+            Client(lookup.address) as client,
         ):
             client.fetch(manifest, range(manifest.vocab_size))
             one = medians(
@@ -170,8 +160,8 @@ def real_text(row_kib: int) -> dict[str, float]:
             ("effective_decoding_vs_redis", 32, ids[: len(ids) // 4]),
         ):
             with (
-                service(url, manifest.table_bytes / 3e6, filled=True) as address,
-                Client(address) as client,
+                service(url, manifest.table_bytes / 3e6, filled=True) as lookup,
+                Client(lookup.address) as client,
             ):
                 rows = CachedRows(
                     client.rows, manifest, slots * manifest.record_bytes, torch.device("cpu")
@@ -214,7 +204,7 @@ def growth(pairs: int) -> dict[str, float]:
     with redis_server() as url, closing(open_store(url)) as store:
         for manifest in (small, large):
             load(store, manifest)
-        with service(url, 2) as address, Client(address) as client:
+        with service(url, 2) as lookup, Client(lookup.address) as client:
             found["growth_vocab"] = _growth(
                 {"16k tokens": (client, small), "128k tokens": (client, large)},
                 pairs,
@@ -227,8 +217,8 @@ def growth(pairs: int) -> dict[str, float]:
         with (
             service(one.url, 2) as first,
             service(six.url, 2) as second,
-            Client(first) as alone,
-            Client(second) as many,
+            Client(first.address) as alone,
+            Client(second.address) as many,
         ):
             found["growth_nodes"] = _growth(
                 {"1 node": (alone, small), "6 nodes": (many, small)},
@@ -251,14 +241,14 @@ def _growth(sizes: dict[str, tuple[Client, Manifest]], pairs: int, title: str) -
 
 def clients(seconds: float) -> dict[str, float]:
     """Rows per second of four client processes over those of one, from one lookup service."""
-    manifest, rates = manifest_of("shared", 4096, 4), []
+    manifest, rates = manifest_of("clients", 4096, 4), []
     spawn = multiprocessing.get_context("spawn")
     with redis_server() as url, closing(open_store(url)) as store:
         load(store, manifest)
         print("256 ids of 4 KiB, hot")
-        with service(url, 64) as address, ProcessPoolExecutor(CLIENTS, mp_context=spawn) as pool:
+        with service(url, 64) as lookup, ProcessPoolExecutor(CLIENTS, mp_context=spawn) as pool:
             for count in (1, CLIENTS):
-                each = [(address, manifest.to_json(), seconds)] * count
+                each = [(lookup.address, manifest.to_json(), seconds)] * count
                 rates.append(sum(pool.map(_rate, *zip(*each, strict=True))))
                 print(f"  {count} clients {rates[-1]:12.0f} rows/s")
     return {"clients": rates[1] / rates[0]}

@@ -155,6 +155,7 @@ def main() -> None:
         rounds = 1 if options.quick else 3
         # other text each time: the first, unmeasured, is what a service in use has long seen
         part = rounds * SEQUENCES * (PROMPT + ANSWER)
+        print("warm-up, which does not count:")
         paced(sources, manifest, ids, 1, rounds)
         result = {}
         for at, milliseconds in ((1, 10), (2, 3)):

@@ -14,10 +14,10 @@ from contextlib import closing
 
 from tolhouse import Client
 from tolhouse.store.base import open_store
-from tolhouse.testing import process, redis_server
+from tolhouse.testing import redis_server
 
 from loadtest.fetch import in_turn
-from loadtest.tables import load, manifest_of
+from loadtest.tables import load, manifest_of, service
 
 
 def main() -> None:
@@ -28,16 +28,8 @@ def main() -> None:
     batches = in_turn(manifest.vocab_size, 32, manifest.vocab_size // 32)
     with redis_server() as url, closing(open_store(url)) as store:
         load(store, manifest)
-        options = (
-            "--store",
-            url,
-            "--listen",
-            "127.0.0.1:0",
-            "--hot-megabytes",
-            "32" if kind == "redis" else "250",
-        )
         with (
-            process("lookup", *options) as lookup,
+            service(url, 32 if kind == "redis" else 250) as lookup,
             Client(lookup.address) as client,
         ):
             for batch in batches:

@@ -260,20 +260,11 @@ def arguments() -> argparse.Namespace:
         default=30.0,
         help="how long each rate is tried (default %(default)g)",
     )
-    add(
-        "--prompt-characters",
-        type=between,
-        default=(40, 400),
-        metavar="LOW:HIGH",
-        help="length of prompts (default 40:400)",
-    )
-    add(
-        "--max-tokens",
-        type=between,
-        default=(16, 64),
-        metavar="LOW:HIGH",
-        help="length of answers (default 16:64)",
-    )
+    for name, default, of in (
+        ("--prompt-characters", (40, 400), "prompts (default 40:400)"),
+        ("--max-tokens", (16, 64), "answers (default 16:64)"),
+    ):
+        add(name, type=between, default=default, metavar="LOW:HIGH", help=f"length of {of}")
     add(
         "--text",
         default="",
@@ -287,27 +278,13 @@ def arguments() -> argparse.Namespace:
         metavar="FILE",
         help="a file with the API key, where the server wants one",
     )
-    add(
-        "--first-token-seconds",
-        type=positive,
-        metavar="S",
-        default=1.0,
-        help="a good answer's first token comes within (default %(default)g)",
-    )
-    add(
-        "--token-seconds",
-        type=positive,
-        metavar="S",
-        default=0.1,
-        help="and each further one, on average, within (default %(default)g)",
-    )
-    add(
-        "--deadline-seconds",
-        type=positive,
-        metavar="S",
-        default=60.0,
-        help="when a request is given up (default %(default)g)",
-    )
+    for name, default, text in (
+        ("--first-token-seconds", 1.0, "a good answer's first token comes within"),
+        ("--token-seconds", 0.1, "and each further one, on average, within"),
+        ("--deadline-seconds", 60.0, "when a request is given up"),
+    ):
+        shown = f"{text} (default %(default)g)"
+        add(name, type=positive, metavar="S", default=default, help=shown)
     add("--seed", type=int, default=0, help="same seed, same moments and prompts (default 0)")
     add("--quick", action="store_true", help="5 seconds for each rate")
     return parser.parse_args()

@@ -13,17 +13,22 @@ from tolhouse.model.config import ModelConfig
 from tolhouse.store.base import Store, open_store
 from tolhouse.store.registry import publish
 from tolhouse.table.manifest import content_id, record_views
-from tolhouse.testing import process
+from tolhouse.testing import Process, process
 
 _DIFFERENT = 61
 
 
 def manifest_of(
-    name: str, vocabulary: int, row_kib: int, shards: int = 64, frequent: tuple[int, ...] = ()
+    name: str,
+    vocabulary: int,
+    row_kib: int,
+    shards: int = 64,
+    frequent: tuple[int, ...] = (),
+    codec: str = "bf16",
 ) -> Manifest:
-    """bf16 rows of `row_kib` KiB: layers of 4 KiB. 24 layers, 96 KiB, are the paper's 1B model."""
+    """Rows of `row_kib` KiB in bf16: layers of 4 KiB. 24 layers, 96 KiB, are the paper's 1B model."""
     blocks = tuple(f"ffn.{layer}" for layer in range(row_kib // 4))
-    return _manifest(name, "bf16", vocabulary, blocks, 2048, num_shards=shards, frequent=frequent)
+    return _manifest(name, codec, vocabulary, blocks, 2048, num_shards=shards, frequent=frequent)
 
 
 def alike(
@@ -67,6 +72,16 @@ def load(store: Store, manifest: Manifest) -> None:
 
 
 @contextmanager
+def service(url: str, hot_megabytes: float, *, filled: bool = False) -> Iterator[Process]:
+    """A lookup service; `filled`: with the frequent tokens' rows of its published table."""
+    options = "--listen", "127.0.0.1:0", "--hot-megabytes", f"{hot_megabytes:g}"
+    with process("lookup", "--store", url, *options) as running:
+        while filled and "hot rows filled" not in running.log.read_text():
+            time.sleep(0.05)
+        yield running
+
+
+@contextmanager
 def served(
     folder: Path, manifest: Manifest, hot_megabytes: float
 ) -> Iterator[dict[str, RowSource]]:
@@ -75,15 +90,12 @@ def served(
     with closing(open_store(url)) as store:
         load(store, manifest)
         publish(store, manifest.ref)
-    options = "--listen", "127.0.0.1:0", "--hot-megabytes", f"{hot_megabytes:.0f}"
-    with process("lookup", "--store", url, *options) as lookup:
-        while "hot rows filled" not in lookup.log.read_text():
-            time.sleep(0.05)
-        with (
-            closing(open_row_source(lookup.address)) as remote,
-            closing(open_row_source(url)) as file,
-        ):
-            yield {"remote": remote, "file": file}
+    with (
+        service(url, hot_megabytes, filled=True) as lookup,
+        closing(open_row_source(lookup.address)) as remote,
+        closing(open_row_source(url)) as file,
+    ):
+        yield {"remote": remote, "file": file}
 
 
 def load_plain(redis: Redis, manifest: Manifest, ids: np.ndarray) -> dict[int, str]:

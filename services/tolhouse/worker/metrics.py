@@ -29,7 +29,12 @@ class EngineMetrics(Collector):
             (COUNTER, "preemptions", "Sequences preempted", engine.scheduler.preemptions),
             (COUNTER, "prompt_tokens", "Prompt tokens admitted", cache.prompt_tokens),
             (COUNTER, "prefix_hit_tokens", "Those found in the KV cache", cache.shared_tokens),
-            (COUNTER, "row_bytes", "Bytes of rows received", counts["remote_bytes"]),
+            (
+                COUNTER,
+                "row_bytes",
+                "Bytes of rows received over the network",
+                counts["remote_bytes"],
+            ),
             (COUNTER, "row_wait_seconds", "Time steps waited for rows", counts["wait_seconds"]),
             (COUNTER, "row_fetches", "Fetches from the row source", counts["fetches"]),
             (COUNTER, "row_fetch_seconds", "Time of these fetches", counts["fetch_seconds"]),
