@@ -12,7 +12,10 @@ from tolhouse.testing import wait_until
 
 
 class Peers:
-    """Peers with given answers: seconds on a clock of their own, or None for none."""
+    """Peers with given answers: seconds on a clock of their own, or None for none.
+
+    The last answer is repeated.
+    """
 
     def __init__(self, **answers: list[float | None]) -> None:
         self.answers = answers
@@ -26,7 +29,8 @@ class Peers:
     def probe(self, name: str) -> bool:
         self.probed.append(name)
         self.times.append(time.monotonic())
-        seconds = self.answers[name].pop(0)
+        answers = self.answers[name]
+        seconds = answers.pop(0) if len(answers) > 1 else answers[0]
         if seconds is None:
             raise Unavailable("gone")
         self._passed += seconds
@@ -54,15 +58,15 @@ def tracked() -> Iterator[Callable[..., PeerHealth]]:
 @pytest.mark.parametrize(
     ("own", "others", "expected"),
     [
-        ([0.01], [[0.001]], True),  # fast enough, whatever the others do
-        ([None], [[0.001]], False),
+        ([0.01], [[]], True),  # fast enough: the others are not probed
+        ([None], [[]], False),
         ([None], [], False),
         ([0.4, 0.4], [[0.001]], False),
         ([0.4, 0.4], [[0.2, 0.2]], True),  # this machine is busy
         ([0.4, 0.4], [[None], [0.01]], False),
         ([0.4, 0.4], [[None]], True),  # the others are no better
         ([0.4, 0.4], [], True),
-        ([0.4, 0.01], [[0.001]], True),  # it had to connect
+        ([0.4, 0.01], [[]], True),  # it had to connect; the others are not probed
         ([0.4, 0.4], [[3.0, 0.01]], False),
     ],
 )
@@ -71,11 +75,11 @@ def test_a_suspected_peer_is_compared_with_the_others(
 ) -> None:
     """It is unhealthy without an answer, or if it takes several times as long as another."""
     peers = Peers(own=own, **{f"other{n}": each for n, each in enumerate(others)})
-    total = sum(map(len, [own, *others]))
+    probes = sum(map(len, [own, *others]))
     health = tracked(peers, longest=1000.0)
     health.report_slow("own")
     assert health.up("own")
-    wait_until(lambda: len(peers.probed) == total)
+    wait_until(lambda: len(peers.probed) >= probes)
     health.close()
     for thread in threading.enumerate():
         if thread.name == "peer":  # it ends after the verdict
