@@ -71,9 +71,9 @@ def measure(path: Path, most: int, orders: int, x0: bool) -> dict[str, float]:
             model.rows(torch.arange(checkpoint.config.vocab_size), x0).numpy().swapaxes(0, 1)
         )
     exact = losses(model, ids_WS, rows)
-    print(
-        f"{path.name}: {len(ids_WS)} windows of {WINDOW}, fp32 {exact.mean():.4f} nats, perplexity {math.exp(exact.mean()):.3f}"
-    )
+    nats = exact.mean()
+    size = f"{len(ids_WS)} windows of {WINDOW}"
+    print(f"{path.name}: {size}, fp32 {nats:.4f} nats, perplexity {math.exp(nats):.3f}")
     found = {}
 
     def tell(label: str, results: list[np.ndarray]) -> None:
@@ -84,9 +84,8 @@ def measure(path: Path, most: int, orders: int, x0: bool) -> dict[str, float]:
         found[label] = round(float(difference.mean()), 5)
         spread = difference.std(ddof=1) / math.sqrt(len(difference))
         perplexity = math.exp(exact.mean() + difference.mean())
-        print(
-            f"  {label:18}{difference.mean():+10.5f} ± {spread:.5f}   perplexity {perplexity:.3f}   rows' error {error:7.4f}"
-        )
+        loss = f"{difference.mean():+10.5f} ± {spread:.5f}   perplexity {perplexity:.3f}"
+        print(f"  {label:18}{loss}   rows' error {error:7.4f}")
 
     for name in () if orders else codecs.CODECS:
         tell(name, [back(name, rows)])

@@ -5,10 +5,11 @@ First rates that grow until the rate of good answers does not: the best is the p
 times that, and then half of it. Good is an answer that is whole, its first token within
 FIRST_TOKEN_SECONDS. Prints a table and, last, one line of JSON:
 
-  goodput_ratio        good answers a second at three times the peak, over the peak (asked: at least 0.8)
+  goodput_ratio        good answers a second at three times the peak, over the peak (asked: 0.8)
   refused_ms           95th percentile of the time until a refusal, 429, arrives
-  memory_growth_mb     resident memory of the fattest process during the overload, over what it had before
-  recovered_s          seconds after the overload until the answers to half the peak are good again (asked: at most 5)
+  memory_growth_mb     growth of the largest process' resident memory during the overload
+  recovered_s          seconds after the overload until half the peak is answered well again
+                       (asked: at most 5)
 """
 
 import argparse
@@ -61,10 +62,8 @@ def main() -> None:
                     f"{sum(a.error == kind for a in answers)} {kind}"
                     for kind in sorted({a.error for a in answers if a.error})
                 )
-                print(
-                    f"  {rate:6.1f} a second: {len(answers):5} sent, {good(answers) / elapsed:6.1f} good a second   {kinds}",
-                    flush=True,
-                )
+                sent = f"{len(answers):5} sent, {good(answers) / elapsed:6.1f} good a second"
+                print(f"  {rate:6.1f} a second: {sent}   {kinds}", flush=True)
                 return answers, good(answers) / elapsed
 
             asyncio.run(run(load, 4.0, 3.0))  # warm

@@ -5,8 +5,9 @@ ones are answered or not: load that waits for answers before it asks again hides
 that is too slow lets people wait. Each asks for a streamed completion of a piece of text, of random
 length, with as many tokens as it says. Needs httpx and numpy, and any server with OpenAI's API.
 
-  good        requests a second that were answered whole, their first token within --first-token-seconds, and the others
-              within --token-seconds of one another on average: goodput
+  good        requests a second that were answered whole, their first token within
+              --first-token-seconds, and the others within --token-seconds of one another on
+              average: goodput
   first token from sending the request to the first piece of text
   between     from one piece of text to the next, of all requests
   whole       from sending the request to the end of its answer
@@ -30,7 +31,8 @@ import numpy as np
 
 PERCENTILES = (50, 95, 99)
 _HEAD = (
-    f"{'rate':>6} {'sent':>6} {'good/s':>7} {'tokens/s':>8}  {'first token, ms':^21}  {'between, ms':^21}  {'whole, ms':^21}  errors\n"
+    f"{'rate':>6} {'sent':>6} {'good/s':>7} {'tokens/s':>8}  "
+    f"{'first token, ms':^21}  {'between, ms':^21}  {'whole, ms':^21}  errors\n"
     f"{'':29}" + "".join("  " + " ".join(f"{f'p{p}':>6}" for p in PERCENTILES) for _ in range(3))
 )
 
@@ -186,7 +188,8 @@ def row(found: dict) -> str:
         for name in ("first_token_ms", "between_ms", "whole_ms")
     )
     errors = ", ".join(f"{count} {kind}" for kind, count in found["errors"].items()) or "none"
-    return f"{found['rate']:>6g} {found['sent']:>6} {found['good_per_second']:>7.2f} {found['tokens_per_second']:>8.1f}{cells}  {errors}"
+    rates = f"{found['good_per_second']:>7.2f} {found['tokens_per_second']:>8.1f}"
+    return f"{found['rate']:>6g} {found['sent']:>6} {rates}{cells}  {errors}"
 
 
 def model_of(url: str, headers: dict[str, str]) -> str:
@@ -198,9 +201,8 @@ def model_of(url: str, headers: dict[str, str]) -> str:
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
         sys.exit(f"error: no answer of OpenAI's API at {url}/v1/models: {error}")
     if len(served) != 1:
-        sys.exit(
-            f"error: {url} serves {len(served)} models; choose one of them with --model: {', '.join(served) or 'none'}"
-        )
+        names = ", ".join(served) or "none"
+        sys.exit(f"error: {url} serves {len(served)} models; choose one with --model: {names}")
     return served[0]
 
 
@@ -307,8 +309,9 @@ def main() -> None:
     )
     seconds = 5.0 if options.quick else options.seconds
     print(
-        f"{model} at {url}: prompts of {load.prompt_characters[0]} to {load.prompt_characters[1]} characters, "
-        f"answers of {load.max_tokens[0]} to {load.max_tokens[1]} tokens, {seconds:g} seconds each\n{_HEAD}",
+        f"{model} at {url}: prompts of {load.prompt_characters[0]} to "
+        f"{load.prompt_characters[1]} characters, answers of {load.max_tokens[0]} to "
+        f"{load.max_tokens[1]} tokens, {seconds:g} seconds each\n{_HEAD}",
         flush=True,
     )
     found = []

@@ -133,9 +133,8 @@ def main() -> None:
             "margin": round(margin, 2),
         }
         verdict = "zero lies in it" if abs(rise) <= margin else "it is not zero"
-        print(
-            f"{what:20} mean {np.mean(values):8.1f}   {rise:+9.2f} ± {margin:.2f} an hour: {verdict}"
-        )
+        hourly = f"{rise:+9.2f} ± {margin:.2f} an hour"
+        print(f"{what:20} mean {np.mean(values):8.1f}   {hourly}: {verdict}")
     print(
         json.dumps(
             {

@@ -26,7 +26,7 @@ def manifest_of(
     frequent: tuple[int, ...] = (),
     codec: str = "bf16",
 ) -> Manifest:
-    """Rows of `row_kib` KiB in bf16: layers of 4 KiB. 24 layers, 96 KiB, are the paper's 1B model."""
+    """Rows of `row_kib` KiB in bf16: layers of 4 KiB; 24 are the paper's 1B model."""
     blocks = tuple(f"ffn.{layer}" for layer in range(row_kib // 4))
     return _manifest(name, codec, vocabulary, blocks, 2048, num_shards=shards, frequent=frequent)
 

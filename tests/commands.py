@@ -8,6 +8,8 @@ from urllib.request import urlopen
 
 from tolhouse.testing import Process
 
+LOCAL = ("--listen", "127.0.0.1:0")  # a free port of this machine
+
 
 def start(line: str, *more: str | bytes | int | Path) -> subprocess.Popen:
     """Start the command `line` with `more` arguments."""

@@ -19,7 +19,7 @@ from tolhouse.testing import Process, local_cluster, process, wait_until
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
-LOCAL = ("--listen", "127.0.0.1:0")
+from tests.commands import LOCAL
 
 
 @pytest.fixture

@@ -27,9 +27,9 @@ from tolhouse.testing import (
 )
 
 from tests.chaos.proxy import Link
+from tests.commands import LOCAL
 from tests.tables import owners_of
 
-FREE = ("--listen", "127.0.0.1:0")
 IDS = np.arange(300, dtype=np.uint32)
 
 
@@ -66,7 +66,7 @@ def own(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Client
         if request.param == "redis":
             url = target = stack.enter_context(redis_server())
         elif request.param == "lookup":
-            target = stack.enter_context(process("lookup", "--store", url, *FREE)).address
+            target = stack.enter_context(process("lookup", "--store", url, *LOCAL)).address
         yield stack.enter_context(Client(target)), url
 
 
@@ -239,7 +239,7 @@ def test_a_version_in_use_is_not_deleted(own: tuple[Client, str], checkpoint: Pa
 
 @pytest.fixture
 def replicas(stores: dict[str, str], table: str) -> Iterator[list[Process]]:
-    options = ("lookup", "--store", stores["file"], *FREE)
+    options = ("lookup", "--store", stores["file"], *LOCAL)
     with process(*options) as first, process(*options) as second:
         yield [first, second]
 

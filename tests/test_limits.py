@@ -28,7 +28,8 @@ from tolhouse.testing import Cluster, local_cluster, process, wait_until
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
-LOCAL = ("--listen", "127.0.0.1:0")
+from tests.commands import LOCAL
+
 BODY = {"prompt": "def add", "max_tokens": 2}
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 RST_STREAM = 3  # the type of its frame

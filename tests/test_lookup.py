@@ -20,9 +20,7 @@ from tolhouse.testing import Process, build_table, free_port, process, redis_ser
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
-from tests.commands import metrics, start, tolhouse
-
-FREE = ("--listen", "127.0.0.1:0")
+from tests.commands import LOCAL, metrics, start, tolhouse
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def files(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[s
 
 @pytest.fixture(scope="module")
 def service(files: tuple[str, str]) -> Iterator[Process]:
-    with process("lookup", "--store", files[0], *FREE) as running:
+    with process("lookup", "--store", files[0], *LOCAL) as running:
         yield running
 
 
@@ -47,7 +45,7 @@ def stub(service: Process) -> Iterator[LookupStub]:
 @contextmanager
 def serving(url: str, *options: str) -> Iterator[tuple[Process, Client]]:
     """A lookup service over the store at `url`, and a client of it."""
-    with process("lookup", "--store", url, *options, *FREE) as running:
+    with process("lookup", "--store", url, *options, *LOCAL) as running:
         with Client(running.address) as client:
             yield running, client
 
@@ -146,7 +144,7 @@ def test_long_answers_come_in_chunks(checkpoint: Path, tmp_path: Path) -> None:
     _, records = stored(url, ref, ids)
     assert records.nbytes > 3 << 20
     with (
-        process("lookup", "--store", url, *FREE) as running,
+        process("lookup", "--store", url, *LOCAL) as running,
         grpc.insecure_channel(running.address) as channel,
     ):
         replies = ask(
@@ -255,7 +253,7 @@ def test_a_record_altered_in_redis_is_told(checkpoint: Path, redis_url: str) -> 
     key = f"tolhouse:{{{ref}:shards-4:1}}"
     with (
         Redis.from_url(redis_url) as redis,
-        process("lookup", "--store", redis_url, *FREE) as running,
+        process("lookup", "--store", redis_url, *LOCAL) as running,
         Client(running.address) as client,
     ):
         record = redis.hget(key, 1)
@@ -275,11 +273,11 @@ def test_what_can_not_start_says_why(service: Process, tmp_path: Path) -> None:
     file.touch()
     for store, options, message in (
         (empty, ("--listen", service.address), "in use"),
-        (empty, (*FREE, "--metrics-listen", service.address), "in use"),
-        (f"redis://127.0.0.1:{free_port()}", FREE, "can't be reached"),
-        (str(tmp_path), FREE, "not understood"),
-        ("redis://127.0.0.1/first", FREE, "not understood"),
-        (f"file://{file}", FREE, "is a file, and no folder"),
+        (empty, (*LOCAL, "--metrics-listen", service.address), "in use"),
+        (f"redis://127.0.0.1:{free_port()}", LOCAL, "can't be reached"),
+        (str(tmp_path), LOCAL, "not understood"),
+        ("redis://127.0.0.1/first", LOCAL, "not understood"),
+        (f"file://{file}", LOCAL, "is a file, and no folder"),
         (empty, ("--listen", "nowhere"), "HOST:PORT"),
     ):
         assert message in tolhouse("lookup --store", store, *options, code=1).stderr.replace(
@@ -291,7 +289,7 @@ def test_a_store_that_comes_later_is_waited_for(checkpoint: Path) -> None:
     """With --store-wait-seconds, a service may start before its Redis."""
     port = free_port()
     command = f"lookup --store redis://127.0.0.1:{port} --store-wait-seconds 60"
-    with start(command, *FREE) as popen:
+    with start(command, *LOCAL) as popen:
         assert popen.stderr
         assert popen.stdout
         for line in popen.stderr:
@@ -330,7 +328,7 @@ def test_a_request_in_flight_is_answered_before_the_service_ends(
     url = f"file://{tmp_path}/tables"
     ref = build_table(big, url, shards=3)
     with (
-        process("lookup", "--store", url, *FREE) as running,
+        process("lookup", "--store", url, *LOCAL) as running,
         grpc.insecure_channel(running.address) as channel,
     ):
         streams = []
@@ -353,7 +351,7 @@ def test_a_replica_that_is_stopped_costs_no_request(
     """While one of two replicas drains and ends, every fetch is answered."""
     url, ref = files
     # an idle stream does not keep it for so long
-    options = ("lookup", "--store", url, "--drain-seconds", "300", *FREE)
+    options = ("lookup", "--store", url, "--drain-seconds", "300", *LOCAL)
     with (
         process(*options) as first,
         process(*options) as second,
@@ -371,7 +369,7 @@ def test_rows_are_right_while_they_are_being_replaced(checkpoint: Path, tmp_path
     """Clients read through hot rows a tenth of what they ask for: every row is its token's."""
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url, codec="bf16", shards=4)
-    with process("lookup", "--store", url, "--hot-megabytes", "0.03", *FREE) as running:
+    with process("lookup", "--store", url, "--hot-megabytes", "0.03", *LOCAL) as running:
         with Client(running.address) as client:
             expected = client.fetch(ref, range(300))
 

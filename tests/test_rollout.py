@@ -17,10 +17,9 @@ from tolhouse.store.registry import delete, publish, rollback
 from tolhouse.testing import build_table, process, tiny_model, wait_until
 from tolhouse.worker.table_watcher import TableWatcher
 
-from tests.commands import metrics
+from tests.commands import LOCAL, metrics
 from tests.engines import CPU, greedy_with
 
-FREE = ("--listen", "127.0.0.1:0")
 PROMPTS = ([17, 4, 200], [9, 9, 9, 30], list(range(40, 80)))
 LONG = 800
 
@@ -47,7 +46,7 @@ def test_new_sequences_use_a_published_version_and_running_ones_end_on_theirs(
     options = ("--table", "rolled", "--table-poll-seconds", "0.05", "--row-cache-megabytes", "0.1")
     with (
         closing(open_store(url)) as store,
-        process("lookup", "--store", url, *FREE) as lookup,
+        process("lookup", "--store", url, *LOCAL) as lookup,
         Client(lookup.address) as rows,
     ):
         expected = {ref: answers(checkpoint, rows, ref, LONG) for ref in (one, two)}
@@ -55,7 +54,9 @@ def test_new_sequences_use_a_published_version_and_running_ones_end_on_theirs(
         assert short[one] != short[two]
         before = rows.fetch(one, range(100)).tobytes()
         with (
-            process("worker", str(checkpoint), "--rows", lookup.address, *options, *FREE) as worker,
+            process(
+                "worker", str(checkpoint), "--rows", lookup.address, *options, *LOCAL
+            ) as worker,
             Client(worker.address) as client,
         ):
             for flip, now, other in (
@@ -100,7 +101,7 @@ def test_a_version_of_another_model_is_not_taken_up(checkpoint: Path, tmp_path: 
     options = ("--table", "mine", "--table-poll-seconds", "0.1")
     with (
         closing(open_store(url)) as store,
-        process("worker", str(checkpoint), "--rows", url, *options, *FREE) as worker,
+        process("worker", str(checkpoint), "--rows", url, *options, *LOCAL) as worker,
         Client(worker.address) as client,
     ):
         publish(store, other)
@@ -144,7 +145,7 @@ def test_a_worker_told_a_version_stays_with_it(checkpoint: Path, tmp_path: Path)
     options = ("--table", one, "--table-poll-seconds", "0.1")
     with (
         closing(open_store(url)) as store,
-        process("worker", str(checkpoint), "--rows", url, *options, *FREE) as worker,
+        process("worker", str(checkpoint), "--rows", url, *options, *LOCAL) as worker,
         Client(worker.address) as client,
     ):
         publish(store, two)

@@ -34,7 +34,7 @@ from tolhouse.testing import (
     wait_until,
 )
 
-LOCAL = ("--listen", "127.0.0.1:0")
+from tests.commands import LOCAL
 
 
 def pair(folder: Path, name: str = "service", kind: str = "") -> tuple[str, ...]:

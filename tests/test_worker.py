@@ -31,9 +31,8 @@ from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 from tolhouse.worker.run import wait_for_table
 
-from tests.commands import metrics, tolhouse
+from tests.commands import LOCAL, metrics, tolhouse
 
-FREE = ("--listen", "127.0.0.1:0")
 UNCACHED = ("--row-cache-megabytes", "0")
 PROMPT = [5, 17, 3, 99, 200]
 
@@ -210,7 +209,7 @@ def test_the_metrics_count_tokens_and_rows(cluster: Cluster, worker: Client) -> 
 
 def test_a_base_model_needs_no_table(base: Path) -> None:
     """The same worker serves a dense model, without any row source."""
-    with process("worker", str(base), *FREE) as running, Client(running.address) as client:
+    with process("worker", str(base), *LOCAL) as running, Client(running.address) as client:
         assert list(greedy(open_checkpoint(base).model(), PROMPT, 20)) == list(
             client.generate(PROMPT, 20)
         )
@@ -226,7 +225,7 @@ def test_rows_are_read_without_a_lookup_service(
         build_table(checkpoint, redis_url, shards=4)
     url = table[0] if scheme == "file" else redis_url
     with (
-        process("worker", str(checkpoint), "--rows", url, *FREE) as running,
+        process("worker", str(checkpoint), "--rows", url, *LOCAL) as running,
         Client(running.address) as client,
     ):
         expected = list(greedy(open_checkpoint(checkpoint).model(), PROMPT, 20, ignore_eos=True))
@@ -240,7 +239,7 @@ def test_rows_are_read_without_a_lookup_service(
 
 @pytest.fixture
 def lookup(table: tuple[str, str]) -> Iterator[Process]:
-    with process("lookup", "--store", table[0], *FREE) as running:
+    with process("lookup", "--store", table[0], *LOCAL) as running:
         yield running
 
 
@@ -251,7 +250,7 @@ def test_a_lost_lookup_service_fails_who_needs_it_and_comes_back(
     address = f"127.0.0.1:{free_port()}"
     with ExitStack() as stack:
         lookup = stack.enter_context(process("lookup", "--store", table[0], "--listen", address))
-        options = ("--rows", address, "--fetch-timeout-seconds", "2", *FREE)
+        options = ("--rows", address, "--fetch-timeout-seconds", "2", *LOCAL)
         worker = stack.enter_context(process("worker", str(checkpoint), *options))
         client = stack.enter_context(Client(worker.address))
         expected = list(client.generate(PROMPT, 20, ignore_eos=True))
@@ -269,7 +268,7 @@ def test_a_stopped_lookup_service_costs_no_more_than_the_deadline(
     checkpoint: Path, lookup: Process
 ) -> None:
     """A lookup service that hangs ends the sequence with an error; nothing waits for ever."""
-    options = ("--rows", lookup.address, "--fetch-timeout-seconds", "1", *FREE)
+    options = ("--rows", lookup.address, "--fetch-timeout-seconds", "1", *LOCAL)
     with process("worker", str(checkpoint), *options) as worker, Client(worker.address) as client:
         lookup.popen.send_signal(signal.SIGSTOP)
         with pytest.raises(errors.DeadlineExceeded, match="did not answer"):
@@ -297,7 +296,7 @@ def test_with_a_fallback_a_lost_lookup_service_changes_nothing(
             process("lookup", "--store", url, "--listen", address, "--hot-megabytes", "0")
         )
         worker = stack.enter_context(
-            process("worker", str(path), "--rows", address, *options, *FREE)
+            process("worker", str(path), "--rows", address, *options, *LOCAL)
         )
         client = stack.enter_context(Client(worker.address))
         tokens = client.generate(PROMPT, 200, ignore_eos=True)
@@ -358,7 +357,7 @@ def test_a_table_that_vanishes_is_not_the_caller_s_fault(checkpoint: Path) -> No
         ref = build_table(checkpoint, url, shards=4)
         first = stack.enter_context(process("lookup", "--store", url, "--listen", address))
         worker = stack.enter_context(
-            process("worker", str(checkpoint), "--rows", address, *UNCACHED, *FREE)
+            process("worker", str(checkpoint), "--rows", address, *UNCACHED, *LOCAL)
         )
         client = stack.enter_context(Client(worker.address))
         expected = list(client.generate(PROMPT, 10))
