@@ -38,9 +38,9 @@ CODECS = ("bf16", "int8", "int4")
 SHARDS = 16  # of whole batches; a padded last batch costs 2% at 128k tokens in 64 shards
 
 
-def bare(path: str, ids: np.ndarray) -> int:
+def bare(path: str, model_id: str, ids: np.ndarray) -> int:
     """Compute rows, and drop them."""
-    return sum(len(rows) for _, rows in source_of(path, ()).batches(ids))
+    return sum(len(rows) for _, rows in source_of(path, model_id, ()).batches(ids))
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -55,7 +55,7 @@ def peaks(path: str, folder: str, told: "multiprocessing.Queue[dict]") -> None:
     for codec in CODECS:
         planned = plan(open_checkpoint(path), f"peak-{codec}", codec, SHARDS)
         # the model is loaded, and has computed
-        next(source_of(path, planned.blocks).batches(planned.shard_ids(0)))
+        next(source_of(path, planned.model_id, planned.blocks).batches(planned.shard_ids(0)))
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         build_shards(path, planned, list(range(SHARDS // 2)), (f"file://{folder}",), 10.0)
@@ -78,7 +78,7 @@ def measure(
     halves = [np.arange(first, vocabulary, workers, dtype=np.uint32) for first in range(workers)]
 
     def compute() -> None:
-        ray.get([remote.remote(str(path), ids) for ids in halves])
+        ray.get([remote.remote(str(path), checkpoint.model_id(), ids) for ids in halves])
 
     plans = {codec: plan(checkpoint, codec, codec, SHARDS) for codec in CODECS}  # reads the model
 

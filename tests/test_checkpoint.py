@@ -122,6 +122,7 @@ def test_exactly_what_defines_rows_changes_their_id(tmp_path: Path) -> None:
     before, model_id, changing = opened.rows_id(), opened.model_id(), set()
     for name, tensor in weights.items():
         save_file({**weights, name: tensor + 1}, path / WEIGHTS)
+        opened = open_checkpoint(path)
         assert model_id != opened.model_id()
         if before != opened.rows_id():
             changing.add(name)

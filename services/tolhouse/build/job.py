@@ -91,7 +91,7 @@ def build_shards(
     def compute(shard: int) -> np.ndarray:
         ids = manifest.shard_ids(shard)
         records = np.empty((len(ids), manifest.record_bytes), np.uint8)
-        for part, rows in source_of(checkpoint, manifest.blocks).batches(ids):
+        for part, rows in source_of(checkpoint, manifest.model_id, manifest.blocks).batches(ids):
             records[part] = manifest.encode(ids[part], rows)
         return records
 
@@ -105,7 +105,7 @@ def verify(checkpoint: str, manifest: Manifest, url: str, ids: np.ndarray, timeo
     if counted != manifest.num_records:
         raise Corrupt(f"{url} holds {counted} of {manifest.num_records} rows of {manifest.ref}")
     stored = store.rows(manifest, ids)
-    fresh = source_of(checkpoint, manifest.blocks).rows(ids)
+    fresh = source_of(checkpoint, manifest.model_id, manifest.blocks).rows(ids)
     # computed elsewhere, in another order of additions, a row differs in the last bits of float32
     largest = np.abs(fresh).max(axis=-1, keepdims=True)
     allowed = (codec.relative_error + 1e-5) * largest + codec.step + 1e-12
@@ -119,9 +119,12 @@ _store = lru_cache(maxsize=4)(open_store)
 
 
 @lru_cache(maxsize=1)
-def source_of(checkpoint: str, blocks: tuple[str, ...]) -> MemoryLLM:
-    """The source model of a checkpoint, loaded once per process."""
-    return MemoryLLM(open_checkpoint(checkpoint), blocks)
+def source_of(checkpoint: str, model_id: str, blocks: tuple[str, ...]) -> MemoryLLM:
+    """The source model of a checkpoint, loaded once per process; Mismatch if it is another now."""
+    opened = open_checkpoint(checkpoint)
+    if opened.model_id() != model_id:
+        raise Mismatch(f"checkpoint {checkpoint} is not the one that this build began with")
+    return MemoryLLM(opened, blocks)
 
 
 def build(

@@ -6,6 +6,7 @@ One table version each; a base model has `NoRows`.
 """
 
 import contextvars
+import copy
 import threading
 import time
 from collections.abc import Iterator
@@ -16,14 +17,12 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from tolhouse.client.row_source import RowSource
-from tolhouse.engine.cpu.packed import Embedding
 from tolhouse.engine.dequant import CACHED_VALUES, Decoder, LayerwiseRows, StagedRows
 from tolhouse.errors import DeadlineExceeded, Mismatch, NotFound, TolhouseError, Unavailable
 from tolhouse.logs import event
-from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.checkpoint import EMBEDDING, Checkpoint
 from tolhouse.net.health import PeerHealth
 from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.table.manifest import Manifest
@@ -75,8 +74,8 @@ class SourceRows:
 class RecomputedRows:
     """Records computed from the checkpoint, byte for byte the builder's.
 
-    The checkpoint's file is mapped: FFN-M is read only when a row is computed, and the kernel may
-    drop its pages again. A layer's weights are float32 while it runs, as they were for the builder.
+    FFN-M stays in the checkpoint's file: a layer is read, as float32, when rows are computed.
+    Mismatch if the file is not what the table was built from any more.
     """
 
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
@@ -86,11 +85,13 @@ class RecomputedRows:
             raise Mismatch(f"--fallback recompute {message}")
         self.rows, self.manifest = 0, manifest
         self._lock = threading.Lock()  # a prefetch may run beside a step, over the same modules
-        self.model = checkpoint.model(embedding=False, dtype=None)
-        self.model.ffn_m = nn.ModuleList(Widened(ffn) for ffn in self.model.ffn_m)
-        embedding = Embedding(checkpoint.embedding(), torch.float32)
-        self.model.embed_tokens = cast("nn.Embedding", embedding)
-        self.source = MemoryLLM(checkpoint, manifest.blocks, self.model)
+        model = checkpoint.skeleton()
+        model.ffn_m = nn.ModuleList(
+            _StoredModule(checkpoint, f"ffn_m.{layer}.", ffn)
+            for layer, ffn in enumerate(model.ffn_m)
+        )
+        model.embed_tokens = cast("nn.Embedding", _StoredEmbedding(checkpoint))
+        self.source = MemoryLLM(checkpoint, manifest.blocks, model)
 
     def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
         with self._lock:
@@ -99,16 +100,25 @@ class RecomputedRows:
             self.rows += len(ids)
 
 
-class Widened(nn.Module):
-    """A module whose weights stay as stored, and are float32 while it runs."""
+class _StoredModule(nn.Module):
+    """A part of a model whose weights are read each time it runs, and dropped."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, checkpoint: Checkpoint, prefix: str, module: nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self.checkpoint, self.prefix, self.module = checkpoint, prefix, module
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = {name: p.float() for name, p in self.module.named_parameters()}
-        return functional_call(self.module, wide, (x,))
+        module = self.checkpoint.load(copy.deepcopy(self.module), self.prefix, torch.float32)
+        return module(x)
+
+
+class _StoredEmbedding(nn.Module):
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.weights = checkpoint.weights
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        return self.weights.read_rows(EMBEDDING, ids_T.numpy()).float()
 
 
 class FallbackRows:

@@ -17,26 +17,24 @@ Tensor names are LLaMA's; FFN-M adds its own. `{i}` counts layers:
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from tolhouse.errors import InvalidArgument, NotFound
 from tolhouse.model.config import ModelConfig
 from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
 from tolhouse.model.transformer import Transformer
+from tolhouse.model.weights import DTYPES, WeightsFile
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-EMBEDDING = "model.embed_tokens.weight"
-_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}  # bytes per value
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class Checkpoint:
 
     path: Path
     config: ModelConfig
+    weights: WeightsFile = field(compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -57,63 +56,67 @@ class Checkpoint:
     def tokenizer_id(self) -> str:
         return tokenizer_id(self.path / TOKENIZER)
 
-    def model(
-        self, ffn_m: bool = True, embedding: bool = True, dtype: torch.dtype | None = torch.float32
-    ) -> Transformer:
-        """The model in `dtype`, or with None as stored, in the mapped file.
-
-        Without `ffn_m` or `embedding`, the weights of FFN-M or the input embedding are not read.
-        """
+    def skeleton(self, ffn_m: bool = True, embedding: bool = True) -> Transformer:
+        """The model without weights, and without FFN-M or the input embedding if not wanted."""
         with torch.device("meta"):
             model = Transformer(self.config)
         if not ffn_m:
             del model.ffn_m[:]
         if not embedding:
             model.embed_tokens = None
-        names = {name: _tensor_name(name) for name, _ in model.named_parameters()}
-        if tied := self.config.tie_word_embeddings:
-            names["lm_head.weight"] = EMBEDDING
-        with _open(self.path / WEIGHTS) as weights:
-            stored = _stored_names(weights)
-            read = {t: weights.get_tensor(stored[t]).to(dtype=dtype) for t in {*names.values()}}
-        model.load_state_dict({n: read[t] for n, t in names.items()}, assign=True)
-        if tied and model.embed_tokens:
-            model.lm_head.weight = model.embed_tokens.weight
-        return model.eval().requires_grad_(False)
+        return model
 
-    def embedding(self) -> Tensor:
-        """The embedding [V, D] as stored, in a mapping of its own."""
-        with _open(self.path / WEIGHTS) as weights:
-            return weights.get_tensor(EMBEDDING)
+    def load(self, module: nn.Module, prefix: str, dtype: torch.dtype | None = None) -> nn.Module:
+        """Read the weights of `module`, the model's part `prefix`, in `dtype` or as stored.
+
+        Mismatch if the file was overwritten since the checkpoint was opened.
+        """
+        names = dict.fromkeys(name for name, _ in module.named_parameters())
+        state = {
+            name: self.tensor(_tensor_name(f"{prefix}{name}")).to(dtype=dtype) for name in names
+        }
+        module.load_state_dict(state, assign=True, strict=False)
+        return module.eval().requires_grad_(False)
+
+    def model(
+        self, ffn_m: bool = True, embedding: bool = True, dtype: torch.dtype = torch.float32
+    ) -> Transformer:
+        """The model in `dtype`. Weights of FFN-M or the embedding are not read if not wanted."""
+        model = self.skeleton(ffn_m, embedding)
+        self.load(model, "", dtype)
+        if self.config.tie_word_embeddings and model.embed_tokens:
+            model.lm_head.weight = model.embed_tokens.weight
+        return model
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as stored; Mismatch if the file was overwritten since it was opened."""
+        if name == HEAD and self.config.tie_word_embeddings:
+            name = EMBEDDING
+        return self.weights.read(_stored_names(self.weights)[name])
 
     def model_id(self) -> str:
         """64 hex digits over config and all weights: what a table says it was built from."""
-        with (self.path / WEIGHTS).open("rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
         config = _canonical(self.config.to_json())
-        return hashlib.sha256(config + f"\n{weights}".encode()).hexdigest()
+        return hashlib.sha256(config + f"\n{self.weights.digest()}".encode()).hexdigest()
 
     def rows_id(self) -> str:
         """64 hex digits over what defines the rows: embedding, per-layer norms, FFN-M weights."""
         digest = hashlib.sha256(_canonical({"rms_norm_eps": self.config.rms_norm_eps}))
-        with _open(self.path / WEIGHTS) as weights:
-            for name in sorted(_stored_names(weights)):
-                if name == EMBEDDING or ".ffn_m." in name:
-                    tensor = weights.get_tensor(name)
-                    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-                    digest.update(tensor.flatten().view(torch.uint8).numpy())
+        for name in sorted(_stored_names(self.weights)):
+            if name == EMBEDDING or ".ffn_m." in name:
+                tensor = self.tensor(name)
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+                digest.update(tensor.flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def weight_bytes(self, dense: bool, embedding: bool = True) -> int:
         """Bytes of all weights as stored; or not `dense`, of those that a worker loads."""
         head = embedding or self.config.tie_word_embeddings
-        with _open(self.path / WEIGHTS) as weights:
-            slices = [
-                weights.get_slice(stored)
-                for name, stored in _stored_names(weights).items()
-                if dense or (".ffn_m." not in name and (head or name != EMBEDDING))
-            ]
-            return sum(math.prod(t.get_shape()) * _DTYPES[t.get_dtype()] for t in slices)
+        return sum(
+            self.weights.tensors[stored].bytes
+            for name, stored in _stored_names(self.weights).items()
+            if dense or (".ffn_m." not in name and (head or name != EMBEDDING))
+        )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -133,11 +136,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise NotFound(f"checkpoint {path} has no {CONFIG}") from None
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{path / CONFIG} is not JSON: {error}") from None
-    with _open(path / WEIGHTS) as weights:
-        if defect := next(_defects(weights, config), None):
-            raise InvalidArgument(f"{path / WEIGHTS}{defect}")
+    weights = WeightsFile(path / WEIGHTS)
+    if defect := next(_defects(weights, config), None):
+        raise InvalidArgument(f"{path / WEIGHTS}{defect}")
     load_tokenizer(path / TOKENIZER, config.vocab_size)
-    return Checkpoint(path, config)
+    return Checkpoint(path, config, weights)
 
 
 def save_checkpoint(path: Path, model: Transformer, tokenizer_file: Path) -> None:
@@ -167,12 +170,12 @@ def _tensor_name(parameter: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def _stored_names(weights: safe_open) -> dict[str, str]:
+def _stored_names(weights: WeightsFile) -> dict[str, str]:
     """By the name of a tensor, its name in the file, which may be a former one."""
-    return {name.replace(".row_scale", ".ffn_scale"): name for name in weights.keys()}  # noqa: SIM118
+    return {name.replace(".row_scale", ".ffn_scale"): name for name in weights.tensors}
 
 
-def _defects(weights: safe_open, config: ModelConfig) -> Iterator[str]:
+def _defects(weights: WeightsFile, config: ModelConfig) -> Iterator[str]:
     """What in the weights does not agree with `config`."""
     expected, stored, kind = tensor_shapes(config), _stored_names(weights), config.kind
     if missing := sorted(expected.keys() - stored.keys()):
@@ -180,18 +183,11 @@ def _defects(weights: safe_open, config: ModelConfig) -> Iterator[str]:
     if extra := sorted(stored.keys() - expected.keys()):
         yield f" has {len(extra)} tensors that a {kind} model lacks, such as {extra[0]}"
     for name, shape in expected.items():
-        tensor = weights.get_slice(stored[name])
-        if tensor.get_shape() != shape:
-            yield f": {name} has shape {tensor.get_shape()}, {CONFIG} asks for {shape}"
-        if tensor.get_dtype() not in _DTYPES:
-            yield f": {name} is {tensor.get_dtype()}; allowed are {', '.join(_DTYPES)}"
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InvalidArgument(f"{path} is not a safetensors file: {error}") from None
+        tensor = weights.tensors[stored[name]]
+        if list(tensor.shape) != shape:
+            yield f": {name} has shape {list(tensor.shape)}, {CONFIG} asks for {shape}"
+        if tensor.dtype not in DTYPES:
+            yield f": {name} is {tensor.dtype}; allowed are {', '.join(DTYPES)}"
 
 
 def _canonical(data: dict) -> bytes:

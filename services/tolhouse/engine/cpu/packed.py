@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.checkpoint import EMBEDDING, HEAD, Checkpoint
 from tolhouse.model.transformer import Attention, Block, Cache, Transformer, rotate
 
 _LARGEST_FLOAT16 = 65504.0
@@ -111,21 +111,22 @@ def load(
 ) -> Transformer:
     """The model without FFN-M, ready to run; without an input embedding where rows carry X0.
 
-    Weights are read from the mapped file one by one: none is in memory twice, but for a tied
-    embedding, which is packed as the head, while the few rows that a step reads of it stay in the
-    file's mapping.
+    Weights are read one by one: none is in memory twice, but for a tied embedding, which is packed
+    as the head and stays as stored for the few rows that a step reads of it.
     """
-    model = checkpoint.model(ffn_m=False, embedding=False, dtype=None)
-    for block in cast("Iterable[Block]", model.layers):
+    model = checkpoint.skeleton(ffn_m=False, embedding=False)
+    for number, block in enumerate(cast("Iterable[Block]", model.layers)):
+        checkpoint.load(block, f"layers.{number}.")
         pack(block, lambda weight: linear(weight, device, dtype))
-    model.set_submodule("lm_head", linear(model.lm_head.weight, device, dtype))
+    weight = checkpoint.tensor(HEAD)
+    model.set_submodule("lm_head", linear(weight, device, dtype))
     if embedding:
-        weight = checkpoint.embedding()
         if not checkpoint.config.tie_word_embeddings:
-            weight = weight.to(device, copy=True)
+            weight = checkpoint.tensor(EMBEDDING).to(device)
         elif isinstance(model.lm_head, nn.Linear):
             weight = model.lm_head.weight
         model.embed_tokens = cast("nn.Embedding", Embedding(weight, dtype))
+    checkpoint.load(model.norm, "norm.")
     for parameter in model.parameters():  # norms and scales
         parameter.requires_grad_(False)
         parameter.data = parameter.to(device, dtype)
