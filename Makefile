@@ -23,8 +23,8 @@ demo: .venv/all  ## build the demo model's table, serve it, complete three promp
 serve: .venv/all  ## the same system, left running until Ctrl-C
 	@$(BIN)/tolhouse serve
 
-test: .venv/dev  ## all tests, two files at a time: most of them wait for processes
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+test: .venv/dev  ## all tests, three files at a time: most of them wait for processes
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 check: .venv/dev  ## style, types, generated code against the protos, and the Kubernetes manifests
 	$(BIN)/ruff check .
