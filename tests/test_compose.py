@@ -2,13 +2,17 @@
 does not check."""
 
 import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from tolhouse import config
+from tolhouse.testing import Process, process
 
 import loadtest
+from tests.commands import LOCAL
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docker-compose.yml").read_text()
@@ -100,6 +104,27 @@ def test_only_the_gateway_and_monitoring_are_reachable(name: str) -> None:
     assert ("front" in networks) == (name in {"gateway", "prometheus", "grafana", "load"})
     assert ("back" in networks) == (name not in {"grafana", "load"})
     assert {"internal": "${ISOLATED:-true}"} == yaml.safe_load(TEXT)["networks"]["back"]
+
+
+@pytest.fixture(scope="module")
+def lookup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A lookup service over an empty store."""
+    store = f"file://{tmp_path_factory.mktemp('store')}"
+    with process("lookup", "--store", store, *LOCAL) as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", ["lookup-1", "lookup-2", "worker-1", "worker-2", "gateway"])
+def test_health_checks_ask_for_health(name: str, lookup: Process) -> None:
+    """A check passes where a process answers that it is well, at a port that is its own, and fails
+    where nothing listens."""
+    kind, (_, *command, port) = name.partition("-")[0], SERVICES[name]["healthcheck"]["test"]
+    listen = f"TOLHOUSE_{kind.upper()}_{'METRICS_' if kind != 'gateway' else ''}LISTEN"
+    assert SERVICES[name]["environment"][listen].endswith(f":{port}")
+    command = [word.replace("$$", "$") for word in command]
+    served = lookup.ready["metrics"].rpartition(":")[2]
+    found = [subprocess.run([*command, at], check=False).returncode for at in (served, "1")]
+    assert [True, False] == [code == 0 for code in found]
 
 
 def test_every_variable_is_in_config() -> None:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -16,7 +17,15 @@ from redis import Redis
 from tolhouse import Client, Manifest, errors
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import delete
-from tolhouse.testing import Process, build_table, free_port, process, redis_server, tiny_model
+from tolhouse.testing import (
+    Process,
+    build_table,
+    free_port,
+    process,
+    redis_server,
+    tiny_model,
+    wait_until,
+)
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
@@ -323,7 +332,8 @@ def test_redis_may_die_and_come_back(checkpoint: Path) -> None:
 def test_a_request_in_flight_is_answered_before_the_service_ends(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """After SIGTERM a long answer comes whole; then all streams end, and the process with 0."""
+    """After SIGTERM health is refused and a long answer comes whole; then all streams end, and the
+    process with 0."""
     big = tiny_model(tmp_path / "big", hidden_size=768, num_hidden_layers=8)
     url = f"file://{tmp_path}/tables"
     ref = build_table(big, url, shards=3)
@@ -337,7 +347,10 @@ def test_a_request_in_flight_is_answered_before_the_service_ends(
             requests.put(lookup_pb2.FetchRequest(request_id=1, table=ref, token_ids=ids))
             streams.append(LookupStub(channel).Fetch(iter(requests.get, None), timeout=60))
             assert 1 == next(streams[-1]).request_id
+        health = f"http://{running.ready['metrics']}/health"
+        assert 200 == httpx.get(health).status_code
         running.popen.terminate()
+        wait_until(lambda: httpx.get(health).status_code == 503)
         *_, last = streams[1]
         assert last.last
         with suppress(grpc.RpcError):  # or the connection is reset first: nothing was on its way

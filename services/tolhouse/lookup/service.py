@@ -20,7 +20,7 @@ from tolhouse.errors import InvalidArgument
 from tolhouse.logs import event
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.net.fetch_reply import serialize
-from tolhouse.net.server import errors_as_status, serve, serve_metrics, status_of
+from tolhouse.net.server import errors_as_status, serve, status_of
 from tolhouse.store.base import open_store
 from tolhouse.table.manifest import Manifest, split_ref
 from tolhouse.v1 import lookup_pb2 as pb
@@ -154,11 +154,10 @@ async def run(config: LookupConfig) -> None:
     source = StoreRowSource(store.url, lambda: store)
     rows = HotRows(source, int(config.hot_megabytes * 1e6))
     service = LookupService(rows)
-    metrics = serve_metrics(config.metrics_listen, config.server_credentials())
     event("serving store", store=store.url)
     await rows.open_published()
     try:
-        await serve("lookup", NAME, config, partial(register, service), metrics, service.drain)
+        await serve("lookup", NAME, config, partial(register, service), service.drain)
     finally:
         rows.close()
         source.close()

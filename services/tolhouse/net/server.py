@@ -3,14 +3,17 @@
 import asyncio
 import ctypes
 import gc
+import json
 import signal
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Protocol
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import grpc
-from prometheus_client import REGISTRY, start_http_server
+from prometheus_client import REGISTRY, make_wsgi_app, start_http_server
 
 from tolhouse.errors import Internal, InUse, TolhouseError
 from tolhouse.logs import event, log, ready, split_address
@@ -23,6 +26,7 @@ MAX_STREAMS = 1024  # open calls of one connection; more wait for one of them to
 MAX_CONNECTIONS = 1024  # of one service; more are closed
 MAX_HEADER_BYTES = 16 << 10  # of one call
 MAX_REQUEST_BYTES = 4 << 20  # gRPC's own default
+_HEALTH_SECONDS = 3  # for the event loop to answer; probes give up after five
 
 SERVER_OPTIONS = [
     ("grpc.optimization_target", "throughput"),
@@ -40,6 +44,7 @@ SERVER_OPTIONS = [
 
 class Config(Protocol):
     listen: str
+    metrics_listen: str
     drain_seconds: float
 
     def server_credentials(self) -> ServerCredentials: ...
@@ -73,7 +78,7 @@ def status_of(error: Exception) -> tuple[str, str]:
 
 
 async def serve(
-    service: str, name: str, config: Config, register: Register, metrics: str, drain: Drain = None
+    service: str, name: str, config: Config, register: Register, drain: Drain = None
 ) -> None:
     """Announce the service once it answers; at SIGTERM or SIGINT call `drain` and finish calls."""
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -100,6 +105,14 @@ async def serve(
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    loop, request = asyncio.get_running_loop(), health_pb2.HealthCheckRequest()
+
+    def healthy() -> bool:
+        """Whether the event loop answers a health check, as a caller over gRPC would see it."""
+        check = asyncio.run_coroutine_threadsafe(checks.Check(request, None), loop)
+        return check.result(_HEALTH_SECONDS).status == health_pb2.HealthCheckResponse.SERVING
+
+    metrics = serve_metrics(config.metrics_listen, credentials, healthy)
     ready(service, f"{split_address(listen)[0]}:{port}", metrics=metrics)
     await stop.wait()
     event("draining", service=service)
@@ -110,8 +123,11 @@ async def serve(
     event("stopped", service=service)
 
 
-def serve_metrics(address: str, credentials: ServerCredentials) -> str:
-    """Serve Prometheus metrics, by HTTPS where `credentials` have TLS; the address as it is."""
+def serve_metrics(address: str, credentials: ServerCredentials, healthy: Callable[[], bool]) -> str:
+    """Serve Prometheus metrics and /health over HTTP; the address with the port that was chosen.
+
+    It is HTTPS where `credentials` have TLS.
+    """
     credentials.check(address, "--metrics-listen")
     (host, port), context = split_address(address), credentials.for_http()
     ca, pair = credentials.tls_client_ca or None, (credentials.tls_cert, credentials.tls_key)
@@ -121,8 +137,25 @@ def serve_metrics(address: str, credentials: ServerCredentials) -> str:
         )
     except OSError as error:
         raise InUse(f"--metrics-listen {address} fails: {error.strerror or error}") from None
+    server.set_app(partial(_health_or_metrics, healthy, make_wsgi_app()))
     if context and isinstance(server.socket, ssl.SSLSocket):
         server.socket.context.sni_callback = context.sni_callback
         # handshakes take place in threads, so that a slow one keeps no other waiting
         server.socket.do_handshake_on_connect = False  # type: ignore[attr-defined] # typeshed's gap
     return f"{host}:{server.server_port}"
+
+
+def _health_or_metrics(
+    healthy: Callable[[], bool],
+    metrics: WSGIApplication,
+    request: WSGIEnvironment,
+    start: StartResponse,
+) -> Iterable[bytes]:
+    """The metrics listener's WSGI app: /health answers 200 or 503, every other path the metrics."""
+    if request["PATH_INFO"] != "/health":
+        return metrics(request, start)
+    ok = False
+    with suppress(TimeoutError):  # an event loop that does not answer is not healthy
+        ok = healthy()
+    start("200 OK" if ok else "503 Service Unavailable", [("Content-Type", "application/json")])
+    return [json.dumps({"status": "ok" if ok else "unavailable"}).encode()]

@@ -24,7 +24,7 @@ from tolhouse.engine.scheduler import Scheduler
 from tolhouse.errors import DeadlineExceeded, InvalidArgument, Mismatch, NotFound, Unavailable
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
-from tolhouse.net.server import serve, serve_metrics
+from tolhouse.net.server import serve
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1.generation_pb2_grpc import add_GenerationServicer_to_server
 from tolhouse.worker.metrics import EngineMetrics
@@ -92,7 +92,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
     """Serve the checkpoint until told to stop."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    checkpoint, credentials = open_checkpoint(checkpoint_path), config.server_credentials()
+    checkpoint = open_checkpoint(checkpoint_path)
     tracing.start_tracing("worker", config.traces, insecure=config.insecure)
     with ExitStack() as stack:
         source, watcher = None, None
@@ -120,9 +120,8 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
             device=str(builder.device),
             dtype=str(builder.dtype).removeprefix("torch."),
         )
-        metrics = serve_metrics(config.metrics_listen, credentials)
         register = partial(add_GenerationServicer_to_server, service)
-        await serve("worker", NAME, config, register, metrics)
+        await serve("worker", NAME, config, register)
 
 
 def wait_for_table(source: RowSource, table: str, seconds: float) -> Manifest:
