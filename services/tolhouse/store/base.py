@@ -8,8 +8,9 @@ import logging
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
+from typing import Literal
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import numpy as np
@@ -32,8 +33,14 @@ class Alias:
     version: str
     history: tuple[str, ...]
 
+    def to_json(self) -> bytes:
+        return _ALIAS.dump_json(self)
+
 
 _ALIAS = TypeAdapter(Alias)
+
+Kind = Literal["manifest", "deleting", "alias"]  # of "name@version" the first two, of "name"
+Changes = dict[tuple[Kind, str], bytes | None]  # texts of the registry to write, or to remove
 
 
 class Store(ABC):
@@ -86,17 +93,13 @@ class Store(ABC):
     def count(self, manifest: Manifest, shard: int) -> int:
         """Rows that the shard holds; 0 where there is none."""
 
-    def commit(self, manifest: Manifest) -> None:
-        """Write the manifest, last of all: from now on the table is there."""
-        self._write_text(manifest.ref, "manifest", manifest.to_json().encode())
-
     @abstractmethod
-    def delete(self, ref: str) -> None:
-        """Remove all that is stored of "name@version", complete or not; its manifest goes first."""
+    def delete_records(self, ref: str) -> None:
+        """Remove all that is stored of "name@version", whose manifest is gone already."""
 
     @abstractmethod
     def lease(self, ref: str) -> None:
-        """Note that a version is used now; good for LEASE_SECONDS."""
+        """Note that a version is used now; good for LEASE_SECONDS, or until the process ends."""
 
     @abstractmethod
     def leased(self, ref: str) -> bool:
@@ -113,9 +116,15 @@ class Store(ABC):
             what = "is malformed; publish a version to write it anew"
             raise Corrupt(f"the alias of {name!r} in {self.url} {what}") from None
 
-    def set_alias(self, name: str, alias: Alias) -> None:
-        """Make `name` stand for another version."""
-        self._write_text(check_name(name), "alias", _ALIAS.dump_json(alias))
+    @abstractmethod
+    def update(self, change: Callable[[], Changes]) -> None:
+        """Write what `change` returns, in its order and as one: nobody else's update comes between
+        what `change` reads and the last of it. `change` may be called several times.
+        """
+
+    def is_being_deleted(self, ref: str) -> bool:
+        """Whether the records of a version are being removed, or that was cut off."""
+        return self._read_text(ref, "deleting") is not None
 
     # rows
 
@@ -175,13 +184,9 @@ class Store(ABC):
         Each view is yielded once it is full. Corrupt if a record is not there.
         """
 
-    # "manifest" of "name@version", and "alias" of "name"
-
     @abstractmethod
-    def _read_text(self, ref: str, what: str) -> bytes | None: ...
-
-    @abstractmethod
-    def _write_text(self, ref: str, what: str, text: bytes) -> None: ...
+    def _read_text(self, ref: str, kind: Kind) -> bytes | None:
+        """A text of the registry, if it is there."""
 
 
 def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0) -> Store:
