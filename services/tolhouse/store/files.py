@@ -36,12 +36,14 @@ _UPDATE_SECONDS = 30.0  # longest wait for another process' update
 
 
 class FileStore(Store):
-    def __init__(self, root: str | Path, open_files: int = 256) -> None:
+    def __init__(
+        self, root: str | Path, open_files: int = 256, lease_seconds: float = LEASE_SECONDS
+    ) -> None:
         self.root = Path(root).absolute()
         if self.root.exists() and not self.root.is_dir():
             raise InvalidArgument(f"the store {self.root} is a file, and no folder of tables")
         super().__init__(f"file://{self.root}")
-        self._leasing = threading.Lock()
+        self._leasing, self._lease_seconds = threading.Lock(), lease_seconds
         self._leases: dict[str, tuple[int, float]] = {}  # locked files, and when they were used
         self._opened = lru_cache(open_files)(_ShardFile)  # threads that read keep theirs open
 
@@ -99,7 +101,8 @@ class FileStore(Store):
 
     def close(self) -> None:
         self._opened.cache_clear()
-        self._expire(idle_seconds=0)
+        self._lease_seconds = 0.0
+        self._expire()
 
     def update(self, change: Callable[[], Changes]) -> None:
         path, deadline = self.root / ".lock", time.monotonic() + _UPDATE_SECONDS
@@ -120,15 +123,15 @@ class FileStore(Store):
                 self._write_text(ref, kind, text)
 
     def _expire_later(self) -> None:
-        timer = threading.Timer(LEASE_SECONDS, self._expire)
+        timer = threading.Timer(self._lease_seconds, self._expire)
         timer.daemon = True
         timer.start()
 
-    def _expire(self, idle_seconds: float = LEASE_SECONDS) -> None:
-        """Give up leases that were not renewed for so long."""
+    def _expire(self) -> None:
+        """Give up leases that were not renewed in time."""
         with self._leasing:
             for ref, (descriptor, used) in list(self._leases.items()):
-                if time.monotonic() - used >= idle_seconds:
+                if time.monotonic() - used >= self._lease_seconds:
                     del self._leases[ref]
                     os.close(descriptor)
             if self._leases:
