@@ -6,7 +6,6 @@ import numpy as np
 from tolhouse import Client
 from tolhouse.client.lookup import LookupRowSource
 from tolhouse.store.base import Store
-from tolhouse.store.registry import commit
 from tolhouse.table.manifest import Manifest
 
 
@@ -33,7 +32,7 @@ def write(store: Store, manifest: Manifest) -> Manifest:
     """Store the whole table, without digests of its shards."""
     for shard in range(manifest.num_shards):
         store.write_shard(manifest, shard, records_of(manifest, manifest.shard_ids(shard)))
-    commit(store, manifest)
+    store.commit(manifest)
     return manifest
 
 

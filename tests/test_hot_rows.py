@@ -5,11 +5,15 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tolhouse.client.row_source import StoreRowSource
-from tolhouse.lookup.hot_rows import HotRows
+from tolhouse.errors import Corrupt
+from tolhouse.lookup.hot_rows import HotRows, OpenTable
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import publish
 from tolhouse.testing import build_table
+
+from tests.tables import manifest_of, records_of, write
 
 
 def test_a_version_that_is_neither_used_nor_published_is_let_go_of(
@@ -38,6 +42,45 @@ def test_a_version_that_is_neither_used_nor_published_is_let_go_of(
             ids = np.arange(5, dtype=np.uint32)
             found = [len(records) async for records, _ in rows.chunks(again, ids)]
             assert [5] == found
+            rows.close()
+
+    asyncio.run(run())
+
+
+def test_a_bad_row_fails_no_request_without_it(tmp_path: Path) -> None:
+    """Requests that wait for one read get their rows, which stay hot; the one in need of it fails.
+
+    So does filling: frequent rows are hot but for the bad one.
+    """
+    manifest = manifest_of(num_shards=1, frequent=tuple(range(20)))
+    with closing(open_store(f"file://{tmp_path}")) as store:
+        write(store, manifest)
+    (path,) = tmp_path.rglob("shard-*")
+    data = bytearray(path.read_bytes())
+    data[-43 * manifest.record_bytes] ^= 1  # of 50 records that of token 7
+    path.write_bytes(data)
+    records = records_of(manifest)
+
+    async def ask(rows: HotRows, table: OpenTable, *ids: int) -> list[bytes]:
+        wanted = np.array(ids, np.uint32)
+        return [bytes(r) async for part, _ in rows.chunks(table, wanted) for r in part]
+
+    async def run() -> None:
+        url = f"file://{tmp_path}"
+        with closing(StoreRowSource(url, lambda: open_store(url))) as source:
+            rows = HotRows(source, 1 << 20)
+            table = await rows.table(manifest.ref)
+            both = ask(rows, table, 6, 7, 30), ask(rows, table, 6, 30)
+            failed, intact = await asyncio.gather(*both, return_exceptions=True)
+            assert isinstance(failed, Corrupt)
+            assert (7,) == failed.token_ids
+            assert [records[6].tobytes(), records[30].tobytes()] == intact
+            while len(table.cache) < 49:
+                await asyncio.sleep(0.01)
+            assert [7] == table.cold(np.arange(50, dtype=np.uint32))
+            with pytest.raises(Corrupt):
+                await ask(rows, table, 7)
+            assert 49 == len(table.cache)
             rows.close()
 
     asyncio.run(run())

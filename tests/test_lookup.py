@@ -276,6 +276,77 @@ def test_a_record_altered_in_redis_is_told(checkpoint: Path, redis_url: str) -> 
         assert 3 == len(client.fetch(ref, [0, 2, 17]))
 
 
+@pytest.mark.parametrize("kind", ["file", "redis", "lookup"])
+def test_a_fetch_names_all_bad_rows_and_has_the_others(
+    kind: str, checkpoint: Path, redis_url: str, tmp_path: Path
+) -> None:
+    """Of each row source: Corrupt has the tokens of a lost shard and of an altered record."""
+    store = f"file://{tmp_path}" if kind == "file" else redis_url
+    ref = build_table(checkpoint, store, shards=16, name=f"bad-{kind}")
+    manifest, records = stored(store, ref, list(range(300)))
+    if kind == "file":
+        paths = sorted(tmp_path.rglob("shard-*"))
+        paths[3].unlink()
+        data = bytearray(paths[5].read_bytes())
+        data[-manifest.record_bytes] ^= 1  # of the shard's last record
+        paths[5].write_bytes(data)
+    else:
+        with Redis.from_url(store) as redis:
+            redis.delete(f"tolhouse:{{{ref}:shards-16:3}}")
+            last = int(manifest.shard_ids(5)[-1])
+            redis.hset(f"tolhouse:{{{ref}:shards-16:5}}", last, b"x" * manifest.record_bytes)
+    bad = [*manifest.shard_ids(3).tolist(), int(manifest.shard_ids(5)[-1])]
+    ids = np.union1d(np.arange(300), bad).astype(np.uint32)
+    with ExitStack() as stack:
+        source = store
+        if kind == "lookup":
+            source = stack.enter_context(process("lookup", "--store", store, *LOCAL)).address
+        client = stack.enter_context(Client(source))
+        out = np.zeros((len(ids), manifest.record_bytes), np.uint8)
+        with pytest.raises(errors.Corrupt) as caught:
+            client.rows.fetch_records(manifest, ids, out)
+    assert sorted(bad) == sorted(caught.value.token_ids)
+    intact = ~np.isin(ids, bad) & (ids < 300)
+    assert records[ids[intact]].tobytes() == out[intact].tobytes()
+
+
+def test_one_corrupt_record_under_load_costs_only_its_askers(
+    checkpoint: Path, redis_url: str
+) -> None:
+    """Others' rows stay hot: the store is read for the corrupt record alone, and no other fails."""
+    ref = build_table(checkpoint, redis_url, shards=4, name="under-load")
+    with Redis.from_url(redis_url) as redis, serving(redis_url) as (running, client):
+        redis.hset(f"tolhouse:{{{ref}:shards-4:1}}", 101, b"damaged")
+        manifest = client.describe(ref)
+        intact = np.delete(np.arange(300, dtype=np.uint32), 101)
+        expected = client.fetch(ref, intact)  # all hot from now on
+        redis.config_resetstat()
+
+        def hammer(seed: int) -> int:
+            random = np.random.default_rng(seed)
+            with Client(running.address) as own:
+                for _ in range(50):
+                    slots = random.permutation(len(intact))[:40]
+                    if seed:
+                        found = own.fetch(ref, intact[slots])
+                        assert expected[slots].tobytes() == found.tobytes()
+                        continue
+                    ids = np.append(intact[slots], np.uint32(101))
+                    with pytest.raises(errors.Corrupt) as caught:
+                        own.rows.fetch_records(manifest, ids)
+                    assert (101,) == caught.value.token_ids
+            return 50 * 40 if seed else 0
+
+        with ThreadPoolExecutor(4) as pool:
+            rows = sum(pool.map(hammer, range(4)))
+        reads = redis.info("commandstats")["cmdstat_hmget"]["calls"]
+        served = metrics(running)
+        assert 50 <= reads <= 100  # each asker may ask once more
+        assert f'tolhouse_lookup_rows_total{{source="store"}} {len(intact)}.0' in served
+        hot = float(served.split('tolhouse_lookup_rows_total{source="hot"} ')[1].split()[0])
+        assert hot >= rows
+
+
 def test_what_can_not_start_says_why(service: Process, tmp_path: Path) -> None:
     """A port in use, a bad store and a bad address end the process with one line."""
     file, empty = tmp_path / "file", f"file://{tmp_path}"

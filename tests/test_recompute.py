@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from redis import Redis
 from safetensors.torch import load_file, save_file
 from tolhouse import Client, ClientCredentials
 from tolhouse.client.lookup import LookupRowSource
+from tolhouse.client.row_source import open_row_source
 from tolhouse.engine.row_providers import CachedRows, RecomputedRows
+from tolhouse.errors import Corrupt
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
 from tolhouse.store.base import open_store
 from tolhouse.table.codecs import CODECS
@@ -39,6 +42,48 @@ def test_records_are_the_table_s(codec: str, embedding: str, dtype: str, tmp_pat
             store.read_records(manifest, ids, expected)
             recompute.fetch(ids, computed, np.arange(count))
             assert expected.tobytes() == computed.tobytes()
+
+
+@pytest.mark.parametrize("cached", [0, 1 << 20])
+def test_rows_that_the_source_has_lost_are_computed(
+    cached: int, checkpoint: Path, redis_url: str
+) -> None:
+    """Of a lost shard and a damaged record, those rows alone, to the same bits; all are counted."""
+    ref = build_table(checkpoint, redis_url, shards=16, name="lost-rows")
+    with process("lookup", "--store", redis_url, "--listen", "127.0.0.1:0") as lookup:
+        with Redis.from_url(redis_url) as redis, closing(open_store(redis_url)) as store:
+            manifest, ids = store.manifest(ref), np.arange(64, dtype=np.uint32)
+            expected = store.read_records(manifest, ids)
+            redis.delete(f"tolhouse:{{{ref}:shards-16:3}}")  # 3, 19, 35, 51
+            redis.hset(f"tolhouse:{{{ref}:shards-16:5}}", 37, b"damaged")
+        with closing(open_row_source(lookup.address)) as source:
+            place = torch.device("cpu"), torch.float32, 0, open_checkpoint(checkpoint)
+            with closing(CachedRows(source, manifest, cached, *place)) as rows:
+                for _ in range(2):
+                    staged = rows.stage(ids)
+                    assert expected.tobytes() == staged.records[staged.index].numpy().tobytes()
+                    assert rows.provider.ready
+                counts = rows.counts()
+    times = 1 if cached else 2
+    assert (5 * times, 5 * times) == (counts["missing"], counts["recomputed"])
+
+
+def test_intact_rows_of_a_failed_fetch_are_kept(checkpoint: Path, tmp_path: Path) -> None:
+    """Without a fallback, a step that meets a lost row has the others in its cache."""
+    url = f"file://{tmp_path}"
+    ref = build_table(checkpoint, url, shards=16)
+    sorted(tmp_path.rglob("shard-*"))[3].unlink()
+    with closing(open_row_source(url)) as source:
+        manifest, ids = source.describe(ref), np.arange(40, dtype=np.uint32)
+        with closing(CachedRows(source, manifest, 1 << 20, torch.device("cpu"))) as rows:
+            with pytest.raises(Corrupt, match="token 3, 19, 35 in table"):
+                rows.stage(ids)
+            assert [3, 19, 35] == rows.missing(ids).tolist()
+            rows.prefetch(ids + 100)
+            with pytest.raises(Corrupt, match="token 115, 131 in table"):
+                rows.stage(np.array([100, 115, 131], np.uint32))
+            assert [115, 131] == rows.missing(ids + 100).tolist()
+            assert 80 - 5 == len(rows.cache)
 
 
 def test_weights_stay_in_their_file(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Every error Tolhouse raises, with its gRPC and HTTP status; a message says what is allowed."""
 
+from collections.abc import Iterable
+
 
 class TolhouseError(Exception):
     """Base of all errors that Tolhouse raises on purpose."""
@@ -41,6 +43,11 @@ class Overloaded(TolhouseError):  # a queue or a memory budget is full: try late
 
 class Corrupt(TolhouseError):  # bytes are missing, or fail their checksum
     grpc_status, http_status = "DATA_LOSS", 500
+
+    def __init__(self, message: str = "", token_ids: Iterable[int] = ()) -> None:
+        """`token_ids`: whose rows could not be read, where all others could; empty: not known."""
+        super().__init__(message)
+        self.token_ids = tuple(token_ids)
 
 
 class Unsupported(TolhouseError):  # the peer does not serve this call

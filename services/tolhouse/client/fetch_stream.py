@@ -13,7 +13,7 @@ import grpc
 
 from tolhouse import tracing
 from tolhouse.client.row_source import Array
-from tolhouse.errors import Internal, TolhouseError, Unavailable, from_status
+from tolhouse.errors import Corrupt, Internal, TolhouseError, Unavailable, from_status
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import error_of, reloading_channel
 from tolhouse.net.fetch_reply import parse
@@ -36,7 +36,9 @@ class Request(Future[None]):
                 return True
             try:
                 if reply.HasField("error"):
-                    raise from_status(reply.error.status, reply.error.message)
+                    status, bad = reply.error.status, reply.error.token_ids
+                    error = from_status(status, reply.error.message)
+                    raise Corrupt(str(error), bad) if bad else error
                 count, odd = divmod(len(records), self.manifest.record_bytes)
                 first, end = self._received, self._received + count
                 missing = len(self.ids) - end

@@ -59,8 +59,9 @@ class LookupRowSource(RowSource):
         flat = memoryview(out.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
         deadline = time.monotonic() + self.timeout_seconds
         count, left = len(self.replicas.in_turn()), np.arange(len(ids))
+        errors, bad = list[BaseException | None](), np.zeros(len(ids), bool)
         for attempt in range(_ROUNDS * count):
-            if attempt and attempt % count == 0:
+            if attempt and attempt % count == 0 and not all(_bad_rows(e) for e in errors if e):
                 time.sleep(0.05)  # all have failed once: a moment for one to come back
             end = time.monotonic()
             patience = (deadline - end) / (_ROUNDS * count - attempt)
@@ -68,18 +69,21 @@ class LookupRowSource(RowSource):
             end += max(0.001, patience if attempt or count == 1 else patience / 2)
             requests = [
                 (replica, part, replica.submit(manifest, ids[part], flat, slots[part].tolist()))
-                for replica, indices in self.replicas.divide(manifest, ids, left, attempt)
+                for replica, owned in self.replicas.divide(manifest, ids, left, attempt)
+                for indices in (owned[~bad[owned]], owned[bad[owned]])  # bad rows fail no others
                 for first in range(0, len(indices), self._max_ids)
                 for part in (indices[first : first + self._max_ids],)
             ]
             errors = [self._wait(replica, request, end) for replica, _, request in requests]
-            for error in filter(None, errors):
-                if not isinstance(error, _RETRIED) or attempt == _ROUNDS * count - 1:
-                    raise error
             failed = [part for (_, part, _), error in zip(requests, errors, strict=True) if error]
             if not failed:
                 return
             left = np.concatenate(failed)
+            for error in filter(None, errors):
+                if not isinstance(error, _RETRIED):
+                    raise error
+                bad |= np.isin(ids, _bad_rows(error))
+        raise _outcome([error for error in errors if error], ids[left])
 
     def _wait(self, replica: Replica, request: Request, end: float) -> BaseException | None:
         """Wait for a request until `end`; its error, after which nothing is written for it."""
@@ -183,6 +187,21 @@ class Replicas:
             if found != tuple(now) and not self._closed.is_set():
                 credentials = self._addresses.credentials_for
                 self._replicas = {at: now.get(at) or Replica(at, credentials(at)) for at in found}
+
+
+def _bad_rows(error: BaseException) -> tuple[int, ...]:
+    """Tokens whose rows are missing or damaged, where the error knows them."""
+    return error.token_ids if isinstance(error, Corrupt) else ()
+
+
+def _outcome(errors: list[BaseException], ids: Array) -> BaseException:
+    """What a fetch fails with that got no rows of `ids`: Corrupt names tokens only if it got all
+    others."""
+    bad = [token for error in errors for token in _bad_rows(error)]
+    if set(bad) == set(ids.tolist()):
+        return Corrupt(str(errors[0]), bad)
+    other = next((error for error in errors if not _bad_rows(error)), errors[0])
+    return Corrupt(str(other)) if isinstance(other, Corrupt) else other
 
 
 @lru_cache(64)

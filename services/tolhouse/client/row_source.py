@@ -83,7 +83,8 @@ class RowSource(ABC):
 
         `out` is uint8 [., record_bytes], contiguous; by default it is made, with records in order.
         After an error its rows may hold anything, and are not written to any more. IdOutOfRange;
-        NotFound: the table is gone; Unavailable, DeadlineExceeded; Corrupt: no row is intact.
+        NotFound: the table is gone; Unavailable, DeadlineExceeded; Corrupt: no row is intact, or
+        those of its `token_ids` are not, while all others are in place.
         """
         manifest.check_ids(ids)
         if out is None:

@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from logging import WARNING
 from typing import cast
 
 import numpy as np
@@ -20,7 +21,13 @@ from torch import Tensor, nn
 
 from tolhouse.client.row_source import RowSource
 from tolhouse.engine.dequant import CACHED_VALUES, Decoder, LayerwiseRows, StagedRows
-from tolhouse.errors import DeadlineExceeded, Mismatch, NotFound, TolhouseError, Unavailable
+from tolhouse.errors import (
+    Corrupt,
+    DeadlineExceeded,
+    Mismatch,
+    TolhouseError,
+    Unavailable,
+)
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import EMBEDDING, Checkpoint
 from tolhouse.net.health import PeerHealth
@@ -41,7 +48,7 @@ class SourceRows:
     def __init__(self, source: RowSource, manifest: Manifest) -> None:
         self.source, self.manifest = source, manifest
         self.is_file = source.url.startswith("file://")
-        self.rows = self.fetches = 0
+        self.rows = self.fetches = self.missing = 0
         self.seconds = 0.0
 
     def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
@@ -51,11 +58,26 @@ class SourceRows:
         try:
             with span("fetch rows", {"tolhouse.table": table, "tolhouse.rows": len(ids)}):
                 self.source.fetch_records(self.manifest, ids, out, slots)
-        except NotFound as error:  # the table was there at start: its loss is no fault of a request
-            raise Unavailable(str(error)) from None
+        except TolhouseError as error:
+            event("rows can't be fetched", WARNING, table=table, reason=str(error))
+            raise self._for_callers(error, len(ids)) from None
         self.rows += len(ids)
         self.fetches += 1
         self.seconds += time.perf_counter() - started
+
+    def _for_callers(self, error: TolhouseError, count: int) -> TolhouseError:
+        """The error without addresses and paths, which the log has."""
+        table = self.manifest.ref
+        if not isinstance(error, Corrupt):  # even NotFound, as the table was there at start
+            late = isinstance(error, DeadlineExceeded)
+            return (DeadlineExceeded if late else Unavailable)(
+                f"rows of table {table} can't be read now: try again later"
+            )
+        tokens = error.token_ids
+        self.missing += len(tokens) or count
+        few = ", ".join(map(str, tokens[:8])) + ", …" * (len(tokens) > 8)
+        which = f"token {few}" if tokens else f"some of {count} tokens"
+        return Corrupt(f"the row of {which} in table {table} is missing or damaged", tokens)
 
     def counts(self) -> Counts:
         remote = 0 if self.is_file else self.rows
@@ -64,6 +86,7 @@ class SourceRows:
             "from_remote": remote,
             "remote_bytes": remote * self.manifest.record_bytes,
             "fetches": self.fetches,
+            "missing": self.missing,
             "fetch_seconds": self.seconds,
         }
 
@@ -122,7 +145,7 @@ class _StoredEmbedding(nn.Module):
 
 
 class FallbackRows:
-    """Records from a source, or computed here while the source is down."""
+    """Records from a source; computed here while it is down, and those that it has lost."""
 
     def __init__(self, primary: SourceRows, recomputed: RecomputedRows) -> None:
         self.primary, self.recomputed, self.ref = primary, recomputed, primary.manifest.ref
@@ -143,6 +166,10 @@ class FallbackRows:
                 return
             except (Unavailable, DeadlineExceeded) as error:
                 self.health.report_down(self.ref, error)
+            except Corrupt as error:
+                if error.token_ids:
+                    lost = np.isin(ids, error.token_ids)
+                    ids, slots = ids[lost], slots[lost]
         self.recomputed.fetch(ids, out, slots)
 
     def counts(self) -> Counts:
@@ -203,7 +230,8 @@ class CachedRows:
         step = max(1, _FILL_BYTES // self.manifest.record_bytes)
         try:
             for start in range(0, len(frequent), step):
-                self._load(frequent[start : start + step], main=True)
+                with suppress(Corrupt):  # all but these are there
+                    self._load(frequent[start : start + step], main=True)
         except TolhouseError as error:
             event("row cache not filled", reason=str(error))
 
@@ -262,12 +290,9 @@ class CachedRows:
         self._prefetched = None
         with self._waiting():
             error = fetch.exception()
-        if not error:
-            self._commit(ids, slots)
-        else:
-            self.cache.release(slots)
-            if not isinstance(error, TolhouseError):  # a defect
-                raise error
+        self._settle(ids, slots, error)
+        if error and not isinstance(error, TolhouseError):  # a defect
+            raise error
 
     def _cached(self, ids: np.ndarray, distinct: int) -> np.ndarray:
         """Slots of `ids` [T], once all are cached."""
@@ -300,13 +325,22 @@ class CachedRows:
 
     def _load(self, ids: np.ndarray, *, main: bool = False) -> None:
         """Fetch the records of `ids` into the cache, which has room for them."""
-        slots = self.cache.reserve(ids, main=main)
+        slots, error = self.cache.reserve(ids, main=main), None
         try:
             self.provider.fetch(ids, self.cache.slab, slots)
-        except BaseException:
-            self.cache.release(slots)
+        except BaseException as failure:
+            error = failure
             raise
-        self._commit(ids, slots)
+        finally:
+            self._settle(ids, slots, error)
+
+    def _settle(self, ids: np.ndarray, slots: np.ndarray, error: BaseException | None) -> None:
+        """Keep what a fetch into reserved `slots` got: with an error, the intact rows or none."""
+        got = np.full(len(ids), not error)
+        if isinstance(error, Corrupt) and error.token_ids:
+            got = ~np.isin(ids, error.token_ids)
+        self.cache.release(slots[~got])
+        self._commit(ids[got], slots[got])
 
     def _commit(self, ids: np.ndarray, slots: np.ndarray) -> None:
         self.cache.commit(ids, slots)

@@ -10,11 +10,8 @@ from tolhouse.errors import InvalidArgument, PromptTooLong
 from tolhouse.gateway import metrics
 from tolhouse.gateway.router import ServedModel, WorkerRouter
 from tolhouse.gateway.schemas import GenerationRequest
-from tolhouse.gateway.text import ChoiceDetokenizer, Delta, Echo, Vocabulary, check_ids
+from tolhouse.gateway.text import ChoiceDetokenizer, Delta, Vocabulary, check_ids
 from tolhouse.v1.generation_pb2 import GenerateRequest
-
-MAX_LOGPROBS = 1 << 18  # of all choices together
-MAX_PROMPT_TOKENS = 1 << 20  # of a request, counted once for each choice
 
 
 @dataclass
@@ -34,38 +31,23 @@ class RequestHandler:
     _queue: asyncio.Queue[Delta | BaseException] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
-        body, context, scores = self.body, self.model.context_tokens, 0
-        self.requests: list[GenerateRequest] = []  # one for each choice
-        if (tokens := body.n * sum(map(len, self.prompts))) > MAX_PROMPT_TOKENS:
-            both = f"{tokens} prompt tokens, counted once for each of n={body.n} choices"
-            raise InvalidArgument(f"{both}, are too many: at most {MAX_PROMPT_TOKENS} are taken")
-        of_token = 0 if body.num_logprobs is None else body.n * (body.num_logprobs + 1)
+        body, context = self.body, self.model.context_tokens
+        self._requests: list[GenerateRequest] = []  # one for each choice
         for ids in self.prompts:
             if not ids:
                 raise InvalidArgument("the prompt is empty; at least one token is needed")
-            room = context - len(ids)
-            most = body.most_tokens(min(room, MAX_LOGPROBS // of_token) if of_token else room)
+            most = body.most_tokens(context - len(ids))
             if len(ids) + most > context:
                 both = f"{len(ids)} prompt tokens and max_tokens {most}"
                 raise PromptTooLong(f"{both} exceed the context of {context} tokens: lower one")
             check_ids(ids, self.model.vocab_size)  # no more of them than the context now
-            scores += of_token * (most + body.echo * len(ids))
-            shared = body.sampling(most, body.num_logprobs).to_proto(ids)
             for choice in range(body.n):
-                request = GenerateRequest()
-                request.CopyFrom(shared)
-                request.request_id = f"{self.request_id}-{len(self.requests)}"
-                if body.seed is not None:
-                    request.seed = (body.seed + choice) % 2**64
-                self.requests.append(request)
-        if scores > MAX_LOGPROBS:
-            many = f"the answer may have {scores} log probabilities, of all choices together"
-            advice = "lower n, logprobs, max_tokens, or the number of prompts"
-            raise InvalidArgument(f"{many}; at most {MAX_LOGPROBS} are given: {advice}")
+                sampling = body.sampling(most, choice, body.num_logprobs)
+                request_id = f"{self.request_id}-{len(self._requests)}"
+                self._requests.append(sampling.to_proto(ids, request_id))
 
     async def deltas(self) -> AsyncGenerator[Delta]:
-        echo, unfinished = self.body.echo, len(self.requests)
-        self._echoes = [await self.vocabulary.echo(p) if echo else Echo() for p in self.prompts]
+        unfinished = len(self._requests)
         tasks = [asyncio.create_task(self._run(index)) for index in range(unfinished)]
         try:
             while unfinished:
@@ -86,18 +68,18 @@ class RequestHandler:
 
     async def _run(self, index: int) -> None:
         """Put a choice's deltas into the queue: one, unless streamed, as it may begin anew."""
-        body, request, put = self.body, self.requests[index], self._queue.put_nowait
+        body, request, put = self.body, self._requests[index], self._queue.put_nowait
         replies = self.router.generate(self.model.name, request, may_restart=not body.stream)
-        about = self._echoes[index // body.n], body, self.vocabulary.tokenizer
+        ids = list(request.prompt_token_ids)
         try:
             async with self.slot, aclosing(replies):
-                choice, delta = ChoiceDetokenizer(*about), Delta(index)
+                choice, delta = ChoiceDetokenizer(ids, body, self.vocabulary), Delta(index)
                 started, last, tokens = time.perf_counter(), 0.0, 0
                 async for reply in replies:
                     now = time.perf_counter()
                     if reply is None:
                         self.completion_tokens -= tokens
-                        choice = ChoiceDetokenizer(*about)
+                        choice = ChoiceDetokenizer(ids, body, self.vocabulary)
                         delta, started, tokens = Delta(index), now, 0
                         continue
                     if new := len(reply.token_ids):

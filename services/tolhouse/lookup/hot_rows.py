@@ -1,7 +1,8 @@
 """Hot rows in memory over the reads of a row source.
 
 Reads alone run in threads, all else in the event loop. Each open table has a row cache, filled with
-frequent tokens first. A row is read once for all that wait. Unused, unpublished versions close.
+frequent tokens first. A row is read once for all that wait, and a bad one fails those alone that
+ask for it. Unused, unpublished versions close.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from logging import WARNING
 import numpy as np
 
 from tolhouse.client.row_source import StoreRowSource
-from tolhouse.errors import TolhouseError
+from tolhouse.errors import Corrupt, TolhouseError
 from tolhouse.logs import event
 from tolhouse.store.base import LEASE_SECONDS
 from tolhouse.store.registry import stands_for
@@ -26,7 +27,7 @@ _CHUNK_BYTES = 1 << 20  # records that are handed on at once
 _READ_BYTES = 4 << 20  # records that are read at once
 _MOST_OPEN_TABLES = 8
 
-Read = Future[dict[int, Buffer]]  # verified records by token
+Read = Future[dict[int, Buffer | Corrupt]]  # by token: a verified record, or why there is none
 
 
 class OpenTable:
@@ -82,7 +83,11 @@ class HotRows:
     async def chunks(
         self, table: OpenTable, ids: np.ndarray, parent: Span = INVALID_SPAN
     ) -> AsyncIterator[tuple[list[Buffer], int]]:
-        """Chunks of records, good until the event loop goes on, and how many of each were read."""
+        """Chunks of records, good until the event loop goes on, and how many of each were read.
+
+        Corrupt, with all tokens whose rows are bad; the others are hot then.
+        """
+        bad: dict[int, Corrupt] = {}
         size, begun, ahead = table.manifest.record_bytes, dict[int, Read](), 0
         step = max(1, _CHUNK_BYTES // size)
         window = max(step, _READ_BYTES // size)
@@ -91,17 +96,25 @@ class HotRows:
                 begun |= self._read(table, ids[ahead : ahead + window], parent)
                 ahead += window
             part, read = ids[first : first + step], dict[int, Buffer]()
-            while missing := [i for i in table.cold(part) if i not in read]:
+            while missing := [i for i in table.cold(part) if i not in read and i not in bad]:
                 for i in missing:  # rows come and go meanwhile
                     arrival = begun.pop(i, None) or self._read(table, part, parent).get(i)
                     if arrival:
-                        read[i] = (await asyncio.shield(arrival))[i]
+                        found = (await asyncio.shield(arrival))[i]
+                        if isinstance(found, Corrupt):
+                            bad[i] = found
+                        else:
+                            read[i] = found
+            if bad:
+                continue
             slots = table.cache.slots(part).tolist()
             records = [
                 table.flat[slot * size : (slot + 1) * size] if slot >= 0 else read[i]
                 for i, slot in zip(part.tolist(), slots, strict=True)
             ]
             yield records, len(read)
+        if bad:
+            raise Corrupt(str(next(iter(bad.values()))), bad)
 
     def _read(
         self, table: OpenTable, ids: np.ndarray, parent: Span = INVALID_SPAN, *, main: bool = False
@@ -118,20 +131,38 @@ class HotRows:
         return {i: table.reading[i] for i in cold}
 
     async def _finish(self, table: OpenTable, ids: np.ndarray, arrival: Read, main: bool) -> None:
+        tokens = ids.tolist()
         try:
-            records = await asyncio.to_thread(self.source.fetch_records, table.manifest, ids)
-        except BaseException as error:  # noqa: BLE001 - the requests that wait get it
-            arrival.set_exception(error)
+            records, error = await asyncio.to_thread(self._fetch, table.manifest, ids)
+        except BaseException as failure:  # noqa: BLE001 - the requests that wait get it
+            arrival.set_exception(failure)
         else:
-            arrival.set_result(dict(zip(ids.tolist(), record_views(records), strict=True)))
+            found: dict[int, Buffer | Corrupt] = dict(
+                zip(tokens, record_views(records), strict=True)
+            )
+            if error:
+                found |= dict.fromkeys(error.token_ids, error)
+                intact = ~np.isin(ids, error.token_ids)
+                ids, records = ids[intact], records[intact]
+            arrival.set_result(found)
             await asyncio.sleep(0)  # replies go first
             slots = table.cache.reserve(ids, main=main)
             given = slots >= 0 if (slots < 0).any() else slice(None)  # a slice makes no copy
             table.cache.slab[slots[given]] = records[given]
             table.cache.commit(ids, slots)
         finally:
-            for i in ids.tolist():
+            for i in tokens:
                 del table.reading[i]
+
+    def _fetch(self, manifest: Manifest, ids: np.ndarray) -> tuple[np.ndarray, Corrupt | None]:
+        """Records of `ids`, and which of them are bad."""
+        out = np.empty((len(ids), manifest.record_bytes), np.uint8)
+        try:
+            return self.source.fetch_records(manifest, ids, out), None
+        except Corrupt as error:
+            if not error.token_ids:
+                raise
+            return out, error
 
     async def _fill(self, table: OpenTable) -> None:
         """Read frequent tokens' rows, then others while there is room; the most frequent last."""

@@ -16,7 +16,7 @@ from prometheus_client import Counter, Histogram
 from tolhouse import tracing
 from tolhouse.client.row_source import StoreRowSource
 from tolhouse.config import LookupConfig
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import Corrupt, InvalidArgument
 from tolhouse.logs import event
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.net.fetch_reply import serialize
@@ -114,7 +114,8 @@ class LookupService:
             trace.set_attributes({"tolhouse.rows": len(ids), "tolhouse.rows_from_store": missed})
         except Exception as error:  # noqa: BLE001 - the boundary where every error becomes a status
             status, message = status_of(error)
-            failure = pb.Error(status=status, message=message)
+            bad = error.token_ids if isinstance(error, Corrupt) else ()
+            failure = pb.Error(status=status, message=message, token_ids=bad)
             header = pb.FetchReply(request_id=request.request_id, error=failure, last=True)
             yield header.SerializeToString()
         finally:

@@ -8,9 +8,9 @@ import logging
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import closing
-from typing import Literal
+from functools import lru_cache
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import numpy as np
@@ -33,14 +33,9 @@ class Alias:
     version: str
     history: tuple[str, ...]
 
-    def to_json(self) -> bytes:
-        return _ALIAS.dump_json(self)
-
 
 _ALIAS = TypeAdapter(Alias)
-
-Kind = Literal["manifest", "deleting", "alias"]  # of "name@version" the first two, of "name"
-Changes = dict[tuple[Kind, str], bytes | None]  # texts of the registry to write, or to remove
+_parsed = lru_cache(16)(Manifest.from_json)  # it may be long, and is read again with each bad row
 
 
 class Store(ABC):
@@ -63,7 +58,7 @@ class Store(ABC):
         if text is None:
             raise NotFound(f"table {ref} is not in {self.url}")
         try:
-            manifest = Manifest.from_json(text)
+            manifest = _parsed(text)
         except (InvalidArgument, Corrupt) as error:
             raise Corrupt(f"{ref} in {self.url}: {error}") from None
         if manifest.ref != ref:
@@ -93,13 +88,17 @@ class Store(ABC):
     def count(self, manifest: Manifest, shard: int) -> int:
         """Rows that the shard holds; 0 where there is none."""
 
+    def commit(self, manifest: Manifest) -> None:
+        """Write the manifest, last of all: from now on the table is there."""
+        self._write_text(manifest.ref, "manifest", manifest.to_json().encode())
+
     @abstractmethod
-    def delete_records(self, ref: str) -> None:
-        """Remove all that is stored of "name@version", whose manifest is gone already."""
+    def delete(self, ref: str) -> None:
+        """Remove all that is stored of "name@version", complete or not; its manifest goes first."""
 
     @abstractmethod
     def lease(self, ref: str) -> None:
-        """Note that a version is used now; good for LEASE_SECONDS, or until the process ends."""
+        """Note that a version is used now; good for LEASE_SECONDS."""
 
     @abstractmethod
     def leased(self, ref: str) -> bool:
@@ -116,15 +115,9 @@ class Store(ABC):
             what = "is malformed; publish a version to write it anew"
             raise Corrupt(f"the alias of {name!r} in {self.url} {what}") from None
 
-    @abstractmethod
-    def update(self, change: Callable[[], Changes]) -> None:
-        """Write what `change` returns, in its order and as one: nobody else's update comes between
-        what `change` reads and the last of it. `change` may be called several times.
-        """
-
-    def is_being_deleted(self, ref: str) -> bool:
-        """Whether the records of a version are being removed, or that was cut off."""
-        return self._read_text(ref, "deleting") is not None
+    def set_alias(self, name: str, alias: Alias) -> None:
+        """Make `name` stand for another version."""
+        self._write_text(check_name(name), "alias", _ALIAS.dump_json(alias))
 
     # rows
 
@@ -138,14 +131,23 @@ class Store(ABC):
         """Verified records of `ids` uint32 [T], in `slots` of `out`, uint8 [., record_bytes].
 
         Without them, as a new array. What an overlay has not changed is its parent's. Corrupt,
-        with the token, if a record is missing or altered; NotFound if a parent is gone.
+        with their tokens, if records are missing or altered: all others are in place. NotFound if
+        a parent is gone.
         """
         out = np.empty((len(ids), manifest.record_bytes), np.uint8) if out is None else out
         slots = np.arange(len(ids)) if slots is None else slots
-        owned = manifest.owns(ids)
-        self._read_own(manifest, ids[owned], out, slots[owned])
+        owned, bad = manifest.owns(ids), list[Corrupt]()
+        parts = [(manifest, owned)]
         if not owned.all():
-            self._read_own(self.parent(manifest), ids[~owned], out, slots[~owned])
+            parts.append((self.parent(manifest), ~owned))
+        for table, part in parts:
+            try:
+                self._read_own(table, ids[part], out, slots[part])
+            except Corrupt as error:
+                self._reopen(table, np.array(error.token_ids, np.uint32))
+                bad.append(error)
+        if bad:
+            raise Corrupt(str(bad[0]), (i for error in bad for i in error.token_ids))
         return out
 
     def auxiliary(self, manifest: Manifest) -> AuxiliaryTables:
@@ -178,15 +180,25 @@ class Store(ABC):
             manifest.verify(ids, filled)
 
     @abstractmethod
-    def _fill(self, manifest: Manifest, ids: np.ndarray, views: Views) -> Generator[memoryview]:
+    def _fill(
+        self, manifest: Manifest, ids: np.ndarray, views: Views
+    ) -> Generator[memoryview | str]:
         """Read the records of `ids`, in order of shards and positions, into `views`.
 
-        Each view is yielded once it is full. Corrupt if a record is not there.
+        Each view is yielded once it is full; in its place, a text where the record is not there.
         """
 
     @abstractmethod
-    def _read_text(self, ref: str, kind: Kind) -> bytes | None:
-        """A text of the registry, if it is there."""
+    def _reopen(self, manifest: Manifest, ids: np.ndarray) -> None:
+        """Give up what is kept open of the shards of `ids` and out of date: rows there are bad."""
+
+    # "manifest" of "name@version", and "alias" of "name"
+
+    @abstractmethod
+    def _read_text(self, ref: str, what: str) -> bytes | None: ...
+
+    @abstractmethod
+    def _write_text(self, ref: str, what: str, text: bytes) -> None: ...
 
 
 def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0) -> Store:

@@ -247,12 +247,23 @@ class Manifest:
         blocks = (np.ascontiguousarray(fields[f"block{k}"]) for k in range(len(self.ranks)))
         return [self.codec.decode(block).astype(np.float32) for block in blocks]
 
-    def verify(self, ids: np.ndarray, records: Iterable[Buffer]) -> None:
-        """Corrupt, naming the token, unless each record is intact, of this version and token."""
+    def verify(self, ids: np.ndarray, records: Iterable[Buffer | str]) -> None:
+        """Corrupt, with all bad tokens, unless each record is intact, of this version and token.
+
+        A text in place of a record says why there is none.
+        """
+        bad: dict[int, str] = {}
         for i, seed, record in zip(ids.tolist(), self.seeds(ids), records, strict=True):
+            if isinstance(record, str):
+                bad[i] = record
+                continue
             checksum = int.from_bytes(record[-8:], "little")
             if xxhash.xxh3_64_intdigest(memoryview(record)[:-8], seed) != checksum:
-                raise Corrupt(f"the row of token {i} in table {self.ref} fails its checksum")
+                bad[i] = f"the row of token {i} in table {self.ref} fails its checksum"
+        if bad:
+            first, *others = bad.values()
+            more = f"; rows of {len(others)} other tokens can't be read either" if others else ""
+            raise Corrupt(first + more, bad)
 
     def copy_records(
         self, ids: np.ndarray, source: memoryview, out: memoryview, slots: Iterable[int]

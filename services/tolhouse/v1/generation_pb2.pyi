@@ -126,7 +126,7 @@ class DescribeWorkerReply(_message.Message):
     def __init__(self, model: _Optional[str] = ..., model_id: _Optional[str] = ..., tokenizer_id: _Optional[str] = ..., table: _Optional[str] = ..., context_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., rows: _Optional[_Union[RowCounts, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., dense_weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_id: _Optional[int] = ..., most_sequences: _Optional[int] = ..., row_layers: _Optional[int] = ..., tokens: _Optional[int] = ..., absent_layers: _Optional[_Iterable[int]] = ..., altered: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RowCounts(_message.Message):
-    __slots__ = ("from_cache", "from_remote", "remote_bytes", "wait_seconds", "recomputed", "fetches", "fetch_seconds", "from_file")
+    __slots__ = ("from_cache", "from_remote", "remote_bytes", "wait_seconds", "recomputed", "fetches", "fetch_seconds", "from_file", "missing")
     FROM_CACHE_FIELD_NUMBER: _ClassVar[int]
     FROM_REMOTE_FIELD_NUMBER: _ClassVar[int]
     REMOTE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +135,7 @@ class RowCounts(_message.Message):
     FETCHES_FIELD_NUMBER: _ClassVar[int]
     FETCH_SECONDS_FIELD_NUMBER: _ClassVar[int]
     FROM_FILE_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
     from_cache: int
     from_remote: int
     remote_bytes: int
@@ -143,4 +144,5 @@ class RowCounts(_message.Message):
     fetches: int
     fetch_seconds: float
     from_file: int
-    def __init__(self, from_cache: _Optional[int] = ..., from_remote: _Optional[int] = ..., remote_bytes: _Optional[int] = ..., wait_seconds: _Optional[float] = ..., recomputed: _Optional[int] = ..., fetches: _Optional[int] = ..., fetch_seconds: _Optional[float] = ..., from_file: _Optional[int] = ...) -> None: ...
+    missing: int
+    def __init__(self, from_cache: _Optional[int] = ..., from_remote: _Optional[int] = ..., remote_bytes: _Optional[int] = ..., wait_seconds: _Optional[float] = ..., recomputed: _Optional[int] = ..., fetches: _Optional[int] = ..., fetch_seconds: _Optional[float] = ..., from_file: _Optional[int] = ..., missing: _Optional[int] = ...) -> None: ...

@@ -33,12 +33,14 @@ class FetchReply(_message.Message):
     def __init__(self, request_id: _Optional[int] = ..., first: _Optional[int] = ..., records: _Optional[bytes] = ..., last: _Optional[bool] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
 class Error(_message.Message):
-    __slots__ = ("status", "message")
+    __slots__ = ("status", "message", "token_ids")
     STATUS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     status: str
     message: str
-    def __init__(self, status: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, status: _Optional[str] = ..., message: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ("table", "known")

@@ -35,6 +35,7 @@ class EngineMetrics(Collector):
                 "Bytes of rows received over the network",
                 counts["remote_bytes"],
             ),
+            (COUNTER, "rows_missing", "Rows missing or damaged in the source", counts["missing"]),
             (COUNTER, "row_wait_seconds", "Time steps waited for rows", counts["wait_seconds"]),
             (COUNTER, "row_fetches", "Fetches from the row source", counts["fetches"]),
             (COUNTER, "row_fetch_seconds", "Time of these fetches", counts["fetch_seconds"]),
