@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tolhouse.errors import InvalidArgument, PromptTooLong
-from tolhouse.gateway.text import Detokenizer, Vocabulary, check_ids
+from tolhouse.gateway.text import Detokenizer, Vocabulary
 from tolhouse.model.tokenizer import load_tokenizer
+from tolhouse.sampling import check_ids
 
 TOKENIZER = load_tokenizer(Path("models/demo-memory/tokenizer.json"))
 VOCABULARY = Vocabulary(TOKENIZER)

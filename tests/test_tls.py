@@ -5,8 +5,6 @@ import hashlib
 import shutil
 import socket
 import ssl
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -34,7 +32,7 @@ from tolhouse.testing import (
     wait_until,
 )
 
-from tests.commands import LOCAL
+from tests.commands import LOCAL, tolhouse
 
 
 def pair(folder: Path, name: str = "service", kind: str = "") -> tuple[str, ...]:
@@ -67,13 +65,9 @@ def context(folder: Path, client: bool = True) -> ssl.SSLContext:
     return made
 
 
-def tolhouse(*arguments: str) -> str:
+def refusal(*arguments: str) -> str:
     """What a command that fails says."""
-    command = [sys.executable, "-m", "tolhouse.cli", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert 1 == ended.returncode, ended.stderr
-    assert "Traceback" not in ended.stderr
-    return ended.stderr
+    return tolhouse("", *arguments, code=1).stderr
 
 
 def secured(checkpoint: Path, store: str, folder: Path, lookup: str = "", worker: str = "") -> Any:
@@ -243,7 +237,7 @@ def test_files_that_do_not_fit_are_refused_at_start(
 ) -> None:
     """The error names the file, and what is wrong with it."""
     filled = options.format(bad).split()
-    assert said.format(bad) in tolhouse("lookup", "--store", store, *LOCAL, *filled)
+    assert said.format(bad) in refusal("lookup", "--store", store, *LOCAL, *filled)
 
 
 # plaintext
@@ -260,13 +254,13 @@ def test_plaintext_between_machines_has_to_be_asked_for(checkpoint: Path, store:
     """For listening and calling, for each kind of port, the error says what to do."""
     said = "or --insecure where the network is trusted"
     for command in (("lookup", "--store", store), ("gateway", str(checkpoint))):
-        assert said in tolhouse(*command, "--listen", "0.0.0.0:0")
-    assert said in tolhouse("lookup", "--store", store, *LOCAL, "--metrics-listen", "0.0.0.0:0")
-    assert said in tolhouse("gateway", str(checkpoint), *LOCAL, "--workers", "worker-7:50052")
-    assert said in tolhouse("worker", str(checkpoint), *LOCAL, "--rows", "lookup-1:50051")
-    assert said in tolhouse("fetch", "t", "1", "--rows", "lookup-1:50051")
+        assert said in refusal(*command, "--listen", "0.0.0.0:0")
+    assert said in refusal("lookup", "--store", store, *LOCAL, "--metrics-listen", "0.0.0.0:0")
+    assert said in refusal("gateway", str(checkpoint), *LOCAL, "--workers", "worker-7:50052")
+    assert said in refusal("worker", str(checkpoint), *LOCAL, "--rows", "lookup-1:50051")
+    assert said in refusal("fetch", "t", "1", "--rows", "lookup-1:50051")
     for command in (("lookup",), ("tables", "list"), ("build", str(checkpoint))):
-        assert said in tolhouse(*command, "--store", "redis://user:secret@redis:6379")
+        assert said in refusal(*command, "--store", "redis://user:secret@redis:6379")
     with pytest.raises(InvalidArgument, match="plaintext"):
         Client("lookup-1:50051")
     Client("lookup-1:50051", credentials=ClientCredentials(insecure=True)).close()
@@ -291,7 +285,7 @@ def test_redis_with_tls_has_to_be_checked() -> None:
 def test_a_password_on_the_command_line_is_warned_of(command: str, redis_url: str) -> None:
     """And it shows in no message."""
     url = redis_url.replace("//", "//:hunter2@")
-    said = tolhouse(*command.split(), url)
+    said = refusal(*command.split(), url)
     assert "a password on the command line" in said
     assert "hunter2" not in said
 
@@ -434,11 +428,10 @@ def test_redis_password_is_replaced(tmp_path: Path) -> None:
 
 def test_certs_are_made_from_the_shell(tmp_path: Path) -> None:
     """An authority, and certificates of it; keys are readable by their owner alone."""
-    command = [sys.executable, "-m", "tolhouse.cli", "certs", str(tmp_path)]
     for more in ((), ("--name", "gateway", "--hosts", "gateway.example")):
-        told = subprocess.run([*command, *more], capture_output=True, text=True, check=True).stdout
+        told = tolhouse("certs", tmp_path, *more).stdout
     assert f"{tmp_path}/gateway.pem {tmp_path}/gateway.key\n" == told
     names = {f"{name}.{kind}" for name in ("ca", "service", "gateway") for kind in ("pem", "key")}
     assert names == {p.name for p in tmp_path.iterdir()}
     assert {0o600} == {p.stat().st_mode & 0o777 for p in tmp_path.glob("*.key")}
-    assert "for these hosts" in tolhouse("certs", str(tmp_path), "--hosts", "a host")
+    assert "for these hosts" in refusal("certs", str(tmp_path), "--hosts", "a host")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgument, PromptTooLong
 from tolhouse.v1.generation_pb2 import GenerateRequest
 
 T = TypeVar("T")
@@ -110,3 +110,24 @@ class SamplingParams(SamplingOptions):
     @property
     def penalises(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+def check_prompt(
+    prompt_ids: Iterable[int], max_tokens: int, vocab_size: int, context_tokens: int
+) -> list[int]:
+    """The prompt as a list, if it is not empty, fits the context, and is of this vocabulary."""
+    ids = list(prompt_ids)
+    if not ids:
+        raise InvalidArgument("the prompt is empty; at least one token is needed")
+    if len(ids) + max_tokens > context_tokens:
+        asked = f"{len(ids)} prompt tokens and max_tokens {max_tokens}"
+        context = f"the context of {context_tokens} tokens"
+        raise PromptTooLong(f"{asked} exceed {context}: shorten the prompt or lower max_tokens")
+    return check_ids(ids, vocab_size)
+
+
+def check_ids(ids: list[int], vocab_size: int) -> list[int]:
+    if bad := [i for i in ids if not 0 <= i < vocab_size]:
+        allowed = f"allowed are 0 to {vocab_size - 1}"
+        raise InvalidArgument(f"token id {bad[0]} is outside the vocabulary: {allowed}")
+    return ids

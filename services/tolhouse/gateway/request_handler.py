@@ -6,11 +6,11 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
 
-from tolhouse.errors import InvalidArgument, PromptTooLong
 from tolhouse.gateway import metrics
 from tolhouse.gateway.router import ServedModel, WorkerRouter
 from tolhouse.gateway.schemas import GenerationRequest
-from tolhouse.gateway.text import ChoiceDetokenizer, Delta, Vocabulary, check_ids
+from tolhouse.gateway.text import ChoiceDetokenizer, Delta, Vocabulary
+from tolhouse.sampling import check_prompt
 from tolhouse.v1.generation_pb2 import GenerateRequest
 
 
@@ -34,13 +34,8 @@ class RequestHandler:
         body, context = self.body, self.model.context_tokens
         self._requests: list[GenerateRequest] = []  # one for each choice
         for ids in self.prompts:
-            if not ids:
-                raise InvalidArgument("the prompt is empty; at least one token is needed")
             most = body.most_tokens(context - len(ids))
-            if len(ids) + most > context:
-                both = f"{len(ids)} prompt tokens and max_tokens {most}"
-                raise PromptTooLong(f"{both} exceed the context of {context} tokens: lower one")
-            check_ids(ids, self.model.vocab_size)  # no more of them than the context now
+            check_prompt(ids, most, self.model.vocab_size, context)
             for choice in range(body.n):
                 sampling = body.sampling(most, choice, body.num_logprobs)
                 request_id = f"{self.request_id}-{len(self._requests)}"

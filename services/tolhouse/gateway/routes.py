@@ -21,8 +21,8 @@ from tolhouse.gateway.request_handler import RequestHandler
 from tolhouse.gateway.router import WorkerRouter
 from tolhouse.gateway.schemas import CompletionRequest, GenerationRequest
 from tolhouse.gateway.templates import ChatTemplate
-from tolhouse.gateway.text import Vocabulary, check_ids
-from tolhouse.sampling import IdAsText
+from tolhouse.gateway.text import Vocabulary
+from tolhouse.sampling import IdAsText, check_ids
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.1  # between looks whether a caller is still there

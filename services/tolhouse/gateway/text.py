@@ -63,13 +63,6 @@ class Vocabulary:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
 
 
-def check_ids(ids: list[int], vocab_size: int) -> list[int]:
-    if bad := [i for i in ids if not 0 <= i < vocab_size]:
-        allowed = f"allowed are 0 to {vocab_size - 1}"
-        raise InvalidArgument(f"token id {bad[0]} is outside the vocabulary: {allowed}")
-    return ids
-
-
 class Detokenizer:
     """The text of one completion, in parts that are final. The stop string that is complete first
     ends it, before the string or, with `include_stop`, after it, however tokens arrive."""

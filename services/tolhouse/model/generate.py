@@ -5,24 +5,9 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from tolhouse.errors import InvalidArgument, PromptTooLong
-from tolhouse.model.config import ModelConfig
+from tolhouse.errors import InvalidArgument
 from tolhouse.model.transformer import GrowingCache, Rows, Transformer
-
-
-def check_prompt(config: ModelConfig, prompt_ids: Iterable[int], max_tokens: int) -> list[int]:
-    """The prompt as a list, if it is not empty, of this vocabulary, and fits the context."""
-    ids = list(prompt_ids)
-    if not ids:
-        raise InvalidArgument("the prompt is empty; at least one token is needed")
-    if len(ids) + max_tokens > config.max_position_embeddings:
-        asked = f"{len(ids)} prompt tokens and max_tokens {max_tokens}"
-        context = f"the context of {config.max_position_embeddings} tokens"
-        raise PromptTooLong(f"{asked} exceed {context}: shorten the prompt or lower max_tokens")
-    if bad := [i for i in ids if not 0 <= i < config.vocab_size]:
-        allowed = f"allowed are 0 to {config.vocab_size - 1}"
-        raise InvalidArgument(f"token id {bad[0]} is outside the vocabulary: {allowed}")
-    return ids
+from tolhouse.sampling import check_prompt
 
 
 @torch.inference_mode()
@@ -39,13 +24,14 @@ def greedy(
     """
     if max_tokens < 1:
         raise InvalidArgument(f"max_tokens must be at least 1, not {max_tokens}")
-    rows_of, cache, position = rows or model.rows, GrowingCache(), 0
-    ids_T = torch.tensor(check_prompt(model.config, prompt_ids, max_tokens))
+    config, rows_of, cache, position = model.config, rows or model.rows, GrowingCache(), 0
+    bounds = config.vocab_size, config.max_position_embeddings
+    ids_T = torch.tensor(check_prompt(prompt_ids, max_tokens, *bounds))
     for _ in range(max_tokens):
         positions_T = position + torch.arange(len(ids_T))
         hidden_TD = model.hidden(ids_T, positions_T, cache, rows_of(ids_T))
         position += len(ids_T)
         ids_T = model.lm_head(hidden_TD[-1]).argmax(keepdim=True)
-        if (token := int(ids_T)) == model.config.eos_token_id and not ignore_eos:
+        if (token := int(ids_T)) == config.eos_token_id and not ignore_eos:
             return
         yield token

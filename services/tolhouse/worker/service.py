@@ -15,9 +15,8 @@ from tolhouse.errors import InvalidArgument
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig
-from tolhouse.model.generate import check_prompt
 from tolhouse.net.server import status_of
-from tolhouse.sampling import SamplingParams
+from tolhouse.sampling import SamplingParams, check_prompt
 from tolhouse.v1 import generation_pb2 as pb
 from tolhouse.v1.generation_pb2_grpc import GenerationServicer
 
@@ -115,7 +114,8 @@ class WorkerService(GenerationServicer):
     def _sequence(self, request: pb.GenerateRequest, outputs: asyncio.Queue[Output]) -> Sequence:
         if (length := len(request.request_id)) > MAX_REQUEST_ID:
             raise InvalidArgument(f"request_id has {length} characters; allowed: {MAX_REQUEST_ID}")
-        prompt = check_prompt(self.config, request.prompt_token_ids, request.max_tokens)
+        bounds = self.config.vocab_size, self.config.max_position_embeddings
+        prompt = check_prompt(request.prompt_token_ids, request.max_tokens, *bounds)
         sampling = SamplingParams.from_proto(request)
         check_sampling(self.config, sampling)
         if not sampling.ignore_eos:
