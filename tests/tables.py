@@ -1,5 +1,7 @@
 """Small tables of random rows, for tests of what stores and reads them."""
 
+import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -55,3 +57,10 @@ def owners_of(client: Client, table: str, ids: np.ndarray) -> list[str]:
         for n in part.tolist():
             owners[n] = replica.target
     return owners
+
+
+def digest_of(data: dict[str, Any]) -> str:
+    """As the documentation says it."""
+    rest = {name: value for name, value in data.items() if name != "digest"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -17,7 +17,7 @@ from tolhouse.store.base import open_store
 from tolhouse.store.writer import digest
 from tolhouse.table.manifest import Manifest, check_name, content_id, split_ref
 
-from tests.tables import manifest_of, records_of
+from tests.tables import digest_of, manifest_of, records_of
 
 
 def golden(codec_name: str = "fp32", **changes: Any) -> Manifest:
@@ -30,13 +30,6 @@ def text_of(**changes: Any) -> str:
     data = {**json.loads(golden().to_json()), **changes}
     data = {name: value for name, value in data.items() if value is not None}
     return json.dumps({**data, "digest": digest_of(data)})
-
-
-def digest_of(data: dict[str, Any]) -> str:
-    """As the documentation says it."""
-    rest = {name: value for name, value in data.items() if name != "digest"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 IDS = np.array([1, 3], np.uint32)

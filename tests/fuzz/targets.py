@@ -26,10 +26,10 @@ from tolhouse.lookup.service import parse_ids
 from tolhouse.net import fetch_reply
 from tolhouse.store.files import FileStore
 from tolhouse.store.registry import publish
-from tolhouse.table.manifest import Manifest
+from tolhouse.table.manifest import MAX_RECORD_BYTES, Manifest
 from tolhouse.v1 import lookup_pb2
 
-from tests.tables import manifest_of, read, records_of, write
+from tests.tables import digest_of, manifest_of, read, records_of, write
 
 ALLOWED = (TolhouseError, ValidationError)
 MANIFEST = manifest_of("fuzz", vocab_size=6, width=5, num_shards=1, frequent=(3, 1))
@@ -94,7 +94,8 @@ def targets(folder: Path) -> dict[str, Target]:
         for name, seeds, load in ((n, s, model.model_validate_json) for n, model, s in BODIES)
     }
     return bodies | {
-        "manifest": Target([MANIFEST.to_json().encode()], Manifest.from_json),
+        "manifest": Target([MANIFEST.to_json().encode()], _read_manifest),
+        "manifest with a new digest": Target([MANIFEST.to_json().encode()], _read_signed),
         "alias": of_file(alias, lambda: store.alias(MANIFEST.name)),
         "record": Target([RECORDS.tobytes()], read_records),
         "shard file": of_file(shard, lambda: _read_table(store.root)),
@@ -102,6 +103,24 @@ def targets(folder: Path) -> dict[str, Target]:
         "fetch reply": Target([large, failure.SerializeToString()], fetch_reply.parse),
         "keys file": of_file(keys, lambda: read_keys(str(keys))),
     }
+
+
+def _read_manifest(data: bytes) -> None:
+    assert Manifest.from_json(data) == MANIFEST, "an altered manifest passes"
+
+
+def _read_signed(data: bytes) -> None:
+    """Whatever a manifest says whose digest is right, it is refused or means what it says."""
+    try:
+        fields = json.loads(data)
+        text = json.dumps({**fields, "digest": digest_of(fields)})
+    except (ValueError, TypeError, RecursionError):
+        return
+    read = Manifest.from_json(text)
+    assert read == Manifest.from_json(read.to_json()), "it is written otherwise than it was read"
+    assert 0 < read.record_bytes <= MAX_RECORD_BYTES
+    shards = range(read.num_shards if read.vocab_size < 10_000 else 0)
+    assert not shards or read.num_records == sum(len(read.shard_ids(shard)) for shard in shards)
 
 
 def read_records(data: bytes, verify: Callable = MANIFEST.verify) -> None:
