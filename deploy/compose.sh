@@ -13,7 +13,7 @@ trap 'status=$?; ((status == 0)) || docker compose logs --tail 50 >&2; docker co
 
 docker compose --profile load build
 docker compose up --detach --wait
-python3 - "http://127.0.0.1:$GATEWAY_PORT/v1/completions" <<'PY'
+no_proxy=127.0.0.1 python3 - "http://127.0.0.1:$GATEWAY_PORT/v1/completions" <<'PY'
 import json, sys, urllib.request
 
 body = json.dumps({"prompt": "def __init__(self", "max_tokens": 32, "temperature": 0}).encode()

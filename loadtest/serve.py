@@ -117,7 +117,11 @@ async def run(load: Load, rate: float, seconds: float, seed: int = 0) -> tuple[l
     sent: list[asyncio.Task[Answer]] = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(
-        base_url=load.url, headers=load.headers, limits=limits, timeout=load.deadline_seconds
+        base_url=load.url,
+        headers=load.headers,
+        limits=limits,
+        timeout=load.deadline_seconds,
+        trust_env=False,  # a proxy would be measured, too
     ) as client:
         started, at = time.perf_counter(), rng.exponential(1 / rate)
         while at < seconds:
@@ -195,7 +199,7 @@ def row(found: dict) -> str:
 def model_of(url: str, headers: dict[str, str]) -> str:
     """The one model that is served there."""
     try:
-        reply = httpx.get(f"{url}/v1/models", headers=headers, timeout=10)
+        reply = httpx.get(f"{url}/v1/models", headers=headers, timeout=10, trust_env=False)
         reply.raise_for_status()
         served = [model["id"] for model in reply.json()["data"]]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:

@@ -4,9 +4,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from urllib.request import urlopen
 
-from tolhouse.testing import Process
+from tolhouse.testing import Process, open_url
 
 LOCAL = ("--listen", "127.0.0.1:0")  # a free port of this machine
 
@@ -32,5 +31,5 @@ def tolhouse(
 
 def metrics(running: Process) -> str:
     """The page of a process' Prometheus metrics."""
-    with urlopen(f"http://{running.ready['metrics']}/metrics", timeout=10) as answer:
+    with open_url(f"http://{running.ready['metrics']}/metrics", 10) as answer:
         return answer.read().decode()

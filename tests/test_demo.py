@@ -23,7 +23,9 @@ def test_the_demo_ends_with_one_line_of_json(name: str, tmp_path: Path) -> None:
     mark = uuid.uuid4().hex  # in the environment of all that it starts
     checkpoint = str(Path("models", name).absolute())
     command = [*TOLHOUSE, "demo", "--checkpoint", checkpoint, "--max-tokens", "40"]
-    environment = {**os.environ, "DEMO_MARK": mark}
+    proxies = ("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    nowhere = dict.fromkeys(proxies, f"http://127.0.0.1:{free_port()}")  # all stays on this machine
+    environment = {**os.environ, **nowhere, "DEMO_MARK": mark}
     ended = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
     )

@@ -48,10 +48,11 @@ class Caller(Config):
     tls_client_key: str = option("", "Its key, PEM, without a password.")
     token_file: str = option("", "File with the services' token; the first line is sent.")
     insecure: bool = option(False, INSECURE)
+    proxy: str = option("", "Proxy for calls with TLS to other machines, http://HOST:PORT.")
 
     def client_credentials(self) -> ClientCredentials:
         files = self.tls_ca, self.tls_client_cert, self.tls_client_key, self.token_file
-        return ClientCredentials(*files, self.insecure)
+        return ClientCredentials(*files, self.insecure, proxy=self.proxy)
 
 
 class Server(Config):

@@ -17,7 +17,7 @@ from tolhouse.config import DEFAULT_STORE
 from tolhouse.errors import Internal, Unavailable
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import greedy
-from tolhouse.testing import Cluster, local_cluster
+from tolhouse.testing import Cluster, local_cluster, open_url
 
 PROMPTS = (
     "try:\n    import json\nexcept",
@@ -114,7 +114,7 @@ def _complete(cluster: Cluster, model: str, prompt: str, max_tokens: int) -> str
     click.echo(f"\n{click.style(prompt, bold=True)}", nl=False)
     texts = []
     try:
-        with urllib.request.urlopen(request, timeout=120) as reply:  # noqa: S310
+        with open_url(request, 120) as reply:
             for line in reply:
                 event = line.removeprefix(b"data: ").strip()
                 if event and event != b"[DONE]":

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
 
 from tolhouse.errors import NotFound, Unavailable
 
@@ -168,7 +168,12 @@ def local_cluster(
 def wait_until_healthy(address: str, tls: ssl.SSLContext | None = None) -> None:
     """Wait until the gateway at `address` has a healthy worker; over HTTPS if `tls` is given."""
     url = f"http{'s' * bool(tls)}://{address}/health"
-    wait_until(lambda: not urlopen(url, timeout=5, context=tls).close(), url)  # noqa: S310
+    wait_until(lambda: not open_url(url, 5, tls).close(), url)
+
+
+def open_url(request: str | Request, seconds: float, tls: ssl.SSLContext | None = None) -> Any:
+    """The answer to an HTTP request, or to a GET of a URL; proxy variables are not heeded."""
+    return build_opener(ProxyHandler({}), HTTPSHandler(context=tls)).open(request, timeout=seconds)
 
 
 def build_table(

@@ -7,7 +7,7 @@ FetchRequest. Work for a batch is below the first of its traced requests, and li
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from opentelemetry import context, trace
@@ -48,7 +48,9 @@ def start_tracing(service: str, url: str, *, insecure: bool) -> None:
     redirect_log("opentelemetry", logging.WARNING)
     log.addFilter(_add_trace_id)
     provider = TracerProvider(resource=Resource.create({"service.name": f"tolhouse-{service}"}))
-    exporter = OTLPSpanExporter(endpoint=url, insecure=parts.scheme == "http", timeout=5)
+    no_proxy = ("grpc.enable_http_proxy", 0)  # whatever variables such as http_proxy say
+    more: Any = {"timeout": 5, "channel_options": (no_proxy,)}
+    exporter = OTLPSpanExporter(endpoint=url, insecure=parts.scheme == "http", **more)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     # not the global provider: FastAPI would add two spans a request
     _tracer = provider.get_tracer("tolhouse")

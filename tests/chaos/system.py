@@ -167,7 +167,7 @@ class Load:
             thread.join()
 
     def _run(self) -> None:
-        with httpx.Client(timeout=DEADLINE_SECONDS + 5) as client:
+        with httpx.Client(timeout=DEADLINE_SECONDS + 5, trust_env=False) as client:
             while not self._stop.is_set():
                 number = next(self._next)
                 seen = Seen(number // 2 % len(PROMPTS), bool(number % 2), time.monotonic())

@@ -95,6 +95,7 @@ class ClientCredentials:
     `tls_cert` and `tls_key` are for services that demand a certificate. `tls_name` is the host that
     a service's certificate is for, if not the one called. `token_file` holds the services' token.
     `insecure` calls other machines in plaintext: rows, prompts and tokens can be read on the way.
+    `proxy`, http://HOST:PORT, takes calls with TLS to other machines; the environment names none.
     """
 
     tls_ca: str = ""
@@ -103,9 +104,12 @@ class ClientCredentials:
     token_file: str = ""
     insecure: bool = False
     tls_name: str = ""
+    proxy: str = ""
 
     def channel_credentials(self, target: str) -> grpc.ChannelCredentials | None:
         """None means plaintext. InvalidArgument if that is not allowed, or a file does not fit."""
+        if self.proxy and not (self.tls_ca and re.fullmatch(r"http://[^/\s]+:\d+/?", self.proxy)):
+            raise InvalidArgument("--proxy must be http://HOST:PORT, and needs TLS: give --tls-ca")
         if self.tls_ca:
             _, cert, key, ca = read_pems(self.tls_cert, self.tls_key, self.tls_ca, retries=10)
             return grpc.ssl_channel_credentials(ca, key or None, cert or None)
@@ -115,6 +119,12 @@ class ClientCredentials:
             advice = "give --tls-ca, or --insecure where the network is trusted"
             raise InvalidArgument(f"{target} is another machine, called in plaintext: {advice}")
         return None
+
+    def proxy_option(self, target: str) -> tuple[str, int | str]:
+        """The option of a gRPC channel: without it, variables such as http_proxy name a proxy."""
+        if self.proxy and not is_loopback(target):
+            return "grpc.http_proxy", self.proxy
+        return "grpc.enable_http_proxy", 0
 
     def metadata(self) -> Metadata:
         """What goes with each call."""

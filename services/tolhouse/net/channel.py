@@ -40,7 +40,8 @@ _CALLERS_FAULT = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "NOT_FOUND")
 
 def dial(target: str, credentials: ClientCredentials, library: Any = grpc) -> Any:
     """A channel of `library`, grpc or grpc.aio; InvalidArgument if `credentials` forbid it."""
-    tls, options = credentials.channel_credentials(target), [*_CHANNEL_OPTIONS]
+    tls = credentials.channel_credentials(target)
+    options = [*_CHANNEL_OPTIONS, credentials.proxy_option(target)]
     if tls is None:
         return library.insecure_channel(target, options=options)
     if credentials.tls_name:
