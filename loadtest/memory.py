@@ -12,7 +12,7 @@ from tolhouse import Client
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import preset
 from tolhouse.store.base import open_store
-from tolhouse.store.registry import publish
+from tolhouse.store.registry import commit, publish
 from tolhouse.testing import process
 
 from loadtest.models import zero_weights
@@ -57,7 +57,7 @@ def _lookup(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:
         held = dataclasses.replace(manifest, vocab_size=count)
         store.write_shard(held, 0, records_of(manifest, ids))
         _stretch(next(folder.glob("tables/*/*/*.safetensors")), manifest.vocab_size)
-        store.commit(manifest)
+        commit(store, manifest)
         publish(store, manifest.ref)
     options = "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", "0"
     with process("lookup", *options) as lookup:

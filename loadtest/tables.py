@@ -11,7 +11,7 @@ from tolhouse import Manifest
 from tolhouse.client.row_source import RowSource, open_row_source
 from tolhouse.model.config import ModelConfig
 from tolhouse.store.base import Store, open_store
-from tolhouse.store.registry import publish
+from tolhouse.store.registry import commit, publish
 from tolhouse.table.manifest import content_id, record_views
 from tolhouse.testing import Process, process
 
@@ -68,7 +68,7 @@ def load(store: Store, manifest: Manifest) -> None:
     """Store the whole table."""
     for shard in range(manifest.num_shards):
         store.write_shard(manifest, shard, records_of(manifest, manifest.shard_ids(shard)))
-    store.commit(manifest)
+    commit(store, manifest)
 
 
 @contextmanager

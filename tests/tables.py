@@ -8,6 +8,7 @@ import numpy as np
 from tolhouse import Client
 from tolhouse.client.lookup import LookupRowSource
 from tolhouse.store.base import Store
+from tolhouse.store.registry import commit
 from tolhouse.table.manifest import Manifest
 
 
@@ -34,7 +35,7 @@ def write(store: Store, manifest: Manifest) -> Manifest:
     """Store the whole table, without digests of its shards."""
     for shard in range(manifest.num_shards):
         store.write_shard(manifest, shard, records_of(manifest, manifest.shard_ids(shard)))
-    store.commit(manifest)
+    commit(store, manifest)
     return manifest
 
 

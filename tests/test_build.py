@@ -289,7 +289,7 @@ def test_shards_built_in_one_go_are_those_built_one_by_one(
     assert [True] * 5 == [new for _, new in one_by_one]
     assert one_by_one == build_shards(path, planned, every, both, 10.0)
     with closing(open_store(redis_url)) as store:
-        store.delete(planned.ref)
+        store.delete_records(planned.ref)
         copied = build_shards(path, planned, every, both, 10.0)
         assert [(digest, False) for digest, _ in one_by_one] == copied
         sizes = [len(planned.shard_ids(shard)) for shard in every]

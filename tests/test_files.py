@@ -1,8 +1,12 @@
 """Damaged shard files give right rows or Corrupt, never others; mended ones are served."""
 
 import json
+import os
 import stat
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -13,11 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from tolhouse.errors import Corrupt, NotFound
+from tolhouse.errors import Corrupt, InUse, NotFound
 from tolhouse.store.files import FileStore
 from tolhouse.store.registry import delete, publish, resolve, rollback
 from tolhouse.store.writer import shard_digest
 from tolhouse.table.manifest import Manifest
+from tolhouse.testing import wait_until
 
 from tests.tables import assert_holds, manifest_of, read, records_of, write
 
@@ -183,17 +188,56 @@ def test_a_shard_is_readable_for_whom_its_manifest_is(shards: list[Path]) -> Non
 
 
 def test_writing_leaves_whole_files_and_nothing_else(store: FileStore, shards: list[Path]) -> None:
-    """Shards, manifest and alias, and nothing beside them; a deleted version leaves no folder."""
+    """Shards, manifest, lease and alias, and a lock; a deleted version leaves no folder."""
     other = table(version=2**64 - 1)
     write_files(store.root, other)
     for manifest in (table(), other):
         publish(store, manifest.ref)
-    files = ["manifest.json", *(path.name for path in shards)]
-    names = {f"{manifest.version}/{file}" for manifest in (table(), other) for file in files}
-    found = [path.relative_to(store.root / "t") for path in store.root.rglob("*") if path.is_file()]
-    assert {"alias.json", *names} == {path.as_posix() for path in found}
+    files = ["manifest.json", "lease", *(path.name for path in shards)]
+    names = {f"t/{manifest.version}/{file}" for manifest in (table(), other) for file in files}
+    found = [path.relative_to(store.root) for path in store.root.rglob("*") if path.is_file()]
+    assert {".lock", "t/alias.json", *names} == {path.as_posix() for path in found}
     delete(store, table().ref)
     assert ["alias.json", "f" * 16] == sorted(p.name for p in (store.root / "t").iterdir())
+
+
+def test_a_lease_ends_with_its_process_and_not_by_the_clock(
+    store: FileStore, shards: list[Path]
+) -> None:
+    """Whatever time the file has, a version is in use while a process that leased it runs."""
+    ref, path = table().ref, shards[0].parent / "lease"
+    code = """if True:
+        import sys
+        from tolhouse.store.files import FileStore
+
+        FileStore(sys.argv[1]).lease(sys.argv[2])
+        print("leased", flush=True)
+        sys.stdin.read()
+    """
+    assert not store.leased(ref)
+    command, pipe = [sys.executable, "-c", code, str(store.root), ref], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as user:
+        assert user.stdout
+        assert b"leased\n" == user.stdout.readline()
+        for moved in (0, 10**10):  # the clock jumps
+            os.utime(path, (moved, moved))
+            with pytest.raises(InUse, match="in use"):
+                delete(store, ref)
+        user.kill()
+    delete(store, ref)
+
+
+def test_a_lease_that_is_not_renewed_ends(tmp_path: Path) -> None:
+    """It ends though the process goes on, and one lease does not end another."""
+    with closing(FileStore(tmp_path, lease_seconds=0.2)) as store:
+        one, two = (write(store, manifest_of("t", version)) for version in (1, 2))
+        store.lease(one.ref)
+        ended = time.monotonic() + 1
+        while time.monotonic() < ended:
+            store.lease(two.ref)
+            time.sleep(0.02)
+        assert (False, True) == (store.leased(one.ref), store.leased(two.ref))
+        wait_until(lambda: not store.leased(two.ref))
 
 
 BAD = '{"version": 1, "history": []}', '{"version": "0123456789abcdef", "history": null}'

@@ -19,6 +19,9 @@ from tolhouse import Client
 from tolhouse.client.row_source import StoreRowSource
 from tolhouse.errors import InvalidArgument, Overloaded
 from tolhouse.gateway.middleware import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
+from tolhouse.gateway.request_handler import RequestHandler
+from tolhouse.gateway.router import ServedModel
+from tolhouse.gateway.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from tolhouse.lookup import service
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.lookup.service import MAX_IDS_PER_FETCH
@@ -267,6 +270,34 @@ def test_what_a_body_holds_has_bounds(body: bytes, said: str, cluster: Cluster) 
     assert 400 == answer.status_code
     assert said in answer.json()["error"]["message"]
     assert len(answer.content) < 2000
+
+
+def test_log_probabilities_of_an_answer_have_a_bound(cluster: Cluster) -> None:
+    """Tokens times choices times likeliest tokens: beyond it 400 says so, below it all come."""
+    ids = {"prompt": [5] * 200, "max_tokens": 0, "echo": True, "logprobs": 20}
+    answer = httpx.post(f"{cluster.url}/completions", json={**ids, "n": 128}, timeout=60)
+    expected = f"{128 * 200 * 21} log probabilities, of all choices together; at most {1 << 18}"
+    assert (400, True) == (answer.status_code, expected in answer.json()["error"]["message"])
+    answer = httpx.post(f"{cluster.url}/completions", json={**ids, "n": 8}, timeout=60)
+    assert 200 == answer.status_code
+    found = [choice["logprobs"]["top_logprobs"] for choice in answer.json()["choices"]]
+    assert [200] * 8 == [len(top) for top in found]
+
+
+def test_what_choices_share_is_counted_for_each() -> None:
+    """Prompt tokens times n have a bound; a chat without a length ends where its scores do."""
+    model = ServedModel("m", 1 << 17, 10, 0)
+
+    def handler(body: GenerationRequest, *prompts: list[int]) -> RequestHandler:
+        return RequestHandler(body, [*prompts], model, *[None] * 4)
+
+    body = CompletionRequest(prompt=[[1]], n=100)
+    with pytest.raises(InvalidArgument, match=f"10000000 prompt tokens.*at most {1 << 20}"):
+        handler(body, [1] * 100_000)
+    messages = [{"role": "user", "content": "a"}]
+    chat = ChatRequest(messages=messages, logprobs=True, top_logprobs=3, n=2)
+    assert 1 << 15 == handler(chat, [1]).requests[0].max_tokens
+    assert 1 << 17 == 1 + handler(ChatRequest(messages=messages), [1]).requests[0].max_tokens
 
 
 # gRPC

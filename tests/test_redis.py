@@ -22,7 +22,7 @@ from tolhouse.errors import (
 )
 from tolhouse.store.base import Store, open_store
 from tolhouse.store.redis import RedisStore
-from tolhouse.store.registry import delete, publish, resolve
+from tolhouse.store.registry import commit, delete, publish, resolve
 from tolhouse.store.writer import shard_digest
 from tolhouse.testing import free_port, redis_cluster, redis_server, wait_until
 
@@ -45,7 +45,7 @@ def servers(
     with closing(open_store(url)) as store, closing(client.from_url(url)) as redis:
         write(store, MANIFEST)
         yield store, redis
-        redis.delete(f"tolhouse:{{{MANIFEST.name}}}:alias")
+        redis.hdel("tolhouse:{registry}:alias", MANIFEST.name)
         delete(store, MANIFEST.ref)
 
 
@@ -79,14 +79,15 @@ def test_a_damaged_record_is_named_until_it_is_loaded_again(servers: Servers) ->
 def test_malformed_manifests_and_aliases_are_told_and_mended(servers: Servers) -> None:
     """Both are Corrupt, naming the table; a commit and a publish write them anew."""
     store, redis = servers
-    redis.set(f"tolhouse:{{{MANIFEST.ref}}}:manifest", MANIFEST.to_json().replace("int8", "int3"))
+    key, ref = "tolhouse:{registry}:manifest", MANIFEST.ref
+    redis.hset(key, ref, MANIFEST.to_json().replace("int8", "int3"))
     with pytest.raises(Corrupt, match=MANIFEST.ref):
         resolve(store, MANIFEST.ref)
-    redis.set(f"tolhouse:{{{MANIFEST.ref}}}:manifest", replace(MANIFEST, name="other").to_json())
+    redis.hset(key, ref, replace(MANIFEST, name="other").to_json())
     with pytest.raises(Corrupt, match="describes table other@"):
         resolve(store, MANIFEST.ref)
-    store.commit(MANIFEST)
-    redis.set(f"tolhouse:{{{MANIFEST.name}}}:alias", "{")
+    commit(store, MANIFEST)
+    redis.hset("tolhouse:{registry}:alias", MANIFEST.name, "{")
     with pytest.raises(Corrupt, match=r"alias of 'damaged' .* publish a version"):
         resolve(store, MANIFEST.name)
     assert MANIFEST == publish(store, MANIFEST.ref)

@@ -1,13 +1,16 @@
 """Text to token ids and back: prompts, single tokens, and completions while they arrive."""
 
 import asyncio
+import json
 from pathlib import Path
+from typing import Any, SupportsIndex
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tolhouse.errors import InvalidArgument, PromptTooLong
 from tolhouse.gateway.text import Detokenizer, Vocabulary
+from tolhouse.gateway.turns import list_json, text_json
 from tolhouse.model.tokenizer import load_tokenizer
 from tolhouse.sampling import check_ids
 
@@ -15,19 +18,26 @@ TOKENIZER = load_tokenizer(Path("models/demo-memory/tokenizer.json"))
 VOCABULARY = Vocabulary(TOKENIZER)
 
 
+def ids_of(text: str, most: int | None = None) -> list[int]:
+    """Token ids of a text, as the gateway makes them."""
+    return asyncio.run(VOCABULARY.ids([text], most))[0]
+
+
 @given(st.text(max_size=60))
 def test_tokens_show_their_bytes(text: str) -> None:
     """The bytes of a text's tokens are those of the text; offsets are where tokens begin."""
-    ids = asyncio.run(VOCABULARY.ids(text))
+    ids = ids_of(text)
     shown = [VOCABULARY.shown(i) for i in ids]
     assert text.encode() == b"".join(bytes(raw) for _, raw in shown)
-    for (token, _), at in zip(shown, VOCABULARY.offsets(ids), strict=True):
+    echo = asyncio.run(VOCABULARY.echo(ids))
+    assert text == echo.text
+    for (token, _), (_, at) in zip(shown, echo.places, strict=True):
         assert token.startswith("bytes:") or token == text[at : at + len(token)]
 
 
 def test_half_a_character_shows_as_bytes() -> None:
     """As in OpenAI's answers; a special token shows as it is written."""
-    first, *_ = asyncio.run(VOCABULARY.ids("世"))
+    first, *_ = ids_of("世")
     assert ("bytes:\\xe4", [0xE4]) == VOCABULARY.shown(first)
     assert "<|endoftext|>" == VOCABULARY.shown(0)[0]
 
@@ -35,11 +45,54 @@ def test_half_a_character_shows_as_bytes() -> None:
 def test_long_texts_are_tokenised_alike_or_refused() -> None:
     """In a thread or not, the ids are the same; what can't fit is refused before."""
     text = "import os\n" * 1000
-    assert TOKENIZER.encode(text).ids == asyncio.run(VOCABULARY.ids(text))
+    assert TOKENIZER.encode(text).ids == ids_of(text)
     with pytest.raises(PromptTooLong, match="10000 characters"):
-        asyncio.run(VOCABULARY.ids(text, most=10))
+        ids_of(text, most=10)
     with pytest.raises(InvalidArgument, match="surrogate"):
-        asyncio.run(VOCABULARY.ids("\ud800"))
+        ids_of("\ud800")
+
+
+def test_long_work_leaves_the_event_loop_free() -> None:
+    """While a long text is tokenised and its ids are written as JSON, other tasks go on."""
+
+    async def run() -> tuple[list[int], str, list[int]]:
+        ticks, counts = 0, []
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.001)
+                ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        [ids] = await VOCABULARY.ids(["a" * 900_000])
+        counts.append(ticks)
+        written = await list_json(ids, lambda i: VOCABULARY.shown(i)[0])
+        counts.append(ticks - counts[0])
+        ticking.cancel()
+        return ids, written, counts
+
+    ids, written, counts = asyncio.run(run())
+    assert "a" * 900_000 == "".join(json.loads(written))
+    assert all(i == ids[0] for i in ids)
+    assert min(counts) > 10
+
+
+@given(st.lists(st.text(max_size=100), max_size=5))
+def test_texts_in_a_batch_have_the_ids_that_each_has_alone(texts: list[str]) -> None:
+    """Also where all of them together are long enough for a thread."""
+    for more in ([], ["import os\n" * 500]):
+        batch = [*texts, *more]
+        expected = [TOKENIZER.encode(text).ids for text in batch]
+        assert expected == asyncio.run(VOCABULARY.ids(batch))
+
+
+@given(st.text('"\\ä世\n\x00😀', max_size=50), st.integers(0, 3))
+def test_json_in_turns_is_json(text: str, times: int) -> None:
+    """Long texts and lists are what json itself would write."""
+    text *= 10**times
+    assert text == json.loads(asyncio.run(text_json(text)))
+    assert [*text] == json.loads(asyncio.run(list_json([*text])))
 
 
 def test_ids_are_checked() -> None:
@@ -83,6 +136,37 @@ def test_stop_strings_cut_as_a_naive_search_would(text: str, stops: list[str], d
         assert expected.startswith(given_)
         at += size
     assert (expected, bool(ends)) == (given_ + stream.finish(), stream.stopped)
+
+
+class Counted(str):
+    """A stop string that counts the characters that are looked at beside str's own searches."""
+
+    __slots__ = ()
+    seen = 0
+
+    def __getitem__(self, at: SupportsIndex | slice) -> str:
+        Counted.seen += 1
+        return super().__getitem__(at)
+
+    def startswith(self, *arguments: Any) -> bool:
+        Counted.seen += 1
+        return super().startswith(*arguments)
+
+
+def test_the_cost_of_stop_strings_does_not_grow_with_their_length() -> None:
+    """Only what the text could have begun is looked at, so long stop strings cost what short do."""
+    ids = TOKENIZER.encode("def foo(self, x):\n    return self.items\n" * 6).ids
+
+    def looks(length: int) -> int:
+        Counted.seen = 0
+        stops = [Counted("def "[: n % 5] + chr(200 + n) * length) for n in range(32)]
+        stream = Detokenizer(TOKENIZER, stops)
+        for i in ids:
+            stream.push([i])
+        return Counted.seen
+
+    assert looks(16) == looks(500)
+    assert looks(500) < 32 * len(ids)
 
 
 def test_bytes_that_never_become_a_character_are_shown_at_the_end() -> None:

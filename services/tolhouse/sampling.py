@@ -127,7 +127,8 @@ def check_prompt(
 
 
 def check_ids(ids: list[int], vocab_size: int) -> list[int]:
-    if bad := [i for i in ids if not 0 <= i < vocab_size]:
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        bad = next(i for i in ids if not 0 <= i < vocab_size)
         allowed = f"allowed are 0 to {vocab_size - 1}"
-        raise InvalidArgument(f"token id {bad[0]} is outside the vocabulary: {allowed}")
+        raise InvalidArgument(f"token id {bad} is outside the vocabulary: {allowed}")
     return ids

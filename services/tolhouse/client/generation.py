@@ -46,6 +46,8 @@ class WorkerChannel:
             async for reply in call:
                 yield reply
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.CANCELLED:  # not by us: it ends
+                raise Unavailable(f"worker {self.target} takes no more calls") from None
             raise error_of(error, f"worker {self.target}") from None
         except asyncio.CancelledError:
             task = asyncio.current_task()

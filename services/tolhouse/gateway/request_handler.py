@@ -6,12 +6,16 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
 
+from tolhouse.errors import InvalidArgument
 from tolhouse.gateway import metrics
 from tolhouse.gateway.router import ServedModel, WorkerRouter
 from tolhouse.gateway.schemas import GenerationRequest
-from tolhouse.gateway.text import ChoiceDetokenizer, Delta, Vocabulary
+from tolhouse.gateway.text import ChoiceDetokenizer, Delta, Echo, Vocabulary
 from tolhouse.sampling import check_prompt
 from tolhouse.v1.generation_pb2 import GenerateRequest
+
+MAX_LOGPROBS = 1 << 18  # of all choices together
+MAX_PROMPT_TOKENS = 1 << 20  # of a request, counted once for each choice
 
 
 @dataclass
@@ -31,18 +35,33 @@ class RequestHandler:
     _queue: asyncio.Queue[Delta | BaseException] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
-        body, context = self.body, self.model.context_tokens
-        self._requests: list[GenerateRequest] = []  # one for each choice
+        body, context, scores = self.body, self.model.context_tokens, 0
+        self.requests: list[GenerateRequest] = []  # one for each choice
+        if (tokens := body.n * sum(map(len, self.prompts))) > MAX_PROMPT_TOKENS:
+            both = f"{tokens} prompt tokens, counted once for each of n={body.n} choices"
+            raise InvalidArgument(f"{both}, are too many: at most {MAX_PROMPT_TOKENS} are taken")
+        of_token = 0 if body.num_logprobs is None else body.n * (body.num_logprobs + 1)
         for ids in self.prompts:
-            most = body.most_tokens(context - len(ids))
+            room = context - len(ids)
+            most = body.most_tokens(min(room, MAX_LOGPROBS // of_token) if of_token else room)
             check_prompt(ids, most, self.model.vocab_size, context)
+            scores += of_token * (most + body.echo * len(ids))
+            shared = body.sampling(most, body.num_logprobs).to_proto(ids)
             for choice in range(body.n):
-                sampling = body.sampling(most, choice, body.num_logprobs)
-                request_id = f"{self.request_id}-{len(self._requests)}"
-                self._requests.append(sampling.to_proto(ids, request_id))
+                request = GenerateRequest()
+                request.CopyFrom(shared)
+                request.request_id = f"{self.request_id}-{len(self.requests)}"
+                if body.seed is not None:
+                    request.seed = (body.seed + choice) % 2**64
+                self.requests.append(request)
+        if scores > MAX_LOGPROBS:
+            many = f"the answer may have {scores} log probabilities, of all choices together"
+            advice = "lower n, logprobs, max_tokens, or the number of prompts"
+            raise InvalidArgument(f"{many}; at most {MAX_LOGPROBS} are given: {advice}")
 
     async def deltas(self) -> AsyncGenerator[Delta]:
-        unfinished = len(self._requests)
+        echo, unfinished = self.body.echo, len(self.requests)
+        self._echoes = [await self.vocabulary.echo(p) if echo else Echo() for p in self.prompts]
         tasks = [asyncio.create_task(self._run(index)) for index in range(unfinished)]
         try:
             while unfinished:
@@ -63,18 +82,18 @@ class RequestHandler:
 
     async def _run(self, index: int) -> None:
         """Put a choice's deltas into the queue: one, unless streamed, as it may begin anew."""
-        body, request, put = self.body, self._requests[index], self._queue.put_nowait
+        body, request, put = self.body, self.requests[index], self._queue.put_nowait
         replies = self.router.generate(self.model.name, request, may_restart=not body.stream)
-        ids = list(request.prompt_token_ids)
+        about = self._echoes[index // body.n], body, self.vocabulary.tokenizer
         try:
             async with self.slot, aclosing(replies):
-                choice, delta = ChoiceDetokenizer(ids, body, self.vocabulary), Delta(index)
+                choice, delta = ChoiceDetokenizer(*about), Delta(index)
                 started, last, tokens = time.perf_counter(), 0.0, 0
                 async for reply in replies:
                     now = time.perf_counter()
                     if reply is None:
                         self.completion_tokens -= tokens
-                        choice = ChoiceDetokenizer(ids, body, self.vocabulary)
+                        choice = ChoiceDetokenizer(*about)
                         delta, started, tokens = Delta(index), now, 0
                         continue
                     if new := len(reply.token_ids):

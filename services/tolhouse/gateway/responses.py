@@ -1,11 +1,17 @@
-"""Deltas of choices in OpenAI's form: as one response, or as the chunks of a stream."""
+"""Deltas of choices in OpenAI's form: as one response, or as the chunks of a stream.
 
+The models describe whole responses in the API's schema; the JSON is written without them, in turns.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
 
 from tolhouse.gateway.request_handler import RequestHandler
 from tolhouse.gateway.text import Delta, Token
+from tolhouse.gateway.turns import ITEMS, list_json, to_json
 
 T = TypeVar("T")
 
@@ -52,10 +58,6 @@ class ChatChoice(Choice[ChatLogprobs]):
     message: Message
 
 
-class ChunkChoice(Choice[ChatLogprobs]):
-    delta: dict[str, str]
-
-
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
@@ -79,74 +81,81 @@ class Chat(Envelope[ChatChoice]):
     object: Literal["chat.completion"] = "chat.completion"
 
 
-class Chunk(Envelope[ChunkChoice]):
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-
-
 class Serializer:
     """A request's deltas in the form of /v1/completions."""
 
     prefix = "cmpl"  # of ids
-    whole: type[BaseModel] = Completion
-    chunk: type[BaseModel] = Completion
+    kinds = "text_completion", "text_completion"  # the whole response's, and a chunk's
 
     def __init__(self, handler: RequestHandler) -> None:
         self.handler, self.shown = handler, handler.vocabulary.shown
         self.stream = handler.body.stream
         self.begun: set[int] = set()  # choices whose role has been sent
 
-    def to_json(self, *deltas: Delta) -> str:
+    async def to_json(self, *deltas: Delta) -> str:
         """A chunk, or the whole response; usage is in this, and in a chunk without choices."""
         handler, usage = self.handler, None
         if not (self.stream and deltas):
             p, n = sum(map(len, handler.prompts)), handler.completion_tokens
             usage = {"prompt_tokens": p, "completion_tokens": n, "total_tokens": p + n}
-        scored = handler.body.num_logprobs is not None
-        choices = []
-        for delta in deltas:
-            scores = self.logprobs(delta.tokens) if scored else None
-            item = {"index": delta.index, "finish_reason": delta.finish_reason, "logprobs": scores}
-            choices.append({**item, **self.content(delta)})
-        fields = {"created": handler.created, "model": handler.model.name, "usage": usage}
-        fields |= {"id": f"{self.prefix}-{handler.request_id}", "choices": choices}
-        kind = self.chunk if self.stream else self.whole
-        return kind(**fields, system_fingerprint=handler.table).model_dump_json()
+        fields: dict[str, Any] = {"id": f"{self.prefix}-{handler.request_id}"}
+        fields |= {"object": self.kinds[self.stream], "system_fingerprint": handler.table}
+        fields |= {"created": handler.created, "model": handler.model.name, "usage": usage}
+        choices = ",".join([await self._choice(delta) for delta in deltas])
+        return f'{to_json(fields)[:-1]},"choices":[{choices}]}}'
+
+    async def _choice(self, delta: Delta) -> str:
+        fields: dict[str, Any] = {"index": delta.index, "finish_reason": delta.finish_reason}
+        fields |= self.content(delta)
+        scores, large = "null", self.handler.vocabulary.large
+        if self.handler.body.num_logprobs is not None:
+            async with large if len(delta.tokens) > ITEMS else nullcontext():
+                scores = await self.logprobs(delta.tokens)
+        return f'{to_json(fields)[:-1]},"logprobs":{scores}}}'
 
     def content(self, delta: Delta) -> dict[str, Any]:
         return {"text": delta.text}
 
-    def logprobs(self, tokens: list[Token]) -> dict[str, Any]:
-        tops: list[dict[str, float | None] | None] = []
-        for token in tokens:
-            found: dict[str, float | None] = {}  # the likeliest of several with one text
-            for i, logprob in (*token.top, (token.id, token.logprob)):
+    async def logprobs(self, tokens: list[Token]) -> str:
+        """JSON of the log probabilities of tokens."""
+
+        def likeliest(token: Token) -> dict[str, float] | None:
+            if token.logprob is None:
+                return None
+            found: dict[str, float] = {}  # the likeliest of several with one text
+            for i, logprob in (*token.top(), (token.id, token.logprob)):
                 found.setdefault(self.shown(i)[0], logprob)
-            tops.append(None if token.logprob is None else found)
-        return {
-            "tokens": [self.shown(token.id)[0] for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": tops,
-            "text_offset": [token.offset for token in tokens],
+            return found
+
+        columns: dict[str, Callable[[Token], Any]] = {
+            "tokens": lambda token: self.shown(token.id)[0],
+            "token_logprobs": lambda token: token.logprob,
+            "top_logprobs": likeliest,
+            "text_offset": lambda token: token.offset,
         }
+        lists = [f'"{n}":{await list_json(tokens, made)}' for n, made in columns.items()]
+        return f"{{{','.join(lists)}}}"
 
 
 class ChatSerializer(Serializer):
     """A request's deltas in the form of /v1/chat/completions."""
 
-    prefix, whole, chunk = "chatcmpl", Chat, Chunk
+    prefix, kinds = "chatcmpl", ("chat.completion", "chat.completion.chunk")
 
     def content(self, delta: Delta) -> dict[str, Any]:
         if not self.stream:
-            return {"message": {"content": delta.text}}
+            return {"message": {"role": "assistant", "content": delta.text, "refusal": None}}
         role = {} if delta.index in self.begun else {"role": "assistant"}
         self.begun.add(delta.index)
         return {"delta": {**role, "content": delta.text}}
 
-    def logprobs(self, tokens: list[Token]) -> dict[str, Any]:
+    async def logprobs(self, tokens: list[Token]) -> str:
         def scored(i: int, logprob: float | None) -> dict[str, Any]:
             text, raw = self.shown(i)
             return {"token": text, "logprob": logprob, "bytes": raw}
 
-        tops = [[scored(*pair) for pair in token.top] for token in tokens]
-        own = [scored(token.id, token.logprob) for token in tokens]
-        return {"content": [{**o, "top_logprobs": t} for o, t in zip(own, tops, strict=True)]}
+        def entry(token: Token) -> dict[str, Any]:
+            tops = [scored(*pair) for pair in token.top()]
+            return {**scored(token.id, token.logprob), "top_logprobs": tops}
+
+        return f'{{"content":{await list_json(tokens, entry)},"refusal":null}}'

@@ -22,6 +22,7 @@ from tolhouse.gateway.router import WorkerRouter
 from tolhouse.gateway.schemas import CompletionRequest, GenerationRequest
 from tolhouse.gateway.templates import ChatTemplate
 from tolhouse.gateway.text import Vocabulary
+from tolhouse.gateway.turns import list_json, text_json
 from tolhouse.sampling import IdAsText, check_ids
 
 T = TypeVar("T")
@@ -38,6 +39,17 @@ class Services:
     vocabulary: Vocabulary
     template: ChatTemplate
     explorer: Explorer
+
+    async def prompts(self, body: GenerationRequest) -> list[Any]:
+        """The prompts of a body: texts, or lists of token ids."""
+        if isinstance(body, schemas.ChatRequest):
+            return [await self.render(body.messages)]
+        return body.prompts()
+
+    async def render(self, messages: list[schemas.Message], **options: bool) -> str:
+        """The text of messages by the chat template, which may take long for many of them."""
+        plain = [message.plain for message in messages]
+        return await asyncio.to_thread(self.template.render, plain, **options)
 
 
 async def _services(request: Request) -> Services:
@@ -66,17 +78,16 @@ async def _respond(
     router, vocabulary = gateway.router, gateway.vocabulary
     model, request_id = router.model(body.model), request.state.request_id
     router.check_room(model.name)  # before work on prompts
-    ids = [
-        await vocabulary.ids(p, model.context_tokens) if isinstance(p, str) else p
-        for p in body.prompts(gateway.template.render)
-    ]
+    prompts = await gateway.prompts(body)
+    if isinstance(prompts[0], str):
+        prompts = await vocabulary.ids(prompts, model.context_tokens)
     # with API keys, fewer of a key's sequences run at once than its own limit
     slot = getattr(request.state, "sequences", None) or nullcontext()
-    handler = RequestHandler(body, ids, model, router, vocabulary, request_id, slot)
+    handler = RequestHandler(body, prompts, model, router, vocabulary, request_id, slot)
     to_json = form(handler).to_json
     if not body.stream:
         choices = await _unless_disconnected(request, handler.complete())
-        return Response(to_json(*choices), media_type="application/json")
+        return _json(await to_json(*choices))
     # the first delta comes before the status line, so that an early failure has its own status
     deltas = handler.deltas()
     first = await _unless_disconnected(request, anext(deltas))
@@ -84,11 +95,11 @@ async def _respond(
     async def events() -> AsyncIterator[str]:
         try:
             async with aclosing(deltas):
-                yield to_json(first)
+                yield await to_json(first)
                 async for delta in deltas:
-                    yield to_json(delta)
+                    yield await to_json(delta)
             if body.stream_options.include_usage:
-                yield to_json()
+                yield await to_json()
         except Exception as error:  # noqa: BLE001 - the status line is out: into the stream with it
             request.state.failed_status, message = status_and_message(error, request_id)
             yield json.dumps(error_body(message, request.state.failed_status))
@@ -96,6 +107,10 @@ async def _respond(
 
     lines = (f"data: {data}\n\n" async for data in events())
     return StreamingResponse(lines, 200, {"Cache-Control": "no-cache"}, "text/event-stream")
+
+
+def _json(content: str) -> Response:
+    return Response(content, media_type="application/json")
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
@@ -116,25 +131,23 @@ async def tokenize(body: schemas.TokenizeRequest, gateway: Gateway) -> Response:
     model, vocabulary = gateway.router.model(body.model), gateway.vocabulary
     text = body.prompt or ""
     if body.messages is not None:
-        messages, generates = [m.plain for m in body.messages], body.add_generation_prompt
-        text = gateway.template.render(messages, add_generation_prompt=generates)
-
-    def respond(ids: list[int]) -> Response:
-        strings = [vocabulary.shown(i)[0] for i in ids] if body.return_token_strs else None
-        counts = {"count": len(ids), "max_model_len": model.context_tokens}
-        return JSONResponse({"tokens": ids, **counts, "token_strs": strings})
-
+        text = await gateway.render(body.messages, add_generation_prompt=body.add_generation_prompt)
+    [ids] = await vocabulary.ids([text], special=body.add_special_tokens)
     async with vocabulary.large:
-        ids = await vocabulary.ids(text, special=body.add_special_tokens)
-        return await asyncio.to_thread(respond, ids)
+        tokens, strings = await list_json(ids), "null"
+        if body.return_token_strs:
+            strings = await list_json(ids, lambda i: vocabulary.shown(i)[0])
+    counts = f'"count":{len(ids)},"max_model_len":{model.context_tokens}'
+    return _json(f'{{"tokens":{tokens},{counts},"token_strs":{strings}}}')
 
 
 @routes.post("/detokenize")
-async def detokenize(body: schemas.DetokenizeRequest, gateway: Gateway) -> dict:
+async def detokenize(body: schemas.DetokenizeRequest, gateway: Gateway) -> Response:
     """The text of token ids."""
     ids = check_ids(body.tokens, gateway.router.model(body.model).vocab_size)
     async with gateway.vocabulary.large:
-        return {"prompt": await asyncio.to_thread(gateway.vocabulary.text, ids)}
+        text = await asyncio.to_thread(gateway.vocabulary.text, ids)
+        return _json(f'{{"prompt":{await text_json(text)}}}')
 
 
 @routes.get("/tokenizer_info")
@@ -155,9 +168,11 @@ async def explorer_page() -> Response:
 @routes.post("/explore/tokens")
 async def explore_tokens(body: schemas.ExploreRequest, gateway: Gateway) -> Response:
     """Tokens of a text, each with the norms of its rows."""
+    [ids] = await gateway.vocabulary.ids([body.text])
     async with gateway.vocabulary.large:
-        ids = await gateway.vocabulary.ids(body.text)
-        return await asyncio.to_thread(lambda: JSONResponse(gateway.explorer.tokens(ids)))
+        found = await asyncio.to_thread(gateway.explorer.tokens, ids)
+        tokens = await list_json(found["tokens"])
+    return _json(f'{{"layers":{found["layers"]},"tokens":{tokens}}}')
 
 
 @routes.get("/explore/tokens/{token_id}")

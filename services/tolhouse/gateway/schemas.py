@@ -1,6 +1,5 @@
 """Request bodies of the API. Unknown and unsupported parameters are refused by name."""
 
-from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, model_validator
@@ -87,11 +86,9 @@ class Generation(SamplingOptions, Body):
             raise ValueError("stream_options is allowed with stream=true only")
         return self
 
-    def sampling(self, max_tokens: int, choice: int, logprobs: int | None) -> SamplingParams:
-        """The worker's parameters for one of the `n` choices of a prompt."""
+    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """The worker's parameters for the first choice of a prompt; each next has the next seed."""
         options = {name: getattr(self, name) for name in SamplingOptions.model_fields}
-        if self.seed is not None:
-            options["seed"] = (self.seed + choice) % 2**64
         if self.echo and (logprobs is not None or not max_tokens):
             options["prompt_logprobs"] = logprobs or 0
         return SamplingParams(max_tokens, logprobs=logprobs, **options)
@@ -107,7 +104,7 @@ class CompletionRequest(Generation):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        prompts = len(self.prompts(None))
+        prompts = len(self.prompts())
         if not prompts:
             raise ValueError("prompt is an empty list: give a text, token ids, or a list of either")
         if self.best_of not in (None, self.n):
@@ -119,8 +116,8 @@ class CompletionRequest(Generation):
             raise ValueError(f"{count} is more than {MAX_CHOICES} completions")
         return self
 
-    def prompts(self, render: Callable[..., str] | None) -> list[Any]:
-        """The prompts one by one, each text or token ids; messages are rendered to a text."""
+    def prompts(self) -> list[Any]:
+        """The prompts one by one, all texts or all token ids."""
         one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
         return [self.prompt] if one else list(self.prompt)
 
@@ -169,9 +166,6 @@ class ChatRequest(Generation):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs is allowed with logprobs=true only")
         return self
-
-    def prompts(self, render: Callable[..., str]) -> list[Any]:
-        return [render([message.plain for message in self.messages])]
 
     @property
     def num_logprobs(self) -> int | None:

@@ -5,6 +5,7 @@ import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,10 +14,12 @@ from tokenizers.decoders import DecodeStream
 
 from tolhouse.errors import InvalidArgument, PromptTooLong
 from tolhouse.gateway.schemas import GenerationRequest
+from tolhouse.gateway.turns import in_turns
 from tolhouse.v1.generation_pb2 import GenerateReply, Logprobs
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 _SHORT = 4096  # characters that are tokenised in the event loop; more go to a thread
+_LONG = 1 << 16  # characters from which on texts are tokenised by so many threads as `_LARGE` says
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 # the characters that stand for bytes in byte-level vocabularies
@@ -25,33 +28,47 @@ _LARGE = 2  # responses that grow with a text are made at a time: bounds their m
 
 
 class Vocabulary:
+    """The tokenizer, for calls from the event loop: long work is done elsewhere or in turns."""
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.large = tokenizer, asyncio.Semaphore(_LARGE)
         vocabulary = tokenizer.get_vocab()
         self.longest = max(map(len, vocabulary), default=1)  # characters or bytes of a token
         self.shown = functools.lru_cache(maxsize=len(vocabulary))(self._shown)
 
-    async def ids(self, text: str, most: int | None = None, *, special: bool = False) -> list[int]:
-        """Token ids of a text; PromptTooLong if its length alone says that they exceed `most`."""
-        if most is not None and len(text) > most * self.longest:
-            size = f"the prompt has {len(text)} characters"
-            raise PromptTooLong(f"{size}, more than fit the context of {most} tokens: shorten it")
-        if re.search("[\ud800-\udfff]", text):
-            raise InvalidArgument("the prompt holds half a surrogate pair, which is no character")
+    async def ids(
+        self, texts: list[str], most: int | None = None, *, special: bool = False
+    ) -> list[list[int]]:
+        """Token ids of texts; PromptTooLong if a length alone says that they exceed `most`."""
+        for text in texts:
+            if most is not None and len(text) > most * self.longest:
+                length = f"the prompt has {len(text)} characters"
+                message = f"{length}, more than fit the context of {most} tokens: shorten it"
+                raise PromptTooLong(message)
+            if re.search("[\ud800-\udfff]", text):
+                message = "the prompt holds half a surrogate pair, which is no character"
+                raise InvalidArgument(message)
 
-        def encode() -> list[int]:
-            return self.tokenizer.encode(text, add_special_tokens=special).ids
+        def encode() -> list[list[int]]:  # of a batch, without Python's lock
+            found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=special)
+            return [one.ids for one in found]
 
-        return await asyncio.to_thread(encode) if len(text) > _SHORT else encode()
+        size = sum(map(len, texts))
+        if size <= _SHORT:
+            return encode()
+        async with self.large if size > _LONG else nullcontext():
+            return await asyncio.to_thread(encode)
 
     def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        return self.tokenizer.decode_batch([ids], skip_special_tokens=False)[0]
 
-    def offsets(self, ids: list[int]) -> list[int]:
-        """Where the text of each token begins in that of all."""
-        stream = DecodeStream(skip_special_tokens=False)
-        lengths = [len(stream.step(self.tokenizer, i) or "") for i in ids]
-        return list(itertools.accumulate(lengths[:-1], initial=0)) if ids else []
+    async def echo(self, ids: list[int]) -> "Echo":
+        """The text of a prompt, and where that of each of its tokens begins."""
+        stream, at, offsets = DecodeStream(skip_special_tokens=False), 0, []
+        async for i in in_turns(ids):
+            offsets.append(at)
+            at += len(stream.step(self.tokenizer, i) or "")
+        return Echo(await asyncio.to_thread(self.text, ids), list(zip(ids, offsets, strict=True)))
 
     def _shown(self, token_id: int) -> tuple[str, list[int]]:
         """A token's text and bytes; a part of a character is "bytes:\\xe4", as OpenAI has it."""
@@ -63,6 +80,13 @@ class Vocabulary:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
 
 
+class Echo(NamedTuple):
+    """A prompt as a part of its answers."""
+
+    text: str = ""
+    places: Sequence[tuple[int, int]] = ()  # of each token, its id and its text's offset
+
+
 class Detokenizer:
     """The text of one completion, in parts that are final. The stop string that is complete first
     ends it, before the string or, with `include_stop`, after it, however tokens arrive."""
@@ -72,6 +96,9 @@ class Detokenizer:
     ) -> None:
         self.tokenizer, self.include_stop = tokenizer, include_stop
         self.stop = [s for s in ([stop] if isinstance(stop, str) else stop) if s]
+        self._by_first: dict[str, list[str]] = {}  # stop strings, by their first character
+        for s in self.stop:
+            self._by_first.setdefault(s[0], []).append(s)
         self.stopped = False
         self.ids: list[int] = []
         self.offsets: list[int] = []  # where the text of each token begins
@@ -97,18 +124,31 @@ class Detokenizer:
         return self._release(self.tokenizer.decode(self.ids)[self._decoded :], last=True)
 
     def _release(self, text: str, last: bool = False) -> str:
-        text = self._held + text
-        ends = [(at + len(s), at) for s in self.stop if (at := text.find(s)) >= 0]
+        known, text = len(self._held), self._held + text
+        found = ((s, text.find(s, max(0, known - len(s) + 1))) for s in self.stop)
+        ends = [(at + len(s), at) for s, at in found if at >= 0]
         if ends:
             self.stopped = True
             end = min(ends)[0 if self.include_stop else 1]
             self._held = ""
         else:
-            begun = (n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n]))
-            end = len(text) - (0 if last else max(begun, default=0))
+            end = len(text) if last else self._begun(text)
             self._held = text[end:]
         self.released += end
         return text[:end]
+
+    def _begun(self, text: str) -> int:
+        """Where a stop string may have begun, up to the end of `text`; its length if nowhere.
+
+        Characters before are released: each is looked at until it begins none, whatever the
+        lengths of the stop strings.
+        """
+        for at, first in enumerate(text):
+            if known := self._by_first.get(first):
+                rest = text[at:]
+                if any(s.startswith(rest) for s in known):
+                    return at
+        return len(text)
 
 
 class Token(NamedTuple):
@@ -117,7 +157,15 @@ class Token(NamedTuple):
     id: int
     offset: int  # of its text in the choice's
     logprob: float | None = None
-    top: Sequence[tuple[int, float]] = ()  # likeliest tokens in its place, likeliest first
+    packed: Logprobs = Logprobs()
+    place: int = 0  # in `packed`
+
+    def top(self) -> list[tuple[int, float]]:
+        """The likeliest tokens in its place, likeliest first."""
+        k = len(self.packed.top) // max(1, len(self.packed.chosen))
+        here = slice(k * self.place, k * (self.place + 1))
+        scores = (max(p, _LEAST_LOGPROB) for p in self.packed.top[here])
+        return list(zip(self.packed.top_ids[here], scores, strict=True))
 
 
 @dataclass
@@ -133,16 +181,16 @@ class Delta:
 class ChoiceDetokenizer:
     """A worker's replies to the deltas of one choice."""
 
-    def __init__(self, prompt: list[int], body: GenerationRequest, vocabulary: Vocabulary) -> None:
+    def __init__(self, echo: Echo, body: GenerationRequest, tokenizer: Tokenizer) -> None:
         self.wants_tokens = body.num_logprobs is not None
-        self.echo = vocabulary.text(prompt) if body.echo else ""  # until it is returned
+        self.echo = echo.text  # until it is returned
         self.begin = len(self.echo)  # of the answer, in the text
         include_stop = body.include_stop_str_in_output
-        self.text = Detokenizer(vocabulary.tokenizer, body.stop or (), include_stop=include_stop)
+        self.text = Detokenizer(tokenizer, body.stop or (), include_stop=include_stop)
         self.held: list[Token] = []  # whose text may yet turn out to be a stop string's
-        if body.echo and self.wants_tokens:  # later ones come with their log probabilities
-            self.prompt = zip(prompt, vocabulary.offsets(prompt), strict=True)
-            self.held.append(Token(*next(self.prompt)))
+        self.prompt = iter(echo.places)
+        if self.wants_tokens:  # later ones come with their log probabilities
+            self.held += [Token(*place) for place in itertools.islice(self.prompt, 1)]
 
     def push(self, reply: GenerateReply, delta: Delta) -> None:
         """Add to `delta` what a reply completes, which may be nothing."""
@@ -171,7 +219,5 @@ class ChoiceDetokenizer:
 
 def _tokens(packed: Logprobs, places: Iterable[tuple[int, int]]) -> Iterator[Token]:
     """Tokens at `places`, an id and an offset each, as far as `packed` has log probabilities."""
-    k = len(packed.top) // max(1, len(packed.chosen))
-    top = [(i, max(p, _LEAST_LOGPROB)) for i, p in zip(packed.top_ids, packed.top, strict=True)]
     for n, (p, (i, offset)) in enumerate(zip(packed.chosen, places, strict=False)):
-        yield Token(i, offset, max(p, _LEAST_LOGPROB), top[k * n : k * (n + 1)])
+        yield Token(i, offset, max(p, _LEAST_LOGPROB), packed, n)

@@ -8,9 +8,10 @@ import logging
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from functools import lru_cache
+from typing import Literal
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import numpy as np
@@ -33,9 +34,15 @@ class Alias:
     version: str
     history: tuple[str, ...]
 
+    def to_json(self) -> bytes:
+        return _ALIAS.dump_json(self)
+
 
 _ALIAS = TypeAdapter(Alias)
 _parsed = lru_cache(16)(Manifest.from_json)  # it may be long, and is read again with each bad row
+
+Kind = Literal["manifest", "deleting", "alias"]  # of "name@version" the first two, of "name"
+Changes = dict[tuple[Kind, str], bytes | None]  # texts of the registry to write, or to remove
 
 
 class Store(ABC):
@@ -88,17 +95,13 @@ class Store(ABC):
     def count(self, manifest: Manifest, shard: int) -> int:
         """Rows that the shard holds; 0 where there is none."""
 
-    def commit(self, manifest: Manifest) -> None:
-        """Write the manifest, last of all: from now on the table is there."""
-        self._write_text(manifest.ref, "manifest", manifest.to_json().encode())
-
     @abstractmethod
-    def delete(self, ref: str) -> None:
-        """Remove all that is stored of "name@version", complete or not; its manifest goes first."""
+    def delete_records(self, ref: str) -> None:
+        """Remove all that is stored of "name@version", whose manifest is gone already."""
 
     @abstractmethod
     def lease(self, ref: str) -> None:
-        """Note that a version is used now; good for LEASE_SECONDS."""
+        """Note that a version is used now; good for LEASE_SECONDS, or until the process ends."""
 
     @abstractmethod
     def leased(self, ref: str) -> bool:
@@ -115,9 +118,15 @@ class Store(ABC):
             what = "is malformed; publish a version to write it anew"
             raise Corrupt(f"the alias of {name!r} in {self.url} {what}") from None
 
-    def set_alias(self, name: str, alias: Alias) -> None:
-        """Make `name` stand for another version."""
-        self._write_text(check_name(name), "alias", _ALIAS.dump_json(alias))
+    @abstractmethod
+    def update(self, change: Callable[[], Changes]) -> None:
+        """Write what `change` returns, in its order and as one: nobody else's update comes between
+        what `change` reads and the last of it. `change` may be called several times.
+        """
+
+    def is_being_deleted(self, ref: str) -> bool:
+        """Whether the records of a version are being removed, or that was cut off."""
+        return self._read_text(ref, "deleting") is not None
 
     # rows
 
@@ -192,13 +201,9 @@ class Store(ABC):
     def _reopen(self, manifest: Manifest, ids: np.ndarray) -> None:
         """Give up what is kept open of the shards of `ids` and out of date: rows there are bad."""
 
-    # "manifest" of "name@version", and "alias" of "name"
-
     @abstractmethod
-    def _read_text(self, ref: str, what: str) -> bytes | None: ...
-
-    @abstractmethod
-    def _write_text(self, ref: str, what: str, text: bytes) -> None: ...
+    def _read_text(self, ref: str, kind: Kind) -> bytes | None:
+        """A text of the registry, if it is there."""
 
 
 def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0) -> Store:

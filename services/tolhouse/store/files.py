@@ -2,19 +2,22 @@
 
     <root>/<name>/<version>/shard-00000-of-00064.safetensors    uint8 "records" [rows, record_bytes]
     <root>/<name>/<version>/manifest.json                       written last
-    <root>/<name>/<version>/lease                               empty; when it was last used
+    <root>/<name>/<version>/lease                               empty; locked by its users
     <root>/<name>/alias.json                                    what the name stands for
+    <root>/.lock                                                locked during an update
 
 Files are written under a temporary name, fsynced and renamed. Records are read straight into their
 destination; the page cache is the one copy that a machine needs, for any number of processes.
 """
 
+import fcntl
 import json
 import os
 import secrets
 import shutil
+import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -23,20 +26,25 @@ from typing import Any
 import numpy as np
 
 from tolhouse.errors import Corrupt, InvalidArgument, TolhouseError, Unavailable
-from tolhouse.store.base import LEASE_SECONDS, Store, Views
+from tolhouse.store.base import LEASE_SECONDS, Changes, Kind, Store, Views
 from tolhouse.table.manifest import Manifest, split_ref
 
 _READ_BYTES = 16 << 20  # of neighbouring records that are read at once
 _READ_RECORDS = 1024  # IOV_MAX
 _HEADER_BYTES = 1 << 20  # the longest that is read
+_UPDATE_SECONDS = 30.0  # longest wait for another process' update
 
 
 class FileStore(Store):
-    def __init__(self, root: str | Path, open_files: int = 256) -> None:
+    def __init__(
+        self, root: str | Path, open_files: int = 256, lease_seconds: float = LEASE_SECONDS
+    ) -> None:
         self.root = Path(root).absolute()
         if self.root.exists() and not self.root.is_dir():
             raise InvalidArgument(f"the store {self.root} is a file, and no folder of tables")
         super().__init__(f"file://{self.root}")
+        self._leasing, self._lease_seconds = threading.Lock(), lease_seconds
+        self._leases: dict[str, tuple[int, float]] = {}  # locked files, and when they were used
         self._opened = lru_cache(open_files)(_ShardFile)  # threads that read keep theirs open
 
     def refs(self) -> list[str]:
@@ -61,24 +69,73 @@ class FileStore(Store):
             return self._opened(self._path(manifest, shard), manifest.record_bytes).rows
         return 0
 
-    def delete(self, ref: str) -> None:
-        (self._folder(ref) / "manifest.json").unlink(missing_ok=True)
+    def delete_records(self, ref: str) -> None:
+        folder, gone = self._folder(ref), self.root / f".deleted-{secrets.token_hex(8)}"
+        with _errors("delete", folder), suppress(FileNotFoundError):
+            folder.rename(gone)  # all at once, also for a build that goes on writing there
         self._opened.cache_clear()
-        with suppress(FileNotFoundError):
-            shutil.rmtree(self._folder(ref))
+        for left in self.root.glob(".deleted-*"):  # also by processes that were killed
+            shutil.rmtree(left, ignore_errors=True)
 
     def lease(self, ref: str) -> None:
         path = self._folder(ref) / "lease"
-        with _errors("write", path):
-            path.touch()
+        with self._leasing, _errors("lease", path):
+            descriptor, _ = self._leases.pop(ref, (-1, 0.0))
+            if descriptor >= 0 and not os.fstat(descriptor).st_nlink:  # deleted, and built again
+                os.close(descriptor)
+                descriptor = -1
+            if descriptor < 0:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            self._leases[ref] = descriptor, time.monotonic()
+            if len(self._leases) == 1:
+                self._expire_later()
 
     def leased(self, ref: str) -> bool:
-        with suppress(OSError):
-            return time.time() - (self._folder(ref) / "lease").stat().st_mtime < LEASE_SECONDS
+        with suppress(FileNotFoundError), (self._folder(ref) / "lease").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
         return False
 
     def close(self) -> None:
         self._opened.cache_clear()
+        self._lease_seconds = 0.0
+        self._expire()
+
+    def update(self, change: Callable[[], Changes]) -> None:
+        path, deadline = self.root / ".lock", time.monotonic() + _UPDATE_SECONDS
+        with _errors("write", path):
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = path.open("ab")
+        with file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        what = f"another process has held {path} for {_UPDATE_SECONDS:g} s"
+                        raise Unavailable(f"{what}: try again once it is done") from None
+                time.sleep(0.01)
+            for (kind, ref), text in change().items():
+                self._write_text(ref, kind, text)
+
+    def _expire_later(self) -> None:
+        timer = threading.Timer(self._lease_seconds, self._expire)
+        timer.daemon = True
+        timer.start()
+
+    def _expire(self) -> None:
+        """Give up leases that were not renewed in time."""
+        with self._leasing:
+            for ref, (descriptor, used) in list(self._leases.items()):
+                if time.monotonic() - used >= self._lease_seconds:
+                    del self._leases[ref]
+                    os.close(descriptor)
+            if self._leases:
+                self._expire_later()
 
     def _fill(
         self, manifest: Manifest, ids: np.ndarray, views: Views
@@ -115,14 +172,21 @@ class FileStore(Store):
         name, version = split_ref(ref)
         return self.root / name / (version or "")
 
-    def _read_text(self, ref: str, what: str) -> bytes | None:
-        path = self._folder(ref) / f"{what}.json"
+    def _read_text(self, ref: str, kind: Kind) -> bytes | None:
+        path = self._folder(ref) / f"{kind}.json"
         with _errors("read", path), suppress(FileNotFoundError, NotADirectoryError):
             return path.read_bytes()
         return None
 
-    def _write_text(self, ref: str, what: str, text: bytes) -> None:
-        _write(self._folder(ref) / f"{what}.json", text)
+    def _write_text(self, ref: str, kind: Kind, text: bytes | None) -> None:
+        path = self._folder(ref) / f"{kind}.json"
+        if text is None:
+            with _errors("delete", path):
+                path.unlink(missing_ok=True)
+            return
+        _write(path, text)
+        if kind == "manifest":  # who can only read the folder may lease the version, too
+            (path.parent / "lease").touch()
 
 
 class _ShardFile:

@@ -1,10 +1,11 @@
 """The Redis store: a copy of a table that can be loaded again, on one server or on a Cluster.
 
-    tolhouse:{name@version:shards-64:k}  hash: token id -> record; one shard, so one slot
-    tolhouse:{name@version}:manifest     string, written last
-    tolhouse:{name@version}:lease        string that expires: the version is in use
-    tolhouse:{name}:alias                string
-    tolhouse:tables                      set of name@version
+    tolhouse:{name@version:shards-64:k}     hash: token id -> record; one shard, so one slot
+    tolhouse:{registry}:manifest            hash: name@version -> manifest
+    tolhouse:{registry}:deleting            hash: name@version -> nothing
+    tolhouse:{registry}:alias               hash: name -> alias
+    tolhouse:{registry}:changed             string: a random text, new after each update
+    tolhouse:{registry}:lease:name@version  string that expires: the version is in use
 
 Reads are one HMGET per shard; all are sent, to all nodes, before the first answer is waited for.
 Every call has a timeout. While a node of a Cluster is down or slow, its replica is read: records
@@ -12,6 +13,7 @@ never change. A URL may name files, which new connections read: `password_file`,
 `ssl_ca_certs`, `ssl_certfile` and `ssl_keyfile`, as redis-py calls them.
 """
 
+import secrets
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -33,10 +35,36 @@ from tolhouse import errors
 from tolhouse.errors import InvalidArgument, Unavailable
 from tolhouse.files import ReloadingFiles, read_file
 from tolhouse.net.health import SUSPECT_SECONDS, PeerHealth
-from tolhouse.store.base import LEASE_SECONDS, Store, Views, has_password, not_understood, shown
+from tolhouse.store.base import (
+    LEASE_SECONDS,
+    Changes,
+    Kind,
+    Store,
+    Views,
+    has_password,
+    not_understood,
+    shown,
+)
 from tolhouse.table.manifest import Manifest, record_views
 
-_TABLES = "tolhouse:tables"
+_REGISTRY = "tolhouse:{registry}"  # in one slot: an update is a script over all of its keys
+_FORMAT_1_TABLES = "tolhouse:tables"  # so that they are refused, and can be deleted
+_KINDS: tuple[Kind, ...] = ("manifest", "deleting", "alias")
+# an update, unless another one came between; 1 also if it was done, and its answer was lost
+_UPDATE = """
+local token = redis.call('GET', KEYS[1])
+if token == ARGV[1] then return 1 end
+if (token or '') ~= ARGV[2] then return 0 end
+for i = 3, #ARGV, 4 do
+  local key, field = KEYS[tonumber(ARGV[i])], ARGV[i + 1]
+  if ARGV[i + 2] == '1' then redis.call('HSET', key, field, ARGV[i + 3])
+  else redis.call('HDEL', key, field) end
+end
+redis.call('SET', KEYS[1], ARGV[1])
+return 1
+"""
+_UPDATE_TRIES = 50
+_ABANDONED_SECONDS = 3600  # after which a shard that a killed build left half-written goes
 _WRITE_BYTES = 1 << 20  # per HSET
 _WRITES_AHEAD = 4  # HSETs sent before the first is answered
 _SENT_BYTES = 1 << 19  # of answers that are asked for at a time
@@ -82,50 +110,61 @@ class RedisStore(Store):
         self.health = PeerHealth("Redis node", self._probe, self._alternatives)  # of a Cluster's
 
     def refs(self) -> list[str]:
-        return sorted(ref.decode() for ref in self._call("smembers", _TABLES))
+        found = {*self._call("hkeys", f"{_REGISTRY}:manifest")}
+        return sorted(ref.decode() for ref in found | self._call("smembers", _FORMAT_1_TABLES))
 
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
         key, ids = _shard_key(manifest, shard), manifest.shard_ids(shard).tolist()
         step = max(1, _WRITE_BYTES // manifest.record_bytes)
         views = list(record_views(np.ascontiguousarray(records)))
+        partial = f"{key}:{secrets.token_hex(8)}"
         with self._mapped():
-            self._redis.unlink(key)
             for start in range(0, len(ids), step * _WRITES_AHEAD):
                 pipeline = self._redis.pipeline(transaction=False)
                 for at in range(start, min(start + step * _WRITES_AHEAD, len(ids)), step):
                     part = zip(ids[at : at + step], views[at : at + step], strict=True)
-                    pipeline.hset(key, mapping=dict(part))
+                    pipeline.hset(partial, mapping=dict(part))
+                pipeline.expire(partial, _ABANDONED_SECONDS)
                 pipeline.execute()
+            self._redis.persist(partial)
+            self._redis.rename(partial, key)
 
     def count(self, manifest: Manifest, shard: int) -> int:
         return self._call("hlen", _shard_key(manifest, shard))
 
-    def commit(self, manifest: Manifest) -> None:
-        super().commit(manifest)
-        self._call("sadd", _TABLES, manifest.ref)
-
-    def delete(self, ref: str) -> None:
-        self._call("srem", _TABLES, ref)
-        self._call("delete", _key(ref, "manifest"), _key(ref, "lease"))
+    def delete_records(self, ref: str) -> None:
         with self._mapped():
-            for key in self._redis.scan_iter(match=f"tolhouse:{{{ref}:*", count=1000):
+            for key in self._redis.scan_iter(match=f"tolhouse:{{{ref}[:}}]*", count=1000):
                 self._redis.unlink(key)
+            self._redis.srem(_FORMAT_1_TABLES, ref)
 
     def lease(self, ref: str) -> None:
-        self._call("set", _key(ref, "lease"), b"", px=int(LEASE_SECONDS * 1000))
+        self._call("set", f"{_REGISTRY}:lease:{ref}", b"", px=int(LEASE_SECONDS * 1000))
 
     def leased(self, ref: str) -> bool:
-        return bool(self._call("exists", _key(ref, "lease")))
+        return bool(self._call("exists", f"{_REGISTRY}:lease:{ref}"))
+
+    def update(self, change: Callable[[], Changes]) -> None:
+        keys = [f"{_REGISTRY}:{kind}" for kind in ("changed", *_KINDS)]
+        for _ in range(_UPDATE_TRIES):
+            seen = self._call("get", keys[0]) or b""
+            texts: list[Any] = []
+            for (kind, ref), text in change().items():
+                texts += [_KINDS.index(kind) + 2, ref, int(text is not None), text or b""]
+            words = [secrets.token_hex(8), seen, *texts]
+            if not texts or self._call("eval", _UPDATE, len(keys), *keys, *words):
+                return
+        raise Unavailable(f"Redis at {self.url} is changed by others all the time: try again")
 
     def close(self) -> None:
         self.health.close()
         self._redis.close()
 
-    def _read_text(self, ref: str, what: str) -> bytes | None:
-        return self._call("get", _key(ref, what))
-
-    def _write_text(self, ref: str, what: str, text: bytes) -> None:
-        self._call("set", _key(ref, what), text)
+    def _read_text(self, ref: str, kind: Kind) -> bytes | None:
+        text = self._call("hget", f"{_REGISTRY}:{kind}", ref)
+        if text is None and kind == "manifest":
+            return self._call("get", f"tolhouse:{{{ref}}}:manifest")  # of format 1
+        return text
 
     def _call(self, command: str, *arguments: Any, **options: Any) -> Any:
         with self._mapped():
@@ -318,10 +357,6 @@ def split_credentials(url: str) -> tuple[str, CredentialProvider | None]:
     bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(options))
     file = ReloadingFiles((path,), lambda: read_file(path, "the file of Redis' password"))
     return urlunsplit(bare), _PasswordFile(user, file)
-
-
-def _key(ref: str, what: str) -> str:
-    return f"tolhouse:{{{ref}}}:{what}"
 
 
 def _shard_key(manifest: Manifest, shard: int) -> str:

@@ -1,13 +1,19 @@
-"""The life of versions: listed, resolved, published, rolled back, deleted."""
+"""The life of versions: committed, listed, resolved, published, rolled back, deleted.
+
+Whatever changes the registry is one update of the store: of several at once, each sees what those
+before it left.
+"""
 
 import itertools
 from collections.abc import Iterator
 from contextlib import suppress
 from operator import attrgetter
 
-from tolhouse.errors import Corrupt, InUse, InvalidArgument, NotFound, TolhouseError
-from tolhouse.store.base import LEASE_SECONDS, Alias, Store
+from tolhouse.errors import Corrupt, InUse, InvalidArgument, NotFound, TolhouseError, Unavailable
+from tolhouse.store.base import LEASE_SECONDS, Alias, Changes, Store
 from tolhouse.table.manifest import Manifest, split_ref
+
+_BEING_DELETED = "is being deleted: wait, or if that was cut off, delete it with --force"
 
 
 def tables(store: Store) -> Iterator[tuple[Manifest, bool]]:
@@ -42,57 +48,98 @@ def is_new(store: Store, planned: Manifest) -> bool:
     return True
 
 
+def commit(store: Store, manifest: Manifest) -> None:
+    """Write the manifest, once all shards are stored: from now on the table is there.
+
+    Corrupt if rows are missing; NotFound if a table that it depends on is; Unavailable while the
+    version is being deleted; InUse if it is there in another form.
+    """
+
+    def change() -> Changes:
+        refuse_another(store, manifest)
+        for ref in manifest.dependencies:
+            store.manifest(ref)
+        stored = sum(store.count(manifest, shard) for shard in range(manifest.num_shards))
+        if stored != manifest.num_records:
+            rows = f"{stored} of {manifest.num_records} rows of {manifest.ref}"
+            raise Corrupt(f"{store.url} holds {rows}: build it again")
+        return {("manifest", manifest.ref): manifest.to_json().encode()}
+
+    store.update(change)
+
+
 def publish(store: Store, ref: str) -> Manifest:
     """Make the name stand for this version; publishing what is published changes nothing."""
     name, version = _version_of(store, ref, "publish")
-    manifest = _servable(store, ref)
-    refuse_part(store, ref, "no table to serve")
-    old: Alias | None = None
-    with suppress(Corrupt):
-        old = store.alias(name)
-    if old is None or old.version != version:
-        store.set_alias(name, Alias(version, (*old.history, old.version) if old else ()))
-    return manifest
+
+    def change() -> Changes:
+        _servable(store, ref)
+        refuse_part(store, ref, "no table to serve")
+        old: Alias | None = None
+        with suppress(Corrupt):
+            old = store.alias(name)
+        if old and old.version == version:
+            return {}
+        new = Alias(version, (*old.history, old.version) if old else ())
+        return {("alias", name): new.to_json()}
+
+    store.update(change)
+    return store.manifest(ref)
 
 
 def rollback(store: Store, name: str) -> Manifest:
     """Make the name stand for the version before the present one."""
-    old = store.alias(name) or Alias(resolve(store, name).version, ())  # which is not found
-    if not old.history:
-        raise InvalidArgument(f"table {name!r} has no version before {old.version} to go back to")
-    manifest = _servable(store, f"{name}@{old.history[-1]}")
-    store.set_alias(name, Alias(old.history[-1], old.history[:-1]))
-    return manifest
+    now: list[Manifest] = []
+
+    def change() -> Changes:
+        old = store.alias(name) or Alias(resolve(store, name).version, ())  # which is not found
+        if not old.history:
+            before = f"no version before {old.version} to go back to"
+            raise InvalidArgument(f"table {name!r} has {before}")
+        now[:] = [_servable(store, f"{name}@{old.history[-1]}")]
+        return {("alias", name): Alias(old.history[-1], old.history[:-1]).to_json()}
+
+    store.update(change)
+    return now[0]
 
 
 def delete(store: Store, ref: str, force: bool = False) -> None:
     """Remove a version that is neither published nor in use, also from the name's history.
 
     Its auxiliary tables go too, unless others need them. A manifest need not be readable, such as
-    that of an earlier format. force: also a version in use, whose users get errors.
+    that of an earlier format. force: also a version in use, whose users get errors, and what a
+    deletion that was cut off has left.
     """
     name, version = _version_of(store, ref, "delete")
-    auxiliary: tuple[str, ...] = ()
-    with suppress(Corrupt):
-        auxiliary = resolve(store, ref).auxiliary
-    alias = store.alias(name)
-    if alias and alias.version == version:
-        raise InUse(f"{ref} is published: publish or roll back to another version first")
-    others = [m for m in _manifests(store) if m.ref != ref]
-    if above := [m.ref for m in others if ref in m.dependencies]:
-        raise InUse(f"{ref} is a part of {', '.join(above)}: delete that first")
-    if not force and store.leased(ref):
-        what = f"its rows were read within the last {LEASE_SECONDS:g} s: wait, or use --force"
-        raise InUse(f"{ref} is in use: {what}")
-    if alias and version in alias.history:
-        # what remains on either side of it may be one version: going back has to lead to another
-        remaining = (v for v in (*alias.history, alias.version) if v != version)
-        *history, now = (v for v, _ in itertools.groupby(remaining))
-        store.set_alias(name, Alias(now, tuple(history)))
-    store.delete(ref)
-    for part in auxiliary:
-        if not any(part in m.dependencies for m in others):
-            store.delete(part)
+    removed: list[str] = []
+
+    def change() -> Changes:
+        auxiliary: tuple[str, ...] = ()
+        with suppress(Corrupt):
+            auxiliary = _to_delete(store, ref, force)
+        alias = store.alias(name)
+        if alias and alias.version == version:
+            raise InUse(f"{ref} is published: publish or roll back to another version first")
+        others = [m for m in _manifests(store) if m.ref != ref]
+        if above := [m.ref for m in others if ref in m.dependencies]:
+            raise InUse(f"{ref} is a part of {', '.join(above)}: delete that first")
+        if not force and store.leased(ref):
+            what = f"its rows were read within the last {LEASE_SECONDS:g} s: wait, or use --force"
+            raise InUse(f"{ref} is in use: {what}")
+        needed = {part for m in others for part in m.dependencies}
+        removed[:] = [ref, *(part for part in auxiliary if part not in needed)]
+        changes: Changes = {("deleting", gone): b"" for gone in removed}
+        if alias and version in alias.history:
+            # what remains on either side may be one version: going back has to lead to another
+            remaining = (v for v in (*alias.history, alias.version) if v != version)
+            *history, now = (v for v, _ in itertools.groupby(remaining))
+            changes["alias", name] = Alias(now, tuple(history)).to_json()
+        return {**changes, **{("manifest", gone): None for gone in removed}}
+
+    store.update(change)
+    for gone in removed:
+        store.delete_records(gone)
+    store.update(lambda: {("deleting", gone): None for gone in removed})
 
 
 def refuse_part(store: Store, ref: str, what: str) -> None:
@@ -102,7 +149,12 @@ def refuse_part(store: Store, ref: str, what: str) -> None:
 
 
 def refuse_another(store: Store, planned: Manifest) -> None:
-    """InUse if the version to write is there, cut into other shards or of another model."""
+    """InUse if the version to write is there, cut into other shards or of another model.
+
+    Unavailable while it is being deleted.
+    """
+    if store.is_being_deleted(planned.ref):
+        raise Unavailable(f"{planned.ref} in {store.url} {_BEING_DELETED}")
     there, identity = planned, attrgetter("num_shards", "model_id", "tokenizer_id")
     with suppress(NotFound, Corrupt):
         there = store.manifest(planned.ref)
@@ -110,6 +162,18 @@ def refuse_another(store: Store, planned: Manifest) -> None:
         shards = f"{there.num_shards} shards and built from model {there.model_id[:12]}"
         hint = f"build with --shards {there.num_shards}, under another --name, or delete it first"
         raise InUse(f"{planned.ref} is in {store.url} already, with {shards}: {hint}")
+
+
+def _to_delete(store: Store, ref: str, force: bool) -> tuple[str, ...]:
+    """The auxiliary tables of a version that is there, or, by force, partly deleted."""
+    try:
+        return resolve(store, ref).auxiliary
+    except NotFound:
+        if not store.is_being_deleted(ref):
+            raise
+        if not force:
+            raise NotFound(f"{ref} in {store.url} {_BEING_DELETED}") from None
+        return ()
 
 
 def _manifests(store: Store) -> Iterator[Manifest]:

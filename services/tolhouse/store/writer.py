@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 
 from tolhouse.errors import Corrupt
+from tolhouse.store import registry
 from tolhouse.store.base import Store
 from tolhouse.table.manifest import Manifest
 
@@ -57,7 +58,7 @@ def commit(stores: Sequence[Store], manifest: Manifest, digests: Sequence[str]) 
     """Write the manifest of a table whose shards are all written."""
     manifest = replace(manifest, shards=tuple(digests))
     for store in stores:
-        store.commit(manifest)
+        registry.commit(store, manifest)
     return manifest
 
 
