@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer layers and rounds: a minute")
     quick = parser.parse_args().quick
     layers, vocabulary, rounds = (2, 12_288, 2) if quick else (4, 16_384, 5)
-    set_ray_defaults()
+    set_ray_defaults(local=True)
     shape = {"hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 16}
     with tempfile.TemporaryDirectory(prefix="tolhouse-") as name, redis_server() as redis_url:
         folder = Path(name)

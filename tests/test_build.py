@@ -1,8 +1,13 @@
 """The build job on a real local Ray: whole, resumable, tolerant of kills."""
 
+import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -14,12 +19,13 @@ from tolhouse.build.job import build_shards, plan
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import stands_for
-from tolhouse.testing import build_table, tiny_model
+from tolhouse.testing import build_table, free_port, tiny_model, wait_until
 
 from tests.commands import start, tolhouse
 
 DEMO = Path("models/demo-memory")
 SHARDS = 64
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x" * 32}
 
 
 def build(*arguments: str | int | Path) -> tuple[int, str, str]:
@@ -162,6 +168,34 @@ def test_a_second_build_mends_what_is_damaged(checkpoint: Path, tmp_path: Path) 
     assert whole_since == files[3].stat().st_mtime_ns
 
 
+def test_a_whole_table_is_found_before_ray_starts(
+    checkpoint: Path, tmp_path: Path, redis_url: str
+) -> None:
+    """A build of a table that all stores have whole asks no Ray, and publishes it if told to; with
+    another corpus, a shard less, or a store without it, Ray is asked."""
+    files = f"file://{tmp_path}"
+    options = "--shards 4 --name found --ray-address 127.0.0.1:1"
+    ref = build_table(
+        checkpoint, files, redis_url, codec="bf16", shards=4, name="found", publish=False
+    )
+    both = f"build {checkpoint} --store {files},{redis_url} {options}"
+    for line in (both, f"{both} --publish"):
+        done = tolhouse(line)
+        assert ref == done.stdout.strip()
+        assert "found whole" in done.stderr
+    with closing(open_store(redis_url)) as store:
+        assert stands_for(store, ref)
+        store.delete(ref)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("self.items")
+    assert "no Ray cluster" in tolhouse(both, code=1).stderr
+    alone = f"build {checkpoint} --store {files} {options}"
+    assert "no Ray cluster" in tolhouse(f"{alone} --corpus {corpus}", code=1).stderr
+    assert "found whole" in tolhouse(alone).stderr
+    next(tmp_path.rglob("shard-*")).unlink()
+    assert "no Ray cluster" in tolhouse(alone, code=1).stderr
+
+
 def test_a_table_is_copied_from_files_to_redis_without_computing(
     checkpoint: Path, tmp_path: Path, redis_url: str
 ) -> None:
@@ -181,8 +215,8 @@ def test_a_table_is_copied_from_files_to_redis_without_computing(
         (("--shards", "60000"), "at most one shard per token"),
         (("--store", "ftp://x"), "not understood"),
         (("--store", "redis://127.0.0.1:1"), "can't be reached"),
-        (("--ray-address", "127.0.0.1:1"), "no Ray cluster"),
-        (("--ray-address", "nowhere"), "no Ray cluster"),
+        (("--name", "new", "--ray-address", "127.0.0.1:1"), "no Ray cluster"),
+        (("--name", "new", "--ray-address", "nowhere"), "no Ray cluster"),
         (("--name", "../up"), "not allowed"),
         (("--shards", "3"), "delete it first"),
         (("--frobnicate",), "No such option"),
@@ -323,3 +357,86 @@ def test_memory_does_not_grow_with_the_vocabulary(checkpoint: Path, tmp_path: Pa
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         above, shard = map(int, shown.split())
         assert above < 4 * shard
+
+
+def test_ray_is_started_again_where_its_node_dies_and_needs_no_home(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that ends while it starts costs a warning; a home folder that can't be written costs
+    nothing."""
+    monkeypatch.setenv("HOME", "/proc")
+    popen = start(f"build {checkpoint} --store file://{tmp_path} --shards 2")
+    build = psutil.Process(popen.pid)
+
+    def node() -> psutil.Process | None:
+        family = build.children(recursive=True)
+        return next((p for p in family if "raylet/raylet" in title(p)), None)
+
+    wait_for(node, popen).kill()
+    out, err = popen.communicate(timeout=240)
+    assert 0 == popen.returncode, err
+    assert "Ray did not start on this machine" in err
+    assert "Traceback" not in err
+    assert out.strip()
+
+
+@pytest.fixture
+def token_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Callable]]:
+    """The address of a Ray cluster without cores that demands the token of `x`s, and what adds a
+    node with so many cores."""
+    port = free_port()
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets need a short path
+    head = f"--head --include-dashboard=false --port={port} --num-cpus=0 --temp-dir={folder}"
+    started: list[subprocess.Popen] = []
+
+    def ray(options: str) -> None:
+        options += f" --object-store-memory={80 << 20} --node-ip-address=127.0.0.1 --block"
+        options += " --min-worker-port=0 --max-worker-port=0"  # any: the range may hold `port`
+        command = [Path(sys.executable).parent / "ray", "start", *options.split()]
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        environment = {**os.environ, **TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
+        started.append(subprocess.Popen(command, env=environment, **silent))
+
+    def node(cores: int) -> None:
+        ray(f"--address=127.0.0.1:{port} --num-cpus={cores}")
+
+    ray(head)
+    try:
+        wait_until(lambda: not socket.create_connection(("127.0.0.1", port), 1).close())
+        yield f"127.0.0.1:{port}", node
+    finally:
+        family = [p for s in started for p in psutil.Process(s.pid).children(recursive=True)]
+        for one in (*started, *family):
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        for one in started:
+            one.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_cluster_that_can_not_compute_is_told_and_nodes_that_join_are_used(
+    token_cluster: tuple[str, Callable], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the cluster's token, or a free core, a build ends with one line; nodes that join a
+    build get tasks, more of them at once than the cluster had cores for."""
+    address, add_node = token_cluster
+    big = tiny_model(tmp_path / "big", hidden_size=768, num_hidden_layers=8, vocab_size=8192)
+    line = f"build {big} --store file://{tmp_path}/tables --shards 256 --ray-address {address}"
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray may have left a token at home
+    assert "wants a token" in tolhouse(line, code=1).stderr
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "y" * 32)
+    assert "wants another token" in tolhouse(line, code=1).stderr
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN["RAY_AUTH_TOKEN"])
+    assert "none of the 0 cores" in tolhouse(f"{line} --ray-wait-seconds 1", code=1).stderr
+    add_node(1)
+    popen = start(f"{line} --ray-wait-seconds 120")
+
+    def tasks() -> int:
+        return sum("ray::build_shards" in title(p) for p in psutil.process_iter())
+
+    wait_for(tasks, popen)
+    add_node(3)
+    wait_for(lambda: tasks() > 2, popen)
+    out, err = popen.communicate(timeout=240)
+    assert (0, "big@") == (popen.returncode, out[:4]), err

@@ -7,6 +7,8 @@ names, `old`, still work in both. Values are read once, at start.
 
 import difflib
 import os
+import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -114,6 +116,7 @@ class BuildConfig(TableConfig):
     verify_rows: int = option(64, "Rows, drawn at random, to recompute and compare.", ge=1)
     workers: int = option(0, "Ray tasks at a time; 0: one per core of the cluster.", ge=0)
     ray_address: str = option("local", "Ray cluster; `local` starts one.", env="RAY_ADDRESS")
+    ray_wait_seconds: float = option(10, "Longest wait for a free core of the cluster.", ge=0)
 
 
 class CompressConfig(TableConfig):
@@ -313,11 +316,23 @@ def load(config: type[ConfigT], given: dict[str, Any]) -> ConfigT:
         raise InvalidArgument(f"{name}: {first['msg']}; {first['input']!r} was given") from None
 
 
-def set_ray_defaults() -> None:
+def set_ray_defaults(*, local: bool) -> None:
     """What Ray reads from the environment when it is imported, unless it is set there."""
+    if local:  # a token of its own: Ray would keep one in the home folder, where there may be none
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anyone
     # a task without a GPU leaves GPUs visible, and silent
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def ray_token() -> str:
+    """The token that Ray will show to a cluster, from where Ray takes it; empty if it has none."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        return ""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
+    with suppress(OSError, RuntimeError):  # no such file, or no home
+        return os.environ.get("RAY_AUTH_TOKEN") or Path(path).expanduser().read_text().strip()
+    return ""
 
 
 def set_compiler_folder(folder: str) -> None:

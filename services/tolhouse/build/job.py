@@ -6,32 +6,45 @@ runs again elsewhere.
 
 import logging
 import socket
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
+from operator import ne
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from tolhouse import errors
-from tolhouse.config import set_ray_defaults
-from tolhouse.errors import Corrupt, InvalidArgument, Mismatch, Unavailable
+from tolhouse.config import ray_token, set_ray_defaults
+from tolhouse.errors import (
+    Corrupt,
+    InvalidArgument,
+    Mismatch,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+)
 from tolhouse.logs import event, split_address
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.sources.memoryllm import MemoryLLM, select_blocks
-from tolhouse.store.base import open_store
+from tolhouse.store.base import Store, open_store
 from tolhouse.store.registry import refuse_another
-from tolhouse.store.writer import commit, write_shards
+from tolhouse.store.writer import commit, shard_digest, write_shards
 from tolhouse.table.codecs import codec
-from tolhouse.table.manifest import Manifest, check_name, content_id
+from tolhouse.table.manifest import MAX_FREQUENT, Manifest, check_name, content_id
 from tolhouse.train.corpus import documents, is_held_out, standard_library
 
 _OBJECT_STORE_BYTES = 80 << 20  # tasks return digests only
 _CONNECT_SECONDS = 5
+_START_TRIES = 3
+_LOOK_SECONDS = 1.0  # between looks for nodes that joined the cluster
 _SAMPLE_CHARS = 4_000_000  # counted, evenly over the documents: a few seconds
 _MOST_SHARDS_A_TASK = 8
 _RETRIED = [Unavailable, errors.DeadlineExceeded]
@@ -83,6 +96,13 @@ def count_tokens(tokenizer: Tokenizer, corpus: str, vocab_size: int) -> Counter[
     return counts
 
 
+def with_frequent(checkpoint: Checkpoint, planned: Manifest, corpus: str) -> Manifest:
+    """The planned table with its frequent tokens, counted in `corpus` as by `count_tokens`."""
+    counts = count_tokens(checkpoint.tokenizer(), corpus, planned.vocab_size)
+    frequent = sorted(counts, key=lambda i: (-counts[i], i))[:MAX_FREQUENT]
+    return replace(planned, frequent=tuple(frequent))
+
+
 def build_shards(
     checkpoint: str, manifest: Manifest, shards: list[int], stores: tuple[str, ...], timeout: float
 ) -> list[tuple[str, bool]]:
@@ -127,11 +147,36 @@ def source_of(checkpoint: str, model_id: str, blocks: tuple[str, ...]) -> Memory
     return MemoryLLM(opened, blocks)
 
 
+def find_whole(stores: Sequence[Store], planned: Manifest) -> Manifest | None:
+    """The manifest of the planned table if every store has all of it, intact; None otherwise.
+
+    A plan without frequent tokens stands for a table with any.
+    """
+    found = set[Manifest]()
+    for store in stores:
+        refuse_another(store, planned)
+        try:
+            manifest = store.manifest(planned.ref)
+        except (NotFound, Corrupt):
+            return None
+        frequent = planned.frequent or manifest.frequent
+        wanted = replace(planned, frequent=frequent, shards=manifest.shards, extra=manifest.extra)
+        digests = (shard_digest(store, manifest, shard) for shard in range(manifest.num_shards))
+        if manifest != wanted or any(map(ne, manifest.shards, digests)):
+            return None
+        found.add(manifest)
+    if len(found) != 1:
+        return None
+    event("found whole", table=planned.ref)
+    return found.pop()
+
+
 def build(
     checkpoint: Checkpoint,
     planned: Manifest,
     stores: tuple[str, ...],
     ray_address: str,
+    ray_wait_seconds: float,
     workers: int,
     verify_rows: int,
     timeout: float,
@@ -143,23 +188,27 @@ def build(
     path, count, vocabulary = str(checkpoint.path), planned.num_shards, planned.vocab_size
     digests, computed = [""] * count, 0
     pending: dict[Any, list[int]] = {}  # shards of running tasks
-    look = {"desc": f"build {planned.name}", "unit": "row", "unit_scale": True}
-    with _ray(ray_address) as ray, tqdm(total=vocabulary, dynamic_ncols=True, **look) as bar:
+    look = {"desc": f"build {planned.name}", "unit": "row", "unit_scale": True, "disable": None}
+    with (
+        _ray(ray_address, ray_wait_seconds) as ray,
+        tqdm(total=vocabulary, dynamic_ncols=True, **look) as bar,
+    ):
         remote = ray.remote(num_cpus=1, max_retries=3, retry_exceptions=_RETRIED)
-        limit = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        # a task writes a shard while it computes the next: several, but enough tasks for all cores
-        step = max(1, min(_MOST_SHARDS_A_TASK, count // (4 * limit)))
-        groups = [[*range(i, min(i + step, count))] for i in range(0, count, step)]
         task, verify_task = remote(build_shards), remote(verify)
-        while groups or pending:
-            while groups and len(pending) < 2 * limit:
-                group = groups.pop(0)
+        left = list(range(count))
+        while left or pending:
+            limit = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+            # a task writes a shard while it computes the next: several, if all cores have tasks
+            step = max(1, min(_MOST_SHARDS_A_TASK, len(left) // (4 * limit)))
+            while left and len(pending) < 2 * limit:
+                group, left = left[:step], left[step:]
                 pending[task.remote(path, planned, group, stores, timeout)] = group
-            (done,), _ = ray.wait(list(pending))
-            for shard, (digest, new) in zip(pending.pop(done), _get(ray, done), strict=True):
-                digests[shard] = digest
-                computed += new
-                bar.update(len(planned.shard_ids(shard)))
+            finished, _ = ray.wait(list(pending), timeout=_LOOK_SECONDS)
+            for done in finished:
+                for shard, (digest, new) in zip(pending.pop(done), _get(ray, done), strict=True):
+                    digests[shard] = digest
+                    computed += new
+                    bar.update(len(planned.shard_ids(shard)))
         random = np.random.default_rng(int(planned.version, 16))
         sample = random.choice(vocabulary, min(verify_rows, vocabulary), replace=False)
         sample = np.sort(sample).astype(np.uint32)
@@ -185,30 +234,76 @@ def _get(ray: Any, reference: Any) -> Any:
 
 
 @contextmanager
-def _ray(address: str) -> Iterator[Any]:
-    if ":" in address:  # Ray itself would try for minutes
-        try:
-            place = split_address(address.removeprefix("ray://"))
-            socket.create_connection(place, timeout=_CONNECT_SECONDS).close()
-        except OSError as error:
-            hint = "unset RAY_ADDRESS to build on this machine"
-            reason = f"{error.strerror or error}; {hint}"
-            raise Unavailable(f"no Ray cluster at {address}: {reason}") from None
-    set_ray_defaults()
+def _ray(address: str, wait_seconds: float) -> Iterator[Any]:
+    if ":" in address:
+        _check_cluster(address)
+    set_ray_defaults(local=address == "local")
     import ray
     import ray.exceptions
 
     if ray.is_initialized():  # by the program that calls
         yield ray
         return
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address == "local":
-        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     try:
-        ray.init(address=address, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise Unavailable(f"no Ray cluster at {address!r}: {error}") from None
-    try:
+        _start(ray, address)
+        if address != "local":
+            _wait_for_core(ray, address, wait_seconds)
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_cluster(address: str) -> None:
+    """Unavailable if nothing answers at HOST:PORT, Unauthenticated if our token is not its own.
+
+    Ray would try for half a minute, and then say neither.
+    """
+    host, port = split_address(address.removeprefix("ray://"))
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        hint = "unset RAY_ADDRESS to build on this machine"
+        reason = f"{error.strerror or error}; {hint}"
+        raise Unavailable(f"no Ray cluster at {address}: {reason}") from None
+    metadata = [("authorization", f"Bearer {token}")] if (token := ray_token()) else []
+    with grpc.insecure_channel(f"{host}:{port}", [("grpc.enable_http_proxy", 0)]) as channel:
+        call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        try:
+            call(b"", timeout=_CONNECT_SECONDS, metadata=metadata)
+        except grpc.RpcError as error:  # others: it may speak TLS, or the protocol of Ray's client
+            if error.code() != grpc.StatusCode.UNAUTHENTICATED:
+                return
+            wanted = "another token" if token else "a token"
+            hint = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+            raise Unauthenticated(f"the Ray cluster at {address} wants {wanted}: {hint}") from None
+
+
+def _start(ray: Any, address: str) -> None:
+    """Connect to a cluster, or start one here; Unavailable, with Ray's reason, if that fails."""
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    local, problem = address == "local", f"no Ray cluster at {address!r}"
+    if local:
+        problem = "Ray did not start on this machine"
+        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    for tries_left in reversed(range(_START_TRIES if local else 1)):
+        try:
+            ray.init(address=address, **options)
+        except Exception as error:  # noqa: BLE001 - Ray raises just that if a node starts slowly
+            ray.shutdown()
+            reason = f"{problem}: {error}"
+            if not tries_left:
+                raise Unavailable(reason) from None
+            event("trying again", logging.WARNING, reason=reason)
+        else:
+            return
+
+
+def _wait_for_core(ray: Any, address: str, seconds: float) -> None:
+    """Unavailable if no core of the cluster is free within that time."""
+    deadline = time.monotonic() + seconds
+    while ray.available_resources().get("CPU", 0) < 1:
+        if time.monotonic() >= deadline:
+            cores = f"none of the {ray.cluster_resources().get('CPU', 0):g} cores"
+            hint = f"waited {seconds:g} s; --ray-wait-seconds says how long"
+            raise Unavailable(f"{cores} of the Ray cluster at {address} is free ({hint})")
+        time.sleep(0.2)

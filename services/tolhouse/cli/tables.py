@@ -13,7 +13,7 @@ from tolhouse.cli.options import Commands, checkpoint_argument, options, stores_
 from tolhouse.errors import Corrupt, InvalidArgument, Mismatch, NotFound
 from tolhouse.store import registry
 from tolhouse.store.base import Store, open_store
-from tolhouse.table.manifest import MAX_FREQUENT, Manifest
+from tolhouse.table.manifest import Manifest
 
 
 def _planned(checkpoint: Any, settings: config.TableConfig) -> Manifest:
@@ -37,16 +37,17 @@ def build(settings: config.BuildConfig, checkpoint: Path) -> None:
 
     opened, urls = open_checkpoint(checkpoint), stores_of(settings)
     planned = _planned(opened, settings)
-    counts = job.count_tokens(opened.tokenizer(), settings.corpus, planned.vocab_size)
-    frequent = sorted(counts, key=lambda i: (-counts[i], i))[:MAX_FREQUENT]
-    planned = replace(planned, frequent=tuple(frequent))
     rows = f"{planned.vocab_size} rows of {planned.record_bytes} bytes"
     click.echo(f"{planned.ref}: {rows}, {planned.table_bytes / 1e6:.1f} MB", err=True)
     seconds, wait = settings.store_timeout_seconds, settings.store_wait_seconds
     stores = [open_store(url, seconds, wait) for url in urls]
     new_in = [s for s in stores if registry.is_new(s, planned)]
-    tasks = settings.ray_address, settings.workers, settings.verify_rows
-    built = job.build(opened, planned, urls, *tasks, seconds)
+    counted = job.with_frequent(opened, planned, settings.corpus) if settings.corpus else planned
+    built = job.find_whole(stores, counted)
+    if built is None:
+        counted = counted if settings.corpus else job.with_frequent(opened, planned, "")
+        ray = settings.ray_address, settings.ray_wait_seconds, settings.workers
+        built = job.build(opened, counted, urls, *ray, settings.verify_rows, seconds)
     for s in stores if settings.publish else new_in if settings.publish_new else ():
         registry.publish(s, built.ref)
     if not all(registry.stands_for(s, built.ref) for s in stores):
