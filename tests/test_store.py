@@ -23,8 +23,9 @@ from tolhouse.store.base import Store, open_store
 from tolhouse.store.files import FileStore
 from tolhouse.store.registry import delete, publish, resolve, rollback, tables
 from tolhouse.store.writer import digest, shard_digest
-from tolhouse.testing import redis_server, wait_until
+from tolhouse.testing import build_table, process, redis_server, wait_until
 
+from tests.commands import LOCAL, tolhouse
 from tests.tables import assert_holds, ids, manifest_of, read, records_of, write
 
 
@@ -259,3 +260,26 @@ def test_a_full_redis_is_told() -> None:
     with redis_server("--maxmemory", "1mb", "--maxmemory-policy", "noeviction") as url:
         with closing(open_store(url)) as store, pytest.raises(Overloaded, match="maxmemory"):
             all(write(store, manifest_of("full", version)) for version in range(2000))
+
+
+def test_a_store_that_keeps_what_it_has_is_no_risk(store: Store) -> None:
+    """Neither files nor servers without a limit are warned of."""
+    assert "" == store.risk()
+
+
+@pytest.mark.parametrize(
+    ("policy", "warned"), [("allkeys-lru", True), ("volatile-lru", False), ("noeviction", False)]
+)
+def test_a_redis_that_may_evict_rows_is_warned_of(
+    policy: str, warned: bool, checkpoint: Path
+) -> None:
+    """A build and a lookup service say so at start, and whoever finds no table there is told."""
+    warning = f"may evict rows by its maxmemory-policy {policy}: set noeviction"
+    with redis_server("--maxmemory", "50mb", "--maxmemory-policy", policy) as url:
+        build_table(checkpoint, url, shards=8)
+        build = tolhouse(f"build --codec fp32 --shards 4 --store {url}", checkpoint, code=1)
+        with process("lookup", "--store", url, *LOCAL) as lookup:
+            said = lookup.log.read_text()
+        with closing(open_store(url)) as store, pytest.raises(NotFound) as error:
+            resolve(store, "unknown")
+    assert [warned] * 3 == [warning in text for text in (build.stderr, said, str(error.value))]

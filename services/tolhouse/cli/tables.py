@@ -1,5 +1,6 @@
 """A table's life: built, compressed, listed, published, edited, deleted."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -11,6 +12,7 @@ import click
 from tolhouse import config
 from tolhouse.cli.options import Commands, checkpoint_argument, options, stores_of
 from tolhouse.errors import Corrupt, InvalidArgument, Mismatch, NotFound
+from tolhouse.logs import event
 from tolhouse.store import registry
 from tolhouse.store.base import Store, open_store
 from tolhouse.table.manifest import Manifest
@@ -41,6 +43,8 @@ def build(settings: config.BuildConfig, checkpoint: Path) -> None:
     click.echo(f"{planned.ref}: {rows}, {planned.table_bytes / 1e6:.1f} MB", err=True)
     seconds, wait = settings.store_timeout_seconds, settings.store_wait_seconds
     stores = [open_store(url, seconds, wait) for url in urls]
+    for risk in filter(None, (store.risk() for store in stores)):
+        event(risk, logging.WARNING)
     new_in = [s for s in stores if registry.is_new(s, planned)]
     counted = job.with_frequent(opened, planned, settings.corpus) if settings.corpus else planned
     built = job.find_whole(stores, counted)

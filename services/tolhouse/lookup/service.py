@@ -1,6 +1,7 @@
 """The gRPC interface of the lookup service. Protobuf types end here."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -156,6 +157,8 @@ async def run(config: LookupConfig) -> None:
     rows = HotRows(source, int(config.hot_megabytes * 1e6))
     service = LookupService(rows)
     event("serving store", store=store.url)
+    if risk := await asyncio.to_thread(store.risk):
+        event(risk, logging.WARNING)
     await rows.open_published()
     try:
         await serve("lookup", NAME, config, partial(register, service), service.drain)

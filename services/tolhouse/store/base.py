@@ -107,6 +107,10 @@ class Store(ABC):
     def leased(self, ref: str) -> bool:
         """Whether a version was used lately."""
 
+    def risk(self) -> str:
+        """How the store's settings may lose rows, for warnings; "" if they don't."""
+        return ""
+
     # names
 
     def alias(self, name: str) -> Alias | None:

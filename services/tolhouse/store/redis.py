@@ -156,6 +156,18 @@ class RedisStore(Store):
                 return
         raise Unavailable(f"Redis at {self.url} is changed by others all the time: try again")
 
+    def risk(self) -> str:
+        with suppress(errors.TolhouseError):  # a user may not be allowed to ask
+            where = {"target_nodes": RedisCluster.PRIMARIES} if self._is_cluster else {}
+            answer = self._call("info", "memory", **where)
+            nodes = [answer] if "maxmemory" in answer else answer.values()
+            policies = {node["maxmemory_policy"] for node in nodes if node.get("maxmemory")}
+            for policy in sorted(policies):
+                if policy.startswith("allkeys"):  # others evict keys that expire, and rows don't
+                    how = f"by its maxmemory-policy {policy}: set noeviction"
+                    return f"Redis at {self.url} may evict rows {how}"
+        return ""
+
     def close(self) -> None:
         self.health.close()
         self._redis.close()

@@ -200,6 +200,7 @@ def _servable(store: Store, ref: str) -> Manifest:
 def _tables_here(store: Store) -> str:
     refs = store.refs()
     more = f" and {len(refs) - 8} more" if len(refs) > 8 else ""
+    risk = f"; {risk}" if (risk := store.risk()) else ""
     if not refs:
-        return "there are no tables here yet: `tolhouse build` makes them"
-    return f"tables here: {', '.join(refs[:8])}{more}"
+        return f"there are no tables here yet: `tolhouse build` makes them{risk}"
+    return f"tables here: {', '.join(refs[:8])}{more}{risk}"
