@@ -2,10 +2,12 @@
 
 import json
 import queue
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import grpc
 import httpx
@@ -14,7 +16,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from redis import Redis
-from tolhouse import Client, Manifest, errors
+from tolhouse import Client, ClientCredentials, Manifest, errors
+from tolhouse.client.fetch_stream import Replica
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import delete
 from tolhouse.testing import (
@@ -29,7 +32,9 @@ from tolhouse.testing import (
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
+from tests.chaos.proxy import Link
 from tests.commands import LOCAL, metrics, start, tolhouse
+from tests.tables import ids, manifest_of
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +350,53 @@ def test_one_corrupt_record_under_load_costs_only_its_askers(
         assert f'tolhouse_lookup_rows_total{{source="store"}} {len(intact)}.0' in served
         hot = float(served.split('tolhouse_lookup_rows_total{source="hot"} ')[1].split()[0])
         assert hot >= rows
+
+
+def test_what_needs_no_read_does_not_wait_for_a_slow_store(checkpoint: Path) -> None:
+    """While Redis drips, hot rows, descriptions and health come; the rest is DEADLINE_EXCEEDED.
+
+    All over one stream, with more reads than fit into a pool of threads, before and behind.
+    """
+    with redis_server() as url, Link(url.removeprefix("redis://")) as link, ExitStack() as stack:
+        ref = build_table(checkpoint, url, shards=4)
+        options = ("--store-timeout-seconds", "2")
+        running, client = stack.enter_context(serving(f"redis://{link.address}", *options))
+        expected = client.fetch(ref, range(20)).tobytes()
+        link.drip(0.3)
+        pool = stack.enter_context(ThreadPoolExecutor(7))
+        reads = [pool.submit(client.fetch, ref, [n]) for n in range(100, 107)]
+        stub = LookupStub(stack.enter_context(grpc.insecure_channel(running.address)))
+        by_name = lookup_pb2.DescribeRequest(table="tiny-memory")
+        waiting = [stub.Describe.future(by_name) for _ in range(8)]
+        answered = 0
+        while not all(read.done() for read in reads):
+            assert expected == client.fetch(ref, range(20)).tobytes()
+            described = stub.Describe(lookup_pb2.DescribeRequest(table=ref), timeout=10)
+            assert ref == Manifest.from_json(described.manifest_json).ref
+            with urlopen(f"http://{running.ready['metrics']}/health") as health:
+                assert 200 == health.status
+            answered += 1
+        for read in reads:
+            with pytest.raises(errors.DeadlineExceeded, match="did not answer in time"):
+                read.result()
+        assert {grpc.StatusCode.DEADLINE_EXCEEDED} == {call.code() for call in waiting}
+        assert answered > 20  # each of the others took no turn of theirs
+
+
+def test_requests_beside_one_that_is_given_up_are_not_cancelled(tmp_path: Path) -> None:
+    """A client that gives a silent replica up says so of all requests on its stream."""
+    (tmp_path / "tables").mkdir()
+    with process("lookup", "--store", f"file://{tmp_path}/tables", *LOCAL) as running:
+        replica = Replica(running.address, ClientCredentials())
+        running.popen.send_signal(signal.SIGSTOP)
+        manifest = manifest_of()
+        out = memoryview(bytearray(manifest.record_bytes))
+        requests = [replica.submit(manifest, ids(1), out, [0]) for _ in range(3)]
+        replica.reset(errors.DeadlineExceeded("no answer"))
+        for request in requests:
+            with pytest.raises(errors.DeadlineExceeded, match="no answer"):
+                request.result(timeout=10)
+        replica.close()
 
 
 def test_what_can_not_start_says_why(service: Process, tmp_path: Path) -> None:

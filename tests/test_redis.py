@@ -218,6 +218,34 @@ def test_a_master_behind_a_slow_link_leaves_reads_to_its_replica() -> None:
             assert_holds(store, MANIFEST)
 
 
+@pytest.mark.parametrize("kind", ["standalone", "cluster"])
+def test_a_server_that_drips_is_too_slow(kind: str) -> None:
+    """Its bytes come well within the timeout, each by itself; the whole answer does not."""
+    with ExitStack() as stack:
+        links: list[Link] = []
+
+        def announced(port: int) -> int:
+            links.append(stack.enter_context(Link(f"127.0.0.1:{port}")))
+            return int(links[-1].address.rpartition(":")[2])
+
+        if kind == "cluster":
+            stack.enter_context(redis_cluster(3, announced=announced))
+        else:
+            port = free_port()
+            stack.enter_context(redis_server(port=port))
+            announced(port)
+        store = stack.enter_context(closing(open_store(f"redis://{links[0].address}", 0.5)))
+        write(store, MANIFEST)
+        for link in links:
+            link.drip(0.1)
+        for call in (lambda: read(store, MANIFEST), lambda: store.manifest(MANIFEST.ref)):
+            with pytest.raises((DeadlineExceeded, Unavailable), match=r"in time|too slowly"):
+                call()
+        for link in links:
+            link.mend()
+        wait_until(lambda: assert_holds(store, MANIFEST) is None)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_master_may_die_or_hang(number: signal.Signals) -> None:
     """Its replica has the rows; what only a master can do works once there is one again."""

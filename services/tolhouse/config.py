@@ -194,7 +194,7 @@ class LookupConfig(Server):
     store: str = option(DEFAULT_STORE, "The store to serve: file://PATH or redis://HOST:PORT.")
     hot_megabytes: float = option(256, "Memory for hot rows, per table in use.", ge=0)
     drain_seconds: float = option(10, "Time for calls in flight to end after SIGTERM.", ge=0)
-    store_timeout_seconds: float = option(2, "Longest wait for one answer of Redis.", gt=0)
+    store_timeout_seconds: float = option(2, "Longest wait for a whole answer of Redis.", gt=0)
     store_wait_seconds: float = option(0, "Longest wait for Redis to come up, at start.", ge=0)
 
 

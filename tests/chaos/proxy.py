@@ -1,4 +1,4 @@
-"""A link between two processes that can be cut and delayed."""
+"""A link between two processes that can be cut, delayed, and made to drip."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ class Link:
 
     def __init__(self, target: str, port: int = 0) -> None:
         self.host, _, self.port = target.partition(":")
-        self.delay_seconds = 0.0
+        self.delay_seconds = self.drip_seconds = 0.0
         self._cut = False
         self._tasks: set[asyncio.Task] = set()
         self._loop = asyncio.new_event_loop()
@@ -55,8 +55,12 @@ class Link:
         """Let every byte take so long, in both directions."""
         self.delay_seconds = seconds
 
+    def drip(self, seconds: float) -> None:
+        """Let answers come byte by byte, each so long after the one before."""
+        self.drip_seconds = seconds
+
     def mend(self) -> None:
-        self._cut, self.delay_seconds = False, 0.0
+        self._cut, self.delay_seconds, self.drip_seconds = False, 0.0, 0.0
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -67,7 +71,8 @@ class Link:
             if self._cut:
                 return
             there, other = await asyncio.open_connection(self.host, int(self.port))
-            await asyncio.gather(self._pump(reader, other), self._pump(there, writer))
+            pumps = self._pump(reader, other), self._pump(there, writer, answers=True)
+            await asyncio.gather(*pumps)
         except (OSError, asyncio.CancelledError):
             pass
         finally:
@@ -76,7 +81,9 @@ class Link:
                 if one:
                     one.transport.abort()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, answers: bool = False
+    ) -> None:
         """Bytes arrive `delay_seconds` after they were sent, however many are on their way."""
         coming: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -98,6 +105,10 @@ class Link:
         writing = asyncio.create_task(write())
         try:
             while data := await reader.read(1 << 16):
+                while answers and self.drip_seconds and len(data) > 1:
+                    writer.write(data[:1])
+                    data = data[1:]
+                    await asyncio.sleep(self.drip_seconds)
                 if self.delay_seconds or queued:
                     queued += 1
                     coming.put_nowait((loop.time() + self.delay_seconds, data))

@@ -5,7 +5,9 @@ gRPC copies a record into the reply; it is copied once more, to the caller, and 
 
 import itertools
 import threading
+import time
 from concurrent.futures import Future
+from math import inf
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -32,7 +34,7 @@ class Request(Future[None]):
     def receive(self, reply: pb.FetchReply, records: memoryview) -> bool:
         """Copy the records of a reply; whether the request has ended."""
         with self._lock:
-            if self._given_up:
+            if self._given_up or self.done():
                 return True
             try:
                 if reply.HasField("error"):
@@ -54,6 +56,12 @@ class Request(Future[None]):
                 self.set_result(None)
             return reply.last
 
+    def fail(self, error: TolhouseError) -> None:
+        """End the request with an error, unless it has ended."""
+        with self._lock:
+            if not self.done():
+                self.set_exception(error)
+
     def give_up(self) -> None:
         """Write nothing to `out` from now on."""
         with self._lock:
@@ -64,6 +72,7 @@ class _Stream(NamedTuple):
     call: Any
     outgoing: SimpleQueue[pb.FetchRequest | None]
     pending: dict[int, Request]  # by request_id
+    replied: list[float]  # when the last reply came; one value
 
 
 class Replica:
@@ -96,15 +105,19 @@ class Replica:
         stream.outgoing.put(message)
         return request
 
-    def reset(self) -> None:
-        """Give the stream up, with all requests in flight: the peer does not answer."""
+    def reset(self, error: TolhouseError, silent_since: float = inf) -> None:
+        """Fail all requests in flight, with their stream, if no reply came after `silent_since`."""
         with self._lock:
-            if self._stream:
-                self._stream.call.cancel()
-                self._stream = None
+            if not (stream := self._stream) or stream.replied[0] > silent_since:
+                return
+            self._stream = None
+            requests = list(stream.pending.values())
+        for request in requests:
+            request.fail(error)
+        stream.call.cancel()
 
     def close(self) -> None:
-        self.reset()
+        self.reset(Unavailable(f"the channel to {self.target} is closed"))
         self.channel().close()
 
     def _open(self) -> _Stream:
@@ -113,7 +126,7 @@ class Replica:
         write = pb.FetchRequest.SerializeToString
         fetch = self.channel().stream_stream("/tolhouse.v1.Lookup/Fetch", write)
         call = fetch(iter(outgoing.get, None), metadata=self.credentials.metadata())
-        stream = _Stream(call, outgoing, {})
+        stream = _Stream(call, outgoing, {}, [0.0])
         threading.Thread(target=self._receive, args=(stream,), name="fetch", daemon=True).start()
         return stream
 
@@ -122,6 +135,7 @@ class Replica:
         try:
             for data in stream.call:
                 reply, records = parse(data)
+                stream.replied[0] = time.monotonic()
                 request = stream.pending.get(reply.request_id)
                 if request and request.receive(reply, records):
                     del stream.pending[reply.request_id]
@@ -135,4 +149,4 @@ class Replica:
                 self._stream = None
         stream.outgoing.put(None)
         for request in stream.pending.values():
-            request.set_exception(error)
+            request.fail(error)

@@ -91,8 +91,8 @@ class LookupRowSource(RowSource):
         try:
             error = request.exception(max(0.0, end - began))
         except TimeoutError:
-            replica.reset()
             error = DeadlineExceeded(f"lookup {replica.target} did not answer in time")
+            replica.reset(error, silent_since=began)  # others of its requests may be answered
         request.give_up()
         if isinstance(error, (Unavailable, DeadlineExceeded)):
             self.replicas.health.report_down(replica.target, error)

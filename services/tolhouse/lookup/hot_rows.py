@@ -1,15 +1,18 @@
 """Hot rows in memory over the reads of a row source.
 
-Reads alone run in threads, all else in the event loop. Each open table has a row cache, filled with
-frequent tokens first. A row is read once for all that wait, and a bad one fails those alone that
-ask for it. Unused, unpublished versions close.
+Reads run in threads of their own, all else in the event loop. Each open table has a row cache,
+filled with frequent tokens first. A row is read once for all that wait, and a bad one fails those
+alone that ask for it. Unused, unpublished versions close.
 """
 
 import asyncio
 import time
 from asyncio import Future
 from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
 from logging import WARNING
 
 import numpy as np
@@ -26,6 +29,7 @@ from tolhouse.tracing import INVALID_SPAN, Span, under
 _CHUNK_BYTES = 1 << 20  # records that are handed on at once
 _READ_BYTES = 4 << 20  # records that are read at once
 _MOST_OPEN_TABLES = 8
+_READERS = 16  # a store that hangs holds them until its timeout
 
 Read = Future[dict[int, Buffer | Corrupt]]  # by token: a verified record, or why there is none
 
@@ -51,11 +55,21 @@ class HotRows:
         self.source, self.hot_bytes, self.idle_seconds = source, hot_bytes, idle_seconds
         self.open: dict[str, OpenTable] = {}  # by "name@version", the one used last at the end
         self._tasks: set[asyncio.Task] = set()
+        self._readers = ThreadPoolExecutor(_READERS, "store read")
         self._start(self._close_idle())
 
     def close(self) -> None:
         for task in self._tasks:
             task.cancel()
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def are_hot(self, ref: str, packed: bytes) -> bool:
+        """Whether rows of `packed` token ids can be had without a read."""
+        if not (table := self.open.get(ref)) or len(packed) % 4:
+            return False
+        ids = np.frombuffer(packed, "<u4")
+        known = not len(ids) or int(ids.max()) < table.manifest.vocab_size
+        return known and bool((table.cache.slot_of[ids] >= 0).all())
 
     async def table(self, ref: str) -> OpenTable:
         """The table "name@version", opened on first use; NotFound if there is none."""
@@ -133,7 +147,9 @@ class HotRows:
     async def _finish(self, table: OpenTable, ids: np.ndarray, arrival: Read, main: bool) -> None:
         tokens = ids.tolist()
         try:
-            records, error = await asyncio.to_thread(self._fetch, table.manifest, ids)
+            fetch = partial(copy_context().run, self._fetch, table.manifest, ids)
+            loop = asyncio.get_running_loop()
+            records, error = await loop.run_in_executor(self._readers, fetch)
         except BaseException as failure:  # noqa: BLE001 - the requests that wait get it
             arrival.set_exception(failure)
         else:

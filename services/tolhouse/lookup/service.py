@@ -46,40 +46,70 @@ class LookupService:
     def __init__(self, rows: HotRows) -> None:
         self.rows = rows
         self.draining = False
-        self._idle: set[asyncio.Task] = set()  # streams that wait for a request
+        self._unanswered: dict[asyncio.Task, int] = {}  # requests in hand, by stream
         self._turns = WeakValueDictionary[str, asyncio.Semaphore]()  # by connection
 
-    async def Fetch(self, requests: Requests, context: Context) -> AsyncIterator[bytes]:
+    async def Fetch(self, requests: Requests, context: Context) -> None:
+        """Requests that need reads are answered beside those that do not, which never wait."""
         stream = asyncio.current_task()
         turn = self._turns.setdefault(context.peer(), asyncio.Semaphore(MOST_AT_ONCE))
+        writing, reading = asyncio.Lock(), set[asyncio.Task]()
         assert stream
+        self._unanswered[stream] = 0
+
+        async def answer(request: pb.FetchRequest) -> None:
+            async for reply in self._fetch(request):
+                async with writing:
+                    await context.write(reply)
+
+        def ended() -> None:
+            turn.release()
+            self._unanswered[stream] -= 1
+            if self.draining and not self._unanswered[stream]:
+                stream.cancel()
+
+        def read(task: asyncio.Task) -> None:
+            reading.discard(task)
+            ended()
+            if not task.cancelled():
+                task.exception()  # the caller went away
+
         try:
-            self._idle.add(stream)
             async for request in requests:
-                self._idle.discard(stream)
-                async with turn:
-                    async for reply in self._fetch(request):
-                        yield reply
-                if self.draining:
-                    return
-                self._idle.add(stream)
+                self._unanswered[stream] += 1
+                await turn.acquire()
+                if self.rows.are_hot(request.table, request.token_ids):
+                    try:
+                        await answer(request)
+                    finally:
+                        ended()
+                else:
+                    task = asyncio.create_task(answer(request))
+                    reading.add(task)
+                    task.add_done_callback(read)
+            await asyncio.gather(*reading)
         except asyncio.CancelledError:
             if not self.draining:
                 raise
         finally:
-            self._idle.discard(stream)
+            for task in reading:  # the caller is gone
+                task.cancel()
+            await asyncio.gather(*reading, return_exceptions=True)
+            del self._unanswered[stream]
 
     def drain(self) -> None:
         """End each stream once its requests are answered: clients keep theirs open."""
         self.draining = True
-        for stream in self._idle:
-            stream.cancel()
+        for stream, count in self._unanswered.items():
+            if not count:
+                stream.cancel()
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         async with errors_as_status(context):
-            manifest = await asyncio.to_thread(self.rows.source.describe, request.table)
-            if manifest.ref == request.table:  # it is in use; its rows may be cached elsewhere
-                await self.rows.table(request.table)
+            if split_ref(request.table)[1]:  # it is in use; its rows may be cached elsewhere
+                manifest = (await self.rows.table(request.table)).manifest
+            else:
+                manifest = await asyncio.to_thread(self.rows.source.describe, request.table)
         text = manifest.to_json() if manifest.ref != request.known else ""
         return pb.DescribeReply(manifest_json=text, max_ids_per_fetch=MAX_IDS_PER_FETCH)
 

@@ -8,16 +8,19 @@
     tolhouse:{registry}:lease:name@version  string that expires: the version is in use
 
 Reads are one HMGET per shard; all are sent, to all nodes, before the first answer is waited for.
-Every call has a timeout. While a node of a Cluster is down or slow, its replica is read: records
-never change. A URL may name files, which new connections read: `password_file`, and with rediss://
-`ssl_ca_certs`, `ssl_certfile` and `ssl_keyfile`, as redis-py calls them.
+The timeout is of a whole answer, also of a server that sends it byte by byte. While a node of a
+Cluster is down or slow, its replica is read: records never change. A URL may name files, which new
+connections read: `password_file`, and with rediss:// `ssl_ca_certs`, `ssl_certfile` and
+`ssl_keyfile`, as redis-py calls them.
 """
 
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
+from math import inf
 from typing import Any, cast
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
@@ -25,11 +28,13 @@ import hiredis
 import numpy as np
 from redis import Redis
 from redis import exceptions as theirs
+from redis._parsers import _HiredisParser
 from redis.backoff import ExponentialBackoff
 from redis.cluster import RedisCluster
-from redis.connection import AbstractConnection
+from redis.connection import AbstractConnection, ConnectionPool
 from redis.credentials import CredentialProvider
 from redis.retry import Retry
+from redis.utils import SENTINEL
 
 from tolhouse import errors
 from tolhouse.errors import InvalidArgument, Unavailable
@@ -68,6 +73,7 @@ _ABANDONED_SECONDS = 3600  # after which a shard that a killed build left half-w
 _WRITE_BYTES = 1 << 20  # per HSET
 _WRITES_AHEAD = 4  # HSETs sent before the first is answered
 _SENT_BYTES = 1 << 19  # of answers that are asked for at a time
+_READ_BYTES = 4 << 20  # of records that have to come within the timeout; more have longer
 _FAILOVER_SECONDS = 8.0  # longest wait for a node of a Cluster, or one that takes its place
 _PAUSE_SECONDS = 0.1
 _NO_ENTRY = theirs.AuthenticationError, theirs.AuthorizationError, theirs.NoPermissionError
@@ -84,13 +90,16 @@ _ERRORS: tuple[tuple[Any, type[errors.TolhouseError], str], ...] = (  # the firs
 )
 
 Read = tuple[str, list[int]]  # the key of a shard, and token ids
+_deadline: ContextVar[float] = ContextVar("deadline of a call", default=inf)
 
 
 class RedisStore(Store):
     def __init__(self, url: str, timeout_seconds: float) -> None:
         super().__init__(shown(url))
+        self._timeout = timeout_seconds
         url, credentials = split_credentials(url)
         options: dict[str, Any] = {
+            "parser_class": _Parser,
             "socket_timeout": timeout_seconds,
             "socket_connect_timeout": timeout_seconds,
             "socket_read_size": 1 << 18,
@@ -100,7 +109,7 @@ class RedisStore(Store):
         parts = urlsplit(url)
         user, at, hosts = parts.netloc.rpartition("@")
         places = [parts._replace(netloc=f"{user}{at}{host}") for host in hosts.split(",")]
-        with self._mapped():
+        with self._mapped(), _until(time.monotonic() + timeout_seconds * (1 + len(places))):
             try:
                 self._redis, self._is_cluster = _connect([*map(urlunsplit, places)], options)
             except FileNotFoundError as error:
@@ -179,7 +188,8 @@ class RedisStore(Store):
         return text
 
     def _call(self, command: str, *arguments: Any, **options: Any) -> Any:
-        with self._mapped():
+        seconds = self._timeout + (_FAILOVER_SECONDS if self._is_cluster else 0)
+        with self._mapped(), _until(time.monotonic() + seconds):
             return getattr(self._redis, command)(*arguments, **options)
 
     @contextmanager
@@ -187,7 +197,7 @@ class RedisStore(Store):
         """Redis' errors as ours."""
         try:
             yield
-        except (theirs.RedisError, IndexError) as error:
+        except (theirs.RedisError, theirs.RedisClusterException, IndexError) as error:
             _, ours, what = next(row for row in _ERRORS if isinstance(error, row[0]))
             raise ours(f"Redis at {self.url} {what.format(error)}") from None
 
@@ -238,16 +248,23 @@ class RedisStore(Store):
                 else:
                     ask = self._pipeline
 
-    def _pipeline(self, reads: list[Read], _: int) -> Iterator[list[Any]]:
+    def _end(self, reads: list[Read], record_bytes: int) -> float:
+        """When the answers to `reads`, asked for now, must all be there."""
+        size = sum(len(tokens) for _, tokens in reads) * record_bytes
+        return time.monotonic() + self._timeout * max(1, size / _READ_BYTES)
+
+    def _pipeline(self, reads: list[Read], record_bytes: int) -> Iterator[list[Any]]:
         pipeline = self._redis.pipeline(transaction=False)
         for key, tokens in reads:
             pipeline.hmget(key, tokens)
-        yield from pipeline.execute()
+        with _until(self._end(reads, record_bytes)):
+            answers = pipeline.execute()
+        yield from answers
 
     def _send(self, reads: list[Read], record_bytes: int) -> Iterator[list[Any]]:
         """All are sent, to nodes that are up, before the first answer is waited for."""
         size = sum(len(tokens) for _, tokens in reads) * record_bytes
-        step = max(1, _SENT_BYTES * len(reads) // size)
+        step, end = max(1, _SENT_BYTES * len(reads) // size), self._end(reads, record_bytes)
         nodes = [self._holders(key)[0] for key, _ in reads]
         pools: dict[str, Any] = {}
         connections: dict[str, Any] = {}
@@ -259,14 +276,14 @@ class RedisStore(Store):
                     for node, (key, tokens) in zip(nodes, reads, strict=True)
                     if node == name
                 ]
-                with self._reported(name):
+                with self._reported(name), _until(end):
                     pools[name] = self._client(name).connection_pool
                     connections[name] = pools[name].get_connection()
                     for at in range(0, len(commands), step):  # a server answers before it reads on
                         packed = [b"".join(commands[at : at + step])]
                         connections[name].send_packed_command(packed, check_health=False)
             for name in nodes:
-                with self._reported(name):
+                with self._reported(name), _until(end):
                     answer = connections[name].read_response()
                 yield answer
         except BaseException:
@@ -309,18 +326,49 @@ class RedisStore(Store):
         return self._redis.get_redis_connection(node)
 
     def _probe(self, name: str) -> bool:
-        with self._mapped():
+        with self._mapped(), _until(time.monotonic() + self._timeout):
             return bool(self._client(name).ping())
 
     def _alternatives(self, name: str) -> list[str] | None:
         """Other nodes with the same keys, as the Cluster is now; None if the node is no part."""
         manager = self._redis.nodes_manager
-        with suppress(theirs.RedisError):  # if no node answers, it stays as it was
+        end = time.monotonic() + _FAILOVER_SECONDS
+        # if no node answers, it stays as it was
+        with suppress(theirs.RedisError, theirs.RedisClusterException), _until(end):
             manager.initialize(last_failed_node_name=name)
         if manager.get_node(node_name=name) is None:
             return None
         groups = ([node.name for node in nodes] for nodes in manager.slots_cache.values())
         return [other for other in next((g for g in groups if name in g), []) if other != name]
+
+
+@contextmanager
+def _until(end: float) -> Iterator[None]:
+    """Let calls of the block read answers until `end`."""
+    token = _deadline.set(end)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+class _Parser(_HiredisParser):
+    """Reads answers until the deadline of the call: the socket's own timeout is of one `recv`."""
+
+    def read_from_socket(self, timeout: Any = SENTINEL, raise_on_timeout: bool = True) -> bool:
+        left = _deadline.get() - time.monotonic()
+        if left <= 0:
+            raise theirs.TimeoutError("the answer came too slowly")
+        if timeout is SENTINEL and left < (self._socket_timeout or inf):
+            timeout = left
+        return super().read_from_socket(timeout, raise_on_timeout)
+
+
+class _Pool(ConnectionPool):
+    """How a Cluster's connections get the parser."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, parser_class=_Parser, **options)
 
 
 def _connect(urls: list[str], options: dict[str, Any]) -> tuple[Any, bool]:
@@ -330,6 +378,7 @@ def _connect(urls: list[str], options: dict[str, Any]) -> tuple[Any, bool]:
         if client.info("cluster").get("cluster_enabled") != 1:
             return client, False
         more = {"require_full_coverage": False, "redis_connect_func": _read_only}
+        more["connection_pool_class"] = _Pool
         cluster = RedisCluster.from_url(urls[0], **options, **more)
     except _LOST:
         client.close()
