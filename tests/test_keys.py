@@ -8,6 +8,7 @@ import socket
 import stat
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -270,3 +271,15 @@ def test_what_can_be_no_key_is_told(arguments: tuple[str, ...], tmp_path: Path) 
     path = tmp_path / "keys.json"
     done = tolhouse(f"keys add {path}", *arguments, code=1)
     assert (1, False) == (done.stderr.count("\n"), path.exists()), done.stderr
+
+
+def test_commands_that_run_at_once_lose_no_key(tmp_path: Path) -> None:
+    """Each reads what those before it wrote."""
+    path, names = tmp_path / "keys.json", [f"user{n}" for n in range(24)]
+    with ThreadPoolExecutor(8) as threads:
+        keys = list(threads.map(lambda name: add_key(path, name, 60, 1), names))
+        assert sorted(names) == sorted(read_keys(str(path)))
+        list(threads.map(lambda name: remove_key(path, name), names[::2]))
+    assert sorted(names[1::2]) == sorted(read_keys(str(path)))
+    assert len(names) == len({*keys})
+    assert ["keys.json"] == [p.name for p in tmp_path.iterdir()]

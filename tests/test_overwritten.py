@@ -88,7 +88,7 @@ def test_rows_are_not_recomputed_from_other_weights(
     before, after = np.zeros((2, len(IDS), manifest.record_bytes), np.uint8)
     computed.fetch(IDS, before, np.arange(3))
     change(weights)
-    with pytest.raises(Mismatch, match=f"{WEIGHTS} was overwritten while in use"):
+    with pytest.raises(Mismatch, match=f"{WEIGHTS} of checkpoint m was overwritten while in use"):
         computed.fetch(IDS, after, np.arange(3))
     shutil.copy(kept, weights)
     weights.rename(tmp_path / "moved")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tolhouse.errors import InvalidArgument, Mismatch, NotFound
+from tolhouse.files import locked
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
 from tolhouse.train import corpus
 from tolhouse.train.recipes import RECIPES, Recipe, recipe
@@ -109,6 +110,8 @@ def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
     popen.kill()
     popen.communicate()
     assert not (killed / WEIGHTS).exists()
+    with locked(killed):  # as if the first one went on
+        assert "another process has the lock" in tolhouse(command, killed, code=1).stderr
     tolhouse(command, killed)
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (killed / WEIGHTS).read_bytes()
     card = (killed / "README.md").read_text()

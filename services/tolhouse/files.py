@@ -1,16 +1,18 @@
 """Files that can be replaced while they are in use: certificates, tokens, keys."""
 
+import fcntl
 import logging
 import os
 import secrets
 import stat
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InUse, InvalidArgument
 from tolhouse.logs import event
 
 T = TypeVar("T")
@@ -51,6 +53,29 @@ class ReloadingFiles(Generic[T]):
                 s = Path(path).stat()  # ctime: it may have become readable
                 found.append((path, s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino))
         return found
+
+
+@contextmanager
+def locked(path: Path, seconds: float = 30.0) -> Iterator[None]:
+    """Hold the lock of a folder, or of a file, which is made; InUse if it is not free in time.
+
+    The lock ends with the process. Network file systems lock files alone.
+    """
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    descriptor, deadline = os.open(path, flags, 0o666), time.monotonic() + seconds
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    what = f"another process has the lock of {path}"
+                    raise InUse(f"{what}: try again once it is done") from None
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_file(path: str, what: str) -> bytes:

@@ -3,6 +3,8 @@
 import hashlib
 import secrets
 from asyncio import Semaphore
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tolhouse.errors import InUse, InvalidArgument, NotFound
-from tolhouse.files import ReloadingFiles, read_file, replace_file
+from tolhouse.files import ReloadingFiles, locked, read_file, replace_file
 from tolhouse.gateway.error_responses import error_response
 from tolhouse.gateway.rate_limit import RateLimiter
 
@@ -42,25 +44,38 @@ def read_keys(path: str) -> dict[str, Key]:
 
 def add_key(path: Path, name: str, requests_per_minute: float, concurrent: int) -> str:
     """Make a key for `name` and write its hash to the file; InUse if the name has one."""
-    keys = read_keys(str(path)) if path.exists() else {}
-    if name in keys:
-        raise InUse(f"{path} has a key for {name!r} already: remove it first, or use another name")
     key = f"th-{secrets.token_urlsafe(32)}"
     limits = {"requests_per_minute": requests_per_minute, "concurrent": concurrent}
     try:
-        _write(path, keys | _File.validate_python({name: {"sha256": _sha256(key), **limits}}))
+        added = _File.validate_python({name: {"sha256": _sha256(key), **limits}})
     except ValidationError as error:
         reason = f"{error.errors()[0]['msg']}; {error.errors()[0]['input']!r} was given"
         raise InvalidArgument(f"no key can be made for {name!r}: {reason}") from None
+    with _edited(path) as keys:
+        if name in keys:
+            advice = "remove it first, or use another name"
+            raise InUse(f"{path} has a key for {name!r} already: {advice}")
+        keys.update(added)
     return key
 
 
 def remove_key(path: Path, name: str) -> None:
-    keys = read_keys(str(path))
-    if keys.pop(name, None) is None:
-        names = ", ".join(sorted(keys)) or "nobody"
-        raise NotFound(f"{path} has no key for {name!r}; it has some for {names}")
-    _write(path, keys)
+    with _edited(path) as keys:
+        if keys.pop(name, None) is None:
+            names = ", ".join(sorted(keys)) or "nobody"
+            raise NotFound(f"{path} has no key for {name!r}; it has some for {names}")
+
+
+@contextmanager
+def _edited(path: Path) -> Iterator[dict[str, Key]]:
+    """The keys of a file, which are written back; commands that run at once take turns."""
+    try:
+        with locked(path.resolve().parent):
+            keys = read_keys(str(path)) if path.exists() else {}
+            yield keys
+            replace_file(path, _File.dump_json(dict(sorted(keys.items())), indent=1) + b"\n")
+    except OSError as error:
+        raise InvalidArgument(f"{path} can't be written: {error.strerror or error}") from None
 
 
 class AuthMiddleware:
@@ -104,7 +119,3 @@ class AuthMiddleware:
 
 def _sha256(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
-
-
-def _write(path: Path, keys: dict[str, Key]) -> None:
-    replace_file(path, _File.dump_json(dict(sorted(keys.items())), indent=1) + b"\n")

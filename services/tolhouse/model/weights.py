@@ -84,7 +84,7 @@ class WeightsFile:
             self._stat = now
             return
         what = "was overwritten while in use: put the file back, or start again with the new one"
-        raise Mismatch(f"{self.path} {what}")
+        raise Mismatch(f"{self.path.name} of checkpoint {self.path.parent.name} {what}")
 
     def _now(self) -> tuple[int, int, int]:
         """Size and times; `st_ctime_ns` can't be set by whoever writes the file."""

@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 
 from tolhouse.errors import Corrupt, InvalidArgument, TolhouseError, Unavailable
+from tolhouse.files import locked
 from tolhouse.store.base import LEASE_SECONDS, Changes, Kind, Store, Views
 from tolhouse.table.manifest import Manifest, split_ref
 
 _READ_BYTES = 16 << 20  # of neighbouring records that are read at once
 _READ_RECORDS = 1024  # IOV_MAX
 _HEADER_BYTES = 1 << 20  # the longest that is read
-_UPDATE_SECONDS = 30.0  # longest wait for another process' update
 
 
 class FileStore(Store):
@@ -105,22 +105,11 @@ class FileStore(Store):
         self._expire()
 
     def update(self, change: Callable[[], Changes]) -> None:
-        path, deadline = self.root / ".lock", time.monotonic() + _UPDATE_SECONDS
-        with _errors("write", path):
+        with _errors("write", self.root):
             self.root.mkdir(parents=True, exist_ok=True)
-            file = path.open("ab")
-        with file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        what = f"another process has held {path} for {_UPDATE_SECONDS:g} s"
-                        raise Unavailable(f"{what}: try again once it is done") from None
-                time.sleep(0.01)
-            for (kind, ref), text in change().items():
-                self._write_text(ref, kind, text)
+            with locked(self.root / ".lock"):
+                for (kind, ref), text in change().items():
+                    self._write_text(ref, kind, text)
 
     def _expire_later(self) -> None:
         timer = threading.Timer(self._lease_seconds, self._expire)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from tolhouse.config import TrainConfig, arguments
 from tolhouse.errors import Corrupt, InUse, InvalidArgument, Mismatch, Unavailable
+from tolhouse.files import locked
 from tolhouse.model.checkpoint import WEIGHTS, save_checkpoint
 from tolhouse.model.transformer import NoCache, Transformer, parameter_counts
 from tolhouse.train import corpus
@@ -250,7 +251,8 @@ def train_checkpoint(name: str, options: TrainConfig) -> None:
         source = options.corpus or corpus.standard_library()
         ids = corpus.prepare(source, out, config.vocab_size, chosen.sequence_tokens)
         trainer = Trainer(chosen, *ids, out, seed=options.seed, compile=options.compile)
-        loss = trainer.run()
+        with locked(out, seconds=0):
+            loss = trainer.run()
     except OSError as error:
         place = error.filename or out
         raise Unavailable(f"can't write {place}: {error.strerror or error}") from None
