@@ -61,6 +61,22 @@ def altered(explored: Path) -> Iterator[Cluster]:
         yield running
 
 
+def test_a_browser_is_told_what_the_page_may_do(cluster: Cluster) -> None:
+    """It runs its own script alone, calls this gateway alone, and is in no frame; nor is JSON."""
+    page, data = get(cluster, "/explore"), get(cluster, "/explore/live")
+    policy = dict(
+        part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";")
+    )
+    assert ("'none'", "'none'", "'self'") == tuple(
+        policy[name] for name in ("default-src", "frame-ancestors", "connect-src")
+    )
+    assert policy["script-src"].startswith("'sha256-")
+    assert "frame-ancestors 'none'" in data.headers["content-security-policy"]
+    for answer in (page, data, get(cluster, "/nothing")):
+        assert "nosniff" == answer.headers["x-content-type-options"]
+        assert "DENY" == answer.headers["x-frame-options"]
+
+
 def test_tokens_are_told_as_explain_tells_them(cluster: Cluster, checkpoint: Path) -> None:
     """Norms, keys, who shares them, neighbours: to the precision of the file."""
     found = post(cluster, "/explore/tokens", text=TEXT).json()
@@ -214,32 +230,36 @@ def is_of(request: object, path: str, text: str) -> bool:
     return request.url.endswith(path) and text in (request.post_data or "")
 
 
+def wait_for(page: object, condition: str, arg: str | None = None) -> None:
+    """Playwright's own wait evaluates texts in the page, which its policy forbids."""
+    wait_until(lambda: page.evaluate(condition, arg), condition, 30)
+
+
 def wait_for_status(page: object, text: str) -> None:
-    condition = "text => document.getElementById('status').textContent === text"
-    page.wait_for_function(condition, arg=text)
+    wait_for(page, "text => document.getElementById('status').textContent === text", text)
 
 
 def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
     """Tokens with their keys, by mouse and keyboard; sliders change the right-hand text alone."""
     with page.expect_response(lambda answer: is_of(answer.request, "completions", "add(x)")):
         page.fill("#prompt", TEXT)
-    page.wait_for_function("document.querySelectorAll('#tokens button').length > 5")
+    wait_for(page, "document.querySelectorAll('#tokens button').length > 5")
     page.wait_for_selector("#original .dim")
     page.click("#tokens button:nth-child(1)")
-    page.wait_for_function("document.querySelectorAll('#detail tbody tr').length === 4")
+    wait_for(page, "document.querySelectorAll('#detail tbody tr').length === 4")
     first = page.inner_text("#detail strong")
     page.keyboard.press("ArrowRight")
     another = "first => document.querySelector('#detail strong').innerText !== first"
-    page.wait_for_function(another, arg=first)
+    wait_for(page, another, first)
     neighbour = page.locator("#detail p .link").first
     name = neighbour.inner_text()
     neighbour.focus()
     page.keyboard.press("Enter")  # on to a neighbour, and from there to one that shares a key
-    page.wait_for_function(SHOWN, arg=name)
+    wait_for(page, SHOWN, name)
     sharer = page.locator("#detail tbody .link").last
     name = sharer.inner_text()
     sharer.click()
-    page.wait_for_function(SHOWN, arg=name)
+    wait_for(page, SHOWN, name)
     assert "true" == page.get_attribute("#tokens button:nth-child(2)", "aria-pressed")
     wait_for_status(page, "the same text")
     original = page.inner_text("#original")
@@ -254,8 +274,8 @@ def test_the_page_shows_tokens_and_follows_the_sliders(page: object) -> None:
     page.locator("#layers input").first.focus()
     page.keyboard.press("Home")
     assert ["0.00", "1.00", "1.00", "1.00"] == page.locator("#layers output").all_inner_texts()
-    page.wait_for_function("$('probed').textContent !== $('original').textContent")
-    page.wait_for_function("document.getElementById('live').textContent.includes('tiny-memory@')")
+    wait_for(page, "$('probed').textContent !== $('original').textContent")
+    wait_for(page, "document.getElementById('live').textContent.includes('tiny-memory@')")
     if folder := os.environ.get("SCREENSHOTS"):
         page.screenshot(path=f"{folder}/explore.png", full_page=True)
 
@@ -265,14 +285,14 @@ def test_the_page_tells_errors(page: object) -> None:
     page.wait_for_selector("#odds td")
     page.wait_for_selector("#tokens button")
     page.fill("#prompt", "word " * 3000)
-    page.wait_for_function("$('status').className === 'error'")
+    wait_for(page, "$('status').className === 'error'")
     both = "/context.*8192|8192.*context/.test($('status').textContent)"  # both say why
-    page.wait_for_function(both)
+    wait_for(page, both)
     parts = ("original", "probed", "odds", "tokens")
     assert [""] * 4 == [page.inner_text(f"#{part}") for part in parts]
     assert "Choose a token" in page.inner_text("#detail")
     page.fill("#prompt", "def")
-    page.wait_for_function("$('status').textContent.endsWith('text')")
+    wait_for(page, "$('status').textContent.endsWith('text')")
     assert "dim" == page.get_attribute("#status", "class")
     page.fill("#prompt", "")
     wait_for_status(page, "type a text")
@@ -317,7 +337,7 @@ def test_an_older_answer_is_given_up(page: object) -> None:
         page.fill("#prompt", "older older older")
     with page.expect_event("requestfailed", lambda request: is_of(request, "tokens", "older")):
         page.fill("#prompt", "def")
-    page.wait_for_function("document.getElementById('tokens').textContent === 'def'")
+    wait_for(page, "document.getElementById('tokens').textContent === 'def'")
     assert 1 == len(held)
     page.unroute("**/explore/tokens")
 
@@ -325,8 +345,8 @@ def test_an_older_answer_is_given_up(page: object) -> None:
 def test_rates_are_never_negative(page: object) -> None:
     """A worker that began anew has counted less than before: there is no rate then."""
     page.evaluate("before.tokens += 1e9")
-    page.wait_for_function("document.querySelector('#live dd').textContent === '…'")
-    page.wait_for_function("document.querySelector('#live dd').textContent === '0.0'")
+    wait_for(page, "document.querySelector('#live dd').textContent === '…'")
+    wait_for(page, "document.querySelector('#live dd').textContent === '0.0'")
 
 
 def test_the_page_tells_what_a_table_lacks(altered: Cluster, browser: object) -> None:

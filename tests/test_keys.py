@@ -68,10 +68,10 @@ def test_requests_need_a_key(cluster: Cluster, first: str) -> None:
 
 
 def test_health_is_open_and_tells_strangers_little(cluster: Cluster, first: str) -> None:
-    """Probes have no key; which workers there are is told with one."""
+    """Probes have no key; how many workers there are is told with one."""
     assert {"status": "ok"} == ask(cluster, None, "/health").json()
     known = ask(cluster, first, "/health").json()
-    assert {"status": "ok", "workers": {cluster.workers: "healthy"}} == known
+    assert {"status": "ok", "workers": {"healthy": 1, "unhealthy": 0}} == known
     assert [200, 200] == [ask(cluster, None, path).status_code for path in ("/ping", "/version")]
 
 

@@ -17,11 +17,26 @@ class _Formatter(logging.Formatter):
         error = self.formatException(record.exc_info) if record.exc_info else ""
         if sys.stderr.isatty():
             at = time.strftime("%H:%M:%S", time.localtime(record.created))
-            named = " ".join(f"{key}={value}" for key, value in fields.items())
-            return f"{at} {level:7} {record.getMessage()} {named}\n{error}".rstrip()
+            named = " ".join(f"{key}={_value(value)}" for key, value in fields.items())
+            lines = [f"{at} {level:7} {record.getMessage()} {named}".rstrip()]
+            # no line of an exception can look like one of the log
+            lines += [f"    {line}" for line in error.splitlines()]
+            return "\n".join(map(printable, lines))
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
         line = {"time": at, "level": level, "message": record.getMessage(), **fields}
         return json.dumps({**line, "exception": error} if error else line)
+
+
+def printable(text: str) -> str:
+    """A text with what would steer a terminal written out: line ends, escapes, directions."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _value(value: object) -> str:
+    """A field's value, in quotes where its end would not be seen."""
+    text = str(value)
+    plain = text.isprintable() and not {" ", '"', "="} & {*text}
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def start_logging(level: str = "info") -> None:

@@ -13,7 +13,7 @@ import click
 
 from tolhouse import config
 from tolhouse.errors import InvalidArgument, TolhouseError
-from tolhouse.logs import event, start_logging
+from tolhouse.logs import event, printable, start_logging
 from tolhouse.store.base import require_private
 
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&]password=")  # in a URL
@@ -45,7 +45,8 @@ class Commands(click.Group):
             message = f"this command needs the package {package}: {hint}"
         except (TolhouseError, OSError) as error:  # also a file that can't be read, a full disk
             message = str(error)
-        click.echo(f"error: {message}", err=True)
+        # it may quote what a service said, or a file holds
+        click.echo("\n".join(map(printable, f"error: {message}".split("\n"))), err=True)
         sys.exit(1)
 
 

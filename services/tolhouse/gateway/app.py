@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.routing import Route
@@ -37,7 +38,9 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     router = WorkerRouter(addresses, tokenizer_id(file), config.poll_seconds)
     limiter = RateLimiter(config.rate_limit_store, insecure=config.insecure)
     error = {"model": ErrorResponse, "description": "What was wrong, and what is allowed"}
-    app = FastAPI(title="Tolhouse", version=__version__, responses={"default": error})
+    # FastAPI's own pages of the API load their scripts from elsewhere
+    pages: dict[str, Any] = {"docs_url": None, "redoc_url": None}
+    app = FastAPI(title="Tolhouse", version=__version__, responses={"default": error}, **pages)
     app.router.redirect_slashes = False
     explorer = Explorer(file.parent, router, vocabulary)
     app.state.services = Services(router, vocabulary, ChatTemplate(file.parent), explorer)

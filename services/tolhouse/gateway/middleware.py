@@ -21,6 +21,13 @@ MAX_HEADER_FIELDS = 100
 MAX_BODIES = 64  # of the largest size: what all requests together may have in memory
 _ID = re.compile("[ -~]{1,128}")  # of a caller, fit for a log line and a header
 _MAX_PATH = 256  # characters of a path in a trace
+# of every answer: a browser neither guesses its type nor runs or frames it
+_SAFE = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
 _CLOSE = {"Connection": "close"}  # the rest of the request is not read
 
 
@@ -40,7 +47,10 @@ class MetricsMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                own = MutableHeaders(scope=message)
+                own["X-Request-Id"] = request_id
+                for name, value in _SAFE.items():
+                    own.setdefault(name, value)
             await send(message)
 
         about = {"http.request.method": method, "tolhouse.request_id": request_id}

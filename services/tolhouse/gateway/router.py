@@ -1,6 +1,7 @@
 """The workers behind the gateway: which are healthy, least loaded, and to be tried next."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -15,6 +16,21 @@ from tolhouse.v1.generation_pb2 import DescribeWorkerReply, GenerateReply, Gener
 
 _POLL_TIMEOUT_SECONDS = 2.0  # a busy machine is not a lost one
 _MAX_MISSED = 2  # polls in a row without an answer before a worker's requests are given up
+# what one worker fails at, and another may do
+_OTHERS_MAY_DO = errors.Unavailable, errors.Overloaded, errors.DeadlineExceeded
+# what callers are told of a worker's failure: addresses and paths are for the log
+_FOR_CALLERS: dict[type[errors.TolhouseError], str] = {
+    errors.Overloaded: "the workers are full: try again later",
+    errors.DeadlineExceeded: "no worker answered in time: try again later",
+    errors.Corrupt: "rows that this request needs are missing or damaged",
+    errors.Internal: "a worker failed; its log has the details",
+}
+
+
+def _for_callers(error: errors.TolhouseError) -> errors.TolhouseError:
+    if text := _FOR_CALLERS.get(type(error)):
+        return type(error)(text)
+    return errors.Unavailable("no worker can complete this now: try again later")
 
 
 @dataclass(eq=False)
@@ -101,10 +117,12 @@ class WorkerRouter:
     def unavailable(self) -> errors.TolhouseError:
         """Why no worker is healthy."""
         found = [w.error for w in self.workers if w.error]
-        mismatch = found and all(isinstance(e, errors.Mismatch) for e in found)
         why = "; ".join(map(str, found)) or "there is no address of one yet"
-        kind = errors.Mismatch if mismatch else errors.Unavailable
-        return kind(f"no healthy worker: {why}")
+        event("no worker is healthy", logging.WARNING, reason=why)
+        if found and all(isinstance(e, errors.Mismatch) for e in found):
+            advice = "start it with the worker's checkpoint"
+            return errors.Mismatch(f"no worker has the tokenizer of this gateway: {advice}")
+        return errors.Unavailable("no worker is healthy: try again later")
 
     async def generate(
         self, model: str, request: GenerateRequest, may_restart: bool = False
@@ -123,10 +141,14 @@ class WorkerRouter:
                         begun = True
                         yield reply
                 return
-            except (errors.Unavailable, errors.Overloaded, errors.DeadlineExceeded) as error:
-                event(f"request {request.request_id} failed at {worker.target}", error=str(error))
-                if (begun and not may_restart) or tried.issuperset(self.healthy(model)):
-                    raise
+            except errors.InvalidArgument:
+                raise
+            except errors.TolhouseError as error:
+                about = {"request_id": request.request_id, "worker": worker.target}
+                event("request failed at a worker", logging.WARNING, **about, reason=str(error))
+                last = (begun and not may_restart) or tried.issuperset(self.healthy(model))
+                if last or not isinstance(error, _OTHERS_MAY_DO):
+                    raise _for_callers(error) from None
                 if begun:
                     yield None
             finally:

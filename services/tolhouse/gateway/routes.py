@@ -1,6 +1,8 @@
 """The routes of the API and of the explorer page."""
 
 import asyncio
+import base64
+import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, nullcontext
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from tolhouse import __version__
@@ -31,6 +33,20 @@ _Responses = dict[int | str, dict[str, Any]]
 _STREAMED: _Responses = {200: {"content": {"text/event-stream": {}}}}
 _UNHEALTHY: _Responses = {503: {"description": "No worker is healthy"}}
 _METRICS: _Responses = {200: {"content": {CONTENT_TYPE_LATEST: {}}}}
+_PAGE = Path(__file__).with_name("explore.html").read_text()
+
+
+def _hash_of(tag: str) -> str:
+    """The source of the one inline script, or style sheet, of the page, for its policy."""
+    text = _PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+# the page's own script and style sheet, and calls to this gateway: nothing else is loaded or sent
+_PAGE_POLICY = (
+    f"default-src 'none'; script-src {_hash_of('script')}; style-src {_hash_of('style')}; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 @dataclass(frozen=True)
@@ -162,7 +178,7 @@ async def tokenizer_info(gateway: Gateway) -> dict:
 @routes.get("/explore", response_class=HTMLResponse)
 async def explorer_page() -> Response:
     """A page to look into the model's memory, and to complete text without parts of it."""
-    return FileResponse(Path(__file__).with_name("explore.html"))
+    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _PAGE_POLICY})
 
 
 @routes.post("/explore/tokens")
@@ -189,11 +205,11 @@ async def live(gateway: Gateway) -> dict:
 
 @routes.get("/health", responses=_UNHEALTHY)
 async def health(request: Request, gateway: Gateway) -> JSONResponse:
-    """200 while a worker is healthy. With API keys, only callers with one see the workers."""
-    healthy = gateway.router.healthy()
+    """200 while a worker is healthy. With API keys, only callers with one see how many are."""
+    healthy, known = len(gateway.router.healthy()), len(gateway.router.workers)
     body: dict[str, Any] = {"status": "ok" if healthy else "unavailable"}
     if getattr(request.state, "trusted", True):
-        body["workers"] = {w.target: str(w.error or "healthy") for w in gateway.router.workers}
+        body["workers"] = {"healthy": healthy, "unhealthy": known - healthy}
     return JSONResponse(body, 200 if healthy else 503)
 
 

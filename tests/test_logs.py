@@ -1,0 +1,99 @@
+"""Logs: what callers send can't pass for a line of the log, on a terminal or in JSON."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tolhouse.logs import printable
+from tolhouse.testing import end
+
+LOGGING = """
+import sys, logging
+from tolhouse.logs import event, log, start_logging
+start_logging()
+for line in sys.stdin.read().split("|"):
+    event(line, path=line)
+    try:
+        raise ValueError(line)
+    except ValueError:
+        log.exception("failed")
+"""
+
+
+def written(reader: int) -> list[str]:
+    """The lines that were written to a pipe or a terminal whose other end is closed."""
+    data = b""
+    with suppress(OSError):  # a terminal's end
+        while piece := os.read(reader, 65_536):
+            data += piece
+    os.close(reader)
+    return data.decode().replace("\r\n", "\n").split("\n")[:-1]
+
+
+def said(text: str, *, terminal: bool) -> list[str]:
+    """The lines that a process logs of `text`, on a terminal or not."""
+    reader, writer = pty.openpty() if terminal else os.pipe()
+    popen = subprocess.Popen(
+        [sys.executable, "-c", LOGGING], stdin=subprocess.PIPE, stderr=writer, text=True
+    )
+    os.close(writer)
+    popen.communicate(text)
+    return written(reader)
+
+
+FORGED = "/x\n12:00:00 info    ready\r\x1b[2K\x1b]0;title\x07\u202egnp.exe\u2028\x9b31m"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_line_can_not_be_forged(terminal: bool) -> None:
+    """Line ends, escapes and directions in what is logged are written out, in exceptions too."""
+    lines = said(FORGED, terminal=terminal)
+    assert all(line.isprintable() for line in lines)
+    assert not any(line.startswith("12:00:00") for line in lines)
+    if not terminal:
+        first, second = map(json.loads, lines)
+        assert (FORGED, FORGED) == (first["message"], first["path"])
+        assert FORGED in second["exception"]
+
+
+def test_where_a_value_ends_is_seen() -> None:
+    """A value with spaces or signs of equality is in quotes; others are as they are."""
+    lines = said("/a|/b status=200", terminal=True)
+    assert lines[0].endswith("/a path=/a")
+    assert any(line.endswith('path="/b status=200"') for line in lines)
+
+
+@given(st.text())
+@example("ä 世 🙂")
+def test_only_what_steers_a_terminal_is_written_out(text: str) -> None:
+    """A text without it stays as it is."""
+    assert printable(text).isprintable()
+    assert not text.isprintable() or text == printable(text)
+
+
+def test_a_request_line_can_not_steer_the_terminal(checkpoint: Path) -> None:
+    """The path that a caller asks for, as a gateway on a terminal shows it."""
+    reader, writer = pty.openpty()
+    command = [sys.executable, "-m", "tolhouse.cli", "gateway", str(checkpoint)]
+    popen = subprocess.Popen(
+        [*command, "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, stderr=writer
+    )
+    os.close(writer)
+    try:
+        address = json.loads(popen.stdout.readline())["address"]
+        httpx.post(f"http://{address}/{quote(FORGED)}")
+    finally:
+        end(popen)
+        popen.stdout.close()
+    lines = written(reader)
+    assert any("ready\\r\\u001b[2K" in line for line in lines)
+    assert all(line.isprintable() for line in lines)
