@@ -1,0 +1,129 @@
+"""`make compose-test`: the system in containers, from nothing to a completion and back to nothing.
+
+On one Redis, then on a Redis Cluster; a project and a port of its own, so that a system that is up
+is left alone. It needs Docker with Compose and Python's standard library; the last line is JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PROJECT, PORT = "tolhouse-check", os.environ.get("GATEWAY_PORT", "18000")
+MODES = {"one Redis": (), "Redis Cluster": ("--env-file", "deploy/cluster.env")}
+SECOND_UP_SECONDS = 30
+SECONDS = {"first up, s", "second up, s"}  # rows that are no faults
+
+
+def docker(*words: str, check: bool = True) -> str:
+    """What a docker command says; with `check`, the end of the run if it fails."""
+    settings = {"COMPOSE_PROJECT_NAME": PROJECT, "GATEWAY_PORT": PORT}
+    done = subprocess.run(
+        ["docker", *words],
+        cwd=ROOT,
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if check and done.returncode:
+        raise SystemExit(f"error: docker {' '.join(words)} ended with {done.returncode}")
+    return done.stdout
+
+
+def left(kind: str) -> list[str]:
+    """Containers, networks or volumes of the project."""
+    every = ("--all",) if kind == "container" else ()
+    label = f"label=com.docker.compose.project={PROJECT}"
+    return docker(kind, "ls", *every, "--quiet", "--filter", label).split()
+
+
+def complete() -> bool:
+    """Whether the gateway completes a prompt."""
+    body = {"prompt": "def __init__(self", "max_tokens": 32, "temperature": 0}
+    url, header = f"http://127.0.0.1:{PORT}/v1/completions", {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), header)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        text = json.load(answer)["choices"][0]["text"]
+    print(f"  completion: {text!r}", flush=True)
+    return bool(text.strip())
+
+
+@contextmanager
+def taken_down(mode: tuple[str, ...]) -> Iterator[None]:
+    """End everything of the project after the block; if that fails, with the ends of its logs."""
+    try:
+        yield
+    except BaseException:
+        print(docker("compose", *mode, "logs", "--tail", "50", check=False), file=sys.stderr)
+        raise
+    finally:
+        docker("compose", "--profile", "*", "down", "--volumes", check=False)
+
+
+def check(mode: tuple[str, ...]) -> dict[str, float]:
+    """What went wrong, counted, in the life of a system; and how long its starts took."""
+    compose = ("compose", *mode)
+    found: dict[str, float] = {}
+    with taken_down(mode):
+        docker("compose", "--profile", "*", "down", "--volumes")
+        started = time.monotonic()
+        docker(*compose, "up", "--detach", "--wait")
+        found["first up, s"] = round(time.monotonic() - started, 1)
+        found["completions that failed"] = int(not complete())
+        load = docker(*compose, "run", "--rm", "--no-deps", "load", "--quick")
+        print(load, flush=True)
+        found["loads with an error"] = int('"errors": {}' not in load)
+
+        started = time.monotonic()
+        docker(*compose, "up", "--detach", "--wait")
+        found["second up, s"] = round(time.monotonic() - started, 1)
+        found[f"second ups over {SECOND_UP_SECONDS} s"] = int(
+            found["second up, s"] > SECOND_UP_SECONDS
+        )
+        built = docker(*compose, "logs", "--no-log-prefix", "build")
+        found["tables built twice"] = built.count('"message": "built"') - 1
+        found["completions after it that failed"] = int(not complete())
+
+        servers = [f"redis-cluster-{k}" for k in range(1, 7)] if mode else ["redis"]
+        up = docker(*compose, "ps", "--services").split()
+        unused = {s for s in up if s.startswith("redis")} ^ set(servers)
+        found["Redis servers too many or too few"] = len(unused)
+        docker(*compose, "stop")
+        ends = docker(*compose, "ps", "--all", "--format", "{{.Service}} {{.ExitCode}}")
+        failed = [end for end in ends.splitlines() if end and not end.endswith(" 0")]
+        print(*failed, sep="\n", end="")
+        found["processes that ended with an error"] = len(failed)
+        found["tracebacks in logs"] = docker(*compose, "logs").count("Traceback")
+
+        docker("compose", "down")
+        for kind in ("container", "network"):
+            found[f"{kind}s left by down"] = len(left(kind))
+        docker("compose", "down", "--volumes")
+        found["volumes left by down --volumes"] = len(left("volume"))
+    return found
+
+
+def main() -> None:
+    docker("compose", "--profile", "*", "build")
+    results: dict[str, dict[str, float]] = {}
+    for name, mode in MODES.items():
+        print(f"· on {name}", flush=True)
+        results[name] = check(mode)
+    width = max(map(len, next(iter(results.values()))))
+    print(f"\n{'':{width}} " + " ".join(f"{name:>14}" for name in results))
+    for row in next(iter(results.values())):
+        print(f"{row:{width}} " + " ".join(f"{found[row]:>14g}" for found in results.values()))
+    faults = sum(n for found in results.values() for row, n in found.items() if row not in SECONDS)
+    print(json.dumps({"faults": faults, **results}))
+    sys.exit(faults > 0)
+
+
+if __name__ == "__main__":
+    main()
