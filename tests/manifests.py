@@ -640,12 +640,14 @@ def images(documents: list[Document]) -> Iterator[str]:
 
 def rollout(documents: list[Document]) -> Iterator[str]:
     """A new pod is there and ready before an old one goes; one that goes has the time that it
-    takes, and so has one that loads."""
+    takes, and so has one that loads. A rollout is not given up while pods may still get ready; the
+    gateway's do so after the slowest."""
+    patient: dict[str, int] = {}  # by Deployment, the most seconds until its pods count
     for p in pods(of(documents, "Deployment", "ConfigMap")):
         strategy = p.owner["spec"].get("strategy", {}).get("rollingUpdate", {})
         if (strategy.get("maxUnavailable"), strategy.get("maxSurge")) != (0, 1):
             yield f"{p} rolls with a gap"
-        for c in p.containers:
+        for c in p.spec["containers"]:
             given = settings(documents, c)
             yield from (
                 f"{p} has no {kind}"
@@ -669,6 +671,12 @@ def rollout(documents: list[Document]) -> Iterator[str]:
             )
             if patience < waits + 60:
                 yield f"{p} is given {patience} s to start, and may wait {waits:g} s"
+            patient[p.name] = patience + p.owner["spec"].get("minReadySeconds", 0)
+    for p in pods(of(documents, "Deployment")):
+        deadline = p.owner["spec"].get("progressDeadlineSeconds", 600)
+        longest = max(patient.values()) if p.name == "gateway" else patient[p.name]
+        if deadline <= longest:
+            yield f"{p} is given up after {deadline} s, and may get ready after {longest} s"
 
 
 Check = Callable[[list[Document]], Iterator[str]]

@@ -4,6 +4,7 @@ can't see."""
 import copy
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
         " ../../components/auth]\n"
     )
     found = {name: render(K8S / "overlays" / name) for name in ("local", "gpu")}
-    found["local"] += yaml.safe_load_all((K8S / "loader.yaml").read_text())
+    loader = yaml.safe_load((K8S / "loader.yaml").read_text())
+    loader["metadata"]["namespace"] = manifests.NAMESPACE  # README.md's command names it
+    found["local"].append(loader)
     return found | {"monitored": render(folder / "overlays" / "local")}
 
 
@@ -111,7 +114,7 @@ def test_each_overlay_has_its_kinds(rendered: Rendered) -> None:
 def test_storage_comes_first(rendered: Rendered) -> None:
     """What README.md applies before the loader runs, by its label, is the namespace and every
     claim."""
-    for name, claims in (("local", {"models", "tables"}), ("gpu", {"models"})):
+    for name, claims in (("local", {"models", "tables"}), ("gpu", {"models-shared"})):
         first = [
             d
             for d in rendered[name]
@@ -121,6 +124,57 @@ def test_storage_comes_first(rendered: Rendered) -> None:
         assert claims == {
             d["metadata"]["name"] for d in rendered[name] if d["kind"] == "PersistentVolumeClaim"
         }
+
+
+FIXED = {  # what Kubernetes lets nobody change, by kind; a Job is deleted before it comes again
+    "PersistentVolumeClaim": ("accessModes", "resources", "storageClassName", "volumeMode"),
+    "Deployment": ("selector",),
+    "StatefulSet": ("selector", "serviceName", "volumeClaimTemplates"),
+    "Service": ("clusterIP",),
+}
+
+
+def test_an_overlay_can_follow_the_other(rendered: Rendered) -> None:
+    """What both overlays have differs in nothing that Kubernetes lets nobody change."""
+    local, gpu = (
+        {(d["kind"], d["metadata"]["name"]): d.get("spec") for d in rendered[name]}
+        for name in ("local", "gpu")
+    )
+    both = local.keys() & gpu.keys()
+    assert {("Deployment", "worker"), ("Service", "lookup")} <= both
+    for kind, name in both:
+        for field in FIXED.get(kind, ()):
+            assert local[kind, name].get(field) == gpu[kind, name].get(field), (kind, name, field)
+
+
+def test_another_namespace_is_one_line(rendered: Rendered, tmp_path: Path) -> None:
+    """A kustomization with a namespace of its own puts all that an overlay has into that one."""
+    shutil.copytree(K8S, tmp_path, dirs_exist_ok=True)
+    for name in ("local", "gpu"):
+        folder = tmp_path / "overlays" / f"mine-{name}"
+        folder.mkdir()
+        (folder / "kustomization.yaml").write_text(f"namespace: mine\nresources: [../{name}]\n")
+        moved = render(folder)
+        assert {"mine"} == {d["metadata"].get("namespace", d["metadata"]["name"]) for d in moved}
+    loader = yaml.safe_load((K8S / "loader.yaml").read_text())
+    assert "namespace" not in loader["metadata"]
+
+
+@pytest.mark.parametrize("name", ["worker", "gateway", "build"])
+def test_a_pod_waits_for_its_checkpoint(rendered: Rendered, name: str, tmp_path: Path) -> None:
+    """Its first container ends once the checkpoint is there, and says until then what is not."""
+    kind = "Job" if name == "build" else "Deployment"
+    pod = find(rendered["local"], kind, name)["spec"]["template"]["spec"]
+    (first,), (main,) = pod["initContainers"], pod["containers"]
+    assert main["image"] == first["image"]
+    path = tmp_path / "checkpoint"
+    environment = {f"TOLHOUSE_{name.upper()}_CHECKPOINT": str(path)}
+    assert environment.keys() <= manifests.settings(rendered["local"], first).keys()
+    command = [*first["command"], first["args"][0].replace("sleep 5", "sleep 0.1")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as waiting:
+        assert f"waiting for {path}\n" == waiting.stdout.readline()
+        path.mkdir()
+        assert 0 == waiting.wait(30)
 
 
 def test_compose_and_kubernetes_form_a_cluster_alike() -> None:
@@ -201,7 +255,7 @@ selectors gpu:
     Deployment worker  spec|replicas  2  set the scale back
 volumes local:
     Deployment worker  @P|volumes|0|name  model  not defined
-    Deployment worker  @C|volumeMounts|0  null  not mounted
+    Deployment worker  @C|volumeMounts|1  null  not mounted
     PersistentVolumeClaim models  -  null  no claim models
     ConfigMap lookup  -  null  no ConfigMap lookup
     ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  file:///table  no volume
@@ -266,8 +320,11 @@ rollout local:
     Deployment worker  @C|lifecycle  null  how it pauses
     Deployment worker  @P|terminationGracePeriodSeconds  130  before it has drained
     Deployment worker  @C|startupProbe|failureThreshold  6  30 s to start
+    Deployment worker  spec|progressDeadlineSeconds  null  given up after 600 s
+    Deployment gateway  spec|progressDeadlineSeconds  600  given up after 600 s
 rollout gpu:
     Deployment lookup  @C|startupProbe|failureThreshold  60  may wait 600 s
+    Deployment lookup  spec|progressDeadlineSeconds  null  given up after 600 s
 """
 
 
