@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv; nothing has to be installed by hand.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench chaos fuzz compose-test science-check science soak protos audit sbom
+.PHONY: help setup demo serve test check bench chaos fuzz skew compose-test science-check science soak protos audit sbom
 SHELL := /bin/bash
 
 # glibc's allocator as in the images: deploy/Dockerfile has the reasons
@@ -44,6 +44,9 @@ chaos: .venv/dev  ## faults under load, ten minutes; prints what clients noticed
 
 fuzz: .venv/dev  ## a million nearly right inputs for every reader
 	$(BIN)/python -m tests.fuzz
+
+skew: .venv/dev  ## the last release, of tests/skew/RELEASE, against this tree: each part of one with all others of the other
+	$(BIN)/python -m tests.skew
 
 compose-test:  ## the system in containers, on one Redis and on a Cluster, up, again and down; prints what went wrong
 	@$(PYTHON) -m tests.compose

@@ -17,13 +17,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PROJECT, PORT = "tolhouse-check", os.environ.get("GATEWAY_PORT", "18000")
 MODES = {"one Redis": (), "Redis Cluster": ("--env-file", "deploy/cluster.env")}
+COMMIT = subprocess.run(
+    ["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+).stdout.strip()
 SECOND_UP_SECONDS = 30
 SECONDS = {"first up, s", "second up, s"}  # rows that are no faults
 
 
 def docker(*words: str, check: bool = True) -> str:
     """What a docker command says; with `check`, the end of the run if it fails."""
-    settings = {"COMPOSE_PROJECT_NAME": PROJECT, "GATEWAY_PORT": PORT}
+    settings = {"COMPOSE_PROJECT_NAME": PROJECT, "GATEWAY_PORT": PORT, "GIT_COMMIT": COMMIT}
     done = subprocess.run(
         ["docker", *words],
         cwd=ROOT,
@@ -55,6 +58,12 @@ def complete() -> bool:
     return bool(text.strip())
 
 
+def told_commit() -> str:
+    """The commit in the gateway's /version."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/version", timeout=60) as answer:
+        return json.load(answer)["commit"]
+
+
 @contextmanager
 def taken_down(mode: tuple[str, ...]) -> Iterator[None]:
     """End everything of the project after the block; if that fails, with the ends of its logs."""
@@ -77,6 +86,7 @@ def check(mode: tuple[str, ...]) -> dict[str, float]:
         docker(*compose, "up", "--detach", "--wait")
         found["first up, s"] = round(time.monotonic() - started, 1)
         found["completions that failed"] = int(not complete())
+        found["commits that are not HEAD"] = int(told_commit() != COMMIT)
         load = docker(*compose, "run", "--rm", "--no-deps", "load", "--quick")
         print(load, flush=True)
         found["loads with an error"] = int('"errors": {}' not in load)
@@ -100,7 +110,9 @@ def check(mode: tuple[str, ...]) -> dict[str, float]:
         failed = [end for end in ends.splitlines() if end and not end.endswith(" 0")]
         print(*failed, sep="\n", end="")
         found["processes that ended with an error"] = len(failed)
-        found["tracebacks in logs"] = docker(*compose, "logs").count("Traceback")
+        logs = docker(*compose, "logs")
+        found["tracebacks in logs"] = logs.count("Traceback")
+        print(*(line for line in logs.splitlines() if "Traceback" in line), sep="\n", end="")
 
         docker("compose", "down")
         for kind in ("container", "network"):

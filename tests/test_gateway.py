@@ -586,7 +586,7 @@ def test_bad_requests_are_refused(cluster: Cluster, path: str, body: dict, messa
 
 def test_version_and_ping(cluster: Cluster) -> None:
     """The package's version; an empty answer while there is a healthy worker."""
-    assert {"version": __version__} == get(cluster, "/version").json()
+    assert {"version": __version__, "commit": ""} == get(cluster, "/version").json()
     assert (200, 200) == (get(cluster, "/ping").status_code, post(cluster, {}, "/ping").status_code)
 
 

@@ -18,6 +18,7 @@ from tolhouse.errors import InvalidArgument
 from tolhouse.net.auth import ClientCredentials, ServerCredentials
 
 PREFIX = "TOLHOUSE_"
+_COMMIT = f"{PREFIX}COMMIT"
 DEFAULT_STORE = "file://.tolhouse/tables"
 INSECURE = "Allow plaintext between machines: for networks that are trusted."
 STORES = "file://PATH, redis://HOST:PORT, or both with a comma between."
@@ -271,7 +272,7 @@ def variable(config: type[Config], name: str) -> str:
 def variables() -> set[str]:
     """Every environment variable that Tolhouse reads."""
     fields = {v for config in CONFIGS for f in config.model_fields for v in _variables(config, f)}
-    return fields | {f"{PREFIX}{prefix}_CHECKPOINT" for prefix in CHECKPOINT_PREFIXES}
+    return fields | {_COMMIT} | {f"{PREFIX}{prefix}_CHECKPOINT" for prefix in CHECKPOINT_PREFIXES}
 
 
 def _variables(config: type[Config], field: str) -> list[str]:
@@ -314,6 +315,11 @@ def load(config: type[ConfigT], given: dict[str, Any]) -> ConfigT:
         field = str(first["loc"][0])
         name = f"{flag(field)} ({variable(config, field)})"
         raise InvalidArgument(f"{name}: {first['msg']}; {first['input']!r} was given") from None
+
+
+def commit() -> str:
+    """The commit that this was built from, which images know; empty elsewhere."""
+    return os.environ.get(_COMMIT, "")
 
 
 def set_ray_defaults(*, local: bool) -> None:

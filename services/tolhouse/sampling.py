@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from tolhouse.errors import InvalidArgument, PromptTooLong
+from tolhouse.errors import InvalidArgument, PromptTooLong, Unsupported
 from tolhouse.v1.generation_pb2 import GenerateRequest
 
 T = TypeVar("T")
@@ -110,6 +110,24 @@ class SamplingParams(SamplingOptions):
     @property
     def penalises(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+# What a worker heeds, stated in DescribeWorker: others ignore a field that they do not know.
+FEATURES = tuple(SamplingParams.model_fields)
+_UNSTATED = {*FEATURES} - {"layer_scales"}  # what workers heeded before they stated it
+
+
+def check_features(request: GenerateRequest, stated: Iterable[str], worker: str) -> None:
+    """Unsupported if the request has parameters, other than at their defaults, that are not heeded.
+
+    stated: the features in the worker's description.
+    """
+    heeded, fields = set(stated) or _UNSTATED, SamplingParams.model_fields
+    given = {f.name: value for f, value in request.ListFields() if f.name in fields}
+    lacking = [n for n, v in given.items() if n not in heeded and v != fields[n].default]
+    if lacking:
+        what = f"{worker} is of an earlier release and does not heed {', '.join(lacking)}"
+        raise Unsupported(f"{what}: leave it out, or upgrade the worker")
 
 
 def check_prompt(

@@ -90,9 +90,12 @@ class Process:
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator[Process]:
-    """Run `tolhouse ARGUMENTS` until the block ends; Unavailable, with its log, if it fails."""
-    command = [sys.executable, "-m", "tolhouse.cli", *arguments]
+def process(*arguments: str, python: tuple[str, ...] = (sys.executable,)) -> Iterator[Process]:
+    """Run `tolhouse ARGUMENTS` until the block ends; Unavailable, with its log, if it fails.
+
+    python: the interpreter and its options, where it is not this one.
+    """
+    command = [*python, "-m", "tolhouse.cli", *arguments]
     with tempfile.TemporaryDirectory(prefix="tolhouse-") as folder:
         log = Path(folder, "log")
         with log.open("wb") as stderr:

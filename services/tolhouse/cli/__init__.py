@@ -8,12 +8,13 @@ import click
 from tolhouse import __version__
 from tolhouse.cli import models, services, tables
 from tolhouse.cli.options import Commands
+from tolhouse.config import commit
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 
 
 @click.group(cls=Commands, context_settings=SETTINGS)
-@click.version_option(__version__, prog_name="tolhouse")
+@click.version_option(f"{__version__} {commit()}".strip(), prog_name="tolhouse")
 def main() -> None:
     """Serve language models whose feed-forward layers are looked up, not computed.
 

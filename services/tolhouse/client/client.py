@@ -11,10 +11,10 @@ import numpy.typing as npt
 from tolhouse.client.fetch_stream import Replica
 from tolhouse.client.lookup import LookupRowSource
 from tolhouse.client.row_source import open_row_source
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgument, Unsupported
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import Targets, error_of
-from tolhouse.sampling import SamplingParams
+from tolhouse.sampling import SamplingParams, check_features
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import generation_pb2 as pb
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
@@ -89,6 +89,12 @@ class Client(AbstractContextManager["Client"]):
         """As `generate`, but yields whole replies, with log probabilities and the finish reason."""
         request = SamplingParams(max_tokens, **sampling).to_proto(prompt_token_ids)
         worker = self._worker()
+        try:
+            check_features(request, (), worker.target)
+        except Unsupported:  # of every worker until it says that it does
+            asked, seconds = pb.DescribeWorkerRequest(), self.timeout_seconds
+            about = worker.call(GenerationStub, "DescribeWorker", asked, seconds)
+            check_features(request, about.features, worker.target)
         stub, metadata = GenerationStub(worker.channel()), worker.credentials.metadata()
         call = stub.Generate(request, timeout=timeout_seconds, metadata=metadata)
         try:

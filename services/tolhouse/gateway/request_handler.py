@@ -47,6 +47,7 @@ class RequestHandler:
             check_prompt(ids, most, self.model.vocab_size, context)
             scores += of_token * (most + body.echo * len(ids))
             shared = body.sampling(most, body.num_logprobs).to_proto(ids)
+            self.router.check_features(self.model.name, shared)
             for choice in range(body.n):
                 request = GenerateRequest()
                 request.CopyFrom(shared)

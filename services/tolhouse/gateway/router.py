@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from tolhouse.client.generation import WorkerChannel
 from tolhouse.logs import event, log
 from tolhouse.net.channel import Addresses
 from tolhouse.net.health import PeerHealth
+from tolhouse.sampling import check_features
 from tolhouse.v1.generation_pb2 import DescribeWorkerReply, GenerateReply, GenerateRequest
 
 _POLL_TIMEOUT_SECONDS = 2.0  # a busy machine is not a lost one
@@ -114,6 +115,20 @@ class WorkerRouter:
             requests = f"{sum(w.load for w in serving)} requests"
             raise errors.Overloaded(f"{requests} are with the workers already: try again later")
 
+    def check_features(self, model: str, request: GenerateRequest) -> None:
+        """Unsupported if no healthy worker of a model heeds all parameters of a request."""
+        if (serving := self.healthy(model)) and not self._able(model, request):
+            check_features(request, serving[0].description.features, "the worker")
+
+    def _able(self, model: str, request: GenerateRequest) -> list[Worker]:
+        """Healthy workers of a model that heed all parameters of a request."""
+        able = []
+        for worker in self.healthy(model):
+            with suppress(errors.Unsupported):
+                check_features(request, worker.description.features, worker.target)
+                able.append(worker)
+        return able
+
     def unavailable(self) -> errors.TolhouseError:
         """Why no worker is healthy."""
         found = [w.error for w in self.workers if w.error]
@@ -130,7 +145,7 @@ class WorkerRouter:
         """Replies of the least loaded worker, or of the next if that fails before its first one or,
         with may_restart, after: None says that the replies begin anew."""
         tried: set[Worker] = set()
-        while left := [w for w in self.healthy(model) if w not in tried]:
+        while left := [w for w in self._able(model, request) if w not in tried]:
             worker = min(left, key=lambda w: w.load)
             tried.add(worker)
             worker.in_flight += 1
@@ -146,13 +161,14 @@ class WorkerRouter:
             except errors.TolhouseError as error:
                 about = {"request_id": request.request_id, "worker": worker.target}
                 event("request failed at a worker", logging.WARNING, **about, reason=str(error))
-                last = (begun and not may_restart) or tried.issuperset(self.healthy(model))
+                last = (begun and not may_restart) or tried.issuperset(self._able(model, request))
                 if last or not isinstance(error, _OTHERS_MAY_DO):
                     raise _for_callers(error) from None
                 if begun:
                     yield None
             finally:
                 worker.in_flight -= 1
+        self.check_features(model, request)
         raise self.unavailable()
 
     async def _watch(self, worker: Worker) -> None:

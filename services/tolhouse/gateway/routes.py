@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from tolhouse import __version__
+from tolhouse.config import commit
 from tolhouse.errors import Cancelled
 from tolhouse.gateway import responses, schemas
 from tolhouse.gateway.error_responses import error_body, status_and_message
@@ -221,7 +222,7 @@ async def ping(gateway: Gateway) -> JSONResponse:
 
 @routes.get("/version")
 async def version() -> dict:
-    return {"version": __version__}
+    return {"version": __version__, "commit": commit()}
 
 
 @routes.get("/metrics", response_class=Response, responses=_METRICS)

@@ -88,7 +88,7 @@ class DescribeWorkerRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeWorkerReply(_message.Message):
-    __slots__ = ("model", "model_id", "tokenizer_id", "table", "context_tokens", "running", "waiting", "rows", "weight_bytes", "dense_weight_bytes", "vocab_size", "eos_token_id", "most_sequences", "row_layers", "tokens", "absent_layers", "altered")
+    __slots__ = ("model", "model_id", "tokenizer_id", "table", "context_tokens", "running", "waiting", "rows", "weight_bytes", "dense_weight_bytes", "vocab_size", "eos_token_id", "most_sequences", "row_layers", "tokens", "absent_layers", "altered", "features")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +106,7 @@ class DescribeWorkerReply(_message.Message):
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ABSENT_LAYERS_FIELD_NUMBER: _ClassVar[int]
     ALTERED_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
     model: str
     model_id: str
     tokenizer_id: str
@@ -123,7 +124,8 @@ class DescribeWorkerReply(_message.Message):
     tokens: int
     absent_layers: _containers.RepeatedScalarFieldContainer[int]
     altered: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., model_id: _Optional[str] = ..., tokenizer_id: _Optional[str] = ..., table: _Optional[str] = ..., context_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., rows: _Optional[_Union[RowCounts, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., dense_weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_id: _Optional[int] = ..., most_sequences: _Optional[int] = ..., row_layers: _Optional[int] = ..., tokens: _Optional[int] = ..., absent_layers: _Optional[_Iterable[int]] = ..., altered: _Optional[_Iterable[str]] = ...) -> None: ...
+    features: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., model_id: _Optional[str] = ..., tokenizer_id: _Optional[str] = ..., table: _Optional[str] = ..., context_tokens: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., rows: _Optional[_Union[RowCounts, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., dense_weight_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_id: _Optional[int] = ..., most_sequences: _Optional[int] = ..., row_layers: _Optional[int] = ..., tokens: _Optional[int] = ..., absent_layers: _Optional[_Iterable[int]] = ..., altered: _Optional[_Iterable[str]] = ..., features: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RowCounts(_message.Message):
     __slots__ = ("from_cache", "from_remote", "remote_bytes", "wait_seconds", "recomputed", "fetches", "fetch_seconds", "from_file", "missing")

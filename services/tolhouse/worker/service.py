@@ -16,7 +16,7 @@ from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig
 from tolhouse.net.server import status_of
-from tolhouse.sampling import SamplingParams, check_prompt
+from tolhouse.sampling import FEATURES, SamplingParams, check_prompt
 from tolhouse.v1 import generation_pb2 as pb
 from tolhouse.v1.generation_pb2_grpc import GenerationServicer
 
@@ -39,6 +39,7 @@ class WorkerService(GenerationServicer):
             "row_layers": self.config.num_rows,
             "most_sequences": engine.scheduler.max_running + engine.max_waiting,
             "eos_token_id": self.config.eos_token_id,
+            "features": FEATURES,
             "weight_bytes": checkpoint.weight_bytes(dense=False, embedding=embedding),
             "dense_weight_bytes": checkpoint.weight_bytes(dense=True),
         }

@@ -1,0 +1,194 @@
+"""`make skew`: the last release against this tree, part by part, both ways.
+
+A case runs one part of one side and all others of the other. Every answer has to be the one that
+this tree alone gives, and what a part does not know must be refused. The last line is JSON.
+"""
+
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import venv
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+from tolhouse.testing import process, redis_server, tiny_model, wait_until_healthy
+
+ROOT = Path(__file__).parent.parent.parent
+PARTS = ("table", "lookup", "worker", "gateway", "sdk")
+LOCAL = ("--listen", "127.0.0.1:0")
+PROMPTS = ("def add(a, b):", "class Stack:", "    def push(self, item):")
+SCALES = [0.5, -1.0, 2.0, 0.0, 1.5, -0.5]  # repeated for the layers there are
+BUILD = """if True:
+    import sys
+    from pathlib import Path
+    from tolhouse.testing import build_table
+
+    checkpoint, store = sys.argv[1:]
+    print(build_table(Path(checkpoint), store, codec="bf16", shards=4))
+"""
+CALL = """if True:
+    import json, sys
+    import numpy as np
+    from tolhouse import Client
+    from tolhouse.errors import TolhouseError
+
+    lookup, worker, tables, scales = sys.argv[1:]
+    found = {}
+    with Client(lookup) as source:
+        for name in tables.split(","):
+            rows = source.fetch(name, np.arange(300)).astype(np.float32)
+            found["rows of " + name] = rows.tobytes().hex()[:: 997]
+    with Client(worker) as caller:
+        found["tokens"] = [*caller.generate([17, 4, 20], max_tokens=16)]
+        try:
+            scaled = [*caller.generate([17, 4, 20], max_tokens=16, layer_scales=json.loads(scales))]
+        except (TolhouseError, TypeError) as error:
+            scaled = "refused"
+        found["layer_scales"] = scaled
+    print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A Tolhouse to run: this tree, or the release."""
+
+    name: str
+    python: tuple[str, ...]
+
+    def run(self, *words: str) -> str:
+        done = subprocess.run([*self.python, *words], stdout=subprocess.PIPE, text=True, check=True)
+        return done.stdout.strip()
+
+
+@contextmanager
+def release() -> Iterator[Side]:
+    """The release that the file RELEASE names, as a wheel in an environment of its own.
+
+    Its dependencies are this environment's: only Tolhouse differs.
+    """
+    commit = (Path(__file__).parent / "RELEASE").read_text().strip()
+    git = ["git", "-C", str(ROOT)]
+    archive = [*git, "archive", "--format=tar", commit, "pyproject.toml", "README.md", "services"]
+    packed = subprocess.run(archive, capture_output=True, check=False)
+    if packed.returncode:
+        sys.exit(f"error: tests/skew/RELEASE names {commit}: {packed.stderr.decode().strip()}")
+    with tempfile.TemporaryDirectory(prefix="tolhouse-skew-") as name:
+        source, wheels, home = (Path(name, part) for part in ("source", "wheels", "venv"))
+        with tarfile.open(fileobj=BytesIO(packed.stdout)) as files:
+            files.extractall(source, filter="data")
+        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+        wheel = [*pip, "wheel", "--no-deps", "--wheel-dir", str(wheels), str(source)]
+        subprocess.run(wheel, check=True)
+        venv.create(home)
+        (packages,) = home.glob("lib/python*/site-packages")
+        into = ["install", "--no-deps", "--target", str(packages), *map(str, wheels.glob("*.whl"))]
+        subprocess.run([*pip, *into], check=True)
+        own = next(path for path in sys.path if path.endswith("site-packages"))
+        (packages / "dependencies.pth").write_text(own)
+        # -E: PYTHONPATH may name this tree
+        side = Side("release", (str(home / "bin" / "python"), "-E"))
+        where = side.run("-c", "import tolhouse; print(tolhouse.__file__)")
+        assert where.startswith(name), where
+        yield side
+
+
+def sides(part: str, alone: Side, others: Side) -> dict[str, Side]:
+    return {name: alone if name == part else others for name in PARTS}
+
+
+def answers(of: dict[str, Side], checkpoint: Path, store: str) -> dict[str, Any]:
+    """What a system of these sides answers over HTTP and to the SDK."""
+    layers = json.loads((checkpoint / "config.json").read_text())["num_hidden_layers"]
+    scales = (SCALES * layers)[:layers]
+    of["table"].run("-c", BUILD, str(checkpoint), store)
+    small = ("compress", str(checkpoint), "--codec", "int4", "--name", "small", "--publish")
+    of["table"].run("-m", "tolhouse.cli", *small, "--store", store)
+    found: dict[str, Any] = {}
+    with ExitStack() as stack:
+
+        def start(part: str, command: str, *options: str) -> str:
+            running = process(command, *options, *LOCAL, python=of[part].python)
+            return stack.enter_context(running).address
+
+        model = str(checkpoint)
+        lookup = start("lookup", "lookup", "--store", store)
+        worker = start("worker", "worker", model, "--rows", lookup, "--compile", "never")
+        gateway = start("gateway", "gateway", model, "--workers", worker)
+        wait_until_healthy(gateway)
+        for stream in (False, True):
+            for prompt in PROMPTS:
+                body = {"prompt": prompt, "max_tokens": 16, "temperature": 0, "stream": stream}
+                found[f"{prompt!r}, stream {stream}"] = completion(gateway, body)
+            scaled = {"prompt": PROMPTS[0], "temperature": 0, "layer_scales": scales}
+            found[f"layer_scales, stream {stream}"] = completion(
+                gateway, {**scaled, "stream": stream}
+            )
+        direct = start("worker", "worker", model, "--rows", store, "--compile", "never")
+        for name, address in (("remote", worker), ("direct", direct)):
+            tables = f"{checkpoint.name},small"
+            called = of["sdk"].run("-c", CALL, lookup, address, tables, json.dumps(scales))
+            found |= {f"{name} {what}": got for what, got in json.loads(called).items()}
+    return found
+
+
+def completion(gateway: str, body: dict) -> str:
+    """A completion's text; "refused" where a parameter is; else the error."""
+    answer = httpx.post(f"http://{gateway}/v1/completions", json=body, timeout=60)
+    if answer.status_code in (400, 501):
+        return "refused"
+    if answer.status_code != 200:
+        return f"{answer.status_code} {answer.text}"
+    if not body["stream"]:
+        return answer.json()["choices"][0]["text"]
+    chunks = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    return "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks[:-1])
+
+
+def failures(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Answers that are not those expected; a parameter of a later release may be refused."""
+    wrong = [what for what, answer in expected.items() if found.get(what) != answer]
+    return [w for w in wrong if not ("layer_scales" in w and found.get(w) == "refused")]
+
+
+def main() -> None:
+    this = Side("this tree", (sys.executable,))
+    with ExitStack() as stack:
+        released = stack.enter_context(release())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tolhouse-")))
+        checkpoint = tiny_model(folder / "tiny")
+        expected = answers(sides("", this, this), checkpoint, f"file://{folder}/expected")
+        assert "refused" not in expected.values()
+        print(f"{'part':8} {'is of':10} {'store':6} {'answers':>8} {'refused':>8} {'wrong':>6}")
+        wrong = 0
+        for part in PARTS:
+            for alone, others in ((released, this), (this, released)):
+                for kind in ("file", "redis") if part in ("table", "lookup") else ("file",):
+                    with ExitStack() as case:
+                        store = f"file://{folder}/{part}-{alone.name.replace(' ', '-')}"
+                        store = case.enter_context(redis_server()) if kind == "redis" else store
+                        try:
+                            found = answers(sides(part, alone, others), checkpoint, store)
+                        except Exception as error:  # noqa: BLE001 - a row of the table, not its end
+                            print(f"  {error}", file=sys.stderr)
+                            found = {}
+                    failed = failures(found, expected)
+                    refused = [*found.values()].count("refused")
+                    counts = f"{len(found):8} {refused:8} {len(failed):6}"
+                    print(f"{part:8} {alone.name:10} {kind:6} {counts}", flush=True)
+                    for what in failed:
+                        print(f"  {what}: {found.get(what)!s:.80}", file=sys.stderr)
+                    wrong += len(failed)
+    print(json.dumps({"wrong": wrong}))
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()

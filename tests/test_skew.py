@@ -1,0 +1,94 @@
+"""Parts of an earlier release beside this one's. `make skew` runs a real release; this is the
+refusal of what it can't do."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+from tolhouse import Client, errors
+from tolhouse.sampling import FEATURES
+from tolhouse.testing import build_table, local_cluster, process, wait_until, wait_until_healthy
+from tolhouse.v1 import generation_pb2 as pb
+from tolhouse.v1.generation_pb2_grpc import (
+    GenerationServicer,
+    GenerationStub,
+    add_GenerationServicer_to_server,
+)
+
+from tests.commands import LOCAL
+
+
+class EarlierWorker(GenerationServicer):
+    """A real worker as one of an earlier release: it states no features, and knows no scales."""
+
+    def __init__(self, address: str) -> None:
+        self.stub = GenerationStub(grpc.insecure_channel(address))
+
+    def DescribeWorker(
+        self, request: pb.DescribeWorkerRequest, context: grpc.ServicerContext
+    ) -> pb.DescribeWorkerReply:
+        reply = self.stub.DescribeWorker(request)
+        reply.ClearField("features")
+        return reply
+
+    def Generate(
+        self, request: pb.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateReply]:
+        request.ClearField("layer_scales")
+        yield from self.stub.Generate(request)
+
+
+@contextmanager
+def earlier(worker: str) -> Iterator[str]:
+    """The address of an EarlierWorker in front of `worker`."""
+    server = grpc.server(ThreadPoolExecutor(8))
+    add_GenerationServicer_to_server(EarlierWorker(worker), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+def test_what_an_earlier_worker_would_ignore_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """The gateway answers 501 with the parameter's name, and the SDK raises Unsupported, where no
+    worker heeds it; a worker that does gets the request, and a default asks for nothing."""
+    store = f"file://{tmp_path}"
+    build_table(checkpoint, store)
+    with local_cluster(checkpoint, store) as cluster, earlier(cluster.workers) as old:
+        scales = [0.5] * Client(cluster.workers).describe_worker().row_layers
+        body = {"prompt": "def", "max_tokens": 8, "temperature": 0}
+        options = ("--poll-seconds", "0.2", *LOCAL)
+        with process("gateway", str(checkpoint), "--workers", old, *options) as gateway:
+            wait_until_healthy(gateway.address)
+            url = f"http://{gateway.address}/v1/completions"
+            assert 200 == httpx.post(url, json=body).status_code
+            for stream in (False, True):
+                answer = httpx.post(url, json={**body, "layer_scales": scales, "stream": stream})
+                assert (501, True) == (answer.status_code, "layer_scales" in answer.text)
+            assert 200 == httpx.post(url, json={**body, "layer_scales": []}).status_code
+        both = f"{old},{cluster.workers}"
+        with process("gateway", str(checkpoint), "--workers", both, *options) as gateway:
+            url = f"http://{gateway.address}"
+            wait_until(
+                lambda: "tolhouse_gateway_healthy_workers 2" in httpx.get(f"{url}/metrics").text
+            )
+            scaled = {**body, "layer_scales": scales}
+            expected = httpx.post(f"{cluster.url}/completions", json=scaled).json()["choices"]
+            plain = httpx.post(f"{cluster.url}/completions", json=body).json()["choices"]
+            assert expected != plain
+            for _ in range(4):
+                answered = httpx.post(f"{url}/v1/completions", json=scaled).json()["choices"]
+                assert expected == answered
+        with Client(old) as caller:
+            assert [] != [*caller.generate([17, 4], 4)]
+            with pytest.raises(errors.Unsupported, match="layer_scales"):
+                next(caller.generate([17, 4], 4, layer_scales=scales))
+        with Client(cluster.workers) as caller:
+            assert set(FEATURES) == set(caller.describe_worker().features)
+            assert [] != [*caller.generate([17, 4], 4, layer_scales=scales)]
