@@ -408,6 +408,45 @@ def test_certificates_and_authority_are_replaced_under_load(
                 assert (new / "service.pem").read_text() == shown
 
 
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_session_ends_with_its_authority(
+    checkpoint: Path, store: str, pki: Path, tmp_path: Path, version: ssl.TLSVersion
+) -> None:
+    """A session of a caller whose authority was withdrawn opens no port, of gRPC nor of HTTP."""
+    folder = tmp_path / "in-use"
+    shutil.copytree(pki, folder)
+    ensure_authority(tmp_path / "new")
+    tls = context(pki)
+    tls.minimum_version = tls.maximum_version = version
+    tls.set_alpn_protocols(["h2", "http/1.1"])
+
+    def session(address: str, before: ssl.SSLSession | None = None) -> ssl.SSLSession | None:
+        """The session of a connection that the server answers on."""
+        host, port = address.split(":")
+        with (
+            socket.create_connection((host, int(port)), timeout=20) as raw,
+            tls.wrap_socket(raw, server_hostname=host, session=before) as connection,
+        ):
+            http2 = connection.selected_alpn_protocol() == "h2"
+            hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04" + bytes(5)
+            connection.sendall(hello if http2 else b"GET /health HTTP/1.0\r\n\r\n")
+            if not connection.recv(100):
+                raise ConnectionError("the server closed the connection")
+            return connection.session
+
+    with (
+        process("lookup", "--store", store, *LOCAL, *serving(folder)) as lookup,
+        process("gateway", str(checkpoint), *LOCAL, *serving(folder)) as gateway,
+    ):
+        ports = gateway.address, lookup.ready["metrics"], lookup.address
+        sessions = [session(address) for address in ports]
+        replace_file(folder / "ca.pem", (tmp_path / "new" / "ca.pem").read_bytes())
+        for address, before in zip(ports, sessions, strict=True):
+            for kept in (before, None):
+                with pytest.raises(OSError, match=r"."):
+                    session(address, kept)
+
+
 def test_redis_password_is_replaced(tmp_path: Path) -> None:
     """New connections use the password that the file has then."""
     password = tmp_path / "password"

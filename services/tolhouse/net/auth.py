@@ -7,6 +7,7 @@ import hmac
 import re
 import ssl
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -62,6 +63,9 @@ def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> P
             context.verify_mode = ssl.CERT_REQUIRED
     except ssl.SSLError:
         raise InvalidArgument(f"the TLS authority {authority} holds no PEM certificate") from None
+    if authority:  # a session that is resumed skips the check of the caller's certificate
+        context.options |= ssl.OP_NO_TICKET
+        context.num_tickets = 0
     return Pems(context, *pems)
 
 
@@ -167,20 +171,32 @@ class ServerCredentials:
             return None
         return grpc.dynamic_ssl_server_credentials(current(), current, bool(self.tls_client_ca))
 
+    def current_context(self) -> ssl.SSLContext:
+        """The context for one connection, of the files as they are now.
+
+        With other files it is another one, which resumes no session of those before.
+        """
+        return self._pems.get().context
+
     def for_http(self) -> ssl.SSLContext | None:
-        """A context that leaves each handshake to one of the files as they are then."""
-
-        def use_current(connection: ssl.SSLObject, *_: object) -> None:
-            connection.context = self._pems.get().context
-
-        context = self._pems.get().context
-        context.sni_callback = use_current  # called with and without a name
-        return context if self.tls_cert else None
+        """A context for asyncio's servers, by which each connection has the current one."""
+        if not self._pems.get().certificate:
+            return None
+        context = _CurrentContext(ssl.PROTOCOL_TLS_SERVER)
+        context.current = self.current_context
+        return context
 
     @cached_property
     def _pems(self) -> ReloadingFiles[Pems]:
         files = self.tls_cert, self.tls_key, self.tls_client_ca
         return ReloadingFiles(files, lambda: read_pems(*files))
+
+
+class _CurrentContext(ssl.SSLContext):
+    current: Callable[[], ssl.SSLContext]
+
+    def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
+        return self.current().wrap_bio(*args, **kwargs)
 
 
 class _TokenInterceptor(grpc.aio.ServerInterceptor):

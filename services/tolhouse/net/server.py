@@ -5,11 +5,12 @@ import ctypes
 import gc
 import json
 import signal
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import grpc
@@ -129,7 +130,7 @@ def serve_metrics(address: str, credentials: ServerCredentials, healthy: Callabl
     It is HTTPS where `credentials` have TLS.
     """
     credentials.check(address, "--metrics-listen")
-    (host, port), context = split_address(address), credentials.for_http()
+    host, port = split_address(address)
     ca, pair = credentials.tls_client_ca or None, (credentials.tls_cert, credentials.tls_key)
     try:
         server, _ = start_http_server(
@@ -138,10 +139,15 @@ def serve_metrics(address: str, credentials: ServerCredentials, healthy: Callabl
     except OSError as error:
         raise InUse(f"--metrics-listen {address} fails: {error.strerror or error}") from None
     server.set_app(partial(_health_or_metrics, healthy, make_wsgi_app()))
-    if context and isinstance(server.socket, ssl.SSLSocket):
-        server.socket.context.sni_callback = context.sni_callback
-        # handshakes take place in threads, so that a slow one keeps no other waiting
-        server.socket.do_handshake_on_connect = False  # type: ignore[attr-defined] # typeshed's gap
+    if isinstance(server.socket, ssl.SSLSocket):
+
+        def accept() -> tuple[ssl.SSLSocket, Any]:
+            raw, caller = socket.socket.accept(server.socket)
+            # handshakes take place in threads, so that a slow one keeps no other waiting
+            options: Any = {"server_side": True, "do_handshake_on_connect": False}
+            return credentials.current_context().wrap_socket(raw, **options), caller
+
+        server.get_request = accept  # type: ignore[method-assign] # it has no other hook
     return f"{host}:{server.server_port}"
 
 
