@@ -193,6 +193,7 @@ class LookupConfig(Server):
     listen: str = option("127.0.0.1:50051", "Address to serve gRPC on; port 0: any free one.")
     metrics_listen: str = option("127.0.0.1:0", "Address to serve Prometheus metrics on.")
     store: str = option(DEFAULT_STORE, "The store to serve: file://PATH or redis://HOST:PORT.")
+    refill: str = option("", "Store that lost rows are refilled from, as --store. Default: none.")
     hot_megabytes: float = option(256, "Memory for hot rows, per table in use.", ge=0)
     drain_seconds: float = option(10, "Time for calls in flight to end after SIGTERM.", ge=0)
     store_timeout_seconds: float = option(2, "Longest wait for a whole answer of Redis.", gt=0)

@@ -8,6 +8,7 @@ import click
 
 from tolhouse import config
 from tolhouse.cli.options import Commands, checkpoint_argument, options, stores_of
+from tolhouse.store.base import require_private
 
 
 @click.command()
@@ -17,6 +18,8 @@ def lookup(settings: config.LookupConfig) -> None:
     from tolhouse.lookup import service
 
     stores_of(settings)
+    if settings.refill:
+        require_private(settings.refill, insecure=settings.insecure)
     asyncio.run(service.run(settings))
 
 

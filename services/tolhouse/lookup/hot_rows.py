@@ -18,7 +18,7 @@ from logging import WARNING
 import numpy as np
 
 from tolhouse.client.row_source import StoreRowSource
-from tolhouse.errors import Corrupt, TolhouseError
+from tolhouse.errors import Corrupt, NotFound, TolhouseError
 from tolhouse.logs import event
 from tolhouse.store.base import LEASE_SECONDS
 from tolhouse.store.registry import stands_for
@@ -53,6 +53,8 @@ class HotRows:
         self, source: StoreRowSource, hot_bytes: int, idle_seconds: float = 2 * LEASE_SECONDS
     ) -> None:
         self.source, self.hot_bytes, self.idle_seconds = source, hot_bytes, idle_seconds
+        self.bad: dict[str, set[int]] = {}  # tokens whose rows could not be read, by table
+        self.lost = asyncio.Event()  # rows could not be read since it was cleared
         self.open: dict[str, OpenTable] = {}  # by "name@version", the one used last at the end
         self._tasks: set[asyncio.Task] = set()
         self._readers = ThreadPoolExecutor(_READERS, "store read")
@@ -152,12 +154,16 @@ class HotRows:
             records, error = await loop.run_in_executor(self._readers, fetch)
         except BaseException as failure:  # noqa: BLE001 - the requests that wait get it
             arrival.set_exception(failure)
+            if isinstance(failure, (NotFound, Corrupt)):
+                self.lost.set()
         else:
             found: dict[int, Buffer | Corrupt] = dict(
                 zip(tokens, record_views(records), strict=True)
             )
             if error:
                 found |= dict.fromkeys(error.token_ids, error)
+                self.bad.setdefault(table.manifest.ref, set()).update(error.token_ids)
+                self.lost.set()
                 intact = ~np.isin(ids, error.token_ids)
                 ids, records = ids[intact], records[intact]
             arrival.set_result(found)

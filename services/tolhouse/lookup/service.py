@@ -20,6 +20,7 @@ from tolhouse.config import LookupConfig
 from tolhouse.errors import Corrupt, InvalidArgument
 from tolhouse.logs import event
 from tolhouse.lookup.hot_rows import HotRows
+from tolhouse.lookup.store_check import StoreCheck
 from tolhouse.net.fetch_reply import serialize
 from tolhouse.net.server import errors_as_status, serve, status_of
 from tolhouse.store.base import open_store
@@ -34,6 +35,7 @@ MOST_AT_ONCE = 8  # requests of one connection: a reply that nobody reads holds 
 REQUESTS = Counter("tolhouse_lookup_requests_total", "Fetch requests, by gRPC status", ["status"])
 ROWS = Counter("tolhouse_lookup_rows_total", "Rows served, by where they were", ["source"])
 ROWS_HOT, ROWS_STORE = ROWS.labels("hot"), ROWS.labels("store")
+MISSING = Counter("tolhouse_lookup_rows_missing_total", "Rows asked for, missing or damaged")
 BYTES = Counter("tolhouse_lookup_bytes_total", "Record bytes served")
 SECONDS = Histogram(
     "tolhouse_lookup_fetch_seconds",
@@ -146,6 +148,7 @@ class LookupService:
         except Exception as error:  # noqa: BLE001 - the boundary where every error becomes a status
             status, message = status_of(error)
             bad = error.token_ids if isinstance(error, Corrupt) else ()
+            MISSING.inc(len(bad))
             failure = pb.Error(status=status, message=message, token_ids=bad)
             header = pb.FetchReply(request_id=request.request_id, error=failure, last=True)
             yield header.SerializeToString()
@@ -189,9 +192,14 @@ async def run(config: LookupConfig) -> None:
     event("serving store", store=store.url)
     if risk := await asyncio.to_thread(store.risk):
         event(risk, logging.WARNING)
+    backup = await asyncio.to_thread(open_store, config.refill) if config.refill else None
+    check = StoreCheck(rows, backup)
     await rows.open_published()
     try:
-        await serve("lookup", NAME, config, partial(register, service), service.drain)
+        add = partial(register, service)
+        await serve("lookup", NAME, config, add, service.drain, check.run)
     finally:
         rows.close()
         source.close()
+        if backup:
+            backup.close()

@@ -7,7 +7,7 @@ import json
 import signal
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
@@ -22,6 +22,9 @@ from tolhouse.net.auth import ServerCredentials
 
 Register = Callable[[grpc.aio.Server], None]  # adds a service to a server
 Drain = Callable[[], None] | None
+Report = Callable[[bool], Awaitable[None]]
+Check = Callable[[Report], Coroutine[None, None, None]] | None
+LIVE = "live"  # whose health says only that the process answers, for liveness probes
 
 MAX_STREAMS = 1024  # open calls of one connection; more wait for one of them to end
 MAX_CONNECTIONS = 1024  # of one service; more are closed
@@ -79,9 +82,17 @@ def status_of(error: Exception) -> tuple[str, str]:
 
 
 async def serve(
-    service: str, name: str, config: Config, register: Register, drain: Drain = None
+    service: str,
+    name: str,
+    config: Config,
+    register: Register,
+    drain: Drain = None,
+    check: Check = None,
 ) -> None:
-    """Announce the service once it answers; at SIGTERM or SIGINT call `drain` and finish calls."""
+    """Announce the service once it answers; at SIGTERM or SIGINT call `drain` and finish calls.
+
+    `check` runs beside it, and reports whether the service is ready.
+    """
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
 
@@ -101,8 +112,15 @@ async def serve(
         raise InUse(f"{service} can't listen on {listen}: {reason}; choose another --listen")
     finish_startup()
     await server.start()
-    for checked in ("", name):
-        await checks.set(checked, health_pb2.HealthCheckResponse.SERVING)
+    health_of = health_pb2.HealthCheckResponse
+
+    async def report(ok: bool) -> None:
+        for checked in ("", name):
+            await checks.set(checked, health_of.SERVING if ok else health_of.NOT_SERVING)
+
+    await report(True)
+    await checks.set(LIVE, health_of.SERVING)
+    checking = asyncio.create_task(check(report)) if check else None
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -117,6 +135,8 @@ async def serve(
     ready(service, f"{split_address(listen)[0]}:{port}", metrics=metrics)
     await stop.wait()
     event("draining", service=service)
+    if checking:
+        checking.cancel()
     await checks.enter_graceful_shutdown()
     if drain:
         drain()

@@ -1,0 +1,120 @@
+"""A store that lost rows: lookup services notice, say so, and refill it from files beside it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from redis import Redis
+from tolhouse import Client, errors
+from tolhouse.store.base import open_store
+from tolhouse.store.registry import delete
+from tolhouse.testing import Process, build_table, process, redis_server, wait_until
+
+from tests.commands import LOCAL, metrics
+
+STATUS = health_pb2.HealthCheckResponse
+
+
+@contextmanager
+def system(checkpoint: Path, files: str = "") -> Iterator[tuple[Redis, str, Process, Client, str]]:
+    """A Redis with a table, also in `files` if that is given, and a lookup service over it."""
+    with ExitStack() as stack:
+        url = stack.enter_context(redis_server())
+        ref = build_table(checkpoint, *filter(None, (url, files)), shards=8)
+        redis = stack.enter_context(Redis.from_url(url))
+        refill = ("--refill", files) if files else ()
+        hot = ("--hot-megabytes", "0.05")  # 32 rows
+        running = stack.enter_context(process("lookup", "--store", url, *refill, *hot, *LOCAL))
+        yield redis, url, running, stack.enter_context(Client(running.address)), ref
+
+
+def health(running: Process, service: str = "") -> int:
+    with grpc.insecure_channel(running.address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        return health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status
+
+
+def status(running: Process) -> int:
+    try:
+        with urlopen(f"http://{running.ready['metrics']}/health", timeout=10) as answer:
+            return answer.status
+    except HTTPError as error:
+        return error.code
+
+
+def test_a_store_that_lost_its_table_is_told(checkpoint: Path) -> None:
+    """Readiness, the metric and the log say it, hot rows are served, and a build mends it all."""
+    with system(checkpoint) as (redis, url, running, client, ref):
+        expected = client.fetch(ref, range(20)).tobytes()
+        redis.flushall()
+        with pytest.raises((errors.NotFound, errors.Corrupt)):
+            client.fetch(ref, [300])
+        wait_until(lambda: health(running) == STATUS.NOT_SERVING)
+        assert STATUS.NOT_SERVING == health(running, "tolhouse.v1.Lookup")
+        assert STATUS.SERVING == health(running, "live")
+        assert 503 == status(running)
+        assert "tolhouse_lookup_incomplete_tables 1.0" in metrics(running)
+        assert "the store has lost rows" in running.log.read_text()
+        assert expected == client.fetch(ref, range(20)).tobytes()
+        assert ref == build_table(checkpoint, url, shards=8)
+        wait_until(lambda: status(running) == 200)
+        assert 1 == len(client.fetch(ref, [300]))
+
+
+def test_a_lost_table_is_refilled_from_files(checkpoint: Path, tmp_path: Path) -> None:
+    """All of it, a lost shard, or a damaged record: every row is right again, and published."""
+    with system(checkpoint, f"file://{tmp_path}") as (redis, _, running, client, ref):
+        manifest, expected = client.describe(ref), client.fetch(ref, range(300)).tobytes()
+        shard = f"tolhouse:{{{ref}:shards-8:3}}"
+
+        def is_whole() -> bool:
+            return expected == client.fetch(ref, range(300)).tobytes() and status(running) == 200
+
+        for damage in (
+            redis.flushall,
+            lambda: redis.delete(shard),
+            lambda: redis.hset(shard, 299, b"damaged"),
+        ):
+            damage()
+            wait_until(is_whole)
+            assert manifest.num_records == sum(
+                redis.hlen(f"tolhouse:{{{ref}:shards-8:{n}}}") for n in range(8)
+            )
+        with Client(running.address) as other:
+            assert ref == other.describe(manifest.name).ref
+        assert "tolhouse_lookup_refilled_shards_total 10.0" in metrics(running)
+        assert "tolhouse_lookup_incomplete_tables 0.0" in metrics(running)
+
+
+def test_an_empty_store_is_filled_at_start(checkpoint: Path, tmp_path: Path) -> None:
+    """With what the files have published; what they only hold stays there."""
+    files = f"file://{tmp_path}"
+    ref = build_table(checkpoint, files, shards=4)
+    build_table(checkpoint, files, shards=4, codec="int8", publish=False)
+    with redis_server() as url:
+        with process("lookup", "--store", url, "--refill", files, *LOCAL) as running:
+            with Client(running.address) as client, Client(files) as source:
+                wait_until(lambda: client.describe(ref.partition("@")[0]).ref == ref)
+                assert source.fetch(ref, [5, 9]).tobytes() == client.fetch(ref, [5, 9]).tobytes()
+                assert [ref] == [manifest.ref for manifest, _ in client.tables()]
+
+
+def test_a_deleted_table_stays_deleted(checkpoint: Path, tmp_path: Path) -> None:
+    """What someone deletes is no loss, though a service has it open and the files have it."""
+    files = f"file://{tmp_path}"
+    with system(checkpoint, files) as (redis, url, _, client, ref):
+        other = build_table(checkpoint, url, files, shards=8, codec="int8")  # published
+        client.fetch(ref, [5])
+        with closing(open_store(url)) as store:
+            delete(store, ref, force=True)
+        redis.delete(f"tolhouse:{{{other}:shards-8:3}}")
+        with pytest.raises((errors.NotFound, errors.Corrupt)):
+            client.fetch(ref, [300])
+        wait_until(lambda: 1 == len(client.fetch(other, [3])))
+        with closing(open_store(url)) as store:
+            assert [other] == store.refs()
