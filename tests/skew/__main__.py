@@ -110,6 +110,7 @@ def answers(of: dict[str, Side], checkpoint: Path, store: str) -> dict[str, Any]
     scales = (SCALES * layers)[:layers]
     of["table"].run("-c", BUILD, str(checkpoint), store)
     small = ("compress", str(checkpoint), "--codec", "int4", "--name", "small", "--publish")
+    small += ("--corpus", str(ROOT / "README.md"), "--log-level", "warning")
     of["table"].run("-m", "tolhouse.cli", *small, "--store", store)
     found: dict[str, Any] = {}
     with ExitStack() as stack:
