@@ -100,6 +100,17 @@ def test_without_a_compiler_the_worker_says_so_and_goes_on(
     assert [] == list(tmp_path.iterdir())
 
 
+def test_a_folder_that_can_not_be_written_is_named(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The warning says which folder it is, and by which option another is named."""
+    with caplog.at_level(logging.WARNING):
+        assert not compiled_for(open_checkpoint(base), Path("/proc/cache")).wait()
+    assert "/proc" in caplog.text
+    assert "--compile-cache" in caplog.text
+    assert "g++" not in caplog.text
+
+
 def test_workers_that_share_a_cache_compile_once(base: Path, tmp_path: Path) -> None:
     """Of two that start together one compiles, and the other finds what it made."""
     checkpoint = open_checkpoint(base)

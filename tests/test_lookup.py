@@ -474,11 +474,23 @@ def test_a_request_in_flight_is_answered_before_the_service_ends(
         assert 200 == httpx.get(health).status_code
         running.popen.terminate()
         wait_until(lambda: httpx.get(health).status_code == 503)
+        asking = ThreadPoolExecutor(1).submit(ask_while_it_answers, health)
         *_, last = streams[1]
         assert last.last
         with suppress(grpc.RpcError):  # or the connection is reset first: nothing was on its way
             assert [] == list(streams[0])
         assert 0 == running.popen.wait(30)
+        assert {503} == asking.result()
+        assert "Traceback" not in running.log.read_text()
+
+
+def ask_while_it_answers(url: str) -> set[int]:
+    """The statuses of a URL until the process that serves it has ended."""
+    found = set()
+    with suppress(httpx.HTTPError):
+        while True:
+            found.add(httpx.get(url).status_code)
+    return found
 
 
 def test_a_replica_that_is_stopped_costs_no_request(

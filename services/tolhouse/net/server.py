@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
@@ -128,6 +129,8 @@ async def serve(
 
     def healthy() -> bool:
         """Whether the event loop answers a health check, as a caller over gRPC would see it."""
+        if stop.is_set():
+            return False
         check = asyncio.run_coroutine_threadsafe(checks.Check(request, None), loop)
         return check.result(_HEALTH_SECONDS).status == health_pb2.HealthCheckResponse.SERVING
 
@@ -181,7 +184,7 @@ def _health_or_metrics(
     if request["PATH_INFO"] != "/health":
         return metrics(request, start)
     ok = False
-    with suppress(TimeoutError):  # an event loop that does not answer is not healthy
+    with suppress(TimeoutError, CancelledError):  # of an event loop that hangs, or that ends
         ok = healthy()
     start("200 OK" if ok else "503 Service Unavailable", [("Content-Type", "application/json")])
     return [json.dumps({"status": "ok" if ok else "unavailable"}).encode()]

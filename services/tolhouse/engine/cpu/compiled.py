@@ -30,7 +30,7 @@ from tolhouse.config import set_compiler_folder
 from tolhouse.engine import attention
 from tolhouse.engine.attention import AttentionMetadata, PagedKVCache
 from tolhouse.engine.cpu import packed
-from tolhouse.errors import Internal
+from tolhouse.errors import Internal, InvalidArgument
 from tolhouse.logs import event, log
 from tolhouse.model import transformer
 from tolhouse.model.checkpoint import Checkpoint
@@ -151,7 +151,12 @@ def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -
     Of all processes that share `cache` one compiles at a time, and the others find it done.
     """
     folder = Path(cache).expanduser() / key(config, dtype)
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        advice = "name a folder by --compile-cache that can be written"
+        reason = f"{folder.parent}: {error.strerror}"
+        raise InvalidArgument(f"no place for compiled code: {reason}; {advice}") from None
     lock = os.open(folder.parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
