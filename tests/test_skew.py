@@ -1,6 +1,8 @@
 """Parts of an earlier release beside this one's. `make skew` runs a real release; this is the
 refusal of what it can't do."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -53,6 +55,15 @@ def earlier(worker: str) -> Iterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         server.stop(None).wait()
+
+
+def test_the_release_is_a_commit_of_this_history() -> None:
+    """`make skew` finds what RELEASE names, and fails for a commit that is not there."""
+    commit = Path("tests/skew/RELEASE").read_text().strip()
+    subprocess.run(["git", "merge-base", "--is-ancestor", commit, "HEAD"], check=True)
+    command = [sys.executable, "-m", "tests.skew", "0" * 40]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (1, True) == (done.returncode, "there is no release 000" in done.stderr)
 
 
 def test_what_an_earlier_worker_would_ignore_is_refused(checkpoint: Path, tmp_path: Path) -> None:

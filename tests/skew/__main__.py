@@ -69,17 +69,16 @@ class Side:
 
 
 @contextmanager
-def release() -> Iterator[Side]:
-    """The release that the file RELEASE names, as a wheel in an environment of its own.
+def release(commit: str) -> Iterator[Side]:
+    """The release of a commit, as a wheel in an environment of its own.
 
     Its dependencies are this environment's: only Tolhouse differs.
     """
-    commit = (Path(__file__).parent / "RELEASE").read_text().strip()
     git = ["git", "-C", str(ROOT)]
     archive = [*git, "archive", "--format=tar", commit, "pyproject.toml", "README.md", "services"]
     packed = subprocess.run(archive, capture_output=True, check=False)
     if packed.returncode:
-        sys.exit(f"error: tests/skew/RELEASE names {commit}: {packed.stderr.decode().strip()}")
+        sys.exit(f"error: there is no release {commit}: {packed.stderr.decode().strip()}")
     with tempfile.TemporaryDirectory(prefix="tolhouse-skew-") as name:
         source, wheels, home = (Path(name, part) for part in ("source", "wheels", "venv"))
         with tarfile.open(fileobj=BytesIO(packed.stdout)) as files:
@@ -160,9 +159,11 @@ def failures(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
+    """Compare with the commit given, or the one that the file RELEASE names."""
+    commit = (sys.argv[1:] or [(Path(__file__).parent / "RELEASE").read_text().strip()])[0]
     this = Side("this tree", (sys.executable,))
     with ExitStack() as stack:
-        released = stack.enter_context(release())
+        released = stack.enter_context(release(commit))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tolhouse-")))
         checkpoint = tiny_model(folder / "tiny")
         expected = answers(sides("", this, this), checkpoint, f"file://{folder}/expected")
