@@ -520,6 +520,14 @@ def test_health_and_metrics(cluster: Cluster) -> None:
     assert "made/up" not in text
 
 
+def test_head_is_get_without_a_body(cluster: Cluster) -> None:
+    """Where GET has an answer, and where not."""
+    for path, status in (("/health", 200), ("/ping", 200), ("/v1/models", 200), ("/nothing", 404)):
+        asked, got = httpx.head(f"http://{cluster.gateway}{path}"), get(cluster, path)
+        assert (status, b"") == (asked.status_code, asked.content)
+        assert got.headers["content-length"] == asked.headers["content-length"]
+
+
 def test_requests_go_to_the_least_loaded_worker(cluster: Cluster) -> None:
     """Concurrent requests are spread over both workers."""
     with ExitStack() as stack:

@@ -24,7 +24,7 @@ from tolhouse.files import ReloadingFiles
 from tolhouse.gateway.auth import AuthMiddleware, add_key, read_keys, remove_key
 from tolhouse.gateway.middleware import MetricsMiddleware
 from tolhouse.gateway.rate_limit import RateLimiter, window
-from tolhouse.testing import Cluster, local_cluster, redis_server
+from tolhouse.testing import Cluster, local_cluster, redis_server, wait_until
 
 from tests.commands import tolhouse
 
@@ -65,6 +65,27 @@ def test_requests_need_a_key(cluster: Cluster, first: str) -> None:
     basic = {"Authorization": f"Basic {first}"}
     assert 401 == httpx.get(f"http://{cluster.gateway}/v1/models", headers=basic).status_code
     assert "tolhouse_gateway" in ask(cluster, first, "/metrics").text
+
+
+def test_a_request_s_log_line_says_what_it_was(cluster: Cluster, first: str) -> None:
+    """Key, model, worker, tokens and the time to the first, whether it was streamed or not."""
+    log = cluster.processes[-1].log
+    for name, stream in (("whole", False), ("streamed", True)):
+        body = {"prompt": [[3, 4, 5], [6]], "max_tokens": 2, "n": 2, "ignore_eos": True}
+        headers = {"Authorization": f"Bearer {first}", "X-Request-Id": name}
+        url = f"http://{cluster.gateway}/v1/completions"
+        answer = httpx.post(url, json={**body, "stream": stream}, headers=headers, timeout=60)
+        assert 200 == answer.status_code
+        wait_until(lambda name=name: f'"request_id": "{name}"' in log.read_text())
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        [line] = [line for line in lines if line.get("request_id") == name]
+        assert ("request", "first", "tiny-memory") == tuple(
+            line[field] for field in ("message", "key", "model")
+        )
+        assert (cluster.workers, 4, 4, 8) == tuple(
+            line[field] for field in ("worker", "choices", "prompt_tokens", "completion_tokens")
+        )
+        assert 0 < line["first_token_seconds"] <= line["seconds"]
 
 
 def test_health_is_open_and_tells_strangers_little(cluster: Cluster, first: str) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import pty
+import socket
+import struct
 import subprocess
 import sys
 from contextlib import suppress
@@ -14,7 +16,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tolhouse.logs import printable
-from tolhouse.testing import end
+from tolhouse.testing import end, free_port, process, wait_until
+
+from tests.commands import LOCAL, tolhouse
 
 LOGGING = """
 import sys, logging
@@ -97,3 +101,35 @@ def test_a_request_line_can_not_steer_the_terminal(checkpoint: Path) -> None:
     lines = written(reader)
     assert any("ready\\r\\u001b[2K" in line for line in lines)
     assert all(line.isprintable() for line in lines)
+
+
+def test_probes_leave_no_lines(checkpoint: Path, store: str) -> None:
+    """Of HTTP and TCP, to each port; nor is it logged that a process is ready, which stdout has."""
+    nowhere = f"127.0.0.1:{free_port()}"
+    with (
+        process("lookup", "--store", store, *LOCAL) as lookup,
+        process("gateway", str(checkpoint), *LOCAL, "--workers", nowhere) as gateway,
+    ):
+        wait_until(lambda: "worker is down" in gateway.log.read_text())
+        before = [one.log.read_text() for one in (lookup, gateway)]
+        for _ in range(3):
+            for method in ("GET", "HEAD"):
+                answer = httpx.request(method, f"http://{gateway.address}/health")
+                assert 503 == answer.status_code
+            for address in (gateway.address, lookup.address, lookup.ready["metrics"]):
+                host, port = address.split(":")
+                for lingers in (struct.pack("ii", 0, 0), struct.pack("ii", 1, 0)):
+                    with socket.create_connection((host, int(port))) as probe:
+                        probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, lingers)
+        httpx.get(f"http://{lookup.ready['metrics']}/metrics")
+        httpx.get(f"http://{gateway.address}/version")
+        assert before == [one.log.read_text() for one in (lookup, gateway)]
+        assert not any('"ready"' in text for text in before)
+
+
+def test_progress_is_for_terminals(checkpoint: Path, tmp_path: Path) -> None:
+    """Bars that redraw themselves do not end up in a file or a pipe."""
+    options = f"--store file://{tmp_path} --size-ratio 4"
+    said = tolhouse(f"compress {checkpoint} {options}").stderr
+    said += tolhouse(f"eval {checkpoint} --most-tokens 64").stderr
+    assert not any(sign in said for sign in ("\r", "%|", "it/s"))

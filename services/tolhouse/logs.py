@@ -60,10 +60,9 @@ def event(message: str, level: int = logging.INFO, **fields: object) -> None:
 
 
 def ready(service: str, address: str, **fields: object) -> None:
-    """Announce that a process answers, in the log and as one line of JSON on stdout."""
-    about = {"service": service, "address": address, **fields}
-    log.info("ready", extra={"fields": about})
-    print(json.dumps({"event": "ready", **about}), flush=True)
+    """Announce on stdout, in one line of JSON, that a process answers."""
+    about = {"event": "ready", "service": service, "address": address, **fields}
+    print(json.dumps(about), flush=True)
 
 
 def split_address(address: str) -> tuple[str, int]:

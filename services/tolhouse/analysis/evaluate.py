@@ -78,7 +78,7 @@ def evaluate(
     if end + 1 < len(ids):
         batches.append(ids_T[None, end:])
     losses = []
-    bar = {"unit": "batch", "disable": quiet, "leave": False, "dynamic_ncols": True}
+    bar = {"unit": "batch", "disable": quiet or None, "leave": False, "dynamic_ncols": True}
     for windows_BS in tqdm(batches, desc="evaluate", **bar):
         inputs_T, targets_T = windows_BS[:, :-1].flatten(), windows_BS[:, 1:].flatten()
         size = windows_BS.shape[1] - 1

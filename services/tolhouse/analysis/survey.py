@@ -15,6 +15,7 @@ from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.sources.memoryllm import MemoryLLM
 
 OUTLIER = 6.0
+_BAR: Any = {"leave": False, "dynamic_ncols": True, "disable": None}  # only on a terminal
 SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
 DEFINITIONS = {
     "source": "measures follow section 5 of the MemoryLLM paper (arXiv 2602.00398), "
@@ -56,7 +57,7 @@ def survey(
     text = read_text(checkpoint, None, max(probe_tokens, 200_000))
     counts = np.bincount(text, minlength=config.vocab_size)
     layers = []
-    for layer in tqdm(range(config.num_rows), desc="layers", leave=False, dynamic_ncols=True):
+    for layer in tqdm(range(config.num_rows), desc="layers", **_BAR):
         c_VK, rows_VD = coefficients(model, layer), rows[:, x0 + layer]
         rms_V1 = c_VK.square().mean(1, keepdim=True).sqrt()
         cluster_V, explained = k_means(F.normalize(c_VK, dim=1), clusters)
@@ -80,7 +81,7 @@ def survey(
         cases += [(1, (layer,)) for layer in range(config.num_rows)]
         exact, *others = (
             evaluate(model, ids, probed(rows, scale, absent, x0)).perplexity
-            for scale, absent in tqdm(cases, desc="probes", leave=False, dynamic_ncols=True)
+            for scale, absent in tqdm(cases, desc="probes", **_BAR)
         )
         ratios = [round(perplexity / exact, 4) for perplexity in others]
         found["probes"] = {

@@ -123,7 +123,8 @@ def compress(
         # a token that was not seen may yet come
         weights = np.array([counts.get(i, 0) + 0.5 for i in range(vocabulary)])
         weights[frequent] = 0
-        bar = tqdm(range(blocks), desc="low rank", unit="layer", leave=False, dynamic_ncols=True)
+        look: Any = {"leave": False, "dynamic_ncols": True, "disable": None}  # only on a terminal
+        bar = tqdm(range(blocks), desc="low rank", unit="layer", **look)
         parts = [_components(rows[:, block], weights) for block in bar]
         ranks = _ranks(planned, scheme, [energies for _, energies, _ in parts])
         if min(ranks) < size:

@@ -20,6 +20,7 @@ MAX_HEADER_BYTES = 16 << 10  # a request's first line and header
 MAX_HEADER_FIELDS = 100
 MAX_BODIES = 64  # of the largest size: what all requests together may have in memory
 _ID = re.compile("[ -~]{1,128}")  # of a caller, fit for a log line and a header
+_PROBED = frozenset({"/health", "/ping"})  # asked each second: the log tells of changes
 _MAX_PATH = 256  # characters of a path in a trace
 # of every answer: a browser neither guesses its type nor runs or frames it
 _SAFE = {
@@ -32,7 +33,10 @@ _CLOSE = {"Connection": "close"}  # the rest of the request is not read
 
 
 class MetricsMiddleware:
-    """Gives each request an id; counts, times, traces and logs it, with `failed_status` if set."""
+    """Gives each request an id; counts, times, traces and logs it.
+
+    Of its state it takes `failed_status`, `key` and `about()`, more fields of the log line.
+    """
 
     def __init__(self, app: ASGIApp, paths: Collection[str]) -> None:
         self.app, self.paths = app, paths  # the routes: other paths are the caller's invention
@@ -58,19 +62,24 @@ class MetricsMiddleware:
         parent = tracing.remote(headers.get(tracing.HEADER, ""))
         span = tracing.begin(method, parent, about, root=True)
         with tracing.under([span]):
+            # HEAD is GET without a body, which the server leaves out
+            inner = {**scope, "method": "GET"} if method == "HEAD" else scope
             try:
-                await self.app(scope, receive, send_with_id)
+                await self.app(inner, receive, send_with_id)
             finally:
                 seconds, status = time.perf_counter() - started, state.get("failed_status", status)
-                path = scope["route"].path if "route" in scope else scope["path"]
+                path = inner["route"].path if "route" in inner else scope["path"]
                 path = path if path in self.paths else "other"
                 metrics.REQUESTS.labels(path, status).inc()
                 metrics.SECONDS.labels(path).observe(seconds)
-                level = logging.DEBUG if method == "GET" else logging.INFO
+                level = logging.DEBUG if method in ("GET", "HEAD") else logging.INFO
                 level = logging.WARNING if status >= 500 else level
-                fields = {"request_id": request_id, "path": scope["path"], "status": status}
+                level = logging.DEBUG if path in _PROBED else level
+                fields = {"request_id": request_id, "method": method, "path": scope["path"]}
+                fields |= {"status": status, "seconds": round(seconds, 4)}
                 key = {"key": state["key"]} if "key" in state else {}
-                event("request", level, **fields, seconds=round(seconds, 4), **key)
+                about = state["about"]() if "about" in state else {}
+                event("request", level, **fields, **key, **about)
                 if path != "other":
                     span.update_name(f"{method} {path}")
                 span.set_attribute("http.response.status_code", status)

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 from tolhouse.errors import InvalidArgument
 from tolhouse.gateway import metrics
@@ -31,10 +32,13 @@ class RequestHandler:
     slot: AbstractAsyncContextManager[None]  # held while a sequence is generated
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
+    workers: set[str] = field(default_factory=set)  # that were asked, by address
+    first_token_seconds: float | None = None  # from here to the first token of any choice
     table: str | None = None  # "name@version" of the rows, as the worker names it
     _queue: asyncio.Queue[Delta | BaseException] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
+        self._began = time.perf_counter()
         body, context, scores = self.body, self.model.context_tokens, 0
         self.requests: list[GenerateRequest] = []  # one for each choice
         if (tokens := body.n * sum(map(len, self.prompts))) > MAX_PROMPT_TOKENS:
@@ -60,6 +64,19 @@ class RequestHandler:
             advice = "lower n, logprobs, max_tokens, or the number of prompts"
             raise InvalidArgument(f"{many}; at most {MAX_LOGPROBS} are given: {advice}")
 
+    def about(self) -> dict[str, Any]:
+        """What the log has of the request, besides HTTP."""
+        first = self.first_token_seconds
+        return {
+            "model": self.model.name,
+            "table": self.table,
+            "worker": ",".join(sorted(self.workers)),
+            "choices": len(self.requests),
+            "prompt_tokens": sum(map(len, self.prompts)),
+            "completion_tokens": self.completion_tokens,
+            "first_token_seconds": None if first is None else round(first, 4),
+        }
+
     async def deltas(self) -> AsyncGenerator[Delta]:
         echo, unfinished = self.body.echo, len(self.requests)
         self._echoes = [await self.vocabulary.echo(p) if echo else Echo() for p in self.prompts]
@@ -84,7 +101,8 @@ class RequestHandler:
     async def _run(self, index: int) -> None:
         """Put a choice's deltas into the queue: one, unless streamed, as it may begin anew."""
         body, request, put = self.body, self.requests[index], self._queue.put_nowait
-        replies = self.router.generate(self.model.name, request, may_restart=not body.stream)
+        restart = not body.stream
+        replies = self.router.generate(self.model.name, request, self.workers, may_restart=restart)
         about = self._echoes[index // body.n], body, self.vocabulary.tokenizer
         try:
             async with self.slot, aclosing(replies):
@@ -102,6 +120,8 @@ class RequestHandler:
                             metrics.NEXT.observe((now - last) / new)
                         else:
                             metrics.FIRST.observe(now - started)
+                            if self.first_token_seconds is None:
+                                self.first_token_seconds = now - self._began
                         metrics.TOKENS.inc(new)
                         last, tokens = now, tokens + new
                         self.completion_tokens += new

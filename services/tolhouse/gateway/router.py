@@ -140,14 +140,15 @@ class WorkerRouter:
         return errors.Unavailable("no worker is healthy: try again later")
 
     async def generate(
-        self, model: str, request: GenerateRequest, may_restart: bool = False
+        self, model: str, request: GenerateRequest, asked: set[str], may_restart: bool = False
     ) -> AsyncGenerator[GenerateReply | None]:
         """Replies of the least loaded worker, or of the next if that fails before its first one or,
-        with may_restart, after: None says that the replies begin anew."""
+        with may_restart, after: None says that the replies begin anew. `asked` gets addresses."""
         tried: set[Worker] = set()
         while left := [w for w in self._able(model, request) if w not in tried]:
             worker = min(left, key=lambda w: w.load)
             tried.add(worker)
+            asked.add(worker.target)
             worker.in_flight += 1
             begun = False
             try:

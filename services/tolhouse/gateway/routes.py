@@ -102,6 +102,7 @@ async def _respond(
     slot = getattr(request.state, "sequences", None) or nullcontext()
     handler = RequestHandler(body, prompts, model, router, vocabulary, request_id, slot)
     to_json = form(handler).to_json
+    request.state.about = handler.about
     if not body.stream:
         choices = await _unless_disconnected(request, handler.complete())
         return _json(await to_json(*choices))

@@ -7,10 +7,12 @@ import json
 import signal
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from logging import DEBUG, ERROR
 from typing import Any, Protocol
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
@@ -161,6 +163,7 @@ def serve_metrics(address: str, credentials: ServerCredentials, healthy: Callabl
         )
     except OSError as error:
         raise InUse(f"--metrics-listen {address} fails: {error.strerror or error}") from None
+    server.handle_error = _log_failure  # type: ignore[assignment] # its own prints
     server.set_app(partial(_health_or_metrics, healthy, make_wsgi_app()))
     if isinstance(server.socket, ssl.SSLSocket):
 
@@ -172,6 +175,12 @@ def serve_metrics(address: str, credentials: ServerCredentials, healthy: Callabl
 
         server.get_request = accept  # type: ignore[method-assign] # it has no other hook
     return f"{host}:{server.server_port}"
+
+
+def _log_failure(*_: object) -> None:
+    """Log a failed request for metrics; a caller that goes away, as probes do, is no event."""
+    here = isinstance(sys.exception(), OSError)
+    log.log(DEBUG if here else ERROR, "a request for metrics failed", exc_info=not here)
 
 
 def _health_or_metrics(

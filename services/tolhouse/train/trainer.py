@@ -69,7 +69,8 @@ class Trainer:
         loss_of = torch.compile(self.loss, dynamic=True) if self.compile else self.loss
         curve, saved = Curve(self.out, first), time.monotonic()
         counts = {"total": recipe.steps * recipe.step_tokens, "initial": first * recipe.step_tokens}
-        bar = tqdm(**counts, unit="tok", unit_scale=True, desc="train", dynamic_ncols=True)
+        look: Any = {"dynamic_ncols": True, "disable": None}  # only on a terminal
+        bar = tqdm(**counts, unit="tok", unit_scale=True, desc="train", **look)
         for step in range(first, recipe.steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate(recipe, step)
