@@ -8,6 +8,8 @@ import numpy as np
 from tolhouse.train.corpus import documents, standard_library, train_tokenizer
 
 TEXT = Path("../shared/data/wikitext-2-valid.txt")
+# English about Python, which every Python brings along; the corpus of training leaves it out
+PROSE = standard_library() / "pydoc_data" / "topics.py"
 _NEVER = 1 << 60
 
 
@@ -26,6 +28,11 @@ def trace(vocabulary: int) -> tuple[str, np.ndarray, tuple[int, ...]]:
     ids = np.concatenate(encoded).astype(np.uint32)[:500_000]
     half = len(ids) // 2
     return source, ids[half:], tuple(i for i, _ in Counter(ids[:half].tolist()).most_common())
+
+
+def foreign() -> tuple[str, Path]:
+    """The name and file of a text unlike that of the demo models' training."""
+    return ("wikitext-2-valid", TEXT) if TEXT.exists() else ("pydoc's topics", PROSE)
 
 
 def clairvoyant(ids: list[int], slots: int, held: tuple[int, ...]) -> float:

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from tolhouse import Client
-from tolhouse.analysis.evaluate import RowsOf, evaluate, probed, table_rows
+from tolhouse.analysis.evaluate import probed, table_rows
 from tolhouse.build.compress import Compressed, Scheme, bytes_at_16_bit, check, compress
 from tolhouse.build.job import plan
 from tolhouse.errors import InUse, InvalidArgument
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
+from tolhouse.model.losses import RowsOf, evaluate
 from tolhouse.model.transformer import NoCache
 from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.store.base import open_store
@@ -340,7 +341,12 @@ def test_commands_compress_and_evaluate(checkpoint: Path, tmp_path: Path) -> Non
     assert plain["loss"] == pytest.approx(np.mean([d["loss"] for d in plain["deciles"]]), rel=0.02)
     assert 0 < abs(through["loss"] - plain["loss"]) < abs(squeezed["loss"] - plain["loss"])
     assert plain["loss"] != half["loss"]
+    assert not {"kl", "top1_agreement"} & set(plain)
+    assert 0 < through["kl"] < squeezed["kl"] < half["kl"]
+    assert 1 >= through["top1_agreement"] >= half["top1_agreement"] > 0
     assert "perplexity" in tolhouse(f"{common} --most-tokens 50").stdout
+    told = tolhouse(f"{common} --most-tokens 50 --through int4").stdout
+    assert "beside the checkpoint's own rows: KL 0." in told
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tolhouse.analysis.evaluate import evaluate, read_text
+import torch
+from tolhouse.analysis.evaluate import probed, read_text, through
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.losses import compare, evaluate
+from tolhouse.model.transformer import NoCache
+from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_library
 
 LONG = "def name(value):\n    return value + 1\n" * 1000
@@ -69,3 +74,31 @@ def test_each_token_after_the_first_is_predicted(checkpoint: Path, tmp_path: Pat
     found = evaluate(opened.model(), ids)
     assert ids[1:].tolist() == found.targets.tolist()
     assert 1 == len(found.losses)
+
+
+def test_divergence_and_agreement_are_those_of_the_logits(checkpoint: Path) -> None:
+    """KL of exact from other predictions and their likeliest tokens, as one forward gives them."""
+    opened = open_checkpoint(checkpoint)
+    model, rows = opened.model(), MemoryLLM(opened).rows()
+    ids = np.random.default_rng(0).integers(0, opened.config.vocab_size, 256 + 41)
+    exact, others = probed(rows), [probed(through("int4", rows)), probed(rows, 0.5), probed(rows)]
+    found = compare(model, ids, exact, others)
+    for other, result in zip(others, found, strict=True):
+        expected = []
+        for start, size in ((0, 256), (256, 40)):
+            inputs = torch.tensor(ids[start : start + size])
+            with torch.inference_mode():
+                p, q = (
+                    model(inputs, torch.arange(size), NoCache(size), r(inputs)).double().softmax(-1)
+                    for r in (exact, other)
+                )
+            same = p.argmax(-1) == q.argmax(-1)
+            expected.append(torch.stack([(p * (p / q).log()).sum(-1), same]))
+        kl, agrees = torch.cat(expected, 1).numpy()
+        np.testing.assert_allclose(result.divergences, kl, rtol=1e-3, atol=1e-5)
+        assert kl.mean() == pytest.approx(result.kl, rel=1e-3, abs=1e-6)
+        assert agrees.mean() == result.agreement
+        alone = evaluate(model, ids, other)
+        np.testing.assert_allclose(result.losses, alone.losses, rtol=1e-5)
+    assert 0 < found[0].kl < found[1].kl
+    assert (0.0, 1.0) == (found[2].kl, found[2].agreement)

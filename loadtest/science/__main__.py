@@ -102,7 +102,7 @@ def main() -> None:
         plot(curves(Model(path), options.tokens), name)
         print(f"\n{summary(survey(open_checkpoint(path), 64, 20_000))}", flush=True)
     text, _ = kinds.table(2)
-    print(f"\n{text}\n", flush=True)
+    print(f"\n{text}\n\n{kinds.orders(2)}\n", flush=True)
     check.run(options.tokens)
 
 

@@ -1,13 +1,15 @@
 """The science in ten minutes, from the committed checkpoints: `make science-check`.
 
 Held-out perplexity by codec and size, measured in this process and again through lookup service and
-worker; α and layers; the bytes of One Wide FFN; an edited token. Prints tables and, last, one line
-of JSON, losses as relative increases of perplexity over 16 bit:
+worker; KL and the likeliest token at home and abroad (abroad.py); α and layers; the bytes of One
+Wide FFN; an edited token. Prints tables and, last, one line of JSON, losses as relative increases
+of perplexity over 16 bit:
 
   ppl_16bit                     with rows in bfloat16
   int8_loss, int4_loss          int4 with one token in 32 at int8 (asked: at most 0.0002 and 0.002)
   lowrank_half_loss             half the bytes by low rank alone, at 16 bit (asked: at most 0.0175)
   codec_8x_loss                 an eighth of the bytes
+  kl_8x_…, top1_8x_…            at home and abroad: KL from exact rows, share of equal top tokens
   one_wide_bytes_ratio          bytes of rows fetched for a token, One Wide FFN over memory
   overlay_changes_only_its_token   an edit and another over it, of a plain and a compressed table
   served_difference             largest |served perplexity / ours - 1| (asked: at most 0.001)
@@ -25,6 +27,7 @@ from tolhouse.store.overlay import make_overlay
 from tolhouse.testing import build_table, local_cluster, tiny_model
 from tqdm import tqdm
 
+from loadtest.science import abroad
 from loadtest.science.codecs import ALIKE, Model, own_perplexity, schemes, served, served_perplexity
 
 CHECKPOINT = Path("models/demo-memory")
@@ -190,18 +193,20 @@ def main() -> None:
 def run(most_tokens: int) -> None:
     model = Model(CHECKPOINT)
     found = compression(model, most_tokens)
+    both = abroad.run(model, min(most_tokens or abroad.TOKENS, abroad.TOKENS))
     probes(model)
     with tempfile.TemporaryDirectory(prefix="tolhouse-science-") as name:
         wide = one_wide(Path(name))
         only = [
             edited(model, scheme, Path(name) / scheme) for scheme in ("bf16", "int4 low rank, 8x")
         ]
-    told = {
+    told: dict[str, float] = {
         "ppl_16bit": round(found["16bit"], 4),
         "int8_loss": round(found["int8"], 6),
         "int4_loss": round(found["int4"], 6),
         "lowrank_half_loss": round(found["low rank, half"], 6),
         "codec_8x_loss": round(found["int4 low rank, 8x"], 6),
+        **both,
         "one_wide_bytes_ratio": round(wide, 4),
         "overlay_changes_only_its_token": all(only),
         "served_difference": round(found["furthest"], 6),

@@ -1,17 +1,18 @@
 """What compression costs, and whether what is served is what was measured."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tolhouse import Client
-from tolhouse.analysis.evaluate import Evaluation, evaluate, probed, read_text
+from tolhouse.analysis.evaluate import probed, read_text
 from tolhouse.build.compress import FREQUENT_SHARE, Compressed, Scheme, bytes_at_16_bit, compress
 from tolhouse.build.job import count_tokens, plan
 from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.losses import Evaluation, evaluate
 from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import publish
@@ -54,13 +55,13 @@ class Model:
             self.checkpoint.tokenizer(), "", self.checkpoint.config.vocab_size
         )
 
-    def compressed(self, scheme: Scheme, *, alike: bool = False) -> Compressed:
-        return compress(
-            plan(self.checkpoint, "", scheme.codec, 16),
-            self.rows,
-            {} if alike else self.counts,
-            scheme,
-        )
+    def compressed(
+        self, scheme: Scheme, *, alike: bool = False, counts: Mapping[int, int] | None = None
+    ) -> Compressed:
+        """By `counts`, how often text has a token: by default, text like the model's own."""
+        counts = self.counts if counts is None else counts
+        planned = plan(self.checkpoint, "", scheme.codec, 16)
+        return compress(planned, self.rows, {} if alike else counts, scheme)
 
     def evaluate(self, rows: np.ndarray, most_tokens: int = 0, **probe: object) -> Evaluation:
         return evaluate(self.model, self.text[: most_tokens or None], probed(rows, **probe))  # type: ignore[arg-type]

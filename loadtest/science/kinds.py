@@ -1,8 +1,10 @@
 """Kinds of models at equal total parameters: `python -m loadtest.science.kinds [--seeds 2]`.
 
 Trains what is not trained yet, two runs at a time on a core each, and then prints the table:
-held-out perplexity, total and active parameters, for each kind and seed. A run that was killed
-continues. Loss curves are kept in loadtest/science/curves, so that `--print` needs no training.
+held-out perplexity, total and active parameters, for each kind and seed, and the order in which
+they come. Perplexities are the curves' last estimates, from eight batches of held-out windows that
+are the same for all runs. A run that was killed continues. Loss curves are kept in
+loadtest/science/curves, so that `--print` needs no training.
 """
 
 import argparse
@@ -105,6 +107,19 @@ def table(seeds: int) -> tuple[str, dict[str, float]]:
     return "\n".join(lines), mean
 
 
+def orders(seeds: int) -> str:
+    """Markdown: the Flex kinds of each FFN-C between base and memory, best first, by seed."""
+    lines = []
+    for form in ("linear", "swiglu"):
+        runs = [r for r in KINDS if r.name in ("base", "memory") or (r.beta and r.ffn_c == form)]
+        for seed in range(seeds):
+            losses = {run.name: last_loss(run, seed) for run in runs}
+            found = {name: loss for name, loss in losses.items() if loss is not None}
+            order = " < ".join(sorted(found, key=lambda name: found[name]))
+            lines.append(f"- FFN-C {form}, seed {seed}: {order}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.science.kinds",
@@ -134,7 +149,7 @@ def main() -> None:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda one: train(*one), runs))
     text, mean = table(options.seeds)
-    print(text)
+    print(f"{text}\n\n{orders(options.seeds)}")
     print(json.dumps({"perplexity": {name: round(p, 3) for name, p in mean.items()}}))
 
 

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tolhouse.analysis.evaluate import RowsOf, probed
+from tolhouse.analysis.evaluate import probed
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.losses import RowsOf
 from tolhouse.model.transformer import ContextFreeFFN, Transformer
 from tolhouse.sources.memoryllm import MemoryLLM
 

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from tolhouse.analysis.evaluate import evaluate, probed, read_text
+from tolhouse.analysis.evaluate import probed, read_text
 from tolhouse.analysis.explain import coefficients
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.losses import evaluate
 from tolhouse.sources.memoryllm import MemoryLLM
 
 OUTLIER = 6.0

@@ -28,7 +28,10 @@ def train(settings: config.TrainConfig, recipe: str) -> None:
       tiny                            a minute on two cores
       small small-active              ten minutes on a core, to compare kinds at equal parameters
       demo                            the committed demo models: about an hour
-      paper-250m paper-750m paper-1b  the paper's runs, for accelerators
+      paper-250m paper-750m paper-1b  the paper's runs, as descriptions: see below
+
+    It trains on one device, a CPU or a GPU; on a GPU it has not been tried. A step is one pass over
+    its whole batch, which in the paper's runs is 524,288 tokens: more than a GPU's memory holds.
 
     The folder gets the checkpoint, its tokenizer, loss.csv, loss.png and a model card. The
     tokenizer is trained on the corpus unless the folder has one already.
@@ -107,39 +110,64 @@ def _table_rows(checkpoint: Any, settings: config.LookConfig) -> Any:
     return table_rows(checkpoint, *source) if settings.table else None
 
 
+def _exact_and_other_rows(checkpoint: Any, settings: config.EvalConfig) -> Any:
+    """The checkpoint's own rows and those that replace them, each by ids; None where none do."""
+    from tolhouse.analysis.evaluate import probed, through
+    from tolhouse.sources.memoryllm import MemoryLLM
+
+    layers, kind = checkpoint.config.num_rows, checkpoint.config.kind
+    scale, absent, codec = settings.row_scale, settings.absent_layers, settings.through
+    if not (settings.table or codec or absent or scale != 1):
+        return None
+    if not layers:
+        lack = f"of kind {kind} has no rows to replace"
+        raise InvalidArgument(f"checkpoint {checkpoint.name} {lack}")
+    own = MemoryLLM(checkpoint).rows()
+    rows = _table_rows(checkpoint, settings) if settings.table else own
+    rows = through(codec, rows) if codec else rows
+    return probed(own), probed(rows, scale, absent, x0=rows.shape[1] - layers)
+
+
 @click.command("eval")
 @checkpoint_argument()
 @options(config.EvalConfig)
 def evaluate(settings: config.EvalConfig, checkpoint: Path) -> None:
     """Measure how well CHECKPOINT predicts text: loss and perplexity, and loss by frequency.
 
+    With other rows than its own also how far they move its predictions: the mean KL divergence of
+    the predictions with its own rows from those, and how often the likeliest token is the same. On
+    text unlike that of training perplexity may fall as predictions get worse; these two tell.
+
     \b
       tolhouse eval models/demo-memory --text notes.txt
       tolhouse eval models/demo-memory --table demo-memory --rows redis://127.0.0.1:6379
       tolhouse eval models/demo-memory --row-scale 0.5 --absent-layers 4,5
     """
-    from tolhouse.analysis import evaluate as analysis
+    from tolhouse.analysis.evaluate import read_text
+    from tolhouse.model import losses
     from tolhouse.model.checkpoint import open_checkpoint
-    from tolhouse.sources.memoryllm import MemoryLLM
 
-    opened, scale, absent = open_checkpoint(checkpoint), settings.row_scale, settings.absent_layers
-    layers, kind, rows_of = opened.config.num_rows, opened.config.kind, None
-    if layers:
-        rows = _table_rows(opened, settings)
-        rows = MemoryLLM(opened).rows() if rows is None else rows
-        rows = analysis.through(settings.through, rows) if settings.through else rows
-        rows_of = analysis.probed(rows, scale, absent, x0=rows.shape[1] - layers)
-    elif settings.table or settings.through or absent or scale != 1:
-        raise InvalidArgument(f"checkpoint {opened.name} of kind {kind} has no rows to replace")
-    ids = analysis.read_text(opened, settings.text, settings.most_tokens)
-    result = analysis.evaluate(opened.model(), ids, rows_of, quiet=False)
+    opened = open_checkpoint(checkpoint)
+    replaced = _exact_and_other_rows(opened, settings)
+    ids = read_text(opened, settings.text, settings.most_tokens)
+    model, beside = opened.model(), {}
+    if replaced:
+        exact, other = replaced
+        (compared,) = losses.compare(model, ids, exact, [other], quiet=False)
+        result: losses.Evaluation = compared
+        beside = {"kl": compared.kl, "top1_agreement": compared.agreement}
+    else:
+        result = losses.evaluate(model, ids, quiet=False)
     count, loss, perplexity = len(result.losses), result.loss, result.perplexity
     deciles = result.deciles()
     if settings.json_:
-        found = {"tokens": count, "loss": loss, "perplexity": perplexity, "deciles": deciles}
-        click.echo(json.dumps(found))
+        measured = {"tokens": count, "loss": loss, "perplexity": perplexity, **beside}
+        click.echo(json.dumps({**measured, "deciles": deciles}))
         return
     click.echo(f"{count:,} tokens: {loss:.4f} nats each, perplexity {perplexity:.4f}")
+    if beside:
+        same = f"the same likeliest token for {100 * beside['top1_agreement']:.2f} % of them"
+        click.echo(f"beside the checkpoint's own rows: KL {beside['kl']:.5f} nats each, {same}")
     click.echo("by frequency in the text, a tenth of it each:")
     click.echo("  tenth   tokens   seen at least    loss")
     for d in deciles:

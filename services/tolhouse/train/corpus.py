@@ -16,8 +16,8 @@ from tolhouse.errors import InvalidArgument, NotFound
 from tolhouse.model.tokenizer import load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_SKIPPED |= {"lib2to3", "pydoc_data"}
+SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+SKIPPED |= {"lib2to3", "pydoc_data"}
 _HELD_OUT_ONE_IN = 40
 _PIECE_CHARS = 20_000  # a long file is several documents, so that a single file is split as well
 
@@ -41,7 +41,7 @@ def whole_files(path: Path) -> Iterator[tuple[str, str]]:
     single = not path.is_dir()  # a file, or a pipe
     below = path.rglob("*.py" if stdlib else "*")
     for file in [path] if single else sorted(p for p in below if p.is_file()):
-        if stdlib and _SKIPPED & set(file.relative_to(path).parts):
+        if stdlib and SKIPPED & set(file.relative_to(path).parts):
             continue
         try:
             text = file.read_text(encoding="utf-8")

@@ -1,0 +1,136 @@
+"""How well a model predicts text, and how far other rows move its predictions.
+
+Text is read in windows of the model's context. Each window's last token is the first of the next
+one: every token but the text's first is predicted once, from what is before it in its window.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from tolhouse.errors import InvalidArgument
+from tolhouse.model.transformer import NoCache, Transformer
+
+_BATCH_TOKENS = 2048
+DECILES = 10
+
+RowsOf = Callable[[Tensor], Tensor]  # token ids [T] to rows [N, T, D]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`losses` in nats of the tokens `targets`, both [T]."""
+
+    losses: np.ndarray
+    targets: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    def deciles(self) -> list[dict[str, Any]]:
+        """The loss by frequency: occurrences from the most frequent token down, in ten parts."""
+        counts = np.bincount(self.targets)
+        order = np.argsort(-counts[self.targets], kind="stable")
+        return [
+            {
+                "decile": number + 1,
+                "distinct_tokens": len(np.unique(self.targets[part])),
+                "least_count": int(counts[self.targets[part]].min()),
+                "loss": round(float(self.losses[part].mean()), 5),
+            }
+            for number, part in enumerate(np.array_split(order, DECILES))
+            if len(part)
+        ]
+
+
+@dataclass(frozen=True)
+class Comparison(Evaluation):
+    """An evaluation with other rows than the exact ones, and how its predictions differ.
+
+    `divergences` [T] are KL(exact || other) in nats; `agrees` [T] is 1 where the likeliest token is
+    the same, else 0. Neither depends on which token the text has next, unlike a loss, which falls
+    where other rows happen to suit the text better.
+    """
+
+    divergences: np.ndarray
+    agrees: np.ndarray
+
+    @property
+    def kl(self) -> float:
+        return float(self.divergences.mean())
+
+    @property
+    def agreement(self) -> float:
+        return float(self.agrees.mean())
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Transformer, ids: np.ndarray, rows: RowsOf | None = None, *, quiet: bool = True
+) -> Evaluation:
+    """The losses of at least two token ids [T], with `rows` in place of the model's own."""
+    losses = [
+        F.cross_entropy(logits_of(rows or model.rows), targets_T, reduction="none")
+        for targets_T, logits_of in _batches(model, ids, quiet)
+    ]
+    return Evaluation(_joined(losses), ids[1:].astype(np.int64))
+
+
+@torch.inference_mode()
+def compare(
+    model: Transformer, ids: np.ndarray, exact: RowsOf, others: Sequence[RowsOf], quiet: bool = True
+) -> list[Comparison]:
+    """Each of `others` beside the rows `exact`, whose logits are computed once for all."""
+    found: list[list[tuple[Tensor, ...]]] = [[] for _ in others]
+    for targets_T, logits_of in _batches(model, ids, quiet):
+        exact_TV = logits_of(exact).log_softmax(-1)
+        for rows, parts in zip(others, found, strict=True):
+            other_TV = logits_of(rows).log_softmax(-1)
+            losses_T = F.nll_loss(other_TV, targets_T, reduction="none")
+            kl_T = F.kl_div(other_TV, exact_TV, log_target=True, reduction="none").sum(-1)
+            parts.append((losses_T, kl_T, other_TV.argmax(-1) == exact_TV.argmax(-1)))
+    targets = ids[1:].astype(np.int64)
+    columns = ([_joined(column) for column in zip(*parts, strict=True)] for parts in found)
+    return [Comparison(losses, targets, kl, agrees) for losses, kl, agrees in columns]
+
+
+def _batches(
+    model: Transformer, ids: np.ndarray, quiet: bool
+) -> Iterator[tuple[Tensor, Callable[[RowsOf], Tensor]]]:
+    """Batches of windows: targets [T], and from rows to the float32 logits [T, V] of those."""
+    if len(ids) < 2:
+        raise InvalidArgument(f"the text has {len(ids)} tokens; at least 2 are needed")
+    ids_T = torch.from_numpy(ids.astype(np.int64)).to(model.norm.weight.device)
+    length = min(model.config.max_position_embeddings, len(ids) - 1)
+    end = (len(ids) - 1) // length * length
+    windows = ids_T[: end + 1].unfold(0, length + 1, length)
+    batches = list(windows.split(max(1, _BATCH_TOKENS // length)))
+    if end + 1 < len(ids):
+        batches.append(ids_T[None, end:])
+    bar = {"unit": "batch", "disable": quiet or None, "leave": False, "dynamic_ncols": True}
+    for windows_BS in tqdm(batches, desc="evaluate", **bar):
+        inputs_T, size = windows_BS[:, :-1].flatten(), windows_BS.shape[1] - 1
+        yield windows_BS[:, 1:].flatten(), partial(_logits, model, inputs_T, size)
+
+
+def _logits(model: Transformer, inputs_T: Tensor, size: int, rows: RowsOf) -> Tensor:
+    """Float32 logits [T, V] of windows of `size` tokens."""
+    positions_T = torch.arange(size, device=inputs_T.device).repeat(len(inputs_T) // size)
+    return model(inputs_T, positions_T, NoCache(size), rows(inputs_T)).float()
+
+
+def _joined(parts: Sequence[Tensor]) -> np.ndarray:
+    return torch.cat(tuple(parts)).double().cpu().numpy()
