@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolhouse.errors import Mismatch, TolhouseError
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
+from tolhouse.model.losses import evaluate
 from tolhouse.model.transformer import Transformer
 from tolhouse.train.recipes import Recipe, recipe
 from tolhouse.train.trainer import STATE, Trainer, initialise, rate
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn import Parameter
 
 from tests.commands import tolhouse
 
@@ -78,10 +83,9 @@ def test_every_kind_learns(kind: str, beta: int, autocast: bool, out: Path) -> N
 
 def test_a_finished_run_is_not_trained_any_further(out: Path) -> None:
     """Started again, it gives the same loss and leaves weights and curve as they are."""
-    loss = Trainer(small(), IDS, IDS, out).run()
+    loss = Trainer(small(), IDS, IDS, out).run().loss
     before = [(out / name).read_bytes() for name in (WEIGHTS, STATE, "loss.csv")]
-    again = Trainer(small(), IDS, IDS, out).run()
-    assert loss == pytest.approx(again, abs=1e-5)
+    assert loss == Trainer(small(), IDS, IDS, out).run().loss
     assert before == [(out / name).read_bytes() for name in (WEIGHTS, STATE, "loss.csv")]
 
 
@@ -145,6 +149,46 @@ def test_a_corpus_that_can_not_train_is_told_in_a_line(
     assert line.startswith("error: the corpus" if corpus != "nothing" else "error: no corpus")
     assert message in line
     assert not (tmp_path / "out" / WEIGHTS).exists()
+
+
+def test_the_held_out_loss_is_that_of_the_whole_part(out: Path) -> None:
+    """A run's loss is of every held-out token by the checkpoint; the curve's is an estimate."""
+    found = Trainer(small(), IDS, IDS[::-1].copy(), out).run()
+    assert IDS[::-1][1:].tolist() == found.targets.tolist()
+    assert evaluate(open_checkpoint(out).model(), IDS[::-1].copy()).loss == found.loss
+    estimate = float((out / "loss.csv").read_text().splitlines()[-1].split(",")[3])
+    assert estimate != round(found.loss, 5)
+
+
+@pytest.mark.parametrize(("kind", "beta"), [("base", 0), ("memory", 0), ("flex", 3), ("wide", 0)])
+def test_a_step_is_on_the_model_s_device(
+    kind: str, beta: int, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches, loss and gradients are where the model is; no tensor is left on the CPU.
+
+    torch's fake tensors refuse operations over two devices. Of the devices that they can stand for
+    without a GPU, `meta` alone is not the CPU; it has no autocast.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    trainer = Trainer(small(kind, beta), IDS, IDS, out, device="meta")
+    with torch.device("meta"):
+        trainer.model = Transformer(trainer.recipe.config)
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    for module in trainer.model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, Parameter(FakeTensor(mode, p.detach(), torch.device("meta"))))
+    with mode:
+        inputs, targets = trainer.batch(IDS, 0, 1)
+        trainer.loss(inputs, targets).backward()
+        devices = {p.grad.device.type for p in trainer.model.parameters() if p.grad is not None}
+    assert {"meta"} == {inputs.device.type, targets.device.type, *devices}
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """`--device` says what this machine has."""
+    options = f"--no-compile --device cuda:99 --out {tmp_path / 'out'}"
+    told = tolhouse(f"train tiny {options}", code=1).stderr
+    assert "--device 'cuda:99' is not on this machine" in told
 
 
 def test_weights_are_stored_as_they_were_trained(out: Path) -> None:

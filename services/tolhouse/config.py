@@ -141,6 +141,9 @@ class TrainConfig(Config):
     seed: int = option(0, "Same seed, same checkpoint.", ge=0)
     threads: int = option(1, "Threads for tensor work; the result depends on them.", ge=1)
     steps: int | None = option(None, "Optimiser steps, in place of the recipe's.", ge=1)
+    device: str = option(
+        "auto", "cpu, cuda, or auto: cuda if there is one. It has not run on a GPU yet."
+    )
     compile: bool = option(True, "Use torch.compile where there is a C compiler.")
 
 

@@ -157,6 +157,16 @@ def save_checkpoint(path: Path, model: Transformer, tokenizer_file: Path) -> Non
         (path / TOKENIZER).write_bytes(tokenizer_file.read_bytes())
 
 
+def torch_device(name: str) -> torch.device:
+    """The device of `--device NAME`; auto: cuda if there is one. InvalidArgument without it."""
+    on_gpu = torch.cuda.is_available()
+    name = ("cuda" if on_gpu else "cpu") if name == "auto" else name
+    if re.fullmatch(r"cpu|cuda(:\d+)?" if on_gpu else "cpu", name):
+        return torch.device(name)
+    allowed = "cpu, cuda or auto" if on_gpu else "cpu or auto, as there is no GPU"
+    raise InvalidArgument(f"--device {name!r} is not on this machine; {allowed}")
+
+
 def tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
     """The shape of each tensor in a checkpoint of this config, by name."""
     with torch.device("meta"):

@@ -31,6 +31,7 @@ class Recipe:
 
 # Steps, sequences and tokens of a batch, peak and final rate, warm-up, steps between evaluations.
 _SMALL = (1500, 16, 256, 3e-3, 1e-4, 100, 250)  # ten minutes on a core: kinds at equal parameters
+# The paper's: such a step needs more memory than a GPU has; nothing here divides it.
 _PAPER = (95_000, 256, 2048, 1e-4, 1e-5, 5000, 1000)  # 50B tokens; the batch size is our choice
 RECIPES = {
     "tiny": (200, 8, 128, 3e-3, 3e-4, 20, 50),  # a minute on two cores: loss falls, no sense yet

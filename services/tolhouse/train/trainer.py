@@ -24,20 +24,23 @@ from tqdm import tqdm
 from tolhouse.config import TrainConfig, arguments
 from tolhouse.errors import Corrupt, InUse, InvalidArgument, Mismatch, Unavailable
 from tolhouse.files import locked
-from tolhouse.model.checkpoint import WEIGHTS, save_checkpoint
+from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint, save_checkpoint, torch_device
+from tolhouse.model.losses import Evaluation, evaluate
 from tolhouse.model.transformer import NoCache, Transformer, parameter_counts
 from tolhouse.train import corpus
 from tolhouse.train.recipes import Recipe, recipe
 
 STATE = "training-state.safetensors"
+ESTIMATE_BATCHES = 8  # of held-out windows, for the curve
 CARD = """# {kind} model
 
 | | |
 |---|---|
 {table}
 
-`loss.csv` and `loss.png` are the run's curve. The model continues text like its data and knows
-nothing else: it is here to show and to test the serving system.
+`loss.csv` and `loss.png` are the run's curve; their held-out losses are estimates from {estimate:,}
+tokens, the same each time. The model continues text like its data and knows nothing else: it is
+here to show and to test the serving system.
 """
 
 
@@ -52,13 +55,19 @@ class Trainer:
     seed: int = 0
     compile: bool = False
     save_every_seconds: float = 60.0
+    device: str = "cpu"
 
-    def run(self) -> float:
-        """Train from the folder's saved state to the last step; returns the held-out loss."""
+    def run(self) -> Evaluation:
+        """Train from the folder's saved state to the last step.
+
+        Returns the losses of the whole held-out part by the checkpoint that was saved, as
+        `tolhouse eval` measures them.
+        """
         recipe = self.recipe
         torch.manual_seed(self.seed)
         self.model = Transformer(recipe.config)
         initialise(self.model)
+        self.model.to(self.device)
         matrices, vectors = ([p for p in self.model.parameters() if p.dim() == d] for d in (2, 1))
         groups: list[dict[str, Any]] = [{"params": matrices}]
         groups += [{"params": vectors, "weight_decay": 0.0}]
@@ -89,7 +98,7 @@ class Trainer:
             self.optimizer.zero_grad()
             done = step + 1
             evaluates = done % recipe.eval_every_steps == 0 or done == recipe.steps
-            curve.add(done, done * recipe.step_tokens, loss.item(), evaluates and self.evaluate())
+            curve.add(done, done * recipe.step_tokens, loss.item(), evaluates and self.estimate())
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             bar.update(recipe.step_tokens)
             if evaluates or time.monotonic() - saved > self.save_every_seconds:
@@ -99,7 +108,7 @@ class Trainer:
         bar.close()
         curve.plot()
         save_checkpoint(self.out, self.model, self.out / "tokenizer.json")
-        return curve.held_out()[-1][1] if first < recipe.steps else self.evaluate()
+        return evaluate(open_checkpoint(self.out).model().to(self.device), self.valid_ids)
 
     def batch(self, ids: np.ndarray, *seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, [B * S] each: windows drawn by `seed`, the same in every run."""
@@ -107,13 +116,14 @@ class Trainer:
         random = np.random.default_rng(seed)
         starts = random.integers(0, len(ids) - size, self.recipe.batch_sequences)
         windows = torch.from_numpy(np.stack([ids[s : s + size + 1] for s in starts])).long()
+        windows = windows.to(self.device)
         return windows[:, :-1].flatten(), windows[:, 1:].flatten()
 
     def loss(self, ids_T: Tensor, targets_T: Tensor, z_loss: bool = True) -> Tensor:
         length = self.recipe.sequence_tokens
         unique_U, inverse_T = ids_T.unique(return_inverse=True)
-        positions_T = torch.arange(length).repeat(len(ids_T) // length)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.autocast):
+        positions_T = torch.arange(length, device=ids_T.device).repeat(len(ids_T) // length)
+        with torch.autocast(ids_T.device.type, torch.bfloat16, enabled=self.recipe.autocast):
             rows = self.model.rows(unique_U)  # [N, U, D]
             if len(rows):
                 # an embedding lookup per layer: its backward adds up gradients of equal tokens
@@ -125,9 +135,9 @@ class Trainer:
         return loss
 
     @torch.no_grad()
-    def evaluate(self, batches: int = 8) -> float:
-        """Mean cross-entropy in nats per token over fixed held-out windows."""
-        windows = (self.batch(self.valid_ids, 0, 1, index) for index in range(batches))
+    def estimate(self) -> float:
+        """Mean cross-entropy in nats per token over a few held-out windows, always the same."""
+        windows = (self.batch(self.valid_ids, 0, 1, index) for index in range(ESTIMATE_BATCHES))
         return float(np.mean([self.loss(*window, z_loss=False).item() for window in windows]))
 
     def fingerprint(self) -> dict[str, str]:
@@ -164,9 +174,9 @@ class Trainer:
             for name, p in self.model.named_parameters():
                 p.copy_(saved.get_tensor(f"weight.{name}"))
                 self.optimizer.state[p] = {
-                    "step": torch.tensor(float(step)),
-                    "exp_avg": saved.get_tensor(f"mean.{name}"),
-                    "exp_avg_sq": saved.get_tensor(f"square.{name}"),
+                    "step": torch.tensor(float(step), device=p.device),
+                    "exp_avg": saved.get_tensor(f"mean.{name}").to(p.device),
+                    "exp_avg_sq": saved.get_tensor(f"square.{name}").to(p.device),
                 }
         return step
 
@@ -225,7 +235,8 @@ class Curve:
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         training = [(int(tokens), float(loss)) for _, tokens, loss, _ in self.rows]
         axes.plot(*zip(*training, strict=True), lw=0.6, alpha=0.6, label="training")
-        axes.plot(*zip(*self.held_out(), strict=True), marker="o", ms=3, label="held out")
+        estimates = zip(*self.held_out(), strict=True)
+        axes.plot(*estimates, marker="o", ms=3, label="held out, estimated")
         axes.set(xlabel="tokens", ylabel="cross-entropy, nats per token")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -251,9 +262,10 @@ def train_checkpoint(name: str, options: TrainConfig) -> None:
         out.mkdir(parents=True, exist_ok=True)
         source = options.corpus or corpus.standard_library()
         ids = corpus.prepare(source, out, config.vocab_size, chosen.sequence_tokens)
-        trainer = Trainer(chosen, *ids, out, seed=options.seed, compile=options.compile)
+        device = str(torch_device(options.device))
+        trainer = Trainer(chosen, *ids, out, options.seed, options.compile, device=device)
         with locked(out, seconds=0):
-            loss = trainer.run()
+            held_out = trainer.run()
     except OSError as error:
         place = error.filename or out
         raise Unavailable(f"can't write {place}: {error.strerror or error}") from None
@@ -274,9 +286,12 @@ def train_checkpoint(name: str, options: TrainConfig) -> None:
         "about one piece in forty of its 20,000-character pieces held out",
         "trained on": f"{seen:,} tokens ({seen / tokens:.1f} passes), "
         f"{steps} steps of {chosen.step_tokens:,}",
-        "held-out loss": f"{loss:.4f} nats per token, perplexity {math.exp(loss):.2f}",
+        "held-out loss": f"{held_out.loss:.4f} nats per token, perplexity "
+        f"{held_out.perplexity:.2f}, over all {len(held_out.losses):,} held-out tokens",
         "weights": "bfloat16, safetensors",
         "command": f"`{' '.join(['tolhouse train', name, *arguments(options)])}`",
     }
     table = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
-    (out / "README.md").write_text(CARD.format(kind=config.kind, table=table))
+    estimate = ESTIMATE_BATCHES * chosen.step_tokens
+    card = CARD.format(kind=config.kind, table=table, estimate=estimate)
+    (out / "README.md").write_text(card)

@@ -1,7 +1,6 @@
 """A worker process: builds the engine, follows the table, serves."""
 
 import asyncio
-import re
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -21,9 +20,9 @@ from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
 from tolhouse.engine.runner import GraphRunner, Runner
 from tolhouse.engine.scheduler import Scheduler
-from tolhouse.errors import DeadlineExceeded, InvalidArgument, Mismatch, NotFound, Unavailable
+from tolhouse.errors import DeadlineExceeded, Mismatch, NotFound, Unavailable
 from tolhouse.logs import event
-from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
+from tolhouse.model.checkpoint import Checkpoint, open_checkpoint, torch_device
 from tolhouse.net.server import serve
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1.generation_pb2_grpc import add_GenerationServicer_to_server
@@ -42,7 +41,7 @@ class Builder:
     ) -> None:
         self.checkpoint, self.config, self.source = checkpoint, config, source
         self.table = config.table or checkpoint.name
-        self.device = _device(config.device)
+        self.device = torch_device(config.device)
         self.on_cpu = self.device.type == "cpu"
         # on a CPU, all batch sizes give the same tokens in float32
         best = "float32" if self.on_cpu else "bfloat16"
@@ -154,12 +153,3 @@ def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
             message = f"table {manifest.ref} was built from {what} {built}"
             hint = "build a table of this checkpoint, or name another --table"
             raise Mismatch(f"{message}, but checkpoint {checkpoint.path.name} has {own}: {hint}")
-
-
-def _device(name: str) -> torch.device:
-    on_gpu = torch.cuda.is_available()
-    name = ("cuda" if on_gpu else "cpu") if name == "auto" else name
-    if re.fullmatch(r"cpu|cuda(:\d+)?" if on_gpu else "cpu", name):
-        return torch.device(name)
-    allowed = "cpu, cuda or auto" if on_gpu else "cpu or auto, as there is no GPU"
-    raise InvalidArgument(f"--device {name!r} is not on this machine; {allowed}")

@@ -1,0 +1,53 @@
+"""What the documents say of the models is what the kept curves and measurements say."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tolhouse.train.corpus import SKIPPED, standard_library
+
+from loadtest import text
+from loadtest.science import abroad, kinds
+from loadtest.science.codecs import Model
+
+ROOT = Path(__file__).parent.parent
+SCIENCE = (ROOT / "SCIENCE.md").read_text()
+
+
+def test_the_table_of_kinds_is_that_of_the_curves() -> None:
+    """Parameters, perplexities by seed, and the orders in which each seed has the kinds."""
+    table, _ = kinds.table(2)
+    assert table in SCIENCE
+    assert kinds.orders(2) in SCIENCE
+
+
+def test_compression_is_measured_at_home_and_abroad(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where WikiText is not: on English that training has not seen and every Python has."""
+    monkeypatch.setattr(text, "TEXT", Path("no such file"))
+    _, path = text.foreign()
+    assert path.is_file()
+    assert path.relative_to(standard_library()).parts[0] in SKIPPED
+    found = abroad.measure(Model(checkpoint), 600)
+    for schemes in found.values():
+        assert {len(schemes["int4"].losses)} == {len(s.losses) for s in schemes.values()}
+        kl = [schemes[name].kl for name in ("bf16", "int8", "int4", "int4 low rank, 8x")]
+        assert sorted(kl) == kl
+    assert found["abroad"]["int4, by it"].kl < found["abroad"]["int4"].kl
+    lines = abroad.table(found).splitlines()
+    assert {7} == {line.count("|") - 1 for line in lines}
+    assert len(lines) == 2 + len(found["abroad"])
+
+
+@pytest.mark.parametrize("name", ["demo-memory", "demo-flex"])
+def test_the_held_out_loss_of_a_model_is_the_same_everywhere(name: str) -> None:
+    """A card tells the loss of all held-out tokens, and the README's table of codecs has it too."""
+    card = (ROOT / "models" / name / "README.md").read_text()
+    told = re.search(r"held-out loss \| (\d\.\d{4}) .* over all 86,718 held-out tokens", card)
+    assert told, card
+    readme = (ROOT / "README.md").read_text()
+    column = 2 if name == "demo-memory" else 5
+    (row,) = (line for line in readme.splitlines() if line.startswith("| `fp32` |"))
+    assert told[1] == row.split("|")[column + 1].strip()
+    assert name == "demo-flex" or f"{told[1]} nats" in SCIENCE
