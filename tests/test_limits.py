@@ -15,16 +15,17 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from tolhouse import Client
+from tolhouse import Client, ClientCredentials
 from tolhouse.client.row_source import StoreRowSource
 from tolhouse.errors import InvalidArgument, Overloaded
 from tolhouse.gateway.middleware import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
 from tolhouse.gateway.request_handler import RequestHandler
-from tolhouse.gateway.router import ServedModel
+from tolhouse.gateway.router import ServedModel, WorkerRouter
 from tolhouse.gateway.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from tolhouse.lookup import service
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.lookup.service import MAX_IDS_PER_FETCH
+from tolhouse.net.channel import Addresses
 from tolhouse.net.server import MAX_CONNECTIONS, MAX_REQUEST_BYTES, MAX_STREAMS
 from tolhouse.store.base import open_store
 from tolhouse.testing import Cluster, local_cluster, process, wait_until
@@ -288,8 +289,10 @@ def test_what_choices_share_is_counted_for_each() -> None:
     """Prompt tokens times n have a bound; a chat without a length ends where its scores do."""
     model = ServedModel("m", 1 << 17, 10, 0)
 
+    router = WorkerRouter(Addresses("127.0.0.1:1", ClientCredentials()), "", 1)
+
     def handler(body: GenerationRequest, *prompts: list[int]) -> RequestHandler:
-        return RequestHandler(body, [*prompts], model, *[None] * 4)
+        return RequestHandler(body, [*prompts], model, router, *[None] * 3)
 
     body = CompletionRequest(prompt=[[1]], n=100)
     with pytest.raises(InvalidArgument, match=f"10000000 prompt tokens.*at most {1 << 20}"):
