@@ -40,11 +40,9 @@ def docker(*words: str, check: bool = True) -> str:
     return done.stdout
 
 
-def left(kind: str) -> list[str]:
-    """Containers, networks or volumes of the project."""
-    every = ("--all",) if kind == "container" else ()
-    label = f"label=com.docker.compose.project={PROJECT}"
-    return docker(kind, "ls", *every, "--quiet", "--filter", label).split()
+def there(kind: str) -> set[str]:
+    """All containers, networks or volumes: those without a name have no mark of their project."""
+    return set(docker(kind, "ls", *["--all"] * (kind == "container"), "--quiet").split())
 
 
 def complete() -> bool:
@@ -82,6 +80,7 @@ def check(mode: tuple[str, ...]) -> dict[str, float]:
     found: dict[str, float] = {}
     with taken_down(mode):
         docker("compose", "--profile", "*", "down", "--volumes")
+        before = {kind: there(kind) for kind in ("container", "network", "volume")}
         started = time.monotonic()
         docker(*compose, "up", "--detach", "--wait")
         found["first up, s"] = round(time.monotonic() - started, 1)
@@ -116,9 +115,9 @@ def check(mode: tuple[str, ...]) -> dict[str, float]:
 
         docker("compose", "down")
         for kind in ("container", "network"):
-            found[f"{kind}s left by down"] = len(left(kind))
+            found[f"{kind}s left by down"] = len(there(kind) - before[kind])
         docker("compose", "down", "--volumes")
-        found["volumes left by down --volumes"] = len(left("volume"))
+        found["volumes left by down --volumes"] = len(there("volume") - before["volume"])
     return found
 
 

@@ -156,6 +156,14 @@ def test_what_is_mounted_and_copied_is_there() -> None:
         assert all((ROOT / p).exists() and f"!{p}" in kept for p in path.split())
 
 
+def test_redis_leaves_no_volume_without_a_name() -> None:
+    """Its image has a volume at /data: something else is there, which goes or has a name."""
+    for name, service in SERVICES.items():
+        if service["image"].startswith("redis:"):
+            places = [*service.get("tmpfs", []), *service.get("volumes", [])]
+            assert any(place.rpartition(":")[2] == "/data" for place in places), name
+
+
 def test_there_are_no_secrets() -> None:
     """No password, token or key has a value in the file, but at most comes from the environment; no
     URL has a user."""
