@@ -75,3 +75,21 @@ def test_pieces_of_prompts_attend_to_what_came_before() -> None:
     for q, (k, v), chunk, out in zip(q_THE.split([1, 7, 28]), kept, step, got, strict=True):
         whole = expected(q, k[: chunk.last], v[: chunk.last])
         torch.testing.assert_close(whole, out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 33, 64, 100])
+def test_a_prompt_s_pieces_have_the_bits_of_the_whole(size: int) -> None:
+    """However a prompt is cut, and whatever decodes beside it, its tokens get the same bits."""
+    pages = PagedKVCache(SHAPE, 128, CPU, torch.float32)
+    found, kept = sequences(pages, [600, 40])
+    prompt, (k_THE, v_THE) = found[0], kept[0]
+    q_THE = random(600, 3)[:, 0]
+    whole = AttentionMetadata.of(pages, [Chunk(prompt, 0, 600)]).attend(0, q_THE, k_THE, v_THE)
+    beside = Chunk(found[1], 39, 40)
+    for first in range(0, 600, size):
+        part = slice(first, min(first + size, 600))
+        k, v = (torch.cat([x[-1:], y[part]]) for x, y in zip(kept[1], kept[0], strict=True))
+        step = [beside, Chunk(prompt, part.start, part.stop)]
+        assert not step[1].decodes  # not even the last token alone
+        got = AttentionMetadata.of(pages, step).attend(0, torch.cat([q_THE[:1], q_THE[part]]), k, v)
+        assert torch.equal(whole[part], got[1:])

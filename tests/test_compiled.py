@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -60,15 +61,26 @@ def test_compiled_steps_are_the_uncompiled_ones(flex_checkpoint: Path, tmp_path:
         hidden = [decoded(engine, lengths) for engine in engines]
         torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-4, atol=1e-4)
         assert hidden[0].any()
+    for lengths in ([20], [3, 17]):  # beside prompts, which are not compiled, to the bit
+        beside = decoded(engines[1], lengths, prompts=[30, 7])
+        assert torch.equal(decoded(engines[1], lengths), beside[: len(lengths)])
 
 
 @torch.inference_mode()
-def decoded(engine, lengths: list[int]) -> torch.Tensor:
-    """Hidden states of the last tokens of sequences of these lengths, after the others."""
-    found = [Request([(7 * i + n) % 256 for i in range(n)], 1).sequence for n in lengths]
+def decoded(engine, lengths: list[int], prompts: Sequence[int] = ()) -> torch.Tensor:
+    """Hidden states of the last tokens of sequences of these lengths, after the others.
+
+    They are decoded in one step with `prompts`.
+    """
+    every = [*lengths, *prompts]
+    found = [Request([(7 * i + n) % 256 for i in range(n)], 1).sequence for n in every]
     assert all(engine.cache.grow(sequence, len(sequence.ids)) for sequence in found)
+    found, others = found[: len(lengths)], found[len(lengths) :]
+    for sequence in found:
+        sequence.prompt_tokens -= 1
     for first, last in ((0, -1), (-1, 0)):
         step = [ScheduledChunk(s, first % len(s.ids), len(s.ids) + last) for s in found]
+        step += [ScheduledChunk(s, 0, len(s.ids)) for s in others if first]
         ids = torch.tensor([i for c in step for i in c.sequence.ids[c.first : c.last]])
         runner = engine.runner
         out = runner.finish(runner.launch(step), StagedRows(torch.empty(0), ids, ids))

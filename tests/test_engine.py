@@ -187,3 +187,29 @@ def test_a_base_model_runs_in_recorded_sizes_too(base: Path) -> None:
     replayed = replays(engine)
     assert expected == sampled(engine, prompts)
     assert len(replayed) >= 39
+
+
+@pytest.mark.parametrize("max_step_tokens", [24, 64])
+def test_answers_are_the_same_alone_and_in_a_batch(base: Path, max_step_tokens: int) -> None:
+    """To the bit, also log probabilities: of sequences that come at any time, with any sampling."""
+    ways = [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}]
+    ways += [{"temperature": 1.3, "top_k": 20}, {"temperature": 0.7, "min_p": 0.01}]
+    generator = torch.Generator().manual_seed(4)
+    requests = list[Request](), list[Request]()  # the same twice
+    for number in range(40):
+        length = int(torch.randint(1, 90, (1,), generator=generator))
+        prompt, way = random_ids(length, generator), ways[number % len(ways)]
+        for part in requests:
+            part.append(Request(prompt, 24, seed=number, logprobs=0, ignore_eos=True, **way))
+    engine = engine_of(base, max_running=1, max_step_tokens=512)
+    for alone in requests[0]:
+        serve(engine, alone)
+    engine = engine_of(base, max_running=8, max_step_tokens=max_step_tokens)
+    for number, one in enumerate(requests[1]):
+        engine.add(one.sequence)
+        run(engine, number % 3)
+    run(engine)
+    for alone, beside in zip(*requests, strict=True):
+        assert alone.tokens == beside.tokens
+        chosen = [[output.logprobs.chosen for output in one.outputs] for one in (alone, beside)]
+        assert chosen[0] == chosen[1]

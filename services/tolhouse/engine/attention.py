@@ -2,12 +2,16 @@
 
 Shapes as in `model/transformer.py`; B decoding sequences, C blocks of the longest, S BLOCK_TOKENS.
 In a page keys lie dimension by dimension, values token by token: both products run along memory.
+
+On a CPU what a token gets does not depend, to the bit, on the sequences beside it, nor on how its
+prompt is cut into chunks. Sums in float32 depend on their order, so each is made in one way only.
 """
 
 import contextlib
 import math
 import mmap
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,6 +22,9 @@ from tolhouse.engine.block_manager import BLOCK_TOKENS
 from tolhouse.engine.scheduler import ScheduledChunk
 from tolhouse.errors import InvalidArgument
 from tolhouse.model.config import ModelConfig
+
+_TILE_TOKENS = 64  # of a prompt that attend at once on a CPU
+_ROWS = 16  # their number is a multiple, for which its kernels divide sums alike
 
 
 def blocks_of(config: ModelConfig, capacity_bytes: int, dtype: torch.dtype) -> int:
@@ -62,8 +69,8 @@ class AttentionMetadata:
     offsets_T: Tensor
     tables_BC: Tensor
     lengths_B: Tensor
-    # tokens, first position, and the blocks of the sequence if it has a past
-    chunks: list[tuple[int, int, Tensor | None]] = field(default_factory=list, init=False)
+    # tokens, first position, and the blocks of the sequence up to the last token
+    chunks: list[tuple[int, int, Tensor]] = field(default_factory=list, kw_only=True)
 
     @classmethod
     def of(cls, pages: PagedKVCache, step: list[ScheduledChunk]) -> "AttentionMetadata":
@@ -86,9 +93,17 @@ class AttentionMetadata:
         arrays = blocks_T, offsets_T, tables_BC, lengths_B
         view = cls(pages, decoding, *(torch.from_numpy(x).to(pages.device) for x in arrays))
         for chunk, table in zip(prompts, tables, strict=True):
-            past = torch.from_numpy(table[: -(-chunk.last // BLOCK_TOKENS)]).to(pages.device)
-            view.chunks.append((chunk.count, chunk.first, past if chunk.first else None))
+            own = torch.from_numpy(table[: -(-chunk.last // BLOCK_TOKENS)]).to(pages.device)
+            view.chunks.append((chunk.count, chunk.first, own))
         return view
+
+    @cached_property
+    def parts(self) -> tuple["AttentionMetadata", "AttentionMetadata"]:
+        """The decoding sequences, and the chunks."""
+        n, tables = self.decoding, (self.tables_BC, self.lengths_B)
+        first = AttentionMetadata(self.pages, n, self.blocks_T[:n], self.offsets_T[:n], *tables)
+        places = self.blocks_T[n:], self.offsets_T[n:], *(table[:0] for table in tables)
+        return first, AttentionMetadata(self.pages, 0, *places, chunks=self.chunks)
 
     def layer(self, number: int) -> tuple[Tensor, ...]:
         """What `write` and attention need of a layer."""
@@ -101,17 +116,11 @@ class AttentionMetadata:
         outs, start = [], self.decoding
         if start:
             outs.append(gathered(q_THE[:start], keys, values, self.tables_BC, self.lengths_B))
-        for count, first, past in self.chunks:
-            part, last, mask_TL = slice(start, start + count), first + count, None
-            q_HTE, k_HLE, v_HLE = (x[part].transpose(0, 1) for x in (q_THE, k_THE, v_THE))
-            if past is not None:
-                k_HLE = keys[past].permute(1, 0, 3, 2).flatten(1, 2)[:, :last]
-                v_HLE = values[past].transpose(0, 1).flatten(1, 2)[:, :last]
-                mask_TL = q_HTE.new_full((count, last), -math.inf).triu(first + 1)
-            q, k, v = q_HTE[None], k_HLE[None], v_HLE[None]
-            causal = mask_TL is None
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TL, is_causal=causal)
-            outs.append(out[0].transpose(0, 1))
+        for count, first, table in self.chunks:
+            q_HTE = q_THE[start : start + count].transpose(0, 1)
+            k_HLE = keys[table].permute(1, 0, 3, 2).flatten(1, 2)
+            v_HLE = values[table].transpose(0, 1).flatten(1, 2)
+            outs.append(tiled(q_HTE, k_HLE, v_HLE, first).transpose(0, 1))
             start += count
         return torch.cat(outs) if len(outs) > 1 else outs[0]
 
@@ -122,6 +131,28 @@ def write(
     """Write tokens' keys and values into their pages: [blocks, H, E, S] and [blocks, H, S, E]."""
     keys[blocks_T, :, :, offsets_T] = k_THE
     values[blocks_T, :, offsets_T] = v_THE
+
+
+def tiled(q_HTE: Tensor, k_HLE: Tensor, v_HLE: Tensor, first: int) -> Tensor:
+    """Causal attention [H, T, E] of a prompt's tokens from position `first` on.
+
+    On a CPU in tiles of positions, each of which sees all keys up to its own end, padded with
+    zeros: kernels divide a token's sums by the number of keys, which is its position's alone then.
+    """
+    last, on_cpu = first + q_HTE.shape[1], q_HTE.device.type == "cpu"
+    tile, rows = (_TILE_TOKENS, _ROWS) if on_cpu else (last, 1)
+    pad = -(-last // tile) * tile - k_HLE.shape[1]
+    k_HLE, v_HLE = (F.pad(x, (0, 0, 0, pad)) for x in (k_HLE, v_HLE))
+    causal, outs = not (on_cpu or first), []
+    for start in range(first // tile * tile, last, tile):
+        begin, end = max(first, start), min(last, start + tile)
+        q = F.pad(q_HTE[:, begin - first : end - first], (0, 0, 0, (begin - end) % rows))[None]
+        k, v = k_HLE[None, :, : start + tile], v_HLE[None, :, : start + tile]
+        mask = None if causal else q.new_full((q.shape[2], start + tile), -math.inf)
+        mask = None if mask is None else mask.triu(begin + 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        outs.append(out[0, :, : end - begin])
+    return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 
 
 def gathered(

@@ -29,7 +29,8 @@ class ScheduledChunk:
 
     @property
     def decodes(self) -> bool:
-        return self.count == 1 and self.first > 0
+        """Whether it is a sampled token; the last of a prompt is computed as its others are."""
+        return self.count == 1 and self.first >= max(1, self.sequence.prompt_tokens)
 
     @property
     def samples(self) -> bool:

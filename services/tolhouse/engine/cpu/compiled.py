@@ -137,8 +137,14 @@ class DecodeBlock(nn.Module):
         cache: AttentionMetadata,
         row_TD: Tensor | None,
     ) -> Tensor:
-        if cache.chunks or not self.compiled.ready:
+        if not self.compiled.ready or not cache.decoding:
             return self.block(x_TD, rope, cache, row_TD)
+        if cache.chunks:  # beside prompts, too, decoding gives the bits of compiled code
+            count = [cache.decoding, len(x_TD) - cache.decoding]
+            rows = [None, None] if row_TD is None else row_TD.split(count)
+            ropes = zip(*(part.split(count) for part in rope), strict=True)
+            parts = zip(x_TD.split(count), ropes, cache.parts, rows, strict=True)
+            return torch.cat([self(*part) for part in parts])
         run = self.compiled.alone if len(x_TD) == 1 else self.compiled.several
         # compiled code adds a row also where the table has none
         row = [torch.zeros_like(x_TD) if row_TD is None else row_TD] if self.has_row else []
