@@ -39,7 +39,7 @@ bench: .venv/dev  ## quick benchmarks; results are kept in loadtest/LOG.md
 	$(BIN)/python -m loadtest.decode --quick
 	$(BIN)/python -m loadtest.pace --quick
 
-chaos: .venv/dev  ## faults under load, ten minutes; prints what clients noticed of each
+chaos: .venv/dev  ## faults under load, twelve minutes; prints what clients noticed of each
 	$(BIN)/python -m tests.chaos
 
 fuzz: .venv/dev  ## a million nearly right inputs for every reader

@@ -2,17 +2,31 @@
 fault is run for real."""
 
 import dataclasses
+import itertools
 import signal
 import socket
 import time
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 
 import pytest
+from tolhouse.errors import Unavailable
 from tolhouse.testing import build_table
 
-from tests.chaos.history import Seen, failed_before_a_token, rate, recovery_seconds, violations
+from tests.chaos.faults import lasting, streams
+from tests.chaos.files import overwritten
+from tests.chaos.history import Seen, rate, recovery_seconds, violations
 from tests.chaos.proxy import Link
-from tests.chaos.system import CHECKPOINT, DEADLINE_SECONDS, Load, System, right_answers
+from tests.chaos.system import (
+    CHECKPOINT,
+    DEADLINE_SECONDS,
+    Load,
+    System,
+    asking,
+    right_answers,
+    wait_until,
+)
 
 ANSWERS = {"t@1": ["the first text", "other"], "t@2": ["the second text", "other"]}
 TIMES = {"began": 1.0, "ended": 2.0}
@@ -64,7 +78,8 @@ def test_rates_and_recovery_are_of_whole_answers() -> None:
     assert 0 == rate([*seen, bad], 10, 12)
     assert 1.5 <= recovery_seconds([*seen, bad], 10, 20, 10) <= 2
     assert recovery_seconds([bad], 10, 20, 10) is None
-    assert [bad] == failed_before_a_token([*seen, bad])
+    assert streams(seen[0])
+    assert not streams(bad)
 
 
 def test_a_link_carries_delays_and_cuts() -> None:
@@ -101,6 +116,32 @@ def test_a_link_carries_delays_and_cuts() -> None:
         client, served = connected()
         served.sendall(b"back")
         assert b"back" == client.recv(9)
+
+
+def test_a_fault_lasts_as_long_as_its_context(tmp_path: Path) -> None:
+    """A file has another content from its injection on until it is mended, and stays the same."""
+    path = tmp_path / "file"
+    path.write_bytes(b"as it was")
+    number = path.stat().st_ino
+    fault = lasting("overwritten", partial(overwritten, {path: b"other"}), flips=False)
+    fault.inject()
+    assert b"other" == path.read_bytes()
+    fault.mend()
+    assert (b"as it was", number) == (path.read_bytes(), path.stat().st_ino)
+
+
+def test_a_client_beside_the_load_is_answered_in_the_end() -> None:
+    """What it saw is told, error by error, and nothing is wrong once it has its answer."""
+    found, errors = list[str](), itertools.chain([Unavailable("no")] * 2, itertools.repeat(None))
+
+    def ask() -> None:
+        if error := next(errors):
+            raise error
+
+    with asking(ask, found) as seen:
+        assert wait_until(lambda: len(seen) > 2)
+    assert [] == found
+    assert ["no", "no", ""] == [error for error, _ in seen[:3]]
 
 
 def _received(client: socket.socket) -> bytes:

@@ -1,21 +1,32 @@
 """What goes wrong, how it is mended, and what clients may notice of it."""
 
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 from redis import Redis, RedisCluster
 from redis.cluster import ClusterNode
 from redis.exceptions import RedisError
-from tolhouse.testing import RedisNode
+from tolhouse.testing import RedisNode, redis_cluster
 
+from tests.chaos.history import Seen
 from tests.chaos.proxy import Link
-from tests.chaos.system import System, wait_until
+from tests.chaos.system import System, build_versions, wait_until
 
-Allowed = Literal[
-    "none", "streaming", "errors"
-]  # requests that may fail: none, those that had shown a token, any (with a clear error)
+
+def nothing(_: Seen) -> bool:
+    return False
+
+
+def streams(seen: Seen) -> bool:
+    """Before its first token, another worker can answer."""
+    return bool(seen.pieces)
+
+
+def anything(_: Seen) -> bool:
+    return True
 
 
 @dataclass
@@ -23,16 +34,65 @@ class Fault:
     name: str
     inject: Callable[[], object]
     mend: Callable[[], object]
-    may_fail: Allowed = "none"
+    may_fail: Callable[[Seen], bool] = nothing  # with a clear error
     recovers_within: float = 5.0  # seconds
+    seconds: float = 9.0  # that it lasts
+    flips: bool = True  # another version is published meanwhile
+    found: list[str] = field(default_factory=list)  # what must not be, besides wrong answers
+
+
+def lasting(
+    name: str, context: Callable[[list[str]], AbstractContextManager], **more: Any
+) -> Fault:
+    """A fault that is there as long as a context is, which adds to `found`."""
+    stack, found = ExitStack(), list[str]()
+    return Fault(
+        name,
+        inject=lambda: stack.enter_context(context(found)),
+        mend=stack.close,
+        seconds=6.0,
+        found=found,
+        **more,
+    )
+
+
+@dataclass
+class Group:
+    """Faults of one system, which is served the same two versions throughout."""
+
+    system: System
+    refs: list[str]
+    faults: list[Fault]
+    settled: Callable[[], bool] = lambda: True  # at rest after a fault
+
+
+@contextmanager
+def over_cluster() -> Iterator[Group]:
+    """The system over a Redis Cluster of three masters and three replicas."""
+    with ExitStack() as stack:
+        links: list[Link] = []
+
+        def announced(port: int) -> int:
+            links.append(stack.enter_context(Link(f"127.0.0.1:{port}")))
+            return int(links[-1].address.rpartition(":")[2])
+
+        on_disk = ("--appendonly", "yes")
+        nodes = stack.enter_context(
+            redis_cluster(3, 1, *on_disk, node_timeout_ms=2000, announced=announced)
+        )
+        url = f"redis://{','.join(link.address for link in links)}"
+        refs = build_versions(url)
+        system = System(stack, url, "chaos")
+        faults = of_services(system) + of_redis(system, nodes, links, refs[0])
+        yield Group(system, refs, faults, lambda: settled(nodes))
 
 
 def of_services(system: System) -> list[Fault]:
     lookup, worker = system.lookups[0], system.workers[0]
     faults = []
     for what, service, may_fail in (
-        ("lookup replica", lookup, "none"),
-        ("worker", worker, "streaming"),
+        ("lookup replica", lookup, nothing),
+        ("worker", worker, streams),
     ):
         kill, stop = (
             lambda s=service, n=number: s.signal(n) for number in (signal.SIGKILL, signal.SIGSTOP)
@@ -44,14 +104,14 @@ def of_services(system: System) -> list[Fault]:
             )
         )
     for what, links, may_fail in (
-        ("gateway and worker", [system.to_workers[0]], "streaming"),
-        ("worker and lookup", [system.to_lookups[0][0]], "none"),
+        ("gateway and worker", [system.to_workers[0]], streams),
+        ("worker and lookup", [system.to_lookups[0][0]], nothing),
     ):
         faults += of_links(what, links, may_fail)
     return faults
 
 
-def of_links(what: str, links: list[Link], may_fail: Allowed) -> list[Fault]:
+def of_links(what: str, links: list[Link], may_fail: Callable[[Seen], bool]) -> list[Fault]:
     def each(act: Callable[[Link], None]) -> Callable[[], None]:
         return lambda: [act(link) for link in links] and None
 
@@ -68,21 +128,21 @@ def of_redis(system: System, nodes: list[RedisNode], links: list[Link], ref: str
     for what, first in (("master", 0), ("replica", 3)):
         node = nodes[first]
         faults.append(
-            Fault(f"kill -9 of a Redis {what}", node.popen.kill, node.restart, "none", 10.0)
+            Fault(f"kill -9 of a Redis {what}", node.popen.kill, node.restart, nothing, 10.0)
         )
         other = nodes[first + 1]
         stop, go_on = (
             lambda n=other, s=number: n.popen.send_signal(s)
             for number in (signal.SIGSTOP, signal.SIGCONT)
         )
-        faults.append(Fault(f"SIGSTOP of a Redis {what}", stop, go_on, "none", 10.0))
-    faults += of_links("lookup and a Redis master", [links[2]], "none")
-    faults += of_links("lookup and a Redis replica", [links[5]], "none")
+        faults.append(Fault(f"SIGSTOP of a Redis {what}", stop, go_on, nothing, 10.0))
+    faults += of_links("lookup and a Redis master", [links[2]], nothing)
+    faults += of_links("lookup and a Redis replica", [links[5]], nothing)
     faults.append(corrupted(system, nodes[2].url, ref))
     moved = Moved(nodes, ref)
     faults.append(Fault("slot migration", moved.there, moved.back))
     faults.append(
-        Fault("restart of everything", lambda: restart(system, nodes), lambda: None, "errors", 30.0)
+        Fault("restart of everything", lambda: restart(system, nodes), lambda: None, anything, 30.0)
     )
     return faults
 
@@ -120,7 +180,7 @@ def corrupted(system: System, url: str, ref: str) -> Fault:
         with cluster() as redis:
             redis.hset(key, mapping=kept)
 
-    return Fault("corrupted records in Redis", inject, mend, "errors", 60.0)
+    return Fault("corrupted records in Redis", inject, mend, anything, 60.0)
 
 
 class Moved:

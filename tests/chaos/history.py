@@ -35,6 +35,19 @@ class Seen:
         return bool(self.error)
 
 
+@dataclass
+class Row:
+    """What came of one fault: a row of the table."""
+
+    fault: str
+    requests: int
+    failed: int
+    wrong: list[str]  # what must not be
+    recovery_s: float | None  # None: never
+    limit_s: float
+    usual: float = 0.0  # whole answers per second before it
+
+
 def violations(history: Iterable[Seen], answers: Answers, deadline_seconds: float) -> list[str]:
     """What is wrong with each request that should not have ended as it did; empty where all is
     well."""
@@ -70,12 +83,6 @@ def violations(history: Iterable[Seen], answers: Answers, deadline_seconds: floa
                 f"prompt {seen.prompt} was told version {seen.version}, and got another's text"
             )
     return found
-
-
-def failed_before_a_token(history: Iterable[Seen]) -> list[Seen]:
-    """Requests that failed though nothing of them had been shown: another worker could have
-    answered them."""
-    return [seen for seen in history if seen.failed and not seen.pieces]
 
 
 def rate(history: Iterable[Seen], start: float, end: float) -> float:

@@ -105,7 +105,7 @@ class Link:
         writing = asyncio.create_task(write())
         try:
             while data := await reader.read(1 << 16):
-                while answers and self.drip_seconds and len(data) > 1:
+                while answers and self.drip_seconds and len(data) > 1 and not writer.is_closing():
                     writer.write(data[:1])
                     data = data[1:]
                     await asyncio.sleep(self.drip_seconds)

@@ -7,9 +7,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -21,15 +23,13 @@ from tolhouse.errors import TolhouseError
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.store.base import open_store
-from tolhouse.store.registry import publish
+from tolhouse.store.registry import publish, stands_for
 from tolhouse.testing import (
     Process,
-    RedisNode,
     build_table,
     end,
     free_port,
     process,
-    redis_cluster,
     wait_until_healthy,
 )
 
@@ -42,6 +42,7 @@ PROMPTS = tuple(
     for line in Path("services/tolhouse/testing.py").read_text().splitlines()
     if line.startswith(("def ", "    with ", "    return "))
 )[:24]
+SHARDS = 16
 ANSWER_TOKENS = 40
 CLIENTS = 6
 DEADLINE_SECONDS = 30.0
@@ -78,10 +79,17 @@ class Service:
 
 
 class System:
-    """Two lookup replicas over `store_url`, two workers and a gateway; every connection between
-    them goes through a link."""
+    """Two lookup replicas over `store_url`, two workers of `checkpoint` and a gateway; every
+    connection between them goes through a link."""
 
-    def __init__(self, stack: ExitStack, store_url: str, name: str) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        store_url: str,
+        name: str,
+        checkpoint: Path = CHECKPOINT,
+        hot_megabytes: int = 0,
+    ) -> None:
         free = ("--metrics-listen", "127.0.0.1:0")
         self.url = store_url
 
@@ -94,7 +102,7 @@ class System:
             return stack.enter_context(Link(to.address))
 
         self.lookups = [
-            service("lookup", "--store", store_url, "--hot-megabytes", "0").start()
+            service("lookup", "--store", store_url, "--hot-megabytes", str(hot_megabytes)).start()
             for _ in range(2)
         ]
         self.to_lookups = [[link(lookup) for lookup in self.lookups] for _ in range(2)]  # by worker
@@ -103,26 +111,44 @@ class System:
             lookup = ",".join(one.address for one in links)
             options = f"--rows {lookup} --table {name} --row-cache-megabytes 0.1 --threads 1"
             options += " --compile never --table-poll-seconds 0.5"
-            self.workers.append(service("worker", str(CHECKPOINT), *options.split()).start())
+            self.workers.append(service("worker", str(checkpoint), *options.split()).start())
         self.to_workers = [link(worker) for worker in self.workers]
         workers = ",".join(one.address for one in self.to_workers)
         self.gateway = service(
-            "gateway", str(CHECKPOINT), "--workers", workers, "--poll-seconds", "0.5"
+            "gateway", str(checkpoint), "--workers", workers, "--poll-seconds", "0.5"
         ).start()
         wait_until_healthy(self.gateway.address)
 
-    def flip(self, ref: str, seconds: float = 15.0) -> bool:
-        """Publish a version, as soon as the store lets us; whether it did in time."""
-        deadline = time.monotonic() + seconds
+    def flip(self, refs: Sequence[str], seconds: float = 15.0) -> str:
+        """Publish the other of two versions, as soon as the store lets us; "" if not in time."""
+        deadline, ref = time.monotonic() + seconds, ""
         while time.monotonic() < deadline:
             try:
                 with closing(open_store(self.url, 1.0)) as store:
+                    ref = ref or next(ref for ref in refs if not stands_for(store, ref))
                     publish(store, ref)
             except TolhouseError:
                 time.sleep(0.1)
             else:
-                return True
-        return False
+                return ref
+        return ""
+
+
+def build_versions(url: str) -> list[str]:
+    """Build two versions of a table into a store and publish the first; their "name@version"s."""
+    return [
+        build_table(CHECKPOINT, url, name="chaos", codec=codec, shards=SHARDS, publish=n == 0)
+        for n, codec in enumerate(("int8", "int4"))
+    ]
+
+
+@cache
+def answers_of_versions() -> Answers:
+    """The right answers with each; a version's are the same in every store."""
+    torch.set_num_threads(1)  # several for such small steps wait for each other
+    with TemporaryDirectory(prefix="tolhouse-chaos-") as folder:
+        url = f"file://{folder}"
+        return right_answers(url, build_versions(url))
 
 
 def right_answers(url: str, refs: list[str]) -> dict[str, list[str]]:
@@ -217,28 +243,39 @@ class Load:
             seen.finishes += choice["finish_reason"] is not None
 
 
+Asked = list[tuple[str, float]]  # of each time: the error, "" for none, and its seconds
+
+
 @contextmanager
-def over_redis() -> Iterator[tuple[System, list[RedisNode], list[Link], Answers]]:
-    """The system over a Redis Cluster of three masters and three replicas; its nodes, the links to
-    them, and the right answers."""
-    with ExitStack() as stack:
-        links: list[Link] = []
+def asking(ask: Callable[[], object], found: list[str]) -> Iterator[Asked]:
+    """A client beside the load, which asks all the time; at the end it has to be answered."""
+    seen: Asked = []
+    stop = threading.Event()
 
-        def announced(port: int) -> int:
-            links.append(stack.enter_context(Link(f"127.0.0.1:{port}")))
-            return int(links[-1].address.rpartition(":")[2])
+    def run() -> None:
+        while not stop.wait(0.3):
+            began, error = time.monotonic(), ""
+            try:
+                ask()
+            except (httpx.HTTPError, TolhouseError) as failure:
+                error = str(failure) or type(failure).__name__
+            seen.append((error, time.monotonic() - began))
 
-        on_disk = ("--appendonly", "yes")
-        nodes = stack.enter_context(
-            redis_cluster(3, 1, *on_disk, node_timeout_ms=2000, announced=announced)
-        )
-        url = f"redis://{','.join(link.address for link in links)}"
-        refs = [
-            build_table(CHECKPOINT, url, name="chaos", codec=codec, shards=16, publish=n == 0)
-            for n, codec in enumerate(("int8", "int4"))
-        ]
-        answers = right_answers(url, refs)
-        yield System(stack, url, "chaos"), nodes, links, answers
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield seen
+    count = len(seen)
+    if not wait_until(lambda: "" in dict(seen[count:]), 15):
+        found.append(f"rows can't be had afterwards: {seen[-1:]}")
+    stop.set()
+    thread.join()
+    found += [f"an answer took {took:.1f} s" for _, took in seen if took > DEADLINE_SECONDS]
+
+
+def completion(gateway: str, *tokens: int) -> None:
+    """Ask for what follows some tokens, over a new connection."""
+    body, most = {"prompt": tokens, "max_tokens": 1}, DEADLINE_SECONDS + 5
+    httpx.post(f"http://{gateway}/v1/completions", json=body, timeout=most).raise_for_status()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30) -> bool:
