@@ -8,8 +8,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from tolhouse.errors import Corrupt, InUse, NotFound, Unavailable
-from tolhouse.store.base import Changes, open_store
+from tolhouse.errors import Corrupt, InUse, InvalidArgument, NotFound, Unavailable
+from tolhouse.store.base import Alias, Changes, open_store
 from tolhouse.store.files import FileStore
 from tolhouse.store.registry import commit, delete, publish, rollback
 from tolhouse.testing import redis_server
@@ -65,6 +65,23 @@ def test_updates_that_are_not_atomic_are_found(
 
     monkeypatch.setattr(FileStore, "update", update)
     assert not_serial(new_stores(f"file://{tmp_path}"), ("publish other", "delete other"), 30)
+
+
+def test_an_error_from_reads_that_another_update_divides_is_no_answer(own_redis: str) -> None:
+    """A version is deleted between a rollback's reads: the rollback finds that none is before."""
+    prepared(new_stores(own_redis)())
+    with closing(open_store(own_redis)) as store, closing(open_store(own_redis)) as other:
+        alias, deletions = store.alias, iter([OTHER.ref])
+
+        def then_deleted(name: str) -> Alias | None:
+            found = alias(name)
+            for ref in deletions:
+                delete(other, ref)
+            return found
+
+        store.alias = then_deleted  # type: ignore[method-assign]
+        with pytest.raises(InvalidArgument, match="no version before"):
+            rollback(store, "t")
 
 
 def test_a_table_without_all_of_its_rows_is_not_committed(new_store: NewStore) -> None:

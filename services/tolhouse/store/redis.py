@@ -158,7 +158,13 @@ class RedisStore(Store):
         for _ in range(_UPDATE_TRIES):
             seen = self._call("get", keys[0]) or b""
             texts: list[Any] = []
-            for (kind, ref), text in change().items():
+            try:
+                changes = change()
+            except errors.TolhouseError:
+                if (self._call("get", keys[0]) or b"") == seen:
+                    raise
+                continue  # it saw a part of another update
+            for (kind, ref), text in changes.items():
                 texts += [_KINDS.index(kind) + 2, ref, int(text is not None), text or b""]
             words = [secrets.token_hex(8), seen, *texts]
             if not texts or self._call("eval", _UPDATE, len(keys), *keys, *words):
