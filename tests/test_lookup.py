@@ -375,6 +375,7 @@ def test_what_needs_no_read_does_not_wait_for_a_slow_store(checkpoint: Path) -> 
             assert ref == Manifest.from_json(described.manifest_json).ref
             with urlopen(f"http://{running.ready['metrics']}/health") as health:
                 assert 200 == health.status
+            assert client.rows.replicas.health.up(running.address)  # it goes on with its hot rows
             answered += 1
         for read in reads:
             with pytest.raises(errors.DeadlineExceeded, match="did not answer in time"):

@@ -116,6 +116,11 @@ class Replica:
             request.fail(error)
         stream.call.cancel()
 
+    def replied_since(self, moment: float) -> bool:
+        """Whether a reply to any request came after `moment`, by the monotonic clock."""
+        stream = self._stream
+        return bool(stream and stream.replied[0] > moment)
+
     def close(self) -> None:
         self.reset(Unavailable(f"the channel to {self.target} is closed"))
         self.channel().close()

@@ -94,7 +94,9 @@ class LookupRowSource(RowSource):
             error = DeadlineExceeded(f"lookup {replica.target} did not answer in time")
             replica.reset(error, silent_since=began)  # others of its requests may be answered
         request.give_up()
-        if isinstance(error, (Unavailable, DeadlineExceeded)):
+        # a replica that answers, if only that its store is slow, goes on serving its hot rows
+        silent = isinstance(error, DeadlineExceeded) and not replica.replied_since(began)
+        if silent or isinstance(error, Unavailable):
             self.replicas.health.report_down(replica.target, error)
         elif time.monotonic() - began > SUSPECT_SECONDS:
             self.replicas.health.report_slow(replica.target)

@@ -159,15 +159,19 @@ class RedisStore(Store):
             seen = self._call("get", keys[0]) or b""
             texts: list[Any] = []
             try:
-                changes = change()
-            except errors.TolhouseError:
-                if (self._call("get", keys[0]) or b"") == seen:
-                    raise
-                continue  # it saw a part of another update
+                changes, error = change(), None
+            except errors.TolhouseError as refusal:
+                changes, error = {}, refusal
+            if not changes:  # unless it saw a part of another update
+                if (self._call("get", keys[0]) or b"") != seen:
+                    continue
+                if error:
+                    raise error
+                return
             for (kind, ref), text in changes.items():
                 texts += [_KINDS.index(kind) + 2, ref, int(text is not None), text or b""]
             words = [secrets.token_hex(8), seen, *texts]
-            if not texts or self._call("eval", _UPDATE, len(keys), *keys, *words):
+            if self._call("eval", _UPDATE, len(keys), *keys, *words):
                 return
         raise Unavailable(f"Redis at {self.url} is changed by others all the time: try again")
 
