@@ -19,7 +19,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -43,7 +44,10 @@ class Checkpoint:
 
     path: Path
     config: ModelConfig
-    weights: WeightsFile = field(compare=False, repr=False)
+
+    @cached_property
+    def weights(self) -> WeightsFile:
+        return WeightsFile(self.path / WEIGHTS)
 
     @property
     def name(self) -> str:
@@ -136,11 +140,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise NotFound(f"checkpoint {path} has no {CONFIG}") from None
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{path / CONFIG} is not JSON: {error}") from None
-    weights = WeightsFile(path / WEIGHTS)
-    if defect := next(_defects(weights, config), None):
+    checkpoint = Checkpoint(path, config)
+    if defect := next(_defects(checkpoint.weights, config), None):
         raise InvalidArgument(f"{path / WEIGHTS}{defect}")
     load_tokenizer(path / TOKENIZER, config.vocab_size)
-    return Checkpoint(path, config, weights)
+    return checkpoint
 
 
 def save_checkpoint(path: Path, model: Transformer, tokenizer_file: Path) -> None:
