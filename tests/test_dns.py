@@ -159,7 +159,7 @@ def test_the_router_follows_a_name(behind: list[str], checkpoint: Path, tmp_path
                     await asyncio.sleep(0.02)
 
         await asyncio.sleep(0.2)
-        with pytest.raises(errors.Unavailable, match="no address"):
+        with pytest.raises(errors.Unavailable, match="no worker is healthy"):
             router.model(None)
         behind[:] = HOSTS[:1]
         await healthy(HOSTS[0])
