@@ -164,11 +164,11 @@ def test_the_router_follows_a_name(behind: list[str], checkpoint: Path, tmp_path
         behind[:] = HOSTS[:1]
         await healthy(HOSTS[0])
         model = router.model(None)
-        first = router.generate(model.name, request)
+        first = router.generate(model.name, request, set())
         tokens = list((await anext(first)).token_ids)
         behind[:] = HOSTS[1:2]
         await healthy(HOSTS[1])
-        second = router.generate(model.name, request)
+        second = router.generate(model.name, request, set())
         assert 40 == len([token async for reply in second for token in reply.token_ids])
         async for reply in first:  # on the worker that is gone
             tokens += reply.token_ids

@@ -131,7 +131,6 @@ def check_routes(checkpoint: Checkpoint, codec: str, *urls: str, **options: str)
         ("fp32", "demo-memory"),
         ("fp32", "demo-flex"),
         ("bf16", "demo-memory"),
-        ("bf16", "demo-flex"),
         ("int4", "demo-memory"),
     ],
 )
