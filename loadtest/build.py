@@ -85,7 +85,7 @@ def measure(
     def table(codec: str, *, redis: bool) -> None:
         planned = replace(plans[codec], name=f"bench{time.monotonic_ns()}")
         stores = (f"file://{folder}/{planned.name}", *((redis_url,) if redis else ()))
-        build(checkpoint, planned, stores, "local", workers, 1, 30.0)
+        build(checkpoint, planned, stores, "local", 10.0, workers, 1, 30.0)
 
     contenders: dict[str, Callable[[], None]] = {"model.rows": compute}
     for codec in CODECS:
