@@ -60,6 +60,9 @@ def earlier(worker: str) -> Iterator[str]:
 def test_the_release_is_a_commit_of_this_history() -> None:
     """`make skew` finds what RELEASE names, and fails for a commit that is not there."""
     commit = Path("tests/skew/RELEASE").read_text().strip()
+    shallow = ["git", "rev-parse", "--is-shallow-repository"]
+    if subprocess.run(shallow, capture_output=True, text=True, check=False).stdout != "false\n":
+        pytest.skip("the history is not whole here")
     subprocess.run(["git", "merge-base", "--is-ancestor", commit, "HEAD"], check=True)
     command = [sys.executable, "-m", "tests.skew", "0" * 40]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
