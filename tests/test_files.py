@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -227,8 +228,13 @@ def test_a_lease_ends_with_its_process_and_not_by_the_clock(
     delete(store, ref)
 
 
+def timers() -> int:
+    return sum(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+
+
 def test_a_lease_that_is_not_renewed_ends(tmp_path: Path) -> None:
-    """It ends though the process goes on, and one lease does not end another."""
+    """It ends though the process goes on, one lease does not end another, and one timer does."""
+    before = timers()
     with closing(FileStore(tmp_path, lease_seconds=0.2)) as store:
         one, two = (write(store, manifest_of("t", version)) for version in (1, 2))
         store.lease(one.ref)
@@ -236,6 +242,7 @@ def test_a_lease_that_is_not_renewed_ends(tmp_path: Path) -> None:
         while time.monotonic() < ended:
             store.lease(two.ref)
             time.sleep(0.02)
+        assert timers() <= before + 1  # renewals start no others
         assert (False, True) == (store.leased(one.ref), store.leased(two.ref))
         wait_until(lambda: not store.leased(two.ref))
 

@@ -45,6 +45,7 @@ class FileStore(Store):
         super().__init__(f"file://{self.root}")
         self._leasing, self._lease_seconds = threading.Lock(), lease_seconds
         self._leases: dict[str, tuple[int, float]] = {}  # locked files, and when they were used
+        self._expiring = False  # a timer runs: one for all leases, however often they are renewed
         self._opened = lru_cache(open_files)(_ShardFile)  # threads that read keep theirs open
 
     def refs(self) -> list[str]:
@@ -88,7 +89,7 @@ class FileStore(Store):
                 descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
             self._leases[ref] = descriptor, time.monotonic()
-            if len(self._leases) == 1:
+            if not self._expiring:
                 self._expire_later()
 
     def leased(self, ref: str) -> bool:
@@ -112,6 +113,7 @@ class FileStore(Store):
                     self._write_text(ref, kind, text)
 
     def _expire_later(self) -> None:
+        self._expiring = True
         timer = threading.Timer(self._lease_seconds, self._expire)
         timer.daemon = True
         timer.start()
@@ -119,6 +121,7 @@ class FileStore(Store):
     def _expire(self) -> None:
         """Give up leases that were not renewed in time."""
         with self._leasing:
+            self._expiring = False
             for ref, (descriptor, used) in list(self._leases.items()):
                 if time.monotonic() - used >= self._lease_seconds:
                     del self._leases[ref]
