@@ -125,7 +125,12 @@ def serial(new_store: NewStore, names: Names) -> list[Outcome]:
     return found
 
 
-def not_serial(new_store: NewStore, names: Names, rounds: int) -> list[Outcome]:
+def not_serial(
+    new_store: NewStore,
+    names: Names,
+    rounds: int,
+    opened: Callable[[str], Store] = open_store,
+) -> list[Outcome]:
     """What the operations came to when they ran at once, where no order of them comes to that."""
     expected, found = serial(new_store, names), []
     for seed in range(rounds):
@@ -133,7 +138,7 @@ def not_serial(new_store: NewStore, names: Names, rounds: int) -> list[Outcome]:
         results: dict[str, str] = {}
 
         def run(url: str, seed: int, name: str, results: dict[str, str]) -> None:
-            with closing(open_store(url)) as store:
+            with closing(opened(url)) as store:
                 Slow(store, seed)
                 results[name] = outcome(store, OPERATIONS[name])
 
