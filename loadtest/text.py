@@ -30,9 +30,9 @@ def trace(vocabulary: int) -> tuple[str, np.ndarray, tuple[int, ...]]:
     return source, ids[half:], tuple(i for i, _ in Counter(ids[:half].tolist()).most_common())
 
 
-def foreign() -> tuple[str, Path]:
+def foreign(wikitext: Path = TEXT) -> tuple[str, Path]:
     """The name and file of a text unlike that of the demo models' training."""
-    return ("wikitext-2-valid", TEXT) if TEXT.exists() else ("pydoc's topics", PROSE)
+    return ("wikitext-2-valid", wikitext) if wikitext.exists() else ("pydoc's topics", PROSE)
 
 
 def clairvoyant(ids: list[int], slots: int, held: tuple[int, ...]) -> float:

@@ -21,15 +21,12 @@ def test_the_table_of_kinds_is_that_of_the_curves() -> None:
     assert kinds.orders(2) in SCIENCE
 
 
-def test_compression_is_measured_at_home_and_abroad(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compression_is_measured_at_home_and_abroad(checkpoint: Path) -> None:
     """Also where WikiText is not: on English that training has not seen and every Python has."""
-    monkeypatch.setattr(text, "TEXT", Path("no such file"))
-    _, path = text.foreign()
+    _, path = prose = text.foreign(Path("no such file"))
     assert path.is_file()
     assert path.relative_to(standard_library()).parts[0] in SKIPPED
-    found = abroad.measure(Model(checkpoint), 600)
+    found = abroad.measure(Model(checkpoint), 600, prose)
     for schemes in found.values():
         assert {len(schemes["int4"].losses)} == {len(s.losses) for s in schemes.values()}
         kl = [schemes[name].kl for name in ("bf16", "int8", "int4", "int4 low rank, 8x")]

@@ -41,9 +41,11 @@ def without_seams(found: Comparison, length: int) -> Comparison:
     )
 
 
-def measure(model: Model, tokens: int) -> dict[str, dict[str, Comparison]]:
+def measure(
+    model: Model, tokens: int, text_abroad: tuple[str, Path] | None = None
+) -> dict[str, dict[str, Comparison]]:
     """By text, `home` and `abroad`, and by scheme, beside the model's own rows."""
-    source, path = foreign()
+    source, path = text_abroad or foreign()
     read, known = read_text(model.checkpoint, path), schemes(len(model.rows))
     length = model.checkpoint.config.max_position_embeddings
     half = len(read) // 2
