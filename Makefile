@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv; nothing has to be installed by hand.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench chaos fuzz skew compose-test science-check science soak protos audit sbom
+.PHONY: help setup demo serve test check bench chaos fuzz skew compose-test science-check science soak protos docs wheel audit sbom
 SHELL := /bin/bash
 
 # glibc's allocator as in the images: deploy/Dockerfile has the reasons
@@ -63,6 +63,19 @@ soak: .venv/dev  ## half an hour of mixed load, of which twenty minutes count; s
 protos: .venv/dev  ## generate services/tolhouse/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=services --pyi_out=services --grpc_python_out=services protos/tolhouse/v1/*.proto
 
+docs: .venv/docs/bin/mkdocs  ## build the documentation into dist/site; a broken link or reference fails the build
+	@NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --quiet --strict
+	@echo dist/site/index.html
+
+wheel: .venv/tools/bin/twine  ## build the wheel and the sdist, check their metadata, and import the SDK from a bare install
+	@rm -rf dist/*.whl dist/*.tar.gz .venv/bare
+	@.venv/tools/bin/python -m build --outdir dist . >/dev/null
+	@.venv/tools/bin/twine check --strict dist/*.whl dist/*.tar.gz
+	@PYTHON=$(PYTHON) deploy/venv.sh .venv/bare
+	@.venv/bare/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt dist/*.whl
+	@cd / && $(CURDIR)/.venv/bare/bin/python -c "from tolhouse import Client; print(Client)"
+	@ls dist/*.whl dist/*.tar.gz
+
 audit: .venv/tools/bin/pip-audit  ## known vulnerabilities of the pinned packages; asks PyPI, or osv.dev with AUDIT_SERVICE=osv
 	@deploy/audit.sh $<
 
@@ -78,6 +91,15 @@ sbom: .venv/tools/bin/pip-audit  ## dist/sbom.cdx.json: the pinned packages as a
 .venv/tools/bin/pip-audit: .venv/bin/python
 	@PYTHON=$(PYTHON) deploy/venv.sh .venv/tools
 	@.venv/tools/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off pip-audit==2.10.1 cyclonedx-bom==7.5.0
+
+.venv/tools/bin/twine: .venv/bin/python
+	@PYTHON=$(PYTHON) deploy/venv.sh .venv/tools
+	@.venv/tools/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off build==1.6.1 twine==7.0.0
+
+.venv/docs/bin/mkdocs: pyproject.toml constraints.txt .venv/bin/python
+	@PYTHON=$(PYTHON) deploy/venv.sh .venv/docs
+	@.venv/docs/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[docs]'
+	@touch $@
 
 .venv/all: .venv/bin/python pyproject.toml constraints.txt
 	@echo "· installing into .venv" >&2
