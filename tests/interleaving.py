@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 from redis import Redis
-from tolhouse.errors import Corrupt, TolhouseError, Unavailable
+from tolhouse.errors import CorruptError, TolhouseError, UnavailableError
 from tolhouse.store.base import Store, open_store
 from tolhouse.store.registry import delete, publish, rollback
 from tolhouse.store.writer import write_table
@@ -93,7 +93,10 @@ def outcome(store: Store, work: Work) -> str:
     while True:
         try:
             work(store)
-        except (Unavailable, Corrupt):  # it is being deleted, or a build lost shards to that
+        except (
+            UnavailableError,
+            CorruptError,
+        ):  # it is being deleted, or a build lost shards to that
             continue
         except TolhouseError as error:
             return type(error).__name__

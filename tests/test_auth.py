@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tolhouse import Client, ClientCredentials
-from tolhouse.errors import InvalidArgument, Unauthenticated
+from tolhouse.errors import InvalidArgumentError, UnauthenticatedError
 from tolhouse.files import replace_file
 from tolhouse.net.auth import TokenFile
 from tolhouse.testing import Process, local_cluster, process, wait_until
@@ -44,7 +44,7 @@ def test_calls_need_the_token_and_health_does_not(
     for stranger in (ClientCredentials(), ClientCredentials(token_file=str(wrong))):
         with (
             Client(lookup.address, credentials=stranger) as client,
-            pytest.raises(Unauthenticated, match="no token, or one that this service"),
+            pytest.raises(UnauthenticatedError, match="no token, or one that this service"),
         ):
             client.tables()
     with grpc.insecure_channel(lookup.address) as channel:
@@ -83,7 +83,7 @@ def test_a_token_file_is_checked(text: str, tmp_path: Path) -> None:
     """What it must hold is told, what it holds is not."""
     path = tmp_path / "t"
     path.write_text(text)
-    with pytest.raises(InvalidArgument, match="must hold a token a line") as caught:
+    with pytest.raises(InvalidArgumentError, match="must hold a token a line") as caught:
         TokenFile(str(path))
     assert "short" not in str(caught.value)
 
@@ -133,7 +133,7 @@ def test_the_token_is_replaced_under_load(checkpoint: Path, store: str, tmp_path
         for peer in (lookup, worker):
             with (
                 Client(peer.address, credentials=ClientCredentials(token_file=str(sent))) as client,
-                pytest.raises(Unauthenticated),
+                pytest.raises(UnauthenticatedError),
             ):
                 client.tables()
         assert not any(

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tolhouse.errors import Unavailable
+from tolhouse.errors import UnavailableError
 from tolhouse.testing import build_table
 
 from tests.chaos.faults import lasting, streams
@@ -132,7 +132,10 @@ def test_a_fault_lasts_as_long_as_its_context(tmp_path: Path) -> None:
 
 def test_a_client_beside_the_load_is_answered_in_the_end() -> None:
     """What it saw is told, error by error, and nothing is wrong once it has its answer."""
-    found, errors = list[str](), itertools.chain([Unavailable("no")] * 2, itertools.repeat(None))
+    found, errors = (
+        list[str](),
+        itertools.chain([UnavailableError("no")] * 2, itertools.repeat(None)),
+    )
 
     def ask() -> None:
         if error := next(errors):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tolhouse.errors import InvalidArgument, NotFound, TolhouseError
+from tolhouse.errors import InvalidArgumentError, NotFoundError, TolhouseError
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint, save_checkpoint
 from tolhouse.testing import tiny_model
 
@@ -44,15 +44,15 @@ def test_nothing_is_unpickled(copy: Path, tmp_path: Path) -> None:
     trap = tmp_path / "run"
     for data in (pickle.dumps(Trap(trap)), pickle.dumps(Trap(trap), protocol=0)):
         (copy / WEIGHTS).write_bytes(data)
-        with pytest.raises(InvalidArgument, match="not a safetensors file"):
+        with pytest.raises(InvalidArgumentError, match="not a safetensors file"):
             open_checkpoint(copy)
     torch.save({"a": Trap(trap)}, copy / "pytorch_model.bin")
     torch.save({"a": Trap(trap)}, copy / WEIGHTS)
-    with pytest.raises(InvalidArgument, match="not a safetensors file"):
+    with pytest.raises(InvalidArgumentError, match="not a safetensors file"):
         open_checkpoint(copy)
     (copy / WEIGHTS).unlink()
     with pytest.raises(
-        NotFound, match=r"pytorch_model\.bin can run code when loaded and is refused"
+        NotFoundError, match=r"pytorch_model\.bin can run code when loaded and is refused"
     ):
         open_checkpoint(copy)
     assert not trap.exists()
@@ -89,7 +89,7 @@ def test_spoilt_weights_are_refused_or_whole(
 def test_a_config_that_is_none_is_refused(copy: Path, text: str) -> None:
     """Not JSON, not an object, nested without end, or no text at all."""
     (copy / "config.json").write_bytes(text.encode(errors="surrogatepass"))
-    with pytest.raises(InvalidArgument, match=r"config"):
+    with pytest.raises(InvalidArgumentError, match=r"config"):
         open_checkpoint(copy)
 
 
@@ -111,7 +111,7 @@ def test_a_config_that_is_none_is_refused(copy: Path, text: str) -> None:
 def test_a_config_of_another_model_is_refused(copy: Path, changes: dict, message: str) -> None:
     """The error says where config and weights do not agree; absurd sizes cost nothing."""
     edit(copy, **changes)
-    with pytest.raises(InvalidArgument, match=message):
+    with pytest.raises(InvalidArgumentError, match=message):
         open_checkpoint(copy)
 
 
@@ -245,7 +245,7 @@ def test_a_malformed_checkpoint_is_refused(
 ) -> None:
     """Each defect is reported."""
     damage(copy)
-    with pytest.raises((InvalidArgument, NotFound), match=message):
+    with pytest.raises((InvalidArgumentError, NotFoundError), match=message):
         open_checkpoint(copy)
 
 

@@ -122,22 +122,23 @@ def test_a_client_outlives_many_versions(own: tuple[Client, str], checkpoint: Pa
 @pytest.mark.parametrize("ids", [[1.5], ["a"], [[1, 2]], [-1], [2**32], [True]])
 def test_what_is_no_list_of_ids_is_refused(cluster: Cluster, ids: list) -> None:
     """Bad ids are refused before anything is sent."""
-    with Client(cluster.lookup) as client, pytest.raises(errors.InvalidArgument):
+    with Client(cluster.lookup) as client, pytest.raises(errors.InvalidArgumentError):
         client.fetch("tiny-memory", ids)
 
 
 def test_errors_are_the_same_for_all_row_sources(client: Client, table: str) -> None:
-    """Unknown tables are NotFound with what there is; ids over the vocabulary IdOutOfRange."""
+    """Unknown tables are NotFoundError with what there is; ids over the vocabulary
+    IdOutOfRangeError."""
     for wrong, error, message in (
-        ("nothing", errors.NotFound, table),
-        ("tiny-memory@0123456789abcdef", errors.NotFound, table),
-        ("tiny-memory@zz", errors.InvalidArgument, "16 hex digits"),
-        ("a b", errors.InvalidArgument, "not allowed"),
+        ("nothing", errors.NotFoundError, table),
+        ("tiny-memory@0123456789abcdef", errors.NotFoundError, table),
+        ("tiny-memory@zz", errors.InvalidArgumentError, "16 hex digits"),
+        ("a b", errors.InvalidArgumentError, "not allowed"),
     ):
         for call in (client.describe, lambda ref: client.fetch(ref, [1])):
             with pytest.raises(error, match=message):
                 call(wrong)
-    with pytest.raises(errors.IdOutOfRange, match="allowed are 0 to"):
+    with pytest.raises(errors.IdOutOfRangeError, match="allowed are 0 to"):
         client.fetch(table, [0, 99_999])
 
 
@@ -161,35 +162,42 @@ def test_a_version_built_again_in_other_shards_is_served(
 )
 def test_bad_addresses_are_refused(target: str) -> None:
     """A target that can't be one is refused at once."""
-    with pytest.raises(errors.InvalidArgument):
+    with pytest.raises(errors.InvalidArgumentError):
         Client(target)
 
 
 def test_another_machine_is_not_called_in_plaintext() -> None:
     """Neither a service nor a Redis, unless that is asked for."""
     for target in ("rows.example:50051", "redis://rows.example"):
-        with pytest.raises(errors.InvalidArgument, match="another machine"):
+        with pytest.raises(errors.InvalidArgumentError, match="another machine"):
             Client(target)
     Client("rows.example:50051", credentials=ClientCredentials(insecure=True)).close()
 
 
 @pytest.mark.parametrize("scheme", ["", "redis://"])
 def test_nobody_there_is_unavailable(scheme: str) -> None:
-    """With nothing at the address a call fails as Unavailable, naming the address."""
+    """With nothing at the address a call fails as UnavailableError, naming the address."""
     address = f"127.0.0.1:{free_port()}"
-    with Client(f"{scheme}{address}") as client, pytest.raises(errors.Unavailable, match=address):
+    with (
+        Client(f"{scheme}{address}") as client,
+        pytest.raises(errors.UnavailableError, match=address),
+    ):
         client.fetch("a", [1])
-    with Client(address) as client, pytest.raises(errors.Unavailable, match=address):
+    with Client(address) as client, pytest.raises(errors.UnavailableError, match=address):
         list(client.generate([1]))
 
 
 def test_the_wrong_service_is_an_error(cluster: Cluster, stores: dict[str, str]) -> None:
-    """Rows of a worker and tokens of a lookup service are Unsupported; files have no tokens."""
-    with Client(cluster.workers) as client, pytest.raises(errors.Unsupported, match="another"):
+    """Rows of a worker and tokens of a lookup service are UnsupportedError; files have no
+    tokens."""
+    with Client(cluster.workers) as client, pytest.raises(errors.UnsupportedError, match="another"):
         client.fetch("tiny-memory", [1])
-    with Client(cluster.lookup) as client, pytest.raises(errors.Unsupported, match="another"):
+    with Client(cluster.lookup) as client, pytest.raises(errors.UnsupportedError, match="another"):
         list(client.generate([1]))
-    with Client(stores["file"]) as client, pytest.raises(errors.InvalidArgument, match="a worker"):
+    with (
+        Client(stores["file"]) as client,
+        pytest.raises(errors.InvalidArgumentError, match="a worker"),
+    ):
         list(client.generate([1]))
 
 
@@ -232,7 +240,7 @@ def test_a_version_in_use_is_not_deleted(own: tuple[Client, str], checkpoint: Pa
     with closing(open_store(url)) as store:
         for ref in (fetched, pinned):
             wait_until(lambda ref=ref: store.leased(ref))
-            with pytest.raises(errors.InUse, match="in use"):
+            with pytest.raises(errors.InUseError, match="in use"):
                 delete(store, ref)
         delete(store, idle)
 
@@ -258,7 +266,7 @@ def test_a_replica_may_die_or_hang(
             os.kill(replicas[0].pid, signal.SIGCONT)
             assert expected == client.fetch(table, IDS).tobytes()
         else:
-            with pytest.raises(errors.Unavailable):
+            with pytest.raises(errors.UnavailableError):
                 client.fetch(table, IDS)
 
 

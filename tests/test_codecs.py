@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.table.codecs import CODECS, GROUP, codec
 
 ALL = sorted(CODECS)
@@ -87,7 +87,7 @@ def test_what_is_not_finite_is_refused(name: str, bad: float, place: int) -> Non
     """One NaN or infinity anywhere is enough, and nothing but the error is said about it."""
     rows = np.ones((2, 2, 3), np.float32)
     rows.flat[place] = bad
-    with pytest.raises(InvalidArgument, match="not finite"):
+    with pytest.raises(InvalidArgumentError, match="not finite"):
         codec(name).encode(rows)
 
 
@@ -99,7 +99,7 @@ def test_what_a_codec_can_not_hold_is_refused(name: str, fits: float, too_large:
     """The largest value that rounds into the codec is stored; one above it is refused."""
     rows = np.array([1.0, fits, -fits], np.float32)
     assert np.isfinite(through(name, rows).astype(np.float32)).all()
-    with pytest.raises(InvalidArgument, match=f"too large for {name}"):
+    with pytest.raises(InvalidArgumentError, match=f"too large for {name}"):
         codec(name).encode(np.array([1.0, -too_large], np.float32))
 
 
@@ -170,7 +170,7 @@ def test_many_rows_are_encoded_as_one_is() -> None:
 
 def test_an_unknown_codec_is_refused() -> None:
     """The error names the codecs there are."""
-    with pytest.raises(InvalidArgument, match=r"unknown; one of fp32, fp16, bf16, int8, int4"):
+    with pytest.raises(InvalidArgumentError, match=r"unknown; one of fp32, fp16, bf16, int8, int4"):
         codec("int3")
 
 

@@ -13,7 +13,7 @@ from tolhouse import Client
 from tolhouse.analysis.evaluate import probed, table_rows
 from tolhouse.build.compress import Compressed, Scheme, bytes_at_16_bit, check, compress
 from tolhouse.build.job import plan
-from tolhouse.errors import InUse, InvalidArgument
+from tolhouse.errors import InUseError, InvalidArgumentError
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.model.losses import RowsOf, evaluate
@@ -135,7 +135,7 @@ def test_auxiliary_tables_come_and_go_with_their_table(checkpoint: Path, tmp_pat
     second = made_of(checkpoint, scheme).store(store)
     assert (first.frequent_rows, first.basis) == (second.frequent_rows, second.basis)
     assert 4 == len(store.refs())
-    with pytest.raises(InUse, match="is a part of"):
+    with pytest.raises(InUseError, match="is a part of"):
         delete(store, first.frequent_rows)
     delete(store, first.ref)
     assert {second.ref, second.frequent_rows, second.basis} == set(store.refs())
@@ -191,7 +191,7 @@ def test_a_version_is_not_cut_otherwise(checkpoint: Path, tmp_path: Path) -> Non
     store, made = open_store(f"file://{tmp_path}"), made_of(checkpoint, SCHEMES["frequent"])
     made.store(store)
     *parts, (manifest, records) = made.tables
-    with pytest.raises(InUse, match="with 4 shards"):
+    with pytest.raises(InUseError, match="with 4 shards"):
         Compressed((*parts, (replace(manifest, num_shards=2), records))).store(store)
     assert made.store(store) == store.manifest(manifest.ref)
 
@@ -200,7 +200,7 @@ def test_parts_of_a_table_are_not_published(checkpoint: Path, tmp_path: Path) ->
     """They are no tables to serve."""
     store = open_store(f"file://{tmp_path}")
     base = made_of(checkpoint, SCHEMES["rank and frequent"]).store(store)
-    with pytest.raises(InvalidArgument, match="is a part of"):
+    with pytest.raises(InvalidArgumentError, match="is a part of"):
         publish(store, base.frequent_rows)
 
 
@@ -255,7 +255,7 @@ def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> N
         bad_scales = ({"layer_scales": scales} for scales in ([17.0] * 4, [1.0], [1.0] * 5))
         nan = float("nan")
         for bad in ({"row_scale": 17.0}, {"row_scale": nan}, {"absent_layers": [4]}, *bad_scales):
-            with pytest.raises(InvalidArgument, match=r"row_scale|layer_scales"):
+            with pytest.raises(InvalidArgumentError, match=r"row_scale|layer_scales"):
                 list(client.generate(prompt, 1, **bad))
 
 
@@ -277,9 +277,9 @@ def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> N
 )
 def test_schemes_that_can_not_be_are_told(checkpoint: Path, scheme: Scheme, expected: str) -> None:
     """Before there are rows or counts."""
-    with pytest.raises(InvalidArgument, match=expected):
+    with pytest.raises(InvalidArgumentError, match=expected):
         check(planned(checkpoint), scheme)
-    with pytest.raises(InvalidArgument, match=expected):
+    with pytest.raises(InvalidArgumentError, match=expected):
         made_of(checkpoint, scheme)
 
 
@@ -298,7 +298,7 @@ def test_a_full_basis_is_left_out(checkpoint: Path, scheme: Scheme, expected: Sc
 
 def test_the_furthest_ratio_that_is_told_is_reached(checkpoint: Path) -> None:
     """By one coefficient for each layer, whatever their energies are."""
-    with pytest.raises(InvalidArgument, match="out of reach") as told:
+    with pytest.raises(InvalidArgumentError, match="out of reach") as told:
         made_of(checkpoint, Scheme("int8", ratio=1000))
     furthest = float(re.search(r"reaches ([\d.]+)", str(told.value))[1]) - 0.01
     made = made_of(checkpoint, Scheme("int8", ratio=furthest))

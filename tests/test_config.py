@@ -4,7 +4,7 @@ from typing import get_args, get_origin
 
 import pytest
 from tolhouse import config
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 
 
 @pytest.mark.parametrize("kind", config.CONFIGS, ids=lambda kind: kind.__name__)
@@ -66,14 +66,16 @@ def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPa
 def test_a_bad_value_names_option_and_variable(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever set it finds it."""
     monkeypatch.setenv("TOLHOUSE_WORKER_MAX_NUM_SEQS", value)
-    with pytest.raises(InvalidArgument, match=r"--max-num-seqs \(TOLHOUSE_WORKER_MAX_NUM_SEQS\)"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"--max-num-seqs \(TOLHOUSE_WORKER_MAX_NUM_SEQS\)"
+    ):
         config.load(config.WorkerConfig, {})
 
 
 def test_an_unheard_of_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A typing mistake is told with what was meant; variables of others are left alone."""
     monkeypatch.setenv("TOLHOUSE_WORKER_MAX_NUM_SEQ", "5")
-    with pytest.raises(InvalidArgument, match="did you mean TOLHOUSE_WORKER_MAX_NUM_SEQS"):
+    with pytest.raises(InvalidArgumentError, match="did you mean TOLHOUSE_WORKER_MAX_NUM_SEQS"):
         config.load(config.LookupConfig, {})
 
 
@@ -106,5 +108,5 @@ def test_a_quantity_is_a_finite_number(value: str) -> None:
     for kind in config.CONFIGS:
         for name, field in kind.model_fields.items():
             if field.annotation is float and (name, value) != ("row_scale", "-1"):
-                with pytest.raises(InvalidArgument, match=config.variable(kind, name)):
+                with pytest.raises(InvalidArgumentError, match=config.variable(kind, name)):
                     config.load(kind, {name: value})

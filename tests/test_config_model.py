@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.config import PRESETS, ModelConfig, preset
 from tolhouse.model.transformer import Transformer, parameter_counts
 
@@ -68,7 +68,7 @@ def test_a_field_of_another_type_is_refused_by_name(data: st.DataObject) -> None
     """No number passes for a string, no boolean for an integer, no NaN or infinity at all."""
     name = data.draw(st.sampled_from(sorted(WRONG)))
     value = data.draw(st.sampled_from(WRONG[name]))
-    with pytest.raises(InvalidArgument, match=f"model config: {name}: .*not "):
+    with pytest.raises(InvalidArgumentError, match=f"model config: {name}: .*not "):
         ModelConfig.from_json({**preset("tiny", "flex", 2).to_json(), name: value})
 
 
@@ -89,7 +89,7 @@ def test_a_field_of_another_type_is_refused_by_name(data: st.DataObject) -> None
 )
 def test_a_config_that_can_not_be_is_refused(changes: dict, message: str) -> None:
     """Unknown and impossible values are reported by name."""
-    with pytest.raises(InvalidArgument, match=message):
+    with pytest.raises(InvalidArgumentError, match=message):
         ModelConfig.from_json({**preset("tiny", "memory").to_json(), **changes})
 
 
@@ -101,10 +101,10 @@ def test_a_missing_field_is_named_or_has_a_default(field: dataclasses.Field) -> 
     if field.default is not dataclasses.MISSING:
         assert field.default == getattr(ModelConfig.from_json(data), field.name)
         return
-    with pytest.raises(InvalidArgument, match=f"{field.name}: Field required"):
+    with pytest.raises(InvalidArgumentError, match=f"{field.name}: Field required"):
         ModelConfig.from_json(data)
     for other in ([], None, "memoryllm"):
-        with pytest.raises(InvalidArgument, match="model_type"):
+        with pytest.raises(InvalidArgumentError, match="model_type"):
             ModelConfig.from_json(other)
 
 
@@ -122,5 +122,5 @@ def test_a_missing_field_is_named_or_has_a_default(field: dataclasses.Field) -> 
 )
 def test_a_preset_keeps_to_the_kinds(name: str, kind: str, beta: int, message: str) -> None:
     """beta is flex's alone, from 1 to 3, and an error names the presets and kinds there are."""
-    with pytest.raises(InvalidArgument, match=message):
+    with pytest.raises(InvalidArgumentError, match=message):
         preset(name, kind, beta)

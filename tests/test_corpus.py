@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.train.corpus import (
     END_OF_TEXT,
     documents,
@@ -129,5 +129,5 @@ def test_a_tokenizer_that_does_not_fit_is_refused(
             TOKENIZER.save(str(path))
         case _:
             Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(path))
-    with pytest.raises(InvalidArgument, match=r"tokenizer\.json"):
+    with pytest.raises(InvalidArgumentError, match=r"tokenizer\.json"):
         prepare(text, tmp_path, TOKENIZER.get_vocab_size() - 1, 10)

@@ -42,7 +42,7 @@ def behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def known_to(client: Client) -> list[str]:
     """The addresses that a client has found."""
-    with suppress(errors.Unavailable):
+    with suppress(errors.UnavailableError):
         return [replica.target for replica in client.rows.replicas.in_turn()]
     return []
 
@@ -65,13 +65,13 @@ def test_names_are_looked_up(behind: list[str]) -> None:
 )
 def test_targets_that_are_none_are_refused(target: str) -> None:
     """A target without a port, or with a scheme that is not known, is told at once."""
-    with pytest.raises(errors.InvalidArgument, match="HOST:PORT"):
+    with pytest.raises(errors.InvalidArgumentError, match="HOST:PORT"):
         Addresses(target, INSECURE)
 
 
 def test_plaintext_to_a_name_has_to_be_asked_for() -> None:
     """A name is another machine's before it is looked up."""
-    with pytest.raises(errors.InvalidArgument, match=r"rows\.test:50051 is another machine"):
+    with pytest.raises(errors.InvalidArgumentError, match=r"rows\.test:50051 is another machine"):
         Client("dns:///rows.test:50051")
 
 
@@ -83,7 +83,7 @@ def test_a_client_follows_a_name(behind: list[str], checkpoint: Path, tmp_path: 
         ExitStack() as running,
         Client(f"dns:///rows.test:{port}", 8, credentials=INSECURE) as client,
     ):
-        with pytest.raises(errors.Unavailable, match=r"rows\.test"):
+        with pytest.raises(errors.UnavailableError, match=r"rows\.test"):
             client.describe(ref)
         options = ("lookup", "--store", url, "--listen")
         for host in HOSTS:
@@ -136,7 +136,7 @@ def test_a_certificate_is_for_the_name(behind: list[str], checkpoint: Path, tmp_
             process("lookup", "--store", url, *options),
             Client(f"dns:///rows.test:{port}", 4, credentials=credentials) as client,
         ):
-            refused = pytest.raises(errors.Unavailable, match="another host name")
+            refused = pytest.raises(errors.UnavailableError, match="another host name")
             with nullcontext() if right else refused:
                 assert ref == client.describe(ref).ref
 
@@ -159,7 +159,7 @@ def test_the_router_follows_a_name(behind: list[str], checkpoint: Path, tmp_path
                     await asyncio.sleep(0.02)
 
         await asyncio.sleep(0.2)
-        with pytest.raises(errors.Unavailable, match="no worker is healthy"):
+        with pytest.raises(errors.UnavailableError, match="no worker is healthy"):
             router.model(None)
         behind[:] = HOSTS[:1]
         await healthy(HOSTS[0])

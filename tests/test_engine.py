@@ -81,7 +81,7 @@ def test_a_kv_cache_too_small_for_all_serves_all_in_turn(base: Path) -> None:
 def test_what_could_never_fit_is_refused(base: Path) -> None:
     """A sequence longer than the whole KV cache is an error, instead of waiting for ever."""
     engine = engine_of(base, kv_tokens=BLOCK_TOKENS)
-    with pytest.raises(errors.PromptTooLong, match="KV cache"):
+    with pytest.raises(errors.PromptTooLongError, match="KV cache"):
         engine.add(Request([1] * 10, 10).sequence)
 
 

@@ -32,11 +32,11 @@ def test_every_status_becomes_an_error(status: str) -> None:
 @pytest.mark.parametrize(
     ("status", "expected"),
     [
-        ("OUT_OF_RANGE", errors.IdOutOfRange),
-        ("PERMISSION_DENIED", errors.Unauthenticated),
-        ("ALREADY_EXISTS", errors.InUse),
-        ("UNKNOWN", errors.Internal),
-        ("a status of a later gRPC", errors.Internal),
+        ("OUT_OF_RANGE", errors.IdOutOfRangeError),
+        ("PERMISSION_DENIED", errors.UnauthenticatedError),
+        ("ALREADY_EXISTS", errors.InUseError),
+        ("UNKNOWN", errors.InternalError),
+        ("a status of a later gRPC", errors.InternalError),
     ],
 )
 def test_a_status_that_no_error_owns_becomes_the_nearest(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tolhouse.analysis.evaluate import probed, read_text, through
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.losses import compare, evaluate
 from tolhouse.model.transformer import NoCache
@@ -55,14 +55,14 @@ def test_a_text_with_nothing_to_predict_is_told(
     checkpoint: Path, tmp_path: Path, contents: bytes, most_tokens: int, expected: str
 ) -> None:
     (tmp_path / "text.txt").write_bytes(contents)
-    with pytest.raises(InvalidArgument, match=expected):
+    with pytest.raises(InvalidArgumentError, match=expected):
         read_text(open_checkpoint(checkpoint), tmp_path / "text.txt", most_tokens)
 
 
 def test_a_folder_without_text_is_told(checkpoint: Path, tmp_path: Path) -> None:
     """As a single file is."""
     (tmp_path / "b.bin").write_bytes(b"\xff\xfe")
-    with pytest.raises(InvalidArgument, match="holds no text that is UTF-8"):
+    with pytest.raises(InvalidArgumentError, match="holds no text that is UTF-8"):
         read_text(open_checkpoint(checkpoint), tmp_path)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tolhouse.analysis.explain import coefficients, explain_text, nearest
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.testing import tiny_model
 
@@ -47,7 +47,7 @@ def test_each_token_of_a_text_is_told_once(checkpoint: Path) -> None:
 
 def test_a_base_model_has_nothing_to_tell(tmp_path: Path) -> None:
     """It has no memory of tokens."""
-    with pytest.raises(InvalidArgument, match="no token memory"):
+    with pytest.raises(InvalidArgumentError, match="no token memory"):
         explain_text(open_checkpoint(tiny_model(tmp_path / "base", "base")), "def", 1, 1)
 
 
@@ -72,5 +72,5 @@ def test_more_is_asked_for_than_there_is(checkpoint: Path) -> None:
     assert set(range(opened.config.vocab_size)) - {entry["id"]} == {
         near["id"] for near in entry["nearest"]
     }
-    with pytest.raises(InvalidArgument, match="the text is empty"):
+    with pytest.raises(InvalidArgumentError, match="the text is empty"):
         explain_text(opened, "", 1, 1)

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tolhouse.errors import Internal
+from tolhouse.errors import InternalError
 from tolhouse.net.fetch_reply import parse, serialize
 from tolhouse.v1.lookup_pb2 import Error, FetchReply
 
@@ -35,10 +35,11 @@ def test_a_reply_is_that_of_the_generated_code(header: FetchReply, records: list
 
 @given(st.binary(max_size=100))
 def test_any_bytes_are_a_reply_or_an_error(data: bytes) -> None:
-    """Bytes that are no reply are Internal; others are read as the generated code reads them."""
+    """Bytes that are no reply are InternalError; others are read as the generated code reads
+    them."""
     try:
         header, records = parse(data)
-    except Internal:
+    except InternalError:
         return
     stock = FetchReply.FromString(data)
     assert stock.records == bytes(records)
@@ -50,5 +51,5 @@ def test_a_reply_cut_short_is_an_error() -> None:
     """Every proper prefix that ends within a field is refused."""
     data = serialize(FetchReply(request_id=300, first=7, last=True), [b"abcdef"], 6)
     for size in (1, 2, 4, 6, len(data) - 1):
-        with pytest.raises(Internal, match="can't be read"):
+        with pytest.raises(InternalError, match="can't be read"):
             parse(data[:size])

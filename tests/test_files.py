@@ -1,4 +1,4 @@
-"""Damaged shard files give right rows or Corrupt, never others; mended ones are served."""
+"""Damaged shard files give right rows or CorruptError, never others; mended ones are served."""
 
 import json
 import os
@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from tolhouse.errors import Corrupt, InUse, NotFound
+from tolhouse.errors import CorruptError, InUseError, NotFoundError
 from tolhouse.store.files import FileStore
 from tolhouse.store.registry import delete, publish, resolve, rollback
 from tolhouse.store.writer import shard_digest
@@ -92,13 +92,13 @@ IN_USE = ("longer", "text", "altered", "another shard")
 def test_damage_is_named_and_mended_files_are_served(
     store: FileStore, shards: list[Path], damage: str, in_use: bool
 ) -> None:
-    """A damaged shard is Corrupt, the other one is served, and so is the mended file."""
+    """A damaged shard is CorruptError, the other one is served, and so is the mended file."""
     manifest, whole = table(), shards[1].read_bytes()
     if in_use:
         assert_holds(store, manifest)
     make, message = DAMAGE[damage]
     make(shards[1])
-    with pytest.raises(Corrupt, match=message if not in_use else "token|while in use"):
+    with pytest.raises(CorruptError, match=message if not in_use else "token|while in use"):
         read(store, manifest)
     assert shard_digest(store, manifest, 1) is None
     assert_holds(store, manifest, IDS[::2])
@@ -115,7 +115,7 @@ def test_a_file_cut_short_while_it_is_in_use_is_corrupt(
     for size in (len(whole) - 1, 200, 0):
         assert_holds(store, table())
         path.write_bytes(whole[:size])
-        with pytest.raises(Corrupt, match=f"{path.name} changed its size while in use"):
+        with pytest.raises(CorruptError, match=f"{path.name} changed its size while in use"):
             read(store, table())
         path.write_bytes(whole)
     assert_holds(store, table())
@@ -157,7 +157,8 @@ def test_another_program_s_header_is_read(store: FileStore, shards: list[Path]) 
     shard=st.integers(0, 1), place=st.integers(0, 400), flip=st.integers(1, 255), cut=st.booleans()
 )
 def test_no_damage_gives_other_rows(shard: int, place: int, flip: int, cut: bool) -> None:
-    """Whatever byte of a shard is changed, or wherever it is cut: the right rows, or Corrupt."""
+    """Whatever byte of a shard is changed, or wherever it is cut: the right rows, or
+    CorruptError."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_files(Path(folder), table())[shard]
         data = bytearray(path.read_bytes())
@@ -167,7 +168,7 @@ def test_no_damage_gives_other_rows(shard: int, place: int, flip: int, cut: bool
         with closing(FileStore(folder)) as store:
             try:
                 assert_holds(store, table())
-            except Corrupt as error:
+            except CorruptError as error:
                 assert str(path) in str(error) or "row of token" in str(error)  # noqa: PT017
 
 
@@ -222,7 +223,7 @@ def test_a_lease_ends_with_its_process_and_not_by_the_clock(
         assert b"leased\n" == user.stdout.readline()
         for moved in (0, 10**10):  # the clock jumps
             os.utime(path, (moved, moved))
-            with pytest.raises(InUse, match="in use"):
+            with pytest.raises(InUseError, match="in use"):
                 delete(store, ref)
         user.kill()
     delete(store, ref)
@@ -254,11 +255,11 @@ BAD = '{"version": 1, "history": []}', '{"version": "0123456789abcdef", "history
 def test_a_malformed_alias_is_told_and_a_publish_mends_it(
     store: FileStore, shards: list[Path], text: str
 ) -> None:
-    """It is Corrupt with the advice to publish a version, and the advice is good."""
+    """It is CorruptError with the advice to publish a version, and the advice is good."""
     alias = store.root / "t" / "alias.json"
     alias.write_text(text)
     for work in (resolve, rollback):
-        with pytest.raises(Corrupt, match=r"alias of 't' .* is malformed; publish a version"):
+        with pytest.raises(CorruptError, match=r"alias of 't' .* is malformed; publish a version"):
             work(store, "t")
     assert table() == publish(store, table().ref)
     assert table() == resolve(store, "t")
@@ -268,7 +269,7 @@ def test_an_empty_store_says_how_tables_are_made(tmp_path: Path) -> None:
     """A folder that is not there yet holds no tables, and is not made by looking."""
     with closing(FileStore(tmp_path / "none")) as store:
         assert [] == store.refs()
-        with pytest.raises(NotFound, match="no tables here yet: `tolhouse build`"):
+        with pytest.raises(NotFoundError, match="no tables here yet: `tolhouse build`"):
             resolve(store, "t")
     assert [] == list(tmp_path.iterdir())
 
@@ -286,12 +287,12 @@ def test_a_damaged_record_closes_no_other_file(shards: list[Path], store: FileSt
     assert list(map(str, shards)) == opened()
     whole = shards[0].read_bytes()
     shards[0].write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(Corrupt, match="token 8 ") as caught:
+    with pytest.raises(CorruptError, match="token 8 ") as caught:
         read(store, table())
     assert (8,) == caught.value.token_ids
     assert list(map(str, shards)) == opened()
     shards[0].unlink()
     shards[0].write_bytes(whole)
-    with pytest.raises(Corrupt, match="token 8 "):  # of the file that is open
+    with pytest.raises(CorruptError, match="token 8 "):  # of the file that is open
         read(store, table())
     assert_holds(store, table())

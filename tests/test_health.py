@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from tolhouse.errors import Unavailable
+from tolhouse.errors import UnavailableError
 from tolhouse.net.health import PeerHealth
 from tolhouse.testing import wait_until
 
@@ -32,7 +32,7 @@ class Peers:
         answers = self.answers[name]
         seconds = answers.pop(0) if len(answers) > 1 else answers[0]
         if seconds is None:
-            raise Unavailable("gone")
+            raise UnavailableError("gone")
         self._passed += seconds
         return True
 
@@ -161,7 +161,7 @@ def test_a_closed_tracker_probes_no_more(tracked: Callable[..., PeerHealth]) -> 
 def test_reports_alone_change_states_without_a_probe() -> None:
     """The gateway polls its workers itself."""
     health = PeerHealth("worker")
-    health.report_down("a", Unavailable("refused"))
+    health.report_down("a", UnavailableError("refused"))
     assert ["b", "a"] == health.order(["a", "b"])
     health.report_up("a")
     assert ["a", "b"] == health.order(["a", "b"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tolhouse.client.row_source import StoreRowSource
-from tolhouse.errors import Corrupt
+from tolhouse.errors import CorruptError
 from tolhouse.lookup.hot_rows import HotRows, OpenTable
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import publish
@@ -72,13 +72,13 @@ def test_a_bad_row_fails_no_request_without_it(tmp_path: Path) -> None:
             table = await rows.table(manifest.ref)
             both = ask(rows, table, 6, 7, 30), ask(rows, table, 6, 30)
             failed, intact = await asyncio.gather(*both, return_exceptions=True)
-            assert isinstance(failed, Corrupt)
+            assert isinstance(failed, CorruptError)
             assert (7,) == failed.token_ids
             assert [records[6].tobytes(), records[30].tobytes()] == intact
             while len(table.cache) < 49:
                 await asyncio.sleep(0.01)
             assert [7] == table.cold(np.arange(50, dtype=np.uint32))
-            with pytest.raises(Corrupt):
+            with pytest.raises(CorruptError):
                 await ask(rows, table, 7)
             assert 49 == len(table.cache)
             rows.close()

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from starlette.responses import PlainTextResponse
 from tolhouse import Client
 from tolhouse.cli import main
-from tolhouse.errors import InUse, InvalidArgument, NotFound
+from tolhouse.errors import InUseError, InvalidArgumentError, NotFoundError
 from tolhouse.files import ReloadingFiles
 from tolhouse.gateway.auth import AuthMiddleware, add_key, read_keys, remove_key
 from tolhouse.gateway.middleware import MetricsMiddleware
@@ -258,10 +258,10 @@ def test_the_file_holds_hashes_alone(tmp_path: Path) -> None:
     assert "alice  30 requests a minute, 16 at once\n" == listed
     assert "" == run.invoke(main, ["keys", "remove", str(path), "alice"]).output
     assert {} == read_keys(str(path))
-    with pytest.raises(NotFound, match="no key for 'alice'"):
+    with pytest.raises(NotFoundError, match="no key for 'alice'"):
         remove_key(path, "alice")
     add_key(path, "bob", 1, 1)
-    with pytest.raises(InUse, match="a key for 'bob' already"):
+    with pytest.raises(InUseError, match="a key for 'bob' already"):
         add_key(path, "bob", 1, 1)
 
 
@@ -279,7 +279,7 @@ def test_a_malformed_file_is_told(text: str, tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     path.write_text(text)
     told = r"keys\.json is malformed at .*`tolhouse keys` writes it"
-    with pytest.raises(InvalidArgument, match=told):
+    with pytest.raises(InvalidArgumentError, match=told):
         read_keys(str(path))
 
 

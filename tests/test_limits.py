@@ -17,7 +17,7 @@ import psutil
 import pytest
 from tolhouse import Client, ClientCredentials
 from tolhouse.client.row_source import StoreRowSource
-from tolhouse.errors import InvalidArgument, Overloaded
+from tolhouse.errors import InvalidArgumentError, OverloadedError
 from tolhouse.gateway.middleware import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
 from tolhouse.gateway.request_handler import RequestHandler
 from tolhouse.gateway.router import ServedModel, WorkerRouter
@@ -295,7 +295,7 @@ def test_what_choices_share_is_counted_for_each() -> None:
         return RequestHandler(body, [*prompts], model, router, *[None] * 3)
 
     body = CompletionRequest(prompt=[[1]], n=100)
-    with pytest.raises(InvalidArgument, match=f"10000000 prompt tokens.*at most {1 << 20}"):
+    with pytest.raises(InvalidArgumentError, match=f"10000000 prompt tokens.*at most {1 << 20}"):
         handler(body, [1] * 100_000)
     messages = [{"role": "user", "content": "a"}]
     chat = ChatRequest(messages=messages, logprobs=True, top_logprobs=3, n=2)
@@ -328,7 +328,10 @@ def test_fetch_and_generate_have_bounds(cluster: Cluster) -> None:
             assert status == caught.value.code()
         assert 1 == len(client.tables())
     with Client(cluster.workers) as client:
-        for prompt, error in ((range(1_000_000), InvalidArgument), (range(3_000_000), Overloaded)):
+        for prompt, error in (
+            (range(1_000_000), InvalidArgumentError),
+            (range(3_000_000), OverloadedError),
+        ):
             with pytest.raises(error):
                 list(client.generate(prompt, 2))
         assert 2 == len(list(client.generate([1], 2, ignore_eos=True)))

@@ -220,7 +220,7 @@ def test_a_damaged_shard_file_is_told_and_the_others_are_served(
     with serving(url, "--hot-megabytes", "0") as (_, client):
         last = manifest.shard_ids(0)[-1]
         for token, message in ((last, f"token {last} "), (1, "truncated"), (2, "missing")):
-            with pytest.raises(errors.Corrupt, match=message):
+            with pytest.raises(errors.CorruptError, match=message):
                 client.fetch(ref, [token])
         assert expected[[0, 3, 4, 7]].tobytes() == client.fetch(ref, [0, 3, 4, 7]).tobytes()
         for path, data in zip(paths, whole, strict=True):
@@ -240,7 +240,7 @@ def test_a_shard_file_cut_short_while_it_is_in_use_does_not_kill_the_service(
     with serving(url, "--hot-megabytes", "0") as (running, client):
         expected = client.fetch(ref, range(8)).tobytes()
         path.write_bytes(whole[:4096])
-        with pytest.raises(errors.Corrupt, match="truncated"):
+        with pytest.raises(errors.CorruptError, match="truncated"):
             client.fetch(ref, range(8))
         assert 1 == len(client.fetch(ref, [0]))
         path.write_bytes(whole)
@@ -255,7 +255,7 @@ def test_a_version_built_anew_in_other_shards_is_served(checkpoint: Path, redis_
         expected = client.fetch(ref, range(50)).tobytes()
         with closing(open_store(redis_url)) as store:
             delete(store, ref, force=True)
-        with pytest.raises((errors.NotFound, errors.Corrupt)):
+        with pytest.raises((errors.NotFoundError, errors.CorruptError)):
             client.fetch(ref, range(50))
         assert ref == build_table(checkpoint, redis_url, shards=7, name="anew")
         assert expected == client.fetch(ref, range(50)).tobytes()
@@ -276,7 +276,7 @@ def test_a_record_altered_in_redis_is_told(checkpoint: Path, redis_url: str) -> 
         redis.hset(key, 9, record[:-1])
         redis.hdel(key, 13)
         for token in (1, 5, 9, 13):
-            with pytest.raises(errors.Corrupt, match=f"token {token} "):
+            with pytest.raises(errors.CorruptError, match=f"token {token} "):
                 client.fetch(ref, [0, token])
         assert 3 == len(client.fetch(ref, [0, 2, 17]))
 
@@ -285,7 +285,7 @@ def test_a_record_altered_in_redis_is_told(checkpoint: Path, redis_url: str) -> 
 def test_a_fetch_names_all_bad_rows_and_has_the_others(
     kind: str, checkpoint: Path, redis_url: str, tmp_path: Path
 ) -> None:
-    """Of each row source: Corrupt has the tokens of a lost shard and of an altered record."""
+    """Of each row source: CorruptError has the tokens of a lost shard and of an altered record."""
     store = f"file://{tmp_path}" if kind == "file" else redis_url
     ref = build_table(checkpoint, store, shards=16, name=f"bad-{kind}")
     manifest, records = stored(store, ref, list(range(300)))
@@ -308,7 +308,7 @@ def test_a_fetch_names_all_bad_rows_and_has_the_others(
             source = stack.enter_context(process("lookup", "--store", store, *LOCAL)).address
         client = stack.enter_context(Client(source))
         out = np.zeros((len(ids), manifest.record_bytes), np.uint8)
-        with pytest.raises(errors.Corrupt) as caught:
+        with pytest.raises(errors.CorruptError) as caught:
             client.rows.fetch_records(manifest, ids, out)
     assert sorted(bad) == sorted(caught.value.token_ids)
     intact = ~np.isin(ids, bad) & (ids < 300)
@@ -337,7 +337,7 @@ def test_one_corrupt_record_under_load_costs_only_its_askers(
                         assert expected[slots].tobytes() == found.tobytes()
                         continue
                     ids = np.append(intact[slots], np.uint32(101))
-                    with pytest.raises(errors.Corrupt) as caught:
+                    with pytest.raises(errors.CorruptError) as caught:
                         own.rows.fetch_records(manifest, ids)
                     assert (101,) == caught.value.token_ids
             return 50 * 40 if seed else 0
@@ -378,7 +378,7 @@ def test_what_needs_no_read_does_not_wait_for_a_slow_store(checkpoint: Path) -> 
             assert client.rows.replicas.health.up(running.address)  # it goes on with its hot rows
             answered += 1
         for read in reads:
-            with pytest.raises(errors.DeadlineExceeded, match="did not answer in time"):
+            with pytest.raises(errors.DeadlineExceededError, match="did not answer in time"):
                 read.result()
         assert {grpc.StatusCode.DEADLINE_EXCEEDED} == {call.code() for call in waiting}
         assert answered > 20  # each of the others took no turn of theirs
@@ -393,9 +393,9 @@ def test_requests_beside_one_that_is_given_up_are_not_cancelled(tmp_path: Path) 
         manifest = manifest_of()
         out = memoryview(bytearray(manifest.record_bytes))
         requests = [replica.submit(manifest, ids(1), out, [0]) for _ in range(3)]
-        replica.reset(errors.DeadlineExceeded("no answer"))
+        replica.reset(errors.DeadlineExceededError("no answer"))
         for request in requests:
-            with pytest.raises(errors.DeadlineExceeded, match="no answer"):
+            with pytest.raises(errors.DeadlineExceededError, match="no answer"):
                 request.result(timeout=10)
         replica.close()
 
@@ -446,7 +446,7 @@ def test_redis_may_die_and_come_back(checkpoint: Path) -> None:
         with serving(url, *options) as (_, client):
             expected = client.fetch(ref, [1, 2, 3]).tobytes()
             stack.close()
-            with pytest.raises(errors.Unavailable, match="can't be reached"):
+            with pytest.raises(errors.UnavailableError, match="can't be reached"):
                 client.fetch(ref, [1, 2, 3])
             with redis_server(port=port) as again:
                 build_table(checkpoint, again, shards=3)

@@ -12,7 +12,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from tolhouse.errors import Corrupt, IdOutOfRange, InvalidArgument
+from tolhouse.errors import CorruptError, IdOutOfRangeError, InvalidArgumentError
 from tolhouse.store.base import open_store
 from tolhouse.store.writer import digest
 from tolhouse.table.manifest import Manifest, check_name, content_id, split_ref
@@ -157,7 +157,7 @@ def test_unknown_fields_are_kept_unless_they_are_required() -> None:
     manifest = Manifest.from_json(text_of(later={"a": [1, 2.5]}))
     assert {"later": {"a": [1, 2.5]}} == manifest.extra
     assert {"a": [1, 2.5]} == json.loads(manifest.to_json())["later"]
-    with pytest.raises(InvalidArgument, match=r"needs \['later'\].*upgrade"):
+    with pytest.raises(InvalidArgumentError, match=r"needs \['later'\].*upgrade"):
         Manifest.from_json(text_of(later=1, requires=["parent", "later"]))
 
 
@@ -172,7 +172,7 @@ def test_any_altered_field_is_found(manifest: Manifest, data: st.DataObject) -> 
     if data.draw(st.booleans()):
         altered.pop(name)
     if altered != fields:
-        with pytest.raises((Corrupt, InvalidArgument), match="manifest"):
+        with pytest.raises((CorruptError, InvalidArgumentError), match="manifest"):
             Manifest.from_json(json.dumps(altered))
 
 
@@ -201,7 +201,7 @@ def test_any_altered_byte_is_found(manifest: Manifest, data: st.DataObject) -> N
         (manifest, ids + np.uint32(1), records),
         (other, ids, records),
     ):
-        with pytest.raises(Corrupt, match=f"token {wrong_ids[0]} "):
+        with pytest.raises(CorruptError, match=f"token {wrong_ids[0]} "):
             wrong_manifest.verify(wrong_ids, wrong)
 
 
@@ -229,34 +229,38 @@ def test_any_altered_byte_is_found(manifest: Manifest, data: st.DataObject) -> N
 def test_a_malformed_manifest_is_refused(field: str, value: object) -> None:
     """Whatever field is wrong or missing is named, also where only its type is wrong."""
     other = {"width": "bytes a record", "shards": "digests"}.get(field, field)
-    with pytest.raises(InvalidArgument, match=f"manifest: .*({field}|{other})"):
+    with pytest.raises(InvalidArgumentError, match=f"manifest: .*({field}|{other})"):
         Manifest.from_json(text_of(**{field: value}))
 
 
 @pytest.mark.parametrize(("field", "value"), [("name", "a/b"), ("codec", "int3"), ("parent", "t")])
 def test_a_value_that_is_not_allowed_is_told_with_what_is(field: str, value: str) -> None:
     """Names, codecs and references have messages of their own."""
-    with pytest.raises(InvalidArgument, match=r"letters, digits|one of fp32|parent: .*pattern"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"letters, digits|one of fp32|parent: .*pattern"
+    ):
         Manifest.from_json(text_of(**{field: value}))
 
 
 def test_a_table_of_format_1_is_refused_with_what_to_do() -> None:
     """It is built again, and the old one is deleted."""
-    with pytest.raises(InvalidArgument, match=r"build the table again.*`tolhouse tables delete`"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"build the table again.*`tolhouse tables delete`"
+    ):
         Manifest.from_json(json.dumps({"format": 1, "layers": [0], "hidden_size": 3}))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", b"\xff\xfe", "[" * 100_000])
 def test_what_is_no_manifest_is_refused(text: str | bytes) -> None:
     """Not JSON, not an object, without its fields, or nested deeper than the reader goes."""
-    with pytest.raises(InvalidArgument, match="manifest"):
+    with pytest.raises(InvalidArgumentError, match="manifest"):
         Manifest.from_json(text)
 
 
 def test_ids_outside_the_vocabulary_are_named() -> None:
     """The first id that is too large is told, with what is allowed."""
     golden().check_ids(np.array([0, 4], np.uint32))
-    with pytest.raises(IdOutOfRange, match=r"token id 5 .* allowed are 0 to 4"):
+    with pytest.raises(IdOutOfRangeError, match=r"token id 5 .* allowed are 0 to 4"):
         golden().check_ids(np.array([0, 5, 9], np.uint32))
 
 
@@ -265,7 +269,7 @@ def test_ids_outside_the_vocabulary_are_named() -> None:
 )
 def test_names_that_could_mean_something_else_are_refused(name: str) -> None:
     """A name is also a folder and a part of a Redis key."""
-    with pytest.raises(InvalidArgument, match="letters, digits"):
+    with pytest.raises(InvalidArgumentError, match="letters, digits"):
         check_name(name)
 
 
@@ -274,7 +278,7 @@ def test_a_reference_is_a_name_and_perhaps_a_version() -> None:
     assert ("a", None) == split_ref("a")
     assert ("a", "0123456789abcdef") == split_ref("a@0123456789abcdef")
     for bad in ("a@", "a@0123", "a@0123456789ABCDEF", "a@0123456789abcdef@", "@0123456789abcdef"):
-        with pytest.raises(InvalidArgument):
+        with pytest.raises(InvalidArgumentError):
             split_ref(bad)
 
 
@@ -292,5 +296,7 @@ def test_a_record_may_be_as_large_as_a_message_allows() -> None:
     """3 MiB with its checksum, and not four bytes more."""
     size = (3 * 2**20 - 8) // 4
     assert 3 * 2**20 == golden(blocks=("ffn.0",), width=size).record_bytes
-    with pytest.raises(InvalidArgument, match="1 blocks of 786431 values exceed 3145728 bytes"):
+    with pytest.raises(
+        InvalidArgumentError, match="1 blocks of 786431 values exceed 3145728 bytes"
+    ):
         golden(blocks=("ffn.0",), width=size + 1)

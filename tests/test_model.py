@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolhouse.errors import InvalidArgument, PromptTooLong
+from tolhouse.errors import InvalidArgumentError, PromptTooLongError
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.config import preset
 from tolhouse.model.generate import greedy
@@ -67,7 +67,7 @@ def test_forward_never_computes_the_token_memory() -> None:
     del model.ffn_m[:]
     assert torch.equal(expected, logits(model, rows))
     assert not torch.allclose(expected, logits(model, torch.zeros_like(rows)))
-    with pytest.raises(InvalidArgument, match="needs rows from a table"):
+    with pytest.raises(InvalidArgumentError, match="needs rows from a table"):
         model.rows(IDS)
 
 
@@ -84,7 +84,7 @@ def test_rows_may_carry_x0(tied: bool, tmp_path: Path) -> None:
     assert not torch.allclose(expected, logits(bare, torch.cat((rows[:1] * 2, rows[1:]))))
     names = [name for name, _ in bare.named_parameters()]
     assert not [name for name in names if name.startswith(("embed_tokens", "ffn_m"))]
-    with pytest.raises(InvalidArgument, match="needs X0 from a table"):
+    with pytest.raises(InvalidArgumentError, match="needs X0 from a table"):
         logits(bare, rows[1:])
 
 
@@ -101,10 +101,10 @@ def test_greedy_completion_keeps_to_its_limits(checkpoint: Path) -> None:
     model = open_checkpoint(checkpoint).model()
     assert 5 == len(list(greedy(model, [1, 2], 5, ignore_eos=True)))
     for prompt, count, error in (
-        ([], 1, InvalidArgument),
-        ([999_999], 1, InvalidArgument),
-        ([1], 0, InvalidArgument),
-        ([1], 256, PromptTooLong),
+        ([], 1, InvalidArgumentError),
+        ([999_999], 1, InvalidArgumentError),
+        ([1], 0, InvalidArgumentError),
+        ([1], 256, PromptTooLongError),
     ):
         with pytest.raises(error):
             list(greedy(model, prompt, count))

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from tolhouse import Client
 from tolhouse.analysis.edits import copy_of, scale_of
-from tolhouse.errors import Corrupt, IdOutOfRange, InUse, InvalidArgument, NotFound
+from tolhouse.errors import (
+    CorruptError,
+    IdOutOfRangeError,
+    InUseError,
+    InvalidArgumentError,
+    NotFoundError,
+)
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.store.base import Store, open_store
 from tolhouse.store.overlay import make_overlay
@@ -118,7 +124,7 @@ def test_what_an_overlay_lies_over_stays(store: Store, parent: Manifest, tmp_pat
     made = make_overlay(store, ref, ids(1), store.rows(parent, ids(2)))
     publish(store, made.ref)
     for force in (False, True):
-        with pytest.raises(InUse, match=f"is a part of {made.ref}: delete that first"):
+        with pytest.raises(InUseError, match=f"is a part of {made.ref}: delete that first"):
             delete(store, ref, force=force)
     shutil.rmtree(tmp_path / "tiny-memory" / ref.partition("@")[2])
     store = open_store(store.url)
@@ -126,7 +132,7 @@ def test_what_an_overlay_lies_over_stays(store: Store, parent: Manifest, tmp_pat
         lambda: store.rows(made, ids(5)),
         lambda: make_overlay(store, made.ref, ids(3), np.zeros((1, 4, 96))),
     ):
-        with pytest.raises(NotFound, match=f"is an overlay over {ref}, which is not in"):
+        with pytest.raises(NotFoundError, match=f"is an overlay over {ref}, which is not in"):
             work()
     for table, message in (("tiny-memory", f"over {ref}, which is not in"), (ref, "is not in")):
         assert message in refused(store, "--scale", "3=0.5", table=table)
@@ -143,7 +149,7 @@ def test_an_overlay_without_its_parent_is_not_served(checkpoint: Path, tmp_path:
     shutil.rmtree(tmp_path / "tiny-memory" / gone.version)
     store = open_store(store.url)
     for work in (lambda: publish(store, made.ref), lambda: rollback(store, "tiny-memory")):
-        with pytest.raises(NotFound, match=f"is an overlay over {gone.ref}, which is not in"):
+        with pytest.raises(NotFoundError, match=f"is an overlay over {gone.ref}, which is not in"):
             work()
     assert other.version == store.alias("tiny-memory").version
 
@@ -158,7 +164,7 @@ def test_a_version_s_record_does_not_pass_for_its_overlay_s(store: Store, parent
     out = bytearray(new.size)
     made.copy_records(ids(1), memoryview(new.reshape(-1)), memoryview(out), [0])
     assert new.tobytes() == out
-    with pytest.raises(Corrupt, match="token 1 "):
+    with pytest.raises(CorruptError, match="token 1 "):
         made.copy_records(ids(1), memoryview(old.reshape(-1)), memoryview(out), [0])
 
 
@@ -225,7 +231,7 @@ def test_parts_of_a_table_are_not_edited(checkpoint: Path, store: Store) -> None
     base = compressed(checkpoint, store, 0.5)
     made = make_overlay(store, base.ref, ids(1), np.zeros((1, 4, 96), np.float32))
     for part in (base.frequent_rows, base.basis, made.edits):
-        with pytest.raises(InvalidArgument, match=r"is a part of .* and no table to edit"):
+        with pytest.raises(InvalidArgumentError, match=r"is a part of .* and no table to edit"):
             make_overlay(store, part, ids(1), np.zeros((1, 4, 96), np.float32))
 
 
@@ -297,11 +303,11 @@ def test_an_edit_leaves_the_embedding(checkpoint: Path, store: Store) -> None:
 
 def test_bad_overlays_are_refused(store: Store, parent: Manifest) -> None:
     """Ids and rows that do not fit, and manifests that say what can't be."""
-    with pytest.raises(IdOutOfRange):
+    with pytest.raises(IdOutOfRangeError):
         make_overlay(store, parent.ref, np.array([-1]), np.zeros((1, 4, 96)))
-    with pytest.raises(InvalidArgument, match="at least one"):
+    with pytest.raises(InvalidArgumentError, match="at least one"):
         make_overlay(store, parent.ref, np.array([], np.int64), np.zeros((0, 4, 96)))
     made = make_overlay(store, parent.ref, ids(1), np.zeros((1, 4, 96), np.float32))
     for bad in ({"changed": ()}, {"parent": "tiny-memory"}):
-        with pytest.raises(InvalidArgument, match="manifest: "):
+        with pytest.raises(InvalidArgumentError, match="manifest: "):
             replace(made, **bad)

@@ -11,7 +11,7 @@ import pytest
 from tolhouse import Client
 from tolhouse.build.job import build_shards, plan, source_of
 from tolhouse.engine.row_providers import RecomputedRows
-from tolhouse.errors import Corrupt, Mismatch
+from tolhouse.errors import CorruptError, MismatchError
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
 from tolhouse.store.base import open_store
 from tolhouse.testing import build_table, end, process, tiny_model
@@ -67,7 +67,7 @@ def test_a_worker_keeps_its_weights(
         assert expected == list(client.generate(PROMPT, 30, ignore_eos=True))
         end(lookup.popen)
         assert expected == list(client.generate(PROMPT, 30, ignore_eos=True))  # rows are cached
-        with pytest.raises(Mismatch, match="overwritten"):
+        with pytest.raises(MismatchError, match="overwritten"):
             list(client.generate(list(range(270, 310)), 3))
         assert expected == list(client.generate(PROMPT, 30, ignore_eos=True))
 
@@ -88,7 +88,9 @@ def test_rows_are_not_recomputed_from_other_weights(
     before, after = np.zeros((2, len(IDS), manifest.record_bytes), np.uint8)
     computed.fetch(IDS, before, np.arange(3))
     change(weights)
-    with pytest.raises(Mismatch, match=f"{WEIGHTS} of checkpoint m was overwritten while in use"):
+    with pytest.raises(
+        MismatchError, match=f"{WEIGHTS} of checkpoint m was overwritten while in use"
+    ):
         computed.fetch(IDS, after, np.arange(3))
     shutil.copy(kept, weights)
     weights.rename(tmp_path / "moved")
@@ -104,7 +106,7 @@ def test_weights_that_change_between_two_reads_are_refused(
     opened = open_checkpoint(path)
     change(path / WEIGHTS)
     for read in (opened.model, opened.model_id, opened.rows_id):
-        with pytest.raises(Mismatch, match="was overwritten while in use"):
+        with pytest.raises(MismatchError, match="was overwritten while in use"):
             read()
 
 
@@ -113,7 +115,7 @@ def test_a_build_is_of_one_checkpoint(path: Path, tmp_path: Path) -> None:
     planned, store = plan(open_checkpoint(path), "m", "bf16", 4), f"file://{tmp_path}"
     tiny_model(path, tie_word_embeddings=False, seed=5)
     source_of.cache_clear()
-    with pytest.raises(Mismatch, match="not the one that this build began with"):
+    with pytest.raises(MismatchError, match="not the one that this build began with"):
         build_shards(str(path), planned, [0], (store,), 5.0)
 
 
@@ -128,6 +130,6 @@ def test_a_shard_that_changes_is_corrupt(
     with process("lookup", *options) as lookup, Client(lookup.address) as client:
         expected = client.fetch(ref, range(0, 100, 2)).tobytes()
         change(next(tmp_path.rglob("shard-00001-*")))
-        with pytest.raises(Corrupt):
+        with pytest.raises(CorruptError):
             client.fetch(ref, range(1, 318, 2))
         assert expected == client.fetch(ref, range(0, 100, 2)).tobytes()

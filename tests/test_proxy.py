@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tolhouse import Client, ClientCredentials
 from tolhouse.certs import issue
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.testing import local_cluster, open_url, process
 
 from tests.commands import LOCAL, tolhouse
@@ -115,5 +115,5 @@ def test_a_proxy_is_used_where_it_is_asked_for(
 def test_a_proxy_needs_tls_and_a_whole_url(url: str, pki: Path) -> None:
     """Plaintext through a proxy could be read there."""
     tls = "" if url.startswith("http://") else f"{pki}/ca.pem"
-    with pytest.raises(InvalidArgument, match="needs TLS"):
+    with pytest.raises(InvalidArgumentError, match="needs TLS"):
         Client("127.0.0.1:1", credentials=ClientCredentials(tls, insecure=True, proxy=url))

@@ -13,7 +13,7 @@ from tolhouse import Client, ClientCredentials
 from tolhouse.client.lookup import LookupRowSource
 from tolhouse.client.row_source import open_row_source
 from tolhouse.engine.row_providers import CachedRows, RecomputedRows
-from tolhouse.errors import Corrupt
+from tolhouse.errors import CorruptError
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
 from tolhouse.store.base import open_store
 from tolhouse.table.codecs import CODECS
@@ -76,11 +76,11 @@ def test_intact_rows_of_a_failed_fetch_are_kept(checkpoint: Path, tmp_path: Path
     with closing(open_row_source(url)) as source:
         manifest, ids = source.describe(ref), np.arange(40, dtype=np.uint32)
         with closing(CachedRows(source, manifest, 1 << 20, torch.device("cpu"))) as rows:
-            with pytest.raises(Corrupt, match="token 3, 19, 35 in table"):
+            with pytest.raises(CorruptError, match="token 3, 19, 35 in table"):
                 rows.stage(ids)
             assert [3, 19, 35] == rows.missing(ids).tolist()
             rows.prefetch(ids + 100)
-            with pytest.raises(Corrupt, match="token 115, 131 in table"):
+            with pytest.raises(CorruptError, match="token 115, 131 in table"):
                 rows.stage(np.array([100, 115, 131], np.uint32))
             assert [115, 131] == rows.missing(ids + 100).tolist()
             assert 80 - 5 == len(rows.cache)

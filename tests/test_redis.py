@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from redis import Redis, RedisCluster
 from tolhouse.errors import (
-    Corrupt,
-    DeadlineExceeded,
-    InvalidArgument,
+    CorruptError,
+    DeadlineExceededError,
+    InvalidArgumentError,
     TolhouseError,
-    Unauthenticated,
-    Unavailable,
+    UnauthenticatedError,
+    UnavailableError,
 )
 from tolhouse.store.base import Store, open_store
 from tolhouse.store.redis import RedisStore
@@ -53,20 +53,20 @@ Servers = tuple[Store, Redis | RedisCluster]
 
 
 def test_a_damaged_record_is_named_until_it_is_loaded_again(servers: Servers) -> None:
-    """Altered, another token's, cut, longer, empty or missing: Corrupt with the token."""
+    """Altered, another token's, cut, longer, empty or missing: CorruptError with the token."""
     store, redis = servers
     one, other = RECORDS[17].tobytes(), RECORDS[9].tobytes()
     for damaged in (bytes([one[0] ^ 1]) + one[1:], other, one[:-1], one + b"\0", b"", None):
         redis.hdel(HASH, 17)
         if damaged is not None:
             redis.hset(HASH, 17, damaged)
-        with pytest.raises(Corrupt, match=f"row of token 17 (of|in) table {MANIFEST.ref}"):
+        with pytest.raises(CorruptError, match=f"row of token 17 (of|in) table {MANIFEST.ref}"):
             read(store, MANIFEST)
         assert shard_digest(store, MANIFEST, 1) is None
         assert_holds(store, MANIFEST, np.delete(IDS, 17))
     redis.delete(HASH)  # lost as a whole
     assert 0 == store.count(MANIFEST, 1)
-    with pytest.raises(Corrupt, match=r"token 1 .* is missing in redis://.*: load it again"):
+    with pytest.raises(CorruptError, match=r"token 1 .* is missing in redis://.*: load it again"):
         read(store, MANIFEST)
     store.write_shard(MANIFEST, 1, RECORDS[MANIFEST.shard_ids(1)])
     assert_holds(store, MANIFEST)
@@ -77,18 +77,18 @@ def test_a_damaged_record_is_named_until_it_is_loaded_again(servers: Servers) ->
 
 
 def test_malformed_manifests_and_aliases_are_told_and_mended(servers: Servers) -> None:
-    """Both are Corrupt, naming the table; a commit and a publish write them anew."""
+    """Both are CorruptError, naming the table; a commit and a publish write them anew."""
     store, redis = servers
     key, ref = "tolhouse:{registry}:manifest", MANIFEST.ref
     redis.hset(key, ref, MANIFEST.to_json().replace("int8", "int3"))
-    with pytest.raises(Corrupt, match=MANIFEST.ref):
+    with pytest.raises(CorruptError, match=MANIFEST.ref):
         resolve(store, MANIFEST.ref)
     redis.hset(key, ref, replace(MANIFEST, name="other").to_json())
-    with pytest.raises(Corrupt, match="describes table other@"):
+    with pytest.raises(CorruptError, match="describes table other@"):
         resolve(store, MANIFEST.ref)
     commit(store, MANIFEST)
     redis.hset("tolhouse:{registry}:alias", MANIFEST.name, "{")
-    with pytest.raises(Corrupt, match=r"alias of 'damaged' .* publish a version"):
+    with pytest.raises(CorruptError, match=r"alias of 'damaged' .* publish a version"):
         resolve(store, MANIFEST.name)
     assert MANIFEST == publish(store, MANIFEST.ref)
     assert MANIFEST == resolve(store, MANIFEST.name)
@@ -130,8 +130,8 @@ redis://127.0.0.1:{port}?password=secret&socket_timeout=soon"""
 def test_a_url_that_is_not_understood_is_refused_without_its_password(
     url: str, redis_url: str
 ) -> None:
-    """Another scheme, no port, an unknown option: InvalidArgument, without the password."""
-    with pytest.raises(InvalidArgument, match="not understood") as caught:
+    """Another scheme, no port, an unknown option: InvalidArgumentError, without the password."""
+    with pytest.raises(InvalidArgumentError, match="not understood") as caught:
         open_store(url.format(port=redis_url.rpartition(":")[2]))
     assert "sec" not in str(caught.value)
 
@@ -144,11 +144,11 @@ redis://127.0.0.1:{port}?password=secret"""
 def test_errors_and_urls_hide_the_password(url: str) -> None:
     """With nobody there, and with a wrong password, the message has the address alone."""
     port = free_port()
-    with pytest.raises(Unavailable, match=f"127.0.0.1:{port}.* can't be reached") as nobody:
+    with pytest.raises(UnavailableError, match=f"127.0.0.1:{port}.* can't be reached") as nobody:
         open_store(url.format(port=port), timeout_seconds=1)
     with (
         redis_server("--requirepass", "right", port=port),
-        pytest.raises(Unauthenticated, match=f"127.0.0.1:{port}") as wrong,
+        pytest.raises(UnauthenticatedError, match=f"127.0.0.1:{port}") as wrong,
     ):
         open_store(url.format(port=port))
     assert "secret" not in f"{nobody.value} {wrong.value}"
@@ -158,7 +158,7 @@ def test_a_password_that_is_missing_or_may_too_little_is_unauthenticated() -> No
     """Both without a password and as a user who lacks a permission."""
     with redis_server("--requirepass", "right") as url:
         host = url.removeprefix("redis://")
-        with pytest.raises(Unauthenticated):
+        with pytest.raises(UnauthenticatedError):
             open_store(url)
         with closing(open_store(f"redis://:right@{host}")) as store:
             assert "right" not in store.url
@@ -167,7 +167,7 @@ def test_a_password_that_is_missing_or_may_too_little_is_unauthenticated() -> No
             redis.execute_command("ACL", "SETUSER", "weak", "on", ">pw", "+info", "+client")
         with (
             closing(open_store(f"redis://weak:pw@{host}")) as store,
-            pytest.raises(Unauthenticated, match="permission"),
+            pytest.raises(UnauthenticatedError, match="permission"),
         ):
             store.refs()
 
@@ -175,21 +175,21 @@ def test_a_password_that_is_missing_or_may_too_little_is_unauthenticated() -> No
 def test_a_server_that_speaks_another_protocol_is_told(redis_url: str) -> None:
     """TLS asked of a server without it ends as an error of ours, with the address."""
     url = redis_url.replace("redis:", "rediss:")
-    with pytest.raises((Unavailable, DeadlineExceeded), match=url):
+    with pytest.raises((UnavailableError, DeadlineExceededError), match=url):
         open_store(url, timeout_seconds=0.3)
 
 
 def test_a_store_that_was_closed_under_it_comes_back() -> None:
-    """A server that dies is Unavailable; one that starts again is used without a new store."""
+    """A server that dies is UnavailableError; one that starts again is used without a new store."""
     port = free_port()
     with redis_server(port=port) as url:
         store = open_store(url, timeout_seconds=1)
         write(store, MANIFEST)
     with closing(store):
-        with pytest.raises(Unavailable, match="can't be reached"):
+        with pytest.raises(UnavailableError, match="can't be reached"):
             read(store, MANIFEST)
         with redis_server(port=port):
-            with pytest.raises(Corrupt, match="missing"):
+            with pytest.raises(CorruptError, match="missing"):
                 read(store, MANIFEST)
             write(store, MANIFEST)
             assert_holds(store, MANIFEST)
@@ -239,7 +239,9 @@ def test_a_server_that_drips_is_too_slow(kind: str) -> None:
         for link in links:
             link.drip(0.1)
         for call in (lambda: read(store, MANIFEST), lambda: store.manifest(MANIFEST.ref)):
-            with pytest.raises((DeadlineExceeded, Unavailable), match=r"in time|too slowly"):
+            with pytest.raises(
+                (DeadlineExceededError, UnavailableError), match=r"in time|too slowly"
+            ):
                 call()
         for link in links:
             link.mend()

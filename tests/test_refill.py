@@ -52,7 +52,7 @@ def test_a_store_that_lost_its_table_is_told(checkpoint: Path) -> None:
     with system(checkpoint) as (redis, url, running, client, ref):
         expected = client.fetch(ref, range(20)).tobytes()
         redis.flushall()
-        with pytest.raises((errors.NotFound, errors.Corrupt)):
+        with pytest.raises((errors.NotFoundError, errors.CorruptError)):
             client.fetch(ref, [300])
         wait_until(lambda: health(running) == STATUS.NOT_SERVING)
         assert STATUS.NOT_SERVING == health(running, "tolhouse.v1.Lookup")
@@ -113,7 +113,7 @@ def test_a_deleted_table_stays_deleted(checkpoint: Path, tmp_path: Path) -> None
         with closing(open_store(url)) as store:
             delete(store, ref, force=True)
         redis.delete(f"tolhouse:{{{other}:shards-8:3}}")
-        with pytest.raises((errors.NotFound, errors.Corrupt)):
+        with pytest.raises((errors.NotFoundError, errors.CorruptError)):
             client.fetch(ref, [300])
         wait_until(lambda: 1 == len(client.fetch(other, [3])))
         with closing(open_store(url)) as store:

@@ -8,7 +8,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from tolhouse.errors import Corrupt, InUse, InvalidArgument, NotFound, Unavailable
+from tolhouse.errors import (
+    CorruptError,
+    InUseError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
 from tolhouse.store.base import Alias, Changes, open_store
 from tolhouse.store.files import FileStore
 from tolhouse.store.registry import commit, delete, publish, rollback
@@ -82,7 +88,7 @@ def test_an_error_from_reads_that_another_update_divides_is_no_answer(own_redis:
             return found
 
         store.alias = then_deleted  # type: ignore[method-assign]
-        with pytest.raises(InvalidArgument, match="no version before"):
+        with pytest.raises(InvalidArgumentError, match="no version before"):
             rollback(store, "t")
 
 
@@ -92,9 +98,9 @@ def test_a_table_without_all_of_its_rows_is_not_committed(new_store: NewStore) -
     with closing(open_store(url)) as store:
         lacking = manifest_of("lacking", 7)
         store.write_shard(lacking, 0, records_of(lacking, lacking.shard_ids(0)))
-        with pytest.raises(Corrupt, match=r"holds 17 of 50 rows .* build it again"):
+        with pytest.raises(CorruptError, match=r"holds 17 of 50 rows .* build it again"):
             commit(store, lacking)
-        with pytest.raises(NotFound):
+        with pytest.raises(NotFoundError):
             store.manifest(lacking.ref)
 
 
@@ -106,9 +112,9 @@ def test_a_deletion_that_was_cut_off_can_be_finished(new_store: NewStore) -> Non
         with suppress(KeyboardInterrupt):
             delete(store, OTHER.ref)
         store.delete_records = gone  # type: ignore[method-assign]
-        with pytest.raises(NotFound, match="--force"):
+        with pytest.raises(NotFoundError, match="--force"):
             delete(store, OTHER.ref)
-        with pytest.raises(Unavailable, match="is being deleted"):
+        with pytest.raises(UnavailableError, match="is being deleted"):
             finish(store, OTHER)
         delete(store, OTHER.ref, force=True)
         assert 0 == store.count(OTHER, 0)
@@ -128,7 +134,7 @@ def test_two_builds_of_one_version_in_other_shards(new_store: NewStore) -> None:
             for shard in range(manifest.num_shards):
                 store.write_shard(manifest, shard, records_of(manifest, manifest.shard_ids(shard)))
         commit(store, first)
-        with pytest.raises(InUse, match="--shards 3"):
+        with pytest.raises(InUseError, match="--shards 3"):
             commit(store, second)
         assert first == store.manifest(first.ref)
         everything = records_of(first).tobytes()

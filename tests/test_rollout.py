@@ -70,7 +70,7 @@ def test_new_sequences_use_a_published_version_and_running_ones_end_on_theirs(
                 assert short[other] == [
                     list(client.generate(ids, 20, ignore_eos=True)) for ids in PROMPTS
                 ]
-                with pytest.raises(errors.InUse, match="in use"):
+                with pytest.raises(errors.InUseError, match="in use"):
                     delete(store, unpublished(store, one, two))
                 rest = [list(replies) for replies in running]
                 assert {now} == {reply.table for replies in rest for reply in replies}
@@ -152,5 +152,5 @@ def test_a_worker_told_a_version_stays_with_it(checkpoint: Path, tmp_path: Path)
         wait_until(lambda: store.leased(one))
         time.sleep(0.5)
         assert one == client.describe_worker().table
-        with pytest.raises(errors.InUse, match="in use"):
+        with pytest.raises(errors.InUseError, match="in use"):
             delete(store, one)

@@ -5,7 +5,7 @@ import math
 import pytest
 from click.testing import CliRunner
 from tolhouse.cli import main
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.gateway.schemas import ChatRequest, CompletionRequest
 from tolhouse.sampling import SamplingOptions, SamplingParams
 from tolhouse.v1.generation_pb2 import GenerateRequest
@@ -66,12 +66,12 @@ def test_a_request_carries_them_all(options: dict) -> None:
 )
 def test_values_are_checked(options: dict) -> None:
     """Each value out of its bounds, and a name that is not in the list, is refused by name."""
-    with pytest.raises(InvalidArgument, match=next(iter(options))):
+    with pytest.raises(InvalidArgumentError, match=next(iter(options))):
         SamplingParams(**options)
 
 
 def test_a_prompt_of_other_things_is_refused() -> None:
     """The prompt has to be a list of token ids of 32 bits."""
     for prompt in ([-1], [2**32], ["a"], [1.5]):
-        with pytest.raises(InvalidArgument, match="token ids"):
+        with pytest.raises(InvalidArgumentError, match="token ids"):
             SamplingParams().to_proto(prompt)

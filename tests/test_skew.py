@@ -70,7 +70,8 @@ def test_the_release_is_a_commit_of_this_history() -> None:
 
 
 def test_what_an_earlier_worker_would_ignore_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    """The gateway answers 501 with the parameter's name, and the SDK raises Unsupported, where no
+    """The gateway answers 501 with the parameter's name, and the SDK raises UnsupportedError,
+    where no
     worker heeds it; a worker that does gets the request, and a default asks for nothing."""
     store = f"file://{tmp_path}"
     build_table(checkpoint, store)
@@ -101,7 +102,7 @@ def test_what_an_earlier_worker_would_ignore_is_refused(checkpoint: Path, tmp_pa
                 assert expected == answered
         with Client(old) as caller:
             assert [] != [*caller.generate([17, 4], 4)]
-            with pytest.raises(errors.Unsupported, match="layer_scales"):
+            with pytest.raises(errors.UnsupportedError, match="layer_scales"):
                 next(caller.generate([17, 4], 4, layer_scales=scales))
         with Client(cluster.workers) as caller:
             assert set(FEATURES) == set(caller.describe_worker().features)

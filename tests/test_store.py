@@ -11,13 +11,13 @@ import pytest
 from redis import Redis, RedisCluster
 from tolhouse.client.row_source import open_row_source
 from tolhouse.errors import (
-    Corrupt,
-    DeadlineExceeded,
-    InUse,
-    InvalidArgument,
-    NotFound,
-    Overloaded,
-    Unavailable,
+    CorruptError,
+    DeadlineExceededError,
+    InUseError,
+    InvalidArgumentError,
+    NotFoundError,
+    OverloadedError,
+    UnavailableError,
 )
 from tolhouse.store.base import Store, open_store
 from tolhouse.store.files import FileStore
@@ -61,7 +61,7 @@ def test_a_table_is_not_there_before_its_manifest(store: Store, name: str) -> No
     assert None is shard_digest(store, manifest, 1)
     assert manifest.ref not in store.refs()
     for work in (store.manifest, lambda ref: publish(store, ref)):
-        with pytest.raises(NotFound):
+        with pytest.raises(NotFoundError):
             work(manifest.ref)
 
 
@@ -69,10 +69,10 @@ def test_a_name_stands_for_what_was_published_last(store: Store, name: str) -> N
     """publish, publish again, roll back, and the errors of each; versions never mix."""
     one, two = (write(store, manifest_of(name, version)) for version in (1, 2))
     for work in (resolve, rollback):
-        with pytest.raises(NotFound, match="not published"):
+        with pytest.raises(NotFoundError, match="not published"):
             work(store, name)
     assert one == publish(store, one.ref) == resolve(store, name)
-    with pytest.raises(InvalidArgument, match="no version before"):
+    with pytest.raises(InvalidArgumentError, match="no version before"):
         rollback(store, name)
     assert two == publish(store, two.ref) == publish(store, two.ref) == resolve(store, name)
     assert {(one, False), (two, True)} <= set(tables(store))
@@ -80,24 +80,24 @@ def test_a_name_stands_for_what_was_published_last(store: Store, name: str) -> N
     for manifest in (one, two):
         assert manifest == resolve(store, manifest.ref)
         assert_holds(store, manifest)
-    with pytest.raises(InvalidArgument, match="name@version"):
+    with pytest.raises(InvalidArgumentError, match="name@version"):
         publish(store, name)
-    with pytest.raises(NotFound, match="is not in"):
+    with pytest.raises(NotFoundError, match="is not in"):
         publish(store, f"{name}@{'f' * 16}")
 
 
 def test_a_version_is_deleted_only_when_nobody_stands_for_it(store: Store, name: str) -> None:
-    """A published one is InUse; a deleted one is gone, also from the history."""
+    """A published one is InUseError; a deleted one is gone, also from the history."""
     one, two = (publish(store, write(store, manifest_of(name, version)).ref) for version in (1, 2))
-    with pytest.raises(InUse, match="is published"):
+    with pytest.raises(InUseError, match="is published"):
         delete(store, two.ref)
-    with pytest.raises(InvalidArgument, match="name@version"):
+    with pytest.raises(InvalidArgumentError, match="name@version"):
         delete(store, name)
     delete(store, one.ref)
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFoundError):
         store.manifest(one.ref)
     assert [0, 0, 0] == [store.count(one, shard) for shard in range(3)]
-    with pytest.raises(InvalidArgument, match="no version before"):
+    with pytest.raises(InvalidArgumentError, match="no version before"):
         rollback(store, name)
     assert_holds(store, two)
 
@@ -131,7 +131,7 @@ def test_a_table_of_format_1_is_refused_and_can_be_deleted(store: Store, name: s
         redis.sadd("tolhouse:tables", old.ref)
         redis.hset(f"tolhouse:{{{old.ref}:0}}", 0, "x")
     assert stored()
-    with pytest.raises(Corrupt, match="build the table again"):
+    with pytest.raises(CorruptError, match="build the table again"):
         resolve(store, old.ref)
     delete(store, old.ref)
     assert [other.ref] == [ref for ref in store.refs() if ref.startswith(f"{name}@")]
@@ -165,7 +165,7 @@ def test_a_rollback_gives_back_the_same_bytes_and_always_goes_somewhere(
     for manifest in (two, one):
         publish(store, manifest.ref)
     delete(store, two.ref)
-    with pytest.raises(InvalidArgument, match="no version before"):
+    with pytest.raises(InvalidArgumentError, match="no version before"):
         rollback(store, name)
 
 
@@ -182,19 +182,19 @@ def test_files_of_others_are_no_tables(tmp_path: Path) -> None:
             folder.mkdir(parents=True)
             (folder / "manifest.json").write_text("{}")
         assert [(manifest, False)] == list(tables(store))
-        with pytest.raises(Corrupt, match=r"broken@.* manifest"):
+        with pytest.raises(CorruptError, match=r"broken@.* manifest"):
             resolve(store, "broken@0000000000000001")
         (folder / "manifest.json").write_text(manifest.to_json())
-        with pytest.raises(Corrupt, match="describes table mine"):
+        with pytest.raises(CorruptError, match="describes table mine"):
             resolve(store, "broken@0000000000000001")
 
 
 def test_two_stores_are_not_one_folder(tmp_path: Path) -> None:
     """Where one store is opened, a list of them is refused: a path with a comma is one store."""
     for urls in (f"file://{tmp_path},redis://h:1", f"file://{tmp_path}/a, file://{tmp_path}/b"):
-        with pytest.raises(InvalidArgument, match="several stores; one is allowed"):
+        with pytest.raises(InvalidArgumentError, match="several stores; one is allowed"):
             open_store(urls)
-        with pytest.raises(InvalidArgument, match="several stores; one is allowed"):
+        with pytest.raises(InvalidArgumentError, match="several stores; one is allowed"):
             open_row_source(urls)
     with closing(open_store(f"file://{tmp_path}/a,b")) as store:
         assert store.url == f"file://{tmp_path}/a,b"
@@ -206,7 +206,7 @@ def test_another_shard_in_a_shard_s_place_is_found(tmp_path: Path) -> None:
         one, two = (write(store, manifest_of("swapped", version)) for version in (1, 2))
         paths = [tmp_path / "swapped" / m.version / SHARD for m in (one, two)]
         paths[0].write_bytes(paths[1].read_bytes())
-        with pytest.raises(Corrupt, match="token 0 "):
+        with pytest.raises(CorruptError, match="token 0 "):
             read(store, one, ids(0))
         assert None is shard_digest(store, one, 0)
 
@@ -215,10 +215,10 @@ SHARD = "shard-00000-of-00003.safetensors"
 
 
 def test_a_folder_that_can_not_be_written_is_told(tmp_path: Path) -> None:
-    """A file in the way is Unavailable with its path, and nothing half-written is left."""
+    """A file in the way is UnavailableError with its path, and nothing half-written is left."""
     (tmp_path / "blocked").write_text("x")
     with closing(open_store(f"file://{tmp_path}")) as store:
-        with pytest.raises(Unavailable, match="can't write"):
+        with pytest.raises(UnavailableError, match="can't write"):
             write(store, manifest_of("blocked"))
     assert ["blocked"] == [p.name for p in tmp_path.iterdir()]
 
@@ -229,7 +229,7 @@ def test_what_is_not_found_comes_with_what_there_is(tmp_path: Path) -> None:
         refs = [write(store, manifest_of("known", version)).ref for version in range(10)]
         here = f"tables here: {', '.join(refs[:8])} and 2 more"
         for missing in ("unknown", f"known@{'f' * 16}"):
-            with pytest.raises(NotFound, match=here):
+            with pytest.raises(NotFoundError, match=here):
                 resolve(store, missing)
 
 
@@ -247,7 +247,7 @@ def test_a_redis_that_hangs_costs_no_more_than_the_timeout() -> None:
         pid = redis.info("server")["process_id"]
         os.kill(pid, signal.SIGSTOP)
         try:
-            with pytest.raises((DeadlineExceeded, Unavailable)):
+            with pytest.raises((DeadlineExceededError, UnavailableError)):
                 read(store, manifest)
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -256,9 +256,9 @@ def test_a_redis_that_hangs_costs_no_more_than_the_timeout() -> None:
 
 
 def test_a_full_redis_is_told() -> None:
-    """Out of memory is Overloaded, and says which option to raise."""
+    """Out of memory is OverloadedError, and says which option to raise."""
     with redis_server("--maxmemory", "1mb", "--maxmemory-policy", "noeviction") as url:
-        with closing(open_store(url)) as store, pytest.raises(Overloaded, match="maxmemory"):
+        with closing(open_store(url)) as store, pytest.raises(OverloadedError, match="maxmemory"):
             all(write(store, manifest_of("full", version)) for version in range(2000))
 
 
@@ -280,6 +280,6 @@ def test_a_redis_that_may_evict_rows_is_warned_of(
         build = tolhouse(f"build --codec fp32 --shards 4 --store {url}", checkpoint, code=1)
         with process("lookup", "--store", url, *LOCAL) as lookup:
             said = lookup.log.read_text()
-        with closing(open_store(url)) as store, pytest.raises(NotFound) as error:
+        with closing(open_store(url)) as store, pytest.raises(NotFoundError) as error:
             resolve(store, "unknown")
     assert [warned] * 3 == [warning in text for text in (build.stderr, said, str(error.value))]

@@ -13,7 +13,7 @@ import torch
 from tolhouse.analysis.explain import coefficients, shared_by
 from tolhouse.analysis.report import report
 from tolhouse.analysis.survey import OUTLIER, k_means, survey
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.files import replace_file
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.testing import tiny_model
@@ -101,11 +101,11 @@ def test_a_layer_that_nothing_misses_is_drawn(checkpoint: Path) -> None:
 
 
 def test_what_can_not_be_surveyed_is_told(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match="no token memory"):
+    with pytest.raises(InvalidArgumentError, match="no token memory"):
         survey(open_checkpoint(tiny_model(tmp_path / "base", "base")), 8, 0)
-    with pytest.raises(InvalidArgument, match="the number of clusters must be"):
+    with pytest.raises(InvalidArgumentError, match="the number of clusters must be"):
         survey(open_checkpoint(checkpoint), 100_000, 0)
-    with pytest.raises(InvalidArgument, match="at least 2 tokens"):
+    with pytest.raises(InvalidArgumentError, match="at least 2 tokens"):
         survey(open_checkpoint(checkpoint), 8, 1)
 
 
@@ -168,7 +168,7 @@ def test_a_link_s_target_is_replaced_and_a_pipe_is_written_into(tmp_path: Path) 
     replace_file(pipe, b"told")
     reader.join(30)
     assert ([b"told"], True) == (read, pipe.is_fifo())
-    with pytest.raises(InvalidArgument, match="/proc/target can't be written"):
+    with pytest.raises(InvalidArgumentError, match="/proc/target can't be written"):
         replace_file(Path("/proc/target"), b"")
 
 

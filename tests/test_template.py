@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.gateway.templates import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "<b>é</b>"}]
@@ -50,14 +50,14 @@ def test_templates_have_what_transformers_gives_them(tmp_path: Path) -> None:
 )
 def test_what_fails_in_a_template_is_told(tmp_path: Path, source: str, message: str) -> None:
     """A refusal of the template's own, a defect in it, or a way out of the sandbox."""
-    with pytest.raises(InvalidArgument, match=message):
+    with pytest.raises(InvalidArgumentError, match=message):
         made(tmp_path, chat_template=source).render(MESSAGES)
 
 
 def test_no_template_and_bad_ones(tmp_path: Path) -> None:
     """What would be needed is named; a file that can't be read as one is refused at start."""
     needed = r"needs a chat_template.jinja, or a tokenizer_config.json"
-    with pytest.raises(InvalidArgument, match=needed):
+    with pytest.raises(InvalidArgumentError, match=needed):
         ChatTemplate(tmp_path).render(MESSAGES)
     malformed = (
         ('{"chat_template": "{% if %}"}', "malformed"),
@@ -66,5 +66,5 @@ def test_no_template_and_bad_ones(tmp_path: Path) -> None:
     )
     for text, message in malformed:
         (tmp_path / "tokenizer_config.json").write_text(text)
-        with pytest.raises(InvalidArgument, match=message):
+        with pytest.raises(InvalidArgumentError, match=message):
             ChatTemplate(tmp_path)

@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tolhouse.errors import InvalidArgument, PromptTooLong
+from tolhouse.errors import InvalidArgumentError, PromptTooLongError
 from tolhouse.gateway.text import Detokenizer, Vocabulary
 from tolhouse.gateway.turns import list_json, text_json
 from tolhouse.model.tokenizer import load_tokenizer
@@ -46,9 +46,9 @@ def test_long_texts_are_tokenised_alike_or_refused() -> None:
     """In a thread or not, the ids are the same; what can't fit is refused before."""
     text = "import os\n" * 1000
     assert TOKENIZER.encode(text).ids == ids_of(text)
-    with pytest.raises(PromptTooLong, match="10000 characters"):
+    with pytest.raises(PromptTooLongError, match="10000 characters"):
         ids_of(text, most=10)
-    with pytest.raises(InvalidArgument, match="surrogate"):
+    with pytest.raises(InvalidArgumentError, match="surrogate"):
         ids_of("\ud800")
 
 
@@ -99,7 +99,7 @@ def test_ids_are_checked() -> None:
     """From 0 up to the vocabulary's end."""
     assert [0, 9] == check_ids([0, 9], 10)
     for bad in (-1, 10, 2**70):
-        with pytest.raises(InvalidArgument, match="allowed are 0 to 9"):
+        with pytest.raises(InvalidArgumentError, match="allowed are 0 to 9"):
             check_ids([0, bad], 10)
 
 

@@ -19,7 +19,12 @@ import pytest
 from redis import Redis
 from tolhouse import Client, ClientCredentials
 from tolhouse.certs import ensure_authority, issue
-from tolhouse.errors import InvalidArgument, NotFound, Unauthenticated, Unavailable
+from tolhouse.errors import (
+    InvalidArgumentError,
+    NotFoundError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from tolhouse.files import ReloadingFiles, replace_file
 from tolhouse.logs import is_loopback
 from tolhouse.store.base import open_store, require_private
@@ -86,7 +91,7 @@ def secured(checkpoint: Path, store: str, folder: Path, lookup: str = "", worker
 def tls_redis_or_skip() -> None:
     try:
         redis_binary(tls=True)
-    except NotFound as error:
+    except NotFoundError as error:
         pytest.skip(str(error))
 
 
@@ -125,7 +130,7 @@ def test_every_link_speaks_mutual_tls(checkpoint: Path, pki: Path, tmp_path: Pat
             for stranger in (ClientCredentials(f"{pki}/ca.pem"), ClientCredentials()):
                 with (
                     Client(peer.address, 3, credentials=stranger) as client,
-                    pytest.raises(Unavailable, match="want a TLS certificate that it trusts"),
+                    pytest.raises(UnavailableError, match="want a TLS certificate that it trusts"),
                 ):
                     client.tables()
         assert "a long password" not in "".join(
@@ -182,7 +187,7 @@ def test_a_server_s_bad_certificate_is_told(name: str, said: str, bad: Path, sto
     with process("lookup", "--store", store, *LOCAL, *pair(bad, name)) as lookup:
         with (
             Client(lookup.address, 3, credentials=access(bad)) as client,
-            pytest.raises(Unavailable, match=f"its TLS certificate {said}"),
+            pytest.raises(UnavailableError, match=f"its TLS certificate {said}"),
         ):
             client.tables()
         url = f"https://{lookup.ready['metrics']}/metrics"
@@ -197,7 +202,7 @@ def test_a_client_s_bad_certificate_is_refused(name: str, bad: Path, store: str)
         shown = ClientCredentials(f"{bad}/ca.pem", f"{bad}/{name}.pem", f"{bad}/{name}.key")
         with (
             Client(lookup.address, 3, credentials=shown) as client,
-            pytest.raises(Unavailable, match="want a TLS certificate that it trusts"),
+            pytest.raises(UnavailableError, match="want a TLS certificate that it trusts"),
         ):
             client.tables()
         with Client(lookup.address, 3, credentials=access(bad)) as client:
@@ -209,7 +214,7 @@ def test_tls_meets_plaintext(pki: Path, store: str) -> None:
     with process("lookup", "--store", store, *LOCAL) as lookup:
         with (
             Client(lookup.address, 3, credentials=access(pki)) as client,
-            pytest.raises(Unavailable, match="does not speak TLS"),
+            pytest.raises(UnavailableError, match="does not speak TLS"),
         ):
             client.tables()
 
@@ -261,7 +266,7 @@ def test_plaintext_between_machines_has_to_be_asked_for(checkpoint: Path, store:
     assert said in refusal("fetch", "t", "1", "--rows", "lookup-1:50051")
     for command in (("lookup",), ("tables", "list"), ("build", str(checkpoint))):
         assert said in refusal(*command, "--store", "redis://user:secret@redis:6379")
-    with pytest.raises(InvalidArgument, match="plaintext"):
+    with pytest.raises(InvalidArgumentError, match="plaintext"):
         Client("lookup-1:50051")
     Client("lookup-1:50051", credentials=ClientCredentials(insecure=True)).close()
     with process("lookup", "--store", store, "--listen", "0.0.0.0:0", "--insecure") as lookup:
@@ -276,7 +281,7 @@ def test_redis_with_tls_has_to_be_checked() -> None:
         assert url == require_private(url, insecure=False)
     unchecked = "rediss://redis:6379?ssl_cert_reqs=none rediss://redis?ssl_check_hostname=False"
     for url in ("redis://redis:6379", "redis://127.0.0.1:1,redis:6379", *unchecked.split()):
-        with pytest.raises(InvalidArgument, match="--insecure"):
+        with pytest.raises(InvalidArgumentError, match="--insecure"):
             require_private(url, insecure=False)
         assert url == require_private(url, insecure=True)
 
@@ -303,7 +308,7 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
         try:
             reads.append(int(path.read_text()))
         except ValueError:
-            raise InvalidArgument("no number") from None
+            raise InvalidArgumentError("no number") from None
         return reads[-1]
 
     watched = ReloadingFiles((str(path), ""), read)
@@ -390,12 +395,12 @@ def test_certificates_and_authority_are_replaced_under_load(
         outdated = ClientCredentials(f"{new}/ca.pem", f"{old}/client.pem", f"{old}/client.key")
         with (
             Client(lookup.address, 3, credentials=outdated) as client,
-            pytest.raises(Unavailable),
+            pytest.raises(UnavailableError),
         ):
             client.tables()
         with (
             Client(lookup.address, 3, credentials=access(old)) as client,
-            pytest.raises(Unavailable, match="not of the authority trusted here"),
+            pytest.raises(UnavailableError, match="not of the authority trusted here"),
         ):
             client.tables()
         for address in (gateway.address, worker.ready["metrics"]):
@@ -459,7 +464,7 @@ def test_redis_password_is_replaced(tmp_path: Path) -> None:
         with closing(Redis.from_url(url, password="first")) as redis:
             redis.config_set("requirepass", "second")
             redis.client_kill_filter(_type="normal", skipme=True)
-        with pytest.raises(Unauthenticated):
+        with pytest.raises(UnauthenticatedError):
             store.refs()
         password.write_text("second")
         assert [] == store.refs()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
-from tolhouse.errors import InvalidArgument, NotFound
+from tolhouse.errors import InvalidArgumentError, NotFoundError
 from tolhouse.model.tokenizer import load_tokenizer, tokenizer_id
 
 
@@ -15,7 +15,7 @@ def test_ids_have_to_lie_in_the_vocabulary(checkpoint: Path) -> None:
     size = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).get_vocab_size()
     assert size == load_tokenizer(checkpoint / "tokenizer.json", size).get_vocab_size()
     with pytest.raises(
-        InvalidArgument, match=f"{size} tokens, but the model's vocabulary is {size - 1}"
+        InvalidArgumentError, match=f"{size} tokens, but the model's vocabulary is {size - 1}"
     ):
         load_tokenizer(checkpoint / "tokenizer.json", size - 1)
 
@@ -25,7 +25,7 @@ def test_an_id_above_the_vocabulary_is_refused_however_few_tokens_there_are(tmp_
     path = tmp_path / "tokenizer.json"
     Tokenizer(models.WordLevel({"a": 0, "b": 5000}, unk_token="a")).save(str(path))
     assert [5000] == load_tokenizer(path, 5001).encode("b").ids
-    with pytest.raises(InvalidArgument, match="vocabulary is 5000"):
+    with pytest.raises(InvalidArgumentError, match="vocabulary is 5000"):
         load_tokenizer(path, 5000)
 
 
@@ -46,7 +46,7 @@ def test_equal_files_have_equal_ids(
 def test_a_spoilt_tokenizer_is_refused_or_works(
     checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Cut anywhere, or replaced by any bytes, it is an InvalidArgument that names the file."""
+    """Cut anywhere, or replaced by any bytes, it is an InvalidArgumentError that names the file."""
     whole = (checkpoint / "tokenizer.json").read_bytes()
     path = tmp_path_factory.mktemp("spoilt") / "tokenizer.json"
     path.write_bytes(
@@ -57,12 +57,12 @@ def test_a_spoilt_tokenizer_is_refused_or_works(
             )
         )
     )
-    with pytest.raises(InvalidArgument, match=f"{path} is not a tokenizer.json"):
+    with pytest.raises(InvalidArgumentError, match=f"{path} is not a tokenizer.json"):
         load_tokenizer(path)
 
 
 def test_a_tokenizer_that_is_not_there_is_not_found(tmp_path: Path) -> None:
     """A missing file, and a folder in its place."""
     for path in (tmp_path / "tokenizer.json", tmp_path):
-        with pytest.raises(NotFound, match=f"no tokenizer at {path}"):
+        with pytest.raises(NotFoundError, match=f"no tokenizer at {path}"):
             load_tokenizer(path)

@@ -16,7 +16,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as messages
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as service
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from tolhouse import tracing
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.testing import Cluster, build_table, local_cluster
 
 CALLERS_TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -209,7 +209,7 @@ assert not [name for name in sys.modules if name.startswith("opentelemetry.sdk")
     ],
 )
 def test_bad_collectors_are_told(url: str, expected: str) -> None:
-    with pytest.raises(InvalidArgument, match=expected):
+    with pytest.raises(InvalidArgumentError, match=expected):
         tracing.start_tracing("lookup", url, insecure=False)
 
 

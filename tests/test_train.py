@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tolhouse.errors import InvalidArgument, Mismatch, NotFound
+from tolhouse.errors import InvalidArgumentError, MismatchError, NotFoundError
 from tolhouse.files import locked
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
 from tolhouse.model.losses import evaluate
@@ -75,26 +75,26 @@ def test_a_seed_fixes_the_checkpoint(small: Recipe, text: Path, tmp_path: Path) 
 def test_a_run_goes_on_where_it_was_saved(small: Recipe, text: Path, tmp_path: Path) -> None:
     """A run that is interrupted after a save ends in the bytes of one that was not."""
 
-    class Interrupted(Exception):
+    class InterruptedRunError(Exception):
         pass
 
     class Interrupting(Trainer):
         def batch(self, ids: np.ndarray, *seed: int) -> tuple[torch.Tensor, torch.Tensor]:
             if ids is self.train_ids and seed[-1] == 9:  # a step after the second save
-                raise Interrupted
+                raise InterruptedRunError
             return super().batch(ids, *seed)
 
     out = tmp_path / "resumed"
     out.mkdir()
     torch.set_num_threads(1)
     ids = corpus.prepare(text, out, small.config.vocab_size, small.sequence_tokens)
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         Interrupting(small, *ids, out).run()
     assert not (out / WEIGHTS).exists()
     assert train(small, text, tmp_path / "whole") == train(small, text, out)
     whole, resumed = ((tmp_path / name / "loss.csv").read_text() for name in ("whole", "resumed"))
     assert whole == resumed
-    with pytest.raises(Mismatch, match="differs in seed"):
+    with pytest.raises(MismatchError, match="differs in seed"):
         train(small, text, out, seed=3)
 
 
@@ -171,7 +171,7 @@ def test_every_recipe_has_every_kind(name: str) -> None:
     """A recipe describes a run of each kind, and says what it is."""
     for kind, beta in (("base", 0), ("memory", 0), ("flex", 1), ("flex", 3), ("wide", 0)):
         assert kind == recipe(name, kind, beta).config.kind
-    with pytest.raises(InvalidArgument, match="one of tiny, small"):
+    with pytest.raises(InvalidArgumentError, match="one of tiny, small"):
         recipe("huge", "base", 0)
 
 
@@ -191,11 +191,11 @@ def test_a_corpus_is_divided_by_name_and_text_round_trips(text: Path, tmp_path: 
 
 def test_a_corpus_that_can_not_train_is_refused(tmp_path: Path) -> None:
     """Nothing there, or too little of it."""
-    with pytest.raises(NotFound, match="no corpus at"):
+    with pytest.raises(NotFoundError, match="no corpus at"):
         corpus.prepare(tmp_path / "nothing", tmp_path, 512, 32)
     (tmp_path / "short.txt").write_text("import os")
-    with pytest.raises(InvalidArgument, match="too small"):
+    with pytest.raises(InvalidArgumentError, match="too small"):
         corpus.prepare(tmp_path / "short.txt", tmp_path, 512, 32)
     (tmp_path / "empty").mkdir()
-    with pytest.raises((InvalidArgument, NotFound)):
+    with pytest.raises((InvalidArgumentError, NotFoundError)):
         corpus.prepare(tmp_path / "empty", tmp_path, 512, 32)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tolhouse.errors import Mismatch, TolhouseError
+from tolhouse.errors import MismatchError, TolhouseError
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
 from tolhouse.model.losses import evaluate
 from tolhouse.model.transformer import Transformer
@@ -101,11 +101,11 @@ def test_a_finished_run_is_not_trained_any_further(out: Path) -> None:
     ],
 )
 def test_a_run_of_other_settings_is_not_continued(other: dict, message: str, out: Path) -> None:
-    """Another recipe, seed or text is a Mismatch that says which; the state stays."""
+    """Another recipe, seed or text is a MismatchError that says which; the state stays."""
     settings = {"recipe": small(), "train_ids": IDS, "valid_ids": IDS, "out": out}
     Trainer(**settings).run()
     before = (out / STATE).read_bytes()
-    with pytest.raises(Mismatch, match=f"differs in .*{message}"):
+    with pytest.raises(MismatchError, match=f"differs in .*{message}"):
         Trainer(**{**settings, **other}).run()
     assert before == (out / STATE).read_bytes()
 

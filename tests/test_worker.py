@@ -153,7 +153,7 @@ def test_a_full_queue_is_told_and_the_queued_are_served(worker: Client) -> None:
     def attempt(_: int) -> int | str:
         try:
             return len(list(worker.generate(PROMPT, 200, ignore_eos=True)))
-        except errors.Overloaded as error:
+        except errors.OverloadedError as error:
             return str(error)
 
     with ThreadPoolExecutor(30) as pool:
@@ -246,7 +246,7 @@ def lookup(table: tuple[str, str]) -> Iterator[Process]:
 def test_a_lost_lookup_service_fails_who_needs_it_and_comes_back(
     checkpoint: Path, table: tuple[str, str]
 ) -> None:
-    """Sequences that miss a row end as Unavailable, others go on, and the worker recovers."""
+    """Sequences that miss a row end as UnavailableError, others go on, and the worker recovers."""
     address = f"127.0.0.1:{free_port()}"
     with ExitStack() as stack:
         lookup = stack.enter_context(process("lookup", "--store", table[0], "--listen", address))
@@ -256,7 +256,7 @@ def test_a_lost_lookup_service_fails_who_needs_it_and_comes_back(
         expected = list(client.generate(PROMPT, 20, ignore_eos=True))
         lookup.popen.send_signal(signal.SIGKILL)
         lookup.popen.wait()
-        with pytest.raises(errors.Unavailable, match="can't be read now: try again") as failed:
+        with pytest.raises(errors.UnavailableError, match="can't be read now: try again") as failed:
             list(client.generate([250, 251, 252], 20))
         assert address not in str(failed.value)  # callers can do nothing with it
         assert address in worker.log.read_text()
@@ -273,7 +273,7 @@ def test_a_stopped_lookup_service_costs_no_more_than_the_deadline(
     options = ("--rows", lookup.address, "--fetch-timeout-seconds", "1", *LOCAL)
     with process("worker", str(checkpoint), *options) as worker, Client(worker.address) as client:
         lookup.popen.send_signal(signal.SIGSTOP)
-        with pytest.raises(errors.DeadlineExceeded, match="can't be read now"):
+        with pytest.raises(errors.DeadlineExceededError, match="can't be read now"):
             list(client.generate(PROMPT, 20, timeout_seconds=60))
         lookup.popen.send_signal(signal.SIGCONT)
         assert 20 == len(list(client.generate(PROMPT, 20, ignore_eos=True)))
@@ -343,7 +343,7 @@ def test_a_corrupt_row_fails_only_who_asks_for_it(checkpoint: Path, redis_url: s
         def attempt(prompt: list[int]) -> int | str:
             try:
                 return len(list(client.generate(prompt, 1)))
-            except errors.Corrupt as error:
+            except errors.CorruptError as error:
                 return str(error)
 
         with ThreadPoolExecutor(9) as pool:
@@ -354,7 +354,7 @@ def test_a_corrupt_row_fails_only_who_asks_for_it(checkpoint: Path, redis_url: s
 
 
 def test_a_table_that_vanishes_is_not_the_caller_s_fault(checkpoint: Path) -> None:
-    """Without the table, sequences end as Unavailable; once it is loaded again, they work."""
+    """Without the table, sequences end as UnavailableError; once it is loaded again, they work."""
     address = f"127.0.0.1:{free_port()}"
     with redis_server() as url, ExitStack() as stack:
         ref = build_table(checkpoint, url, shards=4)
@@ -370,7 +370,7 @@ def test_a_table_that_vanishes_is_not_the_caller_s_fault(checkpoint: Path) -> No
         stack.enter_context(process("lookup", "--store", url, "--listen", address))
 
         def is_refused() -> bool:  # the worker may have to notice the new service first
-            with pytest.raises(errors.Unavailable):
+            with pytest.raises(errors.UnavailableError):
                 list(client.generate(PROMPT, 10))
             return f"table {ref} is not in" in worker.log.read_text()
 
@@ -416,7 +416,7 @@ def test_a_source_that_hangs_at_start_is_waited_for(checkpoint: Path) -> None:
         source = StoreRowSource(node.url, lambda: open_store(node.url, 0.1))
         try:
             waiting = background.submit(wait_for_table, source, "late", 60)
-            with pytest.raises(errors.DeadlineExceeded):
+            with pytest.raises(errors.DeadlineExceededError):
                 wait_for_table(source, "late", 0)
             node.popen.send_signal(signal.SIGCONT)
             assert ref == waiting.result(60).ref

@@ -7,7 +7,7 @@ from typing import Any
 
 from trustme import CA
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.files import replace_file
 
 _PUBLIC = 0o644
@@ -35,7 +35,7 @@ def issue(
     try:
         leaf = authority.issue_cert(*hosts, **more)
     except ValueError as error:
-        raise InvalidArgument(f"no certificate can be for these hosts: {error}") from None
+        raise InvalidArgumentError(f"no certificate can be for these hosts: {error}") from None
     certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
     replace_file(key, leaf.private_key_pem.bytes())
     replace_file(certificate, leaf.cert_chain_pems[0].bytes(), _PUBLIC)

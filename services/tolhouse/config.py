@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.net.auth import ClientCredentials, ServerCredentials
 
 PREFIX = "TOLHOUSE_"
@@ -81,9 +81,9 @@ class Server(Config):
         return self
 
     def server_credentials(self) -> ServerCredentials:
-        """What listeners demand; InvalidArgument where the parts do not go together."""
+        """What listeners demand; InvalidArgumentError where the parts do not go together."""
         if self.tls_client_ca and not self.tls_cert:
-            raise InvalidArgument("--tls-client-ca needs --tls-cert and --tls-key")
+            raise InvalidArgumentError("--tls-client-ca needs --tls-cert and --tls-key")
         tls = self.tls_cert, self.tls_key, self.tls_client_ca
         return ServerCredentials(*tls, self.token_file, self.insecure)
 
@@ -299,13 +299,16 @@ def arguments(settings: Config) -> list[str]:
 
 
 def load(config: type[ConfigT], given: dict[str, Any]) -> ConfigT:
-    """`given` over the environment over the defaults; InvalidArgument for bad values or names."""
+    """`given` over the environment over the defaults; InvalidArgumentError for bad values or
+    names."""
     known = variables()
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else "`tolhouse COMMAND --help` lists them"
-            raise InvalidArgument(f"environment variable {name} is not one of Tolhouse's; {hint}")
+            raise InvalidArgumentError(
+                f"environment variable {name} is not one of Tolhouse's; {hint}"
+            )
     values = {}
     for field in config.model_fields:
         found = [given[name] for name in names(config, field) if name in given]
@@ -318,7 +321,9 @@ def load(config: type[ConfigT], given: dict[str, Any]) -> ConfigT:
         first = error.errors()[0]
         field = str(first["loc"][0])
         name = f"{flag(field)} ({variable(config, field)})"
-        raise InvalidArgument(f"{name}: {first['msg']}; {first['input']!r} was given") from None
+        raise InvalidArgumentError(
+            f"{name}: {first['msg']}; {first['input']!r} was given"
+        ) from None
 
 
 def commit() -> str:

@@ -14,7 +14,7 @@ import click
 
 from tolhouse.client.client import Client
 from tolhouse.config import DEFAULT_STORE
-from tolhouse.errors import Internal, Unavailable
+from tolhouse.errors import InternalError, UnavailableError
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.testing import Cluster, local_cluster, open_url
@@ -82,7 +82,7 @@ def serve(checkpoint_path: Path, listen: str) -> None:
         )
         while all(p.popen.poll() is None for p in cluster.processes):
             time.sleep(0.2)
-        raise Unavailable("a process ended by itself; its log is above")
+        raise UnavailableError("a process ended by itself; its log is above")
 
 
 def running(
@@ -96,7 +96,7 @@ def running(
     command = [sys.executable, "-m", "tolhouse.cli", "build", str(checkpoint.path), *options]
     built = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if built.returncode:
-        raise Unavailable("the build failed; its message is above")
+        raise UnavailableError("the build failed; its message is above")
     table = built.stdout.strip()
     click.echo(f"· {table} is built and verified; starting lookup, worker and gateway", err=True)
     worker = _WORKER if follow else ("--table", table, *_WORKER)
@@ -120,11 +120,11 @@ def _complete(cluster: Cluster, model: str, prompt: str, max_tokens: int) -> str
                 if event and event != b"[DONE]":
                     message = json.loads(event)
                     if "error" in message:
-                        raise Internal(message["error"]["message"])
+                        raise InternalError(message["error"]["message"])
                     texts.append(message["choices"][0]["text"])
                     click.echo(texts[-1], nl=False)
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")
-        raise Internal(f"the gateway answered {error.code}: {said}") from None
+        raise InternalError(f"the gateway answered {error.code}: {said}") from None
     click.echo()
     return "".join(texts)

@@ -1,82 +1,130 @@
-"""Every error Tolhouse raises, with its gRPC and HTTP status; a message says what is allowed."""
+"""Every error that Tolhouse raises, with its gRPC status and its HTTP status.
+
+    TolhouseError
+    ├── InvalidArgumentError (ValueError)
+    │   ├── IdOutOfRangeError
+    │   └── PromptTooLongError
+    ├── NotFoundError (LookupError)
+    ├── MismatchError
+    ├── InUseError
+    ├── UnauthenticatedError
+    ├── OverloadedError
+    ├── CorruptError
+    ├── UnsupportedError
+    ├── UnavailableError (ConnectionError)
+    ├── DeadlineExceededError (TimeoutError)
+    ├── RequestCancelledError
+    └── InternalError
+
+A message says what was wrong and what is allowed.
+"""
 
 from collections.abc import Iterable
 
 
 class TolhouseError(Exception):
-    """Base of all errors that Tolhouse raises on purpose."""
+    """The base class of all errors that Tolhouse raises on purpose."""
 
     grpc_status, http_status = "INTERNAL", 500
 
 
-class InvalidArgument(TolhouseError):  # the caller sent something that can't be right
+class InvalidArgumentError(TolhouseError, ValueError):
+    """An argument, an option, a parameter or a file has a value that is not allowed."""
+
     grpc_status, http_status = "INVALID_ARGUMENT", 400
 
 
-class IdOutOfRange(InvalidArgument):  # a token id is at or above the vocabulary's size
+class IdOutOfRangeError(InvalidArgumentError):
+    """A token id is not below the size of the vocabulary."""
+
     grpc_status = "OUT_OF_RANGE"
 
 
-class PromptTooLong(InvalidArgument):  # prompt and answer do not fit the context
+class PromptTooLongError(InvalidArgumentError):
+    """The prompt and `max_tokens` together exceed the context of the model."""
+
     grpc_status = "OUT_OF_RANGE"
 
 
-class NotFound(TolhouseError):  # there is no such table, version, file or model
+class NotFoundError(TolhouseError, LookupError):
+    """No table, version, file or model has the given name."""
+
     grpc_status, http_status = "NOT_FOUND", 404
 
 
-class Mismatch(TolhouseError):  # parts that do not belong together, such as table and model
+class MismatchError(TolhouseError):
+    """Two parts do not belong together, such as a table and a model."""
+
     grpc_status, http_status = "FAILED_PRECONDITION", 409
 
 
-class InUse(TolhouseError):  # a port, a version or a folder is in use
+class InUseError(TolhouseError):
+    """A port, a version or a folder is in use."""
+
     grpc_status, http_status = "ABORTED", 409
 
 
-class Unauthenticated(TolhouseError):  # an API key or a token is missing or wrong
+class UnauthenticatedError(TolhouseError):
+    """An API key, a token or a password is missing or wrong."""
+
     grpc_status, http_status = "UNAUTHENTICATED", 401
 
 
-class Overloaded(TolhouseError):  # a queue or a memory budget is full: try later
+class OverloadedError(TolhouseError):
+    """A queue or a memory budget is full. The same call may succeed later."""
+
     grpc_status, http_status = "RESOURCE_EXHAUSTED", 429
 
 
-class Corrupt(TolhouseError):  # bytes are missing, or fail their checksum
+class CorruptError(TolhouseError):
+    """Stored bytes are missing or fail their checksum.
+
+    `token_ids` are the tokens whose rows could not be read, while all other rows could. It is empty
+    if they are not known.
+    """
+
     grpc_status, http_status = "DATA_LOSS", 500
 
     def __init__(self, message: str = "", token_ids: Iterable[int] = ()) -> None:
-        """`token_ids`: whose rows could not be read, where all others could; empty: not known."""
         super().__init__(message)
         self.token_ids = tuple(token_ids)
 
 
-class Unsupported(TolhouseError):  # the peer does not serve this call
+class UnsupportedError(TolhouseError):
+    """The service does not support the call or one of its parameters."""
+
     grpc_status, http_status = "UNIMPLEMENTED", 501
 
 
-class Unavailable(TolhouseError):  # a peer can't be reached: try again
+class UnavailableError(TolhouseError, ConnectionError):
+    """A service or a store cannot be reached. The same call may succeed later."""
+
     grpc_status, http_status = "UNAVAILABLE", 503
 
 
-class DeadlineExceeded(TolhouseError):  # a peer did not answer in time
+class DeadlineExceededError(TolhouseError, TimeoutError):
+    """A service or a store did not answer in time."""
+
     grpc_status, http_status = "DEADLINE_EXCEEDED", 504
 
 
-class Cancelled(TolhouseError):  # the caller went away
+class RequestCancelledError(TolhouseError):
+    """The caller cancelled the request or closed its connection."""
+
     grpc_status, http_status = "CANCELLED", 499
 
 
-class Internal(TolhouseError):
-    """A defect of ours."""
+class InternalError(TolhouseError):
+    """A defect in Tolhouse."""
 
 
 _BY_STATUS = {error.grpc_status: error for error in TolhouseError.__subclasses__()} | {
-    "OUT_OF_RANGE": IdOutOfRange,
-    "PERMISSION_DENIED": Unauthenticated,
-    "ALREADY_EXISTS": InUse,
+    "OUT_OF_RANGE": IdOutOfRangeError,
+    "PERMISSION_DENIED": UnauthenticatedError,
+    "ALREADY_EXISTS": InUseError,
 }
 
 
 def from_status(status: str, message: str) -> TolhouseError:
-    """The error of a gRPC status by name; `Internal` for one that is unknown here."""
-    return _BY_STATUS.get(status, Internal)(message)
+    """The error for the name of a gRPC status; `InternalError` if the status has none."""
+    return _BY_STATUS.get(status, InternalError)(message)

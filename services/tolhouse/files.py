@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from tolhouse.errors import InUse, InvalidArgument
+from tolhouse.errors import InUseError, InvalidArgumentError
 from tolhouse.logs import event
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class ReloadingFiles(Generic[T]):
                 try:
                     self._value = self._read()
                     event("files read again", files=", ".join(self.paths))
-                except (OSError, InvalidArgument) as error:
+                except (OSError, InvalidArgumentError) as error:
                     news = "files changed and can't be used: the contents before stay in use"
                     event(news, logging.ERROR, reason=str(error))
                 self._seen = versions
@@ -57,7 +57,7 @@ class ReloadingFiles(Generic[T]):
 
 @contextmanager
 def locked(path: Path, seconds: float = 30.0) -> Iterator[None]:
-    """Hold the lock of a folder, or of a file, which is made; InUse if it is not free in time.
+    """Hold the lock of a folder, or of a file, which is made; InUseError if it is not free in time.
 
     The lock ends with the process. Network file systems lock files alone.
     """
@@ -71,7 +71,7 @@ def locked(path: Path, seconds: float = 30.0) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     what = f"another process has the lock of {path}"
-                    raise InUse(f"{what}: try again once it is done") from None
+                    raise InUseError(f"{what}: try again once it is done") from None
             time.sleep(0.01)
         yield
     finally:
@@ -79,11 +79,13 @@ def locked(path: Path, seconds: float = 30.0) -> Iterator[None]:
 
 
 def read_file(path: str, what: str) -> bytes:
-    """The bytes of `path`; an InvalidArgument says what the file is for."""
+    """The bytes of `path`; an InvalidArgumentError says what the file is for."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise InvalidArgument(f"{what} {path} can't be read: {error.strerror or error}") from None
+        raise InvalidArgumentError(
+            f"{what} {path} can't be read: {error.strerror or error}"
+        ) from None
 
 
 def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -109,4 +111,4 @@ def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
     except BrokenPipeError:
         raise  # the reader has had enough
     except OSError as error:  # its own text names the fresh file
-        raise InvalidArgument(f"{path} can't be written: {error.strerror or error}") from None
+        raise InvalidArgumentError(f"{path} can't be written: {error.strerror or error}") from None

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 
 log = logging.getLogger("tolhouse")
 
@@ -66,11 +66,11 @@ def ready(service: str, address: str, **fields: object) -> None:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """("host", port) of "host:port"; InvalidArgument for anything else."""
+    """("host", port) of "host:port"; InvalidArgumentError for anything else."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         example = "127.0.0.1:50051; port 0 stands for any free one"
-        raise InvalidArgument(f"address {address!r} is not HOST:PORT, such as {example}")
+        raise InvalidArgumentError(f"address {address!r} is not HOST:PORT, such as {example}")
     return host.strip("[]"), int(port)
 
 

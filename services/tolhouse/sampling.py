@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from tolhouse.errors import InvalidArgument, PromptTooLong, Unsupported
+from tolhouse.errors import InvalidArgumentError, PromptTooLongError, UnsupportedError
 from tolhouse.v1.generation_pb2 import GenerateRequest
 
 T = TypeVar("T")
@@ -73,7 +73,8 @@ class SamplingOptions(BaseModel):
 
 
 class SamplingParams(SamplingOptions):
-    """How the tokens of one answer are chosen and when it ends; InvalidArgument for a bad value."""
+    """How the tokens of one answer are chosen and when it ends; InvalidArgumentError for a bad
+    value."""
 
     max_tokens: MaxTokens = 16  # 0 is allowed with prompt_logprobs
     logprobs: Logprobs | None = _option(None, "Log probabilities, also of so many likeliest.")
@@ -85,17 +86,17 @@ class SamplingParams(SamplingOptions):
         except ValidationError as error:
             first = error.errors()[0]
             name, given = ".".join(map(str, first["loc"])), f"{first['input']!r:.100}"
-            raise InvalidArgument(f"{name}: {first['msg']}; {given} was given") from None
+            raise InvalidArgumentError(f"{name}: {first['msg']}; {given} was given") from None
         if not max_tokens and self.prompt_logprobs is None:
-            raise InvalidArgument("max_tokens must be at least 1, not 0")
+            raise InvalidArgumentError("max_tokens must be at least 1, not 0")
         if self.min_tokens > max_tokens:
-            raise InvalidArgument(f"min_tokens must be at most max_tokens={max_tokens}")
+            raise InvalidArgumentError(f"min_tokens must be at most max_tokens={max_tokens}")
 
     def to_proto(self, ids: Iterable[int], request_id: str = "") -> GenerateRequest:
         try:
             return GenerateRequest(**dict(self), request_id=request_id, prompt_token_ids=ids)
         except (ValueError, TypeError, OverflowError) as error:
-            raise InvalidArgument(f"the prompt is not a list of token ids: {error}") from None
+            raise InvalidArgumentError(f"the prompt is not a list of token ids: {error}") from None
 
     @classmethod
     def from_proto(cls, request: GenerateRequest) -> Self:
@@ -118,7 +119,8 @@ _UNSTATED = {*FEATURES} - {"layer_scales"}  # what workers heeded before they st
 
 
 def check_features(request: GenerateRequest, stated: Iterable[str], worker: str) -> None:
-    """Unsupported if the request has parameters, other than at their defaults, that are not heeded.
+    """UnsupportedError if the request has parameters, other than at their defaults, that are not
+    heeded.
 
     stated: the features in the worker's description.
     """
@@ -127,7 +129,7 @@ def check_features(request: GenerateRequest, stated: Iterable[str], worker: str)
     lacking = [n for n, v in given.items() if n not in heeded and v != fields[n].default]
     if lacking:
         what = f"{worker} is of an earlier release and does not heed {', '.join(lacking)}"
-        raise Unsupported(f"{what}: leave it out, or upgrade the worker")
+        raise UnsupportedError(f"{what}: leave it out, or upgrade the worker")
 
 
 def check_prompt(
@@ -136,11 +138,13 @@ def check_prompt(
     """The prompt as a list, if it is not empty, fits the context, and is of this vocabulary."""
     ids = list(prompt_ids)
     if not ids:
-        raise InvalidArgument("the prompt is empty; at least one token is needed")
+        raise InvalidArgumentError("the prompt is empty; at least one token is needed")
     if len(ids) + max_tokens > context_tokens:
         asked = f"{len(ids)} prompt tokens and max_tokens {max_tokens}"
         context = f"the context of {context_tokens} tokens"
-        raise PromptTooLong(f"{asked} exceed {context}: shorten the prompt or lower max_tokens")
+        raise PromptTooLongError(
+            f"{asked} exceed {context}: shorten the prompt or lower max_tokens"
+        )
     return check_ids(ids, vocab_size)
 
 
@@ -148,5 +152,5 @@ def check_ids(ids: list[int], vocab_size: int) -> list[int]:
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         bad = next(i for i in ids if not 0 <= i < vocab_size)
         allowed = f"allowed are 0 to {vocab_size - 1}"
-        raise InvalidArgument(f"token id {bad} is outside the vocabulary: {allowed}")
+        raise InvalidArgumentError(f"token id {bad} is outside the vocabulary: {allowed}")
     return ids

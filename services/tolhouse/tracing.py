@@ -15,7 +15,7 @@ from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import Attributes
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.logs import is_loopback, log, redirect_log
 
 HEADER = "traceparent"
@@ -34,17 +34,19 @@ def start_tracing(service: str, url: str, *, insecure: bool) -> None:
     port = parts.netloc.rpartition(":")[2]
     if parts.scheme not in ("http", "https") or not port.isdecimal() or parts.path.strip("/"):
         expected = "http://HOST:PORT or https://HOST:PORT of an OTLP collector's gRPC port"
-        raise InvalidArgument(f"--traces {url!r} is not {expected}, often 4317")
+        raise InvalidArgumentError(f"--traces {url!r} is not {expected}, often 4317")
     if parts.scheme == "http" and not insecure and not is_loopback(parts.netloc):
         advice = "use https://, or --insecure where the network is trusted"
-        raise InvalidArgument(f"--traces {url} would send traces in plaintext: {advice}")
+        raise InvalidArgumentError(f"--traces {url} would send traces in plaintext: {advice}")
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:
-        raise InvalidArgument("--traces needs its SDK: pip install 'tolhouse[traces]'") from None
+        raise InvalidArgumentError(
+            "--traces needs its SDK: pip install 'tolhouse[traces]'"
+        ) from None
     redirect_log("opentelemetry", logging.WARNING)
     log.addFilter(_add_trace_id)
     provider = TracerProvider(resource=Resource.create({"service.name": f"tolhouse-{service}"}))

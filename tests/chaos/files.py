@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from safetensors.torch import load_file, save_file
-from tolhouse.errors import InUse, TolhouseError
+from tolhouse.errors import InUseError, TolhouseError
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import delete, stands_for
 
@@ -102,7 +102,7 @@ def clock_jump(url: str, refs: list[str], found: list[str]) -> Iterator[None]:
             jump(seconds)
             try:
                 delete(store, used)
-            except InUse:
+            except InUseError:
                 continue
             found.append("a version in use was deleted")
             build_versions(url)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from tolhouse.errors import InvalidArgument, NotFound
+from tolhouse.errors import InvalidArgumentError, NotFoundError
 from tolhouse.store.base import Store
 from tolhouse.table.manifest import Manifest
 
@@ -22,27 +22,29 @@ def token_id(word: str, tokenizer: Tokenizer | None) -> int:
     if word.isascii() and word.isdecimal():
         return min(int(word[:20]), 2**63 - 1)
     if tokenizer is None:
-        raise InvalidArgument(f"token {word!r} is not an id: give --checkpoint, for its tokenizer")
+        raise InvalidArgumentError(
+            f"token {word!r} is not an id: give --checkpoint, for its tokenizer"
+        )
     text = word[1:-1] if len(word) > 2 and word[0] == word[-1] and word[0] in "'\"" else word
     try:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
     except TypeError:  # bytes of the command line
-        raise InvalidArgument(f"token {text!a} is not UTF-8: give its id") from None
+        raise InvalidArgumentError(f"token {text!a} is not UTF-8: give its id") from None
     if len(ids) != 1:
         words = ((tokenizer.decode([i], skip_special_tokens=False), i) for i in ids[:8])
         parts = ", ".join(f"{word!r} ({i})" for word, i in words)
-        raise InvalidArgument(f"{text!r} is not one token but {len(ids)}: {parts}")
+        raise InvalidArgumentError(f"{text!r} is not one token but {len(ids)}: {parts}")
     return ids[0]
 
 
 def copy_of(edit: str, tokenizer: Tokenizer | None) -> tuple[int, int]:
     """The ids in TOKEN=OTHER, divided by the last `=` that has a token on both sides."""
-    errors = [InvalidArgument(f"--copy {edit!r} is not TOKEN=OTHER")]
+    errors = [InvalidArgumentError(f"--copy {edit!r} is not TOKEN=OTHER")]
     for at in range(len(edit) - 2, 0, -1):
         if edit[at] == "=":
             try:
                 return token_id(edit[:at], tokenizer), token_id(edit[at + 1 :], tokenizer)
-            except InvalidArgument as error:
+            except InvalidArgumentError as error:
                 errors.append(error)
     raise errors[min(1, len(errors) - 1)]
 
@@ -51,11 +53,13 @@ def scale_of(edit: str, tokenizer: Tokenizer | None) -> tuple[int, float]:
     """The id and the number in TOKEN=FACTOR; a number has no `=`, so the last one divides them."""
     token, _, value = edit.rpartition("=")
     if not token or not value:
-        raise InvalidArgument(f"--scale {edit!r} is not TOKEN=FACTOR")
+        raise InvalidArgumentError(f"--scale {edit!r} is not TOKEN=FACTOR")
+    factor = math.nan
     with suppress(ValueError):
-        if math.isfinite(factor := float(value)):
-            return token_id(token, tokenizer), factor
-    raise InvalidArgument(f"{value!r} is not a number to scale a row by")
+        factor = float(value)
+    if math.isfinite(factor):
+        return token_id(token, tokenizer), factor
+    raise InvalidArgumentError(f"{value!r} is not a number to scale a row by")
 
 
 def read_rows(file: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -64,15 +68,17 @@ def read_rows(file: Path) -> tuple[np.ndarray, np.ndarray]:
         with np.load(file, allow_pickle=False) as archive:
             ids, rows = archive["ids"], archive["rows"]
     except FileNotFoundError:
-        raise NotFound(f"no file {file}") from None
+        raise NotFoundError(f"no file {file}") from None
     except _BAD_ARCHIVE as error:
         arrays = "arrays `ids` and `rows`"
-        raise InvalidArgument(f"{file} is not an .npz archive with {arrays}: {error}") from None
+        raise InvalidArgumentError(
+            f"{file} is not an .npz archive with {arrays}: {error}"
+        ) from None
     kinds = ids.dtype.kind in "iu" and rows.dtype.kind == "f"
     if not kinds or (ids.ndim, rows.ndim) != (1, 3) or len(rows) != len(ids):
         arrays = f"{ids.dtype} {list(ids.shape)} and {rows.dtype} {list(rows.shape)}"
         rule = "ids must be a flat list of whole numbers and rows floats [ids, layers, width]"
-        raise InvalidArgument(f"{file}: {rule}, not {arrays}")
+        raise InvalidArgumentError(f"{file}: {rule}, not {arrays}")
     return ids.astype(np.int64), _finite(rows)
 
 
@@ -97,14 +103,16 @@ def edited_rows(
         rows = _finite(rows)
         if given and given[1].shape[1:] != rows.shape[1:]:
             new, old = (list(array.shape[1:]) for array in (given[1], rows))
-            raise InvalidArgument(f"the given rows are of {new}; those of {manifest.ref} of {old}")
+            raise InvalidArgumentError(
+                f"the given rows are of {new}; those of {manifest.ref} of {old}"
+            )
         parts = [(targets.astype(np.int64), rows), *parts]
     return np.concatenate([ids for ids, _ in parts]), np.concatenate([rows for _, rows in parts])
 
 
 def _finite(rows: np.ndarray) -> np.ndarray:
-    """As float32; InvalidArgument where a value is not finite in it."""
+    """As float32; InvalidArgumentError where a value is not finite in it."""
     if not (np.abs(rows) <= np.finfo(np.float32).max).all():
         message = "the edited rows hold values that are not finite in 32 bits: give smaller ones"
-        raise InvalidArgument(message)
+        raise InvalidArgumentError(message)
     return rows.astype(np.float32)

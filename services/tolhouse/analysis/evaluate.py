@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tolhouse.client.client import Client
-from tolhouse.errors import InvalidArgument, Mismatch
+from tolhouse.errors import InvalidArgumentError, MismatchError
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.losses import RowsOf
 from tolhouse.net.auth import ClientCredentials
@@ -26,7 +26,7 @@ def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -
     standard library is in the pieces of training, each with an end.
     """
     if most_tokens == 1:
-        raise InvalidArgument("the most tokens must be at least 2, or 0 for all")
+        raise InvalidArgumentError("the most tokens must be at least 2, or 0 for all")
     tokenizer = checkpoint.tokenizer()
     end = tokenizer.token_to_id(END_OF_TEXT)
     ends = [] if end is None else [end]
@@ -35,7 +35,7 @@ def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -
         if not texts:
             folder = "holds no text that is UTF-8"
             wrong = folder if path.is_dir() else "is not UTF-8, or can't be read"
-            raise InvalidArgument(f"{path} {wrong}: give a text file or a folder of them")
+            raise InvalidArgumentError(f"{path} {wrong}: give a text file or a folder of them")
     else:
         texts = [text for name, text in documents(standard_library()) if is_held_out(name)]
     encodings = tokenizer.encode_batch([*filter(None, texts)])
@@ -43,7 +43,7 @@ def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -
     ids = ids[: len(ids) - bool(path and ends)][: most_tokens or None]
     if len(ids) < 2:
         count = f"{len(ids)} token{'s' * (len(ids) != 1)}"
-        raise InvalidArgument(f"{path or 'the text'} gives {count}; at least 2 are needed")
+        raise InvalidArgumentError(f"{path or 'the text'} gives {count}; at least 2 are needed")
     return np.array(ids, np.int64)
 
 
@@ -60,12 +60,12 @@ def table_rows(
         fetched = client.fetch(manifest, np.arange(manifest.vocab_size))
     if manifest.model_id != model_id:
         built = f"table {manifest.ref} was built from model {manifest.model_id[:12]}"
-        raise Mismatch(f"{built}, but checkpoint {checkpoint.name} is {model_id[:12]}")
+        raise MismatchError(f"{built}, but checkpoint {checkpoint.name} is {model_id[:12]}")
     blocks = manifest.model_blocks(config.num_rows)
     sizes = (config.vocab_size, config.hidden_size)
     if sizes != (manifest.vocab_size, manifest.width) or not set(manifest.blocks) <= set(blocks):
         lack = f"does not hold a row for each token of {checkpoint.name}"
-        raise Mismatch(f"table {manifest.ref} {lack}: is it a part of a compressed one?")
+        raise MismatchError(f"table {manifest.ref} {lack}: is it a part of a compressed one?")
     rows = np.zeros((config.vocab_size, len(blocks), config.hidden_size), np.float32)
     rows[:, [blocks.index(block) for block in manifest.blocks]] = fetched
     return rows
@@ -84,7 +84,9 @@ def probed(
     SamplingParams(row_scale=row_scale)  # has the same bounds
     if bad := [layer for layer in absent_layers if not 0 <= layer < count]:
         layers = f"0 to {count - 1}" if count > 1 else "one row for all layers"
-        raise InvalidArgument(f"there is no layer {bad[0]} to leave out: this model has {layers}")
+        raise InvalidArgumentError(
+            f"there is no layer {bad[0]} to leave out: this model has {layers}"
+        )
     scale = torch.full((x0 + count, 1, 1), float(row_scale))
     scale[:x0] = 1
     scale[[x0 + layer for layer in absent_layers]] = 0

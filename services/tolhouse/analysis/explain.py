@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tolhouse.analysis.evaluate import probed
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.losses import RowsOf
 from tolhouse.model.transformer import ContextFreeFFN, Transformer
@@ -37,9 +37,9 @@ def explain_text(
     try:
         ids = list(dict.fromkeys(tokenizer.encode(text).ids))
     except TypeError:  # bytes of the command line that are not UTF-8
-        raise InvalidArgument(f"the text {text[:80]!a} is not UTF-8") from None
+        raise InvalidArgumentError(f"the text {text[:80]!a} is not UTF-8") from None
     if not ids:
-        raise InvalidArgument("the text is empty; at least one token is needed")
+        raise InvalidArgumentError("the text is empty; at least one token is needed")
     ids_T = torch.tensor(ids)
     rows_of = model.rows if rows is None else probed(rows[:, -config.num_rows :])
     norms_TN = rows_of(ids_T).norm(dim=-1).T

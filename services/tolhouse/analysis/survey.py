@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from tolhouse.analysis.evaluate import probed, read_text
 from tolhouse.analysis.explain import coefficients
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.losses import evaluate
 from tolhouse.sources.memoryllm import MemoryLLM
@@ -48,10 +48,10 @@ def survey(
     """
     source, config = MemoryLLM(checkpoint), checkpoint.config
     if probe_tokens == 1:
-        raise InvalidArgument("the probes need at least 2 tokens, or 0 for no probes")
+        raise InvalidArgumentError("the probes need at least 2 tokens, or 0 for no probes")
     if not 1 < clusters <= config.vocab_size:
         allowed = f"from 2 to {config.vocab_size}, the vocabulary"
-        raise InvalidArgument(f"the number of clusters must be {allowed}, not {clusters}")
+        raise InvalidArgumentError(f"the number of clusters must be {allowed}, not {clusters}")
     tokenizer, model = checkpoint.tokenizer(), source.model
     rows = source.rows() if rows is None else rows
     x0 = rows.shape[1] - config.num_rows

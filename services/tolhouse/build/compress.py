@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.store.base import Store
 from tolhouse.store.registry import refuse_another
 from tolhouse.store.writer import write_table
@@ -68,7 +68,7 @@ class Compressed:
         return auxiliary.decode(ids, self.tables[-1][1]).astype(np.float32)
 
     def store(self, store: Store) -> Manifest:
-        """Write all of it; InUse: the version is there with other shards."""
+        """Write all of it; InUseError: the version is there with other shards."""
         refuse_another(store, self.manifest)
         for m, records in self.tables:
             made = write_table([store], m, lambda k, m=m, r=records: r[m.shard_ids(k)])  # type: ignore[misc]
@@ -81,7 +81,8 @@ def bytes_at_16_bit(manifest: Manifest) -> int:
 
 
 def check(planned: Manifest, scheme: Scheme) -> None:
-    """InvalidArgument where the table can't be compressed by `scheme`, whatever its rows are."""
+    """InvalidArgumentError where the table can't be compressed by `scheme`, whatever its rows
+    are."""
     codec(scheme.codec), codec(scheme.frequent_codec)
     rank, ratio, size = scheme.rank, scheme.ratio, planned.vocab_size
     wrong, most = "", min(size // 2, MAX_FREQUENT)
@@ -102,7 +103,7 @@ def check(planned: Manifest, scheme: Scheme) -> None:
         if reached < ratio:
             wrong = f"a ratio of {ratio:g} is out of reach: rank 1 reaches {reached:.2f}"
     if wrong:
-        raise InvalidArgument(wrong)
+        raise InvalidArgumentError(wrong)
 
 
 def compress(

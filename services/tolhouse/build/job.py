@@ -24,12 +24,12 @@ from tqdm import tqdm
 from tolhouse import errors
 from tolhouse.config import ray_token, set_ray_defaults
 from tolhouse.errors import (
-    Corrupt,
-    InvalidArgument,
-    Mismatch,
-    NotFound,
-    Unauthenticated,
-    Unavailable,
+    CorruptError,
+    InvalidArgumentError,
+    MismatchError,
+    NotFoundError,
+    UnauthenticatedError,
+    UnavailableError,
 )
 from tolhouse.logs import event, split_address
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
@@ -47,7 +47,7 @@ _START_TRIES = 3
 _LOOK_SECONDS = 1.0  # between looks for nodes that joined the cluster
 _SAMPLE_CHARS = 4_000_000  # counted, evenly over the documents: a few seconds
 _MOST_SHARDS_A_TASK = 8
-_RETRIED = [Unavailable, errors.DeadlineExceeded]
+_RETRIED = [UnavailableError, errors.DeadlineExceededError]
 
 
 def plan(
@@ -63,7 +63,9 @@ def plan(
     source = MemoryLLM(checkpoint, select_blocks(checkpoint, embedding, absent))
     size = source.vocab_size
     if num_shards > size:
-        raise InvalidArgument(f"{num_shards} shards of {size} rows: at most one shard per token")
+        raise InvalidArgumentError(
+            f"{num_shards} shards of {size} rows: at most one shard per token"
+        )
     return Manifest(
         name=check_name(name or checkpoint.name),
         version=content_id(checkpoint.rows_id(), codec(codec_name).name, source.blocks),
@@ -88,7 +90,7 @@ def count_tokens(tokenizer: Tokenizer, corpus: str, vocab_size: int) -> Counter[
     named = list(documents(path))
     texts = [text for name, text in named if not is_held_out(name)] or [text for _, text in named]
     if not texts:
-        raise InvalidArgument(f"--corpus {path} holds no text (UTF-8)")
+        raise InvalidArgumentError(f"--corpus {path} holds no text (UTF-8)")
     step = max(1, -(-sum(map(len, texts)) // _SAMPLE_CHARS))
     encodings = tokenizer.encode_batch(texts[::step])
     counts = Counter(i for encoding in encodings for i in encoding.ids if i < vocab_size)
@@ -119,11 +121,14 @@ def build_shards(
 
 
 def verify(checkpoint: str, manifest: Manifest, url: str, ids: np.ndarray, timeout: float) -> None:
-    """Corrupt unless the store has a row per token, Mismatch unless `ids` have the model's."""
+    """CorruptError unless the store has a row per token, MismatchError unless `ids` have the
+    model's."""
     store, codec = _store(url, timeout), manifest.codec
     counted = sum(store.count(manifest, shard) for shard in range(manifest.num_shards))
     if counted != manifest.num_records:
-        raise Corrupt(f"{url} holds {counted} of {manifest.num_records} rows of {manifest.ref}")
+        raise CorruptError(
+            f"{url} holds {counted} of {manifest.num_records} rows of {manifest.ref}"
+        )
     stored = store.rows(manifest, ids)
     fresh = source_of(checkpoint, manifest.model_id, manifest.blocks).rows(ids)
     # computed elsewhere, in another order of additions, a row differs in the last bits of float32
@@ -132,7 +137,7 @@ def verify(checkpoint: str, manifest: Manifest, url: str, ids: np.ndarray, timeo
     wrong = np.flatnonzero((np.abs(stored - fresh) > allowed).any(axis=(1, 2)))
     if len(wrong):
         row = f"the row of token {ids[wrong[0]]} of {manifest.ref}"
-        raise Mismatch(f"{url}: {row} is not what the model computes")
+        raise MismatchError(f"{url}: {row} is not what the model computes")
 
 
 _store = lru_cache(maxsize=4)(open_store)
@@ -140,10 +145,11 @@ _store = lru_cache(maxsize=4)(open_store)
 
 @lru_cache(maxsize=1)
 def source_of(checkpoint: str, model_id: str, blocks: tuple[str, ...]) -> MemoryLLM:
-    """The source model of a checkpoint, loaded once per process; Mismatch if it is another now."""
+    """The source model of a checkpoint, loaded once per process; MismatchError if it is another
+    now."""
     opened = open_checkpoint(checkpoint)
     if opened.model_id() != model_id:
-        raise Mismatch(f"checkpoint {checkpoint} is not the one that this build began with")
+        raise MismatchError(f"checkpoint {checkpoint} is not the one that this build began with")
     return MemoryLLM(opened, blocks)
 
 
@@ -157,7 +163,7 @@ def find_whole(stores: Sequence[Store], planned: Manifest) -> Manifest | None:
         refuse_another(store, planned)
         try:
             manifest = store.manifest(planned.ref)
-        except (NotFound, Corrupt):
+        except (NotFoundError, CorruptError):
             return None
         frequent = planned.frequent or manifest.frequent
         wanted = replace(planned, frequent=frequent, shards=manifest.shards, extra=manifest.extra)
@@ -230,7 +236,7 @@ def _get(ray: Any, reference: Any) -> Any:
             raise type(error.cause)(str(error.cause)) from None
         raise
     except ray.exceptions.RayError as error:
-        raise Unavailable(f"the Ray cluster lost a task for good: {error}") from None
+        raise UnavailableError(f"the Ray cluster lost a task for good: {error}") from None
 
 
 @contextmanager
@@ -254,7 +260,8 @@ def _ray(address: str, wait_seconds: float) -> Iterator[Any]:
 
 
 def _check_cluster(address: str) -> None:
-    """Unavailable if nothing answers at HOST:PORT, Unauthenticated if our token is not its own.
+    """UnavailableError if nothing answers at HOST:PORT, UnauthenticatedError if our token is not
+    its own.
 
     Ray would try for half a minute, and then say neither.
     """
@@ -264,7 +271,7 @@ def _check_cluster(address: str) -> None:
     except OSError as error:
         hint = "unset RAY_ADDRESS to build on this machine"
         reason = f"{error.strerror or error}; {hint}"
-        raise Unavailable(f"no Ray cluster at {address}: {reason}") from None
+        raise UnavailableError(f"no Ray cluster at {address}: {reason}") from None
     metadata = [("authorization", f"Bearer {token}")] if (token := ray_token()) else []
     with grpc.insecure_channel(f"{host}:{port}", [("grpc.enable_http_proxy", 0)]) as channel:
         call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
@@ -275,11 +282,14 @@ def _check_cluster(address: str) -> None:
                 return
             wanted = "another token" if token else "a token"
             hint = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-            raise Unauthenticated(f"the Ray cluster at {address} wants {wanted}: {hint}") from None
+            raise UnauthenticatedError(
+                f"the Ray cluster at {address} wants {wanted}: {hint}"
+            ) from None
 
 
 def _start(ray: Any, address: str) -> None:
-    """Connect to a cluster, or start one here; Unavailable, with Ray's reason, if that fails."""
+    """Connect to a cluster, or start one here; UnavailableError, with Ray's reason, if that
+    fails."""
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     local, problem = address == "local", f"no Ray cluster at {address!r}"
     if local:
@@ -292,18 +302,18 @@ def _start(ray: Any, address: str) -> None:
             ray.shutdown()
             reason = f"{problem}: {error}"
             if not tries_left:
-                raise Unavailable(reason) from None
+                raise UnavailableError(reason) from None
             event("trying again", logging.WARNING, reason=reason)
         else:
             return
 
 
 def _wait_for_core(ray: Any, address: str, seconds: float) -> None:
-    """Unavailable if no core of the cluster is free within that time."""
+    """UnavailableError if no core of the cluster is free within that time."""
     deadline = time.monotonic() + seconds
     while ray.available_resources().get("CPU", 0) < 1:
         if time.monotonic() >= deadline:
             cores = f"none of the {ray.cluster_resources().get('CPU', 0):g} cores"
             hint = f"waited {seconds:g} s; --ray-wait-seconds says how long"
-            raise Unavailable(f"{cores} of the Ray cluster at {address} is free ({hint})")
+            raise UnavailableError(f"{cores} of the Ray cluster at {address} is free ({hint})")
         time.sleep(0.2)

@@ -13,7 +13,7 @@ import numpy as np
 from tolhouse import config
 from tolhouse.cli.options import checkpoint_argument, options
 from tolhouse.client.client import Client
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.sampling import SamplingParams
 
 
@@ -71,7 +71,7 @@ def generate(settings: config.GenerateConfig, checkpoint: Path, prompt: str, **m
         tokens = Client(settings.worker, credentials=credentials).generate(ids, count, **given)
     elif given:
         flag = config.flag(next(iter(given)))
-        raise InvalidArgument(f"{flag} needs a --worker: without one, completion is greedy")
+        raise InvalidArgumentError(f"{flag} needs a --worker: without one, completion is greedy")
     else:
         from tolhouse.model.checkpoint import open_checkpoint
         from tolhouse.model.generate import greedy
@@ -121,7 +121,7 @@ def _exact_and_other_rows(checkpoint: Any, settings: config.EvalConfig) -> Any:
         return None
     if not layers:
         lack = f"of kind {kind} has no rows to replace"
-        raise InvalidArgument(f"checkpoint {checkpoint.name} {lack}")
+        raise InvalidArgumentError(f"checkpoint {checkpoint.name} {lack}")
     own = MemoryLLM(checkpoint).rows()
     rows = _table_rows(checkpoint, settings) if settings.table else own
     rows = through(codec, rows) if codec else rows
@@ -194,16 +194,20 @@ def explain(settings: config.ExplainConfig, checkpoint: Path, text: str | None) 
     for file in filter(None, (html, settings.explorer)):
         try:  # before the work; permissions tell too little: nobody can make files in /proc
             if file.is_dir():
-                raise InvalidArgument(f"{file} is a folder: give the name of a file")
+                raise InvalidArgumentError(f"{file} is a folder: give the name of a file")
             if file.is_file() or not file.exists():
                 tempfile.NamedTemporaryFile(dir=file.resolve().parent).close()
         except OSError as error:
-            raise InvalidArgument(f"{file} can't be written: {error.strerror or error}") from None
+            raise InvalidArgumentError(
+                f"{file} can't be written: {error.strerror or error}"
+            ) from None
     if not checkpoint.exists() and "@" in checkpoint.name:
         hint = f"give its checkpoint, and --table {checkpoint}"
-        raise InvalidArgument(f"{checkpoint} is a table, without keys: {hint}")
+        raise InvalidArgumentError(f"{checkpoint} is a table, without keys: {hint}")
     if settings.explorer and settings.table:
-        raise InvalidArgument("--explorer is of the model's own rows and keys, without --table")
+        raise InvalidArgumentError(
+            "--explorer is of the model's own rows and keys, without --table"
+        )
     opened = open_checkpoint(checkpoint)
     if settings.explorer:
         written = io.BytesIO()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import click
 
 from tolhouse import config
-from tolhouse.errors import InvalidArgument, TolhouseError
+from tolhouse.errors import InvalidArgumentError, TolhouseError
 from tolhouse.logs import event, printable, start_logging
 from tolhouse.store.base import require_private
 
@@ -96,10 +96,10 @@ def checkpoint_argument(prefix: str = "") -> Callable:
 
 
 def stores_of(settings: config.StoreConfig | config.LookupConfig) -> tuple[str, ...]:
-    """The URLs in --store; InvalidArgument without one, or for plaintext between machines."""
+    """The URLs in --store; InvalidArgumentError without one, or for plaintext between machines."""
     urls = [url.strip() for url in re.split(r",(?=\s*\w+://)", settings.store) if url.strip()]
     if not urls:
-        raise InvalidArgument(f"no store given: {config.STORES}")
+        raise InvalidArgumentError(f"no store given: {config.STORES}")
     for url in urls:
         require_private(url, insecure=settings.insecure)
     # other processes may run elsewhere: a relative path is made absolute

@@ -11,7 +11,7 @@ import click
 
 from tolhouse import config
 from tolhouse.cli.options import Commands, checkpoint_argument, options, stores_of
-from tolhouse.errors import Corrupt, InvalidArgument, Mismatch, NotFound
+from tolhouse.errors import CorruptError, InvalidArgumentError, MismatchError, NotFoundError
 from tolhouse.logs import event
 from tolhouse.store import registry
 from tolhouse.store.base import Store, open_store
@@ -158,7 +158,7 @@ def publish(settings: config.StoreConfig, table: str) -> None:
     """Make a name stand for this version: TABLE is NAME@VERSION."""
     for store in _stores(settings):
         before: Manifest | None = None
-        with suppress(NotFound, Corrupt):
+        with suppress(NotFoundError, CorruptError):
             before = registry.resolve(store, table.partition("@")[0])
         made = registry.publish(store, table)
         click.echo(f"{made.ref} is published in {store.url}")
@@ -222,7 +222,7 @@ def overlay(
     from tolhouse.store.overlay import make_overlay
 
     if not (copy or scale or rows_file):
-        raise InvalidArgument("nothing to change: give --copy, --scale or --rows-file")
+        raise InvalidArgumentError("nothing to change: give --copy, --scale or --rows-file")
     tokenizer = load_tokenizer(checkpoint / TOKENIZER) if checkpoint else None
     copied = [copy_of(edit, tokenizer) for edit in copy]
     scaled = [scale_of(edit, tokenizer) for edit in scale]
@@ -232,7 +232,7 @@ def overlay(
         manifest = registry.resolve(store, table)
         if checkpoint and manifest.tokenizer_id != tokenizer_id(checkpoint / TOKENIZER):
             other = f"another tokenizer than that of {checkpoint}, with other ids"
-            raise Mismatch(f"table {manifest.ref} was built with {other}")
+            raise MismatchError(f"table {manifest.ref} was built with {other}")
         edits = edited_rows(store, manifest, copied, scaled, given)
         made = make_overlay(store, manifest.ref, *edits)
         parts = [store.manifest(ref).table_bytes for ref in _own_auxiliary(made)]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tolhouse.client.fetch_stream import Replica
 from tolhouse.client.lookup import LookupRowSource
 from tolhouse.client.row_source import open_row_source
-from tolhouse.errors import InvalidArgument, Unsupported
+from tolhouse.errors import InvalidArgumentError, UnsupportedError
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import Targets, error_of
 from tolhouse.sampling import SamplingParams, check_features
@@ -49,14 +49,15 @@ class Client(AbstractContextManager["Client"]):
         return self.rows.tables()
 
     def describe(self, table: str) -> Manifest:
-        """The manifest of "name@version", or of what "name" stands for now; NotFound."""
+        """The manifest of "name@version", or of what "name" stands for now; NotFoundError."""
         return self.rows.describe(table)
 
     def fetch(self, table: str | Manifest, ids: npt.ArrayLike) -> np.ndarray:
         """Rows [T, N, D] of T token ids from "name@version", or from what "name" stands for now.
 
         X0 comes first where the table carries it. They are read-only; int8 and int4 give float32.
-        NotFound, IdOutOfRange. Unavailable, DeadlineExceeded: no replica answered. Corrupt: none
+        NotFoundError, IdOutOfRangeError. UnavailableError, DeadlineExceededError: no replica
+        answered. CorruptError: none
         has an intact row.
         """
         manifest = table if isinstance(table, Manifest) else self.describe(table)
@@ -91,7 +92,7 @@ class Client(AbstractContextManager["Client"]):
         worker = self._worker()
         try:
             check_features(request, (), worker.target)
-        except Unsupported:  # of every worker until it says that it does
+        except UnsupportedError:  # of every worker until it says that it does
             asked, seconds = pb.DescribeWorkerRequest(), self.timeout_seconds
             about = worker.call(GenerationStub, "DescribeWorker", asked, seconds)
             check_features(request, about.features, worker.target)
@@ -111,19 +112,19 @@ class Client(AbstractContextManager["Client"]):
 
     def _worker(self) -> Replica:
         if not isinstance(self.rows, LookupRowSource):
-            raise InvalidArgument(f"{self.rows.url} holds tables; tokens come from a worker")
+            raise InvalidArgumentError(f"{self.rows.url} holds tables; tokens come from a worker")
         return self.rows.replicas.in_turn()[0]
 
 
 def token_ids(ids: npt.ArrayLike) -> np.ndarray:
-    """`ids` as uint32 [T]; InvalidArgument unless they are a flat list of token ids."""
+    """`ids` as uint32 [T]; InvalidArgumentError unless they are a flat list of token ids."""
     array = np.asarray(ids)
     if array.size == 0:
         return np.empty(0, np.uint32)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         given = f"{array.dtype} in {array.ndim} dimensions"
-        raise InvalidArgument(f"token ids must be a flat list of whole numbers, not {given}")
+        raise InvalidArgumentError(f"token ids must be a flat list of whole numbers, not {given}")
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= 2**32:
-        raise InvalidArgument(f"token ids run from 0 to 2^32 - 1; {low} to {high} were given")
+        raise InvalidArgumentError(f"token ids run from 0 to 2^32 - 1; {low} to {high} were given")
     return array.astype(np.uint32, copy=False)

@@ -15,7 +15,13 @@ import grpc
 
 from tolhouse import tracing
 from tolhouse.client.row_source import Array
-from tolhouse.errors import Corrupt, Internal, TolhouseError, Unavailable, from_status
+from tolhouse.errors import (
+    CorruptError,
+    InternalError,
+    TolhouseError,
+    UnavailableError,
+    from_status,
+)
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import error_of, reloading_channel
 from tolhouse.net.fetch_reply import parse
@@ -40,12 +46,14 @@ class Request(Future[None]):
                 if reply.HasField("error"):
                     status, bad = reply.error.status, reply.error.token_ids
                     error = from_status(status, reply.error.message)
-                    raise Corrupt(str(error), bad) if bad else error
+                    raise CorruptError(str(error), bad) if bad else error
                 count, odd = divmod(len(records), self.manifest.record_bytes)
                 first, end = self._received, self._received + count
                 missing = len(self.ids) - end
                 if odd or reply.first != first or missing < 0 or (reply.last and missing):
-                    raise Internal("the lookup service sent records that do not fit the request")
+                    raise InternalError(
+                        "the lookup service sent records that do not fit the request"
+                    )
                 ids, slots = self.ids[first:end], self.slots[first:end]
                 self.manifest.copy_records(ids, records, self.out, slots)
                 self._received = end
@@ -86,13 +94,13 @@ class Replica:
 
     def call(self, stub: type, method: str, request: Any, timeout_seconds: float) -> Any:
         """Make a unary call."""
-        call = getattr(stub(self.channel()), method)
+        call, metadata = getattr(stub(self.channel()), method), self.credentials.metadata()
         try:
-            return call(request, timeout=timeout_seconds, metadata=self.credentials.metadata())
+            return call(request, timeout=timeout_seconds, metadata=metadata)
         except grpc.RpcError as error:
             raise error_of(error, self.target) from None
         except ValueError:
-            raise Unavailable(f"the channel to {self.target} is closed") from None
+            raise UnavailableError(f"the channel to {self.target} is closed") from None
 
     def submit(self, manifest: Manifest, ids: Array, out: memoryview, slots: list[int]) -> Request:
         request, number = Request(manifest, ids, out, slots), next(self._numbers)
@@ -122,7 +130,7 @@ class Replica:
         return bool(stream and stream.replied[0] > moment)
 
     def close(self) -> None:
-        self.reset(Unavailable(f"the channel to {self.target} is closed"))
+        self.reset(UnavailableError(f"the channel to {self.target} is closed"))
         self.channel().close()
 
     def _open(self) -> _Stream:
@@ -144,11 +152,11 @@ class Replica:
                 request = stream.pending.get(reply.request_id)
                 if request and request.receive(reply, records):
                     del stream.pending[reply.request_id]
-            error = Unavailable(f"{self.target} closed the stream")
+            error = UnavailableError(f"{self.target} closed the stream")
         except grpc.RpcError as failure:
             error = error_of(failure, self.target)
         except Exception as failure:  # noqa: BLE001 - requests must end, whatever went wrong here
-            error = Internal(f"{self.target}: {failure}")
+            error = InternalError(f"{self.target}: {failure}")
         with self._lock:
             if self._stream is stream:
                 self._stream = None

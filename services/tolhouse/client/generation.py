@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 import grpc
 
 from tolhouse import tracing
-from tolhouse.errors import Unavailable
+from tolhouse.errors import UnavailableError
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import error_of, reloading_channel
 from tolhouse.v1 import generation_pb2 as pb
@@ -22,7 +22,7 @@ class WorkerChannel:
         self._calls: set[grpc.aio.Call] = set()
 
     def abandon(self) -> None:
-        """End all calls in flight with Unavailable: the worker hangs."""
+        """End all calls in flight with UnavailableError: the worker hangs."""
         calls, self._calls = self._calls, set()
         for call in calls:
             call.cancel()
@@ -47,13 +47,13 @@ class WorkerChannel:
                 yield reply
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.CANCELLED:  # not by us: it ends
-                raise Unavailable(f"worker {self.target} takes no more calls") from None
+                raise UnavailableError(f"worker {self.target} takes no more calls") from None
             raise error_of(error, f"worker {self.target}") from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if call in self._calls or (task and task.cancelling()):
                 raise  # the caller was cancelled
-            raise Unavailable(f"worker {self.target} does not answer any more") from None
+            raise UnavailableError(f"worker {self.target} does not answer any more") from None
         finally:
             self._calls.discard(call)
             call.cancel()

@@ -12,7 +12,13 @@ from xxhash import xxh3_64_intdigest
 
 from tolhouse.client.fetch_stream import Replica, Request
 from tolhouse.client.row_source import Array, RowSource
-from tolhouse.errors import Cancelled, Corrupt, DeadlineExceeded, TolhouseError, Unavailable
+from tolhouse.errors import (
+    CorruptError,
+    DeadlineExceededError,
+    RequestCancelledError,
+    TolhouseError,
+    UnavailableError,
+)
 from tolhouse.logs import event
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import Addresses, Targets
@@ -22,7 +28,7 @@ from tolhouse.v1 import lookup_pb2 as pb
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
 # another replica, or the same once more, may do better
-_RETRIED = (Unavailable, DeadlineExceeded, Cancelled, Corrupt)
+_RETRIED = (UnavailableError, DeadlineExceededError, RequestCancelledError, CorruptError)
 _ROUNDS = 2
 _Part = tuple[Replica, Array]  # a replica, and the indices to ask it for
 _PROBE_SECONDS = _RESOLVE_SECONDS = 1.0  # of a probe; between two look-ups of a name's addresses
@@ -91,12 +97,12 @@ class LookupRowSource(RowSource):
         try:
             error = request.exception(max(0.0, end - began))
         except TimeoutError:
-            error = DeadlineExceeded(f"lookup {replica.target} did not answer in time")
+            error = DeadlineExceededError(f"lookup {replica.target} did not answer in time")
             replica.reset(error, silent_since=began)  # others of its requests may be answered
         request.give_up()
         # a replica that answers, if only that its store is slow, goes on serving its hot rows
-        silent = isinstance(error, DeadlineExceeded) and not replica.replied_since(began)
-        if silent or isinstance(error, Unavailable):
+        silent = isinstance(error, DeadlineExceededError) and not replica.replied_since(began)
+        if silent or isinstance(error, UnavailableError):
             self.replicas.health.report_down(replica.target, error)
         elif time.monotonic() - began > SUSPECT_SECONDS:
             self.replicas.health.report_slow(replica.target)
@@ -119,7 +125,7 @@ class LookupRowSource(RowSource):
         for replica in replicas:
             try:
                 return replica.call(LookupStub, method, request, timeout)
-            except (Unavailable, DeadlineExceeded) as failure:
+            except (UnavailableError, DeadlineExceededError) as failure:
                 error = failure
         raise error
 
@@ -155,10 +161,10 @@ class Replicas:
                 replica.close()
 
     def in_turn(self) -> list[Replica]:
-        """All replicas, healthy ones first; Unavailable while there are none."""
+        """All replicas, healthy ones first; UnavailableError while there are none."""
         replicas = self._replicas
         if not replicas:
-            raise Unavailable(f"{self.name}: the name has no address yet")
+            raise UnavailableError(f"{self.name}: the name has no address yet")
         return [replicas[target] for target in self.health.order(replicas)]
 
     def divide(self, manifest: Manifest, ids: Array, left: Array, attempt: int) -> Iterator[_Part]:
@@ -193,17 +199,18 @@ class Replicas:
 
 def _bad_rows(error: BaseException) -> tuple[int, ...]:
     """Tokens whose rows are missing or damaged, where the error knows them."""
-    return error.token_ids if isinstance(error, Corrupt) else ()
+    return error.token_ids if isinstance(error, CorruptError) else ()
 
 
 def _outcome(errors: list[BaseException], ids: Array) -> BaseException:
-    """What a fetch fails with that got no rows of `ids`: Corrupt names tokens only if it got all
+    """What a fetch fails with that got no rows of `ids`: CorruptError names tokens only if it got
+    all
     others."""
     bad = [token for error in errors for token in _bad_rows(error)]
     if set(bad) == set(ids.tolist()):
-        return Corrupt(str(errors[0]), bad)
+        return CorruptError(str(errors[0]), bad)
     other = next((error for error in errors if not _bad_rows(error)), errors[0])
-    return Corrupt(str(other)) if isinstance(other, Corrupt) else other
+    return CorruptError(str(other)) if isinstance(other, CorruptError) else other
 
 
 @lru_cache(64)

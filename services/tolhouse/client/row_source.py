@@ -14,7 +14,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, TolhouseError, Unavailable
+from tolhouse.errors import (
+    CorruptError,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    TolhouseError,
+    UnavailableError,
+)
 from tolhouse.logs import event
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import SCHEME, Targets
@@ -66,13 +72,15 @@ class RowSource(ABC):
     def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None: ...
 
     def describe(self, table: str) -> Manifest:
-        """The manifest of "name@version", or of what "name" stands for now; NotFound."""
+        """The manifest of "name@version", or of what "name" stands for now; NotFoundError."""
         has_version, known = split_ref(table)[1] is not None, self._manifests.get(table)
         if known and has_version:
             return known
         found = self._describe(table, known)
         if has_version and found.ref != table:
-            raise Corrupt(f"{self.url} describes table {found.ref} where {table} was asked for")
+            raise CorruptError(
+                f"{self.url} describes table {found.ref} where {table} was asked for"
+            )
         self._manifests[table] = self._manifests[found.ref] = found
         return found
 
@@ -82,8 +90,10 @@ class RowSource(ABC):
         """Verified records of distinct `ids` (uint32 [T]) in rows `slots` [T] of `out`.
 
         `out` is uint8 [., record_bytes], contiguous; by default it is made, with records in order.
-        After an error its rows may hold anything, and are not written to any more. IdOutOfRange;
-        NotFound: the table is gone; Unavailable, DeadlineExceeded; Corrupt: no row is intact, or
+        After an error its rows may hold anything, and are not written to any more.
+        IdOutOfRangeError;
+        NotFoundError: the table is gone; UnavailableError, DeadlineExceededError; CorruptError:
+        no row is intact, or
         those of its `token_ids` are not, while all others are in place.
         """
         manifest.check_ids(ids)
@@ -113,7 +123,7 @@ class StoreRowSource(RowSource):
         self._open_store = open_store
         self._leased: Newest[float] = Newest()  # when a version's lease was renewed
         self._background = ThreadPoolExecutor(1, "lease")
-        with suppress(Unavailable, DeadlineExceeded):  # the store may come up later
+        with suppress(UnavailableError, DeadlineExceededError):  # the store may come up later
             _ = self.store
 
     @cached_property
@@ -159,7 +169,7 @@ class StoreRowSource(RowSource):
         with span("store read", about):
             try:
                 self.store.read_records(current, ids, out, slots)
-            except Corrupt:
+            except CorruptError:
                 fresh = self.store.manifest(ref)
                 if fresh.num_shards == current.num_shards:
                     raise
@@ -181,6 +191,6 @@ def open_row_source(
         return LookupRowSource(url, timeout_seconds, credentials)
     if url.partition("://")[0] not in ("file", "redis", "rediss"):
         allowed = "file://, redis://, rediss://, dns:/// or HOST:PORT"
-        raise InvalidArgument(f"{shown(url)!r} is no {allowed}")
+        raise InvalidArgumentError(f"{shown(url)!r} is no {allowed}")
     require_private(url, insecure=credentials.insecure)
     return StoreRowSource(shown(url), partial(open_store, url, timeout_seconds))

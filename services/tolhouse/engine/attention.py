@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tolhouse.engine.block_manager import BLOCK_TOKENS
 from tolhouse.engine.scheduler import ScheduledChunk
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.config import ModelConfig
 
 _TILE_TOKENS = 64  # of a prompt that attend at once on a CPU
@@ -28,11 +28,11 @@ _ROWS = 16  # their number is a multiple, for which its kernels divide sums alik
 
 
 def blocks_of(config: ModelConfig, capacity_bytes: int, dtype: torch.dtype) -> int:
-    """How many blocks fit; InvalidArgument if none does."""
+    """How many blocks fit; InvalidArgumentError if none does."""
     size = 2 * config.num_hidden_layers * config.hidden_size * dtype.itemsize * BLOCK_TOKENS
     if capacity_bytes < size:
         message = f"a KV cache of {capacity_bytes} bytes holds no block"
-        raise InvalidArgument(f"{message}: {BLOCK_TOKENS} tokens take {size} bytes")
+        raise InvalidArgumentError(f"{message}: {BLOCK_TOKENS} tokens take {size} bytes")
     return capacity_bytes // size
 
 

@@ -21,7 +21,13 @@ from tolhouse.engine.runner import Launched, Runner
 from tolhouse.engine.sampler import Logprobs, prompt_logprobs, sample
 from tolhouse.engine.scheduler import ScheduledChunk, Scheduler, token_ids
 from tolhouse.engine.sequence import Output, Sequence
-from tolhouse.errors import Corrupt, Internal, Overloaded, PromptTooLong, TolhouseError
+from tolhouse.errors import (
+    CorruptError,
+    InternalError,
+    OverloadedError,
+    PromptTooLongError,
+    TolhouseError,
+)
 from tolhouse.logs import log
 from tolhouse.tracing import Span, under
 
@@ -65,13 +71,16 @@ class Engine:
             runner.rows.close()
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; Overloaded if the queue is full, PromptTooLong if it can never run."""
+        """Queue a sequence; OverloadedError if the queue is full, PromptTooLongError if it can
+        never run."""
         # the last sampled token never gets into the cache
         need = sequence.prompt_tokens + max(1, sequence.sampling.max_tokens) - 1
         if need > (capacity := self.cache.capacity_tokens):
-            raise PromptTooLong(f"{need} tokens exceed this worker's KV cache of {capacity}")
+            raise PromptTooLongError(f"{need} tokens exceed this worker's KV cache of {capacity}")
         if self.waiting >= self.max_waiting:
-            raise Overloaded(f"this worker's queue of {self.max_waiting} is full: try again later")
+            raise OverloadedError(
+                f"this worker's queue of {self.max_waiting} is full: try again later"
+            )
         sequence.times = [time.perf_counter()]
         self._mailbox.put(lambda: self._enter(sequence))
 
@@ -187,7 +196,7 @@ class Engine:
         try:
             # a bad row fails sequences that need it; a source that is down, all that miss a row
             if len(rows.missing(ids)):
-                if not isinstance(error, Corrupt):
+                if not isinstance(error, CorruptError):
                     raise error
                 rows.stage(ids)
             return True
@@ -263,7 +272,7 @@ class Engine:
                 log.exception("engine step failed")
                 message = f"the engine failed: {type(error).__name__}; the worker's log says more"
                 for sequence in list(self.scheduler.running):
-                    self._end(sequence, Output(error=Internal(message)))
+                    self._end(sequence, Output(error=InternalError(message)))
 
     def read_mail(self, *, wait: bool = True) -> bool:
         """Make the calls of other threads, waiting for one while idle. False: stop."""

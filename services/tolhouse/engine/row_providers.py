@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from tolhouse.client.row_source import RowSource
 from tolhouse.engine.dequant import CACHED_VALUES, Decoder, LayerwiseRows, StagedRows
 from tolhouse.errors import (
-    Corrupt,
-    DeadlineExceeded,
-    Mismatch,
+    CorruptError,
+    DeadlineExceededError,
+    MismatchError,
     TolhouseError,
-    Unavailable,
+    UnavailableError,
 )
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import EMBEDDING, Checkpoint
@@ -68,16 +68,18 @@ class SourceRows:
     def _for_callers(self, error: TolhouseError, count: int) -> TolhouseError:
         """The error without addresses and paths, which the log has."""
         table = self.manifest.ref
-        if not isinstance(error, Corrupt):  # even NotFound, as the table was there at start
-            late = isinstance(error, DeadlineExceeded)
-            return (DeadlineExceeded if late else Unavailable)(
+        if not isinstance(
+            error, CorruptError
+        ):  # even NotFoundError, as the table was there at start
+            late = isinstance(error, DeadlineExceededError)
+            return (DeadlineExceededError if late else UnavailableError)(
                 f"rows of table {table} can't be read now: try again later"
             )
         tokens = error.token_ids
         self.missing += len(tokens) or count
         few = ", ".join(map(str, tokens[:8])) + ", …" * (len(tokens) > 8)
         which = f"token {few}" if tokens else f"some of {count} tokens"
-        return Corrupt(f"the row of {which} in table {table} is missing or damaged", tokens)
+        return CorruptError(f"the row of {which} in table {table} is missing or damaged", tokens)
 
     def counts(self) -> Counts:
         remote = 0 if self.is_file else self.rows
@@ -98,14 +100,14 @@ class RecomputedRows:
     """Records computed from the checkpoint, byte for byte the builder's.
 
     FFN-M stays in the checkpoint's file: a layer is read, as float32, when rows are computed.
-    Mismatch if the file is not what the table was built from any more.
+    MismatchError if the file is not what the table was built from any more.
     """
 
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         if manifest.parent or manifest.ranks:
             what = "rows of overlay" if manifest.parent else "coefficients of low-rank table"
             message = f"can't compute the {what} {manifest.ref}: serve it without"
-            raise Mismatch(f"--fallback recompute {message}")
+            raise MismatchError(f"--fallback recompute {message}")
         self.rows, self.manifest = 0, manifest
         self._lock = threading.Lock()  # a prefetch may run beside a step, over the same modules
         model = checkpoint.skeleton()
@@ -164,9 +166,9 @@ class FallbackRows:
             try:
                 self.primary.fetch(ids, out, slots)
                 return
-            except (Unavailable, DeadlineExceeded) as error:
+            except (UnavailableError, DeadlineExceededError) as error:
                 self.health.report_down(self.ref, error)
-            except Corrupt as error:
+            except CorruptError as error:
                 if error.token_ids:
                     lost = np.isin(ids, error.token_ids)
                     ids, slots = ids[lost], slots[lost]
@@ -230,7 +232,7 @@ class CachedRows:
         step = max(1, _FILL_BYTES // self.manifest.record_bytes)
         try:
             for start in range(0, len(frequent), step):
-                with suppress(Corrupt):  # all but these are there
+                with suppress(CorruptError):  # all but these are there
                     self._load(frequent[start : start + step], main=True)
         except TolhouseError as error:
             event("row cache not filled", reason=str(error))
@@ -337,7 +339,7 @@ class CachedRows:
     def _settle(self, ids: np.ndarray, slots: np.ndarray, error: BaseException | None) -> None:
         """Keep what a fetch into reserved `slots` got: with an error, the intact rows or none."""
         got = np.full(len(ids), not error)
-        if isinstance(error, Corrupt) and error.token_ids:
+        if isinstance(error, CorruptError) and error.token_ids:
             got = ~np.isin(ids, error.token_ids)
         self.cache.release(slots[~got])
         self._commit(ids[got], slots[got])

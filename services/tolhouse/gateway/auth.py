@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tolhouse.errors import InUse, InvalidArgument, NotFound
+from tolhouse.errors import InUseError, InvalidArgumentError, NotFoundError
 from tolhouse.files import ReloadingFiles, locked, read_file, replace_file
 from tolhouse.gateway.error_responses import error_response
 from tolhouse.gateway.rate_limit import RateLimiter
@@ -32,29 +32,29 @@ _File = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._@-]{1,64}$"
 
 
 def read_keys(path: str) -> dict[str, Key]:
-    """The keys in a file, by name; InvalidArgument if it is malformed."""
+    """The keys in a file, by name; InvalidArgumentError if it is malformed."""
     try:
         return _File.validate_json(read_file(path, "the keys file"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         wrong = f"malformed at {where}: {first['msg']}; `tolhouse keys` writes it"
-        raise InvalidArgument(f"the keys file {path} is {wrong}") from None
+        raise InvalidArgumentError(f"the keys file {path} is {wrong}") from None
 
 
 def add_key(path: Path, name: str, requests_per_minute: float, concurrent: int) -> str:
-    """Make a key for `name` and write its hash to the file; InUse if the name has one."""
+    """Make a key for `name` and write its hash to the file; InUseError if the name has one."""
     key = f"th-{secrets.token_urlsafe(32)}"
     limits = {"requests_per_minute": requests_per_minute, "concurrent": concurrent}
     try:
         added = _File.validate_python({name: {"sha256": _sha256(key), **limits}})
     except ValidationError as error:
         reason = f"{error.errors()[0]['msg']}; {error.errors()[0]['input']!r} was given"
-        raise InvalidArgument(f"no key can be made for {name!r}: {reason}") from None
+        raise InvalidArgumentError(f"no key can be made for {name!r}: {reason}") from None
     with _edited(path) as keys:
         if name in keys:
             advice = "remove it first, or use another name"
-            raise InUse(f"{path} has a key for {name!r} already: {advice}")
+            raise InUseError(f"{path} has a key for {name!r} already: {advice}")
         keys.update(added)
     return key
 
@@ -63,7 +63,7 @@ def remove_key(path: Path, name: str) -> None:
     with _edited(path) as keys:
         if keys.pop(name, None) is None:
             names = ", ".join(sorted(keys)) or "nobody"
-            raise NotFound(f"{path} has no key for {name!r}; it has some for {names}")
+            raise NotFoundError(f"{path} has no key for {name!r}; it has some for {names}")
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def _edited(path: Path) -> Iterator[dict[str, Key]]:
             yield keys
             replace_file(path, _File.dump_json(dict(sorted(keys.items())), indent=1) + b"\n")
     except OSError as error:
-        raise InvalidArgument(f"{path} can't be written: {error.strerror or error}") from None
+        raise InvalidArgumentError(f"{path} can't be written: {error.strerror or error}") from None
 
 
 class AuthMiddleware:

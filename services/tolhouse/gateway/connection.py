@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tolhouse.config import GatewayConfig
-from tolhouse.errors import InUse
+from tolhouse.errors import InUseError
 from tolhouse.gateway import metrics
 from tolhouse.gateway.error_responses import error_response
 from tolhouse.gateway.middleware import MAX_HEADER_BYTES
@@ -139,7 +139,7 @@ async def serve(app: ASGIApp, config: GatewayConfig, tls: ssl.SSLContext | None)
         )
     except OSError as error:
         reason = f"{error.strerror or error}; choose another --listen"
-        raise InUse(f"gateway can't listen on {config.listen}: {reason}") from None
+        raise InUseError(f"gateway can't listen on {config.listen}: {reason}") from None
 
     def stop() -> None:
         listening.close()

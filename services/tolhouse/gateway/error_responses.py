@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from tolhouse.errors import Internal, TolhouseError
+from tolhouse.errors import InternalError, TolhouseError
 from tolhouse.logs import log
 
 MAX_MESSAGE = 1000  # characters
@@ -55,7 +55,7 @@ def status_and_message(error: Exception, request_id: str) -> tuple[int, str]:
     """A defect of ours is logged whole and reported in a line."""
     if not isinstance(error, TolhouseError):
         log.error("internal error", exc_info=error, extra={"fields": {"request_id": request_id}})
-        error = Internal(f"internal error; the log has the details of request {request_id}")
+        error = InternalError(f"internal error; the log has the details of request {request_id}")
     return error.http_status, str(error)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tolhouse.errors import InvalidArgument, NotFound
+from tolhouse.errors import InvalidArgumentError, NotFoundError
 from tolhouse.gateway.router import WorkerRouter
 from tolhouse.gateway.text import Vocabulary
 from tolhouse.logs import event
@@ -42,10 +42,12 @@ class MemoryFile:
                 raise ValueError("its arrays do not fit each other")
         except Exception as error:  # noqa: BLE001 - a damaged archive may raise almost any
             wrong = f"is not what `tolhouse explain --explorer` writes: {error}"
-            raise InvalidArgument(f"{file} {wrong}") from None
+            raise InvalidArgumentError(f"{file} {wrong}") from None
         if theirs != tokenizer_id:
             which = f"{theirs[:12]}; this one is {tokenizer_id[:12]}"
-            raise InvalidArgument(f"{file} is of another tokenizer, {which}: write it {_WRITE}")
+            raise InvalidArgumentError(
+                f"{file} is of another tokenizer, {which}: write it {_WRITE}"
+            )
 
 
 class Explorer:
@@ -68,9 +70,9 @@ class Explorer:
         """A token's norms, its strongest keys by layer with who shares them, its neighbours."""
         memory, reason = self.memory, self._hidden_reason(self.router.descriptions())
         if memory is None or reason:
-            raise NotFound(reason)
+            raise NotFoundError(reason)
         if i >= memory.size:
-            raise NotFound(f"there is no token {i}: allowed are 0 to {memory.size - 1}")
+            raise NotFoundError(f"there is no token {i}: allowed are 0 to {memory.size - 1}")
         keys: list[list[dict[str, Any]]] = [[] for _ in range(memory.layers)]
         for layer, of_layer in enumerate(keys):
             for key, c in zip(memory.keys[i, layer], memory.coefficients[i, layer], strict=True):

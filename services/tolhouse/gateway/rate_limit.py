@@ -12,7 +12,7 @@ from limits.aio.strategies import MovingWindowRateLimiter
 from limits.errors import StorageError
 from limits.storage import storage_from_string
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.logs import event
 
 _TIMEOUT_SECONDS = 0.5  # for one answer of Redis
@@ -30,7 +30,7 @@ def window(requests_per_minute: float) -> RateLimitItem:
 
 class RateLimiter:
     def __init__(self, redis_url: str = "", *, insecure: bool = False) -> None:
-        """InvalidArgument if the URL is none of a Redis, or of a remote one in plaintext."""
+        """InvalidArgumentError if the URL is none of a Redis, or of a remote one in plaintext."""
         self._local = self._shared = MovingWindowRateLimiter(MemoryStorage())
         self._redis: Any = None
         self._resume = 0.0  # when Redis is asked again
@@ -39,7 +39,9 @@ class RateLimiter:
             from tolhouse.store.redis import split_credentials
 
             if not redis_url.startswith(("redis://", "rediss://")):
-                raise InvalidArgument("--rate-limit-store must be redis://HOST:PORT, or rediss://")
+                raise InvalidArgumentError(
+                    "--rate-limit-store must be redis://HOST:PORT, or rediss://"
+                )
             require_private(redis_url, insecure=insecure)
             url, credentials = split_credentials(redis_url)
             options: dict[str, Any] = {"implementation": "redispy", "key_prefix": "tolhouse:rate"}

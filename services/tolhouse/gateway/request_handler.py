@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.gateway import metrics
 from tolhouse.gateway.router import ServedModel, WorkerRouter
 from tolhouse.gateway.schemas import GenerationRequest
@@ -43,7 +43,9 @@ class RequestHandler:
         self.requests: list[GenerateRequest] = []  # one for each choice
         if (tokens := body.n * sum(map(len, self.prompts))) > MAX_PROMPT_TOKENS:
             both = f"{tokens} prompt tokens, counted once for each of n={body.n} choices"
-            raise InvalidArgument(f"{both}, are too many: at most {MAX_PROMPT_TOKENS} are taken")
+            raise InvalidArgumentError(
+                f"{both}, are too many: at most {MAX_PROMPT_TOKENS} are taken"
+            )
         of_token = 0 if body.num_logprobs is None else body.n * (body.num_logprobs + 1)
         for ids in self.prompts:
             room = context - len(ids)
@@ -62,7 +64,7 @@ class RequestHandler:
         if scores > MAX_LOGPROBS:
             many = f"the answer may have {scores} log probabilities, of all choices together"
             advice = "lower n, logprobs, max_tokens, or the number of prompts"
-            raise InvalidArgument(f"{many}; at most {MAX_LOGPROBS} are given: {advice}")
+            raise InvalidArgumentError(f"{many}; at most {MAX_LOGPROBS} are given: {advice}")
 
     def about(self) -> dict[str, Any]:
         """What the log has of the request, besides HTTP."""

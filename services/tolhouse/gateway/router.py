@@ -18,20 +18,20 @@ from tolhouse.v1.generation_pb2 import DescribeWorkerReply, GenerateReply, Gener
 _POLL_TIMEOUT_SECONDS = 2.0  # a busy machine is not a lost one
 _MAX_MISSED = 2  # polls in a row without an answer before a worker's requests are given up
 # what one worker fails at, and another may do
-_OTHERS_MAY_DO = errors.Unavailable, errors.Overloaded, errors.DeadlineExceeded
+_OTHERS_MAY_DO = errors.UnavailableError, errors.OverloadedError, errors.DeadlineExceededError
 # what callers are told of a worker's failure: addresses and paths are for the log
 _FOR_CALLERS: dict[type[errors.TolhouseError], str] = {
-    errors.Overloaded: "the workers are full: try again later",
-    errors.DeadlineExceeded: "no worker answered in time: try again later",
-    errors.Corrupt: "rows that this request needs are missing or damaged",
-    errors.Internal: "a worker failed; its log has the details",
+    errors.OverloadedError: "the workers are full: try again later",
+    errors.DeadlineExceededError: "no worker answered in time: try again later",
+    errors.CorruptError: "rows that this request needs are missing or damaged",
+    errors.InternalError: "a worker failed; its log has the details",
 }
 
 
 def _for_callers(error: errors.TolhouseError) -> errors.TolhouseError:
     if text := _FOR_CALLERS.get(type(error)):
         return type(error)(text)
-    return errors.Unavailable("no worker can complete this now: try again later")
+    return errors.UnavailableError("no worker can complete this now: try again later")
 
 
 @dataclass(eq=False)
@@ -77,7 +77,7 @@ class WorkerRouter:
                         if target in (w.target for w in self.workers):
                             continue
                         credentials = self.addresses.credentials_for(target)
-                        error = errors.Unavailable(f"worker {target} has not answered yet")
+                        error = errors.UnavailableError(f"worker {target} has not answered yet")
                         worker = Worker(target, WorkerChannel(target, credentials), error)
                         self.workers.append(worker)
                         polls.create_task(self._watch(worker))
@@ -97,26 +97,31 @@ class WorkerRouter:
         return sorted({d.model for d in self.descriptions()})
 
     def model(self, name: str | None) -> ServedModel:
-        """The model to use; NotFound if no worker serves it, Unavailable if there are none."""
+        """The model to use; NotFoundError if no worker serves it, UnavailableError if there are
+        none."""
         served = self.models()
         if not served:
             raise self.unavailable()
         name = served[0] if name is None and len(served) == 1 else name
         if name not in served:
-            raise errors.NotFound(f"model {name!r} is not served; available: {', '.join(served)}")
+            raise errors.NotFoundError(
+                f"model {name!r} is not served; available: {', '.join(served)}"
+            )
         found = self.descriptions(name)
         least = (min(d.context_tokens for d in found), min(d.vocab_size for d in found))
         return ServedModel(name, *least, found[0].eos_token_id)
 
     def check_room(self, model: str) -> None:
-        """Overloaded if all workers of a model are full: refused before any work is done."""
+        """OverloadedError if all workers of a model are full: refused before any work is done."""
         serving = self.healthy(model)
         if serving and all(0 < w.description.most_sequences <= w.load for w in serving):
             requests = f"{sum(w.load for w in serving)} requests"
-            raise errors.Overloaded(f"{requests} are with the workers already: try again later")
+            raise errors.OverloadedError(
+                f"{requests} are with the workers already: try again later"
+            )
 
     def check_features(self, model: str, request: GenerateRequest) -> None:
-        """Unsupported if no healthy worker of a model heeds all parameters of a request."""
+        """UnsupportedError if no healthy worker of a model heeds all parameters of a request."""
         if (serving := self.healthy(model)) and not self._able(model, request):
             check_features(request, serving[0].description.features, "the worker")
 
@@ -124,7 +129,7 @@ class WorkerRouter:
         """Healthy workers of a model that heed all parameters of a request."""
         able = []
         for worker in self.healthy(model):
-            with suppress(errors.Unsupported):
+            with suppress(errors.UnsupportedError):
                 check_features(request, worker.description.features, worker.target)
                 able.append(worker)
         return able
@@ -134,10 +139,10 @@ class WorkerRouter:
         found = [w.error for w in self.workers if w.error]
         why = "; ".join(map(str, found)) or "there is no address of one yet"
         event("no worker is healthy", logging.WARNING, reason=why)
-        if found and all(isinstance(e, errors.Mismatch) for e in found):
+        if found and all(isinstance(e, errors.MismatchError) for e in found):
             advice = "start it with the worker's checkpoint"
-            return errors.Mismatch(f"no worker has the tokenizer of this gateway: {advice}")
-        return errors.Unavailable("no worker is healthy: try again later")
+            return errors.MismatchError(f"no worker has the tokenizer of this gateway: {advice}")
+        return errors.UnavailableError("no worker is healthy: try again later")
 
     async def generate(
         self, model: str, request: GenerateRequest, asked: set[str], may_restart: bool = False
@@ -157,7 +162,7 @@ class WorkerRouter:
                         begun = True
                         yield reply
                 return
-            except errors.InvalidArgument:
+            except errors.InvalidArgumentError:
                 raise
             except errors.TolhouseError as error:
                 about = {"request_id": request.request_id, "worker": worker.target}
@@ -182,7 +187,7 @@ class WorkerRouter:
                     worker.error = error
                     self.health.report_down(worker.target, error)
                     # one that drains refuses polls, and finishes its requests; a silent one hangs
-                    silent = isinstance(error, errors.DeadlineExceeded)
+                    silent = isinstance(error, errors.DeadlineExceededError)
                     worker.missed = worker.missed + 1 if silent else 0
                     if worker.missed == _MAX_MISSED:
                         worker.channel.abandon()
@@ -201,6 +206,8 @@ class WorkerRouter:
         if reply.tokenizer_id != self.tokenizer_id:
             theirs = f"{reply.model} with tokenizer {reply.tokenizer_id[:12]}"
             own = f"{self.tokenizer_id[:12]}: start it with the worker's checkpoint"
-            raise errors.Mismatch(f"worker {worker.target} serves {theirs}, this gateway has {own}")
+            raise errors.MismatchError(
+                f"worker {worker.target} serves {theirs}, this gateway has {own}"
+            )
         worker.error = None
         self.health.report_up(worker.target)

@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from tolhouse import __version__
 from tolhouse.config import commit
-from tolhouse.errors import Cancelled
+from tolhouse.errors import RequestCancelledError
 from tolhouse.gateway import responses, schemas
 from tolhouse.gateway.error_responses import error_body, status_and_message
 from tolhouse.gateway.explore import Explorer
@@ -137,7 +137,7 @@ async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     try:
         while not (await asyncio.wait({task}, timeout=_POLL_SECONDS))[0]:
             if await request.is_disconnected():
-                raise Cancelled("the caller went away")
+                raise RequestCancelledError("the caller went away")
         return task.result()
     finally:
         task.cancel()

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 
 CONFIG, FILE = "tokenizer_config.json", "chat_template.jinja"
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -34,7 +34,7 @@ class ChatTemplate:
         try:
             config = {**json.loads(file.read_text())} if file.is_file() else {}
         except (ValueError, TypeError) as error:
-            raise InvalidArgument(f"{file} is not JSON of an object: {error}") from None
+            raise InvalidArgumentError(f"{file} is not JSON of an object: {error}") from None
         given = {name: config.get(name) for name in _TOKENS}
         texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in given.items()}
         self.tokens = {name: text for name, text in texts.items() if isinstance(text, str)}
@@ -48,15 +48,20 @@ class ChatTemplate:
         try:
             self.template = None if self.source is None else _environment.from_string(self.source)
         except TemplateError as error:
-            raise InvalidArgument(f"the chat template in {folder} is malformed: {error}") from None
+            raise InvalidArgumentError(
+                f"the chat template in {folder} is malformed: {error}"
+            ) from None
 
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """The prompt's text; InvalidArgument without a template, or if it refuses the messages."""
+        """The prompt's text; InvalidArgumentError without a template, or if it refuses the
+        messages."""
         if self.template is None:
             files = f"a {FILE}, or a {CONFIG} with chat_template, beside the tokenizer.json"
-            raise InvalidArgument(f"this model has no chat template: chat needs {files}")
+            raise InvalidArgumentError(f"this model has no chat template: chat needs {files}")
         known = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             return self.template.render(**known, **self.tokens)
         except Exception as error:  # noqa: BLE001 - templates are programs: messages make them fail
-            raise InvalidArgument(f"the chat template refuses these messages: {error}") from None
+            raise InvalidArgumentError(
+                f"the chat template refuses these messages: {error}"
+            ) from None

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from tolhouse.errors import InvalidArgument, PromptTooLong
+from tolhouse.errors import InvalidArgumentError, PromptTooLongError
 from tolhouse.gateway.schemas import GenerationRequest
 from tolhouse.gateway.turns import in_turns
 from tolhouse.v1.generation_pb2 import GenerateReply, Logprobs
@@ -39,15 +39,15 @@ class Vocabulary:
     async def ids(
         self, texts: list[str], most: int | None = None, *, special: bool = False
     ) -> list[list[int]]:
-        """Token ids of texts; PromptTooLong if a length alone says that they exceed `most`."""
+        """Token ids of texts; PromptTooLongError if a length alone says that they exceed `most`."""
         for text in texts:
             if most is not None and len(text) > most * self.longest:
                 length = f"the prompt has {len(text)} characters"
                 message = f"{length}, more than fit the context of {most} tokens: shorten it"
-                raise PromptTooLong(message)
+                raise PromptTooLongError(message)
             if re.search("[\ud800-\udfff]", text):
                 message = "the prompt holds half a surrogate pair, which is no character"
-                raise InvalidArgument(message)
+                raise InvalidArgumentError(message)
 
         def encode() -> list[list[int]]:  # of a batch, without Python's lock
             found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=special)

@@ -18,7 +18,7 @@ from logging import WARNING
 import numpy as np
 
 from tolhouse.client.row_source import StoreRowSource
-from tolhouse.errors import Corrupt, NotFound, TolhouseError
+from tolhouse.errors import CorruptError, NotFoundError, TolhouseError
 from tolhouse.logs import event
 from tolhouse.store.base import LEASE_SECONDS
 from tolhouse.store.registry import stands_for
@@ -31,7 +31,7 @@ _READ_BYTES = 4 << 20  # records that are read at once
 _MOST_OPEN_TABLES = 8
 _READERS = 16  # a store that hangs holds them until its timeout
 
-Read = Future[dict[int, Buffer | Corrupt]]  # by token: a verified record, or why there is none
+Read = Future[dict[int, Buffer | CorruptError]]  # by token: a verified record, or why there is none
 
 
 class OpenTable:
@@ -74,7 +74,7 @@ class HotRows:
         return known and bool((table.cache.slot_of[ids] >= 0).all())
 
     async def table(self, ref: str) -> OpenTable:
-        """The table "name@version", opened on first use; NotFound if there is none."""
+        """The table "name@version", opened on first use; NotFoundError if there is none."""
         if ref not in self.open:
             manifest = await asyncio.to_thread(self.source.describe, ref)
             if ref not in self.open:
@@ -101,9 +101,9 @@ class HotRows:
     ) -> AsyncIterator[tuple[list[Buffer], int]]:
         """Chunks of records, good until the event loop goes on, and how many of each were read.
 
-        Corrupt, with all tokens whose rows are bad; the others are hot then.
+        CorruptError, with all tokens whose rows are bad; the others are hot then.
         """
-        bad: dict[int, Corrupt] = {}
+        bad: dict[int, CorruptError] = {}
         size, begun, ahead = table.manifest.record_bytes, dict[int, Read](), 0
         step = max(1, _CHUNK_BYTES // size)
         window = max(step, _READ_BYTES // size)
@@ -117,7 +117,7 @@ class HotRows:
                     arrival = begun.pop(i, None) or self._read(table, part, parent).get(i)
                     if arrival:
                         found = (await asyncio.shield(arrival))[i]
-                        if isinstance(found, Corrupt):
+                        if isinstance(found, CorruptError):
                             bad[i] = found
                         else:
                             read[i] = found
@@ -130,7 +130,7 @@ class HotRows:
             ]
             yield records, len(read)
         if bad:
-            raise Corrupt(str(next(iter(bad.values()))), bad)
+            raise CorruptError(str(next(iter(bad.values()))), bad)
 
     def _read(
         self, table: OpenTable, ids: np.ndarray, parent: Span = INVALID_SPAN, *, main: bool = False
@@ -154,10 +154,10 @@ class HotRows:
             records, error = await loop.run_in_executor(self._readers, fetch)
         except BaseException as failure:  # noqa: BLE001 - the requests that wait get it
             arrival.set_exception(failure)
-            if isinstance(failure, (NotFound, Corrupt)):
+            if isinstance(failure, (NotFoundError, CorruptError)):
                 self.lost.set()
         else:
-            found: dict[int, Buffer | Corrupt] = dict(
+            found: dict[int, Buffer | CorruptError] = dict(
                 zip(tokens, record_views(records), strict=True)
             )
             if error:
@@ -176,12 +176,12 @@ class HotRows:
             for i in tokens:
                 del table.reading[i]
 
-    def _fetch(self, manifest: Manifest, ids: np.ndarray) -> tuple[np.ndarray, Corrupt | None]:
+    def _fetch(self, manifest: Manifest, ids: np.ndarray) -> tuple[np.ndarray, CorruptError | None]:
         """Records of `ids`, and which of them are bad."""
         out = np.empty((len(ids), manifest.record_bytes), np.uint8)
         try:
             return self.source.fetch_records(manifest, ids, out), None
-        except Corrupt as error:
+        except CorruptError as error:
             if not error.token_ids:
                 raise
             return out, error

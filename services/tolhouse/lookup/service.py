@@ -17,7 +17,7 @@ from prometheus_client import Counter, Histogram
 from tolhouse import tracing
 from tolhouse.client.row_source import StoreRowSource
 from tolhouse.config import LookupConfig
-from tolhouse.errors import Corrupt, InvalidArgument
+from tolhouse.errors import CorruptError, InvalidArgumentError
 from tolhouse.logs import event
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.lookup.store_check import StoreCheck
@@ -131,7 +131,7 @@ class LookupService:
         trace = tracing.begin("lookup Fetch", parent, {"tolhouse.table": request.table})
         try:
             if split_ref(request.table)[1] is None:
-                raise InvalidArgument(f"fetch needs name@version, not {request.table!r}")
+                raise InvalidArgumentError(f"fetch needs name@version, not {request.table!r}")
             table = await self.rows.table(request.table)
             ids = parse_ids(request.token_ids, table.manifest)
             first = missed = 0
@@ -147,7 +147,7 @@ class LookupService:
             trace.set_attributes({"tolhouse.rows": len(ids), "tolhouse.rows_from_store": missed})
         except Exception as error:  # noqa: BLE001 - the boundary where every error becomes a status
             status, message = status_of(error)
-            bad = error.token_ids if isinstance(error, Corrupt) else ()
+            bad = error.token_ids if isinstance(error, CorruptError) else ()
             MISSING.inc(len(bad))
             failure = pb.Error(status=status, message=message, token_ids=bad)
             header = pb.FetchReply(request_id=request.request_id, error=failure, last=True)
@@ -170,12 +170,12 @@ def register(service: LookupService, server: grpc.aio.Server) -> None:
 
 
 def parse_ids(packed: bytes, manifest: Manifest) -> np.ndarray:
-    """Token ids uint32 [T] of a request; InvalidArgument, IdOutOfRange."""
+    """Token ids uint32 [T] of a request; InvalidArgumentError, IdOutOfRangeError."""
     count, odd = divmod(len(packed), 4)
     if odd:
-        raise InvalidArgument(f"token_ids has {len(packed)} bytes; an id has four bytes each")
+        raise InvalidArgumentError(f"token_ids has {len(packed)} bytes; an id has four bytes each")
     if count > MAX_IDS_PER_FETCH:
-        raise InvalidArgument(f"{count} token ids; at most {MAX_IDS_PER_FETCH} are allowed")
+        raise InvalidArgumentError(f"{count} token ids; at most {MAX_IDS_PER_FETCH} are allowed")
     ids = np.frombuffer(packed, "<u4")
     manifest.check_ids(ids)
     return ids

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from prometheus_client import Counter, Gauge
 
-from tolhouse.errors import Corrupt, NotFound, TolhouseError
+from tolhouse.errors import CorruptError, NotFoundError, TolhouseError
 from tolhouse.logs import event, log
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.store.base import Store
@@ -108,14 +108,14 @@ class StoreCheck:
 
     def _manifest(self, ref: str) -> Manifest | None:
         for store in filter(None, (self.store, self.backup)):
-            with suppress(NotFound, Corrupt):
+            with suppress(NotFoundError, CorruptError):
                 return store.manifest(ref)
         return None
 
     def _loss(self, ref: str, bad: set[int]) -> Loss:
         try:
             manifest = self.store.manifest(ref)
-        except (NotFound, Corrupt):
+        except (NotFoundError, CorruptError):
             return Loss(None, [])
         count = manifest.num_shards
         some = {(self._first_shard + k) % count for k in range(min(count, _MOST_SHARDS))}

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from tolhouse.errors import InvalidArgument, NotFound
+from tolhouse.errors import InvalidArgumentError, NotFoundError
 from tolhouse.model.config import ModelConfig
 from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
 from tolhouse.model.transformer import Transformer
@@ -73,7 +73,7 @@ class Checkpoint:
     def load(self, module: nn.Module, prefix: str, dtype: torch.dtype | None = None) -> nn.Module:
         """Read the weights of `module`, the model's part `prefix`, in `dtype` or as stored.
 
-        Mismatch if the file was overwritten since the checkpoint was opened.
+        MismatchError if the file was overwritten since the checkpoint was opened.
         """
         names = dict.fromkeys(name for name, _ in module.named_parameters())
         state = {
@@ -93,7 +93,7 @@ class Checkpoint:
         return model
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as stored; Mismatch if the file was overwritten since it was opened."""
+        """A tensor as stored; MismatchError if the file was overwritten since it was opened."""
         if name == HEAD and self.config.tie_word_embeddings:
             name = EMBEDDING
         return self.weights.read(_stored_names(self.weights)[name])
@@ -128,21 +128,23 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path).resolve()
     if not path.is_dir():
         files = f"{CONFIG}, {WEIGHTS} and {TOKENIZER}"
-        raise NotFound(f"no checkpoint at {path}: a checkpoint is a folder with {files}")
+        raise NotFoundError(f"no checkpoint at {path}: a checkpoint is a folder with {files}")
     if not (path / WEIGHTS).is_file():
         unsafe = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
         others = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in unsafe))
         hint = "can run code when loaded and is refused: convert it to safetensors"
-        raise NotFound(f"checkpoint {path} has no {WEIGHTS}" + (others and f"; {others} {hint}"))
+        raise NotFoundError(
+            f"checkpoint {path} has no {WEIGHTS}" + (others and f"; {others} {hint}")
+        )
     try:
         config = ModelConfig.from_json(json.loads((path / CONFIG).read_text()))
     except FileNotFoundError:
-        raise NotFound(f"checkpoint {path} has no {CONFIG}") from None
+        raise NotFoundError(f"checkpoint {path} has no {CONFIG}") from None
     except (ValueError, RecursionError) as error:
-        raise InvalidArgument(f"{path / CONFIG} is not JSON: {error}") from None
+        raise InvalidArgumentError(f"{path / CONFIG} is not JSON: {error}") from None
     checkpoint = Checkpoint(path, config)
     if defect := next(_defects(checkpoint.weights, config), None):
-        raise InvalidArgument(f"{path / WEIGHTS}{defect}")
+        raise InvalidArgumentError(f"{path / WEIGHTS}{defect}")
     load_tokenizer(path / TOKENIZER, config.vocab_size)
     return checkpoint
 
@@ -162,13 +164,14 @@ def save_checkpoint(path: Path, model: Transformer, tokenizer_file: Path) -> Non
 
 
 def torch_device(name: str) -> torch.device:
-    """The device of `--device NAME`; auto: cuda if there is one. InvalidArgument without it."""
+    """The device of `--device NAME`; auto: cuda if there is one. InvalidArgumentError without
+    it."""
     on_gpu = torch.cuda.is_available()
     name = ("cuda" if on_gpu else "cpu") if name == "auto" else name
     if re.fullmatch(r"cpu|cuda(:\d+)?" if on_gpu else "cpu", name):
         return torch.device(name)
     allowed = "cpu, cuda or auto" if on_gpu else "cpu or auto, as there is no GPU"
-    raise InvalidArgument(f"--device {name!r} is not on this machine; {allowed}")
+    raise InvalidArgumentError(f"--device {name!r} is not on this machine; {allowed}")
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:

@@ -6,10 +6,11 @@ It knows nothing of tensors; `transformer.py` reads it, `checkpoint.py` stores i
 import dataclasses
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
+from tolhouse.validation import validated
 
 Kind = Literal["base", "memory", "flex", "wide"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -17,9 +18,10 @@ Size = Annotated[int, Field(ge=1, le=2**31)]
 Positive = Annotated[float, Field(gt=0)]
 
 
+@validated("model config")
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 class ModelConfig:
-    """Shape of one model; InvalidArgument where the fields do not make one.
+    """Shape of one model; InvalidArgumentError where the fields do not make one.
 
     base: LLaMA · memory: every FFN reads the token alone · flex: a part of the FFN stays in the
     block · wide: one FFN, of the token alone, for all layers. `intermediate_size` is K of the FFN
@@ -40,27 +42,16 @@ class ModelConfig:
     tie_word_embeddings: bool = True
     eos_token_id: Annotated[int, Field(ge=0)] = 0
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _explain(cls, data: Any, check: Any) -> "ModelConfig":
-        try:
-            return check(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            value = "" if first["type"] == "missing" else f", not {first['input']!r:.60}"
-            message = f"model config: {first['loc'][0]}: {first['msg']}{value}"
-            raise InvalidArgument(message) from None
-
     def __post_init__(self) -> None:
         size, heads, beta = self.hidden_size, self.num_attention_heads, self.beta
         if size % (2 * heads):
             rule = f"must be an even multiple of num_attention_heads {heads}"
-            raise InvalidArgument(f"model config: hidden_size {size} {rule}")
+            raise InvalidArgumentError(f"model config: hidden_size {size} {rule}")
         if beta not in ((1, 2, 3) if self.kind == "flex" else (0,)):
             rule = "is 1, 2 or 3 for flex and 0 for other kinds"
-            raise InvalidArgument(f"model config: beta {rule}, not {beta}")
+            raise InvalidArgumentError(f"model config: beta {rule}, not {beta}")
         if self.eos_token_id >= self.vocab_size:
-            raise InvalidArgument("model config: eos_token_id must lie in the vocabulary")
+            raise InvalidArgumentError("model config: eos_token_id must lie in the vocabulary")
 
     @property
     def head_dim(self) -> int:
@@ -76,10 +67,12 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: Any) -> "ModelConfig":
-        """The config that `data` describes; InvalidArgument where it is none of ours."""
+        """The config that `data` describes; InvalidArgumentError where it is none of ours."""
         kind = data.get("model_type") if isinstance(data, dict) else None
         if kind != "memoryllm":
-            raise InvalidArgument(f"model config: model_type must be 'memoryllm', not {kind!r:.60}")
+            raise InvalidArgumentError(
+                f"model config: model_type must be 'memoryllm', not {kind!r:.60}"
+            )
         return cls(**{k: v for k, v in data.items() if k not in ("model_type", "torch_dtype")})
 
 
@@ -101,7 +94,7 @@ PRESETS = tuple(_PRESETS)
 def preset(name: str, kind: str, beta: int = 0, **overrides: Any) -> ModelConfig:
     """The shape `name` (one of PRESETS) as a model of `kind`; `overrides` replace single fields."""
     if name not in _PRESETS:
-        raise InvalidArgument(f"preset {name!r} is unknown; one of {', '.join(PRESETS)}")
+        raise InvalidArgumentError(f"preset {name!r} is unknown; one of {', '.join(PRESETS)}")
     hidden, layers, heads, vocab, context, ffn = _PRESETS[name]
     size = ffn[beta if 0 <= beta <= 3 else 0]
     size *= layers if kind == "wide" else 1  # it has the parameters of all the others together

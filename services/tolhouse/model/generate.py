@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.transformer import GrowingCache, Rows, Transformer
 from tolhouse.sampling import check_prompt
 
@@ -23,7 +23,7 @@ def greedy(
     `rows` gives rows [N, T, D] of ids [T], with or without X0, in place of the model's own.
     """
     if max_tokens < 1:
-        raise InvalidArgument(f"max_tokens must be at least 1, not {max_tokens}")
+        raise InvalidArgumentError(f"max_tokens must be at least 1, not {max_tokens}")
     config, rows_of, cache, position = model.config, rows or model.rows, GrowingCache(), 0
     bounds = config.vocab_size, config.max_position_embeddings
     ids_T = torch.tensor(check_prompt(prompt_ids, max_tokens, *bounds))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.transformer import NoCache, Transformer
 
 _BATCH_TOKENS = 2048
@@ -112,7 +112,7 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Callable[[RowsOf], Tensor]]]:
     """Batches of windows: targets [T], and from rows to the float32 logits [T, V] of those."""
     if len(ids) < 2:
-        raise InvalidArgument(f"the text has {len(ids)} tokens; at least 2 are needed")
+        raise InvalidArgumentError(f"the text has {len(ids)} tokens; at least 2 are needed")
     ids_T = torch.from_numpy(ids.astype(np.int64)).to(model.norm.weight.device)
     length = min(model.config.max_position_embeddings, len(ids) - 1)
     end = (len(ids) - 1) // length * length

@@ -5,24 +5,25 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from tolhouse.errors import InvalidArgument, NotFound
+from tolhouse.errors import InvalidArgumentError, NotFoundError
 
 TOKENIZER = "tokenizer.json"
 
 
 def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer in file `path`; InvalidArgument if malformed or with ids over `vocab_size`."""
+    """The tokenizer in file `path`; InvalidArgumentError if malformed or with ids over
+    `vocab_size`."""
     path = Path(path)
     if not path.is_file():
-        raise NotFound(f"no tokenizer at {path}")
+        raise NotFoundError(f"no tokenizer at {path}")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception
-        raise InvalidArgument(f"{path} is not a tokenizer.json: {error}") from None
+        raise InvalidArgumentError(f"{path} is not a tokenizer.json: {error}") from None
     size = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if vocab_size is not None and size > vocab_size:
         message = f"{path} has {size} tokens, but the model's vocabulary is {vocab_size}"
-        raise InvalidArgument(message)
+        raise InvalidArgumentError(message)
     return tokenizer
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.config import ModelConfig
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, [T, 1, E] each
@@ -58,7 +58,9 @@ class Transformer(nn.Module):
     def x0(self, ids_T: Tensor) -> Tensor:
         """Embeddings [T, D] of token ids."""
         if self.embed_tokens is None:
-            raise InvalidArgument("loaded without its embedding, the model needs X0 from a table")
+            raise InvalidArgumentError(
+                "loaded without its embedding, the model needs X0 from a table"
+            )
         return self.embed_tokens(ids_T)
 
     def rows(self, ids_T: Tensor, x0: bool = False) -> Tensor:
@@ -70,7 +72,9 @@ class Transformer(nn.Module):
         if not self.config.num_rows:
             return x0_TD.new_empty(0, *x0_TD.shape)
         if not self.ffn_m:
-            raise InvalidArgument("loaded without its FFN-M, the model needs rows from a table")
+            raise InvalidArgumentError(
+                "loaded without its FFN-M, the model needs rows from a table"
+            )
         return torch.stack([x0_TD] * x0 + [ffn(x0_TD) for ffn in self.ffn_m])
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tolhouse.errors import InvalidArgument, Mismatch
+from tolhouse.errors import InvalidArgumentError, MismatchError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _HEADER_BYTES = 100_000_000  # the longest that safetensors writes
@@ -30,7 +30,8 @@ class StoredTensor(NamedTuple):
 
 
 class WeightsFile:
-    """Tensors by name; InvalidArgument if the file is no safetensors file. Threads may share it."""
+    """Tensors by name; InvalidArgumentError if the file is no safetensors file. Threads may share
+    it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._descriptor, self._digest = path, -1, ""
@@ -50,7 +51,7 @@ class WeightsFile:
             os.close(self._descriptor)
 
     def read(self, name: str) -> Tensor:
-        """A tensor as stored; Mismatch if the file has changed since it was opened."""
+        """A tensor as stored; MismatchError if the file has changed since it was opened."""
         tensor = self.tensors[name]
         out = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
         self._fill(out, tensor.start)
@@ -58,7 +59,7 @@ class WeightsFile:
         return out
 
     def read_rows(self, name: str, ids: np.ndarray) -> Tensor:
-        """Rows `ids` [T] of a matrix; Mismatch as in `read`."""
+        """Rows `ids` [T] of a matrix; MismatchError as in `read`."""
         tensor = self.tensors[name]
         _, width = tensor.shape
         out = torch.empty((len(ids), width), dtype=DTYPES[tensor.dtype])
@@ -68,7 +69,7 @@ class WeightsFile:
         return out
 
     def digest(self) -> str:
-        """SHA-256 of the whole file, 64 hex digits; Mismatch as in `read`."""
+        """SHA-256 of the whole file, 64 hex digits; MismatchError as in `read`."""
         if not self._digest:
             digest = self._hash()
             self.check()
@@ -76,7 +77,7 @@ class WeightsFile:
         return self._digest
 
     def check(self) -> None:
-        """Mismatch if the file is not what it was when it was opened."""
+        """MismatchError if the file is not what it was when it was opened."""
         if (now := self._now()) == self._stat:
             return
         # whoever moves or links a file changes its times too: then its content decides
@@ -84,7 +85,7 @@ class WeightsFile:
             self._stat = now
             return
         what = "was overwritten while in use: put the file back, or start again with the new one"
-        raise Mismatch(f"{self.path.name} of checkpoint {self.path.parent.name} {what}")
+        raise MismatchError(f"{self.path.name} of checkpoint {self.path.parent.name} {what}")
 
     def _now(self) -> tuple[int, int, int]:
         """Size and times; `st_ctime_ns` can't be set by whoever writes the file."""
@@ -97,7 +98,7 @@ class WeightsFile:
             count = os.preadv(self._descriptor, [view], start)
             if not count:
                 self.check()
-                raise Mismatch(f"{self.path} ends before its last tensor does")
+                raise MismatchError(f"{self.path} ends before its last tensor does")
             view, start = view[count:], start + count
 
     def _hash(self) -> str:
@@ -132,5 +133,5 @@ class WeightsFile:
             raise self._malformed(f"it has {self._stat[0]} bytes, and its tensors end at {at}")
         return tensors
 
-    def _malformed(self, why: str) -> InvalidArgument:
-        return InvalidArgument(f"{self.path} is not a safetensors file: {why}")
+    def _malformed(self, why: str) -> InvalidArgumentError:
+        return InvalidArgumentError(f"{self.path} is not a safetensors file: {why}")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.files import ReloadingFiles, read_file
 from tolhouse.logs import is_loopback
 
@@ -35,12 +35,14 @@ def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> P
     """Read three files, "" for one not given; `retries` while only one of a pair is replaced."""
     if bool(certificate) != bool(key):
         given = "certificate" if certificate else "key"
-        raise InvalidArgument(f"a TLS certificate and key go together: only the {given} is given")
+        raise InvalidArgumentError(
+            f"a TLS certificate and key go together: only the {given} is given"
+        )
     if authority == SYSTEM:
         paths = ssl.get_default_verify_paths()
         if not paths.cafile:
             message = f"there is no file of trusted authorities at {paths.openssl_cafile}"
-            raise InvalidArgument(f"{message}: give one by name, not {SYSTEM!r}")
+            raise InvalidArgumentError(f"{message}: give one by name, not {SYSTEM!r}")
         authority = paths.cafile
     named = {"certificate": certificate, "key": key, "authority": authority}
     pems = [read_file(path, f"the TLS {what}") if path else b"" for what, path in named.items()]
@@ -56,13 +58,15 @@ def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> P
                 time.sleep(0.05)
                 return read_pems(certificate, key, authority, retries - 1)
             message = f"the TLS key {key} is not that of the certificate {certificate}"
-        raise InvalidArgument(f"{message} ({error.reason})") from None
+        raise InvalidArgumentError(f"{message} ({error.reason})") from None
     try:
         if authority:
             context.load_verify_locations(authority)
             context.verify_mode = ssl.CERT_REQUIRED
     except ssl.SSLError:
-        raise InvalidArgument(f"the TLS authority {authority} holds no PEM certificate") from None
+        raise InvalidArgumentError(
+            f"the TLS authority {authority} holds no PEM certificate"
+        ) from None
     if authority:  # a session that is resumed skips the check of the caller's certificate
         context.options |= ssl.OP_NO_TICKET
         context.num_tickets = 0
@@ -87,7 +91,7 @@ class TokenFile:
         tokens = [t for line in lines if (t := line.strip()) and not t.startswith(b"#")]
         if not tokens or not all(re.fullmatch(rb"[!-~]{16,}", token) for token in tokens):
             rule = "a token a line, each of at least 16 printable ASCII characters"
-            raise InvalidArgument(f"the token file {self._path} must hold {rule}")
+            raise InvalidArgumentError(f"the token file {self._path} must hold {rule}")
         return tokens
 
 
@@ -111,17 +115,24 @@ class ClientCredentials:
     proxy: str = ""
 
     def channel_credentials(self, target: str) -> grpc.ChannelCredentials | None:
-        """None means plaintext. InvalidArgument if that is not allowed, or a file does not fit."""
+        """None means plaintext. InvalidArgumentError if that is not allowed, or a file does not
+        fit."""
         if self.proxy and not (self.tls_ca and re.fullmatch(r"http://[^/\s]+:\d+/?", self.proxy)):
-            raise InvalidArgument("--proxy must be http://HOST:PORT, and needs TLS: give --tls-ca")
+            raise InvalidArgumentError(
+                "--proxy must be http://HOST:PORT, and needs TLS: give --tls-ca"
+            )
         if self.tls_ca:
             _, cert, key, ca = read_pems(self.tls_cert, self.tls_key, self.tls_ca, retries=10)
             return grpc.ssl_channel_credentials(ca, key or None, cert or None)
         if self.tls_cert or self.tls_key:
-            raise InvalidArgument("a TLS certificate to show needs an authority: give --tls-ca")
+            raise InvalidArgumentError(
+                "a TLS certificate to show needs an authority: give --tls-ca"
+            )
         if not self.insecure and not is_loopback(target):
             advice = "give --tls-ca, or --insecure where the network is trusted"
-            raise InvalidArgument(f"{target} is another machine, called in plaintext: {advice}")
+            raise InvalidArgumentError(
+                f"{target} is another machine, called in plaintext: {advice}"
+            )
         return None
 
     def proxy_option(self, target: str) -> tuple[str, int | str]:
@@ -152,10 +163,10 @@ class ServerCredentials:
     insecure: bool = False
 
     def check(self, address: str, option: str) -> None:
-        """InvalidArgument if `address` may not be listened on."""
+        """InvalidArgumentError if `address` may not be listened on."""
         if not self.tls_cert and not self.insecure and not is_loopback(address):
             advice = "give --tls-cert and --tls-key, or --insecure where the network is trusted"
-            raise InvalidArgument(f"{option} {address} would serve in plaintext: {advice}")
+            raise InvalidArgumentError(f"{option} {address} would serve in plaintext: {advice}")
 
     def interceptors(self) -> list[grpc.aio.ServerInterceptor]:
         return [_TokenInterceptor(self.token_file)] if self.token_file else []

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from tolhouse.errors import InvalidArgument, TolhouseError, Unsupported, from_status
+from tolhouse.errors import InvalidArgumentError, TolhouseError, UnsupportedError, from_status
 from tolhouse.files import ReloadingFiles
 from tolhouse.logs import event, split_address
 from tolhouse.net.auth import ClientCredentials
@@ -39,7 +39,7 @@ _CALLERS_FAULT = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "NOT_FOUND")
 
 
 def dial(target: str, credentials: ClientCredentials, library: Any = grpc) -> Any:
-    """A channel of `library`, grpc or grpc.aio; InvalidArgument if `credentials` forbid it."""
+    """A channel of `library`, grpc or grpc.aio; InvalidArgumentError if `credentials` forbid it."""
     tls = credentials.channel_credentials(target)
     options = [*_CHANNEL_OPTIONS, credentials.proxy_option(target)]
     if tls is None:
@@ -65,7 +65,9 @@ def error_of(error: grpc.RpcError, peer: str) -> TolhouseError:
     """The error that a failed call to `peer` stands for."""
     status, details = error.code().name, error.details() or ""
     if status == "UNIMPLEMENTED":
-        return Unsupported(f"{peer} does not serve this call; is it another service's address?")
+        return UnsupportedError(
+            f"{peer} does not serve this call; is it another service's address?"
+        )
     if status == "UNAVAILABLE" and ("connect" in details.lower() or "socket" in details.lower()):
         reasons = [reason for sign, reason in _TLS_PROBLEMS.items() if sign in details]
         reasons.append("can't be reached")
@@ -81,7 +83,7 @@ class Addresses:
         self.targets, self._credentials = tuple(t.strip() for t in given if t.strip()), credentials
         if not self.targets:
             allowed = f"HOST:PORT, or {SCHEME}HOST:PORT for all addresses of a name"
-            raise InvalidArgument(f"no address given: {allowed}; several with commas")
+            raise InvalidArgumentError(f"no address given: {allowed}; several with commas")
         self._names, self._found = dict[str, tuple[str, int]](), dict[str, tuple[str, ...]]()
         for target in self.targets:
             address = split_address(target.removeprefix(SCHEME))

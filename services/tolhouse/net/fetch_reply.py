@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from google.protobuf.message import DecodeError
 
-from tolhouse.errors import Internal
+from tolhouse.errors import InternalError
 from tolhouse.v1.lookup_pb2 import FetchReply
 
 _RECORDS = FetchReply.RECORDS_FIELD_NUMBER << 3 | 2  # a tag: the field, and that a length follows
@@ -23,7 +23,7 @@ def serialize(header: FetchReply, records: Sequence[bytes | memoryview], size: i
 
 
 def parse(data: bytes) -> tuple[FetchReply, memoryview]:
-    """A reply but for its records, and these, in place; Internal if `data` is none."""
+    """A reply but for its records, and these, in place; InternalError if `data` is none."""
     view, records, rest, at = memoryview(data), memoryview(b""), [], 0
     try:
         while at < len(data):
@@ -42,7 +42,9 @@ def parse(data: bytes) -> tuple[FetchReply, memoryview]:
             raise ValueError("cut short")
         return FetchReply.FromString(b"".join(rest)), records
     except (IndexError, ValueError, DecodeError) as error:
-        raise Internal(f"the lookup service sent a reply that can't be read: {error}") from None
+        raise InternalError(
+            f"the lookup service sent a reply that can't be read: {error}"
+        ) from None
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

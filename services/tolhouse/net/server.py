@@ -19,7 +19,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 import grpc
 from prometheus_client import REGISTRY, make_wsgi_app, start_http_server
 
-from tolhouse.errors import Internal, InUse, TolhouseError
+from tolhouse.errors import InternalError, InUseError, TolhouseError
 from tolhouse.logs import event, log, ready, split_address
 from tolhouse.net.auth import ServerCredentials
 
@@ -80,7 +80,7 @@ def status_of(error: Exception) -> tuple[str, str]:
     """The name of an error's gRPC status, and what the caller reads; a defect of ours is logged."""
     if not isinstance(error, TolhouseError):
         log.error("internal error", exc_info=error)
-        error = Internal("internal error; the service's log has the details")
+        error = InternalError("internal error; the service's log has the details")
     return error.grpc_status, str(error)[:2000]  # it may quote what was sent
 
 
@@ -112,7 +112,7 @@ async def serve(
         port = server.add_secure_port(listen, tls) if tls else server.add_insecure_port(listen)
     if not port:
         reason = "the port is in use, or the address is another machine's"
-        raise InUse(f"{service} can't listen on {listen}: {reason}; choose another --listen")
+        raise InUseError(f"{service} can't listen on {listen}: {reason}; choose another --listen")
     finish_startup()
     await server.start()
     health_of = health_pb2.HealthCheckResponse
@@ -162,7 +162,7 @@ def serve_metrics(address: str, credentials: ServerCredentials, healthy: Callabl
             port, host, REGISTRY, *pair, ca, client_auth_required=bool(ca)
         )
     except OSError as error:
-        raise InUse(f"--metrics-listen {address} fails: {error.strerror or error}") from None
+        raise InUseError(f"--metrics-listen {address} fails: {error.strerror or error}") from None
     server.handle_error = _log_failure  # type: ignore[assignment] # its own prints
     server.set_app(partial(_health_or_metrics, healthy, make_wsgi_app()))
     if isinstance(server.socket, ssl.SSLSocket):

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.transformer import Transformer
 
@@ -19,7 +19,7 @@ BATCH_TOKENS = 128
 
 
 class MemoryLLM:
-    """Rows [T, blocks, width] of token ids; InvalidArgument for a model that has none.
+    """Rows [T, blocks, width] of token ids; InvalidArgumentError for a model that has none.
 
     By default they have a block for each layer, `ffn.0` and so on; `x0` is the embedding.
     """
@@ -30,7 +30,9 @@ class MemoryLLM:
         config = checkpoint.config
         if not config.num_rows:
             lack = "it has no token memory, no context-free FFNs to make rows of"
-            raise InvalidArgument(f"checkpoint {checkpoint.name} is of kind {config.kind}: {lack}")
+            raise InvalidArgumentError(
+                f"checkpoint {checkpoint.name} is of kind {config.kind}: {lack}"
+            )
         self.checkpoint = checkpoint
         self.blocks = tuple(blocks) or tuple(f"ffn.{layer}" for layer in range(config.num_rows))
         self.width, self.vocab_size = config.hidden_size, config.vocab_size
@@ -68,8 +70,8 @@ def select_blocks(checkpoint: Checkpoint, embedding: str, absent: Iterable[int])
     count, left_out = checkpoint.config.num_rows, set(absent)
     if bad := sorted(left_out - set(range(count))):
         there = f"rows are of layers 0 to {count - 1}"
-        raise InvalidArgument(f"there is no layer {bad[0]} to leave out: {there}")
+        raise InvalidArgumentError(f"there is no layer {bad[0]} to leave out: {there}")
     if count and len(left_out) == count:
-        raise InvalidArgument("all layers are left out: at least one must stay")
+        raise InvalidArgumentError("all layers are left out: at least one must stay")
     x0 = embedding == "yes" or (embedding == "auto" and not checkpoint.config.tie_word_embeddings)
     return ["x0"] * x0 + [f"ffn.{layer}" for layer in range(count) if layer not in left_out]

@@ -18,7 +18,13 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from tolhouse.errors import Corrupt, DeadlineExceeded, InvalidArgument, NotFound, Unavailable
+from tolhouse.errors import (
+    CorruptError,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
 from tolhouse.logs import event, is_loopback
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
 from tolhouse.table.manifest import Manifest, check_name, split_ref
@@ -59,31 +65,33 @@ class Store(ABC):
         """ "name@version" of every complete table, sorted."""
 
     def manifest(self, ref: str) -> Manifest:
-        """The manifest of "name@version"; NotFound if it is not here or not complete, Corrupt."""
+        """The manifest of "name@version"; NotFoundError if it is not here or not complete,
+        CorruptError."""
         split_ref(ref)
         text = self._read_text(ref, "manifest")
         if text is None:
-            raise NotFound(f"table {ref} is not in {self.url}")
+            raise NotFoundError(f"table {ref} is not in {self.url}")
         try:
             manifest = _parsed(text)
-        except (InvalidArgument, Corrupt) as error:
-            raise Corrupt(f"{ref} in {self.url}: {error}") from None
+        except (InvalidArgumentError, CorruptError) as error:
+            raise CorruptError(f"{ref} in {self.url}: {error}") from None
         if manifest.ref != ref:
-            raise Corrupt(f"{ref} in {self.url}: the manifest describes table {manifest.ref}")
+            raise CorruptError(f"{ref} in {self.url}: the manifest describes table {manifest.ref}")
         return manifest
 
     def parent(self, manifest: Manifest) -> Manifest:
-        """The table that an overlay lies over; NotFound if it is gone, Corrupt if it can't be."""
+        """The table that an overlay lies over; NotFoundError if it is gone, CorruptError if it
+        can't be."""
         ref = manifest.parent
         if ref not in self._parents:
             about = f"table {manifest.ref} is an overlay over {ref}, which"
             try:
                 found = self.manifest(ref)
-            except NotFound:
-                raise NotFound(f"{about} is not in {self.url} any more") from None
+            except NotFoundError:
+                raise NotFoundError(f"{about} is not in {self.url} any more") from None
             form, own = ((m.record_dtype, m.vocab_size) for m in (found, manifest))
             if found.parent or form != own:
-                raise Corrupt(f"{about} has records of another form in {self.url}")
+                raise CorruptError(f"{about} has records of another form in {self.url}")
             self._parents[ref] = found
         return self._parents[ref]
 
@@ -114,13 +122,13 @@ class Store(ABC):
     # names
 
     def alias(self, name: str) -> Alias | None:
-        """What `name` stands for, if it was ever published; Corrupt if that can't be read."""
+        """What `name` stands for, if it was ever published; CorruptError if that can't be read."""
         text = self._read_text(check_name(name), "alias")
         try:
             return None if text is None else _ALIAS.validate_json(text)
         except ValidationError:
             what = "is malformed; publish a version to write it anew"
-            raise Corrupt(f"the alias of {name!r} in {self.url} {what}") from None
+            raise CorruptError(f"the alias of {name!r} in {self.url} {what}") from None
 
     @abstractmethod
     def update(self, change: Callable[[], Changes]) -> None:
@@ -143,28 +151,29 @@ class Store(ABC):
     ) -> np.ndarray:
         """Verified records of `ids` uint32 [T], in `slots` of `out`, uint8 [., record_bytes].
 
-        Without them, as a new array. What an overlay has not changed is its parent's. Corrupt,
-        with their tokens, if records are missing or altered: all others are in place. NotFound if
+        Without them, as a new array. What an overlay has not changed is its parent's. CorruptError,
+        with their tokens, if records are missing or altered: all others are in place.
+        NotFoundError if
         a parent is gone.
         """
         out = np.empty((len(ids), manifest.record_bytes), np.uint8) if out is None else out
         slots = np.arange(len(ids)) if slots is None else slots
-        owned, bad = manifest.owns(ids), list[Corrupt]()
+        owned, bad = manifest.owns(ids), list[CorruptError]()
         parts = [(manifest, owned)]
         if not owned.all():
             parts.append((self.parent(manifest), ~owned))
         for table, part in parts:
             try:
                 self._read_own(table, ids[part], out, slots[part])
-            except Corrupt as error:
+            except CorruptError as error:
                 self._reopen(table, np.array(error.token_ids, np.uint32))
                 bad.append(error)
         if bad:
-            raise Corrupt(str(bad[0]), (i for error in bad for i in error.token_ids))
+            raise CorruptError(str(bad[0]), (i for error in bad for i in error.token_ids))
         return out
 
     def auxiliary(self, manifest: Manifest) -> AuxiliaryTables:
-        """What a table's rows need besides its records; NotFound, Corrupt."""
+        """What a table's rows need besides its records; NotFoundError, CorruptError."""
 
         def fetch(ref: str) -> tuple[Manifest, np.ndarray]:
             table = self.manifest(ref)
@@ -217,7 +226,7 @@ def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0
     `wait_seconds`: for so long it may be unreachable.
     """
     if re.search(r",\s*\w+://", url):
-        raise InvalidArgument(f"{shown(url)!r} names several stores; one is allowed here")
+        raise InvalidArgumentError(f"{shown(url)!r} names several stores; one is allowed here")
     scheme, _, rest = url.partition("://")
     if scheme == "file" and rest:
         from tolhouse.store.files import FileStore
@@ -232,7 +241,7 @@ def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0
     while True:
         try:
             return RedisStore(url, timeout_seconds)
-        except (Unavailable, DeadlineExceeded) as error:
+        except (UnavailableError, DeadlineExceededError) as error:
             if time.monotonic() >= deadline:
                 raise
             event("waiting for the store", logging.WARNING, reason=str(error))
@@ -240,7 +249,8 @@ def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0
 
 
 def require_private(url: str, *, insecure: bool) -> str:
-    """The URL; InvalidArgument for a Redis on another machine without TLS or certificate checks."""
+    """The URL; InvalidArgumentError for a Redis on another machine without TLS or certificate
+    checks."""
     parts, options, hosts = _parts(url)
     if parts.scheme not in ("file", "redis", "rediss"):
         raise not_understood(url)
@@ -252,7 +262,9 @@ def require_private(url: str, *, insecure: bool) -> str:
     how = "without a check of its certificate: leave those options out"
     how = "in plaintext: give a rediss:// URL" if parts.scheme == "redis" else how
     how = f"{how}, or --insecure where the network is trusted"
-    raise InvalidArgument(f"Redis at {shown(url)} is another machine and would be called {how}")
+    raise InvalidArgumentError(
+        f"Redis at {shown(url)} is another machine and would be called {how}"
+    )
 
 
 def has_password(url: str) -> bool:
@@ -261,9 +273,9 @@ def has_password(url: str) -> bool:
     return bool(parts.password) or "password" in options
 
 
-def not_understood(url: str) -> InvalidArgument:
+def not_understood(url: str) -> InvalidArgumentError:
     allowed = "file://PATH, redis://HOST:PORT and rediss://HOST:PORT"
-    return InvalidArgument(f"store {shown(url)!r} is not understood; allowed are {allowed}")
+    return InvalidArgumentError(f"store {shown(url)!r} is not understood; allowed are {allowed}")
 
 
 def shown(url: str) -> str:

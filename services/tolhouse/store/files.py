@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from tolhouse.errors import Corrupt, InvalidArgument, TolhouseError, Unavailable
+from tolhouse.errors import CorruptError, InvalidArgumentError, TolhouseError, UnavailableError
 from tolhouse.files import locked
 from tolhouse.store.base import LEASE_SECONDS, Changes, Kind, Store, Views
 from tolhouse.table.manifest import Manifest, split_ref
@@ -41,7 +41,7 @@ class FileStore(Store):
     ) -> None:
         self.root = Path(root).absolute()
         if self.root.exists() and not self.root.is_dir():
-            raise InvalidArgument(f"the store {self.root} is a file, and no folder of tables")
+            raise InvalidArgumentError(f"the store {self.root} is a file, and no folder of tables")
         super().__init__(f"file://{self.root}")
         self._leasing, self._lease_seconds = threading.Lock(), lease_seconds
         self._leases: dict[str, tuple[int, float]] = {}  # locked files, and when they were used
@@ -52,7 +52,7 @@ class FileStore(Store):
         refs = []
         for path in self.root.glob("*/*/manifest.json"):
             ref = f"{path.parent.parent.name}@{path.parent.name}"
-            with suppress(InvalidArgument):
+            with suppress(InvalidArgumentError):
                 split_ref(ref)
                 refs.append(ref)
         return sorted(refs)
@@ -144,7 +144,7 @@ class FileStore(Store):
                 try:
                     file = self._opened(self._path(manifest, shard), manifest.record_bytes)
                     file.read(row + first - start, part)
-                except Corrupt as error:
+                except CorruptError as error:
                     yield from [str(error)] * len(part)
                 else:
                     yield from part
@@ -190,7 +190,7 @@ class _ShardFile:
             try:
                 self._descriptor = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
-                raise Corrupt(f"shard file {path} is missing") from None
+                raise CorruptError(f"shard file {path} is missing") from None
             length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
             text = os.pread(self._descriptor, min(length, _HEADER_BYTES), 8)
             self.start, self.size = 8 + length, os.fstat(self._descriptor).st_size
@@ -198,7 +198,9 @@ class _ShardFile:
         with suppress(ValueError, LookupError, TypeError, RecursionError):  # not such a header
             if json.loads(text)["records"] == _tensor(self.rows, record_bytes) and not rest:
                 return
-        raise Corrupt(f"shard file {path} is truncated, or not of records of {record_bytes} bytes")
+        raise CorruptError(
+            f"shard file {path} is truncated, or not of records of {record_bytes} bytes"
+        )
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
@@ -210,7 +212,7 @@ class _ShardFile:
             count = os.preadv(self._descriptor, views, self.start + row * self.record_bytes)
             size = os.fstat(self._descriptor).st_size
         if (count, size) != (len(views) * self.record_bytes, self.size):
-            raise Corrupt(f"shard file {self.path} changed its size while in use")
+            raise CorruptError(f"shard file {self.path} changed its size while in use")
 
     def is_replaced(self) -> bool:
         """Whether its path has another file by now, or one of another size."""
@@ -244,8 +246,10 @@ def _write(path: Path, *parts: bytes | memoryview) -> None:
 
 @contextmanager
 def _errors(work: str, path: str | Path) -> Iterator[None]:
-    """What the system refuses is Unavailable."""
+    """Raise UnavailableError for what the system refuses."""
     try:
         yield
+    except TolhouseError:
+        raise
     except OSError as error:
-        raise Unavailable(f"can't {work} {path}: {error.strerror or error}") from None
+        raise UnavailableError(f"can't {work} {path}: {error.strerror or error}") from None

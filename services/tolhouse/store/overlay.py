@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tolhouse.errors import IdOutOfRange, InvalidArgument
+from tolhouse.errors import IdOutOfRangeError, InvalidArgumentError
 from tolhouse.store.base import Store
 from tolhouse.store.registry import refuse_part, resolve
 from tolhouse.store.writer import write_table
@@ -24,24 +24,25 @@ _PLAIN = _ONE_SHARD | {"frequent": (), "ranks": (), "basis": "", "frequent_rows"
 def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> Manifest:
     """Store a version of the table `over` in which the rows of distinct `ids` [T] are `rows`.
 
-    Rows are [T, N, D]. NotFound: there is no such table, or its parent is gone. InvalidArgument or
-    IdOutOfRange: rows or ids do not fit it, or it is an auxiliary table.
+    Rows are [T, N, D]. NotFoundError: there is no such table, or its parent is gone.
+    InvalidArgumentError or
+    IdOutOfRangeError: rows or ids do not fit it, or it is an auxiliary table.
     """
     manifest = resolve(store, over)
     refuse_part(store, manifest.ref, "no table to edit: edit that one")
     distinct, times = np.unique(np.asarray(ids, np.int64), return_counts=True)
     shape = [len(ids), manifest.num_blocks, manifest.width]
     if not len(ids):
-        raise InvalidArgument("an overlay changes at least one token: give its id")
+        raise InvalidArgumentError("an overlay changes at least one token: give its id")
     if times.max() > 1:
         twice = f"token id {distinct[times.argmax()]} was given more than once"
-        raise InvalidArgument(f"an overlay changes the row of each token once: {twice}")
+        raise InvalidArgumentError(f"an overlay changes the row of each token once: {twice}")
     if distinct[0] < 0:
-        raise IdOutOfRange(f"token id {distinct[0]} is below 0")
+        raise IdOutOfRangeError(f"token id {distinct[0]} is below 0")
     manifest.check_ids(distinct)
     if list(rows.shape) != shape:
         what = f"rows have the shape {list(rows.shape)}; {len(ids)} rows of {manifest.ref}"
-        raise InvalidArgument(f"{what} have {shape}")
+        raise InvalidArgumentError(f"{what} have {shape}")
     ids, rows = np.asarray(ids, np.uint32), np.ascontiguousarray(rows, np.float32)
     base = store.parent(manifest) if manifest.parent else manifest
     # what an earlier overlay changed, and this one does not, is copied: encoding would change it
@@ -49,7 +50,7 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
     changed = np.concatenate([ids, before])
     if len(changed) > MAX_CHANGED:
         most = f"more than an overlay may have, {MAX_CHANGED}: build another table"
-        raise InvalidArgument(f"{len(changed)} changed rows are {most}")
+        raise InvalidArgumentError(f"{len(changed)} changed rows are {most}")
     order, count = np.argsort(changed), len(changed)
     fresh = store.auxiliary(base).encode(ids, rows)
     records = np.concatenate([fresh, store.read_records(manifest, before)])[order]

@@ -37,7 +37,7 @@ from redis.retry import Retry
 from redis.utils import SENTINEL
 
 from tolhouse import errors
-from tolhouse.errors import InvalidArgument, Unavailable
+from tolhouse.errors import InvalidArgumentError, UnavailableError
 from tolhouse.files import ReloadingFiles, read_file
 from tolhouse.net.health import SUSPECT_SECONDS, PeerHealth
 from tolhouse.store.base import (
@@ -81,12 +81,12 @@ _LOST = theirs.ConnectionError, theirs.TimeoutError  # a node is gone, or hangs
 _NOT_NOW = theirs.ClusterDownError, theirs.TryAgainError, theirs.MasterDownError
 _NO_CONNECTION = theirs.ConnectionError, theirs.RedisClusterException
 _ERRORS: tuple[tuple[Any, type[errors.TolhouseError], str], ...] = (  # the first that fits
-    (_NO_ENTRY, errors.Unauthenticated, "refuses the user or password: {}"),
-    (theirs.TimeoutError, errors.DeadlineExceeded, "did not answer in time: {}"),
-    (theirs.OutOfMemoryError, errors.Overloaded, "is full: {}; raise its maxmemory"),
-    (_NO_CONNECTION, Unavailable, "can't be reached: {}"),
-    (theirs.RedisError, Unavailable, "refuses: {}"),
-    (IndexError, Unavailable, "is a Cluster that is not formed yet"),  # redis-py's
+    (_NO_ENTRY, errors.UnauthenticatedError, "refuses the user or password: {}"),
+    (theirs.TimeoutError, errors.DeadlineExceededError, "did not answer in time: {}"),
+    (theirs.OutOfMemoryError, errors.OverloadedError, "is full: {}; raise its maxmemory"),
+    (_NO_CONNECTION, UnavailableError, "can't be reached: {}"),
+    (theirs.RedisError, UnavailableError, "refuses: {}"),
+    (IndexError, UnavailableError, "is a Cluster that is not formed yet"),  # redis-py's
 )
 
 Read = tuple[str, list[int]]  # the key of a shard, and token ids
@@ -113,7 +113,7 @@ class RedisStore(Store):
             try:
                 self._redis, self._is_cluster = _connect([*map(urlunsplit, places)], options)
             except FileNotFoundError as error:
-                raise InvalidArgument(f"a TLS file of the URL: {error.strerror}") from None
+                raise InvalidArgumentError(f"a TLS file of the URL: {error.strerror}") from None
             except (ValueError, TypeError):  # a port or an option that redis-py doesn't know
                 raise not_understood(url) from None
         self.health = PeerHealth("Redis node", self._probe, self._alternatives)  # of a Cluster's
@@ -173,7 +173,7 @@ class RedisStore(Store):
             words = [secrets.token_hex(8), seen, *texts]
             if self._call("eval", _UPDATE, len(keys), *keys, *words):
                 return
-        raise Unavailable(f"Redis at {self.url} is changed by others all the time: try again")
+        raise UnavailableError(f"Redis at {self.url} is changed by others all the time: try again")
 
     def risk(self) -> str:
         with suppress(errors.TolhouseError):  # a user may not be allowed to ask
@@ -423,7 +423,7 @@ def split_credentials(url: str) -> tuple[str, CredentialProvider | None]:
     if not (path := options.pop("password_file", "")):
         return url, None
     if has_password(url):
-        raise InvalidArgument(f"store {shown(url)!r} has a password and a password_file")
+        raise InvalidArgumentError(f"store {shown(url)!r} has a password and a password_file")
     user = unquote(parts.username or options.pop("username", "default"))
     bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(options))
     file = ReloadingFiles((path,), lambda: read_file(path, "the file of Redis' password"))

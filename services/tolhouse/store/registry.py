@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from operator import attrgetter
 
-from tolhouse.errors import Corrupt, InUse, InvalidArgument, NotFound, TolhouseError, Unavailable
+from tolhouse.errors import (
+    CorruptError,
+    InUseError,
+    InvalidArgumentError,
+    NotFoundError,
+    TolhouseError,
+    UnavailableError,
+)
 from tolhouse.store.base import LEASE_SECONDS, Alias, Changes, Store
 from tolhouse.table.manifest import Manifest, split_ref
 
@@ -28,10 +35,10 @@ def resolve(store: Store, ref: str) -> Manifest:
         if version is None and (alias := store.alias(name)):
             version = alias.version
         if version is None:
-            raise NotFound(f"table {name!r} is not published in {store.url}")
+            raise NotFoundError(f"table {name!r} is not published in {store.url}")
         return store.manifest(f"{name}@{version}")
-    except NotFound as error:
-        raise NotFound(f"{error}; {_tables_here(store)}") from None
+    except NotFoundError as error:
+        raise NotFoundError(f"{error}; {_tables_here(store)}") from None
 
 
 def stands_for(store: Store, ref: str) -> bool:
@@ -43,7 +50,7 @@ def stands_for(store: Store, ref: str) -> bool:
 
 def is_new(store: Store, planned: Manifest) -> bool:
     """Whether the version is not in the store yet, or nothing is published under its name."""
-    with suppress(NotFound, Corrupt):
+    with suppress(NotFoundError, CorruptError):
         return store.alias(planned.name) is None or not store.manifest(planned.ref)
     return True
 
@@ -51,8 +58,9 @@ def is_new(store: Store, planned: Manifest) -> bool:
 def commit(store: Store, manifest: Manifest) -> None:
     """Write the manifest, once all shards are stored: from now on the table is there.
 
-    Corrupt if rows are missing; NotFound if a table that it depends on is; Unavailable while the
-    version is being deleted; InUse if it is there in another form.
+    CorruptError if rows are missing; NotFoundError if a table that it depends on is;
+    UnavailableError while the
+    version is being deleted; InUseError if it is there in another form.
     """
 
     def change() -> Changes:
@@ -62,7 +70,7 @@ def commit(store: Store, manifest: Manifest) -> None:
         stored = sum(store.count(manifest, shard) for shard in range(manifest.num_shards))
         if stored != manifest.num_records:
             rows = f"{stored} of {manifest.num_records} rows of {manifest.ref}"
-            raise Corrupt(f"{store.url} holds {rows}: build it again")
+            raise CorruptError(f"{store.url} holds {rows}: build it again")
         return {("manifest", manifest.ref): manifest.to_json().encode()}
 
     store.update(change)
@@ -76,7 +84,7 @@ def publish(store: Store, ref: str) -> Manifest:
         _servable(store, ref)
         refuse_part(store, ref, "no table to serve")
         old: Alias | None = None
-        with suppress(Corrupt):
+        with suppress(CorruptError):
             old = store.alias(name)
         if old and old.version == version:
             return {}
@@ -95,7 +103,7 @@ def rollback(store: Store, name: str) -> Manifest:
         old = store.alias(name) or Alias(resolve(store, name).version, ())  # which is not found
         if not old.history:
             before = f"no version before {old.version} to go back to"
-            raise InvalidArgument(f"table {name!r} has {before}")
+            raise InvalidArgumentError(f"table {name!r} has {before}")
         now[:] = [_servable(store, f"{name}@{old.history[-1]}")]
         return {("alias", name): Alias(old.history[-1], old.history[:-1]).to_json()}
 
@@ -115,17 +123,17 @@ def delete(store: Store, ref: str, force: bool = False) -> None:
 
     def change() -> Changes:
         auxiliary: tuple[str, ...] = ()
-        with suppress(Corrupt):
+        with suppress(CorruptError):
             auxiliary = _to_delete(store, ref, force)
         alias = store.alias(name)
         if alias and alias.version == version:
-            raise InUse(f"{ref} is published: publish or roll back to another version first")
+            raise InUseError(f"{ref} is published: publish or roll back to another version first")
         others = [m for m in _manifests(store) if m.ref != ref]
         if above := [m.ref for m in others if ref in m.dependencies]:
-            raise InUse(f"{ref} is a part of {', '.join(above)}: delete that first")
+            raise InUseError(f"{ref} is a part of {', '.join(above)}: delete that first")
         if not force and store.leased(ref):
             what = f"its rows were read within the last {LEASE_SECONDS:g} s: wait, or use --force"
-            raise InUse(f"{ref} is in use: {what}")
+            raise InUseError(f"{ref} is in use: {what}")
         needed = {part for m in others for part in m.dependencies}
         removed[:] = [ref, *(part for part in auxiliary if part not in needed)]
         changes: Changes = {("deleting", gone): b"" for gone in removed}
@@ -143,36 +151,37 @@ def delete(store: Store, ref: str, force: bool = False) -> None:
 
 
 def refuse_part(store: Store, ref: str, what: str) -> None:
-    """InvalidArgument, with `what` it is not, if the version is an auxiliary table of another."""
+    """InvalidArgumentError, with `what` it is not, if the version is an auxiliary table of
+    another."""
     if of := [m.ref for m in _manifests(store) if ref in m.auxiliary]:
-        raise InvalidArgument(f"{ref} is a part of {', '.join(of)} and {what}")
+        raise InvalidArgumentError(f"{ref} is a part of {', '.join(of)} and {what}")
 
 
 def refuse_another(store: Store, planned: Manifest) -> None:
-    """InUse if the version to write is there, cut into other shards or of another model.
+    """InUseError if the version to write is there, cut into other shards or of another model.
 
-    Unavailable while it is being deleted.
+    UnavailableError while it is being deleted.
     """
     if store.is_being_deleted(planned.ref):
-        raise Unavailable(f"{planned.ref} in {store.url} {_BEING_DELETED}")
+        raise UnavailableError(f"{planned.ref} in {store.url} {_BEING_DELETED}")
     there, identity = planned, attrgetter("num_shards", "model_id", "tokenizer_id")
-    with suppress(NotFound, Corrupt):
+    with suppress(NotFoundError, CorruptError):
         there = store.manifest(planned.ref)
     if identity(there) != identity(planned):
         shards = f"{there.num_shards} shards and built from model {there.model_id[:12]}"
         hint = f"build with --shards {there.num_shards}, under another --name, or delete it first"
-        raise InUse(f"{planned.ref} is in {store.url} already, with {shards}: {hint}")
+        raise InUseError(f"{planned.ref} is in {store.url} already, with {shards}: {hint}")
 
 
 def _to_delete(store: Store, ref: str, force: bool) -> tuple[str, ...]:
     """The auxiliary tables of a version that is there, or, by force, partly deleted."""
     try:
         return resolve(store, ref).auxiliary
-    except NotFound:
+    except NotFoundError:
         if not store.is_being_deleted(ref):
             raise
         if not force:
-            raise NotFound(f"{ref} in {store.url} {_BEING_DELETED}") from None
+            raise NotFoundError(f"{ref} in {store.url} {_BEING_DELETED}") from None
         return ()
 
 
@@ -185,12 +194,12 @@ def _manifests(store: Store) -> Iterator[Manifest]:
 def _version_of(store: Store, ref: str, work: str) -> tuple[str, str]:
     name, version = split_ref(ref)
     if version is None:
-        raise InvalidArgument(f"{work} needs name@version, not {ref!r}; {_tables_here(store)}")
+        raise InvalidArgumentError(f"{work} needs name@version, not {ref!r}; {_tables_here(store)}")
     return name, version
 
 
 def _servable(store: Store, ref: str) -> Manifest:
-    """The manifest of a version; NotFound if it is gone, or its parent is."""
+    """The manifest of a version; NotFoundError if it is gone, or its parent is."""
     manifest = resolve(store, ref)
     if manifest.parent:
         store.parent(manifest)

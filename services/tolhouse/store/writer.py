@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import xxhash
 
-from tolhouse.errors import Corrupt
+from tolhouse.errors import CorruptError
 from tolhouse.store import registry
 from tolhouse.store.base import Store
 from tolhouse.table.manifest import Manifest
@@ -65,7 +65,7 @@ def commit(stores: Sequence[Store], manifest: Manifest, digests: Sequence[str]) 
 def shard_digest(store: Store, manifest: Manifest, shard: int) -> str | None:
     """The digest of a shard whose records are all there and intact; None if it must be written."""
     ids = manifest.shard_ids(shard)
-    with suppress(Corrupt):
+    with suppress(CorruptError):
         if store.count(manifest, shard) == len(ids):
             return digest(store.read_records(manifest, ids))
     return None

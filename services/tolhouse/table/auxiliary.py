@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from tolhouse.errors import Corrupt
+from tolhouse.errors import CorruptError
 from tolhouse.table.manifest import Manifest
 
 Fetch = Callable[[str], tuple[Manifest, np.ndarray]]  # "name@version" to manifest and all records
@@ -86,13 +86,13 @@ class AuxiliaryTables:
 
 
 def load_auxiliary(manifest: Manifest, fetch: Fetch) -> AuxiliaryTables:
-    """The auxiliary tables of a table; Corrupt where they are not what it says."""
+    """The auxiliary tables of a table; CorruptError where they are not what it says."""
 
     def load(ref: str, num_blocks: int, least: int, most: int) -> tuple[Manifest, np.ndarray]:
         table, records = fetch(ref)
         fits = (table.width, table.num_blocks) == (manifest.width, num_blocks)
         if not (fits and least <= table.vocab_size <= most):
-            raise Corrupt(f"table {ref} does not fit {manifest.ref}, which needs it")
+            raise CorruptError(f"table {ref} does not fit {manifest.ref}, which needs it")
         return table, records
 
     basis, parts, blocks = None, [], manifest.num_blocks
@@ -106,7 +106,9 @@ def load_auxiliary(manifest: Manifest, fetch: Fetch) -> AuxiliaryTables:
         count = len(manifest.changed)
         parts.append(load(manifest.edits, blocks, count, count))
     if len({table.record_dtype for table, _ in parts}) > 1:
-        raise Corrupt(f"tables {' and '.join(manifest.auxiliary)} of {manifest.ref} do not fit")
+        raise CorruptError(
+            f"tables {' and '.join(manifest.auxiliary)} of {manifest.ref} do not fit"
+        )
     if not parts:
         return AuxiliaryTables(manifest, basis)
     finer_records = np.concatenate([records for _, records in parts])

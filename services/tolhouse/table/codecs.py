@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Codec:
     step: float = 0.0
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
-        """Blocks [...] for float32 rows [..., D]; InvalidArgument if a value does not fit."""
+        """Blocks [...] for float32 rows [..., D]; InvalidArgumentError if a value does not fit."""
         top = np.maximum(rows.max(initial=0), -rows.min(initial=0))
         if not np.isfinite(top):
-            raise InvalidArgument("rows hold values that are not finite")
+            raise InvalidArgumentError("rows hold values that are not finite")
         largest = self.decode(self.encode_values(top.reshape(1)))  # if it fits, all do
         if not np.isfinite(largest.astype(np.float32)).all():
             allowed = "fp32, bf16, int8 and int4 reach 3e38"
-            raise InvalidArgument(f"rows hold values too large for {self.name}; {allowed}")
+            raise InvalidArgumentError(f"rows hold values too large for {self.name}; {allowed}")
         return self.encode_values(rows)
 
 
@@ -141,5 +141,5 @@ CODECS: dict[str, Codec] = {
 
 def codec(name: str) -> Codec:
     if name not in CODECS:
-        raise InvalidArgument(f"codec {name!r} is unknown; one of {', '.join(CODECS)}")
+        raise InvalidArgumentError(f"codec {name!r} is unknown; one of {', '.join(CODECS)}")
     return CODECS[name]

@@ -19,11 +19,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import xxhash
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from tolhouse.errors import Corrupt, IdOutOfRange, InvalidArgument
+from tolhouse.errors import CorruptError, IdOutOfRangeError, InvalidArgumentError
 from tolhouse.table.codecs import Codec, codec
+from tolhouse.validation import validated
 
 FORMAT = 2
 MAX_RECORD_BYTES = 3 << 20  # a record travels whole, within gRPC's default message of 4 MiB
@@ -51,23 +52,24 @@ def content_id(*parts: object) -> str:
 def check_name(name: str) -> str:
     if not re.fullmatch(_NAME, name):
         allowed = "a letter or digit, then up to 63 letters, digits, dots, dashes and underscores"
-        raise InvalidArgument(f"table name {name!r} is not allowed: it is {allowed}")
+        raise InvalidArgumentError(f"table name {name!r} is not allowed: it is {allowed}")
     return name
 
 
 def split_ref(ref: str) -> tuple[str, str | None]:
-    """("name", "version") of "name@version", ("name", None) of "name"; else InvalidArgument."""
+    """("name", "version") of "name@version", ("name", None) of "name"; else
+    InvalidArgumentError."""
     name, at, version = ref.partition("@")
     check_name(name)
     if at and not re.fullmatch(_VERSION, version):
         what = "a version is 16 hex digits, as `tolhouse tables list` shows them"
-        raise InvalidArgument(f"table {ref!r}: {what}")
+        raise InvalidArgumentError(f"table {ref!r}: {what}")
     return name, version if at else None
 
 
 def _require(ok: object, message: str) -> None:
     if not ok:
-        raise InvalidArgument(f"manifest: {message}")
+        raise InvalidArgumentError(f"manifest: {message}")
 
 
 Ids = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
@@ -76,9 +78,10 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Block = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}(\.(0|[1-9][0-9]{0,4})){0,4}$")]
 
 
+@validated("manifest")
 @dataclass(frozen=True, config=ConfigDict(strict=True))
 class Manifest:
-    """What a table is; InvalidArgument where the fields do not make a table."""
+    """What a table is; InvalidArgumentError where the fields do not make a table."""
 
     name: Annotated[str, AfterValidator(check_name)]
     version: Annotated[str, Field(pattern=f"^{_VERSION}$")]  # see `content_id`
@@ -99,17 +102,6 @@ class Manifest:
     frequent_rows: Ref = ""  # the table of the most frequent tokens' rows in a finer codec
     edits: Ref = ""  # a compressed table's overlay: the table of the changed rows in that codec
     extra: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # unknown fields
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _explained(cls, data: Any, check: Any) -> "Manifest":
-        try:
-            return check(data)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            value = f", not {first['input']!r:.60}" if first["type"] != "missing" else ""
-            where = ".".join(map(str, first["loc"]))
-            raise InvalidArgument(f"manifest: {where}: {first['msg']}{value}") from None
 
     def __post_init__(self) -> None:
         count, width, size = self.num_blocks, self.width, self.vocab_size
@@ -216,7 +208,7 @@ class Manifest:
         if ids.size and int(ids.max()) >= self.vocab_size:
             bad = int(ids[ids >= self.vocab_size][0])
             allowed = f"allowed are 0 to {self.vocab_size - 1}"
-            raise IdOutOfRange(f"token id {bad} is outside table {self.ref}: {allowed}")
+            raise IdOutOfRangeError(f"token id {bad} is outside table {self.ref}: {allowed}")
 
     # records: uint8 [T, record_bytes], one per token id of `ids`
 
@@ -248,7 +240,8 @@ class Manifest:
         return [self.codec.decode(block).astype(np.float32) for block in blocks]
 
     def verify(self, ids: np.ndarray, records: Iterable[Buffer | str]) -> None:
-        """Corrupt, with all bad tokens, unless each record is intact, of this version and token.
+        """CorruptError, with all bad tokens, unless each record is intact, of this version and
+        token.
 
         A text in place of a record says why there is none.
         """
@@ -263,12 +256,12 @@ class Manifest:
         if bad:
             first, *others = bad.values()
             more = f"; rows of {len(others)} other tokens can't be read either" if others else ""
-            raise Corrupt(first + more, bad)
+            raise CorruptError(first + more, bad)
 
     def copy_records(
         self, ids: np.ndarray, source: memoryview, out: memoryview, slots: Iterable[int]
     ) -> None:
-        """Copy consecutive records to slots of `out`, both flat; Corrupt as of `verify`."""
+        """Copy consecutive records to slots of `out`, both flat; CorruptError as of `verify`."""
         size = self.record_bytes
 
         def copied() -> Iterator[memoryview]:  # each is verified while it is in the core's cache
@@ -299,19 +292,21 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Manifest":
-        """The manifest in `text`; InvalidArgument if it is malformed, Corrupt if altered."""
+        """The manifest in `text`; InvalidArgumentError if it is malformed, CorruptError if
+        altered."""
         try:
             data: Any = json.loads(text)
-            _require(isinstance(data, dict), "not a JSON object")
-            given, own = data.pop("digest", None), _digest(data)
+            given = data.pop("digest", None) if isinstance(data, dict) else None
+            own = _digest(data)
         except (ValueError, RecursionError) as error:
-            raise InvalidArgument(f"manifest: not JSON: {error}") from None
+            raise InvalidArgumentError(f"manifest: not JSON: {error}") from None
+        _require(isinstance(data, dict), "not a JSON object")
         number, required = data.pop("format", None), data.pop("requires", [])
         advice = "build the table again, and remove this one by `tolhouse tables delete`"
         advice = advice if number == 1 else "a later one needs a later tolhouse"
         _require(number == FORMAT, f"format {number!r:.60} is not {FORMAT}: {advice}")
         if given != own:
-            raise Corrupt("manifest: its fields are not those that its digest was made of")
+            raise CorruptError("manifest: its fields are not those that its digest was made of")
         _require(isinstance(required, list), f"requires must be a list, not {required!r:.60}")
         unknown = [name for name in required if name not in _REQUIRED]
         _require(not unknown, f"the table needs {unknown}, unknown here: upgrade tolhouse")

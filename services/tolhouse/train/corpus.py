@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tolhouse.errors import InvalidArgument, NotFound
+from tolhouse.errors import InvalidArgumentError, NotFoundError
 from tolhouse.model.tokenizer import load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -36,7 +36,7 @@ def documents(path: Path) -> Iterator[tuple[str, str]]:
 def whole_files(path: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of the file `path`, or of every UTF-8 file below it, in the order of names."""
     if not path.exists():
-        raise NotFound(f"no corpus at {path}: give a text file or a folder of them")
+        raise NotFoundError(f"no corpus at {path}: give a text file or a folder of them")
     stdlib = path == standard_library()
     single = not path.is_dir()  # a file, or a pipe
     below = path.rglob("*.py" if stdlib else "*")
@@ -81,12 +81,12 @@ def prepare(path: Path, folder: Path, vocab_size: int, least: int) -> tuple[np.n
     tokenizer = load_tokenizer(file, vocab_size)
     end = tokenizer.token_to_id(END_OF_TEXT)
     if end is None:
-        raise InvalidArgument(f"{file} has no token {END_OF_TEXT}, which ends a document")
+        raise InvalidArgumentError(f"{file} has no token {END_OF_TEXT}, which ends a document")
     train, valid = (
         np.array([i for e in tokenizer.encode_batch(texts) for i in (*e.ids, end)], np.int32)
         for texts in (kept, held_out)
     )
     if (size := min(len(train), len(valid))) <= least:
         need = f"{size} tokens on one side; more than {least} are needed"
-        raise InvalidArgument(f"the corpus at {path} is too small: {need}")
+        raise InvalidArgumentError(f"the corpus at {path} is too small: {need}")
     return train, valid

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.config import ModelConfig, preset
 
 
@@ -43,7 +43,7 @@ RECIPES = {
 
 def recipe(name: str, kind: str, beta: int) -> Recipe:
     if name not in RECIPES:
-        raise InvalidArgument(f"recipe {name!r} is unknown; one of {', '.join(RECIPES)}")
+        raise InvalidArgumentError(f"recipe {name!r} is unknown; one of {', '.join(RECIPES)}")
     vocabulary = {"vocab_size": 8192} if name.startswith("paper-") else {}
     config = preset(name.removeprefix("paper-"), kind, beta, **vocabulary)
     return Recipe(config, *RECIPES[name], autocast=name != "tiny")

@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tolhouse.config import TrainConfig, arguments
-from tolhouse.errors import Corrupt, InUse, InvalidArgument, Mismatch, Unavailable
+from tolhouse.errors import (
+    CorruptError,
+    InUseError,
+    InvalidArgumentError,
+    MismatchError,
+    UnavailableError,
+)
 from tolhouse.files import locked
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint, save_checkpoint, torch_device
 from tolhouse.model.losses import Evaluation, evaluate
@@ -164,13 +170,13 @@ class Trainer:
         try:
             opened = safe_open(file, framework="pt")
         except SafetensorError as error:
-            raise Corrupt(f"{file} can't be read: {error}; remove it to start again") from None
+            raise CorruptError(f"{file} can't be read: {error}; remove it to start again") from None
         with opened as saved:
             metadata, expected = saved.metadata(), self.fingerprint()
             step = int(metadata["step"])
             if changed := sorted(k for k, v in expected.items() if metadata.get(k) != v):
                 other = f"{self.out} holds another run, which differs in {', '.join(changed)}"
-                raise Mismatch(f"{other}: choose another --out, or remove the folder")
+                raise MismatchError(f"{other}: choose another --out, or remove the folder")
             for name, p in self.model.named_parameters():
                 p.copy_(saved.get_tensor(f"weight.{name}"))
                 self.optimizer.state[p] = {
@@ -249,14 +255,14 @@ def train_checkpoint(name: str, options: TrainConfig) -> None:
     chosen = recipe(name, options.kind, options.beta)
     if options.kind != "flex" and options.ffn_c != "linear":
         has = f"a {options.kind} model has no FFN-C"
-        raise InvalidArgument(f"--ffn-c {options.ffn_c} is for --kind flex; {has}")
+        raise InvalidArgumentError(f"--ffn-c {options.ffn_c} is for --kind flex; {has}")
     steps = options.steps or chosen.steps
     config, warmup = replace(chosen.config, ffn_c=options.ffn_c), min(chosen.warmup_steps, steps)
     chosen = replace(chosen, config=config, steps=steps, warmup_steps=warmup)
     out = options.out or Path("runs") / f"{name}-{options.kind}"
     if (out / WEIGHTS).exists() and not (out / STATE).exists():
         advice = "choose another --out, or remove the folder"
-        raise InUse(f"{out} holds a finished checkpoint: {advice}")
+        raise InUseError(f"{out} holds a finished checkpoint: {advice}")
     torch.set_num_threads(options.threads)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -268,7 +274,7 @@ def train_checkpoint(name: str, options: TrainConfig) -> None:
             held_out = trainer.run()
     except OSError as error:
         place = error.filename or out
-        raise Unavailable(f"can't write {place}: {error.strerror or error}") from None
+        raise UnavailableError(f"can't write {place}: {error.strerror or error}") from None
     text = f"sources of the Python standard library ({platform.python_version()}), without tests"
     if options.corpus:
         text = f"text at {source}"

@@ -20,7 +20,7 @@ from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
 from tolhouse.engine.runner import GraphRunner, Runner
 from tolhouse.engine.scheduler import Scheduler
-from tolhouse.errors import DeadlineExceeded, Mismatch, NotFound, Unavailable
+from tolhouse.errors import DeadlineExceededError, MismatchError, NotFoundError, UnavailableError
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint, torch_device
 from tolhouse.net.server import serve
@@ -69,7 +69,9 @@ class Builder:
     def reload(self, manifest: Manifest) -> None:
         """Let new sequences use another version of the table."""
         if self.model.embed_tokens is None and not manifest.has_x0:
-            raise Mismatch("it has no X0, and this worker has no input embedding: start it again")
+            raise MismatchError(
+                "it has no X0, and this worker has no input embedding: start it again"
+            )
         self.engine.use(self._runner(self._rows(manifest)))
 
     def _runner(self, rows: RowProvider) -> Runner:
@@ -129,7 +131,7 @@ def wait_for_table(source: RowSource, table: str, seconds: float) -> Manifest:
     while True:
         try:
             return source.describe(table)
-        except (Unavailable, DeadlineExceeded, NotFound) as error:
+        except (UnavailableError, DeadlineExceededError, NotFoundError) as error:
             if time.monotonic() >= deadline:
                 raise type(error)(f"{error} (waited {seconds:g} s)") from None
             if not logged:
@@ -139,7 +141,7 @@ def wait_for_table(source: RowSource, table: str, seconds: float) -> Manifest:
 
 
 def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
-    """Mismatch unless the table was built from this checkpoint, for its tokenizer."""
+    """MismatchError unless the table was built from this checkpoint, for its tokenizer."""
     config = checkpoint.config
     layers = [layer for layer in manifest.layers if layer < config.num_rows]  # some may be absent
     for what, built, own in (
@@ -152,4 +154,6 @@ def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
         if built != own:
             message = f"table {manifest.ref} was built from {what} {built}"
             hint = "build a table of this checkpoint, or name another --table"
-            raise Mismatch(f"{message}, but checkpoint {checkpoint.path.name} has {own}: {hint}")
+            raise MismatchError(
+                f"{message}, but checkpoint {checkpoint.path.name} has {own}: {hint}"
+            )

@@ -11,7 +11,7 @@ from prometheus_client import Counter
 from tolhouse import tracing
 from tolhouse.engine.engine import Engine
 from tolhouse.engine.sequence import Output, Sequence
-from tolhouse.errors import InvalidArgument
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig
@@ -114,7 +114,9 @@ class WorkerService(GenerationServicer):
 
     def _sequence(self, request: pb.GenerateRequest, outputs: asyncio.Queue[Output]) -> Sequence:
         if (length := len(request.request_id)) > MAX_REQUEST_ID:
-            raise InvalidArgument(f"request_id has {length} characters; allowed: {MAX_REQUEST_ID}")
+            raise InvalidArgumentError(
+                f"request_id has {length} characters; allowed: {MAX_REQUEST_ID}"
+            )
         bounds = self.config.vocab_size, self.config.max_position_embeddings
         prompt = check_prompt(request.prompt_token_ids, request.max_tokens, *bounds)
         sampling = SamplingParams.from_proto(request)
@@ -131,16 +133,16 @@ class WorkerService(GenerationServicer):
 
 
 def check_sampling(config: ModelConfig, sampling: SamplingParams) -> None:
-    """InvalidArgument where a request names tokens or rows that the model does not have."""
+    """InvalidArgumentError where a request names tokens or rows that the model does not have."""
     for name in ("stop_token_ids", "logit_bias"):
         if bad := [i for i in getattr(sampling, name) if i >= config.vocab_size]:
             message = f"{name}: token id {bad[0]} is outside the vocabulary"
-            raise InvalidArgument(f"{message}: allowed are 0 to {config.vocab_size - 1}")
+            raise InvalidArgumentError(f"{message}: allowed are 0 to {config.vocab_size - 1}")
     rows, scales, absent = config.num_rows, len(sampling.layer_scales), sampling.absent_layers
     if scales in (0, rows) and (not sampling.probes or (rows and max(absent, default=0) < rows)):
         return
     there = f"layers 0 to {rows - 1}" if rows > 1 else "one row for all layers" if rows else "none"
-    raise InvalidArgument(
+    raise InvalidArgumentError(
         f"row_scale, absent_layers and layer_scales are for looked-up rows; the model has {there}, "
         f"the request {scales} layer_scales and absent_layers {list(absent)!s:.200}"
     )

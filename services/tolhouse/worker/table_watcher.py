@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from tolhouse.client.row_source import RowSource
 from tolhouse.engine.engine import Engine
-from tolhouse.errors import DeadlineExceeded, NotFound, TolhouseError, Unavailable
+from tolhouse.errors import DeadlineExceededError, NotFoundError, TolhouseError, UnavailableError
 from tolhouse.logs import event, log
 from tolhouse.table.manifest import Manifest
 
@@ -44,7 +44,7 @@ class TableWatcher:
         while not self._stop.wait(self.poll_seconds):
             try:
                 # a fetch reports a source that is down; a name may stand for nothing for a while
-                with suppress(Unavailable, DeadlineExceeded, NotFound):
+                with suppress(UnavailableError, DeadlineExceededError, NotFoundError):
                     if time.monotonic() >= self._pin_at:
                         for ref in self.engine.tables():
                             self.source.pin(ref)
@@ -65,7 +65,7 @@ class TableWatcher:
                 self.reload(manifest)
                 event("new sequences use another version", table=manifest.ref)
             self.current, self.refused = manifest.ref, ""
-        except (Unavailable, DeadlineExceeded):
+        except (UnavailableError, DeadlineExceededError):
             raise
         except TolhouseError as error:
             self.refused = manifest.ref

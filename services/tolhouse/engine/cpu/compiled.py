@@ -30,7 +30,7 @@ from tolhouse.config import set_compiler_folder
 from tolhouse.engine import attention
 from tolhouse.engine.attention import AttentionMetadata, PagedKVCache
 from tolhouse.engine.cpu import packed
-from tolhouse.errors import Internal, InvalidArgument
+from tolhouse.errors import InternalError, InvalidArgumentError
 from tolhouse.logs import event, log
 from tolhouse.model import transformer
 from tolhouse.model.checkpoint import Checkpoint
@@ -162,7 +162,7 @@ def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -
     except OSError as error:
         advice = "name a folder by --compile-cache that can be written"
         reason = f"{folder.parent}: {error.strerror}"
-        raise InvalidArgument(f"no place for compiled code: {reason}; {advice}") from None
+        raise InvalidArgumentError(f"no place for compiled code: {reason}; {advice}") from None
     lock = os.open(folder.parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -196,7 +196,7 @@ def _compile(config: ModelConfig, dtype: torch.dtype, work: Path, folder: Path) 
             _export(config, dtype, sequences, work / name)
     except RuntimeError as error:
         reason = str(error).strip().rpartition("\n")[2]
-        raise Internal(f"a C++ compiler such as g++ is needed: {reason}") from None
+        raise InternalError(f"a C++ compiler such as g++ is needed: {reason}") from None
     digests = _digests(work)
     folder.mkdir(exist_ok=True)
     for name in digests:
