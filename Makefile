@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv; nothing has to be installed by hand.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench chaos fuzz skew compose-test science-check science soak protos docs wheel audit sbom
+.PHONY: help setup demo serve test test-fast check bench chaos fuzz skew compose-test science-check science soak protos docs wheel audit sbom
 SHELL := /bin/bash
 
 # glibc's allocator as in the images: deploy/Dockerfile has the reasons
@@ -26,11 +26,14 @@ serve: .venv/all  ## the same system, left running until Ctrl-C
 test: .venv/dev  ## all tests, three files at a time: most of them wait for processes
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
+test-fast: .venv/dev  ## the unit tests, within 90 seconds
+	$(BIN)/python -m pytest -q -n 2 -m unit
+
 check: .venv/dev  ## style, types, generated code against the protos, and the Kubernetes manifests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_house.py tests/test_k8s.py
+	$(BIN)/python -m pytest -q tests/unit/test_house.py tests/k8s
 
 bench: .venv/dev  ## quick benchmarks; results are kept in loadtest/LOG.md
 	$(BIN)/python -m loadtest.fetch --quick

@@ -19,6 +19,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("tolhouse", deadline=None, max_examples=60)
 settings.load_profile("tolhouse")
 
+FOLDERS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with the name of its folder, so that `-m unit` selects tests/unit."""
+    for item in items:
+        item.add_marker(item.path.relative_to(FOLDERS).parts[0])
+
 
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:

@@ -14,13 +14,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tolhouse import errors
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SOURCES = ROOT / "services" / "tolhouse"
 
 # from the ground up: a part imports those below, and neighbours where `BESIDE` says so
 FLOORS = (
     {"v1", "errors", "logs"},
-    {"files", "sampling"},
+    {"files", "sampling", "validation"},
     {"certs"},
     {"net", "table", "tracing"},
     {"config", "model"},

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 from tolhouse import config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 KUBECTL = Path(sys.executable).parent / "kubectl"
 VERSIONS = ("1.27", "1.37")  # of Kubernetes: the oldest that README.md promises, and the newest
 NAMESPACE = "tolhouse"

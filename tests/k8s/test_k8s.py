@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import manifests
-from tests.manifests import CHECKS, Check, Document, connections, render
+from tests.k8s import manifests
+from tests.k8s.manifests import CHECKS, Check, Document, connections, render
 
-K8S = Path(__file__).parent.parent / "deploy" / "k8s"
+K8S = Path(__file__).parent.parent.parent / "deploy" / "k8s"
 Rendered = dict[str, list[Document]]
 
 

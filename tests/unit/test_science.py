@@ -10,7 +10,7 @@ from loadtest import text
 from loadtest.science import abroad, kinds
 from loadtest.science.codecs import Model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SCIENCE = (ROOT / "SCIENCE.md").read_text()
 
 

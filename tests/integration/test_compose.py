@@ -14,7 +14,7 @@ from tolhouse.testing import Process, process
 import loadtest
 from tests.commands import LOCAL
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "docker-compose.yml").read_text()
 SERVICES = yaml.safe_load(TEXT)["services"]
 GPU = yaml.safe_load((ROOT / "deploy" / "compose.gpu.yml").read_text())["services"]
