@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class GenerationStub:
-    """Missing associated documentation comment in .proto file."""
+    """Generates tokens. Every call may need the metadata `authorization: Bearer TOKEN`.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -47,17 +48,20 @@ class GenerationStub:
 
 
 class GenerationServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Generates tokens. Every call may need the metadata `authorization: Bearer TOKEN`.
+    """
 
     def Generate(self, request, context):
-        """Streams the tokens of one completion; the last reply has a finish_reason. Cancelling the call ends the sequence.
+        """Streams the tokens of one completion. The last reply has a finish_reason.
+        Cancelling the call ends the sequence. RESOURCE_EXHAUSTED if the queue is full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DescribeWorker(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns what the worker serves, and its load.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -84,7 +88,8 @@ def add_GenerationServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Generation:
-    """Missing associated documentation comment in .proto file."""
+    """Generates tokens. Every call may need the metadata `authorization: Bearer TOKEN`.
+    """
 
     @staticmethod
     def Generate(request,

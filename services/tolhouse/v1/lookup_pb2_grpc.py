@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class LookupStub:
-    """Missing associated documentation comment in .proto file."""
+    """Serves the records of tables. Every call may need the metadata `authorization: Bearer TOKEN`.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -52,25 +53,28 @@ class LookupStub:
 
 
 class LookupServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Serves the records of tables. Every call may need the metadata `authorization: Bearer TOKEN`.
+    """
 
     def Fetch(self, request_iterator, context):
-        """Fetches rows. Each request is answered by one or more replies that carry its request_id, in order, and end with
-        one that says `last` or carries `error`. A request that fails leaves the stream and its other requests alone.
+        """Fetches rows. A stream carries any number of requests, which may be in flight at the same time.
+        Each request gets one or more replies that carry its request_id, in the order of its ids.
+        The final reply has `last` or `error` set. A failed request does not affect the stream or other requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Describe(self, request, context):
-        """The manifest of one table; "name" alone stands for its published version.
+        """Returns the manifest of a table. NOT_FOUND if there is no such table, or none is published under the name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTables(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Lists every version of every table in the store.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -102,7 +106,8 @@ def add_LookupServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Lookup:
-    """Missing associated documentation comment in .proto file."""
+    """Serves the records of tables. Every call may need the metadata `authorization: Bearer TOKEN`.
+    """
 
     @staticmethod
     def Fetch(request_iterator,
