@@ -12,9 +12,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from tolhouse.errors import InvalidArgumentError
+from tolhouse.logs import join_address, split_address
 from tolhouse.net.auth import ClientCredentials, ServerCredentials
 
 PREFIX = "TOLHOUSE_"
@@ -25,6 +34,17 @@ STORES = "file://PATH, redis://HOST:PORT, or both with a comma between."
 SERVICES = "HOST:PORT with commas between, or dns:///HOST:PORT, all addresses of a name."
 ROWS = f"Where rows are: file://PATH, redis://HOST:PORT, or lookup replicas, {SERVICES}"
 Codec = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+
+
+def _check_address(address: str) -> str:
+    try:
+        split_address(address)
+    except InvalidArgumentError as error:
+        raise ValueError(str(error)) from None
+    return address
+
+
+Address = Annotated[str, AfterValidator(_check_address)]
 Layers = Annotated[  # numbers with commas between
     tuple[Annotated[int, Field(ge=0)], ...],
     BeforeValidator(lambda v: [part for part in v.split(",") if v] if isinstance(v, str) else v),
@@ -61,7 +81,7 @@ class Caller(Config):
 class Server(Config):
     """Processes that listen."""
 
-    listen: str = option("", "Address to listen on, HOST:PORT; port 0: any free one.")
+    listen: Address = option("", "Address to listen on, HOST:PORT; port 0: any free one.")
     host: str = option("", "Host, in place of that of --listen.")
     port: int | None = option(None, "Port, in place of that of --listen.", ge=0, lt=2**16)
     drain_seconds: float = option(30, "Time for calls in flight to end after SIGTERM.", ge=0)
@@ -74,10 +94,9 @@ class Server(Config):
 
     @model_validator(mode="after")
     def _listen_on_host_and_port(self) -> Self:
-        host, _, port = self.listen.rpartition(":")
-        host = f"[{self.host.strip('[]')}]" if ":" in self.host else self.host or host
-        if self.host or self.port is not None:
-            self.listen = f"{host}:{port if self.port is None else self.port}"
+        host, port = split_address(self.listen)
+        port = port if self.port is None else self.port
+        self.listen = join_address(self.host.removeprefix("[").removesuffix("]") or host, port)
         return self
 
     def server_credentials(self) -> ServerCredentials:
@@ -193,8 +212,8 @@ class ExplainConfig(LookConfig):
 class LookupConfig(Server):
     prefix = "LOOKUP"
 
-    listen: str = option("127.0.0.1:50051", "Address to serve gRPC on; port 0: any free one.")
-    metrics_listen: str = option("127.0.0.1:0", "Address to serve Prometheus metrics on.")
+    listen: Address = option("127.0.0.1:50051", "Address to serve gRPC on; port 0: any free one.")
+    metrics_listen: Address = option("127.0.0.1:0", "Address to serve Prometheus metrics on.")
     store: str = option(DEFAULT_STORE, "The store to serve: file://PATH or redis://HOST:PORT.")
     refill: str = option("", "Store that lost rows are refilled from, as --store. Default: none.")
     hot_megabytes: float = option(256, "Memory for hot rows, per table in use.", ge=0)
@@ -215,8 +234,8 @@ class CompileConfig(Config):
 class WorkerConfig(Server, Caller, CompileConfig):
     prefix = "WORKER"
 
-    listen: str = option("127.0.0.1:50052", "Address to serve gRPC on; port 0: any free one.")
-    metrics_listen: str = option("127.0.0.1:0", "Address to serve Prometheus metrics on.")
+    listen: Address = option("127.0.0.1:50052", "Address to serve gRPC on; port 0: any free one.")
+    metrics_listen: Address = option("127.0.0.1:0", "Address to serve Prometheus metrics on.")
     rows: str = option(DEFAULT_STORE, ROWS, old="lookup")
     table: str = option("", "Table, NAME or NAME@VERSION. Default: the checkpoint's name.")
     table_poll_seconds: float = option(1, "Time between checks for a new version.", gt=0)
@@ -237,7 +256,7 @@ class WorkerConfig(Server, Caller, CompileConfig):
 class GatewayConfig(Server, Caller):
     prefix = "GATEWAY"
 
-    listen: str = option("127.0.0.1:8000", "Address to serve HTTP on; port 0: any free one.")
+    listen: Address = option("127.0.0.1:8000", "Address to serve HTTP on; port 0: any free one.")
     token_file: str = option("", "File with the services' token; the first line is sent.")
     workers: str = option("127.0.0.1:50052", f"Workers, {SERVICES}")
     max_body_megabytes: float = option(1, "Largest body of a request.", gt=0)
@@ -321,9 +340,10 @@ def load(config: type[ConfigT], given: dict[str, Any]) -> ConfigT:
         first = error.errors()[0]
         field = str(first["loc"][0])
         name = f"{flag(field)} ({variable(config, field)})"
-        raise InvalidArgumentError(
-            f"{name}: {first['msg']}; {first['input']!r} was given"
-        ) from None
+        message = f"{first['msg']}; {first['input']!r} was given"
+        if first["type"] == "value_error":
+            message = str(first["ctx"]["error"])
+        raise InvalidArgumentError(f"{name}: {message}") from None
 
 
 def commit() -> str:

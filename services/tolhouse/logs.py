@@ -3,6 +3,7 @@
 import ipaddress
 import json
 import logging
+import re
 import sys
 import time
 
@@ -66,12 +67,28 @@ def ready(service: str, address: str, **fields: object) -> None:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """("host", port) of "host:port"; InvalidArgumentError for anything else."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        example = "127.0.0.1:50051; port 0 stands for any free one"
+    """("host", port) of "host:port" or "[IPv6]:port"; InvalidArgumentError for anything else."""
+    match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]+)):([0-9]{1,5})", address)
+    ipv6, host, port = match.groups() if match else ("", "", "65536")
+    if int(port) > 65535 or (ipv6 and not is_ipv6(ipv6)):
+        example = "127.0.0.1:50051; port 0 stands for any free port"
+        if is_ipv6(address) or is_ipv6(address.rpartition(":")[0]):
+            example = "[::1]:50051: write an IPv6 address in brackets"
         raise InvalidArgumentError(f"address {address!r} is not HOST:PORT, such as {example}")
-    return host.strip("[]"), int(port)
+    return ipv6 or host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """ "host:port", with an IPv6 address in brackets: the inverse of `split_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_ipv6(host: str) -> bool:
+    """Whether `host` is an IPv6 address without brackets."""
+    try:
+        return bool(ipaddress.IPv6Address(host))
+    except ValueError:
+        return False
 
 
 def is_loopback(address: str) -> bool:

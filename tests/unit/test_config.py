@@ -91,7 +91,8 @@ def test_every_option_can_be_given_in_the_environment(
         with monkeypatch.context() as environment:
             parts = [p for a in get_args(field.annotation) for p in (a, *get_args(a))]
             choices = [p for p in parts if isinstance(p, str) and p != field.default]
-            value = choices[0] if choices else samples.get(field.annotation, "text")
+            text = "text:1" if name.endswith("listen") else "text"
+            value = choices[0] if choices else samples.get(field.annotation, text)
             if field.annotation is bool:
                 value = "false" if field.default else "true"
             elif get_origin(field.annotation) is tuple:

@@ -31,7 +31,7 @@ from tolhouse.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from tolhouse.logs import event, split_address
+from tolhouse.logs import event, join_address, split_address
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.sources.memoryllm import MemoryLLM, select_blocks
 from tolhouse.store.base import Store, open_store
@@ -273,7 +273,8 @@ def _check_cluster(address: str) -> None:
         reason = f"{error.strerror or error}; {hint}"
         raise UnavailableError(f"no Ray cluster at {address}: {reason}") from None
     metadata = [("authorization", f"Bearer {token}")] if (token := ray_token()) else []
-    with grpc.insecure_channel(f"{host}:{port}", [("grpc.enable_http_proxy", 0)]) as channel:
+    target, options = join_address(host, port), [("grpc.enable_http_proxy", 0)]
+    with grpc.insecure_channel(target, options) as channel:
         call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:
             call(b"", timeout=_CONNECT_SECONDS, metadata=metadata)

@@ -18,7 +18,7 @@ from tolhouse.errors import InUseError
 from tolhouse.gateway import metrics
 from tolhouse.gateway.error_responses import error_response
 from tolhouse.gateway.middleware import MAX_HEADER_BYTES
-from tolhouse.logs import event, ready, redirect_log, split_address
+from tolhouse.logs import event, join_address, ready, redirect_log, split_address
 
 
 class LimitedConnection(asyncio.Protocol):
@@ -111,6 +111,13 @@ def _count_refusal(status: int, reason: str) -> None:
     event("refused", status=status, reason=reason)
 
 
+async def _family(host: str, port: int) -> socket.AddressFamily:
+    """The family to listen on: IPv4 unless the host has IPv6 addresses alone."""
+    loop, kind = asyncio.get_running_loop(), socket.SOCK_STREAM
+    families = {found[0] for found in await loop.getaddrinfo(host, port, type=kind)}
+    return socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
+
+
 async def serve(app: ASGIApp, config: GatewayConfig, tls: ssl.SSLContext | None) -> None:
     """Serve until SIGTERM or SIGINT, then finish what has begun."""
     settings = uvicorn.Config(
@@ -132,7 +139,7 @@ async def serve(app: ASGIApp, config: GatewayConfig, tls: ssl.SSLContext | None)
             lambda: LimitedConnection(config, server),
             host,
             port,
-            family=socket.AF_INET6 if ":" in host else socket.AF_INET,
+            family=await _family(host, port),
             ssl=tls,
             ssl_handshake_timeout=config.header_timeout_seconds if tls else None,
             backlog=settings.backlog,
@@ -148,5 +155,5 @@ async def serve(app: ASGIApp, config: GatewayConfig, tls: ssl.SSLContext | None)
     # after uvicorn's own, which would end the process by the signal once it has drained
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    ready("gateway", f"{host}:{listening.sockets[0].getsockname()[1]}")
+    ready("gateway", join_address(host, listening.sockets[0].getsockname()[1]))
     await serving

@@ -11,7 +11,7 @@ import grpc
 
 from tolhouse.errors import InvalidArgumentError, TolhouseError, UnsupportedError, from_status
 from tolhouse.files import ReloadingFiles
-from tolhouse.logs import event, split_address
+from tolhouse.logs import event, join_address, split_address
 from tolhouse.net.auth import ClientCredentials
 
 SCHEME = "dns:///"  # of a target HOST:PORT that stands for all addresses of its name, now and later
@@ -100,8 +100,8 @@ class Addresses:
             with suppress(OSError, UnicodeError):
                 results = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
                 ips = sorted({str(at[0]) for *_, at in results})  # resolvers rotate them
-                v4 = tuple(f"{ip}:{port}" for ip in ips if ":" not in ip)
-                found = v4 or tuple(f"[{ip}]:{port}" for ip in ips)  # a pod may have one of each
+                v4 = [ip for ip in ips if ":" not in ip]  # a pod may have one of each
+                found = tuple(join_address(ip, port) for ip in v4 or ips)
             if found and found != self._found[target]:
                 event("addresses changed", target=target, addresses=",".join(found))
                 self._found[target] = found

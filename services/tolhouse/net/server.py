@@ -20,7 +20,7 @@ import grpc
 from prometheus_client import REGISTRY, make_wsgi_app, start_http_server
 
 from tolhouse.errors import InternalError, InUseError, TolhouseError
-from tolhouse.logs import event, log, ready, split_address
+from tolhouse.logs import event, join_address, log, ready, split_address
 from tolhouse.net.auth import ServerCredentials
 
 Register = Callable[[grpc.aio.Server], None]  # adds a service to a server
@@ -137,7 +137,7 @@ async def serve(
         return check.result(_HEALTH_SECONDS).status == health_pb2.HealthCheckResponse.SERVING
 
     metrics = serve_metrics(config.metrics_listen, credentials, healthy)
-    ready(service, f"{split_address(listen)[0]}:{port}", metrics=metrics)
+    ready(service, join_address(split_address(listen)[0], port), metrics=metrics)
     await stop.wait()
     event("draining", service=service)
     if checking:
@@ -174,7 +174,7 @@ def serve_metrics(address: str, credentials: ServerCredentials, healthy: Callabl
             return credentials.current_context().wrap_socket(raw, **options), caller
 
         server.get_request = accept  # type: ignore[method-assign] # it has no other hook
-    return f"{host}:{server.server_port}"
+    return join_address(host, server.server_port)
 
 
 def _log_failure(*_: object) -> None:

@@ -25,7 +25,7 @@ from tolhouse.errors import (
     NotFoundError,
     UnavailableError,
 )
-from tolhouse.logs import event, is_loopback
+from tolhouse.logs import event, is_loopback, join_address
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
 from tolhouse.table.manifest import Manifest, check_name, split_ref
 
@@ -257,7 +257,7 @@ def require_private(url: str, *, insecure: bool) -> str:
     checks = ("ssl_cert_reqs", "required"), ("ssl_check_hostname", "true")
     checked = all(options.get(name, value).lower() == value for name, value in checks)
     private = parts.scheme == "file" or (parts.scheme == "rediss" and checked)
-    if private or insecure or all(is_loopback(f"{host}:0") for host in hosts):
+    if private or insecure or all(is_loopback(join_address(host, 0)) for host in hosts):
         return url
     how = "without a check of its certificate: leave those options out"
     how = "in plaintext: give a rediss:// URL" if parts.scheme == "redis" else how
@@ -274,7 +274,7 @@ def has_password(url: str) -> bool:
 
 
 def not_understood(url: str) -> InvalidArgumentError:
-    allowed = "file://PATH, redis://HOST:PORT and rediss://HOST:PORT"
+    allowed = "file://PATH, redis://HOST:PORT and rediss://HOST:PORT (IPv6: redis://[::1]:6379)"
     return InvalidArgumentError(f"store {shown(url)!r} is not understood; allowed are {allowed}")
 
 
@@ -289,6 +289,8 @@ def _parts(url: str) -> tuple[SplitResult, dict[str, str], list[str]]:
     try:
         parts = urlsplit(url)
         hosts = parts.netloc.rpartition("@")[2].split(",")
+        if not all(re.fullmatch(r"(\[[^]]+]|[^][:]*)(:[0-9]+)?", host) for host in hosts):
+            raise not_understood(url)
         names = [urlsplit(f"//{host}").hostname or "localhost" for host in hosts]
         return parts, dict(parse_qsl(parts.query)), names
     except ValueError:
