@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv; nothing has to be installed by hand.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast check bench chaos fuzz skew compose-test science-check science soak protos docs wheel audit sbom
+.PHONY: help setup demo serve test test-fast check bench cases chaos fuzz skew compose-test science-check science soak protos docs wheel audit sbom
 SHELL := /bin/bash
 
 # glibc's allocator as in the images: deploy/Dockerfile has the reasons
@@ -44,6 +44,9 @@ bench: .venv/dev  ## quick benchmarks; results are kept in loadtest/LOG.md
 
 chaos: .venv/dev  ## faults under load, twelve minutes; prints what clients noticed of each
 	$(BIN)/python -m tests.chaos
+
+cases: .venv/dev  ## files and requests that users of similar projects reported, each with the right result
+	$(BIN)/python -m tests.cases
 
 fuzz: .venv/dev  ## a million nearly right inputs for every reader
 	$(BIN)/python -m tests.fuzz

@@ -39,21 +39,34 @@ class Stack:
 
 
 def tiny_model(
-    path: Path, kind: str = "memory", beta: int = 0, seed: int = 0, **fields: Any
+    path: Path,
+    kind: str = "memory",
+    beta: int = 0,
+    seed: int = 0,
+    tokenizer: Path | None = None,
+    **fields: Any,
 ) -> Path:
-    """A checkpoint of random weights with a tokenizer of a few hundred tokens, in folder `path`."""
+    """A checkpoint of random weights in folder `path`, with the tokenizer in file `tokenizer`.
+
+    By default, its tokenizer has a few hundred tokens.
+    """
     import torch
 
     from tolhouse.model.checkpoint import save_checkpoint
     from tolhouse.model.config import preset
+    from tolhouse.model.tokenizer import load_tokenizer
     from tolhouse.model.transformer import Transformer
     from tolhouse.train.corpus import train_tokenizer
     from tolhouse.train.trainer import initialise
 
     path.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer([_TEXT], 512)
-    tokenizer.save(str(path / "tokenizer.json"))
-    config = preset("tiny", kind, beta, **{"vocab_size": tokenizer.get_vocab_size(), **fields})
+    file = path / "tokenizer.json"
+    if tokenizer:
+        shutil.copyfile(tokenizer, file)
+    else:
+        train_tokenizer([_TEXT], 512).save(str(file))
+    size = 1 + max(load_tokenizer(file).get_vocab().values())
+    config = preset("tiny", kind, beta, **{"vocab_size": size, **fields})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Transformer(config)
@@ -61,7 +74,7 @@ def tiny_model(
         with torch.no_grad():  # far from a zero function, so that rows matter
             for p in model.parameters():
                 p.mul_(4)
-    save_checkpoint(path, model, path / "tokenizer.json")
+    save_checkpoint(path, model, file)
     return path
 
 
