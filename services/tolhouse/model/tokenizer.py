@@ -32,8 +32,8 @@ _CACHED = 1 << 16  # texts of tokens after other tokens
 def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer in file `path`, without the truncation and padding that the file may set.
 
-    InvalidArgumentError if the file is malformed, has ids over `vocab_size`, or has an added token that
-    the tokenizers library loads with another id than the file's.
+    InvalidArgumentError if the file is malformed, if an id is not below `vocab_size`, or if the
+    tokenizers library loads an added token with another id than the file's.
     """
     path = Path(path)
     if not path.is_file():

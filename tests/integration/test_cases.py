@@ -1,0 +1,22 @@
+"""The repository's copies of the cases that users of similar projects reported."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cases.__main__ import OWN, check, numbers
+from tests.cases.serving import gateways
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _gateways() -> Iterator[None]:
+    with gateways():
+        yield
+
+
+@pytest.mark.parametrize("number", numbers())
+def test_each_case_is_right(number: str) -> None:
+    """Every claim of a case holds with the repository's copy of its inputs."""
+    results = list(check(number, OWN))
+    assert results
+    assert [] == [result for result in results if not result.right]
