@@ -256,7 +256,9 @@ def test_a_lost_lookup_service_fails_who_needs_it_and_comes_back(
         expected = list(client.generate(PROMPT, 20, ignore_eos=True))
         lookup.popen.send_signal(signal.SIGKILL)
         lookup.popen.wait()
-        with pytest.raises(errors.UnavailableError, match="can't be read now: try again") as failed:
+        with pytest.raises(
+            errors.UnavailableError, match="cannot be read now; try again"
+        ) as failed:
             list(client.generate([250, 251, 252], 20))
         assert address not in str(failed.value)  # callers can do nothing with it
         assert address in worker.log.read_text()
@@ -273,7 +275,7 @@ def test_a_stopped_lookup_service_costs_no_more_than_the_deadline(
     options = ("--rows", lookup.address, "--fetch-timeout-seconds", "1", *LOCAL)
     with process("worker", str(checkpoint), *options) as worker, Client(worker.address) as client:
         lookup.popen.send_signal(signal.SIGSTOP)
-        with pytest.raises(errors.DeadlineExceededError, match="can't be read now"):
+        with pytest.raises(errors.DeadlineExceededError, match="cannot be read now"):
             list(client.generate(PROMPT, 20, timeout_seconds=60))
         lookup.popen.send_signal(signal.SIGCONT)
         assert 20 == len(list(client.generate(PROMPT, 20, ignore_eos=True)))

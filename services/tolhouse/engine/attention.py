@@ -1,10 +1,11 @@
-"""Keys and values in pages, and one step's view of them: what each token of the step attends to.
+"""The paged KV cache, attention over it, and the attention metadata of one step.
 
-Shapes as in `model/transformer.py`; B decoding sequences, C blocks of the longest, S BLOCK_TOKENS.
-In a page keys lie dimension by dimension, values token by token: both products run along memory.
+Shapes are those of `model/transformer.py`, with B decoding sequences, C blocks of the longest
+sequence and S = BLOCK_TOKENS. A page holds keys by dimension and values by token, so that both
+products read memory in order.
 
-On a CPU what a token gets does not depend, to the bit, on the sequences beside it, nor on how its
-prompt is cut into chunks. Sums in float32 depend on their order, so each is made in one way only.
+On a CPU the attention of a token is bit-equal whatever sequences share its batch, and however its
+prompt is cut into chunks. Float32 sums depend on their order, so each sum has one fixed order.
 """
 
 import contextlib
@@ -23,12 +24,12 @@ from tolhouse.engine.scheduler import ScheduledChunk
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.config import ModelConfig
 
-_TILE_TOKENS = 64  # of a prompt that attend at once on a CPU
-_ROWS = 16  # their number is a multiple, for which its kernels divide sums alike
+_TILE_TOKENS = 64  # prompt tokens that attend together on a CPU
+_ROWS = 16  # tiles have a multiple of this many rows, for which CPU kernels split sums alike
 
 
 def blocks_of(config: ModelConfig, capacity_bytes: int, dtype: torch.dtype) -> int:
-    """How many blocks fit; InvalidArgumentError if none does."""
+    """The number of blocks that fit into the memory; InvalidArgumentError if none fits."""
     size = 2 * config.num_hidden_layers * config.hidden_size * dtype.itemsize * BLOCK_TOKENS
     if capacity_bytes < size:
         message = f"a KV cache of {capacity_bytes} bytes holds no block"
@@ -41,12 +42,13 @@ class PagedKVCache:
         self, config: ModelConfig, num_blocks: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         layers, heads, size = config.num_hidden_layers, config.num_attention_heads, config.head_dim
-        # zeros, as masked values must be numbers; a block's layers side by side, as all are written
+        # Zeros, because masked values must be finite. The layers of a block are adjacent, because
+        # a step writes all of them.
         shape = num_blocks, 2, layers, heads, BLOCK_TOKENS * size
-        if device.type == "cpu":  # in fresh memory, which is paged in when written, in huge pages
+        if device.type == "cpu":  # anonymous memory in huge pages, allocated on the first write
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
-            with contextlib.suppress(OSError):  # a kernel without them
+            with contextlib.suppress(OSError):  # a kernel without huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
             pages = torch.frombuffer(memory, dtype=dtype).view(shape)
         else:
@@ -61,22 +63,22 @@ class PagedKVCache:
 
 @dataclass
 class AttentionMetadata:
-    """One step's `Cache` (model/transformer.py): decoding sequences, then chunks of prompts."""
+    """The `Cache` (model/transformer.py) of one step: decoding sequences, then prompt chunks."""
 
     pages: PagedKVCache
     decoding: int  # sequences
-    blocks_T: Tensor  # where the step's tokens go
+    blocks_T: Tensor  # the block that each token of the step is written to
     offsets_T: Tensor
     tables_BC: Tensor
     lengths_B: Tensor
-    # tokens, first position, and the blocks of the sequence up to the last token
+    # for each chunk: its tokens, its first position, the sequence's blocks up to its last token
     chunks: list[tuple[int, int, Tensor]] = field(default_factory=list, kw_only=True)
 
     @classmethod
     def of(cls, pages: PagedKVCache, step: list[ScheduledChunk]) -> "AttentionMetadata":
         decoding = sum(chunk.decodes for chunk in step)
         lengths_B = np.array([chunk.last for chunk in step[:decoding]], np.int64)
-        # at least two blocks: one is a case of its own to a compiler
+        # At least two blocks: a compiler specialises code for one.
         widest = max(2, -(-int(lengths_B.max(initial=1)) // BLOCK_TOKENS))
         tables_BC = np.zeros((decoding, widest), np.int64)
         for row, chunk in zip(tables_BC, step, strict=False):
@@ -99,14 +101,14 @@ class AttentionMetadata:
 
     @cached_property
     def parts(self) -> tuple["AttentionMetadata", "AttentionMetadata"]:
-        """The decoding sequences, and the chunks."""
+        """Attention of the decoding sequences and of the chunks."""
         n, tables = self.decoding, (self.tables_BC, self.lengths_B)
         first = AttentionMetadata(self.pages, n, self.blocks_T[:n], self.offsets_T[:n], *tables)
         places = self.blocks_T[n:], self.offsets_T[n:], *(table[:0] for table in tables)
         return first, AttentionMetadata(self.pages, 0, *places, chunks=self.chunks)
 
     def layer(self, number: int) -> tuple[Tensor, ...]:
-        """What `write` and attention need of a layer."""
+        """The tensors of one layer for `write` and attention."""
         tables = self.blocks_T, self.offsets_T, self.tables_BC, self.lengths_B
         return (*self.pages.layers[number], *tables)
 
@@ -128,16 +130,16 @@ class AttentionMetadata:
 def write(
     k_THE: Tensor, v_THE: Tensor, keys: Tensor, values: Tensor, blocks_T: Tensor, offsets_T: Tensor
 ) -> None:
-    """Write tokens' keys and values into their pages: [blocks, H, E, S] and [blocks, H, S, E]."""
+    """Write keys and values of tokens to the pages [blocks, H, E, S] and [blocks, H, S, E]."""
     keys[blocks_T, :, :, offsets_T] = k_THE
     values[blocks_T, :, offsets_T] = v_THE
 
 
 def tiled(q_HTE: Tensor, k_HLE: Tensor, v_HLE: Tensor, first: int) -> Tensor:
-    """Causal attention [H, T, E] of a prompt's tokens from position `first` on.
+    """Causal attention [H, T, E] of a prompt chunk that begins at position `first`.
 
-    On a CPU in tiles of positions, each of which sees all keys up to its own end, padded with
-    zeros: kernels divide a token's sums by the number of keys, which is its position's alone then.
+    A CPU computes it in tiles of positions. A tile sees all keys up to its own end, padded with
+    zeros. CPU kernels split a sum by the number of keys, which then depends on the position alone.
     """
     last, on_cpu = first + q_HTE.shape[1], q_HTE.device.type == "cpu"
     tile, rows = (_TILE_TOKENS, _ROWS) if on_cpu else (last, 1)
@@ -158,7 +160,7 @@ def tiled(q_HTE: Tensor, k_HLE: Tensor, v_HLE: Tensor, first: int) -> Tensor:
 def gathered(
     q_BHE: Tensor, keys: Tensor, values: Tensor, tables_BC: Tensor, lengths_B: Tensor
 ) -> Tensor:
-    """Attention of one token of each sequence to its `lengths_B` tokens in blocks `tables_BC`."""
+    """Attention of one token per sequence to the `lengths_B` tokens in its blocks `tables_BC`."""
     k_BHLE = keys[tables_BC].permute(0, 2, 1, 4, 3).flatten(2, 3)
     v_BHLE = values[tables_BC].transpose(1, 2).flatten(2, 3)
     seen_BL = torch.arange(k_BHLE.shape[2], device=q_BHE.device) < lengths_B[:, None]
@@ -169,8 +171,8 @@ def gathered(
 def streamed(
     q_BHE: Tensor, keys: Tensor, values: Tensor, tables_BC: Tensor, lengths_B: Tensor
 ) -> Tensor:
-    """`gathered` written as plain sums: once compiled, it reads each page once and copies none."""
-    # stored first: a compiler would compute q, and all that leads to it, anew for every key
+    """`gathered` as plain sums. Compiled, it reads each page once and copies none."""
+    # Store q first. A compiler would otherwise recompute it for every key.
     sequences_B = torch.arange(q_BHE.shape[0], device=q_BHE.device)
     q_BHE = torch.empty_like(q_BHE).index_put((sequences_B,), q_BHE)
     scores_BCHS = (q_BHE[:, None, :, :, None].float() * keys[tables_BC].float()).sum(3)

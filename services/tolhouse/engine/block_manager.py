@@ -1,8 +1,8 @@
-"""Blocks of the KV cache: which are free, in use, or hold a known beginning of a text.
+"""The blocks of the KV cache: free blocks, blocks in use, and blocks shared by their prefix.
 
-Accounting only: keys and values lie in `attention.py`. A full block has a digest, chained from the
-sequence's first block on, and is shared with sequences that begin alike. An unused block stays
-findable until it is needed for others, the least recently used first.
+This module does the accounting. The keys and values are in `attention.py`. A full block has a
+digest, chained from the first block of its sequence, and sequences with the same prefix share it.
+An unused block keeps its digest until it is reused. The least recently used block is reused first.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ BLOCK_TOKENS = 16
 class BlockManager:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.prompt_tokens = self.shared_tokens = 0  # of admitted sequences; and found here
-        self.users = [0] * num_blocks  # how many sequences use each block
-        self.unused = OrderedDict.fromkeys(range(num_blocks))  # the next to use first
+        self.prompt_tokens = self.shared_tokens = 0  # admitted; of these, found in the cache
+        self.users = [0] * num_blocks  # the number of sequences that use each block
+        self.unused = OrderedDict.fromkeys(range(num_blocks))  # in the order of reuse
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
 
@@ -33,7 +33,10 @@ class BlockManager:
         return len(self.unused)
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Give the sequence blocks for its first `tokens` tokens; False if there are too few."""
+        """Allocate blocks for the first `tokens` tokens of a sequence; False if too few are free.
+
+        Nothing is allocated in that case.
+        """
         lacking = -(-tokens // BLOCK_TOKENS) - len(sequence.blocks)
         if lacking > len(self.unused):
             return False
@@ -45,10 +48,10 @@ class BlockManager:
         return True
 
     def share(self, sequence: Sequence) -> int:
-        """Give a sequence without blocks those that hold its beginning; how many tokens that is.
+        """Assign the blocks that hold the prefix of a new sequence; returns the tokens in them.
 
-        Its last token is left to be computed, for its logits. So is all of a prompt whose log
-        probabilities are asked for.
+        The last token is always recomputed, because its logits are needed. A prompt is recomputed
+        as a whole if its log probabilities are requested.
         """
         if sequence.sampling.prompt_logprobs is not None:
             return 0
@@ -62,7 +65,7 @@ class BlockManager:
         return len(sequence.blocks) * BLOCK_TOKENS
 
     def commit(self, sequence: Sequence, first: int, last: int) -> None:
-        """Tokens `first` to `last` (not included) are computed: their full blocks can be shared."""
+        """Share the blocks that are full after computing the tokens from `first` up to `last`."""
         for number in range(first // BLOCK_TOKENS, last // BLOCK_TOKENS):
             block, digest = sequence.blocks[number], _digest(sequence, number)
             if digest not in self._block_of:
@@ -70,18 +73,18 @@ class BlockManager:
                 self._digest_of[block] = digest
 
     def release(self, sequence: Sequence) -> None:
-        """Free the sequence's blocks; they will be evicted from the end of its text."""
+        """Free the blocks of a sequence. They are evicted from the tail of the sequence."""
         for block in reversed(sequence.blocks):
             self.users[block] -= 1
             if not self.users[block]:
                 self.unused[block] = None
                 if block not in self._digest_of:
-                    self.unused.move_to_end(block, last=False)  # nothing can be found in it
+                    self.unused.move_to_end(block, last=False)  # no prefix can match it
         sequence.blocks = []
 
 
 def _digest(sequence: Sequence, number: int) -> bytes:
-    """Digest of a sequence's rows and text up to block `number`; no crafted text collides."""
+    """A collision-resistant digest of a sequence's rows and tokens through block `number`."""
     while len(sequence.digests) <= number:
         start = len(sequence.digests) * BLOCK_TOKENS
         before = sequence.digests[-1] if sequence.digests else sequence.rows_key.encode()

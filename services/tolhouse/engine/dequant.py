@@ -1,6 +1,7 @@
-"""Records to rows on their device: what crosses the bus is codes. Values are those of the codecs.
+"""Decodes records to rows on the device. Only encoded records cross the bus.
 
-Codes are widened and multiplied in the result's memory: no second array of its size is made.
+The values equal those of `table/codecs.py`. Decoding widens and scales codes in the memory of the
+result and allocates no second array of that size.
 """
 
 from collections.abc import Callable
@@ -14,19 +15,20 @@ from tolhouse.table.auxiliary import AuxiliaryTables
 from tolhouse.table.codecs import GROUP
 from tolhouse.table.manifest import Manifest
 
-CACHED_VALUES = 2**21  # 8 MiB of rows, which a processor's last cache holds
-_GPU_VALUES = 2**26  # decoded at a time: bounds the memory for codes being widened
+CACHED_VALUES = 2**21  # 8 MiB of rows, which fit the last-level cache of a processor
+_GPU_VALUES = 2**26  # of one piece; bounds the memory for widened codes
 
 
 def decode(
     records_UB: Tensor,
     manifest: Manifest,
     index_T: Tensor | None = None,
-    piece_values: int = 0,  # decoded at a time; 0: as suits the device
+    piece_values: int = 0,  # values decoded at a time; 0: a default for the device
 ) -> Tensor:
-    """Rows float32 [N, T, D] of records uint8 [U, record_bytes], or of `records_UB[index_T]`.
+    """Decode records uint8 [U, record_bytes], or `records_UB[index_T]`, to float32 [N, T, D].
 
-    Both are contiguous and on one device, records without coefficients. Checksums are not verified.
+    Both tensors are contiguous and on one device. The records hold values, not the coefficients of
+    a low-rank table. Checksums are not verified here.
     """
     count = len(records_UB if index_T is None else index_T)
     blocks, size, device = manifest.num_blocks, manifest.width, records_UB.device
@@ -44,7 +46,7 @@ def decode(
 
 
 def decode_block(records_UB: Tensor, manifest: Manifest, block: int, index_T: Tensor) -> Tensor:
-    """One block of `records_UB[index_T]`: its row float32 [T, D], or its coefficients [T, r]."""
+    """Decode one block of `records_UB[index_T]` to values float32 [T, D] or coefficients [T, r]."""
     sizes = manifest.ranks or (manifest.width,) * manifest.num_blocks
     start = sum(manifest.codec.block(size).itemsize for size in sizes[:block])
     end = start + manifest.codec.block(sizes[block]).itemsize
@@ -56,16 +58,16 @@ def decode_block(records_UB: Tensor, manifest: Manifest, block: int, index_T: Te
 
 @dataclass
 class StagedRows:
-    """Records uint8 [U, record_bytes] on the model's device, and the index of each of T tokens'."""
+    """Records uint8 [U, record_bytes] on the device of the model, and an index for T tokens."""
 
     records: Tensor
     index: Tensor  # int64 [T]
     ids: Tensor  # int64 [T]
-    scales: Tensor | None = None  # float32 [N, T]: factors of each layer's row, PAPER section 5
+    scales: Tensor | None = None  # float32 [N, T]: a factor for each row; paper, section 5
 
 
 class Decoder:
-    """Rows of one table in `dtype` on `device`, from its records and its auxiliary tables."""
+    """Decodes the records of one table, with its auxiliary tables, to `dtype` on `device`."""
 
     def __init__(self, tables: AuxiliaryTables, device: torch.device, dtype: torch.dtype) -> None:
         self.manifest, self.dtype, self.finer = tables.manifest, dtype, tables.finer
@@ -77,13 +79,13 @@ class Decoder:
             self.finer_slots = torch.from_numpy(tables.finer_slots).to(device)
 
     def rows(self, staged: StagedRows) -> Tensor:
-        """[N, T, D]"""
+        """The rows [N, T, D]."""
         if not (self.vectors or self.finer):
             return decode(staged.records, self.manifest, staged.index).to(self.dtype)
         return torch.stack([self.block(staged, block) for block in range(self.manifest.num_blocks)])
 
     def block(self, staged: StagedRows, block: int) -> Tensor:
-        """[T, D] of one block."""
+        """The rows [T, D] of one block."""
         row_TD = decode_block(staged.records, self.manifest, block, staged.index)
         if self.vectors:
             row_TD = torch.addmm(self.means[block], row_TD, self.vectors[block])
@@ -95,10 +97,10 @@ class Decoder:
 
 
 class LayerwiseRows:
-    """Rows of `num_rows` layers, after X0 if the table has it; each is decoded when it is read.
+    """The rows of `num_rows` layers, after X0 if the table has it, decoded when they are read.
 
-    So one row is in memory of a long prompt. A layer that the table lacks is None, and others are
-    scaled where requests ask for it.
+    A long prompt thus needs memory for the rows of one layer. A layer that the table lacks is None.
+    The other rows are scaled if a request asks for it.
     """
 
     def __init__(self, decoder: Decoder, staged: StagedRows, num_rows: int) -> None:
@@ -132,10 +134,11 @@ def _int8(blocks_TNB: Tensor, rows_TND: Tensor) -> None:
 def _int4(blocks_TNB: Tensor, rows_TND: Tensor) -> None:
     groups, half = -(-rows_TND.shape[-1] // GROUP), rows_TND.shape[-1] // 2
     codes = blocks_TNB[..., 2 * groups :].view(torch.int8)
-    # codes times 16, as a nibble stands, and scales by 16: all of it is exact
+    # Codes are 16 times too large, as the nibbles stand, and scales are divided by 16. Both
+    # operations are exact.
     rows_TND[..., :half] = codes[..., :half] * 16
     rows_TND[..., half : 2 * half] = codes[..., :half] & -16
-    rows_TND[..., 2 * half :] = codes[..., half:] * 16  # the last one, where D is odd
+    rows_TND[..., 2 * half :] = codes[..., half:] * 16  # the last value of an odd D
     scales_TNG = _scales(blocks_TNB[..., : 2 * groups], torch.bfloat16).float() / 16
     full = rows_TND.shape[-1] // GROUP
     rows_TND[..., : full * GROUP].unflatten(-1, (full, GROUP)).mul_(scales_TNG[..., :full, None])
@@ -143,7 +146,7 @@ def _int4(blocks_TNB: Tensor, rows_TND: Tensor) -> None:
 
 
 def _scales(bytes_TNB: Tensor, dtype: torch.dtype) -> Tensor:
-    # a copy, since they lie unaligned in blocks of odd sizes
+    # A copy, because scales are unaligned in blocks of odd sizes.
     return bytes_TNB.clone(memory_format=torch.contiguous_format).view(dtype)
 
 

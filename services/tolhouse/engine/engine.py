@@ -1,7 +1,7 @@
-"""The engine: `step()` is schedule, stage rows, forward, sample, post-process. One thread calls it.
+"""The engine. `step()` is schedule, stage rows, forward, sample, post-process.
 
-Other threads reach it through `add`, `cancel` and `use`, which put calls into a mailbox that the
-next step empties.
+One thread calls `step()`. Other threads call `add`, `cancel` and `use`, which put work into a
+mailbox. The engine's thread empties the mailbox before each step.
 """
 
 import queue
@@ -31,7 +31,7 @@ from tolhouse.errors import (
 from tolhouse.logs import log
 from tolhouse.tracing import Span, under
 
-_SCORED_TOKENS = 256  # prompt tokens whose logits are in memory at once
+_SCORED_TOKENS = 256  # the most prompt tokens whose logits are in memory at once
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)  # seconds
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 Step = list[ScheduledChunk]
@@ -41,25 +41,25 @@ Scores = dict[Sequence, Logprobs]
 
 class Engine:
     def __init__(self, runner: Runner, scheduler: Scheduler, max_waiting: int) -> None:
-        self.runner = runner  # of new sequences
+        self.runner = runner  # for new sequences
         self.scheduler, self.cache, self.max_waiting = scheduler, scheduler.cache, max_waiting
-        self._served = {self.table: runner}  # by table version: all that sequences use
+        self._served = {self.table: runner}  # one runner for each table version in use
         self._retired: Counter[str] = Counter()  # row counts of versions no longer in use
-        self._lock = threading.Lock()  # of the two
-        self.tokens = self.steps = 0  # sampled tokens, and steps run
-        self.step_seconds = self.forward_seconds = 0.0  # all of it, and the model's part
+        self._lock = threading.Lock()  # guards the two fields above
+        self.tokens = self.steps = 0  # sampled tokens; completed steps
+        self.step_seconds = self.forward_seconds = 0.0  # whole steps; the forward passes in them
         self.histograms = [
             Histogram(f"tolhouse_worker_{name}_seconds", text, buckets=buckets, registry=None)
             for name, text, buckets in (
-                ("time_to_first_token", "From queueing to the first token", _LONG),
-                ("inter_token", "From a token to the next", _SHORT),
-                ("request", "From queueing to the last token", _LONG),
+                ("time_to_first_token", "Time from queueing to the first token", _LONG),
+                ("inter_token", "Time between consecutive tokens", _SHORT),
+                ("request", "Time from queueing to the last token", _LONG),
             )
         ]
         self._mailbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    # from any thread
+    # Any thread may call the methods below.
 
     def start(self) -> None:
         self._thread.start()
@@ -71,9 +71,12 @@ class Engine:
             runner.rows.close()
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; OverloadedError if the queue is full, PromptTooLongError if it can
-        never run."""
-        # the last sampled token never gets into the cache
+        """Queue a sequence.
+
+        Raises OverloadedError if the queue is full, and PromptTooLongError if the KV cache is too
+        small for the sequence.
+        """
+        # The cache never holds the last sampled token.
         need = sequence.prompt_tokens + max(1, sequence.sampling.max_tokens) - 1
         if need > (capacity := self.cache.capacity_tokens):
             raise PromptTooLongError(f"{need} tokens exceed this worker's KV cache of {capacity}")
@@ -85,11 +88,11 @@ class Engine:
         self._mailbox.put(lambda: self._enter(sequence))
 
     def cancel(self, sequence: Sequence) -> None:
-        """Drop a sequence at the next step, without further output, unless it has ended."""
+        """Drop a sequence before the next step, without further output. It may have ended."""
         self._mailbox.put(lambda: self.scheduler.remove(sequence))
 
     def use(self, runner: Runner) -> None:
-        """Let new sequences begin with another version of the table; others end with theirs."""
+        """Use another table version for new sequences. Running sequences keep theirs."""
         self._mailbox.put(lambda: self._use(runner))
 
     @property
@@ -98,16 +101,16 @@ class Engine:
 
     @property
     def table(self) -> str:
-        """ "name@version" of new sequences' rows, "" of a base model."""
+        """The "name@version" that new sequences use; "" for a base model."""
         return self.rows.table
 
     def tables(self) -> list[str]:
-        """ "name@version" of all versions in use."""
+        """The "name@version" of every table version in use."""
         with self._lock:
             return [table for table in self._served if table]
 
     def counts(self) -> Counter[str]:
-        """Row counts of all versions so far, by field of `RowCounts`."""
+        """Row counts since the start, over all versions, by field of `RowCounts`."""
         with self._lock:
             total = self._retired.copy()
             for runner in self._served.values():
@@ -122,10 +125,10 @@ class Engine:
     def running(self) -> int:
         return len(self.scheduler.running)
 
-    # from the engine's thread
+    # Only the engine's thread calls the methods below.
 
     def step(self) -> None:
-        """One more token for each decoding sequence, and what fits of the waiting prompts."""
+        """Compute one token for each decoding sequence, and as much of the prompts as fits."""
         step = self.scheduler.schedule()
         for table, runner in self._served.items():
             self._step([chunk for chunk in step if chunk.sequence.table == table], runner)
@@ -159,11 +162,11 @@ class Engine:
     def _use(self, runner: Runner) -> None:
         with self._lock:
             self.runner = self._served.setdefault(runner.rows.table, runner)
-        if self.runner is not runner:  # rolled back before its last sequence ended
+        if self.runner is not runner:  # sequences still use this version: keep its old runner
             runner.rows.close()
 
     def _retire(self) -> None:
-        """Close versions that no sequence uses any more."""
+        """Close the table versions that no sequence uses any more."""
         if len(self._served) == 1:
             return
         sequences = self.scheduler.running + self.scheduler.waiting
@@ -171,15 +174,18 @@ class Engine:
             with self._lock:
                 rows = self._served.pop(table).rows
                 self._retired.update(rows.counts())
-            # in a thread, since a fetch may be under way
+            # A thread closes the rows, because a fetch may be in flight.
             threading.Thread(target=rows.close, name="close rows", daemon=True).start()
 
     def _launch(
         self, step: Step, runner: Runner
     ) -> tuple[Step, Launched | None, StagedRows | None]:
-        """Launch a step and stage its rows; without sequences that end as theirs can't be had."""
+        """Launch a step and stage its rows. Sequences whose rows cannot be read end with an error.
+
+        The returned step has the remaining sequences.
+        """
         while step:
-            # the first layer's attention needs no row: a device is busy with it meanwhile
+            # The first layer's attention needs no rows. A GPU computes it while rows arrive.
             launched = runner.launch(step)
             try:
                 with under(chunk.sequence.span for chunk in step):
@@ -191,10 +197,11 @@ class Engine:
         return step, None, None
 
     def _survives(self, chunk: ScheduledChunk, error: TolhouseError, rows: RowProvider) -> bool:
-        """Whether the rows of a chunk can be had after `error`; if not, its sequence has ended."""
+        """Whether the rows of a chunk can be read despite `error`. If not, end its sequence."""
         ids = token_ids([chunk])
         try:
-            # a bad row fails sequences that need it; a source that is down, all that miss a row
+            # A damaged row fails the sequences that need it. A source that is down fails every
+            # sequence with a row that is not cached.
             if len(rows.missing(ids)):
                 if not isinstance(error, CorruptError):
                     raise error
@@ -205,7 +212,7 @@ class Engine:
             return False
 
     def _prefetch(self, step: Step, rows: RowProvider) -> None:
-        """Fetch rows of the next pieces of prompts while the model computes this step."""
+        """Fetch the rows of the next prompt chunks while the model computes this step."""
         room = self.scheduler.max_step_tokens
         ids: list[int] = []
         spans: list[Span] = []
@@ -223,7 +230,7 @@ class Engine:
     def _score_prompts(
         self, step: Step, ends: list[int], hidden_TD: Tensor, runner: Runner
     ) -> Scores:
-        """Log probabilities of this step's prompt tokens, where asked for and not emitted yet."""
+        """Log probabilities of this step's prompt tokens, if requested and not emitted before."""
         scores: Scores = {}
         for chunk, end in zip(step, ends, strict=True):
             sequence, k = chunk.sequence, chunk.sequence.sampling.prompt_logprobs
@@ -268,14 +275,17 @@ class Engine:
         while self.read_mail():
             try:
                 self.step()
-            except Exception as error:  # noqa: BLE001 - a defect fails sequences, not the worker
+            except Exception as error:  # noqa: BLE001 - a defect fails the sequences, not the worker
                 log.exception("engine step failed")
-                message = f"the engine failed: {type(error).__name__}; the worker's log says more"
+                message = f"the engine failed: {type(error).__name__}; see the log of the worker"
                 for sequence in list(self.scheduler.running):
                     self._end(sequence, Output(error=InternalError(message)))
 
     def read_mail(self, *, wait: bool = True) -> bool:
-        """Make the calls of other threads, waiting for one while idle. False: stop."""
+        """Run the work that other threads queued; returns False when the engine has to stop.
+
+        With `wait`, an idle engine waits for work.
+        """
         while True:
             idle = not self.scheduler.running and not self.scheduler.waiting
             try:
@@ -288,7 +298,7 @@ class Engine:
 
 
 def _scales(step: Step, rows: RowProvider) -> Tensor | None:
-    """Factors of each layer's rows for each token, float32 [N, T]; None where all are 1."""
+    """The factors of each layer's rows for each token, float32 [N, T]; None if all are 1."""
     if not rows.table or not any(chunk.sequence.sampling.probes for chunk in step):
         return None
     parts = []

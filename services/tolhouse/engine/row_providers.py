@@ -1,8 +1,8 @@
-"""Where a step's rows come from: providers that compose, each with one job and counts of its own.
+"""Row providers. They compose, and each has one job and its own counters.
 
-`CachedRows` (what the engine talks to) over `SourceRows`, or over `FallbackRows` of a source and
-`RecomputedRows`. A provider below the cache writes verified records into slots that it is given.
-One table version each; a base model has `NoRows`.
+The engine calls `CachedRows`, which reads from `SourceRows`, or from `FallbackRows` over
+`SourceRows` and `RecomputedRows`. A provider below the cache writes verified records into the slots
+that its caller names. A provider serves one table version. A base model has `NoRows`.
 """
 
 import contextvars
@@ -37,13 +37,13 @@ from tolhouse.table.row_cache import RowCache, capacity_for
 from tolhouse.tracing import span
 
 Counts = dict[str, float]  # by field of `RowCounts` in generation.proto
-_FILL_BYTES = 16 << 20  # fetched at a time while the cache is filled
+_FILL_BYTES = 16 << 20  # of one fetch that fills the cache
 
 
 class SourceRows:
-    """Records from a row source."""
+    """Reads records from a row source."""
 
-    ready = True  # to be asked for rows ahead of need
+    ready = True  # a prefetch may call `fetch`
 
     def __init__(self, source: RowSource, manifest: Manifest) -> None:
         self.source, self.manifest = source, manifest
@@ -59,22 +59,20 @@ class SourceRows:
             with span("fetch rows", {"tolhouse.table": table, "tolhouse.rows": len(ids)}):
                 self.source.fetch_records(self.manifest, ids, out, slots)
         except TolhouseError as error:
-            event("rows can't be fetched", WARNING, table=table, reason=str(error))
+            event("fetching rows failed", WARNING, table=table, reason=str(error))
             raise self._for_callers(error, len(ids)) from None
         self.rows += len(ids)
         self.fetches += 1
         self.seconds += time.perf_counter() - started
 
     def _for_callers(self, error: TolhouseError, count: int) -> TolhouseError:
-        """The error without addresses and paths, which the log has."""
+        """The error without addresses and paths. The log has these."""
         table = self.manifest.ref
-        if not isinstance(
-            error, CorruptError
-        ):  # even NotFoundError, as the table was there at start
+        if not isinstance(error, CorruptError):
+            # NotFoundError included: the table existed when the worker started.
             late = isinstance(error, DeadlineExceededError)
-            return (DeadlineExceededError if late else UnavailableError)(
-                f"rows of table {table} can't be read now: try again later"
-            )
+            kind = DeadlineExceededError if late else UnavailableError
+            return kind(f"rows of table {table} cannot be read now; try again later")
         tokens = error.token_ids
         self.missing += len(tokens) or count
         few = ", ".join(map(str, tokens[:8])) + ", …" * (len(tokens) > 8)
@@ -97,19 +95,19 @@ class SourceRows:
 
 
 class RecomputedRows:
-    """Records computed from the checkpoint, byte for byte the builder's.
+    """Computes records from the checkpoint. They equal the builder's records byte for byte.
 
-    FFN-M stays in the checkpoint's file: a layer is read, as float32, when rows are computed.
-    MismatchError if the file is not what the table was built from any more.
+    FFN-M stays in the checkpoint's file. Computing rows reads one layer at a time, as float32.
+    Raises MismatchError if the file has changed since the table was built from it.
     """
 
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         if manifest.parent or manifest.ranks:
             what = "rows of overlay" if manifest.parent else "coefficients of low-rank table"
-            message = f"can't compute the {what} {manifest.ref}: serve it without"
+            message = f"cannot compute the {what} {manifest.ref}; serve this table without it"
             raise MismatchError(f"--fallback recompute {message}")
         self.rows, self.manifest = 0, manifest
-        self._lock = threading.Lock()  # a prefetch may run beside a step, over the same modules
+        self._lock = threading.Lock()  # a prefetch and a step may use the modules at once
         model = checkpoint.skeleton()
         model.ffn_m = nn.ModuleList(
             _StoredModule(checkpoint, f"ffn_m.{layer}.", ffn)
@@ -126,7 +124,7 @@ class RecomputedRows:
 
 
 class _StoredModule(nn.Module):
-    """A part of a model whose weights are read each time it runs, and dropped."""
+    """A module that reads its weights from the checkpoint for each call and then drops them."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: str, module: nn.Module) -> None:
         super().__init__()
@@ -147,12 +145,12 @@ class _StoredEmbedding(nn.Module):
 
 
 class FallbackRows:
-    """Records from a source; computed here while it is down, and those that it has lost."""
+    """Reads records from a source, and computes those that the source cannot deliver."""
 
     def __init__(self, primary: SourceRows, recomputed: RecomputedRows) -> None:
         self.primary, self.recomputed, self.ref = primary, recomputed, primary.manifest.ref
 
-        def answers(ref: str) -> bool:  # and has the table
+        def answers(ref: str) -> bool:  # whether the source is up and has the table
             return ref in [manifest.ref for manifest, _ in primary.source.tables()]
 
         self.health = PeerHealth("source of rows", answers, longest_seconds=5.0)
@@ -182,10 +180,11 @@ class FallbackRows:
 
 
 class CachedRows:
-    """A cache of a table's rows over a provider. Only the engine's thread may use it, but `counts`.
+    """A cache of a table's rows over a provider. Only the engine's thread may use it.
 
-    On a CPU `records` is the cache's slab itself. On a GPU it is a copy of the slab: each record is
-    uploaded once, still encoded, from pinned memory, on a stream that overlaps with computation.
+    Any thread may call `counts`. On a CPU `records` is the slab of the cache. On a GPU `records` is
+    a copy of the slab: each encoded record is uploaded once, from pinned memory, on a stream that
+    overlaps with computation.
     """
 
     def __init__(
@@ -195,8 +194,8 @@ class CachedRows:
         cache_bytes: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        num_rows: int = 0,  # of the model; by default up to the table's last layer
-        fallback: Checkpoint | None = None,  # computes rows while the source is down
+        num_rows: int = 0,  # rows of the model; 0: up to the last layer of the table
+        fallback: Checkpoint | None = None,  # computes rows that the source cannot deliver
     ) -> None:
         rows = SourceRows(source, manifest)
         recomputed = RecomputedRows(fallback, manifest) if fallback else None
@@ -210,12 +209,12 @@ class CachedRows:
         self.host = torch.empty(shape, dtype=torch.uint8, pin_memory=not self.on_cpu)
         self.records = self.host if self.on_cpu else torch.empty_like(self.host, device=device)
         self.stream = None if self.on_cpu else torch.cuda.Stream(device)
-        self.read: torch.cuda.Event | None = None  # after the last read of the launched steps
+        self.read: torch.cuda.Event | None = None  # follows the last read by a launched step
         self.cache = RowCache(self.host.numpy(), manifest.vocab_size)
-        self.most_values = CACHED_VALUES  # on a CPU, more are decoded layer by layer
+        self.most_values = CACHED_VALUES  # above this, a CPU decodes layer by layer
         self.from_cache, self.wait_seconds = 0, 0.0
         self._background = ThreadPoolExecutor(1, "rows")
-        # ids on their way, their slots, and the fetch
+        # the ids of the prefetch in flight, their slots, and its future
         self._prefetched: tuple[np.ndarray, np.ndarray, Future[None]] | None = None
 
     def close(self) -> None:
@@ -227,23 +226,26 @@ class CachedRows:
         return self.provider.counts() | own
 
     def fill(self) -> None:
-        """Fetch the frequent tokens' rows; without them the cache fills itself."""
+        """Fetch the rows of the frequent tokens. A failure is logged and otherwise ignored."""
         frequent = np.array(self.manifest.frequent[: self.cache.capacity][::-1], np.uint32)
         step = max(1, _FILL_BYTES // self.manifest.record_bytes)
         try:
             for start in range(0, len(frequent), step):
-                with suppress(CorruptError):  # all but these are there
+                with suppress(CorruptError):  # the intact rows are cached
                     self._load(frequent[start : start + step], main=True)
         except TolhouseError as error:
-            event("row cache not filled", reason=str(error))
+            event("filling the row cache failed", reason=str(error))
 
     def missing(self, ids: np.ndarray) -> np.ndarray:
-        """Distinct `ids` that are not cached, in their order."""
+        """The distinct `ids` that are not cached, in order."""
         absent = ids[self.cache.slot_of[ids] < 0]
         return absent[np.sort(np.unique(absent, return_index=True)[1])]
 
     def stage(self, ids: np.ndarray) -> StagedRows:
-        """Records of `ids` [T] on the device, each asked for once; valid until the next call."""
+        """The records of `ids` [T] on the device, valid until the next call.
+
+        A repeated id is fetched once.
+        """
         self._receive(ids)
         distinct = len(set(ids.tolist()))
         if distinct > self.cache.capacity:
@@ -257,7 +259,7 @@ class CachedRows:
         return StagedRows(records, index, tokens)
 
     def decode(self, staged: StagedRows) -> Tensor | LayerwiseRows:
-        """Rows [N, T, D]."""
+        """The decoded rows [N, T, D]."""
         layerwise = staged.scales is not None or not self.as_stored
         values = len(staged.index) * self.manifest.num_blocks * self.manifest.width
         if layerwise or (self.on_cpu and values > self.most_values):
@@ -265,7 +267,7 @@ class CachedRows:
         return self.decoder.rows(staged)
 
     def prefetch(self, ids: np.ndarray) -> None:
-        """Begin to fetch missing `ids`, up to half the cache. What was staged is no longer safe."""
+        """Begin to fetch missing `ids`, up to half the cache. This invalidates staged rows."""
         if self.stream:
             self.read = torch.cuda.current_stream(self.device).record_event()
         ids = self.missing(ids)[: self.cache.capacity // 2]
@@ -273,15 +275,15 @@ class CachedRows:
             return
         slots = self.cache.reserve(ids)
         if self.stream:
-            self.stream.synchronize()  # uploads read the slots that are written now
+            self.stream.synchronize()  # uploads still read the slots that the fetch writes
         run = contextvars.copy_context().run
         fetch = self._background.submit(run, self.provider.fetch, ids, self.cache.slab, slots)
         self._prefetched = ids, slots, fetch
 
     def _receive(self, wanted: np.ndarray) -> None:
-        """Commit what `prefetch` fetched; wait for it where `wanted` needs its rows or its room.
+        """Commit the rows of a finished prefetch. Wait for it if `wanted` needs its rows or slots.
 
-        A failure is no request's yet: whoever needs those rows asks again.
+        An error of the prefetch fails no request. A step that needs those rows fetches them again.
         """
         if not self._prefetched:
             return
@@ -297,7 +299,7 @@ class CachedRows:
             raise error
 
     def _cached(self, ids: np.ndarray, distinct: int) -> np.ndarray:
-        """Slots of `ids` [T], once all are cached."""
+        """The slots of `ids` [T], after fetching the missing rows."""
         slots = self.cache.slots(ids)
         absent = slots < 0
         missing = self.missing(ids)
@@ -314,7 +316,7 @@ class CachedRows:
         return slots
 
     def _without_cache(self, ids: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Records of more distinct tokens than the cache has slots; new ones are not kept."""
+        """The records of more distinct tokens than the cache has slots; new ones are not cached."""
         unique_U, index_T = np.unique(ids, return_inverse=True)
         records = np.empty((len(unique_U), self.manifest.record_bytes), np.uint8)
         slots = self.cache.slots(unique_U)
@@ -326,7 +328,7 @@ class CachedRows:
         return torch.from_numpy(records).to(self.device), index_T
 
     def _load(self, ids: np.ndarray, *, main: bool = False) -> None:
-        """Fetch the records of `ids` into the cache, which has room for them."""
+        """Fetch the records of `ids` into the cache, which must have room for them."""
         slots, error = self.cache.reserve(ids, main=main), None
         try:
             self.provider.fetch(ids, self.cache.slab, slots)
@@ -337,7 +339,11 @@ class CachedRows:
             self._settle(ids, slots, error)
 
     def _settle(self, ids: np.ndarray, slots: np.ndarray, error: BaseException | None) -> None:
-        """Keep what a fetch into reserved `slots` got: with an error, the intact rows or none."""
+        """Commit the rows that a fetch wrote to reserved `slots`.
+
+        After a CorruptError that names its tokens, the intact rows are kept; after other errors,
+        none.
+        """
         got = np.full(len(ids), not error)
         if isinstance(error, CorruptError) and error.token_ids:
             got = ~np.isin(ids, error.token_ids)
@@ -363,7 +369,7 @@ class CachedRows:
 
 
 class NoRows:
-    """For a base model, which has no rows: its FFNs are in its blocks."""
+    """The provider of a base model, which computes its feed-forward layers itself."""
 
     manifest, table, has_x0, num_rows = None, "", False, 0
 

@@ -1,7 +1,8 @@
-"""The forward of a step: from chunks of sequences and staged rows to hidden states and logits.
+"""The forward pass of a step, from scheduled chunks and staged rows to hidden states and logits.
 
-On a GPU, decode steps are CUDA graphs, recorded once for each size. The first of two ends where the
-first row is needed: the device attends while rows are on their way. On a CPU none is recorded.
+On a GPU a decode step replays two CUDA graphs, which are recorded once for each batch size. The
+first graph ends where the first row is needed, so the device attends while rows arrive. On a CPU no
+graph is recorded.
 """
 
 import functools
@@ -22,12 +23,12 @@ from tolhouse.model.transformer import Transformer
 
 @dataclass
 class Launched:
-    """A launched step: all of it but its rows."""
+    """A launched step, which still lacks its rows."""
 
     ids: Tensor
     positions: Tensor
     view: AttentionMetadata
-    first: Tensor | None = None  # the first block's states up to its row, if that is launched too
+    first: Tensor | None = None  # [T, D]: the first block up to its row, if it was launched
     graph: "DecodeGraph | None" = None
 
 
@@ -36,35 +37,38 @@ class Runner:
         self.model, self.pages, self.rows, self.device = model, pages, rows, pages.device
 
     def launch(self, step: list[ScheduledChunk]) -> Launched:
-        """Begin a step before its rows are there. One that is never finished has no effect."""
+        """Begin a step before its rows are available. An unfinished step has no effect."""
         ids_T = torch.from_numpy(token_ids(step).astype(np.int64))
         positions_T = torch.from_numpy(np.concatenate([np.arange(c.first, c.last) for c in step]))
         view = AttentionMetadata.of(self.pages, step)
         return Launched(ids_T.to(self.device), positions_T.to(self.device), view)
 
     def finish(self, step: Launched, staged: StagedRows) -> Tensor:
-        """Final hidden states [T, D] of the step's tokens; on a GPU, not computed yet."""
+        """The final hidden states [T, D] of the step. On a GPU the computation may still run."""
         rows = self.rows.decode(staged)
         return self.model.hidden(step.ids, step.positions, step.view, rows, step.first)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Logits [T, V]."""
+        """The logits [T, V] for hidden states [T, D]."""
         return self.model.lm_head(hidden_TD)
 
 
 class GraphRunner(Runner):
-    """Needs one block more in `pages` than are allocated, where padding is written."""
+    """A runner that replays CUDA graphs for decode steps.
+
+    `pages` needs one block that the block manager does not allocate: padding is written there.
+    """
 
     def __init__(self, model: Transformer, pages: PagedKVCache, rows: RowProvider) -> None:
         super().__init__(model, pages, rows)
         self.graphs: dict[tuple[int, int], DecodeGraph] = {}
-        # one pool for all graphs: no two run at once
+        # All graphs share one memory pool, because no two run at once.
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def launch(self, step: list[ScheduledChunk]) -> Launched:
         launched = super().launch(step)
         if launched.view.chunks:
-            if not self.rows.has_x0:  # nothing can begin without rows that carry it
+            if not self.rows.has_x0:  # otherwise the first block needs X0 from the rows
                 ids, positions = launched.ids, launched.positions
                 launched.first = self.model.begin(ids, positions, launched.view)
             return launched
@@ -83,7 +87,7 @@ class GraphRunner(Runner):
 
 
 class DecodeGraph:
-    """A step of up to B sequences with up to C blocks each, in buffers of its own."""
+    """The graphs of a step of up to B sequences with up to C blocks each, with their buffers."""
 
     def __init__(self, runner: GraphRunner, sequences: int, blocks: int) -> None:
         model, rows, pages, device = runner.model, runner.rows, runner.pages, runner.device
@@ -126,14 +130,14 @@ class DecodeGraph:
 def record(
     work: Callable[[], Tensor], device: torch.device, pool: Any
 ) -> tuple[Callable[[], object], Tensor]:
-    """A function that repeats `work`, and the tensor that has its result each time."""
+    """Record `work`; returns a function that replays it, and the tensor with its result."""
     if device.type == "cpu":
         out = work()
         return lambda: out.copy_(work()), out
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(2):  # libraries initialise at their first calls, which can't be recorded
+        for _ in range(2):  # libraries initialise in their first calls, which cannot be recorded
             work()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

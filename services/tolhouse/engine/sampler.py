@@ -1,7 +1,7 @@
-"""From logits to token ids and log probabilities. Knows a row of logits for each `State`, no more.
+"""The sampler: logits to token ids and log probabilities. It knows only logits and `State`.
 
-Shapes: B rows of a batch, T tokens of a prompt, V vocabulary, S rows that draw at random, L of them
-in one way, K likeliest tokens. A row's tokens do not depend on the other rows.
+Shapes: B rows of a batch, T tokens of a prompt, V vocabulary, S rows that sample at random, L of
+these with the same method, K most likely tokens. The tokens of a row do not depend on other rows.
 """
 
 import math
@@ -14,13 +14,16 @@ from torch import Tensor
 from tolhouse.sampling import SamplingParams
 
 _LEAST_TEMPERATURE = 1e-5
-# likeliest tokens, in which top-p mostly finds its mass; to order all takes ten times as long
+# Top-p usually finds its mass in this many tokens. Sorting the vocabulary takes ten times as long.
 _CANDIDATES = 1024
 
 
 @dataclass
 class Logprobs:
-    """Of T tokens, with the K likeliest in place of each, likeliest first; flat, as on the wire."""
+    """Log probabilities of T tokens, and of the K most likely tokens at each position.
+
+    The most likely token comes first. The lists are flat, as in the protocol.
+    """
 
     chosen: list[float]  # [T]
     top_ids: list[int]  # [T * K]
@@ -32,19 +35,19 @@ class Logprobs:
 
 
 class State:
-    """What the choice of a sequence's next token depends on, of the earlier ones."""
+    """The sampling state of one sequence: its parameters, generator and token counts."""
 
     def __init__(self, sampling: SamplingParams, prompt_token_ids: list[int]) -> None:
         self.sampling = sampling
-        self.count = 0  # of tokens chosen
+        self.count = 0  # sampled tokens
         self.random = random.Random(sampling.seed) if sampling.temperature > 0 else None
         self.alters = bool(sampling.penalises or sampling.logit_bias or sampling.min_tokens)
         self.plain = self.random is None and not self.alters and sampling.logprobs is None
         self._prompt_token_ids = list(prompt_token_ids) if sampling.penalises else []
-        self._counts_2V: Tensor | None = None  # of tokens in the answer, and in all
+        self._counts_2V: Tensor | None = None  # token counts of the answer, and of the sequence
 
     def alter(self, logits_V: Tensor) -> Tensor:
-        """The logits after bias, penalties, and the ban on an early end."""
+        """The logits after logit_bias, penalties and min_tokens."""
         sampling, device = self.sampling, logits_V.device
         logits_V = logits_V.clone()
         if sampling.logit_bias:
@@ -72,7 +75,7 @@ class State:
 
 
 def sample(logits_BV: Tensor, states: list[State]) -> tuple[list[int], list[Logprobs | None]]:
-    """Each row's next token, and its log probabilities if asked for. Advances the states."""
+    """The next token of each row, and its log probabilities if requested. Advances the states."""
     logprobs: list[Logprobs | None] = [None] * len(states)
     if all(state.plain for state in states):
         return _likeliest(logits_BV).tolist(), logprobs
@@ -99,14 +102,14 @@ def sample(logits_BV: Tensor, states: list[State]) -> tuple[list[int], list[Logp
 
 
 def _likeliest(logits_BV: Tensor) -> Tensor:
-    """Token ids int64 [B]; on a CPU by NumPy, which takes a sixth of torch's time."""
+    """The most likely token ids, int64 [B]. A CPU uses NumPy, which is six times faster here."""
     if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:
         return torch.from_numpy(logits_BV.numpy().argmax(-1))
     return logits_BV.argmax(-1)
 
 
 def prompt_logprobs(logits_TV: Tensor, next_ids: list[int], k: int) -> Logprobs:
-    """Of the tokens `next_ids` [T] after consecutive positions, with the `k` likeliest."""
+    """Log probabilities of the tokens `next_ids` [T], and of the `k` most likely tokens."""
     next_T = torch.tensor(next_ids, dtype=torch.long, device=logits_TV.device)
     return Logprobs(*(x.flatten().tolist() for x in _logprobs(logits_TV, next_T, k)))
 
@@ -118,9 +121,10 @@ def _logprobs(logits_TV: Tensor, ids_T: Tensor, k: int) -> tuple[Tensor, Tensor,
 
 
 def _draw(logits_SV: Tensor, states: list[State]) -> Tensor:
-    """A token for each row from what temperature, min-p, top-k and top-p leave of its distribution.
+    """Sample a token for each row after temperature, min-p, top-k and top-p.
 
-    A row's own sampling says how: among `top_k`, among as many as `top_p` may need, or among all.
+    The parameters of a row decide among how many tokens: `top_k`, as many as `top_p` may need, or
+    all.
     """
     tokens_S = torch.empty(len(states), dtype=torch.long, device=logits_SV.device)
     params = [state.sampling for state in states]
@@ -137,7 +141,7 @@ def _of_all(logits_LV: Tensor, states: list[State]) -> Tensor:
 
 def _of_top_k(logits_LV: Tensor, states: list[State]) -> Tensor:
     counts = [state.sampling.top_k for state in states]
-    top_LK, ids_LK = logits_LV.topk(min(max(counts), logits_LV.shape[-1]))  # likeliest first
+    top_LK, ids_LK = logits_LV.topk(min(max(counts), logits_LV.shape[-1]))  # most likely first
     ranks_K = torch.arange(top_LK.shape[-1], device=top_LK.device)
     top_LK = _scaled(top_LK.masked_fill(ranks_K >= _column(counts, top_LK), -math.inf), states)
     total_L1 = top_LK.exp().sum(-1, keepdim=True, dtype=torch.float64)
@@ -161,8 +165,8 @@ def _pick_within(kept_LK: Tensor, top_LK: Tensor, ids_LK: Tensor, states: list[S
 
 
 def _scaled(logits_LK: Tensor, states: list[State]) -> Tensor:
-    """Logits by temperature, the largest as zero; -inf for those that min-p leaves out."""
-    # before the division, so that a small temperature can't overflow
+    """Logits divided by the temperature, with maximum 0; -inf for tokens that min-p removes."""
+    # Subtract the maximum first, so that a small temperature does not overflow.
     logits_LK = logits_LK - logits_LK.amax(-1, keepdim=True)
     temperatures = [max(state.sampling.temperature, _LEAST_TEMPERATURE) for state in states]
     logits_LK /= _column(temperatures, logits_LK)
@@ -174,21 +178,24 @@ def _scaled(logits_LK: Tensor, states: list[State]) -> Tensor:
 
 
 def _within_mass(top_LK: Tensor, total_L1: Tensor, states: list[State]) -> Tensor:
-    """Which of the likeliest, in order, are the fewest whose share of a total reaches top-p."""
-    # sums of floats may reach 1 early: without top-p, all are kept
+    """A mask of the fewest tokens, in order of probability, whose share reaches top-p."""
+    # A float sum may reach 1 early, so top_p = 1 keeps all tokens explicitly.
     shares = [p if (p := state.sampling.top_p) < 1 else math.inf for state in states]
     parts_LK = top_LK.exp().double() / total_L1
     return parts_LK.cumsum(-1) - parts_LK < _column(shares, total_L1)
 
 
 def _pick(logits_LK: Tensor, states: list[State]) -> Tensor:
-    """Where each row's uniform number falls: the first index beyond it, not of mass 0."""
+    """The first index of each row whose cumulative mass exceeds the row's uniform number.
+
+    The index never has mass 0.
+    """
     mass_LK = logits_LK.exp().cumsum(-1, dtype=torch.float64)
     total_L1 = mass_LK[:, -1:]
     uniform_L1 = _column([state.random.random() for state in states if state.random], mass_LK)
     most_L1 = torch.nextafter(total_L1, torch.zeros_like(total_L1))
     target_L1 = torch.minimum(uniform_L1 * total_L1, most_L1)
-    # a broken model's NaN, which nothing is beyond, ends in some token, and fails no other sequence
+    # A model that outputs NaN gets an arbitrary token and does not fail other sequences.
     last = mass_LK.shape[-1] - 1
     return torch.searchsorted(mass_LK, target_L1, right=True)[:, 0].clamp_(max=last)
 

@@ -1,8 +1,8 @@
-"""Which tokens a step computes: one for each decoding sequence, and pieces of prompts.
+"""The scheduler. It chooses the tokens of a step: decoding sequences and chunks of prompts.
 
-A sequence gets blocks of the KV cache as it grows. When none is left, the last sequence in order
-gives its blocks back and is computed again later (preemption by recompute); the first in order
-always advances, so that all of them end.
+A sequence gets blocks of the KV cache as it grows. When no block is free, the scheduler preempts
+the last sequence in order: its blocks are freed, and it is recomputed later. The first sequence in
+order is never preempted, so every sequence finishes.
 """
 
 import bisect
@@ -17,7 +17,7 @@ from tolhouse.engine.sequence import Sequence
 
 @dataclass
 class ScheduledChunk:
-    """Tokens `first` to `last` (not included) of a sequence, computed in one step."""
+    """The tokens of a sequence from `first` up to but not including `last`, for one step."""
 
     sequence: Sequence
     first: int
@@ -29,12 +29,12 @@ class ScheduledChunk:
 
     @property
     def decodes(self) -> bool:
-        """Whether it is a sampled token; the last of a prompt is computed as its others are."""
+        """Whether the chunk is one sampled token. The last token of a prompt is not."""
         return self.count == 1 and self.first >= max(1, self.sequence.prompt_tokens)
 
     @property
     def samples(self) -> bool:
-        """Whether the sequence gets a new token from this step."""
+        """Whether this step samples a new token for the sequence."""
         return self.last == len(self.sequence.ids)
 
 
@@ -43,13 +43,13 @@ _rank = operator.attrgetter("priority", "arrival")
 
 
 def token_ids(step: list[ScheduledChunk]) -> np.ndarray:
-    """uint32 [T]"""
+    """The token ids of a step, uint32 [T]."""
     ids = [i for chunk in step for i in chunk.sequence.ids[chunk.first : chunk.last]]
     return np.array(ids, np.uint32)
 
 
 class Scheduler:
-    """Owns the queue and the batch, both in order of priority and then of arrival."""
+    """Owns the queue and the batch. Both are ordered by priority, then by arrival."""
 
     def __init__(self, cache: BlockManager, max_running: int, max_step_tokens: int) -> None:
         self.cache, self.max_running = cache, max_running
@@ -65,14 +65,17 @@ class Scheduler:
         bisect.insort(self.waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:
-        """Remove a sequence from queue or batch, and free its blocks."""
+        """Remove a sequence from the queue or the batch, and free its blocks."""
         for sequences in (self.running, self.waiting):
             if sequence in sequences:
                 sequences.remove(sequence)
                 self.cache.release(sequence)
 
     def schedule(self) -> list[ScheduledChunk]:
-        """The next step: decoding sequences, which no long prompt delays, then prompts in order."""
+        """The next step: decoding sequences first, then chunks of prompts in order.
+
+        A long prompt does not delay decoding sequences.
+        """
         step: Chunks = {}
         budget, preemptions = self.max_step_tokens, self.preemptions
         for decoding in (True, False):
@@ -84,7 +87,8 @@ class Scheduler:
                     first = sequence.computed
                     step[sequence] = ScheduledChunk(sequence, first, first + count)
                     budget -= count
-        # in order: no sequence overtakes a larger one, or joins after a preemption
+        # Admission is in order. A small sequence does not overtake a large one, and none is
+        # admitted in a step that preempted a sequence.
         full = self.preemptions > preemptions
         while not full and budget and self.waiting and len(self.running) < self.max_running:
             chunk = self._admit(self.waiting[0], budget)
@@ -95,7 +99,10 @@ class Scheduler:
         return sorted(step.values(), key=lambda chunk: not chunk.decodes)
 
     def _make_room(self, sequence: Sequence, count: int, step: Chunks) -> bool:
-        """Blocks for `count` more tokens, taken from later sequences; False if it is preempted."""
+        """Allocate blocks for `count` more tokens, preempting later sequences if necessary.
+
+        Returns False if the sequence itself is or was preempted.
+        """
         if sequence not in self.running:
             return False
         while not self.cache.grow(sequence, sequence.computed + count):
@@ -112,7 +119,8 @@ class Scheduler:
     def _admit(self, sequence: Sequence, budget: int) -> ScheduledChunk | None:
         shared = self.cache.share(sequence)
         last = min(shared + budget, len(sequence.ids))
-        # a block is left for each running sequence: a new one is not preempted by their next tokens
+        # One block stays free for each running sequence. Their next tokens would otherwise preempt
+        # the new sequence.
         lacking = -(-last // BLOCK_TOKENS) - len(sequence.blocks)
         fits = lacking + len(self.running) <= self.cache.free_blocks
         if not fits or not self.cache.grow(sequence, last):

@@ -1,4 +1,4 @@
-"""One request on its way through the worker."""
+"""A sequence: the state of one request in the engine."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,41 +11,44 @@ from tolhouse.tracing import INVALID_SPAN, Span
 
 @dataclass(frozen=True)
 class Output:
-    """What a step emits for one sequence. The last one has a reason or an error."""
+    """The output of one step for one sequence. The last output has a reason or an error."""
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = ""  # "stop" or "length"
     error: TolhouseError | None = None
-    end_id: int | None = None  # "stop": the end token, which is not one of `tokens`
-    logprobs: Logprobs | None = None  # of `tokens`, and of the end token
-    prompt_logprobs: Logprobs | None = None  # of the prompt's next tokens, from its second on
+    end_id: int | None = None  # for "stop": the end token, which `tokens` does not contain
+    logprobs: Logprobs | None = None  # for `tokens` and the end token
+    prompt_logprobs: Logprobs | None = None  # for the next prompt tokens, from the second on
 
 
 @dataclass(eq=False)
 class Sequence:
-    """Owned by the engine's thread once added. `emit` is called there."""
+    """A prompt and its answer. The engine's thread owns it once it is added, and calls `emit`."""
 
     prompt_tokens: int
-    ids: list[int]  # prompt and answer
+    ids: list[int]  # of the prompt and the answer
     sampling: SamplingParams
     emit: Callable[[Output], None]
-    computed: int = 0  # tokens of `ids` whose keys and values are in the cache
-    span: Span = INVALID_SPAN  # of its request, if that is traced
-    table: str = ""  # "name@version" of its rows; the engine says which when it comes
-    priority: int = 0  # lower goes first
-    arrival: int = 0  # the scheduler's count
-    blocks: list[int] = field(default_factory=list)  # of the KV cache, in order
-    digests: list[bytes] = field(default_factory=list)  # of its text, block by block
-    scored: int = 0  # prompt tokens whose log probabilities have been emitted
-    times: list[float] = field(default_factory=list)  # of its arrival and of its last token
-    state: State = field(init=False)  # of the sampler
+    computed: int = 0  # the number of `ids` with keys and values in the cache
+    span: Span = INVALID_SPAN  # the trace span of the request
+    table: str = ""  # "name@version" of its rows, which the engine sets on arrival
+    priority: int = 0  # lower runs first
+    arrival: int = 0  # a counter of the scheduler
+    blocks: list[int] = field(default_factory=list)  # blocks of the KV cache, in order
+    digests: list[bytes] = field(default_factory=list)  # one for each full block
+    scored: int = 0  # the number of prompt tokens with emitted log probabilities
+    times: list[float] = field(default_factory=list)  # arrival and last token
+    state: State = field(init=False)  # the sampler's state
 
     def __post_init__(self) -> None:
         self.state = State(self.sampling, self.ids)
 
     @property
     def rows_key(self) -> str:
-        """Identifies the rows behind its keys and values: sequences of the same key share them."""
+        """Identifies the rows that the keys and values depend on.
+
+        Sequences share cached blocks only if they have the same key.
+        """
         s = self.sampling
         return f"{self.table} {s.row_scale} {sorted(s.absent_layers)} {s.layer_scales}"
 
@@ -55,8 +58,8 @@ class Sequence:
         logprobs: Logprobs | None = None,
         prompt_logprobs: Logprobs | None = None,
     ) -> Output:
-        """Add a sampled token, unless it is an end token; what there is to emit."""
-        if not self.sampling.max_tokens:  # only the prompt's log probabilities are asked for
+        """Append a sampled token, unless it is an end token; returns the output to emit."""
+        if not self.sampling.max_tokens:  # the request asks for prompt log probabilities only
             return Output(finish_reason="length", prompt_logprobs=prompt_logprobs)
         if token_id in self.sampling.stop_token_ids:
             return Output([], "stop", None, token_id, logprobs, prompt_logprobs)

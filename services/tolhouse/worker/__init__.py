@@ -1,1 +1,1 @@
-"""The worker: takes token ids, generates token ids."""
+"""The attention worker. It receives token ids and generates token ids."""

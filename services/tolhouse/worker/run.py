@@ -1,4 +1,4 @@
-"""A worker process: builds the engine, follows the table, serves."""
+"""The worker process. It builds the engine, follows the table and serves."""
 
 import asyncio
 import time
@@ -34,7 +34,7 @@ NAME = "tolhouse.v1.Generation"
 
 
 class Builder:
-    """Builds the engine of a checkpoint, and later its runners for other versions of the table."""
+    """Builds the engine of a checkpoint, and runners for later versions of its table."""
 
     def __init__(
         self, checkpoint: Checkpoint, config: WorkerConfig, source: RowSource | None
@@ -43,7 +43,7 @@ class Builder:
         self.table = config.table or checkpoint.name
         self.device = torch_device(config.device)
         self.on_cpu = self.device.type == "cpu"
-        # on a CPU, all batch sizes give the same tokens in float32
+        # On a CPU, float32 gives the same tokens at every batch size.
         best = "float32" if self.on_cpu else "bfloat16"
         self.dtype: torch.dtype = getattr(torch, config.dtype.replace("auto", best))
         capacity_bytes = int(config.kv_cache_megabytes * 1e6)
@@ -57,7 +57,7 @@ class Builder:
         rows: RowProvider = NoRows(shape.hidden_size, self.device)
         if self.source:
             rows = self._rows(wait_for_table(self.source, self.table, config.lookup_wait_seconds))
-        # one block to spare, for GraphRunner
+        # GraphRunner needs one more block.
         self.pages = PagedKVCache(shape, self.cache.num_blocks + 1, self.device, self.dtype)
         self.model = load(self.checkpoint, self.device, self.dtype, embedding=not rows.has_x0)
         if self.on_cpu:
@@ -67,10 +67,10 @@ class Builder:
         return self.engine
 
     def reload(self, manifest: Manifest) -> None:
-        """Let new sequences use another version of the table."""
+        """Use another version of the table for new sequences."""
         if self.model.embed_tokens is None and not manifest.has_x0:
             raise MismatchError(
-                "it has no X0, and this worker has no input embedding: start it again"
+                "it has no X0, and this worker runs without an input embedding; restart the worker"
             )
         self.engine.use(self._runner(self._rows(manifest)))
 
@@ -90,7 +90,7 @@ class Builder:
 
 
 async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
-    """Serve the checkpoint until told to stop."""
+    """Serve a checkpoint until SIGTERM or SIGINT."""
     if config.threads:
         torch.set_num_threads(config.threads)
     checkpoint = open_checkpoint(checkpoint_path)
@@ -126,7 +126,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
 
 
 def wait_for_table(source: RowSource, table: str, seconds: float) -> Manifest:
-    """The manifest of the table, once it can be read; the last error if that takes too long."""
+    """Wait for the manifest of the table. Raises the last error after the configured time."""
     deadline, logged = time.monotonic() + seconds, False
     while True:
         try:
@@ -141,9 +141,11 @@ def wait_for_table(source: RowSource, table: str, seconds: float) -> Manifest:
 
 
 def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
-    """MismatchError unless the table was built from this checkpoint, for its tokenizer."""
+    """Raise MismatchError unless the table was built from this checkpoint and its tokenizer."""
     config = checkpoint.config
-    layers = [layer for layer in manifest.layers if layer < config.num_rows]  # some may be absent
+    layers = [
+        layer for layer in manifest.layers if layer < config.num_rows
+    ]  # a table may lack layers
     for what, built, own in (
         ("model", manifest.model_id[:12], checkpoint.model_id()[:12]),
         ("tokenizer", manifest.tokenizer_id[:12], checkpoint.tokenizer_id[:12]),
@@ -153,7 +155,7 @@ def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
     ):
         if built != own:
             message = f"table {manifest.ref} was built from {what} {built}"
-            hint = "build a table of this checkpoint, or name another --table"
+            hint = "build a table from this checkpoint, or choose another --table"
             raise MismatchError(
                 f"{message}, but checkpoint {checkpoint.path.name} has {own}: {hint}"
             )

@@ -1,4 +1,4 @@
-"""The worker's gRPC service. Protobuf types end here."""
+"""The gRPC service of the worker. It converts between protobuf and the types of the engine."""
 
 import asyncio
 import logging
@@ -20,9 +20,9 @@ from tolhouse.sampling import FEATURES, SamplingParams, check_prompt
 from tolhouse.v1 import generation_pb2 as pb
 from tolhouse.v1.generation_pb2_grpc import GenerationServicer
 
-REQUESTS = Counter("tolhouse_worker_requests_total", "Generate calls, by gRPC status", ["status"])
-MAX_REQUEST_ID = 256  # characters: the log has it
-_AS_COMPUTED = ("fp32", "fp16", "bf16")  # codecs that keep rows but for the rounding to 16 bits
+REQUESTS = Counter("tolhouse_worker_requests_total", "Generate calls by gRPC status", ["status"])
+MAX_REQUEST_ID = 256  # characters; the id appears in the log
+_AS_COMPUTED = ("fp32", "fp16", "bf16")  # codecs that at most round rows to 16 bits
 
 
 class WorkerService(GenerationServicer):
@@ -48,7 +48,7 @@ class WorkerService(GenerationServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateReply]:
         request_id, sequence, reason = request.request_id, None, ""
-        status, message = "CANCELLED", ""  # unless it ends otherwise
+        status, message = "CANCELLED", ""  # if nothing below sets another status
         about = {
             "gen_ai.request.model": self._of_checkpoint["model"],
             "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
@@ -84,10 +84,10 @@ class WorkerService(GenerationServicer):
                     prompt_logprobs=vars(prompt) if prompt else None,
                     table=sequence.table,
                 )
-        except Exception as failure:  # noqa: BLE001 - here every error becomes a status
+        except Exception as failure:  # noqa: BLE001 - every error becomes a gRPC status here
             status, message = status_of(failure)
             await context.abort(grpc.StatusCode[status], message)
-        finally:  # also when the caller has gone; nothing happens to a sequence that has ended
+        finally:  # also if the caller cancelled; cancelling a finished sequence does nothing
             REQUESTS.labels(status).inc()
             tracing.end(trace, message)
             if sequence:
@@ -97,7 +97,7 @@ class WorkerService(GenerationServicer):
         self, request: pb.DescribeWorkerRequest, context: grpc.aio.ServicerContext
     ) -> pb.DescribeWorkerReply:
         engine, absent, altered = self.engine, set[int](), list[str]()
-        if manifest := engine.rows.manifest:  # which may hold others than the model's rows
+        if manifest := engine.rows.manifest:  # a table may hold modified rows
             absent = set(range(self.config.num_rows)) - set(manifest.layers)
             altered += [manifest.codec_name] * (manifest.codec_name not in _AS_COMPUTED)
             altered += ["low rank"] * bool(manifest.basis) + ["edited"] * bool(manifest.parent)
@@ -133,7 +133,7 @@ class WorkerService(GenerationServicer):
 
 
 def check_sampling(config: ModelConfig, sampling: SamplingParams) -> None:
-    """InvalidArgumentError where a request names tokens or rows that the model does not have."""
+    """Raise InvalidArgumentError if a request names tokens or rows that the model lacks."""
     for name in ("stop_token_ids", "logit_bias"):
         if bad := [i for i in getattr(sampling, name) if i >= config.vocab_size]:
             message = f"{name}: token id {bad[0]} is outside the vocabulary"

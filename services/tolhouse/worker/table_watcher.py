@@ -1,4 +1,7 @@
-"""A worker follows its table's name, unless given NAME@VERSION, and pins the versions in use."""
+"""The table watcher. It follows the name of a table to new versions, and pins versions in use.
+
+With NAME@VERSION it only pins that version.
+"""
 
 import logging
 import threading
@@ -12,11 +15,11 @@ from tolhouse.errors import DeadlineExceededError, NotFoundError, TolhouseError,
 from tolhouse.logs import event, log
 from tolhouse.table.manifest import Manifest
 
-_PIN_SECONDS = 10.0  # between two pins of the versions in use; a third of how long one lasts
+_PIN_SECONDS = 10.0  # the interval between pins, a third of their lifetime
 
 
 class TableWatcher:
-    """`reload` makes the engine use a version, or raises an error where it does not fit."""
+    """`reload` makes the engine use a version. It raises an error if the version does not fit."""
 
     def __init__(
         self,
@@ -29,7 +32,7 @@ class TableWatcher:
     ) -> None:
         self.source, self.name, self.engine, self.reload = source, name, engine, reload
         self.poll_seconds, self.pause_seconds = poll_seconds, pause_seconds
-        self.current, self.refused = engine.table, ""  # a published version that does not fit
+        self.current, self.refused = engine.table, ""  # in use; published, but it does not fit
         self._pin_at = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch table", daemon=True)
@@ -43,7 +46,7 @@ class TableWatcher:
     def _run(self) -> None:
         while not self._stop.wait(self.poll_seconds):
             try:
-                # a fetch reports a source that is down; a name may stand for nothing for a while
+                # Fetches report a source that is down. A name may have no version for a while.
                 with suppress(UnavailableError, DeadlineExceededError, NotFoundError):
                     if time.monotonic() >= self._pin_at:
                         for ref in self.engine.tables():
@@ -52,8 +55,10 @@ class TableWatcher:
                     if "@" not in self.name:
                         self._follow(self.source.describe(self.name))
             except TolhouseError as error:
-                event("table can't be read", logging.WARNING, table=self.name, reason=str(error))
-            except Exception as error:  # noqa: BLE001 - such as of a full device, for now
+                event(
+                    "reading the table failed", logging.WARNING, table=self.name, reason=str(error)
+                )
+            except Exception as error:  # noqa: BLE001 - such as a full device; it may recover
                 log.error("internal error", exc_info=error)
                 self._stop.wait(self.pause_seconds)
 
@@ -69,4 +74,9 @@ class TableWatcher:
             raise
         except TolhouseError as error:
             self.refused = manifest.ref
-            event("published version refused", logging.ERROR, table=manifest.ref, reason=str(error))
+            event(
+                "the published version does not fit this worker",
+                logging.ERROR,
+                table=manifest.ref,
+                reason=str(error),
+            )

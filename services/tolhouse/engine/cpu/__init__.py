@@ -1,1 +1,1 @@
-"""What makes the model fast on a CPU: packed matrices and compiled decode steps."""
+"""Packed matrices and compiled decode steps, which make the model fast on a CPU."""

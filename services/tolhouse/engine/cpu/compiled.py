@@ -1,7 +1,8 @@
-"""A block's decode step compiled ahead of time: one call into C++ per layer, not twenty into torch.
+"""The decode step of a block, compiled ahead of time: one C++ call per layer, not twenty to torch.
 
-`tolhouse compile` keeps it on disk. A worker runs that command as a child and serves uncompiled:
-no start is delayed, a failure is a warning, and torch's compiler stays out of the worker's memory.
+`tolhouse compile` writes the code to disk. A worker runs that command as a child process and serves
+uncompiled meanwhile. The compiler thus does not delay the start or use memory of the worker, and
+its failure is a warning.
 """
 
 import fcntl
@@ -37,15 +38,15 @@ from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig
 from tolhouse.model.transformer import Block, Transformer
 
-ALONE, SEVERAL = "alone.pt2", "several.pt2"  # one sequence is a case of its own to a compiler
-DIGESTS = "digests.json"  # of the two
-_END_SECONDS = 10.0  # for a compiler to remove its files
-# ids are the engine's own; any number of threads
+ALONE, SEVERAL = "alone.pt2", "several.pt2"  # a compiler specialises code for one sequence
+DIGESTS = "digests.json"  # the SHA-256 digests of both files
+_END_SECONDS = 10.0  # the time that a terminated compiler has to remove its files
+# Index checks are off, because the engine makes all indices. The thread count is not fixed.
 _OPTIONS = {"assert_indirect_indexing": False, "cpp.dynamic_threads": True}
 
 
 class CompiledDecode:
-    """The decode step of a checkpoint's blocks, once it is loaded."""
+    """The compiled decode step of a checkpoint's blocks, available once it is loaded."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, cache: str | Path) -> None:
         self.checkpoint, self.dtype, self.cache = checkpoint, dtype, Path(cache).expanduser()
@@ -58,12 +59,12 @@ class CompiledDecode:
         self._thread.start()
 
     def wait(self) -> bool:
-        """Whether it worked, once that is known."""
+        """Wait for the compilation; returns whether it succeeded."""
         self._thread.join()
         return self.ready
 
     def stop(self) -> None:
-        """End the compiler, if it runs."""
+        """Terminate the compiler if it runs."""
         self._stopped = True
         self._signal(signal.SIGTERM)
         if self._thread.ident:
@@ -72,7 +73,7 @@ class CompiledDecode:
             self._thread.join()
 
     def attach(self, model: Transformer) -> None:
-        """Let the blocks of `model` decode with this, if they are packed."""
+        """Make the packed blocks of `model` decode with the compiled code."""
         if any(isinstance(module, nn.Linear) for module in model.layers.modules()):
             return
         for layer, block in enumerate(model.layers):
@@ -83,7 +84,7 @@ class CompiledDecode:
         try:
             if not _is_complete(self.folder):
                 self._compile()
-            # what `aoti_load_package` wraps: that one imports torch's compiler
+            # `aoti_load_package` wraps this class, but imports the compiler of torch.
             loader = torch._C._aoti.AOTIModelPackageLoader  # noqa: SLF001
             self.alone, self.several = (
                 loader(str(self.folder / name), "model", False, 1, -1) for name in (ALONE, SEVERAL)
@@ -91,7 +92,7 @@ class CompiledDecode:
         except (OSError, RuntimeError) as error:
             if not self._stopped:
                 reason = str(error).strip().rpartition("\n")[2]
-                log.warning("decoding is not compiled, and slower for it: %s", reason)
+                log.warning("decoding runs uncompiled, which is slower: %s", reason)
             return
         self.ready = True
         seconds = round(time.monotonic() - started, 1)
@@ -103,7 +104,7 @@ class CompiledDecode:
         command = [sys.executable, "-m", "tolhouse.cli", "compile", str(self.checkpoint.path)]
         with subprocess.Popen(
             [*command, *options],
-            stdin=subprocess.PIPE,  # open for as long as this process lives: the child ends with it
+            stdin=subprocess.PIPE,  # closes when this process ends, which ends the child
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -113,7 +114,7 @@ class CompiledDecode:
                 self._signal(signal.SIGTERM)
             message = self.compiler.stderr.read() if self.compiler.stderr else ""
         if self.compiler.returncode:
-            raise RuntimeError(message or f"the compiler ended with {self.compiler.returncode}")
+            raise RuntimeError(message or f"the compiler exited: {self.compiler.returncode}")
 
     def _signal(self, number: signal.Signals) -> None:
         if self.compiler and self.compiler.poll() is None:
@@ -122,7 +123,7 @@ class CompiledDecode:
 
 
 class DecodeBlock(nn.Module):
-    """A block that decodes with compiled code once that is loaded; for prompts, as it is."""
+    """A block that decodes with compiled code once it is loaded. Prompts run uncompiled."""
 
     def __init__(self, block: Block, layer: int, compiled: CompiledDecode) -> None:
         super().__init__()
@@ -139,35 +140,35 @@ class DecodeBlock(nn.Module):
     ) -> Tensor:
         if not self.compiled.ready or not cache.decoding:
             return self.block(x_TD, rope, cache, row_TD)
-        if cache.chunks:  # beside prompts, too, decoding gives the bits of compiled code
+        if cache.chunks:  # in steps with prompts, decoding runs compiled too: equal bits
             count = [cache.decoding, len(x_TD) - cache.decoding]
             rows = [None, None] if row_TD is None else row_TD.split(count)
             ropes = zip(*(part.split(count) for part in rope), strict=True)
             parts = zip(x_TD.split(count), ropes, cache.parts, rows, strict=True)
             return torch.cat([self(*part) for part in parts])
         run = self.compiled.alone if len(x_TD) == 1 else self.compiled.several
-        # compiled code adds a row also where the table has none
+        # The compiled code always adds a row, so a layer without one adds zeros.
         row = [torch.zeros_like(x_TD) if row_TD is None else row_TD] if self.has_row else []
         return run.boxed_run([*self.state, x_TD, *rope, *cache.layer(self.layer), *row])[0]
 
 
 def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -> Path:
-    """The folder of a shape's compiled decode step, which is made unless it is there.
+    """The folder with the compiled decode step of a model shape. Compiles it if necessary.
 
-    Of all processes that share `cache` one compiles at a time, and the others find it done.
+    One process at a time compiles in `cache`. Other processes wait and use its result.
     """
     folder = Path(cache).expanduser() / key(config, dtype)
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        advice = "name a folder by --compile-cache that can be written"
+        advice = "choose a writable folder with --compile-cache"
         reason = f"{folder.parent}: {error.strerror}"
-        raise InvalidArgumentError(f"no place for compiled code: {reason}; {advice}") from None
+        raise InvalidArgumentError(f"cannot store compiled code: {reason}; {advice}") from None
     lock = os.open(folder.parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_complete(folder):
-            for left in folder.parent.glob("compiling-*"):  # by processes that were killed
+            for left in folder.parent.glob("compiling-*"):  # left by killed processes
                 shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix="compiling-") as work:
                 _compile(config, dtype, Path(work), folder)
@@ -177,14 +178,14 @@ def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -
 
 
 def end_with_parent() -> None:
-    """Yield to other processes, and end when the parent closes stdin, however that comes about."""
+    """Lower the priority of this process, and exit when the parent closes stdin or ends."""
 
     def wait() -> None:
         sys.stdin.read()
         os.killpg(0, signal.SIGTERM)
 
     os.nice(10)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that files are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # exit handlers remove files
     threading.Thread(target=wait, daemon=True).start()
 
 
@@ -196,7 +197,7 @@ def _compile(config: ModelConfig, dtype: torch.dtype, work: Path, folder: Path) 
             _export(config, dtype, sequences, work / name)
     except RuntimeError as error:
         reason = str(error).strip().rpartition("\n")[2]
-        raise InternalError(f"a C++ compiler such as g++ is needed: {reason}") from None
+        raise InternalError(f"compiling needs a C++ compiler such as g++: {reason}") from None
     digests = _digests(work)
     folder.mkdir(exist_ok=True)
     for name in digests:
@@ -205,10 +206,10 @@ def _compile(config: ModelConfig, dtype: torch.dtype, work: Path, folder: Path) 
 
 
 def _export(config: ModelConfig, dtype: torch.dtype, sequences: int, path: Path) -> None:
-    """Compile the decode step of one block for one sequence, or for any number from two."""
+    """Compile the decode step of a block, for one sequence or for two and more."""
     with torch.device("meta"):
         block = Block(config, 0)
-    packed.pack(block, packed.by_handle)  # without weights: handles will name its linear layers
+    packed.pack(block, packed.by_handle)  # no weights: handles identify the linear layers
     block.to_empty(device="cpu").to(dtype).requires_grad_(False)
     pages = PagedKVCache(config, 2 * sequences, torch.device("cpu"), dtype)
     count = torch.zeros(sequences, dtype=torch.int64)
@@ -229,11 +230,11 @@ def _export(config: ModelConfig, dtype: torch.dtype, sequences: int, path: Path)
 
 
 class _Decode(nn.Module):
-    """A block as a function of its state too, for the exporter."""
+    """A block as a function of its inputs and its state, as the exporter needs it."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.call = lambda *args: functional_call(block, *args)  # hides the block's own state
+        self.call = lambda *args: functional_call(block, *args)  # hides the state of the block
         self.names = list(_state(block))
 
     def forward(
@@ -250,7 +251,7 @@ class _Decode(nn.Module):
 
 @dataclass
 class _Layer:
-    """One layer's part of AttentionMetadata."""
+    """The part of AttentionMetadata that one layer reads."""
 
     tensors: list[Tensor]
 
@@ -261,12 +262,12 @@ class _Layer:
 
 
 def _state(block: nn.Module) -> dict[str, Tensor]:
-    """What differs between blocks: norms, and handles of packed matrices."""
+    """The state that differs between blocks: norms, and handles of packed matrices."""
     return dict(sorted([*block.named_parameters(), *block.named_buffers()]))
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether compiled code is there, undamaged: torch would run whatever is in the files."""
+    """Whether `folder` has undamaged compiled code. torch would run any bytes in these files."""
     try:
         return json.loads((folder / DIGESTS).read_text()) == _digests(folder)
     except (OSError, ValueError):
@@ -279,7 +280,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def key(config: ModelConfig, dtype: torch.dtype) -> str:
-    """Identifies all that the code depends on: shape, sources, compiler, exactly this processor."""
+    """A digest of what the code depends on: shape, sources, compiler and processor."""
     lines: list[str] = []
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

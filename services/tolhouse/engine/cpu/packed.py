@@ -1,7 +1,7 @@
-"""The model's matrices in the layout that is fastest on the device: q, k and v joined, and packed.
+"""The matrices of the model in the fastest layout for the device: q, k and v joined, and packed.
 
-Linear layers over plain weights run at a third of a CPU's memory bandwidth, packed ones at four
-fifths (loadtest/LOG.md). `float32` computes in float32 and holds 16-bit weights in 16 bits.
+On a CPU, linear layers with plain weights reach a third of the memory bandwidth, and packed ones
+four fifths (loadtest/LOG.md). `float32` computes in float32 and keeps 16-bit weights in 16 bits.
 """
 
 import itertools
@@ -36,7 +36,7 @@ class FusedAttention(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer in its kernel's own format. Compiled code calls it by its handle."""
+    """A linear layer in the format of its kernel. Compiled code calls it through its handle."""
 
     layers: ClassVar[WeakValueDictionary[int, "PackedLinear"]] = WeakValueDictionary()
     _handles = itertools.count()
@@ -53,7 +53,7 @@ class PackedLinear(nn.Module):
 
 
 def by_handle(weight: Tensor) -> PackedLinear:
-    """A layer without weights, for a compiler: it calls the layer that its handle will name."""
+    """A layer without weights, for the compiler. It calls the layer that its handle identifies."""
     op = torch.ops.tolhouse.packed_linear
     layer = PackedLinear(len(weight), lambda x_TD: op(x_TD, layer.handle, layer.outputs))
     return layer
@@ -74,18 +74,18 @@ def _shape_of_packed_linear(x_TD: Tensor, _handle: Tensor, outputs: int) -> Tens
 
 
 def linear(weight: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A linear layer for `weight` [out, in], which may be dropped afterwards."""
+    """A linear layer for `weight` [out, in]. The caller may drop `weight` afterwards."""
     if device.type == "cpu":
         sixteen_bit = weight.dtype in (torch.bfloat16, torch.float16)
         fits = sixteen_bit and float(weight.abs().max()) < _LARGEST_FLOAT16
         has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines  # on x86
         if fits and dtype == torch.float32 and has_fbgemm:
-            # float32 over float16 weights, exact to 2^-25 for bfloat16 ones
+            # float32 arithmetic with float16 weights, which hold bfloat16 values to within 2^-25
             float16 = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
             run = torch.ops.quantized.linear_dynamic_fp16.default
             return PackedLinear(len(weight), lambda x_TD: run(x_TD, float16))
         if torch.backends.mkldnn.is_available():
-            # what torch's own compiler calls; there are no public names
+            # The compiler of torch calls these operators, which have no public names.
             weights = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), None)  # noqa: SLF001
             run = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001
             return PackedLinear(len(weight), lambda x: run(x, weights, None, "none", [], ""))
@@ -96,7 +96,7 @@ def linear(weight: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Modul
 
 
 class Embedding(nn.Module):
-    """X0 in `dtype`, of weights as stored."""
+    """The input embedding X0 in `dtype`, with its weights as stored."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
@@ -109,10 +109,10 @@ class Embedding(nn.Module):
 def load(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, embedding: bool = True
 ) -> Transformer:
-    """The model without FFN-M, ready to run; without an input embedding where rows carry X0.
+    """The model without FFN-M, ready to run. It has no input embedding if rows carry X0.
 
-    Weights are read one by one: none is in memory twice, but for a tied embedding, which is packed
-    as the head and stays as stored for the few rows that a step reads of it.
+    Weights are read one by one, so that none is in memory twice. The exception is a tied embedding:
+    it is packed as the head, and also kept as stored for the few rows that a step reads.
     """
     model = checkpoint.skeleton(ffn_m=False, embedding=False)
     for number, block in enumerate(cast("Iterable[Block]", model.layers)):
