@@ -1,4 +1,4 @@
-"""A certificate authority for development and tests; in production, use your own."""
+"""A certificate authority for development and tests. Use your own in production."""
 
 import datetime as dt
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ _PUBLIC = 0o644
 
 
 def ensure_authority(folder: Path) -> Path:
-    """The certificate ca.pem of the authority in `folder`; it is made, with ca.key, if missing."""
+    """The file ca.pem of the authority in `folder`. Creates ca.pem and ca.key if missing."""
     path = folder / "ca.pem"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,15 +27,15 @@ def ensure_authority(folder: Path) -> Path:
 def issue(
     folder: Path, name: str, hosts: Iterable[str], valid: dt.timedelta = dt.timedelta(days=90)
 ) -> tuple[Path, Path]:
-    """A certificate `name`.pem for `hosts`, names or addresses, and its key `name`.key."""
+    """Issue the certificate `name`.pem for host names or addresses, with the key `name`.key."""
     authority = CA.from_pem((folder / "ca.pem").read_bytes(), (folder / "ca.key").read_bytes())
     now = dt.datetime.now(dt.UTC)
-    start = now - dt.timedelta(hours=1) + min(valid, dt.timedelta())  # clocks differ
+    start = now - dt.timedelta(hours=1) + min(valid, dt.timedelta())  # clocks of machines differ
     more: Any = {"common_name": name[:64], "not_before": start, "not_after": now + valid}
     try:
         leaf = authority.issue_cert(*hosts, **more)
     except ValueError as error:
-        raise InvalidArgumentError(f"no certificate can be for these hosts: {error}") from None
+        raise InvalidArgumentError(f"cannot issue a certificate for these hosts: {error}") from None
     certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
     replace_file(key, leaf.private_key_pem.bytes())
     replace_file(certificate, leaf.cert_chain_pems[0].bytes(), _PUBLIC)

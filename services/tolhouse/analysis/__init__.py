@@ -1,1 +1,1 @@
-"""Analysis of what rows hold, and of what they cost or gain a model. No service uses it."""
+"""Analysis of the content of rows, and of their effect on a model. No service imports it."""

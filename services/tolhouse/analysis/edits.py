@@ -1,4 +1,4 @@
-"""Edits of token rows as a user writes them: TOKEN=OTHER, TOKEN=FACTOR, or a file of rows."""
+"""Parses edits of token rows: TOKEN=OTHER, TOKEN=FACTOR, or a file of rows."""
 
 import math
 import zipfile
@@ -18,7 +18,7 @@ _BAD_ARCHIVE = (OSError, ValueError, LookupError, EOFError, TypeError, *_BAD_ZIP
 
 
 def token_id(word: str, tokenizer: Tokenizer | None) -> int:
-    """The id of a token, a number or, with a tokenizer, its text, which may be in quotes."""
+    """The id of a token, which is a number or, with a tokenizer, a text with or without quotes."""
     if word.isascii() and word.isdecimal():
         return min(int(word[:20]), 2**63 - 1)
     if tokenizer is None:
@@ -38,7 +38,7 @@ def token_id(word: str, tokenizer: Tokenizer | None) -> int:
 
 
 def copy_of(edit: str, tokenizer: Tokenizer | None) -> tuple[int, int]:
-    """The ids in TOKEN=OTHER, divided by the last `=` that has a token on both sides."""
+    """The two ids in TOKEN=OTHER, split at the last `=` with a token on both sides."""
     errors = [InvalidArgumentError(f"--copy {edit!r} is not TOKEN=OTHER")]
     for at in range(len(edit) - 2, 0, -1):
         if edit[at] == "=":
@@ -50,7 +50,7 @@ def copy_of(edit: str, tokenizer: Tokenizer | None) -> tuple[int, int]:
 
 
 def scale_of(edit: str, tokenizer: Tokenizer | None) -> tuple[int, float]:
-    """The id and the number in TOKEN=FACTOR; a number has no `=`, so the last one divides them."""
+    """The id and the number in TOKEN=FACTOR, split at the last `=`."""
     token, _, value = edit.rpartition("=")
     if not token or not value:
         raise InvalidArgumentError(f"--scale {edit!r} is not TOKEN=FACTOR")
@@ -63,7 +63,7 @@ def scale_of(edit: str, tokenizer: Tokenizer | None) -> tuple[int, float]:
 
 
 def read_rows(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [T] and rows [T, N, D] of a NumPy archive that holds them as `ids` and `rows`."""
+    """The arrays `ids` [T] and `rows` [T, N, D] of a NumPy archive."""
     try:
         with np.load(file, allow_pickle=False) as archive:
             ids, rows = archive["ids"], archive["rows"]
@@ -89,7 +89,10 @@ def edited_rows(
     scaled: list[tuple[int, float]],
     given: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Changed ids [T] and new rows [T, N, D]: of (token, other), (token, factor), and elsewhere."""
+    """The changed ids [T] and their new rows [T, N, D].
+
+    `copies` are (token, other), `scales` are (token, factor), and `given` are ids with their rows.
+    """
     sources = np.array([*(other for _, other in copied), *(i for i, _ in scaled)], np.uint64)
     targets = np.array([i for i, _ in (*copied, *scaled)], np.uint64)
     manifest.check_ids(np.concatenate([sources, targets]))
@@ -97,7 +100,7 @@ def edited_rows(
     if len(sources):
         rows = store.rows(manifest, sources.astype(np.uint32)).astype(np.float64)
         rows[len(copied) :] *= np.array([by for _, by in scaled])[:, None, None]
-        if manifest.has_x0:  # the embedding is not memory: an edit leaves it as it is
+        if manifest.has_x0:  # an edit does not change the embedding
             x0 = manifest.blocks.index("x0")
             rows[:, x0] = store.rows(manifest, targets.astype(np.uint32))[:, x0]
         rows = _finite(rows)
@@ -111,7 +114,7 @@ def edited_rows(
 
 
 def _finite(rows: np.ndarray) -> np.ndarray:
-    """As float32; InvalidArgumentError where a value is not finite in it."""
+    """`rows` as float32; InvalidArgumentError if a value is not finite in float32."""
     if not (np.abs(rows) <= np.finfo(np.float32).max).all():
         message = "the edited rows hold values that are not finite in 32 bits: give smaller ones"
         raise InvalidArgumentError(message)

@@ -1,6 +1,6 @@
-"""What a model is measured on: the text, and rows of a table, through a codec, scaled or absent.
+"""The inputs of an evaluation: the text, and rows from a table, through a codec, scaled or absent.
 
-Without layers, or with all rows scaled, it is PAPER section 5; `model/losses.py` measures.
+Absent layers and scaled rows are the probes of the paper, section 5. `model/losses.py` measures.
 """
 
 from collections.abc import Iterable
@@ -20,10 +20,10 @@ from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_
 
 
 def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -> np.ndarray:
-    """The first `most_tokens` ids, int64 [T], of a text; by default of the held-out text.
+    """The first `most_tokens` ids, int64 [T], of a text. The default is the held-out text.
 
-    Files are read whole, with an end of text between two of them. The held-out part of the
-    standard library is in the pieces of training, each with an end.
+    An end-of-text token separates files. The held-out part of the standard library is split into
+    pieces as in training, and each piece has an end-of-text token.
     """
     if most_tokens == 1:
         raise InvalidArgumentError("the most tokens must be at least 2, or 0 for all")
@@ -50,9 +50,9 @@ def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -
 def table_rows(
     checkpoint: Checkpoint, url: str, table: str, credentials: ClientCredentials | None = None
 ) -> np.ndarray:
-    """Rows float32 [V, N, D] of a table of this checkpoint, behind X0 if it carries that.
+    """All rows of a table of this checkpoint, float32 [V, N, D], after X0 if the table has it.
 
-    The rows of layers that it lacks are zero.
+    The rows of layers that the table lacks are zero.
     """
     config, model_id = checkpoint.config, checkpoint.model_id()
     with Client(url, credentials=credentials) as client:
@@ -65,21 +65,21 @@ def table_rows(
     sizes = (config.vocab_size, config.hidden_size)
     if sizes != (manifest.vocab_size, manifest.width) or not set(manifest.blocks) <= set(blocks):
         lack = f"does not hold a row for each token of {checkpoint.name}"
-        raise MismatchError(f"table {manifest.ref} {lack}: is it a part of a compressed one?")
+        raise MismatchError(f"table {manifest.ref} {lack}; it may be an auxiliary table")
     rows = np.zeros((config.vocab_size, len(blocks), config.hidden_size), np.float32)
     rows[:, [blocks.index(block) for block in manifest.blocks]] = fetched
     return rows
 
 
 def through(name: str, rows: np.ndarray) -> np.ndarray:
-    """Rows as a codec gives them back."""
+    """Rows after encoding and decoding with a codec."""
     return codec(name).decode(codec(name).encode(rows)).astype(np.float32)
 
 
 def probed(
     rows: np.ndarray, row_scale: float = 1, absent_layers: Iterable[int] = (), x0: int = 0
 ) -> RowsOf:
-    """`rows` [V, N, D] times `row_scale`, without `absent_layers`; the first `x0` as they are."""
+    """`rows` [V, N, D] times `row_scale`, without `absent_layers`. The first `x0` blocks stay."""
     count = rows.shape[1] - x0
     SamplingParams(row_scale=row_scale)  # has the same bounds
     if bad := [layer for layer in absent_layers if not 0 <= layer < count]:

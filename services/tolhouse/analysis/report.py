@@ -1,4 +1,4 @@
-"""A survey and explained tokens as one HTML file, with its plots inside and no links elsewhere."""
+"""A survey and explained tokens as one self-contained HTML file with its plots."""
 
 import io
 from collections.abc import Iterator
@@ -33,13 +33,13 @@ svg { max-width: 100%; height: auto } figure { margin: 1rem 0 } figcaption { col
 {% if probes %}<h2>Probes</h2><p>Perplexity of {{ "{:,}".format(probes.tokens) }} held-out tokens;
 with all rows it is {{ "%.3f"|format(probes.perplexity) }}.</p>
 {% for plot in plots[3:] %}{{ figure(plot) }}{% endfor %}{% endif %}
-<h2>Clusters</h2><p>Those that text has most of, with their most frequent tokens.</p>
+<h2>Clusters</h2><p>The most frequent clusters, with their most frequent tokens.</p>
 {% for layer in layers %}<h3>Layer {{ layer.layer }}</h3><table>
 <tr><th>share of text</th><th>tokens</th><th>most frequent</th></tr>
 {% for c in layer.clusters %}<tr><td>{{ "%.1f%%"|format(100 * c.share_of_text) }}</td>
 <td>{{ c.tokens }}</td><td>{{ tokens(c.most_frequent) }}</td></tr>{% endfor %}</table>{% endfor %}
 {% for token in explained %}<h2>Token {{ tokens([token.token]) }}({{ token.id }})</h2><table>
-<tr><th>layer</th><th>norm</th><th>strongest keys, and the tokens that have them most</th></tr>
+<tr><th>layer</th><th>norm</th><th>strongest keys, and the tokens that activate them most</th></tr>
 {% for norm in token.norms %}<tr><td>{{ loop.index0 }}</td><td>{{ norm }}</td><td>
 {% for k in token["keys"][loop.index0] %}{{ k.key }}: {{ "%.2f"|format(k.coefficient) }}
 {{ tokens(k.shared_by) }}{{ "" if loop.last else "·" }}{% endfor %}</td></tr>{% endfor %}</table>
@@ -50,7 +50,9 @@ with all rows it is {{ "%.3f"|format(probes.perplexity) }}.</p>
 
 
 def report(found: dict[str, Any], tokens: list[dict[str, Any]]) -> str:
-    """`found` is of `survey`, `tokens` of `explain_text` and may be empty."""
+    """The report as HTML. `found` is the result of `survey`; `tokens`, which may be empty, is the
+    result of `explain_text`.
+    """
     layers, probes, plots = found["layers"], found.get("probes"), list[dict[str, str]]()
     numbers = [entry["layer"] for entry in layers]
     captions = {"clustering": "Clustering of key coefficients", "outliers": "Outliers per token"}
@@ -70,9 +72,9 @@ def report(found: dict[str, Any], tokens: list[dict[str, Any]]) -> str:
             axes.semilogy([*map(float, scales)], [*scales.values()], marker="o")
         increases = [ratio - 1 for ratio in probes["without_layer"]]
         labels = {"xlabel": "layer left out", "ylabel": "relative increase of perplexity"}
-        # a log scale has no place for a layer without which nothing is worse
+        # A log scale cannot show a layer whose removal does not raise the perplexity.
         labels["yscale"] = "log" if min(increases) > 0 else "linear"
-        with _plot(plots, "Without the rows of one layer", **labels) as axes:
+        with _plot(plots, "Perplexity without the rows of one layer", **labels) as axes:
             axes.bar(numbers, increases)
     environment = jinja2.Environment(autoescape=True)
     environment.globals["quoted"] = lambda text: repr(text)[1:-1]
@@ -82,7 +84,7 @@ def report(found: dict[str, Any], tokens: list[dict[str, Any]]) -> str:
 
 @contextmanager
 def _plot(plots: list[dict[str, str]], caption: str, **settings: str) -> Iterator[Any]:
-    """Axes to draw on; then the figure is added to `plots`."""
+    """Yield axes to draw on, then add the figure to `plots`."""
     import matplotlib as mpl
 
     mpl.use("Agg")

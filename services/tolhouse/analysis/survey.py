@@ -1,4 +1,4 @@
-"""What the memory of a model holds, layer by layer: the measures of PAPER section 5."""
+"""A survey of a model's memory, layer by layer, with the measures of the paper, section 5."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ DEFINITIONS = {
     "that with the rows as they are",
 }
 _ROUNDS = 12
-_SHOWN_TOKENS = 8  # of a cluster
+_SHOWN_TOKENS = 8  # for each cluster
 _SHOWN_CLUSTERS, _PRINTED_CLUSTERS = 12, 4
 _BATCH_TOKENS = 2048
 
@@ -42,9 +42,10 @@ _BATCH_TOKENS = 2048
 def survey(
     checkpoint: Checkpoint, clusters: int, probe_tokens: int, rows: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """All of DEFINITIONS, for the model's rows or a table's `rows` [V, N, D], X0 in front or not.
+    """Measure all of DEFINITIONS, for the rows of the model or for `rows` [V, N, D] of a table.
 
-    The probes read the default text's first tokens, 0 for none.
+    The rows of a table may begin with X0. The probes read the first tokens of the default text; 0
+    tokens skip the probes.
     """
     source, config = MemoryLLM(checkpoint), checkpoint.config
     if probe_tokens == 1:
@@ -95,7 +96,7 @@ def survey(
 
 
 def k_means(x_VK: Tensor, clusters: int, seed: int = 0) -> tuple[Tensor, float]:
-    """Cluster numbers [V] of vectors of length one, and the share of their variance explained."""
+    """Cluster numbers [V] of unit vectors, and the share of their variance that is explained."""
     start = torch.randperm(len(x_VK), generator=torch.Generator().manual_seed(seed))[:clusters]
     centres_CK = x_VK[start]
     for _ in range(_ROUNDS):
@@ -111,7 +112,7 @@ def k_means(x_VK: Tensor, clusters: int, seed: int = 0) -> tuple[Tensor, float]:
 
 
 def _described(cluster_V: np.ndarray, counts: np.ndarray, tokenizer: Any) -> list[dict[str, Any]]:
-    """Clusters from the most frequent in text down, each with its most frequent tokens."""
+    """Clusters by their frequency in text, each with its most frequent tokens."""
     share = np.bincount(cluster_V, weights=counts) / max(1, counts.sum())
     described = []
     for number in np.argsort(-share)[:_SHOWN_CLUSTERS].tolist():
@@ -124,14 +125,14 @@ def _described(cluster_V: np.ndarray, counts: np.ndarray, tokenizer: Any) -> lis
 
 
 def summary(found: dict[str, Any]) -> str:
-    """`survey`'s result as text for a terminal."""
+    """The result of `survey` as text for a terminal."""
     lines = [f"{found['checkpoint']}: {found['kind']}, {found['vocab_size']} tokens"]
     lines.append("  layer  mean norm  clustering  outliers  rank for 90%")
     for e in found["layers"]:
         head = f"  {e['layer']:>5}  {e['mean_norm']:9.3f}  {e['clustering']:10.3f}"
         lines.append(f"{head}  {e['outliers']:8.2f}  {e['rank_90']:>12}")
     for e in found["layers"]:
-        lines.append(f"clusters of layer {e['layer']} that text has most of")
+        lines.append(f"most frequent clusters of layer {e['layer']}")
         for c in e["clusters"][:_PRINTED_CLUSTERS]:
             words = " ".join(map(repr, c["most_frequent"]))
             lines.append(f"  {c['share_of_text']:6.1%}  {c['tokens']:>6} tokens  {words}")

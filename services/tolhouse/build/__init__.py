@@ -1,1 +1,1 @@
-"""The build job: a checkpoint in, a table out."""
+"""The build job, which makes a table from a checkpoint."""

@@ -1,9 +1,9 @@
-"""Tables in fewer bytes: low rank by a weighted SVD, and frequent tokens' rows in a finer codec.
+"""Compression of tables: low rank by a weighted SVD, and a finer codec for frequent tokens.
 
-The paper quantises, and cuts each layer to one rank by a plain SVD (PAPER section 2). Here the
-error of a token's row counts as often as text has the token, ranks differ by layer so that one
-error threshold holds for all of them, and the few tokens that make up most of any text are stored
-more finely than the others. All rows are in memory at once.
+The paper quantises rows, and truncates each layer to the same rank by a plain SVD (section 2). This
+module weights the error of a row by the frequency of its token in text, chooses the rank of each
+layer by one common error threshold, and stores the rows of the most frequent tokens in a finer
+codec. All rows are in memory at once.
 """
 
 from bisect import bisect
@@ -22,18 +22,18 @@ from tolhouse.table.auxiliary import Basis, load_auxiliary
 from tolhouse.table.codecs import CODECS, codec
 from tolhouse.table.manifest import MAX_FREQUENT, Manifest, content_id
 
-BASIS_CODEC = "fp16"  # its vectors are of length one
-FREQUENT_SHARE = 32  # one token in so many is frequent, by default: 60 to 70% of text
+BASIS_CODEC = "fp16"  # the basis consists of unit vectors
+FREQUENT_SHARE = 32  # by default 1/32 of the vocabulary is frequent, which is 60 to 70% of text
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a table is compressed; without `rank` or `ratio`, rows keep their full rank."""
+    """How to compress a table. Without `rank` and `ratio`, rows keep their full rank."""
 
     codec: str
-    rank: float = 0.0  # share of all values that is kept as coefficients, over all layers; 0: all
-    ratio: float = 0.0  # bytes at 16 bit over all that is stored, in place of `rank`
-    frequent: int = 0  # tokens whose rows are in the finer codec
+    rank: float = 0.0  # coefficients kept, as a share of all values of all layers; 0: all
+    ratio: float = 0.0  # bytes at 16 bits over stored bytes; replaces `rank`
+    frequent: int = 0  # the number of tokens with rows in the finer codec
     frequent_codec: str = "int8"
 
     @property
@@ -42,13 +42,13 @@ class Scheme:
 
     @property
     def finer(self) -> bool:
-        """Whether the frequent tokens' codec is finer than that of rows at full rank."""
+        """Whether the codec of frequent tokens is finer than the codec of full-rank rows."""
         return codec(self.frequent_codec).relative_error < codec(self.codec).relative_error
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """Manifests and records, not stored yet: auxiliary tables first, the table itself last."""
+    """Manifests and records that are not stored yet. The auxiliary tables precede the table."""
 
     tables: tuple[tuple[Manifest, np.ndarray], ...]
 
@@ -61,14 +61,14 @@ class Compressed:
         return sum(manifest.table_bytes for manifest, _ in self.tables)
 
     def rows(self) -> np.ndarray:
-        """Rows float32 [V, N, D] as a reader of the table has them."""
+        """The rows, float32 [V, N, D], as a reader decodes them from the table."""
         by_ref = {manifest.ref: (manifest, records) for manifest, records in self.tables}
         auxiliary = load_auxiliary(self.manifest, by_ref.__getitem__)
         ids = np.arange(self.manifest.vocab_size, dtype=np.uint32)
         return auxiliary.decode(ids, self.tables[-1][1]).astype(np.float32)
 
     def store(self, store: Store) -> Manifest:
-        """Write all of it; InUseError: the version is there with other shards."""
+        """Write all tables. InUseError if the version exists with another number of shards."""
         refuse_another(store, self.manifest)
         for m, records in self.tables:
             made = write_table([store], m, lambda k, m=m, r=records: r[m.shard_ids(k)])  # type: ignore[misc]
@@ -76,13 +76,12 @@ class Compressed:
 
 
 def bytes_at_16_bit(manifest: Manifest) -> int:
-    """What a table of the same rows takes at 16 bit, checksums and all."""
+    """The bytes of a table of the same rows at 16 bits, including checksums."""
     return manifest.vocab_size * (manifest.num_blocks * manifest.width * 2 + 8)
 
 
 def check(planned: Manifest, scheme: Scheme) -> None:
-    """InvalidArgumentError where the table can't be compressed by `scheme`, whatever its rows
-    are."""
+    """Raise InvalidArgumentError if no table of this shape can be compressed with `scheme`."""
     codec(scheme.codec), codec(scheme.frequent_codec)
     rank, ratio, size = scheme.rank, scheme.ratio, planned.vocab_size
     wrong, most = "", min(size // 2, MAX_FREQUENT)
@@ -109,10 +108,10 @@ def check(planned: Manifest, scheme: Scheme) -> None:
 def compress(
     planned: Manifest, rows: np.ndarray, counts: Mapping[int, int], scheme: Scheme
 ) -> Compressed:
-    """The table `planned` of `rows` [V, N, D] by `scheme`; `counts`: how often text has a token.
+    """Compress `rows` [V, N, D] of the table `planned`; `counts` are token frequencies in text.
 
-    There is no basis where the codec alone is small enough for the ratio, or every layer would
-    keep its full rank; then frequent rows are stored only if their codec is finer.
+    There is no basis if the codec alone reaches the ratio, or if every layer would keep its full
+    rank. Frequent rows are then stored only if their codec is finer.
     """
     check(planned, scheme)
     vocabulary, blocks, size = rows.shape
@@ -121,7 +120,7 @@ def compress(
     own: Any = rows
     fields: dict[str, Any] = {}
     if scheme.low_rank and not _suffices(planned, scheme):
-        # a token that was not seen may yet come
+        # Every token gets a weight, because an unseen token may still occur.
         weights = np.array([counts.get(i, 0) + 0.5 for i in range(vocabulary)])
         weights[frequent] = 0
         look: Any = {"leave": False, "dynamic_ncols": True, "disable": None}  # only on a terminal
@@ -146,7 +145,7 @@ def compress(
 def _table(
     planned: Manifest, rows: Any, codec_name: str, part: str = "", **fields: Any
 ) -> tuple[Manifest, np.ndarray]:
-    """A table like `planned`, or a part of it, with a version by its contents; its records."""
+    """A table like `planned`, or an auxiliary table of it, with its content version and records."""
     arrays = [np.asarray(r, np.float32) for r in (rows if isinstance(rows, list) else [rows])]
     if part:
         name = f"{planned.name[: 63 - len(part)]}.{part}"
@@ -159,7 +158,9 @@ def _table(
 
 
 def _components(rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weighted mean [D] of rows [V, D], energies [D], largest first, and directions [D, D]."""
+    """The weighted mean [D] of rows [V, D], the energies [D] in descending order, and the
+    directions [D, D].
+    """
     share = weights / weights.sum()
     mean = share @ rows
     centred = rows - mean
@@ -169,12 +170,12 @@ def _components(rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _ranks(planned: Manifest, scheme: Scheme, energies: list[np.ndarray]) -> tuple[int, ...]:
-    """Directions that each layer keeps, at least one, all above one threshold.
+    """The rank of each layer, at least 1: the number of energies above a common threshold.
 
-    As many as the scheme's rank says, or as reach its ratio.
+    The threshold follows from the rank or the ratio of the scheme.
     """
     size, x0 = planned.width, planned.has_x0
-    if x0:  # every layer reads it, and no row's error compares with its: all of it
+    if x0:  # X0 keeps its full rank, because every layer reads it
         energies[planned.blocks.index("x0")] = np.full(size, np.inf)
     falling = np.sort(np.concatenate(energies))[::-1]
 
@@ -187,7 +188,7 @@ def _ranks(planned: Manifest, scheme: Scheme, energies: list[np.ndarray]) -> tup
         return ranks(max(round(scheme.rank * len(planned.layers) * size) + size * x0, least))
     allowed, totals = bytes_at_16_bit(planned) / scheme.ratio, range(least, len(falling) + 1)
     fitting = bisect(totals, False, key=lambda n: _bytes(planned, scheme, ranks(n)) > allowed)
-    # `check` has seen the least ranks to fit
+    # `check` made sure that the lowest ranks fit.
     return ranks(totals[fitting - 1]) if fitting else _least_ranks(planned)
 
 
@@ -196,7 +197,7 @@ def _least_ranks(planned: Manifest) -> tuple[int, ...]:
 
 
 def _bytes(planned: Manifest, scheme: Scheme, ranks: tuple[int, ...] = ()) -> int:
-    """Of a table with its frequent rows, and with `ranks` its basis."""
+    """The bytes of a table with its frequent rows and, with `ranks`, its basis."""
     table = replace(planned, codec_name=scheme.codec)
     size = replace(planned, codec_name=scheme.frequent_codec).record_bytes * scheme.frequent
     if not ranks:
@@ -207,7 +208,7 @@ def _bytes(planned: Manifest, scheme: Scheme, ranks: tuple[int, ...] = ()) -> in
 
 
 def _suffices(planned: Manifest, scheme: Scheme) -> bool:
-    """Whether rows may keep their full rank: as was asked, or the codec alone is small enough."""
+    """Whether rows keep their full rank: by request, or because the codec alone is small enough."""
     if scheme.ratio:
         plain = scheme if scheme.finer else replace(scheme, frequent=0)
         return _bytes(planned, plain) <= bytes_at_16_bit(planned) / scheme.ratio

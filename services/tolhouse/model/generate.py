@@ -1,4 +1,4 @@
-"""Greedy completion in one process, FFNs in place: the reference for every other route."""
+"""Greedy completion in one process with the model's own layers, the reference for all routes."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -18,9 +18,9 @@ def greedy(
     ignore_eos: bool = False,
     rows: Callable[[Tensor], Rows] | None = None,
 ) -> Iterator[int]:
-    """Token ids after `prompt_ids`, at most `max_tokens`, up to the end of text unless ignored.
+    """Complete `prompt_ids` with at most `max_tokens` ids, up to the end token unless ignored.
 
-    `rows` gives rows [N, T, D] of ids [T], with or without X0, in place of the model's own.
+    `rows` maps ids [T] to rows [N, T, D], with or without X0. It replaces `model.rows`.
     """
     if max_tokens < 1:
         raise InvalidArgumentError(f"max_tokens must be at least 1, not {max_tokens}")

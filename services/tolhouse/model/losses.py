@@ -1,7 +1,7 @@
-"""How well a model predicts text, and how far other rows move its predictions.
+"""Losses of a model on text, and the divergence of its predictions with other rows.
 
-Text is read in windows of the model's context. Each window's last token is the first of the next
-one: every token but the text's first is predicted once, from what is before it in its window.
+The text is split into windows of the model's context. The last token of a window is the first token
+of the next, so every token except the first is predicted once.
 """
 
 import math
@@ -27,7 +27,7 @@ RowsOf = Callable[[Tensor], Tensor]  # token ids [T] to rows [N, T, D]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`losses` in nats of the tokens `targets`, both [T]."""
+    """The `losses` [T] in nats for the tokens `targets` [T]."""
 
     losses: np.ndarray
     targets: np.ndarray
@@ -41,7 +41,7 @@ class Evaluation:
         return math.exp(self.loss)
 
     def deciles(self) -> list[dict[str, Any]]:
-        """The loss by frequency: occurrences from the most frequent token down, in ten parts."""
+        """The mean loss of each tenth of the occurrences, ordered by token frequency."""
         counts = np.bincount(self.targets)
         order = np.argsort(-counts[self.targets], kind="stable")
         return [
@@ -58,11 +58,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison(Evaluation):
-    """An evaluation with other rows than the exact ones, and how its predictions differ.
+    """An evaluation with inexact rows, and the difference of its predictions.
 
-    `divergences` [T] are KL(exact || other) in nats; `agrees` [T] is 1 where the likeliest token is
-    the same, else 0. Neither depends on which token the text has next, unlike a loss, which falls
-    where other rows happen to suit the text better.
+    `divergences` [T] are KL(exact || other) in nats. `agrees` [T] is 1 where the most likely token
+    is equal, else 0. Both compare distributions and do not depend on the next token of the text. A
+    loss does, and may fall by chance.
     """
 
     divergences: np.ndarray
@@ -81,7 +81,7 @@ class Comparison(Evaluation):
 def evaluate(
     model: Transformer, ids: np.ndarray, rows: RowsOf | None = None, *, quiet: bool = True
 ) -> Evaluation:
-    """The losses of at least two token ids [T], with `rows` in place of the model's own."""
+    """The losses on at least two token ids [T]. `rows` replaces `model.rows`."""
     losses = [
         F.cross_entropy(logits_of(rows or model.rows), targets_T, reduction="none")
         for targets_T, logits_of in _batches(model, ids, quiet)
@@ -93,7 +93,7 @@ def evaluate(
 def compare(
     model: Transformer, ids: np.ndarray, exact: RowsOf, others: Sequence[RowsOf], quiet: bool = True
 ) -> list[Comparison]:
-    """Each of `others` beside the rows `exact`, whose logits are computed once for all."""
+    """Compare each of `others` with the rows `exact`. The exact logits are computed once."""
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in others]
     for targets_T, logits_of in _batches(model, ids, quiet):
         exact_TV = logits_of(exact).log_softmax(-1)
@@ -110,7 +110,7 @@ def compare(
 def _batches(
     model: Transformer, ids: np.ndarray, quiet: bool
 ) -> Iterator[tuple[Tensor, Callable[[RowsOf], Tensor]]]:
-    """Batches of windows: targets [T], and from rows to the float32 logits [T, V] of those."""
+    """Batches of windows: the targets [T], and a function from rows to float32 logits [T, V]."""
     if len(ids) < 2:
         raise InvalidArgumentError(f"the text has {len(ids)} tokens; at least 2 are needed")
     ids_T = torch.from_numpy(ids.astype(np.int64)).to(model.norm.weight.device)
@@ -127,7 +127,7 @@ def _batches(
 
 
 def _logits(model: Transformer, inputs_T: Tensor, size: int, rows: RowsOf) -> Tensor:
-    """Float32 logits [T, V] of windows of `size` tokens."""
+    """The float32 logits [T, V] of windows of `size` tokens."""
     positions_T = torch.arange(size, device=inputs_T.device).repeat(len(inputs_T) // size)
     return model(inputs_T, positions_T, NoCache(size), rows(inputs_T)).float()
 

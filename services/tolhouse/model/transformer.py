@@ -1,15 +1,15 @@
-"""The model: a pure function that takes rows.
+"""The model, a pure function that takes rows.
 
     rows   = model.rows(ids)                     # context-free FFN outputs, [N, T, D]
     logits = model(ids, positions, cache, rows)  # attention; adds rows[l] in block l
 
-Rows may carry X0, the embedding, in front: [1 + N, T, D]; the model then needs none of its own.
-Where rows come from (computed here, fetched, cached) is the caller's business, and what a token
-attends to is the cache's, one of two plain ones below or the worker's paged one: the model knows
-neither sequences nor batches, only T tokens in a row.
+Rows may begin with the embedding X0: [1 + N, T, D]. The model then needs no embedding of its own.
+The caller decides where rows come from: they may be computed, fetched or cached. The cache decides
+what a token attends to. This module has two plain caches, and the worker has a paged one. The model
+knows only T tokens, and nothing about sequences or batches.
 
-Shapes: T tokens, D hidden size, N layers, H heads, E = D / H head size, K FFN size, V vocabulary;
-in the plain caches B sequences of S tokens.
+Shapes: T tokens, D hidden size, N layers, H heads, E = D / H head size, K FFN size, V vocabulary.
+The plain caches have B sequences of S tokens.
 """
 
 from typing import Protocol, cast
@@ -25,15 +25,18 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, [T, 1, E] each
 
 
 class Cache(Protocol):
-    """Keeps keys and values, and decides which of them each token sees."""
+    """Stores keys and values, and decides what each token attends to."""
 
     def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
-        """Attention outputs [T, H, E] of T new tokens, which the cache stores."""
+        """Store T new tokens, and return their attention outputs [T, H, E]."""
         ...
 
 
 class Rows(Protocol):
-    """[N, T, D] or [1 + N, T, D]: a tensor, or layers made on access, in turn; None if absent."""
+    """Rows [N, T, D] or [1 + N, T, D]: a tensor, or layers that are decoded on access, in order.
+
+    An absent layer is None.
+    """
 
     def __len__(self) -> int: ...
 
@@ -45,7 +48,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         embedding = torch.empty(config.vocab_size, config.hidden_size)
-        if not embedding.is_meta:  # there, drawing would only import torch's compiler, 100 MB
+        if not embedding.is_meta:  # on meta, drawing would import the compiler of torch, 100 MB
             embedding.normal_()
         self.embed_tokens: nn.Embedding | None = nn.Embedding.from_pretrained(embedding, False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
@@ -56,7 +59,7 @@ class Transformer(nn.Module):
         self.ffn_m = nn.ModuleList(ContextFreeFFN(config) for _ in range(config.num_rows))
 
     def x0(self, ids_T: Tensor) -> Tensor:
-        """Embeddings [T, D] of token ids."""
+        """The embeddings [T, D] of token ids."""
         if self.embed_tokens is None:
             raise InvalidArgumentError(
                 "loaded without its embedding, the model needs X0 from a table"
@@ -64,9 +67,9 @@ class Transformer(nn.Module):
         return self.embed_tokens(ids_T)
 
     def rows(self, ids_T: Tensor, x0: bool = False) -> Tensor:
-        """FFN-M outputs [N, T, D] of token ids (PAPER section 2); [1 + N, T, D] behind `x0`.
+        """FFN-M outputs [N, T, D] of token ids (paper, section 2); [1 + N, T, D] with `x0`.
 
-        N = 0 in a base model, which has no rows for X0 to stand in.
+        A base model has N = 0, and no rows that could contain X0.
         """
         x0_TD = self.x0(ids_T)
         if not self.config.num_rows:
@@ -78,7 +81,7 @@ class Transformer(nn.Module):
         return torch.stack([x0_TD] * x0 + [ffn(x0_TD) for ffn in self.ffn_m])
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Tensor) -> Tensor:
-        """Logits [T, V] of T tokens at `positions_T`, with `rows_NTD` added layer by layer."""
+        """The logits [T, V] of T tokens at `positions_T`. Each layer adds its row."""
         return self.lm_head(self.hidden(ids_T, positions_T, cache, rows_NTD))
 
     def hidden(
@@ -89,7 +92,7 @@ class Transformer(nn.Module):
         rows_NTD: Rows,
         begun_TD: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states [T, D]; continues after `begin`, if that ran."""
+        """The final hidden states [T, D]. Continues from the result of `begin`, if given."""
         carried = len(rows_NTD) - self.config.num_rows  # 1: X0 in front
         x_TD = rows_NTD[0] if carried > 0 else begun_TD
         if x_TD is None:
@@ -105,7 +108,7 @@ class Transformer(nn.Module):
         return self.norm(x_TD)
 
     def begin(self, ids_T: Tensor, positions_T: Tensor, cache: Cache) -> Tensor:
-        """What `hidden` does before it needs a row: the first block without its last addition."""
+        """The part of `hidden` that needs no row: the first block without its last addition."""
         x0_TD = self.x0(ids_T)
         rope = rotary(positions_T, self.config.head_dim, self.config.rope_theta, x0_TD.dtype)
         return self.layers[0](x0_TD, rope, cache, None)
@@ -117,28 +120,28 @@ class Block(nn.Module):
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = nn.RMSNorm(size, eps)
         self.self_attn = Attention(config, layer)
-        # base: the FFN, of the residual stream · flex: FFN-C, the part of it that stays
+        # base: the FFN, which reads the residual stream; flex: FFN-C, its remaining part
         self.mlp = residual_ffn(config)
         self.post_attention_layernorm = nn.RMSNorm(size, eps) if self.mlp else None
-        wide = config.kind == "wide"  # each layer learns to scale the row that all of them share
+        wide = config.kind == "wide"  # each layer learns to scale the row that all layers share
         self.ffn_scale = nn.Parameter(torch.ones(size)) if wide else None
 
     def forward(self, x_TD: Tensor, rope: Rope, cache: Cache, row_TD: Tensor | None) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, cache)
         if self.mlp and self.post_attention_layernorm:
             x_TD = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
-        # what the paper changes: FFN_l(LN_l(X0)) comes from outside
+        # The change of the paper: FFN_l(LN_l(X0)) is an input.
         return x_TD if row_TD is None else self.add(x_TD, row_TD)
 
     def add(self, x_TD: Tensor, row_TD: Tensor) -> Tensor:
-        """With a row, scaled in a One Wide FFN (arXiv 2309.01826; the scale is ours)."""
+        """Add a row. One Wide FFN (arXiv 2309.01826) scales it; the scale is our addition."""
         if self.ffn_scale is None:
             return x_TD + row_TD
         return torch.addcmul(x_TD, row_TD, self.ffn_scale)
 
 
 class Attention(nn.Module):
-    """Full multi-head attention without biases: 4 h^2 parameters (PAPER section 1)."""
+    """Multi-head attention without biases: 4 h^2 parameters (paper, section 1)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -156,11 +159,11 @@ class Attention(nn.Module):
 
 
 class ContextFreeFFN(nn.Module):
-    """FFN-M of one layer: its own norm on the embedding X0, its own SwiGLU (PAPER section 1)."""
+    """FFN-M of one layer: a norm of the embedding X0, then a SwiGLU (paper, section 1)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # the paper says LayerNorm once, and LLaMA's recipe elsewhere
+        # RMSNorm: the paper says LayerNorm once, and the LLaMA recipe elsewhere.
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
@@ -180,7 +183,7 @@ class SwiGLU(nn.Module):
 
 
 class LinearStack(nn.Module):
-    """FFN-C as beta stacked h x h maps with SiLU between them. The paper is silent."""
+    """FFN-C as beta h x h maps with SiLU between them. This form is ours; the paper has none."""
 
     def __init__(self, hidden_size: int, depth: int) -> None:
         super().__init__()
@@ -194,7 +197,7 @@ class LinearStack(nn.Module):
 
 
 def residual_ffn(config: ModelConfig) -> nn.Module | None:
-    """The FFN that reads the residual stream, if this kind has one."""
+    """The FFN that reads the residual stream, if this kind of model has one."""
     if config.kind == "base":
         return SwiGLU(config.hidden_size, config.intermediate_size)
     if config.kind == "flex" and config.ffn_c == "linear":
@@ -205,7 +208,7 @@ def residual_ffn(config: ModelConfig) -> nn.Module | None:
 
 
 def rotary(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
-    """Rotary position embedding, with the signs for `rotate`."""
+    """The rotary position embedding (cos, sin), with the signs that `rotate` needs."""
     steps = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32)
     angles = positions_T[:, None, None].float() * theta ** -(steps / head_dim)
     cos, sin = angles.cos(), angles.sin()
@@ -213,16 +216,16 @@ def rotary(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """x [..., E] with its halves (a, b) turned into (a cos - b sin, b cos + a sin)."""
+    """Rotate the halves (a, b) of x [..., E] to (a cos - b sin, b cos + a sin)."""
     cos, sin = rope
     half = x.shape[-1] // 2
     return torch.addcmul(x * cos, torch.cat((x[..., half:], x[..., :half]), -1), sin)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Of all weights but the embeddings, and of those that a worker computes with (PAPER table 1).
+    """The number of parameters without embeddings, and the part that a worker uses (table 1).
 
-    The first is equal for every kind of a preset, up to norms and rounding of K.
+    The first number is equal for every kind of a preset, except for norms and the rounding of K.
     """
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     total = sum(n for name, n in sizes.items() if not name.startswith(("embed_", "lm_head.")))
@@ -230,7 +233,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 
 class NoCache:
-    """T = B * S tokens are B whole sequences; each token sees its own sequence up to itself."""
+    """A cache for T = B * S tokens of B whole sequences, with causal attention in each."""
 
     def __init__(self, sequence_length: int) -> None:
         self.sequence_length = sequence_length
@@ -243,7 +246,7 @@ class NoCache:
 
 
 class GrowingCache:
-    """One sequence, fed in parts: a token sees everything before it."""
+    """A cache for one sequence that arrives in parts, with causal attention."""
 
     def __init__(self) -> None:
         self.kv: dict[int, tuple[Tensor, Tensor]] = {}

@@ -1,7 +1,7 @@
-"""The weights of a checkpoint: a safetensors file, read into memory of the reader's own.
+"""The weights of a checkpoint: a safetensors file, read into the memory of the process.
 
-Nothing of the file is mapped: whoever overwrites or truncates it changes no weight that was read,
-and can't end the process. Each read makes sure that the file still is what was opened.
+The file is not mapped. Overwriting or truncating it therefore neither changes weights that were
+read nor ends the process. Each read checks that the file has not changed since it was opened.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from torch import Tensor
 from tolhouse.errors import InvalidArgumentError, MismatchError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_HEADER_BYTES = 100_000_000  # the longest that safetensors writes
-_READ_BYTES = 1 << 24  # of the file that is hashed at a time
+_HEADER_BYTES = 100_000_000  # the limit of safetensors
+_READ_BYTES = 1 << 24  # hashed at a time
 
 
 class StoredTensor(NamedTuple):
@@ -30,8 +30,7 @@ class StoredTensor(NamedTuple):
 
 
 class WeightsFile:
-    """Tensors by name; InvalidArgumentError if the file is no safetensors file. Threads may share
-    it."""
+    """Tensors by name. Thread-safe. InvalidArgumentError if the file is not a safetensors file."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._descriptor, self._digest = path, -1, ""
@@ -69,7 +68,7 @@ class WeightsFile:
         return out
 
     def digest(self) -> str:
-        """SHA-256 of the whole file, 64 hex digits; MismatchError as in `read`."""
+        """The SHA-256 of the file, 64 hex digits; MismatchError as in `read`."""
         if not self._digest:
             digest = self._hash()
             self.check()
@@ -77,10 +76,10 @@ class WeightsFile:
         return self._digest
 
     def check(self) -> None:
-        """MismatchError if the file is not what it was when it was opened."""
+        """Raise MismatchError if the file has changed since it was opened."""
         if (now := self._now()) == self._stat:
             return
-        # whoever moves or links a file changes its times too: then its content decides
+        # Moving or linking a file also changes its times, so the content decides.
         if self._digest and now[0] == self._stat[0] and self._hash() == self._digest:
             self._stat = now
             return
@@ -88,7 +87,7 @@ class WeightsFile:
         raise MismatchError(f"{self.path.name} of checkpoint {self.path.parent.name} {what}")
 
     def _now(self) -> tuple[int, int, int]:
-        """Size and times; `st_ctime_ns` can't be set by whoever writes the file."""
+        """Size and times. A program that writes the file cannot set `st_ctime_ns`."""
         stat = os.fstat(self._descriptor)
         return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
@@ -109,7 +108,7 @@ class WeightsFile:
         return digest.hexdigest()
 
     def _parsed(self, text: bytes) -> dict[str, StoredTensor]:
-        """The tensors that a header lists, which have to fill the rest of the file."""
+        """The tensors that a header lists. They must fill the rest of the file."""
         first, tensors = 8 + len(text), {}
         try:
             header: dict[str, Any] = json.loads(text)

@@ -1,1 +1,1 @@
-"""Source models: whatever computes the rows of token ids."""
+"""Source models, which compute rows from token ids."""

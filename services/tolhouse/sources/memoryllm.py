@@ -1,8 +1,8 @@
-"""MemoryLLM checkpoints, Flex and One Wide among them, as source models.
+"""MemoryLLM checkpoints as source models, including Flex and One Wide.
 
-A matrix product's last bits depend on its shape and on the number of threads. Rows are computed in
-batches of one size, the last one padded, by one thread: the same bytes on every machine, however
-often a build was interrupted, in a builder or in a worker.
+The last bits of a matrix product depend on its shape and on the number of threads. One thread
+therefore computes rows in batches of one size, and pads the last batch. Builders and workers thus
+compute equal bytes, also when a build resumes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,9 +19,10 @@ BATCH_TOKENS = 128
 
 
 class MemoryLLM:
-    """Rows [T, blocks, width] of token ids; InvalidArgumentError for a model that has none.
+    """Computes rows [T, blocks, width]; InvalidArgumentError for a model without rows.
 
-    By default they have a block for each layer, `ffn.0` and so on; `x0` is the embedding.
+    The default blocks are `ffn.0`, `ffn.1` and so on, one for each layer. Block `x0` is the
+    embedding.
     """
 
     def __init__(
@@ -44,12 +45,12 @@ class MemoryLLM:
         return self.checkpoint.model()
 
     def rows(self, ids: np.ndarray | None = None) -> np.ndarray:
-        """float32 rows of `ids`, or of the whole vocabulary."""
+        """The float32 rows of `ids`, or of the whole vocabulary."""
         ids = np.arange(self.vocab_size) if ids is None else ids
         return np.concatenate([rows for _, rows in self.batches(ids)])
 
     def batches(self, ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """The rows of `ids` in batches, each with the slice of `ids` that it is for."""
+        """The rows of `ids` in batches, each with its slice of `ids`."""
         model, threads = self.model, torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -66,7 +67,10 @@ class MemoryLLM:
 
 
 def select_blocks(checkpoint: Checkpoint, embedding: str, absent: Iterable[int]) -> list[str]:
-    """Blocks of layers not `absent`, behind x0 if `embedding` is yes, or auto and not tied."""
+    """The blocks of a table: all layers except `absent`, after x0 if the table has the embedding.
+
+    embedding: "yes", "no", or "auto", which includes it if it is not tied to the head.
+    """
     count, left_out = checkpoint.config.num_rows, set(absent)
     if bad := sorted(left_out - set(range(count))):
         there = f"rows are of layers 0 to {count - 1}"

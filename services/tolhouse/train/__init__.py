@@ -1,1 +1,1 @@
-"""Training by the paper's recipe: `recipes` says what, `corpus` on which text, `trainer` how."""
+"""Training with the paper's recipe: `recipes` are the settings, `corpus` the text."""

@@ -1,7 +1,7 @@
-"""Text for training: files in, one long array of token ids out. Knows nothing of models.
+"""The training text: files in, one array of token ids out. It knows nothing about models.
 
-The default is the source of the Python standard library, which every machine has. One document in
-40, by a hash of its name, is held out. Documents are joined by the end-of-text token.
+The default text is the source of the Python standard library, which every machine has. One document
+in 40 is held out, chosen by a hash of its name. An end-of-text token separates documents.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ END_OF_TEXT = "<|endoftext|>"
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 SKIPPED |= {"lib2to3", "pydoc_data"}
 _HELD_OUT_ONE_IN = 40
-_PIECE_CHARS = 20_000  # a long file is several documents, so that a single file is split as well
+_PIECE_CHARS = 20_000  # a longer file becomes several documents, so one file can be split too
 
 
 def standard_library() -> Path:
@@ -27,14 +27,14 @@ def standard_library() -> Path:
 
 
 def documents(path: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of each document of the file `path`, or of the text files below it."""
+    """(name, text) for each document in the file `path`, or in the text files below it."""
     for name, text in whole_files(path):
         for start in range(0, len(text), _PIECE_CHARS):
             yield f"{name}:{start}", text[start : start + _PIECE_CHARS]
 
 
 def whole_files(path: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of the file `path`, or of every UTF-8 file below it, in the order of names."""
+    """(name, text) for the file `path`, or for every UTF-8 file below it, in order of name."""
     if not path.exists():
         raise NotFoundError(f"no corpus at {path}: give a text file or a folder of them")
     stdlib = path == standard_library()
@@ -55,7 +55,7 @@ def is_held_out(name: str) -> bool:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens; any text round-trips."""
+    """Train a byte-level BPE with at most `vocab_size` tokens. Every text round-trips."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -70,7 +70,10 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def prepare(path: Path, folder: Path, vocab_size: int, least: int) -> tuple[np.ndarray, np.ndarray]:
-    """(train, held-out) token ids of a corpus, by the tokenizer in `folder`, trained if missing."""
+    """(train, held-out) token ids of a corpus, with the tokenizer in `folder`.
+
+    A missing tokenizer is trained first.
+    """
     sides: tuple[list[str], list[str]] = [], []
     for name, text in documents(path):
         sides[is_held_out(name)].append(text)

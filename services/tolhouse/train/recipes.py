@@ -1,4 +1,4 @@
-"""Recipes: each is the whole description of one training run."""
+"""Training recipes. A recipe describes one training run completely."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from tolhouse.model.config import ModelConfig, preset
 
 @dataclass(frozen=True)
 class Recipe:
-    """Optimiser and schedule of PAPER section 3; sizes and rates are the recipe's own."""
+    """The optimiser and schedule of the paper, section 3, with the sizes and rates of one run."""
 
     config: ModelConfig
     steps: int
@@ -21,17 +21,18 @@ class Recipe:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     z_loss: float = 1e-6
-    clip_norm: float = 1.0  # the paper is silent
-    autocast: bool = True  # bfloat16 matrix products over fp32 weights; the paper is silent
+    clip_norm: float = 1.0  # our choice; the paper does not say
+    autocast: bool = True  # bfloat16 products of fp32 weights; our choice, the paper does not say
 
     @property
     def step_tokens(self) -> int:
         return self.batch_sequences * self.sequence_tokens
 
 
-# Steps, sequences and tokens of a batch, peak and final rate, warm-up, steps between evaluations.
-_SMALL = (1500, 16, 256, 3e-3, 1e-4, 100, 250)  # ten minutes on a core: kinds at equal parameters
-# The paper's: such a step needs more memory than a GPU has; nothing here divides it.
+# Steps, sequences in a batch, tokens in a sequence, peak rate, final rate, warm-up steps, steps
+# between evaluations.
+_SMALL = (1500, 16, 256, 3e-3, 1e-4, 100, 250)  # ten minutes on one core; compares kinds of models
+# The paper's run. One step exceeds the memory of a GPU, and there is no gradient accumulation.
 _PAPER = (95_000, 256, 2048, 1e-4, 1e-5, 5000, 1000)  # 50B tokens; the batch size is our choice
 RECIPES = {
     "tiny": (200, 8, 128, 3e-3, 3e-4, 20, 50),  # a minute on two cores: loss falls, no sense yet

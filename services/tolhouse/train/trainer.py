@@ -1,7 +1,7 @@
-"""Training: deterministic for a seed, resumable after a kill, with its curve as CSV and PNG.
+"""The trainer: deterministic for a seed, resumable after a kill, with a loss curve as CSV and PNG.
 
-FFN-M reads token ids alone, so each distinct token of a batch goes through it once and its rows are
-used wherever it stands: with 4,096 tokens a step, a third of the work. Rows are `model.rows`.
+FFN-M depends on token ids alone, so the trainer computes `model.rows` once for each distinct token
+of a batch. With 4,096 tokens in a step this is a third of the work.
 """
 
 import csv
@@ -37,22 +37,22 @@ from tolhouse.train import corpus
 from tolhouse.train.recipes import Recipe, recipe
 
 STATE = "training-state.safetensors"
-ESTIMATE_BATCHES = 8  # of held-out windows, for the curve
+ESTIMATE_BATCHES = 8  # batches of held-out windows for each point of the curve
 CARD = """# {kind} model
 
 | | |
 |---|---|
 {table}
 
-`loss.csv` and `loss.png` are the run's curve; their held-out losses are estimates from {estimate:,}
-tokens, the same each time. The model continues text like its data and knows nothing else: it is
-here to show and to test the serving system.
+`loss.csv` and `loss.png` show the loss during training. Their held-out losses are estimates from
+the same {estimate:,} tokens each time. The model continues text that resembles its training data.
+Its purpose is to demonstrate and test the serving system.
 """
 
 
 @dataclass
 class Trainer:
-    """One run of `recipe` over token ids, in folder `out`, which also keeps the state to resume."""
+    """One run of `recipe` on token ids. Writes its checkpoint and its state to folder `out`."""
 
     recipe: Recipe
     train_ids: np.ndarray
@@ -64,10 +64,10 @@ class Trainer:
     device: str = "cpu"
 
     def run(self) -> Evaluation:
-        """Train from the folder's saved state to the last step.
+        """Train from the saved state in the folder, if there is one, to the last step.
 
-        Returns the losses of the whole held-out part by the checkpoint that was saved, as
-        `tolhouse eval` measures them.
+        Returns the losses of the saved checkpoint on the whole held-out text, as `tolhouse eval`
+        measures them.
         """
         recipe = self.recipe
         torch.manual_seed(self.seed)
@@ -117,7 +117,7 @@ class Trainer:
         return evaluate(open_checkpoint(self.out).model().to(self.device), self.valid_ids)
 
     def batch(self, ids: np.ndarray, *seed: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, [B * S] each: windows drawn by `seed`, the same in every run."""
+        """Inputs and targets, [B * S] each, from windows that depend on `seed` alone."""
         size = self.recipe.sequence_tokens
         random = np.random.default_rng(seed)
         starts = random.integers(0, len(ids) - size, self.recipe.batch_sequences)
@@ -132,7 +132,7 @@ class Trainer:
         with torch.autocast(ids_T.device.type, torch.bfloat16, enabled=self.recipe.autocast):
             rows = self.model.rows(unique_U)  # [N, U, D]
             if len(rows):
-                # an embedding lookup per layer: its backward adds up gradients of equal tokens
+                # An embedding lookup. Its backward pass sums the gradients of equal tokens.
                 rows = torch.stack([F.embedding(inverse_T, row_UD) for row_UD in rows])
             logits_TV = self.model(ids_T, positions_T, NoCache(length), rows).float()
         loss = F.cross_entropy(logits_TV, targets_T)
@@ -142,7 +142,7 @@ class Trainer:
 
     @torch.no_grad()
     def estimate(self) -> float:
-        """Mean cross-entropy in nats per token over a few held-out windows, always the same."""
+        """The mean cross-entropy in nats per token over a fixed set of held-out windows."""
         windows = (self.batch(self.valid_ids, 0, 1, index) for index in range(ESTIMATE_BATCHES))
         return float(np.mean([self.loss(*window, z_loss=False).item() for window in windows]))
 
@@ -151,7 +151,7 @@ class Trainer:
         return {"recipe": repr(self.recipe), "seed": str(self.seed), "train_tokens": tokens}
 
     def save(self, step: int) -> None:
-        """Weights and optimiser moments as safetensors: a kill leaves the old file or the new."""
+        """Save weights and optimiser moments as safetensors, replacing the old file atomically."""
         tensors = {}
         for name, p in self.model.named_parameters():
             state = self.optimizer.state[p]
@@ -163,7 +163,7 @@ class Trainer:
 
     @torch.no_grad()
     def resume(self) -> int:
-        """Load the saved state if there is one; returns the number of steps already done."""
+        """Load the saved state if there is one; returns the number of completed steps."""
         file = self.out / STATE
         if not file.exists():
             return 0
@@ -188,7 +188,10 @@ class Trainer:
 
 
 def initialise(model: Transformer) -> None:
-    """Normal(0.02), and less into the residual stream, as in GPT-2; the paper is silent."""
+    """Initialise with Normal(0.02), scaled down for projections into the residual stream.
+
+    GPT-2 does the same. The paper does not say.
+    """
     small = 0.02 / math.sqrt(2 * model.config.num_hidden_layers)
     for name, p in model.named_parameters():
         if p.dim() == 2:
@@ -197,7 +200,7 @@ def initialise(model: Transformer) -> None:
 
 
 def rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then cosine from the peak to the final rate."""
+    """The learning rate: a linear warm-up, then a cosine from the peak to the final rate."""
     peak, final, warmup = recipe.peak_rate, recipe.final_rate, recipe.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -206,11 +209,11 @@ def rate(recipe: Recipe, step: int) -> float:
 
 
 class Curve:
-    """loss.csv and loss.png of a run. A resumed run drops the rows past its first step."""
+    """The files loss.csv and loss.png of a run. A resumed run drops rows past its first step."""
 
     def __init__(self, out: Path, first: int) -> None:
         self.file = out / "loss.csv"
-        self.rows: list[list[str]] = []  # step, tokens, loss, held-out loss if measured
+        self.rows: list[list[str]] = []  # step, tokens, loss, held-out loss or ""
         if first and self.file.exists():
             with self.file.open(newline="") as file:
                 self.rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= first]
@@ -220,7 +223,7 @@ class Curve:
         self.rows.append([str(step), str(tokens), str(round(loss, 5)), rounded])
 
     def held_out(self) -> list[tuple[int, float]]:
-        """Tokens and held-out loss of each evaluation."""
+        """The tokens and the held-out loss at each evaluation."""
         return [(int(tokens), float(loss)) for _, tokens, _, loss in self.rows if loss]
 
     def write(self) -> None:
@@ -251,7 +254,7 @@ class Curve:
 
 
 def train_checkpoint(name: str, options: TrainConfig) -> None:
-    """Train recipe `name`, or continue a run that was interrupted, and write its model card."""
+    """Train recipe `name`, or resume an interrupted run, and write the model card."""
     chosen = recipe(name, options.kind, options.beta)
     if options.kind != "flex" and options.ffn_c != "linear":
         has = f"a {options.kind} model has no FFN-C"
@@ -289,7 +292,7 @@ def train_checkpoint(name: str, options: TrainConfig) -> None:
         f"parameters), context {config.max_position_embeddings}",
         "parameters": f"{total:,} without embeddings, {active:,} of them active in a worker",
         "data": f"{text}, {tokens:,} tokens; "
-        "about one piece in forty of its 20,000-character pieces held out",
+        "about one in forty of its 20,000-character pieces held out",
         "trained on": f"{seen:,} tokens ({seen / tokens:.1f} passes), "
         f"{steps} steps of {chosen.step_tokens:,}",
         "held-out loss": f"{held_out.loss:.4f} nats per token, perplexity "
