@@ -242,9 +242,9 @@ def test_the_generated_code_is_that_of_the_protos(tmp_path: Path) -> None:
 
 
 def test_readme_names_every_file() -> None:
-    """The tree in README.md has a line for each file and folder of the package."""
-    readme = (ROOT / "README.md").read_text()
+    """The tree in docs/architecture.md has a line for each file and folder of the package."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
     names = {p.name for p in modules() if p.name != "__init__.py"} | {
         p.name for p in SOURCES.iterdir() if p.is_dir() and p.name != "__pycache__"
     }
-    assert set() == {name for name in names if name not in readme}
+    assert set() == {name for name in names if name not in page}
