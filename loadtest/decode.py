@@ -67,7 +67,9 @@ def contenders(
     limits = {"vocab_size": VOCABULARY, "max_position_embeddings": 8192}
     base, memory = (preset(preset_name, kind, **limits) for kind in ("base", "memory"))
     manifest = alike(memory, "int8", frequent)
-    models = {s.kind: Checkpoint(random_weights(folder / s.kind, s), s) for s in (base, memory)}
+    models = {
+        s.kind: Checkpoint(random_weights(folder / s.kind, s), s, s.kind) for s in (base, memory)
+    }
     compiled = {k: CompiledDecode(model, torch.float32, COMPILED) for k, model in models.items()}
     with ExitStack() as stack:
         for one in compiled.values():

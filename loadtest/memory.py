@@ -35,7 +35,9 @@ def memory_ratio(name: str, *, tied: bool) -> float:
             options = ["--listen", "127.0.0.1:0", "--compile", "never"]
             options += ["--row-cache-megabytes", str(CACHE_MEGABYTES)]
             if shape.num_rows:
-                options += stack.enter_context(_lookup(Path(folder), Checkpoint(path, shape)))
+                options += stack.enter_context(
+                    _lookup(Path(folder), Checkpoint(path, shape, path.name))
+                )
             worker = stack.enter_context(process("worker", str(path), *options))
             resident[kind] = _after_request(worker.address, worker.pid)
     ratio = resident["memory"] / resident["base"]

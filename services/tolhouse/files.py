@@ -1,6 +1,7 @@
 """Files that can be replaced while they are in use: certificates, tokens, keys."""
 
 import fcntl
+import json
 import logging
 import os
 import secrets
@@ -10,9 +11,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from tolhouse.errors import InUseError, InvalidArgumentError
+from tolhouse.errors import InUseError, InvalidArgumentError, NotFoundError
 from tolhouse.logs import event
 
 T = TypeVar("T")
@@ -86,6 +87,21 @@ def read_file(path: str, what: str) -> bytes:
         raise InvalidArgumentError(
             f"{what} {path} can't be read: {error.strerror or error}"
         ) from None
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file in UTF-8 or UTF-16, with or without a byte order mark.
+
+    NotFoundError without the file; InvalidArgumentError if it can't be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise NotFoundError(f"there is no file {path}") from None
+    except OSError as error:
+        raise InvalidArgumentError(f"{path} can't be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"{path} is not JSON: {error}") from None
 
 
 def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:

@@ -159,7 +159,8 @@ def test_tensors_have_the_names_of_the_docstring(tmp_path: Path) -> None:
         f"{layer}ffn_m.norm.weight",
         *(f"{layer}ffn_m.mlp.{x}_proj.weight" for x in ("gate", "up", "down")),
     }
-    files = {"config.json", "model.safetensors", "tokenizer.json"}
+    configs = {"config.json", "generation_config.json", "tokenizer_config.json"}
+    files = {*configs, "model.safetensors", "tokenizer.json"}
     assert files == {file.name for file in path.iterdir()}  # and nothing else
 
 

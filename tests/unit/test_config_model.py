@@ -28,6 +28,7 @@ WRONG = {
     **dict.fromkeys(("kind", "ffn_c"), NO_STRING),
     **dict.fromkeys(("rope_theta", "rms_norm_eps"), NO_NUMBER),
     "tie_word_embeddings": [1, 0, "true", None],
+    "eos_token_id": [True, 1.0, "1", [True], [1.0], ["1"], [None], [[1]], -1, [-1], {}],
 }
 
 
@@ -77,14 +78,15 @@ def test_a_field_of_another_type_is_refused_by_name(data: st.DataObject) -> None
     [
         ({"kind": "moe"}, "kind: Input should be 'base', 'memory', 'flex' or 'wide', not 'moe'"),
         ({"model_type": "llama"}, "model_type must be 'memoryllm', not 'llama'"),
-        ({"surplus": 1}, "surplus: Unexpected"),
+        ({"surplus": 1}, "surplus is 1, which a memoryllm model does not support: .*or remove it"),
         ({"vocab_size": 0}, "vocab_size: .* greater than or equal to 1, not 0"),
         ({"vocab_size": 2**31 + 1}, "vocab_size: .* less than or equal to"),
         ({"hidden_size": 97}, "multiple of num_attention_heads"),
         ({"beta": 1}, "beta is 1, 2 or 3 for flex"),
         ({"kind": "flex", "beta": 4}, "beta is 1, 2 or 3 for flex"),
         ({"kind": "flex", "beta": 1, "ffn_c": "conv"}, "ffn_c: .*'linear' or 'swiglu'"),
-        ({"eos_token_id": 10**6}, "eos_token_id must lie in the vocabulary"),
+        ({"eos_token_id": 10**6}, "eos_token_id 1000000 must be below vocab_size 1024"),
+        ({"eos_token_id": [0, 1024]}, "eos_token_id 1024 must be below vocab_size 1024"),
     ],
 )
 def test_a_config_that_can_not_be_is_refused(changes: dict, message: str) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint: a folder of config.json, model.safetensors and tokenizer.json; no pickles.
+"""A checkpoint: a folder with config.json, model.safetensors and tokenizer.json; no pickles.
 
 Tensor names are LLaMA's; FFN-M adds its own. `{i}` counts layers:
 
@@ -9,10 +9,13 @@ Tensor names are LLaMA's; FFN-M adds its own. `{i}` counts layers:
     model.layers.{i}.mlp.{gate,up,down}_proj.weight            [K, D] [D, K]  base, flex with swiglu
     model.layers.{i}.mlp.maps.{j}.weight                       [D, D]         flex, linear, j < beta
     model.layers.{i}.ffn_m.norm.weight                         [D]            memory, flex, wide
-    model.layers.{i}.ffn_m.mlp.{gate,up,down}_proj.weight      [K, D] [D, K]  (wide: i = 0 alone)
+    model.layers.{i}.ffn_m.mlp.{gate,up,down}_proj.weight      [K, D] [D, K]  wide: i = 0 only
     model.layers.{i}.ffn_scale                                 [D]            wide; was row_scale
     model.norm.weight                                          [D]
     lm_head.weight                                             [V, D]         unless tied
+
+Weights may be in several files that model.safetensors.index.json names. The `eos_token_id` of
+generation_config.json are end tokens, too, unless that of config.json is null.
 """
 
 import hashlib
@@ -22,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,29 +33,28 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from tolhouse.errors import InvalidArgumentError, NotFoundError
+from tolhouse.files import read_json
 from tolhouse.model.config import ModelConfig
 from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
 from tolhouse.model.transformer import Transformer
-from tolhouse.model.weights import DTYPES, WeightsFile
+from tolhouse.model.weights import DTYPES, WEIGHTS, Weights
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose config and tokenizer were read, and whose weights were listed."""
+    """A folder whose config and tokenizer are valid, and whose weights have the right shapes."""
 
     path: Path
     config: ModelConfig
+    name: str  # of the folder, or of the Hugging Face repository
 
     @cached_property
-    def weights(self) -> WeightsFile:
-        return WeightsFile(self.path / WEIGHTS)
-
-    @property
-    def name(self) -> str:
-        return self.path.name
+    def weights(self) -> Weights:
+        return Weights(self.path)
 
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.path / TOKENIZER)
@@ -61,7 +64,7 @@ class Checkpoint:
         return tokenizer_id(self.path / TOKENIZER)
 
     def skeleton(self, ffn_m: bool = True, embedding: bool = True) -> Transformer:
-        """The model without weights, and without FFN-M or the input embedding if not wanted."""
+        """The model without weights; optionally without FFN-M or the input embedding."""
         with torch.device("meta"):
             model = Transformer(self.config)
         if not ffn_m:
@@ -71,7 +74,7 @@ class Checkpoint:
         return model
 
     def load(self, module: nn.Module, prefix: str, dtype: torch.dtype | None = None) -> nn.Module:
-        """Read the weights of `module`, the model's part `prefix`, in `dtype` or as stored.
+        """Read the weights of `module`, the part `prefix` of the model, in `dtype` or as stored.
 
         MismatchError if the file was overwritten since the checkpoint was opened.
         """
@@ -85,7 +88,7 @@ class Checkpoint:
     def model(
         self, ffn_m: bool = True, embedding: bool = True, dtype: torch.dtype = torch.float32
     ) -> Transformer:
-        """The model in `dtype`. Weights of FFN-M or the embedding are not read if not wanted."""
+        """The model in `dtype`; optionally without FFN-M or the input embedding."""
         model = self.skeleton(ffn_m, embedding)
         self.load(model, "", dtype)
         if self.config.tie_word_embeddings and model.embed_tokens:
@@ -94,19 +97,18 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as stored; MismatchError if the file was overwritten since it was opened."""
-        if name == HEAD and self.config.tie_word_embeddings:
-            name = EMBEDDING
-        return self.weights.read(_stored_names(self.weights)[name])
+        tied = name == HEAD and self.config.tie_word_embeddings
+        return self.weights.read(EMBEDDING if tied else name)
 
     def model_id(self) -> str:
-        """64 hex digits over config and all weights: what a table says it was built from."""
+        """64 hex digits over the config and all weights; a table records that of its model."""
         config = _canonical(self.config.to_json())
         return hashlib.sha256(config + f"\n{self.weights.digest()}".encode()).hexdigest()
 
     def rows_id(self) -> str:
-        """64 hex digits over what defines the rows: embedding, per-layer norms, FFN-M weights."""
+        """64 hex digits over all that defines the rows: embedding, norms and weights of FFN-M."""
         digest = hashlib.sha256(_canonical({"rms_norm_eps": self.config.rms_norm_eps}))
-        for name in sorted(_stored_names(self.weights)):
+        for name in sorted(self.weights.tensors):
             if name == EMBEDDING or ".ffn_m." in name:
                 tensor = self.tensor(name)
                 digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -114,43 +116,64 @@ class Checkpoint:
         return digest.hexdigest()
 
     def weight_bytes(self, dense: bool, embedding: bool = True) -> int:
-        """Bytes of all weights as stored; or not `dense`, of those that a worker loads."""
-        head = embedding or self.config.tie_word_embeddings
+        """Bytes of all weights as stored if `dense`, else of the weights that a worker loads."""
+        tied = self.config.tie_word_embeddings
         return sum(
-            self.weights.tensors[stored].bytes
-            for name, stored in _stored_names(self.weights).items()
-            if dense or (".ffn_m." not in name and (head or name != EMBEDDING))
+            tensor.bytes
+            for name, tensor in self.weights.tensors.items()
+            if not (tied and name == HEAD)
+            and (dense or (".ffn_m." not in name and (embedding or tied or name != EMBEDDING)))
         )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`, checked as far as possible without reading weights."""
-    path = Path(path).resolve()
+    """The checkpoint at `path`, checked as far as possible without reading weights.
+
+    NotFoundError if a file is missing; InvalidArgumentError if files are malformed or do not agree.
+    """
+    given, path = Path(path), Path(path).resolve()
     if not path.is_dir():
         files = f"{CONFIG}, {WEIGHTS} and {TOKENIZER}"
         raise NotFoundError(f"no checkpoint at {path}: a checkpoint is a folder with {files}")
-    if not (path / WEIGHTS).is_file():
-        unsafe = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-        others = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in unsafe))
-        hint = "can run code when loaded and is refused: convert it to safetensors"
-        raise NotFoundError(
-            f"checkpoint {path} has no {WEIGHTS}" + (others and f"; {others} {hint}")
-        )
-    try:
-        config = ModelConfig.from_json(json.loads((path / CONFIG).read_text()))
-    except FileNotFoundError:
-        raise NotFoundError(f"checkpoint {path} has no {CONFIG}") from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidArgumentError(f"{path / CONFIG} is not JSON: {error}") from None
-    checkpoint = Checkpoint(path, config)
+    if not (path / CONFIG).is_file():
+        raise NotFoundError(f"checkpoint {path} has no {CONFIG}")
+    config = ModelConfig.from_json(_with_end_tokens(path, read_json(path / CONFIG)))
+    checkpoint = Checkpoint(path, config, checkpoint_name(given))
     if defect := next(_defects(checkpoint.weights, config), None):
-        raise InvalidArgumentError(f"{path / WEIGHTS}{defect}")
+        raise InvalidArgumentError(f"{checkpoint.weights.path}{defect}")
     load_tokenizer(path / TOKENIZER, config.vocab_size)
     return checkpoint
 
 
+def _with_end_tokens(folder: Path, config: Any) -> Any:
+    """The JSON `config` with the end tokens of generation_config.json."""
+    file, key = folder / GENERATION_CONFIG, "eos_token_id"
+    more = read_json(file) if file.is_file() else {}
+    if not isinstance(more, dict):
+        raise InvalidArgumentError(f"{file} must hold a JSON object")
+    if not isinstance(config, dict) or more.get(key) is None or config.get(key, 0) is None:
+        return config
+    both = (config.get(key, []), more[key])
+    return {**config, key: [i for ids in both for i in (ids if isinstance(ids, list) else [ids])]}
+
+
+def checkpoint_name(path: Path) -> str:
+    """The name of a model: that of its folder or link, or of its Hugging Face repository.
+
+    A snapshot in Hugging Face's cache, models--OWNER--NAME/snapshots/COMMIT, is called NAME.
+    """
+    path = path.resolve() if path.name in ("", "..") else path.absolute()
+    cache, parent = path.parent.parent.name, path.parent.name
+    if parent == "snapshots" and cache.startswith("models--"):
+        return cache.rpartition("--")[2]
+    return path.name
+
+
 def save_checkpoint(path: Path, model: Transformer, tokenizer_file: Path) -> None:
-    """Write config, weights in bfloat16 and tokenizer to the folder `path`."""
+    """Write config, weights in bfloat16 and tokenizer to the folder `path`.
+
+    Hugging Face's AutoTokenizer and GenerationConfig can read the folder as well.
+    """
     path.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().bfloat16().contiguous() for name, p in model.named_parameters()}
     state = {_tensor_name(name): tensor for name, tensor in weights.items()}
@@ -158,14 +181,38 @@ def save_checkpoint(path: Path, model: Transformer, tokenizer_file: Path) -> Non
     save_file(state, partial, metadata={"format": "pt"})
     partial.chmod(0o644)  # safetensors makes its files private; a service may run as another user
     partial.replace(path / WEIGHTS)
-    (path / CONFIG).write_text(json.dumps(model.config.to_json(), indent=2) + "\n")
-    if tokenizer_file.resolve() != (path / TOKENIZER).resolve():
-        (path / TOKENIZER).write_bytes(tokenizer_file.read_bytes())
+    for name in (TOKENIZER, TOKENIZER_CONFIG):
+        source = tokenizer_file.with_name(name)
+        if source.is_file() and source.resolve() != (path / name).resolve():
+            (path / name).write_bytes(source.read_bytes())
+    config = model.config.to_json()
+    _write_json(path / CONFIG, config)
+    _write_json(path / GENERATION_CONFIG, {"eos_token_id": config["eos_token_id"]})
+    if not (path / TOKENIZER_CONFIG).exists():
+        _write_json(path / TOKENIZER_CONFIG, _tokenizer_config(path / TOKENIZER, model.config))
+
+
+def _tokenizer_config(tokenizer_file: Path, config: ModelConfig) -> dict[str, Any]:
+    """What AutoTokenizer of transformers needs beside tokenizer.json."""
+    tokenizer = load_tokenizer(tokenizer_file)
+    end = next((tokenizer.id_to_token(i) for i in config.end_token_ids), None)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+        **({"eos_token": end} if end else {}),
+    }
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def torch_device(name: str) -> torch.device:
-    """The device of `--device NAME`; auto: cuda if there is one. InvalidArgumentError without
-    it."""
+    """The device of `--device NAME`, where auto is cuda if there is a GPU, else cpu.
+
+    InvalidArgumentError if this machine does not have the device.
+    """
     on_gpu = torch.cuda.is_available()
     name = ("cuda" if on_gpu else "cpu") if name == "auto" else name
     if re.fullmatch(r"cpu|cuda(:\d+)?" if on_gpu else "cpu", name):
@@ -187,24 +234,29 @@ def _tensor_name(parameter: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def _stored_names(weights: WeightsFile) -> dict[str, str]:
-    """By the name of a tensor, its name in the file, which may be a former one."""
-    return {name.replace(".row_scale", ".ffn_scale"): name for name in weights.tensors}
-
-
-def _defects(weights: WeightsFile, config: ModelConfig) -> Iterator[str]:
-    """What in the weights does not agree with `config`."""
-    expected, stored, kind = tensor_shapes(config), _stored_names(weights), config.kind
-    if missing := sorted(expected.keys() - stored.keys()):
-        yield f" lacks {len(missing)} tensors of a {kind} model, such as {missing[0]}"
-    if extra := sorted(stored.keys() - expected.keys()):
-        yield f" has {len(extra)} tensors that a {kind} model lacks, such as {extra[0]}"
+def _defects(weights: Weights, config: ModelConfig) -> Iterator[str]:
+    """The ways in which the weights contradict `config`."""
+    expected, stored, kind = tensor_shapes(config), set(weights.tensors), config.kind
+    if config.tie_word_embeddings and {HEAD, EMBEDDING} <= stored:
+        if not weights.equal(HEAD, EMBEDDING):
+            hint = f"set tie_word_embeddings to false in {CONFIG}, or remove {HEAD}"
+            yield f": {HEAD} differs from {EMBEDDING}, and {CONFIG} ties the two: {hint}"
+        stored.remove(HEAD)
+    if missing := sorted(expected.keys() - stored):
+        hint = f": set tie_word_embeddings to true in {CONFIG} if the embedding is the head"
+        surplus = sorted(stored - expected.keys())
+        hint = hint if missing == [HEAD] else f"; it has {surplus[0]}" if surplus else ""
+        yield f" lacks {len(missing)} tensors of a {kind} model, such as {missing[0]}{hint}"
+    if extra := sorted(stored - expected.keys()):
+        message = f" has {len(extra)} tensors that a {kind} model lacks, such as {extra[0]}"
+        yield f"{message}: correct {CONFIG}, or remove them"
     for name, shape in expected.items():
-        tensor = weights.tensors[stored[name]]
+        tensor = weights.tensors[name]
         if list(tensor.shape) != shape:
             yield f": {name} has shape {list(tensor.shape)}, {CONFIG} asks for {shape}"
         if tensor.dtype not in DTYPES:
-            yield f": {name} is {tensor.dtype}; allowed are {', '.join(DTYPES)}"
+            allowed = ", ".join(DTYPES)
+            yield f": {name} is {tensor.dtype}; allowed are {allowed}: convert the weights"
 
 
 def _canonical(data: dict) -> bytes:

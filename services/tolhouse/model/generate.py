@@ -32,6 +32,6 @@ def greedy(
         hidden_TD = model.hidden(ids_T, positions_T, cache, rows_of(ids_T))
         position += len(ids_T)
         ids_T = model.lm_head(hidden_TD[-1]).argmax(keepdim=True)
-        if (token := int(ids_T)) == config.eos_token_id and not ignore_eos:
+        if (token := int(ids_T)) in config.end_token_ids and not ignore_eos:
             return
         yield token

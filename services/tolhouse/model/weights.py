@@ -1,6 +1,6 @@
-"""The weights of a checkpoint: a safetensors file, read into the memory of the process.
+"""The weights of a checkpoint: safetensors files, read into the memory of the process.
 
-The file is not mapped. Overwriting or truncating it therefore neither changes weights that were
+The files are not mapped. Overwriting or truncating one therefore neither changes weights that were
 read nor ends the process. Each read checks that the file has not changed since it was opened.
 """
 
@@ -8,6 +8,8 @@ import hashlib
 import json
 import math
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tolhouse.errors import InvalidArgumentError, MismatchError
+from tolhouse.errors import InvalidArgumentError, MismatchError, NotFoundError
+from tolhouse.files import read_json
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_HEADER_BYTES = 100_000_000  # the limit of safetensors
-_READ_BYTES = 1 << 24  # hashed at a time
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_HEADER_BYTES = 100_000_000  # the longest header that safetensors writes
+_READ_BYTES = 1 << 24  # read at a time for hashes and comparisons
+_UNUSED = re.compile(r"(.*\.)?rotary_emb\.\w+")  # buffers that older versions of transformers saved
+_WRAPPERS = re.compile(r"((_orig_mod|module)\.)+")  # prefixes of torch.compile and of DDP
 
 
 class StoredTensor(NamedTuple):
@@ -27,6 +33,64 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     start: int  # in the file
     bytes: int
+
+
+class Weights:
+    """The tensors of a checkpoint folder, by the names in `checkpoint.py`. Threads may share it.
+
+    They are in model.safetensors, or in several files that model.safetensors.index.json names.
+    NotFoundError if a file is missing; InvalidArgumentError if one is malformed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path, wanted = folder / WEIGHTS, dict[str, str]()
+        if not self.path.is_file():
+            self.path, wanted = folder / INDEX, _read_index(folder)
+        names = sorted(set(wanted.values())) or [WEIGHTS]
+        self._files = [WeightsFile(folder / name) for name in names]
+        self._places: dict[str, tuple[WeightsFile, str]] = {}  # by our name: the name in the file
+        for file in self._files:
+            for stored in file.tensors:
+                name = _WRAPPERS.sub("", stored, count=1).replace(".row_scale", ".ffn_scale")
+                if _UNUSED.fullmatch(name) or wanted.get(stored, file.path.name) != file.path.name:
+                    continue
+                if name in self._places:
+                    other = self._places[name][1]
+                    raise InvalidArgumentError(f"{self.path}: {stored} and {other} are one tensor")
+                self._places[name] = file, stored
+        self.tensors = {name: file.tensors[at] for name, (file, at) in self._places.items()}
+        for stored, name in wanted.items():
+            if not any(stored in f.tensors for f in self._files if f.path.name == name):
+                raise InvalidArgumentError(f"{self.path}: {stored} is not in {name}")
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in the dtype of the file; MismatchError if the file was overwritten."""
+        file, stored = self._places[name]
+        return file.read(stored)
+
+    def read_rows(self, name: str, ids: np.ndarray) -> Tensor:
+        """Rows `ids` [T] of a matrix; MismatchError if the file was overwritten."""
+        file, stored = self._places[name]
+        return file.read_rows(stored, ids)
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same dtype, shape and bytes."""
+        if self.tensors[one][:2] != self.tensors[other][:2]:
+            return False
+        parts = [file.chunks(stored) for file, stored in (self._places[one], self._places[other])]
+        return all(left == right for left, right in zip(*parts, strict=True))
+
+    def digest(self) -> str:
+        """64 hex digits over all files; MismatchError if one was overwritten."""
+        digests = [file.digest() for file in self._files]
+        if len(digests) == 1:
+            return digests[0]
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    def check(self) -> None:
+        """MismatchError if a file was overwritten since it was opened."""
+        for file in self._files:
+            file.check()
 
 
 class WeightsFile:
@@ -37,12 +101,14 @@ class WeightsFile:
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
             self._stat = self._now()
-            size = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+            size = int.from_bytes(start := os.pread(self._descriptor, 8, 0), "little")
             text = os.pread(self._descriptor, min(size, _HEADER_BYTES), 8)
         except OSError as error:
             raise self._malformed(error.strerror or str(error)) from None
+        if start == b"version ":
+            raise self._malformed("it is a Git LFS pointer; run `git lfs pull`")
         if len(text) != size:
-            raise self._malformed("it is cut short, or its header is")
+            raise self._malformed("the file or its header is truncated")
         self.tensors = self._parsed(text)
 
     def __del__(self) -> None:
@@ -66,6 +132,14 @@ class WeightsFile:
             self._fill(row, tensor.start + i * width * out.element_size())
         self.check()
         return out
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of a tensor in parts of one size; MismatchError as in `read`."""
+        tensor = self.tensors[name]
+        for done in range(0, tensor.bytes, _READ_BYTES):
+            size = min(_READ_BYTES, tensor.bytes - done)
+            yield os.pread(self._descriptor, size, tensor.start + done)
+        self.check()
 
     def digest(self) -> str:
         """The SHA-256 of the file, 64 hex digits; MismatchError as in `read`."""
@@ -134,3 +208,24 @@ class WeightsFile:
 
     def _malformed(self, why: str) -> InvalidArgumentError:
         return InvalidArgumentError(f"{self.path} is not a safetensors file: {why}")
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """The file of each tensor by model.safetensors.index.json; NotFoundError if one is missing."""
+    path = folder / INDEX
+    if not path.is_file():
+        unsafe = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+        others = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in unsafe))
+        hint = others and f"; {others} can run code when loaded and is refused: convert it"
+        raise NotFoundError(f"checkpoint {folder} has no {WEIGHTS}{hint}")
+    index = read_json(path)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    named = re.compile(r"[^/\\]+\.safetensors").fullmatch
+    if not (files and isinstance(files, dict) and all(named(str(f)) for f in files.values())):
+        expected = "a weight_map from tensors to .safetensors files of its folder"
+        raise InvalidArgumentError(f"{path} must have {expected}")
+    if missing := sorted({f for f in files.values() if not (folder / f).is_file()}):
+        more = f" and {len(missing) - 1} more files" if missing[1:] else ""
+        message = f"checkpoint {folder} lacks {missing[0]}{more}"
+        raise NotFoundError(f"{message}, which {INDEX} names: download the checkpoint again")
+    return files

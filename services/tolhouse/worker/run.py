@@ -156,6 +156,4 @@ def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
         if built != own:
             message = f"table {manifest.ref} was built from {what} {built}"
             hint = "build a table from this checkpoint, or choose another --table"
-            raise MismatchError(
-                f"{message}, but checkpoint {checkpoint.path.name} has {own}: {hint}"
-            )
+            raise MismatchError(f"{message}, but checkpoint {checkpoint.name} has {own}: {hint}")

@@ -21,6 +21,7 @@ from tolhouse.v1 import generation_pb2 as pb
 from tolhouse.v1.generation_pb2_grpc import GenerationServicer
 
 REQUESTS = Counter("tolhouse_worker_requests_total", "Generate calls by gRPC status", ["status"])
+NO_TOKEN = 2**32 - 1  # as `eos_token_id` of a model without an end token
 MAX_REQUEST_ID = 256  # characters; the id appears in the log
 _AS_COMPUTED = ("fp32", "fp16", "bf16")  # codecs that at most round rows to 16 bits
 
@@ -38,7 +39,7 @@ class WorkerService(GenerationServicer):
             "vocab_size": self.config.vocab_size,
             "row_layers": self.config.num_rows,
             "most_sequences": engine.scheduler.max_running + engine.max_waiting,
-            "eos_token_id": self.config.eos_token_id,
+            "eos_token_id": next(iter(self.config.end_token_ids), NO_TOKEN),
             "features": FEATURES,
             "weight_bytes": checkpoint.weight_bytes(dense=False, embedding=embedding),
             "dense_weight_bytes": checkpoint.weight_bytes(dense=True),
@@ -122,7 +123,7 @@ class WorkerService(GenerationServicer):
         sampling = SamplingParams.from_proto(request)
         check_sampling(self.config, sampling)
         if not sampling.ignore_eos:
-            ends = (*sampling.stop_token_ids, self.config.eos_token_id)
+            ends = (*sampling.stop_token_ids, *self.config.end_token_ids)
             sampling = sampling.model_copy(update={"stop_token_ids": ends})
         loop = asyncio.get_running_loop()
 
