@@ -3,7 +3,7 @@
 import os
 import sys
 
-# as deploy/Dockerfile sets it, so that what the images run is what is measured
+# the allocator settings of deploy/Dockerfile, so that benchmarks measure what the images run
 ALLOCATOR = {
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
@@ -11,5 +11,6 @@ ALLOCATOR = {
 }
 
 _is_program = any(word.startswith("loadtest") for word in sys.orig_argv[1:4])
-if _is_program and "MALLOC_ARENA_MAX" not in os.environ:  # glibc reads them when a process starts
+# glibc reads these variables only when a process starts
+if _is_program and "MALLOC_ARENA_MAX" not in os.environ:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})

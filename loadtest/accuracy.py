@@ -1,11 +1,13 @@
-"""What codecs cost in held-out loss: `python -m loadtest.accuracy [--quick] [--x0] [--orders N]
-[CHECKPOINT …]`.
+"""Measure how much held-out loss each codec adds.
 
-Each checkpoint reads the held-out text of the corpus it was trained on, in windows one after the
-other, with the rows that each codec gives back; with --x0, rows carry X0, which is coded like the
-rest. The differences from fp32 are told with their standard error over the windows. With --orders,
-it is int4 in groups of several sizes instead, over N random orders of the columns: one order's
-rounding is a matter of luck."""
+    python -m loadtest.accuracy [--quick] [--x0] [--orders N] [CHECKPOINT …]
+
+Each checkpoint is evaluated on the held-out text of its training corpus, in consecutive windows,
+with rows that were encoded and decoded by each codec. With --x0, rows include X0, encoded like the
+other blocks. Each codec's difference from fp32 is printed with its standard error over the windows.
+With --orders N, the benchmark measures int4 at several group sizes instead and averages over N
+random column orders, because the rounding error of a single order is noisy.
+"""
 
 import argparse
 import json
@@ -28,7 +30,8 @@ GROUPS = (16, 32, 64, 2**20)
 
 
 def windows(checkpoint: Checkpoint, most: int) -> Tensor:
-    """Held-out token ids [W, WINDOW + 1]: each window's last token is the first of the next one."""
+    """Held-out token ids [W, WINDOW + 1]. The last token of each window is the first of the
+    next."""
     tokenizer = checkpoint.tokenizer()
     texts = [text for name, text in documents(standard_library()) if is_held_out(name)]
     end = tokenizer.token_to_id(END_OF_TEXT)
@@ -40,7 +43,7 @@ def windows(checkpoint: Checkpoint, most: int) -> Tensor:
 
 @torch.inference_mode()
 def losses(model: torch.nn.Module, ids_WS: Tensor, rows_VND: np.ndarray) -> np.ndarray:
-    """Nats per token of each window, with these rows."""
+    """Mean loss of each window with the given rows, in nats per token."""
     rows_NVD = torch.from_numpy(np.ascontiguousarray(rows_VND.swapaxes(0, 1)))
     found = []
     for some_BS in ids_WS.split(8):
@@ -56,7 +59,7 @@ def losses(model: torch.nn.Module, ids_WS: Tensor, rows_VND: np.ndarray) -> np.n
 
 
 def back(name: str, rows: np.ndarray, order: np.ndarray | None = None) -> np.ndarray:
-    """What a codec makes of rows, their columns stored in `order`."""
+    """Rows after encoding and decoding, with their columns stored in `order`."""
     codec = codecs.codec(name)
     if order is None:
         return codec.decode(codec.encode(rows)).astype(np.float32)
@@ -73,7 +76,7 @@ def measure(path: Path, most: int, orders: int, x0: bool) -> dict[str, float]:
     exact = losses(model, ids_WS, rows)
     nats = exact.mean()
     size = f"{len(ids_WS)} windows of {WINDOW}"
-    print(f"{path.name}: {size}, fp32 {nats:.4f} nats, perplexity {math.exp(nats):.3f}")
+    print(f"{path.name}: {size}, fp32 loss {nats:.4f} nats, perplexity {math.exp(nats):.3f}")
     found = {}
 
     def tell(label: str, results: list[np.ndarray]) -> None:
@@ -85,7 +88,7 @@ def measure(path: Path, most: int, orders: int, x0: bool) -> dict[str, float]:
         spread = difference.std(ddof=1) / math.sqrt(len(difference))
         perplexity = math.exp(exact.mean() + difference.mean())
         loss = f"{difference.mean():+10.5f} ± {spread:.5f}   perplexity {perplexity:.3f}"
-        print(f"  {label:18}{loss}   rows' error {error:7.4f}")
+        print(f"  {label:18}{loss}   row error {error:7.4f}")
 
     for name in () if orders else codecs.CODECS:
         tell(name, [back(name, rows)])
@@ -110,10 +113,10 @@ def main() -> None:
         type=Path,
         default=[Path("models/demo-memory"), Path("models/demo-flex")],
     )
-    parser.add_argument("--quick", action="store_true", help="fewer windows")
-    parser.add_argument("--x0", action="store_true", help="rows carry X0")
+    parser.add_argument("--quick", action="store_true", help="evaluate fewer windows")
+    parser.add_argument("--x0", action="store_true", help="include X0 in the rows")
     parser.add_argument(
-        "--orders", type=int, default=0, help="orders of the columns to try int4's groups with"
+        "--orders", type=int, default=0, help="random column orders for int4's group sizes"
     )
     given = parser.parse_args()
     most = 32 if given.quick else 10_000

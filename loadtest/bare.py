@@ -1,10 +1,10 @@
-"""gRPC with nothing behind it, to measure against: `python -m loadtest.bare bare|naive` serves,
-`server()` starts one.
+"""Minimal gRPC servers that serve as baselines. `python -m loadtest.bare bare|naive` runs one in
+the foreground; `server()` starts one as a subprocess.
 
-The bare one gives a stream's messages back (`Echo`) and answers a number with so many bytes
-(`Bytes`), without protobuf and with the options of our own services. The naive one is a lookup as
-one would write it first (`Rows`): one unary answer, a generated message around joined rows, nothing
-tuned."""
+The bare server uses the options of Tolhouse's services but no protobuf: `Echo` returns each message
+of a stream, and `Bytes` returns the requested number of bytes. The naive server is an untuned
+lookup service: `Rows` answers with one unary generated message that contains the concatenated rows.
+"""
 
 import asyncio
 import queue
@@ -81,7 +81,7 @@ class Bare:
 
 
 class Naive:
-    """A client of the naive one."""
+    """A client of the naive server."""
 
     def __init__(self, target: str) -> None:
         read, write = lookup_pb2.FetchReply.FromString, lookup_pb2.FetchRequest.SerializeToString
@@ -96,7 +96,7 @@ class Naive:
 
 @contextmanager
 def server(kind: Literal["bare", "naive"]) -> Iterator[str]:
-    """One of the servers as a process, until the block ends; its address."""
+    """Run a server as a subprocess for the duration of the block and yield its address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "loadtest.bare", kind], stdout=subprocess.PIPE, text=True
     )

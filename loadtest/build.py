@@ -1,14 +1,17 @@
-"""Building a table against the bare time of computing its rows.
+"""Compare the time of building a table with the time of computing its rows.
 
     python -m loadtest.build [--quick]
 
-A random model with the FFNs of the paper's 250M (h = 960, K = 2560), a local Ray with a one-thread
-worker per core, and a Redis on loopback. In turn: `model.rows` over the vocabulary by the same
-workers in the same batches, and the build job into files, or into files and Redis, from its first
-task to the committed manifest. Ray's start and loading the model come before; the time of a whole
-`tolhouse build` is printed too. Memory is the peak of a worker process above what it has with the
-model loaded, over the bound: four shards and 300 MB. Prints medians and, last, one line of JSON
-with the ratios; those without a codec in their name are the worst.
+The model has random weights and the FFNs of the paper's 250M model (h = 960, K = 2560). Ray runs
+locally with one single-threaded worker per core, and Redis runs on loopback. Each round measures
+`model.rows` over the vocabulary with the same workers and batches, and then the build job, from its
+first task to the committed manifest, into files and into files plus Redis. These times exclude
+starting Ray and loading the model. The full benchmark also prints the time of one complete
+`tolhouse build`.
+
+Memory is a worker process's peak resident memory above its resident memory with the model loaded,
+divided by the bound: four shards plus 300 MB. The output is a table of medians and a final line of
+JSON with ratios. Ratios without a codec in their names are the worst over all codecs.
 """
 
 import argparse
@@ -35,11 +38,11 @@ from tolhouse.testing import redis_server, tiny_model
 from tqdm import tqdm
 
 CODECS = ("bf16", "int8", "int4")
-SHARDS = 16  # of whole batches; a padded last batch costs 2% at 128k tokens in 64 shards
+SHARDS = 16  # all batches are full; a padded last batch costs 2% at 128k tokens in 64 shards
 
 
 def bare(path: str, model_id: str, ids: np.ndarray) -> int:
-    """Compute rows, and drop them."""
+    """Compute rows and discard them."""
     return sum(len(rows) for _, rows in source_of(path, model_id, ()).batches(ids))
 
 
@@ -50,14 +53,15 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def peaks(path: str, folder: str, told: "multiprocessing.Queue[dict]") -> None:
-    """For each codec: bytes above the loaded model while half the shards are built; the bound."""
+    """For each codec, put the peak bytes above the loaded model while building half the shards, and
+    the bound."""
     found = {}
     for codec in CODECS:
         planned = plan(open_checkpoint(path), f"peak-{codec}", codec, SHARDS)
-        # the model is loaded, and has computed
+        # load the model and run it once before the first measurement
         next(source_of(path, planned.model_id, planned.blocks).batches(planned.shard_ids(0)))
         before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak resident memory
         build_shards(path, planned, list(range(SHARDS // 2)), (f"file://{folder}",), 10.0)
         shard = len(planned.shard_ids(0)) * planned.record_bytes
         found[codec] = _status("VmHWM") - before, 4 * shard + (300 << 20)
@@ -80,7 +84,8 @@ def measure(
     def compute() -> None:
         ray.get([remote.remote(str(path), checkpoint.model_id(), ids) for ids in halves])
 
-    plans = {codec: plan(checkpoint, codec, codec, SHARDS) for codec in CODECS}  # reads the model
+    # hashes the model's weights
+    plans = {codec: plan(checkpoint, codec, codec, SHARDS) for codec in CODECS}
 
     def table(codec: str, *, redis: bool) -> None:
         planned = replace(plans[codec], name=f"bench{time.monotonic_ns()}")
@@ -90,16 +95,16 @@ def measure(
     contenders: dict[str, Callable[[], None]] = {"model.rows": compute}
     for codec in CODECS:
         contenders[codec] = partial(table, codec, redis=False)
-        if codec == "bf16" or not quick:  # the one with the most bytes
+        if codec == "bf16" or not quick:  # bf16 has the largest records
             contenders[f"{codec}, Redis too"] = partial(table, codec, redis=True)
     compute()
-    table("bf16", redis=False)  # the workers load the model
+    table("bf16", redis=False)  # makes the workers load the model
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in tqdm(range(rounds), desc="rounds", leave=False):
         for name, work in contenders.items():
             times[name].append(seconds(work))
     found = {name: statistics.median(values) for name, values in times.items()}
-    print(f"{vocabulary} rows, {workers} workers, medians of {rounds}")
+    print(f"{vocabulary} rows, {workers} workers, medians of {rounds} rounds")
     for name, median in found.items():
         print(f"  {name:18} {median:8.2f} s   {median / found['model.rows']:6.3f}")
     return {name: median / found["model.rows"] for name, median in found.items()}
@@ -108,7 +113,9 @@ def measure(
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--quick", action="store_true", help="fewer layers and rounds: a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer layers and rounds; takes about a minute"
+    )
     quick = parser.parse_args().quick
     layers, vocabulary, rounds = (2, 12_288, 2) if quick else (4, 16_384, 5)
     set_ray_defaults(local=True)
@@ -134,13 +141,13 @@ def main() -> None:
         above = told.get(timeout=300)
         child.join()
         for codec, (most, bound) in above.items():
-            peak = f"peak {most / 1e6:.0f} MB above the model, bound {bound / 1e6:.0f} MB"
+            peak = f"peak memory {most / 1e6:.0f} MB above the model, bound {bound / 1e6:.0f} MB"
             print(f"  {codec:18} {peak}")
         if not quick:
             words = f"-m tolhouse.cli build {path} --store file://{folder}/whole".split()
             command = [sys.executable, *words]
             whole = seconds(lambda: subprocess.run(command, check=True, capture_output=True))
-            print(f"  `tolhouse build`, Ray's start and all: {whole:.1f} s")
+            print(f"  `tolhouse build`, including Ray's start: {whole:.1f} s")
     both = {name: ratio for name, ratio in ratios.items() if name.endswith("Redis too")}
     result = {
         "build_vs_compute": max(ratios[codec] for codec in CODECS),

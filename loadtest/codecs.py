@@ -1,11 +1,12 @@
-"""Whether a codec's decoding costs more than the bytes it saves.
+"""Compare each codec's decoding time with the fetch time that its smaller records save.
 
     python -m loadtest.codecs [--quick]
 
-First each codec by itself: bytes, encoding, and decoding of a batch by numpy (as the SDK does) and
-by torch (as the worker does). Then fetch and decode together, through a lookup service over a Redis
-of its own, the codecs in turn on the same ids. Prints medians and, last, one line of JSON: how many
-times faster than bf16 the rows are there. Only ratios within a run are comparable.
+The first part measures each codec alone: record size, encoding time, and the time to decode a batch
+with numpy (as in the SDK) and with torch (as in the worker). The second part measures fetching and
+decoding together, through a lookup service over Redis, with the codecs interleaved on the same ids.
+The output is a table of medians and a final line of JSON with the speed-ups over bf16 in the second
+part. Compare only ratios within a run.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from loadtest import tables
 
 VOCABULARY, LAYERS, HIDDEN = 512, 24, 2048  # the rows of the paper's 1B model
 IDS = 32
-BUILT_TOGETHER = 128  # rows that the builder encodes at a time
+BUILT_TOGETHER = 128  # rows that the builder encodes per call
 
 
 def manifest_of(codec: str) -> Manifest:
@@ -43,7 +44,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def medians(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each contender over interleaved rounds, after one that does not count."""
+    """Median seconds of each contender over interleaved rounds, after one unmeasured round."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for number in tqdm(range(rounds + 1), desc="rounds", leave=False):
         for name, work in contenders.items():
@@ -62,12 +63,12 @@ def on_threads(count: int, work: Callable[[], object]) -> Callable[[], object]:
 
 
 def alone(rounds: int) -> None:
-    """Print what each codec costs by itself."""
+    """Print the cost of each codec alone."""
     random = np.random.default_rng(0)
     many = random.standard_normal((BUILT_TOGETHER, LAYERS, HIDDEN), np.float32)
     batch, ids = many[:IDS], np.arange(IDS, dtype=np.uint32)
-    print(f"rows of {LAYERS} x {HIDDEN}: microseconds per row")
-    print(f"{BUILT_TOGETHER} rows are encoded and {IDS} decoded together")
+    print(f"rows of {LAYERS} x {HIDDEN} values: microseconds per row")
+    print(f"batches of {BUILT_TOGETHER} rows for encoding and {IDS} for decoding")
     columns = f"{'bytes':>9}{'encode':>9}{'(ns/value)':>12}{'numpy':>9}"
     print(f"  {'':6}{columns}{'torch, 1 thread':>18}{'2 threads':>12}")
     encoders = {name: lambda c=codec: c.encode(many) for name, codec in CODECS.items()}
@@ -90,7 +91,7 @@ def alone(rounds: int) -> None:
 
 
 def fetched(rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds from ids to float32 rows, by codec, of hot rows and of rows from Redis."""
+    """Median seconds from ids to float32 rows, by source (hot or Redis) and codec."""
     random = np.random.default_rng(1)
     found: dict[str, dict[str, float]] = {}
     with redis_server() as url:
@@ -117,13 +118,15 @@ def fetched(rounds: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: done within a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds; takes less than a minute"
+    )
     rounds = 40 if parser.parse_args().quick else 400
     threads = torch.get_num_threads()
     alone(rounds)
     torch.set_num_threads(threads)
     ratios: dict[str, float] = {}
-    print(f"{IDS} ids to float32 rows, fetch and decode: milliseconds, and times as fast as bf16")
+    print(f"{IDS} ids to float32 rows, fetch and decode: milliseconds, speed-up over bf16")
     for how, times in fetched(rounds).items():
         for name, median in times.items():
             ratio = times["bf16"] / median

@@ -1,10 +1,13 @@
-"""The worker's engine, side by side: `python -m loadtest.decode [--preset 250m] [--quick]`.
+"""Compare the worker's engine with MemoryLLM rows and with a dense model.
 
-Contenders: a dense base model, and a MemoryLLM of the same size whose rows (int8, row cache of a
-tenth of the table) come over TCP from a lookup service that holds two thirds of them in memory,
-from files, or are all resident. They run in turn in one process, a few steps each: ratios within a
-run mean something, times of two runs do not. Weights are random; token ids are replayed from real
-text, so that rows repeat as in real use. Prints a table and, last, one line of JSON.
+    python -m loadtest.decode [--preset 250m] [--quick]
+
+There are four contenders. `base` is a dense model. The others are a MemoryLLM of the same size with
+int8 rows. `remote` fetches rows over TCP from a lookup service that holds two thirds of them in
+memory, and has a row cache of a tenth of the table. `file` reads rows from files with the same
+cache. `resident` keeps all rows in memory. The contenders run in turn, so that ratios within a run
+are meaningful; times of different runs are not comparable. Weights are random. Token ids come from
+real text, so that rows repeat as in real use. The output is a table and a final line of JSON.
 """
 
 import argparse
@@ -39,20 +42,21 @@ from loadtest.tables import alike, served
 from loadtest.text import trace
 
 CPU = torch.device("cpu")
-VOCABULARY = 32_768  # of a BPE of the text at hand
+VOCABULARY = 32_768  # of a BPE tokenizer trained on the text
 PROMPT, ANSWER = 64, 64  # tokens
 COMPILED = WorkerConfig.model_fields["compile_cache"].default
-SLICE = 8  # steps of one contender before the next one's turn
+SLICE = 8  # steps of one contender before the next contender runs
 
 
 class Measured(Contender):
-    """A contender that keeps its rates."""
+    """A contender with its measured rates."""
 
     def __init__(self, name: str, engine: Engine, weight_bytes: int) -> None:
         super().__init__(name, engine)
-        self.weight_bytes = weight_bytes  # that each token reads
+        self.weight_bytes = weight_bytes  # bytes of weights that each token reads
         self.rates: dict[int, list[float]] = {}  # tokens per second, by concurrency
-        self.outside: dict[int, float] = {}  # share of a step that is not the model's forward
+        # fraction of a step outside the model's forward, by concurrency
+        self.outside: dict[int, float] = {}
 
     @property
     def seconds(self) -> np.ndarray:
@@ -63,7 +67,7 @@ class Measured(Contender):
 def contenders(
     preset_name: str, folder: Path, frequent: tuple[int, ...]
 ) -> Iterator[dict[str, Measured]]:
-    """By name: base, remote, file, resident."""
+    """The contenders by name: base, remote, file, resident."""
     limits = {"vocab_size": VOCABULARY, "max_position_embeddings": 8192}
     base, memory = (preset(preset_name, kind, **limits) for kind in ("base", "memory"))
     manifest = alike(memory, "int8", frequent)
@@ -87,12 +91,14 @@ def contenders(
         for name, provider in rows.items():
             kind = "base" if name == "base" else "memory"
             engines[name] = engine_of(models[kind], provider, compiled[kind], name)
-        assert all(one.wait() for one in compiled.values()), "there is no compiler"
+        assert all(one.wait() for one in compiled.values()), (
+            "decoding was not compiled: no C++ compiler found"
+        )
         yield engines
 
 
 def rows_of(source: RowSource, manifest: Manifest, share: float) -> CachedRows:
-    """Rows with a cache of a share of the table, filled."""
+    """Rows with a filled cache of a fraction of the table."""
     rows = CachedRows(source, manifest, int(manifest.table_bytes * share), CPU)
     rows.fill()
     if share == 1:
@@ -107,7 +113,7 @@ def engine_of(
     shape = checkpoint.config
     cache = BlockManager(max(64 * (PROMPT + ANSWER), 2 * 4352) // BLOCK_TOKENS)
     pages = PagedKVCache(shape, cache.num_blocks, CPU, torch.float32)
-    pages.keys.zero_()  # as in a worker that has long used all of them
+    pages.keys.zero_()  # touches every page of memory, as in a worker that has run for a long time
     pages.values.zero_()
     model = load(checkpoint, CPU, torch.float32)
     compiled.attach(model)
@@ -116,7 +122,7 @@ def engine_of(
 
 
 def read_bytes(shape: ModelConfig) -> int:
-    """Bytes of 16-bit weights that a token's forward reads: all matrices but the embedding."""
+    """Bytes of 16-bit weights that one token's forward reads: all matrices except the embedding."""
     size = shape.hidden_size
     ffn = 3 * size * shape.intermediate_size if shape.kind == "base" else shape.beta * size**2
     return 2 * (shape.num_hidden_layers * (4 * size**2 + ffn) + shape.vocab_size * size)
@@ -125,7 +131,8 @@ def read_bytes(shape: ModelConfig) -> int:
 def decoding(
     measured: dict[str, Measured], ids: np.ndarray, concurrency: int, rounds: int
 ) -> dict[str, float]:
-    """Ratios of tokens per second: medians over slices that ran one after the other."""
+    """Run all contenders in interleaved slices and return the median ratios of their tokens per
+    second."""
     length, ones = PROMPT + ANSWER, list(measured.values())
     seconds = np.zeros((len(ones), 2))
     for one in ones:
@@ -144,7 +151,7 @@ def decoding(
     for one, (step, forward) in zip(ones, seconds, strict=True):
         one.outside[concurrency] = 1 - forward / step
         rate = f"{statistics.median(one.rates[concurrency]):8.1f} tokens/s"
-        share = f"outside the forward {one.outside[concurrency]:.1%}"
+        share = f"{one.outside[concurrency]:.1%} outside the forward"
         print(f"  {concurrency:3} sequences  {one.name:9} {rate}   {share}")
     rates = {name: np.array(one.rates[concurrency]) for name, one in measured.items()}
     return {
@@ -160,7 +167,7 @@ def decoding(
 def prefilling(
     measured: dict[str, Measured], ids: np.ndarray, length: int, rounds: int
 ) -> tuple[float, float]:
-    """Speed of a prompt with remote rows and with rows from files, against resident ones."""
+    """Prompt speed with remote rows and with rows from files, relative to resident rows."""
     times: dict[str, list[float]] = {name: [] for name in ("remote", "file", "resident")}
     for number in range(rounds):
         start = (number * 7919 + 137 * length) % (len(ids) - length)
@@ -186,8 +193,8 @@ def measure(measured: dict[str, Measured], ids: np.ndarray, *, quick: bool) -> d
         result |= decoding(measured, ids, concurrency, 1 if quick else rounds)
     prompts = [prefilling(measured, ids, n, 1 if quick else 5) for n in (1024, 4096)]
     remote = measured["remote"]
-    weights = f"{remote.weight_bytes / 1e6:.0f} MB of weights a token"
-    print(f"  memory is read at {bandwidth / 1e9:.1f} GB/s, {weights}")
+    weights = f"{remote.weight_bytes / 1e6:.0f} MB of weights per token"
+    print(f"  memory bandwidth {bandwidth / 1e9:.1f} GB/s, {weights}")
     result |= {
         "remote_prefill_vs_resident": min(values[0] for values in prompts),
         "file_prefill_vs_resident": min(values[1] for values in prompts),
@@ -204,13 +211,18 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     presets = "demo", "250m", "750m", "1b"
-    parser.add_argument("--preset", default="250m", choices=presets, help="shape (default 250m)")
-    text = "fewer rounds, no memory of the 1b preset: 90 seconds"
+    parser.add_argument(
+        "--preset", default="250m", choices=presets, help="model shape (default 250m)"
+    )
+    text = "fewer rounds and no memory measurement of the 1b preset; takes 90 seconds"
     parser.add_argument("--quick", action="store_true", help=text)
     options = parser.parse_args()
     source, ids, frequent = trace(VOCABULARY)
     threads = f"{torch.get_num_threads()} threads"
-    print(f"{options.preset}, {VOCABULARY} tokens, {source}, {PROMPT} + {ANSWER} each, {threads}")
+    print(
+        f"{options.preset}, {VOCABULARY} tokens, {source}, "
+        f"{PROMPT} + {ANSWER} tokens per sequence, {threads}"
+    )
     with tempfile.TemporaryDirectory(prefix="tolhouse-decode-") as folder, torch.inference_mode():
         with contenders(options.preset, Path(folder), frequent) as measured:
             result = measure(measured, ids, quick=options.quick)

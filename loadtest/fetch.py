@@ -1,8 +1,11 @@
-"""Rows from row sources, next to Redis alone and bare gRPC: `python -m loadtest.fetch [--quick]`.
+"""Compare row sources with plain Redis and with minimal gRPC servers.
 
-Starts its own Redis servers and lookup services, called over TCP on loopback, measures contenders
-in turn on the same ids, and prints medians and, last, one line of JSON with ratios. More is better
-but for single_vs_echo, batch256_vs_bare and growth. Compare ratios, not times: machines are noisy.
+    python -m loadtest.fetch [--quick]
+
+The benchmark starts its own Redis servers and lookup services and calls them over TCP on loopback.
+Contenders run in turn on the same ids. The output is a table of medians and a final line of JSON
+with ratios. Higher is better, except for single_vs_echo, batch256_vs_bare and growth_*. Compare
+ratios only: absolute times vary between runs.
 """
 
 import argparse
@@ -31,12 +34,13 @@ from loadtest.tables import load, load_plain, manifest_of, service
 from loadtest.text import clairvoyant, trace
 
 Work = Callable[[np.ndarray], object]
-CLIENTS = 4  # processes that fetch at once
-_PAUSE = 0.002  # seconds in which the last contender's threads come to rest
+CLIENTS = 4  # concurrent client processes
+_PAUSE = 0.002  # seconds for the previous contender's threads to become idle
 
 
 def medians(contenders: dict[str, Work], batches: list[np.ndarray], title: str) -> dict[str, float]:
-    """Median seconds per batch of each contender, all of them in turn on each batch; printed."""
+    """Measure and print each contender's median seconds per batch, running all contenders on each
+    batch."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for batch in tqdm(batches, desc=title, leave=False):
         for name, work in contenders.items():
@@ -52,15 +56,18 @@ def medians(contenders: dict[str, Work], batches: list[np.ndarray], title: str) 
 
 
 def in_turn(vocabulary: int, size: int, count: int) -> list[np.ndarray]:
-    """`count` batches of `size` ids that go round the vocabulary: a row comes again late."""
+    """`count` batches of `size` ids that cycle through the vocabulary, so that a row recurs as late
+    as possible."""
     order = np.random.default_rng(0).permutation(vocabulary).astype(np.uint32)
     return [np.take(order, range(n * size, (n + 1) * size), mode="wrap") for n in range(count)]
 
 
 def large_rows(pairs: int) -> dict[str, float]:
-    """32 ids of 96 KiB from each kind of source, against MGET of the same and one naive answer.
+    """Fetch 32 rows of 96 KiB from each kind of source, and compare with `MGET` and a naive gRPC
+    server.
 
-    The lookup services have them hot, or read them from Redis with nothing cached.
+    One lookup service holds all rows in memory. The other reads them from Redis without a useful
+    cache.
     """
     manifest = manifest_of("large", 2048, 96)
     with ExitStack() as stack:
@@ -73,7 +80,7 @@ def large_rows(pairs: int) -> dict[str, float]:
                 load(opened, manifest)
         ids = np.arange(manifest.vocab_size, dtype=np.uint32)
         keys = load_plain(redis, manifest, ids)
-        # in the cold one rows go round: each has left long before it is asked for again
+        # `cold` cycles through more rows than fit in its hot rows, so that every read misses
         hot, cold = (enter(Client(enter(service(url, size)).address)) for size in (250, 32))
         direct_redis, direct_file = (enter(Client(store)) for store in (url, files))
         for part in np.split(ids, 32):
@@ -81,7 +88,7 @@ def large_rows(pairs: int) -> dict[str, float]:
             direct_file.fetch(manifest, part)
         contenders: dict[str, Work] = {
             "Redis MGET": lambda batch: redis.mget([keys[i] for i in batch.tolist()]),
-            "one naive gRPC answer": Naive(enter(server("naive"))).rows,
+            "naive gRPC answer": Naive(enter(server("naive"))).rows,
             "service, hot": lambda batch: hot.fetch(manifest, batch),
             "service, from Redis": lambda batch: cold.fetch(manifest, batch),
             "redis:// directly": lambda batch: direct_redis.fetch(manifest, batch),
@@ -99,7 +106,8 @@ def large_rows(pairs: int) -> dict[str, float]:
 
 
 def small_rows(pairs: int) -> dict[str, float]:
-    """Hot rows of 4 KiB: one against an echo on an open stream, 256 against a unary answer."""
+    """Compare fetching one hot row of 4 KiB with an echo on an open stream, and 256 of them with a
+    unary answer of the same size."""
     manifest = manifest_of("small", 4096, 4)
     payload = bytes(4096)
     with redis_server() as url, closing(open_store(url)) as store, server("bare") as bare:
@@ -135,10 +143,10 @@ def small_rows(pairs: int) -> dict[str, float]:
 
 
 def real_text(row_kib: int) -> dict[str, float]:
-    """Workers with a row cache of a tenth of the table read text, against MGET of the same ids.
+    """Compare a worker that reads real text through a row cache with `MGET` of the same ids.
 
-    The service keeps a third. One worker takes 512 ids at a time, as steps with a prompt do, one
-    32, as steps do in which 32 sequences decode.
+    The row cache holds a tenth of the table, and the service a third. One pass reads 512 ids at a
+    time, as in steps with a prompt; the other reads 32, as in steps that decode 32 sequences.
     """
     source, ids, frequent = trace(32_768)
     manifest = manifest_of("text", 32_768, row_kib, frequent=frequent)
@@ -186,7 +194,7 @@ def real_text(row_kib: int) -> dict[str, float]:
     asked = ids.tolist()
     best, cold_best = clairvoyant(asked, slots, frequent), clairvoyant(asked, slots, ())
     print(
-        f"  hit rate {hit_rate:.4f}; clairvoyant {best:.4f} from the same beginning, "
+        f"  hit rate {hit_rate:.4f}; optimal (Belady) {best:.4f} from the same start, "
         f"{cold_best:.4f} from an empty cache"
     )
     return {
@@ -198,7 +206,8 @@ def real_text(row_kib: int) -> dict[str, float]:
 
 
 def growth(pairs: int) -> dict[str, float]:
-    """Growth of a row's time from Redis, nothing cached, with the vocabulary and the Cluster."""
+    """Ratios of the time to fetch rows from Redis, uncached, for a larger vocabulary and for more
+    Cluster nodes."""
     found = {}
     small, large = manifest_of("v16k", 16_384, 4), manifest_of("v128k", 131_072, 4)
     with redis_server() as url, closing(open_store(url)) as store:
@@ -240,7 +249,7 @@ def _growth(sizes: dict[str, tuple[Client, Manifest]], pairs: int, title: str) -
 
 
 def clients(seconds: float) -> dict[str, float]:
-    """Rows per second of four client processes over those of one, from one lookup service."""
+    """Rows per second of four client processes relative to one, from one lookup service."""
     manifest, rates = manifest_of("clients", 4096, 4), []
     spawn = multiprocessing.get_context("spawn")
     with redis_server() as url, closing(open_store(url)) as store:
@@ -260,7 +269,7 @@ def _rate(address: str, manifest_json: str, seconds: float) -> float:
         batches = in_turn(manifest.vocab_size, 256, 16)
         for batch in batches:
             client.fetch(manifest, batch)
-        time.sleep(0.5)  # until the others are there
+        time.sleep(0.5)  # until the other processes have started
         rows, end = 0, time.perf_counter() + seconds
         while time.perf_counter() < end:
             rows += len(client.fetch(manifest, batches[rows // 256 % 16]))
@@ -274,7 +283,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="fewer pairs and smaller rows of text: done within a minute",
+        help="fewer rounds and smaller rows; takes less than a minute",
     )
     quick = parser.parse_args().quick
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Resident memory of worker processes: MemoryLLM's against a dense model's of the same size."""
+"""Compare the resident memory of a MemoryLLM worker process with that of a dense model's worker."""
 
 import dataclasses
 import re
@@ -23,9 +23,11 @@ PROMPT, ANSWER = 64, 64
 
 
 def memory_ratio(name: str, *, tied: bool) -> float:
-    """VmRSS of a worker of MemoryLLM, its row cache full, over a dense model's, after one request.
+    """VmRSS after one request of a MemoryLLM worker with a full row cache, divided by a dense
+    model's.
 
-    The preset's own vocabulary. Weights are zeros in a file with holes, packed into memory as any.
+    The vocabulary is the preset's own. Weights are zeros in a sparse file, which the worker packs
+    into memory like any others.
     """
     resident = {}
     for kind in ("base", "memory"):
@@ -49,7 +51,8 @@ def memory_ratio(name: str, *, tied: bool) -> float:
 
 @contextmanager
 def _lookup(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:
-    """A lookup service over a table of frequent tokens' rows alone; the worker's options for it."""
+    """Run a lookup service over a table that stores only frequent tokens' rows, and yield the
+    worker's options for it."""
     shape, url = checkpoint.config, f"file://{folder / 'tables'}"
     manifest = alike(shape, "int8", model_id=checkpoint.model_id())
     count = min(int(CACHE_MEGABYTES * 1e6) // manifest.record_bytes, shape.vocab_size)
@@ -67,7 +70,7 @@ def _lookup(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:
 
 
 def _stretch(path: Path, rows: int) -> None:
-    """Let a shard file say that it has so many rows; those that it lacks are a hole."""
+    """Extend a shard file to `rows` rows; the added rows are a hole in the file."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + length].decode()
@@ -81,7 +84,7 @@ def _stretch(path: Path, rows: int) -> None:
 
 
 def _after_request(address: str, pid: int) -> int:
-    """Resident bytes of a worker after a sequence has run."""
+    """Resident bytes of a worker after it has generated one sequence."""
     with Client(address) as client:
         assert len(list(client.generate(range(PROMPT), ANSWER, ignore_eos=True))) == ANSWER
     status = Path(f"/proc/{pid}/status").read_text()

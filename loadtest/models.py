@@ -1,4 +1,4 @@
-"""Checkpoints of random weights for benchmarks, of any shape, written at the disk's speed."""
+"""Write checkpoints of any shape with random or zero weights for benchmarks."""
 
 import json
 import math
@@ -14,7 +14,8 @@ from tolhouse.model.config import ModelConfig
 
 
 def random_weights(path: Path, shape: ModelConfig) -> Path:
-    """A checkpoint in bfloat16: normal(0.02), the same few million numbers over and over."""
+    """Write a bfloat16 checkpoint with normal weights of standard deviation 0.02. All tensors
+    repeat the same 4 million numbers, so that the disk's speed is the limit."""
     if not path.exists():
         path.mkdir(parents=True)
         noise = (torch.randn(2**22, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
@@ -25,7 +26,7 @@ def random_weights(path: Path, shape: ModelConfig) -> Path:
 
 
 def zero_weights(path: Path, shape: ModelConfig) -> Path:
-    """The same, all zeros and a file with holes: of any size at once."""
+    """Write a checkpoint of zeros as a sparse file, which takes no time at any size."""
     path.mkdir(parents=True)
     header, end = {}, 0
     for name, size in tensor_shapes(shape).items():

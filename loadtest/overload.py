@@ -1,15 +1,17 @@
-"""Three times what the system can take: `python -m loadtest.overload [--quick]`.
+"""Send three times the load that the system can handle: `python -m loadtest.overload [--quick]`.
 
-The whole system in this machine's processes, and clients that do not wait (loadtest/serve.py).
-First rates that grow until the rate of good answers does not: the best is the peak. Then three
-times that, and then half of it. Good is an answer that is whole, its first token within
-FIRST_TOKEN_SECONDS. Prints a table and, last, one line of JSON:
+The whole system runs in processes on this machine. Clients send requests at a fixed rate without
+waiting for answers (see loadtest/serve.py). First the rate grows until the rate of good answers
+stops growing; the best value is the peak. Then clients send three times the peak, and finally half
+of it. A good answer is complete and its first token arrives within FIRST_TOKEN_SECONDS. The output
+is a table and a final line of JSON:
 
-  goodput_ratio        good answers a second at three times the peak, over the peak (asked: 0.8)
-  refused_ms           95th percentile of the time until a refusal, 429, arrives
-  memory_growth_mb     growth of the largest process' resident memory during the overload
+  goodput_ratio        good answers per second at three times the peak, over the peak
+                       (required: 0.8)
+  refused_ms           95th percentile of the time until a 429 response arrives
+  memory_growth_mb     largest growth of any process's resident memory during the overload
   recovered_s          seconds after the overload until half the peak is answered well again
-                       (asked: at most 5)
+                       (required: at most 5)
 """
 
 import argparse
@@ -42,7 +44,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--quick", action="store_true", help="6 seconds for each rate in place of 20"
+        "--quick", action="store_true", help="6 seconds for each rate instead of 20"
     )
     seconds = 6.0 if parser.parse_args().quick else 20.0
     with tempfile.TemporaryDirectory(prefix="tolhouse-overload-") as folder:
@@ -62,18 +64,18 @@ def main() -> None:
                     f"{sum(a.error == kind for a in answers)} {kind}"
                     for kind in sorted({a.error for a in answers if a.error})
                 )
-                sent = f"{len(answers):5} sent, {good(answers) / elapsed:6.1f} good a second"
-                print(f"  {rate:6.1f} a second: {sent}   {kinds}", flush=True)
+                sent = f"{len(answers):5} sent, {good(answers) / elapsed:6.1f} good per second"
+                print(f"  {rate:6.1f} per second: {sent}   {kinds}", flush=True)
                 return answers, good(answers) / elapsed
 
-            asyncio.run(run(load, 4.0, 3.0))  # warm
+            asyncio.run(run(load, 4.0, 3.0))  # warm-up
             peak = 0.0
             for rate in (8.0 * 1.5**n for n in count()):
                 best, (answers, rate_of_good) = peak, at(rate)
                 peak = max(peak, rate_of_good)
                 if (
                     good(answers) < 0.9 * len(answers) or rate_of_good < 1.1 * best
-                ):  # it is behind, or gains nothing
+                ):  # the system is saturated, or a higher rate no longer helps
                     break
             before = [process.memory_info().rss for process in processes]
             answers, during = at(3 * peak)

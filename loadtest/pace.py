@@ -1,10 +1,10 @@
-"""What rows cost a worker at an accelerator's pace: `python -m loadtest.pace [--quick]`.
+"""Measure the cost of fetching rows at an accelerator's speed: `python -m loadtest.pace [--quick]`.
 
-The engine's scheduler and row cache (a tenth of the table), over a lookup service through TCP and
-over files, under a forward that is a wait of so many milliseconds: a stand-in for a GPU, which
-leaves the cores free. Rows have the 1b preset's shape in int8, token ids are replayed from real
-text, 64 sequences run at once. Tokens per second against the same engine without rows, in turn.
-Prints a table and, last, one line of JSON.
+The engine's scheduler and row cache (a tenth of the table) read rows from a lookup service over TCP
+and from files. The model's forward is replaced by a wait of fixed length, which stands in for a GPU
+and leaves the cores free. Rows have the shape of the 1b preset in int8, token ids come from real
+text, and 64 sequences run at once. Tokens per second are compared with those of the same engine
+without rows, in interleaved slices. The output is a table and a final line of JSON.
 """
 
 import argparse
@@ -33,14 +33,15 @@ from loadtest.text import trace
 
 CPU = torch.device("cpu")
 VOCABULARY, SEQUENCES, PROMPT, ANSWER = 32_768, 64, 32, 160
-_POLLED = 5e-4  # seconds: the end of a wait for a device is polled, more punctual than a sleep
+_POLLED = 5e-4  # seconds; the end of a wait is polled, because a sleep wakes up late
 LAYERS = 24
-SLICE = 40  # steps of one contender before the other has its turn
+SLICE = 40  # steps of one contender before the next contender runs
 PREFILL_TOKENS, PREFILL_RATE = 4096, 50_000
 
 
 class Paced:
-    """A runner whose forward takes time and no work. Rows are needed after the first of LAYERS."""
+    """A runner whose forward takes time but no processor. Rows are needed after the first of LAYERS
+    layers."""
 
     def __init__(self, rows: RowProvider, seconds: Callable[[int], float]) -> None:
         self.rows, self.seconds, self.until = rows, seconds, 0.0
@@ -79,7 +80,7 @@ def paced(
     milliseconds: float,
     rounds: int,
 ) -> dict[str, float]:
-    """By source, tokens per second over those without rows: medians over slices in turn."""
+    """By source, the median ratio of tokens per second with rows to tokens per second without."""
     rows = {name: rows_of(source, manifest) for name, source in sources.items()}
     for one in rows.values():
         one.fill()
@@ -104,7 +105,7 @@ def paced(
         counts, rate = provider.counts(), statistics.median(rates[one.name])
         fetched = counts["from_remote"] + counts["from_file"]
         cached = counts["from_cache"] / (counts["from_cache"] + fetched)
-        wait = f"{counts['wait_seconds'] / one.engine.steps * 1e3:.2f} ms of a step waited"
+        wait = f"{counts['wait_seconds'] / one.engine.steps * 1e3:.2f} ms of wait per step"
         print(
             f"    {one.name:6} {rate:7.0f} tokens/s, {cached:.1%} of distinct rows cached, {wait}"
         )
@@ -115,7 +116,7 @@ def paced(
 def paced_prefill(
     sources: dict[str, RowSource], manifest: Manifest, ids: np.ndarray, rounds: int
 ) -> dict[str, float]:
-    """The same for one long prompt, nothing of it cached."""
+    """The same ratio for one long prompt with an empty row cache."""
     times: dict[str, list[float]] = {name: [] for name in ("no rows", *sources)}
     for number in range(rounds):
         prompt = ids[number * PREFILL_TOKENS : (number + 1) * PREFILL_TOKENS].tolist()
@@ -138,14 +139,16 @@ def rows_of(source: RowSource, manifest: Manifest) -> CachedRows:
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: within 90 seconds")
-    text = "the lookup service's memory for hot rows (default 1000)"
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds; takes less than 90 seconds"
+    )
+    text = "the lookup service's memory for hot rows, in MB (default 1000)"
     parser.add_argument("--hot-megabytes", type=float, default=1000, help=text)
     options = parser.parse_args()
     source, ids, frequent = trace(VOCABULARY)
     manifest = alike(preset("1b", "memory", vocab_size=VOCABULARY), "int8", frequent)
     size = f"rows of {manifest.record_bytes} bytes, table of {manifest.table_bytes / 1e9:.1f} GB"
-    kept = f"a tenth in the worker, {options.hot_megabytes:g} MB in the service"
+    kept = f"caches: a tenth in the worker, {options.hot_megabytes:g} MB in the service"
     print(f"{source}, {SEQUENCES} sequences, {size}, {kept}")
     with (
         tempfile.TemporaryDirectory(prefix="tolhouse-pace-") as folder,
@@ -153,9 +156,9 @@ def main() -> None:
         torch.inference_mode(),
     ):
         rounds = 1 if options.quick else 3
-        # other text each time: the first, unmeasured, is what a service in use has long seen
+        # each measurement reads new text; the warm-up puts the service into the state of long use
         part = rounds * SEQUENCES * (PROMPT + ANSWER)
-        print("warm-up, which does not count:")
+        print("warm-up, not counted:")
         paced(sources, manifest, ids, 1, rounds)
         result = {}
         for at, milliseconds in ((1, 10), (2, 3)):

@@ -1,10 +1,10 @@
-"""The same fetch over and over, to look at with a profiler: `python -m loadtest.repeat hot|redis
-[SECONDS]`.
+"""Repeat the same fetch for profiling: `python -m loadtest.repeat hot|redis [SECONDS]`.
 
-32 ids of 96 KiB at a time: hot rows, or from Redis with nothing cached. Says "ready" with the
-process ids of client and service once it goes round, and last how many bytes a second it got.
+Each fetch reads 32 rows of 96 KiB, either hot or from Redis without a useful cache. The program
+prints "ready" with the process ids of client and service when the loop starts, and the transfer
+rate when it ends.
 
-    py-spy record --gil -d 5 -p PID -o profile.svg
+  py-spy record --gil -d 5 -p PID -o profile.svg
 """
 
 import os

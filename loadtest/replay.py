@@ -1,4 +1,4 @@
-"""An engine whose sequences replay a text, whatever is sampled, stepped by the benchmark."""
+"""An engine whose sequences replay a given text regardless of what is sampled."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from tolhouse.sampling import SamplingParams
 
 
 class Replayed(Sequence):
-    """A sequence whose answer is given, in `text`."""
+    """A sequence that generates the token ids in `text`."""
 
     text: Iterator[int]
 
@@ -33,16 +33,17 @@ class Contender:
         self.engine.read_mail()
 
     def until_decoding(self) -> None:
-        """Step until every prompt is computed."""
+        """Step until all prompts have been computed."""
         batch, queue = self.engine.scheduler.running, self.engine.scheduler.waiting
         self._run(lambda: not queue and all(s.computed >= s.prompt_tokens for s in batch))
 
     def until_done(self) -> float:
-        """Step until nothing is left to do; seconds."""
+        """Step until no sequence is left, and return the seconds that this took."""
         return self._run(lambda: not self.engine.running and not self.engine.scheduler.waiting)
 
     def rate(self, steps: int) -> float:
-        """Tokens per second over so many steps, or fewer where sequences end before."""
+        """Run at most `steps` steps, fewer if all sequences finish, and return tokens per
+        second."""
         tokens, last = self.engine.tokens, self.engine.steps + steps
         seconds = self._run(lambda: self.engine.steps >= last or not self.engine.running)
         return (self.engine.tokens - tokens) / seconds

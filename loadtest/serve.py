@@ -1,20 +1,22 @@
-"""Load on a gateway, as users make it, and what they get: `python -m loadtest.serve --rate 2,4,8`.
+"""Load-test an OpenAI-compatible server: `python -m loadtest.serve --rate 2,4,8`.
 
-Requests come at random moments, so many a second on average (a Poisson process), whether earlier
-ones are answered or not: load that waits for answers before it asks again hides how long a server
-that is too slow lets people wait. Each asks for a streamed completion of a piece of text, of random
-length, with as many tokens as it says. Needs httpx and numpy, and any server with OpenAI's API.
+Requests arrive at random times with the given average rate (a Poisson process), whether or not
+earlier requests have been answered. A load generator that waits for answers before it sends more
+would hide the latency of an overloaded server. Each request streams a completion of a random piece
+of text, with a random length and number of tokens. The program needs httpx and numpy and works with
+any server that has OpenAI's API.
 
-  good        requests a second that were answered whole, their first token within
-              --first-token-seconds, and the others within --token-seconds of one another on
-              average: goodput
-  first token from sending the request to the first piece of text
-  between     from one piece of text to the next, of all requests
-  whole       from sending the request to the end of its answer
-  errors      answers that were no whole answer, by kind
+  good        goodput: requests per second that were answered completely, with the first token
+              within --first-token-seconds and later tokens within --token-seconds of one
+              another on average
+  first token time from sending the request to the first piece of text
+  between     time from one piece of text to the next, over all requests
+  whole       time from sending the request to the end of its answer
+  errors      requests without a complete answer, by kind
 
-Several rates, with commas between, are tried in turn; the highest whose goodput keeps up with it is
-the server's capacity. Prints a table and, last, one line of JSON."""
+Several rates, separated by commas, are run one after the other. The server's capacity is the
+highest rate that goodput still matches. The output is a table and a final line of JSON.
+"""
 
 import argparse
 import asyncio
@@ -39,7 +41,7 @@ _HEAD = (
 
 @dataclass
 class Load:
-    """What is asked of whom."""
+    """The server, model and requests of a load test."""
 
     url: str
     model: str
@@ -52,7 +54,8 @@ class Load:
 
 @dataclass
 class Answer:
-    """One request, in seconds since it was sent; `error` is empty for a whole answer."""
+    """One request. Times are in seconds since it was sent; `error` is empty for a complete
+    answer."""
 
     pieces: list[float] = field(default_factory=list)
     whole: float = 0.0
@@ -67,7 +70,7 @@ class Answer:
 
 
 async def send(client: httpx.AsyncClient, load: Load, prompt: str, max_tokens: int) -> Answer:
-    """One streamed completion. What goes wrong is told in the answer."""
+    """Send one streamed completion. Failures are recorded in the answer's `error`."""
     body = {
         "model": load.model,
         "prompt": prompt,
@@ -101,18 +104,18 @@ async def send(client: httpx.AsyncClient, load: Load, prompt: str, max_tokens: i
                 if not answer.error and (not ended or answer.tokens != max_tokens):
                     answer.error = "cut short"
     except TimeoutError:
-        answer.error = "not whole at the deadline"
+        answer.error = "incomplete at the deadline"
     except httpx.HTTPError as error:
-        answer.error = "broken off" if answer.pieces else type(error).__name__
+        answer.error = "connection lost" if answer.pieces else type(error).__name__
     except (ValueError, KeyError, TypeError):
-        answer.error = "no answer of OpenAI's API"
+        answer.error = "not an answer of OpenAI's API"
     answer.whole = time.perf_counter() - started
     return answer
 
 
 async def run(load: Load, rate: float, seconds: float, seed: int = 0) -> tuple[list[Answer], float]:
-    """Send `rate` requests a second for so many seconds; their answers, and the seconds until the
-    last one."""
+    """Send `rate` requests per second for `seconds` seconds. Return the answers and the seconds
+    until the last one."""
     rng = np.random.default_rng(seed)
     sent: list[asyncio.Task[Answer]] = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -121,7 +124,7 @@ async def run(load: Load, rate: float, seconds: float, seed: int = 0) -> tuple[l
         headers=load.headers,
         limits=limits,
         timeout=load.deadline_seconds,
-        trust_env=False,  # a proxy would be measured, too
+        trust_env=False,  # a proxy would be part of the measurement
     ) as client:
         started, at = time.perf_counter(), rng.exponential(1 / rate)
         while at < seconds:
@@ -151,7 +154,8 @@ def summary(
     first_token_seconds: float,
     token_seconds: float,
 ) -> dict:
-    """The figures of one rate; times in milliseconds, percentiles of whole answers only."""
+    """The figures of one rate. Times are in milliseconds; percentiles are over complete answers
+    only."""
     whole = [a for a in answers if not a.error]
     times = {
         "first_token_ms": [a.pieces[0] for a in whole if a.pieces],
@@ -197,13 +201,13 @@ def row(found: dict) -> str:
 
 
 def model_of(url: str, headers: dict[str, str]) -> str:
-    """The one model that is served there."""
+    """The name of the only model that the server has."""
     try:
         reply = httpx.get(f"{url}/v1/models", headers=headers, timeout=10, trust_env=False)
         reply.raise_for_status()
         served = [model["id"] for model in reply.json()["data"]]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
-        sys.exit(f"error: no answer of OpenAI's API at {url}/v1/models: {error}")
+        sys.exit(f"error: {url}/v1/models does not answer as OpenAI's API: {error}")
     if len(served) != 1:
         names = ", ".join(served) or "none"
         sys.exit(f"error: {url} serves {len(served)} models; choose one with --model: {names}")
@@ -211,13 +215,13 @@ def model_of(url: str, headers: dict[str, str]) -> str:
 
 
 def text_of(path: str) -> str:
-    """A file's text, or that of the Python files of the standard library."""
+    """The text of a file, or of the standard library's Python files."""
     try:
         files = [Path(path)] if path else sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         text = "\n".join(file.read_text(errors="replace") for file in files)
     except OSError as error:
         sys.exit(f"error: {error}")
-    return text or sys.exit("error: there is no text to make prompts of: give a file with --text")
+    return text or sys.exit("error: there is no text for prompts; give a file with --text")
 
 
 def positive(given: str) -> float:
@@ -238,7 +242,7 @@ def between(given: str) -> tuple[int, int]:
     return int(low), int(high)
 
 
-# as argparse names them in its messages
+# argparse uses these names in its error messages
 positive.__name__, rates.__name__, between.__name__ = (
     "positive number",
     "list of positive numbers",
@@ -257,14 +261,14 @@ def arguments() -> argparse.Namespace:
         type=rates,
         default=[2.0],
         metavar="RATE,…",
-        help="requests a second, or several rates with commas between (default 2)",
+        help="requests per second; several rates are separated by commas (default 2)",
     )
     add(
         "--seconds",
         type=positive,
         metavar="S",
         default=30.0,
-        help="how long each rate is tried (default %(default)g)",
+        help="duration of each rate, in seconds (default %(default)g)",
     )
     for name, default, of in (
         ("--prompt-characters", (40, 400), "prompts (default 40:400)"),
@@ -275,23 +279,23 @@ def arguments() -> argparse.Namespace:
         "--text",
         default="",
         metavar="FILE",
-        help="what prompts are taken from (default: Python's standard library)",
+        help="text from which prompts are cut (default: Python's standard library)",
     )
-    add("--model", default="", help="name of the model (default: the one that is served)")
+    add("--model", default="", help="name of the model (default: the server's only model)")
     add(
         "--key-file",
         default="",
         metavar="FILE",
-        help="a file with the API key, where the server wants one",
+        help="file with the API key, if the server requires one",
     )
     for name, default, text in (
-        ("--first-token-seconds", 1.0, "a good answer's first token comes within"),
-        ("--token-seconds", 0.1, "and each further one, on average, within"),
-        ("--deadline-seconds", 60.0, "when a request is given up"),
+        ("--first-token-seconds", 1.0, "time limit for a good answer's first token"),
+        ("--token-seconds", 0.1, "limit for a good answer's average time between tokens"),
+        ("--deadline-seconds", 60.0, "timeout of a request"),
     ):
         shown = f"{text} (default %(default)g)"
         add(name, type=positive, metavar="S", default=default, help=shown)
-    add("--seed", type=int, default=0, help="same seed, same moments and prompts (default 0)")
+    add("--seed", type=int, default=0, help="random seed for times and prompts (default 0)")
     add("--quick", action="store_true", help="5 seconds for each rate")
     return parser.parse_args()
 
@@ -315,7 +319,7 @@ def main() -> None:
     print(
         f"{model} at {url}: prompts of {load.prompt_characters[0]} to "
         f"{load.prompt_characters[1]} characters, answers of {load.max_tokens[0]} to "
-        f"{load.max_tokens[1]} tokens, {seconds:g} seconds each\n{_HEAD}",
+        f"{load.max_tokens[1]} tokens, {seconds:g} seconds per rate\n{_HEAD}",
         flush=True,
     )
     found = []
@@ -327,7 +331,7 @@ def main() -> None:
         print(row(found[-1]), flush=True)
     print(json.dumps({"model": model, "rates": found}))
     if not any(one["answered"] for one in found):
-        sys.exit("error: no request was answered whole")
+        sys.exit("error: no request was answered completely")
 
 
 if __name__ == "__main__":

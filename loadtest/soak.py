@@ -1,19 +1,22 @@
-"""Mixed load for a long time: does anything grow? `make soak`, or `python -m loadtest.soak
-[--minutes 20]`.
+"""Run mixed load for a long time and test whether anything grows.
 
-The whole system over Redis, in this machine's processes, at about half of what two cores can do:
-streams of random lengths at random moments. Every ten seconds the median time of an answer and the
-resident memory of each process are taken.
+    python -m loadtest.soak [--minutes 20]      # or make soak
 
-A process that is new grows until it has seen its busiest moment and its heap its oddest mixture of
-sizes, which is no leak. So there is a warm-up that does not count: at each lookup service, every
-row, then random ones by several threads, while others ask for what workers ask each second, as
-often as in an hour; then eight minutes of half as many requests more.
+The whole system runs over Redis in processes on this machine, at about half the load that two cores
+can handle. Streams of random lengths start at random times. Every ten seconds the benchmark records
+the median time of an answer and the resident memory of each process.
 
-Prints, for each, the slope of a straight line through what was taken, with its confidence interval,
-and whether zero lies in it; last, one line of JSON. The six intervals hold together with 95%: at
-95% each, every fourth run would find a slope where there is none. That of a memory is no narrower
-than what a single page more does to the slope."""
+A new process grows until it has seen its peak concurrency and its heap has seen every mixture of
+sizes, which is not a leak. A warm-up that does not count therefore comes first. It fetches every
+row from each lookup service, and then random rows from several threads, together with the metadata
+calls that workers make each second, as many as in an hour. Then it sends half as many requests
+again as the measurement for eight minutes.
+
+The output has, for each series, the slope of a fitted line with its confidence interval and whether
+the interval contains zero, and a final line of JSON. The six intervals hold jointly with 95%
+confidence: with 95% each, every fourth run would find a slope where there is none. The interval of
+a memory series is at least as wide as the slope that a single page more produces.
+"""
 
 import argparse
 import asyncio
@@ -34,15 +37,16 @@ CHECKPOINT = Path("models/demo-memory")
 RATE, WINDOW_SECONDS = 10.0, 10.0
 WARM_RATE, WARM_WINDOWS, WARM_FETCHES, WARM_THREADS = 15.0, 48, 30_000, 4
 PAGE_MB = 0.004096
-DEVIATIONS = 2.64  # of a normal distribution: 95% for six at once
+DEVIATIONS = 2.64  # standard deviations of a normal distribution for six joint intervals at 95%
 
 
 def slope(values: list[float], grain: float = 0.0) -> tuple[float, float]:
-    """Per hour, and half of its confidence interval. Neighbours are alike, which is allowed for by
-    their first autocorrelation.
+    """Slope per hour and half the width of its confidence interval. The interval accounts for
+    correlated neighbours by their first autocorrelation.
 
-    `grain`: of what a value is a multiple. The interval is at least the slope that one step of it
-    in the middle makes."""
+    Values are multiples of `grain`. The interval is at least as wide as the slope that one step of
+    `grain` in the middle of the series produces.
+    """
     x, y = np.arange(len(values)) * WINDOW_SECONDS / 3600, np.array(values)
     a, b = np.polyfit(x, y, 1)
     rest = y - (a * x + b)
@@ -54,8 +58,8 @@ def slope(values: list[float], grain: float = 0.0) -> tuple[float, float]:
 
 
 def exercise(target: str, ref: str) -> None:
-    """Fetches as they come under load, as many as in an hour, some at once; and with each third one
-    what workers ask besides, such as what is published."""
+    """Send as many fetches as an hour of load does, several at a time, and with every third fetch a
+    metadata call that workers make, such as reading the published version."""
     with (
         Client(target) as client,
         Client(target) as other,
@@ -89,7 +93,10 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--minutes", type=float, default=20.0, help="how long (default %(default)g)"
+        "--minutes",
+        type=float,
+        default=20.0,
+        help="duration of the measurement (default %(default)g)",
     )
     windows = max(10, round(parser.parse_args().minutes * 60 / WINDOW_SECONDS))
     series: dict[str, list[float]] = {"median answer, ms": []}
@@ -132,8 +139,8 @@ def main() -> None:
             "per_hour": round(rise, 2),
             "margin": round(margin, 2),
         }
-        verdict = "zero lies in it" if abs(rise) <= margin else "it is not zero"
-        hourly = f"{rise:+9.2f} ± {margin:.2f} an hour"
+        verdict = "contains zero" if abs(rise) <= margin else "does not contain zero"
+        hourly = f"{rise:+9.2f} ± {margin:.2f} per hour"
         print(f"{what:20} mean {np.mean(values):8.1f}   {hourly}: {verdict}")
     print(
         json.dumps(

@@ -1,7 +1,10 @@
-"""How long one heavy request keeps others waiting at the gateway: `python -m loadtest.stalls`.
+"""Measure how long one heavy request delays other callers of the gateway.
 
-One connection asks for /version every few milliseconds while another sends a request that is large
-in one way. Shown are the others' median and worst wait, and the processor time that it all took.
+    python -m loadtest.stalls
+
+One connection requests /version every few milliseconds while another sends a request that is large
+in one respect. The output has the median and worst wait for /version, and the gateway's processor
+time.
 """
 
 import json
@@ -37,7 +40,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def measure(cluster: Cluster) -> Iterator[dict[str, Any]]:
-    """A line for each request of REQUESTS."""
+    """The figures of each of REQUESTS, one at a time."""
     gateway = psutil.Process(cluster.processes[-1].pid)
     more: Any = {"base_url": f"http://{cluster.gateway}", "timeout": 300, "trust_env": False}
     with (

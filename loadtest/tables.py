@@ -1,4 +1,5 @@
-"""Tables of random records for benchmarks: intact, and made as fast as they can be stored."""
+"""Tables of random records with valid checksums for benchmarks, written as fast as the store
+allows."""
 
 import time
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ def manifest_of(
     frequent: tuple[int, ...] = (),
     codec: str = "bf16",
 ) -> Manifest:
-    """Rows of `row_kib` KiB in bf16: layers of 4 KiB; 24 are the paper's 1B model."""
+    """A manifest of rows of `row_kib` KiB in bf16, with 4 KiB per layer. The paper's 1B model has
+    24 layers."""
     blocks = tuple(f"ffn.{layer}" for layer in range(row_kib // 4))
     return _manifest(name, codec, vocabulary, blocks, 2048, num_shards=shards, frequent=frequent)
 
@@ -34,7 +36,8 @@ def manifest_of(
 def alike(
     shape: ModelConfig, codec: str, frequent: tuple[int, ...] = (), model_id: str = "0" * 64
 ) -> Manifest:
-    """A table for a model of this shape, named after its kind; with X0 if embeddings are untied."""
+    """A manifest for a model of this shape, named after its kind, with X0 if embeddings are
+    untied."""
     x0 = ["x0"] * (not shape.tie_word_embeddings)
     blocks = (*x0, *(f"ffn.{layer}" for layer in range(shape.num_rows)))
     more = {"frequent": frequent, "model_id": model_id}
@@ -57,7 +60,7 @@ def _manifest(
 
 
 def records_of(manifest: Manifest, ids: np.ndarray) -> np.ndarray:
-    """Intact records of random rows, which a few dozen tokens share."""
+    """Valid records of random rows. Tokens share a few dozen distinct rows."""
     some = np.arange(_DIFFERENT, dtype=np.uint32) % manifest.vocab_size
     shape = _DIFFERENT, manifest.num_blocks, manifest.width
     rows = np.random.default_rng(0).normal(0, 0.02, shape).astype(np.float32)
@@ -65,7 +68,7 @@ def records_of(manifest: Manifest, ids: np.ndarray) -> np.ndarray:
 
 
 def load(store: Store, manifest: Manifest) -> None:
-    """Store the whole table."""
+    """Store a whole table."""
     for shard in range(manifest.num_shards):
         store.write_shard(manifest, shard, records_of(manifest, manifest.shard_ids(shard)))
     commit(store, manifest)
@@ -73,7 +76,8 @@ def load(store: Store, manifest: Manifest) -> None:
 
 @contextmanager
 def service(url: str, hot_megabytes: float, *, filled: bool = False) -> Iterator[Process]:
-    """A lookup service; `filled`: with the frequent tokens' rows of its published table."""
+    """Run a lookup service. With `filled`, wait until it holds the frequent tokens' rows of its
+    published table."""
     options = "--listen", "127.0.0.1:0", "--hot-megabytes", f"{hot_megabytes:g}"
     with process("lookup", "--store", url, *options) as running:
         while filled and "hot rows filled" not in running.log.read_text():
@@ -85,7 +89,7 @@ def service(url: str, hot_megabytes: float, *, filled: bool = False) -> Iterator
 def served(
     folder: Path, manifest: Manifest, hot_megabytes: float
 ) -> Iterator[dict[str, RowSource]]:
-    """Row sources of a table: "remote", a lookup service over TCP, and "file", its files."""
+    """Row sources of a table: "remote" is a lookup service over TCP, and "file" reads its files."""
     url = f"file://{folder}"
     with closing(open_store(url)) as store:
         load(store, manifest)
@@ -99,7 +103,7 @@ def served(
 
 
 def load_plain(redis: Redis, manifest: Manifest, ids: np.ndarray) -> dict[int, str]:
-    """The records of `ids` as plain strings, for MGET; their keys."""
+    """Store the records of `ids` as plain strings for MGET, and return their keys."""
     keys = {i: f"{manifest.name}:{i}" for i in ids.tolist()}
     for start in range(0, len(ids), 64):
         part = ids[start : start + 64]

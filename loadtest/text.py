@@ -1,4 +1,4 @@
-"""Real text as a trace of token ids, and the hit rate of the best possible cache."""
+"""Real text as a sequence of token ids, and the hit rate of an optimal cache."""
 
 import heapq
 from collections import Counter
@@ -8,16 +8,16 @@ import numpy as np
 from tolhouse.train.corpus import documents, standard_library, train_tokenizer
 
 TEXT = Path("../shared/data/wikitext-2-valid.txt")
-# English about Python, which every Python brings along; the corpus of training leaves it out
+# English text that is part of every Python installation; the training corpus excludes it
 PROSE = standard_library() / "pydoc_data" / "topics.py"
 _NEVER = 1 << 60
 
 
 def trace(vocabulary: int) -> tuple[str, np.ndarray, tuple[int, ...]]:
-    """A text's source, the ids of its second half, and those of its first half by frequency.
+    """The text's name, the ids of its second half, and the ids of its first half by frequency.
 
-    The tokenizer is a BPE trained on the text and on the standard library's sources: the text alone
-    does not give so many tokens.
+    The tokenizer is a BPE trained on the text and the standard library's sources, because the text
+    alone is too small for the vocabulary.
     """
     library = [text for _, text in documents(standard_library())]
     source, pieces = "standard library", library
@@ -31,15 +31,13 @@ def trace(vocabulary: int) -> tuple[str, np.ndarray, tuple[int, ...]]:
 
 
 def foreign(wikitext: Path = TEXT) -> tuple[str, Path]:
-    """The name and file of a text unlike that of the demo models' training."""
+    """The name and file of a text unlike the demo models' training text."""
     return ("wikitext-2-valid", wikitext) if wikitext.exists() else ("pydoc's topics", PROSE)
 
 
 def clairvoyant(ids: list[int], slots: int, held: tuple[int, ...]) -> float:
-    """Hit rate of Belady's policy, which knows the future, for a cache that begins with `held`.
-
-    It may decline to keep a row.
-    """
+    """Hit rate of Belady's optimal policy, for a cache that starts with `held`. The policy may
+    choose not to cache a row."""
     following, next_of = [_NEVER] * len(ids), {}
     for place in range(len(ids) - 1, -1, -1):
         following[place] = next_of.get(ids[place], _NEVER)
@@ -55,7 +53,7 @@ def clairvoyant(ids: list[int], slots: int, held: tuple[int, ...]) -> float:
             continue
         elif len(cached) == slots:
             while cached.get(furthest[0][1]) != -furthest[0][0]:
-                heapq.heappop(furthest)  # an entry that has changed since
+                heapq.heappop(furthest)  # a stale entry
             if -furthest[0][0] <= at:
                 continue
             del cached[heapq.heappop(furthest)[1]]

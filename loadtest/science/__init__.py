@@ -1,1 +1,1 @@
-"""The paper's findings at the scale of two cores: SCIENCE.md has what they gave."""
+"""The paper's experiments at a scale that two cores can run. SCIENCE.md has the results."""

@@ -1,8 +1,11 @@
-"""Every table and plot of SCIENCE.md: `make science`, or `python -m loadtest.science [--tokens N]`.
+"""Compute every table and plot of SCIENCE.md.
 
-Sizes against perplexity for both committed checkpoints and many ratios, the survey of their memory,
-the check (check.py), and the kinds from their kept training curves (kinds.py, which also trains
-them). Plots go to loadtest/science/plots; tables are printed.
+    python -m loadtest.science [--tokens N]     # or make science
+
+The tables are: size against perplexity for both committed checkpoints and many compression ratios,
+the survey of their memory, the results of check.py, and the comparison of model kinds from their
+stored training curves (kinds.py, which can also train them). Plots are written to
+loadtest/science/plots, and tables are printed.
 """
 
 import argparse
@@ -21,7 +24,8 @@ RATIOS = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 
 
 def curves(model: Model, most_tokens: int) -> dict[str, list[tuple[float, float]]]:
-    """(times smaller than 16 bit, relative increase of perplexity) by family."""
+    """(size reduction relative to 16 bit, relative increase of perplexity), by family of
+    schemes."""
     head = len(model.rows) // FREQUENT_SHARE
     families = {
         "low rank at 16 bit": [Scheme("bf16", ratio=ratio) for ratio in RATIOS if ratio <= 8],
@@ -73,7 +77,7 @@ def plot(found: dict[str, list[tuple[float, float]]], name: str) -> None:
             label=family,
         )
     axes.set(
-        xlabel="times smaller than 16 bit",
+        xlabel="size reduction relative to 16 bit",
         ylabel="increase of perplexity, %",
         xscale="log",
         yscale="log",
@@ -93,7 +97,10 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--tokens", type=int, default=0, help="held-out tokens for each size; 0: all (default)"
+        "--tokens",
+        type=int,
+        default=0,
+        help="held-out tokens per measurement; 0 means all (default)",
     )
     options = parser.parse_args()
     PLOTS.mkdir(exist_ok=True)

@@ -1,13 +1,15 @@
-"""Compression at home and abroad: `python -m loadtest.science.abroad [--tokens N]`.
+"""Compare compression on in-domain and out-of-domain text.
 
-Frequent tokens and the weights of an SVD come from text like that of training, and its held-out
-part is text of the same kind: home. Abroad is WikiText-2's validation part, where there is a copy
-of it, or else the English of Python's own documentation. Told of both: perplexity over that with
-rows at 16 bit, and what does not depend on which token comes next, KL(exact || compressed) in nats
-a token and how often the likeliest token is the same. Lines with "by it" have their frequencies
-from the second half of the text abroad, of which the first is measured. N tokens of each text are
-measured, in windows of the model's context evenly over it. Prints a table and, last, a line of
-JSON.
+    python -m loadtest.science.abroad [--tokens N]
+
+Token frequencies and the weights of the SVD come from text like the training text. `home` is the
+held-out part of that text. `abroad` is the validation part of WikiText-2 if a copy exists, and
+otherwise the English text of Python's documentation. For both the output has the perplexity with
+rows at 16 bit, the increase of perplexity by each scheme, and two measures that do not depend on
+the actual next token: KL(exact || compressed) in nats per token, and the share of positions with
+the same most likely token. Lines with "by it" use frequencies from the second half of the `abroad`
+text, whose first half is measured. N tokens of each text are measured, in windows of the model's
+context length that are spread evenly over the text. The output is a table and a final line of JSON.
 """
 
 import argparse
@@ -28,13 +30,14 @@ HALF, FREQUENT = "low rank, half", 256
 
 
 def spread(ids: np.ndarray, length: int, most: int) -> np.ndarray:
-    """About `most` ids: windows of `length` ids, evenly over the text, one behind the other."""
+    """About `most` ids: windows of `length` ids, spread evenly over the text and concatenated."""
     windows = ids[: len(ids) // length * length].reshape(-1, length)
     return windows[:: max(1, round(windows.size / most))].ravel()
 
 
 def without_seams(found: Comparison, length: int) -> Comparison:
-    """Without the last token that each window predicts, which is another window's first."""
+    """The comparison without each window's last prediction, whose target belongs to another
+    window."""
     kept = np.arange(1, 1 + len(found.losses)) % length != 0
     return Comparison(
         found.losses[kept], found.targets[kept], found.divergences[kept], found.agrees[kept]
@@ -44,7 +47,7 @@ def without_seams(found: Comparison, length: int) -> Comparison:
 def measure(
     model: Model, tokens: int, text_abroad: tuple[str, Path] | None = None
 ) -> dict[str, dict[str, Comparison]]:
-    """By text, `home` and `abroad`, and by scheme, beside the model's own rows."""
+    """By text (`home` and `abroad`) and scheme, the comparison with the model's own rows."""
     source, path = text_abroad or foreign()
     read, known = read_text(model.checkpoint, path), schemes(len(model.rows))
     length = model.checkpoint.config.max_position_embeddings
@@ -70,8 +73,8 @@ def measure(
         }
         exact, share = found[text]["bf16"], np.isin(ids, frequent).mean()
         print(
-            f"{text}: {named}, {len(exact.losses):,} tokens, {share:.0%} of them of the {FREQUENT} "
-            f"most frequent at home; {exact.loss:.4f} nats each at 16 bit, "
+            f"{text}: {named}, {len(exact.losses):,} tokens, "
+            f"{share:.0%} of them among the {FREQUENT} most frequent at home; {exact.loss:.4f} nats per token at 16 bit, "
             f"perplexity {exact.perplexity:.2f}",
             flush=True,
         )
@@ -79,7 +82,7 @@ def measure(
 
 
 def table(found: dict[str, dict[str, Comparison]]) -> str:
-    """Markdown: a line for each scheme, home beside abroad."""
+    """A Markdown table with a line for each scheme and columns for each text."""
     titles = (f"perplexity {text} | KL | same top token" for text in found)
     lines = [f"| | {' | '.join(titles)} |", "|---" * 7 + "|"]
     for name in found["abroad"]:
@@ -96,7 +99,7 @@ def table(found: dict[str, dict[str, Comparison]]) -> str:
 
 
 def run(model: Model, tokens: int) -> dict[str, float]:
-    """Print the table; of both texts, KL and agreement at an eighth of the bytes."""
+    """Print the table and return KL and agreement at an eighth of the bytes, for both texts."""
     found = measure(model, tokens)
     print(f"{table(found)}\n", flush=True)
     smallest = {text: of["int4 low rank, 8x"] for text, of in found.items()}
@@ -113,7 +116,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--tokens", type=int, default=TOKENS, help="of each text (default %(default)d)"
+        "--tokens", type=int, default=TOKENS, help="tokens of each text (default %(default)d)"
     )
     print(json.dumps(run(Model(Path("models/demo-memory")), parser.parse_args().tokens)))
 

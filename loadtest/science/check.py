@@ -1,18 +1,21 @@
-"""The science in ten minutes, from the committed checkpoints: `make science-check`.
+"""Run the science experiments on the committed checkpoints in ten minutes: `make science-check`.
 
-Held-out perplexity by codec and size, measured in this process and again through lookup service and
-worker; KL and the likeliest token at home and abroad (abroad.py); α and layers; the bytes of One
-Wide FFN; an edited token. Prints tables and, last, one line of JSON, losses as relative increases
-of perplexity over 16 bit:
+The experiments are: held-out perplexity by codec and size, measured in this process and through a
+lookup service and worker; KL divergence and top-token agreement on text like the training text and
+on other text (abroad.py); the effect of α and of single layers; the row bytes of One Wide FFN; and
+an edited token. The output is a set of tables and a final line of JSON, in which losses are
+relative increases of perplexity over 16 bit:
 
-  ppl_16bit                     with rows in bfloat16
-  int8_loss, int4_loss          int4 with one token in 32 at int8 (asked: at most 0.0002 and 0.002)
-  lowrank_half_loss             half the bytes by low rank alone, at 16 bit (asked: at most 0.0175)
+  ppl_16bit                     perplexity with rows in bfloat16
+  int8_loss, int4_loss          int4 has one token in 32 at int8 (required: at most 0.0002 and
+                                0.002)
+  lowrank_half_loss             half the bytes by low rank alone, at 16 bit (required: at most
+                                0.0175)
   codec_8x_loss                 an eighth of the bytes
-  kl_8x_…, top1_8x_…            at home and abroad: KL from exact rows, share of equal top tokens
-  one_wide_bytes_ratio          bytes of rows fetched for a token, One Wide FFN over memory
-  overlay_changes_only_its_token   an edit and another over it, of a plain and a compressed table
-  served_difference             largest |served perplexity / ours - 1| (asked: at most 0.001)
+  kl_8x_…, top1_8x_…            KL from exact rows and share of equal top tokens, by text
+  one_wide_bytes_ratio          row bytes fetched per token, One Wide FFN over memory
+  overlay_changes_only_its_token   for two successive edits of a plain and a compressed table
+  served_difference             largest |served perplexity / local - 1| (required: at most 0.001)
 """
 
 import argparse
@@ -37,7 +40,8 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1)
 
 
 def compression(model: Model, most_tokens: int) -> dict[str, float]:
-    """The loss of each scheme, the perplexity at 16 bit, and how far served perplexity differs."""
+    """The loss of each scheme, the perplexity at 16 bit, and the largest difference of served
+    perplexity."""
     length = model.checkpoint.config.max_position_embeddings
     lines, found, furthest = [], {}, 0.0
     exact = model.evaluate(
@@ -75,9 +79,9 @@ def compression(model: Model, most_tokens: int) -> dict[str, float]:
 
 
 def probes(model: Model) -> None:
-    """α on all rows, and each layer's rows left out."""
+    """Print the effect of scaling all rows by α and of removing each layer's rows."""
     exact = model.evaluate(model.rows, PROBE_TOKENS).perplexity
-    print(f"\nperplexity over that of α = 1, {PROBE_TOKENS:,} tokens")
+    print(f"\nperplexity relative to α = 1, {PROBE_TOKENS:,} tokens")
     print("  α          " + "".join(f"{alpha:9.2f}" for alpha in ALPHAS))
     print(
         "             "
@@ -96,7 +100,8 @@ def probes(model: Model) -> None:
 
 
 def one_wide(folder: Path) -> float:
-    """Bytes of rows that a worker fetches for a token: of a wide model over a memory model."""
+    """Row bytes that a worker fetches per token, for a One Wide model relative to a memory
+    model."""
     fetched = {}
     for kind in ("wide", "memory"):
         path = tiny_model(folder / kind, kind)
@@ -111,14 +116,14 @@ def one_wide(folder: Path) -> float:
             rows = client.describe_worker().rows
             fetched[kind] = rows.remote_bytes / rows.from_remote
     print(
-        f"\none wide FFN: {fetched['wide']:.0f} bytes a token, "
-        f"memory with 4 layers: {fetched['memory']:.0f}"
+        f"\none wide FFN: {fetched['wide']:.0f} bytes per token, "
+        f"memory model with 4 layers: {fetched['memory']:.0f}"
     )
     return fetched["wide"] / fetched["memory"]
 
 
 def edited(model: Model, scheme: str, folder: Path) -> bool:
-    """Whether each of two edits changes log probabilities after its token, and no others."""
+    """Whether each of two edits changes log probabilities after its token and no others."""
     url = f"file://{folder}"
     store = open_store(url)
     refs = [model.compressed(schemes(len(model.rows))[scheme]).store(store).ref]
@@ -132,7 +137,7 @@ def edited(model: Model, scheme: str, folder: Path) -> bool:
     told: list[list[list[float]]] = []
     print(f"\n{scheme}")
     for what, ref in zip(
-        ("as it is", *(f"{a!r} with the row of {b!r}" for a, b in edits)), refs, strict=True
+        ("unedited", *(f"{a!r} has the row of {b!r}" for a, b in edits)), refs, strict=True
     ):
         options = ("--table", ref, "--compile", "never")
         with (
@@ -154,21 +159,20 @@ def edited(model: Model, scheme: str, folder: Path) -> bool:
                     list(client.generate(tokenizer.encode(PROMPT).ids, 8, ignore_eos=True))
                 )
             )
-            print(f"  {what:34} {PROMPT!r} goes on {shown!r}", flush=True)
+            print(f"  {what:34} {PROMPT!r} continues with {shown!r}", flush=True)
     right = []
     for (token, _), earlier, later in zip(tokens, told, told[1:], strict=False):
         for text, before, after in zip(texts, earlier, later, strict=True):
             at = np.flatnonzero(text == token)
-            first = (
-                int(at[0]) if len(at) else len(text)
-            )  # what is predicted from here on may change
+            # predictions from this position on may change
+            first = int(at[0]) if len(at) else len(text)
             right.append(
                 before[:first] == after[:first]
                 and (first >= len(text) - 1 or before[first:] != after[first:])
             )
         print(
-            f"  {sum(token in t for t in texts)} of {len(texts)} texts "
-            f"have {tokenizer.decode([token])!r}"
+            f"  {sum(token in t for t in texts)} of {len(texts)} texts contain "
+            f"{tokenizer.decode([token])!r}"
         )
     return all(right) and all(any(token in t for t in texts) for token, _ in tokens)
 
@@ -180,13 +184,16 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--tokens", type=int, default=0, help="held-out tokens for the codecs; 0: all (default)"
+        "--tokens",
+        type=int,
+        default=0,
+        help="held-out tokens for the codecs; 0 means all (default)",
     )
     most = parser.parse_args().tokens
     if most and most < LEAST_TOKENS:
-        parser.error(f"--tokens must be 0, for all, or at least {LEAST_TOKENS}, not {most}")
+        parser.error(f"--tokens must be 0 (all) or at least {LEAST_TOKENS}, not {most}")
     if not CHECKPOINT.is_dir():
-        parser.error(f"there is no {CHECKPOINT} here: run it in the repository's folder")
+        parser.error(f"{CHECKPOINT} does not exist; run the command in the repository's root")
     run(most)
 
 

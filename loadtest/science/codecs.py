@@ -1,4 +1,4 @@
-"""What compression costs, and whether what is served is what was measured."""
+"""Measure what compression costs, in this process and through the services."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -19,11 +19,11 @@ from tolhouse.store.registry import publish
 from tolhouse.testing import local_cluster
 
 SERVED_WINDOWS = 4
-ALIKE = ", tokens alike"  # the SVD counts each token once, however often text has it
+ALIKE = ", tokens alike"  # the SVD counts each token once, regardless of its frequency in text
 
 
 def schemes(vocabulary: int) -> dict[str, Scheme]:
-    """By what they are called in tables; `head` is one token in FREQUENT_SHARE."""
+    """The compression schemes by their names in tables. `head` is one token in FREQUENT_SHARE."""
     head = vocabulary // FREQUENT_SHARE
     return {
         "fp32": Scheme("fp32"),
@@ -42,7 +42,7 @@ def schemes(vocabulary: int) -> dict[str, Scheme]:
 
 @dataclass
 class Model:
-    """A checkpoint with all that measuring it again and again needs."""
+    """A checkpoint with everything that repeated measurements share."""
 
     path: Path
 
@@ -58,7 +58,8 @@ class Model:
     def compressed(
         self, scheme: Scheme, *, alike: bool = False, counts: Mapping[int, int] | None = None
     ) -> Compressed:
-        """By `counts`, how often text has a token: by default, text like the model's own."""
+        """Compressed rows, weighted by `counts`, the frequencies of tokens in text. The default is
+        text like the model's training text."""
         counts = self.counts if counts is None else counts
         planned = plan(self.checkpoint, "", scheme.codec, 16)
         return compress(planned, self.rows, {} if alike else counts, scheme)
@@ -72,7 +73,7 @@ class Model:
 
 @contextmanager
 def served(model: Model, made: Compressed, folder: Path) -> Iterator[Client]:
-    """A worker that fetches its rows from a lookup service."""
+    """A client of a worker that fetches these compressed rows from a lookup service."""
     url = f"file://{folder}"
     store = open_store(url)
     manifest = made.store(store)
@@ -86,7 +87,7 @@ def served(model: Model, made: Compressed, folder: Path) -> Iterator[Client]:
 
 
 def served_perplexity(client: Client, ids: np.ndarray, length: int) -> float:
-    """Of windows of `length` tokens each, from the worker's own log probabilities."""
+    """Perplexity over windows of `length` tokens, from the worker's log probabilities."""
     losses: list[float] = []
     for start in range(0, SERVED_WINDOWS * length, length):
         window = ids[start : start + length].tolist()
@@ -96,7 +97,7 @@ def served_perplexity(client: Client, ids: np.ndarray, length: int) -> float:
 
 
 def own_perplexity(model: Model, rows: np.ndarray, length: int) -> float:
-    """The same in this process."""
+    """Perplexity over the same windows, computed in this process."""
     found = [
         evaluate(model.model, model.text[start : start + length], probed(rows)).losses
         for start in range(0, SERVED_WINDOWS * length, length)

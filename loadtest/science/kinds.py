@@ -1,10 +1,11 @@
-"""Kinds of models at equal total parameters: `python -m loadtest.science.kinds [--seeds 2]`.
+"""Compare kinds of models at equal total parameters: `python -m loadtest.science.kinds [--seeds
+2]`.
 
-Trains what is not trained yet, two runs at a time on a core each, and then prints the table:
-held-out perplexity, total and active parameters, for each kind and seed, and the order in which
-they come. Perplexities are the curves' last estimates, from eight batches of held-out windows that
-are the same for all runs. A run that was killed continues. Loss curves are kept in
-loadtest/science/curves, so that `--print` needs no training.
+The program trains all runs whose loss curves are missing, two at a time on one core each. Then it
+prints a table with held-out perplexity, total and active parameters for each kind and seed, and the
+ranking of the kinds. A perplexity is the last estimate of its curve, from eight batches of held-out
+windows that are the same for all runs. A killed run resumes where it stopped. Loss curves are
+stored in loadtest/science/curves, so that `--print` needs no training.
 """
 
 import argparse
@@ -35,7 +36,7 @@ class Run(NamedTuple):
     ffn_c: str = "linear"
 
     def parameters(self) -> tuple[int, int]:
-        """Total and active ones, without embeddings."""
+        """Numbers of total and active parameters, without embeddings."""
         config = replace(recipe(self.recipe, self.kind, self.beta).config, ffn_c=self.ffn_c)
         with device("meta"):
             return parameter_counts(Transformer(config))
@@ -56,7 +57,7 @@ KINDS = (
 
 
 def train(run: Run, seed: int) -> None:
-    """Train it unless its curve is there."""
+    """Train a model unless its loss curve exists."""
     kept = CURVES / f"{run.name}-{seed}.csv"
     if kept.exists():
         return
@@ -87,7 +88,7 @@ def last_loss(run: Run, seed: int) -> float | None:
 
 
 def table(seeds: int) -> tuple[str, dict[str, float]]:
-    """Markdown, the lowest perplexity first; and the mean perplexity of each kind."""
+    """A Markdown table sorted by perplexity, and the mean perplexity of each kind."""
     found: dict[str, list[float]] = {}
     for run in KINDS:
         losses = [last_loss(run, seed) for seed in range(seeds)]
@@ -108,7 +109,8 @@ def table(seeds: int) -> tuple[str, dict[str, float]]:
 
 
 def orders(seeds: int) -> str:
-    """Markdown: the Flex kinds of each FFN-C between base and memory, best first, by seed."""
+    """Markdown: for each form of FFN-C and seed, base, memory and the Flex kinds by increasing
+    loss."""
     lines = []
     for form in ("linear", "swiglu"):
         runs = [r for r in KINDS if r.name in ("base", "memory") or (r.beta and r.ffn_c == form)]
@@ -127,15 +129,15 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--seeds", type=int, default=2, help="runs of each kind (default %(default)d)"
+        "--seeds", type=int, default=2, help="number of runs of each kind (default %(default)d)"
     )
     parser.add_argument(
-        "--only", default="", metavar="WORD", help="train kinds with this in their name alone"
+        "--only", default="", metavar="WORD", help="train only kinds whose names contain this word"
     )
     parser.add_argument(
         "--print",
         action="store_true",
-        help="train nothing: the table from the curves that are kept",
+        help="train nothing and print the table from the stored curves",
     )
     options = parser.parse_args()
     CURVES.mkdir(exist_ok=True)

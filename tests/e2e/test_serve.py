@@ -60,7 +60,7 @@ def test_answers_that_do_not_come_are_counted(cluster: Cluster) -> None:
     (one,) = json.loads(done.stdout.splitlines()[-1])["rates"]
     assert 0 == one["answered"]
     assert one["sent"] == sum(one["errors"].values())
-    assert set(one["errors"]) <= {"not whole at the deadline", "HTTP 503"}
+    assert set(one["errors"]) <= {"incomplete at the deadline", "HTTP 503"}
     assert (1, "error: no request was answered whole\n") == (done.returncode, done.stderr)
 
 
@@ -84,7 +84,7 @@ def test_what_is_wrong_is_told_in_a_line(options: str, expected: str) -> None:
 def test_a_good_answer_is_whole_and_in_time() -> None:
     """Goodput leaves out answers that began late, went on slowly or broke off."""
     good, late = Answer([0.1, 0.2, 0.3], 0.3, 3), Answer([2.0, 2.1, 2.2], 2.2, 3)
-    slow, broken = Answer([0.1, 1.1, 2.1], 2.1, 3), Answer([0.1, 0.2], 0.2, 2, "broken off")
+    slow, broken = Answer([0.1, 1.1, 2.1], 2.1, 3), Answer([0.1, 0.2], 0.2, 2, "connection lost")
     found = summary([good, late, slow, broken], 1, 2.0, first_token_seconds=1, token_seconds=0.15)
     assert (0.5, 3) == (found["good_per_second"], found["answered"])
-    assert ({"broken off": 1}, 4.5) == (found["errors"], found["tokens_per_second"])
+    assert ({"connection lost": 1}, 4.5) == (found["errors"], found["tokens_per_second"])
