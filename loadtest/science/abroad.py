@@ -74,8 +74,8 @@ def measure(
         exact, share = found[text]["bf16"], np.isin(ids, frequent).mean()
         print(
             f"{text}: {named}, {len(exact.losses):,} tokens, "
-            f"{share:.0%} of them among the {FREQUENT} most frequent at home; {exact.loss:.4f} nats per token at 16 bit, "
-            f"perplexity {exact.perplexity:.2f}",
+            f"{share:.0%} of them among the {FREQUENT} most frequent at home; "
+            f"{exact.loss:.4f} nats per token at 16 bit, perplexity {exact.perplexity:.2f}",
             flush=True,
         )
     return found

@@ -61,13 +61,13 @@ def test_answers_that_do_not_come_are_counted(cluster: Cluster) -> None:
     assert 0 == one["answered"]
     assert one["sent"] == sum(one["errors"].values())
     assert set(one["errors"]) <= {"incomplete at the deadline", "HTTP 503"}
-    assert (1, "error: no request was answered whole\n") == (done.returncode, done.stderr)
+    assert (1, "error: no request was answered completely\n") == (done.returncode, done.stderr)
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("", "error: no answer of OpenAI's API at"),
+        ("", "does not answer as OpenAI's API"),
         ("--rate 0", "argument --rate: invalid list of positive numbers value: '0'"),
         ("--max-tokens 9:2", "argument --max-tokens: invalid range LOW:HIGH"),
         ("--model m --text gone", "error: [Errno 2] No such file or directory: 'gone'"),
