@@ -70,8 +70,7 @@ protos: .venv/dev  ## generate services/tolhouse/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=services --pyi_out=services --grpc_python_out=services protos/tolhouse/v1/*.proto
 
 docs: .venv/docs/bin/mkdocs  ## build the documentation into dist/site; a broken link or reference fails the build
-	@NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --quiet --strict
-	@echo dist/site/index.html
+	@NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict
 
 wheel: .venv/tools/bin/twine  ## build the wheel and the sdist, check their metadata, and import the SDK from a bare install
 	@rm -rf dist/*.whl dist/*.tar.gz .venv/bare
