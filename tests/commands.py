@@ -1,4 +1,4 @@
-"""`tolhouse …` as a process of its own."""
+"""Run `tolhouse …` as a subprocess."""
 
 import shlex
 import subprocess
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tolhouse.testing import Process, open_url
 
-LOCAL = ("--listen", "127.0.0.1:0")  # a free port of this machine
+LOCAL = ("--listen", "127.0.0.1:0")  # a free port on the loopback interface
 
 
 def start(line: str, *more: str | bytes | int | Path) -> subprocess.Popen:
-    """Start the command `line` with `more` arguments."""
+    """Start the command `line` with additional arguments."""
     words = [word if isinstance(word, bytes) else str(word) for word in more]
     command = [sys.executable, "-m", "tolhouse.cli", *shlex.split(line), *words]
     pipe = subprocess.PIPE
@@ -21,7 +21,7 @@ def start(line: str, *more: str | bytes | int | Path) -> subprocess.Popen:
 def tolhouse(
     line: str, *more: str | bytes | int | Path, code: int = 0
 ) -> subprocess.CompletedProcess:
-    """Run a command to its end, with `code` and without a traceback."""
+    """Run a command to its end, and require this exit status and no traceback."""
     popen = start(line, *more)
     out, err = popen.communicate(timeout=240)
     assert code == popen.returncode, err
@@ -30,6 +30,6 @@ def tolhouse(
 
 
 def metrics(running: Process) -> str:
-    """The page of a process' Prometheus metrics."""
+    """The text of a process's Prometheus metrics."""
     with open_url(f"http://{running.ready['metrics']}/metrics", 10) as answer:
         return answer.read().decode()

@@ -1,7 +1,9 @@
-"""`make compose-test`: the system in containers, from nothing to a completion and back to nothing.
+"""Test the system in containers: `make compose-test`.
 
-On one Redis, then on a Redis Cluster; a project and a port of its own, so that a system that is up
-is left alone. It needs Docker with Compose and Python's standard library; the last line is JSON.
+The test builds the images, starts the system on one Redis and then on a Redis Cluster, requests
+completions, and takes everything down. Its Compose project and port are its own, so that a running
+system is not affected. It needs Docker with Compose, and only Python's standard library. The last
+line of output is JSON.
 """
 
 import json
@@ -21,11 +23,11 @@ COMMIT = subprocess.run(
     ["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
 ).stdout.strip()
 SECOND_UP_SECONDS = 30
-SECONDS = {"first up, s", "second up, s"}  # rows that are no faults
+SECONDS = {"first start, s", "second start, s"}  # rows of the result that are not faults
 
 
 def docker(*words: str, check: bool = True) -> str:
-    """What a docker command says; with `check`, the end of the run if it fails."""
+    """The output of a docker command. With `check`, a failure ends the run."""
     settings = {"COMPOSE_PROJECT_NAME": PROJECT, "GATEWAY_PORT": PORT, "GIT_COMMIT": COMMIT}
     done = subprocess.run(
         ["docker", *words],
@@ -41,7 +43,7 @@ def docker(*words: str, check: bool = True) -> str:
 
 
 def there(kind: str) -> set[str]:
-    """All containers, networks or volumes: those without a name have no mark of their project."""
+    """All containers, networks or volumes. Anonymous ones have no label of their project."""
     return set(docker(kind, "ls", *["--all"] * (kind == "container"), "--quiet").split())
 
 
@@ -56,15 +58,15 @@ def complete() -> bool:
     return bool(text.strip())
 
 
-def told_commit() -> str:
+def version_commit() -> str:
     """The commit in the gateway's /version."""
     with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/version", timeout=60) as answer:
         return json.load(answer)["commit"]
 
 
 @contextmanager
-def taken_down(mode: tuple[str, ...]) -> Iterator[None]:
-    """End everything of the project after the block; if that fails, with the ends of its logs."""
+def take_down_after(mode: tuple[str, ...]) -> Iterator[None]:
+    """Take the project down after the block, and print the ends of its logs if the block fails."""
     try:
         yield
     except BaseException:
@@ -75,40 +77,41 @@ def taken_down(mode: tuple[str, ...]) -> Iterator[None]:
 
 
 def check(mode: tuple[str, ...]) -> dict[str, float]:
-    """What went wrong, counted, in the life of a system; and how long its starts took."""
+    """Run a system from start to end, and return the number of faults of each kind and its start
+    times."""
     compose = ("compose", *mode)
     found: dict[str, float] = {}
-    with taken_down(mode):
+    with take_down_after(mode):
         docker("compose", "--profile", "*", "down", "--volumes")
         before = {kind: there(kind) for kind in ("container", "network", "volume")}
         started = time.monotonic()
         docker(*compose, "up", "--detach", "--wait")
-        found["first up, s"] = round(time.monotonic() - started, 1)
-        found["completions that failed"] = int(not complete())
-        found["commits that are not HEAD"] = int(told_commit() != COMMIT)
+        found["first start, s"] = round(time.monotonic() - started, 1)
+        found["failed completions"] = int(not complete())
+        found["wrong commits in /version"] = int(version_commit() != COMMIT)
         load = docker(*compose, "run", "--rm", "--no-deps", "load", "--quick")
         print(load, flush=True)
-        found["loads with an error"] = int('"errors": {}' not in load)
+        found["load tests with an error"] = int('"errors": {}' not in load)
 
         started = time.monotonic()
         docker(*compose, "up", "--detach", "--wait")
-        found["second up, s"] = round(time.monotonic() - started, 1)
-        found[f"second ups over {SECOND_UP_SECONDS} s"] = int(
-            found["second up, s"] > SECOND_UP_SECONDS
+        found["second start, s"] = round(time.monotonic() - started, 1)
+        found[f"second starts over {SECOND_UP_SECONDS} s"] = int(
+            found["second start, s"] > SECOND_UP_SECONDS
         )
         built = docker(*compose, "logs", "--no-log-prefix", "build")
-        found["tables built twice"] = built.count('"message": "built"') - 1
-        found["completions after it that failed"] = int(not complete())
+        found["tables built again"] = built.count('"message": "built"') - 1
+        found["failed completions after it"] = int(not complete())
 
         servers = [f"redis-cluster-{k}" for k in range(1, 7)] if mode else ["redis"]
         up = docker(*compose, "ps", "--services").split()
         unused = {s for s in up if s.startswith("redis")} ^ set(servers)
-        found["Redis servers too many or too few"] = len(unused)
+        found["unexpected or missing Redis servers"] = len(unused)
         docker(*compose, "stop")
         ends = docker(*compose, "ps", "--all", "--format", "{{.Service}} {{.ExitCode}}")
         failed = [end for end in ends.splitlines() if end and not end.endswith(" 0")]
         print(*failed, sep="\n", end="")
-        found["processes that ended with an error"] = len(failed)
+        found["processes with an error exit"] = len(failed)
         logs = docker(*compose, "logs")
         found["tracebacks in logs"] = logs.count("Traceback")
         print("Traceback".join(["", *(part[:3000] for part in logs.split("Traceback")[1:])]))

@@ -1,4 +1,4 @@
-"""Real servers and checkpoints that several test files share, each started or made once."""
+"""Servers and checkpoints that several test files share. Each is started or created once."""
 
 import os
 import signal
@@ -10,11 +10,11 @@ from hypothesis import settings
 from tolhouse.certs import ensure_authority, issue
 from tolhouse.testing import build_table, redis_cluster, redis_server, tiny_model
 
-# tiny models, and many processes on few cores: threads would wait for each other
+# tests run many processes with tiny models on few cores, so that more threads would only wait
 os.environ["OMP_NUM_THREADS"] = "1"
-# of the many workers that tests start; test_compiled.py and test_wide.py compile
+# for the many workers that tests start; test_compiled.py and test_wide.py compile
 os.environ["TOLHOUSE_WORKER_COMPILE"] = "never"
-# a shell's background job ignores it, and so would all that tests start
+# a shell's background job ignores SIGINT, and child processes would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("tolhouse", deadline=None, max_examples=60)
 settings.load_profile("tolhouse")
@@ -55,7 +55,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def store(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store with the table of `checkpoint`, which tests leave as it is."""
+    """A read-only store with the table of `checkpoint`."""
     url = f"file://{tmp_path_factory.mktemp('tables')}"
     build_table(checkpoint, url)
     return url
@@ -68,14 +68,14 @@ def flex_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, without rows."""
+    """A dense model without rows."""
     return tiny_model(tmp_path_factory.mktemp("checkpoints") / "tiny-base", "base")
 
 
 @pytest.fixture(scope="session")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an authority, ca.pem, and certificates of a service on this machine and of a
-    client of it."""
+    """A folder with a certificate authority, ca.pem, and certificates of a local service and of a
+    client."""
     folder = tmp_path_factory.mktemp("pki")
     ensure_authority(folder)
     issue(folder, "service", ["localhost", "127.0.0.1"])

@@ -1,4 +1,4 @@
-"""Engines whose steps a test runs itself, and requests that keep what they emit."""
+"""Engines that a test steps itself, and requests that record their output."""
 
 from collections import Counter
 from pathlib import Path
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Request:
-    """A sequence, and what an engine emits for it."""
+    """A sequence and the output that an engine emits for it."""
 
     def __init__(self, prompt: list[int], max_tokens: int, priority: int = 0, **sampling) -> None:
         self.prompt, self.max_tokens = list(prompt), max_tokens
@@ -34,7 +34,7 @@ class Request:
         self.sequence = Sequence(len(ids), ids, params, self.emit, priority=priority)
 
     def emit(self, output: Output) -> None:
-        assert not self.ended, "something came after the end"
+        assert not self.ended, "output after the end"
         self.outputs.append(output)
         self.tokens += output.tokens
         self.reason, self.error = output.finish_reason, output.error
@@ -57,7 +57,7 @@ def engine_of(
     runner: type[Runner] = Runner,
     model: Transformer | None = None,
 ) -> Engine:
-    """`model`: already loaded from `path`, if it is."""
+    """An engine over a checkpoint. `model` is the loaded checkpoint, if the caller has it."""
     checkpoint = open_checkpoint(path)
     rows = rows or NoRows(checkpoint.config.hidden_size, CPU)
     cache = BlockManager(kv_tokens // BLOCK_TOKENS)
@@ -68,7 +68,8 @@ def engine_of(
 
 
 def run(engine: Engine, steps: int = 10_000) -> None:
-    """Step until there is nothing to do, and check after each step that no block is lost."""
+    """Step until the engine is idle, and check after each step that every block is accounted
+    for."""
     with torch.inference_mode():
         for _ in range(steps):
             if not (engine.waiting or engine.running):
@@ -81,14 +82,14 @@ def run(engine: Engine, steps: int = 10_000) -> None:
 
 
 def serve(engine: Engine, *requests: Request) -> None:
-    """Run all of them at once, to their end."""
+    """Run all requests together until they end."""
     for request in requests:
         engine.add(request.sequence)
     run(engine)
 
 
 def greedy_with(model: Transformer, rows: CachedRows, ids: list[int], tokens: int) -> list[int]:
-    """What `model` says with fetched rows."""
+    """The model's greedy tokens with fetched rows."""
 
     def decoded(ids_T: torch.Tensor) -> Rows:
         return rows.decode(rows.stage(ids_T.numpy().astype(np.uint32)))

@@ -1,4 +1,4 @@
-"""Changes of a store by several threads at once, and whether some order of them explains it."""
+"""Run store operations in several threads and test whether a serial order explains the outcome."""
 
 import itertools
 import random
@@ -16,9 +16,10 @@ from tolhouse.table.manifest import Manifest
 
 from tests.tables import manifest_of, records_of, write
 
-NewStore = Callable[[], str]  # makes the URL of an empty store
-Names = tuple[str, ...]  # of operations
-Outcome = tuple[dict[str, str], dict[str, object]]  # of each operation, and of the store
+NewStore = Callable[[], str]  # returns the URL of an empty store
+Names = tuple[str, ...]  # names of operations
+# the result of each operation, and the final state of the store
+Outcome = tuple[dict[str, str], dict[str, object]]
 Work = Callable[[Store], object]
 VERSIONS = (1, 2, 3)
 PUBLISHED, OTHER, NEW = (manifest_of("t", version) for version in VERSIONS)
@@ -26,7 +27,8 @@ ABOVE = manifest_of("above", 9, num_shards=1, parent=OTHER.ref, changed=(4,))
 
 
 def new_stores(base: str) -> NewStore:
-    """Of folders in file://PATH, or of the Redis server redis://HOST:PORT, which is emptied."""
+    """Makes empty stores: folders of file://PATH, or the Redis server redis://HOST:PORT, which is
+    emptied."""
     numbers = itertools.count()
 
     def new_store() -> str:
@@ -40,7 +42,7 @@ def new_stores(base: str) -> NewStore:
 
 
 def finish(store: Store, manifest: Manifest) -> None:
-    """Write a table whose manifest is not there."""
+    """Write a table without its manifest."""
     write_table([store], manifest, lambda shard: records_of(manifest, manifest.shard_ids(shard)))
 
 
@@ -80,7 +82,7 @@ class Slow:
 
 
 def prepared(url: str) -> None:
-    """One version is published, after another one; a third has shards and no manifest."""
+    """Publish one version after another; a third version has shards but no manifest."""
     with closing(open_store(url)) as store:
         for manifest in (OTHER, PUBLISHED):
             publish(store, write(store, manifest).ref)
@@ -89,14 +91,12 @@ def prepared(url: str) -> None:
 
 
 def outcome(store: Store, work: Work) -> str:
-    """What an operation came to; an error that asks to try again counts as nothing done."""
+    """The result of an operation. An error that asks to try again does not count as a result."""
     while True:
         try:
             work(store)
-        except (
-            UnavailableError,
-            CorruptError,
-        ):  # it is being deleted, or a build lost shards to that
+        except (UnavailableError, CorruptError):
+            # the version is being deleted, or a build lost shards to a deletion
             continue
         except TolhouseError as error:
             return type(error).__name__
@@ -104,7 +104,7 @@ def outcome(store: Store, work: Work) -> str:
 
 
 def state(url: str) -> dict[str, object]:
-    """All that can be seen of the store, where each table that is there has all of its rows."""
+    """The visible state of the store. Every listed table must have all of its rows."""
     with closing(open_store(url)) as store:
         refs = store.refs()
         try:
@@ -118,7 +118,7 @@ def state(url: str) -> dict[str, object]:
 
 
 def serial(new_store: NewStore, names: Names) -> list[Outcome]:
-    """The outcomes of the operations in every order, one after the other."""
+    """The outcomes of all serial orders of the operations."""
     found = []
     for order in itertools.permutations(names):
         prepared(url := new_store())
@@ -134,7 +134,7 @@ def not_serial(
     rounds: int,
     opened: Callable[[str], Store] = open_store,
 ) -> list[Outcome]:
-    """What the operations came to when they ran at once, where no order of them comes to that."""
+    """Concurrent outcomes of the operations that no serial order explains."""
     expected, found = serial(new_store, names), []
     for seed in range(rounds):
         prepared(url := new_store())

@@ -1,9 +1,11 @@
-"""Faults under load, and a checker of what clients saw: `make chaos`, or `python -m tests.chaos
-[--only WORD] [--group NAME]`.
+"""Inject faults under load and check the responses that clients received.
 
-For each fault: some seconds as usual, the fault, a version flip a second later, the fault's end,
-and some seconds more. Prints a table and, last, one line of JSON; ends with 1 where anything was
-seen that must not be."""
+    python -m tests.chaos [--only WORD] [--group NAME]      # or make chaos
+
+Each fault runs under load: some seconds of normal operation, injection, publication of another
+version a second later, repair, and some more seconds. The output is a table and a final line of
+JSON. The exit status is 1 if a check failed.
+"""
 
 import argparse
 import json
@@ -26,7 +28,7 @@ FLIP_AFTER_SECONDS = 1.0
 
 
 def run(fault: Fault, group: Group) -> Row:
-    """One fault under load; its row of the table."""
+    """Run one fault under load and return its row of the table."""
     load = Load(group.system.gateway.address)
     load.start()
     started = time.monotonic()
@@ -54,20 +56,20 @@ def run(fault: Fault, group: Group) -> Row:
     if fault.flips and not flipped:
         wrong.append("no version could be published during the fault")
     elif fault.flips and flipped not in {seen.version for seen in load.history}:
-        wrong.append("nobody was answered with the published version")
+        wrong.append("no answer had the published version")
     sums = len(load.history), len(failed)
     return Row(fault.name, *sums, wrong, recovery, fault.recovers_within, usual)
 
 
 def served(over: Callable[[], AbstractContextManager[Group]], only: str) -> Iterator[Row]:
-    """The faults of a group whose names have `only` in them."""
-    answers_of_versions()  # before anything is measured
+    """Run the faults of a group whose names contain `only`."""
+    answers_of_versions()  # computed once, before any measurement
     with over() as group:
         for fault in group.faults:
             if only in fault.name:
                 yield run(fault, group)
                 if not group.settled():
-                    print("    the Redis Cluster did not come to rest", flush=True)
+                    print("    the Redis Cluster did not settle", flush=True)
 
 
 GROUPS: dict[str, Callable[[str], Iterator[Row]]] = {
@@ -88,12 +90,14 @@ def show(row: Row) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.chaos", description=__doc__.partition("\n\n")[2]
+        prog="python -m tests.chaos",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--only", default="", metavar="WORD", help="only faults whose name has this in it"
+        "--only", default="", metavar="WORD", help="run only faults whose names contain this word"
     )
-    parser.add_argument("--group", choices=GROUPS, help="only faults of this group")
+    parser.add_argument("--group", choices=GROUPS, help="run only faults of this group")
     options = parser.parse_args()
     rows = []
     print(f"{'fault':38} {'requests':>8} {'failed':>6} {'wrong':>6} {'recovery':>9}")

@@ -1,4 +1,4 @@
-"""Faults of builds, and changes of one store by several at once: no system is served meanwhile."""
+"""Faults of builds and concurrent changes of one store, without a running system."""
 
 import re
 import subprocess
@@ -22,8 +22,8 @@ from tests.commands import start
 from tests.interleaving import PAIRS, TRIPLES, new_stores, not_serial
 
 OPTIONS = f"--codec int8 --workers 1 --publish --corpus {__file__}"
-_KEYS = rb"tolhouse:\{(registry\}:\w+(:.*)?|.+:\d+\})"  # of a store at rest
-_TOLD = "is in|is being deleted|try again|build it again"  # in an error that says what to do
+_KEYS = rb"tolhouse:\{(registry\}:\w+(:.*)?|.+:\d+\})"  # keys of a store without running operations
+_TOLD = "is in|is being deleted|try again|build it again"  # errors that say what to do
 
 
 def build_faults(only: str) -> Iterator[Row]:
@@ -40,14 +40,14 @@ def build_faults(only: str) -> Iterator[Row]:
 
 
 def _full_disk(name: str) -> Row | None:
-    """A build on a disk that is too small says so in a line, publishes nothing, and ends what it
-    began once there is room."""
+    """A build on a full disk fails with one line and publishes nothing, and completes when the disk
+    has room."""
     with TemporaryDirectory(prefix="tolhouse-chaos-") as folder:
         url, wrong = f"file://{folder}/tables", []
         started = time.monotonic()
         mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
         if subprocess.run(mount, capture_output=True, check=False).returncode:
-            print(f"{name}: left out, as only root may make a small disk")
+            print(f"{name}: skipped, because mounting a small disk needs root")
             return None
         try:
             command = f"build {CHECKPOINT} --store {url} {OPTIONS}"
@@ -58,7 +58,7 @@ def _full_disk(name: str) -> Row | None:
                 wrong.append(f"a build on a full disk ended with {build.returncode}: {said[-300:]}")
             with closing(open_store(url)) as store:
                 if store.refs():
-                    wrong.append(f"a table that is not whole is there: {store.refs()}")
+                    wrong.append(f"an incomplete table exists: {store.refs()}")
             left = list(Path(folder).rglob(".shard*"))
             if left:
                 wrong.append(f"temporary files were left: {left}")
@@ -66,17 +66,17 @@ def _full_disk(name: str) -> Row | None:
             again = start(command)
             again.communicate(timeout=200)
             if again.returncode:
-                wrong.append("the build could not be ended once there was room")
+                wrong.append("the build failed although the disk had room")
             with closing(open_store(url)) as store:
                 if len(store.refs()) != 1 or store.alias(CHECKPOINT.name) is None:
-                    wrong.append("the table is not there after the second build")
+                    wrong.append("the table does not exist after the second build")
         finally:
             subprocess.run(["umount", folder], check=True)
         return Row(name, 2, 1, wrong, time.monotonic() - started, 120.0)
 
 
 def _two_builds(name: str, shards: tuple[int, int]) -> Row:
-    """Both build one version into a file store and a Redis: it is whole, and nothing else left."""
+    """Two builds of one version into files and Redis leave one complete table and nothing else."""
     with TemporaryDirectory(prefix="tolhouse-chaos-") as folder, redis_server() as url:
         model, root = tiny_model(Path(folder, "m")), Path(folder, "tables")
         stores, started, wrong = (f"file://{root}", url), time.monotonic(), []
@@ -89,7 +89,7 @@ def _two_builds(name: str, shards: tuple[int, int]) -> Row:
             failed += bool(build.returncode)
             if build.returncode and (not re.search(_TOLD, line) or "Traceback" in said):
                 wrong.append(f"a build ended with {build.returncode}: {said[-300:]}")
-        wrong += chain.from_iterable(map(_not_whole, stores))
+        wrong += chain.from_iterable(map(_incomplete, stores))
         left = [path.name for path in root.rglob(".*") if path.name != ".lock"]
         with closing(Redis.from_url(url)) as redis:
             left += [key for key in redis.scan_iter() if not re.fullmatch(_KEYS, key)]
@@ -98,8 +98,8 @@ def _two_builds(name: str, shards: tuple[int, int]) -> Row:
         return Row(name, len(builds), failed, wrong, time.monotonic() - started, 120.0)
 
 
-def _not_whole(url: str) -> Iterator[str]:
-    """What is wrong with the only table in a store."""
+def _incomplete(url: str) -> Iterator[str]:
+    """Yield what is wrong with the only table in a store."""
     with closing(open_store(url)) as store:
         try:
             (ref,) = store.refs()
@@ -109,11 +109,12 @@ def _not_whole(url: str) -> Iterator[str]:
             yield f"{url}: {error}"
             return
         if digests != [*table.shards] or store.alias(table.name) is None:
-            yield f"{url}: the table is not whole and published: {digests}"
+            yield f"{url}: the table is incomplete or not published: {digests}"
 
 
 def _interleaved(name: str) -> Row:
-    """Operations that change the registry, in files and in Redis: outcomes of no serial order."""
+    """Run operations that change the registry concurrently, in files and Redis, and report outcomes
+    that no serial order explains."""
     started = time.monotonic()
     with TemporaryDirectory(prefix="tolhouse-chaos-") as folder, redis_server() as url:
 

@@ -1,4 +1,4 @@
-"""What goes wrong, how it is mended, and what clients may notice of it."""
+"""The faults, how each is injected and repaired, and which failures clients may see."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ def nothing(_: Seen) -> bool:
 
 
 def streams(seen: Seen) -> bool:
-    """Before its first token, another worker can answer."""
+    """Streams that had begun may fail; before the first token, another worker can answer."""
     return bool(seen.pieces)
 
 
@@ -34,17 +34,18 @@ class Fault:
     name: str
     inject: Callable[[], object]
     mend: Callable[[], object]
-    may_fail: Callable[[Seen], bool] = nothing  # with a clear error
+    # predicate of requests that may fail with a clear error
+    may_fail: Callable[[Seen], bool] = nothing
     recovers_within: float = 5.0  # seconds
-    seconds: float = 9.0  # that it lasts
-    flips: bool = True  # another version is published meanwhile
-    found: list[str] = field(default_factory=list)  # what must not be, besides wrong answers
+    seconds: float = 9.0  # duration
+    flips: bool = True  # whether another version is published during the fault
+    found: list[str] = field(default_factory=list)  # violations other than wrong answers
 
 
 def lasting(
     name: str, context: Callable[[list[str]], AbstractContextManager], **more: Any
 ) -> Fault:
-    """A fault that is there as long as a context is, which adds to `found`."""
+    """A fault that lasts as long as a context, which appends violations to `found`."""
     stack, found = ExitStack(), list[str]()
     return Fault(
         name,
@@ -58,17 +59,17 @@ def lasting(
 
 @dataclass
 class Group:
-    """Faults of one system, which is served the same two versions throughout."""
+    """Faults of one system that serves the same two versions throughout."""
 
     system: System
     refs: list[str]
     faults: list[Fault]
-    settled: Callable[[], bool] = lambda: True  # at rest after a fault
+    settled: Callable[[], bool] = lambda: True  # wait for the system to settle after a fault
 
 
 @contextmanager
 def over_cluster() -> Iterator[Group]:
-    """The system over a Redis Cluster of three masters and three replicas."""
+    """The system over a Redis Cluster with three masters and three replicas."""
     with ExitStack() as stack:
         links: list[Link] = []
 
@@ -122,8 +123,8 @@ def of_links(what: str, links: list[Link], may_fail: Callable[[Seen], bool]) -> 
 
 
 def of_redis(system: System, nodes: list[RedisNode], links: list[Link], ref: str) -> list[Fault]:
-    """Each with a master of its own, as far as that goes: after a fault its replica may be the
-    master."""
+    """Each fault uses a different master where possible, because a fault may promote a master's
+    replica."""
     faults = []
     for what, first in (("master", 0), ("replica", 3)):
         node = nodes[first]
@@ -148,7 +149,7 @@ def of_redis(system: System, nodes: list[RedisNode], links: list[Link], ref: str
 
 
 def restart(system: System, nodes: list[RedisNode]) -> None:
-    """All processes end, Redis too, and come back in the order of their dependence."""
+    """Stop all processes, including Redis, and start them in the order of their dependencies."""
     services = [system.gateway, *system.workers, *system.lookups]
     for service in services:
         service.signal(signal.SIGTERM)
@@ -162,7 +163,7 @@ def restart(system: System, nodes: list[RedisNode]) -> None:
 
 
 def corrupted(system: System, url: str, ref: str) -> Fault:
-    """A bit is turned in every record of one shard, in its master, and so in its replica."""
+    """Flip a bit in every record of one shard, in its master and so in its replica."""
     kept: dict[bytes, bytes] = {}
 
     def cluster() -> RedisCluster:
@@ -184,7 +185,7 @@ def corrupted(system: System, url: str, ref: str) -> Fault:
 
 
 class Moved:
-    """The slots of a version's shards go to another master one by one, key by key, under load, and
+    """Migrate the slots of a version's shards to another master under load, key by key, and
     back."""
 
     def __init__(self, nodes: list[RedisNode], ref: str) -> None:
@@ -226,7 +227,7 @@ class Moved:
 
 
 def settled(nodes: list[RedisNode]) -> bool:
-    """Whether every node says that the Cluster is whole, and every replica follows its master."""
+    """Whether every node reports a complete Cluster and every replica follows its master."""
 
     def well() -> bool:
         try:

@@ -1,4 +1,4 @@
-"""Faults of the files that services use, of their descriptors, and of the clock."""
+"""Faults of files, of file descriptors, and of the clock."""
 
 import os
 import resource
@@ -19,13 +19,13 @@ from tests.chaos.faults import Group, anything, lasting
 from tests.chaos.system import CHECKPOINT, System, asking, build_versions, completion
 from tests.tables import manifest_of, write
 
-RARE_TOKENS = range(8100, 8192)  # in no prompt and no answer
+RARE_TOKENS = range(8100, 8192)  # in no prompt or answer of the load
 PAST, FUTURE = 0.0, 4_102_444_800.0  # the years 1970 and 2100
 
 
 @contextmanager
 def over_files() -> Iterator[Group]:
-    """The system over files, and of a checkpoint of its own."""
+    """The system over files, with its own copy of the checkpoint."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="tolhouse-chaos-")))
         checkpoint = Path(shutil.copytree(CHECKPOINT, folder / "model"))
@@ -53,7 +53,7 @@ def over_files() -> Iterator[Group]:
 
 @contextmanager
 def overwritten(contents: dict[Path, bytes], _: list[str]) -> Iterator[None]:
-    """The same files have another content, or less of it, as after `cp` or a disk's fault."""
+    """Overwrite files in place with other or shorter contents, as `cp` or a disk fault does."""
     kept = {path: path.read_bytes() for path in contents}
     _write_over(contents)
     yield
@@ -69,7 +69,7 @@ def _write_over(contents: dict[Path, bytes]) -> None:
 
 @contextmanager
 def few_descriptors(system: System, found: list[str]) -> Iterator[None]:
-    """Lookups and gateway can open no more files or connections than they have."""
+    """Prevent the lookup services and the gateway from opening further files and connections."""
     before, tokens = {}, cycle(RARE_TOKENS)
     for service in (system.gateway, *system.lookups):
         pid, limit = service.process.pid, resource.RLIMIT_NOFILE
@@ -83,10 +83,11 @@ def few_descriptors(system: System, found: list[str]) -> Iterator[None]:
 
 @contextmanager
 def clock_jump(url: str, refs: list[str], found: list[str]) -> Iterator[None]:
-    """Leases are as old, or as new, as they look after the wall clock has jumped.
+    """Let leases look as old, or as new, as after a jump of the wall clock.
 
-    No clock is set, as that needs a library or a machine of one's own: the files' times are. A
-    version in use can't be deleted, and one that nobody uses can."""
+    Setting the clock itself would need a library or a whole machine, so the test sets the files'
+    times. A version in use must not be deletable, and an unused version must be.
+    """
     root = Path(url.removeprefix("file://"))
 
     def jump(seconds: float) -> None:
@@ -97,7 +98,7 @@ def clock_jump(url: str, refs: list[str], found: list[str]) -> Iterator[None]:
         spare = write(store, manifest_of("spare"))
         jump(PAST)
         yield
-        used = next(ref for ref in refs if not stands_for(store, ref))  # until a moment ago
+        used = next(ref for ref in refs if not stands_for(store, ref))  # in use until a moment ago
         for seconds in (PAST, FUTURE):
             jump(seconds)
             try:
@@ -109,4 +110,4 @@ def clock_jump(url: str, refs: list[str], found: list[str]) -> Iterator[None]:
         try:
             delete(store, spare.ref)
         except TolhouseError as error:
-            found.append(f"a version that nobody uses can't be deleted: {error}")
+            found.append(f"an unused version can't be deleted: {error}")

@@ -1,28 +1,29 @@
-"""What clients saw, and what of it must not be.
+"""The responses that clients received, and checks of them.
 
-A request ends exactly once: in its whole answer, or in an error, before which a stream may have
-shown the beginning of it. An answer is that of one version of the table, token for token."""
+A request ends exactly once: with its complete answer, or with an error, which may follow the
+beginning of a stream. The text of an answer is that of exactly one version of the table.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-Answers = Mapping[str, Sequence[str]]  # by version: the right text of each prompt
+Answers = Mapping[str, Sequence[str]]  # the correct text of each prompt, by version
 
-EDGE_SECONDS = 1.0  # around a moment
+EDGE_SECONDS = 1.0  # width of the window of a rate
 
 
 @dataclass
 class Seen:
-    """One request, as its client saw it."""
+    """One request as its client saw it."""
 
     prompt: int
     streamed: bool
     began: float  # seconds
     ended: float = 0.0
     pieces: list[str] = field(default_factory=list)
-    finishes: int = 0  # finish reasons
-    dones: int = 0  # ends of the stream, also after an error, or whole answers
-    version: str = ""  # that it was told
+    finishes: int = 0  # number of finish reasons
+    dones: int = 0  # number of stream ends (also after an error) or of complete answers
+    version: str = ""  # the version that the response names
     error: str = ""
     status: int = 200
 
@@ -37,20 +38,19 @@ class Seen:
 
 @dataclass
 class Row:
-    """What came of one fault: a row of the table."""
+    """The result of one fault: a row of the table."""
 
     fault: str
     requests: int
     failed: int
-    wrong: list[str]  # what must not be
+    wrong: list[str]  # violations
     recovery_s: float | None  # None: never
     limit_s: float
-    usual: float = 0.0  # whole answers per second before it
+    usual: float = 0.0  # complete answers per second before the fault
 
 
 def violations(history: Iterable[Seen], answers: Answers, deadline_seconds: float) -> list[str]:
-    """What is wrong with each request that should not have ended as it did; empty where all is
-    well."""
+    """The violations in a history; empty if there are none."""
     found = []
     for seen in history:
         right = {version: texts[seen.prompt] for version, texts in answers.items()}
@@ -61,14 +61,15 @@ def violations(history: Iterable[Seen], answers: Answers, deadline_seconds: floa
         if seen.failed:
             if seen.finishes:
                 found.append(
-                    f"prompt {seen.prompt} ended twice: in an answer, and in {seen.error!r}"
+                    f"prompt {seen.prompt} ended twice: with an answer and with {seen.error!r}"
                 )
             if not any(text.startswith(seen.text) for text in right.values()):
                 found.append(f"prompt {seen.prompt} began wrongly before its error: {seen.text!r}")
             continue
         if (seen.finishes, seen.dones) != (1, 1):
             found.append(
-                f"prompt {seen.prompt} ended {seen.finishes} times, and {seen.dones} times whole"
+                f"prompt {seen.prompt} ended {seen.finishes} times, "
+                f"and {seen.dones} times completely"
             )
         if seen.text not in right.values():
             mixed = (
@@ -80,24 +81,25 @@ def violations(history: Iterable[Seen], answers: Answers, deadline_seconds: floa
             found.append(f"prompt {seen.prompt} got {kind} text: {seen.text!r}")
         elif seen.version and right.get(seen.version) != seen.text:
             found.append(
-                f"prompt {seen.prompt} was told version {seen.version}, and got another's text"
+                f"prompt {seen.prompt} names version {seen.version} but has another version's text"
             )
     return found
 
 
 def rate(history: Iterable[Seen], start: float, end: float) -> float:
-    """Whole answers per second that ended between two moments."""
+    """Complete answers per second that ended in an interval."""
     return sum(start <= seen.ended < end and not seen.failed for seen in history) / (end - start)
 
 
 def recovery_seconds(
     history: Sequence[Seen], fault: float, until: float, usual: float, share: float = 0.7
 ) -> float | None:
-    """Seconds from a fault until the rate is back at `share` of the usual one, and stays there on
-    the whole; None if it never is.
+    """Seconds from a fault until the rate has recovered to `share` of its usual value; None if it
+    never does.
 
-    Looked at in windows of EDGE_SECONDS: the first one from which on the mean of what follows is
-    that much, and it itself too."""
+    The rate has recovered at the first window of EDGE_SECONDS in which it is that high and after
+    which its mean stays that high.
+    """
     step = EDGE_SECONDS / 4
     moment = fault
     while moment + EDGE_SECONDS <= until:

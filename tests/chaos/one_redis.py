@@ -1,4 +1,4 @@
-"""Faults of one Redis server: slow, with one altered record, and full."""
+"""Faults of a single Redis server: slow answers, one corrupt record, and eviction."""
 
 import itertools
 from collections.abc import Iterator
@@ -15,13 +15,14 @@ from tests.chaos.proxy import Link
 from tests.chaos.system import SHARDS, System, asking, build_versions, completion, wait_until
 
 DRIP_SECONDS = 0.3
-OTHER_BYTES = 100_000  # of what another client writes at once
-MOST_READS = 12.0  # for a bad row: by two workers, of two replicas, twice each, and some more
+OTHER_BYTES = 100_000  # size of each value that the other client writes
+# store reads per request with a bad row: two workers read two replicas twice each, plus a margin
+MOST_READS = 12.0
 
 
 @contextmanager
 def over_one_redis() -> Iterator[Group]:
-    """The system over one Redis server, with hot rows in the lookups."""
+    """The system over one Redis server, with hot rows in the lookup services."""
     with ExitStack() as stack:
         url = stack.enter_context(redis_server())
         link = stack.enter_context(Link(url.removeprefix("redis://")))
@@ -40,21 +41,23 @@ def over_one_redis() -> Iterator[Group]:
 
 @contextmanager
 def dripping(system: System, link: Link, ref: str, found: list[str]) -> Iterator[None]:
-    """Redis answers byte by byte: a lookup serves rows that are hot as ever, others in time."""
+    """Redis answers one byte at a time. A lookup service serves hot rows as fast as before."""
     with Client(system.lookups[0].address) as client:
         client.fetch(ref, RARE_TOKENS[:50])
         with asking(lambda: client.fetch(ref, RARE_TOKENS[:50]), found) as seen:
             link.drip(DRIP_SECONDS)
             yield
-            found += [f"hot rows can't be had: {error}" for error, _ in seen if error]
+            found += [f"hot rows can't be fetched: {error}" for error, _ in seen if error]
             link.mend()
 
 
 @contextmanager
 def one_corrupt(system: System, url: str, refs: list[str], found: list[str]) -> Iterator[None]:
-    """A client asks for the one altered record, and intact ones with it, all the time.
+    """A client repeatedly requests one corrupt record together with valid ones.
 
-    Nobody else notices; what is intact is read from the store once, and then hot."""
+    Other clients must not be affected. The lookup service reads valid records from the store once
+    and then serves them from memory.
+    """
     token = RARE_TOKENS[-1]
     keys = [f"tolhouse:{{{ref}:shards-{SHARDS}:{token % SHARDS}}}" for ref in refs]
     with Redis.from_url(url) as redis:
@@ -71,16 +74,16 @@ def one_corrupt(system: System, url: str, refs: list[str], found: list[str]) -> 
             yield
             now = (reads() - before) / max(1, len(seen) - asked)
             if now > MOST_READS:
-                found.append(f"{now:.1f} reads of the store for each request with one bad row")
+                found.append(f"{now:.1f} store reads per request with one bad row")
             if asked == len(seen) or "" in dict(seen):
-                found.append(f"the corrupt row was served, or not asked for: {seen[-1:]}")
+                found.append(f"the corrupt row was served or not requested: {seen[-1:]}")
             for key, record in zip(keys, kept, strict=True):
                 redis.hset(key, token, record)
 
 
 @contextmanager
 def evicted(system: System, url: str, _: list[str]) -> Iterator[None]:
-    """Another client fills a Redis that may evict, and the lookups start anew."""
+    """Another client fills a Redis that may evict keys, and the lookup services restart."""
     with Redis.from_url(url) as redis:
         redis.config_set("maxmemory-policy", "allkeys-lru")
         redis.config_set("maxmemory", redis.info("memory")["used_memory"])

@@ -1,4 +1,4 @@
-"""A link between two processes that can be cut, delayed, and made to drip."""
+"""A TCP link between two processes that can cut, delay, and slow down their connections."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,7 @@ from typing import Self
 
 
 class Link:
-    """Forwards TCP connections from a port of its own to `target`. Runs in a thread of its own."""
+    """Forwards TCP connections from its own port to `target`, in its own thread."""
 
     def __init__(self, target: str, port: int = 0) -> None:
         self.host, _, self.port = target.partition(":")
@@ -41,7 +41,7 @@ class Link:
         self._loop.close()
 
     def cut(self) -> None:
-        """Break all connections, and every new one at once."""
+        """Close all connections, and every new connection at once."""
         self._cut = True
 
         async def end() -> None:
@@ -52,11 +52,11 @@ class Link:
         asyncio.run_coroutine_threadsafe(end(), self._loop).result()
 
     def delay(self, seconds: float) -> None:
-        """Let every byte take so long, in both directions."""
+        """Delay every byte by this time, in both directions."""
         self.delay_seconds = seconds
 
     def drip(self, seconds: float) -> None:
-        """Let answers come byte by byte, each so long after the one before."""
+        """Forward answers one byte at a time, with this time between two bytes."""
         self.drip_seconds = seconds
 
     def mend(self) -> None:
@@ -84,7 +84,8 @@ class Link:
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, answers: bool = False
     ) -> None:
-        """Bytes arrive `delay_seconds` after they were sent, however many are on their way."""
+        """Forward bytes `delay_seconds` after they arrived, without limiting the bytes in
+        flight."""
         coming: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         queued = 0

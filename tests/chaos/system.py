@@ -1,5 +1,5 @@
-"""The whole system as real processes, with a link between any two that can be cut, and clients that
-ask all the time."""
+"""The whole system as real processes, with a link on every connection, and clients that send
+requests continuously."""
 
 import itertools
 import json
@@ -49,7 +49,7 @@ DEADLINE_SECONDS = 30.0
 
 
 class Service:
-    """A process that can be killed, and started again with the same arguments and address."""
+    """A process that can be killed and restarted with the same arguments and address."""
 
     def __init__(self, *arguments: str) -> None:
         self.address = f"127.0.0.1:{free_port()}"
@@ -79,8 +79,8 @@ class Service:
 
 
 class System:
-    """Two lookup replicas over `store_url`, two workers of `checkpoint` and a gateway; every
-    connection between them goes through a link."""
+    """Two lookup replicas over `store_url`, two workers of `checkpoint` and a gateway. Every
+    connection between them passes through a link."""
 
     def __init__(
         self,
@@ -120,7 +120,8 @@ class System:
         wait_until_healthy(self.gateway.address)
 
     def flip(self, refs: Sequence[str], seconds: float = 15.0) -> str:
-        """Publish the other of two versions, as soon as the store lets us; "" if not in time."""
+        """Publish the other of two versions as soon as the store allows it. Returns "" on a
+        timeout."""
         deadline, ref = time.monotonic() + seconds, ""
         while time.monotonic() < deadline:
             try:
@@ -135,7 +136,8 @@ class System:
 
 
 def build_versions(url: str) -> list[str]:
-    """Build two versions of a table into a store and publish the first; their "name@version"s."""
+    """Build two versions of a table into a store and publish the first. Returns their
+    references."""
     return [
         build_table(CHECKPOINT, url, name="chaos", codec=codec, shards=SHARDS, publish=n == 0)
         for n, codec in enumerate(("int8", "int4"))
@@ -144,15 +146,15 @@ def build_versions(url: str) -> list[str]:
 
 @cache
 def answers_of_versions() -> Answers:
-    """The right answers with each; a version's are the same in every store."""
-    torch.set_num_threads(1)  # several for such small steps wait for each other
+    """The correct answers of each version, which are the same in every store."""
+    torch.set_num_threads(1)  # with several threads, such small steps would wait for each other
     with TemporaryDirectory(prefix="tolhouse-chaos-") as folder:
         url = f"file://{folder}"
         return right_answers(url, build_versions(url))
 
 
 def right_answers(url: str, refs: list[str]) -> dict[str, list[str]]:
-    """What the model says to each prompt, in this process, with the rows of each version."""
+    """The model's answer to each prompt with each version's rows, computed in this process."""
     checkpoint = open_checkpoint(CHECKPOINT)
     tokenizer, model = checkpoint.tokenizer(), checkpoint.model(ffn_m=False)
     found = {}
@@ -173,7 +175,8 @@ def right_answers(url: str, refs: list[str]) -> dict[str, list[str]]:
 
 
 class Load:
-    """Clients that ask all the time, every other one for a stream; `history` is what they saw."""
+    """Clients that send requests continuously, alternating streamed and complete answers, and
+    record what they receive in `history`."""
 
     def __init__(self, gateway: str) -> None:
         self.gateway, self.history, self._stop = gateway, list[Seen](), threading.Event()
@@ -229,7 +232,7 @@ class Load:
                 elif line.startswith("data: "):
                     self._add(seen, json.loads(line.removeprefix("data: ")))
             if not seen.dones and not seen.error:
-                seen.error = "the stream broke off"
+                seen.error = "the stream ended early"
 
     @staticmethod
     def _add(seen: Seen, data: dict[str, Any]) -> None:
@@ -243,12 +246,13 @@ class Load:
             seen.finishes += choice["finish_reason"] is not None
 
 
-Asked = list[tuple[str, float]]  # of each time: the error, "" for none, and its seconds
+Asked = list[tuple[str, float]]  # for each request: the error ("" for none) and its seconds
 
 
 @contextmanager
 def asking(ask: Callable[[], object], found: list[str]) -> Iterator[Asked]:
-    """A client beside the load, which asks all the time; at the end it has to be answered."""
+    """A client that calls `ask` continuously beside the load. After the block, it must be answered
+    again."""
     seen: Asked = []
     stop = threading.Event()
 
@@ -266,14 +270,14 @@ def asking(ask: Callable[[], object], found: list[str]) -> Iterator[Asked]:
     yield seen
     count = len(seen)
     if not wait_until(lambda: "" in dict(seen[count:]), 15):
-        found.append(f"rows can't be had afterwards: {seen[-1:]}")
+        found.append(f"rows can't be fetched afterwards: {seen[-1:]}")
     stop.set()
     thread.join()
     found += [f"an answer took {took:.1f} s" for _, took in seen if took > DEADLINE_SECONDS]
 
 
 def completion(gateway: str, *tokens: int) -> None:
-    """Ask for what follows some tokens, over a new connection."""
+    """Request the completion of some tokens over a new connection."""
     body, most = {"prompt": tokens, "max_tokens": 1}, DEADLINE_SECONDS + 5
     httpx.post(f"http://{gateway}/v1/completions", json=body, timeout=most).raise_for_status()
 

@@ -1,5 +1,5 @@
-"""The checker of `make chaos` finds each kind of violation, and the links do what they say; and one
-fault is run for real."""
+"""The checks of `make chaos` find each kind of violation, links behave as documented, and one fault
+is run for real."""
 
 import dataclasses
 import itertools
@@ -37,9 +37,9 @@ def found(**changes) -> list[str]:
     return violations([dataclasses.replace(GOOD, **changes)], ANSWERS, 5.0)
 
 
-def test_good_histories_pass() -> None:
-    """Either version's text; a text that both have; an error before anything, and after a right
-    beginning."""
+def test_correct_histories_have_no_violations() -> None:
+    """Answers of either version, text that both versions share, and errors with or without a
+    correct beginning are accepted."""
     assert [] == found()
     assert [] == found(pieces=["the second text"], version="t@2")
     assert [] == found(prompt=1, pieces=["other"], version="t@2")
@@ -50,28 +50,28 @@ def test_good_histories_pass() -> None:
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"pieces": ["the second text"]}, "another's text"),
+        ({"pieces": ["the second text"]}, "another version's text"),
         ({"pieces": ["the first", " second text"]}, "wrong or mixed"),
         ({"pieces": ["nonsense"]}, "a wrong text"),
-        ({"pieces": ["the first"]}, "wrong"),  # a lost token
-        ({"pieces": ["the first", " text", " text"]}, "wrong"),  # one twice
+        ({"pieces": ["the first"]}, "wrong"),  # a missing token
+        ({"pieces": ["the first", " text", " text"]}, "wrong"),  # a repeated token
         ({"finishes": 2}, "ended 2 times"),
         ({"finishes": 0}, "ended 0 times"),
-        ({"dones": 0}, "0 times whole"),
+        ({"dones": 0}, "0 times completely"),
         ({"error": "no"}, "ended twice"),
         ({"finishes": 0, "error": "no", "pieces": ["the sec", "x"]}, "began wrongly"),
         ({"ended": 9.0}, "more than its deadline"),
     ],
 )
-def test_each_violation_is_found(changes: dict, what: str) -> None:
-    """A history with one thing wrong in it is told by that."""
+def test_each_kind_of_violation_is_found(changes: dict, what: str) -> None:
+    """A history with one violation yields exactly that violation."""
     texts = found(**changes)
     assert 1 == len(texts)
     assert what in texts[0]
 
 
-def test_rates_and_recovery_are_of_whole_answers() -> None:
-    """Ten a second, none for two seconds after the fault at 10, ten again; errors do not count."""
+def test_rates_and_recovery_count_complete_answers_only() -> None:
+    """Rates and recovery times count complete answers; errors do not contribute."""
     seen = [dataclasses.replace(GOOD, ended=at / 10) for at in range(200) if not 100 <= at < 120]
     bad = dataclasses.replace(GOOD, ended=11.0, pieces=[], error="no")
     assert 10 == rate([*seen, bad], 0, 10)
@@ -82,9 +82,9 @@ def test_rates_and_recovery_are_of_whole_answers() -> None:
     assert not streams(bad)
 
 
-def test_a_link_carries_delays_and_cuts() -> None:
-    """Bytes arrive in order through a link, delayed or not; once cut, connections break, and new
-    ones too, until it is mended."""
+def test_a_link_forwards_delays_and_cuts_connections() -> None:
+    """A link delivers bytes in order, delayed or not; a cut closes existing and new connections
+    until the repair."""
     with ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         link = stack.enter_context(Link(f"127.0.0.1:{server.getsockname()[1]}"))
@@ -103,7 +103,7 @@ def test_a_link_carries_delays_and_cuts() -> None:
         with pytest.raises(TimeoutError):
             served.recv(9)
         link.mend()
-        client.sendall(b"three")  # does not overtake
+        client.sendall(b"three")  # must not overtake the delayed bytes
         served.settimeout(5)
         assert b"twothree" == served.recv(3, socket.MSG_WAITALL) + served.recv(
             5, socket.MSG_WAITALL
@@ -119,7 +119,7 @@ def test_a_link_carries_delays_and_cuts() -> None:
 
 
 def test_a_fault_lasts_as_long_as_its_context(tmp_path: Path) -> None:
-    """A file has another content from its injection on until it is mended, and stays the same."""
+    """A file's contents differ from injection to repair, and the file itself stays the same."""
     path = tmp_path / "file"
     path.write_bytes(b"as it was")
     number = path.stat().st_ino
@@ -130,8 +130,8 @@ def test_a_fault_lasts_as_long_as_its_context(tmp_path: Path) -> None:
     assert (b"as it was", number) == (path.read_bytes(), path.stat().st_ino)
 
 
-def test_a_client_beside_the_load_is_answered_in_the_end() -> None:
-    """What it saw is told, error by error, and nothing is wrong once it has its answer."""
+def test_a_client_beside_the_load_records_errors_until_it_is_answered() -> None:
+    """Each error of the client is recorded, and nothing is reported once the client is answered."""
     found, errors = (
         list[str](),
         itertools.chain([UnavailableError("no")] * 2, itertools.repeat(None)),
@@ -155,7 +155,8 @@ def _received(client: socket.socket) -> bytes:
 
 
 def test_a_stopped_lookup_replica_fails_no_request(tmp_path) -> None:
-    """The same harness, for one fault, over files: what `make chaos` does for all."""
+    """No request fails while a lookup replica is stopped, with the harness of `make chaos` over
+    files."""
     url = f"file://{tmp_path}"
     ref = build_table(CHECKPOINT, url, name="chaos", codec="int8", shards=16)
     with ExitStack() as stack:

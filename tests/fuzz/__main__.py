@@ -1,7 +1,8 @@
-"""Nearly right input for every reader: `make fuzz`, or `python -m tests.fuzz [--inputs N] …`.
+"""Feed malformed input to every reader: `make fuzz`, or `python -m tests.fuzz [--inputs N] …`.
 
-Ends with 1 on the first input that is neither read rightly nor refused with one of our errors, or
-takes longer than SLOW_SECONDS; it is written to a file. Last comes one line of JSON.
+Each input must be read correctly or refused with one of Tolhouse's errors, within SLOW_SECONDS. On
+the first violation the input is written to a file and the exit status is 1. The last line of output
+is JSON.
 """
 
 import argparse
@@ -24,9 +25,13 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--inputs", type=int, default=1_100_000, help="in all")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same inputs")
-    parser.add_argument("--only", default="", metavar="WORD", help="targets named with this")
+    parser.add_argument(
+        "--inputs", type=int, default=1_100_000, help="total number of inputs (default %(default)d)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default %(default)d)")
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help="run only targets whose names contain this word"
+    )
     options = parser.parse_args()
     counts = {}
     with folder() as name:

@@ -1,4 +1,4 @@
-"""Inputs that are nearly right: known good ones, with a few things done to them."""
+"""Malformed inputs, made from valid ones by a few mutations."""
 
 import json
 import random
@@ -17,7 +17,7 @@ VALUES += [list(range(300)), [[0] * 20] * 20]
 
 
 def mutations(seeds: Sequence[bytes], rng: random.Random) -> Iterator[bytes]:
-    """Without end; the seeds themselves come first."""
+    """An infinite iterator that starts with the seeds themselves."""
     yield from seeds
     while True:
         seed = rng.choice(seeds)
@@ -53,7 +53,7 @@ def _once(data: bytearray, seeds: Sequence[bytes], rng: random.Random) -> None:
 
 
 def _restructured(seed: bytes, rng: random.Random) -> bytes:
-    """JSON that is still JSON: some values are others, are missing, or are there once more."""
+    """Valid JSON in which some values are changed, removed, or added."""
     whole = json.loads(seed)
     for _ in range(rng.choice((1, 1, 2, 4))):
         node: Any = whole

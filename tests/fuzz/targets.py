@@ -1,6 +1,7 @@
-"""What strangers and damaged disks can hand to Tolhouse: one of our errors, or a right reading.
+"""Readers of untrusted or damaged data, which must read each input correctly or raise one of
+Tolhouse's errors.
 
-A target takes bytes; an error that is none of `ALLOWED`, or a wrong reading, is a finding.
+A target reads bytes. An error outside `ALLOWED` or a wrong result is a finding.
 """
 
 import json
@@ -35,7 +36,7 @@ ALLOWED = (TolhouseError, ValidationError)
 MANIFEST = manifest_of("fuzz", vocab_size=6, width=5, num_shards=1, frequent=(3, 1))
 IDS = np.arange(MANIFEST.vocab_size, dtype=np.uint32)
 RECORDS = records_of(MANIFEST)
-BODIES: tuple[tuple[str, type[BaseModel], str], ...] = (  # target, its schema, one seed a line
+BODIES: tuple[tuple[str, type[BaseModel], str], ...] = (  # target, schema, and one seed per line
     (
         "completion",
         CompletionRequest,
@@ -74,7 +75,7 @@ class Target:
 
 
 def targets(folder: Path) -> dict[str, Target]:
-    """By name; files are written in `folder`."""
+    """All targets by name. Their files are written to `folder`."""
     store = FileStore(folder / "tables")
     publish(store, write(store, MANIFEST).ref)
     shard = next(store.root.rglob("*.safetensors"))
@@ -106,18 +107,20 @@ def targets(folder: Path) -> dict[str, Target]:
 
 
 def _read_manifest(data: bytes) -> None:
-    assert Manifest.from_json(data) == MANIFEST, "an altered manifest passes"
+    assert Manifest.from_json(data) == MANIFEST, "an altered manifest was accepted"
 
 
 def _read_signed(data: bytes) -> None:
-    """Whatever a manifest says whose digest is right, it is refused or means what it says."""
+    """A manifest with a correct digest is refused or keeps its meaning when it is written again."""
     try:
         fields = json.loads(data)
         text = json.dumps({**fields, "digest": digest_of(fields)})
     except (ValueError, TypeError, RecursionError):
         return
     read = Manifest.from_json(text)
-    assert read == Manifest.from_json(read.to_json()), "it is written otherwise than it was read"
+    assert read == Manifest.from_json(read.to_json()), (
+        "a manifest changed when it was written again"
+    )
     assert 0 < read.record_bytes <= MAX_RECORD_BYTES
     shards = range(read.num_shards if read.vocab_size < 10_000 else 0)
     assert not shards or read.num_records == sum(len(read.shard_ids(shard)) for shard in shards)
@@ -128,25 +131,25 @@ def read_records(data: bytes, verify: Callable = MANIFEST.verify) -> None:
     if len(data) == RECORDS.nbytes:
         records = np.frombuffer(data, np.uint8).reshape(RECORDS.shape)
         verify(IDS, [row.data for row in records])
-        assert data == RECORDS.tobytes(), "altered records pass"
+        assert data == RECORDS.tobytes(), "altered records were accepted"
 
 
 def _read_table(root: Path) -> None:
     with closing(FileStore(root)) as store:
-        assert read(store, MANIFEST) == RECORDS.tobytes(), "altered records are served"
+        assert read(store, MANIFEST) == RECORDS.tobytes(), "altered records were served"
 
 
 def _fetch(data: bytes) -> None:
     try:
         request = lookup_pb2.FetchRequest.FromString(data)
-    except DecodeError:  # gRPC refuses it before we see it
+    except DecodeError:  # gRPC refuses such a message before Tolhouse reads it
         return
     ids = parse_ids(request.token_ids, MANIFEST)
-    assert (ids < MANIFEST.vocab_size).all(), "an id outside the vocabulary passes"
+    assert (ids < MANIFEST.vocab_size).all(), "an id outside the vocabulary was accepted"
 
 
 def folder() -> tempfile.TemporaryDirectory:
-    """Files are written often: in memory where that is possible."""
+    """A temporary folder, in memory if possible because files are written often."""
     memory = Path("/dev/shm")
     place = memory if memory.is_dir() else None
     return tempfile.TemporaryDirectory(prefix="tolhouse-fuzz-", dir=place)

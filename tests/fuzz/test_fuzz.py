@@ -1,4 +1,4 @@
-"""A few thousand nearly right inputs for each reader; `make fuzz` does a million."""
+"""A few thousand malformed inputs for each reader; `make fuzz` runs a million."""
 
 import random
 from collections.abc import Iterator
@@ -21,8 +21,9 @@ def found() -> Iterator[dict[str, Target]]:
 
 
 @pytest.mark.parametrize("name", NAMES.split(","))
-def test_input_is_read_rightly_or_refused(found: dict[str, Target], name: str) -> None:
-    """Good ones are read; each of the others is read or refused with one of our errors."""
+def test_input_is_read_correctly_or_refused(found: dict[str, Target], name: str) -> None:
+    """Valid inputs are read, and every mutated input is read or refused with one of Tolhouse's
+    errors."""
     target, refused = found[name], 0
     for seed in target.seeds:
         target.read(seed)
@@ -35,12 +36,12 @@ def test_input_is_read_rightly_or_refused(found: dict[str, Target], name: str) -
 
 
 def test_all_targets_are_tested(found: dict[str, Target]) -> None:
-    """None is forgotten above."""
+    """Every target has a test."""
     assert NAMES.split(",") == sorted(found)
 
 
-def test_an_altered_record_that_passed_would_be_found() -> None:
-    """The check is of the checksum: without it, a flipped bit is a finding."""
+def test_a_reader_without_checksums_is_found() -> None:
+    """A reader that does not verify checksums is found by the fuzz target of records."""
     altered = bytearray(RECORDS.tobytes())
     altered[0] ^= 1
     with pytest.raises(AssertionError, match="altered"):

@@ -1,5 +1,5 @@
-"""Checks of rendered Kubernetes manifests, for what a schema can't see. Each tells what is wrong, a
-line for each thing."""
+"""Checks of rendered Kubernetes manifests beyond what a schema can express. Each check yields one
+line per problem."""
 
 import re
 import subprocess
@@ -19,12 +19,12 @@ from tolhouse import config
 
 ROOT = Path(__file__).parent.parent.parent
 KUBECTL = Path(sys.executable).parent / "kubectl"
-VERSIONS = ("1.27", "1.37")  # of Kubernetes: the oldest that README.md promises, and the newest
+VERSIONS = ("1.27", "1.37")  # the oldest Kubernetes version that README.md supports, and the newest
 NAMESPACE = "tolhouse"
 NAME = "app.kubernetes.io/name"
-SLACK = 256 * 10**6  # bytes of a lookup service besides its hot rows
+SLACK = 256 * 10**6  # bytes that a lookup service needs besides its hot rows
 
-# Kinds that schemas of Kubernetes do not know: the fields that we use, with "?" where optional
+# custom resources without a schema in the validator: the fields that we use, with "?" if optional
 SHAPES = {
     ("ray.io/v1", "RayJob"): "entrypoint submissionMode shutdownAfterJobFinishes backoffLimit?"
     " ttlSecondsAfterFinished submitterPodTemplate rayClusterSpec",
@@ -55,7 +55,7 @@ class Pod:
     owner: Document
     labels: dict[str, str]
     spec: Document
-    claims: tuple[str, ...] = ()  # a StatefulSet's, a volume for each
+    claims: tuple[str, ...] = ()  # a StatefulSet's claim templates, each of which is a volume
 
     @property
     def name(self) -> str:
@@ -66,8 +66,8 @@ class Pod:
         return [*self.spec.get("initContainers", []), *self.spec["containers"]]
 
     def port(self, port: int | str) -> int | None:
-        """The number of a port, given so or by name, that one of the containers has; None if none
-        does."""
+        """The number of a container's port, given by number or name; None if no container has
+        it."""
         for p in (p for c in self.containers for p in c.get("ports", [])):
             if port in (p.get("name"), p["containerPort"]):
                 return int(p["containerPort"])
@@ -78,11 +78,11 @@ class Pod:
 
 
 def render(folder: Path) -> list[Document]:
-    """What `kubectl apply -k` would send."""
+    """The documents that `kubectl apply -k` would send."""
     command = [KUBECTL, "kustomize", folder]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert 0 == made.returncode, made.stderr
-    assert "" == made.stderr  # nor a warning
+    assert "" == made.stderr  # kustomize prints no warning either
     return list(yaml.safe_load_all(made.stdout))
 
 
@@ -136,12 +136,13 @@ def selects(selector: Document, labels: dict[str, str]) -> bool:
 def quantity(text: object) -> Decimal:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([a-zA-Z]*)", str(text))
     if not match or match[2] not in _SUFFIXES:
-        raise ValueError(f"{text!r} is no quantity")
+        raise ValueError(f"{text!r} is not a quantity")
     return Decimal(match[1]) * _SUFFIXES[match[2]]
 
 
 def settings(documents: list[Document], container: Document) -> dict[str, str]:
-    """The environment that manifests give a container; what comes from elsewhere is empty."""
+    """The environment variables that manifests give a container. Values from other sources are
+    empty."""
     maps = {d["metadata"]["name"]: d.get("data", {}) for d in of(documents, "ConfigMap")}
     given: dict[str, str] = {}
     for source in container.get("envFrom", []):
@@ -150,8 +151,8 @@ def settings(documents: list[Document], container: Document) -> dict[str, str]:
 
 
 def schemas(documents: list[Document]) -> Iterator[str]:
-    """Strict schemas of Kubernetes, the oldest and the newest; of other kinds, their shape and the
-    pods in them."""
+    """Manifests match the strict schemas of the oldest and newest Kubernetes; custom resources
+    match their shapes, and the pods in them the schemas."""
     for d in documents:
         where = f"{d['kind']} {d['metadata']['name']}"
         shape = SHAPES.get((d["apiVersion"], d["kind"]))
@@ -175,7 +176,7 @@ def schemas(documents: list[Document]) -> Iterator[str]:
         (d["apiVersion"], d["kind"], d["metadata"]["name"]) for d in documents
     ).items():
         if count > 1:
-            yield f"{name} is there {count} times"
+            yield f"{name} is defined {count} times"
 
 
 def _invalid(document: Document, where: str) -> Iterator[str]:
@@ -201,7 +202,7 @@ def _misshapen(spec: Document, shape: str) -> Iterator[str]:
 
 
 def selectors(documents: list[Document]) -> Iterator[str]:
-    """Selectors select what they mean to, and what is named as a target is there."""
+    """Selectors match the intended objects, and every target exists."""
     every = pods(documents)
     by_name = {(d["kind"], d["metadata"]["name"]): d for d in documents}
     for d in documents:
@@ -244,9 +245,9 @@ def selectors(documents: list[Document]) -> Iterator[str]:
         if d["kind"] == "HorizontalPodAutoscaler":
             target = by_name.get((spec["scaleTargetRef"]["kind"], spec["scaleTargetRef"]["name"]))
             if target is None:
-                yield f"{where}: its target is not there"
+                yield f"{where}: its target does not exist"
             elif "replicas" in target["spec"]:
-                yield f"{where}: its target has replicas: an apply would set the scale back"
+                yield f"{where}: its target sets replicas: each apply would reset the scale"
             if spec["minReplicas"] > spec["maxReplicas"]:
                 yield f"{where}: minReplicas is above maxReplicas"
     for p in every:
@@ -270,11 +271,12 @@ def selectors(documents: list[Document]) -> Iterator[str]:
 
 
 def connections(documents: list[Document]) -> set[str]:
-    """Who may talk to whom: "from > to:port", for each port that the pods have by name, and
-    `others` for the rest of them.
+    """The allowed connections, as "from > to:port" for each named port of the pods, with `others`
+    for all remaining ports.
 
-    Also from and to those outside that policies may mean: DNS, Prometheus, a trace collector,
-    KubeRay's operator, and anyone."""
+    They include external peers that policies can select: DNS, Prometheus, a trace collector,
+    KubeRay's operator, and anyone.
+    """
     (namespace,) = of(documents, "Namespace")
     home = namespace["metadata"]["labels"] | {"kubernetes.io/metadata.name": NAMESPACE}
     ends = [
@@ -307,8 +309,8 @@ def connections(documents: list[Document]) -> set[str]:
     policies = [p["spec"] for p in of(documents, "NetworkPolicy")]
 
     def allowed(end: _End, peer: _End, target: _End, port: str, way: str, peers: str) -> bool:
-        """Whether policies for `end`, if any, let it have a connection with `peer` to a port of
-        `target`, one of the two."""
+        """Whether the policies of `end`, one of the two ends, allow a connection with `peer` to a
+        port of `target`."""
         if end in (dns, collector, *strangers):
             return True
         mine = [
@@ -361,8 +363,8 @@ def _local_selectors(policy: Document) -> Iterator[Document]:
 
 
 def volumes(documents: list[Document]) -> Iterator[str]:
-    """Every mount has a volume, every volume a mount, and what volumes and environments refer to is
-    there."""
+    """Every mount has a volume and every volume a mount, and all references of volumes and
+    environments exist."""
     claims = {d["metadata"]["name"] for d in of(documents, "PersistentVolumeClaim")}
     maps = {d["metadata"]["name"] for d in of(documents, "ConfigMap")}
     for p in pods(documents):
@@ -388,7 +390,7 @@ def volumes(documents: list[Document]) -> Iterator[str]:
         for c in p.containers:
             places = [m["mountPath"] for m in c.get("volumeMounts", [])]
             if len(places) != len(set(places)):
-                yield f"{p}: two volumes are mounted at one place"
+                yield f"{p}: two volumes have the same mount path"
             for name, value in settings(documents, c).items():
                 for path in _paths(value):
                     if not any(path == m or path.startswith(f"{m}/") for m in places):
@@ -396,13 +398,13 @@ def volumes(documents: list[Document]) -> Iterator[str]:
 
 
 def _paths(value: str) -> list[str]:
-    """Files and folders that a setting names."""
+    """The files and folders that a setting names."""
     return re.findall(r"(?:^|^file://|password_file=)(/[^&]+)", value)
 
 
 def secrets(documents: list[Document]) -> Iterator[str]:
-    """Of Secrets, README.md says how to make each key that is used; files of them are where
-    settings say, for the pod's group alone."""
+    """README.md says how to create every key of a Secret that is used; settings name mounted files
+    of Secrets, which only the pod's group can read."""
     used = {
         (m["authorization"]["credentials"]["name"], m["authorization"]["credentials"]["key"])
         for d in of(documents, "ServiceMonitor")
@@ -418,7 +420,7 @@ def secrets(documents: list[Document]) -> Iterator[str]:
             if secret.get("defaultMode") != 0o440 or not p.spec.get("securityContext", {}).get(
                 "fsGroup"
             ):
-                yield f"{p}: files of {name} are not for its group alone"
+                yield f"{p}: files of {name} are readable beyond its group"
         for c in p.containers:
             used |= {
                 (e["valueFrom"]["secretKeyRef"]["name"], e["valueFrom"]["secretKeyRef"]["key"])
@@ -437,23 +439,23 @@ def secrets(documents: list[Document]) -> Iterator[str]:
                         any(path.startswith(f"{m['mountPath']}/") for m in mounts)
                         and path not in files
                     ):
-                        yield f"{p}: {name} is {value}, which is no file of a Secret"
+                        yield f"{p}: {name} is {value}, which is not a file of a Secret"
             yield from (
-                f"{p}: {m['name']} is mounted for writing" for m in mounts if not m.get("readOnly")
+                f"{p}: {m['name']} is mounted writable" for m in mounts if not m.get("readOnly")
             )
     made = re.findall(
         r"create secret generic ([\w-]+)(.*)", (ROOT / "deploy" / "k8s" / "README.md").read_text()
     )
     told = {(name, key) for name, how in made for key in re.findall(r"--from-file=([\w.-]+)", how)}
     yield from (
-        f"README.md does not say how to make {key} of the Secret {name}"
+        f"README.md does not say how to create {key} of the Secret {name}"
         for name, key in sorted(used - told)
     )
 
 
 def resources(documents: list[Document]) -> Iterator[str]:
-    """Every container asks for processor and memory, for no more than it may have and enough for
-    hot rows; a device is asked for whole."""
+    """Every container requests processor and memory within its limits and enough memory for hot
+    rows; devices are requested as integers."""
     for p in pods(documents):
         for c in p.containers:
             requests, limits = (
@@ -477,11 +479,11 @@ def resources(documents: list[Document]) -> Iterator[str]:
                 if name == "memory" and p.name == "lookup" and most < 2 * hot * 10**6 + SLACK:
                     yield f"{p}: container {c['name']} has no room for hot rows of two versions"
                 if "/" in name and (wanted != most or name not in limits or most != int(most)):
-                    yield f"{p}: container {c['name']}: {name} must be whole, the same in requests"
+                    yield f"{p}: container {c['name']}: {name} must be whole and the same in requests"
 
 
 def ports(documents: list[Document]) -> Iterator[str]:
-    """Probes, Services and NetworkPolicies name ports that containers have; processes listen on
+    """Probes, Services and NetworkPolicies use ports that containers have, and processes listen on
     them."""
     every = pods(documents)
     for p in every:
@@ -491,12 +493,12 @@ def ports(documents: list[Document]) -> Iterator[str]:
                 probe = c.get(kind, {})
                 port = probe.get("httpGet", probe.get("grpc", {})).get("port")
                 if port is not None and mine.port(port) is None:
-                    yield f"{p}: the {kind} of {c['name']} asks port {port}, which it does not have"
+                    yield f"{p}: the {kind} of {c['name']} uses an undefined port {port}"
             for name, value in settings(documents, c).items():
                 if name.endswith("LISTEN"):
                     host, _, port = value.rpartition(":")
                     if mine.port(int(port)) is None or host in {"127.0.0.1", "localhost"}:
-                        yield f"{p}: {name} is {value}: no port of {c['name']}, or closed to others"
+                        yield f"{p}: {name} is {value}: not a port of {c['name']}, or not reachable"
     for s in of(documents, "Service"):
         for port in s["spec"]["ports"]:
             for p in every:
@@ -527,12 +529,12 @@ def _unknown_ports(policy: Document, rule: Document, targets: list[Pod]) -> Iter
     for port in rule.get("ports", []):
         if not any(p.port(port["port"]) for p in targets):
             name = policy["metadata"]["name"]
-            yield f"NetworkPolicy {name}: no pod it means has port {port['port']}"
+            yield f"NetworkPolicy {name}: no selected pod has port {port['port']}"
 
 
 def environment(documents: list[Document]) -> Iterator[str]:
-    """Every variable is one of config.py's, with a value that it takes; the services that values
-    name are there."""
+    """Every variable is an option of config.py with a valid value, and the services that values
+    name exist."""
     services = {s["metadata"]["name"]: s["spec"] for s in of(documents, "Service")}
     for p in pods(documents):
         if p.spec.get("enableServiceLinks") is not False:
@@ -566,21 +568,21 @@ def environment(documents: list[Document]) -> Iterator[str]:
 
 
 def accounts(documents: list[Document]) -> Iterator[str]:
-    """Every pod that stays has an account of its own, which no token goes with."""
+    """Every long-running pod has its own ServiceAccount without a token."""
     known = {a["metadata"]["name"] for a in of(documents, "ServiceAccount")}
     for a in of(documents, "ServiceAccount"):
         if a.get("automountServiceAccountToken") is not False:
-            yield f"ServiceAccount {a['metadata']['name']} gives a token"
+            yield f"ServiceAccount {a['metadata']['name']} does not disable token mounting"
     for p in pods(documents):
         if p.spec.get("automountServiceAccountToken") is not False:
             yield f"{p} mounts a token"
         if p.owner["kind"] != "Pod" and p.spec.get("serviceAccountName") not in known:
-            yield f"{p} has the account {p.spec.get('serviceAccountName')}, which is not there"
+            yield f"{p} has the account {p.spec.get('serviceAccountName')}, which does not exist"
 
 
 def security(documents: list[Document]) -> Iterator[str]:
-    """The namespace enforces the restricted standard, every pod keeps to it, and none can write to
-    its image."""
+    """The namespace enforces the restricted standard, every pod satisfies it, and no container can
+    write to its image."""
     for n in of(documents, "Namespace"):
         for mode in ("enforce", "audit", "warn"):
             if n["metadata"]["labels"].get(f"pod-security.kubernetes.io/{mode}") != "restricted":
@@ -597,7 +599,7 @@ def security(documents: list[Document]) -> Iterator[str]:
             if not set(v) - {"name"} <= set(_VOLUMES.split()):
                 yield f"{p}: the volume {v['name']} is of a kind that is not allowed"
             if "emptyDir" in v and "sizeLimit" not in v["emptyDir"]:
-                yield f"{p}: the volume {v['name']} may fill its node"
+                yield f"{p}: the volume {v['name']} has no size limit"
         for c in p.containers:
             own = c.get("securityContext", {})
             if (
@@ -616,11 +618,12 @@ def security(documents: list[Document]) -> Iterator[str]:
             ]:
                 yield f"{p}: container {c['name']} can write to its image, or has no /tmp"
             if any(port.get("hostPort") for port in c.get("ports", [])):
-                yield f"{p}: container {c['name']} takes a port of its node"
+                yield f"{p}: container {c['name']} uses a port of its node"
 
 
 def images(documents: list[Document]) -> Iterator[str]:
-    """Our images are targets of deploy/Dockerfile, of this version; others have a version too."""
+    """Tolhouse's images are targets of deploy/Dockerfile with the current version, and other images
+    have a version."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     targets = set(
         re.findall(
@@ -635,18 +638,18 @@ def images(documents: list[Document]) -> Iterator[str]:
             elif name.startswith("tolhouse-") and (
                 tag != version or name.removeprefix("tolhouse-").removesuffix("-gpu") not in targets
             ):
-                yield f"{p}: {c['image']} is no target of Dockerfile, or not of version {version}"
+                yield f"{p}: {c['image']} is not a target of Dockerfile or not of version {version}"
 
 
 def rollout(documents: list[Document]) -> Iterator[str]:
-    """A new pod is there and ready before an old one goes; one that goes has the time that it
-    takes, and so has one that loads. A rollout is not given up while pods may still get ready; the
-    gateway's do so after the slowest."""
-    patient: dict[str, int] = {}  # by Deployment, the most seconds until its pods count
+    """A rollout starts a new pod before it stops an old one, and its time limits suffice for
+    starting, loading and draining. The gateway's limit covers the slowest service."""
+    # by Deployment, the maximum number of seconds until its pods are available
+    patient: dict[str, int] = {}
     for p in pods(of(documents, "Deployment", "ConfigMap")):
         strategy = p.owner["spec"].get("strategy", {}).get("rollingUpdate", {})
         if (strategy.get("maxUnavailable"), strategy.get("maxSurge")) != (0, 1):
-            yield f"{p} rolls with a gap"
+            yield f"{p} may have too few pods during a rollout"
         for c in p.spec["containers"]:
             given = settings(documents, c)
             yield from (
@@ -661,7 +664,7 @@ def rollout(documents: list[Document]) -> Iterator[str]:
                 (float(v) for n, v in given.items() if n.endswith("_DRAIN_SECONDS")), default=None
             )
             if pause[0] != "sleep" or drain is None:
-                yield f"{p} does not say how it pauses and drains"
+                yield f"{p} has no preStop pause or no drain time"
             elif p.spec["terminationGracePeriodSeconds"] < float(pause[1]) + drain + 5:
                 yield f"{p} is killed before it has drained"
             probe = c.get("startupProbe", {})
@@ -670,13 +673,13 @@ def rollout(documents: list[Document]) -> Iterator[str]:
                 (float(v) for n, v in given.items() if n.endswith("_WAIT_SECONDS")), default=0
             )
             if patience < waits + 60:
-                yield f"{p} is given {patience} s to start, and may wait {waits:g} s"
+                yield f"{p} has {patience} s to start but may wait {waits:g} s"
             patient[p.name] = patience + p.owner["spec"].get("minReadySeconds", 0)
     for p in pods(of(documents, "Deployment")):
         deadline = p.owner["spec"].get("progressDeadlineSeconds", 600)
         longest = max(patient.values()) if p.name == "gateway" else patient[p.name]
         if deadline <= longest:
-            yield f"{p} is given up after {deadline} s, and may get ready after {longest} s"
+            yield f"{p} fails after {deadline} s, but may need {longest} s to become ready"
 
 
 Check = Callable[[list[Document]], Iterator[str]]

@@ -1,5 +1,4 @@
-"""The Kubernetes manifests as kustomize renders them: right for the schemas, and in what those
-can't see."""
+"""Checks of the Kubernetes manifests as kustomize renders them, by schema and beyond it."""
 
 import copy
 import re
@@ -21,7 +20,7 @@ Rendered = dict[str, list[Document]]
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
-    """Both overlays, the loader beside `local`, and `local` with all components."""
+    """Both overlays, the loader on top of `local`, and `local` with all components."""
     folder = tmp_path_factory.mktemp("k8s")
     shutil.copytree(K8S, folder, dirs_exist_ok=True)
     local = folder / "overlays" / "local" / "kustomization.yaml"
@@ -31,15 +30,15 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
     )
     found = {name: render(K8S / "overlays" / name) for name in ("local", "gpu")}
     loader = yaml.safe_load((K8S / "loader.yaml").read_text())
-    loader["metadata"]["namespace"] = manifests.NAMESPACE  # README.md's command names it
+    loader["metadata"]["namespace"] = manifests.NAMESPACE  # as in README.md's command
     found["local"].append(loader)
     return found | {"monitored": render(folder / "overlays" / "local")}
 
 
 @pytest.mark.parametrize("name", ["local", "monitored", "gpu"])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_manifests_are_right(rendered: Rendered, name: str, check: Check) -> None:
-    """No check finds anything in any overlay."""
+def test_manifests_pass_every_check(rendered: Rendered, name: str, check: Check) -> None:
+    """No check finds a problem in any overlay."""
     assert [] == list(check(rendered[name]))
 
 
@@ -83,14 +82,16 @@ def names(*pods: str) -> set[str]:
         ),
     ],
 )
-def test_only_neighbours_may_talk(rendered: Rendered, name: str, expected: set[str]) -> None:
-    """Policies of both ends together let exactly these connections through."""
+def test_network_policies_allow_only_needed_connections(
+    rendered: Rendered, name: str, expected: set[str]
+) -> None:
+    """The NetworkPolicies of both ends together allow exactly these connections."""
     assert expected == connections(rendered[name])
 
 
 def test_each_overlay_has_its_kinds(rendered: Rendered) -> None:
-    """`local` needs nothing but Kubernetes; `gpu` builds with Ray, keeps tables in six Redis nodes
-    and scales its workers."""
+    """`local` needs only Kubernetes; `gpu` builds with Ray, stores tables in six Redis nodes and
+    scales its workers."""
     kinds = {name: {d["kind"] for d in documents} for name, documents in rendered.items()}
     assert set() == kinds["local"] & {kind for _, kind in manifests.SHAPES}
     assert {"ServiceMonitor", "PrometheusRule"} == kinds["monitored"] - kinds["local"]
@@ -111,9 +112,8 @@ def test_each_overlay_has_its_kinds(rendered: Rendered) -> None:
     assert 1 == worker["resources"]["limits"]["nvidia.com/gpu"]
 
 
-def test_storage_comes_first(rendered: Rendered) -> None:
-    """What README.md applies before the loader runs, by its label, is the namespace and every
-    claim."""
+def test_storage_can_be_applied_first(rendered: Rendered) -> None:
+    """README.md's first command applies, by label, the namespace and all claims."""
     for name, claims in (("local", {"models", "tables"}), ("gpu", {"models-shared"})):
         first = [
             d
@@ -126,7 +126,8 @@ def test_storage_comes_first(rendered: Rendered) -> None:
         }
 
 
-FIXED = {  # what Kubernetes lets nobody change, by kind; a Job is deleted before it comes again
+# fields that are immutable in Kubernetes, by kind; a Job is deleted before it is applied again
+FIXED = {
     "PersistentVolumeClaim": ("accessModes", "resources", "storageClassName", "volumeMode"),
     "Deployment": ("selector",),
     "StatefulSet": ("selector", "serviceName", "volumeClaimTemplates"),
@@ -134,8 +135,8 @@ FIXED = {  # what Kubernetes lets nobody change, by kind; a Job is deleted befor
 }
 
 
-def test_an_overlay_can_follow_the_other(rendered: Rendered) -> None:
-    """What both overlays have differs in nothing that Kubernetes lets nobody change."""
+def test_overlays_do_not_differ_in_immutable_fields(rendered: Rendered) -> None:
+    """Objects that both overlays share do not differ in immutable fields."""
     local, gpu = (
         {(d["kind"], d["metadata"]["name"]): d.get("spec") for d in rendered[name]}
         for name in ("local", "gpu")
@@ -147,8 +148,8 @@ def test_an_overlay_can_follow_the_other(rendered: Rendered) -> None:
             assert local[kind, name].get(field) == gpu[kind, name].get(field), (kind, name, field)
 
 
-def test_another_namespace_is_one_line(rendered: Rendered, tmp_path: Path) -> None:
-    """A kustomization with a namespace of its own puts all that an overlay has into that one."""
+def test_the_namespace_can_be_changed_in_one_line(rendered: Rendered, tmp_path: Path) -> None:
+    """A kustomization with another namespace moves everything in an overlay to that namespace."""
     shutil.copytree(K8S, tmp_path, dirs_exist_ok=True)
     for name in ("local", "gpu"):
         folder = tmp_path / "overlays" / f"mine-{name}"
@@ -162,7 +163,7 @@ def test_another_namespace_is_one_line(rendered: Rendered, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["worker", "gateway", "build"])
 def test_a_pod_waits_for_its_checkpoint(rendered: Rendered, name: str, tmp_path: Path) -> None:
-    """Its first container ends once the checkpoint is there, and says until then what is not."""
+    """The init container ends once the checkpoint exists, and names the missing path until then."""
     kind = "Job" if name == "build" else "Deployment"
     pod = find(rendered["local"], kind, name)["spec"]["template"]["spec"]
     (first,), (main,) = pod["initContainers"], pod["containers"]
@@ -177,16 +178,17 @@ def test_a_pod_waits_for_its_checkpoint(rendered: Rendered, name: str, tmp_path:
         assert 0 == waiting.wait(30)
 
 
-def test_compose_and_kubernetes_form_a_cluster_alike() -> None:
-    """kustomize reads no file from outside its folder, so the script is there twice."""
+def test_compose_and_kubernetes_use_the_same_cluster_script() -> None:
+    """Both copies of the cluster script are identical, because kustomize reads no files outside its
+    folder."""
     assert (K8S.parent / "redis-cluster.sh").read_text() == (
         K8S / "overlays" / "gpu" / "redis-cluster.sh"
     ).read_text()
 
 
-def test_a_setting_that_changes_rolls_its_pods(tmp_path: Path, rendered: Rendered) -> None:
-    """Another value gives a ConfigMap another name, and with it the templates that refer to it, a
-    RayJob's too."""
+def test_a_changed_setting_rolls_its_pods(tmp_path: Path, rendered: Rendered) -> None:
+    """A changed setting renames its ConfigMap and changes every template that refers to it,
+    including a RayJob's."""
     shutil.copytree(K8S, tmp_path, dirs_exist_ok=True)
     base = tmp_path / "base" / "kustomization.yaml"
     base.write_text(base.read_text().replace("/models/demo-memory", "/models/demo-flex"))
@@ -200,7 +202,7 @@ def test_a_setting_that_changes_rolls_its_pods(tmp_path: Path, rendered: Rendere
 
 
 def find(documents: list[Document], kind: str, name: str) -> Document:
-    """The document of that kind and name; a ConfigMap's name has a digest behind it."""
+    """The document of that kind and name. A ConfigMap's name ends with a digest."""
     (found,) = [
         d
         for d in documents
@@ -214,7 +216,7 @@ def find(documents: list[Document], kind: str, name: str) -> Document:
 
 
 def set_at(document: Document, path: str, value: Any) -> None:
-    """Set what is at `path` of a document; None deletes it."""
+    """Set the value at `path` of a document; None deletes it."""
     place: Any = document
     *way, last = [int(step) if step.isdigit() else step for step in path.split("|")]
     for step in way:
@@ -225,8 +227,8 @@ def set_at(document: Document, path: str, value: Any) -> None:
         place[last] = value
 
 
-# by check and overlay: a document, a path in it, a value (null deletes), and what the check says
-# @P is a template's pod, @C its first container
+# by check and overlay: a document, a path in it, a value (null deletes), and part of the message;
+# @P is the pod of a template, @C its first container
 FAULTS = """
 schemas local:
     Deployment worker  @C|imagePolicy  Always  imagePolicy
@@ -250,42 +252,42 @@ selectors gpu:
     StatefulSet redis  spec|serviceName  redises  no Service redises
     ServiceMonitor gateway  spec|selector|matchLabels  {"app": "gateway"}  selects no Service
     ServiceMonitor gateway  spec|endpoints|0|port  metrics  no port metrics
-    HorizontalPodAutoscaler worker  spec|scaleTargetRef|name  workers  target is not there
+    HorizontalPodAutoscaler worker  spec|scaleTargetRef|name  workers  target does not exist
     HorizontalPodAutoscaler worker  spec|minReplicas  9  above maxReplicas
-    Deployment worker  spec|replicas  2  set the scale back
+    Deployment worker  spec|replicas  2  reset the scale
 volumes local:
     Deployment worker  @P|volumes|0|name  model  not defined
     Deployment worker  @C|volumeMounts|1  null  not mounted
     PersistentVolumeClaim models  -  null  no claim models
     ConfigMap lookup  -  null  no ConfigMap lookup
     ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  file:///table  no volume
-    Deployment worker  @C|volumeMounts|0|mountPath  /tmp  at one place
+    Deployment worker  @C|volumeMounts|0|mountPath  /tmp  same mount path
 volumes gpu:
     StatefulSet redis  spec|volumeClaimTemplates|0|metadata|name  disk  not defined
     ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  redis://r:6379?password_file=/redis  no volume
 secrets gpu:
-    ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  redis://r?password_file=/secrets/redis/a  no file
-    ConfigMap gateway  data|TOLHOUSE_GATEWAY_KEYS_FILE  /secrets/gateway/keys  no file of a Secret
-    StatefulSet redis  @C|env|0|valueFrom|secretKeyRef|key  root  make root of the Secret redis-auth
+    ConfigMap lookup  data|TOLHOUSE_LOOKUP_STORE  redis://r?password_file=/secrets/redis/a  a file
+    ConfigMap gateway  data|TOLHOUSE_GATEWAY_KEYS_FILE  /secrets/gateway/keys  file of a Secret
+    StatefulSet redis  @C|env|0|valueFrom|secretKeyRef|key  root  root of the Secret redis-auth
     ServiceMonitor gateway  spec|endpoints|0|authorization|credentials|name  keys  the Secret keys
-    Deployment worker  @P|volumes|3|secret|items  null  how to make * of the Secret services-token
-    Deployment worker  @P|volumes|3|secret|defaultMode  292  not for its group alone
-    Deployment worker  @P|securityContext|fsGroup  null  not for its group alone
-    Deployment worker  @C|volumeMounts|3|readOnly  false  mounted for writing
+    Deployment worker  @P|volumes|3|secret|items  null  how to create * of the Secret services-token
+    Deployment worker  @P|volumes|3|secret|defaultMode  292  readable beyond its group
+    Deployment worker  @P|securityContext|fsGroup  null  readable beyond its group
+    Deployment worker  @C|volumeMounts|3|readOnly  false  mounted writable
 resources local:
     Deployment worker  @C|resources|limits|memory  512Mi  more memory than its limit
-    Deployment worker  @C|resources|requests|cpu  250 m  no quantity
+    Deployment worker  @C|resources|requests|cpu  250 m  not a quantity
     Deployment worker  @C|resources|limits|cpu  null  no limit of cpu
 resources gpu:
     ConfigMap lookup  data|TOLHOUSE_LOOKUP_HOT_MEGABYTES  "8192"  hot rows of two versions
     Deployment worker  @C|resources|requests|nvidia.com/gpu  0  same in requests
 ports local:
-    Deployment worker  @C|readinessProbe|grpc|port  50051  asks port 50051
-    Deployment gateway  @C|livenessProbe|httpGet|port  https  asks port https
+    Deployment worker  @C|readinessProbe|grpc|port  50051  undefined port 50051
+    Deployment gateway  @C|livenessProbe|httpGet|port  https  undefined port https
     Deployment worker  @C|ports|0|name  rpc  has no port grpc
-    ConfigMap worker  data|TOLHOUSE_WORKER_LISTEN  0.0.0.0:50053  no port of worker
-    ConfigMap worker  data|TOLHOUSE_WORKER_LISTEN  127.0.0.1:50052  closed to others
-    NetworkPolicy worker  spec|egress|0|ports|0|port  http  no pod it means has port http
+    ConfigMap worker  data|TOLHOUSE_WORKER_LISTEN  0.0.0.0:50053  not a port of worker
+    ConfigMap worker  data|TOLHOUSE_WORKER_LISTEN  127.0.0.1:50052  not reachable
+    NetworkPolicy worker  spec|egress|0|ports|0|port  http  no selected pod has port http
 environment local:
     ConfigMap worker  data|TOLHOUSE_WORKER_LOKUP  x  TOLHOUSE_WORKER_LOKUP is not
     ConfigMap worker  data|TOLHOUSE_WORKER_DRAIN_SECONDS  soon  drain_seconds
@@ -298,7 +300,7 @@ environment gpu:
 accounts local:
     Deployment worker  @P|serviceAccountName  default  account default
     Deployment worker  @P|automountServiceAccountToken  true  mounts a token
-    ServiceAccount worker  automountServiceAccountToken  null  gives a token
+    ServiceAccount worker  automountServiceAccountToken  null  token mounting
 security local:
     Namespace tolhouse  metadata|labels|pod-security.kubernetes.io/enforce  baseline  not enforce
     Deployment worker  @P|securityContext|runAsNonRoot  null  run as root
@@ -309,27 +311,27 @@ security local:
     Deployment worker  @C|securityContext|capabilities  {drop: [ALL], add: [KILL]}  capabilities
     Deployment worker  @C|securityContext|readOnlyRootFilesystem  false  write to its image
     Deployment worker  @C|ports|0|hostPort  50052  port of its node
-    Deployment worker  @P|volumes|1|emptyDir  {}  fill its node
+    Deployment worker  @P|volumes|1|emptyDir  {}  no size limit
 images local:
     Deployment worker  @C|image  tolhouse-worker:latest  no version
     Deployment worker  @C|image  tolhouse-worker:0.0.9  not of version
-    Deployment worker  @C|image  tolhouse-wrkr:0.1.0  no target
+    Deployment worker  @C|image  tolhouse-wrkr:0.1.0  not a target
 rollout local:
-    Deployment worker  spec|strategy|rollingUpdate|maxUnavailable  1  with a gap
+    Deployment worker  spec|strategy|rollingUpdate|maxUnavailable  1  too few pods
     Deployment worker  @C|readinessProbe  null  no readinessProbe
-    Deployment worker  @C|lifecycle  null  how it pauses
+    Deployment worker  @C|lifecycle  null  no preStop pause
     Deployment worker  @P|terminationGracePeriodSeconds  130  before it has drained
     Deployment worker  @C|startupProbe|failureThreshold  6  30 s to start
-    Deployment worker  spec|progressDeadlineSeconds  null  given up after 600 s
-    Deployment gateway  spec|progressDeadlineSeconds  600  given up after 600 s
+    Deployment worker  spec|progressDeadlineSeconds  null  fails after 600 s
+    Deployment gateway  spec|progressDeadlineSeconds  600  fails after 600 s
 rollout gpu:
     Deployment lookup  @C|startupProbe|failureThreshold  60  may wait 600 s
-    Deployment lookup  spec|progressDeadlineSeconds  null  given up after 600 s
+    Deployment lookup  spec|progressDeadlineSeconds  null  fails after 600 s
 """
 
 
 def faults() -> Iterator[Any]:
-    """A case of `test_checks_find_what_is_wrong` for each line of FAULTS."""
+    """A case of `test_each_check_finds_its_faults` for each line of FAULTS."""
     for line in FAULTS.strip().splitlines():
         if not line.startswith(" "):
             check, overlay = line.rstrip(":").split()
@@ -343,7 +345,7 @@ def faults() -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("check", "overlay", "kind", "name", "path", "value", "message"), list(faults())
 )
-def test_checks_find_what_is_wrong(
+def test_each_check_finds_its_faults(
     rendered: Rendered,
     check: Check,
     overlay: str,
@@ -353,7 +355,7 @@ def test_checks_find_what_is_wrong(
     value: str,
     message: str,
 ) -> None:
-    """Manifests with one fault fail the check that is there for it, and it says so."""
+    """A manifest with one fault fails the corresponding check with a message about it."""
     documents = copy.deepcopy(rendered[overlay])
     if path == "-":
         documents.remove(find(documents, kind, name))
@@ -362,10 +364,10 @@ def test_checks_find_what_is_wrong(
     assert message in "\n".join(check(documents))
 
 
-def test_a_document_that_is_there_twice_is_found(rendered: Rendered) -> None:
-    """Two documents of one kind and name are a fault."""
+def test_a_duplicate_document_is_found(rendered: Rendered) -> None:
+    """Two documents with the same kind and name are a problem."""
     documents = rendered["local"]
-    assert "2 times" in "\n".join(manifests.schemas([*documents, documents[0]]))
+    assert "defined 2 times" in "\n".join(manifests.schemas([*documents, documents[0]]))
 
 
 @pytest.mark.parametrize(
@@ -382,8 +384,8 @@ def test_a_document_that_is_there_twice_is_found(rendered: Rendered) -> None:
         "prometheus",
     ],
 )
-def test_every_policy_counts(rendered: Rendered, policy: str) -> None:
-    """Without any one of the NetworkPolicies, other connections would be let through."""
+def test_every_network_policy_is_necessary(rendered: Rendered, policy: str) -> None:
+    """Removing any single NetworkPolicy would allow more connections."""
     documents = copy.deepcopy(rendered["gpu"])
     documents.remove(find(documents, "NetworkPolicy", policy))
     assert connections(rendered["gpu"]) != connections(documents)

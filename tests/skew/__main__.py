@@ -1,7 +1,8 @@
-"""`make skew`: the last release against this tree, part by part, both ways.
+"""Test the last release against this tree, part by part and in both directions: `make skew`.
 
-A case runs one part of one side and all others of the other. Every answer has to be the one that
-this tree alone gives, and what a part does not know must be refused. The last line is JSON.
+Each case runs one part from one side and all other parts from the other side. Every answer must
+equal that of this tree alone, and a part must refuse what it does not support. The last line of
+output is JSON.
 """
 
 import json
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parent.parent.parent
 PARTS = ("table", "lookup", "worker", "gateway", "sdk")
 LOCAL = ("--listen", "127.0.0.1:0")
 PROMPTS = ("def add(a, b):", "class Stack:", "    def push(self, item):")
-SCALES = [0.5, -1.0, 2.0, 0.0, 1.5, -0.5]  # repeated for the layers there are
+SCALES = [0.5, -1.0, 2.0, 0.0, 1.5, -0.5]  # repeated up to the number of layers
 BUILD = """if True:
     import sys
     from pathlib import Path
@@ -58,7 +59,7 @@ CALL = """if True:
 
 @dataclass(frozen=True)
 class Side:
-    """A Tolhouse to run: this tree, or the release."""
+    """A Tolhouse installation: this tree or the release."""
 
     name: str
     python: tuple[str, ...]
@@ -70,15 +71,15 @@ class Side:
 
 @contextmanager
 def release(commit: str) -> Iterator[Side]:
-    """The release of a commit, as a wheel in an environment of its own.
+    """Install the release of a commit as a wheel in its own environment.
 
-    Its dependencies are this environment's: only Tolhouse differs.
+    The dependencies come from the current environment, so that only Tolhouse differs.
     """
     git = ["git", "-C", str(ROOT)]
     archive = [*git, "archive", "--format=tar", commit, "pyproject.toml", "README.md", "services"]
     packed = subprocess.run(archive, capture_output=True, check=False)
     if packed.returncode:
-        sys.exit(f"error: there is no release {commit}: {packed.stderr.decode().strip()}")
+        sys.exit(f"error: there is no commit {commit}: {packed.stderr.decode().strip()}")
     with tempfile.TemporaryDirectory(prefix="tolhouse-skew-") as name:
         source, wheels, home = (Path(name, part) for part in ("source", "wheels", "venv"))
         with tarfile.open(fileobj=BytesIO(packed.stdout)) as files:
@@ -92,7 +93,7 @@ def release(commit: str) -> Iterator[Side]:
         subprocess.run([*pip, *into], check=True)
         own = next(path for path in sys.path if path.endswith("site-packages"))
         (packages / "dependencies.pth").write_text(own)
-        # -E: PYTHONPATH may name this tree
+        # -E ignores PYTHONPATH, which may name this tree
         side = Side("release", (str(home / "bin" / "python"), "-E"))
         where = side.run("-c", "import tolhouse; print(tolhouse.__file__)")
         assert where.startswith(name), where
@@ -104,7 +105,7 @@ def sides(part: str, alone: Side, others: Side) -> dict[str, Side]:
 
 
 def answers(of: dict[str, Side], checkpoint: Path, store: str) -> dict[str, Any]:
-    """What a system of these sides answers over HTTP and to the SDK."""
+    """The answers of a system of these sides over HTTP and to the SDK."""
     layers = json.loads((checkpoint / "config.json").read_text())["num_hidden_layers"]
     scales = (SCALES * layers)[:layers]
     of["table"].run("-c", BUILD, str(checkpoint), store)
@@ -140,7 +141,7 @@ def answers(of: dict[str, Side], checkpoint: Path, store: str) -> dict[str, Any]
 
 
 def completion(gateway: str, body: dict) -> str:
-    """A completion's text; "refused" where a parameter is; else the error."""
+    """A completion's text, "refused" if a parameter was refused, or else the error."""
     answer = httpx.post(f"http://{gateway}/v1/completions", json=body, timeout=60)
     if answer.status_code in (400, 501):
         return "refused"
@@ -153,13 +154,13 @@ def completion(gateway: str, body: dict) -> str:
 
 
 def failures(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Answers that are not those expected; a parameter of a later release may be refused."""
+    """The names of unexpected answers. A parameter of a later release may be refused."""
     wrong = [what for what, answer in expected.items() if found.get(what) != answer]
     return [w for w in wrong if not ("layer_scales" in w and found.get(w) == "refused")]
 
 
 def main() -> None:
-    """Compare with the commit given, or the one that the file RELEASE names."""
+    """Compare with the given commit, by default the one in the file RELEASE."""
     commit = (sys.argv[1:] or [(Path(__file__).parent / "RELEASE").read_text().strip()])[0]
     this = Side("this tree", (sys.executable,))
     with ExitStack() as stack:
@@ -168,7 +169,7 @@ def main() -> None:
         checkpoint = tiny_model(folder / "tiny")
         expected = answers(sides("", this, this), checkpoint, f"file://{folder}/expected")
         assert "refused" not in expected.values()
-        print(f"{'part':8} {'is of':10} {'store':6} {'answers':>8} {'refused':>8} {'wrong':>6}")
+        print(f"{'part':8} {'from':10} {'store':6} {'answers':>8} {'refused':>8} {'wrong':>6}")
         wrong = 0
         for part in PARTS:
             for alone, others in ((released, this), (this, released)):
@@ -178,7 +179,7 @@ def main() -> None:
                         store = case.enter_context(redis_server()) if kind == "redis" else store
                         try:
                             found = answers(sides(part, alone, others), checkpoint, store)
-                        except Exception as error:  # noqa: BLE001 - a row of the table, not its end
+                        except Exception as error:  # noqa: BLE001 - one row fails, not the run
                             print(f"  {error}", file=sys.stderr)
                             found = {}
                     failed = failures(found, expected)
