@@ -479,7 +479,7 @@ def resources(documents: list[Document]) -> Iterator[str]:
                 if name == "memory" and p.name == "lookup" and most < 2 * hot * 10**6 + SLACK:
                     yield f"{p}: container {c['name']} has no room for hot rows of two versions"
                 if "/" in name and (wanted != most or name not in limits or most != int(most)):
-                    yield f"{p}: container {c['name']}: {name} must be whole and the same in requests"
+                    yield f"{p}: container {c['name']}: {name} must be whole, the same in requests"
 
 
 def ports(documents: list[Document]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Attention over pages: as over plain keys and values."""
+"""Attention over a paged KV cache equals attention over contiguous keys and values."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,8 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def sequences(pages: PagedKVCache, lengths: list[int]) -> tuple[list[Sequence], list[torch.Tensor]]:
-    """Sequences of these lengths, blocks in turn, and [2, T, H, E] keys and values in the pages."""
+    """Sequences of these lengths with interleaved blocks, and their keys and values [2, T, H, E] in
+    the cache."""
     cache = BlockManager(pages.keys.shape[1])
     found = [Sequence(n, list(range(n)), SamplingParams(1), lambda _: None) for n in lengths]
     for tokens in range(1, max(lengths) + 1):
@@ -37,21 +38,22 @@ def sequences(pages: PagedKVCache, lengths: list[int]) -> tuple[list[Sequence], 
 
 
 def expected(q_THE: torch.Tensor, k_LHE: torch.Tensor, v_LHE: torch.Tensor) -> torch.Tensor:
-    """The last tokens' attention, by the equations."""
+    """Attention of the last tokens, from the equations."""
     mask = torch.ones(len(q_THE), len(k_LHE)).tril(len(k_LHE) - len(q_THE)).bool()
     q, k, v = (x.transpose(0, 1)[None] for x in (q_THE, k_LHE, v_LHE))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
 
 
 @pytest.mark.parametrize("attend", [gathered, streamed])
-def test_decoding_attends_to_all_of_its_own(attend: Callable[..., torch.Tensor]) -> None:
-    """One token of each of several sequences of all lengths, and of one alone."""
+def test_decoding_attends_to_its_own_sequence(attend: Callable[..., torch.Tensor]) -> None:
+    """Decoding attends to exactly the sequence's own tokens, for several sequences of any length
+    and for one alone."""
     pages = PagedKVCache(SHAPE, 64, CPU, torch.float32)
     found, kept = sequences(pages, [1, 15, 16, 17, 40, 100])
     for part in (slice(None), slice(3, 4), slice(0, 1), slice(1, 3)):
         step = [Chunk(s, len(s.ids) - 1, len(s.ids)) for s in found[part]]
         view = AttentionMetadata.of(pages, step)
-        # a first token counts as a prompt; here it may decode
+        # the first token of a sequence counts as a prompt, but can be decoded here
         tables_BC = torch.tensor([[*s.blocks, *[0] * 7][:7] for s in found[part]])
         lengths_B = torch.tensor([len(s.ids) for s in found[part]])
         q_BHE = random(len(step), 2)[:, 0]
@@ -63,8 +65,9 @@ def test_decoding_attends_to_all_of_its_own(attend: Callable[..., torch.Tensor])
             torch.testing.assert_close(expected(q[None], k, v)[0], out, rtol=1e-4, atol=1e-5)
 
 
-def test_pieces_of_prompts_attend_to_what_came_before() -> None:
-    """A decoding token, a prompt's first piece and another's last each get their own."""
+def test_prompt_chunks_attend_to_earlier_tokens() -> None:
+    """In one step, a decoding token, the first chunk of one prompt and the last chunk of another
+    attend to their own sequences."""
     pages = PagedKVCache(SHAPE, 64, CPU, torch.float32)
     found, kept = sequences(pages, [30, 20, 2 * BLOCK_TOKENS + 9])
     step = [Chunk(found[0], 29, 30), Chunk(found[1], 0, 7), Chunk(found[2], 13, 41)]
@@ -78,8 +81,9 @@ def test_pieces_of_prompts_attend_to_what_came_before() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 16, 33, 64, 100])
-def test_a_prompt_s_pieces_have_the_bits_of_the_whole(size: int) -> None:
-    """However a prompt is cut, and whatever decodes beside it, its tokens get the same bits."""
+def test_prompt_chunks_have_the_bits_of_the_whole_prompt(size: int) -> None:
+    """A prompt's outputs have the same bits however it is divided into chunks and whatever decodes
+    beside it."""
     pages = PagedKVCache(SHAPE, 128, CPU, torch.float32)
     found, kept = sequences(pages, [600, 40])
     prompt, (k_THE, v_THE) = found[0], kept[0]
@@ -90,6 +94,6 @@ def test_a_prompt_s_pieces_have_the_bits_of_the_whole(size: int) -> None:
         part = slice(first, min(first + size, 600))
         k, v = (torch.cat([x[-1:], y[part]]) for x, y in zip(kept[1], kept[0], strict=True))
         step = [beside, Chunk(prompt, part.start, part.stop)]
-        assert not step[1].decodes  # not even the last token alone
+        assert not step[1].decodes  # not even a single last token
         got = AttentionMetadata.of(pages, step).attend(0, torch.cat([q_THE[:1], q_THE[part]]), k, v)
         assert torch.equal(whole[part], got[1:])

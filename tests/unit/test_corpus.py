@@ -1,4 +1,4 @@
-"""Text for training: every character of it, divided once and for all, by a tokenizer that fits."""
+"""The training corpus: complete text, a stable split, and a matching tokenizer."""
 
 import itertools
 from pathlib import Path
@@ -25,7 +25,7 @@ TOKENIZER = train_tokenizer(["".join(WORDS[:50])], 300)
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """A single file of several pieces."""
+    """A single file of several documents."""
     path = tmp_path / "text.txt"
     path.write_text("".join(WORDS))
     return path
@@ -33,14 +33,15 @@ def text(tmp_path: Path) -> Path:
 
 @given(st.text())
 def test_any_text_round_trips(text: str) -> None:
-    """A byte-level tokenizer has no unknown characters, and no id at or above its size."""
+    """A byte-level tokenizer encodes all characters, and its ids are below its size."""
     ids = TOKENIZER.encode(text).ids
     assert text == TOKENIZER.decode(ids, skip_special_tokens=False)
     assert all(i < TOKENIZER.get_vocab_size() <= 300 for i in ids)
 
 
-def test_a_file_is_cut_into_pieces_and_nothing_is_lost(text: Path) -> None:
-    """Pieces of 20,000 characters, named by where they begin, join to the file."""
+def test_a_file_is_divided_into_documents_without_loss(text: Path) -> None:
+    """A file is divided into documents of 20,000 characters, named by their offsets, that join to
+    the whole file."""
     names, pieces = zip(*documents(text), strict=True)
     assert text.read_text() == "".join(pieces)
     assert [f"text.txt:{start}" for start in range(0, len(text.read_text()), 20_000)] == list(names)
@@ -48,7 +49,8 @@ def test_a_file_is_cut_into_pieces_and_nothing_is_lost(text: Path) -> None:
 
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
-    """Whatever the file system's order; text in any alphabet, at any depth, and no binary files."""
+    """The order is that of names, independent of the file system; text in any alphabet and at any
+    depth is read, and binary files are not."""
     for name in ("b.txt", "a/z.txt", "a/b.py", "ä.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"für {name} ✓")
@@ -62,16 +64,16 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     ]
 
 
-def test_the_standard_library_comes_without_its_tests() -> None:
-    """The default corpus is Python's own source, and has no file of another package."""
+def test_the_default_corpus_excludes_tests() -> None:
+    """The default corpus is Python's own source, without tests and other packages."""
     paths = [Path(name.rpartition(":")[0]) for name, _ in documents(standard_library())]
     assert {Path("argparse.py"), Path("json/decoder.py")} <= set(paths)
     assert {".py"} == {path.suffix for path in paths}
     assert not {"test", "tests", "site-packages"} & {part for path in paths for part in path.parts}
 
 
-def test_each_side_has_its_documents_and_its_ends_of_text(text: Path, tmp_path: Path) -> None:
-    """The ids of either side decode to its pieces, each closed by the end-of-text token."""
+def test_each_part_has_its_documents_and_end_of_text_tokens(text: Path, tmp_path: Path) -> None:
+    """The ids of both parts decode to their documents, each followed by the end-of-text token."""
     sides = prepare(text, tmp_path, 300, 10)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert 0 == tokenizer.token_to_id(END_OF_TEXT)
@@ -87,15 +89,15 @@ def test_each_side_has_its_documents_and_its_ends_of_text(text: Path, tmp_path: 
         ]
 
 
-def test_one_document_in_forty_is_held_out_wherever_it_stands() -> None:
-    """About one in forty, by the name alone."""
+def test_one_document_in_forty_is_held_out_by_name() -> None:
+    """About one document in forty is held out, depending only on its name."""
     held_out = [name for n in range(20_000) if is_held_out(name := f"file{n}.py:0")]
     assert 400 < len(held_out) < 650
     assert all(map(is_held_out, held_out))
 
 
-def test_a_single_document_is_enough_whatever_its_name(tmp_path: Path) -> None:
-    """Where one side would be empty the other one's document serves for both."""
+def test_a_single_document_is_enough(tmp_path: Path) -> None:
+    """If one part would be empty, the only document is used for both."""
     chance = (f"{n}.txt" for n in itertools.count())
     names = [
         next(name for name in chance if is_held_out(f"{name}:0") == held_out)
@@ -107,8 +109,8 @@ def test_a_single_document_is_enough_whatever_its_name(tmp_path: Path) -> None:
         assert train.tolist() == valid.tolist()
 
 
-def test_a_tokenizer_that_is_there_is_kept(text: Path, tmp_path: Path) -> None:
-    """The folder's own tokenizer gives the ids, and stays as it is."""
+def test_an_existing_tokenizer_is_used(text: Path, tmp_path: Path) -> None:
+    """An existing tokenizer in the folder encodes the text and is not changed."""
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     before = (tmp_path / "tokenizer.json").read_bytes()
     train, _ = prepare(text, tmp_path, 4096, 10)
@@ -117,10 +119,8 @@ def test_a_tokenizer_that_is_there_is_kept(text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", ["malformed", "too large", "without an end of text"])
-def test_a_tokenizer_that_does_not_fit_is_refused(
-    text: Path, tmp_path: Path, tokenizer: str
-) -> None:
-    """What the folder's own tokenizer lacks is told before training begins."""
+def test_an_unsuitable_tokenizer_is_refused(text: Path, tmp_path: Path, tokenizer: str) -> None:
+    """An unsuitable tokenizer in the folder is refused before training begins."""
     path = tmp_path / "tokenizer.json"
     match tokenizer:
         case "malformed":

@@ -1,4 +1,4 @@
-"""Decoding on the device: the codecs' values, to the bit, in the order that the model reads."""
+"""Decoding on the device gives the codecs' values to the bit, in the order that the model reads."""
 
 import numpy as np
 import pytest
@@ -39,10 +39,11 @@ def expected_of(manifest: Manifest, records: np.ndarray) -> bytes:
     top=st.sampled_from([1.0, 1e-38, 1e-43, 9000.0]),
     seed=st.integers(0, 99),
 )
-def test_rows_are_those_of_the_manifest(
+def test_decoding_equals_the_codec_s_own(
     codec: str, size: int, layers: int, x0: bool, count: int, top: float, seed: int
 ) -> None:
-    """Whatever the codec and the shape, and down to denormals: the same bits, transposed."""
+    """Decoded rows have the bits of the codec's own decoding, transposed, for any codec and shape
+    and down to denormals."""
     manifest = table(codec, size, layers, x0)
     records = records_of(manifest, count, seed, top)
     rows = decode(torch.from_numpy(records), manifest)
@@ -60,7 +61,8 @@ def test_rows_are_those_of_the_manifest(
 def test_an_index_gathers_and_repeats_rows(
     codec: str, size: int, index: list[int], piece: int
 ) -> None:
-    """The rows of `records[index]`, however many are decoded at a time; records stay."""
+    """An index selects and repeats rows like `records[index]`, for any size of the decoded parts,
+    and leaves the records unchanged."""
     manifest = table(codec, size, 2)
     records = records_of(manifest, 7, 0)
     index_T = torch.tensor(index, dtype=torch.int64)
@@ -81,7 +83,7 @@ def test_an_index_gathers_and_repeats_rows(
 def test_layer_by_layer_rows_are_the_same(
     codec: str, size: int, x0: bool, index: list[int]
 ) -> None:
-    """A long prompt's rows have the bits they have when all are decoded at once."""
+    """Rows decoded layer by layer have the same bits as rows decoded at once."""
     manifest = table(codec, size, 3, x0)
     records = torch.from_numpy(records_of(manifest, 7, 0))
     index_T = torch.tensor(index, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The engine: batches, preemption, cancellation, scores, prefetch, recorded steps."""
+"""The engine: batches, preemption, cancellation, log probabilities, prefetching, and graphs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -20,14 +20,14 @@ from tolhouse.testing import build_table, tiny_model
 from tests.engines import CPU, Request, engine_of, run, serve
 
 PROMPT = [5, 17, 3, 99, 200]
-SLOTS = 24  # of the row cache
+SLOTS = 24  # slots of the row cache
 
 
 @contextmanager
 def table_rows(
     checkpoint: Path, folder: Path, **options: str
 ) -> Iterator[Callable[[], CachedRows]]:
-    """Makes rows of a table of the checkpoint, each time with an empty cache."""
+    """A factory for rows of the checkpoint's table, each with an empty cache."""
     with ExitStack() as stack:
         source = stack.enter_context(closing(open_row_source(f"file://{folder}")))
         manifest = source.describe(build_table(checkpoint, source.url, **options))
@@ -44,7 +44,7 @@ def random_ids(count: int, generator: torch.Generator) -> list[int]:
 
 
 def test_sequences_join_and_leave_a_running_batch(base: Path) -> None:
-    """Sequences of all lengths, added at any time, each get the tokens they get alone."""
+    """Sequences of any length that are added at any time get the same tokens as alone."""
     model, engine = open_checkpoint(base).model(), engine_of(base)
     generator = torch.Generator().manual_seed(0)
     requests = []
@@ -61,10 +61,12 @@ def test_sequences_join_and_leave_a_running_batch(base: Path) -> None:
     assert engine.cache.num_blocks == engine.cache.free_blocks
 
 
-def test_a_kv_cache_too_small_for_all_serves_all_in_turn(base: Path) -> None:
-    """Preempted sequences are computed again: all get the same tokens, in the order they came."""
+def test_a_kv_cache_too_small_for_all_sequences_serves_them_in_order(base: Path) -> None:
+    """Preempted sequences are recomputed; all sequences get the same tokens and finish in order of
+    arrival."""
     engine = engine_of(base, kv_tokens=6 * BLOCK_TOKENS)
-    requests = [Request([1, 2, 3], 70) for _ in range(6)]  # one block at first, five in the end
+    # one block each at first, five at the end
+    requests = [Request([1, 2, 3], 70) for _ in range(6)]
     for one in requests:
         engine.add(one.sequence)
     ended: list[int] = []
@@ -78,15 +80,15 @@ def test_a_kv_cache_too_small_for_all_serves_all_in_turn(base: Path) -> None:
     assert 1 == len({tuple(one.tokens) for one in requests})
 
 
-def test_what_could_never_fit_is_refused(base: Path) -> None:
-    """A sequence longer than the whole KV cache is an error, instead of waiting for ever."""
+def test_a_sequence_larger_than_the_kv_cache_is_refused(base: Path) -> None:
+    """A sequence longer than the whole KV cache is refused at once."""
     engine = engine_of(base, kv_tokens=BLOCK_TOKENS)
     with pytest.raises(errors.PromptTooLongError, match="KV cache"):
         engine.add(Request([1] * 10, 10).sequence)
 
 
 def test_a_cancelled_sequence_frees_its_blocks(base: Path) -> None:
-    """Cancelling in the queue or in the batch frees everything and leaves the others alone."""
+    """Cancelling a waiting or running sequence frees its blocks and does not affect others."""
     engine = engine_of(base, max_running=2)
     gone, kept, queued = (Request(PROMPT, 40) for _ in range(3))
     for one in (gone, kept, queued):
@@ -98,13 +100,13 @@ def test_a_cancelled_sequence_frees_its_blocks(base: Path) -> None:
     assert 40 == len(kept.tokens)
     assert 2 >= len(gone.tokens)
     assert [] == queued.tokens
-    engine.cancel(kept.sequence)  # it has ended: nothing happens
+    engine.cancel(kept.sequence)  # no effect on a finished sequence
     serve(engine, Request(PROMPT, 1))
     assert engine.cache.num_blocks == engine.cache.free_blocks
 
 
-def test_stop_token_ids_end_a_sequence_and_are_left_out(base: Path) -> None:
-    """The token that ends a completion is not part of it."""
+def test_stop_token_ids_end_a_sequence_without_being_output(base: Path) -> None:
+    """The stop token is not part of the output."""
     engine, free = engine_of(base), Request(PROMPT, 20)
     serve(engine, free)
     end = free.tokens[5]
@@ -116,7 +118,8 @@ def test_stop_token_ids_end_a_sequence_and_are_left_out(base: Path) -> None:
 
 
 def test_logprobs_of_prompt_and_answer_are_the_model_s(base: Path) -> None:
-    """Also in a batch with others; without an answer the prompt's come alone."""
+    """Log probabilities are the model's, also in a batch; a request for no tokens gets only the
+    prompt's."""
     engine = engine_of(base, max_step_tokens=512)
     prompt = random_ids(40, torch.Generator().manual_seed(1))
     scored = Request(prompt, 10, logprobs=2, prompt_logprobs=3, stop_token_ids=())
@@ -138,8 +141,8 @@ def test_logprobs_of_prompt_and_answer_are_the_model_s(base: Path) -> None:
     assert 20 == len(sampled.tokens)
 
 
-def test_rows_of_a_prompt_s_next_piece_are_prefetched(checkpoint: Path, tmp_path: Path) -> None:
-    """All but the first piece's are fetched while the piece before is computed."""
+def test_rows_of_a_prompt_s_next_chunk_are_prefetched(checkpoint: Path, tmp_path: Path) -> None:
+    """The rows of every chunk but the first are fetched while the chunk before is computed."""
     with table_rows(checkpoint, tmp_path) as make:
         rows = make()
         serve(engine_of(checkpoint, rows, max_step_tokens=8), Request(list(range(100, 132)), 1))
@@ -148,14 +151,14 @@ def test_rows_of_a_prompt_s_next_piece_are_prefetched(checkpoint: Path, tmp_path
 
 
 def sampled(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
-    """What sequences that run at once sample, each with a seed of its own."""
+    """The tokens of sequences that run together, each with its own seed."""
     requests = [Request(p, 40, temperature=1.0, seed=n) for n, p in enumerate(prompts)]
     serve(engine, *requests)
     return [request.tokens for request in requests]
 
 
 def replays(engine: Engine) -> list[int]:
-    """A list that grows by one with each recorded step that is replayed from now on."""
+    """A list that grows by one for each replayed graph from now on."""
     replayed: list[int] = []
     for graph in engine.runner.graphs.values():
         finish = graph.finish
@@ -164,8 +167,9 @@ def replays(engine: Engine) -> list[int]:
 
 
 @pytest.mark.parametrize("embedding", ["no", "yes"])
-def test_steps_in_recorded_sizes_give_the_same_tokens(embedding: str, tmp_path: Path) -> None:
-    """What a GPU replays as graphs, run as it is: padded, and begun before its rows are there."""
+def test_graph_steps_give_the_same_tokens(embedding: str, tmp_path: Path) -> None:
+    """Steps that a GPU would replay as graphs, padded and launched before their rows arrive, give
+    the same tokens."""
     path = tiny_model(tmp_path / "m")
     prompts = [[7 * n + 1, 5, 3, *range(9 * n)] for n in range(6)]
     with table_rows(path, tmp_path / "tables", embedding=embedding) as make:
@@ -178,8 +182,8 @@ def test_steps_in_recorded_sizes_give_the_same_tokens(embedding: str, tmp_path: 
     assert (embedding == "yes") == graphs.rows.has_x0
 
 
-def test_a_base_model_runs_in_recorded_sizes_too(base: Path) -> None:
-    """It has no rows to wait for; its steps are replayed all the same."""
+def test_a_base_model_s_steps_are_replayed(base: Path) -> None:
+    """A base model's steps are replayed too, although it has no rows."""
     prompts = [[7 * n + 1, 5, 3] for n in range(3)]
     plain, engine = engine_of(base), engine_of(base, runner=GraphRunner)
     expected = sampled(plain, prompts)
@@ -191,11 +195,12 @@ def test_a_base_model_runs_in_recorded_sizes_too(base: Path) -> None:
 
 @pytest.mark.parametrize("max_step_tokens", [24, 64])
 def test_answers_are_the_same_alone_and_in_a_batch(base: Path, max_step_tokens: int) -> None:
-    """To the bit, also log probabilities: of sequences that come at any time, with any sampling."""
+    """Tokens and log probabilities have the same bits alone and in a batch, for any arrival times
+    and sampling parameters."""
     ways = [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}]
     ways += [{"temperature": 1.3, "top_k": 20}, {"temperature": 0.7, "min_p": 0.01}]
     generator = torch.Generator().manual_seed(4)
-    requests = list[Request](), list[Request]()  # the same twice
+    requests = list[Request](), list[Request]()  # two copies
     for number in range(40):
         length = int(torch.randint(1, 90, (1,), generator=generator))
         prompt, way = random_ids(length, generator), ways[number % len(ways)]

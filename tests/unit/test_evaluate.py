@@ -1,4 +1,4 @@
-"""The text that a model is measured on: a user's as it is, the held-out part as training has it."""
+"""The text for evaluation: a user's text without changes, and the held-out part as in training."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_
 LONG = "def name(value):\n    return value + 1\n" * 1000
 
 
-def test_a_given_text_is_its_own_tokens_alone(checkpoint: Path, tmp_path: Path) -> None:
-    """Files are not cut into pieces; an end of text is between two files alone."""
+def test_a_given_text_is_tokenised_without_changes(checkpoint: Path, tmp_path: Path) -> None:
+    """A given file is not divided; end-of-text tokens separate files."""
     opened = open_checkpoint(checkpoint)
     tokenizer = opened.tokenizer()
     end = tokenizer.token_to_id(END_OF_TEXT)
@@ -31,8 +31,9 @@ def test_a_given_text_is_its_own_tokens_alone(checkpoint: Path, tmp_path: Path) 
     assert expected[:7] == read_text(opened, tmp_path, 7).tolist()
 
 
-def test_the_held_out_part_is_that_of_training(checkpoint: Path) -> None:
-    """It is in pieces, each closed by an end of text, as in training."""
+def test_the_held_out_part_equals_that_of_training(checkpoint: Path) -> None:
+    """The held-out part consists of documents, each followed by an end-of-text token, as in
+    training."""
     opened = open_checkpoint(checkpoint)
     end = opened.tokenizer().token_to_id(END_OF_TEXT)
     texts = [text for name, text in documents(standard_library()) if is_held_out(name)]
@@ -51,23 +52,24 @@ def test_the_held_out_part_is_that_of_training(checkpoint: Path) -> None:
         (b"import os", 1, "the most tokens must be at least 2"),
     ],
 )
-def test_a_text_with_nothing_to_predict_is_told(
+def test_a_text_without_predictions_is_refused(
     checkpoint: Path, tmp_path: Path, contents: bytes, most_tokens: int, expected: str
 ) -> None:
+    """A text with fewer than two tokens or in another encoding is refused."""
     (tmp_path / "text.txt").write_bytes(contents)
     with pytest.raises(InvalidArgumentError, match=expected):
         read_text(open_checkpoint(checkpoint), tmp_path / "text.txt", most_tokens)
 
 
-def test_a_folder_without_text_is_told(checkpoint: Path, tmp_path: Path) -> None:
-    """As a single file is."""
+def test_a_folder_without_text_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """A folder without UTF-8 text is refused."""
     (tmp_path / "b.bin").write_bytes(b"\xff\xfe")
     with pytest.raises(InvalidArgumentError, match="holds no text that is UTF-8"):
         read_text(open_checkpoint(checkpoint), tmp_path)
 
 
 def test_each_token_after_the_first_is_predicted(checkpoint: Path, tmp_path: Path) -> None:
-    """Two tokens are one prediction."""
+    """Two tokens give one prediction."""
     opened = open_checkpoint(checkpoint)
     (tmp_path / "text.txt").write_text("xy z")
     ids = read_text(opened, tmp_path / "text.txt", 2)
@@ -76,8 +78,8 @@ def test_each_token_after_the_first_is_predicted(checkpoint: Path, tmp_path: Pat
     assert 1 == len(found.losses)
 
 
-def test_divergence_and_agreement_are_those_of_the_logits(checkpoint: Path) -> None:
-    """KL of exact from other predictions and their likeliest tokens, as one forward gives them."""
+def test_divergence_and_agreement_follow_from_the_logits(checkpoint: Path) -> None:
+    """KL divergence and agreement equal those computed from the logits of one forward."""
     opened = open_checkpoint(checkpoint)
     model, rows = opened.model(), MemoryLLM(opened).rows()
     ids = np.random.default_rng(0).integers(0, opened.config.vocab_size, 256 + 41)

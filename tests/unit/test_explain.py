@@ -1,4 +1,4 @@
-"""What `explain` says of a token is what the model computes."""
+"""The output of `explain` equals what the model computes."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.testing import tiny_model
 
 
-def test_the_coefficients_make_the_row(checkpoint: Path) -> None:
-    """Each layer's row is the sum of its values, weighted by the coefficients (PAPER section 5)."""
+def test_coefficients_and_values_give_the_row(checkpoint: Path) -> None:
+    """Each layer's row is the sum of its values weighted by the coefficients (PAPER section 5)."""
     model, ids = open_checkpoint(checkpoint).model(), torch.arange(20)
     for layer, row in enumerate(model.rows(ids)):
         torch.testing.assert_close(
@@ -19,8 +19,8 @@ def test_the_coefficients_make_the_row(checkpoint: Path) -> None:
         )
 
 
-def test_the_nearest_are_nearest(checkpoint: Path) -> None:
-    """By cosine over all layers joined, without the token itself, nearest first."""
+def test_neighbours_are_the_nearest_by_cosine(checkpoint: Path) -> None:
+    """Neighbours are sorted by cosine similarity over all layers, without the token itself."""
     model = open_checkpoint(checkpoint).model()
     flat = model.rows(torch.arange(model.config.vocab_size)).transpose(0, 1).flatten(1)
     cosines = torch.nn.functional.cosine_similarity(flat[7], flat, dim=-1)
@@ -31,8 +31,9 @@ def test_the_nearest_are_nearest(checkpoint: Path) -> None:
     )
 
 
-def test_each_token_of_a_text_is_told_once(checkpoint: Path) -> None:
-    """Ids, norms and keys, in the order of the text."""
+def test_each_distinct_token_has_one_entry(checkpoint: Path) -> None:
+    """Each distinct token of a text has one entry with id, norms and keys, in the order of the
+    text."""
     opened = open_checkpoint(checkpoint)
     found = explain_text(opened, "def add def", keys=2, neighbours=3)
     ids = list(dict.fromkeys(opened.tokenizer().encode("def add def").ids))
@@ -45,14 +46,14 @@ def test_each_token_of_a_text_is_told_once(checkpoint: Path) -> None:
     assert strongest.argmax() == found[0]["keys"][2][0]["key"]
 
 
-def test_a_base_model_has_nothing_to_tell(tmp_path: Path) -> None:
-    """It has no memory of tokens."""
+def test_a_base_model_is_refused(tmp_path: Path) -> None:
+    """A base model has no token memory to explain."""
     with pytest.raises(InvalidArgumentError, match="no token memory"):
         explain_text(open_checkpoint(tiny_model(tmp_path / "base", "base")), "def", 1, 1)
 
 
 def test_a_coefficient_keeps_its_sign(checkpoint: Path) -> None:
-    """Keys are in order of strength, each with its factor in the row, which may be negative."""
+    """Keys are sorted by the magnitude of their coefficients, which may be negative."""
     opened = open_checkpoint(checkpoint)
     entry = explain_text(opened, "d", keys=20, neighbours=1)[0]
     for layer, keys in enumerate(entry["keys"]):
@@ -64,8 +65,9 @@ def test_a_coefficient_keeps_its_sign(checkpoint: Path) -> None:
         ]
 
 
-def test_more_is_asked_for_than_there_is(checkpoint: Path) -> None:
-    """All keys and all other tokens are the most that can be shown; an empty text has none."""
+def test_counts_beyond_the_maximum_return_everything(checkpoint: Path) -> None:
+    """Requests for more keys or neighbours than exist return all of them; an empty text is
+    refused."""
     opened = open_checkpoint(checkpoint)
     entry = explain_text(opened, "d", keys=10**6, neighbours=10**6)[0]
     assert [opened.config.intermediate_size] * 4 == [len(keys) for keys in entry["keys"]]

@@ -1,4 +1,4 @@
-"""Replies made and read with fewer copies equal the generated code's, both ways."""
+"""Replies that are encoded and decoded with fewer copies equal those of the generated code."""
 
 import pytest
 from hypothesis import example, given
@@ -20,8 +20,11 @@ HEADERS = st.builds(
 @example(FetchReply(request_id=2**64 - 1, first=2**32 - 1, last=True), [b"x" * 70_000])
 @example(FetchReply(), [b"x" * 127])
 @example(FetchReply(), [b"x" * 128])
-def test_a_reply_is_that_of_the_generated_code(header: FetchReply, records: list[bytes]) -> None:
-    """A stock client reads what is made here, and replies of a stock server are read here."""
+def test_replies_equal_those_of_the_generated_code(
+    header: FetchReply, records: list[bytes]
+) -> None:
+    """A standard client reads replies of this encoder, and this decoder reads replies of a standard
+    server."""
     whole = b"".join(records)
     stock = FetchReply(records=whole)
     stock.MergeFrom(header)
@@ -34,8 +37,8 @@ def test_a_reply_is_that_of_the_generated_code(header: FetchReply, records: list
 
 
 @given(st.binary(max_size=100))
-def test_any_bytes_are_a_reply_or_an_error(data: bytes) -> None:
-    """Bytes that are no reply are InternalError; others are read as the generated code reads
+def test_any_bytes_are_read_or_raise_an_error(data: bytes) -> None:
+    """Invalid bytes raise InternalError; other bytes are read like the generated code reads
     them."""
     try:
         header, records = parse(data)
@@ -47,7 +50,7 @@ def test_any_bytes_are_a_reply_or_an_error(data: bytes) -> None:
     assert stock == header
 
 
-def test_a_reply_cut_short_is_an_error() -> None:
+def test_a_truncated_reply_raises_an_error() -> None:
     """Every proper prefix that ends within a field is refused."""
     data = serialize(FetchReply(request_id=300, first=7, last=True), [b"abcdef"], 6)
     for size in (1, 2, 4, 6, len(data) - 1):

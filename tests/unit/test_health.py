@@ -1,4 +1,4 @@
-"""Peers' health: what is down, what is slow, and what is only as slow as all are."""
+"""Peer health: down, slow, and only as slow as all others."""
 
 import threading
 import time
@@ -12,9 +12,9 @@ from tolhouse.testing import wait_until
 
 
 class Peers:
-    """Peers with given answers: seconds on a clock of their own, or None for none.
+    """Peers with given response times on a simulated clock; None means no response.
 
-    The last answer is repeated.
+    The last response is repeated.
     """
 
     def __init__(self, **answers: list[float | None]) -> None:
@@ -32,7 +32,7 @@ class Peers:
         answers = self.answers[name]
         seconds = answers.pop(0) if len(answers) > 1 else answers[0]
         if seconds is None:
-            raise UnavailableError("gone")
+            raise UnavailableError("no response")
         self._passed += seconds
         return True
 
@@ -42,7 +42,7 @@ class Peers:
 
 @pytest.fixture
 def tracked() -> Iterator[Callable[..., PeerHealth]]:
-    """A tracker of `Peers` that ends with the test."""
+    """Makes trackers of `Peers` that are closed after the test."""
     made: list[PeerHealth] = []
 
     def track(peers: Peers, first: float = 0.001, longest: float = 30.0) -> PeerHealth:
@@ -66,14 +66,15 @@ def tracked() -> Iterator[Callable[..., PeerHealth]]:
         ([0.4, 0.4], [[None], [0.01]], False),
         ([0.4, 0.4], [[None]], True),  # the others are no better
         ([0.4, 0.4], [], True),
-        ([0.4, 0.01], [[]], True),  # it had to connect; the others are not probed
+        ([0.4, 0.01], [[]], True),  # connecting took time; the others are not probed
         ([0.4, 0.4], [[3.0, 0.01]], False),
     ],
 )
 def test_a_suspected_peer_is_compared_with_the_others(
     tracked: Callable[..., PeerHealth], own: list, others: list[list], expected: bool
 ) -> None:
-    """It is unhealthy without an answer, or if it takes several times as long as another."""
+    """A suspected peer is unhealthy if it does not answer or takes several times as long as another
+    peer."""
     peers = Peers(own=own, **{f"other{n}": each for n, each in enumerate(others)})
     probes = sum(map(len, [own, *others]))
     health = tracked(peers, longest=1000.0)
@@ -82,7 +83,7 @@ def test_a_suspected_peer_is_compared_with_the_others(
     wait_until(lambda: len(peers.probed) >= probes)
     health.close()
     for thread in threading.enumerate():
-        if thread.name == "peer":  # it ends after the verdict
+        if thread.name == "peer":  # ends after the decision
             thread.join()
     assert expected == health.up("own")
     order = ["own", "other"] if expected else ["other", "own"]
@@ -90,7 +91,7 @@ def test_a_suspected_peer_is_compared_with_the_others(
 
 
 def test_a_peer_stays_down_until_it_answers(tracked: Callable[..., PeerHealth]) -> None:
-    """It is probed after each failure, and not once it has answered."""
+    """A peer that is down is probed until it answers, and not afterwards."""
     peers = Peers(own=[None, None, 0.0])
     health = tracked(peers, longest=0.004)
     assert health.up("own")
@@ -101,10 +102,10 @@ def test_a_peer_stays_down_until_it_answers(tracked: Callable[..., PeerHealth]) 
     assert 3 == len(peers.probed)
 
 
-def test_trouble_soon_after_a_recovery_goes_on_with_its_pauses(
+def test_a_failure_soon_after_recovery_keeps_the_probe_interval(
     tracked: Callable[..., PeerHealth],
 ) -> None:
-    """A peer that answers probes and fails at work is not tried ten times a second."""
+    """A peer that answers probes but fails real work keeps its long probe interval."""
     peers = Peers(own=[None] * 14 + [0.0])
     health = tracked(peers, first=0.0001)
     health.report_down("own")
@@ -115,8 +116,10 @@ def test_trouble_soon_after_a_recovery_goes_on_with_its_pauses(
     assert 15 == len(peers.probed)
 
 
-def test_after_a_calm_time_pauses_begin_anew(tracked: Callable[..., PeerHealth]) -> None:
-    """A peer that stays up for the longest pause is forgotten, and with it how often it failed."""
+def test_the_probe_interval_is_reset_after_a_long_recovery(
+    tracked: Callable[..., PeerHealth],
+) -> None:
+    """The probe interval is reset once a peer has stayed up for the longest interval."""
     peers = Peers(own=[None] * 5 + [0.0, 0.0])
     health = tracked(peers, first=0.03, longest=0.8)
     health.report_down("own")
@@ -129,8 +132,8 @@ def test_after_a_calm_time_pauses_begin_anew(tracked: Callable[..., PeerHealth])
     assert peers.times[-1] - down < pauses[-1]
 
 
-def test_a_peer_that_is_gone_is_forgotten(tracked: Callable[..., PeerHealth]) -> None:
-    """Its name has lost the address: it is not probed for ever."""
+def test_a_removed_peer_is_not_probed(tracked: Callable[..., PeerHealth]) -> None:
+    """A peer whose name no longer has its address is not probed any more."""
     peers = Peers()
     health = tracked(peers)
     health.report_down("own")
@@ -138,9 +141,11 @@ def test_a_peer_that_is_gone_is_forgotten(tracked: Callable[..., PeerHealth]) ->
     assert [] == peers.probed
 
 
-def test_a_defect_of_a_probe_keeps_no_peer_down(tracked: Callable[..., PeerHealth]) -> None:
-    """The probe is tried again."""
-    peers = Peers(own=[])  # the first probe fails with IndexError
+def test_an_exception_in_a_probe_does_not_keep_a_peer_down(
+    tracked: Callable[..., PeerHealth],
+) -> None:
+    """A probe that raises an unexpected exception is repeated."""
+    peers = Peers(own=[])  # the first probe raises IndexError
     health = tracked(peers)
     health.report_down("own")
     wait_until(lambda: len(peers.probed) > 1)
@@ -148,8 +153,8 @@ def test_a_defect_of_a_probe_keeps_no_peer_down(tracked: Callable[..., PeerHealt
     wait_until(lambda: health.up("own"))
 
 
-def test_a_closed_tracker_probes_no_more(tracked: Callable[..., PeerHealth]) -> None:
-    """Its owner ends while a peer is down."""
+def test_a_closed_tracker_stops_probing(tracked: Callable[..., PeerHealth]) -> None:
+    """A closed tracker sends no more probes."""
     peers = Peers(own=[0.0])
     health = tracked(peers, first=0.05)
     health.report_down("own")
@@ -158,8 +163,8 @@ def test_a_closed_tracker_probes_no_more(tracked: Callable[..., PeerHealth]) -> 
     assert (False, []) == (health.up("own"), peers.probed)
 
 
-def test_reports_alone_change_states_without_a_probe() -> None:
-    """The gateway polls its workers itself."""
+def test_reports_change_states_without_a_probe() -> None:
+    """Reports change the state of peers that have no probe, such as the gateway's workers."""
     health = PeerHealth("worker")
     health.report_down("a", UnavailableError("refused"))
     assert ["b", "a"] == health.order(["a", "b"])

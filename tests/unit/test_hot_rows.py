@@ -1,4 +1,4 @@
-"""Hot rows of several versions: those that nobody uses any more make room."""
+"""Hot rows of several versions, and rows that can't be read."""
 
 import asyncio
 from contextlib import closing
@@ -16,10 +16,9 @@ from tolhouse.testing import build_table
 from tests.tables import manifest_of, records_of, write
 
 
-def test_a_version_that_is_neither_used_nor_published_is_let_go_of(
-    checkpoint: Path, tmp_path: Path
-) -> None:
-    """The one in use and the published one stay; the other is opened anew when it is asked for."""
+def test_an_unused_unpublished_version_is_closed(checkpoint: Path, tmp_path: Path) -> None:
+    """Versions in use and the published version keep their hot rows; another version is closed and
+    opened again on request."""
     url = f"file://{tmp_path}"
     published, used, idle = (
         build_table(checkpoint, url, name="let-go", codec=codec)
@@ -47,17 +46,18 @@ def test_a_version_that_is_neither_used_nor_published_is_let_go_of(
     asyncio.run(run())
 
 
-def test_a_bad_row_fails_no_request_without_it(tmp_path: Path) -> None:
-    """Requests that wait for one read get their rows, which stay hot; the one in need of it fails.
+def test_a_corrupt_row_fails_only_requests_for_it(tmp_path: Path) -> None:
+    """Requests that share a read with a corrupt row get their rows, and only the request for that
+    row fails.
 
-    So does filling: frequent rows are hot but for the bad one.
+    Filling the cache skips the corrupt row.
     """
     manifest = manifest_of(num_shards=1, frequent=tuple(range(20)))
     with closing(open_store(f"file://{tmp_path}")) as store:
         write(store, manifest)
     (path,) = tmp_path.rglob("shard-*")
     data = bytearray(path.read_bytes())
-    data[-43 * manifest.record_bytes] ^= 1  # of 50 records that of token 7
+    data[-43 * manifest.record_bytes] ^= 1  # the record of token 7 of 50
     path.write_bytes(data)
     records = records_of(manifest)
 

@@ -1,4 +1,4 @@
-"""The manifest and the bytes of a record, which three processes must agree on."""
+"""The manifest and the bytes of a record, on which all processes must agree."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ def golden(codec_name: str = "fp32", **changes: Any) -> Manifest:
 
 
 def text_of(**changes: Any) -> str:
-    """A manifest's JSON with other fields and a digest that fits them; None removes a field."""
+    """The JSON of a manifest with changed fields and a matching digest. None removes a field."""
     data = {**json.loads(golden().to_json()), **changes}
     data = {name: value for name, value in data.items() if value is not None}
     return json.dumps({**data, "digest": digest_of(data)})
@@ -58,19 +58,20 @@ WORDS = [
     "133e77f900000000f9269f4a1a437fb7",
     "90c7081a05f2e4e7e68a27cc55c02454",
 ]
-# by codec: the records of IDS, and their digest
+# by codec: the records of IDS and their digest
 GOLDEN = {WORDS[n]: tuple(WORDS[n + 1 : n + 4]) for n in range(0, len(WORDS), 4)}
 
 
 @pytest.mark.parametrize("codec", GOLDEN)
 def test_the_bytes_of_a_record_are_fixed(codec: str) -> None:
-    """Blocks in order, then the checksum: whoever changes a byte of this changes the format."""
+    """A record is its blocks in order and then the checksum; any change of these bytes changes the
+    format."""
     records = golden(codec).encode(IDS, ROWS)
     assert GOLDEN[codec] == (*(bytes(record).hex() for record in records), digest(records))
 
 
-def test_blocks_have_names_in_any_order() -> None:
-    """Layers and X0 are found by name; X0 is a block like others, in the same codec."""
+def test_blocks_are_found_by_name() -> None:
+    """Layers and X0 are found by name, and X0 is a block with the same codec as others."""
     manifest = golden("int8", blocks=("x0", "ffn.2"))
     assert (True, (2,), 2) == (manifest.has_x0, manifest.layers, manifest.num_blocks)
     assert (False, (0, 2)) == (golden().has_x0, golden().layers)
@@ -80,15 +81,16 @@ def test_blocks_have_names_in_any_order() -> None:
     assert (2, 2, 3) == manifest.decode(manifest.encode(IDS, ROWS)).shape
 
 
-def test_the_checksum_is_what_the_documentation_says() -> None:
-    """XXH3-64 over the blocks, seeded with version and token id, little-endian, at the end."""
+def test_the_checksum_is_as_documented() -> None:
+    """The checksum is XXH3-64 over the blocks, seeded with version and token id, stored last in
+    little-endian order."""
     record = bytes.fromhex(GOLDEN["fp32"][1])
     seed = (0x0123456789ABCDEF + 3 * 0x9E3779B97F4A7C15) % 2**64
     assert xxhash.xxh3_64_intdigest(record[:-8], seed) == int.from_bytes(record[-8:], "little")
 
 
 def test_the_version_is_a_content_id() -> None:
-    """It is fixed, and differs with each part and with where one part ends."""
+    """The version depends on each part and on the boundaries between parts."""
     blocks = "ffn.0", "ffn.1"
     assert "856059ab85679855" == content_id("ab" * 32, "bf16", blocks)
     others = {
@@ -104,7 +106,8 @@ def test_the_version_is_a_content_id() -> None:
 
 
 def test_a_shard_file_is_plain_safetensors(tmp_path: Path) -> None:
-    """One uint8 tensor of records, at a fixed place, readable by any safetensors reader."""
+    """A shard file is a safetensors file with one uint8 tensor of records, readable by other
+    libraries."""
     store, manifest = open_store(f"file://{tmp_path}"), golden()
     records = manifest.encode(IDS, ROWS)
     store.write_shard(manifest, 1, records)
@@ -134,15 +137,17 @@ MANIFESTS = st.builds(
 
 @given(MANIFESTS)
 def test_a_manifest_survives_json(manifest: Manifest) -> None:
-    """What is written is what is read, with and without digests, and unknown fields as well."""
+    """A manifest is equal after writing and reading, with and without digests, including unknown
+    fields."""
     assert manifest == Manifest.from_json(manifest.to_json())
     complete = dataclasses.replace(manifest, shards=("0" * 32,) * manifest.num_shards)
     assert complete == Manifest.from_json(complete.to_json())
     assert digest_of(json.loads(complete.to_json())) == json.loads(complete.to_json())["digest"]
 
 
-def test_defaults_are_not_written_and_what_a_reader_needs_is_required() -> None:
-    """A plain table names what every table has; an overlay requires its parent to be understood."""
+def test_defaults_are_omitted_and_essential_fields_are_required() -> None:
+    """A plain table's JSON has only the required fields; an overlay requires readers to understand
+    its parent."""
     plain = {"blocks", "codec", "digest", "format", "model_id", "name", "num_shards"}
     plain |= {"tokenizer_id", "version", "vocab_size", "width"}
     assert plain == set(json.loads(golden().to_json()))
@@ -152,8 +157,8 @@ def test_defaults_are_not_written_and_what_a_reader_needs_is_required() -> None:
     assert ["parent", "changed"] == data["requires"]
 
 
-def test_unknown_fields_are_kept_unless_they_are_required() -> None:
-    """A later version may add fields; those that a reader must understand it refuses."""
+def test_unknown_fields_are_kept_unless_required() -> None:
+    """Unknown fields of later versions are kept, and those listed in `requires` are refused."""
     manifest = Manifest.from_json(text_of(later={"a": [1, 2.5]}))
     assert {"later": {"a": [1, 2.5]}} == manifest.extra
     assert {"a": [1, 2.5]} == json.loads(manifest.to_json())["later"]
@@ -163,7 +168,7 @@ def test_unknown_fields_are_kept_unless_they_are_required() -> None:
 
 @given(MANIFESTS, st.data())
 def test_any_altered_field_is_found(manifest: Manifest, data: st.DataObject) -> None:
-    """Changed, added or removed: the digest is another."""
+    """A changed, added or removed field does not match the digest."""
     fields = json.loads(manifest.to_json())
     name = data.draw(st.sampled_from([*fields, "edits", "surplus"]))
     values = st.none() | st.booleans() | st.integers(0, 9) | st.text(max_size=3) | st.just([0])
@@ -178,7 +183,7 @@ def test_any_altered_field_is_found(manifest: Manifest, data: st.DataObject) -> 
 
 @given(MANIFESTS)
 def test_shards_divide_the_vocabulary(manifest: Manifest) -> None:
-    """Each token is in one shard, the one that shard_of names, at the place id // shards."""
+    """Each token is in the shard that shard_of names, at the index id // shards."""
     parts = [manifest.shard_ids(shard) for shard in range(manifest.num_shards)]
     assert list(range(manifest.vocab_size)) == sorted(np.concatenate(parts).tolist())
     for shard, ids in enumerate(parts):
@@ -188,7 +193,7 @@ def test_shards_divide_the_vocabulary(manifest: Manifest) -> None:
 
 @given(MANIFESTS, st.data())
 def test_any_altered_byte_is_found(manifest: Manifest, data: st.DataObject) -> None:
-    """With one byte changed, or for another token or version, a record is not intact."""
+    """A record with a changed byte, or of another token or version, does not match its checksum."""
     ids = np.array([data.draw(st.integers(0, manifest.vocab_size - 1))], np.uint32)
     records = records_of(manifest, ids)
     manifest.verify(ids, records)
@@ -220,30 +225,30 @@ def test_any_altered_byte_is_found(manifest: Manifest, data: st.DataObject) -> N
         ("tokenizer_id", 1),
         *(("shards", bad) for bad in (["a"], [1, 2], ["zz", "z" * 32], {"a": 1}, ["0" * 32])),
         *(("frequent", bad) for bad in ([5], [-1], [1, 1], [True], [1.0], [[1]], "1", {"1": 1})),
-        *(("changed", bad) for bad in ([1, 0], [5], [1])),  # [1]: without a parent
+        *(("changed", bad) for bad in ([1, 0], [5], [1])),  # [1] lacks a parent
         ("ranks", [1, 1]),
         ("requires", "parent"),
         *((field, None) for field in ("name", "version", "blocks", "width", "model_id")),
     ],
 )
 def test_a_malformed_manifest_is_refused(field: str, value: object) -> None:
-    """Whatever field is wrong or missing is named, also where only its type is wrong."""
+    """The error names the wrong or missing field, also if only its type is wrong."""
     other = {"width": "bytes a record", "shards": "digests"}.get(field, field)
     with pytest.raises(InvalidArgumentError, match=f"manifest: .*({field}|{other})"):
         Manifest.from_json(text_of(**{field: value}))
 
 
 @pytest.mark.parametrize(("field", "value"), [("name", "a/b"), ("codec", "int3"), ("parent", "t")])
-def test_a_value_that_is_not_allowed_is_told_with_what_is(field: str, value: str) -> None:
-    """Names, codecs and references have messages of their own."""
+def test_errors_state_the_allowed_values(field: str, value: str) -> None:
+    """Errors for names, codecs and references state what is allowed."""
     with pytest.raises(
         InvalidArgumentError, match=r"letters, digits|one of fp32|parent: .*pattern"
     ):
         Manifest.from_json(text_of(**{field: value}))
 
 
-def test_a_table_of_format_1_is_refused_with_what_to_do() -> None:
-    """It is built again, and the old one is deleted."""
+def test_a_table_of_format_1_is_refused_with_advice() -> None:
+    """The error for a table of format 1 says to build it again and to delete the old one."""
     with pytest.raises(
         InvalidArgumentError, match=r"build the table again.*`tolhouse tables delete`"
     ):
@@ -251,14 +256,14 @@ def test_a_table_of_format_1_is_refused_with_what_to_do() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", b"\xff\xfe", "[" * 100_000])
-def test_what_is_no_manifest_is_refused(text: str | bytes) -> None:
-    """Not JSON, not an object, without its fields, or nested deeper than the reader goes."""
+def test_text_that_is_not_a_manifest_is_refused(text: str | bytes) -> None:
+    """Text that is not JSON, not an object, lacks fields, or is nested too deeply is refused."""
     with pytest.raises(InvalidArgumentError, match="manifest"):
         Manifest.from_json(text)
 
 
 def test_ids_outside_the_vocabulary_are_named() -> None:
-    """The first id that is too large is told, with what is allowed."""
+    """The error names the first id beyond the vocabulary and the allowed range."""
     golden().check_ids(np.array([0, 4], np.uint32))
     with pytest.raises(IdOutOfRangeError, match=r"token id 5 .* allowed are 0 to 4"):
         golden().check_ids(np.array([0, 5, 9], np.uint32))
@@ -267,14 +272,14 @@ def test_ids_outside_the_vocabulary_are_named() -> None:
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "a/b", "-a", "a b", "a" * 65, "a\n", "ä", "a:b", "a{b}", "a@b"]
 )
-def test_names_that_could_mean_something_else_are_refused(name: str) -> None:
-    """A name is also a folder and a part of a Redis key."""
+def test_unsafe_names_are_refused(name: str) -> None:
+    """Names that are unsafe as a folder or in a Redis key are refused."""
     with pytest.raises(InvalidArgumentError, match="letters, digits"):
         check_name(name)
 
 
-def test_a_reference_is_a_name_and_perhaps_a_version() -> None:
-    """name and name@version are taken apart; anything else is refused."""
+def test_a_reference_is_a_name_with_an_optional_version() -> None:
+    """A reference is a name or name@version; anything else is refused."""
     assert ("a", None) == split_ref("a")
     assert ("a", "0123456789abcdef") == split_ref("a@0123456789abcdef")
     for bad in ("a@", "a@0123", "a@0123456789ABCDEF", "a@0123456789abcdef@", "@0123456789abcdef"):
@@ -282,8 +287,9 @@ def test_a_reference_is_a_name_and_perhaps_a_version() -> None:
             split_ref(bad)
 
 
-def test_a_record_is_token_major_and_a_run_of_layers_is_a_run_of_bytes() -> None:
-    """Block after block, scale before codes, eight bytes of checksum, and nothing between."""
+def test_a_record_stores_its_blocks_contiguously() -> None:
+    """A record is block after block, scale before codes, and eight bytes of checksum, without
+    padding."""
     manifest = golden("int8")
     (record,) = manifest.encode(IDS[:1], ROWS[:1])
     blocks = [manifest.codec.encode(layer).tobytes() for layer in ROWS[0]]
@@ -293,7 +299,7 @@ def test_a_record_is_token_major_and_a_run_of_layers_is_a_run_of_bytes() -> None
 
 
 def test_a_record_may_be_as_large_as_a_message_allows() -> None:
-    """3 MiB with its checksum, and not four bytes more."""
+    """A record may have up to 3 MiB including its checksum."""
     size = (3 * 2**20 - 8) // 4
     assert 3 * 2**20 == golden(blocks=("ffn.0",), width=size).record_bytes
     with pytest.raises(

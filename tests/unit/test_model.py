@@ -28,13 +28,14 @@ def model_of(kind: str, beta: int = 0, ffn_c: str = "linear") -> Transformer:
 
 
 def logits(model: Transformer, rows: torch.Tensor) -> torch.Tensor:
-    """Of the tokens 0 to 5."""
+    """Logits of the tokens 0 to 5."""
     return model(IDS, IDS, NoCache(6), rows)
 
 
 @pytest.mark.parametrize(("kind", "beta", "ffn_c"), KINDS)
 def test_rows_are_a_function_of_the_token_alone(kind: str, beta: int, ffn_c: str) -> None:
-    """[N, T, D]; the row of a token is the same wherever it stands and beside whatever token."""
+    """Rows have the shape [N, T, D], and a token's row does not depend on its position or
+    neighbours."""
     model = model_of(kind, beta, ffn_c)
     ids = torch.tensor([3, 60, 3, 0, 7])
     rows = model.rows(ids)
@@ -44,8 +45,8 @@ def test_rows_are_a_function_of_the_token_alone(kind: str, beta: int, ffn_c: str
 
 
 @pytest.mark.parametrize(("kind", "beta", "ffn_c"), KINDS)
-def test_a_sequence_in_pieces_is_the_sequence_at_once(kind: str, beta: int, ffn_c: str) -> None:
-    """Logits do not depend on how a sequence is fed, and never on what comes later."""
+def test_a_sequence_in_chunks_has_the_same_logits(kind: str, beta: int, ffn_c: str) -> None:
+    """Logits do not depend on how a sequence is divided, or on later tokens."""
     model = model_of(kind, beta, ffn_c)
     ids, positions = torch.arange(5, 29), torch.arange(24)
     whole = model(ids, positions, NoCache(24), model.rows(ids))
@@ -59,8 +60,9 @@ def test_a_sequence_in_pieces_is_the_sequence_at_once(kind: str, beta: int, ffn_
     torch.testing.assert_close(whole[:12], other[:12])
 
 
-def test_forward_never_computes_the_token_memory() -> None:
-    """Without FFN-M's weights forward works on given rows; rows() then says what is missing."""
+def test_the_forward_never_computes_the_token_memory() -> None:
+    """The forward works on given rows without FFN-M's weights, and rows() then names the missing
+    weights."""
     model = model_of("memory")
     rows = model.rows(IDS)
     expected = logits(model, rows)
@@ -73,7 +75,7 @@ def test_forward_never_computes_the_token_memory() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_rows_may_carry_x0(tied: bool, tmp_path: Path) -> None:
-    """With X0 in front of its rows, a model without its embedding gives the same logits."""
+    """A model without its embedding gives the same logits if X0 precedes its rows."""
     opened = open_checkpoint(tiny_model(tmp_path / "m", tie_word_embeddings=tied))
     full, bare = opened.model(), opened.model(ffn_m=False, embedding=False)
     rows = full.rows(IDS, x0=True)
@@ -89,15 +91,16 @@ def test_rows_may_carry_x0(tied: bool, tmp_path: Path) -> None:
 
 
 def test_each_layer_adds_its_own_row() -> None:
-    """The rows of two layers exchanged give other logits: which layer a row belongs to matters."""
+    """Exchanging the rows of two layers changes the logits."""
     model = model_of("memory")
     rows = model.rows(IDS) * 5
     swapped = logits(model, rows[[1, 0, 2, 3]])
     assert not torch.allclose(logits(model, rows), swapped, atol=1e-3)
 
 
-def test_greedy_completion_keeps_to_its_limits(checkpoint: Path) -> None:
-    """Prompts that are empty, foreign or too long are refused; the end of text may be ignored."""
+def test_greedy_completion_checks_its_limits(checkpoint: Path) -> None:
+    """Empty, out-of-range and too long prompts are refused, and the end-of-text token can be
+    ignored."""
     model = open_checkpoint(checkpoint).model()
     assert 5 == len(list(greedy(model, [1, 2], 5, ignore_eos=True)))
     for prompt, count, error in (

@@ -1,12 +1,13 @@
-"""Recipes: the paper's numbers where the paper has them, and runs that fit their models."""
+"""Recipes have the paper's hyperparameters, and every run fits its model."""
 
 import pytest
 from tolhouse.train.recipes import RECIPES, recipe
 
 
 @pytest.mark.parametrize("size", ["250m", "750m", "1b"])
-def test_the_paper_s_runs_are_the_paper_s(size: str) -> None:
-    """PAPER section 3: 50B tokens in sequences of 2048, its rates, Adam, decay and z-loss."""
+def test_paper_recipes_have_the_paper_s_hyperparameters(size: str) -> None:
+    """The paper's runs have 50B tokens in sequences of 2048 and its rates, betas, decay and z-loss
+    (PAPER section 3)."""
     run = recipe(f"paper-{size}", "memory", 0)
     assert (2048, 5000, 1e-4, 1e-5) == (
         run.sequence_tokens,
@@ -24,7 +25,8 @@ def test_the_paper_s_runs_are_the_paper_s(size: str) -> None:
 )
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_fits_its_model(name: str, kind: str, beta: int) -> None:
-    """Sequences fit the context, the warm-up ends before the run, and the loss is measured."""
+    """Sequences fit the context, the warm-up ends before the run, and the loss is evaluated during
+    the run."""
     run = recipe(name, kind, beta)
     assert (kind, beta) == (run.config.kind, run.config.beta)
     assert run.sequence_tokens <= run.config.max_position_embeddings
@@ -34,8 +36,8 @@ def test_a_run_fits_its_model(name: str, kind: str, beta: int) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_kinds_of_a_recipe_differ_in_the_model_alone(name: str) -> None:
-    """Every kind is trained alike: the same steps, tokens and rates."""
+def test_kinds_of_a_recipe_differ_only_in_the_model(name: str) -> None:
+    """All kinds of a recipe have the same steps, tokens and rates."""
     runs = [
         vars(recipe(name, kind, beta)) for kind, beta in (("base", 0), ("memory", 0), ("flex", 3))
     ]

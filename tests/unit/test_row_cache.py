@@ -1,4 +1,4 @@
-"""The row cache, against a slow S3-FIFO that is plainly right."""
+"""The row cache against a slow, simple S3-FIFO."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -16,7 +16,7 @@ def cache_of(capacity: int, vocab_size: int = VOCABULARY) -> RowCache:
 
 
 def fill(cache: RowCache, ids: np.ndarray, **more: bool) -> np.ndarray:
-    """Take `ids` in, with records that tell their token."""
+    """Add `ids` with records that identify their tokens."""
     slots = cache.reserve(ids, **more)
     cache.slab[slots[slots >= 0]] = record_of(ids[slots >= 0])
     cache.commit(ids, slots)
@@ -28,7 +28,7 @@ def record_of(ids: np.ndarray) -> np.ndarray:
 
 
 class S3Fifo:
-    """S3-FIFO as in the paper: two lists from oldest to newest, counts of uses, the departed."""
+    """S3-FIFO as in the paper: two queues from oldest to newest, use counts, and a ghost queue."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.small, self.main, self.uses, self.ghosts = capacity, [], [], {}, []
@@ -70,7 +70,8 @@ class S3Fifo:
 @given(st.integers(0, 6), st.lists(LISTS, max_size=40))
 @settings(max_examples=400, deadline=None)
 def test_the_cache_is_s3_fifo_and_never_mixes_rows(capacity: int, batches: list[list[int]]) -> None:
-    """Hits, contents and bytes are those of the slow one; rows in use stay; the bound holds."""
+    """Hits, contents and bytes equal those of the simple implementation; pinned rows stay, and the
+    capacity holds."""
     cache, slow = cache_of(capacity), S3Fifo(capacity)
     hits = asked = 0
     for batch in batches:
@@ -92,10 +93,10 @@ def test_the_cache_is_s3_fifo_and_never_mixes_rows(capacity: int, batches: list[
 
 @given(st.integers(1, 6), st.lists(st.tuples(LISTS, st.booleans()), max_size=40))
 @settings(max_examples=200, deadline=None)
-def test_what_was_reserved_and_released_was_never_there(
+def test_released_reservations_leave_no_trace(
     capacity: int, batches: list[tuple[list[int], bool]]
 ) -> None:
-    """A fetch that fails leaves no row of its own behind, and takes no slot for good."""
+    """A failed fetch leaves no row behind and does not lose a slot."""
     cache = cache_of(capacity)
     for batch, fails in batches:
         ids = np.array(batch, np.uint32)
@@ -112,8 +113,8 @@ def test_what_was_reserved_and_released_was_never_there(
     assert min(capacity, len(absent)) == (fill(cache, absent) >= 0).sum()
 
 
-def test_a_reserved_slot_is_given_to_nobody_else() -> None:
-    """While one reader's rows are on their way, another gets other slots, or none."""
+def test_a_reserved_slot_is_not_reused() -> None:
+    """While one reader's rows are being fetched, another reader gets other slots or none."""
     cache = cache_of(4)
     first = cache.reserve(np.array([0, 1, 2], np.uint32))
     second = cache.reserve(np.array([3, 4, 5], np.uint32))
@@ -123,7 +124,7 @@ def test_a_reserved_slot_is_given_to_nobody_else() -> None:
 
 
 def test_a_cache_filled_with_hot_rows_keeps_them_through_a_scan() -> None:
-    """Rows asked for once pass through the small queue; those known to be hot stay."""
+    """Rows that are requested once pass through the small queue, and rows known to be hot stay."""
     cache = cache_of(20, 1000)
     hot = np.arange(18, dtype=np.uint32)
     fill(cache, hot, main=True)
@@ -132,8 +133,8 @@ def test_a_cache_filled_with_hot_rows_keeps_them_through_a_scan() -> None:
     assert (cache.slot_of[hot] >= 0).all()
 
 
-def test_a_cache_never_takes_more_than_its_budget_or_the_table() -> None:
-    """A budget is rounded down to whole records; a large one takes the table's rows."""
+def test_the_capacity_is_limited_by_the_budget_and_the_table() -> None:
+    """The budget is rounded down to whole records and limited by the table's size."""
     manifest = manifest_of(codec_name="fp32", vocab_size=10, blocks=("ffn.0",), width=4)
     assert 24 == manifest.record_bytes
     assert [0, 1, 1, 10] == [capacity_for(manifest, most) for most in (23, 24, 47, 1 << 40)]

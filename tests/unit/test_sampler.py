@@ -1,4 +1,4 @@
-"""The sampler against references that do the same token by token, in plain Python."""
+"""The sampler against token-by-token references in plain Python."""
 
 import math
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ def draw(logits: torch.Tensor, count: int = 400, **sampling) -> list[int]:
 
 
 def allowed(logits: torch.Tensor, **sampling) -> set[int]:
-    """Tokens that can be drawn at all, found by uniform numbers in each token's share."""
+    """The tokens that can be drawn, found by a uniform number within each token's share."""
     shifted = (logits - logits.max()) / max(sampling.get("temperature", 1.0), 1e-5)
     kept = _reference(shifted, **{k: v for k, v in sampling.items() if k != "temperature"})
     mass = sum(math.exp(shifted[i]) for i in sorted(kept))
@@ -38,7 +38,7 @@ def allowed(logits: torch.Tensor, **sampling) -> set[int]:
 def _reference(
     shifted: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> list[int]:
-    """Ids that min-p, then top-k, then top-p leave of logits whose largest is zero."""
+    """The ids that remain after min-p, then top-k, then top-p, for logits with maximum zero."""
     order = sorted(range(len(shifted)), key=lambda i: -shifted[i])
     order = [i for i in order if min_p == 0 or shifted[i] >= math.log(min_p)][: top_k or None]
     total, before, kept = sum(math.exp(shifted[i]) for i in order), 0.0, []
@@ -49,8 +49,9 @@ def _reference(
     return kept
 
 
-def test_sampling_keeps_to_its_limits() -> None:
-    """top-k, top-p and min-p limit tokens; temperature flattens; a seed fixes the draw."""
+def test_sampling_parameters_limit_the_tokens() -> None:
+    """top-k, top-p and min-p limit the tokens, temperature flattens the distribution, and a seed
+    makes draws reproducible."""
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     assert {0} == set(draw(logits))
     assert {0} == set(draw(logits, temperature=1e-6, seed=1))
@@ -77,10 +78,10 @@ def test_sampling_keeps_to_its_limits() -> None:
     st.sampled_from([0.05, 0.3, 0.7, 0.95, 1.0]),
     st.sampled_from([0.0, 1e-4, 0.1, 0.6]),
 )
-def test_limits_leave_the_right_tokens(
+def test_limits_keep_the_tokens_of_the_reference(
     logits: torch.Tensor, top_k: int, top_p: float, min_p: float
 ) -> None:
-    """Drawn tokens are in the reference's set, of which each with some mass can be drawn."""
+    """Only tokens of the reference's set are drawn, and each with sufficient mass can be drawn."""
     shifted = (logits - logits.max()).double()
     sums = torch.tensor([math.exp(x) for x in sorted(shifted.tolist(), reverse=True)]).cumsum(0)
     near = (sums / sums[-1] - top_p).abs().min() < 1e-5 or (
@@ -96,8 +97,8 @@ def test_limits_leave_the_right_tokens(
         assert len(drawn) <= top_k
 
 
-def test_top_p_looks_beyond_its_candidates() -> None:
-    """A flat distribution, whose mass is in thousands of tokens, is limited as any other."""
+def test_top_p_handles_flat_distributions() -> None:
+    """top-p limits a flat distribution whose mass is spread over thousands of tokens."""
     logits = torch.linspace(0, 0.1, 4000)
     drawn = draw(logits, temperature=1.0, seed=2, top_p=0.9)
     kept = _reference(logits - logits.max(), top_p=0.9)
@@ -112,10 +113,10 @@ def test_top_p_looks_beyond_its_candidates() -> None:
     st.sampled_from([-2.0, 0.0, 0.7]),
     st.sampled_from([-1.0, 0.0, 1.5]),
 )
-def test_penalties_and_bias_are_those_of_the_reference(
+def test_penalties_and_bias_equal_the_reference(
     logits, data, repetition: float, presence: float, frequency: float
 ) -> None:
-    """Greedy tokens of many steps are those of a reference that counts for itself."""
+    """Greedy tokens over many steps equal those of a reference with its own counts."""
     ids = st.integers(0, len(logits) - 1)
     prompt = data.draw(st.lists(ids, min_size=1, max_size=5))
     bias = data.draw(st.dictionaries(ids, st.sampled_from([-100.0, -1.5, 2.0, 100.0]), max_size=4))
@@ -140,7 +141,8 @@ def test_penalties_and_bias_are_those_of_the_reference(
 
 @given(rows, st.integers(0, 20))
 def test_logprobs_are_those_of_the_model(logits: torch.Tensor, k: int) -> None:
-    """Raw ones, whatever changes the choice: the chosen token's, and the k likeliest in order."""
+    """Log probabilities are those of the raw logits, for the chosen token and the k most likely
+    tokens in order."""
     params = SamplingParams(3, logprobs=k, logit_bias={1: 100.0}, temperature=0.5, top_k=1)
     state = State(params, [0])
     tokens, (logprobs,) = sample(logits[None], [state])
@@ -152,8 +154,8 @@ def test_logprobs_are_those_of_the_model(logits: torch.Tensor, k: int) -> None:
     assert sum(map(math.exp, logprobs.top)) < 1 + 1e-5
 
 
-def test_a_prompt_s_logprobs_come_in_any_parts() -> None:
-    """Chunks of positions add up to the whole prompt."""
+def test_prompt_logprobs_can_be_computed_in_chunks() -> None:
+    """The log probabilities of a prompt's chunks concatenate to those of the whole prompt."""
     logits_TV = torch.randn(9, 30, generator=torch.Generator().manual_seed(0))
     ids = list(range(3, 12))
     whole = prompt_logprobs(logits_TV, ids, 2)
@@ -166,7 +168,7 @@ def test_a_prompt_s_logprobs_come_in_any_parts() -> None:
 
 
 def test_a_row_s_tokens_do_not_depend_on_the_others() -> None:
-    """Every kind of sampling gives the same tokens and logprobs alone and in one batch with all."""
+    """Every kind of sampling gives the same tokens and log probabilities alone and in a batch."""
     kinds = [
         {},
         {"temperature": 0.8, "seed": 1},
@@ -187,16 +189,16 @@ def test_a_row_s_tokens_do_not_depend_on_the_others() -> None:
             assert (token, logprobs) == (batched[step][0][row], batched[step][1][row])
 
 
-def test_min_tokens_hold_the_end_back() -> None:
-    """A stop id that is by far the likeliest comes only once there are enough tokens."""
+def test_min_tokens_suppresses_stop_tokens() -> None:
+    """A likely stop token is suppressed until the minimum number of tokens is reached."""
     state = State(SamplingParams(10, min_tokens=3, stop_token_ids=(2,)), [0])
     logits_1V = torch.tensor([[0.0, 1.0, 9.0, -1.0]])
     assert [1, 1, 1, 2, 2] == [sample(logits_1V, [state])[0][0] for _ in range(5)]
 
 
 @pytest.mark.parametrize("how", [{}, {"top_k": 5}, {"top_p": 0.5}])
-def test_logits_that_are_no_numbers_disturb_no_other_sequence(how: dict) -> None:
-    """Some token of the vocabulary is drawn from them; the sequence beside gets its own."""
+def test_nan_logits_do_not_affect_other_sequences(how: dict) -> None:
+    """NaN logits yield some token of the vocabulary and do not affect the other sequence."""
     rows_BV = torch.zeros(2, 64)
     rows_BV[0], rows_BV[1, 7] = math.nan, 50.0
     states = [State(SamplingParams(1, temperature=1.0, **how), [1]) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""The scheduler under random load: it changes no token, and nothing is lost."""
+"""The scheduler under random load changes no token and loses no block."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.engines import CPU, Request, engine_of, run, serve
 
 
 class Alone:
-    """What each prompt gives when it has the model for itself."""
+    """The tokens that each prompt gets when it runs alone."""
 
     def __init__(self, path: Path) -> None:
         self.path, checkpoint = path, open_checkpoint(path)
@@ -41,17 +41,17 @@ def alone(base: Path) -> Alone:
 
 
 def prompt(start: int, length: int) -> list[int]:
-    """Prompts of one `start` begin alike, so that they share blocks."""
+    """Prompts with the same `start` share a prefix, and so share blocks."""
     return [(start * 31 + 7 * i) % 250 + 1 for i in range(length)]
 
 
 arrivals = st.lists(
     st.tuples(
-        st.integers(0, 2),  # which beginning
+        st.integers(0, 2),  # which prefix
         st.integers(1, 60),  # prompt tokens
         st.integers(1, 25),  # answer tokens
-        st.integers(0, 6),  # steps before the next arrives
-        st.one_of(st.none(), st.integers(0, 12)),  # cancelled after so many steps
+        st.integers(0, 6),  # steps before the next request arrives
+        st.one_of(st.none(), st.integers(0, 12)),  # cancelled after this many steps
         st.integers(-1, 1),  # priority
     ),
     min_size=1,
@@ -89,8 +89,8 @@ def test_random_load_loses_nothing(
             assert (True, expected) == (request.ended, request.tokens)
 
 
-def test_a_known_beginning_is_not_computed_again(alone: Alone) -> None:
-    """A second request shares the prompt's full blocks, and gets the same tokens."""
+def test_a_cached_prefix_is_not_recomputed(alone: Alone) -> None:
+    """A second request shares the full blocks of its prefix and gets the same tokens."""
     engine, ids = alone.engine(32, 4, 64), prompt(1, 3 * BLOCK_TOKENS + 5)
     first, second, longer = Request(ids, 20), Request(ids, 20), Request([*ids, 9, 8, 7], 5)
     for request, found in ((first, 0), (second, 3 * BLOCK_TOKENS), (longer, 3 * BLOCK_TOKENS)):
@@ -100,8 +100,8 @@ def test_a_known_beginning_is_not_computed_again(alone: Alone) -> None:
         assert alone.tokens(request.prompt, request.max_tokens) == request.tokens
 
 
-def test_answers_are_beginnings_too(alone: Alone) -> None:
-    """A prompt that continues an earlier answer finds the blocks of prompt and answer."""
+def test_answers_are_cached_prefixes(alone: Alone) -> None:
+    """A prompt that continues an earlier answer shares the blocks of prompt and answer."""
     engine, ids = alone.engine(32, 4, 64), prompt(2, 10)
     first = Request(ids, 40)
     serve(engine, first)
@@ -111,8 +111,8 @@ def test_answers_are_beginnings_too(alone: Alone) -> None:
     assert alone.tokens(second.prompt, 3) == second.tokens
 
 
-def test_a_prompt_of_whole_blocks_keeps_one_token_to_compute(alone: Alone) -> None:
-    """There is always a token from which the next one follows."""
+def test_a_fully_cached_prompt_computes_its_last_block(alone: Alone) -> None:
+    """At least one token of a prompt is computed, because the next token follows from it."""
     engine, ids = alone.engine(32, 4, 64), prompt(1, 2 * BLOCK_TOKENS)
     for found in (0, BLOCK_TOKENS):
         before = engine.cache.shared_tokens
@@ -123,7 +123,7 @@ def test_a_prompt_of_whole_blocks_keeps_one_token_to_compute(alone: Alone) -> No
 
 
 def test_a_long_prompt_does_not_delay_decoding(alone: Alone) -> None:
-    """While a prompt is computed in pieces, a running sequence gets a token with each step."""
+    """While a prompt is computed in chunks, a running sequence gets a token in each step."""
     engine = alone.engine(32, 4, 16)
     short, long = Request(prompt(1, 4), 12), Request(prompt(2, 170), 2)
     engine.add(short.sequence)
@@ -138,7 +138,7 @@ def test_a_long_prompt_does_not_delay_decoding(alone: Alone) -> None:
 
 
 def test_priority_goes_before_arrival(alone: Alone) -> None:
-    """The waiting sequence of the lowest number joins first."""
+    """The waiting sequence with the lowest priority number is scheduled first."""
     engine, order = alone.engine(32, 1, 64), []
     for number, priority in enumerate((0, 1, -1, 0)):
         request = Request(prompt(number, 5), 1, priority)
@@ -148,8 +148,8 @@ def test_priority_goes_before_arrival(alone: Alone) -> None:
     assert [2, 0, 3, 1] == order
 
 
-def test_prompt_scores_survive_pieces_and_preemption(alone: Alone) -> None:
-    """A prompt's log probabilities come once, and are the same however the prompt was split."""
+def test_prompt_logprobs_survive_chunks_and_preemption(alone: Alone) -> None:
+    """A prompt's log probabilities are emitted once and do not depend on chunks or preemption."""
     ids = prompt(1, 50)
     engine = alone.engine(32, 4, 64)
     whole = Request(ids, 1, prompt_logprobs=0)

@@ -1,4 +1,4 @@
-"""What the documents say of the models is what the kept curves and measurements say."""
+"""Figures in the documents equal those of the stored curves and measurements."""
 
 import re
 from pathlib import Path
@@ -14,15 +14,17 @@ ROOT = Path(__file__).parent.parent.parent
 SCIENCE = (ROOT / "SCIENCE.md").read_text()
 
 
-def test_the_table_of_kinds_is_that_of_the_curves() -> None:
-    """Parameters, perplexities by seed, and the orders in which each seed has the kinds."""
+def test_the_table_of_kinds_follows_from_the_curves() -> None:
+    """SCIENCE.md has the table of kinds and their order for each seed, as computed from the
+    curves."""
     table, _ = kinds.table(2)
     assert table in SCIENCE
     assert kinds.orders(2) in SCIENCE
 
 
-def test_compression_is_measured_at_home_and_abroad(checkpoint: Path) -> None:
-    """Also where WikiText is not: on English that training has not seen and every Python has."""
+def test_compression_is_measured_on_two_kinds_of_text(checkpoint: Path) -> None:
+    """Without WikiText, compression is compared on English text that every Python has and training
+    excludes."""
     _, path = prose = text.foreign(Path("no such file"))
     assert path.is_file()
     assert path.relative_to(standard_library()).parts[0] in SKIPPED
@@ -39,7 +41,7 @@ def test_compression_is_measured_at_home_and_abroad(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("name", ["demo-memory", "demo-flex"])
 def test_the_held_out_loss_of_a_model_is_the_same_everywhere(name: str) -> None:
-    """A card tells the loss of all held-out tokens, and the README's table of codecs has it too."""
+    """A model card's held-out loss over all tokens equals that in the README and in SCIENCE.md."""
     card = (ROOT / "models" / name / "README.md").read_text()
     told = re.search(r"held-out loss \| (\d\.\d{4}) .* over all 86,718 held-out tokens", card)
     assert told, card

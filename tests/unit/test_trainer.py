@@ -1,4 +1,4 @@
-"""Runs of another recipe, seed or text, from a damaged state, or without a corpus."""
+"""Training runs: settings, resumption, damaged states, and missing corpora."""
 
 import math
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def small(kind: str = "memory", beta: int = 0, **changes) -> Recipe:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As `tolhouse train` has by default."""
+    """The default number of threads of `tolhouse train`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -47,7 +47,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def out(checkpoint: Path, tmp_path: Path) -> Path:
-    """A folder for a run, with a tokenizer."""
+    """A run's folder with a tokenizer."""
     (tmp_path / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
     return tmp_path
 
@@ -63,7 +63,7 @@ def out(checkpoint: Path, tmp_path: Path) -> Path:
     ],
 )
 def test_every_kind_learns(kind: str, beta: int, autocast: bool, out: Path) -> None:
-    """In either precision every weight moves, and the loss on sixteen tokens falls."""
+    """In either precision every weight changes, and the loss on sixteen tokens falls."""
     text = np.tile(IDS[:16], 20)
     trainer = Trainer(small(kind, beta, steps=30, autocast=autocast), text, text, out)
     trainer.run()
@@ -81,8 +81,8 @@ def test_every_kind_learns(kind: str, beta: int, autocast: bool, out: Path) -> N
     ]
 
 
-def test_a_finished_run_is_not_trained_any_further(out: Path) -> None:
-    """Started again, it gives the same loss and leaves weights and curve as they are."""
+def test_a_finished_run_is_not_trained_further(out: Path) -> None:
+    """Running a finished run again gives the same loss and leaves weights and curve unchanged."""
     loss = Trainer(small(), IDS, IDS, out).run().loss
     before = [(out / name).read_bytes() for name in (WEIGHTS, STATE, "loss.csv")]
     assert loss == Trainer(small(), IDS, IDS, out).run().loss
@@ -100,8 +100,9 @@ def test_a_finished_run_is_not_trained_any_further(out: Path) -> None:
         ({"train_ids": IDS[::-1].copy()}, "train"),
     ],
 )
-def test_a_run_of_other_settings_is_not_continued(other: dict, message: str, out: Path) -> None:
-    """Another recipe, seed or text is a MismatchError that says which; the state stays."""
+def test_a_run_with_other_settings_is_not_resumed(other: dict, message: str, out: Path) -> None:
+    """A run with another recipe, seed or text raises a MismatchError that names the difference and
+    keeps the state."""
     settings = {"recipe": small(), "train_ids": IDS, "valid_ids": IDS, "out": out}
     Trainer(**settings).run()
     before = (out / STATE).read_bytes()
@@ -111,8 +112,8 @@ def test_a_run_of_other_settings_is_not_continued(other: dict, message: str, out
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, -1])
-def test_a_spoilt_state_is_told(size: int, out: Path) -> None:
-    """A state that was cut short is an error of ours that names it."""
+def test_a_truncated_state_is_refused(size: int, out: Path) -> None:
+    """A truncated training state raises an error that names the file."""
     Trainer(small(), IDS, IDS, out).run()
     (out / STATE).write_bytes((out / STATE).read_bytes()[:size])
     with pytest.raises(TolhouseError, match=STATE):
@@ -120,8 +121,9 @@ def test_a_spoilt_state_is_told(size: int, out: Path) -> None:
 
 
 @given(st.integers(1, 50), st.integers(0, 200), st.integers(0, 250))
-def test_the_rate_stays_between_its_ends(warmup: int, more: int, step: int) -> None:
-    """Up to the peak in equal steps, then down to the final rate at the last step."""
+def test_the_learning_rate_follows_its_schedule(warmup: int, more: int, step: int) -> None:
+    """The learning rate rises linearly to its peak and then falls to its final value at the last
+    step."""
     run = replace(small(), warmup_steps=warmup, steps=warmup + more)
     step = min(step, run.steps)
     if step < warmup:
@@ -136,10 +138,10 @@ def test_the_rate_stays_between_its_ends(warmup: int, more: int, step: int) -> N
     ("corpus", "message"),
     [("nothing", "no corpus at"), ("short.txt", "is too small"), ("empty", "is too small")],
 )
-def test_a_corpus_that_can_not_train_is_told_in_a_line(
+def test_an_unsuitable_corpus_is_refused_in_one_line(
     corpus: str, message: str, tmp_path: Path
 ) -> None:
-    """`tolhouse train` ends with 1 and one line on stderr, and leaves no checkpoint."""
+    """`tolhouse train` exits with 1 and one line on stderr, and writes no checkpoint."""
     (tmp_path / "short.txt").write_text("import os\n")
     (tmp_path / "empty").mkdir()
     options = f"--corpus {tmp_path / corpus} --out {tmp_path / 'out'}"
@@ -151,8 +153,8 @@ def test_a_corpus_that_can_not_train_is_told_in_a_line(
     assert not (tmp_path / "out" / WEIGHTS).exists()
 
 
-def test_the_held_out_loss_is_that_of_the_whole_part(out: Path) -> None:
-    """A run's loss is of every held-out token by the checkpoint; the curve's is an estimate."""
+def test_the_held_out_loss_covers_the_whole_part(out: Path) -> None:
+    """A run's loss covers every held-out token, and the curve's is an estimate."""
     found = Trainer(small(), IDS, IDS[::-1].copy(), out).run()
     assert IDS[::-1][1:].tolist() == found.targets.tolist()
     assert evaluate(open_checkpoint(out).model(), IDS[::-1].copy()).loss == found.loss
@@ -161,13 +163,13 @@ def test_the_held_out_loss_is_that_of_the_whole_part(out: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "beta"), [("base", 0), ("memory", 0), ("flex", 3), ("wide", 0)])
-def test_a_step_is_on_the_model_s_device(
+def test_a_step_runs_on_the_model_s_device(
     kind: str, beta: int, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches, loss and gradients are where the model is; no tensor is left on the CPU.
+    """Batches, loss and gradients are on the model's device; no tensor stays on the CPU.
 
-    torch's fake tensors refuse operations over two devices. Of the devices that they can stand for
-    without a GPU, `meta` alone is not the CPU; it has no autocast.
+    torch's fake tensors refuse operations over two devices. Without a GPU, `meta` is the only other
+    device that they can represent, and it has no autocast.
     """
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     trainer = Trainer(small(kind, beta), IDS, IDS, out, device="meta")
@@ -184,8 +186,8 @@ def test_a_step_is_on_the_model_s_device(
     assert {"meta"} == {inputs.device.type, targets.device.type, *devices}
 
 
-def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    """`--device` says what this machine has."""
+def test_a_missing_device_is_refused(tmp_path: Path) -> None:
+    """The error for a missing device names the option and its value."""
     options = f"--no-compile --device cuda:99 --out {tmp_path / 'out'}"
     told = tolhouse(f"train tiny {options}", code=1).stderr
     assert "--device 'cuda:99' is not on this machine" in told

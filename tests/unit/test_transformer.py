@@ -18,7 +18,7 @@ POSITIONS = torch.arange(len(IDS))
 
 
 def model_of(kind: str, beta: int = 0, ffn_c: str = "linear", **overrides) -> Transformer:
-    """In float64, and with weights and norms far from trivial."""
+    """A float64 model with random weights and norms."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = Transformer(
@@ -47,7 +47,7 @@ def ffn_c(x: Tensor, module: torch.nn.Module) -> Tensor:
 
 
 def turned(x: Tensor, position: int, theta: float) -> Tensor:
-    """A head's vector as E/2 complex numbers, each turned by its own angle."""
+    """A head's vector as E/2 complex numbers, each rotated by its own angle."""
     half = len(x) // 2
     angles = torch.tensor([position * theta ** (-k / half) for k in range(half)])
     z = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones(half), angles)
@@ -55,7 +55,7 @@ def turned(x: Tensor, position: int, theta: float) -> Tensor:
 
 
 def attention(inputs: list[Tensor], block: torch.nn.Module, model: Transformer) -> Tensor:
-    """Of the last of `inputs`, over all of them."""
+    """Attention of the last of `inputs` over all of them."""
     size, theta, out = model.config.head_dim, model.config.rope_theta, []
     for head in range(model.config.num_attention_heads):
         part = slice(head * size, (head + 1) * size)
@@ -72,7 +72,7 @@ def attention(inputs: list[Tensor], block: torch.nn.Module, model: Transformer) 
 
 
 def paper(model: Transformer, ids: Tensor) -> Tensor:
-    """PAPER section 1, with the FFNs in place."""
+    """The equations of PAPER section 1, including the FFNs."""
     x0 = list(model.embed_tokens.weight[ids])
     x = x0
     for layer, block in enumerate(model.layers):
@@ -89,8 +89,9 @@ def paper(model: Transformer, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("form", KINDS, ids=lambda form: "-".join(map(str, form)))
-def test_the_model_is_the_paper_s(form: tuple[str, int, str]) -> None:
-    """For every kind, logits are those of the equations, to the precision of the rotary angles."""
+def test_the_model_follows_the_paper_s_equations(form: tuple[str, int, str]) -> None:
+    """Every kind's logits equal those of the equations, up to the precision of the rotary
+    angles."""
     model = model_of(*form)
     torch.testing.assert_close(
         paper(model, IDS),
@@ -102,21 +103,23 @@ def test_the_model_is_the_paper_s(form: tuple[str, int, str]) -> None:
 
 @pytest.mark.parametrize("place", range(len(IDS)))
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_row_is_felt_from_its_token_on(place: int, layer: int) -> None:
-    """Another row of a token changes logits there, before it none, after it those that see it."""
+def test_a_row_affects_only_its_token_and_later_ones(place: int, layer: int) -> None:
+    """Changing a token's row changes the logits of that token and of later tokens that attend to
+    it, and no earlier ones."""
     model = model_of("memory")
     rows = model.rows(IDS)
     other = rows.clone()
     other[layer, place] += 1
     before, after = (model(IDS, POSITIONS, NoCache(len(IDS)), r) for r in (rows, other))
     changed = ((before - after).abs().amax(-1) > 1e-9).tolist()
-    # the last layer's row enters the stream behind its last attention: no other token sees it
+    # the last layer adds its row after its attention, so that no other token is affected
     expected = [t == place or (layer == 0 and t > place) for t in range(len(IDS))]
     assert expected == changed
 
 
 def test_positions_are_relative() -> None:
-    """A sequence that begins later has the same logits: rotary embedding knows distances alone."""
+    """A sequence at later positions has the same logits, because rotary embeddings encode only
+    distances."""
     model = model_of("flex", 2)
     rows = model.rows(IDS)
     shifted = [model(IDS, POSITIONS + start, NoCache(len(IDS)), rows) for start in (0, 1, 100)]
@@ -124,8 +127,8 @@ def test_positions_are_relative() -> None:
     torch.testing.assert_close(shifted[0], shifted[2], rtol=1e-3, atol=1e-3)
 
 
-def test_order_matters() -> None:
-    """The same tokens in another order lead to other logits of the last one."""
+def test_logits_depend_on_the_order_of_tokens() -> None:
+    """The last token's logits depend on the order of the tokens before it."""
     model = model_of("memory")
     other = torch.cat((IDS[:-1].flip(0), IDS[-1:]))
     last, swapped = (
@@ -135,7 +138,7 @@ def test_order_matters() -> None:
 
 
 def test_sequences_of_a_batch_do_not_see_each_other() -> None:
-    """Two sequences side by side have the logits they have alone."""
+    """Two sequences in a batch have the same logits as alone."""
     model = model_of("flex", 3)
     pair = torch.stack((IDS, IDS.flip(0)))
     alone = torch.cat([model(ids, POSITIONS, NoCache(len(ids)), model.rows(ids)) for ids in pair])
@@ -145,7 +148,7 @@ def test_sequences_of_a_batch_do_not_see_each_other() -> None:
     )
 
 
-def test_rows_know_nothing_of_attention() -> None:
+def test_rows_do_not_depend_on_attention() -> None:
     """Attention, FFN-C and the last norms do not change rows; the embedding does."""
     model = model_of("flex", 1)
     rows = model.rows(IDS)
@@ -159,8 +162,8 @@ def test_rows_know_nothing_of_attention() -> None:
     ).tolist()
 
 
-def test_tokens_may_have_a_head_of_their_own() -> None:
-    """Untied, the head is a matrix beside the embedding; tied, it is the embedding."""
+def test_the_head_can_be_untied_from_the_embedding() -> None:
+    """An untied head is a separate matrix, and a tied head is the embedding."""
     tied, untied = (model_of("memory", tie_word_embeddings=tie) for tie in (True, False))
     assert tied.lm_head.weight is tied.embed_tokens.weight
     assert not torch.equal(untied.lm_head.weight, untied.embed_tokens.weight)
