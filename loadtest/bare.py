@@ -98,7 +98,10 @@ class Naive:
 def server(kind: Literal["bare", "naive"]) -> Iterator[str]:
     """Run a server as a subprocess for the duration of the block and yield its address."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "loadtest.bare", kind], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "loadtest.bare", kind],
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
     )
     assert process.stdout
     try:

@@ -61,7 +61,9 @@ def peaks(path: str, folder: str, told: "multiprocessing.Queue[dict]") -> None:
         # load the model and run it once before the first measurement
         next(source_of(path, planned.model_id, planned.blocks).batches(planned.shard_ids(0)))
         before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak resident memory
+        Path("/proc/self/clear_refs").write_text(
+            "5", encoding="utf-8"
+        )  # resets VmHWM, the peak resident memory
         build_shards(path, planned, list(range(SHARDS // 2)), (f"file://{folder}",), 10.0)
         shard = len(planned.shard_ids(0)) * planned.record_bytes
         found[codec] = _status("VmHWM") - before, 4 * shard + (300 << 20)
@@ -69,7 +71,7 @@ def peaks(path: str, folder: str, told: "multiprocessing.Queue[dict]") -> None:
 
 
 def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 

@@ -87,5 +87,5 @@ def _after_request(address: str, pid: int) -> int:
     """Resident bytes of a worker after it has generated one sequence."""
     with Client(address) as client:
         assert len(list(client.generate(range(PROMPT), ANSWER, ignore_eos=True))) == ANSWER
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return int(re.search(r"VmRSS:\s+(\d+) kB", status).group(1)) * 1024

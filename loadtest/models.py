@@ -42,7 +42,7 @@ def zero_weights(path: Path, shape: ModelConfig) -> Path:
 
 
 def _write_rest(path: Path, shape: ModelConfig) -> None:
-    (path / CONFIG).write_text(json.dumps(shape.to_json()))
+    (path / CONFIG).write_text(json.dumps(shape.to_json()), encoding="utf-8")
     Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(path / TOKENIZER))
 
 

@@ -218,7 +218,7 @@ def text_of(path: str) -> str:
     """The text of a file, or of the standard library's Python files."""
     try:
         files = [Path(path)] if path else sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-        text = "\n".join(file.read_text(errors="replace") for file in files)
+        text = "\n".join(file.read_text(errors="replace", encoding="utf-8") for file in files)
     except OSError as error:
         sys.exit(f"error: {error}")
     return text or sys.exit("error: there is no text for prompts; give a file with --text")

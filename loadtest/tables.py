@@ -80,7 +80,7 @@ def service(url: str, hot_megabytes: float, *, filled: bool = False) -> Iterator
     published table."""
     options = "--listen", "127.0.0.1:0", "--hot-megabytes", f"{hot_megabytes:g}"
     with process("lookup", "--store", url, *options) as running:
-        while filled and "hot rows filled" not in running.log.read_text():
+        while filled and "hot rows filled" not in running.log.read_text(encoding="utf-8"):
             time.sleep(0.05)
         yield running
 

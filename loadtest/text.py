@@ -22,7 +22,7 @@ def trace(vocabulary: int) -> tuple[str, np.ndarray, tuple[int, ...]]:
     library = [text for _, text in documents(standard_library())]
     source, pieces = "standard library", library
     if TEXT.exists():
-        source, pieces = "wikitext-2-valid", [TEXT.read_text()]
+        source, pieces = "wikitext-2-valid", [TEXT.read_text(encoding="utf-8")]
     tokenizer = train_tokenizer([*pieces, *library], vocabulary)
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(pieces)]
     ids = np.concatenate(encoded).astype(np.uint32)[:500_000]

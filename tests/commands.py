@@ -15,7 +15,7 @@ def start(line: str, *more: str | bytes | int | Path) -> subprocess.Popen:
     words = [word if isinstance(word, bytes) else str(word) for word in more]
     command = [sys.executable, "-m", "tolhouse.cli", *shlex.split(line), *words]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, encoding="utf-8")
 
 
 def tolhouse(

@@ -20,7 +20,12 @@ ROOT = Path(__file__).parent.parent
 PROJECT, PORT = "tolhouse-check", os.environ.get("GATEWAY_PORT", "18000")
 MODES = {"one Redis": (), "Redis Cluster": ("--env-file", "deploy/cluster.env")}
 COMMIT = subprocess.run(
-    ["git", "rev-parse", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    ["git", "rev-parse", "HEAD"],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    text=True,
+    check=True,
+    encoding="utf-8",
 ).stdout.strip()
 SECOND_UP_SECONDS = 30
 SECONDS = {"first start, s", "second start, s"}  # rows of the result that are not faults
@@ -36,6 +41,7 @@ def docker(*words: str, check: bool = True) -> str:
         stdout=subprocess.PIPE,
         text=True,
         check=False,
+        encoding="utf-8",
     )
     if check and done.returncode:
         raise SystemExit(f"error: docker {' '.join(words)} ended with {done.returncode}")

@@ -81,7 +81,7 @@ def last_loss(run: Run, seed: int) -> float | None:
     kept = CURVES / f"{run.name}-{seed}.csv"
     if not kept.exists():
         return None
-    with kept.open() as file:
+    with kept.open(encoding="utf-8") as file:
         return [
             float(row["held_out_loss"]) for row in csv.DictReader(file) if row["held_out_loss"]
         ][-1]

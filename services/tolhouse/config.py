@@ -366,7 +366,10 @@ def ray_token() -> str:
         return ""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
     with suppress(OSError, RuntimeError):  # no such file, or no home
-        return os.environ.get("RAY_AUTH_TOKEN") or Path(path).expanduser().read_text().strip()
+        return (
+            os.environ.get("RAY_AUTH_TOKEN")
+            or Path(path).expanduser().read_text(encoding="utf-8").strip()
+        )
     return ""
 
 

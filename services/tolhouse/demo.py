@@ -94,7 +94,9 @@ def running(
     # fp32 rows are the model's own: served tokens equal the in-process ones
     options = f"--codec fp32 --store {DEFAULT_STORE} --publish-new --log-level warning".split()
     command = [sys.executable, "-m", "tolhouse.cli", "build", str(checkpoint.path), *options]
-    built = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    built = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=False, encoding="utf-8"
+    )
     if built.returncode:
         raise UnavailableError("the build failed; its message is above")
     table = built.stdout.strip()

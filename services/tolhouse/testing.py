@@ -118,7 +118,9 @@ def process(*arguments: str, python: tuple[str, ...] = (sys.executable,)) -> Ite
             readable, _, _ = select.select([popen.stdout], [], [], _START_SECONDS)
             line = popen.stdout.readline() if readable else b""
             if not line:
-                said = log.read_text(errors="replace").strip()[-2000:] or "nothing"
+                said = (
+                    log.read_text(encoding="utf-8", errors="replace").strip()[-2000:] or "nothing"
+                )
                 raise UnavailableError(f"the process did not get ready; it said: {said}")
             ready = json.loads(line)
             yield Process(popen, ready, log, ready["address"], popen.pid)

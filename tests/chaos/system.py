@@ -39,7 +39,7 @@ from tests.chaos.proxy import Link
 CHECKPOINT = Path("models/demo-memory")
 PROMPTS = tuple(
     line
-    for line in Path("services/tolhouse/testing.py").read_text().splitlines()
+    for line in Path("services/tolhouse/testing.py").read_text(encoding="utf-8").splitlines()
     if line.startswith(("def ", "    with ", "    return "))
 )[:24]
 SHARDS = 16
@@ -69,7 +69,7 @@ class Service:
     def stop(self) -> None:
         if self.process:
             end(self.process.popen)
-            self.logs.append(self.process.log.read_text(errors="replace"))
+            self.logs.append(self.process.log.read_text(errors="replace", encoding="utf-8"))
         self._stack.close()
         self.process = None
 

@@ -20,7 +20,7 @@ from tolhouse.store.writer import write_table
 from tests.tables import ids, manifest_of, records_of
 
 FOLDER = Path(__file__).parent / "table_format"
-PAGE = (FOLDER.parent.parent.parent / "docs" / "table-format.md").read_text()
+PAGE = (FOLDER.parent.parent.parent / "docs" / "table-format.md").read_text(encoding="utf-8")
 CODECS = "fp32", "fp16", "bf16", "int8", "int4"
 VALUES = [[0.0, -1.5, 2.0, 0.25, 3.0], [1.0, 1.0, -1.0, 0.5, -0.125]]  # of token 3, in the page
 
@@ -39,7 +39,7 @@ def numbers(text: str) -> list[float]:
 
 def node(*words: str) -> subprocess.CompletedProcess[str]:
     command = ["node", str(FOLDER / "reader.mjs"), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
 
 
 def read(root: Path, ref: str, wanted: np.ndarray) -> np.ndarray:
@@ -164,6 +164,6 @@ def test_the_node_client_refuses_what_was_altered(tmp_path: Path) -> None:
     shard.write_bytes(altered)
     assert "record 49 fails its checksum" in node(str(tmp_path), made.ref, "49").stderr
     assert not node(str(tmp_path), made.ref, "48").returncode
-    text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text.replace('"width":6', '"width":7'))
+    text = (folder / "manifest.json").read_text(encoding="utf-8")
+    (folder / "manifest.json").write_text(text.replace('"width":6', '"width":7'), encoding="utf-8")
     assert "wrong digest" in node(str(tmp_path), made.ref, "48").stderr

@@ -25,7 +25,7 @@ from tests.commands import LOCAL
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
     path = tmp_path / "tokens"
-    path.write_text(f"# the services'\n{secrets.token_urlsafe()}\n")
+    path.write_text(f"# the services'\n{secrets.token_urlsafe()}\n", encoding="utf-8")
     return path
 
 
@@ -40,7 +40,7 @@ def test_calls_need_the_token_and_health_does_not(
 ) -> None:
     """Unary calls, streams and reflection; with the token, rows come."""
     wrong = tmp_path / "wrong"
-    wrong.write_text(secrets.token_urlsafe())
+    wrong.write_text(secrets.token_urlsafe(), encoding="utf-8")
     for stranger in (ClientCredentials(), ClientCredentials(token_file=str(wrong))):
         with (
             Client(lookup.address, credentials=stranger) as client,
@@ -70,7 +70,7 @@ def test_calls_need_the_token_and_health_does_not(
 def test_only_the_whole_token_fits(sent: str, tokens: Path) -> None:
     """In the scheme Bearer, and to the byte."""
     known = TokenFile(str(tokens))
-    token = tokens.read_text().split()[-1]
+    token = tokens.read_text(encoding="utf-8").split()[-1]
     assert not known.accepts(sent.format(token))
     assert known.accepts(f"bearer {token}")
 
@@ -82,7 +82,7 @@ WRONG = "a token with spaces in it\n", "a-good-token-of-20-ch\nshort\n", "ä" * 
 def test_a_token_file_is_checked(text: str, tmp_path: Path) -> None:
     """What it must hold is told, what it holds is not."""
     path = tmp_path / "t"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(InvalidArgumentError, match="must hold a token a line") as caught:
         TokenFile(str(path))
     assert "short" not in str(caught.value)
@@ -92,8 +92,8 @@ def test_the_token_is_replaced_under_load(checkpoint: Path, store: str, tmp_path
     """Accepted, then sent, then the old one removed: no request fails, and the old one is out."""
     old, new = secrets.token_urlsafe(), secrets.token_urlsafe()
     accepted, sent = tmp_path / "accepted", tmp_path / "sent"
-    accepted.write_text(old)
-    sent.write_text(old)
+    accepted.write_text(old, encoding="utf-8")
+    sent.write_text(old, encoding="utf-8")
     # a worker accepts all tokens of its file, and sends the first
     services = ("--token-file", str(accepted))
     with local_cluster(
@@ -129,7 +129,7 @@ def test_the_token_is_replaced_under_load(checkpoint: Path, store: str, tmp_path
         ended.set()
         thread.join()
         assert [] == failed
-        sent.write_text(old)
+        sent.write_text(old, encoding="utf-8")
         for peer in (lookup, worker):
             with (
                 Client(peer.address, credentials=ClientCredentials(token_file=str(sent))) as client,
@@ -137,5 +137,7 @@ def test_the_token_is_replaced_under_load(checkpoint: Path, store: str, tmp_path
             ):
                 client.tables()
         assert not any(
-            token in p.log.read_text() for token in (old, new) for p in (lookup, worker, gateway)
+            token in p.log.read_text(encoding="utf-8")
+            for token in (old, new)
+            for p in (lookup, worker, gateway)
         )

@@ -159,6 +159,6 @@ def test_the_environment_is_read_strictly(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TOLHOUSE_LOOKUP_STORE", f"file://{tmp_path}")
     monkeypatch.setenv("TOLHOUSE_LOOKUP_LISTEN", "127.0.0.1:0")
     with process("lookup") as running:
-        assert f"file://{tmp_path}" in running.log.read_text()
+        assert f"file://{tmp_path}" in running.log.read_text(encoding="utf-8")
     monkeypatch.setenv("TOLHOUSE_LOOKUP_STORES", "x")
     assert "did you mean TOLHOUSE_LOOKUP_STORE?" in tolhouse("lookup", code=1)

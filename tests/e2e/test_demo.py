@@ -27,7 +27,13 @@ def test_the_demo_ends_with_one_line_of_json(name: str, tmp_path: Path) -> None:
     nowhere = dict.fromkeys(proxies, f"http://127.0.0.1:{free_port()}")  # all stays on this machine
     environment = {**os.environ, **nowhere, "DEMO_MARK": mark}
     ended = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        encoding="utf-8",
     )
     assert 0 == ended.returncode, ended.stderr
     result = json.loads(ended.stdout.splitlines()[-1])
@@ -58,6 +64,7 @@ def test_serve_answers_until_it_is_ended(number: signal.Signals, code: int, tmp_
         stderr=pipe,
         text=True,
         start_new_session=True,
+        encoding="utf-8",
     )
     body = shlex.split(next(line for line in popen.stdout if line.startswith("curl")))[-1]
     header, url = {"Content-Type": "application/json"}, f"http://{address}/v1/completions"

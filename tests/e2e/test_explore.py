@@ -152,7 +152,7 @@ def test_another_model_s_memory_is_hidden(cluster: Cluster, explored: Path, tmp_
         assert 404 == answer.status_code
         assert expected in answer.json()["error"]["message"]
         assert expected in get(here, "/explore/live").json()["memory"]
-        assert 1 == gateway.log.read_text().count("the memory file is not shown")
+        assert 1 == gateway.log.read_text(encoding="utf-8").count("the memory file is not shown")
 
 
 def test_the_page_is_whole(cluster: Cluster) -> None:

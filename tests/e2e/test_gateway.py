@@ -291,7 +291,9 @@ def talking(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """A gateway in front of the same workers, with a chat template."""
     folder = tmp_path_factory.mktemp("talking")
     shutil.copy(DEMO / "tokenizer.json", folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": TEMPLATE}), encoding="utf-8"
+    )
     with another_gateway(cluster, folder) as gateway:
         wait_until_healthy(gateway.address)
         url = f"http://{gateway.address}/v1"
@@ -558,7 +560,7 @@ def test_a_request_id_is_kept_or_made(cluster: Cluster) -> None:
     assert ("mine-1", "cmpl-mine-1") == (answer.headers["x-request-id"], answer.json()["id"])
     long = get(cluster, "/nothing", headers={"X-Request-Id": "x" * 129})
     assert (404, 32) == (long.status_code, len(long.headers["x-request-id"]))
-    assert '"request_id": "mine-1"' in cluster.processes[-1].log.read_text()
+    assert '"request_id": "mine-1"' in cluster.processes[-1].log.read_text(encoding="utf-8")
 
 
 def test_text_and_tokens_are_changed_into_each_other(cluster: Cluster, tokenizer) -> None:
@@ -696,7 +698,7 @@ def test_a_worker_may_die(table: str) -> None:
         assert {503} == {answer.status_code for answer in answers}
         # where workers are is the operator's business
         assert not any("127.0.0.1" in answer.text for answer in answers)
-        assert second.address in cluster.processes[-1].log.read_text()
+        assert second.address in cluster.processes[-1].log.read_text(encoding="utf-8")
         again = ("worker", str(DEMO), "--rows", cluster.lookup, "--listen", second.address)
         with process(*again):
             while (answer := post(cluster, body)).status_code != 200:

@@ -76,8 +76,8 @@ def test_a_request_s_log_line_says_what_it_was(cluster: Cluster, first: str) -> 
         url = f"http://{cluster.gateway}/v1/completions"
         answer = httpx.post(url, json={**body, "stream": stream}, headers=headers, timeout=60)
         assert 200 == answer.status_code
-        wait_until(lambda name=name: f'"request_id": "{name}"' in log.read_text())
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        wait_until(lambda name=name: f'"request_id": "{name}"' in log.read_text(encoding="utf-8"))
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         [line] = [line for line in lines if line.get("request_id") == name]
         assert ("request", "first", "tiny-memory") == tuple(
             line[field] for field in ("message", "key", "model")
@@ -109,13 +109,13 @@ def test_a_key_is_made_and_removed_meanwhile(cluster: Cluster, keys: Path, first
     """The next request sees it; a file that is broken meanwhile changes nothing."""
     second = add_key(keys, "second", 600, 4)
     assert [200, 200] == [ask(cluster, key, json=BODY).status_code for key in (first, second)]
-    good = keys.read_text()
-    keys.write_text(good[:-20])
+    good = keys.read_text(encoding="utf-8")
+    keys.write_text(good[:-20], encoding="utf-8")
     assert [200, 200] == [ask(cluster, key, json=BODY).status_code for key in (first, second)]
-    keys.write_text(good)
+    keys.write_text(good, encoding="utf-8")
     remove_key(keys, "second")
     assert [200, 401] == [ask(cluster, key, json=BODY).status_code for key in (first, second)]
-    log = cluster.processes[-1].log.read_text()
+    log = cluster.processes[-1].log.read_text(encoding="utf-8")
     assert '"key": "first"' in log
     assert first not in log
     assert second not in log
@@ -236,7 +236,7 @@ def test_gateways_share_a_rate_through_redis(tmp_path: Path) -> None:
             await limiter.close()
         return found
 
-    (tmp_path / "password").write_text("secret\n")
+    (tmp_path / "password").write_text("secret\n", encoding="utf-8")
     with redis_server("--requirepass", "secret") as url:
         url += f"?password_file={tmp_path}/password"
         assert [200, 200, 429, 429] == asyncio.run(statuses(url))
@@ -249,10 +249,10 @@ def test_the_file_holds_hashes_alone(tmp_path: Path) -> None:
     path, run = tmp_path / "keys.json", CliRunner()
     made = run.invoke(main, ["keys", "add", str(path), "alice", "--requests-per-minute", "30"])
     key = made.output.strip()
-    assert key not in path.read_text()
+    assert key not in path.read_text(encoding="utf-8")
     digest = hashlib.sha256(key.encode()).hexdigest()
     limits = {"requests_per_minute": 30, "concurrent": 16}
-    assert {"alice": {"sha256": digest, **limits}} == json.loads(path.read_text())
+    assert {"alice": {"sha256": digest, **limits}} == json.loads(path.read_text(encoding="utf-8"))
     assert 0o600 == path.stat().st_mode & 0o777
     listed = run.invoke(main, ["keys", "list", str(path)]).output
     assert "alice  30 requests a minute, 16 at once\n" == listed
@@ -277,7 +277,7 @@ def test_the_file_holds_hashes_alone(tmp_path: Path) -> None:
 def test_a_malformed_file_is_told(text: str, tmp_path: Path) -> None:
     """Where, and by what it is written."""
     path = tmp_path / "keys.json"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     told = r"keys\.json is malformed at .*`tolhouse keys` writes it"
     with pytest.raises(InvalidArgumentError, match=told):
         read_keys(str(path))

@@ -22,7 +22,9 @@ def gateway(checkpoint: Path, store: str) -> Iterator[str]:
 
 def schemathesis(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "schemathesis.cli", "run", "--no-color", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, encoding="utf-8"
+    )
 
 
 def test_the_gateway_is_as_it_says(gateway: str, tmp_path: Path) -> None:
@@ -41,6 +43,6 @@ def test_an_answer_that_is_not_described_would_be_found(gateway: str, tmp_path: 
     route = described["paths"]["/detokenize"]["post"]
     del route["responses"]["default"]
     described["paths"] = {"/detokenize": {"post": route}}
-    (tmp_path / "openapi.json").write_text(json.dumps(described))
+    (tmp_path / "openapi.json").write_text(json.dumps(described), encoding="utf-8")
     done = schemathesis(tmp_path, "openapi.json", "--url", gateway, "--max-examples", "5")
     assert (1, True) == (done.returncode, "Undocumented" in done.stdout), done.stdout + done.stderr

@@ -70,7 +70,7 @@ def test_calls_within_a_machine_need_no_proxy(
 ) -> None:
     """Services, commands, the SDK, helpers of tests and the exporter of traces call directly."""
     token = tmp_path / "token"
-    token.write_text(TOKEN)
+    token.write_text(TOKEN, encoding="utf-8")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
     with closing(socket.create_server(("127.0.0.1", 0))) as collector:
         collector.settimeout(30)

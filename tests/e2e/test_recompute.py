@@ -93,7 +93,7 @@ def test_weights_stay_in_their_file(checkpoint: Path, tmp_path: Path) -> None:
         recompute = RecomputedRows(open_checkpoint(checkpoint), store.manifest(ref))
     for _ in range(2):
         assert all(weight.is_meta for weight in recompute.source.model.parameters())
-        assert WEIGHTS not in Path("/proc/self/maps").read_text()
+        assert WEIGHTS not in Path("/proc/self/maps").read_text(encoding="utf-8")
         ids = np.arange(5, dtype=np.uint32)
         recompute.fetch(ids, np.empty((5, recompute.manifest.record_bytes), np.uint8), ids)
 

@@ -59,7 +59,7 @@ def test_a_store_that_lost_its_table_is_told(checkpoint: Path) -> None:
         assert STATUS.SERVING == health(running, "live")
         assert 503 == status(running)
         assert "tolhouse_lookup_incomplete_tables 1.0" in metrics(running)
-        assert "the store has lost rows" in running.log.read_text()
+        assert "the store has lost rows" in running.log.read_text(encoding="utf-8")
         assert expected == client.fetch(ref, range(20)).tobytes()
         assert ref == build_table(checkpoint, url, shards=8)
         wait_until(lambda: status(running) == 200)

@@ -105,8 +105,8 @@ def test_a_version_of_another_model_is_not_taken_up(checkpoint: Path, tmp_path: 
         Client(worker.address) as client,
     ):
         publish(store, other)
-        wait_until(lambda: "refused" in worker.log.read_text())
-        assert f"table {other} was built from model" in worker.log.read_text()
+        wait_until(lambda: "refused" in worker.log.read_text(encoding="utf-8"))
+        assert f"table {other} was built from model" in worker.log.read_text(encoding="utf-8")
         assert one == client.describe_worker().table
         assert f'tolhouse_worker_table_refused{{table="{other}"}} 1.0' in metrics(worker)
         publish(store, two)

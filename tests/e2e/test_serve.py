@@ -25,7 +25,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Itera
 
 def serve(address: str, options: str) -> subprocess.CompletedProcess:
     words = f"-m loadtest.serve --url http://{address} --prompt-characters 5:40 {options}".split()
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, check=False, encoding="utf-8"
+    )
 
 
 def test_answers_are_counted(cluster: Cluster) -> None:

@@ -59,13 +59,18 @@ def earlier(worker: str) -> Iterator[str]:
 
 def test_the_release_is_a_commit_of_this_history() -> None:
     """`make skew` finds what RELEASE names, and fails for a commit that is not there."""
-    commit = Path("tests/skew/RELEASE").read_text().strip()
+    commit = Path("tests/skew/RELEASE").read_text(encoding="utf-8").strip()
     shallow = ["git", "rev-parse", "--is-shallow-repository"]
-    if subprocess.run(shallow, capture_output=True, text=True, check=False).stdout != "false\n":
+    if (
+        subprocess.run(
+            shallow, capture_output=True, text=True, check=False, encoding="utf-8"
+        ).stdout
+        != "false\n"
+    ):
         pytest.skip("the history is not whole here")
     subprocess.run(["git", "merge-base", "--is-ancestor", commit, "HEAD"], check=True)
     command = [sys.executable, "-m", "tests.skew", "0" * 40]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
     assert (1, True) == (done.returncode, "there is no release 000" in done.stderr)
 
 

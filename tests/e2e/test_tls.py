@@ -102,10 +102,12 @@ def test_every_link_speaks_mutual_tls(checkpoint: Path, pki: Path, tmp_path: Pat
     """Also Redis, with an ACL user: completions work, callers without certificate do not."""
     tls_redis_or_skip()
     password = tmp_path / "password"
-    password.write_text("a long password\n")
+    password.write_text("a long password\n", encoding="utf-8")
     acl_file = tmp_path / "users.acl"
     digest = hashlib.sha256(b"a long password").hexdigest()
-    acl_file.write_text(f"user default off\nuser tolhouse on #{digest} ~tolhouse:* &* +@all\n")
+    acl_file.write_text(
+        f"user default off\nuser tolhouse on #{digest} ~tolhouse:* &* +@all\n", encoding="utf-8"
+    )
     with ExitStack() as stack:
         redis = stack.enter_context(redis_server("--aclfile", str(acl_file), tls=pki))
         files = (
@@ -134,7 +136,7 @@ def test_every_link_speaks_mutual_tls(checkpoint: Path, pki: Path, tmp_path: Pat
                 ):
                     client.tables()
         assert "a long password" not in "".join(
-            p.log.read_text() for p in (lookup, worker, gateway)
+            p.log.read_text(encoding="utf-8") for p in (lookup, worker, gateway)
         )
 
 
@@ -170,7 +172,7 @@ def bad(pki: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ensure_authority(folder / "other")
     for path in issue(folder / "other", "untrusted", local):
         path.replace(folder / path.name)
-    (folder / "not.pem").write_text("a letter\n")
+    (folder / "not.pem").write_text("a letter\n", encoding="utf-8")
     return folder
 
 
@@ -301,12 +303,12 @@ def test_a_password_on_the_command_line_is_warned_of(command: str, redis_url: st
 def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     """Its reader is asked once per change; what can't be read leaves what was."""
     path = tmp_path / "n"
-    path.write_text("1")
+    path.write_text("1", encoding="utf-8")
     reads: list[int] = []
 
     def read() -> int:
         try:
-            reads.append(int(path.read_text()))
+            reads.append(int(path.read_text(encoding="utf-8")))
         except ValueError:
             raise InvalidArgumentError("no number") from None
         return reads[-1]
@@ -315,11 +317,11 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     assert (1, 1, [1]) == (watched.get(), watched.get(), [*reads])
     replace_file(path, b"22")
     assert (22, 22, [1, 22]) == (watched.get(), watched.get(), [*reads])
-    path.write_text("no")
+    path.write_text("no", encoding="utf-8")
     assert (22, [1, 22]) == (watched.get(), [*reads])
     path.unlink()
     assert 22 == watched.get()
-    path.write_text("333")
+    path.write_text("333", encoding="utf-8")
     assert 333 == watched.get()
 
 
@@ -410,7 +412,7 @@ def test_certificates_and_authority_are_replaced_under_load(
                 context(new).wrap_socket(raw, server_hostname=host) as connection,
             ):
                 shown = ssl.DER_cert_to_PEM_cert(connection.getpeercert(binary_form=True))
-                assert (new / "service.pem").read_text() == shown
+                assert (new / "service.pem").read_text(encoding="utf-8") == shown
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
@@ -455,7 +457,7 @@ def test_a_session_ends_with_its_authority(
 def test_redis_password_is_replaced(tmp_path: Path) -> None:
     """New connections use the password that the file has then."""
     password = tmp_path / "password"
-    password.write_text("first")
+    password.write_text("first", encoding="utf-8")
     with (
         redis_server("--requirepass", "first") as url,
         closing(open_store(f"{url}?password_file={password}")) as store,
@@ -466,7 +468,7 @@ def test_redis_password_is_replaced(tmp_path: Path) -> None:
             redis.client_kill_filter(_type="normal", skipme=True)
         with pytest.raises(UnauthenticatedError):
             store.refs()
-        password.write_text("second")
+        password.write_text("second", encoding="utf-8")
         assert [] == store.refs()
 
 

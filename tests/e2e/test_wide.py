@@ -46,7 +46,9 @@ def test_served_tokens_are_the_model_s(wide: Path, tmp_path: Path, compile: str)
     ):
         if compile == "auto":
             log = cluster.processes[1].log
-            wait_until(lambda: "decoding is compiled" in log.read_text(), seconds=120)
+            wait_until(
+                lambda: "decoding is compiled" in log.read_text(encoding="utf-8"), seconds=120
+            )
         assert expected == list(client.generate(PROMPT, 40, ignore_eos=True))
         assert len(set(expected)) > 4
 

@@ -185,7 +185,7 @@ def test_a_whole_table_is_found_before_ray_starts(
     with closing(open_store(redis_url)) as store:
         delete(store, ref, force=True)
     corpus = tmp_path / "corpus.txt"
-    corpus.write_text("self.items")
+    corpus.write_text("self.items", encoding="utf-8")
     assert "no Ray cluster" in tolhouse(both, code=1).stderr
     alone = f"build {checkpoint} --store {files} {options}"
     assert "no Ray cluster" in tolhouse(f"{alone} --corpus {corpus}", code=1).stderr
@@ -266,14 +266,14 @@ def test_what_has_no_rows_or_is_no_checkpoint_is_refused(tmp_path: Path) -> None
     assert "no context-free FFNs" in build(base)[2]
     assert "no context-free FFNs" in build(base, "--embedding", "yes")[2]
     assert "no checkpoint at" in build(tmp_path / "nothing")[2]
-    (base / "config.json").write_text("{")
+    (base / "config.json").write_text("{", encoding="utf-8")
     assert "not JSON" in build(base)[2]
 
 
 def test_a_store_that_can_not_be_written_ends_a_build(checkpoint: Path, tmp_path: Path) -> None:
     """A file in place of the folder is an error."""
     blocked = tmp_path / "file"
-    blocked.write_text("in the way")
+    blocked.write_text("in the way", encoding="utf-8")
     code, _, err = build(checkpoint, "--store", f"file://{blocked}")
     assert 1 == code
     assert "is a file, and no folder" in err
@@ -285,7 +285,7 @@ def test_the_manifest_lists_the_corpus_tokens_by_frequency(
     """`--corpus` decides which tokens are frequent; rows and version do not depend on it."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    (corpus / "a.txt").write_text("self.items self.items self.items def")
+    (corpus / "a.txt").write_text("self.items self.items self.items def", encoding="utf-8")
     (corpus / "b.bin").write_bytes(b"\xff\xfe\x00")
     found = []
     for options in (("--corpus", corpus), ()):
@@ -297,7 +297,12 @@ def test_the_manifest_lists_the_corpus_tokens_by_frequency(
     (first, counted), (second, usual) = found
     assert first == second
     assert counted.shards == usual.shards
-    ids = open_checkpoint(checkpoint).tokenizer().encode((corpus / "a.txt").read_text()).ids
+    ids = (
+        open_checkpoint(checkpoint)
+        .tokenizer()
+        .encode((corpus / "a.txt").read_text(encoding="utf-8"))
+        .ids
+    )
     counts = {i: ids.count(i) for i in ids}
     assert sorted(counts, key=lambda i: (-counts[i], i)) == list(counted.frequent)
     assert len(counted.frequent) < len(usual.frequent) <= usual.vocab_size
@@ -354,7 +359,9 @@ def test_memory_does_not_grow_with_the_vocabulary(checkpoint: Path, tmp_path: Pa
     big = tiny_model(tmp_path / "big", hidden_size=768, num_hidden_layers=8, vocab_size=8192)
     for shards in (1, 6):
         command = [sys.executable, "-c", code, str(big), str(shards), f"file://{tmp_path}/{shards}"]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(
+            command, capture_output=True, text=True, check=True, encoding="utf-8"
+        ).stdout
         above, shard = map(int, shown.split())
         assert above < 4 * shard
 

@@ -97,7 +97,9 @@ load(open_checkpoint({str(checkpoint)!r}), torch.device("cpu"), torch.float32)
 print(sorted({{"sympy", "torch._dynamo", "torch._inductor"}} & set(sys.modules)))
 """
     command = [sys.executable, "-c", code]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        command, capture_output=True, text=True, check=True, encoding="utf-8"
+    ).stdout
     assert "[]\n" == output
 
 

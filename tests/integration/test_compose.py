@@ -15,10 +15,10 @@ import loadtest
 from tests.commands import LOCAL
 
 ROOT = Path(__file__).parent.parent.parent
-TEXT = (ROOT / "docker-compose.yml").read_text()
+TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 SERVICES = yaml.safe_load(TEXT)["services"]
-GPU = yaml.safe_load((ROOT / "deploy" / "compose.gpu.yml").read_text())["services"]
-DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
+GPU = yaml.safe_load((ROOT / "deploy" / "compose.gpu.yml").read_text(encoding="utf-8"))["services"]
+DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
 NODES = [f"redis-cluster-{k}" for k in range(1, 7)]
 
 each_service = pytest.mark.parametrize("name", SERVICES)
@@ -49,7 +49,11 @@ def test_what_is_asked_for_starts_and_nothing_else() -> None:
     place; monitoring. None has a profile, whose containers `docker compose down` would leave."""
     system = {"build", "lookup-1", "lookup-2", "worker-1", "worker-2", "gateway"}
     cluster, monitoring = (
-        dict(re.findall(r"^(\w+)=(.*)$", (ROOT / "deploy" / name).read_text(), re.MULTILINE))
+        dict(
+            re.findall(
+                r"^(\w+)=(.*)$", (ROOT / "deploy" / name).read_text(encoding="utf-8"), re.MULTILINE
+            )
+        )
         for name in ("cluster.env", "monitoring.env")
     )
     assert system | {"redis"} == parts({})
@@ -138,7 +142,7 @@ def test_health_checks_ask_for_health(name: str, lookup: Process) -> None:
 
 def test_every_variable_is_in_config() -> None:
     """A TOLHOUSE_ variable that compose or an image sets is one that config.py reads."""
-    files = [TEXT, DOCKERFILE, (ROOT / "deploy" / "compose.gpu.yml").read_text()]
+    files = [TEXT, DOCKERFILE, (ROOT / "deploy" / "compose.gpu.yml").read_text(encoding="utf-8")]
     named = {name for text in files for name in re.findall(r"\bTOLHOUSE_[A-Z_]+", text)}
     assert named
     assert set() == named - config.variables()
@@ -151,7 +155,7 @@ def test_what_is_mounted_and_copied_is_there() -> None:
     named = set(yaml.safe_load(TEXT)["volumes"])
     assert named == {s for s in sources if not s.startswith(".")}
     assert [] == [s for s in sources - named if not (ROOT / s).exists()]
-    kept = (ROOT / ".dockerignore").read_text().splitlines()
+    kept = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     for path in re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE):
         assert all((ROOT / p).exists() and f"!{p}" in kept for p in path.split())
 
@@ -221,5 +225,7 @@ def test_each_worker_gets_a_gpu() -> None:
 def test_the_allocator_is_set_alike_everywhere() -> None:
     """What `make` starts and benchmarks measure has the images' settings of the allocator."""
     images = dict(re.findall(r"(MALLOC_\w+)=(\d+)", DOCKERFILE))
-    made = dict(re.findall(r"export (MALLOC_\w+) := (\d+)", (ROOT / "Makefile").read_text()))
+    made = dict(
+        re.findall(r"export (MALLOC_\w+) := (\d+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    )
     assert loadtest.ALLOCATOR == images == made

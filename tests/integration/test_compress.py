@@ -322,7 +322,7 @@ def test_low_rank_rows_are_not_recomputed(checkpoint: Path, tmp_path: Path) -> N
 def test_commands_compress_and_evaluate(checkpoint: Path, tmp_path: Path) -> None:
     """A table on the way to an eighth, published; what it costs, in words and as JSON."""
     url, text = f"file://{tmp_path / 'tables'}", tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog\n" * 30)
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 30, encoding="utf-8")
     options = "--codec int4 --size-ratio 6 --frequent-rows 8 --publish"
     done = tolhouse(f"compress {checkpoint} {options} --store {url} --corpus {text}")
     assert "1/6." in done.stderr

@@ -72,7 +72,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut within the header": (lambda path: path.write_bytes(path.read_bytes()[:20]), NO_SHARD),
     "emptied": (lambda path: path.write_bytes(b""), NO_SHARD),
     "longer": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), NO_SHARD),
-    "text": (lambda path: path.write_text("x" * 500), NO_SHARD),
+    "text": (lambda path: path.write_text("x" * 500, encoding="utf-8"), NO_SHARD),
     "lists": (lambda path: path.write_bytes(framed(b"[]")), NO_SHARD),
     "altered": (altered, r"row of token 9 in table t@0123456789abcdef fails its checksum"),
     "another shard": (
@@ -257,7 +257,7 @@ def test_a_malformed_alias_is_told_and_a_publish_mends_it(
 ) -> None:
     """It is CorruptError with the advice to publish a version, and the advice is good."""
     alias = store.root / "t" / "alias.json"
-    alias.write_text(text)
+    alias.write_text(text, encoding="utf-8")
     for work in (resolve, rollback):
         with pytest.raises(CorruptError, match=r"alias of 't' .* is malformed; publish a version"):
             work(store, "t")

@@ -47,7 +47,11 @@ def said(text: str, *, terminal: bool) -> list[str]:
     """The lines that a process logs of `text`, on a terminal or not."""
     reader, writer = pty.openpty() if terminal else os.pipe()
     popen = subprocess.Popen(
-        [sys.executable, "-c", LOGGING], stdin=subprocess.PIPE, stderr=writer, text=True
+        [sys.executable, "-c", LOGGING],
+        stdin=subprocess.PIPE,
+        stderr=writer,
+        text=True,
+        encoding="utf-8",
     )
     os.close(writer)
     popen.communicate(text)
@@ -110,8 +114,8 @@ def test_probes_leave_no_lines(checkpoint: Path, store: str) -> None:
         process("lookup", "--store", store, *LOCAL) as lookup,
         process("gateway", str(checkpoint), *LOCAL, "--workers", nowhere) as gateway,
     ):
-        wait_until(lambda: "worker is down" in gateway.log.read_text())
-        before = [one.log.read_text() for one in (lookup, gateway)]
+        wait_until(lambda: "worker is down" in gateway.log.read_text(encoding="utf-8"))
+        before = [one.log.read_text(encoding="utf-8") for one in (lookup, gateway)]
         for _ in range(3):
             for method in ("GET", "HEAD"):
                 answer = httpx.request(method, f"http://{gateway.address}/health")
@@ -123,7 +127,7 @@ def test_probes_leave_no_lines(checkpoint: Path, store: str) -> None:
                         probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, lingers)
         httpx.get(f"http://{lookup.ready['metrics']}/metrics")
         httpx.get(f"http://{gateway.address}/version")
-        assert before == [one.log.read_text() for one in (lookup, gateway)]
+        assert before == [one.log.read_text(encoding="utf-8") for one in (lookup, gateway)]
         assert not any('"ready"' in text for text in before)
 
 

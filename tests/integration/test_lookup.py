@@ -482,7 +482,7 @@ def test_a_request_in_flight_is_answered_before_the_service_ends(
             assert [] == list(streams[0])
         assert 0 == running.popen.wait(30)
         assert {503} == asking.result()
-        assert "Traceback" not in running.log.read_text()
+        assert "Traceback" not in running.log.read_text(encoding="utf-8")
 
 
 def ask_while_it_answers(url: str) -> set[int]:

@@ -16,8 +16,8 @@ from tolhouse.testing import build_table, local_cluster
 
 FOLDER = Path("deploy/monitoring")
 COMPONENT = Path("deploy/k8s/components/monitoring")
-DASHBOARD = json.loads((FOLDER / "grafana/dashboards/tolhouse.json").read_text())
-ALERTS = yaml.safe_load((FOLDER / "alerts.yml").read_text())["groups"][0]["rules"]
+DASHBOARD = json.loads((FOLDER / "grafana/dashboards/tolhouse.json").read_text(encoding="utf-8"))
+ALERTS = yaml.safe_load((FOLDER / "alerts.yml").read_text(encoding="utf-8"))["groups"][0]["rules"]
 DEMO = Path("models/demo-memory")
 promtool = pytest.mark.skipif(
     not shutil.which("promtool"), reason="promtool, of Debian's package prometheus, is not here"
@@ -33,7 +33,12 @@ def expressions() -> list[str]:
 
 def run(*arguments: str, told: str = "") -> str:
     ended = subprocess.run(
-        ["promtool", *arguments], capture_output=True, text=True, input=told, check=False
+        ["promtool", *arguments],
+        capture_output=True,
+        text=True,
+        input=told,
+        check=False,
+        encoding="utf-8",
     )
     assert 0 == ended.returncode, ended.stdout + ended.stderr
     return ended.stdout
@@ -55,14 +60,14 @@ def test_every_panel_asks_what_prometheus_understands(tmp_path: Path) -> None:
         for n, expr in enumerate(expressions())
     ]
     (tmp_path / "rules.yml").write_text(
-        yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]})
+        yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}), encoding="utf-8"
     )
     run("check", "rules", "--lint=none", str(tmp_path / "rules.yml"))
 
 
 def test_each_alert_is_tested_both_ways_and_says_what_to_do() -> None:
     """A new alert without its test, or without a runbook, is found here."""
-    tests = yaml.safe_load((FOLDER / "alerts_test.yml").read_text())["tests"]
+    tests = yaml.safe_load((FOLDER / "alerts_test.yml").read_text(encoding="utf-8"))["tests"]
     names = {rule["alert"] for rule in ALERTS}
     assert names == {test["alertname"] for test in tests[0]["alert_rule_test"]}
     fired = tests[1]["promql_expr_test"][0]["exp_samples"]
@@ -76,11 +81,11 @@ def test_each_alert_is_tested_both_ways_and_says_what_to_do() -> None:
 def test_kubernetes_has_the_same_alerts_and_the_same_dashboard() -> None:
     """The monitoring component's are those that are tested here: kustomize reads no file from
     outside its folder, so they are there twice."""
-    manifest = yaml.safe_load((COMPONENT / "alerts.yaml").read_text())
+    manifest = yaml.safe_load((COMPONENT / "alerts.yaml").read_text(encoding="utf-8"))
     assert ALERTS == manifest["spec"]["groups"][0]["rules"]
-    assert (FOLDER / "grafana/dashboards/tolhouse.json").read_text() == (
+    assert (FOLDER / "grafana/dashboards/tolhouse.json").read_text(encoding="utf-8") == (
         COMPONENT / "tolhouse.json"
-    ).read_text()
+    ).read_text(encoding="utf-8")
 
 
 def test_the_dashboard_has_no_two_panels_in_one_place() -> None:
@@ -94,7 +99,7 @@ def test_the_dashboard_has_no_two_panels_in_one_place() -> None:
     )
     (source,) = DASHBOARD["templating"]["list"]
     (provisioned,) = yaml.safe_load(
-        (FOLDER / "grafana/provisioning/datasources/prometheus.yml").read_text()
+        (FOLDER / "grafana/provisioning/datasources/prometheus.yml").read_text(encoding="utf-8")
     )["datasources"]
     assert (source["query"], source["current"]["value"], True) == (
         provisioned["type"],

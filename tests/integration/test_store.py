@@ -123,8 +123,8 @@ def test_a_table_of_format_1_is_refused_and_can_be_deleted(store: Store, name: s
     if isinstance(store, FileStore):
         folder = store.root / name / old.version
         folder.mkdir()
-        (folder / "manifest.json").write_text('{"format": 1}')
-        (folder / "shard-00000-of-00001.safetensors").write_text("x")
+        (folder / "manifest.json").write_text('{"format": 1}', encoding="utf-8")
+        (folder / "shard-00000-of-00001.safetensors").write_text("x", encoding="utf-8")
     else:
         redis = client_of(store)
         redis.set(f"tolhouse:{{{old.ref}}}:manifest", '{"format": 1}')
@@ -176,15 +176,15 @@ def test_files_of_others_are_no_tables(tmp_path: Path) -> None:
     """Folders and manifests that do not belong are left out of lists, and told on request."""
     with closing(open_store(f"file://{tmp_path}")) as store:
         manifest = write(store, manifest_of("mine"))
-        (tmp_path / "README").write_text("x")
+        (tmp_path / "README").write_text("x", encoding="utf-8")
         for other in ("a b", "broken"):
             folder = tmp_path / other / "0000000000000001"
             folder.mkdir(parents=True)
-            (folder / "manifest.json").write_text("{}")
+            (folder / "manifest.json").write_text("{}", encoding="utf-8")
         assert [(manifest, False)] == list(tables(store))
         with pytest.raises(CorruptError, match=r"broken@.* manifest"):
             resolve(store, "broken@0000000000000001")
-        (folder / "manifest.json").write_text(manifest.to_json())
+        (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
         with pytest.raises(CorruptError, match="describes table mine"):
             resolve(store, "broken@0000000000000001")
 
@@ -216,7 +216,7 @@ SHARD = "shard-00000-of-00003.safetensors"
 
 def test_a_folder_that_can_not_be_written_is_told(tmp_path: Path) -> None:
     """A file in the way is UnavailableError with its path, and nothing half-written is left."""
-    (tmp_path / "blocked").write_text("x")
+    (tmp_path / "blocked").write_text("x", encoding="utf-8")
     with closing(open_store(f"file://{tmp_path}")) as store:
         with pytest.raises(UnavailableError, match="can't write"):
             write(store, manifest_of("blocked"))
@@ -279,7 +279,7 @@ def test_a_redis_that_may_evict_rows_is_warned_of(
         build_table(checkpoint, url, shards=8)
         build = tolhouse(f"build --codec fp32 --shards 4 --store {url}", checkpoint, code=1)
         with process("lookup", "--store", url, *LOCAL) as lookup:
-            said = lookup.log.read_text()
+            said = lookup.log.read_text(encoding="utf-8")
         with closing(open_store(url)) as store, pytest.raises(NotFoundError) as error:
             resolve(store, "unknown")
     assert [warned] * 3 == [warning in text for text in (build.stderr, said, str(error.value))]

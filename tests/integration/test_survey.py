@@ -85,7 +85,7 @@ def test_the_report_is_one_file(checkpoint: Path, tmp_path: Path) -> None:
     options = f"--clusters 8 --probe-tokens 300 --html {page} --json"
     done = tolhouse(f"explain {checkpoint} '<b>def' {options}")
     assert "<" in "".join(entry["token"] for entry in json.loads(done.stdout))
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert 5 == text.count("<svg")
     assert "&lt;" in text
     assert not re.search(r"""<script|<b>|(src|href)\s*=\s*["']http""", text)

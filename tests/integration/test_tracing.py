@@ -129,7 +129,10 @@ def test_a_log_line_names_its_trace(traced: tuple[Receiver, Cluster]) -> None:
     trace_id = "1" * 32
     complete(cluster, traceparent=f"00-{trace_id}-{'2' * 16}-01", **{"x-request-id": "logged"})
     one.trace(trace_id, "POST /v1/completions")
-    lines = [json.loads(line) for line in cluster.processes[-1].log.read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in cluster.processes[-1].log.read_text(encoding="utf-8").splitlines()
+    ]
     assert [trace_id] == [line["trace_id"] for line in lines if line.get("request_id") == "logged"]
 
 
@@ -175,7 +178,7 @@ tracing.end(first), tracing.end(second, "it broke")
 """
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         command = [sys.executable, "-c", program]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
         trace_id = done.stdout.split("-")[1]
         spans = {span.name: span for _, span in one.trace(trace_id, "first", "both")}
         spans |= {span.name: span for _, span in one.spans}

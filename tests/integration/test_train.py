@@ -26,7 +26,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     modules = "argparse ast dataclasses difflib inspect subprocess tarfile typing"
     for name in modules.split(" "):
-        (folder / f"{name}.txt").write_text((corpus.standard_library() / f"{name}.py").read_text())
+        (folder / f"{name}.txt").write_text(
+            (corpus.standard_library() / f"{name}.py").read_text(encoding="utf-8"), encoding="utf-8"
+        )
     (folder / "binary").write_bytes(bytes(range(256)))
     return folder
 
@@ -62,7 +64,7 @@ def test_a_seed_fixes_the_checkpoint(small: Recipe, text: Path, tmp_path: Path) 
     )
     assert first == again
     assert first[1] != other[1]
-    with (tmp_path / "a" / "loss.csv").open() as file:
+    with (tmp_path / "a" / "loss.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [str(step) for step in range(1, 13)] == [row["step"] for row in rows]
     assert float(rows[0]["loss"]) == pytest.approx(math.log(512), abs=0.5)
@@ -92,7 +94,9 @@ def test_a_run_goes_on_where_it_was_saved(small: Recipe, text: Path, tmp_path: P
         Interrupting(small, *ids, out).run()
     assert not (out / WEIGHTS).exists()
     assert train(small, text, tmp_path / "whole") == train(small, text, out)
-    whole, resumed = ((tmp_path / name / "loss.csv").read_text() for name in ("whole", "resumed"))
+    whole, resumed = (
+        (tmp_path / name / "loss.csv").read_text(encoding="utf-8") for name in ("whole", "resumed")
+    )
     assert whole == resumed
     with pytest.raises(MismatchError, match="differs in seed"):
         train(small, text, out, seed=3)
@@ -115,14 +119,16 @@ def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
         assert "another process has the lock" in tolhouse(command, killed, code=1).stderr
     tolhouse(command, killed)
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (killed / WEIGHTS).read_bytes()
-    card = (killed / "README.md").read_text()
+    card = (killed / "README.md").read_text(encoding="utf-8")
     assert "tolhouse train tiny --out" in card
     assert "--steps 120 --no-compile" in card
     _, ids = corpus.prepare(text, killed, 4096, 128)
     held_out = evaluate(open_checkpoint(killed).model(), ids)
     told = f"{held_out.loss:.4f} nats per token, perplexity {held_out.perplexity:.2f}"
     assert f"| held-out loss | {told}, over all {len(ids) - 1:,} held-out tokens |" in card
-    assert (tmp_path / "whole" / "loss.csv").read_text() == (killed / "loss.csv").read_text()
+    assert (tmp_path / "whole" / "loss.csv").read_text(encoding="utf-8") == (
+        killed / "loss.csv"
+    ).read_text(encoding="utf-8")
     (killed / "training-state.safetensors").unlink()
     assert "holds a finished checkpoint" in tolhouse(command, killed, code=1).stderr
 
@@ -193,7 +199,7 @@ def test_a_corpus_that_can_not_train_is_refused(tmp_path: Path) -> None:
     """Nothing there, or too little of it."""
     with pytest.raises(NotFoundError, match="no corpus at"):
         corpus.prepare(tmp_path / "nothing", tmp_path, 512, 32)
-    (tmp_path / "short.txt").write_text("import os")
+    (tmp_path / "short.txt").write_text("import os", encoding="utf-8")
     with pytest.raises(InvalidArgumentError, match="too small"):
         corpus.prepare(tmp_path / "short.txt", tmp_path, 512, 32)
     (tmp_path / "empty").mkdir()

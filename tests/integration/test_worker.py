@@ -261,7 +261,7 @@ def test_a_lost_lookup_service_fails_who_needs_it_and_comes_back(
         ) as failed:
             list(client.generate([250, 251, 252], 20))
         assert address not in str(failed.value)  # callers can do nothing with it
-        assert address in worker.log.read_text()
+        assert address in worker.log.read_text(encoding="utf-8")
         assert expected == list(client.generate(PROMPT, 20, ignore_eos=True))
         stack.enter_context(process("lookup", "--store", table[0], "--listen", address))
         wait_until(lambda: 20 == len(list(client.generate([250, 251, 252], 20, ignore_eos=True))))
@@ -374,7 +374,7 @@ def test_a_table_that_vanishes_is_not_the_caller_s_fault(checkpoint: Path) -> No
         def is_refused() -> bool:  # the worker may have to notice the new service first
             with pytest.raises(errors.UnavailableError):
                 list(client.generate(PROMPT, 10))
-            return f"table {ref} is not in" in worker.log.read_text()
+            return f"table {ref} is not in" in worker.log.read_text(encoding="utf-8")
 
         wait_until(is_refused)
         build_table(checkpoint, url, shards=4)
@@ -395,8 +395,8 @@ def test_what_can_not_start_says_why(
     renamed.mkdir()
     for file in checkpoint.iterdir():
         (renamed / file.name).write_bytes(file.read_bytes())
-    text = (renamed / "tokenizer.json").read_text()
-    (renamed / "tokenizer.json").write_text(text + "\n")
+    text = (renamed / "tokenizer.json").read_text(encoding="utf-8")
+    (renamed / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
     assert "was built from tokenizer" in refused(str(renamed), *to)
     assert "not published" in refused(
         str(checkpoint), *to, "--table", "nothing", "--lookup-wait-seconds", "0.2"

@@ -80,7 +80,7 @@ class Pod:
 def render(folder: Path) -> list[Document]:
     """The documents that `kubectl apply -k` would send."""
     command = [KUBECTL, "kustomize", folder]
-    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    made = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
     assert 0 == made.returncode, made.stderr
     assert "" == made.stderr  # kustomize prints no warning either
     return list(yaml.safe_load_all(made.stdout))
@@ -444,7 +444,8 @@ def secrets(documents: list[Document]) -> Iterator[str]:
                 f"{p}: {m['name']} is mounted writable" for m in mounts if not m.get("readOnly")
             )
     made = re.findall(
-        r"create secret generic ([\w-]+)(.*)", (ROOT / "deploy" / "k8s" / "README.md").read_text()
+        r"create secret generic ([\w-]+)(.*)",
+        (ROOT / "deploy" / "k8s" / "README.md").read_text(encoding="utf-8"),
     )
     told = {(name, key) for name, how in made for key in re.findall(r"--from-file=([\w.-]+)", how)}
     yield from (
@@ -624,10 +625,14 @@ def security(documents: list[Document]) -> Iterator[str]:
 def images(documents: list[Document]) -> Iterator[str]:
     """Tolhouse's images are targets of deploy/Dockerfile with the current version, and other images
     have a version."""
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "version"
+    ]
     targets = set(
         re.findall(
-            r"^FROM \S+ AS (\w+)", (ROOT / "deploy" / "Dockerfile").read_text(), re.MULTILINE
+            r"^FROM \S+ AS (\w+)",
+            (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8"),
+            re.MULTILINE,
         )
     )
     for p in pods(documents):

@@ -25,11 +25,13 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
     shutil.copytree(K8S, folder, dirs_exist_ok=True)
     local = folder / "overlays" / "local" / "kustomization.yaml"
     local.write_text(
-        local.read_text() + "components: [../../components/monitoring, ../../components/traces,"
-        " ../../components/auth]\n"
+        local.read_text(encoding="utf-8")
+        + "components: [../../components/monitoring, ../../components/traces,"
+        " ../../components/auth]\n",
+        encoding="utf-8",
     )
     found = {name: render(K8S / "overlays" / name) for name in ("local", "gpu")}
-    loader = yaml.safe_load((K8S / "loader.yaml").read_text())
+    loader = yaml.safe_load((K8S / "loader.yaml").read_text(encoding="utf-8"))
     loader["metadata"]["namespace"] = manifests.NAMESPACE  # as in README.md's command
     found["local"].append(loader)
     return found | {"monitored": render(folder / "overlays" / "local")}
@@ -154,10 +156,12 @@ def test_the_namespace_can_be_changed_in_one_line(rendered: Rendered, tmp_path: 
     for name in ("local", "gpu"):
         folder = tmp_path / "overlays" / f"mine-{name}"
         folder.mkdir()
-        (folder / "kustomization.yaml").write_text(f"namespace: mine\nresources: [../{name}]\n")
+        (folder / "kustomization.yaml").write_text(
+            f"namespace: mine\nresources: [../{name}]\n", encoding="utf-8"
+        )
         moved = render(folder)
         assert {"mine"} == {d["metadata"].get("namespace", d["metadata"]["name"]) for d in moved}
-    loader = yaml.safe_load((K8S / "loader.yaml").read_text())
+    loader = yaml.safe_load((K8S / "loader.yaml").read_text(encoding="utf-8"))
     assert "namespace" not in loader["metadata"]
 
 
@@ -172,7 +176,9 @@ def test_a_pod_waits_for_its_checkpoint(rendered: Rendered, name: str, tmp_path:
     environment = {f"TOLHOUSE_{name.upper()}_CHECKPOINT": str(path)}
     assert environment.keys() <= manifests.settings(rendered["local"], first).keys()
     command = [*first["command"], first["args"][0].replace("sleep 5", "sleep 0.1")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as waiting:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    ) as waiting:
         assert f"waiting for {path}\n" == waiting.stdout.readline()
         path.mkdir()
         assert 0 == waiting.wait(30)
@@ -181,9 +187,9 @@ def test_a_pod_waits_for_its_checkpoint(rendered: Rendered, name: str, tmp_path:
 def test_compose_and_kubernetes_use_the_same_cluster_script() -> None:
     """Both copies of the cluster script are identical, because kustomize reads no files outside its
     folder."""
-    assert (K8S.parent / "redis-cluster.sh").read_text() == (
+    assert (K8S.parent / "redis-cluster.sh").read_text(encoding="utf-8") == (
         K8S / "overlays" / "gpu" / "redis-cluster.sh"
-    ).read_text()
+    ).read_text(encoding="utf-8")
 
 
 def test_a_changed_setting_rolls_its_pods(tmp_path: Path, rendered: Rendered) -> None:
@@ -191,7 +197,10 @@ def test_a_changed_setting_rolls_its_pods(tmp_path: Path, rendered: Rendered) ->
     including a RayJob's."""
     shutil.copytree(K8S, tmp_path, dirs_exist_ok=True)
     base = tmp_path / "base" / "kustomization.yaml"
-    base.write_text(base.read_text().replace("/models/demo-memory", "/models/demo-flex"))
+    base.write_text(
+        base.read_text(encoding="utf-8").replace("/models/demo-memory", "/models/demo-flex"),
+        encoding="utf-8",
+    )
     changed = render(tmp_path / "overlays" / "gpu")
     for kind, name, same in [
         ("Deployment", "lookup", True),

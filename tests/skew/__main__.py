@@ -65,7 +65,9 @@ class Side:
     python: tuple[str, ...]
 
     def run(self, *words: str) -> str:
-        done = subprocess.run([*self.python, *words], stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            [*self.python, *words], stdout=subprocess.PIPE, text=True, check=True, encoding="utf-8"
+        )
         return done.stdout.strip()
 
 
@@ -92,7 +94,7 @@ def release(commit: str) -> Iterator[Side]:
         into = ["install", "--no-deps", "--target", str(packages), *map(str, wheels.glob("*.whl"))]
         subprocess.run([*pip, *into], check=True)
         own = next(path for path in sys.path if path.endswith("site-packages"))
-        (packages / "dependencies.pth").write_text(own)
+        (packages / "dependencies.pth").write_text(own, encoding="utf-8")
         # -E ignores PYTHONPATH, which may name this tree
         side = Side("release", (str(home / "bin" / "python"), "-E"))
         where = side.run("-c", "import tolhouse; print(tolhouse.__file__)")
@@ -106,7 +108,9 @@ def sides(part: str, alone: Side, others: Side) -> dict[str, Side]:
 
 def answers(of: dict[str, Side], checkpoint: Path, store: str) -> dict[str, Any]:
     """The answers of a system of these sides over HTTP and to the SDK."""
-    layers = json.loads((checkpoint / "config.json").read_text())["num_hidden_layers"]
+    layers = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))[
+        "num_hidden_layers"
+    ]
     scales = (SCALES * layers)[:layers]
     of["table"].run("-c", BUILD, str(checkpoint), store)
     small = ("compress", str(checkpoint), "--codec", "int4", "--name", "small", "--publish")
@@ -161,7 +165,9 @@ def failures(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     """Compare with the given commit, by default the one in the file RELEASE."""
-    commit = (sys.argv[1:] or [(Path(__file__).parent / "RELEASE").read_text().strip()])[0]
+    commit = (
+        sys.argv[1:] or [(Path(__file__).parent / "RELEASE").read_text(encoding="utf-8").strip()]
+    )[0]
     this = Side("this tree", (sys.executable,))
     with ExitStack() as stack:
         released = stack.enter_context(release(commit))

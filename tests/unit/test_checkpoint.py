@@ -25,8 +25,8 @@ def copy(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def edit(path: Path, **changes: object) -> None:
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    (path / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
 
 
 class Trap:
@@ -263,6 +263,6 @@ def test_the_demo_models_are_twins() -> None:
         assert (checkpoint.path / WEIGHTS).stat().st_size <= 20_000_000
         with safe_open(checkpoint.path / WEIGHTS, "pt") as weights:
             assert {"BF16"} == {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
-        card = (checkpoint.path / "README.md").read_text()
+        card = (checkpoint.path / "README.md").read_text(encoding="utf-8")
         assert all(word in card for word in ("held-out loss", "tolhouse train demo", "tokens"))
         assert (checkpoint.path / "loss.csv").exists()

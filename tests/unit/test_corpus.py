@@ -27,7 +27,7 @@ TOKENIZER = train_tokenizer(["".join(WORDS[:50])], 300)
 def text(tmp_path: Path) -> Path:
     """A single file of several documents."""
     path = tmp_path / "text.txt"
-    path.write_text("".join(WORDS))
+    path.write_text("".join(WORDS), encoding="utf-8")
     return path
 
 
@@ -43,9 +43,11 @@ def test_a_file_is_divided_into_documents_without_loss(text: Path) -> None:
     """A file is divided into documents of 20,000 characters, named by their offsets, that join to
     the whole file."""
     names, pieces = zip(*documents(text), strict=True)
-    assert text.read_text() == "".join(pieces)
-    assert [f"text.txt:{start}" for start in range(0, len(text.read_text()), 20_000)] == list(names)
-    assert [("text.txt", text.read_text())] == list(whole_files(text))
+    assert text.read_text(encoding="utf-8") == "".join(pieces)
+    assert [
+        f"text.txt:{start}" for start in range(0, len(text.read_text(encoding="utf-8")), 20_000)
+    ] == list(names)
+    assert [("text.txt", text.read_text(encoding="utf-8"))] == list(whole_files(text))
 
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
@@ -53,7 +55,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     depth is read, and binary files are not."""
     for name in ("b.txt", "a/z.txt", "a/b.py", "ä.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(f"für {name} ✓")
+        (tmp_path / name).write_text(f"für {name} ✓", encoding="utf-8")
     (tmp_path / "image.png").write_bytes(b"\x89PNG\xff\xfe")
     (tmp_path / "empty.txt").touch()
     assert [
@@ -104,7 +106,7 @@ def test_a_single_document_is_enough(tmp_path: Path) -> None:
         for held_out in (False, True)
     ]
     for name in names:
-        (tmp_path / name).write_text("".join(WORDS[:200]))
+        (tmp_path / name).write_text("".join(WORDS[:200]), encoding="utf-8")
         train, valid = prepare(tmp_path / name, tmp_path, 300, 10)
         assert train.tolist() == valid.tolist()
 
@@ -124,7 +126,7 @@ def test_an_unsuitable_tokenizer_is_refused(text: Path, tmp_path: Path, tokenize
     path = tmp_path / "tokenizer.json"
     match tokenizer:
         case "malformed":
-            path.write_text("{")
+            path.write_text("{", encoding="utf-8")
         case "too large":
             TOKENIZER.save(str(path))
         case _:

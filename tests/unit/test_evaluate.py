@@ -21,9 +21,9 @@ def test_a_given_text_is_tokenised_without_changes(checkpoint: Path, tmp_path: P
     opened = open_checkpoint(checkpoint)
     tokenizer = opened.tokenizer()
     end = tokenizer.token_to_id(END_OF_TEXT)
-    (tmp_path / "a.txt").write_text(LONG)
+    (tmp_path / "a.txt").write_text(LONG, encoding="utf-8")
     assert tokenizer.encode(LONG).ids == read_text(opened, tmp_path / "a.txt").tolist()
-    (tmp_path / "b.txt").write_text("import os")
+    (tmp_path / "b.txt").write_text("import os", encoding="utf-8")
     (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
     (tmp_path / "d.txt").touch()
     expected = [*tokenizer.encode(LONG).ids, end, *tokenizer.encode("import os").ids]
@@ -71,7 +71,7 @@ def test_a_folder_without_text_is_refused(checkpoint: Path, tmp_path: Path) -> N
 def test_each_token_after_the_first_is_predicted(checkpoint: Path, tmp_path: Path) -> None:
     """Two tokens give one prediction."""
     opened = open_checkpoint(checkpoint)
-    (tmp_path / "text.txt").write_text("xy z")
+    (tmp_path / "text.txt").write_text("xy z", encoding="utf-8")
     ids = read_text(opened, tmp_path / "text.txt", 2)
     found = evaluate(opened.model(), ids)
     assert ids[1:].tolist() == found.targets.tolist()

@@ -52,7 +52,7 @@ def modules() -> list[Path]:
 def imports(path: Path) -> set[str]:
     """Full names of all that a file imports, also inside functions."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -117,7 +117,7 @@ def test_only_config_reads_the_environment() -> None:
     readers = {
         p.relative_to(SOURCES).as_posix()
         for p in modules()
-        if re.search(r"environ\b|getenv", p.read_text())
+        if re.search(r"environ\b|getenv", p.read_text(encoding="utf-8"))
     }
     assert {"config.py"} == readers
 
@@ -138,7 +138,7 @@ def test_a_part_brings_only_what_it_needs(module: str, absent: tuple[str, ...]) 
     """Imported in a clean process, a part leaves the others' libraries alone."""
     code = f"import sys, {module}; print(*[name for name in {absent!r} if name in sys.modules])"
     answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
     )
     assert "" == answer.stdout.strip()
 
@@ -161,7 +161,7 @@ def packages(module: str) -> set[str]:
 
 def installed_with(extra: str) -> set[str]:
     """Packages that `pip install tolhouse[EXTRA]` brings, and those that they bring themselves."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     found, left = set[str](), [Requirement(f"tolhouse[{extra}]")]
     while left:
         wanted = left.pop()
@@ -208,6 +208,34 @@ def test_an_extra_brings_all_that_its_part_imports(extra: str, module: str) -> N
     }
 
 
+def without_encoding(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in the encoding of the locale."""
+    method, options = isinstance(call.func, ast.Attribute), {option.arg for option in call.keywords}
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    texts = [
+        a.value for a in (*call.args, *(o.value for o in call.keywords)) if hasattr(a, "value")
+    ]
+    if name in ("run", "Popen", "check_output"):
+        return "text" in options and "encoding" not in options
+    opens = name in ("TextIOWrapper", "NamedTemporaryFile" if "w" in texts else "fdopen")
+    opens |= name in ("read_text", "write_text") and method
+    opens |= name == "open" and (not method or not call.args or texts[:1] in (["w"], ["r"], ["a"]))
+    binary = {"rb", "wb", "ab", "r+b"} & {*map(str, texts)}
+    return opens and not binary and options.isdisjoint(("encoding", "fileobj"))
+
+
+@pytest.mark.parametrize("folder", ["services", "tests", "loadtest"])
+def test_text_has_an_encoding(folder: str) -> None:
+    """The locale's encoding is not that of files: each call that opens text names one."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and without_encoding(node)
+    ]
+    assert [] == found
+
+
 def test_the_public_names_are_the_client_and_the_errors() -> None:
     """`tolhouse` exports Client, its ClientCredentials, Manifest and the whole error tree, and
     nothing by accident."""
@@ -236,14 +264,20 @@ def test_the_generated_code_is_that_of_the_protos(tmp_path: Path) -> None:
         ],
         check=True,
     )
-    fresh = {p.name: p.read_text() for p in (tmp_path / "tolhouse" / "v1").iterdir()}
-    committed = {p.name: p.read_text() for p in (SOURCES / "v1").glob("*_pb2*") if p.is_file()}
+    fresh = {
+        p.name: p.read_text(encoding="utf-8") for p in (tmp_path / "tolhouse" / "v1").iterdir()
+    }
+    committed = {
+        p.name: p.read_text(encoding="utf-8")
+        for p in (SOURCES / "v1").glob("*_pb2*")
+        if p.is_file()
+    }
     assert fresh == committed
 
 
 def test_readme_names_every_file() -> None:
     """The tree in docs/architecture.md has a line for each file and folder of the package."""
-    page = (ROOT / "docs" / "architecture.md").read_text()
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     names = {p.name for p in modules() if p.name != "__init__.py"} | {
         p.name for p in SOURCES.iterdir() if p.is_dir() and p.name != "__pycache__"
     }

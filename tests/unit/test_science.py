@@ -11,7 +11,7 @@ from loadtest.science import abroad, kinds
 from loadtest.science.codecs import Model
 
 ROOT = Path(__file__).parent.parent.parent
-SCIENCE = (ROOT / "SCIENCE.md").read_text()
+SCIENCE = (ROOT / "SCIENCE.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_kinds_follows_from_the_curves() -> None:
@@ -42,10 +42,10 @@ def test_compression_is_measured_on_two_kinds_of_text(checkpoint: Path) -> None:
 @pytest.mark.parametrize("name", ["demo-memory", "demo-flex"])
 def test_the_held_out_loss_of_a_model_is_the_same_everywhere(name: str) -> None:
     """A model card's held-out loss over all tokens equals that in the README and in SCIENCE.md."""
-    card = (ROOT / "models" / name / "README.md").read_text()
+    card = (ROOT / "models" / name / "README.md").read_text(encoding="utf-8")
     told = re.search(r"held-out loss \| (\d\.\d{4}) .* over all 86,718 held-out tokens", card)
     assert told, card
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     column = 2 if name == "demo-memory" else 5
     (row,) = (line for line in readme.splitlines() if line.startswith("| `fp32` |"))
     assert told[1] == row.split("|")[column + 1].strip()

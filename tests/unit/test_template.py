@@ -11,7 +11,7 @@ MESSAGES = [{"role": "user", "content": "<b>é</b>"}]
 
 
 def made(folder: Path, **config) -> ChatTemplate:
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return ChatTemplate(folder)
 
 
@@ -20,7 +20,7 @@ def test_a_template_is_found_in_either_file(tmp_path: Path) -> None:
     assert "a" == made(tmp_path, chat_template="a").render(MESSAGES)
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     assert "d" == made(tmp_path, chat_template=named).render(MESSAGES)
-    (tmp_path / "chat_template.jinja").write_text("j")
+    (tmp_path / "chat_template.jinja").write_text("j", encoding="utf-8")
     assert "j" == made(tmp_path, chat_template="a").render(MESSAGES)
 
 
@@ -65,6 +65,6 @@ def test_no_template_and_bad_ones(tmp_path: Path) -> None:
         ("{", "not JSON"),
     )
     for text, message in malformed:
-        (tmp_path / "tokenizer_config.json").write_text(text)
+        (tmp_path / "tokenizer_config.json").write_text(text, encoding="utf-8")
         with pytest.raises(InvalidArgumentError, match=message):
             ChatTemplate(tmp_path)

@@ -68,7 +68,8 @@ def test_every_kind_learns(kind: str, beta: int, autocast: bool, out: Path) -> N
     trainer = Trainer(small(kind, beta, steps=30, autocast=autocast), text, text, out)
     trainer.run()
     first, *_, last = (
-        float(line.split(",")[2]) for line in (out / "loss.csv").read_text().splitlines()[1:]
+        float(line.split(",")[2])
+        for line in (out / "loss.csv").read_text(encoding="utf-8").splitlines()[1:]
     )
     assert first == pytest.approx(math.log(512), abs=0.3)
     assert last < first - 2
@@ -142,7 +143,7 @@ def test_an_unsuitable_corpus_is_refused_in_one_line(
     corpus: str, message: str, tmp_path: Path
 ) -> None:
     """`tolhouse train` exits with 1 and one line on stderr, and writes no checkpoint."""
-    (tmp_path / "short.txt").write_text("import os\n")
+    (tmp_path / "short.txt").write_text("import os\n", encoding="utf-8")
     (tmp_path / "empty").mkdir()
     options = f"--corpus {tmp_path / corpus} --out {tmp_path / 'out'}"
     ended = tolhouse(f"train tiny --no-compile {options}", code=1)
@@ -158,7 +159,7 @@ def test_the_held_out_loss_covers_the_whole_part(out: Path) -> None:
     found = Trainer(small(), IDS, IDS[::-1].copy(), out).run()
     assert IDS[::-1][1:].tolist() == found.targets.tolist()
     assert evaluate(open_checkpoint(out).model(), IDS[::-1].copy()).loss == found.loss
-    estimate = float((out / "loss.csv").read_text().splitlines()[-1].split(",")[3])
+    estimate = float((out / "loss.csv").read_text(encoding="utf-8").splitlines()[-1].split(",")[3])
     assert estimate != round(found.loss, 5)
 
 

@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from tolhouse import config
-from tolhouse.cli.options import checkpoint_argument, options
+from tolhouse.cli.options import Text, checkpoint_argument, options
 from tolhouse.client.client import Client
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.sampling import SamplingParams
@@ -51,7 +51,7 @@ def _sampling_options(command: Callable) -> Callable:
 
 @click.command()
 @checkpoint_argument()
-@click.argument("prompt")
+@click.argument("prompt", type=Text())
 @_sampling_options
 @options(config.GenerateConfig)
 def generate(settings: config.GenerateConfig, checkpoint: Path, prompt: str, **more: Any) -> None:
@@ -177,7 +177,7 @@ def evaluate(settings: config.EvalConfig, checkpoint: Path) -> None:
 
 @click.command()
 @checkpoint_argument()
-@click.argument("text", required=False)
+@click.argument("text", required=False, type=Text())
 @options(config.ExplainConfig)
 def explain(settings: config.ExplainConfig, checkpoint: Path, text: str | None) -> None:
     """Look into the memory of CHECKPOINT.
@@ -230,6 +230,6 @@ def explain(settings: config.ExplainConfig, checkpoint: Path, text: str | None) 
         click.echo(f"report written to {html}", err=True)
     if settings.json_:
         result = found if text is None else tokens
-        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+        click.echo(json.dumps(result, indent=1))
     else:
         click.echo(survey.summary(found) if text is None else explain.table_of(tokens))

@@ -1,5 +1,7 @@
 """What commands share: errors in one line, options from configs, the stores they name."""
 
+import io
+import os
 import re
 import sys
 import typing
@@ -35,6 +37,9 @@ class Commands(click.Group):
         return list(self.commands)  # in the order of a table's life, not of the alphabet
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # the locale may lack characters of the text
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().main(*args, **kwargs)
         except ModuleNotFoundError as error:
@@ -48,6 +53,19 @@ class Commands(click.Group):
         # it may quote what a service said, or a file holds
         click.echo("\n".join(map(printable, f"error: {message}".split("\n"))), err=True)
         sys.exit(1)
+
+
+class Text(click.ParamType):
+    """Text that the command line may hold in UTF-8 although the locale has another encoding."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # bytes that the locale cannot decode are surrogates in a str
+            return os.fsencode(value).decode("utf-8", errors="replace")
+        return value
 
 
 def options(kind: type[config.Config]) -> Callable:

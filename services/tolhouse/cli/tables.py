@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from tolhouse import config
-from tolhouse.cli.options import Commands, checkpoint_argument, options, stores_of
+from tolhouse.cli.options import Commands, Text, checkpoint_argument, options, stores_of
 from tolhouse.errors import CorruptError, InvalidArgumentError, MismatchError, NotFoundError
 from tolhouse.logs import event
 from tolhouse.store import registry
@@ -192,8 +192,12 @@ def delete(settings: config.StoreConfig, table: str, force: bool) -> None:
 
 @click.command()
 @click.argument("table")
-@click.option("--copy", multiple=True, metavar="TOKEN=OTHER", help="TOKEN gets the row of OTHER.")
-@click.option("--scale", multiple=True, metavar="TOKEN=FACTOR", help="TOKEN's row is multiplied.")
+@click.option(
+    "--copy", multiple=True, type=Text(), metavar="TOKEN=OTHER", help="TOKEN gets the row of OTHER."
+)
+@click.option(
+    "--scale", multiple=True, type=Text(), metavar="TOKEN=FACTOR", help="TOKEN's row is multiplied."
+)
 @click.option("--rows-file", "--rows", type=Path, help="An .npz: `ids` [T], `rows` [T, N, D].")
 @click.option("--checkpoint", type=Path, help="Its tokenizer gives the ids of TOKENs in text.")
 @click.option("--publish", "publishes", is_flag=True, help="Publish the version at once.")

@@ -34,7 +34,7 @@ _Responses = dict[int | str, dict[str, Any]]
 _STREAMED: _Responses = {200: {"content": {"text/event-stream": {}}}}
 _UNHEALTHY: _Responses = {503: {"description": "No worker is healthy"}}
 _METRICS: _Responses = {200: {"content": {CONTENT_TYPE_LATEST: {}}}}
-_PAGE = Path(__file__).with_name("explore.html").read_text()
+_PAGE = Path(__file__).with_name("explore.html").read_text(encoding="utf-8")
 
 
 def _hash_of(tag: str) -> str:

@@ -32,7 +32,7 @@ class ChatTemplate:
     def __init__(self, folder: Path) -> None:
         file = folder / CONFIG
         try:
-            config = {**json.loads(file.read_text())} if file.is_file() else {}
+            config = {**json.loads(file.read_bytes())} if file.is_file() else {}
         except (ValueError, TypeError) as error:
             raise InvalidArgumentError(f"{file} is not JSON of an object: {error}") from None
         given = {name: config.get(name) for name in _TOKENS}
@@ -43,7 +43,7 @@ class ChatTemplate:
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
             source = named.get("default")
         if (folder / FILE).is_file():
-            source = (folder / FILE).read_text()
+            source = (folder / FILE).read_text(encoding="utf-8-sig")
         self.source: str | None = source if isinstance(source, str) else None
         try:
             self.template = None if self.source is None else _environment.from_string(self.source)

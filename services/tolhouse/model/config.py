@@ -144,10 +144,11 @@ def _rope_theta(data: dict[str, Any]) -> Any:
             message = f"model config: {field} {rope!r:.200} is not supported"
             raise InvalidArgumentError(f"{message}: allowed are null and rope_type 'default'")
     given = {name: theta for name, theta in thetas.items() if theta is not None}
-    if any(theta != first for first in given.values() for theta in given.values()):
+    first, *others = given.values() or [None]
+    if any(theta != first for theta in others):
         values = " and ".join(f"{name} {theta!r:.20}" for name, theta in given.items())
         raise InvalidArgumentError(f"model config: {values} differ: remove the wrong one")
-    return next(iter(given.values()), None)
+    return first
 
 
 def _check_foreign(name: str, data: dict[str, Any], config: ModelConfig) -> None:

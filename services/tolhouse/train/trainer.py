@@ -215,7 +215,7 @@ class Curve:
         self.file = out / "loss.csv"
         self.rows: list[list[str]] = []  # step, tokens, loss, held-out loss or ""
         if first and self.file.exists():
-            with self.file.open(newline="") as file:
+            with self.file.open(newline="", encoding="utf-8") as file:
                 self.rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= first]
 
     def add(self, step: int, tokens: int, loss: float, held_out: float) -> None:
@@ -228,7 +228,7 @@ class Curve:
 
     def write(self) -> None:
         partial = self.file.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
+        with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("step", "tokens", "loss", "held_out_loss"))
             writer.writerows(self.rows)
@@ -303,4 +303,4 @@ def train_checkpoint(name: str, options: TrainConfig) -> None:
     table = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
     estimate = ESTIMATE_BATCHES * chosen.step_tokens
     card = CARD.format(kind=config.kind, table=table, estimate=estimate)
-    (out / "README.md").write_text(card)
+    (out / "README.md").write_text(card, encoding="utf-8")

@@ -109,6 +109,7 @@ class CompiledDecode:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            encoding="utf-8",
         ) as self.compiler:
             if self._stopped:
                 self._signal(signal.SIGTERM)
@@ -202,7 +203,7 @@ def _compile(config: ModelConfig, dtype: torch.dtype, work: Path, folder: Path) 
     folder.mkdir(exist_ok=True)
     for name in digests:
         (work / name).replace(folder / name)
-    (folder / DIGESTS).write_text(json.dumps(digests))
+    (folder / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
 
 
 def _export(config: ModelConfig, dtype: torch.dtype, sequences: int, path: Path) -> None:
@@ -269,7 +270,7 @@ def _state(block: nn.Module) -> dict[str, Tensor]:
 def _is_complete(folder: Path) -> bool:
     """Whether `folder` has undamaged compiled code. torch would run any bytes in these files."""
     try:
-        return json.loads((folder / DIGESTS).read_text()) == _digests(folder)
+        return json.loads((folder / DIGESTS).read_bytes()) == _digests(folder)
     except (OSError, ValueError):
         return False
 
@@ -283,7 +284,7 @@ def key(config: ModelConfig, dtype: torch.dtype) -> str:
     """A digest of what the code depends on: shape, sources, compiler and processor."""
     lines: list[str] = []
     with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     flags = (line for line in lines if line.startswith(("flags", "Features")))
     processor = next(flags, torch.backends.cpu.get_cpu_capability())
     modules = transformer, attention, packed, sys.modules[__name__]
