@@ -1,4 +1,4 @@
-"""The services' token: who is let in, what others are told, and its replacement under load."""
+"""The services' token: required calls, errors without it, and rotation under load."""
 
 import secrets
 import threading
@@ -25,7 +25,7 @@ from tests.commands import LOCAL
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
     path = tmp_path / "tokens"
-    path.write_text(f"# the services'\n{secrets.token_urlsafe()}\n", encoding="utf-8")
+    path.write_text(f"# services\n{secrets.token_urlsafe()}\n", encoding="utf-8")
     return path
 
 
@@ -38,7 +38,7 @@ def lookup(store: str, tokens: Path) -> Iterator[Process]:
 def test_calls_need_the_token_and_health_does_not(
     lookup: Process, store: str, tokens: Path, tmp_path: Path
 ) -> None:
-    """Unary calls, streams and reflection; with the token, rows come."""
+    """Unary calls, streams and reflection need the token, and health checks do not."""
     wrong = tmp_path / "wrong"
     wrong.write_text(secrets.token_urlsafe(), encoding="utf-8")
     for stranger in (ClientCredentials(), ClientCredentials(token_file=str(wrong))):
@@ -67,8 +67,8 @@ def test_calls_need_the_token_and_health_does_not(
     "sent",
     ["", "Bearer", "Bearer ", "Basic {0}", "{0}", "Bearer {0}x", "Bearer  {0}", "Bearer {0} "],
 )
-def test_only_the_whole_token_fits(sent: str, tokens: Path) -> None:
-    """In the scheme Bearer, and to the byte."""
+def test_only_the_exact_token_is_accepted(sent: str, tokens: Path) -> None:
+    """Only the exact token in the Bearer scheme is accepted."""
     known = TokenFile(str(tokens))
     token = tokens.read_text(encoding="utf-8").split()[-1]
     assert not known.accepts(sent.format(token))
@@ -80,7 +80,8 @@ WRONG = "a token with spaces in it\n", "a-good-token-of-20-ch\nshort\n", "ä" * 
 
 @pytest.mark.parametrize("text", ["", "\n# none\n", "short\n", *WRONG])
 def test_a_token_file_is_checked(text: str, tmp_path: Path) -> None:
-    """What it must hold is told, what it holds is not."""
+    """The error for an invalid token file states the required form and shows nothing of the
+    contents."""
     path = tmp_path / "t"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InvalidArgumentError, match="must hold a token a line") as caught:
@@ -88,13 +89,14 @@ def test_a_token_file_is_checked(text: str, tmp_path: Path) -> None:
     assert "short" not in str(caught.value)
 
 
-def test_the_token_is_replaced_under_load(checkpoint: Path, store: str, tmp_path: Path) -> None:
-    """Accepted, then sent, then the old one removed: no request fails, and the old one is out."""
+def test_the_token_can_be_rotated_under_load(checkpoint: Path, store: str, tmp_path: Path) -> None:
+    """Rotating the token (accept both, send the new one, remove the old one) fails no request, and
+    the old token is refused afterwards."""
     old, new = secrets.token_urlsafe(), secrets.token_urlsafe()
     accepted, sent = tmp_path / "accepted", tmp_path / "sent"
     accepted.write_text(old, encoding="utf-8")
     sent.write_text(old, encoding="utf-8")
-    # a worker accepts all tokens of its file, and sends the first
+    # a worker accepts all tokens of its file and sends the first
     services = ("--token-file", str(accepted))
     with local_cluster(
         checkpoint,

@@ -1,4 +1,4 @@
-"""Files that others overwrite or truncate while a process uses them: never other tokens."""
+"""Files that are overwritten or truncated while in use never lead to wrong tokens."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ IDS = np.array([3, 200, 17], np.uint32)
 
 
 def overwrite(path: Path) -> None:
-    """Write other content of equal length into the file, as `cp` does."""
+    """Overwrite part of the file in place, as `cp` does."""
     random = np.random.default_rng(0).bytes(1 << 16)
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
@@ -32,7 +32,7 @@ def overwrite(path: Path) -> None:
 
 
 def overwrite_unnoticed(path: Path) -> None:
-    """Overwrite, and set the time of the last change back."""
+    """Overwrite the file and restore its modification time."""
     before = path.stat()
     overwrite(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -51,10 +51,10 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("change", [overwrite, truncate])
-def test_a_worker_keeps_its_weights(
+def test_a_worker_is_not_affected_by_changes_of_its_weights_file(
     change: Callable[[Path], None], path: Path, tmp_path: Path
 ) -> None:
-    """Its answers stay what they were; a row that has to be computed is an error."""
+    """Answers do not change, and a row that must be recomputed raises an error."""
     url = f"file://{tmp_path}/tables"
     build_table(path, url, embedding="no")
     with (
@@ -76,7 +76,8 @@ def test_a_worker_keeps_its_weights(
 def test_rows_are_not_recomputed_from_other_weights(
     change: Callable[[Path], None], path: Path, tmp_path: Path
 ) -> None:
-    """The fallback refuses until the file is what it was, wherever it lies then."""
+    """Recomputation is refused until the file has its original contents, also under another
+    name."""
     ref = build_table(path, f"file://{tmp_path}")
     with closing(open_store(f"file://{tmp_path}")) as store:
         manifest = store.manifest(ref)
@@ -99,10 +100,10 @@ def test_rows_are_not_recomputed_from_other_weights(
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_weights_that_change_between_two_reads_are_refused(
+def test_weights_that_change_between_reads_are_refused(
     change: Callable[[Path], None], path: Path
 ) -> None:
-    """No model is of two files' weights."""
+    """A model is never loaded from the weights of two files."""
     opened = open_checkpoint(path)
     change(path / WEIGHTS)
     for read in (opened.model, opened.model_id, opened.rows_id):
@@ -110,8 +111,8 @@ def test_weights_that_change_between_two_reads_are_refused(
             read()
 
 
-def test_a_build_is_of_one_checkpoint(path: Path, tmp_path: Path) -> None:
-    """A task that finds other weights than the build began with refuses to go on."""
+def test_a_build_uses_one_checkpoint(path: Path, tmp_path: Path) -> None:
+    """A build task that finds other weights than the build began with raises an error."""
     planned, store = plan(open_checkpoint(path), "m", "bf16", 4), f"file://{tmp_path}"
     tiny_model(path, tie_word_embeddings=False, seed=5)
     source_of.cache_clear()
@@ -120,10 +121,10 @@ def test_a_build_is_of_one_checkpoint(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_shard_that_changes_is_corrupt(
+def test_a_changed_shard_is_corrupt(
     change: Callable[[Path], None], checkpoint: Path, tmp_path: Path
 ) -> None:
-    """A lookup service answers with rows as they were, or an error, and goes on."""
+    """A lookup service answers with the original rows or an error, and continues to serve."""
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url, shards=2)
     options = ("--store", url, "--hot-megabytes", "0", *LOCAL)

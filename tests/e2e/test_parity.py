@@ -1,4 +1,4 @@
-"""Every route of rows gives the greedy tokens of the model with its FFNs in place."""
+"""Every route of rows gives the same greedy tokens as the model with its own FFNs."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -19,7 +19,7 @@ from tolhouse.testing import Cluster, build_table, local_cluster, process, tiny_
 
 from tests.engines import greedy_with
 
-TOKENS = 128  # per prompt; nine prompts and two checkpoints make 2,304
+TOKENS = 128  # per prompt; nine prompts and two checkpoints give 2,304
 PROMPTS = (
     "import os\nimport sys\n\n\ndef walk(",
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self",
@@ -51,7 +51,8 @@ def with_rows(
     cache_bytes: int = 0,
     most_values: int = CACHED_VALUES,
 ) -> Answers:
-    """most_values: more are decoded layer by layer."""
+    """Greedy tokens with fetched rows. Prompts with more values than `most_values` are decoded
+    layer by layer."""
     model = checkpoint.model(ffn_m=False, embedding=not manifest.has_x0)
     rows = CachedRows(source, manifest, cache_bytes, torch.device("cpu"))
     with closing(rows):
@@ -59,7 +60,7 @@ def with_rows(
     counts = rows.counts()
     fetched = counts["from_remote"] + counts["from_file"]
     assert fetched > 0
-    if cache_bytes:  # rows came and went and came again
+    if cache_bytes:  # rows were evicted and fetched again
         assert counts["from_cache"] > 0
         assert len(rows.cache) == rows.cache.capacity < fetched
     return answers
@@ -93,7 +94,8 @@ def complete(cluster: Cluster, prompt: str) -> str:
 
 
 def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]:
-    """From lookup services: in this process, by workers, and as texts from the gateway."""
+    """Answers with rows from lookup services: in this process, from workers, and as text from the
+    gateway."""
     options = ("--table", ref, "--row-cache-megabytes", "0.5")  # less than the working set
     with (
         local_cluster(checkpoint.path, url, lookups=2, worker_options=options) as cluster,
@@ -113,14 +115,15 @@ def service_routes(checkpoint: Checkpoint, url: str, ref: str) -> dict[str, Any]
 
 
 def check_routes(checkpoint: Checkpoint, codec: str, *urls: str, **options: str) -> None:
-    """Build a table in all stores at `urls`, and compare the tokens along every route."""
+    """Build a table in all stores of `urls` and compare the tokens of every route."""
     ref = build_table(checkpoint.path, *urls, codec=codec, **options)
     expected = in_process(checkpoint) if codec == "fp32" else direct(checkpoint, urls[0], ref)
     assert len(PROMPTS) * TOKENS == sum(map(len, expected))
     routes = {url: direct(checkpoint, url, ref) for url in urls}
     routes |= service_routes(checkpoint, urls[0], ref)
     tokenizer = checkpoint.tokenizer()
-    assert [tokenizer.decode(ids) for ids in expected] == routes.pop("gateway")  # it answers text
+    # the gateway returns text
+    assert [tokenizer.decode(ids) for ids in expected] == routes.pop("gateway")
     for route, answers in routes.items():
         assert expected == answers, route
 
@@ -138,15 +141,16 @@ def check_routes(checkpoint: Checkpoint, codec: str, *urls: str, **options: str)
 def test_every_route_gives_the_same_greedy_tokens(
     name: str, codec: str, tmp_path: Path, redis_url: str, redis_cluster_url: str
 ) -> None:
-    """Stores, services, caches, batches and gateway agree; in fp32 also with FFNs in place."""
+    """Stores, services, caches, batches and the gateway give the same tokens, in fp32 also those of
+    the model's own FFNs."""
     checkpoint = open_checkpoint(Path("models") / name)
     check_routes(checkpoint, codec, f"file://{tmp_path}", redis_url, redis_cluster_url)
 
 
-def test_a_worker_reads_files_and_redis_itself(
+def test_a_worker_reads_files_and_redis_directly(
     tmp_path: Path, redis_url: str, redis_cluster_url: str
 ) -> None:
-    """Without a lookup service the tokens are the same, too."""
+    """A worker without a lookup service gives the same tokens."""
     checkpoint = open_checkpoint("models/demo-memory")
     urls = (f"file://{tmp_path}", redis_url, redis_cluster_url)
     ref = build_table(checkpoint.path, *urls)
@@ -167,7 +171,7 @@ def test_a_worker_reads_files_and_redis_itself(
 def test_every_route_carries_x0(
     kind: str, beta: int, tied: bool, codec: str, tmp_path: Path, redis_url: str
 ) -> None:
-    """Where the table has X0, no route has an input embedding, and all give the same tokens."""
+    """With X0 in the table, no route loads an input embedding, and all give the same tokens."""
     path = tiny_model(tmp_path / f"x0-{kind}", kind, beta, tie_word_embeddings=tied)
     checkpoint = open_checkpoint(path)
     check_routes(checkpoint, codec, f"file://{tmp_path}/tables", redis_url, embedding="yes")
@@ -176,8 +180,9 @@ def test_every_route_carries_x0(
     assert [] == [name for name, _ in worker.named_parameters() if "embed" in name]
 
 
-def test_rows_matter() -> None:
-    """Rows of zeros give other tokens: parity is not that of a model that ignores its rows."""
+def test_rows_affect_the_tokens() -> None:
+    """Rows of zeros give other tokens, so that parity can't come from a model that ignores its
+    rows."""
     checkpoint = open_checkpoint("models/demo-memory")
     model, ids = checkpoint.model(), prompt_ids(checkpoint)[0]
     zeros = greedy(model, ids, 16, rows=lambda ids_T: torch.zeros_like(model.rows(ids_T)))

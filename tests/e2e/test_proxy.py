@@ -1,4 +1,4 @@
-"""Proxies: what stays on this machine or is plaintext never goes to one, whatever variables say."""
+"""Proxies: local and plaintext connections never use one, whatever the environment says."""
 
 import socket
 import socketserver
@@ -20,7 +20,7 @@ TOKEN = "a-secret-of-the-services-that-is-long"
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """An HTTP proxy that keeps the first lines it reads, and has all hosts on this machine."""
+    """An HTTP proxy that records request lines and connects to this machine for every host."""
 
     daemon_threads = True
 
@@ -56,7 +56,7 @@ class _Tunnel(socketserver.StreamRequestHandler):
 
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """One that all variables name."""
+    """A proxy that all proxy variables name."""
     with Proxy() as one:
         for name in VARIABLES:
             monkeypatch.setenv(name, one.url)
@@ -65,10 +65,10 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
         one.shutdown()
 
 
-def test_calls_within_a_machine_need_no_proxy(
+def test_local_connections_ignore_proxy_variables(
     proxy: Proxy, checkpoint: Path, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Services, commands, the SDK, helpers of tests and the exporter of traces call directly."""
+    """Services, commands, the SDK, test helpers and the trace exporter connect directly."""
     token = tmp_path / "token"
     token.write_text(TOKEN, encoding="utf-8")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
@@ -89,10 +89,11 @@ def test_calls_within_a_machine_need_no_proxy(
     assert [] == proxy.lines
 
 
-def test_a_proxy_is_used_where_it_is_asked_for(
+def test_a_configured_proxy_is_used_for_other_machines(
     proxy: Proxy, store: str, pki: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For another machine, with TLS: not the one of the environment, and not for this machine."""
+    """The configured proxy is used for TLS connections to other machines, and neither for this
+    machine nor in place of one from the environment."""
     names = ["lookup.example", "127.0.0.1"]
     cert, key = (str(path) for path in issue(pki, "proxied", names))
     with (
@@ -112,8 +113,8 @@ def test_a_proxy_is_used_where_it_is_asked_for(
 
 
 @pytest.mark.parametrize("url", ["http://proxy:3128", "proxy:3128", "https://proxy:3128"])
-def test_a_proxy_needs_tls_and_a_whole_url(url: str, pki: Path) -> None:
-    """Plaintext through a proxy could be read there."""
+def test_a_proxy_needs_tls_and_a_complete_url(url: str, pki: Path) -> None:
+    """A proxy without TLS is refused, because the proxy could read plaintext."""
     tls = "" if url.startswith("http://") else f"{pki}/ca.pem"
     with pytest.raises(InvalidArgumentError, match="needs TLS"):
         Client("127.0.0.1:1", credentials=ClientCredentials(tls, insecure=True, proxy=url))

@@ -1,4 +1,4 @@
-"""Rows computed in the worker: the table's own bytes, from weights that stay in their file."""
+"""Rows recomputed in the worker have the table's own bytes, and the weights stay in their file."""
 
 import signal
 from contextlib import ExitStack, closing
@@ -26,8 +26,11 @@ from tolhouse.testing import build_table, free_port, process, tiny_model, wait_u
     ("embedding", "dtype"),
     [("yes", "bfloat16"), ("no", "bfloat16"), ("yes", "float32"), ("no", "float16")],
 )
-def test_records_are_the_table_s(codec: str, embedding: str, dtype: str, tmp_path: Path) -> None:
-    """Whatever the codec, X0, the weights' dtype and the order of tokens: the builder's bytes."""
+def test_recomputed_records_equal_the_table_s(
+    codec: str, embedding: str, dtype: str, tmp_path: Path
+) -> None:
+    """Recomputed records equal the builder's bytes for every codec, dtype and order of tokens, with
+    and without X0."""
     path, url = tiny_model(tmp_path / "m", tie_word_embeddings=False), f"file://{tmp_path}"
     stored = {k: v.to(getattr(torch, dtype)) for k, v in load_file(path / WEIGHTS).items()}
     save_file(stored, path / WEIGHTS)
@@ -45,16 +48,17 @@ def test_records_are_the_table_s(codec: str, embedding: str, dtype: str, tmp_pat
 
 
 @pytest.mark.parametrize("cached", [0, 1 << 20])
-def test_rows_that_the_source_has_lost_are_computed(
+def test_rows_lost_by_the_source_are_recomputed(
     cached: int, checkpoint: Path, redis_url: str
 ) -> None:
-    """Of a lost shard and a damaged record, those rows alone, to the same bits; all are counted."""
+    """Rows of a lost shard and of a damaged record are recomputed to the same bits and counted, and
+    no others."""
     ref = build_table(checkpoint, redis_url, shards=16, name="lost-rows")
     with process("lookup", "--store", redis_url, "--listen", "127.0.0.1:0") as lookup:
         with Redis.from_url(redis_url) as redis, closing(open_store(redis_url)) as store:
             manifest, ids = store.manifest(ref), np.arange(64, dtype=np.uint32)
             expected = store.read_records(manifest, ids)
-            redis.delete(f"tolhouse:{{{ref}:shards-16:3}}")  # 3, 19, 35, 51
+            redis.delete(f"tolhouse:{{{ref}:shards-16:3}}")  # tokens 3, 19, 35, 51
             redis.hset(f"tolhouse:{{{ref}:shards-16:5}}", 37, b"damaged")
         with closing(open_row_source(lookup.address)) as source:
             place = torch.device("cpu"), torch.float32, 0, open_checkpoint(checkpoint)
@@ -68,8 +72,8 @@ def test_rows_that_the_source_has_lost_are_computed(
     assert (5 * times, 5 * times) == (counts["missing"], counts["recomputed"])
 
 
-def test_intact_rows_of_a_failed_fetch_are_kept(checkpoint: Path, tmp_path: Path) -> None:
-    """Without a fallback, a step that meets a lost row has the others in its cache."""
+def test_intact_rows_of_a_failed_fetch_are_cached(checkpoint: Path, tmp_path: Path) -> None:
+    """Without a fallback, the intact rows of a failed fetch are cached."""
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url, shards=16)
     sorted(tmp_path.rglob("shard-*"))[3].unlink()
@@ -87,7 +91,7 @@ def test_intact_rows_of_a_failed_fetch_are_kept(checkpoint: Path, tmp_path: Path
 
 
 def test_weights_stay_in_their_file(checkpoint: Path, tmp_path: Path) -> None:
-    """No weight is in memory, before rows are computed and after, and nothing is mapped."""
+    """Recomputation neither keeps weights in memory nor maps their file."""
     ref = build_table(checkpoint, f"file://{tmp_path}")
     with closing(open_store(f"file://{tmp_path}")) as store:
         recompute = RecomputedRows(open_checkpoint(checkpoint), store.manifest(ref))
@@ -99,7 +103,7 @@ def test_weights_stay_in_their_file(checkpoint: Path, tmp_path: Path) -> None:
 
 
 class CountingSource(LookupRowSource):
-    """Counts how often it was asked for the tables and had an answer."""
+    """A row source that counts successful calls of tables()."""
 
     asked = 0
 
@@ -110,13 +114,14 @@ class CountingSource(LookupRowSource):
 
 
 def state(rows: CachedRows) -> tuple[float, float, bool]:
-    """Rows fetched, rows computed, and whether fetches are tried."""
+    """Rows fetched, rows computed, and whether fetches are attempted."""
     counts = rows.counts()
     return counts["from_remote"], counts["recomputed"], rows.provider.ready
 
 
-def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_path: Path) -> None:
-    """Rows are the same bits while the service is killed, back without the table, and back."""
+def test_fetching_resumes_when_the_table_is_back(checkpoint: Path, tmp_path: Path) -> None:
+    """Rows have the same bits while the service is down, while it lacks the table, and when it is
+    back."""
     whole, empty = f"file://{tmp_path}/whole", f"file://{tmp_path}/empty"
     address = f"127.0.0.1:{free_port()}"
     ref = build_table(checkpoint, whole)
@@ -140,7 +145,8 @@ def test_rows_are_fetched_again_once_the_table_is_back(checkpoint: Path, tmp_pat
             with Client(address) as other:
                 assert [] == other.tables()
             asked = client.asked
-            wait_until(lambda: client.asked > asked + 1)  # and the answer was no
+            # until the service has answered without the table
+            wait_until(lambda: client.asked > asked + 1)
             assert torch.equal(expected, rows.decode(rows.stage(ids)))
             assert (3, 6, False) == state(rows)
         stack.enter_context(process("lookup", "--store", whole, *listen))

@@ -1,4 +1,4 @@
-"""A store that lost rows: lookup services notice, say so, and refill it from files beside it."""
+"""Lookup services detect and report rows that a store has lost, and refill it from files."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -22,7 +22,7 @@ STATUS = health_pb2.HealthCheckResponse
 
 @contextmanager
 def system(checkpoint: Path, files: str = "") -> Iterator[tuple[Redis, str, Process, Client, str]]:
-    """A Redis with a table, also in `files` if that is given, and a lookup service over it."""
+    """A Redis with a table, optionally also stored in `files`, and a lookup service over it."""
     with ExitStack() as stack:
         url = stack.enter_context(redis_server())
         ref = build_table(checkpoint, *filter(None, (url, files)), shards=8)
@@ -47,8 +47,9 @@ def status(running: Process) -> int:
         return error.code
 
 
-def test_a_store_that_lost_its_table_is_told(checkpoint: Path) -> None:
-    """Readiness, the metric and the log say it, hot rows are served, and a build mends it all."""
+def test_a_lost_table_is_reported(checkpoint: Path) -> None:
+    """Readiness, a metric and the log report a lost table, hot rows are still served, and a build
+    repairs it."""
     with system(checkpoint) as (redis, url, running, client, ref):
         expected = client.fetch(ref, range(20)).tobytes()
         redis.flushall()
@@ -67,7 +68,8 @@ def test_a_store_that_lost_its_table_is_told(checkpoint: Path) -> None:
 
 
 def test_a_lost_table_is_refilled_from_files(checkpoint: Path, tmp_path: Path) -> None:
-    """All of it, a lost shard, or a damaged record: every row is right again, and published."""
+    """A lost table, a lost shard and a damaged record are restored from files, including
+    publication."""
     with system(checkpoint, f"file://{tmp_path}") as (redis, _, running, client, ref):
         manifest, expected = client.describe(ref), client.fetch(ref, range(300)).tobytes()
         shard = f"tolhouse:{{{ref}:shards-8:3}}"
@@ -92,7 +94,7 @@ def test_a_lost_table_is_refilled_from_files(checkpoint: Path, tmp_path: Path) -
 
 
 def test_an_empty_store_is_filled_at_start(checkpoint: Path, tmp_path: Path) -> None:
-    """With what the files have published; what they only hold stays there."""
+    """An empty store is filled with the published tables of the files, and no others."""
     files = f"file://{tmp_path}"
     ref = build_table(checkpoint, files, shards=4)
     build_table(checkpoint, files, shards=4, codec="int8", publish=False)
@@ -105,7 +107,7 @@ def test_an_empty_store_is_filled_at_start(checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_a_deleted_table_stays_deleted(checkpoint: Path, tmp_path: Path) -> None:
-    """What someone deletes is no loss, though a service has it open and the files have it."""
+    """A deleted table is not restored, although a service has it open and the files contain it."""
     files = f"file://{tmp_path}"
     with system(checkpoint, files) as (redis, url, _, client, ref):
         other = build_table(checkpoint, url, files, shards=8, codec="int8")  # published

@@ -25,7 +25,7 @@ LONG = 800
 
 
 def answers(checkpoint: Path, lookup: Client, ref: str, tokens: int) -> list[list[int]]:
-    """What the model says with the rows of one version."""
+    """The model's tokens with the rows of one version."""
     model = open_checkpoint(checkpoint).model(ffn_m=False)
     with closing(CachedRows(lookup.rows, lookup.describe(ref), 0, CPU)) as rows:
         return [greedy_with(model, rows, ids, tokens) for ids in PROMPTS]
@@ -36,10 +36,9 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) -> str:
     return f"file://{tmp_path}/tables" if request.param == "file" else redis_url
 
 
-def test_new_sequences_use_a_published_version_and_running_ones_end_on_theirs(
-    url: str, tmp_path: Path
-) -> None:
-    """Also after a rollback; no answer mixes two versions, and none in use is deleted."""
+def test_running_sequences_keep_their_version(url: str, tmp_path: Path) -> None:
+    """New sequences use a published or rolled back version, running ones finish on theirs, and a
+    version in use can't be deleted."""
     checkpoint = tiny_model(tmp_path / "long", max_position_embeddings=1024)
     one = build_table(checkpoint, url, name="rolled")
     two = build_table(checkpoint, url, name="rolled", codec="int4", publish=False)
@@ -92,8 +91,9 @@ def unpublished(store: Store, *refs: str) -> str:
     return next(ref for ref in refs if not alias or not ref.endswith(alias.version))
 
 
-def test_a_version_of_another_model_is_not_taken_up(checkpoint: Path, tmp_path: Path) -> None:
-    """The worker says so and stays with its own; once a version fits again, it follows."""
+def test_a_version_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """A worker reports a version of another model, keeps its own, and follows the next suitable
+    version."""
     url = f"file://{tmp_path}/tables"
     one = build_table(checkpoint, url, name="mine")
     other = build_table(tiny_model(tmp_path / "other", seed=1), url, name="mine", publish=False)
@@ -114,8 +114,8 @@ def test_a_version_of_another_model_is_not_taken_up(checkpoint: Path, tmp_path: 
         assert "tolhouse_worker_table_refused{" not in metrics(worker)
 
 
-def test_a_worker_follows_on_after_what_should_not_happen(checkpoint: Path, tmp_path: Path) -> None:
-    """A version that a full device could not take is loaded later; those in use are pinned."""
+def test_a_failed_reload_is_retried(checkpoint: Path, tmp_path: Path) -> None:
+    """A version that could not be loaded is tried again, and versions in use are pinned."""
     url = f"file://{tmp_path}/tables"
     one = build_table(checkpoint, url, name="full")
     two = build_table(checkpoint, url, name="full", codec="int8", publish=False)
@@ -137,8 +137,8 @@ def test_a_worker_follows_on_after_what_should_not_happen(checkpoint: Path, tmp_
     assert [two] * 3 == taken
 
 
-def test_a_worker_told_a_version_stays_with_it(checkpoint: Path, tmp_path: Path) -> None:
-    """NAME@VERSION is not followed, but held: it can't be deleted."""
+def test_a_worker_with_a_fixed_version_keeps_it(checkpoint: Path, tmp_path: Path) -> None:
+    """A worker with NAME@VERSION keeps that version and protects it from deletion."""
     url = f"file://{tmp_path}/tables"
     one = build_table(checkpoint, url, name="kept")
     two = build_table(checkpoint, url, name="kept", codec="int8", publish=False)

@@ -1,5 +1,4 @@
-"""Parts of an earlier release beside this one's. `make skew` runs a real release; this is the
-refusal of what it can't do."""
+"""Parts of an earlier release refuse what they do not support. `make skew` runs a real release."""
 
 import subprocess
 import sys
@@ -25,7 +24,8 @@ from tests.commands import LOCAL
 
 
 class EarlierWorker(GenerationServicer):
-    """A real worker as one of an earlier release: it states no features, and knows no scales."""
+    """A real worker that behaves like an earlier release: it states no features and ignores layer
+    scales."""
 
     def __init__(self, address: str) -> None:
         self.stub = GenerationStub(grpc.insecure_channel(address))
@@ -58,7 +58,7 @@ def earlier(worker: str) -> Iterator[str]:
 
 
 def test_the_release_is_a_commit_of_this_history() -> None:
-    """`make skew` finds what RELEASE names, and fails for a commit that is not there."""
+    """RELEASE names a commit of this history, and `make skew` fails for an unknown commit."""
     commit = Path("tests/skew/RELEASE").read_text(encoding="utf-8").strip()
     shallow = ["git", "rev-parse", "--is-shallow-repository"]
     if (
@@ -67,17 +67,18 @@ def test_the_release_is_a_commit_of_this_history() -> None:
         ).stdout
         != "false\n"
     ):
-        pytest.skip("the history is not whole here")
+        pytest.skip("the repository is a shallow clone")
     subprocess.run(["git", "merge-base", "--is-ancestor", commit, "HEAD"], check=True)
     command = [sys.executable, "-m", "tests.skew", "0" * 40]
     done = subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
-    assert (1, True) == (done.returncode, "there is no release 000" in done.stderr)
+    assert (1, True) == (done.returncode, "there is no commit 000" in done.stderr)
 
 
-def test_what_an_earlier_worker_would_ignore_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    """The gateway answers 501 with the parameter's name, and the SDK raises UnsupportedError,
-    where no
-    worker heeds it; a worker that does gets the request, and a default asks for nothing."""
+def test_parameters_that_an_earlier_worker_would_ignore_are_refused(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """The gateway answers 501 and the SDK raises UnsupportedError if no worker supports a
+    parameter; default values need no support."""
     store = f"file://{tmp_path}"
     build_table(checkpoint, store)
     with local_cluster(checkpoint, store) as cluster, earlier(cluster.workers) as old:

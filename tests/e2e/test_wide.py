@@ -1,4 +1,4 @@
-"""One wide FFN for all layers: one row for each token, the same tokens from everywhere."""
+"""One Wide FFN: one row per token, and the same tokens on every route."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ PROMPT = [5, 17, 40, 3, 99]
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose layers scale the row each in its own way, one of them not at all."""
+    """A model whose layers scale the shared row differently; one layer does not use it."""
     path = tiny_model(tmp_path_factory.mktemp("checkpoints") / "tiny-wide", "wide")
     model = open_checkpoint(path).model()
     generator = torch.Generator().manual_seed(1)
@@ -26,15 +26,16 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_it_is_as_large_as_the_others(wide: Path, checkpoint: Path) -> None:
-    """The one FFN has the parameters of all the layers' together, to the norms and scales."""
+def test_a_wide_model_has_the_same_number_of_parameters(wide: Path, checkpoint: Path) -> None:
+    """The single FFN has as many parameters as the FFNs of all layers together, except for norms
+    and scales."""
     sizes = [parameter_counts(open_checkpoint(path).model())[0] for path in (wide, checkpoint)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.002)
 
 
 @pytest.mark.parametrize("compile", ["never", "auto"])
 def test_served_tokens_are_the_model_s(wide: Path, tmp_path: Path, compile: str) -> None:
-    """Also where decoding is compiled, once it is."""
+    """Served tokens equal the model's, with and without compiled decoding."""
     url = f"file://{tmp_path}"
     build_table(wide, url)
     checkpoint = open_checkpoint(wide)
@@ -56,7 +57,7 @@ def test_served_tokens_are_the_model_s(wide: Path, tmp_path: Path, compile: str)
 def test_a_fetch_carries_one_row_for_each_token(
     wide: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Record, store and wire hold 1/N of a table with a row for each layer."""
+    """Record, table and transfer have 1/N of the size of a table with N layers."""
     record, layers, table = {}, {}, {}
     for path in (wide, checkpoint):
         url = f"file://{tmp_path / path.name}"
@@ -69,7 +70,7 @@ def test_a_fetch_carries_one_row_for_each_token(
             list(client.generate(PROMPT, 1, ignore_eos=True))
             counts, manifest = client.describe_worker().rows, rows.describe(path.name)
             layers[path] = len(manifest.layers)
-            # but for the checksums
+            # without checksums
             record[path] = counts.remote_bytes / counts.from_remote - 8
             table[path] = manifest.table_bytes - 8 * manifest.vocab_size
     assert (1, 4) == (layers[wide], layers[checkpoint])

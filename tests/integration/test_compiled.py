@@ -1,4 +1,4 @@
-"""Decode steps compiled ahead of time give the hidden states of uncompiled ones."""
+"""Decode steps that are compiled ahead of time give the same hidden states as uncompiled ones."""
 
 import logging
 import subprocess
@@ -19,7 +19,7 @@ from tests.engines import CPU, Request, engine_of
 
 
 class RandomRows(NoRows):
-    """Rows of a model that has some, the same for the same tokens."""
+    """Rows of a model with a token memory, fixed by the token."""
 
     def __init__(self, layers: int, hidden_size: int) -> None:
         super().__init__(hidden_size, CPU)
@@ -40,8 +40,9 @@ def times(folder: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in folder.iterdir()}
 
 
-def test_compiled_steps_are_the_uncompiled_ones(flex_checkpoint: Path, tmp_path: Path) -> None:
-    """For one sequence and several; code is kept on disk, and compiled anew where damaged."""
+def test_compiled_steps_equal_uncompiled_ones(flex_checkpoint: Path, tmp_path: Path) -> None:
+    """Compiled steps equal uncompiled ones for one and several sequences; compiled code is cached
+    on disk and replaced if damaged."""
     checkpoint = open_checkpoint(flex_checkpoint)
     first = compiled_for(checkpoint, tmp_path)
     assert first.wait()
@@ -49,7 +50,7 @@ def test_compiled_steps_are_the_uncompiled_ones(flex_checkpoint: Path, tmp_path:
     again = compiled_for(checkpoint, tmp_path)
     assert again.wait()
     assert (None, kept) == (again.compiler, times(first.folder))
-    for file in kept:  # as a power cut may leave them: torch would crash on it
+    for file in kept:  # as after a power failure; torch would crash on such a file
         data = file.read_bytes()
         file.write_bytes(data[: len(data) // 4] + bytes(len(data) // 4) + data[len(data) // 2 :])
     compiled = compiled_for(checkpoint, tmp_path)
@@ -61,16 +62,17 @@ def test_compiled_steps_are_the_uncompiled_ones(flex_checkpoint: Path, tmp_path:
         hidden = [decoded(engine, lengths) for engine in engines]
         torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-4, atol=1e-4)
         assert hidden[0].any()
-    for lengths in ([20], [3, 17]):  # beside prompts, which are not compiled, to the bit
+    # prompts in the same step are not compiled and do not change the bits
+    for lengths in ([20], [3, 17]):
         beside = decoded(engines[1], lengths, prompts=[30, 7])
         assert torch.equal(decoded(engines[1], lengths), beside[: len(lengths)])
 
 
 @torch.inference_mode()
 def decoded(engine, lengths: list[int], prompts: Sequence[int] = ()) -> torch.Tensor:
-    """Hidden states of the last tokens of sequences of these lengths, after the others.
+    """Hidden states of the last tokens of sequences of these lengths, after the other tokens.
 
-    They are decoded in one step with `prompts`.
+    The last tokens are decoded in one step with `prompts`.
     """
     every = [*lengths, *prompts]
     found = [Request([(7 * i + n) % 256 for i in range(n)], 1).sequence for n in every]
@@ -88,7 +90,7 @@ def decoded(engine, lengths: list[int], prompts: Sequence[int] = ()) -> torch.Te
 
 
 def test_a_worker_does_not_import_the_compiler(checkpoint: Path) -> None:
-    """It would take a third of a small worker's memory."""
+    """A worker does not import the compiler, which would use a third of a small worker's memory."""
     code = f"""
 import sys, torch, tolhouse.worker.run
 from tolhouse.model.checkpoint import open_checkpoint
@@ -103,10 +105,10 @@ print(sorted({{"sympy", "torch._dynamo", "torch._inductor"}} & set(sys.modules))
     assert "[]\n" == output
 
 
-def test_without_a_compiler_the_worker_says_so_and_goes_on(
+def test_a_missing_compiler_is_a_warning(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A warning names what is missing; nothing is left behind."""
+    """Without a C++ compiler a warning names it, and no file is left behind."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     with caplog.at_level(logging.WARNING):
         assert not compiled_for(open_checkpoint(base), tmp_path).wait()
@@ -114,10 +116,8 @@ def test_without_a_compiler_the_worker_says_so_and_goes_on(
     assert [] == list(tmp_path.iterdir())
 
 
-def test_a_folder_that_can_not_be_written_is_named(
-    base: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The warning says which folder it is, and by which option another is named."""
+def test_an_unwritable_cache_folder_is_named(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The warning about an unwritable folder names the folder and the option."""
     with caplog.at_level(logging.WARNING):
         assert not compiled_for(open_checkpoint(base), Path("/proc/cache")).wait()
     assert "/proc" in caplog.text
@@ -126,7 +126,7 @@ def test_a_folder_that_can_not_be_written_is_named(
 
 
 def test_workers_that_share_a_cache_compile_once(base: Path, tmp_path: Path) -> None:
-    """Of two that start together one compiles, and the other finds what it made."""
+    """Of two workers that start together one compiles, and the other uses the result."""
     checkpoint = open_checkpoint(base)
     first, second = (compiled_for(checkpoint, tmp_path) for _ in range(2))
     assert first.wait()
@@ -136,8 +136,9 @@ def test_workers_that_share_a_cache_compile_once(base: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_worker_that_ends_ends_its_compiler(begun: bool, base: Path, tmp_path: Path) -> None:
-    """At once, or while it compiles; no unfinished file is left."""
+def test_stopping_a_worker_stops_its_compiler(begun: bool, base: Path, tmp_path: Path) -> None:
+    """Stopping a worker before or during compilation stops the compiler and leaves no unfinished
+    file."""
     compiled = compiled_for(open_checkpoint(base), tmp_path)
     wait_until(lambda: list(tmp_path.glob("compiling-*")) if begun else compiled.compiler)
     compiled.stop()

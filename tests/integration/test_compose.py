@@ -1,5 +1,4 @@
-"""docker-compose.yml and what it mounts and builds: what an operator relies on, and Compose itself
-does not check."""
+"""Properties of docker-compose.yml and its images that Compose itself does not check."""
 
 import re
 import subprocess
@@ -29,13 +28,13 @@ def one_shot(name: str) -> bool:
 
 
 def parents(target: str) -> list[str]:
-    """The stages that a target of the Dockerfile is built from, its own last."""
+    """The stages of the Dockerfile that a target is built from, ending with the target."""
     base = re.search(rf"^FROM (\S+) AS {target}$", DOCKERFILE, re.MULTILINE)
     return [*parents(base[1]), target] if base else [target]
 
 
 def parts(environment: dict[str, str]) -> set[str]:
-    """The services that have replicas, by the environment's variables."""
+    """The services with replicas, by the variables of the environment."""
 
     def count(service: dict) -> str:
         replicas = str(service["deploy"].get("replicas", 1))
@@ -44,9 +43,9 @@ def parts(environment: dict[str, str]) -> set[str]:
     return {name for name, s in SERVICES.items() if count(s) == "1" and "profiles" not in s}
 
 
-def test_what_is_asked_for_starts_and_nothing_else() -> None:
-    """Two lookup replicas and two workers; a Redis, or three masters and three replicas in its
-    place; monitoring. None has a profile, whose containers `docker compose down` would leave."""
+def test_the_environment_selects_the_services() -> None:
+    """The environment selects one Redis or a Redis Cluster, and monitoring; services without a
+    profile are removed by `docker compose down`."""
     system = {"build", "lookup-1", "lookup-2", "worker-1", "worker-2", "gateway"}
     cluster, monitoring = (
         dict(
@@ -65,7 +64,7 @@ def test_what_is_asked_for_starts_and_nothing_else() -> None:
 
 @each_service
 def test_every_service_is_hardened(name: str) -> None:
-    """Nobody is root, writes to its image, or has a capability."""
+    """No service runs as root, writes to its image, or has capabilities."""
     service = SERVICES[name]
     assert (True, True, ["ALL"], ["no-new-privileges:true"]) == tuple(
         service[k] for k in ("read_only", "init", "cap_drop", "security_opt")
@@ -82,21 +81,21 @@ def test_every_service_is_hardened(name: str) -> None:
 
 @each_service
 def test_every_service_has_limits(name: str) -> None:
-    """Cores, memory and processes all have an end."""
+    """Every service has limits on processors, memory and processes."""
     assert {"cpus", "memory", "pids"} == set(SERVICES[name]["deploy"]["resources"]["limits"])
 
 
 @each_service
-def test_every_service_ends_or_tells_its_health(name: str) -> None:
-    """What stays up has a health check and is started again; what ends has neither."""
+def test_every_long_running_service_has_a_health_check(name: str) -> None:
+    """A long-running service has a health check and restarts; a one-shot service has neither."""
     assert one_shot(name) == ("healthcheck" not in SERVICES[name])
     assert SERVICES[name]["restart"] == ("no" if one_shot(name) else "unless-stopped")
 
 
 @each_service
-def test_services_start_by_health(name: str) -> None:
-    """A service waits for others' health, or for the end of those that end. Only who forms the
-    cluster can't: its nodes have none before."""
+def test_services_wait_for_the_health_of_others(name: str) -> None:
+    """A service waits for the health or the end of others, except for the cluster's setup, whose
+    nodes have no health before it."""
     for other, how in SERVICES[name].get("depends_on", {}).items():
         expected = (
             "service_started"
@@ -110,7 +109,8 @@ def test_services_start_by_health(name: str) -> None:
 
 @each_service
 def test_only_the_gateway_and_monitoring_are_reachable(name: str) -> None:
-    """Ports are open to this machine alone; the network of all others leads nowhere."""
+    """Ports are bound to the loopback interface, and the network of all other services is
+    internal."""
     service = SERVICES[name]
     assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", []))
     networks = set(service["networks"])
@@ -128,9 +128,9 @@ def lookup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 
 @pytest.mark.parametrize("name", ["lookup-1", "lookup-2", "worker-1", "worker-2", "gateway"])
-def test_health_checks_ask_for_health(name: str, lookup: Process) -> None:
-    """A check passes where a process answers that it is well, at a port that is its own, and fails
-    where nothing listens."""
+def test_health_checks_fail_without_a_process(name: str, lookup: Process) -> None:
+    """A health check passes if the process at its own port is healthy, and fails if nothing
+    listens."""
     kind, (_, *command, port) = name.partition("-")[0], SERVICES[name]["healthcheck"]["test"]
     listen = f"TOLHOUSE_{kind.upper()}_{'METRICS_' if kind != 'gateway' else ''}LISTEN"
     assert SERVICES[name]["environment"][listen].endswith(f":{port}")
@@ -141,15 +141,16 @@ def test_health_checks_ask_for_health(name: str, lookup: Process) -> None:
 
 
 def test_every_variable_is_in_config() -> None:
-    """A TOLHOUSE_ variable that compose or an image sets is one that config.py reads."""
+    """Every TOLHOUSE_ variable that compose or an image sets is an option of config.py."""
     files = [TEXT, DOCKERFILE, (ROOT / "deploy" / "compose.gpu.yml").read_text(encoding="utf-8")]
     named = {name for text in files for name in re.findall(r"\bTOLHOUSE_[A-Z_]+", text)}
     assert named
     assert set() == named - config.variables()
 
 
-def test_what_is_mounted_and_copied_is_there() -> None:
-    """Compose would make an empty folder of a path that does not exist."""
+def test_mounted_and_copied_paths_exist() -> None:
+    """Every mounted or copied path exists; Compose would create an empty folder for a missing
+    path."""
     volumes = [v for s in SERVICES.values() for v in s.get("volumes", [])]
     sources = {v["source"] if isinstance(v, dict) else v.partition(":")[0] for v in volumes}
     named = set(yaml.safe_load(TEXT)["volumes"])
@@ -160,8 +161,8 @@ def test_what_is_mounted_and_copied_is_there() -> None:
         assert all((ROOT / p).exists() and f"!{p}" in kept for p in path.split())
 
 
-def test_redis_leaves_no_volume_without_a_name() -> None:
-    """Its image has a volume at /data: something else is there, which goes or has a name."""
+def test_redis_creates_no_anonymous_volume() -> None:
+    """Every Redis mounts something at /data, where its image declares an anonymous volume."""
     for name, service in SERVICES.items():
         if service["image"].startswith("redis:"):
             places = [*service.get("tmpfs", []), *service.get("volumes", [])]
@@ -169,8 +170,7 @@ def test_redis_leaves_no_volume_without_a_name() -> None:
 
 
 def test_there_are_no_secrets() -> None:
-    """No password, token or key has a value in the file, but at most comes from the environment; no
-    URL has a user."""
+    """No password, token or key has a value in the file, and no URL has a user."""
     for service in SERVICES.values():
         values = {**service.get("environment", {}), **service.get("build", {}).get("args", {})}
         assert [] == [
@@ -181,8 +181,8 @@ def test_there_are_no_secrets() -> None:
     assert None is re.search(r"//[^/\s\"}]*@|requirepass", TEXT)
 
 
-def test_every_replica_is_asked() -> None:
-    """Workers know both lookup replicas, the gateway both workers, and the cluster is formed of all
+def test_every_replica_is_listed() -> None:
+    """Workers list both lookup replicas, the gateway both workers, and the cluster's setup all
     nodes."""
 
     def of(kind: str, port: int) -> str:
@@ -197,8 +197,7 @@ def test_every_replica_is_asked() -> None:
 
 
 def test_images_without_a_model_have_no_torch() -> None:
-    """Lookup, gateway and load generator are not built on the layer that has torch; worker and
-    build are."""
+    """Only the images of worker and build are based on the layer with torch."""
     with_torch = {
         n for n, s in SERVICES.items() if "build" in s and "model" in parents(s["build"]["target"])
     }
@@ -206,7 +205,7 @@ def test_images_without_a_model_have_no_torch() -> None:
 
 
 def test_images_are_pinned() -> None:
-    """What is not built here has a version."""
+    """Images that are not built here have a version."""
     assert [] == [
         s["image"]
         for s in SERVICES.values()
@@ -215,15 +214,15 @@ def test_images_are_pinned() -> None:
 
 
 def test_each_worker_gets_a_gpu() -> None:
-    """The override reserves one for every worker, and for nothing else."""
+    """The GPU override reserves a GPU for every worker and nothing else."""
     assert {name for name in SERVICES if name.startswith("worker-")} == set(GPU)
     for service in GPU.values():
         (device,) = service["deploy"]["resources"]["reservations"]["devices"]
         assert ("nvidia", ["gpu"]) == (device["driver"], device["capabilities"])
 
 
-def test_the_allocator_is_set_alike_everywhere() -> None:
-    """What `make` starts and benchmarks measure has the images' settings of the allocator."""
+def test_the_allocator_settings_are_the_same_everywhere() -> None:
+    """`make` sets the same allocator variables as the images and the benchmarks."""
     images = dict(re.findall(r"(MALLOC_\w+)=(\d+)", DOCKERFILE))
     made = dict(
         re.findall(r"export (MALLOC_\w+) := (\d+)", (ROOT / "Makefile").read_text(encoding="utf-8"))

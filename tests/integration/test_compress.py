@@ -1,4 +1,4 @@
-"""Compressed tables: what is served is what the table decodes to, and what it costs is measured."""
+"""Compressed tables: served rows equal the table's rows, and the loss is measured."""
 
 import json
 import re
@@ -50,16 +50,14 @@ def made_of(checkpoint: Path, scheme: Scheme, name: str = "squeezed", **options:
 
 
 def alone(checkpoint: Path, rows: RowsOf | None = None) -> list[int]:
-    """Tokens after PROMPT by the model in this process, with these rows."""
+    """Tokens after PROMPT by the model in this process with the given rows."""
     model = open_checkpoint(checkpoint).model()
     return list(greedy(model, PROMPT, 20, ignore_eos=True, rows=rows))
 
 
 @pytest.mark.parametrize("scheme", sorted(set(SCHEMES) - {"int4 rank, int8 frequent"}))
-def test_a_worker_serves_what_the_table_holds(
-    checkpoint: Path, tmp_path: Path, scheme: str
-) -> None:
-    """Rows that a client fetches and tokens that a worker generates are those of the table."""
+def test_a_worker_serves_the_table_s_rows(checkpoint: Path, tmp_path: Path, scheme: str) -> None:
+    """Fetched rows and generated tokens follow from the table's rows."""
     url = f"file://{tmp_path}"
     store, made = open_store(url), made_of(checkpoint, SCHEMES[scheme])
     manifest = made.store(store)
@@ -78,7 +76,8 @@ def test_a_worker_serves_what_the_table_holds(
 
 
 def test_x0_keeps_its_full_rank(checkpoint: Path, tmp_path: Path) -> None:
-    """A worker without an input embedding is served, also where requests scale rows but not X0."""
+    """A worker without an input embedding is served correctly, also with scaled rows, which do not
+    scale X0."""
     url = f"file://{tmp_path}"
     store = open_store(url)
     manifest = made_of(checkpoint, SCHEMES["rank and frequent"], embedding="yes").store(store)
@@ -95,18 +94,19 @@ def test_x0_keeps_its_full_rank(checkpoint: Path, tmp_path: Path) -> None:
             assert expected == list(client.generate(PROMPT, 20, ignore_eos=True, row_scale=scale))
 
 
-def test_frequent_rows_are_finer_and_the_ratio_is_kept(checkpoint: Path) -> None:
-    """Frequent tokens have rows of the finer codec; all that is stored is as small as was asked."""
+def test_frequent_rows_are_finer_and_the_ratio_is_met(checkpoint: Path) -> None:
+    """Frequent tokens have rows of the finer codec, and the stored size meets the requested
+    ratio."""
     exact = MemoryLLM(open_checkpoint(checkpoint)).rows()
     rows = made_of(checkpoint, SCHEMES["rank and frequent"]).rows()
-    np.testing.assert_array_equal(exact[:16], rows[:16])  # COUNTS falls with the id
+    np.testing.assert_array_equal(exact[:16], rows[:16])  # COUNTS decreases with the id
     assert np.abs(exact[16:] - rows[16:]).max() > 0.01
     ratio = bytes_at_16_bit(planned(checkpoint)) / made_of(checkpoint, SCHEMES["ratio"]).bytes
     assert 6 <= ratio < 6.2
 
 
 def test_ranks_follow_one_threshold(checkpoint: Path) -> None:
-    """What a layer keeps is worth more, everywhere, than what any layer drops."""
+    """Every coefficient that a layer keeps has more energy than any that a layer drops."""
     ranks = made_of(checkpoint, Scheme("fp32", rank=0.3)).manifest.ranks
     assert round(0.3 * 4 * 96) == sum(ranks)
     exact, energies = MemoryLLM(open_checkpoint(checkpoint)).rows(), []
@@ -118,8 +118,8 @@ def test_ranks_follow_one_threshold(checkpoint: Path) -> None:
     assert max(dropped for _, dropped in energies) <= min(kept for kept, _ in energies) * (1 + 1e-4)
 
 
-def test_a_frequent_token_weighs_more(checkpoint: Path) -> None:
-    """The same rank fits a token better the more often text has it."""
+def test_a_frequent_token_has_more_weight(checkpoint: Path) -> None:
+    """A token with a higher count is approximated better at the same rank."""
     exact, errors = MemoryLLM(open_checkpoint(checkpoint)).rows(), []
     for counts in ({}, {77: 1000}):
         rows = compress(planned(checkpoint), exact, counts, Scheme("fp32", rank=0.2)).rows()
@@ -127,8 +127,9 @@ def test_a_frequent_token_weighs_more(checkpoint: Path) -> None:
     assert errors[1] < errors[0] / 10
 
 
-def test_auxiliary_tables_come_and_go_with_their_table(checkpoint: Path, tmp_path: Path) -> None:
-    """They can't be deleted before it, and are when it is; one that another table needs stays."""
+def test_auxiliary_tables_are_deleted_with_their_table(checkpoint: Path, tmp_path: Path) -> None:
+    """Auxiliary tables can't be deleted before their table and are deleted with it, unless another
+    table needs them."""
     store = open_store(f"file://{tmp_path}")
     first = made_of(checkpoint, SCHEMES["rank and frequent"]).store(store)
     scheme = Scheme("int4", rank=0.25, frequent=16, frequent_codec="fp32")
@@ -144,10 +145,10 @@ def test_auxiliary_tables_come_and_go_with_their_table(checkpoint: Path, tmp_pat
 
 
 @pytest.mark.parametrize("scheme", sorted(set(SCHEMES) - {"ratio"}))
-def test_edits_of_a_compressed_table_are_as_fine_as_its_frequent_rows(
+def test_edits_of_a_compressed_table_are_stored_in_a_finer_codec(
     checkpoint: Path, tmp_path: Path, scheme: str
 ) -> None:
-    """They win over frequent rows and the basis; a later overlay keeps them to the bit."""
+    """Edits override frequent rows and the basis, and a later overlay keeps their bits."""
     store = open_store(f"file://{tmp_path}")
     base = made_of(checkpoint, SCHEMES[scheme]).store(store)
     everything = np.arange(base.vocab_size, dtype=np.uint32)
@@ -186,8 +187,9 @@ def test_edits_of_a_compressed_table_are_served(checkpoint: Path, tmp_path: Path
         assert expected == list(client.generate(PROMPT, 20, ignore_eos=True))
 
 
-def test_a_version_is_not_cut_otherwise(checkpoint: Path, tmp_path: Path) -> None:
-    """It would leave shards behind that no manifest names."""
+def test_a_version_can_not_be_stored_in_other_shards(checkpoint: Path, tmp_path: Path) -> None:
+    """Storing a version with another number of shards is refused, because it would leave unnamed
+    shards behind."""
     store, made = open_store(f"file://{tmp_path}"), made_of(checkpoint, SCHEMES["frequent"])
     made.store(store)
     *parts, (manifest, records) = made.tables
@@ -196,8 +198,8 @@ def test_a_version_is_not_cut_otherwise(checkpoint: Path, tmp_path: Path) -> Non
     assert made.store(store) == store.manifest(manifest.ref)
 
 
-def test_parts_of_a_table_are_not_published(checkpoint: Path, tmp_path: Path) -> None:
-    """They are no tables to serve."""
+def test_auxiliary_tables_can_not_be_published(checkpoint: Path, tmp_path: Path) -> None:
+    """Auxiliary tables can't be published."""
     store = open_store(f"file://{tmp_path}")
     base = made_of(checkpoint, SCHEMES["rank and frequent"]).store(store)
     with pytest.raises(InvalidArgumentError, match="is a part of"):
@@ -205,7 +207,8 @@ def test_parts_of_a_table_are_not_published(checkpoint: Path, tmp_path: Path) ->
 
 
 def test_a_table_may_lack_layers(checkpoint: Path, tmp_path: Path) -> None:
-    """Built or compressed, it is smaller by them, and the worker goes without."""
+    """A table without some layers is smaller by them, whether built or compressed, and the worker
+    runs without them."""
     url = f"file://{tmp_path}"
     store = open_store(url)
     manifest = made_of(checkpoint, Scheme("fp32"), absent=(1, 2)).store(store)
@@ -224,8 +227,9 @@ def test_a_table_may_lack_layers(checkpoint: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(*(table_rows(opened, url, ref) for ref in (manifest.ref, built)))
 
 
-def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> None:
-    """Scales and absent layers are each request's own, in one batch and with one prefix."""
+def test_requests_in_a_batch_scale_rows_separately(checkpoint: Path, tmp_path: Path) -> None:
+    """Scales and absent layers apply to each request separately, within one batch and with a shared
+    prefix."""
     url = f"file://{tmp_path}"
     build_table(checkpoint, url)
     opened = open_checkpoint(checkpoint)
@@ -250,7 +254,7 @@ def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> N
     with local_cluster(checkpoint, url) as cluster, Client(cluster.workers) as client:
         for _ in range(2):
             running = [client.generate(prompt, 12, ignore_eos=True, **more) for more in wanted]
-            first = [next(iterator) for iterator in running]  # all are in the batch
+            first = [next(iterator) for iterator in running]  # all requests are in the batch
             assert expected == [[token, *rest] for token, rest in zip(first, running, strict=True)]
         bad_scales = ({"layer_scales": scales} for scales in ([17.0] * 4, [1.0], [1.0] * 5))
         nan = float("nan")
@@ -275,8 +279,8 @@ def test_requests_probe_rows_side_by_side(checkpoint: Path, tmp_path: Path) -> N
         (Scheme("fp32", frequent=16, frequent_codec="fp32"), "allowed without low rank: none"),
     ],
 )
-def test_schemes_that_can_not_be_are_told(checkpoint: Path, scheme: Scheme, expected: str) -> None:
-    """Before there are rows or counts."""
+def test_impossible_schemes_are_refused(checkpoint: Path, scheme: Scheme, expected: str) -> None:
+    """Impossible schemes are refused before rows or counts are computed."""
     with pytest.raises(InvalidArgumentError, match=expected):
         check(planned(checkpoint), scheme)
     with pytest.raises(InvalidArgumentError, match=expected):
@@ -291,13 +295,16 @@ def test_schemes_that_can_not_be_are_told(checkpoint: Path, scheme: Scheme, expe
         (Scheme("int4", ratio=2, frequent=16), Scheme("int4", frequent=16)),
     ],
 )
-def test_a_full_basis_is_left_out(checkpoint: Path, scheme: Scheme, expected: Scheme) -> None:
-    """And frequent rows that would be no finer: the table is that of the codec alone."""
+def test_a_basis_of_full_rank_is_omitted(
+    checkpoint: Path, scheme: Scheme, expected: Scheme
+) -> None:
+    """A basis of full rank and frequent rows without a finer codec are omitted, so that the table
+    is that of the codec alone."""
     assert made_of(checkpoint, expected).manifest == made_of(checkpoint, scheme).manifest
 
 
-def test_the_furthest_ratio_that_is_told_is_reached(checkpoint: Path) -> None:
-    """By one coefficient for each layer, whatever their energies are."""
+def test_the_largest_ratio_is_reached(checkpoint: Path) -> None:
+    """The largest ratio that the error names is reached with one coefficient per layer."""
     with pytest.raises(InvalidArgumentError, match="out of reach") as told:
         made_of(checkpoint, Scheme("int8", ratio=1000))
     furthest = float(re.search(r"reaches ([\d.]+)", str(told.value))[1]) - 0.01
@@ -307,7 +314,7 @@ def test_the_furthest_ratio_that_is_told_is_reached(checkpoint: Path) -> None:
 
 
 def test_low_rank_rows_are_not_recomputed(checkpoint: Path, tmp_path: Path) -> None:
-    """A worker that would have to says so at its start."""
+    """A worker that would have to recompute low-rank rows fails at start."""
     url = f"file://{tmp_path}"
     store = open_store(url)
     publish(store, made_of(checkpoint, SCHEMES["rank"], "tiny-memory").store(store).ref)
@@ -320,7 +327,7 @@ def test_low_rank_rows_are_not_recomputed(checkpoint: Path, tmp_path: Path) -> N
 
 
 def test_commands_compress_and_evaluate(checkpoint: Path, tmp_path: Path) -> None:
-    """A table on the way to an eighth, published; what it costs, in words and as JSON."""
+    """A compressed and published table is evaluated, as text and as JSON."""
     url, text = f"file://{tmp_path / 'tables'}", tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 30, encoding="utf-8")
     options = "--codec int4 --size-ratio 6 --frequent-rows 8 --publish"
@@ -363,7 +370,7 @@ def test_commands_compress_and_evaluate(checkpoint: Path, tmp_path: Path) -> Non
 def test_default_frequent_rows_are_finer(
     checkpoint: Path, tmp_path: Path, options: str, frequent: bool, expected: str
 ) -> None:
-    """Where their codec is not there are none; a basis that would keep everything is left out."""
+    """Frequent rows are stored only with a finer codec, and a basis of full rank is omitted."""
     url = f"file://{tmp_path}"
     done = tolhouse(f"compress {checkpoint} --store {url} --corpus README.md {options}")
     assert expected in done.stderr
@@ -381,16 +388,16 @@ def test_default_frequent_rows_are_finer(
         ("--text no-such-file", "no corpus at no-such-file"),
     ],
 )
-def test_what_can_not_be_evaluated_is_told(
+def test_wrong_options_of_eval_are_refused(
     checkpoint: Path, tmp_path: Path, arguments: str, expected: str
 ) -> None:
-    """One line says which option is wrong, and how."""
+    """One line of error names the wrong option and the reason."""
     command = f"eval {checkpoint} --rows file://{tmp_path} {arguments}"
     assert expected in tolhouse(command, code=1).stderr
 
 
-def test_a_part_of_a_table_is_not_evaluated(checkpoint: Path, tmp_path: Path) -> None:
-    """An auxiliary table has no row for each token."""
+def test_an_auxiliary_table_is_not_evaluated(checkpoint: Path, tmp_path: Path) -> None:
+    """An auxiliary table can't be evaluated, because it has no row for each token."""
     url = f"file://{tmp_path}"
     made = made_of(checkpoint, SCHEMES["rank and frequent"]).store(open_store(url))
     for part in made.auxiliary:
@@ -398,8 +405,8 @@ def test_a_part_of_a_table_is_not_evaluated(checkpoint: Path, tmp_path: Path) ->
         assert "may be an auxiliary table" in done.stderr
 
 
-def test_the_loss_is_the_model_s(checkpoint: Path) -> None:
-    """Window by window, as one forward over each gives it."""
+def test_the_loss_equals_the_model_s(checkpoint: Path) -> None:
+    """Losses equal those of one forward per window."""
     opened = open_checkpoint(checkpoint)
     model = opened.model()
     ids = np.random.default_rng(0).integers(0, opened.config.vocab_size, 256 + 41)

@@ -1,4 +1,4 @@
-"""Damaged shard files give right rows or CorruptError, never others; mended ones are served."""
+"""Damaged shard files give correct rows or a CorruptError, and repaired files are served again."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def table(**fields: object) -> Manifest:
 
 
 def write_files(root: Path, manifest: Manifest) -> list[Path]:
-    """The shard files of a table in folder `root`."""
+    """The shard files of a table in the folder `root`."""
     with closing(FileStore(root)) as store:
         write(store, manifest)
     return sorted((root / "t" / manifest.version).glob("shard-*"))
@@ -82,17 +82,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-# a file in use that is gone stays open, and one that shrinks has a test of its own: both below
+# deleted and truncated files in use have tests of their own below
 IN_USE = ("longer", "text", "altered", "another shard")
 
 
 @pytest.mark.parametrize(
     ("damage", "in_use"), [*((d, False) for d in DAMAGE), *((d, True) for d in IN_USE)]
 )
-def test_damage_is_named_and_mended_files_are_served(
+def test_damage_is_named_and_repaired_files_are_served(
     store: FileStore, shards: list[Path], damage: str, in_use: bool
 ) -> None:
-    """A damaged shard is CorruptError, the other one is served, and so is the mended file."""
+    """A damaged shard raises CorruptError, the other shard is served, and so is the repaired
+    file."""
     manifest, whole = table(), shards[1].read_bytes()
     if in_use:
         assert_holds(store, manifest)
@@ -106,10 +107,9 @@ def test_damage_is_named_and_mended_files_are_served(
     assert_holds(store, manifest)
 
 
-def test_a_file_cut_short_while_it_is_in_use_is_corrupt(
-    store: FileStore, shards: list[Path]
-) -> None:
-    """The store that had it open says so, and serves it once it is whole again."""
+def test_a_file_truncated_in_use_is_corrupt(store: FileStore, shards: list[Path]) -> None:
+    """The store raises CorruptError for a file that was truncated while open, and serves it once it
+    is restored."""
     path = shards[0]
     whole = path.read_bytes()
     for size in (len(whole) - 1, 200, 0):
@@ -121,10 +121,9 @@ def test_a_file_cut_short_while_it_is_in_use_is_corrupt(
     assert_holds(store, table())
 
 
-def test_a_file_replaced_while_it_is_in_use_changes_nothing(
-    store: FileStore, shards: list[Path]
-) -> None:
-    """Files are replaced by renaming: what was opened stays whole, even when the file is gone."""
+def test_replacing_a_file_in_use_changes_nothing(store: FileStore, shards: list[Path]) -> None:
+    """Files are replaced by renaming, so that an open file stays intact, even after it is
+    deleted."""
     assert_holds(store, table())
     write_files(store.root, table())
     assert_holds(store, table())
@@ -134,7 +133,7 @@ def test_a_file_replaced_while_it_is_in_use_changes_nothing(
 
 
 def test_threads_share_few_open_files(tmp_path: Path, shards: list[Path]) -> None:
-    """Files that are closed for others are not closed under a thread that reads them."""
+    """A file is not closed while another thread reads it."""
     with closing(FileStore(tmp_path, open_files=1)) as store, ThreadPoolExecutor(8) as pool:
         assert {EXPECTED} == set(pool.map(lambda _: read(store, table()), range(200)))
         opened = [path.resolve() for path in Path("/proc/self/fd").iterdir() if path.exists()]
@@ -142,7 +141,7 @@ def test_threads_share_few_open_files(tmp_path: Path, shards: list[Path]) -> Non
 
 
 def test_another_program_s_header_is_read(store: FileStore, shards: list[Path]) -> None:
-    """One with metadata, other padding and another order of its keys is as valid."""
+    """A header with metadata, other padding and another order of keys is valid."""
     data = shards[1].read_bytes()
     length = 8 + int.from_bytes(data[:8], "little")
     tensor = dict(reversed(json.loads(data[8:length])["records"].items()))
@@ -156,9 +155,8 @@ def test_another_program_s_header_is_read(store: FileStore, shards: list[Path]) 
 @given(
     shard=st.integers(0, 1), place=st.integers(0, 400), flip=st.integers(1, 255), cut=st.booleans()
 )
-def test_no_damage_gives_other_rows(shard: int, place: int, flip: int, cut: bool) -> None:
-    """Whatever byte of a shard is changed, or wherever it is cut: the right rows, or
-    CorruptError."""
+def test_no_damage_gives_wrong_rows(shard: int, place: int, flip: int, cut: bool) -> None:
+    """Any changed byte or truncation of a shard gives the correct rows or a CorruptError."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_files(Path(folder), table())[shard]
         data = bytearray(path.read_bytes())
@@ -172,10 +170,9 @@ def test_no_damage_gives_other_rows(shard: int, place: int, flip: int, cut: bool
                 assert str(path) in str(error) or "row of token" in str(error)  # noqa: PT017
 
 
-def test_a_version_built_anew_with_other_shards_is_read(
-    store: FileStore, shards: list[Path]
-) -> None:
-    """The number of shards is no part of the version: a store reads the new files."""
+def test_a_version_rebuilt_with_other_shards_is_read(store: FileStore, shards: list[Path]) -> None:
+    """A rebuilt version with another number of shards is read, because that number is not part of
+    the version."""
     assert_holds(store, table())
     with closing(FileStore(store.root)) as other:
         delete(other, table().ref)
@@ -183,14 +180,17 @@ def test_a_version_built_anew_with_other_shards_is_read(
     assert_holds(store, store.manifest(table().ref))
 
 
-def test_a_shard_is_readable_for_whom_its_manifest_is(shards: list[Path]) -> None:
-    """Another user may serve the files: both modes are those of the umask."""
+def test_shards_and_manifest_have_the_same_mode(shards: list[Path]) -> None:
+    """Shards and manifest have the mode of the umask, so that another user can serve them."""
     manifest = shards[0].with_name("manifest.json")
     assert stat.filemode(manifest.stat().st_mode) == stat.filemode(shards[0].stat().st_mode)
 
 
-def test_writing_leaves_whole_files_and_nothing_else(store: FileStore, shards: list[Path]) -> None:
-    """Shards, manifest, lease and alias, and a lock; a deleted version leaves no folder."""
+def test_writing_leaves_complete_files_and_nothing_else(
+    store: FileStore, shards: list[Path]
+) -> None:
+    """Tables consist of shards, manifest, lease and alias, beside a lock, and deleting a version
+    removes its folder."""
     other = table(version=2**64 - 1)
     write_files(store.root, other)
     for manifest in (table(), other):
@@ -203,10 +203,10 @@ def test_writing_leaves_whole_files_and_nothing_else(store: FileStore, shards: l
     assert ["alias.json", "f" * 16] == sorted(p.name for p in (store.root / "t").iterdir())
 
 
-def test_a_lease_ends_with_its_process_and_not_by_the_clock(
+def test_a_lease_ends_with_its_process_regardless_of_the_clock(
     store: FileStore, shards: list[Path]
 ) -> None:
-    """Whatever time the file has, a version is in use while a process that leased it runs."""
+    """A version is in use while a process that leased it runs, whatever the times of its files."""
     ref, path = table().ref, shards[0].parent / "lease"
     code = """if True:
         import sys
@@ -233,8 +233,9 @@ def timers() -> int:
     return sum(isinstance(thread, threading.Timer) for thread in threading.enumerate())
 
 
-def test_a_lease_that_is_not_renewed_ends(tmp_path: Path) -> None:
-    """It ends though the process goes on, one lease does not end another, and one timer does."""
+def test_a_lease_that_is_not_renewed_expires(tmp_path: Path) -> None:
+    """A lease that is not renewed expires in a running process, independently of other leases,
+    which share one timer."""
     before = timers()
     with closing(FileStore(tmp_path, lease_seconds=0.2)) as store:
         one, two = (write(store, manifest_of("t", version)) for version in (1, 2))
@@ -243,7 +244,7 @@ def test_a_lease_that_is_not_renewed_ends(tmp_path: Path) -> None:
         while time.monotonic() < ended:
             store.lease(two.ref)
             time.sleep(0.02)
-        assert timers() <= before + 1  # renewals start no others
+        assert timers() <= before + 1  # renewals start no further timers
         assert (False, True) == (store.leased(one.ref), store.leased(two.ref))
         wait_until(lambda: not store.leased(two.ref))
 
@@ -252,10 +253,10 @@ BAD = '{"version": 1, "history": []}', '{"version": "0123456789abcdef", "history
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", *BAD])
-def test_a_malformed_alias_is_told_and_a_publish_mends_it(
+def test_publishing_repairs_a_malformed_alias(
     store: FileStore, shards: list[Path], text: str
 ) -> None:
-    """It is CorruptError with the advice to publish a version, and the advice is good."""
+    """A malformed alias raises CorruptError with advice to publish a version, which repairs it."""
     alias = store.root / "t" / "alias.json"
     alias.write_text(text, encoding="utf-8")
     for work in (resolve, rollback):
@@ -265,8 +266,8 @@ def test_a_malformed_alias_is_told_and_a_publish_mends_it(
     assert table() == resolve(store, "t")
 
 
-def test_an_empty_store_says_how_tables_are_made(tmp_path: Path) -> None:
-    """A folder that is not there yet holds no tables, and is not made by looking."""
+def test_the_error_of_an_empty_store_names_the_build(tmp_path: Path) -> None:
+    """A missing folder is an empty store, which reading does not create."""
     with closing(FileStore(tmp_path / "none")) as store:
         assert [] == store.refs()
         with pytest.raises(NotFoundError, match="no tables here yet: `tolhouse build`"):
@@ -274,8 +275,9 @@ def test_an_empty_store_says_how_tables_are_made(tmp_path: Path) -> None:
     assert [] == list(tmp_path.iterdir())
 
 
-def test_a_damaged_record_closes_no_other_file(shards: list[Path], store: FileStore) -> None:
-    """Shard files stay open when a read meets a damaged record, and a mended file is read again."""
+def test_a_damaged_record_keeps_files_open(shards: list[Path], store: FileStore) -> None:
+    """Shard files stay open when a read finds a damaged record, and a repaired file is read
+    again."""
 
     def opened() -> list[str]:
         links = [
@@ -293,6 +295,6 @@ def test_a_damaged_record_closes_no_other_file(shards: list[Path], store: FileSt
     assert list(map(str, shards)) == opened()
     shards[0].unlink()
     shards[0].write_bytes(whole)
-    with pytest.raises(CorruptError, match="token 8 "):  # of the file that is open
+    with pytest.raises(CorruptError, match="token 8 "):  # from the file that is still open
         read(store, table())
     assert_holds(store, table())

@@ -1,4 +1,4 @@
-"""Logs: what callers send can't pass for a line of the log, on a terminal or in JSON."""
+"""Logs: input of callers can't forge log lines, on a terminal or in JSON."""
 
 import json
 import os
@@ -34,9 +34,9 @@ for line in sys.stdin.read().split("|"):
 
 
 def written(reader: int) -> list[str]:
-    """The lines that were written to a pipe or a terminal whose other end is closed."""
+    """The lines that were written to a pipe or terminal whose other end is closed."""
     data = b""
-    with suppress(OSError):  # a terminal's end
+    with suppress(OSError):  # the end of a terminal raises OSError
         while piece := os.read(reader, 65_536):
             data += piece
     os.close(reader)
@@ -44,7 +44,7 @@ def written(reader: int) -> list[str]:
 
 
 def said(text: str, *, terminal: bool) -> list[str]:
-    """The lines that a process logs of `text`, on a terminal or not."""
+    """The lines that a process logs about `text`, on a terminal or into a pipe."""
     reader, writer = pty.openpty() if terminal else os.pipe()
     popen = subprocess.Popen(
         [sys.executable, "-c", LOGGING],
@@ -63,7 +63,7 @@ FORGED = "/x\n12:00:00 info    ready\r\x1b[2K\x1b]0;title\x07\u202egnp.exe\u2028
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_line_can_not_be_forged(terminal: bool) -> None:
-    """Line ends, escapes and directions in what is logged are written out, in exceptions too."""
+    """Line breaks, escape sequences and direction marks are escaped in messages and exceptions."""
     lines = said(FORGED, terminal=terminal)
     assert all(line.isprintable() for line in lines)
     assert not any(line.startswith("12:00:00") for line in lines)
@@ -73,8 +73,8 @@ def test_a_line_can_not_be_forged(terminal: bool) -> None:
         assert FORGED in second["exception"]
 
 
-def test_where_a_value_ends_is_seen() -> None:
-    """A value with spaces or signs of equality is in quotes; others are as they are."""
+def test_ambiguous_values_are_quoted() -> None:
+    """Values with spaces or equals signs are quoted, and others are not."""
     lines = said("/a|/b status=200", terminal=True)
     assert lines[0].endswith("/a path=/a")
     assert any(line.endswith('path="/b status=200"') for line in lines)
@@ -82,14 +82,14 @@ def test_where_a_value_ends_is_seen() -> None:
 
 @given(st.text())
 @example("ä 世 🙂")
-def test_only_what_steers_a_terminal_is_written_out(text: str) -> None:
-    """A text without it stays as it is."""
+def test_only_unprintable_characters_are_escaped(text: str) -> None:
+    """Printable text is logged without changes."""
     assert printable(text).isprintable()
     assert not text.isprintable() or text == printable(text)
 
 
-def test_a_request_line_can_not_steer_the_terminal(checkpoint: Path) -> None:
-    """The path that a caller asks for, as a gateway on a terminal shows it."""
+def test_a_request_path_can_not_control_the_terminal(checkpoint: Path) -> None:
+    """The path of a request is escaped in the log of a gateway on a terminal."""
     reader, writer = pty.openpty()
     command = [sys.executable, "-m", "tolhouse.cli", "gateway", str(checkpoint)]
     popen = subprocess.Popen(
@@ -107,8 +107,9 @@ def test_a_request_line_can_not_steer_the_terminal(checkpoint: Path) -> None:
     assert all(line.isprintable() for line in lines)
 
 
-def test_probes_leave_no_lines(checkpoint: Path, store: str) -> None:
-    """Of HTTP and TCP, to each port; nor is it logged that a process is ready, which stdout has."""
+def test_probes_leave_no_log_lines(checkpoint: Path, store: str) -> None:
+    """HTTP and TCP probes of any port leave no log lines, and readiness is reported on stdout
+    only."""
     nowhere = f"127.0.0.1:{free_port()}"
     with (
         process("lookup", "--store", store, *LOCAL) as lookup,
@@ -132,7 +133,7 @@ def test_probes_leave_no_lines(checkpoint: Path, store: str) -> None:
 
 
 def test_progress_is_for_terminals(checkpoint: Path, tmp_path: Path) -> None:
-    """Bars that redraw themselves do not end up in a file or a pipe."""
+    """Progress bars are not written to a file or a pipe."""
     options = f"--store file://{tmp_path} --size-ratio 4"
     said = tolhouse(f"compress {checkpoint} {options}").stderr
     said += tolhouse(f"eval {checkpoint} --most-tokens 64").stderr

@@ -1,4 +1,4 @@
-"""Alerts and dashboard: right by Prometheus' own tools, and of metrics that running services
+"""Alerts and dashboard are valid for Prometheus' own tools and use metrics that running services
 export."""
 
 import json
@@ -20,7 +20,7 @@ DASHBOARD = json.loads((FOLDER / "grafana/dashboards/tolhouse.json").read_text(e
 ALERTS = yaml.safe_load((FOLDER / "alerts.yml").read_text(encoding="utf-8"))["groups"][0]["rules"]
 DEMO = Path("models/demo-memory")
 promtool = pytest.mark.skipif(
-    not shutil.which("promtool"), reason="promtool, of Debian's package prometheus, is not here"
+    not shutil.which("promtool"), reason="promtool (Debian's package prometheus) is not installed"
 )
 
 
@@ -45,16 +45,17 @@ def run(*arguments: str, told: str = "") -> str:
 
 
 @promtool
-def test_the_configuration_and_the_rules_are_right() -> None:
-    """promtool reads them, and each alert fires when it should, and not on an ordinary day."""
+def test_the_configuration_and_the_alerts_are_correct() -> None:
+    """promtool accepts the configuration, and each alert fires when it should and not in normal
+    operation."""
     run("check", "config", "--syntax-only", str(FOLDER / "prometheus.yml"))
     run("check", "rules", str(FOLDER / "alerts.yml"))
     run("test", "rules", str(FOLDER / "alerts_test.yml"))
 
 
 @promtool
-def test_every_panel_asks_what_prometheus_understands(tmp_path: Path) -> None:
-    """Its expressions parse."""
+def test_every_panel_s_expressions_are_valid(tmp_path: Path) -> None:
+    """All expressions of the dashboard are valid."""
     rules = [
         {"record": f"panel:{n}", "expr": expr.replace("$__rate_interval", "1m")}
         for n, expr in enumerate(expressions())
@@ -65,8 +66,8 @@ def test_every_panel_asks_what_prometheus_understands(tmp_path: Path) -> None:
     run("check", "rules", "--lint=none", str(tmp_path / "rules.yml"))
 
 
-def test_each_alert_is_tested_both_ways_and_says_what_to_do() -> None:
-    """A new alert without its test, or without a runbook, is found here."""
+def test_each_alert_has_a_test_and_a_runbook() -> None:
+    """Every alert has a test in both directions, a severity and a runbook."""
     tests = yaml.safe_load((FOLDER / "alerts_test.yml").read_text(encoding="utf-8"))["tests"]
     names = {rule["alert"] for rule in ALERTS}
     assert names == {test["alertname"] for test in tests[0]["alert_rule_test"]}
@@ -79,8 +80,8 @@ def test_each_alert_is_tested_both_ways_and_says_what_to_do() -> None:
 
 
 def test_kubernetes_has_the_same_alerts_and_the_same_dashboard() -> None:
-    """The monitoring component's are those that are tested here: kustomize reads no file from
-    outside its folder, so they are there twice."""
+    """The Kubernetes component has copies of the tested alerts and dashboard, because kustomize
+    reads no files outside its folder."""
     manifest = yaml.safe_load((COMPONENT / "alerts.yaml").read_text(encoding="utf-8"))
     assert ALERTS == manifest["spec"]["groups"][0]["rules"]
     assert (FOLDER / "grafana/dashboards/tolhouse.json").read_text(encoding="utf-8") == (
@@ -88,9 +89,9 @@ def test_kubernetes_has_the_same_alerts_and_the_same_dashboard() -> None:
     ).read_text(encoding="utf-8")
 
 
-def test_the_dashboard_has_no_two_panels_in_one_place() -> None:
-    """Panels have ids, places and descriptions of their own, and ask the source that the viewer
-    chooses: at first the provisioned one."""
+def test_the_dashboard_s_panels_do_not_overlap() -> None:
+    """Panels have distinct ids and places, and descriptions, and use the data source that the
+    viewer selects, by default the provisioned one."""
     panels = DASHBOARD["panels"]
     assert (
         len(panels)
@@ -112,9 +113,9 @@ def test_the_dashboard_has_no_two_panels_in_one_place() -> None:
             assert {"type": source["query"], "uid": f"${{{source['name']}}}"} == panel["datasource"]
 
 
-def test_every_metric_that_is_looked_at_is_exported(tmp_path: Path) -> None:
-    """After some requests, good and bad, the services export all names in alerts and dashboard;
-    promtool finds nothing wrong with them."""
+def test_every_monitored_metric_is_exported(tmp_path: Path) -> None:
+    """After valid and invalid requests, services export all metrics of alerts and dashboard, and
+    promtool accepts them."""
     url = f"file://{tmp_path}"
     build_table(DEMO, url)
     with closing(open_store(url)), local_cluster(DEMO, url) as cluster:

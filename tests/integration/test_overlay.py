@@ -41,21 +41,22 @@ def parent(checkpoint: Path, store: Store) -> Manifest:
 
 
 def edited(store: Store, *options: str | Path, table: str = "tiny-memory") -> Manifest:
-    """The overlay that the command makes."""
+    """The overlay that the command creates."""
     done = tolhouse("overlay", table, *options, "--store", store.url)
     return store.manifest(done.stdout.strip())
 
 
 def refused(store: Store, *options: str | Path, table: str = "tiny-memory") -> str:
-    """What the command says where it fails."""
+    """The error message of a failing command."""
     return tolhouse("overlay", table, *options, "--store", store.url, code=1).stderr
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8", "int4"])
-def test_changed_rows_are_its_own_and_the_others_the_parent_s(
+def test_an_overlay_has_its_own_changed_rows_and_its_parent_s_others(
     store_url: str, checkpoint: Path, codec: str
 ) -> None:
-    """Also through the lookup service, which a client asks for a mix of both."""
+    """A lookup service serves a mix of changed rows from the overlay and unchanged rows from its
+    parent."""
     name = f"over-{codec}"
     store, ref = open_store(store_url), build_table(checkpoint, store_url, codec=codec, name=name)
     parent = store.manifest(ref)
@@ -79,10 +80,11 @@ def test_changed_rows_are_its_own_and_the_others_the_parent_s(
     assert [ref] == [r for r in store.refs() if r.startswith(f"{name}@")]
 
 
-def test_an_edit_shows_where_its_token_stands_and_only_there(
+def test_an_edit_affects_only_predictions_after_its_token(
     checkpoint: Path, store: Store, parent: Manifest
 ) -> None:
-    """A text with the token gets other logprobs, one without it the same, until a rollback."""
+    """A prompt with the edited token gets other log probabilities and a prompt without it the same,
+    until a rollback."""
 
     def told(prompt: list[int]) -> list[float]:
         replies = client.replies(prompt, 0, prompt_logprobs=0)
@@ -98,7 +100,7 @@ def test_an_edit_shows_where_its_token_stands_and_only_there(
         wait_until(lambda: client.describe_worker().table == made.ref)
         after = told(WITH), told(WITHOUT)
         assert before[1] == after[1]
-        assert before[0][:2] == after[0][:2]  # what is predicted before the token is read
+        assert before[0][:2] == after[0][:2]  # predictions before the token is read
         assert before[0][2] != after[0][2]
         tolhouse("tables rollback tiny-memory --store", store.url)
         wait_until(lambda: client.describe_worker().table == parent.ref)
@@ -106,7 +108,8 @@ def test_an_edit_shows_where_its_token_stands_and_only_there(
 
 
 def test_an_overlay_of_an_overlay_has_the_changes_of_both(store: Store, parent: Manifest) -> None:
-    """It lies over the first one's parent; the same rows make the same version."""
+    """An overlay of an overlay has the first one's parent and both changes, and equal rows give an
+    equal version."""
     rows = store.rows(parent, ids(0, 1, 2))
     first = make_overlay(store, parent.ref, ids(10, 11), rows[:2])
     second = make_overlay(store, first.ref, ids(11, 12), rows[1:] * 3)
@@ -118,8 +121,10 @@ def test_an_overlay_of_an_overlay_has_the_changes_of_both(store: Store, parent: 
     np.testing.assert_array_equal(rows[:1], store.rows(second, ids(10)))
 
 
-def test_what_an_overlay_lies_over_stays(store: Store, parent: Manifest, tmp_path: Path) -> None:
-    """A parent can't be deleted before its overlays; if it is gone, reads and edits say so."""
+def test_an_overlay_s_parent_can_not_be_deleted(
+    store: Store, parent: Manifest, tmp_path: Path
+) -> None:
+    """A parent can't be deleted before its overlays, and errors name a missing parent."""
     ref = parent.ref
     made = make_overlay(store, ref, ids(1), store.rows(parent, ids(2)))
     publish(store, made.ref)
@@ -139,7 +144,7 @@ def test_what_an_overlay_lies_over_stays(store: Store, parent: Manifest, tmp_pat
 
 
 def test_an_overlay_without_its_parent_is_not_served(checkpoint: Path, tmp_path: Path) -> None:
-    """Neither a publish nor a rollback lets the name stand for it."""
+    """Neither publishing nor rolling back selects an overlay whose parent is missing."""
     store = open_store(f"file://{tmp_path}")
     refs = [build_table(checkpoint, store.url, codec=codec) for codec in ("fp32", "int8")]
     gone, other = map(store.manifest, refs)
@@ -154,8 +159,11 @@ def test_an_overlay_without_its_parent_is_not_served(checkpoint: Path, tmp_path:
     assert other.version == store.alias("tiny-memory").version
 
 
-def test_a_version_s_record_does_not_pass_for_its_overlay_s(store: Store, parent: Manifest) -> None:
-    """The checksum of a changed row names the overlay: the parent's record is found out."""
+def test_a_parent_s_record_does_not_match_its_overlay_s_checksum(
+    store: Store, parent: Manifest
+) -> None:
+    """A changed row's checksum includes the overlay's version, so that the parent's record does not
+    match."""
     made = make_overlay(store, parent.ref, ids(1), store.rows(parent, ids(2)))
     old, new = store.read_records(parent, ids(1)), store.read_records(made, ids(1))
     seed_of = {m: m.seeds(ids(1))[0] for m in (parent, made)}
@@ -187,14 +195,15 @@ def test_a_version_s_record_does_not_pass_for_its_overlay_s(store: Store, parent
         (("--scale", "3=1e39"), "not finite in 32 bits"),
     ],
 )
-def test_what_can_not_be_edited_is_told(
+def test_invalid_edits_are_refused(
     shared: Store, arguments: tuple[str, ...], expected: str
 ) -> None:
+    """Each invalid edit is refused with an error that names the reason."""
     assert expected in refused(shared, *arguments)
 
 
-def test_tokens_are_named_by_text(checkpoint: Path, store: Store, parent: Manifest) -> None:
-    """One token is its id; a text of several is told what it is made of."""
+def test_tokens_can_be_named_by_text(checkpoint: Path, store: Store, parent: Manifest) -> None:
+    """A token can be named by its text, and the error for a text of several tokens lists them."""
     tokenizer = open_checkpoint(checkpoint).tokenizer()
     words = (tokenizer.decode([i]) for i in range(300, 500))
     word = next(word for word in words if word.isalpha() and len(word) > 1)
@@ -214,7 +223,7 @@ EQUALS = ("A==", "A", "="), ("==A", "=", "A"), ("A='='", "A", "="), ("'3'=A", "3
 
 @pytest.mark.parametrize(("edit", "token", "other"), EQUALS)
 def test_a_token_may_be_an_equals_sign(checkpoint: Path, edit: str, token: str, other: str) -> None:
-    """An edit is divided where there is a token on both sides."""
+    """An edit is split at the equals sign that leaves a token on both sides."""
     tokenizer = open_checkpoint(checkpoint).tokenizer()
     assert (tokenizer.token_to_id(token), tokenizer.token_to_id(other)) == copy_of(edit, tokenizer)
     assert (tokenizer.token_to_id(token), 0.5) == scale_of(f"'{token}'=0.5", tokenizer)
@@ -226,8 +235,8 @@ def compressed(checkpoint: Path, store: Store, rank: float) -> Manifest:
     return store.manifest(done.stdout.strip())
 
 
-def test_parts_of_a_table_are_not_edited(checkpoint: Path, store: Store) -> None:
-    """Nobody would read the edit: what has them as parts names them by version."""
+def test_auxiliary_tables_can_not_be_edited(checkpoint: Path, store: Store) -> None:
+    """Auxiliary tables can't be edited, because their tables refer to fixed versions."""
     base = compressed(checkpoint, store, 0.5)
     made = make_overlay(store, base.ref, ids(1), np.zeros((1, 4, 96), np.float32))
     for part in (base.frequent_rows, base.basis, made.edits):
@@ -235,10 +244,9 @@ def test_parts_of_a_table_are_not_edited(checkpoint: Path, store: Store) -> None
             make_overlay(store, part, ids(1), np.zeros((1, 4, 96), np.float32))
 
 
-def test_sizes_are_told_with_what_is_stored_beside(
-    checkpoint: Path, store: Store, tmp_path: Path
-) -> None:
-    """A table's with its auxiliary tables, an overlay's with its edits; commands agree."""
+def test_sizes_include_auxiliary_tables(checkpoint: Path, store: Store, tmp_path: Path) -> None:
+    """Sizes of a table include its auxiliary tables and those of an overlay its edits, in all
+    commands."""
     base = compressed(checkpoint, store, 0.9)
     rows = np.ones((300, 4, 96), np.float32)
     np.savez(tmp_path / "rows.npz", ids=np.arange(300), rows=rows)
@@ -254,8 +262,8 @@ def test_sizes_are_told_with_what_is_stored_beside(
     assert f" {total / 1e6:.1f} MB" in listed[base.ref]
 
 
-def test_rows_come_from_a_file(store: Store, parent: Manifest, tmp_path: Path) -> None:
-    """Ids and rows of an archive are the edits; rows of another shape are refused."""
+def test_rows_can_come_from_a_file(store: Store, parent: Manifest, tmp_path: Path) -> None:
+    """Ids and rows of an archive become the edits, and rows of another shape are refused."""
     file, rows = tmp_path / "rows.npz", np.ones((2, 4, 96), np.float32) * [[[1]], [[2]]]
     np.savez(file, ids=np.array([9, 4]), rows=rows)
     made = edited(store, "--rows", file, table=parent.ref)
@@ -266,14 +274,15 @@ def test_rows_come_from_a_file(store: Store, parent: Manifest, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Store:
-    """A store with a table that commands fail to change."""
+    """A store with a table that the tests' commands fail to change."""
     store = open_store(f"file://{tmp_path_factory.mktemp('shared')}")
     build_table(checkpoint, store.url)
     return store
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "array", "scalar", "empty"])
-def test_files_that_hold_no_rows_are_told(shared: Store, tmp_path: Path, damage: str) -> None:
+def test_files_without_rows_are_refused(shared: Store, tmp_path: Path, damage: str) -> None:
+    """Damaged archives and archives of other arrays are refused with the file's name."""
     file = tmp_path / "rows.npz"
     rows = np.float32(3) if damage == "scalar" else np.ones((1, 4, 96), np.float32)
     np.savez(file, ids=np.array([9]), rows=rows)
@@ -290,8 +299,8 @@ def test_files_that_hold_no_rows_are_told(shared: Store, tmp_path: Path, damage:
     assert str(file) in refused(shared, "--rows", file)
 
 
-def test_an_edit_leaves_the_embedding(checkpoint: Path, store: Store) -> None:
-    """Of a table that carries X0: the row of a token is its memory, its X0 is not."""
+def test_an_edit_keeps_the_embedding(checkpoint: Path, store: Store) -> None:
+    """Editing a row of a table with X0 keeps the token's X0."""
     ref = build_table(checkpoint, store.url, embedding="yes")
     before = store.rows(store.manifest(ref), ids(EDITED, OTHER, 3))
     made = edited(store, "--copy", f"{EDITED}={OTHER}", "--scale", "3=0")
@@ -302,7 +311,7 @@ def test_an_edit_leaves_the_embedding(checkpoint: Path, store: Store) -> None:
 
 
 def test_bad_overlays_are_refused(store: Store, parent: Manifest) -> None:
-    """Ids and rows that do not fit, and manifests that say what can't be."""
+    """Ids and rows that do not fit and inconsistent manifests are refused."""
     with pytest.raises(IdOutOfRangeError):
         make_overlay(store, parent.ref, np.array([-1]), np.zeros((1, 4, 96)))
     with pytest.raises(InvalidArgumentError, match="at least one"):

@@ -1,4 +1,4 @@
-"""Redis when it is damaged, closed or guarded: clear errors, and no password in them."""
+"""Damaged, closed or protected Redis servers give clear errors without passwords."""
 
 import gc
 import signal
@@ -39,7 +39,7 @@ HASH = f"tolhouse:{{{MANIFEST.ref}:shards-8:1}}"  # of tokens 1, 9, 17, 25, 33
 def servers(
     request: pytest.FixtureRequest, redis_url: str, redis_cluster_url: str
 ) -> Iterator[tuple[Store, Redis | RedisCluster]]:
-    """A store with a table, and a plain client of the same servers."""
+    """A store with a table and a plain client of the same servers."""
     kinds = {"standalone": (redis_url, Redis), "cluster": (redis_cluster_url, RedisCluster)}
     url, client = kinds[request.param]
     with closing(open_store(url)) as store, closing(client.from_url(url)) as redis:
@@ -52,8 +52,9 @@ def servers(
 Servers = tuple[Store, Redis | RedisCluster]
 
 
-def test_a_damaged_record_is_named_until_it_is_loaded_again(servers: Servers) -> None:
-    """Altered, another token's, cut, longer, empty or missing: CorruptError with the token."""
+def test_a_damaged_record_is_named_until_it_is_replaced(servers: Servers) -> None:
+    """An altered, exchanged, truncated, extended, empty or missing record raises CorruptError with
+    the token until it is loaded again."""
     store, redis = servers
     one, other = RECORDS[17].tobytes(), RECORDS[9].tobytes()
     for damaged in (bytes([one[0] ^ 1]) + one[1:], other, one[:-1], one + b"\0", b"", None):
@@ -64,20 +65,21 @@ def test_a_damaged_record_is_named_until_it_is_loaded_again(servers: Servers) ->
             read(store, MANIFEST)
         assert shard_digest(store, MANIFEST, 1) is None
         assert_holds(store, MANIFEST, np.delete(IDS, 17))
-    redis.delete(HASH)  # lost as a whole
+    redis.delete(HASH)  # the whole shard is lost
     assert 0 == store.count(MANIFEST, 1)
     with pytest.raises(CorruptError, match=r"token 1 .* is missing in redis://.*: load it again"):
         read(store, MANIFEST)
     store.write_shard(MANIFEST, 1, RECORDS[MANIFEST.shard_ids(1)])
     assert_holds(store, MANIFEST)
     redis.delete(HASH)
-    redis.set(HASH, "x")  # of another type
+    redis.set(HASH, "x")  # a value of another type
     with pytest.raises(TolhouseError, match="redis://"):
         read(store, MANIFEST)
 
 
-def test_malformed_manifests_and_aliases_are_told_and_mended(servers: Servers) -> None:
-    """Both are CorruptError, naming the table; a commit and a publish write them anew."""
+def test_malformed_manifests_and_aliases_can_be_repaired(servers: Servers) -> None:
+    """Malformed manifests and aliases raise CorruptError with the table's name, and committing and
+    publishing repair them."""
     store, redis = servers
     key, ref = "tolhouse:{registry}:manifest", MANIFEST.ref
     redis.hset(key, ref, MANIFEST.to_json().replace("int8", "int3"))
@@ -95,7 +97,7 @@ def test_malformed_manifests_and_aliases_are_told_and_mended(servers: Servers) -
 
 
 def test_many_threads_share_a_store(servers: Servers) -> None:
-    """Each gets the records of its own ids."""
+    """Each of several threads gets the records of its own ids."""
 
     def check(seed: int) -> None:
         ids = np.random.default_rng(seed).integers(0, len(IDS), 25).astype(np.uint32)
@@ -106,7 +108,7 @@ def test_many_threads_share_a_store(servers: Servers) -> None:
 
 
 def test_a_cluster_spreads_the_shards(redis_cluster_url: str) -> None:
-    """Every master of the Cluster holds some of the table, and each shard is one hash."""
+    """Every master of the Cluster holds part of the table, and each shard is one hash."""
     with (
         closing(open_store(redis_cluster_url)) as store,
         closing(RedisCluster.from_url(redis_cluster_url)) as cluster,
@@ -127,10 +129,9 @@ redis://127.0.0.1:{port}?password=secret&socket_timeout=soon"""
 
 
 @pytest.mark.parametrize("url", ["", "x", *NOT_UNDERSTOOD.split()])
-def test_a_url_that_is_not_understood_is_refused_without_its_password(
-    url: str, redis_url: str
-) -> None:
-    """Another scheme, no port, an unknown option: InvalidArgumentError, without the password."""
+def test_errors_about_malformed_urls_hide_the_password(url: str, redis_url: str) -> None:
+    """The error for a URL with another scheme, no port or an unknown option does not contain the
+    password."""
     with pytest.raises(InvalidArgumentError, match="not understood") as caught:
         open_store(url.format(port=redis_url.rpartition(":")[2]))
     assert "sec" not in str(caught.value)
@@ -142,7 +143,7 @@ redis://127.0.0.1:{port}?password=secret"""
 
 @pytest.mark.parametrize("url", SECRET.split())
 def test_errors_and_urls_hide_the_password(url: str) -> None:
-    """With nobody there, and with a wrong password, the message has the address alone."""
+    """Errors about missing servers and wrong passwords contain the address and not the password."""
     port = free_port()
     with pytest.raises(UnavailableError, match=f"127.0.0.1:{port}.* can't be reached") as nobody:
         open_store(url.format(port=port), timeout_seconds=1)
@@ -154,8 +155,8 @@ def test_errors_and_urls_hide_the_password(url: str) -> None:
     assert "secret" not in f"{nobody.value} {wrong.value}"
 
 
-def test_a_password_that_is_missing_or_may_too_little_is_unauthenticated() -> None:
-    """Both without a password and as a user who lacks a permission."""
+def test_missing_passwords_and_permissions_are_unauthenticated() -> None:
+    """A missing password and a missing permission raise UnauthenticatedError."""
     with redis_server("--requirepass", "right") as url:
         host = url.removeprefix("redis://")
         with pytest.raises(UnauthenticatedError):
@@ -172,15 +173,16 @@ def test_a_password_that_is_missing_or_may_too_little_is_unauthenticated() -> No
             store.refs()
 
 
-def test_a_server_that_speaks_another_protocol_is_told(redis_url: str) -> None:
-    """TLS asked of a server without it ends as an error of ours, with the address."""
+def test_tls_to_a_plaintext_server_raises_an_error(redis_url: str) -> None:
+    """TLS to a server without it raises an error with the address."""
     url = redis_url.replace("redis:", "rediss:")
     with pytest.raises((UnavailableError, DeadlineExceededError), match=url):
         open_store(url, timeout_seconds=0.3)
 
 
-def test_a_store_that_was_closed_under_it_comes_back() -> None:
-    """A server that dies is UnavailableError; one that starts again is used without a new store."""
+def test_a_store_reconnects_to_a_restarted_server() -> None:
+    """A server that dies raises UnavailableError, and the same store works when the server is
+    back."""
     port = free_port()
     with redis_server(port=port) as url:
         store = open_store(url, timeout_seconds=1)
@@ -195,8 +197,9 @@ def test_a_store_that_was_closed_under_it_comes_back() -> None:
             assert_holds(store, MANIFEST)
 
 
-def test_a_master_behind_a_slow_link_leaves_reads_to_its_replica() -> None:
-    """While it takes several times as long to answer, and no longer once the link is mended."""
+def test_reads_avoid_a_slow_master() -> None:
+    """Reads use the replica while its master takes several times as long to answer, and return when
+    the link is repaired."""
     with ExitStack() as stack:
         links: list[Link] = []
 
@@ -219,8 +222,8 @@ def test_a_master_behind_a_slow_link_leaves_reads_to_its_replica() -> None:
 
 
 @pytest.mark.parametrize("kind", ["standalone", "cluster"])
-def test_a_server_that_drips_is_too_slow(kind: str) -> None:
-    """Its bytes come well within the timeout, each by itself; the whole answer does not."""
+def test_a_server_that_answers_byte_by_byte_times_out(kind: str) -> None:
+    """A server that sends each byte within the timeout but not the whole answer raises an error."""
     with ExitStack() as stack:
         links: list[Link] = []
 
@@ -249,8 +252,9 @@ def test_a_server_that_drips_is_too_slow(kind: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_master_may_die_or_hang(number: signal.Signals) -> None:
-    """Its replica has the rows; what only a master can do works once there is one again."""
+def test_reads_survive_a_dead_or_hanging_master(number: signal.Signals) -> None:
+    """A replica serves reads while its master is dead or hangs, and writes work after the
+    failover."""
     with (
         redis_cluster(3, 1, node_timeout_ms=1000) as nodes,
         closing(open_store(nodes[1].url, 1.0)) as store,

@@ -1,4 +1,4 @@
-"""Changes of a store by several processes at once: each outcome is that of some order of them."""
+"""Concurrent changes of a store by several processes have the outcome of some serial order."""
 
 import socket
 import threading
@@ -43,25 +43,26 @@ def own_redis() -> object:
 
 @pytest.fixture(params=["file", "redis"])
 def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> NewStore:
-    """Makes the URL of an empty store."""
+    """A factory for URLs of empty stores."""
     is_file = request.param == "file"
     return new_stores(f"file://{tmp_path}" if is_file else request.getfixturevalue("own_redis"))
 
 
 @pytest.mark.parametrize("names", PAIRS, ids=" + ".join)
-def test_two_at_once_are_one_after_the_other(names: Names, new_store: NewStore) -> None:
-    """Results and what is left are those of one order or the other."""
+def test_two_concurrent_operations_are_serialisable(names: Names, new_store: NewStore) -> None:
+    """Two concurrent operations have the results and the final state of one of both orders."""
     assert [] == not_serial(new_store, names, rounds=4)
 
 
-def test_three_at_once_are_one_after_the_other(new_store: NewStore) -> None:
-    """The same for some triples."""
+def test_three_concurrent_operations_are_serialisable(new_store: NewStore) -> None:
+    """Three concurrent operations have the outcome of some serial order, for a sample of
+    triples."""
     for names in TRIPLES:
         assert [] == not_serial(new_store, names, rounds=2)
 
 
 class Unlocked(FileStore):
-    """A file store whose updates take no turns."""
+    """A file store whose updates are not atomic."""
 
     def update(self, change: Callable[[], Changes]) -> None:
         for (kind, ref), text in change().items():
@@ -69,14 +70,15 @@ class Unlocked(FileStore):
 
 
 def test_updates_that_are_not_atomic_are_found(tmp_path: Path) -> None:
-    """Without the lock of the file store, operations come to what no order of them gives."""
+    """Without the file store's lock, the check finds outcomes that no serial order explains."""
     names = ("publish other", "delete other")
     url = f"file://{tmp_path}"
     assert not_serial(new_stores(url), names, 30, lambda url: Unlocked(url.removeprefix("file://")))
 
 
-def test_an_error_from_reads_that_another_update_divides_is_no_answer(own_redis: str) -> None:
-    """A version is deleted between a rollback's reads: the rollback finds that none is before."""
+def test_an_error_between_reads_of_one_operation_is_resolved(own_redis: str) -> None:
+    """A rollback whose version is deleted between two of its reads reports that there is no earlier
+    version."""
     prepared(new_stores(own_redis)())
     with closing(open_store(own_redis)) as store, closing(open_store(own_redis)) as other:
         alias, deletions = store.alias, iter([OTHER.ref])
@@ -92,8 +94,8 @@ def test_an_error_from_reads_that_another_update_divides_is_no_answer(own_redis:
             rollback(store, "t")
 
 
-def test_a_table_without_all_of_its_rows_is_not_committed(new_store: NewStore) -> None:
-    """The rows are counted again, last of all."""
+def test_an_incomplete_table_is_not_committed(new_store: NewStore) -> None:
+    """A commit counts the rows at last and refuses an incomplete table."""
     prepared(url := new_store())
     with closing(open_store(url)) as store:
         lacking = manifest_of("lacking", 7)
@@ -104,8 +106,9 @@ def test_a_table_without_all_of_its_rows_is_not_committed(new_store: NewStore) -
             store.manifest(lacking.ref)
 
 
-def test_a_deletion_that_was_cut_off_can_be_finished(new_store: NewStore) -> None:
-    """Until then the version is neither there nor can it be built; --force goes on."""
+def test_an_interrupted_deletion_can_be_completed(new_store: NewStore) -> None:
+    """A version whose deletion was interrupted can be neither read nor built until `--force`
+    completes the deletion."""
     prepared(url := new_store())
     with closing(open_store(url)) as store:
         gone, store.delete_records = store.delete_records, _killed  # type: ignore[method-assign]
@@ -125,8 +128,9 @@ def _killed(ref: str) -> None:
     raise KeyboardInterrupt
 
 
-def test_two_builds_of_one_version_in_other_shards(new_store: NewStore) -> None:
-    """The first one's table stays readable, and the second is told."""
+def test_two_builds_with_different_numbers_of_shards(new_store: NewStore) -> None:
+    """The first of two builds with different numbers of shards stays readable, and the second
+    raises an error."""
     prepared(url := new_store())
     first, second = (manifest_of("twice", 5, num_shards=shards) for shards in (3, 5))
     with closing(open_store(url)) as store:
@@ -142,7 +146,8 @@ def test_two_builds_of_one_version_in_other_shards(new_store: NewStore) -> None:
 
 
 class LosesOneAnswer:
-    """A proxy to a Redis server that passes the first script on, and then cuts the connection."""
+    """A proxy to a Redis server that forwards the first script and then closes the connection
+    without the answer."""
 
     def __init__(self, port: int) -> None:
         self.lost, self._port = 0, port
@@ -170,8 +175,8 @@ class LosesOneAnswer:
         self._listener.close()
 
 
-def test_an_update_is_made_once_though_its_answer_is_lost(own_redis: str) -> None:
-    """A script that was run, and is sent again, changes nothing more."""
+def test_an_update_with_a_lost_answer_is_applied_once(own_redis: str) -> None:
+    """A script that is sent again after a lost answer is applied only once."""
     prepared(new_stores(own_redis)())
     with closing(open_store(own_redis)) as store:
         publish(store, OTHER.ref)

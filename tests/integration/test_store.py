@@ -1,4 +1,4 @@
-"""Both stores, one suite: whatever holds for files holds for Redis and for a Redis Cluster."""
+"""One suite for all stores: files, Redis, and a Redis Cluster."""
 
 import os
 import signal
@@ -37,24 +37,24 @@ def store(store_url: str) -> Iterator[Store]:
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
-    """A name of the test's own: the Redis servers are shared."""
+    """A table name for this test only, because tests share the Redis servers."""
     return f"t{abs(hash(request.node.nodeid)):x}"
 
 
-def test_what_is_written_is_read(store: Store, name: str) -> None:
-    """Any ids, in any order, with duplicates; counts and digests are those of the records."""
+def test_written_records_can_be_read(store: Store, name: str) -> None:
+    """Records are read for any ids in any order, with duplicates, and counts and digests match."""
     manifest = write(store, manifest_of(name))
     assert_holds(store, manifest, ids(49, 0, 7, 7, 12, 3))
     assert_holds(store, manifest, ids())
-    store.write_shard(manifest, 1, records_of(manifest, manifest.shard_ids(1)))  # once more
+    store.write_shard(manifest, 1, records_of(manifest, manifest.shard_ids(1)))  # a second time
     assert [17, 17, 16] == [store.count(manifest, shard) for shard in range(3)]
     assert digest(records_of(manifest, manifest.shard_ids(1))) == shard_digest(store, manifest, 1)
     assert manifest == store.manifest(manifest.ref)
     assert manifest.ref in store.refs()
 
 
-def test_a_table_is_not_there_before_its_manifest(store: Store, name: str) -> None:
-    """Shards without a manifest are no table; a shard that is not there has no digest."""
+def test_a_table_exists_with_its_manifest(store: Store, name: str) -> None:
+    """A table without a manifest does not exist, and a missing shard has no digest."""
     manifest = manifest_of(name)
     store.write_shard(manifest, 0, records_of(manifest, manifest.shard_ids(0)))
     assert shard_digest(store, manifest, 0)
@@ -65,8 +65,9 @@ def test_a_table_is_not_there_before_its_manifest(store: Store, name: str) -> No
             work(manifest.ref)
 
 
-def test_a_name_stands_for_what_was_published_last(store: Store, name: str) -> None:
-    """publish, publish again, roll back, and the errors of each; versions never mix."""
+def test_a_name_refers_to_the_version_published_last(store: Store, name: str) -> None:
+    """Publishing and rolling back select a version, their errors are clear, and versions are never
+    mixed."""
     one, two = (write(store, manifest_of(name, version)) for version in (1, 2))
     for work in (resolve, rollback):
         with pytest.raises(NotFoundError, match="not published"):
@@ -86,8 +87,8 @@ def test_a_name_stands_for_what_was_published_last(store: Store, name: str) -> N
         publish(store, f"{name}@{'f' * 16}")
 
 
-def test_a_version_is_deleted_only_when_nobody_stands_for_it(store: Store, name: str) -> None:
-    """A published one is InUseError; a deleted one is gone, also from the history."""
+def test_a_published_version_can_not_be_deleted(store: Store, name: str) -> None:
+    """A published version raises InUseError, and a deleted one disappears from the history."""
     one, two = (publish(store, write(store, manifest_of(name, version)).ref) for version in (1, 2))
     with pytest.raises(InUseError, match="is published"):
         delete(store, two.ref)
@@ -103,7 +104,7 @@ def test_a_version_is_deleted_only_when_nobody_stands_for_it(store: Store, name:
 
 
 def test_records_are_read_into_slots(store: Store, name: str) -> None:
-    """Those that are asked for stand where they should; the others stay as they are."""
+    """Requested records are written to the given slots, and other slots do not change."""
     manifest = write(store, manifest_of(name))
     out = np.zeros((6, manifest.record_bytes), np.uint8)
     assert out is store.read_records(manifest, ids(7, 40), out, np.array([4, 1]))
@@ -112,7 +113,7 @@ def test_records_are_read_into_slots(store: Store, name: str) -> None:
 
 
 def test_a_table_of_format_1_is_refused_and_can_be_deleted(store: Store, name: str) -> None:
-    """Nothing of it is left, neither its manifest nor its shards; another version stays."""
+    """Deleting a table of format 1 removes its manifest and shards, and keeps other versions."""
     other, old = write(store, manifest_of(name, 2)), manifest_of(name, 1)
 
     def stored() -> list[str]:
@@ -150,10 +151,8 @@ def client_of(store: Store) -> Redis | RedisCluster:
     return RedisCluster.from_url(store.url)
 
 
-def test_a_rollback_gives_back_the_same_bytes_and_always_goes_somewhere(
-    store: Store, name: str
-) -> None:
-    """Through every earlier version, in order, without those that were deleted."""
+def test_rollbacks_go_through_all_earlier_versions(store: Store, name: str) -> None:
+    """A rollback goes through all earlier versions in order, skipping deleted ones."""
     one, two = (write(store, manifest_of(name, version)) for version in (1, 2))
     for manifest in (one, two, one):
         publish(store, manifest.ref)
@@ -172,8 +171,8 @@ def test_a_rollback_gives_back_the_same_bytes_and_always_goes_somewhere(
 # files
 
 
-def test_files_of_others_are_no_tables(tmp_path: Path) -> None:
-    """Folders and manifests that do not belong are left out of lists, and told on request."""
+def test_unrelated_files_are_not_tables(tmp_path: Path) -> None:
+    """Unrelated folders and manifests are not listed, and errors name them on request."""
     with closing(open_store(f"file://{tmp_path}")) as store:
         manifest = write(store, manifest_of("mine"))
         (tmp_path / "README").write_text("x", encoding="utf-8")
@@ -189,8 +188,8 @@ def test_files_of_others_are_no_tables(tmp_path: Path) -> None:
             resolve(store, "broken@0000000000000001")
 
 
-def test_two_stores_are_not_one_folder(tmp_path: Path) -> None:
-    """Where one store is opened, a list of them is refused: a path with a comma is one store."""
+def test_a_list_of_stores_is_refused(tmp_path: Path) -> None:
+    """A list of stores is refused where one store is expected, and a path may contain a comma."""
     for urls in (f"file://{tmp_path},redis://h:1", f"file://{tmp_path}/a, file://{tmp_path}/b"):
         with pytest.raises(InvalidArgumentError, match="several stores; one is allowed"):
             open_store(urls)
@@ -200,8 +199,8 @@ def test_two_stores_are_not_one_folder(tmp_path: Path) -> None:
         assert store.url == f"file://{tmp_path}/a,b"
 
 
-def test_another_shard_in_a_shard_s_place_is_found(tmp_path: Path) -> None:
-    """A shard file of another version, intact in itself, does not pass for this one."""
+def test_an_exchanged_shard_is_detected(tmp_path: Path) -> None:
+    """A valid shard file of another version is detected."""
     with closing(open_store(f"file://{tmp_path}")) as store:
         one, two = (write(store, manifest_of("swapped", version)) for version in (1, 2))
         paths = [tmp_path / "swapped" / m.version / SHARD for m in (one, two)]
@@ -214,8 +213,8 @@ def test_another_shard_in_a_shard_s_place_is_found(tmp_path: Path) -> None:
 SHARD = "shard-00000-of-00003.safetensors"
 
 
-def test_a_folder_that_can_not_be_written_is_told(tmp_path: Path) -> None:
-    """A file in the way is UnavailableError with its path, and nothing half-written is left."""
+def test_an_unwritable_folder_raises_an_error(tmp_path: Path) -> None:
+    """An obstructed folder raises UnavailableError with its path and leaves nothing behind."""
     (tmp_path / "blocked").write_text("x", encoding="utf-8")
     with closing(open_store(f"file://{tmp_path}")) as store:
         with pytest.raises(UnavailableError, match="can't write"):
@@ -223,8 +222,8 @@ def test_a_folder_that_can_not_be_written_is_told(tmp_path: Path) -> None:
     assert ["blocked"] == [p.name for p in tmp_path.iterdir()]
 
 
-def test_what_is_not_found_comes_with_what_there_is(tmp_path: Path) -> None:
-    """The tables of the store, eight at most, are named for unknown names and versions."""
+def test_errors_for_unknown_tables_list_known_ones(tmp_path: Path) -> None:
+    """The error for an unknown name or version lists up to eight tables of the store."""
     with closing(open_store(f"file://{tmp_path}")) as store:
         refs = [write(store, manifest_of("known", version)).ref for version in range(10)]
         here = f"tables here: {', '.join(refs[:8])} and 2 more"
@@ -236,8 +235,8 @@ def test_what_is_not_found_comes_with_what_there_is(tmp_path: Path) -> None:
 # Redis
 
 
-def test_a_redis_that_hangs_costs_no_more_than_the_timeout() -> None:
-    """Every call ends in an error while the server is stopped, and works once it goes on."""
+def test_a_hanging_redis_times_out() -> None:
+    """Calls to a stopped server fail within the timeout, and work when it continues."""
     with (
         redis_server() as url,
         closing(open_store(url, timeout_seconds=0.3)) as store,
@@ -255,25 +254,26 @@ def test_a_redis_that_hangs_costs_no_more_than_the_timeout() -> None:
         assert_holds(store, manifest)
 
 
-def test_a_full_redis_is_told() -> None:
-    """Out of memory is OverloadedError, and says which option to raise."""
+def test_a_full_redis_raises_an_error() -> None:
+    """A Redis without free memory raises OverloadedError, which names the option to raise."""
     with redis_server("--maxmemory", "1mb", "--maxmemory-policy", "noeviction") as url:
         with closing(open_store(url)) as store, pytest.raises(OverloadedError, match="maxmemory"):
             all(write(store, manifest_of("full", version)) for version in range(2000))
 
 
-def test_a_store_that_keeps_what_it_has_is_no_risk(store: Store) -> None:
-    """Neither files nor servers without a limit are warned of."""
+def test_a_store_that_never_evicts_gives_no_warning(store: Store) -> None:
+    """File stores and servers without a memory limit give no warning."""
     assert "" == store.risk()
 
 
 @pytest.mark.parametrize(
     ("policy", "warned"), [("allkeys-lru", True), ("volatile-lru", False), ("noeviction", False)]
 )
-def test_a_redis_that_may_evict_rows_is_warned_of(
+def test_a_redis_that_may_evict_rows_gives_a_warning(
     policy: str, warned: bool, checkpoint: Path
 ) -> None:
-    """A build and a lookup service say so at start, and whoever finds no table there is told."""
+    """A build, a lookup service and the error for a missing table warn of a Redis that may evict
+    rows."""
     warning = f"may evict rows by its maxmemory-policy {policy}: set noeviction"
     with redis_server("--maxmemory", "50mb", "--maxmemory-policy", policy) as url:
         build_table(checkpoint, url, shards=8)

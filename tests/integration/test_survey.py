@@ -1,4 +1,4 @@
-"""What is told of a whole model's memory, and the report that shows it."""
+"""The survey of a model's memory and its report."""
 
 import json
 import os
@@ -22,7 +22,8 @@ from tests.commands import tolhouse
 
 
 def test_clusters_are_found() -> None:
-    """Four bundles of vectors are four clusters, which explain nearly all; noise is not."""
+    """Four bundles of vectors become four clusters with nearly all of the variance, and noise does
+    not."""
     generator = torch.Generator().manual_seed(1)
     bundles = torch.eye(16)[:4].repeat_interleave(50, 0) + 0.01 * torch.randn(
         200, 16, generator=generator
@@ -39,8 +40,8 @@ def test_clusters_are_found() -> None:
     assert explained < 0.2
 
 
-def test_figures_are_those_of_the_definitions(checkpoint: Path) -> None:
-    """Outliers, norms and ranks of a layer, computed again from the model."""
+def test_figures_follow_their_definitions(checkpoint: Path) -> None:
+    """Outliers, norms and ranks of a layer equal values computed from the model."""
     opened = open_checkpoint(checkpoint)
     found = survey(opened, 8, 0)
     model, everything = opened.model(), torch.arange(opened.config.vocab_size)
@@ -59,7 +60,8 @@ def test_figures_are_those_of_the_definitions(checkpoint: Path) -> None:
         assert 0 < entry["clustering"] < 1
 
 
-def test_who_shares_a_key_has_it_most(checkpoint: Path) -> None:
+def test_tokens_that_share_a_key_have_its_largest_coefficients(checkpoint: Path) -> None:
+    """Tokens that share a key are those with its largest coefficients."""
     model = open_checkpoint(checkpoint).model()
     c = coefficients(model, 1, torch.arange(model.config.vocab_size)).abs()
     keys = torch.tensor([[3, 7], [7, 0]])
@@ -68,8 +70,8 @@ def test_who_shares_a_key_has_it_most(checkpoint: Path) -> None:
         assert c[:, keys[place]].topk(3).indices.tolist() == found[place].tolist()
 
 
-def test_the_probes_are_told(checkpoint: Path) -> None:
-    """α = 1 changes nothing; each layer is left out once."""
+def test_the_survey_contains_probes(checkpoint: Path) -> None:
+    """α = 1 changes nothing, and each layer is removed once."""
     probes = survey(open_checkpoint(checkpoint), 8, 300)["probes"]
     assert (1.0, 4, 300) == (
         probes["row_scale"]["1"],
@@ -80,7 +82,7 @@ def test_the_probes_are_told(checkpoint: Path) -> None:
 
 
 def test_the_report_is_one_file(checkpoint: Path, tmp_path: Path) -> None:
-    """Plots and all; text of tokens can't break out of it."""
+    """The report is one file including its plots, and escapes the text of tokens."""
     page = tmp_path / "report.html"
     options = f"--clusters 8 --probe-tokens 300 --html {page} --json"
     done = tolhouse(f"explain {checkpoint} '<b>def' {options}")
@@ -91,8 +93,8 @@ def test_the_report_is_one_file(checkpoint: Path, tmp_path: Path) -> None:
     assert not re.search(r"""<script|<b>|(src|href)\s*=\s*["']http""", text)
 
 
-def test_a_layer_that_nothing_misses_is_drawn(checkpoint: Path) -> None:
-    """As is a model of one layer, without a warning that a scale has nothing to show."""
+def test_a_layer_without_effect_is_plotted(checkpoint: Path) -> None:
+    """A layer without effect and a model of one layer are plotted without warnings."""
     found = survey(open_checkpoint(checkpoint), 8, 300)
     found["layers"], found["probes"]["without_layer"] = found["layers"][:1], [0.99]
     with warnings.catch_warnings():
@@ -100,7 +102,8 @@ def test_a_layer_that_nothing_misses_is_drawn(checkpoint: Path) -> None:
         assert 5 == report(found, []).count("<svg")
 
 
-def test_what_can_not_be_surveyed_is_told(checkpoint: Path, tmp_path: Path) -> None:
+def test_invalid_surveys_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """Models without a memory, too many clusters and too few tokens are refused."""
     with pytest.raises(InvalidArgumentError, match="no token memory"):
         survey(open_checkpoint(tiny_model(tmp_path / "base", "base")), 8, 0)
     with pytest.raises(InvalidArgumentError, match="the number of clusters must be"):
@@ -109,8 +112,9 @@ def test_what_can_not_be_surveyed_is_told(checkpoint: Path, tmp_path: Path) -> N
         survey(open_checkpoint(checkpoint), 8, 1)
 
 
-def test_a_table_s_rows_are_looked_into(checkpoint: Path, tmp_path: Path) -> None:
-    """One that lacks a layer: its norms there are zero, and those of the others the model's."""
+def test_a_table_s_rows_can_be_surveyed(checkpoint: Path, tmp_path: Path) -> None:
+    """For a layer that a table lacks, the survey shows zero norms, and for the others the
+    model's."""
     url, made = f"file://{tmp_path}", "--codec fp32 --frequent-rows 0 --absent-layers 1"
     options = f"{made} --embedding yes --publish --corpus README.md"
     tolhouse(f"compress {checkpoint} --store {url} {options}")
@@ -141,16 +145,16 @@ def test_a_table_s_rows_are_looked_into(checkpoint: Path, tmp_path: Path) -> Non
         (("{}", b"\xff\xfe"), "is not UTF-8"),
     ],
 )
-def test_what_can_not_be_explained_is_told(
+def test_invalid_explanations_are_refused(
     checkpoint: Path, arguments: tuple, expected: str
 ) -> None:
-    """One line says what is wrong."""
+    """One line of error names the problem."""
     given = [str(checkpoint) if a == "{}" else a for a in arguments]
     assert expected in tolhouse("explain", *given, code=1).stderr
 
 
-def test_a_link_s_target_is_replaced_and_a_pipe_is_written_into(tmp_path: Path) -> None:
-    """Both stay what they are."""
+def test_output_files_may_be_links_or_pipes(tmp_path: Path) -> None:
+    """A symbolic link stays a link to a new file, and a pipe stays a pipe."""
     (tmp_path / "folder").mkdir()
     target, link, pipe = tmp_path / "folder" / "target", tmp_path / "link", tmp_path / "pipe"
     link.symlink_to(target)
@@ -172,7 +176,8 @@ def test_a_link_s_target_is_replaced_and_a_pipe_is_written_into(tmp_path: Path) 
         replace_file(Path("/proc/target"), b"")
 
 
-def test_a_file_is_kept_where_no_other_can_be_written(tmp_path: Path) -> None:
+def test_a_failed_export_keeps_the_existing_file(tmp_path: Path) -> None:
+    """A failed export does not change an existing file."""
     (tmp_path / "memory.npz").write_bytes(b"precious")
     base = tiny_model(tmp_path / "base", "base")
     tolhouse(f"explain {base} --explorer {tmp_path}/memory.npz", code=1)

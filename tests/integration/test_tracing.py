@@ -1,4 +1,4 @@
-"""Traces at a real OTLP receiver: one request is one trace, from the gateway to Redis."""
+"""Traces at a real OTLP receiver: one request is one trace from the gateway to Redis."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ CALLERS_TRACE = "0af7651916cd43dd8448eb211c80319c"
 
 
 class Receiver(service.TraceServiceServicer):
-    """Keeps the spans that come, each with the name of the service that sent it."""
+    """Records received spans with the names of the services that sent them."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, Span]] = []
@@ -41,7 +41,7 @@ class Receiver(service.TraceServiceServicer):
         return messages.ExportTraceServiceResponse()
 
     def trace(self, trace_id: str, *names: str) -> list[tuple[str, Span]]:
-        """The spans of a trace, once it has some of all these names."""
+        """The spans of a trace, once it has spans with all these names."""
 
         def of_trace() -> list[tuple[str, Span]]:
             return [(who, span) for who, span in self.spans if span.trace_id.hex() == trace_id]
@@ -66,7 +66,7 @@ def receiver() -> Iterator[tuple[Receiver, str]]:
 
 @pytest.fixture(scope="module")
 def traced(redis_url: str, checkpoint: Path) -> Iterator[tuple[Receiver, Cluster]]:
-    """Services that send their spans; no row is cached anywhere, so that each comes from Redis."""
+    """Services that export their spans. Rows are not cached, so that each comes from Redis."""
     build_table(checkpoint, redis_url, name="traced")
     with receiver() as (one, url), pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
@@ -92,7 +92,8 @@ def attributes(span: Span) -> dict:
 def test_a_request_is_one_trace_from_the_gateway_to_redis(
     traced: tuple[Receiver, Cluster], redis_url: str
 ) -> None:
-    """Its spans hang together below the caller's own, and say what was done."""
+    """The spans of a request form one tree below the caller's span and have the documented
+    attributes."""
     one, cluster = traced
     parent = f"00-{CALLERS_TRACE}-b7ad6b7169203331-01"
     complete(cluster, traceparent=parent, **{"x-request-id": "mine"})
@@ -121,10 +122,12 @@ def test_a_request_is_one_trace_from_the_gateway_to_redis(
     assert usage.items() <= told["worker Generate"].items()
     assert told["store read"]["server.address"] == redis_url
     fetches = [attributes(span) for _, span in spans if span.name == "fetch rows"]
-    assert 3 + 2 == sum(each["tolhouse.rows"] for each in fetches)  # of the prompt, of the answer
+    # of the prompt and of the answer
+    assert 3 + 2 == sum(each["tolhouse.rows"] for each in fetches)
 
 
 def test_a_log_line_names_its_trace(traced: tuple[Receiver, Cluster]) -> None:
+    """The log line of a request contains the id of its trace."""
     one, cluster = traced
     trace_id = "1" * 32
     complete(cluster, traceparent=f"00-{trace_id}-{'2' * 16}-01", **{"x-request-id": "logged"})
@@ -136,8 +139,9 @@ def test_a_log_line_names_its_trace(traced: tuple[Receiver, Cluster]) -> None:
     assert [trace_id] == [line["trace_id"] for line in lines if line.get("request_id") == "logged"]
 
 
-def test_what_the_caller_does_not_record_is_not_recorded(traced: tuple[Receiver, Cluster]) -> None:
-    """A traceparent without its flag leaves no span; an invalid one begins a trace."""
+def test_unsampled_traces_are_not_recorded(traced: tuple[Receiver, Cluster]) -> None:
+    """A traceparent without the sampled flag leaves no span, and an invalid one starts a new
+    trace."""
     one, cluster = traced
     complete(cluster, traceparent=f"00-{'3' * 32}-{'4' * 16}-00")
     complete(cluster, traceparent="no traceparent", **{"x-request-id": "anew"})
@@ -153,7 +157,8 @@ def test_what_the_caller_does_not_record_is_not_recorded(traced: tuple[Receiver,
     assert not [span for _, span in one.spans if span.trace_id.hex() == "3" * 32]
 
 
-def test_a_failure_is_told(traced: tuple[Receiver, Cluster]) -> None:
+def test_a_failed_request_has_its_status_in_the_trace(traced: tuple[Receiver, Cluster]) -> None:
+    """The span of a refused request has the status code of the response."""
     one, cluster = traced
     trace_id = "5" * 32
     body = {"model": "tiny-memory", "prompt": [5], "max_tokens": 1, "temperature": 0.5, "top_p": -1}
@@ -165,7 +170,7 @@ def test_a_failure_is_told(traced: tuple[Receiver, Cluster]) -> None:
 
 
 def test_spans_of_a_batch_link_to_all_its_requests() -> None:
-    """Rows for several requests are fetched below the first, with links to the others."""
+    """Rows for several requests are fetched in a span below the first, with links to the others."""
     with receiver() as (one, url), pytest.MonkeyPatch.context() as patch:
         program = f"""
 from tolhouse import tracing
@@ -187,8 +192,8 @@ tracing.end(first), tracing.end(second, "it broke")
     assert ("it broke", "") == (spans["second"].status.message, spans["first"].status.message)
 
 
-def test_off_loads_no_sdk() -> None:
-    """Without a collector only OpenTelemetry's API is loaded, and spans are nothing."""
+def test_disabled_tracing_loads_no_sdk() -> None:
+    """Without a collector only OpenTelemetry's API is loaded, and spans are not recorded."""
     program = """
 import sys
 from tolhouse import tracing
@@ -211,13 +216,14 @@ assert not [name for name in sys.modules if name.startswith("opentelemetry.sdk")
         ("http://collector:4317", "in plaintext"),
     ],
 )
-def test_bad_collectors_are_told(url: str, expected: str) -> None:
+def test_invalid_collectors_are_refused(url: str, expected: str) -> None:
+    """A collector's URL must be http://HOST:PORT, and plaintext is allowed on this machine only."""
     with pytest.raises(InvalidArgumentError, match=expected):
         tracing.start_tracing("lookup", url, insecure=False)
 
 
-def test_a_collector_that_is_away_fails_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    """Spans are lost; answers come, and the service stops when told to."""
+def test_an_unreachable_collector_fails_no_request(checkpoint: Path, tmp_path: Path) -> None:
+    """With an unreachable collector, spans are lost, answers arrive, and services stop normally."""
     url = f"file://{tmp_path}"
     build_table(checkpoint, url)
     away = ("--traces", "http://127.0.0.1:9")

@@ -1,4 +1,4 @@
-"""Training: deterministic, resumable, on any text, by real runs of a small recipe."""
+"""Training runs of a small recipe are deterministic and resumable, on any text."""
 
 import csv
 import math
@@ -22,7 +22,7 @@ from tests.commands import start, tolhouse
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a few modules of the standard library, and a binary file, which is skipped."""
+    """A folder with a few modules of the standard library and a binary file, which is skipped."""
     folder = tmp_path_factory.mktemp("corpus")
     modules = "argparse ast dataclasses difflib inspect subprocess tarfile typing"
     for name in modules.split(" "):
@@ -57,8 +57,9 @@ def train(small: Recipe, text: Path, out: Path, seed: int = 0) -> tuple[float, b
     return loss, (out / WEIGHTS).read_bytes()
 
 
-def test_a_seed_fixes_the_checkpoint(small: Recipe, text: Path, tmp_path: Path) -> None:
-    """Two runs of a seed give the same bytes, another seed others; the loss falls."""
+def test_a_seed_determines_the_checkpoint(small: Recipe, text: Path, tmp_path: Path) -> None:
+    """Two runs with the same seed give the same bytes, another seed gives others, and the loss
+    falls."""
     first, again, other = (
         train(small, text, tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
@@ -74,15 +75,15 @@ def test_a_seed_fixes_the_checkpoint(small: Recipe, text: Path, tmp_path: Path) 
     open_checkpoint(tmp_path / "a")
 
 
-def test_a_run_goes_on_where_it_was_saved(small: Recipe, text: Path, tmp_path: Path) -> None:
-    """A run that is interrupted after a save ends in the bytes of one that was not."""
+def test_a_run_resumes_from_its_last_save(small: Recipe, text: Path, tmp_path: Path) -> None:
+    """A run that was interrupted after a save ends with the same bytes as an uninterrupted one."""
 
     class InterruptedRunError(Exception):
         pass
 
     class Interrupting(Trainer):
         def batch(self, ids: np.ndarray, *seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-            if ids is self.train_ids and seed[-1] == 9:  # a step after the second save
+            if ids is self.train_ids and seed[-1] == 9:  # one step after the second save
                 raise InterruptedRunError
             return super().batch(ids, *seed)
 
@@ -104,18 +105,18 @@ def test_a_run_goes_on_where_it_was_saved(small: Recipe, text: Path, tmp_path: P
 
 @pytest.mark.timeout(600)
 def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
-    """`tolhouse train`, killed and started again, gives the checkpoint of a whole run."""
+    """`tolhouse train` gives the checkpoint of a complete run after it was killed and restarted."""
     command = f"train tiny --no-compile --steps 120 --corpus {text} --out"
     tolhouse(command, tmp_path / "whole")
     killed = tmp_path / "killed"
     popen = start(command, killed)
-    while not (killed / "training-state.safetensors").exists():  # saved first after 50 steps
+    while not (killed / "training-state.safetensors").exists():  # the first save is after 50 steps
         assert popen.poll() is None
         time.sleep(0.01)
     popen.kill()
     popen.communicate()
     assert not (killed / WEIGHTS).exists()
-    with locked(killed):  # as if the first one went on
+    with locked(killed):  # as if the first process were still running
         assert "another process has the lock" in tolhouse(command, killed, code=1).stderr
     tolhouse(command, killed)
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (killed / WEIGHTS).read_bytes()
@@ -133,8 +134,11 @@ def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
     assert "holds a finished checkpoint" in tolhouse(command, killed, code=1).stderr
 
 
-def test_the_loss_is_that_of_the_model_itself(small: Recipe, text: Path, tmp_path: Path) -> None:
-    """Rows computed once per distinct token give the loss and gradients of rows of every token."""
+def test_shared_rows_give_the_same_loss_and_gradients(
+    small: Recipe, text: Path, tmp_path: Path
+) -> None:
+    """Computing rows once per distinct token gives the same loss and gradients as computing them
+    for every token."""
     ids = corpus.prepare(text, tmp_path, small.config.vocab_size, small.sequence_tokens)
     trainer = Trainer(small, *ids, tmp_path)
     replace_steps = replace(small, steps=1)
@@ -160,8 +164,9 @@ def test_the_loss_is_that_of_the_model_itself(small: Recipe, text: Path, tmp_pat
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
 
 
-def test_the_rate_warms_up_and_falls_to_its_end() -> None:
-    """Linear up to the peak, then a cosine down to the final rate (PAPER section 3)."""
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    """The learning rate rises linearly to its peak and falls as a cosine to its final value (PAPER
+    section 3)."""
     chosen = recipe("paper-1b", "memory", 0)
     rates = [rate(chosen, step) for step in range(0, chosen.steps + 1, 500)]
     assert max(rates) == pytest.approx(1e-4)
@@ -174,15 +179,17 @@ def test_the_rate_warms_up_and_falls_to_its_end() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_every_kind(name: str) -> None:
-    """A recipe describes a run of each kind, and says what it is."""
+    """Every recipe describes a run of each kind, and the error for an unknown recipe lists the
+    known ones."""
     for kind, beta in (("base", 0), ("memory", 0), ("flex", 1), ("flex", 3), ("wide", 0)):
         assert kind == recipe(name, kind, beta).config.kind
     with pytest.raises(InvalidArgumentError, match="one of tiny, small"):
         recipe("huge", "base", 0)
 
 
-def test_a_corpus_is_divided_by_name_and_text_round_trips(text: Path, tmp_path: Path) -> None:
-    """A document stays on its side, binaries are skipped, and the tokenizer gives any text back."""
+def test_a_corpus_is_split_by_name_and_text_round_trips(text: Path, tmp_path: Path) -> None:
+    """A document belongs to one part, binary files are skipped, and the tokenizer reproduces any
+    text."""
     names = [name for name, _ in corpus.documents(text)]
     assert not any(name.startswith("binary") for name in names)
     assert len(set(names)) == len(names) > 8
@@ -195,8 +202,8 @@ def test_a_corpus_is_divided_by_name_and_text_round_trips(text: Path, tmp_path: 
     assert sample == tokenizer.decode(tokenizer.encode(sample).ids)
 
 
-def test_a_corpus_that_can_not_train_is_refused(tmp_path: Path) -> None:
-    """Nothing there, or too little of it."""
+def test_an_unsuitable_corpus_is_refused(tmp_path: Path) -> None:
+    """A missing or too small corpus is refused."""
     with pytest.raises(NotFoundError, match="no corpus at"):
         corpus.prepare(tmp_path / "nothing", tmp_path, 512, 32)
     (tmp_path / "short.txt").write_text("import os", encoding="utf-8")
