@@ -41,7 +41,7 @@ def test_compression_is_measured_on_two_kinds_of_text(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("name", ["demo-memory", "demo-flex"])
 def test_the_held_out_loss_of_a_model_is_the_same_everywhere(name: str) -> None:
-    """A model card's held-out loss over all tokens equals that in the table of codecs and in SCIENCE.md."""
+    """A model card's held-out loss equals that in docs/benchmarks.md and in SCIENCE.md."""
     card = (ROOT / "models" / name / "README.md").read_text(encoding="utf-8")
     stated = re.search(r"held-out loss \| (\d\.\d{4}) .* over all 86,718 held-out tokens", card)
     assert stated, card
