@@ -1,8 +1,9 @@
 """What MkDocs does not do by itself, for the pages in this folder.
 
-`{{ include PATH }}` stands for a file of the repository, `{{ options CLASS }}` for the options of a
-class of `tolhouse.config`, `{{ sampling }}` for the sampling parameters, and `{{ errors }}` for the
-error classes. Links out of this folder become links to the repository.
+The pages of `INCLUDED` get the content of a file of the repository. The comment
+`<!-- options CLASS -->` stands for the options of a class of `tolhouse.config`, `<!-- sampling -->`
+for the sampling parameters, and `<!-- errors -->` for the error classes. Links out of this folder
+become links to the repository.
 """
 
 import posixpath
@@ -45,14 +46,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in what stands in double braces, and let links lead out of this folder."""
-    source = "docs"
-    if match := re.search(r"^\{\{ include (\S+) \}\}$", markdown, re.MULTILINE):
-        source = posixpath.dirname(match[1])
-        markdown = markdown.replace(match[0], (ROOT / match[1]).read_text(encoding="utf-8"))
-    markdown = re.sub(r"^\{\{ options (\w+) \}\}$", _options, markdown, flags=re.MULTILINE)
-    markdown = re.sub(r"^\{\{ sampling \}\}$", lambda _: _sampling(), markdown, flags=re.MULTILINE)
-    markdown = re.sub(r"^\{\{ errors \}\}$", lambda _: _errors(), markdown, flags=re.MULTILINE)
+    """Fill in included files and generated tables, and let links lead out of this folder."""
+    included = {target: path for path, target in INCLUDED.items()}
+    path = included.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    source = posixpath.dirname(path)
+    if source != "docs":
+        markdown = (ROOT / path).read_text(encoding="utf-8")
+    markdown = re.sub(r"^<!-- options (\w+) -->$", _options, markdown, flags=re.MULTILINE)
+    markdown = re.sub(r"^<!-- sampling -->$", lambda _: _sampling(), markdown, flags=re.MULTILINE)
+    markdown = re.sub(r"^<!-- errors -->$", lambda _: _errors(), markdown, flags=re.MULTILINE)
     url = config.repo_url
 
     def link(match: re.Match[str]) -> str:
