@@ -263,6 +263,9 @@ class GatewayConfig(Server, Caller):
     poll_seconds: float = option(1, "Time between checks of a worker's health and load.", gt=0)
     keys_file: str = option("", "File of API keys, made by `tolhouse keys`. Default: no keys.")
     rate_limit_store: str = option("", "Redis that counts for all gateways. Default: each its own.")
+    cors_origins: str = option(
+        "", "Origins of web pages that may call, with commas between; `*`: all. Default: none."
+    )
     max_connections: int = option(1024, "Most open connections; more are refused.", ge=1)
     header_timeout_seconds: float = option(10, "Longest time for a header or TLS handshake.", gt=0)
     body_timeout_seconds: float = option(60, "Longest time to receive or to send a body.", gt=0)

@@ -17,6 +17,7 @@ from tolhouse.config import DEFAULT_STORE
 from tolhouse.errors import InternalError, UnavailableError
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.generate import greedy
+from tolhouse.model.tokenizer import TokenTexts
 from tolhouse.testing import Cluster, local_cluster, open_url
 
 PROMPTS = (
@@ -43,7 +44,8 @@ def demo(checkpoint_path: Path, max_tokens: int) -> int:
     click.echo("· comparing with the model in one process, its FFNs in place", err=True)
     model = checkpoint.model()
     local = [list(greedy(model, ids, max_tokens)) for ids in prompts]
-    same = tokens == local and texts == [tokenizer.decode(ids) for ids in local]
+    expected = map(TokenTexts(tokenizer).continuation, prompts, local)
+    same = tokens == local and texts == list(expected)
     count, rate = sum(map(len, tokens)), round(sum(map(len, tokens)) / seconds, 1)
     names = "from_cache", "from_remote", "remote_bytes"
     cached, remote, fetched = (getattr(served.rows, n) - getattr(before, n) for n in names)

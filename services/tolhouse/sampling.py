@@ -140,10 +140,10 @@ def check_prompt(
     if not ids:
         raise InvalidArgumentError("the prompt is empty; at least one token is needed")
     if len(ids) + max_tokens > context_tokens:
-        asked = f"{len(ids)} prompt tokens and max_tokens {max_tokens}"
-        context = f"the context of {context_tokens} tokens"
-        raise PromptTooLongError(
-            f"{asked} exceed {context}: shorten the prompt or lower max_tokens"
+        raise PromptTooLongError(  # in OpenAI's words, by which clients recognise it
+            f"This model's maximum context length is {context_tokens} tokens. However, you "
+            f"requested {len(ids) + max_tokens} tokens ({len(ids)} in the prompt, {max_tokens} in "
+            "the completion). Please reduce the length of the prompt or completion."
         )
     return check_ids(ids, vocab_size)
 

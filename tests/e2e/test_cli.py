@@ -102,7 +102,9 @@ def test_rows_and_text_from_the_shell(checkpoint: Path, tmp_path: Path) -> None:
         here = tolhouse(*complete, "--max-tokens", "20")
         assert here.startswith("def add(")
         assert here == tolhouse(*complete, "--max-tokens", "20", *served)
-        assert "exceed the context" in tolhouse(*complete, "--max-tokens", "999", *served, code=1)
+        assert "maximum context length" in tolhouse(
+            *complete, "--max-tokens", "999", *served, code=1
+        )
     assert norms == norms_of(tolhouse("fetch", ref, "3", "5", "--rows", url))
     assert "can't be reached" in tolhouse(*complete, *served, code=1)
     assert "can't be reached" in tolhouse("fetch", ref, "1", *rows, code=1)

@@ -264,8 +264,9 @@ def test_the_stock_client_sees_its_own_errors(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="available: demo-memory"):
         complete(client, model="gpt-9")
     for options in ({"prompt": PROMPT * 200}, {"max_tokens": 1000, "stream": True}):
-        with pytest.raises(openai.BadRequestError, match="exceed the context of 512"):
+        with pytest.raises(openai.BadRequestError, match="maximum context length is 512") as found:
             complete(client, **options)
+        assert ("context_length_exceeded", "prompt") == (found.value.code, found.value.param)
 
 
 # chat
@@ -364,9 +365,9 @@ def test_a_chat_s_logprobs_have_openai_s_form(client: OpenAI, talking: OpenAI) -
         ({"top_logprobs": 2}, "logprobs=true"),
         ({"logprobs": True, "top_logprobs": 21}, "less than or equal to 20"),
         ({"max_completion_tokens": 0}, "greater than or equal to 1"),
-        ({"max_completion_tokens": 600}, "exceed the context of 512"),
+        ({"max_completion_tokens": 600}, "maximum context length is 512 tokens"),
         ({"extra_body": {"frobnicate": 1}}, "unknown parameter 'frobnicate'"),
-        ({"messages": [{"role": "user", "content": "(a" * 900}]}, "context of 512"),
+        ({"messages": [{"role": "user", "content": "(a" * 900}]}, "maximum context length is 512"),
     ],
 )
 def test_a_bad_chat_is_refused(talking: OpenAI, options: dict, message: str) -> None:
@@ -386,61 +387,159 @@ def test_without_a_template_chat_says_what_is_missing(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "param", "message"),
+    ("body", "param", "code", "message"),
     [
-        ("{", None, "not valid JSON"),
-        ("", None, "JSON"),
-        ("[]", None, "JSON object"),
-        ("null", None, "JSON"),
-        ("[" * 100_000, None, "body"),
-        ('{"prompt": "\\ud800"}', None, "surrogate"),
-        ('{"prompt": "a", "temperature": NaN}', "temperature", "finite number"),
-        ({}, "prompt", "required"),
-        ({"prompt": 3}, "prompt", "list of token ids"),
-        ({"prompt": [1, "a"]}, "prompt", "list of token ids"),
-        ({"prompt": ""}, None, "empty"),
-        ({"prompt": []}, None, "empty"),
-        ({"prompt": [[]]}, None, "at least one"),
-        ({"prompt": [-1]}, None, "outside the vocabulary"),
-        ({"prompt": [8192]}, None, "allowed are 0 to 8191"),
-        ({"prompt": "a", "frobnicate": 1}, "frobnicate", "unknown parameter 'frobnicate'"),
-        ({"prompt": "a", "temperature": -1}, "temperature", "greater than or equal to 0"),
-        ({"prompt": "a", "temperature": "hot"}, "temperature", "number"),
-        ({"prompt": "a", "temperature": None, "top_p": 0}, "top_p", "greater than 0"),
-        ({"prompt": "a", "max_tokens": 0}, None, "at least 1; 0 is allowed with echo=true"),
-        ({"prompt": "a", "max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
-        ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", "integer"),
-        ({"prompt": "a", "n": 1000}, "n", "128"),
-        ({"prompt": ["a"] * 100, "n": 2}, None, "more than 128 completions"),
-        ({"prompt": "a", "logprobs": 21}, "logprobs", "less than or equal to 20"),
-        ({"prompt": "a", "logprobs": True}, "logprobs", "integer"),
-        ({"prompt": "a", "suffix": "b"}, None, "suffix is not supported: leave it out"),
-        ({"prompt": "a", "use_beam_search": True}, None, "not supported: leave it out, or False"),
-        ({"prompt": "a", "presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
-        ({"prompt": "a", "repetition_penalty": 1e-40}, "repetition_penalty", "0.0078125"),
-        ({"prompt": "a", "min_p": 1.5}, "min_p", "less than or equal to 1"),
-        ({"prompt": "a", "top_k": -2}, "top_k", "greater than or equal to -1"),
-        ({"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias", "less than or equal to 100"),
-        ({"prompt": "a", "logit_bias": {"one": 1}}, "logit_bias", "integer"),
-        ({"prompt": "a", "logit_bias": {"99999": 1}}, None, "99999 is outside the vocabulary"),
-        ({"prompt": "a", "logit_bias": {"\ud800": 1}}, "logit_bias", "unicode"),
-        ({"prompt": "a", "stop": ["x"] * 33}, "stop", "at most 32 texts"),
-        ({"prompt": "a", "stop": "x" * 513}, "stop", "at most 512 characters"),
-        ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids", "greater than or equal to 0"),
-        ({"prompt": "a", "min_tokens": 17}, None, "min_tokens must be at most max_tokens=16"),
-        ({"prompt": "a", "best_of": 3}, None, "leave it out, or equal to n=1"),
-        ({"prompt": "a", "stream_options": {"include_usage": True}}, None, "stream=true"),
-        ({"prompt": "a", "stream": "yes"}, "stream", "boolean"),
+        ("{", None, "invalid_value", "not valid JSON"),
+        ("", None, "invalid_type", "JSON"),
+        ("[]", None, "invalid_type", "JSON object"),
+        ("null", None, "invalid_type", "JSON"),
+        ("[" * 100_000, None, None, "body"),
+        ('{"prompt": "\\ud800"}', "prompt", "invalid_value", "surrogate"),
+        ('{"prompt": "a", "temperature": NaN}', "temperature", "invalid_value", "finite number"),
+        ({}, "prompt", "missing_required_parameter", "required"),
+        ({"prompt": 3}, "prompt", "invalid_type", "list of token ids"),
+        ({"prompt": [1, "a"]}, "prompt", "invalid_type", "list of token ids"),
+        ({"prompt": ""}, "prompt", "invalid_value", "empty"),
+        ({"prompt": []}, "prompt", "invalid_value", "empty"),
+        ({"prompt": [[]]}, "prompt", "invalid_value", "at least one"),
+        ({"prompt": [-1]}, "prompt", "invalid_value", "outside the vocabulary"),
+        ({"prompt": [8192]}, "prompt", "invalid_value", "allowed are 0 to 8191"),
+        (
+            {"prompt": "a", "frobnicate": 1},
+            "frobnicate",
+            "unknown_parameter",
+            "unknown parameter 'frobnicate'",
+        ),
+        (
+            {"prompt": "a", "temperature": -1},
+            "temperature",
+            "decimal_below_min_value",
+            "greater than or equal to 0",
+        ),
+        ({"prompt": "a", "temperature": "hot"}, "temperature", "invalid_type", "number"),
+        (
+            {"prompt": "a", "temperature": None, "top_p": 0},
+            "top_p",
+            "decimal_below_min_value",
+            "greater than 0",
+        ),
+        (
+            {"prompt": "a", "max_tokens": 0},
+            "max_tokens",
+            "integer_below_min_value",
+            "at least 1; 0 is allowed with echo=true",
+        ),
+        (
+            {"prompt": "a", "max_tokens": -1},
+            "max_tokens",
+            "integer_below_min_value",
+            "greater than or equal to 0",
+        ),
+        ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", "invalid_type", "integer"),
+        ({"prompt": "a", "n": 1000}, "n", "integer_above_max_value", "128"),
+        ({"prompt": ["a"] * 100, "n": 2}, "n", "invalid_value", "more than 128 completions"),
+        (
+            {"prompt": "a", "logprobs": 21},
+            "logprobs",
+            "integer_above_max_value",
+            "less than or equal to 20",
+        ),
+        ({"prompt": "a", "logprobs": True}, "logprobs", "invalid_type", "integer"),
+        (
+            {"prompt": "a", "suffix": "b"},
+            "suffix",
+            "unsupported_parameter",
+            "suffix is not supported: leave it out",
+        ),
+        (
+            {"prompt": "a", "use_beam_search": True},
+            "use_beam_search",
+            "unsupported_parameter",
+            "not supported: leave it out, or send False",
+        ),
+        (
+            {"prompt": "a", "presence_penalty": 2.5},
+            "presence_penalty",
+            "decimal_above_max_value",
+            "less than or equal to 2",
+        ),
+        (
+            {"prompt": "a", "repetition_penalty": 1e-40},
+            "repetition_penalty",
+            "decimal_below_min_value",
+            "0.0078125",
+        ),
+        (
+            {"prompt": "a", "min_p": 1.5},
+            "min_p",
+            "decimal_above_max_value",
+            "less than or equal to 1",
+        ),
+        (
+            {"prompt": "a", "top_k": -2},
+            "top_k",
+            "integer_below_min_value",
+            "greater than or equal to -1",
+        ),
+        (
+            {"prompt": "a", "logit_bias": {"1": 101}},
+            "logit_bias",
+            "decimal_above_max_value",
+            "less than or equal to 100",
+        ),
+        ({"prompt": "a", "logit_bias": {"one": 1}}, "logit_bias", "invalid_type", "integer"),
+        (
+            {"prompt": "a", "logit_bias": {"99999": 1}},
+            "logit_bias",
+            "invalid_value",
+            "99999 is outside the vocabulary",
+        ),
+        ({"prompt": "a", "logit_bias": {"\ud800": 1}}, "logit_bias", "invalid_value", "unicode"),
+        ({"prompt": "a", "stop": ["x"] * 33}, "stop", "array_above_max_length", "at most 32 texts"),
+        (
+            {"prompt": "a", "stop": "x" * 513},
+            "stop",
+            "string_above_max_length",
+            "at most 512 characters",
+        ),
+        (
+            {"prompt": "a", "stop_token_ids": [-1]},
+            "stop_token_ids",
+            "integer_below_min_value",
+            "greater than or equal to 0",
+        ),
+        (
+            {"prompt": "a", "min_tokens": 17},
+            "min_tokens",
+            "invalid_value",
+            "min_tokens must be at most max_tokens=16",
+        ),
+        (
+            {"prompt": "a", "best_of": 3},
+            "best_of",
+            "unsupported_parameter",
+            "leave it out, or send n=1",
+        ),
+        (
+            {"prompt": "a", "stream_options": {"include_usage": True}},
+            "stream_options",
+            "invalid_value",
+            "stream=true",
+        ),
+        ({"prompt": "a", "stream": "yes"}, "stream", "invalid_type", "boolean"),
     ],
 )
-def test_a_bad_body_is_refused(cluster: Cluster, body, param: str | None, message: str) -> None:
-    """Status 400 in OpenAI's form, naming the parameter and what is allowed."""
+def test_a_bad_body_is_refused(
+    cluster: Cluster, body, param: str | None, code: str | None, message: str
+) -> None:
+    """Status 400 in OpenAI's form, with its code, the parameter and what is allowed."""
     content = body if isinstance(body, str) else json.dumps(body)
     headers = {"Content-Type": "application/json"}
     answer = httpx.post(f"{cluster.url}/completions", content=content, headers=headers, timeout=30)
     assert 400 == answer.status_code, answer.text
     error = answer.json()["error"]
-    assert ("invalid_request_error", param, 400) == (error["type"], error["param"], error["code"])
+    found = error["type"], error["param"], error["code"]
+    assert ("invalid_request_error", param, code) == found
     assert message in error["message"]
 
 
@@ -504,9 +603,13 @@ def test_no_body_breaks_anything(talking: OpenAI, path: str, body: dict, odd: di
 
 
 def test_paths_and_methods_that_are_not_there(cluster: Cluster) -> None:
-    """404 and 405 come in the same form."""
-    assert 404 == get(cluster, "/v1/nothing").json()["error"]["code"]
-    assert 405 == get(cluster, "/v1/completions").json()["error"]["code"]
+    """404 and 405 have OpenAI's form and codes."""
+    for path, status, code in (
+        ("/v1/nothing", 404, "unknown_url"),
+        ("/v1/completions", 405, "method_not_supported"),
+    ):
+        answer = get(cluster, path)
+        assert (status, code) == (answer.status_code, answer.json()["error"]["code"])
 
 
 def test_health_and_metrics(cluster: Cluster) -> None:
@@ -584,7 +687,7 @@ def test_text_and_tokens_are_changed_into_each_other(cluster: Cluster, tokenizer
         ("/tokenize", {}, "either"),
         ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}, "chat template"),
         ("/tokenize", {"prompt": "a", "model": 3}, "model"),
-        ("/v1/completions", {"prompt": "a" * 900_000}, "context of 512 tokens"),
+        ("/v1/completions", {"prompt": "a" * 900_000}, "maximum context length is 512 tokens"),
         ("/v1/completions", {"prompt": PROMPT, "user": "a" * 513}, "user"),
     ],
 )
@@ -622,7 +725,7 @@ def test_what_is_too_large_is_refused(cluster: Cluster) -> None:
         headers = {"Content-Type": "application/json"}
         for content in (body, iter([body[:10_000], body[10_000:20_000], body[20_000:]])):
             answer = httpx.post(url, content=content, headers=headers)
-            assert (413, 413) == (answer.status_code, answer.json()["error"]["code"])
+            assert 413 == answer.status_code
             assert "at most 20000 bytes" in answer.json()["error"]["message"]
 
 

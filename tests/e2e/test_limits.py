@@ -7,7 +7,7 @@ import ssl
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import grpc
@@ -22,9 +22,11 @@ from tolhouse.gateway.middleware import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
 from tolhouse.gateway.request_handler import RequestHandler
 from tolhouse.gateway.router import ServedModel, WorkerRouter
 from tolhouse.gateway.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from tolhouse.gateway.text import Prompt, Vocabulary
 from tolhouse.lookup import service
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.lookup.service import MAX_IDS_PER_FETCH
+from tolhouse.model.tokenizer import load_tokenizer
 from tolhouse.net.channel import Addresses
 from tolhouse.net.server import MAX_CONNECTIONS, MAX_REQUEST_BYTES, MAX_STREAMS
 from tolhouse.store.base import open_store
@@ -254,8 +256,8 @@ def fields(count: int) -> bytes:
         (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", ""),
         (b'{"prompt": [' + b'"a",' * 120_000 + b'"a"]}', "prompt must be"),
         (b'{"prompt": [' + b"[1]," * 120_000 + b"[1]]}", "prompt must be"),
-        (b'{"prompt": [' + b"1," * 200_000 + b"1]}", "exceed the context"),
-        (b'{"prompt": "' + b"x" * 400_000 + b'"}', "more than fit the context"),
+        (b'{"prompt": [' + b"1," * 200_000 + b"1]}", "maximum context length"),
+        (b'{"prompt": "' + b"x" * 400_000 + b'"}', "400000 characters, which are more tokens"),
         (b'{"prompt": [' + b"9" * 400_000 + b"]}", ""),
         (b'{"prompt": "a", "stop_token_ids": [' + b"1," * 256 + b"1]}", "at most 256"),
         (b'{"prompt": "a", "logit_bias": {' + fields(1025) + b"}}", "1025 fields; at most 1024"),
@@ -277,7 +279,7 @@ def test_log_probabilities_of_an_answer_have_a_bound(cluster: Cluster) -> None:
     """Tokens times choices times likeliest tokens: beyond it 400 says so, below it all come."""
     ids = {"prompt": [5] * 200, "max_tokens": 0, "echo": True, "logprobs": 20}
     answer = httpx.post(f"{cluster.url}/completions", json={**ids, "n": 128}, timeout=60)
-    expected = f"{128 * 200 * 21} log probabilities, of all choices together; at most {1 << 18}"
+    expected = f"may have {128 * 200 * 21} log probabilities; at most {1 << 18} are allowed"
     assert (400, True) == (answer.status_code, expected in answer.json()["error"]["message"])
     answer = httpx.post(f"{cluster.url}/completions", json={**ids, "n": 8}, timeout=60)
     assert 200 == answer.status_code
@@ -290,12 +292,14 @@ def test_what_choices_share_is_counted_for_each() -> None:
     model = ServedModel("m", 1 << 17, 10, 0)
 
     router = WorkerRouter(Addresses("127.0.0.1:1", ClientCredentials()), "", 1)
+    vocabulary = Vocabulary(load_tokenizer("models/demo-memory/tokenizer.json"))
 
     def handler(body: GenerationRequest, *prompts: list[int]) -> RequestHandler:
-        return RequestHandler(body, [*prompts], model, router, *[None] * 3)
+        made = [Prompt(ids) for ids in prompts]
+        return RequestHandler(body, made, model, router, vocabulary, "", nullcontext())
 
     body = CompletionRequest(prompt=[[1]], n=100)
-    with pytest.raises(InvalidArgumentError, match=f"10000000 prompt tokens.*at most {1 << 20}"):
+    with pytest.raises(InvalidArgumentError, match=f"10000000 tokens.*at most {1 << 20}"):
         handler(body, [1] * 100_000)
     messages = [{"role": "user", "content": "a"}]
     chat = ChatRequest(messages=messages, logprobs=True, top_logprobs=3, n=2)

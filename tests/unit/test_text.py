@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tolhouse.errors import InvalidArgumentError, PromptTooLongError
-from tolhouse.gateway.text import Detokenizer, Vocabulary
+from tolhouse.gateway.text import Detokenizer, Prompt, Vocabulary
 from tolhouse.gateway.turns import list_json, text_json
-from tolhouse.model.tokenizer import load_tokenizer
+from tolhouse.model.tokenizer import TokenDecoder, load_tokenizer
 from tolhouse.sampling import check_ids
 
 TOKENIZER = load_tokenizer(Path("models/demo-memory/tokenizer.json"))
@@ -20,26 +20,30 @@ VOCABULARY = Vocabulary(TOKENIZER)
 
 def ids_of(text: str, most: int | None = None) -> list[int]:
     """Token ids of a text, as the gateway makes them."""
-    return asyncio.run(VOCABULARY.ids([text], most))[0]
+    return asyncio.run(VOCABULARY.encode([text], most, add_special_tokens=True))[0].ids
+
+
+def detokenizer(*arguments: Any, **options: Any) -> Detokenizer:
+    return Detokenizer(TokenDecoder(VOCABULARY.texts), *arguments, **options)
 
 
 @given(st.text(max_size=60))
 def test_tokens_show_their_bytes(text: str) -> None:
     """The bytes of a text's tokens are those of the text; offsets are where tokens begin."""
     ids = ids_of(text)
-    shown = [VOCABULARY.shown(i) for i in ids]
+    shown = [VOCABULARY.shown(i, first=False) for i in ids]
     assert text.encode() == b"".join(bytes(raw) for _, raw in shown)
-    echo = asyncio.run(VOCABULARY.echo(ids))
+    echo = asyncio.run(VOCABULARY.echo(Prompt(ids)))
     assert text == echo.text
-    for (token, _), (_, at) in zip(shown, echo.places, strict=True):
+    for (token, _), (_, at, _) in zip(shown, echo.places, strict=True):
         assert token.startswith("bytes:") or token == text[at : at + len(token)]
 
 
 def test_half_a_character_shows_as_bytes() -> None:
     """As in OpenAI's answers; a special token shows as it is written."""
     first, *_ = ids_of("世")
-    assert ("bytes:\\xe4", [0xE4]) == VOCABULARY.shown(first)
-    assert "<|endoftext|>" == VOCABULARY.shown(0)[0]
+    assert ("bytes:\\xe4", [0xE4]) == VOCABULARY.shown(first, first=False)
+    assert "<|endoftext|>" == VOCABULARY.shown(0, first=True)[0]
 
 
 def test_long_texts_are_tokenised_alike_or_refused() -> None:
@@ -65,9 +69,9 @@ def test_long_work_leaves_the_event_loop_free() -> None:
                 ticks += 1
 
         ticking = asyncio.create_task(tick())
-        [ids] = await VOCABULARY.ids(["a" * 900_000])
+        [(ids, _)] = await VOCABULARY.encode(["a" * 900_000], add_special_tokens=True)
         counts.append(ticks)
-        written = await list_json(ids, lambda i: VOCABULARY.shown(i)[0])
+        written = await list_json(ids, lambda i: VOCABULARY.shown(i, first=False)[0])
         counts.append(ticks - counts[0])
         ticking.cancel()
         return ids, written, counts
@@ -84,7 +88,8 @@ def test_texts_in_a_batch_have_the_ids_that_each_has_alone(texts: list[str]) -> 
     for more in ([], ["import os\n" * 500]):
         batch = [*texts, *more]
         expected = [TOKENIZER.encode(text).ids for text in batch]
-        assert expected == asyncio.run(VOCABULARY.ids(batch))
+        prompts = asyncio.run(VOCABULARY.encode(batch, add_special_tokens=True))
+        assert expected == [prompt.ids for prompt in prompts]
 
 
 @given(st.text('"\\ä世\n\x00😀', max_size=50), st.integers(0, 3))
@@ -108,10 +113,10 @@ def test_text_arrives_whole_whatever_the_pieces(text: str, sizes: list[int]) -> 
     """Pieces of a text add up to it, and no piece has half a character."""
     ids = TOKENIZER.encode(text).ids
     expected = TOKENIZER.decode(ids)
-    stream, pieces, at = Detokenizer(TOKENIZER), [], 0
+    stream, pieces, at = detokenizer(), [], 0
     while at < len(ids):
         size = sizes[len(pieces) % len(sizes)]
-        pieces.append(stream.push(ids[at : at + size]))
+        pieces.append(stream.push(ids[at : at + size])[0])
         at += size
     if "\ufffd" not in expected:
         assert not any("\ufffd" in piece for piece in pieces)
@@ -128,11 +133,11 @@ def test_stop_strings_cut_as_a_naive_search_would(text: str, stops: list[str], d
     ends = [(n, n - len(s)) for n in range(len(text) + 1) for s in stops if text[:n].endswith(s)]
     include = data.draw(st.booleans())
     expected = text[: min(ends)[0 if include else 1]] if ends else text
-    stream, given_, at = Detokenizer(TOKENIZER, stops, include_stop=include), "", 0
+    stream, given_, at = detokenizer(stops, include_stop=include), "", 0
     ids = [TOKENIZER.token_to_id(c) for c in text]
     while at < len(ids) and not stream.stopped:
         size = data.draw(st.integers(1, 6))
-        given_ += stream.push(ids[at : at + size])
+        given_ += stream.push(ids[at : at + size])[0]
         assert expected.startswith(given_)
         at += size
     assert (expected, bool(ends)) == (given_ + stream.finish(), stream.stopped)
@@ -160,7 +165,7 @@ def test_the_cost_of_stop_strings_does_not_grow_with_their_length() -> None:
     def looks(length: int) -> int:
         Counted.seen = 0
         stops = [Counted("def "[: n % 5] + chr(200 + n) * length) for n in range(32)]
-        stream = Detokenizer(TOKENIZER, stops)
+        stream = detokenizer(stops)
         for i in ids:
             stream.push([i])
         return Counted.seen
@@ -172,6 +177,6 @@ def test_the_cost_of_stop_strings_does_not_grow_with_their_length() -> None:
 def test_bytes_that_never_become_a_character_are_shown_at_the_end() -> None:
     """A completion cut in the middle of a character ends in U+FFFD, as the tokenizer has it."""
     ids = TOKENIZER.encode("世").ids[:-1]
-    stream = Detokenizer(TOKENIZER)
-    assert "" == stream.push(ids)
+    stream = detokenizer()
+    assert "" == stream.push(ids)[0]
     assert TOKENIZER.decode(ids) == stream.finish()

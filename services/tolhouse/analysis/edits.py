@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tolhouse.errors import InvalidArgumentError, NotFoundError
+from tolhouse.model.tokenizer import TokenTexts
 from tolhouse.store.base import Store
 from tolhouse.table.manifest import Manifest
 
@@ -31,7 +32,8 @@ def token_id(word: str, tokenizer: Tokenizer | None) -> int:
     except TypeError:  # bytes of the command line
         raise InvalidArgumentError(f"token {text!a} is not UTF-8: give its id") from None
     if len(ids) != 1:
-        words = ((tokenizer.decode([i], skip_special_tokens=False), i) for i in ids[:8])
+        texts = TokenTexts(tokenizer)
+        words = ((texts.name(i)[0], i) for i in ids[:8])
         parts = ", ".join(f"{word!r} ({i})" for word, i in words)
         raise InvalidArgumentError(f"{text!r} is not one token but {len(ids)}: {parts}")
     return ids[0]

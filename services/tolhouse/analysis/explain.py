@@ -16,6 +16,7 @@ from tolhouse.analysis.evaluate import probed
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.losses import RowsOf
+from tolhouse.model.tokenizer import TokenTexts
 from tolhouse.model.transformer import ContextFreeFFN, Transformer
 from tolhouse.sources.memoryllm import MemoryLLM
 
@@ -34,6 +35,7 @@ def explain_text(
     """
     model, config = MemoryLLM(checkpoint).model, checkpoint.config
     tokenizer = checkpoint.tokenizer()
+    texts = TokenTexts(tokenizer)
     try:
         ids = list(dict.fromkeys(tokenizer.encode(text).ids))
     except TypeError:  # bytes of the command line that are not UTF-8
@@ -46,7 +48,7 @@ def explain_text(
     near = nearest(rows_of, config.vocab_size, ids_T, neighbours)
 
     def word(i: int) -> str:
-        return tokenizer.decode([i], skip_special_tokens=False)
+        return texts.name(i)[0]
 
     found: list[dict[str, Any]] = [
         {

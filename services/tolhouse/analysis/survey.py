@@ -13,6 +13,7 @@ from tolhouse.analysis.explain import coefficients
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.losses import evaluate
+from tolhouse.model.tokenizer import TokenTexts
 from tolhouse.sources.memoryllm import MemoryLLM
 
 OUTLIER = 6.0
@@ -114,11 +115,11 @@ def k_means(x_VK: Tensor, clusters: int, seed: int = 0) -> tuple[Tensor, float]:
 def _described(cluster_V: np.ndarray, counts: np.ndarray, tokenizer: Any) -> list[dict[str, Any]]:
     """Clusters by their frequency in text, each with its most frequent tokens."""
     share = np.bincount(cluster_V, weights=counts) / max(1, counts.sum())
-    described = []
+    described, texts = [], TokenTexts(tokenizer)
     for number in np.argsort(-share)[:_SHOWN_CLUSTERS].tolist():
         members = np.flatnonzero(cluster_V == number)
         top = members[np.argsort(-counts[members], kind="stable")][:_SHOWN_TOKENS].tolist()
-        words = [tokenizer.decode([i], skip_special_tokens=False) for i in top]
+        words = [texts.name(i)[0] for i in top]
         entry = {"tokens": len(members), "share_of_text": round(float(share[number]), 4)}
         described.append({**entry, "most_frequent": words})
     return described

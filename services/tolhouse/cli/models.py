@@ -59,9 +59,7 @@ def generate(settings: config.GenerateConfig, checkpoint: Path, prompt: str, **m
 
     Sampling options need a --worker.
     """
-    from tokenizers.decoders import DecodeStream
-
-    from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer
+    from tolhouse.model.tokenizer import TOKENIZER, TokenDecoder, TokenTexts, load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint / TOKENIZER)
     ids, count = tokenizer.encode(prompt).ids, settings.max_tokens
@@ -78,12 +76,12 @@ def generate(settings: config.GenerateConfig, checkpoint: Path, prompt: str, **m
 
         tokens = greedy(open_checkpoint(checkpoint).model(), ids, count)
     click.echo(prompt, nl=False)
-    stream = DecodeStream(skip_special_tokens=True)
+    decoder = TokenDecoder(TokenTexts(tokenizer), ids, skip_special_tokens=True)
     try:
         for token in tokens:
-            click.echo(stream.step(tokenizer, token) or "", nl=False)
+            click.echo(decoder.push(token), nl=False)
     finally:
-        click.echo()
+        click.echo(decoder.finish())
 
 
 @click.command()

@@ -14,7 +14,11 @@ from tolhouse.gateway.connection import serve
 from tolhouse.gateway.error_responses import ErrorResponse, add_error_handlers
 from tolhouse.gateway.explore import Explorer
 from tolhouse.gateway.metrics import WORKERS
-from tolhouse.gateway.middleware import MetricsMiddleware, RequestLimitsMiddleware
+from tolhouse.gateway.middleware import (
+    MetricsMiddleware,
+    RequestLimitsMiddleware,
+    cors_middleware,
+)
 from tolhouse.gateway.rate_limit import RateLimiter
 from tolhouse.gateway.router import WorkerRouter
 from tolhouse.gateway.routes import Services, routes
@@ -50,7 +54,8 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     # around the app, not inside: the answer to a defect too has an id and is counted
     keyed = AuthMiddleware(app, config.keys_file, limiter) if config.keys_file else app
     max_body_bytes = int(config.max_body_megabytes * 1e6)
-    limited = RequestLimitsMiddleware(keyed, max_body_bytes, config.body_timeout_seconds)
+    cors = cors_middleware(config.cors_origins)
+    limited = RequestLimitsMiddleware(keyed, max_body_bytes, config.body_timeout_seconds, cors)
     outer = MetricsMiddleware(limited, {r.path for r in routes.routes if isinstance(r, Route)})
     finish_startup()
     watching = asyncio.create_task(router.watch())

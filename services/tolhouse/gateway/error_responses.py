@@ -1,6 +1,7 @@
 """Errors in OpenAI's form, with their HTTP statuses."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +11,30 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from tolhouse.errors import InternalError, TolhouseError
+from tolhouse.errors import InternalError, InvalidArgumentError, PromptTooLongError, TolhouseError
+from tolhouse.gateway.router import ModelNotFoundError
 from tolhouse.logs import log
 
 MAX_MESSAGE = 1000  # characters
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-# of a parameter with several forms, pydantic's message is about one of them
+# OpenAI's codes: of HTTP statuses, of errors, and of pydantic's kinds of error
+_OF_STATUS = {401: "invalid_api_key", 404: "unknown_url", 405: "method_not_supported"}
+_OF_STATUS |= {429: "rate_limit_exceeded"}
+_OF_ERROR: dict[type[TolhouseError], str] = {
+    PromptTooLongError: "context_length_exceeded",
+    ModelNotFoundError: "model_not_found",
+    InvalidArgumentError: "invalid_value",
+}
+_OF_KIND = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "string_too_long": "string_above_max_length",
+    "too_long": "array_above_max_length",
+    "too_short": "array_below_min_length",
+    **dict.fromkeys(("greater_than", "greater_than_equal"), "{}_below_min_value"),
+    **dict.fromkeys(("less_than", "less_than_equal"), "{}_above_max_value"),
+}
+# pydantic's message names one of the forms that a parameter may have
 _FORMS = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of lists of token ids",
     "stop": "a text, or a list of at most 32 texts, each of at most 512 characters",
@@ -26,22 +45,25 @@ class ErrorDetail(BaseModel):
     message: str
     type: str
     param: str | None
-    code: int
+    code: str | None
 
 
 class ErrorResponse(BaseModel):
-    """The body of every answer that is no success."""
+    """The body of every response that reports an error."""
 
     error: ErrorDetail
 
 
-def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
-    # half a surrogate pair, quoted from a body, can't be sent
+def error_body(
+    message: str, status: int, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    # half of a surrogate pair, quoted from a body, can't be sent
     message = message.encode(errors="backslashreplace").decode()
     if len(message) > MAX_MESSAGE:
         message = f"{message[:MAX_MESSAGE]} …"
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+    code = code or _OF_STATUS.get(status)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def error_response(
@@ -51,20 +73,35 @@ def error_response(
     return JSONResponse(error_body(message, status), status, {**retry, **(headers or {})})
 
 
-def status_and_message(error: Exception, request_id: str) -> tuple[int, str]:
-    """A defect of ours is logged whole and reported in a line."""
+def status_and_body(error: Exception, state: Any) -> tuple[int, dict[str, Any]]:
+    """The response to a request of this state that failed.
+
+    An error that is a defect of the gateway is logged with its traceback, and reported in a line.
+    """
     if not isinstance(error, TolhouseError):
-        log.error("internal error", exc_info=error, extra={"fields": {"request_id": request_id}})
-        error = InternalError(f"internal error; the log has the details of request {request_id}")
-    return error.http_status, str(error)
+        fields = {"request_id": state.request_id}
+        log.error("internal error", exc_info=error, extra={"fields": fields})
+        reference = f"the log has the details of request {state.request_id}"
+        error = InternalError(f"internal error; {reference}")
+    message, body = str(error), getattr(state, "body", None)
+    code = next((c for kind, c in _OF_ERROR.items() if isinstance(error, kind)), None)
+    param = None
+    if isinstance(error, ModelNotFoundError):
+        param = "model"
+    elif isinstance(error, InvalidArgumentError) and body:
+        # messages about parameters begin with their names; the others are about the prompt
+        names = (word for word in re.findall("[a-z_]+", message) if word in body.model_fields_set)
+        about_prompt = isinstance(error, PromptTooLongError)
+        param = body.prompt_param if about_prompt else next(names, body.prompt_param)
+    return error.http_status, error_body(message, error.http_status, param, code)
 
 
 def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     @app.exception_handler(TolhouseError)
     async def _failed(request: Request, error: Exception) -> JSONResponse:
-        status, message = status_and_message(error, request.state.request_id)
-        return error_response(message, status)
+        status, body = status_and_body(error, request.state)
+        return JSONResponse(body, status, {"Retry-After": "1"} if status in (429, 503) else None)
 
     @app.exception_handler(HTTPException)
     async def _refused(_: Request, error: HTTPException) -> JSONResponse:
@@ -72,16 +109,21 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        # of a list of alternatives, the one that fitted best
-        found = max(error.errors(), key=lambda e: len(e["loc"]))
-        (_, *inside), kind = map(str, found["loc"]), found["type"]
+        # of the errors of a union's forms, the one of the form that fits best
+        found = max(error.errors(), key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
+        (_, *inside), kind, context = map(str, found["loc"]), found["type"], found.get("ctx", {})
         param = inside[0] if inside and not inside[0].isdigit() else None
-        message = found["msg"].removeprefix("Value error, ")
+        message, code = found["msg"].removeprefix("Value error, "), _code(kind, context)
         if kind == "json_invalid":
-            message = f"the body is not valid JSON: {found['ctx']['error']}"
+            message = f"the body is not valid JSON: {context['error']}"
+        elif "param" in context:  # an error that schemas.py raises
+            param, code, place = context["param"], kind, ".".join(inside)
+            message = f"{place}: {message}" if place else message
         elif kind == "extra_forbidden" and len(inside) == 1:
             body = request.scope["route"].body_field.field_info.annotation
             message = f"unknown parameter {param!r}; known are {', '.join(body.model_fields)}"
+        elif kind == "extra_forbidden":
+            message = f"{'.'.join(inside)} is not supported: leave it out"
         elif kind == "missing" and len(inside) == 1:
             message = f"parameter {param!r} is required"
         elif param in _FORMS:
@@ -90,4 +132,13 @@ def add_error_handlers(app: FastAPI) -> None:
             message = f"{'.'.join(inside)}: {message}"
         elif kind != "value_error":
             message = "the body must be a JSON object, sent with Content-Type: application/json"
-        return JSONResponse(error_body(message, 400, param), 400)
+            code = "invalid_type"
+        return JSONResponse(error_body(message, 400, param, code), 400)
+
+
+def _code(kind: str, context: dict[str, Any]) -> str:
+    """OpenAI's code of an error that pydantic found."""
+    decimal = any(isinstance(bound, float) for bound in context.values())
+    wrong_type = kind.endswith(("_type", "_parsing", "_from_float"))
+    code = _OF_KIND.get(kind, "invalid_type" if wrong_type else "invalid_value")
+    return code.format("decimal" if decimal else "integer")

@@ -97,7 +97,7 @@ class Explorer:
         }
 
     def _named(self, i: int) -> dict[str, Any]:
-        return {"id": i, "token": self.vocabulary.shown(i)[0]}
+        return {"id": i, "token": self.vocabulary.shown(i, first=False)[0]}
 
     def _norms(self, i: int) -> dict[str, Any]:
         assert self.memory

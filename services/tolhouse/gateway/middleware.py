@@ -5,10 +5,12 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tolhouse import tracing
@@ -30,6 +32,21 @@ _SAFE = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 _CLOSE = {"Connection": "close"}  # the rest of the request is not read
+Middleware = Callable[[ASGIApp], ASGIApp]
+
+
+def cors_middleware(origins: str) -> Middleware:
+    """Lets web pages of these origins, with commas between, read responses; "*": of all origins."""
+    allowed = [origin.strip().rstrip("/") for origin in origins.split(",") if origin.strip()]
+    if not allowed:
+        return lambda app: app
+    return partial(
+        CORSMiddleware,
+        allow_origins=allowed,
+        allow_methods=("GET", "HEAD", "POST"),
+        allow_headers=("*",),
+        expose_headers=("X-Request-Id", "Retry-After"),
+    )
 
 
 class MetricsMiddleware:
@@ -87,10 +104,16 @@ class MetricsMiddleware:
 
 
 class RequestLimitsMiddleware:
-    """Bounds the size of header and body, and the time that a body may take to arrive."""
+    """Bounds the size of header and body, and the time that a body may take to arrive.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, body_seconds: float) -> None:
+    around: a middleware for all responses, refusals of this one included.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, body_seconds: float, around: Middleware
+    ) -> None:
         self.app, self.max_body_bytes, self.body_seconds = app, max_body_bytes, body_seconds
+        self.around = around
         self._too_large = f"the body is too large: at most {max_body_bytes} bytes are taken"
         self._held = 0  # bytes of the bodies of all requests
 
@@ -123,7 +146,7 @@ class RequestLimitsMiddleware:
         connection.request_began()
         try:
             app = self._refusal(scope, headers) or self.app
-            await app(scope, limited, send)
+            await self.around(app)(scope, limited, send)
         finally:
             self._held -= size
             connection.request_ended(complete=complete)

@@ -11,7 +11,7 @@ from tolhouse.errors import InvalidArgumentError
 from tolhouse.gateway import metrics
 from tolhouse.gateway.router import ServedModel, WorkerRouter
 from tolhouse.gateway.schemas import GenerationRequest
-from tolhouse.gateway.text import ChoiceDetokenizer, Delta, Echo, Vocabulary
+from tolhouse.gateway.text import ChoiceDetokenizer, Delta, Echo, Prompt, Vocabulary
 from tolhouse.sampling import check_prompt
 from tolhouse.v1.generation_pb2 import GenerateRequest
 
@@ -24,7 +24,7 @@ class RequestHandler:
     """A request, checked and tokenised; `deltas` may be read once."""
 
     body: GenerationRequest
-    prompts: list[list[int]]
+    prompts: list[Prompt]
     model: ServedModel
     router: WorkerRouter
     vocabulary: Vocabulary
@@ -41,18 +41,21 @@ class RequestHandler:
         self._began = time.perf_counter()
         body, context, scores = self.body, self.model.context_tokens, 0
         self.requests: list[GenerateRequest] = []  # one for each choice
-        if (tokens := body.n * sum(map(len, self.prompts))) > MAX_PROMPT_TOKENS:
-            both = f"{tokens} prompt tokens, counted once for each of n={body.n} choices"
+        self.prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)
+        if (tokens := body.n * self.prompt_tokens) > MAX_PROMPT_TOKENS:
+            both = f"prompts with {tokens} tokens, counted once for each of n={body.n} choices"
             raise InvalidArgumentError(
-                f"{both}, are too many: at most {MAX_PROMPT_TOKENS} are taken"
+                f"{both}, are too long: at most {MAX_PROMPT_TOKENS} are allowed"
             )
+        special = self.vocabulary.texts.special
+        ends = tuple({special[s] for s in body.stop_strings if s in special})
         of_token = 0 if body.num_logprobs is None else body.n * (body.num_logprobs + 1)
-        for ids in self.prompts:
+        for ids, _ in self.prompts:
             room = context - len(ids)
             most = body.most_tokens(min(room, MAX_LOGPROBS // of_token) if of_token else room)
             check_prompt(ids, most, self.model.vocab_size, context)
             scores += of_token * (most + body.echo * len(ids))
-            shared = body.sampling(most, body.num_logprobs).to_proto(ids)
+            shared = body.sampling(most, body.num_logprobs, ends).to_proto(ids)
             self.router.check_features(self.model.name, shared)
             for choice in range(body.n):
                 request = GenerateRequest()
@@ -62,9 +65,9 @@ class RequestHandler:
                     request.seed = (body.seed + choice) % 2**64
                 self.requests.append(request)
         if scores > MAX_LOGPROBS:
-            many = f"the answer may have {scores} log probabilities, of all choices together"
+            many = f"logprobs: all choices together may have {scores} log probabilities"
             advice = "lower n, logprobs, max_tokens, or the number of prompts"
-            raise InvalidArgumentError(f"{many}; at most {MAX_LOGPROBS} are given: {advice}")
+            raise InvalidArgumentError(f"{many}; at most {MAX_LOGPROBS} are allowed: {advice}")
 
     def about(self) -> dict[str, Any]:
         """What the log has of the request, besides HTTP."""
@@ -74,7 +77,7 @@ class RequestHandler:
             "table": self.table,
             "worker": ",".join(sorted(self.workers)),
             "choices": len(self.requests),
-            "prompt_tokens": sum(map(len, self.prompts)),
+            "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "first_token_seconds": None if first is None else round(first, 4),
         }
@@ -105,7 +108,8 @@ class RequestHandler:
         body, request, put = self.body, self.requests[index], self._queue.put_nowait
         restart = not body.stream
         replies = self.router.generate(self.model.name, request, self.workers, may_restart=restart)
-        about = self._echoes[index // body.n], body, self.vocabulary.tokenizer
+        number = index // body.n
+        about = self.prompts[number], self._echoes[number], body, self.vocabulary
         try:
             async with self.slot, aclosing(replies):
                 choice, delta = ChoiceDetokenizer(*about), Delta(index)

@@ -96,7 +96,7 @@ class Serializer:
         """A chunk, or the whole response; usage is in this, and in a chunk without choices."""
         handler, usage = self.handler, None
         if not (self.stream and deltas):
-            p, n = sum(map(len, handler.prompts)), handler.completion_tokens
+            p, n = handler.prompt_tokens, handler.completion_tokens
             usage = {"prompt_tokens": p, "completion_tokens": n, "total_tokens": p + n}
         fields: dict[str, Any] = {"id": f"{self.prefix}-{handler.request_id}"}
         fields |= {"object": self.kinds[self.stream], "system_fingerprint": handler.table}
@@ -122,16 +122,20 @@ class Serializer:
         def likeliest(token: Token) -> dict[str, float] | None:
             if token.logprob is None:
                 return None
-            found: dict[str, float] = {}  # the likeliest of several with one text
-            for i, logprob in (*token.top(), (token.id, token.logprob)):
-                found.setdefault(self.shown(i)[0], logprob)
-            return found
+            own, _, first = token.place
+            name, rest = self.shown(own, first)[0], dict(token.top())
+            rest.pop(own, None)
+            found = {name: token.logprob}
+            for i, logprob in rest.items():  # of two tokens with one text, one has its id as name
+                text = self.shown(i, first)[0]
+                found[f"token_id:{i}" if text in found else text] = logprob
+            return dict(sorted(found.items(), key=lambda item: -item[1]))
 
         columns: dict[str, Callable[[Token], Any]] = {
-            "tokens": lambda token: self.shown(token.id)[0],
+            "tokens": lambda token: self.shown(token.place.id, token.place.first)[0],
             "token_logprobs": lambda token: token.logprob,
             "top_logprobs": likeliest,
-            "text_offset": lambda token: token.offset,
+            "text_offset": lambda token: token.place.offset,
         }
         lists = [f'"{n}":{await list_json(tokens, made)}' for n, made in columns.items()]
         return f"{{{','.join(lists)}}}"
@@ -150,12 +154,13 @@ class ChatSerializer(Serializer):
         return {"delta": {**role, "content": delta.text}}
 
     async def logprobs(self, tokens: list[Token]) -> str:
-        def scored(i: int, logprob: float | None) -> dict[str, Any]:
-            text, raw = self.shown(i)
+        def scored(i: int, logprob: float | None, first: bool) -> dict[str, Any]:
+            text, raw = self.shown(i, first)
             return {"token": text, "logprob": logprob, "bytes": raw}
 
         def entry(token: Token) -> dict[str, Any]:
-            tops = [scored(*pair) for pair in token.top()]
-            return {**scored(token.id, token.logprob), "top_logprobs": tops}
+            own, _, first = token.place
+            tops = [scored(*pair, first) for pair in token.top()]
+            return {**scored(own, token.logprob, first), "top_logprobs": tops}
 
         return f'{{"content":{await list_json(tokens, entry)},"refusal":null}}'

@@ -28,6 +28,10 @@ _FOR_CALLERS: dict[type[errors.TolhouseError], str] = {
 }
 
 
+class ModelNotFoundError(errors.NotFoundError):
+    """No healthy worker serves the model."""
+
+
 def _for_callers(error: errors.TolhouseError) -> errors.TolhouseError:
     if text := _FOR_CALLERS.get(type(error)):
         return type(error)(text)
@@ -97,16 +101,17 @@ class WorkerRouter:
         return sorted({d.model for d in self.descriptions()})
 
     def model(self, name: str | None) -> ServedModel:
-        """The model to use; NotFoundError if no worker serves it, UnavailableError if there are
-        none."""
+        """The model to use.
+
+        ModelNotFoundError if no worker serves it; UnavailableError if no worker is healthy.
+        """
         served = self.models()
         if not served:
             raise self.unavailable()
         name = served[0] if name is None and len(served) == 1 else name
         if name not in served:
-            raise errors.NotFoundError(
-                f"model {name!r} is not served; available: {', '.join(served)}"
-            )
+            available = ", ".join(served)
+            raise ModelNotFoundError(f"model {name!r} is not served; available: {available}")
         found = self.descriptions(name)
         least = (min(d.context_tokens for d in found), min(d.vocab_size for d in found))
         return ServedModel(name, *least, found[0].eos_token_id)

@@ -18,13 +18,13 @@ from tolhouse import __version__
 from tolhouse.config import commit
 from tolhouse.errors import RequestCancelledError
 from tolhouse.gateway import responses, schemas
-from tolhouse.gateway.error_responses import error_body, status_and_message
+from tolhouse.gateway.error_responses import status_and_body
 from tolhouse.gateway.explore import Explorer
 from tolhouse.gateway.request_handler import RequestHandler
 from tolhouse.gateway.router import WorkerRouter
 from tolhouse.gateway.schemas import CompletionRequest, GenerationRequest
 from tolhouse.gateway.templates import ChatTemplate
-from tolhouse.gateway.text import Vocabulary
+from tolhouse.gateway.text import Prompt, Vocabulary
 from tolhouse.gateway.turns import list_json, text_json
 from tolhouse.sampling import IdAsText, check_ids
 
@@ -57,11 +57,14 @@ class Services:
     template: ChatTemplate
     explorer: Explorer
 
-    async def prompts(self, body: GenerationRequest) -> list[Any]:
-        """The prompts of a body: texts, or lists of token ids."""
+    async def prompts(self, body: GenerationRequest, context_tokens: int) -> list[Prompt]:
+        """The prompts of a body. Token ids are used as they are."""
         if isinstance(body, schemas.ChatRequest):
-            return [await self.render(body.messages)]
-        return body.prompts()
+            texts: list[Any] = [await self.render(body.messages)]
+        elif isinstance((texts := body.prompts())[0], list):
+            return [Prompt(ids) for ids in texts]
+        add = body.add_special_tokens
+        return await self.vocabulary.encode(texts, context_tokens, add_special_tokens=add)
 
     async def render(self, messages: list[schemas.Message], **options: bool) -> str:
         """The text of messages by the chat template, which may take long for many of them."""
@@ -93,11 +96,10 @@ async def _respond(
     body: GenerationRequest, request: Request, gateway: Services, form: type[responses.Serializer]
 ) -> Response:
     router, vocabulary = gateway.router, gateway.vocabulary
-    model, request_id = router.model(body.model), request.state.request_id
+    request.state.body, request_id = body, request.state.request_id
+    model = router.model(body.model)
     router.check_room(model.name)  # before work on prompts
-    prompts = await gateway.prompts(body)
-    if isinstance(prompts[0], str):
-        prompts = await vocabulary.ids(prompts, model.context_tokens)
+    prompts = await gateway.prompts(body, model.context_tokens)
     # with API keys, fewer of a key's sequences run at once than its own limit
     slot = getattr(request.state, "sequences", None) or nullcontext()
     handler = RequestHandler(body, prompts, model, router, vocabulary, request_id, slot)
@@ -119,8 +121,8 @@ async def _respond(
             if body.stream_options.include_usage:
                 yield await to_json()
         except Exception as error:  # noqa: BLE001 - the status line is out: into the stream with it
-            request.state.failed_status, message = status_and_message(error, request_id)
-            yield json.dumps(error_body(message, request.state.failed_status))
+            request.state.failed_status, failure = status_and_body(error, request.state)
+            yield json.dumps(failure)
         yield "[DONE]"
 
     lines = (f"data: {data}\n\n" async for data in events())
@@ -144,27 +146,34 @@ async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
 
 
 @routes.post("/tokenize")
-async def tokenize(body: schemas.TokenizeRequest, gateway: Gateway) -> Response:
+async def tokenize(body: schemas.TokenizeRequest, request: Request, gateway: Gateway) -> Response:
     """Token ids of a text, or of messages."""
+    request.state.body = body
     model, vocabulary = gateway.router.model(body.model), gateway.vocabulary
-    text = body.prompt or ""
+    text, add = body.prompt or "", body.add_special_tokens
     if body.messages is not None:
         text = await gateway.render(body.messages, add_generation_prompt=body.add_generation_prompt)
-    [ids] = await vocabulary.ids([text], special=body.add_special_tokens)
+        add = bool(add)  # a chat template has a BOS token where the model needs one
+    [prompt] = await vocabulary.encode([text], add_special_tokens=add is not False)
+    ids = prompt.ids
     async with vocabulary.large:
         tokens, strings = await list_json(ids), "null"
         if body.return_token_strs:
-            strings = await list_json(ids, lambda i: vocabulary.shown(i)[0])
+            places = (await vocabulary.echo(prompt)).places
+            strings = await list_json(places, lambda p: vocabulary.shown(p.id, p.first)[0])
     counts = f'"count":{len(ids)},"max_model_len":{model.context_tokens}'
     return _json(f'{{"tokens":{tokens},{counts},"token_strs":{strings}}}')
 
 
 @routes.post("/detokenize")
-async def detokenize(body: schemas.DetokenizeRequest, gateway: Gateway) -> Response:
+async def detokenize(
+    body: schemas.DetokenizeRequest, request: Request, gateway: Gateway
+) -> Response:
     """The text of token ids."""
+    request.state.body = body
     ids = check_ids(body.tokens, gateway.router.model(body.model).vocab_size)
     async with gateway.vocabulary.large:
-        text = await asyncio.to_thread(gateway.vocabulary.text, ids)
+        text = await asyncio.to_thread(gateway.vocabulary.texts.text, ids)
         return _json(f'{{"prompt":{await text_json(text)}}}')
 
 
@@ -186,9 +195,9 @@ async def explorer_page() -> Response:
 @routes.post("/explore/tokens")
 async def explore_tokens(body: schemas.ExploreRequest, gateway: Gateway) -> Response:
     """Tokens of a text, each with the norms of its rows."""
-    [ids] = await gateway.vocabulary.ids([body.text])
+    [prompt] = await gateway.vocabulary.encode([body.text], add_special_tokens=True)
     async with gateway.vocabulary.large:
-        found = await asyncio.to_thread(gateway.explorer.tokens, ids)
+        found = await asyncio.to_thread(gateway.explorer.tokens, prompt.ids)
         tokens = await list_json(found["tokens"])
     return _json(f'{{"layers":{found["layers"]},"tokens":{tokens}}}')
 

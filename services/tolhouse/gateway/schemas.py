@@ -1,8 +1,13 @@
-"""Request bodies of the API. Unknown and unsupported parameters are refused by name."""
+"""Request bodies of the API. Unknown and unsupported parameters are refused by name.
+
+A parameter that asks for nothing is accepted on every route, supported or not: null, a default of
+OpenAI or vLLM, or a value that does not change the answer (`NEUTRAL`).
+"""
 
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, model_validator
+from pydantic_core import PydanticCustomError
 
 from tolhouse import sampling
 from tolhouse.sampling import Bool, Int, SamplingOptions, SamplingParams
@@ -11,84 +16,148 @@ T = TypeVar("T")
 MAX_CHOICES = 128  # prompts times n
 MAX_EXPLORED = 8_192  # characters; a token has at least a quarter of one
 
-# The first wrong item ends a list: a large body would make an error for each of its items, else.
+# The first wrong item ends a list. Otherwise, each item of a large body could make an error.
 Several = Annotated[list[T], Field(fail_fast=True)]
 Prompts = Annotated[list[T], Field(max_length=MAX_CHOICES, fail_fast=True)]
 StopString = Annotated[StrictStr, Field(max_length=512)]
 StopStrings = Annotated[list[StopString], Field(max_length=32, fail_fast=True)]
 Positive = Annotated[Int, Field(ge=1)]
+_SCORES = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 20}, {"enum": [None, False]}]}
+Scores = Annotated[  # clients of the chat API send false for none
+    sampling.Logprobs | None,
+    BeforeValidator(lambda count: None if count is False else count),
+    Field(json_schema_extra=_SCORES),
+]
+
+ANY = ("any value",)  # the parameter does not change the answer
+# OpenAI's and vLLM's parameters that are not supported, and the values that ask for nothing
+NEUTRAL: dict[str, tuple] = {
+    **dict.fromkeys(("metadata", "prompt_cache_key", "prompt_cache_retention"), ANY),
+    "safety_identifier": ANY,
+    **dict.fromkeys(("store", "use_beam_search", "early_stopping", "logprobs"), (False,)),
+    **dict.fromkeys(("return_tokens_as_token_ids", "return_token_ids"), (False,)),
+    "continue_final_message": (False,),
+    **dict.fromkeys(("spaces_between_special_tokens", "add_generation_prompt"), (True,)),
+    **dict.fromkeys(("parallel_tool_calls", "include_reasoning"), (True, False)),
+    **dict.fromkeys(("tools", "functions", "documents", "bad_words", "logits_processors"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("chat_template_kwargs", "mm_processor_kwargs", "vllm_xargs"), ({},)),
+    **dict.fromkeys(("audio", "prediction", "web_search_options", "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(("allowed_token_ids", "prompt_logprobs", "chat_template", "cache_salt"), ()),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
+    **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern"), ()),
+    **dict.fromkeys(("structured_outputs", "kv_transfer_params", "request_id"), ()),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "reasoning_effort": ("none", "medium"),
+    "verbosity": ("medium",),
+    "length_penalty": (1,),
+    "priority": (0,),
+    "suffix": ("",),
+    "top_logprobs": (0,),
+}
 
 
-def _nullable(schema: dict[str, Any]) -> None:
-    """Clients send null for what they leave at its default."""
+def _is_one_of(value: Any, values: tuple) -> bool:
+    """As in JSON, in which false is not 0."""
+    return any(v == value and isinstance(v, bool) == isinstance(value, bool) for v in values)
+
+
+def refusal(param: str, message: str, code: str = "invalid_value") -> PydanticCustomError:
+    """An error about one parameter; `code` is OpenAI's."""
+    return PydanticCustomError(code, "{message}", {"message": message, "param": param})
+
+
+def _described(schema: dict[str, Any], model: type["Object"]) -> None:
+    """Say that null stands for a default, and which unsupported parameters are accepted."""
     for name, field in schema["properties"].items():
         if field.get("default") is not None:
             default = field.pop("default")
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}], "default": default}
+    for name, values in model.neutral.items():
+        if name not in schema["properties"]:
+            allowed = {} if values == ANY else {"enum": [None, *values]}
+            schema["properties"][name] = {**allowed, "description": "Accepted and not used."}
+    schema["additionalProperties"] = {"enum": [None, *model.empty]}
 
 
 class Object(BaseModel):
-    model_config = ConfigDict(extra="forbid", json_schema_extra=_nullable)
-    # OpenAI's or vLLM's parameters, and the values at which they change nothing
-    unsupported: ClassVar[dict[str, tuple]] = {}
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_described)
+    neutral: ClassVar[dict[str, tuple]] = {}
+    empty: ClassVar[tuple] = ()  # values beside null at which an unknown field asks for nothing
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, given: Any) -> Any:
+    def _without_neutral(cls, given: Any) -> Any:
+        """The fields that ask for something."""
         if not isinstance(sampling.few_fields(given), dict):
             return given
-        for name, harmless in cls.unsupported.items():
-            if given.get(name) not in (None, *harmless):
-                allowed = f", or {' or '.join(map(repr, harmless))}" if harmless else ""
-                raise ValueError(f"{name} is not supported: leave it out{allowed}")
-        unset = {k for k, value in given.items() if value is None and k in cls.model_fields}
-        return {k: v for k, v in given.items() if k not in unset and k not in cls.unsupported}
+        return {k: value for k, value in given.items() if not cls._asks_for_nothing(k, value)}
+
+    @classmethod
+    def _asks_for_nothing(cls, name: str, value: Any) -> bool:
+        if value is None or name in cls.model_fields:
+            return value is None
+        if (values := cls.neutral.get(name)) is None:
+            return _is_one_of(value, cls.empty)
+        if values == ANY or _is_one_of(value, values):
+            return True
+        allowed = f", or send {' or '.join(map(repr, values))}" if values else ""
+        message = f"{name} is not supported: leave it out{allowed}"
+        raise refusal(name, message, "unsupported_parameter")
 
 
 class Body(Object):
+    prompt_param: ClassVar[str] = "prompt"  # the parameter that has the text or the tokens
     model: Annotated[StrictStr, Field(max_length=256)] | None = None
 
 
 class StreamOptions(Object):
+    neutral: ClassVar = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
     include_usage: Bool = False
 
 
 class Generation(SamplingOptions, Body):
-    """Parameters of completions and chats; those beyond OpenAI's are as in vLLM."""
+    """Parameters of completions and chats. Those that OpenAI does not have are as in vLLM."""
 
-    unsupported = {
-        **dict.fromkeys(("audio", "prediction", "reasoning_effort", "web_search_options"), ()),
-        **dict.fromkeys(("use_beam_search", "continue_final_message", "store"), (False,)),
-        **dict.fromkeys(("tools", "functions"), ([],)),
-        **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
-        "parallel_tool_calls": (True, False),
-        "response_format": ({"type": "text"},),
-        "modalities": (["text"],),
-        "add_generation_prompt": (True,),
-        "metadata": ({},),
-        "service_tier": ("auto", "default"),
-        "length_penalty": (1,),
-        "suffix": ("",),
-    }
+    neutral = NEUTRAL
 
     temperature: sampling.Temperature = 1.0
     n: Annotated[Positive, Field(le=MAX_CHOICES)] = 1
+    best_of: Int | None = Field(None, description="Not supported: must be equal to n.")
+    max_completion_tokens: Positive | None = None
     stop: StopString | StopStrings | None = None
     include_stop_str_in_output: Bool = False
+    skip_special_tokens: Bool = Field(True, description="Leave special tokens out of the text.")
     stream: Bool = False
     stream_options: StreamOptions = StreamOptions()
-    echo: Bool = False  # the prompt is part of the answer
     user: Annotated[StrictStr, Field(max_length=512)] | None = None  # accepted and not used
+    echo: Bool = Field(False, description="Begin the answer with the prompt.")
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
-        if "stream_options" in self.model_fields_set and not self.stream:
-            raise ValueError("stream_options is allowed with stream=true only")
+    def _check_options(self) -> Self:
+        if self.stream_options.include_usage and not self.stream:
+            message = "stream_options: include_usage is allowed with stream=true only"
+            raise refusal("stream_options", message)
+        if self.best_of not in (None, self.n):
+            message = f"best_of is not supported: leave it out, or send n={self.n}"
+            raise refusal("best_of", message, "unsupported_parameter")
         return self
 
-    def sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        """The worker's parameters for the first choice of a prompt; each next has the next seed."""
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def sampling(
+        self, max_tokens: int, logprobs: int | None, end_ids: tuple[int, ...] = ()
+    ) -> SamplingParams:
+        """The worker's parameters for the first choice of a prompt; each next has the next seed.
+
+        end_ids: tokens that end the answer, beside `stop_token_ids`.
+        """
         options = {name: getattr(self, name) for name in SamplingOptions.model_fields}
+        options["stop_token_ids"] = (*self.stop_token_ids, *end_ids)
         if self.echo and (logprobs is not None or not max_tokens):
             options["prompt_logprobs"] = logprobs or 0
         return SamplingParams(max_tokens, logprobs=logprobs, **options)
@@ -99,21 +168,23 @@ class CompletionRequest(Generation):
 
     prompt: StrictStr | Prompts[StrictStr] | Several[Int] | Prompts[Several[Int]]
     max_tokens: sampling.MaxTokens = 16
-    logprobs: sampling.Logprobs | None = None
-    best_of: Int | None = None
+    logprobs: Scores = None
+    add_special_tokens: Bool = Field(
+        True, description="Apply the tokenizer's post-processor, which may add a BOS token."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         prompts = len(self.prompts())
         if not prompts:
-            raise ValueError("prompt is an empty list: give a text, token ids, or a list of either")
-        if self.best_of not in (None, self.n):
-            raise ValueError(f"best_of is not supported: leave it out, or equal to n={self.n}")
-        if not self.max_tokens and not self.echo:
-            raise ValueError("max_tokens must be at least 1; 0 is allowed with echo=true")
+            message = "prompt is an empty list: send a text, token ids, or a list of either"
+            raise refusal("prompt", message)
+        if not self.most_tokens(0) and not self.echo:
+            message = "max_tokens must be at least 1; 0 is allowed with echo=true"
+            raise refusal("max_tokens", message, "integer_below_min_value")
         if prompts * self.n > MAX_CHOICES:
             count = f"{prompts} prompts times n={self.n}"
-            raise ValueError(f"{count} is more than {MAX_CHOICES} completions")
+            raise refusal("n", f"{count} is more than {MAX_CHOICES} completions")
         return self
 
     def prompts(self) -> list[Any]:
@@ -127,23 +198,34 @@ class CompletionRequest(Generation):
         return self.logprobs
 
     def most_tokens(self, room: int) -> int:
-        return self.max_tokens
+        return self.max_completion_tokens or self.max_tokens
 
 
 class Part(Object):
+    empty = (False, "", [], {})
     type: Literal["text"]
     text: StrictStr
 
 
 class Message(Object):
+    """A message. Answers of servers are accepted as history, with their empty fields."""
+
+    empty = (False, "", [], {})
     role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | Several[Part]
+    content: StrictStr | Several[Part] | None = None
     name: StrictStr | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            message = f"content of a {self.role} message is required: a text, or a list of parts"
+            raise refusal("messages", message)
+        return self
 
     @property
     def plain(self) -> dict[str, str]:
-        """As templates know it: the content is one text."""
-        parts, name = self.content, {"name": self.name} if self.name else {}
+        """The form that templates expect: the content is one text."""
+        parts, name = self.content or "", {"name": self.name} if self.name else {}
         text = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
         return {"role": self.role, "content": text, **name}
 
@@ -154,17 +236,20 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fa
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
+    prompt_param = "messages"
     messages: Messages
     echo: Literal[False] = False
     max_tokens: Positive | None = None
-    max_completion_tokens: Positive | None = None
     logprobs: Bool = False
     top_logprobs: sampling.Logprobs = 0
+    add_special_tokens: Bool = Field(
+        False, description="Apply the tokenizer's post-processor to the chat template's text."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs is allowed with logprobs=true only")
+            raise refusal("top_logprobs", "top_logprobs is allowed with logprobs=true only")
         return self
 
     @property
@@ -181,22 +266,32 @@ GenerationRequest = CompletionRequest | ChatRequest
 class TokenizeRequest(Body):
     """POST /tokenize: of a text, or of messages where the checkpoint has a chat template."""
 
+    neutral = NEUTRAL
+
     prompt: StrictStr | None = None
     messages: Messages | None = None
     add_generation_prompt: Bool = True
-    add_special_tokens: Bool = False
+    add_special_tokens: Bool | None = Field(
+        None, description="Apply the tokenizer's post-processor. Default: to a prompt only."
+    )
     return_token_strs: Bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt, a text, or messages")
+            raise refusal("prompt", "send either prompt, a text, or messages")
         return self
 
 
 class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    prompt_param = "tokens"
     tokens: Several[sampling.TokenId]
 
 
 class ExploreRequest(Body):
+    """POST /explore/tokens."""
+
+    prompt_param = "text"
     text: Annotated[StrictStr, Field(max_length=MAX_EXPLORED)]

@@ -58,6 +58,8 @@ class ChatTemplate:
         if self.template is None:
             files = f"a {FILE}, or a {CONFIG} with chat_template, beside the tokenizer.json"
             raise InvalidArgumentError(f"this model has no chat template: chat needs {files}")
+        if "developer" not in (self.source or ""):  # OpenAI's newer name of the system role
+            messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
         known = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             return self.template.render(**known, **self.tokens)

@@ -10,48 +10,78 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from tolhouse.errors import InvalidArgumentError, PromptTooLongError
 from tolhouse.gateway.schemas import GenerationRequest
 from tolhouse.gateway.turns import in_turns
+from tolhouse.model.tokenizer import TokenDecoder, TokenTexts
 from tolhouse.v1.generation_pb2 import GenerateReply, Logprobs
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
-_SHORT = 4096  # characters that are tokenised in the event loop; more go to a thread
-_LONG = 1 << 16  # characters from which on texts are tokenised by so many threads as `_LARGE` says
-_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-# the characters that stand for bytes in byte-level vocabularies
-_BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
-_LARGE = 2  # responses that grow with a text are made at a time: bounds their memory
+_SHORT = 4096  # characters that are tokenised in the event loop; a thread tokenises longer texts
+_LONG = 1 << 16  # characters from which on at most `_LARGE` texts are tokenised at a time
+_LARGE = 2  # large responses that are made at a time, which bounds their memory
+
+
+class Prompt(NamedTuple):
+    """The token ids of a prompt."""
+
+    ids: list[int]
+    added: frozenset[int] = frozenset()  # positions of tokens that the post-processor added
+
+
+class Place(NamedTuple):
+    """A token in a text."""
+
+    id: int
+    offset: int  # of its first character
+    first: bool = False  # no text is before it
+
+
+class Echo(NamedTuple):
+    """A prompt as a part of its answers."""
+
+    text: str = ""
+    places: Sequence[Place] = ()
 
 
 class Vocabulary:
-    """The tokenizer, for calls from the event loop: long work is done elsewhere or in turns."""
+    """The tokenizer for calls from the event loop, which long work does not block."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.large = tokenizer, asyncio.Semaphore(_LARGE)
+        self.texts = TokenTexts(tokenizer)
         vocabulary = tokenizer.get_vocab()
         self.longest = max(map(len, vocabulary), default=1)  # characters or bytes of a token
+        self._adds_tokens = tokenizer.num_special_tokens_to_add(is_pair=False) > 0
         self.shown = functools.lru_cache(maxsize=len(vocabulary))(self._shown)
 
-    async def ids(
-        self, texts: list[str], most: int | None = None, *, special: bool = False
-    ) -> list[list[int]]:
-        """Token ids of texts; PromptTooLongError if a length alone says that they exceed `most`."""
-        for text in texts:
-            if most is not None and len(text) > most * self.longest:
-                length = f"the prompt has {len(text)} characters"
-                message = f"{length}, more than fit the context of {most} tokens: shorten it"
-                raise PromptTooLongError(message)
-            if re.search("[\ud800-\udfff]", text):
-                message = "the prompt holds half a surrogate pair, which is no character"
-                raise InvalidArgumentError(message)
+    async def encode(
+        self, texts: list[str], context_tokens: int | None = None, *, add_special_tokens: bool
+    ) -> list[Prompt]:
+        """Texts as prompts.
 
-        def encode() -> list[list[int]]:  # of a batch, without Python's lock
+        add_special_tokens: apply the tokenizer's post-processor, which may add a BOS token.
+        PromptTooLongError if a text must have more than `context_tokens` tokens, by its length.
+        """
+        for text in texts:
+            if context_tokens is not None and len(text) > context_tokens * self.longest:
+                raise PromptTooLongError(
+                    f"This model's maximum context length is {context_tokens} tokens. However, "
+                    f"your prompt has {len(text)} characters, which are more tokens. Please "
+                    "reduce the length of the prompt."
+                )
+            if re.search("[\ud800-\udfff]", text):
+                message = "the prompt has half of a surrogate pair, which is not a character"
+                raise InvalidArgumentError(message)
+        special = add_special_tokens and self._adds_tokens
+
+        def encode() -> list[Prompt]:  # a batch is encoded without Python's lock
             found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=special)
-            return [one.ids for one in found]
+            return [
+                Prompt(e.ids, _added(e.special_tokens_mask) if special else frozenset())
+                for e in found
+            ]
 
         size = sum(map(len, texts))
         if size <= _SHORT:
@@ -59,73 +89,82 @@ class Vocabulary:
         async with self.large if size > _LONG else nullcontext():
             return await asyncio.to_thread(encode)
 
-    def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode_batch([ids], skip_special_tokens=False)[0]
+    async def echo(self, prompt: Prompt) -> Echo:
+        """The text of a prompt, without tokens that the post-processor added, and their places."""
+        decoder, at, parts, places = TokenDecoder(self.texts), 0, [], []
+        async for n, i in in_turns(enumerate(prompt.ids)):
+            if n in prompt.added:
+                places.append(Place(i, at))
+                continue
+            first = not decoder.inside
+            parts.append(decoder.push(i))
+            places.append(Place(i, at + decoder.earlier, first))
+            at += len(parts[-1])
+        return Echo("".join(parts) + decoder.finish(), places)
 
-    async def echo(self, ids: list[int]) -> "Echo":
-        """The text of a prompt, and where that of each of its tokens begins."""
-        stream, at, offsets = DecodeStream(skip_special_tokens=False), 0, []
-        async for i in in_turns(ids):
-            offsets.append(at)
-            at += len(stream.step(self.tokenizer, i) or "")
-        return Echo(await asyncio.to_thread(self.text, ids), list(zip(ids, offsets, strict=True)))
-
-    def _shown(self, token_id: int) -> tuple[str, list[int]]:
-        """A token's text and bytes; a part of a character is "bytes:\\xe4", as OpenAI has it."""
-        text, piece = self.text([token_id]), self.tokenizer.id_to_token(token_id) or ""
-        match = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
-        if "\ufffd" not in text or not (match or set(piece) <= _BYTES.keys()):
-            return text, list(text.encode())
-        raw = [int(match[1], 16)] if match else [_BYTES[c] for c in piece]
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw
+    def _shown(self, token_id: int, first: bool) -> tuple[str, list[int]]:
+        text, raw = self.texts.name(token_id, first=first)
+        return text, [*raw]
 
 
-class Echo(NamedTuple):
-    """A prompt as a part of its answers."""
-
-    text: str = ""
-    places: Sequence[tuple[int, int]] = ()  # of each token, its id and its text's offset
+def _added(mask: list[int]) -> frozenset[int]:
+    return frozenset(position for position, added in enumerate(mask) if added)
 
 
 class Detokenizer:
-    """The text of one completion, in parts that are final. The stop string that is complete first
-    ends it, before the string or, with `include_stop`, after it, however tokens arrive."""
+    """The text of one completion, in parts that are final.
+
+    The first stop string to be complete ends the text, before the string or, with `include_stop`,
+    after it. A stop string that is complete within the first `min_tokens` tokens does not count.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), include_stop: bool = False
+        self,
+        decoder: TokenDecoder,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
-        self.tokenizer, self.include_stop = tokenizer, include_stop
-        self.stop = [s for s in ([stop] if isinstance(stop, str) else stop) if s]
+        self.decoder, self.include_stop, self.min_tokens = decoder, include_stop, min_tokens
+        self.stop = [s for s in stop if s]
         self._by_first: dict[str, list[str]] = {}  # stop strings, by their first character
         for s in self.stop:
             self._by_first.setdefault(s[0], []).append(s)
         self.stopped = False
-        self.ids: list[int] = []
-        self.offsets: list[int] = []  # where the text of each token begins
         self.released = 0  # characters returned
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._decoded = 0  # characters decoded
+        self._tokens = 0
+        self._decoded = 0  # characters of all tokens
+        self._protected = 0  # of them, those of the first `min_tokens` tokens
         self._held = ""  # characters that might be the beginning of a stop string
 
-    def push(self, ids: Sequence[int]) -> str:
-        """The text that these tokens complete, which may be empty."""
-        text = ""
+    def push(self, ids: Sequence[int]) -> tuple[str, list[Place]]:
+        """The text that these tokens complete, which may be empty, and their places."""
+        parts, places = [], []
         for i in ids:
-            self.ids.append(i)
-            self.offsets.append(self._decoded + len(text))
-            text += self._stream.step(self.tokenizer, i) or ""
-        self._decoded += len(text)
-        return self._release(text)
+            first = not self.decoder.inside
+            parts.append(self.decoder.push(i))
+            places.append(Place(i, self._decoded + self.decoder.earlier, first))
+            self._decoded += len(parts[-1])
+            self._tokens += 1
+            if self._tokens <= self.min_tokens:
+                self._protected = self._decoded
+        return self._release("".join(parts)), places
 
     def finish(self) -> str:
-        """The rest of the text; bytes that never became a character show as U+FFFD."""
+        """The rest of the text; bytes that did not become a character are U+FFFD."""
         if self.stopped:
             return ""
-        return self._release(self.tokenizer.decode(self.ids)[self._decoded :], last=True)
+        rest = self.decoder.finish()
+        if self._tokens <= self.min_tokens:
+            self._protected += len(rest)
+        return self._release(rest, last=True)
 
-    def _release(self, text: str, last: bool = False) -> str:
+    def _release(self, text: str, *, last: bool = False) -> str:
         known, text = len(self._held), self._held + text
-        found = ((s, text.find(s, max(0, known - len(s) + 1))) for s in self.stop)
+        # a stop string ends after the text that is known, and after the protected text
+        least = max(known, self._protected - self.released) + 1
+        found = ((s, text.find(s, max(0, least - len(s)))) for s in self.stop)
         ends = [(at + len(s), at) for s, at in found if at >= 0]
         if ends:
             self.stopped = True
@@ -138,32 +177,30 @@ class Detokenizer:
         return text[:end]
 
     def _begun(self, text: str) -> int:
-        """Where a stop string may have begun, up to the end of `text`; its length if nowhere.
+        """Where a stop string may begin that `text` does not complete; its length if nowhere.
 
-        Characters before are released: each is looked at until it begins none, whatever the
-        lengths of the stop strings.
+        The cost of a character does not depend on the lengths of the stop strings.
         """
         for at, first in enumerate(text):
             if known := self._by_first.get(first):
                 rest = text[at:]
-                if any(s.startswith(rest) for s in known):
+                if any(len(s) > len(rest) and s.startswith(rest) for s in known):
                     return at
         return len(text)
 
 
 class Token(NamedTuple):
-    """A token and its log probability, which the first of a prompt has not."""
+    """A token and its log probability, which the first token of a prompt does not have."""
 
-    id: int
-    offset: int  # of its text in the choice's
+    place: Place
     logprob: float | None = None
     packed: Logprobs = Logprobs()
-    place: int = 0  # in `packed`
+    position: int = 0  # in `packed`
 
     def top(self) -> list[tuple[int, float]]:
         """The likeliest tokens in its place, likeliest first."""
         k = len(self.packed.top) // max(1, len(self.packed.chosen))
-        here = slice(k * self.place, k * (self.place + 1))
+        here = slice(k * self.position, k * (self.position + 1))
         scores = (max(p, _LEAST_LOGPROB) for p in self.packed.top[here])
         return list(zip(self.packed.top_ids[here], scores, strict=True))
 
@@ -181,43 +218,54 @@ class Delta:
 class ChoiceDetokenizer:
     """A worker's replies to the deltas of one choice."""
 
-    def __init__(self, echo: Echo, body: GenerationRequest, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, prompt: Prompt, echo: Echo, body: GenerationRequest, vocabulary: Vocabulary
+    ) -> None:
         self.wants_tokens = body.num_logprobs is not None
         self.echo = echo.text  # until it is returned
         self.begin = len(self.echo)  # of the answer, in the text
-        include_stop = body.include_stop_str_in_output
-        self.text = Detokenizer(tokenizer, body.stop or (), include_stop=include_stop)
-        self.held: list[Token] = []  # whose text may yet turn out to be a stop string's
+        texts, skip = vocabulary.texts, body.skip_special_tokens
+        decoder = TokenDecoder(texts, prompt.ids, skip_special_tokens=skip)
+        include, least = body.include_stop_str_in_output, body.min_tokens
+        stop = body.stop_strings
+        self.text = Detokenizer(decoder, stop, include_stop=include, min_tokens=least)
+        # end tokens that are shown, with their texts
+        special = texts.special.items()
+        ends = stop if skip else [*texts.special]
+        self.shown_ends = {i: s for s, i in special if include and s in ends}
+        self.held: list[Token] = []  # whose text may turn out to be a stop string's
         self.prompt = iter(echo.places)
         if self.wants_tokens:  # later ones come with their log probabilities
-            self.held += [Token(*place) for place in itertools.islice(self.prompt, 1)]
+            self.held += [Token(place) for place in itertools.islice(self.prompt, 1)]
 
     def push(self, reply: GenerateReply, delta: Delta) -> None:
         """Add to `delta` what a reply completes, which may be nothing."""
-        text, ids = self.text, list(reply.token_ids)
+        text = self.text
         if reply.prompt_logprobs.chosen and self.wants_tokens:
             self.held += _tokens(reply.prompt_logprobs, self.prompt)
-        if not (ids or reply.finish_reason):
+        if not (reply.token_ids or reply.finish_reason):
             return
-        delta.text += self.echo + text.push(ids)
+        part, places = text.push(reply.token_ids)
+        delta.text += self.echo + part
         self.echo = ""
         if reply.finish_reason:
             delta.text += text.finish()
         delta.finish_reason = "stop" if text.stopped else reply.finish_reason or None
+        if reply.HasField("end_id"):  # scores of a text count it, though it may not be shown
+            places.append(Place(reply.end_id, text.released))
+            if not text.stopped:
+                delta.text += self.shown_ends.get(reply.end_id, "")
         if self.wants_tokens:
-            offsets = text.offsets[len(text.offsets) - len(ids) :]
-            if reply.HasField("end_id"):  # scores of a text count it, though it is not shown
-                ids, offsets = [*ids, reply.end_id], [*offsets, text.released]
-            places = zip(ids, (self.begin + at for at in offsets), strict=True)
-            self.held += _tokens(reply.logprobs, places)
+            moved = (place._replace(offset=self.begin + place.offset) for place in places)
+            self.held += _tokens(reply.logprobs, moved)
             end = self.begin + text.released
             final = delta.finish_reason and not text.stopped
-            count = len(self.held) if final else sum(t.offset < end for t in self.held)
+            count = len(self.held) if final else sum(t.place.offset < end for t in self.held)
             delta.tokens += self.held[:count]
             self.held = self.held[count:]
 
 
-def _tokens(packed: Logprobs, places: Iterable[tuple[int, int]]) -> Iterator[Token]:
-    """Tokens at `places`, an id and an offset each, as far as `packed` has log probabilities."""
-    for n, (p, (i, offset)) in enumerate(zip(packed.chosen, places, strict=False)):
-        yield Token(i, offset, max(p, _LEAST_LOGPROB), packed, n)
+def _tokens(packed: Logprobs, places: Iterable[Place]) -> Iterator[Token]:
+    """Tokens at `places`, as far as `packed` has log probabilities."""
+    for n, (p, place) in enumerate(zip(packed.chosen, places, strict=False)):
+        yield Token(place, max(p, _LEAST_LOGPROB), packed, n)

@@ -181,6 +181,11 @@ class TokenDecoder:
         self._unfinished = "\ufffd" * len(unfinished)
         self._skipped = texts.special_ids if skip_special_tokens else frozenset()
 
+    @property
+    def inside(self) -> bool:
+        """Whether the next token follows text, for decoders to which that makes a difference."""
+        return self._inside or self.texts.byte_level
+
     def push(self, token_id: int) -> str:
         """The text that a token completes, which may be empty."""
         self.earlier = 0
