@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Known vulnerabilities of the pinned packages, as pip-audit finds them. Fails where one is found, and where packages could
-# not be looked up: an audit that saw nothing is none. AUDIT_SERVICE=osv asks osv.dev in place of PyPI.
+# Lists known vulnerabilities of the pinned packages with pip-audit. Fails if there is one, and if packages could not be
+# looked up. AUDIT_SERVICE=osv uses osv.dev instead of PyPI.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 report=$(mktemp)
@@ -14,13 +14,13 @@ try:
     found = json.loads(pathlib.Path(sys.argv[1]).read_text())["dependencies"]
 except (ValueError, KeyError):
     log = pathlib.Path(sys.argv[2]).read_text().strip().splitlines()
-    sys.exit(f"audit: the vulnerability service can't be reached, nothing was audited ({(log[-1] if log else 'no answer')[:200]})")
+    sys.exit(f"audit: the vulnerability service can't be reached; nothing was audited ({(log[-1] if log else 'no answer')[:200]})")
 bad = [(d["name"], d["version"], v) for d in found for v in d.get("vulns", ())]
 unseen = [d["name"] for d in found if "skip_reason" in d]
 for name, version, vulnerability in bad:
     print(f"{name} {version}: {vulnerability['id']}, fixed in {', '.join(vulnerability['fix_versions']) or 'no version yet'}")
 print(f"audit: {len(found) - len(unseen)} of {len(found)} packages were looked up, {len(bad)} known vulnerabilities")
 if unseen:
-    sys.exit(f"audit: not in the service's database, or it can't be reached: {', '.join(unseen[:5])}{' …' * (len(unseen) > 5)}")
+    sys.exit(f"audit: not in the service's database, or the service can't be reached: {', '.join(unseen[:5])}{' …' * (len(unseen) > 5)}")
 sys.exit(bool(bad))
 PYTHON

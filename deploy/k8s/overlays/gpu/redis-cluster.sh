@@ -1,14 +1,14 @@
 #!/bin/sh
-# Makes one Redis Cluster of the nodes named, empty or its members already: `redis-cluster.sh NODE-1 … NODE-6`.
-# The first three become masters, the others their replicas. Run again it changes nothing, unless a node came back empty, which then
-# becomes a replica, or with another address, which the others are told.
+# Forms a Redis Cluster from the given nodes, which are empty or members already: `redis-cluster.sh NODE-1 … NODE-6`.
+# The first three become masters and the others replicas. The script is idempotent. It makes a node that restarted empty a replica,
+# and announces a node that restarted with another address.
 set -eu
-[ $# -ge 6 ] || { echo "error: six nodes are needed, three masters and three replicas; $# were given" >&2; exit 1; }
+[ $# -ge 6 ] || { echo "error: at least six nodes are needed (three masters and three replicas); $# were given" >&2; exit 1; }
 
 cli() { redis-cli -h "$@" 2>/dev/null | tr -d '\r'; }
 info() { cli "$1" cluster info | sed -n "s/^$2://p"; }
 
-assigned() {  # slots that have a master, as the node that knows most sees it
+assigned() {  # number of assigned slots, according to the node that knows most of them
   for node; do info "$node" cluster_slots_assigned; done | sort -n | tail -1
 }
 
@@ -20,7 +20,7 @@ needy_master() {  # id of the master with the fewest replicas
     END {for (id in count) if (best == "" || count[id] < count[best]) best = id; print best}'
 }
 
-converge() {  # one step nearer; whatever a node refuses is tried again
+converge() {  # performs one step; a refused step is repeated by the caller
   for node; do
     [ "$(cli "$node" ping)" = PONG ] || { state="$node does not answer"; return; }
   done
@@ -28,13 +28,13 @@ converge() {  # one step nearer; whatever a node refuses is tried again
     for other; do cli "$node" cluster meet "$(getent ahostsv4 "$other" | awk '{print $1; exit}')" 6379 >/dev/null; done
   done
   for node; do
-    [ "$(info "$node" cluster_known_nodes)" -ge $# ] || { state="$node does not know all others yet"; return; }
+    [ "$(info "$node" cluster_known_nodes)" -ge $# ] || { state="$node does not know all other nodes yet"; return; }
   done
   if [ "$(assigned "$@")" -lt 16384 ]; then
     cli "$1" cluster addslotsrange 0 5460 >/dev/null
     cli "$2" cluster addslotsrange 5461 10922 >/dev/null
     cli "$3" cluster addslotsrange 10923 16383 >/dev/null
-    state="slots are being dealt out"; return
+    state="slots are being assigned"; return
   fi
   for node; do
     [ "$(info "$node" cluster_state)" = ok ] || { state="$node is not ready"; return; }
@@ -44,7 +44,7 @@ converge() {  # one step nearer; whatever a node refuses is tried again
       cli "$node" cluster replicate "$(needy_master "$node")" >/dev/null
       state="$node becomes a replica"; return
     fi
-    if cli "$node" info replication | grep -q 'master_link_status:down'; then state="$node copies its master"; return; fi
+    if cli "$node" info replication | grep -q 'master_link_status:down'; then state="$node is synchronising with its master"; return; fi
   done
   state=
 }
@@ -52,7 +52,7 @@ converge() {  # one step nearer; whatever a node refuses is tried again
 tries=120
 while converge "$@"; [ -n "$state" ]; do
   tries=$((tries - 1))
-  [ $tries -gt 0 ] || { echo "error: the cluster is not formed: $state" >&2; exit 1; }
+  [ $tries -gt 0 ] || { echo "error: the cluster was not formed: $state" >&2; exit 1; }
   sleep 0.5
 done
 cli "$1" cluster nodes
