@@ -2,8 +2,8 @@
 
 The pages of `INCLUDED` get the content of a file of the repository. The comment
 `<!-- options CLASS -->` stands for the options of a class of `tolhouse.config`, `<!-- sampling -->`
-for the sampling parameters, and `<!-- errors -->` for the error classes. Links out of this folder
-become links to the repository.
+for the sampling parameters, `<!-- errors -->` for the error classes, and `<!-- api -->` for the
+reference of all other public names. Links out of this folder become links to the repository.
 """
 
 import posixpath
@@ -21,6 +21,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "services"))
 
+import tolhouse  # noqa: E402 - from the sources beside this folder
 from tolhouse import config, errors, sampling  # noqa: E402 - from the sources beside this folder
 
 INCLUDED = {
@@ -33,6 +34,11 @@ INCLUDED = {
     "README.md": "index.md",
 }
 PLOTS = "loadtest/science/plots"
+_MANIFEST = "ref, codec, num_blocks, layers, has_x0, num_records, record_bytes, table_bytes"
+MEMBERS = {
+    "ClientCredentials": "\n    options: {members: []}",
+    "Manifest": f"\n    options: {{members: [{_MANIFEST}]}}",
+}
 _LINK = re.compile(r"(\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s#]+)?(#[^)\s]*)?\)")
 _FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 _BOUNDS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
@@ -55,6 +61,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = re.sub(r"^<!-- options (\w+) -->$", _options, markdown, flags=re.MULTILINE)
     markdown = re.sub(r"^<!-- sampling -->$", lambda _: _sampling(), markdown, flags=re.MULTILINE)
     markdown = re.sub(r"^<!-- errors -->$", lambda _: _errors(), markdown, flags=re.MULTILINE)
+    markdown = re.sub(r"^<!-- api -->$", lambda _: _api(), markdown, flags=re.MULTILINE)
     url = config.repo_url
 
     def link(match: re.Match[str]) -> str:
@@ -135,6 +142,16 @@ def _errors() -> str:
             yield from rows(child)
 
     return _table("Class,Bases,gRPC,HTTP,Raised when", rows(errors.TolhouseError))
+
+
+def _api() -> str:
+    """What mkdocstrings is to document: every public name that is not an error."""
+    public = {name: getattr(tolhouse, name) for name in sorted(tolhouse.__all__)}
+    return "\n\n".join(
+        f"::: tolhouse.{name}{MEMBERS.get(name, '')}"
+        for name, value in public.items()
+        if isinstance(value, type) and not issubclass(value, errors.TolhouseError)
+    )
 
 
 def _allowed(field: Any) -> str:
