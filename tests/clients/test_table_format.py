@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
+from redis import Redis
 from tolhouse import Client, Manifest
 from tolhouse.build.compress import Scheme, compress
 from tolhouse.store.base import open_store
@@ -95,6 +96,24 @@ def test_the_hashes_in_the_page_are_right() -> None:
     assert 6 == len(vectors())
     for data, seed, result in vectors():
         assert result == xxhash.xxh3_64_hexdigest(data, seed)
+
+
+def test_redis_has_the_keys_of_the_page(redis_url: str) -> None:
+    """Keys, fields and values of a table in Redis are those that the page lists."""
+    store, redis = open_store(redis_url), Redis.from_url(redis_url)
+    planned = manifest_of("in-redis")
+    made = write_table([store], planned, lambda k: records_of(planned, planned.shard_ids(k)))
+    publish(store, made.ref)
+    key = f"tolhouse:{{{made.ref}:shards-3:1}}"
+    assert records_of(planned, ids(7)).tobytes() == redis.hget(key, "7")
+    assert {str(i).encode() for i in range(1, 50, 3)} == set(redis.hkeys(key))
+    assert made.to_json().encode() == redis.hget("tolhouse:{registry}:manifest", made.ref)
+    alias = json.loads(redis.hget("tolhouse:{registry}:alias", "in-redis"))
+    assert {"version": made.version, "history": []} == alias
+    store.lease(made.ref)
+    assert 0 < redis.pttl(f"tolhouse:{{registry}}:lease:{made.ref}") <= 30_000
+    redis.close()
+    store.close()
 
 
 @with_node
