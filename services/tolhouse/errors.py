@@ -13,10 +13,12 @@
     ├── UnsupportedError
     ├── UnavailableError (ConnectionError)
     ├── DeadlineExceededError (TimeoutError)
+    ├── ClosedError
     ├── RequestCancelledError
     └── InternalError
 
-A message says what was wrong and what is allowed.
+A message says what was wrong and what is allowed. It names arguments by their Python names, in
+backticks; the command line replaces these by its options. Errors can be pickled and copied.
 """
 
 from collections.abc import Iterable
@@ -108,6 +110,12 @@ class DeadlineExceededError(TolhouseError, TimeoutError):
     grpc_status, http_status = "DEADLINE_EXCEEDED", 504
 
 
+class ClosedError(TolhouseError):
+    """The client was closed before the call, or while the call was in flight."""
+
+    grpc_status, http_status = "CANCELLED", 499
+
+
 class RequestCancelledError(TolhouseError):
     """The caller cancelled the request or closed its connection."""
 
@@ -119,6 +127,7 @@ class InternalError(TolhouseError):
 
 
 _BY_STATUS = {error.grpc_status: error for error in TolhouseError.__subclasses__()} | {
+    "CANCELLED": RequestCancelledError,
     "OUT_OF_RANGE": IdOutOfRangeError,
     "PERMISSION_DENIED": UnauthenticatedError,
     "ALREADY_EXISTS": InUseError,

@@ -103,7 +103,7 @@ def test_an_empty_store_is_filled_at_start(checkpoint: Path, tmp_path: Path) -> 
             with Client(running.address) as client, Client(files) as source:
                 wait_until(lambda: client.describe(ref.partition("@")[0]).ref == ref)
                 assert source.fetch(ref, [5, 9]).tobytes() == client.fetch(ref, [5, 9]).tobytes()
-                assert [ref] == [manifest.ref for manifest, _ in client.tables()]
+                assert [ref] == [table.ref for table in client.tables()]
 
 
 def test_a_deleted_table_stays_deleted(checkpoint: Path, tmp_path: Path) -> None:

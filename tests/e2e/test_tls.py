@@ -283,7 +283,7 @@ def test_redis_with_tls_has_to_be_checked() -> None:
         assert url == require_private(url, insecure=False)
     unchecked = "rediss://redis:6379?ssl_cert_reqs=none rediss://redis?ssl_check_hostname=False"
     for url in ("redis://redis:6379", "redis://127.0.0.1:1,redis:6379", *unchecked.split()):
-        with pytest.raises(InvalidArgumentError, match="--insecure"):
+        with pytest.raises(InvalidArgumentError, match="`insecure`"):
             require_private(url, insecure=False)
         assert url == require_private(url, insecure=True)
 

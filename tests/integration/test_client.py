@@ -257,7 +257,7 @@ def test_a_replica_may_die_or_hang(
     replicas: list[Process], table: str, number: signal.Signals
 ) -> None:
     """Whichever replica is killed or stopped, the other answers within the deadline."""
-    with Client([r.address for r in replicas], timeout_seconds=8) as client:
+    with Client([r.address for r in replicas], timeout=8) as client:
         expected = client.fetch(table, IDS).tobytes()
         os.kill(replicas[0].pid, number)
         assert expected == client.fetch(table, IDS).tobytes()
@@ -272,7 +272,7 @@ def test_a_replica_may_die_or_hang(
 
 def test_a_replica_that_hangs_is_waited_for_once(replicas: list[Process], table: str) -> None:
     """After the first wait its ids go to the other replica, until it answers again."""
-    with Client([r.address for r in replicas], timeout_seconds=8) as client:
+    with Client([r.address for r in replicas], timeout=8) as client:
         usual, expected = owners_of(client, table, IDS), client.fetch(table, IDS).tobytes()
         os.kill(replicas[0].pid, signal.SIGSTOP)
         assert expected == client.fetch(table, IDS).tobytes()

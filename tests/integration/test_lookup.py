@@ -16,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from redis import Redis
-from tolhouse import Client, ClientCredentials, Manifest, errors
+from tolhouse import Client, ClientCredentials, Manifest, TableInfo, errors
 from tolhouse.client.fetch_stream import Replica
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import delete
@@ -100,7 +100,7 @@ def test_rows_are_those_of_the_store(
             rows = client.fetch(ref, ids)
             assert manifest.decode(records).tobytes() == rows.tobytes()
         assert client.describe(f"lookup-{codec}") == manifest
-        assert (manifest, True) in client.tables()
+        assert TableInfo(manifest, published=True) in client.tables()
         distinct = len(set(ids))
         assert f'tolhouse_lookup_rows_total{{source="store"}} {distinct}.0' in metrics(running)
         assert f'tolhouse_lookup_rows_total{{source="hot"}} {distinct}.0' in metrics(running)
@@ -431,7 +431,7 @@ def test_a_store_that_comes_later_is_waited_for(checkpoint: Path) -> None:
         with redis_server(port=port) as url:
             ref = build_table(checkpoint, url)
             with Client(json.loads(popen.stdout.readline())["address"]) as client:
-                assert [ref] == [manifest.ref for manifest, _ in client.tables()]
+                assert [ref] == [table.ref for table in client.tables()]
             popen.terminate()
             assert 0 == popen.wait(60)
 

@@ -115,7 +115,7 @@ def test_an_interrupted_deletion_can_be_completed(new_store: NewStore) -> None:
         with suppress(KeyboardInterrupt):
             delete(store, OTHER.ref)
         store.delete_records = gone  # type: ignore[method-assign]
-        with pytest.raises(NotFoundError, match="--force"):
+        with pytest.raises(NotFoundError, match="`force`"):
             delete(store, OTHER.ref)
         with pytest.raises(UnavailableError, match="is being deleted"):
             finish(store, OTHER)
@@ -138,7 +138,7 @@ def test_two_builds_with_different_numbers_of_shards(new_store: NewStore) -> Non
             for shard in range(manifest.num_shards):
                 store.write_shard(manifest, shard, records_of(manifest, manifest.shard_ids(shard)))
         commit(store, first)
-        with pytest.raises(InUseError, match="--shards 3"):
+        with pytest.raises(InUseError, match="`shards`=3"):
             commit(store, second)
         assert first == store.manifest(first.ref)
         everything = records_of(first).tobytes()

@@ -236,16 +236,18 @@ def test_text_has_an_encoding(folder: str) -> None:
     assert [] == found
 
 
-def test_the_public_names_are_the_client_and_the_errors() -> None:
-    """`tolhouse` exports Client, its ClientCredentials, Manifest and the whole error tree, and
-    nothing by accident."""
+def test_the_public_names_are_the_clients_their_results_and_the_errors() -> None:
+    """`tolhouse` exports both clients, what they take and return, and the whole error tree."""
     tree = {
         name
         for name, value in vars(errors).items()
         if isinstance(value, type) and issubclass(value, errors.TolhouseError)
     }
     names = set(tolhouse.__all__)
-    assert {"ClientCredentials", "Client", "Manifest", "__version__"} | tree == names
+    clients = {"AsyncClient", "Client", "ClientCredentials", "__version__"}
+    results = {"GenerateOutput", "Manifest", "RowCounts", "TableInfo", "TokenLogprobs", "WorkerInfo"}
+    assert clients | results | tree == names
+    assert sorted(tolhouse.__all__) == tolhouse.__all__
     assert names <= set(dir(tolhouse))
 
 

@@ -3,7 +3,7 @@
 import io
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ def generate(settings: config.GenerateConfig, checkpoint: Path, prompt: str, **m
     given = {name: value for name, value in more.items() if value is not None}
     if settings.worker:
         credentials = settings.client_credentials()
-        tokens = Client(settings.worker, credentials=credentials).generate(ids, count, **given)
+        client = Client(settings.worker, credentials=credentials)
+        tokens: Iterator[int] = client.generate(ids, count, **given)
     elif given:
         flag = config.flag(next(iter(given)))
         raise InvalidArgumentError(f"{flag} needs a --worker: without one, completion is greedy")

@@ -5,7 +5,8 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from logging import WARNING
 from pathlib import Path
@@ -81,7 +82,8 @@ def options(kind: type[config.Config]) -> Callable:
             if any(_PASSWORD.search(str(value)) for value in own.values()):
                 hint = "name a password_file in the URL"
                 event(f"all users can see a password on the command line: {hint}", WARNING)
-            return command(settings, **given)
+            with _options_named():
+                return command(settings, **given)
 
         for field, info in reversed(kind.model_fields.items()):
             shows = info.default is not False and info.default not in ("", None, ())
@@ -92,6 +94,19 @@ def options(kind: type[config.Config]) -> Callable:
         return wrapped
 
     return decorate
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """Name options in error messages: the library names its arguments, in backticks."""
+    try:
+        yield
+    except TolhouseError as error:
+        params = click.get_current_context().command.params
+        flags = {p.name: p.opts[0] for p in params if isinstance(p, click.Option)}
+        message = re.sub(r"`(\w+)`", lambda m: flags.get(m[1], m[0]), str(error))
+        error.args = (message, *error.args[1:])
+        raise
 
 
 def _option(name: str, annotation: Any, **more: Any) -> Callable:

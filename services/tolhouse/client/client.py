@@ -1,130 +1,239 @@
 """`Client`: rows and manifests from a row source, tokens from a worker."""
 
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, closing
-from typing import Any
+import os
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from types import TracebackType
+from typing import Any, Self
 
-import grpc
 import numpy as np
 import numpy.typing as npt
 
-from tolhouse.client.fetch_stream import Replica
-from tolhouse.client.lookup import LookupRowSource
-from tolhouse.client.row_source import open_row_source
-from tolhouse.errors import InvalidArgumentError, UnsupportedError
+from tolhouse.client.connection import Connection
+from tolhouse.client.results import GenerateOutput, TableInfo, WorkerInfo
+from tolhouse.client.row_source import RowSource
 from tolhouse.net.auth import ClientCredentials
-from tolhouse.net.channel import Targets, error_of
-from tolhouse.sampling import SamplingParams, check_features
+from tolhouse.net.channel import Targets
 from tolhouse.table.manifest import Manifest
-from tolhouse.v1 import generation_pb2 as pb
-from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
 
-class Client(AbstractContextManager["Client"]):
-    """Calls the service at "HOST:PORT", or reads tables at "file://PATH" or "redis://HOST:PORT".
+class Client:
+    """Reads rows from a row source, or generates tokens with an attention worker.
 
-    Replicas are "HOST:PORT,HOST:PORT", or "dns:///HOST:PORT" for all addresses of a name as they
-    change. fetch, describe and tables want a row source, which is `rows`; generate wants a worker.
-    Services of other machines need `credentials` with TLS. Safe to use from several threads.
+    The first call connects. One client may be used by several threads. Use it as a context manager,
+    or call `close`.
+
+    A forked process may use a client that it inherited: the client opens connections of its own
+    there. If the parent process has called services at HOST:PORT before the fork, the child can't
+    call any, because gRPC does not support that: calls raise UnsupportedError at once. Start such
+    processes by "spawn" or "forkserver"; clients can be pickled.
+
+    Args:
+        target: Where to connect. Row sources are `"HOST:PORT"` of a lookup service,
+            `"file://PATH"` (or a `pathlib.Path`) and `"redis://HOST:PORT"`. A worker is
+            `"HOST:PORT"`. Replicas are `"HOST:PORT,HOST:PORT"`, a list, or `"dns:///HOST:PORT"`
+            for all addresses of a name.
+        timeout: Seconds that a call may take. It does not limit `generate` and `replies`.
+        credentials: TLS files and token for services on other machines.
+        options: Fields of `ClientCredentials` as keyword arguments, in place of `credentials`.
+
+    Raises:
+        InvalidArgumentError: An argument is not allowed, or would send plaintext to another
+            machine.
+
+    Example:
+        ```python
+        with Client("rows.example:50051", tls_ca="ca.pem", token="…") as source:
+            rows = source.fetch("demo-memory", [17, 4, 2048])
+        ```
     """
 
     def __init__(
         self,
-        target: Targets,
-        timeout_seconds: float = 10.0,
+        target: Targets | os.PathLike[str],
+        timeout: float = 10.0,
         *,
         credentials: ClientCredentials | None = None,
+        **options: Any,
     ) -> None:
-        self.timeout_seconds = timeout_seconds
-        self.rows = open_row_source(target, timeout_seconds, credentials)
+        self._connection = Connection(target, timeout, credentials, options)
 
-    def __exit__(self, *_: object) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"Client({self._connection})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        made_of = self._connection
+        return Client._unpickled, (made_of.target, made_of.timeout, made_of.credentials)
+
+    @classmethod
+    def _unpickled(cls, target: Targets, timeout: float, credentials: ClientCredentials) -> Self:
+        return cls(target, timeout, credentials=credentials)
+
     def close(self) -> None:
-        self.rows.close()
+        """Close all connections. Calls in flight, and later ones, raise ClosedError.
 
-    def tables(self) -> list[tuple[Manifest, bool]]:
-        """Every table there is, and whether its name stands for it."""
-        return self.rows.tables()
-
-    def describe(self, table: str) -> Manifest:
-        """The manifest of "name@version", or of what "name" stands for now; NotFoundError."""
-        return self.rows.describe(table)
-
-    def fetch(self, table: str | Manifest, ids: npt.ArrayLike) -> np.ndarray:
-        """Rows [T, N, D] of T token ids from "name@version", or from what "name" stands for now.
-
-        X0 comes first where the table carries it. They are read-only; int8 and int4 give float32.
-        NotFoundError, IdOutOfRangeError. UnavailableError, DeadlineExceededError: no replica
-        answered. CorruptError: none
-        has an intact row.
+        Closing a client twice is allowed.
         """
-        manifest = table if isinstance(table, Manifest) else self.describe(table)
-        ids_T = token_ids(ids)
-        auxiliary = self.rows.auxiliary(manifest)
-        unique = np.unique(ids_T)
-        distinct = unique if len(unique) < len(ids_T) else ids_T
-        rows = auxiliary.decode(distinct, self.rows.fetch_records(manifest, distinct))
-        if distinct is unique:
-            rows = rows[np.searchsorted(unique, ids_T)]
-        rows.flags.writeable = False
-        return rows
+        self._connection.close()
+
+    @property
+    def rows(self) -> RowSource:
+        """The row source, for reading records as they are stored."""
+        return self._connection.source()
+
+    def tables(self, *, timeout: float | None = None) -> list[TableInfo]:
+        """List every table of the row source.
+
+        Args:
+            timeout: Seconds that the call may take. None: as given to the constructor.
+
+        Raises:
+            UnavailableError: No replica can be reached, or DeadlineExceededError: none answered
+                in time.
+
+        Example:
+            ```python
+            for table in client.tables():
+                print(table.ref, table.published, table.manifest.codec_name)
+            ```
+        """
+        return self._connection.tables(timeout)
+
+    def describe(self, table: str, *, timeout: float | None = None) -> Manifest:
+        """Read the manifest of a table.
+
+        Args:
+            table: `"name@version"`, or `"name"` for the version that is published now.
+            timeout: Seconds that the call may take. None: as given to the constructor.
+
+        Raises:
+            NotFoundError: There is no such table. The message lists the tables that there are.
+
+        Example:
+            ```python
+            manifest = client.describe("demo-memory")
+            print(manifest.ref, manifest.vocab_size, manifest.blocks, manifest.width)
+            ```
+        """
+        return self._connection.describe(table, timeout)
+
+    def fetch(
+        self,
+        table: str | Manifest,
+        ids: npt.ArrayLike | Iterable[int],
+        *,
+        timeout: float | None = None,
+    ) -> np.ndarray:
+        """Fetch the rows of token ids.
+
+        Args:
+            table: `"name@version"`, `"name"` for the version that is published now, or a manifest.
+            ids: T token ids in any order; ids may repeat. A list, tuple, range, generator, NumPy
+                array or tensor.
+            timeout: Seconds that the call may take. None: as given to the constructor.
+
+        Returns:
+            Rows [T, N, D]: N blocks of D values, in the order of `Manifest.blocks`. The array is
+            read-only. Its type is that of the codec: float32, float16 or bfloat16; float32 for
+            int8 and int4.
+
+        Raises:
+            NotFoundError: There is no such table.
+            IdOutOfRangeError: An id is not below the size of the vocabulary.
+            UnavailableError: No replica can be reached.
+            DeadlineExceededError: No replica answered in time.
+            CorruptError: No replica has an intact row of some of the ids.
+
+        Example:
+            ```python
+            rows = client.fetch("demo-memory", [17, 4, 2048])  # [3, blocks, width]
+            ```
+        """
+        return self._connection.fetch(table, ids, timeout)
 
     def generate(
-        self, prompt_token_ids: Iterable[int], max_tokens: int = 16, **options: Any
-    ) -> Iterator[int]:
-        """Stream a completion's token ids; closing cancels. `options` are of SamplingParams."""
-        with closing(self.replies(prompt_token_ids, max_tokens, **options)) as replies:
-            for reply in replies:
-                yield from reply.token_ids
+        self,
+        prompt_token_ids: npt.ArrayLike | Iterable[int],
+        max_tokens: int = 16,
+        *,
+        timeout: float | None = None,
+        **sampling: Any,
+    ) -> Generator[int, None, None]:
+        """Generate a completion, and yield its token ids as they come.
+
+        Closing or dropping the iterator cancels the completion.
+
+        Args:
+            prompt_token_ids: Token ids of the prompt, at least one.
+            max_tokens: Largest number of tokens to generate.
+            timeout: Seconds that the whole completion may take. None: no limit.
+            sampling: Sampling parameters such as `temperature`, `top_p`, `seed` and
+                `stop_token_ids`. `tolhouse.sampling.SamplingParams` has all of them.
+
+        Raises:
+            InvalidArgumentError: A parameter is unknown or not allowed. PromptTooLongError: the
+                prompt and `max_tokens` exceed the context.
+            OverloadedError: The worker's queue is full.
+            UnavailableError: The worker can't be reached.
+            DeadlineExceededError: The completion took longer than `timeout`.
+
+        Example:
+            ```python
+            for token_id in worker.generate([17, 4, 2048], max_tokens=32, temperature=0.8):
+                print(token_id)
+            ```
+        """
+        options = {"timeout": timeout, **sampling}
+        return _token_ids_of(self.replies(prompt_token_ids, max_tokens, **options))
 
     def replies(
         self,
-        prompt_token_ids: Iterable[int],
+        prompt_token_ids: npt.ArrayLike | Iterable[int],
         max_tokens: int = 16,
         *,
-        timeout_seconds: float | None = None,
+        timeout: float | None = None,
         **sampling: Any,
-    ) -> Generator[pb.GenerateReply]:
-        """As `generate`, but yields whole replies, with log probabilities and the finish reason."""
-        request = SamplingParams(max_tokens, **sampling).to_proto(prompt_token_ids)
-        worker = self._worker()
-        try:
-            check_features(request, (), worker.target)
-        except UnsupportedError:  # of every worker until it says that it does
-            asked, seconds = pb.DescribeWorkerRequest(), self.timeout_seconds
-            about = worker.call(GenerationStub, "DescribeWorker", asked, seconds)
-            check_features(request, about.features, worker.target)
-        stub, metadata = GenerationStub(worker.channel()), worker.credentials.metadata()
-        call = stub.Generate(request, timeout=timeout_seconds, metadata=metadata)
-        try:
-            yield from call
-        except grpc.RpcError as error:
-            raise error_of(error, worker.target) from None
-        finally:
-            call.cancel()
+    ) -> Generator[GenerateOutput, None, None]:
+        """Generate a completion, and yield its parts with log probabilities and finish reason.
 
-    def describe_worker(self) -> pb.DescribeWorkerReply:
-        """What a worker serves, its load and its row counts; protos/tolhouse/v1 has the fields."""
-        request = pb.DescribeWorkerRequest()
-        return self._worker().call(GenerationStub, "DescribeWorker", request, self.timeout_seconds)
+        Arguments and errors are those of `generate`.
 
-    def _worker(self) -> Replica:
-        if not isinstance(self.rows, LookupRowSource):
-            raise InvalidArgumentError(f"{self.rows.url} holds tables; tokens come from a worker")
-        return self.rows.replicas.in_turn()[0]
+        Example:
+            ```python
+            for output in worker.replies([17, 4, 2048], max_tokens=8, logprobs=5):
+                print(output.token_ids, output.logprobs, output.finish_reason)
+            ```
+        """
+        generation = self._connection.generation(prompt_token_ids, max_tokens, timeout, sampling)
+        return self._connection.stream(generation)
+
+    def describe_worker(self, *, timeout: float | None = None) -> WorkerInfo:
+        """Describe the worker: what it serves, its load and its row counts.
+
+        Args:
+            timeout: Seconds that the call may take. None: as given to the constructor.
+
+        Example:
+            ```python
+            info = worker.describe_worker()
+            print(info.model, info.table, info.running, info.waiting)
+            ```
+        """
+        return self._connection.describe_worker(timeout)
 
 
-def token_ids(ids: npt.ArrayLike) -> np.ndarray:
-    """`ids` as uint32 [T]; InvalidArgumentError unless they are a flat list of token ids."""
-    array = np.asarray(ids)
-    if array.size == 0:
-        return np.empty(0, np.uint32)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        given = f"{array.dtype} in {array.ndim} dimensions"
-        raise InvalidArgumentError(f"token ids must be a flat list of whole numbers, not {given}")
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high >= 2**32:
-        raise InvalidArgumentError(f"token ids run from 0 to 2^32 - 1; {low} to {high} were given")
-    return array.astype(np.uint32, copy=False)
+def _token_ids_of(replies: Generator[GenerateOutput, None, None]) -> Generator[int, None, None]:
+    with closing(replies):
+        for reply in replies:
+            yield from reply.token_ids

@@ -16,6 +16,7 @@ import grpc
 from tolhouse import tracing
 from tolhouse.client.row_source import Array
 from tolhouse.errors import (
+    ClosedError,
     CorruptError,
     InternalError,
     TolhouseError,
@@ -23,6 +24,7 @@ from tolhouse.errors import (
     from_status,
 )
 from tolhouse.net.auth import ClientCredentials
+from tolhouse.net.call import check_cancelled, is_cancellable, on_cancel
 from tolhouse.net.channel import error_of, reloading_channel
 from tolhouse.net.fetch_reply import parse
 from tolhouse.table.manifest import Manifest
@@ -91,16 +93,28 @@ class Replica:
         self.channel = reloading_channel(target, credentials)
         self._lock, self._numbers = threading.Lock(), itertools.count(1)
         self._stream: _Stream | None = None
+        self._closed = False
+
+    def open_channel(self) -> grpc.Channel:
+        """The channel; ClosedError after `close`."""
+        if self._closed:
+            raise ClosedError(f"the connection to {self.target} is closed")
+        return self.channel()
 
     def call(self, stub: type, method: str, request: Any, timeout_seconds: float) -> Any:
         """Make a unary call."""
-        call, metadata = getattr(stub(self.channel()), method), self.credentials.metadata()
+        call, metadata = getattr(stub(self.open_channel()), method), self.credentials.metadata()
         try:
-            return call(request, timeout=timeout_seconds, metadata=metadata)
-        except grpc.RpcError as error:
-            raise error_of(error, self.target) from None
-        except ValueError:
-            raise UnavailableError(f"the channel to {self.target} is closed") from None
+            if not is_cancellable():
+                return call(request, timeout=timeout_seconds, metadata=metadata)
+            future = call.future(request, timeout=timeout_seconds, metadata=metadata)
+            on_cancel(future.cancel)
+            return future.result()
+        except (grpc.RpcError, grpc.FutureCancelledError, ValueError) as error:
+            check_cancelled()
+            if isinstance(error, grpc.RpcError) and not self._closed:
+                raise error_of(error, self.target) from None
+            raise ClosedError(f"the connection to {self.target} is closed") from None
 
     def submit(self, manifest: Manifest, ids: Array, out: memoryview, slots: list[int]) -> Request:
         request, number = Request(manifest, ids, out, slots), next(self._numbers)
@@ -108,7 +122,8 @@ class Replica:
         message.token_ids = ids.astype("<u4", copy=False).tobytes()
         message.traceparent = tracing.traceparent()
         with self._lock:
-            stream = self._stream = self._stream or self._open()
+            channel = self.open_channel()
+            stream = self._stream = self._stream or self._open(channel)
             stream.pending[number] = request
         stream.outgoing.put(message)
         return request
@@ -130,14 +145,16 @@ class Replica:
         return bool(stream and stream.replied[0] > moment)
 
     def close(self) -> None:
-        self.reset(UnavailableError(f"the channel to {self.target} is closed"))
+        with self._lock:
+            self._closed = True
+        self.reset(ClosedError(f"the connection to {self.target} is closed"))
         self.channel().close()
 
-    def _open(self) -> _Stream:
+    def _open(self, channel: grpc.Channel) -> _Stream:
         outgoing: SimpleQueue[pb.FetchRequest | None] = SimpleQueue()
         # replies stay bytes: net/fetch_reply.py reads them
         write = pb.FetchRequest.SerializeToString
-        fetch = self.channel().stream_stream("/tolhouse.v1.Lookup/Fetch", write)
+        fetch = channel.stream_stream("/tolhouse.v1.Lookup/Fetch", write)
         call = fetch(iter(outgoing.get, None), metadata=self.credentials.metadata())
         stream = _Stream(call, outgoing, {}, [0.0])
         threading.Thread(target=self._receive, args=(stream,), name="fetch", daemon=True).start()

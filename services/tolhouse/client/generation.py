@@ -16,13 +16,15 @@ from tolhouse.v1.generation_pb2_grpc import GenerationStub
 class WorkerChannel:
     """One worker, called from an event loop."""
 
-    def __init__(self, target: str, credentials: ClientCredentials) -> None:
+    def __init__(self, target: str, credentials: ClientCredentials, name: str = "") -> None:
+        """`name` is the worker's name in error messages; by default "worker TARGET"."""
         self.target, self.credentials = target, credentials
+        self._name = name or f"worker {target}"
         self._channel = reloading_channel(target, credentials, grpc.aio)
         self._calls: set[grpc.aio.Call] = set()
 
     def abandon(self) -> None:
-        """End all calls in flight with UnavailableError: the worker hangs."""
+        """End all calls in flight with UnavailableError."""
         calls, self._calls = self._calls, set()
         for call in calls:
             call.cancel()
@@ -33,30 +35,38 @@ class WorkerChannel:
             request = pb.DescribeWorkerRequest()
             return await stub.DescribeWorker(request, timeout=seconds, metadata=metadata)
         except grpc.RpcError as error:
-            raise error_of(error, f"worker {self.target}") from None
+            raise error_of(error, self._name) from None
 
-    async def generate(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateReply]:
-        """Replies up to the one with a finish_reason. Closing the iterator cancels the call."""
+    async def generate(
+        self, request: pb.GenerateRequest, timeout: float | None = None
+    ) -> AsyncGenerator[pb.GenerateReply, None]:
+        """Yield replies, up to the one with a finish_reason. Closing the iterator cancels the call.
+
+        `timeout` is the number of seconds that all of it may take; None: no limit.
+        """
         metadata = self.credentials.metadata()
         if traceparent := tracing.traceparent():
             metadata = (*metadata, (tracing.HEADER, traceparent))
-        call = GenerationStub(self._channel()).Generate(request, metadata=metadata)
+        stub = GenerationStub(self._channel())
+        call = stub.Generate(request, timeout=timeout, metadata=metadata)
         self._calls.add(call)
         try:
             async for reply in call:
                 yield reply
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.CANCELLED:  # not by us: it ends
-                raise UnavailableError(f"worker {self.target} takes no more calls") from None
-            raise error_of(error, f"worker {self.target}") from None
+                raise UnavailableError(f"{self._name} takes no more calls") from None
+            raise error_of(error, self._name) from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if call in self._calls or (task and task.cancelling()):
                 raise  # the caller was cancelled
-            raise UnavailableError(f"worker {self.target} does not answer any more") from None
+            raise UnavailableError(f"{self._name} does not answer any more") from None
         finally:
             self._calls.discard(call)
             call.cancel()
 
     async def close(self) -> None:
+        """Close the channel, and end all calls in flight with UnavailableError."""
+        self.abandon()
         await self._channel().close()

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from tolhouse.errors import (
 )
 from tolhouse.logs import event
 from tolhouse.net.auth import ClientCredentials
+from tolhouse.net.call import check_cancelled, end_after, on_cancel
 from tolhouse.net.channel import Addresses, Targets
 from tolhouse.net.health import SUSPECT_SECONDS, PeerHealth
 from tolhouse.table.manifest import Manifest
@@ -63,10 +64,11 @@ class LookupRowSource(RowSource):
 
     def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
         flat = memoryview(out.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
-        deadline = time.monotonic() + self.timeout_seconds
+        deadline = end_after(self.timeout_seconds)
         count, left = len(self.replicas.in_turn()), np.arange(len(ids))
         errors, bad = list[BaseException | None](), np.zeros(len(ids), bool)
         for attempt in range(_ROUNDS * count):
+            check_cancelled()
             if attempt and attempt % count == 0 and not all(_bad_rows(e) for e in errors if e):
                 time.sleep(0.05)  # all have failed once: a moment for one to come back
             end = time.monotonic()
@@ -80,7 +82,12 @@ class LookupRowSource(RowSource):
                 for first in range(0, len(indices), self._max_ids)
                 for part in (indices[first : first + self._max_ids],)
             ]
-            errors = [self._wait(replica, request, end) for replica, _, request in requests]
+            on_cancel(partial(_cancel, [request for *_, request in requests]))
+            try:
+                errors = [self._wait(replica, request, end) for replica, _, request in requests]
+            finally:  # also after a KeyboardInterrupt
+                for *_, request in requests:
+                    request.give_up()
             failed = [part for (_, part, _), error in zip(requests, errors, strict=True) if error]
             if not failed:
                 return
@@ -99,7 +106,6 @@ class LookupRowSource(RowSource):
         except TimeoutError:
             error = DeadlineExceededError(f"lookup {replica.target} did not answer in time")
             replica.reset(error, silent_since=began)  # others of its requests may be answered
-        request.give_up()
         # a replica that answers, if only that its store is slow, goes on serving its hot rows
         silent = isinstance(error, DeadlineExceededError) and not replica.replied_since(began)
         if silent or isinstance(error, UnavailableError):
@@ -121,7 +127,8 @@ class LookupRowSource(RowSource):
     def _call(self, method: str, request: Any) -> Any:
         """The answer of the first replica that has one."""
         replicas = self.replicas.in_turn() * _ROUNDS
-        timeout, error = self.timeout_seconds / len(replicas), TolhouseError()
+        seconds = max(0.0, end_after(self.timeout_seconds) - time.monotonic())
+        timeout, error = seconds / len(replicas), TolhouseError()
         for replica in replicas:
             try:
                 return replica.call(LookupStub, method, request, timeout)
@@ -195,6 +202,11 @@ class Replicas:
             if found != tuple(now) and not self._closed.is_set():
                 credentials = self._addresses.credentials_for
                 self._replicas = {at: now.get(at) or Replica(at, credentials(at)) for at in found}
+
+
+def _cancel(requests: list[Request]) -> None:
+    for request in requests:
+        request.fail(RequestCancelledError("the call was cancelled"))
 
 
 def _bad_rows(error: BaseException) -> tuple[int, ...]:

@@ -4,17 +4,18 @@ All give verified records of exactly the version asked for, or the same errors.
 """
 
 import logging
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
 from tolhouse.errors import (
+    ClosedError,
     CorruptError,
     DeadlineExceededError,
     InvalidArgumentError,
@@ -23,8 +24,15 @@ from tolhouse.errors import (
 )
 from tolhouse.logs import event
 from tolhouse.net.auth import ClientCredentials
-from tolhouse.net.channel import SCHEME, Targets
-from tolhouse.store.base import LEASE_SECONDS, Store, open_store, require_private, shown
+from tolhouse.net.channel import SCHEME, Addresses, Targets
+from tolhouse.store.base import (
+    LEASE_SECONDS,
+    Store,
+    check_url,
+    open_store,
+    require_private,
+    shown,
+)
 from tolhouse.store.registry import resolve, stands_for, tables
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
 from tolhouse.table.manifest import Manifest, split_ref
@@ -121,14 +129,21 @@ class StoreRowSource(RowSource):
     def __init__(self, url: str, open_store: Callable[[], Store]) -> None:
         super().__init__(url)
         self._open_store = open_store
+        self._store: Store | None = None
+        self._opening, self._closed = threading.Lock(), False
         self._leased: Newest[float] = Newest()  # when a version's lease was renewed
-        self._background = ThreadPoolExecutor(1, "lease")
         with suppress(UnavailableError, DeadlineExceededError):  # the store may come up later
             _ = self.store
 
-    @cached_property
+    @property
     def store(self) -> Store:
-        return self._open_store()
+        """The store, opened when first used; ClosedError after `close`."""
+        if self._closed:
+            raise ClosedError(f"{self.url} is closed")
+        if self._store is None:
+            with self._opening:
+                self._store = self._store or self._open_store()
+        return self._store
 
     def tables(self) -> list[tuple[Manifest, bool]]:
         return list(tables(self.store))
@@ -137,20 +152,25 @@ class StoreRowSource(RowSource):
         self.store.lease(self.describe(ref).ref)
 
     def close(self) -> None:
-        self._background.shutdown()
-        if "store" in vars(self):  # it was opened
-            self.store.close()
+        self._closed = True
+        if self._store:
+            self._store.close()
 
     def use(self, manifest: Manifest) -> None:
-        """Renew a version's lease in the background, where that is due."""
+        """Renew a version's lease in the background if that is due."""
         now = time.monotonic()
         if now - self._leased.get(manifest.ref, -LEASE_SECONDS) > LEASE_SECONDS / 3:
             self._leased[manifest.ref] = now
-            self._background.submit(self._lease, manifest.ref)
+            # a daemon thread, so that a store that hangs does not keep the process from exiting
+            threading.Thread(
+                target=self._lease, args=(manifest.ref,), name="lease", daemon=True
+            ).start()
 
     def _lease(self, ref: str) -> None:
         try:
             self.store.lease(ref)
+        except ClosedError:
+            return
         except TolhouseError as error:
             event("a lease can't be renewed", logging.WARNING, table=ref, reason=str(error))
 
@@ -178,19 +198,33 @@ class StoreRowSource(RowSource):
 
 
 def open_row_source(
-    url: Targets, timeout_seconds: float = 10.0, credentials: ClientCredentials | None = None
+    url: Targets, timeout: float = 10.0, credentials: ClientCredentials | None = None
 ) -> RowSource:
-    """The row source at `url`; several texts are lookup replicas. It need not be reachable yet.
+    """Open the row source at `url`; a list of addresses is a list of lookup replicas.
 
-    Other machines' services need `credentials` with TLS, and their Redis a rediss:// URL.
+    The source need not be reachable yet. Services of other machines need `credentials` with TLS,
+    and a Redis of another machine needs a rediss:// URL. `timeout` is in seconds.
     """
     credentials = credentials or ClientCredentials()
-    if not isinstance(url, str) or "://" not in url or url.startswith(SCHEME):
-        from tolhouse.client.lookup import LookupRowSource
+    if isinstance(url, str) and _is_store(url):
+        check_target(url, credentials)
+        return StoreRowSource(shown(url), partial(open_store, url, timeout))
+    from tolhouse.client.lookup import LookupRowSource
 
-        return LookupRowSource(url, timeout_seconds, credentials)
+    return LookupRowSource(url, timeout, credentials)
+
+
+def check_target(url: Targets, credentials: ClientCredentials) -> None:
+    """Raise InvalidArgumentError if `url` is not allowed; connect to nothing."""
+    if not isinstance(url, str) or not _is_store(url):
+        Addresses(url, credentials)
+        return
     if url.partition("://")[0] not in ("file", "redis", "rediss"):
-        allowed = "file://, redis://, rediss://, dns:/// or HOST:PORT"
-        raise InvalidArgumentError(f"{shown(url)!r} is no {allowed}")
+        allowed = "file://, redis://, rediss://, dns:/// and HOST:PORT"
+        raise InvalidArgumentError(f"{shown(url)!r} is not an address; allowed are {allowed}")
+    check_url(url)
     require_private(url, insecure=credentials.insecure)
-    return StoreRowSource(shown(url), partial(open_store, url, timeout_seconds))
+
+
+def _is_store(url: str) -> bool:
+    return "://" in url and not url.startswith(SCHEME)

@@ -8,7 +8,7 @@ import re
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -97,13 +97,28 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class ClientCredentials:
-    """How to call services. Without `tls_ca` only this machine is called, unless `insecure`.
+    """TLS files and the token for calls to services.
 
-    `tls_ca` is a file of the authority to trust, or "system" for those that this machine trusts.
-    `tls_cert` and `tls_key` are for services that demand a certificate. `tls_name` is the host that
-    a service's certificate is for, if not the one called. `token_file` holds the services' token.
-    `insecure` calls other machines in plaintext: rows, prompts and tokens can be read on the way.
-    `proxy`, http://HOST:PORT, takes calls with TLS to other machines; the environment names none.
+    Files are read again when they change. Without `tls_ca`, calls are in plaintext, which is
+    allowed only to this machine, or with `insecure`.
+
+    Attributes:
+        tls_ca: PEM file of the certificate authority to trust, or "system" for the authorities
+            that this machine trusts.
+        tls_cert: PEM file of the certificate to present to a service that requires one.
+        tls_key: PEM file of its private key, without a password.
+        token_file: File that holds the services' token. Its first line is sent.
+        insecure: Allow plaintext to other machines. Anyone on the network can read it.
+        tls_name: Host name that the service's certificate must be for, if not the target's.
+        proxy: HTTP proxy for TLS calls to other machines, http://HOST:PORT. Environment variables
+            such as http_proxy are ignored.
+        token: The services' token itself, in place of `token_file`.
+
+    Example:
+        ```python
+        credentials = ClientCredentials(tls_ca="ca.pem", token_file="token")
+        client = Client("rows.example:50051", credentials=credentials)
+        ```
     """
 
     tls_ca: str = ""
@@ -112,26 +127,34 @@ class ClientCredentials:
     token_file: str = ""
     insecure: bool = False
     tls_name: str = ""
-    proxy: str = ""
+    proxy: str = field(default="", repr=False)  # it may hold a password
+    token: str = field(default="", repr=False)
+
+    def check_token(self) -> None:
+        """Raise InvalidArgumentError if the token can't be sent."""
+        if self.token and self.token_file:
+            raise InvalidArgumentError("give `token` or `token_file`, not both")
+        if self.token and not re.fullmatch(r"[!-~]+", str(self.token)):
+            raise InvalidArgumentError("`token` must be printable ASCII characters without spaces")
 
     def channel_credentials(self, target: str) -> grpc.ChannelCredentials | None:
-        """None means plaintext. InvalidArgumentError if that is not allowed, or a file does not
-        fit."""
+        """The TLS credentials of a channel to `target`; None for plaintext.
+
+        Raises:
+            InvalidArgumentError: Plaintext is not allowed, or a file does not fit.
+        """
+        self.check_token()
         if self.proxy and not (self.tls_ca and re.fullmatch(r"http://[^/\s]+:\d+/?", self.proxy)):
-            raise InvalidArgumentError(
-                "--proxy must be http://HOST:PORT, and needs TLS: give --tls-ca"
-            )
+            raise InvalidArgumentError("`proxy` must be http://HOST:PORT, and needs `tls_ca`")
         if self.tls_ca:
             _, cert, key, ca = read_pems(self.tls_cert, self.tls_key, self.tls_ca, retries=10)
             return grpc.ssl_channel_credentials(ca, key or None, cert or None)
         if self.tls_cert or self.tls_key:
-            raise InvalidArgumentError(
-                "a TLS certificate to show needs an authority: give --tls-ca"
-            )
+            raise InvalidArgumentError("a TLS certificate to present needs `tls_ca`")
         if not self.insecure and not is_loopback(target):
-            advice = "give --tls-ca, or --insecure where the network is trusted"
             raise InvalidArgumentError(
-                f"{target} is another machine, called in plaintext: {advice}"
+                f"{target} is another machine, which would be called in plaintext: give `tls_ca`, "
+                "or `insecure` if the network is trusted"
             )
         return None
 
@@ -142,7 +165,9 @@ class ClientCredentials:
         return "grpc.enable_http_proxy", 0
 
     def metadata(self) -> Metadata:
-        """What goes with each call."""
+        """The metadata of each call."""
+        if self.token:
+            return (("authorization", f"Bearer {self.token}"),)
         if not self.token_file:
             return ()
         return (("authorization", f"Bearer {self._token.tokens.get()[0].decode()}"),)
@@ -165,7 +190,7 @@ class ServerCredentials:
     def check(self, address: str, option: str) -> None:
         """InvalidArgumentError if `address` may not be listened on."""
         if not self.tls_cert and not self.insecure and not is_loopback(address):
-            advice = "give --tls-cert and --tls-key, or --insecure where the network is trusted"
+            advice = "give `tls_cert` and `tls_key`, or `insecure` if the network is trusted"
             raise InvalidArgumentError(f"{option} {address} would serve in plaintext: {advice}")
 
     def interceptors(self) -> list[grpc.aio.ServerInterceptor]:
@@ -224,5 +249,5 @@ class _TokenInterceptor(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(self._refuse)
 
     async def _refuse(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        message = "the call has no token, or one that this service does not know: use --token-file"
+        message = "the call has no token, or one that this service does not accept"
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)

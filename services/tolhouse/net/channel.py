@@ -1,5 +1,6 @@
 """Calls to services: channels that follow TLS files, failures as errors, addresses of names."""
 
+import os
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -38,8 +39,22 @@ Targets = str | Sequence[str]  # texts, or one with commas between them
 _CALLERS_FAULT = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "NOT_FOUND")
 
 
+_used_by: list[int] = []  # the process that used gRPC first: this one, or one that it is a fork of
+
+
+def _check_fork() -> None:
+    """Raise UnsupportedError in a fork of a process that used gRPC: gRPC may crash there."""
+    _used_by[:] = _used_by or [os.getpid()]
+    if _used_by != [os.getpid()]:
+        raise UnsupportedError(
+            "gRPC can't be used in a process that was forked after its parent had used gRPC: start "
+            "the process by 'spawn' or 'forkserver', or make the first call after the fork"
+        )
+
+
 def dial(target: str, credentials: ClientCredentials, library: Any = grpc) -> Any:
     """A channel of `library`, grpc or grpc.aio; InvalidArgumentError if `credentials` forbid it."""
+    _check_fork()
     tls = credentials.channel_credentials(target)
     options = [*_CHANNEL_OPTIONS, credentials.proxy_option(target)]
     if tls is None:

@@ -225,16 +225,11 @@ def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0
     Several nodes of a Redis Cluster may be named, redis://HOST:PORT,HOST:PORT; one has to answer.
     `wait_seconds`: for so long it may be unreachable.
     """
-    if re.search(r",\s*\w+://", url):
-        raise InvalidArgumentError(f"{shown(url)!r} names several stores; one is allowed here")
-    scheme, _, rest = url.partition("://")
-    if scheme == "file" and rest:
+    check_url(url)
+    if url.startswith("file://"):
         from tolhouse.store.files import FileStore
 
-        return FileStore(rest)
-    database = _parts(url)[0].path.strip("/")  # redis-py passes over one that it can't read
-    if scheme not in ("redis", "rediss") or not rest or not (database or "0").isdecimal():
-        raise not_understood(url)
+        return FileStore(url.removeprefix("file://"))
     from tolhouse.store.redis import RedisStore
 
     deadline = time.monotonic() + wait_seconds
@@ -246,6 +241,17 @@ def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0
                 raise
             event("waiting for the store", logging.WARNING, reason=str(error))
         time.sleep(1.0)
+
+
+def check_url(url: str) -> None:
+    """Raise InvalidArgumentError unless `url` has the form of one store's URL."""
+    if re.search(r",\s*\w+://", url):
+        raise InvalidArgumentError(f"{shown(url)!r} names several stores; one is allowed here")
+    scheme, _, rest = url.partition("://")
+    database = _parts(url)[0].path.strip("/")  # redis-py ignores one that it can't read
+    is_redis = scheme in ("redis", "rediss") and (database or "0").isdecimal()
+    if not rest or not (is_redis or scheme == "file"):
+        raise not_understood(url)
 
 
 def require_private(url: str, *, insecure: bool) -> str:
@@ -261,7 +267,7 @@ def require_private(url: str, *, insecure: bool) -> str:
         return url
     how = "without a check of its certificate: leave those options out"
     how = "in plaintext: give a rediss:// URL" if parts.scheme == "redis" else how
-    how = f"{how}, or --insecure where the network is trusted"
+    how = f"{how}, or `insecure` if the network is trusted"
     raise InvalidArgumentError(
         f"Redis at {shown(url)} is another machine and would be called {how}"
     )

@@ -15,6 +15,7 @@ connections read: `password_file`, and with rediss:// `ssl_ca_certs`, `ssl_certf
 """
 
 import secrets
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -39,6 +40,7 @@ from redis.utils import SENTINEL
 from tolhouse import errors
 from tolhouse.errors import InvalidArgumentError, UnavailableError
 from tolhouse.files import ReloadingFiles, read_file
+from tolhouse.net.call import end_after, has_time_limit
 from tolhouse.net.health import SUSPECT_SECONDS, PeerHealth
 from tolhouse.store.base import (
     LEASE_SECONDS,
@@ -90,13 +92,16 @@ _ERRORS: tuple[tuple[Any, type[errors.TolhouseError], str], ...] = (  # the firs
 )
 
 Read = tuple[str, list[int]]  # the key of a shard, and token ids
-_deadline: ContextVar[float] = ContextVar("deadline of a call", default=inf)
+# until when the running thread reads answers, and whether its store is closed
+_limits: ContextVar[tuple[float, threading.Event]] = ContextVar(
+    "limits", default=(inf, threading.Event())
+)
 
 
 class RedisStore(Store):
     def __init__(self, url: str, timeout_seconds: float) -> None:
         super().__init__(shown(url))
-        self._timeout = timeout_seconds
+        self._timeout, self._closed = timeout_seconds, threading.Event()
         url, credentials = split_credentials(url)
         options: dict[str, Any] = {
             "parser_class": _Parser,
@@ -109,7 +114,7 @@ class RedisStore(Store):
         parts = urlsplit(url)
         user, at, hosts = parts.netloc.rpartition("@")
         places = [parts._replace(netloc=f"{user}{at}{host}") for host in hosts.split(",")]
-        with self._mapped(), _until(time.monotonic() + timeout_seconds * (1 + len(places))):
+        with self._mapped(), self._until(end_after(timeout_seconds * (1 + len(places)))):
             try:
                 self._redis, self._is_cluster = _connect([*map(urlunsplit, places)], options)
             except FileNotFoundError as error:
@@ -188,6 +193,7 @@ class RedisStore(Store):
         return ""
 
     def close(self) -> None:
+        self._closed.set()
         self.health.close()
         self._redis.close()
 
@@ -199,8 +205,17 @@ class RedisStore(Store):
 
     def _call(self, command: str, *arguments: Any, **options: Any) -> Any:
         seconds = self._timeout + (_FAILOVER_SECONDS if self._is_cluster else 0)
-        with self._mapped(), _until(time.monotonic() + seconds):
+        with self._mapped(), self._until(end_after(seconds)):
             return getattr(self._redis, command)(*arguments, **options)
+
+    @contextmanager
+    def _until(self, end: float) -> Iterator[None]:
+        """Let the block read answers until `end`, or until the store is closed."""
+        token = _limits.set((end, self._closed))
+        try:
+            yield
+        finally:
+            _limits.reset(token)
 
     @contextmanager
     def _mapped(self) -> Iterator[None]:
@@ -238,7 +253,7 @@ class RedisStore(Store):
 
         redis-py's pipeline reads where a slot has moved, or connections have to be made anew.
         """
-        answered, deadline = 0, time.monotonic() + _FAILOVER_SECONDS
+        answered, deadline = 0, end_after(_FAILOVER_SECONDS)
         ask: Callable[..., Iterator[list[Any]]] = self._send
         while answered < len(reads):
             try:
@@ -261,13 +276,13 @@ class RedisStore(Store):
     def _end(self, reads: list[Read], record_bytes: int) -> float:
         """When the answers to `reads`, asked for now, must all be there."""
         size = sum(len(tokens) for _, tokens in reads) * record_bytes
-        return time.monotonic() + self._timeout * max(1, size / _READ_BYTES)
+        return end_after(self._timeout * max(1, size / _READ_BYTES))
 
     def _pipeline(self, reads: list[Read], record_bytes: int) -> Iterator[list[Any]]:
         pipeline = self._redis.pipeline(transaction=False)
         for key, tokens in reads:
             pipeline.hmget(key, tokens)
-        with _until(self._end(reads, record_bytes)):
+        with self._until(self._end(reads, record_bytes)):
             answers = pipeline.execute()
         yield from answers
 
@@ -286,14 +301,14 @@ class RedisStore(Store):
                     for node, (key, tokens) in zip(nodes, reads, strict=True)
                     if node == name
                 ]
-                with self._reported(name), _until(end):
+                with self._reported(name), self._until(end):
                     pools[name] = self._client(name).connection_pool
                     connections[name] = pools[name].get_connection()
                     for at in range(0, len(commands), step):  # a server answers before it reads on
                         packed = [b"".join(commands[at : at + step])]
                         connections[name].send_packed_command(packed, check_health=False)
             for name in nodes:
-                with self._reported(name), _until(end):
+                with self._reported(name), self._until(end):
                     answer = connections[name].read_response()
                 yield answer
         except BaseException:
@@ -336,7 +351,7 @@ class RedisStore(Store):
         return self._redis.get_redis_connection(node)
 
     def _probe(self, name: str) -> bool:
-        with self._mapped(), _until(time.monotonic() + self._timeout):
+        with self._mapped(), self._until(time.monotonic() + self._timeout):
             return bool(self._client(name).ping())
 
     def _alternatives(self, name: str) -> list[str] | None:
@@ -344,7 +359,7 @@ class RedisStore(Store):
         manager = self._redis.nodes_manager
         end = time.monotonic() + _FAILOVER_SECONDS
         # if no node answers, it stays as it was
-        with suppress(theirs.RedisError, theirs.RedisClusterException), _until(end):
+        with suppress(theirs.RedisError, theirs.RedisClusterException), self._until(end):
             manager.initialize(last_failed_node_name=name)
         if manager.get_node(node_name=name) is None:
             return None
@@ -352,24 +367,17 @@ class RedisStore(Store):
         return [other for other in next((g for g in groups if name in g), []) if other != name]
 
 
-@contextmanager
-def _until(end: float) -> Iterator[None]:
-    """Let calls of the block read answers until `end`."""
-    token = _deadline.set(end)
-    try:
-        yield
-    finally:
-        _deadline.reset(token)
-
-
 class _Parser(_HiredisParser):
     """Reads answers until the deadline of the call: the socket's own timeout is of one `recv`."""
 
     def read_from_socket(self, timeout: Any = SENTINEL, raise_on_timeout: bool = True) -> bool:
-        left = _deadline.get() - time.monotonic()
+        end, closed = _limits.get()
+        if closed.is_set():
+            raise errors.ClosedError("the store is closed")
+        left = end - time.monotonic()
         if left <= 0:
             raise theirs.TimeoutError("the answer came too slowly")
-        if timeout is SENTINEL and left < (self._socket_timeout or inf):
+        if timeout is SENTINEL and (left < (self._socket_timeout or inf) or has_time_limit()):
             timeout = left
         return super().read_from_socket(timeout, raise_on_timeout)
 

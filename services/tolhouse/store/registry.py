@@ -20,7 +20,7 @@ from tolhouse.errors import (
 from tolhouse.store.base import LEASE_SECONDS, Alias, Changes, Store
 from tolhouse.table.manifest import Manifest, split_ref
 
-_BEING_DELETED = "is being deleted: wait, or if that was cut off, delete it with --force"
+_BEING_DELETED = "is being deleted: wait, or if that was interrupted, delete it with `force`"
 
 
 def tables(store: Store) -> Iterator[tuple[Manifest, bool]]:
@@ -132,7 +132,7 @@ def delete(store: Store, ref: str, force: bool = False) -> None:
         if above := [m.ref for m in others if ref in m.dependencies]:
             raise InUseError(f"{ref} is a part of {', '.join(above)}: delete that first")
         if not force and store.leased(ref):
-            what = f"its rows were read within the last {LEASE_SECONDS:g} s: wait, or use --force"
+            what = f"its rows were read within the last {LEASE_SECONDS:g} s: wait, or use `force`"
             raise InUseError(f"{ref} is in use: {what}")
         needed = {part for m in others for part in m.dependencies}
         removed[:] = [ref, *(part for part in auxiliary if part not in needed)]
@@ -169,7 +169,7 @@ def refuse_another(store: Store, planned: Manifest) -> None:
         there = store.manifest(planned.ref)
     if identity(there) != identity(planned):
         shards = f"{there.num_shards} shards and built from model {there.model_id[:12]}"
-        hint = f"build with --shards {there.num_shards}, under another --name, or delete it first"
+        hint = f"use `shards`={there.num_shards} or another `name`, or delete it first"
         raise InUseError(f"{planned.ref} is in {store.url} already, with {shards}: {hint}")
 
 

@@ -99,7 +99,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
         source, watcher = None, None
         if checkpoint.config.num_rows:
             calling, timeout = config.client_credentials(), config.fetch_timeout_seconds
-            source = open_row_source(config.rows, timeout_seconds=timeout, credentials=calling)
+            source = open_row_source(config.rows, timeout, calling)
             stack.callback(source.close)
         builder = Builder(checkpoint, config, source)
         stack.callback(builder.compiled.stop)
