@@ -44,7 +44,10 @@ _used_by: list[int] = []  # the process that used gRPC first: this one, or one t
 
 def _check_fork() -> None:
     """Raise UnsupportedError in a fork of a process that used gRPC: gRPC may crash there."""
-    _used_by[:] = _used_by or [os.getpid()]
+    if not _used_by:
+        _used_by.append(os.getpid())
+        # gRPC would start threads in every fork, and these would crash there
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     if _used_by != [os.getpid()]:
         raise UnsupportedError(
             "gRPC can't be used in a process that was forked after its parent had used gRPC: start "
