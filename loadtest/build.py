@@ -52,7 +52,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def peaks(path: str, folder: str, told: "multiprocessing.Queue[dict]") -> None:
+def peaks(path: str, folder: str, results: "multiprocessing.Queue[dict]") -> None:
     """For each codec, put the peak bytes above the loaded model while building half the shards, and
     the bound."""
     found = {}
@@ -67,7 +67,7 @@ def peaks(path: str, folder: str, told: "multiprocessing.Queue[dict]") -> None:
         build_shards(path, planned, list(range(SHARDS // 2)), (f"file://{folder}",), 10.0)
         shard = len(planned.shard_ids(0)) * planned.record_bytes
         found[codec] = _status("VmHWM") - before, 4 * shard + (300 << 20)
-    told.put(found)
+    results.put(found)
 
 
 def _status(field: str) -> int:
@@ -137,10 +137,10 @@ def main() -> None:
         finally:
             ray.shutdown()
         spawn = multiprocessing.get_context("spawn")
-        told: multiprocessing.Queue[dict[str, tuple[int, int]]] = spawn.Queue()
-        child = spawn.Process(target=peaks, args=(str(path), str(folder / "peak"), told))
+        results: multiprocessing.Queue[dict[str, tuple[int, int]]] = spawn.Queue()
+        child = spawn.Process(target=peaks, args=(str(path), str(folder / "peak"), results))
         child.start()
-        above = told.get(timeout=300)
+        above = results.get(timeout=300)
         child.join()
         for codec, (most, bound) in above.items():
             peak = f"peak memory {most / 1e6:.0f} MB above the model, bound {bound / 1e6:.0f} MB"

@@ -26,7 +26,7 @@ def random_weights(path: Path, shape: ModelConfig) -> Path:
 
 
 def zero_weights(path: Path, shape: ModelConfig) -> Path:
-    """Write a checkpoint of zeros as a sparse file, which takes no time at any size."""
+    """Write a checkpoint of zeros as a sparse file, which is fast at any size."""
     path.mkdir(parents=True)
     header, end = {}, 0
     for name, size in tensor_shapes(shape).items():

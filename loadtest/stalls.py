@@ -27,15 +27,15 @@ SHORT = {"prompt": "def foo", "max_tokens": 200, "n": 16, "ignore_eos": True}
 SCORED = {"prompt": [300] * 511, "max_tokens": 0, "echo": True, "logprobs": 20}
 REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tokenise 900 kB of one character": ("/tokenize", {"prompt": "a" * 900_000}),
-    "tokenise 900 kB of code, and show it": (
+    "tokenise 900 kB of code, with texts": (
         "/tokenize",
         {"prompt": CODE * 18_000, "return_token_strs": True},
     ),
     "detokenise 480,000 ids": ("/detokenize", {"tokens": [1] * 480_000}),
-    "128 choices, echoed, 20 likeliest": ("/v1/completions", {**SCORED, "n": 128}),
-    "24 choices, echoed, 20 likeliest": ("/v1/completions", {**SCORED, "n": 24}),
+    "128 choices, echo, 20 logprobs": ("/v1/completions", {**SCORED, "n": 128}),
+    "24 choices, echo, 20 logprobs": ("/v1/completions", {**SCORED, "n": 24}),
     "16 choices": ("/v1/completions", SHORT),
-    "16 choices, 32 stops of 512": ("/v1/completions", {**SHORT, "stop": STOPS}),
+    "16 choices, 32 stop strings": ("/v1/completions", {**SHORT, "stop": STOPS}),
 }
 
 

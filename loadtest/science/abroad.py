@@ -90,8 +90,8 @@ def table(found: dict[str, dict[str, Comparison]]) -> str:
         for of in found.values():
             if other := of.get(name):
                 loss = other.perplexity / of["bf16"].perplexity - 1
-                told = f"{loss:+.3%} | {other.kl:.6f} | {other.agreement:.2%}"
-                cells.append(told.replace("%", " %"))
+                cell = f"{loss:+.3%} | {other.kl:.6f} | {other.agreement:.2%}"
+                cells.append(cell.replace("%", " %"))
             else:
                 cells.append("| | ")
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -134,7 +134,7 @@ def edited(model: Model, scheme: str, folder: Path) -> bool:
         row = store.rows(store.manifest(refs[-1]), np.array([other], np.uint32))
         refs.append(make_overlay(store, refs[-1], np.array([token]), row).ref)
     texts = [model.text[start : start + 64] for start in range(0, 6400, 64)]
-    told: list[list[list[float]]] = []
+    scores: list[list[list[float]]] = []
     print(f"\n{scheme}")
     for what, ref in zip(
         ("unedited", *(f"{a!r} has the row of {b!r}" for a, b in edits)), refs, strict=True
@@ -144,7 +144,7 @@ def edited(model: Model, scheme: str, folder: Path) -> bool:
             local_cluster(model.path, url, worker_options=options) as cluster,
             Client(cluster.workers) as client,
         ):
-            told.append(
+            scores.append(
                 [
                     [
                         p
@@ -161,7 +161,7 @@ def edited(model: Model, scheme: str, folder: Path) -> bool:
             )
             print(f"  {what:34} {PROMPT!r} continues with {shown!r}", flush=True)
     right = []
-    for (token, _), earlier, later in zip(tokens, told, told[1:], strict=False):
+    for (token, _), earlier, later in zip(tokens, scores, scores[1:], strict=False):
         for text, before, after in zip(texts, earlier, later, strict=True):
             at = np.flatnonzero(text == token)
             # predictions from this position on may change
@@ -207,7 +207,7 @@ def run(most_tokens: int) -> None:
         only = [
             edited(model, scheme, Path(name) / scheme) for scheme in ("bf16", "int4 low rank, 8x")
         ]
-    told: dict[str, float] = {
+    figures: dict[str, float] = {
         "ppl_16bit": round(found["16bit"], 4),
         "int8_loss": round(found["int8"], 6),
         "int4_loss": round(found["int4"], 6),
@@ -218,7 +218,7 @@ def run(most_tokens: int) -> None:
         "overlay_changes_only_its_token": all(only),
         "served_difference": round(found["furthest"], 6),
     }
-    print(json.dumps(told))
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tests.interleaving import PAIRS, TRIPLES, new_stores, not_serial
 
 OPTIONS = f"--codec int8 --workers 1 --publish --corpus {__file__}"
 _KEYS = rb"tolhouse:\{(registry\}:\w+(:.*)?|.+:\d+\})"  # keys of a store without running operations
-_TOLD = "is in|is being deleted|try again|build it again"  # errors that say what to do
+_ADVICE = "is in|is being deleted|try again|build it again"  # errors that say what to do
 
 
 def build_faults(only: str) -> Iterator[Row]:
@@ -52,10 +52,14 @@ def _full_disk(name: str) -> Row | None:
         try:
             command = f"build {CHECKPOINT} --store {url} {OPTIONS}"
             build = start(command)
-            _, said = build.communicate(timeout=200)
-            told = "Traceback" not in said and "No space left" in said.strip().splitlines()[-1]
-            if build.returncode != 1 or not told:
-                wrong.append(f"a build on a full disk ended with {build.returncode}: {said[-300:]}")
+            _, stderr = build.communicate(timeout=200)
+            explained = (
+                "Traceback" not in stderr and "No space left" in stderr.strip().splitlines()[-1]
+            )
+            if build.returncode != 1 or not explained:
+                wrong.append(
+                    f"a build on a full disk ended with {build.returncode}: {stderr[-300:]}"
+                )
             with closing(open_store(url)) as store:
                 if store.refs():
                     wrong.append(f"an incomplete table exists: {store.refs()}")
@@ -84,11 +88,11 @@ def _two_builds(name: str, shards: tuple[int, int]) -> Row:
         builds = [start(f"{command} --shards {count}") for count in shards]
         failed = 0
         for build in builds:
-            _, said = build.communicate(timeout=200)
-            line = said.strip().splitlines()[-1]
+            _, stderr = build.communicate(timeout=200)
+            line = stderr.strip().splitlines()[-1]
             failed += bool(build.returncode)
-            if build.returncode and (not re.search(_TOLD, line) or "Traceback" in said):
-                wrong.append(f"a build ended with {build.returncode}: {said[-300:]}")
+            if build.returncode and (not re.search(_ADVICE, line) or "Traceback" in stderr):
+                wrong.append(f"a build ended with {build.returncode}: {stderr[-300:]}")
         wrong += chain.from_iterable(map(_incomplete, stores))
         left = [path.name for path in root.rglob(".*") if path.name != ".lock"]
         with closing(Redis.from_url(url)) as redis:

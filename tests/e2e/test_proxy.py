@@ -1,4 +1,4 @@
-"""Proxies: local and plaintext connections never use one, whatever the environment says."""
+"""Proxies: local and plaintext connections never use one, regardless of the environment."""
 
 import socket
 import socketserver

@@ -95,10 +95,10 @@ def test_a_version_of_another_model_is_refused(checkpoint: Path, tmp_path: Path)
     """A worker reports a version of another model, keeps its own, and follows the next suitable
     version."""
     url = f"file://{tmp_path}/tables"
-    one = build_table(checkpoint, url, name="mine")
-    other = build_table(tiny_model(tmp_path / "other", seed=1), url, name="mine", publish=False)
-    two = build_table(checkpoint, url, name="mine", codec="int8", publish=False)
-    options = ("--table", "mine", "--table-poll-seconds", "0.1")
+    one = build_table(checkpoint, url, name="shared")
+    other = build_table(tiny_model(tmp_path / "other", seed=1), url, name="shared", publish=False)
+    two = build_table(checkpoint, url, name="shared", codec="int8", publish=False)
+    options = ("--table", "shared", "--table-poll-seconds", "0.1")
     with (
         closing(open_store(url)) as store,
         process("worker", str(checkpoint), "--rows", url, *options, *LOCAL) as worker,

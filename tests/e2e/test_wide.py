@@ -34,7 +34,7 @@ def test_a_wide_model_has_the_same_number_of_parameters(wide: Path, checkpoint: 
 
 
 @pytest.mark.parametrize("compile", ["never", "auto"])
-def test_served_tokens_are_the_model_s(wide: Path, tmp_path: Path, compile: str) -> None:
+def test_served_tokens_equal_the_model_s(wide: Path, tmp_path: Path, compile: str) -> None:
     """Served tokens equal the model's, with and without compiled decoding."""
     url = f"file://{tmp_path}"
     build_table(wide, url)

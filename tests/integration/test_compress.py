@@ -305,9 +305,9 @@ def test_a_basis_of_full_rank_is_omitted(
 
 def test_the_largest_ratio_is_reached(checkpoint: Path) -> None:
     """The largest ratio that the error names is reached with one coefficient per layer."""
-    with pytest.raises(InvalidArgumentError, match="out of reach") as told:
+    with pytest.raises(InvalidArgumentError, match="out of reach") as caught:
         made_of(checkpoint, Scheme("int8", ratio=1000))
-    furthest = float(re.search(r"reaches ([\d.]+)", str(told.value))[1]) - 0.01
+    furthest = float(re.search(r"reaches ([\d.]+)", str(caught.value))[1]) - 0.01
     made = made_of(checkpoint, Scheme("int8", ratio=furthest))
     assert (1, 1, 1, 1) == made.manifest.ranks
     assert bytes_at_16_bit(planned(checkpoint)) / made.bytes >= furthest
@@ -352,8 +352,8 @@ def test_commands_compress_and_evaluate(checkpoint: Path, tmp_path: Path) -> Non
     assert 0 < through["kl"] < squeezed["kl"] < half["kl"]
     assert 1 >= through["top1_agreement"] >= half["top1_agreement"] > 0
     assert "perplexity" in tolhouse(f"{common} --most-tokens 50").stdout
-    told = tolhouse(f"{common} --most-tokens 50 --through int4").stdout
-    assert "beside the checkpoint's own rows: KL 0." in told
+    stdout = tolhouse(f"{common} --most-tokens 50 --through int4").stdout
+    assert "beside the checkpoint's own rows: KL 0." in stdout
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_writing_leaves_complete_files_and_nothing_else(
 def test_a_lease_ends_with_its_process_regardless_of_the_clock(
     store: FileStore, shards: list[Path]
 ) -> None:
-    """A version is in use while a process that leased it runs, whatever the times of its files."""
+    """A version is in use while a process that leased it runs, regardless of file times."""
     ref, path = table().ref, shards[0].parent / "lease"
     code = """if True:
         import sys

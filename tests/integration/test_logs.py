@@ -43,7 +43,7 @@ def written(reader: int) -> list[str]:
     return data.decode().replace("\r\n", "\n").split("\n")[:-1]
 
 
-def said(text: str, *, terminal: bool) -> list[str]:
+def logged(text: str, *, terminal: bool) -> list[str]:
     """The lines that a process logs about `text`, on a terminal or into a pipe."""
     reader, writer = pty.openpty() if terminal else os.pipe()
     popen = subprocess.Popen(
@@ -64,7 +64,7 @@ FORGED = "/x\n12:00:00 info    ready\r\x1b[2K\x1b]0;title\x07\u202egnp.exe\u2028
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_line_can_not_be_forged(terminal: bool) -> None:
     """Line breaks, escape sequences and direction marks are escaped in messages and exceptions."""
-    lines = said(FORGED, terminal=terminal)
+    lines = logged(FORGED, terminal=terminal)
     assert all(line.isprintable() for line in lines)
     assert not any(line.startswith("12:00:00") for line in lines)
     if not terminal:
@@ -75,7 +75,7 @@ def test_a_line_can_not_be_forged(terminal: bool) -> None:
 
 def test_ambiguous_values_are_quoted() -> None:
     """Values with spaces or equals signs are quoted, and others are not."""
-    lines = said("/a|/b status=200", terminal=True)
+    lines = logged("/a|/b status=200", terminal=True)
     assert lines[0].endswith("/a path=/a")
     assert any(line.endswith('path="/b status=200"') for line in lines)
 
@@ -135,6 +135,6 @@ def test_probes_leave_no_log_lines(checkpoint: Path, store: str) -> None:
 def test_progress_is_for_terminals(checkpoint: Path, tmp_path: Path) -> None:
     """Progress bars are not written to a file or a pipe."""
     options = f"--store file://{tmp_path} --size-ratio 4"
-    said = tolhouse(f"compress {checkpoint} {options}").stderr
-    said += tolhouse(f"eval {checkpoint} --most-tokens 64").stderr
-    assert not any(sign in said for sign in ("\r", "%|", "it/s"))
+    output = tolhouse(f"compress {checkpoint} {options}").stderr
+    output += tolhouse(f"eval {checkpoint} --most-tokens 64").stderr
+    assert not any(sign in output for sign in ("\r", "%|", "it/s"))

@@ -31,12 +31,12 @@ def expressions() -> list[str]:
     ]
 
 
-def run(*arguments: str, told: str = "") -> str:
+def run(*arguments: str, stdin: str = "") -> str:
     ended = subprocess.run(
         ["promtool", *arguments],
         capture_output=True,
         text=True,
-        input=told,
+        input=stdin,
         check=False,
         encoding="utf-8",
     )
@@ -140,4 +140,4 @@ def test_every_monitored_metric_is_exported(tmp_path: Path) -> None:
     assert set() == asked - exported
     if shutil.which("promtool"):
         for text in texts:
-            run("check", "metrics", told=text)
+            run("check", "metrics", stdin=text)

@@ -86,7 +86,7 @@ def test_an_edit_affects_only_predictions_after_its_token(
     """A prompt with the edited token gets other log probabilities and a prompt without it the same,
     until a rollback."""
 
-    def told(prompt: list[int]) -> list[float]:
+    def logprobs(prompt: list[int]) -> list[float]:
         replies = client.replies(prompt, 0, prompt_logprobs=0)
         return [p for reply in replies for p in reply.prompt_logprobs.chosen]
 
@@ -95,16 +95,16 @@ def test_an_edit_affects_only_predictions_after_its_token(
         local_cluster(checkpoint, store.url, worker_options=poll) as cluster,
         Client(cluster.workers) as client,
     ):
-        before = told(WITH), told(WITHOUT)
+        before = logprobs(WITH), logprobs(WITHOUT)
         made = edited(store, "--copy", f"{EDITED}={OTHER}", "--publish")
         wait_until(lambda: client.describe_worker().table == made.ref)
-        after = told(WITH), told(WITHOUT)
+        after = logprobs(WITH), logprobs(WITHOUT)
         assert before[1] == after[1]
         assert before[0][:2] == after[0][:2]  # predictions before the token is read
         assert before[0][2] != after[0][2]
         tolhouse("tables rollback tiny-memory --store", store.url)
         wait_until(lambda: client.describe_worker().table == parent.ref)
-        assert before == (told(WITH), told(WITHOUT))
+        assert before == (logprobs(WITH), logprobs(WITHOUT))
 
 
 def test_an_overlay_of_an_overlay_has_the_changes_of_both(store: Store, parent: Manifest) -> None:
@@ -212,10 +212,10 @@ def test_tokens_can_be_named_by_text(checkpoint: Path, store: Store, parent: Man
     assert (token,) == made.changed
     assert not store.rows(made, ids(token)).any()
     several = f"{word} {word} {word}=0"
-    said = refused(store, "--checkpoint", checkpoint, "--scale", several)
-    assert "is not one token but" in said
-    said = refused(store, "--checkpoint", "models/demo-memory", "--scale", "import=0")
-    assert "another tokenizer" in said
+    stderr = refused(store, "--checkpoint", checkpoint, "--scale", several)
+    assert "is not one token but" in stderr
+    stderr = refused(store, "--checkpoint", "models/demo-memory", "--scale", "import=0")
+    assert "another tokenizer" in stderr
 
 
 EQUALS = ("A==", "A", "="), ("==A", "=", "A"), ("A='='", "A", "="), ("'3'=A", "3", "A")

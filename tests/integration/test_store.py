@@ -279,7 +279,7 @@ def test_a_redis_that_may_evict_rows_gives_a_warning(
         build_table(checkpoint, url, shards=8)
         build = tolhouse(f"build --codec fp32 --shards 4 --store {url}", checkpoint, code=1)
         with process("lookup", "--store", url, *LOCAL) as lookup:
-            said = lookup.log.read_text(encoding="utf-8")
+            log = lookup.log.read_text(encoding="utf-8")
         with closing(open_store(url)) as store, pytest.raises(NotFoundError) as error:
             resolve(store, "unknown")
-    assert [warned] * 3 == [warning in text for text in (build.stderr, said, str(error.value))]
+    assert [warned] * 3 == [warning in text for text in (build.stderr, log, str(error.value))]

@@ -169,9 +169,9 @@ def test_output_files_may_be_links_or_pipes(tmp_path: Path) -> None:
     read: list[bytes] = []
     reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
     reader.start()
-    replace_file(pipe, b"told")
+    replace_file(pipe, b"data")
     reader.join(30)
-    assert ([b"told"], True) == (read, pipe.is_fifo())
+    assert ([b"data"], True) == (read, pipe.is_fifo())
     with pytest.raises(InvalidArgumentError, match="/proc/target can't be written"):
         replace_file(Path("/proc/target"), b"")
 

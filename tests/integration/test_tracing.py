@@ -114,13 +114,14 @@ def test_a_request_is_one_trace_from_the_gateway_to_redis(
         path.append(read.name)
     assert [*sender_of] == path
     assert "b7ad6b7169203331" == read.parent_span_id.hex()
-    told = {span.name: attributes(span) for _, span in spans}
-    assert {"http.response.status_code": 200, "tolhouse.request_id": "mine"}.items() <= told[
-        "POST /v1/completions"
-    ].items()
+    attributes_of = {span.name: attributes(span) for _, span in spans}
+    assert {
+        "http.response.status_code": 200,
+        "tolhouse.request_id": "mine",
+    }.items() <= attributes_of["POST /v1/completions"].items()
     usage = {"gen_ai.usage.input_tokens": 3, "gen_ai.usage.output_tokens": 3}
-    assert usage.items() <= told["worker Generate"].items()
-    assert told["store read"]["server.address"] == redis_url
+    assert usage.items() <= attributes_of["worker Generate"].items()
+    assert attributes_of["store read"]["server.address"] == redis_url
     fetches = [attributes(span) for _, span in spans if span.name == "fetch rows"]
     # of the prompt and of the answer
     assert 3 + 2 == sum(each["tolhouse.rows"] for each in fetches)

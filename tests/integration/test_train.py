@@ -125,8 +125,8 @@ def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
     assert "--steps 120 --no-compile" in card
     _, ids = corpus.prepare(text, killed, 4096, 128)
     held_out = evaluate(open_checkpoint(killed).model(), ids)
-    told = f"{held_out.loss:.4f} nats per token, perplexity {held_out.perplexity:.2f}"
-    assert f"| held-out loss | {told}, over all {len(ids) - 1:,} held-out tokens |" in card
+    result = f"{held_out.loss:.4f} nats per token, perplexity {held_out.perplexity:.2f}"
+    assert f"| held-out loss | {result}, over all {len(ids) - 1:,} held-out tokens |" in card
     assert (tmp_path / "whole" / "loss.csv").read_text(encoding="utf-8") == (
         killed / "loss.csv"
     ).read_text(encoding="utf-8")

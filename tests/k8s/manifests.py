@@ -447,10 +447,12 @@ def secrets(documents: list[Document]) -> Iterator[str]:
         r"create secret generic ([\w-]+)(.*)",
         (ROOT / "deploy" / "k8s" / "README.md").read_text(encoding="utf-8"),
     )
-    told = {(name, key) for name, how in made for key in re.findall(r"--from-file=([\w.-]+)", how)}
+    documented = {
+        (name, key) for name, how in made for key in re.findall(r"--from-file=([\w.-]+)", how)
+    }
     yield from (
         f"README.md does not say how to create {key} of the Secret {name}"
-        for name, key in sorted(used - told)
+        for name, key in sorted(used - documented)
     )
 
 

@@ -81,9 +81,9 @@ def test_prompt_chunks_attend_to_earlier_tokens() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 16, 33, 64, 100])
-def test_prompt_chunks_have_the_bits_of_the_whole_prompt(size: int) -> None:
-    """A prompt's outputs have the same bits however it is divided into chunks and whatever decodes
-    beside it."""
+def test_prompt_chunks_have_the_same_bits_as_the_whole_prompt(size: int) -> None:
+    """A prompt's outputs have the same bits for any division into chunks and any sequences in the
+    same step."""
     pages = PagedKVCache(SHAPE, 128, CPU, torch.float32)
     found, kept = sequences(pages, [600, 40])
     prompt, (k_THE, v_THE) = found[0], kept[0]

@@ -37,7 +37,7 @@ def rows_of(draw: st.DrawFn, name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ALL)
 @given(data=st.data())
-def test_rows_come_back_within_the_bound(name: str, data: st.DataObject) -> None:
+def test_rows_round_trip_within_the_error_bound(name: str, data: st.DataObject) -> None:
     """The error of each value is at most `relative_error` of its row's largest, or `STEP`."""
     rows = data.draw(rows_of(name))
     back = through(name, rows).astype(np.float64)
@@ -64,7 +64,7 @@ def test_a_block_depends_on_its_own_row_alone(name: str, data: st.DataObject) ->
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 2, 5), (0, 2, 5)])
-def test_zeros_come_back_as_zeros(name: str, shape: tuple[int, ...]) -> None:
+def test_zeros_round_trip(name: str, shape: tuple[int, ...]) -> None:
     """Rows of positive or negative zeros decode to zeros, without a division by a zero scale."""
     for zero in (0.0, -0.0):
         back = through(name, np.full(shape, zero, np.float32))

@@ -21,7 +21,7 @@ def test_an_unused_unpublished_version_is_closed(checkpoint: Path, tmp_path: Pat
     opened again on request."""
     url = f"file://{tmp_path}"
     published, used, idle = (
-        build_table(checkpoint, url, name="let-go", codec=codec)
+        build_table(checkpoint, url, name="unused", codec=codec)
         for codec in ("fp32", "int8", "int4")
     )
 

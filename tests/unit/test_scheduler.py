@@ -137,7 +137,7 @@ def test_a_long_prompt_does_not_delay_decoding(alone: Alone) -> None:
     assert alone.tokens(long.prompt, 2) == long.tokens
 
 
-def test_priority_goes_before_arrival(alone: Alone) -> None:
+def test_priority_precedes_arrival(alone: Alone) -> None:
     """The waiting sequence with the lowest priority number is scheduled first."""
     engine, order = alone.engine(32, 1, 64), []
     for number, priority in enumerate((0, 1, -1, 0)):

@@ -190,8 +190,8 @@ def test_a_step_runs_on_the_model_s_device(
 def test_a_missing_device_is_refused(tmp_path: Path) -> None:
     """The error for a missing device names the option and its value."""
     options = f"--no-compile --device cuda:99 --out {tmp_path / 'out'}"
-    told = tolhouse(f"train tiny {options}", code=1).stderr
-    assert "--device 'cuda:99' is not on this machine" in told
+    stderr = tolhouse(f"train tiny {options}", code=1).stderr
+    assert "--device 'cuda:99' is not on this machine" in stderr
 
 
 def test_weights_are_stored_as_they_were_trained(out: Path) -> None:
