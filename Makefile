@@ -1,6 +1,6 @@
 # Every target installs what it needs into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast check bench cases chaos fuzz skew compose-test science-check science soak protos docs wheel audit sbom
+.PHONY: help setup demo serve test test-fast check bench cases chaos clients fuzz skew compose-test science-check science soak protos docs wheel audit sbom
 SHELL := /bin/bash
 
 # allocator settings of the images; deploy/Dockerfile has the reasons
@@ -54,6 +54,10 @@ fuzz: .venv/dev  ## feed a million malformed inputs to the readers
 skew: .venv/dev  ## test each part of the last release (tests/skew/RELEASE) with this tree, and the reverse
 	$(BIN)/python -m tests.skew
 
+clients: .venv/all .venv/clients/installed  ## test third-party clients, such as openai, LangChain and lm-eval, against a running system
+	@tests/clients/node/install.sh || echo "· Node can't be installed: its clients are skipped" >&2
+	$(BIN)/python -m tests.clients
+
 compose-test:  ## test the system in containers, on one Redis and on a Redis Cluster
 	@$(PYTHON) -m tests.compose
 
@@ -100,6 +104,13 @@ sbom: .venv/tools/bin/pip-audit  ## write dist/sbom.cdx.json, a CycloneDX bill o
 .venv/tools/bin/twine: .venv/bin/python
 	@PYTHON=$(PYTHON) deploy/venv.sh .venv/tools
 	@.venv/tools/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off build==1.6.1 twine==7.0.0
+
+# apart from Tolhouse, whose dependencies differ; the file pins every package
+.venv/clients/installed: tests/clients/python/requirements.txt .venv/bin/python
+	@echo "· installing third-party clients into .venv/clients" >&2
+	@PYTHON=$(PYTHON) deploy/venv.sh .venv/clients
+	@.venv/clients/bin/python -m pip install --quiet --disable-pip-version-check --progress-bar off --no-deps --no-compile -r $<
+	@touch $@
 
 .venv/docs/bin/mkdocs: pyproject.toml constraints.txt .venv/bin/python
 	@PYTHON=$(PYTHON) deploy/venv.sh .venv/docs

@@ -1,0 +1,1 @@
+"""Third-party clients against a running system, each installed apart from Tolhouse."""

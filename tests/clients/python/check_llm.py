@@ -1,0 +1,52 @@
+"""`llm`, with the model in its extra-openai-models.yaml."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import llm
+from system import OVERLONG, SYSTEM, raises
+
+PACKAGE = "llm"
+MODELS = [
+    {"model_id": "memory", "model_name": SYSTEM.model, "api_base": SYSTEM.url},
+    {"model_id": "text", "model_name": SYSTEM.model, "api_base": SYSTEM.url, "completion": True},
+]
+OPTIONS = {"key": "none", "temperature": 0, "max_tokens": 8}
+
+os.environ["LLM_USER_PATH"] = tempfile.mkdtemp()
+# JSON is YAML
+Path(os.environ["LLM_USER_PATH"], "extra-openai-models.yaml").write_text(json.dumps(MODELS))
+
+
+def check_conversation():
+    """Three prompts, each with those before it, as text and streamed"""
+    model = llm.get_model("memory")
+    whole, streamed = model.conversation(), model.conversation()
+    for text in ("hello", "more", "and more"):
+        plain = whole.prompt(text, stream=False, **OPTIONS).text()
+        assert plain == "".join(streamed.prompt(text, **OPTIONS))
+
+
+def check_completion():
+    """A text completion is the model's"""
+    options = {**OPTIONS, "max_tokens": SYSTEM.greedy.max_tokens}
+    assert (
+        SYSTEM.greedy.text == llm.get_model("text").prompt(SYSTEM.greedy.prompt, **options).text()
+    )
+
+
+def check_overflow():
+    """An overlong prompt is an error with the gateway's message"""
+    with raises(Exception, "maximum context length"):
+        llm.get_model("memory").prompt(OVERLONG, **OPTIONS).text()
+
+
+def check_command():
+    """The command prints an answer"""
+    command = [sys.executable, "-m", "llm", "prompt", "hello", "-m", "memory", "--key", "none"]
+    command += ["-o", "max_tokens", "8"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
