@@ -143,7 +143,8 @@ def check_prompt(
         raise PromptTooLongError(  # in OpenAI's words, by which clients recognise it
             f"This model's maximum context length is {context_tokens} tokens. However, you "
             f"requested {len(ids) + max_tokens} tokens ({len(ids)} in the prompt, {max_tokens} in "
-            "the completion). Please reduce the length of the prompt or completion."
+            "the completion). The prompt is too long for this completion. Please reduce the length "
+            "of the prompt or completion."
         )
     return check_ids(ids, vocab_size)
 

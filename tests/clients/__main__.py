@@ -71,7 +71,7 @@ class Client:
 def chat_checkpoint(folder: Path) -> Path:
     """A copy of the demo checkpoint with a chat template."""
     path = shutil.copytree(DEMO, folder / DEMO.name)
-    (path / "chat_template.jinja").write_text(TEMPLATE)
+    (path / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     return path
 
 
@@ -135,14 +135,14 @@ def check(program: Path, system: dict[str, Any], folder: Path) -> Client:
         return Client(name, skipped="skipped: Node or its packages are not installed")
     environment = {**os.environ, **OFFLINE, "HOME": str(folder), "SYSTEM": json.dumps(system)}
     command, pipe = [*runner, program, results], subprocess.PIPE
-    options = {"stdout": pipe, "stderr": pipe, "text": True, "cwd": folder}
+    options = {"stdout": pipe, "stderr": pipe, "encoding": "utf-8", "cwd": folder}
     popen = subprocess.Popen(command, env=environment, **options)
     try:
         crash = "".join(popen.communicate(timeout=LIMIT_SECONDS))[-2000:] * bool(popen.returncode)
     except subprocess.TimeoutExpired:
         popen.kill()
         crash = f"did not end within {LIMIT_SECONDS} s"
-    lines = results.read_text().splitlines() if results.exists() else []
+    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
     about, *checks = [json.loads(line) for line in lines] or [{"client": name}]
     client = Client(**about)
     for one in checks:

@@ -68,8 +68,8 @@ class Vocabulary:
             if context_tokens is not None and len(text) > context_tokens * self.longest:
                 raise PromptTooLongError(
                     f"This model's maximum context length is {context_tokens} tokens. However, "
-                    f"your prompt has {len(text)} characters, which are more tokens. Please "
-                    "reduce the length of the prompt."
+                    f"your prompt has {len(text)} characters, which are more tokens. The prompt "
+                    "is too long. Please reduce the length of the prompt."
                 )
             if re.search("[\ud800-\udfff]", text):
                 message = "the prompt has half of a surrogate pair, which is not a character"

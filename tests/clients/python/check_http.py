@@ -104,7 +104,7 @@ def check_curl():
     body = json.dumps({**COMPLETION, "stream": True})
     url = f"{SYSTEM.url}/completions"
     command = ["curl", "-sSNf", url, "-H", "Content-Type: application/json", "-d"]
-    run = subprocess.run([*command, body], capture_output=True, text=True, check=True)
+    run = subprocess.run([*command, body], capture_output=True, encoding="utf-8", check=True)
     assert run.stdout.endswith("data: [DONE]\n\n")
     assert 22 == subprocess.run([*command, "{}"], capture_output=True, check=False).returncode
 

@@ -18,8 +18,8 @@ MODELS = [
 OPTIONS = {"key": "none", "temperature": 0, "max_tokens": 8}
 
 os.environ["LLM_USER_PATH"] = tempfile.mkdtemp()
-# JSON is YAML
-Path(os.environ["LLM_USER_PATH"], "extra-openai-models.yaml").write_text(json.dumps(MODELS))
+file = Path(os.environ["LLM_USER_PATH"], "extra-openai-models.yaml")
+file.write_text(json.dumps(MODELS), encoding="utf-8")  # JSON is YAML
 
 
 def check_conversation():
@@ -49,4 +49,4 @@ def check_command():
     """The command prints an answer"""
     command = [sys.executable, "-m", "llm", "prompt", "hello", "-m", "memory", "--key", "none"]
     command += ["-o", "max_tokens", "8"]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()

@@ -45,9 +45,10 @@ BACKENDS = {
 }
 
 lines = [json.dumps(vars(document)) for document in SYSTEM.documents]
-DOCUMENTS.write_text("\n".join(lines) + "\n")
+DOCUMENTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
 for name, task in TASKS.items():  # JSON is YAML
-    (FOLDER / f"{name}.yaml").write_text(json.dumps({"task": name, **COMMON, **task}))
+    text = json.dumps({"task": name, **COMMON, **task})
+    (FOLDER / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
 def evaluate(task: str, model: str = "local-completions", chat: bool = False, **arguments) -> list:

@@ -30,7 +30,7 @@ def main(program: str, results: str) -> None:
     module = importlib.import_module(Path(program).stem)
     version = importlib.metadata.version(module.PACKAGE)
     about = {"client": f"{module.PACKAGE} (Python)", "version": version}
-    with Path(results).open("w", buffering=1) as out:
+    with Path(results).open("w", buffering=1, encoding="utf-8") as out:
         print(json.dumps(about), file=out)
         for name, function in vars(module).copy().items():
             if name.startswith("check_"):
