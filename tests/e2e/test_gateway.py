@@ -372,6 +372,9 @@ def test_a_chat_s_logprobs_have_openai_s_form(client: OpenAI, talking: OpenAI) -
         ({"max_completion_tokens": 0}, "greater than or equal to 1"),
         ({"max_completion_tokens": 600}, "maximum context length is 512 tokens"),
         ({"extra_body": {"frobnicate": 1}}, "unknown parameter 'frobnicate'"),
+        ({"extra_body": {"echo": True}}, "echo"),
+        ({"messages": [{"role": "user", "content": None}]}, "content of a user message"),
+        ({"messages": [{"role": "user", "content": "a", "frobnicate": 1}]}, "frobnicate is not"),
         ({"messages": [{"role": "user", "content": "(a" * 900}]}, "maximum context length is 512"),
     ],
 )
@@ -379,6 +382,81 @@ def test_a_bad_chat_is_refused(talking: OpenAI, options: dict, message: str) -> 
     """Status 400, naming what is not taken."""
     with pytest.raises(openai.BadRequestError, match=message):
         chat(talking, **options)
+
+
+NEUTRAL = [
+    {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+    {"stream": True, "stream_options": {"continuous_usage_stats": False}},
+    {"stream_options": {"include_usage": False}},
+    {"frobnicate": None},
+    {"metadata": {"trace": "1"}, "user": "u", "safety_identifier": "s", "prompt_cache_key": "k"},
+    {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False, "response_format": None},
+    {"best_of": 2, "n": 2, "suffix": "", "logit_bias": {}, "stop": [], "echo": False},
+    {"length_penalty": 1.0, "early_stopping": False, "truncate_prompt_tokens": None},
+    {"skip_special_tokens": True, "spaces_between_special_tokens": True, "guided_json": None},
+    {"logprobs": False, "top_logprobs": 0, "max_completion_tokens": 2},
+]
+
+
+@pytest.mark.parametrize("more", NEUTRAL, ids=lambda more: next(iter(more)))
+def test_a_parameter_that_asks_for_nothing_is_accepted(talking: OpenAI, more: dict) -> None:
+    """On both routes, one list: null, defaults of OpenAI and vLLM, and what changes no answer."""
+    for path, body in (
+        ("completions", {"prompt": "a"}),
+        ("chat/completions", {"messages": MESSAGES}),
+    ):
+        url = f"{talking.base_url}{path}"
+        answer = httpx.post(url, json={**body, "max_tokens": 2, **more}, timeout=60)
+        assert 200 == answer.status_code, answer.text
+
+
+def test_the_whole_list_is_accepted(talking: OpenAI) -> None:
+    """Each neutral value of each parameter, and null; any other value is refused by name."""
+    for name, values in schemas.NEUTRAL.items():
+        for value in (None, *values):
+            httpx.post(
+                f"{talking.base_url}completions",
+                json={"prompt": "a", "max_tokens": 1, name: value},
+                timeout=60,
+            ).raise_for_status()
+        if values != schemas.ANY and name not in schemas.CompletionRequest.model_fields:
+            body = {"messages": MESSAGES, "max_tokens": 1, name: "other"}
+            answer = httpx.post(f"{talking.base_url}chat/completions", json=body, timeout=60)
+            error = answer.json()["error"]
+            assert 400 == answer.status_code
+            assert name == error["param"]
+
+
+EMPTY = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": []}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "yes", **EMPTY},
+        {"content": None},
+        {},
+        {"content": []},
+        {"content": [{"type": "text", "text": "yes", "annotations": []}], "name": None},
+        {"content": "yes", "reasoning_content": None, "unknown": {"refusal": None, "parts": [{}]}},
+    ],
+)
+def test_answers_are_history(talking: OpenAI, message: dict) -> None:
+    """An assistant's message may have the empty fields of any server, and no content."""
+    messages = [*MESSAGES, {"role": "assistant", **message}, {"role": "user", "content": "more"}]
+    assert chat(talking, messages=messages, max_completion_tokens=2).choices[0].message.content
+    calls = [*MESSAGES, {"role": "assistant", **message, "tool_calls": [{"id": "1"}]}]
+    with pytest.raises(openai.BadRequestError, match=r"messages\.2\.tool_calls is not supported"):
+        chat(talking, messages=calls)
+
+
+def test_a_conversation_goes_on(talking: OpenAI) -> None:
+    """The client's own message objects are sent back, as objects and as dictionaries."""
+    messages = [{"role": "developer", "content": "write Python"}, MESSAGES[1]]
+    for _ in range(2):
+        answer = chat(talking, messages=messages, max_completion_tokens=4).choices[0].message
+        messages += [answer, {"role": "user", "content": "more"}, answer.model_dump()]
+        messages.append({"role": "user", "content": "more"})
 
 
 def test_without_a_template_chat_says_what_is_missing(client: OpenAI) -> None:

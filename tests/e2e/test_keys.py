@@ -29,6 +29,7 @@ from tolhouse.testing import Cluster, local_cluster, redis_server, wait_until
 from tests.commands import tolhouse
 
 BODY = {"prompt": "def add", "max_tokens": 2}
+PAGE = "https://page.example"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def first(keys: Path) -> str:
 
 @pytest.fixture(scope="module")
 def cluster(checkpoint: Path, store: str, keys: Path, first: str) -> Iterator[Cluster]:
-    with local_cluster(checkpoint, store, gateway_options=("--keys-file", str(keys))) as running:
+    options = ("--keys-file", str(keys), "--cors-origins", f"{PAGE}/, http://localhost:3000")
+    with local_cluster(checkpoint, store, gateway_options=options) as running:
         yield running
 
 
@@ -61,10 +63,33 @@ def test_requests_need_a_key(cluster: Cluster, first: str) -> None:
         for key in (None, "", "x", first[:-1], first + "x", first.upper(), "ä"):
             answer = ask(cluster, key, path)
             assert (401, "Bearer") == (answer.status_code, answer.headers["WWW-Authenticate"]), path
-            assert "authentication_error" == answer.json()["error"]["type"]
+            error = answer.json()["error"]
+            assert ("authentication_error", "invalid_api_key") == (error["type"], error["code"])
     basic = {"Authorization": f"Basic {first}"}
     assert 401 == httpx.get(f"http://{cluster.gateway}/v1/models", headers=basic).status_code
     assert "tolhouse_gateway" in ask(cluster, first, "/metrics").text
+
+
+def test_pages_of_configured_origins_may_call(cluster: Cluster, first: str) -> None:
+    """A preflight needs no key, and every response has the origin, refusals included."""
+    url = f"{cluster.url}/completions"
+    for origin, allowed in ((PAGE, PAGE), ("https://other.example", None)):
+        asks = {"Access-Control-Request-Method": "POST"}
+        asks["Access-Control-Request-Headers"] = "authorization,content-type"
+        origin_only, key = {"Origin": origin}, {"Authorization": f"Bearer {first}"}
+        many = {**origin_only, **{f"X-{n}": "1" for n in range(101)}}
+        for status, answer in (
+            (200 if allowed else 400, httpx.options(url, headers={**origin_only, **asks})),
+            (401, httpx.post(url, json=BODY, headers=origin_only)),
+            (200, httpx.post(url, json=BODY, headers={**origin_only, **key}, timeout=60)),
+            (404, httpx.get(f"{cluster.url}/nothing", headers={**origin_only, **key})),
+            (431, httpx.post(url, headers=many)),
+        ):
+            assert status == answer.status_code
+            assert allowed == answer.headers.get("access-control-allow-origin")
+            assert answer.headers["x-request-id"]
+    plain = httpx.post(url, json=BODY, headers=key, timeout=60)
+    assert "access-control-allow-origin" not in plain.headers
 
 
 def test_a_request_s_log_line_says_what_it_was(cluster: Cluster, first: str) -> None:
@@ -126,7 +151,8 @@ def test_a_key_s_rate_is_limited(cluster: Cluster, keys: Path, first: str) -> No
     key = add_key(keys, "slow", 12, 16)
     answers = [ask(cluster, key, json=BODY) for _ in range(4)]
     assert [200, 200, 429, 429] == [answer.status_code for answer in answers]
-    assert answers[2].json()["error"]["type"] == "rate_limit_error"
+    error = answers[2].json()["error"]
+    assert ("rate_limit_error", "rate_limit_exceeded") == (error["type"], error["code"])
     assert "allowed are 12 a minute" in answers[2].json()["error"]["message"]
     assert 401 == ask(cluster, "nobody's", json=BODY).status_code
     counted = ask(cluster, first, "/metrics").text

@@ -38,6 +38,15 @@ def test_templates_have_what_transformers_gives_them(tmp_path: Path) -> None:
     assert made(tmp_path, chat_template="{{ strftime_now('%Y') }}").render(MESSAGES).isdecimal()
 
 
+def test_a_developer_is_a_system_where_the_template_has_none(tmp_path: Path) -> None:
+    """OpenAI's newer role has the place of the older one, unless the template knows it."""
+    messages = [{"role": "developer", "content": "a"}]
+    source = "{{ messages[0].role }}"
+    assert "system" == made(tmp_path, chat_template=source).render(messages)
+    source += "{# developer #}"
+    assert "developer" == made(tmp_path, chat_template=source).render(messages)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -1,6 +1,7 @@
 """Text to token ids and back: prompts, single tokens, and completions while they arrive."""
 
 import asyncio
+import itertools
 import json
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -16,6 +17,7 @@ from tolhouse.sampling import check_ids
 
 TOKENIZER = load_tokenizer(Path("models/demo-memory/tokenizer.json"))
 VOCABULARY = Vocabulary(TOKENIZER)
+LLAMA = Path("tests/cases/inputs/01-byte-fallback-500/tokenizer.json")
 
 
 def ids_of(text: str, most: int | None = None) -> list[int]:
@@ -141,6 +143,68 @@ def test_stop_strings_cut_as_a_naive_search_would(text: str, stops: list[str], d
         assert expected.startswith(given_)
         at += size
     assert (expected, bool(ends)) == (given_ + stream.finish(), stream.stopped)
+
+
+@given(
+    st.text("ab", min_size=1, max_size=40),
+    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(0, 12),
+    st.lists(st.integers(1, 6), min_size=1),
+)
+def test_a_stop_string_counts_after_min_tokens(
+    text: str, stops: list[str], least: int, sizes: list[int]
+) -> None:
+    """It may begin within the first tokens, but not be complete there."""
+    ids = [TOKENIZER.token_to_id(c) for c in text]  # a token for each character
+    ends = [
+        (n, n - len(s))
+        for n in range(least + 1, len(text) + 1)
+        for s in stops
+        if text[:n].endswith(s)
+    ]
+    expected = text[: min(ends)[1]] if ends else text
+    stream, found, at, size = detokenizer(stops, min_tokens=least), "", 0, itertools.cycle(sizes)
+    while at < len(ids) and not stream.stopped:
+        count = next(size)
+        found += stream.push(ids[at : at + count])[0]
+        at += count
+    assert (expected, bool(ends)) == (found + stream.finish(), stream.stopped)
+
+
+@pytest.mark.parametrize(
+    ("stop", "include", "text"),
+    [
+        ("b<|endoftext|>c", False, "a"),
+        ("b<|endoftext|>c", True, "ab<|endoftext|>c"),
+        ("<|endoftext|>c", False, "ab"),
+        ("<|endoftext|>d", False, "abcd"),
+        ("bc", False, "a"),
+        ("cd", True, "abcd"),
+    ],
+)
+def test_a_stop_string_may_contain_a_special_token(stop: str, include: bool, text: str) -> None:
+    """Although special tokens are left out of the text, in which others are found as before."""
+    ids = [TOKENIZER.token_to_id(c) for c in "ab"]
+    ids += [0, *(TOKENIZER.token_to_id(c) for c in "cd")]
+    decoder = TokenDecoder(VOCABULARY.texts, skip_special_tokens=True)
+    special = VOCABULARY.special_in((stop,))
+    stream = Detokenizer(decoder, [stop], include_stop=include, special=special)
+    found = "".join(stream.push([i])[0] for i in ids if not stream.stopped)
+    assert text == found + stream.finish()
+
+
+def test_a_prompt_shows_what_was_given() -> None:
+    """Tokens that the post-processor adds have a place in an echo, but no text."""
+    vocabulary = Vocabulary(load_tokenizer(LLAMA))
+    [prompt] = asyncio.run(vocabulary.encode(["import os"], add_special_tokens=True))
+    assert (1, {0}) == (prompt.ids[0], prompt.added)
+    echo = asyncio.run(vocabulary.echo(prompt))
+    assert "import os" == echo.text
+    names = [vocabulary.shown(p.id, p.first)[0] for p in echo.places]
+    assert ("<s>", "import os") == (names[0], "".join(names[1:]))
+    assert [0, 0] == [place.offset for place in echo.places[:2]]
+    [bare] = asyncio.run(vocabulary.encode(["import os"], add_special_tokens=False))
+    assert (prompt.ids[1:], frozenset()) == bare
 
 
 class Counted(str):

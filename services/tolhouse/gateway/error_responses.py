@@ -11,9 +11,16 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from tolhouse.errors import InternalError, InvalidArgumentError, PromptTooLongError, TolhouseError
+from tolhouse.errors import (
+    InternalError,
+    InvalidArgumentError,
+    PromptTooLongError,
+    TolhouseError,
+    UnsupportedError,
+)
 from tolhouse.gateway.router import ModelNotFoundError
 from tolhouse.logs import log
+from tolhouse.sampling import SamplingParams
 
 MAX_MESSAGE = 1000  # characters
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -24,6 +31,7 @@ _OF_ERROR: dict[type[TolhouseError], str] = {
     PromptTooLongError: "context_length_exceeded",
     ModelNotFoundError: "model_not_found",
     InvalidArgumentError: "invalid_value",
+    UnsupportedError: "unsupported_parameter",
 }
 _OF_KIND = {
     "missing": "missing_required_parameter",
@@ -85,14 +93,18 @@ def status_and_body(error: Exception, state: Any) -> tuple[int, dict[str, Any]]:
         error = InternalError(f"internal error; {reference}")
     message, body = str(error), getattr(state, "body", None)
     code = next((c for kind, c in _OF_ERROR.items() if isinstance(error, kind)), None)
+    if isinstance(error, PromptTooLongError):  # LangChain searches the message for the code
+        message = f"{message} ({code})"
     param = None
     if isinstance(error, ModelNotFoundError):
         param = "model"
-    elif isinstance(error, InvalidArgumentError) and body:
-        # messages about parameters begin with their names; the others are about the prompt
-        names = (word for word in re.findall("[a-z_]+", message) if word in body.model_fields_set)
-        about_prompt = isinstance(error, PromptTooLongError)
-        param = body.prompt_param if about_prompt else next(names, body.prompt_param)
+    elif isinstance(error, PromptTooLongError) and body:
+        param = body.prompt_param
+    elif isinstance(error, InvalidArgumentError | UnsupportedError) and body:
+        # messages about sampling parameters name them; the others are about the prompt
+        given = SamplingParams.model_fields.keys() & body.model_fields_set
+        named = (word for word in re.findall("[a-z_]+", message) if word in given)
+        param = next(named, body.prompt_param)
     return error.http_status, error_body(message, error.http_status, param, code)
 
 

@@ -64,6 +64,13 @@ def _is_one_of(value: Any, values: tuple) -> bool:
     return any(v == value and isinstance(v, bool) == isinstance(value, bool) for v in values)
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether a value, or all values inside it, are null, false, or an empty text."""
+    if isinstance(value, dict | list):
+        return all(map(_is_empty, value.values() if isinstance(value, dict) else value))
+    return value is None or value is False or value == ""
+
+
 def refusal(param: str, message: str, code: str = "invalid_value") -> PydanticCustomError:
     """An error about one parameter; `code` is OpenAI's."""
     return PydanticCustomError(code, "{message}", {"message": message, "param": param})
@@ -79,13 +86,14 @@ def _described(schema: dict[str, Any], model: type["Object"]) -> None:
         if name not in schema["properties"]:
             allowed = {} if values == ANY else {"enum": [None, *values]}
             schema["properties"][name] = {**allowed, "description": "Accepted and not used."}
-    schema["additionalProperties"] = {"enum": [None, *model.empty]}
+    # an empty object or list may hold others, which a schema can't say
+    schema["additionalProperties"] = {} if model.ignores_empty else {"type": "null"}
 
 
 class Object(BaseModel):
     model_config = ConfigDict(extra="forbid", json_schema_extra=_described)
     neutral: ClassVar[dict[str, tuple]] = {}
-    empty: ClassVar[tuple] = ()  # values beside null at which an unknown field asks for nothing
+    ignores_empty: ClassVar[bool] = False  # whether unknown fields may be empty
 
     @model_validator(mode="before")
     @classmethod
@@ -100,7 +108,7 @@ class Object(BaseModel):
         if value is None or name in cls.model_fields:
             return value is None
         if (values := cls.neutral.get(name)) is None:
-            return _is_one_of(value, cls.empty)
+            return cls.ignores_empty and _is_empty(value)
         if values == ANY or _is_one_of(value, values):
             return True
         allowed = f", or send {' or '.join(map(repr, values))}" if values else ""
@@ -202,7 +210,7 @@ class CompletionRequest(Generation):
 
 
 class Part(Object):
-    empty = (False, "", [], {})
+    ignores_empty = True
     type: Literal["text"]
     text: StrictStr
 
@@ -210,7 +218,7 @@ class Part(Object):
 class Message(Object):
     """A message. Answers of servers are accepted as history, with their empty fields."""
 
-    empty = (False, "", [], {})
+    ignores_empty = True
     role: Literal["system", "developer", "user", "assistant"]
     content: StrictStr | Several[Part] | None = None
     name: StrictStr | None = None

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from tolhouse.v1.generation_pb2 import GenerateReply, Logprobs
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 _SHORT = 4096  # characters that are tokenised in the event loop; a thread tokenises longer texts
 _LONG = 1 << 16  # characters from which on at most `_LARGE` texts are tokenised at a time
+_FIRST_MARK = 0xD800  # the first surrogate
 _LARGE = 2  # large responses that are made at a time, which bounds their memory
 
 
@@ -55,6 +56,7 @@ class Vocabulary:
         self.longest = max(map(len, vocabulary), default=1)  # characters or bytes of a token
         self._adds_tokens = tokenizer.num_special_tokens_to_add(is_pair=False) > 0
         self.shown = functools.lru_cache(maxsize=len(vocabulary))(self._shown)
+        self.special_in = functools.lru_cache(maxsize=64)(self._special_in)
 
     async def encode(
         self, texts: list[str], context_tokens: int | None = None, *, add_special_tokens: bool
@@ -102,6 +104,10 @@ class Vocabulary:
             at += len(parts[-1])
         return Echo("".join(parts) + decoder.finish(), places)
 
+    def _special_in(self, texts: tuple[str, ...]) -> dict[int, str]:
+        special = self.texts.special.items()
+        return {i: token for token, i in special if any(token in text for text in texts)}
+
     def _shown(self, token_id: int, first: bool) -> tuple[str, list[int]]:
         text, raw = self.texts.name(token_id, first=first)
         return text, [*raw]
@@ -116,6 +122,8 @@ class Detokenizer:
 
     The first stop string to be complete ends the text, before the string or, with `include_stop`,
     after it. A stop string that is complete within the first `min_tokens` tokens does not count.
+
+    special: texts of special tokens in the stop strings, by id. The decoder leaves them out.
     """
 
     def __init__(
@@ -125,9 +133,16 @@ class Detokenizer:
         *,
         include_stop: bool = False,
         min_tokens: int = 0,
+        special: Mapping[int, str] | None = None,
     ) -> None:
         self.decoder, self.include_stop, self.min_tokens = decoder, include_stop, min_tokens
         self.stop = [s for s in stop if s]
+        # a surrogate stands for a special token, as no decoded text contains one
+        special = special or {}
+        self._marks = {i: chr(_FIRST_MARK + n) for n, i in enumerate(special)}
+        self._shown = {ord(self._marks[i]): text for i, text in special.items()}
+        for i, text in special.items():
+            self.stop += [s.replace(text, self._marks[i]) for s in self.stop if text in s]
         self._by_first: dict[str, list[str]] = {}  # stop strings, by their first character
         for s in self.stop:
             self._by_first.setdefault(s[0], []).append(s)
@@ -135,7 +150,8 @@ class Detokenizer:
         self.released = 0  # characters returned
         self._tokens = 0
         self._decoded = 0  # characters of all tokens
-        self._protected = 0  # of them, those of the first `min_tokens` tokens
+        self._protected = 0  # characters and marks of the first `min_tokens` tokens
+        self._searched = 0  # characters and marks before the held ones
         self._held = ""  # characters that might be the beginning of a stop string
 
     def push(self, ids: Sequence[int]) -> tuple[str, list[Place]]:
@@ -143,12 +159,13 @@ class Detokenizer:
         parts, places = [], []
         for i in ids:
             first = not self.decoder.inside
-            parts.append(self.decoder.push(i))
+            part = self.decoder.push(i)
+            parts.append(part + self._marks.get(i, ""))
             places.append(Place(i, self._decoded + self.decoder.earlier, first))
-            self._decoded += len(parts[-1])
+            self._decoded += len(part)
             self._tokens += 1
             if self._tokens <= self.min_tokens:
-                self._protected = self._decoded
+                self._protected += len(parts[-1])
         return self._release("".join(parts)), places
 
     def finish(self) -> str:
@@ -163,18 +180,21 @@ class Detokenizer:
     def _release(self, text: str, *, last: bool = False) -> str:
         known, text = len(self._held), self._held + text
         # a stop string ends after the text that is known, and after the protected text
-        least = max(known, self._protected - self.released) + 1
+        least = max(known, self._protected - self._searched) + 1
         found = ((s, text.find(s, max(0, least - len(s)))) for s in self.stop)
         ends = [(at + len(s), at) for s, at in found if at >= 0]
         if ends:
             self.stopped = True
-            end = min(ends)[0 if self.include_stop else 1]
-            self._held = ""
+            end, begin = min(ends)
+            stop = text[begin:end].translate(self._shown) if self.include_stop else ""
+            self._held, end = "", begin
         else:
-            end = len(text) if last else self._begun(text)
+            end, stop = len(text) if last else self._begun(text), ""
             self._held = text[end:]
-        self.released += end
-        return text[:end]
+        self._searched += end
+        final = text[:end].translate(dict.fromkeys(self._shown)) + stop
+        self.released += len(final)
+        return final
 
     def _begun(self, text: str) -> int:
         """Where a stop string may begin that `text` does not complete; its length if nowhere.
@@ -228,11 +248,13 @@ class ChoiceDetokenizer:
         decoder = TokenDecoder(texts, prompt.ids, skip_special_tokens=skip)
         include, least = body.include_stop_str_in_output, body.min_tokens
         stop = body.stop_strings
-        self.text = Detokenizer(decoder, stop, include_stop=include, min_tokens=least)
+        special = vocabulary.special_in(tuple(stop)) if skip else {}
+        self.text = Detokenizer(
+            decoder, stop, include_stop=include, min_tokens=least, special=special
+        )
         # end tokens that are shown, with their texts
-        special = texts.special.items()
-        ends = stop if skip else [*texts.special]
-        self.shown_ends = {i: s for s, i in special if include and s in ends}
+        ends = special.items() if skip else ((i, s) for s, i in texts.special.items())
+        self.shown_ends = {i: s for i, s in ends if include and (s in stop or not skip)}
         self.held: list[Token] = []  # whose text may turn out to be a stop string's
         self.prompt = iter(echo.places)
         if self.wants_tokens:  # later ones come with their log probabilities
