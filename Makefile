@@ -45,7 +45,7 @@ bench: .venv/dev  ## run quick benchmarks; loadtest/LOG.md has recorded results
 chaos: .venv/dev  ## inject faults under load (twelve minutes) and check the responses
 	$(BIN)/python -m tests.chaos
 
-cases: .venv/dev  ## files and requests that users of similar projects reported, each with the right result
+cases: .venv/dev  ## check files and requests that users of similar projects reported
 	$(BIN)/python -m tests.cases
 
 fuzz: .venv/dev  ## feed a million malformed inputs to the readers
