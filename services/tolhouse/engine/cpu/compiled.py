@@ -20,6 +20,7 @@ import time
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,11 +50,14 @@ class CompiledDecode:
     """The compiled decode step of a checkpoint's blocks, available once it is loaded."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, cache: str | Path) -> None:
-        self.checkpoint, self.dtype, self.cache = checkpoint, dtype, Path(cache).expanduser()
-        self.folder = self.cache / key(checkpoint.config, dtype)
+        self.checkpoint, self.dtype, self.cache = checkpoint, dtype, cache
         self.ready = self._stopped = False
         self.compiler: subprocess.Popen[str] | None = None
         self._thread = threading.Thread(target=self._prepare, name="compile", daemon=True)
+
+    @cached_property
+    def folder(self) -> Path:
+        return _cache_folder(self.cache) / key(self.checkpoint.config, self.dtype)
 
     def start(self) -> None:
         self._thread.start()
@@ -89,7 +93,7 @@ class CompiledDecode:
             self.alone, self.several = (
                 loader(str(self.folder / name), "model", False, 1, -1) for name in (ALONE, SEVERAL)
             )
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, InvalidArgumentError) as error:
             if not self._stopped:
                 reason = str(error).strip().rpartition("\n")[2]
                 log.warning("decoding runs uncompiled, which is slower: %s", reason)
@@ -158,7 +162,7 @@ def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -
 
     One process at a time compiles in `cache`. Other processes wait and use its result.
     """
-    folder = Path(cache).expanduser() / key(config, dtype)
+    folder = _cache_folder(cache) / key(config, dtype)
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -176,6 +180,16 @@ def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -
     finally:
         os.close(lock)
     return folder
+
+
+def _cache_folder(cache: str | Path) -> Path:
+    """The folder `cache`, where ~ is the home folder; InvalidArgumentError if there is none."""
+    try:
+        return Path(cache).expanduser()
+    except RuntimeError:
+        reason = f"{cache}: there is no home folder"
+        advice = "choose a writable folder with --compile-cache"
+        raise InvalidArgumentError(f"cannot store compiled code: {reason}; {advice}") from None
 
 
 def end_with_parent() -> None:
