@@ -1,7 +1,9 @@
 """The build job on a real local Ray: whole, resumable, tolerant of kills."""
 
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -385,6 +387,65 @@ def test_ray_is_started_again_where_its_node_dies_and_needs_no_home(
     assert "Ray did not start on this machine" in err
     assert "Traceback" not in err
     assert out.strip()
+
+
+def quick_build(checkpoint: Path, folder: Path) -> str:
+    """The command of a build that counts tokens in a short text."""
+    (folder / "text.txt").write_text("def add(a, b):", encoding="utf-8")
+    return f"build {checkpoint} --store file://{folder} --shards 2 --corpus {folder}/text.txt"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("RAY_TMPDIR", f"/tmp/{'x' * 100}", "Ray did not start on this machine: .*AF_UNIX path"),
+        ("RAY_ADDRESS", "auto", "no Ray cluster at 'auto': "),
+        ("RAY_ADDRESS", "nonsense", "no Ray cluster at 'nonsense': "),
+        ("RAY_ADDRESS", "ray://[::1]:9", r"no Ray cluster at ray://\[::1\]:9: "),
+        ("RAY_ADDRESS", "::1:9", "address '::1:9' is not HOST:PORT"),
+    ],
+)
+def test_a_failure_of_ray_is_one_line(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: str,
+    message: str,
+) -> None:
+    """The last line of stderr is the error, and stdout stays empty."""
+    monkeypatch.setenv(name, value)
+    try:
+        done = tolhouse(quick_build(checkpoint, tmp_path), code=1)
+    finally:
+        shutil.rmtree(value, ignore_errors=True)
+    assert re.match(f"error: {message}", done.stderr.splitlines()[-1])
+    assert not done.stdout
+
+
+def test_messages_of_ray_do_not_reach_stdout(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scripts read the table's name from stdout, also when Ray writes its logs to the terminal."""
+    monkeypatch.setenv("RAY_LOG_TO_STDERR", "1")
+    done = tolhouse(quick_build(checkpoint, tmp_path))
+    assert re.fullmatch(r"tiny-memory@[0-9a-f]{16}\n", done.stdout)
+    assert "gcs_server" in done.stderr
+
+
+def test_a_build_that_is_interrupted_ends_without_a_traceback(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C while Ray starts ends Ray's processes, too."""
+    popen = start(quick_build(checkpoint, tmp_path))
+    build = psutil.Process(popen.pid)
+    wait_for(lambda: build.children(recursive=True), popen)
+    family = build.children(recursive=True)
+    popen.send_signal(signal.SIGINT)
+    out, err = popen.communicate(timeout=240)
+    assert (1, "") == (popen.returncode, out)
+    assert "Traceback" not in err
+    wait_until(lambda: not any(p.is_running() for p in family))
 
 
 @pytest.fixture

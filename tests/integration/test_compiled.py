@@ -125,6 +125,14 @@ def test_an_unwritable_cache_folder_is_named(base: Path, caplog: pytest.LogCaptu
     assert "g++" not in caplog.text
 
 
+def test_a_missing_home_folder_is_named(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A user without a home folder learns the option that names another one."""
+    caplog.set_level(logging.WARNING, "tolhouse")
+    assert not compiled_for(open_checkpoint(base), Path("~no-such-user/cache")).wait()
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "there is no home folder; choose a writable folder with --compile-cache" in message
+
+
 def test_workers_that_share_a_cache_compile_once(base: Path, tmp_path: Path) -> None:
     """Of two workers that start together one compiles, and the other uses the result."""
     checkpoint = open_checkpoint(base)

@@ -13,13 +13,14 @@ import tolhouse
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tolhouse import errors
+from tolhouse.extras import EXTRAS
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ROOT / "services" / "tolhouse"
 
 # from the ground up: a part imports those below, and neighbours where `BESIDE` says so
 FLOORS = (
-    {"v1", "errors", "logs"},
+    {"v1", "errors", "extras", "logs"},
     {"files", "sampling", "validation"},
     {"certs"},
     {"net", "table", "tracing"},
@@ -207,6 +208,60 @@ def test_an_extra_brings_all_that_its_part_imports(extra: str, module: str) -> N
     assert set() == {
         p for p in needed if installed.isdisjoint(map(canonicalize_name, providers[p]))
     }
+
+
+def test_hints_name_extras_that_install_the_package() -> None:
+    """The table has each extra that requires a package, and each of its extras installs it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].keys() - {"all", "dev", "docs"}
+    own = {
+        extra: {r.partition(">")[0] for r in project["optional-dependencies"][extra]}
+        for extra in extras
+    }
+    providers = packages_distributions()
+    for package, listed in EXTRAS.items():
+        names = set(map(canonicalize_name, providers[package]))
+        assert {extra for extra in extras if names & own[extra]} <= set(listed)
+        assert all(names & installed_with(extra) for extra in listed)
+
+
+@pytest.mark.parametrize(
+    ("line", "package", "extra"),
+    [
+        ("lookup", "prometheus_client", "lookup"),
+        ("worker m", "torch", "worker"),
+        ("worker m", "prometheus_client", "worker"),
+        ("compile m", "torch", "worker"),
+        ("gateway m", "tokenizers", "gateway"),
+        ("gateway m", "jinja2", "gateway"),
+        ("gateway m", "uvicorn", "gateway"),
+        ("keys list f", "starlette", "gateway"),
+        ("build m", "torch", "build"),
+        ("build m", "tqdm", "build"),
+        ("compress m", "tqdm", "build"),
+        ("train tiny", "torch", "train"),
+        ("train tiny", "tqdm", "train"),
+        ("eval m", "tqdm", "train"),
+        ("explain m text", "torch", "train"),
+        ("generate m text", "tokenizers", "model"),
+        ("certs f", "trustme", "certs"),
+        ("demo", "torch", "all"),
+        ("serve", "torch", "all"),
+        ("tables list --store redis://127.0.0.1:9", "redis", "store"),
+        ("fetch t 1 --rows redis://127.0.0.1:9", "hiredis", "store"),
+    ],
+)
+def test_a_command_without_its_packages_names_its_extra(
+    line: str, package: str, extra: str, tmp_path: Path
+) -> None:
+    """The error is one line with the command that installs all that is missing."""
+    code = f"import sys; sys.modules[{package!r}] = None; from tolhouse.cli import main; main()"
+    command = [sys.executable, "-c", code, *line.split()]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, encoding="utf-8"
+    )
+    hint = f"the package {package} is not installed: pip install 'tolhouse[{extra}]'"
+    assert (1, f"error: {hint}\n") == (done.returncode, done.stderr)
 
 
 def without_encoding(call: ast.Call) -> bool:

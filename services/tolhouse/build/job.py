@@ -5,8 +5,11 @@ runs again elsewhere.
 """
 
 import logging
+import os
 import socket
+import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ from tolhouse import errors
 from tolhouse.config import ray_token, set_ray_defaults
 from tolhouse.errors import (
     CorruptError,
+    InternalError,
     InvalidArgumentError,
     MismatchError,
     NotFoundError,
@@ -228,35 +232,72 @@ def build(
 
 
 def _get(ray: Any, reference: Any) -> Any:
-    """The result of a task, or its error as the task raised it."""
+    """The result of a task, or the error that the task raised."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, errors.TolhouseError):
-            raise type(error.cause)(str(error.cause)) from None
-        raise
+        cause = error.cause
+        if isinstance(cause, errors.TolhouseError):
+            raise type(cause)(str(cause)) from None
+        kind = UnavailableError if isinstance(cause, OSError) else InternalError
+        raise kind(f"a build task failed: {type(cause).__name__}: {_line(cause)}") from None
     except ray.exceptions.RayError as error:
-        raise UnavailableError(f"the Ray cluster lost a task for good: {error}") from None
+        raise UnavailableError(f"the Ray cluster lost a task for good: {_line(error)}") from None
 
 
 @contextmanager
 def _ray(address: str, wait_seconds: float) -> Iterator[Any]:
+    """Ray, connected to a cluster. Its errors are UnavailableError, its messages go to stderr."""
     if ":" in address:
         _check_cluster(address)
     set_ray_defaults(local=address == "local")
-    import ray
-    import ray.exceptions
+    with _stdout_to_stderr():
+        import ray
+        import ray.exceptions
 
-    if ray.is_initialized():  # by the program that calls
-        yield ray
-        return
+        if ray.is_initialized():  # by the calling program
+            yield ray
+            return
+        try:
+            _start(ray, address)
+            if address != "local":
+                _wait_for_core(ray, address, wait_seconds)
+            yield ray
+        except Exception as error:
+            if not _raised_by_ray(error):
+                raise
+            raise UnavailableError(f"the Ray cluster failed: {_line(error)}") from None
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what this process and its children write on stdout to stderr.
+
+    Ray writes messages to stdout, also from C++; scripts read the table's name there.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
     try:
-        _start(ray, address)
-        if address != "local":
-            _wait_for_core(ray, address, wait_seconds)
-        yield ray
+        yield
     finally:
-        ray.shutdown()
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _raised_by_ray(error: BaseException) -> bool:
+    """Whether code of Ray raised an error, of whatever class."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    names = str(frames[-1][0].f_globals.get("__name__")), type(error).__module__
+    return any(name.partition(".")[0] == "ray" for name in names)
+
+
+def _line(error: BaseException) -> str:
+    """An error's message in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _check_cluster(address: str) -> None:
@@ -301,7 +342,7 @@ def _start(ray: Any, address: str) -> None:
             ray.init(address=address, **options)
         except Exception as error:  # noqa: BLE001 - Ray raises just that if a node starts slowly
             ray.shutdown()
-            reason = f"{problem}: {error}"
+            reason = f"{problem}: {_line(error)}"
             if not tries_left:
                 raise UnavailableError(reason) from None
             event("trying again", logging.WARNING, reason=reason)

@@ -16,18 +16,22 @@ import click
 
 from tolhouse import config
 from tolhouse.errors import InvalidArgumentError, TolhouseError
+from tolhouse.extras import installation_hint
 from tolhouse.logs import event, printable, start_logging
 from tolhouse.store.base import require_private
 
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&]password=")  # in a URL
-EXTRAS = {
-    **dict.fromkeys(("torch", "tokenizers", "safetensors"), "worker"),
-    **dict.fromkeys(("ray", "tqdm"), "build"),
-    **dict.fromkeys(("hiredis", "redis"), "store"),
-    **dict.fromkeys(("prometheus_client", "grpc_health", "grpc_reflection"), "lookup"),
-    **dict.fromkeys(("fastapi", "limits", "starlette", "uvicorn"), "gateway"),
-    **dict.fromkeys(("cryptography", "trustme"), "certs"),
-    "matplotlib": "train",
+# By command: the extra that installs all its packages. Other commands need no extra, but `store`
+# for Redis and `model` for texts.
+COMMAND_EXTRAS = {
+    **dict.fromkeys(("build", "compress"), "build"),
+    **dict.fromkeys(("train", "eval", "explain"), "train"),
+    **dict.fromkeys(("worker", "compile"), "worker"),
+    **dict.fromkeys(("gateway", "keys"), "gateway"),
+    **dict.fromkeys(("demo", "serve"), "all"),
+    "lookup": "lookup",
+    "certs": "certs",
+    "generate": "model",
 }
 
 
@@ -44,11 +48,12 @@ class Commands(click.Group):
         try:
             return super().main(*args, **kwargs)
         except ModuleNotFoundError as error:
+            words = kwargs.get("args") or (args and args[0]) or sys.argv[1:]
+            command = next((word for word in words if word in self.commands), "")
             package = (error.name or "").partition(".")[0]
-            if package not in EXTRAS:
+            message = installation_hint(package, COMMAND_EXTRAS.get(command, ""))
+            if not message:
                 raise
-            hint = f"pip install 'tolhouse[{EXTRAS[package]}]'"
-            message = f"this command needs the package {package}: {hint}"
         except (TolhouseError, OSError) as error:  # also a file that can't be read, a full disk
             message = str(error)
         # it may quote what a service said, or a file holds

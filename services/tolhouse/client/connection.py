@@ -108,7 +108,7 @@ class Connection:
         """Turn every exception of the block into an error of Tolhouse."""
         try:
             yield
-        except (InvalidArgumentError, ClosedError, MemoryError):
+        except (InvalidArgumentError, ClosedError, ImportError, MemoryError):
             raise
         except Exception as error:
             if self.closed:

@@ -25,6 +25,7 @@ from tolhouse.errors import (
     NotFoundError,
     UnavailableError,
 )
+from tolhouse.extras import installation_hint
 from tolhouse.logs import event, is_loopback, join_address
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
 from tolhouse.table.manifest import Manifest, check_name, split_ref
@@ -230,7 +231,11 @@ def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0
         from tolhouse.store.files import FileStore
 
         return FileStore(url.removeprefix("file://"))
-    from tolhouse.store.redis import RedisStore
+    try:
+        from tolhouse.store.redis import RedisStore
+    except ModuleNotFoundError as error:
+        hint = installation_hint(str(error.name), "store") or str(error)
+        raise ModuleNotFoundError(hint, name=error.name) from None
 
     deadline = time.monotonic() + wait_seconds
     while True:
