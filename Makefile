@@ -1,6 +1,6 @@
 # Every target installs what it needs into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast check bench cases chaos clients fuzz skew compose-test science-check science soak protos docs wheel audit sbom
+.PHONY: help setup demo serve test test-fast check bench cases chaos clients fuzz skew compose-test science-check science soak pictures protos docs wheel audit sbom
 SHELL := /bin/bash
 
 # allocator settings of the images; deploy/Dockerfile has the reasons
@@ -69,6 +69,9 @@ science: .venv/dev  ## compute all tables and plots of SCIENCE.md (one hour)
 
 soak: .venv/dev  ## run half an hour of mixed load and test whether anything grows
 	$(BIN)/python -m loadtest.soak
+
+pictures: .venv/dev  ## take the screenshots of the explorer page in docs/images
+	$(BIN)/python -m tests.pictures
 
 protos: .venv/dev  ## generate services/tolhouse/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=services --pyi_out=services --grpc_python_out=services protos/tolhouse/v1/*.proto

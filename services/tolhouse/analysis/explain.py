@@ -28,10 +28,11 @@ _SHARERS = 4  # tokens shown for a key
 def explain_text(
     checkpoint: Checkpoint, text: str, keys: int, neighbours: int, rows: np.ndarray | None = None
 ) -> list[dict[str, Any]]:
-    """Of each distinct token: id, token, norms by layer, strongest keys by layer, nearest.
+    """For each distinct token of `text`: id, token, norms and strongest keys by layer, nearest.
 
-    Norms and neighbours are of the model's rows or, of a table, of `rows` [V, N, D], which may
-    have X0 in front.
+    `keys` and `neighbours` limit the two lists. Norms and nearest tokens are those of the model's
+    rows, or of the table rows `rows`: [V, N, D], or [V, 1 + N, D] with X0 first.
+    InvalidArgumentError if the text is empty or not UTF-8.
     """
     model, config = MemoryLLM(checkpoint).model, checkpoint.config
     tokenizer = checkpoint.tokenizer()
@@ -76,7 +77,7 @@ def explain_text(
 
 
 def coefficients(model: Transformer, layer: int, ids_T: Tensor | None = None) -> Tensor:
-    """Key coefficients [T, K] of one layer, by default of the whole vocabulary."""
+    """Key coefficients [T, K] of one layer. Without `ids_T`, T is the whole vocabulary."""
     ids_T = torch.arange(model.config.vocab_size) if ids_T is None else ids_T
     ffn = cast("ContextFreeFFN", model.ffn_m[layer])
     parts = [ffn.norm(model.x0(part)) for part in ids_T.split(_BATCH_TOKENS)]
@@ -84,7 +85,7 @@ def coefficients(model: Transformer, layer: int, ids_T: Tensor | None = None) ->
 
 
 def shared_by(model: Transformer, layer: int, keys_TK: Tensor, count: int) -> Tensor:
-    """For each of the keys [T, K] the `count` tokens of the largest coefficients: [T, K, count]."""
+    """The `count` tokens with the largest coefficients of each key: [T, K, count]."""
     unique, index_TK = keys_TK.unique(return_inverse=True)
     parts = torch.arange(model.config.vocab_size).split(_BATCH_TOKENS)
     c_VU = torch.cat([coefficients(model, layer, part)[:, unique].abs() for part in parts])
@@ -93,7 +94,10 @@ def shared_by(model: Transformer, layer: int, keys_TK: Tensor, count: int) -> Te
 
 @torch.inference_mode()
 def explorer(checkpoint: Checkpoint, keys: int = 3, neighbours: int = 5) -> dict[str, np.ndarray]:
-    """Arrays for the gateway's explorer (gateway/explore.py): `explain_text` of all tokens."""
+    """The arrays of a memory file: `explain_text` for the whole vocabulary.
+
+    `tolhouse.gateway.explorer.data.MemoryFile` describes their shapes.
+    """
     model, count = MemoryLLM(checkpoint).model, checkpoint.config.vocab_size
     strongest, values, sharers = [], [], []
     for layer in range(checkpoint.config.num_rows):
@@ -117,7 +121,7 @@ def explorer(checkpoint: Checkpoint, keys: int = 3, neighbours: int = 5) -> dict
 
 
 def nearest(rows: RowsOf, vocab_size: int, ids_T: Tensor, count: int) -> torch.return_types.topk:
-    """The `count` tokens whose rows are nearest to each of `ids_T` by cosine, without itself."""
+    """For each of `ids_T`, the `count` other tokens with the highest cosine between rows."""
 
     def directions(part_U: Tensor) -> Tensor:
         return F.normalize(rows(part_U).transpose(0, 1).flatten(1), dim=-1)

@@ -12,7 +12,7 @@ from tolhouse.config import GatewayConfig
 from tolhouse.gateway.auth import AuthMiddleware
 from tolhouse.gateway.connection import serve
 from tolhouse.gateway.error_responses import ErrorResponse, add_error_handlers
-from tolhouse.gateway.explore import Explorer
+from tolhouse.gateway.explorer.data import Explorer
 from tolhouse.gateway.metrics import WORKERS
 from tolhouse.gateway.middleware import (
     MetricsMiddleware,

@@ -1,13 +1,10 @@
 """The routes of the API and of the explorer page."""
 
 import asyncio
-import base64
-import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -19,13 +16,15 @@ from tolhouse.config import commit
 from tolhouse.errors import RequestCancelledError
 from tolhouse.gateway import responses, schemas
 from tolhouse.gateway.error_responses import status_and_body
-from tolhouse.gateway.explore import Explorer
+from tolhouse.gateway.explorer.compare import compare
+from tolhouse.gateway.explorer.data import Explorer
+from tolhouse.gateway.explorer.page import PAGE, POLICY
 from tolhouse.gateway.request_handler import RequestHandler
-from tolhouse.gateway.router import WorkerRouter
+from tolhouse.gateway.router import ServedModel, WorkerRouter
 from tolhouse.gateway.schemas import CompletionRequest, GenerationRequest
 from tolhouse.gateway.templates import ChatTemplate
-from tolhouse.gateway.text import Prompt, Vocabulary
-from tolhouse.gateway.turns import list_json, text_json
+from tolhouse.gateway.text import Delta, Prompt, Vocabulary
+from tolhouse.gateway.turns import list_json, text_json, to_json
 from tolhouse.sampling import IdAsText, check_ids
 
 T = TypeVar("T")
@@ -34,20 +33,6 @@ _Responses = dict[int | str, dict[str, Any]]
 _STREAMED: _Responses = {200: {"content": {"text/event-stream": {}}}}
 _UNHEALTHY: _Responses = {503: {"description": "No worker is healthy"}}
 _METRICS: _Responses = {200: {"content": {CONTENT_TYPE_LATEST: {}}}}
-_PAGE = Path(__file__).with_name("explore.html").read_text(encoding="utf-8")
-
-
-def _hash_of(tag: str) -> str:
-    """The source of the one inline script, or style sheet, of the page, for its policy."""
-    text = _PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-# the page's own script and style sheet, and calls to this gateway: nothing else is loaded or sent
-_PAGE_POLICY = (
-    f"default-src 'none'; script-src {_hash_of('script')}; style-src {_hash_of('style')}; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 
 @dataclass(frozen=True)
@@ -70,6 +55,18 @@ class Services:
         """The text of messages by the chat template, which may take long for many of them."""
         plain = [message.plain for message in messages]
         return await asyncio.to_thread(self.template.render, plain, **options)
+
+    def handler(
+        self, body: GenerationRequest, prompts: list[Prompt], model: ServedModel, request: Request
+    ) -> RequestHandler:
+        """The handler of a request to the workers, which the request's log line describes."""
+        state = request.state
+        # with API keys, fewer of a key's sequences run at once than its own limit
+        slot = getattr(state, "sequences", None) or nullcontext()
+        about = self.router, self.vocabulary, state.request_id, slot
+        handler = RequestHandler(body, prompts, model, *about)
+        state.about = handler.about
+        return handler
 
 
 async def _services(request: Request) -> Services:
@@ -95,19 +92,15 @@ async def chat(body: schemas.ChatRequest, request: Request, gateway: Gateway) ->
 async def _respond(
     body: GenerationRequest, request: Request, gateway: Services, form: type[responses.Serializer]
 ) -> Response:
-    router, vocabulary = gateway.router, gateway.vocabulary
-    request.state.body, request_id = body, request.state.request_id
-    model = router.model(body.model)
-    router.check_room(model.name)  # before work on prompts
+    request.state.body = body
+    model = gateway.router.model(body.model)
+    gateway.router.check_room(model.name)  # before work on prompts
     prompts = await gateway.prompts(body, model.context_tokens)
-    # with API keys, fewer of a key's sequences run at once than its own limit
-    slot = getattr(request.state, "sequences", None) or nullcontext()
-    handler = RequestHandler(body, prompts, model, router, vocabulary, request_id, slot)
-    to_json = form(handler).to_json
-    request.state.about = handler.about
+    handler = gateway.handler(body, prompts, model, request)
+    serialize = form(handler).to_json
     if not body.stream:
         choices = await _unless_disconnected(request, handler.complete())
-        return _json(await to_json(*choices))
+        return _json(await serialize(*choices))
     # the first delta comes before the status line, so that an early failure has its own status
     deltas = handler.deltas()
     first = await _unless_disconnected(request, anext(deltas))
@@ -115,11 +108,11 @@ async def _respond(
     async def events() -> AsyncIterator[str]:
         try:
             async with aclosing(deltas):
-                yield await to_json(first)
+                yield await serialize(first)
                 async for delta in deltas:
-                    yield await to_json(delta)
+                    yield await serialize(delta)
             if body.stream_options.include_usage:
-                yield await to_json()
+                yield await serialize()
         except Exception as error:  # noqa: BLE001 - the status line is out: into the stream with it
             request.state.failed_status, failure = status_and_body(error, request.state)
             yield json.dumps(failure)
@@ -188,13 +181,13 @@ async def tokenizer_info(gateway: Gateway) -> dict:
 
 @routes.get("/explore", response_class=HTMLResponse)
 async def explorer_page() -> Response:
-    """A page to look into the model's memory, and to complete text without parts of it."""
-    return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _PAGE_POLICY})
+    """A page that shows a model's memory and completes text with parts of it scaled or absent."""
+    return HTMLResponse(PAGE, headers={"Content-Security-Policy": POLICY})
 
 
 @routes.post("/explore/tokens")
 async def explore_tokens(body: schemas.ExploreRequest, gateway: Gateway) -> Response:
-    """Tokens of a text, each with the norms of its rows."""
+    """The tokens of a text, each with the norms of its rows."""
     [prompt] = await gateway.vocabulary.encode([body.text], add_special_tokens=True)
     async with gateway.vocabulary.large:
         found = await asyncio.to_thread(gateway.explorer.tokens, prompt.ids)
@@ -204,13 +197,31 @@ async def explore_tokens(body: schemas.ExploreRequest, gateway: Gateway) -> Resp
 
 @routes.get("/explore/tokens/{token_id}")
 async def explore_token(token_id: IdAsText, gateway: Gateway) -> dict:
-    """What the memory holds for a token: its keys with who shares them, and its neighbours."""
+    """What the memory holds for a token: norms, strongest keys and nearest tokens."""
     return gateway.explorer.token(token_id)
+
+
+@routes.post("/explore/compare")
+async def explore_compare(
+    body: schemas.CompareRequest, request: Request, gateway: Gateway
+) -> Response:
+    """Two greedy completions of a text, with the memory as it is and as the request scales it."""
+    model, vocabulary = gateway.router.model(body.model), gateway.vocabulary
+    gateway.router.check_room(model.name)
+    [prompt] = await vocabulary.encode([body.text], model.context_tokens, add_special_tokens=True)
+
+    async def complete(one: CompletionRequest) -> Delta:
+        handler = gateway.handler(one, [Prompt(ids) for ids in one.prompts()], model, request)
+        [delta] = await handler.complete()
+        return delta
+
+    compared = compare(body, prompt.ids, complete, vocabulary)
+    return _json(to_json(await _unless_disconnected(request, compared)))
 
 
 @routes.get("/explore/live")
 async def live(gateway: Gateway) -> dict:
-    """Counts of the workers, for rates, and what their table is to the model."""
+    """Sums of the workers' counters, and which rows the page shows and the workers serve."""
     return gateway.explorer.live()
 
 

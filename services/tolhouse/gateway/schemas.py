@@ -15,6 +15,7 @@ from tolhouse.sampling import Bool, Int, SamplingOptions, SamplingParams
 T = TypeVar("T")
 MAX_CHOICES = 128  # prompts times n
 MAX_EXPLORED = 8_192  # characters; a token has at least a quarter of one
+MAX_COMPARED = 256  # tokens of each completion that the explorer compares
 
 # The first wrong item ends a list. Otherwise, each item of a large body could make an error.
 Several = Annotated[list[T], Field(fail_fast=True)]
@@ -303,3 +304,11 @@ class ExploreRequest(Body):
 
     prompt_param = "text"
     text: Annotated[StrictStr, Field(max_length=MAX_EXPLORED)]
+
+
+class CompareRequest(ExploreRequest):
+    """POST /explore/compare."""
+
+    max_tokens: Annotated[Positive, Field(le=MAX_COMPARED)] = 24
+    row_scale: sampling.Scale = 1.0
+    layer_scales: sampling.Layers[sampling.Scale] = ()

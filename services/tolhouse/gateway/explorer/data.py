@@ -1,7 +1,7 @@
-"""What the explorer page shows besides completions: tokens with their memory, and the workers.
+"""The data of the explorer page: tokens with their memory, and the workers' counters.
 
-The gateway has no weights: `tolhouse explain --explorer` writes what a model's memory holds to
-`memory.npz` beside its tokenizer. The page does without that file, too.
+The gateway has no weights. `tolhouse explain --explorer` writes what a model's memory holds to
+`memory.npz` beside its tokenizer. Without that file, the page shows tokens and completions only.
 """
 
 import logging
@@ -17,12 +17,17 @@ from tolhouse.logs import event
 from tolhouse.v1.generation_pb2 import DescribeWorkerReply, RowCounts
 
 MEMORY = "memory.npz"
-_WRITE = "with `tolhouse explain CHECKPOINT --explorer FILE`"
+_WRITE = "write it again with `tolhouse explain CHECKPOINT --explorer CHECKPOINT/memory.npz`"
 
 
 class MemoryFile:
-    """Of V tokens in N layers: norms [V, N], strongest keys and their coefficients [V, N, k], the
-    tokens that share each key most [N, K, s], nearest tokens and their cosines [V, m]."""
+    """The arrays of a memory file for V tokens and N layers.
+
+    Row norms [V, N]; the k strongest keys of each row and their coefficients [V, N, k]; for each
+    of K keys the s tokens with the largest coefficients [N, K, s]; the m nearest tokens of each
+    token and their cosines [V, m]. InvalidArgumentError if the file is malformed, or if it was
+    written for another tokenizer than `tokenizer_id`.
+    """
 
     def __init__(self, file: Path, tokenizer_id: str) -> None:
         try:
@@ -31,7 +36,7 @@ class MemoryFile:
             self.norms, self.sharers = arrays["norms"], arrays["sharers"]
             self.keys, self.coefficients = arrays["keys"], arrays["coefficients"]
             self.near, self.cosines = arrays["near"], arrays["cosines"]
-            theirs, self.model_id = str(arrays["tokenizer_id"]), str(arrays["model_id"])
+            written_for, self.model_id = str(arrays["tokenizer_id"]), str(arrays["model_id"])
             (self.size, self.layers, k), (_, count, s) = self.keys.shape, self.sharers.shape
             v, n, m = self.size, self.layers, self.near.shape[-1]
             shapes = {"norms": (v, n), "coefficients": (v, n, k), "sharers": (n, count, s)}
@@ -43,15 +48,17 @@ class MemoryFile:
         except Exception as error:  # noqa: BLE001 - a damaged archive may raise almost any
             wrong = f"is not what `tolhouse explain --explorer` writes: {error}"
             raise InvalidArgumentError(f"{file} {wrong}") from None
-        if theirs != tokenizer_id:
-            which = f"{theirs[:12]}; this one is {tokenizer_id[:12]}"
-            raise InvalidArgumentError(
-                f"{file} is of another tokenizer, {which}: write it {_WRITE}"
-            )
+        if written_for != tokenizer_id:
+            which = f"{written_for[:12]}, but the gateway's tokenizer is {tokenizer_id[:12]}"
+            raise InvalidArgumentError(f"{file} was written for tokenizer {which}: {_WRITE}")
+
+    def percentiles(self, i: int) -> list[float]:
+        """For each layer, the percentage of tokens with a smaller norm than token `i` has."""
+        return [round(float(p), 1) for p in 100 * (self.norms < self.norms[i]).mean(axis=0)]
 
 
 class Explorer:
-    """The page's data, of the memory file in `folder` if there is one."""
+    """The page's data, with the memory file in `folder` if there is one."""
 
     def __init__(self, folder: Path, router: WorkerRouter, vocabulary: Vocabulary) -> None:
         self.file, self.router, self.vocabulary = folder / MEMORY, router, vocabulary
@@ -67,12 +74,15 @@ class Explorer:
         return {"layers": layers, "tokens": [found[i] for i in ids]}
 
     def token(self, i: int) -> dict[str, Any]:
-        """A token's norms, its strongest keys by layer with who shares them, its neighbours."""
+        """Norms, strongest keys and nearest tokens of token `i`.
+
+        NotFoundError if there is no such token, or no memory to show.
+        """
         memory, reason = self.memory, self._hidden_reason(self.router.descriptions())
         if memory is None or reason:
             raise NotFoundError(reason)
         if i >= memory.size:
-            raise NotFoundError(f"there is no token {i}: allowed are 0 to {memory.size - 1}")
+            raise NotFoundError(f"there is no token {i}: ids are 0 to {memory.size - 1}")
         keys: list[list[dict[str, Any]]] = [[] for _ in range(memory.layers)]
         for layer, of_layer in enumerate(keys):
             for key, c in zip(memory.keys[i, layer], memory.coefficients[i, layer], strict=True):
@@ -81,17 +91,21 @@ class Explorer:
                 of_layer.append({**values, "shared_by": shared_by})
         near = zip(memory.near[i], memory.cosines[i], strict=True)
         nearest = [{**self._named(int(t)), "cosine": round(float(c), 3)} for t, c in near]
-        return {**self._named(i), **self._norms(i), "keys": keys, "nearest": nearest}
+        about = {**self._named(i), **self._norms(i), "percentiles": memory.percentiles(i)}
+        return {**about, "keys": keys, "nearest": nearest}
 
     def live(self) -> dict[str, Any]:
-        """Counts of all healthy workers at their last polls; which rows are shown and served."""
+        """Sums of the counters of all healthy workers; which rows are shown and served."""
         workers = self.router.descriptions()
         absent, rows = [set(d.absent_layers) for d in workers], RowCounts.DESCRIPTOR.fields_by_name
         return {
             "workers": len(workers),
+            "models": sorted({d.model for d in workers}),
             "tables": sorted({d.table for d in workers if d.table}),
             "absent_layers": sorted(set.intersection(*absent)) if absent else [],
             "memory": self._hidden_reason(workers) or self._shown_rows(workers),
+            "weight_bytes": sum(d.weight_bytes for d in workers),
+            "dense_weight_bytes": sum(d.dense_weight_bytes for d in workers),
             **{n: sum(getattr(d, n) for d in workers) for n in ("tokens", "running", "waiting")},
             **{n: sum(getattr(d.rows, n) for d in workers) for n in rows},
         }
@@ -104,19 +118,20 @@ class Explorer:
         return {"norms": [round(float(n), 3) for n in self.memory.norms[i]]}
 
     def _hidden_reason(self, workers: list[DescribeWorkerReply]) -> str:
-        """Why no memory is shown: there is no file, or its model is not served; "" if it is."""
+        """Why the page shows no memory: no file, or a file for another model. "" if it shows it."""
         memory = self.memory
         if memory is None:
-            return f"this gateway has no memory file: write it {_WRITE}"
+            write = _WRITE.replace("again ", "")
+            return f"This gateway has no memory file: {write}, and restart the gateway."
         served, reason = {d.model_id: d for d in workers}, ""
         model = served.get(memory.model_id)
         if served and model is None:
             names = ", ".join(sorted(f"{d.model} ({i[:12]})" for i, d in served.items()))
-            reason = f"{MEMORY} is of model {memory.model_id[:12]}, and the workers serve {names}"
+            reason = f"of model {memory.model_id[:12]}, but the workers serve {names}"
         elif model and model.row_layers != memory.layers:
-            reason = f"{MEMORY} is of {memory.layers} layers, {model.model} has {model.row_layers}"
+            reason = f"of {memory.layers} layers, but {model.model} has {model.row_layers}"
         if reason:
-            reason += f": write it again, {_WRITE}"
+            reason = f"The memory file is not shown. It is {reason}: {_WRITE}."
             if reason != self._logged_reason:
                 what = "the memory file is not shown"
                 event(what, logging.WARNING, file=str(self.file), reason=reason)
@@ -124,16 +139,16 @@ class Explorer:
         return reason
 
     def _shown_rows(self, workers: list[DescribeWorkerReply]) -> str:
-        """Whose rows the memory file holds: the model's own, which a table may not."""
+        """Which rows the memory file describes, and how the served rows differ from them."""
         own, others = self.memory.model_id if self.memory else "", set()
         for d in workers:
-            differences = ["another model's"] * (d.model_id != own) + list(d.altered)
+            differences = ["another model"] * (d.model_id != own) + list(d.altered)
             if d.absent_layers:
                 layers = ", ".join(map(str, d.absent_layers))
                 differences.append(f"without layer{'s' * (len(d.absent_layers) > 1)} {layers}")
             if d.table and differences:
-                others.add(f"not of those of {d.table} ({', '.join(differences)})")
+                others.add(f"The rows of {d.table} differ from them ({', '.join(differences)}).")
         names = " and ".join(sorted({d.model for d in workers if d.model_id == own}))
         model = f"{names}, {own[:12]}" if names else own[:12]
-        shown = f"Norms, keys and neighbours are of the model's own rows ({model})"
-        return ", ".join([shown, *sorted(others)]) + "."
+        shown = f"Norms, keys and nearest tokens are those of the model's own rows ({model})."
+        return " ".join([shown, *sorted(others)])

@@ -1,0 +1,1 @@
+"""The explorer page at /explore: its data, its comparison of completions, and the page itself."""

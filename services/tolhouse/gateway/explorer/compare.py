@@ -1,0 +1,67 @@
+"""Two greedy completions of a text, with the memory as it is and with scaled rows.
+
+Both completions are scored under both settings. A token's two log probabilities therefore have the
+same context, also after the completions diverge.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from tolhouse.gateway.schemas import CompareRequest, CompletionRequest
+from tolhouse.gateway.text import Delta, Token, Vocabulary
+
+_ALTERNATIVES = 3  # likeliest tokens shown for each position
+
+
+async def compare(
+    body: CompareRequest,
+    ids: list[int],
+    complete: Callable[[CompletionRequest], Awaitable[Delta]],
+    vocabulary: Vocabulary,
+) -> dict[str, Any]:
+    """Both completions of the prompt `ids`: tokens with log probabilities under both settings.
+
+    `complete` runs one request with one choice.
+    """
+    settings: dict[str, Any] = {"row_scale": body.row_scale, "layer_scales": body.layer_scales}
+    changes = {body.row_scale, *body.layer_scales} != {1.0}
+    sides = ({}, settings) if changes else ({},)
+
+    async def run(prompt: list[int], scales: dict[str, Any], **more: Any) -> Delta:
+        options = {"temperature": 0, "logprobs": _ALTERNATIVES, **scales, **more}
+        return await complete(CompletionRequest(prompt=[prompt], **options))
+
+    async def completion(side: int) -> dict[str, Any]:
+        delta = await run(ids, sides[side], max_tokens=body.max_tokens)
+        tokens = scored = delta.tokens
+        if changes:
+            prompt = [*ids, *(token.place.id for token in tokens)]
+            echoed = await run(prompt, sides[1 - side], max_tokens=0, echo=True)
+            scored = echoed.tokens[len(ids) :]
+        pairs = zip(*((tokens, scored)[:: 1 if side == 0 else -1]), strict=True)
+        return {
+            "text": delta.text,
+            "finish_reason": delta.finish_reason,
+            "tokens": [_scores(plain, changed, vocabulary) for plain, changed in pairs],
+        }
+
+    found = await asyncio.gather(*(completion(side) for side in range(len(sides))))
+    return {"original": found[0], "changed": found[-1]}
+
+
+def _scores(plain: Token, changed: Token, vocabulary: Vocabulary) -> dict[str, Any]:
+    """One token: its log probabilities and the likeliest tokens of its position, by setting."""
+
+    def name(i: int) -> str:
+        return vocabulary.shown(i, first=False)[0]
+
+    def likeliest(token: Token) -> list[dict[str, Any]]:
+        return [{"token": name(i), "logprob": p} for i, p in token.top()]
+
+    return {
+        "id": plain.place.id,
+        "token": name(plain.place.id),
+        "logprobs": [plain.logprob, changed.logprob],
+        "likeliest": [likeliest(plain), likeliest(changed)],
+    }
