@@ -1,7 +1,8 @@
 """OpenTelemetry traces of a request, from the gateway to the store; off until `start_tracing`.
 
 Between processes a span's context travels as W3C `traceparent`, in the metadata of Generate and in
-FetchRequest. Work for a batch is below the first of its traced requests, and links to the others.
+FetchRequest. The spans of a batch are children of its first traced request and have links to the
+others. Without the package opentelemetry-api, which the SDK does not need, there are no spans.
 """
 
 import logging
@@ -10,19 +11,25 @@ from contextlib import contextmanager
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from opentelemetry import context, trace
-from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanKind, StatusCode
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from opentelemetry.util.types import Attributes
-
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.logs import is_loopback, log, redirect_log
 
 HEADER = "traceparent"
 
-_propagator = TraceContextTextMapPropagator()
-_tracer = trace.get_tracer("tolhouse")  # the SDK's if the process has set that up
-_LINKS = context.create_key("links")
+try:
+    from opentelemetry import context, trace
+    from opentelemetry.trace import INVALID_SPAN, Link, Span, SpanKind, StatusCode
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+    from opentelemetry.util.types import Attributes
+except ImportError:
+    AVAILABLE = False
+    INVALID_SPAN: Any = None  # type: ignore[no-redef]  # without the package
+    Span = Attributes = Any  # type: ignore[misc, assignment]  # without the package
+else:
+    AVAILABLE = True
+    _propagator = TraceContextTextMapPropagator()
+    _tracer = trace.get_tracer("tolhouse")  # of the provider that the process has set, if any
+    _LINKS = context.create_key("links")
 
 
 def start_tracing(service: str, url: str, *, insecure: bool) -> None:
@@ -59,7 +66,9 @@ def start_tracing(service: str, url: str, *, insecure: bool) -> None:
 
 
 def traceparent() -> str:
-    """The traceparent of the current span; "" outside of a trace."""
+    """The traceparent of the current span; "" outside a trace."""
+    if not AVAILABLE:
+        return ""
     carrier: dict[str, str] = {}
     _propagator.inject(carrier)
     return carrier.get(HEADER, "")
@@ -107,7 +116,7 @@ def under(spans: Iterable[Span]) -> Iterator[None]:
 @contextmanager
 def span(name: str, attributes: Attributes = None) -> Iterator[Span]:
     """A span around a call that goes out, below the current span; nothing where there is none."""
-    if not trace.get_current_span().get_span_context().is_valid:
+    if not AVAILABLE or not trace.get_current_span().get_span_context().is_valid:
         yield INVALID_SPAN
         return
     links = cast("Sequence[Link]", context.get_value(_LINKS))

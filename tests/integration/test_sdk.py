@@ -13,7 +13,7 @@ import threading
 import typing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, aclosing, suppress
+from contextlib import ExitStack, aclosing, closing, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import pytest
 import tolhouse
 import torch
 from tolhouse import AsyncClient, Client, ClientCredentials, errors
+from tolhouse.store.base import open_store
 from tolhouse.testing import (
     build_table,
     free_port,
@@ -626,6 +627,52 @@ def test_messages_name_arguments_and_not_options(running: dict) -> None:
         assert "--" not in str(raised.value)
 
 
+@pytest.mark.parametrize("kind", ["file", "redis"])
+def test_a_lookup_service_does_not_show_its_store(
+    checkpoint: Path, tmp_path: Path, kind: str
+) -> None:
+    """Whatever fails there, callers read neither its address nor its paths."""
+    with ExitStack() as stack:
+        folder = tmp_path / "secret-place"
+        url = f"file://{folder}"
+        if kind == "redis":
+            redis = stack.enter_context(redis_node())
+            url = redis.url
+        ref = build_table(checkpoint, url, codec="bf16", shards=2)
+        place = url.rpartition("//")[2]
+        options = ("--store", url, "--hot-megabytes", "0", "--store-timeout-seconds", "1")
+        served = stack.enter_context(process("lookup", *options, *LOCAL))
+        client = stack.enter_context(Client(served.address, timeout=4))
+        messages = []
+
+        def fails(error: type[Exception], call: Callable[[], object]) -> None:
+            with pytest.raises(error) as raised:
+                call()
+            messages.append(str(raised.value))
+
+        assert 2 == len(client.fetch(ref, [1, 2]))
+        absent = f"tiny-memory@{'0' * 16}"
+        fails(errors.NotFoundError, lambda: client.describe("absent"))
+        fails(errors.NotFoundError, lambda: client.fetch(absent, [1]))
+        if kind == "redis":
+            with closing(open_store(url)) as store:
+                store.delete_records(ref)
+            fails(errors.CorruptError, lambda: client.fetch(ref, [1, 2]))
+            os.kill(redis.popen.pid, signal.SIGSTOP)
+            fails(errors.DeadlineExceededError, lambda: client.fetch(ref, [3], timeout=30))
+            os.kill(redis.popen.pid, signal.SIGKILL)
+            fails(errors.UnavailableError, lambda: client.describe("absent"))
+        else:
+            for shard in folder.rglob("*.safetensors"):
+                shard.write_bytes(b"")
+            fails(errors.CorruptError, lambda: client.fetch(ref, [1, 2]))
+            for shard in folder.rglob("*.safetensors"):
+                shard.unlink()
+                shard.mkdir()
+            fails(errors.UnavailableError, lambda: client.fetch(ref, [3, 4]))
+    assert [] == [m for m in messages if place in m or "secret" in m], messages
+
+
 def plain(value: object) -> bool:
     """Whether a value is of Python, NumPy or our own, through all fields."""
     module = type(value).__module__
@@ -677,3 +724,53 @@ def test_errors_can_be_pickled_and_copied(running: dict) -> None:
         for other in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
             assert (type(error), str(error)) == (type(other), str(other))
             assert getattr(error, "token_ids", ()) == getattr(other, "token_ids", ())
+
+
+PROGRAM = """
+import asyncio
+from collections.abc import Iterator
+
+from tolhouse import AsyncClient, Client, ClientCredentials, CorruptError, Manifest, WorkerInfo
+
+
+def tokens(address: str) -> Iterator[int]:
+    credentials = ClientCredentials(tls_ca="ca.pem", token="secret")
+    with Client(address, timeout=5, credentials=credentials) as worker:
+        info: WorkerInfo = worker.describe_worker()
+        print(info.model, info.rows.from_cache + 1)
+        yield from worker.generate([1, 2], max_tokens=3, temperature=0.5)
+        for output in worker.replies(range(3), logprobs=1):
+            if output.logprobs:
+                print(output.logprobs.top[0][0] + 1.0, output.finish_reason)
+
+
+async def rows(address: str) -> list[int]:
+    async with AsyncClient([address], tls_ca="ca.pem") as source:
+        manifest: Manifest = await source.describe("demo", timeout=3)
+        first, second = await asyncio.gather(
+            source.fetch(manifest, [1, 2]), source.fetch("demo", range(3), timeout=1.5)
+        )
+        try:
+            print(first.shape, second.dtype, [table.ref for table in await source.tables()])
+        except CorruptError as error:
+            print(error.token_ids[0] + 1)
+        return [token async for token in source.generate([1], 4)]
+
+
+mistake: str = asyncio.run(rows("127.0.0.1:50051"))
+"""
+
+
+def test_a_typed_program_passes_mypy(tmp_path: Path) -> None:
+    """`mypy --strict` accepts a user's program, and finds the one mistake that is put into it."""
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent"]
+    command += ["--config-file=", f"--cache-dir={tmp_path}/cache", str(path)]
+    sources = {"MYPYPATH": str(Path(tolhouse.__file__).parent.parent), "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env=sources, cwd=tmp_path, check=False
+    )
+    found = [line for line in done.stdout.splitlines() if "program.py" in line]
+    assert 1 == len(found), found
+    assert 'has type "list[int]", variable has type "str"' in found[0]

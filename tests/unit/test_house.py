@@ -264,6 +264,32 @@ def test_a_command_without_its_packages_names_its_extra(
     assert (1, f"error: {hint}\n") == (done.returncode, done.stderr)
 
 
+def test_the_sdk_needs_few_packages() -> None:
+    """The bare package brings no command line, traces or Redis; each extra of a command does."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
+    assert {"grpcio", "ml-dtypes", "numpy", "protobuf", "pydantic", "xxhash"} == names
+    for extra in ("cli", "lookup", "worker", "gateway", "build", "train", "certs"):
+        assert "click" in installed_with(extra), extra
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("from tolhouse import Client; Client('127.0.0.1:1'); print('ok')", "ok"),
+        ("from tolhouse import Client; Client('redis://127.0.0.1:1').tables()", "tolhouse[store]"),
+        ("from tolhouse.cli import main", "tolhouse[cli]"),
+    ],
+)
+def test_the_sdk_works_without_optional_packages(code: str, expected: str) -> None:
+    """Only what needs a missing package fails, and names the extra that brings it."""
+    absent = ("click", "opentelemetry", "redis", "hiredis", "torch", "ray", "prometheus_client")
+    block = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); {code}"
+    command = [sys.executable, "-c", block]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert expected in done.stdout + done.stderr
+
+
 def without_encoding(call: ast.Call) -> bool:
     """Whether a call reads or writes text in the encoding of the locale."""
     method, options = isinstance(call.func, ast.Attribute), {option.arg for option in call.keywords}

@@ -3,7 +3,12 @@
 A command imports what it needs when it runs: `tolhouse lookup` works where torch is not installed.
 """
 
-import click
+import sys
+
+try:
+    import click
+except ModuleNotFoundError:
+    sys.exit("error: the package click is not installed: pip install 'tolhouse[cli]'")
 
 from tolhouse import __version__
 from tolhouse.cli import models, services, tables

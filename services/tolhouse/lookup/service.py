@@ -17,7 +17,15 @@ from prometheus_client import Counter, Histogram
 from tolhouse import tracing
 from tolhouse.client.row_source import StoreRowSource
 from tolhouse.config import LookupConfig
-from tolhouse.errors import CorruptError, InvalidArgumentError
+from tolhouse.errors import (
+    CorruptError,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    OverloadedError,
+    TolhouseError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from tolhouse.logs import event
 from tolhouse.lookup.hot_rows import HotRows
 from tolhouse.lookup.store_check import StoreCheck
@@ -44,9 +52,20 @@ SECONDS = Histogram(
 )
 
 
+# What callers read about a failure of the store: the first class that fits.
+_STORE_FAILURES: tuple[tuple[type[TolhouseError], type[TolhouseError], str], ...] = (
+    (UnauthenticatedError, UnavailableError, "the store refuses the lookup service"),
+    (OverloadedError, OverloadedError, "the store is full"),
+    (UnavailableError, UnavailableError, "the store cannot be reached now"),
+    (DeadlineExceededError, DeadlineExceededError, "the store did not answer in time"),
+    (CorruptError, CorruptError, "the store has lost data, or it is damaged"),
+)
+
+
 class LookupService:
     def __init__(self, rows: HotRows) -> None:
         self.rows = rows
+        self._logged = ""  # the failure of the store that was logged last
         self.draining = False
         self._unanswered: dict[asyncio.Task, int] = {}  # requests in hand, by stream
         self._turns = WeakValueDictionary[str, asyncio.Semaphore]()  # by connection
@@ -107,7 +126,7 @@ class LookupService:
                 stream.cancel()
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
-        async with errors_as_status(context):
+        async with errors_as_status(context, self._public):
             if split_ref(request.table)[1]:  # it is in use; its rows may be cached elsewhere
                 manifest = (await self.rows.table(request.table)).manifest
             else:
@@ -116,13 +135,35 @@ class LookupService:
         return pb.DescribeReply(manifest_json=text, max_ids_per_fetch=MAX_IDS_PER_FETCH)
 
     async def ListTables(self, _: pb.ListTablesRequest, context: Context) -> pb.ListTablesReply:
-        async with errors_as_status(context):
+        async with errors_as_status(context, self._public):
             reply = pb.ListTablesReply()
             for manifest, published in await asyncio.to_thread(self.rows.source.tables):
                 listed = reply.tables.add(name=manifest.name, version=manifest.version)
                 listed.manifest_json = replace(manifest, frequent=()).to_json()
                 listed.published = published
         return reply
+
+    def _public(self, error: Exception) -> Exception:
+        """The error as callers may read it: without the store's address and paths."""
+        url, text = self.rows.source.url, str(error)
+        place = url.removeprefix("file://")
+        failure = next((row for row in _STORE_FAILURES if isinstance(error, row[0])), None)
+        if isinstance(error, UnauthenticatedError) or (failure and place in text):
+            if text != self._logged:
+                self._logged = text
+                event("the store fails", logging.WARNING, reason=text)
+            assert failure
+            _, kind, message = failure
+            bad = error.token_ids if isinstance(error, CorruptError) else ()
+            if bad:
+                message = f"the row of token {bad[0]} is missing or damaged in the store"
+                message += f", and {len(bad) - 1} other rows are" if bad[1:] else ""
+            return kind(message)
+        if isinstance(error, TolhouseError) and place in text:
+            return type(error)(
+                text.replace(f"Redis at {url}", "the store").replace(url, "the store")
+            )
+        return error
 
     async def _fetch(self, request: pb.FetchRequest) -> AsyncIterator[bytes]:
         """The serialised replies to one request; an error is the last, and the stream goes on."""
@@ -146,7 +187,7 @@ class LookupService:
             BYTES.inc(table.manifest.record_bytes * len(ids))
             trace.set_attributes({"tolhouse.rows": len(ids), "tolhouse.rows_from_store": missed})
         except Exception as error:  # noqa: BLE001 - the boundary where every error becomes a status
-            status, message = status_of(error)
+            status, message = status_of(self._public(error))
             bad = error.token_ids if isinstance(error, CorruptError) else ()
             MISSING.inc(len(bad))
             failure = pb.Error(status=status, message=message, token_ids=bad)

@@ -67,12 +67,14 @@ def finish_startup() -> None:
 
 
 @asynccontextmanager
-async def errors_as_status(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-    """An error of the block ends the call with its status."""
+async def errors_as_status(
+    context: grpc.aio.ServicerContext, public: Callable[[Exception], Exception] = lambda e: e
+) -> AsyncIterator[None]:
+    """End the call with the status of an error of the block, as `public` shows it to callers."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - the boundary where every error becomes a status
-        status, message = status_of(error)
+        status, message = status_of(public(error))
         await context.abort(grpc.StatusCode[status], message)
 
 
