@@ -34,8 +34,8 @@ class TokenLogprobs:
 
     Attributes:
         chosen: [T], of the tokens themselves.
-        top_ids: [T][K], the most likely token ids in each place, most likely first.
-        top: [T][K], the log probabilities of `top_ids`.
+        top_ids: `[T][K]`, the most likely token ids in each place, most likely first.
+        top: `[T][K]`, the log probabilities of `top_ids`.
     """
 
     chosen: tuple[float, ...]
