@@ -105,7 +105,7 @@ def test_a_version_of_another_model_is_refused(checkpoint: Path, tmp_path: Path)
         Client(worker.address) as client,
     ):
         publish(store, other)
-        wait_until(lambda: "refused" in worker.log.read_text(encoding="utf-8"))
+        wait_until(lambda: "does not fit this worker" in worker.log.read_text(encoding="utf-8"))
         assert f"table {other} was built from model" in worker.log.read_text(encoding="utf-8")
         assert one == client.describe_worker().table
         assert f'tolhouse_worker_table_refused{{table="{other}"}} 1.0' in metrics(worker)
