@@ -1,7 +1,7 @@
-"""The one list of sampling parameters: names as in vLLM, bounds, defaults, documentation.
+"""The sampling parameters, with names as in vLLM. This is the only list of them.
 
-`GenerateRequest` in protos/ has a field for each. Log probabilities are the model's own. The order
-after them: logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p.
+`GenerateRequest` in protos/ has a field for each. Log probabilities are the model's own. Parameters
+then apply in this order: logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p.
 """
 
 from collections.abc import Iterable
@@ -13,15 +13,15 @@ from tolhouse.errors import InvalidArgumentError, PromptTooLongError, Unsupporte
 from tolhouse.v1.generation_pb2 import GenerateRequest
 
 T = TypeVar("T")
-MAX_FIELDS = 1024  # of an object; logit_bias has the most
-MAX_COUNT = 2**31  # more tokens than any context has
-LEAST_TOP_P = 1e-30  # above 0 also in the 32 bits that it has on the wire
+MAX_FIELDS = 1024  # of an object; logit_bias has the most fields
+MAX_COUNT = 2**31  # more than the tokens of any context
+LEAST_TOP_P = 1e-30  # the wire has 32 bits, in which this is still above 0
 
 
 def few_fields(given: Any) -> Any:
-    """Refuse an object of many fields before they are looked at."""
+    """Refuse an object with too many fields before its fields are validated."""
     if isinstance(given, dict) and len(given) > MAX_FIELDS:
-        raise ValueError(f"an object has {len(given)} fields; at most {MAX_FIELDS} are taken")
+        raise ValueError(f"an object has {len(given)} fields; at most {MAX_FIELDS} are allowed")
     return given
 
 
@@ -29,56 +29,77 @@ def _option(default: Any, text: str, **bounds: Any) -> Any:
     return Field(default, description=text, **bounds)
 
 
-# Strict: no text for a number. 32 bits hold each bound exactly.
+# Strict: a text is not a number. 32 bits represent each bound exactly.
 Bool = Annotated[bool, Field(strict=True)]
 Int = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Temperature = Annotated[Number, Field(ge=0, le=100, description="0: greedy.")]
+Temperature = Annotated[Number, Field(ge=0, le=100, description="0 is greedy.")]
 TopK = Annotated[Int, Field(ge=-1, le=MAX_COUNT), AfterValidator(lambda k: max(0, k))]
 TopP = Annotated[Number, Field(gt=0, le=1), AfterValidator(lambda p: max(LEAST_TOP_P, p))]
 Scale = Annotated[Number, Field(ge=-16, le=16)]
 Seed = Annotated[Int, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda n: n % 2**64)]
-MaxTokens = Annotated[Int, Field(ge=0, lt=2**32, description="Most tokens of the answer.")]
+MaxTokens = Annotated[
+    Int, Field(ge=0, lt=2**32, description="Maximum number of tokens in the answer.")
+]
 Logprobs = Annotated[Int, Field(ge=0, le=20)]
-# The first wrong item ends a list: a large body would make an error for each of its items, else.
+# Validation stops at the first wrong item. Otherwise, each item of a large body could be an error.
 TokenId = Annotated[Int, Field(ge=0, lt=2**32)]
 StopIds = Annotated[tuple[TokenId, ...], Field(max_length=256, fail_fast=True)]
 Layers = Annotated[tuple[T, ...], Field(max_length=1024, fail_fast=True)]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
-IdAsText = Annotated[int, Field(ge=0, lt=2**32)]  # such as a key in JSON
+IdAsText = Annotated[int, Field(ge=0, lt=2**32)]  # a key of a JSON object
 Biases = Annotated[dict[IdAsText, Bias], BeforeValidator(few_fields)]
 
 
 class SamplingOptions(BaseModel):
-    """The parameters that have one form in all interfaces."""
+    """The parameters that have the same form in all interfaces."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     temperature: Temperature = 0.0
-    top_k: TopK = _option(0, "Sample from so many likeliest tokens; 0 or -1: all.")
-    top_p: TopP = _option(1.0, "Sample from the fewest likeliest tokens with so much probability.")
-    min_p: Number = _option(0.0, "Least probability, as a share of the likeliest's.", ge=0, le=1)
-    repetition_penalty: Number = _option(
-        1.0, "Divides positive logits of tokens so far, multiplies negative ones.", ge=2**-7, le=10
+    top_k: TopK = _option(0, "Sample from this many of the most likely tokens; 0 or -1 is all.")
+    top_p: TopP = _option(
+        1.0, "Sample from the most likely tokens whose probabilities add up to this."
     )
-    presence_penalty: Number = _option(0.0, "Subtracted from logits of answers.", ge=-2, le=2)
-    frequency_penalty: Number = _option(0.0, "The same, times their number.", ge=-2, le=2)
-    logit_bias: Biases = _option({}, "Added to the logits of token ids.")
-    seed: Seed | None = _option(None, "The same seed gives the same tokens; random by default.")
-    stop_token_ids: StopIds = _option((), "They end the answer, beside the model's end token.")
-    ignore_eos: Bool = _option(False, "Go on after the model's end token.")
-    min_tokens: Int = _option(0, "No end before so many tokens.", ge=0, le=MAX_COUNT)
-    row_scale: Scale = _option(1.0, "Multiplies the looked-up rows of every layer.")
-    absent_layers: Layers[TokenId] = _option((), "Layers that go without their rows.")
-    layer_scales: Layers[Scale] = _option((), "One for each layer, times row_scale; empty: 1.")
+    min_p: Number = _option(
+        0.0, "Least probability, as a fraction of the most likely token's.", ge=0, le=1
+    )
+    repetition_penalty: Number = _option(
+        1.0,
+        "Divides positive logits of tokens so far and multiplies negative ones.",
+        ge=2**-7,
+        le=10,
+    )
+    presence_penalty: Number = _option(
+        0.0, "Subtracted from the logits of tokens in the answer.", ge=-2, le=2
+    )
+    frequency_penalty: Number = _option(
+        0.0, "Subtracted once for each time that the token is in the answer.", ge=-2, le=2
+    )
+    logit_bias: Biases = _option({}, "Numbers that are added to the logits of token ids.")
+    seed: Seed | None = _option(None, "The same seed gives the same tokens. Default: random.")
+    stop_token_ids: StopIds = _option(
+        (), "Token ids that end the answer, like the model's end tokens."
+    )
+    ignore_eos: Bool = _option(False, "Do not end the answer at the model's end token.")
+    min_tokens: Int = _option(
+        0, "Do not end the answer before this many tokens.", ge=0, le=MAX_COUNT
+    )
+    row_scale: Scale = _option(1.0, "Factor of the looked-up rows of all layers.")
+    absent_layers: Layers[TokenId] = _option((), "Layers whose rows are left out.")
+    layer_scales: Layers[Scale] = _option((), "A factor for each layer, times row_scale. Empty: 1.")
 
 
 class SamplingParams(SamplingOptions):
-    """How the tokens of one answer are chosen and when it ends; InvalidArgumentError for a bad
-    value."""
+    """How the tokens of one answer are chosen, and when it ends.
+
+    InvalidArgumentError if a value is not allowed; the message begins with the parameter's name.
+    """
 
     max_tokens: MaxTokens = 16  # 0 is allowed with prompt_logprobs
-    logprobs: Logprobs | None = _option(None, "Log probabilities, also of so many likeliest.")
-    prompt_logprobs: Logprobs | None = _option(None, "The same for the tokens of the prompt.")
+    logprobs: Logprobs | None = _option(
+        None, "Return log probabilities, and those of this many most likely tokens."
+    )
+    prompt_logprobs: Logprobs | None = _option(None, "The same, for the tokens of the prompt.")
 
     def __init__(self, max_tokens: int = 16, **options: Any) -> None:
         try:
@@ -105,7 +126,7 @@ class SamplingParams(SamplingOptions):
 
     @property
     def probes(self) -> bool:
-        """Rows are not added as they are."""
+        """Whether the request scales rows or leaves rows out."""
         return bool({self.row_scale, *self.layer_scales} - {1.0} or self.absent_layers)
 
     @property
@@ -113,14 +134,13 @@ class SamplingParams(SamplingOptions):
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
-# What a worker heeds, stated in DescribeWorker: others ignore a field that they do not know.
+# What a worker implements. DescribeWorker reports it, as a server ignores unknown fields.
 FEATURES = tuple(SamplingParams.model_fields)
-_UNSTATED = {*FEATURES} - {"layer_scales"}  # what workers heeded before they stated it
+_UNSTATED = {*FEATURES} - {"layer_scales"}  # what workers implemented before they reported it
 
 
 def check_features(request: GenerateRequest, stated: Iterable[str], worker: str) -> None:
-    """UnsupportedError if the request has parameters, other than at their defaults, that are not
-    heeded.
+    """UnsupportedError if a worker ignores parameters that are not at their defaults.
 
     stated: the features in the worker's description.
     """
@@ -128,23 +148,26 @@ def check_features(request: GenerateRequest, stated: Iterable[str], worker: str)
     given = {f.name: value for f, value in request.ListFields() if f.name in fields}
     lacking = [n for n, v in given.items() if n not in heeded and v != fields[n].default]
     if lacking:
-        what = f"{worker} is of an earlier release and does not heed {', '.join(lacking)}"
-        raise UnsupportedError(f"{what}: leave it out, or upgrade the worker")
+        what = f"{worker} is of an earlier release and does not implement {', '.join(lacking)}"
+        raise UnsupportedError(f"{what}: leave them out, or upgrade the worker")
 
 
 def check_prompt(
     prompt_ids: Iterable[int], max_tokens: int, vocab_size: int, context_tokens: int
 ) -> list[int]:
-    """The prompt as a list, if it is not empty, fits the context, and is of this vocabulary."""
+    """The prompt as a list.
+
+    InvalidArgumentError if it is empty or has an id outside the vocabulary; PromptTooLongError if
+    prompt and `max_tokens` do not fit the context.
+    """
     ids = list(prompt_ids)
     if not ids:
         raise InvalidArgumentError("the prompt is empty; at least one token is needed")
     if len(ids) + max_tokens > context_tokens:
-        raise PromptTooLongError(  # in OpenAI's words, by which clients recognise it
+        raise PromptTooLongError(  # OpenAI's words, which clients look for
             f"This model's maximum context length is {context_tokens} tokens. However, you "
             f"requested {len(ids) + max_tokens} tokens ({len(ids)} in the prompt, {max_tokens} in "
-            "the completion). The prompt is too long for this completion. Please reduce the length "
-            "of the prompt or completion."
+            "the completion). Please reduce the length of the prompt or completion."
         )
     return check_ids(ids, vocab_size)
 

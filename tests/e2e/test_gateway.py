@@ -263,7 +263,7 @@ def test_the_stock_client_sees_its_own_errors(client: OpenAI) -> None:
         client.models.retrieve("other")
     with pytest.raises(openai.NotFoundError, match="available: demo-memory"):
         complete(client, model="gpt-9")
-    words = "maximum context length is 512 .* prompt is too long"  # LiteLLM's, and LangChain's
+    words = "maximum context length is 512 .*context_length_exceeded"  # LiteLLM's, LangChain's
     for options in (
         {"prompt": PROMPT * 200},
         {"prompt": "a" * 900_000},
@@ -843,7 +843,7 @@ def test_a_full_worker_is_not_asked(table: str) -> None:
                     assert time.monotonic() < deadline
             refused = post(cluster, short)
             assert (429, "1") == (refused.status_code, refused.headers["retry-after"])
-            assert "2 requests are with the workers already" in refused.json()["error"]["message"]
+            assert "the workers already have 2 requests" in refused.json()["error"]["message"]
         while 200 != post(cluster, short).status_code:
             assert time.monotonic() < deadline, "the places are not given back"
 

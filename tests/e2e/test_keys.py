@@ -153,7 +153,7 @@ def test_a_key_s_rate_is_limited(cluster: Cluster, keys: Path, first: str) -> No
     assert [200, 200, 429, 429] == [answer.status_code for answer in answers]
     error = answers[2].json()["error"]
     assert ("rate_limit_error", "rate_limit_exceeded") == (error["type"], error["code"])
-    assert "allowed are 12 a minute" in answers[2].json()["error"]["message"]
+    assert "12 per minute are allowed" in answers[2].json()["error"]["message"]
     assert 401 == ask(cluster, "nobody's", json=BODY).status_code
     counted = ask(cluster, first, "/metrics").text
     assert 'tolhouse_gateway_requests_total{path="/v1/completions",status="429"} 2.0' in counted
@@ -178,7 +178,7 @@ def test_a_key_s_requests_in_flight_are_limited(cluster: Cluster, keys: Path) ->
         while (answer := ask(cluster, key, json=BODY)).status_code == 200:
             pass  # the two are not both heard yet
         assert (429, "1") == (answer.status_code, answer.headers["Retry-After"])
-        expected = "2 requests with this key are in flight; allowed are 2"
+        expected = "2 requests with this key are in flight; at most 2 are allowed"
         assert expected == answer.json()["error"]["message"]
         held[0].sendall(body.encode())
         assert held[0].recv(100).startswith(b"HTTP/1.1 200")
@@ -287,7 +287,7 @@ def test_the_file_holds_hashes_alone(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no key for 'alice'"):
         remove_key(path, "alice")
     add_key(path, "bob", 1, 1)
-    with pytest.raises(InUseError, match="a key for 'bob' already"):
+    with pytest.raises(InUseError, match="already has a key for 'bob'"):
         add_key(path, "bob", 1, 1)
 
 

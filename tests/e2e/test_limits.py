@@ -219,7 +219,7 @@ def test_too_many_connections_are_refused(cluster: Cluster) -> None:
         open_now = [stack.enter_context(connect(cluster.gateway)) for _ in range(60)]
         status, message = answered(open_now[-1])
         assert 503 == status
-        assert "too many open connections: 40 are allowed, try again later" == message
+        assert "too many open connections: at most 40 are allowed; try again later" == message
     wait_until(lambda: complete(cluster) == 200)
 
 
@@ -228,7 +228,7 @@ def test_bodies_have_a_size_alone_and_together(cluster: Cluster) -> None:
     size = 500_000
     with connect(cluster.gateway) as connection:
         connection.sendall(POST + b"Content-Length: 500001\r\n\r\n")
-        expected = (413, "the body is too large: at most 500000 bytes are taken")
+        expected = (413, "the body is too large: at most 500000 bytes are allowed")
         assert expected == answered(connection)
     with connect(cluster.gateway) as connection:
         connection.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n7a121\r\n" + b" " * 500_001)

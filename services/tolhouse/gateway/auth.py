@@ -1,4 +1,7 @@
-"""API keys: a file of their plain hashes (a key is 256 random bits), and the middleware."""
+"""API keys: the file with their hashes, and the middleware that checks them.
+
+A key has 256 random bits, so its hash needs no salt.
+"""
 
 import hashlib
 import secrets
@@ -17,7 +20,7 @@ from tolhouse.files import ReloadingFiles, locked, read_file, replace_file
 from tolhouse.gateway.error_responses import error_response
 from tolhouse.gateway.rate_limit import RateLimiter
 
-# answer without a key: probes have none, and the page asks for one
+# paths that need no key: probes have none, and the page prompts for one
 OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/explore"})
 
 
@@ -32,7 +35,7 @@ _File = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._@-]{1,64}$"
 
 
 def read_keys(path: str) -> dict[str, Key]:
-    """The keys in a file, by name; InvalidArgumentError if it is malformed."""
+    """The keys in a file, by name; InvalidArgumentError if the file is malformed."""
     try:
         return _File.validate_json(read_file(path, "the keys file"))
     except ValidationError as error:
@@ -43,18 +46,18 @@ def read_keys(path: str) -> dict[str, Key]:
 
 
 def add_key(path: Path, name: str, requests_per_minute: float, concurrent: int) -> str:
-    """Make a key for `name` and write its hash to the file; InUseError if the name has one."""
+    """Generate a key and write its hash to the file; InUseError if the name has a key."""
     key = f"th-{secrets.token_urlsafe(32)}"
     limits = {"requests_per_minute": requests_per_minute, "concurrent": concurrent}
     try:
         added = _File.validate_python({name: {"sha256": _sha256(key), **limits}})
     except ValidationError as error:
         reason = f"{error.errors()[0]['msg']}; {error.errors()[0]['input']!r} was given"
-        raise InvalidArgumentError(f"no key can be made for {name!r}: {reason}") from None
+        raise InvalidArgumentError(f"no key can be generated for {name!r}: {reason}") from None
     with _edited(path) as keys:
         if name in keys:
             advice = "remove it first, or use another name"
-            raise InUseError(f"{path} has a key for {name!r} already: {advice}")
+            raise InUseError(f"{path} already has a key for {name!r}: {advice}")
         keys.update(added)
     return key
 
@@ -62,13 +65,13 @@ def add_key(path: Path, name: str, requests_per_minute: float, concurrent: int) 
 def remove_key(path: Path, name: str) -> None:
     with _edited(path) as keys:
         if keys.pop(name, None) is None:
-            names = ", ".join(sorted(keys)) or "nobody"
-            raise NotFoundError(f"{path} has no key for {name!r}; it has some for {names}")
+            names = ", ".join(sorted(keys)) or "no name"
+            raise NotFoundError(f"{path} has no key for {name!r}; it has keys for {names}")
 
 
 @contextmanager
 def _edited(path: Path) -> Iterator[dict[str, Key]]:
-    """The keys of a file, which are written back; commands that run at once take turns."""
+    """The keys of a file. They are written back when the block ends, under a lock."""
     try:
         with locked(path.resolve().parent):
             keys = read_keys(str(path)) if path.exists() else {}
@@ -79,23 +82,23 @@ def _edited(path: Path) -> Iterator[dict[str, Key]]:
 
 
 class AuthMiddleware:
-    """Lets requests in that carry a key, as `Authorization: Bearer KEY`, within its limits."""
+    """Accepts requests with a key, as `Authorization: Bearer KEY`, within the limits of the key."""
 
     def __init__(self, app: ASGIApp, path: str, limiter: RateLimiter) -> None:
         def read() -> dict[str, tuple[str, Key]]:
             return {key.sha256: (name, key) for name, key in read_keys(path).items()}
 
         self.app, self.limiter, self._keys = app, limiter, ReloadingFiles((path,), read)
-        # of a name, what may be in flight: requests, and sequences of all of them together
+        # limits of a name: requests in flight, and sequences of all its requests
         self._slots: dict[tuple[str, int], tuple[Semaphore, Semaphore]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        # by digest: what the time of this tells about a hash leads to no key
+        # the lookup is by digest, so its duration reveals nothing about a key
         found = self._keys.get().get(_sha256(given.strip())) if scheme.lower() == "bearer" else None
         app, state = self.app, scope["state"]
         if found is None and scope["path"] not in OPEN_PATHS:
-            message = "an API key that the gateway knows is needed, as `Authorization: Bearer KEY`"
+            message = "a valid API key is required: send `Authorization: Bearer KEY`"
             app = error_response(message, 401, {"WWW-Authenticate": "Bearer"})
         if found is None or scope["path"] in OPEN_PATHS:
             state["trusted"] = found is not None
@@ -107,12 +110,12 @@ class AuthMiddleware:
         requests, state["sequences"] = slots
         state["key"] = name
         if requests.locked():
-            message = f"{most} requests with this key are in flight; allowed are {most}"
+            message = f"{most} requests with this key are in flight; at most {most} are allowed"
             await error_response(message, 429)(scope, receive, send)
             return
         async with requests:
             if wait := await self.limiter.hit(name, rate):
-                message = f"too many requests with this key: allowed are {rate:g} a minute"
+                message = f"too many requests with this key: {rate:g} per minute are allowed"
                 app = error_response(message, 429, retry_after=wait)
             await app(scope, receive, send)
 

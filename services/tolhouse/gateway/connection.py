@@ -1,4 +1,4 @@
-"""uvicorn behind limits that it has no options for: slow headers and readers, open connections."""
+"""uvicorn with more limits: open connections, slow headers, and slow readers."""
 
 import asyncio
 import logging
@@ -22,9 +22,10 @@ from tolhouse.logs import event, join_address, ready, redirect_log, split_addres
 
 
 class LimitedConnection(asyncio.Protocol):
-    """Passes everything to uvicorn's protocol, and closes the connection of a slow caller.
+    """Passes data to uvicorn's protocol, and closes connections that are too slow.
 
-    RequestLimitsMiddleware finds it in a request's state, and reports when that begins and ends.
+    It is in the state of each request. RequestLimitsMiddleware reports when a request begins and
+    ends.
     """
 
     def __init__(self, config: GatewayConfig, server: uvicorn.Server) -> None:
@@ -32,16 +33,18 @@ class LimitedConnection(asyncio.Protocol):
         self._open, app_state = state.connections, {"connection": self}
         self._http: asyncio.Protocol = H11Protocol(server.config, state, app_state)
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._requests = 0  # a next one may begin before the last has ended
-        self._received = False  # something since the last request began
-        self._unread = False  # the rest of a body whose request was answered
+        self._requests = 0  # the next one may begin before the last one has ended
+        self._received = False  # data has arrived since the last request began
+        self._unread = False  # the rest of a body is ignored, as its request was answered
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport, most = transport, self.config.max_connections
         if len(self._open) >= most:
-            self._http = asyncio.Protocol()  # which does nothing
-            self._refuse(503, f"too many open connections: {most} are allowed, try again later")
+            self._http = asyncio.Protocol()  # a protocol that does nothing
+            self._refuse(
+                503, f"too many open connections: at most {most} are allowed; try again later"
+            )
         else:
             self._http.connection_made(transport)
             self._start("header", self.config.header_timeout_seconds, self._too_slow)
@@ -52,10 +55,10 @@ class LimitedConnection(asyncio.Protocol):
         self._received = True
         try:
             self._http.data_received(data)
-        except h11.LocalProtocolError:  # what is not HTTP, in the middle of an answer
+        except h11.LocalProtocolError:  # data that is not HTTP, during an answer
             self._transport.close()
         if self._transport.is_closing():
-            _count_refusal(400, "this is not HTTP, or its header is too large")
+            _count_refusal(400, "the data is not HTTP, or the header is too large")
         elif not (self._requests or "header" in self._timers):
             self._start("header", self.config.header_timeout_seconds, self._too_slow)
 
@@ -78,7 +81,7 @@ class LimitedConnection(asyncio.Protocol):
         self._stop("header")
 
     def request_ended(self, *, complete: bool) -> None:
-        """complete: the body was read to its end."""
+        """complete: the whole body was read."""
         self._requests -= 1
         self._unread = not complete
 
@@ -97,7 +100,7 @@ class LimitedConnection(asyncio.Protocol):
             self._transport.close()
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer in OpenAI's form, and close."""
+        """Send an error in OpenAI's form, and close."""
         _count_refusal(status, message)
         response = error_response(message, status, {"Connection": "close"})
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()]
@@ -119,7 +122,7 @@ async def _family(host: str, port: int) -> socket.AddressFamily:
 
 
 async def serve(app: ASGIApp, config: GatewayConfig, tls: ssl.SSLContext | None) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what has begun."""
+    """Serve until SIGTERM or SIGINT, then finish the requests that have begun."""
     settings = uvicorn.Config(
         app,
         ws="none",
@@ -128,9 +131,9 @@ async def serve(app: ASGIApp, config: GatewayConfig, tls: ssl.SSLContext | None)
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
     )
-    redirect_log("uvicorn", logging.ERROR)  # its warnings are of single requests, as our own log's
+    redirect_log("uvicorn", logging.ERROR)  # its warnings are about single requests, which we log
     server, loop = uvicorn.Server(settings), asyncio.get_running_loop()
-    serving = asyncio.create_task(server.serve(sockets=[]))  # the listener is here
+    serving = asyncio.create_task(server.serve(sockets=[]))  # we create the listener
     while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
     host, port = split_address(config.listen)
@@ -152,7 +155,7 @@ async def serve(app: ASGIApp, config: GatewayConfig, tls: ssl.SSLContext | None)
         listening.close()
         server.should_exit = True
 
-    # after uvicorn's own, which would end the process by the signal once it has drained
+    # they replace uvicorn's handlers, which raise the signal again after the drain
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     ready("gateway", join_address(host, listening.sockets[0].getsockname()[1]))

@@ -1,4 +1,4 @@
-"""What every request passes: an id, metrics, a span and a log line; limits of header and body."""
+"""Middleware for every request: id, metrics, span, log line, size and time limits, CORS."""
 
 import asyncio
 import logging
@@ -20,11 +20,11 @@ from tolhouse.logs import event
 
 MAX_HEADER_BYTES = 16 << 10  # a request's first line and header
 MAX_HEADER_FIELDS = 100
-MAX_BODIES = 64  # of the largest size: what all requests together may have in memory
-_ID = re.compile("[ -~]{1,128}")  # of a caller, fit for a log line and a header
-_PROBED = frozenset({"/health", "/ping"})  # asked each second: the log tells of changes
+MAX_BODIES = 64  # of the largest size that may be in memory at the same time
+_ID = re.compile("[ -~]{1,128}")  # a caller's id that fits a log line and a header
+_PROBED = frozenset({"/health", "/ping"})  # probes call them each second: not logged
 _MAX_PATH = 256  # characters of a path in a trace
-# of every answer: a browser neither guesses its type nor runs or frames it
+# in every response: a browser does not guess its type, run it, or show it in a frame
 _SAFE = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -50,13 +50,14 @@ def cors_middleware(origins: str) -> Middleware:
 
 
 class MetricsMiddleware:
-    """Gives each request an id; counts, times, traces and logs it.
+    """Gives each request an id, and counts, times, traces and logs it.
 
-    Of its state it takes `failed_status`, `key` and `about()`, more fields of the log line.
+    It reads these from the request's state: `failed_status`, the status of a failed stream, and
+    `key` and `about()`, more fields of the log line.
     """
 
     def __init__(self, app: ASGIApp, paths: Collection[str]) -> None:
-        self.app, self.paths = app, paths  # the routes: other paths are the caller's invention
+        self.app, self.paths = app, paths  # the routes; metrics do not name other paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started, status, method = time.perf_counter(), 500, scope["method"]
@@ -79,7 +80,7 @@ class MetricsMiddleware:
         parent = tracing.remote(headers.get(tracing.HEADER, ""))
         span = tracing.begin(method, parent, about, root=True)
         with tracing.under([span]):
-            # HEAD is GET without a body, which the server leaves out
+            # HEAD is handled as GET, and the server omits the body
             inner = {**scope, "method": "GET"} if method == "HEAD" else scope
             try:
                 await self.app(inner, receive, send_with_id)
@@ -104,9 +105,9 @@ class MetricsMiddleware:
 
 
 class RequestLimitsMiddleware:
-    """Bounds the size of header and body, and the time that a body may take to arrive.
+    """Limits the size of header and body, and the time in which a body must arrive.
 
-    around: a middleware for all responses, refusals of this one included.
+    around: a middleware for all responses, including this one's own errors.
     """
 
     def __init__(
@@ -114,8 +115,8 @@ class RequestLimitsMiddleware:
     ) -> None:
         self.app, self.max_body_bytes, self.body_seconds = app, max_body_bytes, body_seconds
         self.around = around
-        self._too_large = f"the body is too large: at most {max_body_bytes} bytes are taken"
-        self._held = 0  # bytes of the bodies of all requests
+        self._too_large = f"the body is too large: at most {max_body_bytes} bytes are allowed"
+        self._held = 0  # bytes of the bodies of all running requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, size, until = Headers(scope=scope), 0, 0.0
@@ -124,7 +125,7 @@ class RequestLimitsMiddleware:
 
         async def limited() -> Message:
             nonlocal size, complete, until
-            if complete:  # what comes now is that the caller has gone
+            if complete:  # the next message is the end of the connection
                 return await receive()
             until = until or asyncio.get_running_loop().time() + self.body_seconds
             try:
@@ -152,20 +153,20 @@ class RequestLimitsMiddleware:
             connection.request_ended(complete=complete)
 
     def _refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
-        """A response if the header is too large or ambiguous; None if not.
+        """A response if the header is too large or ambiguous; None otherwise.
 
-        h11 does not count fields, and limits bytes only of what has not been parsed yet.
+        h11 does not count fields, and limits only the bytes that are not parsed yet.
         """
         status, message = 431, ""
         count, length = len(scope["headers"]), headers.get("content-length", "")
         size = len(scope["raw_path"]) + len(scope["query_string"])
         size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if count > MAX_HEADER_FIELDS:
-            message = f"the header has {count} fields; at most {MAX_HEADER_FIELDS} are taken"
+            message = f"the header has {count} fields; at most {MAX_HEADER_FIELDS} are allowed"
         elif size > MAX_HEADER_BYTES:
-            message = f"the header has {size} bytes; at most {MAX_HEADER_BYTES} are taken"
-        elif length and "transfer-encoding" in headers:  # a proxy may see another end of the body
-            message = "Content-Length and Transfer-Encoding are both given: send one of them"
+            message = f"the header has {size} bytes; at most {MAX_HEADER_BYTES} are allowed"
+        elif length and "transfer-encoding" in headers:  # a proxy may find another end of the body
+            message = "Content-Length and Transfer-Encoding exclude each other: send one of them"
             status = 400
         elif length.isdecimal() and int(length) > self.max_body_bytes:
             status, message = 413, self._too_large

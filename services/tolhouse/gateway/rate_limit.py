@@ -1,4 +1,4 @@
-"""Requests per minute of API keys, counted in this process or, with a Redis, by all gateways."""
+"""Limits on an API key's requests per minute, to this process or, with Redis, to all gateways."""
 
 import logging
 import math
@@ -16,12 +16,12 @@ from tolhouse.errors import InvalidArgumentError
 from tolhouse.logs import event
 
 _TIMEOUT_SECONDS = 0.5  # for one answer of Redis
-_PAUSE_SECONDS = 1.0  # without Redis after a failure
+_PAUSE_SECONDS = 1.0  # without Redis, after it failed
 _LEAST_RATE = Fraction(1, 1_000_000)
 
 
 def window(requests_per_minute: float) -> RateLimitItem:
-    """The rate as a number of requests in about ten seconds, or in one request's time if longer."""
+    """The rate as a number of requests in about ten seconds, or as one request in a longer time."""
     rate = Fraction(requests_per_minute).limit_denominator(_LEAST_RATE.denominator)
     pause = 60 / max(rate, _LEAST_RATE)  # seconds per request
     times = math.ceil(10 / pause.numerator)
@@ -30,10 +30,10 @@ def window(requests_per_minute: float) -> RateLimitItem:
 
 class RateLimiter:
     def __init__(self, redis_url: str = "", *, insecure: bool = False) -> None:
-        """InvalidArgumentError if the URL is none of a Redis, or of a remote one in plaintext."""
+        """InvalidArgumentError if the URL is not a Redis URL, or is remote and in plaintext."""
         self._local = self._shared = MovingWindowRateLimiter(MemoryStorage())
         self._redis: Any = None
-        self._resume = 0.0  # when Redis is asked again
+        self._resume = 0.0  # when Redis is tried again
         if redis_url:
             from tolhouse.store.base import require_private
             from tolhouse.store.redis import split_credentials
@@ -52,7 +52,7 @@ class RateLimiter:
             self._shared, self._redis = MovingWindowRateLimiter(storage), storage.bridge.storage
 
     async def hit(self, name: str, requests_per_minute: float) -> float:
-        """Count a request; the seconds to wait if there were too many before, else 0."""
+        """Count a request. Returns 0, or the seconds to wait if the limit is reached."""
         item = window(requests_per_minute)
         limiter = self._shared if time.monotonic() >= self._resume else self._local
         try:

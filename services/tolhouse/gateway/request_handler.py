@@ -1,4 +1,4 @@
-"""One request: a worker call for each choice, and their deltas as they come. Knows no HTTP."""
+"""One request: a worker call for each choice, and the deltas of all choices. Without HTTP."""
 
 import asyncio
 import time
@@ -21,7 +21,7 @@ MAX_PROMPT_TOKENS = 1 << 20  # of a request, counted once for each choice
 
 @dataclass
 class RequestHandler:
-    """A request, checked and tokenised; `deltas` may be read once."""
+    """A validated and tokenised request. `deltas` can be read once."""
 
     body: GenerationRequest
     prompts: list[Prompt]
@@ -32,9 +32,9 @@ class RequestHandler:
     slot: AbstractAsyncContextManager[None]  # held while a sequence is generated
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
-    workers: set[str] = field(default_factory=set)  # that were asked, by address
-    first_token_seconds: float | None = None  # from here to the first token of any choice
-    table: str | None = None  # "name@version" of the rows, as the worker names it
+    workers: set[str] = field(default_factory=set)  # addresses of the workers that were called
+    first_token_seconds: float | None = None  # until the first token of any choice
+    table: str | None = None  # "name@version" of the rows, from the worker
     _queue: asyncio.Queue[Delta | BaseException] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class RequestHandler:
             raise InvalidArgumentError(f"{many}; at most {MAX_LOGPROBS} are allowed: {advice}")
 
     def about(self) -> dict[str, Any]:
-        """What the log has of the request, besides HTTP."""
+        """Fields of the request's log line."""
         first = self.first_token_seconds
         return {
             "model": self.model.name,
@@ -99,12 +99,15 @@ class RequestHandler:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def complete(self) -> list[Delta]:
-        """One delta for each choice, of a request that is not streamed."""
+        """The whole text of each choice, of a request that is not streamed."""
         async with aclosing(self.deltas()) as deltas:
             return sorted([delta async for delta in deltas], key=lambda delta: delta.index)
 
     async def _run(self, index: int) -> None:
-        """Put a choice's deltas into the queue: one, unless streamed, as it may begin anew."""
+        """Put a choice's deltas into the queue.
+
+        Without streaming there is one delta, as the choice may begin again on another worker.
+        """
         body, request, put = self.body, self.requests[index], self._queue.put_nowait
         restart = not body.stream
         replies = self.router.generate(self.model.name, request, self.workers, may_restart=restart)
@@ -136,7 +139,7 @@ class RequestHandler:
                     if delta.finish_reason:
                         metrics.WHOLE.observe(now - started)
                         put(delta)
-                        return  # closes the call: after a stop string, the worker stops
+                        return  # closes the call, so that the worker stops after a stop string
                     if body.stream and (delta.text or delta.tokens):
                         put(delta)
                         delta = Delta(index)

@@ -1,6 +1,7 @@
-"""Deltas of choices in OpenAI's form: as one response, or as the chunks of a stream.
+"""Responses in OpenAI's form, whole or as the chunks of a stream.
 
-The models describe whole responses in the API's schema; the JSON is written without them, in turns.
+The models describe responses in the API's schema. The JSON is written without them, in steps that
+leave the event loop free.
 """
 
 from collections.abc import Callable
@@ -85,7 +86,7 @@ class Serializer:
     """A request's deltas in the form of /v1/completions."""
 
     prefix = "cmpl"  # of ids
-    kinds = "text_completion", "text_completion"  # the whole response's, and a chunk's
+    kinds = "text_completion", "text_completion"  # of a response and of a chunk
 
     def __init__(self, handler: RequestHandler) -> None:
         self.handler, self.shown = handler, handler.vocabulary.shown
@@ -93,7 +94,7 @@ class Serializer:
         self.begun: set[int] = set()  # choices whose role has been sent
 
     async def to_json(self, *deltas: Delta) -> str:
-        """A chunk, or the whole response; usage is in this, and in a chunk without choices."""
+        """A chunk, or the whole response, which has the usage, like a chunk without choices."""
         handler, usage = self.handler, None
         if not (self.stream and deltas):
             p, n = handler.prompt_tokens, handler.completion_tokens
@@ -126,7 +127,10 @@ class Serializer:
             name, rest = self.shown(own, first)[0], dict(token.top())
             rest.pop(own, None)
             found = {name: token.logprob}
-            for i, logprob in rest.items():  # of two tokens with one text, one has its id as name
+            for (
+                i,
+                logprob,
+            ) in rest.items():  # the other of two tokens with one text is named by its id
                 text = self.shown(i, first)[0]
                 found[f"token_id:{i}" if text in found else text] = logprob
             return dict(sorted(found.items(), key=lambda item: -item[1]))

@@ -1,4 +1,4 @@
-"""The workers behind the gateway: which are healthy, least loaded, and to be tried next."""
+"""The gateway's workers: their health, their load, and the choice of one for each request."""
 
 import asyncio
 import logging
@@ -15,13 +15,13 @@ from tolhouse.net.health import PeerHealth
 from tolhouse.sampling import check_features
 from tolhouse.v1.generation_pb2 import DescribeWorkerReply, GenerateReply, GenerateRequest
 
-_POLL_TIMEOUT_SECONDS = 2.0  # a busy machine is not a lost one
-_MAX_MISSED = 2  # polls in a row without an answer before a worker's requests are given up
-# what one worker fails at, and another may do
+_POLL_TIMEOUT_SECONDS = 2.0  # also enough for a busy machine
+_MAX_MISSED = 2  # polls in a row without an answer, after which a worker's requests fail
+# errors of one worker after which another one is tried
 _OTHERS_MAY_DO = errors.UnavailableError, errors.OverloadedError, errors.DeadlineExceededError
-# what callers are told of a worker's failure: addresses and paths are for the log
+# messages for callers; only the log has addresses and paths
 _FOR_CALLERS: dict[type[errors.TolhouseError], str] = {
-    errors.OverloadedError: "the workers are full: try again later",
+    errors.OverloadedError: "all workers are full: try again later",
     errors.DeadlineExceededError: "no worker answered in time: try again later",
     errors.CorruptError: "rows that this request needs are missing or damaged",
     errors.InternalError: "a worker failed; its log has the details",
@@ -35,7 +35,7 @@ class ModelNotFoundError(errors.NotFoundError):
 def _for_callers(error: errors.TolhouseError) -> errors.TolhouseError:
     if text := _FOR_CALLERS.get(type(error)):
         return type(error)(text)
-    return errors.UnavailableError("no worker can complete this now: try again later")
+    return errors.UnavailableError("no worker can complete this request now: try again later")
 
 
 @dataclass(eq=False)
@@ -54,7 +54,7 @@ class Worker:
 
 
 class ServedModel(NamedTuple):
-    """What all healthy workers of a model accept."""
+    """The limits that all healthy workers of a model share."""
 
     name: str
     context_tokens: int
@@ -71,7 +71,7 @@ class WorkerRouter:
     health: PeerHealth = field(default_factory=lambda: PeerHealth("worker"))
 
     async def watch(self) -> None:
-        """Resolve addresses and poll each worker by itself, until cancelled."""
+        """Resolve addresses, and poll each worker in a task of its own, until cancelled."""
         async with asyncio.TaskGroup() as polls:
             while True:
                 try:
@@ -85,12 +85,12 @@ class WorkerRouter:
                         worker = Worker(target, WorkerChannel(target, credentials), error)
                         self.workers.append(worker)
                         polls.create_task(self._watch(worker))
-                except Exception:  # noqa: BLE001 - such as a TLS file in the middle of a change
+                except Exception:  # noqa: BLE001 - a TLS file is being replaced
                     log.exception("new workers can't be called")
                 await asyncio.sleep(self.poll_seconds)
 
     def healthy(self, model: str | None = None) -> list[Worker]:
-        """Workers that get requests, of one model or of all."""
+        """Workers that may get requests, of one model or of all models."""
         up = (w for w in self.workers if not w.error and self.health.up(w.target))
         return [w for w in up if model in (None, w.description.model)]
 
@@ -117,21 +117,19 @@ class WorkerRouter:
         return ServedModel(name, *least, found[0].eos_token_id)
 
     def check_room(self, model: str) -> None:
-        """OverloadedError if all workers of a model are full: refused before any work is done."""
+        """OverloadedError if all workers of a model are full, before any work on the request."""
         serving = self.healthy(model)
         if serving and all(0 < w.description.most_sequences <= w.load for w in serving):
             requests = f"{sum(w.load for w in serving)} requests"
-            raise errors.OverloadedError(
-                f"{requests} are with the workers already: try again later"
-            )
+            raise errors.OverloadedError(f"the workers already have {requests}: try again later")
 
     def check_features(self, model: str, request: GenerateRequest) -> None:
-        """UnsupportedError if no healthy worker of a model heeds all parameters of a request."""
+        """UnsupportedError if no healthy worker implements all parameters of a request."""
         if (serving := self.healthy(model)) and not self._able(model, request):
             check_features(request, serving[0].description.features, "the worker")
 
     def _able(self, model: str, request: GenerateRequest) -> list[Worker]:
-        """Healthy workers of a model that heed all parameters of a request."""
+        """Healthy workers of a model that implement all parameters of a request."""
         able = []
         for worker in self.healthy(model):
             with suppress(errors.UnsupportedError):
@@ -140,9 +138,9 @@ class WorkerRouter:
         return able
 
     def unavailable(self) -> errors.TolhouseError:
-        """Why no worker is healthy."""
+        """The error to raise if no worker is healthy."""
         found = [w.error for w in self.workers if w.error]
-        why = "; ".join(map(str, found)) or "there is no address of one yet"
+        why = "; ".join(map(str, found)) or "no worker has an address yet"
         event("no worker is healthy", logging.WARNING, reason=why)
         if found and all(isinstance(e, errors.MismatchError) for e in found):
             advice = "start it with the worker's checkpoint"
@@ -152,8 +150,11 @@ class WorkerRouter:
     async def generate(
         self, model: str, request: GenerateRequest, asked: set[str], may_restart: bool = False
     ) -> AsyncGenerator[GenerateReply | None]:
-        """Replies of the least loaded worker, or of the next if that fails before its first one or,
-        with may_restart, after: None says that the replies begin anew. `asked` gets addresses."""
+        """Replies of the least loaded worker, or of the next if it fails before its first reply.
+
+        may_restart: try the next worker after the first reply, too. None marks a new beginning.
+        asked: the addresses of the workers that were called are added to it.
+        """
         tried: set[Worker] = set()
         while left := [w for w in self._able(model, request) if w not in tried]:
             worker = min(left, key=lambda w: w.load)
@@ -183,7 +184,7 @@ class WorkerRouter:
         raise self.unavailable()
 
     async def _watch(self, worker: Worker) -> None:
-        """Poll a worker until it has no address and no requests any more."""
+        """Poll a worker until its address is gone and its requests have ended."""
         try:
             while worker in self.workers or worker.in_flight:
                 try:
@@ -191,12 +192,12 @@ class WorkerRouter:
                 except errors.TolhouseError as error:
                     worker.error = error
                     self.health.report_down(worker.target, error)
-                    # one that drains refuses polls, and finishes its requests; a silent one hangs
+                    # a draining worker refuses polls and finishes its requests; a silent one hangs
                     silent = isinstance(error, errors.DeadlineExceededError)
                     worker.missed = worker.missed + 1 if silent else 0
                     if worker.missed == _MAX_MISSED:
                         worker.channel.abandon()
-                except Exception:  # noqa: BLE001 - a defect must not end the polls
+                except Exception:  # noqa: BLE001 - polling must go on
                     log.exception("polling worker %s failed", worker.target)
                 await asyncio.sleep(self.poll_seconds)
             event("worker is gone", worker=worker.target)

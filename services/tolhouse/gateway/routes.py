@@ -28,7 +28,7 @@ from tolhouse.gateway.turns import list_json, text_json, to_json
 from tolhouse.sampling import IdAsText, check_ids
 
 T = TypeVar("T")
-_POLL_SECONDS = 0.1  # between looks whether a caller is still there
+_POLL_SECONDS = 0.1  # between checks that the caller is connected
 _Responses = dict[int | str, dict[str, Any]]
 _STREAMED: _Responses = {200: {"content": {"text/event-stream": {}}}}
 _UNHEALTHY: _Responses = {503: {"description": "No worker is healthy"}}
@@ -43,7 +43,7 @@ class Services:
     explorer: Explorer
 
     async def prompts(self, body: GenerationRequest, context_tokens: int) -> list[Prompt]:
-        """The prompts of a body. Token ids are used as they are."""
+        """The prompts of a body, tokenised. Token ids are used as they are."""
         if isinstance(body, schemas.ChatRequest):
             texts: list[Any] = [await self.render(body.messages)]
         elif isinstance((texts := body.prompts())[0], list):
@@ -52,7 +52,7 @@ class Services:
         return await self.vocabulary.encode(texts, context_tokens, add_special_tokens=add)
 
     async def render(self, messages: list[schemas.Message], **options: bool) -> str:
-        """The text of messages by the chat template, which may take long for many of them."""
+        """The text that the chat template makes of messages. It runs in a thread."""
         plain = [message.plain for message in messages]
         return await asyncio.to_thread(self.template.render, plain, **options)
 
@@ -61,7 +61,7 @@ class Services:
     ) -> RequestHandler:
         """The handler of a request to the workers, which the request's log line describes."""
         state = request.state
-        # with API keys, fewer of a key's sequences run at once than its own limit
+        # with API keys, limits the sequences of a key that run at the same time
         slot = getattr(state, "sequences", None) or nullcontext()
         about = self.router, self.vocabulary, state.request_id, slot
         handler = RequestHandler(body, prompts, model, *about)
@@ -94,14 +94,14 @@ async def _respond(
 ) -> Response:
     request.state.body = body
     model = gateway.router.model(body.model)
-    gateway.router.check_room(model.name)  # before work on prompts
+    gateway.router.check_room(model.name)  # before any work on prompts
     prompts = await gateway.prompts(body, model.context_tokens)
     handler = gateway.handler(body, prompts, model, request)
     serialize = form(handler).to_json
     if not body.stream:
         choices = await _unless_disconnected(request, handler.complete())
         return _json(await serialize(*choices))
-    # the first delta comes before the status line, so that an early failure has its own status
+    # wait for the first delta before the status line, so that an early failure has its own status
     deltas = handler.deltas()
     first = await _unless_disconnected(request, anext(deltas))
 
@@ -113,7 +113,7 @@ async def _respond(
                     yield await serialize(delta)
             if body.stream_options.include_usage:
                 yield await serialize()
-        except Exception as error:  # noqa: BLE001 - the status line is out: into the stream with it
+        except Exception as error:  # noqa: BLE001 - the status was sent
             request.state.failed_status, failure = status_and_body(error, request.state)
             yield json.dumps(failure)
         yield "[DONE]"
@@ -127,12 +127,12 @@ def _json(content: str) -> Response:
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the caller goes away first."""
+    """The result of `work`, which is cancelled if the caller disconnects."""
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait({task}, timeout=_POLL_SECONDS))[0]:
             if await request.is_disconnected():
-                raise RequestCancelledError("the caller went away")
+                raise RequestCancelledError("the caller disconnected")
         return task.result()
     finally:
         task.cancel()
@@ -146,7 +146,7 @@ async def tokenize(body: schemas.TokenizeRequest, request: Request, gateway: Gat
     text, add = body.prompt or "", body.add_special_tokens
     if body.messages is not None:
         text = await gateway.render(body.messages, add_generation_prompt=body.add_generation_prompt)
-        add = bool(add)  # a chat template has a BOS token where the model needs one
+        add = bool(add)  # the template has the special tokens that the model needs
     [prompt] = await vocabulary.encode([text], add_special_tokens=add is not False)
     ids = prompt.ids
     async with vocabulary.large:
@@ -172,7 +172,7 @@ async def detokenize(
 
 @routes.get("/tokenizer_info")
 async def tokenizer_info(gateway: Gateway) -> dict:
-    """Special tokens and the chat template, for clients that have no tokenizer of their own."""
+    """Special tokens and the chat template, for clients without a tokenizer."""
     end = gateway.router.model(None).eos_token_id
     eos = gateway.vocabulary.tokenizer.id_to_token(end)
     tokens = {"eos_token": eos, "bos_token": None, "pad_token": None, **gateway.template.tokens}
@@ -227,7 +227,7 @@ async def live(gateway: Gateway) -> dict:
 
 @routes.get("/health", responses=_UNHEALTHY)
 async def health(request: Request, gateway: Gateway) -> JSONResponse:
-    """200 while a worker is healthy. With API keys, only callers with one see how many are."""
+    """200 while a worker is healthy. With API keys, the counts of workers need a key."""
     healthy, known = len(gateway.router.healthy()), len(gateway.router.workers)
     body: dict[str, Any] = {"status": "ok" if healthy else "unavailable"}
     if getattr(request.state, "trusted", True):
@@ -237,7 +237,7 @@ async def health(request: Request, gateway: Gateway) -> JSONResponse:
 
 @routes.api_route("/ping", methods=["GET", "POST"], responses=_UNHEALTHY)
 async def ping(gateway: Gateway) -> JSONResponse:
-    """The status of /health, without a body to read."""
+    """The status of /health, with an empty body."""
     return JSONResponse({}, 200 if gateway.router.healthy() else 503)
 
 
@@ -248,7 +248,7 @@ async def version() -> dict:
 
 @routes.get("/metrics", response_class=Response, responses=_METRICS)
 async def metrics() -> Response:
-    """Metrics in Prometheus' text format."""
+    """Metrics in the text format of Prometheus."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 

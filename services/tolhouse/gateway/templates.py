@@ -1,4 +1,4 @@
-"""The checkpoint's chat template: messages to a prompt's text, rendered as transformers does."""
+"""The checkpoint's chat template, which turns messages into a prompt as transformers does."""
 
 import json
 import time
@@ -20,9 +20,11 @@ def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-_options = {"trim_blocks": True, "lstrip_blocks": True}  # as transformers has them
+_options = {"trim_blocks": True, "lstrip_blocks": True}  # as in transformers
 _environment = ImmutableSandboxedEnvironment(extensions=[loopcontrols], **_options)
-_environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's is for HTML
+_environment.filters["tojson"] = partial(
+    json.dumps, ensure_ascii=False
+)  # jinja's filter escapes HTML
 _environment.globals |= {"strftime_now": time.strftime, "raise_exception": _refuse}
 
 
@@ -53,8 +55,10 @@ class ChatTemplate:
             ) from None
 
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """The prompt's text; InvalidArgumentError without a template, or if it refuses the
-        messages."""
+        """The prompt's text.
+
+        InvalidArgumentError if there is no template, or if the template fails on the messages.
+        """
         if self.template is None:
             files = f"a {FILE}, or a {CONFIG} with chat_template, beside the tokenizer.json"
             raise InvalidArgumentError(f"this model has no chat template: chat needs {files}")
@@ -63,7 +67,7 @@ class ChatTemplate:
         known = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             return self.template.render(**known, **self.tokens)
-        except Exception as error:  # noqa: BLE001 - templates are programs: messages make them fail
+        except Exception as error:  # noqa: BLE001 - a template is a program
             raise InvalidArgumentError(
                 f"the chat template refuses these messages: {error}"
             ) from None

@@ -1,4 +1,4 @@
-"""Text to token ids and back: prompts, single tokens, and completions while they arrive."""
+"""Text to token ids and back: prompts, single tokens, and completions as they arrive."""
 
 import asyncio
 import functools
@@ -19,9 +19,9 @@ from tolhouse.v1.generation_pb2 import GenerateReply, Logprobs
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 _SHORT = 4096  # characters that are tokenised in the event loop; a thread tokenises longer texts
-_LONG = 1 << 16  # characters from which on at most `_LARGE` texts are tokenised at a time
+_LONG = 1 << 16  # characters; at most `_LARGE` longer texts are tokenised at the same time
 _FIRST_MARK = 0xD800  # the first surrogate
-_LARGE = 2  # large responses that are made at a time, which bounds their memory
+_LARGE = 2  # large texts and responses at the same time, which bounds their memory
 
 
 class Prompt(NamedTuple):
@@ -70,8 +70,8 @@ class Vocabulary:
             if context_tokens is not None and len(text) > context_tokens * self.longest:
                 raise PromptTooLongError(
                     f"This model's maximum context length is {context_tokens} tokens. However, "
-                    f"your prompt has {len(text)} characters, which are more tokens. The prompt "
-                    "is too long. Please reduce the length of the prompt."
+                    f"your prompt has {len(text)} characters, which are more tokens. Please "
+                    "reduce the length of the prompt."
                 )
             if re.search("[\ud800-\udfff]", text):
                 message = "the prompt has half of a surrogate pair, which is not a character"
@@ -92,7 +92,7 @@ class Vocabulary:
             return await asyncio.to_thread(encode)
 
     async def echo(self, prompt: Prompt) -> Echo:
-        """The text of a prompt, without tokens that the post-processor added, and their places."""
+        """The text of a prompt without the tokens that the post-processor added, and all places."""
         decoder, at, parts, places = TokenDecoder(self.texts), 0, [], []
         async for n, i in in_turns(enumerate(prompt.ids)):
             if n in prompt.added:

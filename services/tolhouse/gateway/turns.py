@@ -1,4 +1,4 @@
-"""Long work of the event loop in turns of milliseconds: other requests go on between them."""
+"""Long work in the event loop, in steps of milliseconds between which other requests run."""
 
 import asyncio
 import json
@@ -8,15 +8,15 @@ from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_SECONDS = 0.002  # of one turn
-ITEMS = 32  # of a list, made at once
-_CHARACTERS = 1 << 16  # of a text, written at once
+_SECONDS = 0.002  # of one step
+ITEMS = 32  # of a list, in one step
+_CHARACTERS = 1 << 16  # of a text, in one step
 
 to_json = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
 
 
 async def in_turns(items: Iterable[T]) -> AsyncIterator[T]:
-    """The same items; the event loop does other work whenever a turn is over."""
+    """The same items. The event loop does other work after each step."""
     end = time.perf_counter() + _SECONDS
     for item in items:
         if time.perf_counter() > end:
