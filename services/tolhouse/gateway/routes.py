@@ -215,7 +215,7 @@ async def explore_compare(
         [delta] = await handler.complete()
         return delta
 
-    compared = compare(body, prompt.ids, complete, vocabulary)
+    compared = compare(body, prompt.ids, model.context_tokens, complete, vocabulary)
     return _json(to_json(await _unless_disconnected(request, compared)))
 
 

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from tolhouse.errors import PromptTooLongError
 from tolhouse.gateway.schemas import CompareRequest, CompletionRequest
 from tolhouse.gateway.text import Delta, Token, Vocabulary
 
@@ -17,13 +18,20 @@ _ALTERNATIVES = 3  # likeliest tokens shown for each position
 async def compare(
     body: CompareRequest,
     ids: list[int],
+    context_tokens: int,
     complete: Callable[[CompletionRequest], Awaitable[Delta]],
     vocabulary: Vocabulary,
 ) -> dict[str, Any]:
     """Both completions of the prompt `ids`: tokens with log probabilities under both settings.
 
-    `complete` runs one request with one choice.
+    `complete` runs one request with one choice. PromptTooLongError if prompt and completion are
+    longer than `context_tokens`.
     """
+    if len(ids) + body.max_tokens > context_tokens:
+        raise PromptTooLongError(
+            f"the text has {len(ids)} tokens; with a completion of {body.max_tokens} tokens, it "
+            f"exceeds the model's context of {context_tokens}: shorten one of them"
+        )
     settings: dict[str, Any] = {"row_scale": body.row_scale, "layer_scales": body.layer_scales}
     changes = {body.row_scale, *body.layer_scales} != {1.0}
     sides = ({}, settings) if changes else ({},)

@@ -22,11 +22,11 @@ function drawMixer() {
   }
   const controls = () => [...$("mixer").querySelectorAll("button, input")];
   const focused = controls().indexOf(document.activeElement);
-  $("mixer").replaceChildren(
-    ...(numLayers
-      ? rows
-      : [element("p", "empty", "The served model has no memory rows to scale.")]),
-  );
+  const reason =
+    healthy > 0
+      ? "The served model has no memory rows to scale."
+      : "The scales appear here when the gateway has described the model.";
+  $("mixer").replaceChildren(...(numLayers ? rows : [element("p", "empty", reason)]));
   controls()[focused]?.focus();
 }
 /** A name that turns the rows off and on, a slider, and the scale as text. */
@@ -78,9 +78,9 @@ const complete = latest(async signal => {
     return;
   }
   if (isTooLong(state.text)) {
-    clearCompletions();
+    clearCompletions("The completion is not available."); // the tokens' error says why
     return;
-  } // the tokens' error says so
+  }
   const layer_scales = Array.from({ length: numLayers > 1 ? numLayers : 0 }, (_, layer) =>
     isAbsent(layer) ? 1 : (state.layers[layer] ?? 1),
   );
@@ -194,13 +194,14 @@ function drawVerdict(split) {
 }
 function drawOdds(split) {
   const table = element("table");
-  const head = ["", "Original memory", "log p", "change", "Your settings", "log p", "change", ""];
+  const scores = ["log p", "change"];
+  const head = ["Token", "Original memory", ...scores, "Your settings", ...scores, "Remark"];
   table
     .createTHead()
     .insertRow()
     .append(
-      ...head.map((name, n) =>
-        element("th", { scope: "col", className: [2, 3, 5, 6].includes(n) ? "number" : "" }, name),
+      ...head.map(name =>
+        element("th", { scope: "col", className: scores.includes(name) ? "number" : "" }, name),
       ),
     );
   const body = table.createTBody();

@@ -11,7 +11,6 @@ const cursor = element("div", { className: "cursor", ariaHidden: "true" });
 const columns = () => [...map.querySelectorAll(".column")];
 const cellHeight = () => (numLayers <= 8 ? 24 : numLayers <= 16 ? 14 : 8);
 const layerName = layer => (numLayers > 1 ? `layer ${layer}` : "all layers");
-const capital = text => text[0].toUpperCase() + text.slice(1);
 
 for (let n = 0; n < SHADES; n++) {
   // as variables: their colours follow the theme
@@ -70,6 +69,7 @@ function drawMap() {
   const empty = element("p", "empty", advice);
   const focused = map.contains(document.activeElement);
   map.replaceChildren(...(tokens.length ? [...drawn, cursor] : [empty]));
+  $("map-help").hidden = !tokens.length;
   drawLegend(colored, ranges);
   placeLabels();
   drawSelection();

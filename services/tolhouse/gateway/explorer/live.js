@@ -64,8 +64,19 @@ const LINES = {
   hits: new Sparkline("Row cache hits", "%", v => fixed(v, 1), 100),
   fetch: new Sparkline("Row fetch time", "ms", v => fixed(v, 2)),
 };
-const workersCard = element("div", "card stat");
-$("live").append(...Object.values(LINES).map(line => line.node), workersCard);
+const workers = element("strong", {}, "–");
+const workersUnit = element("span", "dim", " healthy workers");
+const load = element("p", "dim small");
+$("live").append(
+  ...Object.values(LINES).map(line => line.node),
+  element(
+    "div",
+    "card stat",
+    element("h2", {}, "Workers"),
+    element("p", {}, workers, workersUnit),
+    load,
+  ),
+);
 
 function drawLive(now) {
   // a worker that starts, stops or restarts changes the sums by more than its work
@@ -80,23 +91,14 @@ function drawLive(now) {
     LINES.fetch.add(delta("fetches") ? (1000 * delta("fetch_seconds")) / delta("fetches") : null);
   }
   before = now;
-  const workers = element(
-    "p",
-    {},
-    element("strong", {}, String(now.workers)),
-    element("span", "dim", now.workers === 1 ? " healthy worker" : " healthy workers"),
-  );
+  workers.textContent = now.workers;
+  workersUnit.textContent = now.workers === 1 ? " healthy worker" : " healthy workers";
   const share = now.dense_weight_bytes
     ? `Weights: ${fixed((100 * now.weight_bytes) / now.dense_weight_bytes, 0)}% of the dense model.`
     : "";
-  const load = `${now.running} running, ${now.waiting} waiting. ${share}`;
-  workersCard.replaceChildren(
-    element("h2", {}, "Workers"),
-    workers,
-    element("p", "dim small", load),
-  );
+  load.textContent = `${now.running} running, ${now.waiting} waiting. ${share}`;
   const served = [...now.models, ...now.tables.map(table => `table ${table}`)];
-  $("model").textContent = served.join(" · ") || "no worker yet";
+  $("model").textContent = served.join(" · ") || "no worker";
   if ($("memory").textContent === now.memory) return;
   $("memory").textContent = now.memory;
   known.clear();
@@ -109,10 +111,10 @@ async function poll() {
     drawLive({ ...now, at: performance.now() / 1000 });
     report("live", now.workers ? null : new GatewayError(NO_WORKER, 503));
     const came = now.workers > 0 && healthy === 0;
-    const layers = String(now.absent_layers) !== String(absentLayers);
+    const changed = now.workers !== healthy || String(now.absent_layers) !== String(absentLayers);
     healthy = now.workers;
     absentLayers = now.absent_layers;
-    if (layers) drawMixer();
+    if (changed) drawMixer();
     if (came && (failures.has("tokens") || failures.has("completion"))) refresh();
   } catch (error) {
     before = null;

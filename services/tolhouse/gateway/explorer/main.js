@@ -58,7 +58,7 @@ async function showCompletions() {
     report("completion");
     $("status").textContent = tokens.length === 1 ? "1 token" : `${tokens.length} tokens`;
   } catch (error) {
-    clearCompletions();
+    clearCompletions("The completion is not available.");
     report("completion", error, showCompletions);
     $("status").textContent = "";
   }

@@ -5,7 +5,7 @@ const MAX_COUNT = 256;
 const SCALE = [-0.5, 2];
 const LAYER_SCALE = [0, 2];
 const FRESH = {
-  text: "import argparse\n\ndef main():\n    parser = argparse.ArgumentParser(",
+  text: "import json\n\ndef load(path):\n    with open(",
   count: 24,
   scale: 1,
   layers: [],

@@ -48,6 +48,7 @@ const tokenText = (token, wrap = false) =>
 const fixed = (value, digits = 2) => value.toFixed(digits).replace("-", "−");
 const signed = (value, digits = 2) => (value > 0 ? "+" : "") + fixed(value, digits);
 const percent = logprob => `${(100 * Math.exp(logprob)).toFixed(1)}%`;
+const capital = text => text[0].toUpperCase() + text.slice(1);
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 
 /** Puts one of `items` in the tab order; arrow keys then move between them. */
@@ -95,7 +96,8 @@ async function ask(path, { body, signal } = {}) {
   if (answer.ok && found) return found;
   const said =
     found?.error?.message ?? `The gateway answered ${answer.status} ${answer.statusText}`;
-  const sentence = said[0].toUpperCase() + said.slice(1).replace(/[.\s]*$/, ".");
+  // some messages end with their code in brackets, for programs
+  const sentence = capital(said.replace(/ \([a-z_]+\)$|\.$/, "")) + ".";
   if (/no worker is healthy/.test(said)) throw new GatewayError(NO_WORKER, answer.status, 5);
   const again = [429, 502, 503, 504].includes(answer.status);
   const seconds = again ? Math.max(2, Number(answer.headers.get("Retry-After")) || 5) : 0;
