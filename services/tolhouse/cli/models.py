@@ -4,6 +4,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -64,25 +65,26 @@ def generate(settings: config.GenerateConfig, checkpoint: Path, prompt: str, **m
     tokenizer = load_tokenizer(checkpoint / TOKENIZER)
     ids, count = tokenizer.encode(prompt).ids, settings.max_tokens
     given = {name: value for name, value in more.items() if value is not None}
-    if settings.worker:
-        credentials = settings.client_credentials()
-        client = Client(settings.worker, credentials=credentials)
-        tokens: Iterator[int] = client.generate(ids, count, **given)
-    elif given:
-        flag = config.flag(next(iter(given)))
-        raise InvalidArgumentError(f"{flag} needs a --worker: without one, completion is greedy")
-    else:
-        from tolhouse.model.checkpoint import open_checkpoint
-        from tolhouse.model.generate import greedy
+    with ExitStack() as stack:
+        if settings.worker:
+            credentials = settings.client_credentials()
+            client = stack.enter_context(Client(settings.worker, credentials=credentials))
+            tokens: Iterator[int] = client.generate(ids, count, **given)
+        elif given:
+            flag = config.flag(next(iter(given)))
+            raise InvalidArgumentError(f"{flag} needs a --worker: else completion is greedy")
+        else:
+            from tolhouse.model.checkpoint import open_checkpoint
+            from tolhouse.model.generate import greedy
 
-        tokens = greedy(open_checkpoint(checkpoint).model(), ids, count)
-    click.echo(prompt, nl=False)
-    decoder = TokenDecoder(TokenTexts(tokenizer), ids, skip_special_tokens=True)
-    try:
-        for token in tokens:
-            click.echo(decoder.push(token), nl=False)
-    finally:
-        click.echo(decoder.finish())
+            tokens = greedy(open_checkpoint(checkpoint).model(), ids, count)
+        click.echo(prompt, nl=False)
+        decoder = TokenDecoder(TokenTexts(tokenizer), ids, skip_special_tokens=True)
+        try:
+            for token in tokens:
+                click.echo(decoder.push(token), nl=False)
+        finally:
+            click.echo(decoder.finish())
 
 
 @click.command()

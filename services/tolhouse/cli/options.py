@@ -133,9 +133,14 @@ def checkpoint_argument(prefix: str = "") -> Callable:
     return click.argument("checkpoint", envvar=variable, type=Path)
 
 
+def split_urls(urls: str) -> list[str]:
+    """The URLs of stores, of which an option may hold several with commas between them."""
+    return [url.strip() for url in re.split(r",(?=\s*\w+://)", urls) if url.strip()]
+
+
 def stores_of(settings: config.StoreConfig | config.LookupConfig) -> tuple[str, ...]:
     """The URLs in --store; InvalidArgumentError without one, or for plaintext between machines."""
-    urls = [url.strip() for url in re.split(r",(?=\s*\w+://)", settings.store) if url.strip()]
+    urls = split_urls(settings.store)
     if not urls:
         raise InvalidArgumentError(f"no store given: {config.STORES}")
     for url in urls:

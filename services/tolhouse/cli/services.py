@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from tolhouse import config
-from tolhouse.cli.options import Commands, checkpoint_argument, options, stores_of
+from tolhouse.cli.options import Commands, checkpoint_argument, options, split_urls, stores_of
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.store.base import require_private
 
 
@@ -18,6 +19,12 @@ def lookup(settings: config.LookupConfig) -> None:
     from tolhouse.lookup import service
 
     stores_of(settings)
+    for flag, urls in (("--store", settings.store), ("--refill", settings.refill)):
+        if len(split_urls(urls)) > 1:
+            hint = "start a lookup service for each store"
+            raise InvalidArgumentError(
+                f"{flag} takes one store, but {urls!r} names several: {hint}"
+            )
     if settings.refill:
         require_private(settings.refill, insecure=settings.insecure)
     asyncio.run(service.run(settings))
@@ -42,11 +49,11 @@ def compile_(settings: config.CompileConfig, checkpoint: Path, background: bool)
     import torch
 
     from tolhouse.engine.cpu.compiled import compile_decode, end_with_parent
-    from tolhouse.model.checkpoint import open_checkpoint
+    from tolhouse.model.checkpoint import open_checkpoint, torch_dtype
 
     if background:
         end_with_parent()
-    dtype = getattr(torch, settings.dtype.replace("auto", "float32"))
+    dtype = torch_dtype(settings.dtype, torch.device("cpu"))
     click.echo(compile_decode(open_checkpoint(checkpoint).config, dtype, settings.compile_cache))
 
 

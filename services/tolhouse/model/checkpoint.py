@@ -221,6 +221,26 @@ def torch_device(name: str) -> torch.device:
     raise InvalidArgumentError(f"--device {name!r} is not on this machine; {allowed}")
 
 
+def torch_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of `--dtype NAME`, where auto is bfloat16 on a GPU that has it, else float32.
+
+    On a CPU, float32 gives the same tokens at every batch size. InvalidArgumentError if the device
+    cannot compute in bfloat16.
+    """
+    if device.type == "cpu":
+        onednn = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
+        # oneDNN, which multiplies packed matrices, needs certain instructions
+        supported = not onednn or onednn._is_mkldnn_bf16_supported()  # noqa: SLF001 - no public name
+        name = "float32" if name == "auto" else name
+    else:
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = ("bfloat16" if supported else "float32") if name == "auto" else name
+    if name == "bfloat16" and not supported:
+        where = "CPU" if device.type == "cpu" else "GPU"
+        raise InvalidArgumentError(f"this {where} has no bfloat16: choose --dtype float32")
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
 def tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
     """The shape of each tensor in a checkpoint of this config, by name."""
     with torch.device("meta"):

@@ -22,7 +22,7 @@ from tolhouse.engine.runner import GraphRunner, Runner
 from tolhouse.engine.scheduler import Scheduler
 from tolhouse.errors import DeadlineExceededError, MismatchError, NotFoundError, UnavailableError
 from tolhouse.logs import event
-from tolhouse.model.checkpoint import Checkpoint, open_checkpoint, torch_device
+from tolhouse.model.checkpoint import Checkpoint, open_checkpoint, torch_device, torch_dtype
 from tolhouse.net.server import serve
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1.generation_pb2_grpc import add_GenerationServicer_to_server
@@ -43,9 +43,7 @@ class Builder:
         self.table = config.table or checkpoint.name
         self.device = torch_device(config.device)
         self.on_cpu = self.device.type == "cpu"
-        # On a CPU, float32 gives the same tokens at every batch size.
-        best = "float32" if self.on_cpu else "bfloat16"
-        self.dtype: torch.dtype = getattr(torch, config.dtype.replace("auto", best))
+        self.dtype = torch_dtype(config.dtype, self.device)
         capacity_bytes = int(config.kv_cache_megabytes * 1e6)
         self.cache = BlockManager(blocks_of(checkpoint.config, capacity_bytes, self.dtype))
         self.compiled = CompiledDecode(checkpoint, self.dtype, config.compile_cache)
