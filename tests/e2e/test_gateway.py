@@ -728,6 +728,18 @@ def test_requests_go_to_the_least_loaded_worker(cluster: Cluster) -> None:
     assert all(a > b for a, b in zip(after, before, strict=True))
 
 
+def test_each_chunk_may_have_the_usage_so_far(cluster: Cluster) -> None:
+    """With continuous_usage_stats, the tokens of the chunks grow to those of the last chunk."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {**ENDLESS, "n": 2, "max_tokens": 8, "stream": True, "stream_options": options}
+    lines = [line.removeprefix("data: ") for line in stream(cluster, body)[:-1]]
+    *usages, last = [json.loads(line)["usage"] for line in lines]
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert 0 < counts[0] < counts[-1]
+    assert sorted(counts) == counts
+    assert (16, last) == (last["completion_tokens"], usages[-1])
+
+
 def test_a_body_of_other_clients_is_taken(cluster: Cluster) -> None:
     """What load generators send with a completion, nulls and all, is understood."""
     nulls = dict.fromkeys(("frequency_penalty", "presence_penalty", "logprobs", "seed"))

@@ -136,6 +136,7 @@ class RequestHandler:
                         self.completion_tokens += new
                     self.table = reply.table or None
                     choice.push(reply, delta)
+                    delta.completion_tokens = self.completion_tokens
                     if delta.finish_reason:
                         metrics.WHOLE.observe(now - started)
                         put(delta)

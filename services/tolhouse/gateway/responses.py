@@ -94,10 +94,12 @@ class Serializer:
         self.begun: set[int] = set()  # choices whose role has been sent
 
     async def to_json(self, *deltas: Delta) -> str:
-        """A chunk, or the whole response, which has the usage, like a chunk without choices."""
-        handler, usage = self.handler, None
-        if not (self.stream and deltas):
-            p, n = handler.prompt_tokens, handler.completion_tokens
+        """A chunk, or the whole response. A chunk without choices has the usage of the request."""
+        handler, usage, options = self.handler, None, self.handler.body.stream_options
+        chunk = self.stream and deltas
+        if not chunk or (options.include_usage and options.continuous_usage_stats):
+            n = deltas[0].completion_tokens if chunk else handler.completion_tokens
+            p = handler.prompt_tokens
             usage = {"prompt_tokens": p, "completion_tokens": n, "total_tokens": p + n}
         fields: dict[str, Any] = {"id": f"{self.prefix}-{handler.request_id}"}
         fields |= {"object": self.kinds[self.stream], "system_fingerprint": handler.table}

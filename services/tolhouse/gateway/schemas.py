@@ -123,8 +123,11 @@ class Body(Object):
 
 
 class StreamOptions(Object):
-    neutral: ClassVar = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+    neutral: ClassVar = {"include_obfuscation": (False,)}
     include_usage: Bool = False
+    continuous_usage_stats: Bool = Field(
+        False, description="With include_usage, each chunk has the usage so far."
+    )
 
 
 class Generation(SamplingOptions, Body):

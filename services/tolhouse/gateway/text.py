@@ -233,6 +233,7 @@ class Delta:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
+    completion_tokens: int = 0  # of all choices of the request so far
 
 
 class ChoiceDetokenizer:
