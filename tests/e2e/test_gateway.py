@@ -364,6 +364,9 @@ def test_a_chat_s_logprobs_have_openai_s_form(client: OpenAI, talking: OpenAI) -
         ({"messages": [{"role": "tool", "content": "a"}]}, "'user'"),
         ({"messages": [{"role": "user"}]}, "content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'text'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: "),
+        ({"messages": [{"role": "user", "content": [{"x": 1}]}]}, "messages.0.content.0.type: "),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "tool_calls is not"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "the user speaks first"),
         ({"tools": [{"type": "function"}]}, "tools is not supported: leave it out"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
@@ -382,6 +385,23 @@ def test_a_bad_chat_is_refused(talking: OpenAI, options: dict, message: str) -> 
     """Status 400, naming what is not taken."""
     with pytest.raises(openai.BadRequestError, match=message):
         chat(talking, **options)
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        {"refusal": None, "tool_calls": [], "function_call": None, "audio": None},
+        {"id": "chatcmpl-1", "created": 1, "model": "other", "usage": {"total_tokens": 1}},
+        {"reasoning_content": "because", "provider_specific_fields": {"a": 1}, "annotations": [1]},
+        {"content": [{"type": "text", "text": "yes", "cache_control": {"type": "ephemeral"}}]},
+    ],
+)
+def test_an_answer_of_another_server_is_taken_as_history(talking: OpenAI, added: dict) -> None:
+    """Fields that servers and clients add to an assistant's message do not change the answer."""
+    user, plain = {"role": "user", "content": "a"}, {"role": "assistant", "content": "yes"}
+    history = [user, {**plain, **added}, user]
+    expected = chat(talking, messages=[user, plain, user]).choices[0].message.content
+    assert expected == chat(talking, messages=history).choices[0].message.content
 
 
 NEUTRAL = [

@@ -43,6 +43,7 @@ _OF_KIND = {
     **dict.fromkeys(("less_than", "less_than_equal"), "{}_above_max_value"),
 }
 # pydantic's message names one of the forms that a parameter may have
+_FORM = re.compile(r"\[|^(constrained-)?str$")  # a form's name in the place of an error
 _FORMS = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of lists of token ids",
     "stop": "a text, or a list of at most 32 texts, each of at most 512 characters",
@@ -123,7 +124,8 @@ def add_error_handlers(app: FastAPI) -> None:
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         # of the errors of a union's forms, the one of the form that fits best
         found = max(error.errors(), key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
-        (_, *inside), kind, context = map(str, found["loc"]), found["type"], found.get("ctx", {})
+        _, *inside = (place for place in map(str, found["loc"]) if not _FORM.search(place))
+        kind, context = found["type"], found.get("ctx", {})
         param = inside[0] if inside and not inside[0].isdigit() else None
         message, code = found["msg"].removeprefix("Value error, "), _code(kind, context)
         if kind == "json_invalid":

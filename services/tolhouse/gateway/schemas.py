@@ -125,9 +125,7 @@ class Body(Object):
 class StreamOptions(Object):
     neutral: ClassVar = {"include_obfuscation": (False,)}
     include_usage: Bool = False
-    continuous_usage_stats: Bool = Field(
-        False, description="With include_usage, each chunk has the usage so far."
-    )
+    continuous_usage_stats: Bool = False  # with include_usage, each chunk has the usage so far
 
 
 class Generation(SamplingOptions, Body):
@@ -215,17 +213,27 @@ class CompletionRequest(Generation):
 
 class Part(Object):
     ignores_empty = True
+    neutral: ClassVar = {"cache_control": ANY}
     type: Literal["text"]
     text: StrictStr
 
 
 class Message(Object):
-    """A message. Answers of servers are accepted as history, with their empty fields."""
+    """A message. Answers of any server are accepted as history, with the fields that it added."""
 
     ignores_empty = True
+    calls: ClassVar = ("tool_calls", "function_call", "audio")  # what an answer has beside text
     role: Literal["system", "developer", "user", "assistant"]
     content: StrictStr | Several[Part] | None = None
     name: StrictStr | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_metadata(cls, given: Any) -> Any:
+        """An answer without the fields that its text does not depend on, such as an id."""
+        if not isinstance(sampling.few_fields(given), dict) or given.get("role") != "assistant":
+            return given
+        return {k: v for k, v in given.items() if k in cls.model_fields or k in cls.calls}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

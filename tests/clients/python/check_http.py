@@ -59,6 +59,16 @@ def check_usage_in_a_stream():
         assert all(json.loads(chunk)["usage"] is None for chunk in chunks)
 
 
+def check_usage_in_each_chunk():
+    """With continuous_usage_stats, as load generators for vLLM send it, each chunk has usage"""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for path, body in ROUTES:
+        usages = [
+            json.loads(event)["usage"] for event in events(path, body, stream_options=options)[:-1]
+        ]
+        assert usages[-1] == usages[-2]
+
+
 def check_error_form():
     """Every refusal is {"error": {message, type, param, code}}, with texts as codes"""
     answers = [
