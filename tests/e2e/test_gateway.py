@@ -1,4 +1,4 @@
-"""The gateway as a real process in front of real workers, by the stock OpenAI client and HTTP."""
+"""The gateway and workers as processes, called by OpenAI's client and by HTTP."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def tokenizer():
 
 
 def another_gateway(cluster: Cluster, folder: Path, *options: str):
-    """In front of the same workers."""
+    """Another gateway with the same workers."""
     listen = ("--listen", "127.0.0.1:0", "--poll-seconds", "0.1")
     return process("gateway", str(folder), "--workers", cluster.workers, *listen, *options)
 
@@ -93,11 +93,11 @@ def stream(cluster: Cluster, body: dict) -> list[str]:
         return [line for line in answer.iter_lines() if line]
 
 
-# the stock client
+# OpenAI's client
 
 
-def test_a_completion_is_the_worker_s(client: OpenAI, cluster: Cluster, tokenizer) -> None:
-    """Text in, text out, with usage, from the tokens that a worker gives for the same ids."""
+def test_a_completion_has_the_worker_s_tokens(client: OpenAI, cluster: Cluster, tokenizer) -> None:
+    """Its text and usage are those of the tokens that a worker generates for the same ids."""
     prompt = tokenizer.encode(PROMPT).ids
     with Client(cluster.workers.split(",")[0]) as worker:
         ids = list(worker.generate(prompt, 24))
@@ -110,7 +110,7 @@ def test_a_completion_is_the_worker_s(client: OpenAI, cluster: Cluster, tokenize
 
 
 def test_a_stream_adds_up_to_the_completion(client: OpenAI) -> None:
-    """Streamed chunks are the plain answer in parts; usage comes last where it was asked for."""
+    """The chunks are parts of the whole answer, and the requested usage is in the last one."""
     chunks = list(complete(client, stream=True, stream_options={"include_usage": True}))
     plain, parts = complete(client), [c.choices[0] for c in chunks if c.choices]
     assert plain.choices[0].text == "".join(part.text for part in parts)
@@ -120,8 +120,8 @@ def test_a_stream_adds_up_to_the_completion(client: OpenAI) -> None:
     assert 1 == len({c.id for c in chunks})
 
 
-def test_all_forms_of_prompt_are_taken(client: OpenAI, tokenizer) -> None:
-    """A text, token ids, and lists of either; with n, choices are numbered prompt by prompt."""
+def test_all_forms_of_prompt_are_accepted(client: OpenAI, tokenizer) -> None:
+    """A text, token ids, and lists of either. With n, choices are numbered prompt by prompt."""
     ids = tokenizer.encode(PROMPT).ids
     text, other = choice(client).text, choice(client, "import ").text
     assert text == choice(client, ids).text
@@ -133,14 +133,14 @@ def test_all_forms_of_prompt_are_taken(client: OpenAI, tokenizer) -> None:
 
 
 def test_a_seed_repeats_and_choices_differ(client: OpenAI) -> None:
-    """The same seed gives the same texts, and the choices of one request are different draws."""
+    """The same seed gives the same texts, and the choices of one request differ."""
     first, second = (complete(client, temperature=1.0, seed=5, n=3).choices for _ in range(2))
     assert [c.text for c in first] == [c.text for c in second]
     assert 3 == len({c.text for c in first})
 
 
 def test_a_stop_string_ends_the_text_before_it(client: OpenAI) -> None:
-    """Whether streamed or not, nothing of it is shown, also when it spans tokens; unless wished."""
+    """The text does not contain it, also if it spans tokens, unless the request includes it."""
     whole = choice(client, max_tokens=60).text
     stop = whole[20:26]
     assert 6 == len(stop)
@@ -155,7 +155,7 @@ def test_a_stop_string_ends_the_text_before_it(client: OpenAI) -> None:
 
 
 def test_logprobs_have_openai_s_form(client: OpenAI, cluster: Cluster, tokenizer) -> None:
-    """Tokens, logprobs, the likeliest by text and offsets, as the worker's; streamed the same."""
+    """Tokens, values and offsets are those of the worker, whole and streamed."""
     with Client(cluster.workers.split(",")[0]) as worker:
         replies = list(worker.replies(tokenizer.encode(PROMPT).ids, 24, logprobs=3))
     answer = choice(client, logprobs=3)
@@ -174,8 +174,8 @@ def test_logprobs_have_openai_s_form(client: OpenAI, cluster: Cluster, tokenizer
     assert found.text_offset == [at for p in parts for at in p.text_offset]
 
 
-def test_an_echo_tells_the_prompt_s_logprobs(client: OpenAI, tokenizer) -> None:
-    """Prompt and answer are one text; greedy text has the same logprobs as a prompt."""
+def test_an_echo_has_the_prompt_s_logprobs(client: OpenAI, tokenizer) -> None:
+    """Prompt and answer are one text, and greedy text has the same logprobs as part of a prompt."""
     plain = choice(client, logprobs=1)
     ids = tokenizer.encode(PROMPT).ids
     echoed = choice(client, logprobs=1, echo=True)
@@ -197,7 +197,7 @@ def test_an_echo_tells_the_prompt_s_logprobs(client: OpenAI, tokenizer) -> None:
 
 
 def test_an_echo_of_half_characters_is_whole(client: OpenAI, tokenizer) -> None:
-    """Tokens that are parts of characters have names, logprobs and offsets like all others."""
+    """Tokens that are parts of characters have names, logprobs and offsets like other tokens."""
     ids, more = tokenizer.encode("世界").ids, {"ignore_eos": True}
     found = choice(client, ids, echo=True, logprobs=1, max_tokens=1, extra_body=more).logprobs
     lists = (found.tokens, found.token_logprobs, found.top_logprobs, found.text_offset)
@@ -207,8 +207,8 @@ def test_an_echo_of_half_characters_is_whole(client: OpenAI, tokenizer) -> None:
     assert all(token in top for token, top in rest)
 
 
-def test_a_stop_string_s_tokens_are_not_told(client: OpenAI) -> None:
-    """With log probabilities, tokens are those that the shown text begins in, streamed or not."""
+def test_a_stop_string_s_tokens_are_left_out(client: OpenAI) -> None:
+    """Log probabilities cover the tokens that begin in the returned text, whole and streamed."""
     whole = choice(client, max_tokens=60, logprobs=0)
     stop = whole.text[20:26]
     places = zip(whole.logprobs.tokens, whole.logprobs.text_offset, strict=True)
@@ -220,7 +220,7 @@ def test_a_stop_string_s_tokens_are_not_told(client: OpenAI) -> None:
 
 
 def test_penalties_bias_and_stop_ids_reach_the_sampler(client: OpenAI, tokenizer) -> None:
-    """A biased token is all there is; penalties end repetition; stop ids end the text, later."""
+    """A bias repeats a token, penalties end the repetition, and stop ids end the text."""
     x = tokenizer.encode("x").ids[0]
 
     def biased(bias: float, prompt: str = PROMPT, **more):
@@ -243,22 +243,22 @@ def test_penalties_bias_and_stop_ids_reach_the_sampler(client: OpenAI, tokenizer
 NATIVE = ("frequency_penalty", "presence_penalty", "logprobs", "echo")  # arguments of the client
 
 
-def test_limits_mean_the_same_at_both_ends(client: OpenAI) -> None:
-    """What the gateway accepts at its bounds, the worker accepts in 32 bits."""
+def test_gateway_and_worker_have_the_same_bounds(client: OpenAI) -> None:
+    """The worker accepts, in 32 bits, each value that the gateway accepts at a bound."""
     for options in ({"repetition_penalty": 2**-7}, {"row_scale": -16}, {"layer_scales": [16] * 6}):
         complete(client, max_tokens=1, extra_body=options)
     complete(client, max_tokens=1, top_p=1e-300)
 
 
 def test_the_models_are_listed(client: OpenAI) -> None:
-    """What workers serve is what /v1/models shows."""
+    """/v1/models lists the models of the workers."""
     assert ["demo-memory"] == [m.id for m in client.models.list()]
     found = client.models.retrieve("demo-memory")
     assert ("demo-memory", 512) == (found.id, found.max_model_len)
 
 
-def test_the_stock_client_sees_its_own_errors(client: OpenAI) -> None:
-    """Statuses and bodies are such that the OpenAI client raises what its users know."""
+def test_the_client_raises_its_own_errors(client: OpenAI) -> None:
+    """OpenAI's client maps statuses and bodies to its error classes."""
     with pytest.raises(openai.NotFoundError, match="available: demo-memory"):
         client.models.retrieve("other")
     with pytest.raises(openai.NotFoundError, match="available: demo-memory"):
@@ -294,7 +294,7 @@ RENDERED = "# system: write Python\n# user: add\ndef "
 
 @pytest.fixture(scope="module")
 def talking(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    """A gateway in front of the same workers, with a chat template."""
+    """A client of another gateway with the same workers, which has a chat template."""
     folder = tmp_path_factory.mktemp("talking")
     shutil.copy(DEMO / "tokenizer.json", folder)
     (folder / "tokenizer_config.json").write_text(
@@ -313,7 +313,7 @@ def chat(client: OpenAI, **options):
 
 
 def test_a_chat_is_a_completion(client: OpenAI, talking: OpenAI, tokenizer) -> None:
-    """Messages go through the template; the answer is the completion of the text it makes."""
+    """The answer is the completion of the text that the template makes of the messages."""
     answer, completion = chat(talking), complete(client, RENDERED)
     message = answer.choices[0].message
     assert (completion.choices[0].text, "assistant") == (message.content, message.role)
@@ -327,7 +327,7 @@ def test_a_chat_is_a_completion(client: OpenAI, talking: OpenAI, tokenizer) -> N
 
 
 def test_a_streamed_chat_adds_up(talking: OpenAI) -> None:
-    """The role first, then content, then the reason, then usage; choices of n are told apart."""
+    """Role, content, finish reason and usage come in this order, for each choice of n."""
     options = {"n": 2, "temperature": 1.0, "seed": 3}
     plain = chat(talking, **options)
     chunks = list(chat(talking, **options, stream=True, stream_options={"include_usage": True}))
@@ -344,7 +344,7 @@ def test_a_streamed_chat_adds_up(talking: OpenAI) -> None:
 
 
 def test_a_chat_s_logprobs_have_openai_s_form(client: OpenAI, talking: OpenAI) -> None:
-    """Each token with its bytes and the likeliest in its place, as the completion's."""
+    """Each token has its bytes and the most likely tokens, with the completion's values."""
     options = {"logprobs": True, "top_logprobs": 2}
     found = chat(talking, **options).choices[0].logprobs.content
     expected = choice(client, RENDERED, logprobs=2).logprobs
@@ -382,7 +382,7 @@ def test_a_chat_s_logprobs_have_openai_s_form(client: OpenAI, talking: OpenAI) -
     ],
 )
 def test_a_bad_chat_is_refused(talking: OpenAI, options: dict, message: str) -> None:
-    """Status 400, naming what is not taken."""
+    """The status is 400, and the message names the parameter."""
     with pytest.raises(openai.BadRequestError, match=message):
         chat(talking, **options)
 
@@ -420,7 +420,7 @@ NEUTRAL = [
 
 @pytest.mark.parametrize("more", NEUTRAL, ids=lambda more: next(iter(more)))
 def test_a_parameter_that_asks_for_nothing_is_accepted(talking: OpenAI, more: dict) -> None:
-    """On both routes, one list: null, defaults of OpenAI and vLLM, and what changes no answer."""
+    """Both routes accept null, defaults of OpenAI and vLLM, and values that change no answer."""
     for path, body in (
         ("completions", {"prompt": "a"}),
         ("chat/completions", {"messages": MESSAGES}),
@@ -431,7 +431,7 @@ def test_a_parameter_that_asks_for_nothing_is_accepted(talking: OpenAI, more: di
 
 
 def test_the_whole_list_is_accepted(talking: OpenAI) -> None:
-    """Each neutral value of each parameter, and null; any other value is refused by name."""
+    """Each neutral value of each parameter, and null, is accepted; others are refused by name."""
     for name, values in schemas.NEUTRAL.items():
         for value in (None, *values):
             httpx.post(
@@ -479,8 +479,8 @@ def test_a_conversation_goes_on(talking: OpenAI) -> None:
         messages.append({"role": "user", "content": "more"})
 
 
-def test_without_a_template_chat_says_what_is_missing(client: OpenAI) -> None:
-    """The error names the files that would do."""
+def test_a_chat_without_a_template_is_refused(client: OpenAI) -> None:
+    """The error names the files that can have one."""
     files = r"needs a chat_template\.jinja, or a tokenizer_config\.json with"
     with pytest.raises(openai.BadRequestError, match=files):
         chat(client)
@@ -635,7 +635,7 @@ def test_without_a_template_chat_says_what_is_missing(client: OpenAI) -> None:
 def test_a_bad_body_is_refused(
     cluster: Cluster, body, param: str | None, code: str | None, message: str
 ) -> None:
-    """Status 400 in OpenAI's form, with its code, the parameter and what is allowed."""
+    """The status is 400, and the error has OpenAI's form, the code, and the parameter."""
     content = body if isinstance(body, str) else json.dumps(body)
     headers = {"Content-Type": "application/json"}
     answer = httpx.post(f"{cluster.url}/completions", content=content, headers=headers, timeout=30)
@@ -690,7 +690,7 @@ NAMES = sorted(set().union(*FIELDS_OF.values()) - {"model", "max_tokens"})
 )
 @settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_body_breaks_anything(talking: OpenAI, path: str, body: dict, odd: dict) -> None:
-    """Whatever is sent, the answer is one that OpenAI's clients know, and never a 500."""
+    """Any body gets 200 or 400 in OpenAI's form."""
     url = str(talking.base_url).removesuffix("/v1/") + path
     known, headers = FIELDS_OF[path], {"Content-Type": "application/json"}
     given_ = {**body, **odd, **({"max_tokens": 3} if "max_tokens" in known else {})}
@@ -705,7 +705,7 @@ def test_no_body_breaks_anything(talking: OpenAI, path: str, body: dict, odd: di
             assert '"error"' not in answer.text
 
 
-def test_paths_and_methods_that_are_not_there(cluster: Cluster) -> None:
+def test_unknown_paths_and_methods(cluster: Cluster) -> None:
     """404 and 405 have OpenAI's form and codes."""
     for path, status, code in (
         ("/v1/nothing", 404, "unknown_url"),
@@ -716,7 +716,7 @@ def test_paths_and_methods_that_are_not_there(cluster: Cluster) -> None:
 
 
 def test_health_and_metrics(cluster: Cluster) -> None:
-    """Health counts the workers; metrics count requests by route, never by invented paths."""
+    """Health counts the workers, and metrics count requests by route, not by unknown path."""
     get(cluster, "/made/up")
     health = get(cluster, "/health")
     assert 200 == health.status_code
@@ -729,7 +729,7 @@ def test_health_and_metrics(cluster: Cluster) -> None:
 
 
 def test_head_is_get_without_a_body(cluster: Cluster) -> None:
-    """Where GET has an answer, and where not."""
+    """It has the status and header of GET, also for an unknown path."""
     for path, status in (("/health", 200), ("/ping", 200), ("/v1/models", 200), ("/nothing", 404)):
         asked, got = httpx.head(f"http://{cluster.gateway}{path}"), get(cluster, path)
         assert (status, b"") == (asked.status_code, asked.content)
@@ -760,8 +760,8 @@ def test_each_chunk_may_have_the_usage_so_far(cluster: Cluster) -> None:
     assert (16, last) == (last["completion_tokens"], usages[-1])
 
 
-def test_a_body_of_other_clients_is_taken(cluster: Cluster) -> None:
-    """What load generators send with a completion, nulls and all, is understood."""
+def test_a_load_generator_s_body_is_accepted(cluster: Cluster) -> None:
+    """The parameters that load generators send are accepted, including nulls."""
     nulls = dict.fromkeys(("frequency_penalty", "presence_penalty", "logprobs", "seed"))
     same = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "n": 1}
     usage = {"stream": True, "stream_options": {"include_usage": True}}
@@ -772,8 +772,8 @@ def test_a_body_of_other_clients_is_taken(cluster: Cluster) -> None:
     assert (4, []) == (last["usage"]["completion_tokens"], last["choices"])
 
 
-def test_a_request_id_is_kept_or_made(cluster: Cluster) -> None:
-    """The caller's id is in header, answer and log; one that is no id, or none, is replaced."""
+def test_a_request_id_is_propagated_or_generated(cluster: Cluster) -> None:
+    """The caller's id is in header, answer and log. A malformed or missing one is replaced."""
     answer = post(cluster, {"prompt": "a", "max_tokens": 1}, headers={"X-Request-Id": "mine-1"})
     assert ("mine-1", "cmpl-mine-1") == (answer.headers["x-request-id"], answer.json()["id"])
     long = get(cluster, "/nothing", headers={"X-Request-Id": "x" * 129})
@@ -781,8 +781,8 @@ def test_a_request_id_is_kept_or_made(cluster: Cluster) -> None:
     assert '"request_id": "mine-1"' in cluster.processes[-1].log.read_text(encoding="utf-8")
 
 
-def test_text_and_tokens_are_changed_into_each_other(cluster: Cluster, tokenizer) -> None:
-    """/tokenize gives ids, their number and the context; /detokenize gives the text back."""
+def test_texts_are_tokenised_and_detokenised(cluster: Cluster, tokenizer) -> None:
+    """/tokenize returns ids, their number and the context, and /detokenize the text."""
     ids = tokenizer.encode(PROMPT).ids
     body = {"model": "demo-memory", "prompt": PROMPT, "return_token_strs": True}
     found = post(cluster, body, "/tokenize").json()
@@ -807,19 +807,19 @@ def test_text_and_tokens_are_changed_into_each_other(cluster: Cluster, tokenizer
     ],
 )
 def test_bad_requests_are_refused(cluster: Cluster, path: str, body: dict, message: str) -> None:
-    """With 400 and the reason, also where a text is long."""
+    """The status is 400, and the message has the reason, also for long texts."""
     answer = post(cluster, body, path)
     assert (400, True) == (answer.status_code, message in answer.json()["error"]["message"])
 
 
 def test_version_and_ping(cluster: Cluster) -> None:
-    """The package's version; an empty answer while there is a healthy worker."""
+    """/version has the package's version, and /ping is empty while a worker is healthy."""
     assert {"version": __version__, "commit": ""} == get(cluster, "/version").json()
     assert (200, 200) == (get(cluster, "/ping").status_code, post(cluster, {}, "/ping").status_code)
 
 
 def test_latencies_are_measured(cluster: Cluster) -> None:
-    """Each completion has one first token and one end, and a time between each two tokens."""
+    """Each completion adds a first token, an end, and a time between each two tokens."""
 
     def counts() -> list[float]:
         text = get(cluster, "/metrics").text
@@ -832,8 +832,8 @@ def test_latencies_are_measured(cluster: Cluster) -> None:
     assert [2, 18, 2] == [after - b for after, b in zip(counts(), before, strict=True)]
 
 
-def test_what_is_too_large_is_refused(cluster: Cluster) -> None:
-    """A body beyond the limit is refused with the limit, announced or not."""
+def test_a_large_body_is_refused(cluster: Cluster) -> None:
+    """The error has the limit, whether or not the header announces the size."""
     with another_gateway(cluster, DEMO, "--max-body-megabytes", "0.02") as gateway:
         url = f"http://{gateway.address}/v1/completions"
         body = json.dumps({"prompt": "a" * 30_000}).encode()
@@ -847,8 +847,8 @@ def test_what_is_too_large_is_refused(cluster: Cluster) -> None:
 NARROW = ("--max-num-seqs", "1", "--max-waiting", "1")
 
 
-def test_full_queues_are_told(table: str) -> None:
-    """When no worker has a place left, the answer is 429, with a time to come back after."""
+def test_full_queues_refuse_requests(table: str) -> None:
+    """If all workers are full, the status is 429, and Retry-After has a time."""
     narrow, body = local_cluster(DEMO, table, worker_options=NARROW), {**ENDLESS, "max_tokens": 60}
     with narrow as cluster, ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda _: post(cluster, body), range(12)))
@@ -858,8 +858,8 @@ def test_full_queues_are_told(table: str) -> None:
     assert {"rate_limit_error"} == {a.json()["error"]["type"] for a in full}
 
 
-def test_a_full_worker_is_not_asked(table: str) -> None:
-    """Requests to a worker that is full, as far as is known, are refused before any work."""
+def test_a_full_worker_gets_no_requests(table: str) -> None:
+    """The gateway refuses requests to a full worker before it tokenises them."""
     long, short = {**ENDLESS, "max_tokens": 450, "stream": True}, {**GREEDY, "max_tokens": 1}
     deadline = time.monotonic() + 60
     with (
@@ -881,8 +881,8 @@ def test_a_full_worker_is_not_asked(table: str) -> None:
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_a_caller_that_goes_away_ends_the_work(cluster: Cluster, streams: bool) -> None:
-    """Closing the connection cancels the sequence in the worker."""
+def test_a_closed_connection_ends_the_work(cluster: Cluster, streams: bool) -> None:
+    """The sequence in the worker is cancelled."""
     body, url = {**ENDLESS, "max_tokens": 450, "stream": streams}, f"{cluster.url}/completions"
     if streams:
         with httpx.stream("POST", url, json=body, timeout=60) as answer:
@@ -898,13 +898,13 @@ def test_a_caller_that_goes_away_ends_the_work(cluster: Cluster, streams: bool) 
 
 
 def test_a_worker_may_die(table: str) -> None:
-    """Requests go on at the other; without any, the answer is 503; one that is back is found."""
+    """The other worker serves requests. Without workers the status is 503 until one is back."""
     body, deadline = {**GREEDY, "max_tokens": 8}, time.monotonic() + 120
     with local_cluster(DEMO, table, workers=2) as cluster:
         first, second = (p for p in cluster.processes if p.ready["service"] == "worker")
         expected = text_of(post(cluster, body))
         os.kill(first.pid, signal.SIGKILL)
-        for _ in range(6):  # at once, before the gateway can have noticed
+        for _ in range(6):  # immediately, before the gateway can notice
             answer = post(cluster, body)
             assert (200, expected) == (answer.status_code, text_of(answer))
         os.kill(second.pid, signal.SIGKILL)
@@ -914,7 +914,7 @@ def test_a_worker_may_die(table: str) -> None:
             assert time.monotonic() < deadline
         answers += [post(cluster, body), get(cluster, "/v1/models/x"), get(cluster, "/health")]
         assert {503} == {answer.status_code for answer in answers}
-        # where workers are is the operator's business
+        # callers must not see the addresses of workers
         assert not any("127.0.0.1" in answer.text for answer in answers)
         assert second.address in cluster.processes[-1].log.read_text(encoding="utf-8")
         again = ("worker", str(DEMO), "--rows", cluster.lookup, "--listen", second.address)
@@ -925,7 +925,7 @@ def test_a_worker_may_die(table: str) -> None:
 
 
 def test_a_worker_may_hang(table: str) -> None:
-    """The other worker answers what a stopped one has not begun; what it was streaming fails."""
+    """The other worker serves requests that a stopped one has not begun; its streams fail."""
     body = {**GREEDY, "max_tokens": 8}
     endless = {**ENDLESS, "max_tokens": 500, "stream": True}
     with local_cluster(DEMO, table, workers=2) as cluster, ThreadPoolExecutor(6) as pool:
@@ -940,13 +940,13 @@ def test_a_worker_may_hang(table: str) -> None:
         ends = [lines.result() for lines in streams]
         failed = [any('"error"' in line for line in lines) for lines in ends]
         assert (["data: [DONE]"] * 2, 1) == ([lines[-1] for lines in ends], sum(failed))
-        counted = get(cluster, "/metrics").text  # its status line said 200
+        counted = get(cluster, "/metrics").text  # the status line of the stream had 200
         assert re.search(r'path="/v1/completions",status="50[34]"} 1', counted), counted
         os.kill(first.pid, signal.SIGCONT)
 
 
-def test_a_worker_that_ends_finishes_what_it_began(table: str) -> None:
-    """While a worker drains, its streams go on to their end, and new requests go to the other."""
+def test_a_draining_worker_finishes_its_streams(table: str) -> None:
+    """Its streams reach their end, and the other worker gets new requests."""
     body = {**ENDLESS, "max_tokens": 480, "stream": True}
     patient = ("--drain-seconds", "90")  # on a slow machine too
     with (
@@ -964,7 +964,7 @@ def test_a_worker_that_ends_finishes_what_it_began(table: str) -> None:
 
 
 def test_a_worker_of_another_tokenizer_gets_no_requests(cluster: Cluster, checkpoint: Path) -> None:
-    """A gateway whose tokenizer is not the worker's says so instead of sending it wrong ids."""
+    """The gateway reports that the tokenizers differ and sends no ids."""
     deadline = time.monotonic() + 60
     with another_gateway(cluster, checkpoint) as gateway:
         url = f"http://{gateway.address}/v1/completions"
@@ -974,8 +974,8 @@ def test_a_worker_of_another_tokenizer_gets_no_requests(cluster: Cluster, checkp
         assert message.endswith("start it with the worker's checkpoint")
 
 
-def test_what_can_not_start_says_why(cluster: Cluster, tmp_path: Path) -> None:
-    """A port in use, no tokenizer, a bad address or store: one line on stderr."""
+def test_a_failed_start_is_reported(cluster: Cluster, tmp_path: Path) -> None:
+    """A port in use, a missing tokenizer, or a bad address or store gives a line on stderr."""
     for arguments, reason in (
         (f"{DEMO} --listen {cluster.gateway}", "in use"),
         (f"{tmp_path}", "no tokenizer"),
@@ -989,7 +989,7 @@ def test_what_can_not_start_says_why(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def test_a_gateway_ends_with_0(cluster: Cluster) -> None:
-    """SIGTERM drains: a stream that runs is finished first."""
+    """After SIGTERM, a running stream is finished first."""
     with another_gateway(cluster, DEMO) as gateway:
         url = f"http://{gateway.address}/v1/completions"
         wait_until_healthy(gateway.address)
@@ -1003,13 +1003,13 @@ def test_a_gateway_ends_with_0(cluster: Cluster) -> None:
 
 
 def test_an_error_may_quote_anything() -> None:
-    """Half a surrogate pair is written out, so that it can be sent; a long quotation is cut."""
+    """Half of a surrogate pair is escaped, and a long message is cut."""
     assert r"no \ud800" == error_body("no \ud800", 400)["error"]["message"]
     assert 1002 == len(error_body("9" * 5000, 400)["error"]["message"])
 
 
-def test_long_texts_hold_nobody_up(cluster: Cluster) -> None:
-    """Others are answered while texts as long as bodies may be are tokenised."""
+def test_long_texts_do_not_block_other_requests(cluster: Cluster) -> None:
+    """Other requests are answered while texts of the largest size are tokenised."""
     body = {"prompt": "\u00e9 " * 200_000, "return_token_strs": True}
     with ThreadPoolExecutor(6) as pool:
         long = [pool.submit(post, cluster, body, "/tokenize") for _ in range(6)]

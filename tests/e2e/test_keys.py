@@ -1,4 +1,4 @@
-"""API keys at the gateway: who gets in, how often, how many at once; changes while it serves."""
+"""API keys of the gateway: authentication, rates, limits, and changes of the file."""
 
 import asyncio
 import hashlib
@@ -56,7 +56,7 @@ def ask(cluster: Cluster, key: str | None, path: str = "/v1/completions", **more
 
 
 def test_requests_need_a_key(cluster: Cluster, first: str) -> None:
-    """Every route but health; the error has OpenAI's form, whatever the body."""
+    """All routes except health need one, and the error has OpenAI's form."""
     assert 200 == ask(cluster, first, json=BODY).status_code
     paths = "/metrics /docs /openapi.json /tokenizer_info /nothing //health /v1/completions"
     for path in (paths + " /v1/chat/completions /v1/models").split():
@@ -92,8 +92,8 @@ def test_pages_of_configured_origins_may_call(cluster: Cluster, first: str) -> N
     assert "access-control-allow-origin" not in plain.headers
 
 
-def test_a_request_s_log_line_says_what_it_was(cluster: Cluster, first: str) -> None:
-    """Key, model, worker, tokens and the time to the first, whether it was streamed or not."""
+def test_a_request_s_log_line_describes_it(cluster: Cluster, first: str) -> None:
+    """It has key, model, worker, token counts and the time to the first token."""
     log = cluster.processes[-1].log
     for name, stream in (("whole", False), ("streamed", True)):
         body = {"prompt": [[3, 4, 5], [6]], "max_tokens": 2, "n": 2, "ignore_eos": True}
@@ -113,16 +113,16 @@ def test_a_request_s_log_line_says_what_it_was(cluster: Cluster, first: str) -> 
         assert 0 < line["first_token_seconds"] <= line["seconds"]
 
 
-def test_health_is_open_and_tells_strangers_little(cluster: Cluster, first: str) -> None:
-    """Probes have no key; how many workers there are is told with one."""
+def test_health_needs_no_key(cluster: Cluster, first: str) -> None:
+    """The number of workers is in the response if the request has a key."""
     assert {"status": "ok"} == ask(cluster, None, "/health").json()
     known = ask(cluster, first, "/health").json()
     assert {"status": "ok", "workers": {"healthy": 1, "unhealthy": 0}} == known
     assert [200, 200] == [ask(cluster, None, path).status_code for path in ("/ping", "/version")]
 
 
-def test_the_stock_client_carries_a_key(cluster: Cluster, first: str) -> None:
-    """And knows the error."""
+def test_openai_s_client_sends_a_key(cluster: Cluster, first: str) -> None:
+    """It raises its AuthenticationError for a wrong one."""
     with openai.OpenAI(base_url=cluster.url, api_key=first, max_retries=0) as client:
         answer = client.completions.create(model="tiny-memory", **BODY)
         assert "length" == answer.choices[0].finish_reason
@@ -130,8 +130,10 @@ def test_the_stock_client_carries_a_key(cluster: Cluster, first: str) -> None:
             client.with_options(api_key="wrong").models.list()
 
 
-def test_a_key_is_made_and_removed_meanwhile(cluster: Cluster, keys: Path, first: str) -> None:
-    """The next request sees it; a file that is broken meanwhile changes nothing."""
+def test_keys_are_added_and_removed_while_the_gateway_runs(
+    cluster: Cluster, keys: Path, first: str
+) -> None:
+    """The next request uses the new file. A malformed file is ignored."""
     second = add_key(keys, "second", 600, 4)
     assert [200, 200] == [ask(cluster, key, json=BODY).status_code for key in (first, second)]
     good = keys.read_text(encoding="utf-8")
@@ -147,7 +149,7 @@ def test_a_key_is_made_and_removed_meanwhile(cluster: Cluster, keys: Path, first
 
 
 def test_a_key_s_rate_is_limited(cluster: Cluster, keys: Path, first: str) -> None:
-    """Ten seconds' worth at once, then 429 with the seconds to wait; another key goes on."""
+    """After ten seconds' worth of requests, the key gets 429 with a time, and others do not."""
     key = add_key(keys, "slow", 12, 16)
     answers = [ask(cluster, key, json=BODY) for _ in range(4)]
     assert [200, 200, 429, 429] == [answer.status_code for answer in answers]
@@ -164,7 +166,7 @@ def test_a_key_s_rate_is_limited(cluster: Cluster, keys: Path, first: str) -> No
 
 
 def test_a_key_s_requests_in_flight_are_limited(cluster: Cluster, keys: Path) -> None:
-    """They count from the header on until they end, however they do."""
+    """A request counts from its header until its end, also if it fails."""
     key = add_key(keys, "narrow", 60_000, 2)
     address = ("127.0.0.1", int(cluster.gateway.split(":")[1]))
     body = json.dumps(BODY)
@@ -174,15 +176,15 @@ def test_a_key_s_requests_in_flight_are_limited(cluster: Cluster, keys: Path) ->
         opened = (socket.create_connection(address, timeout=30) for _ in range(2))
         held = [stack.enter_context(one) for one in opened]
         for one in held:
-            one.sendall(head.encode())  # and no body yet
+            one.sendall(head.encode())  # without a body
         while (answer := ask(cluster, key, json=BODY)).status_code == 200:
-            pass  # the two are not both heard yet
+            pass  # the gateway has not received both headers
         assert (429, "1") == (answer.status_code, answer.headers["Retry-After"])
         expected = "2 requests with this key are in flight; at most 2 are allowed"
         assert expected == answer.json()["error"]["message"]
         held[0].sendall(body.encode())
         assert held[0].recv(100).startswith(b"HTTP/1.1 200")
-        held[1].close()  # gone without a body
+        held[1].close()  # without a body
         while ask(cluster, key, json=BODY).status_code == 429:
             pass
         assert {200} == {ask(cluster, key, json=BODY).status_code for _ in range(5)}
@@ -190,7 +192,7 @@ def test_a_key_s_requests_in_flight_are_limited(cluster: Cluster, keys: Path) ->
 
 
 def test_a_key_s_sequences_take_turns(cluster: Cluster, keys: Path) -> None:
-    """All prompts of a request are answered, no more at once than the key allows."""
+    """All prompts of a request are answered, and the key limits how many run at the same time."""
     key = add_key(keys, "turns", 60_000, 2)
     most, done = 0, threading.Event()
 
@@ -208,11 +210,11 @@ def test_a_key_s_sequences_take_turns(cluster: Cluster, keys: Path) -> None:
     done.set()
     watching.join()
     assert [*range(10)] == [choice["index"] for choice in whole.json()["choices"]]
-    assert 1 <= most <= 4  # two, and two that have just ended
+    assert 1 <= most <= 4  # two that run, and two that have just ended
 
 
-def test_an_owner_keeps_its_file_and_a_file_that_can_be_read_again_is(tmp_path: Path) -> None:
-    """A file keeps its owner; a reading that failed is repeated once rights change."""
+def test_a_file_keeps_its_owner_and_is_read_again(tmp_path: Path) -> None:
+    """A file keeps its owner, and a failed read is repeated once permissions change."""
     path = tmp_path / "keys.json"
     add_key(path, "one", 60, 1)
     if os.geteuid() == 0:
@@ -232,7 +234,7 @@ def test_an_owner_keeps_its_file_and_a_file_that_can_be_read_again_is(tmp_path: 
     remove_key(path, "one")
     assert ["one", "two"] == watched.get()
     readable = True
-    assert ["one", "two"] == watched.get()  # nothing says that it would be otherwise now
+    assert ["one", "two"] == watched.get()  # nothing has changed since
     path.chmod(0o644)
     assert ["two"] == watched.get()
 
@@ -242,13 +244,13 @@ def test_an_owner_keeps_its_file_and_a_file_that_can_be_read_again_is(tmp_path: 
     [(0.5, 1, 120), (7, 7, 60), (12, 2, 10), (100, 20, 12), (600, 100, 10), (1e-9, 1, 60_000_000)],
 )
 def test_a_rate_is_a_window(requests_per_minute: float, requests: int, seconds: int) -> None:
-    """Any rate is a whole number of requests in whole seconds, about ten if it can be."""
+    """Each rate is a whole number of requests in whole seconds, about ten where possible."""
     item = window(requests_per_minute)
     assert (requests, seconds) == (item.amount, item.get_expiry())
 
 
 def test_gateways_share_a_rate_through_redis(tmp_path: Path) -> None:
-    """Two of them allow what one does; without a Redis, or while it is away, each counts alone."""
+    """Two gateways together allow one rate. Without Redis, each counts its own requests."""
     path = tmp_path / "keys.json"
     headers = {"Authorization": f"Bearer {add_key(path, 'one', 12, 10)}"}
 
@@ -270,8 +272,8 @@ def test_gateways_share_a_rate_through_redis(tmp_path: Path) -> None:
     assert [200] * 4 == asyncio.run(statuses(url))
 
 
-def test_the_file_holds_hashes_alone(tmp_path: Path) -> None:
-    """Made, listed and removed from the shell; the key is printed once."""
+def test_the_file_has_hashes_only(tmp_path: Path) -> None:
+    """`tolhouse keys` adds, lists and removes keys, and prints a key once."""
     path, run = tmp_path / "keys.json", CliRunner()
     made = run.invoke(main, ["keys", "add", str(path), "alice", "--requests-per-minute", "30"])
     key = made.output.strip()
@@ -300,8 +302,8 @@ def test_the_file_holds_hashes_alone(tmp_path: Path) -> None:
         f'{{"a": {{"sha256": "{"0" * 64}", "admin": true}}}}',
     ],
 )
-def test_a_malformed_file_is_told(text: str, tmp_path: Path) -> None:
-    """Where, and by what it is written."""
+def test_a_malformed_file_is_reported(text: str, tmp_path: Path) -> None:
+    """The error has the position and names the command that writes the file."""
     path = tmp_path / "keys.json"
     path.write_text(text, encoding="utf-8")
     told = r"keys\.json is malformed at .*`tolhouse keys` writes it"
@@ -313,15 +315,15 @@ def test_a_malformed_file_is_told(text: str, tmp_path: Path) -> None:
     "arguments",
     [("a/b",), ("x", "--requests-per-minute", "nan"), ("x", "--requests-per-minute", "inf")],
 )
-def test_what_can_be_no_key_is_told(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    """In a line, and no file is written."""
+def test_bad_limits_and_names_are_refused(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """The error is one line, and no file is written."""
     path = tmp_path / "keys.json"
     done = tolhouse(f"keys add {path}", *arguments, code=1)
     assert (1, False) == (done.stderr.count("\n"), path.exists()), done.stderr
 
 
-def test_commands_that_run_at_once_lose_no_key(tmp_path: Path) -> None:
-    """Each reads what those before it wrote."""
+def test_concurrent_commands_lose_no_key(tmp_path: Path) -> None:
+    """Each command reads the file that the one before it wrote."""
     path, names = tmp_path / "keys.json", [f"user{n}" for n in range(24)]
     with ThreadPoolExecutor(8) as threads:
         keys = list(threads.map(lambda name: add_key(path, name, 60, 1), names))

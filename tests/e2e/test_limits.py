@@ -1,4 +1,4 @@
-"""All that a stranger can make large, many or slow has an end; others are served meanwhile."""
+"""Limits on sizes, counts and times of requests, and service to others while they are reached."""
 
 import asyncio
 import json
@@ -38,13 +38,13 @@ from tests.commands import LOCAL
 
 BODY = {"prompt": "def add", "max_tokens": 2}
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-RST_STREAM = 3  # the type of its frame
+RST_STREAM = 3  # the type of the frame
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
 def cluster(checkpoint: Path, store: str) -> Iterator[Cluster]:
-    """A gateway that has little patience."""
+    """A gateway with short timeouts and small limits."""
     options = "--header-timeout-seconds 2 --body-timeout-seconds 2 --max-connections 40"
     options += " --max-body-megabytes 0.5"
     with local_cluster(checkpoint, store, gateway_options=tuple(options.split())) as running:
@@ -57,7 +57,7 @@ def connect(address: str) -> socket.socket:
 
 
 def answered(connection: socket.socket) -> tuple[int, str]:
-    """Status and error message of the last answer before the end; (0, "") without an answer."""
+    """Status and error message of the last response; (0, "") if there is none."""
     data = b""
     with suppress(ConnectionError):
         while piece := connection.recv(65_536):
@@ -69,7 +69,7 @@ def answered(connection: socket.socket) -> tuple[int, str]:
 
 
 def dribble(connection: socket.socket, data: bytes, seconds: float = 1) -> None:
-    """Send a byte a second, until the other end has had enough."""
+    """Send a byte per second until the connection is closed."""
     connection.settimeout(seconds)
     for byte in data:
         try:
@@ -90,8 +90,8 @@ def complete(cluster: Cluster) -> int:
 # HTTP: slow
 
 
-def test_a_header_that_dribbles_in_is_given_up(cluster: Cluster) -> None:
-    """A byte a second, on a new connection and on a used one; others are served meanwhile."""
+def test_a_slow_header_is_refused(cluster: Cluster) -> None:
+    """It times out on a new connection and on a used one, and other requests are served."""
     with connect(cluster.gateway) as slow, connect(cluster.gateway) as used:
         used.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
         assert used.recv(1000).startswith(b"HTTP/1.1 200")
@@ -102,13 +102,13 @@ def test_a_header_that_dribbles_in_is_given_up(cluster: Cluster) -> None:
 
 
 def test_a_silent_connection_is_closed(cluster: Cluster) -> None:
-    """Without a word, for it sent none."""
+    """It gets no response, as it sent no request."""
     with connect(cluster.gateway) as silent:
         assert (0, "") == answered(silent)
 
 
-def test_a_body_that_dribbles_in_is_given_up(cluster: Cluster) -> None:
-    """Announced or chunked, and on a path that takes none."""
+def test_a_slow_body_is_refused(cluster: Cluster) -> None:
+    """It times out with Content-Length, in chunks, and on a path without a body."""
     with ExitStack() as stack:
         for header, body in (
             (b"Content-Length: 1000", b'{"prompt"'),
@@ -120,7 +120,7 @@ def test_a_body_that_dribbles_in_is_given_up(cluster: Cluster) -> None:
             assert (408, "the body did not arrive within 2 s") == answered(slow)
         slow = stack.enter_context(connect(cluster.gateway))
         slow.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
-        for _ in range(30):  # the rest of the body may take no longer than a header
+        for _ in range(30):  # the rest of the body has the time of a header
             time.sleep(0.3)
             with suppress(ConnectionError):
                 slow.sendall(b"x")
@@ -128,8 +128,8 @@ def test_a_body_that_dribbles_in_is_given_up(cluster: Cluster) -> None:
     assert 200 == complete(cluster)
 
 
-def test_an_answer_that_nobody_takes_is_dropped(cluster: Cluster) -> None:
-    """Megabytes requested in a pipeline, and not read: the connection is closed."""
+def test_an_unread_answer_closes_the_connection(cluster: Cluster) -> None:
+    """A client that requests megabytes and does not read them is disconnected."""
     with connect(cluster.gateway) as greedy:
         greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         greedy.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
@@ -142,8 +142,8 @@ def test_an_answer_that_nobody_takes_is_dropped(cluster: Cluster) -> None:
     assert 200 == complete(cluster)
 
 
-def test_a_half_open_tls_handshake_is_given_up(checkpoint: Path, pki: Path, store: str) -> None:
-    """Also with some bytes; others shake hands meanwhile, on a metrics port with one open too."""
+def test_an_unfinished_tls_handshake_is_closed(checkpoint: Path, pki: Path, store: str) -> None:
+    """It is closed with and without bytes, and other handshakes succeed, also for metrics."""
     tls = ("--tls-cert", f"{pki}/service.pem", "--tls-key", f"{pki}/service.key")
     trusting = ssl.create_default_context(cafile=f"{pki}/ca.pem")
     patience = ("--header-timeout-seconds", "2")
@@ -169,18 +169,18 @@ def test_a_half_open_tls_handshake_is_given_up(checkpoint: Path, pki: Path, stor
 
 
 def test_a_body_with_two_ends_is_refused(cluster: Cluster) -> None:
-    """With Content-Length and Transfer-Encoding, a proxy could see another request behind it."""
+    """With Content-Length and Transfer-Encoding, a proxy could find a second request in it."""
     with connect(cluster.gateway) as connection:
         both = b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
         connection.sendall(POST + both + b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
         status, message = answered(connection)
     assert (400, True) == (status, "send one of them" in message)
     answer = httpx.post(f"http://{cluster.gateway}/v1/completions/", json=BODY, timeout=60)
-    assert 404 == answer.status_code  # and no redirect, which would send a key once more
+    assert 404 == answer.status_code  # not a redirect, which would send the key again
 
 
 def test_an_enormous_header_is_refused(cluster: Cluster) -> None:
-    """In one piece or in many, in one field, in many, or in the first line."""
+    """Size and number of fields are limited, however the header arrives."""
     start = b"GET /version HTTP/1.1\r\nHost: x\r\n"
     large = b"X-Large: " + b"x" * MAX_HEADER_BYTES + b"\r\n"
     many = b"".join(b"X-%d: y\r\n" % n for n in range(MAX_HEADER_FIELDS + 1))
@@ -203,8 +203,8 @@ def test_an_enormous_header_is_refused(cluster: Cluster) -> None:
 @pytest.mark.parametrize(
     "data", [b"\x16\x03\x01\x00\xf8\x01\x00\r\n\r\n", b"GET / HTTP/1.1\r\n" * 2_000]
 )
-def test_what_is_not_http_is_refused(data: bytes, cluster: Cluster) -> None:
-    """With 400, and the connection is closed."""
+def test_other_protocols_are_refused(data: bytes, cluster: Cluster) -> None:
+    """Data that is not HTTP gets 400, and the connection is closed."""
     with connect(cluster.gateway) as connection:
         connection.sendall(data)
         with suppress(ConnectionError):
@@ -214,7 +214,7 @@ def test_what_is_not_http_is_refused(data: bytes, cluster: Cluster) -> None:
 
 
 def test_too_many_connections_are_refused(cluster: Cluster) -> None:
-    """The next one is refused for now; when some have gone, there is room again."""
+    """The next one gets 503 until others are closed."""
     with ExitStack() as stack:
         open_now = [stack.enter_context(connect(cluster.gateway)) for _ in range(60)]
         status, message = answered(open_now[-1])
@@ -223,8 +223,8 @@ def test_too_many_connections_are_refused(cluster: Cluster) -> None:
     wait_until(lambda: complete(cluster) == 200)
 
 
-def test_bodies_have_a_size_alone_and_together(cluster: Cluster) -> None:
-    """A body that is too large ends with 413; many large ones at once are read."""
+def test_bodies_are_limited_alone_and_together(cluster: Cluster) -> None:
+    """A body that is too large gets 413, and many large bodies at the same time are read."""
     size = 500_000
     with connect(cluster.gateway) as connection:
         connection.sendall(POST + b"Content-Length: 500001\r\n\r\n")
@@ -266,8 +266,8 @@ def fields(count: int) -> bytes:
     ],
     ids=lambda value: value[:30].decode() if isinstance(value, bytes) else "",
 )
-def test_what_a_body_holds_has_bounds(body: bytes, said: str, cluster: Cluster) -> None:
-    """Depth, numbers of things and their sizes: 400 and a short message, at once."""
+def test_the_content_of_a_body_is_limited(body: bytes, said: str, cluster: Cluster) -> None:
+    """Depth, counts and sizes beyond the limits get 400 and a short message."""
     url, headers = f"{cluster.url}/completions", {"Content-Type": "application/json"}
     answer = httpx.post(url, content=body, headers=headers, timeout=60)
     assert 400 == answer.status_code
@@ -275,8 +275,8 @@ def test_what_a_body_holds_has_bounds(body: bytes, said: str, cluster: Cluster) 
     assert len(answer.content) < 2000
 
 
-def test_log_probabilities_of_an_answer_have_a_bound(cluster: Cluster) -> None:
-    """Tokens times choices times likeliest tokens: beyond it 400 says so, below it all come."""
+def test_log_probabilities_are_limited(cluster: Cluster) -> None:
+    """Tokens times choices times most likely tokens beyond the limit get 400."""
     ids = {"prompt": [5] * 200, "max_tokens": 0, "echo": True, "logprobs": 20}
     answer = httpx.post(f"{cluster.url}/completions", json={**ids, "n": 128}, timeout=60)
     expected = f"may have {128 * 200 * 21} log probabilities; at most {1 << 18} are allowed"
@@ -288,7 +288,7 @@ def test_log_probabilities_of_an_answer_have_a_bound(cluster: Cluster) -> None:
 
 
 def test_what_choices_share_is_counted_for_each() -> None:
-    """Prompt tokens times n have a bound; a chat without a length ends where its scores do."""
+    """Prompt tokens times n are limited, and a chat without a length ends at that of scores."""
     model = ServedModel("m", 1 << 17, 10, 0)
 
     router = WorkerRouter(Addresses("127.0.0.1:1", ClientCredentials()), "", 1)
@@ -310,8 +310,8 @@ def test_what_choices_share_is_counted_for_each() -> None:
 # gRPC
 
 
-def test_fetch_and_generate_have_bounds(cluster: Cluster) -> None:
-    """Ids of a fetch, a prompt, its id: each refused with what is allowed."""
+def test_fetch_and_generate_are_limited(cluster: Cluster) -> None:
+    """Too many ids, a long prompt and a long request id are refused with the limits."""
     with Client(cluster.lookup) as client, grpc.insecure_channel(cluster.lookup) as channel:
         manifest = client.describe("tiny-memory")
         ids = np.zeros(MAX_IDS_PER_FETCH + 1, "<u4").tobytes()
@@ -341,8 +341,8 @@ def test_fetch_and_generate_have_bounds(cluster: Cluster) -> None:
         assert 2 == len(list(client.generate([1], 2, ignore_eos=True)))
 
 
-def test_answers_that_nobody_takes_hold_up_their_own_connection_alone(store: str) -> None:
-    """So many of one connection are computed at once, however many streams it opens."""
+def test_unread_replies_block_only_their_connection(store: str) -> None:
+    """A connection has a limited number of requests in progress, in any number of streams."""
 
     async def run() -> None:
         with closing(StoreRowSource(store, lambda: open_store(store))) as source:
@@ -393,7 +393,7 @@ def many(make: Callable[[], socket.socket], count: int) -> Iterator[list[socket.
 
 
 def opening(stream: int) -> bytes:
-    """The HEADERS frame with which a client opens a Fetch stream, and says no more."""
+    """The HEADERS frame that opens a Fetch stream."""
     fields = {":method": "POST", ":scheme": "http", ":path": "/tolhouse.v1.Lookup/Fetch"}
     fields |= {":authority": "x", "te": "trailers", "content-type": "application/grpc"}
     block = b""
@@ -403,7 +403,7 @@ def opening(stream: int) -> bytes:
 
 
 def test_streams_of_a_connection_are_limited(store: str) -> None:
-    """Of ten thousand, those above the limit end at once, and other clients are served."""
+    """Of ten thousand, those above the limit are refused, and other clients are served."""
     with (
         process("lookup", "--store", store, *LOCAL) as lookup,
         connect(lookup.address) as greedy,
@@ -431,7 +431,7 @@ def test_streams_of_a_connection_are_limited(store: str) -> None:
 
 
 def frames(data: bytes) -> Iterator[int]:
-    """The types of whole HTTP/2 frames."""
+    """The types of the complete HTTP/2 frames."""
     at = 0
     while at + 9 <= len(data):
         yield data[at + 3]
@@ -439,7 +439,7 @@ def frames(data: bytes) -> Iterator[int]:
 
 
 def settings_of(connection: socket.socket) -> dict[int, int]:
-    """The SETTINGS frame with which an HTTP/2 server begins."""
+    """The first SETTINGS frame of an HTTP/2 server."""
     connection.sendall(PREFACE + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
     head = connection.recv(9, socket.MSG_WAITALL)
     length = int.from_bytes(head[:3])
@@ -447,25 +447,25 @@ def settings_of(connection: socket.socket) -> dict[int, int]:
     return dict(struct.iter_unpack(">HI", body))
 
 
-def test_each_service_tells_its_limits(cluster: Cluster) -> None:
-    """In HTTP/2's own terms: streams of a connection (3), bytes of a header (6)."""
+def test_each_service_announces_its_limits(cluster: Cluster) -> None:
+    """SETTINGS has the streams of a connection (3) and the bytes of a header (6)."""
     for address in (cluster.lookup, cluster.workers):
         with connect(address) as connection:
             told = settings_of(connection)
         assert (MAX_STREAMS, 16 << 10) == (told[3], told[6])
 
 
-def test_connections_that_say_nothing_are_closed(cluster: Cluster) -> None:
-    """A gRPC service waits ten seconds for the beginning of HTTP/2."""
+def test_silent_connections_are_closed(cluster: Cluster) -> None:
+    """A gRPC service waits ten seconds for the preface of HTTP/2."""
     with connect(cluster.lookup) as silent, connect(cluster.lookup) as halting:
         halting.sendall(PREFACE[:5])
         for connection in (silent, halting):
             connection.settimeout(60)
-            connection.recv(1 << 20, socket.MSG_WAITALL)  # up to the end
+            connection.recv(1 << 20, socket.MSG_WAITALL)  # until the end
 
 
 def test_too_many_connections_to_a_service_are_closed(store: str) -> None:
-    """And when they have gone, there is room."""
+    """New connections succeed once others are closed."""
     with process("lookup", "--store", store, *LOCAL) as lookup:
 
         def greeted() -> socket.socket:
@@ -486,7 +486,7 @@ def test_too_many_connections_to_a_service_are_closed(store: str) -> None:
 
 
 def test_metrics_are_served_while_others_hold_connections(store: str) -> None:
-    """A connection that says nothing keeps nobody waiting."""
+    """A silent connection does not delay other requests."""
     with process("lookup", "--store", store, *LOCAL) as lookup:
         address = lookup.ready["metrics"]
         with many(lambda: connect(address), 40):

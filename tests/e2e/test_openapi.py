@@ -1,4 +1,4 @@
-"""The gateway against its own description: schemathesis calls every route."""
+"""The gateway agrees with its OpenAPI description: schemathesis calls every route."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import httpx
 import pytest
 from tolhouse.testing import local_cluster
 
-# a body that fits its schema may name a model, or have a length, that is not served
+# a valid body may have an unknown model or a length that does not fit
 NOT_CHECKED = "positive_data_acceptance"
 
 
@@ -27,8 +27,8 @@ def schemathesis(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_gateway_is_as_it_says(gateway: str, tmp_path: Path) -> None:
-    """Every answer has a described status, type and form; what is forbidden is refused."""
+def test_the_gateway_matches_its_description(gateway: str, tmp_path: Path) -> None:
+    """Each response has a described status, type and form, and invalid requests are refused."""
     few = ("--max-examples", "10", "--seed", "1", "--continue-on-failure")
     url = f"{gateway}/openapi.json"
     done = schemathesis(tmp_path, url, "--exclude-checks", NOT_CHECKED, *few)
@@ -37,8 +37,8 @@ def test_the_gateway_is_as_it_says(gateway: str, tmp_path: Path) -> None:
     assert f"Tested: {sum(map(len, routes))}" in done.stdout
 
 
-def test_an_answer_that_is_not_described_would_be_found(gateway: str, tmp_path: Path) -> None:
-    """The check can fail: by a description without errors, a refusal is a finding."""
+def test_an_undescribed_response_is_found(gateway: str, tmp_path: Path) -> None:
+    """The check can fail: without described errors, a refusal is a failure."""
     described = httpx.get(f"{gateway}/openapi.json").json()
     route = described["paths"]["/detokenize"]["post"]
     del route["responses"]["default"]

@@ -1,4 +1,4 @@
-"""The one list of sampling parameters, and that every interface has it."""
+"""Sampling parameters: every interface has the same list."""
 
 import math
 
@@ -20,7 +20,7 @@ EXTREMES = (
 
 
 def test_every_interface_has_the_list() -> None:
-    """The fields of the proto and of both request bodies are those of the list, with its bounds."""
+    """The proto and both request bodies have the fields of the list, with their bounds."""
     proto = set(GenerateRequest.DESCRIPTOR.fields_by_name) - {"request_id", "prompt_token_ids"}
     assert set(SamplingParams.model_fields) == proto
     for body in (CompletionRequest, ChatRequest):
@@ -33,7 +33,7 @@ def test_every_interface_has_the_list() -> None:
 
 @pytest.mark.parametrize("options", [{}, *EXTREMES])
 def test_a_request_carries_them_all(options: dict) -> None:
-    """What one side accepts at its bounds arrives, and is accepted at the other side too."""
+    """A value at a bound crosses the wire and is accepted on the other side."""
     sent = SamplingParams(**options)
     wire = sent.to_proto([1]).SerializeToString()
     arrived = SamplingParams.from_proto(GenerateRequest.FromString(wire))
@@ -65,13 +65,13 @@ def test_a_request_carries_them_all(options: dict) -> None:
     ids=str,
 )
 def test_values_are_checked(options: dict) -> None:
-    """Each value out of its bounds, and a name that is not in the list, is refused by name."""
+    """Values out of bounds and unknown names are refused by name."""
     with pytest.raises(InvalidArgumentError, match=next(iter(options))):
         SamplingParams(**options)
 
 
 def test_a_prompt_of_other_things_is_refused() -> None:
-    """The prompt has to be a list of token ids of 32 bits."""
+    """The prompt must be a list of token ids of 32 bits."""
     for prompt in ([-1], [2**32], ["a"], [1.5]):
         with pytest.raises(InvalidArgumentError, match="token ids"):
             SamplingParams().to_proto(prompt)

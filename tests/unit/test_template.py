@@ -1,4 +1,4 @@
-"""Chat templates, found and rendered as transformers does."""
+"""Chat templates: their files, and rendering as in transformers."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def made(folder: Path, **config) -> ChatTemplate:
 
 
 def test_a_template_is_found_in_either_file(tmp_path: Path) -> None:
-    """In tokenizer_config.json, a text or one of several; chat_template.jinja goes first."""
+    """tokenizer_config.json has one or several, and chat_template.jinja takes precedence."""
     assert "a" == made(tmp_path, chat_template="a").render(MESSAGES)
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     assert "d" == made(tmp_path, chat_template=named).render(MESSAGES)
@@ -25,7 +25,7 @@ def test_a_template_is_found_in_either_file(tmp_path: Path) -> None:
 
 
 def test_templates_have_what_transformers_gives_them(tmp_path: Path) -> None:
-    """Special tokens, plain tojson, trimmed blocks, loop controls; nothing is escaped."""
+    """Special tokens, plain tojson, trimmed blocks and loop controls, without escaping."""
     text = "{% for m in messages %}\n    {% if loop.index > 1 %}{% break %}{% endif %}\n"
     text += "{{ m.content }}{{ m | tojson }}\n{% endfor %}"
     text = "{{ bos_token }}" + text + "{{ eos_token }}"
@@ -39,7 +39,7 @@ def test_templates_have_what_transformers_gives_them(tmp_path: Path) -> None:
 
 
 def test_a_developer_is_a_system_where_the_template_has_none(tmp_path: Path) -> None:
-    """OpenAI's newer role has the place of the older one, unless the template knows it."""
+    """OpenAI's newer role is rendered as the older one, unless the template has it."""
     messages = [{"role": "developer", "content": "a"}]
     source = "{{ messages[0].role }}"
     assert "system" == made(tmp_path, chat_template=source).render(messages)
@@ -57,14 +57,14 @@ def test_a_developer_is_a_system_where_the_template_has_none(tmp_path: Path) -> 
         ("{{ 1 / 0 }}", "refuses"),
     ],
 )
-def test_what_fails_in_a_template_is_told(tmp_path: Path, source: str, message: str) -> None:
-    """A refusal of the template's own, a defect in it, or a way out of the sandbox."""
+def test_a_failing_template_is_reported(tmp_path: Path, source: str, message: str) -> None:
+    """A refusal by the template, an error in it, and an escape from the sandbox are refused."""
     with pytest.raises(InvalidArgumentError, match=message):
         made(tmp_path, chat_template=source).render(MESSAGES)
 
 
 def test_no_template_and_bad_ones(tmp_path: Path) -> None:
-    """What would be needed is named; a file that can't be read as one is refused at start."""
+    """The error names the missing files, and a malformed file is refused at start."""
     needed = r"needs a chat_template.jinja, or a tokenizer_config.json"
     with pytest.raises(InvalidArgumentError, match=needed):
         ChatTemplate(tmp_path).render(MESSAGES)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: prompts, single tokens, and completions while they arrive."""
+"""Text to token ids and back: prompts, single tokens, and completions as they arrive."""
 
 import asyncio
 import itertools
@@ -31,7 +31,7 @@ def detokenizer(*arguments: Any, **options: Any) -> Detokenizer:
 
 @given(st.text(max_size=60))
 def test_tokens_show_their_bytes(text: str) -> None:
-    """The bytes of a text's tokens are those of the text; offsets are where tokens begin."""
+    """The tokens' bytes are those of the text, and offsets are where tokens begin."""
     ids = ids_of(text)
     shown = [VOCABULARY.shown(i, first=False) for i in ids]
     assert text.encode() == b"".join(bytes(raw) for _, raw in shown)
@@ -42,14 +42,14 @@ def test_tokens_show_their_bytes(text: str) -> None:
 
 
 def test_half_a_character_shows_as_bytes() -> None:
-    """As in OpenAI's answers; a special token shows as it is written."""
+    """The form is OpenAI's, and a special token shows its text."""
     first, *_ = ids_of("世")
     assert ("bytes:\\xe4", [0xE4]) == VOCABULARY.shown(first, first=False)
     assert "<|endoftext|>" == VOCABULARY.shown(0, first=True)[0]
 
 
 def test_long_texts_are_tokenised_alike_or_refused() -> None:
-    """In a thread or not, the ids are the same; what can't fit is refused before."""
+    """Ids are the same in a thread, and a text that can't fit is refused before."""
     text = "import os\n" * 1000
     assert TOKENIZER.encode(text).ids == ids_of(text)
     with pytest.raises(PromptTooLongError, match="10000 characters"):
@@ -59,7 +59,7 @@ def test_long_texts_are_tokenised_alike_or_refused() -> None:
 
 
 def test_long_work_leaves_the_event_loop_free() -> None:
-    """While a long text is tokenised and its ids are written as JSON, other tasks go on."""
+    """Other tasks run while a long text is tokenised and its ids are written as JSON."""
 
     async def run() -> tuple[list[int], str, list[int]]:
         ticks, counts = 0, []
@@ -86,7 +86,7 @@ def test_long_work_leaves_the_event_loop_free() -> None:
 
 @given(st.lists(st.text(max_size=100), max_size=5))
 def test_texts_in_a_batch_have_the_ids_that_each_has_alone(texts: list[str]) -> None:
-    """Also where all of them together are long enough for a thread."""
+    """This holds for batches in the event loop and in a thread."""
     for more in ([], ["import os\n" * 500]):
         batch = [*texts, *more]
         expected = [TOKENIZER.encode(text).ids for text in batch]
@@ -96,14 +96,14 @@ def test_texts_in_a_batch_have_the_ids_that_each_has_alone(texts: list[str]) -> 
 
 @given(st.text('"\\ä世\n\x00😀', max_size=50), st.integers(0, 3))
 def test_json_in_turns_is_json(text: str, times: int) -> None:
-    """Long texts and lists are what json itself would write."""
+    """Long texts and lists are the same as those of the json module."""
     text *= 10**times
     assert text == json.loads(asyncio.run(text_json(text)))
     assert [*text] == json.loads(asyncio.run(list_json([*text])))
 
 
 def test_ids_are_checked() -> None:
-    """From 0 up to the vocabulary's end."""
+    """Ids from 0 to the end of the vocabulary are allowed."""
     assert [0, 9] == check_ids([0, 9], 10)
     for bad in (-1, 10, 2**70):
         with pytest.raises(InvalidArgumentError, match="allowed are 0 to 9"):
@@ -112,7 +112,7 @@ def test_ids_are_checked() -> None:
 
 @given(st.text(min_size=1, max_size=80), st.lists(st.integers(1, 5), min_size=1, max_size=40))
 def test_text_arrives_whole_whatever_the_pieces(text: str, sizes: list[int]) -> None:
-    """Pieces of a text add up to it, and no piece has half a character."""
+    """The parts add up to the text, and no part has half of a character."""
     ids = TOKENIZER.encode(text).ids
     expected = TOKENIZER.decode(ids)
     stream, pieces, at = detokenizer(), [], 0
@@ -131,7 +131,7 @@ def test_text_arrives_whole_whatever_the_pieces(text: str, sizes: list[int]) -> 
     st.data(),
 )
 def test_stop_strings_cut_as_a_naive_search_would(text: str, stops: list[str], data) -> None:
-    """However tokens arrive, the text ends at the stop string that is complete first."""
+    """The text ends at the stop string that is complete first, however tokens arrive."""
     ends = [(n, n - len(s)) for n in range(len(text) + 1) for s in stops if text[:n].endswith(s)]
     include = data.draw(st.booleans())
     expected = text[: min(ends)[0 if include else 1]] if ends else text
@@ -154,7 +154,7 @@ def test_stop_strings_cut_as_a_naive_search_would(text: str, stops: list[str], d
 def test_a_stop_string_counts_after_min_tokens(
     text: str, stops: list[str], least: int, sizes: list[int]
 ) -> None:
-    """It may begin within the first tokens, but not be complete there."""
+    """It may begin within the first tokens, but must be complete after them."""
     ids = [TOKENIZER.token_to_id(c) for c in text]  # a token for each character
     ends = [
         (n, n - len(s))
@@ -208,7 +208,7 @@ def test_a_prompt_shows_what_was_given() -> None:
 
 
 class Counted(str):
-    """A stop string that counts the characters that are looked at beside str's own searches."""
+    """A stop string that counts its slices and prefix searches."""
 
     __slots__ = ()
     seen = 0
@@ -223,7 +223,7 @@ class Counted(str):
 
 
 def test_the_cost_of_stop_strings_does_not_grow_with_their_length() -> None:
-    """Only what the text could have begun is looked at, so long stop strings cost what short do."""
+    """Long stop strings cost as much as short ones."""
     ids = TOKENIZER.encode("def foo(self, x):\n    return self.items\n" * 6).ids
 
     def looks(length: int) -> int:
@@ -239,7 +239,7 @@ def test_the_cost_of_stop_strings_does_not_grow_with_their_length() -> None:
 
 
 def test_bytes_that_never_become_a_character_are_shown_at_the_end() -> None:
-    """A completion cut in the middle of a character ends in U+FFFD, as the tokenizer has it."""
+    """A completion that ends within a character ends in U+FFFD, as in the library."""
     ids = TOKENIZER.encode("世").ids[:-1]
     stream = detokenizer()
     assert "" == stream.push(ids)[0]

@@ -50,7 +50,7 @@ TEXTS = {name: TokenTexts(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 
 
 def bytes_are_characters(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
-    """Whether each run of byte tokens is UTF-8, where the library shows what we do."""
+    """Whether each run of byte tokens is UTF-8, so that the library shows the same text."""
     if "ByteFallback" not in repr(tokenizer.decoder):
         return True
     runs = b""
@@ -68,7 +68,7 @@ def bytes_are_characters(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(data=st.data())
 def test_tokens_one_by_one_give_the_library_s_text(name: str, data: st.DataObject) -> None:
-    """With every chain of decoders; after a prompt, they continue the prompt's text."""
+    """This holds for every chain of decoders, and after a prompt they continue its text."""
     tokenizer, texts = TOKENIZERS[name], TEXTS[name]
     size = tokenizer.get_vocab_size()
     pieces = (tokenizer.token_to_id(piece) for piece in BYTES.split())
@@ -102,7 +102,7 @@ def test_tokens_one_by_one_give_the_library_s_text(name: str, data: st.DataObjec
 def test_an_invalid_byte_shows_as_one_character(
     tokenizer: Tokenizer, pieces: str, parts: list[str]
 ) -> None:
-    """What was returned stays, each invalid byte is U+FFFD, and the rest follows."""
+    """Each invalid byte is U+FFFD, and neither the text before nor after it changes."""
     ids = [tokenizer.token_to_id(piece) for piece in pieces.split()]
     decoder = TokenDecoder(TokenTexts(tokenizer))
     found = [decoder.push(i) for i in ids]
@@ -112,7 +112,7 @@ def test_an_invalid_byte_shows_as_one_character(
 
 
 def test_a_character_that_the_prompt_begins_is_completed() -> None:
-    """If it is not, its bytes belong to the prompt's text and not to the answer's."""
+    """Otherwise its bytes are part of the prompt's text and not of the answer's."""
     texts = TEXTS["Llama"]
     first, second, third, a = map(LLAMA.token_to_id, ("<0xE4>", "<0xBD>", "<0xA0>", "A"))
     assert "你A" == texts.continuation([a, first], [second, third, a])
@@ -169,7 +169,7 @@ def saved(folder: Path, change: Any, mark: bytes = b"") -> Path:
 
 
 def test_truncation_and_padding_are_reset(tmp_path: Path) -> None:
-    """A file that was saved after training encodes texts whole; a byte order mark is ignored."""
+    """A file that was saved after training encodes whole texts. A byte order mark is ignored."""
 
     def change(data: dict) -> None:
         data["truncation"] = {
@@ -206,7 +206,7 @@ def test_truncation_and_padding_are_reset(tmp_path: Path) -> None:
 def test_an_added_token_keeps_its_id_or_is_refused(
     tmp_path: Path, content: str, token_id: int, message: str
 ) -> None:
-    """The library renumbers some silently; the error names the token and both ids."""
+    """The library renumbers some without an error. Ours names the token and both ids."""
 
     def change(data: dict) -> None:
         data["added_tokens"].append(data["added_tokens"][0] | {"content": content, "id": token_id})
@@ -230,7 +230,7 @@ def test_an_added_token_may_follow_the_vocabulary(tmp_path: Path) -> None:
 
 
 def test_two_tokens_with_one_id_are_refused(tmp_path: Path) -> None:
-    """The text of the id would be that of either."""
+    """The error names both tokens."""
     path = tmp_path / "tokenizer.json"
     model = {"type": "WordLevel", "vocab": {"a": 0, "b": 0}, "unk_token": "a"}
     data = {"version": "1.0", "added_tokens": [], "model": model}
@@ -240,7 +240,7 @@ def test_two_tokens_with_one_id_are_refused(tmp_path: Path) -> None:
 
 
 def test_ids_have_to_lie_in_the_vocabulary(checkpoint: Path) -> None:
-    """As many tokens as the model has are fine, one more is not."""
+    """A tokenizer may have as many tokens as the model, and not more."""
     size = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).get_vocab_size()
     assert size == load_tokenizer(checkpoint / "tokenizer.json", size).get_vocab_size()
     with pytest.raises(
@@ -250,7 +250,7 @@ def test_ids_have_to_lie_in_the_vocabulary(checkpoint: Path) -> None:
 
 
 def test_an_id_above_the_vocabulary_is_refused_however_few_tokens_there_are(tmp_path: Path) -> None:
-    """Ids may have gaps: what counts is the largest."""
+    """Ids may have gaps; the largest must be below the vocabulary size."""
     path = tmp_path / "tokenizer.json"
     Tokenizer(models.WordLevel({"a": 0, "b": 5000}, unk_token="a")).save(str(path))
     assert [5000] == load_tokenizer(path, 5001).encode("b").ids
@@ -261,7 +261,7 @@ def test_an_id_above_the_vocabulary_is_refused_however_few_tokens_there_are(tmp_
 def test_equal_files_have_equal_ids(
     checkpoint: Path, flex_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """The id is that of the bytes: 64 hex digits, and others once a byte differs."""
+    """The id has 64 hex digits and depends on each byte."""
     data = (checkpoint / "tokenizer.json").read_bytes()
     assert tokenizer_id(checkpoint / "tokenizer.json") == tokenizer_id(
         flex_checkpoint / "tokenizer.json"
@@ -272,10 +272,10 @@ def test_equal_files_have_equal_ids(
 
 
 @given(data=st.data())
-def test_a_spoilt_tokenizer_is_refused_or_works(
+def test_a_damaged_tokenizer_is_refused(
     checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Cut anywhere, or replaced by any bytes, it is an InvalidArgumentError that names the file."""
+    """A truncated or random file raises an InvalidArgumentError that names the file."""
     whole = (checkpoint / "tokenizer.json").read_bytes()
     path = tmp_path_factory.mktemp("spoilt") / "tokenizer.json"
     path.write_bytes(
@@ -290,8 +290,8 @@ def test_a_spoilt_tokenizer_is_refused_or_works(
         load_tokenizer(path)
 
 
-def test_a_tokenizer_that_is_not_there_is_not_found(tmp_path: Path) -> None:
-    """A missing file, and a folder in its place."""
+def test_a_missing_tokenizer_is_not_found(tmp_path: Path) -> None:
+    """A missing file and a folder in its place raise NotFoundError."""
     for path in (tmp_path / "tokenizer.json", tmp_path):
         with pytest.raises(NotFoundError, match=f"no tokenizer at {path}"):
             load_tokenizer(path)
