@@ -1,4 +1,4 @@
-"""Files that can be replaced while they are in use: certificates, tokens, keys."""
+"""Files that may be replaced while they are in use: certificates, tokens, keys."""
 
 import fcntl
 import json
@@ -20,19 +20,20 @@ T = TypeVar("T")
 
 
 class ReloadingFiles(Generic[T]):
-    """What `read` makes of `paths`, read again when they change. Threads may share it.
+    """The value of `read()`, which is called again when one of the files `paths` changes.
 
-    If a later reading fails, as of a file half written, the value stays and the log says why.
+    If `read` fails later, for example on a half-written file, the value stays and the error is
+    logged. Several threads may share one object.
     """
 
     def __init__(self, paths: Iterable[str], read: Callable[[], T]) -> None:
         self.paths, self._read = tuple(path for path in paths if path), read
         self._lock = threading.Lock()
-        self._seen = self._versions()  # before reading, so that a change meanwhile is noticed
+        self._seen = self._versions()  # before reading, to notice a change in the meantime
         self._value = read()
 
     def get(self) -> T:
-        """What the files hold now, for one `stat` of each."""
+        """The current value, after one `stat` per file."""
         if self._versions() == self._seen:
             return self._value
         with self._lock:
@@ -42,7 +43,7 @@ class ReloadingFiles(Generic[T]):
                     self._value = self._read()
                     event("files read again", files=", ".join(self.paths))
                 except (OSError, InvalidArgumentError) as error:
-                    news = "files changed and can't be used: the contents before stay in use"
+                    news = "changed files cannot be used: the previous contents stay in use"
                     event(news, logging.ERROR, reason=str(error))
                 self._seen = versions
             return self._value
@@ -58,9 +59,12 @@ class ReloadingFiles(Generic[T]):
 
 @contextmanager
 def locked(path: Path, seconds: float = 30.0) -> Iterator[None]:
-    """Hold the lock of a folder, or of a file, which is made; InUseError if it is not free in time.
+    """Hold the lock of a folder, or of a file, which is created if it is missing.
 
-    The lock ends with the process. Network file systems lock files alone.
+    The lock ends with the process. Network file systems lock only files.
+
+    Raises:
+        InUseError: Another process has held the lock for `seconds`.
     """
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
     descriptor, deadline = os.open(path, flags, 0o666), time.monotonic() + seconds
@@ -71,7 +75,7 @@ def locked(path: Path, seconds: float = 30.0) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    what = f"another process has the lock of {path}"
+                    what = f"another process holds the lock of {path}"
                     raise InUseError(f"{what}: try again once it is done") from None
             time.sleep(0.01)
         yield
@@ -80,32 +84,32 @@ def locked(path: Path, seconds: float = 30.0) -> Iterator[None]:
 
 
 def read_file(path: str, what: str) -> bytes:
-    """The bytes of `path`; an InvalidArgumentError says what the file is for."""
+    """Read a file; the InvalidArgumentError names its purpose, `what`."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise InvalidArgumentError(
-            f"{what} {path} can't be read: {error.strerror or error}"
+            f"{what} {path} cannot be read: {error.strerror or error}"
         ) from None
 
 
 def read_json(path: Path) -> Any:
     """The JSON in a file in UTF-8 or UTF-16, with or without a byte order mark.
 
-    NotFoundError without the file; InvalidArgumentError if it can't be read or is not JSON.
+    NotFoundError without the file; InvalidArgumentError if it cannot be read or is not JSON.
     """
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise NotFoundError(f"there is no file {path}") from None
     except OSError as error:
-        raise InvalidArgumentError(f"{path} can't be read: {error.strerror or error}") from None
+        raise InvalidArgumentError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise InvalidArgumentError(f"{path} is not JSON: {error}") from None
 
 
 def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace a file, which keeps its mode and owner, at once; a pipe or device is written into."""
+    """Replace a file atomically and keep its mode and owner; write into a pipe or device."""
     try:
         before = path.stat() if path.exists() else None
         if before and not stat.S_ISREG(before.st_mode):
@@ -125,6 +129,6 @@ def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
         finally:
             fresh.unlink(missing_ok=True)
     except BrokenPipeError:
-        raise  # the reader has had enough
-    except OSError as error:  # its own text names the fresh file
-        raise InvalidArgumentError(f"{path} can't be written: {error.strerror or error}") from None
+        raise  # the reader has closed the pipe
+    except OSError as error:  # its message names the temporary file
+        raise InvalidArgumentError(f"{path} cannot be written: {error.strerror or error}") from None

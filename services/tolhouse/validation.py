@@ -1,4 +1,4 @@
-"""Turns the errors of pydantic into InvalidArgumentError."""
+"""Turns errors of pydantic into InvalidArgumentError."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -19,7 +19,7 @@ def validated(what: str) -> Callable[[C], C]:
     """
 
     def decorate(cls: C) -> C:
-        construct = cls.__init__  # type: ignore[misc]  # the one that pydantic made
+        construct = cls.__init__  # type: ignore[misc]  # from pydantic
 
         @wraps(construct)
         def init(self: Any, *arguments: Any, **fields: Any) -> None:

@@ -84,7 +84,7 @@ def test_a_token_file_is_checked(text: str, tmp_path: Path) -> None:
     contents."""
     path = tmp_path / "t"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(InvalidArgumentError, match="must hold a token a line") as caught:
+    with pytest.raises(InvalidArgumentError, match="must hold one token per line") as caught:
         TokenFile(str(path))
     assert "short" not in str(caught.value)
 

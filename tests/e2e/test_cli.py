@@ -106,8 +106,8 @@ def test_rows_and_text_from_the_shell(checkpoint: Path, tmp_path: Path) -> None:
             *complete, "--max-tokens", "999", *served, code=1
         )
     assert norms == norms_of(tolhouse("fetch", ref, "3", "5", "--rows", url))
-    assert "can't be reached" in tolhouse(*complete, *served, code=1)
-    assert "can't be reached" in tolhouse("fetch", ref, "1", *rows, code=1)
+    assert "cannot be reached" in tolhouse(*complete, *served, code=1)
+    assert "cannot be reached" in tolhouse("fetch", ref, "1", *rows, code=1)
 
 
 def test_x0_is_shown_in_the_shell(checkpoint: Path, tmp_path: Path) -> None:

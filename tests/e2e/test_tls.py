@@ -117,7 +117,7 @@ def test_every_link_speaks_mutual_tls(checkpoint: Path, pki: Path, tmp_path: Pat
         build_table(checkpoint, url)
         lookup, worker, gateway = stack.enter_context(secured(checkpoint, url, pki)).processes
         with httpx.Client(verify=context(pki)) as http:
-            body = {"prompt": "def add", "max_tokens": 4}
+            body = {"prompt": "def add", "max_tokens": 4, "ignore_eos": True}
             answer = http.post(f"https://{gateway.address}/v1/completions", json=body)
             metrics = [http.get(f"https://{p.ready['metrics']}/metrics") for p in (lookup, worker)]
         assert (200, 4) == (answer.status_code, answer.json()["usage"]["completion_tokens"])
@@ -132,7 +132,7 @@ def test_every_link_speaks_mutual_tls(checkpoint: Path, pki: Path, tmp_path: Pat
             for stranger in (ClientCredentials(f"{pki}/ca.pem"), ClientCredentials()):
                 with (
                     Client(peer.address, 3, credentials=stranger) as client,
-                    pytest.raises(UnavailableError, match="want a TLS certificate that it trusts"),
+                    pytest.raises(UnavailableError, match="require TLS or a client certificate"),
                 ):
                     client.tables()
         assert "a long password" not in "".join(
@@ -181,7 +181,7 @@ def bad(pki: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("expired", "has expired"),
         ("elsewhere", "is for another host name"),
-        ("untrusted", "is not of the authority trusted here"),
+        ("untrusted", "is not signed by a trusted authority"),
     ],
 )
 def test_a_server_s_bad_certificate_is_told(name: str, said: str, bad: Path, store: str) -> None:
@@ -204,7 +204,7 @@ def test_a_client_s_bad_certificate_is_refused(name: str, bad: Path, store: str)
         shown = ClientCredentials(f"{bad}/ca.pem", f"{bad}/{name}.pem", f"{bad}/{name}.key")
         with (
             Client(lookup.address, 3, credentials=shown) as client,
-            pytest.raises(UnavailableError, match="want a TLS certificate that it trusts"),
+            pytest.raises(UnavailableError, match="require TLS or a client certificate"),
         ):
             client.tables()
         with Client(lookup.address, 3, credentials=access(bad)) as client:
@@ -224,19 +224,19 @@ def test_tls_meets_plaintext(pki: Path, store: str) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--tls-cert {0}/service.pem", "go together: only the certificate is given"),
-        ("--tls-key {0}/service.key", "go together: only the key is given"),
-        ("--tls-cert {0}/service.pem --tls-key {0}/client.key", "client.key is not that of the"),
-        ("--tls-cert {0}/not.pem --tls-key {0}/service.key", "is no PEM certificate"),
-        ("--tls-cert {0}/gone.pem --tls-key {0}/service.key", "gone.pem can't be read: No such"),
-        ("--tls-cert {0}/service.pem --tls-key {0}", "the TLS key {0} can't be read: Is a dir"),
+        ("--tls-cert {0}/service.pem", "its certificate; only the certificate is given"),
+        ("--tls-key {0}/service.key", "its certificate; only the key is given"),
+        ("--tls-cert {0}/service.pem --tls-key {0}/client.key", "client.key does not belong to"),
+        ("--tls-cert {0}/not.pem --tls-key {0}/service.key", "is not a PEM certificate"),
+        ("--tls-cert {0}/gone.pem --tls-key {0}/service.key", "gone.pem cannot be read: No such"),
+        ("--tls-cert {0}/service.pem --tls-key {0}", "the TLS key {0} cannot be read: Is a dir"),
         (
             "--tls-cert {0}/service.pem --tls-key {0}/service.key --tls-client-ca {0}/not.pem",
-            "not.pem holds no PEM certificate",
+            "not.pem has no PEM certificate",
         ),
         ("--tls-client-ca {0}/ca.pem", "--tls-client-ca needs --tls-cert and --tls-key"),
-        ("--token-file {0}/missing", "the token file {0}/missing can't be read"),
-        ("--token-file {0}/not.pem", "must hold a token a line, each of at least 16"),
+        ("--token-file {0}/missing", "the token file {0}/missing cannot be read"),
+        ("--token-file {0}/not.pem", "must hold one token per line, each of at least 16"),
     ],
 )
 def test_files_that_do_not_fit_are_refused_at_start(
@@ -259,7 +259,7 @@ def test_what_is_this_machine() -> None:
 
 def test_plaintext_between_machines_has_to_be_asked_for(checkpoint: Path, store: str) -> None:
     """For listening and calling, for each kind of port, the error says what to do."""
-    said = "or --insecure where the network is trusted"
+    said = "or --insecure if the network is trusted"
     for command in (("lookup", "--store", store), ("gateway", str(checkpoint))):
         assert said in refusal(*command, "--listen", "0.0.0.0:0")
     assert said in refusal("lookup", "--store", store, *LOCAL, "--metrics-listen", "0.0.0.0:0")
@@ -301,7 +301,7 @@ def test_a_password_on_the_command_line_is_warned_of(command: str, redis_url: st
 
 
 def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
-    """Its reader is asked once per change; what can't be read leaves what was."""
+    """Its reader is asked once per change; what cannot be read leaves what was."""
     path = tmp_path / "n"
     path.write_text("1", encoding="utf-8")
     reads: list[int] = []
@@ -402,7 +402,7 @@ def test_certificates_and_authority_are_replaced_under_load(
             client.tables()
         with (
             Client(lookup.address, 3, credentials=access(old)) as client,
-            pytest.raises(UnavailableError, match="not of the authority trusted here"),
+            pytest.raises(UnavailableError, match="not signed by a trusted authority"),
         ):
             client.tables()
         for address in (gateway.address, worker.ready["metrics"]):

@@ -216,7 +216,7 @@ def test_a_table_is_copied_from_files_to_redis_without_computing(
         (("--shards", "0"), "TOLHOUSE_BUILD_SHARDS"),
         (("--shards", "60000"), "at most one shard per token"),
         (("--store", "ftp://x"), "not understood"),
-        (("--store", "redis://127.0.0.1:1"), "can't be reached"),
+        (("--store", "redis://127.0.0.1:1"), "cannot be reached"),
         (("--name", "new", "--ray-address", "127.0.0.1:1"), "no Ray cluster"),
         (("--name", "new", "--ray-address", "nowhere"), "no Ray cluster"),
         (("--name", "../up"), "not allowed"),

@@ -65,7 +65,7 @@ def framed(header: bytes) -> bytes:
 
 
 SHARD = "shard-00001-of-00002.safetensors"
-NO_SHARD = f"{SHARD} is truncated, or not of records of 28 bytes"
+NO_SHARD = f"{SHARD} is truncated, or does not have records of 28 bytes"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (Path.unlink, f"{SHARD} is missing"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), NO_SHARD),
@@ -115,7 +115,7 @@ def test_a_file_truncated_in_use_is_corrupt(store: FileStore, shards: list[Path]
     for size in (len(whole) - 1, 200, 0):
         assert_holds(store, table())
         path.write_bytes(whole[:size])
-        with pytest.raises(CorruptError, match=f"{path.name} changed its size while in use"):
+        with pytest.raises(CorruptError, match=f"{path.name} changed its size while it was in use"):
             read(store, table())
         path.write_bytes(whole)
     assert_holds(store, table())
@@ -270,7 +270,7 @@ def test_the_error_of_an_empty_store_names_the_build(tmp_path: Path) -> None:
     """A missing folder is an empty store, which reading does not create."""
     with closing(FileStore(tmp_path / "none")) as store:
         assert [] == store.refs()
-        with pytest.raises(NotFoundError, match="no tables here yet: `tolhouse build`"):
+        with pytest.raises(NotFoundError, match="no tables here yet; `tolhouse build`"):
             resolve(store, "t")
     assert [] == list(tmp_path.iterdir())
 

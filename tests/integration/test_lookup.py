@@ -407,7 +407,7 @@ def test_what_can_not_start_says_why(service: Process, tmp_path: Path) -> None:
     for store, options, message in (
         (empty, ("--listen", service.address), "in use"),
         (empty, (*LOCAL, "--metrics-listen", service.address), "in use"),
-        (f"redis://127.0.0.1:{free_port()}", LOCAL, "can't be reached"),
+        (f"redis://127.0.0.1:{free_port()}", LOCAL, "cannot be reached"),
         (str(tmp_path), LOCAL, "not understood"),
         ("redis://127.0.0.1/first", LOCAL, "not understood"),
         (f"file://{file}", LOCAL, "is a file, and no folder"),
@@ -446,7 +446,7 @@ def test_redis_may_die_and_come_back(checkpoint: Path) -> None:
         with serving(url, *options) as (_, client):
             expected = client.fetch(ref, [1, 2, 3]).tobytes()
             stack.close()
-            with pytest.raises(errors.UnavailableError, match="can't be reached"):
+            with pytest.raises(errors.UnavailableError, match="cannot be reached"):
                 client.fetch(ref, [1, 2, 3])
             with redis_server(port=port) as again:
                 build_table(checkpoint, again, shards=3)

@@ -240,7 +240,7 @@ def test_auxiliary_tables_can_not_be_edited(checkpoint: Path, store: Store) -> N
     base = compressed(checkpoint, store, 0.5)
     made = make_overlay(store, base.ref, ids(1), np.zeros((1, 4, 96), np.float32))
     for part in (base.frequent_rows, base.basis, made.edits):
-        with pytest.raises(InvalidArgumentError, match=r"is a part of .* and no table to edit"):
+        with pytest.raises(InvalidArgumentError, match=r"is a part of .* and cannot be edited"):
             make_overlay(store, part, ids(1), np.zeros((1, 4, 96), np.float32))
 
 

@@ -217,7 +217,7 @@ def test_an_unwritable_folder_raises_an_error(tmp_path: Path) -> None:
     """An obstructed folder raises UnavailableError with its path and leaves nothing behind."""
     (tmp_path / "blocked").write_text("x", encoding="utf-8")
     with closing(open_store(f"file://{tmp_path}")) as store:
-        with pytest.raises(UnavailableError, match="can't write"):
+        with pytest.raises(UnavailableError, match="cannot write"):
             write(store, manifest_of("blocked"))
     assert ["blocked"] == [p.name for p in tmp_path.iterdir()]
 

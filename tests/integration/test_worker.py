@@ -404,7 +404,7 @@ def test_what_can_not_start_says_why(
         str(checkpoint), *to, "--table", "nothing", "--lookup-wait-seconds", "0.2"
     )
     nobody = ("--rows", f"127.0.0.1:{free_port()}", "--lookup-wait-seconds", "0.5")
-    assert "can't be reached" in refused(str(checkpoint), *nobody)
+    assert "cannot be reached" in refused(str(checkpoint), *nobody)
     assert "in use" in refused(str(checkpoint), *to, "--listen", cluster.workers)
     assert "TOLHOUSE_WORKER_MAX_NUM_SEQS" in refused(str(checkpoint), *to, "--max-num-seqs", "0")
     assert "holds no block" in refused(str(checkpoint), *to, "--kv-cache-megabytes", "0.001")

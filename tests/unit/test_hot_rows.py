@@ -1,4 +1,4 @@
-"""Hot rows of several versions, and rows that can't be read."""
+"""Hot rows of several versions, and rows that cannot be read."""
 
 import asyncio
 from contextlib import closing

@@ -162,7 +162,7 @@ def test_unknown_fields_are_kept_unless_required() -> None:
     manifest = Manifest.from_json(text_of(later={"a": [1, 2.5]}))
     assert {"later": {"a": [1, 2.5]}} == manifest.extra
     assert {"a": [1, 2.5]} == json.loads(manifest.to_json())["later"]
-    with pytest.raises(InvalidArgumentError, match=r"needs \['later'\].*upgrade"):
+    with pytest.raises(InvalidArgumentError, match=r"requires \['later'\].*upgrade"):
         Manifest.from_json(text_of(later=1, requires=["parent", "later"]))
 
 

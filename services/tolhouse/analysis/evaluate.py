@@ -34,7 +34,7 @@ def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -
         texts = [text for _, text in whole_files(path)]
         if not texts:
             folder = "holds no text that is UTF-8"
-            wrong = folder if path.is_dir() else "is not UTF-8, or can't be read"
+            wrong = folder if path.is_dir() else "is not UTF-8, or cannot be read"
             raise InvalidArgumentError(f"{path} {wrong}: give a text file or a folder of them")
     else:
         texts = [text for name, text in documents(standard_library()) if is_held_out(name)]

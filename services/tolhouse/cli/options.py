@@ -54,7 +54,7 @@ class Commands(click.Group):
             message = installation_hint(package, COMMAND_EXTRAS.get(command, ""))
             if not message:
                 raise
-        except (TolhouseError, OSError) as error:  # also a file that can't be read, a full disk
+        except (TolhouseError, OSError) as error:  # also a file that cannot be read, a full disk
             message = str(error)
         # it may quote what a service said, or a file holds
         click.echo("\n".join(map(printable, f"error: {message}".split("\n"))), err=True)

@@ -83,7 +83,7 @@ def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
     opened = open_checkpoint(checkpoint)
     stores = [open_store(url, settings.store_timeout_seconds) for url in stores_of(settings)]
     for store in stores:
-        store.refs()  # one that can't be reached is reported before the work, not after
+        store.refs()  # one that cannot be reached is reported before the work, not after
     plain = _planned(opened, settings)
     sizes = settings.rank_share, settings.size_ratio, max(0, settings.frequent_rows)
     scheme = compress.Scheme(settings.codec, *sizes, settings.frequent_codec)

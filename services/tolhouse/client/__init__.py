@@ -1,1 +1,1 @@
-"""The client SDK: rows from row sources, tokens from workers; without torch, ray or redis."""
+"""The client SDK: rows from row sources, and tokens from workers, without torch, ray or redis."""

@@ -185,7 +185,7 @@ class Client:
             InvalidArgumentError: A parameter is unknown or not allowed. PromptTooLongError: the
                 prompt and `max_tokens` exceed the context.
             OverloadedError: The worker's queue is full.
-            UnavailableError: The worker can't be reached.
+            UnavailableError: The worker cannot be reached.
             DeadlineExceededError: The completion took longer than `timeout`.
 
         Example:

@@ -1,6 +1,7 @@
 """One replica: its channel, and a Fetch stream with any number of requests in flight.
 
-gRPC copies a record into the reply; it is copied once more, to the caller, and verified there.
+gRPC copies a record into a reply. The record is copied once more, to the caller's buffer, and
+verified there.
 """
 
 import itertools
@@ -32,7 +33,7 @@ from tolhouse.v1 import lookup_pb2 as pb
 
 
 class Request(Future[None]):
-    """Verified records of `ids` (uint32 [T]) on their way to `slots` of `out`, which is flat."""
+    """A request for the records of `ids` (uint32 [T]), which go to `slots` of the flat `out`."""
 
     def __init__(self, manifest: Manifest, ids: Array, out: memoryview, slots: list[int]) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class Request(Future[None]):
         self._received, self._given_up, self._lock = 0, False, threading.Lock()
 
     def receive(self, reply: pb.FetchReply, records: memoryview) -> bool:
-        """Copy the records of a reply; whether the request has ended."""
+        """Copy the records of a reply; return whether the request has ended."""
         with self._lock:
             if self._given_up or self.done():
                 return True
@@ -73,7 +74,7 @@ class Request(Future[None]):
                 self.set_exception(error)
 
     def give_up(self) -> None:
-        """Write nothing to `out` from now on."""
+        """Do not write to `out` any more."""
         with self._lock:
             self._given_up = True
 
@@ -82,11 +83,11 @@ class _Stream(NamedTuple):
     call: Any
     outgoing: SimpleQueue[pb.FetchRequest | None]
     pending: dict[int, Request]  # by request_id
-    replied: list[float]  # when the last reply came; one value
+    replied: list[float]  # one value: when the last reply was received
 
 
 class Replica:
-    """Opens its stream when first used, and again after it broke. Thread-safe."""
+    """Opens its stream when it is first used, and again after it broke. Thread-safe."""
 
     def __init__(self, target: str, credentials: ClientCredentials) -> None:
         self.target, self.credentials = target, credentials
@@ -102,7 +103,7 @@ class Replica:
         return self.channel()
 
     def call(self, stub: type, method: str, request: Any, timeout_seconds: float) -> Any:
-        """Make a unary call."""
+        """Make a unary call, and return the reply."""
         call, metadata = getattr(stub(self.open_channel()), method), self.credentials.metadata()
         try:
             if not is_cancellable():
@@ -117,6 +118,7 @@ class Replica:
             raise ClosedError(f"the connection to {self.target} is closed") from None
 
     def submit(self, manifest: Manifest, ids: Array, out: memoryview, slots: list[int]) -> Request:
+        """Send a request for the records of `ids`, to be written to `slots` of `out`."""
         request, number = Request(manifest, ids, out, slots), next(self._numbers)
         message = pb.FetchRequest(request_id=number, table=manifest.ref)
         message.token_ids = ids.astype("<u4", copy=False).tobytes()
@@ -129,7 +131,7 @@ class Replica:
         return request
 
     def reset(self, error: TolhouseError, silent_since: float = inf) -> None:
-        """Fail all requests in flight, with their stream, if no reply came after `silent_since`."""
+        """End the stream and fail its requests, if there was no reply after `silent_since`."""
         with self._lock:
             if not (stream := self._stream) or stream.replied[0] > silent_since:
                 return
@@ -140,7 +142,7 @@ class Replica:
         stream.call.cancel()
 
     def replied_since(self, moment: float) -> bool:
-        """Whether a reply to any request came after `moment`, by the monotonic clock."""
+        """Whether a reply was received after `moment`, by the monotonic clock."""
         stream = self._stream
         return bool(stream and stream.replied[0] > moment)
 
@@ -152,7 +154,7 @@ class Replica:
 
     def _open(self, channel: grpc.Channel) -> _Stream:
         outgoing: SimpleQueue[pb.FetchRequest | None] = SimpleQueue()
-        # replies stay bytes: net/fetch_reply.py reads them
+        # replies stay bytes, which net/fetch_reply.py parses
         write = pb.FetchRequest.SerializeToString
         fetch = channel.stream_stream("/tolhouse.v1.Lookup/Fetch", write)
         call = fetch(iter(outgoing.get, None), metadata=self.credentials.metadata())

@@ -1,4 +1,4 @@
-"""Asynchronous calls to workers, as the gateway makes them."""
+"""Asynchronous calls to one worker, for the gateway and `AsyncClient`."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -14,7 +14,7 @@ from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
 
 class WorkerChannel:
-    """One worker, called from an event loop."""
+    """The channel to one worker, for one event loop."""
 
     def __init__(self, target: str, credentials: ClientCredentials, name: str = "") -> None:
         """`name` is the worker's name in error messages; by default "worker TARGET"."""
@@ -30,6 +30,7 @@ class WorkerChannel:
             call.cancel()
 
     async def describe(self, seconds: float) -> pb.DescribeWorkerReply:
+        """Describe the worker, within `seconds`."""
         stub, metadata = GenerationStub(self._channel()), self.credentials.metadata()
         try:
             request = pb.DescribeWorkerRequest()
@@ -54,13 +55,15 @@ class WorkerChannel:
             async for reply in call:
                 yield reply
         except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.CANCELLED:  # not by us: it ends
+            if (
+                error.code() is grpc.StatusCode.CANCELLED
+            ):  # cancelled by the worker, which is stopping
                 raise UnavailableError(f"{self._name} takes no more calls") from None
             raise error_of(error, self._name) from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if call in self._calls or (task and task.cancelling()):
-                raise  # the caller was cancelled
+                raise  # the task was cancelled
             raise UnavailableError(f"{self._name} does not answer any more") from None
         finally:
             self._calls.discard(call)

@@ -1,4 +1,4 @@
-"""Rows from the replicas of a lookup service over gRPC, and which of them to ask for each shard."""
+"""Rows from the replicas of a lookup service over gRPC, and the choice of a replica per shard."""
 
 import logging
 import threading
@@ -28,21 +28,22 @@ from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import lookup_pb2 as pb
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
-# another replica, or the same once more, may do better
+# another replica, or another attempt, may succeed
 _RETRIED = (UnavailableError, DeadlineExceededError, RequestCancelledError, CorruptError)
 _ROUNDS = 2
-_Part = tuple[Replica, Array]  # a replica, and the indices to ask it for
-_PROBE_SECONDS = _RESOLVE_SECONDS = 1.0  # of a probe; between two look-ups of a name's addresses
+_Part = tuple[Replica, Array]  # a replica, and the indices of the ids that it is asked for
+_PROBE_SECONDS = 1.0  # time limit of a probe
+_RESOLVE_SECONDS = 1.0  # between two DNS look-ups of a name
 
 
 class LookupRowSource(RowSource):
-    """Asks the replicas in each shard's order."""
+    """Fetches each shard's rows from its replicas, in the order that rendezvous hashing gives."""
 
     def __init__(self, targets: Targets, timeout: float, credentials: ClientCredentials) -> None:
         self.timeout_seconds = timeout
         self.replicas = Replicas(targets, credentials, self._probe)
         super().__init__(self.replicas.name)
-        self._max_ids = 65_536  # of a request; replicas say how many they take
+        self._max_ids = 65_536  # ids per request; replicas state their limit
 
     def tables(self) -> list[tuple[Manifest, bool]]:
         found = self._call("ListTables", pb.ListTablesRequest()).tables
@@ -70,15 +71,18 @@ class LookupRowSource(RowSource):
         for attempt in range(_ROUNDS * count):
             check_cancelled()
             if attempt and attempt % count == 0 and not all(_bad_rows(e) for e in errors if e):
-                time.sleep(0.05)  # all have failed once: a moment for one to come back
+                time.sleep(0.05)  # every replica has failed; one may recover
             end = time.monotonic()
             patience = (deadline - end) / (_ROUNDS * count - attempt)
-            # the first may hang while another replica is left
+            # the first replica may hang, and the others need time, too
             end += max(0.001, patience if attempt or count == 1 else patience / 2)
             requests = [
                 (replica, part, replica.submit(manifest, ids[part], flat, slots[part].tolist()))
                 for replica, owned in self.replicas.divide(manifest, ids, left, attempt)
-                for indices in (owned[~bad[owned]], owned[bad[owned]])  # bad rows fail no others
+                for indices in (
+                    owned[~bad[owned]],
+                    owned[bad[owned]],
+                )  # bad rows are requested apart from the others
                 for first in range(0, len(indices), self._max_ids)
                 for part in (indices[first : first + self._max_ids],)
             ]
@@ -99,14 +103,14 @@ class LookupRowSource(RowSource):
         raise _outcome([error for error in errors if error], ids[left])
 
     def _wait(self, replica: Replica, request: Request, end: float) -> BaseException | None:
-        """Wait for a request until `end`; its error, after which nothing is written for it."""
+        """Wait for a request until `end`; return its error."""
         began = time.monotonic()
         try:
             error = request.exception(max(0.0, end - began))
         except TimeoutError:
-            error = DeadlineExceededError(f"lookup {replica.target} did not answer in time")
-            replica.reset(error, silent_since=began)  # others of its requests may be answered
-        # a replica that answers, if only that its store is slow, goes on serving its hot rows
+            error = DeadlineExceededError(f"lookup replica {replica.target} did not answer in time")
+            replica.reset(error, silent_since=began)  # it may answer other requests
+        # a replica that replies at all, even that its store is slow, still serves its hot rows
         silent = isinstance(error, DeadlineExceededError) and not replica.replied_since(began)
         if silent or isinstance(error, UnavailableError):
             self.replicas.health.report_down(replica.target, error)
@@ -115,7 +119,7 @@ class LookupRowSource(RowSource):
         return error
 
     def _probe(self, replica: Replica) -> bool:
-        """Whether a replica answers for the table described last, be it with an error."""
+        """Whether a replica answers a Describe call for the latest table, even with an error."""
         ref = next((manifest.ref for manifest in reversed(self._manifests.values())), "")
         request = pb.DescribeRequest(table=ref, known=ref)
         try:
@@ -125,7 +129,7 @@ class LookupRowSource(RowSource):
         return True
 
     def _call(self, method: str, request: Any) -> Any:
-        """The answer of the first replica that has one."""
+        """Call the replicas in turn; return the first reply."""
         replicas = self.replicas.in_turn() * _ROUNDS
         seconds = max(0.0, end_after(self.timeout_seconds) - time.monotonic())
         timeout, error = seconds / len(replicas), TolhouseError()
@@ -138,10 +142,11 @@ class LookupRowSource(RowSource):
 
 
 class Replicas:
-    """A replica for each address of `targets`, as these change. Safe to use from several threads.
+    """One replica per address of `targets`; DNS names are resolved again and again.
 
-    Rendezvous hashing gives each shard an order of replicas, so that their hot rows differ; those
-    that are down or slow come last. `probe` says whether one answers.
+    Rendezvous hashing gives each shard an order of replicas, so that their caches hold different
+    rows. Replicas that are down or slow come last. `probe` returns whether a replica answers.
+    Several threads may share one object.
     """
 
     def __init__(
@@ -168,19 +173,19 @@ class Replicas:
                 replica.close()
 
     def in_turn(self) -> list[Replica]:
-        """All replicas, healthy ones first; UnavailableError while there are none."""
+        """Return all replicas, healthy ones first; UnavailableError while there are none."""
         replicas = self._replicas
         if not replicas:
             raise UnavailableError(f"{self.name}: the name has no address yet")
         return [replicas[target] for target in self.health.order(replicas)]
 
     def divide(self, manifest: Manifest, ids: Array, left: Array, attempt: int) -> Iterator[_Part]:
-        """The indices `left` of `ids`, by the replica to ask for them at this attempt."""
+        """Divide the indices `left` of `ids` among the replicas for this attempt."""
         replicas = self.in_turn()
         if len(replicas) == 1:
             yield replicas[0], left
             return
-        healthy = sum(self.health.up(r.target) for r in replicas)  # if there is one, no others
+        healthy = sum(self.health.up(r.target) for r in replicas)  # only these, if there are any
         shards, rank = manifest.shard_of(ids[left]), attempt % (healthy or len(replicas))
         targets = tuple(replica.target for replica in replicas)
         order = _order(manifest.ref, manifest.num_shards, targets, self.health.unhealthy)
@@ -192,11 +197,11 @@ class Replicas:
         while not self._closed.wait(_RESOLVE_SECONDS):
             try:
                 self._renew()
-            except TolhouseError as error:  # a TLS file that does not fit, for now
-                event("new addresses can't be called", logging.WARNING, reason=str(error))
+            except TolhouseError as error:  # such as a TLS file that is being replaced
+                event("new addresses cannot be called", logging.WARNING, reason=str(error))
 
     def _renew(self) -> None:
-        """Resolve names. A replica that its name has lost ends with the last call that has it."""
+        """Resolve names. A replica without an address ends after its last call."""
         found, now = self._addresses.look_up(), self._replicas
         with self._renewing:
             if found != tuple(now) and not self._closed.is_set():
@@ -210,14 +215,15 @@ def _cancel(requests: list[Request]) -> None:
 
 
 def _bad_rows(error: BaseException) -> tuple[int, ...]:
-    """Tokens whose rows are missing or damaged, where the error knows them."""
+    """The tokens of missing or damaged rows, if the error has them."""
     return error.token_ids if isinstance(error, CorruptError) else ()
 
 
 def _outcome(errors: list[BaseException], ids: Array) -> BaseException:
-    """What a fetch fails with that got no rows of `ids`: CorruptError names tokens only if it got
-    all
-    others."""
+    """The error of a fetch that lacks the rows of `ids`.
+
+    It is a CorruptError with token ids only if all other rows were received.
+    """
     bad = [token for error in errors for token in _bad_rows(error)]
     if set(bad) == set(ids.tolist()):
         return CorruptError(str(errors[0]), bad)
@@ -227,7 +233,7 @@ def _outcome(errors: list[BaseException], ids: Array) -> BaseException:
 
 @lru_cache(64)
 def _order(ref: str, num_shards: int, targets: tuple[str, ...], unhealthy: frozenset[str]) -> Array:
-    """Indices of `targets` in each shard's order [num_shards, targets]; healthy ones first."""
+    """Each shard's order of `targets`, as indices [num_shards, targets]; healthy ones first."""
     texts = (f"{ref}:{shard}:{target}" for shard in range(num_shards) for target in targets)
     weights = np.array([xxh3_64_intdigest(text.encode()) for text in texts], np.uint64)
     order = np.argsort(weights.reshape(num_shards, -1), axis=1)

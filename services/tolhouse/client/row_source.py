@@ -1,6 +1,6 @@
 """Row sources: where rows are read from, named by a URL. lookup.py calls lookup services.
 
-All give verified records of exactly the version asked for, or the same errors.
+Every row source returns verified records of the requested version, or raises the same errors.
 """
 
 import logging
@@ -43,7 +43,7 @@ Array = np.ndarray
 
 
 class Newest(dict[str, T]):
-    """The 16 values set last: a process outlives many versions, and a manifest may be large."""
+    """The 16 values set last. A process sees many versions, and a manifest may be large."""
 
     def __setitem__(self, key: str, value: T) -> None:
         self.pop(key, None)
@@ -53,56 +53,70 @@ class Newest(dict[str, T]):
 
 
 class RowSource(ABC):
-    """Tables, and the records of their rows. Safe to use from several threads."""
+    """Tables and the records of their rows. Several threads may share a row source."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        # by "name@version", and by "name" the version that it stood for last
+        # by "name@version"; and by "name", with the version that was published last
         self._manifests: Newest[Manifest] = Newest()
         self._auxiliary: Newest[AuxiliaryTables] = Newest()
 
     @abstractmethod
     def tables(self) -> list[tuple[Manifest, bool]]:
-        """Every table, and whether its name stands for it."""
+        """List every table, and whether it is the published version of its name."""
 
     @abstractmethod
     def pin(self, ref: str) -> None:
-        """Protect "name@version" from deletion for half a minute, as each fetch from it does."""
+        """Protect "name@version" from deletion for 30 seconds, as each fetch from it does."""
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close all connections and files."""
 
     @abstractmethod
     def _describe(self, table: str, known: Manifest | None) -> Manifest:
-        """The manifest; `known` itself where that is still the one."""
+        """Read the manifest; return `known` itself if it is still current."""
 
     @abstractmethod
-    def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None: ...
+    def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
+        """Read the records of `ids` [T] into rows `slots` [T] of `out`."""
 
     def describe(self, table: str) -> Manifest:
-        """The manifest of "name@version", or of what "name" stands for now; NotFoundError."""
+        """Read the manifest of "name@version", or of the published version of "name".
+
+        Raises:
+            NotFoundError: There is no such table.
+        """
         has_version, known = split_ref(table)[1] is not None, self._manifests.get(table)
         if known and has_version:
             return known
         found = self._describe(table, known)
         if has_version and found.ref != table:
-            raise CorruptError(
-                f"{self.url} describes table {found.ref} where {table} was asked for"
-            )
+            raise CorruptError(f"{self.url} describes table {found.ref} instead of {table}")
         self._manifests[table] = self._manifests[found.ref] = found
         return found
 
     def fetch_records(
         self, manifest: Manifest, ids: Array, out: Array | None = None, slots: Array | None = None
     ) -> Array:
-        """Verified records of distinct `ids` (uint32 [T]) in rows `slots` [T] of `out`.
+        """Read and verify the records of distinct ids.
 
-        `out` is uint8 [., record_bytes], contiguous; by default it is made, with records in order.
-        After an error its rows may hold anything, and are not written to any more.
-        IdOutOfRangeError;
-        NotFoundError: the table is gone; UnavailableError, DeadlineExceededError; CorruptError:
-        no row is intact, or
-        those of its `token_ids` are not, while all others are in place.
+        Args:
+            manifest: The table.
+            ids: Distinct token ids, uint32 [T].
+            out: A contiguous array uint8 [slots, record_bytes]. Default: a new one.
+            slots: The row of `out` for each id, [T]. Default: 0, 1, 2 and so on.
+
+        Returns:
+            `out`. After an error its contents are undefined, and nothing writes to it any more.
+
+        Raises:
+            IdOutOfRangeError: An id is not below the size of the vocabulary.
+            NotFoundError: The table was deleted.
+            UnavailableError: The source cannot be reached.
+            DeadlineExceededError: The source did not answer in time.
+            CorruptError: With `token_ids`, those rows are bad and all others are in `out`. Without,
+                no row could be read.
         """
         manifest.check_ids(ids)
         if out is None:
@@ -112,7 +126,7 @@ class RowSource(ABC):
         return out
 
     def auxiliary(self, manifest: Manifest) -> AuxiliaryTables:
-        """What the rows of a table need besides its records."""
+        """Load the auxiliary tables of a table."""
 
         def fetch(ref: str) -> tuple[Manifest, Array]:
             found = self.describe(ref)
@@ -124,15 +138,15 @@ class RowSource(ABC):
 
 
 class StoreRowSource(RowSource):
-    """Rows that this process reads from a store, with a lease on each version that it reads."""
+    """Reads a store in this process, and holds a lease on each version that it reads."""
 
     def __init__(self, url: str, open_store: Callable[[], Store]) -> None:
         super().__init__(url)
         self._open_store = open_store
         self._store: Store | None = None
         self._opening, self._closed = threading.Lock(), False
-        self._leased: Newest[float] = Newest()  # when a version's lease was renewed
-        with suppress(UnavailableError, DeadlineExceededError):  # the store may come up later
+        self._leased: Newest[float] = Newest()  # when the lease of a version was renewed
+        with suppress(UnavailableError, DeadlineExceededError):  # the store may start later
             _ = self.store
 
     @property
@@ -172,7 +186,7 @@ class StoreRowSource(RowSource):
         except ClosedError:
             return
         except TolhouseError as error:
-            event("a lease can't be renewed", logging.WARNING, table=ref, reason=str(error))
+            event("a lease cannot be renewed", logging.WARNING, table=ref, reason=str(error))
 
     def _describe(self, table: str, known: Manifest | None) -> Manifest:
         return known if known and stands_for(self.store, known.ref) else resolve(self.store, table)
@@ -193,7 +207,7 @@ class StoreRowSource(RowSource):
                 fresh = self.store.manifest(ref)
                 if fresh.num_shards == current.num_shards:
                     raise
-                self._manifests[ref] = fresh  # it was built again, in other shards
+                self._manifests[ref] = fresh  # the table was built again with other shards
                 self.store.read_records(fresh, ids, out, slots)
 
 

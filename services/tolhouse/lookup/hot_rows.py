@@ -1,8 +1,8 @@
-"""Hot rows in memory over the reads of a row source.
+"""Hot rows: an in-memory cache over a row source.
 
-Reads run in threads of their own, all else in the event loop. Each open table has a row cache,
-filled with frequent tokens first. A row is read once for all that wait, and a bad one fails those
-alone that ask for it. Unused, unpublished versions close.
+Reads run in threads, everything else in the event loop. Each open table has a row cache, which is
+filled with the rows of frequent tokens first. Concurrent requests for a row share one read. A bad
+row fails only the requests for it. Versions that are neither used nor published are closed.
 """
 
 import asyncio
@@ -26,15 +26,17 @@ from tolhouse.table.manifest import Buffer, Manifest, record_views
 from tolhouse.table.row_cache import RowCache, capacity_for
 from tolhouse.tracing import INVALID_SPAN, Span, under
 
-_CHUNK_BYTES = 1 << 20  # records that are handed on at once
-_READ_BYTES = 4 << 20  # records that are read at once
+_CHUNK_BYTES = 1 << 20  # of records per chunk
+_READ_BYTES = 4 << 20  # of records per read
 _MOST_OPEN_TABLES = 8
-_READERS = 16  # a store that hangs holds them until its timeout
+_READERS = 16  # threads; a store that hangs blocks them until its timeout
 
-Read = Future[dict[int, Buffer | CorruptError]]  # by token: a verified record, or why there is none
+Read = Future[dict[int, Buffer | CorruptError]]  # by token: a verified record, or an error
 
 
 class OpenTable:
+    """A table with its cache, and the reads in flight."""
+
     def __init__(self, manifest: Manifest, hot_bytes: int) -> None:
         self.manifest, self.used = manifest, time.monotonic()
         shape = capacity_for(manifest, hot_bytes), manifest.record_bytes
@@ -43,30 +45,32 @@ class OpenTable:
         self.reading: dict[int, Read] = {}
 
     def cold(self, ids: np.ndarray) -> list[int]:
+        """Distinct ids that are not in the cache."""
         return list(dict.fromkeys(ids[self.cache.slot_of[ids] < 0].tolist()))
 
 
 class HotRows:
-    """Rows of all tables of `source`; each open table has `hot_bytes` of its own."""
+    """Cached rows of all tables of `source`, with `hot_bytes` per open table."""
 
     def __init__(
         self, source: StoreRowSource, hot_bytes: int, idle_seconds: float = 2 * LEASE_SECONDS
     ) -> None:
         self.source, self.hot_bytes, self.idle_seconds = source, hot_bytes, idle_seconds
-        self.bad: dict[str, set[int]] = {}  # tokens whose rows could not be read, by table
-        self.lost = asyncio.Event()  # rows could not be read since it was cleared
-        self.open: dict[str, OpenTable] = {}  # by "name@version", the one used last at the end
+        self.bad: dict[str, set[int]] = {}  # tokens of rows that could not be read, by table
+        self.lost = asyncio.Event()  # set when rows could not be read
+        self.open: dict[str, OpenTable] = {}  # by "name@version", the latest used last
         self._tasks: set[asyncio.Task] = set()
         self._readers = ThreadPoolExecutor(_READERS, "store read")
         self._start(self._close_idle())
 
     def close(self) -> None:
+        """Cancel tasks and reads."""
         for task in self._tasks:
             task.cancel()
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     def are_hot(self, ref: str, packed: bytes) -> bool:
-        """Whether rows of `packed` token ids can be had without a read."""
+        """Whether the rows of `packed` token ids are all cached."""
         if not (table := self.open.get(ref)) or len(packed) % 4:
             return False
         ids = np.frombuffer(packed, "<u4")
@@ -74,7 +78,7 @@ class HotRows:
         return known and bool((table.cache.slot_of[ids] >= 0).all())
 
     async def table(self, ref: str) -> OpenTable:
-        """The table "name@version", opened on first use; NotFoundError if there is none."""
+        """The table "name@version", opened when first used; NotFoundError."""
         if ref not in self.open:
             manifest = await asyncio.to_thread(self.source.describe, ref)
             if ref not in self.open:
@@ -88,20 +92,23 @@ class HotRows:
         return table
 
     async def open_published(self) -> None:
-        """Open published tables, so that they are filled before the first request."""
+        """Open published tables, so that their caches are filled before the first request."""
         with suppress(TolhouseError):  # requests will get the error
             found = await asyncio.to_thread(self.source.tables)
             if not found:
-                event("the store holds no table yet", WARNING, store=self.source.url)
+                event("the store has no table yet", WARNING, store=self.source.url)
             for ref in [m.ref for m, published in found if published][:_MOST_OPEN_TABLES]:
                 await self.table(ref)
 
     async def chunks(
         self, table: OpenTable, ids: np.ndarray, parent: Span = INVALID_SPAN
     ) -> AsyncIterator[tuple[list[Buffer], int]]:
-        """Chunks of records, good until the event loop goes on, and how many of each were read.
+        """Yield chunks of records, and how many records of each chunk were read.
 
-        CorruptError, with all tokens whose rows are bad; the others are hot then.
+        The records are valid until the next await.
+
+        Raises:
+            CorruptError: With the tokens of all bad rows. All others are cached then.
         """
         bad: dict[int, CorruptError] = {}
         size, begun, ahead = table.manifest.record_bytes, dict[int, Read](), 0
@@ -113,7 +120,7 @@ class HotRows:
                 ahead += window
             part, read = ids[first : first + step], dict[int, Buffer]()
             while missing := [i for i in table.cold(part) if i not in read and i not in bad]:
-                for i in missing:  # rows come and go meanwhile
+                for i in missing:  # rows may be evicted in the meantime
                     arrival = begun.pop(i, None) or self._read(table, part, parent).get(i)
                     if arrival:
                         found = (await asyncio.shield(arrival))[i]
@@ -135,7 +142,7 @@ class HotRows:
     def _read(
         self, table: OpenTable, ids: np.ndarray, parent: Span = INVALID_SPAN, *, main: bool = False
     ) -> dict[int, Read]:
-        """Read those of `ids` that are not hot; what to wait for, by token."""
+        """Start reads of `ids` that are not cached; return the futures to wait for, by token."""
         cold = table.cold(ids)
         new = np.array([i for i in cold if i not in table.reading], np.uint32)
         if len(new):
@@ -167,7 +174,7 @@ class HotRows:
                 intact = ~np.isin(ids, error.token_ids)
                 ids, records = ids[intact], records[intact]
             arrival.set_result(found)
-            await asyncio.sleep(0)  # replies go first
+            await asyncio.sleep(0)  # send replies first
             slots = table.cache.reserve(ids, main=main)
             given = slots >= 0 if (slots < 0).any() else slice(None)  # a slice makes no copy
             table.cache.slab[slots[given]] = records[given]
@@ -177,7 +184,7 @@ class HotRows:
                 del table.reading[i]
 
     def _fetch(self, manifest: Manifest, ids: np.ndarray) -> tuple[np.ndarray, CorruptError | None]:
-        """Records of `ids`, and which of them are bad."""
+        """Read the records of `ids`; return an error with the tokens of bad ones."""
         out = np.empty((len(ids), manifest.record_bytes), np.uint8)
         try:
             return self.source.fetch_records(manifest, ids, out), None
@@ -187,11 +194,13 @@ class HotRows:
             return out, error
 
     async def _fill(self, table: OpenTable) -> None:
-        """Read frequent tokens' rows, then others while there is room; the most frequent last."""
+        """Fill the cache with rows of frequent tokens, then of others; the most frequent last."""
         frequent = table.manifest.frequent
         if not frequent or not table.cache.capacity:
             return
-        others = sorted({*range(table.manifest.vocab_size)} - {*frequent})  # low ids are frequent
+        others = sorted(
+            {*range(table.manifest.vocab_size)} - {*frequent}
+        )  # low ids tend to be frequent
         ids = np.array([*frequent, *others][: table.cache.capacity][::-1], np.uint32)
         step = max(1, _READ_BYTES // table.manifest.record_bytes)
         try:
@@ -205,13 +214,13 @@ class HotRows:
         event("hot rows filled", table=table.manifest.ref, rows=len(table.cache))
 
     async def _close_idle(self) -> None:
-        """Close versions that are neither in use nor published: each holds `hot_bytes`."""
+        """Close versions that are neither used nor published, each of which holds `hot_bytes`."""
         while True:
             await asyncio.sleep(self.idle_seconds / 4)
             for ref, table in list(self.open.items()):
                 if time.monotonic() - table.used < self.idle_seconds:
                     continue
-                with suppress(TolhouseError):  # while the store can't be reached, all stay open
+                with suppress(TolhouseError):  # if the store cannot be reached, keep all tables
                     if not await asyncio.to_thread(stands_for, self.source.store, ref):
                         self.open.pop(ref, None)
                         event("unused table closed", table=ref)

@@ -38,12 +38,14 @@ from tolhouse.v1 import lookup_pb2 as pb
 Requests = AsyncIterator[pb.FetchRequest]
 NAME = "tolhouse.v1.Lookup"
 MAX_IDS_PER_FETCH = 65_536
-MOST_AT_ONCE = 8  # requests of one connection: a reply that nobody reads holds megabytes
+MOST_AT_ONCE = 8  # requests per connection; each unread reply takes megabytes
 
 REQUESTS = Counter("tolhouse_lookup_requests_total", "Fetch requests, by gRPC status", ["status"])
-ROWS = Counter("tolhouse_lookup_rows_total", "Rows served, by where they were", ["source"])
+ROWS = Counter("tolhouse_lookup_rows_total", "Rows served, by source", ["source"])
 ROWS_HOT, ROWS_STORE = ROWS.labels("hot"), ROWS.labels("store")
-MISSING = Counter("tolhouse_lookup_rows_missing_total", "Rows asked for, missing or damaged")
+MISSING = Counter(
+    "tolhouse_lookup_rows_missing_total", "Requested rows that are missing or damaged"
+)
 BYTES = Counter("tolhouse_lookup_bytes_total", "Record bytes served")
 SECONDS = Histogram(
     "tolhouse_lookup_fetch_seconds",
@@ -63,15 +65,17 @@ _STORE_FAILURES: tuple[tuple[type[TolhouseError], type[TolhouseError], str], ...
 
 
 class LookupService:
+    """Answers the calls of protos/tolhouse/v1/lookup.proto."""
+
     def __init__(self, rows: HotRows) -> None:
         self.rows = rows
         self._logged = ""  # the failure of the store that was logged last
         self.draining = False
-        self._unanswered: dict[asyncio.Task, int] = {}  # requests in hand, by stream
-        self._turns = WeakValueDictionary[str, asyncio.Semaphore]()  # by connection
+        self._unanswered: dict[asyncio.Task, int] = {}  # number of open requests per stream
+        self._turns = WeakValueDictionary[str, asyncio.Semaphore]()  # per connection
 
     async def Fetch(self, requests: Requests, context: Context) -> None:
-        """Requests that need reads are answered beside those that do not, which never wait."""
+        """Answer the requests of a stream. Requests for cached rows do not wait for reads."""
         stream = asyncio.current_task()
         turn = self._turns.setdefault(context.peer(), asyncio.Semaphore(MOST_AT_ONCE))
         writing, reading = asyncio.Lock(), set[asyncio.Task]()
@@ -93,7 +97,7 @@ class LookupService:
             reading.discard(task)
             ended()
             if not task.cancelled():
-                task.exception()  # the caller went away
+                task.exception()  # the caller has gone
 
         try:
             async for request in requests:
@@ -119,7 +123,7 @@ class LookupService:
             del self._unanswered[stream]
 
     def drain(self) -> None:
-        """End each stream once its requests are answered: clients keep theirs open."""
+        """End each stream after its open requests, because clients do not close them."""
         self.draining = True
         for stream, count in self._unanswered.items():
             if not count:
@@ -127,7 +131,7 @@ class LookupService:
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         async with errors_as_status(context, self._public):
-            if split_ref(request.table)[1]:  # it is in use; its rows may be cached elsewhere
+            if split_ref(request.table)[1]:  # counts as a use, because workers cache rows
                 manifest = (await self.rows.table(request.table)).manifest
             else:
                 manifest = await asyncio.to_thread(self.rows.source.describe, request.table)
@@ -166,7 +170,7 @@ class LookupService:
         return error
 
     async def _fetch(self, request: pb.FetchRequest) -> AsyncIterator[bytes]:
-        """The serialised replies to one request; an error is the last, and the stream goes on."""
+        """Yield the serialised replies to one request. An error is the last reply."""
         started, status, message = time.perf_counter(), "OK", ""
         parent = tracing.remote(request.traceparent)
         trace = tracing.begin("lookup Fetch", parent, {"tolhouse.table": request.table})
@@ -200,7 +204,7 @@ class LookupService:
 
 
 def register(service: LookupService, server: grpc.aio.Server) -> None:
-    """As the generated code does, but for the replies of Fetch, which are serialised already."""
+    """Register the service as generated code does, except that Fetch yields serialised replies."""
     unary, write = grpc.unary_unary_rpc_method_handler, methodcaller("SerializeToString")
     handlers = {
         "Fetch": grpc.stream_stream_rpc_method_handler(service.Fetch, pb.FetchRequest.FromString),
@@ -214,7 +218,7 @@ def parse_ids(packed: bytes, manifest: Manifest) -> np.ndarray:
     """Token ids uint32 [T] of a request; InvalidArgumentError, IdOutOfRangeError."""
     count, odd = divmod(len(packed), 4)
     if odd:
-        raise InvalidArgumentError(f"token_ids has {len(packed)} bytes; an id has four bytes each")
+        raise InvalidArgumentError(f"token_ids has {len(packed)} bytes; each id has four")
     if count > MAX_IDS_PER_FETCH:
         raise InvalidArgumentError(f"{count} token ids; at most {MAX_IDS_PER_FETCH} are allowed")
     ids = np.frombuffer(packed, "<u4")

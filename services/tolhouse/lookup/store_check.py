@@ -1,7 +1,7 @@
-"""Whether the store has all rows of its tables, and what it lost, refilled from another store.
+"""Checks that the store has all rows of its tables, and restores lost rows from another store.
 
-A Redis may lose rows: it restarts without a disk, evicts keys, or someone deletes them. Rows that
-are hot are served all the same; readiness, a metric and the log say that others are not.
+Redis loses rows if it restarts without persistence, evicts keys, or somebody deletes them. Cached
+rows are still served. Readiness, a metric and the log report that others are lost.
 """
 
 import asyncio
@@ -21,29 +21,34 @@ from tolhouse.store.registry import commit, publish, tables
 from tolhouse.store.writer import shard_digest
 from tolhouse.table.manifest import Manifest, split_ref
 
-INCOMPLETE = Gauge("tolhouse_lookup_incomplete_tables", "Tables of which the store lost rows")
-REFILLED = Counter("tolhouse_lookup_refilled_shards_total", "Shards refilled from --refill")
-_CHECK_SECONDS, _PAUSE_SECONDS = 10.0, 1.0  # between checks, without and with a sign of loss
-_MOST_SHARDS = 256  # of a table that are looked at in one check
+INCOMPLETE = Gauge("tolhouse_lookup_incomplete_tables", "Tables with rows lost from the store")
+REFILLED = Counter("tolhouse_lookup_refilled_shards_total", "Shards restored from --refill")
+_CHECK_SECONDS = 10.0  # between checks
+_PAUSE_SECONDS = 1.0  # between checks after a failed read
+_MOST_SHARDS = 256  # of a table per check
 
 Report = Callable[[bool], Awaitable[None]]
 
 
 @dataclass
 class Loss:
-    manifest: Manifest | None  # as the store has it; None if that is lost too
-    shards: list[int]  # those that lack rows
+    """What the store has lost of a table."""
+
+    manifest: Manifest | None  # None if it is lost, too
+    shards: list[int]  # shards with lost rows
 
 
 class StoreCheck:
+    """Checks the store of `rows` again and again; restores lost rows from `backup`, if given."""
+
     def __init__(self, rows: HotRows, backup: Store | None) -> None:
-        """`backup`: a store whose published tables the other is refilled with."""
         self.rows, self.backup = rows, backup
         self._first_shard = 0
         self._thread = ThreadPoolExecutor(1, "store check")
 
     @property
     def store(self) -> Store:
+        """The store that is checked."""
         return self.rows.source.store
 
     async def run(self, report: Report) -> None:
@@ -58,8 +63,8 @@ class StoreCheck:
                     await self._call(self._refill, losses)
                     await self._tell(await self._call(self._find, {}), report)
                     await self.rows.open_published()
-            except TolhouseError as error:  # such as of a store that can't be reached
-                event("the store can't be checked", logging.WARNING, reason=str(error))
+            except TolhouseError as error:  # for example, the store cannot be reached
+                event("the store cannot be checked", logging.WARNING, reason=str(error))
             except Exception:  # noqa: BLE001 - a defect must not end the checks
                 log.exception("the check of the store failed")
             await asyncio.sleep(_PAUSE_SECONDS)
@@ -78,9 +83,9 @@ class StoreCheck:
         await report(not losses)
 
     def _find(self, bad: dict[str, set[int]]) -> dict[str, Loss]:
-        """Losses of tables in use, and of those that the backup has published, parts first.
+        """Find losses of open tables and of the backup's published tables, dependencies first.
 
-        `bad`: by table, tokens whose rows could not be read.
+        `bad` has tokens of unreadable rows, by table.
         """
         found: dict[str, Loss] = {}
         self._first_shard += _MOST_SHARDS
@@ -99,7 +104,7 @@ class StoreCheck:
         return [m for m, published in tables(self.backup) if published] if self.backup else []
 
     def _is_wanted(self, ref: str) -> bool:
-        """Whether a table that the store lacks was lost: someone may have deleted it."""
+        """Whether a missing table was lost, and not deleted on purpose."""
         name, version = split_ref(ref)
         alias = self.store.alias(name)
         if alias is None or alias.version == version or not (there := self.store.refs()):
@@ -124,7 +129,7 @@ class StoreCheck:
             for shard in some
             if self.store.count(manifest, shard) != len(manifest.shard_ids(shard))
         }
-        if self.backup:  # a damaged row is mended, but the store counts as complete with it
+        if self.backup:  # restore damaged rows, too; without a backup they do not count as lost
             lost |= {token % count for token in bad}
         return Loss(manifest, sorted(lost))
 
@@ -132,8 +137,8 @@ class StoreCheck:
         for ref, loss in losses.items():
             try:
                 self._refill_table(ref, loss)
-            except TolhouseError as error:  # others may be refilled
-                event("can't be refilled", logging.WARNING, table=ref, reason=str(error))
+            except TolhouseError as error:  # continue with other tables
+                event("a table cannot be refilled", logging.WARNING, table=ref, reason=str(error))
         for manifest in self._published():
             if self.store.alias(manifest.name) is None:
                 publish(self.store, manifest.ref)
@@ -144,7 +149,7 @@ class StoreCheck:
         manifest, shards = loss.manifest or source, loss.shards or range(source.num_shards)
         written = 0
         for shard in shards:
-            if shard_digest(self.store, manifest, shard):  # another replica was faster
+            if shard_digest(self.store, manifest, shard):  # another replica has restored it
                 continue
             records = self.backup.read_records(source, manifest.shard_ids(shard))
             self.store.write_shard(manifest, shard, records)

@@ -1,1 +1,1 @@
-"""How processes talk: TLS, credentials, servers, channels, names, health."""
+"""Communication between processes: TLS, credentials, servers, channels, DNS, health."""

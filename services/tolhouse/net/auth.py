@@ -1,6 +1,7 @@
-"""What calls carry, and what a listener demands: TLS files and a token, read when they change.
+"""Credentials of callers and listeners: TLS files and a token. Changed files are read again.
 
-Without TLS, both keep to this machine unless they are insecure. All services share a token.
+Without TLS, only addresses of this machine are allowed, unless `insecure` is set. All services
+share one token.
 """
 
 import hmac
@@ -18,46 +19,48 @@ from tolhouse.errors import InvalidArgumentError
 from tolhouse.files import ReloadingFiles, read_file
 from tolhouse.logs import is_loopback
 
-SYSTEM = "system"  # in place of a file: the authorities that this machine trusts
-_OPEN = "/grpc.health.v1.Health/"  # needs no token: probes have none
+SYSTEM = "system"  # in place of a file: the certificate authorities of this machine
+_OPEN = "/grpc.health.v1.Health/"  # calls of probes, which have no token
 
 Metadata = tuple[tuple[str, str], ...]
 
 
 class Pems(NamedTuple):
-    context: ssl.SSLContext  # of a server that uses them
+    context: ssl.SSLContext  # for a server
     certificate: bytes
     key: bytes
     authority: bytes
 
 
 def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> Pems:
-    """Read three files, "" for one not given; `retries` while only one of a pair is replaced."""
+    """Read the files; "" means none. `retries` are for a pair that is being replaced."""
     if bool(certificate) != bool(key):
         given = "certificate" if certificate else "key"
         raise InvalidArgumentError(
-            f"a TLS certificate and key go together: only the {given} is given"
+            f"a TLS certificate needs its key, and a key its certificate; only the {given} is given"
         )
     if authority == SYSTEM:
         paths = ssl.get_default_verify_paths()
         if not paths.cafile:
-            message = f"there is no file of trusted authorities at {paths.openssl_cafile}"
-            raise InvalidArgumentError(f"{message}: give one by name, not {SYSTEM!r}")
+            message = f"this machine has no file of trusted authorities at {paths.openssl_cafile}"
+            raise InvalidArgumentError(f"{message}: give a file instead of {SYSTEM!r}")
         authority = paths.cafile
     named = {"certificate": certificate, "key": key, "authority": authority}
     pems = [read_file(path, f"the TLS {what}") if path else b"" for what, path in named.items()]
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        if certificate:  # the password is for keys that would ask for one on the terminal
+        if certificate:  # without `password`, an encrypted key would prompt on the terminal
             context.load_cert_chain(certificate, key, password=lambda: b"")
     except ssl.SSLError as error:
-        message = f"{certificate} is no PEM certificate, or {key} no PEM key without a password"
+        message = (
+            f"{certificate} is not a PEM certificate, or {key} not a PEM key without a password"
+        )
         if error.reason == "KEY_VALUES_MISMATCH":
             if retries:
                 time.sleep(0.05)
                 return read_pems(certificate, key, authority, retries - 1)
-            message = f"the TLS key {key} is not that of the certificate {certificate}"
+            message = f"the TLS key {key} does not belong to the certificate {certificate}"
         raise InvalidArgumentError(f"{message} ({error.reason})") from None
     try:
         if authority:
@@ -65,24 +68,25 @@ def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> P
             context.verify_mode = ssl.CERT_REQUIRED
     except ssl.SSLError:
         raise InvalidArgumentError(
-            f"the TLS authority {authority} holds no PEM certificate"
+            f"the TLS authority {authority} has no PEM certificate"
         ) from None
-    if authority:  # a session that is resumed skips the check of the caller's certificate
+    if authority:  # resumed sessions would skip the check of the client certificate
         context.options |= ssl.OP_NO_TICKET
         context.num_tickets = 0
     return Pems(context, *pems)
 
 
 class TokenFile:
-    """A file with a token a line. Callers send the first; listeners accept all."""
+    """A file with one token per line. Callers send the first; listeners accept all."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self.tokens = ReloadingFiles((path,), self._read)
 
     def accepts(self, authorization: str) -> bool:
+        """Whether an authorization header has one of the tokens."""
         scheme, _, token = authorization.encode().partition(b" ")
-        # all are compared, so that the time says nothing of which one fits
+        # compare all, so that the time does not depend on which one matches
         fits = [hmac.compare_digest(token, known) for known in self.tokens.get()]
         return scheme.lower() == b"bearer" and any(fits)
 
@@ -90,7 +94,7 @@ class TokenFile:
         lines = read_file(self._path, "the token file").splitlines()
         tokens = [t for line in lines if (t := line.strip()) and not t.startswith(b"#")]
         if not tokens or not all(re.fullmatch(rb"[!-~]{16,}", token) for token in tokens):
-            rule = "a token a line, each of at least 16 printable ASCII characters"
+            rule = "one token per line, each of at least 16 printable ASCII characters"
             raise InvalidArgumentError(f"the token file {self._path} must hold {rule}")
         return tokens
 
@@ -159,7 +163,7 @@ class ClientCredentials:
         return None
 
     def proxy_option(self, target: str) -> tuple[str, int | str]:
-        """The option of a gRPC channel: without it, variables such as http_proxy name a proxy."""
+        """The channel option for the proxy. Without it, gRPC would use http_proxy and the like."""
         if self.proxy and not is_loopback(target):
             return "grpc.http_proxy", self.proxy
         return "grpc.enable_http_proxy", 0
@@ -179,7 +183,10 @@ class ClientCredentials:
 
 @dataclass(frozen=True)
 class ServerCredentials:
-    """What a listener shows and demands; with `tls_client_ca`, certificates of that authority."""
+    """What a listener presents and requires.
+
+    With `tls_client_ca`, callers must present a certificate of that authority.
+    """
 
     tls_cert: str = ""
     tls_key: str = ""
@@ -188,16 +195,20 @@ class ServerCredentials:
     insecure: bool = False
 
     def check(self, address: str, option: str) -> None:
-        """InvalidArgumentError if `address` may not be listened on."""
+        """Raise InvalidArgumentError if listening on `address` is not allowed."""
         if not self.tls_cert and not self.insecure and not is_loopback(address):
             advice = "give `tls_cert` and `tls_key`, or `insecure` if the network is trusted"
             raise InvalidArgumentError(f"{option} {address} would serve in plaintext: {advice}")
 
     def interceptors(self) -> list[grpc.aio.ServerInterceptor]:
+        """The interceptor that checks the token, if one is required."""
         return [_TokenInterceptor(self.token_file)] if self.token_file else []
 
     def for_grpc(self) -> grpc.ServerCredentials | None:
-        """gRPC asks for the certificate at every handshake. None means plaintext."""
+        """The credentials of a gRPC server, which reads the certificate at each handshake.
+
+        None means plaintext.
+        """
 
         def current() -> grpc.ServerCertificateConfiguration:
             _, cert, key, ca = self._pems.get()
@@ -208,14 +219,14 @@ class ServerCredentials:
         return grpc.dynamic_ssl_server_credentials(current(), current, bool(self.tls_client_ca))
 
     def current_context(self) -> ssl.SSLContext:
-        """The context for one connection, of the files as they are now.
+        """The context for a new connection, made from the current files.
 
-        With other files it is another one, which resumes no session of those before.
+        Changed files make a new context, which does not resume sessions of the previous one.
         """
         return self._pems.get().context
 
     def for_http(self) -> ssl.SSLContext | None:
-        """A context for asyncio's servers, by which each connection has the current one."""
+        """A context for asyncio's servers, which uses the current files for each connection."""
         if not self._pems.get().certificate:
             return None
         context = _CurrentContext(ssl.PROTOCOL_TLS_SERVER)
@@ -245,7 +256,7 @@ class _TokenInterceptor(grpc.aio.ServerInterceptor):
         authorization = dict(call.invocation_metadata).get("authorization", "")
         if call.method.startswith(_OPEN) or self._file.accepts(authorization):
             return await continuation(call)
-        # fits any kind of call: on the wire they are all alike
+        # fits all kinds of calls, which are alike on the wire
         return grpc.stream_stream_rpc_method_handler(self._refuse)
 
     async def _refuse(self, _: object, context: grpc.aio.ServicerContext) -> None:

@@ -1,4 +1,4 @@
-"""Calls to services: channels that follow TLS files, failures as errors, addresses of names."""
+"""Calls to services: channels that reload TLS files, errors of failed calls, addresses of names."""
 
 import os
 import socket
@@ -15,31 +15,34 @@ from tolhouse.files import ReloadingFiles
 from tolhouse.logs import event, join_address, split_address
 from tolhouse.net.auth import ClientCredentials
 
-SCHEME = "dns:///"  # of a target HOST:PORT that stands for all addresses of its name, now and later
+SCHEME = "dns:///"  # of a target HOST:PORT that stands for all addresses of its name
 _CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.optimization_target", "throughput"),
-    # a peer that comes back is found within a second; gRPC's own back-off goes up to two minutes
+    # reconnect within a second; gRPC's default back-off grows to two minutes
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1000),  # also an attempt's time: TLS may take a while
+    (
+        "grpc.min_reconnect_backoff_ms",
+        1000,
+    ),  # also the time limit of an attempt, which includes TLS
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.use_local_subchannel_pool", 1),  # two clients share no connection, nor its back-off
+    ("grpc.use_local_subchannel_pool", 1),  # clients share neither connections nor back-off
 ]
-# what gRPC says of a connection that failed, and what that means
+# parts of gRPC's messages about failed connections, and their meaning
 _TLS_PROBLEMS = {
     "certificate has expired": "its TLS certificate has expired",
     "certificate is not yet valid": "its TLS certificate is not valid yet",
     "Hostname Verification Check failed": "its TLS certificate is for another host name",
-    "CERTIFICATE_VERIFY_FAILED": "its TLS certificate is not of the authority trusted here",
+    "CERTIFICATE_VERIFY_FAILED": "its TLS certificate is not signed by a trusted authority",
     "WRONG_VERSION_NUMBER": "it does not speak TLS",
-    "Socket closed": "it may be full, want TLS, or want a TLS certificate that it trusts",
+    "Socket closed": "it may be overloaded, or require TLS or a client certificate",
 }
-Targets = str | Sequence[str]  # texts, or one with commas between them
+Targets = str | Sequence[str]  # addresses, or one text with commas between them
 _CALLERS_FAULT = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "NOT_FOUND")
 
 
-_used_by: list[int] = []  # the process that used gRPC first: this one, or one that it is a fork of
+_used_by: list[int] = []  # the id of the process that used gRPC first: this one or a parent
 
 
 def _check_fork() -> None:
@@ -56,7 +59,7 @@ def _check_fork() -> None:
 
 
 def dial(target: str, credentials: ClientCredentials, library: Any = grpc) -> Any:
-    """A channel of `library`, grpc or grpc.aio; InvalidArgumentError if `credentials` forbid it."""
+    """Open a channel of `library`, grpc or grpc.aio; InvalidArgumentError if that is forbidden."""
     _check_fork()
     tls = credentials.channel_credentials(target)
     options = [*_CHANNEL_OPTIONS, credentials.proxy_option(target)]
@@ -68,8 +71,8 @@ def dial(target: str, credentials: ClientCredentials, library: Any = grpc) -> An
 
 
 def reloading_channel(target: str, credentials: ClientCredentials, library: Any = grpc) -> Callable:
-    """Returns the channel of `dial`, made anew when the TLS files change."""
-    kept: deque[Any] = deque(maxlen=2)  # calls on the one before may end
+    """A function that returns the channel, and opens another one when the TLS files change."""
+    kept: deque[Any] = deque(maxlen=2)  # calls on the previous channel may finish
 
     def dial_again() -> Any:
         kept.append(dial(target, credentials, library))
@@ -80,21 +83,21 @@ def reloading_channel(target: str, credentials: ClientCredentials, library: Any 
 
 
 def error_of(error: grpc.RpcError, peer: str) -> TolhouseError:
-    """The error that a failed call to `peer` stands for."""
+    """The error of Tolhouse for a failed call to `peer`."""
     status, details = error.code().name, error.details() or ""
     if status == "UNIMPLEMENTED":
         return UnsupportedError(
-            f"{peer} does not serve this call; is it another service's address?"
+            f"{peer} does not serve this call; is it the address of another service?"
         )
     if status == "UNAVAILABLE" and ("connect" in details.lower() or "socket" in details.lower()):
         reasons = [reason for sign, reason in _TLS_PROBLEMS.items() if sign in details]
-        reasons.append("can't be reached")
+        reasons.append("cannot be reached")
         details = f"{reasons[0]} ({details})"
     return from_status(status, details if status in _CALLERS_FAULT else f"{peer}: {details}")
 
 
 class Addresses:
-    """The addresses of `targets`, which `credentials` must allow to call. For one thread."""
+    """The addresses of `targets`, which `credentials` must allow. For one thread."""
 
     def __init__(self, targets: Targets, credentials: ClientCredentials) -> None:
         given = targets.split(",") if isinstance(targets, str) else targets
@@ -108,17 +111,17 @@ class Addresses:
             credentials.channel_credentials(target.removeprefix(SCHEME))
             if target.startswith(SCHEME):
                 self._names[target], self._found[target] = address, ()
-        self._host_of: dict[str, str] = {}  # by address, the name that it was found by
-        self.change = bool(self._names)  # whether another look-up may find others
+        self._host_of: dict[str, str] = {}  # the DNS name of each address
+        self.change = bool(self._names)  # whether addresses may change
 
     def look_up(self) -> tuple[str, ...]:
-        """All addresses, each once. A name that has none now keeps those that it had last."""
+        """Resolve all addresses, each once. A name without addresses keeps its previous ones."""
         for target, (host, port) in self._names.items():
             found: tuple[str, ...] = ()
             with suppress(OSError, UnicodeError):
                 results = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-                ips = sorted({str(at[0]) for *_, at in results})  # resolvers rotate them
-                v4 = [ip for ip in ips if ":" not in ip]  # a pod may have one of each
+                ips = sorted({str(at[0]) for *_, at in results})  # resolvers change the order
+                v4 = [ip for ip in ips if ":" not in ip]  # a pod may have one of each kind
                 found = tuple(join_address(ip, port) for ip in v4 or ips)
             if found and found != self._found[target]:
                 event("addresses changed", target=target, addresses=",".join(found))
@@ -127,6 +130,6 @@ class Addresses:
         return tuple(dict.fromkeys(a for t in self.targets for a in self._found.get(t, (t,))))
 
     def credentials_for(self, address: str) -> ClientCredentials:
-        """The credentials for calls to one address, whose certificate is for its name."""
+        """Credentials for one address, which expect a certificate for its DNS name."""
         host = self._host_of.get(address)
         return replace(self._credentials, tls_name=host) if host else self._credentials

@@ -1,8 +1,9 @@
-"""The health of peers: lookup replicas, Redis nodes, workers, a worker's source of rows.
+"""The health of peers: lookup replicas, Redis nodes, workers, a worker's row source.
 
-A failed call puts its peer down. A call that took long says little: the work may have been large.
-So probes without work compare the peer with others: it is slow if it takes several times as long
-as the quickest. A peer that is down or slow is used last until a probe finds it well.
+A failed call marks its peer as down. A slow call alone does not mark it as slow, because the work
+may have been large. Probes compare the peer with others instead: it is slow if its probe takes
+several times as long as that of the fastest. A peer that is down or slow is used last, until a
+probe succeeds in time.
 """
 
 import logging
@@ -17,26 +18,29 @@ from typing import Literal
 from tolhouse.errors import TolhouseError
 from tolhouse.logs import event, log
 
-SUSPECT_SECONDS = 0.1  # a wait that is worth a probe
-_SLOW_TIMES = 4.0  # as long as the quickest of the others
-_PROBES = 2  # of which the quicker counts: the first may have to connect
+SUSPECT_SECONDS = 0.1  # a call that takes longer causes a probe
+_SLOW_TIMES = 4.0  # a slow peer takes this many times as long as the fastest of the others
+_PROBES = 2  # the faster one counts, because the first may have to connect
 
 State = Literal["up", "probing", "slow", "down", "gone"]
 
 
 @dataclass
 class _Peer:
-    state: State  # "up": it has recovered, and is forgotten if it stays so for the longest pause
-    due: float  # when to look at it again
+    state: (
+        State  # "up" after a recovery; the peer is forgotten if it stays up for the longest pause
+    )
+    due: float  # when to probe it again
     pause: float
 
 
 class PeerHealth:
-    """Tracks peers by name; one that nothing was reported of is up. Threads may share it.
+    """Tracks peers by name. Peers without reports are up. Several threads may share one object.
 
-    `probe(name)` says whether a peer answers, or raises. `alternatives(name)` names peers that can
-    do its work, or is None once the peer is gone. A thread probes peers in trouble with growing
-    pauses, which stay long for a while after a recovery. Without `probe`, reports alone count.
+    `probe(name)` returns whether a peer answers, or raises. `alternatives(name)` returns the peers
+    that can do its work, or None if the peer no longer exists. A thread probes unhealthy peers with
+    growing pauses, which stay long for a while after a recovery. Without `probe`, only reports
+    count.
     """
 
     def __init__(
@@ -52,40 +56,41 @@ class PeerHealth:
         self._kind, self._probe, self._alternatives = kind, probe, alternatives
         self._first, self._longest, self._clock = first_seconds, longest_seconds, clock
         self._peers: dict[str, _Peer] = {}
-        self._changed = threading.Condition()  # with a lock that can be taken twice
+        self._changed = threading.Condition()  # its lock is re-entrant
         self._watching = self._closed = False
         self.unhealthy: frozenset[str] = frozenset()  # those that are down or slow
 
     def up(self, name: str) -> bool:
+        """Whether the peer is neither down nor slow."""
         return name not in self.unhealthy
 
     def order(self, names: Iterable[str]) -> list[str]:
-        """The same names, healthy ones first."""
+        """Return the names, healthy ones first."""
         return sorted(names, key=self.unhealthy.__contains__)
 
     def report_down(self, name: str, reason: object = "") -> None:
-        """A call failed, or found no answer in time."""
+        """Report that a call failed or timed out."""
         self._report(name, "down", reason)
 
     def report_slow(self, name: str) -> None:
-        """A call took long; whether the peer is slow is left to a comparison by probes."""
+        """Report a slow call. Probes then compare the peer with others."""
         known = self._peers.get(name)
         if known is None or known.state == "up":
             self._report(name, "probing")
 
     def report_up(self, name: str) -> None:
-        """The peer is known to be well."""
+        """Report that the peer is healthy."""
         if name in self._peers:
             self._report(name, "up")
 
     def forget(self, name: str) -> None:
-        """The peer is gone for good."""
+        """Remove a peer that no longer exists."""
         with self._changed:
             self._peers.pop(name, None)
             self.unhealthy -= {name}
 
     def close(self) -> None:
-        """Probe no more."""
+        """Stop probing."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -130,24 +135,24 @@ class PeerHealth:
             with self._changed:
                 if state == "gone":
                     self.forget(name)
-                elif name in self._peers:  # it has not been forgotten meanwhile
+                elif name in self._peers:  # it was not forgotten in the meantime
                     pause = min(2 * peer.pause, self._longest)
                     due = self._clock() + (self._longest if state == "up" else pause)
                     self._become(name, _Peer(state, due, pause))
 
     def _examine(self, name: str) -> State:
-        """The state of a peer by probes."""
+        """Probe a peer and return its state."""
         others = self._alternatives(name)
         if others is None:
             return "gone"
         own = self._seconds(name)
         if SUSPECT_SECONDS <= own < inf:
-            quickest = min([inf, *(self._seconds(other) for other in others if self.up(other))])
-            return "slow" if own > _SLOW_TIMES * quickest else "up"
+            fastest = min([inf, *(self._seconds(other) for other in others if self.up(other))])
+            return "slow" if own > _SLOW_TIMES * fastest else "up"
         return "up" if own < inf else "down"
 
     def _seconds(self, name: str) -> float:
-        """How long the peer takes to answer a probe; infinity if it does not answer."""
+        """The seconds that the peer takes to answer a probe; infinity if it does not answer."""
         assert self._probe
         best = inf
         with suppress(TolhouseError):

@@ -1,4 +1,4 @@
-"""gRPC servers, alike for every service: health, reflection, metrics, drain, limits, statuses."""
+"""The gRPC server of every service: health, reflection, metrics, drain, limits, statuses."""
 
 import asyncio
 import ctypes
@@ -27,17 +27,17 @@ Register = Callable[[grpc.aio.Server], None]  # adds a service to a server
 Drain = Callable[[], None] | None
 Report = Callable[[bool], Awaitable[None]]
 Check = Callable[[Report], Coroutine[None, None, None]] | None
-LIVE = "live"  # whose health says only that the process answers, for liveness probes
+LIVE = "live"  # health service name for liveness probes: the process answers
 
-MAX_STREAMS = 1024  # open calls of one connection; more wait for one of them to end
-MAX_CONNECTIONS = 1024  # of one service; more are closed
-MAX_HEADER_BYTES = 16 << 10  # of one call
-MAX_REQUEST_BYTES = 4 << 20  # gRPC's own default
-_HEALTH_SECONDS = 3  # for the event loop to answer; probes give up after five
+MAX_STREAMS = 1024  # open calls per connection; further calls wait
+MAX_CONNECTIONS = 1024  # per service; further connections are closed
+MAX_HEADER_BYTES = 16 << 10  # per call
+MAX_REQUEST_BYTES = 4 << 20  # gRPC's default
+_HEALTH_SECONDS = 3  # time for the event loop to answer; probes time out after five
 
 SERVER_OPTIONS = [
     ("grpc.optimization_target", "throughput"),
-    ("grpc.so_reuseport", 0),  # a port in use is an error, not a share of its connections
+    ("grpc.so_reuseport", 0),  # a port in use is an error; its connections are not shared
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_concurrent_streams", MAX_STREAMS),
@@ -58,11 +58,11 @@ class Config(Protocol):
 
 
 def finish_startup() -> None:
-    """Exempt what is loaded from garbage collection, and return the memory that loading took."""
-    gc.collect()  # else cycles of calls pile up: Python looks for old ones rarely
+    """Exempt loaded objects from garbage collection, and return free memory to the system."""
+    gc.collect()  # with many old objects, Python rarely collects the cycles of calls
     gc.freeze()
-    gc.collect()  # counts the old objects anew: there are none
-    with suppress(AttributeError, OSError):  # not glibc
+    gc.collect()  # resets the count of old objects
+    with suppress(AttributeError, OSError):  # the C library is not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -79,11 +79,11 @@ async def errors_as_status(
 
 
 def status_of(error: Exception) -> tuple[str, str]:
-    """The name of an error's gRPC status, and what the caller reads; a defect of ours is logged."""
+    """The name of an error's gRPC status, and the message for the caller. Defects are logged."""
     if not isinstance(error, TolhouseError):
         log.error("internal error", exc_info=error)
         error = InternalError("internal error; the service's log has the details")
-    return error.grpc_status, str(error)[:2000]  # it may quote what was sent
+    return error.grpc_status, str(error)[:2000]  # it may quote the request
 
 
 async def serve(
@@ -94,9 +94,10 @@ async def serve(
     drain: Drain = None,
     check: Check = None,
 ) -> None:
-    """Announce the service once it answers; at SIGTERM or SIGINT call `drain` and finish calls.
+    """Serve until SIGTERM or SIGINT, then call `drain` and finish the calls in flight.
 
-    `check` runs beside it, and reports whether the service is ready.
+    The ready message is printed once the service answers. `check` runs in a task of its own and
+    reports whether the service is ready for requests.
     """
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
@@ -132,7 +133,7 @@ async def serve(
     loop, request = asyncio.get_running_loop(), health_pb2.HealthCheckRequest()
 
     def healthy() -> bool:
-        """Whether the event loop answers a health check, as a caller over gRPC would see it."""
+        """Whether the event loop answers a health check, as for a caller over gRPC."""
         if stop.is_set():
             return False
         check = asyncio.run_coroutine_threadsafe(checks.Check(request, None), loop)
@@ -152,9 +153,9 @@ async def serve(
 
 
 def serve_metrics(address: str, credentials: ServerCredentials, healthy: Callable[[], bool]) -> str:
-    """Serve Prometheus metrics and /health over HTTP; the address with the port that was chosen.
+    """Serve Prometheus metrics and /health over HTTP, or HTTPS if `credentials` have TLS.
 
-    It is HTTPS where `credentials` have TLS.
+    Returns the address, with the port that was chosen.
     """
     credentials.check(address, "--metrics-listen")
     host, port = split_address(address)
@@ -171,7 +172,7 @@ def serve_metrics(address: str, credentials: ServerCredentials, healthy: Callabl
 
         def accept() -> tuple[ssl.SSLSocket, Any]:
             raw, caller = socket.socket.accept(server.socket)
-            # handshakes take place in threads, so that a slow one keeps no other waiting
+            # threads do the handshakes, so that a slow one does not delay others
             options: Any = {"server_side": True, "do_handshake_on_connect": False}
             return credentials.current_context().wrap_socket(raw, **options), caller
 
@@ -180,7 +181,7 @@ def serve_metrics(address: str, credentials: ServerCredentials, healthy: Callabl
 
 
 def _log_failure(*_: object) -> None:
-    """Log a failed request for metrics; a caller that goes away, as probes do, is no event."""
+    """Log a failed request for metrics. A closed connection is not logged: probes close theirs."""
     here = isinstance(sys.exception(), OSError)
     log.log(DEBUG if here else ERROR, "a request for metrics failed", exc_info=not here)
 
@@ -191,11 +192,11 @@ def _health_or_metrics(
     request: WSGIEnvironment,
     start: StartResponse,
 ) -> Iterable[bytes]:
-    """The metrics listener's WSGI app: /health answers 200 or 503, every other path the metrics."""
+    """The WSGI app of the metrics listener: /health is 200 or 503, other paths are the metrics."""
     if request["PATH_INFO"] != "/health":
         return metrics(request, start)
     ok = False
-    with suppress(TimeoutError, CancelledError):  # of an event loop that hangs, or that ends
+    with suppress(TimeoutError, CancelledError):  # the event loop hangs, or has ended
         ok = healthy()
     start("200 OK" if ok else "503 Service Unavailable", [("Content-Type", "application/json")])
     return [json.dumps({"status": "ok" if ok else "unavailable"}).encode()]

@@ -1,7 +1,7 @@
-"""What the file store and the Redis store do alike, and `open_store(url)`, which opens either.
+"""`Store`, the interface of the file store and the Redis store, and `open_store(url)`.
 
-A store keeps immutable versions of tables and, per name, an alias: the version that the name
-stands for. Its methods may be called from several threads.
+A store keeps immutable versions of tables. For each name it has an alias: the version that is
+published. Several threads may share a store.
 """
 
 import logging
@@ -31,33 +31,36 @@ from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
 from tolhouse.table.manifest import Manifest, check_name, split_ref
 
 Views = list[memoryview]  # of records
-LEASE_SECONDS = 30.0  # after its last use, a version counts as used for so long
+LEASE_SECONDS = 30.0  # a version counts as used for this time after its last use
 
 
 @dataclass(frozen=True)
 class Alias:
-    """The version a name stands for, and those it stood for before, latest last."""
+    """The published version of a name, and the earlier ones, latest last."""
 
     version: str
     history: tuple[str, ...]
 
     def to_json(self) -> bytes:
+        """The alias as JSON."""
         return _ALIAS.dump_json(self)
 
 
 _ALIAS = TypeAdapter(Alias)
-_parsed = lru_cache(16)(Manifest.from_json)  # it may be long, and is read again with each bad row
+_parsed = lru_cache(16)(
+    Manifest.from_json
+)  # a manifest may be long, and each bad row reads it again
 
-Kind = Literal["manifest", "deleting", "alias"]  # of "name@version" the first two, of "name"
-Changes = dict[tuple[Kind, str], bytes | None]  # texts of the registry to write, or to remove
+Kind = Literal["manifest", "deleting", "alias"]  # keys: "name@version" twice, and "name"
+Changes = dict[tuple[Kind, str], bytes | None]  # texts of the registry to write; None: to remove
 
 
 class Store(ABC):
-    """Reads and writes are of one immutable version; only an alias ever changes."""
+    """Reads and writes immutable versions. Only aliases change."""
 
     def __init__(self, url: str) -> None:
-        self.url = url  # for messages: without a password
-        self._parents: dict[str, Manifest] = {}  # of overlays, by ref
+        self.url = url  # without a password, for messages
+        self._parents: dict[str, Manifest] = {}  # parents of overlays, by ref
 
     # versions
 
@@ -66,8 +69,12 @@ class Store(ABC):
         """ "name@version" of every complete table, sorted."""
 
     def manifest(self, ref: str) -> Manifest:
-        """The manifest of "name@version"; NotFoundError if it is not here or not complete,
-        CorruptError."""
+        """Read the manifest of "name@version".
+
+        Raises:
+            NotFoundError: The version is not in the store, or not complete.
+            CorruptError: The manifest cannot be read.
+        """
         split_ref(ref)
         text = self._read_text(ref, "manifest")
         if text is None:
@@ -81,8 +88,12 @@ class Store(ABC):
         return manifest
 
     def parent(self, manifest: Manifest) -> Manifest:
-        """The table that an overlay lies over; NotFoundError if it is gone, CorruptError if it
-        can't be."""
+        """The parent table of an overlay.
+
+        Raises:
+            NotFoundError: The parent was deleted.
+            CorruptError: It does not fit the overlay.
+        """
         ref = manifest.parent
         if ref not in self._parents:
             about = f"table {manifest.ref} is an overlay over {ref}, which"
@@ -92,53 +103,59 @@ class Store(ABC):
                 raise NotFoundError(f"{about} is not in {self.url} any more") from None
             form, own = ((m.record_dtype, m.vocab_size) for m in (found, manifest))
             if found.parent or form != own:
-                raise CorruptError(f"{about} has records of another form in {self.url}")
+                raise CorruptError(f"{about} has records of another layout in {self.url}")
             self._parents[ref] = found
         return self._parents[ref]
 
     @abstractmethod
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
-        """Store a whole shard, durably, in place of whatever is there."""
+        """Store a whole shard durably, and replace an earlier one."""
 
     @abstractmethod
     def count(self, manifest: Manifest, shard: int) -> int:
-        """Rows that the shard holds; 0 where there is none."""
+        """The number of rows of the shard in the store."""
 
     @abstractmethod
     def delete_records(self, ref: str) -> None:
-        """Remove all that is stored of "name@version", whose manifest is gone already."""
+        """Remove the records of "name@version", after its manifest was removed."""
 
     @abstractmethod
     def lease(self, ref: str) -> None:
-        """Note that a version is used now; good for LEASE_SECONDS, or until the process ends."""
+        """Mark a version as used for LEASE_SECONDS, or until the process ends."""
 
     @abstractmethod
     def leased(self, ref: str) -> bool:
-        """Whether a version was used lately."""
+        """Whether a version is marked as used."""
 
     def risk(self) -> str:
-        """How the store's settings may lose rows, for warnings; "" if they don't."""
+        """A warning if the settings of the store may lose rows; else ""."""
         return ""
 
     # names
 
     def alias(self, name: str) -> Alias | None:
-        """What `name` stands for, if it was ever published; CorruptError if that can't be read."""
+        """The alias of `name`; None if it was never published.
+
+        Raises:
+            CorruptError: The alias cannot be read.
+        """
         text = self._read_text(check_name(name), "alias")
         try:
             return None if text is None else _ALIAS.validate_json(text)
         except ValidationError:
-            what = "is malformed; publish a version to write it anew"
+            what = "is malformed; publish a version to write it again"
             raise CorruptError(f"the alias of {name!r} in {self.url} {what}") from None
 
     @abstractmethod
     def update(self, change: Callable[[], Changes]) -> None:
-        """Write what `change` returns, in its order and as one: nobody else's update comes between
-        what `change` reads and the last of it. `change` may be called several times.
+        """Write the texts that `change` returns, in order, as one transaction.
+
+        No other update happens between the reads of `change` and the last write. `change` may be
+        called several times.
         """
 
     def is_being_deleted(self, ref: str) -> bool:
-        """Whether the records of a version are being removed, or that was cut off."""
+        """Whether a deletion of the version is in progress or was interrupted."""
         return self._read_text(ref, "deleting") is not None
 
     # rows
@@ -150,12 +167,21 @@ class Store(ABC):
         out: np.ndarray | None = None,
         slots: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Verified records of `ids` uint32 [T], in `slots` of `out`, uint8 [., record_bytes].
+        """Read and verify records. The unchanged rows of an overlay come from its parent.
 
-        Without them, as a new array. What an overlay has not changed is its parent's. CorruptError,
-        with their tokens, if records are missing or altered: all others are in place.
-        NotFoundError if
-        a parent is gone.
+        Args:
+            manifest: The table.
+            ids: Token ids, uint32 [T].
+            out: A contiguous array uint8 [slots, record_bytes]. Default: a new one.
+            slots: The row of `out` for each id, [T]. Default: 0, 1, 2 and so on.
+
+        Returns:
+            `out`.
+
+        Raises:
+            CorruptError: Records are missing or changed. `token_ids` are their tokens; all other
+                records are in `out`.
+            NotFoundError: The parent was deleted.
         """
         out = np.empty((len(ids), manifest.record_bytes), np.uint8) if out is None else out
         slots = np.arange(len(ids)) if slots is None else slots
@@ -174,7 +200,7 @@ class Store(ABC):
         return out
 
     def auxiliary(self, manifest: Manifest) -> AuxiliaryTables:
-        """What a table's rows need besides its records; NotFoundError, CorruptError."""
+        """Load the auxiliary tables of a table; NotFoundError, CorruptError."""
 
         def fetch(ref: str) -> tuple[Manifest, np.ndarray]:
             table = self.manifest(ref)
@@ -183,17 +209,18 @@ class Store(ABC):
         return load_auxiliary(manifest, fetch)
 
     def rows(self, manifest: Manifest, ids: np.ndarray) -> np.ndarray:
-        """Rows float32 [T, N, D] of `ids` uint32 [T]."""
+        """Read rows float32 [T, N, D] of `ids` uint32 [T]."""
         records = self.read_records(manifest, ids)
         return self.auxiliary(manifest).decode(ids, records).astype(np.float32)
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close connections and files."""
 
     def _read_own(
         self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, slots: np.ndarray
     ) -> None:
-        """As `read_records`, for `ids` whose records this version stores itself."""
+        """As `read_records`, but only for records that the version stores itself."""
         if not len(ids):
             return
         order = np.lexsort((manifest.positions(ids), manifest.shard_of(ids)))
@@ -206,25 +233,25 @@ class Store(ABC):
     def _fill(
         self, manifest: Manifest, ids: np.ndarray, views: Views
     ) -> Generator[memoryview | str]:
-        """Read the records of `ids`, in order of shards and positions, into `views`.
+        """Read the records of `ids`, sorted by shard and position, into `views`.
 
-        Each view is yielded once it is full; in its place, a text where the record is not there.
+        Yield each view once it is full, or a text with the reason if its record is missing.
         """
 
     @abstractmethod
     def _reopen(self, manifest: Manifest, ids: np.ndarray) -> None:
-        """Give up what is kept open of the shards of `ids` and out of date: rows there are bad."""
+        """Close outdated files of the shards of `ids`, whose rows are bad."""
 
     @abstractmethod
     def _read_text(self, ref: str, kind: Kind) -> bytes | None:
-        """A text of the registry, if it is there."""
+        """Read a text of the registry; None if there is none."""
 
 
 def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0) -> Store:
-    """The store at `url`: file://PATH, or redis://HOST:PORT (rediss:// with TLS).
+    """Open the store at `url`: file://PATH, or redis://HOST:PORT (rediss:// with TLS).
 
-    Several nodes of a Redis Cluster may be named, redis://HOST:PORT,HOST:PORT; one has to answer.
-    `wait_seconds`: for so long it may be unreachable.
+    The URL may list several nodes of a Redis Cluster, redis://HOST:PORT,HOST:PORT. One of them has
+    to answer. The function retries for `wait_seconds` while the store cannot be reached.
     """
     check_url(url)
     if url.startswith("file://"):
@@ -260,8 +287,12 @@ def check_url(url: str) -> None:
 
 
 def require_private(url: str, *, insecure: bool) -> str:
-    """The URL; InvalidArgumentError for a Redis on another machine without TLS or certificate
-    checks."""
+    """Return the URL of a file store, a local Redis, or a Redis with TLS.
+
+    Raises:
+        InvalidArgumentError: The Redis is on another machine, and the URL has no TLS or disables
+            the check of the certificate.
+    """
     parts, options, hosts = _parts(url)
     if parts.scheme not in ("file", "redis", "rediss"):
         raise not_understood(url)
@@ -270,16 +301,16 @@ def require_private(url: str, *, insecure: bool) -> str:
     private = parts.scheme == "file" or (parts.scheme == "rediss" and checked)
     if private or insecure or all(is_loopback(join_address(host, 0)) for host in hosts):
         return url
-    how = "without a check of its certificate: leave those options out"
+    how = "without a check of its certificate: remove those options"
     how = "in plaintext: give a rediss:// URL" if parts.scheme == "redis" else how
     how = f"{how}, or `insecure` if the network is trusted"
     raise InvalidArgumentError(
-        f"Redis at {shown(url)} is another machine and would be called {how}"
+        f"Redis at {shown(url)} is on another machine and would be called {how}"
     )
 
 
 def has_password(url: str) -> bool:
-    """Whether the URL itself holds a password."""
+    """Whether the URL contains a password."""
     parts, options, _ = _parts(url)
     return bool(parts.password) or "password" in options
 
@@ -290,13 +321,13 @@ def not_understood(url: str) -> InvalidArgumentError:
 
 
 def shown(url: str) -> str:
-    """A store's URL for logs and messages: without user, password and options."""
+    """The URL of a store for logs and messages: without user, password and options."""
     scheme, separator, rest = url.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def _parts(url: str) -> tuple[SplitResult, dict[str, str], list[str]]:
-    """The URL taken apart, its options, and its hosts without ports."""
+    """The parts of the URL, its options, and its hosts without ports."""
     try:
         parts = urlsplit(url)
         hosts = parts.netloc.rpartition("@")[2].split(",")

@@ -2,12 +2,12 @@
 
     <root>/<name>/<version>/shard-00000-of-00064.safetensors    uint8 "records" [rows, record_bytes]
     <root>/<name>/<version>/manifest.json                       written last
-    <root>/<name>/<version>/lease                               empty; locked by its users
-    <root>/<name>/alias.json                                    what the name stands for
+    <root>/<name>/<version>/lease                               empty; readers hold a lock on it
+    <root>/<name>/alias.json                                    the published version
     <root>/.lock                                                locked during an update
 
-Files are written under a temporary name, fsynced and renamed. Records are read straight into their
-destination; the page cache is the one copy that a machine needs, for any number of processes.
+Files are written under a temporary name, fsynced and renamed. Records are read directly into their
+destination, so that all processes of a machine share one copy in the page cache.
 """
 
 import fcntl
@@ -30,23 +30,27 @@ from tolhouse.files import locked
 from tolhouse.store.base import LEASE_SECONDS, Changes, Kind, Store, Views
 from tolhouse.table.manifest import Manifest, split_ref
 
-_READ_BYTES = 16 << 20  # of neighbouring records that are read at once
+_READ_BYTES = 16 << 20  # limit of one read of neighbouring records
 _READ_RECORDS = 1024  # IOV_MAX
-_HEADER_BYTES = 1 << 20  # the longest that is read
+_HEADER_BYTES = 1 << 20  # limit of a header
 
 
 class FileStore(Store):
+    """A store in a folder."""
+
     def __init__(
         self, root: str | Path, open_files: int = 256, lease_seconds: float = LEASE_SECONDS
     ) -> None:
         self.root = Path(root).absolute()
         if self.root.exists() and not self.root.is_dir():
-            raise InvalidArgumentError(f"the store {self.root} is a file, and no folder of tables")
+            raise InvalidArgumentError(f"the store {self.root} is a file, not a folder of tables")
         super().__init__(f"file://{self.root}")
         self._leasing, self._lease_seconds = threading.Lock(), lease_seconds
-        self._leases: dict[str, tuple[int, float]] = {}  # locked files, and when they were used
-        self._expiring = False  # a timer runs: one for all leases, however often they are renewed
-        self._opened = lru_cache(open_files)(_ShardFile)  # threads that read keep theirs open
+        self._leases: dict[
+            str, tuple[int, float]
+        ] = {}  # the locked file, and the time of the last use
+        self._expiring = False  # whether the one timer of all leases runs
+        self._opened = lru_cache(open_files)(_ShardFile)  # a reading thread keeps its file open
 
     def refs(self) -> list[str]:
         refs = []
@@ -73,16 +77,18 @@ class FileStore(Store):
     def delete_records(self, ref: str) -> None:
         folder, gone = self._folder(ref), self.root / f".deleted-{secrets.token_hex(8)}"
         with _errors("delete", folder), suppress(FileNotFoundError):
-            folder.rename(gone)  # all at once, also for a build that goes on writing there
+            folder.rename(gone)  # atomic, even if a build is still writing there
         self._opened.cache_clear()
-        for left in self.root.glob(".deleted-*"):  # also by processes that were killed
+        for left in self.root.glob(".deleted-*"):  # also those of killed processes
             shutil.rmtree(left, ignore_errors=True)
 
     def lease(self, ref: str) -> None:
         path = self._folder(ref) / "lease"
         with self._leasing, _errors("lease", path):
             descriptor, _ = self._leases.pop(ref, (-1, 0.0))
-            if descriptor >= 0 and not os.fstat(descriptor).st_nlink:  # deleted, and built again
+            if (
+                descriptor >= 0 and not os.fstat(descriptor).st_nlink
+            ):  # the version was deleted and built again
                 os.close(descriptor)
                 descriptor = -1
             if descriptor < 0:
@@ -119,7 +125,7 @@ class FileStore(Store):
         timer.start()
 
     def _expire(self) -> None:
-        """Give up leases that were not renewed in time."""
+        """Release leases that were not renewed in time."""
         with self._leasing:
             self._expiring = False
             for ref, (descriptor, used) in list(self._leases.items()):
@@ -135,7 +141,7 @@ class FileStore(Store):
         shards, rows = manifest.shard_of(ids), manifest.positions(ids)
         most = min(_READ_RECORDS, max(1, _READ_BYTES // manifest.record_bytes))
         apart = (np.diff(shards) != 0) | (np.diff(rows) != 1)
-        starts = [0, *(np.flatnonzero(apart) + 1).tolist()]  # of runs of neighbours
+        starts = [0, *(np.flatnonzero(apart) + 1).tolist()]  # runs of neighbouring records
         ends = [*starts[1:], len(ids)]
         runs = zip(starts, ends, shards[starts].tolist(), rows[starts].tolist(), strict=True)
         for start, end, shard, row in runs:
@@ -153,7 +159,7 @@ class FileStore(Store):
         for shard in np.unique(manifest.shard_of(ids)).tolist():
             with suppress(TolhouseError):
                 if self._opened(self._path(manifest, shard), manifest.record_bytes).is_replaced():
-                    self._opened.cache_clear()  # others reopen theirs
+                    self._opened.cache_clear()  # other files are opened again when needed
                     return
 
     def _path(self, manifest: Manifest, shard: int) -> str:
@@ -177,12 +183,12 @@ class FileStore(Store):
                 path.unlink(missing_ok=True)
             return
         _write(path, text)
-        if kind == "manifest":  # who can only read the folder may lease the version, too
+        if kind == "manifest":  # readers without write access need this file for their lease
             (path.parent / "lease").touch()
 
 
 class _ShardFile:
-    """An open shard file. It closes with the last thread that reads from it."""
+    """An open shard file. It closes when the last reading thread drops it."""
 
     def __init__(self, path: str, record_bytes: int) -> None:
         self.path, self.record_bytes, self._descriptor = path, record_bytes, -1
@@ -195,11 +201,11 @@ class _ShardFile:
             text = os.pread(self._descriptor, min(length, _HEADER_BYTES), 8)
             self.start, self.size = 8 + length, os.fstat(self._descriptor).st_size
         self.rows, rest = divmod(self.size - self.start, record_bytes)
-        with suppress(ValueError, LookupError, TypeError, RecursionError):  # not such a header
+        with suppress(ValueError, LookupError, TypeError, RecursionError):  # another header
             if json.loads(text)["records"] == _tensor(self.rows, record_bytes) and not rest:
                 return
         raise CorruptError(
-            f"shard file {path} is truncated, or not of records of {record_bytes} bytes"
+            f"shard file {path} is truncated, or does not have records of {record_bytes} bytes"
         )
 
     def __del__(self) -> None:
@@ -207,15 +213,15 @@ class _ShardFile:
             os.close(self._descriptor)
 
     def read(self, row: int, views: list[memoryview]) -> None:
-        """Read the records from `row` on into `views`."""
+        """Read consecutive records from `row` into `views`."""
         with _errors("read", self.path):
             count = os.preadv(self._descriptor, views, self.start + row * self.record_bytes)
             size = os.fstat(self._descriptor).st_size
         if (count, size) != (len(views) * self.record_bytes, self.size):
-            raise CorruptError(f"shard file {self.path} changed its size while in use")
+            raise CorruptError(f"shard file {self.path} changed its size while it was in use")
 
     def is_replaced(self) -> bool:
-        """Whether its path has another file by now, or one of another size."""
+        """Whether there is another file at its path, or one of another size."""
         with suppress(OSError):
             own, now = os.fstat(self._descriptor), Path(self.path).stat()
             return not os.path.samestat(own, now) or now.st_size != self.size
@@ -223,13 +229,13 @@ class _ShardFile:
 
 
 def _tensor(rows: int, record_bytes: int) -> dict[str, Any]:
-    """The only tensor of a shard file, as a safetensors header describes it."""
+    """The description of a shard file's only tensor in its safetensors header."""
     end = rows * record_bytes
     return {"dtype": "U8", "shape": [rows, record_bytes], "data_offsets": [0, end]}
 
 
 def _write(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file so that it is either there whole, also after a power failure, or not at all."""
+    """Write a whole file atomically and durably."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     with _errors("write", path), ExitStack() as stack:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,10 +252,10 @@ def _write(path: Path, *parts: bytes | memoryview) -> None:
 
 @contextmanager
 def _errors(work: str, path: str | Path) -> Iterator[None]:
-    """Raise UnavailableError for what the system refuses."""
+    """Turn errors of the operating system into UnavailableError."""
     try:
         yield
     except TolhouseError:
         raise
     except OSError as error:
-        raise UnavailableError(f"can't {work} {path}: {error.strerror or error}") from None
+        raise UnavailableError(f"cannot {work} {path}: {error.strerror or error}") from None

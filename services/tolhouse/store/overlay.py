@@ -1,8 +1,8 @@
-"""Row overlays: versions that store changed rows alone, such as those of an edited token.
+"""Row overlays: versions that store only changed rows, such as those of an edited token.
 
-An overlay is published, rolled back and deleted like any version, and resolved where rows are read:
-a row that it has not changed is its parent's. An overlay over an overlay becomes one over the first
-one's parent, with the changed rows of both.
+An overlay is published, rolled back and deleted like any other version. Readers take unchanged rows
+from its parent. An overlay over an overlay gets the parent of the first one, and the changed rows
+of both.
 """
 
 from dataclasses import replace
@@ -22,14 +22,15 @@ _PLAIN = _ONE_SHARD | {"frequent": (), "ranks": (), "basis": "", "frequent_rows"
 
 
 def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> Manifest:
-    """Store a version of the table `over` in which the rows of distinct `ids` [T] are `rows`.
+    """Store a version of the table `over` with other rows [T, N, D] for distinct `ids` [T].
 
-    Rows are [T, N, D]. NotFoundError: there is no such table, or its parent is gone.
-    InvalidArgumentError or
-    IdOutOfRangeError: rows or ids do not fit it, or it is an auxiliary table.
+    Raises:
+        NotFoundError: The table or its parent is missing.
+        InvalidArgumentError: Rows or ids do not fit the table, or it is an auxiliary table.
+        IdOutOfRangeError: An id is not below the size of the vocabulary.
     """
     manifest = resolve(store, over)
-    refuse_part(store, manifest.ref, "no table to edit: edit that one")
+    refuse_part(store, manifest.ref, "cannot be edited: edit that table")
     distinct, times = np.unique(np.asarray(ids, np.int64), return_counts=True)
     shape = [len(ids), manifest.num_blocks, manifest.width]
     if not len(ids):
@@ -45,18 +46,18 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
         raise InvalidArgumentError(f"{what} have {shape}")
     ids, rows = np.asarray(ids, np.uint32), np.ascontiguousarray(rows, np.float32)
     base = store.parent(manifest) if manifest.parent else manifest
-    # what an earlier overlay changed, and this one does not, is copied: encoding would change it
+    # rows that only an earlier overlay changed are copied: encoding them again would change them
     before = np.setdiff1d(manifest.changed, ids).astype(np.uint32)
     changed = np.concatenate([ids, before])
     if len(changed) > MAX_CHANGED:
-        most = f"more than an overlay may have, {MAX_CHANGED}: build another table"
-        raise InvalidArgumentError(f"{len(changed)} changed rows are {most}")
+        allowed = f"an overlay may have at most {MAX_CHANGED}: build another table"
+        raise InvalidArgumentError(f"{len(changed)} rows are changed; {allowed}")
     order, count = np.argsort(changed), len(changed)
     fresh = store.auxiliary(base).encode(ids, rows)
     records = np.concatenate([fresh, store.read_records(manifest, before)])[order]
     changed = changed[order]
     overlay = replace(base, parent=base.ref, changed=tuple(changed.tolist()), **_ONE_SHARD)
-    if base.auxiliary:  # its records are too coarse: the rows also go to a table of their own
+    if base.auxiliary:  # its records are too coarse, so the rows also go to a table of their own
         if base.frequent_rows:
             finer = store.manifest(base.frequent_rows).codec_name
         else:

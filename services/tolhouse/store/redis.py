@@ -1,17 +1,17 @@
-"""The Redis store: a copy of a table that can be loaded again, on one server or on a Cluster.
+"""The Redis store, on one server or on a Redis Cluster. It is a copy that can be loaded again.
 
-    tolhouse:{name@version:shards-64:k}     hash: token id -> record; one shard, so one slot
+    tolhouse:{name@version:shards-64:k}     hash: token id -> record; a shard is in one slot
     tolhouse:{registry}:manifest            hash: name@version -> manifest
-    tolhouse:{registry}:deleting            hash: name@version -> nothing
+    tolhouse:{registry}:deleting            hash: name@version -> ""
     tolhouse:{registry}:alias               hash: name -> alias
-    tolhouse:{registry}:changed             string: a random text, new after each update
-    tolhouse:{registry}:lease:name@version  string that expires: the version is in use
+    tolhouse:{registry}:changed             string: random, changes with each update
+    tolhouse:{registry}:lease:name@version  string with expiry: the version is in use
 
-Reads are one HMGET per shard; all are sent, to all nodes, before the first answer is waited for.
-The timeout is of a whole answer, also of a server that sends it byte by byte. While a node of a
-Cluster is down or slow, its replica is read: records never change. A URL may name files, which new
-connections read: `password_file`, and with rediss:// `ssl_ca_certs`, `ssl_certfile` and
-`ssl_keyfile`, as redis-py calls them.
+A read is one HMGET per shard. All commands are sent to all nodes before the first answer is read.
+The timeout limits a whole answer, even of a server that sends it byte by byte. While a node of a
+Cluster is down or slow, its replica is read, because records never change. New connections read
+the files in the URL's options: `password_file`, and for rediss:// redis-py's `ssl_ca_certs`,
+`ssl_certfile` and `ssl_keyfile`.
 """
 
 import secrets
@@ -54,10 +54,10 @@ from tolhouse.store.base import (
 )
 from tolhouse.table.manifest import Manifest, record_views
 
-_REGISTRY = "tolhouse:{registry}"  # in one slot: an update is a script over all of its keys
-_FORMAT_1_TABLES = "tolhouse:tables"  # so that they are refused, and can be deleted
+_REGISTRY = "tolhouse:{registry}"  # one slot, because an update is a script over all its keys
+_FORMAT_1_TABLES = "tolhouse:tables"  # listed so that they can be refused and deleted
 _KINDS: tuple[Kind, ...] = ("manifest", "deleting", "alias")
-# an update, unless another one came between; 1 also if it was done, and its answer was lost
+# Applies an update unless there was another one; 1 also if it was applied and its answer was lost.
 _UPDATE = """
 local token = redis.call('GET', KEYS[1])
 if token == ARGV[1] then return 1 end
@@ -71,34 +71,36 @@ redis.call('SET', KEYS[1], ARGV[1])
 return 1
 """
 _UPDATE_TRIES = 50
-_ABANDONED_SECONDS = 3600  # after which a shard that a killed build left half-written goes
+_ABANDONED_SECONDS = 3600  # expiry of shards that a killed build has not completed
 _WRITE_BYTES = 1 << 20  # per HSET
-_WRITES_AHEAD = 4  # HSETs sent before the first is answered
-_SENT_BYTES = 1 << 19  # of answers that are asked for at a time
-_READ_BYTES = 4 << 20  # of records that have to come within the timeout; more have longer
-_FAILOVER_SECONDS = 8.0  # longest wait for a node of a Cluster, or one that takes its place
+_WRITES_AHEAD = 4  # HSETs per pipeline
+_SENT_BYTES = 1 << 19  # of answers requested at a time
+_READ_BYTES = 4 << 20  # of records per timeout; larger reads have more time
+_FAILOVER_SECONDS = 8.0  # longest wait for a node of a Cluster, or for its replacement
 _PAUSE_SECONDS = 0.1
 _NO_ENTRY = theirs.AuthenticationError, theirs.AuthorizationError, theirs.NoPermissionError
-_LOST = theirs.ConnectionError, theirs.TimeoutError  # a node is gone, or hangs
+_LOST = theirs.ConnectionError, theirs.TimeoutError  # a node is down or hangs
 _NOT_NOW = theirs.ClusterDownError, theirs.TryAgainError, theirs.MasterDownError
 _NO_CONNECTION = theirs.ConnectionError, theirs.RedisClusterException
-_ERRORS: tuple[tuple[Any, type[errors.TolhouseError], str], ...] = (  # the first that fits
+_ERRORS: tuple[tuple[Any, type[errors.TolhouseError], str], ...] = (  # the first match counts
     (_NO_ENTRY, errors.UnauthenticatedError, "refuses the user or password: {}"),
     (theirs.TimeoutError, errors.DeadlineExceededError, "did not answer in time: {}"),
     (theirs.OutOfMemoryError, errors.OverloadedError, "is full: {}; raise its maxmemory"),
-    (_NO_CONNECTION, UnavailableError, "can't be reached: {}"),
+    (_NO_CONNECTION, UnavailableError, "cannot be reached: {}"),
     (theirs.RedisError, UnavailableError, "refuses: {}"),
-    (IndexError, UnavailableError, "is a Cluster that is not formed yet"),  # redis-py's
+    (IndexError, UnavailableError, "is a Cluster that is not formed yet"),  # from redis-py
 )
 
 Read = tuple[str, list[int]]  # the key of a shard, and token ids
-# until when the running thread reads answers, and whether its store is closed
+# the running thread's deadline for answers, and whether its store is closed
 _limits: ContextVar[tuple[float, threading.Event]] = ContextVar(
     "limits", default=(inf, threading.Event())
 )
 
 
 class RedisStore(Store):
+    """A store in Redis. `timeout_seconds` limits each answer."""
+
     def __init__(self, url: str, timeout_seconds: float) -> None:
         super().__init__(shown(url))
         self._timeout, self._closed = timeout_seconds, threading.Event()
@@ -118,10 +120,14 @@ class RedisStore(Store):
             try:
                 self._redis, self._is_cluster = _connect([*map(urlunsplit, places)], options)
             except FileNotFoundError as error:
-                raise InvalidArgumentError(f"a TLS file of the URL: {error.strerror}") from None
-            except (ValueError, TypeError):  # a port or an option that redis-py doesn't know
+                raise InvalidArgumentError(
+                    f"cannot read a TLS file of the URL: {error.strerror}"
+                ) from None
+            except (ValueError, TypeError):  # a port or an option that redis-py does not know
                 raise not_understood(url) from None
-        self.health = PeerHealth("Redis node", self._probe, self._alternatives)  # of a Cluster's
+        self.health = PeerHealth(
+            "Redis node", self._probe, self._alternatives
+        )  # nodes of a Cluster
 
     def refs(self) -> list[str]:
         found = {*self._call("hkeys", f"{_REGISTRY}:manifest")}
@@ -167,7 +173,7 @@ class RedisStore(Store):
                 changes, error = change(), None
             except errors.TolhouseError as refusal:
                 changes, error = {}, refusal
-            if not changes:  # unless it saw a part of another update
+            if not changes:  # valid only if there was no other update during the reads
                 if (self._call("get", keys[0]) or b"") != seen:
                     continue
                 if error:
@@ -178,16 +184,20 @@ class RedisStore(Store):
             words = [secrets.token_hex(8), seen, *texts]
             if self._call("eval", _UPDATE, len(keys), *keys, *words):
                 return
-        raise UnavailableError(f"Redis at {self.url} is changed by others all the time: try again")
+        raise UnavailableError(
+            f"other clients keep changing the registry in Redis at {self.url}: try again"
+        )
 
     def risk(self) -> str:
-        with suppress(errors.TolhouseError):  # a user may not be allowed to ask
+        with suppress(errors.TolhouseError):  # the user may lack the permission
             where = {"target_nodes": RedisCluster.PRIMARIES} if self._is_cluster else {}
             answer = self._call("info", "memory", **where)
             nodes = [answer] if "maxmemory" in answer else answer.values()
             policies = {node["maxmemory_policy"] for node in nodes if node.get("maxmemory")}
             for policy in sorted(policies):
-                if policy.startswith("allkeys"):  # others evict keys that expire, and rows don't
+                if policy.startswith(
+                    "allkeys"
+                ):  # other policies evict only keys with expiry; rows have none
                     how = f"by its maxmemory-policy {policy}: set noeviction"
                     return f"Redis at {self.url} may evict rows {how}"
         return ""
@@ -200,7 +210,7 @@ class RedisStore(Store):
     def _read_text(self, ref: str, kind: Kind) -> bytes | None:
         text = self._call("hget", f"{_REGISTRY}:{kind}", ref)
         if text is None and kind == "manifest":
-            return self._call("get", f"tolhouse:{{{ref}}}:manifest")  # of format 1
+            return self._call("get", f"tolhouse:{{{ref}}}:manifest")  # format 1
         return text
 
     def _call(self, command: str, *arguments: Any, **options: Any) -> Any:
@@ -219,7 +229,7 @@ class RedisStore(Store):
 
     @contextmanager
     def _mapped(self) -> Iterator[None]:
-        """Redis' errors as ours."""
+        """Turn errors of redis-py into errors of Tolhouse."""
         try:
             yield
         except (theirs.RedisError, theirs.RedisClusterException, IndexError) as error:
@@ -246,12 +256,12 @@ class RedisStore(Store):
                         yield view
 
     def _reopen(self, manifest: Manifest, ids: np.ndarray) -> None:
-        pass  # nothing of a shard is kept open
+        pass  # no state of a shard is kept
 
     def _answers(self, reads: list[Read], record_bytes: int) -> Iterator[list[Any]]:
-        """The answer to each HMGET. What a failed node has not answered is asked of another.
+        """Yield the answer to each HMGET. Another node gets the commands that a failed one had.
 
-        redis-py's pipeline reads where a slot has moved, or connections have to be made anew.
+        redis-py's pipeline is used after a slot has moved, and to reopen connections.
         """
         answered, deadline = 0, end_after(_FAILOVER_SECONDS)
         ask: Callable[..., Iterator[list[Any]]] = self._send
@@ -274,7 +284,7 @@ class RedisStore(Store):
                     ask = self._pipeline
 
     def _end(self, reads: list[Read], record_bytes: int) -> float:
-        """When the answers to `reads`, asked for now, must all be there."""
+        """The deadline of all answers to `reads`, if they are sent now."""
         size = sum(len(tokens) for _, tokens in reads) * record_bytes
         return end_after(self._timeout * max(1, size / _READ_BYTES))
 
@@ -287,7 +297,7 @@ class RedisStore(Store):
         yield from answers
 
     def _send(self, reads: list[Read], record_bytes: int) -> Iterator[list[Any]]:
-        """All are sent, to nodes that are up, before the first answer is waited for."""
+        """Send all commands to healthy nodes, and then read the answers."""
         size = sum(len(tokens) for _, tokens in reads) * record_bytes
         step, end = max(1, _SENT_BYTES * len(reads) // size), self._end(reads, record_bytes)
         nodes = [self._holders(key)[0] for key, _ in reads]
@@ -295,7 +305,7 @@ class RedisStore(Store):
         connections: dict[str, Any] = {}
         try:
             for name in dict.fromkeys(nodes):
-                # packed here: redis-py makes tuples of generators, which CPython's free list holds
+                # redis-py's own packing makes large tuples, which CPython keeps in a free list
                 commands: list[bytes] = [
                     hiredis.pack_command(cast("Any", ("HMGET", key, *tokens)))
                     for node, (key, tokens) in zip(nodes, reads, strict=True)
@@ -304,7 +314,9 @@ class RedisStore(Store):
                 with self._reported(name), self._until(end):
                     pools[name] = self._client(name).connection_pool
                     connections[name] = pools[name].get_connection()
-                    for at in range(0, len(commands), step):  # a server answers before it reads on
+                    for at in range(
+                        0, len(commands), step
+                    ):  # limits the answers that the server has to buffer
                         packed = [b"".join(commands[at : at + step])]
                         connections[name].send_packed_command(packed, check_health=False)
             for name in nodes:
@@ -312,7 +324,7 @@ class RedisStore(Store):
                     answer = connections[name].read_response()
                 yield answer
         except BaseException:
-            for connection in connections.values():  # answers may be left on them
+            for connection in connections.values():  # they may have unread answers
                 connection.disconnect()
             raise
         finally:
@@ -321,7 +333,7 @@ class RedisStore(Store):
 
     @contextmanager
     def _reported(self, name: str) -> Iterator[None]:
-        """Tell of a node of a Cluster that fails or takes long."""
+        """Report a node of a Cluster that fails or is slow."""
         began = time.monotonic()
         try:
             yield
@@ -335,7 +347,7 @@ class RedisStore(Store):
     # the nodes of a Cluster, by name
 
     def _holders(self, key: str) -> list[str]:
-        """Master and replicas of a key, those that are up first; "" is the only server."""
+        """Names of a key's master and replicas, healthy ones first; "" for a single server."""
         if not self._is_cluster:
             return [""]
         manager, slot = self._redis.nodes_manager, self._redis.keyslot(key)
@@ -347,7 +359,7 @@ class RedisStore(Store):
             return self._redis
         node = self._redis.get_node(node_name=name)
         if node is None:
-            raise theirs.ConnectionError(f"{name} is no part of the Cluster any more")
+            raise theirs.ConnectionError(f"{name} is not a node of the Cluster any more")
         return self._redis.get_redis_connection(node)
 
     def _probe(self, name: str) -> bool:
@@ -355,10 +367,10 @@ class RedisStore(Store):
             return bool(self._client(name).ping())
 
     def _alternatives(self, name: str) -> list[str] | None:
-        """Other nodes with the same keys, as the Cluster is now; None if the node is no part."""
+        """Other nodes with the same keys; None if the node has left the Cluster."""
         manager = self._redis.nodes_manager
         end = time.monotonic() + _FAILOVER_SECONDS
-        # if no node answers, it stays as it was
+        # without an answer, the known layout is kept
         with suppress(theirs.RedisError, theirs.RedisClusterException), self._until(end):
             manager.initialize(last_failed_node_name=name)
         if manager.get_node(node_name=name) is None:
@@ -368,7 +380,7 @@ class RedisStore(Store):
 
 
 class _Parser(_HiredisParser):
-    """Reads answers until the deadline of the call: the socket's own timeout is of one `recv`."""
+    """Reads answers until the deadline of the call. A socket's timeout limits one `recv` only."""
 
     def read_from_socket(self, timeout: Any = SENTINEL, raise_on_timeout: bool = True) -> bool:
         end, closed = _limits.get()
@@ -376,21 +388,21 @@ class _Parser(_HiredisParser):
             raise errors.ClosedError("the store is closed")
         left = end - time.monotonic()
         if left <= 0:
-            raise theirs.TimeoutError("the answer came too slowly")
+            raise theirs.TimeoutError("the answer was too slow")
         if timeout is SENTINEL and (left < (self._socket_timeout or inf) or has_time_limit()):
             timeout = left
         return super().read_from_socket(timeout, raise_on_timeout)
 
 
 class _Pool(ConnectionPool):
-    """How a Cluster's connections get the parser."""
+    """Gives the connections of a Cluster the parser."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, parser_class=_Parser, **options)
 
 
 def _connect(urls: list[str], options: dict[str, Any]) -> tuple[Any, bool]:
-    """A client of the first server that answers, and whether that is a node of a Cluster."""
+    """Connect to the first server that answers; return the client, and whether it is a Cluster."""
     client: Redis = Redis.from_url(urls[0], **options)
     try:
         if client.info("cluster").get("cluster_enabled") != 1:
@@ -408,14 +420,14 @@ def _connect(urls: list[str], options: dict[str, Any]) -> tuple[Any, bool]:
 
 
 def _read_only(connection: AbstractConnection) -> None:
-    """Let a replica answer reads; a master takes no notice."""
+    """Let a replica answer reads. A master ignores the command."""
     connection.send_command("READONLY")
     connection.read_response()
 
 
 @dataclass
 class _PasswordFile(CredentialProvider):
-    """A password from a file, read anew by each new connection after it has changed."""
+    """A password from a file. New connections read a changed file again."""
 
     user: str
     file: ReloadingFiles[bytes]
@@ -425,16 +437,16 @@ class _PasswordFile(CredentialProvider):
 
 
 def split_credentials(url: str) -> tuple[str, CredentialProvider | None]:
-    """A URL without its `password_file`, and user and password by that: redis-py wants both."""
+    """The URL without `password_file`, and the credentials from that file."""
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query))
     if not (path := options.pop("password_file", "")):
         return url, None
     if has_password(url):
-        raise InvalidArgumentError(f"store {shown(url)!r} has a password and a password_file")
+        raise InvalidArgumentError(f"store {shown(url)!r} has both a password and a password_file")
     user = unquote(parts.username or options.pop("username", "default"))
     bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(options))
-    file = ReloadingFiles((path,), lambda: read_file(path, "the file of Redis' password"))
+    file = ReloadingFiles((path,), lambda: read_file(path, "the Redis password file"))
     return urlunsplit(bare), _PasswordFile(user, file)
 
 

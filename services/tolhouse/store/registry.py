@@ -1,7 +1,7 @@
-"""The life of versions: committed, listed, resolved, published, rolled back, deleted.
+"""Operations on versions: commit, list, resolve, publish, roll back, delete.
 
-Whatever changes the registry is one update of the store: of several at once, each sees what those
-before it left.
+Each change of the registry is one transaction of the store. Concurrent changes happen one after
+another.
 """
 
 import itertools
@@ -24,12 +24,12 @@ _BEING_DELETED = "is being deleted: wait, or if that was interrupted, delete it 
 
 
 def tables(store: Store) -> Iterator[tuple[Manifest, bool]]:
-    """Every table that can be read, and whether its name stands for it."""
+    """Every readable table, and whether it is the published version of its name."""
     return ((manifest, stands_for(store, manifest.ref)) for manifest in _manifests(store))
 
 
 def resolve(store: Store, ref: str) -> Manifest:
-    """The manifest of "name@version", or of the published version of "name"."""
+    """Read the manifest of "name@version", or of the published version of "name"."""
     name, version = split_ref(ref)
     try:
         if version is None and (alias := store.alias(name)):
@@ -42,25 +42,27 @@ def resolve(store: Store, ref: str) -> Manifest:
 
 
 def stands_for(store: Store, ref: str) -> bool:
-    """Whether the name of "name@version" stands for that version."""
+    """Whether the version is the published one of its name."""
     name, version = split_ref(ref)
     alias = store.alias(name)
     return alias is not None and alias.version == version
 
 
 def is_new(store: Store, planned: Manifest) -> bool:
-    """Whether the version is not in the store yet, or nothing is published under its name."""
+    """Whether the version is not in the store yet, or its name has no published version."""
     with suppress(NotFoundError, CorruptError):
         return store.alias(planned.name) is None or not store.manifest(planned.ref)
     return True
 
 
 def commit(store: Store, manifest: Manifest) -> None:
-    """Write the manifest, once all shards are stored: from now on the table is there.
+    """Write the manifest after all shards are stored, which completes the table.
 
-    CorruptError if rows are missing; NotFoundError if a table that it depends on is;
-    UnavailableError while the
-    version is being deleted; InUseError if it is there in another form.
+    Raises:
+        CorruptError: Rows are missing.
+        NotFoundError: A table that it depends on is missing.
+        UnavailableError: The version is being deleted.
+        InUseError: The version is in the store with other shards, or from another model.
     """
 
     def change() -> Changes:
@@ -77,12 +79,12 @@ def commit(store: Store, manifest: Manifest) -> None:
 
 
 def publish(store: Store, ref: str) -> Manifest:
-    """Make the name stand for this version; publishing what is published changes nothing."""
+    """Publish a version under its name. Publishing it again changes nothing."""
     name, version = _version_of(store, ref, "publish")
 
     def change() -> Changes:
         _servable(store, ref)
-        refuse_part(store, ref, "no table to serve")
+        refuse_part(store, ref, "cannot be published")
         old: Alias | None = None
         with suppress(CorruptError):
             old = store.alias(name)
@@ -96,11 +98,11 @@ def publish(store: Store, ref: str) -> Manifest:
 
 
 def rollback(store: Store, name: str) -> Manifest:
-    """Make the name stand for the version before the present one."""
+    """Publish the previous version of a name again."""
     now: list[Manifest] = []
 
     def change() -> Changes:
-        old = store.alias(name) or Alias(resolve(store, name).version, ())  # which is not found
+        old = store.alias(name) or Alias(resolve(store, name).version, ())  # raises NotFoundError
         if not old.history:
             before = f"no version before {old.version} to go back to"
             raise InvalidArgumentError(f"table {name!r} has {before}")
@@ -112,11 +114,11 @@ def rollback(store: Store, name: str) -> Manifest:
 
 
 def delete(store: Store, ref: str, force: bool = False) -> None:
-    """Remove a version that is neither published nor in use, also from the name's history.
+    """Remove a version that is neither published nor in use, also from the history of its name.
 
-    Its auxiliary tables go too, unless others need them. A manifest need not be readable, such as
-    that of an earlier format. force: also a version in use, whose users get errors, and what a
-    deletion that was cut off has left.
+    Auxiliary tables are removed, too, unless other tables need them. The manifest need not be
+    readable; it may have an earlier format. `force` also removes a version in use, whose readers
+    then get errors, and the rest of an interrupted deletion.
     """
     name, version = _version_of(store, ref, "delete")
     removed: list[str] = []
@@ -138,7 +140,7 @@ def delete(store: Store, ref: str, force: bool = False) -> None:
         removed[:] = [ref, *(part for part in auxiliary if part not in needed)]
         changes: Changes = {("deleting", gone): b"" for gone in removed}
         if alias and version in alias.history:
-            # what remains on either side may be one version: going back has to lead to another
+            # two equal neighbours become one, so that a rollback leads to another version
             remaining = (v for v in (*alias.history, alias.version) if v != version)
             *history, now = (v for v, _ in itertools.groupby(remaining))
             changes["alias", name] = Alias(now, tuple(history)).to_json()
@@ -151,16 +153,17 @@ def delete(store: Store, ref: str, force: bool = False) -> None:
 
 
 def refuse_part(store: Store, ref: str, what: str) -> None:
-    """InvalidArgumentError, with `what` it is not, if the version is an auxiliary table of
-    another."""
+    """Raise InvalidArgumentError, with `what`, if the version is an auxiliary table."""
     if of := [m.ref for m in _manifests(store) if ref in m.auxiliary]:
         raise InvalidArgumentError(f"{ref} is a part of {', '.join(of)} and {what}")
 
 
 def refuse_another(store: Store, planned: Manifest) -> None:
-    """InUseError if the version to write is there, cut into other shards or of another model.
+    """Check that a version to write is not in the store in another form.
 
-    UnavailableError while it is being deleted.
+    Raises:
+        InUseError: It is there with other shards, or from another model.
+        UnavailableError: It is being deleted.
     """
     if store.is_being_deleted(planned.ref):
         raise UnavailableError(f"{planned.ref} in {store.url} {_BEING_DELETED}")
@@ -174,7 +177,7 @@ def refuse_another(store: Store, planned: Manifest) -> None:
 
 
 def _to_delete(store: Store, ref: str, force: bool) -> tuple[str, ...]:
-    """The auxiliary tables of a version that is there, or, by force, partly deleted."""
+    """The auxiliary tables of a version; with force, the version may be partly deleted."""
     try:
         return resolve(store, ref).auxiliary
     except NotFoundError:
@@ -187,7 +190,8 @@ def _to_delete(store: Store, ref: str, force: bool) -> tuple[str, ...]:
 
 def _manifests(store: Store) -> Iterator[Manifest]:
     for ref in store.refs():
-        with suppress(TolhouseError):  # deleted meanwhile, or malformed: `resolve` says which
+        # deleted in the meantime, or malformed; `resolve` raises the reason
+        with suppress(TolhouseError):
             yield store.manifest(ref)
 
 
@@ -199,7 +203,7 @@ def _version_of(store: Store, ref: str, work: str) -> tuple[str, str]:
 
 
 def _servable(store: Store, ref: str) -> Manifest:
-    """The manifest of a version; NotFoundError if it is gone, or its parent is."""
+    """Read the manifest of a version; NotFoundError if it or its parent is missing."""
     manifest = resolve(store, ref)
     if manifest.parent:
         store.parent(manifest)
@@ -211,5 +215,5 @@ def _tables_here(store: Store) -> str:
     more = f" and {len(refs) - 8} more" if len(refs) > 8 else ""
     risk = f"; {risk}" if (risk := store.risk()) else ""
     if not refs:
-        return f"there are no tables here yet: `tolhouse build` makes them{risk}"
+        return f"there are no tables here yet; `tolhouse build` makes them{risk}"
     return f"tables here: {', '.join(refs[:8])}{more}{risk}"

@@ -1,7 +1,7 @@
-"""Tables into stores: whole shards are kept, the manifest comes last.
+"""Writing tables to stores: complete shards are kept, and the manifest is written last.
 
-While the records of one shard are computed, the shard before is digested and written: two shards
-are in memory, no more.
+While one shard is computed, the previous one is digested and written, so that at most two shards
+are in memory.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,11 +17,11 @@ from tolhouse.store import registry
 from tolhouse.store.base import Store
 from tolhouse.table.manifest import Manifest
 
-RecordsOf = Callable[[int], np.ndarray]  # the records of a shard, in the order of its ids
+RecordsOf = Callable[[int], np.ndarray]  # returns the records of a shard, in the order of its ids
 
 
 def write_table(stores: Sequence[Store], manifest: Manifest, records_of: RecordsOf) -> Manifest:
-    """Write a table into every store; its manifest with the digests of its shards."""
+    """Write a table to every store; return its manifest with the digests of its shards."""
     written = write_shards(stores, manifest, range(manifest.num_shards), records_of)
     return commit(stores, manifest, [shard_digest for shard_digest, _ in written])
 
@@ -29,7 +29,7 @@ def write_table(stores: Sequence[Store], manifest: Manifest, records_of: Records
 def write_shards(
     stores: Sequence[Store], manifest: Manifest, shards: Iterable[int], records_of: RecordsOf
 ) -> list[tuple[str, bool]]:
-    """The digest of each shard, now whole in every store, and whether it had to be computed."""
+    """Complete shards in every store; return each one's digest, and whether it was computed."""
     written: list[tuple[Future[str], bool]] = []
 
     def write(shard: int, records: np.ndarray, lacking: list[Store], known: str | None) -> str:
@@ -55,7 +55,7 @@ def write_shards(
 
 
 def commit(stores: Sequence[Store], manifest: Manifest, digests: Sequence[str]) -> Manifest:
-    """Write the manifest of a table whose shards are all written."""
+    """Write the manifest of a table after all its shards."""
     manifest = replace(manifest, shards=tuple(digests))
     for store in stores:
         registry.commit(store, manifest)
@@ -63,7 +63,7 @@ def commit(stores: Sequence[Store], manifest: Manifest, digests: Sequence[str]) 
 
 
 def shard_digest(store: Store, manifest: Manifest, shard: int) -> str | None:
-    """The digest of a shard whose records are all there and intact; None if it must be written."""
+    """The digest of a complete and intact shard; None if it has to be written."""
     ids = manifest.shard_ids(shard)
     with suppress(CorruptError):
         if store.count(manifest, shard) == len(ids):
@@ -72,5 +72,5 @@ def shard_digest(store: Store, manifest: Manifest, shard: int) -> str | None:
 
 
 def digest(records: np.ndarray) -> str:
-    """The digest of a shard's records that a manifest lists: XXH3-128, 32 hex digits."""
+    """The digest of a shard's records in a manifest: XXH3-128, 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(records).data)

@@ -1,1 +1,1 @@
-"""The table format, which processes must agree on to the byte; nothing of torch or networks."""
+"""The table format, byte for byte, without torch or network code."""

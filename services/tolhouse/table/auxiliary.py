@@ -1,9 +1,10 @@
-"""What the rows of a table need besides its own records: tables of their own, published by nobody.
+"""Auxiliary tables: what the rows of a table need besides its own records. They have no alias.
 
-basis          low rank: a block's row is its mean plus coefficients times basis vectors. A record
-               of this table is a vector: for each block the mean, then its vectors.
-frequent_rows  the rows of the most frequent tokens in a finer codec, in the order of `frequent`.
-edits          changed rows of an overlay, in the same codec or a finer one, as `changed` has them.
+basis          low rank: the row of a block is its mean plus coefficients times basis vectors. Each
+               record of this table is a vector: for each block its mean, then its basis vectors.
+frequent_rows  rows of the most frequent tokens in a finer codec, in the order of `frequent`.
+edits          changed rows of an overlay, in the same codec or a finer one, in the order of
+               `changed`.
 """
 
 from collections.abc import Callable
@@ -20,29 +21,29 @@ Fetch = Callable[[str], tuple[Manifest, np.ndarray]]  # "name@version" to manife
 
 @dataclass(frozen=True)
 class Basis:
-    """Means float32 [N, D], and orthonormal vectors float32 [r, D] of each block."""
+    """Means float32 [N, D], and for each block orthonormal vectors float32 [r, D]."""
 
     means: np.ndarray
     vectors: tuple[np.ndarray, ...]
 
     def coefficients(self, rows: np.ndarray) -> list[np.ndarray]:
-        """[T, r] of each block, of rows float32 [T, N, D]."""
+        """The coefficients [T, r] of each block, for rows float32 [T, N, D]."""
         blocks = zip(rows.swapaxes(0, 1), self.means, self.vectors, strict=True)
         return [np.ascontiguousarray((row - mean) @ v.T) for row, mean, v in blocks]
 
     def rows(self, coefficients: list[np.ndarray]) -> np.ndarray:
-        """Rows float32 [T, N, D]."""
+        """Rows float32 [T, N, D] for the coefficients [T, r] of each block."""
         blocks = zip(self.means, coefficients, self.vectors, strict=True)
         return np.stack([mean + c @ v for mean, c, v in blocks], axis=1)
 
     def table(self) -> np.ndarray:
-        """Rows float32 [R, 1, D] of its table: for each block the mean, then the vectors."""
+        """The rows float32 [R, 1, D] of its table: for each block the mean, then the vectors."""
         parts = zip(self.means, self.vectors, strict=True)
         return np.concatenate([part for mean, v in parts for part in (mean[None], v)])[:, None]
 
     @classmethod
     def of(cls, rows: np.ndarray, ranks: tuple[int, ...]) -> "Basis":
-        """The basis that `table` turned into rows [R, 1, D]."""
+        """The basis whose `table` is `rows` [R, 1, D]."""
         ends = np.cumsum([1 + rank for rank in ranks])
         parts = np.split(np.ascontiguousarray(rows[:, 0], np.float32), ends[:-1])
         return cls(np.stack([part[0] for part in parts]), tuple(part[1:] for part in parts))
@@ -50,19 +51,19 @@ class Basis:
 
 @dataclass(frozen=True)
 class AuxiliaryTables:
-    """The auxiliary tables of one table; all fields are None if it has none."""
+    """The auxiliary tables of one table; fields of missing ones are None."""
 
     manifest: Manifest
     basis: Basis | None = None
-    finer: Manifest | None = None  # how `finer_records` are laid out
+    finer: Manifest | None = None  # the layout of `finer_records`
     finer_records: np.ndarray | None = None  # uint8 [F, .]: frequent rows, then edits
 
     def encode(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Records of the table itself for rows float32 [T, N, D]."""
+        """Encode rows float32 [T, N, D] as records of the table itself."""
         return self.manifest.encode(ids, self.basis.coefficients(rows) if self.basis else rows)
 
     def decode(self, ids: np.ndarray, records: np.ndarray) -> np.ndarray:
-        """Rows [T, N, D] of `ids` [T] from the table's own records; a view of them if it can be."""
+        """Decode the table's own records of `ids` [T] to rows [T, N, D], as a view if possible."""
         if self.basis:
             rows = self.basis.rows(self.manifest.coefficients(records))
         else:
@@ -75,7 +76,7 @@ class AuxiliaryTables:
 
     @cached_property
     def finer_slots(self) -> np.ndarray:
-        """Where in `finer_records` each token's row is, -1 where it has none; int32 [V]."""
+        """The index of each token's row in `finer_records`, or -1; int32 [V]."""
         slots = np.full(self.manifest.vocab_size, -1, np.int32)
         if self.finer_records is not None:
             edited = self.manifest.changed if self.manifest.edits else ()
@@ -86,7 +87,7 @@ class AuxiliaryTables:
 
 
 def load_auxiliary(manifest: Manifest, fetch: Fetch) -> AuxiliaryTables:
-    """The auxiliary tables of a table; CorruptError where they are not what it says."""
+    """Load the auxiliary tables of a table; CorruptError if they do not fit it."""
 
     def load(ref: str, num_blocks: int, least: int, most: int) -> tuple[Manifest, np.ndarray]:
         table, records = fetch(ref)

@@ -1,12 +1,12 @@
-"""The manifest: what a table is, where its records are and how they are laid out.
+"""The manifest: what a table is, where its records are, and their layout.
 
-A record is one token's row: its blocks in the manifest's order, then XXH3-64 of them, seeded by
-version and token: a record that is altered or of another version or token does not pass. An overlay
-holds the changed rows alone, over a parent that holds all: other rows are the parent's records.
+A record is one token's row: its blocks in the order of the manifest, then their XXH3-64 checksum,
+seeded with version and token. So a changed record fails its check, as does a record of another
+version or token. An overlay stores only changed rows; its parent has all others.
 
-In JSON a manifest carries the digest of all its other fields. Fields at their default are not
-written. `requires` names the optional fields without which a reader would give wrong rows; fields
-that a reader does not know are kept unless they are required.
+In JSON, a manifest contains a digest of its other fields, and omits fields with default values.
+`requires` lists the optional fields that a reader must understand to return correct rows. Readers
+keep unknown fields, and refuse a table that requires one.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ from tolhouse.table.codecs import Codec, codec
 from tolhouse.validation import validated
 
 FORMAT = 2
-MAX_RECORD_BYTES = 3 << 20  # a record travels whole, within gRPC's default message of 4 MiB
+MAX_RECORD_BYTES = 3 << 20  # a message holds whole records; gRPC's default limit is 4 MiB
 MAX_SHARDS = 65_536
 MAX_FREQUENT = 32_768
-MAX_CHANGED = 100_000  # rows of an overlay: its manifest names them, and travels whole
+MAX_CHANGED = 100_000  # rows of an overlay; its manifest lists them in one message
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _VERSION = r"[0-9a-f]{16}"
 _GOLDEN_64 = 0x9E3779B97F4A7C15
@@ -39,7 +39,7 @@ Buffer = bytes | memoryview  # one record
 
 
 def content_id(*parts: object) -> str:
-    """A version: 16 hex digits over `parts`, each an array (its bytes) or what JSON can hold."""
+    """A version: 16 hex digits over `parts`, which are arrays or JSON values."""
     hashed = hashlib.sha256()
     for part in (FORMAT, *parts):
         is_array = isinstance(part, np.ndarray)
@@ -50,15 +50,19 @@ def content_id(*parts: object) -> str:
 
 
 def check_name(name: str) -> str:
+    """Return the name; InvalidArgumentError if it is not allowed for a table."""
     if not re.fullmatch(_NAME, name):
         allowed = "a letter or digit, then up to 63 letters, digits, dots, dashes and underscores"
-        raise InvalidArgumentError(f"table name {name!r} is not allowed: it is {allowed}")
+        raise InvalidArgumentError(f"table name {name!r} is not allowed; use {allowed}")
     return name
 
 
 def split_ref(ref: str) -> tuple[str, str | None]:
-    """("name", "version") of "name@version", ("name", None) of "name"; else
-    InvalidArgumentError."""
+    """("name", "version") for "name@version"; ("name", None) for "name".
+
+    Raises:
+        InvalidArgumentError: `ref` has another form.
+    """
     name, at, version = ref.partition("@")
     check_name(name)
     if at and not re.fullmatch(_VERSION, version):
@@ -81,27 +85,52 @@ Block = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}(\.(0|[1-9][0-9]{0,4
 @validated("manifest")
 @dataclass(frozen=True, config=ConfigDict(strict=True))
 class Manifest:
-    """What a table is; InvalidArgumentError where the fields do not make a table."""
+    """What a table is. It validates its fields.
+
+    Attributes:
+        name: Name of the table.
+        version: Content id, 16 hexadecimal digits.
+        codec_name: "fp32", "fp16", "bf16", "int8" or "int4".
+        vocab_size: Number of token ids.
+        blocks: Names of the N blocks of a row, in order: "x0" for embeddings, "ffn.LAYER".
+        width: Number of values of a block, D.
+        num_shards: A token is in shard `id % num_shards`.
+        model_id: Hash of the checkpoint that the table was built from.
+        tokenizer_id: Hash of the checkpoint's tokenizer.
+        shards: Digest of each shard; empty until all are written.
+        layout: How a store arranges the records.
+        frequent: The most frequent token ids, most frequent first.
+        parent: For an overlay: the table that has all unchanged rows, "name@version".
+        changed: For an overlay: the ids of its own rows, ascending.
+        ranks: For low rank: the number of coefficients of each block.
+        basis: For low rank: the table of basis vectors.
+        frequent_rows: The table with the rows of `frequent` tokens in a finer codec.
+        edits: For an overlay over a compressed table: the table of the changed rows.
+        extra: Fields that this version of Tolhouse does not know.
+
+    Raises:
+        InvalidArgumentError: The fields do not describe a table.
+    """
 
     name: Annotated[str, AfterValidator(check_name)]
-    version: Annotated[str, Field(pattern=f"^{_VERSION}$")]  # see `content_id`
+    version: Annotated[str, Field(pattern=f"^{_VERSION}$")]  # from `content_id`
     codec_name: Annotated[str, AfterValidator(lambda name: codec(name).name)]
     vocab_size: Annotated[int, Field(gt=0, le=2**32)]
-    blocks: Annotated[tuple[Block, ...], Field(strict=False, min_length=1)]  # x0, ffn.LAYER…
-    width: Annotated[int, Field(gt=0, le=2**20)]  # values of a block
+    blocks: Annotated[tuple[Block, ...], Field(strict=False, min_length=1)]
+    width: Annotated[int, Field(gt=0, le=2**20)]
     num_shards: Annotated[int, Field(gt=0, le=MAX_SHARDS)]
-    model_id: str  # the checkpoint it was built from
+    model_id: str
     tokenizer_id: str
-    shards: Annotated[tuple[Digest, ...], Field(strict=False)] = ()  # empty before all are written
-    layout: Literal["shards"] = "shards"  # how a store lays out the records
-    frequent: Annotated[Ids, Field(max_length=MAX_FREQUENT)] = ()  # the most frequent in text first
-    parent: Ref = ""  # an overlay's: the table whose rows it has where it has none of its own
-    changed: Annotated[Ids, Field(max_length=MAX_CHANGED)] = ()  # an overlay's own rows
-    ranks: Ids = ()  # low rank: coefficients of each block, in place of its values
-    basis: Ref = ""  # low rank: the table of basis vectors; auxiliary.py
-    frequent_rows: Ref = ""  # the table of the most frequent tokens' rows in a finer codec
-    edits: Ref = ""  # a compressed table's overlay: the table of the changed rows in that codec
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # unknown fields
+    shards: Annotated[tuple[Digest, ...], Field(strict=False)] = ()
+    layout: Literal["shards"] = "shards"
+    frequent: Annotated[Ids, Field(max_length=MAX_FREQUENT)] = ()
+    parent: Ref = ""
+    changed: Annotated[Ids, Field(max_length=MAX_CHANGED)] = ()
+    ranks: Ids = ()
+    basis: Ref = ""
+    frequent_rows: Ref = ""
+    edits: Ref = ""
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         count, width, size = self.num_blocks, self.width, self.vocab_size
@@ -119,85 +148,90 @@ class Manifest:
         _require(ranked, f"ranks must be from 1 to {width} for each block, only with a basis")
         shards = len(self.shards)
         _require(shards in (0, self.num_shards), f"{shards} digests for {self.num_shards} shards")
-        # a value takes half a byte at least
+        # a value takes at least half a byte
         fits = count * width <= 2 * MAX_RECORD_BYTES and self.record_bytes <= MAX_RECORD_BYTES
         _require(fits, f"{count} blocks of {width} values exceed {MAX_RECORD_BYTES} bytes a record")
 
     @property
     def ref(self) -> str:
+        """The table as "name@version"."""
         return f"{self.name}@{self.version}"
 
     @cached_property
     def codec(self) -> Codec:
+        """The codec of `codec_name`."""
         return codec(self.codec_name)
 
     @property
     def num_blocks(self) -> int:
-        """N of a row [N, D]."""
+        """N, the number of blocks of a row [N, D]."""
         return len(self.blocks)
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """The layers whose feed-forward rows are present, ascending."""
+        """The layers with feed-forward rows in the table, ascending."""
         found = (re.fullmatch(r"ffn\.(\d+)", block) for block in self.blocks)
         return tuple(sorted(int(match[1]) for match in found if match))
 
     @property
     def has_x0(self) -> bool:
-        """Whether rows have the embedding: a worker then needs none of its own."""
+        """Whether rows contain the embedding, so that a worker needs none of its own."""
         return "x0" in self.blocks
 
     def model_blocks(self, num_rows: int) -> tuple[str, ...]:
-        """The blocks that a model with `num_rows` rows reads, in its order, present or not."""
+        """The blocks that a model with `num_rows` rows reads, in order, even if absent here."""
         return (*["x0"] * self.has_x0, *(f"ffn.{layer}" for layer in range(num_rows)))
 
     @property
     def auxiliary(self) -> tuple[str, ...]:
-        """Tables that its rows are made of, published by nobody, which come and go with it."""
+        """The auxiliary tables: stored with the table, deleted with it, and without an alias."""
         return tuple(ref for ref in (self.basis, self.frequent_rows, self.edits) if ref)
 
     @property
     def dependencies(self) -> tuple[str, ...]:
-        """All other tables that its rows are made of."""
+        """All other tables that its rows depend on."""
         return (self.parent, *self.auxiliary) if self.parent else self.auxiliary
 
     @cached_property
     def record_dtype(self) -> np.dtype:
-        """`blocks`, alike; or with ranks block0, block1 and so on, each of its own size."""
+        """The type of a record: `blocks` of one size; with ranks, block0, block1 and so on."""
         sized = [(f"block{k}", self.codec.block(rank)) for k, rank in enumerate(self.ranks)]
         alike = [("blocks", self.codec.block(self.width), (self.num_blocks,))]
         return np.dtype([*(sized or alike), ("checksum", "<u8")])
 
     @cached_property
     def record_bytes(self) -> int:
+        """Bytes of a record, checksum included."""
         return self.record_dtype.itemsize
 
     @property
     def num_records(self) -> int:
-        """Records of its own."""
+        """Number of records that the table stores itself."""
         return len(self.changed) if self.parent else self.vocab_size
 
     @property
     def table_bytes(self) -> int:
+        """Bytes of the records that the table stores itself."""
         return self.num_records * self.record_bytes
 
     # ids and shards
 
     def shard_of(self, ids: np.ndarray) -> np.ndarray:
+        """The shard of each token id [T]."""
         return ids % self.num_shards
 
     def shard_ids(self, shard: int) -> np.ndarray:
-        """Token ids of one shard, ascending, as its records are."""
+        """Token ids of the records of one shard, ascending."""
         if self.parent:
             return self._changed
         return np.arange(shard, self.vocab_size, self.num_shards, dtype=np.uint32)
 
     def positions(self, ids: np.ndarray) -> np.ndarray:
-        """Where in their shards the records of `ids` are."""
+        """The index of each id's record in its shard, [T]."""
         return np.searchsorted(self._changed, ids) if self.parent else ids // self.num_shards
 
     def owns(self, ids: np.ndarray) -> np.ndarray:
-        """Which of `ids` [T] have a record of its own; bool [T]."""
+        """Which of `ids` [T] the table stores itself; bool [T]."""
         return np.isin(ids, self._changed) if self.parent else np.ones(len(ids), bool)
 
     @cached_property
@@ -205,6 +239,7 @@ class Manifest:
         return np.array(self.changed, np.uint32)
 
     def check_ids(self, ids: np.ndarray) -> None:
+        """Raise IdOutOfRangeError if an id is not below the size of the vocabulary."""
         if ids.size and int(ids.max()) >= self.vocab_size:
             bad = int(ids[ids >= self.vocab_size][0])
             allowed = f"allowed are 0 to {self.vocab_size - 1}"
@@ -213,7 +248,7 @@ class Manifest:
     # records: uint8 [T, record_bytes], one per token id of `ids`
 
     def encode(self, ids: np.ndarray, rows: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """Records of `ids` for float32 rows [T, N, D]; with ranks, for each block's [T, r]."""
+        """Encode float32 rows [T, N, D]; with ranks, the coefficients [T, r] of each block."""
         records = np.empty(len(ids), self.record_dtype)
         if self.ranks:
             for k, coefficients in enumerate(rows):
@@ -223,27 +258,29 @@ class Manifest:
         return self.add_checksums(ids, records.view(np.uint8).reshape(len(ids), self.record_bytes))
 
     def add_checksums(self, ids: np.ndarray, records: np.ndarray) -> np.ndarray:
-        """The records, contiguous, with the checksums of this version and `ids`, set in place."""
+        """Set the checksums of contiguous records in place, for this version and `ids`."""
         seeded = zip(record_views(records), self.seeds(ids), strict=True)
         checksums = [xxhash.xxh3_64_intdigest(record[:-8], seed) for record, seed in seeded]
         records.view(self.record_dtype)[:, 0]["checksum"] = checksums
         return records
 
     def decode(self, records: np.ndarray) -> np.ndarray:
-        """Rows [T, N, D]: a view of the records for float codecs, float32 values for others."""
+        """Decode to rows [T, N, D]: a view of the records for float codecs, else float32."""
         return self.codec.decode(records.view(self.record_dtype)[..., 0]["blocks"])
 
     def coefficients(self, records: np.ndarray) -> list[np.ndarray]:
-        """With ranks: coefficients float32 [T, r] of each block."""
+        """With ranks: decode to the coefficients float32 [T, r] of each block."""
         fields = records.view(self.record_dtype)[..., 0]
         blocks = (np.ascontiguousarray(fields[f"block{k}"]) for k in range(len(self.ranks)))
         return [self.codec.decode(block).astype(np.float32) for block in blocks]
 
     def verify(self, ids: np.ndarray, records: Iterable[Buffer | str]) -> None:
-        """CorruptError, with all bad tokens, unless each record is intact, of this version and
-        token.
+        """Check that each record is intact, and of this version and its token.
 
-        A text in place of a record says why there is none.
+        A text in place of a record is the reason why it is missing.
+
+        Raises:
+            CorruptError: With the tokens of all bad records.
         """
         bad: dict[int, str] = {}
         for i, seed, record in zip(ids.tolist(), self.seeds(ids), records, strict=True):
@@ -255,16 +292,16 @@ class Manifest:
                 bad[i] = f"the row of token {i} in table {self.ref} fails its checksum"
         if bad:
             first, *others = bad.values()
-            more = f"; rows of {len(others)} other tokens can't be read either" if others else ""
+            more = f"; rows of {len(others)} other tokens cannot be read either" if others else ""
             raise CorruptError(first + more, bad)
 
     def copy_records(
         self, ids: np.ndarray, source: memoryview, out: memoryview, slots: Iterable[int]
     ) -> None:
-        """Copy consecutive records to slots of `out`, both flat; CorruptError as of `verify`."""
+        """Copy consecutive records to slots of `out`, both flat, and `verify` them."""
         size = self.record_bytes
 
-        def copied() -> Iterator[memoryview]:  # each is verified while it is in the core's cache
+        def copied() -> Iterator[memoryview]:  # verify each record while it is in the CPU cache
             for n, slot in enumerate(slots):
                 record = out[slot * size : slot * size + size]
                 record[:] = source[n * size : n * size + size]
@@ -273,7 +310,7 @@ class Manifest:
         self.verify(ids, copied())
 
     def seeds(self, ids: np.ndarray) -> list[int]:
-        """The seed of each token's checksum: its version's and its own."""
+        """The seed of each token's checksum, from version and token id."""
         versions = np.full(len(ids), int(self.version, 16), np.uint64)
         if self.parent:
             versions[~self.owns(ids)] = int(self.parent.rpartition("@")[2], 16)
@@ -282,6 +319,7 @@ class Manifest:
     # JSON
 
     def to_json(self) -> str:
+        """The manifest as JSON, with its digest."""
         fields = ((name, getattr(self, name)) for name in _FIELDS)
         data = {name: value for name, value in fields if value != _FIELDS[name]}
         data["codec"] = data.pop("codec_name")
@@ -292,8 +330,12 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Manifest":
-        """The manifest in `text`; InvalidArgumentError if it is malformed, CorruptError if
-        altered."""
+        """Read a manifest.
+
+        Raises:
+            InvalidArgumentError: The text is malformed.
+            CorruptError: The digest does not match.
+        """
         try:
             data: Any = json.loads(text)
             given = data.pop("digest", None) if isinstance(data, dict) else None
@@ -302,14 +344,17 @@ class Manifest:
             raise InvalidArgumentError(f"manifest: not JSON: {error}") from None
         _require(isinstance(data, dict), "not a JSON object")
         number, required = data.pop("format", None), data.pop("requires", [])
-        advice = "build the table again, and remove this one by `tolhouse tables delete`"
-        advice = advice if number == 1 else "a later one needs a later tolhouse"
+        advice = "build the table again, and remove this one with `tolhouse tables delete`"
+        advice = advice if number == 1 else "a newer format needs a newer tolhouse"
         _require(number == FORMAT, f"format {number!r:.60} is not {FORMAT}: {advice}")
         if given != own:
-            raise CorruptError("manifest: its fields are not those that its digest was made of")
+            raise CorruptError("manifest: the digest does not match the fields")
         _require(isinstance(required, list), f"requires must be a list, not {required!r:.60}")
         unknown = [name for name in required if name not in _REQUIRED]
-        _require(not unknown, f"the table needs {unknown}, unknown here: upgrade tolhouse")
+        _require(
+            not unknown,
+            f"the table requires {unknown}, which this version does not know: upgrade tolhouse",
+        )
         if "codec" in data:
             data["codec_name"] = data.pop("codec")
         extra = {name: data.pop(name) for name in data.keys() - _FIELDS.keys()}
@@ -321,7 +366,7 @@ _REQUIRED = ("layout", "parent", "changed", "ranks", "basis", "frequent_rows", "
 
 
 def record_views(records: np.ndarray) -> Iterator[memoryview]:
-    """Each record of a contiguous uint8 [T, record_bytes] as a view."""
+    """A view of each record of a contiguous uint8 [T, record_bytes]."""
     size, flat = records.shape[1], memoryview(records.reshape(-1))  # type: ignore[arg-type]  # is one
     return (flat[at : at + size] for at in range(0, len(flat), size))
 

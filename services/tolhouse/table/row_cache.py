@@ -1,9 +1,9 @@
-"""The hot-row cache: records of one table in a slab of bounded size, kept by S3-FIFO.
+"""The hot-row cache: records of one table in a slab of fixed size, with S3-FIFO eviction.
 
-S3-FIFO (Yang et al., SOSP 2023): rows enter a small queue, a tenth of the slab. Those that are
-used again there go on to the main queue; the others leave, and go to the main queue if they return
-soon. Each use spares a row one round of the main queue. The owner of the cache writes the records
-into the slots that it gives. Not thread-safe.
+S3-FIFO (Yang et al., SOSP 2023): rows enter a small queue with a tenth of the slots. Rows that are
+used again move on to the main queue. Others are evicted; they enter the main queue if they return
+soon. Each use saves a row from one eviction round of the main queue. The owner of the cache writes
+records into the slots that the cache assigns. Not thread-safe.
 """
 
 from collections import deque
@@ -13,12 +13,12 @@ import numpy as np
 from tolhouse.table.manifest import Manifest
 
 MOST_USES = 3
-_SMALL_SHARE = 10  # one slot in ten is for newcomers
+_SMALL_SHARE = 10  # the small queue has one slot in ten
 
 
 class RowCache:
     def __init__(self, slab: np.ndarray, vocab_size: int) -> None:
-        """`slab`: uint8 [capacity, record_bytes], memory of the owner's."""
+        """`slab`: uint8 [capacity, record_bytes], allocated by the owner."""
         self.slab, self.capacity = slab, len(slab)
         self.slot_of = np.full(vocab_size, -1, np.int32)
         self.hits = self.misses = 0
@@ -29,7 +29,7 @@ class RowCache:
         self._small: deque[int] = deque()  # slots, oldest first
         self._main: deque[int] = deque()
         self._small_slots = max(1, self.capacity // _SMALL_SHARE)
-        # by a clock of departures, when each row left the small queue: late ones are remembered
+        # when each row left the small queue, counted in departures
         self._left_at = np.full(vocab_size, -1 - self.capacity, np.int64)
         self._departures = 0
 
@@ -37,7 +37,7 @@ class RowCache:
         return self.capacity - len(self._free)
 
     def slots(self, ids: np.ndarray) -> np.ndarray:
-        """Slots int32 [T] of `ids`, -1 where one is not cached. Each hit counts as a use."""
+        """Slots int32 [T] of `ids`; -1 if not cached. Each hit counts as a use."""
         slots = self.slot_of[ids]
         hits = slots[slots >= 0]
         self._uses[hits] = np.minimum(self._uses[hits] + 1, MOST_USES)
@@ -46,10 +46,10 @@ class RowCache:
         return slots
 
     def reserve(self, ids: np.ndarray, *, main: bool = False) -> np.ndarray:
-        """Slots int32 [T] for distinct `ids` that are not cached, in place of others; -1: no room.
+        """Assign slots int32 [T] to distinct `ids` that are not cached; -1 if there is no room.
 
-        The owner writes the records there and then calls `commit`, or else `release`; until then
-        the slots hold no row. `main`: these rows are known to be hot.
+        Other rows are evicted. The owner writes the records into the slots and calls `commit`, or
+        calls `release`. Until then the slots hold no row. `main`: the rows are known to be hot.
         """
         slots = np.full(len(ids), -1, np.int32)
         room = self.capacity - np.count_nonzero(self._pinned)
@@ -63,13 +63,13 @@ class RowCache:
         return slots
 
     def commit(self, ids: np.ndarray, slots: np.ndarray) -> None:
-        """The records of `ids` are in their reserved `slots`: from now on they are cached."""
+        """Cache `ids`, whose records the owner has written into their reserved `slots`."""
         given = slots >= 0
         self.slot_of[ids[given]] = slots[given]
         self.unpin(slots[given])
 
     def release(self, slots: np.ndarray) -> None:
-        """Give up reserved `slots`, to which nothing was written."""
+        """Free reserved `slots` that the owner has not written."""
         given = slots[slots >= 0]
         self.unpin(given)
         for slot in given.tolist():
@@ -78,14 +78,15 @@ class RowCache:
             self._free.append(slot)
 
     def pin(self, slots: np.ndarray) -> None:
-        """Let the rows in `slots` stay until `unpin`."""
+        """Protect the rows in `slots` from eviction until `unpin`."""
         self._pinned[slots] = True
 
     def unpin(self, slots: np.ndarray) -> None:
+        """Allow the eviction of the rows in `slots` again."""
         self._pinned[slots] = False
 
     def _evict(self) -> int:
-        """A slot whose row has left; at least one is not pinned."""
+        """Evict a row and return its slot. At least one row must not be pinned."""
         small, main, spared = self._small, self._main, 0
         while True:
             is_small = bool(small) and (len(small) >= self._small_slots or spared >= len(main))
@@ -108,5 +109,5 @@ class RowCache:
 
 
 def capacity_for(manifest: Manifest, most_bytes: int) -> int:
-    """Slots of a cache of at most `most_bytes`, and at most all rows of the table."""
+    """The number of slots of a cache with at most `most_bytes`, and at most one slot per token."""
     return min(most_bytes // manifest.record_bytes, manifest.vocab_size)

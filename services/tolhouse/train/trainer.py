@@ -170,7 +170,9 @@ class Trainer:
         try:
             opened = safe_open(file, framework="pt")
         except SafetensorError as error:
-            raise CorruptError(f"{file} can't be read: {error}; remove it to start again") from None
+            raise CorruptError(
+                f"{file} cannot be read: {error}; remove it to start again"
+            ) from None
         with opened as saved:
             metadata, expected = saved.metadata(), self.fingerprint()
             step = int(metadata["step"])
