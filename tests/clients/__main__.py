@@ -77,21 +77,24 @@ def chat_checkpoint(folder: Path) -> Path:
 
 @torch.inference_mode()
 def expected(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The greedy completion, and log-likelihoods of continuations, of the model in this process."""
+    """The greedy completion, and log-likelihoods, of the model in this process."""
     model, tokenizer = checkpoint.model(), checkpoint.tokenizer()
 
-    def log_likelihood(context: str, continuation: str) -> float:
-        ids = tokenizer.encode(context + continuation).ids
-        ids_T, begin = torch.tensor(ids), len(tokenizer.encode(context).ids)
+    def log_likelihood(ids: list[int], begin: int) -> float:
+        """Of the tokens from `begin` on, given those before."""
+        ids_T = torch.tensor(ids)
         hidden_TD = model.hidden(ids_T, torch.arange(len(ids)), GrowingCache(), model.rows(ids_T))
         logprobs_TV = model.lm_head(hidden_TD).float().log_softmax(-1)
         return float(logprobs_TV[:-1].gather(1, ids_T[1:, None])[begin - 1 :].sum())
 
     prompt = tokenizer.encode(PROMPT).ids
-    documents = [
-        {"context": c, "continuation": t, "log_likelihood": log_likelihood(c, t)}
-        for c, t in DOCUMENTS
-    ]
+    documents = []
+    for context, continuation in DOCUMENTS:
+        ids = tokenizer.encode(context + continuation).ids
+        scores = {"log_likelihood": log_likelihood(ids, len(tokenizer.encode(context).ids))}
+        # lm-eval scores a whole text after the end token, if there is no BOS token
+        scores["rolling"] = log_likelihood([checkpoint.config.eos_token_id, *ids], 1)
+        documents.append({"context": context, "continuation": continuation, **scores})
     text = tokenizer.decode(list(greedy(model, prompt, GREEDY_TOKENS)))
     greedy_answer = {"prompt": PROMPT, "ids": prompt, "text": text, "max_tokens": GREEDY_TOKENS}
     return {"greedy": greedy_answer, "documents": documents}
