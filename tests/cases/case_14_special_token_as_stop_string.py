@@ -33,3 +33,14 @@ def check(folder: Path) -> Iterator[Result]:
         lines = httpx.post(f"{url}/{path}", json={**sent, "stream": True}, timeout=60).text
         found = lines.count("<|im_end|>"), lines.count('"finish_reason":"stop"')
         yield equal("streamed", (int(bool(text)), 1), found)
+    sent = {**body, "stop": ["x<|im_end|>"], "skip_special_tokens": False}
+    [choice] = httpx.post(f"{url}/completions", json=sent, timeout=60).json()["choices"]
+    yield equal(
+        "shown on request", ("<|im_end|>" * 3, "length"), (choice["text"], choice["finish_reason"])
+    )
+    sent = {**body, "stop": ["<|im_end|><|im_end|>"]}
+    answer = httpx.post(f"{url}/completions", json=sent, timeout=60).json()
+    [choice] = answer["choices"]
+    yield equal(
+        "part of a longer stop string", ("", "stop"), (choice["text"], choice["finish_reason"])
+    )

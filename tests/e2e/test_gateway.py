@@ -470,6 +470,16 @@ def test_answers_are_history(talking: OpenAI, message: dict) -> None:
         chat(talking, messages=calls)
 
 
+def test_an_empty_field_may_be_deep(talking: OpenAI) -> None:
+    """A field of many nested lists is accepted if there is nothing in it, and refused by name."""
+    deep = '{"messages": [{"role": "user", "content": "a", "x": %s}], "max_tokens": 1}'
+    url, headers = f"{talking.base_url}chat/completions", {"Content-Type": "application/json"}
+    for inside, status in (("", 200), ("1", 400)):
+        content = deep % ("[" * 800 + inside + "]" * 800)
+        answer = httpx.post(url, content=content, headers=headers, timeout=60)
+        assert status == answer.status_code, answer.text
+
+
 def test_a_conversation_goes_on(talking: OpenAI) -> None:
     """The client's own message objects are sent back, as objects and as dictionaries."""
     messages = [{"role": "developer", "content": "write Python"}, MESSAGES[1]]

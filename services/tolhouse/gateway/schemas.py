@@ -67,9 +67,14 @@ def _is_one_of(value: Any, values: tuple) -> bool:
 
 def _is_empty(value: Any) -> bool:
     """Whether a value, or all values inside it, are null, false, or an empty text."""
-    if isinstance(value, dict | list):
-        return all(map(_is_empty, value.values() if isinstance(value, dict) else value))
-    return value is None or value is False or value == ""
+    rest = [value]
+    while rest:  # not recursive, as a value may be deep
+        one = rest.pop()
+        if isinstance(one, dict | list):
+            rest += one.values() if isinstance(one, dict) else one
+        elif not (one is None or one is False or one == ""):
+            return False
+    return True
 
 
 def refusal(param: str, message: str, code: str = "invalid_value") -> PydanticCustomError:
