@@ -1,8 +1,8 @@
 """Every option: name, unit, default, bounds and help. No other file reads the environment.
 
-A field `row_cache_megabytes` of `WorkerConfig` is `--row-cache-megabytes` on the command line and
-`TOLHOUSE_WORKER_ROW_CACHE_MEGABYTES` in the environment; the command line wins. A field's former
-names, `old`, still work in both. Values are read once, at start.
+The field `row_cache_megabytes` of `WorkerConfig` is the option `--row-cache-megabytes` and the
+variable `TOLHOUSE_WORKER_ROW_CACHE_MEGABYTES`. The command line takes precedence. Former names of a
+field (`old`) still work in both. Values are read once, at start.
 """
 
 import difflib
@@ -29,10 +29,10 @@ from tolhouse.net.auth import ClientCredentials, ServerCredentials
 PREFIX = "TOLHOUSE_"
 _COMMIT = f"{PREFIX}COMMIT"
 DEFAULT_STORE = "file://.tolhouse/tables"
-INSECURE = "Allow plaintext between machines: for networks that are trusted."
-STORES = "file://PATH, redis://HOST:PORT, or both with a comma between."
-SERVICES = "HOST:PORT with commas between, or dns:///HOST:PORT, all addresses of a name."
-ROWS = f"Where rows are: file://PATH, redis://HOST:PORT, or lookup replicas, {SERVICES}"
+INSECURE = "Allow plaintext between machines, in a trusted network."
+STORES = "file://PATH, redis://HOST:PORT, or both, separated by a comma."
+SERVICES = "HOST:PORT separated by commas, or dns:///HOST:PORT for all addresses of a name."
+ROWS = f"Row source: file://PATH, redis://HOST:PORT, or lookup services as {SERVICES}"
 Codec = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
 
@@ -45,14 +45,14 @@ def _check_address(address: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_check_address)]
-Layers = Annotated[  # numbers with commas between
+Layers = Annotated[  # numbers, separated by commas
     tuple[Annotated[int, Field(ge=0)], ...],
     BeforeValidator(lambda v: [part for part in v.split(",") if v] if isinstance(v, str) else v),
 ]
 
 
 def option(default: Any, text: str, *, old: str = "", env: str = "", **bounds: Any) -> Any:
-    """A field with its help; `old`: its former names; `env`: others' variables, read last."""
+    """A field with its help. `old`: former names. `env`: variables of other programs, read last."""
     return Field(default, description=text, json_schema_extra={"old": old, "env": env}, **bounds)
 
 
@@ -60,18 +60,18 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     prefix: ClassVar[str]
 
-    log_level: Literal["debug", "info", "warning", "error"] = option("info", "Least level logged.")
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "Lowest log level.")
 
 
 class Caller(Config):
-    """Processes that call services."""
+    """Options of processes that call services."""
 
-    tls_ca: str = option("", "CA of the services to call, PEM, or `system`. Default: plaintext.")
-    tls_client_cert: str = option("", "Certificate to show to them, PEM, with its chain.")
-    tls_client_key: str = option("", "Its key, PEM, without a password.")
-    token_file: str = option("", "File with the services' token; the first line is sent.")
+    tls_ca: str = option("", "PEM file of the CA of services, or `system`. Default: plaintext.")
+    tls_client_cert: str = option("", "PEM file of the client certificate, with its chain.")
+    tls_client_key: str = option("", "PEM file of its key, without a password.")
+    token_file: str = option("", "File with the token for services; its first line is sent.")
     insecure: bool = option(False, INSECURE)
-    proxy: str = option("", "Proxy for calls with TLS to other machines, http://HOST:PORT.")
+    proxy: str = option("", "HTTP proxy for TLS calls to other machines, http://HOST:PORT.")
 
     def client_credentials(self) -> ClientCredentials:
         files = self.tls_ca, self.tls_client_cert, self.tls_client_key, self.token_file
@@ -79,18 +79,22 @@ class Caller(Config):
 
 
 class Server(Config):
-    """Processes that listen."""
+    """Options of processes that listen."""
 
-    listen: Address = option("", "Address to listen on, HOST:PORT; port 0: any free one.")
-    host: str = option("", "Host, in place of that of --listen.")
-    port: int | None = option(None, "Port, in place of that of --listen.", ge=0, lt=2**16)
-    drain_seconds: float = option(30, "Time for calls in flight to end after SIGTERM.", ge=0)
-    tls_cert: str = option("", "Certificate of every port, PEM; read again when it changes.")
-    tls_key: str = option("", "Its key, PEM, without a password.")
-    tls_client_ca: str = option("", "CA whose certificates callers must show, PEM: mutual TLS.")
-    token_file: str = option("", "File of accepted tokens, one a line; the first is sent.")
+    listen: Address = option("", "Address to listen on, HOST:PORT; port 0: any free port.")
+    host: str = option("", "Host to listen on; overrides that of --listen.")
+    port: int | None = option(
+        None, "Port to listen on; overrides that of --listen.", ge=0, lt=2**16
+    )
+    drain_seconds: float = option(30, "Time for calls in flight to finish after SIGTERM.", ge=0)
+    tls_cert: str = option("", "PEM file of the certificate of all ports; reloaded on change.")
+    tls_key: str = option("", "PEM file of its key, without a password.")
+    tls_client_ca: str = option(
+        "", "PEM file of the CA of client certificates: requires mutual TLS."
+    )
+    token_file: str = option("", "File of accepted tokens, one per line; the first is sent.")
     insecure: bool = option(False, INSECURE)
-    traces: str = option("", "OTLP collector of traces, http://HOST:PORT (gRPC). Default: none.")
+    traces: str = option("", "OTLP gRPC collector for traces, http://HOST:PORT. Default: none.")
 
     @model_validator(mode="after")
     def _listen_on_host_and_port(self) -> Self:
@@ -100,7 +104,7 @@ class Server(Config):
         return self
 
     def server_credentials(self) -> ServerCredentials:
-        """What listeners demand; InvalidArgumentError where the parts do not go together."""
+        """Credentials of the listeners. InvalidArgumentError if options contradict each other."""
         if self.tls_client_ca and not self.tls_cert:
             raise InvalidArgumentError("--tls-client-ca needs --tls-cert and --tls-key")
         tls = self.tls_cert, self.tls_key, self.tls_client_ca
@@ -110,71 +114,79 @@ class Server(Config):
 class StoreConfig(Config):
     prefix = "TABLES"
 
-    store: str = option(DEFAULT_STORE, f"Where tables live: {STORES}")
-    store_timeout_seconds: float = option(5, "Longest wait for one answer of Redis.", gt=0)
+    store: str = option(DEFAULT_STORE, f"Store of the tables: {STORES}")
+    store_timeout_seconds: float = option(5, "Timeout of one reply of Redis.", gt=0)
     insecure: bool = option(False, INSECURE)
 
 
 class TableConfig(StoreConfig):
-    """Commands that make tables of checkpoints."""
+    """Options of commands that make a table from a checkpoint."""
 
-    name: str = option("", "Name of the table. Default: that of the checkpoint's folder.")
-    codec: Codec = option("bf16", "How rows are stored.")
-    embedding: Literal["auto", "yes", "no"] = option("auto", "Store X0 too; auto: if it is untied.")
-    corpus: str = option("", "Text or folder to count tokens in. Default: the standard library.")
-    absent_layers: Layers = option((), "Layers without rows, with commas between.")
-    publish: bool = option(False, "Publish the table once it is stored and verified.")
-    shards: int = option(64, "Number of shards: units of work, files, hashes.", ge=1, le=65536)
-    store_timeout_seconds: float = option(10, "Longest wait for one answer of Redis.", gt=0)
+    name: str = option("", "Name of the table. Default: the name of the checkpoint.")
+    codec: Codec = option("bf16", "Codec of the rows.")
+    embedding: Literal["auto", "yes", "no"] = option(
+        "auto", "Store X0 with the rows; auto: if the head is untied."
+    )
+    corpus: str = option("", "Text or folder to count tokens in. Default: Python's library.")
+    absent_layers: Layers = option((), "Layers to store no rows of, separated by commas.")
+    publish: bool = option(False, "Publish the table after it is verified.")
+    shards: int = option(64, "Number of shards, each one file or Redis hash.", ge=1, le=65536)
+    store_timeout_seconds: float = option(10, "Timeout of one reply of Redis.", gt=0)
 
 
 class BuildConfig(TableConfig):
     prefix = "BUILD"
 
-    publish_new: bool = option(False, "Publish the table if it is new, or nothing is published.")
-    store_wait_seconds: float = option(0, "Longest wait for Redis to come up, at start.", ge=0)
-    verify_rows: int = option(64, "Rows, drawn at random, to recompute and compare.", ge=1)
-    workers: int = option(0, "Ray tasks at a time; 0: one per core of the cluster.", ge=0)
-    ray_address: str = option("local", "Ray cluster; `local` starts one.", env="RAY_ADDRESS")
-    ray_wait_seconds: float = option(10, "Longest wait for a free core of the cluster.", ge=0)
+    publish_new: bool = option(False, "Publish the table if it is new or its name is unpublished.")
+    store_wait_seconds: float = option(0, "Time to wait for Redis at start.", ge=0)
+    verify_rows: int = option(64, "Number of random rows to recompute and compare.", ge=1)
+    workers: int = option(0, "Concurrent Ray tasks; 0: one per core of the cluster.", ge=0)
+    ray_address: str = option("local", "Ray cluster to use; `local` starts one.", env="RAY_ADDRESS")
+    ray_wait_seconds: float = option(10, "Time to wait for a free core of the cluster.", ge=0)
 
 
 class CompressConfig(TableConfig):
     prefix = "COMPRESS"
 
-    codec: Codec = option("int4", "How rows, or their coefficients, are stored.")
-    rank_share: float = option(0, "Low rank: share of all values to keep; 0: all.", ge=0)
-    size_ratio: float = option(0, "Low rank: times smaller than at 16 bit; 0: any.", ge=0)
-    frequent_rows: int = option(-1, "Frequent tokens, stored finer; -1: auto.", ge=-1, old="head")
-    frequent_codec: Codec = option("int8", "The finer codec.", old="head_codec")
+    codec: Codec = option("int4", "Codec of the rows or of their coefficients.")
+    rank_share: float = option(0, "Low rank: fraction of all values to keep; 0: all.", ge=0)
+    size_ratio: float = option(0, "Low rank: compression relative to 16 bit; 0: any.", ge=0)
+    frequent_rows: int = option(
+        -1, "Number of frequent tokens with a finer codec; -1: auto.", ge=-1, old="head"
+    )
+    frequent_codec: Codec = option("int8", "Codec of the frequent tokens.", old="head_codec")
 
 
 class TrainConfig(Config):
     prefix = "TRAIN"
 
-    out: Path | None = option(None, "Folder, new or of a run to go on. Default: runs/RECIPE-KIND.")
-    kind: Literal["base", "memory", "flex", "wide"] = option("memory", "What the FFNs read.")
-    beta: int = option(0, "flex: FFN-C keeps beta * h^2 parameters, 1 to 3.", ge=0, le=3)
-    ffn_c: Literal["linear", "swiglu"] = option("linear", "flex: the form of FFN-C.")
-    corpus: Path | None = option(None, "Text, or a folder of it. Default: the standard library.")
-    seed: int = option(0, "Same seed, same checkpoint.", ge=0)
-    threads: int = option(1, "Threads for tensor work; the result depends on them.", ge=1)
-    steps: int | None = option(None, "Optimiser steps, in place of the recipe's.", ge=1)
-    device: str = option(
-        "auto", "cpu, cuda, or auto: cuda if there is one. It has not run on a GPU yet."
+    out: Path | None = option(
+        None, "Folder of a new or an interrupted run. Default: runs/RECIPE-KIND."
     )
-    compile: bool = option(True, "Use torch.compile where there is a C compiler.")
+    kind: Literal["base", "memory", "flex", "wide"] = option("memory", "Kind of the model.")
+    beta: int = option(0, "flex: FFN-C keeps beta * h^2 parameters, 1 to 3.", ge=0, le=3)
+    ffn_c: Literal["linear", "swiglu"] = option("linear", "flex: form of FFN-C.")
+    corpus: Path | None = option(None, "Text or folder to train on. Default: Python's library.")
+    seed: int = option(0, "Seed; the same seed gives the same checkpoint.", ge=0)
+    threads: int = option(1, "Threads of tensor operations; the result depends on it.", ge=1)
+    steps: int | None = option(
+        None, "Number of optimiser steps. Default: that of the recipe.", ge=1
+    )
+    device: str = option(
+        "auto", "cpu, cuda, or auto: cuda if there is a GPU. Not yet tested on a GPU."
+    )
+    compile: bool = option(True, "Use torch.compile if there is a C compiler.")
 
 
 class ClientConfig(Caller):
-    """Commands that call services; what two of them have in common has one variable."""
+    """Options of commands that call services. Commands share the variables of common options."""
 
     prefix = "CLIENT"
 
 
 class GenerateConfig(ClientConfig):
     worker: str = option("", "Worker to call, HOST:PORT. Default: run the model here, greedily.")
-    max_tokens: int = option(64, "Most tokens to generate.", ge=1)
+    max_tokens: int = option(64, "Maximum number of tokens to generate.", ge=1)
 
 
 class RowsConfig(ClientConfig):
@@ -182,116 +194,138 @@ class RowsConfig(ClientConfig):
 
 
 class FetchConfig(RowsConfig):
-    out: Path | None = option(None, "Also save the rows [T, N, D] as this .npy file.")
+    out: Path | None = option(None, "Also save the rows [T, N, D] to this .npy file.")
 
 
 class LookConfig(RowsConfig):
-    """Commands that look into a model, with rows of a table or its own."""
+    """Options of commands that inspect a model with its own rows or those of a table."""
 
-    table: str = option("", "Rows of this table, NAME or NAME@VERSION. Default: the model's own.")
+    table: str = option("", "Table to use, NAME or NAME@VERSION. Default: the model's own rows.")
     json_: bool = option(False, "Print JSON.")
 
 
 class EvalConfig(LookConfig):
     text: Path | None = option(None, "Text or folder to predict. Default: the held-out text.")
-    through: Codec | None = option(None, "Rows as this codec gives them back.")
-    row_scale: float = option(1, "Factor of all rows.", old="alpha")
-    absent_layers: Layers = option((), "Layers whose rows are left out.", old="without")
-    most_tokens: int = option(0, "Only the text's first tokens; 0: all.", ge=0)
+    through: Codec | None = option(None, "Codec to encode and decode the rows with first.")
+    row_scale: float = option(1, "Factor for all rows.", old="alpha")
+    absent_layers: Layers = option((), "Layers to leave out the rows of.", old="without")
+    most_tokens: int = option(0, "Maximum number of tokens of the text; 0: all.", ge=0)
 
 
 class ExplainConfig(LookConfig):
-    keys: int = option(3, "Strongest keys to show per layer.", ge=1)
-    neighbours: int = option(5, "Nearest tokens to show, by cosine of their rows.", ge=1)
-    clusters: int = option(64, "Without TEXT: clusters of coefficients per layer.", ge=2)
-    probe_tokens: int = option(8192, "Without TEXT: held-out tokens for the probes; 0: none.", ge=0)
-    html: Path | None = option(None, "Also write a report with plots, in one file.")
-    explorer: Path | None = option(None, "Only write the gateway's /explore data, memory.npz.")
+    keys: int = option(3, "Number of strongest keys to show per layer.", ge=1)
+    neighbours: int = option(5, "Number of nearest tokens to show, by cosine of rows.", ge=1)
+    clusters: int = option(64, "Without TEXT: number of clusters of coefficients per layer.", ge=2)
+    probe_tokens: int = option(
+        8192, "Without TEXT: number of held-out tokens for probes; 0: none.", ge=0
+    )
+    html: Path | None = option(None, "Also write a report with plots to this file.")
+    explorer: Path | None = option(
+        None, "Only write the data of the gateway's /explore page, memory.npz."
+    )
 
 
 class LookupConfig(Server):
     prefix = "LOOKUP"
 
-    listen: Address = option("127.0.0.1:50051", "Address to serve gRPC on; port 0: any free one.")
+    listen: Address = option("127.0.0.1:50051", "gRPC address to listen on; port 0: any free port.")
     metrics_listen: Address = option("127.0.0.1:0", "Address to serve Prometheus metrics on.")
-    store: str = option(DEFAULT_STORE, "The store to serve: file://PATH or redis://HOST:PORT.")
-    refill: str = option("", "Store that lost rows are refilled from, as --store. Default: none.")
-    hot_megabytes: float = option(256, "Memory for hot rows, per table in use.", ge=0)
-    drain_seconds: float = option(10, "Time for calls in flight to end after SIGTERM.", ge=0)
-    store_timeout_seconds: float = option(2, "Longest wait for a whole answer of Redis.", gt=0)
-    store_wait_seconds: float = option(0, "Longest wait for Redis to come up, at start.", ge=0)
+    store: str = option(DEFAULT_STORE, "Store to serve: file://PATH or redis://HOST:PORT.")
+    refill: str = option("", "Store to restore lost rows from, as in --store. Default: none.")
+    hot_megabytes: float = option(256, "Memory for hot rows of each table in use.", ge=0)
+    drain_seconds: float = option(10, "Time for calls in flight to finish after SIGTERM.", ge=0)
+    store_timeout_seconds: float = option(2, "Timeout of a complete reply of Redis.", gt=0)
+    store_wait_seconds: float = option(0, "Time to wait for Redis at start.", ge=0)
 
 
 class CompileConfig(Config):
-    """The command `compile`, and the worker that runs it."""
+    """Options of the command `compile` and of the worker, which runs it."""
 
     prefix = "WORKER"
 
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "Precision; auto: by device.")
-    compile_cache: str = option("~/.cache/tolhouse", "Folder that keeps compiled code.")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "Precision; auto: float32 on a CPU, bfloat16 on a GPU."
+    )
+    compile_cache: str = option("~/.cache/tolhouse", "Folder for compiled code.")
 
 
 class WorkerConfig(Server, Caller, CompileConfig):
     prefix = "WORKER"
 
-    listen: Address = option("127.0.0.1:50052", "Address to serve gRPC on; port 0: any free one.")
+    listen: Address = option("127.0.0.1:50052", "gRPC address to listen on; port 0: any free port.")
     metrics_listen: Address = option("127.0.0.1:0", "Address to serve Prometheus metrics on.")
     rows: str = option(DEFAULT_STORE, ROWS, old="lookup")
     table: str = option("", "Table, NAME or NAME@VERSION. Default: the checkpoint's name.")
     table_poll_seconds: float = option(1, "Time between checks for a new version.", gt=0)
-    served_model_name: str = option("", "Name in the API. Default: the checkpoint's.", old="name")
-    row_cache_megabytes: float = option(32, "Memory for rows kept in the worker.", ge=0)
-    kv_cache_megabytes: float = option(256, "Memory for keys and values of sequences.", gt=0)
-    max_num_seqs: int = option(32, "Most sequences in the running batch.", ge=1, old="max_running")
-    max_waiting: int = option(256, "Most sequences in the queue; more are refused.", ge=1)
-    max_num_batched_tokens: int = option(512, "Most tokens in a step.", ge=1, old="max_step_tokens")
-    fetch_timeout_seconds: float = option(10, "Longest wait for the rows of a step.", gt=0)
-    fallback: Literal["none", "recompute"] = option("none", "Without rows: fail, or compute them.")
-    lookup_wait_seconds: float = option(60, "Longest wait for the table at start.", ge=0)
-    threads: int = option(0, "Threads for tensor work; 0: one per core.", ge=0)
-    device: str = option("auto", "cpu, cuda, or auto: cuda if there is one.")
-    compile: Literal["auto", "never"] = option("auto", "Compile decoding; auto: if on a CPU.")
+    served_model_name: str = option(
+        "", "Model name in the API. Default: the checkpoint's name.", old="name"
+    )
+    row_cache_megabytes: float = option(32, "Memory for the row cache.", ge=0)
+    kv_cache_megabytes: float = option(256, "Memory for the KV cache.", gt=0)
+    max_num_seqs: int = option(
+        32, "Maximum number of sequences in a batch.", ge=1, old="max_running"
+    )
+    max_waiting: int = option(256, "Maximum number of queued sequences; more are refused.", ge=1)
+    max_num_batched_tokens: int = option(
+        512, "Maximum number of tokens in a step.", ge=1, old="max_step_tokens"
+    )
+    fetch_timeout_seconds: float = option(10, "Timeout of a fetch of rows.", gt=0)
+    fallback: Literal["none", "recompute"] = option(
+        "none", "What to do without rows: fail, or compute them."
+    )
+    lookup_wait_seconds: float = option(60, "Time to wait for the table at start.", ge=0)
+    threads: int = option(0, "Threads of tensor operations; 0: one per core.", ge=0)
+    device: str = option("auto", "cpu, cuda, or auto: cuda if there is a GPU.")
+    compile: Literal["auto", "never"] = option("auto", "Compile decoding; auto: on a CPU.")
 
 
 class GatewayConfig(Server, Caller):
     prefix = "GATEWAY"
 
-    listen: Address = option("127.0.0.1:8000", "Address to serve HTTP on; port 0: any free one.")
-    token_file: str = option("", "File with the services' token; the first line is sent.")
+    listen: Address = option("127.0.0.1:8000", "HTTP address to listen on; port 0: any free port.")
+    token_file: str = option("", "File with the token for services; its first line is sent.")
     workers: str = option("127.0.0.1:50052", f"Workers, {SERVICES}")
-    max_body_megabytes: float = option(1, "Largest body of a request.", gt=0)
-    poll_seconds: float = option(1, "Time between checks of a worker's health and load.", gt=0)
-    keys_file: str = option("", "File of API keys, made by `tolhouse keys`. Default: no keys.")
-    rate_limit_store: str = option("", "Redis that counts for all gateways. Default: each its own.")
+    max_body_megabytes: float = option(1, "Maximum size of a request body.", gt=0)
+    poll_seconds: float = option(1, "Time between checks of the health and load of workers.", gt=0)
+    keys_file: str = option("", "File of API keys from `tolhouse keys`. Default: no keys.")
+    rate_limit_store: str = option(
+        "", "Redis for shared rate limits. Default: one limit per gateway."
+    )
     cors_origins: str = option(
         "", "Origins of web pages that may call, with commas between; `*`: all. Default: none."
     )
-    max_connections: int = option(1024, "Most open connections; more are refused.", ge=1)
-    header_timeout_seconds: float = option(10, "Longest time for a header or TLS handshake.", gt=0)
-    body_timeout_seconds: float = option(60, "Longest time to receive or to send a body.", gt=0)
+    max_connections: int = option(
+        1024, "Maximum number of open connections; more are refused.", ge=1
+    )
+    header_timeout_seconds: float = option(
+        10, "Timeout of a request header or a TLS handshake.", gt=0
+    )
+    body_timeout_seconds: float = option(
+        60, "Timeout to receive a request or to send a response.", gt=0
+    )
 
 
 CONFIGS: tuple[type[Config], ...] = (
     *(BuildConfig, CompressConfig, StoreConfig, TrainConfig, GenerateConfig, FetchConfig),
     *(EvalConfig, ExplainConfig, LookupConfig, CompileConfig, WorkerConfig, GatewayConfig),
 )
-# prefixes of commands whose argument CHECKPOINT the environment may give as well
+# Prefixes of the commands whose argument CHECKPOINT may come from the environment
 CHECKPOINT_PREFIXES = ("BUILD", "COMPRESS", "WORKER", "GATEWAY")
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def flag(field: str) -> str:
-    """The option of a field on the command line."""
+    """The command-line option of a field."""
     return f"--{field.strip('_').replace('_', '-')}"
 
 
 def names(config: type[Config], field: str) -> list[str]:
-    """The name of a field, and its former names, which still work."""
+    """The name of a field and its former names."""
     return [field, *_extra(config, field, "old")]
 
 
 def variable(config: type[Config], name: str) -> str:
-    """The environment variable of a field by this name."""
+    """The environment variable of a field with this name."""
     return f"{PREFIX}{config.prefix}_{name.strip('_').upper()}"
 
 
@@ -311,7 +345,7 @@ def _extra(config: type[Config], field: str, key: str) -> list[str]:
 
 
 def arguments(settings: Config) -> list[str]:
-    """The command line that gives `settings`, as far as they differ from the defaults."""
+    """The command-line arguments for all values of `settings` that differ from the defaults."""
     words = []
     for field, value in settings.model_dump(exclude_defaults=True).items():
         words.append(flag(f"no_{field}" if value is False else field))
@@ -321,16 +355,16 @@ def arguments(settings: Config) -> list[str]:
 
 
 def load(config: type[ConfigT], given: dict[str, Any]) -> ConfigT:
-    """`given` over the environment over the defaults; InvalidArgumentError for bad values or
-    names."""
+    """The config from `given`, the environment and the defaults, in this order.
+
+    InvalidArgumentError for a value that is not allowed, or an unknown variable.
+    """
     known = variables()
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else "`tolhouse COMMAND --help` lists them"
-            raise InvalidArgumentError(
-                f"environment variable {name} is not one of Tolhouse's; {hint}"
-            )
+            raise InvalidArgumentError(f"environment variable {name} is unknown; {hint}")
     values = {}
     for field in config.model_fields:
         found = [given[name] for name in names(config, field) if name in given]
@@ -350,25 +384,25 @@ def load(config: type[ConfigT], given: dict[str, Any]) -> ConfigT:
 
 
 def commit() -> str:
-    """The commit that this was built from, which images know; empty elsewhere."""
+    """The commit of an image; empty outside of images."""
     return os.environ.get(_COMMIT, "")
 
 
 def set_ray_defaults(*, local: bool) -> None:
-    """What Ray reads from the environment when it is imported, unless it is set there."""
-    if local:  # a token of its own: Ray would keep one in the home folder, where there may be none
+    """Set variables that Ray reads on import, unless they are set."""
+    if local:  # else Ray writes a token into the home folder, which may not exist
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anyone
-    # a task without a GPU leaves GPUs visible, and silent
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
+    # a task without a GPU does not hide GPUs, which silences a warning
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def ray_token() -> str:
-    """The token that Ray will show to a cluster, from where Ray takes it; empty if it has none."""
+    """The token that Ray sends to a cluster; empty if there is none."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         return ""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
-    with suppress(OSError, RuntimeError):  # no such file, or no home
+    with suppress(OSError, RuntimeError):  # there is no such file or no home folder
         return (
             os.environ.get("RAY_AUTH_TOKEN")
             or Path(path).expanduser().read_text(encoding="utf-8").strip()
@@ -377,5 +411,5 @@ def ray_token() -> str:
 
 
 def set_compiler_folder(folder: str) -> None:
-    """Torch's compiler keeps its files in `folder`, not in one of its own that nobody empties."""
+    """Make the compiler of torch use `folder` for its files instead of a permanent cache."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder

@@ -1,4 +1,4 @@
-"""The main job on one machine: build, serve, complete, compare with the model itself."""
+"""The whole system on one machine: build, serve, complete, and compare with the model."""
 
 import json
 import signal
@@ -25,11 +25,11 @@ PROMPTS = (
     'def read_file(path):\n    """',
     "def main():\n    parser = argparse.ArgumentParser(",
 )
-_WORKER = ("--row-cache-megabytes", "6")  # a tenth of the table, as of a large one
+_WORKER = ("--row-cache-megabytes", "6")  # a tenth of the table
 
 
 def demo(checkpoint_path: Path, max_tokens: int) -> int:
-    """Run it all; the exit code."""
+    """Run the demonstration; returns the exit code."""
     checkpoint = open_checkpoint(checkpoint_path)
     tokenizer = checkpoint.tokenizer()
     prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
@@ -39,9 +39,9 @@ def demo(checkpoint_path: Path, max_tokens: int) -> int:
         texts = [_complete(cluster, checkpoint.name, prompt, max_tokens) for prompt in PROMPTS]
         seconds = time.perf_counter() - started
         served = worker.describe_worker()
-        # HTTP shows no token ids: the worker is asked for them
+        # HTTP responses have no token ids, so these come from the worker
         tokens = [list(worker.generate(ids, max_tokens)) for ids in prompts]
-    click.echo("· comparing with the model in one process, its FFNs in place", err=True)
+    click.echo("· comparing with the model in one process, with its FFNs", err=True)
     model = checkpoint.model()
     local = [list(greedy(model, ids, max_tokens)) for ids in prompts]
     expected = map(TokenTexts(tokenizer).continuation, prompts, local)
@@ -73,7 +73,7 @@ def demo(checkpoint_path: Path, max_tokens: int) -> int:
 
 
 def serve(checkpoint_path: Path, listen: str) -> None:
-    """Leave the system running until Ctrl-C."""
+    """Run the system until Ctrl-C."""
     checkpoint = open_checkpoint(checkpoint_path)
     with suppress(KeyboardInterrupt), running(checkpoint, listen, follow=True) as cluster:
         body = {"model": checkpoint.name, "prompt": PROMPTS[2], "max_tokens": 32, "temperature": 0}
@@ -84,16 +84,16 @@ def serve(checkpoint_path: Path, listen: str) -> None:
         )
         while all(p.popen.poll() is None for p in cluster.processes):
             time.sleep(0.2)
-        raise UnavailableError("a process ended by itself; its log is above")
+        raise UnavailableError("a process exited; its log is above")
 
 
 def running(
     checkpoint: Checkpoint, listen: str = "127.0.0.1:0", *, follow: bool = False
 ) -> AbstractContextManager[Cluster]:
-    """All of it over a table of `checkpoint`; with `follow`, the worker follows its name."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with us
+    """The running system with a table of `checkpoint`; `follow`: the worker follows its name."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child processes, too
     click.echo(f"· building the table of {checkpoint.name} with Ray", err=True)
-    # fp32 rows are the model's own: served tokens equal the in-process ones
+    # With fp32 rows, served tokens equal those of the model in one process.
     options = f"--codec fp32 --store {DEFAULT_STORE} --publish-new --log-level warning".split()
     command = [sys.executable, "-m", "tolhouse.cli", "build", str(checkpoint.path), *options]
     built = subprocess.run(
@@ -110,7 +110,7 @@ def running(
 
 
 def _complete(cluster: Cluster, model: str, prompt: str, max_tokens: int) -> str:
-    """The completion of `prompt`, streamed over HTTP and shown as it arrives."""
+    """The completion of `prompt`, streamed over HTTP and printed as it arrives."""
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
     data, header = json.dumps({**body, "stream": True}), {"Content-Type": "application/json"}
     url = f"{cluster.url}/completions"

@@ -283,7 +283,7 @@ def test_the_file_has_hashes_only(tmp_path: Path) -> None:
     assert {"alice": {"sha256": digest, **limits}} == json.loads(path.read_text(encoding="utf-8"))
     assert 0o600 == path.stat().st_mode & 0o777
     listed = run.invoke(main, ["keys", "list", str(path)]).output
-    assert "alice  30 requests a minute, 16 at once\n" == listed
+    assert "alice  30 requests per minute, 16 concurrent\n" == listed
     assert "" == run.invoke(main, ["keys", "remove", str(path), "alice"]).output
     assert {} == read_keys(str(path))
     with pytest.raises(NotFoundError, match="no key for 'alice'"):

@@ -1,7 +1,7 @@
-"""The build: tasks of a few shards each on Ray, a check against the model, the manifest.
+"""The build: Ray tasks of a few shards each, a check against the model, and the manifest.
 
-A killed job leaves complete shards behind and no manifest; the next one keeps them. A killed task
-runs again elsewhere.
+A killed job leaves complete shards and no manifest, and the next job keeps these shards. Ray runs a
+killed task again on another node.
 """
 
 import logging
@@ -45,11 +45,11 @@ from tolhouse.table.codecs import codec
 from tolhouse.table.manifest import MAX_FREQUENT, Manifest, check_name, content_id
 from tolhouse.train.corpus import documents, is_held_out, standard_library
 
-_OBJECT_STORE_BYTES = 80 << 20  # tasks return digests only
+_OBJECT_STORE_BYTES = 80 << 20  # tasks return only digests
 _CONNECT_SECONDS = 5
 _START_TRIES = 3
-_LOOK_SECONDS = 1.0  # between looks for nodes that joined the cluster
-_SAMPLE_CHARS = 4_000_000  # counted, evenly over the documents: a few seconds
+_LOOK_SECONDS = 1.0  # between checks for new nodes of the cluster
+_SAMPLE_CHARS = 4_000_000  # counted, evenly over all documents; takes a few seconds
 _MOST_SHARDS_A_TASK = 8
 _RETRIED = [UnavailableError, errors.DeadlineExceededError]
 
@@ -63,7 +63,7 @@ def plan(
     embedding: str = "auto",
     absent: Iterable[int] = (),
 ) -> Manifest:
-    """The manifest of the table to build, without its digests; embedding: auto, yes or no."""
+    """The manifest of the table to build, without digests. `embedding` is auto, yes or no."""
     source = MemoryLLM(checkpoint, select_blocks(checkpoint, embedding, absent))
     size = source.vocab_size
     if num_shards > size:
@@ -85,10 +85,10 @@ def plan(
 
 
 def count_tokens(tokenizer: Tokenizer, corpus: str, vocab_size: int) -> Counter[int]:
-    """How often a text file, or a folder of them, has each token, in a sample.
+    """Count tokens in a sample of a text file or a folder of text files.
 
-    By default it is the text that tokenizers are trained on, the standard library's sources. For
-    another tokenizer the list is less good, never wrong: it only says what to cache first.
+    By default the text is that of the standard library, on which tokenizers are trained by default.
+    The counts only decide which rows are cached first, so they need not be exact.
     """
     path = Path(corpus) if corpus else standard_library()
     named = list(documents(path))
@@ -103,7 +103,7 @@ def count_tokens(tokenizer: Tokenizer, corpus: str, vocab_size: int) -> Counter[
 
 
 def with_frequent(checkpoint: Checkpoint, planned: Manifest, corpus: str) -> Manifest:
-    """The planned table with its frequent tokens, counted in `corpus` as by `count_tokens`."""
+    """The planned table with its frequent tokens, as counted by `count_tokens`."""
     counts = count_tokens(checkpoint.tokenizer(), corpus, planned.vocab_size)
     frequent = sorted(counts, key=lambda i: (-counts[i], i))[:MAX_FREQUENT]
     return replace(planned, frequent=tuple(frequent))
@@ -112,7 +112,7 @@ def with_frequent(checkpoint: Checkpoint, planned: Manifest, corpus: str) -> Man
 def build_shards(
     checkpoint: str, manifest: Manifest, shards: list[int], stores: tuple[str, ...], timeout: float
 ) -> list[tuple[str, bool]]:
-    """The digest of each shard, now in every store, and whether it had to be computed."""
+    """Write shards to every store; returns their digests and whether each was computed."""
 
     def compute(shard: int) -> np.ndarray:
         ids = manifest.shard_ids(shard)
@@ -149,8 +149,10 @@ _store = lru_cache(maxsize=4)(open_store)
 
 @lru_cache(maxsize=1)
 def source_of(checkpoint: str, model_id: str, blocks: tuple[str, ...]) -> MemoryLLM:
-    """The source model of a checkpoint, loaded once per process; MismatchError if it is another
-    now."""
+    """The source model of a checkpoint, loaded once per process.
+
+    MismatchError if the checkpoint has changed.
+    """
     opened = open_checkpoint(checkpoint)
     if opened.model_id() != model_id:
         raise MismatchError(f"checkpoint {checkpoint} is not the one that this build began with")
@@ -158,9 +160,9 @@ def source_of(checkpoint: str, model_id: str, blocks: tuple[str, ...]) -> Memory
 
 
 def find_whole(stores: Sequence[Store], planned: Manifest) -> Manifest | None:
-    """The manifest of the planned table if every store has all of it, intact; None otherwise.
+    """The manifest of the planned table if every store has the complete table, else None.
 
-    A plan without frequent tokens stands for a table with any.
+    A plan without frequent tokens matches a table with any.
     """
     found = set[Manifest]()
     for store in stores:
@@ -191,13 +193,13 @@ def build(
     verify_rows: int,
     timeout: float,
 ) -> Manifest:
-    """Build the planned table into every store; its manifest, once verified in all of them."""
+    """Build the planned table into every store, verify it, and return its manifest."""
     opened = [open_store(url, timeout) for url in stores]
     for store in opened:
         refuse_another(store, planned)
     path, count, vocabulary = str(checkpoint.path), planned.num_shards, planned.vocab_size
     digests, computed = [""] * count, 0
-    pending: dict[Any, list[int]] = {}  # shards of running tasks
+    pending: dict[Any, list[int]] = {}  # by running task: its shards
     look = {"desc": f"build {planned.name}", "unit": "row", "unit_scale": True, "disable": None}
     with (
         _ray(ray_address, ray_wait_seconds) as ray,
@@ -208,7 +210,7 @@ def build(
         left = list(range(count))
         while left or pending:
             limit = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-            # a task writes a shard while it computes the next: several, if all cores have tasks
+            # A task with several shards writes one while it computes the next.
             step = max(1, min(_MOST_SHARDS_A_TASK, len(left) // (4 * limit)))
             while left and len(pending) < 2 * limit:
                 group, left = left[:step], left[step:]
@@ -301,10 +303,9 @@ def _line(error: BaseException) -> str:
 
 
 def _check_cluster(address: str) -> None:
-    """UnavailableError if nothing answers at HOST:PORT, UnauthenticatedError if our token is not
-    its own.
+    """UnavailableError if nothing answers at HOST:PORT; UnauthenticatedError for a wrong token.
 
-    Ray would try for half a minute, and then say neither.
+    Ray itself would retry for half a minute and report neither.
     """
     host, port = split_address(address.removeprefix("ray://"))
     try:
@@ -319,7 +320,9 @@ def _check_cluster(address: str) -> None:
         call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:
             call(b"", timeout=_CONNECT_SECONDS, metadata=metadata)
-        except grpc.RpcError as error:  # others: it may speak TLS, or the protocol of Ray's client
+        except (
+            grpc.RpcError
+        ) as error:  # other errors: it may use TLS or the protocol of Ray's client
             if error.code() != grpc.StatusCode.UNAUTHENTICATED:
                 return
             wanted = "another token" if token else "a token"
@@ -330,8 +333,7 @@ def _check_cluster(address: str) -> None:
 
 
 def _start(ray: Any, address: str) -> None:
-    """Connect to a cluster, or start one here; UnavailableError, with Ray's reason, if that
-    fails."""
+    """Connect to a cluster or start one here; UnavailableError with Ray's reason if that fails."""
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     local, problem = address == "local", f"no Ray cluster at {address!r}"
     if local:
@@ -340,7 +342,7 @@ def _start(ray: Any, address: str) -> None:
     for tries_left in reversed(range(_START_TRIES if local else 1)):
         try:
             ray.init(address=address, **options)
-        except Exception as error:  # noqa: BLE001 - Ray raises just that if a node starts slowly
+        except Exception as error:  # noqa: BLE001 - Ray raises that if a node starts slowly
             ray.shutdown()
             reason = f"{problem}: {_line(error)}"
             if not tries_left:
@@ -351,7 +353,7 @@ def _start(ray: Any, address: str) -> None:
 
 
 def _wait_for_core(ray: Any, address: str, seconds: float) -> None:
-    """UnavailableError if no core of the cluster is free within that time."""
+    """Wait for a free core of the cluster; UnavailableError after `seconds`."""
     deadline = time.monotonic() + seconds
     while ray.available_resources().get("CPU", 0) < 1:
         if time.monotonic() >= deadline:

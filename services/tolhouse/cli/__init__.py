@@ -1,6 +1,7 @@
-"""`tolhouse …`: every process and every tool. Reads configuration once and hands on plain values.
+"""The command `tolhouse`, which starts every process and every tool.
 
-A command imports what it needs when it runs: `tolhouse lookup` works where torch is not installed.
+It reads the configuration once and passes plain values on. Each command imports its packages when
+it runs, so that `tolhouse lookup` works without torch.
 """
 
 import sys
@@ -27,13 +28,14 @@ def main() -> None:
     From checkpoint to serving:
       tolhouse train demo --out models/mine                 train a checkpoint from scratch
       tolhouse build models/mine                            compute its table of rows, with Ray
-      tolhouse publish mine@VERSION                         let the name stand for that version
+      tolhouse publish mine@VERSION                         make it the published version
       tolhouse lookup                                       serve tables over gRPC
-      tolhouse worker models/mine                           serve tokens: attention, with those rows
+      tolhouse worker models/mine                           serve tokens: attention over these rows
       tolhouse gateway models/mine                          serve text: OpenAI's HTTP API
-      tolhouse demo                                         all of it, on the demo checkpoint
+      tolhouse demo                                         run all of this on the demo checkpoint
 
-    The environment gives options too, by the variables in brackets; the command line wins.
+    Options can also be set by the environment variables in brackets. The command line takes
+    precedence.
     """
 
 

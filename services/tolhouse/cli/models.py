@@ -1,4 +1,4 @@
-"""Models by themselves: train one, complete text, measure it, look into its memory."""
+"""Commands that train, run, evaluate and inspect a model."""
 
 import io
 import json
@@ -22,20 +22,21 @@ from tolhouse.sampling import SamplingParams
 @click.argument("recipe")
 @options(config.TrainConfig)
 def train(settings: config.TrainConfig, recipe: str) -> None:
-    """Train a checkpoint from scratch by RECIPE, as the paper does.
+    """Train a checkpoint from scratch with RECIPE, as in the paper.
 
     \b
     RECIPE is one of
-      tiny                            a minute on two cores
-      small small-active              ten minutes on a core, to compare kinds at equal parameters
-      demo                            the committed demo models: about an hour
-      paper-250m paper-750m paper-1b  the paper's runs, as descriptions: see below
+      tiny                            one minute on two cores
+      small small-active              ten minutes on one core; compares kinds at equal parameters
+      demo                            the committed demo models; about one hour
+      paper-250m paper-750m paper-1b  the runs of the paper, as descriptions (see below)
 
-    It trains on one device, a CPU or a GPU; on a GPU it has not been tried. A step is one pass over
-    its whole batch, which in the paper's runs is 524,288 tokens: more than a GPU's memory holds.
+    Training uses one device, a CPU or a GPU; it has not been tested on a GPU. A step processes its
+    whole batch at once. In the runs of the paper a batch has 524,288 tokens, which exceeds the
+    memory of a GPU.
 
-    The folder gets the checkpoint, its tokenizer, loss.csv, loss.png and a model card. The
-    tokenizer is trained on the corpus unless the folder has one already.
+    The checkpoint, its tokenizer, loss.csv, loss.png and a model card are written to the folder. A
+    tokenizer is trained on the corpus unless the folder has one.
     """
     from tolhouse.train.trainer import train_checkpoint
 
@@ -56,9 +57,9 @@ def _sampling_options(command: Callable) -> Callable:
 @_sampling_options
 @options(config.GenerateConfig)
 def generate(settings: config.GenerateConfig, checkpoint: Path, prompt: str, **more: Any) -> None:
-    """Complete PROMPT with the model of CHECKPOINT, greedily, or with a --worker that serves it.
+    """Complete PROMPT greedily with the model of CHECKPOINT, or with a --worker that serves it.
 
-    Sampling options need a --worker.
+    Sampling options require a --worker.
     """
     from tolhouse.model.tokenizer import TOKENIZER, TokenDecoder, TokenTexts, load_tokenizer
 
@@ -92,7 +93,7 @@ def generate(settings: config.GenerateConfig, checkpoint: Path, prompt: str, **m
 @click.argument("ids", nargs=-1, required=True, type=int)
 @options(config.FetchConfig)
 def fetch(settings: config.FetchConfig, table: str, ids: tuple[int, ...]) -> None:
-    """Fetch the rows of token IDS of TABLE, NAME or NAME@VERSION; show their norms by block."""
+    """Fetch the rows of token IDS from TABLE, NAME or NAME@VERSION, and print their norms."""
     with Client(settings.rows, credentials=settings.client_credentials()) as client:
         manifest = client.describe(table)
         rows = client.fetch(manifest, list(ids)).astype(np.float32)
@@ -112,7 +113,7 @@ def _table_rows(checkpoint: Any, settings: config.LookConfig) -> Any:
 
 
 def _exact_and_other_rows(checkpoint: Any, settings: config.EvalConfig) -> Any:
-    """The checkpoint's own rows and those that replace them, each by ids; None where none do."""
+    """Functions from ids to the model's own rows and to other rows; None without other rows."""
     from tolhouse.analysis.evaluate import probed, through
     from tolhouse.sources.memoryllm import MemoryLLM
 
@@ -133,11 +134,11 @@ def _exact_and_other_rows(checkpoint: Any, settings: config.EvalConfig) -> Any:
 @checkpoint_argument()
 @options(config.EvalConfig)
 def evaluate(settings: config.EvalConfig, checkpoint: Path) -> None:
-    """Measure how well CHECKPOINT predicts text: loss and perplexity, and loss by frequency.
+    """Measure how well CHECKPOINT predicts text: loss, perplexity, and loss by token frequency.
 
-    With other rows than its own also how far they move its predictions: the mean KL divergence of
-    the predictions with its own rows from those, and how often the likeliest token is the same. On
-    text unlike that of training perplexity may fall as predictions get worse; these two tell.
+    With other rows than the model's own, it also prints the mean KL divergence from the predictions
+    with its own rows, and how often the most likely token is the same. On text unlike the training
+    text, perplexity can fall although predictions get worse; these two values show it.
 
     \b
       tolhouse eval models/demo-memory --text notes.txt
@@ -181,11 +182,12 @@ def evaluate(settings: config.EvalConfig, checkpoint: Path) -> None:
 @click.argument("text", required=False, type=Text())
 @options(config.ExplainConfig)
 def explain(settings: config.ExplainConfig, checkpoint: Path, text: str | None) -> None:
-    """Look into the memory of CHECKPOINT.
+    """Inspect the token memory of CHECKPOINT.
 
-    With TEXT: for each of its tokens row norms, strongest keys and the tokens that share them,
-    nearest rows. Without: for each layer clusters of key coefficients, outliers and singular
-    values, and perplexity with rows scaled or without a layer.
+    With TEXT, it shows for each token the norms of its rows, the strongest keys with the tokens
+    that share them, and the nearest rows. Without TEXT, it shows for each layer the clusters of key
+    coefficients, outliers and singular values, and the perplexity with scaled rows or without a
+    layer.
     """
     from tolhouse.analysis import explain
     from tolhouse.files import replace_file
@@ -193,7 +195,7 @@ def explain(settings: config.ExplainConfig, checkpoint: Path, text: str | None) 
 
     html, keys, neighbours = settings.html, settings.keys, settings.neighbours
     for file in filter(None, (html, settings.explorer)):
-        try:  # before the work; permissions tell too little: nobody can make files in /proc
+        try:  # before the computation; permission bits do not show that /proc is read-only
             if file.is_dir():
                 raise InvalidArgumentError(f"{file} is a folder: give the name of a file")
             if file.is_file() or not file.exists():

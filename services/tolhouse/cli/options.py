@@ -1,4 +1,4 @@
-"""What commands share: errors in one line, options from configs, the stores they name."""
+"""What commands share: one-line errors, options from configs, and lists of stores."""
 
 import io
 import os
@@ -21,8 +21,8 @@ from tolhouse.logs import event, printable, start_logging
 from tolhouse.store.base import require_private
 
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&]password=")  # in a URL
-# By command: the extra that installs all its packages. Other commands need no extra, but `store`
-# for Redis and `model` for texts.
+# The extra that installs all packages of a command. Other commands need `store` for Redis, and
+# `model` for tokens as text.
 COMMAND_EXTRAS = {
     **dict.fromkeys(("build", "compress"), "build"),
     **dict.fromkeys(("train", "eval", "explain"), "train"),
@@ -36,14 +36,14 @@ COMMAND_EXTRAS = {
 
 
 class Commands(click.Group):
-    """A group whose commands report an error in one line on stderr, without a traceback."""
+    """A group whose commands print an error as one line on stderr, without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of a table's life, not of the alphabet
+        return list(self.commands)  # in the order of use, not of the alphabet
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # the locale may lack characters of the text
+            if isinstance(stream, io.TextIOWrapper):  # its encoding may lack characters
                 stream.reconfigure(errors="backslashreplace")
         try:
             return super().main(*args, **kwargs)
@@ -54,28 +54,28 @@ class Commands(click.Group):
             message = installation_hint(package, COMMAND_EXTRAS.get(command, ""))
             if not message:
                 raise
-        except (TolhouseError, OSError) as error:  # also a file that cannot be read, a full disk
+        except (TolhouseError, OSError) as error:  # such as an unreadable file or a full disk
             message = str(error)
-        # it may quote what a service said, or a file holds
+        # the message may quote a service or a file
         click.echo("\n".join(map(printable, f"error: {message}".split("\n"))), err=True)
         sys.exit(1)
 
 
 class Text(click.ParamType):
-    """Text that the command line may hold in UTF-8 although the locale has another encoding."""
+    """Text, in UTF-8 if the encoding of the locale cannot decode it."""
 
     name = "text"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         try:
             value.encode()
-        except UnicodeEncodeError:  # bytes that the locale cannot decode are surrogates in a str
+        except UnicodeEncodeError:  # such bytes are surrogates
             return os.fsencode(value).decode("utf-8", errors="replace")
         return value
 
 
 def options(kind: type[config.Config]) -> Callable:
-    """A command's options from the fields of a config, and the config as its first argument."""
+    """Add an option for each field of a config, and pass the config as the first argument."""
     names = [name for field in kind.model_fields for name in config.names(kind, field)]
 
     def decorate(command: Callable) -> Callable:
@@ -86,7 +86,7 @@ def options(kind: type[config.Config]) -> Callable:
             start_logging(settings.log_level)
             if any(_PASSWORD.search(str(value)) for value in own.values()):
                 hint = "name a password_file in the URL"
-                event(f"all users can see a password on the command line: {hint}", WARNING)
+                event(f"other users can see a password on the command line: {hint}", WARNING)
             with _options_named():
                 return command(settings, **given)
 
@@ -115,7 +115,7 @@ def _options_named() -> Iterator[None]:
 
 
 def _option(name: str, annotation: Any, **more: Any) -> Callable:
-    """An option whose value pydantic reads; click shows its kind and checks choices."""
+    """An option whose value pydantic parses. click shows its type and checks choices."""
     flag, parts = config.flag(name), (annotation, *typing.get_args(annotation))
     choices = next((typing.get_args(p) for p in parts if typing.get_origin(p) is Literal), None)
     if bool in parts:
@@ -128,24 +128,24 @@ def _option(name: str, annotation: Any, **more: Any) -> Callable:
 
 
 def checkpoint_argument(prefix: str = "") -> Callable:
-    """CHECKPOINT; with a prefix the environment may give it."""
+    """The argument CHECKPOINT; with a prefix, a variable can set it."""
     variable = f"{config.PREFIX}{prefix}_CHECKPOINT" if prefix else None
     return click.argument("checkpoint", envvar=variable, type=Path)
 
 
 def split_urls(urls: str) -> list[str]:
-    """The URLs of stores, of which an option may hold several with commas between them."""
+    """The URLs of stores, separated by commas."""
     return [url.strip() for url in re.split(r",(?=\s*\w+://)", urls) if url.strip()]
 
 
 def stores_of(settings: config.StoreConfig | config.LookupConfig) -> tuple[str, ...]:
-    """The URLs in --store; InvalidArgumentError without one, or for plaintext between machines."""
+    """The URLs in --store; InvalidArgumentError if there is none, or for remote plaintext."""
     urls = split_urls(settings.store)
     if not urls:
         raise InvalidArgumentError(f"no store given: {config.STORES}")
     for url in urls:
         require_private(url, insecure=settings.insecure)
-    # other processes may run elsewhere: a relative path is made absolute
+    # Ray's processes have other working directories, so relative paths become absolute
     return tuple(
         f"file://{Path(url[7:]).absolute()}" if url.startswith("file://") and url[7:] else url
         for url in dict.fromkeys(urls)

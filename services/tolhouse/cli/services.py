@@ -1,4 +1,4 @@
-"""Processes that serve, alone and all at once; the credentials that they ask for."""
+"""Commands that start services, one or all of them, and commands for their credentials."""
 
 import asyncio
 import sys
@@ -34,7 +34,7 @@ def lookup(settings: config.LookupConfig) -> None:
 @checkpoint_argument("WORKER")
 @options(config.WorkerConfig)
 def worker(settings: config.WorkerConfig, checkpoint: Path) -> None:
-    """Serve tokens of CHECKPOINT over gRPC: attention here, feed-forward rows from --rows."""
+    """Serve the model of CHECKPOINT over gRPC; feed-forward rows come from --rows."""
     from tolhouse.worker import run
 
     asyncio.run(run.run(checkpoint, settings))
@@ -43,9 +43,9 @@ def worker(settings: config.WorkerConfig, checkpoint: Path) -> None:
 @click.command("compile")
 @checkpoint_argument("WORKER")
 @options(config.CompileConfig)
-@click.option("--background", is_flag=True, hidden=True, help="End when stdin is closed.")
+@click.option("--background", is_flag=True, hidden=True, help="Exit when stdin is closed.")
 def compile_(settings: config.CompileConfig, checkpoint: Path, background: bool) -> None:
-    """Compile decoding of CHECKPOINT for this CPU, as a worker does while it starts."""
+    """Compile the decode step of CHECKPOINT for this CPU, as a worker does at start."""
     import torch
 
     from tolhouse.engine.cpu.compiled import compile_decode, end_with_parent
@@ -61,23 +61,25 @@ def compile_(settings: config.CompileConfig, checkpoint: Path, background: bool)
 @checkpoint_argument("GATEWAY")
 @options(config.GatewayConfig)
 def gateway(settings: config.GatewayConfig, checkpoint: Path) -> None:
-    """Serve text over HTTP, as OpenAI's API does, with the tokenizer of CHECKPOINT."""
+    """Serve OpenAI's HTTP API with the tokenizer of CHECKPOINT."""
     from tolhouse.gateway import app
 
     asyncio.run(app.run(checkpoint, settings))
 
 
 keys_file = click.argument("file", type=Path)
-demo_model = click.option("--checkpoint", default="models/demo-memory", type=Path, help="Folder.")
+demo_model = click.option(
+    "--checkpoint", default="models/demo-memory", type=Path, help="Folder of the model."
+)
 
 
 @click.command()
 @demo_model
 @click.option("--max-tokens", default=64, type=click.IntRange(1))
 def demo(checkpoint: Path, max_tokens: int) -> None:
-    """Build a table, serve it, complete three prompts over HTTP, and stop everything.
+    """Build a table, serve it, complete three prompts over HTTP, and stop.
 
-    The last line of stdout is one JSON object.
+    The last line of stdout is a JSON object with the results.
     """
     from tolhouse import demo
 
@@ -86,9 +88,9 @@ def demo(checkpoint: Path, max_tokens: int) -> None:
 
 @click.command()
 @demo_model
-@click.option("--listen", default="127.0.0.1:8000", help="Gateway's address.")
+@click.option("--listen", default="127.0.0.1:8000", help="Address of the gateway.")
 def serve(checkpoint: Path, listen: str) -> None:
-    """Build the table if need be, start lookup, worker and gateway, and run until Ctrl-C."""
+    """Build the table if necessary, start all services, and run until Ctrl-C."""
     from tolhouse import demo
 
     demo.serve(checkpoint, listen)
@@ -96,16 +98,18 @@ def serve(checkpoint: Path, listen: str) -> None:
 
 @click.group(cls=Commands)
 def keys() -> None:
-    """Make, list and remove API keys; FILE keeps their hashes, and gateways read it again."""
+    """Create, list and remove API keys. FILE stores their hashes; gateways reload it."""
 
 
 @keys.command("add")
 @keys_file
 @click.argument("name")
-@click.option("--requests-per-minute", default=600.0, help="Rate; a sixth may come at once.")
-@click.option("--concurrent", default=16, help="Requests in flight.")
+@click.option(
+    "--requests-per-minute", default=600.0, help="Rate limit; a sixth of it may come at once."
+)
+@click.option("--concurrent", default=16, help="Maximum number of concurrent requests.")
 def add_key(file: Path, name: str, requests_per_minute: float, concurrent: int) -> None:
-    """Make a key for NAME and print it, once: FILE keeps its hash alone."""
+    """Create a key for NAME and print it. FILE stores only its hash."""
     from tolhouse.gateway import auth
 
     click.echo(auth.add_key(file, name, requests_per_minute, concurrent))
@@ -114,19 +118,19 @@ def add_key(file: Path, name: str, requests_per_minute: float, concurrent: int) 
 @keys.command("list")
 @keys_file
 def list_keys(file: Path) -> None:
-    """List names and limits."""
+    """List the names and limits of all keys."""
     from tolhouse.gateway import auth
 
     for name, key in sorted(auth.read_keys(str(file)).items()):
-        rate = f"{key.requests_per_minute:g} requests a minute"
-        click.echo(f"{name}  {rate}, {key.concurrent} at once")
+        rate = f"{key.requests_per_minute:g} requests per minute"
+        click.echo(f"{name}  {rate}, {key.concurrent} concurrent")
 
 
 @keys.command("remove")
 @keys_file
 @click.argument("name")
 def remove_key(file: Path, name: str) -> None:
-    """Remove the key of NAME; requests in flight are completed."""
+    """Remove the key of NAME. Requests in flight are completed."""
     from tolhouse.gateway import auth
 
     auth.remove_key(file, name)
@@ -134,13 +138,17 @@ def remove_key(file: Path, name: str) -> None:
 
 @click.command()
 @click.argument("folder", type=Path)
-@click.option("--name", default="service", help="Of NAME.pem and NAME.key.")
-@click.option("--hosts", default="localhost,127.0.0.1,::1", help="Names and addresses it is for.")
+@click.option("--name", default="service", help="Name of the files NAME.pem and NAME.key.")
+@click.option(
+    "--hosts",
+    default="localhost,127.0.0.1,::1",
+    help="Host names and addresses of the certificate.",
+)
 def certs(folder: Path, name: str, hosts: str) -> None:
-    """Make a certificate for development in FOLDER, signed by the authority there.
+    """Create a development certificate in FOLDER, signed by the authority there.
 
-    ca.pem is the authority, made if there is none; NAME.pem and NAME.key serve for both ends of a
-    connection, for 90 days. In production, certificates come from an authority of your own.
+    The authority is ca.pem, which is created if missing. NAME.pem and NAME.key are valid for 90
+    days, for servers and clients. In production, use certificates of your own authority.
     """
     from tolhouse.certs import ensure_authority, issue
 

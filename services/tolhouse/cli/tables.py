@@ -1,4 +1,4 @@
-"""A table's life: built, compressed, listed, published, edited, deleted."""
+"""Commands that build, compress, list, publish, edit and delete tables."""
 
 import logging
 from collections.abc import Iterator
@@ -29,10 +29,10 @@ def _planned(checkpoint: Any, settings: config.TableConfig) -> Manifest:
 @checkpoint_argument("BUILD")
 @options(config.BuildConfig)
 def build(settings: config.BuildConfig, checkpoint: Path) -> None:
-    """Compute the table of CHECKPOINT with Ray: every token's feed-forward outputs, in shards.
+    """Compute the table of CHECKPOINT with Ray: the feed-forward outputs of every token, in shards.
 
-    A build that was interrupted, started again with the same options, keeps the shards it wrote.
-    With two stores, the table is computed once and written to both.
+    A build that is started again with the same options keeps the shards that it has written. With
+    two stores, the table is computed once and written to both.
     """
     from tolhouse.build import job
     from tolhouse.model.checkpoint import open_checkpoint
@@ -64,15 +64,15 @@ def build(settings: config.BuildConfig, checkpoint: Path) -> None:
 @checkpoint_argument("COMPRESS")
 @options(config.CompressConfig)
 def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
-    """Make a table of CHECKPOINT in fewer bytes than `build` does, served like any other.
+    """Make a table of CHECKPOINT that is smaller than that of `build`, and served in the same way.
 
-    Frequent tokens are kept in a finer codec, and with --rank-share or --size-ratio rows become a
-    few coefficients of a basis for each layer, which workers hold. `tolhouse eval` measures the
-    loss.
+    Frequent tokens have a finer codec. With --rank-share or --size-ratio, rows are stored as
+    coefficients of a basis for each layer, which workers keep in memory. `tolhouse eval` measures
+    the loss.
 
     \b
-      --codec int4                          under a third of 16 bit, for 0.1% of perplexity
-      --codec bf16 --rank-share 0.5 --frequent-rows 0    low rank alone
+      --codec int4                          less than a third of 16 bit, +0.1% perplexity
+      --codec bf16 --rank-share 0.5 --frequent-rows 0    low rank only
       --codec int4 --size-ratio 8               an eighth of 16 bit
     """
     from tolhouse.build import compress
@@ -83,7 +83,7 @@ def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
     opened = open_checkpoint(checkpoint)
     stores = [open_store(url, settings.store_timeout_seconds) for url in stores_of(settings)]
     for store in stores:
-        store.refs()  # one that cannot be reached is reported before the work, not after
+        store.refs()  # reports an unreachable store before the computation
     plain = _planned(opened, settings)
     sizes = settings.rank_share, settings.size_ratio, max(0, settings.frequent_rows)
     scheme = compress.Scheme(settings.codec, *sizes, settings.frequent_codec)
@@ -121,14 +121,14 @@ def _stores(settings: config.StoreConfig) -> Iterator[Store]:
 
 
 def _own_auxiliary(manifest: Manifest) -> tuple[str, ...]:
-    """Those that are stored for it: an overlay has its parent's others."""
+    """The auxiliary tables of the table itself: an overlay shares the others with its parent."""
     return tuple(ref for ref in manifest.auxiliary if not manifest.parent or ref == manifest.edits)
 
 
 @tables.command("list")
 @options(config.StoreConfig)
 def list_tables(settings: config.StoreConfig) -> None:
-    """List every table with its size, its parts included; a star marks published versions."""
+    """List all tables with their sizes, including auxiliary tables. A star means published."""
     for store in _stores(settings):
         found = list(registry.tables(store))
         click.echo(f"{store.url}: {len(found) or 'no'} table{'s' * (len(found) != 1)}", err=True)
@@ -146,7 +146,7 @@ def list_tables(settings: config.StoreConfig) -> None:
 @click.argument("table")
 @options(config.StoreConfig)
 def show(settings: config.StoreConfig, table: str) -> None:
-    """Show the manifest of TABLE, NAME or NAME@VERSION, as JSON."""
+    """Print the manifest of TABLE, NAME or NAME@VERSION, as JSON."""
     for store in _stores(settings):
         click.echo(registry.resolve(store, table).to_json(), nl=False)
 
@@ -155,7 +155,7 @@ def show(settings: config.StoreConfig, table: str) -> None:
 @click.argument("table")
 @options(config.StoreConfig)
 def publish(settings: config.StoreConfig, table: str) -> None:
-    """Make a name stand for this version: TABLE is NAME@VERSION."""
+    """Publish TABLE, NAME@VERSION: readers of NAME use this version from now on."""
     for store in _stores(settings):
         before: Manifest | None = None
         with suppress(NotFoundError, CorruptError):
@@ -163,8 +163,8 @@ def publish(settings: config.StoreConfig, table: str) -> None:
         made = registry.publish(store, table)
         click.echo(f"{made.ref} is published in {store.url}")
         if before and before.model_id != made.model_id:
-            hint = "workers of that one keep serving it; start others"
-            click.echo(f"it is of another model than {before.ref}: {hint}", err=True)
+            hint = "running workers keep serving that version; start workers of the new model"
+            click.echo(f"its model is not that of {before.ref}: {hint}", err=True)
 
 
 tables.add_command(publish)
@@ -174,17 +174,17 @@ tables.add_command(publish)
 @click.argument("name")
 @options(config.StoreConfig)
 def rollback(settings: config.StoreConfig, name: str) -> None:
-    """Make NAME stand for the version it stood for before."""
+    """Publish the version of NAME that was published before the current one."""
     for store in _stores(settings):
         click.echo(f"{registry.rollback(store, name).ref} is published in {store.url}")
 
 
 @tables.command()
 @click.argument("table")
-@click.option("--force", is_flag=True, help="Also a version in use: its readers get errors.")
+@click.option("--force", is_flag=True, help="Delete a version in use, too; its readers get errors.")
 @options(config.StoreConfig)
 def delete(settings: config.StoreConfig, table: str, force: bool) -> None:
-    """Delete a version that is neither published nor in use: TABLE is NAME@VERSION."""
+    """Delete TABLE, NAME@VERSION, which must be neither published nor in use."""
     for store in _stores(settings):
         registry.delete(store, table, force)
         click.echo(f"{table} is deleted from {store.url}")
@@ -193,14 +193,16 @@ def delete(settings: config.StoreConfig, table: str, force: bool) -> None:
 @click.command()
 @click.argument("table")
 @click.option(
-    "--copy", multiple=True, type=Text(), metavar="TOKEN=OTHER", help="TOKEN gets the row of OTHER."
+    "--copy", multiple=True, type=Text(), metavar="TOKEN=OTHER", help="Give TOKEN the row of OTHER."
 )
 @click.option(
-    "--scale", multiple=True, type=Text(), metavar="TOKEN=FACTOR", help="TOKEN's row is multiplied."
+    "--scale", multiple=True, type=Text(), metavar="TOKEN=FACTOR", help="Multiply the row of TOKEN."
 )
-@click.option("--rows-file", "--rows", type=Path, help="An .npz: `ids` [T], `rows` [T, N, D].")
-@click.option("--checkpoint", type=Path, help="Its tokenizer gives the ids of TOKENs in text.")
-@click.option("--publish", "publishes", is_flag=True, help="Publish the version at once.")
+@click.option(
+    "--rows-file", "--rows", type=Path, help="An .npz file with `ids` [T] and `rows` [T, N, D]."
+)
+@click.option("--checkpoint", type=Path, help="Checkpoint whose tokenizer reads TOKENs as text.")
+@click.option("--publish", "publishes", is_flag=True, help="Publish the new version.")
 @options(config.StoreConfig)
 def overlay(
     settings: config.StoreConfig,
@@ -211,11 +213,12 @@ def overlay(
     checkpoint: Path | None,
     publishes: bool,
 ) -> None:
-    """Edit rows of TABLE: a version that stores the changed rows alone, over the one it changes.
+    """Edit rows of TABLE: make a version that stores only the changed rows.
 
-    A TOKEN is an id or, with --checkpoint, a text that is one token, which may be in quotes: '3'
-    in quotes is a text. The last = that has a token on both sides divides an edit. The version is
-    published, rolled back and deleted like any other; its parent can't be deleted before it.
+    A TOKEN is an id or, with --checkpoint, a text of exactly one token. Quotes mark a text: '3' in
+    quotes is not an id. An edit is split at its last = that has a token on both sides. The new
+    version is published, rolled back and deleted like any other. Its parent cannot be deleted
+    before it.
 
     \b
       tolhouse overlay demo-memory --checkpoint models/demo-memory --copy ' import= class' --publish
@@ -235,7 +238,7 @@ def overlay(
     for store in _stores(settings):
         manifest = registry.resolve(store, table)
         if checkpoint and manifest.tokenizer_id != tokenizer_id(checkpoint / TOKENIZER):
-            other = f"another tokenizer than that of {checkpoint}, with other ids"
+            other = f"another tokenizer than that of {checkpoint}, so ids differ"
             raise MismatchError(f"table {manifest.ref} was built with {other}")
         edits = edited_rows(store, manifest, copied, scaled, given)
         made = make_overlay(store, manifest.ref, *edits)
