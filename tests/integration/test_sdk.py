@@ -560,6 +560,9 @@ def test_other_arguments_of_a_wrong_type_are_refused(running: dict) -> None:
             Client(target)
     with pytest.raises(errors.InvalidArgumentError, match="`credentials` must be"):
         Client("127.0.0.1:1", credentials="secret")
+    for name, value in (("tls_ca", 5), ("token", b"secret"), ("insecure", "yes"), ("proxy", None)):
+        with pytest.raises(errors.InvalidArgumentError, match=f"`{name}` must be"):
+            Client("127.0.0.1:1", **{name: value})
     with Client(Path(running["file"].removeprefix("file://"))) as client:
         for table in (None, 5, b"tiny-memory", ["tiny-memory"]):
             for call in (client.describe, lambda t: client.fetch(t, [1])):

@@ -5,11 +5,12 @@ share one token.
 """
 
 import hmac
+import os
 import re
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -134,11 +135,20 @@ class ClientCredentials:
     proxy: str = field(default="", repr=False)  # it may hold a password
     token: str = field(default="", repr=False)
 
-    def check_token(self) -> None:
-        """Raise InvalidArgumentError if the token can't be sent."""
+    def __post_init__(self) -> None:
+        for own in fields(self):
+            value = getattr(self, own.name)
+            if own.name == "insecure":
+                if not isinstance(value, bool):
+                    raise InvalidArgumentError(f"`insecure` must be True or False, not {value!r}")
+            elif isinstance(value, os.PathLike):
+                object.__setattr__(self, own.name, os.fsdecode(value))
+            elif not isinstance(value, str):
+                kind = type(value).__name__
+                raise InvalidArgumentError(f"`{own.name}` must be a str, not {kind}")
         if self.token and self.token_file:
             raise InvalidArgumentError("give `token` or `token_file`, not both")
-        if self.token and not re.fullmatch(r"[!-~]+", str(self.token)):
+        if self.token and not re.fullmatch(r"[!-~]+", self.token):
             raise InvalidArgumentError("`token` must be printable ASCII characters without spaces")
 
     def channel_credentials(self, target: str) -> grpc.ChannelCredentials | None:
@@ -147,7 +157,6 @@ class ClientCredentials:
         Raises:
             InvalidArgumentError: Plaintext is not allowed, or a file does not fit.
         """
-        self.check_token()
         if self.proxy and not (self.tls_ca and re.fullmatch(r"http://[^/\s]+:\d+/?", self.proxy)):
             raise InvalidArgumentError("`proxy` must be http://HOST:PORT, and needs `tls_ca`")
         if self.tls_ca:
