@@ -523,7 +523,6 @@ def test_a_call_has_a_timeout_of_its_own(running: dict, kind: str) -> None:
         range(7, 2, -4),
         {7: "a", 3: "b"}.keys().__iter__(),
     ],
-    ids=str,
 )
 def test_ids_may_be_any_sequence_of_whole_numbers(running: dict, ids: object) -> None:
     """Lists, tuples, ranges, generators, arrays and tensors give the same rows."""
@@ -539,7 +538,6 @@ def test_ids_may_be_any_sequence_of_whole_numbers(running: dict, ids: object) ->
         *({1, 2}, {1: 2}, [-1], [2**32], [2**70], np.zeros((2, 2), int), np.float32(1), object()),
         *(torch.tensor([[1]]), torch.tensor([1.0]), np.array(3)),
     ],
-    ids=str,
 )
 def test_other_ids_are_refused(running: dict, ids: object) -> None:
     """By fetch and by both forms of generate, before anything is sent."""

@@ -27,10 +27,7 @@ def token_id(word: str, tokenizer: Tokenizer | None) -> int:
             f"token {word!r} is not an id: give --checkpoint, for its tokenizer"
         )
     text = word[1:-1] if len(word) > 2 and word[0] == word[-1] and word[0] in "'\"" else word
-    try:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-    except TypeError:  # bytes of the command line
-        raise InvalidArgumentError(f"token {text!a} is not UTF-8: give its id") from None
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
     if len(ids) != 1:
         texts = TokenTexts(tokenizer)
         words = ((texts.name(i)[0], i) for i in ids[:8])

@@ -32,15 +32,12 @@ def explain_text(
 
     `keys` and `neighbours` limit the two lists. Norms and nearest tokens are those of the model's
     rows, or of the table rows `rows`: [V, N, D], or [V, 1 + N, D] with X0 first.
-    InvalidArgumentError if the text is empty or not UTF-8.
+    InvalidArgumentError if the text is empty.
     """
     model, config = MemoryLLM(checkpoint).model, checkpoint.config
     tokenizer = checkpoint.tokenizer()
     texts = TokenTexts(tokenizer)
-    try:
-        ids = list(dict.fromkeys(tokenizer.encode(text).ids))
-    except TypeError:  # bytes of the command line that are not UTF-8
-        raise InvalidArgumentError(f"the text {text[:80]!a} is not UTF-8") from None
+    ids = list(dict.fromkeys(tokenizer.encode(text).ids))
     if not ids:
         raise InvalidArgumentError("the text is empty; at least one token is needed")
     ids_T = torch.tensor(ids)

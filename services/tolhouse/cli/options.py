@@ -70,7 +70,11 @@ class Text(click.ParamType):
         try:
             value.encode()
         except UnicodeEncodeError:  # such bytes are surrogates
-            return os.fsencode(value).decode("utf-8", errors="replace")
+            try:
+                return os.fsencode(value).decode("utf-8")
+            except UnicodeDecodeError:
+                message = f"the text {value[:80]!a} is not UTF-8"
+                raise InvalidArgumentError(message) from None
         return value
 
 
