@@ -42,7 +42,7 @@ from tolhouse.errors import (
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.table.manifest import Manifest
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AsyncClient",
     "Client",

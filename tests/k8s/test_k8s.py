@@ -324,7 +324,7 @@ security local:
 images local:
     Deployment worker  @C|image  tolhouse-worker:latest  no version
     Deployment worker  @C|image  tolhouse-worker:0.0.9  not of version
-    Deployment worker  @C|image  tolhouse-wrkr:0.1.0  not a target
+    Deployment worker  @C|image  tolhouse-wrkr:0.2.0  not a target
 rollout local:
     Deployment worker  spec|strategy|rollingUpdate|maxUnavailable  1  too few pods
     Deployment worker  @C|readinessProbe  null  no readinessProbe
