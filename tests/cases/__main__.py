@@ -17,12 +17,12 @@ def numbers() -> list[str]:
 
 
 def check(number: str, root: Path) -> Iterator[Result]:
-    """The results of a case with its inputs in `root`; an exception is a wrong result."""
+    """Yield the results of a case with inputs in `root`; an exception counts as a wrong result."""
     [module] = HERE.glob(f"case_{number}_*.py")
     folder = next(root.glob(f"{number}-*"), root / number)
     try:
         yield from importlib.import_module(f"tests.cases.{module.stem}").check(folder)
-    except Exception as error:  # noqa: BLE001 - the other cases are still run
+    except Exception as error:  # noqa: BLE001 - the other cases must still run
         yield Result("the check runs to its end", False, f"{type(error).__name__}: {error}")
 
 

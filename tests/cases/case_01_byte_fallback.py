@@ -1,4 +1,4 @@
-"""Bytes that never become a character show as U+FFFD, and neither fail nor end an answer."""
+"""Bytes that form no character appear as U+FFFD and do not end an answer."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +33,8 @@ def check(folder: Path) -> Iterator[Result]:
 
 
 def _of(cluster: Cluster, ids: list[int], what: str, text: str) -> Iterator[Result]:
-    """The tokens in a prompt that is echoed, and in /detokenize."""
-    start = ids[-1]  # "A", before which nothing is stripped
+    """Check the tokens in an echoed prompt and in /detokenize."""
+    start = ids[-1]  # "A", as the decoder strips a space at the start
     body = {"prompt": [start, *ids], "echo": True, "max_tokens": 0, "logprobs": 1}
     answer = httpx.post(f"{cluster.url}/completions", json=body, timeout=60)
     yield equal(f"{what}: echo", (200, f"A{text}"), (answer.status_code, _text(answer)))

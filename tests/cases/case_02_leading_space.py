@@ -1,4 +1,4 @@
-"""A completion continues its prompt with the leading space that the decoder strips at the start."""
+"""A completion keeps the leading space that the decoder strips at the start of a text."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +34,7 @@ def check(folder: Path) -> Iterator[Result]:
         yield equal(f"the value of {name!r}", scored["token_logprobs"][-1], value)
     body = {"prompt": "import the", "return_token_strs": True}
     found = httpx.post(f"{url.removesuffix('/v1')}/tokenize", json=body, timeout=60).json()
-    words = "".join(found["token_strs"][1:])  # after <s>
+    words = "".join(found["token_strs"][1:])  # without <s>
     yield equal("/tokenize gives the text's parts", "import the", words)
     texts = TokenTexts(tokenizer)
     names = [texts.name(i)[0] for i in (key, bare)]

@@ -1,4 +1,4 @@
-"""Variables that name an HTTP proxy change no call to this machine."""
+"""Proxy variables do not affect calls to this machine."""
 
 import tempfile
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Truncation and padding that a tokenizer.json sets do not change prompts."""
+"""Truncation and padding in tokenizer.json do not change prompts."""
 
 from collections.abc import Iterator
 from pathlib import Path

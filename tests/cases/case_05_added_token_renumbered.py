@@ -1,4 +1,4 @@
-"""An added token whose id the tokenizers library changes is refused by name."""
+"""A tokenizer is refused if the library changes an added token's id, and the error names both."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Answers of this and other servers are accepted as history, with their empty fields."""
+"""Answers of this and other servers are valid as history, including their empty fields."""
 
 import json
 from collections.abc import Iterator

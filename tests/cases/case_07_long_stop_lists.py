@@ -1,4 +1,4 @@
-"""The cost of stop strings does not depend on their length."""
+"""Long stop strings that do not occur do not change an answer."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One rule for BOS: the post-processor applies to texts, not to chat templates or token ids."""
+"""The post-processor adds BOS to texts, but not to chat templates or token ids."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""IPv6 addresses keep their brackets, and are refused without them."""
+"""Services announce IPv6 addresses in brackets, and clients refuse them without brackets."""
 
 import socket
 import tempfile

@@ -1,4 +1,4 @@
-"""Files are UTF-8 in a locale of another encoding, and any text is printed."""
+"""Files are UTF-8 in every locale, and commands print any text."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def check(folder: Path) -> Iterator[Result]:
 
 
 def _latin_1(folder: Path) -> dict[str, str]:
-    """The variables of a Latin-1 locale, made in `folder`; of the C locale where that fails."""
+    """Return the variables of a new Latin-1 locale in `folder`, or of the C locale."""
     command = ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", folder / "de_DE.ISO-8859-1"]
     made = shutil.which("localedef") and not subprocess.run(command, check=False).returncode
     if made:

@@ -1,4 +1,4 @@
-"""Checkpoints of other tools are opened where nothing differs, else refused by name."""
+"""Equivalent checkpoints of other tools are accepted, others are refused with the reason."""
 
 import json
 import shutil
@@ -93,7 +93,7 @@ def _named(base: Path, root: Path) -> Iterator[Result]:
 
 
 def _changed(base: Path, change: Callable[[Path], Any]) -> str | TolhouseError:
-    """What identifies the rows of a copy of the checkpoint after a change, or the error."""
+    """Return the rows' id of a changed copy of the checkpoint, or the error."""
     with tempfile.TemporaryDirectory() as at:
         path = Path(shutil.copytree(base, Path(at, "copy")))
         change(path)

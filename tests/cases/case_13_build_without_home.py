@@ -1,4 +1,4 @@
-"""A build needs no home folder, and compiled code says which option names another one."""
+"""A build needs no home folder, and a compile error names the option for the cache folder."""
 
 import os
 import shutil
@@ -28,7 +28,10 @@ def check(folder: Path) -> Iterator[Result]:
 
 
 def _other_user() -> tuple[str, ...]:
-    """What runs a command as a user without a passwd entry, who may read all files; for root."""
+    """If run as root, return a command prefix for a user without a passwd entry.
+
+    The user may read all files.
+    """
     if os.geteuid() or not shutil.which("setpriv"):
         return ()
     reads = "-all,+dac_read_search"

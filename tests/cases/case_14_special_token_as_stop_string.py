@@ -1,4 +1,4 @@
-"""A stop string that is the text of one special token ends the answer at that token."""
+"""A stop string that equals a special token ends the answer at that token."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""HEAD works on every route that has GET, and web pages of configured origins may call."""
+"""HEAD works on every GET route, and configured origins get CORS headers."""
 
 from collections.abc import Iterator
 from pathlib import Path

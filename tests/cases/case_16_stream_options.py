@@ -1,4 +1,4 @@
-"""Parameters that ask for nothing are accepted on both routes."""
+"""Both routes accept parameters whose values have no effect."""
 
 from collections.abc import Iterator
 from pathlib import Path

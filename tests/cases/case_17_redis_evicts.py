@@ -1,4 +1,4 @@
-"""A Redis that evicts is named when a build or a lookup service starts, and where rows are lost."""
+"""Builds, lookup services and errors for missing tables report a Redis that evicts keys."""
 
 import tempfile
 from collections.abc import Iterator

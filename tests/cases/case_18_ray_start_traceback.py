@@ -1,4 +1,4 @@
-"""A Ray that does not start is one line of error, without a traceback."""
+"""A failed start of Ray is a one-line error without a traceback."""
 
 import shutil
 import tempfile
@@ -10,7 +10,7 @@ from tolhouse.testing import tiny_model
 from tests.cases import Result, equal
 from tests.cases.commands import run
 
-TOO_LONG = f"/tmp/{'x' * 100}"  # for the sockets that Ray makes there
+TOO_LONG = f"/tmp/{'x' * 100}"  # too long for Ray's socket paths
 
 
 def check(folder: Path) -> Iterator[Result]:

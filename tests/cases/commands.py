@@ -1,4 +1,4 @@
-"""`tolhouse …` in another environment, for the cases."""
+"""`tolhouse` commands in a changed environment, for the cases."""
 
 import os
 import subprocess
@@ -9,9 +9,9 @@ from pathlib import Path
 def run(
     *words: str | bytes | Path, under: tuple[str, ...] = (), **variables: str | None
 ) -> subprocess.CompletedProcess:
-    """Run a command with these environment variables, or without those that are None.
+    """Run a command with these environment variables; a value of None removes a variable.
 
-    under: a command that runs it, such as one that changes the user.
+    under: a command prefix, such as one that changes the user.
     """
     environment = {**os.environ, **{k: v for k, v in variables.items() if v is not None}}
     for name, value in variables.items():

@@ -1,4 +1,4 @@
-"""Gateways for the cases: a random model with a given tokenizer, served by real processes."""
+"""Gateways for the cases: real processes that serve a random model with a given tokenizer."""
 
 import tempfile
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ def gateways() -> Iterator[None]:
 
 
 def gateway(tokenizer: Path, template: str = "", *options: str) -> Cluster:
-    """A system whose model has this tokenizer and chat template; started once for equal arguments.
+    """Start a system whose model has this tokenizer and chat template, once for equal arguments.
 
-    options: of the gateway.
+    options: options of the gateway.
     """
     key = (tokenizer.read_text(encoding="utf-8"), template, *options)
     if key not in _running:

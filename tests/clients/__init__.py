@@ -1,1 +1,1 @@
-"""Third-party clients against a running system, each installed apart from Tolhouse."""
+"""Third-party clients, each in its own environment, against a running system."""

@@ -1,9 +1,9 @@
-"""Checks of third-party clients against a running system: `make clients`, or `python -m
-tests.clients [--only WORD]`.
+"""Check third-party clients: `make clients`, or `python -m tests.clients [--only WORD]`.
 
-Starts lookup service, worker and gateways on a copy of the demo checkpoint. Then each program of
-python/ and node/ runs its client's checks in that client's environment. Prints a table and, last,
-one line of JSON; exits with 1 if a check failed."""
+Starts a lookup service, a worker and gateways on a copy of the demo checkpoint. Each program of
+python/ and node/ then runs its client's checks in that client's environment. Prints a table and one
+line of JSON, and exits with 1 if a check failed.
+"""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ ROOT = HERE.parent.parent
 DEMO = ROOT / "models" / "demo-memory"
 PROMPT = "def main():\n    parser = argparse.ArgumentParser("
 GREEDY_TOKENS = 24
-# contexts, each with a continuation: lm-eval scores the continuation
+# pairs of context and continuation; lm-eval scores the continuation
 DOCUMENTS = (
     ("import os\nimport", " sys"),
     ("def add(a, b):\n    return a +", " b"),
@@ -44,8 +44,8 @@ TEMPLATE = (
     "{% for message in messages %}# {{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}# assistant:{% endif %}"
 )
-LIMIT_SECONDS = 400  # of one client
-# no client may reach anything but the gateway
+LIMIT_SECONDS = 400  # for each client
+# clients must connect to the gateway only
 OFFLINE = {
     "ANONYMIZED_TELEMETRY": "False",
     "HF_DATASETS_OFFLINE": "1",
@@ -65,7 +65,7 @@ class Client:
     version: str = ""
     right: int = 0
     wrong: dict[str, str] = field(default_factory=dict)  # the error of each failed check
-    skipped: str = ""  # the reason
+    skipped: str = ""  # the reason for skipping, or empty
 
 
 def chat_checkpoint(folder: Path) -> Path:
@@ -77,11 +77,11 @@ def chat_checkpoint(folder: Path) -> Path:
 
 @torch.inference_mode()
 def expected(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The greedy completion, and log-likelihoods, of the model in this process."""
+    """Return the model's greedy completion and log-likelihoods, computed in this process."""
     model, tokenizer = checkpoint.model(), checkpoint.tokenizer()
 
     def log_likelihood(ids: list[int], begin: int) -> float:
-        """Of the tokens from `begin` on, given those before."""
+        """Return the log-likelihood of the tokens from `begin` on."""
         ids_T = torch.tensor(ids)
         hidden_TD = model.hidden(ids_T, torch.arange(len(ids)), GrowingCache(), model.rows(ids_T))
         logprobs_TV = model.lm_head(hidden_TD).float().log_softmax(-1)
@@ -92,7 +92,7 @@ def expected(checkpoint: Checkpoint) -> dict[str, Any]:
     for context, continuation in DOCUMENTS:
         ids = tokenizer.encode(context + continuation).ids
         scores = {"log_likelihood": log_likelihood(ids, len(tokenizer.encode(context).ids))}
-        # lm-eval scores a whole text after the end token, if there is no BOS token
+        # without a BOS token, lm-eval scores a whole text after the end token
         scores["rolling"] = log_likelihood([checkpoint.config.eos_token_id, *ids], 1)
         documents.append({"context": context, "continuation": continuation, **scores})
     text = tokenizer.decode(list(greedy(model, prompt, GREEDY_TOKENS)))
@@ -102,11 +102,11 @@ def expected(checkpoint: Checkpoint) -> dict[str, Any]:
 
 @contextmanager
 def running_system(folder: Path) -> Iterator[dict[str, Any]]:
-    """What a client needs to know of a running system: URLs, keys, and the expected values."""
+    """Yield the URLs, keys and expected values of a running system."""
     path, store = chat_checkpoint(folder), f"file://{folder / 'tables'}"
     checkpoint, keys = open_checkpoint(path), folder / "keys.json"
     build_table(path, store)
-    # a key whose limit is never met, and one whose limit the second request exceeds
+    # the first key's limit is never reached; the other key's second request exceeds its limit
     key, limited = add_key(keys, "client", 6000, 16), add_key(keys, "limited", 1, 1)
     worker = ("--compile", "never")
     with local_cluster(path, store, worker_options=worker) as cluster:

@@ -1,4 +1,4 @@
-"""docs/table-format.md: its examples are those of the code, and a client written from it reads."""
+"""docs/table-format.md: its examples are correct, and a client written from it reads tables."""
 
 import dataclasses
 import json
@@ -23,13 +23,14 @@ from tests.tables import ids, manifest_of, records_of
 FOLDER = Path(__file__).parent / "table_format"
 PAGE = (FOLDER.parent.parent.parent / "docs" / "table-format.md").read_text(encoding="utf-8")
 CODECS = "fp32", "fp16", "bf16", "int8", "int4"
-VALUES = [[0.0, -1.5, 2.0, 0.25, 3.0], [1.0, 1.0, -1.0, 0.5, -0.125]]  # of token 3, in the page
+# values of token 3 in the page's examples
+VALUES = [[0.0, -1.5, 2.0, 0.25, 3.0], [1.0, 1.0, -1.0, 0.5, -0.125]]
 
 with_node = pytest.mark.skipif(not shutil.which("node"), reason="Node is not installed")
 
 
 def cells(row: str) -> list[str]:
-    """The cells of the only table row of the page that matches `row`."""
+    """Return the cells of the only table row of the page that matches `row`."""
     (found,) = (line for line in PAGE.splitlines() if re.match(row, line))
     return [cell.strip() for cell in found.strip("|").split("|")]
 
@@ -44,15 +45,15 @@ def node(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def read(root: Path, ref: str, wanted: np.ndarray) -> np.ndarray:
-    """Rows as the Node client reads them; float32 [T, N, D]."""
+    """Return rows as the Node client reads them; float32 [T, N, D]."""
     run = node(str(root), ref, *map(str, wanted.tolist()))
     assert not run.returncode, run.stderr
     return np.array(json.loads(run.stdout)["rows"], np.float32)
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_the_example_records_are_those_of_the_code(codec: str) -> None:
-    """Each record in the page is what the code writes, and decodes to the stated values."""
+def test_the_example_records_are_correct(codec: str) -> None:
+    """Each example record equals the encoded record, and decodes to the stated values."""
     _, size, *parts = cells(rf"\| `{codec}` \| \d+ \|")
     stated = bytes.fromhex("".join(re.findall(r"[0-9a-f]+", " ".join(parts))))
     example = manifest_of("example", codec_name=codec, vocab_size=4, width=5, num_shards=2)
@@ -66,14 +67,14 @@ def test_the_example_records_are_those_of_the_code(codec: str) -> None:
     np.testing.assert_allclose(decoded, wanted, rtol=1e-6)
 
 
-def test_the_example_manifest_is_that_of_the_code() -> None:
-    """It is read, and written again byte for byte."""
+def test_the_example_manifest_is_correct() -> None:
+    """The example manifest is unchanged after a read and a write."""
     (text,) = re.findall(r'```json title="manifest.json"\n(.*\n)```', PAGE)
     assert text == Manifest.from_json(text).to_json()
 
 
 def test_the_page_lists_every_field_of_the_manifest() -> None:
-    """A field that is added to the manifest is added to the page."""
+    """The page's table of fields equals the manifest's fields."""
     table = PAGE.partition("### Fields")[2].partition("### Digest")[0]
     listed = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
     fields = {field.name for field in dataclasses.fields(Manifest)} - {"extra", "codec_name"}
@@ -81,7 +82,7 @@ def test_the_page_lists_every_field_of_the_manifest() -> None:
 
 
 def vectors() -> list[tuple[bytes, int, str]]:
-    """Input, seed and hash of each test vector of the page."""
+    """Return input, seed and hash of each test vector of the page."""
     found = []
     for line in re.findall(r"^\| (?:empty|`abc`|`bytes).*$", PAGE, re.MULTILINE):
         shown, seed, result = (cell.strip(" `") for cell in line.strip("|").split("|"))
@@ -91,15 +92,15 @@ def vectors() -> list[tuple[bytes, int, str]]:
     return found
 
 
-def test_the_hashes_in_the_page_are_right() -> None:
-    """The test vectors of XXH3-64 are those of the library."""
+def test_the_test_vectors_are_correct() -> None:
+    """The page's XXH3-64 test vectors equal the library's hashes."""
     assert 6 == len(vectors())
     for data, seed, result in vectors():
         assert result == xxhash.xxh3_64_hexdigest(data, seed)
 
 
-def test_redis_has_the_keys_of_the_page(redis_url: str) -> None:
-    """Keys, fields and values of a table in Redis are those that the page lists."""
+def test_redis_has_the_documented_keys(redis_url: str) -> None:
+    """A table in Redis has the keys, fields and values that the page lists."""
     store, redis = open_store(redis_url), Redis.from_url(redis_url)
     planned = manifest_of("in-redis")
     made = write_table([store], planned, lambda k: records_of(planned, planned.shard_ids(k)))
@@ -117,8 +118,8 @@ def test_redis_has_the_keys_of_the_page(redis_url: str) -> None:
 
 
 @with_node
-def test_the_node_client_hashes_as_the_page_says() -> None:
-    """Its XXH3-64 gives the test vectors, of each length class."""
+def test_the_node_client_computes_the_documented_hashes() -> None:
+    """The Node client's XXH3-64 gives the page's hash for inputs of each length class."""
     for data, seed, result in vectors():
         assert result == node("--hash", f"{seed:x}", data.hex()).stdout.strip()
 
@@ -126,7 +127,7 @@ def test_the_node_client_hashes_as_the_page_says() -> None:
 @with_node
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_node_client_reads_a_table_as_the_sdk_does(tmp_path: Path, codec: str) -> None:
-    """Values are equal to the bit; 71 values are two groups of int4, a short one, and odd."""
+    """The Node client reads the same bits as the SDK, also for a partial group of int4."""
     store = open_store(f"file://{tmp_path}")
     planned = manifest_of(codec_name=codec, width=71)
     made = write_table([store], planned, lambda k: records_of(planned, planned.shard_ids(k)))
@@ -140,7 +141,7 @@ def test_the_node_client_reads_a_table_as_the_sdk_does(tmp_path: Path, codec: st
 
 @with_node
 def test_the_node_client_reads_overlays(tmp_path: Path) -> None:
-    """Changed rows are the overlay's, and others the parent's."""
+    """The Node client reads edited rows from the overlay, and other rows from its parent."""
     store = open_store(f"file://{tmp_path}")
     planned = manifest_of(width=40)
     made = write_table([store], planned, lambda k: records_of(planned, planned.shard_ids(k)))
@@ -153,7 +154,7 @@ def test_the_node_client_reads_overlays(tmp_path: Path) -> None:
 
 @with_node
 def test_the_node_client_reads_compressed_tables(tmp_path: Path) -> None:
-    """Low rank, frequent rows and edits are put together; sums may differ in their last bits."""
+    """The Node client reads low-rank, frequent and edited rows, apart from rounding."""
     store = open_store(f"file://{tmp_path}")
     rows = np.random.default_rng(1).standard_normal((50, 2, 40)).astype(np.float32)
     scheme = Scheme("int4", rank=0.5, frequent=3)
@@ -171,8 +172,8 @@ def test_the_node_client_reads_compressed_tables(tmp_path: Path) -> None:
 
 
 @with_node
-def test_the_node_client_refuses_what_was_altered(tmp_path: Path) -> None:
-    """A record fails its checksum, and a manifest its digest."""
+def test_the_node_client_detects_alterations(tmp_path: Path) -> None:
+    """The Node client detects an altered record by its checksum, and a manifest by its digest."""
     store = open_store(f"file://{tmp_path}")
     planned = manifest_of(num_shards=1)
     made = write_table([store], planned, lambda k: records_of(planned, planned.shard_ids(k)))

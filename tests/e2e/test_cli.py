@@ -1,4 +1,4 @@
-"""The `tolhouse` command: its help, tables managed from the shell, errors in a line."""
+"""The `tolhouse` command: help, table management and one-line errors."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests import commands
 
 
 def tolhouse(*arguments: str | Path, code: int = 0) -> str:
-    """stdout of a command that ends with `code`, or its stderr if that is not 0."""
+    """Run a command that exits with `code`; return its stdout for 0, and else its stderr."""
     ended = commands.tolhouse("", *arguments, code=code)
     return ended.stderr if code else ended.stdout
 
@@ -29,8 +29,8 @@ def all_commands(group: click.Group, path: str = "") -> dict[str, click.Command]
 
 
 @pytest.mark.parametrize("command", all_commands(main).values(), ids=all_commands(main))
-def test_every_command_explains_itself(command: click.Command) -> None:
-    """Each has a sentence about itself, and each of its options is explained."""
+def test_every_command_has_help(command: click.Command) -> None:
+    """Each command has a description, and each of its options has a help text."""
     assert command.help
     for parameter in command.params:
         if isinstance(parameter, click.Option) and parameter.name != "max_tokens":
@@ -38,14 +38,14 @@ def test_every_command_explains_itself(command: click.Command) -> None:
 
 
 def test_help_names_the_environment_variables() -> None:
-    """An option that the environment can give says by which variable."""
+    """The help of an option names its environment variable."""
     shown = tolhouse("worker", "--help")
     for field in config.WorkerConfig.model_fields:
         assert config.variable(config.WorkerConfig, field) in "".join(shown.split())
 
 
 def test_tables_are_managed_from_the_shell(checkpoint: Path, tmp_path: Path) -> None:
-    """list, show, publish, rollback and delete do what they say, in a store of files."""
+    """`list`, `show`, `publish`, `rollback` and `delete` work on a store of files."""
     url = f"file://{tmp_path}"
     store = ("--store", url)
     assert "" == tolhouse("tables", "list", *store)
@@ -67,12 +67,12 @@ def test_tables_are_managed_from_the_shell(checkpoint: Path, tmp_path: Path) -> 
     assert new in tolhouse("tables", "delete", new, *store)
     (line,) = tolhouse("tables", "list", *store).splitlines()
     assert line.startswith(f"* {old}")
-    assert old in tolhouse("publish", new, *store, code=1)  # what is there is named
+    assert old in tolhouse("publish", new, *store, code=1)  # the error lists the available tables
     assert "NAME@VERSION" in tolhouse("publish", "t", *store, code=1).upper()
 
 
 def test_both_stores_are_managed_at_once(checkpoint: Path, tmp_path: Path, redis_url: str) -> None:
-    """With two stores, each command does its work in both."""
+    """With two stores, each command applies to both."""
     both = ("--store", f"file://{tmp_path},{redis_url}")
     ref = build_table(checkpoint, f"file://{tmp_path}", redis_url, name="both", publish=False)
     assert 2 == tolhouse("publish", ref, *both).count("is published")
@@ -84,7 +84,7 @@ def norms_of(shown: str) -> list[list[float]]:
 
 
 def test_rows_and_text_from_the_shell(checkpoint: Path, tmp_path: Path) -> None:
-    """fetch shows norms and saves rows; generate prints the same text here and from a worker."""
+    """fetch shows and saves rows, and generate prints the same text with and without a worker."""
     url = f"file://{tmp_path}/tables"
     ref = build_table(checkpoint, url)
     with local_cluster(checkpoint, url) as cluster:
@@ -111,7 +111,7 @@ def test_rows_and_text_from_the_shell(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_x0_is_shown_in_the_shell(checkpoint: Path, tmp_path: Path) -> None:
-    """tables list names it, fetch shows its norm first."""
+    """`tables list` shows whether a table has x0, and `fetch` shows its norm first."""
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url, embedding="yes")
     assert " 4 layers + X0 " in tolhouse("tables", "list", "--store", url)
@@ -122,7 +122,7 @@ def test_x0_is_shown_in_the_shell(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_memory_is_explained_in_the_shell(checkpoint: Path) -> None:
-    """explain prints a block per token, or JSON."""
+    """explain prints text, or JSON with the given counts for each token."""
     counts = ("--keys", "2", "--neighbours", "3")
     found = json.loads(tolhouse("explain", checkpoint, "def add", "--json", *counts))
     assert {2} == {len(keys) for entry in found for keys in entry["keys"]}
@@ -147,17 +147,17 @@ def test_memory_is_explained_in_the_shell(checkpoint: Path) -> None:
         (("demo", "--checkpoint", "nothing"), 1, "no checkpoint"),
     ],
 )
-def test_what_can_not_be_done_is_told_in_a_line(
+def test_a_failed_command_is_a_one_line_error(
     arguments: tuple[str, ...], code: int, message: str, tmp_path: Path, monkeypatch
 ) -> None:
-    """Bad commands end with a code and a message, and leave nothing behind."""
+    """A failed command exits with a code and a message, and leaves no file."""
     monkeypatch.chdir(tmp_path)
     assert message in tolhouse(*arguments, code=code)
     assert [] == [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
 def test_the_environment_is_read_strictly(tmp_path: Path, monkeypatch) -> None:
-    """An unknown variable stops a process; known ones configure it."""
+    """An unknown variable is an error, and known variables configure a process."""
     monkeypatch.setenv("TOLHOUSE_LOOKUP_STORE", f"file://{tmp_path}")
     monkeypatch.setenv("TOLHOUSE_LOOKUP_LISTEN", "127.0.0.1:0")
     with process("lookup") as running:

@@ -1,4 +1,4 @@
-"""`make demo` in small: the command itself, as a user runs it."""
+"""`tolhouse demo` and `tolhouse serve`, run as commands."""
 
 import json
 import os
@@ -19,12 +19,12 @@ TOLHOUSE = (sys.executable, "-m", "tolhouse.cli")
 
 @pytest.mark.parametrize("name", ["demo-memory", "demo-flex"])
 def test_the_demo_ends_with_one_line_of_json(name: str, tmp_path: Path) -> None:
-    """Built by Ray, served over HTTP by three processes, equal to the model in process; all end."""
-    mark = uuid.uuid4().hex  # in the environment of all that it starts
+    """The served text equals the model's, the last line is JSON, and all processes end."""
+    mark = uuid.uuid4().hex  # in the environment of every process of the demo
     checkpoint = str(Path("models", name).absolute())
     command = [*TOLHOUSE, "demo", "--checkpoint", checkpoint, "--max-tokens", "40"]
     proxies = ("http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-    nowhere = dict.fromkeys(proxies, f"http://127.0.0.1:{free_port()}")  # all stays on this machine
+    nowhere = dict.fromkeys(proxies, f"http://127.0.0.1:{free_port()}")  # no call uses the proxy
     environment = {**os.environ, **nowhere, "DEMO_MARK": mark}
     ended = subprocess.run(
         command,
@@ -52,8 +52,8 @@ def test_the_demo_ends_with_one_line_of_json(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
-def test_serve_answers_until_it_is_ended(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    """The curl line it prints works; Ctrl-C and SIGTERM end it and all that it started."""
+def test_serve_runs_until_a_signal(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """The printed curl command works, and Ctrl-C or SIGTERM ends serve and all its processes."""
     address = f"127.0.0.1:{free_port()}"
     checkpoint = str(Path("models/demo-memory").absolute())
     pipe = subprocess.PIPE

@@ -56,7 +56,7 @@ def ask(cluster: Cluster, key: str | None, path: str = "/v1/completions", **more
 
 
 def test_requests_need_a_key(cluster: Cluster, first: str) -> None:
-    """All routes except health need one, and the error has OpenAI's form."""
+    """All routes except health need a key, and the error has OpenAI's form."""
     assert 200 == ask(cluster, first, json=BODY).status_code
     paths = "/metrics /docs /openapi.json /tokenizer_info /nothing //health /v1/completions"
     for path in (paths + " /v1/chat/completions /v1/models").split():
@@ -70,8 +70,8 @@ def test_requests_need_a_key(cluster: Cluster, first: str) -> None:
     assert "tolhouse_gateway" in ask(cluster, first, "/metrics").text
 
 
-def test_pages_of_configured_origins_may_call(cluster: Cluster, first: str) -> None:
-    """A preflight needs no key, and every response has the origin, refusals included."""
+def test_configured_origins_get_cors_headers(cluster: Cluster, first: str) -> None:
+    """A preflight request needs no key, and every response has the CORS header, even an error."""
     url = f"{cluster.url}/completions"
     for origin, allowed in ((PAGE, PAGE), ("https://other.example", None)):
         asks = {"Access-Control-Request-Method": "POST"}
@@ -93,7 +93,7 @@ def test_pages_of_configured_origins_may_call(cluster: Cluster, first: str) -> N
 
 
 def test_a_request_s_log_line_describes_it(cluster: Cluster, first: str) -> None:
-    """It has key, model, worker, token counts and the time to the first token."""
+    """A log line has key, model, worker, token counts and the time to the first token."""
     log = cluster.processes[-1].log
     for name, stream in (("whole", False), ("streamed", True)):
         body = {"prompt": [[3, 4, 5], [6]], "max_tokens": 2, "n": 2, "ignore_eos": True}
@@ -114,7 +114,7 @@ def test_a_request_s_log_line_describes_it(cluster: Cluster, first: str) -> None
 
 
 def test_health_needs_no_key(cluster: Cluster, first: str) -> None:
-    """The number of workers is in the response if the request has a key."""
+    """Health needs no key, but shows the number of workers only to requests with a key."""
     assert {"status": "ok"} == ask(cluster, None, "/health").json()
     known = ask(cluster, first, "/health").json()
     assert {"status": "ok", "workers": {"healthy": 1, "unhealthy": 0}} == known
@@ -122,7 +122,7 @@ def test_health_needs_no_key(cluster: Cluster, first: str) -> None:
 
 
 def test_openai_s_client_sends_a_key(cluster: Cluster, first: str) -> None:
-    """It raises its AuthenticationError for a wrong one."""
+    """OpenAI's client raises AuthenticationError for a wrong key."""
     with openai.OpenAI(base_url=cluster.url, api_key=first, max_retries=0) as client:
         answer = client.completions.create(model="tiny-memory", **BODY)
         assert "length" == answer.choices[0].finish_reason
@@ -130,10 +130,8 @@ def test_openai_s_client_sends_a_key(cluster: Cluster, first: str) -> None:
             client.with_options(api_key="wrong").models.list()
 
 
-def test_keys_are_added_and_removed_while_the_gateway_runs(
-    cluster: Cluster, keys: Path, first: str
-) -> None:
-    """The next request uses the new file. A malformed file is ignored."""
+def test_the_key_file_is_reloaded(cluster: Cluster, keys: Path, first: str) -> None:
+    """The next request uses the new file, and a malformed file is ignored."""
     second = add_key(keys, "second", 600, 4)
     assert [200, 200] == [ask(cluster, key, json=BODY).status_code for key in (first, second)]
     good = keys.read_text(encoding="utf-8")
@@ -149,7 +147,7 @@ def test_keys_are_added_and_removed_while_the_gateway_runs(
 
 
 def test_a_key_s_rate_is_limited(cluster: Cluster, keys: Path, first: str) -> None:
-    """After ten seconds' worth of requests, the key gets 429 with a time, and others do not."""
+    """After ten seconds' worth of requests, a key gets 429 with a time, and others do not."""
     key = add_key(keys, "slow", 12, 16)
     answers = [ask(cluster, key, json=BODY) for _ in range(4)]
     assert [200, 200, 429, 429] == [answer.status_code for answer in answers]
@@ -166,7 +164,7 @@ def test_a_key_s_rate_is_limited(cluster: Cluster, keys: Path, first: str) -> No
 
 
 def test_a_key_s_requests_in_flight_are_limited(cluster: Cluster, keys: Path) -> None:
-    """A request counts from its header until its end, also if it fails."""
+    """A request counts from its header until its end, even if it fails."""
     key = add_key(keys, "narrow", 60_000, 2)
     address = ("127.0.0.1", int(cluster.gateway.split(":")[1]))
     body = json.dumps(BODY)
@@ -178,7 +176,7 @@ def test_a_key_s_requests_in_flight_are_limited(cluster: Cluster, keys: Path) ->
         for one in held:
             one.sendall(head.encode())  # without a body
         while (answer := ask(cluster, key, json=BODY)).status_code == 200:
-            pass  # the gateway has not received both headers
+            pass  # the gateway may not have received both headers yet
         assert (429, "1") == (answer.status_code, answer.headers["Retry-After"])
         expected = "2 requests with this key are in flight; at most 2 are allowed"
         assert expected == answer.json()["error"]["message"]
@@ -210,7 +208,7 @@ def test_a_key_s_sequences_take_turns(cluster: Cluster, keys: Path) -> None:
     done.set()
     watching.join()
     assert [*range(10)] == [choice["index"] for choice in whole.json()["choices"]]
-    assert 1 <= most <= 4  # two that run, and two that have just ended
+    assert 1 <= most <= 4  # two running sequences, and two that have just ended
 
 
 def test_a_file_keeps_its_owner_and_is_read_again(tmp_path: Path) -> None:

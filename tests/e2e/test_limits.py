@@ -1,4 +1,4 @@
-"""Limits on sizes, counts and times of requests, and service to others while they are reached."""
+"""Limits on sizes, counts and times of requests, and service to others at the limits."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ from tests.commands import LOCAL
 
 BODY = {"prompt": "def add", "max_tokens": 2}
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-RST_STREAM = 3  # the type of the frame
+RST_STREAM = 3  # frame type
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
@@ -57,7 +57,7 @@ def connect(address: str) -> socket.socket:
 
 
 def answered(connection: socket.socket) -> tuple[int, str]:
-    """Status and error message of the last response; (0, "") if there is none."""
+    """Return status and error message of the last response, or (0, "") without a response."""
     data = b""
     with suppress(ConnectionError):
         while piece := connection.recv(65_536):
@@ -69,7 +69,7 @@ def answered(connection: socket.socket) -> tuple[int, str]:
 
 
 def dribble(connection: socket.socket, data: bytes, seconds: float = 1) -> None:
-    """Send a byte per second until the connection is closed."""
+    """Send one byte per second until the connection is closed."""
     connection.settimeout(seconds)
     for byte in data:
         try:
@@ -87,11 +87,11 @@ def complete(cluster: Cluster) -> int:
     return httpx.post(f"{cluster.url}/completions", json=BODY, timeout=60).status_code
 
 
-# HTTP: slow
+# HTTP: slow clients
 
 
 def test_a_slow_header_is_refused(cluster: Cluster) -> None:
-    """It times out on a new connection and on a used one, and other requests are served."""
+    """A slow header times out on new and used connections, and other requests are served."""
     with connect(cluster.gateway) as slow, connect(cluster.gateway) as used:
         used.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
         assert used.recv(1000).startswith(b"HTTP/1.1 200")
@@ -102,13 +102,13 @@ def test_a_slow_header_is_refused(cluster: Cluster) -> None:
 
 
 def test_a_silent_connection_is_closed(cluster: Cluster) -> None:
-    """It gets no response, as it sent no request."""
+    """A silent connection is closed without a response."""
     with connect(cluster.gateway) as silent:
         assert (0, "") == answered(silent)
 
 
 def test_a_slow_body_is_refused(cluster: Cluster) -> None:
-    """It times out with Content-Length, in chunks, and on a path without a body."""
+    """A slow body times out with Content-Length, in chunks, and on a path without a body."""
     with ExitStack() as stack:
         for header, body in (
             (b"Content-Length: 1000", b'{"prompt"'),
@@ -120,7 +120,7 @@ def test_a_slow_body_is_refused(cluster: Cluster) -> None:
             assert (408, "the body did not arrive within 2 s") == answered(slow)
         slow = stack.enter_context(connect(cluster.gateway))
         slow.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
-        for _ in range(30):  # the rest of the body has the time of a header
+        for _ in range(30):  # the rest of the body has the timeout of a header
             time.sleep(0.3)
             with suppress(ConnectionError):
                 slow.sendall(b"x")
@@ -143,7 +143,7 @@ def test_an_unread_answer_closes_the_connection(cluster: Cluster) -> None:
 
 
 def test_an_unfinished_tls_handshake_is_closed(checkpoint: Path, pki: Path, store: str) -> None:
-    """It is closed with and without bytes, and other handshakes succeed, also for metrics."""
+    """An unfinished TLS handshake times out, and other handshakes succeed, also for metrics."""
     tls = ("--tls-cert", f"{pki}/service.pem", "--tls-key", f"{pki}/service.key")
     trusting = ssl.create_default_context(cafile=f"{pki}/ca.pem")
     patience = ("--header-timeout-seconds", "2")
@@ -157,7 +157,7 @@ def test_an_unfinished_tls_handshake_is_closed(checkpoint: Path, pki: Path, stor
         half = [stack.enter_context(connect(address)) for address in addresses]
         stack.enter_context(connect(metrics))
         for connection in half[::2]:
-            connection.sendall(bytes.fromhex("16030100f8010000f40303"))  # of a ClientHello
+            connection.sendall(bytes.fromhex("16030100f8010000f40303"))  # part of a ClientHello
         for url in (f"https://{gateway.address}/version", f"https://{metrics}/metrics"):
             assert 200 == httpx.get(url, verify=trusting).status_code
         for connection in half:
@@ -165,22 +165,22 @@ def test_an_unfinished_tls_handshake_is_closed(checkpoint: Path, pki: Path, stor
                 assert b"" == connection.recv(1000)
 
 
-# HTTP: large and many
+# HTTP: large and many requests
 
 
-def test_a_body_with_two_ends_is_refused(cluster: Cluster) -> None:
-    """With Content-Length and Transfer-Encoding, a proxy could find a second request in it."""
+def test_a_body_with_two_lengths_is_refused(cluster: Cluster) -> None:
+    """A request with Content-Length and Transfer-Encoding is refused, to prevent smuggling."""
     with connect(cluster.gateway) as connection:
         both = b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
         connection.sendall(POST + both + b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
         status, message = answered(connection)
     assert (400, True) == (status, "send one of them" in message)
     answer = httpx.post(f"http://{cluster.gateway}/v1/completions/", json=BODY, timeout=60)
-    assert 404 == answer.status_code  # not a redirect, which would send the key again
+    assert 404 == answer.status_code  # a redirect would send the key again
 
 
 def test_an_enormous_header_is_refused(cluster: Cluster) -> None:
-    """Size and number of fields are limited, however the header arrives."""
+    """The size of a header and its number of fields are limited, even without an end."""
     start = b"GET /version HTTP/1.1\r\nHost: x\r\n"
     large = b"X-Large: " + b"x" * MAX_HEADER_BYTES + b"\r\n"
     many = b"".join(b"X-%d: y\r\n" % n for n in range(MAX_HEADER_FIELDS + 1))
@@ -214,7 +214,7 @@ def test_other_protocols_are_refused(data: bytes, cluster: Cluster) -> None:
 
 
 def test_too_many_connections_are_refused(cluster: Cluster) -> None:
-    """The next one gets 503 until others are closed."""
+    """A connection above the limit gets 503 until others are closed."""
     with ExitStack() as stack:
         open_now = [stack.enter_context(connect(cluster.gateway)) for _ in range(60)]
         status, message = answered(open_now[-1])
@@ -224,7 +224,7 @@ def test_too_many_connections_are_refused(cluster: Cluster) -> None:
 
 
 def test_bodies_are_limited_alone_and_together(cluster: Cluster) -> None:
-    """A body that is too large gets 413, and many large bodies at the same time are read."""
+    """A body above the limit gets 413, and many large bodies at the same time are read."""
     size = 500_000
     with connect(cluster.gateway) as connection:
         connection.sendall(POST + b"Content-Length: 500001\r\n\r\n")
@@ -267,7 +267,7 @@ def fields(count: int) -> bytes:
     ids=lambda value: value[:30].decode() if isinstance(value, bytes) else "",
 )
 def test_the_content_of_a_body_is_limited(body: bytes, said: str, cluster: Cluster) -> None:
-    """Depth, counts and sizes beyond the limits get 400 and a short message."""
+    """Depth, counts and sizes above the limits get 400 and a short message."""
     url, headers = f"{cluster.url}/completions", {"Content-Type": "application/json"}
     answer = httpx.post(url, content=body, headers=headers, timeout=60)
     assert 400 == answer.status_code
@@ -276,7 +276,7 @@ def test_the_content_of_a_body_is_limited(body: bytes, said: str, cluster: Clust
 
 
 def test_log_probabilities_are_limited(cluster: Cluster) -> None:
-    """Tokens times choices times most likely tokens beyond the limit get 400."""
+    """The product of tokens, choices and `top_logprobs` above the limit gets 400."""
     ids = {"prompt": [5] * 200, "max_tokens": 0, "echo": True, "logprobs": 20}
     answer = httpx.post(f"{cluster.url}/completions", json={**ids, "n": 128}, timeout=60)
     expected = f"may have {128 * 200 * 21} log probabilities; at most {1 << 18} are allowed"
@@ -287,8 +287,8 @@ def test_log_probabilities_are_limited(cluster: Cluster) -> None:
     assert [200] * 8 == [len(top) for top in found]
 
 
-def test_what_choices_share_is_counted_for_each() -> None:
-    """Prompt tokens times n are limited, and a chat without a length ends at that of scores."""
+def test_shared_prompt_tokens_count_for_each_choice() -> None:
+    """Prompt tokens count once per choice, and scores limit a chat without max_tokens."""
     model = ServedModel("m", 1 << 17, 10, 0)
 
     router = WorkerRouter(Addresses("127.0.0.1:1", ClientCredentials()), "", 1)
@@ -311,7 +311,7 @@ def test_what_choices_share_is_counted_for_each() -> None:
 
 
 def test_fetch_and_generate_are_limited(cluster: Cluster) -> None:
-    """Too many ids, a long prompt and a long request id are refused with the limits."""
+    """The error for too many ids, a long prompt or a long request id has the limit."""
     with Client(cluster.lookup) as client, grpc.insecure_channel(cluster.lookup) as channel:
         manifest = client.describe("tiny-memory")
         ids = np.zeros(MAX_IDS_PER_FETCH + 1, "<u4").tobytes()
@@ -342,7 +342,7 @@ def test_fetch_and_generate_are_limited(cluster: Cluster) -> None:
 
 
 def test_unread_replies_block_only_their_connection(store: str) -> None:
-    """A connection has a limited number of requests in progress, in any number of streams."""
+    """A connection has a limited number of requests in progress, over all its streams."""
 
     async def run() -> None:
         with closing(StoreRowSource(store, lambda: open_store(store))) as source:
@@ -393,7 +393,7 @@ def many(make: Callable[[], socket.socket], count: int) -> Iterator[list[socket.
 
 
 def opening(stream: int) -> bytes:
-    """The HEADERS frame that opens a Fetch stream."""
+    """Return the HEADERS frame that opens a Fetch stream."""
     fields = {":method": "POST", ":scheme": "http", ":path": "/tolhouse.v1.Lookup/Fetch"}
     fields |= {":authority": "x", "te": "trailers", "content-type": "application/grpc"}
     block = b""
@@ -403,7 +403,7 @@ def opening(stream: int) -> bytes:
 
 
 def test_streams_of_a_connection_are_limited(store: str) -> None:
-    """Of ten thousand, those above the limit are refused, and other clients are served."""
+    """Streams above the limit are refused, and other clients are served."""
     with (
         process("lookup", "--store", store, *LOCAL) as lookup,
         connect(lookup.address) as greedy,
@@ -431,7 +431,7 @@ def test_streams_of_a_connection_are_limited(store: str) -> None:
 
 
 def frames(data: bytes) -> Iterator[int]:
-    """The types of the complete HTTP/2 frames."""
+    """Yield the types of the complete HTTP/2 frames."""
     at = 0
     while at + 9 <= len(data):
         yield data[at + 3]
@@ -439,7 +439,7 @@ def frames(data: bytes) -> Iterator[int]:
 
 
 def settings_of(connection: socket.socket) -> dict[int, int]:
-    """The first SETTINGS frame of an HTTP/2 server."""
+    """Return the first SETTINGS frame of an HTTP/2 server."""
     connection.sendall(PREFACE + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
     head = connection.recv(9, socket.MSG_WAITALL)
     length = int.from_bytes(head[:3])
@@ -448,7 +448,7 @@ def settings_of(connection: socket.socket) -> dict[int, int]:
 
 
 def test_each_service_announces_its_limits(cluster: Cluster) -> None:
-    """SETTINGS has the streams of a connection (3) and the bytes of a header (6)."""
+    """SETTINGS has the limits on streams per connection (3) and on header bytes (6)."""
     for address in (cluster.lookup, cluster.workers):
         with connect(address) as connection:
             told = settings_of(connection)
@@ -456,16 +456,16 @@ def test_each_service_announces_its_limits(cluster: Cluster) -> None:
 
 
 def test_silent_connections_are_closed(cluster: Cluster) -> None:
-    """A gRPC service waits ten seconds for the preface of HTTP/2."""
+    """A gRPC service closes a connection without an HTTP/2 preface after ten seconds."""
     with connect(cluster.lookup) as silent, connect(cluster.lookup) as halting:
         halting.sendall(PREFACE[:5])
         for connection in (silent, halting):
             connection.settimeout(60)
-            connection.recv(1 << 20, socket.MSG_WAITALL)  # until the end
+            connection.recv(1 << 20, socket.MSG_WAITALL)  # until the connection closes
 
 
 def test_too_many_connections_to_a_service_are_closed(store: str) -> None:
-    """New connections succeed once others are closed."""
+    """Connections above the limit are closed, and new ones succeed once others are closed."""
     with process("lookup", "--store", store, *LOCAL) as lookup:
 
         def greeted() -> socket.socket:
@@ -486,7 +486,7 @@ def test_too_many_connections_to_a_service_are_closed(store: str) -> None:
 
 
 def test_metrics_are_served_while_others_hold_connections(store: str) -> None:
-    """A silent connection does not delay other requests."""
+    """A silent connection does not delay other requests for metrics."""
     with process("lookup", "--store", store, *LOCAL) as lookup:
         address = lookup.ready["metrics"]
         with many(lambda: connect(address), 40):

@@ -1,4 +1,4 @@
-"""Files are UTF-8 in every locale, and no text is beyond what a terminal can be sent."""
+"""Files are UTF-8 in every locale, and commands print any text."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def _in_locale(locale: dict, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_in_locale")
 def test_templates_and_pages_are_utf_8(checkpoint: Path, store: str, tmp_path: Path) -> None:
-    """A gateway shows the template of its model, a prompt rendered by it, and its own page."""
+    """A gateway reads the model's template and its own pages as UTF-8."""
     folder = Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     config = {"chat_template": "«no»", "eos_token": "✓"}
@@ -59,7 +59,7 @@ def test_templates_and_pages_are_utf_8(checkpoint: Path, store: str, tmp_path: P
 
 @pytest.mark.usefixtures("_in_locale")
 def test_any_text_is_printed(checkpoint: Path, locale: dict) -> None:
-    """Characters that the locale lacks are escaped or sent as UTF-8, not a crash."""
+    """Commands print characters that the locale lacks without a crash."""
     prompt = "für ✓ 日本"
     done = tolhouse("generate", checkpoint, prompt.encode(), "--max-tokens", 4)
     assert done.stdout.startswith(prompt)

@@ -1,4 +1,4 @@
-"""The load generator against a real gateway: what it counts is what was sent."""
+"""The load generator against a real gateway: its counts equal the requests that it sent."""
 
 import json
 import signal
@@ -15,7 +15,7 @@ from loadtest.serve import Answer, summary
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Cluster]:
-    """One worker that runs one sequence; its queue is too long for slow load to fill."""
+    """A cluster whose worker runs one sequence and queues 40."""
     url = f"file://{tmp_path_factory.mktemp('tables')}"
     build_table(checkpoint, url)
     options = ("--max-num-seqs", "1", "--max-waiting", "40")
@@ -31,7 +31,7 @@ def serve(address: str, options: str) -> subprocess.CompletedProcess:
 
 
 def test_answers_are_counted(cluster: Cluster) -> None:
-    """Slow load is answered whole; each rate has a line in the table, and its figures in JSON."""
+    """At a low rate all requests succeed, and each rate has a table line and JSON values."""
     done = serve(cluster.gateway, "--rate 2,4 --seconds 3 --max-tokens 1:1")
     assert 0 == done.returncode, done.stderr
     first, second = json.loads(done.stdout.splitlines()[-1])["rates"]
@@ -43,15 +43,15 @@ def test_answers_are_counted(cluster: Cluster) -> None:
 
 
 def test_refusals_are_counted_by_kind(cluster: Cluster) -> None:
-    """What an overloaded gateway refuses is neither lost nor counted as an answer."""
+    """Refusals of an overloaded gateway are counted by status, separately from answers."""
     done = serve(cluster.gateway, "--rate 400 --seconds 1 --max-tokens 40:40")
     (one,) = json.loads(done.stdout.splitlines()[-1])["rates"]
     assert {"HTTP 429"} == set(one["errors"])
     assert one["sent"] == one["answered"] + one["errors"]["HTTP 429"]
 
 
-def test_answers_that_do_not_come_are_counted(cluster: Cluster) -> None:
-    """Of a worker that hangs; without any whole answer the command fails."""
+def test_missing_answers_are_counted(cluster: Cluster) -> None:
+    """Requests to a hung worker count as errors, and the command fails without an answer."""
     worker = cluster.processes[1].popen
     worker.send_signal(signal.SIGSTOP)
     try:
@@ -75,16 +75,16 @@ def test_answers_that_do_not_come_are_counted(cluster: Cluster) -> None:
         ("--model m --text gone", "error: [Errno 2] No such file or directory: 'gone'"),
     ],
 )
-def test_what_is_wrong_is_told_in_a_line(options: str, expected: str) -> None:
-    """A server that is not there and bad arguments end in a message, not in a traceback."""
+def test_a_bad_argument_is_an_error_message(options: str, expected: str) -> None:
+    """A missing server or a bad argument is an error message without a traceback."""
     done = serve(f"127.0.0.1:{free_port()}", options)
     assert done.returncode in {1, 2}
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_good_answer_is_whole_and_in_time() -> None:
-    """Goodput leaves out answers that began late, went on slowly or broke off."""
+def test_goodput_counts_complete_answers_in_time() -> None:
+    """Goodput excludes answers with a late start, a slow stream or an error."""
     good, late = Answer([0.1, 0.2, 0.3], 0.3, 3), Answer([2.0, 2.1, 2.2], 2.2, 3)
     slow, broken = Answer([0.1, 1.1, 2.1], 2.1, 3), Answer([0.1, 0.2], 0.2, 2, "connection lost")
     found = summary([good, late, slow, broken], 1, 2.0, first_token_seconds=1, token_seconds=0.15)

@@ -1,4 +1,4 @@
-"""TLS on every link: who is let in, what errors say, and certificates replaced under load."""
+"""TLS on every link: authentication, errors, and certificates replaced under load."""
 
 import datetime as dt
 import hashlib
@@ -46,7 +46,7 @@ def pair(folder: Path, name: str = "service", kind: str = "") -> tuple[str, ...]
 
 
 def serving(folder: Path, name: str = "service") -> tuple[str, ...]:
-    """Options of a listener that demands certificates of the authority in `folder`."""
+    """Return options of a listener that requires certificates of the authority in `folder`."""
     return (*pair(folder, name), "--tls-client-ca", f"{folder}/ca.pem")
 
 
@@ -59,24 +59,24 @@ def access(folder: Path) -> ClientCredentials:
 
 
 def context(folder: Path, client: bool = True) -> ssl.SSLContext:
-    """An HTTPS client's, with its certificate or without."""
+    """Return the TLS context of an HTTPS client, with or without a certificate."""
     made = ssl.create_default_context(cafile=f"{folder}/ca.pem")
     for _ in range(100 if client else 0):
         try:
             made.load_cert_chain(f"{folder}/client.pem", f"{folder}/client.key")
             break
-        except ssl.SSLError:  # they are being replaced, one after the other
+        except ssl.SSLError:  # certificate and key are being replaced, one after the other
             time.sleep(0.01)
     return made
 
 
 def refusal(*arguments: str) -> str:
-    """What a command that fails says."""
+    """Return the stderr of a failed command."""
     return tolhouse("", *arguments, code=1).stderr
 
 
 def secured(checkpoint: Path, store: str, folder: Path, lookup: str = "", worker: str = "") -> Any:
-    """A cluster by mutual TLS, with the files of `folder`, and more options for its services."""
+    """Start a cluster with mutual TLS from the files in `folder`, and with more options."""
     both = (*serving(folder), *calling(folder))
     return local_cluster(
         checkpoint,
@@ -95,11 +95,11 @@ def tls_redis_or_skip() -> None:
         pytest.skip(str(error))
 
 
-# the whole way
+# all links together
 
 
 def test_every_link_speaks_mutual_tls(checkpoint: Path, pki: Path, tmp_path: Path) -> None:
-    """Also Redis, with an ACL user: completions work, callers without certificate do not."""
+    """With TLS on every link and a Redis ACL user, only clients with a certificate get answers."""
     tls_redis_or_skip()
     password = tmp_path / "password"
     password.write_text("a long password\n", encoding="utf-8")
@@ -141,7 +141,7 @@ def test_every_link_speaks_mutual_tls(checkpoint: Path, pki: Path, tmp_path: Pat
 
 
 def test_a_cluster_speaks_tls(checkpoint: Path, pki: Path) -> None:
-    """Addresses that a Redis Cluster tells of are called with TLS too."""
+    """Connections to the nodes of a Redis Cluster use TLS too."""
     tls_redis_or_skip()
     files = {
         "ssl_ca_certs": f"{pki}/ca.pem",
@@ -158,12 +158,12 @@ def test_a_cluster_speaks_tls(checkpoint: Path, pki: Path) -> None:
             assert [ref] == store.refs()
 
 
-# what is said
+# errors
 
 
 @pytest.fixture(scope="module")
 def bad(pki: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates with which something is wrong, in a copy of the folder."""
+    """A copy of the folder with defective certificates added."""
     folder = tmp_path_factory.mktemp("bad") / "pki"
     shutil.copytree(pki, folder)
     local = ["localhost", "127.0.0.1"]
@@ -184,8 +184,10 @@ def bad(pki: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("untrusted", "is not signed by a trusted authority"),
     ],
 )
-def test_a_server_s_bad_certificate_is_told(name: str, said: str, bad: Path, store: str) -> None:
-    """The client says what is wrong with it; HTTPS clients do not trust it either."""
+def test_a_server_s_bad_certificate_is_an_error(
+    name: str, said: str, bad: Path, store: str
+) -> None:
+    """The client's error states the defect of the server's certificate, and HTTPS fails too."""
     with process("lookup", "--store", store, *LOCAL, *pair(bad, name)) as lookup:
         with (
             Client(lookup.address, 3, credentials=access(bad)) as client,
@@ -199,7 +201,7 @@ def test_a_server_s_bad_certificate_is_told(name: str, said: str, bad: Path, sto
 
 @pytest.mark.parametrize("name", ["expired", "untrusted"])
 def test_a_client_s_bad_certificate_is_refused(name: str, bad: Path, store: str) -> None:
-    """One that has expired, or that another authority signed, opens no port."""
+    """A service refuses an expired client certificate and one of another authority."""
     with process("lookup", "--store", store, *LOCAL, *serving(bad)) as lookup:
         shown = ClientCredentials(f"{bad}/ca.pem", f"{bad}/{name}.pem", f"{bad}/{name}.key")
         with (
@@ -211,8 +213,8 @@ def test_a_client_s_bad_certificate_is_refused(name: str, bad: Path, store: str)
             assert 1 == len(client.tables())
 
 
-def test_tls_meets_plaintext(pki: Path, store: str) -> None:
-    """A client with TLS says that the service has none."""
+def test_a_service_without_tls_is_an_error(pki: Path, store: str) -> None:
+    """The error of a client with TLS states that the service has no TLS."""
     with process("lookup", "--store", store, *LOCAL) as lookup:
         with (
             Client(lookup.address, 3, credentials=access(pki)) as client,
@@ -239,10 +241,8 @@ def test_tls_meets_plaintext(pki: Path, store: str) -> None:
         ("--token-file {0}/not.pem", "must hold one token per line, each of at least 16"),
     ],
 )
-def test_files_that_do_not_fit_are_refused_at_start(
-    options: str, said: str, bad: Path, store: str
-) -> None:
-    """The error names the file, and what is wrong with it."""
+def test_bad_files_are_refused_at_start(options: str, said: str, bad: Path, store: str) -> None:
+    """The error at start names the file and its defect."""
     filled = options.format(bad).split()
     assert said.format(bad) in refusal("lookup", "--store", store, *LOCAL, *filled)
 
@@ -250,15 +250,15 @@ def test_files_that_do_not_fit_are_refused_at_start(
 # plaintext
 
 
-def test_what_is_this_machine() -> None:
-    """Only addresses that can't lead elsewhere count; a name other than localhost might."""
+def test_only_loopback_counts_as_this_machine() -> None:
+    """Only loopback addresses and localhost count as this machine."""
     local = "127.0.0.1", "localhost", "[::1]", "127.9.9.9"
     other = "0.0.0.0", "[::]", "10.0.0.1", "lookup-1", "localhost.example"
     assert [*local] == [host for host in (*local, *other) if is_loopback(f"{host}:1")]
 
 
-def test_plaintext_between_machines_has_to_be_asked_for(checkpoint: Path, store: str) -> None:
-    """For listening and calling, for each kind of port, the error says what to do."""
+def test_plaintext_between_machines_is_refused(checkpoint: Path, store: str) -> None:
+    """Plaintext to or from another machine is refused on each kind of port, with a hint."""
     said = "or --insecure if the network is trusted"
     for command in (("lookup", "--store", store), ("gateway", str(checkpoint))):
         assert said in refusal(*command, "--listen", "0.0.0.0:0")
@@ -276,8 +276,8 @@ def test_plaintext_between_machines_has_to_be_asked_for(checkpoint: Path, store:
             assert 1 == len(client.tables())
 
 
-def test_redis_with_tls_has_to_be_checked() -> None:
-    """rediss:// without a look at the certificate is as good as plaintext."""
+def test_redis_certificates_must_be_checked() -> None:
+    """rediss:// without certificate checks counts as plaintext."""
     local = "redis://127.0.0.1:6379 redis://localhost rediss://127.0.0.1:1?ssl_cert_reqs=none"
     for url in ("rediss://redis:6379", *local.split(), "file://x"):
         assert url == require_private(url, insecure=False)
@@ -289,19 +289,19 @@ def test_redis_with_tls_has_to_be_checked() -> None:
 
 
 @pytest.mark.parametrize("command", ["publish none --store", "worker none --rows"])
-def test_a_password_on_the_command_line_is_warned_of(command: str, redis_url: str) -> None:
-    """And it shows in no message."""
+def test_a_password_on_the_command_line_causes_a_warning(command: str, redis_url: str) -> None:
+    """A password in a URL on the command line causes a warning, and no message shows it."""
     url = redis_url.replace("//", "//:hunter2@")
     said = refusal(*command.split(), url)
     assert "a password on the command line" in said
     assert "hunter2" not in said
 
 
-# replaced while in use
+# files replaced while in use
 
 
 def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
-    """Its reader is asked once per change; what cannot be read leaves what was."""
+    """A file is read once per change, and the last valid value stays if a read fails."""
     path = tmp_path / "n"
     path.write_text("1", encoding="utf-8")
     reads: list[int] = []
@@ -328,7 +328,7 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
 def test_certificates_and_authority_are_replaced_under_load(
     checkpoint: Path, store: str, tmp_path: Path
 ) -> None:
-    """Step by step to another authority: no request fails, and the old one is out at the end."""
+    """No request fails while the authority is replaced, and the old one is refused at the end."""
     folder, old, new = tmp_path / "in-use", tmp_path / "old", tmp_path / "new"
     folder.mkdir()
     for authority in (old, new):
@@ -352,7 +352,7 @@ def test_certificates_and_authority_are_replaced_under_load(
                 try:
                     ask()
                     done[number] += 1
-                except Exception as error:  # noqa: BLE001 - whatever it is
+                except Exception as error:  # noqa: BLE001 - every error counts as a failure
                     failed.append(error)
 
         kept = stack.enter_context(httpx.Client(verify=context(folder)))
@@ -386,7 +386,7 @@ def test_certificates_and_authority_are_replaced_under_load(
         replace_file(folder / "ca.pem", both)
         go_on()
         for name in ("service", "client"):
-            use(new, f"{name}.pem", f"{name}.key")  # for a moment they do not fit each other
+            use(new, f"{name}.pem", f"{name}.key")  # certificate and key do not match for a moment
             go_on()
         use(new, "ca.pem")
         go_on()
@@ -419,7 +419,7 @@ def test_certificates_and_authority_are_replaced_under_load(
 def test_a_session_ends_with_its_authority(
     checkpoint: Path, store: str, pki: Path, tmp_path: Path, version: ssl.TLSVersion
 ) -> None:
-    """A session of a caller whose authority was withdrawn opens no port, of gRPC nor of HTTP."""
+    """After a client's authority is removed, neither new nor resumed TLS sessions are accepted."""
     folder = tmp_path / "in-use"
     shutil.copytree(pki, folder)
     ensure_authority(tmp_path / "new")
@@ -428,7 +428,7 @@ def test_a_session_ends_with_its_authority(
     tls.set_alpn_protocols(["h2", "http/1.1"])
 
     def session(address: str, before: ssl.SSLSession | None = None) -> ssl.SSLSession | None:
-        """The session of a connection that the server answers on."""
+        """Return the TLS session after the server's first response."""
         host, port = address.split(":")
         with (
             socket.create_connection((host, int(port)), timeout=20) as raw,
@@ -455,7 +455,7 @@ def test_a_session_ends_with_its_authority(
 
 
 def test_redis_password_is_replaced(tmp_path: Path) -> None:
-    """New connections use the password that the file has then."""
+    """New connections to Redis use the current password of the file."""
     password = tmp_path / "password"
     password.write_text("first", encoding="utf-8")
     with (
@@ -473,7 +473,7 @@ def test_redis_password_is_replaced(tmp_path: Path) -> None:
 
 
 def test_certs_are_made_from_the_shell(tmp_path: Path) -> None:
-    """An authority, and certificates of it; keys are readable by their owner alone."""
+    """`tolhouse certs` creates an authority and certificates, with keys only the owner can read."""
     for more in ((), ("--name", "gateway", "--hosts", "gateway.example")):
         told = tolhouse("certs", tmp_path, *more).stdout
     assert f"{tmp_path}/gateway.pem {tmp_path}/gateway.key\n" == told

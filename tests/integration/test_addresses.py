@@ -1,4 +1,4 @@
-"""Addresses in every form: what services announce is what clients accept."""
+"""IPv4, IPv6 and host addresses: clients accept every address that a service announces."""
 
 import socket
 from contextlib import suppress
@@ -35,22 +35,22 @@ needs_ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv
     ("address", "host", "port"),
     [("a.test:1", "a.test", 1), ("127.0.0.1:0", "127.0.0.1", 0), ("[::1]:65535", "::1", 65535)],
 )
-def test_addresses_come_back(address: str, host: str, port: int) -> None:
-    """Joining the parts of an address gives the address."""
+def test_splitting_and_joining_an_address_are_inverse(address: str, host: str, port: int) -> None:
+    """Splitting an address and joining its parts gives the same address."""
     assert (host, port) == split_address(address)
     assert address == join_address(host, port)
 
 
 @pytest.mark.parametrize("address", ["::1:50051", "::1", "fe80::1:80", "dns:///::1:1"])
 def test_an_ipv6_address_without_brackets_is_refused(address: str) -> None:
-    """Its end could be a port or not: the error asks for brackets."""
+    """An IPv6 address without brackets is ambiguous, and the error requests brackets."""
     with pytest.raises(errors.InvalidArgumentError, match="write an IPv6 address in brackets"):
         Client(address)
 
 
 @pytest.mark.parametrize("address", ["", "a", "a:", ":1", "a:65536", "a:-1", "a:1:2", "[a]:1"])
-def test_other_texts_are_no_addresses(address: str) -> None:
-    """The error shows the form, and a command names its option."""
+def test_malformed_addresses_are_refused(address: str) -> None:
+    """The error shows the expected form, and a command's error names its option."""
     with pytest.raises(errors.InvalidArgumentError, match="is not HOST:PORT, such as 127"):
         split_address(address)
     name = "--metrics-listen (TOLHOUSE_WORKER_METRICS_LISTEN): address "
@@ -61,7 +61,7 @@ def test_other_texts_are_no_addresses(address: str) -> None:
 
 @needs_ipv6
 def test_services_announce_ipv6_addresses_in_brackets(checkpoint: Path, store: str) -> None:
-    """Ready lines of each service hold addresses that the next one, a URL and the SDK accept."""
+    """Other services, URLs and the SDK accept the address in each service's ready line."""
     listen = "--listen", "[::1]:0"
     free, metrics = ("--host", "::1", "--port", "0"), ("--metrics-listen", "[::1]:0")
     with (
@@ -83,8 +83,10 @@ def test_services_announce_ipv6_addresses_in_brackets(checkpoint: Path, store: s
 
 
 @needs_ipv6
-def test_tls_checks_an_ipv6_address(checkpoint: Path, store: str, tmp_path: Path) -> None:
-    """A certificate for ::1 serves the address in brackets."""
+def test_a_certificate_may_be_for_an_ipv6_address(
+    checkpoint: Path, store: str, tmp_path: Path
+) -> None:
+    """A certificate for ::1 is valid for the address in brackets."""
     ensure_authority(tmp_path)
     certificate, key = issue(tmp_path, "service", ["::1"])
     tls = "--tls-cert", str(certificate), "--tls-key", str(key)
@@ -97,8 +99,8 @@ def test_tls_checks_an_ipv6_address(checkpoint: Path, store: str, tmp_path: Path
 
 
 @needs_ipv6
-def test_redis_at_an_ipv6_address(checkpoint: Path) -> None:
-    """It is loopback, and one of several nodes may be one; without brackets the URL is refused."""
+def test_redis_accepts_an_ipv6_address(checkpoint: Path) -> None:
+    """Redis URLs accept [::1] as loopback and in lists, and refuse it without brackets."""
     with redis_server("--bind", "127.0.0.1", "::1") as url:
         port = url.rpartition(":")[2]
         ref = build_table(checkpoint, require_private(f"redis://[::1]:{port}", insecure=False))

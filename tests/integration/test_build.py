@@ -1,4 +1,4 @@
-"""The build job on a real local Ray: whole, resumable, tolerant of kills."""
+"""The build job on a local Ray: stores, interrupted and repeated builds, and errors."""
 
 import os
 import re
@@ -31,7 +31,7 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x" * 32}
 
 
 def build(*arguments: str | int | Path) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `tolhouse build`."""
+    """Return the exit code, stdout and stderr of `tolhouse build`."""
     popen = start("build", *arguments)
     out, err = popen.communicate(timeout=240)
     assert "Traceback" not in err
@@ -51,7 +51,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def wait_for(what, popen: subprocess.Popen, seconds: float = 120):
-    """The first true value of `what()` while the build runs."""
+    """Return the first true value of `what()` while the build runs."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := what():
@@ -62,10 +62,10 @@ def wait_for(what, popen: subprocess.Popen, seconds: float = 120):
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8", "int4"])
-def test_a_build_fills_both_stores_with_the_same_verified_rows(
+def test_a_build_writes_the_same_rows_to_both_stores(
     codec: str, checkpoint: Path, tmp_path: Path, redis_url: str
 ) -> None:
-    """Files and Redis get the same records of a published table, decoding to the model's rows."""
+    """Files and Redis get the same records, and these decode to the model's rows."""
     files = f"file://{tmp_path}"
     options = f"--codec {codec} --shards 7 --name both-{codec} --publish"
     ref = tolhouse(f"build {checkpoint} --store {files},{redis_url} {options}").stdout.strip()
@@ -87,15 +87,15 @@ def test_a_build_fills_both_stores_with_the_same_verified_rows(
     assert records[0].tobytes() == records[1].tobytes()
 
 
-def test_a_build_killed_half_way_resumes_to_the_same_bytes(tmp_path: Path, whole: dict) -> None:
-    """SIGKILL leaves whole shards, no manifest and no running task; the next run keeps shards."""
+def test_a_killed_build_resumes_to_the_same_bytes(tmp_path: Path, whole: dict) -> None:
+    """A build killed by SIGKILL leaves complete shards, and the next build reuses them."""
     options = (DEMO, "--store", f"file://{tmp_path}", "--shards", SHARDS, "--workers", "1")
     popen = start("build", *options)
     wait_for(lambda: len(shards(tmp_path)) >= 3, popen)
     family = psutil.Process(popen.pid).children(recursive=True)
     popen.kill()
     popen.communicate()
-    agents = [p for p in family if "agent" in title(p)]  # end a while after Ray's raylet
+    agents = [p for p in family if "agent" in title(p)]  # these end some time after Ray's raylet
     _, alive = psutil.wait_procs([p for p in family if p not in agents], timeout=60)
     assert [] == alive
     for agent in agents:
@@ -112,8 +112,8 @@ def test_a_build_killed_half_way_resumes_to_the_same_bytes(tmp_path: Path, whole
     assert kept == {p: p.stat().st_mtime_ns for p in kept}
 
 
-def test_a_job_that_runs_again_does_not_undo_a_publish(checkpoint: Path, tmp_path: Path) -> None:
-    """--publish-new publishes a new version, or the first, and not over what came since."""
+def test_a_repeated_job_does_not_undo_a_publish(checkpoint: Path, tmp_path: Path) -> None:
+    """--publish-new publishes each version once, and a repeated job does not publish it again."""
     url = f"file://{tmp_path}"
     job = (checkpoint, "--store", url, "--name", "job", "--publish-new")
     with closing(open_store(url)) as store:
@@ -131,7 +131,7 @@ def test_a_job_that_runs_again_does_not_undo_a_publish(checkpoint: Path, tmp_pat
 
 
 def test_a_killed_ray_worker_does_not_fail_the_build(tmp_path: Path, whole: dict) -> None:
-    """The tasks of a Ray worker process that dies by SIGKILL run again elsewhere."""
+    """Ray repeats the tasks of a worker process that is killed by SIGKILL."""
     popen = start(f"build {DEMO} --store file://{tmp_path} --shards {SHARDS} --workers 1")
     wait_for(lambda: len(shards(tmp_path)) >= 3, popen)
     family = psutil.Process(popen.pid)
@@ -153,8 +153,8 @@ def title(process: psutil.Process) -> str:
         return ""
 
 
-def test_a_second_build_mends_what_is_damaged(checkpoint: Path, tmp_path: Path) -> None:
-    """A truncated, an altered and a missing shard are written again; a whole one is left."""
+def test_a_second_build_repairs_damaged_shards(checkpoint: Path, tmp_path: Path) -> None:
+    """A second build rewrites truncated, altered and missing shards, and keeps the intact one."""
     options = (checkpoint, "--store", f"file://{tmp_path}", "--shards", "4")
     assert 0 == build(*options)[0]
     before = shards(tmp_path)
@@ -170,11 +170,8 @@ def test_a_second_build_mends_what_is_damaged(checkpoint: Path, tmp_path: Path) 
     assert whole_since == files[3].stat().st_mtime_ns
 
 
-def test_a_whole_table_is_found_before_ray_starts(
-    checkpoint: Path, tmp_path: Path, redis_url: str
-) -> None:
-    """A build of a table that all stores have whole asks no Ray, and publishes it if told to; with
-    another corpus, a shard less, or a store without it, Ray is asked."""
+def test_a_complete_table_needs_no_ray(checkpoint: Path, tmp_path: Path, redis_url: str) -> None:
+    """A build uses Ray only if a store lacks shards of the table or the corpus differs."""
     files = f"file://{tmp_path}"
     options = "--shards 4 --name found --ray-address 127.0.0.1:1"
     ref = build_table(
@@ -198,10 +195,10 @@ def test_a_whole_table_is_found_before_ray_starts(
     assert "no Ray cluster" in tolhouse(alone, code=1).stderr
 
 
-def test_a_table_is_copied_from_files_to_redis_without_computing(
+def test_a_table_is_copied_from_files_to_redis(
     checkpoint: Path, tmp_path: Path, redis_url: str
 ) -> None:
-    """With a whole table in one store, a build into both computes no shard."""
+    """A build copies shards between stores if one store has the complete table."""
     files = f"file://{tmp_path}"
     build_table(checkpoint, files, codec="fp16", shards=4, name="copied")
     options = "--codec fp16 --shards 4 --name copied"
@@ -227,7 +224,7 @@ def test_a_table_is_copied_from_files_to_redis_without_computing(
 def test_bad_options_are_refused_with_a_clear_error(
     options: tuple[str, ...], message: str, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """With an exit code and a line on stderr, and the table that is there stays."""
+    """A bad option gives an exit code and an error on stderr, and changes no existing table."""
     store = f"file://{tmp_path}"
     build_table(checkpoint, store, codec="bf16", shards=4)
     before = shards(tmp_path)
@@ -245,10 +242,10 @@ def test_bad_options_are_refused_with_a_clear_error(
         *((True, "", False), (True, "--embedding yes", True)),
     ],
 )
-def test_a_table_carries_x0_where_the_embeddings_are_untied_or_it_is_told_to(
+def test_a_table_has_x0_if_embeddings_are_untied_or_on_request(
     tied: bool, embedding: str, x0: bool, tmp_path: Path
 ) -> None:
-    """`--embedding` decides, by default the checkpoint does; either way rows are the model's."""
+    """`--embedding` decides whether rows include x0, and the default depends on the checkpoint."""
     path = tiny_model(tmp_path / "m", tie_word_embeddings=tied)
     options = f"--store file://{tmp_path} --shards 3 --codec fp32 {embedding}"
     ref = tolhouse(f"build {path} {options}").stdout.strip()
@@ -262,8 +259,8 @@ def test_a_table_carries_x0_where_the_embeddings_are_untied_or_it_is_told_to(
     torch.testing.assert_close(expected, torch.from_numpy(manifest.decode(records).copy()))
 
 
-def test_what_has_no_rows_or_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    """A base model, a missing folder and a malformed checkpoint each get a clear error."""
+def test_a_checkpoint_without_rows_and_a_bad_checkpoint_are_refused(tmp_path: Path) -> None:
+    """A base model, a missing folder and a malformed checkpoint each give a clear error."""
     base = tiny_model(tmp_path / "base", "base")
     assert "no context-free FFNs" in build(base)[2]
     assert "no context-free FFNs" in build(base, "--embedding", "yes")[2]
@@ -272,8 +269,8 @@ def test_what_has_no_rows_or_is_no_checkpoint_is_refused(tmp_path: Path) -> None
     assert "not JSON" in build(base)[2]
 
 
-def test_a_store_that_can_not_be_written_ends_a_build(checkpoint: Path, tmp_path: Path) -> None:
-    """A file in place of the folder is an error."""
+def test_a_build_fails_if_its_store_is_not_writable(checkpoint: Path, tmp_path: Path) -> None:
+    """A build fails if a file is in the place of the store's folder."""
     blocked = tmp_path / "file"
     blocked.write_text("in the way", encoding="utf-8")
     code, _, err = build(checkpoint, "--store", f"file://{blocked}")
@@ -284,7 +281,7 @@ def test_a_store_that_can_not_be_written_ends_a_build(checkpoint: Path, tmp_path
 def test_the_manifest_lists_the_corpus_tokens_by_frequency(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """`--corpus` decides which tokens are frequent; rows and version do not depend on it."""
+    """`--corpus` decides which tokens are frequent, but it changes neither rows nor version."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "a.txt").write_text("self.items self.items self.items def", encoding="utf-8")
@@ -310,8 +307,8 @@ def test_the_manifest_lists_the_corpus_tokens_by_frequency(
     assert len(counted.frequent) < len(usual.frequent) <= usual.vocab_size
 
 
-def test_a_corpus_without_text_is_told(checkpoint: Path, tmp_path: Path) -> None:
-    """The build ends at once, with one line, and leaves nothing behind."""
+def test_a_corpus_without_text_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """A build without a readable corpus fails with one line and writes no table."""
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for corpus, message in (("nowhere", "no corpus at"), ("binary", "holds no text")):
         options = f"--store file://{tmp_path}/tables --corpus {tmp_path / corpus}"
@@ -319,10 +316,10 @@ def test_a_corpus_without_text_is_told(checkpoint: Path, tmp_path: Path) -> None
     assert not (tmp_path / "tables").exists()
 
 
-def test_shards_built_in_one_go_are_those_built_one_by_one(
+def test_shards_built_together_equal_shards_built_one_by_one(
     checkpoint: Path, tmp_path: Path, redis_url: str
 ) -> None:
-    """Writing while the next is computed changes no byte; stores are filled from each other."""
+    """Shards built together have the same bytes as shards built one at a time."""
     planned = plan(open_checkpoint(checkpoint), "overlap", "int4", 5)
     alone, both = (f"file://{tmp_path}/alone",), (f"file://{tmp_path}/both", redis_url)
     path, every = str(checkpoint), [*range(5)]
@@ -338,7 +335,7 @@ def test_shards_built_in_one_go_are_those_built_one_by_one(
 
 
 def test_memory_does_not_grow_with_the_vocabulary(checkpoint: Path, tmp_path: Path) -> None:
-    """Four times the shards of one size are built within the same few shards of memory."""
+    """Peak memory stays below the size of a few shards, whatever their number."""
     code = """if True:
         import sys
         from pathlib import Path
@@ -368,11 +365,10 @@ def test_memory_does_not_grow_with_the_vocabulary(checkpoint: Path, tmp_path: Pa
         assert above < 4 * shard
 
 
-def test_ray_is_started_again_where_its_node_dies_and_needs_no_home(
+def test_ray_restarts_after_its_node_dies_and_needs_no_home(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A node that ends while it starts costs a warning; a home folder that can't be written costs
-    nothing."""
+    """A build restarts Ray if its node dies at start, and it needs no writable home folder."""
     monkeypatch.setenv("HOME", "/proc")
     popen = start(f"build {checkpoint} --store file://{tmp_path} --shards 2")
     build = psutil.Process(popen.pid)
@@ -390,7 +386,7 @@ def test_ray_is_started_again_where_its_node_dies_and_needs_no_home(
 
 
 def quick_build(checkpoint: Path, folder: Path) -> str:
-    """The command of a build that counts tokens in a short text."""
+    """Return a build command that counts tokens in a short text."""
     (folder / "text.txt").write_text("def add(a, b):", encoding="utf-8")
     return f"build {checkpoint} --store file://{folder} --shards 2 --corpus {folder}/text.txt"
 
@@ -413,7 +409,7 @@ def test_a_failure_of_ray_is_one_line(
     value: str,
     message: str,
 ) -> None:
-    """The last line of stderr is the error, and stdout stays empty."""
+    """The last line of stderr is the error, and stdout is empty."""
     monkeypatch.setenv(name, value)
     try:
         done = tolhouse(quick_build(checkpoint, tmp_path), code=1)
@@ -426,17 +422,15 @@ def test_a_failure_of_ray_is_one_line(
 def test_messages_of_ray_do_not_reach_stdout(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scripts read the table's name from stdout, also when Ray writes its logs to the terminal."""
+    """stdout holds only the table's name, even if Ray writes its logs to the terminal."""
     monkeypatch.setenv("RAY_LOG_TO_STDERR", "1")
     done = tolhouse(quick_build(checkpoint, tmp_path))
     assert re.fullmatch(r"tiny-memory@[0-9a-f]{16}\n", done.stdout)
     assert "gcs_server" in done.stderr
 
 
-def test_a_build_that_is_interrupted_ends_without_a_traceback(
-    checkpoint: Path, tmp_path: Path
-) -> None:
-    """Ctrl-C while Ray starts ends Ray's processes, too."""
+def test_an_interrupted_build_ends_without_a_traceback(checkpoint: Path, tmp_path: Path) -> None:
+    """Ctrl-C while Ray starts also ends Ray's processes."""
     popen = start(quick_build(checkpoint, tmp_path))
     build = psutil.Process(popen.pid)
     wait_for(lambda: build.children(recursive=True), popen)
@@ -450,8 +444,10 @@ def test_a_build_that_is_interrupted_ends_without_a_traceback(
 
 @pytest.fixture
 def token_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Callable]]:
-    """The address of a Ray cluster without cores that demands the token of `x`s, and what adds a
-    node with so many cores."""
+    """Yield the address of a Ray cluster without cores, and a function that adds a node.
+
+    The cluster requires a token. The function takes the number of cores.
+    """
     port = free_port()
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets need a short path
     head = f"--head --include-dashboard=false --port={port} --num-cpus=0 --temp-dir={folder}"
@@ -459,7 +455,7 @@ def token_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[st
 
     def ray(options: str) -> None:
         options += f" --object-store-memory={80 << 20} --node-ip-address=127.0.0.1 --block"
-        options += " --min-worker-port=0 --max-worker-port=0"  # any: the range may hold `port`
+        options += " --min-worker-port=0 --max-worker-port=0"  # any but `port`
         command = [Path(sys.executable).parent / "ray", "start", *options.split()]
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         environment = {**os.environ, **TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
@@ -482,15 +478,14 @@ def token_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[st
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_cluster_that_can_not_compute_is_told_and_nodes_that_join_are_used(
+def test_an_unusable_cluster_is_an_error_and_new_nodes_are_used(
     token_cluster: tuple[str, Callable], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the cluster's token, or a free core, a build ends with one line; nodes that join a
-    build get tasks, more of them at once than the cluster had cores for."""
+    """A build fails without the cluster's token or a free core, and uses nodes that join later."""
     address, add_node = token_cluster
     big = tiny_model(tmp_path / "big", hidden_size=768, num_hidden_layers=8, vocab_size=8192)
     line = f"build {big} --store file://{tmp_path}/tables --shards 256 --ray-address {address}"
-    monkeypatch.setenv("HOME", str(tmp_path))  # Ray may have left a token at home
+    monkeypatch.setenv("HOME", str(tmp_path))  # the real home may hold a Ray token
     assert "wants a token" in tolhouse(line, code=1).stderr
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "y" * 32)

@@ -15,8 +15,8 @@ def _gateways() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", numbers())
-def test_each_case_is_right(number: str) -> None:
-    """Every claim of a case holds with the repository's copy of its inputs."""
+def test_each_case_passes(number: str) -> None:
+    """All claims of a case are true with the repository's copy of its inputs."""
     results = list(check(number, OWN))
     assert results
     assert [] == [result for result in results if not result.right]

@@ -1,4 +1,4 @@
-"""The SDK against real row sources and workers: order of rows, failover, waits, errors."""
+"""The SDK against real row sources and workers: order of rows, failover, timeouts and errors."""
 
 import gc
 import os
@@ -41,7 +41,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 
 @pytest.fixture(scope="module")
 def table(checkpoint: Path, stores: dict[str, str]) -> str:
-    # of 64 shards each replica has some, whatever the ports
+    # with 64 shards each replica owns some, whatever the ports
     return build_table(checkpoint, *stores.values(), codec="bf16", shards=64)
 
 
@@ -53,14 +53,14 @@ def cluster(checkpoint: Path, stores: dict[str, str], table: str) -> Iterator[Cl
 
 @pytest.fixture(params=["lookup", "file", "redis"])
 def client(request: pytest.FixtureRequest, cluster: Cluster, stores: dict) -> Iterator[Client]:
-    """A client of each kind of row source; all have the same table."""
+    """A client for each kind of row source; all sources have the same table."""
     with Client({"lookup": cluster.lookup, **stores}[request.param]) as made:
         yield made
 
 
 @pytest.fixture(params=["lookup", "file", "redis"])
 def own(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Client, str]]:
-    """A client of each kind of row source, and the URL of the store behind it, for one test."""
+    """A client for each kind of row source and its store's URL, separate for each test."""
     with ExitStack() as stack:
         url = target = f"file://{tmp_path}"
         if request.param == "redis":
@@ -70,8 +70,8 @@ def own(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Client
         yield stack.enter_context(Client(target)), url
 
 
-def test_rows_come_in_the_order_asked_for(client: Client, table: str) -> None:
-    """Row i is that of id i, whatever the order, the duplicates and the shards."""
+def test_rows_come_in_the_requested_order(client: Client, table: str) -> None:
+    """Row i belongs to id i, whatever the order, duplicates and shards."""
     every = client.fetch(table, IDS)
     ids = np.random.default_rng(0).integers(0, 300, 1000)
     assert every[ids].tobytes() == client.fetch(table, ids).tobytes()
@@ -79,8 +79,8 @@ def test_rows_come_in_the_order_asked_for(client: Client, table: str) -> None:
     assert (0, 4, 96) == client.fetch(table, []).shape
 
 
-def test_records_go_where_they_are_wanted(client: Client, table: str) -> None:
-    """Into given rows of a buffer, whose other rows stay as they are."""
+def test_records_go_to_the_given_slots(client: Client, table: str) -> None:
+    """A fetch writes records into the given slots of a buffer and leaves the others unchanged."""
     manifest = client.describe(table)
     expected = client.rows.fetch_records(manifest, np.array([5, 200, 7], np.uint32))
     out = np.full((6, manifest.record_bytes), 9, np.uint8)
@@ -90,8 +90,8 @@ def test_records_go_where_they_are_wanted(client: Client, table: str) -> None:
     assert (out[[1, 2, 5]] == 9).all()
 
 
-def test_rows_are_a_view_of_what_was_received(client: Client, table: str) -> None:
-    """The float codecs are not copied once more, and nobody can write into them by accident."""
+def test_rows_are_a_view_of_the_received_bytes(client: Client, table: str) -> None:
+    """Rows of the float codecs are a read-only view of the received bytes."""
     rows = client.fetch(table, [3, 1, 2])
     assert not rows.flags.owndata
     assert not rows.flags.writeable
@@ -101,8 +101,10 @@ def test_rows_are_a_view_of_what_was_received(client: Client, table: str) -> Non
     assert (np.uint8, 3 * client.describe(table).record_bytes) == (base.dtype, base.nbytes)
 
 
-def test_a_client_outlives_many_versions(own: tuple[Client, str], checkpoint: Path) -> None:
-    """It keeps the newest manifests alone, and asks again for an older one."""
+def test_a_client_keeps_a_limited_number_of_manifests(
+    own: tuple[Client, str], checkpoint: Path
+) -> None:
+    """A client keeps only the newest manifests, and fetches an older one again."""
     client, url = own
     ref = build_table(checkpoint, url, codec="bf16")
     with closing(open_store(url)) as store:
@@ -120,15 +122,14 @@ def test_a_client_outlives_many_versions(own: tuple[Client, str], checkpoint: Pa
 
 
 @pytest.mark.parametrize("ids", [[1.5], ["a"], [[1, 2]], [-1], [2**32], [True]])
-def test_what_is_no_list_of_ids_is_refused(cluster: Cluster, ids: list) -> None:
-    """Bad ids are refused before anything is sent."""
+def test_bad_ids_are_refused(cluster: Cluster, ids: list) -> None:
+    """A client refuses bad ids before it sends a request."""
     with Client(cluster.lookup) as client, pytest.raises(errors.InvalidArgumentError):
         client.fetch("tiny-memory", ids)
 
 
 def test_errors_are_the_same_for_all_row_sources(client: Client, table: str) -> None:
-    """Unknown tables are NotFoundError with what there is; ids over the vocabulary
-    IdOutOfRangeError."""
+    """Every row source raises the same errors for unknown tables, bad names and bad ids."""
     for wrong, error, message in (
         ("nothing", errors.NotFoundError, table),
         ("tiny-memory@0123456789abcdef", errors.NotFoundError, table),
@@ -142,10 +143,10 @@ def test_errors_are_the_same_for_all_row_sources(client: Client, table: str) -> 
         client.fetch(table, [0, 99_999])
 
 
-def test_a_version_built_again_in_other_shards_is_served(
+def test_a_version_rebuilt_with_other_shards_is_read(
     own: tuple[Client, str], checkpoint: Path
 ) -> None:
-    """A client that knew it in another division finds its rows again."""
+    """A client reads a version correctly after it was rebuilt with another number of shards."""
     client, url = own
     ref = build_table(checkpoint, url, shards=2, publish=False)
     expected = client.fetch(ref, [1, 2, 3]).tobytes()
@@ -161,13 +162,13 @@ def test_a_version_built_again_in_other_shards_is_served(
     ["", "nowhere", "host:port", "host:99999", ":", "a:1,b", "http://a:1", "redis://127.0.0.1/one"],
 )
 def test_bad_addresses_are_refused(target: str) -> None:
-    """A target that can't be one is refused at once."""
+    """The client's constructor refuses a malformed target."""
     with pytest.raises(errors.InvalidArgumentError):
         Client(target)
 
 
-def test_another_machine_is_not_called_in_plaintext() -> None:
-    """Neither a service nor a Redis, unless that is asked for."""
+def test_plaintext_to_another_machine_is_refused() -> None:
+    """A client refuses plaintext to a service or Redis on another machine, unless allowed."""
     for target in ("rows.example:50051", "redis://rows.example"):
         with pytest.raises(errors.InvalidArgumentError, match="another machine"):
             Client(target)
@@ -175,8 +176,8 @@ def test_another_machine_is_not_called_in_plaintext() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["", "redis://"])
-def test_nobody_there_is_unavailable(scheme: str) -> None:
-    """With nothing at the address a call fails as UnavailableError, naming the address."""
+def test_a_missing_server_is_unavailable(scheme: str) -> None:
+    """If no server listens at the address, a call raises UnavailableError with the address."""
     address = f"127.0.0.1:{free_port()}"
     with (
         Client(f"{scheme}{address}") as client,
@@ -188,8 +189,7 @@ def test_nobody_there_is_unavailable(scheme: str) -> None:
 
 
 def test_the_wrong_service_is_an_error(cluster: Cluster, stores: dict[str, str]) -> None:
-    """Rows of a worker and tokens of a lookup service are UnsupportedError; files have no
-    tokens."""
+    """A call to a service that does not implement it raises UnsupportedError."""
     with Client(cluster.workers) as client, pytest.raises(errors.UnsupportedError, match="another"):
         client.fetch("tiny-memory", [1])
     with Client(cluster.lookup) as client, pytest.raises(errors.UnsupportedError, match="another"):
@@ -202,7 +202,7 @@ def test_the_wrong_service_is_an_error(cluster: Cluster, stores: dict[str, str])
 
 
 def test_many_threads_share_a_client(client: Client, table: str) -> None:
-    """Requests of many threads at once get their own rows."""
+    """Requests from many threads at the same time get their own rows."""
     every = client.fetch(table, IDS)
 
     def fetch(seed: int) -> bool:
@@ -214,7 +214,7 @@ def test_many_threads_share_a_client(client: Client, table: str) -> None:
 
 
 def test_a_name_is_resolved_each_time(own: tuple[Client, str], checkpoint: Path) -> None:
-    """After publish and rollback a name gives other rows; a version always gives the same."""
+    """A name gives other rows after publish and rollback; a version always gives the same rows."""
     client, url = own
     old, new = (build_table(checkpoint, url, codec=c, name="flip") for c in ("fp32", "int8"))
     assert new == client.describe("flip").ref
@@ -222,14 +222,14 @@ def test_a_name_is_resolved_each_time(own: tuple[Client, str], checkpoint: Path)
     with closing(open_store(url)) as store:
         rollback(store, "flip")
         assert old == client.describe("flip").ref
-        assert client.describe("flip") is client.describe("flip")  # read once
+        assert client.describe("flip") is client.describe("flip")  # cached
         assert client.fetch(old, [1, 2]).tobytes() == client.fetch("flip", [1, 2]).tobytes() != rows
         publish(store, new)
     assert rows == client.fetch("flip", [1, 2]).tobytes() == client.fetch(new, [1, 2]).tobytes()
 
 
 def test_a_version_in_use_is_not_deleted(own: tuple[Client, str], checkpoint: Path) -> None:
-    """A fetch, and a pin, protect a version."""
+    """A fetch or a pin protects a version from deletion."""
     client, url = own
     fetched, pinned, idle = (
         build_table(checkpoint, url, codec=c, name="leased", publish=False)
@@ -253,10 +253,10 @@ def replicas(stores: dict[str, str], table: str) -> Iterator[list[Process]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_replica_may_die_or_hang(
+def test_one_replica_may_die_or_hang(
     replicas: list[Process], table: str, number: signal.Signals
 ) -> None:
-    """Whichever replica is killed or stopped, the other answers within the deadline."""
+    """If one replica is killed or stopped, the other answers within the deadline."""
     with Client([r.address for r in replicas], timeout=8) as client:
         expected = client.fetch(table, IDS).tobytes()
         os.kill(replicas[0].pid, number)
@@ -270,8 +270,8 @@ def test_a_replica_may_die_or_hang(
                 client.fetch(table, IDS)
 
 
-def test_a_replica_that_hangs_is_waited_for_once(replicas: list[Process], table: str) -> None:
-    """After the first wait its ids go to the other replica, until it answers again."""
+def test_a_hung_replica_costs_one_timeout(replicas: list[Process], table: str) -> None:
+    """After one timeout a hung replica's ids go to the other replica until it answers again."""
     with Client([r.address for r in replicas], timeout=8) as client:
         usual, expected = owners_of(client, table, IDS), client.fetch(table, IDS).tobytes()
         os.kill(replicas[0].pid, signal.SIGSTOP)
@@ -282,8 +282,8 @@ def test_a_replica_that_hangs_is_waited_for_once(replicas: list[Process], table:
         assert expected == client.fetch(table, IDS).tobytes()
 
 
-def test_a_replica_behind_a_slow_link_comes_last(replicas: list[Process], table: str) -> None:
-    """A replica several times slower than the other gets no ids until its link is mended."""
+def test_a_slow_replica_is_deprioritised(replicas: list[Process], table: str) -> None:
+    """A replica several times slower than the other gets no ids until its link is fast again."""
     other = replicas[1].address
     with Link(replicas[0].address) as link, Client([link.address, other]) as client:
         usual, expected = owners_of(client, table, IDS), client.fetch(table, IDS).tobytes()
@@ -300,8 +300,8 @@ def test_a_replica_behind_a_slow_link_comes_last(replicas: list[Process], table:
         assert {expected} == fetched
 
 
-def test_each_shard_has_its_replica(replicas: list[Process], table: str) -> None:
-    """A shard's replica does not depend on the order of the list; each replica has some shards."""
+def test_each_shard_has_a_fixed_replica(replicas: list[Process], table: str) -> None:
+    """A shard's replica does not depend on the order of addresses, and each replica has shards."""
     addresses = [r.address for r in replicas]
     with Client(addresses) as client, Client([*reversed(addresses)]) as other:
         owners = owners_of(client, table, IDS)

@@ -1,4 +1,4 @@
-"""Names that stand for several addresses, as clients and the gateway's router follow them."""
+"""DNS names with several addresses, as the clients and the gateway's router resolve them."""
 
 import asyncio
 import socket
@@ -25,7 +25,7 @@ INSECURE = ClientCredentials(insecure=True)
 
 @pytest.fixture
 def behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The addresses that the name `rows.test` has; all others are asked of the real resolver."""
+    """The addresses of the name `rows.test`; the real resolver handles all other names."""
     found: list[str] = []
     real = socket.getaddrinfo
 
@@ -41,14 +41,14 @@ def behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def known_to(client: Client) -> list[str]:
-    """The addresses that a client has found."""
+    """Return the addresses that a client has resolved."""
     with suppress(errors.UnavailableError):
         return [replica.target for replica in client.rows.replicas.in_turn()]
     return []
 
 
-def test_names_are_looked_up(behind: list[str]) -> None:
-    """Each address once, in order; a name that loses all keeps them; IPv6 if there is no other."""
+def test_a_lookup_returns_the_addresses_of_names(behind: list[str]) -> None:
+    """A lookup returns distinct addresses in order, and keeps the last ones if a name has none."""
     addresses = Addresses("dns:///rows.test:50051, 10.0.0.1:1,127.0.0.2:50051", INSECURE)
     assert ("10.0.0.1:1", "127.0.0.2:50051") == addresses.look_up()
     behind[:] = ["127.0.0.3", "127.0.0.2", "::1"]
@@ -63,20 +63,20 @@ def test_names_are_looked_up(behind: list[str]) -> None:
 @pytest.mark.parametrize(
     "target", ["", " , ", "rows.test", "dns:///rows.test", "dns:rows.test", "dns:///rows.test:grpc"]
 )
-def test_targets_that_are_none_are_refused(target: str) -> None:
-    """A target without a port, or with a scheme that is not known, is told at once."""
+def test_malformed_targets_are_refused(target: str) -> None:
+    """A target without a port or with an unknown scheme is refused at once."""
     with pytest.raises(errors.InvalidArgumentError, match="HOST:PORT"):
         Addresses(target, INSECURE)
 
 
-def test_plaintext_to_a_name_has_to_be_asked_for() -> None:
-    """A name is another machine's before it is looked up."""
+def test_plaintext_to_a_name_is_refused() -> None:
+    """A name counts as another machine before it is resolved."""
     with pytest.raises(errors.InvalidArgumentError, match=r"rows\.test:50051 is another machine"):
         Client("dns:///rows.test:50051")
 
 
 def test_a_client_follows_a_name(behind: list[str], checkpoint: Path, tmp_path: Path) -> None:
-    """Rows come from the replicas that the name has now; without one, the error names it."""
+    """A client reads rows from the replicas that the name has now."""
     url, port = f"file://{tmp_path}", free_port()
     ref = build_table(checkpoint, url)
     with (
@@ -103,7 +103,7 @@ def test_a_client_follows_a_name(behind: list[str], checkpoint: Path, tmp_path: 
 def test_a_shard_stays_with_its_replica(
     behind: list[str], checkpoint: Path, tmp_path: Path
 ) -> None:
-    """A shard moves to no replica but a new one, and back when that is gone."""
+    """When a name gains an address, shards move only to it, and return after its removal."""
     url, port = f"file://{tmp_path}", free_port()
     ref = build_table(checkpoint, url, shards=64)
     with process("lookup", "--store", url, "--listen", f"{HOSTS[0]}:{port}", "--insecure"):
@@ -121,8 +121,10 @@ def test_a_shard_stays_with_its_replica(
             assert before == after
 
 
-def test_a_certificate_is_for_the_name(behind: list[str], checkpoint: Path, tmp_path: Path) -> None:
-    """It is checked against the name, not the address; one for another name is refused."""
+def test_a_certificate_must_match_the_name(
+    behind: list[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    """A client checks a certificate against the name, not the address."""
     url, port = f"file://{tmp_path / 'tables'}", free_port()
     ref = build_table(checkpoint, url)
     authority = ensure_authority(tmp_path / "pki")
@@ -142,7 +144,7 @@ def test_a_certificate_is_for_the_name(behind: list[str], checkpoint: Path, tmp_
 
 
 def test_the_router_follows_a_name(behind: list[str], checkpoint: Path, tmp_path: Path) -> None:
-    """New workers get requests; one that is gone gets none, and ends what it has begun."""
+    """The router sends requests to new workers, and requests on a removed worker complete."""
     url, port = f"file://{tmp_path}", free_port()
     build_table(checkpoint, url)
     request = GenerateRequest(prompt_token_ids=[1, 2, 3], max_tokens=40, ignore_eos=True)
@@ -170,7 +172,7 @@ def test_the_router_follows_a_name(behind: list[str], checkpoint: Path, tmp_path
         await healthy(HOSTS[1])
         second = router.generate(model.name, request, set())
         assert 40 == len([token async for reply in second for token in reply.token_ids])
-        async for reply in first:  # on the worker that is gone
+        async for reply in first:  # on the removed worker
             tokens += reply.token_ids
         assert 40 == len(tokens)
         behind[:] = HOSTS[:2]

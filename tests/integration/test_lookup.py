@@ -1,4 +1,4 @@
-"""The lookup service as a process, over files, Redis and a Cluster, and a stock gRPC client."""
+"""The lookup service as a process, over files, Redis and a Redis Cluster."""
 
 import json
 import queue
@@ -39,7 +39,7 @@ from tests.tables import ids, manifest_of
 
 @pytest.fixture(scope="module")
 def files(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """(store URL, name@version) of a table in files."""
+    """Return the store URL and name@version of a table in files."""
     url = f"file://{tmp_path_factory.mktemp('tables')}"
     return url, build_table(checkpoint, url, shards=5)
 
@@ -58,7 +58,7 @@ def stub(service: Process) -> Iterator[LookupStub]:
 
 @contextmanager
 def serving(url: str, *options: str) -> Iterator[tuple[Process, Client]]:
-    """A lookup service over the store at `url`, and a client of it."""
+    """Run a lookup service over the store at `url`, with a client connected to it."""
     with process("lookup", "--store", url, *options, *LOCAL) as running:
         with Client(running.address) as client:
             yield running, client
@@ -82,7 +82,7 @@ def stored(url: str, ref: str, ids: list[int]) -> tuple[Manifest, np.ndarray]:
 
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("kind", ["file", "redis", "cluster"])
-def test_rows_are_those_of_the_store(
+def test_fetched_rows_equal_the_stored_rows(
     kind: str,
     codec: str,
     checkpoint: Path,
@@ -90,7 +90,7 @@ def test_rows_are_those_of_the_store(
     redis_url: str,
     redis_cluster_url: str,
 ) -> None:
-    """For each store and codec a fetch gives the stored rows, first from the store, then hot."""
+    """For each store and codec a fetch returns the stored rows, from the store and from memory."""
     url = {"file": f"file://{tmp_path}", "redis": redis_url, "cluster": redis_cluster_url}[kind]
     ref = build_table(checkpoint, url, codec=codec, shards=6, name=f"lookup-{codec}")
     ids = [0, 5, 3, 5, 299, 17, 300]
@@ -107,7 +107,7 @@ def test_rows_are_those_of_the_store(
 
 
 def test_a_bad_request_fails_alone(stub: LookupStub, files: tuple[str, str]) -> None:
-    """On one stream, good requests are answered around bad ones, which get their own statuses."""
+    """On one stream, each bad request gets its own status, and good requests succeed."""
     url, ref = files
     manifest, records = stored(url, ref, [1, 2])
     good = {"table": ref, "token_ids": packed(1, 2)}
@@ -142,15 +142,17 @@ def test_a_bad_request_fails_alone(stub: LookupStub, files: tuple[str, str]) -> 
         assert b"" == replies[number].records
 
 
-def test_no_ids_are_answered_with_no_records(stub: LookupStub, files: tuple[str, str]) -> None:
-    """An empty request is complete at once."""
+def test_a_request_without_ids_gets_an_empty_reply(
+    stub: LookupStub, files: tuple[str, str]
+) -> None:
+    """A request without ids gets one complete, empty reply."""
     assert [lookup_pb2.FetchReply(request_id=7, last=True)] == ask(
         stub, lookup_pb2.FetchRequest(request_id=7, table=files[1])
     )
 
 
 def test_long_answers_come_in_chunks(checkpoint: Path, tmp_path: Path) -> None:
-    """Records of an answer come in order, whole, and in messages that any stock client accepts."""
+    """A long reply arrives in order, in messages below a stock client's size limit."""
     big = tiny_model(tmp_path / "big", hidden_size=768, num_hidden_layers=8)
     url = f"file://{tmp_path}/tables"
     ref = build_table(big, url, shards=3)
@@ -175,8 +177,8 @@ def test_long_answers_come_in_chunks(checkpoint: Path, tmp_path: Path) -> None:
     assert records.tobytes() == b"".join(reply.records for reply in replies)
 
 
-def test_health_reflection_and_metrics_are_on(service: Process) -> None:
-    """Stock tools find the service, its health and its metrics."""
+def test_health_reflection_and_metrics_work(service: Process) -> None:
+    """Standard clients can query the service's reflection, health and metrics."""
     with grpc.insecure_channel(service.address) as channel:
         for name in ("", "tolhouse.v1.Lookup"):
             reply = health_pb2_grpc.HealthStub(channel).Check(
@@ -191,8 +193,8 @@ def test_health_reflection_and_metrics_are_on(service: Process) -> None:
     assert "tolhouse_lookup_fetch_seconds_bucket" in metrics(service)
 
 
-def test_unary_calls_have_statuses(stub: LookupStub, files: tuple[str, str]) -> None:
-    """Describe tells what is wrong with a name, and what there is."""
+def test_describe_has_statuses(stub: LookupStub, files: tuple[str, str]) -> None:
+    """Describe returns a status for a bad name, and lists the tables if a name is unknown."""
     with pytest.raises(grpc.RpcError) as caught:
         stub.Describe(lookup_pb2.DescribeRequest(table="nothing"), timeout=10)
     assert grpc.StatusCode.NOT_FOUND == caught.value.code()
@@ -202,10 +204,8 @@ def test_unary_calls_have_statuses(stub: LookupStub, files: tuple[str, str]) -> 
     assert grpc.StatusCode.INVALID_ARGUMENT == caught.value.code()
 
 
-def test_a_damaged_shard_file_is_told_and_the_others_are_served(
-    checkpoint: Path, tmp_path: Path
-) -> None:
-    """Damaged shards give DATA_LOSS for their rows only; mended files need no restart."""
+def test_a_damaged_shard_file_affects_only_its_rows(checkpoint: Path, tmp_path: Path) -> None:
+    """A damaged shard file causes DATA_LOSS for its rows only, and a repair needs no restart."""
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url, shards=4)
     manifest, records = stored(url, ref, list(range(16)))
@@ -229,10 +229,10 @@ def test_a_damaged_shard_file_is_told_and_the_others_are_served(
         assert expected.tobytes() == client.fetch(ref, range(16)).tobytes()
 
 
-def test_a_shard_file_cut_short_while_it_is_in_use_does_not_kill_the_service(
+def test_a_shard_file_truncated_in_use_does_not_end_the_service(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Rows of a shrunken file fail with DATA_LOSS, and are served again once it is whole."""
+    """Rows of a truncated file fail with DATA_LOSS until the file is complete again."""
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url, shards=2)
     path = sorted(tmp_path.rglob("shard-*"))[1]
@@ -248,8 +248,8 @@ def test_a_shard_file_cut_short_while_it_is_in_use_does_not_kill_the_service(
         assert running.popen.poll() is None
 
 
-def test_a_version_built_anew_in_other_shards_is_served(checkpoint: Path, redis_url: str) -> None:
-    """A service that had the table open serves it after it was built again in other shards."""
+def test_a_version_rebuilt_with_other_shards_is_served(checkpoint: Path, redis_url: str) -> None:
+    """A running service serves a table after it was rebuilt with another number of shards."""
     ref = build_table(checkpoint, redis_url, shards=2, name="anew", publish=False)
     with serving(redis_url, "--hot-megabytes", "0") as (_, client):
         expected = client.fetch(ref, range(50)).tobytes()
@@ -261,8 +261,8 @@ def test_a_version_built_anew_in_other_shards_is_served(checkpoint: Path, redis_
         assert expected == client.fetch(ref, range(50)).tobytes()
 
 
-def test_a_record_altered_in_redis_is_told(checkpoint: Path, redis_url: str) -> None:
-    """A record altered, swapped, cut or missing in Redis gives DATA_LOSS, never other rows."""
+def test_a_record_altered_in_redis_is_an_error(checkpoint: Path, redis_url: str) -> None:
+    """A record altered, swapped, cut or missing in Redis causes DATA_LOSS, never wrong rows."""
     ref = build_table(checkpoint, redis_url, shards=4, name="altered")
     key = f"tolhouse:{{{ref}:shards-4:1}}"
     with (
@@ -272,7 +272,7 @@ def test_a_record_altered_in_redis_is_told(checkpoint: Path, redis_url: str) -> 
     ):
         record = redis.hget(key, 1)
         redis.hset(key, 1, record[:40] + bytes([record[40] ^ 1]) + record[41:])
-        redis.hset(key, 5, record)  # another token's, itself intact
+        redis.hset(key, 5, record)  # an intact record of another token
         redis.hset(key, 9, record[:-1])
         redis.hdel(key, 13)
         for token in (1, 5, 9, 13):
@@ -282,10 +282,10 @@ def test_a_record_altered_in_redis_is_told(checkpoint: Path, redis_url: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["file", "redis", "lookup"])
-def test_a_fetch_names_all_bad_rows_and_has_the_others(
+def test_a_fetch_lists_all_bad_rows_and_returns_the_others(
     kind: str, checkpoint: Path, redis_url: str, tmp_path: Path
 ) -> None:
-    """Of each row source: CorruptError has the tokens of a lost shard and of an altered record."""
+    """CorruptError lists the tokens of all bad rows, and the buffer has all other rows."""
     store = f"file://{tmp_path}" if kind == "file" else redis_url
     ref = build_table(checkpoint, store, shards=16, name=f"bad-{kind}")
     manifest, records = stored(store, ref, list(range(300)))
@@ -293,7 +293,7 @@ def test_a_fetch_names_all_bad_rows_and_has_the_others(
         paths = sorted(tmp_path.rglob("shard-*"))
         paths[3].unlink()
         data = bytearray(paths[5].read_bytes())
-        data[-manifest.record_bytes] ^= 1  # of the shard's last record
+        data[-manifest.record_bytes] ^= 1  # in the shard's last record
         paths[5].write_bytes(data)
     else:
         with Redis.from_url(store) as redis:
@@ -315,16 +315,16 @@ def test_a_fetch_names_all_bad_rows_and_has_the_others(
     assert records[ids[intact]].tobytes() == out[intact].tobytes()
 
 
-def test_one_corrupt_record_under_load_costs_only_its_askers(
+def test_a_corrupt_record_under_load_fails_only_its_requests(
     checkpoint: Path, redis_url: str
 ) -> None:
-    """Others' rows stay hot: the store is read for the corrupt record alone, and no other fails."""
+    """Only requests for the corrupt record fail, and only that record is read from the store."""
     ref = build_table(checkpoint, redis_url, shards=4, name="under-load")
     with Redis.from_url(redis_url) as redis, serving(redis_url) as (running, client):
         redis.hset(f"tolhouse:{{{ref}:shards-4:1}}", 101, b"damaged")
         manifest = client.describe(ref)
         intact = np.delete(np.arange(300, dtype=np.uint32), 101)
-        expected = client.fetch(ref, intact)  # all hot from now on
+        expected = client.fetch(ref, intact)  # all intact rows are in memory from now on
         redis.config_resetstat()
 
         def hammer(seed: int) -> int:
@@ -346,16 +346,17 @@ def test_one_corrupt_record_under_load_costs_only_its_askers(
             rows = sum(pool.map(hammer, range(4)))
         reads = redis.info("commandstats")["cmdstat_hmget"]["calls"]
         served = metrics(running)
-        assert 50 <= reads <= 100  # each asker may ask once more
+        assert 50 <= reads <= 100  # each request may read the record twice
         assert f'tolhouse_lookup_rows_total{{source="store"}} {len(intact)}.0' in served
         hot = float(served.split('tolhouse_lookup_rows_total{source="hot"} ')[1].split()[0])
         assert hot >= rows
 
 
-def test_what_needs_no_read_does_not_wait_for_a_slow_store(checkpoint: Path) -> None:
-    """While Redis drips, hot rows, descriptions and health come; the rest is DEADLINE_EXCEEDED.
+def test_requests_that_need_no_store_do_not_wait_for_it(checkpoint: Path) -> None:
+    """While Redis is slow, cached rows, descriptions and health do not wait for it.
 
-    All over one stream, with more reads than fit into a pool of threads, before and behind.
+    All fetches use one stream, and there are more store reads than a thread pool runs at once.
+    Requests that need Redis end with DEADLINE_EXCEEDED.
     """
     with redis_server() as url, Link(url.removeprefix("redis://")) as link, ExitStack() as stack:
         ref = build_table(checkpoint, url, shards=4)
@@ -375,17 +376,18 @@ def test_what_needs_no_read_does_not_wait_for_a_slow_store(checkpoint: Path) -> 
             assert ref == Manifest.from_json(described.manifest_json).ref
             with urlopen(f"http://{running.ready['metrics']}/health") as health:
                 assert 200 == health.status
-            assert client.rows.replicas.health.up(running.address)  # it goes on with its hot rows
+            # it still serves rows from memory
+            assert client.rows.replicas.health.up(running.address)
             answered += 1
         for read in reads:
             with pytest.raises(errors.DeadlineExceededError, match="did not answer in time"):
                 read.result()
         assert {grpc.StatusCode.DEADLINE_EXCEEDED} == {call.code() for call in waiting}
-        assert answered > 20  # each of the others took no turn of theirs
+        assert answered > 20  # the other calls did not delay these
 
 
-def test_requests_beside_one_that_is_given_up_are_not_cancelled(tmp_path: Path) -> None:
-    """A client that gives a silent replica up says so of all requests on its stream."""
+def test_a_reset_replica_fails_all_its_requests_with_the_error(tmp_path: Path) -> None:
+    """If a client resets a replica, every request on its stream fails with the same error."""
     (tmp_path / "tables").mkdir()
     with process("lookup", "--store", f"file://{tmp_path}/tables", *LOCAL) as running:
         replica = Replica(running.address, ClientCredentials())
@@ -400,8 +402,8 @@ def test_requests_beside_one_that_is_given_up_are_not_cancelled(tmp_path: Path) 
         replica.close()
 
 
-def test_what_can_not_start_says_why(service: Process, tmp_path: Path) -> None:
-    """A port in use, a bad store and a bad address end the process with one line."""
+def test_a_failed_start_is_a_one_line_error(service: Process, tmp_path: Path) -> None:
+    """A port in use, a bad store and a bad address end the process with a one-line error."""
     file, empty = tmp_path / "file", f"file://{tmp_path}"
     file.touch()
     for store, options, message in (
@@ -418,7 +420,7 @@ def test_what_can_not_start_says_why(service: Process, tmp_path: Path) -> None:
         )
 
 
-def test_a_store_that_comes_later_is_waited_for(checkpoint: Path) -> None:
+def test_a_service_waits_for_its_store(checkpoint: Path) -> None:
     """With --store-wait-seconds, a service may start before its Redis."""
     port = free_port()
     command = f"lookup --store redis://127.0.0.1:{port} --store-wait-seconds 60"
@@ -436,8 +438,8 @@ def test_a_store_that_comes_later_is_waited_for(checkpoint: Path) -> None:
             assert 0 == popen.wait(60)
 
 
-def test_redis_may_die_and_come_back(checkpoint: Path) -> None:
-    """While Redis is down fetches fail with UNAVAILABLE in bounded time; then they work again."""
+def test_a_service_recovers_after_redis_restarts(checkpoint: Path) -> None:
+    """Fetches fail with UNAVAILABLE while Redis is down, and succeed after it returns."""
     port = free_port()
     with ExitStack() as stack:
         url = stack.enter_context(redis_server(port=port))
@@ -453,11 +455,10 @@ def test_redis_may_die_and_come_back(checkpoint: Path) -> None:
                 assert expected == client.fetch(ref, [1, 2, 3]).tobytes()
 
 
-def test_a_request_in_flight_is_answered_before_the_service_ends(
+def test_requests_in_flight_complete_before_the_service_ends(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """After SIGTERM health is refused and a long answer comes whole; then all streams end, and the
-    process with 0."""
+    """After SIGTERM, health returns 503, requests in flight complete, and the exit code is 0."""
     big = tiny_model(tmp_path / "big", hidden_size=768, num_hidden_layers=8)
     url = f"file://{tmp_path}/tables"
     ref = build_table(big, url, shards=3)
@@ -475,18 +476,18 @@ def test_a_request_in_flight_is_answered_before_the_service_ends(
         assert 200 == httpx.get(health).status_code
         running.popen.terminate()
         wait_until(lambda: httpx.get(health).status_code == 503)
-        asking = ThreadPoolExecutor(1).submit(ask_while_it_answers, health)
+        asking = ThreadPoolExecutor(1).submit(statuses_until_it_ends, health)
         *_, last = streams[1]
         assert last.last
-        with suppress(grpc.RpcError):  # or the connection is reset first: nothing was on its way
+        with suppress(grpc.RpcError):  # the idle stream may end with a connection reset
             assert [] == list(streams[0])
         assert 0 == running.popen.wait(30)
         assert {503} == asking.result()
         assert "Traceback" not in running.log.read_text(encoding="utf-8")
 
 
-def ask_while_it_answers(url: str) -> set[int]:
-    """The statuses of a URL until the process that serves it has ended."""
+def statuses_until_it_ends(url: str) -> set[int]:
+    """Return the statuses of a URL until its server has ended."""
     found = set()
     with suppress(httpx.HTTPError):
         while True:
@@ -494,12 +495,10 @@ def ask_while_it_answers(url: str) -> set[int]:
     return found
 
 
-def test_a_replica_that_is_stopped_costs_no_request(
-    checkpoint: Path, files: tuple[str, str]
-) -> None:
-    """While one of two replicas drains and ends, every fetch is answered."""
+def test_stopping_a_replica_fails_no_request(checkpoint: Path, files: tuple[str, str]) -> None:
+    """Every fetch succeeds while one of two replicas drains and ends."""
     url, ref = files
-    # an idle stream does not keep it for so long
+    # an idle stream does not delay the end for so long
     options = ("lookup", "--store", url, "--drain-seconds", "300", *LOCAL)
     with (
         process(*options) as first,
@@ -514,8 +513,8 @@ def test_a_replica_that_is_stopped_costs_no_request(
         assert expected == client.fetch(ref, range(300)).tobytes()
 
 
-def test_rows_are_right_while_they_are_being_replaced(checkpoint: Path, tmp_path: Path) -> None:
-    """Clients read through hot rows a tenth of what they ask for: every row is its token's."""
+def test_rows_are_correct_while_the_cache_evicts(checkpoint: Path, tmp_path: Path) -> None:
+    """Every row is correct while the cache, which holds a tenth of the rows, evicts rows."""
     url = f"file://{tmp_path}"
     ref = build_table(checkpoint, url, codec="bf16", shards=4)
     with process("lookup", "--store", url, "--hot-megabytes", "0.03", *LOCAL) as running:

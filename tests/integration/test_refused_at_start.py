@@ -1,4 +1,4 @@
-"""Options that a command cannot follow end it at start, in one line that says what is allowed."""
+"""Unsupported options end a command at start with a one-line error."""
 
 import platform
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.commands import LOCAL, tolhouse
 
 @pytest.mark.parametrize("option", ["--store", "--refill"])
 def test_a_lookup_service_takes_one_store(option: str, tmp_path: Path) -> None:
-    """Two stores are refused before either is opened."""
+    """A lookup service refuses two stores before it opens one."""
     both = f"file://{tmp_path}/a,redis://127.0.0.1:9"
     done = tolhouse("lookup", option, both, *LOCAL, code=1)
     hint = "start a lookup service for each store"
@@ -37,10 +37,10 @@ def test_rows_come_from_one_store(line: str, checkpoint: Path, tmp_path: Path) -
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN's instruction sets are x86's")
 @pytest.mark.parametrize("command", ["worker", "compile"])
-def test_bfloat16_needs_a_processor_that_has_it(
+def test_bfloat16_needs_cpu_support(
     command: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without its instructions, the error names the option; float32 and auto start."""
+    """On a CPU without bfloat16, --dtype bfloat16 is an error, and the default works."""
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     done = tolhouse(f"{command} {checkpoint} --dtype bfloat16", code=1)
     assert "error: this CPU has no bfloat16: choose --dtype float32\n" == done.stderr
@@ -49,14 +49,14 @@ def test_bfloat16_needs_a_processor_that_has_it(
     assert "is not published" in again.stderr
 
 
-def test_a_dtype_that_is_not_supported_is_refused_by_name(checkpoint: Path) -> None:
-    """float16 is not among the choices."""
+def test_an_unsupported_dtype_is_refused(checkpoint: Path) -> None:
+    """A worker refuses float16."""
     done = tolhouse(f"worker {checkpoint} --dtype float16", code=2)
     assert "'--dtype': 'float16' is not one of 'auto', 'float32', 'bfloat16'" in done.stderr
 
 
 def test_generate_closes_its_client(base: Path) -> None:
-    """A completion by a worker ends without a warning of a channel that was left open."""
+    """`tolhouse generate --worker` prints no warning about an open channel."""
     with process("worker", str(base), *LOCAL) as worker:
         done = tolhouse(f"generate {base} def --max-tokens 2 --worker {worker.address}")
     assert ("def", "") == (done.stdout[:3], done.stderr)

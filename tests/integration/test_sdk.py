@@ -1,4 +1,4 @@
-"""The SDK as its users meet it: sync and async alike, closing, forks, threads, plain results."""
+"""The public SDK: sync and async clients, closing, forks, threads, arguments and results."""
 
 import asyncio
 import copy
@@ -42,7 +42,7 @@ PROMPT = [17, 4, 20]
 
 @pytest.fixture(scope="module")
 def running(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict]:
-    """Targets: a row source of each kind, and a worker."""
+    """Yield the target of each kind of row source, and of a worker."""
     file = f"file://{tmp_path_factory.mktemp('tables')}"
     with redis_node() as redis:
         build_table(checkpoint, file, redis.url, codec="bf16", shards=4)
@@ -71,7 +71,7 @@ def public(kind: type) -> dict[str, inspect.Signature]:
 
 
 def test_both_clients_have_the_same_methods_and_arguments() -> None:
-    """They differ in `rows`, which reads records as they are stored, and in what is awaited."""
+    """Both clients have the same methods and parameters."""
     sync, aio = public(Client), public(AsyncClient)
     assert sync.keys() == aio.keys()
     assert {name: s.parameters for name, s in sync.items()} == {
@@ -79,8 +79,8 @@ def test_both_clients_have_the_same_methods_and_arguments() -> None:
     }
 
 
-def test_both_clients_give_the_same(running: dict, target: str) -> None:
-    """Rows, manifests, tables, tokens and descriptions are equal."""
+def test_both_clients_return_equal_results(running: dict, target: str) -> None:
+    """Both clients return equal rows, manifests, tables, tokens and descriptions."""
 
     async def ask() -> tuple:
         async with AsyncClient(target) as source, AsyncClient(running["worker"]) as worker:
@@ -103,7 +103,7 @@ def test_both_clients_give_the_same(running: dict, target: str) -> None:
 
 
 def test_many_calls_of_one_async_client_run_at_once(running: dict) -> None:
-    """Hundreds of fetches and completions end, and the event loop goes on meanwhile."""
+    """Hundreds of concurrent fetches and completions do not block the event loop."""
 
     async def run() -> int:
         turns = 0
@@ -135,7 +135,7 @@ def test_many_calls_of_one_async_client_run_at_once(running: dict) -> None:
 
 
 def test_an_async_client_works_in_one_event_loop_after_another(running: dict) -> None:
-    """It belongs to no event loop."""
+    """An async client can be used in several event loops, one after another."""
     client, worker = AsyncClient(running["lookup"]), AsyncClient(running["worker"])
 
     async def use() -> tuple[int, list[int]]:
@@ -146,7 +146,7 @@ def test_an_async_client_works_in_one_event_loop_after_another(running: dict) ->
 
 
 def test_cancelling_a_task_cancels_its_call(running: dict) -> None:
-    """A fetch from a lookup service that hangs, and a completion that is running."""
+    """Cancellation of a task ends a fetch from a hung lookup service, and a running completion."""
 
     async def run() -> None:
         options = ("lookup", "--store", running["file"], *LOCAL)
@@ -190,8 +190,8 @@ def test_cancelling_a_task_cancels_its_call(running: dict) -> None:
     asyncio.run(run())
 
 
-def test_a_closed_client_says_so(running: dict, target: str) -> None:
-    """Every method raises ClosedError; closing twice is fine."""
+def test_a_closed_client_raises_an_error(running: dict, target: str) -> None:
+    """Every method of a closed client raises ClosedError, and a second close does nothing."""
     with Client(target) as client:
         client.fetch("tiny-memory", [1])
     client.close()
@@ -221,7 +221,7 @@ def test_a_closed_client_says_so(running: dict, target: str) -> None:
 
 @pytest.mark.parametrize("kind", ["lookup", "redis"])
 def test_closing_ends_calls_in_flight(running: dict, kind: str) -> None:
-    """A fetch from a server that hangs ends with ClosedError when another thread closes."""
+    """A fetch from a hung server ends with ClosedError when another thread closes the client."""
     options = ("lookup", "--store", running["file"], *LOCAL)
     with ExitStack() as stack:
         if kind == "lookup":
@@ -244,7 +244,7 @@ def test_closing_ends_calls_in_flight(running: dict, kind: str) -> None:
 
 
 def test_closing_ends_completions(running: dict) -> None:
-    """A completion in flight ends with ClosedError, in both clients."""
+    """A completion in flight ends with ClosedError in both clients."""
     client = Client(running["worker"])
     stream = client.generate(PROMPT, 60, ignore_eos=True)
     next(stream)
@@ -265,7 +265,7 @@ def test_closing_ends_completions(running: dict) -> None:
 
 
 def test_an_abandoned_completion_is_cancelled(running: dict) -> None:
-    """Dropping or closing the iterator ends the sequence on the worker."""
+    """The worker ends a sequence when its iterator is closed or deleted."""
     with Client(running["worker"]) as client:
         for end in (lambda stream: stream.close(), lambda _: None):
             stream = client.generate(PROMPT, 60, ignore_eos=True)
@@ -285,14 +285,14 @@ def test_an_abandoned_completion_is_cancelled(running: dict) -> None:
 
 
 def in_child(work: Callable[[], object]) -> object:
-    """What `work` returns or raises in a forked process."""
+    """Return what `work` returns or raises in a forked process."""
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
-        signal.alarm(60)  # a child that hangs is killed
+        signal.alarm(60)  # kills a child that hangs
         try:
             result = work()
-        except BaseException as error:  # noqa: BLE001 - the parent shows it
+        except BaseException as error:  # noqa: BLE001 - the parent checks the error
             result = error
         os.write(write, pickle.dumps(result))
         os._exit(0)
@@ -305,7 +305,7 @@ def in_child(work: Callable[[], object]) -> object:
 
 @pytest.mark.parametrize("kind", ["file", "redis"])
 def test_a_forked_process_uses_the_client(running: dict, kind: str) -> None:
-    """While threads of the parent use it; the parent goes on, too."""
+    """Parent and forked processes can use a client of a store at the same time."""
     with Client(running[kind]) as client, ThreadPoolExecutor(4) as pool:
         expected = client.fetch("tiny-memory", IDS).tobytes()
         stop = threading.Event()
@@ -327,7 +327,7 @@ def test_a_forked_process_uses_the_client(running: dict, kind: str) -> None:
 
 
 def test_a_forked_process_can_not_call_services(running: dict) -> None:
-    """If its parent has: an inherited and a new client raise at once, and the parent goes on."""
+    """If its parent made calls, a forked process gets an error, and the parent is not affected."""
     with Client(running["lookup"]) as source, Client(running["worker"]) as worker:
         rows = source.fetch("tiny-memory", IDS).tobytes()
         expected = list(worker.generate(PROMPT, 200, ignore_eos=True))
@@ -386,7 +386,7 @@ if __name__ == "__main__":
 
 
 def test_workers_of_a_data_loader_use_the_client(target: str, tmp_path: Path) -> None:
-    """A data set that holds a client is forked before the first call, and pickled after it."""
+    """A data set that holds a client works in forked and in spawned workers."""
     (tmp_path / "forks.py").write_text(FORKS, encoding="utf-8")
     command = [sys.executable, str(tmp_path / "forks.py"), target, "fork", "used", "spawn"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=200, check=False)
@@ -394,7 +394,7 @@ def test_workers_of_a_data_loader_use_the_client(target: str, tmp_path: Path) ->
 
 
 def test_sixteen_threads_share_a_client(running: dict) -> None:
-    """Fetches, completions and descriptions at once give each thread its own."""
+    """Concurrent fetches, completions and descriptions return each thread's own results."""
     with Client(running["lookup"]) as source, Client(running["worker"]) as worker:
         expected = list(worker.generate(PROMPT, 6))
 
@@ -431,7 +431,7 @@ except KeyboardInterrupt:
 
 
 def test_a_client_that_is_not_closed_lets_the_process_exit(running: dict, target: str) -> None:
-    """Also with a completion in flight."""
+    """A process exits without closing its client, even during a completion."""
     command = [sys.executable, "-c", UNCLOSED, target, running["worker"]]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=False)
     assert (0, "used\n", "") == (done.returncode, done.stdout, done.stderr)
@@ -441,7 +441,7 @@ def test_a_client_that_is_not_closed_lets_the_process_exit(running: dict, target
 
 @pytest.mark.parametrize("what", ["completion", "fetch"])
 def test_an_interrupt_ends_the_call(running: dict, what: str) -> None:
-    """After Ctrl-C nothing is left running, and the process exits."""
+    """Ctrl-C ends the call, its sequence and the process."""
     with process("lookup", "--store", running["file"], *LOCAL) as hung:
         command = [sys.executable, "-c", INTERRUPTED, hung.address, running["worker"]]
         command += ["fetch"] * (what == "fetch")
@@ -458,8 +458,8 @@ def test_an_interrupt_ends_the_call(running: dict, what: str) -> None:
         wait_until(lambda: not worker.describe_worker().running)
 
 
-def test_options_are_checked_by_name(running: dict) -> None:
-    """A misspelt option is named, with the one that was meant."""
+def test_a_misspelt_option_is_refused(running: dict) -> None:
+    """The error for a misspelt option names the option and the intended one."""
     with pytest.raises(errors.InvalidArgumentError, match="'tls_cq'; did you mean 'tls_ca'"):
         Client("127.0.0.1:1", tls_cq="x")
     with pytest.raises(errors.InvalidArgumentError, match="did you mean 'timeout'"):
@@ -474,7 +474,7 @@ def test_options_are_checked_by_name(running: dict) -> None:
 
 @pytest.mark.parametrize("timeout", [0, -1, "5", None, True, float("nan"), float("inf")])
 def test_a_timeout_is_a_number_of_seconds(running: dict, timeout: object) -> None:
-    """Anything else is refused by both clients and by every call."""
+    """Both clients and every call refuse a timeout that is not a positive number."""
     for kind in (Client, AsyncClient):
         with pytest.raises(errors.InvalidArgumentError, match="`timeout` must be"):
             kind(running["file"], timeout)
@@ -485,8 +485,8 @@ def test_a_timeout_is_a_number_of_seconds(running: dict, timeout: object) -> Non
 
 
 @pytest.mark.parametrize("kind", ["lookup", "redis"])
-def test_a_call_has_a_timeout_of_its_own(running: dict, kind: str) -> None:
-    """A hung server is DeadlineExceededError by the call's timeout, not by the client's."""
+def test_a_call_may_have_its_own_timeout(running: dict, kind: str) -> None:
+    """A call to a hung server ends at the call's own timeout, not at the client's."""
     with process("lookup", "--store", running["file"], *LOCAL) as served:
         target, pid = (
             (served.address, served.pid)
@@ -539,8 +539,8 @@ def test_ids_may_be_any_sequence_of_whole_numbers(running: dict, ids: object) ->
         *(torch.tensor([[1]]), torch.tensor([1.0]), np.array(3)),
     ],
 )
-def test_other_ids_are_refused(running: dict, ids: object) -> None:
-    """By fetch and by both forms of generate, before anything is sent."""
+def test_invalid_ids_are_refused(running: dict, ids: object) -> None:
+    """fetch and both forms of generate refuse invalid ids before they send a request."""
     with Client(running["file"]) as client, Client(running["worker"]) as worker:
         for call in (
             lambda: client.fetch("tiny-memory", ids),
@@ -551,8 +551,8 @@ def test_other_ids_are_refused(running: dict, ids: object) -> None:
                 call()
 
 
-def test_other_arguments_of_a_wrong_type_are_refused(running: dict) -> None:
-    """The message names the argument."""
+def test_arguments_of_a_wrong_type_are_refused(running: dict) -> None:
+    """The error for an argument of a wrong type names the argument."""
     for target in (None, 5, b"127.0.0.1:1", ["127.0.0.1:1", 5]):
         with pytest.raises(errors.InvalidArgumentError, match="`target` must be"):
             Client(target)
@@ -580,8 +580,8 @@ def test_other_arguments_of_a_wrong_type_are_refused(running: dict) -> None:
                 worker.generate(PROMPT, **wrong)
 
 
-def test_a_token_is_one_argument_and_is_not_shown(running: dict, tmp_path: Path) -> None:
-    """`token=` is sent; neither it nor a password is in a representation."""
+def test_a_token_is_sent_but_not_shown(running: dict, tmp_path: Path) -> None:
+    """The client sends `token=`, and no representation shows a token or a password."""
     token = "a-token-of-16-characters"
     (tmp_path / "tokens").write_text(token, encoding="utf-8")
     options = ("--store", running["file"], "--token-file", str(tmp_path / "tokens"))
@@ -606,8 +606,8 @@ def test_a_token_is_one_argument_and_is_not_shown(running: dict, tmp_path: Path)
     assert "secret" not in repr(made)
 
 
-def test_messages_name_arguments_and_not_options(running: dict) -> None:
-    """No message that a caller of the SDK can meet names an option of the command line."""
+def test_errors_name_arguments_and_not_options(running: dict) -> None:
+    """SDK errors never name command-line options."""
     for work in (
         lambda: Client("rows.example:50051"),
         lambda: Client("redis://rows.example"),
@@ -632,7 +632,7 @@ def test_messages_name_arguments_and_not_options(running: dict) -> None:
 def test_a_lookup_service_does_not_show_its_store(
     checkpoint: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Whatever fails there, callers read neither its address nor its paths."""
+    """No error of a lookup service shows the store's address or paths."""
     with ExitStack() as stack:
         folder = tmp_path / "secret-place"
         url = f"file://{folder}"
@@ -675,7 +675,7 @@ def test_a_lookup_service_does_not_show_its_store(
 
 
 def plain(value: object) -> bool:
-    """Whether a value is of Python, NumPy or our own, through all fields."""
+    """Return whether a value and its fields have only Python, NumPy and Tolhouse types."""
     module = type(value).__module__
     if is_dataclass(value):
         return module.startswith("tolhouse.") and all(
@@ -689,7 +689,7 @@ def plain(value: object) -> bool:
 
 
 def test_results_hold_no_protobuf(running: dict) -> None:
-    """What calls return, and what annotations say, are our own and Python's types."""
+    """Results and annotations contain no protobuf types."""
     with Client(running["lookup"]) as source, Client(running["worker"]) as worker:
         results = [
             source.tables(),
@@ -705,7 +705,7 @@ def test_results_hold_no_protobuf(running: dict) -> None:
 
 
 def test_results_have_all_fields_of_the_protocol() -> None:
-    """A field that the protocol gains has to be added to the dataclass."""
+    """Each result class has all fields of its protocol message."""
     for kind, message in (
         (tolhouse.WorkerInfo, pb.DescribeWorkerReply),
         (tolhouse.RowCounts, pb.RowCounts),
@@ -716,7 +716,7 @@ def test_results_have_all_fields_of_the_protocol() -> None:
 
 
 def test_errors_can_be_pickled_and_copied(running: dict) -> None:
-    """With class, message and token ids."""
+    """Copied and unpickled errors keep class, message and token ids."""
     with Client(running["file"]) as client, pytest.raises(errors.NotFoundError) as raised:
         client.describe("absent")
     kinds = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
@@ -763,7 +763,7 @@ mistake: str = asyncio.run(rows("127.0.0.1:50051"))
 
 
 def test_a_typed_program_passes_mypy(tmp_path: Path) -> None:
-    """`mypy --strict` accepts a user's program, and finds the one mistake that is put into it."""
+    """`mypy --strict` accepts a typed program except for its one deliberate mistake."""
     path = tmp_path / "program.py"
     path.write_text(PROGRAM, encoding="utf-8")
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent"]

@@ -1,4 +1,4 @@
-"""The worker's gRPC service as a real process, over lookup services in trouble too."""
+"""The worker's gRPC service as a process, also with failing lookup services."""
 
 import signal
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ def settle(worker: Client, **expected: int) -> None:
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(worker: Client) -> None:
-    """Sampled tokens depend on the seed, and not on who else runs."""
+    """Sampled tokens depend on the seed, and not on other sequences in the batch."""
     options = {"temperature": 1.2, "top_k": 50, "top_p": 0.95, "ignore_eos": True}
 
     def sampled(seed: int) -> list[int]:
@@ -84,8 +84,8 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(worker: Client) -> No
         assert alone == list(pool.map(sampled, range(4)))
 
 
-def test_a_client_is_told_logprobs(worker: Client) -> None:
-    """Each token comes with its logprob and the likeliest; the prompt's come with the first."""
+def test_replies_have_log_probabilities(worker: Client) -> None:
+    """Each token has log probabilities, and the first reply has the prompt's log probabilities."""
     replies = list(worker.replies(PROMPT, 6, logprobs=2, prompt_logprobs=1, ignore_eos=True))
     tokens = [i for r in replies for i in r.token_ids]
     assert list(worker.generate(PROMPT, 6, ignore_eos=True)) == tokens
@@ -99,10 +99,10 @@ def test_a_client_is_told_logprobs(worker: Client) -> None:
     assert [([], "length")] == [(list(r.token_ids), r.finish_reason) for r in scored]
 
 
-def test_a_description_tells_identity_weights_and_rows(
+def test_a_description_has_ids_weights_and_rows(
     worker: Client, checkpoint: Path, table: tuple[str, str]
 ) -> None:
-    """The description has identity, weights without FFN-M, and counts of rows."""
+    """A description has ids, the size of the weights without FFN-M, and counts of rows."""
     before = worker.describe_worker().rows
     list(worker.generate([7, 8, 9], 5, ignore_eos=True))
     described = worker.describe_worker()
@@ -117,8 +117,8 @@ def test_a_description_tells_identity_weights_and_rows(
     assert 3 + 4 == counts[1] - counts[0]  # the prompt, and each sampled token but the last
 
 
-def test_a_table_with_x0_takes_the_embedding_out_of_the_worker(tmp_path: Path) -> None:
-    """Such a worker lacks the embedding's weights, and its completions are the same."""
+def test_a_worker_loads_no_embedding_if_the_table_has_x0(tmp_path: Path) -> None:
+    """With x0 in the table, a worker loads no embedding, and its completions are the same."""
     path, url = (
         tiny_model(tmp_path / "untied", tie_word_embeddings=False),
         f"file://{tmp_path}/tables",
@@ -142,15 +142,15 @@ def test_a_table_with_x0_takes_the_embedding_out_of_the_worker(tmp_path: Path) -
 
 
 def test_cancelling_stops_the_work(worker: Client) -> None:
-    """A caller that goes away leaves nothing behind in the batch."""
+    """A cancelled request leaves no sequence in the batch."""
     tokens = worker.generate(PROMPT, 240, ignore_eos=True)
     next(tokens)
     tokens.close()
     settle(worker, running=0, waiting=0)
 
 
-def test_a_full_queue_is_told_and_the_queued_are_served(worker: Client) -> None:
-    """Beyond running and waiting places requests get RESOURCE_EXHAUSTED; all others end well."""
+def test_a_full_queue_refuses_requests_and_serves_queued_ones(worker: Client) -> None:
+    """Requests beyond the queue's capacity get RESOURCE_EXHAUSTED, and all others complete."""
 
     def attempt(_: int) -> int | str:
         try:
@@ -185,8 +185,8 @@ def test_a_full_queue_is_told_and_the_queued_are_served(worker: Client) -> None:
         ({"min_tokens": 4}, "min_tokens"),
     ],
 )
-def test_bad_requests_have_their_status(cluster: Cluster, request_: dict, message: str) -> None:
-    """What can't be served is refused before it takes a place in the queue."""
+def test_an_invalid_request_has_a_status(cluster: Cluster, request_: dict, message: str) -> None:
+    """An invalid request is refused with a status before it enters the queue."""
     fields = {"prompt_token_ids": [1], "max_tokens": 3, **request_}
     request = generation_pb2.GenerateRequest(**fields)
     with grpc.insecure_channel(cluster.workers) as channel, pytest.raises(grpc.RpcError) as caught:
@@ -197,7 +197,7 @@ def test_bad_requests_have_their_status(cluster: Cluster, request_: dict, messag
 
 
 def test_the_metrics_count_tokens_and_rows(cluster: Cluster, worker: Client) -> None:
-    """Prometheus finds the engine's own counts."""
+    """The metrics have the counts of tokens and rows."""
     list(worker.generate(PROMPT, 5, ignore_eos=True))
     process = next(p for p in cluster.processes if p.ready["service"] == "worker")
     lines = [line for line in metrics(process).splitlines() if line.startswith("tolhouse_worker")]
@@ -210,7 +210,7 @@ def test_the_metrics_count_tokens_and_rows(cluster: Cluster, worker: Client) -> 
 
 
 def test_a_base_model_needs_no_table(base: Path) -> None:
-    """The same worker serves a dense model, without any row source."""
+    """A worker serves a dense model without a row source."""
     with process("worker", str(base), *LOCAL) as running, Client(running.address) as client:
         assert list(greedy(open_checkpoint(base).model(), PROMPT, 20)) == list(
             client.generate(PROMPT, 20)
@@ -222,7 +222,7 @@ def test_a_base_model_needs_no_table(base: Path) -> None:
 def test_rows_are_read_without_a_lookup_service(
     scheme: str, checkpoint: Path, table: tuple[str, str], redis_url: str
 ) -> None:
-    """From a store that the worker reads itself; its counts tell files from what is remote."""
+    """A worker can read rows directly from a store, and counts file and remote rows separately."""
     if scheme == "redis":
         build_table(checkpoint, redis_url, shards=4)
     url = table[0] if scheme == "file" else redis_url
@@ -236,7 +236,7 @@ def test_rows_are_read_without_a_lookup_service(
         assert (scheme == "file", scheme == "redis") == (rows.from_file > 0, rows.from_remote > 0)
 
 
-# a lookup service in trouble
+# failing lookup services
 
 
 @pytest.fixture
@@ -245,10 +245,10 @@ def lookup(table: tuple[str, str]) -> Iterator[Process]:
         yield running
 
 
-def test_a_lost_lookup_service_fails_who_needs_it_and_comes_back(
+def test_a_lost_lookup_service_fails_only_sequences_that_need_it(
     checkpoint: Path, table: tuple[str, str]
 ) -> None:
-    """Sequences that miss a row end as UnavailableError, others go on, and the worker recovers."""
+    """Without the lookup service, only sequences that need a missing row fail."""
     address = f"127.0.0.1:{free_port()}"
     with ExitStack() as stack:
         lookup = stack.enter_context(process("lookup", "--store", table[0], "--listen", address))
@@ -262,7 +262,7 @@ def test_a_lost_lookup_service_fails_who_needs_it_and_comes_back(
             errors.UnavailableError, match="cannot be read now; try again"
         ) as failed:
             list(client.generate([250, 251, 252], 20))
-        assert address not in str(failed.value)  # callers can do nothing with it
+        assert address not in str(failed.value)  # callers cannot use the address
         assert address in worker.log.read_text(encoding="utf-8")
         assert expected == list(client.generate(PROMPT, 20, ignore_eos=True))
         stack.enter_context(process("lookup", "--store", table[0], "--listen", address))
@@ -270,10 +270,10 @@ def test_a_lost_lookup_service_fails_who_needs_it_and_comes_back(
         settle(client, running=0, waiting=0)
 
 
-def test_a_stopped_lookup_service_costs_no_more_than_the_deadline(
+def test_a_hung_lookup_service_ends_sequences_at_the_deadline(
     checkpoint: Path, lookup: Process
 ) -> None:
-    """A lookup service that hangs ends the sequence with an error; nothing waits for ever."""
+    """A hung lookup service ends a sequence with an error after the deadline."""
     options = ("--rows", lookup.address, "--fetch-timeout-seconds", "1", *LOCAL)
     with process("worker", str(checkpoint), *options) as worker, Client(worker.address) as client:
         lookup.popen.send_signal(signal.SIGSTOP)
@@ -285,10 +285,10 @@ def test_a_stopped_lookup_service_costs_no_more_than_the_deadline(
 
 @pytest.mark.parametrize("trouble", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("embedding", ["yes", "no"])
-def test_with_a_fallback_a_lost_lookup_service_changes_nothing(
+def test_with_a_fallback_a_lost_lookup_service_changes_no_token(
     embedding: str, trouble: signal.Signals, tmp_path: Path
 ) -> None:
-    """Its rows are computed in the worker, to the same tokens, until it is back."""
+    """With --fallback, the worker recomputes rows while the lookup service is down."""
     path, url, address = (
         tiny_model(tmp_path / "untied", tie_word_embeddings=False),
         f"file://{tmp_path}/tables",
@@ -322,19 +322,19 @@ def test_with_a_fallback_a_lost_lookup_service_changes_nothing(
             lookup.popen.send_signal(signal.SIGCONT)
         answers = []
 
-        def is_asked_again() -> bool:
+        def is_fetched_again() -> bool:
             before = client.describe_worker().rows
             answers.append(list(client.generate(PROMPT, 20, ignore_eos=True)))
             after = client.describe_worker().rows
             fetched = after.from_remote - before.from_remote
             return (0, 24) == (after.recomputed - before.recomputed, fetched)
 
-        wait_until(is_asked_again)
+        wait_until(is_fetched_again)
         assert all(expected[:20] == answer for answer in answers)
 
 
-def test_a_corrupt_row_fails_only_who_asks_for_it(checkpoint: Path, redis_url: str) -> None:
-    """The sequence with the altered row ends with DATA_LOSS, and others of its batch go on."""
+def test_a_corrupt_row_fails_only_sequences_that_need_it(checkpoint: Path, redis_url: str) -> None:
+    """A sequence with a corrupt row ends with DATA_LOSS, and the others in its batch complete."""
     ref = build_table(checkpoint, redis_url, shards=4, name="corrupt")
     with Redis.from_url(redis_url) as redis:
         record = redis.hget(f"tolhouse:{{{ref}:shards-4:2}}", 250)
@@ -357,8 +357,8 @@ def test_a_corrupt_row_fails_only_who_asks_for_it(checkpoint: Path, redis_url: s
         assert "tolhouse_worker_rows_missing_total 0.0" not in metrics(cluster.processes[1])
 
 
-def test_a_table_that_vanishes_is_not_the_caller_s_fault(checkpoint: Path) -> None:
-    """Without the table, sequences end as UnavailableError; once it is loaded again, they work."""
+def test_a_missing_table_is_a_server_error(checkpoint: Path) -> None:
+    """Without its table, sequences end with UnavailableError until the table is loaded again."""
     address = f"127.0.0.1:{free_port()}"
     with redis_server() as url, ExitStack() as stack:
         ref = build_table(checkpoint, url, shards=4)
@@ -373,7 +373,7 @@ def test_a_table_that_vanishes_is_not_the_caller_s_fault(checkpoint: Path) -> No
             redis.flushall()
         stack.enter_context(process("lookup", "--store", url, "--listen", address))
 
-        def is_refused() -> bool:  # the worker may have to notice the new service first
+        def is_refused() -> bool:  # the worker may first have to reconnect
             with pytest.raises(errors.UnavailableError):
                 list(client.generate(PROMPT, 10))
             return f"table {ref} is not in" in worker.log.read_text(encoding="utf-8")
@@ -387,10 +387,10 @@ def refused(*arguments: str | Path) -> str:
     return tolhouse("worker", *arguments, code=1).stderr
 
 
-def test_what_can_not_start_says_why(
+def test_a_failed_start_is_a_one_line_error(
     checkpoint: Path, flex_checkpoint: Path, lookup: Process, cluster: Cluster, tmp_path: Path
 ) -> None:
-    """Another model's table or tokenizer, no table or service, a bad value: one line each."""
+    """A wrong tokenizer, a missing table or service, and a bad value are each an error."""
     to = ("--rows", lookup.address)
     assert "was built from model" in refused(str(flex_checkpoint), *to, "--table", "tiny-memory")
     renamed = tmp_path / "tiny-memory"
@@ -412,8 +412,8 @@ def test_what_can_not_start_says_why(
     assert "no checkpoint" in refused(str(tmp_path / "nothing"), *to)
 
 
-def test_a_source_that_hangs_at_start_is_waited_for(checkpoint: Path) -> None:
-    """A Redis that accepts connections and does not answer yet is no reason to give up."""
+def test_a_worker_waits_for_a_hung_store_at_start(checkpoint: Path) -> None:
+    """A worker waits for a Redis that accepts connections but does not answer yet."""
     with redis_node() as node, ThreadPoolExecutor(1) as background:
         ref = build_table(checkpoint, node.url, name="late")
         node.popen.send_signal(signal.SIGSTOP)

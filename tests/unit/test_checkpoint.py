@@ -1,4 +1,4 @@
-"""Checkpoints: saved and read back, and refused where something in them is wrong."""
+"""Checkpoints: saving, opening, and errors for malformed files."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tolhouse.testing import tiny_model
 
 @pytest.fixture
 def copy(checkpoint: Path, tmp_path: Path) -> Path:
-    """A checkpoint to be spoilt."""
+    """A copy of a checkpoint that a test may damage."""
     return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
 
 
@@ -30,7 +30,7 @@ def edit(path: Path, **changes: object) -> None:
 
 
 class Trap:
-    """Unpickled, it makes a folder."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,7 +40,7 @@ class Trap:
 
 
 def test_nothing_is_unpickled(copy: Path, tmp_path: Path) -> None:
-    """Weights that are a pickle are refused and not run, and the error says what to do."""
+    """Pickled weights are refused without being loaded, and the error states a remedy."""
     trap = tmp_path / "run"
     for data in (pickle.dumps(Trap(trap)), pickle.dumps(Trap(trap), protocol=0)):
         (copy / WEIGHTS).write_bytes(data)
@@ -57,14 +57,14 @@ def test_nothing_is_unpickled(copy: Path, tmp_path: Path) -> None:
         open_checkpoint(copy)
     assert not trap.exists()
     pickle.loads(pickle.dumps(Trap(trap)))
-    assert trap.exists()  # the trap works
+    assert trap.exists()  # the trap itself works
 
 
 @given(data=st.data())
-def test_spoilt_weights_are_refused_or_whole(
+def test_damaged_weights_are_refused_or_complete(
     checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """A byte of the header changed, or the file cut: our error, or a model of the same shape."""
+    """A changed header or a truncated file gives a TolhouseError or a model of the same shape."""
     good = (checkpoint / WEIGHTS).read_bytes()
     header = 8 + int.from_bytes(good[:8], "little")
     folder = tmp_path_factory.mktemp("spoilt")
@@ -79,15 +79,15 @@ def test_spoilt_weights_are_refused_or_whole(
     try:
         model = open_checkpoint(folder).model()
     except TolhouseError as error:
-        assert "tensors" in str(error)  # noqa: PT017 - of safetensors or ours
+        assert "tensors" in str(error)  # noqa: PT017 - the error may be safetensors' own
     else:
         assert len(good) == len(spoilt)
         assert (4, 2, 96) == tuple(model.rows(torch.tensor([0, 1])).shape)
 
 
 @pytest.mark.parametrize("text", ["", "{", "null", "[]", '"memory"', "{}", "[" * 100_000, "\ud800"])
-def test_a_config_that_is_none_is_refused(copy: Path, text: str) -> None:
-    """Not JSON, not an object, nested without end, or no text at all."""
+def test_a_malformed_config_is_refused(copy: Path, text: str) -> None:
+    """Malformed JSON, other JSON values, deep nesting and invalid UTF-8 are refused."""
     (copy / "config.json").write_bytes(text.encode(errors="surrogatepass"))
     with pytest.raises(InvalidArgumentError, match=r"config"):
         open_checkpoint(copy)
@@ -109,14 +109,14 @@ def test_a_config_that_is_none_is_refused(copy: Path, text: str) -> None:
     ],
 )
 def test_a_config_of_another_model_is_refused(copy: Path, changes: dict, message: str) -> None:
-    """The error says where config and weights do not agree; absurd sizes cost nothing."""
+    """The error names the mismatch of config and weights, and huge sizes allocate no memory."""
     edit(copy, **changes)
     with pytest.raises(InvalidArgumentError, match=message):
         open_checkpoint(copy)
 
 
-def test_exactly_what_defines_rows_changes_their_id(tmp_path: Path) -> None:
-    """The embedding and all of FFN-M, and the norms' epsilon; any weight changes the model's id."""
+def test_rows_id_depends_on_exactly_the_inputs_of_rows(tmp_path: Path) -> None:
+    """rows_id depends on the embedding, FFN-M and rms_norm_eps only; model_id on all weights."""
     path = tiny_model(tmp_path / "m", "flex", 2, num_hidden_layers=2, tie_word_embeddings=False)
     opened, weights = open_checkpoint(path), load_file(path / WEIGHTS)
     before, model_id, changing = opened.rows_id(), opened.model_id(), set()
@@ -138,8 +138,8 @@ def test_exactly_what_defines_rows_changes_their_id(tmp_path: Path) -> None:
         assert changes == (before != open_checkpoint(path).rows_id())
 
 
-def test_an_untied_head_is_kept(tmp_path: Path) -> None:
-    """A head of its own comes back as it was saved, and leaves the embedding alone."""
+def test_an_untied_head_is_loaded(tmp_path: Path) -> None:
+    """An untied head is loaded as saved, separate from the embedding."""
     path = tiny_model(tmp_path / "m", tie_word_embeddings=False)
     weights, model = load_file(path / WEIGHTS), open_checkpoint(path).model(dtype=torch.bfloat16)
     assert torch.equal(weights["lm_head.weight"], model.lm_head.weight)
@@ -147,8 +147,8 @@ def test_an_untied_head_is_kept(tmp_path: Path) -> None:
     assert not torch.equal(model.lm_head.weight, model.embed_tokens.weight)
 
 
-def test_tensors_have_the_names_of_the_docstring(tmp_path: Path) -> None:
-    """LLaMA's names, and FFN-M's own."""
+def test_tensors_have_the_documented_names(tmp_path: Path) -> None:
+    """Tensors have LLaMA's names, and FFN-M's tensors have the documented names."""
     path = tiny_model(tmp_path / "m", "flex", 2, num_hidden_layers=1)
     names, layer = set(load_file(path / WEIGHTS)), "model.layers.0."
     assert names == {
@@ -161,11 +161,11 @@ def test_tensors_have_the_names_of_the_docstring(tmp_path: Path) -> None:
     }
     configs = {"config.json", "generation_config.json", "tokenizer_config.json"}
     files = {*configs, "model.safetensors", "tokenizer.json"}
-    assert files == {file.name for file in path.iterdir()}  # and nothing else
+    assert files == {file.name for file in path.iterdir()}  # there are no other files
 
 
 def test_a_tensor_s_former_name_is_read(tmp_path: Path) -> None:
-    """A wide model's scales were called row_scale."""
+    """A wide model's tensors may have their former name, row_scale."""
     path = tiny_model(tmp_path / "m", "wide")
     weights, before = load_file(path / WEIGHTS), open_checkpoint(path)
     expected, size = before.model().state_dict(), before.weight_bytes(dense=False)
@@ -188,8 +188,10 @@ def test_a_tensor_s_former_name_is_read(tmp_path: Path) -> None:
         ("flex", 3, "swiglu"),
     ],
 )
-def test_a_checkpoint_comes_back(kind: str, beta: int, ffn_c: str, tmp_path: Path) -> None:
-    """Config, weights and tokenizer are as saved; without FFN-M the other weights are the same."""
+def test_a_saved_checkpoint_equals_its_source(
+    kind: str, beta: int, ffn_c: str, tmp_path: Path
+) -> None:
+    """A saved checkpoint equals its source, and FFN-M can be left out when it is loaded."""
     path = tiny_model(tmp_path / "m", kind, beta, ffn_c=ffn_c)
     opened = open_checkpoint(path)
     full, worker = opened.model().state_dict(), opened.model(ffn_m=False).state_dict()
@@ -202,10 +204,11 @@ def test_a_checkpoint_comes_back(kind: str, beta: int, ffn_c: str, tmp_path: Pat
     }
     assert opened.model_id() == open_checkpoint(again).model_id()
     stored = (path / WEIGHTS).stat().st_size
-    assert 0 < stored - opened.weight_bytes(dense=True) < 8192  # the header
+    assert 0 < stored - opened.weight_bytes(dense=True) < 8192  # the size of the header
     of_worker = opened.weight_bytes(dense=False)
     assert (kind == "base") == (of_worker == opened.weight_bytes(dense=True))
-    assert of_worker == opened.weight_bytes(dense=False, embedding=False)  # it is the head
+    # a tied embedding stays, because it is also the head
+    assert of_worker == opened.weight_bytes(dense=False, embedding=False)
 
 
 def edit_weights(change: Callable[[dict], object]) -> Callable[[Path], object]:
@@ -244,14 +247,14 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
 def test_a_malformed_checkpoint_is_refused(
     damage: Callable[[Path], object], message: str, copy: Path
 ) -> None:
-    """Each defect is reported."""
+    """A malformed checkpoint gives an error that names the defect."""
     damage(copy)
     with pytest.raises((InvalidArgumentError, NotFoundError), match=message):
         open_checkpoint(copy)
 
 
-def test_the_demo_models_are_twins() -> None:
-    """memory and flex beta 3, of equal totals and tokenizer; bfloat16, with card and curve."""
+def test_the_demo_models_match() -> None:
+    """The demo models have equal sizes and tokenizers, bfloat16, a card and a loss curve."""
     memory, flex = (open_checkpoint(Path("models") / name) for name in ("demo-memory", "demo-flex"))
     kinds = [(checkpoint.config.kind, checkpoint.config.beta) for checkpoint in (memory, flex)]
     assert [("memory", 0), ("flex", 3)] == kinds

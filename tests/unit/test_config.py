@@ -1,4 +1,4 @@
-"""Configuration: explained, strict, and the command line over the environment over the defaults."""
+"""Configuration: help and units of options, strict variables, and their precedence."""
 
 from typing import get_args, get_origin
 
@@ -8,8 +8,8 @@ from tolhouse.errors import InvalidArgumentError
 
 
 @pytest.mark.parametrize("kind", config.CONFIGS, ids=lambda kind: kind.__name__)
-def test_every_option_is_explained_and_has_its_unit(kind: type[config.Config]) -> None:
-    """Names of numbers that measure something end with the unit; the defaults are allowed."""
+def test_every_option_has_help_and_a_unit(kind: type[config.Config]) -> None:
+    """Each option has a help text, and the name of a float option ends with its unit."""
     for name, field in kind.model_fields.items():
         assert field.description, name
         if field.annotation is float:
@@ -18,14 +18,14 @@ def test_every_option_is_explained_and_has_its_unit(kind: type[config.Config]) -
 
 
 def test_every_variable_has_one_meaning() -> None:
-    """No two options of different names read the same variable."""
+    """No two options with different names read the same variable."""
     fields = {(config.variable(kind, f), f) for kind in config.CONFIGS for f in kind.model_fields}
     assert len(fields) == len({variable for variable, _ in fields})
     assert {variable for variable, _ in fields} < config.variables()
 
 
 def test_former_names_still_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An option that was renamed can be given by its old name; its new name wins."""
+    """A renamed option accepts its old name, and the new name takes precedence."""
     old = config.load(config.WorkerConfig, {"lookup": "a:1", "max_running": "3"})
     assert ("a:1", 3) == (old.rows, old.max_num_seqs)
     monkeypatch.setenv("TOLHOUSE_TABLES_STORE", "redis://d")
@@ -47,12 +47,12 @@ def test_former_names_still_work(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_host_and_port_replace_those_of_listen(given: dict[str, str], expected: str) -> None:
-    """--host and --port are parts of --listen."""
+    """--host and --port replace the parts of --listen."""
     assert expected == config.load(config.LookupConfig, given).listen
 
 
 def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given values, then variables, others' ones last, then defaults."""
+    """Options take precedence over variables, and variables over defaults."""
     assert 32 == config.load(config.WorkerConfig, {}).max_num_seqs
     monkeypatch.setenv("TOLHOUSE_WORKER_MAX_NUM_SEQS", "5")
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
@@ -64,7 +64,7 @@ def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", ""])
 def test_a_bad_value_names_option_and_variable(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever set it finds it."""
+    """The error for a bad value names the option and its variable."""
     monkeypatch.setenv("TOLHOUSE_WORKER_MAX_NUM_SEQS", value)
     with pytest.raises(
         InvalidArgumentError, match=r"--max-num-seqs \(TOLHOUSE_WORKER_MAX_NUM_SEQS\)"
@@ -72,8 +72,8 @@ def test_a_bad_value_names_option_and_variable(value: str, monkeypatch: pytest.M
         config.load(config.WorkerConfig, {})
 
 
-def test_an_unheard_of_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A typing mistake is told with what was meant; variables of others are left alone."""
+def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt variable is an error that names the intended one."""
     monkeypatch.setenv("TOLHOUSE_WORKER_MAX_NUM_SEQ", "5")
     with pytest.raises(InvalidArgumentError, match="did you mean TOLHOUSE_WORKER_MAX_NUM_SEQS"):
         config.load(config.LookupConfig, {})
@@ -83,7 +83,7 @@ def test_an_unheard_of_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_every_option_can_be_given_in_the_environment(
     kind: type[config.Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each variable changes its own option and no other; a host and a port also the address."""
+    """Each variable sets its own option only; --host and --port also change --listen."""
     monkeypatch.delenv("TOLHOUSE_WORKER_COMPILE")
     defaults = config.load(kind, {}).model_dump()
     samples = {int: "2", int | None: "2", float: "3.5"}
@@ -105,7 +105,7 @@ def test_every_option_can_be_given_in_the_environment(
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1"])
 def test_a_quantity_is_a_finite_number(value: str) -> None:
-    """Seconds and megabytes that no clock and no memory has are refused, option by option."""
+    """No option for seconds, megabytes or ratios accepts NaN, infinity or a negative number."""
     for kind in config.CONFIGS:
         for name, field in kind.model_fields.items():
             if field.annotation is float and (name, value) != ("row_scale", "-1"):

@@ -1,4 +1,4 @@
-"""Model shapes: the paper's numbers to the million, and no field that is taken on trust."""
+"""Model configurations: the paper's parameter counts, and validation of every field."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.config import PRESETS, ModelConfig, preset
 from tolhouse.model.transformer import Transformer, parameter_counts
 
-# PAPER table 1, corrected: millions of active parameters of base, memory, and flex with beta 1 to 3
+# table 1 of the paper, corrected: active parameters in millions of base, memory, and flex 1 to 3
 PAPER = {
     "250m": (265, 88, 110, 132, 154),
     "750m": (737, 245, 307, 368, 430),
@@ -34,8 +34,8 @@ WRONG = {
 
 @pytest.mark.parametrize("ffn_c", ["linear", "swiglu"])
 @pytest.mark.parametrize("size", PAPER)
-def test_presets_print_the_paper_s_numbers(size: str, ffn_c: str) -> None:
-    """Cut to millions, active parameters are those of its table; totals, of its base model."""
+def test_presets_have_the_paper_s_parameter_counts(size: str, ffn_c: str) -> None:
+    """In millions, active parameters equal the paper's table, and totals equal its base model."""
     with torch.device("meta"):
         models = [Transformer(preset(size, kind, beta, ffn_c=ffn_c)) for kind, beta in KINDS]
     counts = [[count // 10**6 for count in parameter_counts(model)] for model in models]
@@ -45,8 +45,8 @@ def test_presets_print_the_paper_s_numbers(size: str, ffn_c: str) -> None:
 
 @pytest.mark.parametrize("ffn_c", ["linear", "swiglu"])
 @pytest.mark.parametrize("size", ["tiny", "demo"])
-def test_our_presets_differ_by_flex_s_third_norm_alone(size: str, ffn_c: str) -> None:
-    """Every kind has two norms per layer and equal matrices; flex has a third norm, for FFN-C."""
+def test_small_presets_differ_only_by_flex_s_third_norm(size: str, ffn_c: str) -> None:
+    """Presets have equal parameter counts, except for flex's third norm."""
     with torch.device("meta"):
         models = [Transformer(preset(size, kind, beta, ffn_c=ffn_c)) for kind, beta in KINDS]
     base, memory, *flex = [parameter_counts(model)[0] for model in models]
@@ -57,7 +57,7 @@ def test_our_presets_differ_by_flex_s_third_norm_alone(size: str, ffn_c: str) ->
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_config_survives_json(name: str) -> None:
-    """Every preset of every kind is read as it was written; an integer is read as a float."""
+    """A preset equals its copy from JSON, and JSON integers are accepted for floats."""
     for kind, beta in (*KINDS, ("wide", 0)):
         config = preset(name, kind, beta, ffn_c="swiglu")
         data = json.loads(json.dumps(config.to_json()))
@@ -66,7 +66,7 @@ def test_a_config_survives_json(name: str) -> None:
 
 @given(data=st.data())
 def test_a_field_of_another_type_is_refused_by_name(data: st.DataObject) -> None:
-    """No number passes for a string, no boolean for an integer, no NaN or infinity at all."""
+    """A value of another JSON type, NaN or infinity is refused with the field's name."""
     name = data.draw(st.sampled_from(sorted(WRONG)))
     value = data.draw(st.sampled_from(WRONG[name]))
     with pytest.raises(InvalidArgumentError, match=f"model config: {name}: .*not "):
@@ -89,15 +89,15 @@ def test_a_field_of_another_type_is_refused_by_name(data: st.DataObject) -> None
         ({"eos_token_id": [0, 1024]}, "eos_token_id 1024 must be below vocab_size 1024"),
     ],
 )
-def test_a_config_that_can_not_be_is_refused(changes: dict, message: str) -> None:
-    """Unknown and impossible values are reported by name."""
+def test_an_invalid_config_is_refused(changes: dict, message: str) -> None:
+    """The error names an unknown field or an impossible value."""
     with pytest.raises(InvalidArgumentError, match=message):
         ModelConfig.from_json({**preset("tiny", "memory").to_json(), **changes})
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(ModelConfig), ids=lambda field: field.name)
-def test_a_missing_field_is_named_or_has_a_default(field: dataclasses.Field) -> None:
-    """What has no default has to be there; a config that is no object is refused."""
+def test_a_missing_field_is_an_error_or_has_a_default(field: dataclasses.Field) -> None:
+    """A missing field without a default is an error, and so is a config that is not an object."""
     data = preset("tiny", "memory").to_json()
     del data[field.name]
     if field.default is not dataclasses.MISSING:
@@ -122,7 +122,7 @@ def test_a_missing_field_is_named_or_has_a_default(field: dataclasses.Field) -> 
         ("huge", "memory", 0, "'huge' is unknown; one of tiny, small, small-active, demo, 250m"),
     ],
 )
-def test_a_preset_keeps_to_the_kinds(name: str, kind: str, beta: int, message: str) -> None:
-    """beta is flex's alone, from 1 to 3, and an error names the presets and kinds there are."""
+def test_an_invalid_preset_is_refused(name: str, kind: str, beta: int, message: str) -> None:
+    """beta is valid only for flex, from 1 to 3, and errors list the presets and kinds."""
     with pytest.raises(InvalidArgumentError, match=message):
         preset(name, kind, beta)

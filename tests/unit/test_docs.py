@@ -1,4 +1,4 @@
-"""The documentation names what exists: commands, options, variables, targets, metrics, files."""
+"""The docs name only existing commands, options, variables, make targets, metrics and files."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from tolhouse import config
 from tolhouse.cli import main
 
 ROOT = Path(__file__).parent.parent.parent
-LOGS = {"CHANGELOG.md"}  # also names what was removed
+LOGS = {"CHANGELOG.md"}  # also names removed features
 PAGES = [p for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if p.name not in LOGS]
 PAGES.append(ROOT / "deploy" / "k8s" / "README.md")
 SOURCES = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "services").rglob("*.py"))
@@ -18,18 +18,18 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_
 
 
 def command_lines(text: str) -> list[list[str]]:
-    """The words of every `tolhouse COMMAND …` in code, up to a comment or the end of the code."""
+    """Return the words of every `tolhouse COMMAND …` in code, up to a comment or the code's end."""
     text = text.replace("\\\n", " ")
     code = re.findall(r"```\w*\n(.*?)```|`([^`\n]+)`|^    (.*)$", text, re.DOTALL | re.MULTILINE)
     lines = "\n".join(part for parts in code for part in parts).splitlines()
-    # not `from tolhouse import …`, nor the namespace of `kubectl -n tolhouse apply …`
+    # without `from tolhouse import …` and the namespace of `kubectl -n tolhouse apply …`
     found = (re.search(r"(?<!from )(?<!-n )\btolhouse ([a-z]+\b[^#|…]*)", line) for line in lines)
     return [match[1].split() for match in found if match]
 
 
 @each_page
 def test_commands_and_options_exist(page: Path) -> None:
-    """Each command of the page is one of `tolhouse`, and takes the options that it is given."""
+    """Each command on the page exists and accepts the given options."""
     for words in command_lines(page.read_text(encoding="utf-8")):
         command, rest = main.commands.get(words[0]), words[1:]
         assert command, f"there is no command {words[0]}"
@@ -42,7 +42,7 @@ def test_commands_and_options_exist(page: Path) -> None:
 
 @each_page
 def test_environment_variables_exist(page: Path) -> None:
-    """Each variable of Tolhouse on the page is read by a process."""
+    """Tolhouse reads each of its variables on the page."""
     named = set(re.findall(r"\bTOLHOUSE_[A-Z_]+[A-Z]\b", page.read_text(encoding="utf-8")))
     assert set() == named - config.variables()
 
@@ -61,7 +61,7 @@ def test_make_targets_exist(page: Path) -> None:
 
 @each_page
 def test_metrics_exist(page: Path) -> None:
-    """Each metric on the page is defined in the sources, by its whole name or its last part."""
+    """The sources define each metric on the page, by its full name or its last part."""
     for name in re.findall(r"`(tolhouse_[a-z_]+)`", page.read_text(encoding="utf-8")):
         last = re.sub("^tolhouse_(lookup|worker|gateway)_|_total$", "", name)
         assert re.search(rf'"({name}|{last})"|{{[^}}]*}}_{last}"', SOURCES), name
@@ -69,7 +69,7 @@ def test_metrics_exist(page: Path) -> None:
 
 @each_page
 def test_source_files_exist(page: Path) -> None:
-    """Each path of a source file in code is there, from the root, the package, or the page."""
+    """Each source path on the page exists, relative to the root, the package or the page."""
     for path in re.findall(
         r"`([\w./-]+/[\w-]+\.(?:py|proto|md|yaml|yml))`", page.read_text(encoding="utf-8")
     ):
@@ -78,5 +78,5 @@ def test_source_files_exist(page: Path) -> None:
 
 
 def test_the_readme_is_one_page() -> None:
-    """Details belong in docs/."""
+    """The README has at most 140 lines, because details belong in docs/."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 140

@@ -1,4 +1,4 @@
-"""The error tree: every error has its statuses and survives the wire."""
+"""The error classes: every error has a gRPC and an HTTP status."""
 
 import grpc
 import pytest
@@ -13,8 +13,8 @@ TREE = [
 
 
 @pytest.mark.parametrize("error", TREE)
-def test_an_error_comes_back_from_its_status(error: type[TolhouseError]) -> None:
-    """A status becomes the error that was raised, or one with that status; the message is kept."""
+def test_a_status_gives_an_error_with_that_status(error: type[TolhouseError]) -> None:
+    """A status gives an error with the same status and message."""
     assert hasattr(grpc.StatusCode, error.grpc_status)
     assert 400 <= error.http_status < 600
     back = from_status(error.grpc_status, "why")
@@ -23,7 +23,7 @@ def test_an_error_comes_back_from_its_status(error: type[TolhouseError]) -> None
 
 @pytest.mark.parametrize("status", [s.name for s in grpc.StatusCode if s.name != "OK"])
 def test_every_status_becomes_an_error(status: str) -> None:
-    """Also one that nothing of ours sends."""
+    """Every gRPC status gives a TolhouseError, even one that Tolhouse never sends."""
     error = from_status(status, "why")
     assert isinstance(error, TolhouseError)
     assert "why" == str(error)
@@ -39,8 +39,8 @@ def test_every_status_becomes_an_error(status: str) -> None:
         ("a status of a later gRPC", errors.InternalError),
     ],
 )
-def test_a_status_that_no_error_owns_becomes_the_nearest(
+def test_other_statuses_give_the_most_similar_error(
     status: str, expected: type[TolhouseError]
 ) -> None:
-    """A peer may send any status of gRPC."""
+    """A status without its own error class gives the most similar error."""
     assert expected is type(from_status(status, "x"))

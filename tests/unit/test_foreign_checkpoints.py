@@ -1,4 +1,4 @@
-"""Checkpoints as other tools write them: opened where nothing differs, else refused by name."""
+"""Checkpoints of other tools: equivalent ones are accepted, others are refused with the reason."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tolhouse.testing import tiny_model
 
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# what save_pretrained of transformers 4 and 5 writes, for the tiny preset
+# the files that save_pretrained of transformers 4 and 5 writes for the tiny preset
 SAVE_PRETRAINED = {
     "architectures": ["MemoryLLMForCausalLM"],
     "transformers_version": "4.57.1",
@@ -47,7 +47,7 @@ SAVE_PRETRAINED = {
 
 
 def edit_config(**fields: Any) -> Callable[[Path], None]:
-    """Change fields of config.json; `...` removes one."""
+    """Return a function that changes fields of config.json; `...` removes a field."""
 
     def change(folder: Path) -> None:
         path = folder / "config.json"
@@ -67,7 +67,7 @@ def prefix_bytes(name: str, text: bytes = b"\xef\xbb\xbf") -> Callable[[Path], N
 
 
 def shard(folder: Path, **index: str) -> None:
-    """Split the weights into two files with an index, changed by `index`."""
+    """Split the weights into two files; `index` adds entries to the weight map."""
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     names, files = sorted(tensors), {}
@@ -111,10 +111,10 @@ SAME: list[Callable[[Path], Any]] = [
 
 
 @pytest.mark.parametrize("change", SAME)
-def test_what_changes_nothing_is_accepted(
+def test_an_equivalent_checkpoint_is_accepted(
     checkpoint: Path, tmp_path: Path, change: Callable[[Path], Any]
 ) -> None:
-    """The model, its rows and the bytes in a worker are those of the plain checkpoint."""
+    """An equivalent checkpoint gives the same model, rows and weight bytes."""
     folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     change(folder)
     plain, opened = open_checkpoint(checkpoint), open_checkpoint(folder)
@@ -178,18 +178,18 @@ OTHER: list[tuple[Callable[[Path], Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), OTHER)
-def test_what_changes_the_computation_is_refused(
+def test_an_unsupported_checkpoint_is_refused(
     checkpoint: Path, tmp_path: Path, change: Callable[[Path], Any], message: str
 ) -> None:
-    """The error names the field, the tensor or the file, and says what to do."""
+    """The error names the field, tensor or file, and states a remedy."""
     folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     change(folder)
     with pytest.raises((InvalidArgumentError, NotFoundError), match=message):
         open_checkpoint(folder)
 
 
-def test_every_shard_is_watched(checkpoint: Path, tmp_path: Path) -> None:
-    """A shard that is overwritten in use is noticed, and each shard is part of the model's id."""
+def test_an_overwritten_shard_is_detected(checkpoint: Path, tmp_path: Path) -> None:
+    """An overwritten shard is detected, and the model's id depends on each shard."""
     folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     shard(folder)
     opened = open_checkpoint(folder)
@@ -219,10 +219,10 @@ def test_every_shard_is_watched(checkpoint: Path, tmp_path: Path) -> None:
         (7, None, (7,)),
     ],
 )
-def test_end_tokens(
+def test_end_tokens_come_from_both_configs(
     checkpoint: Path, tmp_path: Path, own: Any, generation: Any, expected: tuple[int, ...]
 ) -> None:
-    """One, several or none; those of generation_config.json are added, but not to null."""
+    """Both configs add end tokens, and null in config.json disables them."""
     folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     edit_config(eos_token_id=own)(folder)
     text = json.dumps({} if generation is ... else {"eos_token_id": generation})
@@ -231,7 +231,7 @@ def test_end_tokens(
 
 
 def test_each_end_token_ends_an_answer(checkpoint: Path, tmp_path: Path) -> None:
-    """Without an end token an answer has `max_tokens`; else it ends before the first of them."""
+    """An answer ends before its first end token, or at max_tokens."""
     folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
 
     def answer(ends: Any) -> list[int]:
@@ -247,7 +247,7 @@ def test_each_end_token_ends_an_answer(checkpoint: Path, tmp_path: Path) -> None
 
 
 def named(root: Path, checkpoint: Path, path: str) -> Checkpoint:
-    """The checkpoint opened as `path` below `root`, where its folder is linked."""
+    """Open the checkpoint through a link at `path` below `root`."""
     folder = root / path
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.symlink_to(checkpoint)
@@ -266,10 +266,10 @@ def named(root: Path, checkpoint: Path, path: str) -> Checkpoint:
         ("models--org--My-Mem/snapshots/0f1e2d3c/sub", "sub"),
     ],
 )
-def test_a_link_and_a_snapshot_have_their_own_names(
+def test_links_and_snapshots_give_names(
     checkpoint: Path, tmp_path: Path, path: str, name: str
 ) -> None:
-    """A link keeps its name, and a snapshot of Hugging Face's cache has the repository's."""
+    """A link gives its own name, and a Hugging Face snapshot gives its repository's name."""
     assert name == named(tmp_path, checkpoint, path).name
 
 
@@ -285,8 +285,8 @@ def test_a_name_does_not_depend_on_how_a_path_is_written(
     (checkpoint / "sub").rmdir()
 
 
-def test_huggingface_s_cache_of_links_is_read(checkpoint: Path, tmp_path: Path) -> None:
-    """A snapshot whose files are links to blobs is a checkpoint."""
+def test_a_hugging_face_snapshot_is_read(checkpoint: Path, tmp_path: Path) -> None:
+    """A snapshot of links to blobs is a checkpoint."""
     snapshot = tmp_path / "models--org--mem" / "snapshots" / "c0ffee"
     snapshot.mkdir(parents=True)
     for file in checkpoint.iterdir():
@@ -301,7 +301,7 @@ def test_huggingface_s_cache_of_links_is_read(checkpoint: Path, tmp_path: Path) 
 
 
 def test_weights_in_float16_are_read_as_stored(tmp_path: Path) -> None:
-    """Half precision needs no conversion."""
+    """float16 weights are read without conversion."""
     folder = tiny_model(tmp_path / "m")
     edit_weights(lambda tensors: {n: t.half() for n, t in tensors.items()})(folder)
     opened = open_checkpoint(folder)
@@ -309,8 +309,8 @@ def test_weights_in_float16_are_read_as_stored(tmp_path: Path) -> None:
     assert torch.equal(opened.tensor(EMBEDDING).float(), opened.model().state_dict()[EMBEDDING[6:]])
 
 
-def test_hugging_face_reads_what_is_written(tmp_path: Path) -> None:
-    """The tokenizer's class, its end token and the context; files that are there are kept."""
+def test_written_files_are_valid_for_hugging_face(tmp_path: Path) -> None:
+    """The written tokenizer config is valid for Hugging Face, and existing files are kept."""
     path = tiny_model(tmp_path / "m")
     config, generation = path / "tokenizer_config.json", path / "generation_config.json"
     expected = {
@@ -329,8 +329,8 @@ def test_hugging_face_reads_what_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["demo-memory", "demo-flex"])
-def test_committed_models_are_written_alike(name: str, tmp_path: Path) -> None:
-    """Their small files are those that are written for the same model today."""
+def test_demo_models_have_current_config_files(name: str, tmp_path: Path) -> None:
+    """The config files of the demo models equal the files written now."""
     opened = open_checkpoint(Path("models") / name)
     (tmp_path / "tokenizer.json").write_bytes((opened.path / "tokenizer.json").read_bytes())
     save_checkpoint(tmp_path, opened.model(), tmp_path / "tokenizer.json")

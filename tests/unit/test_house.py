@@ -1,4 +1,4 @@
-"""The rules of the house: what may import what, what comes along, and the generated code."""
+"""Architecture rules: imports between parts, packages of extras, encodings, generated code."""
 
 import ast
 import re
@@ -18,8 +18,8 @@ from tolhouse.extras import EXTRAS
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = ROOT / "services" / "tolhouse"
 
-# from the ground up: a part imports those below, and neighbours where `BESIDE` says so
-FLOORS = (
+# layers from the bottom up; a part may import lower layers and its neighbours in NEIGHBOURS
+LAYERS = (
     {"v1", "errors", "extras", "logs"},
     {"files", "sampling", "validation"},
     {"certs"},
@@ -34,8 +34,8 @@ FLOORS = (
     {"demo"},
     {"cli"},
 )
-BESIDE = {("logs", "errors")}
-FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}
+NEIGHBOURS = {("logs", "errors")}
+LAYER_OF = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 
 
 def part_of(path: Path) -> str:
@@ -51,7 +51,7 @@ def modules() -> list[Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of all that a file imports, also inside functions."""
+    """Return the full names of all imports of a file, including those inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -68,22 +68,22 @@ def imports(path: Path) -> set[str]:
 
 def imported_parts(path: Path) -> set[str]:
     parts = {name.split(".")[1] for name in imports(path) if name.startswith("tolhouse.")}
-    return {part for part in parts if part in FLOOR_OF} - {part_of(path)}
+    return {part for part in parts if part in LAYER_OF} - {part_of(path)}
 
 
-def test_every_part_has_a_floor() -> None:
-    """No part of the package stands outside the order."""
-    assert set(FLOOR_OF) == {part_of(p) for p in modules()} | {"v1"}
+def test_every_part_has_a_layer() -> None:
+    """Every part of the package belongs to a layer."""
+    assert set(LAYER_OF) == {part_of(p) for p in modules()} | {"v1"}
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(SOURCES)))
 def test_nothing_imports_upwards_or_sideways(path: Path) -> None:
-    """A part imports only parts of lower floors; the four services never import each other."""
+    """A part imports only parts of lower layers, and services never import each other."""
     mine = part_of(path)
     wrong = {
         other
         for other in imported_parts(path)
-        if FLOOR_OF[other] >= FLOOR_OF[mine] and (mine, other) not in BESIDE
+        if LAYER_OF[other] >= LAYER_OF[mine] and (mine, other) not in NEIGHBOURS
     }
     assert set() == wrong
 
@@ -102,9 +102,8 @@ def test_nothing_imports_upwards_or_sideways(path: Path) -> None:
         ("trustme", {"certs.py"}),
     ],
 )
-def test_only_its_place_imports_a_package(package: str, allowed: set[str]) -> None:
-    """Redis is met in one file, Ray in the build job, HTTP and templates in the gateway, pickle
-    nowhere."""
+def test_a_package_is_imported_in_one_place(package: str, allowed: set[str]) -> None:
+    """Redis, Ray, HTTP and templates are each imported in one place, and pickle nowhere."""
     importers = {
         p.relative_to(SOURCES).as_posix()
         for p in modules()
@@ -114,13 +113,13 @@ def test_only_its_place_imports_a_package(package: str, allowed: set[str]) -> No
 
 
 def test_only_config_reads_the_environment() -> None:
-    """No other file mentions os.environ or getenv."""
+    """Only config mentions os.environ or getenv."""
     readers = {
         p.relative_to(SOURCES).as_posix()
         for p in modules()
         if re.search(r"environ\b|getenv", p.read_text(encoding="utf-8"))
     }
-    # gRPC reads a variable of its own, which has to be set before gRPC starts
+    # gRPC's own variable, which must be set before gRPC starts
     assert {"config.py", "net/channel.py"} == readers
 
 
@@ -136,8 +135,8 @@ def test_only_config_reads_the_environment() -> None:
         ("tolhouse.build.job", ("fastapi",)),
     ],
 )
-def test_a_part_brings_only_what_it_needs(module: str, absent: tuple[str, ...]) -> None:
-    """Imported in a clean process, a part leaves the others' libraries alone."""
+def test_a_part_imports_only_its_own_libraries(module: str, absent: tuple[str, ...]) -> None:
+    """In a clean process, a part does not import the libraries of other parts."""
     code = f"import sys, {module}; print(*[name for name in {absent!r} if name in sys.modules])"
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8"
@@ -146,7 +145,7 @@ def test_a_part_brings_only_what_it_needs(module: str, absent: tuple[str, ...]) 
 
 
 def packages(module: str) -> set[str]:
-    """Others' packages that a module, and all of ours that it imports, import somewhere."""
+    """Return the third-party packages that a module imports, directly or indirectly."""
     found, seen, left = set[str](), set[Path](), [module]
     while left:
         name = left.pop()
@@ -162,7 +161,7 @@ def packages(module: str) -> set[str]:
 
 
 def installed_with(extra: str) -> set[str]:
-    """Packages that `pip install tolhouse[EXTRA]` brings, and those that they bring themselves."""
+    """Return the packages that `pip install tolhouse[EXTRA]` installs, with their dependencies."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     found, left = set[str](), [Requirement(f"tolhouse[{extra}]")]
     while left:
@@ -199,10 +198,10 @@ def installed_with(extra: str) -> set[str]:
         ("certs", "tolhouse.certs"),
     ],
 )
-def test_an_extra_brings_all_that_its_part_imports(extra: str, module: str) -> None:
-    """Also what is imported on use, as Redis is where rows come from one."""
+def test_an_extra_installs_all_imports_of_its_part(extra: str, module: str) -> None:
+    """An extra installs every package that its part imports, including lazy imports."""
     needed, installed, providers = packages(module), installed_with(extra), packages_distributions()
-    if extra == "gateway":  # it has no gRPC server
+    if extra == "gateway":  # the gateway has no gRPC server
         needed -= {"grpc_health", "grpc_reflection"}
     assert needed
     assert set() == {
@@ -211,7 +210,7 @@ def test_an_extra_brings_all_that_its_part_imports(extra: str, module: str) -> N
 
 
 def test_hints_name_extras_that_install_the_package() -> None:
-    """The table has each extra that requires a package, and each of its extras installs it."""
+    """EXTRAS lists exactly the extras that install a package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"].keys() - {"all", "dev", "docs"}
     own = {
@@ -254,7 +253,7 @@ def test_hints_name_extras_that_install_the_package() -> None:
 def test_a_command_without_its_packages_names_its_extra(
     line: str, package: str, extra: str, tmp_path: Path
 ) -> None:
-    """The error is one line with the command that installs all that is missing."""
+    """The error for a missing package is one line with the install command."""
     code = f"import sys; sys.modules[{package!r}] = None; from tolhouse.cli import main; main()"
     command = [sys.executable, "-c", code, *line.split()]
     done = subprocess.run(
@@ -265,7 +264,7 @@ def test_a_command_without_its_packages_names_its_extra(
 
 
 def test_the_sdk_needs_few_packages() -> None:
-    """The bare package brings no command line, traces or Redis; each extra of a command does."""
+    """The bare package has six dependencies, and the extra of each command installs click."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
     assert {"grpcio", "ml-dtypes", "numpy", "protobuf", "pydantic", "xxhash"} == names
@@ -282,7 +281,7 @@ def test_the_sdk_needs_few_packages() -> None:
     ],
 )
 def test_the_sdk_works_without_optional_packages(code: str, expected: str) -> None:
-    """Only what needs a missing package fails, and names the extra that brings it."""
+    """Only code that needs a missing package fails, and the error names its extra."""
     absent = ("click", "opentelemetry", "redis", "hiredis", "torch", "ray", "prometheus_client")
     block = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); {code}"
     command = [sys.executable, "-c", block]
@@ -291,7 +290,7 @@ def test_the_sdk_works_without_optional_packages(code: str, expected: str) -> No
 
 
 def without_encoding(call: ast.Call) -> bool:
-    """Whether a call reads or writes text in the encoding of the locale."""
+    """Return whether a call reads or writes text in the locale's encoding."""
     method, options = isinstance(call.func, ast.Attribute), {option.arg for option in call.keywords}
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     texts = [
@@ -308,7 +307,7 @@ def without_encoding(call: ast.Call) -> bool:
 
 @pytest.mark.parametrize("folder", ["services", "tests", "loadtest"])
 def test_text_has_an_encoding(folder: str) -> None:
-    """The locale's encoding is not that of files: each call that opens text names one."""
+    """Each call that opens text sets an encoding."""
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in (ROOT / folder).rglob("*.py")
@@ -318,8 +317,8 @@ def test_text_has_an_encoding(folder: str) -> None:
     assert [] == found
 
 
-def test_the_public_names_are_the_clients_their_results_and_the_errors() -> None:
-    """`tolhouse` exports both clients, what they take and return, and the whole error tree."""
+def test_the_public_names_are_clients_results_and_errors() -> None:
+    """`tolhouse` exports both clients, their arguments and results, and all errors."""
     tree = {
         name
         for name, value in vars(errors).items()
@@ -340,8 +339,8 @@ def test_the_public_names_are_the_clients_their_results_and_the_errors() -> None
     assert names <= set(dir(tolhouse))
 
 
-def test_the_generated_code_is_that_of_the_protos(tmp_path: Path) -> None:
-    """services/tolhouse/v1 is what `make protos` would write now."""
+def test_the_generated_code_is_current(tmp_path: Path) -> None:
+    """services/tolhouse/v1 equals the output of `make protos`."""
     protos = sorted((ROOT / "protos" / "tolhouse" / "v1").glob("*.proto"))
     out = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
     subprocess.run(

@@ -1,4 +1,4 @@
-"""`httpx` and curl alone: the fields and headers that other clients rely on."""
+"""`httpx` and curl: the fields and headers that other clients depend on."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ client = httpx.Client(base_url=SYSTEM.root, timeout=60)
 
 
 def events(path: str, body: dict, **more) -> list[str]:
-    """The data of a stream's events."""
+    """Return the data of a stream's events."""
     with client.stream("POST", path, json={**body, "stream": True, **more}) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         blocks = answer.read().decode().split("\n\n")
@@ -24,7 +24,7 @@ def events(path: str, body: dict, **more) -> list[str]:
 
 
 def check_response_fields():
-    """id, object, created, model, choices, usage and system_fingerprint"""
+    """An answer has id, object, created, model, choices, usage and system_fingerprint"""
     for path, body in ROUTES:
         answer = client.post(path, json=body)
         assert "application/json" == answer.headers["content-type"]
@@ -36,7 +36,7 @@ def check_response_fields():
 
 
 def check_stream_fields():
-    """Each chunk has the answer's fields; finish_reason is null before the last; [DONE] ends it"""
+    """Each chunk has the answer's fields, only the last has a finish_reason, and [DONE] ends it"""
     for path, body in ROUTES:
         *chunks, done = events(path, body)
         assert "[DONE]" == done
@@ -51,7 +51,7 @@ def check_stream_fields():
 
 
 def check_usage_in_a_stream():
-    """With include_usage, the last chunk has usage and no choices; the others have usage null"""
+    """With include_usage only the last chunk has usage, and it has no choices"""
     for path, body in ROUTES:
         *chunks, last, _ = events(path, body, stream_options={"include_usage": True})
         assert [] == json.loads(last)["choices"]
@@ -60,7 +60,7 @@ def check_usage_in_a_stream():
 
 
 def check_usage_in_each_chunk():
-    """With continuous_usage_stats, as load generators for vLLM send it, each chunk has usage"""
+    """With continuous_usage_stats, which vLLM's load generators send, each chunk has usage"""
     options = {"include_usage": True, "continuous_usage_stats": True}
     for path, body in ROUTES:
         usages = [
@@ -70,7 +70,7 @@ def check_usage_in_each_chunk():
 
 
 def check_error_form():
-    """Every refusal is {"error": {message, type, param, code}}, with texts as codes"""
+    """Every refusal is {"error": {message, type, param, code}}, and codes are texts"""
     answers = [
         client.post("/v1/chat/completions", json={**CHAT, "model": "nothing"}),
         client.post("/v1/completions", json={**COMPLETION, "prompt": OVERLONG, "stream": True}),
@@ -93,7 +93,7 @@ def check_error_form():
 
 
 def check_nulls():
-    """Every documented parameter may be null"""
+    """Every documented parameter accepts null"""
     schemas = client.get("/openapi.json").json()["components"]["schemas"]
     for (path, body), name in zip(ROUTES, ("ChatRequest", "CompletionRequest"), strict=True):
         nulls = dict.fromkeys(schemas[name]["properties"])
@@ -102,7 +102,7 @@ def check_nulls():
 
 
 def check_content_types():
-    """A body is taken without a charset, with one, and from curl's --json"""
+    """A body is accepted with and without a charset, and from curl's --json"""
     for kind in ("application/json", "application/json; charset=utf-8"):
         headers = {"content-type": kind}
         answer = client.post("/v1/completions", content=json.dumps(COMPLETION), headers=headers)
@@ -110,7 +110,7 @@ def check_content_types():
 
 
 def check_curl():
-    """curl -N prints the events of a stream; curl -f exits with 22 on a refusal"""
+    """curl -N prints the events of a stream, and curl -f exits with 22 on a refusal"""
     body = json.dumps({**COMPLETION, "stream": True})
     url = f"{SYSTEM.url}/completions"
     command = ["curl", "-sSNf", url, "-H", "Content-Type: application/json", "-d"]
@@ -120,14 +120,14 @@ def check_curl():
 
 
 def check_trailing_slashes():
-    """A slash too many in the base URL gives an answer or a JSON error, and no redirect to HTML"""
+    """An extra slash in the base URL gives an answer or a JSON error, and no redirect to HTML"""
     for path in ("/v1/models/", "/v1//models", "/v1/chat/completions/"):
         answer = client.get(path)
         assert answer.headers["content-type"] == "application/json", (path, answer.text)
 
 
 def check_model_by_name():
-    """GET /v1/models has the model, its length and owner; GET /v1/models/NAME the same"""
+    """GET /v1/models and GET /v1/models/NAME return the model, its length and its owner"""
     (card,) = client.get("/v1/models").json()["data"]
     assert card == client.get(f"/v1/models/{SYSTEM.model}").json()
     assert {"id", "object", "created", "owned_by", "max_model_len"} <= card.keys()

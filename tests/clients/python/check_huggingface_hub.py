@@ -1,11 +1,11 @@
-"""`huggingface_hub`: InferenceClient and its async twin."""
+"""`huggingface_hub`: InferenceClient and AsyncInferenceClient."""
 
 import asyncio
 import os
 
 from system import OVERLONG, SYSTEM, raises
 
-os.environ.pop("HF_HUB_OFFLINE")  # it forbids calls to this machine, too
+os.environ.pop("HF_HUB_OFFLINE")  # it would also forbid calls to this machine
 
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import BadRequestError
@@ -18,7 +18,7 @@ client = InferenceClient(base_url=SYSTEM.url, api_key="none")
 
 
 def check_chat():
-    """A chat, its stream, and the answer's message as history"""
+    """A chat, its stream, and a chat with the answer in its history work"""
     plain = client.chat.completions.create(messages=HELLO, **COMMON)
     chunks = client.chat.completions.create(messages=HELLO, stream=True, **COMMON)
     message = plain.choices[0].message
@@ -29,7 +29,7 @@ def check_chat():
 
 
 def check_async():
-    """AsyncInferenceClient gives the same answer"""
+    """AsyncInferenceClient returns the same answer"""
 
     async def run():
         aio = AsyncInferenceClient(base_url=SYSTEM.url, api_key="none")

@@ -15,7 +15,7 @@ CONVERSATION = [SystemMessage("be brief"), HumanMessage("hello")]
 
 
 def token_ids(text: str) -> list[int]:
-    """The gateway's tokens of a text."""
+    """Return the gateway's tokens of a text."""
     body = {"prompt": text, "add_special_tokens": False}
     return httpx.post(f"{SYSTEM.root}/tokenize", json=body).json()["tokens"]
 
@@ -45,13 +45,13 @@ def check_invoke():
 
 
 def check_completion():
-    """OpenAI.invoke is the model's completion"""
+    """OpenAI.invoke returns the model's completion"""
     llm = OpenAI(**{**COMMON, "max_tokens": SYSTEM.greedy.max_tokens})
     assert SYSTEM.greedy.text == llm.invoke(SYSTEM.greedy.prompt)
 
 
 def check_history():
-    """An AIMessage is taken as history, as it came and as text"""
+    """An answer is valid as history, as an AIMessage and as text"""
     messages = list(CONVERSATION)
     for turn in range(3):
         answer = chat.invoke(messages)
@@ -95,26 +95,26 @@ def check_async_stream():
 
 
 def check_chain():
-    """A prompt template piped into the model, with stop strings"""
+    """A prompt template works in a chain with the model and stop strings"""
     chain = ChatPromptTemplate.from_messages([("user", "{text}")]) | chat.bind(stop=["\n"])
     assert "\n" not in chain.invoke({"text": "hello"}).content
 
 
 def check_logprobs():
-    """Log probabilities come with the message"""
+    """An answer's message has log probabilities"""
     answer = chat.bind(logprobs=True, top_logprobs=2).invoke(CONVERSATION)
     assert len(answer.response_metadata["logprobs"]["content"][0]["top_logprobs"]) == 2
 
 
 def check_number_of_tokens():
-    """get_num_tokens by /tokenize is the number that usage reports"""
+    """get_num_tokens, which calls /tokenize, equals the number in usage"""
     answer = complete.generate([SYSTEM.greedy.prompt])
     prompt_tokens = answer.llm_output["token_usage"]["prompt_tokens"]
     assert prompt_tokens == complete.get_num_tokens(SYSTEM.greedy.prompt)
 
 
 def check_overflow():
-    """A prompt beyond the context is a ContextOverflowError, of a chat and of its stream"""
+    """A prompt beyond the context is a ContextOverflowError, in a chat and in its stream"""
     long = [HumanMessage(OVERLONG)]
     for ask in (lambda: chat.invoke(long), lambda: list(chat.stream(long))):
         with raises(ContextOverflowError):

@@ -1,4 +1,4 @@
-"""`litellm`, by its providers `openai`, `text-completion-openai` and `hosted_vllm`."""
+"""`litellm` with the providers `openai`, `text-completion-openai` and `hosted_vllm`."""
 
 import asyncio
 
@@ -28,7 +28,7 @@ def complete(prompt=SYSTEM.greedy.prompt, **options):
 
 
 def check_chat():
-    """The providers give the same answer, with usage"""
+    """The providers return the same answer, with usage"""
     answers = [chat(provider) for provider in CHATS]
     assert 1 == len({answer.choices[0].message.content for answer in answers})
     assert all(answer.usage.total_tokens > 0 for answer in answers)
@@ -36,7 +36,7 @@ def check_chat():
 
 
 def check_text_completion():
-    """text_completion is the model's completion, as text and streamed"""
+    """text_completion returns the model's completion, plain and streamed"""
     options = {"max_tokens": SYSTEM.greedy.max_tokens}
     assert SYSTEM.greedy.text == complete(**options).choices[0].text
     parts = [chunk.choices[0].text or "" for chunk in complete(stream=True, **options)]
@@ -45,13 +45,13 @@ def check_text_completion():
 
 
 def check_text_completion_by_chat_call():
-    """completion() of a text-completion provider asks /v1/completions"""
+    """completion() with a text-completion provider calls /v1/completions"""
     answer = chat("text-completion-openai", [{"role": "user", "content": "import os"}])
     assert isinstance(answer.choices[0].message.content, str)
 
 
 def check_hosted_vllm_text_completion():
-    """text_completion by the provider hosted_vllm"""
+    """text_completion works with the provider hosted_vllm"""
     model = f"hosted_vllm/{SYSTEM.model}"
     answer = litellm.text_completion(model=model, prompt="import", **COMMON)
     assert isinstance(answer.choices[0].text, str)
@@ -69,7 +69,7 @@ def check_stream():
 
 
 def check_multi_turn():
-    """The answer's message is taken as history, as it came and as a dictionary"""
+    """An answer's message is valid as history, as an object and as a dictionary"""
     for provider in CHATS:
         message = chat(provider).choices[0].message
         texts = set()
@@ -95,7 +95,7 @@ def check_overflow():
 
 
 def check_errors():
-    """404, 401, 400 and a timeout have litellm's classes"""
+    """404, 401, 400 and a timeout raise litellm's exceptions"""
     with raises(litellm.NotFoundError):
         litellm.completion(model="openai/nothing", messages=HELLO, **COMMON)
     keyed = {"api_base": SYSTEM.keyed_url}
@@ -112,7 +112,7 @@ def check_errors():
 
 
 def check_parameters():
-    """Parameters that litellm maps or passes"""
+    """Parameters that litellm maps or passes are accepted"""
     options = {"top_k": 5, "repetition_penalty": 1.1, "min_p": 0.1}
     for provider in CHATS:
         answer = chat(
@@ -131,7 +131,7 @@ def check_parameters():
 
 
 def check_async():
-    """acompletion, eight at once"""
+    """acompletion runs eight requests at the same time"""
 
     async def run():
         model = f"openai/{SYSTEM.model}"
@@ -143,7 +143,7 @@ def check_async():
 
 
 def check_router():
-    """litellm's router over two deployments"""
+    """litellm's router works with two deployments"""
     parameters = {"model": f"openai/{SYSTEM.model}", "api_base": SYSTEM.url, "api_key": "none"}
     deployment = {"model_name": "memory", "litellm_params": parameters}
     router = litellm.Router(model_list=[deployment, deployment])

@@ -1,4 +1,4 @@
-"""`llm`, with the model in its extra-openai-models.yaml."""
+"""`llm`, with the model in extra-openai-models.yaml."""
 
 import json
 import os
@@ -19,11 +19,11 @@ OPTIONS = {"key": "none", "temperature": 0, "max_tokens": 8}
 
 os.environ["LLM_USER_PATH"] = tempfile.mkdtemp()
 file = Path(os.environ["LLM_USER_PATH"], "extra-openai-models.yaml")
-file.write_text(json.dumps(MODELS), encoding="utf-8")  # JSON is YAML
+file.write_text(json.dumps(MODELS), encoding="utf-8")  # JSON is valid YAML
 
 
 def check_conversation():
-    """Three prompts, each with those before it, as text and streamed"""
+    """A conversation of three prompts works, plain and streamed"""
     model = llm.get_model("memory")
     whole, streamed = model.conversation(), model.conversation()
     for text in ("hello", "more", "and more"):
@@ -32,7 +32,7 @@ def check_conversation():
 
 
 def check_completion():
-    """A text completion is the model's"""
+    """A text completion equals the model's"""
     options = {**OPTIONS, "max_tokens": SYSTEM.greedy.max_tokens}
     assert (
         SYSTEM.greedy.text == llm.get_model("text").prompt(SYSTEM.greedy.prompt, **options).text()
@@ -40,7 +40,7 @@ def check_completion():
 
 
 def check_overflow():
-    """An overlong prompt is an error with the gateway's message"""
+    """A prompt beyond the context is an error with the gateway's message"""
     with raises(Exception, "maximum context length"):
         llm.get_model("memory").prompt(OVERLONG, **OPTIONS).text()
 

@@ -46,13 +46,13 @@ BACKENDS = {
 
 lines = [json.dumps(vars(document)) for document in SYSTEM.documents]
 DOCUMENTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
-for name, task in TASKS.items():  # JSON is YAML
+for name, task in TASKS.items():  # JSON is valid YAML
     text = json.dumps({"task": name, **COMMON, **task})
     (FOLDER / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
 def evaluate(task: str, model: str = "local-completions", chat: bool = False, **arguments) -> list:
-    """What lm-eval made of the answers to each document, in their order."""
+    """Return lm-eval's filtered responses for each document, in order."""
     path = "chat/completions" if model == "local-chat-completions" else "completions"
     served = {"model": SYSTEM.model, "base_url": f"{SYSTEM.url}/{path}"}
     results = lm_eval.simple_evaluate(
@@ -69,18 +69,18 @@ def evaluate(task: str, model: str = "local-completions", chat: bool = False, **
 
 
 def assert_log_likelihoods(found: list) -> None:
-    """The log-likelihoods of the continuations are the model's in process, within 1e-4."""
+    """Log-likelihoods of the continuations equal the model's in process, within 1e-4."""
     for document, [(value, _)] in zip(SYSTEM.documents, found, strict=True):
         assert abs(document.log_likelihood - value) < 1e-4, (document, value)
 
 
 def check_huggingface():
-    """Backend huggingface: log-likelihoods are those in process"""
+    """Backend huggingface: log-likelihoods equal the model's in process"""
     assert_log_likelihoods(evaluate("continuations", **BACKENDS["huggingface"]))
 
 
 def check_remote():
-    """Backend remote, by /tokenizer_info, /tokenize and /detokenize"""
+    """Backend remote: log-likelihoods equal the model's, with the gateway's tokenizer routes"""
     assert_log_likelihoods(evaluate("continuations", **BACKENDS["remote"]))
 
 
@@ -90,20 +90,20 @@ def check_auto():
 
 
 def check_text_requests():
-    """Prompts sent as text, with the backends huggingface and remote"""
+    """Prompts as text give the same log-likelihoods with the backends huggingface and remote"""
     for backend in ("huggingface", "remote"):
         found = evaluate("continuations", **BACKENDS[backend], tokenized_requests=False)
         assert_log_likelihoods(found)
 
 
 def check_batches():
-    """Four prompts a request, and four requests at once"""
+    """Four prompts per request, and four concurrent requests, give the same log-likelihoods"""
     assert_log_likelihoods(evaluate("continuations", **BACKENDS["remote"], batch_size=4))
     assert_log_likelihoods(evaluate("continuations", **BACKENDS["remote"], num_concurrent=4))
 
 
 def check_rolling():
-    """loglikelihood_rolling: the backends give the values in process"""
+    """loglikelihood_rolling returns the values of the model in process"""
     for backend in ("huggingface", "remote"):
         found = evaluate("texts", **BACKENDS[backend])
         for document, [value] in zip(SYSTEM.documents, found, strict=True):
@@ -116,7 +116,7 @@ def generations() -> list:
 
 
 def check_generation():
-    """generate_until gives the same with each backend, and with none"""
+    """generate_until returns the same with each backend and without one"""
     found = generations()
     assert any(text for [text] in found)
     assert found == evaluate("generation", **BACKENDS["huggingface"])
@@ -124,12 +124,12 @@ def check_generation():
 
 
 def check_chat_generation():
-    """local-chat-completions with a chat template"""
+    """local-chat-completions works with a chat template"""
     found = evaluate("generation", "local-chat-completions", chat=True)
     assert any(text for [text] in found)
 
 
 def check_chat_template():
-    """local-completions with a chat template, rendered by the backend huggingface"""
+    """local-completions works with a chat template that the backend huggingface renders"""
     found = evaluate("generation", chat=True, **BACKENDS["huggingface"])
     assert any(text for [text] in found)

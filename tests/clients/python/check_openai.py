@@ -1,4 +1,4 @@
-"""The `openai` package: sync and async, chats, completions, streams, errors."""
+"""The `openai` package: sync and async chats, completions, streams and errors."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ def keyed(key: str) -> openai.OpenAI:
 
 
 def check_completion():
-    """A completion is the model's, with usage"""
+    """A completion equals the model's, with usage"""
     answer = complete(max_tokens=SYSTEM.greedy.max_tokens)
     assert SYSTEM.greedy.text == answer.choices[0].text
     assert ("text_completion", SYSTEM.model) == (answer.object, answer.model)
@@ -42,7 +42,7 @@ def check_completion():
 
 
 def check_prompts():
-    """Prompts as a list of texts, as token ids, and as a list of lists, give the same"""
+    """A list of texts, token ids and a list of lists give the same completion"""
     text, ids = SYSTEM.greedy.prompt, SYSTEM.greedy.ids
     answers = [complete(p).choices for p in (text, ids, [text], [ids, ids])]
     assert 1 == len({choice.text for choices in answers for choice in choices})
@@ -50,7 +50,7 @@ def check_prompts():
 
 
 def check_completion_options():
-    """n, echo, logprobs, stop, seed, logit_bias, best_of and user"""
+    """Completions accept n, echo, logprobs, stop, seed, logit_bias, best_of and user"""
     answer = complete("import", n=2, echo=True, logprobs=2, best_of=2, seed=3, user="me")
     for choice in answer.choices:
         scores = choice.logprobs
@@ -64,7 +64,7 @@ def check_completion_options():
 
 
 def check_completion_stream():
-    """The chunks of a completion add up to the plain answer; usage comes last"""
+    """The chunks of a completion add up to the plain answer, and usage comes last"""
     plain = complete()
     *chunks, last = complete(stream=True, stream_options={"include_usage": True})
     assert plain.choices[0].text == "".join(chunk.choices[0].text for chunk in chunks)
@@ -74,7 +74,7 @@ def check_completion_stream():
 
 
 def check_chat():
-    """A chat's answer has the fields of OpenAI's"""
+    """A chat's answer has the same fields as OpenAI's"""
     answer = chat(logprobs=True, top_logprobs=2)
     choice = answer.choices[0]
     assert "chat.completion" == answer.object
@@ -87,7 +87,7 @@ def check_chat():
 
 
 def check_multi_turn():
-    """The answer's message, and its dictionary, is taken as history"""
+    """An answer's message is valid as history, as an object and as a dictionary"""
     message = chat().choices[0].message
     forms = message, message.model_dump(), message.to_dict(), message.model_dump(exclude_none=True)
     texts = set()
@@ -98,7 +98,7 @@ def check_multi_turn():
 
 
 def check_long_conversation():
-    """Four turns, each with the answers before it"""
+    """Four turns work, each with all previous answers"""
     messages = [{"role": "system", "content": "be brief"}]
     for turn in range(4):
         messages.append({"role": "user", "content": f"turn {turn}"})
@@ -108,7 +108,7 @@ def check_long_conversation():
 
 
 def check_message_forms():
-    """Developer messages, parts of text, names, and history with null content"""
+    """Developer messages, text parts, names and history with null content are accepted"""
     parts = [{"type": "text", "text": "hello"}]
     assert (
         chat().choices[0].message.content
@@ -120,7 +120,7 @@ def check_message_forms():
 
 
 def check_chat_stream():
-    """The role comes first; the chunks add up to the plain answer; usage comes last"""
+    """The role comes first, the chunks add up to the plain answer, and usage comes last"""
     plain = chat()
     *chunks, last = chat(stream=True, stream_options={"include_usage": True})
     deltas = [chunk.choices[0].delta for chunk in chunks]
@@ -133,9 +133,10 @@ def check_chat_stream():
 
 
 def check_stream_helper():
-    """`chat.completions.stream` gives its events and the whole answer"""
+    """`chat.completions.stream` yields its events and the complete answer"""
     text = chat().choices[0].message.content
-    options = {**COMMON, "stop": text[-2:]}  # the helper raises an error for an answer cut short
+    # the helper raises an error for an answer that reaches max_tokens
+    options = {**COMMON, "stop": text[-2:]}
     with client.chat.completions.stream(messages=HELLO, **options) as stream:
         kinds = {event.type for event in stream}
         final = stream.get_final_completion()
@@ -144,7 +145,7 @@ def check_stream_helper():
 
 
 def check_raw_stream():
-    """Server-sent events line by line, up to [DONE]; headers have the request's id"""
+    """A raw stream ends with [DONE], and its headers have the request's id"""
     streaming = client.chat.completions.with_streaming_response
     with streaming.create(messages=HELLO, stream=True, **COMMON) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -157,7 +158,7 @@ def check_raw_stream():
 
 
 def check_abandoned_stream():
-    """A stream may be closed before its end; the next request is answered"""
+    """After a stream is closed early, the next request succeeds"""
     for _ in range(3):
         stream = complete(stream=True, **ENDLESS)
         next(iter(stream))
@@ -166,7 +167,7 @@ def check_abandoned_stream():
 
 
 def check_async():
-    """The async client: eight requests at once and a stream"""
+    """The async client runs eight requests at the same time, and a stream"""
 
     async def run():
         async with openai.AsyncOpenAI(base_url=SYSTEM.url, api_key="none") as aio:
@@ -180,7 +181,7 @@ def check_async():
 
 
 def check_models():
-    """models.list and models.retrieve"""
+    """models.list and models.retrieve return the model"""
     (model,) = client.models.list().data
     assert (SYSTEM.model, "model") == (model.id, model.object)
     assert model.id == client.models.retrieve(model.id).id
@@ -214,14 +215,14 @@ def check_overflow():
 
 
 def check_wrong_key():
-    """A missing or wrong key is an AuthenticationError; the right one is let in"""
+    """A missing or wrong key is an AuthenticationError, and the right key is accepted"""
     with raises(openai.AuthenticationError, code="invalid_api_key", status_code=401):
         keyed("wrong").models.list()
     assert keyed(SYSTEM.key).models.list().data
 
 
 def check_rate_limit():
-    """A key over its limit is a RateLimitError, with Retry-After"""
+    """A key above its limit gets a RateLimitError with Retry-After"""
     limited = keyed(SYSTEM.limited_key)
     with raises(openai.RateLimitError, code="rate_limit_exceeded") as caught:
         for _ in range(3):
@@ -238,7 +239,7 @@ def check_timeout():
 
 
 def check_error_body():
-    """A refusal names its parameter, and has message, type, param and code"""
+    """A refusal has message, type, param and code, and names its parameter"""
     for options, param in (
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": "many"}, "max_tokens"),
@@ -252,7 +253,7 @@ def check_error_body():
 
 
 def check_harmless_parameters():
-    """Parameters at values that ask for nothing are accepted"""
+    """Parameters are accepted at values without an effect"""
     chat(
         tools=[],
         tool_choice="none",
@@ -279,8 +280,8 @@ def check_harmless_parameters():
     complete(suffix="", logprobs=None, logit_bias=None, stop=None, seed=None)
 
 
-def check_features_that_are_not_there():
-    """Structured output and tools are refused by name, other routes with a NotFoundError"""
+def check_unsupported_features():
+    """Structured output and tools are refused by name, and other routes with a NotFoundError"""
 
     class Answer(BaseModel):
         text: str

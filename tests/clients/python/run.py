@@ -1,7 +1,8 @@
-"""Runs the checks of one client: `python run.py PROGRAM RESULTS`.
+"""Run the checks of one client: `python run.py PROGRAM RESULTS`.
 
-A check is a function of the program whose name begins with `check_`; it may be a coroutine. Writes
-a line of JSON with the client's name and version, and one for each check."""
+A check is a function, possibly a coroutine, whose name begins with `check_`. The results are lines
+of JSON: the client's name and version, then one line for each check.
+"""
 
 import asyncio
 import importlib
@@ -14,12 +15,12 @@ from pathlib import Path
 
 
 def run(function) -> str:
-    """The error of a check, or an empty text."""
+    """Return the error of a check, or an empty text."""
     try:
         result = function()
         if inspect.isawaitable(result):
             asyncio.run(result)
-    except Exception as error:  # noqa: BLE001 - whatever a client raises is the result
+    except Exception as error:  # noqa: BLE001 - any exception is a result
         where = traceback.extract_tb(error.__traceback__)[1:2]
         line = f" at line {where[0].lineno}: {where[0].line}" if where else ""
         return f"{type(error).__name__}{line}: {error}"[:1000]

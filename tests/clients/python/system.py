@@ -1,4 +1,4 @@
-"""What the checks know of the running system, and their common assertion."""
+"""The running system's description, and a common assertion."""
 
 import json
 import os
@@ -6,14 +6,15 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 SYSTEM = json.loads(os.environ["SYSTEM"], object_hook=lambda found: SimpleNamespace(**found))
-OVERLONG = "word " * 2000  # more tokens than the model's context
+OVERLONG = "word " * 2000  # exceeds the model's context
 
 
 @contextmanager
 def raises(kind: type[BaseException], *words: str, **attributes):
-    """The block raises `kind`, whose message has `words` and which has `attributes`.
+    """Check that the block raises `kind` with `words` in its message and with `attributes`.
 
-    Gives a list, which then has the exception."""
+    Yields a list that contains the exception after the block.
+    """
     caught = []
     try:
         yield caught
