@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ def check(folder: Path) -> Iterator[Result]:
         done = run("generate", model, "für ✓ 日本", "--max-tokens", "2", **_latin_1(Path(at)))
         yield equal("text beyond Latin-1 is printed", 0, done.returncode)
         variables = [f"{name}={value}" for name, value in _latin_1(Path(at)).items()]
-        listen, python = ("--listen", "127.0.0.1:0"), ("env", *variables, "python")
+        listen, python = ("--listen", "127.0.0.1:0"), ("env", *variables, sys.executable)
         with (
             process("worker", str(model), *listen, python=python) as worker,
             process(

@@ -638,7 +638,7 @@ def test_keys_and_limits(
             expect(page.locator("#key-field.wanted")).to_have_count(1)
         page.fill("#key", limited)
         page.keyboard.press("Enter")
-        expect(errors.first).to_contain_text("allowed are 1")
+        expect(errors.first).to_contain_text("1 per minute are allowed")
         expect(page.locator("#errors")).to_contain_text("The page tries again by itself.")
         assert f"{TEXT} wrong" == page.input_value("#prompt")
         page.fill("#key", generous)

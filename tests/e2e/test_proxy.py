@@ -116,5 +116,5 @@ def test_a_configured_proxy_is_used_for_other_machines(
 def test_a_proxy_needs_tls_and_a_complete_url(url: str, pki: Path) -> None:
     """A proxy without TLS is refused, because the proxy could read plaintext."""
     tls = "" if url.startswith("http://") else f"{pki}/ca.pem"
-    with pytest.raises(InvalidArgumentError, match="needs TLS"):
+    with pytest.raises(InvalidArgumentError, match="needs `tls_ca`"):
         Client("127.0.0.1:1", credentials=ClientCredentials(tls, insecure=True, proxy=url))

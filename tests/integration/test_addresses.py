@@ -72,7 +72,7 @@ def test_services_announce_ipv6_addresses_in_brackets(checkpoint: Path, store: s
     ):
         shown = [lookup.address, lookup.ready["metrics"], worker.address, gateway.address]
         assert all(address.startswith("[::1]:") for address in shown)
-        assert [True] == [published for _, published in client.tables()]
+        assert [True] == [table.published for table in client.tables()]
         open_url(f"http://{lookup.ready['metrics']}/metrics", 10).close()
         wait_until_healthy(gateway.address)
         url = Cluster(lookup.address, worker.address, gateway.address, []).url
@@ -95,7 +95,7 @@ def test_a_certificate_may_be_for_an_ipv6_address(
         process("lookup", "--store", store, "--listen", "[::1]:0", *tls) as lookup,
         Client(lookup.address, credentials=credentials) as client,
     ):
-        assert [True] == [published for _, published in client.tables()]
+        assert [True] == [table.published for table in client.tables()]
 
 
 @needs_ipv6

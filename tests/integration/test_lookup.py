@@ -118,7 +118,7 @@ def test_a_bad_request_fails_alone(stub: LookupStub, files: tuple[str, str]) -> 
             "OUT_OF_RANGE",
             f"allowed are 0 to {manifest.vocab_size - 1}",
         ),
-        3: (ref, b"abc", "INVALID_ARGUMENT", "four bytes each"),
+        3: (ref, b"abc", "INVALID_ARGUMENT", "each id has four"),
         4: ("nothing@0123456789abcdef", packed(1), "NOT_FOUND", ref),
         5: (manifest.name, packed(1), "INVALID_ARGUMENT", "name@version"),
         6: ("../../etc@0123456789abcdef", packed(1), "INVALID_ARGUMENT", "not allowed"),
@@ -219,7 +219,7 @@ def test_a_damaged_shard_file_affects_only_its_rows(checkpoint: Path, tmp_path: 
     paths[2].unlink()
     with serving(url, "--hot-megabytes", "0") as (_, client):
         last = manifest.shard_ids(0)[-1]
-        for token, message in ((last, f"token {last} "), (1, "truncated"), (2, "missing")):
+        for token, message in ((last, f"token {last} "), (1, "missing or damaged"), (2, "missing")):
             with pytest.raises(errors.CorruptError, match=message):
                 client.fetch(ref, [token])
         assert expected[[0, 3, 4, 7]].tobytes() == client.fetch(ref, [0, 3, 4, 7]).tobytes()
@@ -240,7 +240,7 @@ def test_a_shard_file_truncated_in_use_does_not_end_the_service(
     with serving(url, "--hot-megabytes", "0") as (running, client):
         expected = client.fetch(ref, range(8)).tobytes()
         path.write_bytes(whole[:4096])
-        with pytest.raises(errors.CorruptError, match="truncated"):
+        with pytest.raises(errors.CorruptError, match="missing or damaged"):
             client.fetch(ref, range(8))
         assert 1 == len(client.fetch(ref, [0]))
         path.write_bytes(whole)
@@ -412,7 +412,7 @@ def test_a_failed_start_is_a_one_line_error(service: Process, tmp_path: Path) ->
         (f"redis://127.0.0.1:{free_port()}", LOCAL, "cannot be reached"),
         (str(tmp_path), LOCAL, "not understood"),
         ("redis://127.0.0.1/first", LOCAL, "not understood"),
-        (f"file://{file}", LOCAL, "is a file, and no folder"),
+        (f"file://{file}", LOCAL, "is a file, not a folder"),
         (empty, ("--listen", "nowhere"), "HOST:PORT"),
     ):
         assert message in tolhouse("lookup --store", store, *options, code=1).stderr.replace(

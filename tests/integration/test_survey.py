@@ -172,7 +172,7 @@ def test_output_files_may_be_links_or_pipes(tmp_path: Path) -> None:
     replace_file(pipe, b"data")
     reader.join(30)
     assert ([b"data"], True) == (read, pipe.is_fifo())
-    with pytest.raises(InvalidArgumentError, match="/proc/target can't be written"):
+    with pytest.raises(InvalidArgumentError, match="/proc/target cannot be written"):
         replace_file(Path("/proc/target"), b"")
 
 

@@ -117,7 +117,7 @@ def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
     popen.communicate()
     assert not (killed / WEIGHTS).exists()
     with locked(killed):  # as if the first process were still running
-        assert "another process has the lock" in tolhouse(command, killed, code=1).stderr
+        assert "another process holds the lock" in tolhouse(command, killed, code=1).stderr
     tolhouse(command, killed)
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (killed / WEIGHTS).read_bytes()
     card = (killed / "README.md").read_text(encoding="utf-8")

@@ -172,9 +172,9 @@ def test_a_full_queue_refuses_requests_and_serves_queued_ones(worker: Client) ->
     [
         ({"prompt_token_ids": []}, "empty"),
         ({"prompt_token_ids": [99_999]}, "allowed are 0 to"),
-        ({"prompt_token_ids": [1] * 256}, "context of 256"),
+        ({"prompt_token_ids": [1] * 256}, "maximum context length is 256"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 2**32 - 1}, "lower max_tokens"),
+        ({"max_tokens": 2**32 - 1}, "reduce the length"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 2}, "top_p"),
@@ -191,7 +191,7 @@ def test_an_invalid_request_has_a_status(cluster: Cluster, request_: dict, messa
     request = generation_pb2.GenerateRequest(**fields)
     with grpc.insecure_channel(cluster.workers) as channel, pytest.raises(grpc.RpcError) as caught:
         list(GenerationStub(channel).Generate(request, timeout=30))
-    too_long = message in ("context of 256", "lower max_tokens")
+    too_long = message in ("maximum context length is 256", "reduce the length")
     assert ("OUT_OF_RANGE" if too_long else "INVALID_ARGUMENT") == caught.value.code().name
     assert message in caught.value.details()
 
