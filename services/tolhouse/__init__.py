@@ -1,4 +1,4 @@
-"""Tolhouse serves language models whose feed-forward layers are rows of a lookup table, by token.
+"""Tolhouse serves language models whose feed-forward layers are looked up in a table by token.
 
 The names in `__all__` are the public API. Everything else is internal and may change.
 

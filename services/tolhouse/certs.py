@@ -14,7 +14,10 @@ _PUBLIC = 0o644
 
 
 def ensure_authority(folder: Path) -> Path:
-    """The file ca.pem of the authority in `folder`. Creates ca.pem and ca.key if missing."""
+    """Return the path of ca.pem, the authority in `folder`.
+
+    If the folder has no authority, ca.pem and ca.key are created.
+    """
     path = folder / "ca.pem"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -30,7 +33,8 @@ def issue(
     """Issue the certificate `name`.pem for host names or addresses, with the key `name`.key."""
     authority = CA.from_pem((folder / "ca.pem").read_bytes(), (folder / "ca.key").read_bytes())
     now = dt.datetime.now(dt.UTC)
-    start = now - dt.timedelta(hours=1) + min(valid, dt.timedelta())  # clocks of machines differ
+    # The start is an hour ago, because the clocks of machines differ.
+    start = now - dt.timedelta(hours=1) + min(valid, dt.timedelta())
     more: Any = {"common_name": name[:64], "not_before": start, "not_after": now + valid}
     try:
         leaf = authority.issue_cert(*hosts, **more)

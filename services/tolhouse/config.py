@@ -2,7 +2,7 @@
 
 The field `row_cache_megabytes` of `WorkerConfig` is the option `--row-cache-megabytes` and the
 variable `TOLHOUSE_WORKER_ROW_CACHE_MEGABYTES`. The command line takes precedence. Former names of a
-field (`old`) still work in both. Values are read once, at start.
+field (`old`) still work in both places. Values are read once, at start.
 """
 
 import difflib
@@ -52,7 +52,10 @@ Layers = Annotated[  # numbers, separated by commas
 
 
 def option(default: Any, text: str, *, old: str = "", env: str = "", **bounds: Any) -> Any:
-    """A field with its help. `old`: former names. `env`: variables of other programs, read last."""
+    """Return a field with its help.
+
+    `old` are former names, and `env` are variables of other programs, which are read last.
+    """
     return Field(default, description=text, json_schema_extra={"old": old, "env": env}, **bounds)
 
 
@@ -104,7 +107,10 @@ class Server(Config):
         return self
 
     def server_credentials(self) -> ServerCredentials:
-        """Credentials of the listeners. InvalidArgumentError if options contradict each other."""
+        """Return the credentials of the listeners.
+
+        Raises InvalidArgumentError if options contradict each other.
+        """
         if self.tls_client_ca and not self.tls_cert:
             raise InvalidArgumentError("--tls-client-ca needs --tls-cert and --tls-key")
         tls = self.tls_cert, self.tls_key, self.tls_client_ca
@@ -309,28 +315,28 @@ CONFIGS: tuple[type[Config], ...] = (
     *(BuildConfig, CompressConfig, StoreConfig, TrainConfig, GenerateConfig, FetchConfig),
     *(EvalConfig, ExplainConfig, LookupConfig, CompileConfig, WorkerConfig, GatewayConfig),
 )
-# Prefixes of the commands whose argument CHECKPOINT may come from the environment
+# Prefixes of the commands whose argument CHECKPOINT can be set by a variable.
 CHECKPOINT_PREFIXES = ("BUILD", "COMPRESS", "WORKER", "GATEWAY")
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def flag(field: str) -> str:
-    """The command-line option of a field."""
+    """Return the command-line option of a field."""
     return f"--{field.strip('_').replace('_', '-')}"
 
 
 def names(config: type[Config], field: str) -> list[str]:
-    """The name of a field and its former names."""
+    """Return the name of a field and its former names."""
     return [field, *_extra(config, field, "old")]
 
 
 def variable(config: type[Config], name: str) -> str:
-    """The environment variable of a field with this name."""
+    """Return the environment variable of a field with this name."""
     return f"{PREFIX}{config.prefix}_{name.strip('_').upper()}"
 
 
 def variables() -> set[str]:
-    """Every environment variable that Tolhouse reads."""
+    """Return every environment variable that Tolhouse reads."""
     fields = {v for config in CONFIGS for f in config.model_fields for v in _variables(config, f)}
     return fields | {_COMMIT} | {f"{PREFIX}{prefix}_CHECKPOINT" for prefix in CHECKPOINT_PREFIXES}
 
@@ -345,7 +351,7 @@ def _extra(config: type[Config], field: str, key: str) -> list[str]:
 
 
 def arguments(settings: Config) -> list[str]:
-    """The command-line arguments for all values of `settings` that differ from the defaults."""
+    """Return command-line arguments for all values of `settings` that differ from the defaults."""
     words = []
     for field, value in settings.model_dump(exclude_defaults=True).items():
         words.append(flag(f"no_{field}" if value is False else field))
@@ -355,9 +361,9 @@ def arguments(settings: Config) -> list[str]:
 
 
 def load(config: type[ConfigT], given: dict[str, Any]) -> ConfigT:
-    """The config from `given`, the environment and the defaults, in this order.
+    """Return the config from `given`, the environment and the defaults, in this order.
 
-    InvalidArgumentError for a value that is not allowed, or an unknown variable.
+    Raises InvalidArgumentError if a value is not allowed or a variable is unknown.
     """
     known = variables()
     for name in sorted(os.environ):
@@ -384,25 +390,25 @@ def load(config: type[ConfigT], given: dict[str, Any]) -> ConfigT:
 
 
 def commit() -> str:
-    """The commit of an image; empty outside of images."""
+    """Return the commit that an image was built from, or "" outside of images."""
     return os.environ.get(_COMMIT, "")
 
 
 def set_ray_defaults(*, local: bool) -> None:
     """Set variables that Ray reads on import, unless they are set."""
-    if local:  # else Ray writes a token into the home folder, which may not exist
+    if local:  # otherwise Ray writes a token to the home folder, which may not exist
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
-    # a task without a GPU does not hide GPUs, which silences a warning
+    # Do not hide GPUs from tasks without a GPU. This silences a warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def ray_token() -> str:
-    """The token that Ray sends to a cluster; empty if there is none."""
+    """Return the token that Ray sends to a cluster, or "" if there is none."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         return ""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
-    with suppress(OSError, RuntimeError):  # there is no such file or no home folder
+    with suppress(OSError, RuntimeError):  # the file or the home folder does not exist
         return (
             os.environ.get("RAY_AUTH_TOKEN")
             or Path(path).expanduser().read_text(encoding="utf-8").strip()
@@ -411,5 +417,5 @@ def ray_token() -> str:
 
 
 def set_compiler_folder(folder: str) -> None:
-    """Make the compiler of torch use `folder` for its files instead of a permanent cache."""
+    """Make torch's compiler write its files to `folder` instead of a permanent cache."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder

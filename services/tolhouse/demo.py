@@ -1,4 +1,4 @@
-"""The whole system on one machine: build, serve, complete, and compare with the model."""
+"""The demonstration: build a table, serve it, complete prompts, and compare with the model."""
 
 import json
 import signal
@@ -29,7 +29,7 @@ _WORKER = ("--row-cache-megabytes", "6")  # a tenth of the table
 
 
 def demo(checkpoint_path: Path, max_tokens: int) -> int:
-    """Run the demonstration; returns the exit code."""
+    """Run the demonstration, and return the exit code."""
     checkpoint = open_checkpoint(checkpoint_path)
     tokenizer = checkpoint.tokenizer()
     prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
@@ -39,7 +39,7 @@ def demo(checkpoint_path: Path, max_tokens: int) -> int:
         texts = [_complete(cluster, checkpoint.name, prompt, max_tokens) for prompt in PROMPTS]
         seconds = time.perf_counter() - started
         served = worker.describe_worker()
-        # HTTP responses have no token ids, so these come from the worker
+        # HTTP responses have no token ids, so the worker is called for these.
         tokens = [list(worker.generate(ids, max_tokens)) for ids in prompts]
     click.echo("· comparing with the model in one process, with its FFNs", err=True)
     model = checkpoint.model()
@@ -90,8 +90,11 @@ def serve(checkpoint_path: Path, listen: str) -> None:
 def running(
     checkpoint: Checkpoint, listen: str = "127.0.0.1:0", *, follow: bool = False
 ) -> AbstractContextManager[Cluster]:
-    """The running system with a table of `checkpoint`; `follow`: the worker follows its name."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child processes, too
+    """Build a table of `checkpoint`, and return a context manager that runs the system.
+
+    With `follow`, the worker follows the name of the table to new versions.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the child processes
     click.echo(f"· building the table of {checkpoint.name} with Ray", err=True)
     # With fp32 rows, served tokens equal those of the model in one process.
     options = f"--codec fp32 --store {DEFAULT_STORE} --publish-new --log-level warning".split()
@@ -110,7 +113,7 @@ def running(
 
 
 def _complete(cluster: Cluster, model: str, prompt: str, max_tokens: int) -> str:
-    """The completion of `prompt`, streamed over HTTP and printed as it arrives."""
+    """Stream the completion of `prompt` over HTTP, print it as it arrives, and return it."""
     body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
     data, header = json.dumps({**body, "stream": True}), {"Content-Type": "application/json"}
     url = f"{cluster.url}/completions"

@@ -19,7 +19,10 @@ _BAD_ARCHIVE = (OSError, ValueError, LookupError, EOFError, TypeError, *_BAD_ZIP
 
 
 def token_id(word: str, tokenizer: Tokenizer | None) -> int:
-    """The id of a token, which is a number or, with a tokenizer, a text with or without quotes."""
+    """Return the id of a token, given as a number or, with a tokenizer, as a text.
+
+    The text may be in quotes.
+    """
     if word.isascii() and word.isdecimal():
         return min(int(word[:20]), 2**63 - 1)
     if tokenizer is None:
@@ -37,7 +40,7 @@ def token_id(word: str, tokenizer: Tokenizer | None) -> int:
 
 
 def copy_of(edit: str, tokenizer: Tokenizer | None) -> tuple[int, int]:
-    """The two ids in TOKEN=OTHER, split at the last `=` with a token on both sides."""
+    """Return the two ids in TOKEN=OTHER, split at the last `=` with a token on both sides."""
     errors = [InvalidArgumentError(f"--copy {edit!r} is not TOKEN=OTHER")]
     for at in range(len(edit) - 2, 0, -1):
         if edit[at] == "=":
@@ -49,7 +52,7 @@ def copy_of(edit: str, tokenizer: Tokenizer | None) -> tuple[int, int]:
 
 
 def scale_of(edit: str, tokenizer: Tokenizer | None) -> tuple[int, float]:
-    """The id and the number in TOKEN=FACTOR, split at the last `=`."""
+    """Return the id and the number in TOKEN=FACTOR, split at the last `=`."""
     token, _, value = edit.rpartition("=")
     if not token or not value:
         raise InvalidArgumentError(f"--scale {edit!r} is not TOKEN=FACTOR")
@@ -62,7 +65,7 @@ def scale_of(edit: str, tokenizer: Tokenizer | None) -> tuple[int, float]:
 
 
 def read_rows(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The arrays `ids` [T] and `rows` [T, N, D] of a NumPy archive."""
+    """Return the arrays `ids` [T] and `rows` [T, N, D] of a NumPy archive."""
     try:
         with np.load(file, allow_pickle=False) as archive:
             ids, rows = archive["ids"], archive["rows"]
@@ -88,7 +91,7 @@ def edited_rows(
     scaled: list[tuple[int, float]],
     given: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The changed ids [T] and their new rows [T, N, D].
+    """Return the changed ids [T] and their new rows [T, N, D].
 
     `copies` are (token, other), `scales` are (token, factor), and `given` are ids with their rows.
     """
@@ -113,7 +116,10 @@ def edited_rows(
 
 
 def _finite(rows: np.ndarray) -> np.ndarray:
-    """`rows` as float32; InvalidArgumentError if a value is not finite in float32."""
+    """Return `rows` as float32.
+
+    Raises InvalidArgumentError if a value is not finite in float32.
+    """
     if not (np.abs(rows) <= np.finfo(np.float32).max).all():
         message = "the edited rows hold values that are not finite in 32 bits: give smaller ones"
         raise InvalidArgumentError(message)

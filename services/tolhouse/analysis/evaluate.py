@@ -1,6 +1,9 @@
-"""The inputs of an evaluation: the text, and rows from a table, through a codec, scaled or absent.
+"""The inputs of an evaluation: a text and rows.
 
-Absent layers and scaled rows are the probes of the paper, section 5. `model/losses.py` measures.
+Rows may come from a table, pass through a codec, be scaled or be left out.
+
+Absent layers and scaled rows are the probes of the paper (section 5). `model/losses.py` computes
+the losses.
 """
 
 from collections.abc import Iterable
@@ -20,7 +23,9 @@ from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_
 
 
 def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -> np.ndarray:
-    """The first `most_tokens` ids, int64 [T], of a text. The default is the held-out text.
+    """Return the first `most_tokens` token ids of a text, int64 [T].
+
+    The default text is the held-out text.
 
     An end-of-text token separates files. The held-out part of the standard library is split into
     pieces as in training, and each piece has an end-of-text token.
@@ -50,7 +55,9 @@ def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -
 def table_rows(
     checkpoint: Checkpoint, url: str, table: str, credentials: ClientCredentials | None = None
 ) -> np.ndarray:
-    """All rows of a table of this checkpoint, float32 [V, N, D], after X0 if the table has it.
+    """Return all rows of a table of this checkpoint, float32 [V, N, D].
+
+    X0 comes first if the table has it.
 
     The rows of layers that the table lacks are zero.
     """
@@ -72,16 +79,19 @@ def table_rows(
 
 
 def through(name: str, rows: np.ndarray) -> np.ndarray:
-    """Rows after encoding and decoding with a codec."""
+    """Encode and decode rows with a codec."""
     return codec(name).decode(codec(name).encode(rows)).astype(np.float32)
 
 
 def probed(
     rows: np.ndarray, row_scale: float = 1, absent_layers: Iterable[int] = (), x0: int = 0
 ) -> RowsOf:
-    """`rows` [V, N, D] times `row_scale`, without `absent_layers`. The first `x0` blocks stay."""
+    """Return `rows` [V, N, D] times `row_scale`, with zeros for `absent_layers`.
+
+    The first `x0` blocks are unchanged.
+    """
     count = rows.shape[1] - x0
-    SamplingParams(row_scale=row_scale)  # has the same bounds
+    SamplingParams(row_scale=row_scale)  # checks the bounds
     if bad := [layer for layer in absent_layers if not 0 <= layer < count]:
         layers = f"0 to {count - 1}" if count > 1 else "one row for all layers"
         raise InvalidArgumentError(

@@ -1,8 +1,8 @@
-"""What the memory of a model holds for a token: row norms, strongest keys, nearest rows.
+"""Explains the memory of a model by token: row norms, strongest keys and nearest rows.
 
-A key of a layer is one of FFN-M's K hidden units. Its coefficient for a token is SiLU(gate) * up,
-the factor of its value (a column of down_proj) in the row (PAPER section 2). Two tokens are near
-when the cosine of their rows, all layers joined, is high.
+A key of a layer is one of FFN-M's K hidden units. Its coefficient for a token is SiLU(gate) * up.
+The row is the sum of the values (the columns of down_proj) times their coefficients (paper,
+section 2). Two tokens are near if the cosine of their rows, with all layers joined, is high.
 """
 
 from typing import Any, cast
@@ -28,11 +28,13 @@ _SHARERS = 4  # tokens shown for a key
 def explain_text(
     checkpoint: Checkpoint, text: str, keys: int, neighbours: int, rows: np.ndarray | None = None
 ) -> list[dict[str, Any]]:
-    """For each distinct token of `text`: id, token, norms and strongest keys by layer, nearest.
+    """Return id, text, norms, strongest keys and nearest tokens of each distinct token of `text`.
 
-    `keys` and `neighbours` limit the two lists. Norms and nearest tokens are those of the model's
-    rows, or of the table rows `rows`: [V, N, D], or [V, 1 + N, D] with X0 first.
-    InvalidArgumentError if the text is empty.
+    Norms and keys are listed by layer. `keys` and `neighbours` limit the numbers of keys and of
+    nearest tokens. Norms and nearest tokens are computed from the model's rows, or from the table
+    rows `rows`: [V, N, D], or [V, 1 + N, D] with X0 first.
+
+    Raises InvalidArgumentError if the text is empty.
     """
     model, config = MemoryLLM(checkpoint).model, checkpoint.config
     tokenizer = checkpoint.tokenizer()
@@ -74,7 +76,10 @@ def explain_text(
 
 
 def coefficients(model: Transformer, layer: int, ids_T: Tensor | None = None) -> Tensor:
-    """Key coefficients [T, K] of one layer. Without `ids_T`, T is the whole vocabulary."""
+    """Return the key coefficients [T, K] of one layer.
+
+    Without `ids_T`, T is the size of the vocabulary.
+    """
     ids_T = torch.arange(model.config.vocab_size) if ids_T is None else ids_T
     ffn = cast("ContextFreeFFN", model.ffn_m[layer])
     parts = [ffn.norm(model.x0(part)) for part in ids_T.split(_BATCH_TOKENS)]
@@ -82,7 +87,7 @@ def coefficients(model: Transformer, layer: int, ids_T: Tensor | None = None) ->
 
 
 def shared_by(model: Transformer, layer: int, keys_TK: Tensor, count: int) -> Tensor:
-    """The `count` tokens with the largest coefficients of each key: [T, K, count]."""
+    """Return the `count` tokens with the largest coefficients of each key: [T, K, count]."""
     unique, index_TK = keys_TK.unique(return_inverse=True)
     parts = torch.arange(model.config.vocab_size).split(_BATCH_TOKENS)
     c_VU = torch.cat([coefficients(model, layer, part)[:, unique].abs() for part in parts])
@@ -91,7 +96,7 @@ def shared_by(model: Transformer, layer: int, keys_TK: Tensor, count: int) -> Te
 
 @torch.inference_mode()
 def explorer(checkpoint: Checkpoint, keys: int = 3, neighbours: int = 5) -> dict[str, np.ndarray]:
-    """The arrays of a memory file: `explain_text` for the whole vocabulary.
+    """Return the arrays of a memory file, which holds `explain_text` for the whole vocabulary.
 
     `tolhouse.gateway.explorer.data.MemoryFile` describes their shapes.
     """
@@ -118,7 +123,7 @@ def explorer(checkpoint: Checkpoint, keys: int = 3, neighbours: int = 5) -> dict
 
 
 def nearest(rows: RowsOf, vocab_size: int, ids_T: Tensor, count: int) -> torch.return_types.topk:
-    """For each of `ids_T`, the `count` other tokens with the highest cosine between rows."""
+    """Return for each of `ids_T` the `count` other tokens with the highest cosine between rows."""
 
     def directions(part_U: Tensor) -> Tensor:
         return F.normalize(rows(part_U).transpose(0, 1).flatten(1), dim=-1)
@@ -130,7 +135,7 @@ def nearest(rows: RowsOf, vocab_size: int, ids_T: Tensor, count: int) -> torch.r
 
 
 def table_of(found: list[dict[str, Any]]) -> str:
-    """`explain_text`'s result as text for a terminal."""
+    """Format the result of `explain_text` for a terminal."""
     lines = []
     for entry in found:
         lines.append(f"{entry['token']!r} (id {entry['id']})")

@@ -1,4 +1,4 @@
-"""A survey and explained tokens as one self-contained HTML file with its plots."""
+"""Writes a survey and explained tokens as one self-contained HTML file with plots."""
 
 import io
 from collections.abc import Iterator
@@ -50,8 +50,9 @@ with all rows it is {{ "%.3f"|format(probes.perplexity) }}.</p>
 
 
 def report(found: dict[str, Any], tokens: list[dict[str, Any]]) -> str:
-    """The report as HTML. `found` is the result of `survey`; `tokens`, which may be empty, is the
-    result of `explain_text`.
+    """Return the report as HTML.
+
+    `found` is the result of `survey`. `tokens` is the result of `explain_text`, or empty.
     """
     layers, probes, plots = found["layers"], found.get("probes"), list[dict[str, str]]()
     numbers = [entry["layer"] for entry in layers]

@@ -1,4 +1,4 @@
-"""A survey of a model's memory, layer by layer, with the measures of the paper, section 5."""
+"""Surveys the memory of a model layer by layer, with the measures of the paper (section 5)."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from tolhouse.model.tokenizer import TokenTexts
 from tolhouse.sources.memoryllm import MemoryLLM
 
 OUTLIER = 6.0
-_BAR: Any = {"leave": False, "dynamic_ncols": True, "disable": None}  # only on a terminal
+_BAR: Any = {"leave": False, "dynamic_ncols": True, "disable": None}  # shown on a terminal only
 SCALES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25)
 DEFINITIONS = {
     "source": "measures follow section 5 of the MemoryLLM paper (arXiv 2602.00398), "
@@ -34,7 +34,7 @@ DEFINITIONS = {
     "that with the rows as they are",
 }
 _ROUNDS = 12
-_SHOWN_TOKENS = 8  # for each cluster
+_SHOWN_TOKENS = 8  # shown for each cluster
 _SHOWN_CLUSTERS, _PRINTED_CLUSTERS = 12, 4
 _BATCH_TOKENS = 2048
 
@@ -43,10 +43,10 @@ _BATCH_TOKENS = 2048
 def survey(
     checkpoint: Checkpoint, clusters: int, probe_tokens: int, rows: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """Measure all of DEFINITIONS, for the rows of the model or for `rows` [V, N, D] of a table.
+    """Compute all measures of DEFINITIONS for the rows of the model, or for `rows` [V, N, D].
 
-    The rows of a table may begin with X0. The probes read the first tokens of the default text; 0
-    tokens skip the probes.
+    `rows` are those of a table and may begin with X0. The probes read the first tokens of the
+    default text, and 0 tokens skip the probes.
     """
     source, config = MemoryLLM(checkpoint), checkpoint.config
     if probe_tokens == 1:
@@ -97,7 +97,7 @@ def survey(
 
 
 def k_means(x_VK: Tensor, clusters: int, seed: int = 0) -> tuple[Tensor, float]:
-    """Cluster numbers [V] of unit vectors, and the share of their variance that is explained."""
+    """Return the cluster numbers [V] of unit vectors, and the explained share of their variance."""
     start = torch.randperm(len(x_VK), generator=torch.Generator().manual_seed(seed))[:clusters]
     centres_CK = x_VK[start]
     for _ in range(_ROUNDS):
@@ -113,7 +113,7 @@ def k_means(x_VK: Tensor, clusters: int, seed: int = 0) -> tuple[Tensor, float]:
 
 
 def _described(cluster_V: np.ndarray, counts: np.ndarray, tokenizer: Any) -> list[dict[str, Any]]:
-    """Clusters by their frequency in text, each with its most frequent tokens."""
+    """Return the clusters by their frequency in text, each with its most frequent tokens."""
     share = np.bincount(cluster_V, weights=counts) / max(1, counts.sum())
     described, texts = [], TokenTexts(tokenizer)
     for number in np.argsort(-share)[:_SHOWN_CLUSTERS].tolist():
@@ -126,7 +126,7 @@ def _described(cluster_V: np.ndarray, counts: np.ndarray, tokenizer: Any) -> lis
 
 
 def summary(found: dict[str, Any]) -> str:
-    """The result of `survey` as text for a terminal."""
+    """Format the result of `survey` for a terminal."""
     lines = [f"{found['checkpoint']}: {found['kind']}, {found['vocab_size']} tokens"]
     lines.append("  layer  mean norm  clustering  outliers  rank for 90%")
     for e in found["layers"]:

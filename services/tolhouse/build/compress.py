@@ -1,4 +1,4 @@
-"""Compression of tables: low rank by a weighted SVD, and a finer codec for frequent tokens.
+"""Compresses tables by a weighted SVD of low rank and by a finer codec for frequent tokens.
 
 The paper quantises rows, and truncates each layer to the same rank by a plain SVD (section 2). This
 module weights the error of a row by the frequency of its token in text, chooses the rank of each
@@ -31,8 +31,8 @@ class Scheme:
     """How to compress a table. Without `rank` and `ratio`, rows keep their full rank."""
 
     codec: str
-    rank: float = 0.0  # coefficients kept, as a share of all values of all layers; 0: all
-    ratio: float = 0.0  # bytes at 16 bits over stored bytes; replaces `rank`
+    rank: float = 0.0  # kept coefficients, as a share of all values of all layers; 0: all
+    ratio: float = 0.0  # bytes at 16 bits divided by stored bytes; replaces `rank`
     frequent: int = 0  # the number of tokens with rows in the finer codec
     frequent_codec: str = "int8"
 
@@ -48,7 +48,10 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Compressed:
-    """Manifests and records that are not stored yet. The auxiliary tables precede the table."""
+    """A compressed table that is not stored yet.
+
+    `tables` has manifests and records of the auxiliary tables, then of the table itself.
+    """
 
     tables: tuple[tuple[Manifest, np.ndarray], ...]
 
@@ -61,14 +64,17 @@ class Compressed:
         return sum(manifest.table_bytes for manifest, _ in self.tables)
 
     def rows(self) -> np.ndarray:
-        """The rows, float32 [V, N, D], as a reader decodes them from the table."""
+        """Return the rows, float32 [V, N, D], as a reader decodes them from the table."""
         by_ref = {manifest.ref: (manifest, records) for manifest, records in self.tables}
         auxiliary = load_auxiliary(self.manifest, by_ref.__getitem__)
         ids = np.arange(self.manifest.vocab_size, dtype=np.uint32)
         return auxiliary.decode(ids, self.tables[-1][1]).astype(np.float32)
 
     def store(self, store: Store) -> Manifest:
-        """Write all tables. InUseError if the version exists with another number of shards."""
+        """Write all tables.
+
+        Raises InUseError if the version exists with another number of shards.
+        """
         refuse_another(store, self.manifest)
         for m, records in self.tables:
             made = write_table([store], m, lambda k, m=m, r=records: r[m.shard_ids(k)])  # type: ignore[misc]
@@ -76,7 +82,7 @@ class Compressed:
 
 
 def bytes_at_16_bit(manifest: Manifest) -> int:
-    """The bytes of a table of the same rows at 16 bits, including checksums."""
+    """Return the bytes of a table of the same rows at 16 bits, including checksums."""
     return manifest.vocab_size * (manifest.num_blocks * manifest.width * 2 + 8)
 
 
@@ -110,8 +116,8 @@ def compress(
 ) -> Compressed:
     """Compress `rows` [V, N, D] of the table `planned`; `counts` are token frequencies in text.
 
-    There is no basis if the codec alone reaches the ratio, or if every layer would keep its full
-    rank. Frequent rows are then stored only if their codec is finer.
+    The result has no basis if the codec alone reaches the ratio, or if every layer would keep its
+    full rank. In that case, frequent rows are stored only if their codec is finer.
     """
     check(planned, scheme)
     vocabulary, blocks, size = rows.shape
@@ -137,7 +143,7 @@ def compress(
             manifest, records = _table(planned, exact, BASIS_CODEC, "basis", blocks=("basis",))
             basis = Basis.of(
                 manifest.decode(records).astype(np.float32), ranks
-            )  # as readers decode it
+            )  # the basis that readers decode
             auxiliary, own = [(manifest, records)], basis.coefficients(rows)
             fields = {"ranks": ranks, "basis": manifest.ref}
     if frequent and (auxiliary or scheme.finer):
@@ -151,7 +157,10 @@ def compress(
 def _table(
     planned: Manifest, rows: Any, codec_name: str, part: str = "", **fields: Any
 ) -> tuple[Manifest, np.ndarray]:
-    """A table like `planned`, or an auxiliary table of it, with its content version and records."""
+    """Return the manifest and the records of a table like `planned`, or of an auxiliary table.
+
+    The version is the id of its contents.
+    """
     arrays = [np.asarray(r, np.float32) for r in (rows if isinstance(rows, list) else [rows])]
     if part:
         name = f"{planned.name[: 63 - len(part)]}.{part}"
@@ -164,8 +173,9 @@ def _table(
 
 
 def _components(rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The weighted mean [D] of rows [V, D], the energies [D] in descending order, and the
-    directions [D, D].
+    """Return the weighted mean [D], the energies [D] and the directions [D, D] of rows [V, D].
+
+    The energies are in descending order.
     """
     share = weights / weights.sum()
     mean = share @ rows
@@ -176,9 +186,9 @@ def _components(rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _ranks(planned: Manifest, scheme: Scheme, energies: list[np.ndarray]) -> tuple[int, ...]:
-    """The rank of each layer, at least 1: the number of energies above a common threshold.
+    """Return the rank of each layer, which is the number of energies above a common threshold.
 
-    The threshold follows from the rank or the ratio of the scheme.
+    A rank is at least 1. The threshold follows from the rank or the ratio of the scheme.
     """
     size, x0 = planned.width, planned.has_x0
     if x0:  # X0 keeps its full rank, because every layer reads it
@@ -203,7 +213,7 @@ def _least_ranks(planned: Manifest) -> tuple[int, ...]:
 
 
 def _bytes(planned: Manifest, scheme: Scheme, ranks: tuple[int, ...] = ()) -> int:
-    """The bytes of a table with its frequent rows and, with `ranks`, its basis."""
+    """Return the bytes of a table with its frequent rows and, with `ranks`, its basis."""
     table = replace(planned, codec_name=scheme.codec)
     size = replace(planned, codec_name=scheme.frequent_codec).record_bytes * scheme.frequent
     if not ranks:
@@ -214,7 +224,10 @@ def _bytes(planned: Manifest, scheme: Scheme, ranks: tuple[int, ...] = ()) -> in
 
 
 def _suffices(planned: Manifest, scheme: Scheme) -> bool:
-    """Whether rows keep their full rank: by request, or because the codec alone is small enough."""
+    """Return whether rows keep their full rank.
+
+    They do by request, or because the codec alone makes the table small enough.
+    """
     if scheme.ratio:
         plain = scheme if scheme.finer else replace(scheme, frequent=0)
         return _bytes(planned, plain) <= bytes_at_16_bit(planned) / scheme.ratio

@@ -1,4 +1,4 @@
-"""The build: Ray tasks of a few shards each, a check against the model, and the manifest.
+"""Builds a table: Ray tasks of a few shards each, a check against the model, and the manifest.
 
 A killed job leaves complete shards and no manifest, and the next job keeps these shards. Ray runs a
 killed task again on another node.
@@ -45,11 +45,11 @@ from tolhouse.table.codecs import codec
 from tolhouse.table.manifest import MAX_FREQUENT, Manifest, check_name, content_id
 from tolhouse.train.corpus import documents, is_held_out, standard_library
 
-_OBJECT_STORE_BYTES = 80 << 20  # tasks return only digests
+_OBJECT_STORE_BYTES = 80 << 20  # small, because tasks return only digests
 _CONNECT_SECONDS = 5
 _START_TRIES = 3
-_LOOK_SECONDS = 1.0  # between checks for new nodes of the cluster
-_SAMPLE_CHARS = 4_000_000  # counted, evenly over all documents; takes a few seconds
+_LOOK_SECONDS = 1.0  # the pause between checks for new nodes of the cluster
+_SAMPLE_CHARS = 4_000_000  # counted in a few seconds, evenly over all documents
 _MOST_SHARDS_A_TASK = 8
 _RETRIED = [UnavailableError, errors.DeadlineExceededError]
 
@@ -63,7 +63,10 @@ def plan(
     embedding: str = "auto",
     absent: Iterable[int] = (),
 ) -> Manifest:
-    """The manifest of the table to build, without digests. `embedding` is auto, yes or no."""
+    """Return the manifest of the table to build, without digests.
+
+    `embedding` is auto, yes or no.
+    """
     source = MemoryLLM(checkpoint, select_blocks(checkpoint, embedding, absent))
     size = source.vocab_size
     if num_shards > size:
@@ -103,7 +106,7 @@ def count_tokens(tokenizer: Tokenizer, corpus: str, vocab_size: int) -> Counter[
 
 
 def with_frequent(checkpoint: Checkpoint, planned: Manifest, corpus: str) -> Manifest:
-    """The planned table with its frequent tokens, as counted by `count_tokens`."""
+    """Return the planned table with the frequent tokens that `count_tokens` finds."""
     counts = count_tokens(checkpoint.tokenizer(), corpus, planned.vocab_size)
     frequent = sorted(counts, key=lambda i: (-counts[i], i))[:MAX_FREQUENT]
     return replace(planned, frequent=tuple(frequent))
@@ -112,7 +115,7 @@ def with_frequent(checkpoint: Checkpoint, planned: Manifest, corpus: str) -> Man
 def build_shards(
     checkpoint: str, manifest: Manifest, shards: list[int], stores: tuple[str, ...], timeout: float
 ) -> list[tuple[str, bool]]:
-    """Write shards to every store; returns their digests and whether each was computed."""
+    """Write shards to every store. Return their digests and whether each was computed."""
 
     def compute(shard: int) -> np.ndarray:
         ids = manifest.shard_ids(shard)
@@ -125,8 +128,11 @@ def build_shards(
 
 
 def verify(checkpoint: str, manifest: Manifest, url: str, ids: np.ndarray, timeout: float) -> None:
-    """CorruptError unless the store has a row per token, MismatchError unless `ids` have the
-    model's."""
+    """Compare the rows of `ids` in a store with the rows of the model.
+
+    Raises CorruptError unless the store has a row for each token, and MismatchError if a row
+    differs.
+    """
     store, codec = _store(url, timeout), manifest.codec
     counted = sum(store.count(manifest, shard) for shard in range(manifest.num_shards))
     if counted != manifest.num_records:
@@ -135,7 +141,7 @@ def verify(checkpoint: str, manifest: Manifest, url: str, ids: np.ndarray, timeo
         )
     stored = store.rows(manifest, ids)
     fresh = source_of(checkpoint, manifest.model_id, manifest.blocks).rows(ids)
-    # computed elsewhere, in another order of additions, a row differs in the last bits of float32
+    # On another machine the order of additions may differ, and with it the last bits of float32.
     largest = np.abs(fresh).max(axis=-1, keepdims=True)
     allowed = (codec.relative_error + 1e-5) * largest + codec.step + 1e-12
     wrong = np.flatnonzero((np.abs(stored - fresh) > allowed).any(axis=(1, 2)))
@@ -149,9 +155,9 @@ _store = lru_cache(maxsize=4)(open_store)
 
 @lru_cache(maxsize=1)
 def source_of(checkpoint: str, model_id: str, blocks: tuple[str, ...]) -> MemoryLLM:
-    """The source model of a checkpoint, loaded once per process.
+    """Return the source model of a checkpoint, loaded once per process.
 
-    MismatchError if the checkpoint has changed.
+    Raises MismatchError if the checkpoint has changed.
     """
     opened = open_checkpoint(checkpoint)
     if opened.model_id() != model_id:
@@ -160,7 +166,7 @@ def source_of(checkpoint: str, model_id: str, blocks: tuple[str, ...]) -> Memory
 
 
 def find_whole(stores: Sequence[Store], planned: Manifest) -> Manifest | None:
-    """The manifest of the planned table if every store has the complete table, else None.
+    """Return the manifest of the planned table if every store has the complete table, else None.
 
     A plan without frequent tokens matches a table with any.
     """
@@ -234,7 +240,7 @@ def build(
 
 
 def _get(ray: Any, reference: Any) -> Any:
-    """The result of a task, or the error that the task raised."""
+    """Return the result of a task, or raise the error of the task."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -249,7 +255,10 @@ def _get(ray: Any, reference: Any) -> Any:
 
 @contextmanager
 def _ray(address: str, wait_seconds: float) -> Iterator[Any]:
-    """Ray, connected to a cluster. Its errors are UnavailableError, its messages go to stderr."""
+    """Connect Ray to a cluster for the block.
+
+    Errors of Ray become UnavailableError, and its messages go to stderr.
+    """
     if ":" in address:
         _check_cluster(address)
     set_ray_defaults(local=address == "local")
@@ -257,7 +266,7 @@ def _ray(address: str, wait_seconds: float) -> Iterator[Any]:
         import ray
         import ray.exceptions
 
-        if ray.is_initialized():  # by the calling program
+        if ray.is_initialized():  # the calling program has connected Ray
             yield ray
             return
         try:
@@ -275,9 +284,9 @@ def _ray(address: str, wait_seconds: float) -> Iterator[Any]:
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Send what this process and its children write on stdout to stderr.
+    """Redirect stdout of this process and its children to stderr.
 
-    Ray writes messages to stdout, also from C++; scripts read the table's name there.
+    Ray writes messages to stdout, also from C++, but scripts read the table's name from stdout.
     """
     sys.stdout.flush()
     kept = os.dup(1)
@@ -291,21 +300,23 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 
 def _raised_by_ray(error: BaseException) -> bool:
-    """Whether code of Ray raised an error, of whatever class."""
+    """Return whether code of Ray raised an error of any class."""
     frames = list(traceback.walk_tb(error.__traceback__))
     names = str(frames[-1][0].f_globals.get("__name__")), type(error).__module__
     return any(name.partition(".")[0] == "ray" for name in names)
 
 
 def _line(error: BaseException) -> str:
-    """An error's message in one line."""
+    """Return an error's message in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _check_cluster(address: str) -> None:
-    """UnavailableError if nothing answers at HOST:PORT; UnauthenticatedError for a wrong token.
+    """Check that a cluster answers at HOST:PORT and accepts the token.
 
-    Ray itself would retry for half a minute and report neither.
+    Raises UnavailableError or UnauthenticatedError.
+
+    Ray itself retries for half a minute and reports neither problem.
     """
     host, port = split_address(address.removeprefix("ray://"))
     try:
@@ -322,7 +333,7 @@ def _check_cluster(address: str) -> None:
             call(b"", timeout=_CONNECT_SECONDS, metadata=metadata)
         except (
             grpc.RpcError
-        ) as error:  # other errors: it may use TLS or the protocol of Ray's client
+        ) as error:  # after other errors: the address may use TLS or the protocol of Ray's client
             if error.code() != grpc.StatusCode.UNAUTHENTICATED:
                 return
             wanted = "another token" if token else "a token"
@@ -333,7 +344,10 @@ def _check_cluster(address: str) -> None:
 
 
 def _start(ray: Any, address: str) -> None:
-    """Connect to a cluster or start one here; UnavailableError with Ray's reason if that fails."""
+    """Connect to a cluster, or start one on this machine.
+
+    Raises UnavailableError with Ray's reason if that fails.
+    """
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     local, problem = address == "local", f"no Ray cluster at {address!r}"
     if local:
@@ -342,7 +356,7 @@ def _start(ray: Any, address: str) -> None:
     for tries_left in reversed(range(_START_TRIES if local else 1)):
         try:
             ray.init(address=address, **options)
-        except Exception as error:  # noqa: BLE001 - Ray raises that if a node starts slowly
+        except Exception as error:  # noqa: BLE001 - Ray raises this class if a node starts slowly
             ray.shutdown()
             reason = f"{problem}: {_line(error)}"
             if not tries_left:
@@ -353,7 +367,10 @@ def _start(ray: Any, address: str) -> None:
 
 
 def _wait_for_core(ray: Any, address: str, seconds: float) -> None:
-    """Wait for a free core of the cluster; UnavailableError after `seconds`."""
+    """Wait for a free core of the cluster.
+
+    Raises UnavailableError after `seconds`.
+    """
     deadline = time.monotonic() + seconds
     while ray.available_resources().get("CPU", 0) < 1:
         if time.monotonic() >= deadline:

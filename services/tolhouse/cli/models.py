@@ -113,7 +113,10 @@ def _table_rows(checkpoint: Any, settings: config.LookConfig) -> Any:
 
 
 def _exact_and_other_rows(checkpoint: Any, settings: config.EvalConfig) -> Any:
-    """Functions from ids to the model's own rows and to other rows; None without other rows."""
+    """Return functions from ids to the model's own rows and to the other rows.
+
+    The result is None if the options ask for no other rows.
+    """
     from tolhouse.analysis.evaluate import probed, through
     from tolhouse.sources.memoryllm import MemoryLLM
 
@@ -194,8 +197,9 @@ def explain(settings: config.ExplainConfig, checkpoint: Path, text: str | None) 
     from tolhouse.model.checkpoint import open_checkpoint
 
     html, keys, neighbours = settings.html, settings.keys, settings.neighbours
+    # Try to write before the computation. Permission bits do not show that /proc is read-only.
     for file in filter(None, (html, settings.explorer)):
-        try:  # before the computation; permission bits do not show that /proc is read-only
+        try:
             if file.is_dir():
                 raise InvalidArgumentError(f"{file} is a folder: give the name of a file")
             if file.is_file() or not file.exists():

@@ -1,4 +1,4 @@
-"""What commands share: one-line errors, options from configs, and lists of stores."""
+"""Code that the commands share: one-line errors, options from configs, and lists of stores."""
 
 import io
 import os
@@ -20,7 +20,7 @@ from tolhouse.extras import installation_hint
 from tolhouse.logs import event, printable, start_logging
 from tolhouse.store.base import require_private
 
-_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&]password=")  # in a URL
+_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&]password=")  # a password in a URL
 # The extra that installs all packages of a command. Other commands need `store` for Redis, and
 # `model` for tokens as text.
 COMMAND_EXTRAS = {
@@ -39,11 +39,11 @@ class Commands(click.Group):
     """A group whose commands print an error as one line on stderr, without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of use, not of the alphabet
+        return list(self.commands)  # in the order of use, not in alphabetical order
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # its encoding may lack characters
+            if isinstance(stream, io.TextIOWrapper):  # the encoding may lack characters
                 stream.reconfigure(errors="backslashreplace")
         try:
             return super().main(*args, **kwargs)
@@ -107,7 +107,10 @@ def options(kind: type[config.Config]) -> Callable:
 
 @contextmanager
 def _options_named() -> Iterator[None]:
-    """Name options in error messages: the library names its arguments, in backticks."""
+    """Replace arguments by options in error messages.
+
+    The library names its arguments in backticks.
+    """
     try:
         yield
     except TolhouseError as error:
@@ -119,7 +122,10 @@ def _options_named() -> Iterator[None]:
 
 
 def _option(name: str, annotation: Any, **more: Any) -> Callable:
-    """An option whose value pydantic parses. click shows its type and checks choices."""
+    """Return an option with a value that pydantic parses.
+
+    click shows the type and checks choices.
+    """
     flag, parts = config.flag(name), (annotation, *typing.get_args(annotation))
     choices = next((typing.get_args(p) for p in parts if typing.get_origin(p) is Literal), None)
     if bool in parts:
@@ -132,24 +138,28 @@ def _option(name: str, annotation: Any, **more: Any) -> Callable:
 
 
 def checkpoint_argument(prefix: str = "") -> Callable:
-    """The argument CHECKPOINT; with a prefix, a variable can set it."""
+    """Return the argument CHECKPOINT. With `prefix`, an environment variable can set it."""
     variable = f"{config.PREFIX}{prefix}_CHECKPOINT" if prefix else None
     return click.argument("checkpoint", envvar=variable, type=Path)
 
 
 def split_urls(urls: str) -> list[str]:
-    """The URLs of stores, separated by commas."""
+    """Split a list of URLs of stores at its commas."""
     return [url.strip() for url in re.split(r",(?=\s*\w+://)", urls) if url.strip()]
 
 
 def stores_of(settings: config.StoreConfig | config.LookupConfig) -> tuple[str, ...]:
-    """The URLs in --store; InvalidArgumentError if there is none, or for remote plaintext."""
+    """Return the URLs in --store.
+
+    Raises InvalidArgumentError if there is none, or if a store would be called in plaintext over
+    the network.
+    """
     urls = split_urls(settings.store)
     if not urls:
         raise InvalidArgumentError(f"no store given: {config.STORES}")
     for url in urls:
         require_private(url, insecure=settings.insecure)
-    # Ray's processes have other working directories, so relative paths become absolute
+    # Paths become absolute, because Ray's processes have other working directories.
     return tuple(
         f"file://{Path(url[7:]).absolute()}" if url.startswith("file://") and url[7:] else url
         for url in dict.fromkeys(urls)

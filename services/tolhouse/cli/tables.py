@@ -121,7 +121,10 @@ def _stores(settings: config.StoreConfig) -> Iterator[Store]:
 
 
 def _own_auxiliary(manifest: Manifest) -> tuple[str, ...]:
-    """The auxiliary tables of the table itself: an overlay shares the others with its parent."""
+    """Return the auxiliary tables that belong to the table itself.
+
+    An overlay shares the others with its parent.
+    """
     return tuple(ref for ref in manifest.auxiliary if not manifest.parent or ref == manifest.edits)
 
 

@@ -1,7 +1,7 @@
 """`AsyncClient`: the calls of `Client` for asyncio.
 
-Completions are streams of grpc.aio. Every other call is a call of `Client` in a thread of its own:
-it does not block the event loop, and a process may exit while it runs.
+Completions are streams of grpc.aio. Every other call runs the method of `Client` in a daemon
+thread. It therefore does not block the event loop, and the process may exit while it runs.
 """
 
 import asyncio
@@ -29,12 +29,12 @@ from tolhouse.table.manifest import Manifest
 
 T = TypeVar("T")
 P = ParamSpec("P")
-MAX_THREADS = 64  # calls at a time; more wait
+MAX_THREADS = 64  # concurrent calls; further calls wait
 
 
 @dataclass
 class _OfLoop:
-    """What belongs to one event loop."""
+    """The channels and the thread limit of one event loop."""
 
     loop: AbstractEventLoop
     pid: int = field(default_factory=os.getpid)
@@ -46,13 +46,13 @@ class AsyncClient:
     """`Client` for asyncio: the same methods, arguments and errors.
 
     The constructor checks its arguments, and the first call connects. Cancelling a task cancels
-    its call. A call to Redis or to files that was cancelled may use its thread until `timeout`.
+    its call. A cancelled call to Redis or to files may occupy its thread until `timeout`.
 
     Args:
-        target: As of `Client`.
-        timeout: As of `Client`.
-        credentials: As of `Client`.
-        options: As of `Client`.
+        target: The same as for `Client`.
+        timeout: The same as for `Client`.
+        credentials: The same as for `Client`.
+        options: The same as for `Client`.
 
     Example:
         ```python
@@ -107,7 +107,7 @@ class AsyncClient:
                 await channel.close()
 
     async def tables(self, *, timeout: float | None = None) -> list[TableInfo]:
-        """List every table of the row source, as `Client.tables`.
+        """List every table of the row source, as `Client.tables` does.
 
         Example:
             ```python
@@ -117,7 +117,7 @@ class AsyncClient:
         return await self._run(self._connection.tables, timeout)
 
     async def describe(self, table: str, *, timeout: float | None = None) -> Manifest:
-        """Read the manifest of a table, as `Client.describe`.
+        """Read the manifest of a table, as `Client.describe` does.
 
         Example:
             ```python
@@ -133,7 +133,7 @@ class AsyncClient:
         *,
         timeout: float | None = None,
     ) -> np.ndarray:
-        """Fetch the rows [T, N, D] of T token ids, as `Client.fetch`.
+        """Fetch the rows [T, N, D] of T token ids, as `Client.fetch` does.
 
         Example:
             ```python
@@ -150,7 +150,7 @@ class AsyncClient:
         timeout: float | None = None,
         **sampling: Any,
     ) -> AsyncGenerator[int, None]:
-        """Generate a completion, and yield its token ids as they come, as `Client.generate`.
+        """Generate a completion, and yield its token ids as they arrive, as `Client.generate` does.
 
         Example:
             ```python
@@ -168,7 +168,7 @@ class AsyncClient:
         timeout: float | None = None,
         **sampling: Any,
     ) -> AsyncGenerator[GenerateOutput, None]:
-        """Generate a completion, and yield its parts, as `Client.replies`.
+        """Generate a completion, and yield its parts, as `Client.replies` does.
 
         Example:
             ```python
@@ -180,7 +180,7 @@ class AsyncClient:
         return self._stream(generation)
 
     async def describe_worker(self, *, timeout: float | None = None) -> WorkerInfo:
-        """Describe the worker, as `Client.describe_worker`.
+        """Describe the worker, as `Client.describe_worker` does.
 
         Example:
             ```python
@@ -227,14 +227,14 @@ async def _in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
         if error:
             done.set_exception(error)
         else:
-            done.set_result(result)  # type: ignore[arg-type]  # without an error it is a T
+            done.set_result(result)  # type: ignore[arg-type]  # a T if there is no error
 
     def run() -> None:
         result, error = None, None
         try:
             with cancellation.active():
                 result = work(*args, **kwargs)
-        except BaseException as failure:  # noqa: BLE001 - the task raises it
+        except BaseException as failure:  # noqa: BLE001 - the task raises the error
             error = failure
         with suppress(RuntimeError):  # the event loop has ended
             loop.call_soon_threadsafe(finish, result, error)

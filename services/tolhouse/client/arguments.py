@@ -1,4 +1,4 @@
-"""Checks of the SDK's arguments. Each raises InvalidArgumentError with what is allowed."""
+"""Checks the SDK's arguments. The InvalidArgumentError says what is allowed."""
 
 import difflib
 import os
@@ -19,7 +19,7 @@ _ID_LIMIT = 2**32
 
 
 def token_ids(ids: npt.ArrayLike | Iterable[int]) -> np.ndarray:
-    """Token ids as an array.
+    """Check token ids and return them as an array.
 
     Args:
         ids: A list, tuple, range, generator, NumPy array or tensor of whole numbers.
@@ -60,7 +60,7 @@ def _out_of_range(low: int, high: int) -> InvalidArgumentError:
 
 
 def timeout_seconds(timeout: object) -> float:
-    """A time limit in seconds."""
+    """Check a time limit and return its seconds."""
     number = isinstance(timeout, Real) and not isinstance(timeout, bool)
     if not number or not 0 < float(timeout) <= MAX_TIMEOUT:  # type: ignore[arg-type] # a Real
         allowed = f"a number of seconds above 0 and at most {MAX_TIMEOUT:,.0f}"
@@ -69,12 +69,12 @@ def timeout_seconds(timeout: object) -> float:
 
 
 def optional_timeout(timeout: object) -> float | None:
-    """A time limit in seconds, or None."""
+    """Check a time limit, which may be None, and return its seconds."""
     return None if timeout is None else timeout_seconds(timeout)
 
 
 def check_names(given: Iterable[str], allowed: Iterable[str]) -> None:
-    """Check the names of keyword arguments; the message suggests a similar one."""
+    """Check the names of keyword arguments. The error suggests a similar name."""
     allowed = list(allowed)
     for name in given:
         if name not in allowed:
@@ -84,12 +84,12 @@ def check_names(given: Iterable[str], allowed: Iterable[str]) -> None:
 
 
 def plain_value(value: Any) -> Any:
-    """A NumPy scalar or array as Python numbers; other values as they are."""
+    """Convert a NumPy scalar or array to Python numbers, and return other values unchanged."""
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
 
 def target_text(target: object) -> Targets:
-    """An address, or several; a path becomes a file:// URL."""
+    """Check one or several addresses and return them. A path becomes a file:// URL."""
     if isinstance(target, os.PathLike):
         return f"file://{os.fsdecode(target)}"
     if isinstance(target, (list, tuple)) and all(isinstance(part, str) for part in target):
@@ -103,7 +103,7 @@ def target_text(target: object) -> Targets:
 
 
 def table_name(table: object) -> str | Manifest:
-    """A table's name or manifest."""
+    """Check a table's name or manifest and return it."""
     if isinstance(table, (str, Manifest)):
         return table
     allowed = '"name", "name@version" or a Manifest'

@@ -23,10 +23,10 @@ class Client:
     The first call connects. One client may be used by several threads. Use it as a context manager,
     or call `close`.
 
-    A forked process may use a client that it inherited: the client opens connections of its own
-    there. If the parent process has called services at HOST:PORT before the fork, the child can't
-    call any, because gRPC does not support that: calls raise UnsupportedError at once. Start such
-    processes by "spawn" or "forkserver"; clients can be pickled.
+    A client works after a fork, because it opens new connections in the child process. gRPC is the
+    exception: if the parent process called a service at HOST:PORT before the fork, such calls raise
+    UnsupportedError in the child. Start such processes by "spawn" or "forkserver", which can pickle
+    clients.
 
     Args:
         target: Where to connect. Row sources are `"HOST:PORT"` of a lookup service,
@@ -99,8 +99,8 @@ class Client:
             timeout: Seconds that the call may take. None: as given to the constructor.
 
         Raises:
-            UnavailableError: No replica can be reached, or DeadlineExceededError: none answered
-                in time.
+            UnavailableError: No replica can be reached.
+            DeadlineExceededError: No replica answered in time.
 
         Example:
             ```python
@@ -118,7 +118,7 @@ class Client:
             timeout: Seconds that the call may take. None: as given to the constructor.
 
         Raises:
-            NotFoundError: There is no such table. The message lists the tables that there are.
+            NotFoundError: There is no such table. The message lists the existing tables.
 
         Example:
             ```python
@@ -170,7 +170,7 @@ class Client:
         timeout: float | None = None,
         **sampling: Any,
     ) -> Generator[int, None, None]:
-        """Generate a completion, and yield its token ids as they come.
+        """Generate a completion, and yield its token ids as they arrive.
 
         Closing or dropping the iterator cancels the completion.
 
@@ -182,8 +182,8 @@ class Client:
                 `stop_token_ids`. `tolhouse.sampling.SamplingParams` has all of them.
 
         Raises:
-            InvalidArgumentError: A parameter is unknown or not allowed. PromptTooLongError: the
-                prompt and `max_tokens` exceed the context.
+            InvalidArgumentError: A parameter is unknown or not allowed.
+            PromptTooLongError: The prompt and `max_tokens` exceed the context.
             OverloadedError: The worker's queue is full.
             UnavailableError: The worker cannot be reached.
             DeadlineExceededError: The completion took longer than `timeout`.

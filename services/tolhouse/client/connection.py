@@ -1,4 +1,4 @@
-"""What `Client` and `AsyncClient` have in common: one connection, its calls, errors and forks."""
+"""The common part of `Client` and `AsyncClient`: a connection, its calls, errors and forks."""
 
 import ctypes
 import gc
@@ -54,16 +54,16 @@ _CREDENTIALS = [field.name for field in fields(ClientCredentials)]
 
 
 class Generation(NamedTuple):
-    """A checked request for a completion that was not sent yet."""
+    """A checked request for a completion, which is not sent yet."""
 
     request: pb.GenerateRequest
     timeout: float | None
 
 
 class Connection:
-    """A connection that opens when it is first used, and again in a forked process.
+    """A connection that opens on first use, and again in a forked process.
 
-    Every method raises errors of Tolhouse alone. Arguments are those of `Client`.
+    Every method raises only errors of Tolhouse. Arguments are those of `Client`.
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class Connection:
         return f"{self._name!r}, timeout={self.timeout:g}{state}"
 
     def close(self) -> None:
-        """End calls in flight, and later ones, by ClosedError."""
+        """Close the connection. Calls in flight and later calls raise ClosedError."""
         with self._lock:
             self.closed, source, self._source = True, self._source, None
         if source:
             source.close()
 
     def source(self) -> RowSource:
-        """The row source, open."""
+        """Open the row source on first use, and return it."""
         with self.errors(), self._lock:
             self._check_open()
             if self._source is None:
@@ -170,7 +170,7 @@ class Connection:
         timeout: float | None,
         sampling: dict[str, Any],
     ) -> Generation:
-        """Check the arguments of a completion; send nothing."""
+        """Check the arguments of a completion, and send nothing."""
         self._check_open()
         check_names(sampling, ["max_tokens", "timeout", *FEATURES])
         options = {name: plain_value(value) for name, value in sampling.items()}
@@ -178,12 +178,12 @@ class Connection:
         return Generation(params.to_proto(token_ids(ids).tolist()), optional_timeout(timeout))
 
     def worker_for(self, generation: Generation) -> Replica:
-        """A worker that implements all parameters of the request."""
+        """Return a worker that implements all parameters of the request."""
         with self.errors():
             worker = self._worker()
             try:
                 check_features(generation.request, (), worker.target)
-            except UnsupportedError:  # unless the worker states the feature
+            except UnsupportedError:  # it is supported if the worker lists the feature
                 features = _describe(worker, self.timeout).features
                 check_features(generation.request, features, worker.target)
             return worker
@@ -211,10 +211,10 @@ class Connection:
                 _keep_forever(call)
 
     def abandon(self) -> None:
-        """Leave what a forked process inherited alone.
+        """Replace inherited objects in a forked process without finalising them.
 
-        Its threads are gone, and its locks may be held for ever. Finalising it would write to
-        sockets that the parent process uses.
+        The threads of the parent do not run here, and inherited locks may never be released.
+        Finalisers would write to sockets that the parent process uses.
         """
         self._lock = threading.Lock()
         source, self._source = self._source, None
@@ -243,13 +243,13 @@ _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    gc.freeze()  # inherited garbage may hold calls and channels, too
+    gc.freeze()  # so that inherited calls and channels in garbage are not finalised
     for connection in _connections:
         connection.abandon()
 
 
 def _keep_forever(thing: object) -> None:
-    """Never finalise an object, not even at the end of the process."""
+    """Prevent the finalisation of an object, also at the end of the process."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 

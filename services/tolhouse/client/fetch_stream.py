@@ -1,7 +1,7 @@
-"""One replica: its channel, and a Fetch stream with any number of requests in flight.
+"""The connection to one replica: a channel, and a Fetch stream with concurrent requests.
 
-gRPC copies a record into a reply. The record is copied once more, to the caller's buffer, and
-verified there.
+gRPC copies a record into a reply. The stream copies it once more, to the caller's buffer, and
+verifies the copy.
 """
 
 import itertools
@@ -33,7 +33,10 @@ from tolhouse.v1 import lookup_pb2 as pb
 
 
 class Request(Future[None]):
-    """A request for the records of `ids` (uint32 [T]), which go to `slots` of the flat `out`."""
+    """A request for the records of `ids` (uint32 [T]), which are written to `slots` of `out`.
+
+    `out` is flat.
+    """
 
     def __init__(self, manifest: Manifest, ids: Array, out: memoryview, slots: list[int]) -> None:
         super().__init__()
@@ -41,7 +44,7 @@ class Request(Future[None]):
         self._received, self._given_up, self._lock = 0, False, threading.Lock()
 
     def receive(self, reply: pb.FetchReply, records: memoryview) -> bool:
-        """Copy the records of a reply; return whether the request has ended."""
+        """Copy the records of a reply, and return whether the request has ended."""
         with self._lock:
             if self._given_up or self.done():
                 return True
@@ -74,7 +77,7 @@ class Request(Future[None]):
                 self.set_exception(error)
 
     def give_up(self) -> None:
-        """Do not write to `out` any more."""
+        """Stop writing to `out`."""
         with self._lock:
             self._given_up = True
 
@@ -83,11 +86,14 @@ class _Stream(NamedTuple):
     call: Any
     outgoing: SimpleQueue[pb.FetchRequest | None]
     pending: dict[int, Request]  # by request_id
-    replied: list[float]  # one value: when the last reply was received
+    replied: list[float]  # one value: the time of the last reply
 
 
 class Replica:
-    """Opens its stream when it is first used, and again after it broke. Thread-safe."""
+    """The channel and the stream of one replica. Thread-safe.
+
+    The stream opens on first use, and again after a failure.
+    """
 
     def __init__(self, target: str, credentials: ClientCredentials) -> None:
         self.target, self.credentials = target, credentials
@@ -97,7 +103,7 @@ class Replica:
         self._closed = False
 
     def open_channel(self) -> grpc.Channel:
-        """The channel; ClosedError after `close`."""
+        """Return the channel. Raises ClosedError after `close`."""
         if self._closed:
             raise ClosedError(f"the connection to {self.target} is closed")
         return self.channel()
@@ -118,7 +124,7 @@ class Replica:
             raise ClosedError(f"the connection to {self.target} is closed") from None
 
     def submit(self, manifest: Manifest, ids: Array, out: memoryview, slots: list[int]) -> Request:
-        """Send a request for the records of `ids`, to be written to `slots` of `out`."""
+        """Send a request for the records of `ids`, which are written to `slots` of `out`."""
         request, number = Request(manifest, ids, out, slots), next(self._numbers)
         message = pb.FetchRequest(request_id=number, table=manifest.ref)
         message.token_ids = ids.astype("<u4", copy=False).tobytes()
@@ -131,7 +137,7 @@ class Replica:
         return request
 
     def reset(self, error: TolhouseError, silent_since: float = inf) -> None:
-        """End the stream and fail its requests, if there was no reply after `silent_since`."""
+        """End the stream and fail its requests if no reply was received after `silent_since`."""
         with self._lock:
             if not (stream := self._stream) or stream.replied[0] > silent_since:
                 return
@@ -142,7 +148,7 @@ class Replica:
         stream.call.cancel()
 
     def replied_since(self, moment: float) -> bool:
-        """Whether a reply was received after `moment`, by the monotonic clock."""
+        """Return whether a reply was received after `moment`, by the monotonic clock."""
         stream = self._stream
         return bool(stream and stream.replied[0] > moment)
 
@@ -154,7 +160,7 @@ class Replica:
 
     def _open(self, channel: grpc.Channel) -> _Stream:
         outgoing: SimpleQueue[pb.FetchRequest | None] = SimpleQueue()
-        # replies stay bytes, which net/fetch_reply.py parses
+        # Replies stay bytes, because net/fetch_reply.py parses them.
         write = pb.FetchRequest.SerializeToString
         fetch = channel.stream_stream("/tolhouse.v1.Lookup/Fetch", write)
         call = fetch(iter(outgoing.get, None), metadata=self.credentials.metadata())
@@ -174,7 +180,7 @@ class Replica:
             error = UnavailableError(f"{self.target} closed the stream")
         except grpc.RpcError as failure:
             error = error_of(failure, self.target)
-        except Exception as failure:  # noqa: BLE001 - requests must end, whatever went wrong here
+        except Exception as failure:  # noqa: BLE001 - every failure must end the requests
             error = InternalError(f"{self.target}: {failure}")
         with self._lock:
             if self._stream is stream:

@@ -17,7 +17,7 @@ class WorkerChannel:
     """The channel to one worker, for one event loop."""
 
     def __init__(self, target: str, credentials: ClientCredentials, name: str = "") -> None:
-        """`name` is the worker's name in error messages; by default "worker TARGET"."""
+        """`name` stands for the worker in error messages. The default is "worker TARGET"."""
         self.target, self.credentials = target, credentials
         self._name = name or f"worker {target}"
         self._channel = reloading_channel(target, credentials, grpc.aio)
@@ -41,9 +41,9 @@ class WorkerChannel:
     async def generate(
         self, request: pb.GenerateRequest, timeout: float | None = None
     ) -> AsyncGenerator[pb.GenerateReply, None]:
-        """Yield replies, up to the one with a finish_reason. Closing the iterator cancels the call.
+        """Yield replies up to the one with a finish_reason. Closing the iterator cancels the call.
 
-        `timeout` is the number of seconds that all of it may take; None: no limit.
+        `timeout` limits the seconds of the whole call. None means no limit.
         """
         metadata = self.credentials.metadata()
         if traceparent := tracing.traceparent():

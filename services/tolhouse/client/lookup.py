@@ -1,4 +1,4 @@
-"""Rows from the replicas of a lookup service over gRPC, and the choice of a replica per shard."""
+"""Fetches rows from the replicas of a lookup service over gRPC, with a replica for each shard."""
 
 import logging
 import threading
@@ -28,16 +28,16 @@ from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import lookup_pb2 as pb
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
-# another replica, or another attempt, may succeed
+# errors after which another replica or another attempt may succeed
 _RETRIED = (UnavailableError, DeadlineExceededError, RequestCancelledError, CorruptError)
 _ROUNDS = 2
-_Part = tuple[Replica, Array]  # a replica, and the indices of the ids that it is asked for
+_Part = tuple[Replica, Array]  # a replica, and the indices of the ids to request from it
 _PROBE_SECONDS = 1.0  # time limit of a probe
-_RESOLVE_SECONDS = 1.0  # between two DNS look-ups of a name
+_RESOLVE_SECONDS = 1.0  # the pause between two DNS look-ups of a name
 
 
 class LookupRowSource(RowSource):
-    """Fetches each shard's rows from its replicas, in the order that rendezvous hashing gives."""
+    """Fetches the rows of a shard from its replicas, in the order of rendezvous hashing."""
 
     def __init__(self, targets: Targets, timeout: float, credentials: ClientCredentials) -> None:
         self.timeout_seconds = timeout
@@ -71,10 +71,10 @@ class LookupRowSource(RowSource):
         for attempt in range(_ROUNDS * count):
             check_cancelled()
             if attempt and attempt % count == 0 and not all(_bad_rows(e) for e in errors if e):
-                time.sleep(0.05)  # every replica has failed; one may recover
+                time.sleep(0.05)  # all replicas have failed, and one may recover
             end = time.monotonic()
             patience = (deadline - end) / (_ROUNDS * count - attempt)
-            # the first replica may hang, and the others need time, too
+            # The first replica may hang. Leave time for the others.
             end += max(0.001, patience if attempt or count == 1 else patience / 2)
             requests = [
                 (replica, part, replica.submit(manifest, ids[part], flat, slots[part].tolist()))
@@ -82,7 +82,7 @@ class LookupRowSource(RowSource):
                 for indices in (
                     owned[~bad[owned]],
                     owned[bad[owned]],
-                )  # bad rows are requested apart from the others
+                )  # requests for bad rows are separate
                 for first in range(0, len(indices), self._max_ids)
                 for part in (indices[first : first + self._max_ids],)
             ]
@@ -103,14 +103,14 @@ class LookupRowSource(RowSource):
         raise _outcome([error for error in errors if error], ids[left])
 
     def _wait(self, replica: Replica, request: Request, end: float) -> BaseException | None:
-        """Wait for a request until `end`; return its error."""
+        """Wait for a request until `end`, and return its error."""
         began = time.monotonic()
         try:
             error = request.exception(max(0.0, end - began))
         except TimeoutError:
             error = DeadlineExceededError(f"lookup replica {replica.target} did not answer in time")
-            replica.reset(error, silent_since=began)  # it may answer other requests
-        # a replica that replies at all, even that its store is slow, still serves its hot rows
+            replica.reset(error, silent_since=began)  # the replica may still answer other requests
+        # A replica that reports a slow store still serves its hot rows.
         silent = isinstance(error, DeadlineExceededError) and not replica.replied_since(began)
         if silent or isinstance(error, UnavailableError):
             self.replicas.health.report_down(replica.target, error)
@@ -119,7 +119,10 @@ class LookupRowSource(RowSource):
         return error
 
     def _probe(self, replica: Replica) -> bool:
-        """Whether a replica answers a Describe call for the latest table, even with an error."""
+        """Return whether a replica answers a Describe call for the latest table.
+
+        An error counts as an answer, unless another attempt may succeed.
+        """
         ref = next((manifest.ref for manifest in reversed(self._manifests.values())), "")
         request = pb.DescribeRequest(table=ref, known=ref)
         try:
@@ -129,7 +132,7 @@ class LookupRowSource(RowSource):
         return True
 
     def _call(self, method: str, request: Any) -> Any:
-        """Call the replicas in turn; return the first reply."""
+        """Call the replicas in turn, and return the first reply."""
         replicas = self.replicas.in_turn() * _ROUNDS
         seconds = max(0.0, end_after(self.timeout_seconds) - time.monotonic())
         timeout, error = seconds / len(replicas), TolhouseError()
@@ -142,7 +145,7 @@ class LookupRowSource(RowSource):
 
 
 class Replicas:
-    """One replica per address of `targets`; DNS names are resolved again and again.
+    """The replicas at the addresses of `targets`. DNS names are resolved periodically.
 
     Rendezvous hashing gives each shard an order of replicas, so that their caches hold different
     rows. Replicas that are down or slow come last. `probe` returns whether a replica answers.
@@ -154,7 +157,7 @@ class Replicas:
     ) -> None:
         self._addresses = Addresses(targets, credentials)
         self.name = ",".join(self._addresses.targets)
-        self._replicas: dict[str, Replica] = {}  # by address; replaced as a whole
+        self._replicas: dict[str, Replica] = {}  # by address; the dict is replaced as a whole
         self.health = PeerHealth(
             "lookup replica",
             lambda target: target in self._replicas and probe(self._replicas[target]),
@@ -173,7 +176,7 @@ class Replicas:
                 replica.close()
 
     def in_turn(self) -> list[Replica]:
-        """Return all replicas, healthy ones first; UnavailableError while there are none."""
+        """Return all replicas, healthy ones first. Raises UnavailableError if there are none."""
         replicas = self._replicas
         if not replicas:
             raise UnavailableError(f"{self.name}: the name has no address yet")
@@ -185,7 +188,7 @@ class Replicas:
         if len(replicas) == 1:
             yield replicas[0], left
             return
-        healthy = sum(self.health.up(r.target) for r in replicas)  # only these, if there are any
+        healthy = sum(self.health.up(r.target) for r in replicas)  # if any, only these are used
         shards, rank = manifest.shard_of(ids[left]), attempt % (healthy or len(replicas))
         targets = tuple(replica.target for replica in replicas)
         order = _order(manifest.ref, manifest.num_shards, targets, self.health.unhealthy)
@@ -201,7 +204,7 @@ class Replicas:
                 event("new addresses cannot be called", logging.WARNING, reason=str(error))
 
     def _renew(self) -> None:
-        """Resolve names. A replica without an address ends after its last call."""
+        """Resolve names. A replica without an address closes after its last call."""
         found, now = self._addresses.look_up(), self._replicas
         with self._renewing:
             if found != tuple(now) and not self._closed.is_set():
@@ -215,12 +218,12 @@ def _cancel(requests: list[Request]) -> None:
 
 
 def _bad_rows(error: BaseException) -> tuple[int, ...]:
-    """The tokens of missing or damaged rows, if the error has them."""
+    """Return the tokens of missing or damaged rows, if the error has them."""
     return error.token_ids if isinstance(error, CorruptError) else ()
 
 
 def _outcome(errors: list[BaseException], ids: Array) -> BaseException:
-    """The error of a fetch that lacks the rows of `ids`.
+    """Return the error of a fetch that lacks the rows of `ids`.
 
     It is a CorruptError with token ids only if all other rows were received.
     """
@@ -233,7 +236,10 @@ def _outcome(errors: list[BaseException], ids: Array) -> BaseException:
 
 @lru_cache(64)
 def _order(ref: str, num_shards: int, targets: tuple[str, ...], unhealthy: frozenset[str]) -> Array:
-    """Each shard's order of `targets`, as indices [num_shards, targets]; healthy ones first."""
+    """Return the order of `targets` for each shard, as indices [num_shards, targets].
+
+    Healthy targets come first.
+    """
     texts = (f"{ref}:{shard}:{target}" for shard in range(num_shards) for target in targets)
     weights = np.array([xxh3_64_intdigest(text.encode()) for text in texts], np.uint64)
     order = np.argsort(weights.reshape(num_shards, -1), axis=1)

@@ -1,4 +1,4 @@
-"""What calls return: frozen dataclasses without protobuf types.
+"""The results of calls: frozen dataclasses without protobuf types.
 
 Shapes use T for the number of tokens and K for the requested number of most likely tokens.
 """
@@ -15,8 +15,8 @@ class TableInfo:
     """A table of a row source.
 
     Attributes:
-        manifest: What the table is.
-        published: Whether the table's name stands for this version.
+        manifest: Description of the table.
+        published: Whether this is the published version of the table's name.
     """
 
     manifest: Manifest
@@ -33,8 +33,8 @@ class TokenLogprobs:
     """Log probabilities of T tokens: natural logarithms, before penalties and temperature.
 
     Attributes:
-        chosen: [T], of the tokens themselves.
-        top_ids: `[T][K]`, the most likely token ids in each place, most likely first.
+        chosen: [T], the log probabilities of the T tokens.
+        top_ids: `[T][K]`, the most likely token ids at each position, most likely first.
         top: `[T][K]`, the log probabilities of `top_ids`.
     """
 
@@ -52,9 +52,9 @@ class GenerateOutput:
         finish_reason: None while more parts follow; "stop" at an end token; "length" after
             `max_tokens`.
         end_id: The end token, if `finish_reason` is "stop".
-        logprobs: Of `token_ids`, and after them of the end token; None unless requested.
-        prompt_logprobs: Of the next tokens of the prompt, from its second token on; None unless
-            requested.
+        logprobs: Those of `token_ids`, followed by that of the end token. None unless requested.
+        prompt_logprobs: Those of the next tokens of the prompt, from its second token on. None
+            unless requested.
         table: The table whose rows were used, "name@version"; "" if the model has none.
     """
 
@@ -75,12 +75,12 @@ class RowCounts:
         from_remote: Rows received from a lookup service or from Redis.
         remote_bytes: Bytes of the rows in `from_remote`.
         wait_seconds: Seconds that steps waited for rows.
-        recomputed: Rows computed by the worker, because the row source was unavailable or lacked
-            the row.
+        recomputed: Rows that the worker computed, because the row source was unavailable or lacked
+            them.
         fetches: Fetches from the row source.
         fetch_seconds: Seconds that these fetches took.
         from_file: Rows read from files on the worker's machine.
-        missing: Rows that the row source lacked or had damaged.
+        missing: Rows that were missing or damaged in the row source.
     """
 
     from_cache: int
@@ -96,7 +96,7 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """What a worker serves, and its load.
+    """The model, the table and the load of a worker.
 
     Attributes:
         model: Name of the model in the API.
@@ -115,7 +115,7 @@ class WorkerInfo:
         row_layers: Feed-forward rows of a token: one per layer, one for all layers, or none.
         tokens: Tokens generated since the worker started.
         absent_layers: Layers for which the table has no rows.
-        altered: How the table's rows differ from the model's own, for example "int8".
+        altered: Changes of the table's rows from the model's own rows, for example "int8".
         features: Sampling parameters that the worker implements; empty for an old worker.
     """
 
@@ -140,7 +140,7 @@ class WorkerInfo:
 
 
 def generate_output(reply: pb.GenerateReply) -> GenerateOutput:
-    """A reply of Generate without protobuf types."""
+    """Convert a reply of Generate."""
     return GenerateOutput(
         tuple(reply.token_ids),
         reply.finish_reason or None,
@@ -152,7 +152,7 @@ def generate_output(reply: pb.GenerateReply) -> GenerateOutput:
 
 
 def worker_info(reply: pb.DescribeWorkerReply) -> WorkerInfo:
-    """A reply of DescribeWorker without protobuf types."""
+    """Convert a reply of DescribeWorker."""
     counts = RowCounts(**{f.name: getattr(reply.rows, f.name) for f in fields(RowCounts)})
     names = [f.name for f in fields(WorkerInfo) if f.name != "rows"]
     return WorkerInfo(rows=counts, **{name: _plain(getattr(reply, name)) for name in names})

@@ -1,4 +1,4 @@
-"""Row sources: where rows are read from, named by a URL. lookup.py calls lookup services.
+"""Row sources, which read rows from the place that a URL names. lookup.py calls lookup services.
 
 Every row source returns verified records of the requested version, or raises the same errors.
 """
@@ -43,7 +43,10 @@ Array = np.ndarray
 
 
 class Newest(dict[str, T]):
-    """The 16 values set last. A process sees many versions, and a manifest may be large."""
+    """A dict that keeps the 16 values that were set last.
+
+    A process may use many versions, and a manifest may be large.
+    """
 
     def __setitem__(self, key: str, value: T) -> None:
         self.pop(key, None)
@@ -57,7 +60,7 @@ class RowSource(ABC):
 
     def __init__(self, url: str) -> None:
         self.url = url
-        # by "name@version"; and by "name", with the version that was published last
+        # by "name@version", and by "name" for the version that was published last
         self._manifests: Newest[Manifest] = Newest()
         self._auxiliary: Newest[AuxiliaryTables] = Newest()
 
@@ -67,7 +70,7 @@ class RowSource(ABC):
 
     @abstractmethod
     def pin(self, ref: str) -> None:
-        """Protect "name@version" from deletion for 30 seconds, as each fetch from it does."""
+        """Protect "name@version" from deletion for 30 seconds. Each fetch does the same."""
 
     @abstractmethod
     def close(self) -> None:
@@ -75,7 +78,7 @@ class RowSource(ABC):
 
     @abstractmethod
     def _describe(self, table: str, known: Manifest | None) -> Manifest:
-        """Read the manifest; return `known` itself if it is still current."""
+        """Read the manifest, or return `known` if it is still current."""
 
     @abstractmethod
     def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
@@ -104,7 +107,7 @@ class RowSource(ABC):
         Args:
             manifest: The table.
             ids: Distinct token ids, uint32 [T].
-            out: A contiguous array uint8 [slots, record_bytes]. Default: a new one.
+            out: A contiguous array uint8 [slots, record_bytes]. Default: a new array.
             slots: The row of `out` for each id, [T]. Default: 0, 1, 2 and so on.
 
         Returns:
@@ -115,8 +118,9 @@ class RowSource(ABC):
             NotFoundError: The table was deleted.
             UnavailableError: The source cannot be reached.
             DeadlineExceededError: The source did not answer in time.
-            CorruptError: With `token_ids`, those rows are bad and all others are in `out`. Without,
-                no row could be read.
+            CorruptError: If `token_ids` is not empty, their rows are bad and all others are in
+                `out`.
+                Otherwise no row could be read.
         """
         manifest.check_ids(ids)
         if out is None:
@@ -145,13 +149,13 @@ class StoreRowSource(RowSource):
         self._open_store = open_store
         self._store: Store | None = None
         self._opening, self._closed = threading.Lock(), False
-        self._leased: Newest[float] = Newest()  # when the lease of a version was renewed
+        self._leased: Newest[float] = Newest()  # the last renewal of each version's lease
         with suppress(UnavailableError, DeadlineExceededError):  # the store may start later
             _ = self.store
 
     @property
     def store(self) -> Store:
-        """The store, opened when first used; ClosedError after `close`."""
+        """The store, which opens on first use. Raises ClosedError after `close`."""
         if self._closed:
             raise ClosedError(f"{self.url} is closed")
         if self._store is None:
@@ -175,7 +179,7 @@ class StoreRowSource(RowSource):
         now = time.monotonic()
         if now - self._leased.get(manifest.ref, -LEASE_SECONDS) > LEASE_SECONDS / 3:
             self._leased[manifest.ref] = now
-            # a daemon thread, so that a store that hangs does not keep the process from exiting
+            # A daemon thread: a store that hangs must not keep the process from exiting.
             threading.Thread(
                 target=self._lease, args=(manifest.ref,), name="lease", daemon=True
             ).start()
@@ -214,10 +218,10 @@ class StoreRowSource(RowSource):
 def open_row_source(
     url: Targets, timeout: float = 10.0, credentials: ClientCredentials | None = None
 ) -> RowSource:
-    """Open the row source at `url`; a list of addresses is a list of lookup replicas.
+    """Open the row source at `url`. A list of addresses is a list of lookup replicas.
 
-    The source need not be reachable yet. Services of other machines need `credentials` with TLS,
-    and a Redis of another machine needs a rediss:// URL. `timeout` is in seconds.
+    The source need not be reachable yet. Services on other machines need `credentials` with TLS,
+    and a Redis on another machine needs a rediss:// URL. `timeout` is in seconds.
     """
     credentials = credentials or ClientCredentials()
     if isinstance(url, str) and _is_store(url):
@@ -229,7 +233,7 @@ def open_row_source(
 
 
 def check_target(url: Targets, credentials: ClientCredentials) -> None:
-    """Raise InvalidArgumentError if `url` is not allowed; connect to nothing."""
+    """Raise InvalidArgumentError if `url` is not allowed. Makes no connection."""
     if not isinstance(url, str) or not _is_store(url):
         Addresses(url, credentials)
         return

@@ -1,1 +1,1 @@
-"""The engine: batches sequences, gets their rows, runs the model, samples."""
+"""The engine, which batches sequences, reads their rows, runs the model and samples tokens."""

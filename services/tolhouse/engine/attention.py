@@ -1,11 +1,11 @@
 """The paged KV cache, attention over it, and the attention metadata of one step.
 
-Shapes are those of `model/transformer.py`, with B decoding sequences, C blocks of the longest
-sequence and S = BLOCK_TOKENS. A page holds keys by dimension and values by token, so that both
-products read memory in order.
+Shapes are those of `model/transformer.py`. In addition, B is the number of decoding sequences, C is
+the number of blocks of the longest sequence, and S is BLOCK_TOKENS. A page holds keys by dimension and
+values by token, so that both products read memory in order.
 
-On a CPU the attention of a token is bit-equal whatever sequences share its batch, and however its
-prompt is cut into chunks. Float32 sums depend on their order, so each sum has one fixed order.
+On a CPU the attention of a token has the same bits for every batch and for every division of its
+prompt into chunks. Float32 sums depend on their order, so each sum has one fixed order.
 """
 
 import contextlib
@@ -24,12 +24,15 @@ from tolhouse.engine.scheduler import ScheduledChunk
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.config import ModelConfig
 
-_TILE_TOKENS = 64  # prompt tokens that attend together on a CPU
-_ROWS = 16  # tiles have a multiple of this many rows, for which CPU kernels split sums alike
+_TILE_TOKENS = 64  # prompt tokens in a tile on a CPU
+_ROWS = 16  # the rows of a tile are a multiple of this, so that CPU kernels split sums alike
 
 
 def blocks_of(config: ModelConfig, capacity_bytes: int, dtype: torch.dtype) -> int:
-    """The number of blocks that fit into the memory; InvalidArgumentError if none fits."""
+    """Return the number of blocks that fit into the memory.
+
+    Raises InvalidArgumentError if none fits.
+    """
     size = 2 * config.num_hidden_layers * config.hidden_size * dtype.itemsize * BLOCK_TOKENS
     if capacity_bytes < size:
         message = f"a KV cache of {capacity_bytes} bytes holds no block"
@@ -48,7 +51,7 @@ class PagedKVCache:
         if device.type == "cpu":  # anonymous memory in huge pages, allocated on the first write
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
-            with contextlib.suppress(OSError):  # a kernel without huge pages
+            with contextlib.suppress(OSError):  # the kernel has no huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
             pages = torch.frombuffer(memory, dtype=dtype).view(shape)
         else:
@@ -66,19 +69,19 @@ class AttentionMetadata:
     """The `Cache` (model/transformer.py) of one step: decoding sequences, then prompt chunks."""
 
     pages: PagedKVCache
-    decoding: int  # sequences
+    decoding: int  # the number of decoding sequences
     blocks_T: Tensor  # the block that each token of the step is written to
     offsets_T: Tensor
     tables_BC: Tensor
     lengths_B: Tensor
-    # for each chunk: its tokens, its first position, the sequence's blocks up to its last token
+    # For each chunk: the number of tokens, the first position, the blocks up to its last token.
     chunks: list[tuple[int, int, Tensor]] = field(default_factory=list, kw_only=True)
 
     @classmethod
     def of(cls, pages: PagedKVCache, step: list[ScheduledChunk]) -> "AttentionMetadata":
         decoding = sum(chunk.decodes for chunk in step)
         lengths_B = np.array([chunk.last for chunk in step[:decoding]], np.int64)
-        # At least two blocks: a compiler specialises code for one.
+        # At least two blocks, because the compiler would specialise the code for one.
         widest = max(2, -(-int(lengths_B.max(initial=1)) // BLOCK_TOKENS))
         tables_BC = np.zeros((decoding, widest), np.int64)
         for row, chunk in zip(tables_BC, step, strict=False):
@@ -101,14 +104,14 @@ class AttentionMetadata:
 
     @cached_property
     def parts(self) -> tuple["AttentionMetadata", "AttentionMetadata"]:
-        """Attention of the decoding sequences and of the chunks."""
+        """The metadata of the decoding sequences, and that of the chunks."""
         n, tables = self.decoding, (self.tables_BC, self.lengths_B)
         first = AttentionMetadata(self.pages, n, self.blocks_T[:n], self.offsets_T[:n], *tables)
         places = self.blocks_T[n:], self.offsets_T[n:], *(table[:0] for table in tables)
         return first, AttentionMetadata(self.pages, 0, *places, chunks=self.chunks)
 
     def layer(self, number: int) -> tuple[Tensor, ...]:
-        """The tensors of one layer for `write` and attention."""
+        """Return the tensors of one layer for `write` and attention."""
         tables = self.blocks_T, self.offsets_T, self.tables_BC, self.lengths_B
         return (*self.pages.layers[number], *tables)
 
@@ -136,10 +139,11 @@ def write(
 
 
 def tiled(q_HTE: Tensor, k_HLE: Tensor, v_HLE: Tensor, first: int) -> Tensor:
-    """Causal attention [H, T, E] of a prompt chunk that begins at position `first`.
+    """Compute causal attention [H, T, E] of a prompt chunk that begins at position `first`.
 
-    A CPU computes it in tiles of positions. A tile sees all keys up to its own end, padded with
-    zeros. CPU kernels split a sum by the number of keys, which then depends on the position alone.
+    On a CPU the computation has tiles of positions. A tile attends to all keys up to its own end,
+    and missing keys are zeros. CPU kernels split a sum by the number of keys. With tiles this
+    number depends only on the position.
     """
     last, on_cpu = first + q_HTE.shape[1], q_HTE.device.type == "cpu"
     tile, rows = (_TILE_TOKENS, _ROWS) if on_cpu else (last, 1)
@@ -160,7 +164,10 @@ def tiled(q_HTE: Tensor, k_HLE: Tensor, v_HLE: Tensor, first: int) -> Tensor:
 def gathered(
     q_BHE: Tensor, keys: Tensor, values: Tensor, tables_BC: Tensor, lengths_B: Tensor
 ) -> Tensor:
-    """Attention of one token per sequence to the `lengths_B` tokens in its blocks `tables_BC`."""
+    """Compute attention [B, H, E] of one token per sequence.
+
+    It attends to the first `lengths_B` tokens in the blocks `tables_BC` of its sequence.
+    """
     k_BHLE = keys[tables_BC].permute(0, 2, 1, 4, 3).flatten(2, 3)
     v_BHLE = values[tables_BC].transpose(1, 2).flatten(2, 3)
     seen_BL = torch.arange(k_BHLE.shape[2], device=q_BHE.device) < lengths_B[:, None]
@@ -171,8 +178,8 @@ def gathered(
 def streamed(
     q_BHE: Tensor, keys: Tensor, values: Tensor, tables_BC: Tensor, lengths_B: Tensor
 ) -> Tensor:
-    """`gathered` as plain sums. Compiled, it reads each page once and copies none."""
-    # Store q first. A compiler would otherwise recompute it for every key.
+    """Compute `gathered` as plain sums. When compiled, it reads each page once and copies none."""
+    # Store q first. The compiler would otherwise recompute it for every key.
     sequences_B = torch.arange(q_BHE.shape[0], device=q_BHE.device)
     q_BHE = torch.empty_like(q_BHE).index_put((sequences_B,), q_BHE)
     scores_BCHS = (q_BHE[:, None, :, :, None].float() * keys[tables_BC].float()).sum(3)

@@ -1,8 +1,9 @@
-"""The blocks of the KV cache: free blocks, blocks in use, and blocks shared by their prefix.
+"""Manages the blocks of the KV cache, and shares those with equal prefixes.
 
-This module does the accounting. The keys and values are in `attention.py`. A full block has a
-digest, chained from the first block of its sequence, and sequences with the same prefix share it.
-An unused block keeps its digest until it is reused. The least recently used block is reused first.
+This module has the accounting, and `attention.py` has the keys and values. A full block has a
+digest, which is chained from the first block of its sequence. Sequences with the same prefix share
+blocks with the same digest. An unused block keeps its digest until it is reused. The least recently
+used block is reused first.
 """
 
 import hashlib
@@ -18,7 +19,8 @@ BLOCK_TOKENS = 16
 class BlockManager:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.prompt_tokens = self.shared_tokens = 0  # admitted; of these, found in the cache
+        self.prompt_tokens = 0  # admitted prompt tokens
+        self.shared_tokens = 0  # admitted prompt tokens that were found in the cache
         self.users = [0] * num_blocks  # the number of sequences that use each block
         self.unused = OrderedDict.fromkeys(range(num_blocks))  # in the order of reuse
         self._block_of: dict[bytes, int] = {}
@@ -33,9 +35,9 @@ class BlockManager:
         return len(self.unused)
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Allocate blocks for the first `tokens` tokens of a sequence; False if too few are free.
+        """Allocate blocks for the first `tokens` tokens of a sequence.
 
-        Nothing is allocated in that case.
+        If too few blocks are free, nothing is allocated, and the result is False.
         """
         lacking = -(-tokens // BLOCK_TOKENS) - len(sequence.blocks)
         if lacking > len(self.unused):
@@ -48,10 +50,10 @@ class BlockManager:
         return True
 
     def share(self, sequence: Sequence) -> int:
-        """Assign the blocks that hold the prefix of a new sequence; returns the tokens in them.
+        """Assign the blocks that hold the prefix of a new sequence, and return their token count.
 
-        The last token is always recomputed, because its logits are needed. A prompt is recomputed
-        as a whole if its log probabilities are requested.
+        The last token is always recomputed, because its logits are needed. The whole prompt is
+        recomputed if its log probabilities are requested.
         """
         if sequence.sampling.prompt_logprobs is not None:
             return 0
@@ -73,7 +75,7 @@ class BlockManager:
                 self._digest_of[block] = digest
 
     def release(self, sequence: Sequence) -> None:
-        """Free the blocks of a sequence. They are evicted from the tail of the sequence."""
+        """Free the blocks of a sequence. Later blocks are evicted before earlier ones."""
         for block in reversed(sequence.blocks):
             self.users[block] -= 1
             if not self.users[block]:
@@ -84,7 +86,10 @@ class BlockManager:
 
 
 def _digest(sequence: Sequence, number: int) -> bytes:
-    """A collision-resistant digest of a sequence's rows and tokens through block `number`."""
+    """Return a collision-resistant digest of a sequence up to the end of block `number`.
+
+    It covers the tokens and the rows.
+    """
     while len(sequence.digests) <= number:
         start = len(sequence.digests) * BLOCK_TOKENS
         before = sequence.digests[-1] if sequence.digests else sequence.rows_key.encode()

@@ -16,14 +16,14 @@ from tolhouse.table.codecs import GROUP
 from tolhouse.table.manifest import Manifest
 
 CACHED_VALUES = 2**21  # 8 MiB of rows, which fit the last-level cache of a processor
-_GPU_VALUES = 2**26  # of one piece; bounds the memory for widened codes
+_GPU_VALUES = 2**26  # values in a piece, which bounds the memory for widened codes
 
 
 def decode(
     records_UB: Tensor,
     manifest: Manifest,
     index_T: Tensor | None = None,
-    piece_values: int = 0,  # values decoded at a time; 0: a default for the device
+    piece_values: int = 0,  # values in a piece; 0: the default for the device
 ) -> Tensor:
     """Decode records uint8 [U, record_bytes], or `records_UB[index_T]`, to float32 [N, T, D].
 
@@ -58,12 +58,12 @@ def decode_block(records_UB: Tensor, manifest: Manifest, block: int, index_T: Te
 
 @dataclass
 class StagedRows:
-    """Records uint8 [U, record_bytes] on the device of the model, and an index for T tokens."""
+    """Records uint8 [U, record_bytes] on the device of the model, and their index for T tokens."""
 
     records: Tensor
     index: Tensor  # int64 [T]
     ids: Tensor  # int64 [T]
-    scales: Tensor | None = None  # float32 [N, T]: a factor for each row; paper, section 5
+    scales: Tensor | None = None  # float32 [N, T]: a factor for each row (paper, section 5)
 
 
 class Decoder:
@@ -79,13 +79,13 @@ class Decoder:
             self.finer_slots = torch.from_numpy(tables.finer_slots).to(device)
 
     def rows(self, staged: StagedRows) -> Tensor:
-        """The rows [N, T, D]."""
+        """Return the rows [N, T, D]."""
         if not (self.vectors or self.finer):
             return decode(staged.records, self.manifest, staged.index).to(self.dtype)
         return torch.stack([self.block(staged, block) for block in range(self.manifest.num_blocks)])
 
     def block(self, staged: StagedRows, block: int) -> Tensor:
-        """The rows [T, D] of one block."""
+        """Return the rows [T, D] of one block."""
         row_TD = decode_block(staged.records, self.manifest, block, staged.index)
         if self.vectors:
             row_TD = torch.addmm(self.means[block], row_TD, self.vectors[block])
@@ -100,7 +100,7 @@ class LayerwiseRows:
     """The rows of `num_rows` layers, after X0 if the table has it, decoded when they are read.
 
     A long prompt thus needs memory for the rows of one layer. A layer that the table lacks is None.
-    The other rows are scaled if a request asks for it.
+    The other rows are scaled if a request has factors.
     """
 
     def __init__(self, decoder: Decoder, staged: StagedRows, num_rows: int) -> None:
@@ -134,8 +134,8 @@ def _int8(blocks_TNB: Tensor, rows_TND: Tensor) -> None:
 def _int4(blocks_TNB: Tensor, rows_TND: Tensor) -> None:
     groups, half = -(-rows_TND.shape[-1] // GROUP), rows_TND.shape[-1] // 2
     codes = blocks_TNB[..., 2 * groups :].view(torch.int8)
-    # Codes are 16 times too large, as the nibbles stand, and scales are divided by 16. Both
-    # operations are exact.
+    # The nibbles are read in place, which makes codes 16 times too large. Scales are divided by
+    # 16. Both operations are exact.
     rows_TND[..., :half] = codes[..., :half] * 16
     rows_TND[..., half : 2 * half] = codes[..., :half] & -16
     rows_TND[..., 2 * half :] = codes[..., half:] * 16  # the last value of an odd D

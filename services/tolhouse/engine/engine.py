@@ -1,4 +1,4 @@
-"""The engine. `step()` is schedule, stage rows, forward, sample, post-process.
+"""The engine. `step()` schedules, stages rows, runs the model, samples and post-processes.
 
 One thread calls `step()`. Other threads call `add`, `cancel` and `use`, which put work into a
 mailbox. The engine's thread empties the mailbox before each step.
@@ -31,7 +31,7 @@ from tolhouse.errors import (
 from tolhouse.logs import log
 from tolhouse.tracing import Span, under
 
-_SCORED_TOKENS = 256  # the most prompt tokens whose logits are in memory at once
+_SCORED_TOKENS = 256  # the maximum number of prompt tokens whose logits are in memory at once
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)  # seconds
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 Step = list[ScheduledChunk]
@@ -41,13 +41,13 @@ Scores = dict[Sequence, Logprobs]
 
 class Engine:
     def __init__(self, runner: Runner, scheduler: Scheduler, max_waiting: int) -> None:
-        self.runner = runner  # for new sequences
+        self.runner = runner  # the runner for new sequences
         self.scheduler, self.cache, self.max_waiting = scheduler, scheduler.cache, max_waiting
         self._served = {self.table: runner}  # one runner for each table version in use
         self._retired: Counter[str] = Counter()  # row counts of versions no longer in use
         self._lock = threading.Lock()  # guards the two fields above
-        self.tokens = self.steps = 0  # sampled tokens; completed steps
-        self.step_seconds = self.forward_seconds = 0.0  # whole steps; the forward passes in them
+        self.tokens = self.steps = 0  # sampled tokens, and completed steps
+        self.step_seconds = self.forward_seconds = 0.0  # time of steps, and of their forward passes
         self.histograms = [
             Histogram(f"tolhouse_worker_{name}_seconds", text, buckets=buckets, registry=None)
             for name, text, buckets in (
@@ -88,7 +88,7 @@ class Engine:
         self._mailbox.put(lambda: self._enter(sequence))
 
     def cancel(self, sequence: Sequence) -> None:
-        """Drop a sequence before the next step, without further output. It may have ended."""
+        """Drop a sequence before the next step, without further output, unless it has ended."""
         self._mailbox.put(lambda: self.scheduler.remove(sequence))
 
     def use(self, runner: Runner) -> None:
@@ -101,16 +101,16 @@ class Engine:
 
     @property
     def table(self) -> str:
-        """The "name@version" that new sequences use; "" for a base model."""
+        """The "name@version" that new sequences use, or "" for a base model."""
         return self.rows.table
 
     def tables(self) -> list[str]:
-        """The "name@version" of every table version in use."""
+        """Return the "name@version" of every table version in use."""
         with self._lock:
             return [table for table in self._served if table]
 
     def counts(self) -> Counter[str]:
-        """Row counts since the start, over all versions, by field of `RowCounts`."""
+        """Return row counts since the start, over all versions, by field of `RowCounts`."""
         with self._lock:
             total = self._retired.copy()
             for runner in self._served.values():
@@ -128,7 +128,7 @@ class Engine:
     # Only the engine's thread calls the methods below.
 
     def step(self) -> None:
-        """Compute one token for each decoding sequence, and as much of the prompts as fits."""
+        """Compute a token for each decoding sequence, and as many prompt tokens as fit."""
         step = self.scheduler.schedule()
         for table, runner in self._served.items():
             self._step([chunk for chunk in step if chunk.sequence.table == table], runner)
@@ -162,11 +162,11 @@ class Engine:
     def _use(self, runner: Runner) -> None:
         with self._lock:
             self.runner = self._served.setdefault(runner.rows.table, runner)
-        if self.runner is not runner:  # sequences still use this version: keep its old runner
+        if self.runner is not runner:  # sequences still use the old runner of this version
             runner.rows.close()
 
     def _retire(self) -> None:
-        """Close the table versions that no sequence uses any more."""
+        """Close table versions that are no longer in use."""
         if len(self._served) == 1:
             return
         sequences = self.scheduler.running + self.scheduler.waiting
@@ -197,7 +197,10 @@ class Engine:
         return step, None, None
 
     def _survives(self, chunk: ScheduledChunk, error: TolhouseError, rows: RowProvider) -> bool:
-        """Whether the rows of a chunk can be read despite `error`. If not, end its sequence."""
+        """Return whether the rows of a chunk can be read despite `error`.
+
+        If they cannot, its sequence ends with an error.
+        """
         ids = token_ids([chunk])
         try:
             # A damaged row fails the sequences that need it. A source that is down fails every
@@ -230,7 +233,10 @@ class Engine:
     def _score_prompts(
         self, step: Step, ends: list[int], hidden_TD: Tensor, runner: Runner
     ) -> Scores:
-        """Log probabilities of this step's prompt tokens, if requested and not emitted before."""
+        """Return the requested log probabilities of this step's prompt tokens.
+
+        Log probabilities that were emitted before are left out.
+        """
         scores: Scores = {}
         for chunk, end in zip(step, ends, strict=True):
             sequence, k = chunk.sequence, chunk.sequence.sampling.prompt_logprobs
@@ -275,14 +281,14 @@ class Engine:
         while self.read_mail():
             try:
                 self.step()
-            except Exception as error:  # noqa: BLE001 - a defect fails the sequences, not the worker
+            except Exception as error:  # noqa: BLE001 - a defect ends the sequences, not the worker
                 log.exception("engine step failed")
                 message = f"the engine failed: {type(error).__name__}; see the log of the worker"
                 for sequence in list(self.scheduler.running):
                     self._end(sequence, Output(error=InternalError(message)))
 
     def read_mail(self, *, wait: bool = True) -> bool:
-        """Run the work that other threads queued; returns False when the engine has to stop.
+        """Run the work that other threads queued. Returns False when the engine has to stop.
 
         With `wait`, an idle engine waits for work.
         """
@@ -298,7 +304,7 @@ class Engine:
 
 
 def _scales(step: Step, rows: RowProvider) -> Tensor | None:
-    """The factors of each layer's rows for each token, float32 [N, T]; None if all are 1."""
+    """Return the factors of the rows by layer and token, float32 [N, T], or None if all are 1."""
     if not rows.table or not any(chunk.sequence.sampling.probes for chunk in step):
         return None
     parts = []

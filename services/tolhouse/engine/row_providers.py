@@ -1,8 +1,8 @@
-"""Row providers. They compose, and each has one job and its own counters.
+"""Row providers, which deliver the records of rows to the engine and can be combined.
 
 The engine calls `CachedRows`, which reads from `SourceRows`, or from `FallbackRows` over
-`SourceRows` and `RecomputedRows`. A provider below the cache writes verified records into the slots
-that its caller names. A provider serves one table version. A base model has `NoRows`.
+`SourceRows` and `RecomputedRows`. A provider below the cache writes verified records into the given
+slots. Each provider serves one table version and has its own counters. A base model has `NoRows`.
 """
 
 import contextvars
@@ -37,13 +37,13 @@ from tolhouse.table.row_cache import RowCache, capacity_for
 from tolhouse.tracing import span
 
 Counts = dict[str, float]  # by field of `RowCounts` in generation.proto
-_FILL_BYTES = 16 << 20  # of one fetch that fills the cache
+_FILL_BYTES = 16 << 20  # the size of a fetch that fills the cache
 
 
 class SourceRows:
     """Reads records from a row source."""
 
-    ready = True  # a prefetch may call `fetch`
+    ready = True  # whether a prefetch may call `fetch`
 
     def __init__(self, source: RowSource, manifest: Manifest) -> None:
         self.source, self.manifest = source, manifest
@@ -66,10 +66,10 @@ class SourceRows:
         self.seconds += time.perf_counter() - started
 
     def _for_callers(self, error: TolhouseError, count: int) -> TolhouseError:
-        """The error without addresses and paths. The log has these."""
+        """Return the error without addresses and paths, which only the log has."""
         table = self.manifest.ref
         if not isinstance(error, CorruptError):
-            # NotFoundError included: the table existed when the worker started.
+            # This includes NotFoundError, because the table existed when the worker started.
             late = isinstance(error, DeadlineExceededError)
             kind = DeadlineExceededError if late else UnavailableError
             return kind(f"rows of table {table} cannot be read now; try again later")
@@ -95,7 +95,7 @@ class SourceRows:
 
 
 class RecomputedRows:
-    """Computes records from the checkpoint. They equal the builder's records byte for byte.
+    """Computes records from the checkpoint, byte for byte as the builder does.
 
     FFN-M stays in the checkpoint's file. Computing rows reads one layer at a time, as float32.
     Raises MismatchError if the file has changed since the table was built from it.
@@ -107,7 +107,7 @@ class RecomputedRows:
             message = f"cannot compute the {what} {manifest.ref}; serve this table without it"
             raise MismatchError(f"--fallback recompute {message}")
         self.rows, self.manifest = 0, manifest
-        self._lock = threading.Lock()  # a prefetch and a step may use the modules at once
+        self._lock = threading.Lock()  # a prefetch and a step may use the modules at the same time
         model = checkpoint.skeleton()
         model.ffn_m = nn.ModuleList(
             _StoredModule(checkpoint, f"ffn_m.{layer}.", ffn)
@@ -150,7 +150,7 @@ class FallbackRows:
     def __init__(self, primary: SourceRows, recomputed: RecomputedRows) -> None:
         self.primary, self.recomputed, self.ref = primary, recomputed, primary.manifest.ref
 
-        def answers(ref: str) -> bool:  # whether the source is up and has the table
+        def answers(ref: str) -> bool:  # whether the source answers and has the table
             return ref in [manifest.ref for manifest, _ in primary.source.tables()]
 
         self.health = PeerHealth("source of rows", answers, longest_seconds=5.0)
@@ -195,7 +195,7 @@ class CachedRows:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         num_rows: int = 0,  # rows of the model; 0: up to the last layer of the table
-        fallback: Checkpoint | None = None,  # computes rows that the source cannot deliver
+        fallback: Checkpoint | None = None,  # to compute rows that the source cannot deliver
     ) -> None:
         rows = SourceRows(source, manifest)
         recomputed = RecomputedRows(fallback, manifest) if fallback else None
@@ -209,12 +209,12 @@ class CachedRows:
         self.host = torch.empty(shape, dtype=torch.uint8, pin_memory=not self.on_cpu)
         self.records = self.host if self.on_cpu else torch.empty_like(self.host, device=device)
         self.stream = None if self.on_cpu else torch.cuda.Stream(device)
-        self.read: torch.cuda.Event | None = None  # follows the last read by a launched step
+        self.read: torch.cuda.Event | None = None  # recorded after the last read by a launched step
         self.cache = RowCache(self.host.numpy(), manifest.vocab_size)
         self.most_values = CACHED_VALUES  # above this, a CPU decodes layer by layer
         self.from_cache, self.wait_seconds = 0, 0.0
         self._background = ThreadPoolExecutor(1, "rows")
-        # the ids of the prefetch in flight, their slots, and its future
+        # The prefetch in flight: its ids, their slots, and its future.
         self._prefetched: tuple[np.ndarray, np.ndarray, Future[None]] | None = None
 
     def close(self) -> None:
@@ -231,18 +231,18 @@ class CachedRows:
         step = max(1, _FILL_BYTES // self.manifest.record_bytes)
         try:
             for start in range(0, len(frequent), step):
-                with suppress(CorruptError):  # the intact rows are cached
+                with suppress(CorruptError):  # the intact rows are in the cache
                     self._load(frequent[start : start + step], main=True)
         except TolhouseError as error:
             event("filling the row cache failed", reason=str(error))
 
     def missing(self, ids: np.ndarray) -> np.ndarray:
-        """The distinct `ids` that are not cached, in order."""
+        """Return the distinct `ids` that are not cached, in order."""
         absent = ids[self.cache.slot_of[ids] < 0]
         return absent[np.sort(np.unique(absent, return_index=True)[1])]
 
     def stage(self, ids: np.ndarray) -> StagedRows:
-        """The records of `ids` [T] on the device, valid until the next call.
+        """Stage the records of `ids` [T] on the device. They are valid until the next call.
 
         A repeated id is fetched once.
         """
@@ -259,7 +259,7 @@ class CachedRows:
         return StagedRows(records, index, tokens)
 
     def decode(self, staged: StagedRows) -> Tensor | LayerwiseRows:
-        """The decoded rows [N, T, D]."""
+        """Return the decoded rows [N, T, D]."""
         layerwise = staged.scales is not None or not self.as_stored
         values = len(staged.index) * self.manifest.num_blocks * self.manifest.width
         if layerwise or (self.on_cpu and values > self.most_values):
@@ -267,7 +267,7 @@ class CachedRows:
         return self.decoder.rows(staged)
 
     def prefetch(self, ids: np.ndarray) -> None:
-        """Begin to fetch missing `ids`, up to half the cache. This invalidates staged rows."""
+        """Begin to fetch missing `ids`, up to half of the cache. This invalidates staged rows."""
         if self.stream:
             self.read = torch.cuda.current_stream(self.device).record_event()
         ids = self.missing(ids)[: self.cache.capacity // 2]
@@ -295,11 +295,11 @@ class CachedRows:
         with self._waiting():
             error = fetch.exception()
         self._settle(ids, slots, error)
-        if error and not isinstance(error, TolhouseError):  # a defect
+        if error and not isinstance(error, TolhouseError):  # a defect in Tolhouse
             raise error
 
     def _cached(self, ids: np.ndarray, distinct: int) -> np.ndarray:
-        """The slots of `ids` [T], after fetching the missing rows."""
+        """Fetch missing rows of `ids` [T], and return the slots of all."""
         slots = self.cache.slots(ids)
         absent = slots < 0
         missing = self.missing(ids)
@@ -316,7 +316,10 @@ class CachedRows:
         return slots
 
     def _without_cache(self, ids: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """The records of more distinct tokens than the cache has slots; new ones are not cached."""
+        """Return records for more distinct tokens than the cache has slots.
+
+        Fetched records are not added to the cache.
+        """
         unique_U, index_T = np.unique(ids, return_inverse=True)
         records = np.empty((len(unique_U), self.manifest.record_bytes), np.uint8)
         slots = self.cache.slots(unique_U)
@@ -341,8 +344,8 @@ class CachedRows:
     def _settle(self, ids: np.ndarray, slots: np.ndarray, error: BaseException | None) -> None:
         """Commit the rows that a fetch wrote to reserved `slots`.
 
-        After a CorruptError that names its tokens, the intact rows are kept; after other errors,
-        none.
+        After a CorruptError with token ids, the intact rows are kept. After other errors, no row is
+        kept.
         """
         got = np.full(len(ids), not error)
         if isinstance(error, CorruptError) and error.token_ids:

@@ -23,12 +23,12 @@ from tolhouse.model.transformer import Transformer
 
 @dataclass
 class Launched:
-    """A launched step, which still lacks its rows."""
+    """A launched step that still lacks its rows."""
 
     ids: Tensor
     positions: Tensor
     view: AttentionMetadata
-    first: Tensor | None = None  # [T, D]: the first block up to its row, if it was launched
+    first: Tensor | None = None  # [T, D]: the result of the first block before its row, if launched
     graph: "DecodeGraph | None" = None
 
 
@@ -37,26 +37,29 @@ class Runner:
         self.model, self.pages, self.rows, self.device = model, pages, rows, pages.device
 
     def launch(self, step: list[ScheduledChunk]) -> Launched:
-        """Begin a step before its rows are available. An unfinished step has no effect."""
+        """Begin a step before its rows are available. A step that is not finished has no effect."""
         ids_T = torch.from_numpy(token_ids(step).astype(np.int64))
         positions_T = torch.from_numpy(np.concatenate([np.arange(c.first, c.last) for c in step]))
         view = AttentionMetadata.of(self.pages, step)
         return Launched(ids_T.to(self.device), positions_T.to(self.device), view)
 
     def finish(self, step: Launched, staged: StagedRows) -> Tensor:
-        """The final hidden states [T, D] of the step. On a GPU the computation may still run."""
+        """Return the final hidden states [T, D] of the step.
+
+        On a GPU the computation may still run.
+        """
         rows = self.rows.decode(staged)
         return self.model.hidden(step.ids, step.positions, step.view, rows, step.first)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """The logits [T, V] for hidden states [T, D]."""
+        """Return the logits [T, V] for hidden states [T, D]."""
         return self.model.lm_head(hidden_TD)
 
 
 class GraphRunner(Runner):
     """A runner that replays CUDA graphs for decode steps.
 
-    `pages` needs one block that the block manager does not allocate: padding is written there.
+    `pages` needs one block that the block manager does not allocate. Padding is written there.
     """
 
     def __init__(self, model: Transformer, pages: PagedKVCache, rows: RowProvider) -> None:
@@ -87,12 +90,12 @@ class GraphRunner(Runner):
 
 
 class DecodeGraph:
-    """The graphs of a step of up to B sequences with up to C blocks each, with their buffers."""
+    """The graphs and the buffers of a step of up to B sequences with up to C blocks each."""
 
     def __init__(self, runner: GraphRunner, sequences: int, blocks: int) -> None:
         model, rows, pages, device = runner.model, runner.rows, runner.pages, runner.device
         self.spare, self.count = pages.keys.shape[1] - 1, 0
-        # ids, positions, blocks, offsets, lengths
+        # the rows are ids, positions, blocks, offsets and lengths
         self.padding_51 = torch.tensor([0, 0, self.spare, 0, 1], device=device)[:, None]
         self.inputs_5B = self.padding_51.repeat(1, sequences)
         self.tables_BC = torch.full((sequences, blocks), self.spare, device=device)
@@ -130,14 +133,14 @@ class DecodeGraph:
 def record(
     work: Callable[[], Tensor], device: torch.device, pool: Any
 ) -> tuple[Callable[[], object], Tensor]:
-    """Record `work`; returns a function that replays it, and the tensor with its result."""
+    """Record `work`. Returns a function that replays it, and the tensor with its result."""
     if device.type == "cpu":
         out = work()
         return lambda: out.copy_(work()), out
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(2):  # libraries initialise in their first calls, which cannot be recorded
+        for _ in range(2):  # libraries initialise in their first calls, which can't be recorded
             work()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

@@ -1,7 +1,7 @@
-"""The sampler: logits to token ids and log probabilities. It knows only logits and `State`.
+"""Samples token ids from logits, and computes log probabilities. It needs only logits and `State`.
 
-Shapes: B rows of a batch, T tokens of a prompt, V vocabulary, S rows that sample at random, L of
-these with the same method, K most likely tokens. The tokens of a row do not depend on other rows.
+Shapes: B rows of a batch, T tokens of a prompt, V vocabulary, S rows that sample at random, L rows
+of S with the same method, K most likely tokens. The tokens of a row do not depend on other rows.
 """
 
 import math
@@ -47,7 +47,7 @@ class State:
         self._counts_2V: Tensor | None = None  # token counts of the answer, and of the sequence
 
     def alter(self, logits_V: Tensor) -> Tensor:
-        """The logits after logit_bias, penalties and min_tokens."""
+        """Apply logit_bias, penalties and min_tokens, and return the logits."""
         sampling, device = self.sampling, logits_V.device
         logits_V = logits_V.clone()
         if sampling.logit_bias:
@@ -75,7 +75,10 @@ class State:
 
 
 def sample(logits_BV: Tensor, states: list[State]) -> tuple[list[int], list[Logprobs | None]]:
-    """The next token of each row, and its log probabilities if requested. Advances the states."""
+    """Sample the next token of each row. Returns tokens, and log probabilities if requested.
+
+    The states advance by the token.
+    """
     logprobs: list[Logprobs | None] = [None] * len(states)
     if all(state.plain for state in states):
         return _likeliest(logits_BV).tolist(), logprobs
@@ -102,14 +105,17 @@ def sample(logits_BV: Tensor, states: list[State]) -> tuple[list[int], list[Logp
 
 
 def _likeliest(logits_BV: Tensor) -> Tensor:
-    """The most likely token ids, int64 [B]. A CPU uses NumPy, which is six times faster here."""
+    """Return the most likely token ids, int64 [B].
+
+    A CPU uses NumPy, which is six times faster here.
+    """
     if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:
         return torch.from_numpy(logits_BV.numpy().argmax(-1))
     return logits_BV.argmax(-1)
 
 
 def prompt_logprobs(logits_TV: Tensor, next_ids: list[int], k: int) -> Logprobs:
-    """Log probabilities of the tokens `next_ids` [T], and of the `k` most likely tokens."""
+    """Return log probabilities of the tokens `next_ids` [T] and of the `k` most likely tokens."""
     next_T = torch.tensor(next_ids, dtype=torch.long, device=logits_TV.device)
     return Logprobs(*(x.flatten().tolist() for x in _logprobs(logits_TV, next_T, k)))
 
@@ -123,8 +129,8 @@ def _logprobs(logits_TV: Tensor, ids_T: Tensor, k: int) -> tuple[Tensor, Tensor,
 def _draw(logits_SV: Tensor, states: list[State]) -> Tensor:
     """Sample a token for each row after temperature, min-p, top-k and top-p.
 
-    The parameters of a row decide among how many tokens: `top_k`, as many as `top_p` may need, or
-    all.
+    The parameters of a row decide the number of candidates: `top_k` tokens, as many as `top_p` may
+    need, or all.
     """
     tokens_S = torch.empty(len(states), dtype=torch.long, device=logits_SV.device)
     params = [state.sampling for state in states]
@@ -165,7 +171,10 @@ def _pick_within(kept_LK: Tensor, top_LK: Tensor, ids_LK: Tensor, states: list[S
 
 
 def _scaled(logits_LK: Tensor, states: list[State]) -> Tensor:
-    """Logits divided by the temperature, with maximum 0; -inf for tokens that min-p removes."""
+    """Divide logits by the temperature and shift their maximum to 0.
+
+    Tokens that min-p removes get -inf.
+    """
     # Subtract the maximum first, so that a small temperature does not overflow.
     logits_LK = logits_LK - logits_LK.amax(-1, keepdim=True)
     temperatures = [max(state.sampling.temperature, _LEAST_TEMPERATURE) for state in states]
@@ -178,7 +187,7 @@ def _scaled(logits_LK: Tensor, states: list[State]) -> Tensor:
 
 
 def _within_mass(top_LK: Tensor, total_L1: Tensor, states: list[State]) -> Tensor:
-    """A mask of the fewest tokens, in order of probability, whose share reaches top-p."""
+    """Return a mask of the smallest set of most likely tokens whose probability reaches top-p."""
     # A float sum may reach 1 early, so top_p = 1 keeps all tokens explicitly.
     shares = [p if (p := state.sampling.top_p) < 1 else math.inf for state in states]
     parts_LK = top_LK.exp().double() / total_L1
@@ -186,7 +195,7 @@ def _within_mass(top_LK: Tensor, total_L1: Tensor, states: list[State]) -> Tenso
 
 
 def _pick(logits_LK: Tensor, states: list[State]) -> Tensor:
-    """The first index of each row whose cumulative mass exceeds the row's uniform number.
+    """Return the first index of each row whose cumulative mass exceeds the row's uniform number.
 
     The index never has mass 0.
     """

@@ -1,8 +1,8 @@
-"""The scheduler. It chooses the tokens of a step: decoding sequences and chunks of prompts.
+"""The scheduler, which chooses the decoding sequences and the prompt chunks of each step.
 
 A sequence gets blocks of the KV cache as it grows. When no block is free, the scheduler preempts
-the last sequence in order: its blocks are freed, and it is recomputed later. The first sequence in
-order is never preempted, so every sequence finishes.
+the last sequence in the order of the batch: it frees the blocks, and recomputes the sequence later.
+The first sequence is never preempted, so every sequence finishes.
 """
 
 import bisect
@@ -29,7 +29,7 @@ class ScheduledChunk:
 
     @property
     def decodes(self) -> bool:
-        """Whether the chunk is one sampled token. The last token of a prompt is not."""
+        """Whether the chunk is one sampled token. The last token of a prompt does not count."""
         return self.count == 1 and self.first >= max(1, self.sequence.prompt_tokens)
 
     @property
@@ -43,7 +43,7 @@ _rank = operator.attrgetter("priority", "arrival")
 
 
 def token_ids(step: list[ScheduledChunk]) -> np.ndarray:
-    """The token ids of a step, uint32 [T]."""
+    """Return the token ids of a step, uint32 [T]."""
     ids = [i for chunk in step for i in chunk.sequence.ids[chunk.first : chunk.last]]
     return np.array(ids, np.uint32)
 
@@ -72,7 +72,7 @@ class Scheduler:
                 self.cache.release(sequence)
 
     def schedule(self) -> list[ScheduledChunk]:
-        """The next step: decoding sequences first, then chunks of prompts in order.
+        """Return the next step. Decoding sequences come first, then chunks of prompts in order.
 
         A long prompt does not delay decoding sequences.
         """
@@ -87,8 +87,8 @@ class Scheduler:
                     first = sequence.computed
                     step[sequence] = ScheduledChunk(sequence, first, first + count)
                     budget -= count
-        # Admission is in order. A small sequence does not overtake a large one, and none is
-        # admitted in a step that preempted a sequence.
+        # Sequences are admitted in order. A small sequence does not overtake a large one, and none
+        # is admitted in a step that preempted a sequence.
         full = self.preemptions > preemptions
         while not full and budget and self.waiting and len(self.running) < self.max_running:
             chunk = self._admit(self.waiting[0], budget)
@@ -99,7 +99,7 @@ class Scheduler:
         return sorted(step.values(), key=lambda chunk: not chunk.decodes)
 
     def _make_room(self, sequence: Sequence, count: int, step: Chunks) -> bool:
-        """Allocate blocks for `count` more tokens, preempting later sequences if necessary.
+        """Allocate blocks for `count` more tokens, and preempt later sequences if necessary.
 
         Returns False if the sequence itself is or was preempted.
         """

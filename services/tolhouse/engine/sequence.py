@@ -16,28 +16,28 @@ class Output:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = ""  # "stop" or "length"
     error: TolhouseError | None = None
-    end_id: int | None = None  # for "stop": the end token, which `tokens` does not contain
-    logprobs: Logprobs | None = None  # for `tokens` and the end token
-    prompt_logprobs: Logprobs | None = None  # for the next prompt tokens, from the second on
+    end_id: int | None = None  # the end token if the reason is "stop"; `tokens` does not contain it
+    logprobs: Logprobs | None = None  # of `tokens` and the end token
+    prompt_logprobs: Logprobs | None = None  # of the next prompt tokens, from the second on
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt and its answer. The engine's thread owns it once it is added, and calls `emit`."""
+    """A prompt and its answer. After `add`, the engine's thread owns it and calls `emit`."""
 
     prompt_tokens: int
-    ids: list[int]  # of the prompt and the answer
+    ids: list[int]  # the tokens of the prompt and the answer
     sampling: SamplingParams
     emit: Callable[[Output], None]
     computed: int = 0  # the number of `ids` with keys and values in the cache
     span: Span = INVALID_SPAN  # the trace span of the request
-    table: str = ""  # "name@version" of its rows, which the engine sets on arrival
-    priority: int = 0  # lower runs first
-    arrival: int = 0  # a counter of the scheduler
+    table: str = ""  # the "name@version" of its rows, which the engine sets on arrival
+    priority: int = 0  # a lower value runs first
+    arrival: int = 0  # the number that the scheduler assigns in order of arrival
     blocks: list[int] = field(default_factory=list)  # blocks of the KV cache, in order
     digests: list[bytes] = field(default_factory=list)  # one for each full block
     scored: int = 0  # the number of prompt tokens with emitted log probabilities
-    times: list[float] = field(default_factory=list)  # arrival and last token
+    times: list[float] = field(default_factory=list)  # the times of arrival and of the last token
     state: State = field(init=False)  # the sampler's state
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class Sequence:
 
     @property
     def rows_key(self) -> str:
-        """Identifies the rows that the keys and values depend on.
+        """The identity of the rows on which the keys and values depend.
 
         Sequences share cached blocks only if they have the same key.
         """
@@ -58,7 +58,7 @@ class Sequence:
         logprobs: Logprobs | None = None,
         prompt_logprobs: Logprobs | None = None,
     ) -> Output:
-        """Append a sampled token, unless it is an end token; returns the output to emit."""
+        """Append a sampled token unless it is an end token. Returns the output to emit."""
         if not self.sampling.max_tokens:  # the request asks for prompt log probabilities only
             return Output(finish_reason="length", prompt_logprobs=prompt_logprobs)
         if token_id in self.sampling.stop_token_ids:

@@ -1,8 +1,8 @@
-"""The decode step of a block, compiled ahead of time: one C++ call per layer, not twenty to torch.
+"""Compiles the decode step of a block ahead of time: one C++ call replaces twenty calls of torch.
 
-`tolhouse compile` writes the code to disk. A worker runs that command as a child process and serves
-uncompiled meanwhile. The compiler thus does not delay the start or use memory of the worker, and
-its failure is a warning.
+`tolhouse compile` writes the code to disk. A worker runs that command as a child process, and runs
+uncompiled until it succeeds. The compiler therefore neither delays the start of the worker nor uses
+its memory. A failure is only a warning.
 """
 
 import fcntl
@@ -39,15 +39,15 @@ from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig
 from tolhouse.model.transformer import Block, Transformer
 
-ALONE, SEVERAL = "alone.pt2", "several.pt2"  # a compiler specialises code for one sequence
+ALONE, SEVERAL = "alone.pt2", "several.pt2"  # the compiler specialises code for one sequence
 DIGESTS = "digests.json"  # the SHA-256 digests of both files
 _END_SECONDS = 10.0  # the time that a terminated compiler has to remove its files
-# Index checks are off, because the engine makes all indices. The thread count is not fixed.
+# Index checks are off, because all indices come from the engine. The thread count is not fixed.
 _OPTIONS = {"assert_indirect_indexing": False, "cpp.dynamic_threads": True}
 
 
 class CompiledDecode:
-    """The compiled decode step of a checkpoint's blocks, available once it is loaded."""
+    """Compiles the decode step of a checkpoint's blocks, or loads it, in a thread."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, cache: str | Path) -> None:
         self.checkpoint, self.dtype, self.cache = checkpoint, dtype, cache
@@ -63,7 +63,7 @@ class CompiledDecode:
         self._thread.start()
 
     def wait(self) -> bool:
-        """Wait for the compilation; returns whether it succeeded."""
+        """Wait for the compilation, and return whether it succeeded."""
         self._thread.join()
         return self.ready
 
@@ -108,7 +108,7 @@ class CompiledDecode:
         command = [sys.executable, "-m", "tolhouse.cli", "compile", str(self.checkpoint.path)]
         with subprocess.Popen(
             [*command, *options],
-            stdin=subprocess.PIPE,  # closes when this process ends, which ends the child
+            stdin=subprocess.PIPE,  # it closes when this process ends, and then the child ends
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -145,7 +145,7 @@ class DecodeBlock(nn.Module):
     ) -> Tensor:
         if not self.compiled.ready or not cache.decoding:
             return self.block(x_TD, rope, cache, row_TD)
-        if cache.chunks:  # in steps with prompts, decoding runs compiled too: equal bits
+        if cache.chunks:  # decoding gives the same bits in steps with and without prompts
             count = [cache.decoding, len(x_TD) - cache.decoding]
             rows = [None, None] if row_TD is None else row_TD.split(count)
             ropes = zip(*(part.split(count) for part in rope), strict=True)
@@ -158,7 +158,7 @@ class DecodeBlock(nn.Module):
 
 
 def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -> Path:
-    """The folder with the compiled decode step of a model shape. Compiles it if necessary.
+    """Compile the decode step of a model shape if necessary, and return the folder with the code.
 
     One process at a time compiles in `cache`. Other processes wait and use its result.
     """
@@ -173,7 +173,7 @@ def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_complete(folder):
-            for left in folder.parent.glob("compiling-*"):  # left by killed processes
+            for left in folder.parent.glob("compiling-*"):  # folders of killed processes
                 shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix="compiling-") as work:
                 _compile(config, dtype, Path(work), folder)
@@ -183,7 +183,10 @@ def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -
 
 
 def _cache_folder(cache: str | Path) -> Path:
-    """The folder `cache`, where ~ is the home folder; InvalidArgumentError if there is none."""
+    """Return the folder `cache`. ~ stands for the home folder.
+
+    Raises InvalidArgumentError if there is no home folder.
+    """
     try:
         return Path(cache).expanduser()
     except RuntimeError:
@@ -200,7 +203,7 @@ def end_with_parent() -> None:
         os.killpg(0, signal.SIGTERM)
 
     os.nice(10)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # exit handlers remove files
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that exit handlers remove files
     threading.Thread(target=wait, daemon=True).start()
 
 
@@ -240,12 +243,12 @@ def _export(config: ModelConfig, dtype: torch.dtype, sequences: int, path: Path)
     tables: list[Any] = [{0: blocks}, {0: blocks}, tokens, tokens, {**tokens, 1: width}, tokens]
     shapes: Any = [{} for _ in inputs[0]], tokens, [tokens] * 2, tables, [tokens] * len(row)
     exported = torch.export.export(_Decode(block), inputs, dynamic_shapes=shapes)
-    package = torch._inductor.aoti_compile_and_package  # noqa: SLF001 - its documented name
+    package = torch._inductor.aoti_compile_and_package  # noqa: SLF001 - the documented name
     package(exported, package_path=str(path), inductor_configs=_OPTIONS)
 
 
 class _Decode(nn.Module):
-    """A block as a function of its inputs and its state, as the exporter needs it."""
+    """A block as a function of its inputs and its state, as the exporter requires."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -277,12 +280,15 @@ class _Layer:
 
 
 def _state(block: nn.Module) -> dict[str, Tensor]:
-    """The state that differs between blocks: norms, and handles of packed matrices."""
+    """Return the state that differs between blocks: norms, and handles of packed matrices."""
     return dict(sorted([*block.named_parameters(), *block.named_buffers()]))
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether `folder` has undamaged compiled code. torch would run any bytes in these files."""
+    """Return whether `folder` has complete and undamaged compiled code.
+
+    The check is necessary because torch runs any bytes in these files.
+    """
     try:
         return json.loads((folder / DIGESTS).read_bytes()) == _digests(folder)
     except (OSError, ValueError):
@@ -295,7 +301,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def key(config: ModelConfig, dtype: torch.dtype) -> str:
-    """A digest of what the code depends on: shape, sources, compiler and processor."""
+    """Return a digest of what the code depends on: shape, sources, compiler and processor."""
     lines: list[str] = []
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

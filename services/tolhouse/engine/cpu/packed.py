@@ -1,7 +1,10 @@
-"""The matrices of the model in the fastest layout for the device: q, k and v joined, and packed.
+"""Puts the matrices of the model into the fastest layout for the device.
 
-On a CPU, linear layers with plain weights reach a third of the memory bandwidth, and packed ones
-four fifths (loadtest/LOG.md). `float32` computes in float32 and keeps 16-bit weights in 16 bits.
+q, k and v become one matrix, and all matrices are packed.
+
+On a CPU, linear layers with plain weights reach a third of the memory bandwidth, and packed layers
+reach four fifths (loadtest/LOG.md). `float32` computes in float32 and keeps 16-bit weights in 16
+bits.
 """
 
 import itertools
@@ -53,7 +56,10 @@ class PackedLinear(nn.Module):
 
 
 def by_handle(weight: Tensor) -> PackedLinear:
-    """A layer without weights, for the compiler. It calls the layer that its handle identifies."""
+    """Return a layer without weights for the compiler.
+
+    It calls the layer that its handle identifies.
+    """
     op = torch.ops.tolhouse.packed_linear
     layer = PackedLinear(len(weight), lambda x_TD: op(x_TD, layer.handle, layer.outputs))
     return layer
@@ -74,13 +80,13 @@ def _shape_of_packed_linear(x_TD: Tensor, _handle: Tensor, outputs: int) -> Tens
 
 
 def linear(weight: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A linear layer for `weight` [out, in]. The caller may drop `weight` afterwards."""
+    """Return a linear layer for `weight` [out, in]. The caller may drop `weight` afterwards."""
     if device.type == "cpu":
         sixteen_bit = weight.dtype in (torch.bfloat16, torch.float16)
         fits = sixteen_bit and float(weight.abs().max()) < _LARGEST_FLOAT16
         has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines  # on x86
         if fits and dtype == torch.float32 and has_fbgemm:
-            # float32 arithmetic with float16 weights, which hold bfloat16 values to within 2^-25
+            # float32 arithmetic with float16 weights, exact for bfloat16 values to within 2^-25
             float16 = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
             run = torch.ops.quantized.linear_dynamic_fp16.default
             return PackedLinear(len(weight), lambda x_TD: run(x_TD, float16))
@@ -96,7 +102,7 @@ def linear(weight: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Modul
 
 
 class Embedding(nn.Module):
-    """The input embedding X0 in `dtype`, with its weights as stored."""
+    """The input embedding X0 in `dtype`, whose weights keep the stored dtype."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
@@ -109,7 +115,7 @@ class Embedding(nn.Module):
 def load(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, embedding: bool = True
 ) -> Transformer:
-    """The model without FFN-M, ready to run. It has no input embedding if rows carry X0.
+    """Load the model without FFN-M. It has no input embedding if rows contain X0.
 
     Weights are read one by one, so that none is in memory twice. The exception is a tied embedding:
     it is packed as the head, and also kept as stored for the few rows that a step reads.
@@ -127,14 +133,14 @@ def load(
             weight = model.lm_head.weight
         model.embed_tokens = cast("nn.Embedding", Embedding(weight, dtype))
     checkpoint.load(model.norm, "norm.")
-    for parameter in model.parameters():  # norms and scales
+    for parameter in model.parameters():  # the norms and scales
         parameter.requires_grad_(False)
         parameter.data = parameter.to(device, dtype)
     return model
 
 
 def pack(block: Block, make: Callable[[Tensor], nn.Module]) -> None:
-    """Replace a block's linear layers by those that `make` returns for a weight [out, in]."""
+    """Replace a block's linear layers by the layers that `make` returns for a weight [out, in]."""
     attention = block.self_attn
     qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
     fused = FusedAttention(attention, make(qkv), make(attention.o_proj.weight))
