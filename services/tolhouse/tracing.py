@@ -1,7 +1,7 @@
-"""OpenTelemetry traces of a request, from the gateway to the store; off until `start_tracing`.
+"""OpenTelemetry traces of a request from the gateway to the store, disabled until `start_tracing`.
 
-Between processes a span's context travels as W3C `traceparent`, in the metadata of Generate and in
-FetchRequest. The spans of a batch are children of its first traced request and have links to the
+A span's context is sent to other processes as W3C `traceparent`, in the metadata of Generate and in
+FetchRequest. The spans of a batch are children of its first traced request, and have links to the
 others. Without the package opentelemetry-api, which the SDK does not need, there are no spans.
 """
 
@@ -28,13 +28,13 @@ except ImportError:
 else:
     AVAILABLE = True
     _propagator = TraceContextTextMapPropagator()
-    _tracer = trace.get_tracer("tolhouse")  # of the provider that the process has set, if any
+    _tracer = trace.get_tracer("tolhouse")  # uses the provider of the process, if it has set one
     _LINKS = context.create_key("links")
 
 
 def start_tracing(service: str, url: str, *, insecure: bool) -> None:
-    """Send spans of `service` to the OTLP collector at `url`; do nothing if `url` is empty."""
-    global _tracer  # noqa: PLW0603 - one for the process, as for logs
+    """Send spans of `service` to the OTLP collector at `url`. Does nothing if `url` is empty."""
+    global _tracer  # noqa: PLW0603 - one tracer for the process, as for logs
     if not url:
         return
     parts = urlsplit(url)
@@ -61,12 +61,12 @@ def start_tracing(service: str, url: str, *, insecure: bool) -> None:
     more: Any = {"timeout": 5, "channel_options": (no_proxy,)}
     exporter = OTLPSpanExporter(endpoint=url, insecure=parts.scheme == "http", **more)
     provider.add_span_processor(BatchSpanProcessor(exporter))
-    # not the global provider: FastAPI would add two spans per request
+    # Not the global provider, because FastAPI would add two spans per request.
     _tracer = provider.get_tracer("tolhouse")
 
 
 def traceparent() -> str:
-    """The traceparent of the current span; "" outside a trace."""
+    """Return the traceparent of the current span, or "" outside a trace."""
     if not AVAILABLE:
         return ""
     carrier: dict[str, str] = {}
@@ -75,7 +75,10 @@ def traceparent() -> str:
 
 
 def remote(traceparent: str) -> Span:
-    """The span of another process, from its `traceparent`; INVALID_SPAN if that is malformed."""
+    """Return the span of another process with this `traceparent`.
+
+    The result is INVALID_SPAN if `traceparent` is malformed.
+    """
     if not traceparent:
         return INVALID_SPAN
     return trace.get_current_span(_propagator.extract({HEADER: traceparent}, context.Context()))
@@ -115,7 +118,7 @@ def under(spans: Iterable[Span]) -> Iterator[None]:
 
 @contextmanager
 def span(name: str, attributes: Attributes = None) -> Iterator[Span]:
-    """A span around an outgoing call, below the current span; none if there is no current span."""
+    """Run the block in a span below the current span. Without a current span, there is no span."""
     if not AVAILABLE or not trace.get_current_span().get_span_context().is_valid:
         yield INVALID_SPAN
         return

@@ -129,11 +129,8 @@ def compress(
         # Every token gets a weight, because an unseen token may still occur.
         weights = np.array([counts.get(i, 0) + 0.5 for i in range(vocabulary)])
         weights[frequent] = 0
-        look: Any = {
-            "leave": False,
-            "dynamic_ncols": True,
-            "disable": None,
-        }  # shown only on a terminal
+        # Shown only on a terminal.
+        look: Any = {"leave": False, "dynamic_ncols": True, "disable": None}
         bar = tqdm(range(blocks), desc="low rank", unit="layer", **look)
         parts = [_components(rows[:, block], weights) for block in bar]
         ranks = _ranks(planned, scheme, [energies for _, energies, _ in parts])
@@ -141,9 +138,8 @@ def compress(
             vectors = tuple(v[:rank] for (_, _, v), rank in zip(parts, ranks, strict=True))
             exact = Basis(np.stack([mean for mean, _, _ in parts]), vectors).table()
             manifest, records = _table(planned, exact, BASIS_CODEC, "basis", blocks=("basis",))
-            basis = Basis.of(
-                manifest.decode(records).astype(np.float32), ranks
-            )  # the basis that readers decode
+            # This is the basis that readers decode.
+            basis = Basis.of(manifest.decode(records).astype(np.float32), ranks)
             auxiliary, own = [(manifest, records)], basis.coefficients(rows)
             fields = {"ranks": ranks, "basis": manifest.ref}
     if frequent and (auxiliary or scheme.finer):

@@ -331,9 +331,8 @@ def _check_cluster(address: str) -> None:
         call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:
             call(b"", timeout=_CONNECT_SECONDS, metadata=metadata)
-        except (
-            grpc.RpcError
-        ) as error:  # after other errors: the address may use TLS or the protocol of Ray's client
+        except grpc.RpcError as error:
+            # Ignore other errors, because the address may use TLS or the protocol of Ray's client.
             if error.code() != grpc.StatusCode.UNAUTHENTICATED:
                 return
             wanted = "another token" if token else "a token"

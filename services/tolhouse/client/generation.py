@@ -55,9 +55,8 @@ class WorkerChannel:
             async for reply in call:
                 yield reply
         except grpc.RpcError as error:
-            if (
-                error.code() is grpc.StatusCode.CANCELLED
-            ):  # cancelled by the worker, which is stopping
+            # A worker that stops cancels its calls.
+            if error.code() is grpc.StatusCode.CANCELLED:
                 raise UnavailableError(f"{self._name} takes no more calls") from None
             raise error_of(error, self._name) from None
         except asyncio.CancelledError:

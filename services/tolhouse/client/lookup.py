@@ -79,10 +79,8 @@ class LookupRowSource(RowSource):
             requests = [
                 (replica, part, replica.submit(manifest, ids[part], flat, slots[part].tolist()))
                 for replica, owned in self.replicas.divide(manifest, ids, left, attempt)
-                for indices in (
-                    owned[~bad[owned]],
-                    owned[bad[owned]],
-                )  # requests for bad rows are separate
+                # Requests for bad rows are separate.
+                for indices in (owned[~bad[owned]], owned[bad[owned]])
                 for first in range(0, len(indices), self._max_ids)
                 for part in (indices[first : first + self._max_ids],)
             ]

@@ -1,8 +1,8 @@
 """The paged KV cache, attention over it, and the attention metadata of one step.
 
 Shapes are those of `model/transformer.py`. In addition, B is the number of decoding sequences, C is
-the number of blocks of the longest sequence, and S is BLOCK_TOKENS. A page holds keys by dimension and
-values by token, so that both products read memory in order.
+the number of blocks of the longest sequence, and S is BLOCK_TOKENS. A page holds keys by dimension
+and values by token, so that both products read memory in order.
 
 On a CPU the attention of a token has the same bits for every batch and for every division of its
 prompt into chunks. Float32 sums depend on their order, so each sum has one fixed order.

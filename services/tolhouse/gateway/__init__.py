@@ -1,1 +1,1 @@
-"""The gateway: OpenAI-compatible HTTP in front of workers. Text in, text out."""
+"""The gateway, which serves OpenAI's HTTP API in front of workers: text in, text out."""

@@ -42,7 +42,7 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     router = WorkerRouter(addresses, tokenizer_id(file), config.poll_seconds)
     limiter = RateLimiter(config.rate_limit_store, insecure=config.insecure)
     error = {"model": ErrorResponse, "description": "The reason, and what is allowed"}
-    # FastAPI's documentation pages load scripts from other hosts
+    # Disabled, because FastAPI's documentation pages load scripts from other hosts.
     pages: dict[str, Any] = {"docs_url": None, "redoc_url": None}
     app = FastAPI(title="Tolhouse", version=__version__, responses={"default": error}, **pages)
     app.router.redirect_slashes = False
@@ -51,7 +51,7 @@ async def run(checkpoint: str | Path, config: GatewayConfig) -> None:
     app.include_router(routes)
     add_error_handlers(app)
     WORKERS.set_function(lambda: len(router.healthy()))
-    # around the app, so that responses to internal errors have an id and are counted, too
+    # Around the app, so that responses to internal errors are also counted and have an id.
     keyed = AuthMiddleware(app, config.keys_file, limiter) if config.keys_file else app
     max_body_bytes = int(config.max_body_megabytes * 1e6)
     cors = cors_middleware(config.cors_origins)

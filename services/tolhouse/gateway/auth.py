@@ -1,4 +1,4 @@
-"""API keys: the file with their hashes, and the middleware that checks them.
+"""API keys: the file of hashes, and the middleware that checks keys.
 
 A key has 256 random bits, so its hash needs no salt.
 """
@@ -20,7 +20,7 @@ from tolhouse.files import ReloadingFiles, locked, read_file, replace_file
 from tolhouse.gateway.error_responses import error_response
 from tolhouse.gateway.rate_limit import RateLimiter
 
-# paths that need no key: probes have none, and the page prompts for one
+# These paths need no key, because probes have none and the page prompts for one.
 OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/explore"})
 
 
@@ -35,7 +35,7 @@ _File = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._@-]{1,64}$"
 
 
 def read_keys(path: str) -> dict[str, Key]:
-    """The keys in a file, by name; InvalidArgumentError if the file is malformed."""
+    """Return the keys in a file, by name. Raises InvalidArgumentError if the file is malformed."""
     try:
         return _File.validate_json(read_file(path, "the keys file"))
     except ValidationError as error:
@@ -46,7 +46,7 @@ def read_keys(path: str) -> dict[str, Key]:
 
 
 def add_key(path: Path, name: str, requests_per_minute: float, concurrent: int) -> str:
-    """Generate a key and write its hash to the file; InUseError if the name has a key."""
+    """Generate a key and write its hash to the file. Raises InUseError if the name has a key."""
     key = f"th-{secrets.token_urlsafe(32)}"
     limits = {"requests_per_minute": requests_per_minute, "concurrent": concurrent}
     try:
@@ -71,7 +71,7 @@ def remove_key(path: Path, name: str) -> None:
 
 @contextmanager
 def _edited(path: Path) -> Iterator[dict[str, Key]]:
-    """The keys of a file. They are written back when the block ends, under a lock."""
+    """Read the keys of a file for the block, and write them back at its end, under a lock."""
     try:
         with locked(path.resolve().parent):
             keys = read_keys(str(path)) if path.exists() else {}
@@ -82,19 +82,19 @@ def _edited(path: Path) -> Iterator[dict[str, Key]]:
 
 
 class AuthMiddleware:
-    """Accepts requests with a key, as `Authorization: Bearer KEY`, within the limits of the key."""
+    """Accepts requests with `Authorization: Bearer KEY` within the limits of the key."""
 
     def __init__(self, app: ASGIApp, path: str, limiter: RateLimiter) -> None:
         def read() -> dict[str, tuple[str, Key]]:
             return {key.sha256: (name, key) for name, key in read_keys(path).items()}
 
         self.app, self.limiter, self._keys = app, limiter, ReloadingFiles((path,), read)
-        # limits of a name: requests in flight, and sequences of all its requests
+        # The limits of a name: requests in flight, and sequences of all its requests.
         self._slots: dict[tuple[str, int], tuple[Semaphore, Semaphore]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        # the lookup is by digest, so its duration reveals nothing about a key
+        # The look-up is by digest, so its duration reveals nothing about a key.
         found = self._keys.get().get(_sha256(given.strip())) if scheme.lower() == "bearer" else None
         app, state = self.app, scope["state"]
         if found is None and scope["path"] not in OPEN_PATHS:

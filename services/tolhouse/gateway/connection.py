@@ -1,4 +1,4 @@
-"""uvicorn with more limits: open connections, slow headers, and slow readers."""
+"""Runs uvicorn with more limits: open connections, slow headers and slow readers."""
 
 import asyncio
 import logging
@@ -24,8 +24,8 @@ from tolhouse.logs import event, join_address, ready, redirect_log, split_addres
 class LimitedConnection(asyncio.Protocol):
     """Passes data to uvicorn's protocol, and closes connections that are too slow.
 
-    It is in the state of each request. RequestLimitsMiddleware reports when a request begins and
-    ends.
+    The state of each request has its connection. RequestLimitsMiddleware reports the beginning and
+    the end of a request.
     """
 
     def __init__(self, config: GatewayConfig, server: uvicorn.Server) -> None:
@@ -33,9 +33,9 @@ class LimitedConnection(asyncio.Protocol):
         self._open, app_state = state.connections, {"connection": self}
         self._http: asyncio.Protocol = H11Protocol(server.config, state, app_state)
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._requests = 0  # the next one may begin before the last one has ended
-        self._received = False  # data has arrived since the last request began
-        self._unread = False  # the rest of a body is ignored, as its request was answered
+        self._requests = 0  # running requests; a request may begin before the last one has ended
+        self._received = False  # whether data has arrived since the last request began
+        self._unread = False  # whether the rest of a body is ignored after its response
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -55,7 +55,7 @@ class LimitedConnection(asyncio.Protocol):
         self._received = True
         try:
             self._http.data_received(data)
-        except h11.LocalProtocolError:  # data that is not HTTP, during an answer
+        except h11.LocalProtocolError:  # the data is not HTTP, and a response is in progress
             self._transport.close()
         if self._transport.is_closing():
             _count_refusal(400, "the data is not HTTP, or the header is too large")
@@ -81,7 +81,7 @@ class LimitedConnection(asyncio.Protocol):
         self._stop("header")
 
     def request_ended(self, *, complete: bool) -> None:
-        """complete: the whole body was read."""
+        """Note the end of a request. `complete` is whether the whole body was read."""
         self._requests -= 1
         self._unread = not complete
 
@@ -100,7 +100,7 @@ class LimitedConnection(asyncio.Protocol):
             self._transport.close()
 
     def _refuse(self, status: int, message: str) -> None:
-        """Send an error in OpenAI's form, and close."""
+        """Send an error in OpenAI's form, and close the connection."""
         _count_refusal(status, message)
         response = error_response(message, status, {"Connection": "close"})
         lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()]
@@ -115,14 +115,14 @@ def _count_refusal(status: int, reason: str) -> None:
 
 
 async def _family(host: str, port: int) -> socket.AddressFamily:
-    """The family to listen on: IPv4 unless the host has IPv6 addresses alone."""
+    """Return the address family: IPv4 unless the host has only IPv6 addresses."""
     loop, kind = asyncio.get_running_loop(), socket.SOCK_STREAM
     families = {found[0] for found in await loop.getaddrinfo(host, port, type=kind)}
     return socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
 
 
 async def serve(app: ASGIApp, config: GatewayConfig, tls: ssl.SSLContext | None) -> None:
-    """Serve until SIGTERM or SIGINT, then finish the requests that have begun."""
+    """Serve until SIGTERM or SIGINT, and finish the requests in flight."""
     settings = uvicorn.Config(
         app,
         ws="none",
@@ -131,9 +131,10 @@ async def serve(app: ASGIApp, config: GatewayConfig, tls: ssl.SSLContext | None)
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=max(1, round(config.drain_seconds)),
     )
-    redirect_log("uvicorn", logging.ERROR)  # its warnings are about single requests, which we log
+    # Middleware already logs single requests, which are the subject of uvicorn's warnings.
+    redirect_log("uvicorn", logging.ERROR)
     server, loop = uvicorn.Server(settings), asyncio.get_running_loop()
-    serving = asyncio.create_task(server.serve(sockets=[]))  # we create the listener
+    serving = asyncio.create_task(server.serve(sockets=[]))  # the listener is created below
     while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
     host, port = split_address(config.listen)
@@ -155,7 +156,7 @@ async def serve(app: ASGIApp, config: GatewayConfig, tls: ssl.SSLContext | None)
         listening.close()
         server.should_exit = True
 
-    # they replace uvicorn's handlers, which raise the signal again after the drain
+    # These replace uvicorn's handlers, which raise the signal again after the drain.
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     ready("gateway", join_address(host, listening.sockets[0].getsockname()[1]))

@@ -24,7 +24,7 @@ from tolhouse.sampling import SamplingParams
 
 MAX_MESSAGE = 1000  # characters
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-# OpenAI's codes: of HTTP statuses, of errors, and of pydantic's kinds of error
+# OpenAI's codes for HTTP statuses, errors, and pydantic's kinds of error.
 _OF_STATUS = {401: "invalid_api_key", 404: "unknown_url", 405: "method_not_supported"}
 _OF_STATUS |= {429: "rate_limit_exceeded"}
 _OF_ERROR: dict[type[TolhouseError], str] = {
@@ -42,9 +42,8 @@ _OF_KIND = {
     **dict.fromkeys(("greater_than", "greater_than_equal"), "{}_below_min_value"),
     **dict.fromkeys(("less_than", "less_than_equal"), "{}_above_max_value"),
 }
-# pydantic's message names one of the forms that a parameter may have
-_FORM = re.compile(r"\[|^(constrained-)?str$")  # a form's name in the place of an error
-_FORMS = {
+_FORM = re.compile(r"\[|^(constrained-)?str$")  # the name of a form in the location of an error
+_FORMS = {  # all forms of a parameter, because pydantic's message names only one
     "prompt": "a text, a list of texts, a list of token ids, or a list of lists of token ids",
     "stop": "a text, or a list of at most 32 texts, each of at most 512 characters",
 }
@@ -66,7 +65,7 @@ class ErrorResponse(BaseModel):
 def error_body(
     message: str, status: int, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    # half of a surrogate pair, quoted from a body, can't be sent
+    # Half of a surrogate pair, which a message may quote from a body, can't be encoded.
     message = message.encode(errors="backslashreplace").decode()
     if len(message) > MAX_MESSAGE:
         message = f"{message[:MAX_MESSAGE]} …"
@@ -83,9 +82,9 @@ def error_response(
 
 
 def status_and_body(error: Exception, state: Any) -> tuple[int, dict[str, Any]]:
-    """The response to a request of this state that failed.
+    """Return the status and the body of the response to a failed request.
 
-    An error that is a defect of the gateway is logged with its traceback, and reported in a line.
+    A defect of the gateway is logged with its traceback, and the response refers to the log.
     """
     if not isinstance(error, TolhouseError):
         fields = {"request_id": state.request_id}
@@ -102,7 +101,7 @@ def status_and_body(error: Exception, state: Any) -> tuple[int, dict[str, Any]]:
     elif isinstance(error, PromptTooLongError) and body:
         param = body.prompt_param
     elif isinstance(error, InvalidArgumentError | UnsupportedError) and body:
-        # messages about sampling parameters name them; the others are about the prompt
+        # Messages about sampling parameters name them. Other messages are about the prompt.
         given = SamplingParams.model_fields.keys() & body.model_fields_set
         named = (word for word in re.findall("[a-z_]+", message) if word in given)
         param = next(named, body.prompt_param)
@@ -122,7 +121,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        # of the errors of a union's forms, the one of the form that fits best
+        # A union has an error for each of its forms. Report that of the best match.
         found = max(error.errors(), key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
         _, *inside = (place for place in map(str, found["loc"]) if not _FORM.search(place))
         kind, context = found["type"], found.get("ctx", {})
@@ -130,7 +129,7 @@ def add_error_handlers(app: FastAPI) -> None:
         message, code = found["msg"].removeprefix("Value error, "), _code(kind, context)
         if kind == "json_invalid":
             message = f"the body is not valid JSON: {context['error']}"
-        elif "param" in context:  # an error that schemas.py raises
+        elif "param" in context:  # schemas.py raised the error
             param, code, place = context["param"], kind, ".".join(inside)
             message = f"{place}: {message}" if place else message
         elif kind == "extra_forbidden" and len(inside) == 1:
@@ -151,7 +150,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _code(kind: str, context: dict[str, Any]) -> str:
-    """OpenAI's code of an error that pydantic found."""
+    """Return OpenAI's code of an error that pydantic found."""
     decimal = any(isinstance(bound, float) for bound in context.values())
     wrong_type = kind.endswith(("_type", "_parsing", "_from_float"))
     code = _OF_KIND.get(kind, "invalid_type" if wrong_type else "invalid_value")

@@ -9,10 +9,12 @@ def _times(name: str, text: str) -> Histogram:
     return Histogram(f"tolhouse_gateway_{name}_seconds", text, buckets=_BUCKETS)
 
 
-REQUESTS = Counter("tolhouse_gateway_requests_total", "HTTP requests answered", ["path", "status"])
-SECONDS = Histogram("tolhouse_gateway_request_seconds", "Time until an answer's end", ["path"])
+REQUESTS = Counter("tolhouse_gateway_requests_total", "HTTP requests", ["path", "status"])
+SECONDS = Histogram(
+    "tolhouse_gateway_request_seconds", "Time from a request to the end of its response", ["path"]
+)
 FIRST = _times("time_to_first_token", "Time from a prompt to its first token")
-NEXT = _times("inter_token", "Time from a token to the next one")
+NEXT = _times("inter_token", "Time between consecutive tokens")
 WHOLE = _times("completion", "Time from a prompt to the end of its completion")
-TOKENS = Counter("tolhouse_gateway_completion_tokens_total", "Completion tokens answered")
-WORKERS = Gauge("tolhouse_gateway_healthy_workers", "Workers that get requests")
+TOKENS = Counter("tolhouse_gateway_completion_tokens_total", "Completion tokens")
+WORKERS = Gauge("tolhouse_gateway_healthy_workers", "Healthy workers")

@@ -18,13 +18,13 @@ from tolhouse.gateway import metrics
 from tolhouse.gateway.error_responses import error_response
 from tolhouse.logs import event
 
-MAX_HEADER_BYTES = 16 << 10  # a request's first line and header
+MAX_HEADER_BYTES = 16 << 10  # the first line and the header of a request
 MAX_HEADER_FIELDS = 100
-MAX_BODIES = 64  # of the largest size that may be in memory at the same time
-_ID = re.compile("[ -~]{1,128}")  # a caller's id that fits a log line and a header
-_PROBED = frozenset({"/health", "/ping"})  # probes call them each second: not logged
+MAX_BODIES = 64  # the number of bodies of the largest size that fit into the memory limit
+_ID = re.compile("[ -~]{1,128}")  # a caller's id, if it is valid in a log line and a header
+_PROBED = frozenset({"/health", "/ping"})  # not logged, because probes call these each second
 _MAX_PATH = 256  # characters of a path in a trace
-# in every response: a browser does not guess its type, run it, or show it in a frame
+# In every response, so that a browser does not guess its type, run it, or show it in a frame.
 _SAFE = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -36,7 +36,10 @@ Middleware = Callable[[ASGIApp], ASGIApp]
 
 
 def cors_middleware(origins: str) -> Middleware:
-    """Lets web pages of these origins, with commas between, read responses; "*": of all origins."""
+    """Return middleware that lets web pages of these origins read responses.
+
+    Commas separate `origins`, and "*" stands for all.
+    """
     allowed = [origin.strip().rstrip("/") for origin in origins.split(",") if origin.strip()]
     if not allowed:
         return lambda app: app
@@ -52,12 +55,12 @@ def cors_middleware(origins: str) -> Middleware:
 class MetricsMiddleware:
     """Gives each request an id, and counts, times, traces and logs it.
 
-    It reads these from the request's state: `failed_status`, the status of a failed stream, and
-    `key` and `about()`, more fields of the log line.
+    The request's state may have `failed_status`, the status of a failed stream, and `key` and
+    `about()`, which are more fields of the log line.
     """
 
     def __init__(self, app: ASGIApp, paths: Collection[str]) -> None:
-        self.app, self.paths = app, paths  # the routes; metrics do not name other paths
+        self.app, self.paths = app, paths  # metrics name only the paths of routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started, status, method = time.perf_counter(), 500, scope["method"]
@@ -80,7 +83,7 @@ class MetricsMiddleware:
         parent = tracing.remote(headers.get(tracing.HEADER, ""))
         span = tracing.begin(method, parent, about, root=True)
         with tracing.under([span]):
-            # HEAD is handled as GET, and the server omits the body
+            # HEAD is handled as GET. The server omits the body.
             inner = {**scope, "method": "GET"} if method == "HEAD" else scope
             try:
                 await self.app(inner, receive, send_with_id)
@@ -105,9 +108,9 @@ class MetricsMiddleware:
 
 
 class RequestLimitsMiddleware:
-    """Limits the size of header and body, and the time in which a body must arrive.
+    """Limits the size of header and body, and the time for a body to arrive.
 
-    around: a middleware for all responses, including this one's own errors.
+    `around` is a middleware for all responses, including errors of this middleware.
     """
 
     def __init__(
@@ -125,7 +128,7 @@ class RequestLimitsMiddleware:
 
         async def limited() -> Message:
             nonlocal size, complete, until
-            if complete:  # the next message is the end of the connection
+            if complete:  # the next message reports the end of the connection
                 return await receive()
             until = until or asyncio.get_running_loop().time() + self.body_seconds
             try:
@@ -153,7 +156,7 @@ class RequestLimitsMiddleware:
             connection.request_ended(complete=complete)
 
     def _refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
-        """A response if the header is too large or ambiguous; None otherwise.
+        """Return an error response if the header is too large or ambiguous, or None.
 
         h11 does not count fields, and limits only the bytes that are not parsed yet.
         """
@@ -165,7 +168,7 @@ class RequestLimitsMiddleware:
             message = f"the header has {count} fields; at most {MAX_HEADER_FIELDS} are allowed"
         elif size > MAX_HEADER_BYTES:
             message = f"the header has {size} bytes; at most {MAX_HEADER_BYTES} are allowed"
-        elif length and "transfer-encoding" in headers:  # a proxy may find another end of the body
+        elif length and "transfer-encoding" in headers:  # proxies may differ on the end of the body
             message = "Content-Length and Transfer-Encoding exclude each other: send one of them"
             status = 400
         elif length.isdecimal() and int(length) > self.max_body_bytes:

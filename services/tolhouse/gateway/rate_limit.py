@@ -15,13 +15,16 @@ from limits.storage import storage_from_string
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.logs import event
 
-_TIMEOUT_SECONDS = 0.5  # for one answer of Redis
-_PAUSE_SECONDS = 1.0  # without Redis, after it failed
+_TIMEOUT_SECONDS = 0.5  # for one reply of Redis
+_PAUSE_SECONDS = 1.0  # the time without Redis after a failure
 _LEAST_RATE = Fraction(1, 1_000_000)
 
 
 def window(requests_per_minute: float) -> RateLimitItem:
-    """The rate as a number of requests in about ten seconds, or as one request in a longer time."""
+    """Return the rate as a number of requests in about ten seconds.
+
+    A low rate becomes one request in a longer time.
+    """
     rate = Fraction(requests_per_minute).limit_denominator(_LEAST_RATE.denominator)
     pause = 60 / max(rate, _LEAST_RATE)  # seconds per request
     times = math.ceil(10 / pause.numerator)
@@ -30,10 +33,10 @@ def window(requests_per_minute: float) -> RateLimitItem:
 
 class RateLimiter:
     def __init__(self, redis_url: str = "", *, insecure: bool = False) -> None:
-        """InvalidArgumentError if the URL is not a Redis URL, or is remote and in plaintext."""
+        """Raises InvalidArgumentError if the URL is not a Redis URL, or is remote plaintext."""
         self._local = self._shared = MovingWindowRateLimiter(MemoryStorage())
         self._redis: Any = None
-        self._resume = 0.0  # when Redis is tried again
+        self._resume = 0.0  # the time to try Redis again
         if redis_url:
             from tolhouse.store.base import require_private
             from tolhouse.store.redis import split_credentials

@@ -1,4 +1,4 @@
-"""One request: a worker call for each choice, and the deltas of all choices. Without HTTP."""
+"""Runs one request, without HTTP: a worker call for each choice, and the deltas of all."""
 
 import asyncio
 import time
@@ -15,8 +15,8 @@ from tolhouse.gateway.text import ChoiceDetokenizer, Delta, Echo, Prompt, Vocabu
 from tolhouse.sampling import check_prompt
 from tolhouse.v1.generation_pb2 import GenerateRequest
 
-MAX_LOGPROBS = 1 << 18  # of all choices together
-MAX_PROMPT_TOKENS = 1 << 20  # of a request, counted once for each choice
+MAX_LOGPROBS = 1 << 18  # in all choices together
+MAX_PROMPT_TOKENS = 1 << 20  # in a request, counted once for each choice
 
 
 @dataclass
@@ -33,7 +33,7 @@ class RequestHandler:
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
     workers: set[str] = field(default_factory=set)  # addresses of the workers that were called
-    first_token_seconds: float | None = None  # until the first token of any choice
+    first_token_seconds: float | None = None  # seconds until the first token of any choice
     table: str | None = None  # "name@version" of the rows, from the worker
     _queue: asyncio.Queue[Delta | BaseException] = field(default_factory=asyncio.Queue)
 
@@ -70,7 +70,7 @@ class RequestHandler:
             raise InvalidArgumentError(f"{many}; at most {MAX_LOGPROBS} are allowed: {advice}")
 
     def about(self) -> dict[str, Any]:
-        """Fields of the request's log line."""
+        """Return fields for the request's log line."""
         first = self.first_token_seconds
         return {
             "model": self.model.name,
@@ -99,14 +99,14 @@ class RequestHandler:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def complete(self) -> list[Delta]:
-        """The whole text of each choice, of a request that is not streamed."""
+        """Return the whole text of each choice, for a request without streaming."""
         async with aclosing(self.deltas()) as deltas:
             return sorted([delta async for delta in deltas], key=lambda delta: delta.index)
 
     async def _run(self, index: int) -> None:
         """Put a choice's deltas into the queue.
 
-        Without streaming there is one delta, as the choice may begin again on another worker.
+        Without streaming there is one delta, because the choice may begin again on another worker.
         """
         body, request, put = self.body, self.requests[index], self._queue.put_nowait
         restart = not body.stream

@@ -1,7 +1,7 @@
 """Responses in OpenAI's form, whole or as the chunks of a stream.
 
-The models describe responses in the API's schema. The JSON is written without them, in steps that
-leave the event loop free.
+The models only describe responses in the API's schema. The JSON is written without them, in short
+steps that do not block the event loop.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ class Envelope(BaseModel, Generic[T]):
     model: str
     choices: list[T]
     usage: Usage | None
-    system_fingerprint: str | None  # the table's version
+    system_fingerprint: str | None  # the version of the table
 
 
 class Completion(Envelope[CompletionChoice]):
@@ -85,8 +85,8 @@ class Chat(Envelope[ChatChoice]):
 class Serializer:
     """A request's deltas in the form of /v1/completions."""
 
-    prefix = "cmpl"  # of ids
-    kinds = "text_completion", "text_completion"  # of a response and of a chunk
+    prefix = "cmpl"  # the prefix of ids
+    kinds = "text_completion", "text_completion"  # the `object` of a response and of a chunk
 
     def __init__(self, handler: RequestHandler) -> None:
         self.handler, self.shown = handler, handler.vocabulary.shown
@@ -94,7 +94,10 @@ class Serializer:
         self.begun: set[int] = set()  # choices whose role has been sent
 
     async def to_json(self, *deltas: Delta) -> str:
-        """A chunk, or the whole response. A chunk without choices has the usage of the request."""
+        """Return a chunk, or the whole response.
+
+        A chunk without choices has the usage of the request.
+        """
         handler, usage, options = self.handler, None, self.handler.body.stream_options
         chunk = self.stream and deltas
         if not chunk or (options.include_usage and options.continuous_usage_stats):
@@ -120,7 +123,7 @@ class Serializer:
         return {"text": delta.text}
 
     async def logprobs(self, tokens: list[Token]) -> str:
-        """JSON of the log probabilities of tokens."""
+        """Return the log probabilities of tokens as JSON."""
 
         def likeliest(token: Token) -> dict[str, float] | None:
             if token.logprob is None:
@@ -129,10 +132,8 @@ class Serializer:
             name, rest = self.shown(own, first)[0], dict(token.top())
             rest.pop(own, None)
             found = {name: token.logprob}
-            for (
-                i,
-                logprob,
-            ) in rest.items():  # the other of two tokens with one text is named by its id
+            # If two tokens have the same text, the second is named by its id.
+            for i, logprob in rest.items():
                 text = self.shown(i, first)[0]
                 found[f"token_id:{i}" if text in found else text] = logprob
             return dict(sorted(found.items(), key=lambda item: -item[1]))

@@ -1,4 +1,4 @@
-"""The gateway's workers: their health, their load, and the choice of one for each request."""
+"""Tracks the health and load of the workers, and chooses a worker for each request."""
 
 import asyncio
 import logging
@@ -15,11 +15,11 @@ from tolhouse.net.health import PeerHealth
 from tolhouse.sampling import check_features
 from tolhouse.v1.generation_pb2 import DescribeWorkerReply, GenerateReply, GenerateRequest
 
-_POLL_TIMEOUT_SECONDS = 2.0  # also enough for a busy machine
-_MAX_MISSED = 2  # polls in a row without an answer, after which a worker's requests fail
-# errors of one worker after which another one is tried
+_POLL_TIMEOUT_SECONDS = 2.0  # long enough for a busy machine
+_MAX_MISSED = 2  # after this many polls without a reply, the worker's requests fail
+# Errors of a worker after which another worker is tried.
 _OTHERS_MAY_DO = errors.UnavailableError, errors.OverloadedError, errors.DeadlineExceededError
-# messages for callers; only the log has addresses and paths
+# Messages for callers. Only the log has addresses and paths.
 _FOR_CALLERS: dict[type[errors.TolhouseError], str] = {
     errors.OverloadedError: "all workers are full: try again later",
     errors.DeadlineExceededError: "no worker answered in time: try again later",
@@ -42,10 +42,10 @@ def _for_callers(error: errors.TolhouseError) -> errors.TolhouseError:
 class Worker:
     target: str
     channel: WorkerChannel
-    error: errors.TolhouseError | None  # of the last poll
+    error: errors.TolhouseError | None  # the error of the last poll
     description: DescribeWorkerReply = field(default_factory=DescribeWorkerReply)
-    in_flight: int = 0  # requests of this gateway
-    others: int = 0  # requests of other gateways, at the last poll
+    in_flight: int = 0  # the number of requests of this gateway
+    others: int = 0  # the number of requests of other gateways at the last poll
     missed: int = 0
 
     @property
@@ -54,7 +54,7 @@ class Worker:
 
 
 class ServedModel(NamedTuple):
-    """The limits that all healthy workers of a model share."""
+    """The limits within which every healthy worker of a model can serve."""
 
     name: str
     context_tokens: int
@@ -71,7 +71,7 @@ class WorkerRouter:
     health: PeerHealth = field(default_factory=lambda: PeerHealth("worker"))
 
     async def watch(self) -> None:
-        """Resolve addresses, and poll each worker in a task of its own, until cancelled."""
+        """Resolve addresses, and poll each worker in its own task, until cancelled."""
         async with asyncio.TaskGroup() as polls:
             while True:
                 try:
@@ -90,7 +90,7 @@ class WorkerRouter:
                 await asyncio.sleep(self.poll_seconds)
 
     def healthy(self, model: str | None = None) -> list[Worker]:
-        """Workers that may get requests, of one model or of all models."""
+        """Return the workers that may get requests, for one model or for all models."""
         up = (w for w in self.workers if not w.error and self.health.up(w.target))
         return [w for w in up if model in (None, w.description.model)]
 
@@ -101,9 +101,10 @@ class WorkerRouter:
         return sorted({d.model for d in self.descriptions()})
 
     def model(self, name: str | None) -> ServedModel:
-        """The model to use.
+        """Return the model to use.
 
-        ModelNotFoundError if no worker serves it; UnavailableError if no worker is healthy.
+        Raises ModelNotFoundError if no worker serves it, and UnavailableError if no worker is
+        healthy.
         """
         served = self.models()
         if not served:
@@ -117,19 +118,19 @@ class WorkerRouter:
         return ServedModel(name, *least, found[0].eos_token_id)
 
     def check_room(self, model: str) -> None:
-        """OverloadedError if all workers of a model are full, before any work on the request."""
+        """Raise OverloadedError if all workers of a model are full."""
         serving = self.healthy(model)
         if serving and all(0 < w.description.most_sequences <= w.load for w in serving):
             requests = f"{sum(w.load for w in serving)} requests"
             raise errors.OverloadedError(f"the workers already have {requests}: try again later")
 
     def check_features(self, model: str, request: GenerateRequest) -> None:
-        """UnsupportedError if no healthy worker implements all parameters of a request."""
+        """Raise UnsupportedError if no healthy worker implements all parameters of a request."""
         if (serving := self.healthy(model)) and not self._able(model, request):
             check_features(request, serving[0].description.features, "the worker")
 
     def _able(self, model: str, request: GenerateRequest) -> list[Worker]:
-        """Healthy workers of a model that implement all parameters of a request."""
+        """Return the healthy workers of a model that implement all parameters of a request."""
         able = []
         for worker in self.healthy(model):
             with suppress(errors.UnsupportedError):
@@ -138,7 +139,7 @@ class WorkerRouter:
         return able
 
     def unavailable(self) -> errors.TolhouseError:
-        """The error to raise if no worker is healthy."""
+        """Return the error to raise if no worker is healthy."""
         found = [w.error for w in self.workers if w.error]
         why = "; ".join(map(str, found)) or "no worker has an address yet"
         event("no worker is healthy", logging.WARNING, reason=why)
@@ -150,10 +151,11 @@ class WorkerRouter:
     async def generate(
         self, model: str, request: GenerateRequest, asked: set[str], may_restart: bool = False
     ) -> AsyncGenerator[GenerateReply | None]:
-        """Replies of the least loaded worker, or of the next if it fails before its first reply.
+        """Yield replies of the least loaded worker.
 
-        may_restart: try the next worker after the first reply, too. None marks a new beginning.
-        asked: the addresses of the workers that were called are added to it.
+        If a worker fails before its first reply, the next one is called. With `may_restart`, the
+        next worker is also called after the first reply, and None marks the new beginning. The
+        addresses of called workers are added to `asked`.
         """
         tried: set[Worker] = set()
         while left := [w for w in self._able(model, request) if w not in tried]:
@@ -192,12 +194,12 @@ class WorkerRouter:
                 except errors.TolhouseError as error:
                     worker.error = error
                     self.health.report_down(worker.target, error)
-                    # a draining worker refuses polls and finishes its requests; a silent one hangs
+                    # A draining worker refuses polls but finishes its requests. A silent one hangs.
                     silent = isinstance(error, errors.DeadlineExceededError)
                     worker.missed = worker.missed + 1 if silent else 0
                     if worker.missed == _MAX_MISSED:
                         worker.channel.abandon()
-                except Exception:  # noqa: BLE001 - polling must go on
+                except Exception:  # noqa: BLE001 - polling must continue
                     log.exception("polling worker %s failed", worker.target)
                 await asyncio.sleep(self.poll_seconds)
             event("worker is gone", worker=worker.target)

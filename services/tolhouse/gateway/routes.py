@@ -28,7 +28,7 @@ from tolhouse.gateway.turns import list_json, text_json, to_json
 from tolhouse.sampling import IdAsText, check_ids
 
 T = TypeVar("T")
-_POLL_SECONDS = 0.1  # between checks that the caller is connected
+_POLL_SECONDS = 0.1  # the pause between checks that the caller is connected
 _Responses = dict[int | str, dict[str, Any]]
 _STREAMED: _Responses = {200: {"content": {"text/event-stream": {}}}}
 _UNHEALTHY: _Responses = {503: {"description": "No worker is healthy"}}
@@ -43,7 +43,7 @@ class Services:
     explorer: Explorer
 
     async def prompts(self, body: GenerationRequest, context_tokens: int) -> list[Prompt]:
-        """The prompts of a body, tokenised. Token ids are used as they are."""
+        """Tokenise the prompts of a body. Token ids are used unchanged."""
         if isinstance(body, schemas.ChatRequest):
             texts: list[Any] = [await self.render(body.messages)]
         elif isinstance((texts := body.prompts())[0], list):
@@ -52,16 +52,16 @@ class Services:
         return await self.vocabulary.encode(texts, context_tokens, add_special_tokens=add)
 
     async def render(self, messages: list[schemas.Message], **options: bool) -> str:
-        """The text that the chat template makes of messages. It runs in a thread."""
+        """Return the chat template's text for messages. The template runs in a thread."""
         plain = [message.plain for message in messages]
         return await asyncio.to_thread(self.template.render, plain, **options)
 
     def handler(
         self, body: GenerationRequest, prompts: list[Prompt], model: ServedModel, request: Request
     ) -> RequestHandler:
-        """The handler of a request to the workers, which the request's log line describes."""
+        """Return the handler of a request. It adds fields to the request's log line."""
         state = request.state
-        # with API keys, limits the sequences of a key that run at the same time
+        # With API keys, the slot limits the concurrent sequences of a key.
         slot = getattr(state, "sequences", None) or nullcontext()
         about = self.router, self.vocabulary, state.request_id, slot
         handler = RequestHandler(body, prompts, model, *about)
@@ -79,13 +79,13 @@ routes = APIRouter()
 
 @routes.post("/v1/completions", response_model=responses.Completion, responses=_STREAMED)
 async def completions(body: CompletionRequest, request: Request, gateway: Gateway) -> Response:
-    """Completes one or more prompts; with `stream`, as server-sent events."""
+    """Completes one or more prompts. With `stream`, sends server-sent events."""
     return await _respond(body, request, gateway, responses.Serializer)
 
 
 @routes.post("/v1/chat/completions", response_model=responses.Chat, responses=_STREAMED)
 async def chat(body: schemas.ChatRequest, request: Request, gateway: Gateway) -> Response:
-    """Answers messages by the checkpoint's chat template; with `stream`, as server-sent events."""
+    """Answers messages with the chat template. With `stream`, sends server-sent events."""
     return await _respond(body, request, gateway, responses.ChatSerializer)
 
 
@@ -101,7 +101,7 @@ async def _respond(
     if not body.stream:
         choices = await _unless_disconnected(request, handler.complete())
         return _json(await serialize(*choices))
-    # wait for the first delta before the status line, so that an early failure has its own status
+    # The status line follows the first delta, so that an early failure has its own status.
     deltas = handler.deltas()
     first = await _unless_disconnected(request, anext(deltas))
 
@@ -113,7 +113,7 @@ async def _respond(
                     yield await serialize(delta)
             if body.stream_options.include_usage:
                 yield await serialize()
-        except Exception as error:  # noqa: BLE001 - the status was sent
+        except Exception as error:  # noqa: BLE001 - the status is already sent
             request.state.failed_status, failure = status_and_body(error, request.state)
             yield json.dumps(failure)
         yield "[DONE]"
@@ -127,7 +127,7 @@ def _json(content: str) -> Response:
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled if the caller disconnects."""
+    """Return the result of `work`. Cancels it if the caller disconnects."""
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait({task}, timeout=_POLL_SECONDS))[0]:
@@ -140,13 +140,13 @@ async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
 
 @routes.post("/tokenize")
 async def tokenize(body: schemas.TokenizeRequest, request: Request, gateway: Gateway) -> Response:
-    """Token ids of a text, or of messages."""
+    """Returns the token ids of a text or of messages."""
     request.state.body = body
     model, vocabulary = gateway.router.model(body.model), gateway.vocabulary
     text, add = body.prompt or "", body.add_special_tokens
     if body.messages is not None:
         text = await gateway.render(body.messages, add_generation_prompt=body.add_generation_prompt)
-        add = bool(add)  # the template has the special tokens that the model needs
+        add = bool(add)  # the template adds the special tokens that the model needs
     [prompt] = await vocabulary.encode([text], add_special_tokens=add is not False)
     ids = prompt.ids
     async with vocabulary.large:
@@ -162,7 +162,7 @@ async def tokenize(body: schemas.TokenizeRequest, request: Request, gateway: Gat
 async def detokenize(
     body: schemas.DetokenizeRequest, request: Request, gateway: Gateway
 ) -> Response:
-    """The text of token ids."""
+    """Returns the text of token ids."""
     request.state.body = body
     ids = check_ids(body.tokens, gateway.router.model(body.model).vocab_size)
     async with gateway.vocabulary.large:
@@ -172,7 +172,7 @@ async def detokenize(
 
 @routes.get("/tokenizer_info")
 async def tokenizer_info(gateway: Gateway) -> dict:
-    """Special tokens and the chat template, for clients without a tokenizer."""
+    """Returns special tokens and the chat template, for clients without a tokenizer."""
     end = gateway.router.model(None).eos_token_id
     eos = gateway.vocabulary.tokenizer.id_to_token(end)
     tokens = {"eos_token": eos, "bos_token": None, "pad_token": None, **gateway.template.tokens}
@@ -181,13 +181,13 @@ async def tokenizer_info(gateway: Gateway) -> dict:
 
 @routes.get("/explore", response_class=HTMLResponse)
 async def explorer_page() -> Response:
-    """A page that shows a model's memory and completes text with parts of it scaled or absent."""
+    """Returns a page that shows a model's memory, and completes text with scaled or absent rows."""
     return HTMLResponse(PAGE, headers={"Content-Security-Policy": POLICY})
 
 
 @routes.post("/explore/tokens")
 async def explore_tokens(body: schemas.ExploreRequest, gateway: Gateway) -> Response:
-    """The tokens of a text, each with the norms of its rows."""
+    """Returns the tokens of a text, each with the norms of its rows."""
     [prompt] = await gateway.vocabulary.encode([body.text], add_special_tokens=True)
     async with gateway.vocabulary.large:
         found = await asyncio.to_thread(gateway.explorer.tokens, prompt.ids)
@@ -197,7 +197,7 @@ async def explore_tokens(body: schemas.ExploreRequest, gateway: Gateway) -> Resp
 
 @routes.get("/explore/tokens/{token_id}")
 async def explore_token(token_id: IdAsText, gateway: Gateway) -> dict:
-    """What the memory holds for a token: norms, strongest keys and nearest tokens."""
+    """Returns the memory of a token: norms, strongest keys and nearest tokens."""
     return gateway.explorer.token(token_id)
 
 
@@ -205,7 +205,7 @@ async def explore_token(token_id: IdAsText, gateway: Gateway) -> dict:
 async def explore_compare(
     body: schemas.CompareRequest, request: Request, gateway: Gateway
 ) -> Response:
-    """Two greedy completions of a text, with the memory as it is and as the request scales it."""
+    """Returns two greedy completions of a text: with the original rows and with scaled rows."""
     model, vocabulary = gateway.router.model(body.model), gateway.vocabulary
     gateway.router.check_room(model.name)
     [prompt] = await vocabulary.encode([body.text], model.context_tokens, add_special_tokens=True)
@@ -221,13 +221,13 @@ async def explore_compare(
 
 @routes.get("/explore/live")
 async def live(gateway: Gateway) -> dict:
-    """Sums of the workers' counters, and which rows the page shows and the workers serve."""
+    """Returns the summed counters of the workers, and the rows that are shown and served."""
     return gateway.explorer.live()
 
 
 @routes.get("/health", responses=_UNHEALTHY)
 async def health(request: Request, gateway: Gateway) -> JSONResponse:
-    """200 while a worker is healthy. With API keys, the counts of workers need a key."""
+    """Returns 200 while a worker is healthy. With API keys, the counts of workers need a key."""
     healthy, known = len(gateway.router.healthy()), len(gateway.router.workers)
     body: dict[str, Any] = {"status": "ok" if healthy else "unavailable"}
     if getattr(request.state, "trusted", True):
@@ -237,7 +237,7 @@ async def health(request: Request, gateway: Gateway) -> JSONResponse:
 
 @routes.api_route("/ping", methods=["GET", "POST"], responses=_UNHEALTHY)
 async def ping(gateway: Gateway) -> JSONResponse:
-    """The status of /health, with an empty body."""
+    """Returns the status of /health with an empty object."""
     return JSONResponse({}, 200 if gateway.router.healthy() else 503)
 
 
@@ -248,13 +248,13 @@ async def version() -> dict:
 
 @routes.get("/metrics", response_class=Response, responses=_METRICS)
 async def metrics() -> Response:
-    """Metrics in the text format of Prometheus."""
+    """Returns metrics in the text format of Prometheus."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
 @routes.get("/v1/models")
 async def models(gateway: Gateway) -> dict:
-    """The models that healthy workers serve."""
+    """Returns the models that healthy workers serve."""
     cards = [await model(name, gateway) for name in gateway.router.models()]
     return {"object": "list", "data": cards}
 

@@ -1,7 +1,7 @@
 """Request bodies of the API. Unknown and unsupported parameters are refused by name.
 
-A parameter that asks for nothing is accepted on every route, supported or not: null, a default of
-OpenAI or vLLM, or a value that does not change the answer (`NEUTRAL`).
+A value without an effect is accepted on every route, even if the parameter is not supported: null,
+a default of OpenAI or vLLM, or a value that does not change the answer (`NEUTRAL`).
 """
 
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -13,25 +13,25 @@ from tolhouse import sampling
 from tolhouse.sampling import Bool, Int, SamplingOptions, SamplingParams
 
 T = TypeVar("T")
-MAX_CHOICES = 128  # prompts times n
-MAX_EXPLORED = 8_192  # characters; a token has at least a quarter of one
+MAX_CHOICES = 128  # the product of the number of prompts and n
+MAX_EXPLORED = 8_192  # characters; each has at most four tokens
 MAX_COMPARED = 256  # tokens of each completion that the explorer compares
 
-# The first wrong item ends a list. Otherwise, each item of a large body could make an error.
+# Validation stops at the first wrong item. Otherwise, each item of a large body could be an error.
 Several = Annotated[list[T], Field(fail_fast=True)]
 Prompts = Annotated[list[T], Field(max_length=MAX_CHOICES, fail_fast=True)]
 StopString = Annotated[StrictStr, Field(max_length=512)]
 StopStrings = Annotated[list[StopString], Field(max_length=32, fail_fast=True)]
 Positive = Annotated[Int, Field(ge=1)]
 _SCORES = {"anyOf": [{"type": "integer", "minimum": 0, "maximum": 20}, {"enum": [None, False]}]}
-Scores = Annotated[  # clients of the chat API send false for none
+Scores = Annotated[  # clients of the chat API send false instead of null
     sampling.Logprobs | None,
     BeforeValidator(lambda count: None if count is False else count),
     Field(json_schema_extra=_SCORES),
 ]
 
-ANY = ("any value",)  # the parameter does not change the answer
-# OpenAI's and vLLM's parameters that are not supported, and the values that ask for nothing
+ANY = ("any value",)  # for parameters that do not change the answer
+# OpenAI's and vLLM's parameters that are not supported, and their values without an effect.
 NEUTRAL: dict[str, tuple] = {
     **dict.fromkeys(("metadata", "prompt_cache_key", "prompt_cache_retention"), ANY),
     "safety_identifier": ANY,
@@ -61,14 +61,14 @@ NEUTRAL: dict[str, tuple] = {
 
 
 def _is_one_of(value: Any, values: tuple) -> bool:
-    """As in JSON, in which false is not 0."""
+    """Return whether `value` is one of `values`. As in JSON, false is not 0."""
     return any(v == value and isinstance(v, bool) == isinstance(value, bool) for v in values)
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a value, or all values inside it, are null, false, or an empty text."""
+    """Return whether a value, or each value inside it, is null, false or an empty text."""
     rest = [value]
-    while rest:  # not recursive, as a value may be deep
+    while rest:  # not recursive, because a value may be deep
         one = rest.pop()
         if isinstance(one, dict | list):
             rest += one.values() if isinstance(one, dict) else one
@@ -78,12 +78,12 @@ def _is_empty(value: Any) -> bool:
 
 
 def refusal(param: str, message: str, code: str = "invalid_value") -> PydanticCustomError:
-    """An error about one parameter; `code` is OpenAI's."""
+    """Return an error about one parameter with OpenAI's `code`."""
     return PydanticCustomError(code, "{message}", {"message": message, "param": param})
 
 
 def _described(schema: dict[str, Any], model: type["Object"]) -> None:
-    """Say that null stands for a default, and which unsupported parameters are accepted."""
+    """Add to the schema that null stands for a default, and the accepted unsupported parameters."""
     for name, field in schema["properties"].items():
         if field.get("default") is not None:
             default = field.pop("default")
@@ -92,7 +92,7 @@ def _described(schema: dict[str, Any], model: type["Object"]) -> None:
         if name not in schema["properties"]:
             allowed = {} if values == ANY else {"enum": [None, *values]}
             schema["properties"][name] = {**allowed, "description": "Accepted and not used."}
-    # an empty object or list may hold others, which a schema can't say
+    # The contents of empty objects and lists are allowed, which a schema can't express.
     schema["additionalProperties"] = {} if model.ignores_empty else {"type": "null"}
 
 
@@ -104,7 +104,7 @@ class Object(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_neutral(cls, given: Any) -> Any:
-        """The fields that ask for something."""
+        """Return the fields that have an effect."""
         if not isinstance(sampling.few_fields(given), dict):
             return given
         return {k: value for k, value in given.items() if not cls._asks_for_nothing(k, value)}
@@ -134,7 +134,7 @@ class StreamOptions(Object):
 
 
 class Generation(SamplingOptions, Body):
-    """Parameters of completions and chats. Those that OpenAI does not have are as in vLLM."""
+    """Parameters of completions and chats. Parameters that OpenAI lacks have the names of vLLM."""
 
     neutral = NEUTRAL
 
@@ -167,9 +167,10 @@ class Generation(SamplingOptions, Body):
     def sampling(
         self, max_tokens: int, logprobs: int | None, end_ids: tuple[int, ...] = ()
     ) -> SamplingParams:
-        """The worker's parameters for the first choice of a prompt; each next has the next seed.
+        """Return the worker's parameters for the first choice of a prompt.
 
-        end_ids: tokens that end the answer, beside `stop_token_ids`.
+        Each further choice has the next seed. `end_ids` end the answer, in addition to
+        `stop_token_ids`.
         """
         options = {name: getattr(self, name) for name in SamplingOptions.model_fields}
         options["stop_token_ids"] = (*self.stop_token_ids, *end_ids)
@@ -203,13 +204,13 @@ class CompletionRequest(Generation):
         return self
 
     def prompts(self) -> list[Any]:
-        """The prompts one by one, all texts or all token ids."""
+        """Return the prompts one by one, all texts or all token ids."""
         one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
         return [self.prompt] if one else list(self.prompt)
 
     @property
     def num_logprobs(self) -> int | None:
-        """Number of likeliest tokens to return for each token; None: no log probabilities."""
+        """The number of likeliest tokens to return for each token. None: no log probabilities."""
         return self.logprobs
 
     def most_tokens(self, room: int) -> int:
@@ -224,10 +225,10 @@ class Part(Object):
 
 
 class Message(Object):
-    """A message. Answers of any server are accepted as history, with the fields that it added."""
+    """A message. In the history, answers of any server are accepted with all their fields."""
 
     ignores_empty = True
-    calls: ClassVar = ("tool_calls", "function_call", "audio")  # what an answer has beside text
+    calls: ClassVar = ("tool_calls", "function_call", "audio")  # contents beside text
     role: Literal["system", "developer", "user", "assistant"]
     content: StrictStr | Several[Part] | None = None
     name: StrictStr | None = None
@@ -235,7 +236,7 @@ class Message(Object):
     @model_validator(mode="before")
     @classmethod
     def _without_metadata(cls, given: Any) -> Any:
-        """An answer without the fields that its text does not depend on, such as an id."""
+        """Remove fields of an answer that its text does not depend on, such as an id."""
         if not isinstance(sampling.few_fields(given), dict) or given.get("role") != "assistant":
             return given
         return {k: v for k, v in given.items() if k in cls.model_fields or k in cls.calls}
@@ -249,7 +250,7 @@ class Message(Object):
 
     @property
     def plain(self) -> dict[str, str]:
-        """The form that templates expect: the content is one text."""
+        """The message in the form that templates expect, with the content as one text."""
         parts, name = self.content or "", {"name": self.name} if self.name else {}
         text = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
         return {"role": self.role, "content": text, **name}
@@ -289,7 +290,7 @@ GenerationRequest = CompletionRequest | ChatRequest
 
 
 class TokenizeRequest(Body):
-    """POST /tokenize: of a text, or of messages where the checkpoint has a chat template."""
+    """POST /tokenize, for a text, or for messages if the checkpoint has a chat template."""
 
     neutral = NEUTRAL
 

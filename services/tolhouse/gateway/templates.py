@@ -22,14 +22,16 @@ def _refuse(message: str) -> NoReturn:
 
 _options = {"trim_blocks": True, "lstrip_blocks": True}  # as in transformers
 _environment = ImmutableSandboxedEnvironment(extensions=[loopcontrols], **_options)
-_environment.filters["tojson"] = partial(
-    json.dumps, ensure_ascii=False
-)  # jinja's filter escapes HTML
+# Jinja's own filter escapes HTML.
+_environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
 _environment.globals |= {"strftime_now": time.strftime, "raise_exception": _refuse}
 
 
 class ChatTemplate:
-    """chat_template.jinja of a folder, or else `chat_template` of its tokenizer_config.json."""
+    """The chat template in a folder.
+
+    It is chat_template.jinja, or otherwise `chat_template` of tokenizer_config.json.
+    """
 
     def __init__(self, folder: Path) -> None:
         file = folder / CONFIG
@@ -41,7 +43,7 @@ class ChatTemplate:
         texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in given.items()}
         self.tokens = {name: text for name, text in texts.items() if isinstance(text, str)}
         source = config.get("chat_template")
-        if isinstance(source, list):  # several, by name
+        if isinstance(source, list):  # several templates with names
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
             source = named.get("default")
         if (folder / FILE).is_file():
@@ -55,19 +57,20 @@ class ChatTemplate:
             ) from None
 
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """The prompt's text.
+        """Return the text of the prompt.
 
-        InvalidArgumentError if there is no template, or if the template fails on the messages.
+        Raises InvalidArgumentError if there is no template, or if the template fails on the
+        messages.
         """
         if self.template is None:
             files = f"a {FILE}, or a {CONFIG} with chat_template, beside the tokenizer.json"
             raise InvalidArgumentError(f"this model has no chat template: chat needs {files}")
-        if "developer" not in (self.source or ""):  # OpenAI's newer name of the system role
+        if "developer" not in (self.source or ""):  # the newer name of the system role
             messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
         known = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             return self.template.render(**known, **self.tokens)
-        except Exception as error:  # noqa: BLE001 - a template is a program
+        except Exception as error:  # noqa: BLE001 - a template is a program and may raise any error
             raise InvalidArgumentError(
                 f"the chat template refuses these messages: {error}"
             ) from None

@@ -1,4 +1,4 @@
-"""Text to token ids and back: prompts, single tokens, and completions as they arrive."""
+"""Converts text to token ids and back: prompts, single tokens, and completions as they arrive."""
 
 import asyncio
 import functools
@@ -18,10 +18,10 @@ from tolhouse.model.tokenizer import TokenDecoder, TokenTexts
 from tolhouse.v1.generation_pb2 import GenerateReply, Logprobs
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
-_SHORT = 4096  # characters that are tokenised in the event loop; a thread tokenises longer texts
+_SHORT = 4096  # characters; the event loop tokenises texts up to this length, a thread longer ones
 _LONG = 1 << 16  # characters; at most `_LARGE` longer texts are tokenised at the same time
 _FIRST_MARK = 0xD800  # the first surrogate
-_LARGE = 2  # large texts and responses at the same time, which bounds their memory
+_LARGE = 2  # concurrent large texts and responses, which bounds their memory
 
 
 class Prompt(NamedTuple):
@@ -35,25 +35,25 @@ class Place(NamedTuple):
     """A token in a text."""
 
     id: int
-    offset: int  # of its first character
-    first: bool = False  # no text is before it
+    offset: int  # the position of its first character
+    first: bool = False  # whether no text precedes it
 
 
 class Echo(NamedTuple):
-    """A prompt as a part of its answers."""
+    """A prompt that is returned as the beginning of its answers."""
 
     text: str = ""
     places: Sequence[Place] = ()
 
 
 class Vocabulary:
-    """The tokenizer for calls from the event loop, which long work does not block."""
+    """The tokenizer, with methods that do not block the event loop."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.large = tokenizer, asyncio.Semaphore(_LARGE)
         self.texts = TokenTexts(tokenizer)
         vocabulary = tokenizer.get_vocab()
-        self.longest = max(map(len, vocabulary), default=1)  # characters or bytes of a token
+        self.longest = max(map(len, vocabulary), default=1)  # characters or bytes in a token
         self._adds_tokens = tokenizer.num_special_tokens_to_add(is_pair=False) > 0
         self.shown = functools.lru_cache(maxsize=len(vocabulary))(self._shown)
         self.special_in = functools.lru_cache(maxsize=64)(self._special_in)
@@ -61,10 +61,11 @@ class Vocabulary:
     async def encode(
         self, texts: list[str], context_tokens: int | None = None, *, add_special_tokens: bool
     ) -> list[Prompt]:
-        """Texts as prompts.
+        """Tokenise texts.
 
-        add_special_tokens: apply the tokenizer's post-processor, which may add a BOS token.
-        PromptTooLongError if a text must have more than `context_tokens` tokens, by its length.
+        `add_special_tokens` applies the tokenizer's post-processor, which may add a BOS token.
+        Raises PromptTooLongError if a text is so long that it must have more than `context_tokens`
+        tokens.
         """
         for text in texts:
             if context_tokens is not None and len(text) > context_tokens * self.longest:
@@ -78,7 +79,7 @@ class Vocabulary:
                 raise InvalidArgumentError(message)
         special = add_special_tokens and self._adds_tokens
 
-        def encode() -> list[Prompt]:  # a batch is encoded without Python's lock
+        def encode() -> list[Prompt]:  # encoding a batch releases Python's lock
             found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=special)
             return [
                 Prompt(e.ids, _added(e.special_tokens_mask) if special else frozenset())
@@ -92,7 +93,10 @@ class Vocabulary:
             return await asyncio.to_thread(encode)
 
     async def echo(self, prompt: Prompt) -> Echo:
-        """The text of a prompt without the tokens that the post-processor added, and all places."""
+        """Return the text of a prompt, and the places of its tokens.
+
+        Tokens that the post-processor added have places, but no text.
+        """
         decoder, at, parts, places = TokenDecoder(self.texts), 0, [], []
         async for n, i in in_turns(enumerate(prompt.ids)):
             if n in prompt.added:
@@ -118,12 +122,11 @@ def _added(mask: list[int]) -> frozenset[int]:
 
 
 class Detokenizer:
-    """The text of one completion, in parts that are final.
+    """The text of one completion, in parts that do not change later.
 
-    The first stop string to be complete ends the text, before the string or, with `include_stop`,
-    after it. A stop string that is complete within the first `min_tokens` tokens does not count.
-
-    special: texts of special tokens in the stop strings, by id. The decoder leaves them out.
+    The first complete stop string ends the text. The text excludes it unless `include_stop` is set.
+    A stop string that is complete within the first `min_tokens` tokens does not count. `special`
+    has the texts of special tokens in the stop strings, by id. The decoder omits these texts.
     """
 
     def __init__(
@@ -137,7 +140,7 @@ class Detokenizer:
     ) -> None:
         self.decoder, self.include_stop, self.min_tokens = decoder, include_stop, min_tokens
         self.stop = [s for s in stop if s]
-        # a surrogate stands for a special token, as no decoded text contains one
+        # A surrogate stands for a special token, because no decoded text contains one.
         special = special or {}
         self._marks = {i: chr(_FIRST_MARK + n) for n, i in enumerate(special)}
         self._shown = {ord(self._marks[i]): text for i, text in special.items()}
@@ -147,15 +150,15 @@ class Detokenizer:
         for s in self.stop:
             self._by_first.setdefault(s[0], []).append(s)
         self.stopped = False
-        self.released = 0  # characters returned
+        self.released = 0  # returned characters
         self._tokens = 0
         self._decoded = 0  # characters of all tokens
         self._protected = 0  # characters and marks of the first `min_tokens` tokens
-        self._searched = 0  # characters and marks before the held ones
+        self._searched = 0  # characters and marks before `_held`
         self._held = ""  # characters that might be the beginning of a stop string
 
     def push(self, ids: Sequence[int]) -> tuple[str, list[Place]]:
-        """The text that these tokens complete, which may be empty, and their places."""
+        """Return the text that these tokens complete, and their places. The text may be empty."""
         parts, places = [], []
         for i in ids:
             first = not self.decoder.inside
@@ -169,7 +172,7 @@ class Detokenizer:
         return self._release("".join(parts)), places
 
     def finish(self) -> str:
-        """The rest of the text; bytes that did not become a character are U+FFFD."""
+        """Return the rest of the text. Bytes that did not become a character are U+FFFD."""
         if self.stopped:
             return ""
         rest = self.decoder.finish()
@@ -179,7 +182,7 @@ class Detokenizer:
 
     def _release(self, text: str, *, last: bool = False) -> str:
         known, text = len(self._held), self._held + text
-        # a stop string ends after the text that is known, and after the protected text
+        # A stop string ends after the known text, and after the protected text.
         least = max(known, self._protected - self._searched) + 1
         found = ((s, text.find(s, max(0, least - len(s)))) for s in self.stop)
         ends = [(at + len(s), at) for s, at in found if at >= 0]
@@ -197,7 +200,7 @@ class Detokenizer:
         return final
 
     def _begun(self, text: str) -> int:
-        """Where a stop string may begin that `text` does not complete; its length if nowhere.
+        """Return the position where an incomplete stop string may begin, or the length of `text`.
 
         The cost of a character does not depend on the lengths of the stop strings.
         """
@@ -210,7 +213,7 @@ class Detokenizer:
 
 
 class Token(NamedTuple):
-    """A token and its log probability, which the first token of a prompt does not have."""
+    """A token and its log probability. The first token of a prompt has none."""
 
     place: Place
     logprob: float | None = None
@@ -218,7 +221,7 @@ class Token(NamedTuple):
     position: int = 0  # in `packed`
 
     def top(self) -> list[tuple[int, float]]:
-        """The likeliest tokens in its place, likeliest first."""
+        """Return the likeliest tokens at its position, likeliest first."""
         k = len(self.packed.top) // max(1, len(self.packed.chosen))
         here = slice(k * self.position, k * (self.position + 1))
         scores = (max(p, _LEAST_LOGPROB) for p in self.packed.top[here])
@@ -227,24 +230,27 @@ class Token(NamedTuple):
 
 @dataclass
 class Delta:
-    """More of one choice; the last has a finish_reason. A token comes with the text it begins."""
+    """The next part of one choice. The last part has a finish_reason.
+
+    A token is in the part that has the beginning of its text.
+    """
 
     index: int
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
-    completion_tokens: int = 0  # of all choices of the request so far
+    completion_tokens: int = 0  # tokens of all choices of the request so far
 
 
 class ChoiceDetokenizer:
-    """A worker's replies to the deltas of one choice."""
+    """Converts a worker's replies to the deltas of one choice."""
 
     def __init__(
         self, prompt: Prompt, echo: Echo, body: GenerationRequest, vocabulary: Vocabulary
     ) -> None:
         self.wants_tokens = body.num_logprobs is not None
-        self.echo = echo.text  # until it is returned
-        self.begin = len(self.echo)  # of the answer, in the text
+        self.echo = echo.text  # empty after it is returned
+        self.begin = len(self.echo)  # the position of the answer in the text
         texts, skip = vocabulary.texts, body.skip_special_tokens
         decoder = TokenDecoder(texts, prompt.ids, skip_special_tokens=skip)
         include, least = body.include_stop_str_in_output, body.min_tokens
@@ -253,16 +259,16 @@ class ChoiceDetokenizer:
         self.text = Detokenizer(
             decoder, stop, include_stop=include, min_tokens=least, special=special
         )
-        # end tokens that are shown, with their texts
+        # The end tokens that are shown, with their texts.
         ends = special.items() if skip else ((i, s) for s, i in texts.special.items())
         self.shown_ends = {i: s for i, s in ends if include and (s in stop or not skip)}
-        self.held: list[Token] = []  # whose text may turn out to be a stop string's
+        self.held: list[Token] = []  # tokens whose text may belong to a stop string
         self.prompt = iter(echo.places)
-        if self.wants_tokens:  # later ones come with their log probabilities
+        if self.wants_tokens:  # later tokens are added with their log probabilities
             self.held += [Token(place) for place in itertools.islice(self.prompt, 1)]
 
     def push(self, reply: GenerateReply, delta: Delta) -> None:
-        """Add to `delta` what a reply completes, which may be nothing."""
+        """Add the text and the tokens that a reply completes to `delta`."""
         text = self.text
         if reply.prompt_logprobs.chosen and self.wants_tokens:
             self.held += _tokens(reply.prompt_logprobs, self.prompt)
@@ -274,7 +280,7 @@ class ChoiceDetokenizer:
         if reply.finish_reason:
             delta.text += text.finish()
         delta.finish_reason = "stop" if text.stopped else reply.finish_reason or None
-        if reply.HasField("end_id"):  # scores of a text count it, though it may not be shown
+        if reply.HasField("end_id"):  # scores include it, although its text may not be shown
             places.append(Place(reply.end_id, text.released))
             if not text.stopped:
                 delta.text += self.shown_ends.get(reply.end_id, "")
@@ -289,6 +295,6 @@ class ChoiceDetokenizer:
 
 
 def _tokens(packed: Logprobs, places: Iterable[Place]) -> Iterator[Token]:
-    """Tokens at `places`, as far as `packed` has log probabilities."""
+    """Yield tokens at `places`, as far as `packed` has log probabilities."""
     for n, (p, place) in enumerate(zip(packed.chosen, places, strict=False)):
         yield Token(place, max(p, _LEAST_LOGPROB), packed, n)

@@ -1,4 +1,4 @@
-"""Long work in the event loop, in steps of milliseconds between which other requests run."""
+"""Runs long work in the event loop in steps of milliseconds, between which other requests run."""
 
 import asyncio
 import json
@@ -8,15 +8,15 @@ from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_SECONDS = 0.002  # of one step
-ITEMS = 32  # of a list, in one step
-_CHARACTERS = 1 << 16  # of a text, in one step
+_SECONDS = 0.002  # the duration of a step
+ITEMS = 32  # the items of a list in a step
+_CHARACTERS = 1 << 16  # the characters of a text in a step
 
 to_json = partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
 
 
 async def in_turns(items: Iterable[T]) -> AsyncIterator[T]:
-    """The same items. The event loop does other work after each step."""
+    """Yield the same items. The event loop does other work after each step."""
     end = time.perf_counter() + _SECONDS
     for item in items:
         if time.perf_counter() > end:
@@ -26,7 +26,7 @@ async def in_turns(items: Iterable[T]) -> AsyncIterator[T]:
 
 
 async def list_json(items: Sequence[T], make: Callable[[T], Any] | None = None) -> str:
-    """A list as JSON, each item as `make` gives it."""
+    """Return a list as JSON. `make` converts each item."""
     parts = []
     async for at in in_turns(range(0, len(items), ITEMS)):
         some = items[at : at + ITEMS]
@@ -35,7 +35,7 @@ async def list_json(items: Sequence[T], make: Callable[[T], Any] | None = None) 
 
 
 async def text_json(text: str) -> str:
-    """A text as JSON."""
+    """Return a text as JSON."""
     starts = in_turns(range(0, len(text), _CHARACTERS))
     parts = [to_json(text[at : at + _CHARACTERS])[1:-1] async for at in starts]
     return f'"{"".join(parts)}"'

@@ -1,1 +1,1 @@
-"""The lookup service: ids in, rows out, over a store."""
+"""The lookup service, which serves the rows of a store by token id."""

@@ -1,8 +1,8 @@
 """Hot rows: an in-memory cache over a row source.
 
-Reads run in threads, everything else in the event loop. Each open table has a row cache, which is
-filled with the rows of frequent tokens first. Concurrent requests for a row share one read. A bad
-row fails only the requests for it. Versions that are neither used nor published are closed.
+Reads run in threads, and everything else in the event loop. Each open table has a row cache, which
+is filled with the rows of frequent tokens first. Concurrent requests for a row share one read. A
+bad row fails only the requests for it. Versions that are neither used nor published are closed.
 """
 
 import asyncio
@@ -26,10 +26,10 @@ from tolhouse.table.manifest import Buffer, Manifest, record_views
 from tolhouse.table.row_cache import RowCache, capacity_for
 from tolhouse.tracing import INVALID_SPAN, Span, under
 
-_CHUNK_BYTES = 1 << 20  # of records per chunk
-_READ_BYTES = 4 << 20  # of records per read
+_CHUNK_BYTES = 1 << 20  # the bytes of records in a chunk
+_READ_BYTES = 4 << 20  # the bytes of records in a read
 _MOST_OPEN_TABLES = 8
-_READERS = 16  # threads; a store that hangs blocks them until its timeout
+_READERS = 16  # threads; a hanging store blocks them until its timeout
 
 Read = Future[dict[int, Buffer | CorruptError]]  # by token: a verified record, or an error
 
@@ -41,24 +41,24 @@ class OpenTable:
         self.manifest, self.used = manifest, time.monotonic()
         shape = capacity_for(manifest, hot_bytes), manifest.record_bytes
         self.cache = RowCache(np.empty(shape, np.uint8), manifest.vocab_size)
-        self.flat = memoryview(self.cache.slab.reshape(-1))  # type: ignore[arg-type]  # it is one
+        self.flat = memoryview(self.cache.slab.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
         self.reading: dict[int, Read] = {}
 
     def cold(self, ids: np.ndarray) -> list[int]:
-        """Distinct ids that are not in the cache."""
+        """Return the distinct ids that are not in the cache."""
         return list(dict.fromkeys(ids[self.cache.slot_of[ids] < 0].tolist()))
 
 
 class HotRows:
-    """Cached rows of all tables of `source`, with `hot_bytes` per open table."""
+    """Caches rows of all tables of `source`, with `hot_bytes` for each open table."""
 
     def __init__(
         self, source: StoreRowSource, hot_bytes: int, idle_seconds: float = 2 * LEASE_SECONDS
     ) -> None:
         self.source, self.hot_bytes, self.idle_seconds = source, hot_bytes, idle_seconds
         self.bad: dict[str, set[int]] = {}  # tokens of rows that could not be read, by table
-        self.lost = asyncio.Event()  # set when rows could not be read
-        self.open: dict[str, OpenTable] = {}  # by "name@version", the latest used last
+        self.lost = asyncio.Event()  # set when a read of rows fails
+        self.open: dict[str, OpenTable] = {}  # by "name@version", with the most recently used last
         self._tasks: set[asyncio.Task] = set()
         self._readers = ThreadPoolExecutor(_READERS, "store read")
         self._start(self._close_idle())
@@ -70,7 +70,7 @@ class HotRows:
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     def are_hot(self, ref: str, packed: bytes) -> bool:
-        """Whether the rows of `packed` token ids are all cached."""
+        """Return whether the rows of `packed` token ids are all cached."""
         if not (table := self.open.get(ref)) or len(packed) % 4:
             return False
         ids = np.frombuffer(packed, "<u4")
@@ -78,7 +78,10 @@ class HotRows:
         return known and bool((table.cache.slot_of[ids] >= 0).all())
 
     async def table(self, ref: str) -> OpenTable:
-        """The table "name@version", opened when first used; NotFoundError."""
+        """Return the table "name@version", which opens on first use.
+
+        Raises NotFoundError if there is no such table.
+        """
         if ref not in self.open:
             manifest = await asyncio.to_thread(self.source.describe, ref)
             if ref not in self.open:
@@ -93,7 +96,7 @@ class HotRows:
 
     async def open_published(self) -> None:
         """Open published tables, so that their caches are filled before the first request."""
-        with suppress(TolhouseError):  # requests will get the error
+        with suppress(TolhouseError):  # later requests report the error
             found = await asyncio.to_thread(self.source.tables)
             if not found:
                 event("the store has no table yet", WARNING, store=self.source.url)
@@ -103,7 +106,7 @@ class HotRows:
     async def chunks(
         self, table: OpenTable, ids: np.ndarray, parent: Span = INVALID_SPAN
     ) -> AsyncIterator[tuple[list[Buffer], int]]:
-        """Yield chunks of records, and how many records of each chunk were read.
+        """Yield chunks of records, each with the number of records that were read from the store.
 
         The records are valid until the next await.
 
@@ -142,7 +145,7 @@ class HotRows:
     def _read(
         self, table: OpenTable, ids: np.ndarray, parent: Span = INVALID_SPAN, *, main: bool = False
     ) -> dict[int, Read]:
-        """Start reads of `ids` that are not cached; return the futures to wait for, by token."""
+        """Start reads of uncached `ids`, and return the futures to wait for, by token."""
         cold = table.cold(ids)
         new = np.array([i for i in cold if i not in table.reading], np.uint32)
         if len(new):
@@ -159,7 +162,7 @@ class HotRows:
             fetch = partial(copy_context().run, self._fetch, table.manifest, ids)
             loop = asyncio.get_running_loop()
             records, error = await loop.run_in_executor(self._readers, fetch)
-        except BaseException as failure:  # noqa: BLE001 - the requests that wait get it
+        except BaseException as failure:  # noqa: BLE001 - the waiting requests get the error
             arrival.set_exception(failure)
             if isinstance(failure, (NotFoundError, CorruptError)):
                 self.lost.set()
@@ -184,7 +187,7 @@ class HotRows:
                 del table.reading[i]
 
     def _fetch(self, manifest: Manifest, ids: np.ndarray) -> tuple[np.ndarray, CorruptError | None]:
-        """Read the records of `ids`; return an error with the tokens of bad ones."""
+        """Read the records of `ids`, and return an error with the tokens of bad records."""
         out = np.empty((len(ids), manifest.record_bytes), np.uint8)
         try:
             return self.source.fetch_records(manifest, ids, out), None
@@ -194,13 +197,15 @@ class HotRows:
             return out, error
 
     async def _fill(self, table: OpenTable) -> None:
-        """Fill the cache with rows of frequent tokens, then of others; the most frequent last."""
+        """Fill the cache with rows of frequent tokens, and of other tokens if there is room.
+
+        The most frequent tokens are read last, so that they are evicted last.
+        """
         frequent = table.manifest.frequent
         if not frequent or not table.cache.capacity:
             return
-        others = sorted(
-            {*range(table.manifest.vocab_size)} - {*frequent}
-        )  # low ids tend to be frequent
+        # Low ids tend to be frequent.
+        others = sorted({*range(table.manifest.vocab_size)} - {*frequent})
         ids = np.array([*frequent, *others][: table.cache.capacity][::-1], np.uint32)
         step = max(1, _READ_BYTES // table.manifest.record_bytes)
         try:

@@ -54,7 +54,7 @@ SECONDS = Histogram(
 )
 
 
-# What callers read about a failure of the store: the first class that fits.
+# The errors that callers receive for failures of the store. The first matching class counts.
 _STORE_FAILURES: tuple[tuple[type[TolhouseError], type[TolhouseError], str], ...] = (
     (UnauthenticatedError, UnavailableError, "the store refuses the lookup service"),
     (OverloadedError, OverloadedError, "the store is full"),
@@ -69,10 +69,10 @@ class LookupService:
 
     def __init__(self, rows: HotRows) -> None:
         self.rows = rows
-        self._logged = ""  # the failure of the store that was logged last
+        self._logged = ""  # the last logged failure of the store
         self.draining = False
-        self._unanswered: dict[asyncio.Task, int] = {}  # number of open requests per stream
-        self._turns = WeakValueDictionary[str, asyncio.Semaphore]()  # per connection
+        self._unanswered: dict[asyncio.Task, int] = {}  # the number of open requests by stream
+        self._turns = WeakValueDictionary[str, asyncio.Semaphore]()  # by connection
 
     async def Fetch(self, requests: Requests, context: Context) -> None:
         """Answer the requests of a stream. Requests for cached rows do not wait for reads."""
@@ -97,7 +97,7 @@ class LookupService:
             reading.discard(task)
             ended()
             if not task.cancelled():
-                task.exception()  # the caller has gone
+                task.exception()  # retrieved, so that asyncio does not log it
 
         try:
             async for request in requests:
@@ -117,7 +117,7 @@ class LookupService:
             if not self.draining:
                 raise
         finally:
-            for task in reading:  # the caller is gone
+            for task in reading:  # the caller has disconnected
                 task.cancel()
             await asyncio.gather(*reading, return_exceptions=True)
             del self._unanswered[stream]
@@ -131,7 +131,8 @@ class LookupService:
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         async with errors_as_status(context, self._public):
-            if split_ref(request.table)[1]:  # counts as a use, because workers cache rows
+            # A version counts as in use after this call, because workers cache rows.
+            if split_ref(request.table)[1]:
                 manifest = (await self.rows.table(request.table)).manifest
             else:
                 manifest = await asyncio.to_thread(self.rows.source.describe, request.table)
@@ -148,7 +149,7 @@ class LookupService:
         return reply
 
     def _public(self, error: Exception) -> Exception:
-        """The error as callers may read it: without the store's address and paths."""
+        """Return the error for callers, without the store's address and paths."""
         url, text = self.rows.source.url, str(error)
         place = url.removeprefix("file://")
         failure = next((row for row in _STORE_FAILURES if isinstance(error, row[0])), None)
@@ -204,7 +205,7 @@ class LookupService:
 
 
 def register(service: LookupService, server: grpc.aio.Server) -> None:
-    """Register the service as generated code does, except that Fetch yields serialised replies."""
+    """Register the service as generated code does, except that replies of Fetch are serialised."""
     unary, write = grpc.unary_unary_rpc_method_handler, methodcaller("SerializeToString")
     handlers = {
         "Fetch": grpc.stream_stream_rpc_method_handler(service.Fetch, pb.FetchRequest.FromString),
@@ -215,7 +216,10 @@ def register(service: LookupService, server: grpc.aio.Server) -> None:
 
 
 def parse_ids(packed: bytes, manifest: Manifest) -> np.ndarray:
-    """Token ids uint32 [T] of a request; InvalidArgumentError, IdOutOfRangeError."""
+    """Return the token ids uint32 [T] of a request.
+
+    Raises InvalidArgumentError or IdOutOfRangeError.
+    """
     count, odd = divmod(len(packed), 4)
     if odd:
         raise InvalidArgumentError(f"token_ids has {len(packed)} bytes; each id has four")

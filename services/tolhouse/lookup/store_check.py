@@ -1,7 +1,7 @@
 """Checks that the store has all rows of its tables, and restores lost rows from another store.
 
-Redis loses rows if it restarts without persistence, evicts keys, or somebody deletes them. Cached
-rows are still served. Readiness, a metric and the log report that others are lost.
+Redis loses rows if it restarts without persistence, if it evicts keys, or if a person deletes them.
+Cached rows are still served. Readiness, a metric and the log report the loss.
 """
 
 import asyncio
@@ -23,23 +23,23 @@ from tolhouse.table.manifest import Manifest, split_ref
 
 INCOMPLETE = Gauge("tolhouse_lookup_incomplete_tables", "Tables with rows lost from the store")
 REFILLED = Counter("tolhouse_lookup_refilled_shards_total", "Shards restored from --refill")
-_CHECK_SECONDS = 10.0  # between checks
-_PAUSE_SECONDS = 1.0  # between checks after a failed read
-_MOST_SHARDS = 256  # of a table per check
+_CHECK_SECONDS = 10.0  # the pause between checks
+_PAUSE_SECONDS = 1.0  # the pause before a check after a failed read
+_MOST_SHARDS = 256  # the number of shards of a table in a check
 
 Report = Callable[[bool], Awaitable[None]]
 
 
 @dataclass
 class Loss:
-    """What the store has lost of a table."""
+    """The loss of rows of a table in the store."""
 
-    manifest: Manifest | None  # None if it is lost, too
+    manifest: Manifest | None  # None if the manifest is also lost
     shards: list[int]  # shards with lost rows
 
 
 class StoreCheck:
-    """Checks the store of `rows` again and again; restores lost rows from `backup`, if given."""
+    """Checks the store of `rows` periodically, and restores lost rows from `backup` if given."""
 
     def __init__(self, rows: HotRows, backup: Store | None) -> None:
         self.rows, self.backup = rows, backup
@@ -48,11 +48,11 @@ class StoreCheck:
 
     @property
     def store(self) -> Store:
-        """The store that is checked."""
+        """The store to check."""
         return self.rows.source.store
 
     async def run(self, report: Report) -> None:
-        """Check until cancelled; `report` whether the store is complete."""
+        """Check until cancelled. `report` is called with whether the store is complete."""
         while True:
             bad, self.rows.bad = self.rows.bad, {}
             self.rows.lost.clear()
@@ -65,7 +65,7 @@ class StoreCheck:
                     await self.rows.open_published()
             except TolhouseError as error:  # for example, the store cannot be reached
                 event("the store cannot be checked", logging.WARNING, reason=str(error))
-            except Exception:  # noqa: BLE001 - a defect must not end the checks
+            except Exception:  # noqa: BLE001 - the checks must continue after a defect
                 log.exception("the check of the store failed")
             await asyncio.sleep(_PAUSE_SECONDS)
             with suppress(TimeoutError):
@@ -83,9 +83,9 @@ class StoreCheck:
         await report(not losses)
 
     def _find(self, bad: dict[str, set[int]]) -> dict[str, Loss]:
-        """Find losses of open tables and of the backup's published tables, dependencies first.
+        """Find losses of open tables and of the backup's published tables.
 
-        `bad` has tokens of unreadable rows, by table.
+        Dependencies come first. `bad` has the tokens of unreadable rows by table.
         """
         found: dict[str, Loss] = {}
         self._first_shard += _MOST_SHARDS
@@ -104,7 +104,7 @@ class StoreCheck:
         return [m for m, published in tables(self.backup) if published] if self.backup else []
 
     def _is_wanted(self, ref: str) -> bool:
-        """Whether a missing table was lost, and not deleted on purpose."""
+        """Return whether a missing table was lost, rather than deleted on purpose."""
         name, version = split_ref(ref)
         alias = self.store.alias(name)
         if alias is None or alias.version == version or not (there := self.store.refs()):
@@ -129,7 +129,7 @@ class StoreCheck:
             for shard in some
             if self.store.count(manifest, shard) != len(manifest.shard_ids(shard))
         }
-        if self.backup:  # restore damaged rows, too; without a backup they do not count as lost
+        if self.backup:  # also restore damaged rows, which do not count as lost without a backup
             lost |= {token % count for token in bad}
         return Loss(manifest, sorted(lost))
 
@@ -137,7 +137,7 @@ class StoreCheck:
         for ref, loss in losses.items():
             try:
                 self._refill_table(ref, loss)
-            except TolhouseError as error:  # continue with other tables
+            except TolhouseError as error:  # continue with the other tables
                 event("a table cannot be refilled", logging.WARNING, table=ref, reason=str(error))
         for manifest in self._published():
             if self.store.alias(manifest.name) is None:
@@ -149,7 +149,7 @@ class StoreCheck:
         manifest, shards = loss.manifest or source, loss.shards or range(source.num_shards)
         written = 0
         for shard in shards:
-            if shard_digest(self.store, manifest, shard):  # another replica has restored it
+            if shard_digest(self.store, manifest, shard):  # another replica has restored the shard
                 continue
             records = self.backup.read_records(source, manifest.shard_ids(shard))
             self.store.write_shard(manifest, shard, records)

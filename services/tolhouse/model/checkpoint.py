@@ -14,8 +14,8 @@ Tensor names are LLaMA's; FFN-M adds its own. `{i}` counts layers:
     model.norm.weight                                          [D]
     lm_head.weight                                             [V, D]         unless tied
 
-Weights may be in several files that model.safetensors.index.json names. The `eos_token_id` of
-generation_config.json are end tokens, too, unless that of config.json is null.
+Weights may be in several files that model.safetensors.index.json names. `eos_token_id` of
+generation_config.json adds end tokens, unless `eos_token_id` of config.json is null.
 """
 
 import hashlib
@@ -46,11 +46,11 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose config and tokenizer are valid, and whose weights have the right shapes."""
+    """A folder with a valid config, a valid tokenizer, and weights of the right shapes."""
 
     path: Path
     config: ModelConfig
-    name: str  # of the folder, or of the Hugging Face repository
+    name: str  # the name of the folder or of the Hugging Face repository
 
     @cached_property
     def weights(self) -> Weights:
@@ -64,7 +64,7 @@ class Checkpoint:
         return tokenizer_id(self.path / TOKENIZER)
 
     def skeleton(self, ffn_m: bool = True, embedding: bool = True) -> Transformer:
-        """The model without weights; optionally without FFN-M or the input embedding."""
+        """Return the model without weights, and optionally without FFN-M or the input embedding."""
         with torch.device("meta"):
             model = Transformer(self.config)
         if not ffn_m:
@@ -76,7 +76,7 @@ class Checkpoint:
     def load(self, module: nn.Module, prefix: str, dtype: torch.dtype | None = None) -> nn.Module:
         """Read the weights of `module`, the part `prefix` of the model, in `dtype` or as stored.
 
-        MismatchError if the file was overwritten since the checkpoint was opened.
+        Raises MismatchError if the file was overwritten since the checkpoint was opened.
         """
         names = dict.fromkeys(name for name, _ in module.named_parameters())
         state = {
@@ -88,7 +88,7 @@ class Checkpoint:
     def model(
         self, ffn_m: bool = True, embedding: bool = True, dtype: torch.dtype = torch.float32
     ) -> Transformer:
-        """The model in `dtype`; optionally without FFN-M or the input embedding."""
+        """Load the model in `dtype`, optionally without FFN-M or the input embedding."""
         model = self.skeleton(ffn_m, embedding)
         self.load(model, "", dtype)
         if self.config.tie_word_embeddings and model.embed_tokens:
@@ -96,17 +96,26 @@ class Checkpoint:
         return model
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as stored; MismatchError if the file was overwritten since it was opened."""
+        """Read a tensor in its stored dtype.
+
+        Raises MismatchError if the file was overwritten since it was opened.
+        """
         tied = name == HEAD and self.config.tie_word_embeddings
         return self.weights.read(EMBEDDING if tied else name)
 
     def model_id(self) -> str:
-        """64 hex digits over the config and all weights; a table records that of its model."""
+        """Return a hash of the config and all weights, as 64 hex digits.
+
+        A table records the hash of its model.
+        """
         config = _canonical(self.config.to_json())
         return hashlib.sha256(config + f"\n{self.weights.digest()}".encode()).hexdigest()
 
     def rows_id(self) -> str:
-        """64 hex digits over all that defines the rows: embedding, norms and weights of FFN-M."""
+        """Return a hash of the values that define the rows, as 64 hex digits.
+
+        They are the embedding, the norms and FFN-M.
+        """
         digest = hashlib.sha256(_canonical({"rms_norm_eps": self.config.rms_norm_eps}))
         for name in sorted(self.weights.tensors):
             if name == EMBEDDING or ".ffn_m." in name:
@@ -116,7 +125,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def weight_bytes(self, dense: bool, embedding: bool = True) -> int:
-        """Bytes of all weights as stored if `dense`, else of the weights that a worker loads."""
+        """Return the stored bytes of all weights if `dense`, else of those that a worker loads."""
         tied = self.config.tie_word_embeddings
         return sum(
             tensor.bytes
@@ -127,9 +136,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`, checked as far as possible without reading weights.
+    """Open the checkpoint at `path`, and check it as far as possible without reading weights.
 
-    NotFoundError if a file is missing; InvalidArgumentError if files are malformed or do not agree.
+    Raises NotFoundError if a file is missing, and InvalidArgumentError if files are malformed or
+    contradict each other.
     """
     given, path = Path(path), Path(path).resolve()
     if not path.is_dir():
@@ -146,7 +156,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _with_end_tokens(folder: Path, config: Any) -> Any:
-    """The JSON `config` with the end tokens of generation_config.json."""
+    """Return the JSON `config` with the end tokens of generation_config.json."""
     file, key = folder / GENERATION_CONFIG, "eos_token_id"
     more = read_json(file) if file.is_file() else {}
     if not isinstance(more, dict):
@@ -158,7 +168,7 @@ def _with_end_tokens(folder: Path, config: Any) -> Any:
 
 
 def checkpoint_name(path: Path) -> str:
-    """The name of a model: that of its folder or link, or of its Hugging Face repository.
+    """Return the name of a model: the name of its folder, link or Hugging Face repository.
 
     A snapshot in Hugging Face's cache, models--OWNER--NAME/snapshots/COMMIT, is called NAME.
     """
@@ -172,14 +182,14 @@ def checkpoint_name(path: Path) -> str:
 def save_checkpoint(path: Path, model: Transformer, tokenizer_file: Path) -> None:
     """Write config, weights in bfloat16 and tokenizer to the folder `path`.
 
-    Hugging Face's AutoTokenizer and GenerationConfig can read the folder as well.
+    Hugging Face's AutoTokenizer and GenerationConfig can also read the folder.
     """
     path.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().bfloat16().contiguous() for name, p in model.named_parameters()}
     state = {_tensor_name(name): tensor for name, tensor in weights.items()}
     partial = path / f"{WEIGHTS}.partial"
     save_file(state, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors makes its files private; a service may run as another user
+    partial.chmod(0o644)  # safetensors writes private files, but a service may run as another user
     partial.replace(path / WEIGHTS)
     for name in (TOKENIZER, TOKENIZER_CONFIG):
         source = tokenizer_file.with_name(name)
@@ -193,7 +203,7 @@ def save_checkpoint(path: Path, model: Transformer, tokenizer_file: Path) -> Non
 
 
 def _tokenizer_config(tokenizer_file: Path, config: ModelConfig) -> dict[str, Any]:
-    """What AutoTokenizer of transformers needs beside tokenizer.json."""
+    """Return the config that AutoTokenizer of transformers needs beside tokenizer.json."""
     tokenizer = load_tokenizer(tokenizer_file)
     end = next((tokenizer.id_to_token(i) for i in config.end_token_ids), None)
     return {
@@ -209,9 +219,9 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def torch_device(name: str) -> torch.device:
-    """The device of `--device NAME`, where auto is cuda if there is a GPU, else cpu.
+    """Return the device of `--device NAME`. auto is cuda if there is a GPU, else cpu.
 
-    InvalidArgumentError if this machine does not have the device.
+    Raises InvalidArgumentError if this machine does not have the device.
     """
     on_gpu = torch.cuda.is_available()
     name = ("cuda" if on_gpu else "cpu") if name == "auto" else name
@@ -222,14 +232,14 @@ def torch_device(name: str) -> torch.device:
 
 
 def torch_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of `--dtype NAME`, where auto is bfloat16 on a GPU that has it, else float32.
+    """Return the dtype of `--dtype NAME`. auto is bfloat16 on a GPU that supports it, else float32.
 
-    On a CPU, float32 gives the same tokens at every batch size. InvalidArgumentError if the device
-    cannot compute in bfloat16.
+    On a CPU, float32 gives the same tokens at every batch size. Raises InvalidArgumentError if the
+    device cannot compute in bfloat16.
     """
     if device.type == "cpu":
         onednn = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
-        # oneDNN, which multiplies packed matrices, needs certain instructions
+        # oneDNN multiplies packed matrices and needs certain instructions.
         supported = not onednn or onednn._is_mkldnn_bf16_supported()  # noqa: SLF001 - no public name
         name = "float32" if name == "auto" else name
     else:
@@ -242,10 +252,10 @@ def torch_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
-    """The shape of each tensor in a checkpoint of this config, by name."""
+    """Return the shape of each tensor in a checkpoint of this config, by name."""
     with torch.device("meta"):
         model = Transformer(config)
-    # a tied head is listed once, as the embedding
+    # A tied head is listed once, as the embedding.
     return {_tensor_name(name): list(p.shape) for name, p in model.named_parameters()}
 
 
@@ -255,7 +265,7 @@ def _tensor_name(parameter: str) -> str:
 
 
 def _defects(weights: Weights, config: ModelConfig) -> Iterator[str]:
-    """The ways in which the weights contradict `config`."""
+    """Yield the ways in which the weights contradict `config`."""
     expected, stored, kind = tensor_shapes(config), set(weights.tensors), config.kind
     if config.tie_word_embeddings and {HEAD, EMBEDDING} <= stored:
         if not weights.equal(HEAD, EMBEDDING):

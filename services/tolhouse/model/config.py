@@ -1,7 +1,6 @@
-"""The shape of a model, saved as config.json with Hugging Face's field names, and the presets.
+"""The shape of a model, stored as config.json with Hugging Face's field names, and the presets.
 
-This module knows nothing about tensors: `transformer.py` reads the shape and `checkpoint.py`
-stores it.
+This module has no tensors. `transformer.py` reads the shape, and `checkpoint.py` stores it.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 def _end_tokens(value: Any) -> int | tuple[int, ...] | None:
-    """One id as an int, several as a tuple, none as None."""
+    """Return one id as an int, several ids as a tuple, and no id as None."""
     ids = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
     if not all(type(i) is int and i >= 0 for i in ids):
         expected = "Input should be a token id, a list of token ids or null"
@@ -37,11 +36,11 @@ EndTokens = Annotated[int | tuple[int, ...] | None, PlainValidator(_end_tokens)]
 @validated("model config")
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 class ModelConfig:
-    """Shape of one model; InvalidArgumentError if the fields contradict each other.
+    """The shape of a model. Raises InvalidArgumentError if the fields contradict each other.
 
-    Kinds: base is LLaMA; in memory, every FFN reads the token alone; in flex, a part of the FFN
-    reads the residual stream; wide has one FFN, which reads the token alone, for all layers.
-    `intermediate_size` is K of the FFN (base) or of FFN-M (other kinds); PAPER table 1.
+    The kind base is LLaMA. In memory, every FFN reads only the token. In flex, a part of the FFN
+    reads the residual stream. In wide, all layers share one FFN, which reads only the token.
+    `intermediate_size` is K of the FFN (base) or of FFN-M (other kinds) (paper, table 1).
     """
 
     kind: Kind
@@ -51,7 +50,9 @@ class ModelConfig:
     num_attention_heads: Annotated[Size, Field(le=2**16)]
     intermediate_size: Annotated[Size, Field(le=2**20)]
     beta: int = 0  # flex: FFN-C has beta * hidden_size^2 parameters
-    ffn_c: Literal["linear", "swiglu"] = "linear"  # flex: form of FFN-C, not given in the paper
+    ffn_c: Literal["linear", "swiglu"] = (
+        "linear"  # flex: the form of FFN-C, which the paper does not define
+    )
     max_position_embeddings: Size = 2048
     rope_theta: Positive = 10000.0
     rms_norm_eps: Positive = 1e-5
@@ -82,7 +83,7 @@ class ModelConfig:
 
     @property
     def num_rows(self) -> int:
-        """Rows per token: one for each layer, one that all layers share, or none."""
+        """The number of rows per token: one for each layer, one that all layers share, or none."""
         return {"base": 0, "wide": 1}.get(self.kind, self.num_hidden_layers)
 
     def to_json(self) -> dict[str, Any]:
@@ -90,9 +91,10 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: Any) -> "ModelConfig":
-        """The config in `data`, with the fields that Hugging Face's save_pretrained adds.
+        """Return the config in `data`, with the fields that Hugging Face's save_pretrained adds.
 
-        InvalidArgumentError for another architecture, or for a field that changes what is computed.
+        Raises InvalidArgumentError for another architecture, or for a field that changes the
+        computation.
         """
         kind = data.get("model_type") if isinstance(data, dict) else None
         if kind != "memoryllm":
@@ -108,7 +110,7 @@ class ModelConfig:
         return config
 
 
-# Fields of Hugging Face's configs that do not change what a model computes
+# Fields of Hugging Face's configs that do not change the computation.
 _NEUTRAL = frozenset(
     """
     model_type architectures auto_map name_or_path torch_dtype dtype use_cache initializer_range
@@ -127,9 +129,10 @@ _NEUTRAL_PATTERN = re.compile(r"_.*|.*_token_id|.*_version|.*dropout.*|.*_pdrop"
 
 
 def _rope_theta(data: dict[str, Any]) -> Any:
-    """The value of rope_theta, which transformers 5 writes into rope_parameters; None if unset.
+    """Return the value of rope_theta, or None if it is not set.
 
-    InvalidArgumentError for scaled position embeddings.
+    transformers 5 writes it into rope_parameters. Raises InvalidArgumentError for scaled position
+    embeddings.
     """
     thetas = {"rope_theta": data.get("rope_theta")}
     for field in ("rope_scaling", "rope_parameters"):
@@ -152,7 +155,7 @@ def _rope_theta(data: dict[str, Any]) -> Any:
 
 
 def _check_foreign(name: str, data: dict[str, Any], config: ModelConfig) -> None:
-    """InvalidArgumentError if a field that is not ours asks for another computation."""
+    """Raise InvalidArgumentError if a field of Hugging Face's changes the computation."""
     value, window = data[name], data.get("sliding_window")
     full = data.get("use_sliding_window") is False or (
         isinstance(window, int) and window >= config.max_position_embeddings
@@ -175,9 +178,9 @@ def _check_foreign(name: str, data: dict[str, Any], config: ModelConfig) -> None
 
 
 # Hidden size, layers, heads, vocabulary, context, and K: for base and memory, then for flex with
-# beta 1, 2, 3 (PAPER table 1). The first four presets are ours. They have equal total parameters
-# across kinds: 3 * K = (8 - beta) * h exactly. A base `small-active` has as many parameters as
-# memory `small` has active ones.
+# beta 1, 2, 3 (table 1 of the paper). The first four presets are ours. Their total parameters are
+# equal for all kinds: 3 * K = (8 - beta) * h exactly. A base `small-active` has as many parameters
+# as a memory `small` has active parameters.
 _PRESETS: dict[str, tuple[int, int, int, int, int, tuple[int, int, int, int]]] = {
     "tiny": (96, 4, 4, 1024, 256, (256, 224, 192, 160)),
     "small": (144, 6, 4, 4096, 256, (384, 336, 288, 240)),
@@ -191,12 +194,16 @@ PRESETS = tuple(_PRESETS)
 
 
 def preset(name: str, kind: str, beta: int = 0, **overrides: Any) -> ModelConfig:
-    """The preset `name` (one of PRESETS) as a model of `kind`; `overrides` replace fields."""
+    """Return the preset `name` (one of PRESETS) for a model of `kind`.
+
+    `overrides` replace fields.
+    """
     if name not in _PRESETS:
         raise InvalidArgumentError(f"preset {name!r} is unknown; one of {', '.join(PRESETS)}")
     hidden, layers, heads, vocab, context, ffn = _PRESETS[name]
     size = ffn[beta if 0 <= beta <= 3 else 0]
-    size *= layers if kind == "wide" else 1  # its one FFN is as large as all of memory's together
+    # In wide, the one FFN is as large as all FFNs of memory together.
+    size *= layers if kind == "wide" else 1
     fields: dict[str, Any] = {"kind": kind, "beta": beta, "vocab_size": vocab}
     fields |= {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
     fields |= {"intermediate_size": size, "max_position_embeddings": context}

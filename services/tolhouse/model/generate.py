@@ -1,4 +1,4 @@
-"""Greedy completion in one process with the model's own layers, the reference for all routes."""
+"""Greedy completion in one process with the model's own layers. Tests compare workers with it."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -18,7 +18,7 @@ def greedy(
     ignore_eos: bool = False,
     rows: Callable[[Tensor], Rows] | None = None,
 ) -> Iterator[int]:
-    """Complete `prompt_ids` with at most `max_tokens` ids, up to the end token unless ignored.
+    """Yield at most `max_tokens` ids after `prompt_ids`, up to the end token unless ignored.
 
     `rows` maps ids [T] to rows [N, T, D], with or without X0. It replaces `model.rows`.
     """

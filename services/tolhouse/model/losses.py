@@ -1,4 +1,4 @@
-"""Losses of a model on text, and the divergence of its predictions with other rows.
+"""Computes losses of a model on text, and the divergence of its predictions with other rows.
 
 The text is split into windows of the model's context. The last token of a window is the first token
 of the next, so every token except the first is predicted once.
@@ -41,7 +41,7 @@ class Evaluation:
         return math.exp(self.loss)
 
     def deciles(self) -> list[dict[str, Any]]:
-        """The mean loss of each tenth of the occurrences, ordered by token frequency."""
+        """Return the mean loss of each tenth of the occurrences, ordered by token frequency."""
         counts = np.bincount(self.targets)
         order = np.argsort(-counts[self.targets], kind="stable")
         return [
@@ -62,7 +62,7 @@ class Comparison(Evaluation):
 
     `divergences` [T] are KL(exact || other) in nats. `agrees` [T] is 1 where the most likely token
     is equal, else 0. Both compare distributions and do not depend on the next token of the text. A
-    loss does, and may fall by chance.
+    loss depends on it, and may fall by chance.
     """
 
     divergences: np.ndarray
@@ -81,7 +81,7 @@ class Comparison(Evaluation):
 def evaluate(
     model: Transformer, ids: np.ndarray, rows: RowsOf | None = None, *, quiet: bool = True
 ) -> Evaluation:
-    """The losses on at least two token ids [T]. `rows` replaces `model.rows`."""
+    """Compute the losses on at least two token ids [T]. `rows` replaces `model.rows`."""
     losses = [
         F.cross_entropy(logits_of(rows or model.rows), targets_T, reduction="none")
         for targets_T, logits_of in _batches(model, ids, quiet)
@@ -110,7 +110,7 @@ def compare(
 def _batches(
     model: Transformer, ids: np.ndarray, quiet: bool
 ) -> Iterator[tuple[Tensor, Callable[[RowsOf], Tensor]]]:
-    """Batches of windows: the targets [T], and a function from rows to float32 logits [T, V]."""
+    """Yield batches of windows: targets [T], and a function from rows to float32 logits [T, V]."""
     if len(ids) < 2:
         raise InvalidArgumentError(f"the text has {len(ids)} tokens; at least 2 are needed")
     ids_T = torch.from_numpy(ids.astype(np.int64)).to(model.norm.weight.device)
@@ -127,7 +127,7 @@ def _batches(
 
 
 def _logits(model: Transformer, inputs_T: Tensor, size: int, rows: RowsOf) -> Tensor:
-    """The float32 logits [T, V] of windows of `size` tokens."""
+    """Compute the float32 logits [T, V] of windows of `size` tokens."""
     positions_T = torch.arange(size, device=inputs_T.device).repeat(len(inputs_T) // size)
     return model(inputs_T, positions_T, NoCache(size), rows(inputs_T)).float()
 

@@ -1,7 +1,7 @@
-"""The tokenizer of a checkpoint, a file of the `tokenizers` library. Needs no torch.
+"""Loads the tokenizer of a checkpoint with the `tokenizers` library, and decodes tokens. No torch.
 
-`TokenDecoder` turns token ids into text one at a time. The library's `decode` needs all ids at
-once, and its `DecodeStream` fails on bytes that never become a character.
+`TokenDecoder` decodes token ids one at a time. The library's `decode` needs all ids at once, and
+its `DecodeStream` fails on bytes that never become a character.
 """
 
 import codecs
@@ -22,18 +22,18 @@ from tolhouse.errors import InvalidArgumentError, NotFoundError
 TOKENIZER = "tokenizer.json"
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-# the characters that stand for bytes in byte-level vocabularies
+# The characters that stand for bytes in byte-level vocabularies.
 _BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
-_MAX_UNIT = 8  # tokens that are decoded together while their text is not final
-_CACHED = 1 << 16  # texts of tokens after other tokens
+_MAX_UNIT = 8  # the most tokens that are decoded together while their text is not final
+_CACHED = 1 << 16  # the number of cached texts
 
 
 def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """The tokenizer in file `path`, without the truncation and padding that the file may set.
+    """Load the tokenizer in file `path`. Its settings of truncation and padding are ignored.
 
-    InvalidArgumentError if the file is malformed, if an id is not below `vocab_size`, or if the
-    tokenizers library loads an added token with another id than the file's.
+    Raises InvalidArgumentError if the file is malformed, if an id is not below `vocab_size`, or if
+    the tokenizers library loads an added token with another id than the file's.
     """
     path = Path(path)
     if not path.is_file():
@@ -66,17 +66,17 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer
 
 
 def tokenizer_id(path: str | Path) -> str:
-    """64 hex digits over the tokenizer file: equal ids, equal tokens."""
+    """Return a hash of the tokenizer file, as 64 hex digits."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 class TokenTexts:
-    """The texts of a tokenizer's tokens, alone and after other tokens."""
+    """The texts of a tokenizer's tokens, alone or after other tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
-        # ids of special tokens, by their texts
+        # The ids of special tokens, by their texts.
         self.special = {token.content: i for i, token in added.items() if token.special}
         self.special_ids = frozenset(self.special.values())
         kinds = _kinds(json.loads(tokenizer.decoder.__getstate__())) if tokenizer.decoder else []
@@ -88,11 +88,11 @@ class TokenTexts:
         self._anchor = self._find_anchor()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The library's text of ids, special tokens included."""
+        """Return the library's text of ids, including special tokens."""
         return self.tokenizer.decode_batch([ids], skip_special_tokens=False)[0]
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens included, as `TokenDecoder` gives it."""
+        """Return the text that `TokenDecoder` returns for ids, including special tokens."""
         text = self.decode(ids)
         if not (self._byte_fallback and "\ufffd" in text):
             return text
@@ -100,15 +100,16 @@ class TokenTexts:
         return "".join(map(decoder.push, ids)) + decoder.finish()
 
     def continuation(self, prompt: Sequence[int], ids: Iterable[int]) -> str:
-        """The text that ids add to that of a prompt, without special tokens."""
+        """Return the text that ids add to the text of a prompt, without special tokens."""
         decoder = TokenDecoder(self, prompt, skip_special_tokens=True)
         return "".join(map(decoder.push, ids)) + decoder.finish()
 
     def name(self, token_id: int, *, first: bool = False) -> tuple[str, bytes]:
-        """A token's text and bytes; a part of a character is "bytes:\\xe4", as OpenAI has it.
+        """Return a token's text and bytes.
 
         The text is the one that the token adds to other text, with its leading space. With
-        `first`, it is the one at the beginning of a text.
+        `first`, it is the text at the beginning of a text. A part of a character has the text
+        "bytes:\\xe4", as in OpenAI's API.
         """
         raw = self.raw(token_id)
         if raw is not None and "\ufffd" in raw.decode(errors="replace"):
@@ -117,11 +118,11 @@ class TokenTexts:
         return text, text.encode() if raw is None else raw
 
     def final(self, text: str) -> bool:
-        """Whether the next token leaves this text of tokens as it is."""
+        """Return whether the next token cannot change this text of tokens."""
         return not (self._byte_level_inside and text.endswith("\ufffd"))
 
     def _raw(self, token_id: int) -> bytes | None:
-        """The bytes of a token that the decoder reads as bytes; None if it is text."""
+        """Return the bytes of a token, or None if the decoder reads the token as text."""
         piece = self.tokenizer.id_to_token(token_id) or ""
         if self.byte_level:
             plain = set(piece) <= _BYTES.keys()
@@ -130,15 +131,15 @@ class TokenTexts:
         return bytes([int(match[1], 16)]) if match else None
 
     def _after(self, context: tuple[int, ...], ids: tuple[int, ...]) -> str:
-        """The text that ids add to that of the tokens before them."""
+        """Return the text that ids add to the text of the tokens in `context`."""
         before = [*self._anchor, *context]
         known, text = self.decode(before), self.decode([*before, *ids])
-        while not text.startswith(known):  # a decoder that strips the end of a text
+        while not text.startswith(known):  # the decoder strips the end of a text
             known = known[:-1]
         return text[len(known) :]
 
     def _find_anchor(self) -> tuple[int, ...]:
-        """A token of letters. The library decodes tokens after it as it does within a text."""
+        """Return a token of letters. The library decodes tokens after it as within a text."""
         if self.byte_level:
             return ()
         ids = range(self.tokenizer.get_vocab_size())
@@ -148,33 +149,33 @@ class TokenTexts:
 
 
 def _kinds(decoder: dict[str, Any]) -> list[str]:
-    """The types of the decoders in a chain."""
+    """Return the types of the decoders in a chain."""
     if "decoders" in decoder:
         return [kind for inner in decoder["decoders"] for kind in _kinds(inner)]
     return [decoder["type"]]
 
 
 class TokenDecoder:
-    """The text of token ids that arrive one at a time, in parts that do not change later.
+    """Decodes token ids that arrive one at a time. The returned parts of the text are final.
 
-    The parts add up to the library's text of all ids, with one exception: in a run of byte tokens
-    that is not UTF-8, the library shows each byte as U+FFFD, and this shows only invalid ones so.
+    The parts add up to the library's text of all ids, with one exception. In a run of byte tokens
+    that is not UTF-8, the library decodes each byte to U+FFFD, and this class only invalid bytes.
     The time for a token does not depend on the number of tokens before it.
     """
 
     def __init__(
         self, texts: TokenTexts, prompt: Sequence[int] = (), *, skip_special_tokens: bool = False
     ) -> None:
-        """prompt: tokens that the text continues. Their own text is not returned."""
+        """`prompt` has the tokens before the text. Their own text is not returned."""
         self.texts = texts
         self.earlier = 0  # characters of the last part that belong to tokens before the last one
         self._skipped = texts.special_ids
-        self._inside = False  # there is text before the next token's
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # of byte-level tokens
+        self._inside = False  # whether there is text before the text of the next token
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # for byte-level tokens
         self._unit: list[int] = []  # tokens whose text is not final
-        self._bytes = b""  # of these tokens, if they are byte tokens
-        self._context: tuple[int, ...] = ()  # tokens before them, on which their text depends
-        self._unfinished = ""  # what would be shown of a character that the prompt begins
+        self._bytes = b""  # the bytes of these tokens, if they are byte tokens
+        self._context: tuple[int, ...] = ()  # the tokens before them, on which their text depends
+        self._unfinished = ""  # U+FFFD for each byte of a character that the prompt begins
         for i in _tail(prompt, texts.special_ids):
             self.push(i)
         unfinished = self._utf8.getstate()[0][:1] or self._bytes
@@ -183,11 +184,11 @@ class TokenDecoder:
 
     @property
     def inside(self) -> bool:
-        """Whether the next token follows text, for decoders to which that makes a difference."""
+        """Whether the next token follows text, if that makes a difference to the decoder."""
         return self._inside or self.texts.byte_level
 
     def push(self, token_id: int) -> str:
-        """The text that a token completes, which may be empty."""
+        """Return the text that a token completes. It may be empty."""
         self.earlier = 0
         if token_id in self._skipped:
             return ""
@@ -210,12 +211,12 @@ class TokenDecoder:
         return self._own(text)
 
     def finish(self) -> str:
-        """The rest of the text; bytes that did not become a character are U+FFFD."""
+        """Return the rest of the text. Bytes that did not become a character are U+FFFD."""
         rest = self._characters(last=True) + self._complete(last=True)
         return self._own(rest + self._utf8.decode(b"", final=True))
 
     def _own(self, text: str) -> str:
-        """A text without the character that the prompt began and that was not completed."""
+        """Remove U+FFFD for a character that the prompt began and that was not completed."""
         if text and self._unfinished:
             own = text.removeprefix(self._unfinished)
             self.earlier = max(0, self.earlier - (len(text) - len(own)))
@@ -223,7 +224,7 @@ class TokenDecoder:
         return text
 
     def _characters(self, *, last: bool = False) -> str:
-        """The text of the byte tokens that are complete; of all of them if these are the last."""
+        """Return the text of complete characters in the byte tokens, or of all bytes if `last`."""
         text = ""
         while self._bytes:
             self.earlier = len(text)
@@ -234,14 +235,14 @@ class TokenDecoder:
                 if not last and error.reason == "unexpected end of data":
                     break
                 size = 1
-            # apart from the tokens before: the library would read all of them as one run of bytes
+            # Decode apart from earlier tokens. The library would read all as one run of bytes.
             unit = tuple(self._unit[:size])
             text += self._emit(unit, self._text((), unit))
             self._unit, self._bytes = self._unit[size:], self._bytes[size:]
         return text
 
     def _complete(self, *, last: bool = False) -> str:
-        """The text of the unit of text tokens, if it is final."""
+        """Return the text of the unit of text tokens, if it is final."""
         unit = tuple(self._unit)
         text = self._text(self._context, unit)
         if not (last or len(unit) >= _MAX_UNIT or self.texts.final(text)):
@@ -250,7 +251,7 @@ class TokenDecoder:
         return self._emit(unit, text)
 
     def _text(self, context: tuple[int, ...], unit: tuple[int, ...]) -> str:
-        """The text of a unit after its context, or at the beginning of the text."""
+        """Return the text of the unit after its context, or at the beginning of the text."""
         if not unit:
             return ""
         if self._inside:
@@ -258,14 +259,14 @@ class TokenDecoder:
         return self.texts.decode((*self._context, *unit))
 
     def _emit(self, unit: tuple[int, ...], text: str) -> str:
-        """The same text; its unit becomes the context of the next."""
-        # a decoder may strip the beginning of a text, so tokens without text still count
+        """Return the given text, and make its unit the context of the next unit."""
+        # A decoder may strip the beginning of a text, so tokens without text also count.
         self._context = unit if self._inside or text else (*self._context, *unit)
         self._inside |= bool(text) or len(self._context) >= _MAX_UNIT
         return text
 
 
 def _tail(prompt: Sequence[int], special_ids: frozenset[int]) -> list[int]:
-    """The last tokens of a prompt that are not special, as many as a text may depend on."""
+    """Return the last tokens of a prompt on which the text may depend, without special tokens."""
     own = (i for i in reversed(prompt) if i not in special_ids)
     return [*islice(own, _MAX_UNIT)][::-1]

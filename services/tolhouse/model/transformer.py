@@ -4,9 +4,9 @@
     logits = model(ids, positions, cache, rows)  # attention; adds rows[l] in block l
 
 Rows may begin with the embedding X0: [1 + N, T, D]. The model then needs no embedding of its own.
-The caller decides where rows come from: they may be computed, fetched or cached. The cache decides
-what a token attends to. This module has two plain caches, and the worker has a paged one. The model
-knows only T tokens, and nothing about sequences or batches.
+The caller decides the source of rows: they may be computed, fetched or cached. The cache decides to
+which tokens a token attends. This module has two plain caches, and the worker has a paged cache.
+The model has T tokens as input, without sequences or batches.
 
 Shapes: T tokens, D hidden size, N layers, H heads, E = D / H head size, K FFN size, V vocabulary.
 The plain caches have B sequences of S tokens.
@@ -25,7 +25,7 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, [T, 1, E] each
 
 
 class Cache(Protocol):
-    """Stores keys and values, and decides what each token attends to."""
+    """Stores keys and values, and decides to which tokens each token attends."""
 
     def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
         """Store T new tokens, and return their attention outputs [T, H, E]."""
@@ -48,7 +48,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         embedding = torch.empty(config.vocab_size, config.hidden_size)
-        if not embedding.is_meta:  # on meta, drawing would import the compiler of torch, 100 MB
+        if not embedding.is_meta:  # on meta, initialisation would import torch's compiler, 100 MB
             embedding.normal_()
         self.embed_tokens: nn.Embedding | None = nn.Embedding.from_pretrained(embedding, False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
@@ -59,7 +59,7 @@ class Transformer(nn.Module):
         self.ffn_m = nn.ModuleList(ContextFreeFFN(config) for _ in range(config.num_rows))
 
     def x0(self, ids_T: Tensor) -> Tensor:
-        """The embeddings [T, D] of token ids."""
+        """Return the embeddings [T, D] of token ids."""
         if self.embed_tokens is None:
             raise InvalidArgumentError(
                 "loaded without its embedding, the model needs X0 from a table"
@@ -67,7 +67,7 @@ class Transformer(nn.Module):
         return self.embed_tokens(ids_T)
 
     def rows(self, ids_T: Tensor, x0: bool = False) -> Tensor:
-        """FFN-M outputs [N, T, D] of token ids (paper, section 2); [1 + N, T, D] with `x0`.
+        """Compute FFN-M outputs [N, T, D] of token ids (paper, section 2). `x0`: [1 + N, T, D].
 
         A base model has N = 0, and no rows that could contain X0.
         """
@@ -81,7 +81,7 @@ class Transformer(nn.Module):
         return torch.stack([x0_TD] * x0 + [ffn(x0_TD) for ffn in self.ffn_m])
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Tensor) -> Tensor:
-        """The logits [T, V] of T tokens at `positions_T`. Each layer adds its row."""
+        """Compute the logits [T, V] of T tokens at `positions_T`. Each layer adds its row."""
         return self.lm_head(self.hidden(ids_T, positions_T, cache, rows_NTD))
 
     def hidden(
@@ -92,8 +92,8 @@ class Transformer(nn.Module):
         rows_NTD: Rows,
         begun_TD: Tensor | None = None,
     ) -> Tensor:
-        """The final hidden states [T, D]. Continues from the result of `begin`, if given."""
-        carried = len(rows_NTD) - self.config.num_rows  # 1: X0 in front
+        """Compute the final hidden states [T, D]. Continues from the result of `begin` if given."""
+        carried = len(rows_NTD) - self.config.num_rows  # 1 if X0 is the first row
         x_TD = rows_NTD[0] if carried > 0 else begun_TD
         if x_TD is None:
             x_TD = self.x0(ids_T)
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
         return self.norm(x_TD)
 
     def begin(self, ids_T: Tensor, positions_T: Tensor, cache: Cache) -> Tensor:
-        """The part of `hidden` that needs no row: the first block without its last addition."""
+        """Compute the part of `hidden` without rows: the first block before it adds its row."""
         x0_TD = self.x0(ids_T)
         rope = rotary(positions_T, self.config.head_dim, self.config.rope_theta, x0_TD.dtype)
         return self.layers[0](x0_TD, rope, cache, None)
@@ -120,10 +120,10 @@ class Block(nn.Module):
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = nn.RMSNorm(size, eps)
         self.self_attn = Attention(config, layer)
-        # base: the FFN, which reads the residual stream; flex: FFN-C, its remaining part
+        # base: the FFN, which reads the residual stream. flex: FFN-C, the remaining part of it.
         self.mlp = residual_ffn(config)
         self.post_attention_layernorm = nn.RMSNorm(size, eps) if self.mlp else None
-        wide = config.kind == "wide"  # each layer learns to scale the row that all layers share
+        wide = config.kind == "wide"  # each layer has a learned scale for the shared row
         self.ffn_scale = nn.Parameter(torch.ones(size)) if wide else None
 
     def forward(self, x_TD: Tensor, rope: Rope, cache: Cache, row_TD: Tensor | None) -> Tensor:
@@ -134,7 +134,7 @@ class Block(nn.Module):
         return x_TD if row_TD is None else self.add(x_TD, row_TD)
 
     def add(self, x_TD: Tensor, row_TD: Tensor) -> Tensor:
-        """Add a row. One Wide FFN (arXiv 2309.01826) scales it; the scale is our addition."""
+        """Add a row. One Wide FFN (arXiv 2309.01826) scales it. The scale is our addition."""
         if self.ffn_scale is None:
             return x_TD + row_TD
         return torch.addcmul(x_TD, row_TD, self.ffn_scale)
@@ -183,7 +183,7 @@ class SwiGLU(nn.Module):
 
 
 class LinearStack(nn.Module):
-    """FFN-C as beta h x h maps with SiLU between them. This form is ours; the paper has none."""
+    """FFN-C as beta maps h x h with SiLU between them. This form is ours, as the paper has none."""
 
     def __init__(self, hidden_size: int, depth: int) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class LinearStack(nn.Module):
 
 
 def residual_ffn(config: ModelConfig) -> nn.Module | None:
-    """The FFN that reads the residual stream, if this kind of model has one."""
+    """Return the FFN that reads the residual stream, if this kind of model has one."""
     if config.kind == "base":
         return SwiGLU(config.hidden_size, config.intermediate_size)
     if config.kind == "flex" and config.ffn_c == "linear":
@@ -208,7 +208,7 @@ def residual_ffn(config: ModelConfig) -> nn.Module | None:
 
 
 def rotary(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
-    """The rotary position embedding (cos, sin), with the signs that `rotate` needs."""
+    """Compute the rotary position embedding (cos, sin), with the signs for `rotate`."""
     steps = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32)
     angles = positions_T[:, None, None].float() * theta ** -(steps / head_dim)
     cos, sin = angles.cos(), angles.sin()
@@ -223,9 +223,10 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """The number of parameters without embeddings, and the part that a worker uses (table 1).
+    """Return the number of parameters without embeddings, and the number that a worker uses.
 
-    The first number is equal for every kind of a preset, except for norms and the rounding of K.
+    As in table 1 of the paper, the first number is equal for all kinds of a preset, except for
+    norms and the rounding of K.
     """
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     total = sum(n for name, n in sizes.items() if not name.startswith(("embed_", "lm_head.")))

@@ -1,7 +1,7 @@
 """The weights of a checkpoint: safetensors files, read into the memory of the process.
 
-The files are not mapped. Overwriting or truncating one therefore neither changes weights that were
-read nor ends the process. Each read checks that the file has not changed since it was opened.
+The files are not mapped. Overwriting or truncating a file therefore neither changes weights in
+memory nor ends the process. Each read checks that the file has not changed since it was opened.
 """
 
 import hashlib
@@ -23,23 +23,23 @@ from tolhouse.files import read_json
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEADER_BYTES = 100_000_000  # the longest header that safetensors writes
-_READ_BYTES = 1 << 24  # read at a time for hashes and comparisons
-_UNUSED = re.compile(r"(.*\.)?rotary_emb\.\w+")  # buffers that older versions of transformers saved
+_READ_BYTES = 1 << 24  # the size of reads for hashes and comparisons
+_UNUSED = re.compile(r"(.*\.)?rotary_emb\.\w+")  # buffers in files of old transformers
 _WRAPPERS = re.compile(r"((_orig_mod|module)\.)+")  # prefixes of torch.compile and of DDP
 
 
 class StoredTensor(NamedTuple):
-    dtype: str  # as safetensors calls it
+    dtype: str  # the name in safetensors
     shape: tuple[int, ...]
-    start: int  # in the file
+    start: int  # the position in the file
     bytes: int
 
 
 class Weights:
-    """The tensors of a checkpoint folder, by the names in `checkpoint.py`. Threads may share it.
+    """The tensors of a checkpoint folder, by the names in `checkpoint.py`. Thread-safe.
 
     They are in model.safetensors, or in several files that model.safetensors.index.json names.
-    NotFoundError if a file is missing; InvalidArgumentError if one is malformed.
+    Raises NotFoundError if a file is missing, and InvalidArgumentError if one is malformed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,7 +48,8 @@ class Weights:
             self.path, wanted = folder / INDEX, _read_index(folder)
         names = sorted(set(wanted.values())) or [WEIGHTS]
         self._files = [WeightsFile(folder / name) for name in names]
-        self._places: dict[str, tuple[WeightsFile, str]] = {}  # by our name: the name in the file
+        # By our name: the file, and the name in the file.
+        self._places: dict[str, tuple[WeightsFile, str]] = {}
         for file in self._files:
             for stored in file.tensors:
                 name = _WRAPPERS.sub("", stored, count=1).replace(".row_scale", ".ffn_scale")
@@ -64,37 +65,43 @@ class Weights:
                 raise InvalidArgumentError(f"{self.path}: {stored} is not in {name}")
 
     def read(self, name: str) -> Tensor:
-        """A tensor in the dtype of the file; MismatchError if the file was overwritten."""
+        """Read a tensor in its stored dtype.
+
+        Raises MismatchError if the file was overwritten.
+        """
         file, stored = self._places[name]
         return file.read(stored)
 
     def read_rows(self, name: str, ids: np.ndarray) -> Tensor:
-        """Rows `ids` [T] of a matrix; MismatchError if the file was overwritten."""
+        """Read rows `ids` [T] of a matrix. Raises MismatchError if the file was overwritten."""
         file, stored = self._places[name]
         return file.read_rows(stored, ids)
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors have the same dtype, shape and bytes."""
+        """Return whether two tensors have the same dtype, shape and bytes."""
         if self.tensors[one][:2] != self.tensors[other][:2]:
             return False
         parts = [file.chunks(stored) for file, stored in (self._places[one], self._places[other])]
         return all(left == right for left, right in zip(*parts, strict=True))
 
     def digest(self) -> str:
-        """64 hex digits over all files; MismatchError if one was overwritten."""
+        """Return a hash of all files, in hex. Raises MismatchError if one was overwritten."""
         digests = [file.digest() for file in self._files]
         if len(digests) == 1:
             return digests[0]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def check(self) -> None:
-        """MismatchError if a file was overwritten since it was opened."""
+        """Raise MismatchError if a file was overwritten since it was opened."""
         for file in self._files:
             file.check()
 
 
 class WeightsFile:
-    """Tensors by name. Thread-safe. InvalidArgumentError if the file is not a safetensors file."""
+    """The tensors of one file, by name. Thread-safe.
+
+    Raises InvalidArgumentError if the file is not a safetensors file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self._descriptor, self._digest = path, -1, ""
@@ -116,7 +123,10 @@ class WeightsFile:
             os.close(self._descriptor)
 
     def read(self, name: str) -> Tensor:
-        """A tensor as stored; MismatchError if the file has changed since it was opened."""
+        """Read a tensor in its stored dtype.
+
+        Raises MismatchError if the file has changed since it was opened.
+        """
         tensor = self.tensors[name]
         out = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
         self._fill(out, tensor.start)
@@ -124,7 +134,7 @@ class WeightsFile:
         return out
 
     def read_rows(self, name: str, ids: np.ndarray) -> Tensor:
-        """Rows `ids` [T] of a matrix; MismatchError as in `read`."""
+        """Read rows `ids` [T] of a matrix. Raises MismatchError like `read`."""
         tensor = self.tensors[name]
         _, width = tensor.shape
         out = torch.empty((len(ids), width), dtype=DTYPES[tensor.dtype])
@@ -134,7 +144,7 @@ class WeightsFile:
         return out
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """The bytes of a tensor in parts of one size; MismatchError as in `read`."""
+        """Yield the bytes of a tensor in parts of equal size. Raises MismatchError like `read`."""
         tensor = self.tensors[name]
         for done in range(0, tensor.bytes, _READ_BYTES):
             size = min(_READ_BYTES, tensor.bytes - done)
@@ -142,7 +152,7 @@ class WeightsFile:
         self.check()
 
     def digest(self) -> str:
-        """The SHA-256 of the file, 64 hex digits; MismatchError as in `read`."""
+        """Return the SHA-256 of the file, as 64 hex digits. Raises MismatchError like `read`."""
         if not self._digest:
             digest = self._hash()
             self.check()
@@ -161,7 +171,7 @@ class WeightsFile:
         raise MismatchError(f"{self.path.name} of checkpoint {self.path.parent.name} {what}")
 
     def _now(self) -> tuple[int, int, int]:
-        """Size and times. A program that writes the file cannot set `st_ctime_ns`."""
+        """Return size and times. Programs that write the file cannot set `st_ctime_ns`."""
         stat = os.fstat(self._descriptor)
         return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
@@ -182,7 +192,7 @@ class WeightsFile:
         return digest.hexdigest()
 
     def _parsed(self, text: bytes) -> dict[str, StoredTensor]:
-        """The tensors that a header lists. They must fill the rest of the file."""
+        """Parse the tensors in a header. They must fill the rest of the file."""
         first, tensors = 8 + len(text), {}
         try:
             header: dict[str, Any] = json.loads(text)
@@ -211,7 +221,10 @@ class WeightsFile:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """The file of each tensor by model.safetensors.index.json; NotFoundError if one is missing."""
+    """Read the file name of each tensor from model.safetensors.index.json.
+
+    Raises NotFoundError if a file is missing.
+    """
     path = folder / INDEX
     if not path.is_file():
         unsafe = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -20,8 +20,8 @@ from tolhouse.errors import InvalidArgumentError
 from tolhouse.files import ReloadingFiles, read_file
 from tolhouse.logs import is_loopback
 
-SYSTEM = "system"  # in place of a file: the certificate authorities of this machine
-_OPEN = "/grpc.health.v1.Health/"  # calls of probes, which have no token
+SYSTEM = "system"  # stands for the certificate authorities of this machine, in place of a file
+_OPEN = "/grpc.health.v1.Health/"  # the calls of probes, which have no token
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -34,7 +34,11 @@ class Pems(NamedTuple):
 
 
 def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> Pems:
-    """Read the files; "" means none. `retries` are for a pair that is being replaced."""
+    """Read the files of a TLS identity. "" stands for no file.
+
+    `retries` is the number of retries if certificate and key do not match, because both may be in
+    replacement.
+    """
     if bool(certificate) != bool(key):
         given = "certificate" if certificate else "key"
         raise InvalidArgumentError(
@@ -51,7 +55,7 @@ def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> P
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        if certificate:  # without `password`, an encrypted key would prompt on the terminal
+        if certificate:  # an encrypted key without `password` would prompt on the terminal
             context.load_cert_chain(certificate, key, password=lambda: b"")
     except ssl.SSLError as error:
         message = (
@@ -71,23 +75,23 @@ def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> P
         raise InvalidArgumentError(
             f"the TLS authority {authority} has no PEM certificate"
         ) from None
-    if authority:  # resumed sessions would skip the check of the client certificate
+    if authority:  # a resumed session would skip the check of the client certificate
         context.options |= ssl.OP_NO_TICKET
         context.num_tickets = 0
     return Pems(context, *pems)
 
 
 class TokenFile:
-    """A file with one token per line. Callers send the first; listeners accept all."""
+    """A file with one token per line. Callers send the first token, and listeners accept all."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self.tokens = ReloadingFiles((path,), self._read)
 
     def accepts(self, authorization: str) -> bool:
-        """Whether an authorization header has one of the tokens."""
+        """Return whether an authorization header has one of the tokens."""
         scheme, _, token = authorization.encode().partition(b" ")
-        # compare all, so that the time does not depend on which one matches
+        # Compare all tokens, so that the time does not depend on the match.
         fits = [hmac.compare_digest(token, known) for known in self.tokens.get()]
         return scheme.lower() == b"bearer" and any(fits)
 
@@ -104,7 +108,7 @@ class TokenFile:
 class ClientCredentials:
     """TLS files and the token for calls to services.
 
-    Files are read again when they change. Without `tls_ca`, calls are in plaintext, which is
+    Files are read again when they change. Without `tls_ca`, calls are in plaintext. Plaintext is
     allowed only to this machine, or with `insecure`.
 
     Attributes:
@@ -114,7 +118,7 @@ class ClientCredentials:
         tls_key: PEM file of its private key, without a password.
         token_file: File that holds the services' token. Its first line is sent.
         insecure: Allow plaintext to other machines. Anyone on the network can read it.
-        tls_name: Host name that the service's certificate must be for, if not the target's.
+        tls_name: Host name in the service's certificate, if it differs from the target's.
         proxy: HTTP proxy for TLS calls to other machines, http://HOST:PORT. Environment variables
             such as http_proxy are ignored.
         token: The services' token itself, in place of `token_file`.
@@ -132,7 +136,7 @@ class ClientCredentials:
     token_file: str = ""
     insecure: bool = False
     tls_name: str = ""
-    proxy: str = field(default="", repr=False)  # it may hold a password
+    proxy: str = field(default="", repr=False)  # the URL may contain a password
     token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -152,7 +156,7 @@ class ClientCredentials:
             raise InvalidArgumentError("`token` must be printable ASCII characters without spaces")
 
     def channel_credentials(self, target: str) -> grpc.ChannelCredentials | None:
-        """The TLS credentials of a channel to `target`; None for plaintext.
+        """Return the TLS credentials of a channel to `target`, or None for plaintext.
 
         Raises:
             InvalidArgumentError: Plaintext is not allowed, or a file does not fit.
@@ -172,13 +176,16 @@ class ClientCredentials:
         return None
 
     def proxy_option(self, target: str) -> tuple[str, int | str]:
-        """The channel option for the proxy. Without it, gRPC would use http_proxy and the like."""
+        """Return the channel option for the proxy.
+
+        Without the option, gRPC uses environment variables such as http_proxy.
+        """
         if self.proxy and not is_loopback(target):
             return "grpc.http_proxy", self.proxy
         return "grpc.enable_http_proxy", 0
 
     def metadata(self) -> Metadata:
-        """The metadata of each call."""
+        """Return the metadata of each call."""
         if self.token:
             return (("authorization", f"Bearer {self.token}"),)
         if not self.token_file:
@@ -192,7 +199,7 @@ class ClientCredentials:
 
 @dataclass(frozen=True)
 class ServerCredentials:
-    """What a listener presents and requires.
+    """The TLS files that a listener presents, and the credentials that it requires.
 
     With `tls_client_ca`, callers must present a certificate of that authority.
     """
@@ -210,11 +217,11 @@ class ServerCredentials:
             raise InvalidArgumentError(f"{option} {address} would serve in plaintext: {advice}")
 
     def interceptors(self) -> list[grpc.aio.ServerInterceptor]:
-        """The interceptor that checks the token, if one is required."""
+        """Return the interceptor that checks the token, if one is required."""
         return [_TokenInterceptor(self.token_file)] if self.token_file else []
 
     def for_grpc(self) -> grpc.ServerCredentials | None:
-        """The credentials of a gRPC server, which reads the certificate at each handshake.
+        """Return the credentials of a gRPC server, which reads the certificate at each handshake.
 
         None means plaintext.
         """
@@ -228,14 +235,18 @@ class ServerCredentials:
         return grpc.dynamic_ssl_server_credentials(current(), current, bool(self.tls_client_ca))
 
     def current_context(self) -> ssl.SSLContext:
-        """The context for a new connection, made from the current files.
+        """Return the context of the current files for a new connection.
 
-        Changed files make a new context, which does not resume sessions of the previous one.
+        After a change of the files there is a new context, which does not resume sessions of the
+        previous one.
         """
         return self._pems.get().context
 
     def for_http(self) -> ssl.SSLContext | None:
-        """A context for asyncio's servers, which uses the current files for each connection."""
+        """Return a context for asyncio's servers, or None for plaintext.
+
+        Each connection uses the current files.
+        """
         if not self._pems.get().certificate:
             return None
         context = _CurrentContext(ssl.PROTOCOL_TLS_SERVER)
@@ -265,7 +276,7 @@ class _TokenInterceptor(grpc.aio.ServerInterceptor):
         authorization = dict(call.invocation_metadata).get("authorization", "")
         if call.method.startswith(_OPEN) or self._file.accepts(authorization):
             return await continuation(call)
-        # fits all kinds of calls, which are alike on the wire
+        # This handler fits all kinds of calls, because they are equal on the wire.
         return grpc.stream_stream_rpc_method_handler(self._refuse)
 
     async def _refuse(self, _: object, context: grpc.aio.ServicerContext) -> None:

@@ -1,6 +1,6 @@
-"""What a client's call allows the code below it: a time limit, and cancellation by another thread.
+"""The time limit of a client's call, and its cancellation by another thread.
 
-Both are context variables, so that they hold for the running thread alone.
+Both are context variables, so they apply only to the running thread.
 """
 
 import threading
@@ -13,7 +13,7 @@ from tolhouse.errors import RequestCancelledError
 
 
 class Cancellation:
-    """Cancels what runs below `active`. `cancel` may be called from any thread."""
+    """Cancels the code in the block of `active`. Any thread may call `cancel`."""
 
     def __init__(self) -> None:
         self._cancelled, self._lock = False, threading.Lock()
@@ -21,7 +21,7 @@ class Cancellation:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Apply to the block."""
+        """Make this the cancellation of the calls in the block."""
         token = _cancellation.set(self)
         try:
             yield
@@ -29,13 +29,13 @@ class Cancellation:
             _cancellation.reset(token)
 
     def cancel(self) -> None:
-        """Run the action of `on_cancel`, and fail every later `check_cancelled`."""
+        """Run the action of `on_cancel`. Every later `check_cancelled` raises."""
         with self._lock:
             self._cancelled = True
             self._action()
 
     def on_cancel(self, action: Callable[[], object]) -> None:
-        """Set what `cancel` runs, in place of an earlier action; run it now if cancelled."""
+        """Set the action that `cancel` runs. If already cancelled, run it now."""
         with self._lock:
             self._action = action
             if self._cancelled:
@@ -52,13 +52,13 @@ _end: ContextVar[float | None] = ContextVar("end", default=None)
 
 
 def on_cancel(action: Callable[[], object]) -> None:
-    """Let a cancellation of the current call run `action`, in place of an earlier one."""
+    """Set the action that a cancellation of the current call runs, in place of an earlier one."""
     if cancellation := _cancellation.get():
         cancellation.on_cancel(action)
 
 
 def is_cancellable() -> bool:
-    """Whether another thread can cancel the current call."""
+    """Return whether another thread can cancel the current call."""
     return _cancellation.get() is not None
 
 
@@ -70,7 +70,7 @@ def check_cancelled() -> None:
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Limit the time of the block. None: the code below has its own limits."""
+    """Limit the time of the block. With None, the code in the block uses its own limits."""
     token = _end.set(None if seconds is None else time.monotonic() + seconds)
     try:
         yield
@@ -79,10 +79,13 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 
 
 def has_time_limit() -> bool:
-    """Whether the current call has a time limit of its own."""
+    """Return whether the current call has a time limit of its own."""
     return _end.get() is not None
 
 
 def end_after(seconds: float) -> float:
-    """When the current call has to end, by the monotonic clock; by default `seconds` from now."""
+    """Return the monotonic time when the current call must end.
+
+    Without a time limit, it is `seconds` from now.
+    """
     return time.monotonic() + seconds if (end := _end.get()) is None else end

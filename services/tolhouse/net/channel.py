@@ -1,4 +1,4 @@
-"""Calls to services: channels that reload TLS files, errors of failed calls, addresses of names."""
+"""Channels to services: reloading of TLS files, errors of failed calls, and DNS names."""
 
 import os
 import socket
@@ -15,21 +15,19 @@ from tolhouse.files import ReloadingFiles
 from tolhouse.logs import event, join_address, split_address
 from tolhouse.net.auth import ClientCredentials
 
-SCHEME = "dns:///"  # of a target HOST:PORT that stands for all addresses of its name
+SCHEME = "dns:///"  # the prefix of a target HOST:PORT that stands for all addresses of its name
 _CHANNEL_OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.optimization_target", "throughput"),
-    # reconnect within a second; gRPC's default back-off grows to two minutes
+    # Reconnect within a second. gRPC's default back-off grows to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    (
-        "grpc.min_reconnect_backoff_ms",
-        1000,
-    ),  # also the time limit of an attempt, which includes TLS
+    # This is also the time limit of an attempt to connect, including TLS.
+    ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.use_local_subchannel_pool", 1),  # clients share neither connections nor back-off
 ]
-# parts of gRPC's messages about failed connections, and their meaning
+# Parts of gRPC's messages about failed connections, and their meanings.
 _TLS_PROBLEMS = {
     "certificate has expired": "its TLS certificate has expired",
     "certificate is not yet valid": "its TLS certificate is not valid yet",
@@ -42,14 +40,14 @@ Targets = str | Sequence[str]  # addresses, or one text with commas between them
 _CALLERS_FAULT = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "NOT_FOUND")
 
 
-_used_by: list[int] = []  # the id of the process that used gRPC first: this one or a parent
+_used_by: list[int] = []  # the id of the first process that used gRPC: this process or a parent
 
 
 def _check_fork() -> None:
-    """Raise UnsupportedError in a fork of a process that used gRPC: gRPC may crash there."""
+    """Raise UnsupportedError in a fork of a process that used gRPC. gRPC may crash there."""
     if not _used_by:
         _used_by.append(os.getpid())
-        # gRPC would start threads in every fork, and these would crash there
+        # Otherwise gRPC starts threads in every fork, which crash.
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     if _used_by != [os.getpid()]:
         raise UnsupportedError(
@@ -59,7 +57,10 @@ def _check_fork() -> None:
 
 
 def dial(target: str, credentials: ClientCredentials, library: Any = grpc) -> Any:
-    """Open a channel of `library`, grpc or grpc.aio; InvalidArgumentError if that is forbidden."""
+    """Open a channel of `library`, grpc or grpc.aio.
+
+    Raises InvalidArgumentError if the credentials do not allow it.
+    """
     _check_fork()
     tls = credentials.channel_credentials(target)
     options = [*_CHANNEL_OPTIONS, credentials.proxy_option(target)]
@@ -71,7 +72,10 @@ def dial(target: str, credentials: ClientCredentials, library: Any = grpc) -> An
 
 
 def reloading_channel(target: str, credentials: ClientCredentials, library: Any = grpc) -> Callable:
-    """A function that returns the channel, and opens another one when the TLS files change."""
+    """Return a function that returns a channel.
+
+    When the TLS files change, the function opens a new channel.
+    """
     kept: deque[Any] = deque(maxlen=2)  # calls on the previous channel may finish
 
     def dial_again() -> Any:
@@ -83,7 +87,7 @@ def reloading_channel(target: str, credentials: ClientCredentials, library: Any 
 
 
 def error_of(error: grpc.RpcError, peer: str) -> TolhouseError:
-    """The error of Tolhouse for a failed call to `peer`."""
+    """Return the error of Tolhouse for a failed call to `peer`."""
     status, details = error.code().name, error.details() or ""
     if status == "UNIMPLEMENTED":
         return UnsupportedError(
@@ -97,7 +101,7 @@ def error_of(error: grpc.RpcError, peer: str) -> TolhouseError:
 
 
 class Addresses:
-    """The addresses of `targets`, which `credentials` must allow. For one thread."""
+    """Resolves the addresses of `targets`, which `credentials` must allow. Not thread-safe."""
 
     def __init__(self, targets: Targets, credentials: ClientCredentials) -> None:
         given = targets.split(",") if isinstance(targets, str) else targets
@@ -115,13 +119,17 @@ class Addresses:
         self.change = bool(self._names)  # whether addresses may change
 
     def look_up(self) -> tuple[str, ...]:
-        """Resolve all addresses, each once. A name without addresses keeps its previous ones."""
+        """Resolve all addresses, without duplicates.
+
+        If a look-up of a name fails, its previous addresses stay in use.
+        """
         for target, (host, port) in self._names.items():
             found: tuple[str, ...] = ()
             with suppress(OSError, UnicodeError):
                 results = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-                ips = sorted({str(at[0]) for *_, at in results})  # resolvers change the order
-                v4 = [ip for ip in ips if ":" not in ip]  # a pod may have one of each kind
+                # Sort the addresses, because resolvers change their order.
+                ips = sorted({str(at[0]) for *_, at in results})
+                v4 = [ip for ip in ips if ":" not in ip]  # a pod may have an address of each kind
                 found = tuple(join_address(ip, port) for ip in v4 or ips)
             if found and found != self._found[target]:
                 event("addresses changed", target=target, addresses=",".join(found))
@@ -130,6 +138,6 @@ class Addresses:
         return tuple(dict.fromkeys(a for t in self.targets for a in self._found.get(t, (t,))))
 
     def credentials_for(self, address: str) -> ClientCredentials:
-        """Credentials for one address, which expect a certificate for its DNS name."""
+        """Return the credentials for one address. They expect a certificate for its DNS name."""
         host = self._host_of.get(address)
         return replace(self._credentials, tls_name=host) if host else self._credentials

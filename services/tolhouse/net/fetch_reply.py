@@ -1,6 +1,7 @@
-"""Fetch replies with fewer copies: a record is copied once into a reply, and read in place.
+"""Serialises and parses Fetch replies with fewer copies than generated code.
 
-Generated code copies records twice on each side, which makes large replies 25 % slower.
+A record is copied once into a reply, and read in place. Generated code copies records twice on each
+side, which makes large replies 25 % slower.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def serialize(header: FetchReply, records: Sequence[bytes | memoryview], size: i
 
 
 def parse(data: bytes) -> tuple[FetchReply, memoryview]:
-    """Parse a reply without its records; the records are a view of `data`.
+    """Parse a reply, and return it without records, and its records as a view of `data`.
 
     Raises:
         InternalError: `data` is not a reply.

@@ -1,9 +1,9 @@
 """The health of peers: lookup replicas, Redis nodes, workers, a worker's row source.
 
-A failed call marks its peer as down. A slow call alone does not mark it as slow, because the work
-may have been large. Probes compare the peer with others instead: it is slow if its probe takes
-several times as long as that of the fastest. A peer that is down or slow is used last, until a
-probe succeeds in time.
+A failed call marks its peer as down. A slow call does not mark its peer as slow, because the call
+may have been large. Instead, probes compare the peer with others: it is slow if its probe takes
+several times as long as the fastest probe. A peer that is down or slow is used last, until a probe
+succeeds in time.
 """
 
 import logging
@@ -20,27 +20,26 @@ from tolhouse.logs import event, log
 
 SUSPECT_SECONDS = 0.1  # a call that takes longer causes a probe
 _SLOW_TIMES = 4.0  # a slow peer takes this many times as long as the fastest of the others
-_PROBES = 2  # the faster one counts, because the first may have to connect
+_PROBES = 2  # the faster probe counts, because the first may have to connect
 
 State = Literal["up", "probing", "slow", "down", "gone"]
 
 
 @dataclass
 class _Peer:
-    state: (
-        State  # "up" after a recovery; the peer is forgotten if it stays up for the longest pause
-    )
-    due: float  # when to probe it again
+    # A peer is "up" after a recovery. It is forgotten if it stays up for the longest pause.
+    state: State
+    due: float  # the time of the next probe
     pause: float
 
 
 class PeerHealth:
     """Tracks peers by name. Peers without reports are up. Several threads may share one object.
 
-    `probe(name)` returns whether a peer answers, or raises. `alternatives(name)` returns the peers
-    that can do its work, or None if the peer no longer exists. A thread probes unhealthy peers with
-    growing pauses, which stay long for a while after a recovery. Without `probe`, only reports
-    count.
+    `probe(name)` returns whether a peer answers, or raises an error. `alternatives(name)` returns
+    the peers that can do its work, or None if the peer no longer exists. A thread probes unhealthy
+    peers. The pauses between probes grow, and they stay long for a while after a recovery. Without
+    `probe`, only reports count.
     """
 
     def __init__(
@@ -56,12 +55,12 @@ class PeerHealth:
         self._kind, self._probe, self._alternatives = kind, probe, alternatives
         self._first, self._longest, self._clock = first_seconds, longest_seconds, clock
         self._peers: dict[str, _Peer] = {}
-        self._changed = threading.Condition()  # its lock is re-entrant
+        self._changed = threading.Condition()  # the lock is re-entrant
         self._watching = self._closed = False
-        self.unhealthy: frozenset[str] = frozenset()  # those that are down or slow
+        self.unhealthy: frozenset[str] = frozenset()  # peers that are down or slow
 
     def up(self, name: str) -> bool:
-        """Whether the peer is neither down nor slow."""
+        """Return whether the peer is neither down nor slow."""
         return name not in self.unhealthy
 
     def order(self, names: Iterable[str]) -> list[str]:
@@ -130,12 +129,12 @@ class PeerHealth:
             state: State = peer.state
             try:
                 state = self._examine(name)
-            except Exception:  # noqa: BLE001 - a defect must not end the thread
+            except Exception:  # noqa: BLE001 - the thread must continue after a defect
                 log.exception("probing %s %s failed", self._kind, name)
             with self._changed:
                 if state == "gone":
                     self.forget(name)
-                elif name in self._peers:  # it was not forgotten in the meantime
+                elif name in self._peers:  # unless it was forgotten in the meantime
                     pause = min(2 * peer.pause, self._longest)
                     due = self._clock() + (self._longest if state == "up" else pause)
                     self._become(name, _Peer(state, due, pause))
@@ -152,7 +151,7 @@ class PeerHealth:
         return "up" if own < inf else "down"
 
     def _seconds(self, name: str) -> float:
-        """The seconds that the peer takes to answer a probe; infinity if it does not answer."""
+        """Return the seconds that a probe of the peer takes, or infinity if it fails."""
         assert self._probe
         best = inf
         with suppress(TolhouseError):

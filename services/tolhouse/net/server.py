@@ -1,4 +1,4 @@
-"""The gRPC server of every service: health, reflection, metrics, drain, limits, statuses."""
+"""The gRPC server of every service, with health, reflection, metrics, draining and limits."""
 
 import asyncio
 import ctypes
@@ -23,11 +23,13 @@ from tolhouse.errors import InternalError, InUseError, TolhouseError
 from tolhouse.logs import event, join_address, log, ready, split_address
 from tolhouse.net.auth import ServerCredentials
 
-Register = Callable[[grpc.aio.Server], None]  # adds a service to a server
+Register = Callable[[grpc.aio.Server], None]  # a function that adds a service to a server
 Drain = Callable[[], None] | None
 Report = Callable[[bool], Awaitable[None]]
 Check = Callable[[Report], Coroutine[None, None, None]] | None
-LIVE = "live"  # health service name for liveness probes: the process answers
+LIVE = (
+    "live"  # the health service name for liveness probes, which is served while the process answers
+)
 
 MAX_STREAMS = 1024  # open calls per connection; further calls wait
 MAX_CONNECTIONS = 1024  # per service; further connections are closed
@@ -37,7 +39,7 @@ _HEALTH_SECONDS = 3  # time for the event loop to answer; probes time out after 
 
 SERVER_OPTIONS = [
     ("grpc.optimization_target", "throughput"),
-    ("grpc.so_reuseport", 0),  # a port in use is an error; its connections are not shared
+    ("grpc.so_reuseport", 0),  # a port in use is an error, and two servers never share it
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_concurrent_streams", MAX_STREAMS),
@@ -45,7 +47,7 @@ SERVER_OPTIONS = [
     ("grpc.max_metadata_size", MAX_HEADER_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_HEADER_BYTES),
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    ("grpc.server_handshake_timeout_ms", 10_000),  # of TLS and of HTTP/2
+    ("grpc.server_handshake_timeout_ms", 10_000),  # for TLS and HTTP/2
 ]
 
 
@@ -59,7 +61,7 @@ class Config(Protocol):
 
 def finish_startup() -> None:
     """Exempt loaded objects from garbage collection, and return free memory to the system."""
-    gc.collect()  # with many old objects, Python rarely collects the cycles of calls
+    gc.collect()  # with many old objects, Python would rarely collect the cycles of calls
     gc.freeze()
     gc.collect()  # resets the count of old objects
     with suppress(AttributeError, OSError):  # the C library is not glibc
@@ -70,7 +72,7 @@ def finish_startup() -> None:
 async def errors_as_status(
     context: grpc.aio.ServicerContext, public: Callable[[Exception], Exception] = lambda e: e
 ) -> AsyncIterator[None]:
-    """End the call with the status of an error of the block, as `public` shows it to callers."""
+    """End the call with the status of the block's error. `public` returns the error for callers."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - the boundary where every error becomes a status
@@ -79,11 +81,14 @@ async def errors_as_status(
 
 
 def status_of(error: Exception) -> tuple[str, str]:
-    """The name of an error's gRPC status, and the message for the caller. Defects are logged."""
+    """Return the name of an error's gRPC status, and the message for the caller.
+
+    Defects are logged.
+    """
     if not isinstance(error, TolhouseError):
         log.error("internal error", exc_info=error)
         error = InternalError("internal error; the service's log has the details")
-    return error.grpc_status, str(error)[:2000]  # it may quote the request
+    return error.grpc_status, str(error)[:2000]  # the message may quote the request
 
 
 async def serve(
@@ -96,8 +101,8 @@ async def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then call `drain` and finish the calls in flight.
 
-    The ready message is printed once the service answers. `check` runs in a task of its own and
-    reports whether the service is ready for requests.
+    The ready message is printed once the service answers. `check` runs in its own task and reports
+    whether the service is ready for requests.
     """
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
@@ -133,7 +138,7 @@ async def serve(
     loop, request = asyncio.get_running_loop(), health_pb2.HealthCheckRequest()
 
     def healthy() -> bool:
-        """Whether the event loop answers a health check, as for a caller over gRPC."""
+        """Return whether the event loop answers a health check like that of a gRPC client."""
         if stop.is_set():
             return False
         check = asyncio.run_coroutine_threadsafe(checks.Check(request, None), loop)
@@ -166,22 +171,22 @@ def serve_metrics(address: str, credentials: ServerCredentials, healthy: Callabl
         )
     except OSError as error:
         raise InUseError(f"--metrics-listen {address} fails: {error.strerror or error}") from None
-    server.handle_error = _log_failure  # type: ignore[assignment] # its own prints
+    server.handle_error = _log_failure  # type: ignore[assignment] # the default prints a traceback
     server.set_app(partial(_health_or_metrics, healthy, make_wsgi_app()))
     if isinstance(server.socket, ssl.SSLSocket):
 
         def accept() -> tuple[ssl.SSLSocket, Any]:
             raw, caller = socket.socket.accept(server.socket)
-            # threads do the handshakes, so that a slow one does not delay others
+            # Threads do the handshakes, so that a slow handshake does not delay others.
             options: Any = {"server_side": True, "do_handshake_on_connect": False}
             return credentials.current_context().wrap_socket(raw, **options), caller
 
-        server.get_request = accept  # type: ignore[method-assign] # it has no other hook
+        server.get_request = accept  # type: ignore[method-assign] # there is no other hook
     return join_address(host, server.server_port)
 
 
 def _log_failure(*_: object) -> None:
-    """Log a failed request for metrics. A closed connection is not logged: probes close theirs."""
+    """Log a failed request for metrics. Closed connections are common, so their level is debug."""
     here = isinstance(sys.exception(), OSError)
     log.log(DEBUG if here else ERROR, "a request for metrics failed", exc_info=not here)
 
@@ -192,11 +197,11 @@ def _health_or_metrics(
     request: WSGIEnvironment,
     start: StartResponse,
 ) -> Iterable[bytes]:
-    """The WSGI app of the metrics listener: /health is 200 or 503, other paths are the metrics."""
+    """The WSGI app of the metrics listener: /health is 200 or 503, and other paths are metrics."""
     if request["PATH_INFO"] != "/health":
         return metrics(request, start)
     ok = False
-    with suppress(TimeoutError, CancelledError):  # the event loop hangs, or has ended
+    with suppress(TimeoutError, CancelledError):  # the event loop hangs or has ended
         ok = healthy()
     start("200 OK" if ok else "503 Service Unavailable", [("Content-Type", "application/json")])
     return [json.dumps({"status": "ok" if ok else "unavailable"}).encode()]

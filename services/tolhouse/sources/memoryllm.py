@@ -1,8 +1,8 @@
-"""MemoryLLM checkpoints as source models, including Flex and One Wide.
+"""Computes rows with MemoryLLM checkpoints, including Flex and One Wide.
 
 The last bits of a matrix product depend on its shape and on the number of threads. One thread
 therefore computes rows in batches of one size, and pads the last batch. Builders and workers thus
-compute equal bytes, also when a build resumes.
+compute equal bytes, and so do resumed builds.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ BATCH_TOKENS = 128
 
 
 class MemoryLLM:
-    """Computes rows [T, blocks, width]; InvalidArgumentError for a model without rows.
+    """Computes rows [T, blocks, width]. Raises InvalidArgumentError for a model without rows.
 
     The default blocks are `ffn.0`, `ffn.1` and so on, one for each layer. Block `x0` is the
     embedding.
@@ -45,12 +45,12 @@ class MemoryLLM:
         return self.checkpoint.model()
 
     def rows(self, ids: np.ndarray | None = None) -> np.ndarray:
-        """The float32 rows of `ids`, or of the whole vocabulary."""
+        """Compute the float32 rows of `ids`, or of the whole vocabulary."""
         ids = np.arange(self.vocab_size) if ids is None else ids
         return np.concatenate([rows for _, rows in self.batches(ids)])
 
     def batches(self, ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """The rows of `ids` in batches, each with its slice of `ids`."""
+        """Yield the rows of `ids` in batches, each with its slice of `ids`."""
         model, threads = self.model, torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -67,9 +67,10 @@ class MemoryLLM:
 
 
 def select_blocks(checkpoint: Checkpoint, embedding: str, absent: Iterable[int]) -> list[str]:
-    """The blocks of a table: all layers except `absent`, after x0 if the table has the embedding.
+    """Return the blocks of a table: all layers except `absent`, and x0 first if included.
 
-    embedding: "yes", "no", or "auto", which includes it if it is not tied to the head.
+    `embedding` includes x0. It is "yes", "no" or "auto", which stands for "yes" if the embedding is
+    not tied to the head.
     """
     count, left_out = checkpoint.config.num_rows, set(absent)
     if bad := sorted(left_out - set(range(count))):

@@ -1,1 +1,1 @@
-"""Tables at rest: the file store, the Redis store, and what is done with either."""
+"""Stores of tables: the file store, the Redis store, and operations on both."""

@@ -1,7 +1,7 @@
 """`Store`, the interface of the file store and the Redis store, and `open_store(url)`.
 
-A store keeps immutable versions of tables. For each name it has an alias: the version that is
-published. Several threads may share a store.
+A store has immutable versions of tables. Each name has an alias, which is its published version.
+Several threads may share a store.
 """
 
 import logging
@@ -30,49 +30,49 @@ from tolhouse.logs import event, is_loopback, join_address
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
 from tolhouse.table.manifest import Manifest, check_name, split_ref
 
-Views = list[memoryview]  # of records
-LEASE_SECONDS = 30.0  # a version counts as used for this time after its last use
+Views = list[memoryview]  # views of records
+LEASE_SECONDS = 30.0  # a version counts as in use for this time after its last use
 
 
 @dataclass(frozen=True)
 class Alias:
-    """The published version of a name, and the earlier ones, latest last."""
+    """The published version of a name, and the earlier versions, with the latest last."""
 
     version: str
     history: tuple[str, ...]
 
     def to_json(self) -> bytes:
-        """The alias as JSON."""
+        """Return the alias as JSON."""
         return _ALIAS.dump_json(self)
 
 
 _ALIAS = TypeAdapter(Alias)
-_parsed = lru_cache(16)(
-    Manifest.from_json
-)  # a manifest may be long, and each bad row reads it again
+# Cached, because a manifest may be long, and each bad row causes another read.
+_parsed = lru_cache(16)(Manifest.from_json)
 
-Kind = Literal["manifest", "deleting", "alias"]  # keys: "name@version" twice, and "name"
-Changes = dict[tuple[Kind, str], bytes | None]  # texts of the registry to write; None: to remove
+# The kinds of texts in the registry. Their keys are "name@version", "name@version" and "name".
+Kind = Literal["manifest", "deleting", "alias"]
+Changes = dict[tuple[Kind, str], bytes | None]  # texts to write to the registry, or None to remove
 
 
 class Store(ABC):
     """Reads and writes immutable versions. Only aliases change."""
 
     def __init__(self, url: str) -> None:
-        self.url = url  # without a password, for messages
+        self.url = url  # for messages, without a password
         self._parents: dict[str, Manifest] = {}  # parents of overlays, by ref
 
     # versions
 
     @abstractmethod
     def refs(self) -> list[str]:
-        """ "name@version" of every complete table, sorted."""
+        """Return the "name@version" of every complete table, sorted."""
 
     def manifest(self, ref: str) -> Manifest:
         """Read the manifest of "name@version".
 
         Raises:
-            NotFoundError: The version is not in the store, or not complete.
+            NotFoundError: The version is missing or incomplete.
             CorruptError: The manifest cannot be read.
         """
         split_ref(ref)
@@ -88,7 +88,7 @@ class Store(ABC):
         return manifest
 
     def parent(self, manifest: Manifest) -> Manifest:
-        """The parent table of an overlay.
+        """Return the parent table of an overlay.
 
         Raises:
             NotFoundError: The parent was deleted.
@@ -109,11 +109,11 @@ class Store(ABC):
 
     @abstractmethod
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
-        """Store a whole shard durably, and replace an earlier one."""
+        """Store a whole shard durably. It replaces an earlier one."""
 
     @abstractmethod
     def count(self, manifest: Manifest, shard: int) -> int:
-        """The number of rows of the shard in the store."""
+        """Return the number of rows of the shard in the store."""
 
     @abstractmethod
     def delete_records(self, ref: str) -> None:
@@ -121,20 +121,20 @@ class Store(ABC):
 
     @abstractmethod
     def lease(self, ref: str) -> None:
-        """Mark a version as used for LEASE_SECONDS, or until the process ends."""
+        """Mark a version as in use for LEASE_SECONDS, or until the process ends."""
 
     @abstractmethod
     def leased(self, ref: str) -> bool:
-        """Whether a version is marked as used."""
+        """Return whether a version is marked as in use."""
 
     def risk(self) -> str:
-        """A warning if the settings of the store may lose rows; else ""."""
+        """Return a warning if the settings of the store may lose rows, else ""."""
         return ""
 
     # names
 
     def alias(self, name: str) -> Alias | None:
-        """The alias of `name`; None if it was never published.
+        """Return the alias of `name`, or None if it was never published.
 
         Raises:
             CorruptError: The alias cannot be read.
@@ -155,7 +155,7 @@ class Store(ABC):
         """
 
     def is_being_deleted(self, ref: str) -> bool:
-        """Whether a deletion of the version is in progress or was interrupted."""
+        """Return whether a deletion of the version is in progress or was interrupted."""
         return self._read_text(ref, "deleting") is not None
 
     # rows
@@ -172,14 +172,14 @@ class Store(ABC):
         Args:
             manifest: The table.
             ids: Token ids, uint32 [T].
-            out: A contiguous array uint8 [slots, record_bytes]. Default: a new one.
+            out: A contiguous array uint8 [slots, record_bytes]. Default: a new array.
             slots: The row of `out` for each id, [T]. Default: 0, 1, 2 and so on.
 
         Returns:
             `out`.
 
         Raises:
-            CorruptError: Records are missing or changed. `token_ids` are their tokens; all other
+            CorruptError: Records are missing or changed. `token_ids` are their tokens. All other
                 records are in `out`.
             NotFoundError: The parent was deleted.
         """
@@ -200,7 +200,7 @@ class Store(ABC):
         return out
 
     def auxiliary(self, manifest: Manifest) -> AuxiliaryTables:
-        """Load the auxiliary tables of a table; NotFoundError, CorruptError."""
+        """Load the auxiliary tables of a table. Raises NotFoundError or CorruptError."""
 
         def fetch(ref: str) -> tuple[Manifest, np.ndarray]:
             table = self.manifest(ref)
@@ -220,7 +220,7 @@ class Store(ABC):
     def _read_own(
         self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, slots: np.ndarray
     ) -> None:
-        """As `read_records`, but only for records that the version stores itself."""
+        """Do the work of `read_records` for records that the version stores itself."""
         if not len(ids):
             return
         order = np.lexsort((manifest.positions(ids), manifest.shard_of(ids)))
@@ -235,7 +235,7 @@ class Store(ABC):
     ) -> Generator[memoryview | str]:
         """Read the records of `ids`, sorted by shard and position, into `views`.
 
-        Yield each view once it is full, or a text with the reason if its record is missing.
+        Yields each view once it is full, or the reason as text if the record is missing.
         """
 
     @abstractmethod
@@ -244,14 +244,14 @@ class Store(ABC):
 
     @abstractmethod
     def _read_text(self, ref: str, kind: Kind) -> bytes | None:
-        """Read a text of the registry; None if there is none."""
+        """Read a text of the registry. Returns None if there is none."""
 
 
 def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0) -> Store:
     """Open the store at `url`: file://PATH, or redis://HOST:PORT (rediss:// with TLS).
 
-    The URL may list several nodes of a Redis Cluster, redis://HOST:PORT,HOST:PORT. One of them has
-    to answer. The function retries for `wait_seconds` while the store cannot be reached.
+    The URL may list several nodes of a Redis Cluster, redis://HOST:PORT,HOST:PORT. One node has to
+    answer. While the store cannot be reached, the function retries for `wait_seconds`.
     """
     check_url(url)
     if url.startswith("file://"):
@@ -280,14 +280,14 @@ def check_url(url: str) -> None:
     if re.search(r",\s*\w+://", url):
         raise InvalidArgumentError(f"{shown(url)!r} names several stores; one is allowed here")
     scheme, _, rest = url.partition("://")
-    database = _parts(url)[0].path.strip("/")  # redis-py ignores one that it can't read
+    database = _parts(url)[0].path.strip("/")  # redis-py ignores an invalid database
     is_redis = scheme in ("redis", "rediss") and (database or "0").isdecimal()
     if not rest or not (is_redis or scheme == "file"):
         raise not_understood(url)
 
 
 def require_private(url: str, *, insecure: bool) -> str:
-    """Return the URL of a file store, a local Redis, or a Redis with TLS.
+    """Check and return the URL of a file store, a local Redis, or a Redis with TLS.
 
     Raises:
         InvalidArgumentError: The Redis is on another machine, and the URL has no TLS or disables
@@ -310,7 +310,7 @@ def require_private(url: str, *, insecure: bool) -> str:
 
 
 def has_password(url: str) -> bool:
-    """Whether the URL contains a password."""
+    """Return whether the URL contains a password."""
     parts, options, _ = _parts(url)
     return bool(parts.password) or "password" in options
 
@@ -321,13 +321,13 @@ def not_understood(url: str) -> InvalidArgumentError:
 
 
 def shown(url: str) -> str:
-    """The URL of a store for logs and messages: without user, password and options."""
+    """Return the URL of a store for logs and messages, without user, password and options."""
     scheme, separator, rest = url.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def _parts(url: str) -> tuple[SplitResult, dict[str, str], list[str]]:
-    """The parts of the URL, its options, and its hosts without ports."""
+    """Return the parts of the URL, its options, and its hosts without ports."""
     try:
         parts = urlsplit(url)
         hosts = parts.netloc.rpartition("@")[2].split(",")

@@ -1,4 +1,4 @@
-"""The file store: a folder per version and a safetensors file per shard, read by `pread`.
+"""The file store, with a folder for each version and a safetensors file for each shard.
 
     <root>/<name>/<version>/shard-00000-of-00064.safetensors    uint8 "records" [rows, record_bytes]
     <root>/<name>/<version>/manifest.json                       written last
@@ -6,8 +6,8 @@
     <root>/<name>/alias.json                                    the published version
     <root>/.lock                                                locked during an update
 
-Files are written under a temporary name, fsynced and renamed. Records are read directly into their
-destination, so that all processes of a machine share one copy in the page cache.
+Files are written under a temporary name, fsynced and renamed. `pread` reads records directly into
+their destination, and all processes of a machine share one copy in the page cache.
 """
 
 import fcntl
@@ -30,9 +30,9 @@ from tolhouse.files import locked
 from tolhouse.store.base import LEASE_SECONDS, Changes, Kind, Store, Views
 from tolhouse.table.manifest import Manifest, split_ref
 
-_READ_BYTES = 16 << 20  # limit of one read of neighbouring records
+_READ_BYTES = 16 << 20  # the limit of one read of neighbouring records
 _READ_RECORDS = 1024  # IOV_MAX
-_HEADER_BYTES = 1 << 20  # limit of a header
+_HEADER_BYTES = 1 << 20  # the limit of a header
 
 
 class FileStore(Store):
@@ -46,11 +46,11 @@ class FileStore(Store):
             raise InvalidArgumentError(f"the store {self.root} is a file, not a folder of tables")
         super().__init__(f"file://{self.root}")
         self._leasing, self._lease_seconds = threading.Lock(), lease_seconds
-        self._leases: dict[
-            str, tuple[int, float]
-        ] = {}  # the locked file, and the time of the last use
-        self._expiring = False  # whether the one timer of all leases runs
-        self._opened = lru_cache(open_files)(_ShardFile)  # a reading thread keeps its file open
+        # By ref: the descriptor of the locked file, and the time of the last use.
+        self._leases: dict[str, tuple[int, float]] = {}
+        self._expiring = False  # whether the timer of all leases runs
+        # A file that the cache evicts stays open while a thread reads it.
+        self._opened = lru_cache(open_files)(_ShardFile)
 
     def refs(self) -> list[str]:
         refs = []
@@ -77,18 +77,17 @@ class FileStore(Store):
     def delete_records(self, ref: str) -> None:
         folder, gone = self._folder(ref), self.root / f".deleted-{secrets.token_hex(8)}"
         with _errors("delete", folder), suppress(FileNotFoundError):
-            folder.rename(gone)  # atomic, even if a build is still writing there
+            folder.rename(gone)  # atomic, even while a build writes to the folder
         self._opened.cache_clear()
-        for left in self.root.glob(".deleted-*"):  # also those of killed processes
+        for left in self.root.glob(".deleted-*"):  # includes folders of killed processes
             shutil.rmtree(left, ignore_errors=True)
 
     def lease(self, ref: str) -> None:
         path = self._folder(ref) / "lease"
         with self._leasing, _errors("lease", path):
             descriptor, _ = self._leases.pop(ref, (-1, 0.0))
-            if (
-                descriptor >= 0 and not os.fstat(descriptor).st_nlink
-            ):  # the version was deleted and built again
+            # Without a link, the version was deleted and built again.
+            if descriptor >= 0 and not os.fstat(descriptor).st_nlink:
                 os.close(descriptor)
                 descriptor = -1
             if descriptor < 0:
@@ -159,7 +158,7 @@ class FileStore(Store):
         for shard in np.unique(manifest.shard_of(ids)).tolist():
             with suppress(TolhouseError):
                 if self._opened(self._path(manifest, shard), manifest.record_bytes).is_replaced():
-                    self._opened.cache_clear()  # other files are opened again when needed
+                    self._opened.cache_clear()  # other files are opened again on their next use
                     return
 
     def _path(self, manifest: Manifest, shard: int) -> str:
@@ -183,12 +182,12 @@ class FileStore(Store):
                 path.unlink(missing_ok=True)
             return
         _write(path, text)
-        if kind == "manifest":  # readers without write access need this file for their lease
+        if kind == "manifest":  # readers without write access need this file for leases
             (path.parent / "lease").touch()
 
 
 class _ShardFile:
-    """An open shard file. It closes when the last reading thread drops it."""
+    """An open shard file, which closes when nothing refers to it."""
 
     def __init__(self, path: str, record_bytes: int) -> None:
         self.path, self.record_bytes, self._descriptor = path, record_bytes, -1
@@ -201,7 +200,7 @@ class _ShardFile:
             text = os.pread(self._descriptor, min(length, _HEADER_BYTES), 8)
             self.start, self.size = 8 + length, os.fstat(self._descriptor).st_size
         self.rows, rest = divmod(self.size - self.start, record_bytes)
-        with suppress(ValueError, LookupError, TypeError, RecursionError):  # another header
+        with suppress(ValueError, LookupError, TypeError, RecursionError):  # a malformed header
             if json.loads(text)["records"] == _tensor(self.rows, record_bytes) and not rest:
                 return
         raise CorruptError(
@@ -221,7 +220,7 @@ class _ShardFile:
             raise CorruptError(f"shard file {self.path} changed its size while it was in use")
 
     def is_replaced(self) -> bool:
-        """Whether there is another file at its path, or one of another size."""
+        """Return whether the path has another file, or the file has another size."""
         with suppress(OSError):
             own, now = os.fstat(self._descriptor), Path(self.path).stat()
             return not os.path.samestat(own, now) or now.st_size != self.size
@@ -229,7 +228,7 @@ class _ShardFile:
 
 
 def _tensor(rows: int, record_bytes: int) -> dict[str, Any]:
-    """The description of a shard file's only tensor in its safetensors header."""
+    """Return the description of a shard file's only tensor in its safetensors header."""
     end = rows * record_bytes
     return {"dtype": "U8", "shape": [rows, record_bytes], "data_offsets": [0, end]}
 

@@ -1,8 +1,8 @@
-"""Row overlays: versions that store only changed rows, such as those of an edited token.
+"""Row overlays: versions that store only changed rows, such as the row of an edited token.
 
 An overlay is published, rolled back and deleted like any other version. Readers take unchanged rows
-from its parent. An overlay over an overlay gets the parent of the first one, and the changed rows
-of both.
+from its parent. An overlay over an overlay has the parent of the first overlay, and the changed
+rows of both.
 """
 
 from dataclasses import replace
@@ -46,7 +46,7 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
         raise InvalidArgumentError(f"{what} have {shape}")
     ids, rows = np.asarray(ids, np.uint32), np.ascontiguousarray(rows, np.float32)
     base = store.parent(manifest) if manifest.parent else manifest
-    # rows that only an earlier overlay changed are copied: encoding them again would change them
+    # Rows that only an earlier overlay changed are copied. Encoding them again would change them.
     before = np.setdiff1d(manifest.changed, ids).astype(np.uint32)
     changed = np.concatenate([ids, before])
     if len(changed) > MAX_CHANGED:
@@ -57,7 +57,8 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
     records = np.concatenate([fresh, store.read_records(manifest, before)])[order]
     changed = changed[order]
     overlay = replace(base, parent=base.ref, changed=tuple(changed.tolist()), **_ONE_SHARD)
-    if base.auxiliary:  # its records are too coarse, so the rows also go to a table of their own
+    # If records of `base` are too coarse, changed rows are also stored in their own table.
+    if base.auxiliary:
         if base.frequent_rows:
             finer = store.manifest(base.frequent_rows).codec_name
         else:
@@ -75,7 +76,7 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
 
 
 def _write(store: Store, planned: Manifest, ids: np.ndarray, records: np.ndarray) -> Manifest:
-    """Store a table in one shard, with the version that its contents give it."""
+    """Store a table in one shard. The version is the id of its contents."""
     parts = planned.codec_name, planned.blocks, planned.dependencies, ids, records[:, :-8]
     manifest = replace(planned, version=content_id(planned.name, *parts))
     return write_table([store], manifest, lambda _: manifest.add_checksums(ids, records))

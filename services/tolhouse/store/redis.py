@@ -1,4 +1,4 @@
-"""The Redis store, on one server or on a Redis Cluster. It is a copy that can be loaded again.
+"""The Redis store, on one server or on a Redis Cluster.
 
     tolhouse:{name@version:shards-64:k}     hash: token id -> record; a shard is in one slot
     tolhouse:{registry}:manifest            hash: name@version -> manifest
@@ -7,8 +7,8 @@
     tolhouse:{registry}:changed             string: random, changes with each update
     tolhouse:{registry}:lease:name@version  string with expiry: the version is in use
 
-A read is one HMGET per shard. All commands are sent to all nodes before the first answer is read.
-The timeout limits a whole answer, even of a server that sends it byte by byte. While a node of a
+A read is one HMGET per shard. All commands are sent to all nodes before the first reply is read.
+The timeout limits a whole reply, even if the server sends it byte by byte. While a node of a
 Cluster is down or slow, its replica is read, because records never change. New connections read
 the files in the URL's options: `password_file`, and for rediss:// redis-py's `ssl_ca_certs`,
 `ssl_certfile` and `ssl_keyfile`.
@@ -55,9 +55,10 @@ from tolhouse.store.base import (
 from tolhouse.table.manifest import Manifest, record_views
 
 _REGISTRY = "tolhouse:{registry}"  # one slot, because an update is a script over all its keys
-_FORMAT_1_TABLES = "tolhouse:tables"  # listed so that they can be refused and deleted
+_FORMAT_1_TABLES = "tolhouse:tables"  # listed, so that these tables can be refused and deleted
 _KINDS: tuple[Kind, ...] = ("manifest", "deleting", "alias")
-# Applies an update unless there was another one; 1 also if it was applied and its answer was lost.
+# Applies an update unless there was another update. Returns 1 on success, and also on a retry after
+# a lost reply.
 _UPDATE = """
 local token = redis.call('GET', KEYS[1])
 if token == ARGV[1] then return 1 end
@@ -71,35 +72,35 @@ redis.call('SET', KEYS[1], ARGV[1])
 return 1
 """
 _UPDATE_TRIES = 50
-_ABANDONED_SECONDS = 3600  # expiry of shards that a killed build has not completed
-_WRITE_BYTES = 1 << 20  # per HSET
-_WRITES_AHEAD = 4  # HSETs per pipeline
-_SENT_BYTES = 1 << 19  # of answers requested at a time
-_READ_BYTES = 4 << 20  # of records per timeout; larger reads have more time
-_FAILOVER_SECONDS = 8.0  # longest wait for a node of a Cluster, or for its replacement
+_ABANDONED_SECONDS = 3600  # the expiry of incomplete shards of killed builds
+_WRITE_BYTES = 1 << 20  # the bytes in an HSET
+_WRITES_AHEAD = 4  # HSETs in a pipeline
+_SENT_BYTES = 1 << 19  # the bytes of replies that one send requests
+_READ_BYTES = 4 << 20  # the bytes of records per timeout; larger reads have more time
+_FAILOVER_SECONDS = 8.0  # the longest wait for a node of a Cluster or its replacement
 _PAUSE_SECONDS = 0.1
 _NO_ENTRY = theirs.AuthenticationError, theirs.AuthorizationError, theirs.NoPermissionError
 _LOST = theirs.ConnectionError, theirs.TimeoutError  # a node is down or hangs
 _NOT_NOW = theirs.ClusterDownError, theirs.TryAgainError, theirs.MasterDownError
 _NO_CONNECTION = theirs.ConnectionError, theirs.RedisClusterException
-_ERRORS: tuple[tuple[Any, type[errors.TolhouseError], str], ...] = (  # the first match counts
+_ERRORS: tuple[tuple[Any, type[errors.TolhouseError], str], ...] = (  # the first match is used
     (_NO_ENTRY, errors.UnauthenticatedError, "refuses the user or password: {}"),
     (theirs.TimeoutError, errors.DeadlineExceededError, "did not answer in time: {}"),
     (theirs.OutOfMemoryError, errors.OverloadedError, "is full: {}; raise its maxmemory"),
     (_NO_CONNECTION, UnavailableError, "cannot be reached: {}"),
     (theirs.RedisError, UnavailableError, "refuses: {}"),
-    (IndexError, UnavailableError, "is a Cluster that is not formed yet"),  # from redis-py
+    (IndexError, UnavailableError, "is a Cluster that is not formed yet"),  # raised by redis-py
 )
 
 Read = tuple[str, list[int]]  # the key of a shard, and token ids
-# the running thread's deadline for answers, and whether its store is closed
+# The running thread's deadline for replies, and the event that its store is closed.
 _limits: ContextVar[tuple[float, threading.Event]] = ContextVar(
     "limits", default=(inf, threading.Event())
 )
 
 
 class RedisStore(Store):
-    """A store in Redis. `timeout_seconds` limits each answer."""
+    """A store in Redis. `timeout_seconds` limits each reply."""
 
     def __init__(self, url: str, timeout_seconds: float) -> None:
         super().__init__(shown(url))
@@ -123,11 +124,10 @@ class RedisStore(Store):
                 raise InvalidArgumentError(
                     f"cannot read a TLS file of the URL: {error.strerror}"
                 ) from None
-            except (ValueError, TypeError):  # a port or an option that redis-py does not know
+            except (ValueError, TypeError):  # redis-py does not accept a port or an option
                 raise not_understood(url) from None
-        self.health = PeerHealth(
-            "Redis node", self._probe, self._alternatives
-        )  # nodes of a Cluster
+        # The health of the nodes of a Cluster.
+        self.health = PeerHealth("Redis node", self._probe, self._alternatives)
 
     def refs(self) -> list[str]:
         found = {*self._call("hkeys", f"{_REGISTRY}:manifest")}
@@ -173,7 +173,7 @@ class RedisStore(Store):
                 changes, error = change(), None
             except errors.TolhouseError as refusal:
                 changes, error = {}, refusal
-            if not changes:  # valid only if there was no other update during the reads
+            if not changes:  # this is valid only if there was no other update during the reads
                 if (self._call("get", keys[0]) or b"") != seen:
                     continue
                 if error:
@@ -195,9 +195,8 @@ class RedisStore(Store):
             nodes = [answer] if "maxmemory" in answer else answer.values()
             policies = {node["maxmemory_policy"] for node in nodes if node.get("maxmemory")}
             for policy in sorted(policies):
-                if policy.startswith(
-                    "allkeys"
-                ):  # other policies evict only keys with expiry; rows have none
+                # Other policies evict only keys with expiry, which rows do not have.
+                if policy.startswith("allkeys"):
                     how = f"by its maxmemory-policy {policy}: set noeviction"
                     return f"Redis at {self.url} may evict rows {how}"
         return ""
@@ -220,7 +219,7 @@ class RedisStore(Store):
 
     @contextmanager
     def _until(self, end: float) -> Iterator[None]:
-        """Let the block read answers until `end`, or until the store is closed."""
+        """Let the block read replies until `end`, or until the store is closed."""
         token = _limits.set((end, self._closed))
         try:
             yield
@@ -256,10 +255,10 @@ class RedisStore(Store):
                         yield view
 
     def _reopen(self, manifest: Manifest, ids: np.ndarray) -> None:
-        pass  # no state of a shard is kept
+        pass  # there is no state of a shard
 
     def _answers(self, reads: list[Read], record_bytes: int) -> Iterator[list[Any]]:
-        """Yield the answer to each HMGET. Another node gets the commands that a failed one had.
+        """Yield the reply to each HMGET. If a node fails, another node gets its commands.
 
         redis-py's pipeline is used after a slot has moved, and to reopen connections.
         """
@@ -276,7 +275,7 @@ class RedisStore(Store):
                         raise
                     first = self._holders(reads[answered][0])[0]
                     if not (isinstance(error, _LOST) and self.health.up(first)):
-                        time.sleep(_PAUSE_SECONDS)  # until a replica has taken over
+                        time.sleep(_PAUSE_SECONDS)  # a replica may take over in the meantime
                     ask = self._send
                 elif ask == self._pipeline or isinstance(error, theirs.TimeoutError):
                     raise
@@ -284,7 +283,7 @@ class RedisStore(Store):
                     ask = self._pipeline
 
     def _end(self, reads: list[Read], record_bytes: int) -> float:
-        """The deadline of all answers to `reads`, if they are sent now."""
+        """Return the deadline of all replies to `reads`, if they are sent now."""
         size = sum(len(tokens) for _, tokens in reads) * record_bytes
         return end_after(self._timeout * max(1, size / _READ_BYTES))
 
@@ -297,7 +296,7 @@ class RedisStore(Store):
         yield from answers
 
     def _send(self, reads: list[Read], record_bytes: int) -> Iterator[list[Any]]:
-        """Send all commands to healthy nodes, and then read the answers."""
+        """Send all commands to healthy nodes, and then read the replies."""
         size = sum(len(tokens) for _, tokens in reads) * record_bytes
         step, end = max(1, _SENT_BYTES * len(reads) // size), self._end(reads, record_bytes)
         nodes = [self._holders(key)[0] for key, _ in reads]
@@ -305,7 +304,7 @@ class RedisStore(Store):
         connections: dict[str, Any] = {}
         try:
             for name in dict.fromkeys(nodes):
-                # redis-py's own packing makes large tuples, which CPython keeps in a free list
+                # redis-py itself would make large tuples, which CPython keeps in a free list.
                 commands: list[bytes] = [
                     hiredis.pack_command(cast("Any", ("HMGET", key, *tokens)))
                     for node, (key, tokens) in zip(nodes, reads, strict=True)
@@ -314,9 +313,8 @@ class RedisStore(Store):
                 with self._reported(name), self._until(end):
                     pools[name] = self._client(name).connection_pool
                     connections[name] = pools[name].get_connection()
-                    for at in range(
-                        0, len(commands), step
-                    ):  # limits the answers that the server has to buffer
+                    # Steps limit the replies that the server has to buffer.
+                    for at in range(0, len(commands), step):
                         packed = [b"".join(commands[at : at + step])]
                         connections[name].send_packed_command(packed, check_health=False)
             for name in nodes:
@@ -324,7 +322,7 @@ class RedisStore(Store):
                     answer = connections[name].read_response()
                 yield answer
         except BaseException:
-            for connection in connections.values():  # they may have unread answers
+            for connection in connections.values():  # connections may have unread replies
                 connection.disconnect()
             raise
         finally:
@@ -347,7 +345,10 @@ class RedisStore(Store):
     # the nodes of a Cluster, by name
 
     def _holders(self, key: str) -> list[str]:
-        """Names of a key's master and replicas, healthy ones first; "" for a single server."""
+        """Return the names of a key's master and replicas, healthy ones first.
+
+        The name of a single server is "".
+        """
         if not self._is_cluster:
             return [""]
         manager, slot = self._redis.nodes_manager, self._redis.keyslot(key)
@@ -367,10 +368,10 @@ class RedisStore(Store):
             return bool(self._client(name).ping())
 
     def _alternatives(self, name: str) -> list[str] | None:
-        """Other nodes with the same keys; None if the node has left the Cluster."""
+        """Return the other nodes with the same keys, or None if the node has left the Cluster."""
         manager = self._redis.nodes_manager
         end = time.monotonic() + _FAILOVER_SECONDS
-        # without an answer, the known layout is kept
+        # Without a reply, the known layout stays in use.
         with suppress(theirs.RedisError, theirs.RedisClusterException), self._until(end):
             manager.initialize(last_failed_node_name=name)
         if manager.get_node(node_name=name) is None:
@@ -380,7 +381,7 @@ class RedisStore(Store):
 
 
 class _Parser(_HiredisParser):
-    """Reads answers until the deadline of the call. A socket's timeout limits one `recv` only."""
+    """Reads replies until the deadline of the call. A socket's timeout limits only one `recv`."""
 
     def read_from_socket(self, timeout: Any = SENTINEL, raise_on_timeout: bool = True) -> bool:
         end, closed = _limits.get()
@@ -395,14 +396,14 @@ class _Parser(_HiredisParser):
 
 
 class _Pool(ConnectionPool):
-    """Gives the connections of a Cluster the parser."""
+    """A pool whose connections use `_Parser`, for a Cluster."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, parser_class=_Parser, **options)
 
 
 def _connect(urls: list[str], options: dict[str, Any]) -> tuple[Any, bool]:
-    """Connect to the first server that answers; return the client, and whether it is a Cluster."""
+    """Connect to the first server that answers. Returns the client, and whether it is a Cluster."""
     client: Redis = Redis.from_url(urls[0], **options)
     try:
         if client.info("cluster").get("cluster_enabled") != 1:
@@ -427,7 +428,7 @@ def _read_only(connection: AbstractConnection) -> None:
 
 @dataclass
 class _PasswordFile(CredentialProvider):
-    """A password from a file. New connections read a changed file again."""
+    """A password from a file. After a change of the file, new connections use the new password."""
 
     user: str
     file: ReloadingFiles[bytes]
@@ -437,7 +438,7 @@ class _PasswordFile(CredentialProvider):
 
 
 def split_credentials(url: str) -> tuple[str, CredentialProvider | None]:
-    """The URL without `password_file`, and the credentials from that file."""
+    """Split a URL into the URL without `password_file`, and the credentials from that file."""
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query))
     if not (path := options.pop("password_file", "")):

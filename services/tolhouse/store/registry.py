@@ -24,7 +24,7 @@ _BEING_DELETED = "is being deleted: wait, or if that was interrupted, delete it 
 
 
 def tables(store: Store) -> Iterator[tuple[Manifest, bool]]:
-    """Every readable table, and whether it is the published version of its name."""
+    """Yield every readable table, and whether it is the published version of its name."""
     return ((manifest, stands_for(store, manifest.ref)) for manifest in _manifests(store))
 
 
@@ -42,25 +42,25 @@ def resolve(store: Store, ref: str) -> Manifest:
 
 
 def stands_for(store: Store, ref: str) -> bool:
-    """Whether the version is the published one of its name."""
+    """Return whether the version is the published version of its name."""
     name, version = split_ref(ref)
     alias = store.alias(name)
     return alias is not None and alias.version == version
 
 
 def is_new(store: Store, planned: Manifest) -> bool:
-    """Whether the version is not in the store yet, or its name has no published version."""
+    """Return whether the version is not in the store yet, or its name has no published version."""
     with suppress(NotFoundError, CorruptError):
         return store.alias(planned.name) is None or not store.manifest(planned.ref)
     return True
 
 
 def commit(store: Store, manifest: Manifest) -> None:
-    """Write the manifest after all shards are stored, which completes the table.
+    """Write the manifest, which completes the table. All shards must be in the store.
 
     Raises:
         CorruptError: Rows are missing.
-        NotFoundError: A table that it depends on is missing.
+        NotFoundError: A table on which it depends is missing.
         UnavailableError: The version is being deleted.
         InUseError: The version is in the store with other shards, or from another model.
     """
@@ -116,9 +116,9 @@ def rollback(store: Store, name: str) -> Manifest:
 def delete(store: Store, ref: str, force: bool = False) -> None:
     """Remove a version that is neither published nor in use, also from the history of its name.
 
-    Auxiliary tables are removed, too, unless other tables need them. The manifest need not be
-    readable; it may have an earlier format. `force` also removes a version in use, whose readers
-    then get errors, and the rest of an interrupted deletion.
+    Auxiliary tables are also removed, unless other tables need them. The manifest need not be
+    readable, and may have an earlier format. `force` also removes a version in use, whose readers
+    then get errors, and completes an interrupted deletion.
     """
     name, version = _version_of(store, ref, "delete")
     removed: list[str] = []
@@ -140,7 +140,7 @@ def delete(store: Store, ref: str, force: bool = False) -> None:
         removed[:] = [ref, *(part for part in auxiliary if part not in needed)]
         changes: Changes = {("deleting", gone): b"" for gone in removed}
         if alias and version in alias.history:
-            # two equal neighbours become one, so that a rollback leads to another version
+            # Merge equal neighbours, so that a rollback leads to another version.
             remaining = (v for v in (*alias.history, alias.version) if v != version)
             *history, now = (v for v, _ in itertools.groupby(remaining))
             changes["alias", name] = Alias(now, tuple(history)).to_json()
@@ -153,7 +153,7 @@ def delete(store: Store, ref: str, force: bool = False) -> None:
 
 
 def refuse_part(store: Store, ref: str, what: str) -> None:
-    """Raise InvalidArgumentError, with `what`, if the version is an auxiliary table."""
+    """Raise InvalidArgumentError if the version is an auxiliary table. `what` ends the message."""
     if of := [m.ref for m in _manifests(store) if ref in m.auxiliary]:
         raise InvalidArgumentError(f"{ref} is a part of {', '.join(of)} and {what}")
 
@@ -177,7 +177,7 @@ def refuse_another(store: Store, planned: Manifest) -> None:
 
 
 def _to_delete(store: Store, ref: str, force: bool) -> tuple[str, ...]:
-    """The auxiliary tables of a version; with force, the version may be partly deleted."""
+    """Return the auxiliary tables of a version. With `force`, it may be partly deleted."""
     try:
         return resolve(store, ref).auxiliary
     except NotFoundError:
@@ -190,7 +190,7 @@ def _to_delete(store: Store, ref: str, force: bool) -> tuple[str, ...]:
 
 def _manifests(store: Store) -> Iterator[Manifest]:
     for ref in store.refs():
-        # deleted in the meantime, or malformed; `resolve` raises the reason
+        # A version may be deleted by now, or malformed. `resolve` reports the reason.
         with suppress(TolhouseError):
             yield store.manifest(ref)
 
@@ -203,7 +203,7 @@ def _version_of(store: Store, ref: str, work: str) -> tuple[str, str]:
 
 
 def _servable(store: Store, ref: str) -> Manifest:
-    """Read the manifest of a version; NotFoundError if it or its parent is missing."""
+    """Read the manifest of a version. Raises NotFoundError if it or its parent is missing."""
     manifest = resolve(store, ref)
     if manifest.parent:
         store.parent(manifest)

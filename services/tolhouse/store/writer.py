@@ -1,7 +1,7 @@
-"""Writing tables to stores: complete shards are kept, and the manifest is written last.
+"""Writes tables to stores. Complete shards are kept, and the manifest is written last.
 
-While one shard is computed, the previous one is digested and written, so that at most two shards
-are in memory.
+While a shard is computed, the previous shard is digested and written. At most two shards are in
+memory.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,11 +17,11 @@ from tolhouse.store import registry
 from tolhouse.store.base import Store
 from tolhouse.table.manifest import Manifest
 
-RecordsOf = Callable[[int], np.ndarray]  # returns the records of a shard, in the order of its ids
+RecordsOf = Callable[[int], np.ndarray]  # the records of a shard, in the order of its ids
 
 
 def write_table(stores: Sequence[Store], manifest: Manifest, records_of: RecordsOf) -> Manifest:
-    """Write a table to every store; return its manifest with the digests of its shards."""
+    """Write a table to every store, and return its manifest with the digests of its shards."""
     written = write_shards(stores, manifest, range(manifest.num_shards), records_of)
     return commit(stores, manifest, [shard_digest for shard_digest, _ in written])
 
@@ -29,7 +29,7 @@ def write_table(stores: Sequence[Store], manifest: Manifest, records_of: Records
 def write_shards(
     stores: Sequence[Store], manifest: Manifest, shards: Iterable[int], records_of: RecordsOf
 ) -> list[tuple[str, bool]]:
-    """Complete shards in every store; return each one's digest, and whether it was computed."""
+    """Complete shards in every store. Returns their digests, and whether each was computed."""
     written: list[tuple[Future[str], bool]] = []
 
     def write(shard: int, records: np.ndarray, lacking: list[Store], known: str | None) -> str:
@@ -63,7 +63,7 @@ def commit(stores: Sequence[Store], manifest: Manifest, digests: Sequence[str]) 
 
 
 def shard_digest(store: Store, manifest: Manifest, shard: int) -> str | None:
-    """The digest of a complete and intact shard; None if it has to be written."""
+    """Return the digest of a complete and intact shard, or None if it must be written."""
     ids = manifest.shard_ids(shard)
     with suppress(CorruptError):
         if store.count(manifest, shard) == len(ids):
@@ -72,5 +72,5 @@ def shard_digest(store: Store, manifest: Manifest, shard: int) -> str | None:
 
 
 def digest(records: np.ndarray) -> str:
-    """The digest of a shard's records in a manifest: XXH3-128, 32 hexadecimal digits."""
+    """Return the digest of a shard's records for a manifest: XXH3-128, 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(records).data)

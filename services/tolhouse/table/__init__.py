@@ -1,1 +1,1 @@
-"""The table format, byte for byte, without torch or network code."""
+"""The table format in bytes, without torch or network code."""

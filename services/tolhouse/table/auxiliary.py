@@ -1,4 +1,4 @@
-"""Auxiliary tables: what the rows of a table need besides its own records. They have no alias.
+"""Auxiliary tables, which the rows of a table need besides its own records. They have no alias.
 
 basis          low rank: the row of a block is its mean plus coefficients times basis vectors. Each
                record of this table is a vector: for each block its mean, then its basis vectors.
@@ -27,23 +27,26 @@ class Basis:
     vectors: tuple[np.ndarray, ...]
 
     def coefficients(self, rows: np.ndarray) -> list[np.ndarray]:
-        """The coefficients [T, r] of each block, for rows float32 [T, N, D]."""
+        """Compute the coefficients [T, r] of each block for rows float32 [T, N, D]."""
         blocks = zip(rows.swapaxes(0, 1), self.means, self.vectors, strict=True)
         return [np.ascontiguousarray((row - mean) @ v.T) for row, mean, v in blocks]
 
     def rows(self, coefficients: list[np.ndarray]) -> np.ndarray:
-        """Rows float32 [T, N, D] for the coefficients [T, r] of each block."""
+        """Compute rows float32 [T, N, D] from the coefficients [T, r] of each block."""
         blocks = zip(self.means, coefficients, self.vectors, strict=True)
         return np.stack([mean + c @ v for mean, c, v in blocks], axis=1)
 
     def table(self) -> np.ndarray:
-        """The rows float32 [R, 1, D] of its table: for each block the mean, then the vectors."""
+        """Return the rows float32 [R, 1, D] of the basis table.
+
+        For each block they are the mean, then the vectors.
+        """
         parts = zip(self.means, self.vectors, strict=True)
         return np.concatenate([part for mean, v in parts for part in (mean[None], v)])[:, None]
 
     @classmethod
     def of(cls, rows: np.ndarray, ranks: tuple[int, ...]) -> "Basis":
-        """The basis whose `table` is `rows` [R, 1, D]."""
+        """Return the basis with the table `rows` [R, 1, D]."""
         ends = np.cumsum([1 + rank for rank in ranks])
         parts = np.split(np.ascontiguousarray(rows[:, 0], np.float32), ends[:-1])
         return cls(np.stack([part[0] for part in parts]), tuple(part[1:] for part in parts))
@@ -51,11 +54,11 @@ class Basis:
 
 @dataclass(frozen=True)
 class AuxiliaryTables:
-    """The auxiliary tables of one table; fields of missing ones are None."""
+    """The auxiliary tables of one table. Fields of missing tables are None."""
 
     manifest: Manifest
     basis: Basis | None = None
-    finer: Manifest | None = None  # the layout of `finer_records`
+    finer: Manifest | None = None  # has the layout of `finer_records`
     finer_records: np.ndarray | None = None  # uint8 [F, .]: frequent rows, then edits
 
     def encode(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -76,7 +79,7 @@ class AuxiliaryTables:
 
     @cached_property
     def finer_slots(self) -> np.ndarray:
-        """The index of each token's row in `finer_records`, or -1; int32 [V]."""
+        """The index of each token's row in `finer_records`, or -1. Its type is int32 [V]."""
         slots = np.full(self.manifest.vocab_size, -1, np.int32)
         if self.finer_records is not None:
             edited = self.manifest.changed if self.manifest.edits else ()
@@ -87,7 +90,7 @@ class AuxiliaryTables:
 
 
 def load_auxiliary(manifest: Manifest, fetch: Fetch) -> AuxiliaryTables:
-    """Load the auxiliary tables of a table; CorruptError if they do not fit it."""
+    """Load the auxiliary tables of a table. Raises CorruptError if they do not fit it."""
 
     def load(ref: str, num_blocks: int, least: int, most: int) -> tuple[Manifest, np.ndarray]:
         table, records = fetch(ref)

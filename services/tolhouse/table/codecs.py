@@ -1,9 +1,9 @@
-"""Codecs: how the D values of a block are stored in a fixed number of bytes.
+"""Codecs, which store the D values of a block in a fixed number of bytes.
 
 fp32, fp16 and bf16 store the values themselves. int8 stores a float32 scale and then D codes:
 scale = max|x| / 127, x ~ scale * code. int4 stores a bfloat16 scale for each group of 32 values,
-of which the last may be smaller, and then codes from -7 to 7 in two's complement, two per byte. The
-low nibbles are the first half of the values, the high nibbles the second half. If D is odd, the
+and then codes from -7 to 7 in two's complement, two per byte. The last group may be smaller. The
+low nibbles are the first half of the values, and the high nibbles the second half. If D is odd, the
 last code has its own byte.
 """
 
@@ -18,7 +18,7 @@ from tolhouse.errors import InvalidArgumentError
 
 @dataclass(frozen=True)
 class Codec:
-    """`encode` converts float32 [..., D] to blocks [...] of type `block(D)`, and `decode` back.
+    """Converts float32 [..., D] to blocks [...] of type `block(D)`, and back.
 
     |decode(encode(x)) - x| is at most `relative_error` times the largest magnitude of the row, plus
     `step`. `step` is half the distance between the smallest numbers of the codec.
@@ -32,11 +32,14 @@ class Codec:
     step: float = 0.0
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
-        """Encode float32 rows [..., D] as blocks [...]; InvalidArgumentError for large values."""
+        """Encode float32 rows [..., D] as blocks [...].
+
+        Raises InvalidArgumentError if values are too large or not finite.
+        """
         top = np.maximum(rows.max(initial=0), -rows.min(initial=0))
         if not np.isfinite(top):
             raise InvalidArgumentError("rows hold values that are not finite")
-        largest = self.decode(self.encode_values(top.reshape(1)))  # if it fits, all values do
+        largest = self.decode(self.encode_values(top.reshape(1)))  # if it fits, all values fit
         if not np.isfinite(largest.astype(np.float32)).all():
             allowed = "fp32, bf16, int8 and int4 reach 3e38"
             raise InvalidArgumentError(f"rows hold values too large for {self.name}; {allowed}")
@@ -62,7 +65,7 @@ def _int8_block(size: int) -> np.dtype:
 def _int8_encode(rows: np.ndarray) -> np.ndarray:
     blocks = np.empty(rows.shape[:-1], _int8_block(rows.shape[-1]))
     blocks["scale"] = scale = (np.abs(rows).max(axis=-1) / 127).astype(np.float32)
-    # rows of zeros, and rows too small for a scale, become zeros
+    # Rows of zeros, and rows that are too small for a scale, become zeros.
     scaled = rows / np.where(scale > 0, scale, np.float32(np.inf))[..., None]
     blocks["codes"] = np.clip(np.rint(scaled), -127, 127)
     return blocks
@@ -73,7 +76,7 @@ def _int8_decode(blocks: np.ndarray) -> np.ndarray:
 
 
 GROUP = 32  # values that share an int4 scale
-_CACHED = 2**17  # values that int4 encodes at a time, so that they stay in the CPU cache
+_CACHED = 2**17  # values that int4 encodes at a time, which fit into the CPU cache
 _TOP = np.uint16(0x7E12)  # the largest bfloat16 x for which 7 x is finite
 
 
@@ -83,7 +86,7 @@ def _int4_block(size: int) -> np.dtype:
 
 
 def _groups(values: np.ndarray, scales: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Views of values [R, D] and scales [R, G]: first the whole groups, then the shorter one."""
+    """Yield views of values [R, D] and scales [R, G]: the whole groups, then the shorter group."""
     whole = values.shape[1] // GROUP
     yield values[:, : whole * GROUP].reshape(len(values), whole, GROUP), scales[:, :whole, None]
     yield values[:, whole * GROUP :], scales[:, whole:]
@@ -97,14 +100,13 @@ def _int4_encode(rows: np.ndarray) -> np.ndarray:
         part, out = flat[start : start + step], blocks.reshape(-1)[start : start + step]
         scaled = np.abs(part)
         largest = np.maximum.reduceat(scaled, np.arange(0, size, GROUP), axis=1)
-        # round up, so that no code exceeds 7, but not so far that 7 times the scale is infinite
+        # Round up, so that no code exceeds 7, but keep 7 times the scale finite.
         bits = (largest / np.float32(7)).view(np.uint32) + np.uint32(0xFFFF)
         bits = np.minimum(bits >> np.uint32(16), _TOP)
         out["scales"] = bits.astype(np.uint16).view(ml_dtypes.bfloat16)
         scales = (bits << np.uint32(16)).view(np.float32)
-        scales[scales == 0] = (
-            np.inf
-        )  # groups of zeros, and groups too small for a scale, become zeros
+        # Groups of zeros, and groups that are too small for a scale, become zeros.
+        scales[scales == 0] = np.inf
         for (values, scale), (quotient, _) in zip(
             _groups(part, scales), _groups(scaled, scales), strict=True
         ):
@@ -119,7 +121,7 @@ def _int4_decode(blocks: np.ndarray) -> np.ndarray:
     flat = blocks.reshape(-1)
     half, odd = flat["codes"].shape[1], flat["last"].shape[1]
     codes = np.empty((len(flat), 2 * half + odd), np.int8)
-    # a high nibble is its code times 16: use 16 * code and scale / 16, both exact
+    # A high nibble is its code times 16. Use 16 * code and scale / 16, which are exact.
     np.multiply(flat["codes"], np.int8(16), out=codes[:, :half])
     np.bitwise_and(flat["codes"], np.int8(-16), out=codes[:, half : 2 * half])
     np.multiply(flat["last"], np.int8(16), out=codes[:, 2 * half :])
@@ -142,7 +144,7 @@ CODECS: dict[str, Codec] = {
 
 
 def codec(name: str) -> Codec:
-    """The codec of this name; InvalidArgumentError if there is none."""
+    """Return the codec with this name. Raises InvalidArgumentError if there is none."""
     if name not in CODECS:
         raise InvalidArgumentError(f"codec {name!r} is unknown; one of {', '.join(CODECS)}")
     return CODECS[name]

@@ -1,12 +1,12 @@
-"""The manifest: what a table is, where its records are, and their layout.
+"""The manifest, which describes a table and the places and the layout of its records.
 
-A record is one token's row: its blocks in the order of the manifest, then their XXH3-64 checksum,
-seeded with version and token. So a changed record fails its check, as does a record of another
-version or token. An overlay stores only changed rows; its parent has all others.
+A record is the row of a token: its blocks in the order of the manifest, then their XXH3-64
+checksum, seeded with version and token. The check therefore fails for a changed record, and for a
+record of another version or token. An overlay stores only changed rows. Its parent has all others.
 
 In JSON, a manifest contains a digest of its other fields, and omits fields with default values.
 `requires` lists the optional fields that a reader must understand to return correct rows. Readers
-keep unknown fields, and refuse a table that requires one.
+keep unknown fields, and refuse a table that requires an unknown field.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ from tolhouse.table.codecs import Codec, codec
 from tolhouse.validation import validated
 
 FORMAT = 2
-MAX_RECORD_BYTES = 3 << 20  # a message holds whole records; gRPC's default limit is 4 MiB
+MAX_RECORD_BYTES = 3 << 20  # a message has whole records, and gRPC's default limit is 4 MiB
 MAX_SHARDS = 65_536
 MAX_FREQUENT = 32_768
-MAX_CHANGED = 100_000  # rows of an overlay; its manifest lists them in one message
+MAX_CHANGED = 100_000  # rows of an overlay, which its manifest lists in one message
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _VERSION = r"[0-9a-f]{16}"
 _GOLDEN_64 = 0x9E3779B97F4A7C15
@@ -39,7 +39,7 @@ Buffer = bytes | memoryview  # one record
 
 
 def content_id(*parts: object) -> str:
-    """A version: 16 hex digits over `parts`, which are arrays or JSON values."""
+    """Return a version: the hash of `parts`, which are arrays or JSON values, as 16 hex digits."""
     hashed = hashlib.sha256()
     for part in (FORMAT, *parts):
         is_array = isinstance(part, np.ndarray)
@@ -50,7 +50,7 @@ def content_id(*parts: object) -> str:
 
 
 def check_name(name: str) -> str:
-    """Return the name; InvalidArgumentError if it is not allowed for a table."""
+    """Check and return the name of a table. Raises InvalidArgumentError if it is not allowed."""
     if not re.fullmatch(_NAME, name):
         allowed = "a letter or digit, then up to 63 letters, digits, dots, dashes and underscores"
         raise InvalidArgumentError(f"table name {name!r} is not allowed; use {allowed}")
@@ -58,7 +58,7 @@ def check_name(name: str) -> str:
 
 
 def split_ref(ref: str) -> tuple[str, str | None]:
-    """("name", "version") for "name@version"; ("name", None) for "name".
+    """Split "name@version" into ("name", "version"), and "name" into ("name", None).
 
     Raises:
         InvalidArgumentError: `ref` has another form.
@@ -85,7 +85,7 @@ Block = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}(\.(0|[1-9][0-9]{0,4
 @validated("manifest")
 @dataclass(frozen=True, config=ConfigDict(strict=True))
 class Manifest:
-    """What a table is. It validates its fields.
+    """The description of a table, with validated fields.
 
     Attributes:
         name: Name of the table.
@@ -98,22 +98,22 @@ class Manifest:
         model_id: Hash of the checkpoint that the table was built from.
         tokenizer_id: Hash of the checkpoint's tokenizer.
         shards: Digest of each shard; empty until all are written.
-        layout: How a store arranges the records.
+        layout: Arrangement of the records in a store.
         frequent: The most frequent token ids, most frequent first.
-        parent: For an overlay: the table that has all unchanged rows, "name@version".
+        parent: For an overlay: the table with all unchanged rows, "name@version".
         changed: For an overlay: the ids of its own rows, ascending.
         ranks: For low rank: the number of coefficients of each block.
         basis: For low rank: the table of basis vectors.
         frequent_rows: The table with the rows of `frequent` tokens in a finer codec.
         edits: For an overlay over a compressed table: the table of the changed rows.
-        extra: Fields that this version of Tolhouse does not know.
+        extra: Fields that this version of Tolhouse does not define.
 
     Raises:
         InvalidArgumentError: The fields do not describe a table.
     """
 
     name: Annotated[str, AfterValidator(check_name)]
-    version: Annotated[str, Field(pattern=f"^{_VERSION}$")]  # from `content_id`
+    version: Annotated[str, Field(pattern=f"^{_VERSION}$")]  # the result of `content_id`
     codec_name: Annotated[str, AfterValidator(lambda name: codec(name).name)]
     vocab_size: Annotated[int, Field(gt=0, le=2**32)]
     blocks: Annotated[tuple[Block, ...], Field(strict=False, min_length=1)]
@@ -148,7 +148,7 @@ class Manifest:
         _require(ranked, f"ranks must be from 1 to {width} for each block, only with a basis")
         shards = len(self.shards)
         _require(shards in (0, self.num_shards), f"{shards} digests for {self.num_shards} shards")
-        # a value takes at least half a byte
+        # A value needs at least half a byte.
         fits = count * width <= 2 * MAX_RECORD_BYTES and self.record_bytes <= MAX_RECORD_BYTES
         _require(fits, f"{count} blocks of {width} values exceed {MAX_RECORD_BYTES} bytes a record")
 
@@ -179,29 +179,32 @@ class Manifest:
         return "x0" in self.blocks
 
     def model_blocks(self, num_rows: int) -> tuple[str, ...]:
-        """The blocks that a model with `num_rows` rows reads, in order, even if absent here."""
+        """Return the blocks that a model with `num_rows` rows reads, in order.
+
+        The table may lack some of them.
+        """
         return (*["x0"] * self.has_x0, *(f"ffn.{layer}" for layer in range(num_rows)))
 
     @property
     def auxiliary(self) -> tuple[str, ...]:
-        """The auxiliary tables: stored with the table, deleted with it, and without an alias."""
+        """The auxiliary tables. They are stored and deleted with the table, and have no alias."""
         return tuple(ref for ref in (self.basis, self.frequent_rows, self.edits) if ref)
 
     @property
     def dependencies(self) -> tuple[str, ...]:
-        """All other tables that its rows depend on."""
+        """All other tables on which its rows depend."""
         return (self.parent, *self.auxiliary) if self.parent else self.auxiliary
 
     @cached_property
     def record_dtype(self) -> np.dtype:
-        """The type of a record: `blocks` of one size; with ranks, block0, block1 and so on."""
+        """The type of a record: `blocks` of one size, or with ranks block0, block1 and so on."""
         sized = [(f"block{k}", self.codec.block(rank)) for k, rank in enumerate(self.ranks)]
         alike = [("blocks", self.codec.block(self.width), (self.num_blocks,))]
         return np.dtype([*(sized or alike), ("checksum", "<u8")])
 
     @cached_property
     def record_bytes(self) -> int:
-        """Bytes of a record, checksum included."""
+        """Bytes of a record, including its checksum."""
         return self.record_dtype.itemsize
 
     @property
@@ -217,21 +220,21 @@ class Manifest:
     # ids and shards
 
     def shard_of(self, ids: np.ndarray) -> np.ndarray:
-        """The shard of each token id [T]."""
+        """Return the shard of each token id [T]."""
         return ids % self.num_shards
 
     def shard_ids(self, shard: int) -> np.ndarray:
-        """Token ids of the records of one shard, ascending."""
+        """Return the token ids of the records of one shard, ascending."""
         if self.parent:
             return self._changed
         return np.arange(shard, self.vocab_size, self.num_shards, dtype=np.uint32)
 
     def positions(self, ids: np.ndarray) -> np.ndarray:
-        """The index of each id's record in its shard, [T]."""
+        """Return the index of each id's record in its shard, [T]."""
         return np.searchsorted(self._changed, ids) if self.parent else ids // self.num_shards
 
     def owns(self, ids: np.ndarray) -> np.ndarray:
-        """Which of `ids` [T] the table stores itself; bool [T]."""
+        """Return which of `ids` [T] the table stores itself, as bool [T]."""
         return np.isin(ids, self._changed) if self.parent else np.ones(len(ids), bool)
 
     @cached_property
@@ -248,7 +251,7 @@ class Manifest:
     # records: uint8 [T, record_bytes], one per token id of `ids`
 
     def encode(self, ids: np.ndarray, rows: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """Encode float32 rows [T, N, D]; with ranks, the coefficients [T, r] of each block."""
+        """Encode float32 rows [T, N, D], or with ranks the coefficients [T, r] of each block."""
         records = np.empty(len(ids), self.record_dtype)
         if self.ranks:
             for k, coefficients in enumerate(rows):
@@ -265,19 +268,19 @@ class Manifest:
         return records
 
     def decode(self, records: np.ndarray) -> np.ndarray:
-        """Decode to rows [T, N, D]: a view of the records for float codecs, else float32."""
+        """Decode to rows [T, N, D]: float32, or for float codecs a view of the records."""
         return self.codec.decode(records.view(self.record_dtype)[..., 0]["blocks"])
 
     def coefficients(self, records: np.ndarray) -> list[np.ndarray]:
-        """With ranks: decode to the coefficients float32 [T, r] of each block."""
+        """Decode, with ranks, to the coefficients float32 [T, r] of each block."""
         fields = records.view(self.record_dtype)[..., 0]
         blocks = (np.ascontiguousarray(fields[f"block{k}"]) for k in range(len(self.ranks)))
         return [self.codec.decode(block).astype(np.float32) for block in blocks]
 
     def verify(self, ids: np.ndarray, records: Iterable[Buffer | str]) -> None:
-        """Check that each record is intact, and of this version and its token.
+        """Check that each record is intact, and belongs to this version and its token.
 
-        A text in place of a record is the reason why it is missing.
+        A text in place of a record is the reason why the record is missing.
 
         Raises:
             CorruptError: With the tokens of all bad records.
@@ -298,7 +301,7 @@ class Manifest:
     def copy_records(
         self, ids: np.ndarray, source: memoryview, out: memoryview, slots: Iterable[int]
     ) -> None:
-        """Copy consecutive records to slots of `out`, both flat, and `verify` them."""
+        """Copy consecutive flat records to slots of the flat `out`, and `verify` them."""
         size = self.record_bytes
 
         def copied() -> Iterator[memoryview]:  # verify each record while it is in the CPU cache
@@ -310,7 +313,7 @@ class Manifest:
         self.verify(ids, copied())
 
     def seeds(self, ids: np.ndarray) -> list[int]:
-        """The seed of each token's checksum, from version and token id."""
+        """Return the seed of each token's checksum, which depends on version and token id."""
         versions = np.full(len(ids), int(self.version, 16), np.uint64)
         if self.parent:
             versions[~self.owns(ids)] = int(self.parent.rpartition("@")[2], 16)
@@ -319,7 +322,7 @@ class Manifest:
     # JSON
 
     def to_json(self) -> str:
-        """The manifest as JSON, with its digest."""
+        """Return the manifest as JSON, with its digest."""
         fields = ((name, getattr(self, name)) for name in _FIELDS)
         data = {name: value for name, value in fields if value != _FIELDS[name]}
         data["codec"] = data.pop("codec_name")
@@ -366,8 +369,8 @@ _REQUIRED = ("layout", "parent", "changed", "ranks", "basis", "frequent_rows", "
 
 
 def record_views(records: np.ndarray) -> Iterator[memoryview]:
-    """A view of each record of a contiguous uint8 [T, record_bytes]."""
-    size, flat = records.shape[1], memoryview(records.reshape(-1))  # type: ignore[arg-type]  # is one
+    """Return a view of each record in a contiguous array uint8 [T, record_bytes]."""
+    size, flat = records.shape[1], memoryview(records.reshape(-1))  # type: ignore[arg-type]  # a buffer
     return (flat[at : at + size] for at in range(0, len(flat), size))
 
 

@@ -1,9 +1,9 @@
-"""The hot-row cache: records of one table in a slab of fixed size, with S3-FIFO eviction.
+"""The row cache, which has records of one table in a slab of fixed size, with S3-FIFO eviction.
 
-S3-FIFO (Yang et al., SOSP 2023): rows enter a small queue with a tenth of the slots. Rows that are
-used again move on to the main queue. Others are evicted; they enter the main queue if they return
-soon. Each use saves a row from one eviction round of the main queue. The owner of the cache writes
-records into the slots that the cache assigns. Not thread-safe.
+In S3-FIFO (Yang et al., SOSP 2023), rows enter a small queue with a tenth of the slots. Rows that
+are used again move to the main queue. Other rows are evicted, and enter the main queue if they
+return soon. Each use saves a row from one eviction round of the main queue. The owner of the cache
+writes records into the slots that the cache assigns. Not thread-safe.
 """
 
 from collections import deque
@@ -18,18 +18,18 @@ _SMALL_SHARE = 10  # the small queue has one slot in ten
 
 class RowCache:
     def __init__(self, slab: np.ndarray, vocab_size: int) -> None:
-        """`slab`: uint8 [capacity, record_bytes], allocated by the owner."""
+        """`slab` is uint8 [capacity, record_bytes], allocated by the owner."""
         self.slab, self.capacity = slab, len(slab)
         self.slot_of = np.full(vocab_size, -1, np.int32)
         self.hits = self.misses = 0
         self._uses = np.zeros(self.capacity, np.uint8)
         self._id_of = np.full(self.capacity, -1, np.int64)
-        self._pinned = np.zeros(self.capacity, bool)  # reserved, or in use
+        self._pinned = np.zeros(self.capacity, bool)  # whether a slot is reserved or in use
         self._free = list(range(self.capacity - 1, -1, -1))
-        self._small: deque[int] = deque()  # slots, oldest first
+        self._small: deque[int] = deque()  # slots, with the oldest first
         self._main: deque[int] = deque()
         self._small_slots = max(1, self.capacity // _SMALL_SHARE)
-        # when each row left the small queue, counted in departures
+        # For each row, the number of departures from the small queue when it left.
         self._left_at = np.full(vocab_size, -1 - self.capacity, np.int64)
         self._departures = 0
 
@@ -37,7 +37,7 @@ class RowCache:
         return self.capacity - len(self._free)
 
     def slots(self, ids: np.ndarray) -> np.ndarray:
-        """Slots int32 [T] of `ids`; -1 if not cached. Each hit counts as a use."""
+        """Return the slots int32 [T] of `ids`, or -1 if not cached. Each hit counts as a use."""
         slots = self.slot_of[ids]
         hits = slots[slots >= 0]
         self._uses[hits] = np.minimum(self._uses[hits] + 1, MOST_USES)
@@ -46,10 +46,10 @@ class RowCache:
         return slots
 
     def reserve(self, ids: np.ndarray, *, main: bool = False) -> np.ndarray:
-        """Assign slots int32 [T] to distinct `ids` that are not cached; -1 if there is no room.
+        """Assign slots int32 [T] to distinct `ids` that are not cached, or -1 if there is no room.
 
         Other rows are evicted. The owner writes the records into the slots and calls `commit`, or
-        calls `release`. Until then the slots hold no row. `main`: the rows are known to be hot.
+        calls `release`. Until then the slots have no row. `main` is for rows that are surely hot.
         """
         slots = np.full(len(ids), -1, np.int32)
         room = self.capacity - np.count_nonzero(self._pinned)
@@ -69,7 +69,7 @@ class RowCache:
         self.unpin(slots[given])
 
     def release(self, slots: np.ndarray) -> None:
-        """Free reserved `slots` that the owner has not written."""
+        """Free reserved `slots` without a record."""
         given = slots[slots >= 0]
         self.unpin(given)
         for slot in given.tolist():
@@ -86,7 +86,7 @@ class RowCache:
         self._pinned[slots] = False
 
     def _evict(self) -> int:
-        """Evict a row and return its slot. At least one row must not be pinned."""
+        """Evict a row and return its slot. At least one row must be unpinned."""
         small, main, spared = self._small, self._main, 0
         while True:
             is_small = bool(small) and (len(small) >= self._small_slots or spared >= len(main))
@@ -109,5 +109,5 @@ class RowCache:
 
 
 def capacity_for(manifest: Manifest, most_bytes: int) -> int:
-    """The number of slots of a cache with at most `most_bytes`, and at most one slot per token."""
+    """Return the number of slots that fit into `most_bytes`, with at most one per token."""
     return min(most_bytes // manifest.record_bytes, manifest.vocab_size)

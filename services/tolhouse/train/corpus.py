@@ -1,4 +1,4 @@
-"""The training text: files in, one array of token ids out. It knows nothing about models.
+"""Converts the files of a training text to one array of token ids. Contains no models.
 
 The default text is the source of the Python standard library, which every machine has. One document
 in 40 is held out, chosen by a hash of its name. An end-of-text token separates documents.
@@ -19,7 +19,7 @@ END_OF_TEXT = "<|endoftext|>"
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 SKIPPED |= {"lib2to3", "pydoc_data"}
 _HELD_OUT_ONE_IN = 40
-_PIECE_CHARS = 20_000  # a longer file becomes several documents, so one file can be split too
+_PIECE_CHARS = 20_000  # a longer file becomes several documents, so that one file can also be split
 
 
 def standard_library() -> Path:
@@ -27,18 +27,18 @@ def standard_library() -> Path:
 
 
 def documents(path: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) for each document in the file `path`, or in the text files below it."""
+    """Yield (name, text) for each document in a file, or in the text files in a folder."""
     for name, text in whole_files(path):
         for start in range(0, len(text), _PIECE_CHARS):
             yield f"{name}:{start}", text[start : start + _PIECE_CHARS]
 
 
 def whole_files(path: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) for the file `path`, or for every UTF-8 file below it, in order of name."""
+    """Yield (name, text) for a file, or for every UTF-8 file in a folder, in order of name."""
     if not path.exists():
         raise NotFoundError(f"no corpus at {path}: give a text file or a folder of them")
     stdlib = path == standard_library()
-    single = not path.is_dir()  # a file, or a pipe
+    single = not path.is_dir()  # a file or a pipe
     below = path.rglob("*.py" if stdlib else "*")
     for file in [path] if single else sorted(p for p in below if p.is_file()):
         if stdlib and SKIPPED & set(file.relative_to(path).parts):
@@ -70,14 +70,15 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def prepare(path: Path, folder: Path, vocab_size: int, least: int) -> tuple[np.ndarray, np.ndarray]:
-    """(train, held-out) token ids of a corpus, with the tokenizer in `folder`.
+    """Return (train, held-out) token ids of a corpus, with the tokenizer in `folder`.
 
     A missing tokenizer is trained first.
     """
     sides: tuple[list[str], list[str]] = [], []
     for name, text in documents(path):
         sides[is_held_out(name)].append(text)
-    kept, held_out = sides[0] or sides[1][:1], sides[1] or sides[0][-1:]  # one is on both sides
+    # If a side is empty, a document of the other side is on both.
+    kept, held_out = sides[0] or sides[1][:1], sides[1] or sides[0][-1:]
     file = folder / "tokenizer.json"
     if not file.exists():
         train_tokenizer(kept, vocab_size).save(str(file))

@@ -1,4 +1,4 @@
-"""Training recipes. A recipe describes one training run completely."""
+"""Training recipes. A recipe is a complete description of a training run."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from tolhouse.model.config import ModelConfig, preset
 
 @dataclass(frozen=True)
 class Recipe:
-    """The optimiser and schedule of the paper, section 3, with the sizes and rates of one run."""
+    """The optimiser and schedule of the paper (section 3), with the sizes and rates of a run."""
 
     config: ModelConfig
     steps: int
@@ -21,8 +21,10 @@ class Recipe:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     z_loss: float = 1e-6
-    clip_norm: float = 1.0  # our choice; the paper does not say
-    autocast: bool = True  # bfloat16 products of fp32 weights; our choice, the paper does not say
+    clip_norm: float = 1.0  # our choice, as the paper does not say
+    autocast: bool = (
+        True  # bfloat16 products of fp32 weights, our choice, as the paper does not say
+    )
 
     @property
     def step_tokens(self) -> int:
@@ -35,9 +37,11 @@ _SMALL = (1500, 16, 256, 3e-3, 1e-4, 100, 250)  # ten minutes on one core; compa
 # The paper's run. One step exceeds the memory of a GPU, and there is no gradient accumulation.
 _PAPER = (95_000, 256, 2048, 1e-4, 1e-5, 5000, 1000)  # 50B tokens; the batch size is our choice
 RECIPES = {
-    "tiny": (200, 8, 128, 3e-3, 3e-4, 20, 50),  # a minute on two cores: loss falls, no sense yet
+    # A minute on two cores. The loss falls, but the model does not yet complete texts.
+    "tiny": (200, 8, 128, 3e-3, 3e-4, 20, 50),
     **dict.fromkeys(("small", "small-active"), _SMALL),
-    "demo": (4000, 8, 512, 2e-3, 5e-5, 200, 250),  # an hour on two cores: completes Python
+    # An hour on two cores. The model completes Python code.
+    "demo": (4000, 8, 512, 2e-3, 5e-5, 200, 250),
     **dict.fromkeys(("paper-250m", "paper-750m", "paper-1b"), _PAPER),
 }
 

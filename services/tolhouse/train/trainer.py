@@ -1,4 +1,4 @@
-"""The trainer: deterministic for a seed, resumable after a kill, with a loss curve as CSV and PNG.
+"""The trainer. It is deterministic for a seed, resumes after a kill, and draws the loss curve.
 
 FFN-M depends on token ids alone, so the trainer computes `model.rows` once for each distinct token
 of a batch. With 4,096 tokens in a step this is a third of the work.
@@ -37,7 +37,7 @@ from tolhouse.train import corpus
 from tolhouse.train.recipes import Recipe, recipe
 
 STATE = "training-state.safetensors"
-ESTIMATE_BATCHES = 8  # batches of held-out windows for each point of the curve
+ESTIMATE_BATCHES = 8  # the number of batches of held-out windows for each point of the curve
 CARD = """# {kind} model
 
 | | |
@@ -64,7 +64,7 @@ class Trainer:
     device: str = "cpu"
 
     def run(self) -> Evaluation:
-        """Train from the saved state in the folder, if there is one, to the last step.
+        """Train to the last step, from the saved state in the folder if there is one.
 
         Returns the losses of the saved checkpoint on the whole held-out text, as `tolhouse eval`
         measures them.
@@ -84,7 +84,7 @@ class Trainer:
         loss_of = torch.compile(self.loss, dynamic=True) if self.compile else self.loss
         curve, saved = Curve(self.out, first), time.monotonic()
         counts = {"total": recipe.steps * recipe.step_tokens, "initial": first * recipe.step_tokens}
-        look: Any = {"dynamic_ncols": True, "disable": None}  # only on a terminal
+        look: Any = {"dynamic_ncols": True, "disable": None}  # shown on a terminal only
         bar = tqdm(**counts, unit="tok", unit_scale=True, desc="train", **look)
         for step in range(first, recipe.steps):
             for group in self.optimizer.param_groups:
@@ -117,7 +117,7 @@ class Trainer:
         return evaluate(open_checkpoint(self.out).model().to(self.device), self.valid_ids)
 
     def batch(self, ids: np.ndarray, *seed: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, [B * S] each, from windows that depend on `seed` alone."""
+        """Return inputs and targets, [B * S] each, from windows that depend on `seed` alone."""
         size = self.recipe.sequence_tokens
         random = np.random.default_rng(seed)
         starts = random.integers(0, len(ids) - size, self.recipe.batch_sequences)
@@ -142,7 +142,7 @@ class Trainer:
 
     @torch.no_grad()
     def estimate(self) -> float:
-        """The mean cross-entropy in nats per token over a fixed set of held-out windows."""
+        """Compute the mean cross-entropy in nats per token over a fixed set of held-out windows."""
         windows = (self.batch(self.valid_ids, 0, 1, index) for index in range(ESTIMATE_BATCHES))
         return float(np.mean([self.loss(*window, z_loss=False).item() for window in windows]))
 
@@ -151,7 +151,7 @@ class Trainer:
         return {"recipe": repr(self.recipe), "seed": str(self.seed), "train_tokens": tokens}
 
     def save(self, step: int) -> None:
-        """Save weights and optimiser moments as safetensors, replacing the old file atomically."""
+        """Save weights and optimiser moments as safetensors. Replaces the old file atomically."""
         tensors = {}
         for name, p in self.model.named_parameters():
             state = self.optimizer.state[p]
@@ -163,7 +163,7 @@ class Trainer:
 
     @torch.no_grad()
     def resume(self) -> int:
-        """Load the saved state if there is one; returns the number of completed steps."""
+        """Load the saved state if there is one. Returns the number of completed steps."""
         file = self.out / STATE
         if not file.exists():
             return 0
@@ -192,7 +192,7 @@ class Trainer:
 def initialise(model: Transformer) -> None:
     """Initialise with Normal(0.02), scaled down for projections into the residual stream.
 
-    GPT-2 does the same. The paper does not say.
+    GPT-2 does the same. The paper does not define the initialisation.
     """
     small = 0.02 / math.sqrt(2 * model.config.num_hidden_layers)
     for name, p in model.named_parameters():
@@ -202,7 +202,7 @@ def initialise(model: Transformer) -> None:
 
 
 def rate(recipe: Recipe, step: int) -> float:
-    """The learning rate: a linear warm-up, then a cosine from the peak to the final rate."""
+    """Return the learning rate: a linear warm-up, then a cosine from the peak to the final rate."""
     peak, final, warmup = recipe.peak_rate, recipe.final_rate, recipe.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -211,7 +211,7 @@ def rate(recipe: Recipe, step: int) -> float:
 
 
 class Curve:
-    """The files loss.csv and loss.png of a run. A resumed run drops rows past its first step."""
+    """Writes loss.csv and loss.png of a run. A resumed run drops rows after its first step."""
 
     def __init__(self, out: Path, first: int) -> None:
         self.file = out / "loss.csv"
@@ -225,7 +225,7 @@ class Curve:
         self.rows.append([str(step), str(tokens), str(round(loss, 5)), rounded])
 
     def held_out(self) -> list[tuple[int, float]]:
-        """The tokens and the held-out loss at each evaluation."""
+        """Return the tokens and the held-out loss at each evaluation."""
         return [(int(tokens), float(loss)) for _, tokens, _, loss in self.rows if loss]
 
     def write(self) -> None:

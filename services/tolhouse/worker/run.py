@@ -1,4 +1,4 @@
-"""The worker process. It builds the engine, follows the table and serves."""
+"""The worker process, which builds the engine, follows the table and serves."""
 
 import asyncio
 import time
@@ -55,7 +55,7 @@ class Builder:
         rows: RowProvider = NoRows(shape.hidden_size, self.device)
         if self.source:
             rows = self._rows(wait_for_table(self.source, self.table, config.lookup_wait_seconds))
-        # GraphRunner needs one more block.
+        # GraphRunner needs one block more.
         self.pages = PagedKVCache(shape, self.cache.num_blocks + 1, self.device, self.dtype)
         self.model = load(self.checkpoint, self.device, self.dtype, embedding=not rows.has_x0)
         if self.on_cpu:
@@ -124,7 +124,7 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
 
 
 def wait_for_table(source: RowSource, table: str, seconds: float) -> Manifest:
-    """Wait for the manifest of the table. Raises the last error after the configured time."""
+    """Wait for the manifest of the table. After the configured time, raises the last error."""
     deadline, logged = time.monotonic() + seconds, False
     while True:
         try:
@@ -141,9 +141,8 @@ def wait_for_table(source: RowSource, table: str, seconds: float) -> Manifest:
 def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Raise MismatchError unless the table was built from this checkpoint and its tokenizer."""
     config = checkpoint.config
-    layers = [
-        layer for layer in manifest.layers if layer < config.num_rows
-    ]  # a table may lack layers
+    # A table may lack layers.
+    layers = [layer for layer in manifest.layers if layer < config.num_rows]
     for what, built, own in (
         ("model", manifest.model_id[:12], checkpoint.model_id()[:12]),
         ("tokenizer", manifest.tokenizer_id[:12], checkpoint.tokenizer_id[:12]),

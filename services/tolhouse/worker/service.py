@@ -21,9 +21,9 @@ from tolhouse.v1 import generation_pb2 as pb
 from tolhouse.v1.generation_pb2_grpc import GenerationServicer
 
 REQUESTS = Counter("tolhouse_worker_requests_total", "Generate calls by gRPC status", ["status"])
-NO_TOKEN = 2**32 - 1  # as `eos_token_id` of a model without an end token
+NO_TOKEN = 2**32 - 1  # the `eos_token_id` of a model without an end token
 MAX_REQUEST_ID = 256  # characters; the id appears in the log
-_AS_COMPUTED = ("fp32", "fp16", "bf16")  # codecs that at most round rows to 16 bits
+_AS_COMPUTED = ("fp32", "fp16", "bf16")  # codecs that round rows to 16 bits at most
 
 
 class WorkerService(GenerationServicer):
@@ -49,7 +49,7 @@ class WorkerService(GenerationServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateReply]:
         request_id, sequence, reason = request.request_id, None, ""
-        status, message = "CANCELLED", ""  # if nothing below sets another status
+        status, message = "CANCELLED", ""  # unless the code below sets another status
         about = {
             "gen_ai.request.model": self._of_checkpoint["model"],
             "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
@@ -88,7 +88,7 @@ class WorkerService(GenerationServicer):
         except Exception as failure:  # noqa: BLE001 - every error becomes a gRPC status here
             status, message = status_of(failure)
             await context.abort(grpc.StatusCode[status], message)
-        finally:  # also if the caller cancelled; cancelling a finished sequence does nothing
+        finally:  # also after cancellation by the caller; has no effect on a finished sequence
             REQUESTS.labels(status).inc()
             tracing.end(trace, message)
             if sequence:
@@ -134,7 +134,7 @@ class WorkerService(GenerationServicer):
 
 
 def check_sampling(config: ModelConfig, sampling: SamplingParams) -> None:
-    """Raise InvalidArgumentError if a request names tokens or rows that the model lacks."""
+    """Raise InvalidArgumentError if the model lacks tokens or rows in a request."""
     for name in ("stop_token_ids", "logit_bias"):
         if bad := [i for i in getattr(sampling, name) if i >= config.vocab_size]:
             message = f"{name}: token id {bad[0]} is outside the vocabulary"

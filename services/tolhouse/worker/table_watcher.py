@@ -1,6 +1,6 @@
-"""The table watcher. It follows the name of a table to new versions, and pins versions in use.
+"""The table watcher, which follows the name of a table to new versions, and pins versions in use.
 
-With NAME@VERSION it only pins that version.
+For NAME@VERSION it only pins that version.
 """
 
 import logging
@@ -19,7 +19,7 @@ _PIN_SECONDS = 10.0  # the interval between pins, a third of their lifetime
 
 
 class TableWatcher:
-    """`reload` makes the engine use a version. It raises an error if the version does not fit."""
+    """`reload` makes the engine use a version, and raises an error if the version does not fit."""
 
     def __init__(
         self,
@@ -28,11 +28,12 @@ class TableWatcher:
         engine: Engine,
         reload: Callable[[Manifest], None],
         poll_seconds: float,
-        pause_seconds: float = 10.0,  # after a defect
+        pause_seconds: float = 10.0,  # the pause after a defect
     ) -> None:
         self.source, self.name, self.engine, self.reload = source, name, engine, reload
         self.poll_seconds, self.pause_seconds = poll_seconds, pause_seconds
-        self.current, self.refused = engine.table, ""  # in use; published, but it does not fit
+        # The version in use, and a published version that does not fit.
+        self.current, self.refused = engine.table, ""
         self._pin_at = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch table", daemon=True)
@@ -46,7 +47,7 @@ class TableWatcher:
     def _run(self) -> None:
         while not self._stop.wait(self.poll_seconds):
             try:
-                # Fetches report a source that is down. A name may have no version for a while.
+                # Fetches already report a source that is down, and a name may have no version yet.
                 with suppress(UnavailableError, DeadlineExceededError, NotFoundError):
                     if time.monotonic() >= self._pin_at:
                         for ref in self.engine.tables():
@@ -58,7 +59,7 @@ class TableWatcher:
                 event(
                     "reading the table failed", logging.WARNING, table=self.name, reason=str(error)
                 )
-            except Exception as error:  # noqa: BLE001 - such as a full device; it may recover
+            except Exception as error:  # noqa: BLE001 - such as full GPU memory
                 log.error("internal error", exc_info=error)
                 self._stop.wait(self.pause_seconds)
 

@@ -1,7 +1,7 @@
-"""Two greedy completions of a text, with the memory as it is and with scaled rows.
+"""Compares two greedy completions of a text: with the original rows and with scaled rows.
 
-Both completions are scored under both settings. A token's two log probabilities therefore have the
-same context, also after the completions diverge.
+Both completions are scored with both settings. The two log probabilities of a token therefore have
+the same context, even after the completions diverge.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from tolhouse.errors import PromptTooLongError
 from tolhouse.gateway.schemas import CompareRequest, CompletionRequest
 from tolhouse.gateway.text import Delta, Token, Vocabulary
 
-_ALTERNATIVES = 3  # likeliest tokens shown for each position
+_ALTERNATIVES = 3  # likeliest tokens to show for each position
 
 
 async def compare(
@@ -22,10 +22,10 @@ async def compare(
     complete: Callable[[CompletionRequest], Awaitable[Delta]],
     vocabulary: Vocabulary,
 ) -> dict[str, Any]:
-    """Both completions of the prompt `ids`: tokens with log probabilities under both settings.
+    """Return both completions of the prompt `ids`, as tokens with two log probabilities each.
 
-    `complete` runs one request with one choice. PromptTooLongError if prompt and completion are
-    longer than `context_tokens`.
+    `complete` runs one request with one choice. Raises PromptTooLongError if prompt and completion
+    are longer than `context_tokens`.
     """
     if len(ids) + body.max_tokens > context_tokens:
         raise PromptTooLongError(
@@ -59,7 +59,7 @@ async def compare(
 
 
 def _scores(plain: Token, changed: Token, vocabulary: Vocabulary) -> dict[str, Any]:
-    """One token: its log probabilities and the likeliest tokens of its position, by setting."""
+    """Return a token's log probabilities and the likeliest tokens at its position, by setting."""
 
     def name(i: int) -> str:
         return vocabulary.shown(i, first=False)[0]

@@ -1,7 +1,7 @@
 """The data of the explorer page: tokens with their memory, and the workers' counters.
 
-The gateway has no weights. `tolhouse explain --explorer` writes what a model's memory holds to
-`memory.npz` beside its tokenizer. Without that file, the page shows tokens and completions only.
+The gateway has no weights. `tolhouse explain --explorer` therefore writes the memory of a model to
+`memory.npz`, beside its tokenizer. Without that file, the page shows only tokens and completions.
 """
 
 import logging
@@ -23,10 +23,12 @@ _WRITE = "write it again with `tolhouse explain CHECKPOINT --explorer CHECKPOINT
 class MemoryFile:
     """The arrays of a memory file for V tokens and N layers.
 
-    Row norms [V, N]; the k strongest keys of each row and their coefficients [V, N, k]; for each
-    of K keys the s tokens with the largest coefficients [N, K, s]; the m nearest tokens of each
-    token and their cosines [V, m]. InvalidArgumentError if the file is malformed, or if it was
-    written for another tokenizer than `tokenizer_id`.
+    `norms` are [V, N]. `keys` and `coefficients` [V, N, k] are the k strongest keys of each row.
+    `sharers` [N, K, s] are the s tokens with the largest coefficients of each of K keys. `near` and
+    `cosines` [V, m] are the m nearest tokens of each token.
+
+    Raises InvalidArgumentError if the file is malformed, or if it was written for another tokenizer
+    than `tokenizer_id`.
     """
 
     def __init__(self, file: Path, tokenizer_id: str) -> None:
@@ -45,7 +47,7 @@ class MemoryFile:
             ids = ((self.keys, count), (self.sharers, v), (self.near, v))
             if not fit or any((array < 0).any() or (array >= end).any() for array, end in ids):
                 raise ValueError("its arrays do not fit each other")
-        except Exception as error:  # noqa: BLE001 - a damaged archive may raise almost any
+        except Exception as error:  # noqa: BLE001 - a damaged archive may raise almost any error
             wrong = f"is not what `tolhouse explain --explorer` writes: {error}"
             raise InvalidArgumentError(f"{file} {wrong}") from None
         if written_for != tokenizer_id:
@@ -53,7 +55,7 @@ class MemoryFile:
             raise InvalidArgumentError(f"{file} was written for tokenizer {which}: {_WRITE}")
 
     def percentiles(self, i: int) -> list[float]:
-        """For each layer, the percentage of tokens with a smaller norm than token `i` has."""
+        """Return for each layer the percentage of tokens with a smaller norm than token `i`."""
         return [round(float(p), 1) for p in 100 * (self.norms < self.norms[i]).mean(axis=0)]
 
 
@@ -66,7 +68,7 @@ class Explorer:
         self._logged_reason = ""
 
     def tokens(self, ids: list[int]) -> dict[str, Any]:
-        """The id and text of each token, and the norms of its row by layer."""
+        """Return the id and text of each token, and the norms of its row by layer."""
         workers, memory = self.router.descriptions(), self.memory
         size = memory.size if memory and not self._hidden_reason(workers) else 0
         found = {i: {**self._named(i), **(self._norms(i) if i < size else {})} for i in set(ids)}
@@ -74,9 +76,9 @@ class Explorer:
         return {"layers": layers, "tokens": [found[i] for i in ids]}
 
     def token(self, i: int) -> dict[str, Any]:
-        """Norms, strongest keys and nearest tokens of token `i`.
+        """Return the norms, strongest keys and nearest tokens of token `i`.
 
-        NotFoundError if there is no such token, or no memory to show.
+        Raises NotFoundError if the token does not exist, or if no memory is shown.
         """
         memory, reason = self.memory, self._hidden_reason(self.router.descriptions())
         if memory is None or reason:
@@ -95,7 +97,7 @@ class Explorer:
         return {**about, "keys": keys, "nearest": nearest}
 
     def live(self) -> dict[str, Any]:
-        """Sums of the counters of all healthy workers; which rows are shown and served."""
+        """Return the summed counters of healthy workers, and which rows are shown and served."""
         workers = self.router.descriptions()
         absent, rows = [set(d.absent_layers) for d in workers], RowCounts.DESCRIPTOR.fields_by_name
         return {
@@ -118,7 +120,10 @@ class Explorer:
         return {"norms": [round(float(n), 3) for n in self.memory.norms[i]]}
 
     def _hidden_reason(self, workers: list[DescribeWorkerReply]) -> str:
-        """Why the page shows no memory: no file, or a file for another model. "" if it shows it."""
+        """Return the reason why the page shows no memory, or "" if it shows it.
+
+        There may be no memory file, or a file for another model.
+        """
         memory = self.memory
         if memory is None:
             write = _WRITE.replace("again ", "")
@@ -139,7 +144,7 @@ class Explorer:
         return reason
 
     def _shown_rows(self, workers: list[DescribeWorkerReply]) -> str:
-        """Which rows the memory file describes, and how the served rows differ from them."""
+        """Describe the rows in the memory file, and how the served rows differ from them."""
         own, others = self.memory.model_id if self.memory else "", set()
         for d in workers:
             differences = ["another model"] * (d.model_id != own) + list(d.altered)

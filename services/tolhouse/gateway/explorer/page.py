@@ -1,6 +1,6 @@
 """The explorer page: one HTML document with its style sheet and scripts inside, and its policy.
 
-The document loads nothing else, so the page needs one route and works offline.
+The document loads nothing else, so the page needs only one route and works offline.
 """
 
 import base64
@@ -16,13 +16,13 @@ def _included(match: re.Match[str]) -> str:
 
 
 def _hashes(tag: str) -> str:
-    """Policy sources of all inline elements with this tag."""
+    """Return policy sources for all inline elements with this tag."""
     texts = re.findall(f"<{tag}[^>]*>(.*?)</{tag}>", PAGE, re.DOTALL)
     digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()) for text in texts)
     return " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
 
 
-# {{a b}} in the template stands for the contents of the files a and b
+# {{a b}} in the template stands for the contents of the files a and b.
 PAGE = re.sub(r"\{\{(.*?)\}\}", _included, (_FOLDER / "page.html").read_text(encoding="utf-8"))
 # The browser runs these scripts only, and connects to this gateway only.
 POLICY = (
