@@ -134,7 +134,7 @@ class TableConfig(StoreConfig):
         "auto", "Store X0 with the rows; auto: if the head is untied."
     )
     corpus: str = option("", "Text or folder to count tokens in. Default: Python's library.")
-    absent_layers: Layers = option((), "Layers to store no rows of, separated by commas.")
+    absent_layers: Layers = option((), "Layers without rows in the table, separated by commas.")
     publish: bool = option(False, "Publish the table after it is verified.")
     shards: int = option(64, "Number of shards, each one file or Redis hash.", ge=1, le=65536)
     store_timeout_seconds: float = option(10, "Timeout of one reply of Redis.", gt=0)
@@ -212,9 +212,9 @@ class LookConfig(RowsConfig):
 
 class EvalConfig(LookConfig):
     text: Path | None = option(None, "Text or folder to predict. Default: the held-out text.")
-    through: Codec | None = option(None, "Codec to encode and decode the rows with first.")
+    through: Codec | None = option(None, "Codec that first encodes and decodes the rows.")
     row_scale: float = option(1, "Factor for all rows.", old="alpha")
-    absent_layers: Layers = option((), "Layers to leave out the rows of.", old="without")
+    absent_layers: Layers = option((), "Layers whose rows are left out.", old="without")
     most_tokens: int = option(0, "Maximum number of tokens of the text; 0: all.", ge=0)
 
 
@@ -237,7 +237,9 @@ class LookupConfig(Server):
     listen: Address = option("127.0.0.1:50051", "gRPC address to listen on; port 0: any free port.")
     metrics_listen: Address = option("127.0.0.1:0", "Address to serve Prometheus metrics on.")
     store: str = option(DEFAULT_STORE, "Store to serve: file://PATH or redis://HOST:PORT.")
-    refill: str = option("", "Store to restore lost rows from, as in --store. Default: none.")
+    refill: str = option(
+        "", "Backup to restore lost rows from, a URL as in --store. Default: none."
+    )
     hot_megabytes: float = option(256, "Memory for hot rows of each table in use.", ge=0)
     drain_seconds: float = option(10, "Time for calls in flight to finish after SIGTERM.", ge=0)
     store_timeout_seconds: float = option(2, "Timeout of a complete reply of Redis.", gt=0)
@@ -298,7 +300,7 @@ class GatewayConfig(Server, Caller):
         "", "Redis for shared rate limits. Default: one limit per gateway."
     )
     cors_origins: str = option(
-        "", "Origins of web pages that may call, with commas between; `*`: all. Default: none."
+        "", "Origins of web pages that may call, separated by commas; `*`: all. Default: none."
     )
     max_connections: int = option(
         1024, "Maximum number of open connections; more are refused.", ge=1

@@ -18,7 +18,7 @@ EXTRAS = {
 
 
 def installation_hint(package: str, preferred: str = "") -> str:
-    """Return a hint how to install a package, or "" if no extra installs it.
+    """Return a hint on how to install a package, or "" if no extra installs it.
 
     The hint names the extra `preferred` if that installs the package, and otherwise the smallest
     extra that does.

@@ -48,7 +48,7 @@ def start_logging(level: str = "info") -> None:
 
 
 def redirect_log(name: str, level: int | str) -> None:
-    """Send log messages of a library of at least `level` to stderr, in the same form."""
+    """Send a library's log messages of at least `level` to stderr, in the same form."""
     logger = logging.getLogger(name)
     logger.handlers[:] = log.handlers
     logger.setLevel(level)

@@ -101,7 +101,7 @@ class SamplingParams(SamplingOptions):
     logprobs: Logprobs | None = _option(
         None, "Return log probabilities, and those of this many most likely tokens."
     )
-    prompt_logprobs: Logprobs | None = _option(None, "The same, for the tokens of the prompt.")
+    prompt_logprobs: Logprobs | None = _option(None, "The same for the tokens of the prompt.")
 
     def __init__(self, max_tokens: int = 16, **options: Any) -> None:
         try:

@@ -179,7 +179,7 @@ def test_a_complete_table_needs_no_ray(checkpoint: Path, tmp_path: Path, redis_u
     both = f"build {checkpoint} --store {files},{redis_url} {options}"
     found = tolhouse(both)
     assert ref == found.stdout.strip()
-    assert "found whole" in found.stderr
+    assert "the table is complete" in found.stderr
     with closing(open_store(redis_url)) as store:
         delete(store, ref, force=True)
     corpus = tmp_path / "corpus.txt"
@@ -187,7 +187,7 @@ def test_a_complete_table_needs_no_ray(checkpoint: Path, tmp_path: Path, redis_u
     assert "no Ray cluster" in tolhouse(both, code=1).stderr
     alone = f"build {checkpoint} --store {files} {options}"
     assert "no Ray cluster" in tolhouse(f"{alone} --corpus {corpus}", code=1).stderr
-    assert "found whole" in tolhouse(f"{alone} --publish").stderr
+    assert "the table is complete" in tolhouse(f"{alone} --publish").stderr
     with closing(open_store(files)) as store:
         assert stands_for(store, ref)
     next(tmp_path.rglob("shard-*")).unlink()

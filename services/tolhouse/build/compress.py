@@ -222,7 +222,7 @@ def _bytes(planned: Manifest, scheme: Scheme, ranks: tuple[int, ...] = ()) -> in
 def _suffices(planned: Manifest, scheme: Scheme) -> bool:
     """Return whether rows keep their full rank.
 
-    They do by request, or because the codec alone makes the table small enough.
+    This is the case by request, or if the codec alone makes the table small enough.
     """
     if scheme.ratio:
         plain = scheme if scheme.finer else replace(scheme, frequent=0)

@@ -185,7 +185,7 @@ def find_whole(stores: Sequence[Store], planned: Manifest) -> Manifest | None:
         found.add(manifest)
     if len(found) != 1:
         return None
-    event("found whole", table=planned.ref)
+    event("the table is complete", table=planned.ref)
     return found.pop()
 
 
@@ -205,7 +205,7 @@ def build(
         refuse_another(store, planned)
     path, count, vocabulary = str(checkpoint.path), planned.num_shards, planned.vocab_size
     digests, computed = [""] * count, 0
-    pending: dict[Any, list[int]] = {}  # by running task: its shards
+    pending: dict[Any, list[int]] = {}  # the shards of each running task
     look = {"desc": f"build {planned.name}", "unit": "row", "unit_scale": True, "disable": None}
     with (
         _ray(ray_address, ray_wait_seconds) as ray,

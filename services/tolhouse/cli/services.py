@@ -105,7 +105,7 @@ def keys() -> None:
 @keys_file
 @click.argument("name")
 @click.option(
-    "--requests-per-minute", default=600.0, help="Rate limit; a sixth of it may come at once."
+    "--requests-per-minute", default=600.0, help="Rate limit. Bursts may be a sixth of it."
 )
 @click.option("--concurrent", default=16, help="Maximum number of concurrent requests.")
 def add_key(file: Path, name: str, requests_per_minute: float, concurrent: int) -> None:

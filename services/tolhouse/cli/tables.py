@@ -64,7 +64,7 @@ def build(settings: config.BuildConfig, checkpoint: Path) -> None:
 @checkpoint_argument("COMPRESS")
 @options(config.CompressConfig)
 def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
-    """Make a table of CHECKPOINT that is smaller than that of `build`, and served in the same way.
+    """Make a smaller table of CHECKPOINT than `build` does. It is served in the same way.
 
     Frequent tokens have a finer codec. With --rank-share or --size-ratio, rows are stored as
     coefficients of a basis for each layer, which workers keep in memory. `tolhouse eval` measures
@@ -184,7 +184,9 @@ def rollback(settings: config.StoreConfig, name: str) -> None:
 
 @tables.command()
 @click.argument("table")
-@click.option("--force", is_flag=True, help="Delete a version in use, too; its readers get errors.")
+@click.option(
+    "--force", is_flag=True, help="Also delete a version in use, whose readers get errors."
+)
 @options(config.StoreConfig)
 def delete(settings: config.StoreConfig, table: str, force: bool) -> None:
     """Delete TABLE, NAME@VERSION, which must be neither published nor in use."""

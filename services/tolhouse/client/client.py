@@ -25,8 +25,8 @@ class Client:
 
     A client works after a fork, because it opens new connections in the child process. gRPC is the
     exception: if the parent process called a service at HOST:PORT before the fork, such calls raise
-    UnsupportedError in the child. Start such processes by "spawn" or "forkserver", which can pickle
-    clients.
+    UnsupportedError in the child. Start such processes by "spawn" or "forkserver". Clients can be
+    pickled.
 
     Args:
         target: Where to connect. Row sources are `"HOST:PORT"` of a lookup service,

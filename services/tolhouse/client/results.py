@@ -52,9 +52,9 @@ class GenerateOutput:
         finish_reason: None while more parts follow; "stop" at an end token; "length" after
             `max_tokens`.
         end_id: The end token, if `finish_reason` is "stop".
-        logprobs: Those of `token_ids`, followed by that of the end token. None unless requested.
-        prompt_logprobs: Those of the next tokens of the prompt, from its second token on. None
-            unless requested.
+        logprobs: Log probabilities of `token_ids`, then of the end token. None unless requested.
+        prompt_logprobs: Log probabilities of the next tokens of the prompt, from its second token
+            on. None unless requested.
         table: The table whose rows were used, "name@version"; "" if the model has none.
     """
 

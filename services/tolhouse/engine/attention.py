@@ -104,7 +104,7 @@ class AttentionMetadata:
 
     @cached_property
     def parts(self) -> tuple["AttentionMetadata", "AttentionMetadata"]:
-        """The metadata of the decoding sequences, and that of the chunks."""
+        """The metadata of the decoding sequences, and the metadata of the chunks."""
         n, tables = self.decoding, (self.tables_BC, self.lengths_B)
         first = AttentionMetadata(self.pages, n, self.blocks_T[:n], self.offsets_T[:n], *tables)
         places = self.blocks_T[n:], self.offsets_T[n:], *(table[:0] for table in tables)

@@ -99,8 +99,8 @@ class Decoder:
 class LayerwiseRows:
     """The rows of `num_rows` layers, after X0 if the table has it, decoded when they are read.
 
-    A long prompt thus needs memory for the rows of one layer. A layer that the table lacks is None.
-    The other rows are scaled if a request has factors.
+    A long prompt therefore needs memory for the rows of only one layer. A layer that the table
+    lacks is None. The other rows are scaled if a request has factors.
     """
 
     def __init__(self, decoder: Decoder, staged: StagedRows, num_rows: int) -> None:

@@ -59,7 +59,7 @@ class Sequence:
         prompt_logprobs: Logprobs | None = None,
     ) -> Output:
         """Append a sampled token unless it is an end token. Returns the output to emit."""
-        if not self.sampling.max_tokens:  # the request asks for prompt log probabilities only
+        if not self.sampling.max_tokens:  # the request is only for prompt log probabilities
             return Output(finish_reason="length", prompt_logprobs=prompt_logprobs)
         if token_id in self.sampling.stop_token_ids:
             return Output([], "stop", None, token_id, logprobs, prompt_logprobs)

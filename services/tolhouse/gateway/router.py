@@ -202,7 +202,7 @@ class WorkerRouter:
                 except Exception:  # noqa: BLE001 - polling must continue
                     log.exception("polling worker %s failed", worker.target)
                 await asyncio.sleep(self.poll_seconds)
-            event("worker is gone", worker=worker.target)
+            event("worker removed", worker=worker.target)
         finally:
             self.health.forget(worker.target)
             await worker.channel.close()

@@ -181,7 +181,7 @@ async def tokenizer_info(gateway: Gateway) -> dict:
 
 @routes.get("/explore", response_class=HTMLResponse)
 async def explorer_page() -> Response:
-    """Returns a page that shows a model's memory, and completes text with scaled or absent rows."""
+    """Returns the explorer page, which shows a model's memory and compares completions."""
     return HTMLResponse(PAGE, headers={"Content-Security-Policy": POLICY})
 
 

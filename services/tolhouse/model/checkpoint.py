@@ -125,7 +125,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def weight_bytes(self, dense: bool, embedding: bool = True) -> int:
-        """Return the stored bytes of all weights if `dense`, else of those that a worker loads."""
+        """Return the stored bytes of all weights if `dense`, else of the weights in a worker."""
         tied = self.config.tie_word_embeddings
         return sum(
             tensor.bytes

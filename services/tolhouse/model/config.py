@@ -40,7 +40,7 @@ class ModelConfig:
 
     The kind base is LLaMA. In memory, every FFN reads only the token. In flex, a part of the FFN
     reads the residual stream. In wide, all layers share one FFN, which reads only the token.
-    `intermediate_size` is K of the FFN (base) or of FFN-M (other kinds) (paper, table 1).
+    `intermediate_size` is K in table 1 of the paper, for the FFN (base) or for FFN-M (other kinds).
     """
 
     kind: Kind
@@ -50,9 +50,7 @@ class ModelConfig:
     num_attention_heads: Annotated[Size, Field(le=2**16)]
     intermediate_size: Annotated[Size, Field(le=2**20)]
     beta: int = 0  # flex: FFN-C has beta * hidden_size^2 parameters
-    ffn_c: Literal["linear", "swiglu"] = (
-        "linear"  # flex: the form of FFN-C, which the paper does not define
-    )
+    ffn_c: Literal["linear", "swiglu"] = "linear"  # flex: form of FFN-C, not in the paper
     max_position_embeddings: Size = 2048
     rope_theta: Positive = 10000.0
     rms_norm_eps: Positive = 1e-5

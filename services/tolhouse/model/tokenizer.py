@@ -1,7 +1,7 @@
-"""Loads the tokenizer of a checkpoint with the `tokenizers` library, and decodes tokens. No torch.
+"""Loads the tokenizer of a checkpoint with the `tokenizers` library, and decodes tokens.
 
 `TokenDecoder` decodes token ids one at a time. The library's `decode` needs all ids at once, and
-its `DecodeStream` fails on bytes that never become a character.
+its `DecodeStream` fails on bytes that never become a character. This module does not need torch.
 """
 
 import codecs

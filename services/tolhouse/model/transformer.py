@@ -67,9 +67,10 @@ class Transformer(nn.Module):
         return self.embed_tokens(ids_T)
 
     def rows(self, ids_T: Tensor, x0: bool = False) -> Tensor:
-        """Compute FFN-M outputs [N, T, D] of token ids (paper, section 2). `x0`: [1 + N, T, D].
+        """Compute FFN-M outputs [N, T, D] of token ids (paper, section 2).
 
-        A base model has N = 0, and no rows that could contain X0.
+        With `x0`, the result is [1 + N, T, D]. A base model has N = 0, and no rows that could
+        contain X0.
         """
         x0_TD = self.x0(ids_T)
         if not self.config.num_rows:

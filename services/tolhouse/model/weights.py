@@ -85,7 +85,10 @@ class Weights:
         return all(left == right for left, right in zip(*parts, strict=True))
 
     def digest(self) -> str:
-        """Return a hash of all files, in hex. Raises MismatchError if one was overwritten."""
+        """Return a hash of all files, as 64 hex digits.
+
+        Raises MismatchError if a file was overwritten.
+        """
         digests = [file.digest() for file in self._files]
         if len(digests) == 1:
             return digests[0]

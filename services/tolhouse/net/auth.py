@@ -36,8 +36,8 @@ class Pems(NamedTuple):
 def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> Pems:
     """Read the files of a TLS identity. "" stands for no file.
 
-    `retries` is the number of retries if certificate and key do not match, because both may be in
-    replacement.
+    `retries` is the number of retries if certificate and key do not match, which happens while both
+    are replaced.
     """
     if bool(certificate) != bool(key):
         given = "certificate" if certificate else "key"

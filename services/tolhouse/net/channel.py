@@ -36,7 +36,7 @@ _TLS_PROBLEMS = {
     "WRONG_VERSION_NUMBER": "it does not speak TLS",
     "Socket closed": "it may be overloaded, or require TLS or a client certificate",
 }
-Targets = str | Sequence[str]  # addresses, or one text with commas between them
+Targets = str | Sequence[str]  # addresses, or one text in which commas separate them
 _CALLERS_FAULT = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "NOT_FOUND")
 
 

@@ -24,7 +24,7 @@ def serialize(header: FetchReply, records: Sequence[bytes | memoryview], size: i
 
 
 def parse(data: bytes) -> tuple[FetchReply, memoryview]:
-    """Parse a reply, and return it without records, and its records as a view of `data`.
+    """Parse a reply. Returns it without records, and the records as a view of `data`.
 
     Raises:
         InternalError: `data` is not a reply.

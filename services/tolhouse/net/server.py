@@ -27,9 +27,8 @@ Register = Callable[[grpc.aio.Server], None]  # a function that adds a service t
 Drain = Callable[[], None] | None
 Report = Callable[[bool], Awaitable[None]]
 Check = Callable[[Report], Coroutine[None, None, None]] | None
-LIVE = (
-    "live"  # the health service name for liveness probes, which is served while the process answers
-)
+# The health service name for liveness probes, which is served while the process answers.
+LIVE = "live"
 
 MAX_STREAMS = 1024  # open calls per connection; further calls wait
 MAX_CONNECTIONS = 1024  # per service; further connections are closed

@@ -1,8 +1,8 @@
 """Computes rows with MemoryLLM checkpoints, including Flex and One Wide.
 
 The last bits of a matrix product depend on its shape and on the number of threads. One thread
-therefore computes rows in batches of one size, and pads the last batch. Builders and workers thus
-compute equal bytes, and so do resumed builds.
+therefore computes rows in batches of one size, and pads the last batch. Builders, resumed
+builds and workers therefore compute equal bytes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -69,8 +69,8 @@ class MemoryLLM:
 def select_blocks(checkpoint: Checkpoint, embedding: str, absent: Iterable[int]) -> list[str]:
     """Return the blocks of a table: all layers except `absent`, and x0 first if included.
 
-    `embedding` includes x0. It is "yes", "no" or "auto", which stands for "yes" if the embedding is
-    not tied to the head.
+    `embedding` decides whether x0 is included. It is "yes", "no" or "auto", which stands for "yes"
+    if the embedding is not tied to the head.
     """
     count, left_out = checkpoint.config.num_rows, set(absent)
     if bad := sorted(left_out - set(range(count))):

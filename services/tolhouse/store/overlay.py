@@ -57,7 +57,7 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
     records = np.concatenate([fresh, store.read_records(manifest, before)])[order]
     changed = changed[order]
     overlay = replace(base, parent=base.ref, changed=tuple(changed.tolist()), **_ONE_SHARD)
-    # If records of `base` are too coarse, changed rows are also stored in their own table.
+    # A compressed `base` has coarse records, so changed rows are also stored in their own table.
     if base.auxiliary:
         if base.frequent_rows:
             finer = store.manifest(base.frequent_rows).codec_name

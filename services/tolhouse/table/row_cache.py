@@ -1,4 +1,4 @@
-"""The row cache, which has records of one table in a slab of fixed size, with S3-FIFO eviction.
+"""The row cache: a slab of fixed size with records of one table, and S3-FIFO eviction.
 
 In S3-FIFO (Yang et al., SOSP 2023), rows enter a small queue with a tenth of the slots. Rows that
 are used again move to the main queue. Other rows are evicted, and enter the main queue if they

@@ -22,9 +22,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     z_loss: float = 1e-6
     clip_norm: float = 1.0  # our choice, as the paper does not say
-    autocast: bool = (
-        True  # bfloat16 products of fp32 weights, our choice, as the paper does not say
-    )
+    autocast: bool = True  # bfloat16 products of fp32 weights; our choice, not in the paper
 
     @property
     def step_tokens(self) -> int:

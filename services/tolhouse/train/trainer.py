@@ -1,4 +1,4 @@
-"""The trainer. It is deterministic for a seed, resumes after a kill, and draws the loss curve.
+"""The trainer, which is deterministic for a seed, resumes after a kill, and draws a loss curve.
 
 FFN-M depends on token ids alone, so the trainer computes `model.rows` once for each distinct token
 of a batch. With 4,096 tokens in a step this is a third of the work.
