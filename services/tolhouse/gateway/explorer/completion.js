@@ -1,7 +1,7 @@
-// The memory's scales, and both completions with each token's change of log probability.
+// The controls for the scales of the memory, and both completions with changes of log probabilities.
 let absentLayers = [];
 let compared = null;
-const STRONGEST = 3; // nats; a larger change has the same colour
+const STRONGEST = 3; // nats; larger changes have the same colour
 const isAbsent = layer => absentLayers.includes(layer);
 const scaleOf = layer => (isAbsent(layer) ? 0 : (state.layers[layer] ?? 1));
 const change = token => token.logprobs[1] - token.logprobs[0];
@@ -29,7 +29,7 @@ function drawMixer() {
   $("mixer").replaceChildren(...(numLayers ? rows : [element("p", "empty", reason)]));
   controls()[focused]?.focus();
 }
-/** A name that turns the rows off and on, a slider, and the scale as text. */
+/** Returns a name that turns the rows off and on, a slider, and the scale as text. */
 function mixerRow(name, [low, high], value, set, missing = false) {
   const toggle = element(
     "button",
@@ -78,7 +78,7 @@ const complete = latest(async signal => {
     return;
   }
   if (isTooLong(state.text)) {
-    clearCompletions("The completion is not available."); // the tokens' error says why
+    clearCompletions("The completion is not available."); // the error of the tokens has the reason
     return;
   }
   const layer_scales = Array.from({ length: numLayers > 1 ? numLayers : 0 }, (_, layer) =>
@@ -93,7 +93,7 @@ const complete = latest(async signal => {
   compared = await ask("explore/compare", { body, signal });
   drawCompletions();
 });
-/** Results of another text or of other settings must not look current. */
+/** Clears the completions, which belong to another text or to other settings. */
 function clearCompletions(reason = "") {
   compared = null;
   for (const side of ["original", "changed"]) {

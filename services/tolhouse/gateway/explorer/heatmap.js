@@ -1,8 +1,8 @@
-// The heat map and the details of its selected cell. Each token is a column with a cell per layer;
-// the columns wrap like text.
+// The heat map, and the details of its selected cell. Each token is a column with a cell for each
+// layer. The columns wrap like text.
 let tokens = [];
 let numLayers = 0;
-let peeked = null; // id of a token in the details that is not the selected one
+let peeked = null; // the id of another token than the selected one, if the details show it
 const SHADES = 24;
 const known = new Map(); // details by token id
 const map = $("map");
@@ -13,7 +13,7 @@ const cellHeight = () => (numLayers <= 8 ? 24 : numLayers <= 16 ? 14 : 8);
 const layerName = layer => (numLayers > 1 ? `layer ${layer}` : "all layers");
 
 for (let n = 0; n < SHADES; n++) {
-  // as variables: their colours follow the theme
+  // CSS variables, so that the colours follow the theme
   const share = n / (SHADES - 1);
   const [from, to] = share < 0.5 ? ["low", "middle"] : ["middle", "high"];
   const part = 100 * (share < 0.5 ? 2 * share : 2 * share - 1);
@@ -22,7 +22,7 @@ for (let n = 0; n < SHADES; n++) {
     `color-mix(in oklab, var(--${to}) ${part.toFixed(1)}%, var(--${from}))`,
   );
 }
-/** Of each layer, the norms that have the first and the last shade. */
+/** Returns for each layer the norms with the first and the last shade. */
 function normRanges() {
   const rows = tokens.filter(token => token.norms);
   const of = (list, layer) => list.map(token => token.norms[layer]);
@@ -87,7 +87,7 @@ function drawLegend(colored, ranges) {
       : ranges[0].map(norm => fixed(norm, 1));
   $("map-legend").append(...(state.norms === "layer" ? [] : ["norm "]), ends[0], bar, ends[1]);
 }
-/** Writes the layers' numbers beside each line of columns, as the browser has wrapped them. */
+/** Writes the numbers of the layers beside each line of columns, after the browser's wrapping. */
 function placeLabels() {
   map.querySelectorAll(".layer").forEach(label => label.remove());
   const height = cellHeight();
@@ -165,7 +165,7 @@ map.addEventListener("keydown", event => {
   event.preventDefault();
   select(...to);
 });
-/** Token and layer under the pointer; without a layer over a token's text. */
+/** Returns the token and the layer under the pointer. The text of a token has no layer. */
 function cellAt(event) {
   const column = event.target.closest?.(".column");
   if (!column) return null;
@@ -205,7 +205,7 @@ new ResizeObserver(placeLabels).observe(map);
 const fetchDetail = latest(async (signal, id) => {
   await new Promise(resolve => {
     setTimeout(resolve, 60);
-  }); // a held arrow key passes many tokens
+  }); // because a held arrow key passes many tokens
   signal.throwIfAborted();
   known.set(id, await ask(`explore/tokens/${id}`, { signal }));
   drawDetail();
@@ -298,7 +298,7 @@ function detailOf(shown, found) {
     element("div", "chips", ...near),
   ];
 }
-/** A button that shows another token's details. */
+/** Returns a button that shows the details of another token. */
 function chip({ id, token }) {
   const made = element(
     "button",

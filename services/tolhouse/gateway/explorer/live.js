@@ -1,4 +1,4 @@
-// Counters of the workers as sparklines. Polls stop while the tab is hidden.
+// Shows the counters of the workers as sparklines. Polls stop while the tab is hidden.
 const POLL_MILLISECONDS = 2000;
 const POINTS = 60;
 const ROWS = ["from_cache", "from_remote", "from_file", "recomputed"];
@@ -30,7 +30,7 @@ class Sparkline {
     this.svg.append(path);
     return path;
   }
-  /** Adds a value; null where there was nothing to measure. */
+  /** Adds a value, or null if there was nothing to measure. */
   add(value) {
     this.values = [...this.values, value].slice(-POINTS);
     const points = this.values.map((v, n) => [n, v]).filter(([, v]) => v !== null);
@@ -79,7 +79,7 @@ $("live").append(
 );
 
 function drawLive(now) {
-  // a worker that starts, stops or restarts changes the sums by more than its work
+  // A worker that starts, stops or restarts changes the sums by more than its work.
   if (before && (now.workers !== before.workers || SUMS.some(name => now[name] < before[name])))
     before = null;
   const seconds = before ? now.at - before.at : 0;
@@ -119,10 +119,10 @@ async function poll() {
   } catch (error) {
     before = null;
     report("live", error);
-    if (error.status === 401) return; // until there is a key
+    if (error.status === 401) return; // wait for a key
   }
   clearTimeout(polling);
-  // after the answer, so that answers keep their order
+  // Poll again after the reply, so that replies keep their order.
   polling = setTimeout(poll, POLL_MILLISECONDS);
 }
 document.addEventListener("visibilitychange", () => {

@@ -13,9 +13,9 @@ const EXAMPLES = [
   { name: "No memory", text: "class Config:\n    def __init__(self, path):\n", scale: 0 },
   { name: "Bytes and tabs", text: '# naïve café, π ≈ 3.14\nif x:\n\ty = "Ünï→"' },
 ];
-const failures = new Map(); // by what failed: error, and the timer of the next try
+const failures = new Map(); // by part of the page: the error, and the timer of the next attempt
 
-/** Shows the error of one part of the page, or that it works again, and schedules the next try. */
+/** Shows or clears the error of a part of the page, and schedules the next attempt. */
 function report(about, error = null, again = null) {
   if (error && !(error instanceof GatewayError)) throw error; // a defect of this page
   clearTimeout(failures.get(about)?.timer);
@@ -66,7 +66,7 @@ async function showCompletions() {
 async function refresh() {
   complete.cancel();
   showBusy();
-  if (await showTokens()) await showCompletions(); // these need the number of layers
+  if (await showTokens()) await showCompletions(); // completions need the number of layers
 }
 const refreshLater = later(refresh, 300);
 const completeLater = later(showCompletions, 150);
@@ -147,7 +147,7 @@ $("copy").onclick = async () => {
   try {
     await navigator.clipboard.writeText(location.href);
   } catch {
-    // only secure pages have the clipboard
+    // only secure pages can use the clipboard
     const field = element("textarea", {
       value: location.href,
       readOnly: true,
@@ -176,7 +176,7 @@ $("theme").onclick = () => {
   try {
     localStorage.setItem("tolhouse-theme", next);
   } catch {
-    /* storage is off: it lasts until the page closes */
+    /* without storage, the theme lasts until the page closes */
   }
   nameTheme();
 };

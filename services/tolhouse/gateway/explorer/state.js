@@ -1,4 +1,4 @@
-// The page's state and its form in the address:
+// The state of the page, and its form in the address:
 // #text=…&tokens=24&scale=1&layers=1,0,1&token=3&layer=1&norms=all
 const MAX_TEXT = 8192;
 const MAX_COUNT = 256;
@@ -21,7 +21,7 @@ function numberIn(text, low, high, fallback) {
   return Number.isFinite(value) ? clamp(value, low, high) : fallback;
 }
 
-/** The state in an address; a missing or malformed field has its default. */
+/** Returns the state in an address. Missing and malformed fields have their defaults. */
 function parseState(hash) {
   const fields = new URLSearchParams(hash.replace(/^#/, ""));
   const whole = (name, low, high) =>
@@ -50,14 +50,14 @@ function formatState() {
   return `#${fields}`;
 }
 
-let editing = 0; // timer that ends a burst of edits
+let editing = 0; // the timer that ends a burst of edits
 function writeAddress(push) {
   const address = formatState();
   if (address === location.hash) return;
   try {
     history[push ? "pushState" : "replaceState"](null, "", address);
   } catch {
-    /* a browser limits how often this is called: the next edit writes the address */
+    /* browsers limit the rate of these calls; the next edit writes the address */
   }
 }
 /** Writes the address after an edit. The edits of one burst, such as a typed word, share one entry

@@ -1,11 +1,11 @@
-// Helpers: elements, visible token text, numbers, and calls to the gateway. All text of tokens
-// reaches the page as text nodes.
+// Helpers for elements, visible token text, numbers, and calls to the gateway. All text of tokens
+// becomes text nodes.
 const $ = id => document.getElementById(id);
 const SIGNS = { " ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍" };
 const SHAPELESS = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Zs}]/u; // control, format and separator characters
 const codeOf = c => `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
 
-/** An element; `properties` has properties and attributes, or is the class name alone. */
+/** Returns an element. `properties` are properties and attributes, or only the class name. */
 function element(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
   if (typeof properties === "string") properties = { className: properties };
@@ -17,7 +17,7 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
-/** A token's text in parts: [text, whether it stands for a character without a shape]. */
+/** Returns parts of a token's text: [text, whether it stands for a character without a shape]. */
 function parts(token) {
   if (/^bytes:(\\x[0-9a-f]{2})+$/.test(token)) return [[token.slice(6), true]];
   if (!token) return [["∅", true]];
@@ -35,7 +35,7 @@ const visible = token =>
   parts(token)
     .map(([text]) => text)
     .join("");
-/** A token's text as an element; with `wrap`, a new line begins after each sign of a line end. */
+/** Returns a token's text as an element. With `wrap`, a line ends after each sign of a line end. */
 const tokenText = (token, wrap = false) =>
   element(
     "bdi",
@@ -51,7 +51,7 @@ const percent = logprob => `${(100 * Math.exp(logprob)).toFixed(1)}%`;
 const capital = text => text[0].toUpperCase() + text.slice(1);
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 
-/** Puts one of `items` in the tab order; arrow keys then move between them. */
+/** Puts one of `items` in the tab order. Arrow keys move between the items. */
 function roving(items, current) {
   items.forEach((item, n) => {
     item.tabIndex = n === current ? 0 : -1;
@@ -71,7 +71,7 @@ const ADVICE = {
   403: "This API key does not allow the request. Enter another one above.",
 };
 
-/** The gateway's JSON answer to a path beside this page; GatewayError if the call fails. */
+/** Returns the gateway's JSON for a path beside this page. Throws GatewayError on failure. */
 async function ask(path, { body, signal } = {}) {
   const headers = { "Content-Type": "application/json" };
   const key = $("key").value.trim();
@@ -96,7 +96,7 @@ async function ask(path, { body, signal } = {}) {
   if (answer.ok && found) return found;
   const said =
     found?.error?.message ?? `The gateway answered ${answer.status} ${answer.statusText}`;
-  // some messages end with their code in brackets, for programs
+  // Some messages end with their code in brackets, which is for programs.
   const sentence = capital(said.replace(/ \([a-z_]+\)$|\.$/, "")) + ".";
   if (/no worker is healthy/.test(said)) throw new GatewayError(NO_WORKER, answer.status, 5);
   const again = [429, 502, 503, 504].includes(answer.status);
@@ -104,7 +104,7 @@ async function ask(path, { body, signal } = {}) {
   throw new GatewayError(ADVICE[answer.status] ?? sentence, answer.status, seconds);
 }
 
-/** Runs one call of `work` at a time: a newer call cancels the older one, which returns false. */
+/** Runs one call of `work` at a time. A new call cancels the previous call, which returns false. */
 function latest(work) {
   let running = null;
   const run = async (...given) => {

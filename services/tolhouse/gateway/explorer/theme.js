@@ -1,7 +1,7 @@
-// Runs before the first paint, so that a stored theme never flashes in the other one.
+// Runs before the first paint, so that the page never flashes in another theme than the stored one.
 try {
   const theme = localStorage.getItem("tolhouse-theme");
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
 } catch {
-  /* storage is off: the system's theme applies */
+  /* without storage, the theme of the system applies */
 }
