@@ -10,6 +10,8 @@ from hypothesis import settings
 from tolhouse.certs import ensure_authority, issue
 from tolhouse.testing import build_table, redis_cluster, redis_server, tiny_model
 
+# Tests fork processes that use gRPC, whose fork support can abort in the child.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 # tests run many processes with tiny models on few cores, so that more threads would only wait
 os.environ["OMP_NUM_THREADS"] = "1"
 # for the many workers that tests start; test_compiled.py and test_wide.py compile
