@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,9 +121,9 @@ class WeightsFile:
             raise self._malformed("the file or its header is truncated")
         self.tensors = self._parsed(text)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            close(self._descriptor)  # when the interpreter exits, `os` may be None
 
     def read(self, name: str) -> Tensor:
         """Read a tensor in its stored dtype.

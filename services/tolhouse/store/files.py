@@ -207,9 +207,9 @@ class _ShardFile:
             f"shard file {path} is truncated, or does not have records of {record_bytes} bytes"
         )
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            close(self._descriptor)  # when the interpreter exits, `os` may be None
 
     def read(self, row: int, views: list[memoryview]) -> None:
         """Read consecutive records from `row` into `views`."""
