@@ -22,6 +22,7 @@ import pytest
 import tolhouse
 import torch
 from tolhouse import AsyncClient, Client, ClientCredentials, errors
+from tolhouse.client.results import NO_TOKEN, worker_info
 from tolhouse.store.base import open_store
 from tolhouse.testing import (
     build_table,
@@ -262,6 +263,12 @@ def test_closing_ends_completions(running: dict) -> None:
                 pass
 
     asyncio.run(run())
+
+
+def test_a_model_may_have_no_end_token() -> None:
+    """The description of a worker has None in place of the protocol's number for no token."""
+    assert worker_info(pb.DescribeWorkerReply(eos_token_id=NO_TOKEN)).eos_token_id is None
+    assert 0 == worker_info(pb.DescribeWorkerReply()).eos_token_id
 
 
 def test_an_abandoned_completion_is_cancelled(running: dict) -> None:

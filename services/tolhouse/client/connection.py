@@ -116,8 +116,6 @@ class Connection:
                 raise ClosedError(message) from None
             if isinstance(error, TolhouseError):
                 raise
-            if isinstance(error, ModuleNotFoundError):  # its message names the extra to install
-                raise UnsupportedError(str(error)) from None
             if isinstance(error, OSError):
                 raise UnavailableError(f"{self._name}: {error.strerror or error}") from error
             what = f"{type(error).__name__}: {error}"

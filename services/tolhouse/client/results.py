@@ -9,6 +9,8 @@ from typing import Any
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import generation_pb2 as pb
 
+NO_TOKEN = 2**32 - 1  # the `eos_token_id` in the reply of a model without an end token
+
 
 @dataclass(frozen=True)
 class TableInfo:
@@ -110,7 +112,7 @@ class WorkerInfo:
         weight_bytes: Bytes of the weights that the worker holds.
         dense_weight_bytes: Bytes of all weights of the model, feed-forward layers included.
         vocab_size: Number of token ids.
-        eos_token_id: The model's end token.
+        eos_token_id: The model's first end token. None if the model has none.
         most_sequences: Largest number of sequences in batch and queue together.
         row_layers: Feed-forward rows of a token: one per layer, one for all layers, or none.
         tokens: Tokens generated since the worker started.
@@ -130,7 +132,7 @@ class WorkerInfo:
     weight_bytes: int
     dense_weight_bytes: int
     vocab_size: int
-    eos_token_id: int
+    eos_token_id: int | None
     most_sequences: int
     row_layers: int
     tokens: int
@@ -154,8 +156,10 @@ def generate_output(reply: pb.GenerateReply) -> GenerateOutput:
 def worker_info(reply: pb.DescribeWorkerReply) -> WorkerInfo:
     """Convert a reply of DescribeWorker."""
     counts = RowCounts(**{f.name: getattr(reply.rows, f.name) for f in fields(RowCounts)})
-    names = [f.name for f in fields(WorkerInfo) if f.name != "rows"]
-    return WorkerInfo(rows=counts, **{name: _plain(getattr(reply, name)) for name in names})
+    names = [f.name for f in fields(WorkerInfo) if f.name not in ("rows", "eos_token_id")]
+    end = None if reply.eos_token_id == NO_TOKEN else reply.eos_token_id
+    values = {name: _plain(getattr(reply, name)) for name in names}
+    return WorkerInfo(rows=counts, eos_token_id=end, **values)
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ import grpc
 from prometheus_client import Counter
 
 from tolhouse import tracing
+from tolhouse.client.results import NO_TOKEN
 from tolhouse.engine.engine import Engine
 from tolhouse.engine.sequence import Output, Sequence
 from tolhouse.errors import InvalidArgumentError
@@ -21,7 +22,6 @@ from tolhouse.v1 import generation_pb2 as pb
 from tolhouse.v1.generation_pb2_grpc import GenerationServicer
 
 REQUESTS = Counter("tolhouse_worker_requests_total", "Generate calls by gRPC status", ["status"])
-NO_TOKEN = 2**32 - 1  # the `eos_token_id` of a model without an end token
 MAX_REQUEST_ID = 256  # characters; the id appears in the log
 _AS_COMPUTED = ("fp32", "fp16", "bf16")  # codecs that round rows to 16 bits at most
 
