@@ -1,6 +1,8 @@
 """The `tolhouse` command: help, table management and one-line errors."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -164,3 +166,29 @@ def test_the_environment_is_read_strictly(tmp_path: Path, monkeypatch) -> None:
         assert f"file://{tmp_path}" in running.log.read_text(encoding="utf-8")
     monkeypatch.setenv("TOLHOUSE_LOOKUP_STORES", "x")
     assert "did you mean TOLHOUSE_LOOKUP_STORE?" in tolhouse("lookup", code=1)
+
+
+_INTERRUPTED_DESTRUCTOR = """
+import os, signal, time
+from tolhouse.cli import main
+
+class Thing:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.001)
+
+@main.command()
+def wait():
+    Thing()
+    time.sleep(100)
+
+main(["wait"])
+"""
+
+
+def test_an_interrupt_in_a_destructor_ends_the_command() -> None:
+    """Python drops an exception in a destructor, but Ctrl-C still ends the command."""
+    command = [sys.executable, "-c", _INTERRUPTED_DESTRUCTOR]
+    done = subprocess.run(command, capture_output=True, timeout=90, check=False)
+    assert (1, b"") == (done.returncode, done.stdout)
+    assert b"Traceback" not in done.stderr

@@ -3,7 +3,9 @@
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from tolhouse.logs import event, printable, start_logging
 from tolhouse.store.base import require_private
 
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&]password=")  # a password in a URL
+_REPEAT_SECONDS = 0.05  # until the destructor or the hook has ended
 # The extra that installs all packages of a command. Other commands need `store` for Redis, and
 # `model` for tokens as text.
 COMMAND_EXTRAS = {
@@ -45,6 +48,7 @@ class Commands(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # the encoding may lack characters
                 stream.reconfigure(errors="backslashreplace")
+        sys.unraisablehook = _repeat_interrupt
         try:
             return super().main(*args, **kwargs)
         except ModuleNotFoundError as error:
@@ -59,6 +63,20 @@ class Commands(click.Group):
         # the message may quote a service or a file
         click.echo("\n".join(map(printable, f"error: {message}".split("\n"))), err=True)
         sys.exit(1)
+
+
+def _repeat_interrupt(raised: "sys.UnraisableHookArgs") -> None:
+    """Report an exception that Python cannot raise, and repeat a Ctrl-C soon.
+
+    Python drops a KeyboardInterrupt in a destructor or in a hook of fork, and the command would
+    continue.
+    """
+    if issubclass(raised.exc_type, KeyboardInterrupt):
+        timer = threading.Timer(_REPEAT_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
+        timer.daemon = True
+        timer.start()
+    else:
+        sys.__unraisablehook__(raised)
 
 
 class Text(click.ParamType):
