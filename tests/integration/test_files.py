@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -105,6 +106,46 @@ def test_damage_is_named_and_repaired_files_are_served(
     assert_holds(store, manifest, IDS[::2])
     shards[1].write_bytes(whole)
     assert_holds(store, manifest)
+
+
+def test_scattered_rows_read_little_else_from_the_device(tmp_path: Path) -> None:
+    """Beside rows in the page cache, others are read from the device without their neighbours."""
+    manifest = table(vocab_size=600, width=12_288)
+    order = np.random.default_rng(0).permutation(600).astype(np.uint32)
+    cached, alone, together = np.split(order, (150, 250))
+
+    def device_bytes() -> int:
+        text = Path("/proc/self/io").read_text(encoding="utf-8")
+        return int(re.search(r"^read_bytes: (\d+)", text, re.MULTILINE)[1])
+
+    shards = write_files(tmp_path, manifest)
+    with closing(FileStore(tmp_path)) as store:
+        for path in shards:
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        read(store, manifest, cached)
+        for parts in (np.split(alone, len(alone)), np.split(together, 10)):
+            before, rows = device_bytes(), sum(map(len, parts))
+            for ids in parts:
+                read(store, manifest, ids)
+            assert device_bytes() - before <= 1.25 * rows * manifest.record_bytes
+
+
+def test_a_missing_file_among_many_costs_only_its_own_rows(tmp_path: Path) -> None:
+    """A request for rows of 60 shards, one of which is missing, reads the rows of all others."""
+    manifest = table(vocab_size=180, num_shards=60)
+    shards = write_files(tmp_path, manifest)
+    ids = np.arange(0, 180, dtype=np.uint32)[::-1].copy()
+    with closing(FileStore(tmp_path, open_files=2)) as store:
+        assert_holds(store, manifest, ids)
+        shards[31].unlink()
+    with closing(FileStore(tmp_path, open_files=2)) as store:
+        out = np.zeros((180, manifest.record_bytes), np.uint8)
+        with pytest.raises(CorruptError, match=r"00031-of-00060\.safetensors is missing") as caught:
+            store.read_records(manifest, ids, out)
+        assert {31, 91, 151} == set(caught.value.token_ids)
+        intact = ids % 60 != 31
+        assert records_of(manifest, ids)[intact].tobytes() == out[intact].tobytes()
 
 
 def test_a_file_truncated_in_use_is_corrupt(store: FileStore, shards: list[Path]) -> None:

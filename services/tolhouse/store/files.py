@@ -7,7 +7,8 @@
     <root>/.lock                                                locked during an update
 
 Files are written under a temporary name, fsynced and renamed. `pread` reads records directly into
-their destination, and all processes of a machine share one copy in the page cache.
+their destination, and all processes of a machine share one copy in the page cache. The rows of a
+request are prefetched, so that the device reads many of them at once.
 """
 
 import fcntl
@@ -17,11 +18,13 @@ import secrets
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +35,8 @@ from tolhouse.table.manifest import Manifest, split_ref
 
 _READ_BYTES = 16 << 20  # the limit of one read of neighbouring records
 _READ_RECORDS = 1024  # IOV_MAX
+_READS_AHEAD = 16  # prefetched reads of a thread; each keeps a file open
+_PREFETCH_BYTES = 256 << 10  # the part of a read that is prefetched
 _HEADER_BYTES = 1 << 20  # the limit of a header
 
 
@@ -71,7 +76,7 @@ class FileStore(Store):
 
     def count(self, manifest: Manifest, shard: int) -> int:
         with suppress(TolhouseError):
-            return self._opened(self._path(manifest, shard), manifest.record_bytes).rows
+            return self._file(manifest, shard).rows
         return 0
 
     def delete_records(self, ref: str) -> None:
@@ -137,29 +142,48 @@ class FileStore(Store):
     def _fill(
         self, manifest: Manifest, ids: np.ndarray, views: Views
     ) -> Generator[memoryview | str]:
+        for file, row, first, end in _prefetched(self._reads(manifest, ids)):
+            part = views[first:end]
+            try:
+                if isinstance(file, CorruptError):
+                    raise file
+                file.read(row, part)
+            except CorruptError as error:
+                yield from [str(error)] * len(part)
+            else:
+                yield from part
+
+    def _reads(self, manifest: Manifest, ids: np.ndarray) -> "Iterator[_Read]":
+        """Yield the reads of neighbouring records, in the order of `ids`."""
         shards, rows = manifest.shard_of(ids), manifest.positions(ids)
         most = min(_READ_RECORDS, max(1, _READ_BYTES // manifest.record_bytes))
         apart = (np.diff(shards) != 0) | (np.diff(rows) != 1)
-        starts = [0, *(np.flatnonzero(apart) + 1).tolist()]  # runs of neighbouring records
+        starts = [0, *(np.flatnonzero(apart) + 1).tolist()]
         ends = [*starts[1:], len(ids)]
         runs = zip(starts, ends, shards[starts].tolist(), rows[starts].tolist(), strict=True)
+        last = -1
         for start, end, shard, row in runs:
+            if shard != last:
+                last, file = shard, self._open(manifest, shard)
             for first in range(start, end, most):
-                part = views[first : min(first + most, end)]
-                try:
-                    file = self._opened(self._path(manifest, shard), manifest.record_bytes)
-                    file.read(row + first - start, part)
-                except CorruptError as error:
-                    yield from [str(error)] * len(part)
-                else:
-                    yield from part
+                yield _Read(file, row + first - start, first, min(first + most, end))
 
     def _reopen(self, manifest: Manifest, ids: np.ndarray) -> None:
         for shard in np.unique(manifest.shard_of(ids)).tolist():
             with suppress(TolhouseError):
-                if self._opened(self._path(manifest, shard), manifest.record_bytes).is_replaced():
+                if self._file(manifest, shard).is_replaced():
                     self._opened.cache_clear()  # other files are opened again on their next use
                     return
+
+    def _open(self, manifest: Manifest, shard: int) -> "_ShardFile | CorruptError":
+        """Return the file of a shard, or the reason why its rows cannot be read."""
+        try:
+            return self._file(manifest, shard)
+        except CorruptError as error:
+            return error
+
+    def _file(self, manifest: Manifest, shard: int) -> "_ShardFile":
+        return self._opened(self._path(manifest, shard), manifest.record_bytes)
 
     def _path(self, manifest: Manifest, shard: int) -> str:
         file = f"shard-{shard:05}-of-{manifest.num_shards:05}.safetensors"
@@ -186,6 +210,27 @@ class FileStore(Store):
             (path.parent / "lease").touch()
 
 
+class _Read(NamedTuple):
+    """A read of the records `row` to `row + end - first` of a shard, for `ids[first:end]`."""
+
+    file: "_ShardFile | CorruptError"
+    row: int
+    first: int
+    end: int
+
+
+def _prefetched(reads: Iterator[_Read]) -> Iterator[_Read]:
+    """Yield each read after the following ones have been prefetched."""
+    begun = deque(islice(reads, 1))
+    for read in reads:
+        if isinstance(read.file, _ShardFile):
+            read.file.prefetch(read.row, read.end - read.first)
+        begun.append(read)
+        if len(begun) > _READS_AHEAD:
+            yield begun.popleft()
+    yield from begun
+
+
 class _ShardFile:
     """An open shard file, which closes when nothing refers to it."""
 
@@ -196,6 +241,8 @@ class _ShardFile:
                 self._descriptor = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
                 raise CorruptError(f"shard file {path} is missing") from None
+            # Readahead of neighbours, which the kernel starts beside cached rows, is of no use.
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
             length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
             text = os.pread(self._descriptor, min(length, _HEADER_BYTES), 8)
             self.start, self.size = 8 + length, os.fstat(self._descriptor).st_size
@@ -210,6 +257,13 @@ class _ShardFile:
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self._descriptor >= 0:
             close(self._descriptor)  # when the interpreter exits, `os` may be None
+
+    def prefetch(self, row: int, count: int) -> None:
+        """Start to read `count` records from `row` into the page cache, without waiting."""
+        start = self.start + row * self.record_bytes
+        size = min(count * self.record_bytes, _PREFETCH_BYTES)
+        with _errors("read", self.path):
+            os.posix_fadvise(self._descriptor, start, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, row: int, views: list[memoryview]) -> None:
         """Read consecutive records from `row` into `views`."""
@@ -249,12 +303,16 @@ def _write(path: Path, *parts: bytes | memoryview) -> None:
         os.fsync(folder)
 
 
-@contextmanager
-def _errors(work: str, path: str | Path) -> Iterator[None]:
+class _errors:  # noqa: N801 - used like `suppress`; a generator takes longer than a read
     """Turn errors of the operating system into UnavailableError."""
-    try:
-        yield
-    except TolhouseError:
-        raise
-    except OSError as error:
-        raise UnavailableError(f"cannot {work} {path}: {error.strerror or error}") from None
+
+    def __init__(self, work: str, path: str | Path) -> None:
+        self.work, self.path = work, path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, TolhouseError):
+            reason = error.strerror or error
+            raise UnavailableError(f"cannot {self.work} {self.path}: {reason}") from None
