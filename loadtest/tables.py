@@ -11,12 +11,15 @@ from redis import Redis
 from tolhouse import Manifest
 from tolhouse.client.row_source import RowSource, open_row_source
 from tolhouse.model.config import ModelConfig
+from tolhouse.net.auth import ClientCredentials
 from tolhouse.store.base import Store, open_store
 from tolhouse.store.registry import commit, publish
 from tolhouse.table.manifest import content_id, record_views
-from tolhouse.testing import Process, process
+from tolhouse.testing import Host, Process, process
 
 _DIFFERENT = 61
+HERE = Host()
+TRUSTED = ClientCredentials(insecure=True)  # a network between namespaces has no other users
 
 
 def manifest_of(
@@ -75,11 +78,13 @@ def load(store: Store, manifest: Manifest) -> None:
 
 
 @contextmanager
-def service(url: str, hot_megabytes: float, *, filled: bool = False) -> Iterator[Process]:
-    """Run a lookup service. With `filled`, wait until it holds the frequent tokens' rows of its
-    published table."""
-    options = "--listen", "127.0.0.1:0", "--hot-megabytes", f"{hot_megabytes:g}"
-    with process("lookup", "--store", url, *options) as running:
+def service(
+    url: str, hot_megabytes: float, *more: str, filled: bool = False, host: Host = HERE
+) -> Iterator[Process]:
+    """Run a lookup service with `more` options. With `filled`, wait until it holds the frequent
+    tokens' rows of its published table."""
+    options = "--listen", f"{host.address}:0", "--insecure", "--hot-megabytes", f"{hot_megabytes:g}"
+    with process("lookup", "--store", url, *options, *more, host=host) as running:
         while filled and "hot rows filled" not in running.log.read_text(encoding="utf-8"):
             time.sleep(0.05)
         yield running
@@ -87,16 +92,19 @@ def service(url: str, hot_megabytes: float, *, filled: bool = False) -> Iterator
 
 @contextmanager
 def served(
-    folder: Path, manifest: Manifest, hot_megabytes: float
+    folder: Path, manifest: Manifest, hot_megabytes: float, host: Host = HERE
 ) -> Iterator[dict[str, RowSource]]:
-    """Row sources of a table: "remote" is a lookup service over TCP, and "file" reads its files."""
+    """Row sources of a table: "remote" is a lookup service over TCP, and "file" reads its files.
+
+    The service and this process must see `folder`.
+    """
     url = f"file://{folder}"
     with closing(open_store(url)) as store:
         load(store, manifest)
         publish(store, manifest.ref)
     with (
-        service(url, hot_megabytes, filled=True) as lookup,
-        closing(open_row_source(lookup.address)) as remote,
+        service(url, hot_megabytes, filled=True, host=host) as lookup,
+        closing(open_row_source(lookup.address, credentials=TRUSTED)) as remote,
         closing(open_row_source(url)) as file,
     ):
         yield {"remote": remote, "file": file}

@@ -21,14 +21,15 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
 
 from tolhouse.errors import NotFoundError, UnavailableError
 
+_T = TypeVar("_T")
 _FREE = ("--listen", "127.0.0.1:0")
 _START_SECONDS, _END_SECONDS = 120, 40  # on a busy machine
-_spawn = partial(subprocess.Popen[bytes], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+_QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 _TEXT = """def add(a, b):
     return a + b
 
@@ -91,6 +92,26 @@ def wait_until(condition: Callable[[], Any], what: str = "it", seconds: float = 
     raise UnavailableError(f"{what} did not happen within {seconds:g} s{problem}")
 
 
+class Host:
+    """Where servers run: on this machine, or where a subclass starts them.
+
+    Attributes:
+        address: The address that servers listen on, without a port.
+        folder: Where temporary files that a server reads or writes belong. None is the default
+            folder for temporary files.
+    """
+
+    address = "127.0.0.1"
+    folder: str | None = None
+
+    def call(self, function: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
+        """Call a function that starts a process or binds a port."""
+        return function(*arguments, **options)
+
+
+_HERE = Host()
+
+
 @dataclass
 class Process:
     """A `tolhouse` process that has printed its ready message."""
@@ -103,12 +124,15 @@ class Process:
 
 
 @contextmanager
-def process(*arguments: str, python: tuple[str, ...] = (sys.executable,)) -> Iterator[Process]:
+def process(
+    *arguments: str, python: tuple[str, ...] = (sys.executable,), host: Host = _HERE
+) -> Iterator[Process]:
     """Run `tolhouse ARGUMENTS` for the block.
 
     Args:
         arguments: The command and its options.
         python: Another interpreter, with its options.
+        host: Where the process runs. The arguments have the address to listen on.
 
     Raises:
         UnavailableError: The process did not become ready. The message has its log.
@@ -117,7 +141,8 @@ def process(*arguments: str, python: tuple[str, ...] = (sys.executable,)) -> Ite
     with tempfile.TemporaryDirectory(prefix="tolhouse-") as folder:
         log = Path(folder, "log")
         with log.open("wb") as stderr:
-            popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
+            pipes = {"stdout": subprocess.PIPE, "stderr": stderr}
+            popen = host.call(subprocess.Popen, command, **pipes)
         assert popen.stdout
         try:
             readable, _, _ = select.select([popen.stdout], [], [], _START_SECONDS)
@@ -248,30 +273,35 @@ class RedisNode:
     url: str
     command: list[str]
     popen: subprocess.Popen
+    host: Host
 
     def restart(self) -> None:
         """Restart the server with its data on disk."""
         end(self.popen)
-        self.popen = _spawn(self.command)
+        self.popen = self.host.call(subprocess.Popen, self.command, **_QUIET)
 
 
 @contextmanager
-def redis_node(*arguments: str, port: int = 0, tls: Path | None = None) -> Iterator[RedisNode]:
+def redis_node(
+    *arguments: str, port: int = 0, tls: Path | None = None, host: Host = _HERE
+) -> Iterator[RedisNode]:
     """Run a Redis server on a free port. A folder of certificates, `tls`, enables mutual TLS."""
-    port = port or free_port()
-    scheme, options = "redis", f"--port {port} --bind 127.0.0.1 --appendonly no"
+    port = port or host.call(free_port)
+    scheme, options = "redis", f"--port {port} --bind {host.address} --appendonly no"
+    options += " --protected-mode no"  # Redis would refuse clients at other addresses
     if tls:
         scheme, options = "rediss", options.replace("--port", "--port 0 --tls-port")
         options += f" --tls-replication yes --tls-cluster yes --tls-ca-cert-file {tls}/ca.pem"
         options += f" --tls-cert-file {tls}/service.pem --tls-key-file {tls}/service.key"
-    with tempfile.TemporaryDirectory(prefix="tolhouse-redis-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tolhouse-redis-", dir=host.folder) as folder:
         command = [redis_binary(tls=bool(tls)), *options.split(), "--dir", folder, "--save", ""]
         command += arguments
-        node = RedisNode(f"{scheme}://127.0.0.1:{port}", command, _spawn(command))
+        popen = host.call(subprocess.Popen, command, **_QUIET)
+        node = RedisNode(f"{scheme}://{host.address}:{port}", command, popen, host)
 
         def answers() -> bool:
             with socket.socket() as probe:
-                return not probe.connect_ex(("127.0.0.1", port))
+                return not probe.connect_ex((host.address, port))
 
         try:
             wait_until(answers, f"Redis on port {port}")
@@ -281,9 +311,11 @@ def redis_node(*arguments: str, port: int = 0, tls: Path | None = None) -> Itera
 
 
 @contextmanager
-def redis_server(*arguments: str, port: int = 0, tls: Path | None = None) -> Iterator[str]:
+def redis_server(
+    *arguments: str, port: int = 0, tls: Path | None = None, host: Host = _HERE
+) -> Iterator[str]:
     """Run `redis_node` and return its URL."""
-    with redis_node(*arguments, port=port, tls=tls) as node:
+    with redis_node(*arguments, port=port, tls=tls, host=host) as node:
         yield node.url
 
 
@@ -294,6 +326,7 @@ def redis_cluster(
     *options: str,
     node_timeout_ms: int = 5000,
     announced: Callable[[int], int] | None = None,
+    host: Host = _HERE,
 ) -> Iterator[list[RedisNode]]:
     """Run a Redis Cluster on free ports, with masters, and their replicas in the same order.
 
@@ -308,17 +341,17 @@ def redis_cluster(
         nodes, clients, total = list[RedisNode](), list[Redis](), masters * (1 + replicas)
         share = -(-16384 // masters)
         for k in range(total):
-            port = free_port()
+            port = host.call(free_port)
             own = f"--cluster-announce-port {announced(port)} " if announced else ""
             own += f"--cluster-announce-bus-port {port + 10_000}"
-            node = redis_node(*(common + own).split(), *options, port=port)
+            node = redis_node(*(common + own).split(), *options, port=port, host=host)
             nodes.append(stack.enter_context(node))
             clients.append(stack.enter_context(Redis.from_url(nodes[k].url)))
             if k < masters:
                 slots = range(k * share, min(16384, (k + 1) * share))
                 clients[k].execute_command("CLUSTER ADDSLOTS", *slots)
             clients[k].execute_command("CLUSTER SET-CONFIG-EPOCH", k + 1)
-            clients[0].execute_command("CLUSTER MEET", "127.0.0.1", port)
+            clients[0].execute_command("CLUSTER MEET", host.address, port)
         names = [client.execute_command("CLUSTER MYID") for client in clients]
         for k, client in enumerate(clients[masters:]):  # a replica must first discover its master
             replicate = partial(client.execute_command, "CLUSTER REPLICATE", names[k % masters])
@@ -340,5 +373,5 @@ def free_port() -> int:
     while True:
         port = random.randint(10_001, 22_000)  # the bus port, 10,000 above, is below outgoing ports
         with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            probe.bind(("", port))
             return port
