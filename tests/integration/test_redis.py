@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tolhouse.errors import (
     CorruptError,
     DeadlineExceededError,
     InvalidArgumentError,
+    NotFoundError,
     TolhouseError,
     UnauthenticatedError,
     UnavailableError,
@@ -24,7 +26,7 @@ from tolhouse.store.base import Store, open_store
 from tolhouse.store.redis import RedisStore
 from tolhouse.store.registry import commit, delete, publish, resolve
 from tolhouse.store.writer import shard_digest
-from tolhouse.testing import free_port, redis_cluster, redis_server, wait_until
+from tolhouse.testing import free_port, redis_binary, redis_cluster, redis_server, wait_until
 
 from tests.chaos.proxy import Link
 from tests.tables import assert_holds, manifest_of, read, records_of, write
@@ -249,6 +251,40 @@ def test_a_server_that_answers_byte_by_byte_times_out(kind: str) -> None:
         for link in links:
             link.mend()
         wait_until(lambda: assert_holds(store, MANIFEST) is None)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_replies_arrive_in_any_pieces(tls: bool, pki: Path) -> None:
+    """Rows are the same if the server sends its answers byte by byte or at once, also before and
+    after a lost row and rows of other sizes."""
+    if tls:
+        try:
+            redis_binary(tls=True)
+        except NotFoundError as error:
+            pytest.skip(str(error))
+    keys = f"ssl_certfile={pki}/client.pem&ssl_keyfile={pki}/client.key"
+    options = f"?ssl_ca_certs={pki}/ca.pem&{keys}" if tls else ""
+    port, large = free_port(), manifest_of("large", vocab_size=600, width=2048)
+    with (
+        redis_server(port=port, tls=pki if tls else None) as url,
+        closing(open_store(url + options)) as store,
+        closing(Redis.from_url(url + options)) as redis,
+        Link(f"127.0.0.1:{port}") as link,
+        closing(open_store(url.replace(f"127.0.0.1:{port}", link.address) + options)) as linked,
+    ):
+        write(store, MANIFEST)
+        write(store, large)
+        assert_holds(linked, large)
+        link.drip(1e-9)
+        assert_holds(linked, MANIFEST)
+        for damaged in (None, b"", b"short", b"long" * 20):
+            redis.hdel(HASH, 17)
+            if damaged is not None:
+                redis.hset(HASH, 17, damaged)
+            with pytest.raises(CorruptError, match="row of token 17 of") as caught:
+                read(linked, MANIFEST)
+            assert (17,) == caught.value.token_ids
+            assert_holds(linked, MANIFEST, np.delete(IDS, 17))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

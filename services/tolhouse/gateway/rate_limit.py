@@ -39,7 +39,7 @@ class RateLimiter:
         self._resume = 0.0  # the time to try Redis again
         if redis_url:
             from tolhouse.store.base import require_private
-            from tolhouse.store.redis import split_credentials
+            from tolhouse.store.redis_connection import split_credentials
 
             if not redis_url.startswith(("redis://", "rediss://")):
                 raise InvalidArgumentError(
