@@ -1,6 +1,7 @@
 """Tables of random records with valid checksums for benchmarks, written as fast as the store
 allows."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -79,12 +80,18 @@ def load(store: Store, manifest: Manifest) -> None:
 
 @contextmanager
 def service(
-    url: str, hot_megabytes: float, *more: str, filled: bool = False, host: Host = HERE
+    url: str,
+    hot_megabytes: float,
+    *more: str,
+    filled: bool = False,
+    host: Host = HERE,
+    python: tuple[str, ...] = (sys.executable,),
 ) -> Iterator[Process]:
     """Run a lookup service with `more` options. With `filled`, wait until it holds the frequent
-    tokens' rows of its published table."""
+    tokens' rows of its published table. `python` is the command of the interpreter."""
     options = "--listen", f"{host.address}:0", "--insecure", "--hot-megabytes", f"{hot_megabytes:g}"
-    with process("lookup", "--store", url, *options, *more, host=host) as running:
+    arguments = "lookup", "--store", url, *options, *more
+    with process(*arguments, python=python, host=host) as running:
         while filled and "hot rows filled" not in running.log.read_text(encoding="utf-8"):
             time.sleep(0.05)
         yield running
