@@ -3,10 +3,11 @@
     python -m loadtest.capacity [--quick] [--folder FOLDER]
 
 The service reads the table from files on a disk. A cgroup limits its memory to a quarter of the
-table, including the page cache. Redis has all rows in memory and no limit. The client asks both for
-the same ids in turn: a real text, uniformly random ids, and single rows. Before the single rows,
-the page cache of the files is dropped, and only reads that reached the device count as cold. The
-output is a table and a final line of JSON.
+table, including the page cache. Redis has all rows in memory and no limit. The client asks both in
+turn for the ids of a real text, and for uniformly random ids, which give `rows_per_s_vs_redis`.
+Then it asks for single rows. The page cache of the files is dropped before, and only requests for
+which the service read from the device count as cold. The output is a table and a final line of
+JSON.
 """
 
 import argparse
@@ -26,15 +27,16 @@ from redis import Redis
 from tolhouse import Client, Manifest
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import publish
-from tolhouse.testing import Process, open_url, redis_server
+from tolhouse.testing import Host, Process, open_url, redis_server
 from tqdm import tqdm
 
 from loadtest.cgroup import MemoryGroup, memory_limited
-from loadtest.tables import load, load_plain, manifest_of, service
+from loadtest.isolation import server_side
+from loadtest.tables import TRUSTED, load, load_plain, manifest_of, service
 from loadtest.text import trace
 
 VOCABULARY, TIMES, AT_ONCE = 32_768, 4, 32
-HOT_SHARE = 0.25  # of the limit; the rest is the process itself and the page cache
+HOT_SHARE = 0.4  # of the limit; the rest is for the process and the page cache
 
 
 @dataclass
@@ -47,15 +49,16 @@ class Compared:
     device: float  # the bytes that it read from the device, over the bytes of all rows
 
 
+@dataclass
 class Served:
-    """A lookup service, its client, and a Redis with the same rows."""
+    """A lookup service with a client, and a Redis that has the same rows under `keys`."""
 
-    def __init__(
-        self, running: Process, client: Client, redis: Redis, manifest: Manifest, folder: Path
-    ) -> None:
-        self.running, self.client, self.redis, self.manifest = running, client, redis, manifest
-        self.folder = folder
-        self.keys = load_plain(redis, manifest, np.arange(manifest.vocab_size, dtype=np.uint32))
+    running: Process
+    client: Client
+    redis: Redis
+    keys: dict[int, str]
+    manifest: Manifest
+    folder: Path
 
     def fetch(self, ids: np.ndarray) -> float:
         """Fetch and verify rows, and return the seconds that it took."""
@@ -136,6 +139,8 @@ def measure(served: Served, text: np.ndarray, rounds: int) -> dict[str, float]:
     unused = np.setdiff1d(unused, np.array(frequent, np.uint32))
     drop_page_cache(served.folder)
     cold, _ = served.singles(rng.permutation(unused)[: 2 * rounds].tolist())
+    if not cold:
+        sys.exit("error: no row came from a device; give a folder on a disk with --folder")
     served.singles(frequent[:50])
     _, warm = served.singles(frequent[:50] * 10)
     beside = [served.mget(np.array([i])) * 1e3 for i in frequent[:50] * 10]
@@ -152,25 +157,24 @@ def measure(served: Served, text: np.ndarray, rounds: int) -> dict[str, float]:
     }
 
 
-def limited_service(
-    served: Served, group: MemoryGroup | None, limit: int
-) -> dict[str, bool | float | None]:
-    """What the limit did to the service."""
-    pid = served.running.pid
+def memory(pid: int, group: MemoryGroup | None, limit: int) -> dict[str, bool | float | None]:
+    """Whether the limit applied to the service, and what the service used of it."""
     limited = bool(group and group.limits(pid, limit))
     peak = group.peak() if group and limited else None
-    resident = _proc(pid, "status", "VmHWM") * 1024
+    resident, device = _proc(pid, "status", "VmHWM") * 1024, _proc(pid, "io", "read_bytes")
     shown = f"{peak / 1e6:.0f} MB with its page cache, " if peak else "not limited, "
-    print(f"peak memory of the service: {shown}{resident / 1e6:.0f} MB resident")
+    print(f"highest memory of the service: {shown}{resident / 1e6:.0f} MB resident")
     return {
         "limited": limited,
-        "device_read_bytes": served.device_bytes(),
+        "device_read_bytes": device,
         "peak_over_limit": peak and peak / limit,
         "resident_bytes": resident,
     }
 
 
-def run(row_kib: int, rounds: int, parent: str | None) -> dict[str, bool | float | None]:
+def run(
+    row_kib: int, rounds: int, parent: str | None, host: Host
+) -> dict[str, bool | float | None]:
     source, text, frequent = trace(VOCABULARY)
     manifest = manifest_of("capacity", VOCABULARY, row_kib, frequent=frequent)
     limit = manifest.table_bytes // TIMES
@@ -182,18 +186,22 @@ def run(row_kib: int, rounds: int, parent: str | None) -> dict[str, bool | float
     )
     with ExitStack() as stack:
         enter = stack.enter_context
+        parent = parent or host.folder
         folder = Path(enter(tempfile.TemporaryDirectory(prefix="tolhouse-capacity-", dir=parent)))
         url = f"file://{folder}"
         with closing(open_store(url)) as store:
             load(store, manifest)
             publish(store, manifest.ref)
-        redis = enter(closing(Redis.from_url(enter(redis_server()))))
+        redis = enter(closing(Redis.from_url(enter(redis_server(host=host)))))
+        keys = load_plain(redis, manifest, np.arange(VOCABULARY, dtype=np.uint32))
         group = enter(memory_limited(limit))
-        within = (*group.command, sys.executable) if group else (sys.executable,)
+        python = (*group.command, sys.executable) if group else (sys.executable,)
+        metrics = "--metrics-listen", f"{host.address}:0"
         drop_page_cache(folder)
-        running = enter(service(url, hot, filled=True, python=within))
-        served = Served(running, enter(Client(running.address)), redis, manifest, folder)
-        return {**measure(served, text, rounds), **limited_service(served, group, limit)}
+        running = enter(service(url, hot, *metrics, filled=True, host=host, python=python))
+        client = enter(Client(running.address, credentials=TRUSTED))
+        served = Served(running, client, redis, keys, manifest, folder)
+        return {**measure(served, text, rounds), **memory(running.pid, group, limit)}
 
 
 def main() -> None:
@@ -201,11 +209,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--folder", help="folder on the disk to measure; default: that of temporary files"
+        "--folder", help="folder on the disk to measure (default: that of temporary files)"
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller rows")
     options = parser.parse_args()
-    found = run(*((32, 150) if options.quick else (96, 1000)), options.folder)
+    size = (32, 150) if options.quick else (96, 1000)
+    with server_side() as host:
+        found = {**run(*size, options.folder, host), "isolated": host.isolated}
     shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
     print(json.dumps(shown))
 
