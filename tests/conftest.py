@@ -42,12 +42,14 @@ def redis_cluster_url() -> Iterator[str]:
         yield nodes[0].url
 
 
-@pytest.fixture(params=["file", "redis", "cluster"])
+@pytest.fixture(params=["file", "redis", "cluster", "redis-keys", "cluster-keys"])
 def store_url(
     request: pytest.FixtureRequest, tmp_path: Path, redis_url: str, redis_cluster_url: str
 ) -> str:
+    """A store of each kind. In `keys`, Redis has a key per record in place of a hash per shard."""
+    kind, _, layout = request.param.partition("-")
     urls = {"file": f"file://{tmp_path}", "redis": redis_url, "cluster": redis_cluster_url}
-    return urls[request.param]
+    return urls[kind] + "?layout=keys" * bool(layout)
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ def list_tables(settings: config.StoreConfig) -> None:
 def show(settings: config.StoreConfig, table: str) -> None:
     """Print the manifest of TABLE, NAME or NAME@VERSION, as JSON."""
     for store in _stores(settings):
-        click.echo(registry.resolve(store, table).to_json(), nl=False)
+        click.echo(store.manifest_text(registry.resolve(store, table)), nl=False)
 
 
 @click.command()

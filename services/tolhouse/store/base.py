@@ -87,6 +87,14 @@ class Store(ABC):
             raise CorruptError(f"{ref} in {self.url}: the manifest describes table {manifest.ref}")
         return manifest
 
+    def manifest_text(self, manifest: Manifest) -> bytes:
+        """Return the text of a manifest in this store, which also has the layout here."""
+        return manifest.to_json().encode()
+
+    def conflict(self, planned: Manifest) -> str:
+        """Return why the options of the store do not fit a table that it holds, else ""."""
+        return ""
+
     def parent(self, manifest: Manifest) -> Manifest:
         """Return the parent table of an overlay.
 

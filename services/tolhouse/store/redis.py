@@ -1,22 +1,25 @@
 """The Redis store, on one server or on a Redis Cluster.
 
-    tolhouse:{name@version:shards-64:k}     hash: token id -> record; a shard is in one slot
     tolhouse:{registry}:manifest            hash: name@version -> manifest
     tolhouse:{registry}:deleting            hash: name@version -> ""
     tolhouse:{registry}:alias               hash: name -> alias
     tolhouse:{registry}:changed             string: random, changes with each update
     tolhouse:{registry}:lease:name@version  string with expiry: the version is in use
 
-redis_reads.py reads the records, and redis_connection.py opens the connections.
+redis_layouts.py has the keys of records. redis_reads.py reads them over the connections of
+redis_connection.py. The layout of a table is the field `layout` of its manifest in the registry,
+and only there: the same version may have another layout in another store.
 """
 
 import secrets
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import numpy as np
 from redis import exceptions as theirs
@@ -25,7 +28,7 @@ from redis.cluster import RedisCluster
 from redis.retry import Retry
 
 from tolhouse import errors
-from tolhouse.errors import InvalidArgumentError, UnavailableError
+from tolhouse.errors import CorruptError, InvalidArgumentError, NotFoundError, UnavailableError
 from tolhouse.net.call import end_after
 from tolhouse.store.base import (
     LEASE_SECONDS,
@@ -37,6 +40,7 @@ from tolhouse.store.base import (
     shown,
 )
 from tolhouse.store.redis_connection import connect, split_credentials, until
+from tolhouse.store.redis_layouts import HASHES, LAYOUTS, Layout
 from tolhouse.store.redis_reads import FAILOVER_SECONDS, SENT_BYTES, Read, Reader
 from tolhouse.table.manifest import Manifest, record_views
 
@@ -58,9 +62,7 @@ redis.call('SET', KEYS[1], ARGV[1])
 return 1
 """
 _UPDATE_TRIES = 50
-_ABANDONED_SECONDS = 3600  # the expiry of incomplete shards of killed builds
-_WRITE_BYTES = 1 << 20  # the bytes in an HSET
-_WRITES_AHEAD = 4  # HSETs in a pipeline
+_DELETED_KEYS = 1000  # the keys of a pipeline
 _NO_ENTRY = theirs.AuthenticationError, theirs.AuthorizationError, theirs.NoPermissionError
 _NO_CONNECTION = theirs.ConnectionError, theirs.RedisClusterException
 _ERRORS: tuple[tuple[Any, type[errors.TolhouseError], str], ...] = (  # the first match is used
@@ -73,12 +75,22 @@ _ERRORS: tuple[tuple[Any, type[errors.TolhouseError], str], ...] = (  # the firs
 )
 
 
+# Cached, because the validation of a long manifest is slow.
+_portable = lru_cache(16)(lambda manifest: replace(manifest, layout=HASHES.in_manifest))
+
+
 class RedisStore(Store):
-    """A store in Redis. `timeout_seconds` limits each reply."""
+    """A store in Redis. `timeout_seconds` limits each reply.
+
+    The option `layout` of the URL, "hashes" or "keys", is the layout of new tables. By default it
+    is "hashes", and for an overlay the layout of its parent.
+    """
 
     def __init__(self, url: str, timeout_seconds: float) -> None:
         super().__init__(shown(url))
         self._timeout, self._closed = timeout_seconds, threading.Event()
+        url, self._new_layout = _split_layout(url)
+        self._layouts = dict[str, Layout]()  # of complete tables, by ref
         url, credentials = split_credentials(url)
         options: dict[str, Any] = {
             "socket_timeout": timeout_seconds,
@@ -109,29 +121,42 @@ class RedisStore(Store):
         found = {*self._call("hkeys", f"{_REGISTRY}:manifest")}
         return sorted(ref.decode() for ref in found | self._call("smembers", _FORMAT_1_TABLES))
 
+    def manifest(self, ref: str) -> Manifest:
+        self._layouts.pop(ref, None)
+        stored = super().manifest(ref)
+        self._layouts[ref] = next(own for own in LAYOUTS if own.in_manifest == stored.layout)
+        return stored if stored.layout == HASHES.in_manifest else _portable(stored)
+
+    def manifest_text(self, manifest: Manifest) -> bytes:
+        return replace(manifest, layout=self._layout(manifest).in_manifest).to_json().encode()
+
+    def conflict(self, planned: Manifest) -> str:
+        there = self._layouts.get(planned.ref)
+        if there is None or self._new_layout in (None, there):
+            return ""
+        return f"in the layout {there.name}: use `?layout={there.name}` in the URL"
+
     def write_shard(self, manifest: Manifest, shard: int, records: np.ndarray) -> None:
-        key, ids = _shard_key(manifest, shard), manifest.shard_ids(shard).tolist()
-        step = max(1, _WRITE_BYTES // manifest.record_bytes)
         views = list(record_views(np.ascontiguousarray(records)))
-        partial = f"{key}:{secrets.token_hex(8)}"
+        self._layouts.pop(manifest.ref, None)  # the table may have been deleted and built again
+        layout = self._layout(manifest)
         with self._mapped():
-            for start in range(0, len(ids), step * _WRITES_AHEAD):
-                pipeline = self._redis.pipeline(transaction=False)
-                for at in range(start, min(start + step * _WRITES_AHEAD, len(ids)), step):
-                    part = zip(ids[at : at + step], views[at : at + step], strict=True)
-                    pipeline.hset(partial, mapping=dict(part))
-                pipeline.expire(partial, _ABANDONED_SECONDS)
-                pipeline.execute()
-            self._redis.persist(partial)
-            self._redis.rename(partial, key)
+            layout.write(self._redis, manifest, shard, views)
 
     def count(self, manifest: Manifest, shard: int) -> int:
-        return self._call("hlen", _shard_key(manifest, shard))
+        layout = self._layout(manifest)
+        with self._mapped(), self._limited():
+            return layout.count(self._redis, manifest, shard)
 
     def delete_records(self, ref: str) -> None:
+        pipeline = self._redis.pipeline(transaction=False)
         with self._mapped():
-            for key in self._redis.scan_iter(match=f"tolhouse:{{{ref}[:}}]*", count=1000):
-                self._redis.unlink(key)
+            keys = self._redis.scan_iter(match=f"tolhouse:{{{ref}[:}}]*", count=_DELETED_KEYS)
+            for n, key in enumerate(keys, 1):
+                pipeline.unlink(key)
+                if n % _DELETED_KEYS == 0:
+                    pipeline.execute()
+            pipeline.execute()
             self._redis.srem(_FORMAT_1_TABLES, ref)
 
     def lease(self, ref: str) -> None:
@@ -189,9 +214,25 @@ class RedisStore(Store):
         return text
 
     def _call(self, command: str, *arguments: Any, **options: Any) -> Any:
-        seconds = self._timeout + (FAILOVER_SECONDS if self._is_cluster else 0)
-        with self._mapped(), until(end_after(seconds), self._closed):
+        with self._mapped(), self._limited():
             return getattr(self._redis, command)(*arguments, **options)
+
+    def _limited(self) -> AbstractContextManager[None]:
+        """Limit the time of the block, which executes one command."""
+        seconds = self._timeout + (FAILOVER_SECONDS if self._is_cluster else 0)
+        return until(end_after(seconds), self._closed)
+
+    def _layout(self, manifest: Manifest) -> Layout:
+        """Return the layout of a table: that of its manifest here, or that of a new table."""
+        for ref in filter(None, (manifest.ref, manifest.parent)):
+            if ref not in self._layouts:
+                with suppress(NotFoundError, CorruptError):
+                    self.manifest(ref)
+            if found := self._layouts.get(ref):
+                return found
+            if self._new_layout:
+                return self._new_layout
+        return HASHES
 
     @contextmanager
     def _mapped(self) -> Iterator[None]:
@@ -207,18 +248,32 @@ class RedisStore(Store):
     def _fill(
         self, manifest: Manifest, ids: np.ndarray, views: Views
     ) -> Generator[memoryview | str]:
+        # The manifest may be unknown here, and its server down. Lost rows cause another look.
+        layout = self._layouts.get(manifest.ref) or self._new_layout or HASHES
+        return self._fill_from(layout, manifest, ids, views)
+
+    def _fill_from(
+        self, layout: Layout, manifest: Manifest, ids: np.ndarray, views: Views
+    ) -> Generator[memoryview | str]:
         size, shards = manifest.record_bytes, manifest.shard_of(ids)
-        reads, step = list[Read](), max(1, SENT_BYTES // size)
+        reads, step, done, checked = list[Read](), max(1, SENT_BYTES // size), 0, False
         for start, end in pairwise([0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(ids)]):
-            key = _shard_key(manifest, int(shards[start]))
             for at in range(start, end, step):
                 tokens = ids[at : min(at + step, end)].tolist()
-                reads.append(Read(["HMGET", key, *tokens], tokens, views[at : at + len(tokens)]))
+                words = layout.read(manifest, int(shards[start]), tokens)
+                reads.append(Read(words, tokens, views[at : at + len(tokens)]))
         with self._mapped():
             for read, records in zip(reads, self._reader.records(reads, size), strict=True):
                 if records is read.views:
                     yield from records
+                    done += len(records)
                     continue
+                if None in records and not checked:
+                    self._layouts.pop(manifest.ref, None)
+                    if (now := self._layout(manifest)) is not layout:
+                        yield from self._fill_from(now, manifest, ids[done:], views[done:])
+                        return
+                    checked = True
                 for token, view, record in zip(read.tokens, read.views, records, strict=True):
                     if record is None or len(record) != size:
                         row = f"the row of token {token} of table {manifest.ref}"
@@ -227,10 +282,20 @@ class RedisStore(Store):
                     else:
                         view[:] = record
                         yield view
+                done += len(records)
 
     def _reopen(self, manifest: Manifest, ids: np.ndarray) -> None:
         pass  # there is no state of a shard
 
 
-def _shard_key(manifest: Manifest, shard: int) -> str:
-    return f"tolhouse:{{{manifest.ref}:{manifest.layout}-{manifest.num_shards}:{shard}}}"
+def _split_layout(url: str) -> tuple[str, Layout | None]:
+    """Split a URL into the URL without `layout`, and the layout."""
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    if (name := options.pop("layout", None)) is None:
+        return url, None
+    for layout in LAYOUTS:
+        if layout.name == name:
+            return urlunsplit(parts._replace(query=urlencode(options))), layout
+    allowed = " or ".join(layout.name for layout in LAYOUTS)
+    raise InvalidArgumentError(f"store {shown(url)!r} has the layout {name!r:.40}, not {allowed}")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import hiredis
@@ -59,7 +60,7 @@ class Reader:
         while answered < len(reads):
             try:
                 for answer in ask(reads[answered:], record_bytes):
-                    yield answer
+                    yield self._found(reads[answered], answer, record_bytes)
                     answered += 1
             except (*LOST, theirs.ResponseError) as error:
                 if self._is_cluster and isinstance(error, (*LOST, *_NOT_NOW)):
@@ -74,18 +75,32 @@ class Reader:
                 else:
                     ask = self._pipeline
 
+    def _found(self, read: Read, answer: Records, record_bytes: int) -> Records:
+        """Return the answer. If a Cluster lacks records, ask redis-py, which follows moved slots.
+
+        A replica has no redirections for a slot that is being moved.
+        """
+        if self._is_cluster and answer is not read.views and None in answer:
+            return next(self._pipeline([read], record_bytes))
+        return answer
+
     def _end(self, reads: list[Read], record_bytes: int) -> float:
         """Return the deadline of all replies to `reads`, if they are sent now."""
         size = sum(len(read.tokens) for read in reads) * record_bytes
         return end_after(self._timeout * max(1, size / _READ_BYTES))
 
     def _pipeline(self, reads: list[Read], record_bytes: int) -> Iterator[Records]:
+        """Send all commands with redis-py. MGET becomes GETs, which also work in a moving slot."""
         pipeline = self._redis.pipeline(transaction=False)
         for read in reads:
-            pipeline.execute_command(*read.words)
+            command, *keys = read.words
+            for words in [("GET", key) for key in keys] if command == "MGET" else [read.words]:
+                pipeline.execute_command(*words)
         with until(self._end(reads, record_bytes), self._closed):
-            answers = pipeline.execute()
-        yield from answers
+            answers = iter(pipeline.execute())
+        for read in reads:
+            single = read.words[0] == "MGET"
+            yield list(islice(answers, len(read.tokens))) if single else next(answers)
 
     def _send(self, reads: list[Read], record_bytes: int) -> Iterator[Records]:
         """Send all commands to healthy nodes, and then read the replies."""

@@ -73,7 +73,7 @@ def commit(store: Store, manifest: Manifest) -> None:
         if stored != manifest.num_records:
             rows = f"{stored} of {manifest.num_records} rows of {manifest.ref}"
             raise CorruptError(f"{store.url} holds {rows}: build it again")
-        return {("manifest", manifest.ref): manifest.to_json().encode()}
+        return {("manifest", manifest.ref): store.manifest_text(manifest)}
 
     store.update(change)
 
@@ -174,6 +174,8 @@ def refuse_another(store: Store, planned: Manifest) -> None:
         shards = f"{there.num_shards} shards and built from model {there.model_id[:12]}"
         hint = f"use `shards`={there.num_shards} or another `name`, or delete it first"
         raise InUseError(f"{planned.ref} is in {store.url} already, with {shards}: {hint}")
+    if conflict := store.conflict(planned):
+        raise InUseError(f"{planned.ref} is in {store.url} already, {conflict}, or delete it first")
 
 
 def _to_delete(store: Store, ref: str, force: bool) -> tuple[str, ...]:

@@ -98,7 +98,7 @@ class Manifest:
         model_id: Hash of the checkpoint that the table was built from.
         tokenizer_id: Hash of the checkpoint's tokenizer.
         shards: Digest of each shard; empty until all are written.
-        layout: Arrangement of the records in a store.
+        layout: Arrangement of the records in one store, which sets it only in its own copy.
         frequent: The most frequent token ids, most frequent first.
         parent: For an overlay: the table with all unchanged rows, "name@version".
         changed: For an overlay: the ids of its own rows, ascending.
@@ -122,7 +122,7 @@ class Manifest:
     model_id: str
     tokenizer_id: str
     shards: Annotated[tuple[Digest, ...], Field(strict=False)] = ()
-    layout: Literal["shards"] = "shards"
+    layout: Literal["shards", "keys"] = "shards"
     frequent: Annotated[Ids, Field(max_length=MAX_FREQUENT)] = ()
     parent: Ref = ""
     changed: Annotated[Ids, Field(max_length=MAX_CHANGED)] = ()
