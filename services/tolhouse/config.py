@@ -236,6 +236,12 @@ class LookupConfig(Server):
 
     listen: Address = option("127.0.0.1:50051", "gRPC address to listen on; port 0: any free port.")
     metrics_listen: Address = option("127.0.0.1:0", "Address to serve Prometheus metrics on.")
+    rows_listen: str = option(
+        "", "Address of the row transport, or `none`. Default: any free port of --listen's host."
+    )
+    rows_advertised_port: int = option(
+        0, "Port of the row transport for clients, if NAT maps it to another.", ge=0, lt=2**16
+    )
     store: str = option(DEFAULT_STORE, "Store to serve: file://PATH or redis://HOST:PORT.")
     refill: str = option(
         "", "Backup to restore lost rows from, a URL as in --store. Default: none."
@@ -244,6 +250,14 @@ class LookupConfig(Server):
     drain_seconds: float = option(10, "Time for calls in flight to finish after SIGTERM.", ge=0)
     store_timeout_seconds: float = option(2, "Timeout of a complete reply of Redis.", gt=0)
     store_wait_seconds: float = option(0, "Time to wait for Redis at start.", ge=0)
+
+    def rows_address(self) -> str:
+        """Return the address of the row transport, or "" for none."""
+        if self.rows_listen == "none":
+            return ""
+        if self.rows_listen:
+            return _check_address(self.rows_listen)
+        return join_address(split_address(self.listen)[0], 0)
 
 
 class CompileConfig(Config):

@@ -106,7 +106,8 @@ def of_services(system: System) -> list[Fault]:
         )
     for what, links, may_fail in (
         ("gateway and worker", [system.to_workers[0]], streams),
-        ("worker and lookup", [system.to_lookups[0][0]], nothing),
+        ("worker and lookup", [system.to_lookups[0][0], system.to_rows[0]], nothing),
+        ("workers and a row port", [system.to_rows[1]], nothing),
     ):
         faults += of_links(what, links, may_fail)
     return faults

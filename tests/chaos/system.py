@@ -101,10 +101,15 @@ class System:
         def link(to: Service) -> Link:
             return stack.enter_context(Link(to.address))
 
-        self.lookups = [
-            service("lookup", "--store", store_url, "--hot-megabytes", str(hot_megabytes)).start()
-            for _ in range(2)
-        ]
+        self.lookups: list[Service] = []
+        self.to_rows: list[Link] = []  # to the row port of each lookup replica
+        for _ in range(2):
+            rows = f"127.0.0.1:{free_port()}"
+            self.to_rows.append(stack.enter_context(Link(rows)))
+            announced = self.to_rows[-1].address.rpartition(":")[2]
+            options = f"--store {store_url} --hot-megabytes {hot_megabytes} --rows-listen {rows}"
+            options += f" --rows-advertised-port {announced}"
+            self.lookups.append(service("lookup", *options.split()).start())
         self.to_lookups = [[link(lookup) for lookup in self.lookups] for _ in range(2)]  # by worker
         self.workers = []
         for links in self.to_lookups:

@@ -5,16 +5,20 @@ A target reads bytes. An error outside `ALLOWED` or a wrong result is a finding.
 """
 
 import json
+import socket
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from io import BytesIO
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ValidationError
+from tolhouse.client.row_connections import RowConnection
 from tolhouse.errors import TolhouseError
 from tolhouse.gateway.auth import add_key, read_keys
 from tolhouse.gateway.schemas import (
@@ -24,7 +28,7 @@ from tolhouse.gateway.schemas import (
     TokenizeRequest,
 )
 from tolhouse.lookup.service import parse_ids
-from tolhouse.net import fetch_reply
+from tolhouse.net.row_frames import pack_request, read_request, send_error, send_records
 from tolhouse.store.files import FileStore
 from tolhouse.store.registry import publish
 from tolhouse.table.manifest import MAX_RECORD_BYTES, Manifest
@@ -82,9 +86,7 @@ def targets(folder: Path) -> dict[str, Target]:
     alias, keys = store.root / MANIFEST.name / "alias.json", folder / "keys.json"
     for name in ("one", "two"):
         add_key(keys, name, 60, 4)
-    reply = lookup_pb2.FetchReply(request_id=7, last=True)
-    large = fetch_reply.serialize(reply, list(map(memoryview, RECORDS)), RECORDS.nbytes)
-    failure = lookup_pb2.FetchReply(request_id=7, error=lookup_pb2.Error(status="NOT_FOUND"))
+    failure = lookup_pb2.Error(status="DATA_LOSS", token_ids=[1])
     fetch = lookup_pb2.FetchRequest(request_id=1, table=MANIFEST.ref, token_ids=IDS.tobytes())
 
     def of_file(path: Path, read: Callable[[], Any]) -> Target:
@@ -101,9 +103,33 @@ def targets(folder: Path) -> dict[str, Target]:
         "record": Target([RECORDS.tobytes()], read_records),
         "shard file": of_file(shard, lambda: _read_table(store.root)),
         "fetch request": Target([fetch.SerializeToString()], _fetch),
-        "fetch reply": Target([large, failure.SerializeToString()], fetch_reply.parse),
+        "row request": Target([pack_request(fetch)], lambda data: read_request(BytesIO(data))),
+        "row reply": Target(
+            [_frames(send_records, RECORDS), _frames(send_error, failure)], _receive_rows
+        ),
         "keys file": of_file(keys, lambda: read_keys(str(keys))),
     }
+
+
+def _frames(send: Callable, what: Any) -> bytes:
+    """The frames that `send` sends."""
+    one, other = socket.socketpair()
+    with one, other:
+        send(one, list(map(memoryview, what)) if isinstance(what, np.ndarray) else what)
+        return other.recv(1 << 20)
+
+
+def _receive_rows(data: bytes) -> None:
+    """A client reads a reply, which ends with `data`."""
+    one, other = socket.socketpair()
+    with one, other:
+        one.sendall(data)
+        one.shutdown(socket.SHUT_WR)
+        out = np.empty_like(RECORDS)
+        connection, slots = RowConnection(other, None), np.arange(len(IDS))
+        with suppress(OSError):
+            connection.receive_rows(MANIFEST, IDS, memoryview(out.reshape(-1)), slots, inf)
+            assert out.tobytes() == RECORDS.tobytes(), "altered records were accepted"
 
 
 def _read_manifest(data: bytes) -> None:

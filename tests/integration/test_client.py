@@ -282,12 +282,27 @@ def test_a_hung_replica_costs_one_timeout(replicas: list[Process], table: str) -
         assert expected == client.fetch(table, IDS).tobytes()
 
 
-def test_a_slow_replica_is_deprioritised(replicas: list[Process], table: str) -> None:
+@pytest.mark.parametrize("transport", ["rows", "grpc"])
+def test_a_slow_replica_is_deprioritised(
+    transport: str, replicas: list[Process], stores: dict[str, str], table: str
+) -> None:
     """A replica several times slower than the other gets no ids until its link is fast again."""
     other = replicas[1].address
-    with Link(replicas[0].address) as link, Client([link.address, other]) as client:
+    rows = f"127.0.0.1:{free_port()}"
+    with ExitStack() as stack:
+        link = stack.enter_context(Link(rows))
+        port = link.address.rpartition(":")[2]
+        options = ["--rows-listen", rows, "--rows-advertised-port", port]
+        if transport == "grpc":
+            options = ["--rows-listen", "none"]
+        slow = stack.enter_context(process("lookup", "--store", stores["file"], *LOCAL, *options))
+        address = slow.address
+        if transport == "grpc":
+            link = stack.enter_context(Link(slow.address))
+            address = link.address
+        client = stack.enter_context(Client([address, other]))
         usual, expected = owners_of(client, table, IDS), client.fetch(table, IDS).tobytes()
-        assert {link.address, other} == set(usual)
+        assert {address, other} == set(usual)
         fetched = set()
 
         def owners() -> list[str]:

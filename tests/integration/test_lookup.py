@@ -2,7 +2,6 @@
 
 import json
 import queue
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -16,8 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from redis import Redis
-from tolhouse import Client, ClientCredentials, Manifest, TableInfo, errors
-from tolhouse.client.fetch_stream import Replica
+from tolhouse import Client, Manifest, TableInfo, errors
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import delete
 from tolhouse.testing import (
@@ -34,7 +32,6 @@ from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
 from tests.chaos.proxy import Link
 from tests.commands import LOCAL, metrics, start, tolhouse
-from tests.tables import ids, manifest_of
 
 
 @pytest.fixture(scope="module")
@@ -384,22 +381,6 @@ def test_requests_that_need_no_store_do_not_wait_for_it(checkpoint: Path) -> Non
                 read.result()
         assert {grpc.StatusCode.DEADLINE_EXCEEDED} == {call.code() for call in waiting}
         assert answered > 20  # the other calls did not delay these
-
-
-def test_a_reset_replica_fails_all_its_requests_with_the_error(tmp_path: Path) -> None:
-    """If a client resets a replica, every request on its stream fails with the same error."""
-    (tmp_path / "tables").mkdir()
-    with process("lookup", "--store", f"file://{tmp_path}/tables", *LOCAL) as running:
-        replica = Replica(running.address, ClientCredentials())
-        running.popen.send_signal(signal.SIGSTOP)
-        manifest = manifest_of()
-        out = memoryview(bytearray(manifest.record_bytes))
-        requests = [replica.submit(manifest, ids(1), out, [0]) for _ in range(3)]
-        replica.reset(errors.DeadlineExceededError("no answer"))
-        for request in requests:
-            with pytest.raises(errors.DeadlineExceededError, match="no answer"):
-                request.result(timeout=10)
-        replica.close()
 
 
 def test_a_failed_start_is_a_one_line_error(service: Process, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tolhouse.client.connection import Connection, Generation
-from tolhouse.client.fetch_stream import Replica
 from tolhouse.client.generation import WorkerChannel
+from tolhouse.client.replica import Replica
 from tolhouse.client.results import GenerateOutput, TableInfo, WorkerInfo, generate_output
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.call import Cancellation

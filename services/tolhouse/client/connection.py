@@ -23,8 +23,8 @@ from tolhouse.client.arguments import (
     timeout_seconds,
     token_ids,
 )
-from tolhouse.client.fetch_stream import Replica
 from tolhouse.client.lookup import LookupRowSource
+from tolhouse.client.replica import Replica
 from tolhouse.client.results import (
     GenerateOutput,
     TableInfo,

@@ -1,6 +1,7 @@
-"""Fetches rows from the replicas of a lookup service over gRPC, with a replica for each shard."""
+"""Fetches rows from the replicas of a lookup service, with a replica for each shard."""
 
 import logging
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from tolhouse.client.fetch_stream import Replica, Request
+from tolhouse.client.replica import Replica, Request
 from tolhouse.client.row_source import Array, RowSource
 from tolhouse.errors import (
     CorruptError,
@@ -67,17 +68,18 @@ class LookupRowSource(RowSource):
         flat = memoryview(out.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
         deadline = end_after(self.timeout_seconds)
         count, left = len(self.replicas.in_turn()), np.arange(len(ids))
-        errors, bad = list[BaseException | None](), np.zeros(len(ids), bool)
+        errors, bad = list[BaseException](), np.zeros(len(ids), bool)
         for attempt in range(_ROUNDS * count):
             check_cancelled()
-            if attempt and attempt % count == 0 and not all(_bad_rows(e) for e in errors if e):
+            if attempt and attempt % count == 0 and not all(map(_bad_rows, errors)):
                 time.sleep(0.05)  # all replicas have failed, and one may recover
-            end = time.monotonic()
-            patience = (deadline - end) / (_ROUNDS * count - attempt)
+            began = time.monotonic()
+            patience = (deadline - began) / (_ROUNDS * count - attempt)
             # The first replica may hang. Leave time for the others.
-            end += max(0.001, patience if attempt or count == 1 else patience / 2)
+            end = began + max(0.001, patience if attempt or count == 1 else patience / 2)
+            errors, failed = [], list[Array]()
             requests = [
-                (replica, part, replica.submit(manifest, ids[part], flat, slots[part].tolist()))
+                (replica, part, replica.submit(manifest, ids[part], flat, slots[part], end))
                 for replica, owned in self.replicas.divide(manifest, ids, left, attempt)
                 # Requests for bad rows are separate.
                 for indices in (owned[~bad[owned]], owned[bad[owned]])
@@ -85,31 +87,33 @@ class LookupRowSource(RowSource):
                 for part in (indices[first : first + self._max_ids],)
             ]
             on_cancel(partial(_cancel, [request for *_, request in requests]))
-            try:
-                errors = [self._wait(replica, request, end) for replica, _, request in requests]
-            finally:  # also after a KeyboardInterrupt
-                for *_, request in requests:
-                    request.give_up()
-            failed = [part for (_, part, _), error in zip(requests, errors, strict=True) if error]
+            for n in _in_order_of_arrival([request for *_, request in requests], end):
+                replica, part, request = requests[n]
+                if error := self._receive(replica, request, began, end):
+                    errors.append(error)
+                    failed.append(part)
             if not failed:
                 return
             left = np.concatenate(failed)
-            for error in filter(None, errors):
+            for error in errors:
                 if not isinstance(error, _RETRIED):
                     raise error
                 bad |= np.isin(ids, _bad_rows(error))
-        raise _outcome([error for error in errors if error], ids[left])
+        raise _outcome(errors, ids[left])
 
-    def _wait(self, replica: Replica, request: Request, end: float) -> BaseException | None:
-        """Wait for a request until `end`, and return its error."""
-        began = time.monotonic()
+    def _receive(
+        self, replica: Replica, request: Request, began: float, end: float
+    ) -> BaseException | None:
+        """Receive the reply to a request of `began` until `end`, and return its error."""
+        error: BaseException | None = None
         try:
-            error = request.exception(max(0.0, end - began))
+            request.receive(end)
+        except TolhouseError as failure:
+            error = failure
         except TimeoutError:
             error = DeadlineExceededError(f"lookup replica {replica.target} did not answer in time")
-            replica.reset(error, silent_since=began)  # the replica may still answer other requests
         # A replica that reports a slow store still serves its hot rows.
-        silent = isinstance(error, DeadlineExceededError) and not replica.replied_since(began)
+        silent = isinstance(error, DeadlineExceededError) and replica.replied_at < began
         if silent or isinstance(error, UnavailableError):
             self.replicas.health.report_down(replica.target, error)
         elif time.monotonic() - began > SUSPECT_SECONDS:
@@ -117,16 +121,20 @@ class LookupRowSource(RowSource):
         return error
 
     def _probe(self, replica: Replica) -> bool:
-        """Return whether a replica answers a Describe call for the latest table.
+        """Return whether a replica answers a request for no rows of the latest table.
 
         An error counts as an answer, unless another attempt may succeed.
         """
-        ref = next((manifest.ref for manifest in reversed(self._manifests.values())), "")
-        request = pb.DescribeRequest(table=ref, known=ref)
+        end, nothing = time.monotonic() + _PROBE_SECONDS, np.empty(0, np.uint32)
         try:
-            replica.call(LookupStub, "Describe", request, _PROBE_SECONDS)
+            if not (manifest := next(reversed(self._manifests.values()), None)):
+                replica.call(LookupStub, "Describe", pb.DescribeRequest(), _PROBE_SECONDS)
+            else:
+                replica.submit(manifest, nothing, memoryview(b""), nothing, end).receive(end)
         except TolhouseError as error:
             return not isinstance(error, _RETRIED)
+        except TimeoutError:
+            return False
         return True
 
     def _call(self, method: str, request: Any) -> Any:
@@ -212,7 +220,27 @@ class Replicas:
 
 def _cancel(requests: list[Request]) -> None:
     for request in requests:
-        request.fail(RequestCancelledError("the call was cancelled"))
+        request.cancel(RequestCancelledError("the call was cancelled"))
+
+
+def _in_order_of_arrival(requests: list[Request], end: float) -> Iterator[int]:
+    """Yield the index of each request once its reply begins, and the other indices after `end`.
+
+    A reply is received in the thread of the call, so that a slow one must not delay the others.
+    """
+    if len(requests) == 1:
+        yield 0
+        return
+    poll = select.poll()
+    waiting = {fd: n for n, request in enumerate(requests) if (fd := request.fileno()) >= 0}
+    rest = set(range(len(requests))) - set(waiting.values())
+    for fd in waiting:
+        poll.register(fd, select.POLLIN)
+    while waiting and (seconds := end - time.monotonic()) > 0:
+        for fd, _ in poll.poll(seconds * 1000):
+            poll.unregister(fd)
+            yield waiting.pop(fd)
+    yield from (*waiting.values(), *rest)
 
 
 def _bad_rows(error: BaseException) -> tuple[int, ...]:

@@ -1,19 +1,20 @@
-"""Hot rows: an in-memory cache over a row source.
+"""Hot rows: an in-memory cache over a row source. Thread-safe.
 
-Reads run in threads, and everything else in the event loop. Each open table has a row cache, which
-is filled with the rows of frequent tokens first. Concurrent requests for a row share one read. A
-bad row fails only the requests for it. Versions that are neither used nor published are closed.
+Each open table has a row cache, which is filled with the rows of frequent tokens first. The thread
+of a request reads missing rows directly into the cache. Concurrent requests for a row share one
+read. A bad row fails only the requests for it. Versions that are neither used nor published are
+closed.
 """
 
-import asyncio
+import threading
 import time
-from asyncio import Future
-from collections.abc import AsyncIterator, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
-from functools import partial
+from dataclasses import dataclass, field
 from logging import WARNING
+from operator import attrgetter
 
 import numpy as np
 
@@ -24,14 +25,15 @@ from tolhouse.store.base import LEASE_SECONDS
 from tolhouse.store.registry import stands_for
 from tolhouse.table.manifest import Buffer, Manifest, record_views
 from tolhouse.table.row_cache import RowCache, capacity_for
-from tolhouse.tracing import INVALID_SPAN, Span, under
 
-_CHUNK_BYTES = 1 << 20  # the bytes of records in a chunk
-_READ_BYTES = 4 << 20  # the bytes of records in a read
+_PART_BYTES = 1 << 20  # the bytes of records that are sent while the next ones are read
+_FILL_BYTES = 4 << 20  # the bytes of records in a read that fills the cache
 _MOST_OPEN_TABLES = 8
-_READERS = 16  # threads; a hanging store blocks them until its timeout
+_READERS = 16  # threads that read ahead
 
-Read = Future[dict[int, Buffer | CorruptError]]  # by token: a verified record, or an error
+Send = Callable[[list[Buffer]], object]
+# The result of a read: records without room in the cache, and the errors of bad rows, by token.
+Read = Future[dict[int, Buffer | CorruptError]]
 
 
 class OpenTable:
@@ -41,12 +43,42 @@ class OpenTable:
         self.manifest, self.used = manifest, time.monotonic()
         shape = capacity_for(manifest, hot_bytes), manifest.record_bytes
         self.cache = RowCache(np.empty(shape, np.uint8), manifest.vocab_size)
-        self.flat = memoryview(self.cache.slab.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
-        self.reading: dict[int, Read] = {}
+        self.lock = threading.Lock()  # guards the cache, and the next field
+        self.reading: dict[int, Read] = {}  # by token
+        self._flat = memoryview(self.cache.slab.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
 
-    def cold(self, ids: np.ndarray) -> list[int]:
-        """Return the distinct ids that are not in the cache."""
-        return list(dict.fromkeys(ids[self.cache.slot_of[ids] < 0].tolist()))
+    def views(self, slots: np.ndarray) -> list[Buffer]:
+        """Return views of the records in `slots`."""
+        size = self.manifest.record_bytes
+        return [self._flat[at : at + size] for at in (slots * np.int64(size)).tolist()]
+
+    def unpin(self, slots: np.ndarray) -> None:
+        with self.lock:
+            self.cache.unpin(slots)
+
+    def is_cached(self, ids: np.ndarray) -> bool:
+        """Return whether the cache has all of `ids`."""
+        return bool((self.cache.slot_of[ids] >= 0).all())
+
+
+@dataclass
+class Held:
+    """Records that stay in memory until `release`."""
+
+    table: OpenTable
+    records: dict[int, Buffer | CorruptError] = field(default_factory=dict)  # by token
+    pinned: list[np.ndarray] = field(default_factory=list)  # their slots in the cache
+    missed: int = 0  # rows that were not cached
+
+    def add(self, ids: np.ndarray, slots: np.ndarray) -> None:
+        """Pin the cached rows of `ids` in `slots`. The caller holds the lock of the table."""
+        self.table.cache.pin(slots)
+        self.pinned.append(slots)
+        self.records |= zip(ids.tolist(), self.table.views(slots), strict=True)
+
+    def release(self) -> None:
+        self.table.unpin(np.concatenate([*self.pinned, np.empty(0, np.int32)]))
+        self.pinned = []
 
 
 class HotRows:
@@ -57,146 +89,164 @@ class HotRows:
     ) -> None:
         self.source, self.hot_bytes, self.idle_seconds = source, hot_bytes, idle_seconds
         self.bad: dict[str, set[int]] = {}  # tokens of rows that could not be read, by table
-        self.lost = asyncio.Event()  # set when a read of rows fails
-        self.open: dict[str, OpenTable] = {}  # by "name@version", with the most recently used last
-        self._tasks: set[asyncio.Task] = set()
+        self.on_loss: Callable[[], object] = lambda: None  # called when a read of rows fails
+        self.open: dict[str, OpenTable] = {}  # by "name@version"
+        self._opening = threading.Lock()
         self._readers = ThreadPoolExecutor(_READERS, "store read")
-        self._start(self._close_idle())
+        self._closed = threading.Event()
+        threading.Thread(target=self._close_idle, name="idle tables", daemon=True).start()
 
     def close(self) -> None:
-        """Cancel tasks and reads."""
-        for task in self._tasks:
-            task.cancel()
+        """Cancel reads ahead."""
+        self._closed.set()
         self._readers.shutdown(wait=False, cancel_futures=True)
 
-    def are_hot(self, ref: str, packed: bytes) -> bool:
-        """Return whether the rows of `packed` token ids are all cached."""
-        if not (table := self.open.get(ref)) or len(packed) % 4:
-            return False
-        ids = np.frombuffer(packed, "<u4")
-        known = not len(ids) or int(ids.max()) < table.manifest.vocab_size
-        return known and bool((table.cache.slot_of[ids] >= 0).all())
-
-    async def table(self, ref: str) -> OpenTable:
+    def table(self, ref: str) -> OpenTable:
         """Return the table "name@version", which opens on first use.
 
         Raises NotFoundError if there is no such table.
         """
-        if ref not in self.open:
-            manifest = await asyncio.to_thread(self.source.describe, ref)
-            if ref not in self.open:
-                self.open[ref] = OpenTable(manifest, self.hot_bytes)
-                self._start(self._fill(self.open[ref]))
-        table = self.open[ref] = self.open.pop(ref)
-        for oldest in list(self.open)[:-_MOST_OPEN_TABLES]:
-            del self.open[oldest]
+        if not (table := self.open.get(ref)):
+            manifest = self.source.describe(ref)
+            with self._opening:
+                if not (table := self.open.get(ref)):
+                    table = self.open[ref] = OpenTable(manifest, self.hot_bytes)
+                    self._readers.submit(self._fill, table)
+                    by_use = sorted(self.open.copy().values(), key=attrgetter("used"))
+                    for oldest in by_use[:-_MOST_OPEN_TABLES]:
+                        self.open.pop(oldest.manifest.ref, None)
         table.used = time.monotonic()
         self.source.use(table.manifest)
         return table
 
-    async def open_published(self) -> None:
+    def open_published(self) -> None:
         """Open published tables, so that their caches are filled before the first request."""
         with suppress(TolhouseError):  # later requests report the error
-            found = await asyncio.to_thread(self.source.tables)
+            found = self.source.tables()
             if not found:
                 event("the store has no table yet", WARNING, store=self.source.url)
             for ref in [m.ref for m, published in found if published][:_MOST_OPEN_TABLES]:
-                await self.table(ref)
+                self.table(ref)
 
-    async def chunks(
-        self, table: OpenTable, ids: np.ndarray, parent: Span = INVALID_SPAN
-    ) -> AsyncIterator[tuple[list[Buffer], int]]:
-        """Yield chunks of records, each with the number of records that were read from the store.
+    def send(self, table: OpenTable, ids: np.ndarray, send: Send) -> int:
+        """Pass the records of `ids` [T] to `send`, in order, in at least one part.
 
-        The records are valid until the next await.
+        The records are valid during the call of `send`. The next part is read in the meantime.
+
+        Returns:
+            The number of distinct rows by part that were not cached.
 
         Raises:
             CorruptError: With the tokens of all bad rows. All others are cached then.
         """
+        step = max(1, _PART_BYTES // table.manifest.record_bytes)
+        if table.is_cached(ids):
+            step = max(step, len(ids))
+        parts = [ids[first : first + step] for first in range(0, len(ids), step)] or [ids]
         bad: dict[int, CorruptError] = {}
-        size, begun, ahead = table.manifest.record_bytes, dict[int, Read](), 0
-        step = max(1, _CHUNK_BYTES // size)
-        window = max(step, _READ_BYTES // size)
-        for first in range(0, max(1, len(ids)), step):
-            while ahead < min(len(ids), first + 2 * step):
-                begun |= self._read(table, ids[ahead : ahead + window], parent)
-                ahead += window
-            part, read = ids[first : first + step], dict[int, Buffer]()
-            while missing := [i for i in table.cold(part) if i not in read and i not in bad]:
-                for i in missing:  # rows may be evicted in the meantime
-                    arrival = begun.pop(i, None) or self._read(table, part, parent).get(i)
-                    if arrival:
-                        found = (await asyncio.shield(arrival))[i]
-                        if isinstance(found, CorruptError):
-                            bad[i] = found
-                        else:
-                            read[i] = found
-            if bad:
-                continue
-            slots = table.cache.slots(part).tolist()
-            records = [
-                table.flat[slot * size : (slot + 1) * size] if slot >= 0 else read[i]
-                for i, slot in zip(part.tolist(), slots, strict=True)
-            ]
-            yield records, len(read)
+        missed = 0
+        ahead: Future[Held] | None = None
+        try:
+            for part, following in zip(parts, [*parts[1:], None], strict=True):
+                held = ahead.result() if ahead else self._hold(table, part)
+                ahead = None
+                try:
+                    if following is not None:
+                        run = copy_context().run
+                        ahead = self._readers.submit(run, self._hold, table, following)
+                    missed += held.missed
+                    bad |= {i: e for i, e in held.records.items() if isinstance(e, CorruptError)}
+                    if not bad:
+                        send([held.records[i] for i in part.tolist()])  # type: ignore[misc] # no error
+                finally:
+                    held.release()
+        finally:
+            if ahead and not ahead.cancel():
+                with suppress(TolhouseError):
+                    ahead.result().release()
         if bad:
             raise CorruptError(str(next(iter(bad.values()))), bad)
+        return missed
 
-    def _read(
-        self, table: OpenTable, ids: np.ndarray, parent: Span = INVALID_SPAN, *, main: bool = False
-    ) -> dict[int, Read]:
-        """Start reads of uncached `ids`, and return the futures to wait for, by token."""
-        cold = table.cold(ids)
-        new = np.array([i for i in cold if i not in table.reading], np.uint32)
-        if len(new):
-            arrival: Read = asyncio.get_running_loop().create_future()
-            arrival.add_done_callback(lambda done: done.cancelled() or done.exception())
-            table.reading |= dict.fromkeys(new.tolist(), arrival)
-            with under((parent,)):
-                self._start(self._finish(table, new, arrival, main))
-        return {i: table.reading[i] for i in cold}
-
-    async def _finish(self, table: OpenTable, ids: np.ndarray, arrival: Read, main: bool) -> None:
-        tokens = ids.tolist()
+    def _hold(self, table: OpenTable, ids: np.ndarray, *, main: bool = False) -> Held:
+        """Hold the records of `ids`, and read those that are not cached."""
+        held = Held(table)
+        with table.lock:
+            slots = table.cache.slots(ids)
+            held.add(ids[slots >= 0], slots[slots >= 0])
         try:
-            fetch = partial(copy_context().run, self._fetch, table.manifest, ids)
-            loop = asyncio.get_running_loop()
-            records, error = await loop.run_in_executor(self._readers, fetch)
-        except BaseException as failure:  # noqa: BLE001 - the waiting requests get the error
-            arrival.set_exception(failure)
-            if isinstance(failure, (NotFoundError, CorruptError)):
-                self.lost.set()
-        else:
-            found: dict[int, Buffer | CorruptError] = dict(
-                zip(tokens, record_views(records), strict=True)
-            )
-            if error:
-                found |= dict.fromkeys(error.token_ids, error)
-                self.bad.setdefault(table.manifest.ref, set()).update(error.token_ids)
-                self.lost.set()
-                intact = ~np.isin(ids, error.token_ids)
-                ids, records = ids[intact], records[intact]
-            arrival.set_result(found)
-            await asyncio.sleep(0)  # send replies first
-            slots = table.cache.reserve(ids, main=main)
-            given = slots >= 0 if (slots < 0).any() else slice(None)  # a slice makes no copy
-            table.cache.slab[slots[given]] = records[given]
-            table.cache.commit(ids, slots)
+            while left := [i for i in dict.fromkeys(ids.tolist()) if i not in held.records]:
+                self._add_missing(held, np.array(left, np.uint32), main=main)
+        except BaseException:
+            held.release()
+            raise
+        return held
+
+    def _add_missing(self, held: Held, ids: np.ndarray, *, main: bool) -> None:
+        """Read the rows of distinct `ids`, and wait for the rows that other threads read.
+
+        Rows of other threads may have been evicted in the meantime.
+        """
+        table, own = held.table, Read()
+        with table.lock:
+            slots = table.cache.slot_of[ids]
+            held.add(ids[slots >= 0], slots[slots >= 0])
+            absent = ids[slots < 0]
+            theirs = {table.reading[i] for i in absent.tolist() if i in table.reading}
+            mine = np.array([i for i in absent.tolist() if i not in table.reading], np.uint32)
+            table.reading |= dict.fromkeys(mine.tolist(), own)
+            slots = table.cache.reserve(mine, main=main)
+        if len(mine):
+            self._read(held, mine, slots, own)
+        for read in theirs:
+            found = read.result()
+            held.records |= {i: found[i] for i in absent.tolist() if i in found}
+
+    def _read(self, held: Held, ids: np.ndarray, slots: np.ndarray, own: Read) -> None:
+        """Read `ids` into their reserved `slots`, or into a new array if there is no room."""
+        table, room = held.table, slots >= 0
+        held.missed += len(ids)
+        found: dict[int, Buffer | CorruptError] = {}
+        failure: BaseException | None = None
+        try:
+            if room.any():
+                found |= self._fetch(table.manifest, ids[room], table.cache.slab, slots[room])
+            if not room.all():
+                rest = ids[~room]
+                out = np.empty((len(rest), table.manifest.record_bytes), np.uint8)
+                bad = self._fetch(table.manifest, rest, out, np.arange(len(rest)))
+                found |= dict(zip(rest.tolist(), record_views(out), strict=True)) | bad
+        except BaseException as error:
+            failure = error
+            if isinstance(error, (NotFoundError, CorruptError)):
+                self.on_loss()
+            raise
         finally:
-            for i in tokens:
-                del table.reading[i]
+            read = room & ~np.isin(ids, list(found)) & (failure is None)
+            with table.lock:
+                table.cache.commit(ids[read], slots[read])
+                held.add(ids[read], slots[read])
+                table.cache.release(slots[room & ~read])
+                for i in ids.tolist():
+                    del table.reading[i]
+            held.records |= found
+            own.set_exception(failure) if failure else own.set_result(found)
 
-    def _fetch(self, manifest: Manifest, ids: np.ndarray) -> tuple[np.ndarray, CorruptError | None]:
-        """Read the records of `ids`, and return an error with the tokens of bad records."""
-        out = np.empty((len(ids), manifest.record_bytes), np.uint8)
+    def _fetch(
+        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, slots: np.ndarray
+    ) -> dict[int, CorruptError]:
+        """Read the records of `ids`, and return the errors of bad rows by token."""
         try:
-            return self.source.fetch_records(manifest, ids, out), None
+            self.source.fetch_records(manifest, ids, out, slots)
         except CorruptError as error:
             if not error.token_ids:
                 raise
-            return out, error
+            self.bad.setdefault(manifest.ref, set()).update(error.token_ids)
+            self.on_loss()
+            return dict.fromkeys(error.token_ids, error)
+        return {}
 
-    async def _fill(self, table: OpenTable) -> None:
+    def _fill(self, table: OpenTable) -> None:
         """Fill the cache with rows of frequent tokens, and of other tokens if there is room.
 
         The most frequent tokens are read last, so that they are evicted last.
@@ -207,30 +257,24 @@ class HotRows:
         # Low ids tend to be frequent.
         others = sorted({*range(table.manifest.vocab_size)} - {*frequent})
         ids = np.array([*frequent, *others][: table.cache.capacity][::-1], np.uint32)
-        step = max(1, _READ_BYTES // table.manifest.record_bytes)
+        step = max(1, _FILL_BYTES // table.manifest.record_bytes)
         try:
             for start in range(0, len(ids), step):
-                for read in set(self._read(table, ids[start : start + step], main=True).values()):
-                    await asyncio.shield(read)
+                if self._closed.is_set():
+                    return
+                self._hold(table, ids[start : start + step], main=True).release()
         except TolhouseError as error:
             event("hot rows not filled", table=table.manifest.ref, reason=str(error))
             return
-        await asyncio.sleep(0)
         event("hot rows filled", table=table.manifest.ref, rows=len(table.cache))
 
-    async def _close_idle(self) -> None:
+    def _close_idle(self) -> None:
         """Close versions that are neither used nor published, each of which holds `hot_bytes`."""
-        while True:
-            await asyncio.sleep(self.idle_seconds / 4)
-            for ref, table in list(self.open.items()):
+        while not self._closed.wait(self.idle_seconds / 4):
+            for ref, table in self.open.copy().items():
                 if time.monotonic() - table.used < self.idle_seconds:
                     continue
                 with suppress(TolhouseError):  # if the store cannot be reached, keep all tables
-                    if not await asyncio.to_thread(stands_for, self.source.store, ref):
+                    if not stands_for(self.source.store, ref):
                         self.open.pop(ref, None)
                         event("unused table closed", table=ref)
-
-    def _start(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

@@ -3,13 +3,12 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from operator import methodcaller
 from weakref import WeakValueDictionary
 
-import grpc
 import numpy as np
 from grpc.aio import ServicerContext as Context
 from prometheus_client import Counter, Histogram
@@ -27,18 +26,21 @@ from tolhouse.errors import (
     UnavailableError,
 )
 from tolhouse.logs import event
-from tolhouse.lookup.hot_rows import HotRows
+from tolhouse.lookup.hot_rows import HotRows, Send
+from tolhouse.lookup.row_server import DisconnectedError, RowServer
 from tolhouse.lookup.store_check import StoreCheck
-from tolhouse.net.fetch_reply import serialize
+from tolhouse.net.row_frames import MAX_IDS_PER_FETCH
 from tolhouse.net.server import errors_as_status, serve, status_of
 from tolhouse.store.base import open_store
-from tolhouse.table.manifest import Manifest, split_ref
+from tolhouse.table.manifest import Buffer, Manifest, split_ref
 from tolhouse.v1 import lookup_pb2 as pb
+from tolhouse.v1.lookup_pb2_grpc import add_LookupServicer_to_server
 
 Requests = AsyncIterator[pb.FetchRequest]
 NAME = "tolhouse.v1.Lookup"
-MAX_IDS_PER_FETCH = 65_536
-MOST_AT_ONCE = 8  # requests per connection; each unread reply takes megabytes
+MOST_AT_ONCE = 8  # requests per gRPC connection; each unread reply takes megabytes
+_MESSAGE_BYTES = 1 << 20  # the bytes of records in a message
+_THREADS = 64  # for requests over gRPC
 
 REQUESTS = Counter("tolhouse_lookup_requests_total", "Fetch requests, by gRPC status", ["status"])
 ROWS = Counter("tolhouse_lookup_rows_total", "Rows served, by source", ["source"])
@@ -67,60 +69,74 @@ _STORE_FAILURES: tuple[tuple[type[TolhouseError], type[TolhouseError], str], ...
 class LookupService:
     """Answers the calls of protos/tolhouse/v1/lookup.proto."""
 
-    def __init__(self, rows: HotRows) -> None:
-        self.rows = rows
+    def __init__(self, rows: HotRows, rows_port: int = 0) -> None:
+        self.rows, self.rows_port = rows, rows_port
         self._logged = ""  # the last logged failure of the store
         self.draining = False
         self._unanswered: dict[asyncio.Task, int] = {}  # the number of open requests by stream
         self._turns = WeakValueDictionary[str, asyncio.Semaphore]()  # by connection
+        self._threads = ThreadPoolExecutor(_THREADS, "fetch")
 
     async def Fetch(self, requests: Requests, context: Context) -> None:
-        """Answer the requests of a stream. Requests for cached rows do not wait for reads."""
-        stream = asyncio.current_task()
+        """Answer the requests of a stream. Replies to one request have its order."""
+        stream, loop = asyncio.current_task(), asyncio.get_running_loop()
         turn = self._turns.setdefault(context.peer(), asyncio.Semaphore(MOST_AT_ONCE))
-        writing, reading = asyncio.Lock(), set[asyncio.Task]()
+        answering, writing = set[asyncio.Task](), asyncio.Lock()
         assert stream
         self._unanswered[stream] = 0
 
+        async def write_one(reply: pb.FetchReply) -> None:
+            async with writing:
+                await context.write(reply)
+
         async def answer(request: pb.FetchRequest) -> None:
-            async for reply in self._fetch(request):
-                async with writing:
-                    await context.write(reply)
+            def write(reply: pb.FetchReply) -> None:  # runs in the thread of the request
+                try:
+                    asyncio.run_coroutine_threadsafe(write_one(reply), loop).result()
+                except Exception as error:
+                    raise DisconnectedError from error
 
-        def ended() -> None:
-            turn.release()
-            self._unanswered[stream] -= 1
-            if self.draining and not self._unanswered[stream]:
-                stream.cancel()
-
-        def read(task: asyncio.Task) -> None:
-            reading.discard(task)
-            ended()
-            if not task.cancelled():
-                task.exception()  # retrieved, so that asyncio does not log it
+            try:
+                await loop.run_in_executor(self._threads, self._reply, request, write)
+            finally:
+                turn.release()
+                self._unanswered[stream] -= 1
+                if self.draining and not self._unanswered[stream]:
+                    stream.cancel()
 
         try:
             async for request in requests:
                 self._unanswered[stream] += 1
                 await turn.acquire()
-                if self.rows.are_hot(request.table, request.token_ids):
-                    try:
-                        await answer(request)
-                    finally:
-                        ended()
-                else:
-                    task = asyncio.create_task(answer(request))
-                    reading.add(task)
-                    task.add_done_callback(read)
-            await asyncio.gather(*reading)
+                task = asyncio.create_task(answer(request))
+                answering.add(task)
+                task.add_done_callback(answering.discard)
+            await asyncio.gather(*answering)
         except asyncio.CancelledError:
             if not self.draining:
                 raise
         finally:
-            for task in reading:  # the caller has disconnected
+            for task in answering:  # the caller has disconnected
                 task.cancel()
-            await asyncio.gather(*reading, return_exceptions=True)
+            await asyncio.gather(*answering, return_exceptions=True)
             del self._unanswered[stream]
+
+    def _reply(self, request: pb.FetchRequest, write: Callable[[pb.FetchReply], None]) -> None:
+        """Write the replies to a request."""
+        done, total = 0, len(request.token_ids) // 4
+
+        def send(records: list[Buffer]) -> None:
+            nonlocal done
+            step = max(1, _MESSAGE_BYTES // len(records[0])) if records else 1
+            for first in range(0, max(1, len(records)), step):
+                part = records[first : first + step]
+                reply = pb.FetchReply(request_id=request.request_id, first=done)
+                done += len(part)
+                reply.records, reply.last = b"".join(part), done == total
+                write(reply)
+
+        if error := self.answer(request, send):
+            write(pb.FetchReply(request_id=request.request_id, error=error, last=True))
 
     def drain(self) -> None:
         """End each stream after its open requests, because clients do not close them."""
@@ -133,11 +149,13 @@ class LookupService:
         async with errors_as_status(context, self._public):
             # A version counts as in use after this call, because workers cache rows.
             if split_ref(request.table)[1]:
-                manifest = (await self.rows.table(request.table)).manifest
+                manifest = (await asyncio.to_thread(self.rows.table, request.table)).manifest
             else:
                 manifest = await asyncio.to_thread(self.rows.source.describe, request.table)
         text = manifest.to_json() if manifest.ref != request.known else ""
-        return pb.DescribeReply(manifest_json=text, max_ids_per_fetch=MAX_IDS_PER_FETCH)
+        reply = pb.DescribeReply(manifest_json=text, max_ids_per_fetch=MAX_IDS_PER_FETCH)
+        reply.rows_port = self.rows_port
+        return reply
 
     async def ListTables(self, _: pb.ListTablesRequest, context: Context) -> pb.ListTablesReply:
         async with errors_as_status(context, self._public):
@@ -170,49 +188,38 @@ class LookupService:
             )
         return error
 
-    async def _fetch(self, request: pb.FetchRequest) -> AsyncIterator[bytes]:
-        """Yield the serialised replies to one request. An error is the last reply."""
+    def answer(self, request: pb.FetchRequest, send: Send) -> pb.Error | None:
+        """Pass the requested records to `send`, in order, and return the error of a failed request.
+
+        Raises DisconnectedError if `send` does.
+        """
         started, status, message = time.perf_counter(), "OK", ""
         parent = tracing.remote(request.traceparent)
         trace = tracing.begin("lookup Fetch", parent, {"tolhouse.table": request.table})
         try:
             if split_ref(request.table)[1] is None:
                 raise InvalidArgumentError(f"fetch needs name@version, not {request.table!r}")
-            table = await self.rows.table(request.table)
+            table = self.rows.table(request.table)
             ids = parse_ids(request.token_ids, table.manifest)
-            first = missed = 0
-            async for records, read in self.rows.chunks(table, ids, trace):
-                end, missed = first + len(records), missed + read
-                last, size = end == len(ids), len(records) * table.manifest.record_bytes
-                header = pb.FetchReply(request_id=request.request_id, first=first, last=last)
-                first = end
-                yield serialize(header, records, size)
+            with tracing.under((trace,)):
+                missed = self.rows.send(table, ids, send)
             ROWS_HOT.inc(len(ids) - missed)
             ROWS_STORE.inc(missed)
             BYTES.inc(table.manifest.record_bytes * len(ids))
             trace.set_attributes({"tolhouse.rows": len(ids), "tolhouse.rows_from_store": missed})
+        except DisconnectedError:
+            status = "CANCELLED"
+            raise
         except Exception as error:  # noqa: BLE001 - the boundary where every error becomes a status
             status, message = status_of(self._public(error))
             bad = error.token_ids if isinstance(error, CorruptError) else ()
             MISSING.inc(len(bad))
-            failure = pb.Error(status=status, message=message, token_ids=bad)
-            header = pb.FetchReply(request_id=request.request_id, error=failure, last=True)
-            yield header.SerializeToString()
+            return pb.Error(status=status, message=message, token_ids=bad)
         finally:
             tracing.end(trace, message)
-        REQUESTS.labels(status).inc()
-        SECONDS.observe(time.perf_counter() - started)
-
-
-def register(service: LookupService, server: grpc.aio.Server) -> None:
-    """Register the service as generated code does, except that replies of Fetch are serialised."""
-    unary, write = grpc.unary_unary_rpc_method_handler, methodcaller("SerializeToString")
-    handlers = {
-        "Fetch": grpc.stream_stream_rpc_method_handler(service.Fetch, pb.FetchRequest.FromString),
-        "Describe": unary(service.Describe, pb.DescribeRequest.FromString, write),
-        "ListTables": unary(service.ListTables, pb.ListTablesRequest.FromString, write),
-    }
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(NAME, handlers)])
+            REQUESTS.labels(status).inc()
+            SECONDS.observe(time.perf_counter() - started)
+        return None
 
 
 def parse_ids(packed: bytes, manifest: Manifest) -> np.ndarray:
@@ -238,16 +245,24 @@ async def run(config: LookupConfig) -> None:
     source = StoreRowSource(store.url, lambda: store)
     rows = HotRows(source, int(config.hot_megabytes * 1e6))
     service = LookupService(rows)
+    transport = RowServer(config.rows_address(), config.server_credentials(), service.answer)
+    service.rows_port = config.rows_advertised_port or transport.port
     event("serving store", store=store.url)
     if risk := await asyncio.to_thread(store.risk):
         event(risk, logging.WARNING)
     backup = await asyncio.to_thread(open_store, config.refill) if config.refill else None
     check = StoreCheck(rows, backup)
-    await rows.open_published()
+    await asyncio.to_thread(rows.open_published)
+
+    async def drain(seconds: float) -> None:
+        service.drain()
+        await asyncio.to_thread(transport.stop, seconds)
+
     try:
-        add = partial(register, service)
-        await serve("lookup", NAME, config, add, service.drain, check.run)
+        register = partial(add_LookupServicer_to_server, service)
+        await serve("lookup", NAME, config, register, drain, check.run, rows=transport.address)
     finally:
+        transport.stop(0)
         rows.close()
         source.close()
         if backup:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import Counter, Gauge
 
@@ -53,23 +54,25 @@ class StoreCheck:
 
     async def run(self, report: Report) -> None:
         """Check until cancelled. `report` is called with whether the store is complete."""
+        lost, loop = asyncio.Event(), asyncio.get_running_loop()
+        self.rows.on_loss = partial(loop.call_soon_threadsafe, lost.set)
         while True:
             bad, self.rows.bad = self.rows.bad, {}
-            self.rows.lost.clear()
+            lost.clear()
             try:
                 losses = await self._call(self._find, bad)
                 await self._tell(losses, report)
                 if losses and self.backup:
                     await self._call(self._refill, losses)
                     await self._tell(await self._call(self._find, {}), report)
-                    await self.rows.open_published()
+                    await asyncio.to_thread(self.rows.open_published)
             except TolhouseError as error:  # for example, the store cannot be reached
                 event("the store cannot be checked", logging.WARNING, reason=str(error))
             except Exception:  # noqa: BLE001 - the checks must continue after a defect
                 log.exception("the check of the store failed")
             await asyncio.sleep(_PAUSE_SECONDS)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.rows.lost.wait(), _CHECK_SECONDS)
+                await asyncio.wait_for(lost.wait(), _CHECK_SECONDS)
 
     async def _call(self, work: Callable, *arguments: object) -> dict[str, Loss]:
         loop = asyncio.get_running_loop()
@@ -89,7 +92,7 @@ class StoreCheck:
         """
         found: dict[str, Loss] = {}
         self._first_shard += _MOST_SHARDS
-        refs = [*list(self.rows.open), *(manifest.ref for manifest in self._published())]
+        refs = [*self.rows.open.copy(), *(manifest.ref for manifest in self._published())]
         for ref in filter(self._is_wanted, dict.fromkeys(refs)):
             manifest = self._manifest(ref)
             parts = manifest.dependencies if manifest else ()

@@ -23,6 +23,8 @@ from tolhouse.logs import is_loopback
 SYSTEM = "system"  # stands for the certificate authorities of this machine, in place of a file
 _OPEN = "/grpc.health.v1.Health/"  # the calls of probes, which have no token
 
+UNAUTHORIZED = "the call has no token, or one that this service does not accept"
+
 Metadata = tuple[tuple[str, str], ...]
 
 
@@ -186,11 +188,36 @@ class ClientCredentials:
 
     def metadata(self) -> Metadata:
         """Return the metadata of each call."""
-        if self.token:
-            return (("authorization", f"Bearer {self.token}"),)
-        if not self.token_file:
-            return ()
-        return (("authorization", f"Bearer {self._token.tokens.get()[0].decode()}"),)
+        authorization = self.authorization()
+        return (("authorization", authorization),) if authorization else ()
+
+    def authorization(self) -> str:
+        """Return "Bearer TOKEN", or "" without a token."""
+        token = self.token
+        if self.token_file:
+            token = self._token.tokens.get()[0].decode()
+        return f"Bearer {token}" if token else ""
+
+    def current_context(self) -> ssl.SSLContext | None:
+        """Return the TLS context of the current files for a new connection, or None for plaintext.
+
+        After a change of the files there is a new context.
+        """
+        return self._context.get() if self.tls_ca else None
+
+    @cached_property
+    def _context(self) -> ReloadingFiles[ssl.SSLContext]:
+        files = self.tls_ca, self.tls_cert, self.tls_key
+
+        def read() -> ssl.SSLContext:
+            _, _, _, ca = read_pems(self.tls_cert, self.tls_key, self.tls_ca, retries=10)
+            context = ssl.create_default_context(cadata=ca.decode())
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            if self.tls_cert:
+                context.load_cert_chain(self.tls_cert, self.tls_key)
+            return context
+
+        return ReloadingFiles([file for file in files if file != SYSTEM], read)
 
     @cached_property
     def _token(self) -> TokenFile:
@@ -218,7 +245,15 @@ class ServerCredentials:
 
     def interceptors(self) -> list[grpc.aio.ServerInterceptor]:
         """Return the interceptor that checks the token, if one is required."""
-        return [_TokenInterceptor(self.token_file)] if self.token_file else []
+        return [_TokenInterceptor(self._token.accepts)] if self.token_file else []
+
+    def accepts(self, authorization: str) -> bool:
+        """Return whether an authorization header has a token that is required, if one is."""
+        return not self.token_file or self._token.accepts(authorization)
+
+    @cached_property
+    def _token(self) -> TokenFile:
+        return TokenFile(self.token_file)
 
     def for_grpc(self) -> grpc.ServerCredentials | None:
         """Return the credentials of a gRPC server, which reads the certificate at each handshake.
@@ -269,16 +304,15 @@ class _CurrentContext(ssl.SSLContext):
 class _TokenInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls without a token, except health checks."""
 
-    def __init__(self, path: str) -> None:
-        self._file = TokenFile(path)
+    def __init__(self, accepts: Callable[[str], bool]) -> None:
+        self._accepts = accepts
 
     async def intercept_service(self, continuation: Any, call: Any) -> Any:
         authorization = dict(call.invocation_metadata).get("authorization", "")
-        if call.method.startswith(_OPEN) or self._file.accepts(authorization):
+        if call.method.startswith(_OPEN) or self._accepts(authorization):
             return await continuation(call)
         # This handler fits all kinds of calls, because they are equal on the wire.
         return grpc.stream_stream_rpc_method_handler(self._refuse)
 
     async def _refuse(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        message = "the call has no token, or one that this service does not accept"
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, UNAUTHORIZED)

@@ -24,7 +24,7 @@ from tolhouse.logs import event, join_address, log, ready, split_address
 from tolhouse.net.auth import ServerCredentials
 
 Register = Callable[[grpc.aio.Server], None]  # a function that adds a service to a server
-Drain = Callable[[], None] | None
+Drain = Callable[[float], Awaitable[None]] | None  # takes the seconds for calls in flight
 Report = Callable[[bool], Awaitable[None]]
 Check = Callable[[Report], Coroutine[None, None, None]] | None
 # The health service name for liveness probes, which is served while the process answers.
@@ -97,11 +97,12 @@ async def serve(
     register: Register,
     drain: Drain = None,
     check: Check = None,
+    **ports: str,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then call `drain` and finish the calls in flight.
 
-    The ready message is printed once the service answers. `check` runs in its own task and reports
-    whether the service is ready for requests.
+    The ready message is printed once the service answers, with the addresses of other `ports`.
+    `check` runs in its own task and reports whether the service is ready for requests.
     """
     from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from grpc_reflection.v1alpha import reflection
@@ -144,15 +145,14 @@ async def serve(
         return check.result(_HEALTH_SECONDS).status == health_pb2.HealthCheckResponse.SERVING
 
     metrics = serve_metrics(config.metrics_listen, credentials, healthy)
-    ready(service, join_address(split_address(listen)[0], port), metrics=metrics)
+    ready(service, join_address(split_address(listen)[0], port), metrics=metrics, **ports)
     await stop.wait()
     event("draining", service=service)
     if checking:
         checking.cancel()
     await checks.enter_graceful_shutdown()
-    if drain:
-        drain()
-    await server.stop(config.drain_seconds)
+    seconds = config.drain_seconds
+    await asyncio.gather(server.stop(seconds), *([drain(seconds)] if drain else []))
     event("stopped", service=service)
 
 

@@ -24,7 +24,7 @@ class RowCache:
         self.hits = self.misses = 0
         self._uses = np.zeros(self.capacity, np.uint8)
         self._id_of = np.full(self.capacity, -1, np.int64)
-        self._pinned = np.zeros(self.capacity, bool)  # whether a slot is reserved or in use
+        self._pins = np.zeros(self.capacity, np.int32)  # users of a slot, or 1 while reserved
         self._free = list(range(self.capacity - 1, -1, -1))
         self._small: deque[int] = deque()  # slots, with the oldest first
         self._main: deque[int] = deque()
@@ -52,10 +52,10 @@ class RowCache:
         calls `release`. Until then the slots have no row. `main` is for rows that are surely hot.
         """
         slots = np.full(len(ids), -1, np.int32)
-        room = self.capacity - np.count_nonzero(self._pinned)
+        room = self.capacity - np.count_nonzero(self._pins)
         for n, i in enumerate(ids[:room].tolist()):
             slot = self._free.pop() if self._free else self._evict()
-            self._pinned[slot] = True
+            self._pins[slot] = 1
             self._id_of[slot], self._uses[slot] = i, 0
             is_back = self._departures - self._left_at[i] < self.capacity
             (self._main if main or is_back else self._small).append(slot)
@@ -78,12 +78,12 @@ class RowCache:
             self._free.append(slot)
 
     def pin(self, slots: np.ndarray) -> None:
-        """Protect the rows in `slots` from eviction until `unpin`."""
-        self._pinned[slots] = True
+        """Protect the rows in `slots` from eviction until `unpin`. Several users may pin a row."""
+        np.add.at(self._pins, slots, 1)
 
     def unpin(self, slots: np.ndarray) -> None:
-        """Allow the eviction of the rows in `slots` again."""
-        self._pinned[slots] = False
+        """Undo one `pin` of each of the rows in `slots`."""
+        np.subtract.at(self._pins, slots, 1)
 
     def _evict(self) -> int:
         """Evict a row and return its slot. At least one row must be unpinned."""
@@ -91,7 +91,7 @@ class RowCache:
         while True:
             is_small = bool(small) and (len(small) >= self._small_slots or spared >= len(main))
             slot = (small if is_small else main).popleft()
-            pinned, uses = bool(self._pinned[slot]), int(self._uses[slot])
+            pinned, uses = bool(self._pins[slot]), int(self._uses[slot])
             if not pinned and uses < (2 if is_small else 1):
                 break
             if is_small:

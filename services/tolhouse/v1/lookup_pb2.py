@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tolhouse/v1/lookup.proto\x12\x0btolhouse.v1\"Y\n\x0c\x46\x65tchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05table\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\"\x80\x01\n\nFetchReply\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x0f\n\x07records\x18\x03 \x01(\x0c\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.tolhouse.v1.ErrorJ\x04\x08\x06\x10\x07R\x07segment\";\n\x05\x45rror\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"/\n\x0f\x44\x65scribeRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\r\n\x05known\x18\x02 \x01(\t\"A\n\rDescribeReply\x12\x15\n\rmanifest_json\x18\x01 \x01(\t\x12\x19\n\x11max_ids_per_fetch\x18\x02 \x01(\r\"\x13\n\x11ListTablesRequest\"5\n\x0fListTablesReply\x12\"\n\x06tables\x18\x01 \x03(\x0b\x32\x12.tolhouse.v1.Table\"P\n\x05Table\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x11\n\tpublished\x18\x03 \x01(\x08\x12\x15\n\rmanifest_json\x18\x04 \x01(\t2\xdb\x01\n\x06Lookup\x12?\n\x05\x46\x65tch\x12\x19.tolhouse.v1.FetchRequest\x1a\x17.tolhouse.v1.FetchReply(\x01\x30\x01\x12\x44\n\x08\x44\x65scribe\x12\x1c.tolhouse.v1.DescribeRequest\x1a\x1a.tolhouse.v1.DescribeReply\x12J\n\nListTables\x12\x1e.tolhouse.v1.ListTablesRequest\x1a\x1c.tolhouse.v1.ListTablesReplyB<Z:github.com/tolhouse/tolhouse/gen/go/tolhouse/v1;tolhousev1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tolhouse/v1/lookup.proto\x12\x0btolhouse.v1\"p\n\x0c\x46\x65tchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05table\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\x12\x15\n\rauthorization\x18\x05 \x01(\t\"\x80\x01\n\nFetchReply\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x0f\n\x07records\x18\x03 \x01(\x0c\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.tolhouse.v1.ErrorJ\x04\x08\x06\x10\x07R\x07segment\";\n\x05\x45rror\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"/\n\x0f\x44\x65scribeRequest\x12\r\n\x05table\x18\x01 \x01(\t\x12\r\n\x05known\x18\x02 \x01(\t\"T\n\rDescribeReply\x12\x15\n\rmanifest_json\x18\x01 \x01(\t\x12\x19\n\x11max_ids_per_fetch\x18\x02 \x01(\r\x12\x11\n\trows_port\x18\x03 \x01(\r\"\x13\n\x11ListTablesRequest\"5\n\x0fListTablesReply\x12\"\n\x06tables\x18\x01 \x03(\x0b\x32\x12.tolhouse.v1.Table\"P\n\x05Table\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x11\n\tpublished\x18\x03 \x01(\x08\x12\x15\n\rmanifest_json\x18\x04 \x01(\t2\xdb\x01\n\x06Lookup\x12?\n\x05\x46\x65tch\x12\x19.tolhouse.v1.FetchRequest\x1a\x17.tolhouse.v1.FetchReply(\x01\x30\x01\x12\x44\n\x08\x44\x65scribe\x12\x1c.tolhouse.v1.DescribeRequest\x1a\x1a.tolhouse.v1.DescribeReply\x12J\n\nListTables\x12\x1e.tolhouse.v1.ListTablesRequest\x1a\x1c.tolhouse.v1.ListTablesReplyB<Z:github.com/tolhouse/tolhouse/gen/go/tolhouse/v1;tolhousev1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,21 +33,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'Z:github.com/tolhouse/tolhouse/gen/go/tolhouse/v1;tolhousev1'
   _globals['_FETCHREQUEST']._serialized_start=41
-  _globals['_FETCHREQUEST']._serialized_end=130
-  _globals['_FETCHREPLY']._serialized_start=133
-  _globals['_FETCHREPLY']._serialized_end=261
-  _globals['_ERROR']._serialized_start=263
-  _globals['_ERROR']._serialized_end=322
-  _globals['_DESCRIBEREQUEST']._serialized_start=324
-  _globals['_DESCRIBEREQUEST']._serialized_end=371
-  _globals['_DESCRIBEREPLY']._serialized_start=373
-  _globals['_DESCRIBEREPLY']._serialized_end=438
-  _globals['_LISTTABLESREQUEST']._serialized_start=440
-  _globals['_LISTTABLESREQUEST']._serialized_end=459
-  _globals['_LISTTABLESREPLY']._serialized_start=461
-  _globals['_LISTTABLESREPLY']._serialized_end=514
-  _globals['_TABLE']._serialized_start=516
-  _globals['_TABLE']._serialized_end=596
-  _globals['_LOOKUP']._serialized_start=599
-  _globals['_LOOKUP']._serialized_end=818
+  _globals['_FETCHREQUEST']._serialized_end=153
+  _globals['_FETCHREPLY']._serialized_start=156
+  _globals['_FETCHREPLY']._serialized_end=284
+  _globals['_ERROR']._serialized_start=286
+  _globals['_ERROR']._serialized_end=345
+  _globals['_DESCRIBEREQUEST']._serialized_start=347
+  _globals['_DESCRIBEREQUEST']._serialized_end=394
+  _globals['_DESCRIBEREPLY']._serialized_start=396
+  _globals['_DESCRIBEREPLY']._serialized_end=480
+  _globals['_LISTTABLESREQUEST']._serialized_start=482
+  _globals['_LISTTABLESREQUEST']._serialized_end=501
+  _globals['_LISTTABLESREPLY']._serialized_start=503
+  _globals['_LISTTABLESREPLY']._serialized_end=556
+  _globals['_TABLE']._serialized_start=558
+  _globals['_TABLE']._serialized_end=638
+  _globals['_LOOKUP']._serialized_start=641
+  _globals['_LOOKUP']._serialized_end=860
 # @@protoc_insertion_point(module_scope)

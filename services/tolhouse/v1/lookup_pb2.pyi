@@ -7,16 +7,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FetchRequest(_message.Message):
-    __slots__ = ("request_id", "table", "token_ids", "traceparent")
+    __slots__ = ("request_id", "table", "token_ids", "traceparent", "authorization")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    AUTHORIZATION_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     table: str
     token_ids: bytes
     traceparent: str
-    def __init__(self, request_id: _Optional[int] = ..., table: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    authorization: str
+    def __init__(self, request_id: _Optional[int] = ..., table: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., traceparent: _Optional[str] = ..., authorization: _Optional[str] = ...) -> None: ...
 
 class FetchReply(_message.Message):
     __slots__ = ("request_id", "first", "records", "last", "error")
@@ -51,12 +53,14 @@ class DescribeRequest(_message.Message):
     def __init__(self, table: _Optional[str] = ..., known: _Optional[str] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("manifest_json", "max_ids_per_fetch")
+    __slots__ = ("manifest_json", "max_ids_per_fetch", "rows_port")
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
     MAX_IDS_PER_FETCH_FIELD_NUMBER: _ClassVar[int]
+    ROWS_PORT_FIELD_NUMBER: _ClassVar[int]
     manifest_json: str
     max_ids_per_fetch: int
-    def __init__(self, manifest_json: _Optional[str] = ..., max_ids_per_fetch: _Optional[int] = ...) -> None: ...
+    rows_port: int
+    def __init__(self, manifest_json: _Optional[str] = ..., max_ids_per_fetch: _Optional[int] = ..., rows_port: _Optional[int] = ...) -> None: ...
 
 class ListTablesRequest(_message.Message):
     __slots__ = ()

@@ -1,0 +1,192 @@
+"""Connections to the row port of one replica, each used by one call at a time.
+
+The thread of the call sends the request and receives the records directly into their destination.
+"""
+
+import socket
+import ssl
+import threading
+import time
+from contextlib import suppress
+from weakref import WeakSet
+
+from google.protobuf.message import DecodeError
+
+from tolhouse.client.row_source import Array
+from tolhouse.errors import (
+    ClosedError,
+    CorruptError,
+    InternalError,
+    TolhouseError,
+    from_status,
+)
+from tolhouse.logs import split_address
+from tolhouse.net.auth import ClientCredentials
+from tolhouse.net.row_frames import prepare, receive, receive_header, send
+from tolhouse.table.manifest import Manifest
+from tolhouse.v1 import lookup_pb2 as pb
+
+_CONNECT_SECONDS = 1.0  # as for gRPC
+_MOST_ERROR_BYTES = 4 << 20
+
+
+class RowConnection:
+    """A connection, which carries one request and its reply at a time."""
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext | None) -> None:
+        self.sock, self.context = sock, context
+        self.is_reused = False
+
+    def __del__(self) -> None:
+        self.sock.close()  # of a replica whose address is gone, or of an interrupted call
+
+    def send(self, request: bytes, end: float) -> bool:
+        """Send a request, and return whether the connection is still open."""
+        try:
+            send(self.sock, request, end)
+        except OSError:
+            return False
+        return True
+
+    def receive_rows(
+        self, manifest: Manifest, ids: Array, out: memoryview, slots: Array, end: float
+    ) -> None:
+        """Receive the records of `ids` [T] into `slots` [T] of the flat `out`, and verify them.
+
+        Raises:
+            TimeoutError: The reply is not complete at the monotonic time `end`.
+            OSError: The connection has failed.
+            TolhouseError: The request has failed, or a record is damaged.
+        """
+        size, done = manifest.record_bytes, 0
+        while True:
+            records_bytes, error_bytes = receive_header(self.sock, end)
+            self.is_reused = False  # the peer answers
+            count, odd = divmod(records_bytes, size)
+            if odd or done + count > len(ids) or error_bytes > _MOST_ERROR_BYTES:
+                raise InternalError("the lookup service sent records that do not fit the request")
+            if error_bytes:
+                raise self._receive_error(error_bytes, end)
+            part, places = ids[done : done + count], slots[done : done + count].tolist()
+            receive(self.sock, _runs(out, size, places), end)
+            manifest.verify(part, (out[at * size : at * size + size] for at in places))
+            done += count
+            if done == len(ids):
+                return
+            if not count:
+                raise InternalError("the lookup service sent no records")
+
+    def shut_down(self) -> None:
+        """End the connection, also while another thread receives."""
+        with suppress(OSError):  # it is not connected any more
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    def _receive_error(self, size: int, end: float) -> TolhouseError:
+        data = memoryview(bytearray(size))
+        receive(self.sock, [data], end)
+        try:
+            return error_from(pb.Error.FromString(bytes(data)))
+        except DecodeError:
+            return InternalError("the lookup service sent a malformed error")
+
+
+def error_from(error: pb.Error) -> TolhouseError:
+    """Return the error of Tolhouse for the error of a request."""
+    ours = from_status(error.status, error.message)
+    return CorruptError(str(ours), error.token_ids) if error.token_ids else ours
+
+
+class RowConnections:
+    """The connections to one replica. Thread-safe."""
+
+    def __init__(self, target: str, credentials: ClientCredentials) -> None:
+        self.target, self._credentials = target, credentials
+        self._host, _ = split_address(target)
+        self._lock = threading.Lock()
+        self._idle: list[RowConnection] = []  # with the most recently used last
+        self._used = WeakSet[RowConnection]()  # a connection without a call is collected
+        self._closed = False
+
+    def take(self, port: int, end: float) -> RowConnection:
+        """Return an idle connection, or a new one to `port`.
+
+        Raises:
+            OSError: The port cannot be reached.
+            ClosedError: After `close`.
+        """
+        context = self._credentials.current_context()
+        with self._lock:
+            self._check_open()
+            while self._idle:
+                connection = self._idle.pop()
+                if connection.context is context:
+                    connection.is_reused = True
+                    self._used.add(connection)
+                    return connection
+                connection.sock.close()  # the TLS files have changed
+        connection = self._connect(port, context, end)
+        with self._lock:
+            self._used.add(connection)
+        if self._closed:
+            self.drop(connection)
+        self._check_open()
+        return connection
+
+    def give_back(self, connection: RowConnection) -> None:
+        """Keep a connection, whose reply is complete, for the next call."""
+        with self._lock:
+            self._used.discard(connection)
+            if not self._closed:
+                self._idle.append(connection)
+                return
+        connection.sock.close()
+
+    def drop(self, connection: RowConnection) -> None:
+        """Close a connection, whose reply is not complete."""
+        with self._lock:
+            self._used.discard(connection)
+        connection.sock.close()
+
+    def drop_idle(self) -> None:
+        """Close the idle connections."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.sock.close()
+
+    def close(self) -> None:
+        """Close all connections. Calls in flight raise ClosedError."""
+        with self._lock:
+            self._closed = True
+            for connection in list(self._used):
+                connection.shut_down()
+        self.drop_idle()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the connection to {self.target} is closed")
+
+    def _connect(self, port: int, context: ssl.SSLContext | None, end: float) -> RowConnection:
+        seconds = min(_CONNECT_SECONDS, max(0.001, end - time.monotonic()))
+        sock = socket.create_connection((self._host, port), seconds)
+        try:
+            prepare(sock)
+            if context:
+                name = self._credentials.tls_name or self._host
+                sock = context.wrap_socket(sock, server_hostname=name)
+            sock.settimeout(None)
+        except BaseException:
+            sock.close()
+            raise
+        return RowConnection(sock, context)
+
+
+def _runs(out: memoryview, size: int, slots: list[int]) -> list[memoryview]:
+    """Return views of `slots` of the flat `out`, with one view for consecutive slots."""
+    runs: list[memoryview] = []
+    first = 0
+    for n in range(1, len(slots) + 1):
+        if n == len(slots) or slots[n] != slots[n - 1] + 1:
+            runs.append(out[slots[first] * size : (slots[n - 1] + 1) * size])
+            first = n
+    return runs
