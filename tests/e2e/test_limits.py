@@ -25,14 +25,14 @@ from tolhouse.gateway.schemas import ChatRequest, CompletionRequest, GenerationR
 from tolhouse.gateway.text import Prompt, Vocabulary
 from tolhouse.lookup import service
 from tolhouse.lookup.hot_rows import HotRows
-from tolhouse.lookup.service import MAX_IDS_PER_FETCH
 from tolhouse.model.tokenizer import load_tokenizer
 from tolhouse.net.channel import Addresses
+from tolhouse.net.row_frames import MAX_IDS_PER_FETCH
 from tolhouse.net.server import MAX_CONNECTIONS, MAX_REQUEST_BYTES, MAX_STREAMS
 from tolhouse.store.base import open_store
 from tolhouse.testing import Cluster, local_cluster, process, wait_until
 from tolhouse.v1 import lookup_pb2
-from tolhouse.v1.lookup_pb2_grpc import LookupStub
+from tolhouse.v1.lookup_pb2_grpc import LookupStub, add_LookupServicer_to_server
 
 from tests.commands import LOCAL
 
@@ -350,7 +350,7 @@ def test_unread_replies_block_only_their_connection(store: str) -> None:
             ids = (np.arange(MAX_IDS_PER_FETCH, dtype="<u4") % manifest.vocab_size).tobytes()
             rows = HotRows(source, 1 << 20)
             server = grpc.aio.server()
-            service.register(service.LookupService(rows), server)
+            add_LookupServicer_to_server(service.LookupService(rows), server)
             port = server.add_insecure_port("127.0.0.1:0")
             await server.start()
 

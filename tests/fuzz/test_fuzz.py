@@ -10,8 +10,8 @@ import pytest
 from tests.fuzz.mutate import mutations
 from tests.fuzz.targets import ALLOWED, RECORDS, Target, folder, read_records, targets
 
-NAMES = "alias,chat,completion,detokenize,fetch reply,fetch request,keys file,manifest"
-NAMES += ",manifest with a new digest,record,shard file,tokenize"
+NAMES = "alias,chat,completion,detokenize,fetch request,keys file,manifest"
+NAMES += ",manifest with a new digest,record,row reply,row request,shard file,tokenize"
 
 
 @pytest.fixture(scope="module")

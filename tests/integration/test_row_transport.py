@@ -142,7 +142,7 @@ def test_a_token_is_required(files: tuple, expected: bytes, tmp_path: Path) -> N
     """The row transport accepts the tokens of the gRPC port, and reads the file again."""
     url, ref = files
     file = tmp_path / "token"
-    file.write_text(TOKEN)
+    file.write_text(TOKEN, encoding="utf-8")
     options = ("--store", url, "--token-file", str(file))
     with process("lookup", *options, *LOCAL) as running:
         for given in ({}, {"authorization": "Bearer another-token-of-the-tests"}):
@@ -152,7 +152,7 @@ def test_a_token_is_required(files: tuple, expected: bytes, tmp_path: Path) -> N
                 assert b"" == stream.read()
         with Client(running.address, token_file=file) as client:
             assert expected == client.fetch(ref, IDS).tobytes()
-            file.write_text("another-token-of-the-tests")
+            file.write_text("another-token-of-the-tests", encoding="utf-8")
             with Client(running.address, token=TOKEN) as other:
                 with pytest.raises(errors.UnauthenticatedError):
                     other.fetch(ref, IDS)

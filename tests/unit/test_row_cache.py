@@ -73,7 +73,6 @@ def test_the_cache_is_s3_fifo_and_never_mixes_rows(capacity: int, batches: list[
     """Hits, contents and bytes equal those of the simple implementation; pinned rows stay, and the
     capacity holds."""
     cache, slow = cache_of(capacity), S3Fifo(capacity)
-    hits = asked = 0
     for batch in batches:
         ids = np.array(batch, np.uint32)
         slots = cache.slots(ids)
@@ -87,8 +86,6 @@ def test_the_cache_is_s3_fifo_and_never_mixes_rows(capacity: int, batches: list[
         assert record_of(ids[given_]).tobytes() == cache.slab[slots[given_]].tobytes()
         assert set(slow.uses) == set(np.flatnonzero(cache.slot_of >= 0).tolist())
         assert len(slow.uses) == len(cache)
-        hits, asked = hits + int(cached.sum()), asked + len(ids)
-        assert (hits, asked - hits) == (cache.hits, cache.misses)
 
 
 @given(st.integers(1, 6), st.lists(st.tuples(LISTS, st.booleans()), max_size=40))

@@ -65,7 +65,6 @@ class LookupRowSource(RowSource):
         return Manifest.from_json(reply.manifest_json)
 
     def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
-        flat = memoryview(out.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
         deadline = end_after(self.timeout_seconds)
         count, left = len(self.replicas.in_turn()), np.arange(len(ids))
         errors, bad = list[BaseException](), np.zeros(len(ids), bool)
@@ -79,7 +78,7 @@ class LookupRowSource(RowSource):
             end = began + max(0.001, patience if attempt or count == 1 else patience / 2)
             errors, failed = [], list[Array]()
             requests = [
-                (replica, part, replica.submit(manifest, ids[part], flat, slots[part], end))
+                (replica, part, replica.submit(manifest, ids[part], out, slots[part], end))
                 for replica, owned in self.replicas.divide(manifest, ids, left, attempt)
                 # Requests for bad rows are separate.
                 for indices in (owned[~bad[owned]], owned[bad[owned]])
@@ -126,11 +125,12 @@ class LookupRowSource(RowSource):
         An error counts as an answer, unless another attempt may succeed.
         """
         end, nothing = time.monotonic() + _PROBE_SECONDS, np.empty(0, np.uint32)
+        out = np.empty((0, 0), np.uint8)
         try:
             if not (manifest := next(reversed(self._manifests.values()), None)):
                 replica.call(LookupStub, "Describe", pb.DescribeRequest(), _PROBE_SECONDS)
             else:
-                replica.submit(manifest, nothing, memoryview(b""), nothing, end).receive(end)
+                replica.submit(manifest, nothing, out, nothing, end).receive(end)
         except TolhouseError as error:
             return not isinstance(error, _RETRIED)
         except TimeoutError:

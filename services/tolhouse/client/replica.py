@@ -27,8 +27,8 @@ _DESCRIBE_SECONDS = 1.0
 _BLOCKED_SECONDS = 30.0  # the time to use gRPC after the row port could not be reached
 
 
-# the table, ids [T], the flat destination, and its slots [T]
-Destination = tuple[Manifest, Array, memoryview, Array]
+# the table, ids [T], the destination [slots, record_bytes], and its slots [T]
+Destination = tuple[Manifest, Array, Array, Array]
 
 
 class Request(Protocol):
@@ -78,9 +78,9 @@ class Replica:
             raise ClosedError(f"the connection to {self.target} is closed") from None
 
     def submit(
-        self, manifest: Manifest, ids: Array, out: memoryview, slots: Array, end: float
+        self, manifest: Manifest, ids: Array, out: Array, slots: Array, end: float
     ) -> Request:
-        """Send a request for the records of `ids` [T], which go to `slots` [T] of the flat `out`.
+        """Send a request for the records of `ids` [T], which go to `slots` [T] of `out`.
 
         Nothing writes to `out` except `receive`. Errors are raised there.
         """
@@ -199,7 +199,7 @@ class _GrpcRequest:
 
     def receive(self, end: float) -> None:
         manifest, ids, out, slots = self._destination
-        done = 0
+        done, flat = 0, memoryview(out.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
         try:
             for reply in self._call:
                 self._replica.replied_at = time.monotonic()
@@ -210,7 +210,7 @@ class _GrpcRequest:
                 if odd or reply.first != done or len(part) < count:
                     break
                 places = slots[done : done + count].tolist()
-                manifest.copy_records(part, memoryview(reply.records), out, places)
+                manifest.copy_records(part, memoryview(reply.records), flat, places)
                 done += count
                 if reply.last and done == len(ids):
                     return

@@ -22,7 +22,7 @@ from tolhouse.errors import (
 )
 from tolhouse.logs import split_address
 from tolhouse.net.auth import ClientCredentials
-from tolhouse.net.row_frames import prepare, receive, receive_header, send
+from tolhouse.net.row_frames import Receiver, prepare, send
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import lookup_pb2 as pb
 
@@ -34,7 +34,7 @@ class RowConnection:
     """A connection, which carries one request and its reply at a time."""
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext | None) -> None:
-        self.sock, self.context = sock, context
+        self.sock, self.context, self._receiver = sock, context, Receiver(sock)
         self.is_reused = False
 
     def __del__(self) -> None:
@@ -49,27 +49,27 @@ class RowConnection:
         return True
 
     def receive_rows(
-        self, manifest: Manifest, ids: Array, out: memoryview, slots: Array, end: float
+        self, manifest: Manifest, ids: Array, out: Array, slots: Array, end: float
     ) -> None:
-        """Receive the records of `ids` [T] into `slots` [T] of the flat `out`, and verify them.
+        """Receive the records of `ids` [T] into `slots` [T] of `out`, and verify them.
 
         Raises:
             TimeoutError: The reply is not complete at the monotonic time `end`.
             OSError: The connection has failed.
             TolhouseError: The request has failed, or a record is damaged.
         """
-        size, done = manifest.record_bytes, 0
+        size, done, flat = manifest.record_bytes, 0, memoryview(out.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
         while True:
-            records_bytes, error_bytes = receive_header(self.sock, end)
+            records_bytes, error_bytes = self._receiver.header(end)
             self.is_reused = False  # the peer answers
             count, odd = divmod(records_bytes, size)
             if odd or done + count > len(ids) or error_bytes > _MOST_ERROR_BYTES:
                 raise InternalError("the lookup service sent records that do not fit the request")
             if error_bytes:
                 raise self._receive_error(error_bytes, end)
-            part, places = ids[done : done + count], slots[done : done + count].tolist()
-            receive(self.sock, _runs(out, size, places), end)
-            manifest.verify(part, (out[at * size : at * size + size] for at in places))
+            part = slice(done, done + count)
+            self._receiver.fill(_runs(flat, size, slots[part].tolist()), end)
+            manifest.verify_at(ids[part], out, slots[part])
             done += count
             if done == len(ids):
                 return
@@ -83,7 +83,7 @@ class RowConnection:
 
     def _receive_error(self, size: int, end: float) -> TolhouseError:
         data = memoryview(bytearray(size))
-        receive(self.sock, [data], end)
+        self._receiver.fill([data], end)
         try:
             return error_from(pb.Error.FromString(bytes(data)))
         except DecodeError:

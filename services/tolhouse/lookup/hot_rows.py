@@ -19,11 +19,11 @@ from operator import attrgetter
 import numpy as np
 
 from tolhouse.client.row_source import StoreRowSource
-from tolhouse.errors import CorruptError, NotFoundError, TolhouseError
+from tolhouse.errors import CorruptError, InvalidArgumentError, NotFoundError, TolhouseError
 from tolhouse.logs import event
 from tolhouse.store.base import LEASE_SECONDS
 from tolhouse.store.registry import stands_for
-from tolhouse.table.manifest import Buffer, Manifest, record_views
+from tolhouse.table.manifest import Buffer, Manifest, record_views, split_ref
 from tolhouse.table.row_cache import RowCache, capacity_for
 
 _PART_BYTES = 1 << 20  # the bytes of records that are sent while the next ones are read
@@ -59,6 +59,15 @@ class OpenTable:
     def is_cached(self, ids: np.ndarray) -> bool:
         """Return whether the cache has all of `ids`."""
         return bool((self.cache.slot_of[ids] >= 0).all())
+
+    def pin(self, ids: np.ndarray) -> np.ndarray | None:
+        """Pin the rows of `ids` and return their slots, or return None if not all are cached."""
+        with self.lock:
+            if not self.is_cached(ids):
+                return None
+            slots = self.cache.slots(ids)
+            self.cache.pin(slots)
+            return slots
 
 
 @dataclass
@@ -104,9 +113,11 @@ class HotRows:
     def table(self, ref: str) -> OpenTable:
         """Return the table "name@version", which opens on first use.
 
-        Raises NotFoundError if there is no such table.
+        Raises NotFoundError if there is no such table, and InvalidArgumentError without a version.
         """
         if not (table := self.open.get(ref)):
+            if split_ref(ref)[1] is None:
+                raise InvalidArgumentError(f"fetch needs name@version, not {ref!r}")
             manifest = self.source.describe(ref)
             with self._opening:
                 if not (table := self.open.get(ref)):
@@ -139,10 +150,14 @@ class HotRows:
         Raises:
             CorruptError: With the tokens of all bad rows. All others are cached then.
         """
+        if (slots := table.pin(ids)) is not None:
+            try:
+                send(table.views(slots))
+            finally:
+                table.unpin(slots)
+            return 0
         step = max(1, _PART_BYTES // table.manifest.record_bytes)
-        if table.is_cached(ids):
-            step = max(step, len(ids))
-        parts = [ids[first : first + step] for first in range(0, len(ids), step)] or [ids]
+        parts = [ids[first : first + step] for first in range(0, len(ids), step)]
         bad: dict[int, CorruptError] = {}
         missed = 0
         ahead: Future[Held] | None = None

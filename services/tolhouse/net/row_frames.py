@@ -15,11 +15,12 @@ from math import inf
 from typing import BinaryIO
 
 from tolhouse.errors import InvalidArgumentError
-from tolhouse.table.manifest import Buffer
 from tolhouse.v1 import lookup_pb2 as pb
 
 MAX_IDS_PER_FETCH = 65_536
 MAX_REQUEST_BYTES = 4 * MAX_IDS_PER_FETCH + (16 << 10)  # ids, and the limit of gRPC's headers
+Buffer = bytes | memoryview
+
 _LENGTH, _HEADER = struct.Struct("<I"), struct.Struct("<II")
 _TIMEVAL = struct.Struct("@ll")
 _MOST_VIEWS = 1024  # IOV_MAX
@@ -71,25 +72,62 @@ def send_error(sock: socket.socket, error: pb.Error) -> None:
     _send(sock, [_HEADER.pack(0, len(data)), data])
 
 
-def receive_header(sock: socket.socket, end: float) -> tuple[int, int]:
-    """Receive the number of bytes of records and of an error that follow."""
-    head = memoryview(bytearray(_HEADER.size))
-    receive(sock, [head], end)
-    records, error = _HEADER.unpack(head)
-    return records, error
+class Receiver:
+    """Receives frames from a connection. A call that raises leaves the connection unusable."""
 
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock, self._is_encrypted = sock, isinstance(sock, ssl.SSLSocket)
+        self._header = memoryview(bytearray(_HEADER.size))
+        self._timeout = inf  # of one system call, as set on the socket
 
-def receive(sock: socket.socket, views: list[memoryview], end: float) -> None:
-    """Receive bytes until all views are full.
+    def header(self, end: float) -> tuple[int, int]:
+        """Receive the number of bytes of records and of an error that follow."""
+        self.fill([self._header], end)
+        records, error = _HEADER.unpack(self._header)
+        return records, error
 
-    Raises:
-        TimeoutError: They are not full at the monotonic time `end`.
-        ConnectionError: The stream has ended.
-    """
-    for first in range(0, len(views), _MOST_VIEWS):
-        left = views[first : first + _MOST_VIEWS]
-        while left:
-            left = _without(left, _receive_some(sock, left, end))
+    def fill(self, views: list[memoryview], end: float) -> None:
+        """Receive bytes until all views are full.
+
+        Raises:
+            TimeoutError: They are not full at the monotonic time `end`.
+            OSError: The stream has ended.
+        """
+        for first in range(0, len(views), _MOST_VIEWS):
+            left = views[first : first + _MOST_VIEWS]
+            while left:
+                left = _without(left, self._receive(left, end))
+
+    def _receive(self, views: list[memoryview], end: float) -> int:
+        while True:
+            self._limit(end - time.monotonic())
+            try:
+                if self._is_encrypted:
+                    count = self._sock.recv_into(views[0])
+                elif len(views) == 1:  # one system call waits for all bytes
+                    count = self._sock.recv_into(views[0], 0, socket.MSG_WAITALL)
+                else:
+                    count = self._sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+            except (TimeoutError, BlockingIOError, ssl.SSLWantReadError):
+                continue  # until `end`
+            if not count:
+                raise ConnectionError("the connection was closed")
+            return count
+
+    def _limit(self, seconds: float) -> None:
+        """Limit a system call to `seconds` or somewhat less.
+
+        The limit of an earlier call often serves as well, and setting another takes time.
+        """
+        if seconds <= 0:
+            raise TimeoutError
+        if not seconds / 4 < self._timeout <= seconds:
+            self._timeout = 0.8 * seconds
+            if self._is_encrypted:
+                self._sock.settimeout(self._timeout)
+            else:
+                option = socket.SO_RCVTIMEO
+                self._sock.setsockopt(socket.SOL_SOCKET, option, _timeval(self._timeout))
 
 
 def send(sock: socket.socket, data: bytes, end: float) -> None:
@@ -116,27 +154,6 @@ def _send(sock: socket.socket, views: list[Buffer]) -> None:
         sent = sock.sendmsg(part)
         if sent < sum(map(len, part)):  # a signal interrupted the call
             sock.sendall(b"".join(part)[sent:])
-
-
-def _receive_some(sock: socket.socket, views: list[memoryview], end: float) -> int:
-    seconds = end - time.monotonic()
-    if seconds <= 0:
-        raise TimeoutError
-    if isinstance(sock, ssl.SSLSocket):
-        sock.settimeout(None if seconds == inf else seconds)
-        count = sock.recv_into(views[0])
-    else:  # one system call waits for all bytes
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
-        try:
-            if len(views) == 1:
-                count = sock.recv_into(views[0], 0, socket.MSG_WAITALL)
-            else:
-                count = sock.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
-        except BlockingIOError:
-            raise TimeoutError from None
-    if not count:
-        raise ConnectionError("the connection was closed")
-    return count
 
 
 def _without(views: list[memoryview], count: int) -> list[memoryview]:

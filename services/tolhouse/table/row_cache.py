@@ -21,7 +21,6 @@ class RowCache:
         """`slab` is uint8 [capacity, record_bytes], allocated by the owner."""
         self.slab, self.capacity = slab, len(slab)
         self.slot_of = np.full(vocab_size, -1, np.int32)
-        self.hits = self.misses = 0
         self._uses = np.zeros(self.capacity, np.uint8)
         self._id_of = np.full(self.capacity, -1, np.int64)
         self._pins = np.zeros(self.capacity, np.int32)  # users of a slot, or 1 while reserved
@@ -39,10 +38,9 @@ class RowCache:
     def slots(self, ids: np.ndarray) -> np.ndarray:
         """Return the slots int32 [T] of `ids`, or -1 if not cached. Each hit counts as a use."""
         slots = self.slot_of[ids]
-        hits = slots[slots >= 0]
+        cached = slots >= 0
+        hits = slots if cached.all() else slots[cached]
         self._uses[hits] = np.minimum(self._uses[hits] + 1, MOST_USES)
-        self.hits += len(hits)
-        self.misses += len(ids) - len(hits)
         return slots
 
     def reserve(self, ids: np.ndarray, *, main: bool = False) -> np.ndarray:
