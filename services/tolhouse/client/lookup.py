@@ -125,11 +125,11 @@ class LookupRowSource(RowSource):
         An error counts as an answer, unless another attempt may succeed.
         """
         end, nothing = time.monotonic() + _PROBE_SECONDS, np.empty(0, np.uint32)
-        out = np.empty((0, 0), np.uint8)
         try:
             if not (manifest := next(reversed(self._manifests.values()), None)):
                 replica.call(LookupStub, "Describe", pb.DescribeRequest(), _PROBE_SECONDS)
             else:
+                out = np.empty((0, manifest.record_bytes), np.uint8)
                 replica.submit(manifest, nothing, out, nothing, end).receive(end)
         except TolhouseError as error:
             return not isinstance(error, _RETRIED)
