@@ -136,7 +136,12 @@ class TableConfig(StoreConfig):
     corpus: str = option("", "Text or folder to count tokens in. Default: Python's library.")
     absent_layers: Layers = option((), "Layers without rows in the table, separated by commas.")
     publish: bool = option(False, "Publish the table after it is verified.")
-    shards: int = option(64, "Number of shards, each one file or Redis hash.", ge=1, le=65536)
+    shards: int = option(
+        0,
+        "Number of shards, each one file or Redis slot; 0: 64, or more for at most 128 MB a shard.",
+        ge=0,
+        le=65536,
+    )
     store_timeout_seconds: float = option(10, "Timeout of one reply of Redis.", gt=0)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tolhouse.build.job import build_shards, plan
+from tolhouse.build.job import build_shards, plan, shard_count
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import delete, stands_for
@@ -170,9 +170,10 @@ def test_a_second_build_repairs_damaged_shards(checkpoint: Path, tmp_path: Path)
 
 
 def test_a_complete_table_needs_no_ray(checkpoint: Path, tmp_path: Path, redis_url: str) -> None:
-    """A build uses Ray only if a store lacks shards of the table or the corpus differs."""
+    """A build uses Ray only if a store lacks shards of the table or the corpus differs. By default
+    a stored table keeps its number of shards."""
     files = f"file://{tmp_path}"
-    options = "--shards 4 --name found --ray-address 127.0.0.1:1"
+    options = "--name found --ray-address 127.0.0.1:1"
     ref = build_table(
         checkpoint, files, redis_url, codec="bf16", shards=4, name="found", publish=False
     )
@@ -194,13 +195,24 @@ def test_a_complete_table_needs_no_ray(checkpoint: Path, tmp_path: Path, redis_u
     assert "no Ray cluster" in tolhouse(alone, code=1).stderr
 
 
+def test_a_shard_has_at_most_128_megabytes() -> None:
+    """A table has at least 64 shards, but no empty one, and more if a shard would exceed 128 MB."""
+    for rows, size, expected in ((40, 26, 40), (4096, 4104, 64), (128_256, 98_312, 99)):
+        assert expected == shard_count(rows, size)
+    rows, size = 128_256, 3 << 20
+    count = shard_count(rows, size)
+    assert -(-rows // count) * size <= 128e6 < -(-rows // (count - 1)) * size
+
+
+@pytest.mark.parametrize("layout", ["hashes", "keys"])
 def test_a_table_is_copied_from_files_to_redis(
-    checkpoint: Path, tmp_path: Path, redis_url: str
+    checkpoint: Path, tmp_path: Path, redis_url: str, layout: str
 ) -> None:
     """A build copies shards between stores if one store has the complete table."""
+    redis_url = f"{redis_url}?layout={layout}"
     files = f"file://{tmp_path}"
-    build_table(checkpoint, files, codec="fp16", shards=4, name="copied")
-    options = "--codec fp16 --shards 4 --name copied"
+    build_table(checkpoint, files, codec="fp16", shards=4, name=layout)
+    options = f"--codec fp16 --shards 4 --name {layout}"
     done = tolhouse(f"build {checkpoint} --store {files},{redis_url} {options}")
     assert '"shards_computed": 0' in done.stderr
 
@@ -209,7 +221,7 @@ def test_a_table_is_copied_from_files_to_redis(
     ("options", "message"),
     [
         (("--codec", "int3"), "int3"),
-        (("--shards", "0"), "TOLHOUSE_BUILD_SHARDS"),
+        (("--shards", "-1"), "TOLHOUSE_BUILD_SHARDS"),
         (("--shards", "60000"), "at most one shard per token"),
         (("--store", "ftp://x"), "not understood"),
         (("--store", "redis://127.0.0.1:1"), "cannot be reached"),
@@ -342,7 +354,7 @@ def test_memory_does_not_grow_with_the_vocabulary(checkpoint: Path, tmp_path: Pa
     code = """if True:
         import sys
         from pathlib import Path
-        from tolhouse.build.job import build_shards, plan
+        from tolhouse.build.job import build_shards, plan, shard_count
         from tolhouse.model.checkpoint import open_checkpoint
 
         def kilobytes(field):
