@@ -1,13 +1,16 @@
-"""Minimal gRPC servers that serve as baselines. `python -m loadtest.bare bare|naive` runs one in
-the foreground; `server()` starts one as a subprocess.
+"""Minimal servers that serve as baselines. `python -m loadtest.bare bare|naive|tcp HOST` runs one
+in the foreground; `server()` starts one as a subprocess.
 
-The bare server uses the options of Tolhouse's services but no protobuf: `Echo` returns each message
-of a stream, and `Bytes` returns the requested number of bytes. The naive server is an untuned
-lookup service: `Rows` answers with one unary generated message that contains the concatenated rows.
+The bare server uses gRPC with the options of Tolhouse's services but no protobuf: `Echo` returns
+each message of a stream, and `Bytes` returns the requested number of bytes. The naive server is an
+untuned lookup service: `Rows` answers with one unary generated message that contains the
+concatenated rows. The TCP server is a loop over one socket, which sends rows of any size with
+`sendmsg` from where they lie.
 """
 
 import asyncio
 import queue
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -17,10 +20,12 @@ from typing import Literal
 
 import grpc
 import numpy as np
-from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import dial
 from tolhouse.net.server import SERVER_OPTIONS
+from tolhouse.testing import Host
 from tolhouse.v1 import lookup_pb2
+
+from loadtest.tables import TRUSTED
 
 ROW_BYTES, ROWS = 96 << 10, 2048
 _BYTES = bytes(4 << 20)
@@ -43,34 +48,47 @@ def _naive(request: lookup_pb2.FetchRequest, _: grpc.ServicerContext) -> lookup_
     return lookup_pb2.FetchReply(records=b"".join(_ROWS[i] for i in ids))
 
 
-async def _serve_bare() -> None:
+async def _serve_bare(host: str) -> None:
     server = grpc.aio.server(options=SERVER_OPTIONS)
     methods = {
         "Echo": grpc.stream_stream_rpc_method_handler(_echo),
         "Bytes": grpc.unary_unary_rpc_method_handler(_bytes),
     }
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("Bare", methods)])
-    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    print(server.add_insecure_port(f"{host}:0"), flush=True)
     await server.start()
     await server.wait_for_termination()
 
 
-def _serve_naive() -> None:
+def _serve_naive(host: str) -> None:
     _ROWS.extend(np.random.default_rng(i).bytes(ROW_BYTES) for i in range(ROWS))
     server = grpc.server(ThreadPoolExecutor(4))
     read, write = lookup_pb2.FetchRequest.FromString, lookup_pb2.FetchReply.SerializeToString
     methods = {"Rows": grpc.unary_unary_rpc_method_handler(_naive, read, write)}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("Naive", methods)])
-    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    print(server.add_insecure_port(f"{host}:0"), flush=True)
     server.start()
     server.wait_for_termination()
+
+
+def _serve_tcp(host: str) -> None:
+    slab = memoryview(np.random.default_rng(0).bytes(ROW_BYTES * ROWS))
+    with socket.create_server((host, 0)) as listening:
+        print(listening.getsockname()[1], flush=True)
+        peer, _ = listening.accept()
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while head := peer.recv(8, socket.MSG_WAITALL):
+        count, size = np.frombuffer(head, "<u4").tolist()
+        ids = np.frombuffer(peer.recv(4 * count, socket.MSG_WAITALL), "<u4").tolist()
+        rows = [slab[i * size : (i + 1) * size] for i in ids]
+        assert peer.sendmsg(rows) == count * size
 
 
 class Bare:
     """A client of the bare server."""
 
     def __init__(self, target: str) -> None:
-        channel = dial(target, ClientCredentials())
+        channel = dial(target, TRUSTED)
         self.bytes = channel.unary_unary("/Bare/Bytes")
         self._outgoing: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._stream = channel.stream_stream("/Bare/Echo")(iter(self._outgoing.get, None))
@@ -94,25 +112,44 @@ class Naive:
         return np.frombuffer(reply.records, np.uint8).reshape(len(ids), ROW_BYTES)
 
 
+class Tcp:
+    """A client of the TCP server, which receives rows into an array that it keeps."""
+
+    def __init__(self, target: str) -> None:
+        host, _, port = target.rpartition(":")
+        self._socket = socket.create_connection((host, int(port)))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._rows = np.zeros(64 * ROW_BYTES, np.uint8)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def rows(self, ids: np.ndarray, row_bytes: int = ROW_BYTES) -> np.ndarray:
+        """Fetch rows [len(ids), row_bytes], valid until the next call."""
+        request = np.array([len(ids), row_bytes, *ids.tolist()], "<u4")
+        self._socket.sendall(request)
+        rows = self._rows[: len(ids) * row_bytes]
+        view = memoryview(rows)
+        while view:
+            view = view[self._socket.recv_into(view, 0, socket.MSG_WAITALL) :]
+        return rows.reshape(len(ids), row_bytes)
+
+
 @contextmanager
-def server(kind: Literal["bare", "naive"]) -> Iterator[str]:
+def server(kind: Literal["bare", "naive", "tcp"], host: Host) -> Iterator[str]:
     """Run a server as a subprocess for the duration of the block and yield its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "loadtest.bare", kind],
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
-    assert process.stdout
-    try:
-        yield f"127.0.0.1:{process.stdout.readline().strip()}"
-    finally:
-        process.kill()
-        process.wait()
+    command = [sys.executable, "-m", "loadtest.bare", kind, host.address]
+    pipe = {"stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    with host.call(subprocess.Popen, command, **pipe) as process:
+        try:
+            yield f"{host.address}:{process.stdout.readline().strip()}"
+        finally:
+            process.kill()
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "naive":
-        _serve_naive()
+    _, kind, host = sys.argv
+    if kind == "bare":
+        asyncio.run(_serve_bare(host))
     else:
-        asyncio.run(_serve_bare())
+        {"naive": _serve_naive, "tcp": _serve_tcp}[kind](host)

@@ -5,6 +5,7 @@
 The first part measures each codec alone: record size, encoding time, and the time to decode a batch
 with numpy (as in the SDK) and with torch (as in the worker). The second part measures fetching and
 decoding together, through a lookup service over Redis, with the codecs interleaved on the same ids.
+Servers run in namespaces of their own, behind a network (loadtest/isolation.py).
 The output is a table of medians and a final line of JSON with the speed-ups over bf16 in the second
 part. Compare only ratios within a run.
 """
@@ -23,10 +24,11 @@ from tolhouse import Client, Manifest
 from tolhouse.engine.dequant import decode
 from tolhouse.store.base import open_store
 from tolhouse.table.codecs import CODECS
-from tolhouse.testing import redis_server
+from tolhouse.testing import Host, redis_server
 from tqdm import tqdm
 
 from loadtest import tables
+from loadtest.isolation import server_side
 
 VOCABULARY, LAYERS, HIDDEN = 512, 24, 2048  # the rows of the paper's 1B model
 IDS = 32
@@ -90,17 +92,20 @@ def alone(rounds: int) -> None:
         print(f"  {name:6}{encoded}{numpy:9.1f}{one:18.1f}{two:12.1f}")
 
 
-def fetched(rounds: int) -> dict[str, dict[str, float]]:
+def fetched(rounds: int, host: Host) -> dict[str, dict[str, float]]:
     """Median seconds from ids to float32 rows, by source (hot or Redis) and codec."""
     random = np.random.default_rng(1)
     found: dict[str, dict[str, float]] = {}
-    with redis_server() as url:
+    with redis_server(host=host) as url:
         manifests = [manifest_of(name) for name in CODECS]
         with closing(open_store(url)) as store:
             for manifest in tqdm(manifests, desc="tables", leave=False):
                 tables.load(store, manifest)
         for how, megabytes in (("hot", 200), ("from Redis", 0)):
-            with tables.service(url, megabytes) as lookup, Client(lookup.address) as client:
+            with (
+                tables.service(url, megabytes, host=host) as lookup,
+                Client(lookup.address, credentials=tables.TRUSTED) as client,
+            ):
                 for manifest in manifests:
                     client.rows.fetch_records(manifest, np.arange(VOCABULARY, dtype=np.uint32))
                 picks = (random.choice(VOCABULARY, IDS, replace=False) for _ in range(rounds + 1))
@@ -115,6 +120,21 @@ def fetched(rounds: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def measure(rounds: int, host: Host) -> dict[str, float]:
+    threads = torch.get_num_threads()
+    alone(rounds)
+    torch.set_num_threads(threads)
+    ratios: dict[str, float] = {}
+    print(f"{IDS} ids to float32 rows, fetch and decode: milliseconds, speed-up over bf16")
+    for how, times in fetched(rounds, host).items():
+        for name, median in times.items():
+            ratio = times["bf16"] / median
+            print(f"  {how:12}{name:6}{median * 1e3:8.2f}{ratio:8.2f}")
+            if name in ("int8", "int4"):
+                ratios[f"{name}_vs_bf16{'' if how == 'hot' else '_redis'}"] = round(ratio, 3)
+    return ratios
+
+
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -122,18 +142,8 @@ def main() -> None:
         "--quick", action="store_true", help="fewer rounds; takes less than a minute"
     )
     rounds = 40 if parser.parse_args().quick else 400
-    threads = torch.get_num_threads()
-    alone(rounds)
-    torch.set_num_threads(threads)
-    ratios: dict[str, float] = {}
-    print(f"{IDS} ids to float32 rows, fetch and decode: milliseconds, speed-up over bf16")
-    for how, times in fetched(rounds).items():
-        for name, median in times.items():
-            ratio = times["bf16"] / median
-            print(f"  {how:12}{name:6}{median * 1e3:8.2f}{ratio:8.2f}")
-            if name in ("int8", "int4"):
-                ratios[f"{name}_vs_bf16{'' if how == 'hot' else '_redis'}"] = round(ratio, 3)
-    print(json.dumps(ratios))
+    with server_side() as host:
+        print(json.dumps(measure(rounds, host) | {"isolated": host.isolated}))
 
 
 if __name__ == "__main__":

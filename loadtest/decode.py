@@ -3,11 +3,12 @@
     python -m loadtest.decode [--preset 250m] [--quick]
 
 There are four contenders. `base` is a dense model. The others are a MemoryLLM of the same size with
-int8 rows. `remote` fetches rows over TCP from a lookup service that holds two thirds of them in
-memory, and has a row cache of a tenth of the table. `file` reads rows from files with the same
-cache. `resident` keeps all rows in memory. The contenders run in turn, so that ratios within a run
-are meaningful; times of different runs are not comparable. Weights are random. Token ids come from
-real text, so that rows repeat as in real use. The output is a table and a final line of JSON.
+int8 rows. `remote` fetches rows over TCP from a lookup service, which runs in namespaces of its own
+behind a network (loadtest/isolation.py) and holds two thirds of the rows in memory. The row cache
+of `remote` has a tenth of the table. `file` reads rows from files with the same cache. `resident`
+keeps all rows in memory. The contenders run in turn, so that ratios within a run are meaningful;
+times of different runs are not comparable. Weights are random. Token ids come from real text, so
+that rows repeat as in real use. The output is a table and a final line of JSON.
 """
 
 import argparse
@@ -34,7 +35,9 @@ from tolhouse.engine.scheduler import Scheduler
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig, preset
 from tolhouse.table.manifest import Manifest
+from tolhouse.testing import Host
 
+from loadtest.isolation import server_side
 from loadtest.memory import memory_ratio
 from loadtest.models import random_weights
 from loadtest.replay import Contender
@@ -65,7 +68,7 @@ class Measured(Contender):
 
 @contextmanager
 def contenders(
-    preset_name: str, folder: Path, frequent: tuple[int, ...]
+    preset_name: str, folder: Path, frequent: tuple[int, ...], host: Host
 ) -> Iterator[dict[str, Measured]]:
     """The contenders by name: base, remote, file, resident."""
     limits = {"vocab_size": VOCABULARY, "max_position_embeddings": 8192}
@@ -79,8 +82,8 @@ def contenders(
         for one in compiled.values():
             one.start()
             stack.callback(one.stop)
-        served_table = served(folder / "tables", manifest, manifest.table_bytes / 1.5e6)
-        sources = stack.enter_context(served_table)
+        hot_megabytes = manifest.table_bytes / 1.5e6
+        sources = stack.enter_context(served(folder / "tables", manifest, hot_megabytes, host))
         rows: dict[str, RowProvider] = {
             "base": NoRows(base.hidden_size, CPU),
             "remote": rows_of(sources["remote"], manifest, 0.1),
@@ -217,20 +220,25 @@ def main() -> None:
     text = "fewer rounds and no memory measurement of the 1b preset; takes 90 seconds"
     parser.add_argument("--quick", action="store_true", help=text)
     options = parser.parse_args()
-    source, ids, frequent = trace(VOCABULARY)
-    threads = f"{torch.get_num_threads()} threads"
-    print(
-        f"{options.preset}, {VOCABULARY} tokens, {source}, "
-        f"{PROMPT} + {ANSWER} tokens per sequence, {threads}"
-    )
-    with tempfile.TemporaryDirectory(prefix="tolhouse-decode-") as folder, torch.inference_mode():
-        with contenders(options.preset, Path(folder), frequent) as measured:
+    with server_side() as host:
+        source, ids, frequent = trace(VOCABULARY)
+        threads = f"{torch.get_num_threads()} threads"
+        print(
+            f"{options.preset}, {VOCABULARY} tokens, {source}, "
+            f"{PROMPT} + {ANSWER} tokens per sequence, {threads}"
+        )
+        with (
+            tempfile.TemporaryDirectory(prefix="tolhouse-decode-", dir=host.folder) as folder,
+            torch.inference_mode(),
+            contenders(options.preset, Path(folder), frequent, host) as measured,
+        ):
             result = measure(measured, ids, quick=options.quick)
-    if not options.quick:
-        for tied in (True, False):
-            key = f"memory_ratio_{'tied' if tied else 'untied'}"
-            result[key] = memory_ratio("1b", tied=tied)
-    print(json.dumps({key: round(value, 3) for key, value in result.items()}))
+        if not options.quick:
+            for tied in (True, False):
+                key = f"memory_ratio_{'tied' if tied else 'untied'}"
+                result[key] = memory_ratio("1b", host, tied=tied)
+        result = {key: round(value, 3) for key, value in result.items()}
+        print(json.dumps(result | {"isolated": host.isolated}))
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import preset
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import commit, publish
-from tolhouse.testing import process
+from tolhouse.testing import Host, process
 
 from loadtest.models import zero_weights
-from loadtest.tables import alike, records_of
+from loadtest.tables import alike, records_of, service
 
 CACHE_MEGABYTES = 32  # the worker's default
 PROMPT, ANSWER = 64, 64
 
 
-def memory_ratio(name: str, *, tied: bool) -> float:
+def memory_ratio(name: str, host: Host, *, tied: bool) -> float:
     """VmRSS after one request of a MemoryLLM worker with a full row cache, divided by a dense
     model's.
 
@@ -32,13 +32,16 @@ def memory_ratio(name: str, *, tied: bool) -> float:
     resident = {}
     for kind in ("base", "memory"):
         shape = preset(name, kind, tie_word_embeddings=tied)
-        with tempfile.TemporaryDirectory(prefix="tolhouse-memory-") as folder, ExitStack() as stack:
+        with ExitStack() as stack:
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="tolhouse-memory-", dir=host.folder)
+            )
             path = zero_weights(Path(folder) / kind, shape)
             options = ["--listen", "127.0.0.1:0", "--compile", "never"]
             options += ["--row-cache-megabytes", str(CACHE_MEGABYTES)]
             if shape.num_rows:
                 options += stack.enter_context(
-                    _lookup(Path(folder), Checkpoint(path, shape, path.name))
+                    _lookup(Path(folder), Checkpoint(path, shape, path.name), host)
                 )
             worker = stack.enter_context(process("worker", str(path), *options))
             resident[kind] = _after_request(worker.address, worker.pid)
@@ -50,7 +53,7 @@ def memory_ratio(name: str, *, tied: bool) -> float:
 
 
 @contextmanager
-def _lookup(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:
+def _lookup(folder: Path, checkpoint: Checkpoint, host: Host) -> Iterator[tuple[str, ...]]:
     """Run a lookup service over a table that stores only frequent tokens' rows, and yield the
     worker's options for it."""
     shape, url = checkpoint.config, f"file://{folder / 'tables'}"
@@ -64,9 +67,8 @@ def _lookup(folder: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, ...]]:
         _stretch(next(folder.glob("tables/*/*/*.safetensors")), manifest.vocab_size)
         commit(store, manifest)
         publish(store, manifest.ref)
-    options = "--store", url, "--listen", "127.0.0.1:0", "--hot-megabytes", "0"
-    with process("lookup", *options) as lookup:
-        yield "--rows", lookup.address, "--table", manifest.ref
+    with service(url, 0, host=host) as lookup:
+        yield "--rows", lookup.address, "--table", manifest.ref, "--insecure"
 
 
 def _stretch(path: Path, rows: int) -> None:

@@ -1,10 +1,12 @@
 """Measure the cost of fetching rows at an accelerator's speed: `python -m loadtest.pace [--quick]`.
 
 The engine's scheduler and row cache (a tenth of the table) read rows from a lookup service over TCP
-and from files. The model's forward is replaced by a wait of fixed length, which stands in for a GPU
-and leaves the cores free. Rows have the shape of the 1b preset in int8, token ids come from real
-text, and 64 sequences run at once. Tokens per second are compared with those of the same engine
-without rows, in interleaved slices. The output is a table and a final line of JSON.
+and from files. The service runs in namespaces of its own, behind a network (loadtest/isolation.py).
+The model's forward is replaced by a wait of fixed length, which stands in for a GPU and leaves the
+cores free. Rows have the shape of the 1b preset in int8, token ids come from real text, and 64
+sequences run at once. Tokens per second are compared with those of the same engine without rows, in
+interleaved slices. The output is a table, with each source's misses and bytes per step, and a final
+line of JSON.
 """
 
 import argparse
@@ -25,8 +27,10 @@ from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
 from tolhouse.engine.scheduler import ScheduledChunk, Scheduler
 from tolhouse.model.config import preset
+from tolhouse.testing import Host
 from torch import Tensor
 
+from loadtest.isolation import server_side
 from loadtest.replay import Contender
 from loadtest.tables import alike, served
 from loadtest.text import trace
@@ -84,6 +88,7 @@ def paced(
     rows = {name: rows_of(source, manifest) for name, source in sources.items()}
     for one in rows.values():
         one.fill()
+    filled = {name: _fetched(one) for name, one in rows.items()}
     providers: dict[str, RowProvider] = {"no rows": NoRows(1, CPU), **rows}
     seconds = milliseconds / 1e3
     found = [Contender(n, engine(r, lambda _: seconds)) for n, r in providers.items()]
@@ -103,14 +108,20 @@ def paced(
     for one in found[1:]:
         provider = rows[one.name]
         counts, rate = provider.counts(), statistics.median(rates[one.name])
-        fetched = counts["from_remote"] + counts["from_file"]
-        cached = counts["from_cache"] / (counts["from_cache"] + fetched)
-        wait = f"{counts['wait_seconds'] / one.engine.steps * 1e3:.2f} ms of wait per step"
-        print(
-            f"    {one.name:6} {rate:7.0f} tokens/s, {cached:.1%} of distinct rows cached, {wait}"
-        )
+        misses, steps = _fetched(provider) - filled[one.name], one.engine.steps
+        cached = counts["from_cache"] / (counts["from_cache"] + misses)
+        size, wait = provider.manifest.record_bytes * misses / steps, counts["wait_seconds"] / steps
+        print(f"    {one.name:6} {rate:7.0f} tokens/s, {cached:.1%} of distinct rows cached")
+        waited = f"{wait * 1e3:.2f} ms of wait"
+        print(f"{'':11}{misses / steps:.1f} misses, {size:,.0f} bytes and {waited} per step")
         provider.close()
     return {name: float(np.median(np.array(rates[name]) / bare)) for name in rows}
+
+
+def _fetched(rows: CachedRows) -> int:
+    """The number of rows read from the source."""
+    counts = rows.counts()
+    return counts["from_remote"] + counts["from_file"]
 
 
 def paced_prefill(
@@ -136,26 +147,18 @@ def rows_of(source: RowSource, manifest: Manifest) -> CachedRows:
     return CachedRows(source, manifest, manifest.table_bytes // 10, CPU)
 
 
-def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer rounds; takes less than 90 seconds"
-    )
-    text = "the lookup service's memory for hot rows, in MB (default 1000)"
-    parser.add_argument("--hot-megabytes", type=float, default=1000, help=text)
-    options = parser.parse_args()
+def measure(hot_megabytes: float, host: Host, *, quick: bool) -> dict[str, float]:
     source, ids, frequent = trace(VOCABULARY)
     manifest = alike(preset("1b", "memory", vocab_size=VOCABULARY), "int8", frequent)
     size = f"rows of {manifest.record_bytes} bytes, table of {manifest.table_bytes / 1e9:.1f} GB"
-    kept = f"caches: a tenth in the worker, {options.hot_megabytes:g} MB in the service"
+    kept = f"caches: a tenth in the worker, {hot_megabytes:g} MB in the service"
     print(f"{source}, {SEQUENCES} sequences, {size}, {kept}")
     with (
-        tempfile.TemporaryDirectory(prefix="tolhouse-pace-") as folder,
-        served(Path(folder), manifest, options.hot_megabytes) as sources,
+        tempfile.TemporaryDirectory(prefix="tolhouse-pace-", dir=host.folder) as folder,
+        served(Path(folder), manifest, hot_megabytes, host) as sources,
         torch.inference_mode(),
     ):
-        rounds = 1 if options.quick else 3
+        rounds = 1 if quick else 3
         # each measurement reads new text; the warm-up puts the service into the state of long use
         part = rounds * SEQUENCES * (PROMPT + ANSWER)
         print("warm-up, not counted:")
@@ -167,7 +170,21 @@ def main() -> None:
             result[f"paced_file_{milliseconds}ms"] = ratios["file"]
         ratios = paced_prefill(sources, manifest, ids[3 * part :], 3)
         result |= {"paced_prefill": ratios["remote"], "paced_file_prefill": ratios["file"]}
-    print(json.dumps({key: round(value, 3) for key, value in result.items()}))
+    return {key: round(value, 3) for key, value in result.items()}
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds; takes less than 90 seconds"
+    )
+    text = "the lookup service's memory for hot rows, in MB (default 1000)"
+    parser.add_argument("--hot-megabytes", type=float, default=1000, help=text)
+    options = parser.parse_args()
+    with server_side() as host:
+        result = measure(options.hot_megabytes, host, quick=options.quick)
+        print(json.dumps(result | {"isolated": host.isolated}))
 
 
 if __name__ == "__main__":

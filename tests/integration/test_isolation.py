@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tolhouse.testing import wait_until
+from tolhouse.testing import Host, wait_until
+
+from loadtest.bare import ROW_BYTES, Tcp, server
 
 # waits for a line, or its end, while the servers run
 PROGRAM = """
@@ -116,3 +119,11 @@ def test_without_namespaces_servers_run_on_loopback(tmp_path: Path) -> None:
     assert "do not count" in warning
     assert not json.loads(result)["isolated"]
     assert json.loads(result)["ping"]
+
+
+def test_the_bare_socket_loop_sends_the_rows_of_the_ids() -> None:
+    """The baseline of a bare socket loop answers with the rows of the ids, in their order."""
+    rows = np.frombuffer(np.random.default_rng(0).bytes(3 * ROW_BYTES), np.uint8)
+    with server("tcp", Host()) as address, closing(Tcp(address)) as client:
+        received = client.rows(np.array([2, 0]), ROW_BYTES)
+    assert np.array_equal(rows.reshape(3, ROW_BYTES)[[2, 0]], received)
