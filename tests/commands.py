@@ -5,8 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 from tolhouse.testing import Process, open_url
 
+from tests import preloaded
+
+# each request has a connection of its own; httpx.get() would load the TLS certificates each time
+HTTP = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), trust_env=False)
 LOCAL = ("--listen", "127.0.0.1:0")  # a free port on the loopback interface
 
 
@@ -15,7 +20,7 @@ def start(line: str, *more: str | bytes | int | Path) -> subprocess.Popen:
     words = [word if isinstance(word, bytes) else str(word) for word in more]
     command = [sys.executable, "-m", "tolhouse.cli", *shlex.split(line), *words]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, encoding="utf-8")
+    return preloaded.Popen(command, stdout=pipe, stderr=pipe, text=True, encoding="utf-8")
 
 
 def tolhouse(

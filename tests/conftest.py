@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from tolhouse import testing
 from tolhouse.certs import ensure_authority, issue
 from tolhouse.testing import build_table, redis_cluster, redis_server, tiny_model
+
+from tests import preloaded
 
 # Tests fork processes that use gRPC, whose fork support can abort in the child.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
@@ -18,6 +21,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOLHOUSE_WORKER_COMPILE"] = "never"
 # a shell's background job ignores SIGINT, and child processes would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+preloaded.ENVIRONMENT.update(os.environ)
+testing.start_process = preloaded.Popen
 settings.register_profile("tolhouse", deadline=None, max_examples=60)
 settings.load_profile("tolhouse")
 

@@ -30,6 +30,8 @@ _T = TypeVar("_T")
 _FREE = ("--listen", "127.0.0.1:0")
 _START_SECONDS, _END_SECONDS = 120, 40  # on a busy machine
 _QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+# starts `tolhouse` processes on this machine; may be replaced by a subclass of Popen
+start_process: Callable[..., subprocess.Popen] = subprocess.Popen
 _TEXT = """def add(a, b):
     return a + b
 
@@ -142,7 +144,8 @@ def process(
         log = Path(folder, "log")
         with log.open("wb") as stderr:
             pipes = {"stdout": subprocess.PIPE, "stderr": stderr}
-            popen = host.call(subprocess.Popen, command, **pipes)
+            start: Callable[..., subprocess.Popen] = subprocess.Popen
+            popen = host.call(start_process if host is _HERE else start, command, **pipes)
         assert popen.stdout
         try:
             readable, _, _ = select.select([popen.stdout], [], [], _START_SECONDS)

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from tolhouse.testing import free_port
+from tolhouse.testing import build_table, free_port
 
 TOLHOUSE = (sys.executable, "-m", "tolhouse.cli")
 
@@ -52,9 +52,12 @@ def test_the_demo_ends_with_one_line_of_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
 def test_serve_runs_until_a_signal(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    """The printed curl command works, and Ctrl-C or SIGTERM ends serve and all its processes."""
+    """The printed curl command works, with a new table or one of an earlier run, and Ctrl-C or
+    SIGTERM ends serve and all its processes."""
     address = f"127.0.0.1:{free_port()}"
     checkpoint = str(Path("models/demo-memory").absolute())
+    if number == signal.SIGTERM:
+        build_table(Path(checkpoint), f"file://{tmp_path}/.tolhouse/tables", shards=64)
     pipe = subprocess.PIPE
     popen = subprocess.Popen(
         [*TOLHOUSE, "serve", "--checkpoint", checkpoint, "--listen", address],

@@ -28,17 +28,17 @@ from tolhouse.testing import (
 )
 
 from tests import browser as chromium
-from tests.commands import tolhouse
+from tests.commands import HTTP, tolhouse
 
 TEXT = "def add(x):\n    return"
 
 
 def get(cluster: Cluster, path: str) -> httpx.Response:
-    return httpx.get(f"http://{cluster.gateway}{path}", timeout=60)
+    return HTTP.get(f"http://{cluster.gateway}{path}", timeout=60)
 
 
 def post(cluster: Cluster, path: str, **body: object) -> httpx.Response:
-    return httpx.post(f"http://{cluster.gateway}{path}", json=body, timeout=60)
+    return HTTP.post(f"http://{cluster.gateway}{path}", json=body, timeout=60)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from tolhouse.gateway.middleware import MetricsMiddleware
 from tolhouse.gateway.rate_limit import RateLimiter, window
 from tolhouse.testing import Cluster, local_cluster, redis_server, wait_until
 
-from tests.commands import tolhouse
+from tests.commands import HTTP, tolhouse
 
 BODY = {"prompt": "def add", "max_tokens": 2}
 PAGE = "https://page.example"
@@ -52,7 +52,7 @@ def cluster(checkpoint: Path, store: str, keys: Path, first: str) -> Iterator[Cl
 def ask(cluster: Cluster, key: str | None, path: str = "/v1/completions", **more) -> httpx.Response:
     headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
     method, url = "POST" if path.startswith("/v1/c") else "GET", f"http://{cluster.gateway}{path}"
-    return httpx.request(method, url, headers=headers, timeout=60, **more)
+    return HTTP.request(method, url, headers=headers, timeout=60, **more)
 
 
 def test_requests_need_a_key(cluster: Cluster, first: str) -> None:
@@ -66,7 +66,7 @@ def test_requests_need_a_key(cluster: Cluster, first: str) -> None:
             error = answer.json()["error"]
             assert ("authentication_error", "invalid_api_key") == (error["type"], error["code"])
     basic = {"Authorization": f"Basic {first}"}
-    assert 401 == httpx.get(f"http://{cluster.gateway}/v1/models", headers=basic).status_code
+    assert 401 == HTTP.get(f"http://{cluster.gateway}/v1/models", headers=basic).status_code
     assert "tolhouse_gateway" in ask(cluster, first, "/metrics").text
 
 
@@ -79,16 +79,16 @@ def test_configured_origins_get_cors_headers(cluster: Cluster, first: str) -> No
         origin_only, key = {"Origin": origin}, {"Authorization": f"Bearer {first}"}
         many = {**origin_only, **{f"X-{n}": "1" for n in range(101)}}
         for status, answer in (
-            (200 if allowed else 400, httpx.options(url, headers={**origin_only, **asks})),
-            (401, httpx.post(url, json=BODY, headers=origin_only)),
-            (200, httpx.post(url, json=BODY, headers={**origin_only, **key}, timeout=60)),
-            (404, httpx.get(f"{cluster.url}/nothing", headers={**origin_only, **key})),
-            (431, httpx.post(url, headers=many)),
+            (200 if allowed else 400, HTTP.options(url, headers={**origin_only, **asks})),
+            (401, HTTP.post(url, json=BODY, headers=origin_only)),
+            (200, HTTP.post(url, json=BODY, headers={**origin_only, **key}, timeout=60)),
+            (404, HTTP.get(f"{cluster.url}/nothing", headers={**origin_only, **key})),
+            (431, HTTP.post(url, headers=many)),
         ):
             assert status == answer.status_code
             assert allowed == answer.headers.get("access-control-allow-origin")
             assert answer.headers["x-request-id"]
-    plain = httpx.post(url, json=BODY, headers=key, timeout=60)
+    plain = HTTP.post(url, json=BODY, headers=key, timeout=60)
     assert "access-control-allow-origin" not in plain.headers
 
 
@@ -99,7 +99,7 @@ def test_a_request_s_log_line_describes_it(cluster: Cluster, first: str) -> None
         body = {"prompt": [[3, 4, 5], [6]], "max_tokens": 2, "n": 2, "ignore_eos": True}
         headers = {"Authorization": f"Bearer {first}", "X-Request-Id": name}
         url = f"http://{cluster.gateway}/v1/completions"
-        answer = httpx.post(url, json={**body, "stream": stream}, headers=headers, timeout=60)
+        answer = HTTP.post(url, json={**body, "stream": stream}, headers=headers, timeout=60)
         assert 200 == answer.status_code
         wait_until(lambda name=name: f'"request_id": "{name}"' in log.read_text(encoding="utf-8"))
         lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]

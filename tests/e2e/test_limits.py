@@ -34,7 +34,7 @@ from tolhouse.testing import Cluster, local_cluster, process, wait_until
 from tolhouse.v1 import lookup_pb2
 from tolhouse.v1.lookup_pb2_grpc import LookupStub, add_LookupServicer_to_server
 
-from tests.commands import LOCAL
+from tests.commands import HTTP, LOCAL
 
 BODY = {"prompt": "def add", "max_tokens": 2}
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -84,7 +84,7 @@ def dribble(connection: socket.socket, data: bytes, seconds: float = 1) -> None:
 
 
 def complete(cluster: Cluster) -> int:
-    return httpx.post(f"{cluster.url}/completions", json=BODY, timeout=60).status_code
+    return HTTP.post(f"{cluster.url}/completions", json=BODY, timeout=60).status_code
 
 
 # HTTP: slow clients
@@ -175,7 +175,7 @@ def test_a_body_with_two_lengths_is_refused(cluster: Cluster) -> None:
         connection.sendall(POST + both + b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
         status, message = answered(connection)
     assert (400, True) == (status, "send one of them" in message)
-    answer = httpx.post(f"http://{cluster.gateway}/v1/completions/", json=BODY, timeout=60)
+    answer = HTTP.post(f"http://{cluster.gateway}/v1/completions/", json=BODY, timeout=60)
     assert 404 == answer.status_code  # a redirect would send the key again
 
 
@@ -269,7 +269,7 @@ def fields(count: int) -> bytes:
 def test_the_content_of_a_body_is_limited(body: bytes, said: str, cluster: Cluster) -> None:
     """Depth, counts and sizes above the limits get 400 and a short message."""
     url, headers = f"{cluster.url}/completions", {"Content-Type": "application/json"}
-    answer = httpx.post(url, content=body, headers=headers, timeout=60)
+    answer = HTTP.post(url, content=body, headers=headers, timeout=60)
     assert 400 == answer.status_code
     assert said in answer.json()["error"]["message"]
     assert len(answer.content) < 2000
@@ -278,10 +278,10 @@ def test_the_content_of_a_body_is_limited(body: bytes, said: str, cluster: Clust
 def test_log_probabilities_are_limited(cluster: Cluster) -> None:
     """The product of tokens, choices and `top_logprobs` above the limit gets 400."""
     ids = {"prompt": [5] * 200, "max_tokens": 0, "echo": True, "logprobs": 20}
-    answer = httpx.post(f"{cluster.url}/completions", json={**ids, "n": 128}, timeout=60)
+    answer = HTTP.post(f"{cluster.url}/completions", json={**ids, "n": 128}, timeout=60)
     expected = f"may have {128 * 200 * 21} log probabilities; at most {1 << 18} are allowed"
     assert (400, True) == (answer.status_code, expected in answer.json()["error"]["message"])
-    answer = httpx.post(f"{cluster.url}/completions", json={**ids, "n": 8}, timeout=60)
+    answer = HTTP.post(f"{cluster.url}/completions", json={**ids, "n": 8}, timeout=60)
     assert 200 == answer.status_code
     found = [choice["logprobs"]["top_logprobs"] for choice in answer.json()["choices"]]
     assert [200] * 8 == [len(top) for top in found]
@@ -490,4 +490,4 @@ def test_metrics_are_served_while_others_hold_connections(store: str) -> None:
     with process("lookup", "--store", store, *LOCAL) as lookup:
         address = lookup.ready["metrics"]
         with many(lambda: connect(address), 40):
-            assert "tolhouse_lookup" in httpx.get(f"http://{address}/metrics").text
+            assert "tolhouse_lookup" in HTTP.get(f"http://{address}/metrics").text

@@ -98,7 +98,7 @@ def complete(cluster: Cluster, tokens: int, prompt: str) -> str:
 
 def service_routes(checkpoint: Checkpoint, url: str, ref: str, tokens: int) -> dict[str, Any]:
     """Answers with rows from lookup services: in this process, from workers, and as text from the
-    gateway."""
+    gateway. Variants of a route give fewer tokens, which another route computes too."""
     options = ("--table", ref, "--row-cache-megabytes", "0.5")  # less than the working set
     with (
         local_cluster(checkpoint.path, url, lookups=2, worker_options=options) as cluster,
@@ -109,9 +109,11 @@ def service_routes(checkpoint: Checkpoint, url: str, ref: str, tokens: int) -> d
         small = 20 * manifest.record_bytes
         return {
             "lookup": with_rows(checkpoint, source, manifest, tokens),
-            "layer by layer": with_rows(checkpoint, source, manifest, tokens, most_values=0),
-            "small row cache": with_rows(checkpoint, source, manifest, tokens, cache_bytes=small),
-            "worker": generate(checkpoint, cluster.workers, tokens),
+            "layer by layer": with_rows(checkpoint, source, manifest, FEWER_TOKENS, most_values=0),
+            "small row cache": with_rows(
+                checkpoint, source, manifest, FEWER_TOKENS, cache_bytes=small
+            ),
+            "worker": generate(checkpoint, cluster.workers, FEWER_TOKENS),
             "worker, batched": generate(checkpoint, cluster.workers, tokens, len(PROMPTS)),
             "gateway": list(pool.map(partial(complete, cluster, tokens), PROMPTS)),
         }
@@ -125,13 +127,15 @@ def check_routes(
     exact = codec == "fp32"
     expected = in_process(checkpoint, tokens) if exact else direct(checkpoint, urls[0], ref, tokens)
     assert len(PROMPTS) * tokens == sum(map(len, expected))
-    routes = {url: direct(checkpoint, url, ref, tokens) for url in urls}
+    routes = {url: direct(checkpoint, url, ref, FEWER_TOKENS) for url in urls}
     routes |= service_routes(checkpoint, urls[0], ref, tokens)
     tokenizer = checkpoint.tokenizer()
     # the gateway returns text
     assert [tokenizer.decode(ids) for ids in expected] == routes.pop("gateway")
     for route, answers in routes.items():
-        assert expected == answers, route
+        compared = [ids[: len(own)] for ids, own in zip(expected, answers, strict=True)]
+        assert FEWER_TOKENS <= min(map(len, answers))
+        assert compared == answers, route
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tests.commands import LOCAL, metrics
 from tests.engines import CPU, greedy_with
 
 PROMPTS = ([17, 4, 200], [9, 9, 9, 30], list(range(40, 80)))
-LONG = 800
+LONG = 400
 
 
 def answers(checkpoint: Path, lookup: Client, ref: str, tokens: int) -> list[list[int]]:

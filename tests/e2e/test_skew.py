@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
-import httpx
 import pytest
 from tolhouse import Client, errors
 from tolhouse.sampling import FEATURES
@@ -20,7 +19,7 @@ from tolhouse.v1.generation_pb2_grpc import (
     add_GenerationServicer_to_server,
 )
 
-from tests.commands import LOCAL
+from tests.commands import HTTP, LOCAL
 
 
 class EarlierWorker(GenerationServicer):
@@ -88,23 +87,23 @@ def test_parameters_that_an_earlier_worker_would_ignore_are_refused(
         with process("gateway", str(checkpoint), "--workers", old, *options) as gateway:
             wait_until_healthy(gateway.address)
             url = f"http://{gateway.address}/v1/completions"
-            assert 200 == httpx.post(url, json=body).status_code
+            assert 200 == HTTP.post(url, json=body).status_code
             for stream in (False, True):
-                answer = httpx.post(url, json={**body, "layer_scales": scales, "stream": stream})
+                answer = HTTP.post(url, json={**body, "layer_scales": scales, "stream": stream})
                 assert (501, True) == (answer.status_code, "layer_scales" in answer.text)
-            assert 200 == httpx.post(url, json={**body, "layer_scales": []}).status_code
+            assert 200 == HTTP.post(url, json={**body, "layer_scales": []}).status_code
         both = f"{old},{cluster.workers}"
         with process("gateway", str(checkpoint), "--workers", both, *options) as gateway:
             url = f"http://{gateway.address}"
             wait_until(
-                lambda: "tolhouse_gateway_healthy_workers 2" in httpx.get(f"{url}/metrics").text
+                lambda: "tolhouse_gateway_healthy_workers 2" in HTTP.get(f"{url}/metrics").text
             )
             scaled = {**body, "layer_scales": scales}
-            expected = httpx.post(f"{cluster.url}/completions", json=scaled).json()["choices"]
-            plain = httpx.post(f"{cluster.url}/completions", json=body).json()["choices"]
+            expected = HTTP.post(f"{cluster.url}/completions", json=scaled).json()["choices"]
+            plain = HTTP.post(f"{cluster.url}/completions", json=body).json()["choices"]
             assert expected != plain
             for _ in range(4):
-                answered = httpx.post(f"{url}/v1/completions", json=scaled).json()["choices"]
+                answered = HTTP.post(f"{url}/v1/completions", json=scaled).json()["choices"]
                 assert expected == answered
         with Client(old) as caller:
             assert [] != [*caller.generate([17, 4], 4)]

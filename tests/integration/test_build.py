@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tolhouse.build.job import build_shards, plan, shard_count
+from tolhouse.build.job import build_shards, plan, shard_count, with_frequent
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import delete, stands_for
@@ -64,19 +64,20 @@ def wait_for(what, popen: subprocess.Popen, seconds: float = 120):
 def test_a_build_writes_the_same_rows_to_both_stores(
     checkpoint: Path, tmp_path: Path, redis_url: str
 ) -> None:
-    """Files and Redis get the same records, and these decode to the model's rows."""
+    """Files and Redis get the same records, and these decode to the model's rows, with X0 on
+    request."""
     files = f"file://{tmp_path}"
-    options = "--codec int8 --shards 7 --name both --publish"
+    options = "--codec int8 --shards 7 --name both --embedding yes --publish"
     ref = tolhouse(f"build {checkpoint} --store {files},{redis_url} {options}").stdout.strip()
     opened = open_checkpoint(checkpoint)
     ids = np.arange(opened.config.vocab_size, dtype=np.uint32)
-    expected = opened.model().rows(torch.arange(len(ids))).transpose(0, 1).numpy()
+    expected = opened.model().rows(torch.arange(len(ids)), x0=True).transpose(0, 1).numpy()
     records = []
     for url in (files, redis_url):
         with closing(open_store(url)) as store:
             manifest = store.manifest(ref)
             assert ref == f"both@{store.alias('both').version}"
-            assert 7 == len(manifest.shards)
+            assert (7, True) == (len(manifest.shards), manifest.has_x0)
             out = np.empty((len(ids), manifest.record_bytes), np.uint8)
             store.read_records(manifest, ids, out)
             records.append(out)
@@ -114,9 +115,10 @@ def test_a_killed_build_resumes_to_the_same_bytes(tmp_path: Path, whole: dict) -
 def test_a_repeated_job_does_not_undo_a_publish(checkpoint: Path, tmp_path: Path) -> None:
     """--publish-new publishes each version once, and a repeated job does not publish it again."""
     url = f"file://{tmp_path}"
-    job = (checkpoint, "--store", url, "--name", "job", "--publish-new")
+    job = (checkpoint, "--store", url, "--name", "job", "--shards", "8", "--publish-new")
     with closing(open_store(url)) as store:
-        built = build(*job)[1].strip()
+        built = build_table(checkpoint, url, name="job", codec="bf16", publish=False)
+        assert built == build(*job)[1].strip()
         assert stands_for(store, built)
         other = build_table(checkpoint, url, name="job", codec="int8")
         code, _, said = build(*job)
@@ -154,8 +156,8 @@ def title(process: psutil.Process) -> str:
 
 def test_a_second_build_repairs_damaged_shards(checkpoint: Path, tmp_path: Path) -> None:
     """A second build rewrites truncated, altered and missing shards, and keeps the intact one."""
-    options = (checkpoint, "--store", f"file://{tmp_path}", "--shards", "4")
-    build_table(checkpoint, f"file://{tmp_path}", codec="bf16", shards=4)
+    url = f"file://{tmp_path}"
+    build_table(checkpoint, url, codec="bf16", shards=4)
     before = shards(tmp_path)
     files = sorted(tmp_path.rglob("shard-*"))
     files[0].write_bytes(before[files[0].name][:-100])
@@ -164,7 +166,9 @@ def test_a_second_build_repairs_damaged_shards(checkpoint: Path, tmp_path: Path)
     files[1].write_bytes(altered)
     files[2].unlink()
     whole_since = files[3].stat().st_mtime_ns
-    assert 0 == build(*options)[0]
+    planned = plan(open_checkpoint(checkpoint), "", "bf16", 4)
+    repaired = build_shards(str(checkpoint), planned, [*range(4)], (url,), 10.0)
+    assert [True, True, True, False] == [computed for _, computed in repaired]
     assert before == shards(tmp_path)
     assert whole_since == files[3].stat().st_mtime_ns
 
@@ -211,10 +215,13 @@ def test_a_table_is_copied_from_files_to_redis(
     """A build copies shards between stores if one store has the complete table."""
     redis_url = f"{redis_url}?layout={layout}"
     files = f"file://{tmp_path}"
-    build_table(checkpoint, files, codec="fp16", shards=4, name=layout)
-    options = f"--codec fp16 --shards 4 --name {layout}"
-    done = tolhouse(f"build {checkpoint} --store {files},{redis_url} {options}")
-    assert '"shards_computed": 0' in done.stderr
+    ref = build_table(checkpoint, files, codec="fp16", shards=4, name=layout)
+    planned = plan(open_checkpoint(checkpoint), layout, "fp16", 4)
+    copied = build_shards(str(checkpoint), planned, [*range(4)], (files, redis_url), 10.0)
+    assert [False] * 4 == [computed for _, computed in copied]
+    with closing(open_store(redis_url)) as store:
+        held = sum(store.count(planned, shard) for shard in range(4))
+    assert (ref, planned.vocab_size) == (planned.ref, held)
 
 
 @pytest.mark.parametrize(
@@ -258,12 +265,7 @@ def test_a_table_has_x0_if_embeddings_are_untied_or_on_request(
 ) -> None:
     """`--embedding` decides whether rows include x0, and the default depends on the checkpoint."""
     path = tiny_model(tmp_path / "m", tie_word_embeddings=tied)
-    url = f"file://{tmp_path}"
-    if embedding == "yes":
-        options = f"--store {url} --shards 3 --codec fp32 --embedding yes"
-        ref = tolhouse(f"build {path} {options}").stdout.strip()
-    else:
-        ref = build_table(path, url, shards=3, embedding=embedding)
+    ref = build_table(path, f"file://{tmp_path}", shards=3, embedding=embedding)
     model, ids = open_checkpoint(path).model(), np.array([7, 300, 9], np.uint32)
     with closing(open_store(f"file://{tmp_path}")) as store:
         manifest = store.manifest(ref)
@@ -301,16 +303,17 @@ def test_the_manifest_lists_the_corpus_tokens_by_frequency(
     corpus.mkdir()
     (corpus / "a.txt").write_text("self.items self.items self.items def", encoding="utf-8")
     (corpus / "b.bin").write_bytes(b"\xff\xfe\x00")
-    found = []
-    for options in (("--corpus", corpus), ()):
-        url = f"file://{tmp_path}/{len(options)}"
-        code, ref, err = build(checkpoint, "--store", url, "--shards", "2", *options)
-        assert 0 == code, err
+    urls = f"file://{tmp_path}/counted", f"file://{tmp_path}/uncounted"
+    code, ref, err = build(checkpoint, "--store", urls[0], "--shards", "2", "--corpus", corpus)
+    assert 0 == code, err
+    assert ref == build_table(checkpoint, urls[1], codec="bf16", shards=2)
+    manifests = []
+    for url in urls:
         with closing(open_store(url)) as store:
-            found.append((ref, store.manifest(ref)))
-    (first, counted), (second, usual) = found
-    assert first == second
-    assert counted.shards == usual.shards
+            manifests.append(store.manifest(ref))
+    counted, uncounted = manifests
+    assert counted.shards == uncounted.shards
+    usual = with_frequent(open_checkpoint(checkpoint), uncounted, "")
     ids = (
         open_checkpoint(checkpoint)
         .tokenizer()
@@ -334,7 +337,8 @@ def test_a_corpus_without_text_is_refused(checkpoint: Path, tmp_path: Path) -> N
 def test_shards_built_together_equal_shards_built_one_by_one(
     checkpoint: Path, tmp_path: Path, redis_url: str
 ) -> None:
-    """Shards built together have the same bytes as shards built one at a time."""
+    """Shards built together have the same bytes as shards built one at a time, and shards that one
+    store has are copied to the other."""
     planned = plan(open_checkpoint(checkpoint), "overlap", "int4", 5)
     alone, both = (f"file://{tmp_path}/alone",), (f"file://{tmp_path}/both", redis_url)
     path, every = str(checkpoint), [*range(5)]

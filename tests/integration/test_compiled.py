@@ -41,12 +41,14 @@ def times(folder: Path) -> dict[Path, int]:
 
 
 def test_compiled_steps_equal_uncompiled_ones(flex_checkpoint: Path, tmp_path: Path) -> None:
-    """Compiled steps equal uncompiled ones for one and several sequences; compiled code is cached
-    on disk and replaced if damaged."""
+    """Compiled steps equal uncompiled ones for one and several sequences; of two workers that start
+    together one compiles; compiled code is cached on disk and replaced if damaged."""
     checkpoint = open_checkpoint(flex_checkpoint)
-    first = compiled_for(checkpoint, tmp_path)
+    first, second = (compiled_for(checkpoint, tmp_path) for _ in range(2))
     assert first.wait()
     kept = times(first.folder)
+    assert second.wait()
+    assert (kept, [first.folder]) == (times(first.folder), list(tmp_path.iterdir()))
     again = compiled_for(checkpoint, tmp_path)
     assert again.wait()
     assert (None, kept) == (again.compiler, times(first.folder))
@@ -131,16 +133,6 @@ def test_a_missing_home_folder_is_named(base: Path, caplog: pytest.LogCaptureFix
     assert not compiled_for(open_checkpoint(base), Path("~no-such-user/cache")).wait()
     [message] = [record.getMessage() for record in caplog.records]
     assert "there is no home folder; choose a writable folder with --compile-cache" in message
-
-
-def test_workers_that_share_a_cache_compile_once(base: Path, tmp_path: Path) -> None:
-    """Of two workers that start together one compiles, and the other uses the result."""
-    checkpoint = open_checkpoint(base)
-    first, second = (compiled_for(checkpoint, tmp_path) for _ in range(2))
-    assert first.wait()
-    made = times(first.folder)
-    assert second.wait()
-    assert (made, [first.folder]) == (times(first.folder), list(tmp_path.iterdir()))
 
 
 @pytest.mark.parametrize("begun", [False, True])
