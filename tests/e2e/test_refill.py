@@ -21,12 +21,14 @@ STATUS = health_pb2.HealthCheckResponse
 
 
 @contextmanager
-def system(checkpoint: Path, files: str = "") -> Iterator[tuple[Redis, str, Process, Client, str]]:
+def system(
+    checkpoint: Path, files: str = "", layout: str = "hashes"
+) -> Iterator[tuple[Redis, str, Process, Client, str]]:
     """A Redis with a table, optionally also stored in `files`, and a lookup service over it."""
     with ExitStack() as stack:
-        url = stack.enter_context(redis_server())
+        server = stack.enter_context(redis_server())
+        redis, url = stack.enter_context(Redis.from_url(server)), f"{server}?layout={layout}"
         ref = build_table(checkpoint, *filter(None, (url, files)), shards=8)
-        redis = stack.enter_context(Redis.from_url(url))
         refill = ("--refill", files) if files else ()
         hot = ("--hot-megabytes", "0.05")  # 32 rows
         running = stack.enter_context(process("lookup", "--store", url, *refill, *hot, *LOCAL))
@@ -67,26 +69,34 @@ def test_a_lost_table_is_reported(checkpoint: Path) -> None:
         assert 1 == len(client.fetch(ref, [300]))
 
 
-def test_a_lost_table_is_refilled_from_files(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["hashes", "keys"])
+def test_a_lost_table_is_refilled_from_files(checkpoint: Path, tmp_path: Path, layout: str) -> None:
     """A lost table, a lost shard and a damaged record are restored from files, including
     publication."""
-    with system(checkpoint, f"file://{tmp_path}") as (redis, _, running, client, ref):
+    with (
+        system(checkpoint, f"file://{tmp_path}", layout) as (redis, url, running, client, ref),
+        closing(open_store(url)) as store,
+    ):
         manifest, expected = client.describe(ref), client.fetch(ref, range(300)).tobytes()
-        shard = f"tolhouse:{{{ref}:shards-8:3}}"
+        shard, keys = f"tolhouse:{{{ref}:shards-8:3}}", f"tolhouse:{{{ref}:3}}:"
+
+        def lose() -> None:
+            redis.delete(shard, *redis.scan_iter(f"{keys}*"))
+
+        def damage() -> None:
+            if layout == "keys":
+                redis.set(f"{keys}299", b"damaged")
+            else:
+                redis.hset(shard, "299", b"damaged")
 
         def is_whole() -> bool:
             return expected == client.fetch(ref, range(300)).tobytes() and status(running) == 200
 
-        for damage in (
-            redis.flushall,
-            lambda: redis.delete(shard),
-            lambda: redis.hset(shard, 299, b"damaged"),
-        ):
-            damage()
+        for harm in (redis.flushall, lose, damage):
+            harm()
             wait_until(is_whole)
-            assert manifest.num_records == sum(
-                redis.hlen(f"tolhouse:{{{ref}:shards-8:{n}}}") for n in range(8)
-            )
+            assert manifest.num_records == sum(store.count(manifest, n) for n in range(8))
+            assert (layout == "keys") == bool(redis.exists(f"{keys}299"))
         with Client(running.address) as other:
             assert ref == other.describe(manifest.name).ref
         assert "tolhouse_lookup_refilled_shards_total 10.0" in metrics(running)
