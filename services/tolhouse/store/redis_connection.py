@@ -32,7 +32,7 @@ from tolhouse.net.call import has_time_limit
 from tolhouse.store.base import Views, has_password, shown
 
 LOST = theirs.ConnectionError, theirs.TimeoutError  # a node is down or hangs
-_BUFFERS = 128  # the buffers of one receive
+_RECEIVED_BYTES = 1 << 18  # the bytes that one receive allows; more buffers cost time
 # The running thread's deadline for replies, and the event that its store is closed.
 _limits: ContextVar[tuple[float, threading.Event]] = ContextVar(
     "limits", default=(inf, threading.Event())
@@ -113,13 +113,14 @@ def replies(
     # Frames and records in turn, as their bytes arrive.
     buffers = [parts[0], *chain.from_iterable(zip(records, parts[1:], strict=True))]
     ends = [*accumulate(map(len, buffers))]
+    most = min(128, 2 * (_RECEIVED_BYTES // record_bytes + 1))
     received = checked = done = last = 0
     for n, views in enumerate(arrays):
         last += 2 * len(views)
         reply_end = ends[last - 1] + 2
         while received < reply_end:
             at = bisect_right(ends, received)
-            rest = buffers[at : at + _BUFFERS]
+            rest = buffers[at : at + most]
             rest[0] = rest[0][len(rest[0]) - ends[at] + received :]
             received += parser.receive(rest, end, closed)
             at = bisect_right(ends, received)
