@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tolhouse.build.job import build_shards, plan, shard_count, with_frequent
+from tolhouse.build.job import build_shards, plan, with_frequent
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import delete, stands_for
@@ -199,15 +199,6 @@ def test_a_complete_table_needs_no_ray(checkpoint: Path, tmp_path: Path, redis_u
     assert "no Ray cluster" in tolhouse(alone, code=1).stderr
 
 
-def test_a_shard_has_at_most_128_megabytes() -> None:
-    """A table has at least 64 shards, but no empty one, and more if a shard would exceed 128 MB."""
-    for rows, size, expected in ((40, 26, 40), (4096, 4104, 64), (128_256, 98_312, 99)):
-        assert expected == shard_count(rows, size)
-    rows, size = 128_256, 3 << 20
-    count = shard_count(rows, size)
-    assert -(-rows // count) * size <= 128e6 < -(-rows // (count - 1)) * size
-
-
 @pytest.mark.parametrize("layout", ["hashes", "keys"])
 def test_a_table_is_copied_from_files_to_redis(
     checkpoint: Path, tmp_path: Path, redis_url: str, layout: str
@@ -358,7 +349,7 @@ def test_memory_does_not_grow_with_the_vocabulary(checkpoint: Path, tmp_path: Pa
     code = """if True:
         import sys
         from pathlib import Path
-        from tolhouse.build.job import build_shards, plan, shard_count
+        from tolhouse.build.job import build_shards, plan
         from tolhouse.model.checkpoint import open_checkpoint
 
         def kilobytes(field):

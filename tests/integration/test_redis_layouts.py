@@ -16,6 +16,7 @@ from redis import Redis, RedisCluster
 from redis.cluster import ClusterNode
 from tolhouse.errors import CorruptError, InUseError, InvalidArgumentError
 from tolhouse.store.base import open_store
+from tolhouse.store.overlay import make_overlay
 from tolhouse.store.registry import delete, refuse_another
 from tolhouse.store.writer import shard_digest, write_table
 from tolhouse.testing import redis_cluster, redis_server, wait_until
@@ -112,6 +113,21 @@ def test_a_table_keeps_its_layout_until_it_is_deleted(url: str, redis: Redis) ->
             delete(reader, MANIFEST.ref)
         with pytest.raises(CorruptError, match="missing"):
             read(reader, MANIFEST)
+
+
+def test_an_overlay_has_the_layout_of_its_parent(url: str, redis: Redis) -> None:
+    """An edit through a URL without a layout writes keys if the edited table has keys."""
+    with closing(open_store(f"{url}?layout=keys")) as keys, closing(open_store(url)) as editor:
+        write(keys, MANIFEST)
+        rows = np.ones((2, MANIFEST.num_blocks, MANIFEST.width), np.float32)
+        edited = make_overlay(editor, MANIFEST.ref, np.array([5, 300]), rows)
+        assert {5, 300} == {
+            int(key.rpartition(b":")[2])
+            for key in redis.scan_iter(f"tolhouse:{{{edited.ref}:0}}:*")
+        }
+        for store in (keys, editor):
+            assert (rows == store.rows(edited, np.array([5, 300], np.uint32))).all()
+            assert_holds(store, MANIFEST)
 
 
 def test_an_unknown_layout_is_refused(url: str) -> None:

@@ -22,7 +22,7 @@ from tolhouse.errors import (
 from tolhouse.store.base import Store, open_store
 from tolhouse.store.files import FileStore
 from tolhouse.store.registry import delete, publish, resolve, rollback, tables
-from tolhouse.store.writer import digest, shard_digest
+from tolhouse.store.writer import digest, shard_count, shard_digest
 from tolhouse.testing import build_table, process, redis_server, wait_until
 
 from tests.commands import LOCAL, tolhouse
@@ -283,3 +283,12 @@ def test_a_redis_that_may_evict_rows_gives_a_warning(
         with closing(open_store(url)) as store, pytest.raises(NotFoundError) as error:
             resolve(store, "unknown")
     assert [warned] * 3 == [warning in text for text in (build.stderr, log, str(error.value))]
+
+
+def test_a_shard_has_at_most_128_megabytes() -> None:
+    """A table has at least 64 shards, but no empty one, and more if a shard would exceed 128 MB."""
+    for rows, size, expected in ((40, 26, 40), (4096, 4104, 64), (128_256, 98_312, 99)):
+        assert expected == shard_count(rows, size)
+    rows, size = 128_256, 3 << 20
+    count = shard_count(rows, size)
+    assert -(-rows // count) * size <= 128e6 < -(-rows // (count - 1)) * size

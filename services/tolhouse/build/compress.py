@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.store.base import Store
 from tolhouse.store.registry import refuse_another
-from tolhouse.store.writer import write_table
+from tolhouse.store.writer import shard_count, write_table
 from tolhouse.table.auxiliary import Basis, load_auxiliary
 from tolhouse.table.codecs import CODECS, codec
 from tolhouse.table.manifest import MAX_FREQUENT, Manifest, content_id
@@ -163,6 +163,8 @@ def _table(
         fields |= {"name": name, "num_shards": 1, "frequent": ()}
     ids = np.arange(len(arrays[0]), dtype=np.uint32)
     table = replace(planned, codec_name=codec(codec_name).name, vocab_size=len(ids), **fields)
+    if part:
+        table = replace(table, num_shards=shard_count(len(ids), table.record_bytes, least=1))
     identity = part, table.codec_name, table.blocks, table.ranks, table.dependencies
     table = replace(table, version=content_id(*identity, *arrays))
     return table, table.encode(ids, rows)

@@ -40,16 +40,14 @@ from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.sources.memoryllm import MemoryLLM, select_blocks
 from tolhouse.store.base import Store, open_store
 from tolhouse.store.registry import refuse_another
-from tolhouse.store.writer import commit, shard_digest, write_shards
+from tolhouse.store.writer import commit, shard_count, shard_digest, write_shards
 from tolhouse.table.codecs import codec
-from tolhouse.table.manifest import MAX_FREQUENT, MAX_SHARDS, Manifest, check_name, content_id
+from tolhouse.table.manifest import MAX_FREQUENT, Manifest, check_name, content_id
 from tolhouse.train.corpus import documents, is_held_out, standard_library
 
 _OBJECT_STORE_BYTES = 80 << 20  # small, because tasks return only digests
 _CONNECT_SECONDS = 5
 _START_TRIES = 3
-_SHARD_BYTES = 128_000_000  # slots of Redis that are much larger are slow to move
-_LEAST_SHARDS = 64  # for the cores of a build and the nodes of a Cluster
 _LOOK_SECONDS = 1.0  # the pause between checks for new nodes of the cluster
 _SAMPLE_CHARS = 4_000_000  # counted in a few seconds, evenly over all documents
 _MOST_SHARDS_A_TASK = 8
@@ -88,15 +86,6 @@ def plan(
         frequent=frequent,
     )
     return replace(planned, num_shards=num_shards or shard_count(size, planned.record_bytes))
-
-
-def shard_count(num_records: int, record_bytes: int) -> int:
-    """Return the default number of shards: at least 64, with at most 128 MB in a shard.
-
-    There are at most as many shards as records, and at most `MAX_SHARDS`.
-    """
-    most = _SHARD_BYTES // record_bytes  # records of a shard
-    return min(num_records, MAX_SHARDS, max(_LEAST_SHARDS, -(-num_records // most)))
 
 
 def count_tokens(tokenizer: Tokenizer, corpus: str, vocab_size: int) -> Counter[int]:

@@ -15,9 +15,20 @@ import xxhash
 from tolhouse.errors import CorruptError
 from tolhouse.store import registry
 from tolhouse.store.base import Store
-from tolhouse.table.manifest import Manifest
+from tolhouse.table.manifest import MAX_SHARDS, Manifest
 
+_SHARD_BYTES = 128_000_000  # slots of Redis that are much larger are slow to move
+_LEAST_SHARDS = 64  # for the cores of a build and the nodes of a Cluster
 RecordsOf = Callable[[int], np.ndarray]  # the records of a shard, in the order of its ids
+
+
+def shard_count(num_records: int, record_bytes: int, least: int = _LEAST_SHARDS) -> int:
+    """Return the default number of shards: at least `least`, with at most 128 MB in a shard.
+
+    There are at most as many shards as records, and at most `MAX_SHARDS`.
+    """
+    most = _SHARD_BYTES // record_bytes  # records of a shard
+    return min(num_records, MAX_SHARDS, max(least, -(-num_records // most)))
 
 
 def write_table(stores: Sequence[Store], manifest: Manifest, records_of: RecordsOf) -> Manifest:
