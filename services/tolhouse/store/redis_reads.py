@@ -1,11 +1,13 @@
 """Reads of records from a Redis server, or from the nodes of a Cluster.
 
-A read has one command per shard. All commands are sent to all nodes before the first reply is read.
-While a node of a Cluster is down or slow, its replica is read, because records never change.
+A command reads up to a megabyte of records of one shard. Commands for a few megabytes are sent to
+each node before the first reply is read. While a node of a Cluster is down or slow, its replica is
+read, because records never change.
 """
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from tolhouse.store.redis_connection import LOST, replies, until
 
 SENT_BYTES = 1 << 20  # the bytes of replies that one command, or one send, requests
 FAILOVER_SECONDS = 8.0  # the longest wait for a node of a Cluster or its replacement
+_SENDS_AHEAD = 4  # limits the replies that a server has to buffer
 _READ_BYTES = 4 << 20  # the bytes of records per timeout; larger reads have more time
 _PAUSE_SECONDS = 0.1
 _NOT_NOW = theirs.ClusterDownError, theirs.MasterDownError
@@ -103,14 +106,16 @@ class Reader:
             yield list(islice(answers, len(read.tokens))) if single else next(answers)
 
     def _send(self, reads: list[Read], record_bytes: int) -> Iterator[Records]:
-        """Send all commands to healthy nodes, and then read the replies."""
+        """Send the commands to healthy nodes, with a few sends ahead, and read the replies."""
         end = self._end(reads, record_bytes)
         size = sum(len(read.tokens) for read in reads) * record_bytes
         step, limits = max(1, SENT_BYTES * len(reads) // size), (end, self._closed)
         nodes = [self._holders(read)[0] for read in reads]
         pools: dict[str, Any] = {}
         connections: dict[str, Any] = {}
+        sending: dict[str, Iterator[None]] = {}
         answers: dict[str, Iterator[Records]] = {}
+        answered = dict.fromkeys(nodes, 0)
         name = ""
         try:
             for name in dict.fromkeys(nodes):
@@ -120,15 +125,16 @@ class Reader:
                 with until(*limits):
                     pools[name] = self._client(name).connection_pool
                     connections[name] = pools[name].get_connection()
-                    # Steps limit the replies that the server has to buffer.
-                    for at in range(0, len(commands), step):
-                        packed = [b"".join(commands[at : at + step])]
-                        connections[name].send_packed_command(packed, check_health=False)
+                    sending[name] = _sends(connections[name], commands, step)
+                    deque(islice(sending[name], _SENDS_AHEAD), maxlen=0)
                 arrays = [read.views for read in own]
                 answers[name] = replies(connections[name], arrays, record_bytes, *limits)
             for name in nodes:
                 began = time.monotonic()
                 answer = next(answers[name])
+                answered[name] += 1
+                if answered[name] % step == 0:
+                    next(sending[name], None)
                 if name and time.monotonic() - began > SUSPECT_SECONDS:
                     self.health.report_slow(name)
                 yield answer
@@ -179,3 +185,10 @@ class Reader:
             return None
         groups = ([node.name for node in nodes] for nodes in manager.slots_cache.values())
         return [other for other in next((g for g in groups if name in g), []) if other != name]
+
+
+def _sends(connection: Any, commands: list[bytes], step: int) -> Iterator[None]:
+    """Send `step` commands at a time, and yield after each time."""
+    for at in range(0, len(commands), step):
+        connection.send_packed_command([b"".join(commands[at : at + step])], check_health=False)
+        yield
