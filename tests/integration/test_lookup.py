@@ -1,6 +1,7 @@
 """The lookup service as a process, over files, Redis and a Redis Cluster."""
 
 import json
+import os
 import queue
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from redis import Redis
 from tolhouse import Client, Manifest, TableInfo, errors
 from tolhouse.store.base import open_store
-from tolhouse.store.registry import delete
+from tolhouse.store.registry import delete, publish
 from tolhouse.testing import (
     Process,
     build_table,
@@ -32,6 +33,7 @@ from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
 from tests.chaos.proxy import Link
 from tests.commands import LOCAL, metrics, start, tolhouse
+from tests.tables import ids, manifest_of, records_of, write
 
 
 @pytest.fixture(scope="module")
@@ -492,6 +494,30 @@ def test_stopping_a_replica_fails_no_request(checkpoint: Path, files: tuple[str,
             assert expected == client.fetch(ref, range(300)).tobytes()
         assert 0 == first.popen.returncode
         assert expected == client.fetch(ref, range(300)).tobytes()
+
+
+def test_a_service_answers_while_it_fills_its_hot_rows(tmp_path: Path) -> None:
+    """A service is ready and answers requests while the read of its first hot rows hangs."""
+    fields = {"codec_name": "fp32", "width": 8192, "frequent": tuple(range(10))}
+    manifest = manifest_of(vocab_size=200, num_shards=200, **fields)
+    url = f"file://{tmp_path}"
+    with closing(open_store(url)) as store:
+        write(store, manifest)
+        publish(store, manifest.ref)
+    last = next(tmp_path.glob("t/*/shard-00199-*"))  # rows of high ids are filled first
+    last.unlink()
+    os.mkfifo(last)  # opening it hangs
+    with serving(url) as (running, client):
+        try:
+            with urlopen(f"http://{running.ready['metrics']}/health") as health:
+                assert 200 == health.status
+            expected = records_of(manifest, ids(*range(100))).tobytes()
+            assert expected == client.rows.fetch_records(manifest, ids(*range(100))).tobytes()
+            assert "hot rows" not in running.log.read_text(encoding="utf-8")
+        finally:
+            writer = os.open(last, os.O_RDWR)  # reads continue, and fail
+            last.unlink()
+            os.close(writer)
 
 
 def test_rows_are_correct_while_the_cache_evicts(checkpoint: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The worker's gRPC service as a process, also with failing lookup services."""
 
+import json
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 from tolhouse.worker.run import wait_for_table
 
-from tests.commands import LOCAL, metrics, tolhouse
+from tests.commands import LOCAL, metrics, start, tolhouse
 
 UNCACHED = ("--row-cache-megabytes", "0")
 PROMPT = [5, 17, 3, 99, 200]
@@ -410,6 +411,26 @@ def test_a_failed_start_is_a_one_line_error(
     assert "holds no block" in refused(str(checkpoint), *to, "--kv-cache-megabytes", "0.001")
     assert "cpu or" in refused(str(checkpoint), *to, "--device", "abacus")
     assert "no checkpoint" in refused(str(tmp_path / "nothing"), *to)
+
+
+def test_a_worker_loads_its_weights_while_it_waits_for_its_table(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """A worker that starts before its table is published has its weights by then, and serves."""
+    url = f"file://{tmp_path}"
+    with start(f"worker --rows {url} --lookup-wait-seconds 60", checkpoint, *LOCAL) as popen:
+        assert popen.stderr
+        assert popen.stdout
+        expected = {"weights loaded", "waiting for the table"}
+        for line in popen.stderr:
+            expected -= {message for message in expected if message in line}
+            if not expected:
+                break
+        build_table(checkpoint, url)
+        with Client(json.loads(popen.stdout.readline())["address"]) as client:
+            assert 4 == len(list(client.generate([1, 2, 3], 4, ignore_eos=True)))
+        popen.terminate()
+        assert 0 == popen.wait(60)
 
 
 def test_a_worker_waits_for_a_hung_store_at_start(checkpoint: Path) -> None:

@@ -272,15 +272,17 @@ def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0
         hint = installation_hint(str(error.name), "store") or str(error)
         raise ModuleNotFoundError(hint, name=error.name) from None
 
-    deadline = time.monotonic() + wait_seconds
+    deadline, reason = time.monotonic() + wait_seconds, ""
     while True:
         try:
             return RedisStore(url, timeout_seconds)
         except (UnavailableError, DeadlineExceededError) as error:
             if time.monotonic() >= deadline:
                 raise
-            event("waiting for the store", logging.WARNING, reason=str(error))
-        time.sleep(1.0)
+            if reason != str(error):
+                reason = str(error)
+                event("waiting for the store", logging.WARNING, reason=reason)
+        time.sleep(0.2)
 
 
 def check_url(url: str) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from tolhouse.config import WorkerConfig
 from tolhouse.engine.attention import PagedKVCache, blocks_of
 from tolhouse.engine.block_manager import BlockManager
 from tolhouse.engine.cpu.compiled import CompiledDecode
-from tolhouse.engine.cpu.packed import load
+from tolhouse.engine.cpu.packed import add_embedding, load
 from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
 from tolhouse.engine.runner import GraphRunner, Runner
@@ -23,6 +24,7 @@ from tolhouse.engine.scheduler import Scheduler
 from tolhouse.errors import DeadlineExceededError, MismatchError, NotFoundError, UnavailableError
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint, torch_device, torch_dtype
+from tolhouse.model.transformer import Transformer
 from tolhouse.net.server import serve
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1.generation_pb2_grpc import add_GenerationServicer_to_server
@@ -53,11 +55,17 @@ class Builder:
         if self.on_cpu and config.compile == "auto":
             self.compiled.start()
         rows: RowProvider = NoRows(shape.hidden_size, self.device)
-        if self.source:
-            rows = self._rows(wait_for_table(self.source, self.table, config.lookup_wait_seconds))
         # GraphRunner needs one block more.
         self.pages = PagedKVCache(shape, self.cache.num_blocks + 1, self.device, self.dtype)
-        self.model = load(self.checkpoint, self.device, self.dtype, embedding=not rows.has_x0)
+        with ThreadPoolExecutor(1) as pool:  # the table may be published later
+            loading = pool.submit(self._load)
+            if self.source:
+                self.checkpoint.model_id()  # a hash of all weights, which the check needs
+                table = wait_for_table(self.source, self.table, config.lookup_wait_seconds)
+                rows = self._rows(table)
+            self.model = loading.result()
+        if not rows.has_x0:
+            add_embedding(self.model, self.checkpoint, self.device, self.dtype)
         if self.on_cpu:
             self.compiled.attach(self.model)
         scheduler = Scheduler(self.cache, config.max_num_seqs, config.max_num_batched_tokens)
@@ -71,6 +79,13 @@ class Builder:
                 "it has no X0, and this worker runs without an input embedding; restart the worker"
             )
         self.engine.use(self._runner(self._rows(manifest)))
+
+    def _load(self) -> Transformer:
+        started = time.monotonic()
+        model = load(self.checkpoint, self.device, self.dtype, embedding=False)
+        seconds = round(time.monotonic() - started, 1)
+        event("weights loaded", checkpoint=self.checkpoint.name, seconds=seconds)
+        return model
 
     def _runner(self, rows: RowProvider) -> Runner:
         return (Runner if self.on_cpu else GraphRunner)(self.model, self.pages, rows)

@@ -124,19 +124,25 @@ def load(
     for number, block in enumerate(cast("Iterable[Block]", model.layers)):
         checkpoint.load(block, f"layers.{number}.")
         pack(block, lambda weight: linear(weight, device, dtype))
-    weight = checkpoint.tensor(HEAD)
-    model.set_submodule("lm_head", linear(weight, device, dtype))
+    model.set_submodule("lm_head", linear(checkpoint.tensor(HEAD), device, dtype))
     if embedding:
-        if not checkpoint.config.tie_word_embeddings:
-            weight = checkpoint.tensor(EMBEDDING).to(device)
-        elif isinstance(model.lm_head, nn.Linear):
-            weight = model.lm_head.weight
-        model.embed_tokens = cast("nn.Embedding", Embedding(weight, dtype))
+        add_embedding(model, checkpoint, device, dtype)
     checkpoint.load(model.norm, "norm.")
     for parameter in model.parameters():  # the norms and scales
         parameter.requires_grad_(False)
         parameter.data = parameter.to(device, dtype)
     return model
+
+
+def add_embedding(
+    model: Transformer, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Load the input embedding of a model that was loaded without it."""
+    if checkpoint.config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):
+        weight = model.lm_head.weight
+    else:
+        weight = checkpoint.tensor(EMBEDDING).to(device)
+    model.embed_tokens = cast("nn.Embedding", Embedding(weight, dtype))
 
 
 def pack(block: Block, make: Callable[[Tensor], nn.Module]) -> None:
