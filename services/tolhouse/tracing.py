@@ -67,7 +67,7 @@ def start_tracing(service: str, url: str, *, insecure: bool) -> None:
 
 def traceparent() -> str:
     """Return the traceparent of the current span, or "" outside a trace."""
-    if not AVAILABLE:
+    if not AVAILABLE or trace.get_current_span() is INVALID_SPAN:
         return ""
     carrier: dict[str, str] = {}
     _propagator.inject(carrier)

@@ -81,7 +81,7 @@ class LookupRowSource(RowSource):
                 (replica, part, replica.submit(manifest, ids[part], out, slots[part], end))
                 for replica, owned in self.replicas.divide(manifest, ids, left, attempt)
                 # Requests for bad rows are separate.
-                for indices in (owned[~bad[owned]], owned[bad[owned]])
+                for indices in ((owned[~bad[owned]], owned[bad[owned]]) if bad.any() else (owned,))
                 for first in range(0, len(indices), self._max_ids)
                 for part in (indices[first : first + self._max_ids],)
             ]

@@ -60,14 +60,10 @@ class OpenTable:
         """Return whether the cache has all of `ids`."""
         return bool((self.cache.slot_of[ids] >= 0).all())
 
-    def pin(self, ids: np.ndarray) -> np.ndarray | None:
+    def pin_all(self, ids: np.ndarray) -> np.ndarray | None:
         """Pin the rows of `ids` and return their slots, or return None if not all are cached."""
         with self.lock:
-            if not self.is_cached(ids):
-                return None
-            slots = self.cache.slots(ids)
-            self.cache.pin(slots)
-            return slots
+            return self.cache.pin_all(ids)
 
 
 @dataclass
@@ -86,7 +82,8 @@ class Held:
         self.records |= zip(ids.tolist(), self.table.views(slots), strict=True)
 
     def release(self) -> None:
-        self.table.unpin(np.concatenate([*self.pinned, np.empty(0, np.int32)]))
+        for slots in self.pinned:
+            self.table.unpin(slots)
         self.pinned = []
 
 
@@ -150,7 +147,7 @@ class HotRows:
         Raises:
             CorruptError: With the tokens of all bad rows. All others are cached then.
         """
-        if (slots := table.pin(ids)) is not None:
+        if (slots := table.pin_all(ids)) is not None:
             try:
                 send(table.views(slots))
             finally:

@@ -24,6 +24,7 @@ Buffer = bytes | memoryview
 _LENGTH, _HEADER = struct.Struct("<I"), struct.Struct("<II")
 _TIMEVAL = struct.Struct("@ll")
 _MOST_VIEWS = 1024  # IOV_MAX
+_SURE_BYTES = 4096  # the socket's buffer, which holds one request at a time, has this much room
 _KEEPALIVE = (socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)
 
 
@@ -132,11 +133,12 @@ class Receiver:
 
 def send(sock: socket.socket, data: bytes, end: float) -> None:
     """Send `data`. Raises TimeoutError or another OSError at the monotonic time `end`."""
-    seconds = max(0.001, end - time.monotonic())
-    if isinstance(sock, ssl.SSLSocket):
-        sock.settimeout(None if seconds == inf else seconds)
-    else:
-        limit_sends(sock, seconds)
+    if len(data) > _SURE_BYTES:
+        seconds = max(0.001, end - time.monotonic())
+        if isinstance(sock, ssl.SSLSocket):
+            sock.settimeout(None if seconds == inf else seconds)
+        else:
+            limit_sends(sock, seconds)
     sock.sendall(data)
 
 

@@ -38,9 +38,16 @@ class RowCache:
     def slots(self, ids: np.ndarray) -> np.ndarray:
         """Return the slots int32 [T] of `ids`, or -1 if not cached. Each hit counts as a use."""
         slots = self.slot_of[ids]
-        cached = slots >= 0
-        hits = slots if cached.all() else slots[cached]
-        self._uses[hits] = np.minimum(self._uses[hits] + 1, MOST_USES)
+        self._use(slots[slots >= 0])
+        return slots
+
+    def pin_all(self, ids: np.ndarray) -> np.ndarray | None:
+        """Pin the rows of `ids` and return their slots, or return None if not all are cached."""
+        slots = self.slot_of[ids]
+        if slots.min(initial=0) < 0:
+            return None
+        self._use(slots)
+        self.pin(slots)
         return slots
 
     def reserve(self, ids: np.ndarray, *, main: bool = False) -> np.ndarray:
@@ -76,12 +83,19 @@ class RowCache:
             self._free.append(slot)
 
     def pin(self, slots: np.ndarray) -> None:
-        """Protect the rows in `slots` from eviction until `unpin`. Several users may pin a row."""
-        np.add.at(self._pins, slots, 1)
+        """Protect the rows in `slots` from eviction until `unpin`.
+
+        Several users may pin a row. A repeated slot counts once.
+        """
+        self._pins[slots] += 1
 
     def unpin(self, slots: np.ndarray) -> None:
-        """Undo one `pin` of each of the rows in `slots`."""
-        np.subtract.at(self._pins, slots, 1)
+        """Undo one `pin` of the same `slots`."""
+        self._pins[slots] -= 1
+
+    def _use(self, slots: np.ndarray) -> None:
+        uses = self._uses[slots] + np.uint8(1)
+        self._uses[slots] = np.minimum(uses, MOST_USES, out=uses)
 
     def _evict(self) -> int:
         """Evict a row and return its slot. At least one row must be unpinned."""
