@@ -22,7 +22,7 @@ from tolhouse.errors import (
 )
 from tolhouse.logs import event
 from tolhouse.net.auth import ClientCredentials
-from tolhouse.net.call import check_cancelled, end_after, on_cancel
+from tolhouse.net.call import check_cancelled, end_after, is_cancellable, on_cancel
 from tolhouse.net.channel import Addresses, Targets
 from tolhouse.net.health import SUSPECT_SECONDS, PeerHealth
 from tolhouse.table.manifest import Manifest
@@ -32,7 +32,8 @@ from tolhouse.v1.lookup_pb2_grpc import LookupStub
 # errors after which another replica or another attempt may succeed
 _RETRIED = (UnavailableError, DeadlineExceededError, RequestCancelledError, CorruptError)
 _ROUNDS = 2
-_Part = tuple[Replica, Array]  # a replica, and the indices of the ids to request from it
+_Indices = Array | slice
+_Part = tuple[Replica, _Indices]  # a replica, and the indices of the ids to request from it
 _PROBE_SECONDS = 1.0  # time limit of a probe
 _RESOLVE_SECONDS = 1.0  # the pause between two DNS look-ups of a name
 
@@ -65,9 +66,9 @@ class LookupRowSource(RowSource):
         return Manifest.from_json(reply.manifest_json)
 
     def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
-        deadline = end_after(self.timeout_seconds)
-        count, left = len(self.replicas.in_turn()), np.arange(len(ids))
-        errors, bad = list[BaseException](), np.zeros(len(ids), bool)
+        deadline, count = end_after(self.timeout_seconds), self.replicas.count
+        errors, bad = list[BaseException](), set[int]()
+        left: _Indices = slice(None)
         for attempt in range(_ROUNDS * count):
             check_cancelled()
             if attempt and attempt % count == 0 and not all(map(_bad_rows, errors)):
@@ -76,29 +77,43 @@ class LookupRowSource(RowSource):
             patience = (deadline - began) / (_ROUNDS * count - attempt)
             # The first replica may hang. Leave time for the others.
             end = began + max(0.001, patience if attempt or count == 1 else patience / 2)
+            parts = self._parts(manifest, ids, left, bad, attempt)
+            requests = [r.submit(manifest, ids[p], out, slots[p], end) for r, p in parts]
+            if is_cancellable():
+                on_cancel(partial(_cancel, requests))
             errors, failed = [], list[Array]()
-            requests = [
-                (replica, part, replica.submit(manifest, ids[part], out, slots[part], end))
-                for replica, owned in self.replicas.divide(manifest, ids, left, attempt)
-                # Requests for bad rows are separate.
-                for indices in ((owned[~bad[owned]], owned[bad[owned]]) if bad.any() else (owned,))
-                for first in range(0, len(indices), self._max_ids)
-                for part in (indices[first : first + self._max_ids],)
-            ]
-            on_cancel(partial(_cancel, [request for *_, request in requests]))
-            for n in _in_order_of_arrival([request for *_, request in requests], end):
-                replica, part, request = requests[n]
-                if error := self._receive(replica, request, began, end):
-                    errors.append(error)
-                    failed.append(part)
+            try:
+                for n in _in_order_of_arrival(requests, end):
+                    replica, part = parts[n]
+                    if error := self._receive(replica, requests[n], began, end):
+                        errors.append(error)
+                        failed.append(np.arange(len(ids))[part])
+            except BaseException:
+                for request in requests:
+                    request.abandon()
+                raise
             if not failed:
                 return
             left = np.concatenate(failed)
             for error in errors:
                 if not isinstance(error, _RETRIED):
                     raise error
-                bad |= np.isin(ids, _bad_rows(error))
+                bad.update(_bad_rows(error))
         raise _outcome(errors, ids[left])
+
+    def _parts(
+        self, manifest: Manifest, ids: Array, left: _Indices, bad: set[int], attempt: int
+    ) -> list[_Part]:
+        """Divide the ids `left` into requests. Requests for bad rows are separate."""
+        if self.replicas.count == 1 and not attempt and len(ids) <= self._max_ids:
+            return [(self.replicas.in_turn()[0], left)]
+        found, indices = list[_Part](), np.arange(len(ids))[left]
+        for replica, owned in self.replicas.divide(manifest, ids, indices, attempt):
+            is_bad = np.isin(ids[owned], list(bad))
+            for part in (owned[~is_bad], owned[is_bad]):
+                for first in range(0, len(part), self._max_ids):
+                    found.append((replica, part[first : first + self._max_ids]))
+        return found
 
     def _receive(
         self, replica: Replica, request: Request, began: float, end: float
@@ -181,6 +196,11 @@ class Replicas:
             for replica in self._replicas.values():
                 replica.close()
 
+    @property
+    def count(self) -> int:
+        """The number of replicas, at least 1."""
+        return len(self._replicas) or 1
+
     def in_turn(self) -> list[Replica]:
         """Return all replicas, healthy ones first. Raises UnavailableError if there are none."""
         replicas = self._replicas
@@ -188,7 +208,9 @@ class Replicas:
             raise UnavailableError(f"{self.name}: the name has no address yet")
         return [replicas[target] for target in self.health.order(replicas)]
 
-    def divide(self, manifest: Manifest, ids: Array, left: Array, attempt: int) -> Iterator[_Part]:
+    def divide(
+        self, manifest: Manifest, ids: Array, left: Array, attempt: int
+    ) -> Iterator[tuple[Replica, Array]]:
         """Divide the indices `left` of `ids` among the replicas for this attempt."""
         replicas = self.in_turn()
         if len(replicas) == 1:

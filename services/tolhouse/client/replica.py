@@ -19,16 +19,13 @@ from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.call import check_cancelled, is_cancellable, on_cancel
 from tolhouse.net.channel import error_of, reloading_channel
 from tolhouse.net.row_frames import pack_request
+from tolhouse.table.destination import Destination
 from tolhouse.table.manifest import Manifest
 from tolhouse.v1 import lookup_pb2 as pb
 from tolhouse.v1.lookup_pb2_grpc import LookupStub
 
 _DESCRIBE_SECONDS = 1.0
 _BLOCKED_SECONDS = 30.0  # the time to use gRPC after the row port could not be reached
-
-
-# the table, ids [T], the destination [slots, record_bytes], and its slots [T]
-Destination = tuple[Manifest, Array, Array, Array]
 
 
 class Request(Protocol):
@@ -39,6 +36,9 @@ class Request(Protocol):
 
     def cancel(self, error: TolhouseError) -> None:
         """Let `receive` raise this error. Any thread may call this."""
+
+    def abandon(self) -> None:
+        """Release the connection of a request that is not received."""
 
     def fileno(self) -> int:
         """Return the socket that the reply comes from, or -1 if it cannot be waited for."""
@@ -86,11 +86,11 @@ class Replica:
         """
         message = pb.FetchRequest(table=manifest.ref, traceparent=tracing.traceparent())
         message.token_ids = ids.astype("<u4", copy=False).tobytes()
-        destination = manifest, ids, out, slots
+        place = manifest, ids, out, slots
         try:
             if connection := self._connect(manifest.ref, end):
-                return _RowRequest(self, connection, message, destination, end)
-            return _GrpcRequest(self, message, destination, end)
+                return _RowRequest(self, connection, message, place, end)
+            return _GrpcRequest(self, message, place, end)
         except TolhouseError as error:
             return _FailedRequest(error)
 
@@ -99,8 +99,9 @@ class Replica:
 
         Raises UnavailableError if the replica cannot be reached at all.
         """
-        direct = not self.credentials.proxy or is_loopback(self.target)
-        if not direct or time.monotonic() < self._blocked_until:
+        if self.credentials.proxy and not is_loopback(self.target):
+            return None
+        if self._blocked_until and time.monotonic() < self._blocked_until:
             return None
         ports = self._rows_port, None  # the replica may have restarted with another port
         for known in ports:
@@ -130,6 +131,9 @@ class Replica:
         return reply.rows_port
 
 
+_Place = tuple[Manifest, Array, Array, Array]  # the parameters of Destination
+
+
 class _RowRequest:
     """A request over the row port."""
 
@@ -138,21 +142,23 @@ class _RowRequest:
         replica: Replica,
         connection: RowConnection,
         message: pb.FetchRequest,
-        destination: Destination,
+        place: _Place,
         end: float,
     ) -> None:
-        self._replica, self._connection, self._destination = replica, connection, destination
+        self._replica, self._connection, self._place = replica, connection, place
         self._cancelled: TolhouseError | None = None
+        self._received = False
         self._instead: Request | None = None  # the same request over another connection
         message.authorization = replica.credentials.authorization()
         self._is_sent = connection.send(pack_request(message), end)
+        self._destination = Destination(*place)  # while the replica works
 
     def receive(self, end: float) -> None:
         connection, connections = self._connection, self._replica.connections
         try:
             if not self._is_sent:
                 raise ConnectionError("the connection was closed")
-            connection.receive_rows(*self._destination, end)
+            connection.receive_rows(self._destination, end)
         except BaseException as error:
             connections.drop(connection)
             if self._cancelled:
@@ -164,14 +170,18 @@ class _RowRequest:
                 what = f"{self._replica.target} closed the connection ({error})"
                 raise UnavailableError(what) from None
         else:
-            self._replica.replied_at = time.monotonic()
+            self._received, self._replica.replied_at = True, time.monotonic()
             connections.give_back(connection)
             return
         # The replica has closed idle connections.
-        self._instead = self._replica.submit(*self._destination, end)
+        self._instead = self._replica.submit(*self._place, end)
         if self._cancelled:
             self._instead.cancel(self._cancelled)
         self._instead.receive(end)
+
+    def abandon(self) -> None:
+        if not self._received:
+            self._replica.connections.drop(self._connection)
 
     def cancel(self, error: TolhouseError) -> None:
         self._cancelled = error
@@ -187,9 +197,9 @@ class _GrpcRequest:
     """A request over gRPC, for a replica whose row port cannot be used."""
 
     def __init__(
-        self, replica: Replica, message: pb.FetchRequest, destination: Destination, end: float
+        self, replica: Replica, message: pb.FetchRequest, place: _Place, end: float
     ) -> None:
-        self._replica, self._destination = replica, destination
+        self._replica, self._destination = replica, Destination(*place)
         self._cancelled: TolhouseError | None = None
         self._call = LookupStub(replica.open_channel()).Fetch(
             iter([message]),
@@ -198,21 +208,21 @@ class _GrpcRequest:
         )
 
     def receive(self, end: float) -> None:
-        manifest, ids, out, slots = self._destination
-        done, flat = 0, memoryview(out.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
+        destination, done = self._destination, 0
+        size = destination.manifest.record_bytes
         try:
             for reply in self._call:
                 self._replica.replied_at = time.monotonic()
                 if reply.HasField("error"):
                     raise error_from(reply.error)
-                count, odd = divmod(len(reply.records), manifest.record_bytes)
-                part = ids[done : done + count]
-                if odd or reply.first != done or len(part) < count:
+                records, (count, odd) = memoryview(reply.records), divmod(len(reply.records), size)
+                if odd or reply.first != done or done + count > len(destination):
                     break
-                places = slots[done : done + count].tolist()
-                manifest.copy_records(part, memoryview(reply.records), flat, places)
+                for view in destination.views(done, done + count):
+                    view[:], records = records[: len(view)], records[len(view) :]
+                destination.verify(done, done + count)
                 done += count
-                if reply.last and done == len(ids):
+                if reply.last and done == len(destination):
                     return
         except grpc.RpcError as error:
             if self._cancelled:
@@ -224,6 +234,9 @@ class _GrpcRequest:
 
     def cancel(self, error: TolhouseError) -> None:
         self._cancelled = error
+        self._call.cancel()
+
+    def abandon(self) -> None:
         self._call.cancel()
 
     def fileno(self) -> int:
@@ -240,6 +253,9 @@ class _FailedRequest:
         raise self._error
 
     def cancel(self, error: TolhouseError) -> None:
+        pass
+
+    def abandon(self) -> None:
         pass
 
     def fileno(self) -> int:

@@ -8,11 +8,9 @@ import ssl
 import threading
 import time
 from contextlib import suppress
-from weakref import WeakSet
 
 from google.protobuf.message import DecodeError
 
-from tolhouse.client.row_source import Array
 from tolhouse.errors import (
     ClosedError,
     CorruptError,
@@ -23,7 +21,7 @@ from tolhouse.errors import (
 from tolhouse.logs import split_address
 from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.row_frames import Receiver, prepare, send
-from tolhouse.table.manifest import Manifest
+from tolhouse.table.destination import Destination
 from tolhouse.v1 import lookup_pb2 as pb
 
 _CONNECT_SECONDS = 1.0  # as for gRPC
@@ -38,7 +36,7 @@ class RowConnection:
         self.is_reused = False
 
     def __del__(self) -> None:
-        self.sock.close()  # of a replica whose address is gone, or of an interrupted call
+        self.sock.close()  # the address of its replica is gone
 
     def send(self, request: bytes, end: float) -> bool:
         """Send a request, and return whether the connection is still open."""
@@ -48,33 +46,31 @@ class RowConnection:
             return False
         return True
 
-    def receive_rows(
-        self, manifest: Manifest, ids: Array, out: Array, slots: Array, end: float
-    ) -> None:
-        """Receive the records of `ids` [T] into `slots` [T] of `out`, and verify them.
+    def receive_rows(self, destination: Destination, end: float) -> None:
+        """Receive the records of a destination, and verify them.
 
         Raises:
             TimeoutError: The reply is not complete at the monotonic time `end`.
             OSError: The connection has failed.
             TolhouseError: The request has failed, or a record is damaged.
         """
-        size, done, flat = manifest.record_bytes, 0, memoryview(out.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
+        size, done, total = destination.manifest.record_bytes, 0, len(destination)
         while True:
             records_bytes, error_bytes = self._receiver.header(end)
             self.is_reused = False  # the peer answers
             count, odd = divmod(records_bytes, size)
-            if odd or done + count > len(ids) or error_bytes > _MOST_ERROR_BYTES:
+            if odd or done + count > total or error_bytes > _MOST_ERROR_BYTES:
                 raise InternalError("the lookup service sent records that do not fit the request")
             if error_bytes:
                 raise self._receive_error(error_bytes, end)
-            part = slice(done, done + count)
-            self._receiver.fill(_runs(flat, size, slots[part].tolist()), end)
-            manifest.verify_at(ids[part], out, slots[part])
-            done += count
-            if done == len(ids):
-                return
-            if not count:
+            if count:
+                self._receiver.fill(destination.views(done, done + count), end)
+                destination.verify(done, done + count)
+                done += count
+            elif total:
                 raise InternalError("the lookup service sent no records")
+            if done == total:
+                return
 
     def shut_down(self) -> None:
         """End the connection, also while another thread receives."""
@@ -104,7 +100,7 @@ class RowConnections:
         self._host, _ = split_address(target)
         self._lock = threading.Lock()
         self._idle: list[RowConnection] = []  # with the most recently used last
-        self._used = WeakSet[RowConnection]()  # a connection without a call is collected
+        self._used = set[RowConnection]()
         self._closed = False
 
     def take(self, port: int, end: float) -> RowConnection:
@@ -179,14 +175,3 @@ class RowConnections:
             sock.close()
             raise
         return RowConnection(sock, context)
-
-
-def _runs(out: memoryview, size: int, slots: list[int]) -> list[memoryview]:
-    """Return views of `slots` of the flat `out`, with one view for consecutive slots."""
-    runs: list[memoryview] = []
-    first = 0
-    for n in range(1, len(slots) + 1):
-        if n == len(slots) or slots[n] != slots[n - 1] + 1:
-            runs.append(out[slots[first] * size : (slots[n - 1] + 1) * size])
-            first = n
-    return runs

@@ -62,8 +62,12 @@ class OpenTable:
 
     def pin_all(self, ids: np.ndarray) -> np.ndarray | None:
         """Pin the rows of `ids` and return their slots, or return None if not all are cached."""
-        with self.lock:
-            return self.cache.pin_all(ids)
+        try:
+            with self.lock:
+                return self.cache.pin_all(ids)
+        except IndexError:
+            self.manifest.check_ids(ids)
+            raise
 
 
 @dataclass
@@ -145,13 +149,16 @@ class HotRows:
             The number of distinct rows by part that were not cached.
 
         Raises:
+            IdOutOfRangeError: An id is not below the size of the vocabulary.
             CorruptError: With the tokens of all bad rows. All others are cached then.
         """
         if (slots := table.pin_all(ids)) is not None:
             try:
                 send(table.views(slots))
             finally:
-                table.unpin(slots)
+                with table.lock:
+                    table.cache.use(slots)
+                    table.cache.unpin(slots)
             return 0
         step = max(1, _PART_BYTES // table.manifest.record_bytes)
         parts = [ids[first : first + step] for first in range(0, len(ids), step)]

@@ -32,7 +32,7 @@ from tolhouse.lookup.store_check import StoreCheck
 from tolhouse.net.row_frames import MAX_IDS_PER_FETCH
 from tolhouse.net.server import errors_as_status, serve, status_of
 from tolhouse.store.base import open_store
-from tolhouse.table.manifest import Buffer, Manifest, split_ref
+from tolhouse.table.manifest import Buffer, split_ref
 from tolhouse.v1 import lookup_pb2 as pb
 from tolhouse.v1.lookup_pb2_grpc import add_LookupServicer_to_server
 
@@ -201,7 +201,7 @@ class LookupService:
             trace = tracing.begin("lookup Fetch", parent, {"tolhouse.table": request.table})
         try:
             table = self.rows.table(request.table)
-            ids = parse_ids(request.token_ids, table.manifest)
+            ids = parse_ids(request.token_ids)
             if request.traceparent:
                 with tracing.under((trace,)):
                     missed = self.rows.send(table, ids, send)
@@ -229,19 +229,14 @@ class LookupService:
         return None
 
 
-def parse_ids(packed: bytes, manifest: Manifest) -> np.ndarray:
-    """Return the token ids uint32 [T] of a request.
-
-    Raises InvalidArgumentError or IdOutOfRangeError.
-    """
+def parse_ids(packed: bytes) -> np.ndarray:
+    """Return the token ids uint32 [T] of a request. Raises InvalidArgumentError."""
     count, odd = divmod(len(packed), 4)
     if odd:
         raise InvalidArgumentError(f"token_ids has {len(packed)} bytes; each id has four")
     if count > MAX_IDS_PER_FETCH:
         raise InvalidArgumentError(f"{count} token ids; at most {MAX_IDS_PER_FETCH} are allowed")
-    ids = np.frombuffer(packed, "<u4")
-    manifest.check_ids(ids)
-    return ids
+    return np.frombuffer(packed, "<u4")
 
 
 async def run(config: LookupConfig) -> None:

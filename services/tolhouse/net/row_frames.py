@@ -152,7 +152,7 @@ def _send(sock: socket.socket, views: list[Buffer]) -> None:
         sock.sendall(b"".join(views))
         return
     for first in range(0, len(views), _MOST_VIEWS):
-        part = views[first : first + _MOST_VIEWS]
+        part = views[first : first + _MOST_VIEWS] if len(views) > _MOST_VIEWS else views
         sent = sock.sendmsg(part)
         if sent < sum(map(len, part)):  # a signal interrupted the call
             sock.sendall(b"".join(part)[sent:])

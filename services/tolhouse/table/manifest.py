@@ -298,31 +298,6 @@ class Manifest:
             more = f"; rows of {len(others)} other tokens cannot be read either" if others else ""
             raise CorruptError(first + more, bad)
 
-    def verify_at(self, ids: np.ndarray, records: np.ndarray, slots: np.ndarray) -> None:
-        """Do the work of `verify` for the records of `ids` [T] in `slots` [T] of `records`."""
-        size, flat = self.record_bytes, memoryview(records.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
-        expected = records[slots, -8:].view("<u8")[:, 0].tolist()
-        starts = (slots * np.int64(size)).tolist()
-        digest, end = xxhash.xxh3_64_intdigest, size - 8
-        seeds = self.seeds(ids)
-        found = [digest(flat[at : at + end], s) for at, s in zip(starts, seeds, strict=True)]
-        if found != expected:
-            self.verify(ids, (flat[at : at + size] for at in starts))
-
-    def copy_records(
-        self, ids: np.ndarray, source: memoryview, out: memoryview, slots: Iterable[int]
-    ) -> None:
-        """Copy consecutive flat records to slots of the flat `out`, and `verify` them."""
-        size = self.record_bytes
-
-        def copied() -> Iterator[memoryview]:  # verify each record while it is in the CPU cache
-            for n, slot in enumerate(slots):
-                record = out[slot * size : slot * size + size]
-                record[:] = source[n * size : n * size + size]
-                yield record
-
-        self.verify(ids, copied())
-
     def seeds(self, ids: np.ndarray) -> list[int]:
         """Return the seed of each token's checksum, which depends on version and token id."""
         products = ids.astype(np.uint64) * np.uint64(_GOLDEN_64)

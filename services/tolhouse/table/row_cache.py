@@ -38,15 +38,17 @@ class RowCache:
     def slots(self, ids: np.ndarray) -> np.ndarray:
         """Return the slots int32 [T] of `ids`, or -1 if not cached. Each hit counts as a use."""
         slots = self.slot_of[ids]
-        self._use(slots[slots >= 0])
+        self.use(slots[slots >= 0])
         return slots
 
     def pin_all(self, ids: np.ndarray) -> np.ndarray | None:
-        """Pin the rows of `ids` and return their slots, or return None if not all are cached."""
+        """Pin the rows of `ids` and return their slots, or return None if not all are cached.
+
+        This does not count as a use.
+        """
         slots = self.slot_of[ids]
         if slots.min(initial=0) < 0:
             return None
-        self._use(slots)
         self.pin(slots)
         return slots
 
@@ -93,7 +95,8 @@ class RowCache:
         """Undo one `pin` of the same `slots`."""
         self._pins[slots] -= 1
 
-    def _use(self, slots: np.ndarray) -> None:
+    def use(self, slots: np.ndarray) -> None:
+        """Count a use of the rows in `slots`."""
         uses = self._uses[slots] + np.uint8(1)
         self._uses[slots] = np.minimum(uses, MOST_USES, out=uses)
 
