@@ -171,7 +171,9 @@ def _fetch(data: bytes) -> None:
         request = lookup_pb2.FetchRequest.FromString(data)
     except DecodeError:  # gRPC refuses such a message before Tolhouse reads it
         return
-    assert parse_ids(request.token_ids).tobytes() == request.token_ids
+    ids = parse_ids(request.token_ids)
+    assert ids.tobytes() == request.token_ids
+    MANIFEST.check_ids(ids)
 
 
 def folder() -> tempfile.TemporaryDirectory:
