@@ -105,7 +105,7 @@ def rows_of(source: RowSource, manifest: Manifest, share: float) -> CachedRows:
     rows = CachedRows(source, manifest, int(manifest.table_bytes * share), CPU)
     rows.fill()
     if share == 1:
-        for part in np.array_split(np.arange(VOCABULARY, dtype=np.uint32), 64):
+        for part in np.array_split(np.arange(manifest.vocab_size, dtype=np.uint32), 64):
             rows.stage(part)
     return rows
 

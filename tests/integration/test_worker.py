@@ -208,6 +208,13 @@ def test_the_metrics_count_tokens_and_rows(cluster: Cluster, worker: Client) -> 
     assert rows.from_cache == float(values['tolhouse_worker_rows_total{source="cache"}'])
     assert rows.from_remote == float(values['tolhouse_worker_rows_total{source="remote"}'])
     assert 0 == float(values["tolhouse_worker_kv_cache_usage_ratio"])
+    assert (
+        values["tolhouse_worker_step_row_wait_seconds_count"]
+        == values["tolhouse_worker_steps_total"]
+    )
+    waits = "step_row_wait_seconds_sum", "row_wait_seconds_total"
+    each, total = (float(values[f"tolhouse_worker_{name}"]) for name in waits)
+    assert total == pytest.approx(each)
 
 
 def test_a_base_model_needs_no_table(base: Path) -> None:

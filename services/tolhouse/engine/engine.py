@@ -34,6 +34,7 @@ from tolhouse.tracing import Span, under
 _SCORED_TOKENS = 256  # the maximum number of prompt tokens whose logits are in memory at once
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)  # seconds
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_WAIT = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7.5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2.5)
 Step = list[ScheduledChunk]
 Sampled = dict[Sequence, tuple[int, Logprobs | None]]
 Scores = dict[Sequence, Logprobs]
@@ -54,6 +55,7 @@ class Engine:
                 ("time_to_first_token", "Time from queueing to the first token", _LONG),
                 ("inter_token", "Time between consecutive tokens", _SHORT),
                 ("request", "Time from queueing to the last token", _LONG),
+                ("step_row_wait", "Time that a step waited for rows", _WAIT),
             )
         ]
         self._mailbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -135,11 +137,13 @@ class Engine:
         self._retire()
 
     def _step(self, step: Step, runner: Runner) -> None:
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), runner.rows.wait_seconds
         step, launched, staged = self._launch(step, runner)
         if not launched or not staged:
             return
         ready = time.perf_counter()
+        if runner.rows.table:
+            self.histograms[-1].observe(runner.rows.wait_seconds - waited)
         hidden_TD = runner.finish(launched, staged)
         self._prefetch(step, runner.rows)
         ends = np.cumsum([chunk.count for chunk in step]).tolist()
@@ -254,7 +258,7 @@ class Engine:
         return scores
 
     def _post_process(self, step: Step, sampled: Sampled, scores: Scores) -> None:
-        now, (first, between, whole) = time.perf_counter(), self.histograms
+        now, (first, between, whole, _) = time.perf_counter(), self.histograms
         for chunk in step:
             sequence = chunk.sequence
             sequence.computed = chunk.last

@@ -374,7 +374,7 @@ class CachedRows:
 class NoRows:
     """The provider of a base model, which computes its feed-forward layers itself."""
 
-    manifest, table, has_x0, num_rows = None, "", False, 0
+    manifest, table, has_x0, num_rows, wait_seconds = None, "", False, 0, 0.0
 
     def __init__(self, hidden_size: int, device: torch.device) -> None:
         self.hidden_size, self.device, self.records = hidden_size, device, torch.empty(0, 0)
