@@ -213,7 +213,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller rows")
     options = parser.parse_args()
-    size = (32, 150) if options.quick else (96, 1000)
+    size = (48, 150) if options.quick else (96, 1000)
     with server_side() as host:
         found = {**run(*size, options.folder, host), "isolated": host.isolated}
     shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
