@@ -129,7 +129,8 @@ def measure(served: Served, text: np.ndarray, rounds: int) -> dict[str, float]:
     """Measure the rates and the latencies of a running service."""
     rng = np.random.default_rng(0)
     vocabulary, frequent = served.manifest.vocab_size, served.manifest.frequent
-    steps = [np.unique(part) for part in np.split(text[: 4 * rounds * AT_ONCE], 4 * rounds)]
+    text = text[: 4 * rounds * AT_ONCE]
+    steps = [np.unique(part) for part in np.array_split(text, len(text) // AT_ONCE)]
     uniform = [rng.choice(vocabulary, AT_ONCE, replace=False) for _ in range(rounds)]
     uniform = [ids.astype(np.uint32) for ids in uniform]
     print(f"{AT_ONCE} ids at once")

@@ -66,8 +66,8 @@ def _make(version: int, folder: Path, limit: int) -> MemoryGroup | None:
 def _places() -> Iterator[tuple[int, Path]]:
     """Yield the version and the folder of each cgroup that could be made.
 
-    Those below the cgroup of this process come first. Version 2 allows none there while processes
-    are in it, so that a sibling of one of its ancestors follows.
+    They are below the cgroup of this process. Version 2 allows none there while processes are in
+    it, so that those below its ancestors follow.
     """
     own = dict[str, Path]()
     for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
@@ -81,5 +81,5 @@ def _places() -> Iterator[tuple[int, Path]]:
             continue
         with suppress(KeyError, ValueError):
             inside = own[controller].relative_to(fields[3])
-            for parent in (inside, *inside.parents):
+            for parent in (inside, *(inside.parents if version == 2 else ())):
                 yield version, Path(fields[4]) / parent / f"tolhouse-{os.getpid()}"
