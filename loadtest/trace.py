@@ -66,8 +66,8 @@ PICTURE = Path("docs/images/pareto.png")
 TARGET = 0.8  # share of good requests with resident rows
 FIRST_TIMES, BETWEEN_TIMES = 5, 10  # limits, in medians of single requests
 STEP_TOKENS = 128  # short steps, so that prompts of others delay the next token little
-PAUSE, DEADLINE = 2.0, 60.0  # seconds; longer pauses of a trace are cut
-STOPPED, CONTINUED = 0.2, 0.02  # seconds; a slow replica answers after up to 0.2 s
+PAUSE, DEADLINE = 1.0, 60.0  # seconds; longer pauses of a trace are cut
+STOPPED, CONTINUED = 0.09, 0.01  # seconds; a slow replica is stopped as by a CPU limit
 WORKER = "tolhouse_worker"
 _TRIAL, _SINGLE = 1000, 2000  # numbers of texts that no measured slice has
 Arrivals = list[tuple[float, list[int], int]]  # seconds, prompt, tokens of the answer
@@ -95,13 +95,15 @@ class TraceLoad:
     between: float
     count: int
     speed: float
+    slowest: float = 0.0  # slower than this, the system is idle most of the time
 
     def good(self, answers: list[Answer]) -> int:
         return sum(answer.good(self.first_token, self.between) for answer in answers)
 
     def steer(self, good: int, gain: float) -> None:
         """Change the speed to bring the share of good requests closer to TARGET."""
-        self.speed *= math.exp(gain * (good / self.count - TARGET))
+        factor = math.exp(gain * (good / self.count - TARGET))
+        self.speed = max(self.slowest, self.speed * factor)
 
     def slice(self, ids: np.ndarray, salt: int) -> Arrivals:
         """The requests with the texts that belong to `salt`."""
@@ -297,9 +299,9 @@ def unloaded(system: System, trace: traces.Trace, ids: np.ndarray, effort: Effor
     # a batch of several sequences takes little longer than a batch of one
     busy = sum(a.pieces[0] + (a.whole - a.pieces[0]) / 4 for a in answers) / len(answers)
     count = max(12, round(effort.seconds * 0.6 / busy))
-    length = traces.arrivals(trace, count, 1.0, 4 * PAUSE)[-1]
+    speed = traces.arrivals(trace, count, 1.0, 8 * PAUSE)[-1] / effort.seconds
     limits = FIRST_TIMES * first, BETWEEN_TIMES * between
-    return TraceLoad(trace, *limits, count, length / effort.seconds)
+    return TraceLoad(trace, *limits, count, speed, speed / 4)
 
 
 def measure(
@@ -412,7 +414,7 @@ def replay_all(system: System, ids: np.ndarray, effort: Effort) -> list[Slice]:
             ones.append(tested)
             for trial in range(effort.trials):
                 answers = system.replay(RESIDENT, tested.slice(ids, _TRIAL + trial))
-                tested.steer(tested.good(answers), 3.0 / (trial + 1))
+                tested.steer(tested.good(answers), 4.0 / (trial + 1) ** 0.5)
                 bar.update()
             bar.write(
                 f"{name:10} lengths / {trace.factor:.2f}, {trace.cut} of {len(trace.requests)} "

@@ -90,7 +90,7 @@ def test_a_replay_keeps_the_pattern_of_the_arrivals() -> None:
 
 
 def test_the_speed_follows_the_good_requests() -> None:
-    """The speed grows with too many good requests, falls with too few, and else stays."""
+    """The speed grows with too many good requests, falls with too few, and has a lower bound."""
     tested = TraceLoad(Trace("", []), 1.0, 0.1, 10, 4.0)
     tested.steer(10, 1.0)
     faster = tested.speed
@@ -98,6 +98,9 @@ def test_the_speed_follows_the_good_requests() -> None:
     slower = tested.speed
     tested.steer(int(10 * TARGET), 1.0)
     assert (True, True, slower) == (faster > 4.0, slower < faster, tested.speed)
+    tested.slowest = 3.0
+    tested.steer(0, 9.0)
+    assert tested.speed == 3.0
 
 
 def test_goodput_counts_requests_within_both_limits() -> None:
