@@ -27,6 +27,7 @@ from tolhouse.net.auth import ClientCredentials
 from tolhouse.net.channel import SCHEME, Addresses, Targets
 from tolhouse.store.base import (
     LEASE_SECONDS,
+    Arrived,
     Store,
     check_url,
     open_store,
@@ -196,6 +197,17 @@ class StoreRowSource(RowSource):
         return known if known and stands_for(self.store, known.ref) else resolve(self.store, table)
 
     def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
+        self.read(manifest, ids, out, slots)
+
+    def read(
+        self,
+        manifest: Manifest,
+        ids: Array,
+        out: Array,
+        slots: Array,
+        arrived: Arrived | None = None,
+    ) -> None:
+        """Read records into `slots` of `out`. `Store.read_records` has the arguments and errors."""
         self.use(manifest)
         ref, count = manifest.ref, len(ids)
         current = self._manifests.get(ref, manifest)
@@ -206,13 +218,13 @@ class StoreRowSource(RowSource):
         }
         with span("store read", about):
             try:
-                self.store.read_records(current, ids, out, slots)
+                self.store.read_records(current, ids, out, slots, arrived)
             except CorruptError:
                 fresh = self.store.manifest(ref)
                 if fresh.num_shards == current.num_shards:
                     raise
                 self._manifests[ref] = fresh  # the table was built again with other shards
-                self.store.read_records(fresh, ids, out, slots)
+                self.store.read_records(fresh, ids, out, slots, arrived)
 
 
 def open_row_source(

@@ -13,27 +13,32 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
+from itertools import islice
 from logging import WARNING
 from operator import attrgetter
+from queue import SimpleQueue
 
 import numpy as np
 
 from tolhouse.client.row_source import StoreRowSource
 from tolhouse.errors import CorruptError, InvalidArgumentError, NotFoundError, TolhouseError
 from tolhouse.logs import event
-from tolhouse.store.base import LEASE_SECONDS
+from tolhouse.store.base import ARRIVED_BYTES, LEASE_SECONDS
 from tolhouse.store.registry import stands_for
 from tolhouse.table.manifest import Buffer, Manifest, record_views, split_ref
 from tolhouse.table.row_cache import RowCache, capacity_for
 
-_PART_BYTES = 1 << 20  # the bytes of records that are sent while the next ones are read
+_PART_BYTES = 16 << 20  # the bytes of records that a request holds at a time
 _FILL_BYTES = 4 << 20  # the bytes of records in a read that fills the cache
 _MOST_OPEN_TABLES = 8
-_READERS = 16  # threads that read ahead
+_READERS = 64  # threads that read for requests; a hanging store blocks them until its timeout
+_FILLERS = 2  # threads that fill caches
 
 Send = Callable[[list[Buffer]], object]
-# The result of a read: records without room in the cache, and the errors of bad rows, by token.
-Read = Future[dict[int, Buffer | CorruptError]]
+Records = dict[int, Buffer | CorruptError]  # records and the errors of bad rows, by token
+Advance = Callable[[Records], object]
+# The result of a read: records without room in the cache, and errors.
+Read = Future[Records]
 
 
 class OpenTable:
@@ -70,12 +75,17 @@ class OpenTable:
             raise
 
 
+def _nothing(_: object) -> None:
+    pass
+
+
 @dataclass
 class Held:
     """Records that stay in memory until `release`."""
 
     table: OpenTable
-    records: dict[int, Buffer | CorruptError] = field(default_factory=dict)  # by token
+    advance: Advance
+    records: Records = field(default_factory=dict)
     pinned: list[np.ndarray] = field(default_factory=list)  # their slots in the cache
     missed: int = 0  # rows that were not cached
 
@@ -91,6 +101,31 @@ class Held:
         self.pinned = []
 
 
+class _Sender:
+    """Sends records in the order of `tokens`, as far as they have arrived.
+
+    A failure to send does not stop the read, because other requests may wait for it.
+    """
+
+    def __init__(self, tokens: list[int], send: Send) -> None:
+        self._tokens, self._send, self._sent = tokens, send, 0
+        self.failure: Exception | None = None
+
+    def advance(self, records: Records) -> None:
+        ready = list[Buffer]()
+        for token in islice(self._tokens, self._sent, None):
+            record = records.get(token)
+            if record is None or isinstance(record, CorruptError):
+                break
+            ready.append(record)
+        self._sent += len(ready)
+        if ready and not self.failure:
+            try:
+                self._send(ready)
+            except Exception as error:  # noqa: BLE001 - raised after the read
+                self.failure = error
+
+
 class HotRows:
     """Caches rows of all tables of `source`, with `hot_bytes` for each open table."""
 
@@ -103,13 +138,15 @@ class HotRows:
         self.open: dict[str, OpenTable] = {}  # by "name@version"
         self._opening = threading.Lock()
         self._readers = ThreadPoolExecutor(_READERS, "store read")
+        self._fillers = ThreadPoolExecutor(_FILLERS, "fill")
         self._closed = threading.Event()
         threading.Thread(target=self._close_idle, name="idle tables", daemon=True).start()
 
     def close(self) -> None:
-        """Cancel reads ahead."""
+        """Stop filling caches."""
         self._closed.set()
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._fillers.shutdown(wait=False, cancel_futures=True)
+        self._readers.shutdown(wait=False)
 
     def table(self, ref: str) -> OpenTable:
         """Return the table "name@version", which opens on first use.
@@ -123,7 +160,7 @@ class HotRows:
             with self._opening:
                 if not (table := self.open.get(ref)):
                     table = self.open[ref] = OpenTable(manifest, self.hot_bytes)
-                    self._readers.submit(self._fill, table)
+                    self._fillers.submit(self._fill, table)
                     by_use = sorted(self.open.copy().values(), key=attrgetter("used"))
                     for oldest in by_use[:-_MOST_OPEN_TABLES]:
                         self.open.pop(oldest.manifest.ref, None)
@@ -143,7 +180,7 @@ class HotRows:
     def send(self, table: OpenTable, ids: np.ndarray, send: Send) -> int:
         """Pass the records of `ids` [T] to `send`, in order, in at least one part.
 
-        The records are valid during the call of `send`. The next part is read in the meantime.
+        The records are valid during the call of `send`. Missing rows are sent as they arrive.
 
         Returns:
             The number of distinct rows by part that were not cached.
@@ -161,35 +198,48 @@ class HotRows:
                     table.cache.unpin(slots)
             return 0
         step = max(1, _PART_BYTES // table.manifest.record_bytes)
-        parts = [ids[first : first + step] for first in range(0, len(ids), step)]
         bad: dict[int, CorruptError] = {}
         missed = 0
-        ahead: Future[Held] | None = None
-        try:
-            for part, following in zip(parts, [*parts[1:], None], strict=True):
-                held = ahead.result() if ahead else self._hold(table, part)
-                ahead = None
-                try:
-                    if following is not None:
-                        run = copy_context().run
-                        ahead = self._readers.submit(run, self._hold, table, following)
-                    missed += held.missed
-                    bad |= {i: e for i, e in held.records.items() if isinstance(e, CorruptError)}
-                    if not bad:
-                        send([held.records[i] for i in part.tolist()])  # type: ignore[misc] # no error
-                finally:
-                    held.release()
-        finally:
-            if ahead and not ahead.cancel():
-                with suppress(TolhouseError):
-                    ahead.result().release()
+        for first in range(0, len(ids), step):
+            part = ids[first : first + step]
+            sender = _Sender(part.tolist(), send if not bad else _nothing)
+            held = self._hold_while_sending(table, part, sender)
+            try:
+                sender.advance(held.records)
+            finally:
+                held.release()
+            if sender.failure:
+                raise sender.failure
+            missed += held.missed
+            bad |= {i: e for i, e in held.records.items() if isinstance(e, CorruptError)}
         if bad:
             raise CorruptError(str(next(iter(bad.values()))), bad)
         return missed
 
-    def _hold(self, table: OpenTable, ids: np.ndarray, *, main: bool = False) -> Held:
-        """Hold the records of `ids`, and read those that are not cached."""
-        held = Held(table)
+    def _hold_while_sending(self, table: OpenTable, ids: np.ndarray, sender: _Sender) -> Held:
+        """Hold the records of `ids`, and send them as they arrive.
+
+        Another thread reads them, because other requests may wait for the read, and a client may be
+        slow.
+        """
+        if len(ids) * table.manifest.record_bytes <= ARRIVED_BYTES:  # they arrive at once
+            return self._hold(table, ids)
+        arrivals: SimpleQueue[Records | None] = SimpleQueue()
+        run = copy_context().run
+        reading = self._readers.submit(run, self._hold, table, ids, arrivals.put)
+        reading.add_done_callback(lambda _: arrivals.put(None))
+        while (records := arrivals.get()) is not None:
+            sender.advance(records)
+        return reading.result()
+
+    def _hold(
+        self, table: OpenTable, ids: np.ndarray, advance: Advance = _nothing, *, main: bool = False
+    ) -> Held:
+        """Hold the records of `ids`, and read those that are not cached.
+
+        `advance` is called with the records so far, whenever some have arrived.
+        """
+        held = Held(table, advance)
         with table.lock:
             slots = table.cache.slots(ids)
             held.add(ids[slots >= 0], slots[slots >= 0])
@@ -225,16 +275,18 @@ class HotRows:
         """Read `ids` into their reserved `slots`, or into a new array if there is no room."""
         table, room = held.table, slots >= 0
         held.missed += len(ids)
-        found: dict[int, Buffer | CorruptError] = {}
+        found: Records = {}
         failure: BaseException | None = None
         try:
             if room.any():
-                found |= self._fetch(table.manifest, ids[room], table.cache.slab, slots[room])
+                views = table.views(slots[room])
+                found |= self._fetch(held, ids[room], table.cache.slab, slots[room], views)
             if not room.all():
                 rest = ids[~room]
                 out = np.empty((len(rest), table.manifest.record_bytes), np.uint8)
-                bad = self._fetch(table.manifest, rest, out, np.arange(len(rest)))
-                found |= dict(zip(rest.tolist(), record_views(out), strict=True)) | bad
+                views = list(record_views(out))
+                bad = self._fetch(held, rest, out, np.arange(len(rest)), views)
+                found |= dict(zip(rest.tolist(), views, strict=True)) | bad
         except BaseException as error:
             failure = error
             if isinstance(error, (NotFoundError, CorruptError)):
@@ -252,11 +304,17 @@ class HotRows:
             own.set_exception(failure) if failure else own.set_result(found)
 
     def _fetch(
-        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, slots: np.ndarray
+        self, held: Held, ids: np.ndarray, out: np.ndarray, slots: np.ndarray, views: list[Buffer]
     ) -> dict[int, CorruptError]:
         """Read the records of `ids`, and return the errors of bad rows by token."""
+        tokens, manifest = ids.tolist(), held.table.manifest
+
+        def arrived(indices: np.ndarray) -> None:
+            held.records |= {tokens[n]: views[n] for n in indices.tolist()}
+            held.advance(held.records)
+
         try:
-            self.source.fetch_records(manifest, ids, out, slots)
+            self.source.read(manifest, ids, out, slots, arrived)
         except CorruptError as error:
             if not error.token_ids:
                 raise

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,7 @@ Requests = AsyncIterator[pb.FetchRequest]
 NAME = "tolhouse.v1.Lookup"
 MOST_AT_ONCE = 8  # requests per gRPC connection; each unread reply takes megabytes
 _MESSAGE_BYTES = 1 << 20  # the bytes of records in a message
+_SWITCH_SECONDS = 2e-4  # a thread that reads from the store must not delay those that send
 _THREADS = 64  # for requests over gRPC
 
 REQUESTS = Counter("tolhouse_lookup_requests_total", "Fetch requests, by gRPC status", ["status"])
@@ -241,6 +243,7 @@ def parse_ids(packed: bytes) -> np.ndarray:
 
 async def run(config: LookupConfig) -> None:
     """Serve the store until SIGTERM or SIGINT."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
     tracing.start_tracing("lookup", config.traces, insecure=config.insecure)
     timeouts = config.store_timeout_seconds, config.store_wait_seconds
     store = await asyncio.to_thread(open_store, config.store, *timeouts)

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import closing
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
@@ -31,6 +31,8 @@ from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
 from tolhouse.table.manifest import Manifest, check_name, split_ref
 
 Views = list[memoryview]  # views of records
+Arrived = Callable[[np.ndarray], object]  # a function of the indices of records
+ARRIVED_BYTES = 1 << 19  # the bytes of records that are reported at a time
 LEASE_SECONDS = 30.0  # a version counts as in use for this time after its last use
 
 
@@ -174,6 +176,7 @@ class Store(ABC):
         ids: np.ndarray,
         out: np.ndarray | None = None,
         slots: np.ndarray | None = None,
+        arrived: Arrived | None = None,
     ) -> np.ndarray:
         """Read and verify records. The unchanged rows of an overlay come from its parent.
 
@@ -182,6 +185,8 @@ class Store(ABC):
             ids: Token ids, uint32 [T].
             out: A contiguous array uint8 [slots, record_bytes]. Default: a new array.
             slots: The row of `out` for each id, [T]. Default: 0, 1, 2 and so on.
+            arrived: A function that is called with the indices of records, after some of them are
+                in `out` and verified. Records then arrive about in the order of `ids`.
 
         Returns:
             `out`.
@@ -199,7 +204,8 @@ class Store(ABC):
             parts.append((self.parent(manifest), ~owned))
         for table, part in parts:
             try:
-                self._read_own(table, ids[part], out, slots[part])
+                own = arrived and partial(_of_part, arrived, np.flatnonzero(part))
+                self._read_own(table, ids[part], out, slots[part], own)
             except CorruptError as error:
                 self._reopen(table, np.array(error.token_ids, np.uint32))
                 bad.append(error)
@@ -226,22 +232,41 @@ class Store(ABC):
         """Close connections and files."""
 
     def _read_own(
-        self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, slots: np.ndarray
+        self,
+        manifest: Manifest,
+        ids: np.ndarray,
+        out: np.ndarray,
+        slots: np.ndarray,
+        arrived: Arrived | None,
     ) -> None:
         """Do the work of `read_records` for records that the version stores itself."""
         if not len(ids):
             return
-        order = np.lexsort((manifest.positions(ids), manifest.shard_of(ids)))
-        ids, size, flat = ids[order], manifest.record_bytes, out.data.cast("B")
+        size, flat = manifest.record_bytes, out.data.cast("B")
+        step = max(1, ARRIVED_BYTES // size) if arrived else len(ids)
+        # By shard and position, for fewer and longer reads.
+        places = manifest.positions(ids), manifest.shard_of(ids), np.arange(len(ids)) // step
+        order = np.lexsort(places)
+        ids = ids[order]
         views = [flat[slot * size : slot * size + size] for slot in slots[order].tolist()]
+        bad, intact = dict[int, str](), list[int]()
         with closing(self._fill(manifest, ids, views)) as filled:
-            manifest.verify(ids, filled)
+            for n, why in enumerate(manifest.reasons(ids, filled), 1):
+                if why:
+                    bad[int(ids[n - 1])] = why
+                elif arrived:
+                    intact.append(n - 1)
+                if arrived and intact and (n % step == 0 or n == len(ids)):
+                    arrived(order[intact])
+                    intact = []
+        if bad:
+            raise manifest.corrupt(bad)
 
     @abstractmethod
     def _fill(
         self, manifest: Manifest, ids: np.ndarray, views: Views
     ) -> Generator[memoryview | str]:
-        """Read the records of `ids`, sorted by shard and position, into `views`.
+        """Read the records of `ids`, which are in runs of one shard and of positions, into `views`.
 
         Yields each view once it is full, or the reason as text if the record is missing.
         """
@@ -253,6 +278,10 @@ class Store(ABC):
     @abstractmethod
     def _read_text(self, ref: str, kind: Kind) -> bytes | None:
         """Read a text of the registry. Returns None if there is none."""
+
+
+def _of_part(arrived: Arrived, part: np.ndarray, indices: np.ndarray) -> None:
+    arrived(part[indices])
 
 
 def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0) -> Store:

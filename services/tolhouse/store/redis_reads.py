@@ -23,9 +23,9 @@ from tolhouse.net.health import SUSPECT_SECONDS, PeerHealth
 from tolhouse.store.base import Views
 from tolhouse.store.redis_connection import LOST, replies, until
 
-SENT_BYTES = 1 << 20  # the bytes of replies that one command, or one send, requests
+SENT_BYTES = 1 << 19  # the bytes of replies that one command, or one send, requests
 FAILOVER_SECONDS = 8.0  # the longest wait for a node of a Cluster or its replacement
-_SENDS_AHEAD = 4  # limits the replies that a server has to buffer
+_SENDS_AHEAD = 2  # limits the replies that a server has to buffer
 _READ_BYTES = 4 << 20  # the bytes of records per timeout; larger reads have more time
 _PAUSE_SECONDS = 0.1
 _NOT_NOW = theirs.ClusterDownError, theirs.MasterDownError

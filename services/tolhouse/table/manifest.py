@@ -285,18 +285,27 @@ class Manifest:
         Raises:
             CorruptError: With the tokens of all bad records.
         """
-        bad: dict[int, str] = {}
+        reasons = zip(ids.tolist(), self.reasons(ids, records), strict=True)
+        if bad := {i: why for i, why in reasons if why}:
+            raise self.corrupt(bad)
+
+    def corrupt(self, bad: dict[int, str]) -> CorruptError:
+        """Return the error for bad rows, with the reason of each token."""
+        first, *others = bad.values()
+        more = f"; rows of {len(others)} other tokens cannot be read either" if others else ""
+        return CorruptError(first + more, bad)
+
+    def reasons(self, ids: np.ndarray, records: Iterable[Buffer | str]) -> Iterator[str]:
+        """Yield for each record why it is bad, or "" if it is intact. See `verify`."""
         for i, seed, record in zip(ids.tolist(), self.seeds(ids), records, strict=True):
             if isinstance(record, str):
-                bad[i] = record
-                continue
-            checksum = int.from_bytes(record[-8:], "little")
-            if xxhash.xxh3_64_intdigest(memoryview(record)[:-8], seed) != checksum:
-                bad[i] = f"the row of token {i} in table {self.ref} fails its checksum"
-        if bad:
-            first, *others = bad.values()
-            more = f"; rows of {len(others)} other tokens cannot be read either" if others else ""
-            raise CorruptError(first + more, bad)
+                yield record
+            elif xxhash.xxh3_64_intdigest(memoryview(record)[:-8], seed) != int.from_bytes(
+                record[-8:], "little"
+            ):
+                yield f"the row of token {i} in table {self.ref} fails its checksum"
+            else:
+                yield ""
 
     def seeds(self, ids: np.ndarray) -> list[int]:
         """Return the seed of each token's checksum, which depends on version and token id."""
