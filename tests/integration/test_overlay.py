@@ -58,7 +58,7 @@ def test_an_overlay_has_its_own_changed_rows_and_its_parent_s_others(
 ) -> None:
     """A lookup service serves a mix of changed rows from the overlay and unchanged rows from its
     parent."""
-    name = f"over-{codec}"
+    name = f"over-{codec}-{'keys' in store_url}"  # a Redis serves both layouts
     store, ref = open_store(store_url), build_table(checkpoint, store_url, codec=codec, name=name)
     parent = store.manifest(ref)
     new = 2 * store.rows(parent, ids(OTHER, 9))
@@ -77,8 +77,7 @@ def test_an_overlay_has_its_own_changed_rows_and_its_parent_s_others(
         for _ in range(2):  # from the store, then from hot rows
             mixed = client.fetch(made.ref, [EDITED, 1, 3, 2]).astype(np.float32)
             np.testing.assert_array_equal(expected[[EDITED, 1, 3, 2]], mixed)
-    for one in (made.ref, ref):  # the other layout of this Redis stores the same tables
-        delete(store, one, force=True)
+    delete(store, made.ref, force=True)
     assert [ref] == [r for r in store.refs() if r.startswith(f"{name}@")]
 
 
