@@ -64,7 +64,7 @@ CACHE_SHARE, HOT_SHARE = 0.1, 2 / 3  # of the table: in the worker, and in each 
 NAMES = RESIDENT, REMOTE = "resident", "remote"
 PICTURE = Path("docs/images/pareto.png")
 TARGET = 0.8  # share of good requests with resident rows
-FIRST_TIMES, BETWEEN_TIMES = 5, 10  # limits, in medians of single requests
+FIRST_TIMES, BETWEEN_TIMES = 8, 10  # limits, in medians of single requests
 STEP_TOKENS = 128  # short steps, so that prompts of others delay the next token little
 PAUSE, DEADLINE = 1.0, 60.0  # seconds; longer pauses of a trace are cut
 STOPPED, CONTINUED = 0.09, 0.01  # seconds; a slow replica is stopped as by a CPU limit
@@ -83,7 +83,7 @@ class Effort:
     seconds: float  # of a slice, roughly
 
 
-QUICK, FULL = Effort(8, 3, 2, 4.0), Effort(20, 4, 6, 20.0)
+QUICK, FULL = Effort(8, 2, 3, 4.5), Effort(20, 4, 6, 20.0)
 
 
 @dataclass
@@ -296,9 +296,9 @@ def unloaded(system: System, trace: traces.Trace, ids: np.ndarray, effort: Effor
     first = median(answer.pieces[0] for answer in answers)
     several = [answer for answer in answers if answer.tokens > 1]
     between = median((a.pieces[-1] - a.pieces[0]) / (a.tokens - 1) for a in several)
-    # a batch of several sequences takes little longer than a batch of one
+    # a first guess: a step with several sequences takes little longer than a step with one
     busy = sum(a.pieces[0] + (a.whole - a.pieces[0]) / 4 for a in answers) / len(answers)
-    count = max(12, round(effort.seconds * 0.6 / busy))
+    count = max(12, round(effort.seconds * 0.3 / busy))
     speed = traces.arrivals(trace, count, 1.0, 8 * PAUSE)[-1] / effort.seconds
     limits = FIRST_TIMES * first, BETWEEN_TIMES * between
     return TraceLoad(trace, *limits, count, speed, speed / 4)
