@@ -65,7 +65,20 @@ class LookupRowSource(RowSource):
             return known
         return Manifest.from_json(reply.manifest_json)
 
+    def begin_fetch(
+        self, manifest: Manifest, ids: Array, out: Array, slots: Array
+    ) -> Callable[[], object]:
+        manifest.check_ids(ids)
+        steps = self._in_steps(manifest, ids, out, slots)
+        next(steps)
+        return partial(next, steps, None)
+
     def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
+        for _ in self._in_steps(manifest, ids, out, slots):
+            pass
+
+    def _in_steps(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> Iterator[None]:
+        """Send the requests of the first attempt, yield, and do everything else."""
         deadline, count = end_after(self.timeout_seconds), self.replicas.count
         errors, bad = list[BaseException](), set[int]()
         left: _Indices = slice(None)
@@ -83,6 +96,8 @@ class LookupRowSource(RowSource):
                 on_cancel(partial(_cancel, requests))
             errors, failed = [], list[Array]()
             try:
+                if not attempt:
+                    yield
                 for n in _in_order_of_arrival(requests, end):
                     replica, part = parts[n]
                     if error := self._receive(replica, requests[n], began, end):

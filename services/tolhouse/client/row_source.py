@@ -130,6 +130,15 @@ class RowSource(ABC):
             self._fetch(manifest, ids, out, np.arange(len(ids)) if slots is None else slots)
         return out
 
+    def begin_fetch(
+        self, manifest: Manifest, ids: Array, out: Array, slots: Array
+    ) -> Callable[[], object]:
+        """Begin the work of `fetch_records`, and return a function that finishes it.
+
+        Nothing writes to `out` before the returned function is called.
+        """
+        return partial(self.fetch_records, manifest, ids, out, slots)
+
     def auxiliary(self, manifest: Manifest) -> AuxiliaryTables:
         """Load the auxiliary tables of a table."""
 

@@ -29,7 +29,7 @@ from tolhouse.errors import (
     TolhouseError,
 )
 from tolhouse.logs import log
-from tolhouse.tracing import Span, under
+from tolhouse.tracing import INVALID_SPAN, Span, under
 
 _SCORED_TOKENS = 256  # the maximum number of prompt tokens whose logits are in memory at once
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)  # seconds
@@ -154,7 +154,7 @@ class Engine:
         computed = time.perf_counter()
         tokens, logprobs = sample(logits_BV, [sequence.state for sequence in last])
         sampled = dict(zip(last, zip(tokens, logprobs, strict=True), strict=True))
-        self._post_process(step, sampled, scores)
+        self._post_process(step, sampled, scores, runner.rows)
         self.steps += 1
         self.forward_seconds += computed - ready
         self.step_seconds += time.perf_counter() - started
@@ -257,8 +257,11 @@ class Engine:
             scores[sequence] = score
         return scores
 
-    def _post_process(self, step: Step, sampled: Sampled, scores: Scores) -> None:
+    def _post_process(
+        self, step: Step, sampled: Sampled, scores: Scores, rows: RowProvider
+    ) -> None:
         now, (first, between, whole, _) = time.perf_counter(), self.histograms
+        outputs = list[tuple[Sequence, Output]]()
         for chunk in step:
             sequence = chunk.sequence
             sequence.computed = chunk.last
@@ -266,6 +269,10 @@ class Engine:
             output = Output(prompt_logprobs=scores.get(sequence))
             if sequence in sampled:
                 output = sequence.append(*sampled[sequence], output.prompt_logprobs)
+            outputs.append((sequence, output))
+        self._expect(outputs, rows)
+        for sequence, output in outputs:
+            if sequence in sampled:
                 self.tokens += len(output.tokens)
                 arrived, *last = sequence.times
                 (between if last else first).observe(now - (last or [arrived])[0])
@@ -275,6 +282,13 @@ class Engine:
                 self._end(sequence, output)
             elif output.tokens or output.prompt_logprobs:
                 sequence.emit(output)
+
+    def _expect(self, outputs: list[tuple[Sequence, Output]], rows: RowProvider) -> None:
+        """Request the rows of the sampled tokens, which arrive while results are sent."""
+        if any(sequence.span is not INVALID_SPAN for sequence, _ in outputs):
+            return  # the spans of a trace have to begin and end in the same block
+        going_on = (s for s, output in outputs if output.tokens and not output.finish_reason)
+        rows.expect(np.array([sequence.ids[-1] for sequence in going_on], np.uint32))
 
     def _end(self, sequence: Sequence, output: Output) -> None:
         self.scheduler.remove(sequence)

@@ -9,9 +9,10 @@ import contextvars
 import copy
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from logging import WARNING
 from typing import cast
 
@@ -36,6 +37,7 @@ from tolhouse.table.manifest import Manifest
 from tolhouse.table.row_cache import RowCache, capacity_for
 from tolhouse.tracing import span
 
+Finish = Callable[[], object]  # finishes a fetch
 Counts = dict[str, float]  # by field of `RowCounts` in generation.proto
 _FILL_BYTES = 16 << 20  # the size of a fetch that fills the cache
 
@@ -53,15 +55,30 @@ class SourceRows:
 
     def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
         """Write the records of distinct `ids` (uint32 [T]) into rows `slots` [T] of `out`."""
-        started = time.perf_counter()
-        table = self.manifest.ref
+        about = {"tolhouse.table": self.manifest.ref, "tolhouse.rows": len(ids)}
+        with span("fetch rows", about), self._counted(len(ids)):
+            self.source.fetch_records(self.manifest, ids, out, slots)
+
+    def begin(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> Finish:
+        """Begin to `fetch`, and return a function that finishes it."""
+        finish = self.source.begin_fetch(self.manifest, ids, out, slots)
+
+        def counted() -> None:
+            with self._counted(len(ids)):
+                finish()
+
+        return counted
+
+    @contextmanager
+    def _counted(self, count: int) -> Iterator[None]:
+        """Count a fetch of `count` rows, and turn its error into one for callers."""
+        started, table = time.perf_counter(), self.manifest.ref
         try:
-            with span("fetch rows", {"tolhouse.table": table, "tolhouse.rows": len(ids)}):
-                self.source.fetch_records(self.manifest, ids, out, slots)
+            yield
         except TolhouseError as error:
             event("fetching rows failed", WARNING, table=table, reason=str(error))
-            raise self._for_callers(error, len(ids)) from None
-        self.rows += len(ids)
+            raise self._for_callers(error, count) from None
+        self.rows += count
         self.fetches += 1
         self.seconds += time.perf_counter() - started
 
@@ -161,15 +178,24 @@ class FallbackRows:
 
     def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
         if self.ready:
-            try:
-                self.primary.fetch(ids, out, slots)
-                return
-            except (UnavailableError, DeadlineExceededError) as error:
-                self.health.report_down(self.ref, error)
-            except CorruptError as error:
-                if error.token_ids:
-                    lost = np.isin(ids, error.token_ids)
-                    ids, slots = ids[lost], slots[lost]
+            self._finish(partial(self.primary.fetch, ids, out, slots), ids, out, slots)
+        else:
+            self.recomputed.fetch(ids, out, slots)
+
+    def begin(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> Finish:
+        return partial(self._finish, self.primary.begin(ids, out, slots), ids, out, slots)
+
+    def _finish(self, finish: Finish, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
+        """Finish a fetch from the primary source, and compute the rows that it cannot deliver."""
+        try:
+            finish()
+            return
+        except (UnavailableError, DeadlineExceededError) as error:
+            self.health.report_down(self.ref, error)
+        except CorruptError as error:
+            if error.token_ids:
+                lost = np.isin(ids, error.token_ids)
+                ids, slots = ids[lost], slots[lost]
         self.recomputed.fetch(ids, out, slots)
 
     def counts(self) -> Counts:
@@ -214,6 +240,8 @@ class CachedRows:
         self.most_values = CACHED_VALUES  # above this, a CPU decodes layer by layer
         self.from_cache, self.wait_seconds = 0, 0.0
         self._background = ThreadPoolExecutor(1, "rows")
+        # The rows that the next step is expected to need: ids, their slots, and the fetch's end.
+        self._expected: tuple[np.ndarray, np.ndarray, Finish] | None = None
         # The prefetch in flight: its ids, their slots, and its future.
         self._prefetched: tuple[np.ndarray, np.ndarray, Future[None]] | None = None
 
@@ -246,6 +274,7 @@ class CachedRows:
 
         A repeated id is fetched once.
         """
+        self._receive_expected()
         self._receive(ids)
         distinct = len(set(ids.tolist()))
         if distinct > self.cache.capacity:
@@ -279,6 +308,42 @@ class CachedRows:
         run = contextvars.copy_context().run
         fetch = self._background.submit(run, self.provider.fetch, ids, self.cache.slab, slots)
         self._prefetched = ids, slots, fetch
+
+    def expect(self, ids: np.ndarray) -> None:
+        """Request missing rows of `ids` [T], which the next call of `stage` receives.
+
+        This invalidates staged rows.
+        """
+        ids = self.missing(ids)
+        reserved = len(self._prefetched[0]) if self._prefetched else 0
+        if (
+            not len(ids)
+            or not self.provider.ready
+            or len(ids) + reserved > self.cache.capacity // 2
+        ):
+            return
+        slots = self.cache.reserve(ids)
+        if self.stream:
+            self.stream.synchronize()  # uploads still read the slots that the fetch writes
+        try:
+            self._expected = ids, slots, self.provider.begin(ids, self.cache.slab, slots)
+        except TolhouseError:  # the step fetches these rows itself
+            self.cache.release(slots)
+
+    def _receive_expected(self) -> None:
+        if not self._expected:
+            return
+        (ids, slots, finish), self._expected = self._expected, None
+        error: BaseException | None = None
+        try:
+            with self._waiting():
+                finish()
+        except BaseException as failure:
+            error = failure
+            if not isinstance(error, CorruptError):  # the step fetches bad rows itself
+                raise
+        finally:
+            self._settle(ids, slots, error)
 
     def _receive(self, wanted: np.ndarray) -> None:
         """Commit the rows of a finished prefetch. Wait for it if `wanted` needs its rows or slots.
@@ -390,6 +455,9 @@ class NoRows:
         return ids[:0]
 
     def prefetch(self, ids: np.ndarray) -> None:
+        pass
+
+    def expect(self, ids: np.ndarray) -> None:
         pass
 
     def counts(self) -> Counts:
