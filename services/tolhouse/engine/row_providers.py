@@ -35,7 +35,7 @@ from tolhouse.net.health import PeerHealth
 from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.table.manifest import Manifest
 from tolhouse.table.row_cache import RowCache, capacity_for
-from tolhouse.tracing import span
+from tolhouse.tracing import Attributes, span
 
 Finish = Callable[[], object]  # finishes a fetch
 Counts = dict[str, float]  # by field of `RowCounts` in generation.proto
@@ -55,7 +55,7 @@ class SourceRows:
 
     def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
         """Write the records of distinct `ids` (uint32 [T]) into rows `slots` [T] of `out`."""
-        about = {"tolhouse.table": self.manifest.ref, "tolhouse.rows": len(ids)}
+        about: Attributes = {"tolhouse.table": self.manifest.ref, "tolhouse.rows": len(ids)}
         with span("fetch rows", about), self._counted(len(ids)):
             self.source.fetch_records(self.manifest, ids, out, slots)
 
@@ -242,6 +242,7 @@ class CachedRows:
         self._background = ThreadPoolExecutor(1, "rows")
         # The rows that the next step is expected to need: ids, their slots, and the fetch's end.
         self._expected: tuple[np.ndarray, np.ndarray, Finish] | None = None
+        self._just_fetched = 0  # rows that were received for this step
         # The prefetch in flight: its ids, their slots, and its future.
         self._prefetched: tuple[np.ndarray, np.ndarray, Future[None]] | None = None
 
@@ -316,11 +317,8 @@ class CachedRows:
         """
         ids = self.missing(ids)
         reserved = len(self._prefetched[0]) if self._prefetched else 0
-        if (
-            not len(ids)
-            or not self.provider.ready
-            or len(ids) + reserved > self.cache.capacity // 2
-        ):
+        fits = len(ids) + reserved <= self.cache.capacity // 2
+        if not len(ids) or not fits or not self.provider.ready:
             return
         slots = self.cache.reserve(ids)
         if self.stream:
@@ -331,6 +329,7 @@ class CachedRows:
             self.cache.release(slots)
 
     def _receive_expected(self) -> None:
+        self._just_fetched = 0
         if not self._expected:
             return
         (ids, slots, finish), self._expected = self._expected, None
@@ -342,6 +341,8 @@ class CachedRows:
             error = failure
             if not isinstance(error, CorruptError):  # the step fetches bad rows itself
                 raise
+        else:
+            self._just_fetched = len(ids)
         finally:
             self._settle(ids, slots, error)
 
@@ -377,7 +378,7 @@ class CachedRows:
             finally:
                 self.cache.unpin(hits)
             slots[absent] = self.cache.slot_of[ids[absent]]
-        self.from_cache += distinct - len(missing)
+        self.from_cache += max(0, distinct - len(missing) - self._just_fetched)
         return slots
 
     def _without_cache(self, ids: np.ndarray) -> tuple[Tensor, np.ndarray]:

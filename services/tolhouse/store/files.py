@@ -22,7 +22,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, suppress
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,12 +141,13 @@ class FileStore(Store):
     def _fill(
         self, manifest: Manifest, ids: np.ndarray, views: Views
     ) -> Generator[memoryview | str]:
-        for file, row, first, end in _prefetched(self._reads(manifest, ids)):
+        for (file, row, first, end), is_done in _begun(self._reads(manifest, ids), views):
             part = views[first:end]
             try:
                 if isinstance(file, CorruptError):
                     raise file
-                file.read(row, part)
+                if not is_done:
+                    file.read(row, part)
             except CorruptError as error:
                 yield from [str(error)] * len(part)
             else:
@@ -219,13 +219,19 @@ class _Read(NamedTuple):
     end: int
 
 
-def _prefetched(reads: Iterator[_Read]) -> Iterator[_Read]:
-    """Yield each read after the following ones have been prefetched."""
-    begun = deque(islice(reads, 1))
+def _begun(reads: Iterator[_Read], views: Views) -> Iterator[tuple[_Read, bool]]:
+    """Yield each read, and whether it is done, after the following ones have begun.
+
+    Reads of records in the page cache are done at once, and others are prefetched.
+    """
+    begun = deque[tuple[_Read, bool]]()
     for read in reads:
+        is_done = False
         if isinstance(read.file, _ShardFile):
-            read.file.prefetch(read.row, read.end - read.first)
-        begun.append(read)
+            is_done = read.file.read_cached(read.row, views[read.first : read.end])
+            if not is_done:
+                read.file.prefetch(read.row, read.end - read.first)
+        begun.append((read, is_done))
         if len(begun) > _READS_AHEAD:
             yield begun.popleft()
     yield from begun
@@ -264,6 +270,17 @@ class _ShardFile:
         size = min(count * self.record_bytes, _PREFETCH_BYTES)
         with _errors("read", self.path):
             os.posix_fadvise(self._descriptor, start, size, os.POSIX_FADV_WILLNEED)
+
+    def read_cached(self, row: int, views: list[memoryview]) -> bool:
+        """Read consecutive records if all of them are in the page cache. Returns whether they are.
+
+        Some file systems do not tell.
+        """
+        start, size = self.start + row * self.record_bytes, len(views) * self.record_bytes
+        with suppress(OSError):
+            count = os.preadv(self._descriptor, views, start, os.RWF_NOWAIT)
+            return (count, os.fstat(self._descriptor).st_size) == (size, self.size)
+        return False
 
     def read(self, row: int, views: list[memoryview]) -> None:
         """Read consecutive records from `row` into `views`."""
