@@ -144,10 +144,10 @@ class Connection:
         """Fetch rows [T, N, D] of T ids."""
         wanted, ids_T = table_name(table), token_ids(ids)
         with self.errors(), time_limit(optional_timeout(timeout)):
-            source = self.source()
+            source = self._source or self.source()
             manifest = wanted if isinstance(wanted, Manifest) else source.describe(wanted)
             auxiliary = source.auxiliary(manifest)
-            unique = np.unique(ids_T)
+            unique = np.unique(ids_T) if len(ids_T) > 1 else ids_T
             distinct = unique if len(unique) < len(ids_T) else ids_T
             rows = auxiliary.decode(distinct, source.fetch_records(manifest, distinct))
         if distinct is unique:

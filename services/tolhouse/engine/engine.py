@@ -264,14 +264,14 @@ class Engine:
         outputs = list[tuple[Sequence, Output]]()
         for chunk in step:
             sequence = chunk.sequence
-            sequence.computed = chunk.last
-            self.cache.commit(sequence, chunk.first, chunk.last)
             output = Output(prompt_logprobs=scores.get(sequence))
             if sequence in sampled:
                 output = sequence.append(*sampled[sequence], output.prompt_logprobs)
             outputs.append((sequence, output))
         self._expect(outputs, rows)
-        for sequence, output in outputs:
+        for chunk, (sequence, output) in zip(step, outputs, strict=True):
+            sequence.computed = chunk.last
+            self.cache.commit(sequence, chunk.first, chunk.last)
             if sequence in sampled:
                 self.tokens += len(output.tokens)
                 arrived, *last = sequence.times

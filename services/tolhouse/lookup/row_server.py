@@ -144,6 +144,7 @@ class RowServer:
                 if not self._credentials.accepts(request.authorization):
                     send_error(connection, pb.Error(status="UNAUTHENTICATED", message=UNAUTHORIZED))
                     return
-                connection.settimeout(None)
+                if connection.gettimeout() is not None:
+                    connection.settimeout(None)
                 if failure := self._answer(request, send):
                     send_error(connection, failure)
