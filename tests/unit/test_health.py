@@ -68,6 +68,8 @@ def tracked() -> Iterator[Callable[..., PeerHealth]]:
         ([0.4, 0.4], [], True),
         ([0.4, 0.01], [[]], True),  # connecting took time; the others are not probed
         ([0.4, 0.4], [[3.0, 0.01]], False),
+        ([0.4, 0.01, 0.4, 0.01, 0.4], [[0.01]], False),  # it stops and continues all the time
+        ([0.01, 0.01, 0.4, 0.01, 0.4], [[]], True),
     ],
 )
 def test_a_suspected_peer_is_compared_with_the_others(

@@ -7,6 +7,8 @@ succeeds in time.
 """
 
 import logging
+import random
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -18,9 +20,13 @@ from typing import Literal
 from tolhouse.errors import TolhouseError
 from tolhouse.logs import event, log
 
-SUSPECT_SECONDS = 0.1  # a call that takes longer causes a probe
+SUSPECT_SECONDS = 0.05  # a call that takes longer causes a probe
 _SLOW_TIMES = 4.0  # a slow peer takes this many times as long as the fastest of the others
 _PROBES = 2  # the faster probe counts, because the first may have to connect
+# The median of these probes decides whether a peer that answers is slow. They are apart by random
+# times, because a peer may stop and continue all the time.
+_PROBES_OF_SUSPECT = 5
+_APART_SECONDS = 0.05  # at most
 
 State = Literal["up", "probing", "slow", "down", "gone"]
 
@@ -144,18 +150,27 @@ class PeerHealth:
         others = self._alternatives(name)
         if others is None:
             return "gone"
-        own = self._seconds(name)
+        suspect = name in self._peers and self._peers[name].state != "down"
+        own = self._median_seconds(name) if suspect else self._seconds(name)
         if SUSPECT_SECONDS <= own < inf:
             fastest = min([inf, *(self._seconds(other) for other in others if self.up(other))])
             return "slow" if own > _SLOW_TIMES * fastest else "up"
         return "up" if own < inf else "down"
 
-    def _seconds(self, name: str) -> float:
+    def _median_seconds(self, name: str) -> float:
+        taken = list[float]()
+        for number in range(_PROBES_OF_SUSPECT):
+            if number:
+                time.sleep(random.uniform(0, _APART_SECONDS))
+            taken.append(self._seconds(name, 1))
+        return statistics.median(taken)
+
+    def _seconds(self, name: str, probes: int = _PROBES) -> float:
         """Return the seconds that a probe of the peer takes, or infinity if it fails."""
         assert self._probe
         best = inf
         with suppress(TolhouseError):
-            for _ in range(_PROBES):
+            for _ in range(probes):
                 began = self._clock()
                 if not self._probe(name):
                     return inf
