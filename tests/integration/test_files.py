@@ -281,11 +281,13 @@ def test_a_lease_that_is_not_renewed_expires(tmp_path: Path) -> None:
     with closing(FileStore(tmp_path, lease_seconds=0.2)) as store:
         one, two = (write(store, manifest_of("t", version)) for version in (1, 2))
         store.lease(one.ref)
-        ended = time.monotonic() + 1
-        while time.monotonic() < ended:
+        counts = []
+        for _ in range(50):
             store.lease(two.ref)
             time.sleep(0.02)
-        assert timers() <= before + 1  # renewals start no further timers
+            counts.append(timers())
+        # Renewals start no further timers. A timer of another store may start at the end.
+        assert min(counts[25:]) <= before + 1
         assert (False, True) == (store.leased(one.ref), store.leased(two.ref))
         wait_until(lambda: not store.leased(two.ref))
 

@@ -296,6 +296,9 @@ def test_reads_survive_a_dead_or_hanging_master(number: signal.Signals) -> None:
         closing(open_store(nodes[1].url, 1.0)) as store,
     ):
         write(store, MANIFEST)
+        for node in nodes[:3]:
+            with Redis.from_url(node.url) as master:
+                master.wait(1, 30_000)  # until its replica has all rows
         nodes[0].popen.send_signal(number)
         for _ in range(3):
             assert_holds(store, MANIFEST)

@@ -7,6 +7,7 @@ import socket
 import ssl
 import threading
 import time
+import weakref
 from contextlib import suppress
 
 from google.protobuf.message import DecodeError
@@ -34,9 +35,8 @@ class RowConnection:
     def __init__(self, sock: socket.socket, context: ssl.SSLContext | None) -> None:
         self.sock, self.context, self._receiver = sock, context, Receiver(sock)
         self.is_reused = False
-
-    def __del__(self) -> None:
-        self.sock.close()  # the address of its replica is gone
+        # Clients need not be closed, and the address of a replica may disappear.
+        weakref.finalize(self, sock.close).atexit = False
 
     def send(self, request: bytes, end: float) -> bool:
         """Send a request, and return whether the connection is still open."""

@@ -19,6 +19,7 @@ from tolhouse.table.manifest import Manifest
 
 _ABANDONED_SECONDS = 3600  # the expiry of incomplete shards of killed builds
 _WRITE_BYTES = 1 << 20  # the bytes of an HSET
+_PARTIAL = "partial"  # a field of incomplete hashes
 _WRITES_AHEAD = 4  # the bytes of a pipeline are this times _WRITE_BYTES
 _KEYS = 1000  # the keys of a command
 # Takes pairs of keys, and makes the record of the first key the permanent record of the second.
@@ -60,6 +61,9 @@ class _Hashes(Layout):
         key, ids = self._key(manifest, shard), manifest.shard_ids(shard).tolist()
         partial = f"{key}:{secrets.token_hex(8)}"
         step = max(1, _WRITE_BYTES // manifest.record_bytes)
+        # The key expires from the beginning, also if the process ends between two commands.
+        pipeline = redis.pipeline(transaction=False)
+        pipeline.hset(partial, _PARTIAL, b"").expire(partial, _ABANDONED_SECONDS).execute()
         for start in range(0, len(ids), step * _WRITES_AHEAD):
             pipeline = redis.pipeline(transaction=False)
             for at in range(start, min(start + step * _WRITES_AHEAD, len(ids)), step):
@@ -67,6 +71,7 @@ class _Hashes(Layout):
                 pipeline.hset(partial, mapping=dict(part))
             pipeline.expire(partial, _ABANDONED_SECONDS)
             pipeline.execute()
+        redis.hdel(partial, _PARTIAL)
         redis.persist(partial)
         redis.rename(partial, key)
 
