@@ -41,8 +41,6 @@ bench: .venv/dev  ## run quick benchmarks; loadtest/LOG.md has recorded results
 	$(BIN)/python -m loadtest.build --quick
 	$(BIN)/python -m loadtest.decode --quick
 	$(BIN)/python -m loadtest.pace --quick
-	$(BIN)/python -m loadtest.trace --quick
-	$(BIN)/python -m loadtest.capacity --quick
 
 chaos: .venv/dev  ## inject faults under load (twelve minutes) and check the responses
 	$(BIN)/python -m tests.chaos
