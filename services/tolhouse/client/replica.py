@@ -1,6 +1,7 @@
 """One replica of a service: its gRPC channel, and requests for rows over its row port or gRPC."""
 
 import time
+from logging import WARNING
 from typing import Any, Protocol
 
 import grpc
@@ -112,9 +113,8 @@ class Replica:
                 return self.connections.take(port, end)
             except OSError as error:
                 reason = str(error)
-        event(
-            "the row port cannot be reached: rows come over gRPC", peer=self.target, reason=reason
-        )
+        news = "the row port cannot be reached: rows come over gRPC"
+        event(news, WARNING, peer=self.target, reason=reason)
         self._blocked_until = time.monotonic() + _BLOCKED_SECONDS
         return None
 

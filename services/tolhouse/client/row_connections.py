@@ -21,7 +21,7 @@ from tolhouse.errors import (
 )
 from tolhouse.logs import split_address
 from tolhouse.net.auth import ClientCredentials
-from tolhouse.net.row_frames import Receiver, prepare, send
+from tolhouse.net.row_frames import Caller, prepare
 from tolhouse.table.destination import Destination
 from tolhouse.v1 import lookup_pb2 as pb
 
@@ -33,7 +33,7 @@ class RowConnection:
     """A connection, which carries one request and its reply at a time."""
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext | None) -> None:
-        self.sock, self.context, self._receiver = sock, context, Receiver(sock)
+        self.sock, self.context, self._caller = sock, context, Caller(sock)
         self.is_reused = False
         # Clients need not be closed, and the address of a replica may disappear.
         weakref.finalize(self, sock.close).atexit = False
@@ -41,7 +41,7 @@ class RowConnection:
     def send(self, request: bytes, end: float) -> bool:
         """Send a request, and return whether the connection is still open."""
         try:
-            send(self.sock, request, end)
+            self._caller.send(request, end)
         except OSError:
             return False
         return True
@@ -56,7 +56,7 @@ class RowConnection:
         """
         size, done, total = destination.manifest.record_bytes, 0, len(destination)
         while True:
-            records_bytes, error_bytes = self._receiver.header(end)
+            records_bytes, error_bytes = self._caller.header(end)
             self.is_reused = False  # the peer answers
             count, odd = divmod(records_bytes, size)
             if odd or done + count > total or error_bytes > _MOST_ERROR_BYTES:
@@ -64,7 +64,7 @@ class RowConnection:
             if error_bytes:
                 raise self._receive_error(error_bytes, end)
             if count:
-                self._receiver.fill(destination.views(done, done + count), end)
+                self._caller.fill(destination.views(done, done + count), end)
                 destination.verify(done, done + count)
                 done += count
             elif total:
@@ -79,7 +79,7 @@ class RowConnection:
 
     def _receive_error(self, size: int, end: float) -> TolhouseError:
         data = memoryview(bytearray(size))
-        self._receiver.fill([data], end)
+        self._caller.fill([data], end)
         try:
             return error_from(pb.Error.FromString(bytes(data)))
         except DecodeError:

@@ -1,8 +1,8 @@
 """Hot rows: an in-memory cache over a row source. Thread-safe.
 
-Each open table has a row cache, which is filled with the rows of frequent tokens first. The thread
-of a request reads missing rows directly into the cache. Concurrent requests for a row share one
-read. A bad row fails only the requests for it. Versions that are neither used nor published are
+Each open table has a row cache, which is filled with the rows of frequent tokens first. Missing
+rows are read directly into the cache, and sent as they arrive. Concurrent requests for a row share
+one read. A bad row fails only the requests for it. Versions that are neither used nor published are
 closed.
 """
 

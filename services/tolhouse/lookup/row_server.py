@@ -75,7 +75,7 @@ class RowServer:
         for connection in connections.values():  # each thread ends after its request
             with suppress(OSError):
                 socket.socket.shutdown(connection, socket.SHUT_RD)
-        for thread in connections:
+        for thread in filter(threading.Thread.is_alive, connections):
             thread.join(max(0.0, end - time.monotonic()))
 
     def _accept(self) -> None:

@@ -73,13 +73,24 @@ def send_error(sock: socket.socket, error: pb.Error) -> None:
     _send(sock, [_HEADER.pack(0, len(data)), data])
 
 
-class Receiver:
-    """Receives frames from a connection. A call that raises leaves the connection unusable."""
+class Caller:
+    """The client's end of a connection. A call that raises leaves the connection unusable."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock, self._is_encrypted = sock, isinstance(sock, ssl.SSLSocket)
         self._header = memoryview(bytearray(_HEADER.size))
         self._timeout = inf  # of one system call, as set on the socket
+
+    def send(self, data: bytes, end: float) -> None:
+        """Send `data`. Raises TimeoutError or another OSError at the monotonic time `end`."""
+        if len(data) > _SURE_BYTES:
+            seconds = max(0.001, end - time.monotonic())
+            if self._is_encrypted:
+                self._timeout = seconds
+                self._sock.settimeout(seconds)
+            else:
+                limit_sends(self._sock, seconds)
+        self._sock.sendall(data)
 
     def header(self, end: float) -> tuple[int, int]:
         """Receive the number of bytes of records and of an error that follow."""
@@ -129,17 +140,6 @@ class Receiver:
             else:
                 option = socket.SO_RCVTIMEO
                 self._sock.setsockopt(socket.SOL_SOCKET, option, _timeval(self._timeout))
-
-
-def send(sock: socket.socket, data: bytes, end: float) -> None:
-    """Send `data`. Raises TimeoutError or another OSError at the monotonic time `end`."""
-    if len(data) > _SURE_BYTES:
-        seconds = max(0.001, end - time.monotonic())
-        if isinstance(sock, ssl.SSLSocket):
-            sock.settimeout(None if seconds == inf else seconds)
-        else:
-            limit_sends(sock, seconds)
-    sock.sendall(data)
 
 
 def limit_sends(sock: socket.socket, seconds: float) -> None:
