@@ -41,6 +41,8 @@ def token_ids(ids: npt.ArrayLike | Iterable[int]) -> np.ndarray:
         raise _out_of_range(min(array), max(array))
     if array.dtype.kind not in "iu":
         raise _not_ids(f"not {array.dtype}")
+    if array.dtype == np.uint32:
+        return array
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= _ID_LIMIT:
         raise _out_of_range(low, high)

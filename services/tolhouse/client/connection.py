@@ -147,11 +147,11 @@ class Connection:
             source = self._source or self.source()
             manifest = wanted if isinstance(wanted, Manifest) else source.describe(wanted)
             auxiliary = source.auxiliary(manifest)
-            unique = np.unique(ids_T) if len(ids_T) > 1 else ids_T
-            distinct = unique if len(unique) < len(ids_T) else ids_T
+            repeated = len(set(ids_T.tolist())) < len(ids_T)
+            distinct = np.unique(ids_T) if repeated else ids_T
             rows = auxiliary.decode(distinct, source.fetch_records(manifest, distinct))
-        if distinct is unique:
-            rows = rows[np.searchsorted(unique, ids_T)]
+        if repeated:
+            rows = rows[np.searchsorted(distinct, ids_T)]
         rows.flags.writeable = False
         return rows
 

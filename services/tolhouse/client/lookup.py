@@ -68,7 +68,6 @@ class LookupRowSource(RowSource):
     def begin_fetch(
         self, manifest: Manifest, ids: Array, out: Array, slots: Array
     ) -> Callable[[], object]:
-        manifest.check_ids(ids)
         steps = self._in_steps(manifest, ids, out, slots)
         next(steps)
         return partial(next, steps, None)
@@ -80,7 +79,8 @@ class LookupRowSource(RowSource):
     def _in_steps(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> Iterator[None]:
         """Send the requests of the first attempt, yield, and do everything else."""
         deadline, count = end_after(self.timeout_seconds), self.replicas.count
-        errors, bad = list[BaseException](), set[int]()
+        errors: list[BaseException] = []
+        bad: set[int] = set()
         left: _Indices = slice(None)
         for attempt in range(_ROUNDS * count):
             check_cancelled()
@@ -94,7 +94,8 @@ class LookupRowSource(RowSource):
             requests = [r.submit(manifest, ids[p], out, slots[p], end) for r, p in parts]
             if is_cancellable():
                 on_cancel(partial(_cancel, requests))
-            errors, failed = [], list[Array]()
+            errors = []
+            failed: list[Array] = []
             try:
                 if not attempt:
                     yield

@@ -83,7 +83,7 @@ class RowSource(ABC):
 
     @abstractmethod
     def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
-        """Read the records of `ids` [T] into rows `slots` [T] of `out`."""
+        """Read the records of `ids` [T], of any value, into rows `slots` [T] of `out`."""
 
     def describe(self, table: str) -> Manifest:
         """Read the manifest of "name@version", or of the published version of "name".
@@ -123,7 +123,6 @@ class RowSource(ABC):
                 `out`.
                 Otherwise no row could be read.
         """
-        manifest.check_ids(ids)
         if out is None:
             out = np.empty((len(ids), manifest.record_bytes), np.uint8)
         if len(ids):
@@ -206,6 +205,7 @@ class StoreRowSource(RowSource):
         return known if known and stands_for(self.store, known.ref) else resolve(self.store, table)
 
     def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
+        manifest.check_ids(ids)
         self.read(manifest, ids, out, slots)
 
     def read(

@@ -267,8 +267,8 @@ class CachedRows:
 
     def missing(self, ids: np.ndarray) -> np.ndarray:
         """Return the distinct `ids` that are not cached, in order."""
-        absent = ids[self.cache.slot_of[ids] < 0]
-        return absent[np.sort(np.unique(absent, return_index=True)[1])]
+        absent = ids[self.cache.slot_of[ids] < 0].tolist()
+        return np.array(list(dict.fromkeys(absent)), np.uint32)
 
     def stage(self, ids: np.ndarray) -> StagedRows:
         """Stage the records of `ids` [T] on the device. They are valid until the next call.
@@ -368,7 +368,7 @@ class CachedRows:
         """Fetch missing rows of `ids` [T], and return the slots of all."""
         slots = self.cache.slots(ids)
         absent = slots < 0
-        missing = self.missing(ids)
+        missing = self.missing(ids[absent])
         if len(missing):
             hits = slots[~absent]
             self.cache.pin(hits)
@@ -413,7 +413,10 @@ class CachedRows:
         After a CorruptError with token ids, the intact rows are kept. After other errors, no row is
         kept.
         """
-        got = np.full(len(ids), not error)
+        if not error:
+            self._commit(ids, slots)
+            return
+        got = np.zeros(len(ids), bool)
         if isinstance(error, CorruptError) and error.token_ids:
             got = ~np.isin(ids, error.token_ids)
         self.cache.release(slots[~got])

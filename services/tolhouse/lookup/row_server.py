@@ -15,6 +15,7 @@ from tolhouse.errors import InUseError, InvalidArgumentError
 from tolhouse.logs import join_address, log, split_address
 from tolhouse.lookup.hot_rows import Send
 from tolhouse.net.auth import UNAUTHORIZED, ServerCredentials
+from tolhouse.net.path import bytes_in_flight
 from tolhouse.net.row_frames import (
     limit_sends,
     prepare,
@@ -30,6 +31,7 @@ CONNECTIONS = Gauge("tolhouse_lookup_row_connections", "Open connections of the 
 
 Answer = Callable[[pb.FetchRequest, Send], pb.Error | None]
 _FIRST_SECONDS = 10.0  # time for TLS and the first request
+_LARGE_BUFFER = 200_000  # the kernel sizes larger buffers itself
 _SEND_SECONDS = 60.0  # the longest wait for a client that does not receive
 
 
@@ -132,6 +134,8 @@ class RowServer:
                 raise DisconnectedError from error
 
         limit_sends(connection, _SEND_SECONDS)
+        if (size := bytes_in_flight(connection)) < _LARGE_BUFFER:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, int(size))
         with connection.makefile("rb") as file:
             while True:
                 try:

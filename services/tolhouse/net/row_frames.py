@@ -10,7 +10,8 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from math import inf
 from typing import BinaryIO
 
@@ -25,6 +26,7 @@ _LENGTH, _HEADER = struct.Struct("<I"), struct.Struct("<II")
 _TIMEVAL = struct.Struct("@ll")
 _MOST_VIEWS = 1024  # IOV_MAX
 _SURE_BYTES = 4096  # the socket's buffer, which holds one request at a time, has this much room
+_BUFFER_BYTES = 4 << 14  # four TLS records
 _KEEPALIVE = (socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)
 
 
@@ -115,7 +117,7 @@ class Caller:
             self._limit(end - time.monotonic())
             try:
                 if self._is_encrypted:
-                    count = self._sock.recv_into(views[0])
+                    count = self._decrypt(views[0], end)
                 elif len(views) == 1:  # one system call waits for all bytes
                     count = self._sock.recv_into(views[0], 0, socket.MSG_WAITALL)
                 else:
@@ -125,6 +127,17 @@ class Caller:
             if not count:
                 raise ConnectionError("the connection was closed")
             return count
+
+    def _decrypt(self, view: memoryview, end: float) -> int:
+        """Receive into `view`, which may take many calls, because each returns one TLS record."""
+        receive = self._sock.recv_into
+        count = receive(view)
+        with suppress(TimeoutError, ssl.SSLWantReadError):
+            while 0 < count < len(view) and time.monotonic() < end:
+                if not (size := receive(view[count:])):
+                    break
+                count += size
+        return count
 
     def _limit(self, seconds: float) -> None:
         """Limit a system call to `seconds` or somewhat less.
@@ -149,13 +162,29 @@ def limit_sends(sock: socket.socket, seconds: float) -> None:
 
 def _send(sock: socket.socket, views: list[Buffer]) -> None:
     if isinstance(sock, ssl.SSLSocket):
-        sock.sendall(b"".join(views))
+        for whole in _in_whole_records(views):
+            sock.sendall(whole)
         return
     for first in range(0, len(views), _MOST_VIEWS):
         part = views[first : first + _MOST_VIEWS] if len(views) > _MOST_VIEWS else views
         sent = sock.sendmsg(part)
         if sent < sum(map(len, part)):  # a signal interrupted the call
             sock.sendall(b"".join(part)[sent:])
+
+
+def _in_whole_records(views: list[Buffer]) -> Iterator[memoryview]:
+    """Yield the bytes of all views in one buffer, which has room for several whole TLS records."""
+    buffer, at = memoryview(bytearray(min(_BUFFER_BYTES, sum(map(len, views))))), 0
+    for view in views:
+        rest = memoryview(view)
+        while rest:
+            end = min(at + len(rest), len(buffer))
+            buffer[at:end], rest = rest[: end - at], rest[end - at :]
+            at = end % len(buffer)
+            if not at:
+                yield buffer
+    if at:
+        yield buffer[:at]
 
 
 def _without(views: list[memoryview], count: int) -> list[memoryview]:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class FileStore(Store):
         self._leases: dict[str, tuple[int, float]] = {}
         self._expiring = False  # whether the timer of all leases runs
         # A file that the cache evicts stays open while a thread reads it.
-        self._opened = lru_cache(open_files)(_ShardFile)
+        self._opened = lru_cache(open_files)(self._new_file)
 
     def refs(self) -> list[str]:
         refs = []
@@ -69,7 +69,8 @@ class FileStore(Store):
         text = json.dumps({"records": _tensor(*records.shape)}, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         length = len(text).to_bytes(8, "little")
-        path = Path(self._path(manifest, shard))
+        place = manifest.name, manifest.version, manifest.num_shards, shard
+        path = Path(self._path(*place))
         _write(path, length, text, np.ascontiguousarray(records).data)
         self._opened.cache_clear()
 
@@ -141,19 +142,19 @@ class FileStore(Store):
     def _fill(
         self, manifest: Manifest, ids: np.ndarray, views: Views
     ) -> Generator[memoryview | str]:
-        for (file, row, first, end), is_done in _begun(self._reads(manifest, ids), views):
-            part = views[first:end]
+        for read, part in _begun(self._reads(manifest, ids), views):
             try:
-                if isinstance(file, CorruptError):
-                    raise file
-                if not is_done:
+                if read:
+                    file, row, _, _ = read
+                    if isinstance(file, CorruptError):
+                        raise file
                     file.read(row, part)
             except CorruptError as error:
                 yield from [str(error)] * len(part)
             else:
                 yield from part
 
-    def _reads(self, manifest: Manifest, ids: np.ndarray) -> "Iterator[_Read]":
+    def _reads(self, manifest: Manifest, ids: np.ndarray) -> Iterator["_Read"]:
         """Yield the reads of neighbouring records, in the order of `ids`."""
         shards, rows = manifest.shard_of(ids), manifest.positions(ids)
         most = min(_READ_RECORDS, max(1, _READ_BYTES // manifest.record_bytes))
@@ -166,7 +167,7 @@ class FileStore(Store):
             if shard != last:
                 last, file = shard, self._open(manifest, shard)
             for first in range(start, end, most):
-                yield _Read(file, row + first - start, first, min(first + most, end))
+                yield file, row + first - start, first, min(first + most, end)
 
     def _reopen(self, manifest: Manifest, ids: np.ndarray) -> None:
         for shard in np.unique(manifest.shard_of(ids)).tolist():
@@ -183,11 +184,16 @@ class FileStore(Store):
             return error
 
     def _file(self, manifest: Manifest, shard: int) -> "_ShardFile":
-        return self._opened(self._path(manifest, shard), manifest.record_bytes)
+        name, version, count = manifest.name, manifest.version, manifest.num_shards
+        return self._opened(name, version, count, shard, manifest.record_bytes)
 
-    def _path(self, manifest: Manifest, shard: int) -> str:
-        file = f"shard-{shard:05}-of-{manifest.num_shards:05}.safetensors"
-        return f"{self.root}/{manifest.name}/{manifest.version}/{file}"
+    def _new_file(
+        self, name: str, version: str, count: int, shard: int, record_bytes: int
+    ) -> "_ShardFile":
+        return _ShardFile(self._path(name, version, count, shard), record_bytes)
+
+    def _path(self, name: str, version: str, count: int, shard: int) -> str:
+        return f"{self.root}/{name}/{version}/shard-{shard:05}-of-{count:05}.safetensors"
 
     def _folder(self, ref: str) -> Path:
         name, version = split_ref(ref)
@@ -210,29 +216,30 @@ class FileStore(Store):
             (path.parent / "lease").touch()
 
 
-class _Read(NamedTuple):
-    """A read of the records `row` to `row + end - first` of a shard, for `ids[first:end]`."""
-
-    file: "_ShardFile | CorruptError"
-    row: int
-    first: int
-    end: int
+# A read of the records from `row` of a shard's file into `views[first:end]`: file, row, first, end.
+_Read = tuple["_ShardFile | CorruptError", int, int, int]
 
 
-def _begun(reads: Iterator[_Read], views: Views) -> Iterator[tuple[_Read, bool]]:
-    """Yield each read, and whether it is done, after the following ones have begun.
+def _begun(reads: Iterator[_Read], views: Views) -> Iterator[tuple[_Read | None, Views]]:
+    """Yield the views of each read in order, after the following reads have begun.
 
-    Reads of records in the page cache are done at once, and others are prefetched.
+    Records in the page cache are read at once, and None stands for their read. Others are
+    prefetched.
     """
-    begun = deque[tuple[_Read, bool]]()
+    begun: deque[tuple[_Read | None, Views]] = deque()
     for read in reads:
-        is_done = False
-        if isinstance(read.file, _ShardFile):
-            is_done = read.file.read_cached(read.row, views[read.first : read.end])
-            if not is_done:
-                read.file.prefetch(read.row, read.end - read.first)
-        begun.append((read, is_done))
-        if len(begun) > _READS_AHEAD:
+        file, row, first, end = read
+        part = views[first:end]
+        if isinstance(file, _ShardFile):
+            if file.read_cached(row, part):
+                if begun:
+                    begun.append((None, part))
+                else:
+                    yield None, part
+                continue
+            file.prefetch(row, end - first)
+        begun.append((read, part))
+        while begun and (len(begun) > _READS_AHEAD or begun[0][0] is None):
             yield begun.popleft()
     yield from begun
 
@@ -277,10 +284,11 @@ class _ShardFile:
         Some file systems do not tell.
         """
         start, size = self.start + row * self.record_bytes, len(views) * self.record_bytes
-        with suppress(OSError):
+        try:
             count = os.preadv(self._descriptor, views, start, os.RWF_NOWAIT)
-            return (count, os.fstat(self._descriptor).st_size) == (size, self.size)
-        return False
+            return count == size and os.fstat(self._descriptor).st_size == self.size
+        except OSError:
+            return False
 
     def read(self, row: int, views: list[memoryview]) -> None:
         """Read consecutive records from `row` into `views`."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from math import ceil
 from typing import Any, cast
 
 import hiredis
@@ -20,12 +21,13 @@ from redis import exceptions as theirs
 
 from tolhouse.net.call import end_after
 from tolhouse.net.health import SUSPECT_SECONDS, PeerHealth
+from tolhouse.net.path import bytes_in_flight
 from tolhouse.store.base import Views
 from tolhouse.store.redis_connection import LOST, replies, until
 
-SENT_BYTES = 1 << 19  # the bytes of replies that one command, or one send, requests
+SENT_BYTES = 1 << 17  # the bytes of replies that one command, or one send, requests
 FAILOVER_SECONDS = 8.0  # the longest wait for a node of a Cluster or its replacement
-_SENDS_AHEAD = 2  # limits the replies that a server has to buffer
+_MOST_AHEAD = 8  # limits the replies that a server has to buffer
 _READ_BYTES = 4 << 20  # the bytes of records per timeout; larger reads have more time
 _PAUSE_SECONDS = 0.1
 _NOT_NOW = theirs.ClusterDownError, theirs.MasterDownError
@@ -126,7 +128,7 @@ class Reader:
                     pools[name] = self._client(name).connection_pool
                     connections[name] = pools[name].get_connection()
                     sending[name] = _sends(connections[name], commands, step)
-                    deque(islice(sending[name], _SENDS_AHEAD), maxlen=0)
+                    deque(islice(sending[name], _sends_ahead(connections[name])), maxlen=0)
                 arrays = [read.views for read in own]
                 answers[name] = replies(connections[name], arrays, record_bytes, *limits)
             for name in nodes:
@@ -185,6 +187,12 @@ class Reader:
             return None
         groups = ([node.name for node in nodes] for nodes in manager.slots_cache.values())
         return [other for other in next((g for g in groups if name in g), []) if other != name]
+
+
+def _sends_ahead(connection: Any) -> int:
+    """Return how many sends the server needs to have, so that it always has one to answer."""
+    size = bytes_in_flight(connection._sock)  # noqa: SLF001 - redis-py has no public name
+    return 1 + ceil(min(size / SENT_BYTES, _MOST_AHEAD - 1))
 
 
 def _sends(connection: Any, commands: list[bytes], step: int) -> Iterator[None]:

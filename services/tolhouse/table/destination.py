@@ -3,7 +3,7 @@
 import numpy as np
 import xxhash
 
-from tolhouse.table.manifest import Manifest
+from tolhouse.table.manifest import Manifest, checksum_at
 
 
 class Destination:
@@ -12,9 +12,9 @@ class Destination:
     def __init__(
         self, manifest: Manifest, ids: np.ndarray, out: np.ndarray, slots: np.ndarray
     ) -> None:
-        self.manifest, self.ids, self._out, self._slots = manifest, ids, out, slots
+        self.manifest, self._ids = manifest, ids
         self._flat = memoryview(out.reshape(-1))  # type: ignore[arg-type]  # an array is a buffer
-        self._starts = (slots * np.int64(manifest.record_bytes)).tolist()
+        self._starts: list[int] = (slots * np.int64(manifest.record_bytes)).tolist()
         self._seeds = manifest.seeds(ids)
 
     def __len__(self) -> int:
@@ -22,20 +22,27 @@ class Destination:
 
     def views(self, first: int, end: int) -> list[memoryview]:
         """Return views of the records from `first` to `end`, one view for neighbouring slots."""
-        size, flat, starts = self.manifest.record_bytes, self._flat, self._starts
-        views, begin = list[memoryview](), first
-        for n in range(first + 1, end + 1):
-            if n == end or starts[n] != starts[n - 1] + size:
-                views.append(flat[starts[begin] : starts[n - 1] + size])
-                begin = n
+        size, flat, starts = self.manifest.record_bytes, self._flat, self._starts[first:end]
+        if not starts:
+            return []
+        views: list[memoryview] = []
+        begin = stop = starts[0]
+        for start in starts:
+            if start != stop:
+                views.append(flat[begin:stop])
+                begin = start
+            stop = start + size
+        views.append(flat[begin:stop])
         return views
 
     def verify(self, first: int, end: int) -> None:
         """Check the records from `first` to `end`. Raises CorruptError with the bad tokens."""
-        size, flat, slots = self.manifest.record_bytes, self._flat, self._slots[first:end]
-        starts, seeds = self._starts[first:end], self._seeds[first:end]
-        expected = self._out[slots, -8:].view("<u8")[:, 0].tolist()
+        size, flat, starts = self.manifest.record_bytes, self._flat, self._starts[first:end]
         digest, data = xxhash.xxh3_64_intdigest, size - 8
-        found = [digest(flat[at : at + data], s) for at, s in zip(starts, seeds, strict=True)]
-        if found != expected:
-            self.manifest.verify(self.ids[first:end], (flat[at : at + size] for at in starts))
+        for at, seed in zip(starts, self._seeds[first:end], strict=True):
+            checksum = at + data
+            if digest(flat[at:checksum], seed) != checksum_at(flat, checksum)[0]:
+                break
+        else:
+            return
+        self.manifest.verify(self._ids[first:end], (flat[at : at + size] for at in starts))

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -34,6 +35,7 @@ MAX_CHANGED = 100_000  # rows of an overlay, which its manifest lists in one mes
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _VERSION = r"[0-9a-f]{16}"
 _GOLDEN_64 = 0x9E3779B97F4A7C15
+checksum_at = struct.Struct("<Q").unpack_from  # of a buffer and the checksum's offset
 
 Buffer = bytes | memoryview  # one record
 
@@ -243,7 +245,7 @@ class Manifest:
 
     def check_ids(self, ids: np.ndarray) -> None:
         """Raise IdOutOfRangeError if an id is not below the size of the vocabulary."""
-        if ids.size and int(ids.max()) >= self.vocab_size:
+        if ids.size and np.maximum.reduce(ids) >= self.vocab_size:
             bad = int(ids[ids >= self.vocab_size][0])
             allowed = f"allowed are 0 to {self.vocab_size - 1}"
             raise IdOutOfRangeError(f"token id {bad} is outside table {self.ref}: {allowed}")
@@ -300,21 +302,29 @@ class Manifest:
         for i, seed, record in zip(ids.tolist(), self.seeds(ids), records, strict=True):
             if isinstance(record, str):
                 yield record
-            elif xxhash.xxh3_64_intdigest(memoryview(record)[:-8], seed) != int.from_bytes(
-                record[-8:], "little"
-            ):
-                yield f"the row of token {i} in table {self.ref} fails its checksum"
-            else:
-                yield ""
+                continue
+            data = len(record) - 8
+            found = xxhash.xxh3_64_intdigest(memoryview(record)[:data], seed)
+            is_intact = found == checksum_at(record, data)[0]
+            yield (
+                "" if is_intact else f"the row of token {i} in table {self.ref} fails its checksum"
+            )
 
     def seeds(self, ids: np.ndarray) -> list[int]:
         """Return the seed of each token's checksum, which depends on version and token id."""
-        products = ids.astype(np.uint64) * np.uint64(_GOLDEN_64)
-        if not self.parent:
-            return (products + np.uint64(int(self.version, 16))).tolist()
-        versions = np.full(len(ids), int(self.version, 16), np.uint64)
-        versions[~self.owns(ids)] = int(self.parent.rpartition("@")[2], 16)
-        return (products + versions).tolist()
+        seeds = ids.astype(np.uint64)
+        seeds *= _GOLDEN_64
+        if self.parent:
+            own = self.owns(ids)
+            seeds[own] += self._seed
+            seeds[~own] += np.uint64(int(self.parent.rpartition("@")[2], 16))
+        else:
+            seeds += self._seed
+        return seeds.tolist()
+
+    @cached_property
+    def _seed(self) -> np.uint64:
+        return np.uint64(int(self.version, 16))
 
     # JSON
 
