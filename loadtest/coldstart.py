@@ -29,8 +29,8 @@ from tolhouse.table.manifest import Manifest
 from tolhouse.testing import Process, free_port, process, redis_server, wait_until
 
 from loadtest.capacity import drop_page_cache
-from loadtest.models import zero_weights
 from loadtest.tables import alike, load
+from loadtest.weights import zero_weights
 
 # Each stage, and the stage that it waits for.
 STAGES = {

@@ -39,10 +39,10 @@ from tolhouse.testing import Host
 
 from loadtest.isolation import server_side
 from loadtest.memory import memory_ratio
-from loadtest.models import random_weights
 from loadtest.replay import Contender
 from loadtest.tables import alike, served
 from loadtest.text import trace
+from loadtest.weights import random_weights
 
 CPU = torch.device("cpu")
 VOCABULARY = 32_768  # of a BPE tokenizer trained on the text

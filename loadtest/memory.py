@@ -15,8 +15,8 @@ from tolhouse.store.base import open_store
 from tolhouse.store.registry import commit, publish
 from tolhouse.testing import Host, process
 
-from loadtest.models import zero_weights
 from loadtest.tables import alike, records_of, service
+from loadtest.weights import zero_weights
 
 CACHE_MEGABYTES = 32  # the worker's default
 PROMPT, ANSWER = 64, 64

@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from loadtest import llama_cpp
 from loadtest.decode import COMPILED, CPU, Measured, engine_of, rows_of
-from loadtest.models import random_weights
 from loadtest.tables import TRUSTED, alike, load, service
+from loadtest.weights import random_weights
 
 PROMPT, ANSWER, CONTEXT = 64, 64, 2048  # tokens
 THREADS = max(1, (os.cpu_count() or 1) - 1)  # one core is for Redis and the lookup service

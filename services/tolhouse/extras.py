@@ -13,6 +13,8 @@ EXTRAS = {
     "ray": ("build",),
     "tqdm": ("build", "train"),
     "matplotlib": ("train",),
+    "gguf": ("gguf",),
+    **dict.fromkeys(("accelerate", "peft", "tensorboard", "transformers"), ("transformers",)),
     **dict.fromkeys(("trustme", "cryptography"), ("certs",)),
 }
 
