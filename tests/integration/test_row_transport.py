@@ -3,6 +3,7 @@
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -78,6 +79,13 @@ def connect(running: Process) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=30)
 
 
+def drip(sock: socket.socket, data: bytes) -> None:
+    """Send `data` byte by byte."""
+    for byte in data:
+        sock.sendall(bytes([byte]))
+        time.sleep(0.05)
+
+
 def reply(file: "socket.SocketIO", size: int) -> bytes | lookup_pb2.Error:
     """The records of a reply of `size` bytes, or its error."""
     records = b""
@@ -136,6 +144,16 @@ def test_a_malformed_request_ends_the_connection(
         assert message in failure.message
         sock.shutdown(socket.SHUT_WR)
         assert b"" == file.read()
+
+
+def test_a_late_first_request_ends_the_connection(
+    service: Process, files: tuple, expected: bytes
+) -> None:
+    """A first request that arrives byte by byte ends its connection, and disturbs no other."""
+    with connect(service) as slow, Client(service.address) as client:
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            drip(slow, request(files[1], *range(2000)))
+        assert expected == client.fetch(files[1], IDS).tobytes()
 
 
 def test_a_token_is_required(files: tuple, expected: bytes, tmp_path: Path) -> None:

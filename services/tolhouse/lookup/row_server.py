@@ -49,8 +49,10 @@ class RowServer:
     def __init__(self, address: str, credentials: ServerCredentials, answer: Answer) -> None:
         self.address, self.port, self._credentials, self._answer = "", 0, credentials, answer
         self._connections: dict[threading.Thread, socket.socket] = {}
+        # The times when connections end that have not sent their first request.
+        self._ends: dict[threading.Thread, float] = {}
         self._listener: socket.socket | None = None
-        self._stopped = False
+        self._stopped = threading.Event()
         if not address:
             return
         credentials.check(address, "--rows-listen")
@@ -64,10 +66,11 @@ class RowServer:
         self.port = self._listener.getsockname()[1]
         self.address = join_address(host, self.port)
         threading.Thread(target=self._accept, name="rows", daemon=True).start()
+        threading.Thread(target=self._end_late, name="late connections", daemon=True).start()
 
     def stop(self, seconds: float) -> None:
         """Accept no more connections, and wait for the requests in flight."""
-        self._stopped = True
+        self._stopped.set()
         if self._listener:
             with suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
@@ -82,11 +85,11 @@ class RowServer:
 
     def _accept(self) -> None:
         assert self._listener
-        while not self._stopped:
+        while not self._stopped.is_set():
             try:
                 connection, _ = self._listener.accept()
             except OSError as error:
-                if not self._stopped:  # for example, too many open files
+                if not self._stopped.is_set():  # for example, too many open files
                     log.warning("a connection cannot be accepted: %s", error.strerror)
                     time.sleep(0.1)
                 continue
@@ -103,15 +106,27 @@ class RowServer:
                 self._forget(thread)
                 connection.close()
 
+    def _end_late(self) -> None:
+        """End connections whose first request is late, also if it arrives byte by byte."""
+        while not self._stopped.wait(1.0):
+            for thread, end in self._ends.copy().items():
+                if time.monotonic() > end and (connection := self._connections.get(thread)):
+                    with suppress(OSError):
+                        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
     def _serve(self, connection: socket.socket) -> None:
+        thread = threading.current_thread()
+        self._ends[thread] = time.monotonic() + _FIRST_SECONDS
         try:
             with connection:
-                connection.settimeout(_FIRST_SECONDS)
                 prepare(connection)
                 if self._credentials.tls_cert:
                     context = self._credentials.current_context()
-                    with context.wrap_socket(connection, server_side=True) as encrypted:
-                        self._connections[threading.current_thread()] = encrypted
+                    with context.wrap_socket(
+                        connection, server_side=True, do_handshake_on_connect=False
+                    ) as encrypted:
+                        self._connections[thread] = encrypted  # so that `_end_late` can end it
+                        encrypted.do_handshake()
                         self._answer_all(encrypted)
                 else:
                     self._answer_all(connection)
@@ -120,10 +135,11 @@ class RowServer:
         except Exception:  # noqa: BLE001 - a defect ends the connection, not the service
             log.exception("a connection for rows failed")
         finally:
-            self._forget(threading.current_thread())
+            self._forget(thread)
 
     def _forget(self, thread: threading.Thread) -> None:
         del self._connections[thread]
+        self._ends.pop(thread, None)
         CONNECTIONS.dec()
 
     def _answer_all(self, connection: socket.socket) -> None:
@@ -148,7 +164,6 @@ class RowServer:
                 if not self._credentials.accepts(request.authorization):
                     send_error(connection, pb.Error(status="UNAUTHENTICATED", message=UNAUTHORIZED))
                     return
-                if connection.gettimeout() is not None:
-                    connection.settimeout(None)
+                self._ends.pop(threading.current_thread(), None)
                 if failure := self._answer(request, send):
                     send_error(connection, failure)
