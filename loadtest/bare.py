@@ -1,11 +1,12 @@
-"""Minimal servers that serve as baselines. `python -m loadtest.bare bare|naive|tcp HOST` runs one
-in the foreground; `server()` starts one as a subprocess.
+"""Minimal servers that serve as baselines. `python -m loadtest.bare bare|naive|tcp|unix HOST` runs
+one in the foreground; `server()` starts one as a subprocess.
 
 The bare server uses gRPC with the options of Tolhouse's services but no protobuf: `Echo` returns
 each message of a stream, and `Bytes` returns the requested number of bytes. The naive server is an
 untuned lookup service: `Rows` answers with one unary generated message that contains the
 concatenated rows. The TCP server is a loop over one socket, which sends rows of any size with
-`sendmsg` from where they lie.
+`sendmsg` from where they lie. The Unix server does the same over a Unix socket, whose path replaces
+HOST.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import queue
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -72,16 +74,29 @@ def _serve_naive(host: str) -> None:
 
 
 def _serve_tcp(host: str) -> None:
-    slab = memoryview(np.random.default_rng(0).bytes(ROW_BYTES * ROWS))
     with socket.create_server((host, 0)) as listening:
         print(listening.getsockname()[1], flush=True)
         peer, _ = listening.accept()
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    _serve_rows(peer)
+
+
+def _serve_unix(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen()
+        print(path, flush=True)
+        peer, _ = listening.accept()
+    _serve_rows(peer)
+
+
+def _serve_rows(peer: socket.socket) -> None:
+    slab = memoryview(np.random.default_rng(0).bytes(ROW_BYTES * ROWS))
     while head := peer.recv(8, socket.MSG_WAITALL):
         count, size = np.frombuffer(head, "<u4").tolist()
         ids = np.frombuffer(peer.recv(4 * count, socket.MSG_WAITALL), "<u4").tolist()
         rows = [slab[i * size : (i + 1) * size] for i in ids]
-        assert peer.sendmsg(rows) == count * size
+        assert peer.sendmsg(rows) == count * size  # it blocks until all bytes are sent
 
 
 class Bare:
@@ -112,13 +127,17 @@ class Naive:
         return np.frombuffer(reply.records, np.uint8).reshape(len(ids), ROW_BYTES)
 
 
-class Tcp:
-    """A client of the TCP server, which receives rows into an array that it keeps."""
+class Socket:
+    """A client of the TCP or the Unix server, which receives rows into an array that it keeps."""
 
     def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)))
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if target.startswith("/"):
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.connect(target)
+        else:
+            host, _, port = target.rpartition(":")
+            self._socket = socket.create_connection((host, int(port)))
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._rows = np.zeros(64 * ROW_BYTES, np.uint8)
 
     def close(self) -> None:
@@ -136,20 +155,23 @@ class Tcp:
 
 
 @contextmanager
-def server(kind: Literal["bare", "naive", "tcp"], host: Host) -> Iterator[str]:
+def server(kind: Literal["bare", "naive", "tcp", "unix"], host: Host) -> Iterator[str]:
     """Run a server as a subprocess for the duration of the block and yield its address."""
-    command = [sys.executable, "-m", "loadtest.bare", kind, host.address]
+    folder = tempfile.TemporaryDirectory(prefix="tolhouse-", dir=host.folder)
+    place = f"{folder.name}/socket" if kind == "unix" else host.address
+    command = [sys.executable, "-m", "loadtest.bare", kind, place]
     pipe = {"stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    with host.call(subprocess.Popen, command, **pipe) as process:
+    with folder, host.call(subprocess.Popen, command, **pipe) as process:
         try:
-            yield f"{host.address}:{process.stdout.readline().strip()}"
+            found = process.stdout.readline().strip()
+            yield found if kind == "unix" else f"{host.address}:{found}"
         finally:
             process.kill()
 
 
 if __name__ == "__main__":
-    _, kind, host = sys.argv
+    _, kind, place = sys.argv
     if kind == "bare":
-        asyncio.run(_serve_bare(host))
+        asyncio.run(_serve_bare(place))
     else:
-        {"naive": _serve_naive, "tcp": _serve_tcp}[kind](host)
+        {"naive": _serve_naive, "tcp": _serve_tcp, "unix": _serve_unix}[kind](place)

@@ -5,6 +5,7 @@
 The benchmark starts its own servers, and runs them and itself in separate namespaces, so that rows
 travel through a network (see loadtest/isolation.py). Contenders run in turn on the same ids. The
 output is a table of medians and a final line of JSON with the medians of the ratios of each turn.
+A bare loop over a Unix socket, which works on one machine only, is a contender beside the others.
 Higher is better, except for single_vs_echo, batch256_vs_bare, missed_vs_raw_tcp and growth_*.
 Compare ratios only: absolute times vary between runs.
 """
@@ -32,7 +33,7 @@ from tolhouse.store.registry import publish
 from tolhouse.testing import Host, redis_cluster, redis_server
 from tqdm import tqdm
 
-from loadtest.bare import Bare, Naive, Tcp, server
+from loadtest.bare import Bare, Naive, Socket, server
 from loadtest.isolation import server_side
 from loadtest.tables import TRUSTED, load, load_plain, manifest_of, service
 from loadtest.text import clairvoyant, trace
@@ -113,7 +114,8 @@ def large_rows(pairs: int, host: Host) -> dict[str, float]:
         found = measure(
             {
                 "Redis MGET": lambda batch: redis.mget([keys[i] for i in batch.tolist()]),
-                "bare socket loop": enter(closing(Tcp(enter(server("tcp", host))))).rows,
+                "bare socket loop": enter(closing(Socket(enter(server("tcp", host))))).rows,
+                "bare loop, Unix socket": enter(closing(Socket(enter(server("unix", host))))).rows,
                 "naive gRPC answer": Naive(enter(server("naive", host))).rows,
                 "service, hot": lambda batch: hot.fetch(manifest, batch),
                 "service, hot, TLS": lambda batch: secure.fetch(manifest, batch),
@@ -127,6 +129,7 @@ def large_rows(pairs: int, host: Host) -> dict[str, float]:
     return {
         "hot_vs_redis": found.ratio("Redis MGET", "service, hot"),
         "hot_vs_raw_tcp": found.ratio("bare socket loop", "service, hot"),
+        "unix_vs_raw_tcp": found.ratio("bare socket loop", "bare loop, Unix socket"),
         "hot_vs_unary": found.ratio("naive gRPC answer", "service, hot"),
         "cold_vs_redis": found.ratio("Redis MGET", "service, from Redis"),
         "tls_vs_plain": found.ratio("service, hot", "service, hot, TLS"),
@@ -150,7 +153,7 @@ def small_rows(pairs: int, host: Host) -> dict[str, float]:
             load(store, manifest)
             client.fetch(manifest, range(manifest.vocab_size))
         bare = Bare(enter(server("bare", host)))
-        tcp = enter(closing(Tcp(enter(server("tcp", host)))))
+        tcp = enter(closing(Socket(enter(server("tcp", host)))))
         one = measure(
             {
                 "bare echo on an open stream": lambda _: bare.echo(payload),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tolhouse.testing import Host, wait_until
 
-from loadtest.bare import ROW_BYTES, Tcp, server
+from loadtest.bare import ROW_BYTES, Socket, server
 
 # waits for a line, or its end, while the servers run
 PROGRAM = """
@@ -124,6 +124,6 @@ def test_without_namespaces_servers_run_on_loopback(tmp_path: Path) -> None:
 def test_the_bare_socket_loop_sends_the_rows_of_the_ids() -> None:
     """The baseline of a bare socket loop answers with the rows of the ids, in their order."""
     rows = np.frombuffer(np.random.default_rng(0).bytes(3 * ROW_BYTES), np.uint8)
-    with server("tcp", Host()) as address, closing(Tcp(address)) as client:
+    with server("tcp", Host()) as address, closing(Socket(address)) as client:
         received = client.rows(np.array([2, 0]), ROW_BYTES)
     assert np.array_equal(rows.reshape(3, ROW_BYTES)[[2, 0]], received)
