@@ -33,7 +33,7 @@ import numpy as np
 import ray
 from tolhouse.build.job import build, build_shards, plan, source_of
 from tolhouse.config import set_ray_defaults
-from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.sources.base import open_source
 from tolhouse.testing import redis_server, tiny_model
 from tqdm import tqdm
 
@@ -57,7 +57,7 @@ def peaks(path: str, folder: str, results: "multiprocessing.Queue[dict]") -> Non
     the bound."""
     found = {}
     for codec in CODECS:
-        planned = plan(open_checkpoint(path), f"peak-{codec}", codec, SHARDS)
+        planned = plan(open_source(path), f"peak-{codec}", codec, SHARDS)
         # load the model and run it once before the first measurement
         next(source_of(path, planned.model_id, planned.blocks).batches(planned.shard_ids(0)))
         before = _status("VmRSS")
@@ -78,21 +78,21 @@ def _status(field: str) -> int:
 def measure(
     path: Path, vocabulary: int, rounds: int, folder: Path, redis_url: str, *, quick: bool
 ) -> dict[str, float]:
-    checkpoint = open_checkpoint(path)
+    source = open_source(path)
     workers = os.cpu_count() or 1
     remote = ray.remote(num_cpus=1)(bare)
     halves = [np.arange(first, vocabulary, workers, dtype=np.uint32) for first in range(workers)]
 
     def compute() -> None:
-        ray.get([remote.remote(str(path), checkpoint.model_id(), ids) for ids in halves])
+        ray.get([remote.remote(str(path), source.model_id(), ids) for ids in halves])
 
     # hashes the model's weights
-    plans = {codec: plan(checkpoint, codec, codec, SHARDS) for codec in CODECS}
+    plans = {codec: plan(source, codec, codec, SHARDS) for codec in CODECS}
 
     def table(codec: str, *, redis: bool) -> None:
         planned = replace(plans[codec], name=f"bench{time.monotonic_ns()}")
         stores = (f"file://{folder}/{planned.name}", *((redis_url,) if redis else ()))
-        build(checkpoint, planned, stores, "local", 10.0, workers, 1, 30.0)
+        build(path, planned, stores, "local", 10.0, workers, 1, 30.0)
 
     contenders: dict[str, Callable[[], None]] = {"model.rows": compute}
     for codec in CODECS:

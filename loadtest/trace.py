@@ -47,6 +47,7 @@ from tolhouse.build.job import build_shards, plan, with_frequent
 from tolhouse.config import WorkerConfig
 from tolhouse.engine.attention import blocks_of
 from tolhouse.model.checkpoint import CONFIG, open_checkpoint
+from tolhouse.sources.base import open_source
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import publish
 from tolhouse.store.writer import commit
@@ -238,8 +239,8 @@ def with_context(path: Path) -> None:
 
 def build(path: Path, *stores: str) -> Manifest:
     """Build and publish a table that lists the frequent tokens of Python's library."""
-    checkpoint, shards = open_checkpoint(path), list(range(SHARDS))
-    planned = with_frequent(checkpoint, plan(checkpoint, "", "bf16", SHARDS), "")
+    shards = list(range(SHARDS))
+    planned = with_frequent(path, plan(open_source(path), "", "bf16", SHARDS), "")
     written = build_shards(str(path), planned, shards, stores, 10.0)
     for url in stores:
         with closing(open_store(url)) as store:

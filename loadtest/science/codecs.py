@@ -13,6 +13,7 @@ from tolhouse.build.compress import FREQUENT_SHARE, Compressed, Scheme, bytes_at
 from tolhouse.build.job import count_tokens, plan
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.losses import Evaluation, evaluate
+from tolhouse.sources.base import open_source
 from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import publish
@@ -61,14 +62,14 @@ class Model:
         """Compressed rows, weighted by `counts`, the frequencies of tokens in text. The default is
         text like the model's training text."""
         counts = self.counts if counts is None else counts
-        planned = plan(self.checkpoint, "", scheme.codec, 16)
+        planned = plan(open_source(self.path), "", scheme.codec, 16)
         return compress(planned, self.rows, {} if alike else counts, scheme)
 
     def evaluate(self, rows: np.ndarray, most_tokens: int = 0, **probe: object) -> Evaluation:
         return evaluate(self.model, self.text[: most_tokens or None], probed(rows, **probe))  # type: ignore[arg-type]
 
     def bytes16(self) -> int:
-        return bytes_at_16_bit(plan(self.checkpoint, "", "bf16", 16))
+        return bytes_at_16_bit(plan(open_source(self.path), "", "bf16", 16))
 
 
 @contextmanager

@@ -239,11 +239,16 @@ def build_table(
     """Build a table of `checkpoint` in `stores` without Ray, and return "name@version"."""
     from tolhouse.build.job import build_shards, plan
     from tolhouse.model.checkpoint import open_checkpoint
+    from tolhouse.sources.base import open_source
+    from tolhouse.sources.memoryllm import select_blocks
     from tolhouse.store import registry
     from tolhouse.store.base import open_store
     from tolhouse.store.writer import commit
 
-    planned = plan(open_checkpoint(checkpoint), name, codec, shards, embedding=embedding)
+    blocks = (
+        select_blocks(open_checkpoint(checkpoint), embedding, ()) if embedding != "auto" else ()
+    )
+    planned = plan(open_source(checkpoint, blocks), name, codec, shards)
     written = build_shards(str(checkpoint), planned, list(range(shards)), stores, 10.0)
     for url in stores:
         with closing(open_store(url)) as store:

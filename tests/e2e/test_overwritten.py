@@ -13,6 +13,7 @@ from tolhouse.build.job import build_shards, plan, source_of
 from tolhouse.engine.row_providers import RecomputedRows
 from tolhouse.errors import CorruptError, MismatchError
 from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint
+from tolhouse.sources.base import open_source
 from tolhouse.store.base import open_store
 from tolhouse.testing import build_table, end, process, tiny_model
 
@@ -113,7 +114,7 @@ def test_weights_that_change_between_reads_are_refused(
 
 def test_a_build_uses_one_checkpoint(path: Path, tmp_path: Path) -> None:
     """A build task that finds other weights than the build began with raises an error."""
-    planned, store = plan(open_checkpoint(path), "m", "bf16", 4), f"file://{tmp_path}"
+    planned, store = plan(open_source(path), "m", "bf16", 4), f"file://{tmp_path}"
     tiny_model(path, tie_word_embeddings=False, seed=5)
     source_of.cache_clear()
     with pytest.raises(MismatchError, match="not the one that this build began with"):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from tolhouse.build.job import build_shards, plan, with_frequent
 from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.sources.base import open_source
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import delete, stands_for
 from tolhouse.testing import build_table, free_port, tiny_model, wait_until
@@ -166,7 +167,7 @@ def test_a_second_build_repairs_damaged_shards(checkpoint: Path, tmp_path: Path)
     files[1].write_bytes(altered)
     files[2].unlink()
     whole_since = files[3].stat().st_mtime_ns
-    planned = plan(open_checkpoint(checkpoint), "", "bf16", 4)
+    planned = plan(open_source(checkpoint), "", "bf16", 4)
     repaired = build_shards(str(checkpoint), planned, [*range(4)], (url,), 10.0)
     assert [True, True, True, False] == [computed for _, computed in repaired]
     assert before == shards(tmp_path)
@@ -207,7 +208,7 @@ def test_a_table_is_copied_from_files_to_redis(
     redis_url = f"{redis_url}?layout={layout}"
     files = f"file://{tmp_path}"
     ref = build_table(checkpoint, files, codec="fp16", shards=4, name=layout)
-    planned = plan(open_checkpoint(checkpoint), layout, "fp16", 4)
+    planned = plan(open_source(checkpoint), layout, "fp16", 4)
     copied = build_shards(str(checkpoint), planned, [*range(4)], (files, redis_url), 10.0)
     assert [False] * 4 == [computed for _, computed in copied]
     with closing(open_store(redis_url)) as store:
@@ -304,13 +305,8 @@ def test_the_manifest_lists_the_corpus_tokens_by_frequency(
             manifests.append(store.manifest(ref))
     counted, uncounted = manifests
     assert counted.shards == uncounted.shards
-    usual = with_frequent(open_checkpoint(checkpoint), uncounted, "")
-    ids = (
-        open_checkpoint(checkpoint)
-        .tokenizer()
-        .encode((corpus / "a.txt").read_text(encoding="utf-8"))
-        .ids
-    )
+    usual = with_frequent(checkpoint, uncounted, "")
+    ids = checkpoint.tokenizer().encode((corpus / "a.txt").read_text(encoding="utf-8")).ids
     counts = {i: ids.count(i) for i in ids}
     assert sorted(counts, key=lambda i: (-counts[i], i)) == list(counted.frequent)
     assert len(counted.frequent) < len(usual.frequent) <= usual.vocab_size
@@ -330,7 +326,7 @@ def test_shards_built_together_equal_shards_built_one_by_one(
 ) -> None:
     """Shards built together have the same bytes as shards built one at a time, and shards that one
     store has are copied to the other."""
-    planned = plan(open_checkpoint(checkpoint), "overlap", "int4", 5)
+    planned = plan(open_source(checkpoint), "overlap", "int4", 5)
     alone, both = (f"file://{tmp_path}/alone",), (f"file://{tmp_path}/both", redis_url)
     path, every = str(checkpoint), [*range(5)]
     one_by_one = [build_shards(path, planned, [shard], alone, 10.0)[0] for shard in every]
@@ -350,14 +346,14 @@ def test_memory_does_not_grow_with_the_vocabulary(checkpoint: Path, tmp_path: Pa
         import sys
         from pathlib import Path
         from tolhouse.build.job import build_shards, plan
-        from tolhouse.model.checkpoint import open_checkpoint
+        from tolhouse.sources.base import open_source
 
         def kilobytes(field):
             lines = Path("/proc/self/status").read_text().splitlines()
             return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
         path, count, url = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-        planned = plan(open_checkpoint(path), "memory", "fp32", 8)
+        planned = plan(open_source(path), "memory", "fp32", 8)
         build_shards(path, planned, [0, 1], (url,), 10.0)
         Path("/proc/self/clear_refs").write_text("5")
         before = kilobytes("VmRSS")

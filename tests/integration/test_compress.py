@@ -18,7 +18,7 @@ from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.model.losses import RowsOf, evaluate
 from tolhouse.model.transformer import NoCache
-from tolhouse.sources.memoryllm import MemoryLLM
+from tolhouse.sources.memoryllm import MemoryLLM, select_blocks
 from tolhouse.store.base import open_store
 from tolhouse.store.overlay import make_overlay
 from tolhouse.store.registry import delete, publish
@@ -40,7 +40,11 @@ SCHEMES = {
 
 
 def planned(checkpoint: Path, name: str = "squeezed", **options: Any) -> Manifest:
-    return plan(open_checkpoint(checkpoint), name, "bf16", 4, **options)
+    opened = open_checkpoint(checkpoint)
+    source = MemoryLLM(
+        opened, select_blocks(opened, **{"embedding": "auto", "absent": (), **options})
+    )
+    return plan(source, name, "bf16", 4)
 
 
 def made_of(checkpoint: Path, scheme: Scheme, name: str = "squeezed", **options: Any) -> Compressed:

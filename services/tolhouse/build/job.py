@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -36,8 +36,8 @@ from tolhouse.errors import (
     UnavailableError,
 )
 from tolhouse.logs import event, join_address, split_address
-from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
-from tolhouse.sources.memoryllm import MemoryLLM, select_blocks
+from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer
+from tolhouse.sources.base import SourceModel, open_source
 from tolhouse.store.base import Store, open_store
 from tolhouse.store.registry import refuse_another
 from tolhouse.store.writer import commit, shard_count, shard_digest, write_shards
@@ -55,34 +55,31 @@ _RETRIED = [UnavailableError, errors.DeadlineExceededError]
 
 
 def plan(
-    checkpoint: Checkpoint,
+    source: SourceModel,
     name: str,
     codec_name: str,
     num_shards: int,
     frequent: tuple[int, ...] = (),
-    embedding: str = "auto",
-    absent: Iterable[int] = (),
 ) -> Manifest:
     """Return the manifest of the table to build, without digests.
 
-    `num_shards` 0 is the result of `shard_count`. `embedding` is auto, yes or no.
+    `num_shards` 0 is the result of `shard_count`.
     """
-    source = MemoryLLM(checkpoint, select_blocks(checkpoint, embedding, absent))
     size = source.vocab_size
     if num_shards > size:
         raise InvalidArgumentError(
             f"{num_shards} shards of {size} rows: at most one shard per token"
         )
     planned = Manifest(
-        name=check_name(name or checkpoint.name),
-        version=content_id(checkpoint.rows_id(), codec(codec_name).name, source.blocks),
+        name=check_name(name or source.name),
+        version=content_id(source.rows_id(), codec(codec_name).name, source.blocks),
         codec_name=codec_name,
         vocab_size=size,
         blocks=source.blocks,
         width=source.width,
         num_shards=num_shards or 1,
-        model_id=checkpoint.model_id(),
-        tokenizer_id=checkpoint.tokenizer_id,
+        model_id=source.model_id(),
+        tokenizer_id=source.tokenizer_id,
         frequent=frequent,
     )
     return replace(planned, num_shards=num_shards or shard_count(size, planned.record_bytes))
@@ -106,9 +103,15 @@ def count_tokens(tokenizer: Tokenizer, corpus: str, vocab_size: int) -> Counter[
     return counts
 
 
-def with_frequent(checkpoint: Checkpoint, planned: Manifest, corpus: str) -> Manifest:
-    """Return the planned table with the frequent tokens that `count_tokens` finds."""
-    counts = count_tokens(checkpoint.tokenizer(), corpus, planned.vocab_size)
+def with_frequent(checkpoint: str | Path, planned: Manifest, corpus: str) -> Manifest:
+    """Return the planned table with the frequent tokens that `count_tokens` finds.
+
+    A table of a model without a tokenizer has no frequent tokens.
+    """
+    if not planned.tokenizer_id:
+        return planned
+    tokenizer = load_tokenizer(Path(checkpoint) / TOKENIZER)
+    counts = count_tokens(tokenizer, corpus, planned.vocab_size)
     frequent = sorted(counts, key=lambda i: (-counts[i], i))[:MAX_FREQUENT]
     return replace(planned, frequent=tuple(frequent))
 
@@ -155,15 +158,15 @@ _store = lru_cache(maxsize=4)(open_store)
 
 
 @lru_cache(maxsize=1)
-def source_of(checkpoint: str, model_id: str, blocks: tuple[str, ...]) -> MemoryLLM:
+def source_of(checkpoint: str, model_id: str, blocks: tuple[str, ...]) -> SourceModel:
     """Return the source model of a checkpoint, loaded once per process.
 
     Raises MismatchError if the checkpoint has changed.
     """
-    opened = open_checkpoint(checkpoint)
-    if opened.model_id() != model_id:
+    source = open_source(checkpoint, blocks)
+    if source.model_id() != model_id:
         raise MismatchError(f"checkpoint {checkpoint} is not the one that this build began with")
-    return MemoryLLM(opened, blocks)
+    return source
 
 
 def find_whole(stores: Sequence[Store], planned: Manifest) -> Manifest | None:
@@ -191,7 +194,7 @@ def find_whole(stores: Sequence[Store], planned: Manifest) -> Manifest | None:
 
 
 def build(
-    checkpoint: Checkpoint,
+    checkpoint: str | Path,
     planned: Manifest,
     stores: tuple[str, ...],
     ray_address: str,
@@ -204,7 +207,8 @@ def build(
     opened = [open_store(url, timeout) for url in stores]
     for store in opened:
         refuse_another(store, planned)
-    path, count, vocabulary = str(checkpoint.path), planned.num_shards, planned.vocab_size
+    path = str(Path(checkpoint).resolve())  # Ray's processes have other working directories
+    count, vocabulary = planned.num_shards, planned.vocab_size
     digests, computed = [""] * count, 0
     pending: dict[Any, list[int]] = {}  # the shards of each running task
     look = {"desc": f"build {planned.name}", "unit": "row", "unit_scale": True, "disable": None}

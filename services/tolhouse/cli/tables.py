@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,12 +17,25 @@ from tolhouse.store import registry
 from tolhouse.store.base import Store, open_store
 from tolhouse.table.manifest import Manifest
 
+if TYPE_CHECKING:
+    from tolhouse.sources.base import SourceModel
 
-def _planned(checkpoint: Any, settings: config.TableConfig) -> Manifest:
-    from tolhouse.build.job import plan
 
-    table = settings.name, settings.codec, settings.shards
-    return plan(checkpoint, *table, (), settings.embedding, settings.absent_layers)
+def _source(checkpoint: Path, settings: config.TableConfig) -> "SourceModel":
+    """Open the source model with the blocks that the options select."""
+    from tolhouse.sources.base import open_source
+    from tolhouse.sources.memoryllm import MemoryLLM, select_blocks
+
+    source = open_source(checkpoint)
+    if isinstance(source, MemoryLLM):
+        blocks = select_blocks(source.checkpoint, settings.embedding, settings.absent_layers)
+        return MemoryLLM(source.checkpoint, blocks)
+    if settings.embedding != "auto" or settings.absent_layers:
+        rule = "only models of the MemoryLLM family have"
+        raise InvalidArgumentError(
+            f"`embedding` and `absent_layers` select blocks that {rule}, not {source.name}"
+        )
+    return source
 
 
 @click.command()
@@ -35,10 +48,11 @@ def build(settings: config.BuildConfig, checkpoint: Path) -> None:
     two stores, the table is computed once and written to both.
     """
     from tolhouse.build import job
-    from tolhouse.model.checkpoint import open_checkpoint
 
-    opened, urls = open_checkpoint(checkpoint), stores_of(settings)
-    planned = _planned(opened, settings)
+    urls = stores_of(settings)
+    planned = job.plan(
+        _source(checkpoint, settings), settings.name, settings.codec, settings.shards
+    )
     rows = f"{planned.vocab_size} rows of {planned.record_bytes} bytes"
     click.echo(f"{planned.ref}: {rows}, {planned.table_bytes / 1e6:.1f} MB", err=True)
     seconds, wait = settings.store_timeout_seconds, settings.store_wait_seconds
@@ -49,12 +63,14 @@ def build(settings: config.BuildConfig, checkpoint: Path) -> None:
     for s in stores if not settings.shards else ():
         with suppress(NotFoundError, CorruptError):  # a stored table keeps its shards
             planned = replace(planned, num_shards=s.manifest(planned.ref).num_shards)
-    counted = job.with_frequent(opened, planned, settings.corpus) if settings.corpus else planned
+    counted = (
+        job.with_frequent(checkpoint, planned, settings.corpus) if settings.corpus else planned
+    )
     built = job.find_whole(stores, counted)
     if built is None:
-        counted = counted if settings.corpus else job.with_frequent(opened, planned, "")
+        counted = counted if settings.corpus else job.with_frequent(checkpoint, planned, "")
         ray = settings.ray_address, settings.ray_wait_seconds, settings.workers
-        built = job.build(opened, counted, urls, *ray, settings.verify_rows, seconds)
+        built = job.build(checkpoint, counted, urls, *ray, settings.verify_rows, seconds)
     for s in stores if settings.publish else new_in if settings.publish_new else ():
         registry.publish(s, built.ref)
     if not all(registry.stands_for(s, built.ref) for s in stores):
@@ -79,22 +95,24 @@ def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
       --codec int4 --size-ratio 8               an eighth of 16 bit
     """
     from tolhouse.build import compress
-    from tolhouse.build.job import count_tokens
-    from tolhouse.model.checkpoint import open_checkpoint
-    from tolhouse.sources.memoryllm import MemoryLLM
+    from tolhouse.build.job import count_tokens, plan
+    from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer
 
-    opened = open_checkpoint(checkpoint)
+    source = _source(checkpoint, settings)
+    if not source.tokenizer_id:
+        lack = "without a tokenizer: frequencies of tokens decide what to keep"
+        raise InvalidArgumentError(f"compress needs a tokenizer, and {source.name} is {lack}")
     stores = [open_store(url, settings.store_timeout_seconds) for url in stores_of(settings)]
     for store in stores:
         store.refs()  # reports an unreachable store before the computation
-    plain = _planned(opened, settings)
+    plain = plan(source, settings.name, settings.codec, settings.shards)
     sizes = settings.rank_share, settings.size_ratio, max(0, settings.frequent_rows)
     scheme = compress.Scheme(settings.codec, *sizes, settings.frequent_codec)
     if settings.frequent_rows < 0 and (scheme.low_rank or scheme.finer):
         scheme = replace(scheme, frequent=plain.vocab_size // compress.FREQUENT_SHARE)
     compress.check(plain, scheme)
-    counts = count_tokens(opened.tokenizer(), settings.corpus, plain.vocab_size)
-    made = compress.compress(plain, MemoryLLM(opened, plain.blocks).rows(), counts, scheme)
+    counts = count_tokens(load_tokenizer(checkpoint / TOKENIZER), settings.corpus, plain.vocab_size)
+    made = compress.compress(plain, source.rows(), counts, scheme)
     manifest = made.manifest
     share = compress.bytes_at_16_bit(plain) / made.bytes
     ranks = f", ranks {' '.join(map(str, manifest.ranks))}" if manifest.ranks else ""

@@ -34,7 +34,7 @@ class MemoryLLM:
             raise InvalidArgumentError(
                 f"checkpoint {checkpoint.name} is of kind {config.kind}: {lack}"
             )
-        self.checkpoint = checkpoint
+        self.checkpoint, self.name = checkpoint, checkpoint.name
         self.blocks = tuple(blocks) or tuple(f"ffn.{layer}" for layer in range(config.num_rows))
         self.width, self.vocab_size = config.hidden_size, config.vocab_size
         if model is not None:
@@ -43,6 +43,16 @@ class MemoryLLM:
     @cached_property
     def model(self) -> Transformer:
         return self.checkpoint.model()
+
+    @property
+    def tokenizer_id(self) -> str:
+        return self.checkpoint.tokenizer_id
+
+    def rows_id(self) -> str:
+        return self.checkpoint.rows_id()
+
+    def model_id(self) -> str:
+        return self.checkpoint.model_id()
 
     def rows(self, ids: np.ndarray | None = None) -> np.ndarray:
         """Compute the float32 rows of `ids`, or of the whole vocabulary."""

@@ -1,0 +1,84 @@
+"""The interface of source models, and the choice of one by the config of a checkpoint."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from tolhouse.errors import InvalidArgumentError, NotFoundError
+from tolhouse.files import read_json
+
+
+class SourceModel(Protocol):
+    """Computes rows [T, blocks, width] from token ids.
+
+    Attributes:
+        name: Default name of the table.
+        blocks: Names of the blocks of a row, such as "x0", "ffn.3", "ple.3" or "expert.3.1".
+        width: Number of values of a block.
+        vocab_size: Number of token ids.
+        tokenizer_id: Hash of the tokenizer, or "" for a model without one.
+    """
+
+    name: str
+    blocks: tuple[str, ...]
+    width: int
+    vocab_size: int
+
+    @property
+    def tokenizer_id(self) -> str: ...
+
+    def rows_id(self) -> str:
+        """Return a hash of the values that define the rows."""
+        ...
+
+    def model_id(self) -> str:
+        """Return a hash of the model."""
+        ...
+
+    def batches(self, ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield float32 rows [t, blocks, width] of `ids`, each with its slice of `ids`.
+
+        The bits of a row do not depend on the other ids.
+        """
+        ...
+
+    def rows(self, ids: np.ndarray | None = None) -> np.ndarray:
+        """Return the float32 rows of `ids`, or of the whole vocabulary."""
+        ...
+
+
+def _memoryllm(path: Path, blocks: Iterable[str]) -> SourceModel:
+    from tolhouse.model.checkpoint import open_checkpoint
+    from tolhouse.sources.memoryllm import MemoryLLM, select_blocks
+
+    checkpoint = open_checkpoint(path)
+    return MemoryLLM(checkpoint, blocks or select_blocks(checkpoint, "auto", ()))
+
+
+_OPENERS: dict[str, Callable[[Path, Iterable[str]], SourceModel]] = {"memoryllm": _memoryllm}
+
+
+def open_source(path: str | Path, blocks: Iterable[str] = ()) -> SourceModel:
+    """Open the source model in a folder by `model_type` of its config.json.
+
+    Without `blocks`, the source has the blocks of a default table. Raises NotFoundError if a file
+    is missing, and InvalidArgumentError for an architecture without a source model.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        files = "config.json, weights and a tokenizer"
+        raise NotFoundError(
+            f"no checkpoint at {folder.absolute()}: a checkpoint is a folder with {files}"
+        )
+    if not (folder / "config.json").is_file():
+        raise NotFoundError(f"checkpoint {folder} has no config.json")
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    opener = _OPENERS.get(kind) if isinstance(kind, str) else None
+    if opener is None:
+        allowed = ", ".join(map(repr, _OPENERS))
+        message = f"{folder / 'config.json'}: model_type {kind!r:.60} has no rows that can be built"
+        raise InvalidArgumentError(f"{message}; allowed are {allowed}")
+    return opener(folder, tuple(blocks))
