@@ -131,16 +131,35 @@ def test_an_equivalent_checkpoint_is_accepted(
 
 UNSUPPORTED = "which a memoryllm model does not support: set it to"
 OTHER: list[tuple[Callable[[Path], Any], str]] = [
-    (edit_config(num_key_value_heads=2), f"num_key_value_heads is 2, {UNSUPPORTED} 4"),
-    (edit_config(head_dim=32), f"head_dim is 32, {UNSUPPORTED} 24"),
-    (edit_config(attention_bias=True), f"attention_bias is True, {UNSUPPORTED} null or false"),
+    (
+        edit_config(num_key_value_heads=2),
+        "k_proj.weight has shape .96, 96., config.json asks for .48",
+    ),
+    (edit_config(num_key_value_heads=3), "num_key_value_heads 3 must divide num_attention_heads 4"),
+    (edit_config(head_dim=32), "has shape .96, 96., config.json asks for .128, 96"),
+    (edit_config(head_dim=23), "head_dim 23 must be even"),
+    (edit_config(attention_bias=True), "lacks 16 tensors .* such as .*k_proj.bias"),
+    (edit_config(attention_bias="yes"), "attention_bias must be a boolean, not 'yes'"),
+    (edit_config(mlp_bias=True), f"mlp_bias is True, {UNSUPPORTED} null or false"),
+    (edit_config(num_local_experts=8), f"num_local_experts is 8, {UNSUPPORTED} null or false"),
     (edit_config(hidden_act="gelu"), f"hidden_act is 'gelu', {UNSUPPORTED} 'silu'"),
     (edit_config(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
     (edit_config(sliding_window=16), "sliding_window is 16"),
     (edit_config(layer_types=["sliding_attention"] * 4), "layer_types is"),
     (edit_config(quantization_config={"bits": 4}), "quantization_config is"),
     (edit_config(something_new="x"), "something_new is 'x'"),
-    (edit_config(rope_scaling={"rope_type": "linear", "factor": 2.0}), "rope_scaling {.*not supp"),
+    (edit_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "rope_scaling {.*not supp"),
+    (edit_config(rope_scaling={"type": "linear"}), "rope_scaling: factor: Field required"),
+    (edit_config(rope_scaling={"type": "linear", "factor": 0}), "rope_scaling: factor: .*than 0"),
+    (edit_config(rope_scaling={"type": ["linear"]}), "rope_scaling {.*not supported: allowed are"),
+    (edit_config(rope_scaling={"type": "llama3", "factor": 8.0}), "'llama3' needs low_freq_factor"),
+    (
+        edit_config(
+            rope_scaling={"type": "linear", "factor": 2.0},
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
+        "rope_scaling and rope_parameters differ",
+    ),
     (edit_config(rope_scaling="linear"), "rope_scaling must be an object or null"),
     (edit_config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_parameters {.*not"),
     (

@@ -33,7 +33,8 @@ def blocks_of(config: ModelConfig, capacity_bytes: int, dtype: torch.dtype) -> i
 
     Raises InvalidArgumentError if none fits.
     """
-    size = 2 * config.num_hidden_layers * config.hidden_size * dtype.itemsize * BLOCK_TOKENS
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    size = values * dtype.itemsize * BLOCK_TOKENS
     if capacity_bytes < size:
         message = f"a KV cache of {capacity_bytes} bytes holds no block"
         raise InvalidArgumentError(f"{message}: {BLOCK_TOKENS} tokens take {size} bytes")
@@ -44,7 +45,7 @@ class PagedKVCache:
     def __init__(
         self, config: ModelConfig, num_blocks: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        layers, heads, size = config.num_hidden_layers, config.num_attention_heads, config.head_dim
+        layers, heads, size = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
         # Zeros, because masked values must be finite. The layers of a block are adjacent, because
         # a step writes all of them.
         shape = num_blocks, 2, layers, heads, BLOCK_TOKENS * size
@@ -58,8 +59,8 @@ class PagedKVCache:
             pages = torch.zeros(shape, dtype=dtype, device=device)
         keys = pages[:, 0].unflatten(-1, (size, BLOCK_TOKENS))
         values = pages[:, 1].unflatten(-1, (BLOCK_TOKENS, size))
-        self.keys = keys.transpose(0, 1)  # [N, blocks, H, E, S]
-        self.values = values.transpose(0, 1)  # [N, blocks, H, S, E]
+        self.keys = keys.transpose(0, 1)  # [N, blocks, G, E, S]
+        self.values = values.transpose(0, 1)  # [N, blocks, G, S, E]
         self.layers = list(zip(self.keys, self.values, strict=True))
         self.device = device
 
@@ -115,30 +116,30 @@ class AttentionMetadata:
         tables = self.blocks_T, self.offsets_T, self.tables_BC, self.lengths_B
         return (*self.pages.layers[number], *tables)
 
-    def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
+    def attend(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
         keys, values = self.pages.layers[layer]
-        write(k_THE, v_THE, keys, values, self.blocks_T, self.offsets_T)
+        write(k_TGE, v_TGE, keys, values, self.blocks_T, self.offsets_T)
         outs, start = [], self.decoding
         if start:
             outs.append(gathered(q_THE[:start], keys, values, self.tables_BC, self.lengths_B))
         for count, first, table in self.chunks:
             q_HTE = q_THE[start : start + count].transpose(0, 1)
-            k_HLE = keys[table].permute(1, 0, 3, 2).flatten(1, 2)
-            v_HLE = values[table].transpose(0, 1).flatten(1, 2)
-            outs.append(tiled(q_HTE, k_HLE, v_HLE, first).transpose(0, 1))
+            k_GLE = keys[table].permute(1, 0, 3, 2).flatten(1, 2)
+            v_GLE = values[table].transpose(0, 1).flatten(1, 2)
+            outs.append(tiled(q_HTE, k_GLE, v_GLE, first).transpose(0, 1))
             start += count
         return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 
 def write(
-    k_THE: Tensor, v_THE: Tensor, keys: Tensor, values: Tensor, blocks_T: Tensor, offsets_T: Tensor
+    k_TGE: Tensor, v_TGE: Tensor, keys: Tensor, values: Tensor, blocks_T: Tensor, offsets_T: Tensor
 ) -> None:
-    """Write keys and values of tokens to the pages [blocks, H, E, S] and [blocks, H, S, E]."""
-    keys[blocks_T, :, :, offsets_T] = k_THE
-    values[blocks_T, :, offsets_T] = v_THE
+    """Write keys and values of tokens to the pages [blocks, G, E, S] and [blocks, G, S, E]."""
+    keys[blocks_T, :, :, offsets_T] = k_TGE
+    values[blocks_T, :, offsets_T] = v_TGE
 
 
-def tiled(q_HTE: Tensor, k_HLE: Tensor, v_HLE: Tensor, first: int) -> Tensor:
+def tiled(q_HTE: Tensor, k_GLE: Tensor, v_GLE: Tensor, first: int) -> Tensor:
     """Compute causal attention [H, T, E] of a prompt chunk that begins at position `first`.
 
     On a CPU the computation has tiles of positions. A tile attends to all keys up to its own end,
@@ -147,8 +148,10 @@ def tiled(q_HTE: Tensor, k_HLE: Tensor, v_HLE: Tensor, first: int) -> Tensor:
     """
     last, on_cpu = first + q_HTE.shape[1], q_HTE.device.type == "cpu"
     tile, rows = (_TILE_TOKENS, _ROWS) if on_cpu else (last, 1)
-    pad = -(-last // tile) * tile - k_HLE.shape[1]
-    k_HLE, v_HLE = (F.pad(x, (0, 0, 0, pad)) for x in (k_HLE, v_HLE))
+    pad, group = -(-last // tile) * tile - k_GLE.shape[1], len(q_HTE) // len(k_GLE)
+    k_GLE, v_GLE = (F.pad(x, (0, 0, 0, pad)) for x in (k_GLE, v_GLE))
+    # Query heads that share keys attend to a repeated copy, with the sums of any other head.
+    k_HLE, v_HLE = (x.repeat_interleave(group, 0) if group > 1 else x for x in (k_GLE, v_GLE))
     causal, outs = not (on_cpu or first), []
     for start in range(first // tile * tile, last, tile):
         begin, end = max(first, start), min(last, start + tile)
@@ -168,11 +171,12 @@ def gathered(
 
     It attends to the first `lengths_B` tokens in the blocks `tables_BC` of its sequence.
     """
-    k_BHLE = keys[tables_BC].permute(0, 2, 1, 4, 3).flatten(2, 3)
-    v_BHLE = values[tables_BC].transpose(1, 2).flatten(2, 3)
-    seen_BL = torch.arange(k_BHLE.shape[2], device=q_BHE.device) < lengths_B[:, None]
-    q, mask = q_BHE[:, :, None], seen_BL[:, None, None]
-    return F.scaled_dot_product_attention(q, k_BHLE, v_BHLE, attn_mask=mask)[:, :, 0]
+    k_BGLE = keys[tables_BC].permute(0, 2, 1, 4, 3).flatten(2, 3)
+    v_BGLE = values[tables_BC].transpose(1, 2).flatten(2, 3)
+    seen_BL = torch.arange(k_BGLE.shape[2], device=q_BHE.device) < lengths_B[:, None]
+    # The query heads that share keys are the rows of one product.
+    q, mask = q_BHE.unflatten(1, (k_BGLE.shape[1], -1)), seen_BL[:, None, None]
+    return F.scaled_dot_product_attention(q, k_BGLE, v_BGLE, attn_mask=mask).flatten(1, 2)
 
 
 def streamed(
@@ -182,11 +186,15 @@ def streamed(
     # Store q first. The compiler would otherwise recompute it for every key.
     sequences_B = torch.arange(q_BHE.shape[0], device=q_BHE.device)
     q_BHE = torch.empty_like(q_BHE).index_put((sequences_B,), q_BHE)
-    scores_BCHS = (q_BHE[:, None, :, :, None].float() * keys[tables_BC].float()).sum(3)
-    scores_BCHS = scores_BCHS * q_BHE.shape[-1] ** -0.5
+    # J counts the query heads that share a key-value head.
+    q_BGJE = q_BHE.unflatten(1, (keys.shape[1], -1))
+    k_BCG1ES, v_BCG1SE = keys[tables_BC][:, :, :, None], values[tables_BC][:, :, :, None]
+    scores_BCGJS = (q_BGJE[:, None, ..., None].float() * k_BCG1ES.float()).sum(4)
+    scores_BCGJS = scores_BCGJS * q_BHE.shape[-1] ** -0.5
     positions_L = torch.arange(tables_BC.shape[1] * BLOCK_TOKENS, device=q_BHE.device)
-    seen_BC1S = (positions_L.view(-1, BLOCK_TOKENS) < lengths_B[:, None, None])[:, :, None]
-    scores_BCHS = torch.where(seen_BC1S, scores_BCHS, -math.inf)
-    weights_BCHS = (scores_BCHS - scores_BCHS.amax((1, 3), keepdim=True)).exp()
-    mixed_BCHE = (weights_BCHS[..., None] * values[tables_BC].float()).sum(3)
-    return (mixed_BCHE.sum(1) / weights_BCHS.sum((1, 3))[..., None]).to(q_BHE.dtype)
+    seen_BCS = positions_L.view(-1, BLOCK_TOKENS) < lengths_B[:, None, None]
+    scores_BCGJS = torch.where(seen_BCS[:, :, None, None], scores_BCGJS, -math.inf)
+    weights_BCGJS = (scores_BCGJS - scores_BCGJS.amax((1, 4), keepdim=True)).exp()
+    mixed_BCGJE = (weights_BCGJS[..., None] * v_BCG1SE.float()).sum(4)
+    out_BGJE = mixed_BCGJE.sum(1) / weights_BCGJS.sum((1, 4))[..., None]
+    return out_BGJE.flatten(1, 2).to(q_BHE.dtype)

@@ -4,7 +4,11 @@ Tensor names are LLaMA's; FFN-M adds its own. `{i}` counts layers:
 
     model.embed_tokens.weight                                  [V, D]
     model.layers.{i}.input_layernorm.weight                    [D]
-    model.layers.{i}.self_attn.{q,k,v,o}_proj.weight           [D, D]
+    model.layers.{i}.self_attn.q_proj.weight                   [H * E, D]
+    model.layers.{i}.self_attn.{k,v}_proj.weight               [G * E, D]
+    model.layers.{i}.self_attn.o_proj.weight                   [D, H * E]
+    model.layers.{i}.self_attn.{q,k,v,o}_proj.bias             [out]          with biases
+    model.layers.{i}.self_attn.{q,k}_norm.weight               [E]            with qk_norm
     model.layers.{i}.post_attention_layernorm.weight           [D]            base, flex
     model.layers.{i}.mlp.{gate,up,down}_proj.weight            [K, D] [D, K]  base, flex with swiglu
     model.layers.{i}.mlp.maps.{j}.weight                       [D, D]         flex, linear, j < beta
@@ -15,7 +19,7 @@ Tensor names are LLaMA's; FFN-M adds its own. `{i}` counts layers:
     lm_head.weight                                             [V, D]         unless tied
 
 Weights may be in several files that model.safetensors.index.json names. `eos_token_id` of
-generation_config.json adds end tokens, unless `eos_token_id` of config.json is null.
+generation_config.json adds end tokens, unless `eos_token_id` of a memoryllm config.json is null.
 """
 
 import hashlib
@@ -161,9 +165,12 @@ def _with_end_tokens(folder: Path, config: Any) -> Any:
     more = read_json(file) if file.is_file() else {}
     if not isinstance(more, dict):
         raise InvalidArgumentError(f"{file} must hold a JSON object")
-    if not isinstance(config, dict) or more.get(key) is None or config.get(key, 0) is None:
+    if not isinstance(config, dict) or more.get(key) is None:
         return config
-    both = (config.get(key, []), more[key])
+    if config.get(key, 0) is None and config.get("model_type") == "memoryllm":
+        return config
+    own = config.get(key)
+    both = ([] if own is None else own, more[key])
     return {**config, key: [i for ids in both for i in (ids if isinstance(ids, list) else [ids])]}
 
 

@@ -31,15 +31,44 @@ def _end_tokens(value: Any) -> int | tuple[int, ...] | None:
 
 
 EndTokens = Annotated[int | tuple[int, ...] | None, PlainValidator(_end_tokens)]
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+@validated("model config: rope_scaling")
+@dataclass(frozen=True, config=_STRICT)
+class RopeScaling:
+    """The scaling of rotary frequencies for a context longer than in training.
+
+    `linear` divides all of them by `factor`. `llama3` divides the low ones, and blends in between.
+    """
+
+    rope_type: Literal["linear", "llama3"]
+    factor: Positive
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_max_position_embeddings: Size | None = None
+
+    def __post_init__(self) -> None:
+        values = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
+        if self.rope_type == "linear" and any(value is not None for value in values):
+            raise InvalidArgumentError("model config: rope_type 'linear' has only a factor")
+        if self.rope_type == "llama3":
+            low, high, original = values
+            if not (low and high and original and low < high):
+                need = (
+                    "low_freq_factor below high_freq_factor, and original_max_position_embeddings"
+                )
+                raise InvalidArgumentError(f"model config: rope_type 'llama3' needs {need}")
 
 
 @validated("model config")
-@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+@dataclass(frozen=True, config=_STRICT)
 class ModelConfig:
     """The shape of a model. Raises InvalidArgumentError if the fields contradict each other.
 
-    The kind base is LLaMA. In memory, every FFN reads only the token. In flex, a part of the FFN
-    reads the residual stream. In wide, all layers share one FFN, which reads only the token.
+    The kind base is LLaMA, also with the attention of Qwen 2 and 3. In memory, every FFN reads only
+    the token. In flex, a part of the FFN reads the residual stream. In wide, all layers share one
+    FFN, which reads only the token.
     `intermediate_size` is K in table 1 of the paper, for the FFN (base) or for FFN-M (other kinds).
     """
 
@@ -56,22 +85,33 @@ class ModelConfig:
     rms_norm_eps: Positive = 1e-5
     tie_word_embeddings: bool = True
     eos_token_id: EndTokens = 0
+    # Attention. 0 stands for the number of heads, and for hidden_size / num_attention_heads.
+    num_key_value_heads: Annotated[int, Field(ge=0, le=2**16)] = 0
+    head_dim: Annotated[int, Field(ge=0, le=2**16)] = 0
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each head's query and key, as in Qwen 3
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         size, heads, beta = self.hidden_size, self.num_attention_heads, self.beta
-        if size % (2 * heads):
-            rule = f"must be an even multiple of num_attention_heads {heads}"
+        if not self.head_dim and size % (2 * heads):
+            rule = f"must be an even multiple of num_attention_heads {heads}, or head_dim be given"
             raise InvalidArgumentError(f"model config: hidden_size {size} {rule}")
+        object.__setattr__(self, "head_dim", self.head_dim or size // heads)
+        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or heads)
+        if self.head_dim % 2:
+            raise InvalidArgumentError(f"model config: head_dim {self.head_dim} must be even")
+        if heads % self.num_key_value_heads:
+            rule = f"must divide num_attention_heads {heads}"
+            message = f"model config: num_key_value_heads {self.num_key_value_heads} {rule}"
+            raise InvalidArgumentError(message)
         if beta not in ((1, 2, 3) if self.kind == "flex" else (0,)):
             rule = "is 1, 2 or 3 for flex and 0 for other kinds"
             raise InvalidArgumentError(f"model config: beta {rule}, not {beta}")
         if outside := [i for i in self.end_token_ids if i >= self.vocab_size]:
             rule = f"must be below vocab_size {self.vocab_size}"
             raise InvalidArgumentError(f"model config: eos_token_id {outside[0]} {rule}")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
@@ -85,27 +125,88 @@ class ModelConfig:
         return {"base": 0, "wide": 1}.get(self.kind, self.num_hidden_layers)
 
     def to_json(self) -> dict[str, Any]:
-        return {"model_type": "memoryllm", "torch_dtype": "bfloat16", **dataclasses.asdict(self)}
+        """Return the fields as JSON, without the attention's fields that are at their default."""
+        fields = dataclasses.asdict(self)
+        derived = {
+            "num_key_value_heads": self.num_attention_heads,
+            "head_dim": self.hidden_size // self.num_attention_heads,
+            **dict.fromkeys(("qkv_bias", "o_bias", "qk_norm"), False),
+            "rope_scaling": None,
+        }
+        left = {n: v for n, v in fields.items() if n not in derived or v != derived[n]}
+        if scaling := left.get("rope_scaling"):
+            left["rope_scaling"] = {n: v for n, v in scaling.items() if v is not None}
+        return {"model_type": "memoryllm", "torch_dtype": "bfloat16", **left}
 
     @classmethod
     def from_json(cls, data: Any) -> "ModelConfig":
         """Return the config in `data`, with the fields that Hugging Face's save_pretrained adds.
 
-        Raises InvalidArgumentError for another architecture, or for a field that changes the
-        computation.
+        A config of LLaMA, Mistral, Qwen 2 or Qwen 3 is one of kind base. Raises
+        InvalidArgumentError for another architecture, or for a field that changes the computation.
         """
         kind = data.get("model_type") if isinstance(data, dict) else None
-        if kind != "memoryllm":
+        if kind != "memoryllm" and kind not in _FAMILIES:
             message = f"model config: model_type must be 'memoryllm', not {kind!r:.60}"
-            raise InvalidArgumentError(f"{message}: only MemoryLLM checkpoints can be served")
+            others = " and ".join(map(repr, _FAMILIES))
+            raise InvalidArgumentError(f"{message}: dense models of type {others} are also served")
         own = {field.name for field in dataclasses.fields(cls)}
+        if kind in _FAMILIES:
+            data = {**_FAMILIES[kind], **data}
+            own -= {"kind", "beta", "ffn_c", "qkv_bias", "o_bias", "qk_norm"}
         given = {name: value for name, value in data.items() if name in own}
-        if (theta := _rope_theta(data)) is not None:
+        if kind in _FAMILIES:
+            given |= {"kind": "base", "qk_norm": kind == "qwen3"}
+        given |= _biases(kind, data)
+        for name in ("num_key_value_heads", "head_dim"):  # null stands for the default
+            if given.get(name, 0) is None:
+                del given[name]
+        theta, given["rope_scaling"] = _rope(data)
+        if theta is not None:
             given["rope_theta"] = theta
         config = cls(**given)
         for name in data.keys() - own - _NEUTRAL:
             _check_foreign(name, data, config)
         return config
+
+
+# The defaults of model types that are served as kind base, for fields that config.json may lack.
+_HUGGING_FACE = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": None}
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**_HUGGING_FACE, "max_position_embeddings": 2048, "eos_token_id": 2},
+    "mistral": {
+        **_HUGGING_FACE,
+        "max_position_embeddings": 131_072,
+        "eos_token_id": 2,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        **_HUGGING_FACE,
+        "max_position_embeddings": 32_768,
+        "eos_token_id": None,
+        "num_key_value_heads": 32,
+        "use_sliding_window": False,
+    },
+    "qwen3": {
+        **_HUGGING_FACE,
+        "max_position_embeddings": 32_768,
+        "eos_token_id": None,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "use_sliding_window": False,
+    },
+}
+
+
+def _biases(kind: Any, data: dict[str, Any]) -> dict[str, bool]:
+    """Return the biases of attention. `attention_bias` adds all four, and Qwen 2 has q, k and v."""
+    if kind == "qwen2":
+        return {"qkv_bias": True}
+    both = data.get("attention_bias") or False
+    if both not in (False, True):
+        raise InvalidArgumentError(f"model config: attention_bias must be a boolean, not {both!r}")
+    return {"qkv_bias": True, "o_bias": True} if both and kind != "mistral" else {}
 
 
 # Fields of Hugging Face's configs that do not change the computation.
@@ -116,7 +217,7 @@ _NEUTRAL = frozenset(
     prefix is_decoder torchscript use_bfloat16 tf_legacy_loss return_dict pretraining_tp
     output_attentions output_hidden_states output_scores return_dict_in_generate
     chunk_size_feed_forward attn_implementation max_window_layers original_max_position_embeddings
-    rope_scaling rope_parameters transformers.js_config unsloth_fixed
+    rope_scaling rope_parameters rope_theta transformers.js_config unsloth_fixed is_llama_config
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
     temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences remove_invalid_values
@@ -126,44 +227,70 @@ _NEUTRAL = frozenset(
 _NEUTRAL_PATTERN = re.compile(r"_.*|.*_token_id|.*_version|.*dropout.*|.*_pdrop")
 
 
-def _rope_theta(data: dict[str, Any]) -> Any:
-    """Return the value of rope_theta, or None if it is not set.
+def _rope(data: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
+    """Return the value of rope_theta, or None if it is not set, and the scaling.
 
-    transformers 5 writes it into rope_parameters. Raises InvalidArgumentError for scaled position
-    embeddings.
+    transformers 4 writes rope_theta and rope_scaling, and transformers 5 writes rope_parameters.
+    Raises InvalidArgumentError for other position embeddings, and if two values differ.
     """
-    thetas = {"rope_theta": data.get("rope_theta")}
+    thetas, scalings = {"rope_theta": data.get("rope_theta")}, dict[str, RopeScaling | None]()
     for field in ("rope_scaling", "rope_parameters"):
         rope = data.get(field) or {}
         if not isinstance(rope, dict):
             raise InvalidArgumentError(f"model config: {field} must be an object or null")
         thetas[f"{field}.rope_theta"] = rope.get("rope_theta")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        unscaled = kind == "default" or (kind == "linear" and rope.get("factor") == 1)
-        known = "rope_type", "type", "rope_theta", "original_max_position_embeddings"
-        if not unscaled or [k for k, v in rope.items() if k not in known and v not in (None, 1)]:
-            message = f"model config: {field} {rope!r:.200} is not supported"
-            raise InvalidArgumentError(f"{message}: allowed are null and rope_type 'default'")
-    given = {name: theta for name, theta in thetas.items() if theta is not None}
-    first, *others = given.values() or [None]
-    if any(theta != first for theta in others):
-        values = " and ".join(f"{name} {theta!r:.20}" for name, theta in given.items())
-        raise InvalidArgumentError(f"model config: {values} differ: remove the wrong one")
+        if rope:
+            scalings[field] = _rope_scaling(field, rope, data)
+    theta = _only("rope_theta", {name: v for name, v in thetas.items() if v is not None})
+    return theta, _only("", scalings)
+
+
+def _only(what: str, values: dict[str, Any]) -> Any:
+    """Return the one value in `values`, or None. Raises InvalidArgumentError if two differ."""
+    first, *others = values.values() or [None]
+    if any(value != first for value in others):
+        shown = " and ".join(f"{name} {v!r:.20}" if what else name for name, v in values.items())
+        raise InvalidArgumentError(f"model config: {shown} differ: remove the wrong one")
     return first
+
+
+def _rope_scaling(field: str, rope: dict[str, Any], data: dict[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    own = {"linear": _LLAMA3[:1], "llama3": _LLAMA3}.get(str(kind), ())
+    known = "rope_type", "type", "rope_theta", "original_max_position_embeddings", *own
+    others = [k for k, v in rope.items() if k not in known and v not in (None, 1)]
+    if kind not in ("default", "linear", "llama3") or others:
+        message = f"model config: {field} {rope!r:.200} is not supported"
+        allowed = "allowed are null and rope_type 'default', 'linear' or 'llama3'"
+        raise InvalidArgumentError(f"{message}: {allowed}")
+    if kind == "default" or (kind == "linear" and rope.get("factor") == 1):
+        return None
+    values = {name: rope[name] for name in own if name in rope}
+    if kind == "llama3":  # the order of transformers
+        name, context = "original_max_position_embeddings", data.get("max_position_embeddings")
+        values[name] = data.get(name) or rope.get(name) or context
+    return RopeScaling(rope_type=kind, **values)
+
+
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
 
 
 def _check_foreign(name: str, data: dict[str, Any], config: ModelConfig) -> None:
     """Raise InvalidArgumentError if a field of Hugging Face's changes the computation."""
-    value, window = data[name], data.get("sliding_window")
-    full = data.get("use_sliding_window") is False or (
-        isinstance(window, int) and window >= config.max_position_embeddings
+    value, window, kind = data[name], data.get("sliding_window"), data["model_type"]
+    first = data.get("max_window_layers", 28) if kind in ("qwen2", "qwen3") else 0
+    full = (
+        window is None
+        or data.get("use_sliding_window") is False
+        or (isinstance(window, int) and window >= config.max_position_embeddings)
+        or (isinstance(first, int) and first >= config.num_hidden_layers)
     )
     allowed: dict[str, tuple[Any, ...]] = {
         **dict.fromkeys(("hidden_act", "hidden_activation"), ("silu", "swish")),
-        "num_key_value_heads": (config.num_attention_heads,),
-        "head_dim": (config.head_dim,),
+        "attention_bias": () if kind == "mistral" else (True,),
         "layer_types": (["full_attention"] * config.num_hidden_layers,),
         "sliding_window": (window,) if full else (),
+        "use_sliding_window": (True,) if full else (),
         **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "logit_scale"), (1,)),
         **dict.fromkeys(("residual_multiplier", "embedding_multiplier", "logits_scaling"), (1,)),
     }
@@ -171,7 +298,10 @@ def _check_foreign(name: str, data: dict[str, Any], config: ModelConfig) -> None
     if unset or value in allowed.get(name, ()) or _NEUTRAL_PATTERN.fullmatch(name):
         return
     values = " or ".join(map(repr, allowed.get(name, ()))) or "null or false"
-    message = f"model config: {name} is {value!r:.60}, which a memoryllm model does not support"
+    message = f"model config: {name} is {value!r:.60}, which a {kind} model does not support"
+    if name == "sliding_window":
+        advice = f"attention within a window equals ours only if max_position_embeddings <= {value}"
+        raise InvalidArgumentError(f"{message} here: {advice}")
     raise InvalidArgumentError(f"{message}: set it to {values}, or remove it, if that is right")
 
 

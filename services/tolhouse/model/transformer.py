@@ -8,10 +8,12 @@ The caller decides the source of rows: they may be computed, fetched or cached. 
 which tokens a token attends. This module has two plain caches, and the worker has a paged cache.
 The model has T tokens as input, without sequences or batches.
 
-Shapes: T tokens, D hidden size, N layers, H heads, E = D / H head size, K FFN size, V vocabulary.
-The plain caches have B sequences of S tokens.
+Shapes: T tokens, D hidden size, N layers, H heads, G key-value heads, E head size, K FFN size,
+V vocabulary. Query head h reads key-value head h // (H / G). The plain caches have B sequences of S
+tokens.
 """
 
+import math
 from typing import Protocol, cast
 
 import torch
@@ -27,7 +29,7 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, [T, 1, E] each
 class Cache(Protocol):
     """Stores keys and values, and decides to which tokens each token attends."""
 
-    def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
+    def attend(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
         """Store T new tokens, and return their attention outputs [T, H, E]."""
         ...
 
@@ -98,7 +100,7 @@ class Transformer(nn.Module):
         x_TD = rows_NTD[0] if carried > 0 else begun_TD
         if x_TD is None:
             x_TD = self.x0(ids_T)
-        rope = rotary(positions_T, self.config.head_dim, self.config.rope_theta, x_TD.dtype)
+        rope = rotary(positions_T, self.config, x_TD.dtype)
         for layer, block in enumerate(self.layers):
             index = carried + (0 if self.config.kind == "wide" else layer)
             row_TD = rows_NTD[index] if len(rows_NTD) else None
@@ -111,7 +113,7 @@ class Transformer(nn.Module):
     def begin(self, ids_T: Tensor, positions_T: Tensor, cache: Cache) -> Tensor:
         """Compute the part of `hidden` without rows: the first block before it adds its row."""
         x0_TD = self.x0(ids_T)
-        rope = rotary(positions_T, self.config.head_dim, self.config.rope_theta, x0_TD.dtype)
+        rope = rotary(positions_T, self.config, x0_TD.dtype)
         return self.layers[0](x0_TD, rope, cache, None)
 
 
@@ -142,21 +144,36 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention without biases: 4 h^2 parameters (paper, section 1)."""
+    """Multi-head attention: 4 h^2 parameters in the paper (section 1).
+
+    LLaMA's relatives have fewer key-value heads, heads of another size, biases, or norms of queries
+    and keys.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.shape = layer, (-1, config.num_attention_heads, config.head_dim)
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.layer, self.head_dim = layer, config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        size = config.hidden_size
+        own, shared = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(size, own, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(size, shared, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(size, shared, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(own, size, bias=config.o_bias)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+            for _ in range(2)
+        )
 
     def forward(self, x_TD: Tensor, rope: Rope, cache: Cache) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q_THE, k_THE, v_THE = (proj(x_TD).view(self.shape) for proj in projections)
-        out_THE = cache.attend(self.layer, rotate(q_THE, rope), rotate(k_THE, rope), v_THE)
-        return self.o_proj(out_THE.reshape(x_TD.shape))
+        q_THE, k_TGE, v_TGE = (
+            proj(x_TD).unflatten(-1, (-1, self.head_dim)) for proj in projections
+        )
+        if self.q_norm and self.k_norm:
+            q_THE, k_TGE = self.q_norm(q_THE), self.k_norm(k_TGE)
+        out_THE = cache.attend(self.layer, rotate(q_THE, rope), rotate(k_TGE, rope), v_TGE)
+        return self.o_proj(out_THE.flatten(1))
 
 
 class ContextFreeFFN(nn.Module):
@@ -208,12 +225,29 @@ def residual_ffn(config: ModelConfig) -> nn.Module | None:
     return None
 
 
-def rotary(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
+def rotary(positions_T: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
     """Compute the rotary position embedding (cos, sin), with the signs for `rotate`."""
-    steps = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32)
-    angles = positions_T[:, None, None].float() * theta ** -(steps / head_dim)
+    angles = positions_T[:, None, None].float() * frequencies(config, positions_T.device)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+
+
+def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Compute the rotary frequencies [E / 2] in radians per token, with the bits of transformers.
+
+    Frequencies that turn fewer than `low_freq_factor` times in the original context are divided in
+    llama3, and those with more turns than `high_freq_factor` are kept.
+    """
+    steps = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    plain = 1.0 / config.rope_theta ** (steps / config.head_dim)
+    if not (scaling := config.rope_scaling):
+        return plain
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if low is None or high is None or scaling.original_max_position_embeddings is None:
+        return plain / scaling.factor  # linear
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / plain)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * plain / scaling.factor + kept * plain
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
@@ -240,9 +274,10 @@ class NoCache:
     def __init__(self, sequence_length: int) -> None:
         self.sequence_length = sequence_length
 
-    def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
+    def attend(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
+        k_THE, v_THE = for_queries(k_TGE, q_THE), for_queries(v_TGE, q_THE)
         heads = (-1, self.sequence_length, *q_THE.shape[1:])
-        q, k, v = (x_THE.view(heads).transpose(1, 2) for x_THE in (q_THE, k_THE, v_THE))
+        q, k, v = (x_THE.reshape(heads).transpose(1, 2) for x_THE in (q_THE, k_THE, v_THE))
         out_BHSE = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return out_BHSE.transpose(1, 2).reshape(q_THE.shape)
 
@@ -253,12 +288,19 @@ class GrowingCache:
     def __init__(self) -> None:
         self.kv: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
+    def attend(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
         if layer in self.kv:
             k_seen, v_seen = self.kv[layer]
-            k_THE, v_THE = torch.cat((k_seen, k_THE)), torch.cat((v_seen, v_THE))
-        self.kv[layer] = k_THE, v_THE
-        new, total = len(q_THE), len(k_THE)
+            k_TGE, v_TGE = torch.cat((k_seen, k_TGE)), torch.cat((v_seen, v_TGE))
+        self.kv[layer] = k_TGE, v_TGE
+        new, total = len(q_THE), len(k_TGE)
         mask = torch.ones(new, total, dtype=torch.bool, device=q_THE.device).tril(total - new)
-        q, k, v = (x.transpose(0, 1) for x in (q_THE, k_THE, v_THE))  # [H, ., E]
+        every = q_THE, for_queries(k_TGE, q_THE), for_queries(v_TGE, q_THE)
+        q, k, v = (x.transpose(0, 1) for x in every)  # [H, ., E]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1)
+
+
+def for_queries(x_TGE: Tensor, q_THE: Tensor) -> Tensor:
+    """Repeat key-value heads [., G, E] for the query heads that read them, to [., H, E]."""
+    group = q_THE.shape[1] // x_TGE.shape[1]
+    return x_TGE if group == 1 else x_TGE.repeat_interleave(group, 1)

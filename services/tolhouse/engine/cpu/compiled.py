@@ -233,7 +233,7 @@ def _export(config: ModelConfig, dtype: torch.dtype, sequences: int, path: Path)
     count = torch.zeros(sequences, dtype=torch.int64)
     tables_BC = torch.arange(2 * sequences).view(sequences, 2)
     x_TD = torch.zeros(sequences, config.hidden_size, dtype=dtype)
-    rope = list(transformer.rotary(count, config.head_dim, config.rope_theta, dtype))
+    rope = list(transformer.rotary(count, config, dtype))
     keys, values = (torch.empty_strided(x.shape, x.stride(), dtype=dtype) for x in pages.layers[0])
     layer = [keys, values, count, count.clone(), tables_BC, count + 1]
     row = [x_TD.clone()] * bool(config.num_rows)
@@ -273,9 +273,9 @@ class _Layer:
 
     tensors: list[Tensor]
 
-    def attend(self, layer: int, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
+    def attend(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
         keys, values, blocks_T, offsets_T, tables_BC, lengths_B = self.tensors
-        attention.write(k_THE, v_THE, keys, values, blocks_T, offsets_T)
+        attention.write(k_TGE, v_TGE, keys, values, blocks_T, offsets_T)
         return attention.streamed(q_THE, keys, values, tables_BC, lengths_B)
 
 

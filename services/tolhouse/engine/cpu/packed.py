@@ -27,15 +27,20 @@ class FusedAttention(nn.Module):
 
     def __init__(self, attention: Attention, qkv_proj: nn.Module, o_proj: nn.Module) -> None:
         super().__init__()
-        self.layer, self.shape = attention.layer, (-1, 3, *attention.shape[1:])
+        self.layer, self.head_dim = attention.layer, attention.head_dim
+        self.heads = [attention.heads, attention.kv_heads, attention.kv_heads]
         self.qkv_proj, self.o_proj = qkv_proj, o_proj
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
-        qkv_T3HE = self.qkv_proj(x_TD).view(self.shape)
-        cos_T1E, sin_T1E = rope
-        q_THE, k_THE = rotate(qkv_T3HE[:, :2], (cos_T1E[:, None], sin_T1E[:, None])).unbind(1)
-        out_THE = cache.attend(self.layer, q_THE, k_THE, qkv_T3HE[:, 2])
-        return self.o_proj(out_THE.reshape(x_TD.shape))
+        every = self.qkv_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        qk, v_TGE = every.split([sum(self.heads[:2]), self.heads[2]], 1)
+        if self.q_norm and self.k_norm:
+            q_THE, k_TGE = qk.split(self.heads[:2], 1)
+            qk = torch.cat((self.q_norm(q_THE), self.k_norm(k_TGE)), 1)
+        q_THE, k_TGE = rotate(qk, rope).split(self.heads[:2], 1)
+        out_THE = cache.attend(self.layer, q_THE, k_TGE, v_TGE)
+        return self.o_proj(out_THE.flatten(1))
 
 
 class PackedLinear(nn.Module):
@@ -55,7 +60,7 @@ class PackedLinear(nn.Module):
         return self.run(x_TD)
 
 
-def by_handle(weight: Tensor) -> PackedLinear:
+def by_handle(weight: Tensor, _bias: Tensor | None) -> PackedLinear:
     """Return a layer without weights for the compiler.
 
     It calls the layer that its handle identifies.
@@ -79,25 +84,30 @@ def _shape_of_packed_linear(x_TD: Tensor, _handle: Tensor, outputs: int) -> Tens
     return x_TD.new_empty(x_TD.shape[0], outputs)
 
 
-def linear(weight: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def linear(
+    weight: Tensor, bias: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
     """Return a linear layer for `weight` [out, in]. The caller may drop `weight` afterwards."""
+    bias = None if bias is None else bias.to(device, dtype, copy=True)
     if device.type == "cpu":
         sixteen_bit = weight.dtype in (torch.bfloat16, torch.float16)
         fits = sixteen_bit and float(weight.abs().max()) < _LARGEST_FLOAT16
         has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines  # on x86
         if fits and dtype == torch.float32 and has_fbgemm:
             # float32 arithmetic with float16 weights, exact for bfloat16 values to within 2^-25
-            float16 = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+            float16 = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
             run = torch.ops.quantized.linear_dynamic_fp16.default
             return PackedLinear(len(weight), lambda x_TD: run(x_TD, float16))
         if torch.backends.mkldnn.is_available():
             # The compiler of torch calls these operators, which have no public names.
             weights = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), None)  # noqa: SLF001
             run = torch.ops.mkldnn._linear_pointwise.default  # noqa: SLF001
-            return PackedLinear(len(weight), lambda x: run(x, weights, None, "none", [], ""))
+            return PackedLinear(len(weight), lambda x: run(x, weights, bias, "none", [], ""))
     outputs, inputs = weight.shape
     layer = nn.Linear(inputs, outputs, bias=False, device="meta")
     layer.weight = nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer
 
 
@@ -123,8 +133,8 @@ def load(
     model = checkpoint.skeleton(ffn_m=False, embedding=False)
     for number, block in enumerate(cast("Iterable[Block]", model.layers)):
         checkpoint.load(block, f"layers.{number}.")
-        pack(block, lambda weight: linear(weight, device, dtype))
-    model.set_submodule("lm_head", linear(checkpoint.tensor(HEAD), device, dtype))
+        pack(block, lambda weight, bias: linear(weight, bias, device, dtype))
+    model.set_submodule("lm_head", linear(checkpoint.tensor(HEAD), None, device, dtype))
     if embedding:
         add_embedding(model, checkpoint, device, dtype)
     checkpoint.load(model.norm, "norm.")
@@ -145,12 +155,18 @@ def add_embedding(
     model.embed_tokens = cast("nn.Embedding", Embedding(weight, dtype))
 
 
-def pack(block: Block, make: Callable[[Tensor], nn.Module]) -> None:
-    """Replace a block's linear layers by the layers that `make` returns for a weight [out, in]."""
+def pack(block: Block, make: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
+    """Replace a block's linear layers by the layers that `make` returns for weight and bias.
+
+    A weight is [out, in], and a bias is [out] or None.
+    """
     attention = block.self_attn
-    qkv = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
-    fused = FusedAttention(attention, make(qkv), make(attention.o_proj.weight))
+    parts = attention.q_proj, attention.k_proj, attention.v_proj
+    qkv = torch.cat([part.weight for part in parts])
+    biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
+    o_proj = make(attention.o_proj.weight, attention.o_proj.bias)
+    fused = FusedAttention(attention, make(qkv, torch.cat(biases) if biases else None), o_proj)
     block.set_submodule("self_attn", fused)
     for name, child in list(block.named_modules()):
         if isinstance(child, nn.Linear) and name.startswith("mlp."):
-            block.set_submodule(name, make(child.weight))
+            block.set_submodule(name, make(child.weight, child.bias))
