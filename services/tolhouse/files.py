@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import stat
 import threading
 import time
@@ -133,3 +134,23 @@ def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
         raise  # the reader has closed the pipe
     except OSError as error:  # the error's message names the temporary file
         raise InvalidArgumentError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` at the end of the block.
+
+    After an error it is deleted. Raises InUseError if `path` is a file or a folder that is not
+    empty.
+    """
+    path = path.absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InUseError(f"{path} exists: name a new or an empty folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    fresh.mkdir()
+    try:
+        yield fresh
+        fresh.replace(path)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)

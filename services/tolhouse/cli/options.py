@@ -35,6 +35,7 @@ COMMAND_EXTRAS = {
     "lookup": "lookup",
     "certs": "certs",
     "generate": "model",
+    "import": "gguf",
 }
 
 
