@@ -133,6 +133,9 @@ class TableConfig(StoreConfig):
     embedding: Literal["auto", "yes", "no"] = option(
         "auto", "Store X0 with the rows; auto: if the head is untied."
     )
+    rows: Literal["finished", "raw"] = option(
+        "finished", "Gemma 3n and 4: per-layer inputs with the projection, or the table alone."
+    )
     corpus: str = option("", "Text or folder to count tokens in. Default: Python's library.")
     absent_layers: Layers = option((), "Layers without rows in the table, separated by commas.")
     publish: bool = option(False, "Publish the table after it is verified.")

@@ -235,6 +235,7 @@ def build_table(
     name: str = "",
     publish: bool = True,
     embedding: str = "auto",
+    blocks: tuple[str, ...] = (),
 ) -> str:
     """Build a table of `checkpoint` in `stores` without Ray, and return "name@version"."""
     from tolhouse.build.job import build_shards, plan
@@ -245,9 +246,8 @@ def build_table(
     from tolhouse.store.base import open_store
     from tolhouse.store.writer import commit
 
-    blocks = (
-        select_blocks(open_checkpoint(checkpoint), embedding, ()) if embedding != "auto" else ()
-    )
+    if embedding != "auto":
+        blocks = tuple(select_blocks(open_checkpoint(checkpoint), embedding, ()))
     planned = plan(open_source(checkpoint, blocks), name, codec, shards)
     written = build_shards(str(checkpoint), planned, list(range(shards)), stores, 10.0)
     for url in stores:

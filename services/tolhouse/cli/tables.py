@@ -24,9 +24,15 @@ if TYPE_CHECKING:
 def _source(checkpoint: Path, settings: config.TableConfig) -> "SourceModel":
     """Open the source model with the blocks that the options select."""
     from tolhouse.sources.base import open_source
+    from tolhouse.sources.gemma import RAW, Gemma, blocks_of
     from tolhouse.sources.memoryllm import MemoryLLM, select_blocks
 
     source = open_source(checkpoint)
+    if settings.rows == "raw":
+        if not isinstance(source, Gemma):
+            rule = "only models of type gemma3n and gemma4 have raw rows"
+            raise InvalidArgumentError(f"`rows` must be finished: {rule}, not {source.name}")
+        return Gemma(checkpoint, blocks_of(RAW, len(source.blocks)))
     if isinstance(source, MemoryLLM):
         blocks = select_blocks(source.checkpoint, settings.embedding, settings.absent_layers)
         return MemoryLLM(source.checkpoint, blocks)

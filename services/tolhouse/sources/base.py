@@ -57,7 +57,16 @@ def _memoryllm(path: Path, blocks: Iterable[str]) -> SourceModel:
     return MemoryLLM(checkpoint, blocks or select_blocks(checkpoint, "auto", ()))
 
 
-_OPENERS: dict[str, Callable[[Path, Iterable[str]], SourceModel]] = {"memoryllm": _memoryllm}
+def _gemma(path: Path, blocks: Iterable[str]) -> SourceModel:
+    from tolhouse.sources.gemma import Gemma
+
+    return Gemma(path, blocks)
+
+
+_OPENERS: dict[str, Callable[[Path, Iterable[str]], SourceModel]] = {
+    "memoryllm": _memoryllm,
+    **dict.fromkeys(("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"), _gemma),
+}
 
 
 def open_source(path: str | Path, blocks: Iterable[str] = ()) -> SourceModel:
