@@ -28,7 +28,7 @@ LAYERS = (
     {"store", "train", "sources"},
     {"client"},
     {"analysis"},
-    {"lookup", "build", "engine"},
+    {"lookup", "build", "engine", "integrations"},
     {"worker", "gateway"},
     {"testing"},
     {"demo"},
@@ -205,6 +205,7 @@ def installed_with(extra: str) -> set[str]:
         ("train", "tolhouse.train.trainer"),
         ("train", "tolhouse.analysis.report"),
         ("certs", "tolhouse.certs"),
+        ("transformers", "tolhouse.integrations.attach"),
     ],
 )
 def test_an_extra_installs_all_imports_of_its_part(extra: str, module: str) -> None:
@@ -212,6 +213,8 @@ def test_an_extra_installs_all_imports_of_its_part(extra: str, module: str) -> N
     needed, installed, providers = packages(module), installed_with(extra), packages_distributions()
     if extra == "gateway":  # the gateway has no gRPC server
         needed -= {"grpc_health", "grpc_reflection"}
+    if extra == "transformers":  # the SDK traces only if this package is installed
+        needed -= {"opentelemetry"}
     assert needed
     assert set() == {
         p for p in needed if installed.isdisjoint(map(canonicalize_name, providers[p]))

@@ -1,0 +1,230 @@
+"""Compare models that take rows from Tolhouse with their implementation in transformers.
+
+    python -m loadtest.models [--quick]
+
+The architectures are real, their weights are random and tiny, and rows travel over TCP from a
+lookup service. The output is a table and a final line of JSON:
+
+    gemma4_equal, gemma3n_equal   share of logits and of generated tokens that are equal to the bit
+    gemma4_e2b_freed_gb, …        bytes that leave the accelerator, from the sizes of public configs
+    gemma_int8_loss, …            loss added by rows of a codec, in nats per token
+    gemma_loss                    loss of the tiny Gemma 4 of that comparison, trained on text
+
+The model of the last comparison is trained from scratch on the Python standard library for a
+minute. Its figures say little about the loss of models that are trained for long.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tolhouse.integrations.attach import attach
+from tolhouse.testing import build_table
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from loadtest import tables
+
+CODECS = ("bf16", "int8", "int4")
+# Sizes of the public configs: layers, hidden size, tokens with per-layer embeddings. A layer has
+# 256 values.
+PUBLIC = {
+    "gemma4_e2b": (35, 1536, 262_144),
+    "gemma4_e4b": (42, 2560, 262_144),
+    "gemma3n_e2b": (30, 2048, 262_144),
+    "gemma3n_e4b": (35, 2048, 262_144),
+}
+PER_LAYER, BYTES = 256, 2  # values of a row per layer, bytes of a bfloat16
+END = 1
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "hidden_size_per_layer_input": 16,
+    "sliding_window": 8,
+    "eos_token_id": END,
+}
+
+
+def tiny_gemma(family: str, *, multimodal: bool = False, **sizes: Any) -> Any:
+    """A random model of family gemma4 or gemma3n: the text model with its head, or for gemma4 the
+    multimodal model without encoders."""
+    import transformers as hf
+
+    sizes = SIZES | sizes
+    size = sizes["vocab_size"]
+    if family == "gemma3n":
+        # As in the public models, the last tokens have no per-layer embedding.
+        more = {"vocab_size_per_layer_input": size - 10, "num_kv_shared_layers": 0}
+        sizes = {"num_hidden_layers": 5, "laurel_rank": 4} | more | sizes
+        model = hf.Gemma3nForCausalLM(hf.Gemma3nTextConfig(**sizes))
+    else:
+        kinds = ["sliding_attention", "full_attention"] * 3
+        more = {"global_head_dim": 32, "num_kv_shared_layers": 2, "layer_types": kinds}
+        sizes = {"num_hidden_layers": 6, "vocab_size_per_layer_input": size} | more | sizes
+        config = hf.Gemma4TextConfig(**sizes)
+        if multimodal:
+            media = {"image_token_id": 290, "video_token_id": 291, "audio_token_id": 292}
+            parts = {"vision_config": None, "audio_config": None}
+            whole = hf.Gemma4Config(text_config=config, **parts, **media)
+            model = hf.Gemma4ForConditionalGeneration(whole)
+        else:
+            model = hf.Gemma4ForCausalLM(config)
+    return model.eval()
+
+
+def saved(model: Any, path: Path, dtype: torch.dtype) -> Any:
+    """Give a model normal weights of standard deviation 0.3, save it, and load what was saved."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3, generator=generator)
+    model.to(dtype).save_pretrained(path)
+    return type(model).from_pretrained(path, dtype="auto").eval()
+
+
+@torch.no_grad()
+def answers(model: Any, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a padded batch, and its greedy continuation."""
+    ids = torch.randint(3, 280, (4, 16), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = ids[0, :5] = 0
+    given: dict[str, Any] = {"attention_mask": mask, "do_sample": False}
+    logits = model(ids, attention_mask=mask).logits
+    return logits, model.generate(ids, max_new_tokens=tokens, **given)
+
+
+def gemma_equal(family: str, tokens: int) -> float:
+    """The share of logits and tokens that are equal with rows over TCP, in two dtypes."""
+    shares = []
+    for dtype, codec in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        with tempfile.TemporaryDirectory() as folder:
+            path, url = Path(folder) / family, f"file://{folder}/tables"
+            model = saved(tiny_gemma(family), path, dtype)
+            wanted = answers(model, tokens)
+            build_table(path, url, codec=codec)
+            with tables.service(url, 1) as lookup:
+                attachment = attach(model, lookup.address, family)
+                found = answers(model, tokens)
+                attachment.detach()
+        pairs = zip(wanted, found, strict=True)
+        shares += [float((a == b).float().mean()) for a, b in pairs if a.shape == b.shape]
+    return min(shares) if len(shares) == 4 else 0.0
+
+
+def freed_gb(layers: int, hidden: int, vocabulary: int) -> float:
+    """Gigabytes of the table and the projection that a worker no longer holds, in bfloat16."""
+    return layers * PER_LAYER * (vocabulary + hidden) * BYTES / 1e9
+
+
+def train(model: Any, ids_WS: torch.Tensor, seconds: float) -> None:
+    """Train on windows of token ids for some seconds."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(0)
+    model.train()
+    started = time.monotonic()
+    bar = tqdm(desc="train", unit="step", leave=False)
+    while (spent := (time.monotonic() - started) / seconds) < 1:
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, 2 * (1 - spent))
+        chosen = ids_WS[torch.randint(len(ids_WS), (16,), generator=generator)]
+        loss = model(chosen, labels=chosen).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        bar.update()
+    model.eval()
+
+
+@torch.no_grad()
+def loss_of(model: Any, ids_WS: torch.Tensor) -> np.ndarray:
+    """Mean loss of each window, in nats per token."""
+    parts = []
+    for chosen in ids_WS.split(16):
+        logits = model(chosen).logits[:, :-1].float().flatten(0, 1)
+        losses = cross_entropy(logits, chosen[:, 1:].flatten(), reduction="none")
+        parts.append(losses.view(len(chosen), -1).mean(1))
+    return torch.cat(parts).double().numpy()
+
+
+def windows(*, held_out: bool, width: int, most: int) -> torch.Tensor:
+    """Windows [W, width] of the standard library in the tokens of models/demo-memory."""
+    from tolhouse.model.tokenizer import load_tokenizer
+    from tolhouse.train.corpus import documents, is_held_out, standard_library
+
+    file = Path(__file__).parent.parent / "models" / "demo-memory" / "tokenizer.json"
+    found = documents(standard_library())
+    texts = [text for name, text in found if is_held_out(name) == held_out]
+    encoded = load_tokenizer(file).encode_batch(texts[:: 1 if held_out else 4])
+    ids = torch.tensor([i for encoding in encoded for i in encoding.ids])
+    return ids.unfold(0, width, width)[:most]
+
+
+@contextmanager
+def attached(model: Any, url: str, table: str) -> Iterator[None]:
+    attachment = attach(model, url, table)
+    try:
+        yield
+    finally:
+        attachment.detach()
+
+
+def gemma_losses(seconds: float) -> dict[str, float]:
+    """The loss of a tiny trained Gemma 4 on held-out text, and what each codec adds to it."""
+    sizes = {"vocab_size": 8192, "hidden_size": 192, "intermediate_size": 512, "head_dim": 48}
+    more = {"num_attention_heads": 4, "hidden_size_per_layer_input": 64, "sliding_window": 64}
+    torch.manual_seed(0)
+    model = tiny_gemma("gemma4", **sizes, **more)
+    train(model, windows(held_out=False, width=129, most=20_000), seconds)
+    held_out = windows(held_out=True, width=129, most=128)
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path, url = Path(folder) / "gemma4", f"file://{folder}/tables"
+        model.save_pretrained(path)
+        model = type(model).from_pretrained(path, dtype="auto").eval()
+        exact = loss_of(model, held_out)
+        found["gemma_loss"] = round(float(exact.mean()), 4)
+        for codec in CODECS:
+            build_table(path, url, codec=codec, name=codec)
+            with attached(model, url, codec):
+                added = loss_of(model, held_out) - exact
+            error = added.std() / len(added) ** 0.5
+            print(f"  {codec:6} {added.mean():+.5f} ± {error:.5f} nats per token")
+            found[f"gemma_{codec}_loss"] = round(float(added.mean()), 5)
+    return found
+
+
+def measure(*, quick: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for family in ("gemma4", "gemma3n"):
+        found[f"{family}_equal"] = gemma_equal(family, 8 if quick else 64)
+        print(f"  {family:30}{found[f'{family}_equal']:.3f} of logits and tokens are equal")
+    for name, sizes in PUBLIC.items():
+        found[f"{name}_freed_gb"] = round(freed_gb(*sizes), 3)
+        print(f"  {name:30}{found[f'{name}_freed_gb']:.3f} GB leave the accelerator")
+    print("loss that codecs add to a tiny Gemma 4:")
+    return found | gemma_losses(20 if quick else 120)
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--quick", action="store_true", help="takes about a minute")
+    arguments = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    print(json.dumps(measure(quick=arguments.quick)))
+
+
+if __name__ == "__main__":
+    main()

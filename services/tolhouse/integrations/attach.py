@@ -1,0 +1,236 @@
+"""Makes a model of transformers read its rows from Tolhouse, in place of its own table.
+
+    from tolhouse.integrations.attach import attach
+
+    attachment = attach(model, rows="file://.tolhouse/tables", table="gemma-4-E2B-it")
+
+Each forward pass fetches the rows of its distinct tokens once, before the first layer runs.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tolhouse.client.client import Client
+from tolhouse.errors import InvalidArgumentError, MismatchError, NotFoundError
+from tolhouse.model.checkpoint import CONFIG
+from tolhouse.net.channel import Targets
+from tolhouse.sources.gemma import FINISHED, RAW, Gemma, blocks_of, vocabulary
+
+_SAMPLE = 32  # rows that are compared with those of the model
+_MOST_ERROR = 0.5  # of rows of low rank, relative to their norm
+_TABLE, _PROJECTION = "embed_tokens_per_layer", "per_layer_model_projection"
+_NORM = "per_layer_projection_norm"
+# Inputs of multimodal models, which the projection of a finished row has not seen.
+_MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "mm_encoder_outputs")
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Attachment:
+    """A model with rows from a table. `detach` ends this.
+
+    Attributes:
+        manifest: The table.
+        freed_bytes: The bytes of the weights that the model no longer holds.
+        fetched_rows: The number of rows fetched so far.
+    """
+
+    def __init__(self, model: Any, client: Client, table: str, checkpoint: str) -> None:
+        self._text, self._client = _text_model(model), client
+        self._checkpoint = checkpoint or model.config.name_or_path
+        config = self._config = self._text.config
+        self.manifest = client.describe(table)
+        layers = config.num_hidden_layers
+        self.is_finished = self.manifest.blocks == blocks_of(FINISHED, layers)
+        self._check_shape(layers)
+        names = (_TABLE, _PROJECTION, _NORM) if self.is_finished else (_TABLE,)
+        self._parts = {name: getattr(self._text, name) for name in names}
+        self._check_rows()
+        self.freed_bytes = self.fetched_rows = 0
+        self._largest_id = self.manifest.vocab_size - 1
+        self._hooks = []
+        if self._text is not model and self.is_finished:
+            for module in model.modules():
+                if getattr(module, "language_model", None) is self._text:
+                    hook = module.register_forward_pre_hook(self._refuse_media, with_kwargs=True)
+                    self._hooks.append(hook)
+                    # Other parts of the model embed the ids of media.
+                    self._largest_id = config.vocab_size_per_layer_input - 1
+        for name, part in self._parts.items():
+            self.freed_bytes += sum(p.nbytes for p in part.parameters() if not p.is_meta)
+            part.weight = nn.Parameter(part.weight.to("meta"), requires_grad=False)
+            setattr(self._text, name, None)
+        self._text.get_per_layer_inputs = self.get_per_layer_inputs
+        if self.is_finished:
+            self._text.project_per_layer_inputs = self.project_per_layer_inputs
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Fetch the rows of `ids`, of any shape, as [*ids.shape, L, P] on their device."""
+        distinct, where = torch.unique(ids, return_inverse=True)
+        on_host = distinct.cpu().numpy()
+        self.fetched_rows += len(on_host)
+        return _staged(self._client.fetch(self.manifest, on_host), ids.device)[where]
+
+    @torch.compiler.disable
+    def get_per_layer_inputs(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        """Replace the text model's method of this name."""
+        if input_ids is None:
+            raise InvalidArgumentError("rows are looked up by token id: give `input_ids`")
+        if self.is_finished and int(input_ids.max()) > self._largest_id:
+            largest = f"the largest id of text is {self._largest_id}"
+            raise InvalidArgumentError(f"token {int(input_ids.max())} stands for media: {largest}")
+        return self.rows(input_ids).to(self._text.embed_tokens.weight.dtype)
+
+    def project_per_layer_inputs(
+        self, inputs_embeds: Tensor, per_layer_inputs: Tensor | None = None
+    ) -> Tensor:
+        """Replace the text model's method of this name: finished rows contain the projection."""
+        if per_layer_inputs is None:
+            raise InvalidArgumentError("rows are looked up by token id: give `input_ids`")
+        return per_layer_inputs.to(inputs_embeds.device)
+
+    def detach(self, checkpoint: str = "") -> None:
+        """Give the model its own weights again, and close the row source.
+
+        Args:
+            checkpoint: The folder of the model. Default: as given to `attach`.
+
+        Raises:
+            NotFoundError: The folder has no weights.
+            InvalidArgumentError: Its weights lack a tensor, or have one of another shape.
+        """
+        source = self._source(checkpoint)
+        place = self._text.embed_tokens.weight
+        for name, part in self._parts.items():
+            weight = source.tensor(f"{name}.weight")
+            if weight.shape != part.weight.shape:
+                shapes = f"{list(weight.shape)} instead of {list(part.weight.shape)}"
+                raise InvalidArgumentError(f"{source.path}: {name}.weight has shape {shapes}")
+            weight = weight.to(place.device, place.dtype)
+            part.weight = nn.Parameter(weight, requires_grad=False)
+            setattr(self._text, name, part.to(place.device))
+        for name in ("get_per_layer_inputs", "project_per_layer_inputs"):
+            self._text.__dict__.pop(name, None)
+        for hook in self._hooks:
+            hook.remove()
+        self._client.close()
+
+    def _source(self, checkpoint: str = "") -> Gemma:
+        folder = Path(checkpoint or self._checkpoint)
+        if not (folder / CONFIG).is_file():
+            need = f"{folder} is not the folder of a model: give `checkpoint`"
+            raise NotFoundError(f"the weights of the model are needed, and {need}")
+        return Gemma(folder, self.manifest.blocks)
+
+    def _check_shape(self, layers: int) -> None:
+        manifest, width = self.manifest, self._config.hidden_size_per_layer_input
+        size = vocabulary(self._config.to_dict())
+        allowed = [blocks_of(kind, layers) for kind in (FINISHED, RAW)]
+        if manifest.blocks in allowed and (manifest.width, manifest.vocab_size) == (width, size):
+            return
+        first, count = manifest.blocks[0], manifest.num_blocks
+        has = f"{count} blocks {first} … of {manifest.width} values, {manifest.vocab_size} tokens"
+        needs = f"{layers} blocks {FINISHED}.0 … or {RAW}.0 … of {width} values, {size} tokens"
+        raise MismatchError(f"table {manifest.ref} has {has}; the model needs {needs}")
+
+    @torch.no_grad()
+    def _check_rows(self) -> None:
+        """Compare some rows with those of the model.
+
+        Raises MismatchError if the table was built from a model with other rows.
+        """
+        manifest, text = self.manifest, self._text
+        random = np.random.default_rng(int(manifest.version, 16))
+        unchanged = np.setdiff1d(np.arange(manifest.vocab_size), manifest.changed)
+        ids = random.choice(unchanged, min(_SAMPLE, len(unchanged)), replace=False)
+        if any(p.is_meta for part in self._parts.values() for p in part.parameters()):
+            own = self._source().rows(ids)
+        else:
+            tokens = torch.from_numpy(ids)[None].to(text.embed_tokens.weight.device)
+            rows = text.get_per_layer_inputs(tokens)
+            if self.is_finished:
+                rows = text.project_per_layer_inputs(text.embed_tokens(tokens), rows)
+            own = rows[0].float().cpu().numpy()
+        stored = self._client.fetch(manifest, ids).astype(np.float32)
+        largest = np.abs(own).max(axis=-1, keepdims=True)
+        rounding = 4 * torch.finfo(text.embed_tokens.weight.dtype).eps
+        allowed = (manifest.codec.relative_error + rounding) * largest + manifest.codec.step
+        if manifest.basis:  # rows of low rank are approximations
+            same = np.linalg.norm(stored - own) < _MOST_ERROR * np.linalg.norm(own)
+        else:
+            same = bool((np.abs(stored - own) <= allowed + 1e-5 * largest).all())
+        if not same:
+            advice = "build the table from the checkpoint of this model"
+            raise MismatchError(f"table {manifest.ref} has rows of another model: {advice}")
+
+    def _refuse_media(self, _: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        media = ((name, inputs.get(name)) for name in _MEDIA)
+        # `generate` passes an empty dict of encoder outputs for text.
+        if given := [name for name, value in media if not (value is None or value == {})]:
+            advice = "finished rows serve text only; build the table with --rows raw"
+            raise InvalidArgumentError(f"`{given[0]}` cannot be used: {advice}")
+
+
+def attach(
+    model: nn.Module,
+    rows: Targets,
+    table: str,
+    *,
+    checkpoint: str = "",
+    timeout: float = 10.0,
+    **credentials: Any,
+) -> Attachment:
+    """Make `model` read its per-layer inputs from a table, and free its own table.
+
+    With finished rows, the projection `per_layer_model_projection` is freed as well, and the model
+    takes text only. Generation, batches, padding, caches and sampling work as before. The state
+    dict of the model lacks the freed weights until `detach`.
+
+    Args:
+        model: A text model or a multimodal model of Gemma 3n or Gemma 4. Its table may be on the
+            meta device or offloaded.
+        rows: `"file://PATH"`, `"redis://HOST:PORT"` or `"HOST:PORT"` of a lookup service.
+        table: `"name@version"`, or `"name"` for the version that is published now.
+        checkpoint: The folder of the model, which `detach` needs, and `attach` if the table is on
+            the meta device. Default: the folder that the model was loaded from.
+        timeout: Seconds that a fetch may take.
+        credentials: Fields of `ClientCredentials`, such as `tls_ca` and `token`.
+
+    Raises:
+        InvalidArgumentError: The model has no per-layer embeddings.
+        NotFoundError: There is no such table.
+        MismatchError: The table has other blocks, another vocabulary, or rows of another model.
+        UnavailableError: The row source cannot be reached.
+    """
+    _text_model(model)
+    client = Client(rows, timeout, **credentials)
+    try:
+        return Attachment(model, client, table, checkpoint)
+    except BaseException:
+        client.close()
+        raise
+
+
+def _text_model(model: nn.Module) -> Any:
+    """Return the part of `model` with per-layer embeddings."""
+    for module in model.modules():
+        if isinstance(getattr(module, _TABLE, None), nn.Module):
+            return module
+    if any(hasattr(module, _TABLE) for module in model.modules()):
+        raise InvalidArgumentError("the model has rows from a table already: detach it first")
+    allowed = "models of Gemma 3n and Gemma 4 with per-layer embeddings"
+    raise InvalidArgumentError(f"{type(model).__name__} has no rows to replace; allowed: {allowed}")
+
+
+def _staged(rows: np.ndarray, device: torch.device) -> Tensor:
+    """Copy rows to `device`, through pinned memory if it is a GPU."""
+    dtype = _DTYPES[rows.dtype.name]
+    out = torch.empty(rows.shape, dtype=dtype, pin_memory=device.type == "cuda")
+    np.copyto(out.view(torch.uint8).numpy(), rows.view(np.uint8))
+    return out.to(device, non_blocking=True)
