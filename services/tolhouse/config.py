@@ -159,6 +159,23 @@ class BuildConfig(TableConfig):
     ray_wait_seconds: float = option(10, "Time to wait for a free core of the cluster.", ge=0)
 
 
+class ImportConfig(StoreConfig):
+    """Options of `tolhouse import tensor`."""
+
+    prefix = "IMPORT"
+
+    blocks: int = option(1, "Number of blocks of a row, all of equal width.", ge=1)
+    block_prefix: str = option("block", "Blocks are named PREFIX.0, PREFIX.1 and so on.")
+    name: str = option("", "Name of the table. Default: the name of the file or folder.")
+    codec: Literal["auto", "fp32", "fp16", "bf16", "int8", "int4"] = option(
+        "auto", "Codec of the rows; auto: that of the tensor's type, without loss."
+    )
+    shards: int = option(0, "Number of shards; 0: 64, or more for at most 128 MB a shard.", ge=0)
+    publish: bool = option(False, "Publish the table after it is verified.")
+    verify_rows: int = option(64, "Number of random rows to read again and compare.", ge=1)
+    store_timeout_seconds: float = option(10, "Timeout of one reply of Redis.", gt=0)
+
+
 class CompressConfig(TableConfig):
     prefix = "COMPRESS"
 

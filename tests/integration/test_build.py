@@ -306,7 +306,8 @@ def test_the_manifest_lists_the_corpus_tokens_by_frequency(
     counted, uncounted = manifests
     assert counted.shards == uncounted.shards
     usual = with_frequent(checkpoint, uncounted, "")
-    ids = checkpoint.tokenizer().encode((corpus / "a.txt").read_text(encoding="utf-8")).ids
+    tokenizer = open_checkpoint(checkpoint).tokenizer()
+    ids = tokenizer.encode((corpus / "a.txt").read_text(encoding="utf-8")).ids
     counts = {i: ids.count(i) for i in ids}
     assert sorted(counts, key=lambda i: (-counts[i], i)) == list(counted.frequent)
     assert len(counted.frequent) < len(usual.frequent) <= usual.vocab_size

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache
 from operator import ne
@@ -120,38 +120,49 @@ def build_shards(
     checkpoint: str, manifest: Manifest, shards: list[int], stores: tuple[str, ...], timeout: float
 ) -> list[tuple[str, bool]]:
     """Write shards to every store. Return their digests and whether each was computed."""
+    opened = [_store(url, timeout) for url in stores]
 
-    def compute(shard: int) -> np.ndarray:
-        ids = manifest.shard_ids(shard)
-        records = np.empty((len(ids), manifest.record_bytes), np.uint8)
-        for part, rows in source_of(checkpoint, manifest.model_id, manifest.blocks).batches(ids):
-            records[part] = manifest.encode(ids[part], rows)
-        return records
+    def source() -> SourceModel:  # loaded only if a shard must be computed
+        return source_of(checkpoint, manifest.model_id, manifest.blocks)
 
-    return write_shards([_store(url, timeout) for url in stores], manifest, shards, compute)
+    return write_shards(opened, manifest, shards, lambda s: _records(source(), manifest, s))
+
+
+def _records(source: SourceModel, manifest: Manifest, shard: int) -> np.ndarray:
+    ids = manifest.shard_ids(shard)
+    records = np.empty((len(ids), manifest.record_bytes), np.uint8)
+    for part, rows in source.batches(ids):
+        records[part] = manifest.encode(ids[part], rows)
+    return records
 
 
 def verify(checkpoint: str, manifest: Manifest, url: str, ids: np.ndarray, timeout: float) -> None:
-    """Compare the rows of `ids` in a store with the rows of the model.
+    """Compare the rows of `ids` in a store with the rows of the model. See `verify_source`."""
+    source = source_of(checkpoint, manifest.model_id, manifest.blocks)
+    verify_source(source, manifest, _store(url, timeout), ids)
+
+
+def verify_source(source: SourceModel, manifest: Manifest, store: Store, ids: np.ndarray) -> None:
+    """Compare the rows of `ids` in a store with the rows of the source.
 
     Raises CorruptError unless the store has a row for each token, and MismatchError if a row
     differs.
     """
-    store, codec = _store(url, timeout), manifest.codec
+    codec = manifest.codec
     counted = sum(store.count(manifest, shard) for shard in range(manifest.num_shards))
     if counted != manifest.num_records:
         raise CorruptError(
-            f"{url} holds {counted} of {manifest.num_records} rows of {manifest.ref}"
+            f"{store.url} holds {counted} of {manifest.num_records} rows of {manifest.ref}"
         )
     stored = store.rows(manifest, ids)
-    fresh = source_of(checkpoint, manifest.model_id, manifest.blocks).rows(ids)
+    fresh = source.rows(ids)
     # On another machine the order of additions may differ, and with it the last bits of float32.
     largest = np.abs(fresh).max(axis=-1, keepdims=True)
     allowed = (codec.relative_error + 1e-5) * largest + codec.step + 1e-12
     wrong = np.flatnonzero((np.abs(stored - fresh) > allowed).any(axis=(1, 2)))
     if len(wrong):
         row = f"the row of token {ids[wrong[0]]} of {manifest.ref}"
-        raise MismatchError(f"{url}: {row} is not what the model computes")
+        raise MismatchError(f"{store.url}: {row} is not what the model computes")
 
 
 _store = lru_cache(maxsize=4)(open_store)
@@ -167,6 +178,14 @@ def source_of(checkpoint: str, model_id: str, blocks: tuple[str, ...]) -> Source
     if source.model_id() != model_id:
         raise MismatchError(f"checkpoint {checkpoint} is not the one that this build began with")
     return source
+
+
+def with_stored_shards(planned: Manifest, stores: Sequence[Store]) -> Manifest:
+    """Return the planned table with the number of shards of the same table in a store, if any."""
+    for store in stores:
+        with suppress(NotFoundError, CorruptError):
+            planned = replace(planned, num_shards=store.manifest(planned.ref).num_shards)
+    return planned
 
 
 def find_whole(stores: Sequence[Store], planned: Manifest) -> Manifest | None:
@@ -232,9 +251,7 @@ def build(
                     digests[shard] = digest
                     computed += new
                     bar.update(len(planned.shard_ids(shard)))
-        random = np.random.default_rng(int(planned.version, 16))
-        sample = random.choice(vocabulary, min(verify_rows, vocabulary), replace=False)
-        sample = np.sort(sample).astype(np.uint32)
+        sample = _sample(planned, verify_rows)
         for url in stores:
             _get(ray, verify_task.remote(path, planned, url, sample, timeout))
     manifest = commit(opened, planned, digests)
@@ -242,6 +259,33 @@ def build(
         store.close()
     event("built", table=manifest.ref, shards_computed=computed, shards_kept=count - computed)
     return manifest
+
+
+def copy(
+    source: SourceModel, planned: Manifest, stores: Sequence[Store], verified: int
+) -> Manifest:
+    """Write the planned table in this process, verify it, and return its manifest.
+
+    Complete shards are kept, as by `build`. This is for sources that read rows and compute none.
+    """
+    for store in stores:
+        refuse_another(store, planned)
+    look = {"desc": f"import {planned.name}", "unit": "shard", "disable": None}
+    shards = tqdm(range(planned.num_shards), dynamic_ncols=True, **look)
+    written = write_shards(stores, planned, shards, lambda s: _records(source, planned, s))
+    for store in stores:
+        verify_source(source, planned, store, _sample(planned, verified))
+    manifest = commit(stores, planned, [digest for digest, _ in written])
+    computed = sum(new for _, new in written)
+    kept = planned.num_shards - computed
+    event("imported", table=manifest.ref, shards_copied=computed, shards_kept=kept)
+    return manifest
+
+
+def _sample(planned: Manifest, count: int) -> np.ndarray:
+    """Return the ids of `count` random rows, or of all rows if there are fewer."""
+    random, size = np.random.default_rng(int(planned.version, 16)), planned.vocab_size
+    return np.sort(random.choice(size, min(count, size), replace=False)).astype(np.uint32)
 
 
 def _get(ray: Any, reference: Any) -> Any:

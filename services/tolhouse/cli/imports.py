@@ -1,10 +1,13 @@
 """The commands `tolhouse import …`, which convert files of other formats."""
 
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import click
 
-from tolhouse.cli.options import Commands
+from tolhouse import config
+from tolhouse.cli.options import Commands, options, stores_of
 
 
 @click.group("import", cls=Commands)
@@ -31,3 +34,46 @@ def import_gguf(file: Path, out: Path, dtype: str) -> None:
 
     gguf.import_gguf(file, out, dtype, progress=True)
     click.echo(out)
+
+
+@import_.command("tensor")
+@click.argument("place", metavar="FILE|FOLDER|URL")
+@click.argument("tensor")
+@options(config.ImportConfig)
+def import_tensor(settings: config.ImportConfig, place: str, tensor: str) -> None:
+    """Make a table of TENSOR, a matrix [V, blocks * width] in safetensors files, row by row.
+
+    A folder holds model.safetensors, or several files and their index. URLs are those that fsspec
+    reads, such as s3://, gs:// and hf://, if the package of the protocol is installed. The tensor
+    is then first copied to the folder of temporary files. Memory stays below a few shards. A
+    command that is started again keeps the shards that it has written.
+
+    \b
+      tolhouse import tensor hf://OWNER/MODEL model.moe_table.weight --blocks 48 --name mole
+    """
+    from tqdm import tqdm
+
+    from tolhouse.build import job
+    from tolhouse.sources.tensor import TensorRows, local_copy
+    from tolhouse.store import registry
+    from tolhouse.store.base import open_store
+
+    bar = partial(tqdm, desc="download", unit="B", unit_scale=True, disable=None)
+    with ExitStack() as stack:
+        urls = stores_of(settings)
+        is_url = "://" in place
+        local = stack.enter_context(local_copy(place, tensor, bar)) if is_url else Path(place)
+        source = TensorRows(local, tensor, settings.blocks, settings.block_prefix)
+        codec = source.codec_name if settings.codec == "auto" else settings.codec
+        planned = job.plan(source, settings.name, codec, settings.shards)
+        rows = f"{planned.vocab_size} rows of {planned.record_bytes} bytes"
+        click.echo(f"{planned.ref}: {rows}, {planned.table_bytes / 1e6:.1f} MB", err=True)
+        stores = [open_store(url, settings.store_timeout_seconds) for url in urls]
+        for store in stores:
+            stack.callback(store.close)
+        planned = job.with_stored_shards(planned, stores) if not settings.shards else planned
+        made = job.find_whole(stores, planned)
+        made = made or job.copy(source, planned, stores, settings.verify_rows)
+        for store in stores if settings.publish else ():
+            registry.publish(store, made.ref)
+    click.echo(made.ref)

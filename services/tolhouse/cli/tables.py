@@ -66,9 +66,7 @@ def build(settings: config.BuildConfig, checkpoint: Path) -> None:
     for risk in filter(None, (store.risk() for store in stores)):
         event(risk, logging.WARNING)
     new_in = [s for s in stores if registry.is_new(s, planned)]
-    for s in stores if not settings.shards else ():
-        with suppress(NotFoundError, CorruptError):  # a stored table keeps its shards
-            planned = replace(planned, num_shards=s.manifest(planned.ref).num_shards)
+    planned = job.with_stored_shards(planned, stores) if not settings.shards else planned
     counted = (
         job.with_frequent(checkpoint, planned, settings.corpus) if settings.corpus else planned
     )

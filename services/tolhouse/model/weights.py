@@ -22,7 +22,7 @@ from tolhouse.files import read_json
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_HEADER_BYTES = 100_000_000  # the longest header that safetensors writes
+HEADER_BYTES = 100_000_000  # the longest header that safetensors writes
 _READ_BYTES = 1 << 24  # the size of reads for hashes and comparisons
 _UNUSED = re.compile(r"(.*\.)?rotary_emb\.\w+")  # buffers in files of old transformers
 _WRAPPERS = re.compile(r"((_orig_mod|module)\.)+")  # prefixes of torch.compile and of DDP
@@ -84,6 +84,22 @@ class Weights:
         parts = [file.chunks(stored) for file, stored in (self._places[one], self._places[other])]
         return all(left == right for left, right in zip(*parts, strict=True))
 
+    def expect(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise InvalidArgumentError unless there is a float tensor of this name and shape."""
+        found = self.tensors.get(name)
+        if found is None:
+            raise InvalidArgumentError(f"{self.path} lacks {name}, of shape {list(shape)}")
+        if found.shape != shape or found.dtype not in DTYPES:
+            wanted = f"expected is {list(shape)} of {', '.join(DTYPES)}"
+            raise InvalidArgumentError(
+                f"{self.path}: {name} is {list(found.shape)} of {found.dtype}; {wanted}"
+            )
+
+    def tensor_digest(self, name: str) -> str:
+        """Return a hash of a tensor's dtype, shape and bytes. Raises MismatchError like `read`."""
+        file, stored = self._places[name]
+        return file.tensor_digest(stored)
+
     def digest(self) -> str:
         """Return a hash of all files, as 64 hex digits.
 
@@ -112,14 +128,14 @@ class WeightsFile:
             self._descriptor = os.open(path, os.O_RDONLY)
             self._stat = self._now()
             size = int.from_bytes(start := os.pread(self._descriptor, 8, 0), "little")
-            text = os.pread(self._descriptor, min(size, _HEADER_BYTES), 8)
+            text = os.pread(self._descriptor, min(size, HEADER_BYTES), 8)
         except OSError as error:
-            raise self._malformed(error.strerror or str(error)) from None
+            raise _malformed(path, error.strerror or str(error)) from None
         if start == b"version ":
-            raise self._malformed("it is a Git LFS pointer; run `git lfs pull`")
+            raise _malformed(path, "it is a Git LFS pointer; run `git lfs pull`")
         if len(text) != size:
-            raise self._malformed("the file or its header is truncated")
-        self.tensors = self._parsed(text)
+            raise _malformed(path, "the file or its header is truncated")
+        self.tensors = parse_header(text, self._stat[0], path)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if self._descriptor >= 0:
@@ -153,6 +169,14 @@ class WeightsFile:
             size = min(_READ_BYTES, tensor.bytes - done)
             yield os.pread(self._descriptor, size, tensor.start + done)
         self.check()
+
+    def tensor_digest(self, name: str) -> str:
+        """Return a hash of a tensor's dtype, shape and bytes. Raises MismatchError like `read`."""
+        tensor = self.tensors[name]
+        digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+        for chunk in self.chunks(name):
+            digest.update(chunk)
+        return digest.hexdigest()
 
     def digest(self) -> str:
         """Return the SHA-256 of the file, as 64 hex digits. Raises MismatchError like `read`."""
@@ -194,33 +218,48 @@ class WeightsFile:
             at += len(part)
         return digest.hexdigest()
 
-    def _parsed(self, text: bytes) -> dict[str, StoredTensor]:
-        """Parse the tensors in a header. They must fill the rest of the file."""
-        first, tensors = 8 + len(text), {}
-        try:
-            header: dict[str, Any] = json.loads(text)
-            for name, about in header.items():
-                if name == "__metadata__":
-                    continue
-                start, end = map(int, about["data_offsets"])
-                shape = tuple(map(int, about["shape"]))
-                tensors[name] = StoredTensor(str(about["dtype"]), shape, first + start, end - start)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise self._malformed("its header is malformed") from None
-        at = first
-        for name, tensor in sorted(tensors.items(), key=lambda item: item[1][2:]):
-            size = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 0
-            if tensor.start != at or tensor.bytes < 0 or min(tensor.shape, default=0) < 0:
-                raise self._malformed(f"tensor {name} overlaps another, or leaves a gap")
-            if size and tensor.bytes != math.prod(tensor.shape) * size:
-                raise self._malformed(f"tensor {name} has {tensor.bytes} bytes")
-            at += tensor.bytes
-        if at != self._stat[0]:
-            raise self._malformed(f"it has {self._stat[0]} bytes, and its tensors end at {at}")
-        return tensors
 
-    def _malformed(self, why: str) -> InvalidArgumentError:
-        return InvalidArgumentError(f"{self.path} is not a safetensors file: {why}")
+def parse_header(text: bytes, size: int, where: str | Path) -> dict[str, StoredTensor]:
+    """Parse the tensors in the header of a safetensors file of `size` bytes.
+
+    Raises InvalidArgumentError unless they fill the rest of the file.
+    """
+    first, tensors = 8 + len(text), {}
+    try:
+        header: dict[str, Any] = json.loads(text)
+        for name, about in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = map(int, about["data_offsets"])
+            shape = tuple(map(int, about["shape"]))
+            tensors[name] = StoredTensor(str(about["dtype"]), shape, first + start, end - start)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise _malformed(where, "its header is malformed") from None
+    at = first
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1][2:]):
+        width = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 0
+        if tensor.start != at or tensor.bytes < 0 or min(tensor.shape, default=0) < 0:
+            raise _malformed(where, f"tensor {name} overlaps another, or leaves a gap")
+        if width and tensor.bytes != math.prod(tensor.shape) * width:
+            raise _malformed(where, f"tensor {name} has {tensor.bytes} bytes")
+        at += tensor.bytes
+    if at != size:
+        raise _malformed(where, f"it has {size} bytes, and its tensors end at {at}")
+    return tensors
+
+
+def parse_index(index: Any, path: str | Path) -> dict[str, str]:
+    """Return the file name of each tensor in the JSON of model.safetensors.index.json."""
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    named = re.compile(r"[^/\\]+\.safetensors").fullmatch
+    if not (files and isinstance(files, dict) and all(named(str(f)) for f in files.values())):
+        expected = "a weight_map from tensors to .safetensors files of its folder"
+        raise InvalidArgumentError(f"{path} must have {expected}")
+    return files
+
+
+def _malformed(where: str | Path, why: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{where} is not a safetensors file: {why}")
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -234,12 +273,7 @@ def _read_index(folder: Path) -> dict[str, str]:
         others = ", ".join(sorted(p.name for p in folder.iterdir() if p.suffix in unsafe))
         hint = others and f"; {others} can run code when loaded and is refused: convert it"
         raise NotFoundError(f"checkpoint {folder} has no {WEIGHTS}{hint}")
-    index = read_json(path)
-    files = index.get("weight_map") if isinstance(index, dict) else None
-    named = re.compile(r"[^/\\]+\.safetensors").fullmatch
-    if not (files and isinstance(files, dict) and all(named(str(f)) for f in files.values())):
-        expected = "a weight_map from tensors to .safetensors files of its folder"
-        raise InvalidArgumentError(f"{path} must have {expected}")
+    files = parse_index(read_json(path), path)
     if missing := sorted({f for f in files.values() if not (folder / f).is_file()}):
         more = f" and {len(missing) - 1} more files" if missing[1:] else ""
         message = f"checkpoint {folder} lacks {missing[0]}{more}"

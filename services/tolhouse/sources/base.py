@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -63,14 +63,22 @@ def _gemma(path: Path, blocks: Iterable[str]) -> SourceModel:
     return Gemma(path, blocks)
 
 
+def _mole(path: Path, blocks: Iterable[str]) -> SourceModel:
+    from tolhouse.sources.mole import Mole
+
+    return Mole(path, blocks)
+
+
+# by `model_type`, or by one of `architectures`: the configs of MoLE are LLaMA's
 _OPENERS: dict[str, Callable[[Path, Iterable[str]], SourceModel]] = {
     "memoryllm": _memoryllm,
     **dict.fromkeys(("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"), _gemma),
+    "MoleForCausalLM": _mole,
 }
 
 
 def open_source(path: str | Path, blocks: Iterable[str] = ()) -> SourceModel:
-    """Open the source model in a folder by `model_type` of its config.json.
+    """Open the source model in a folder by `model_type` or `architectures` of its config.json.
 
     Without `blocks`, the source has the blocks of a default table. Raises NotFoundError if a file
     is missing, and InvalidArgumentError for an architecture without a source model.
@@ -84,8 +92,10 @@ def open_source(path: str | Path, blocks: Iterable[str] = ()) -> SourceModel:
     if not (folder / "config.json").is_file():
         raise NotFoundError(f"checkpoint {folder} has no config.json")
     config = read_json(folder / "config.json")
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    opener = _OPENERS.get(kind) if isinstance(kind, str) else None
+    about: dict[str, Any] = config if isinstance(config, dict) else {}
+    kind, classes = about.get("model_type"), about.get("architectures")
+    named = map(str, (*(classes if isinstance(classes, list) else ()), kind))
+    opener = next((_OPENERS[name] for name in named if name in _OPENERS), None)
     if opener is None:
         allowed = ", ".join(map(repr, _OPENERS))
         message = f"{folder / 'config.json'}: model_type {kind!r:.60} has no rows that can be built"
