@@ -1,0 +1,286 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tolhouse.client.client import Client
+from tolhouse.errors import InvalidArgumentError, TolhouseError
+from tolhouse.integrations.train import ModelOptions, Options
+from tolhouse.integrations.train import train as run_training
+from tolhouse.integrations.transformers import MemoryLLMForCausalLM
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.config import RopeScaling
+from tolhouse.model.generate import greedy
+from tolhouse.model.transformer import NoCache
+from tolhouse.testing import build_table, tiny_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    Trainer,
+    TrainingArguments,
+)
+
+PROMPTS = ["def add(a, b):", "class"]
+LLAMA3 = RopeScaling(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+# kind, beta, fields
+KINDS = [
+    ("memory", 0, {}),
+    ("memory", 0, {"tie_word_embeddings": False, "rope_theta": 50_000.0}),
+    ("flex", 2, {}),
+    ("flex", 1, {"ffn_c": "swiglu"}),
+    ("wide", 0, {}),
+    ("base", 0, {"eos_token_id": (0, 1)}),
+    ("memory", 0, {"num_key_value_heads": 2, "head_dim": 32, "qk_norm": True, "qkv_bias": True}),
+    ("flex", 3, {"num_key_value_heads": 1, "rope_scaling": LLAMA3}),
+]
+IDS = torch.arange(60).view(2, 30) * 7 % 300
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "memory", tie_word_embeddings=False)
+
+
+def load(path: Path, **options) -> MemoryLLMForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+
+
+def own_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    model, (batch, length) = open_checkpoint(path).model(), ids.shape
+    positions, flat = torch.arange(length).repeat(batch), ids.flatten()
+    with torch.inference_mode():
+        logits = model(flat, positions, NoCache(length), model.rows(flat))
+    return logits.view(batch, length, -1)
+
+
+@pytest.mark.parametrize(("kind", "beta", "fields"), KINDS)
+def test_equal_to_own_model(tmp_path, kind, beta, fields):
+    """Logits, greedy texts of padded batches, and a saved copy equal those of our own model."""
+    path, saved = tiny_model(tmp_path / "model", kind, beta, **fields), tmp_path / "saved"
+    model, own = load(path), open_checkpoint(path)
+    with torch.inference_mode():
+        assert (model(IDS).logits - own_logits(path, IDS)).abs().max() <= 1e-5
+
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    texts = model.generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    for prompt, ids in zip(PROMPTS, texts[:, batch.input_ids.shape[1] :].tolist(), strict=True):
+        expected = []
+        for token in greedy(own.model(), tokenizer(prompt).input_ids, 8, ignore_eos=True):
+            if token in own.config.end_token_ids:
+                break
+            expected.append(token)
+        assert expected == ids[: len(expected)]
+
+    model.save_pretrained(saved, max_shard_size="200KB")
+    tokenizer.save_pretrained(saved)
+    copy = open_checkpoint(saved)
+    assert own.config == copy.config
+    assert len(list(saved.glob("model-*.safetensors"))) > 1
+    assert torch.equal(own_logits(path, IDS), own_logits(saved, IDS))
+
+
+def test_save_takes_build(folder, tmp_path):
+    """A saved model can be built, and the model takes its rows from the table."""
+    model, store = load(folder), f"file://{tmp_path}/tables"
+    model.save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    table = build_table(tmp_path / "saved", store, name="saved")
+    with torch.inference_mode():
+        expected, rows = model(IDS).logits, model.rows_of(IDS)
+        with Client(store) as client:
+
+            def fetched(ids: torch.Tensor) -> torch.Tensor:
+                blocks = client.fetch(table, ids.flatten().numpy()).astype(np.float32)
+                return torch.from_numpy(blocks).view(*ids.shape, *blocks.shape[1:]).movedim(2, 0)
+
+            x0_and_rows = fetched(IDS)
+            assert torch.allclose(rows, x0_and_rows[1:], atol=1e-5)
+            for layer in model.model.layers:
+                layer.ffn_m = None
+            model.model.row_source = fetched
+            assert torch.allclose(expected, model(IDS).logits, atol=1e-4)
+            assert torch.equal(x0_and_rows, model.rows_of(IDS))
+    embeddings = torch.zeros(1, 3, model.config.hidden_size)
+    with pytest.raises(InvalidArgumentError, match="give input_ids"):
+        model(inputs_embeds=embeddings)
+
+
+def test_attention_and_caches(folder):
+    """Eager and SDPA attention agree, with and without a cache, and with embeddings as input."""
+    sdpa, eager = load(folder), load(folder, attn_implementation="eager")
+    with torch.inference_mode():
+        expected = sdpa(IDS).logits
+        assert torch.allclose(expected, eager(IDS).logits, atol=1e-4)
+        embeddings = sdpa.get_input_embeddings()(IDS)
+        assert torch.allclose(expected, sdpa(inputs_embeds=embeddings).logits, atol=1e-4)
+        cache = DynamicCache(config=sdpa.config)
+        parts = [sdpa(part, cache=cache).logits for part in IDS.split((20, 1, 9), dim=1)]
+        assert torch.allclose(expected, torch.cat(parts, dim=1), atol=1e-4)
+        last = sdpa(IDS, logits_to_keep=1, output_hidden_states=True)
+        assert torch.allclose(expected[:, -1:], last.logits, atol=1e-4)
+        assert [IDS.shape] * 5 == [state.shape[:2] for state in last.hidden_states]
+        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        dynamic = sdpa.generate(IDS, **options)
+        assert torch.equal(dynamic, sdpa.generate(IDS, **options, use_cache=False))
+        assert torch.equal(dynamic, sdpa.generate(IDS, **options, cache_implementation="static"))
+        assert (2, 36) == sdpa.generate(IDS, **options, num_beams=3).shape
+        sampled = {"max_new_tokens": 6, "do_sample": True, "top_k": 5}
+        assert sdpa.generate(IDS, **sampled).shape[1] > 30
+
+
+def test_gradient_checkpointing(folder):
+    """Checkpointed layers give the gradients of all weights, FFN-M included."""
+    model = load(folder).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().max() > 0
+        assert torch.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft uses it
+def test_lora_with_the_trainer(folder, tmp_path):
+    """The Trainer fits a LoRA adapter, which can be loaded and merged into a checkpoint."""
+    targets = ["q_proj", "v_proj", "gate_proj"]
+    model = get_peft_model(load(folder), LoraConfig(r=4, target_modules=targets))
+    data = [{"input_ids": row, "labels": row} for row in IDS for _ in range(4)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        activation_checkpointing=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+
+    tuned = PeftModel.from_pretrained(load(folder), tmp_path / "adapter").eval()
+    merged = tuned.merge_and_unload()
+    with torch.inference_mode():
+        logits = merged(IDS).logits
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "merged")
+    assert (logits - own_logits(tmp_path / "merged", IDS)).abs().max() <= 1e-4
+    assert not torch.allclose(logits, own_logits(folder, IDS), atol=1e-2)
+
+
+def test_dispatch_and_offload(folder, tmp_path):
+    """accelerate can keep layers on disk, and the logits stay equal."""
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+    model = load(folder, device_map=places, offload_folder=tmp_path)
+    assert model.model.layers[1].ffn_m.norm.weight.is_meta
+    with torch.inference_mode():
+        assert torch.allclose(load(folder)(IDS).logits, model(IDS).logits, atol=1e-5)
+
+
+def test_initialisation(folder):
+    """A model from a config has the standard deviations of `tolhouse train`."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    layer = model.model.layers[0]
+    assert abs(layer.ffn_m.mlp.up_proj.weight.std().item() - 0.02) < 1e-3
+    assert abs(layer.ffn_m.mlp.down_proj.weight.std().item() - 0.02 / 8**0.5) < 1e-3
+    assert torch.equal(layer.input_layernorm.weight, torch.ones(96))
+
+
+def test_unsupported_config(folder, tmp_path):
+    """A config that asks for another computation is refused by the name of the field."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"hidden_act": "gelu"}), encoding="utf-8"
+    )
+    with pytest.raises(InvalidArgumentError, match="hidden_act is 'gelu'"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launch, "-m", "tolhouse.integrations.train", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", env=environment, check=False
+    )
+
+
+def test_training_on_two_processes(tmp_path):
+    """Two processes train a model from text, and a resumed run gives the same weights."""
+    tokenizer, text, out = tiny_model(tmp_path / "tokenizer"), tmp_path / "text", tmp_path / "out"
+    text.mkdir()
+    for number in range(4):
+        (text / f"{number}.txt").write_text(
+            f"def add(a, b):\n    return a + {number}\n" * 60, encoding="utf-8"
+        )
+    options = ["--preset", "tiny", "--kind", "flex", "--beta", "1", "--text", str(text)]
+    options += ["--tokenizer", str(tokenizer), "--sequence_tokens", "32", "--output_dir", str(out)]
+    options += ["--max_steps", "8", "--save_steps", "4", "--logging_steps", "1", "--bf16"]
+    options += ["--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2"]
+    options += ["--learning_rate", "0.01", "--disable_tqdm", "true", "--use_cpu", "true"]
+    done = train(*options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    checkpoint, state_file = open_checkpoint(out), "trainer_state.json"
+    state = json.loads((out / "checkpoint-8" / state_file).read_text(encoding="utf-8"))
+    assert ("flex", 1) == (checkpoint.config.kind, checkpoint.config.beta)
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert 8 == len(losses)
+    assert losses[-1] < losses[0]
+    assert list(out.rglob("events.out.tfevents.*"))
+
+    first = checkpoint.model()
+    shutil.rmtree(out / "checkpoint-8")
+    (out / "model.safetensors").unlink()
+    state = json.loads((out / "checkpoint-4" / state_file).read_text(encoding="utf-8"))
+    state["log_history"].append({"step": 4, "mark": 1})
+    (out / "checkpoint-4" / state_file).write_text(json.dumps(state), encoding="utf-8")
+    done = train(*options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((out / "checkpoint-8" / state_file).read_text(encoding="utf-8"))
+    assert {"step": 4, "mark": 1} in state["log_history"]
+    second = open_checkpoint(out).model()
+    for (name, one), other in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5), name
+
+
+def test_training_refuses(folder, tmp_path):
+    """Options that contradict each other, and a missing text, are one-line errors."""
+    common = {"text": str(folder / "none"), "checkpoint": str(folder)}
+    for more, steps, message in (
+        ({}, 0, "give --max_steps"),
+        ({}, 1, "no corpus at"),
+        ({"preset": "tiny"}, 1, "give either --checkpoint or --preset"),
+        ({"checkpoint": "", "preset": "tiny"}, 1, "needs a --tokenizer"),
+        ({"text": str(folder / "config.json"), "sequence_tokens": 4000}, 1, "fewer than 4000"),
+    ):
+        options = Options(output_dir=str(tmp_path), max_steps=steps or -1, use_cpu=True)
+        with pytest.raises(TolhouseError, match=message):
+            run_training(ModelOptions(**{**common, **more}), options)
