@@ -19,6 +19,7 @@ from tests.commands import start
 
 D, HEAD, HEADS, KV_HEADS, K = 64, 32, 2, 1, 96
 ENDS = ["<|im_start|>", "<|im_end|>", "<think>"]
+UINT32 = gguf.GGUFValueType.UINT32
 TEXTS = [
     "Hello world",
     "  two  spaces",
@@ -252,6 +253,15 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def overlong(path: Path) -> None:
+    """Give a list a length far beyond the end of the file."""
+    field = gguf.GGUFReader(path).fields["tokenizer.ggml.token_type"]
+    at = field.offset + sum(part.nbytes for part in field.parts[:4])
+    data = bytearray(path.read_bytes())
+    data[at : at + 8] = (1 << 60).to_bytes(8, "little")
+    path.write_bytes(data)
+
+
 def replace(old: bytes, new: bytes) -> Callable[[Path], Any]:
     return lambda path: path.write_bytes(path.read_bytes().replace(old, new, 1))
 
@@ -262,6 +272,19 @@ REFUSED: list[tuple[dict[str, Any], Callable[[Path], Any], str]] = [
     ({}, lambda path: path.write_bytes(b""), "is not a GGUF file"),
     ({}, Path.unlink, "there is no file"),
     ({"architecture": "falcon"}, lambda _: None, "'falcon'; allowed are llama, qwen2, qwen3"),
+    ({}, overlong, "is truncated or malformed"),
+    ({"change": drop("token_embd.weight")}, lambda _: None, "lacks tensor token_embd.weight"),
+    (
+        {"change": add("llama.block_count", 1 << 31, UINT32)},
+        lambda _: None,
+        "too few for 2147483648",
+    ),
+    ({"change": add("tokenizer.ggml.eot_token_id", 999, UINT32)}, lambda _: None, "end token 999"),
+    (
+        {"change": add("llama.embedding_length", "x", gguf.GGUFValueType.STRING)},
+        lambda _: None,
+        "llama.embedding_length 'x'; allowed is a value of type int",
+    ),
     ({}, replace(b"embedding_length", b"embedding_lengtx"), "lacks the metadata llama.embedding_"),
     ({"change": drop("blk.0.ffn_up.weight")}, lambda _: None, "lacks tensor blk.0.ffn_up.weight"),
     (
@@ -288,7 +311,7 @@ REFUSED: list[tuple[dict[str, Any], Callable[[Path], Any], str]] = [
         "output_norm.weight that are not finite",
     ),
     (
-        {"change": add("llama.expert_count", 8, gguf.GGUFValueType.UINT32)},
+        {"change": add("llama.expert_count", 8, UINT32)},
         lambda _: None,
         "expert_c",
     ),

@@ -62,6 +62,15 @@ class Source:
             yield np.asarray(gguf.dequantize(part, kind), np.float32)
 
 
+class _Reader(gguf.GGUFReader):
+    """The package's reader, which otherwise reads arrays beyond the end of a file as empty."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, *more: Any, **named: Any) -> Any:
+        if (end := int(offset) + np.dtype(dtype).itemsize * int(count)) > len(self.data):
+            raise ValueError(f"it has {len(self.data)} bytes, and its content ends at {end}")
+        return super()._get(offset, dtype, count, *more, **named)
+
+
 class GGUFFile:
     """The metadata and the tensors of a GGUF file.
 
@@ -72,33 +81,32 @@ class GGUFFile:
         if not path.is_file():
             raise NotFoundError(f"there is no file {path}")
         self.path = path
-        reader = self._read()
-        self.metadata = {name: field.contents() for name, field in reader.fields.items()}
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
-        if (parts := self.metadata.get("split.count", 1)) > 1:
+        self.metadata, self.tensors = self._read()
+        if (parts := self.get("split.count", int, 1)) > 1:
             merge = "merge them with `llama-gguf-split --merge`"
             raise self.refused(f"is one of {parts} files of a model: {merge}")
-        self.architecture = self.get("general.architecture")
+        self.architecture = self.get("general.architecture", str)
         if self.architecture not in ARCHITECTURES:
             allowed = ", ".join(ARCHITECTURES)
             raise self.refused(f"has architecture {self.architecture!r}; allowed are {allowed}")
         for tensor in self.tensors.values():
             self._check_type(tensor)
 
-    def _read(self) -> gguf.GGUFReader:
+    def _read(self) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
         with self.path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise self.refused("is not a GGUF file: it does not begin with GGUF")
         try:
             with np.errstate(all="ignore"):
-                reader = gguf.GGUFReader(self.path)
-        except (ValueError, LookupError, ArithmeticError, MemoryError) as error:
+                reader = _Reader(self.path)
+            metadata = {name: field.contents() for name, field in reader.fields.items()}
+        except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError) as error:
             if "GGMLQuantizationType" in str(error):
                 raise self.refused(f"has a quantisation that is not supported: {error}") from None
             raise self.refused(f"is truncated or malformed: {error}") from None
         if reader.byte_order != "I":
             raise self.refused("is big-endian: only little-endian files are supported")
-        return reader
+        return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
     def _check_type(self, tensor: gguf.ReaderTensor) -> None:
         size = gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]
@@ -115,28 +123,49 @@ class GGUFFile:
     def refused(self, why: str) -> InvalidArgumentError:
         return InvalidArgumentError(f"{self.path} {why}")
 
-    def get(self, key: str, default: Any = _REQUIRED) -> Any:
-        """Return the value of a key, or `default`. Raises InvalidArgumentError if it is missing."""
-        value = self.metadata.get(key)
-        if value is not None:
-            return value
-        if default is _REQUIRED:
-            raise self.refused(f"lacks the metadata {key}")
-        return default
+    def get(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
+        """Return the value of a key, or `default`.
 
-    def number(self, key: str, default: Any = _REQUIRED) -> Any:
+        Raises InvalidArgumentError if it is missing or not of this kind.
+        """
+        value = self.metadata.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                raise self.refused(f"lacks the metadata {key}")
+            return default
+        if type(value) is not kind:
+            raise self.refused(
+                f"has {key} {value!r:.60}; allowed is a value of type {kind.__name__}"
+            )
+        return value
+
+    def items(self, key: str, *kinds: type, default: Any = _REQUIRED) -> list[Any]:
+        """Return the value of a key that has a list of values of one of these kinds."""
+        values = self.get(key, list, default)
+        if wrong := [value for value in values if type(value) not in kinds]:
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise self.refused(
+                f"has {key} with {wrong[0]!r:.60}; allowed are values of type {names}"
+            )
+        return values
+
+    def number(self, key: str, default: Any = _REQUIRED, kind: type = int) -> Any:
         """Return a positive number of the architecture, such as `block_count`."""
         name = f"{self.architecture}.{key}"
-        value = self.get(name, default)
-        if not isinstance(value, int | float) or not (0 < value < math.inf):
-            raise self.refused(f"has {name} {value!r:.60}; allowed is one positive number")
+        value = self.get(name, kind, default)
+        if not 0 < value < math.inf:
+            raise self.refused(f"has {name} {value}; allowed are positive numbers")
         # An eps of 1e-5 is stored as 9.9999997e-06 in 32 bit.
-        return float(str(np.float32(value))) if isinstance(value, float) else value
+        return float(str(np.float32(value))) if kind is float else value
 
     def config(self) -> dict[str, Any]:
         """Return the content of config.json, without `torch_dtype`."""
         heads, size = self.number("attention.head_count"), self.number("embedding_length")
         head_dim = self.number("attention.key_length", max(1, size // heads))
+        if head_dim % 2:
+            raise self.refused(f"has an odd head size, {head_dim}")
+        if (layers := self.number("block_count")) > len(self.tensors):
+            raise self.refused(f"has {len(self.tensors)} tensors, too few for {layers} layers")
         same = ("attention.value_length", "rope.dimension_count")
         for key in same:
             if (value := self.number(key, head_dim)) != head_dim:
@@ -144,7 +173,7 @@ class GGUFFile:
                 raise self.refused(f"has {name} {value}; allowed is the head size, {head_dim}")
         context = self.number("context_length")
         for key in ("expert_count", "attention.sliding_window"):
-            value = self.get(f"{self.architecture}.{key}", 0)
+            value = self.get(f"{self.architecture}.{key}", int, 0)
             if value and not (key.endswith("window") and value >= context):
                 raise self.refused(f"has {self.architecture}.{key} {value}, which is not supported")
         biased = "blk.0.attn_q.bias" in self.tensors
@@ -164,30 +193,34 @@ class GGUFFile:
             "vocab_size": self._embedding_rows(),
             "hidden_size": size,
             "intermediate_size": self.number("feed_forward_length"),
-            "num_hidden_layers": self.number("block_count"),
+            "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": self.number("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "hidden_act": "silu",
             "max_position_embeddings": context,
-            "rms_norm_eps": self.number("attention.layer_norm_rms_epsilon"),
-            "rope_theta": self.number("rope.freq_base", 10000.0),
+            "rms_norm_eps": self.number("attention.layer_norm_rms_epsilon", kind=float),
+            "rope_theta": self.number("rope.freq_base", 10000.0, float),
             "rope_scaling": self._rope_scaling(head_dim),
             "tie_word_embeddings": "output.weight" not in self.tensors,
             "attention_dropout": 0.0,
             "initializer_range": 0.02,
             "use_cache": True,
-            "bos_token_id": self.get("tokenizer.ggml.bos_token_id", None),
+            "bos_token_id": self.get("tokenizer.ggml.bos_token_id", int, None),
             "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-            "pad_token_id": self.get("tokenizer.ggml.padding_token_id", None),
+            "pad_token_id": self.get("tokenizer.ggml.padding_token_id", int, None),
             **own[self.architecture],
         }
 
     def end_tokens(self) -> list[int]:
         """Return the ids of the tokens that end an answer."""
         names = ("eos", "eot", "eom")
-        ids = [self.get(f"tokenizer.ggml.{name}_token_id", None) for name in names]
-        return list(dict.fromkeys(i for i in ids if i is not None))
+        ids = [self.get(f"tokenizer.ggml.{name}_token_id", int, None) for name in names]
+        ids = list(dict.fromkeys(i for i in ids if i is not None))
+        if outside := [i for i in ids if not 0 <= i < self._embedding_rows()]:
+            rows = f"its embedding has {self._embedding_rows()} rows"
+            raise self.refused(f"has end token {outside[0]}, but {rows}")
+        return ids
 
     def _embedding_rows(self) -> int:
         if "token_embd.weight" not in self.tensors:
@@ -196,7 +229,7 @@ class GGUFFile:
 
     def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
         """Return LLaMA-3's scaling, which a GGUF file stores as one divisor per frequency."""
-        kind = self.get(f"{self.architecture}.rope.scaling.type", "none")
+        kind = self.get(f"{self.architecture}.rope.scaling.type", str, "none")
         if kind != "none":
             allowed = f"allowed are none and LLaMA-3's, as tensor {_ROPE}"
             raise self.refused(f"has {self.architecture}.rope.scaling.type {kind!r}: {allowed}")
@@ -206,10 +239,12 @@ class GGUFFile:
         divisors = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
         factor = round(float(divisors.max(initial=1.0)), 4)
         scaling = {"rope_type": "llama3", "factor": factor, **_LLAMA3}
-        expected = _llama3_divisors(scaling, self.number("rope.freq_base", 10000.0), head_dim)
-        if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
-            raise self.refused(f"has tensor {_ROPE}, which is not the scaling of LLaMA-3")
-        return scaling
+        theta = self.number("rope.freq_base", 10000.0, float)
+        if divisors.shape == (head_dim // 2,):
+            expected = _llama3_divisors(scaling, theta, head_dim)
+            if np.allclose(divisors, expected, rtol=1e-3):
+                return scaling
+        raise self.refused(f"has tensor {_ROPE}, which is not the scaling of LLaMA-3")
 
     def sources(self, config: dict[str, Any]) -> list[Source]:
         """Return all tensors of the checkpoint.

@@ -49,9 +49,9 @@ def build_tokenizer(file: "GGUFFile") -> Tokenizer:
 
     Raises InvalidArgumentError if the vocabulary is malformed or its kind is not supported.
     """
-    kind = file.get("tokenizer.ggml.model")
-    tokens: list[str] = file.get("tokenizer.ggml.tokens")
-    types: list[int] = file.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    kind = file.get("tokenizer.ggml.model", str)
+    tokens: list[str] = file.items("tokenizer.ggml.tokens", str)
+    types: list[int] = file.items("tokenizer.ggml.token_type", int, default=[_NORMAL] * len(tokens))
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
@@ -90,7 +90,7 @@ def build_tokenizer(file: "GGUFFile") -> Tokenizer:
 def tokenizer_config(file: "GGUFFile", context: int) -> dict[str, Any]:
     """Return the content of tokenizer_config.json. `context` is in tokens."""
     special = {name: _token(file, key) for name, key in _SPECIAL.items()}
-    template = file.get("tokenizer.chat_template", None)
+    template = file.get("tokenizer.chat_template", str, None)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
@@ -111,7 +111,7 @@ _SPECIAL = {
 def _token(file: "GGUFFile", key: str) -> str | None:
     """Return the text of a special token, such as `eos`, or None if the file has none."""
     name = f"tokenizer.ggml.{key}_token_id"
-    number, tokens = file.get(name, None), file.get("tokenizer.ggml.tokens")
+    number, tokens = file.get(name, int, None), file.items("tokenizer.ggml.tokens", str)
     if number is None:
         return None
     if not 0 <= number < len(tokens):
@@ -121,11 +121,11 @@ def _token(file: "GGUFFile", key: str) -> str | None:
 
 def _wrapping(file: "GGUFFile") -> tuple[list[str], list[str]]:
     """Return the tokens that the tokenizer puts before and after a text."""
-    llama3 = _PATTERNS.get(file.get("tokenizer.ggml.pre", "")) == _LLAMA3
-    default = file.get("tokenizer.ggml.model") == "llama" or llama3
+    llama3 = _PATTERNS.get(file.get("tokenizer.ggml.pre", str, "")) == _LLAMA3
+    default = file.get("tokenizer.ggml.model", str) == "llama" or llama3
     wrapped = []
     for key, by_default in (("bos", default), ("eos", False)):
-        adds = file.get(f"tokenizer.ggml.add_{key}_token", by_default)
+        adds = file.get(f"tokenizer.ggml.add_{key}_token", bool, by_default)
         token = _token(file, key) if adds else None
         wrapped.append([] if token is None else [token])
     return wrapped[0], wrapped[1]
@@ -133,12 +133,12 @@ def _wrapping(file: "GGUFFile") -> tuple[list[str], list[str]]:
 
 def _byte_level(file: "GGUFFile", vocabulary: dict[str, int]) -> Tokenizer:
     """Return a byte-level BPE tokenizer, as GPT-2's."""
-    name = file.get("tokenizer.ggml.pre")
+    name = file.get("tokenizer.ggml.pre", str)
     if name not in _PATTERNS:
         allowed = ", ".join(_PATTERNS)
         raise file.refused(f"has tokenizer.ggml.pre {name!r}; allowed are {allowed}")
     pattern, merges = _PATTERNS[name], []
-    for merge in file.get("tokenizer.ggml.merges"):
+    for merge in file.items("tokenizer.ggml.merges", str):
         left, _, right = merge.partition(" ")
         merges.append((left, right))
     whole = pattern in (_LLAMA3, _TEKKEN)  # a word that is a token is not built from merges
@@ -158,7 +158,7 @@ def _byte_level(file: "GGUFFile", vocabulary: dict[str, int]) -> Tokenizer:
 
 def _sentencepiece(file: "GGUFFile", vocabulary: dict[str, int], types: list[int]) -> Tokenizer:
     """Return a SentencePiece BPE tokenizer, as LLaMA-2's. Its scores give the order of merges."""
-    scores: list[float] = file.get("tokenizer.ggml.scores")
+    scores: list[float] = file.items("tokenizer.ggml.scores", float, int)
     if len(scores) != len(types):
         raise file.refused(f"has {len(types)} tokens and {len(scores)} scores")
     own = {t for t, i in vocabulary.items() if types[i] in (_NORMAL, _USER_DEFINED)}
@@ -180,7 +180,7 @@ def _sentencepiece(file: "GGUFFile", vocabulary: dict[str, int], types: list[int
         byte_fallback=bytes_known,
     )
     tokenizer = Tokenizer(model)
-    prefix = file.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = file.get("tokenizer.ggml.add_space_prefix", bool, True)
     scheme = "first" if prefix else "never"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
     chain = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
