@@ -7,6 +7,9 @@ lookup service. The output is a table and a final line of JSON:
 
     gemma4_equal, gemma3n_equal   share of logits and of generated tokens that are equal to the bit
     gemma4_e2b_freed_gb, …        bytes that leave the accelerator, from the sizes of public configs
+    two_resident_mb, two_attached_resident_mb
+                                  memory of two processes with a model in float32 each, and with
+                                  one table in files for both (proportional set size)
     gemma_int8_loss, …            loss added by rows of a codec, in nats per token
     gemma_loss                    loss of the tiny Gemma 4 of that comparison, trained on text
 
@@ -17,6 +20,9 @@ minute. Its figures say little about the loss of models that are trained for lon
 import argparse
 import json
 import logging
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,11 +33,11 @@ from typing import Any
 import numpy as np
 import torch
 from tolhouse.integrations.attach import attach
-from tolhouse.testing import build_table
+from tolhouse.testing import build_table, end
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from loadtest import tables
+from loadtest import ALLOCATOR, tables
 
 CODECS = ("bf16", "int8", "int4")
 # Sizes of the public configs: layers, hidden size, tokens with per-layer embeddings. A layer has
@@ -42,6 +48,19 @@ PUBLIC = {
     "gemma3n_e2b": (30, 2048, 262_144),
     "gemma3n_e4b": (35, 2048, 262_144),
 }
+# Loads a model, attaches a table if a row source is given, generates, and waits for its end.
+HOLD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+if sys.argv[2]:
+    from tolhouse.integrations.attach import attach
+    attach(model, sys.argv[2], "gemma4")
+model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False)
+print("ready", flush=True)
+sys.stdin.read()
+"""
 PER_LAYER, BYTES = 256, 2  # values of a row per layer, bytes of a bfloat16
 END = 1
 SIZES: dict[str, Any] = {
@@ -125,6 +144,36 @@ def gemma_equal(family: str, tokens: int) -> float:
 def freed_gb(layers: int, hidden: int, vocabulary: int) -> float:
     """Gigabytes of the table and the projection that a worker no longer holds, in bfloat16."""
     return layers * PER_LAYER * (vocabulary + hidden) * BYTES / 1e9
+
+
+def resident_mb(path: Path, url: str) -> float:
+    """Megabytes of memory that two processes with a model share and own together."""
+    pipe = subprocess.PIPE
+    # A process of a user has the defaults of the C library.
+    environment = {key: value for key, value in os.environ.items() if key not in ALLOCATOR}
+    command = [sys.executable, "-c", HOLD, str(path), url]
+    options: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.DEVNULL}
+    running = [subprocess.Popen(command, env=environment, **options) for _ in range(2)]
+    try:
+        assert all(process.stdout.readline() == b"ready\n" for process in running)
+        texts = [Path(f"/proc/{p.pid}/smaps_rollup").read_text(encoding="ascii") for p in running]
+        return sum(int(text.split("Pss:")[1].split()[0]) for text in texts) / 1e3
+    finally:
+        for process in running:
+            end(process)
+
+
+def resident() -> dict[str, float]:
+    """The memory of two processes with a table of 403 MB each, and with a table in files."""
+    model = tiny_gemma("gemma4", vocab_size=1 << 16, hidden_size_per_layer_input=PER_LAYER)
+    with tempfile.TemporaryDirectory() as folder:
+        path, url = Path(folder) / "gemma4", f"file://{folder}/tables"
+        model.to(torch.bfloat16).save_pretrained(path)
+        del model
+        build_table(path, url, codec="bf16")
+        found = {"two_resident_mb": resident_mb(path, "")}
+        found["two_attached_resident_mb"] = resident_mb(path, url)
+    return {name: round(value, 1) for name, value in found.items()}
 
 
 def train(model: Any, ids_WS: torch.Tensor, seconds: float) -> None:
@@ -212,8 +261,11 @@ def measure(*, quick: bool) -> dict[str, Any]:
     for name, sizes in PUBLIC.items():
         found[f"{name}_freed_gb"] = round(freed_gb(*sizes), 3)
         print(f"  {name:30}{found[f'{name}_freed_gb']:.3f} GB leave the accelerator")
+    memory = resident()
+    for name, megabytes in memory.items():
+        print(f"  {name:30}{megabytes:.0f} MB in two processes, a table of 403 MB in float32")
     print("loss that codecs add to a tiny Gemma 4:")
-    return found | gemma_losses(20 if quick else 120)
+    return found | memory | gemma_losses(20 if quick else 120)
 
 
 def main() -> None:

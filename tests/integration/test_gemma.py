@@ -149,6 +149,18 @@ def test_a_table_that_was_never_loaded_is_checked_with_the_folder(
         assert torch.equal(before, model(**batch()).logits)
 
 
+def test_a_model_in_float32_reads_a_table_in_bfloat16(load: Load, tmp_path: Path) -> None:
+    """A model that is loaded in another dtype than that of its table gives close logits."""
+    model, path = load("gemma4")
+    build_table(path, f"file://{tmp_path}", codec="bf16")
+    model = model.float()
+    with torch.no_grad():
+        before = model(**batch()).logits
+        attach(model, f"file://{tmp_path}", "gemma4")
+        after = model(**batch()).logits
+    assert (before - after).norm() < 0.05 * before.norm()
+
+
 def test_a_table_of_another_model_is_refused(load: Load, tmp_path: Path) -> None:
     """Another shape and other rows are refused, and the model keeps its own table."""
     model, path = load("gemma4")

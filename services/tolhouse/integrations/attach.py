@@ -159,7 +159,10 @@ class Attachment:
             own = rows[0].float().cpu().numpy()
         stored = self._client.fetch(manifest, ids).astype(np.float32)
         largest = np.abs(own).max(axis=-1, keepdims=True)
-        rounding = 4 * torch.finfo(text.embed_tokens.weight.dtype).eps
+        # The table may be computed in bfloat16, and the model in float32.
+        exact = manifest.codec_name == "fp32"
+        dtype = text.embed_tokens.weight.dtype if exact else torch.bfloat16
+        rounding = 4 * torch.finfo(dtype).eps
         allowed = (manifest.codec.relative_error + rounding) * largest + manifest.codec.step
         if manifest.basis:  # rows of low rank are approximations
             same = np.linalg.norm(stored - own) < _MOST_ERROR * np.linalg.norm(own)
