@@ -188,6 +188,21 @@ class CompressConfig(TableConfig):
     frequent_codec: Codec = option("int8", "Codec of the frequent tokens.", old="head_codec")
 
 
+class ConvertConfig(StoreConfig):
+    prefix = "CONVERT"
+
+    text: Path = option(..., "Text file, or folder of them, to convert with.")
+    out: Path = option(..., "Folder of the new checkpoint.")
+    layers: str = option("auto", "Layers to convert: auto, none, or numbers separated by commas.")
+    budget: float = option(2, "auto: allowed increase of perplexity in percent.", gt=0, le=1000)
+    most_tokens: int = option(100_000, "Most tokens of text for the statistics; 0: all.", ge=0)
+    held_out_tokens: int = option(2048, "Tokens of text to measure perplexity on.", ge=1)
+    name: str = option("", "Name of the table. Default: the name of the new checkpoint.")
+    codec: Codec = option("bf16", "Codec of the rows.")
+    publish: bool = option(False, "Publish the table.")
+    store_timeout_seconds: float = option(10, "Timeout of one reply of Redis.", gt=0)
+
+
 class TrainConfig(Config):
     prefix = "TRAIN"
 

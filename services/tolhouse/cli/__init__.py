@@ -12,7 +12,7 @@ except ModuleNotFoundError:
     sys.exit("error: the package click is not installed: pip install 'tolhouse[cli]'")
 
 from tolhouse import __version__
-from tolhouse.cli import imports, models, services, tables
+from tolhouse.cli import convert, imports, models, services, tables
 from tolhouse.cli.options import Commands
 from tolhouse.config import commit
 
@@ -40,8 +40,9 @@ def main() -> None:
 
 
 for command in (
-    *(models.train, tables.build, tables.compress, tables.tables, tables.publish, tables.rollback),
-    *(tables.overlay, services.lookup, services.compile_, services.worker, services.gateway),
+    *(models.train, convert.convert, tables.build, tables.compress),
+    *(tables.tables, tables.publish, tables.rollback, tables.overlay),
+    *(services.lookup, services.compile_, services.worker, services.gateway),
     *(services.keys, services.certs),
     imports.import_,
     *(models.generate, models.fetch, models.evaluate, models.explain),

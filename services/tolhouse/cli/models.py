@@ -78,7 +78,9 @@ def generate(settings: config.GenerateConfig, checkpoint: Path, prompt: str, **m
             from tolhouse.model.checkpoint import open_checkpoint
             from tolhouse.model.generate import greedy
 
-            tokens = greedy(open_checkpoint(checkpoint).model(), ids, count)
+            opened = open_checkpoint(checkpoint)
+            _refuse_converted(opened, "needs a --worker with its table")
+            tokens = greedy(opened.model(), ids, count)
         click.echo(prompt, nl=False)
         decoder = TokenDecoder(TokenTexts(tokenizer), ids, skip_special_tokens=True)
         try:
@@ -112,6 +114,11 @@ def _table_rows(checkpoint: Any, settings: config.LookConfig) -> Any:
     return table_rows(checkpoint, *source) if settings.table else None
 
 
+def _refuse_converted(checkpoint: Any, why: str, given: bool = True) -> None:
+    if checkpoint.config.flex_layers and given:
+        raise InvalidArgumentError(f"checkpoint {checkpoint.name} is converted, so it {why}")
+
+
 def _exact_and_other_rows(checkpoint: Any, settings: config.EvalConfig) -> Any:
     """Return functions from ids to the model's own rows and to the other rows.
 
@@ -120,6 +127,7 @@ def _exact_and_other_rows(checkpoint: Any, settings: config.EvalConfig) -> Any:
     from tolhouse.analysis.evaluate import probed, through
     from tolhouse.sources.memoryllm import MemoryLLM
 
+    _refuse_converted(checkpoint, "needs the rows of a --table", given=not settings.table)
     layers, kind = checkpoint.config.num_rows, checkpoint.config.kind
     scale, absent, codec = settings.row_scale, settings.absent_layers, settings.through
     if not (settings.table or codec or absent or scale != 1):
@@ -127,8 +135,10 @@ def _exact_and_other_rows(checkpoint: Any, settings: config.EvalConfig) -> Any:
     if not layers:
         lack = f"of kind {kind} has no rows to replace"
         raise InvalidArgumentError(f"checkpoint {checkpoint.name} {lack}")
-    own = MemoryLLM(checkpoint).rows()
-    rows = _table_rows(checkpoint, settings) if settings.table else own
+    stored = _table_rows(checkpoint, settings)
+    # Rows of a converted model are only in tables, so other rows are compared with the table's.
+    own = stored if checkpoint.config.flex_layers else MemoryLLM(checkpoint).rows()
+    rows = stored if settings.table else own
     rows = through(codec, rows) if codec else rows
     return probed(own), probed(rows, scale, absent, x0=rows.shape[1] - layers)
 
@@ -216,6 +226,7 @@ def explain(settings: config.ExplainConfig, checkpoint: Path, text: str | None) 
             "--explorer is of the model's own rows and keys, without --table"
         )
     opened = open_checkpoint(checkpoint)
+    _refuse_converted(opened, "has no FFN-M to explain")
     if settings.explorer:
         written = io.BytesIO()
         np.savez_compressed(written, **explain.explorer(opened, keys, neighbours))  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ _REPEAT_SECONDS = 0.05  # until the destructor or the hook has ended
 # The extra that installs all packages of a command. Other commands need `store` for Redis, and
 # `model` for tokens as text.
 COMMAND_EXTRAS = {
-    **dict.fromkeys(("build", "compress"), "build"),
+    **dict.fromkeys(("build", "compress", "convert"), "build"),
     **dict.fromkeys(("train", "eval", "explain"), "train"),
     **dict.fromkeys(("worker", "compile"), "worker"),
     **dict.fromkeys(("gateway", "keys"), "gateway"),

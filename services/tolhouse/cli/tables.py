@@ -44,6 +44,21 @@ def _source(checkpoint: Path, settings: config.TableConfig) -> "SourceModel":
     return source
 
 
+def _converted(
+    checkpoint: Path, settings: config.TableConfig, stores: list[Store]
+) -> "SourceModel | None":
+    """Return the stored rows of a converted checkpoint, or None for another source model."""
+    from tolhouse.build.stored_rows import StoredRows
+    from tolhouse.model.checkpoint import is_converted, open_checkpoint
+
+    if not is_converted(checkpoint):
+        return None
+    if settings.embedding == "yes" or settings.absent_layers:
+        rule = "has the blocks of its table: remove `embedding` and `absent_layers`"
+        raise InvalidArgumentError(f"converted checkpoint {checkpoint.name} {rule}")
+    return StoredRows(open_checkpoint(checkpoint), stores)
+
+
 @click.command()
 @checkpoint_argument("BUILD")
 @options(config.BuildConfig)
@@ -102,11 +117,11 @@ def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
     from tolhouse.build.job import count_tokens, plan
     from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer
 
-    source = _source(checkpoint, settings)
+    stores = [open_store(url, settings.store_timeout_seconds) for url in stores_of(settings)]
+    source = _converted(checkpoint, settings, stores) or _source(checkpoint, settings)
     if not source.tokenizer_id:
         lack = "without a tokenizer: frequencies of tokens decide what to keep"
         raise InvalidArgumentError(f"compress needs a tokenizer, and {source.name} is {lack}")
-    stores = [open_store(url, settings.store_timeout_seconds) for url in stores_of(settings)]
     for store in stores:
         store.refs()  # reports an unreachable store before the computation
     plain = plan(source, settings.name, settings.codec, settings.shards)

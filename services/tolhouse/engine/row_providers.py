@@ -119,6 +119,9 @@ class RecomputedRows:
     """
 
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
+        if checkpoint.config.flex_layers:
+            message = f"cannot compute the rows of the converted model {checkpoint.name}"
+            raise MismatchError(f"--fallback recompute {message}; serve it without the fallback")
         if manifest.parent or manifest.ranks:
             what = "rows of overlay" if manifest.parent else "coefficients of low-rank table"
             message = f"cannot compute the {what} {manifest.ref}; serve this table without it"

@@ -12,11 +12,14 @@ Tensor names are LLaMA's; FFN-M adds its own. `{i}` counts layers:
     model.layers.{i}.post_attention_layernorm.weight           [D]            base, flex
     model.layers.{i}.mlp.{gate,up,down}_proj.weight            [K, D] [D, K]  base, flex with swiglu
     model.layers.{i}.mlp.maps.{j}.weight                       [D, D]         flex, linear, j < beta
+    model.layers.{i}.mlp.maps.0.bias                           [D]            i in flex_layers
     model.layers.{i}.ffn_m.norm.weight                         [D]            memory, flex, wide
     model.layers.{i}.ffn_m.mlp.{gate,up,down}_proj.weight      [K, D] [D, K]  wide: i = 0 only
     model.layers.{i}.ffn_scale                                 [D]            wide; was row_scale
     model.norm.weight                                          [D]
     lm_head.weight                                             [V, D]         unless tied
+
+With `flex_layers`, other layers have the FFN of base, and there is no FFN-M.
 
 Weights may be in several files that model.safetensors.index.json names. `eos_token_id` of
 generation_config.json adds end tokens, unless `eos_token_id` of a memoryllm config.json is null.
@@ -44,7 +47,7 @@ from tolhouse.model.transformer import Transformer
 from tolhouse.model.weights import DTYPES, WEIGHTS, Weights
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -159,6 +162,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
+def is_converted(path: Path) -> bool:
+    """Return whether the folder has a model of `tolhouse convert`, without opening its weights."""
+    data = read_json(path / CONFIG) if (path / CONFIG).is_file() else None
+    return isinstance(data, dict) and bool(data.get("flex_layers"))
+
+
 def _with_end_tokens(folder: Path, config: Any) -> Any:
     """Return the JSON `config` with the end tokens of generation_config.json."""
     file, key = folder / GENERATION_CONFIG, "eos_token_id"
@@ -191,22 +200,29 @@ def save_checkpoint(path: Path, model: Transformer, tokenizer_file: Path) -> Non
 
     Hugging Face's AutoTokenizer and GenerationConfig can also read the folder.
     """
-    path.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().bfloat16().contiguous() for name, p in model.named_parameters()}
     state = {_tensor_name(name): tensor for name, tensor in weights.items()}
+    write_checkpoint(path, model.config, state, tokenizer_file)
+
+
+def write_checkpoint(
+    path: Path, config: ModelConfig, state: dict[str, Tensor], tokenizer_file: Path
+) -> None:
+    """Write a checkpoint with the tensors `state`, and the files beside the tokenizer's."""
+    path.mkdir(parents=True, exist_ok=True)
     partial = path / f"{WEIGHTS}.partial"
     save_file(state, partial, metadata={"format": "pt"})
     partial.chmod(0o644)  # safetensors writes private files, but a service may run as another user
     partial.replace(path / WEIGHTS)
-    for name in (TOKENIZER, TOKENIZER_CONFIG):
+    for name in (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE):
         source = tokenizer_file.with_name(name)
         if source.is_file() and source.resolve() != (path / name).resolve():
             (path / name).write_bytes(source.read_bytes())
-    config = model.config.to_json()
-    _write_json(path / CONFIG, config)
-    _write_json(path / GENERATION_CONFIG, {"eos_token_id": config["eos_token_id"]})
+    fields = config.to_json()
+    _write_json(path / CONFIG, fields)
+    _write_json(path / GENERATION_CONFIG, {"eos_token_id": fields["eos_token_id"]})
     if not (path / TOKENIZER_CONFIG).exists():
-        _write_json(path / TOKENIZER_CONFIG, _tokenizer_config(path / TOKENIZER, model.config))
+        _write_json(path / TOKENIZER_CONFIG, _tokenizer_config(path / TOKENIZER, config))
 
 
 def _tokenizer_config(tokenizer_file: Path, config: ModelConfig) -> dict[str, Any]:

@@ -92,6 +92,9 @@ class ModelConfig:
     o_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each head's query and key, as in Qwen 3
     rope_scaling: RopeScaling | None = None
+    # flex, made by `tolhouse convert`: the layers that are Flex, while the others stay dense. FFN-C
+    # has a bias, there is no FFN-M, and the rows are only in the table. Empty: all layers are Flex.
+    flex_layers: Annotated[tuple[int, ...], Field(strict=False)] = ()
 
     def __post_init__(self) -> None:
         size, heads, beta = self.hidden_size, self.num_attention_heads, self.beta
@@ -109,6 +112,14 @@ class ModelConfig:
         if beta not in ((1, 2, 3) if self.kind == "flex" else (0,)):
             rule = "is 1, 2 or 3 for flex and 0 for other kinds"
             raise InvalidArgumentError(f"model config: beta {rule}, not {beta}")
+        given = self.flex_layers
+        if given and (form := (self.kind, beta, self.ffn_c)) != ("flex", 1, "linear"):
+            rule = f"need kind flex, beta 1 and a linear ffn_c, not {form}"
+            raise InvalidArgumentError(f"model config: flex_layers {rule}")
+        in_order = list(given) == sorted({*given} & {*range(self.num_hidden_layers)})
+        if not in_order:
+            rule = f"must be ascending layers from 0 to {self.num_hidden_layers - 1}"
+            raise InvalidArgumentError(f"model config: flex_layers {rule}, not {list(given)}")
         if outside := [i for i in self.end_token_ids if i >= self.vocab_size]:
             rule = f"must be below vocab_size {self.vocab_size}"
             raise InvalidArgumentError(f"model config: eos_token_id {outside[0]} {rule}")
@@ -124,6 +135,11 @@ class ModelConfig:
         """The number of rows per token: one for each layer, one that all layers share, or none."""
         return {"base": 0, "wide": 1}.get(self.kind, self.num_hidden_layers)
 
+    @property
+    def row_layers(self) -> tuple[int, ...]:
+        """The layers that add a block of the row. In wide, block 0 is that of all layers."""
+        return self.flex_layers or tuple(range(self.num_rows))
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON, without the attention's fields that are at their default."""
         fields = dataclasses.asdict(self)
@@ -132,6 +148,7 @@ class ModelConfig:
             "head_dim": self.hidden_size // self.num_attention_heads,
             **dict.fromkeys(("qkv_bias", "o_bias", "qk_norm"), False),
             "rope_scaling": None,
+            "flex_layers": (),
         }
         left = {n: v for n, v in fields.items() if n not in derived or v != derived[n]}
         if scaling := left.get("rope_scaling"):

@@ -58,7 +58,8 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.ffn_m = nn.ModuleList(ContextFreeFFN(config) for _ in range(config.num_rows))
+        count = 0 if config.flex_layers else config.num_rows
+        self.ffn_m = nn.ModuleList(ContextFreeFFN(config) for _ in range(count))
 
     def x0(self, ids_T: Tensor) -> Tensor:
         """Return the embeddings [T, D] of token ids."""
@@ -77,6 +78,8 @@ class Transformer(nn.Module):
         x0_TD = self.x0(ids_T)
         if not self.config.num_rows:
             return x0_TD.new_empty(0, *x0_TD.shape)
+        if self.config.flex_layers:
+            raise InvalidArgumentError("the rows of a converted model are only in its table")
         if not self.ffn_m:
             raise InvalidArgumentError(
                 "loaded without its FFN-M, the model needs rows from a table"
@@ -124,7 +127,7 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(size, eps)
         self.self_attn = Attention(config, layer)
         # base: the FFN, which reads the residual stream. flex: FFN-C, the remaining part of it.
-        self.mlp = residual_ffn(config)
+        self.mlp = residual_ffn(config, layer)
         self.post_attention_layernorm = nn.RMSNorm(size, eps) if self.mlp else None
         wide = config.kind == "wide"  # each layer has a learned scale for the shared row
         self.ffn_scale = nn.Parameter(torch.ones(size)) if wide else None
@@ -203,9 +206,9 @@ class SwiGLU(nn.Module):
 class LinearStack(nn.Module):
     """FFN-C as beta maps h x h with SiLU between them. This form is ours, as the paper has none."""
 
-    def __init__(self, hidden_size: int, depth: int) -> None:
+    def __init__(self, hidden_size: int, depth: int, bias: bool = False) -> None:
         super().__init__()
-        maps = (nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(depth))
+        maps = (nn.Linear(hidden_size, hidden_size, bias=bias) for _ in range(depth))
         self.maps = nn.ModuleList(maps)
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -214,12 +217,13 @@ class LinearStack(nn.Module):
         return self.maps[-1](x_TD)
 
 
-def residual_ffn(config: ModelConfig) -> nn.Module | None:
-    """Return the FFN that reads the residual stream, if this kind of model has one."""
-    if config.kind == "base":
+def residual_ffn(config: ModelConfig, layer: int) -> nn.Module | None:
+    """Return the FFN of a layer that reads the residual stream, if this kind of model has one."""
+    converted = bool(config.flex_layers)
+    if config.kind == "base" or (converted and layer not in config.flex_layers):
         return SwiGLU(config.hidden_size, config.intermediate_size)
     if config.kind == "flex" and config.ffn_c == "linear":
-        return LinearStack(config.hidden_size, config.beta)
+        return LinearStack(config.hidden_size, config.beta, bias=converted)
     if config.kind == "flex":
         return SwiGLU(config.hidden_size, round(config.beta * config.hidden_size / 3))
     return None

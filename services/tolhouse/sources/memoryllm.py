@@ -34,6 +34,9 @@ class MemoryLLM:
             raise InvalidArgumentError(
                 f"checkpoint {checkpoint.name} is of kind {config.kind}: {lack}"
             )
+        if config.flex_layers:
+            lack = "its rows come from no FFN-M; they are in the table that `tolhouse convert` made"
+            raise InvalidArgumentError(f"checkpoint {checkpoint.name} is converted: {lack}")
         self.checkpoint, self.name = checkpoint, checkpoint.name
         self.blocks = tuple(blocks) or tuple(f"ffn.{layer}" for layer in range(config.num_rows))
         self.width, self.vocab_size = config.hidden_size, config.vocab_size

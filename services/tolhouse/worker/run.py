@@ -52,7 +52,8 @@ class Builder:
 
     def build(self) -> Engine:
         config, shape = self.config, self.checkpoint.config
-        if self.on_cpu and config.compile == "auto":
+        # Compiled code is for models whose blocks are alike.
+        if self.on_cpu and config.compile == "auto" and not shape.flex_layers:
             self.compiled.start()
         rows: RowProvider = NoRows(shape.hidden_size, self.device)
         # GraphRunner needs one block more.
@@ -157,7 +158,7 @@ def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Raise MismatchError unless the table was built from this checkpoint and its tokenizer."""
     config = checkpoint.config
     # A table may lack layers.
-    layers = [layer for layer in manifest.layers if layer < config.num_rows]
+    layers = [layer for layer in manifest.layers if layer in config.row_layers]
     for what, built, own in (
         ("model", manifest.model_id[:12], checkpoint.model_id()[:12]),
         ("tokenizer", manifest.tokenizer_id[:12], checkpoint.tokenizer_id[:12]),

@@ -99,7 +99,7 @@ class WorkerService(GenerationServicer):
     ) -> pb.DescribeWorkerReply:
         engine, absent, altered = self.engine, set[int](), list[str]()
         if manifest := engine.rows.manifest:  # a table may hold modified rows
-            absent = set(range(self.config.num_rows)) - set(manifest.layers)
+            absent = set(self.config.row_layers) - set(manifest.layers)
             altered += [manifest.codec_name] * (manifest.codec_name not in _AS_COMPUTED)
             altered += ["low rank"] * bool(manifest.basis) + ["edited"] * bool(manifest.parent)
         return pb.DescribeWorkerReply(

@@ -162,6 +162,9 @@ def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -
 
     One process at a time compiles in `cache`. Other processes wait and use its result.
     """
+    if config.flex_layers:
+        rule = "code is compiled for models whose blocks are alike"
+        raise InvalidArgumentError(f"a converted model decodes uncompiled: {rule}")
     folder = _cache_folder(cache) / key(config, dtype)
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
