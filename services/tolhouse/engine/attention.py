@@ -174,9 +174,16 @@ def gathered(
     k_BGLE = keys[tables_BC].permute(0, 2, 1, 4, 3).flatten(2, 3)
     v_BGLE = values[tables_BC].transpose(1, 2).flatten(2, 3)
     seen_BL = torch.arange(k_BGLE.shape[2], device=q_BHE.device) < lengths_B[:, None]
-    # The query heads that share keys are the rows of one product.
-    q, mask = q_BHE.unflatten(1, (k_BGLE.shape[1], -1)), seen_BL[:, None, None]
-    return F.scaled_dot_product_attention(q, k_BGLE, v_BGLE, attn_mask=mask).flatten(1, 2)
+    q_BGJE, groups = q_BHE.unflatten(1, (k_BGLE.shape[1], -1)), k_BGLE.shape[1]
+    if q_BHE.device.type == "cpu":
+        # Each head is a product of its own: sums of products with several rows depend on the batch.
+        q, k, v = (x.flatten(0, 1).unsqueeze(-3) for x in (q_BGJE, k_BGLE, v_BGLE))
+        q, k, v = q.transpose(1, 2), *(x.expand(-1, q.shape[2], -1, -1) for x in (k, v))
+        mask = seen_BL.repeat_interleave(groups, 0)[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(q_BHE.shape)
+    # The query heads that share keys are the rows of one product, which reads them once.
+    mask = seen_BL[:, None, None]
+    return F.scaled_dot_product_attention(q_BGJE, k_BGLE, v_BGLE, attn_mask=mask).flatten(1, 2)
 
 
 def streamed(
