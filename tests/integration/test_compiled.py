@@ -10,10 +10,11 @@ import pytest
 import torch
 from tolhouse.engine.cpu.compiled import CompiledDecode
 from tolhouse.engine.dequant import StagedRows
+from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import NoRows
 from tolhouse.engine.scheduler import ScheduledChunk
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
-from tolhouse.testing import wait_until
+from tolhouse.testing import tiny_model, wait_until
 
 from tests.engines import CPU, Request, engine_of
 
@@ -59,15 +60,30 @@ def test_compiled_steps_equal_uncompiled_ones(flex_checkpoint: Path, tmp_path: P
     assert compiled.wait()
     rows = RandomRows(checkpoint.config.num_rows, checkpoint.config.hidden_size)
     engines = [engine_of(flex_checkpoint, rows) for _ in range(2)]
-    compiled.attach(engines[1].runner.model)
-    for lengths in ([20], [3, 17, 40, 64, 5], [33, 16]):
-        hidden = [decoded(engine, lengths) for engine in engines]
-        torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-4, atol=1e-4)
-        assert hidden[0].any()
+    check_equal(compiled, *engines)
     # prompts in the same step are not compiled and do not change the bits
     for lengths in ([20], [3, 17]):
         beside = decoded(engines[1], lengths, prompts=[30, 7])
         assert torch.equal(decoded(engines[1], lengths), beside[: len(lengths)])
+
+
+def test_grouped_heads_biases_and_norms_are_compiled(tmp_path: Path) -> None:
+    """Compiled steps of a model with the attention of Qwen equal uncompiled ones."""
+    shape = {"num_key_value_heads": 2, "head_dim": 16, "qkv_bias": True, "qk_norm": True}
+    path = tiny_model(tmp_path / "m", "base", **shape, o_bias=True, num_hidden_layers=2)
+    compiled = compiled_for(open_checkpoint(path), tmp_path / "cache")
+    assert compiled.wait()
+    engines = [engine_of(path) for _ in range(2)]
+    check_equal(compiled, *engines)
+
+
+def check_equal(compiled: CompiledDecode, plain: Engine, faster: Engine) -> None:
+    """Check the hidden states of two engines, of which the second gets the compiled code."""
+    compiled.attach(faster.runner.model)
+    for lengths in ([20], [3, 17, 40, 64, 5], [33, 16]):
+        hidden = [decoded(engine, lengths) for engine in (plain, faster)]
+        torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-4, atol=1e-4)
+        assert hidden[0].any()
 
 
 @torch.inference_mode()

@@ -182,7 +182,7 @@ class ModelConfig:
         if theta is not None:
             given["rope_theta"] = theta
         config = cls(**given)
-        for name in data.keys() - own - _NEUTRAL:
+        for name in sorted(data.keys() - own - _NEUTRAL):
             _check_foreign(name, data, config)
         return config
 
