@@ -10,7 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tolhouse.client.client import Client
-from tolhouse.errors import InvalidArgumentError, TolhouseError
+from tolhouse.errors import InvalidArgumentError, MismatchError, TolhouseError
+from tolhouse.integrations.attach import attach
 from tolhouse.integrations.train import ModelOptions, Options
 from tolhouse.integrations.train import train as run_training
 from tolhouse.integrations.transformers import MemoryLLMForCausalLM
@@ -119,6 +120,44 @@ def test_save_takes_build(folder, tmp_path):
     embeddings = torch.zeros(1, 3, model.config.hidden_size)
     with pytest.raises(InvalidArgumentError, match="give input_ids"):
         model(inputs_embeds=embeddings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("memory", {"tie_word_embeddings": False}), ("flex", {"beta": 1}), ("wide", {})],
+)
+def test_attach(tmp_path, kind, fields):
+    """An attached model has the logits and texts of its FFN-M, which it frees until `detach`."""
+    path, store = tiny_model(tmp_path / "model", kind, **fields), f"file://{tmp_path}/tables"
+    model = load(path)
+    build_table(path, store, name="model")
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with torch.inference_mode():
+        expected, text = model(IDS).logits, model.generate(IDS, **options)
+        sizes = [p.nbytes for name, p in model.named_parameters() if ".ffn_m." in name]
+        attachment = attach(model, store, "model")
+        assert sum(sizes) == attachment.freed_bytes > 0
+        assert not [name for name, _ in model.named_parameters() if ".ffn_m." in name]
+        assert torch.allclose(expected, model(IDS).logits, atol=1e-4)
+        assert len(IDS.unique()) == attachment.fetched_rows
+        assert torch.equal(text, model.generate(IDS, **options))
+        with pytest.raises(InvalidArgumentError, match="detach it first"):
+            attach(model, store, "model")
+        attachment.detach()
+        assert torch.equal(expected, model(IDS).logits)
+
+
+def test_attach_refuses(folder, tmp_path):
+    """A table of another model, or of another shape, and a model without rows are refused."""
+    store = f"file://{tmp_path}/tables"
+    other = tiny_model(tmp_path / "other", seed=1, tie_word_embeddings=False)
+    build_table(other, store)
+    build_table(tiny_model(tmp_path / "small", hidden_size=48), store)
+    for table, message in (("other", "rows of another model"), ("small", "needs 4 blocks ffn.0")):
+        with pytest.raises(MismatchError, match=message):
+            attach(load(folder), store, table)
+    with pytest.raises(InvalidArgumentError, match="kind base has no rows"):
+        attach(load(tiny_model(tmp_path / "base", "base")), store, "other")
 
 
 def test_attention_and_caches(folder):

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from tolhouse.client.client import Client
 from tolhouse.errors import InvalidArgumentError, MismatchError, NotFoundError
-from tolhouse.model.checkpoint import CONFIG
+from tolhouse.model.checkpoint import CONFIG, open_checkpoint
+from tolhouse.model.transformer import ContextFreeFFN
 from tolhouse.net.channel import Targets
 from tolhouse.sources.gemma import FINISHED, RAW, Gemma, blocks_of, vocabulary
+from tolhouse.sources.memoryllm import MemoryLLM
 
 _SAMPLE = 32  # rows that are compared with those of the model
 _MOST_ERROR = 0.5  # of rows of low rank, relative to their norm
@@ -149,14 +151,7 @@ class Attachment:
         random = np.random.default_rng(int(manifest.version, 16))
         unchanged = np.setdiff1d(np.arange(manifest.vocab_size), manifest.changed)
         ids = random.choice(unchanged, min(_SAMPLE, len(unchanged)), replace=False)
-        if any(p.is_meta for part in self._parts.values() for p in part.parameters()):
-            own = self._source().rows(ids)
-        else:
-            tokens = torch.from_numpy(ids)[None].to(text.embed_tokens.weight.device)
-            rows = text.get_per_layer_inputs(tokens)
-            if self.is_finished:
-                rows = text.project_per_layer_inputs(text.embed_tokens(tokens), rows)
-            own = rows[0].float().cpu().numpy()
+        own = self._own_rows(ids)
         stored = self._client.fetch(manifest, ids).astype(np.float32)
         largest = np.abs(own).max(axis=-1, keepdims=True)
         # The table may be computed in bfloat16, and the model in float32.
@@ -172,12 +167,93 @@ class Attachment:
             advice = "build the table from the checkpoint of this model"
             raise MismatchError(f"table {manifest.ref} has rows of another model: {advice}")
 
+    def _own_rows(self, ids: np.ndarray) -> np.ndarray:
+        """Compute rows [T, L, P] with the model, or with its checkpoint if weights are absent."""
+        text = self._text
+        if any(p.is_meta for part in self._parts.values() for p in part.parameters()):
+            return self._source().rows(ids)
+        tokens = torch.from_numpy(ids)[None].to(text.embed_tokens.weight.device)
+        rows = text.get_per_layer_inputs(tokens)
+        if self.is_finished:
+            rows = text.project_per_layer_inputs(text.embed_tokens(tokens), rows)
+        return rows[0].float().cpu().numpy()
+
     def _refuse_media(self, _: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         media = ((name, inputs.get(name)) for name in _MEDIA)
         # `generate` passes an empty dict of encoder outputs for text.
         if given := [name for name, value in media if not (value is None or value == {})]:
             advice = "finished rows serve text only; build the table with --rows raw"
             raise InvalidArgumentError(f"`{given[0]}` cannot be used: {advice}")
+
+
+class FFNAttachment(Attachment):
+    """A MemoryLLM model of `tolhouse.integrations.transformers` with rows from a table."""
+
+    def __init__(self, core: Any, client: Client, table: str, checkpoint: str) -> None:
+        self._text, self._client, self._config = core, client, core.config
+        self._checkpoint = checkpoint or core.config.name_or_path
+        self.manifest = client.describe(table)
+        self._check_shape(core.shape.num_rows)
+        self._parts = {
+            f"model.layers.{i}.ffn_m": layer for i, layer in enumerate(core.layers) if layer.ffn_m
+        }
+        self._check_rows()
+        self.freed_bytes = self.fetched_rows = 0
+        for layer in self._parts.values():
+            self.freed_bytes += sum(p.nbytes for p in layer.ffn_m.parameters() if not p.is_meta)
+            layer.ffn_m = None
+        core.row_source = self.rows_of
+
+    @torch.compiler.disable
+    def rows_of(self, input_ids: Tensor) -> Tensor:
+        """Fetch rows as [blocks, B, S, D] in the dtype of the model."""
+        rows_BSND = self.rows(input_ids).to(self._text.embed_tokens.weight.dtype)
+        return rows_BSND.movedim(-2, 0)
+
+    def detach(self, checkpoint: str = "") -> None:
+        """Give the model its own FFN-M again, and close the row source.
+
+        Args:
+            checkpoint: The folder of the model. Default: as given to `attach`.
+
+        Raises:
+            NotFoundError: The folder has no weights.
+            InvalidArgumentError: Its weights lack a tensor, or have one of another shape.
+        """
+        source = open_checkpoint(checkpoint or self._checkpoint)
+        if source.config != self._text.shape:
+            raise InvalidArgumentError(f"{source.path} has a model of another shape")
+        place = self._text.embed_tokens.weight
+        for name, layer in self._parts.items():
+            with torch.device("meta"):
+                ffn_m = ContextFreeFFN(self._text.shape)
+            names = {key: f"{name}.{key}" for key in ffn_m.state_dict()}
+            weights = {k: source.tensor(n).to(place.device, place.dtype) for k, n in names.items()}
+            ffn_m.load_state_dict(weights, assign=True)
+            layer.ffn_m = ffn_m
+        self._text.row_source = None
+        self._client.close()
+
+    def _check_shape(self, layers: int) -> None:
+        manifest, shape = self.manifest, self._text.shape
+        blocks = tuple(f"ffn.{i}" for i in range(layers))
+        width, size = shape.hidden_size, shape.vocab_size
+        same = (manifest.width, manifest.vocab_size) == (width, size)
+        if same and manifest.blocks in (blocks, ("x0", *blocks)):
+            return
+        first, count = manifest.blocks[0], manifest.num_blocks
+        has = f"{count} blocks {first} … of {manifest.width} values, {manifest.vocab_size} tokens"
+        needs = f"{layers} blocks ffn.0 … of {width} values, {size} tokens"
+        raise MismatchError(f"table {manifest.ref} has {has}; the model needs {needs}")
+
+    def _own_rows(self, ids: np.ndarray) -> np.ndarray:
+        text, parts = self._text, list(self._parts.values())
+        if any(p.is_meta for layer in parts for p in layer.ffn_m.parameters()):
+            return MemoryLLM(open_checkpoint(self._checkpoint), self.manifest.blocks).rows(ids)
+        tokens = torch.from_numpy(ids)[None].to(text.embed_tokens.weight.device)
+        own = [text.embed_tokens(tokens)[None]] if self.manifest.blocks[0] == "x0" else []
+        rows = torch.cat([*own, text.rows_of(tokens)])
+        return rows[:, 0].movedim(0, 1).float().cpu().numpy()
 
 
 def attach(
@@ -189,15 +265,15 @@ def attach(
     timeout: float = 10.0,
     **credentials: Any,
 ) -> Attachment:
-    """Make `model` read its per-layer inputs from a table, and free its own table.
+    """Make `model` read its rows from a table, and free its own table or its FFN-M.
 
     With finished rows, the projection `per_layer_model_projection` is freed as well, and the model
     takes text only. Generation, batches, padding, caches and sampling work as before. The state
     dict of the model lacks the freed weights until `detach`.
 
     Args:
-        model: A text model or a multimodal model of Gemma 3n or Gemma 4. Its table may be on the
-            meta device or offloaded.
+        model: A text model or a multimodal model of Gemma 3n or Gemma 4, or a MemoryLLM model of
+            `tolhouse.integrations.transformers`. Its table may be on the meta device or offloaded.
         rows: `"file://PATH"`, `"redis://HOST:PORT"` or `"HOST:PORT"` of a lookup service.
         table: `"name@version"`, or `"name"` for the version that is published now.
         checkpoint: The folder of the model, which `detach` needs, and `attach` if the table is on
@@ -206,18 +282,32 @@ def attach(
         credentials: Fields of `ClientCredentials`, such as `tls_ca` and `token`.
 
     Raises:
-        InvalidArgumentError: The model has no per-layer embeddings.
+        InvalidArgumentError: The model has no rows, or has rows from a table already.
         NotFoundError: There is no such table.
         MismatchError: The table has other blocks, another vocabulary, or rows of another model.
         UnavailableError: The row source cannot be reached.
     """
-    _text_model(model)
+    core = _memoryllm(model)
+    if core is None:
+        _text_model(model)
     client = Client(rows, timeout, **credentials)
     try:
+        if core is not None:
+            return FFNAttachment(core, client, table, checkpoint)
         return Attachment(model, client, table, checkpoint)
     except BaseException:
         client.close()
         raise
+
+
+def _memoryllm(model: nn.Module) -> Any:
+    """Return the part of `model` with layers of MemoryLLM, or None."""
+    core: Any = next((m for m in model.modules() if hasattr(m, "row_source")), None)
+    if core is not None and core.row_source is not None:
+        raise InvalidArgumentError("the model has rows from a table already: detach it first")
+    if core is not None and not core.shape.num_rows:
+        raise InvalidArgumentError("a model of kind base has no rows to replace")
+    return core
 
 
 def _text_model(model: nn.Module) -> Any:
@@ -227,7 +317,7 @@ def _text_model(model: nn.Module) -> Any:
             return module
     if any(hasattr(module, _TABLE) for module in model.modules()):
         raise InvalidArgumentError("the model has rows from a table already: detach it first")
-    allowed = "models of Gemma 3n and Gemma 4 with per-layer embeddings"
+    allowed = "models of Gemma 3n and Gemma 4 with per-layer embeddings, and of MemoryLLM"
     raise InvalidArgumentError(f"{type(model).__name__} has no rows to replace; allowed: {allowed}")
 
 
