@@ -6,6 +6,8 @@ The architectures are real, their weights are random and tiny, and rows travel o
 lookup service. The output is a table and a final line of JSON:
 
     gemma4_equal, gemma3n_equal   share of logits and of generated tokens that are equal to the bit
+    mole_diff                     largest difference of a logit of a MoLE model with experts or rows
+    import_peak_over_bound        anonymous memory of `tolhouse import tensor` over four shards
     gemma4_e2b_freed_gb, …        bytes that leave the accelerator, from the sizes of public configs
     two_resident_mb, two_attached_resident_mb
                                   memory of two processes with a model in float32 each, and with
@@ -37,7 +39,7 @@ from tolhouse.testing import build_table, end
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from loadtest import ALLOCATOR, tables
+from loadtest import ALLOCATOR, sources, tables
 
 CODECS = ("bf16", "int8", "int4")
 # Sizes of the public configs: layers, hidden size, tokens with per-layer embeddings. A layer has
@@ -258,6 +260,10 @@ def measure(*, quick: bool) -> dict[str, Any]:
     for family in ("gemma4", "gemma3n"):
         found[f"{family}_equal"] = gemma_equal(family, 8 if quick else 64)
         print(f"  {family:30}{found[f'{family}_equal']:.3f} of logits and tokens are equal")
+    found["mole_diff"] = sources.mole_diff()
+    print(f"  {'mole':30}{found['mole_diff']:.1e} is the largest difference of a logit")
+    found["import_peak_over_bound"] = round(sources.import_peak_over_bound(), 3)
+    print(f"  {'import, four shards':30}{found['import_peak_over_bound']:.3f} of them in memory")
     for name, sizes in PUBLIC.items():
         found[f"{name}_freed_gb"] = round(freed_gb(*sizes), 3)
         print(f"  {name:30}{found[f'{name}_freed_gb']:.3f} GB leave the accelerator")

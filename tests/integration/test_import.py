@@ -108,7 +108,11 @@ def test_an_import_keeps_complete_shards(sharded: Path, tmp_path: Path) -> None:
     [
         ("", ("model.absent.weight",), "has no tensor model.absent.weight; it has .*" + TENSOR),
         ("", (TENSOR, "--blocks", 5), "48 values a row, which --blocks 5 does not divide"),
-        ("", (TENSOR, "--block-prefix", "PLE"), "block"),
+        (
+            "",
+            (TENSOR, "--block-prefix", "PLE"),
+            "--block-prefix 'PLE' is not allowed: use a lower-case",
+        ),
         ("shard", (TENSOR,), "lacks model-00002-of-2.safetensors.*index.json"),
         ("pickle", (TENSOR,), "is not a safetensors file"),
         ("type", (TENSOR,), r"is I8 \[300, 48\]; allowed are matrices"),

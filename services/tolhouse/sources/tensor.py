@@ -8,6 +8,7 @@ once to a temporary file, because each shard of a table has rows from all parts 
 import difflib
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tolhouse.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from tolhouse.errors import InvalidArgumentError, NotFoundError, TolhouseError, UnavailableError
 from tolhouse.model.checkpoint import checkpoint_name
 from tolhouse.model.tokenizer import TOKENIZER, tokenizer_id
 from tolhouse.model.weights import (
@@ -56,6 +57,11 @@ class TensorRows:
             raise InvalidArgumentError(
                 f"{tensor} has {stored.shape[1]} values a row, which `blocks` {num_blocks} does not"
                 " divide: a row consists of blocks of equal width"
+            )
+        if not re.fullmatch("[a-z][a-z0-9_]{0,31}", prefix):
+            allowed = "a lower-case letter, then up to 31 lower-case letters, digits or _"
+            raise InvalidArgumentError(
+                f"`block_prefix` {prefix!r:.60} is not allowed: use {allowed}"
             )
         self.blocks = tuple(f"{prefix}.{k}" for k in range(num_blocks))
         self.codec_name = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}[stored.dtype]
@@ -119,22 +125,28 @@ def local_copy(url: str, tensor: str, progress: Any) -> Iterator[Path]:
     `url` is a file or a folder. `progress` makes a progress bar from a number of bytes. Raises
     NotFoundError, InvalidArgumentError, or UnavailableError if the object store fails.
     """
-    with _store_errors(url), tempfile.TemporaryDirectory(prefix="tolhouse-import-") as folder:
-        fs, root = _filesystem(url)
-        place = _place(fs, root.rstrip("/"), tensor)
-        stored = find_tensor(_header(fs, place), tensor, place)
-        name = root.rstrip("/").rpartition("/")[2].removesuffix(".safetensors") or "tensor"
-        file = Path(folder) / name
-        with file.open("wb") as out, progress(stored.bytes) as bar:
-            about = {"dtype": stored.dtype, "shape": stored.shape}
-            header = json.dumps({tensor: {**about, "data_offsets": [0, stored.bytes]}}).encode()
-            out.write(len(header).to_bytes(8, "little") + header)
-            end = stored.start + stored.bytes
-            for start in range(stored.start, end, _PART_BYTES):
-                part = fs.cat_file(place, start=start, end=min(end, start + _PART_BYTES))
-                out.write(part)
-                bar.update(len(part))
+    with tempfile.TemporaryDirectory(prefix="tolhouse-import-") as folder:
+        with _store_errors(url):
+            file = _copied(url, tensor, Path(folder), progress)
         yield file
+
+
+def _copied(url: str, tensor: str, folder: Path, progress: Any) -> Path:
+    fs, root = _filesystem(url)
+    place = _place(fs, root.rstrip("/"), tensor)
+    stored = find_tensor(_header(fs, place), tensor, place)
+    name = root.rstrip("/").rpartition("/")[2].removesuffix(".safetensors") or "tensor"
+    file = folder / name
+    with file.open("wb") as out, progress(stored.bytes) as bar:
+        about = {"dtype": stored.dtype, "shape": stored.shape}
+        header = json.dumps({tensor: {**about, "data_offsets": [0, stored.bytes]}}).encode()
+        out.write(len(header).to_bytes(8, "little") + header)
+        end = stored.start + stored.bytes
+        for start in range(stored.start, end, _PART_BYTES):
+            part = fs.cat_file(place, start=start, end=min(end, start + _PART_BYTES))
+            out.write(part)
+            bar.update(len(part))
+    return file
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -148,7 +160,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def _store_errors(url: str) -> Iterator[None]:
-    """Map errors of the object store, which are OSErrors, to errors of Tolhouse."""
+    """Map errors of the object store to errors of Tolhouse."""
     try:
         yield
     except FileNotFoundError as error:
@@ -157,6 +169,11 @@ def _store_errors(url: str) -> Iterator[None]:
         raise InvalidArgumentError(f"{url} cannot be read: {error}") from None
     except ConnectionError as error:
         raise UnavailableError(f"{url} cannot be read: {error}") from None
+    except (TolhouseError, OSError):  # such as a full disk
+        raise
+    except Exception as error:  # noqa: BLE001 - each object store has classes of its own
+        reason = f"{type(error).__name__}: {error}"
+        raise UnavailableError(f"{url} cannot be read: {reason}") from None
 
 
 def _place(fs: Any, root: str, tensor: str) -> str:
