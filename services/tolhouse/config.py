@@ -256,6 +256,7 @@ class EvalConfig(LookConfig):
     row_scale: float = option(1, "Factor for all rows.", old="alpha")
     absent_layers: Layers = option((), "Layers whose rows are left out.", old="without")
     most_tokens: int = option(0, "Maximum number of tokens of the text; 0: all.", ge=0)
+    context: int = option(0, "Tokens of a window of the text; 0: the model's context.", ge=0)
 
 
 class ExplainConfig(LookConfig):

@@ -166,13 +166,14 @@ def evaluate(settings: config.EvalConfig, checkpoint: Path) -> None:
     replaced = _exact_and_other_rows(opened, settings)
     ids = read_text(opened, settings.text, settings.most_tokens)
     model, beside = opened.model(), {}
+    look: Any = {"context": settings.context, "quiet": False}
     if replaced:
         exact, other = replaced
-        (compared,) = losses.compare(model, ids, exact, [other], quiet=False)
+        (compared,) = losses.compare(model, ids, exact, [other], **look)
         result: losses.Evaluation = compared
         beside = {"kl": compared.kl, "top1_agreement": compared.agreement}
     else:
-        result = losses.evaluate(model, ids, quiet=False)
+        result = losses.evaluate(model, ids, **look)
     count, loss, perplexity = len(result.losses), result.loss, result.perplexity
     deciles = result.deciles()
     if settings.json_:

@@ -79,23 +79,40 @@ class Comparison(Evaluation):
 
 @torch.inference_mode()
 def evaluate(
-    model: Transformer, ids: np.ndarray, rows: RowsOf | None = None, *, quiet: bool = True
+    model: Transformer,
+    ids: np.ndarray,
+    rows: RowsOf | None = None,
+    *,
+    context: int = 0,
+    quiet: bool = True,
 ) -> Evaluation:
-    """Compute the losses on at least two token ids [T]. `rows` replaces `model.rows`."""
+    """Compute the losses on at least two token ids [T]. `rows` replaces `model.rows`.
+
+    The text is split into windows of `context` tokens, by default of the context of the model.
+    """
     losses = [
         F.cross_entropy(logits_of(rows or model.rows), targets_T, reduction="none")
-        for targets_T, logits_of in _batches(model, ids, quiet)
+        for targets_T, logits_of in _batches(model, ids, context, quiet)
     ]
     return Evaluation(_joined(losses), ids[1:].astype(np.int64))
 
 
 @torch.inference_mode()
 def compare(
-    model: Transformer, ids: np.ndarray, exact: RowsOf, others: Sequence[RowsOf], quiet: bool = True
+    model: Transformer,
+    ids: np.ndarray,
+    exact: RowsOf,
+    others: Sequence[RowsOf],
+    *,
+    context: int = 0,
+    quiet: bool = True,
 ) -> list[Comparison]:
-    """Compare each of `others` with the rows `exact`. The exact logits are computed once."""
+    """Compare each of `others` with the rows `exact`, in windows like `evaluate`.
+
+    The exact logits are computed once.
+    """
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in others]
-    for targets_T, logits_of in _batches(model, ids, quiet):
+    for targets_T, logits_of in _batches(model, ids, context, quiet):
         exact_TV = logits_of(exact).log_softmax(-1)
         for rows, parts in zip(others, found, strict=True):
             other_TV = logits_of(rows).log_softmax(-1)
@@ -108,13 +125,14 @@ def compare(
 
 
 def _batches(
-    model: Transformer, ids: np.ndarray, quiet: bool
+    model: Transformer, ids: np.ndarray, context: int, quiet: bool
 ) -> Iterator[tuple[Tensor, Callable[[RowsOf], Tensor]]]:
     """Yield batches of windows: targets [T], and a function from rows to float32 logits [T, V]."""
     if len(ids) < 2:
         raise InvalidArgumentError(f"the text has {len(ids)} tokens; at least 2 are needed")
     ids_T = torch.from_numpy(ids.astype(np.int64)).to(model.norm.weight.device)
-    length = min(model.config.max_position_embeddings, len(ids) - 1)
+    longest = model.config.max_position_embeddings
+    length = min(context or longest, longest, len(ids) - 1)
     end = (len(ids) - 1) // length * length
     windows = ids_T[: end + 1].unfold(0, length + 1, length)
     batches = list(windows.split(max(1, _BATCH_TOKENS // length)))
