@@ -13,6 +13,7 @@ lookup service. The output is a table and a final line of JSON:
                                   memory of two processes with a model in float32 each, and with
                                   one table in files for both (proportional set size)
     gemma_int8_loss, …            loss added by rows of a codec, in nats per token
+    smollm2_…                     SmolLM2 against transformers, from loadtest.smollm2
     gemma_loss                    loss of the tiny Gemma 4 of that comparison, trained on text
 
 The model of the last comparison is trained from scratch on the Python standard library for a
@@ -39,7 +40,8 @@ from tolhouse.testing import build_table, end
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from loadtest import ALLOCATOR, sources, tables
+from loadtest import ALLOCATOR, smollm2, sources, tables
+from loadtest.text import foreign
 
 CODECS = ("bf16", "int8", "int4")
 # Sizes of the public configs: layers, hidden size, tokens with per-layer embeddings. A layer has
@@ -270,6 +272,9 @@ def measure(*, quick: bool) -> dict[str, Any]:
     memory = resident()
     for name, megabytes in memory.items():
         print(f"  {name:30}{megabytes:.0f} MB in two processes, a table of 403 MB in float32")
+    found |= smollm2.measure(foreign()[1], 2048 if quick else 16_384, quick=quick)
+    for name in ("greedy_equal", "chat_equal", "perplexity_diff"):
+        print(f"  {f'smollm2_{name}':30}{found[f'smollm2_{name}']:.6f}")
     print("loss that codecs add to a tiny Gemma 4:")
     return found | memory | gemma_losses(20 if quick else 120)
 

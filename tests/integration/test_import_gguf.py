@@ -13,9 +13,10 @@ import torch
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Kind
 from tolhouse.cli import main
+from tolhouse.testing import process, wait_until_healthy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tests.commands import start
+from tests.commands import HTTP, start
 
 D, HEAD, HEADS, KV_HEADS, K = 64, 32, 2, 1, 96
 ENDS = ["<|im_start|>", "<|im_end|>", "<think>"]
@@ -382,3 +383,37 @@ def test_a_killed_import_leaves_no_checkpoint(tmp_path: Path) -> None:
         assert not out.exists()
         run("import gguf", path, "--out", out)
     assert (out / "config.json").is_file()
+
+
+def test_an_imported_model_answers_like_transformers(tmp_path: Path) -> None:
+    """A chat through the gateway, with the file's template, and the loss of `eval` are those of
+    transformers."""
+    path, out = write(tmp_path / "m.gguf"), tmp_path / "m"
+    run("import gguf", path, "--out", out)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    messages = [{"role": "user", "content": "hello the <|im_start|>"}]
+    prompt = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+    made = model.generate(**prompt, do_sample=False, max_new_tokens=8, pad_token_id=0)
+    expected = tokenizer.decode(made[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    local = ("--listen", "127.0.0.1:0")
+    with (
+        process("worker", str(out), *local, "--compile", "never") as worker,
+        process("gateway", str(out), *local, "--workers", worker.address) as gateway,
+    ):
+        wait_until_healthy(gateway.address)
+        body = {"messages": messages, "temperature": 0, "max_tokens": 8}
+        url = f"http://{gateway.address}/v1/chat/completions"
+        replied = HTTP.post(url, json=body, timeout=60).raise_for_status().json()
+    assert expected == replied["choices"][0]["message"]["content"]
+    text = "the hello llama\n" * 8
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    options = ("--text", tmp_path / "text", "--context", "16", "--json")
+    ids, losses = torch.tensor(tokenizer(text)["input_ids"]), []
+    for first in range(0, len(ids) - 1, 16):
+        window = ids[first : first + 17]
+        losses.append(
+            model(window[None, :-1]).logits[0].log_softmax(-1)[range(len(window) - 1), window[1:]]
+        )
+    measured = json.loads(run("eval", out, *options))
+    assert -torch.cat(losses).mean().item() == pytest.approx(measured["loss"], abs=1e-5)
