@@ -8,6 +8,8 @@ lookup service. The output is a table and a final line of JSON:
     gemma4_equal, gemma3n_equal   share of logits and of generated tokens that are equal to the bit
     mole_diff                     largest difference of a logit of a MoLE model with experts or rows
     import_peak_over_bound        anonymous memory of `tolhouse import tensor` over four shards
+    hf_logit_diff                 largest difference between the logits of our model and those of
+                                  transformers with our classes, for memory and flex in float32
     gemma4_e2b_freed_gb, …        bytes that leave the accelerator, from the sizes of public configs
     two_resident_mb, two_attached_resident_mb
                                   memory of two processes with a model in float32 each, and with
@@ -145,6 +147,27 @@ def gemma_equal(family: str, tokens: int) -> float:
     return min(shares) if len(shares) == 4 else 0.0
 
 
+@torch.no_grad()
+def hf_logit_diff() -> float:
+    """The largest difference of logits between our model and transformers with our classes."""
+    import tolhouse.integrations.transformers  # noqa: F401 - registers the classes
+    from tolhouse.model.checkpoint import open_checkpoint
+    from tolhouse.model.transformer import NoCache
+    from transformers import AutoModelForCausalLM
+
+    differences = []
+    for name in ("demo-memory", "demo-flex"):
+        path = Path(__file__).parent.parent / "models" / name
+        own = open_checkpoint(path).model()
+        other = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        size, generator = own.config.vocab_size, torch.Generator().manual_seed(0)
+        ids_BS = torch.randint(size, (4, 128), generator=generator)
+        ids_T, positions_T = ids_BS.flatten(), torch.arange(128).repeat(4)
+        logits_TV = own(ids_T, positions_T, NoCache(128), own.rows(ids_T))
+        differences.append((logits_TV - other(ids_BS).logits.flatten(0, 1)).abs().max().item())
+    return max(differences)
+
+
 def freed_gb(layers: int, hidden: int, vocabulary: int) -> float:
     """Gigabytes of the table and the projection that a worker no longer holds, in bfloat16."""
     return layers * PER_LAYER * (vocabulary + hidden) * BYTES / 1e9
@@ -266,6 +289,8 @@ def measure(*, quick: bool) -> dict[str, Any]:
     print(f"  {'mole':30}{found['mole_diff']:.1e} is the largest difference of a logit")
     found["import_peak_over_bound"] = round(sources.import_peak_over_bound(), 3)
     print(f"  {'import, four shards':30}{found['import_peak_over_bound']:.3f} of them in memory")
+    found["hf_logit_diff"] = hf_logit_diff()
+    print(f"  {'hf_logit_diff':30}{found['hf_logit_diff']:.1e} with our classes in transformers")
     for name, sizes in PUBLIC.items():
         found[f"{name}_freed_gb"] = round(freed_gb(*sizes), 3)
         print(f"  {name:30}{found[f'{name}_freed_gb']:.3f} GB leave the accelerator")
