@@ -237,6 +237,15 @@ def test_a_build_refuses_what_has_no_rows(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "num_experts": 4}), encoding="utf-8")
     shown = run("build", folder, "--store", url, code=1)
     assert re.search(r"lacks model.layers.0.experts.3.up_proj.weight", shown)
+    for field, value, message in (
+        ("hidden_size", 0, "must be positive"),
+        ("rms_norm_eps", "small", "rms_norm_eps must be a number"),
+        ("num_experts", 10**12, "experts; allowed are 65536"),
+        ("hidden_size", 8, r"is \[300, 16\] of F32; expected is \[300, 8\]"),
+    ):
+        wrong = json.dumps({**config, field: value})
+        (folder / "config.json").write_text(wrong, encoding="utf-8")
+        assert re.search(message, run("build", folder, "--store", url, code=1))
     other = {**config, "model_type": "bert", "architectures": ["BertModel"]}
     (folder / "config.json").write_text(json.dumps(other), encoding="utf-8")
     shown = run("build", folder, "--store", url, code=1)

@@ -26,6 +26,7 @@ from tolhouse.model.weights import Weights
 
 TABLE = "model.moe_table.weight"
 BATCH_TOKENS = 128
+_MAX_EXPERTS = 65_536  # in all layers
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_experts", "intermediate_size")
 
 
@@ -41,8 +42,16 @@ class Mole:
         sizes = [size for name in _SIZES if type(size := config.get(name)) is int and size > 0]
         if len(sizes) < len(_SIZES):
             raise InvalidArgumentError(f"{path / CONFIG}: {', '.join(_SIZES)} must be positive")
+        eps = config.get("rms_norm_eps", 1e-6)
+        if not (isinstance(eps, float | int) and eps >= 0):
+            raise InvalidArgumentError(f"{path / CONFIG}: rms_norm_eps must be a number")
         self.vocab_size, self.width, layers, self._experts, inner = sizes
-        self._eps, self._config = float(config.get("rms_norm_eps", 1e-6)), config
+        if layers * self._experts > _MAX_EXPERTS:
+            message = (
+                f"{layers} layers of {self._experts} experts; allowed are {_MAX_EXPERTS} in all"
+            )
+            raise InvalidArgumentError(f"{path / CONFIG}: {message}")
+        self._eps, self._config = float(eps), config
         self.name, self.path, self._weights = checkpoint_name(path), path, Weights(path)
         every = [f"expert.{n}.{e}" for n in range(layers) for e in range(self._experts)]
         self.blocks = tuple(blocks) or tuple(every)
