@@ -92,9 +92,13 @@ def running(
 ) -> AbstractContextManager[Cluster]:
     """Build a table of `checkpoint`, and return a context manager that runs the system.
 
-    With `follow`, the worker follows the name of the table to new versions.
+    With `follow`, the worker follows the name of the table to new versions. A dense model has no
+    table and no lookup service.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the child processes
+    gateway = "--listen", listen
+    if not checkpoint.config.num_rows:
+        return local_cluster(checkpoint.path, DEFAULT_STORE, lookups=0, gateway_options=gateway)
     click.echo(f"· building the table of {checkpoint.name} with Ray", err=True)
     # With fp32 rows, served tokens equal those of the model in one process.
     options = f"--codec fp32 --store {DEFAULT_STORE} --publish-new --log-level warning".split()
@@ -108,7 +112,7 @@ def running(
     click.echo(f"· {table} is built and verified; starting lookup, worker and gateway", err=True)
     worker = _WORKER if follow else ("--table", table, *_WORKER)
     return local_cluster(
-        checkpoint.path, DEFAULT_STORE, worker_options=worker, gateway_options=("--listen", listen)
+        checkpoint.path, DEFAULT_STORE, worker_options=worker, gateway_options=gateway
     )
 
 

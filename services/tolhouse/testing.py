@@ -199,7 +199,10 @@ def local_cluster(
     gateway_options: tuple[str, ...] = (),
     tls: ssl.SSLContext | None = None,  # for a gateway with a certificate
 ) -> Iterator[Cluster]:
-    """Run lookup replicas, workers and a gateway. The store must have the checkpoint's table."""
+    """Run lookup replicas, workers and a gateway. The store must have the checkpoint's table.
+
+    A dense model has no table, and runs with `lookups=0`.
+    """
     with ExitStack() as stack:
 
         def start(count: int, command: str, *arguments: str) -> str:
@@ -209,7 +212,8 @@ def local_cluster(
 
         processes, model = list[Process](), str(checkpoint)
         lookup = start(lookups, "lookup", "--store", store, *lookup_options)
-        serving = start(workers, "worker", model, "--rows", lookup, *worker_options)
+        rows = ("--rows", lookup) if lookup else ()
+        serving = start(workers, "worker", model, *rows, *worker_options)
         polled = "--workers", serving, "--poll-seconds", "0.2"
         gateway = start(1, "gateway", model, *polled, *gateway_options)
         wait_until_healthy(gateway, tls)

@@ -50,6 +50,18 @@ def test_the_demo_ends_with_one_line_of_json(tmp_path: Path) -> None:
     assert [] == [p for p in marked if "tolhouse.cli" in " ".join(p["cmdline"] or ())]
 
 
+def test_the_demo_runs_a_dense_model(base: Path, tmp_path: Path) -> None:
+    """A dense model is served without a table, and its text equals the model's."""
+    command = [*TOLHOUSE, "demo", "--checkpoint", str(base), "--max-tokens", "8"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=280, encoding="utf-8"
+    )
+    assert 0 == ended.returncode, ended.stderr
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert (True, 0) == (result["greedy_matches_in_process"], result["rows_remote"])
+    assert not (tmp_path / ".tolhouse").exists()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
 def test_serve_runs_until_a_signal(number: signal.Signals, code: int, tmp_path: Path) -> None:
     """The printed curl command works, with a new table or one of an earlier run, and Ctrl-C or

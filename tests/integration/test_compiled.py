@@ -41,40 +41,33 @@ def times(folder: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in folder.iterdir()}
 
 
-def test_compiled_steps_equal_uncompiled_ones(flex_checkpoint: Path, tmp_path: Path) -> None:
-    """Compiled steps equal uncompiled ones for one and several sequences; of two workers that start
-    together one compiles; compiled code is cached on disk and replaced if damaged."""
-    checkpoint = open_checkpoint(flex_checkpoint)
-    first, second = (compiled_for(checkpoint, tmp_path) for _ in range(2))
+def test_compiled_steps_equal_uncompiled_ones(tmp_path: Path) -> None:
+    """Compiled steps equal uncompiled ones for one and several sequences, with heads, biases and
+    norms as in Qwen; of two workers that start together one compiles; compiled code is cached on
+    disk and replaced if damaged."""
+    shape = {"num_key_value_heads": 2, "head_dim": 16, "qkv_bias": True, "qk_norm": True}
+    path = tiny_model(tmp_path / "m", "flex", 2, **shape, o_bias=True)
+    checkpoint, cache = open_checkpoint(path), tmp_path / "cache"
+    first, second = (compiled_for(checkpoint, cache) for _ in range(2))
     assert first.wait()
     kept = times(first.folder)
     assert second.wait()
-    assert (kept, [first.folder]) == (times(first.folder), list(tmp_path.iterdir()))
-    again = compiled_for(checkpoint, tmp_path)
+    assert (kept, [first.folder]) == (times(first.folder), list(cache.iterdir()))
+    again = compiled_for(checkpoint, cache)
     assert again.wait()
     assert (None, kept) == (again.compiler, times(first.folder))
     for file in kept:  # as after a power failure; torch would crash on such a file
         data = file.read_bytes()
         file.write_bytes(data[: len(data) // 4] + bytes(len(data) // 4) + data[len(data) // 2 :])
-    compiled = compiled_for(checkpoint, tmp_path)
+    compiled = compiled_for(checkpoint, cache)
     assert compiled.wait()
     rows = RandomRows(checkpoint.config.num_rows, checkpoint.config.hidden_size)
-    engines = [engine_of(flex_checkpoint, rows) for _ in range(2)]
+    engines = [engine_of(path, rows) for _ in range(2)]
     check_equal(compiled, *engines)
     # prompts in the same step are not compiled and do not change the bits
     for lengths in ([20], [3, 17]):
         beside = decoded(engines[1], lengths, prompts=[30, 7])
         assert torch.equal(decoded(engines[1], lengths), beside[: len(lengths)])
-
-
-def test_grouped_heads_biases_and_norms_are_compiled(tmp_path: Path) -> None:
-    """Compiled steps of a model with the attention of Qwen equal uncompiled ones."""
-    shape = {"num_key_value_heads": 2, "head_dim": 16, "qkv_bias": True, "qk_norm": True}
-    path = tiny_model(tmp_path / "m", "base", **shape, o_bias=True, num_hidden_layers=2)
-    compiled = compiled_for(open_checkpoint(path), tmp_path / "cache")
-    assert compiled.wait()
-    engines = [engine_of(path) for _ in range(2)]
-    check_equal(compiled, *engines)
 
 
 def check_equal(compiled: CompiledDecode, plain: Engine, faster: Engine) -> None:

@@ -1,8 +1,7 @@
 """Dense models that transformers writes give the same logits and tokens here."""
 
 import json
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tolhouse.model.checkpoint import open_checkpoint, save_checkpoint
 from tolhouse.model.config import RopeScaling
 from tolhouse.model.generate import greedy
 from tolhouse.model.transformer import GrowingCache, NoCache, Transformer
-from tolhouse.testing import build_table, process, tiny_model, wait_until_healthy
+from tolhouse.testing import build_table, local_cluster, tiny_model
 from tolhouse.train.recipes import recipe
 from tolhouse.train.trainer import Trainer, initialise
 
@@ -120,23 +119,13 @@ def test_a_worker_chats_with_a_dense_model(shape: str, dtype: str, tmp_path: Pat
     unused = next(i for i in range(319) if i not in tokens)
     ends = {"eos_token_id": [unused, tokens[last]]}
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
-    with served(tmp_path / "m") as (worker, url):
-        with Client(worker) as client:
+    options = "--compile", "never"
+    with local_cluster(tmp_path / "m", "", lookups=0, worker_options=options) as cluster:
+        url = f"{cluster.url}/chat/completions"
+        with Client(cluster.workers) as client:
             assert tokens == list(client.generate(prompt, 24, ignore_eos=True))
         assert (tokenizer.decode(tokens), "length") == chat(url, messages, ignore_eos=True)
         assert (tokenizer.decode(tokens[:last]), "stop") == chat(url, messages)
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[tuple[str, str]]:
-    """The address of a worker without rows, and the URL of its gateway."""
-    listen = "--listen", "127.0.0.1:0"
-    with (
-        process("worker", str(folder), *listen, "--compile", "never") as worker,
-        process("gateway", str(folder), *listen, "--workers", worker.address) as gateway,
-    ):
-        wait_until_healthy(gateway.address)
-        yield worker.address, f"http://{gateway.address}/v1/chat/completions"
 
 
 def chat(url: str, messages: list[dict[str, str]], **more: Any) -> tuple[str, str]:
