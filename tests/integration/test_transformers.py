@@ -253,6 +253,14 @@ def test_initialisation(folder):
     assert torch.equal(layer.input_layernorm.weight, torch.ones(96))
 
 
+def test_converted_model(tmp_path):
+    """A converted model is refused, because its rows are only in its table."""
+    model = load(tiny_model(tmp_path / "converted", "flex", 1, flex_layers=(1, 2)))
+    for use in (model, model.rows_of):
+        with pytest.raises(InvalidArgumentError, match="only in its table"):
+            use(IDS)
+
+
 def test_unsupported_config(folder, tmp_path):
     """A config that asks for another computation is refused by the name of the field."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -179,11 +179,20 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
         """Return the rows [N, B, S, D] of ids [B, S], from `row_source` or from FFN-M."""
         if self.row_source is not None:
             return self.row_source(input_ids)
+        self._check_own_rows()
         ids_U, inverse_BS = input_ids.unique(return_inverse=True)
         x0_UD = self.embed_tokens(ids_U)
         own = [ffn for layer in self.layers if (ffn := cast("MemoryLLMBlock", layer).ffn_m)]
         rows = [F.embedding(inverse_BS, ffn(x0_UD)) for ffn in own]
         return torch.stack(rows) if rows else x0_UD.new_empty(0, *input_ids.shape, x0_UD.shape[1])
+
+    def _check_own_rows(self) -> None:
+        """Raise InvalidArgumentError for a converted model, which has no FFN-M."""
+        if self.shape.flex_layers:
+            advice = "serve it with `tolhouse worker`"
+            raise InvalidArgumentError(
+                f"the rows of a converted model are only in its table: {advice}"
+            )
 
     @_renamed
     @merge_with_config_defaults
@@ -238,6 +247,7 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
             rows = self.row_source(input_ids)
             carried = len(rows) - self.shape.num_rows
             return rows[carried:], None, None, rows[0] if carried else self.embed_tokens(input_ids)
+        self._check_own_rows()
         if inputs_embeds is None:
             # FFN-M depends on token ids alone, so it is computed once for each distinct token.
             ids_U, inverse_BS = input_ids.unique(return_inverse=True)  # type: ignore[union-attr]
