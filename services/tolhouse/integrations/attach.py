@@ -273,7 +273,7 @@ def attach(
 
     Args:
         model: A text model or a multimodal model of Gemma 3n or Gemma 4, or a MemoryLLM model of
-            `tolhouse.integrations.transformers`. Its table may be on the meta device or offloaded.
+            `tolhouse.integrations.transformers`. Its table may be on the meta device.
         rows: `"file://PATH"`, `"redis://HOST:PORT"` or `"HOST:PORT"` of a lookup service.
         table: `"name@version"`, or `"name"` for the version that is published now.
         checkpoint: The folder of the model, which `detach` needs, and `attach` if the table is on

@@ -36,7 +36,6 @@ from tolhouse.model.weights import DTYPES, Weights
 
 FINISHED, RAW = "ple", "ple_raw"  # block names, followed by the layer
 BATCH_TOKENS = 128
-_READ_ROWS = 1024  # the rows of one read for a digest
 _TABLE, _EMBEDDING = "embed_tokens_per_layer.weight", "embed_tokens.weight"
 _PROJECTION, _NORM = "per_layer_model_projection.weight", "per_layer_projection_norm.weight"
 _SIZES = (
@@ -95,10 +94,7 @@ class Gemma:
         about = self._has_old_scales, self.vocab_size, self._eps if self.is_finished else 0
         digest = hashlib.sha256(_canonical(about))
         for name in (_TABLE, _EMBEDDING, _PROJECTION, _NORM) if self.is_finished else (_TABLE,):
-            stored = self.weights.tensors[self._prefix + name]
-            digest.update(f"{name} {stored.dtype} {list(stored.shape)}\n".encode())
-            for part in self._parts(self._prefix + name):
-                digest.update(part.flatten().view(torch.uint8).numpy().data)
+            digest.update(f"{name} {self.weights.tensor_digest(self._prefix + name)}\n".encode())
         return digest.hexdigest()
 
     def rows(self, ids: np.ndarray | None = None) -> np.ndarray:
@@ -182,16 +178,6 @@ class Gemma:
         if tensor.dtype not in DTYPES:
             allowed = f"{tensor.dtype}; allowed are {', '.join(DTYPES)}"
             raise InvalidArgumentError(f"{self.path}: {self._prefix}{name} is {allowed}")
-
-    def _parts(self, name: str) -> Iterator[Tensor]:
-        """Yield a tensor in parts of at most `_READ_ROWS` rows."""
-        count, *others = self.weights.tensors[name].shape
-        if not others:
-            yield self.weights.read(name)
-            return
-        for start in range(0, count, _READ_ROWS):
-            ids = np.arange(start, min(start + _READ_ROWS, count))
-            yield self.weights.read_rows(name, ids)
 
 
 def vocabulary(text_config: dict[str, Any]) -> int:
