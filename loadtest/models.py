@@ -6,8 +6,10 @@ The architectures are real, their weights are random and tiny, and rows travel o
 lookup service. The output is a table and a final line of JSON:
 
     gemma4_equal, gemma3n_equal   share of logits and of generated tokens that are equal to the bit
-    mole_diff                     largest difference of a logit of a MoLE model with experts or rows
-    import_peak_over_bound        anonymous memory of `tolhouse import tensor` over four shards
+    mole_diff                     largest difference of a logit of MoLE with experts or with rows,
+                                  over the standard deviation of all logits
+    import_peak_over_bound        anonymous memory of `tolhouse import tensor`, beyond that of an
+                                  import of a small tensor, over four shards
     hf_logit_diff                 largest difference between the logits of our model and those of
                                   transformers with our classes, for memory and flex in float32
     gemma4_e2b_freed_gb, …        bytes that leave the accelerator, from the sizes of public configs
