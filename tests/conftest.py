@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,9 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 os.environ["OMP_NUM_THREADS"] = "1"
 # for the many workers that tests start; test_compiled.py and test_wide.py compile
 os.environ["TOLHOUSE_WORKER_COMPILE"] = "never"
+# torch's compiler would set it, and commands could then not be forks of one interpreter
+folder = str(Path(tempfile.gettempdir(), "tolhouse-compiler"))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 # a shell's background job ignores SIGINT, and child processes would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 preloaded.ENVIRONMENT.update(os.environ)
