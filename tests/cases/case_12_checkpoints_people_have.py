@@ -74,7 +74,7 @@ def _other(base: Path) -> Iterator[Result]:
         (_config(num_key_value_heads=2), "num_key_value_heads"),
         (_config(attention_bias=True), "attention_bias"),
         (_config(hidden_act="gelu"), "hidden_act"),
-        (_config(rope_scaling={"rope_type": "linear", "factor": 2.0}), "rope_scaling"),
+        (_config(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_scaling"),
         (_config(tie_word_embeddings=True), "tie_word_embeddings"),
         (lambda path: _weights(path, lambda t: t | {"x": torch.zeros(1)}), "such as x"),
     ):

@@ -298,7 +298,11 @@ def _defects(weights: Weights, config: ModelConfig) -> Iterator[str]:
     if missing := sorted(expected.keys() - stored):
         hint = f": set tie_word_embeddings to true in {CONFIG} if the embedding is the head"
         surplus = sorted(stored - expected.keys())
-        hint = hint if missing == [HEAD] else f"; it has {surplus[0]}" if surplus else ""
+        if missing[0].endswith("_proj.bias"):
+            fields = "attention_bias, or qkv_bias and o_bias,"
+            hint = f": set {fields} to false in {CONFIG} if attention has no biases"
+        elif missing != [HEAD]:
+            hint = f"; it has {surplus[0]}" if surplus else ""
         yield f" lacks {len(missing)} tensors of a {kind} model, such as {missing[0]}{hint}"
     if extra := sorted(stored - expected.keys()):
         message = f" has {len(extra)} tensors that a {kind} model lacks, such as {extra[0]}"
@@ -306,7 +310,9 @@ def _defects(weights: Weights, config: ModelConfig) -> Iterator[str]:
     for name, shape in expected.items():
         tensor = weights.tensors[name]
         if list(tensor.shape) != shape:
-            yield f": {name} has shape {list(tensor.shape)}, {CONFIG} asks for {shape}"
+            fields = "num_attention_heads, num_key_value_heads and head_dim"
+            by = f" with its {fields}" if ".self_attn." in name else ""
+            yield f": {name} has shape {list(tensor.shape)}, {CONFIG} asks for {shape}{by}"
         if tensor.dtype not in DTYPES:
             allowed = ", ".join(DTYPES)
             yield f": {name} is {tensor.dtype}; allowed are {allowed}: convert the weights"
