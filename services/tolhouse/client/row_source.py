@@ -83,7 +83,7 @@ class RowSource(ABC):
 
     @abstractmethod
     def _fetch(self, manifest: Manifest, ids: Array, out: Array, slots: Array) -> None:
-        """Read the records of `ids` [T], of any value, into rows `slots` [T] of `out`."""
+        """Read the records of `ids` [T] into rows `slots` [T] of `out`. Checks that ids exist."""
 
     def describe(self, table: str) -> Manifest:
         """Read the manifest of "name@version", or of the published version of "name".

@@ -21,6 +21,7 @@ from tolhouse.model.transformer import ContextFreeFFN
 from tolhouse.net.channel import Targets
 from tolhouse.sources.gemma import FINISHED, RAW, Gemma, blocks_of, vocabulary
 from tolhouse.sources.memoryllm import MemoryLLM
+from tolhouse.table.manifest import Manifest
 
 _SAMPLE = 32  # rows that are compared with those of the model
 _MOST_ERROR = 0.5  # of rows of low rank, relative to their norm
@@ -136,10 +137,8 @@ class Attachment:
         allowed = [blocks_of(kind, layers) for kind in (FINISHED, RAW)]
         if manifest.blocks in allowed and (manifest.width, manifest.vocab_size) == (width, size):
             return
-        first, count = manifest.blocks[0], manifest.num_blocks
-        has = f"{count} blocks {first} … of {manifest.width} values, {manifest.vocab_size} tokens"
         needs = f"{layers} blocks {FINISHED}.0 … or {RAW}.0 … of {width} values, {size} tokens"
-        raise MismatchError(f"table {manifest.ref} has {has}; the model needs {needs}")
+        raise _other_shape(manifest, needs)
 
     @torch.no_grad()
     def _check_rows(self) -> None:
@@ -241,10 +240,8 @@ class FFNAttachment(Attachment):
         same = (manifest.width, manifest.vocab_size) == (width, size)
         if same and manifest.blocks in (blocks, ("x0", *blocks)):
             return
-        first, count = manifest.blocks[0], manifest.num_blocks
-        has = f"{count} blocks {first} … of {manifest.width} values, {manifest.vocab_size} tokens"
         needs = f"{layers} blocks ffn.0 … of {width} values, {size} tokens"
-        raise MismatchError(f"table {manifest.ref} has {has}; the model needs {needs}")
+        raise _other_shape(manifest, needs)
 
     def _own_rows(self, ids: np.ndarray) -> np.ndarray:
         text, parts = self._text, list(self._parts.values())
@@ -319,6 +316,12 @@ def _text_model(model: nn.Module) -> Any:
         raise InvalidArgumentError("the model has rows from a table already: detach it first")
     allowed = "models of Gemma 3n and Gemma 4 with per-layer embeddings, and of MemoryLLM"
     raise InvalidArgumentError(f"{type(model).__name__} has no rows to replace; allowed: {allowed}")
+
+
+def _other_shape(manifest: Manifest, needs: str) -> MismatchError:
+    first, count = manifest.blocks[0], manifest.num_blocks
+    has = f"{count} blocks {first} … of {manifest.width} values, {manifest.vocab_size} tokens"
+    return MismatchError(f"table {manifest.ref} has {has}; the model needs {needs}")
 
 
 def _staged(rows: np.ndarray, device: torch.device) -> Tensor:
