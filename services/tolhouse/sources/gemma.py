@@ -33,9 +33,9 @@ from tolhouse.files import read_json
 from tolhouse.model.checkpoint import CONFIG, checkpoint_name
 from tolhouse.model.tokenizer import TOKENIZER, tokenizer_id
 from tolhouse.model.weights import DTYPES, Weights
+from tolhouse.sources.batches import in_batches
 
 FINISHED, RAW = "ple", "ple_raw"  # block names, followed by the layer
-BATCH_TOKENS = 128
 _TABLE, _EMBEDDING = "embed_tokens_per_layer.weight", "embed_tokens.weight"
 _PROJECTION, _NORM = "per_layer_model_projection.weight", "per_layer_projection_norm.weight"
 _SIZES = (
@@ -107,17 +107,7 @@ class Gemma:
 
     def batches(self, ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield the rows of `ids` in batches, each with its slice of `ids`."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            for start in range(0, len(ids), BATCH_TOKENS):
-                part = ids[start : start + BATCH_TOKENS].astype(np.int64)
-                padded = np.pad(part, (0, BATCH_TOKENS - len(part)))
-                with torch.inference_mode():
-                    rows = self._finished(padded) if self.is_finished else self._raw(padded)
-                yield slice(start, start + len(part)), rows[: len(part)].float().numpy()
-        finally:
-            torch.set_num_threads(threads)
+        return in_batches(ids, self._finished if self.is_finished else self._raw)
 
     def tensor(self, name: str) -> Tensor:
         """Read a tensor of the text model in its stored dtype."""

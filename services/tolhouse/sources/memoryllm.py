@@ -1,21 +1,16 @@
-"""Computes rows with MemoryLLM checkpoints, including Flex and One Wide.
-
-The last bits of a matrix product depend on its shape and on the number of threads. One thread
-therefore computes rows in batches of one size, and pads the last batch. Builders, resumed
-builds and workers therefore compute equal bytes.
-"""
+"""Computes rows with MemoryLLM checkpoints, including Flex and One Wide."""
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.transformer import Transformer
-
-BATCH_TOKENS = 128
+from tolhouse.sources.batches import in_batches
 
 
 class MemoryLLM:
@@ -64,19 +59,12 @@ class MemoryLLM:
 
     def batches(self, ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield the rows of `ids` in batches, each with its slice of `ids`."""
-        model, threads = self.model, torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            for start in range(0, len(ids), BATCH_TOKENS):
-                part = ids[start : start + BATCH_TOKENS].astype(np.int64)
-                padded = torch.from_numpy(np.pad(part, (0, BATCH_TOKENS - len(part))))
-                with torch.inference_mode():
-                    x0 = model.x0(padded)
-                    parts = [x0 if b == "x0" else model.ffn_m[int(b[4:])](x0) for b in self.blocks]
-                    rows = torch.stack(parts, dim=1)[: len(part)]
-                yield slice(start, start + len(part)), rows.numpy()
-        finally:
-            torch.set_num_threads(threads)
+        return in_batches(ids, self._compute)
+
+    def _compute(self, ids: np.ndarray) -> Tensor:
+        x0 = self.model.x0(torch.from_numpy(ids))
+        parts = [x0 if b == "x0" else self.model.ffn_m[int(b[4:])](x0) for b in self.blocks]
+        return torch.stack(parts, dim=1)
 
 
 def select_blocks(checkpoint: Checkpoint, embedding: str, absent: Iterable[int]) -> list[str]:

@@ -23,9 +23,9 @@ from tolhouse.files import read_json
 from tolhouse.model.checkpoint import CONFIG, EMBEDDING, checkpoint_name
 from tolhouse.model.tokenizer import TOKENIZER, tokenizer_id
 from tolhouse.model.weights import Weights
+from tolhouse.sources.batches import in_batches
 
 TABLE = "model.moe_table.weight"
-BATCH_TOKENS = 128
 _MAX_EXPERTS = 65_536  # in all layers
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_experts", "intermediate_size")
 
@@ -94,34 +94,21 @@ class Mole:
         return np.concatenate([rows for _, rows in self.batches(ids)])
 
     def batches(self, ids: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield the rows of `ids` in batches, each with its slice of `ids`.
-
-        One thread computes batches of one size, because the last bits of a product depend on both.
-        """
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            for start in range(0, len(ids), BATCH_TOKENS):
-                part = ids[start : start + BATCH_TOKENS].astype(np.int64)
-                rows = self._stored(part) if self._is_stored else self._computed(part)
-                yield slice(start, start + len(part)), rows.numpy()
-        finally:
-            torch.set_num_threads(threads)
+        """Yield the rows of `ids` in batches, each with its slice of `ids`."""
+        return in_batches(ids, self._stored if self._is_stored else self._computed)
 
     def _stored(self, ids: np.ndarray) -> Tensor:
         rows = self._weights.read_rows(TABLE, ids).float()
         return rows.view(len(ids), -1, self.width)[:, self._places]
 
-    @torch.inference_mode()
     def _computed(self, ids: np.ndarray) -> Tensor:
-        padded = np.pad(ids, (0, BATCH_TOKENS - len(ids)))
-        x_TD = self._weights.read_rows(EMBEDDING, padded).float()
+        x_TD = self._weights.read_rows(EMBEDDING, ids).float()
         x_TD = x_TD * torch.rsqrt(x_TD.pow(2).mean(-1, keepdim=True) + self._eps)
         parts = []
         for block in self.blocks:
             norm_D, up_KD, down_DK = map(self._tensor, _names(block))
             parts.append(F.linear(F.gelu(F.linear(norm_D * x_TD, up_KD)), down_DK))
-        return torch.stack(parts, dim=1)[: len(ids)]
+        return torch.stack(parts, dim=1)
 
 
 def _names(block: str) -> tuple[str, str, str]:
