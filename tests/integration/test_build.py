@@ -431,9 +431,11 @@ def test_messages_of_ray_do_not_reach_stdout(
 ) -> None:
     """stdout holds only the table's name, even if Ray writes its logs to the terminal."""
     monkeypatch.setenv("RAY_LOG_TO_STDERR", "1")
-    done = tolhouse(quick_build(checkpoint, tmp_path))
-    assert re.fullmatch(r"tiny-memory@[0-9a-f]{16}\n", done.stdout)
-    assert "gcs_server" in done.stderr
+    popen = start(quick_build(checkpoint, tmp_path))
+    out, err = popen.communicate(timeout=240)
+    assert popen.returncode == 0, err
+    assert re.fullmatch(r"tiny-memory@[0-9a-f]{16}\n", out)
+    assert "gcs_server" in err  # on a busy machine, also tracebacks of Ray's agents
 
 
 def test_an_interrupted_build_ends_without_a_traceback(checkpoint: Path, tmp_path: Path) -> None:
