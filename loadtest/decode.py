@@ -1,6 +1,6 @@
 """Compare the worker's engine with MemoryLLM rows and with a dense model.
 
-    python -m loadtest.decode [--preset 250m] [--quick]
+    python -m loadtest.decode [--preset 250m] [--device auto] [--quick]
 
 There are four contenders. `base` is a dense model. The others are a MemoryLLM of the same size with
 int8 rows. `remote` fetches rows over TCP from a lookup service, which runs in namespaces of its own
@@ -8,7 +8,8 @@ behind a network (loadtest/isolation.py) and holds two thirds of the rows in mem
 of `remote` has a tenth of the table. `file` reads rows from files with the same cache. `resident`
 keeps all rows in memory. The contenders run in turn, so that ratios within a run are meaningful;
 times of different runs are not comparable. Weights are random. Token ids come from real text, so
-that rows repeat as in real use. The output is a table and a final line of JSON.
+that rows repeat as in real use. A CPU computes in float32 with compiled code, and a GPU in bfloat16
+with CUDA graphs. The output is a table and a final line of JSON.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +32,9 @@ from tolhouse.engine.cpu.compiled import CompiledDecode
 from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
-from tolhouse.engine.runner import Runner
+from tolhouse.engine.runner import GraphRunner, Runner
 from tolhouse.engine.scheduler import Scheduler
-from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.checkpoint import Checkpoint, torch_device, torch_dtype
 from tolhouse.model.config import ModelConfig, preset
 from tolhouse.table.manifest import Manifest
 from tolhouse.testing import Host
@@ -44,11 +46,40 @@ from loadtest.tables import alike, served
 from loadtest.text import trace
 from loadtest.weights import random_weights
 
-CPU = torch.device("cpu")
 VOCABULARY = 32_768  # of a BPE tokenizer trained on the text
 PROMPT, ANSWER = 64, 64  # tokens
 COMPILED = WorkerConfig.model_fields["compile_cache"].default
 SLICE = 8  # steps of one contender before the next contender runs
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where engines compute: a device, and the dtype that a worker chooses for it."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, name: str) -> "Place":
+        device = torch_device(name)
+        return cls(device, torch_dtype("auto", device))
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    def synchronize(self) -> None:
+        if not self.on_cpu:
+            torch.cuda.synchronize(self.device)
+
+    def __str__(self) -> str:
+        name = f"{torch.get_num_threads()} threads"
+        if not self.on_cpu:
+            name = torch.cuda.get_device_name(self.device)
+        return f"{name}, {str(self.dtype).removeprefix('torch.')}"
+
+
+CPU = Place(torch.device("cpu"), torch.float32)
 
 
 class Measured(Contender):
@@ -58,8 +89,16 @@ class Measured(Contender):
         super().__init__(name, engine)
         self.weight_bytes = weight_bytes  # bytes of weights that each token reads
         self.rates: dict[int, list[float]] = {}  # tokens per second, by concurrency
+        self.waits: list[float] = []  # seconds that each decode step waited for rows
         # fraction of a step outside the model's forward, by concurrency
         self.outside: dict[int, float] = {}
+
+    def step(self) -> None:
+        before, running = self.engine.rows.wait_seconds, self.engine.scheduler.running
+        decodes = all(one.computed >= one.prompt_tokens for one in running)
+        super().step()
+        if decodes:
+            self.waits.append(self.engine.rows.wait_seconds - before)
 
     @property
     def seconds(self) -> np.ndarray:
@@ -68,7 +107,7 @@ class Measured(Contender):
 
 @contextmanager
 def contenders(
-    preset_name: str, folder: Path, frequent: tuple[int, ...], host: Host
+    preset_name: str, folder: Path, frequent: tuple[int, ...], host: Host, place: Place
 ) -> Iterator[dict[str, Measured]]:
     """The contenders by name: base, remote, file, resident."""
     limits = {"vocab_size": VOCABULARY, "max_position_embeddings": 8192}
@@ -77,7 +116,9 @@ def contenders(
     models = {
         s.kind: Checkpoint(random_weights(folder / s.kind, s), s, s.kind) for s in (base, memory)
     }
-    compiled = {k: CompiledDecode(model, torch.float32, COMPILED) for k, model in models.items()}
+    compiled: dict[str, CompiledDecode] = {}
+    if place.on_cpu:
+        compiled = {k: CompiledDecode(one, place.dtype, COMPILED) for k, one in models.items()}
     with ExitStack() as stack:
         for one in compiled.values():
             one.start()
@@ -85,24 +126,25 @@ def contenders(
         hot_megabytes = manifest.table_bytes / 1.5e6
         sources = stack.enter_context(served(folder / "tables", manifest, hot_megabytes, host))
         rows: dict[str, RowProvider] = {
-            "base": NoRows(base.hidden_size, CPU),
-            "remote": rows_of(sources["remote"], manifest, 0.1),
-            "file": rows_of(sources["file"], manifest, 0.1),
-            "resident": rows_of(sources["file"], manifest, 1),
+            "base": NoRows(base.hidden_size, place.device),
+            "remote": rows_of(sources["remote"], manifest, 0.1, place),
+            "file": rows_of(sources["file"], manifest, 0.1, place),
+            "resident": rows_of(sources["file"], manifest, 1, place),
         }
         engines = {}
         for name, provider in rows.items():
             kind = "base" if name == "base" else "memory"
-            engines[name] = engine_of(models[kind], provider, compiled[kind], name)
+            engines[name] = engine_of(models[kind], provider, compiled.get(kind), name, place)
         assert all(one.wait() for one in compiled.values()), (
             "decoding was not compiled: no C++ compiler found"
         )
         yield engines
 
 
-def rows_of(source: RowSource, manifest: Manifest, share: float) -> CachedRows:
+def rows_of(source: RowSource, manifest: Manifest, share: float, place: Place = CPU) -> CachedRows:
     """Rows with a filled cache of a fraction of the table."""
-    rows = CachedRows(source, manifest, int(manifest.table_bytes * share), CPU)
+    cache_bytes = int(manifest.table_bytes * share)
+    rows = CachedRows(source, manifest, cache_bytes, place.device, place.dtype)
     rows.fill()
     if share == 1:
         for part in np.array_split(np.arange(manifest.vocab_size, dtype=np.uint32), 64):
@@ -111,16 +153,22 @@ def rows_of(source: RowSource, manifest: Manifest, share: float) -> CachedRows:
 
 
 def engine_of(
-    checkpoint: Checkpoint, rows: RowProvider, compiled: CompiledDecode, name: str
+    checkpoint: Checkpoint,
+    rows: RowProvider,
+    compiled: CompiledDecode | None,
+    name: str,
+    place: Place = CPU,
 ) -> Measured:
     shape = checkpoint.config
     cache = BlockManager(max(64 * (PROMPT + ANSWER), 2 * 4352) // BLOCK_TOKENS)
-    pages = PagedKVCache(shape, cache.num_blocks, CPU, torch.float32)
+    pages = PagedKVCache(shape, cache.num_blocks + 1, place.device, place.dtype)
     pages.keys.zero_()  # touches every page of memory, as in a worker that has run for a long time
     pages.values.zero_()
-    model = load(checkpoint, CPU, torch.float32)
-    compiled.attach(model)
-    engine = Engine(Runner(model, pages, rows), Scheduler(cache, 64, 512), 1000)
+    model = load(checkpoint, place.device, place.dtype)
+    if compiled:
+        compiled.attach(model)
+    runner = (Runner if place.on_cpu else GraphRunner)(model, pages, rows)
+    engine = Engine(runner, Scheduler(cache, 64, 512), 1000)
     return Measured(name, engine, read_bytes(shape))
 
 
@@ -139,7 +187,7 @@ def decoding(
     length, ones = PROMPT + ANSWER, list(measured.values())
     seconds = np.zeros((len(ones), 2))
     for one in ones:
-        one.rates[concurrency] = []
+        one.rates[concurrency], one.waits = [], []
     for number in range(rounds):
         at = (np.arange(concurrency) + number * concurrency) * length * 3 % (len(ids) - length)
         texts = [ids[start : start + length].tolist() for start in at]
@@ -154,10 +202,16 @@ def decoding(
     for one, (step, forward) in zip(ones, seconds, strict=True):
         one.outside[concurrency] = 1 - forward / step
         rate = f"{statistics.median(one.rates[concurrency]):8.1f} tokens/s"
-        share = f"{one.outside[concurrency]:.1%} outside the forward"
-        print(f"  {concurrency:3} sequences  {one.name:9} {rate}   {share}")
+        half, most = (wait_ms(one, percent) for percent in (50, 99))
+        about = f"rows waited for {half:.2f} ms, at most {most:.2f} ms in 99 % of steps"
+        print(f"  {concurrency:3} sequences  {one.name:9} {rate}   {about}")
     rates = {name: np.array(one.rates[concurrency]) for name, one in measured.items()}
-    return {
+    waits = {
+        f"{name}_row_wait_ms_p{percent}_c{concurrency}": wait_ms(measured[name], percent)
+        for name in ("remote", "file")
+        for percent in (50, 99)
+    }
+    return waits | {
         f"{key}_c{concurrency}": float(np.median(rates[one] / rates[other]))
         for key, one, other in (
             ("speedup", "remote", "base"),
@@ -165,6 +219,11 @@ def decoding(
             ("file_vs_resident", "file", "resident"),
         )
     }
+
+
+def wait_ms(one: Measured, percent: int) -> float:
+    """A percentile of the time that a decode step waited for rows."""
+    return 1000 * float(np.percentile(one.waits, percent))
 
 
 def prefilling(
@@ -184,11 +243,14 @@ def prefilling(
     return float(np.median(resident / remote)), float(np.median(resident / file))
 
 
-def measure(measured: dict[str, Measured], ids: np.ndarray, *, quick: bool) -> dict[str, float]:
-    block, seconds = torch.ones(2**27), []  # half a gigabyte
+def measure(
+    measured: dict[str, Measured], ids: np.ndarray, place: Place, *, quick: bool
+) -> dict[str, float]:
+    block, seconds = torch.ones(2**27, device=place.device), []  # half a gigabyte
     for _ in range(20):
         started = time.perf_counter()
         block.sum()
+        place.synchronize()
         seconds.append(time.perf_counter() - started)
     bandwidth = block.nbytes / statistics.median(seconds)
     result = decoding(measured, ids, 1, 1 if quick else 6)
@@ -202,8 +264,9 @@ def measure(measured: dict[str, Measured], ids: np.ndarray, *, quick: bool) -> d
         "remote_prefill_vs_resident": min(values[0] for values in prompts),
         "file_prefill_vs_resident": min(values[1] for values in prompts),
         "bandwidth_fraction": statistics.median(remote.rates[1]) * remote.weight_bytes / bandwidth,
-        "host_overhead": remote.outside[8],
     }
+    if place.on_cpu:  # a GPU still computes when the forward returns
+        result["host_overhead"] = remote.outside[8]
     for name, one in measured.items():
         for concurrency, rates in one.rates.items():
             result[f"tokens_per_s_{name}_c{concurrency}"] = statistics.median(rates)
@@ -217,23 +280,25 @@ def main() -> None:
     parser.add_argument(
         "--preset", default="250m", choices=presets, help="model shape (default 250m)"
     )
+    where = "cpu, cuda or auto: cuda if there is a GPU (default auto)"
+    parser.add_argument("--device", default="auto", help=where)
     text = "fewer rounds and no memory measurement of the 1b preset; takes 90 seconds"
     parser.add_argument("--quick", action="store_true", help=text)
     options = parser.parse_args()
     with server_side() as host:
+        place = Place.of(options.device)
         source, ids, frequent = trace(VOCABULARY)
-        threads = f"{torch.get_num_threads()} threads"
         print(
             f"{options.preset}, {VOCABULARY} tokens, {source}, "
-            f"{PROMPT} + {ANSWER} tokens per sequence, {threads}"
+            f"{PROMPT} + {ANSWER} tokens per sequence, {place}"
         )
         with (
             tempfile.TemporaryDirectory(prefix="tolhouse-decode-", dir=host.folder) as folder,
             torch.inference_mode(),
-            contenders(options.preset, Path(folder), frequent, host) as measured,
+            contenders(options.preset, Path(folder), frequent, host, place) as measured,
         ):
-            result = measure(measured, ids, quick=options.quick)
-        if not options.quick:
+            result = measure(measured, ids, place, quick=options.quick)
+        if not options.quick and place.on_cpu:
             for tied in (True, False):
                 key = f"memory_ratio_{'tied' if tied else 'untied'}"
                 result[key] = memory_ratio("1b", host, tied=tied)

@@ -75,7 +75,9 @@ def contenders(
         hot = manifest.table_bytes * HOT_SHARE / 1e6
         lookup = stack.enter_context(service(redis, hot, filled=True, host=host))
         urls = {"lookup over TCP": lookup.address, "redis://": redis, "file://": files}
-        rows: dict[str, RowProvider] = {"dense": NoRows(models["base"].config.hidden_size, CPU)}
+        rows: dict[str, RowProvider] = {
+            "dense": NoRows(models["base"].config.hidden_size, CPU.device)
+        }
         for name, url in urls.items():
             source = stack.enter_context(closing(open_row_source(url, credentials=TRUSTED)))
             rows[name] = rows_of(source, manifest, CACHE_SHARE)

@@ -48,8 +48,11 @@ class Contender:
         seconds = self._run(lambda: self.engine.steps >= last or not self.engine.running)
         return (self.engine.tokens - tokens) / seconds
 
+    def step(self) -> None:
+        self.engine.step()
+
     def _run(self, until: Callable[[], bool]) -> float:
         started = time.perf_counter()
         while not until():
-            self.engine.step()
+            self.step()
         return time.perf_counter() - started

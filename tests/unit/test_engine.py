@@ -25,7 +25,7 @@ SLOTS = 24  # slots of the row cache
 
 @contextmanager
 def table_rows(
-    checkpoint: Path, folder: Path, **options: str
+    checkpoint: Path, folder: Path, slots: int = SLOTS, **options: str
 ) -> Iterator[Callable[[], CachedRows]]:
     """A factory for rows of the checkpoint's table, each with an empty cache."""
     with ExitStack() as stack:
@@ -33,7 +33,7 @@ def table_rows(
         manifest = source.describe(build_table(checkpoint, source.url, **options))
 
         def make() -> CachedRows:
-            rows = CachedRows(source, manifest, SLOTS * manifest.record_bytes, CPU)
+            rows = CachedRows(source, manifest, slots * manifest.record_bytes, CPU)
             return stack.enter_context(closing(rows))
 
         yield make
@@ -180,6 +180,16 @@ def test_graph_steps_give_the_same_tokens(embedding: str, tmp_path: Path) -> Non
     assert len(replayed) >= 39
     assert {1, 2, 4, 8} >= {sequences for sequences, _ in graphs.runner.graphs}
     assert (embedding == "yes") == graphs.rows.has_x0
+
+
+def test_graphs_are_not_recorded_without_a_row_cache(tmp_path: Path) -> None:
+    """A row cache without slots has no records that a graph could read. Tokens are the same."""
+    path = tiny_model(tmp_path / "m")
+    prompts = [[7 * n + 1, 5, 3] for n in range(3)]
+    with table_rows(path, tmp_path / "tables", slots=0) as make:
+        plain, engine = (engine_of(path, make(), runner=r) for r in (Runner, GraphRunner))
+        assert sampled(plain, prompts) == sampled(engine, prompts)
+    assert not engine.runner.graphs
 
 
 def test_a_base_model_s_steps_are_replayed(base: Path) -> None:

@@ -65,12 +65,14 @@ class GraphRunner(Runner):
     def __init__(self, model: Transformer, pages: PagedKVCache, rows: RowProvider) -> None:
         super().__init__(model, pages, rows)
         self.graphs: dict[tuple[int, int], DecodeGraph] = {}
+        # Graphs read rows in the row cache, which can have no slots.
+        self.replays = rows.manifest is None or len(rows.records) > 0
         # All graphs share one memory pool, because no two run at once.
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def launch(self, step: list[ScheduledChunk]) -> Launched:
         launched = super().launch(step)
-        if launched.view.chunks:
+        if launched.view.chunks or not self.replays:
             if not self.rows.has_x0:  # otherwise the first block needs X0 from the rows
                 ids, positions = launched.ids, launched.positions
                 launched.first = self.model.begin(ids, positions, launched.view)

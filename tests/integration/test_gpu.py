@@ -1,0 +1,176 @@
+"""The worker's computation on a GPU. Without a GPU these tests are skipped."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tolhouse import Client
+from tolhouse.client.row_source import open_row_source
+from tolhouse.engine.attention import PagedKVCache
+from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
+from tolhouse.engine.cpu.packed import load
+from tolhouse.engine.dequant import decode
+from tolhouse.engine.engine import Engine
+from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
+from tolhouse.engine.runner import GraphRunner
+from tolhouse.engine.scheduler import Scheduler
+from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
+from tolhouse.model.generate import greedy
+from tolhouse.model.transformer import NoCache
+from tolhouse.testing import build_table, local_cluster, tiny_model
+
+from tests.engines import Request, serve
+from tests.tables import manifest_of, records_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda")
+GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "qk_norm": True}
+MODELS = {
+    "memory": {},
+    "flex": {"kind": "flex", "beta": 3},
+    "wide": {"kind": "wide"},
+    "untied": {"tie_word_embeddings": False},
+    "grouped": GROUPED,
+    "base": {"kind": "base", **GROUPED},
+}
+PROMPTS = [[7 * n + 1, 5, 3, *range(9 * n)] for n in range(7)]
+
+
+def expected(checkpoint: Checkpoint, prompt: list[int], tokens: int) -> list[int]:
+    """Greedy tokens of the model with its own layers, on the CPU."""
+    return list(greedy(checkpoint.model(), prompt, tokens, ignore_eos=True))
+
+
+@contextmanager
+def engines(path: Path, folder: Path) -> Iterator[Callable[..., Engine]]:
+    """A function that makes engines on the GPU, which compute in float32. A model with rows gets
+    them from files."""
+    checkpoint, url = open_checkpoint(path), f"file://{folder}"
+    if checkpoint.config.num_rows:
+        build_table(path, url)
+    with closing(open_row_source(url)) as source:
+
+        def rows(slots: int) -> RowProvider:
+            if not checkpoint.config.num_rows:
+                return NoRows(checkpoint.config.hidden_size, GPU)
+            manifest = source.describe(checkpoint.name)
+            place = GPU, torch.float32, checkpoint.config.num_rows
+            return CachedRows(source, manifest, slots * manifest.record_bytes, *place)
+
+        def make(slots: int = 400, kv_tokens: int = 4096) -> Engine:
+            provider, cache = rows(slots), BlockManager(kv_tokens // BLOCK_TOKENS)
+            pages = PagedKVCache(checkpoint.config, cache.num_blocks + 1, GPU, torch.float32)
+            model = load(checkpoint, GPU, torch.float32, not provider.has_x0)
+            runner = GraphRunner(model, pages, provider)
+            return Engine(runner, Scheduler(cache, 8, 64), 1000)
+
+        yield make
+
+
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("width", [6, 7, 96])
+def test_rows_decode_to_the_values_of_the_codec(codec: str, width: int) -> None:
+    """The GPU decodes records to the bits that the codec defines."""
+    manifest = manifest_of(codec_name=codec, width=width)
+    records = records_of(manifest)
+    index = np.array([3, 3, 49, 0, 7])
+    on_gpu = decode(torch.from_numpy(records).to(GPU), manifest, torch.from_numpy(index).to(GPU))
+    assert torch.equal(on_gpu.cpu(), decode(torch.from_numpy(records[index]), manifest))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_engine_generates_the_tokens_of_the_model(name: str, tmp_path: Path) -> None:
+    """Sequences that run together, in chunks of prompts and replayed decode steps, have the tokens
+    of the model with its own layers. The second run finds its prompts in the prefix cache."""
+    path = tiny_model(tmp_path / name, **MODELS[name])
+    checkpoint = open_checkpoint(path)
+    with engines(path, tmp_path / "tables") as make:
+        engine = make()
+        for _ in range(2):
+            requests = [Request(prompt, 40, ignore_eos=True) for prompt in PROMPTS]
+            serve(engine, *requests)
+            tokens = [request.tokens for request in requests]
+            assert [expected(checkpoint, prompt, 40) for prompt in PROMPTS] == tokens
+        assert engine.runner.graphs
+
+
+def test_small_caches_do_not_change_tokens(tmp_path: Path) -> None:
+    """Tokens are the same when rows are evicted in every step and sequences are preempted."""
+    path = tiny_model(tmp_path / "m")
+    checkpoint = open_checkpoint(path)
+    with engines(path, tmp_path / "tables") as make:
+        for slots, kv_tokens in ((9, 4096), (1, 4096), (0, 4096), (400, 256)):
+            requests = [Request(prompt, 60, ignore_eos=True) for prompt in PROMPTS]
+            serve(make(slots, kv_tokens), *requests)
+            assert [expected(checkpoint, p, 60) for p in PROMPTS] == [r.tokens for r in requests]
+
+
+def test_two_versions_of_a_table_run_together(tmp_path: Path) -> None:
+    """Sequences keep the version that they began with, although graphs share memory."""
+    first, second = (tiny_model(tmp_path / name / "m", seed=n) for n, name in enumerate("ab"))
+    with engines(first, tmp_path / "1") as make, engines(second, tmp_path / "2") as other:
+        engine, later = make(), other()
+        old = [Request(prompt, 60, ignore_eos=True) for prompt in PROMPTS[:3]]
+        new = [Request(prompt, 60, ignore_eos=True) for prompt in PROMPTS[:3]]
+        for request in old:
+            engine.add(request.sequence)
+        with torch.inference_mode():
+            for _ in range(8):
+                engine.read_mail(wait=False)
+                engine.step()
+        runner = GraphRunner(later.runner.model, engine.runner.pages, later.runner.rows)
+        engine.use(runner)
+        serve(engine, *new)
+        for path, requests in ((first, old), (second, new)):
+            want = [expected(open_checkpoint(path), p, 60) for p in PROMPTS[:3]]
+            assert want == [r.tokens for r in requests]
+
+
+def test_sampling_on_a_gpu(tmp_path: Path) -> None:
+    """Every sampling parameter works, and a seed gives the same tokens again."""
+    ways = [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}, {"repetition_penalty": 1.3}]
+    ways += [{"logit_bias": {5: 4.0}}, {"frequency_penalty": 0.5}, {"row_scale": 0.5}]
+    ways += [{"absent_layers": (0,)}, {"logprobs": 3}, {"prompt_logprobs": 2}]
+    path = tiny_model(tmp_path / "m")
+    with engines(path, tmp_path / "tables") as make:
+        runs = []
+        for _ in range(2):
+            prompts = zip(PROMPTS * 2, ways, strict=False)
+            requests = [
+                Request(prompt, 20, seed=1, ignore_eos=True, **({"temperature": 1.0} | way))
+                for prompt, way in prompts
+            ]
+            serve(make(), *requests)
+            assert not any(request.error for request in requests)
+            runs.append([request.tokens for request in requests])
+        assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_worker_process_on_a_gpu(dtype: str, tmp_path: Path) -> None:
+    """A worker with rows over TCP generates the tokens of the model in float32. In bfloat16, the
+    log probabilities of a prompt are close."""
+    path, url = tiny_model(tmp_path / "m"), f"file://{tmp_path / 'tables'}"
+    build_table(path, url)
+    options = "--device", "cuda", "--dtype", dtype, "--row-cache-megabytes", "0.05"
+    with (
+        local_cluster(path, url, worker_options=options) as cluster,
+        Client(cluster.workers) as client,
+    ):
+        scores = next(iter(client.replies(PROMPTS[6], 1, prompt_logprobs=0))).prompt_logprobs
+        ask = partial(client.generate, max_tokens=40, ignore_eos=True)
+        tokens = [list(ask(prompt)) for prompt in PROMPTS[:3]]
+    model = open_checkpoint(path).model()
+    assert scores
+    ids = torch.tensor(PROMPTS[6])
+    with torch.inference_mode():
+        positions = torch.arange(len(ids))
+        logits = model(ids, positions, NoCache(len(ids)), model.rows(ids))
+    exact = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0].tolist()
+    assert scores.chosen == pytest.approx(exact, abs=1e-3 if dtype == "float32" else 0.3)
+    if dtype == "float32":
+        assert [expected(open_checkpoint(path), p, 40) for p in PROMPTS[:3]] == tokens
