@@ -135,7 +135,7 @@ def test_bad_input_is_refused_by_name(
     place = f"file://{sharded}" if remote else str(sharded)
     place += "/absent" if change == "missing" else ""
     place = "nowhere://bucket/x" if change == "protocol" else place
-    message = f"{message}|is no file, nor a folder" if change == "missing" else message
+    message = f"{message}|is no .safetensors file, nor a folder" if change == "missing" else message
     url = f"file://{tmp_path}/tables"
     shown = run("import", "tensor", place, *arguments, "--store", url, code=1)
     assert re.search(message, shown)

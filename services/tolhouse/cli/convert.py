@@ -1,21 +1,20 @@
 """The command that converts a dense model to a Flex model."""
 
 from contextlib import closing
-from pathlib import Path
 
 import click
 
 from tolhouse import config
-from tolhouse.cli.options import checkpoint_argument, options, stores_of
+from tolhouse.cli.options import checkpoint_argument, local, options, stores_of
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.store import registry
 from tolhouse.store.base import open_store
 
 
 @click.command()
-@checkpoint_argument("CONVERT")
+@checkpoint_argument("CONVERT", urls=True)
 @options(config.ConvertConfig)
-def convert(settings: config.ConvertConfig, checkpoint: Path) -> None:
+def convert(settings: config.ConvertConfig, checkpoint: str) -> None:
     """Convert the dense model of CHECKPOINT to a Flex model and its table, without training.
 
     In a converted layer, a linear map and the row of the token replace the feed-forward network.
@@ -41,7 +40,7 @@ def convert(settings: config.ConvertConfig, checkpoint: Path) -> None:
     )
     from tolhouse.model.checkpoint import open_checkpoint
 
-    opened, out = open_checkpoint(checkpoint), settings.out
+    opened, out = open_checkpoint(local(checkpoint)), settings.out
     check_dense(opened)
     layers = parse_layers(settings.layers, opened.config)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -1,7 +1,6 @@
 """The commands `tolhouse import …`, which convert files of other formats."""
 
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import click
@@ -16,7 +15,7 @@ def import_() -> None:
 
 
 @import_.command("gguf")
-@click.argument("file", type=Path)
+@click.argument("file", metavar="FILE|URL")
 @click.option("--out", type=Path, required=True, help="A new or an empty folder.")
 @click.option(
     "--dtype",
@@ -24,15 +23,17 @@ def import_() -> None:
     default="auto",
     help="Type of the weights. auto: that of the file, float16 if it is quantised.",
 )
-def import_gguf(file: Path, out: Path, dtype: str) -> None:
+def import_gguf(file: str, out: Path, dtype: str) -> None:
     """Convert the GGUF file FILE to a checkpoint in Hugging Face's form.
 
     The architectures llama, qwen2 and qwen3 are supported. Weights are dequantised, and the
     tokenizer is built from the file. The folder can be loaded by Tolhouse and by transformers.
     """
     from tolhouse.model import gguf
+    from tolhouse.sources.remote import is_url, local_file
 
-    gguf.import_gguf(file, out, dtype, progress=True)
+    with local_file(file) if is_url(file) else nullcontext(Path(file)) as path:
+        gguf.import_gguf(path, out, dtype, progress=True)
     click.echo(out)
 
 
@@ -51,19 +52,16 @@ def import_tensor(settings: config.ImportConfig, place: str, tensor: str) -> Non
     \b
       tolhouse import tensor hf://OWNER/MODEL model.moe_table.weight --blocks 48 --name mole
     """
-    from tqdm import tqdm
-
     from tolhouse.build import job
-    from tolhouse.sources.tensor import TensorRows, local_copy
+    from tolhouse.sources.remote import is_url, local_tensor
+    from tolhouse.sources.tensor import TensorRows
     from tolhouse.store import registry
     from tolhouse.store.base import open_store
 
-    bar = partial(tqdm, desc="download", unit="B", unit_scale=True, disable=None)
     with ExitStack() as stack:
         urls = stores_of(settings)
-        is_url = "://" in place
-        local = stack.enter_context(local_copy(place, tensor, bar)) if is_url else Path(place)
-        source = TensorRows(local, tensor, settings.blocks, settings.block_prefix)
+        path = stack.enter_context(local_tensor(place, tensor)) if is_url(place) else Path(place)
+        source = TensorRows(path, tensor, settings.blocks, settings.block_prefix)
         codec = source.codec_name if settings.codec == "auto" else settings.codec
         planned = job.plan(source, settings.name, codec, settings.shards)
         rows = f"{planned.vocab_size} rows of {planned.record_bytes} bytes"

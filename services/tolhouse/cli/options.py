@@ -156,10 +156,29 @@ def _option(name: str, annotation: Any, **more: Any) -> Callable:
     return click.option(flag, name, type=str, metavar=metavar, **more)
 
 
-def checkpoint_argument(prefix: str = "") -> Callable:
-    """Return the argument CHECKPOINT. With `prefix`, an environment variable can set it."""
+def checkpoint_argument(prefix: str = "", *, urls: bool = False) -> Callable:
+    """Return the argument CHECKPOINT. With `prefix`, an environment variable can set it.
+
+    With `urls`, the command gets a string, which `local` turns into a folder.
+    """
     variable = f"{config.PREFIX}{prefix}_CHECKPOINT" if prefix else None
-    return click.argument("checkpoint", envvar=variable, type=Path)
+    return click.argument("checkpoint", envvar=variable, type=str if urls else _folder)
+
+
+def _folder(place: str) -> Path:
+    if "://" in place:
+        rule = "only build, compress, convert and import read URLs: download it first"
+        raise InvalidArgumentError(f"checkpoint {place} is not a folder of this machine; {rule}")
+    return Path(place)
+
+
+def local(checkpoint: str) -> Path:
+    """Return the folder of a checkpoint, or a copy of a URL that lasts until the command ends."""
+    if "://" not in checkpoint:
+        return Path(checkpoint)
+    from tolhouse.sources.remote import local_checkpoint
+
+    return click.get_current_context().with_resource(local_checkpoint(checkpoint))
 
 
 def split_urls(urls: str) -> list[str]:

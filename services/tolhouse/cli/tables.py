@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tolhouse import config
-from tolhouse.cli.options import Commands, Text, checkpoint_argument, options, stores_of
+from tolhouse.cli.options import Commands, Text, checkpoint_argument, local, options, stores_of
 from tolhouse.errors import CorruptError, InvalidArgumentError, MismatchError, NotFoundError
 from tolhouse.logs import event
 from tolhouse.store import registry
@@ -60,9 +60,9 @@ def _converted(
 
 
 @click.command()
-@checkpoint_argument("BUILD")
+@checkpoint_argument("BUILD", urls=True)
 @options(config.BuildConfig)
-def build(settings: config.BuildConfig, checkpoint: Path) -> None:
+def build(settings: config.BuildConfig, checkpoint: str) -> None:
     """Compute the table of CHECKPOINT with Ray: the feed-forward outputs of every token, in shards.
 
     A build that is started again with the same options keeps the shards that it has written. With
@@ -71,9 +71,11 @@ def build(settings: config.BuildConfig, checkpoint: Path) -> None:
     from tolhouse.build import job
 
     urls = stores_of(settings)
-    planned = job.plan(
-        _source(checkpoint, settings), settings.name, settings.codec, settings.shards
-    )
+    if "://" in checkpoint and settings.ray_address != "local":
+        rule = "only this machine has the copy of a URL: give a folder that all machines share"
+        raise InvalidArgumentError(f"`ray_address` must be local for {checkpoint}: {rule}")
+    folder = local(checkpoint)
+    planned = job.plan(_source(folder, settings), settings.name, settings.codec, settings.shards)
     rows = f"{planned.vocab_size} rows of {planned.record_bytes} bytes"
     click.echo(f"{planned.ref}: {rows}, {planned.table_bytes / 1e6:.1f} MB", err=True)
     seconds, wait = settings.store_timeout_seconds, settings.store_wait_seconds
@@ -82,14 +84,12 @@ def build(settings: config.BuildConfig, checkpoint: Path) -> None:
         event(risk, logging.WARNING)
     new_in = [s for s in stores if registry.is_new(s, planned)]
     planned = job.with_stored_shards(planned, stores) if not settings.shards else planned
-    counted = (
-        job.with_frequent(checkpoint, planned, settings.corpus) if settings.corpus else planned
-    )
+    counted = job.with_frequent(folder, planned, settings.corpus) if settings.corpus else planned
     built = job.find_whole(stores, counted)
     if built is None:
-        counted = counted if settings.corpus else job.with_frequent(checkpoint, planned, "")
+        counted = counted if settings.corpus else job.with_frequent(folder, planned, "")
         ray = settings.ray_address, settings.ray_wait_seconds, settings.workers
-        built = job.build(checkpoint, counted, urls, *ray, settings.verify_rows, seconds)
+        built = job.build(folder, counted, urls, *ray, settings.verify_rows, seconds)
     for s in stores if settings.publish else new_in if settings.publish_new else ():
         registry.publish(s, built.ref)
     if not all(registry.stands_for(s, built.ref) for s in stores):
@@ -99,9 +99,9 @@ def build(settings: config.BuildConfig, checkpoint: Path) -> None:
 
 
 @click.command()
-@checkpoint_argument("COMPRESS")
+@checkpoint_argument("COMPRESS", urls=True)
 @options(config.CompressConfig)
-def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
+def compress(settings: config.CompressConfig, checkpoint: str) -> None:
     """Make a smaller table of CHECKPOINT than `build` does. It is served in the same way.
 
     Frequent tokens have a finer codec. With --rank-share or --size-ratio, rows are stored as
@@ -118,7 +118,8 @@ def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
     from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer
 
     stores = [open_store(url, settings.store_timeout_seconds) for url in stores_of(settings)]
-    source = _converted(checkpoint, settings, stores) or _source(checkpoint, settings)
+    folder = local(checkpoint)
+    source = _converted(folder, settings, stores) or _source(folder, settings)
     if not source.tokenizer_id:
         lack = "without a tokenizer: frequencies of tokens decide what to keep"
         raise InvalidArgumentError(f"compress needs a tokenizer, and {source.name} is {lack}")
@@ -130,7 +131,7 @@ def compress(settings: config.CompressConfig, checkpoint: Path) -> None:
     if settings.frequent_rows < 0 and (scheme.low_rank or scheme.finer):
         scheme = replace(scheme, frequent=plain.vocab_size // compress.FREQUENT_SHARE)
     compress.check(plain, scheme)
-    counts = count_tokens(load_tokenizer(checkpoint / TOKENIZER), settings.corpus, plain.vocab_size)
+    counts = count_tokens(load_tokenizer(folder / TOKENIZER), settings.corpus, plain.vocab_size)
     made = compress.compress(plain, source.rows(), counts, scheme)
     manifest = made.manifest
     share = compress.bytes_at_16_bit(plain) / made.bytes

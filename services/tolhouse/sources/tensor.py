@@ -1,40 +1,23 @@
 """Reads the rows of a table from one tensor [V, blocks * width] of safetensors files.
 
-The tensor may be in a file or in a folder with model.safetensors.index.json, both local or at a URL
-that fsspec reads. Local files are read row by row. From a URL, the range of the tensor is copied
-once to a temporary file, because each shard of a table has rows from all parts of the tensor.
+The tensor may be in a file or in a folder with model.safetensors.index.json. It is read row by row.
 """
 
 import difflib
 import hashlib
-import json
 import re
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from tolhouse.errors import InvalidArgumentError, NotFoundError, TolhouseError, UnavailableError
+from tolhouse.errors import InvalidArgumentError, NotFoundError
 from tolhouse.model.checkpoint import checkpoint_name
 from tolhouse.model.tokenizer import TOKENIZER, tokenizer_id
-from tolhouse.model.weights import (
-    DTYPES,
-    HEADER_BYTES,
-    INDEX,
-    WEIGHTS,
-    StoredTensor,
-    Weights,
-    WeightsFile,
-    parse_header,
-    parse_index,
-)
+from tolhouse.model.weights import DTYPES, StoredTensor, Weights, WeightsFile
 
 _BATCH_BYTES = 1 << 21  # float32 rows that are converted at once
-_PART_BYTES = 1 << 24  # one request to an object store
-_LIKELY = 8  # names in an error
+LIKELY = 8  # names in an error
 
 
 class TensorRows:
@@ -104,9 +87,9 @@ def find_tensor(tensors: dict[str, StoredTensor], name: str, where: str) -> Stor
     """
     if name not in tensors:
         matrices = {n: t.shape for n, t in tensors.items() if len(t.shape) == 2}
-        similar = difflib.get_close_matches(name, matrices, _LIKELY, 0.3)
+        similar = difflib.get_close_matches(name, matrices, LIKELY, 0.3)
         largest = sorted(matrices, key=lambda n: -tensors[n].bytes)
-        likely = list(dict.fromkeys((*similar, *largest)))[:_LIKELY]
+        likely = list(dict.fromkeys((*similar, *largest)))[:LIKELY]
         names = ", ".join(f"{n} {list(matrices[n])}" for n in likely) or "no matrix"
         raise NotFoundError(f"{where} has no tensor {name}; it has {names}")
     found = tensors[name]
@@ -116,95 +99,3 @@ def find_tensor(tensors: dict[str, StoredTensor], name: str, where: str) -> Stor
             f"{where}: {name} is {found.dtype} {list(found.shape)}; {allowed}"
         )
     return found
-
-
-@contextmanager
-def local_copy(url: str, tensor: str, progress: Any) -> Iterator[Path]:
-    """Copy one tensor from a URL to a temporary safetensors file, which the block may read.
-
-    `url` is a file or a folder. `progress` makes a progress bar from a number of bytes. Raises
-    NotFoundError, InvalidArgumentError, or UnavailableError if the object store fails.
-    """
-    with tempfile.TemporaryDirectory(prefix="tolhouse-import-") as folder:
-        with _store_errors(url):
-            file = _copied(url, tensor, Path(folder), progress)
-        yield file
-
-
-def _copied(url: str, tensor: str, folder: Path, progress: Any) -> Path:
-    fs, root = _filesystem(url)
-    place = _place(fs, root.rstrip("/"), tensor)
-    stored = find_tensor(_header(fs, place), tensor, place)
-    name = root.rstrip("/").rpartition("/")[2].removesuffix(".safetensors") or "tensor"
-    file = folder / name
-    with file.open("wb") as out, progress(stored.bytes) as bar:
-        about = {"dtype": stored.dtype, "shape": stored.shape}
-        header = json.dumps({tensor: {**about, "data_offsets": [0, stored.bytes]}}).encode()
-        out.write(len(header).to_bytes(8, "little") + header)
-        end = stored.start + stored.bytes
-        for start in range(stored.start, end, _PART_BYTES):
-            part = fs.cat_file(place, start=start, end=min(end, start + _PART_BYTES))
-            out.write(part)
-            bar.update(len(part))
-    return file
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec  # type: ignore[import-untyped] # it has no types
-
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # the package of a protocol is missing
-        raise InvalidArgumentError(f"{url} cannot be read: {error}") from None
-
-
-@contextmanager
-def _store_errors(url: str) -> Iterator[None]:
-    """Map errors of the object store to errors of Tolhouse."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{url}: there is no file {error}") from None
-    except PermissionError as error:
-        raise InvalidArgumentError(f"{url} cannot be read: {error}") from None
-    except ConnectionError as error:
-        raise UnavailableError(f"{url} cannot be read: {error}") from None
-    except (TolhouseError, OSError):  # such as a full disk
-        raise
-    except Exception as error:  # noqa: BLE001 - each object store has classes of its own
-        reason = f"{type(error).__name__}: {error}"
-        raise UnavailableError(f"{url} cannot be read: {reason}") from None
-
-
-def _place(fs: Any, root: str, tensor: str) -> str:
-    """Return the file that holds the tensor: `root`, or a file of the folder `root`."""
-    if fs.isfile(root):
-        return root
-    if fs.isfile(f"{root}/{WEIGHTS}"):
-        return f"{root}/{WEIGHTS}"
-    index = f"{root}/{INDEX}"
-    if not fs.isfile(index):
-        raise NotFoundError(f"{root} is no file, nor a folder with {WEIGHTS} or {INDEX}")
-    files = parse_index(_json(fs.cat_file(index), index), index)
-    if tensor not in files:
-        similar = difflib.get_close_matches(tensor, files, _LIKELY, 0.3) or list(files)[:_LIKELY]
-        raise NotFoundError(f"{index} has no tensor {tensor}; it has {', '.join(similar)}")
-    place = f"{root}/{files[tensor]}"
-    if not fs.isfile(place):
-        raise NotFoundError(f"{root} lacks {files[tensor]}, which {INDEX} names")
-    return place
-
-
-def _header(fs: Any, place: str) -> dict[str, StoredTensor]:
-    length = int.from_bytes(fs.cat_file(place, start=0, end=8), "little")
-    size = fs.size(place)
-    if length > min(size - 8, HEADER_BYTES):
-        raise InvalidArgumentError(f"{place} is not a safetensors file: its header is truncated")
-    return parse_header(fs.cat_file(place, start=8, end=8 + length), size, place)
-
-
-def _json(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InvalidArgumentError(f"{where} is not JSON: {error}") from None
