@@ -39,7 +39,7 @@ def main() -> None:
         for what, target in chosen.items():
             read, refused, started = 0, 0, time.perf_counter()
             inputs = mutations(target.seeds, random.Random(f"{options.seed} {what}"))
-            for data in islice(inputs, options.inputs // len(chosen)):
+            for data in islice(inputs, options.inputs // len(chosen) // target.cost):
                 begun = time.perf_counter()
                 try:
                     target.read(data)

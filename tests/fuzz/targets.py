@@ -5,6 +5,7 @@ A target reads bytes. An error outside `ALLOWED` or a wrong result is a finding.
 """
 
 import json
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,9 +16,11 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ValidationError
+from tokenizers import pre_tokenizers
 from tolhouse.client.row_connections import RowConnection
 from tolhouse.errors import CorruptError, TolhouseError
 from tolhouse.gateway.auth import add_key, read_keys
@@ -28,6 +31,8 @@ from tolhouse.gateway.schemas import (
     TokenizeRequest,
 )
 from tolhouse.lookup.service import parse_ids
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.gguf import import_gguf
 from tolhouse.net.row_frames import pack_request, read_request, send_error, send_records
 from tolhouse.store.files import FileStore
 from tolhouse.store.registry import publish
@@ -77,6 +82,7 @@ BODIES: tuple[tuple[str, type[BaseModel], str], ...] = (  # target, schema, and 
 class Target:
     seeds: Sequence[bytes]
     read: Callable[[bytes], object]
+    cost: int = 1  # divides the number of inputs
 
 
 def targets(folder: Path) -> dict[str, Target]:
@@ -109,7 +115,67 @@ def targets(folder: Path) -> dict[str, Target]:
             [_frames(send_records, RECORDS), _frames(send_error, failure)], _receive_rows
         ),
         "keys file": of_file(keys, lambda: read_keys(str(keys))),
+        "gguf": _gguf_target(folder),
     }
+
+
+def _gguf_target(folder: Path) -> Target:
+    """An import of the GGUF file of a random model, with either kind of tokenizer."""
+    file, out = folder / "model.gguf", folder / "checkpoint"
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data)
+        try:
+            import_gguf(file, out, "float32")
+            try:
+                open_checkpoint(out)
+            except TolhouseError as error:
+                raise AssertionError("an import wrote a checkpoint that is refused") from error
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+
+    return Target([_gguf(file, kind) for kind in ("gpt2", "llama")], read, cost=8)
+
+
+def _gguf(file: Path, kind: str) -> bytes:
+    """The bytes of a GGUF file of a llama model with one layer and 32 hidden units."""
+    size, writer = 32, gguf.GGUFWriter(file, "llama")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {"gpt2": [*letters, "he", "<end>"], "llama": ["<unk>", "</s>", "▁", "h", "e", "he"]}
+    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list(tokens[kind])
+    writer.add_token_types([control if t[0] == "<" else normal for t in tokens[kind]])
+    writer.add_token_scores([-float(n) for n in range(len(tokens[kind]))])
+    writer.add_token_merges(["h e"])
+    writer.add_eos_token_id(tokens[kind].index("<end>" if kind == "gpt2" else "</s>"))
+    writer.add_chat_template("{{ messages }}")
+    writer.add_context_length(64)
+    writer.add_embedding_length(size)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(size)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(2.0)
+    names = [f"blk.0.attn_{name}.weight" for name in ("q", "k", "v", "output")]
+    names += [f"blk.0.ffn_{name}.weight" for name in ("gate", "up", "down")]
+    for name in (*names, "token_embd.weight"):
+        rows = len(tokens[kind]) if name.startswith("token") else size
+        rows = size // 2 if name[6:] in ("attn_k.weight", "attn_v.weight") else rows
+        values = np.ones((rows, size), np.float32)
+        quantised = gguf.quantize(values, gguf.GGMLQuantizationType.Q4_0)
+        writer.add_tensor(name, quantised, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    for name in ("blk.0.attn_norm.weight", "blk.0.ffn_norm.weight", "output_norm.weight"):
+        writer.add_tensor(name, np.ones(size, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file.read_bytes()
 
 
 def _frames(send: Callable, what: Any) -> bytes:

@@ -13,6 +13,8 @@ import torch
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Kind
 from tolhouse.cli import main
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.transformer import frequencies
 from tolhouse.testing import process, wait_until_healthy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -224,6 +226,38 @@ def test_the_scaling_of_llama_3_is_recognised(tmp_path: Path) -> None:
     )
 
 
+def linear(
+    key: str, value: float, kind: str = ""
+) -> Callable[[gguf.GGUFWriter, dict[str, Any]], None]:
+    def change(writer: gguf.GGUFWriter, _: dict[str, Any]) -> None:
+        writer.add_key_value(f"llama.{key}", value, gguf.GGUFValueType.FLOAT32)
+        if kind:
+            writer.add_key_value("llama.rope.scaling.type", kind, gguf.GGUFValueType.STRING)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "factor"),
+    [
+        (linear("rope.scaling.factor", 4.0, "linear"), 4.0),
+        (linear("rope.scaling.factor", 4.0), 4.0),
+        (linear("rope.scale_linear", 4.0), 4.0),
+        (linear("rope.scaling.factor", 4.0, "none"), 1.0),
+        (linear("rope.scaling.factor", 0.0, "linear"), 1.0),
+    ],
+)
+def test_positions_are_scaled_as_in_llama_cpp(tmp_path: Path, change: Any, factor: float) -> None:
+    """A linear factor divides all frequencies, also without a type or under its old name."""
+    path = write(tmp_path / "m.gguf", change=change)
+    run("import gguf", path, "--out", tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m").model
+    plain = 50000.0 ** -(torch.arange(0, HEAD, 2) / HEAD)
+    torch.testing.assert_close(plain / factor, model.rotary_emb.inv_freq)
+    own = frequencies(open_checkpoint(tmp_path / "m").config, torch.device("cpu"))
+    torch.testing.assert_close(plain / factor, own)
+
+
 @pytest.mark.parametrize(
     ("kind", "asked", "expected"),
     [
@@ -324,7 +358,27 @@ REFUSED: list[tuple[dict[str, Any], Callable[[Path], Any], str]] = [
     (
         {"change": add("llama.rope.scaling.type", "yarn", gguf.GGUFValueType.STRING)},
         lambda _: None,
-        "rope.scaling.type 'yarn': allowed are none and LLaMA-3's",
+        "rope.scaling.type 'yarn': allowed are none, linear, and LLaMA-3's",
+    ),
+    (
+        {"change": linear("rope.scaling.factor", -2.0)},
+        lambda _: None,
+        "rope.scaling.factor -2.0; allowed are positive numbers",
+    ),
+    (
+        {"change": linear("rope.scaling.attn_factor", 1.5)},
+        lambda _: None,
+        "rope.scaling.attn_factor 1.5, which is not supported",
+    ),
+    (
+        {"change": lambda *w: (linear("rope.scaling.factor", 2.0)(*w), llama3(8.0)(*w))},
+        lambda _: None,
+        "rope.scaling.factor 2.0 and tensor rope_freqs.weight: allowed is one",
+    ),
+    (
+        {},
+        replace(b"tokenizer.ggml.pre", b"tokenizer.ggml.prx"),
+        "name the one of the model with `gguf-new-metadata --pre-tokenizer`: gpt-2, smollm",
     ),
     (
         {"tokenizer": lambda writer: byte_level(writer, "unknown")},

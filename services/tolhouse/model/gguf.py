@@ -59,7 +59,9 @@ class Source:
         for first in range(0, self.shape[0], step) if len(self.shape) > 1 else [0]:
             rows = slice(first, first + step) if len(self.shape) > 1 else slice(None)
             part = data[rows] if self.order is None else data[self.order[rows]]
-            yield np.asarray(gguf.dequantize(part, kind), np.float32)
+            with np.errstate(all="ignore"):  # values that are not finite are refused later
+                values = np.asarray(gguf.dequantize(part, kind), np.float32)
+            yield values
 
 
 class _Reader(gguf.GGUFReader):
@@ -228,15 +230,33 @@ class GGUFFile:
         return int(self.tensors["token_embd.weight"].shape[-1])
 
     def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
-        """Return LLaMA-3's scaling, which a GGUF file stores as one divisor per frequency."""
-        kind = self.get(f"{self.architecture}.rope.scaling.type", str, "none")
-        if kind != "none":
-            allowed = f"allowed are none and LLaMA-3's, as tensor {_ROPE}"
-            raise self.refused(f"has {self.architecture}.rope.scaling.type {kind!r}: {allowed}")
+        """Return the scaling of positions: linear, or that of LLaMA-3.
+
+        A GGUF file stores the latter as one divisor per frequency. As in llama.cpp, a factor
+        without a type is linear, and the type none has no factor.
+        """
+        name = f"{self.architecture}.rope.scaling"
+        kind = self.get(f"{name}.type", str, "linear")
+        if kind not in ("none", "linear"):
+            allowed = f"allowed are none, linear, and LLaMA-3's, as tensor {_ROPE}"
+            raise self.refused(f"has {name}.type {kind!r}: {allowed}")
+        if (attention := self.get(f"{name}.attn_factor", float, 1.0)) != 1:
+            raise self.refused(f"has {name}.attn_factor {attention}, which is not supported")
+        old = self.get(f"{self.architecture}.rope.scale_linear", float, 0.0)
+        factor = float(str(np.float32(self.get(f"{name}.factor", float, old) or 1.0)))
+        linear = kind == "linear" and factor != 1
+        if linear and not 0 < factor < math.inf:
+            raise self.refused(f"has {name}.factor {factor}; allowed are positive numbers")
         if _ROPE not in self.tensors:
-            return None
+            return {"rope_type": "linear", "factor": factor} if linear else None
+        if linear:
+            raise self.refused(f"has {name}.factor {factor} and tensor {_ROPE}: allowed is one")
+        return self._llama3_scaling(head_dim)
+
+    def _llama3_scaling(self, head_dim: int) -> dict[str, Any]:
         tensor = self.tensors[_ROPE]
-        divisors = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        with np.errstate(all="ignore"):
+            divisors = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
         factor = round(float(divisors.max(initial=1.0)), 4)
         scaling = {"rope_type": "llama3", "factor": factor, **_LLAMA3}
         theta = self.number("rope.freq_base", 10000.0, float)

@@ -133,9 +133,13 @@ def _wrapping(file: "GGUFFile") -> tuple[list[str], list[str]]:
 
 def _byte_level(file: "GGUFFile", vocabulary: dict[str, int]) -> Tokenizer:
     """Return a byte-level BPE tokenizer, as GPT-2's."""
-    name = file.get("tokenizer.ggml.pre", str)
+    name, allowed = file.get("tokenizer.ggml.pre", str, ""), ", ".join(_PATTERNS)
+    if not name:
+        advice = f"name the one of the model with `gguf-new-metadata --pre-tokenizer`: {allowed}"
+        raise file.refused(
+            f"lacks the metadata tokenizer.ggml.pre, the rule that splits texts: {advice}"
+        )
     if name not in _PATTERNS:
-        allowed = ", ".join(_PATTERNS)
         raise file.refused(f"has tokenizer.ggml.pre {name!r}; allowed are {allowed}")
     pattern, merges = _PATTERNS[name], []
     for merge in file.items("tokenizer.ggml.merges", str):
