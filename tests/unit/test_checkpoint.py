@@ -96,7 +96,7 @@ def test_a_malformed_config_is_refused(copy: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma"}, "model_type must be 'memoryllm'"),
+        ({"model_type": "gemma"}, "model_type is 'gemma'; allowed are"),
         ({"kind": "base"}, "lacks 16 tensors of a base model, such as model.layers.0.mlp"),
         ({"kind": "flex", "beta": 1}, "lacks 8 tensors of a flex model"),
         ({"num_hidden_layers": 5}, "lacks 9 tensors of a memory model, such as model.layers.4"),

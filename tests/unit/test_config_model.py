@@ -81,7 +81,7 @@ def test_a_field_of_another_type_is_refused_by_name(data: st.DataObject) -> None
     ("changes", "message"),
     [
         ({"kind": "moe"}, "kind: Input should be 'base', 'memory', 'flex' or 'wide', not 'moe'"),
-        ({"model_type": "gemma"}, "model_type must be 'memoryllm', not 'gemma': dense .* 'llama'"),
+        ({"model_type": "gemma"}, "model_type is 'gemma'; allowed are 'memoryllm', .* 'llama'"),
         ({"surplus": 1}, "surplus is 1, which a memoryllm model does not support: .*or remove it"),
         ({"vocab_size": 0}, "vocab_size: .* greater than or equal to 1, not 0"),
         ({"vocab_size": 2**31 + 1}, "vocab_size: .* less than or equal to"),
@@ -112,7 +112,7 @@ def test_a_missing_field_is_an_error_or_has_a_default(field: dataclasses.Field) 
     with pytest.raises(InvalidArgumentError, match=f"{field.name}: Field required"):
         ModelConfig.from_json(data)
     for other in ([], None, "memoryllm"):
-        with pytest.raises(InvalidArgumentError, match="model_type"):
+        with pytest.raises(InvalidArgumentError, match="must be a JSON object"):
             ModelConfig.from_json(other)
 
 

@@ -162,11 +162,13 @@ class ModelConfig:
         A config of LLaMA, Mistral, Qwen 2 or Qwen 3 is one of kind base. Raises
         InvalidArgumentError for another architecture, or for a field that changes the computation.
         """
-        kind = data.get("model_type") if isinstance(data, dict) else None
-        if kind != "memoryllm" and kind not in _FAMILIES:
-            message = f"model config: model_type must be 'memoryllm', not {kind!r:.60}"
-            others = " and ".join(map(repr, _FAMILIES))
-            raise InvalidArgumentError(f"{message}: dense models of type {others} are also served")
+        if not isinstance(data, dict):
+            raise InvalidArgumentError(f"model config must be a JSON object, not {data!r:.60}")
+        kind = data.get("model_type")
+        if kind != "memoryllm" and kind not in (*_FAMILIES,):  # a list is not hashable
+            dense = ", ".join(map(repr, _FAMILIES))
+            allowed = f"allowed are 'memoryllm', and for dense models {dense}"
+            raise InvalidArgumentError(f"model config: model_type is {kind!r:.60}; {allowed}")
         own = {field.name for field in dataclasses.fields(cls)}
         if kind in _FAMILIES:
             data = {**_FAMILIES[kind], **data}

@@ -133,7 +133,7 @@ class WeightsFile:
             raise _malformed(path, error.strerror or str(error)) from None
         if start == b"version ":
             raise _malformed(path, "it is a Git LFS pointer; run `git lfs pull`")
-        if len(text) != size:
+        if len(start) < 8 or len(text) != size:
             raise _malformed(path, "the file or its header is truncated")
         self.tensors = parse_header(text, self._stat[0], path)
 

@@ -91,8 +91,9 @@ def open_source(path: str | Path, blocks: Iterable[str] = ()) -> SourceModel:
         )
     if not (folder / "config.json").is_file():
         raise NotFoundError(f"checkpoint {folder} has no config.json")
-    config = read_json(folder / "config.json")
-    about: dict[str, Any] = config if isinstance(config, dict) else {}
+    about: Any = read_json(folder / "config.json")
+    if not isinstance(about, dict):
+        raise InvalidArgumentError(f"{folder / 'config.json'} must hold a JSON object")
     kind, classes = about.get("model_type"), about.get("architectures")
     named = map(str, (*(classes if isinstance(classes, list) else ()), kind))
     opener = next((_OPENERS[name] for name in named if name in _OPENERS), None)

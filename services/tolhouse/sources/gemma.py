@@ -38,13 +38,13 @@ from tolhouse.sources.batches import in_batches
 FINISHED, RAW = "ple", "ple_raw"  # block names, followed by the layer
 _TABLE, _EMBEDDING = "embed_tokens_per_layer.weight", "embed_tokens.weight"
 _PROJECTION, _NORM = "per_layer_model_projection.weight", "per_layer_projection_norm.weight"
-_SIZES = (
-    "vocab_size",
-    "vocab_size_per_layer_input",
-    "hidden_size",
-    "hidden_size_per_layer_input",
-    "num_hidden_layers",
-)
+_LARGEST = {  # of the fields of the config
+    "vocab_size": 2**31,
+    "vocab_size_per_layer_input": 2**31,
+    "hidden_size": 2**17,
+    "hidden_size_per_layer_input": 2**17,
+    "num_hidden_layers": 2**10,
+}
 
 
 class Gemma:
@@ -58,8 +58,10 @@ class Gemma:
         self.path, self.name = Path(path).resolve(), checkpoint_name(Path(path))
         self._config: dict[str, Any] = read_json(self.path / CONFIG)
         self._text = self._config.get("text_config") or self._config
+        if not isinstance(self._text, dict):
+            raise InvalidArgumentError(f"{self.path / CONFIG}: text_config must be a JSON object")
         self._has_old_scales = str(self._text.get("model_type")).startswith("gemma3n")
-        size, inner, self._hidden, self.width, layers = map(self._size, _SIZES)
+        size, inner, self._hidden, self.width, layers = map(self._size, _LARGEST)
         if not (self.width and inner):
             lack = "it has no per-layer embeddings, and so no rows"
             raise InvalidArgumentError(f"{self.path}: hidden_size_per_layer_input is 0: {lack}")
@@ -140,7 +142,10 @@ class Gemma:
 
     @property
     def _eps(self) -> float:
-        return float(self._text.get("rms_norm_eps", 1e-6))
+        eps = self._text.get("rms_norm_eps", 1e-6)
+        if not (isinstance(eps, float | int) and eps >= 0):
+            raise InvalidArgumentError(f"{self.path / CONFIG}: rms_norm_eps must be a number")
+        return float(eps)
 
     @cached_property
     def _prefix(self) -> str:
@@ -152,9 +157,9 @@ class Gemma:
         return found[0].removesuffix(_TABLE)
 
     def _size(self, field: str) -> int:
-        value = self._text.get(field) if isinstance(self._text, dict) else None
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            need = f"{field} must be a whole number, not {value!r:.40}"
+        value, most = self._text.get(field), _LARGEST[field]
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+            need = f"{field} must be a whole number up to {most}, not {value!r:.40}"
             raise InvalidArgumentError(f"{self.path / CONFIG}: {need}")
         return value
 

@@ -253,13 +253,20 @@ class Manifest:
     # records: uint8 [T, record_bytes], one per token id of `ids`
 
     def encode(self, ids: np.ndarray, rows: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """Encode float32 rows [T, N, D], or with ranks the coefficients [T, r] of each block."""
+        """Encode float32 rows [T, N, D], or with ranks the coefficients [T, r] of each block.
+
+        Raises InvalidArgumentError if values are not finite, or too large for the codec.
+        """
         records = np.empty(len(ids), self.record_dtype)
         if self.ranks:
             for k, coefficients in enumerate(rows):
                 records[f"block{k}"] = self.codec.encode(coefficients)
         else:
-            records["blocks"] = self.codec.encode(np.asarray(rows))
+            rows = np.asarray(rows)
+            if not (finite := np.isfinite(rows).all(axis=(1, 2))).all():
+                what = f"the row of token {ids[finite.argmin()]} has values that are not finite"
+                raise InvalidArgumentError(f"{what}: check the weights of the model")
+            records["blocks"] = self.codec.encode(rows)
         return self.add_checksums(ids, records.view(np.uint8).reshape(len(ids), self.record_bytes))
 
     def add_checksums(self, ids: np.ndarray, records: np.ndarray) -> np.ndarray:
