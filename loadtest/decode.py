@@ -38,6 +38,7 @@ from tolhouse.model.checkpoint import Checkpoint, torch_device, torch_dtype
 from tolhouse.model.config import ModelConfig, preset
 from tolhouse.table.manifest import Manifest
 from tolhouse.testing import Host
+from tolhouse.worker.run import STEP_TOKENS
 
 from loadtest.isolation import server_side
 from loadtest.memory import memory_ratio
@@ -168,7 +169,7 @@ def engine_of(
     if compiled:
         compiled.attach(model)
     runner = (Runner if place.on_cpu else GraphRunner)(model, pages, rows)
-    engine = Engine(runner, Scheduler(cache, 64, 512), 1000)
+    engine = Engine(runner, Scheduler(cache, 64, STEP_TOKENS[place.device.type]), 1000)
     return Measured(name, engine, read_bytes(shape))
 
 

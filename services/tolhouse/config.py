@@ -330,7 +330,10 @@ class WorkerConfig(Server, Caller, CompileConfig):
     )
     max_waiting: int = option(256, "Maximum number of queued sequences; more are refused.", ge=1)
     max_num_batched_tokens: int = option(
-        512, "Maximum number of tokens in a step.", ge=1, old="max_step_tokens"
+        0,
+        "Maximum number of tokens in a step; 0: 512 on a CPU and 2048 on a GPU.",
+        ge=0,
+        old="max_step_tokens",
     )
     fetch_timeout_seconds: float = option(10, "Timeout of a fetch of rows.", gt=0)
     fallback: Literal["none", "recompute"] = option(

@@ -1,4 +1,8 @@
-"""The worker's computation on a GPU. Without a GPU these tests are skipped."""
+"""The worker's computation on a GPU.
+
+Without a GPU and Triton these tests are skipped. Those of kernels alone run on a CPU too, where
+Triton is installed and its interpreter is on: TRITON_INTERPRET=1.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -10,15 +14,16 @@ import pytest
 import torch
 from tolhouse import Client
 from tolhouse.client.row_source import open_row_source
-from tolhouse.engine.attention import PagedKVCache
+from tolhouse.engine.attention import AttentionMetadata, PagedKVCache
 from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
 from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.dequant import decode
 from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
 from tolhouse.engine.runner import GraphRunner
-from tolhouse.engine.scheduler import Scheduler
+from tolhouse.engine.scheduler import ScheduledChunk, Scheduler
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
+from tolhouse.model.config import preset
 from tolhouse.model.generate import greedy
 from tolhouse.model.transformer import NoCache
 from tolhouse.testing import build_table, local_cluster, tiny_model
@@ -26,8 +31,14 @@ from tolhouse.testing import build_table, local_cluster, tiny_model
 from tests.engines import Request, serve
 from tests.tables import manifest_of, records_of
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-GPU = torch.device("cuda")
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from tolhouse.engine.gpu.copy_rows import copy_rows
+from tolhouse.engine.gpu.tiled_attention import TiledMetadata
+
+# Triton's interpreter runs kernels on a CPU (TRITON_INTERPRET=1).
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "qk_norm": True}
 MODELS = {
     "memory": {},
@@ -71,6 +82,72 @@ def engines(path: Path, folder: Path) -> Iterator[Callable[..., Engine]]:
         yield make
 
 
+STEPS = {  # prompt lengths of decoding sequences, and bounds of prompt chunks
+    "short": ([1, 4, 15, 16, 99], []),
+    "long": ([1499, 2], []),
+    "mixed": ([4, 39], [(0, 7), (3, 90), (0, 64), (33, 200)]),
+    "prompts": ([], [(0, 7), (16, 17), (0, 300)]),
+}
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared", "size"), [(4, 4, 24), (4, 2, 16), (6, 2, 64), (8, 1, 100)]
+)
+@pytest.mark.parametrize("step", STEPS)
+def test_tiled_attention(heads: int, shared: int, size: int, step: str) -> None:
+    """The kernel computes what plain attention computes, for decoding sequences of any length and
+    for chunks of prompts."""
+    shape = {"num_attention_heads": heads, "num_key_value_heads": shared, "head_dim": size}
+    config, generator = preset("tiny", "base", **shape), torch.Generator().manual_seed(0)
+    plain, paged = (PagedKVCache(config, 200, GPU, torch.float32) for _ in range(2))
+    for part in ("keys", "values"):
+        values = torch.randn(getattr(plain, part).shape, generator=generator)
+        for pages in (plain, paged):
+            getattr(pages, part).copy_(values)
+    free = torch.randperm(200, generator=generator).tolist()
+    chunks = []
+    for prompt, first, last in (
+        *((n, n, n + 1) for n in STEPS[step][0]),
+        *((last, first, last) for first, last in STEPS[step][1]),
+    ):
+        sequence = Request(list(range(prompt)), 4).sequence
+        sequence.blocks = [free.pop() for _ in range(-(-last // BLOCK_TOKENS))]
+        chunks.append(ScheduledChunk(sequence, first, last))
+    count = sum(chunk.count for chunk in chunks)
+    sizes = (count, heads, size), (count, shared, size), (count, shared, size)
+    qkv = [torch.randn(size, generator=generator).to(GPU) for size in sizes]
+    expected = AttentionMetadata.of(plain, chunks).attend(1, *qkv)
+    got = TiledMetadata.of(paged, chunks).attend(1, *qkv)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_warming_up_writes_only_the_spare_block() -> None:
+    """Compiling the kernels leaves all blocks but the last unchanged."""
+    pages = PagedKVCache(preset("tiny", "base"), 8, GPU, torch.float32)
+    pages.keys.fill_(1)
+    pages.values.fill_(1)
+    with torch.inference_mode():
+        warm_up(pages)
+    assert bool((pages.keys[:, :-1] == 1).all() & (pages.values[:, :-1] == 1).all())
+
+
+@pytest.mark.parametrize("size", [8, 23, 16_392])
+def test_rows_are_copied_from_memory_of_the_host(size: int) -> None:
+    """The chosen rows are copied to their places, and the others stay."""
+    shape, pin = (9, size), torch.cuda.is_available()
+    host = torch.randint(1, 256, shape, dtype=torch.uint8)
+    host = host.pin_memory() if pin else host
+    rows, target = (
+        torch.tensor([7, 0, 3], device=GPU),
+        torch.zeros(shape, dtype=torch.uint8, device=GPU),
+    )
+    copy_rows(host, target, rows)
+    expected = torch.zeros_like(host)
+    expected[rows.cpu()] = host[rows.cpu()]
+    assert torch.equal(expected, target.cpu())
+
+
+@needs_gpu
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("width", [6, 7, 96])
 def test_rows_decode_to_the_values_of_the_codec(codec: str, width: int) -> None:
@@ -82,6 +159,7 @@ def test_rows_decode_to_the_values_of_the_codec(codec: str, width: int) -> None:
     assert torch.equal(on_gpu.cpu(), decode(torch.from_numpy(records[index]), manifest))
 
 
+@needs_gpu
 @pytest.mark.parametrize("name", MODELS)
 def test_an_engine_generates_the_tokens_of_the_model(name: str, tmp_path: Path) -> None:
     """Sequences that run together, in chunks of prompts and replayed decode steps, have the tokens
@@ -98,6 +176,7 @@ def test_an_engine_generates_the_tokens_of_the_model(name: str, tmp_path: Path) 
         assert engine.runner.graphs
 
 
+@needs_gpu
 def test_small_caches_do_not_change_tokens(tmp_path: Path) -> None:
     """Tokens are the same when rows are evicted in every step and sequences are preempted."""
     path = tiny_model(tmp_path / "m")
@@ -109,6 +188,7 @@ def test_small_caches_do_not_change_tokens(tmp_path: Path) -> None:
             assert [expected(checkpoint, p, 60) for p in PROMPTS] == [r.tokens for r in requests]
 
 
+@needs_gpu
 def test_two_versions_of_a_table_run_together(tmp_path: Path) -> None:
     """Sequences keep the version that they began with, although graphs share memory."""
     first, second = (tiny_model(tmp_path / name / "m", seed=n) for n, name in enumerate("ab"))
@@ -130,6 +210,7 @@ def test_two_versions_of_a_table_run_together(tmp_path: Path) -> None:
             assert want == [r.tokens for r in requests]
 
 
+@needs_gpu
 def test_sampling_on_a_gpu(tmp_path: Path) -> None:
     """Every sampling parameter works, and a seed gives the same tokens again."""
     ways = [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}, {"repetition_penalty": 1.3}]
@@ -150,6 +231,7 @@ def test_sampling_on_a_gpu(tmp_path: Path) -> None:
         assert runs[0] == runs[1]
 
 
+@needs_gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_worker_process_on_a_gpu(dtype: str, tmp_path: Path) -> None:
     """A worker with rows over TCP generates the tokens of the model in float32. In bfloat16, the

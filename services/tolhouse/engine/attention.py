@@ -62,7 +62,48 @@ class PagedKVCache:
         self.keys = keys.transpose(0, 1)  # [N, blocks, G, E, S]
         self.values = values.transpose(0, 1)  # [N, blocks, G, S, E]
         self.layers = list(zip(self.keys, self.values, strict=True))
+        self.group = config.num_attention_heads // heads  # query heads that share a key-value head
         self.device = device
+
+
+@dataclass
+class Places:
+    """Where the tokens of a step are in the pages, as int64 arrays.
+
+    Decoding sequences come first, and prompt chunks follow.
+    """
+
+    decoding: int  # the number of decoding sequences
+    blocks_T: np.ndarray  # the block that each token of the step is written to
+    offsets_T: np.ndarray
+    tables_BC: np.ndarray
+    lengths_B: np.ndarray
+    # For each chunk: the number of tokens, the first position, the blocks up to its last token.
+    chunks: list[tuple[int, int, np.ndarray]]
+
+    @classmethod
+    def of(cls, step: list[ScheduledChunk]) -> "Places":
+        decoding = sum(chunk.decodes for chunk in step)
+        lengths_B = np.array([chunk.last for chunk in step[:decoding]], np.int64)
+        # At least two blocks, because the compiler would specialise the code for one.
+        widest = max(2, -(-int(lengths_B.max(initial=1)) // BLOCK_TOKENS))
+        tables_BC = np.zeros((decoding, widest), np.int64)
+        for row, chunk in zip(tables_BC, step, strict=False):
+            blocks = chunk.sequence.blocks[:widest]
+            row[: len(blocks)] = blocks
+        prompts = step[decoding:]
+        tables = [np.array(chunk.sequence.blocks, np.int64) for chunk in prompts]
+        positions = [np.arange(chunk.first, chunk.last) for chunk in prompts]
+        last_B = lengths_B - 1
+        decoding_blocks = tables_BC[np.arange(decoding), last_B // BLOCK_TOKENS]
+        prompt_blocks = [b[p // BLOCK_TOKENS] for b, p in zip(tables, positions, strict=True)]
+        blocks_T = np.concatenate([decoding_blocks, *prompt_blocks])
+        offsets_T = np.concatenate([last_B, *positions]) % BLOCK_TOKENS
+        chunks = [
+            (chunk.count, chunk.first, table[: -(-chunk.last // BLOCK_TOKENS)])
+            for chunk, table in zip(prompts, tables, strict=True)
+        ]
+        return cls(decoding, blocks_T, offsets_T, tables_BC, lengths_B, chunks)
 
 
 @dataclass
@@ -80,28 +121,14 @@ class AttentionMetadata:
 
     @classmethod
     def of(cls, pages: PagedKVCache, step: list[ScheduledChunk]) -> "AttentionMetadata":
-        decoding = sum(chunk.decodes for chunk in step)
-        lengths_B = np.array([chunk.last for chunk in step[:decoding]], np.int64)
-        # At least two blocks, because the compiler would specialise the code for one.
-        widest = max(2, -(-int(lengths_B.max(initial=1)) // BLOCK_TOKENS))
-        tables_BC = np.zeros((decoding, widest), np.int64)
-        for row, chunk in zip(tables_BC, step, strict=False):
-            blocks = chunk.sequence.blocks[:widest]
-            row[: len(blocks)] = blocks
-        prompts = step[decoding:]
-        tables = [np.array(chunk.sequence.blocks, np.int64) for chunk in prompts]
-        positions = [np.arange(chunk.first, chunk.last) for chunk in prompts]
-        last_B = lengths_B - 1
-        decoding_blocks = tables_BC[np.arange(decoding), last_B // BLOCK_TOKENS]
-        prompt_blocks = [b[p // BLOCK_TOKENS] for b, p in zip(tables, positions, strict=True)]
-        blocks_T = np.concatenate([decoding_blocks, *prompt_blocks])
-        offsets_T = np.concatenate([last_B, *positions]) % BLOCK_TOKENS
-        arrays = blocks_T, offsets_T, tables_BC, lengths_B
-        view = cls(pages, decoding, *(torch.from_numpy(x).to(pages.device) for x in arrays))
-        for chunk, table in zip(prompts, tables, strict=True):
-            own = torch.from_numpy(table[: -(-chunk.last // BLOCK_TOKENS)]).to(pages.device)
-            view.chunks.append((chunk.count, chunk.first, own))
-        return view
+        places = Places.of(step)
+        arrays = places.blocks_T, places.offsets_T, places.tables_BC, places.lengths_B
+        tensors = (torch.from_numpy(x).to(pages.device) for x in arrays)
+        chunks = [
+            (count, first, torch.from_numpy(table).to(pages.device))
+            for count, first, table in places.chunks
+        ]
+        return cls(pages, places.decoding, *tensors, chunks=chunks)
 
     @cached_property
     def parts(self) -> tuple["AttentionMetadata", "AttentionMetadata"]:

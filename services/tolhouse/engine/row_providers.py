@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tolhouse.client.row_source import RowSource
 from tolhouse.engine.dequant import CACHED_VALUES, Decoder, LayerwiseRows, StagedRows
+from tolhouse.engine.gpu.transfer import upload
 from tolhouse.errors import (
     CorruptError,
     DeadlineExceededError,
@@ -287,9 +288,8 @@ class CachedRows:
             records, index_T = self.records, self._cached(ids, distinct)
         if self.stream:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        index = torch.from_numpy(index_T.astype(np.int64)).to(self.device)
-        tokens = torch.from_numpy(ids.astype(np.int64)).to(self.device)
-        return StagedRows(records, index, tokens)
+        arrays = index_T.astype(np.int64), ids.astype(np.int64)
+        return StagedRows(records, *upload(arrays, self.device))
 
     def decode(self, staged: StagedRows) -> Tensor | LayerwiseRows:
         """Return the decoded rows [N, T, D]."""
@@ -428,11 +428,13 @@ class CachedRows:
     def _commit(self, ids: np.ndarray, slots: np.ndarray) -> None:
         self.cache.commit(ids, slots)
         if self.stream:
+            from tolhouse.engine.gpu.copy_rows import copy_rows  # needs Triton
+
             with torch.cuda.stream(self.stream):
                 if self.read:
                     self.stream.wait_event(self.read)
-                for slot in slots[slots >= 0].tolist():
-                    self.records[slot].copy_(self.host[slot], non_blocking=True)
+                (slots_R,) = upload([slots[slots >= 0].astype(np.int64)], self.device)
+                copy_rows(self.host, self.records, slots_R)
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tolhouse.engine.attention import AttentionMetadata, PagedKVCache
+from tolhouse.engine.attention import AttentionMetadata, PagedKVCache, Places
 from tolhouse.engine.dequant import StagedRows
+from tolhouse.engine.gpu.transfer import pinned, upload
 from tolhouse.engine.row_providers import RowProvider
 from tolhouse.engine.scheduler import ScheduledChunk, token_ids
 from tolhouse.model.transformer import Transformer
@@ -38,10 +39,8 @@ class Runner:
 
     def launch(self, step: list[ScheduledChunk]) -> Launched:
         """Begin a step before its rows are available. A step that is not finished has no effect."""
-        ids_T = torch.from_numpy(token_ids(step).astype(np.int64))
-        positions_T = torch.from_numpy(np.concatenate([np.arange(c.first, c.last) for c in step]))
-        view = AttentionMetadata.of(self.pages, step)
-        return Launched(ids_T.to(self.device), positions_T.to(self.device), view)
+        ids_T, positions_T = map(torch.from_numpy, tokens_of(step))
+        return Launched(ids_T, positions_T, AttentionMetadata.of(self.pages, step))
 
     def finish(self, step: Launched, staged: StagedRows) -> Tensor:
         """Return the final hidden states [T, D] of the step.
@@ -56,8 +55,14 @@ class Runner:
         return self.model.lm_head(hidden_TD)
 
 
+def tokens_of(step: list[ScheduledChunk]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids and positions of the tokens of a step, int64 [T]."""
+    positions_T = np.concatenate([np.arange(chunk.first, chunk.last) for chunk in step])
+    return token_ids(step).astype(np.int64), positions_T
+
+
 class GraphRunner(Runner):
-    """A runner that replays CUDA graphs for decode steps.
+    """A runner for a GPU, which replays CUDA graphs for decode steps.
 
     `pages` needs one block that the block manager does not allocate. Padding is written there.
     """
@@ -68,22 +73,31 @@ class GraphRunner(Runner):
         # Graphs read rows in the row cache, which can have no slots.
         self.replays = rows.manifest is None or len(rows.records) > 0
         # All graphs share one memory pool, because no two run at once.
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.pool: Any = None
+        self.metadata = AttentionMetadata
+        if self.device.type == "cuda":
+            from tolhouse.engine.gpu import tiled_attention  # needs Triton
+
+            tiled_attention.warm_up(pages)
+            self.metadata = tiled_attention.TiledMetadata
+            self.pool = torch.cuda.graph_pool_handle()
 
     def launch(self, step: list[ScheduledChunk]) -> Launched:
-        launched = super().launch(step)
-        if launched.view.chunks or not self.replays:
-            if not self.rows.has_x0:  # otherwise the first block needs X0 from the rows
-                ids, positions = launched.ids, launched.positions
-                launched.first = self.model.begin(ids, positions, launched.view)
-            return launched
-        sequences, blocks = launched.view.tables_BC.shape
+        if self.replays and all(chunk.decodes for chunk in step):
+            return self._replay(step)
+        ids, positions = upload(tokens_of(step), self.device)
+        launched = Launched(ids, positions, self.metadata.of(self.pages, step))
+        if not self.rows.has_x0:  # otherwise the first block needs X0 from the rows
+            launched.first = self.model.begin(ids, positions, launched.view)
+        return launched
+
+    def _replay(self, step: list[ScheduledChunk]) -> Launched:
+        places = Places.of(step)
+        sequences, blocks = places.tables_BC.shape
         size = 1 << (sequences - 1).bit_length(), 1 << (blocks - 1).bit_length()
         if size not in self.graphs:
             self.graphs[size] = DecodeGraph(self, *size)
-        launched.graph = self.graphs[size]
-        launched.graph.launch(launched)
-        return launched
+        return self.graphs[size].launch(tokens_of(step), places)
 
     def finish(self, step: Launched, staged: StagedRows) -> Tensor:
         if step.graph and staged.records is self.rows.records and staged.scales is None:
@@ -96,15 +110,18 @@ class DecodeGraph:
 
     def __init__(self, runner: GraphRunner, sequences: int, blocks: int) -> None:
         model, rows, pages, device = runner.model, runner.rows, runner.pages, runner.device
+        self.metadata, self.pages, self.device = runner.metadata, pages, device
         self.spare, self.count = pages.keys.shape[1] - 1, 0
-        # the rows are ids, positions, blocks, offsets and lengths
-        self.padding_51 = torch.tensor([0, 0, self.spare, 0, 1], device=device)[:, None]
-        self.inputs_5B = self.padding_51.repeat(1, sequences)
-        self.tables_BC = torch.full((sequences, blocks), self.spare, device=device)
+        # Ids, positions, blocks, offsets and lengths, and then the tables. Padding is one token of
+        # a sequence whose only block is the spare one.
+        self.padding = np.full(sequences * (5 + blocks), self.spare, np.int64)
+        self.padding[: 5 * sequences] = np.repeat([0, 0, self.spare, 0, 1], sequences)
+        self.inputs = torch.from_numpy(self.padding).to(device, copy=True)
+        self.inputs_5B, self.tables_BC = self._parts(self.inputs, sequences)
         self.index_B = torch.zeros(sequences, dtype=torch.int64, device=device)
         ids, positions, blocks_B, offsets_B, lengths_B = self.inputs_5B
         slots = blocks_B, offsets_B, self.tables_BC, lengths_B
-        view = AttentionMetadata(pages, sequences, *slots)
+        view = runner.metadata(pages, sequences, *slots)
         self.first_BD: Tensor | None = None
         if not rows.has_x0:
             begin = functools.partial(model.begin, ids, positions, view)
@@ -116,15 +133,26 @@ class DecodeGraph:
 
         self._rest, self.hidden_BD = record(rest, device, runner.pool)
 
-    def launch(self, step: Launched) -> None:
-        self.count, view = len(step.ids), step.view
-        inputs = step.ids, step.positions, view.blocks_T, view.offsets_T, view.lengths_B
-        self.inputs_5B.copy_(self.padding_51)
-        self.inputs_5B[:, : self.count] = torch.stack(inputs)
-        self.tables_BC.fill_(self.spare)
-        self.tables_BC[: self.count, : view.tables_BC.shape[1]] = view.tables_BC
+    def launch(self, tokens: tuple[np.ndarray, np.ndarray], places: Places) -> Launched:
+        memory = pinned(self.inputs.numel(), self.device)
+        memory.numpy()[:] = self.padding
+        inputs_5B, tables_BC = self._parts(memory, self.inputs_5B.shape[1])
+        self.count = count = len(places.lengths_B)
+        rows = *tokens, places.blocks_T, places.offsets_T, places.lengths_B
+        inputs_5B.numpy()[:, :count] = rows
+        tables_BC.numpy()[:count, : places.tables_BC.shape[1]] = places.tables_BC
+        self.inputs.copy_(memory, non_blocking=True)
         if self.first_BD is not None:
             self._first()
+        ids, positions, blocks, offsets, lengths = self.inputs_5B[:, :count]
+        slots = blocks, offsets, self.tables_BC[:count], lengths
+        view = self.metadata(self.pages, count, *slots)
+        return Launched(ids, positions, view, graph=self)
+
+    @staticmethod
+    def _parts(inputs: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
+        inputs_5B, tables_BC = inputs.split([5 * sequences, len(inputs) - 5 * sequences])
+        return inputs_5B.view(5, sequences), tables_BC.view(sequences, -1)
 
     def finish(self, staged: StagedRows) -> Tensor:
         self.index_B[: self.count] = staged.index

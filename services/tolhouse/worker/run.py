@@ -33,6 +33,7 @@ from tolhouse.worker.service import WorkerService
 from tolhouse.worker.table_watcher import TableWatcher
 
 NAME = "tolhouse.v1.Generation"
+STEP_TOKENS = {"cpu": 512, "cuda": 2048}  # a GPU needs more tokens for the same use of its units
 
 
 class Builder:
@@ -69,7 +70,8 @@ class Builder:
             add_embedding(self.model, self.checkpoint, self.device, self.dtype)
         if self.on_cpu:
             self.compiled.attach(self.model)
-        scheduler = Scheduler(self.cache, config.max_num_seqs, config.max_num_batched_tokens)
+        step_tokens = config.max_num_batched_tokens or STEP_TOKENS[self.device.type]
+        scheduler = Scheduler(self.cache, config.max_num_seqs, step_tokens)
         self.engine = Engine(self._runner(rows), scheduler, config.max_waiting)
         return self.engine
 
