@@ -6,6 +6,7 @@ Triton is installed and its interpreter is on: TRITON_INTERPRET=1.
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,19 +23,25 @@ from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
 from tolhouse.engine.runner import GraphRunner
 from tolhouse.engine.scheduler import ScheduledChunk, Scheduler
+from tolhouse.integrations.attach import attach
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.config import preset
 from tolhouse.model.generate import greedy
+from tolhouse.model.losses import evaluate
 from tolhouse.model.transformer import NoCache
+from tolhouse.sources.gemma import blocks_of
 from tolhouse.testing import build_table, local_cluster, tiny_model
+from tolhouse.train.recipes import recipe
+from tolhouse.train.trainer import Trainer
 
+from loadtest.models import saved, tiny_gemma
 from tests.engines import Request, serve
 from tests.tables import manifest_of, records_of
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from tolhouse.engine.gpu.copy_rows import copy_rows
-from tolhouse.engine.gpu.tiled_attention import TiledMetadata
+from tolhouse.engine.gpu.tiled_attention import TiledMetadata, warm_up
 
 # Triton's interpreter runs kernels on a CPU (TRITON_INTERPRET=1).
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -256,3 +263,42 @@ def test_a_worker_process_on_a_gpu(dtype: str, tmp_path: Path) -> None:
     assert scores.chosen == pytest.approx(exact, abs=1e-3 if dtype == "float32" else 0.3)
     if dtype == "float32":
         assert [expected(open_checkpoint(path), p, 40) for p in PROMPTS[:3]] == tokens
+
+
+@needs_gpu
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["base", "memory", "flex", "wide"])
+def test_every_kind_learns_on_a_gpu(kind: str, autocast: bool, tmp_path: Path) -> None:
+    """In either precision the loss on sixteen tokens falls, and the checkpoint evaluates alike."""
+    tiny_model(tmp_path)  # for its tokenizer
+    tiny = recipe("tiny", kind, 3 * (kind == "flex"))
+    config = replace(tiny.config, vocab_size=512, num_hidden_layers=2)
+    short = {"steps": 30, "batch_sequences": 2, "sequence_tokens": 16, "warmup_steps": 1}
+    chosen = replace(tiny, config=config, autocast=autocast, **short)
+    text = np.tile(np.arange(100, 116, dtype=np.int32), 20)
+    result = Trainer(chosen, text, text, tmp_path, device="cuda").run()
+    assert result.loss < 4
+    on_cpu = evaluate(open_checkpoint(tmp_path).model(), text)
+    assert result.loss == pytest.approx(on_cpu.loss, abs=1e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("family", ["gemma4", "gemma3n"])
+def test_attached_models_compute_on_a_gpu(family: str, tmp_path: Path) -> None:
+    """A stock model with raw rows from a table has the logits of its own table, to the bit, and
+    with finished rows it has close ones."""
+    model = saved(tiny_gemma(family), tmp_path / "m", torch.bfloat16).to(GPU)
+    layers, url = model.config.get_text_config().num_hidden_layers, f"file://{tmp_path / 'tables'}"
+    ids = torch.randint(3, 280, (2, 12), generator=torch.Generator().manual_seed(0)).to(GPU)
+    with torch.no_grad():
+        before = model(ids).logits
+        for kind in ("ple_raw", "ple"):
+            build_table(
+                tmp_path / "m", url, codec="bf16", blocks=blocks_of(kind, layers), name=kind
+            )
+            attachment = attach(model, url, kind)
+            logits = model(ids).logits
+            attachment.detach()
+            if kind == "ple_raw":
+                assert torch.equal(before, logits)
+            torch.testing.assert_close(before, logits, atol=0.05, rtol=0.05)
