@@ -3,12 +3,15 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tolhouse.analysis.evaluate import probed, table_rows
 from tolhouse.client.client import Client
 from tolhouse.errors import InvalidArgumentError, MismatchError, TolhouseError
 from tolhouse.integrations.attach import attach
@@ -29,6 +32,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from tests.commands import tolhouse
+
 PROMPTS = ["def add(a, b):", "class"]
 LLAMA3 = RopeScaling(
     rope_type="llama3",
@@ -47,6 +52,8 @@ KINDS = [
     ("base", 0, {"eos_token_id": (0, 1)}),
     ("memory", 0, {"num_key_value_heads": 2, "head_dim": 32, "qk_norm": True, "qkv_bias": True}),
     ("flex", 3, {"num_key_value_heads": 1, "rope_scaling": LLAMA3}),
+    ("wide", 0, {"head_dim": 32, "qk_norm": True, "qkv_bias": True, "o_bias": True}),
+    ("base", 0, {"num_key_value_heads": 2, "rope_scaling": RopeScaling("linear", 4.0)}),
 ]
 IDS = torch.arange(60).view(2, 30) * 7 % 300
 
@@ -254,11 +261,45 @@ def test_initialisation(folder):
 
 
 def test_converted_model(tmp_path):
-    """A converted model is refused, because its rows are only in its table."""
-    model = load(tiny_model(tmp_path / "converted", "flex", 1, flex_layers=(1, 2)))
+    """A converted model has the logits of our own model with the rows of its table, and no rows
+    without it."""
+    dense, store = tiny_model(tmp_path / "dense", "base"), f"file://{tmp_path}/tables"
+    path = tmp_path / "converted"
+    convert = ("convert", dense, "--text", __file__, "--layers", "3,1", "--codec", "fp32")
+    done = tolhouse(*convert, "--out", path, "--publish", "--store", store)
+    checkpoint, model = open_checkpoint(path), load(path)
     for use in (model, model.rows_of):
-        with pytest.raises(InvalidArgumentError, match="only in its table"):
+        with pytest.raises(InvalidArgumentError, match=r"only in its table: attach it"):
             use(IDS)
+    rows = probed(table_rows(checkpoint, store, done.stdout.strip()))
+    with torch.inference_mode():
+        ids, positions = IDS.flatten(), torch.arange(30).repeat(2)
+        expected = checkpoint.model()(ids, positions, NoCache(30), rows(ids))
+        attachment = attach(model, store, "converted")
+        assert (expected.view(2, 30, -1) - model(IDS).logits).abs().max() <= 1e-5
+    attachment.detach()
+    with pytest.raises(InvalidArgumentError, match=r"only in its table"):
+        model(IDS)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    other = Path(shutil.copytree(path, tmp_path / "other"))
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 5e4}), encoding="utf-8")
+    with pytest.raises(MismatchError, match="rows of another model"):
+        attach(load(other), store, "converted")
+
+
+def test_attach_compares_all_rows(folder, tmp_path):
+    """A table is refused if one row differs from the folder of the model, and accepted if only
+    other weights differ."""
+    store = f"file://{tmp_path}/tables"
+    cases = (("model.embed_tokens.weight", "rows of another"), ("model.norm.weight", ""))
+    for name, message in cases:
+        path = Path(shutil.copytree(folder, tmp_path / name))
+        tensors = load_file(path / "model.safetensors")
+        tensors[name][7] += 1
+        save_file(tensors, path / "model.safetensors")
+        build_table(path, store, name=name)
+        with pytest.raises(MismatchError, match=message) if message else nullcontext():
+            attach(load(folder), store, name)
 
 
 def test_unsupported_config(folder, tmp_path):

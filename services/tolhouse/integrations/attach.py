@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from tolhouse.client.client import Client
-from tolhouse.errors import InvalidArgumentError, MismatchError, NotFoundError
+from tolhouse.errors import InvalidArgumentError, MismatchError, NotFoundError, TolhouseError
 from tolhouse.model.checkpoint import CONFIG, open_checkpoint
 from tolhouse.model.transformer import ContextFreeFFN
 from tolhouse.net.channel import Targets
+from tolhouse.sources.base import SourceModel
 from tolhouse.sources.gemma import FINISHED, RAW, Gemma, blocks_of, vocabulary
 from tolhouse.sources.memoryllm import MemoryLLM
-from tolhouse.table.manifest import Manifest
+from tolhouse.table.manifest import Manifest, content_id
 
 _SAMPLE = 32  # rows that are compared with those of the model
 _MOST_ERROR = 0.5  # of rows of low rank, relative to their norm
@@ -44,7 +45,7 @@ class Attachment:
 
     def __init__(self, model: Any, client: Client, table: str, checkpoint: str) -> None:
         self._text, self._client = _text_model(model), client
-        self._checkpoint = checkpoint or model.config.name_or_path
+        self._given, self._checkpoint = checkpoint, checkpoint or model.config.name_or_path
         config = self._config = self._text.config
         self.manifest = client.describe(table)
         layers = config.num_hidden_layers
@@ -53,6 +54,7 @@ class Attachment:
         names = (_TABLE, _PROJECTION, _NORM) if self.is_finished else (_TABLE,)
         self._parts = {name: getattr(self._text, name) for name in names}
         self._check_rows()
+        self._check_folder()
         self.freed_bytes = self.fetched_rows = 0
         self._largest_id = self.manifest.vocab_size - 1
         self._hooks = []
@@ -124,6 +126,31 @@ class Attachment:
             hook.remove()
         self._client.close()
 
+    def _check_folder(self) -> None:
+        """Compare the hash of the rows, or of the model, with that of the model's folder.
+
+        Does nothing without a folder, such as for a model that was downloaded by its name. Raises
+        MismatchError if the table was built from another model.
+        """
+        manifest = self.manifest
+        if not (self._given or (Path(self._checkpoint) / CONFIG).is_file()):
+            return
+        try:
+            source = self._rows_source()
+            # The version is that of an unchanged table. Other tables still name their model.
+            codec, blocks = manifest.codec_name, manifest.blocks
+            same = manifest.version == content_id(source.rows_id(), codec, blocks)
+            same = same or manifest.model_id == source.model_id()
+        except TolhouseError:
+            if self._given:
+                raise
+            return  # the model may have a name that happens to be that of a folder
+        if not same:
+            raise _other_model(manifest)
+
+    def _rows_source(self) -> SourceModel:
+        return self._source()
+
     def _source(self, checkpoint: str = "") -> Gemma:
         folder = Path(checkpoint or self._checkpoint)
         if not (folder / CONFIG).is_file():
@@ -163,8 +190,7 @@ class Attachment:
         else:
             same = bool((np.abs(stored - own) <= allowed + 1e-5 * largest).all())
         if not same:
-            advice = "build the table from the checkpoint of this model"
-            raise MismatchError(f"table {manifest.ref} has rows of another model: {advice}")
+            raise _other_model(manifest)
 
     def _own_rows(self, ids: np.ndarray) -> np.ndarray:
         """Compute rows [T, L, P] with the model, or with its checkpoint if weights are absent."""
@@ -190,13 +216,17 @@ class FFNAttachment(Attachment):
 
     def __init__(self, core: Any, client: Client, table: str, checkpoint: str) -> None:
         self._text, self._client, self._config = core, client, core.config
-        self._checkpoint = checkpoint or core.config.name_or_path
+        self._given, self._checkpoint = checkpoint, checkpoint or core.config.name_or_path
         self.manifest = client.describe(table)
-        self._check_shape(core.shape.num_rows)
+        self._check_shape(core.shape.num_hidden_layers)
         self._parts = {
             f"model.layers.{i}.ffn_m": layer for i, layer in enumerate(core.layers) if layer.ffn_m
         }
-        self._check_rows()
+        if core.shape.flex_layers:
+            self._check_converted()
+        else:
+            self._check_rows()
+            self._check_folder()
         self.freed_bytes = self.fetched_rows = 0
         for layer in self._parts.values():
             self.freed_bytes += sum(p.nbytes for p in layer.ffn_m.parameters() if not p.is_meta)
@@ -235,18 +265,29 @@ class FFNAttachment(Attachment):
 
     def _check_shape(self, layers: int) -> None:
         manifest, shape = self.manifest, self._text.shape
-        blocks = tuple(f"ffn.{i}" for i in range(layers))
+        blocks = tuple(f"ffn.{i}" for i in shape.row_layers)
         width, size = shape.hidden_size, shape.vocab_size
         same = (manifest.width, manifest.vocab_size) == (width, size)
         if same and manifest.blocks in (blocks, ("x0", *blocks)):
             return
-        needs = f"{layers} blocks ffn.0 … of {width} values, {size} tokens"
+        needs = f"{len(blocks)} blocks {blocks[0]} … of {width} values, {size} tokens"
         raise _other_shape(manifest, needs)
+
+    def _check_converted(self) -> None:
+        """Raise MismatchError unless the table names the model in the folder.
+
+        A converted model has no rows to compare.
+        """
+        if self.manifest.model_id != open_checkpoint(self._checkpoint).model_id():
+            raise _other_model(self.manifest)
+
+    def _rows_source(self) -> SourceModel:
+        return MemoryLLM(open_checkpoint(self._checkpoint), self.manifest.blocks)
 
     def _own_rows(self, ids: np.ndarray) -> np.ndarray:
         text, parts = self._text, list(self._parts.values())
         if any(p.is_meta for layer in parts for p in layer.ffn_m.parameters()):
-            return MemoryLLM(open_checkpoint(self._checkpoint), self.manifest.blocks).rows(ids)
+            return self._rows_source().rows(ids)
         tokens = torch.from_numpy(ids)[None].to(text.embed_tokens.weight.device)
         own = [text.embed_tokens(tokens)[None]] if self.manifest.blocks[0] == "x0" else []
         rows = torch.cat([*own, text.rows_of(tokens)])
@@ -316,6 +357,11 @@ def _text_model(model: nn.Module) -> Any:
         raise InvalidArgumentError("the model has rows from a table already: detach it first")
     allowed = "models of Gemma 3n and Gemma 4 with per-layer embeddings, and of MemoryLLM"
     raise InvalidArgumentError(f"{type(model).__name__} has no rows to replace; allowed: {allowed}")
+
+
+def _other_model(manifest: Manifest) -> MismatchError:
+    advice = "build the table from the checkpoint of this model"
+    return MismatchError(f"table {manifest.ref} has rows of another model: {advice}")
 
 
 def _other_shape(manifest: Manifest, needs: str) -> MismatchError:

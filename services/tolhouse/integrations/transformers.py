@@ -156,8 +156,8 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
     """The model without its head.
 
     Attributes:
-        row_source: Replaces FFN-M. It takes ids [B, S], and returns rows [N, B, S, D], or
-            [1 + N, B, S, D] with the embedding first. Default: None.
+        row_source: Replaces FFN-M. It takes ids [B, S], and returns the rows [N, B, S, D] of
+            `shape.row_layers`, or [1 + N, B, S, D] with the embedding first. Default: None.
     """
 
     row_source: RowsOf | None = None
@@ -189,7 +189,7 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
     def _check_own_rows(self) -> None:
         """Raise InvalidArgumentError for a converted model, which has no FFN-M."""
         if self.shape.flex_layers:
-            advice = "serve it with `tolhouse worker`"
+            advice = "attach it with tolhouse.integrations.attach"
             raise InvalidArgumentError(
                 f"the rows of a converted model are only in its table: {advice}"
             )
@@ -232,8 +232,9 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
         positions_T = position_ids.expand(batch, length).flatten()
         rope = rotary(positions_T, self.shape, x_BSD.dtype)
         shared = rows[0] if self.shape.kind == "wide" else None
+        row_of = dict(zip(self.shape.row_layers, rows, strict=False))
         for layer, block in enumerate(self.layers):
-            row_BSD = shared if shared is not None else rows[layer] if len(rows) else None
+            row_BSD = row_of.get(layer, shared)
             x_BSD = block(x_BSD, rope, mask, row_BSD, x0_UD, inverse_BS, cache=cache, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BSD), cache=cache)
 
@@ -245,7 +246,7 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
             if input_ids is None:
                 raise InvalidArgumentError("rows are looked up by token id: give input_ids")
             rows = self.row_source(input_ids)
-            carried = len(rows) - self.shape.num_rows
+            carried = len(rows) - len(self.shape.row_layers)
             return rows[carried:], None, None, rows[0] if carried else self.embed_tokens(input_ids)
         self._check_own_rows()
         if inputs_embeds is None:
