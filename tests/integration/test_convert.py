@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from redis import Redis
 from tolhouse import Client
-from tolhouse.analysis.evaluate import probed, read_text, table_rows
+from tolhouse.analysis.evaluate import TableRows, probed, read_by, read_text, table_rows
 from tolhouse.build.convert import WINDOW, choose, conversion, rank, shrunk
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.losses import evaluate
 from tolhouse.model.transformer import NoCache
 from tolhouse.store.base import open_store
-from tolhouse.testing import local_cluster, tiny_model
+from tolhouse.testing import local_cluster, process, redis_server, tiny_model, wait_until
 
-from tests.commands import start, tolhouse
+from tests.commands import LOCAL, start, tolhouse
 
 TEXT = Path(__file__)
 PROMPT = [5, 17, 40, 3, 99, 7, 300, 5]
@@ -209,11 +210,51 @@ def test_a_table_can_be_copied_compressed_and_edited(
 
 
 def test_evaluation_uses_the_rows_of_the_table(converted: tuple[Path, str, str]) -> None:
-    """`eval` measures a converted model with the rows of its table."""
+    """`eval` measures a converted model with the rows of its table, and compares it with other
+    rows only where options ask for them."""
     path, url, ref = converted
-    given = ("--text", TEXT, "--most-tokens", 200, "--json")
-    done = tolhouse("eval", path, "--table", ref, "--rows", url, *given)
-    assert 0 == json.loads(done.stdout)["kl"]
+    given = ("eval", path, "--text", TEXT, "--most-tokens", 200, "--table", ref, "--rows", url)
+    plain, coarse = (
+        json.loads(tolhouse(*given, *more, "--json").stdout) for more in ((), ("--through", "int4"))
+    )
+    checkpoint = open_checkpoint(path)
+    ids = read_text(checkpoint, TEXT, 200)
+    expected = evaluate(checkpoint.model(), ids, probed(table_rows(checkpoint, url, ref)))
+    assert expected.loss == pytest.approx(plain["loss"], abs=1e-6)
+    assert "kl" not in plain
+    assert 0 < coarse["kl"] < 0.01
+
+
+def test_evaluation_reads_only_the_rows_of_its_text(converted: tuple[Path, str, str]) -> None:
+    """Rows are read from the table as tokens ask for them, each distinct token once."""
+    path, url, ref = converted
+    checkpoint, asked = open_checkpoint(path), []
+    with Client(url) as client:
+        stored = TableRows(checkpoint, client, ref)
+
+        def read(ids: np.ndarray) -> np.ndarray:
+            asked.extend(ids.tolist())
+            return stored(ids)
+
+        rows = read_by(read)(torch.tensor(PROMPT))
+    assert sorted(set(PROMPT)) == asked
+    expected = probed(table_rows(checkpoint, url, ref))(torch.tensor(PROMPT))
+    assert torch.equal(expected, rows)
+    assert (4, len(PROMPT), checkpoint.config.hidden_size) == rows.shape
+
+
+def test_a_lost_table_is_refilled_from_a_copy(converted: tuple[Path, str, str]) -> None:
+    """A lookup service restores a converted table, which nothing can compute again, from files."""
+    _, url, ref = converted
+    ids = range(300)
+    with redis_server() as redis, Client(url) as kept:
+        expected = kept.fetch(ref, ids).tobytes()
+        given = ("--store", redis, "--refill", url)
+        with process("lookup", *given, *LOCAL) as lookup, Client(lookup.address) as client:
+            wait_until(lambda: ref in [table.ref for table in client.tables()])
+            assert expected == client.fetch(ref, ids).tobytes()
+            Redis.from_url(redis).flushall()
+            wait_until(lambda: client.fetch(ref, ids).tobytes() == expected)
 
 
 @pytest.mark.parametrize(

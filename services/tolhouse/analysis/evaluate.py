@@ -6,11 +6,12 @@ Absent layers and scaled rows are the probes of the paper (section 5). `model/lo
 the losses.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tolhouse.client.client import Client
 from tolhouse.errors import InvalidArgumentError, MismatchError
@@ -20,6 +21,8 @@ from tolhouse.net.auth import ClientCredentials
 from tolhouse.sampling import SamplingParams
 from tolhouse.table.codecs import codec
 from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_library, whole_files
+
+ReadRows = Callable[[np.ndarray], np.ndarray]  # token ids [T] to rows [T, N, D]
 
 
 def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -> np.ndarray:
@@ -52,34 +55,57 @@ def read_text(checkpoint: Checkpoint, path: Path | None, most_tokens: int = 0) -
     return np.array(ids, np.int64)
 
 
+class TableRows:
+    """Reads rows from a table of a checkpoint: from ids [T] to float32 [T, N, D].
+
+    X0 comes first if the table has it, and then `x0` is 1. The rows of layers that the table lacks
+    are zero.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, client: Client, table: str) -> None:
+        config, model_id = checkpoint.config, checkpoint.model_id()
+        self.client, self.manifest = client, client.describe(table)
+        manifest = self.manifest
+        if manifest.model_id != model_id:
+            built = f"table {manifest.ref} was built from model {manifest.model_id[:12]}"
+            raise MismatchError(f"{built}, but checkpoint {checkpoint.name} is {model_id[:12]}")
+        blocks = manifest.model_blocks(config.num_rows)
+        sizes, known = (config.vocab_size, config.hidden_size), set(blocks)
+        if sizes != (manifest.vocab_size, manifest.width) or not set(manifest.blocks) <= known:
+            lack = f"does not hold a row for each token of {checkpoint.name}"
+            raise MismatchError(f"table {manifest.ref} {lack}; it may be an auxiliary table")
+        self.x0, self.count = int(manifest.has_x0), len(blocks)
+        self._places = [blocks.index(block) for block in manifest.blocks]
+
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
+        rows = np.zeros((len(ids), self.count, self.manifest.width), np.float32)
+        rows[:, self._places] = self.client.fetch(self.manifest, ids)
+        return rows
+
+
 def table_rows(
     checkpoint: Checkpoint, url: str, table: str, credentials: ClientCredentials | None = None
 ) -> np.ndarray:
-    """Return all rows of a table of this checkpoint, float32 [V, N, D].
+    """Return all rows of a table of this checkpoint, float32 [V, N, D], as `TableRows` reads them.
 
-    X0 comes first if the table has it.
-
-    The rows of layers that the table lacks are zero.
+    They take 4 * V * N * D bytes, also if the table has only a few layers.
     """
-    config, model_id = checkpoint.config, checkpoint.model_id()
     with Client(url, credentials=credentials) as client:
-        manifest = client.describe(table)
-        fetched = client.fetch(manifest, np.arange(manifest.vocab_size))
-    if manifest.model_id != model_id:
-        built = f"table {manifest.ref} was built from model {manifest.model_id[:12]}"
-        raise MismatchError(f"{built}, but checkpoint {checkpoint.name} is {model_id[:12]}")
-    blocks = manifest.model_blocks(config.num_rows)
-    sizes = (config.vocab_size, config.hidden_size)
-    if sizes != (manifest.vocab_size, manifest.width) or not set(manifest.blocks) <= set(blocks):
-        lack = f"does not hold a row for each token of {checkpoint.name}"
-        raise MismatchError(f"table {manifest.ref} {lack}; it may be an auxiliary table")
-    rows = np.zeros((config.vocab_size, len(blocks), config.hidden_size), np.float32)
-    rows[:, [blocks.index(block) for block in manifest.blocks]] = fetched
+        return TableRows(checkpoint, client, table)(np.arange(checkpoint.config.vocab_size))
+
+
+def read_by(read: ReadRows) -> RowsOf:
+    """Return a function from ids [T] to rows [N, T, D], which reads each distinct token once."""
+
+    def rows(ids_T: Tensor) -> Tensor:
+        distinct, places = np.unique(ids_T.numpy(), return_inverse=True)
+        return torch.from_numpy(read(distinct)[places].swapaxes(0, 1))
+
     return rows
 
 
 def through(name: str, rows: np.ndarray) -> np.ndarray:
-    """Encode and decode rows with a codec."""
+    """Encode and decode rows [T, N, D] with a codec."""
     return codec(name).decode(codec(name).encode(rows)).astype(np.float32)
 
 
@@ -90,15 +116,23 @@ def probed(
 
     The first `x0` blocks are unchanged.
     """
-    count = rows.shape[1] - x0
+    rows_NVD = torch.from_numpy(np.ascontiguousarray(rows.swapaxes(0, 1)))
+    scale = scales(rows.shape[1] - x0, row_scale, absent_layers, x0)
+    return lambda ids_T: rows_NVD[:, ids_T] * scale
+
+
+def scales(layers: int, row_scale: float, absent_layers: Iterable[int], x0: int = 0) -> Tensor:
+    """Return the factors [x0 + layers, 1, 1] of rows: `row_scale`, 0 for `absent_layers`, 1 for X0.
+
+    Raises InvalidArgumentError if the scale is out of bounds, or if there is no such layer.
+    """
     SamplingParams(row_scale=row_scale)  # checks the bounds
-    if bad := [layer for layer in absent_layers if not 0 <= layer < count]:
-        layers = f"0 to {count - 1}" if count > 1 else "one row for all layers"
+    if bad := [layer for layer in absent_layers if not 0 <= layer < layers]:
+        there = f"0 to {layers - 1}" if layers > 1 else "one row for all layers"
         raise InvalidArgumentError(
-            f"there is no layer {bad[0]} to leave out: this model has {layers}"
+            f"there is no layer {bad[0]} to leave out: this model has {there}"
         )
-    scale = torch.full((x0 + count, 1, 1), float(row_scale))
+    scale = torch.full((x0 + layers, 1, 1), float(row_scale))
     scale[:x0] = 1
     scale[[x0 + layer for layer in absent_layers]] = 0
-    rows_NVD = torch.from_numpy(np.ascontiguousarray(rows.swapaxes(0, 1))) * scale
-    return lambda ids_T: rows_NVD[:, ids_T]
+    return scale

@@ -119,28 +119,39 @@ def _refuse_converted(checkpoint: Any, why: str, given: bool = True) -> None:
         raise InvalidArgumentError(f"checkpoint {checkpoint.name} is converted, so it {why}")
 
 
-def _exact_and_other_rows(checkpoint: Any, settings: config.EvalConfig) -> Any:
-    """Return functions from ids to the model's own rows and to the other rows.
+def _exact_and_other_rows(
+    checkpoint: Any, settings: config.EvalConfig, client: Client | None
+) -> tuple[Any, Any]:
+    """Return functions from ids to the model's own rows and to other rows to compare with.
 
-    The result is None if the options ask for no other rows.
+    Both read rows a window at a time. The second is None if the options ask for no comparison. The
+    first is None if the model computes its rows.
     """
-    from tolhouse.analysis.evaluate import probed, through
+    from tolhouse.analysis.evaluate import ReadRows, TableRows, read_by, scales, through
     from tolhouse.sources.memoryllm import MemoryLLM
 
-    _refuse_converted(checkpoint, "needs the rows of a --table", given=not settings.table)
+    _refuse_converted(checkpoint, "needs the rows of a --table", given=not client)
     layers, kind = checkpoint.config.num_rows, checkpoint.config.kind
     scale, absent, codec = settings.row_scale, settings.absent_layers, settings.through
-    if not (settings.table or codec or absent or scale != 1):
-        return None
+    is_probed = bool(codec or absent or scale != 1)
+    if not (client or is_probed):
+        return None, None
     if not layers:
         lack = f"of kind {kind} has no rows to replace"
         raise InvalidArgumentError(f"checkpoint {checkpoint.name} {lack}")
-    stored = _table_rows(checkpoint, settings)
+    read: ReadRows
+    if client:
+        stored = TableRows(checkpoint, client, settings.table)
+        read, x0 = stored, stored.x0
+    else:
+        read, x0 = MemoryLLM(checkpoint).rows, 0
+    factors = scales(layers, scale, absent, x0)
     # Rows of a converted model are only in tables, so other rows are compared with the table's.
-    own = stored if checkpoint.config.flex_layers else MemoryLLM(checkpoint).rows()
-    rows = stored if settings.table else own
-    rows = through(codec, rows) if codec else rows
-    return probed(own), probed(rows, scale, absent, x0=rows.shape[1] - layers)
+    own = read if checkpoint.config.flex_layers else MemoryLLM(checkpoint).rows
+    if own is read and not is_probed:
+        return read_by(own), None
+    rows = read_by(lambda ids: through(codec, read(ids)) if codec else read(ids))
+    return read_by(own), lambda ids_T: rows(ids_T) * factors
 
 
 @click.command("eval")
@@ -163,17 +174,22 @@ def evaluate(settings: config.EvalConfig, checkpoint: Path) -> None:
     from tolhouse.model.checkpoint import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
-    replaced = _exact_and_other_rows(opened, settings)
-    ids = read_text(opened, settings.text, settings.most_tokens)
-    model, beside = opened.model(), {}
+    beside: dict[str, float] = {}
     look: Any = {"context": settings.context, "quiet": False}
-    if replaced:
-        exact, other = replaced
-        (compared,) = losses.compare(model, ids, exact, [other], **look)
-        result: losses.Evaluation = compared
-        beside = {"kl": compared.kl, "top1_agreement": compared.agreement}
-    else:
-        result = losses.evaluate(model, ids, **look)
+    with ExitStack() as stack:
+        client = None
+        if settings.table:
+            credentials = settings.client_credentials()
+            client = stack.enter_context(Client(settings.rows, credentials=credentials))
+        exact, other = _exact_and_other_rows(opened, settings, client)
+        ids = read_text(opened, settings.text, settings.most_tokens)
+        model = opened.model()
+        if other:
+            (compared,) = losses.compare(model, ids, exact, [other], **look)
+            result: losses.Evaluation = compared
+            beside = {"kl": compared.kl, "top1_agreement": compared.agreement}
+        else:
+            result = losses.evaluate(model, ids, exact, **look)
     count, loss, perplexity = len(result.losses), result.loss, result.perplexity
     deciles = result.deciles()
     if settings.json_:
