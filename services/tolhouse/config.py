@@ -218,9 +218,7 @@ class TrainConfig(Config):
     steps: int | None = option(
         None, "Number of optimiser steps. Default: that of the recipe.", ge=1
     )
-    device: str = option(
-        "auto", "cpu, cuda, or auto: cuda if there is a GPU. Not yet tested on a GPU."
-    )
+    device: str = option("auto", "cpu, cuda, or auto: cuda if there is a GPU.")
     compile: bool = option(True, "Use torch.compile if there is a C compiler.")
 
 
@@ -452,6 +450,11 @@ def load(config: type[ConfigT], given: dict[str, Any]) -> ConfigT:
 def commit() -> str:
     """Return the commit that an image was built from, or "" outside of images."""
     return os.environ.get(_COMMIT, "")
+
+
+def set_triton_defaults(cache: Path) -> None:
+    """Choose the folder for compiled GPU kernels, unless TRITON_CACHE_DIR is set."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache))
 
 
 def set_ray_defaults(*, local: bool) -> None:

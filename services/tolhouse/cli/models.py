@@ -31,9 +31,8 @@ def train(settings: config.TrainConfig, recipe: str) -> None:
       demo                            the committed demo models; about one hour
       paper-250m paper-750m paper-1b  the runs of the paper, as descriptions (see below)
 
-    Training uses one device, a CPU or a GPU; it has not been tested on a GPU. A step processes its
-    whole batch at once. In the runs of the paper a batch has 524,288 tokens, which exceeds the
-    memory of a GPU.
+    Training uses one device, a CPU or a GPU. A step processes its whole batch at once. In the runs
+    of the paper a batch has 524,288 tokens, which exceeds the memory of a GPU.
 
     The checkpoint, its tokenizer, loss.csv, loss.png and a model card are written to the folder. A
     tokenizer is trained on the corpus unless the folder has one.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tolhouse.client.row_source import RowSource
 from tolhouse.engine.dequant import CACHED_VALUES, Decoder, LayerwiseRows, StagedRows
+from tolhouse.engine.gpu import kernels
 from tolhouse.engine.gpu.transfer import upload
 from tolhouse.errors import (
     CorruptError,
@@ -427,14 +428,21 @@ class CachedRows:
 
     def _commit(self, ids: np.ndarray, slots: np.ndarray) -> None:
         self.cache.commit(ids, slots)
-        if self.stream:
-            from tolhouse.engine.gpu.copy_rows import copy_rows  # needs Triton
-
+        if self.stream and len(slots := slots[slots >= 0]):
             with torch.cuda.stream(self.stream):
                 if self.read:
                     self.stream.wait_event(self.read)
-                (slots_R,) = upload([slots[slots >= 0].astype(np.int64)], self.device)
-                copy_rows(self.host, self.records, slots_R)
+                self._upload(slots)
+
+    def _upload(self, slots: np.ndarray) -> None:
+        if not kernels.available(self.device):
+            for slot in slots.tolist():
+                self.records[slot].copy_(self.host[slot], non_blocking=True)
+            return
+        from tolhouse.engine.gpu.copy_rows import copy_rows  # needs Triton
+
+        (slots_R,) = upload([slots.astype(np.int64)], self.device)
+        copy_rows(self.host, self.records, slots_R)
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:

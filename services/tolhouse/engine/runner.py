@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tolhouse.engine.attention import AttentionMetadata, PagedKVCache, Places
 from tolhouse.engine.dequant import StagedRows
+from tolhouse.engine.gpu import kernels
 from tolhouse.engine.gpu.transfer import pinned, upload
 from tolhouse.engine.row_providers import RowProvider
 from tolhouse.engine.scheduler import ScheduledChunk, token_ids
@@ -76,11 +77,12 @@ class GraphRunner(Runner):
         self.pool: Any = None
         self.metadata = AttentionMetadata
         if self.device.type == "cuda":
+            self.pool = torch.cuda.graph_pool_handle()
+        if kernels.available(self.device):
             from tolhouse.engine.gpu import tiled_attention  # needs Triton
 
             tiled_attention.warm_up(pages)
             self.metadata = tiled_attention.TiledMetadata
-            self.pool = torch.cuda.graph_pool_handle()
 
     def launch(self, step: list[ScheduledChunk]) -> Launched:
         if self.replays and all(chunk.decodes for chunk in step):

@@ -12,10 +12,10 @@ from prometheus_client import REGISTRY
 
 from tolhouse import tracing
 from tolhouse.client.row_source import RowSource, open_row_source
-from tolhouse.config import WorkerConfig
+from tolhouse.config import WorkerConfig, set_triton_defaults
 from tolhouse.engine.attention import PagedKVCache, blocks_of
 from tolhouse.engine.block_manager import BlockManager
-from tolhouse.engine.cpu.compiled import CompiledDecode
+from tolhouse.engine.cpu.compiled import CompiledDecode, cache_folder
 from tolhouse.engine.cpu.packed import add_embedding, load
 from tolhouse.engine.engine import Engine
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
@@ -50,6 +50,8 @@ class Builder:
         capacity_bytes = int(config.kv_cache_megabytes * 1e6)
         self.cache = BlockManager(blocks_of(checkpoint.config, capacity_bytes, self.dtype))
         self.compiled = CompiledDecode(checkpoint, self.dtype, config.compile_cache)
+        if not self.on_cpu:
+            set_triton_defaults(cache_folder(config.compile_cache) / "triton")
 
     def build(self) -> Engine:
         config, shape = self.config, self.checkpoint.config

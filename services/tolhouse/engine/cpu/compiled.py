@@ -57,7 +57,7 @@ class CompiledDecode:
 
     @cached_property
     def folder(self) -> Path:
-        return _cache_folder(self.cache) / key(self.checkpoint.config, self.dtype)
+        return cache_folder(self.cache) / key(self.checkpoint.config, self.dtype)
 
     def start(self) -> None:
         self._thread.start()
@@ -165,7 +165,7 @@ def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -
     if config.flex_layers:
         rule = "code is compiled for models whose blocks are alike"
         raise InvalidArgumentError(f"a converted model decodes uncompiled: {rule}")
-    folder = _cache_folder(cache) / key(config, dtype)
+    folder = cache_folder(cache) / key(config, dtype)
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -185,7 +185,7 @@ def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -
     return folder
 
 
-def _cache_folder(cache: str | Path) -> Path:
+def cache_folder(cache: str | Path) -> Path:
     """Return the folder `cache`. ~ stands for the home folder.
 
     Raises InvalidArgumentError if there is no home folder.
