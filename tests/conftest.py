@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ settings.register_profile("tolhouse", deadline=None, max_examples=60)
 settings.load_profile("tolhouse")
 
 FOLDERS = Path(__file__).parent
+collect_ignore = [] if find_spec("vllm") else ["vllm"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -65,6 +65,11 @@ class Config(BaseModel):
 
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "Lowest log level.")
 
+    @classmethod
+    def shown(cls, field: str) -> str:
+        """Return the name of a field for users."""
+        return flag(field)
+
 
 class Caller(Config):
     """Options of processes that call services."""
@@ -343,6 +348,27 @@ class WorkerConfig(Server, Caller, CompileConfig):
     compile: Literal["auto", "never"] = option("auto", "Compile decoding; auto: on a CPU.")
 
 
+class VLLMConfig(Caller):
+    """Options of the plug-in for vLLM, the object `tolhouse` in `--additional-config`."""
+
+    prefix = "VLLM"
+
+    rows: str = option(DEFAULT_STORE, ROWS)
+    table: str = option("", "Table, NAME or NAME@VERSION. Default: the checkpoint's name.")
+    row_cache_megabytes: float = option(32, "Memory for the row cache of each rank.", ge=0)
+    fetch_timeout_seconds: float = option(2, "Timeout of a fetch, during which steps wait.", gt=0)
+    lookup_wait_seconds: float = option(60, "Time to wait for the table at start.", ge=0)
+    fallback: str = option(
+        "auto",
+        "Rows that cannot be fetched: `recompute` computes them, `none` fails their requests, and "
+        "a second row source delivers them; auto: recompute if possible, else none.",
+    )
+
+    @classmethod
+    def shown(cls, field: str) -> str:
+        return f'--additional-config {{"tolhouse": {{"{field}": …}}}}'
+
+
 class GatewayConfig(Server, Caller):
     prefix = "GATEWAY"
 
@@ -371,7 +397,15 @@ class GatewayConfig(Server, Caller):
 
 CONFIGS: tuple[type[Config], ...] = (
     *(BuildConfig, CompressConfig, StoreConfig, TrainConfig, GenerateConfig, FetchConfig),
-    *(EvalConfig, ExplainConfig, LookupConfig, CompileConfig, WorkerConfig, GatewayConfig),
+    *(
+        EvalConfig,
+        ExplainConfig,
+        LookupConfig,
+        CompileConfig,
+        WorkerConfig,
+        VLLMConfig,
+        GatewayConfig,
+    ),
 )
 # Prefixes of the commands whose argument CHECKPOINT can be set by a variable.
 CHECKPOINT_PREFIXES = ("BUILD", "COMPRESS", "WORKER", "GATEWAY")
@@ -440,7 +474,7 @@ def load(config: type[ConfigT], given: dict[str, Any]) -> ConfigT:
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0])
-        name = f"{flag(field)} ({variable(config, field)})"
+        name = f"{config.shown(field)} ({variable(config, field)})"
         message = f"{first['msg']}; {first['input']!r} was given"
         if first["type"] == "value_error":
             message = str(first["ctx"]["error"])
@@ -482,3 +516,14 @@ def ray_token() -> str:
 def set_compiler_folder(folder: str) -> None:
     """Make torch's compiler write its files to `folder` instead of a permanent cache."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+
+
+def set_vllm_variables(seed: int | None) -> None:
+    """Set variables that the processes of vLLM inherit.
+
+    Requests without rows get logits that are not numbers, and vLLM reports these. `seed` begins the
+    hashes of the prefix cache, unless the user has chosen a seed.
+    """
+    os.environ["VLLM_COMPUTE_NANS_IN_LOGITS"] = "1"
+    if seed is not None:
+        os.environ.setdefault("PYTHONHASHSEED", str(seed))

@@ -61,7 +61,8 @@ def test_rows_lost_by_the_source_are_recomputed(
             redis.delete(f"tolhouse:{{{ref}:shards-16:3}}")  # tokens 3, 19, 35, 51
             redis.hset(f"tolhouse:{{{ref}:shards-16:5}}", 37, b"damaged")
         with closing(open_row_source(lookup.address)) as source:
-            place = torch.device("cpu"), torch.float32, 0, open_checkpoint(checkpoint)
+            recompute = RecomputedRows(open_checkpoint(checkpoint), manifest)
+            place = torch.device("cpu"), torch.float32, 0, recompute
             with closing(CachedRows(source, manifest, cached, *place)) as rows:
                 for _ in range(2):
                     staged = rows.stage(ids)
@@ -131,8 +132,8 @@ def test_fetching_resumes_when_the_table_is_back(checkpoint: Path, tmp_path: Pat
         client = CountingSource(address, 2, ClientCredentials())
         stack.callback(client.close)
         manifest = client.describe(ref)
-        model = open_checkpoint(checkpoint)
-        rows = CachedRows(client, manifest, 0, torch.device("cpu"), fallback=model)
+        recompute = RecomputedRows(open_checkpoint(checkpoint), manifest)
+        rows = CachedRows(client, manifest, 0, torch.device("cpu"), fallback=recompute)
         stack.callback(rows.close)
         ids = np.array([5, 200, 5, 17], np.uint32)
         expected = rows.decode(rows.stage(ids))

@@ -13,6 +13,7 @@ import pytest
 from redis import Redis
 from tolhouse import Client, errors
 from tolhouse.client.row_source import StoreRowSource
+from tolhouse.engine.table import wait_for_table
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
 from tolhouse.store.base import open_store
@@ -31,7 +32,6 @@ from tolhouse.testing import (
 )
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
-from tolhouse.worker.run import wait_for_table
 
 from tests.commands import LOCAL, metrics, start, tolhouse
 

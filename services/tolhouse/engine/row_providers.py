@@ -1,8 +1,9 @@
 """Row providers, which deliver the records of rows to the engine and can be combined.
 
 The engine calls `CachedRows`, which reads from `SourceRows`, or from `FallbackRows` over
-`SourceRows` and `RecomputedRows`. A provider below the cache writes verified records into the given
-slots. Each provider serves one table version and has its own counters. A base model has `NoRows`.
+`SourceRows` and another provider, such as `RecomputedRows`. A provider below the cache writes
+verified records into the given slots. Each provider serves one table version and has its own
+counters. A base model has `NoRows`.
 """
 
 import contextvars
@@ -14,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from logging import WARNING
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -113,6 +114,15 @@ class SourceRows:
         pass
 
 
+class Fallback(Protocol):
+    """Delivers records that a source cannot deliver. `rows` counts them."""
+
+    rows: int
+
+    def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
+        """Write the records of distinct `ids` (uint32 [T]) into rows `slots` [T] of `out`."""
+
+
 class RecomputedRows:
     """Computes records from the checkpoint, byte for byte as the builder does.
 
@@ -167,10 +177,10 @@ class _StoredEmbedding(nn.Module):
 
 
 class FallbackRows:
-    """Reads records from a source, and computes those that the source cannot deliver."""
+    """Reads records from a source, and takes those that it cannot deliver from a fallback."""
 
-    def __init__(self, primary: SourceRows, recomputed: RecomputedRows) -> None:
-        self.primary, self.recomputed, self.ref = primary, recomputed, primary.manifest.ref
+    def __init__(self, primary: SourceRows, fallback: Fallback) -> None:
+        self.primary, self.fallback, self.ref = primary, fallback, primary.manifest.ref
 
         def answers(ref: str) -> bool:  # whether the source answers and has the table
             return ref in [manifest.ref for manifest, _ in primary.source.tables()]
@@ -185,13 +195,13 @@ class FallbackRows:
         if self.ready:
             self._finish(partial(self.primary.fetch, ids, out, slots), ids, out, slots)
         else:
-            self.recomputed.fetch(ids, out, slots)
+            self.fallback.fetch(ids, out, slots)
 
     def begin(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> Finish:
         return partial(self._finish, self.primary.begin(ids, out, slots), ids, out, slots)
 
     def _finish(self, finish: Finish, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
-        """Finish a fetch from the primary source, and compute the rows that it cannot deliver."""
+        """Finish a fetch from the primary source. The fallback delivers what is missing."""
         try:
             finish()
             return
@@ -201,10 +211,10 @@ class FallbackRows:
             if error.token_ids:
                 lost = np.isin(ids, error.token_ids)
                 ids, slots = ids[lost], slots[lost]
-        self.recomputed.fetch(ids, out, slots)
+        self.fallback.fetch(ids, out, slots)
 
     def counts(self) -> Counts:
-        return self.primary.counts() | {"recomputed": self.recomputed.rows}
+        return self.primary.counts() | {"recomputed": self.fallback.rows}
 
     def close(self) -> None:
         self.health.close()
@@ -226,11 +236,10 @@ class CachedRows:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         num_rows: int = 0,  # rows of the model; 0: up to the last layer of the table
-        fallback: Checkpoint | None = None,  # to compute rows that the source cannot deliver
+        fallback: Fallback | None = None,  # for rows that the source cannot deliver
     ) -> None:
         rows = SourceRows(source, manifest)
-        recomputed = RecomputedRows(fallback, manifest) if fallback else None
-        self.provider = FallbackRows(rows, recomputed) if recomputed else rows
+        self.provider = FallbackRows(rows, fallback) if fallback else rows
         self.manifest, self.device, self.on_cpu = manifest, device, device.type == "cpu"
         self.table, self.has_x0 = manifest.ref, manifest.has_x0
         self.num_rows = num_rows or max(manifest.layers, default=-1) + 1

@@ -18,10 +18,11 @@ from tolhouse.engine.block_manager import BlockManager
 from tolhouse.engine.cpu.compiled import CompiledDecode, cache_folder
 from tolhouse.engine.cpu.packed import add_embedding, load
 from tolhouse.engine.engine import Engine
-from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
+from tolhouse.engine.row_providers import CachedRows, NoRows, RecomputedRows, RowProvider
 from tolhouse.engine.runner import GraphRunner, Runner
 from tolhouse.engine.scheduler import Scheduler
-from tolhouse.errors import DeadlineExceededError, MismatchError, NotFoundError, UnavailableError
+from tolhouse.engine.table import check_table, wait_for_table
+from tolhouse.errors import MismatchError
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint, torch_device, torch_dtype
 from tolhouse.model.transformer import Transformer
@@ -100,7 +101,8 @@ class Builder:
         config, checkpoint = self.config, self.checkpoint
         check_table(manifest, checkpoint)
         cache_bytes = int(config.row_cache_megabytes * 1e6)
-        fallback = checkpoint if config.fallback == "recompute" else None
+        recompute = config.fallback == "recompute"
+        fallback = RecomputedRows(checkpoint, manifest) if recompute else None
         place = self.device, self.dtype, checkpoint.config.num_rows, fallback
         rows = CachedRows(self.source, manifest, cache_bytes, *place)
         rows.fill()
@@ -141,36 +143,3 @@ async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
         )
         register = partial(add_GenerationServicer_to_server, service)
         await serve("worker", NAME, config, register)
-
-
-def wait_for_table(source: RowSource, table: str, seconds: float) -> Manifest:
-    """Wait for the manifest of the table. After the configured time, raises the last error."""
-    deadline, logged = time.monotonic() + seconds, False
-    while True:
-        try:
-            return source.describe(table)
-        except (UnavailableError, DeadlineExceededError, NotFoundError) as error:
-            if time.monotonic() >= deadline:
-                raise type(error)(f"{error} (waited {seconds:g} s)") from None
-            if not logged:
-                event("waiting for the table", table=table, reason=str(error))
-            logged = True
-            time.sleep(0.2)
-
-
-def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
-    """Raise MismatchError unless the table was built from this checkpoint and its tokenizer."""
-    config = checkpoint.config
-    # A table may lack layers.
-    layers = [layer for layer in manifest.layers if layer in config.row_layers]
-    for what, built, own in (
-        ("model", manifest.model_id[:12], checkpoint.model_id()[:12]),
-        ("tokenizer", manifest.tokenizer_id[:12], checkpoint.tokenizer_id[:12]),
-        ("layers", list(manifest.layers), layers),
-        ("vocabulary of size", manifest.vocab_size, config.vocab_size),
-        ("hidden size", manifest.width, config.hidden_size),
-    ):
-        if built != own:
-            message = f"table {manifest.ref} was built from {what} {built}"
-            hint = "build a table from this checkpoint, or choose another --table"
-            raise MismatchError(f"{message}, but checkpoint {checkpoint.name} has {own}: {hint}")

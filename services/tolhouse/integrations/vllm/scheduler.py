@@ -1,0 +1,68 @@
+"""A scheduler that ends requests without rows, and no others, with an error.
+
+The model computes logits that are not numbers for a request whose rows cannot be read. vLLM counts
+these for each request (VLLM_COMPUTE_NANS_IN_LOGITS).
+"""
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import Request, RequestStatus
+
+from tolhouse.logs import event
+
+
+class RowsScheduler(Scheduler):
+    """For synchronous scheduling."""
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        counts = model_runner_output.num_nans_in_logits or {}
+        failed = {request_id for request_id, count in counts.items() if count}
+        ended = self._end(failed) if failed else []
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in ended:
+            output = EngineCoreOutput(
+                request_id=request.request_id,
+                new_token_ids=[],
+                finish_reason=request.get_finished_reason(),
+                events=request.take_events(),
+                trace_headers=request.trace_headers,
+            )
+            client = outputs.setdefault(request.client_index, EngineCoreOutputs(outputs=[]))
+            client.outputs.append(output)
+        return outputs
+
+    def _end(self, failed: set[str]) -> list[Request]:
+        """End requests, and drop what they wrote to the prefix cache."""
+        wrong = set[int]()
+        for request_id in failed:
+            if request := self.requests.get(request_id):
+                wrong |= self._written(request)
+        # Another request may have begun with blocks that a failed one wrote.
+        for request in self.running:
+            if wrong & self._written(request, every=True):
+                failed = failed | {request.request_id}
+                wrong |= self._written(request)
+        self.kv_cache_manager.evict_blocks(wrong)
+        ended = self.finish_requests(failed, RequestStatus.FINISHED_ERROR)
+        event("requests ended without rows", requests=len(ended))
+        return ended
+
+    def _written(self, request: Request, *, every: bool = False) -> set[int]:
+        """Return the blocks that unfinished steps write for a request, or `every` block of it."""
+        done = 0 if every else request.num_computed_tokens - request.num_in_flight_tokens
+        groups = self.kv_cache_manager.get_block_ids(request.request_id)
+        return {block for ids in groups for block in ids[max(0, done) // self.block_size :]}
+
+
+class AsyncRowsScheduler(RowsScheduler, AsyncScheduler):
+    """For asynchronous scheduling."""
+
+
+def new_scheduler(*, vllm_config: Any, **given: Any) -> Scheduler:
+    """Make the scheduler. vLLM decides late whether scheduling is asynchronous."""
+    asynchronous = vllm_config.scheduler_config.async_scheduling
+    kind = AsyncRowsScheduler if asynchronous else RowsScheduler
+    return kind(vllm_config=vllm_config, **given)

@@ -1,0 +1,150 @@
+"""The rows of a step, written to buffers of fixed addresses before the compiled code runs.
+
+Shapes: T tokens of a step, M the most tokens of a step, N blocks of a row, D their width.
+"""
+
+import threading
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tolhouse.client.row_source import RowSource, open_row_source
+from tolhouse.config import VLLMConfig
+from tolhouse.engine.dequant import CACHED_VALUES, StagedRows
+from tolhouse.engine.row_providers import CachedRows, Fallback, RecomputedRows, SourceRows
+from tolhouse.errors import MismatchError, TolhouseError, UnavailableError
+from tolhouse.integrations.vllm.options import AdditionalConfig
+from tolhouse.logs import event, start_logging
+from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.table.manifest import Manifest
+
+_PIN_SECONDS = 10.0  # a third of the lifetime of a lease
+
+
+class NoFallback:
+    """Stands for no fallback. `FallbackRows` then waits for a source only once after it failed."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.rows, self.ref = 0, manifest.ref
+
+    def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
+        if len(ids):
+            raise UnavailableError(f"rows of table {self.ref} cannot be read now; try again later")
+
+
+def open_rows(
+    config: AdditionalConfig,
+    checkpoint: Checkpoint | None,
+    most_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> CachedRows:
+    """Open the table's rows in this process.
+
+    Each rank has its own cache and makes its own fetches: every rank needs whole rows, and most
+    steps find them in the cache, so that nothing is sent between ranks. `checkpoint` can recompute
+    rows. The cache holds the rows of any step of `most_tokens`.
+    """
+    options = config.options
+    start_logging(options.log_level)
+    calling = options.client_credentials(), options.fetch_timeout_seconds
+    source = open_row_source(options.rows, calling[1], calling[0])
+    manifest = source.describe(config.table)
+    fallback = _fallback(options, checkpoint, manifest)
+    least = min(most_tokens, manifest.vocab_size) * manifest.record_bytes
+    cache_bytes = max(int(options.row_cache_megabytes * 1e6), least)
+    rows = CachedRows(source, manifest, cache_bytes, device, dtype, fallback=fallback)
+    rows.fill()
+    threading.Thread(target=_keep, args=(source, manifest.ref), name="pin", daemon=True).start()
+    event("rows opened", table=manifest.ref, rows=options.rows, cached=rows.cache.capacity)
+    return rows
+
+
+def _fallback(options: VLLMConfig, checkpoint: Checkpoint | None, manifest: Manifest) -> Fallback:
+    """Return the fallback that `options` name. Raises MismatchError if it does not fit."""
+    kind = options.fallback
+    if kind in ("auto", "recompute") and checkpoint:
+        try:
+            return RecomputedRows(checkpoint, manifest)
+        except MismatchError:
+            if kind == "recompute":
+                raise
+    if kind == "recompute":
+        raise MismatchError("fallback 'recompute' needs a MemoryLLM model; choose another one")
+    if kind in ("auto", "none"):
+        return NoFallback(manifest)
+    credentials = options.client_credentials()
+    second = open_row_source(kind, options.fetch_timeout_seconds, credentials)
+    return SourceRows(second, second.describe(manifest.ref))
+
+
+def _keep(source: RowSource, ref: str) -> None:
+    """Protect the version from deletion as long as the process runs."""
+    pause = threading.Event()
+    while not pause.wait(_PIN_SECONDS):
+        with suppress(TolhouseError):  # fetches report a source that is down
+            source.pin(ref)
+
+
+class RowStage:
+    """Buffers with the rows of a step, in the order of the table's blocks.
+
+    Attributes:
+        rows: [M, N, D] in the dtype of the model. Tokens come first, because the compiler would
+            take a stride that contains M for a multiple of T.
+        failed: [M, 1]: not a number for tokens of requests whose rows cannot be read, and else 0.
+    """
+
+    def __init__(self, source: CachedRows, most_tokens: int, *, whole_steps: bool = False) -> None:
+        manifest, decoder = source.manifest, source.decoder
+        self.source, self.vocab_size = source, manifest.vocab_size
+        place: dict[str, Any] = {"dtype": decoder.dtype, "device": source.device}
+        self.rows = torch.zeros(most_tokens, manifest.num_blocks, manifest.width, **place)
+        self.failed = torch.zeros(most_tokens, 1, **place)
+        self._whole_steps, self._clean = whole_steps, True
+
+    def fill(self, ids_T: Tensor, starts: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        """Write the rows of a step, and return `rows` [T, N, D] and `failed` [T, 1].
+
+        On a GPU this waits for the ids, which the last step sampled. Ids outside of the vocabulary
+        are padding, and stand for token 0. `starts` has the first token of each request and the
+        end of the last one. None: the step is no work of requests.
+        """
+        ids = ids_T.cpu().numpy().astype(np.int64)
+        ids[(ids < 0) | (ids >= self.vocab_size)] = 0
+        count = len(ids)
+        if not self._clean:
+            self.failed.zero_()
+            self._clean = True
+        try:
+            self._write(self.source.stage(ids), slice(0, count))
+        except TolhouseError:
+            self._write_some(ids, starts)
+        return self.rows[:count], self.failed[:count]
+
+    def _write(self, staged: StagedRows, where: Any) -> None:
+        decoder, values = self.source.decoder, len(staged.index) * self.rows[0].numel()
+        if values <= CACHED_VALUES:
+            self.rows[where] = decoder.rows(staged).transpose(0, 1)
+            return
+        for block in range(self.rows.shape[1]):  # less memory for decoded rows
+            self.rows[where, block] = decoder.block(staged, block)
+
+    def _write_some(self, ids: np.ndarray, starts: np.ndarray | None) -> None:
+        """Write the rows that are cached, and mark the requests that lack one."""
+        lost = np.isin(ids, self.source.missing(ids))
+        found = np.flatnonzero(~lost)
+        self.rows[: len(ids)] = 0
+        if len(found):
+            where = torch.from_numpy(found).to(self.rows.device)
+            self._write(self.source.stage(ids[found]), where)
+        self._clean = False
+        if self._whole_steps or starts is None:
+            self.failed[: len(ids)] = torch.nan
+            return
+        for first, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+            if lost[first:end].any():
+                self.failed[first:end] = torch.nan

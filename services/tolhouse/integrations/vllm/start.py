@@ -1,0 +1,76 @@
+"""What happens once, before vLLM starts its processes: options are checked, and a table is found.
+
+All ranks then use the same version, also if another one is published in the meantime.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh32_intdigest
+
+from tolhouse.config import VLLMConfig, set_vllm_variables
+from tolhouse.errors import InvalidArgumentError, NotFoundError, UnsupportedError
+from tolhouse.integrations.vllm.options import KEY, AdditionalConfig, parse
+
+SCHEDULER = "tolhouse.integrations.vllm.scheduler.new_scheduler"
+
+
+class Start:
+    """vLLM calls these methods for our architecture."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Change nothing."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Replace `additional_config` by the checked options and the version of the table.
+
+        Raises InvalidArgumentError, NotFoundError, UnavailableError or another error of Tolhouse.
+        """
+        shape = vllm_config.model_config.hf_config.shape
+        parallel = vllm_config.parallel_config
+        if parallel.pipeline_parallel_size > 1:
+            raise UnsupportedError("--pipeline-parallel-size must be 1 for a model with rows")
+        prepare(vllm_config, needs_table=shape.num_rows > 0)
+
+
+def prepare(vllm_config: Any, *, needs_table: bool) -> None:
+    """Check the options, find the table, and choose the scheduler."""
+    additional = vllm_config.additional_config or {}
+    options = parse(additional)
+    found = find_table(options, vllm_config.model_config.model) if needs_table else {}
+    table, blocks = found.get("table", ""), tuple(found.get("blocks", ()))
+    others = {name: value for name, value in additional.items() if name != KEY}
+    vllm_config.additional_config = AdditionalConfig(options, table, blocks, others)
+    if not table:
+        return
+    scheduling, caching = vllm_config.scheduler_config, vllm_config.cache_config
+    scheduling.scheduler_cls = scheduling.scheduler_cls or SCHEDULER
+    # A seed that is known must not be used with hashes for which collisions can be found.
+    secure = str(caching.prefix_caching_hash_algo).startswith("sha256")
+    set_vllm_variables(xxh32_intdigest(table.encode()) if secure else None)
+
+
+def find_table(options: VLLMConfig, model: str) -> dict[str, Any]:
+    """Return `table`, "name@version", and its `blocks`, for the checkpoint in folder `model`."""
+    if not Path(model).is_dir():
+        advice = "download it with `hf download`, and give its folder"
+        raise NotFoundError(f"model {model!r} is not a folder: {advice}")
+    given = {"options": options.model_dump(), "model": model}
+    command = [sys.executable, "-m", "tolhouse.integrations.vllm.resolve"]
+    done = subprocess.run(
+        command,
+        input=json.dumps(given),
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        check=True,
+    )
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        raise InvalidArgumentError(answer["error"])
+    return answer

@@ -1,0 +1,1 @@
+"""Tests of the plug-in for vLLM, in an environment of its own: `make vllm-test`."""

@@ -1,0 +1,65 @@
+"""vLLM with rows from Tolhouse generates the tokens of the reference in this process."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tolhouse.model.config import RopeScaling
+from tolhouse.testing import build_table, process, tiny_model
+
+from tests.vllm.engines import Case, case, generate, tiny_case
+
+LLAMA3 = RopeScaling("llama3", 4.0, 1.0, 4.0, 64)
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+SHAPES: dict[str, dict[str, Any]] = {
+    "untied": {"tie_word_embeddings": False},  # X0 is in the table
+    "attention": {
+        "num_key_value_heads": 2,
+        "head_dim": 20,
+        "qkv_bias": True,
+        "o_bias": True,
+        "qk_norm": True,
+        "rope_scaling": LLAMA3,
+    },
+    "swiglu": {"kind": "flex", "beta": 3, "ffn_c": "swiglu"},
+    "wide": {"kind": "wide", "rope_scaling": RopeScaling("linear", 2.0)},
+    "base": {"kind": "base"},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_each_shape_of_model(name: str, tmp_path: Path) -> None:
+    """Each kind of model and of attention gives the same tokens."""
+    tiny = tiny_case(tmp_path, **SHAPES[name])
+    assert tiny.expected == generate(tiny)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("model", ["memory", "flex"])
+def test_demo_models(model: str, compiled: bool, request: pytest.FixtureRequest) -> None:
+    """The demo models give the same tokens, eager and compiled, with prompts in chunks."""
+    demo: Case = request.getfixturevalue(model)
+    assert demo.expected == generate(demo, enforce_eager=not compiled)
+
+
+def test_speculation(memory: Case) -> None:
+    """N-gram speculation, whose steps have placeholders for tokens, changes no token."""
+    assert memory.expected == generate(memory, speculative_config=NGRAM)
+
+
+def test_two_ranks(flex: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tensor-parallel ranks, each with a row cache of its own, give the same tokens."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with process("lookup", "--store", flex.rows, "--listen", "127.0.0.1:0") as lookup:
+        rows = {"rows": lookup.address}
+        assert flex.expected == generate(flex, rows, tensor_parallel_size=2)
+
+
+def test_two_starts_around_a_new_version(memory: Case, tmp_path: Path) -> None:
+    """An engine uses the version that its start finds, and its prompts' prefixes hash apart."""
+    url = f"file://{tmp_path}"
+    first, second = (tiny_model(tmp_path / f"{i}" / "same", seed=i) for i in (1, 2))
+    for checkpoint in (first, second):
+        build_table(checkpoint, url)
+        found = case(checkpoint, tmp_path)
+        assert found.expected == generate(found, {"rows": url})
