@@ -1,6 +1,6 @@
 # Every target installs what it needs into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast check bench cases chaos clients fuzz skew vllm-test compose-test science-check science soak pictures protos docs wheel audit sbom
+.PHONY: help setup demo serve test test-fast check bench cases chaos clients fuzz skew vllm-test compose-test science-check science related-check soak pictures protos docs wheel audit sbom
 SHELL := /bin/bash
 
 # allocator settings of the images; deploy/Dockerfile has the reasons
@@ -69,6 +69,9 @@ science-check: .venv/dev  ## measure compression, probes and edits of the commit
 
 science: .venv/dev  ## compute all tables and plots of SCIENCE.md (one hour)
 	$(BIN)/python -m loadtest.science
+
+related-check: .venv/dev  ## check and measure the parts from related papers (ten minutes)
+	$(BIN)/python -m loadtest.related
 
 soak: .venv/dev  ## run half an hour of mixed load and test whether anything grows
 	$(BIN)/python -m loadtest.soak

@@ -216,7 +216,12 @@ class TrainConfig(Config):
     )
     kind: Literal["base", "memory", "flex", "wide"] = option("memory", "Kind of the model.")
     beta: int = option(0, "flex: FFN-C keeps beta * h^2 parameters, 1 to 3.", ge=0, le=3)
-    ffn_c: Literal["linear", "swiglu"] = option("linear", "flex: form of FFN-C.")
+    ffn_c: Literal["linear", "swiglu", "moc"] = option("linear", "flex: form of FFN-C.")
+    ffn_m: Literal["swiglu", "moc"] = option("swiglu", "Form of FFN-M.")
+    ffn_share: float = option(0.25, "moc: share of the channels that a token reads.", gt=0, le=1)
+    ffn_by: Literal["gate", "activation"] = option(
+        "gate", "moc: score of a channel, the gate or the magnitude of its SiLU."
+    )
     corpus: Path | None = option(None, "Text or folder to train on. Default: Python's library.")
     seed: int = option(0, "Seed; the same seed gives the same checkpoint.", ge=0)
     threads: int = option(1, "Threads of tensor operations; the result depends on it.", ge=1)

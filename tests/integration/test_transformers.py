@@ -48,6 +48,7 @@ KINDS = [
     ("memory", 0, {"tie_word_embeddings": False, "rope_theta": 50_000.0}),
     ("flex", 2, {}),
     ("flex", 1, {"ffn_c": "swiglu"}),
+    ("flex", 3, {"ffn_c": "moc", "ffn_m": "moc", "ffn_share": 0.5}),
     ("wide", 0, {}),
     ("base", 0, {"eos_token_id": (0, 1)}),
     ("memory", 0, {"num_key_value_heads": 2, "head_dim": 32, "qk_norm": True, "qkv_bias": True}),

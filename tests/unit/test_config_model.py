@@ -27,8 +27,8 @@ NO_COUNT: list[Any] = [True, 1.0, "1", [1], -2]
 NO_NUMBER: list[Any] = [True, "1", None, 0.0, -1.0, math.nan, math.inf, -math.inf]
 WRONG = {
     **{field.name: NO_INTEGER for field in dataclasses.fields(ModelConfig)},
-    **dict.fromkeys(("kind", "ffn_c"), NO_STRING),
-    **dict.fromkeys(("rope_theta", "rms_norm_eps"), NO_NUMBER),
+    **dict.fromkeys(("kind", "ffn_c", "ffn_m", "ffn_by"), NO_STRING),
+    **dict.fromkeys(("rope_theta", "rms_norm_eps", "ffn_share"), NO_NUMBER),
     **dict.fromkeys(("num_key_value_heads", "head_dim"), NO_COUNT),
     **dict.fromkeys(("tie_word_embeddings", "qkv_bias", "o_bias", "qk_norm"), NO_SWITCH),
     "rope_scaling": [1, "linear", [1]],
@@ -88,7 +88,9 @@ def test_a_field_of_another_type_is_refused_by_name(data: st.DataObject) -> None
         ({"hidden_size": 97}, "multiple of num_attention_heads"),
         ({"beta": 1}, "beta is 1, 2 or 3 for flex"),
         ({"kind": "flex", "beta": 4}, "beta is 1, 2 or 3 for flex"),
-        ({"kind": "flex", "beta": 1, "ffn_c": "conv"}, "ffn_c: .*'linear' or 'swiglu'"),
+        ({"kind": "flex", "beta": 1, "ffn_c": "conv"}, "ffn_c: .*'linear', 'swiglu'.* or"),
+        ({"ffn_share": 0.5}, "ffn_share is a field of the forms moc.*, which it lacks"),
+        ({"ffn_m": "moc", "ffn_share": 1.5}, "ffn_share: .* less than or equal to 1"),
         ({"eos_token_id": 10**6}, "eos_token_id 1000000 must be below vocab_size 1024"),
         ({"eos_token_id": [0, 1024]}, "eos_token_id 1024 must be below vocab_size 1024"),
     ],

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from tolhouse.model.config import preset
-from tolhouse.model.transformer import NoCache, SwiGLU, Transformer
+from tolhouse.model.ffn import SwiGLU
+from tolhouse.model.transformer import NoCache, Transformer
 from torch import Tensor
 
 KINDS = [

@@ -15,6 +15,7 @@ from torch import Tensor
 from tolhouse.analysis.evaluate import probed
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.checkpoint import Checkpoint
+from tolhouse.model.ffn import SwiGLU
 from tolhouse.model.losses import RowsOf
 from tolhouse.model.tokenizer import TokenTexts
 from tolhouse.model.transformer import ContextFreeFFN, Transformer
@@ -78,12 +79,15 @@ def explain_text(
 def coefficients(model: Transformer, layer: int, ids_T: Tensor | None = None) -> Tensor:
     """Return the key coefficients [T, K] of one layer.
 
-    Without `ids_T`, T is the size of the vocabulary.
+    Without `ids_T`, T is the size of the vocabulary. Raises InvalidArgumentError for a form of
+    FFN-M without keys.
     """
     ids_T = torch.arange(model.config.vocab_size) if ids_T is None else ids_T
     ffn = cast("ContextFreeFFN", model.ffn_m[layer])
-    parts = [ffn.norm(model.x0(part)) for part in ids_T.split(_BATCH_TOKENS)]
-    return torch.cat([F.silu(ffn.mlp.gate_proj(x_TD)) * ffn.mlp.up_proj(x_TD) for x_TD in parts])
+    if not isinstance(ffn.mlp, SwiGLU):
+        raise InvalidArgumentError(f"FFN-M of the form {model.config.ffn_m} has no keys")
+    parts = ids_T.split(_BATCH_TOKENS)
+    return torch.cat([ffn.mlp.coefficients(ffn.norm(model.x0(part))) for part in parts])
 
 
 def shared_by(model: Transformer, layer: int, keys_TK: Tensor, count: int) -> Tensor:

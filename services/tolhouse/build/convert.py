@@ -30,8 +30,9 @@ from tolhouse.model.checkpoint import (
     write_checkpoint,
 )
 from tolhouse.model.config import ModelConfig
+from tolhouse.model.ffn import LinearStack
 from tolhouse.model.tokenizer import TOKENIZER
-from tolhouse.model.transformer import Block, LinearStack, NoCache, Transformer, rotary
+from tolhouse.model.transformer import Block, NoCache, Transformer, rotary
 from tolhouse.store.base import Store
 from tolhouse.store.registry import refuse_another
 from tolhouse.store.writer import shard_count, write_table

@@ -10,7 +10,7 @@ Tensor names are LLaMA's; FFN-M adds its own. `{i}` counts layers:
     model.layers.{i}.self_attn.{q,k,v,o}_proj.bias             [out]          with biases
     model.layers.{i}.self_attn.{q,k}_norm.weight               [E]            with qk_norm
     model.layers.{i}.post_attention_layernorm.weight           [D]            base, flex
-    model.layers.{i}.mlp.{gate,up,down}_proj.weight            [K, D] [D, K]  base, flex with swiglu
+    model.layers.{i}.mlp.{gate,up,down}_proj.weight            [K, D] [D, K]  base, flex (1)
     model.layers.{i}.mlp.maps.{j}.weight                       [D, D]         flex, linear, j < beta
     model.layers.{i}.mlp.maps.0.bias                           [D]            i in flex_layers
     model.layers.{i}.ffn_m.norm.weight                         [D]            memory, flex, wide
@@ -18,6 +18,9 @@ Tensor names are LLaMA's; FFN-M adds its own. `{i}` counts layers:
     model.layers.{i}.ffn_scale                                 [D]            wide; was row_scale
     model.norm.weight                                          [D]
     lm_head.weight                                             [V, D]         unless tied
+
+(1) These are the names of swiglu and of other forms with its matrices. `mlp` has other names if
+`ffn_c` or `ffn_m` choose another form of model/ffn.py.
 
 With `flex_layers`, other layers have the FFN of base, and there is no FFN-M.
 
@@ -123,7 +126,11 @@ class Checkpoint:
 
         They are the embedding, the norms and FFN-M.
         """
-        digest = hashlib.sha256(_canonical({"rms_norm_eps": self.config.rms_norm_eps}))
+        fields: dict[str, Any] = {"rms_norm_eps": self.config.rms_norm_eps}
+        if self.config.ffn_m != "swiglu":
+            stored = self.config.to_json()
+            fields |= {n: v for n, v in stored.items() if n.startswith("ffn_") and n != "ffn_c"}
+        digest = hashlib.sha256(_canonical(fields))
         for name in sorted(self.weights.tensors):
             if name == EMBEDDING or ".ffn_m." in name:
                 tensor = self.tensor(name)

@@ -16,8 +16,11 @@ from tolhouse.validation import validated
 
 Kind = Literal["base", "memory", "flex", "wide"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+FfnC = Literal["linear", "swiglu", "moc"]
+FfnM = Literal["swiglu", "moc"]
 Size = Annotated[int, Field(ge=1, le=2**31)]
 Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 def _end_tokens(value: Any) -> int | tuple[int, ...] | None:
@@ -79,7 +82,7 @@ class ModelConfig:
     num_attention_heads: Annotated[Size, Field(le=2**16)]
     intermediate_size: Annotated[Size, Field(le=2**20)]
     beta: int = 0  # flex: FFN-C has beta * hidden_size^2 parameters
-    ffn_c: Literal["linear", "swiglu"] = "linear"  # flex: form of FFN-C, not in the paper
+    ffn_c: FfnC = "linear"  # flex: form of FFN-C, not in the paper
     max_position_embeddings: Size = 2048
     rope_theta: Positive = 10000.0
     rms_norm_eps: Positive = 1e-5
@@ -92,6 +95,10 @@ class ModelConfig:
     o_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each head's query and key, as in Qwen 3
     rope_scaling: RopeScaling | None = None
+    # Forms of FFN-C and FFN-M in model/ffn.py. Each of the other fields belongs to some forms.
+    ffn_m: FfnM = "swiglu"
+    ffn_share: Share = 0.25  # moc: the share of channels that a token reads
+    ffn_by: Literal["gate", "activation"] = "gate"  # moc: the score of a channel
     # flex, made by `tolhouse convert`: the layers that are Flex, while the others stay dense. FFN-C
     # has a bias, there is no FFN-M, and the rows are only in the table. Empty: all layers are Flex.
     flex_layers: Annotated[tuple[int, ...], Field(strict=False)] = ()
@@ -120,6 +127,11 @@ class ModelConfig:
         if not in_order:
             rule = f"must be ascending layers from 0 to {self.num_hidden_layers - 1}"
             raise InvalidArgumentError(f"model config: flex_layers {rule}, not {list(given)}")
+        forms = {self.ffn_c, self.ffn_m}
+        for name, users in _FORM_FIELDS.items():
+            if not forms & users and getattr(self, name) != getattr(type(self), name):
+                rule = f"is a field of the forms {', '.join(sorted(users))}"
+                raise InvalidArgumentError(f"model config: {name} {rule}, which it lacks")
         if outside := [i for i in self.end_token_ids if i >= self.vocab_size]:
             rule = f"must be below vocab_size {self.vocab_size}"
             raise InvalidArgumentError(f"model config: eos_token_id {outside[0]} {rule}")
@@ -141,7 +153,7 @@ class ModelConfig:
         return self.flex_layers or tuple(range(self.num_rows))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON, without the attention's fields that are at their default."""
+        """Return the fields as JSON, without fields of later releases that are at their default."""
         fields = dataclasses.asdict(self)
         derived = {
             "num_key_value_heads": self.num_attention_heads,
@@ -149,6 +161,7 @@ class ModelConfig:
             **dict.fromkeys(("qkv_bias", "o_bias", "qk_norm"), False),
             "rope_scaling": None,
             "flex_layers": (),
+            **{name: getattr(type(self), name) for name in ("ffn_m", *_FORM_FIELDS)},
         }
         left = {n: v for n, v in fields.items() if n not in derived or v != derived[n]}
         if scaling := left.get("rope_scaling"):
@@ -170,9 +183,10 @@ class ModelConfig:
             allowed = f"allowed are 'memoryllm', and for dense models {dense}"
             raise InvalidArgumentError(f"model config: model_type is {kind!r:.60}; {allowed}")
         own = {field.name for field in dataclasses.fields(cls)}
+        forms = {"ffn_c", "ffn_m", *_FORM_FIELDS}
         if kind in _FAMILIES:
             data = {**_FAMILIES[kind], **data}
-            own -= {"kind", "beta", "ffn_c", "qkv_bias", "o_bias", "qk_norm"}
+            own -= {"kind", "beta", "qkv_bias", "o_bias", "qk_norm"} | forms
         given = {name: value for name, value in data.items() if name in own}
         if kind in _FAMILIES:
             given |= {"kind": "base", "qk_norm": kind == "qwen3"}
@@ -188,6 +202,9 @@ class ModelConfig:
             _check_foreign(name, data, config)
         return config
 
+
+# The forms of FFN-C and FFN-M that each field belongs to.
+_FORM_FIELDS = {"ffn_share": {"moc"}, "ffn_by": {"moc"}}
 
 # The defaults of model types that are served as kind base, for fields that config.json may lack.
 _HUGGING_FACE = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": None}

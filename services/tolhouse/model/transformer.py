@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tolhouse.errors import InvalidArgumentError
+from tolhouse.model import ffn
 from tolhouse.model.config import ModelConfig
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, [T, 1, E] each
@@ -84,7 +85,7 @@ class Transformer(nn.Module):
             raise InvalidArgumentError(
                 "loaded without its FFN-M, the model needs rows from a table"
             )
-        return torch.stack([x0_TD] * x0 + [ffn(x0_TD) for ffn in self.ffn_m])
+        return torch.stack([x0_TD] * x0 + [ffn_m(x0_TD) for ffn_m in self.ffn_m])
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, cache: Cache, rows_NTD: Tensor) -> Tensor:
         """Compute the logits [T, V] of T tokens at `positions_T`. Each layer adds its row."""
@@ -180,52 +181,30 @@ class Attention(nn.Module):
 
 
 class ContextFreeFFN(nn.Module):
-    """FFN-M of one layer: a norm of the embedding X0, then a SwiGLU (paper, section 1)."""
+    """FFN-M of one layer: a norm of the embedding X0, then a SwiGLU (paper, section 1).
+
+    `ffn_m` of the config can choose a form other than SwiGLU.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         # RMSNorm: the paper says LayerNorm once, and the LLaMA recipe elsewhere.
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mlp = ffn.make(config.ffn_m, config, config.intermediate_size)
 
     def forward(self, x0_TD: Tensor) -> Tensor:
         return self.mlp(self.norm(x0_TD))
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
-
-
-class LinearStack(nn.Module):
-    """FFN-C as beta maps h x h with SiLU between them. This form is ours, as the paper has none."""
-
-    def __init__(self, hidden_size: int, depth: int, bias: bool = False) -> None:
-        super().__init__()
-        maps = (nn.Linear(hidden_size, hidden_size, bias=bias) for _ in range(depth))
-        self.maps = nn.ModuleList(maps)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        for linear in self.maps[:-1]:
-            x_TD = F.silu(linear(x_TD))
-        return self.maps[-1](x_TD)
 
 
 def residual_ffn(config: ModelConfig, layer: int) -> nn.Module | None:
     """Return the FFN of a layer that reads the residual stream, if this kind of model has one."""
     converted = bool(config.flex_layers)
     if config.kind == "base" or (converted and layer not in config.flex_layers):
-        return SwiGLU(config.hidden_size, config.intermediate_size)
+        return ffn.make("swiglu", config, config.intermediate_size)
     if config.kind == "flex" and config.ffn_c == "linear":
-        return LinearStack(config.hidden_size, config.beta, bias=converted)
+        return ffn.LinearStack(config.hidden_size, config.beta, bias=converted)
     if config.kind == "flex":
-        return SwiGLU(config.hidden_size, round(config.beta * config.hidden_size / 3))
+        return ffn.make(config.ffn_c, config, round(config.beta * config.hidden_size / 3))
     return None
 
 

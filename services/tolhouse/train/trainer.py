@@ -30,7 +30,13 @@ from tolhouse.errors import (
     UnavailableError,
 )
 from tolhouse.files import locked
-from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint, save_checkpoint, torch_device
+from tolhouse.model.checkpoint import (
+    WEIGHTS,
+    open_checkpoint,
+    save_checkpoint,
+    tensor_shapes,
+    torch_device,
+)
 from tolhouse.model.losses import Evaluation, evaluate
 from tolhouse.model.transformer import NoCache, Transformer, parameter_counts
 from tolhouse.train import corpus
@@ -261,8 +267,13 @@ def train_checkpoint(name: str, options: TrainConfig) -> None:
     if options.kind != "flex" and options.ffn_c != "linear":
         has = f"a {options.kind} model has no FFN-C"
         raise InvalidArgumentError(f"--ffn-c {options.ffn_c} is for --kind flex; {has}")
+    if options.kind == "base" and options.ffn_m != "swiglu":
+        raise InvalidArgumentError(f"--ffn-m {options.ffn_m}: a base model has no FFN-M")
+    forms = {name: value for name, value in options if name.startswith("ffn_")}
+    config = replace(chosen.config, **forms)
+    tensor_shapes(config)  # refuses sizes that a form cannot have
     steps = options.steps or chosen.steps
-    config, warmup = replace(chosen.config, ffn_c=options.ffn_c), min(chosen.warmup_steps, steps)
+    warmup = min(chosen.warmup_steps, steps)
     chosen = replace(chosen, config=config, steps=steps, warmup_steps=warmup)
     out = options.out or Path("runs") / f"{name}-{options.kind}"
     if (out / WEIGHTS).exists() and not (out / STATE).exists():

@@ -34,7 +34,7 @@ from tolhouse.engine.attention import AttentionMetadata, PagedKVCache
 from tolhouse.engine.cpu import packed
 from tolhouse.errors import InternalError, InvalidArgumentError
 from tolhouse.logs import event, log
-from tolhouse.model import transformer
+from tolhouse.model import ffn, transformer
 from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig
 from tolhouse.model.transformer import Block, Transformer
@@ -165,6 +165,9 @@ def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -
     if config.flex_layers:
         rule = "code is compiled for models whose blocks are alike"
         raise InvalidArgumentError(f"a converted model decodes uncompiled: {rule}")
+    if config.kind == "flex" and config.ffn_c not in ("linear", "swiglu"):
+        rule = "code is compiled for linear and swiglu"
+        raise InvalidArgumentError(f"FFN-C {config.ffn_c} decodes uncompiled: {rule}")
     folder = cache_folder(cache) / key(config, dtype)
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -310,7 +313,7 @@ def key(config: ModelConfig, dtype: torch.dtype) -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     flags = (line for line in lines if line.startswith(("flags", "Features")))
     processor = next(flags, torch.backends.cpu.get_cpu_capability())
-    modules = transformer, attention, packed, sys.modules[__name__]
+    modules = transformer, ffn, attention, packed, sys.modules[__name__]
     parts = [inspect.getsource(module) for module in modules]
     parts += [json.dumps(config.to_json()), str(dtype), torch.__version__, processor]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tolhouse.engine.cpu.gathered import gathered
 from tolhouse.model.checkpoint import EMBEDDING, HEAD, Checkpoint
 from tolhouse.model.transformer import Attention, Block, Cache, Transformer, rotate
 
@@ -133,6 +134,8 @@ def load(
     model = checkpoint.skeleton(ffn_m=False, embedding=False)
     for number, block in enumerate(cast("Iterable[Block]", model.layers)):
         checkpoint.load(block, f"layers.{number}.")
+        if device.type == "cpu":
+            block.mlp = gathered(block.mlp)
         pack(block, lambda weight, bias: linear(weight, bias, device, dtype))
     model.set_submodule("lm_head", linear(checkpoint.tensor(HEAD), None, device, dtype))
     if embedding:

@@ -1,0 +1,46 @@
+"""Check and measure the parts that come from related papers: `make related-check`.
+
+docs/related.md describes the parts and their figures. Identities are measured on what a worker
+runs, against references in float64. The last line is JSON with the figures of all parts.
+
+    python -m loadtest.related [--only moc,avgk]
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+
+from loadtest import related_ffn
+
+Figures = dict[str, float | bool]
+PARTS: dict[str, Callable[[], Figures]] = {
+    "moc": related_ffn.moc,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.related",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only",
+        default=",".join(PARTS),
+        metavar="PARTS",
+        help="parts, separated by commas (default: %(default)s)",
+    )
+    names = parser.parse_args().only.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"{unknown[0]!r} is unknown; parts are {', '.join(PARTS)}")
+    found: Figures = {}
+    for name in names:
+        figures = PARTS[name]()
+        found |= figures
+        print(f"{name}: {json.dumps(figures)}", file=sys.stderr, flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
