@@ -26,7 +26,6 @@ minute. Its figures say little about the loss of models that are trained for lon
 
 import argparse
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -45,6 +44,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from loadtest import ALLOCATOR, smollm2, sources, tables
+from loadtest.smollm2 import quiet
 from loadtest.text import foreign
 
 CODECS = ("bf16", "int8", "int4")
@@ -311,7 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--quick", action="store_true", help="takes about a minute")
     arguments = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet()
     torch.set_num_threads(1)
     print(json.dumps(measure(quick=arguments.quick)))
 

@@ -112,6 +112,14 @@ def _download(file: Path) -> None:
         part.replace(file)
 
 
+def quiet() -> None:
+    """Silence the warnings and the progress bars of transformers."""
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def reference(folder: Path) -> Any:
     """The model in transformers."""
     from transformers import AutoModelForCausalLM
@@ -188,6 +196,7 @@ def main() -> None:
     parser.add_argument("--most-tokens", type=int, default=16_384, help="0: the whole text")
     parser.add_argument("--quick", action="store_true", help="shorter answers")
     options = parser.parse_args()
+    quiet()
     measured = measure(options.text, options.most_tokens, quick=options.quick)
     for name, value in measured.items():
         print(f"{name:24} {value:.6g}")

@@ -16,7 +16,7 @@ from tolhouse.sources.base import open_source
 from tolhouse.sources.gemma import blocks_of
 from tolhouse.testing import build_table, process
 
-from loadtest.models import saved, tiny_gemma
+from loadtest.models import PER_LAYER, PUBLIC, saved, tiny_gemma
 from tests.commands import LOCAL, tolhouse
 
 FAMILIES = ("gemma4", "gemma3n")
@@ -78,6 +78,14 @@ def test_rows_are_the_per_layer_inputs_of_transformers(family: str, codec: str, 
         assert torch.equal(wanted[0].float(), torch.from_numpy(raw.rows()))
         wanted = text.project_per_layer_inputs(text.embed_tokens(ids), wanted)
     assert torch.equal(wanted[0].float(), torch.from_numpy(open_source(path).rows()))
+
+
+def test_the_sizes_of_the_public_model_are_those_of_its_config() -> None:
+    """The defaults of transformers' config of Gemma 3n are the sizes of E4B."""
+    config = transformers.Gemma3nTextConfig()
+    sizes = config.num_hidden_layers, config.hidden_size, config.vocab_size_per_layer_input
+    assert PUBLIC["gemma3n_e4b"] == sizes
+    assert PER_LAYER == config.hidden_size_per_layer_input
 
 
 @pytest.mark.parametrize("family", FAMILIES)
