@@ -17,6 +17,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from pydantic_core import PydanticUndefined
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "services"))
@@ -165,6 +166,8 @@ def _allowed(field: Any) -> str:
 
 
 def _default(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "required"
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"`{value}`" if value not in ("", None, (), {}) else ""

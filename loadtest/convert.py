@@ -2,8 +2,8 @@
 
 WikiText, or the text of pydoc's topics where WikiText is missing, is split in two halves. The first
 half is the text of the conversion, and the second half measures the result. Layers are chosen for 2
-and 5 % more perplexity. The model with the most layers is served with rows over TCP, and compared
-with the same rows in this process.
+and 5 % more perplexity. The model with the most layers is served with rows over TCP. Its log
+probabilities are compared with those in this process, and both with those in float64.
 
     python -m loadtest.convert --quick
 """
@@ -22,7 +22,7 @@ from tolhouse import Client
 from tolhouse.build.convert import Choice, Conversion, choose, conversion, rank
 from tolhouse.build.stored_rows import StoredRows
 from tolhouse.engine.cpu.packed import load
-from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
+from tolhouse.model.checkpoint import Checkpoint, open_checkpoint, torch_device
 from tolhouse.model.generate import greedy
 from tolhouse.model.losses import RowsOf, evaluate
 from tolhouse.model.transformer import NoCache, Transformer
@@ -67,22 +67,29 @@ def loss(model: Transformer, ids: np.ndarray, rows: RowsOf | None = None) -> flo
     return float(np.mean([evaluate(model, window, rows).loss for window in windows]))
 
 
-def served_differences(made: Checkpoint, url: str, ids: np.ndarray) -> list[float]:
-    """The largest differences of log probabilities between a worker and this process.
+def served_differences(made: Checkpoint, url: str, ids: np.ndarray) -> dict[str, float]:
+    """The largest differences of the log probabilities of a text, in nats.
 
-    The first is to a model with the packed matrices of a worker, and the second to one with plain
-    matrices. The order of additions differs between the two.
+    A worker is compared with its packed matrices in this process, which add in the same order, and
+    with plain matrices. Both orders are compared with float64.
     """
     ids_T, rows = torch.from_numpy(ids[:SERVED].astype(np.int64)), rows_of(made, url)
-    expected = []
-    for model in (load(made, torch.device("cpu"), torch.float32), made.model()):
-        logs_TV = log_probabilities(model, ids_T, rows)
-        expected.append(logs_TV[:-1].gather(1, ids_T[1:, None])[:, 0].numpy())
+    models = {
+        "": (load(made, torch.device("cpu"), torch.float32), rows),
+        "_plain": (made.model(), rows),
+        "_float64": (made.model().double(), lambda ids_T: rows(ids_T).double()),
+    }
+    logs = {
+        name: log_probabilities(model, ids_T, of)[:-1].gather(1, ids_T[1:, None])[:, 0]
+        for name, (model, of) in models.items()
+    }
     with local_cluster(made.path, url) as cluster, Client(cluster.workers) as client:
         output = next(iter(client.replies(ids_T.tolist(), 1, prompt_logprobs=0)))
         assert output.prompt_logprobs
-        served = np.array(output.prompt_logprobs.chosen)
-        return [float(np.abs(served - logs).max()) for logs in expected]
+        served = torch.tensor(output.prompt_logprobs.chosen)
+    found = {f"served_diff{name}": float((served - own).abs().max()) for name, own in logs.items()}
+    exact = logs["_float64"]
+    return found | {"plain_diff_float64": float((logs["_plain"] - exact).abs().max())}
 
 
 def completion(checkpoint: Checkpoint, model: Transformer, rows: RowsOf | None = None) -> str:
@@ -114,8 +121,8 @@ def keeps_all(made: Conversion, folder: Path, ids: np.ndarray) -> bool:
     """Whether the model with no converted layer has the logits of the dense model to the bit."""
     url, ids_T = f"file://{folder}/none", torch.from_numpy(ids[:WINDOW].astype(np.int64))
     same = made.write(Choice({}, ()), folder / "same", "", "bf16", open_store(url)).checkpoint
-    logs = (log_probabilities(m, ids_T, m.rows) for m in (made.model, same.model()))
-    return torch.equal(*logs)
+    models = (checkpoint.model() for checkpoint in (made.checkpoint, same))
+    return torch.equal(*(log_probabilities(model, ids_T, model.rows) for model in models))
 
 
 def write(made: Conversion, choice: Choice, folder: Path, url: str) -> Checkpoint:
@@ -128,23 +135,31 @@ def write(made: Conversion, choice: Choice, folder: Path, url: str) -> Checkpoin
     return one.checkpoint
 
 
-def measure(folder: Path, plot: Path, *, quick: bool) -> dict[str, float]:
+def choices(made: Conversion) -> dict[int, Choice]:
+    """Choose layers for 2 and 5 % more perplexity. The second choice continues the first."""
+    trials = made.trials()
+    single = rank(trials)
+    for layer, ratio in single.items():
+        print(f"  layer {layer:2} alone: perplexity {100 * (ratio - 1):+7.2f} %")
+    small = choose(trials, single, 0.02)
+    more = choose(trials, single, 0.05)
+    return {2: small, 5: Choice(single, small.steps + more.steps)}
+
+
+def measure(folder: Path, plot: Path, device: torch.device, *, quick: bool) -> dict[str, float]:
     """Convert, serve and compare."""
-    most, held_out, unseen = (100_000, 1024, 2048) if quick else (0, 4096, 16_384)
+    most, held_out, unseen = (24_576, 1024, 2048) if quick else (0, 16_384, 16_384)
     dense, (source, text) = open_checkpoint(smollm2.checkpoint()), foreign()
     ids = np.array(dense.tokenizer().encode(text.read_text(encoding="utf-8")).ids, np.int64)
     first, second = ids[: len(ids) // 2], ids[len(ids) // 2 :][:unseen]
     started, url = time.perf_counter(), f"file://{folder}/tables"
-    with conversion(dense, first, folder, most, held_out) as made:
+    with conversion(dense, first, folder, most, held_out, device) as made:
         found: dict[str, float] = {"keep_all_equal": keeps_all(made, folder, second)}
-        single = rank(made.trials())
-        for layer, ratio in single.items():
-            print(f"  layer {layer:2} alone: perplexity {100 * (ratio - 1):+7.2f} %")
-        choices = {percent: choose(made.trials(), single, percent / 100) for percent in (2, 5)}
+        chosen = choices(made)
         found["convert_seconds"] = round(time.perf_counter() - started, 1)
-        draw(choices[5], plot)
-        base, before = loss(made.model, second), completion(dense, made.model)
-        for percent, choice in choices.items():
+        draw(chosen[5], plot)
+        base, before = loss(made.model, second), completion(dense, dense.model())
+        for percent, choice in chosen.items():
             found[f"layers_at_{percent}pct"] = count = len(choice.layers)
             if not count:
                 continue
@@ -154,22 +169,25 @@ def measure(folder: Path, plot: Path, *, quick: bool) -> dict[str, float]:
             found[f"unseen_at_{percent}pct"] = round(ratio, 4)
             about = f"{choice.ratio:.4f} where chosen, {ratio:.4f} on unseen {source}"
             print(f"{count} layers {choice.layers} at {percent} %: perplexity {about}")
+    if not len(chosen[5].layers):
+        return found
     print(f"before: {before!r}\nafter:  {completion(one, model, rows)!r}")
-    difference, to_plain = served_differences(one, url, second)
+    differences = served_differences(one, url, second)
     left = dense.weight_bytes(dense=True) - one.weight_bytes(dense=False)
     table = StoredRows(one, [open_store(url)]).manifest.table_bytes
-    found |= {"served_equal": difference <= TOLERANCE, "served_diff": difference}
-    found["served_diff_plain"] = to_plain
+    found |= {"served_equal": differences["served_diff"] <= TOLERANCE, **differences}
     return found | {"left_mb": round(left / 1e6, 1), "table_mb": round(table / 1e6, 1)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="less text; within five minutes")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto; converts there")
     parser.add_argument("--plot", type=Path, default=Path("dist/convert.png"))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tolhouse-convert-") as folder:
-        print(json.dumps(measure(Path(folder), given.plot, quick=given.quick)))
+        device = torch_device(given.device)
+        print(json.dumps(measure(Path(folder), given.plot, device, quick=given.quick)))
 
 
 if __name__ == "__main__":

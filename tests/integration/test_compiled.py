@@ -70,6 +70,30 @@ def test_compiled_steps_equal_uncompiled_ones(tmp_path: Path) -> None:
         assert torch.equal(decoded(engines[1], lengths), beside[: len(lengths)])
 
 
+def test_both_kinds_of_blocks_of_a_converted_model_are_compiled(tmp_path: Path) -> None:
+    """Converted layers, which have a bias and a row, and the dense ones have code of their own."""
+    path = tiny_model(tmp_path / "m", "flex", 1, flex_layers=(1, 3))
+    config = open_checkpoint(path).config
+    compiled = compiled_for(open_checkpoint(path), tmp_path / "cache")
+    assert compiled.wait()
+    files = {file.name for file in compiled.folder.glob("*.pt2")}
+    assert {"alone-0.pt2", "alone-1.pt2", "several-0.pt2", "several-1.pt2"} == files
+    rows = RowsOfLayers(config.num_rows, config.hidden_size, config.flex_layers)
+    check_equal(compiled, *(engine_of(path, rows) for _ in range(2)))
+
+
+class RowsOfLayers(RandomRows):
+    """Random rows of some layers alone, as the table of a converted model has them."""
+
+    def __init__(self, layers: int, hidden_size: int, present: Sequence[int]) -> None:
+        super().__init__(layers, hidden_size)
+        self.present = present
+
+    def decode(self, staged: StagedRows) -> list[torch.Tensor | None]:
+        rows = super().decode(staged)
+        return [row if layer in self.present else None for layer, row in enumerate(rows)]
+
+
 def check_equal(compiled: CompiledDecode, plain: Engine, faster: Engine) -> None:
     """Check the hidden states of two engines, of which the second gets the compiled code."""
     compiled.attach(faster.runner.model)

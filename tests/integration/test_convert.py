@@ -11,7 +11,7 @@ import torch
 from redis import Redis
 from tolhouse import Client
 from tolhouse.analysis.evaluate import TableRows, probed, read_by, read_text, table_rows
-from tolhouse.build.convert import WINDOW, choose, conversion, rank, shrunk
+from tolhouse.build.convert import WINDOW, choose, conversion, rank, shrunk, windows
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.losses import evaluate
 from tolhouse.model.transformer import NoCache
@@ -120,6 +120,35 @@ def _inputs_and_outputs(
         model.hidden(text, positions, NoCache(length), torch.empty(0))
     hook.remove()
     return found[0][0].double(), found[0][1].double()
+
+
+@pytest.mark.parametrize("most", [0, 600])
+def test_perplexity_is_measured_on_later_text(most: int) -> None:
+    """Held-out windows follow the text of the statistics, spread over what is left of it."""
+    text, held = windows(np.arange(100 * WINDOW + 5), most, 4 * WINDOW)
+    assert (most // WINDOW or 96) == len(text)
+    firsts = held[:, 0] // WINDOW
+    assert [len(text), 99] == [firsts[0], firsts[-1]]
+    assert 4 == len(firsts.unique())
+    assert (held.diff(dim=1) == 1).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_converts_as_a_cpu_does(dense: Path, tmp_path: Path) -> None:
+    """On a GPU the weights, the rows and the perplexity are those of a CPU, within rounding."""
+    checkpoint = open_checkpoint(dense)
+    ids, found = read_text(checkpoint, TEXT), []
+    for device in ("cpu", "cuda"):
+        given = checkpoint, ids, tmp_path, 0, 4 * WINDOW, torch.device(device)
+        with conversion(*given) as made:
+            new = made.statistics.replacement(1, torch.float32)
+            found.append([*new.ffn_c.parameters(), new.rows_SD, made.given([1, 3]).ratio])
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-4)
+    url = f"file://{tmp_path}/tables"
+    given = ("--text", TEXT, "--layers", "1", "--out", tmp_path / "out", "--store", url)
+    tolhouse("convert", dense, *given, "--device", "cuda")
+    assert (1,) == open_checkpoint(tmp_path / "out").config.flex_layers
 
 
 def test_means_are_shrunk_by_the_ratio_of_variances() -> None:
@@ -264,7 +293,6 @@ def test_a_lost_table_is_refilled_from_a_copy(converted: tuple[Path, str, str]) 
         ("eval", "is converted, so it needs the rows of a --table"),
         ("explain", "is converted, so it has no FFN-M to explain"),
         ("generate", "is converted, so it needs a --worker with its table"),
-        ("compile", "a converted model decodes uncompiled"),
         ("compress", "no table of the converted model"),
         ("worker", "--fallback recompute cannot compute the rows of the converted model"),
     ],
@@ -304,6 +332,7 @@ def test_a_table_of_another_model_is_refused(
         (("--budget", "0"), "budget"),
         (("--out", "{dense}"), "give a new or empty folder"),
         (("--text", "/nowhere"), "/nowhere"),
+        (("--device", "tpu"), "is not on this machine"),
         (("--store", "file:///tmp/a,file:///tmp/b"), "must be one store"),
     ],
 )

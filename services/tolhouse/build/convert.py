@@ -5,7 +5,7 @@ FFN's normed input x and its output y, and the sums of x and y for each token. F
 solution of y = W x + b. The row of a token is the mean of its residuals y - W x - b, shrunk by its
 count n with the factor n / (n + k), where k is the ratio of the variance within tokens to the
 variance between tokens. Tokens that the text lacks have zero rows. Layers are chosen by perplexity
-on a held-out part of the text.
+on a later part of the text. A GPU may run the model. The CPU solves the equations.
 """
 
 import math
@@ -41,6 +41,7 @@ from tolhouse.table.manifest import MAX_FREQUENT, Manifest, check_name, content_
 
 WINDOW = 256  # tokens of a window of the text; each is a sequence of its own
 RIDGE = 1e-3  # relative to the mean variance of x
+CPU = torch.device("cpu")
 _BATCH_TOKENS = 2048
 _BAR: Any = {"leave": False, "dynamic_ncols": True, "disable": None}
 
@@ -52,21 +53,25 @@ class Replacement:
     ffn_c: LinearStack
     rows_SD: Tensor
 
+    def to(self, device: torch.device) -> "Replacement":
+        return Replacement(self.ffn_c.to(device), self.rows_SD.to(device))
+
 
 class Statistics:
     """Moments of the inputs and outputs of every FFN on the token ids of a text.
 
-    Moments are float64. The sums of each token are float32, in a file in `folder` that takes
-    8 * N * S * D bytes for N layers and S distinct tokens.
+    Moments are float64, and those of one batch float32. The sums of each token are float32, in a
+    file in `folder` that takes 8 * N * S * D bytes for N layers and S distinct tokens.
     """
 
     def __init__(self, model: Transformer, ids_WS: Tensor, folder: Path) -> None:
-        config = model.config
+        config, device = model.config, model.norm.weight.device
         layers, size = config.num_hidden_layers, config.hidden_size
         distinct, places, counts = torch.unique(ids_WS, return_inverse=True, return_counts=True)
         self.tokens, self.counts = distinct, counts.double()
-        self.inputs = torch.zeros(layers, size + 1, size + 1, dtype=torch.float64)
-        self.products = torch.zeros(layers, size + 1, size, dtype=torch.float64)
+        exact: Any = {"dtype": torch.float64, "device": device}
+        inputs = torch.zeros(layers, size + 1, size + 1, **exact)
+        products = torch.zeros(layers, size + 1, size, **exact)
         self.squares = [0.0] * layers  # the sum of all |y|^2
         shape = layers, 2, len(distinct), size
         file = np.memmap(folder / "sums", np.float32, "w+", shape=shape)
@@ -74,21 +79,22 @@ class Statistics:
         part = torch.empty(0, dtype=torch.int64)
 
         def record(layer: int, x_TD: Tensor, y_TD: Tensor) -> None:
-            x_TE, y64_TD = F.pad(x_TD.double(), (0, 1), value=1.0), y_TD.double()
-            self.inputs[layer].addmm_(x_TE.T, x_TE)
-            self.products[layer].addmm_(x_TE.T, y64_TD)
-            self.squares[layer] += float(y64_TD.square().sum())
+            x_TE = F.pad(x_TD, (0, 1), value=1.0)
+            inputs[layer] += x_TE.T @ x_TE
+            products[layer] += x_TE.T @ y_TD
+            self.squares[layer] += float(y_TD.double().square().sum())
             for number, values in enumerate((x_TD, y_TD)):
-                self._sums[layer, number].index_add_(0, part, values.float())
+                self._sums[layer, number].index_add_(0, part, values.float().cpu())
 
         step = max(1, _BATCH_TOKENS // ids_WS.shape[1])
         with _observed(model, record), torch.inference_mode():
             windows = list(zip(ids_WS.split(step), places.split(step), strict=True))
             for ids, place in tqdm(windows, desc="statistics", unit="batch", **_BAR):
                 part = place.flatten()
-                positions = torch.arange(ids.shape[1]).repeat(len(ids))
+                positions = torch.arange(ids.shape[1], device=device).repeat(len(ids))
                 empty = torch.empty(0)
-                model.hidden(ids.flatten(), positions, NoCache(ids.shape[1]), empty)
+                model.hidden(ids.flatten().to(device), positions, NoCache(ids.shape[1]), empty)
+        self.inputs, self.products = inputs.cpu(), products.cpu()
 
     def replacement(self, layer: int, dtype: torch.dtype) -> Replacement:
         """Compute FFN-C and rows of a layer. The weights have values of `dtype`."""
@@ -157,14 +163,15 @@ class Trials:
         self, model: Transformer, statistics: Statistics, ids_WS: Tensor, dtype: torch.dtype
     ) -> None:
         self.model, self.statistics, self.dtype = model, statistics, dtype
-        length = ids_WS.shape[1] - 1
+        self.device = model.norm.weight.device
+        length, ids_WS = ids_WS.shape[1] - 1, ids_WS.to(self.device)
         self.ids_T, self.targets_T = ids_WS[:, :-1].flatten(), ids_WS[:, 1:].flatten()
         self.cache = NoCache(length)
-        positions_T = torch.arange(length).repeat(len(ids_WS))
+        positions_T = torch.arange(length, device=self.device).repeat(len(ids_WS))
         self.rope = rotary(positions_T, model.config, model.norm.weight.dtype)
-        found = torch.searchsorted(statistics.tokens, self.ids_T)
-        found = found.clamp(max=len(statistics.tokens) - 1)
-        self.seen_T1 = (statistics.tokens[found] == self.ids_T)[:, None]
+        tokens = statistics.tokens.to(self.device)
+        found = torch.searchsorted(tokens, self.ids_T).clamp(max=len(tokens) - 1)
+        self.seen_T1 = (tokens[found] == self.ids_T)[:, None]
         self.places_T = found
         self.accepted: dict[int, Replacement] = {}
         self.dense = self._run(0, model.x0(self.ids_T), {})
@@ -193,7 +200,7 @@ class Trials:
 
         The replacement is accepted if the ratio is at most `accept_below`.
         """
-        new = self.statistics.replacement(layer, self.dtype)
+        new = self.statistics.replacement(layer, self.dtype).to(self.device)
         replaced = {**self.accepted, layer: new}
         ratio = math.exp(self._run(layer, self.inputs[layer], replaced) - self.dense)
         if ratio <= accept_below:
@@ -245,21 +252,18 @@ def choose(trials: Trials, single: dict[int, float], budget: float) -> Choice:
 def windows(ids: np.ndarray, most_tokens: int, held_out: int) -> tuple[Tensor, Tensor]:
     """Split token ids into windows: the text for statistics [W, S], and held-out text [W, S + 1].
 
-    Held-out windows are spread evenly over the text.
+    Held-out windows are spread evenly over the text that follows that of the statistics. Windows
+    among it would be of the same documents, and the rare tokens of a document recur in it.
     """
     length = min(WINDOW, len(ids) // 8)
     if length < 2:
         raise InvalidArgumentError(f"the text has {len(ids)} tokens; at least 16 are needed")
     count = len(ids) // length
     kept = torch.from_numpy(ids[: count * length].astype(np.int64)).view(count, length)
-    most = max(1, min(held_out // length, count // 4))
-    at = np.linspace(0, count - 1, most).round().astype(int)
-    is_held_out = np.zeros(count, bool)
-    is_held_out[at] = True
-    text = kept[~is_held_out]
-    if most_tokens:
-        text = text[: max(1, most_tokens // length)]
-    return text, kept[is_held_out]
+    held = max(1, min(held_out // length, count // 4))
+    most = min(max(1, most_tokens // length) if most_tokens else count, count - held)
+    text, rest = kept[:most], kept[most:]
+    return text, rest[np.linspace(0, len(rest) - 1, held).round().astype(int)]
 
 
 def parse_layers(given: str, config: ModelConfig) -> tuple[int, ...] | None:
@@ -307,14 +311,21 @@ class Conversion:
     """The conversion of one dense checkpoint. Statistics are computed once.
 
     `ids` [T] is the text. `folder` stores the sums of each token while the object is in use.
+    `device` runs the model.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, ids: np.ndarray, folder: Path, most: int, held_out: int
+        self,
+        checkpoint: Checkpoint,
+        ids: np.ndarray,
+        folder: Path,
+        most: int,
+        held_out: int,
+        device: torch.device,
     ) -> None:
         check_dense(checkpoint)
         self.checkpoint = checkpoint
-        self.model = checkpoint.model()
+        self.model = checkpoint.model().to(device)
         tensor = checkpoint.weights.tensors["model.layers.0.mlp.down_proj.weight"]
         self.dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(tensor.dtype, torch.float32)
         text, held = windows(ids, most, held_out)
@@ -397,9 +408,14 @@ class Conversion:
 
 @contextmanager
 def conversion(
-    checkpoint: Checkpoint, ids: np.ndarray, beside: Path, most_tokens: int, held_out: int
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    beside: Path,
+    most_tokens: int,
+    held_out: int,
+    device: torch.device = CPU,
 ) -> Iterator[Conversion]:
     """Compute the statistics of a checkpoint on `ids` [T], with its file in the folder `beside`."""
     check_dense(checkpoint)
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=beside) as folder:
-        yield Conversion(checkpoint, ids, Path(folder), most_tokens, held_out)
+        yield Conversion(checkpoint, ids, Path(folder), most_tokens, held_out, device)

@@ -18,8 +18,8 @@ def convert(settings: config.ConvertConfig, checkpoint: str) -> None:
     """Convert the dense model of CHECKPOINT to a Flex model and its table, without training.
 
     In a converted layer, a linear map and the row of the token replace the feed-forward network.
-    They are fitted on --text, in one pass. Perplexity is measured on windows of the text that the
-    fit does not see. With --layers auto, layers are converted while perplexity grows by at most
+    They are fitted on --text, in one pass. Perplexity is measured on the text that follows the
+    first --most-tokens. With --layers auto, layers are converted while perplexity grows by at most
     --budget percent.
 
     The table has rows of the converted layers. They cannot be computed again from the checkpoint,
@@ -38,11 +38,11 @@ def convert(settings: config.ConvertConfig, checkpoint: str) -> None:
         percent,
         rank,
     )
-    from tolhouse.model.checkpoint import open_checkpoint
+    from tolhouse.model.checkpoint import open_checkpoint, torch_device
 
     opened, out = open_checkpoint(local(checkpoint)), settings.out
     check_dense(opened)
-    layers = parse_layers(settings.layers, opened.config)
+    layers, device = parse_layers(settings.layers, opened.config), torch_device(settings.device)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidArgumentError(f"`out` {out} exists: give a new or empty folder")
     urls = stores_of(settings)
@@ -53,7 +53,7 @@ def convert(settings: config.ConvertConfig, checkpoint: str) -> None:
     size = settings.most_tokens, settings.held_out_tokens
     with closing(open_store(urls[0], settings.store_timeout_seconds)) as store:
         store.refs()  # reports an unreachable store before the computation
-        with conversion(opened, ids, out.parent, *size) as conversion_:
+        with conversion(opened, ids, out.parent, *size, device) as conversion_:
             if layers is None:
                 trials = conversion_.trials()
                 choice = choose(trials, rank(trials), settings.budget / 100)

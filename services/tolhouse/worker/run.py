@@ -56,8 +56,7 @@ class Builder:
 
     def build(self) -> Engine:
         config, shape = self.config, self.checkpoint.config
-        # Compiled code is for models whose blocks are alike.
-        if self.on_cpu and config.compile == "auto" and not shape.flex_layers:
+        if self.on_cpu and config.compile == "auto":
             self.compiled.start()
         rows: RowProvider = NoRows(shape.hidden_size, self.device)
         # GraphRunner needs one block more.

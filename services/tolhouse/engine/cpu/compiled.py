@@ -1,5 +1,7 @@
 """Compiles the decode step of a block ahead of time: one C++ call replaces twenty calls of torch.
 
+A converted model has two kinds of blocks, and code for each.
+
 `tolhouse compile` writes the code to disk. A worker runs that command as a child process, and runs
 uncompiled until it succeeds. The compiler therefore neither delays the start of the worker nor uses
 its memory. A failure is only a warning.
@@ -8,6 +10,7 @@ its memory. A failure is only a warning.
 import fcntl
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -39,8 +42,8 @@ from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig
 from tolhouse.model.transformer import Block, Transformer
 
-ALONE, SEVERAL = "alone.pt2", "several.pt2"  # the compiler specialises code for one sequence
-DIGESTS = "digests.json"  # the SHA-256 digests of both files
+SEQUENCES = {"alone": 1, "several": 3}  # the compiler specialises code for one sequence
+DIGESTS = "digests.json"  # the SHA-256 digests of all files of code
 _END_SECONDS = 10.0  # the time that a terminated compiler has to remove its files
 # Index checks are off, because all indices come from the engine. The thread count is not fixed.
 _OPTIONS = {"assert_indirect_indexing": False, "cpp.dynamic_threads": True}
@@ -52,6 +55,7 @@ class CompiledDecode:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, cache: str | Path) -> None:
         self.checkpoint, self.dtype, self.cache = checkpoint, dtype, cache
         self.ready = self._stopped = False
+        self.code: dict[tuple[str, int], Any] = {}  # by a name of SEQUENCES and a layer
         self.compiler: subprocess.Popen[str] | None = None
         self._thread = threading.Thread(target=self._prepare, name="compile", daemon=True)
 
@@ -90,9 +94,9 @@ class CompiledDecode:
                 self._compile()
             # `aoti_load_package` wraps this class, but imports the compiler of torch.
             loader = torch._C._aoti.AOTIModelPackageLoader  # noqa: SLF001
-            self.alone, self.several = (
-                loader(str(self.folder / name), "model", False, 1, -1) for name in (ALONE, SEVERAL)
-            )
+            for name, layer in itertools.product(SEQUENCES, kinds(self.checkpoint.config)):
+                file = str(self.folder / file_name(name, layer))
+                self.code[name, layer] = loader(file, "model", False, 1, -1)
         except (OSError, RuntimeError, InvalidArgumentError) as error:
             if not self._stopped:
                 reason = str(error).strip().rpartition("\n")[2]
@@ -134,7 +138,8 @@ class DecodeBlock(nn.Module):
         super().__init__()
         self.block, self.layer, self.compiled = block, layer, compiled
         self.state = list(_state(block).values())
-        self.has_row = bool(compiled.checkpoint.config.num_rows)
+        config = compiled.checkpoint.config
+        self.has_row, self.kind = bool(config.num_rows), alike(config, layer)
 
     def forward(
         self,
@@ -151,7 +156,7 @@ class DecodeBlock(nn.Module):
             ropes = zip(*(part.split(count) for part in rope), strict=True)
             parts = zip(x_TD.split(count), ropes, cache.parts, rows, strict=True)
             return torch.cat([self(*part) for part in parts])
-        run = self.compiled.alone if len(x_TD) == 1 else self.compiled.several
+        run = self.compiled.code["alone" if len(x_TD) == 1 else "several", self.kind]
         # The compiled code always adds a row, so a layer without one adds zeros.
         row = [torch.zeros_like(x_TD) if row_TD is None else row_TD] if self.has_row else []
         return run.boxed_run([*self.state, x_TD, *rope, *cache.layer(self.layer), *row])[0]
@@ -162,9 +167,6 @@ def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -
 
     One process at a time compiles in `cache`. Other processes wait and use its result.
     """
-    if config.flex_layers:
-        rule = "code is compiled for models whose blocks are alike"
-        raise InvalidArgumentError(f"a converted model decodes uncompiled: {rule}")
     if config.kind == "flex" and config.ffn_c not in ("linear", "swiglu"):
         rule = "code is compiled for linear and swiglu"
         raise InvalidArgumentError(f"FFN-C {config.ffn_c} decodes uncompiled: {rule}")
@@ -217,8 +219,8 @@ def _compile(config: ModelConfig, dtype: torch.dtype, work: Path, folder: Path) 
     warnings.simplefilter("ignore")
     set_compiler_folder(f"{work}/inductor")
     try:
-        for name, sequences in ((ALONE, 1), (SEVERAL, 3)):
-            _export(config, dtype, sequences, work / name)
+        for (name, sequences), layer in itertools.product(SEQUENCES.items(), kinds(config)):
+            _export(config, dtype, sequences, layer, work / file_name(name, layer))
     except RuntimeError as error:
         reason = str(error).strip().rpartition("\n")[2]
         raise InternalError(f"compiling needs a C++ compiler such as g++: {reason}") from None
@@ -229,10 +231,30 @@ def _compile(config: ModelConfig, dtype: torch.dtype, work: Path, folder: Path) 
     (folder / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
 
 
-def _export(config: ModelConfig, dtype: torch.dtype, sequences: int, path: Path) -> None:
-    """Compile the decode step of a block, for one sequence or for two and more."""
+def alike(config: ModelConfig, layer: int) -> int:
+    """Return the first layer whose block has the code of `layer`.
+
+    In a converted model, the blocks of converted layers are alike, and so are the others.
+    """
+    flex = config.flex_layers
+    return next(n for n in range(config.num_hidden_layers) if (n in flex) == (layer in flex))
+
+
+def kinds(config: ModelConfig) -> list[int]:
+    """Return one layer for each kind of block."""
+    return sorted({alike(config, layer) for layer in range(config.num_hidden_layers)})
+
+
+def file_name(name: str, layer: int) -> str:
+    return f"{name}-{layer}.pt2"
+
+
+def _export(
+    config: ModelConfig, dtype: torch.dtype, sequences: int, number: int, path: Path
+) -> None:
+    """Compile the decode step of block `number`, for one sequence or for two and more."""
     with torch.device("meta"):
-        block = Block(config, 0)
+        block = Block(config, number)
     packed.pack(block, packed.by_handle)  # no weights: handles identify the linear layers
     block.to_empty(device="cpu").to(dtype).requires_grad_(False)
     pages = PagedKVCache(config, 2 * sequences, torch.device("cpu"), dtype)
@@ -302,8 +324,8 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    files = {name: (folder / name).read_bytes() for name in (ALONE, SEVERAL)}
-    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    files = sorted(folder.glob("*.pt2"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def key(config: ModelConfig, dtype: torch.dtype) -> str:
