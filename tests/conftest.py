@@ -4,13 +4,13 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from tolhouse import testing
 from tolhouse.certs import ensure_authority, issue
+from tolhouse.integrations.vllm.versions import installed
 from tolhouse.testing import build_table, redis_cluster, redis_server, tiny_model
 
 from tests import preloaded
@@ -32,7 +32,7 @@ settings.register_profile("tolhouse", deadline=None, max_examples=60)
 settings.load_profile("tolhouse")
 
 FOLDERS = Path(__file__).parent
-collect_ignore = [] if find_spec("vllm") else ["vllm"]
+collect_ignore = [] if installed() else ["vllm"]  # `make vllm-test` runs these
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

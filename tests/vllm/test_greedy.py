@@ -1,13 +1,16 @@
 """vLLM with rows from Tolhouse generates the tokens of the reference in this process."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.config import RopeScaling
 from tolhouse.testing import build_table, process, tiny_model
 
-from tests.vllm.engines import Case, case, generate, tiny_case
+from tests.vllm.engines import Case, case, generate, prompts_for, reference, rows_of, tiny_case
 
 LLAMA3 = RopeScaling("llama3", 4.0, 1.0, 4.0, 64)
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
@@ -53,6 +56,21 @@ def test_two_ranks(flex: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     with process("lookup", "--store", flex.rows, "--listen", "127.0.0.1:0") as lookup:
         rows = {"rows": lookup.address}
         assert flex.expected == generate(flex, rows, tensor_parallel_size=2)
+
+
+def test_a_converted_model(tmp_path: Path) -> None:
+    """A model whose layers are partly dense and partly rows of the table gives the same tokens."""
+    dense, url = tiny_model(tmp_path / "dense", "base", num_key_value_heads=2), f"file://{tmp_path}"
+    converted = tmp_path / "converted"
+    command = (
+        sys.executable, "-m", "tolhouse.cli", "convert", dense, "--text", __file__,
+        "--layers", "3,1", "--out", converted, "--codec", "fp32", "--publish", "--store", url,
+    )  # fmt: skip
+    table = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
+    prompts = prompts_for(open_checkpoint(converted).config.vocab_size)
+    with rows_of(url, table.strip(), 4) as rows:
+        expected = reference(converted, prompts, rows)
+    assert expected == generate(Case(converted, url, prompts, expected))
 
 
 def test_two_starts_around_a_new_version(memory: Case, tmp_path: Path) -> None:

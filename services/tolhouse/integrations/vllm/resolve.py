@@ -14,6 +14,7 @@ from tolhouse.client.row_source import open_row_source
 from tolhouse.config import VLLMConfig
 from tolhouse.engine.table import check_table, wait_for_table
 from tolhouse.errors import TolhouseError
+from tolhouse.integrations.vllm.staging import choose_fallback
 from tolhouse.logs import start_logging
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.table.manifest import Manifest
@@ -30,6 +31,7 @@ def resolve(options: VLLMConfig, model: str) -> Manifest:
         name = options.table or checkpoint.name
         manifest = wait_for_table(source, name, options.lookup_wait_seconds)
         check_table(manifest, checkpoint)
+        choose_fallback(options, checkpoint, manifest)
         return manifest
 
 

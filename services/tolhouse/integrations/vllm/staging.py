@@ -53,7 +53,7 @@ def open_rows(
     calling = options.client_credentials(), options.fetch_timeout_seconds
     source = open_row_source(options.rows, calling[1], calling[0])
     manifest = source.describe(config.table)
-    fallback = _fallback(options, checkpoint, manifest)
+    fallback = choose_fallback(options, checkpoint, manifest)
     least = min(most_tokens, manifest.vocab_size) * manifest.record_bytes
     cache_bytes = max(int(options.row_cache_megabytes * 1e6), least)
     rows = CachedRows(source, manifest, cache_bytes, device, dtype, fallback=fallback)
@@ -63,8 +63,14 @@ def open_rows(
     return rows
 
 
-def _fallback(options: VLLMConfig, checkpoint: Checkpoint | None, manifest: Manifest) -> Fallback:
-    """Return the fallback that `options` name. Raises MismatchError if it does not fit."""
+def choose_fallback(
+    options: VLLMConfig, checkpoint: Checkpoint | None, manifest: Manifest
+) -> Fallback:
+    """Return the fallback that `options` name.
+
+    Raises MismatchError if rows cannot be recomputed, and NotFoundError if a second source lacks
+    the version.
+    """
     kind = options.fallback
     if kind in ("auto", "recompute") and checkpoint:
         try:

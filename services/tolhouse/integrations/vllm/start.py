@@ -32,10 +32,19 @@ class Start:
         Raises InvalidArgumentError, NotFoundError, UnavailableError or another error of Tolhouse.
         """
         shape = vllm_config.model_config.hf_config.shape
-        parallel = vllm_config.parallel_config
-        if parallel.pipeline_parallel_size > 1:
-            raise UnsupportedError("--pipeline-parallel-size must be 1 for a model with rows")
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            raise UnsupportedError("--pipeline-parallel-size must be 1 for this model")
         prepare(vllm_config, needs_table=shape.num_rows > 0)
+
+
+def check_supported(vllm_config: Any) -> None:
+    """Raise UnsupportedError for an option of vLLM with which rows cannot be staged."""
+    if vllm_config.model_config.enable_prompt_embeds:
+        reason = "rows are looked up by token id, which an embedding does not have"
+        raise UnsupportedError(f"--enable-prompt-embeds is not supported: {reason}")
+    if vllm_config.parallel_config.use_ubatching:
+        reason = "a step would be divided after its rows are staged"
+        raise UnsupportedError(f"--enable-dbo and --ubatch-size are not supported: {reason}")
 
 
 def prepare(vllm_config: Any, *, needs_table: bool) -> None:
@@ -48,6 +57,7 @@ def prepare(vllm_config: Any, *, needs_table: bool) -> None:
     vllm_config.additional_config = AdditionalConfig(options, table, blocks, others)
     if not table:
         return
+    check_supported(vllm_config)
     scheduling, caching = vllm_config.scheduler_config, vllm_config.cache_config
     scheduling.scheduler_cls = scheduling.scheduler_cls or SCHEDULER
     # A seed that is known must not be used with hashes for which collisions can be found.

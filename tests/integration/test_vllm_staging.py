@@ -1,0 +1,100 @@
+"""Rows that the plug-in for vLLM stages for a step, also while the row source is down."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tolhouse import Client
+from tolhouse.config import VLLMConfig
+from tolhouse.errors import MismatchError, NotFoundError
+from tolhouse.integrations.vllm.options import AdditionalConfig, parse
+from tolhouse.integrations.vllm.staging import RowStage, choose_fallback, open_rows
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.testing import Process, process
+
+MOST_TOKENS = 16
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def lookup(store: str) -> Iterator[Process]:
+    with process("lookup", "--store", store, "--listen", "127.0.0.1:0") as running:
+        yield running
+
+
+def staged(
+    checkpoint: Path, lookup: Process, fallback: str, *, whole_steps: bool = False
+) -> RowStage:
+    """Return the stage of a rank whose row cache has 16 rows."""
+    options = {"rows": lookup.address, "fallback": fallback, "row_cache_megabytes": 0}
+    parsed = parse({"tolhouse": options})
+    config = AdditionalConfig(parsed, checkpoint.name, (), {})
+    rows = open_rows(config, open_checkpoint(checkpoint), MOST_TOKENS, CPU, torch.float32)
+    return RowStage(rows, MOST_TOKENS, whole_steps=whole_steps)
+
+
+def test_rows_of_a_step_are_those_of_the_table(
+    checkpoint: Path, store: str, lookup: Process
+) -> None:
+    """Rows have the values of the table, and ids outside of the vocabulary stand for token 0."""
+    stage = staged(checkpoint, lookup, "none")
+    address = stage.rows.data_ptr()
+    for ids in ([5, 200, 5, 17], [-1, 100_000, 3], [*range(100, 116)]):
+        rows, failed = stage.fill(torch.tensor(ids), np.array([0, len(ids)]))
+        known = [i if 0 <= i < stage.vocab_size else 0 for i in ids]
+        with Client(store) as client:
+            assert np.array_equal(client.fetch(checkpoint.name, known), rows.numpy())
+        assert not failed.any()
+        assert rows.data_ptr() == address
+
+
+@pytest.mark.parametrize("whole_steps", [False, True])
+def test_only_requests_without_rows_are_marked(
+    checkpoint: Path, lookup: Process, whole_steps: bool
+) -> None:
+    """While the source is down, cached rows are staged and lost ones are zero. Tokens of the
+    requests that lack a row are marked, or those of the whole step."""
+    stage = staged(checkpoint, lookup, "none", whole_steps=whole_steps)
+    known = torch.tensor([5, 200, 17])
+    expected = stage.fill(known, np.array([0, 3]))[0].clone()
+    lookup.popen.kill()
+    lookup.popen.wait()
+    # two requests with cached rows around one with two lost rows
+    step, starts = torch.tensor([5, 200, 301, 17, 302, 17]), np.array([0, 2, 5, 6])
+    for _ in range(2):
+        rows, failed = stage.fill(step, starts)
+        assert torch.equal(expected[[0, 1, 2, 2]], rows[[0, 1, 3, 5]])
+        assert not rows[[2, 4]].any()
+        marks = [True] * 6 if whole_steps else [False, False, True, True, True, False]
+        assert marks == failed.isnan()[:, 0].tolist()
+    assert not stage.fill(known, np.array([0, 3]))[1].any()
+    # a step that is no work of requests, as when vLLM measures memory
+    assert stage.fill(step, None)[1].isnan().all()
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_fallback_delivers_lost_rows(
+    checkpoint: Path, store: str, lookup: Process, second: bool
+) -> None:
+    """Rows of the fallback have the values of the table."""
+    stage = staged(checkpoint, lookup, store if second else "auto")
+    lookup.popen.kill()
+    lookup.popen.wait()
+    ids = [301, 5, 302, 301]
+    rows, failed = stage.fill(torch.tensor(ids), np.array([0, 4]))
+    with Client(store) as client:
+        assert np.array_equal(client.fetch(checkpoint.name, ids), rows.numpy())
+    assert not failed.any()
+
+
+def test_a_fallback_that_cannot_work_is_refused(checkpoint: Path, store: str) -> None:
+    """A second source without the version, and recomputation without FFN-M, are refused."""
+    with closing(Client(store)) as client:
+        manifest = client.describe(checkpoint.name)
+    with pytest.raises(NotFoundError, match=manifest.ref):
+        choose_fallback(VLLMConfig(fallback="file:///absent"), None, manifest)
+    with pytest.raises(MismatchError, match="needs a MemoryLLM model"):
+        choose_fallback(VLLMConfig(fallback="recompute"), None, manifest)
