@@ -1,6 +1,6 @@
 # Every target installs what it needs into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast check bench cases chaos clients fuzz skew vllm-test compose-test science-check science related-check soak pictures protos docs wheel audit sbom
+.PHONY: help setup demo serve test test-fast check bench cases chaos clients fuzz skew vllm-test vllm-bench compose-test science-check science related-check soak pictures protos docs wheel audit sbom
 SHELL := /bin/bash
 
 # allocator settings of the images; deploy/Dockerfile has the reasons
@@ -60,6 +60,9 @@ clients: .venv/all .venv/clients/installed  ## test third-party clients, such as
 
 vllm-test: .venv/vllm/installed  ## test the plug-in in vLLM on this CPU (ten minutes, and 3 GB for .venv/vllm)
 	.venv/vllm/bin/python -m pytest -q -o filterwarnings=ignore -o timeout=600 tests/vllm
+
+vllm-bench: .venv/vllm/installed  ## compare vLLM with rows from Tolhouse, vLLM with a dense model, and a worker (half an hour)
+	.venv/vllm/bin/python -m loadtest.vllm
 
 compose-test:  ## test the system in containers, on one Redis and on a Redis Cluster
 	@$(PYTHON) -m tests.compose

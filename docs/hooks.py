@@ -117,7 +117,8 @@ def _options(match: re.Match[str]) -> str:
             prefix = getattr(cls, "prefix", "…")
             variable = f"{config.PREFIX}{prefix}_{name.strip('_').upper()}"
             text = f"{field.description}{_allowed(field)}"
-            names = f"`{config.flag(name)}`<br>`{variable}`"
+            shown = name if cls is config.VLLMConfig else config.flag(name)
+            names = f"`{shown}`<br>`{variable}`"
             yield names, _default(field.default), _cell(text)
 
     return _table("Option and environment variable,Default,Description", rows())

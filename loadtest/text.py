@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 from tolhouse.train.corpus import documents, standard_library, train_tokenizer
 
 TEXT = Path("../shared/data/wikitext-2-valid.txt")
@@ -14,7 +15,14 @@ _NEVER = 1 << 60
 
 
 def trace(vocabulary: int) -> tuple[str, np.ndarray, tuple[int, ...]]:
-    """The text's name, the ids of its second half, and the ids of its first half by frequency.
+    """The text's name, the ids of its second half, and the ids of its first half by frequency."""
+    source, _, ids = tokenized(vocabulary)
+    half = len(ids) // 2
+    return source, ids[half:], tuple(i for i, _ in Counter(ids[:half].tolist()).most_common())
+
+
+def tokenized(vocabulary: int) -> tuple[str, Tokenizer, np.ndarray]:
+    """The text's name, its tokenizer, and its ids.
 
     The tokenizer is a BPE trained on the text and the standard library's sources, because the text
     alone is too small for the vocabulary.
@@ -25,9 +33,7 @@ def trace(vocabulary: int) -> tuple[str, np.ndarray, tuple[int, ...]]:
         source, pieces = "wikitext-2-valid", [TEXT.read_text(encoding="utf-8")]
     tokenizer = train_tokenizer([*pieces, *library], vocabulary)
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(pieces)]
-    ids = np.concatenate(encoded).astype(np.uint32)[:500_000]
-    half = len(ids) // 2
-    return source, ids[half:], tuple(i for i, _ in Counter(ids[:half].tolist()).most_common())
+    return source, tokenizer, np.concatenate(encoded).astype(np.uint32)[:500_000]
 
 
 def foreign(wikitext: Path = TEXT) -> tuple[str, Path]:

