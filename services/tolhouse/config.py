@@ -130,7 +130,14 @@ class StoreConfig(Config):
     insecure: bool = option(False, INSECURE)
 
 
-class TableConfig(StoreConfig):
+class ChangeConfig(StoreConfig):
+    """Options of commands that change a store."""
+
+    note: str = option("", "Why the change is made, for the log.")
+    by: str = option("", "Who makes the change, for the log. Default: user and host.")
+
+
+class TableConfig(ChangeConfig):
     """Options of commands that make a table from a checkpoint."""
 
     name: str = option("", "Name of the table. Default: the name of the checkpoint.")
@@ -164,7 +171,7 @@ class BuildConfig(TableConfig):
     ray_wait_seconds: float = option(10, "Time to wait for a free core of the cluster.", ge=0)
 
 
-class ImportConfig(StoreConfig):
+class ImportConfig(ChangeConfig):
     """Options of `tolhouse import tensor`."""
 
     prefix = "IMPORT"
@@ -193,7 +200,7 @@ class CompressConfig(TableConfig):
     frequent_codec: Codec = option("int8", "Codec of the frequent tokens.", old="head_codec")
 
 
-class ConvertConfig(StoreConfig):
+class ConvertConfig(ChangeConfig):
     prefix = "CONVERT"
 
     text: Path = option(..., "Text file, or folder of them, to convert with.")
@@ -402,7 +409,7 @@ class GatewayConfig(Server, Caller):
 
 
 CONFIGS: tuple[type[Config], ...] = (
-    *(BuildConfig, CompressConfig, StoreConfig, TrainConfig, GenerateConfig, FetchConfig),
+    *(BuildConfig, CompressConfig, ChangeConfig, TrainConfig, GenerateConfig, FetchConfig),
     *(
         EvalConfig,
         ExplainConfig,

@@ -66,7 +66,8 @@ class Unlocked(FileStore):
 
     def update(self, change: Callable[[], Changes]) -> None:
         for (kind, ref), text in change().items():
-            self._write_text(ref, kind, text)
+            if kind != "log":
+                self._write_text(ref, kind, text)
 
 
 def test_updates_that_are_not_atomic_are_found(tmp_path: Path) -> None:

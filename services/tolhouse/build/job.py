@@ -38,8 +38,9 @@ from tolhouse.errors import (
 from tolhouse.logs import event, join_address, split_address
 from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer
 from tolhouse.sources.base import SourceModel, open_source
+from tolhouse.store import registry
 from tolhouse.store.base import Store, open_store
-from tolhouse.store.registry import refuse_another
+from tolhouse.store.journal import Origin
 from tolhouse.store.writer import commit, shard_count, shard_digest, write_shards
 from tolhouse.table.codecs import codec
 from tolhouse.table.manifest import MAX_FREQUENT, Manifest, check_name, content_id
@@ -81,6 +82,7 @@ def plan(
         model_id=source.model_id(),
         tokenizer_id=source.tokenizer_id,
         frequent=frequent,
+        provenance={"source": source.name},
     )
     return replace(planned, num_shards=num_shards or shard_count(size, planned.record_bytes))
 
@@ -113,7 +115,14 @@ def with_frequent(checkpoint: str | Path, planned: Manifest, corpus: str) -> Man
     tokenizer = load_tokenizer(Path(checkpoint) / TOKENIZER)
     counts = count_tokens(tokenizer, corpus, planned.vocab_size)
     frequent = sorted(counts, key=lambda i: (-counts[i], i))[:MAX_FREQUENT]
-    return replace(planned, frequent=tuple(frequent))
+    return with_corpus(replace(planned, frequent=tuple(frequent)), corpus)
+
+
+def with_corpus(planned: Manifest, corpus: str) -> Manifest:
+    """Return the planned table with the name of the text that `count_tokens` counts."""
+    default = f"standard library of Python {sys.version.partition(' ')[0]}"
+    text = Path(corpus).resolve().name if corpus else default
+    return replace(planned, provenance={**planned.provenance, "corpus": text})
 
 
 def build_shards(
@@ -195,13 +204,14 @@ def find_whole(stores: Sequence[Store], planned: Manifest) -> Manifest | None:
     """
     found = set[Manifest]()
     for store in stores:
-        refuse_another(store, planned)
+        registry.refuse_another(store, planned)
         try:
             manifest = store.manifest(planned.ref)
         except (NotFoundError, CorruptError):
             return None
         frequent = planned.frequent or manifest.frequent
-        wanted = replace(planned, frequent=frequent, shards=manifest.shards, extra=manifest.extra)
+        kept = {name: getattr(manifest, name) for name in ("shards", "provenance", "extra")}
+        wanted = replace(planned, frequent=frequent, **kept)
         digests = (shard_digest(store, manifest, shard) for shard in range(manifest.num_shards))
         if manifest != wanted or any(map(ne, manifest.shards, digests)):
             return None
@@ -221,11 +231,12 @@ def build(
     workers: int,
     verify_rows: int,
     timeout: float,
+    origin: Origin | None = None,
 ) -> Manifest:
     """Build the planned table into every store, verify it, and return its manifest."""
-    opened = [open_store(url, timeout) for url in stores]
+    opened = [open_store(url, timeout, origin=origin) for url in stores]
     for store in opened:
-        refuse_another(store, planned)
+        registry.begin(store, planned)
     path = str(Path(checkpoint).resolve())  # Ray's processes have other working directories
     count, vocabulary = planned.num_shards, planned.vocab_size
     digests, computed = [""] * count, 0
@@ -269,7 +280,7 @@ def copy(
     Complete shards are kept, as by `build`. This is for sources that read rows and compute none.
     """
     for store in stores:
-        refuse_another(store, planned)
+        registry.begin(store, planned)
     look = {"desc": f"import {planned.name}", "unit": "shard", "disable": None}
     shards = tqdm(range(planned.num_shards), dynamic_ncols=True, **look)
     written = write_shards(stores, planned, shards, lambda s: _records(source, planned, s))

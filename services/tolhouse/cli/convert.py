@@ -5,7 +5,7 @@ from contextlib import closing
 import click
 
 from tolhouse import config
-from tolhouse.cli.options import checkpoint_argument, local, options, stores_of
+from tolhouse.cli.options import checkpoint_argument, local, options, origin_of, stores_of
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.store import registry
 from tolhouse.store.base import open_store
@@ -51,7 +51,9 @@ def convert(settings: config.ConvertConfig, checkpoint: str) -> None:
     ids = read_text(opened, settings.text)
     out.parent.mkdir(parents=True, exist_ok=True)
     size = settings.most_tokens, settings.held_out_tokens
-    with closing(open_store(urls[0], settings.store_timeout_seconds)) as store:
+    with closing(
+        open_store(urls[0], settings.store_timeout_seconds, origin=origin_of(settings))
+    ) as store:
         store.refs()  # reports an unreachable store before the computation
         with conversion(opened, ids, out.parent, *size, device) as conversion_:
             if layers is None:

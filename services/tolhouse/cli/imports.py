@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from tolhouse import config
-from tolhouse.cli.options import Commands, options, stores_of
+from tolhouse.cli.options import Commands, options, origin_of, stores_of
 
 
 @click.group("import", cls=Commands)
@@ -66,7 +66,10 @@ def import_tensor(settings: config.ImportConfig, place: str, tensor: str) -> Non
         planned = job.plan(source, settings.name, codec, settings.shards)
         rows = f"{planned.vocab_size} rows of {planned.record_bytes} bytes"
         click.echo(f"{planned.ref}: {rows}, {planned.table_bytes / 1e6:.1f} MB", err=True)
-        stores = [open_store(url, settings.store_timeout_seconds) for url in urls]
+        stores = [
+            open_store(url, settings.store_timeout_seconds, origin=origin_of(settings))
+            for url in urls
+        ]
         for store in stores:
             stack.callback(store.close)
         planned = job.with_stored_shards(planned, stores) if not settings.shards else planned

@@ -21,6 +21,7 @@ from tolhouse.errors import InvalidArgumentError, TolhouseError
 from tolhouse.extras import installation_hint
 from tolhouse.logs import event, printable, start_logging
 from tolhouse.store.base import require_private
+from tolhouse.store.journal import Origin
 
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&]password=")  # a password in a URL
 _REPEAT_SECONDS = 0.05  # until the destructor or the hook has ended
@@ -184,6 +185,11 @@ def local(checkpoint: str) -> Path:
 def split_urls(urls: str) -> list[str]:
     """Split a list of URLs of stores at its commas."""
     return [url.strip() for url in re.split(r",(?=\s*\w+://)", urls) if url.strip()]
+
+
+def origin_of(settings: config.ChangeConfig) -> Origin:
+    """Return who makes the changes of a command, and why."""
+    return Origin(settings.by, settings.note) if settings.by else Origin(note=settings.note)
 
 
 def stores_of(settings: config.StoreConfig | config.LookupConfig) -> tuple[str, ...]:

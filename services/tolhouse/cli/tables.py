@@ -1,5 +1,6 @@
 """Commands that build, compress, list, publish, edit and delete tables."""
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -10,12 +11,20 @@ from typing import TYPE_CHECKING
 import click
 
 from tolhouse import config
-from tolhouse.cli.options import Commands, Text, checkpoint_argument, local, options, stores_of
+from tolhouse.cli.options import (
+    Commands,
+    Text,
+    checkpoint_argument,
+    local,
+    options,
+    origin_of,
+    stores_of,
+)
 from tolhouse.errors import CorruptError, InvalidArgumentError, MismatchError, NotFoundError
-from tolhouse.logs import event
+from tolhouse.logs import event, printable
 from tolhouse.store import registry
 from tolhouse.store.base import Store, open_store
-from tolhouse.table.manifest import Manifest
+from tolhouse.table.manifest import Manifest, split_ref
 
 if TYPE_CHECKING:
     from tolhouse.sources.base import SourceModel
@@ -79,7 +88,7 @@ def build(settings: config.BuildConfig, checkpoint: str) -> None:
     rows = f"{planned.vocab_size} rows of {planned.record_bytes} bytes"
     click.echo(f"{planned.ref}: {rows}, {planned.table_bytes / 1e6:.1f} MB", err=True)
     seconds, wait = settings.store_timeout_seconds, settings.store_wait_seconds
-    stores = [open_store(url, seconds, wait) for url in urls]
+    stores = [open_store(url, seconds, wait, origin_of(settings)) for url in urls]
     for risk in filter(None, (store.risk() for store in stores)):
         event(risk, logging.WARNING)
     new_in = [s for s in stores if registry.is_new(s, planned)]
@@ -89,7 +98,8 @@ def build(settings: config.BuildConfig, checkpoint: str) -> None:
     if built is None:
         counted = counted if settings.corpus else job.with_frequent(folder, planned, "")
         ray = settings.ray_address, settings.ray_wait_seconds, settings.workers
-        built = job.build(folder, counted, urls, *ray, settings.verify_rows, seconds)
+        checked = settings.verify_rows, seconds, origin_of(settings)
+        built = job.build(folder, counted, urls, *ray, *checked)
     for s in stores if settings.publish else new_in if settings.publish_new else ():
         registry.publish(s, built.ref)
     if not all(registry.stands_for(s, built.ref) for s in stores):
@@ -114,10 +124,13 @@ def compress(settings: config.CompressConfig, checkpoint: str) -> None:
       --codec int4 --size-ratio 8               an eighth of 16 bit
     """
     from tolhouse.build import compress
-    from tolhouse.build.job import count_tokens, plan
+    from tolhouse.build.job import count_tokens, plan, with_corpus
     from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer
 
-    stores = [open_store(url, settings.store_timeout_seconds) for url in stores_of(settings)]
+    stores = [
+        open_store(url, settings.store_timeout_seconds, origin=origin_of(settings))
+        for url in stores_of(settings)
+    ]
     folder = local(checkpoint)
     source = _converted(folder, settings, stores) or _source(folder, settings)
     if not source.tokenizer_id:
@@ -132,6 +145,7 @@ def compress(settings: config.CompressConfig, checkpoint: str) -> None:
         scheme = replace(scheme, frequent=plain.vocab_size // compress.FREQUENT_SHARE)
     compress.check(plain, scheme)
     counts = count_tokens(load_tokenizer(folder / TOKENIZER), settings.corpus, plain.vocab_size)
+    plain = with_corpus(plain, settings.corpus)
     made = compress.compress(plain, source.rows(), counts, scheme)
     manifest = made.manifest
     share = compress.bytes_at_16_bit(plain) / made.bytes
@@ -156,8 +170,9 @@ def tables() -> None:
 
 
 def _stores(settings: config.StoreConfig) -> Iterator[Store]:
+    origin = origin_of(settings) if isinstance(settings, config.ChangeConfig) else None
     for url in stores_of(settings):
-        with closing(open_store(url, settings.store_timeout_seconds)) as store:
+        with closing(open_store(url, settings.store_timeout_seconds, origin=origin)) as store:
             yield store
 
 
@@ -170,20 +185,56 @@ def _own_auxiliary(manifest: Manifest) -> tuple[str, ...]:
 
 
 @tables.command("list")
+@click.option("--all", "everything", is_flag=True, help="Also list deleted versions.")
 @options(config.StoreConfig)
-def list_tables(settings: config.StoreConfig) -> None:
-    """List all tables with their sizes, including auxiliary tables. A star means published."""
+def list_tables(settings: config.StoreConfig, everything: bool) -> None:
+    """List all versions with their states and sizes, including auxiliary tables.
+
+    A version is building, verified, published, archived or deleted. A star means published.
+    """
     for store in _stores(settings):
-        found = list(registry.tables(store))
+        found = [one for one in registry.versions(store) if everything or one.state != "deleted"]
         click.echo(f"{store.url}: {len(found) or 'no'} table{'s' * (len(found) != 1)}", err=True)
-        sizes = {m.ref: m.table_bytes for m, _ in found}
-        for m, published in found:
+        sizes = {one.ref: one.manifest.table_bytes for one in found if one.manifest}
+        for one in found:
+            star, m = "*" if one.state == "published" else " ", one.manifest
+            if not m:
+                since = one.last or {}
+                where = f"  {since['file']}" if "file" in since else ""
+                about = f"since {since.get('time')} by {since.get('by')}{where}"
+                click.echo(f"  {one.ref}  {one.state:9}  {about}")
+                continue
             size = m.table_bytes + sum(sizes.get(ref, 0) for ref in _own_auxiliary(m))
             rows = f"{m.codec_name:5} {m.num_records:>8} rows"
             layers = f"{len(m.layers):>3} layers{' + X0' if m.has_x0 else '':5}"
             over = f"  over {m.parent}" if m.parent else ""
-            star = "*" if published else " "
-            click.echo(f"{star} {m.ref}  {rows} {layers} {size / 1e6:>10.1f} MB{over}")
+            click.echo(
+                f"{star} {m.ref}  {one.state:9}  {rows} {layers} {size / 1e6:>10.1f} MB{over}"
+            )
+
+
+@tables.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print each entry as one line of JSON.")
+@options(config.StoreConfig)
+def log(settings: config.StoreConfig, name: str, as_json: bool) -> None:
+    """Print the log of NAME, or of NAME@VERSION: who changed what, when and why.
+
+    Entries of deleted versions remain. On Redis, `user` is the user of the connection.
+    """
+    wanted, version = split_ref(name)
+    for store in _stores(settings):
+        for entry in store.log():
+            if entry["name"] != wanted or version not in (None, entry["version"]):
+                continue
+            if as_json:
+                click.echo(json.dumps(entry))
+                continue
+            known = ("time", "event", "name", "version", "by", "note", "history")
+            rest = " ".join(f"{key}={entry[key]}" for key in entry if key not in known)
+            words = [entry["time"], f"{entry['event']:9}", f"{entry['name']}@{entry['version']}"]
+            words += [f"by {entry.get('by')}", rest, entry.get("note", "")]
+            click.echo("  ".join(printable(str(word)) for word in words if word))
 
 
 @tables.command()
@@ -197,8 +248,8 @@ def show(settings: config.StoreConfig, table: str) -> None:
 
 @click.command()
 @click.argument("table")
-@options(config.StoreConfig)
-def publish(settings: config.StoreConfig, table: str) -> None:
+@options(config.ChangeConfig)
+def publish(settings: config.ChangeConfig, table: str) -> None:
     """Publish TABLE, NAME@VERSION: readers of NAME use this version from now on."""
     for store in _stores(settings):
         before: Manifest | None = None
@@ -216,8 +267,8 @@ tables.add_command(publish)
 
 @tables.command()
 @click.argument("name")
-@options(config.StoreConfig)
-def rollback(settings: config.StoreConfig, name: str) -> None:
+@options(config.ChangeConfig)
+def rollback(settings: config.ChangeConfig, name: str) -> None:
     """Publish the version of NAME that was published before the current one."""
     for store in _stores(settings):
         click.echo(f"{registry.rollback(store, name).ref} is published in {store.url}")
@@ -228,8 +279,8 @@ def rollback(settings: config.StoreConfig, name: str) -> None:
 @click.option(
     "--force", is_flag=True, help="Also delete a version in use, whose readers get errors."
 )
-@options(config.StoreConfig)
-def delete(settings: config.StoreConfig, table: str, force: bool) -> None:
+@options(config.ChangeConfig)
+def delete(settings: config.ChangeConfig, table: str, force: bool) -> None:
     """Delete TABLE, NAME@VERSION, which must be neither published nor in use."""
     for store in _stores(settings):
         registry.delete(store, table, force)
@@ -249,9 +300,9 @@ def delete(settings: config.StoreConfig, table: str, force: bool) -> None:
 )
 @click.option("--checkpoint", type=Path, help="Checkpoint whose tokenizer reads TOKENs as text.")
 @click.option("--publish", "publishes", is_flag=True, help="Publish the new version.")
-@options(config.StoreConfig)
+@options(config.ChangeConfig)
 def overlay(
-    settings: config.StoreConfig,
+    settings: config.ChangeConfig,
     table: str,
     copy: tuple[str, ...],
     scale: tuple[str, ...],

@@ -27,6 +27,7 @@ from tolhouse.errors import (
 )
 from tolhouse.extras import installation_hint
 from tolhouse.logs import event, is_loopback, join_address
+from tolhouse.store.journal import Entry, Origin, parse
 from tolhouse.table.auxiliary import AuxiliaryTables, load_auxiliary
 from tolhouse.table.manifest import Manifest, check_name, split_ref
 
@@ -54,7 +55,8 @@ _parsed = lru_cache(16)(Manifest.from_json)
 
 # The kinds of texts in the registry. Their keys are "name@version", "name@version" and "name".
 Kind = Literal["manifest", "deleting", "alias"]
-Changes = dict[tuple[Kind, str], bytes | None]  # texts to write to the registry, or None to remove
+# Texts to write to the registry, or None to remove. A text of the kind "log" is a line to append.
+Changes = dict[tuple[Kind | Literal["log"], str], bytes | None]
 
 
 class Store(ABC):
@@ -62,6 +64,7 @@ class Store(ABC):
 
     def __init__(self, url: str) -> None:
         self.url = url  # for messages, without a password
+        self.origin = Origin()  # of the changes made through this object
         self._parents: dict[str, Manifest] = {}  # parents of overlays, by ref
 
     # versions
@@ -167,6 +170,14 @@ class Store(ABC):
     def is_being_deleted(self, ref: str) -> bool:
         """Return whether a deletion of the version is in progress or was interrupted."""
         return self._read_text(ref, "deleting") is not None
+
+    def log(self) -> list[Entry]:
+        """Return the log of all names, oldest entry first."""
+        return parse(self._read_log())
+
+    def user(self) -> str:
+        """Return the user as whom the store has authenticated this process, or ""."""
+        return ""
 
     # rows
 
@@ -279,17 +290,33 @@ class Store(ABC):
     def _read_text(self, ref: str, kind: Kind) -> bytes | None:
         """Read a text of the registry. Returns None if there is none."""
 
+    @abstractmethod
+    def _read_log(self) -> list[bytes]:
+        """Read the lines of the log."""
+
 
 def _of_part(arrived: Arrived, part: np.ndarray, indices: np.ndarray) -> None:
     arrived(part[indices])
 
 
-def open_store(url: str, timeout_seconds: float = 5.0, wait_seconds: float = 0.0) -> Store:
+def open_store(
+    url: str,
+    timeout_seconds: float = 5.0,
+    wait_seconds: float = 0.0,
+    origin: Origin | None = None,
+) -> Store:
     """Open the store at `url`: file://PATH, or redis://HOST:PORT (rediss:// with TLS).
 
     The URL may list several nodes of a Redis Cluster, redis://HOST:PORT,HOST:PORT. One node has to
-    answer. While the store cannot be reached, the function retries for `wait_seconds`.
+    answer. While the store cannot be reached, the function retries for `wait_seconds`. The log has
+    `origin` as the origin of changes.
     """
+    store = _open_store(url, timeout_seconds, wait_seconds)
+    store.origin = origin or store.origin
+    return store
+
+
+def _open_store(url: str, timeout_seconds: float, wait_seconds: float) -> Store:
     check_url(url)
     if url.startswith("file://"):
         from tolhouse.store.files import FileStore

@@ -4,6 +4,7 @@
     <root>/<name>/<version>/manifest.json                       written last
     <root>/<name>/<version>/lease                               empty; readers hold a lock on it
     <root>/<name>/alias.json                                    the published version
+    <root>/log.jsonl                                            one line for each change
     <root>/.lock                                                locked during an update
 
 Files are written under a temporary name, fsynced and renamed. `pread` reads records directly into
@@ -120,7 +121,10 @@ class FileStore(Store):
             self.root.mkdir(parents=True, exist_ok=True)
             with locked(self.root / ".lock"):
                 for (kind, ref), text in change().items():
-                    self._write_text(ref, kind, text)
+                    if kind == "log":
+                        self._append(text or b"")
+                    else:
+                        self._write_text(ref, kind, text)
 
     def _expire_later(self) -> None:
         self._expiring = True
@@ -204,6 +208,23 @@ class FileStore(Store):
         with _errors("read", path), suppress(FileNotFoundError, NotADirectoryError):
             return path.read_bytes()
         return None
+
+    def _read_log(self) -> list[bytes]:
+        path = self.root / "log.jsonl"
+        with _errors("read", path), suppress(FileNotFoundError):
+            return path.read_bytes().splitlines()
+        return []
+
+    def _append(self, line: bytes) -> None:
+        path = self.root / "log.jsonl"
+        with _errors("write", path), path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a killed process has left a part of a line
+                    line = b"\n" + line
+            file.write(line + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _write_text(self, ref: str, kind: Kind, text: bytes | None) -> None:
         path = self._folder(ref) / f"{kind}.json"

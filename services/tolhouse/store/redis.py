@@ -3,6 +3,7 @@
     tolhouse:{registry}:manifest            hash: name@version -> manifest
     tolhouse:{registry}:deleting            hash: name@version -> ""
     tolhouse:{registry}:alias               hash: name -> alias
+    tolhouse:{registry}:log                 list: a line for each change
     tolhouse:{registry}:changed             string: random, changes with each update
     tolhouse:{registry}:lease:name@version  string with expiry: the version is in use
 
@@ -46,7 +47,7 @@ from tolhouse.table.manifest import Manifest, record_views
 
 _REGISTRY = "tolhouse:{registry}"  # one slot, because an update is a script over all its keys
 _FORMAT_1_TABLES = "tolhouse:tables"  # listed, so that these tables can be refused and deleted
-_KINDS: tuple[Kind, ...] = ("manifest", "deleting", "alias")
+_KINDS = ("manifest", "deleting", "alias", "log")
 # Applies an update unless there was another update. Returns 1 on success, and also on a retry after
 # a lost reply.
 _UPDATE = """
@@ -55,7 +56,8 @@ if token == ARGV[1] then return 1 end
 if (token or '') ~= ARGV[2] then return 0 end
 for i = 3, #ARGV, 4 do
   local key, field = KEYS[tonumber(ARGV[i])], ARGV[i + 1]
-  if ARGV[i + 2] == '1' then redis.call('HSET', key, field, ARGV[i + 3])
+  if field == '' then redis.call('RPUSH', key, ARGV[i + 3])
+  elseif ARGV[i + 2] == '1' then redis.call('HSET', key, field, ARGV[i + 3])
   else redis.call('HDEL', key, field) end
 end
 redis.call('SET', KEYS[1], ARGV[1])
@@ -181,13 +183,20 @@ class RedisStore(Store):
                     raise error
                 return
             for (kind, ref), text in changes.items():
-                texts += [_KINDS.index(kind) + 2, ref, int(text is not None), text or b""]
+                field = "" if kind == "log" else ref  # a line of the log has no field
+                texts += [_KINDS.index(kind) + 2, field, int(text is not None), text or b""]
             words = [secrets.token_hex(8), seen, *texts]
             if self._call("eval", _UPDATE, len(keys), *keys, *words):
                 return
         raise UnavailableError(
             f"other clients keep changing the registry in Redis at {self.url}: try again"
         )
+
+    def user(self) -> str:
+        with suppress(errors.TolhouseError):  # the user may lack the permission
+            if (user := str(self._call("acl_whoami"))) != "default":
+                return user
+        return ""
 
     def risk(self) -> str:
         with suppress(errors.TolhouseError):  # the user may lack the permission
@@ -212,6 +221,9 @@ class RedisStore(Store):
         if text is None and kind == "manifest":
             return self._call("get", f"tolhouse:{{{ref}}}:manifest")  # format 1
         return text
+
+    def _read_log(self) -> list[bytes]:
+        return self._call("lrange", f"{_REGISTRY}:log", 0, -1)
 
     def _call(self, command: str, *arguments: Any, **options: Any) -> Any:
         with self._mapped(), self._limited():

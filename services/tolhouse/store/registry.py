@@ -1,13 +1,18 @@
 """Operations on versions: commit, list, resolve, publish, roll back, delete.
 
-Each change of the registry is one transaction of the store. Concurrent changes happen one after
-another.
+Each change of the registry is one transaction of the store, which also appends to the log.
+Concurrent changes happen one after another.
+
+A version is `building`, then `verified` when its manifest is written, and `published` while its
+name stands for it. After its rows have left the store, it is `archived` or `deleted`.
 """
 
 import itertools
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any, Literal
 
 from tolhouse.errors import (
     CorruptError,
@@ -18,14 +23,52 @@ from tolhouse.errors import (
     UnavailableError,
 )
 from tolhouse.store.base import LEASE_SECONDS, Alias, Changes, Store
+from tolhouse.store.journal import Entry, Event, line
 from tolhouse.table.manifest import Manifest, split_ref
 
+State = Literal["building", "verified", "published", "archived", "deleted"]
 _BEING_DELETED = "is being deleted: wait, or if that was interrupted, delete it with `force`"
 
 
 def tables(store: Store) -> Iterator[tuple[Manifest, bool]]:
     """Yield every readable table, and whether it is the published version of its name."""
     return ((manifest, stands_for(store, manifest.ref)) for manifest in _manifests(store))
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A version in a store or in its log.
+
+    Attributes:
+        ref: The version as "name@version".
+        state: Its state.
+        manifest: Its manifest, or None without rows in the store.
+        last: Its last entry in the log, or None for a version from before the log.
+    """
+
+    ref: str
+    state: State
+    manifest: Manifest | None
+    last: Entry | None
+
+
+def versions(store: Store) -> list[Listed]:
+    """Return all versions in the store and in its log, sorted.
+
+    The state of a version in the store follows from its manifest and the alias of its name. For
+    other versions, it is that of the log.
+    """
+    last = {f"{entry['name']}@{entry['version']}": entry for entry in store.log()}
+    found = [
+        Listed(m.ref, "published" if published else "verified", m, last.get(m.ref))
+        for m, published in tables(store)
+    ]
+    there = {*store.refs(), *(one.ref for one in found)}
+    for ref in last.keys() - there:
+        event = last[ref]["event"]
+        state: State = event if event in ("building", "archived") else "deleted"
+        found.append(Listed(ref, state, None, last[ref]))
+    return sorted(found, key=attrgetter("ref"))
 
 
 def resolve(store: Store, ref: str) -> Manifest:
@@ -55,8 +98,27 @@ def is_new(store: Store, planned: Manifest) -> bool:
     return True
 
 
-def commit(store: Store, manifest: Manifest) -> None:
+def begin(store: Store, planned: Manifest) -> None:
+    """Log that a version is being built, unless it is complete.
+
+    Raises:
+        InUseError, UnavailableError: See `refuse_another`.
+    """
+
+    def change() -> Changes:
+        refuse_another(store, planned)
+        with suppress(NotFoundError, CorruptError):
+            if store.manifest(planned.ref):
+                return {}
+        return _logged(store, "building", planned.ref)
+
+    store.update(change)
+
+
+def commit(store: Store, manifest: Manifest, event: Event = "verified", **more: Any) -> None:
     """Write the manifest, which completes the table. All shards must be in the store.
+
+    The log has `event` with the fields `more`.
 
     Raises:
         CorruptError: Rows are missing.
@@ -73,7 +135,8 @@ def commit(store: Store, manifest: Manifest) -> None:
         if stored != manifest.num_records:
             rows = f"{stored} of {manifest.num_records} rows of {manifest.ref}"
             raise CorruptError(f"{store.url} holds {rows}: build it again")
-        return {("manifest", manifest.ref): store.manifest_text(manifest)}
+        text = store.manifest_text(manifest)
+        return {**_logged(store, event, manifest.ref, **more), ("manifest", manifest.ref): text}
 
     store.update(change)
 
@@ -91,7 +154,11 @@ def publish(store: Store, ref: str) -> Manifest:
         if old and old.version == version:
             return {}
         new = Alias(version, (*old.history, old.version) if old else ())
-        return {("alias", name): new.to_json()}
+        before = old.version if old else ""
+        return {
+            **_logged(store, "published", ref, before=before),
+            ("alias", name): new.to_json(),
+        }
 
     store.update(change)
     return store.manifest(ref)
@@ -107,18 +174,24 @@ def rollback(store: Store, name: str) -> Manifest:
             before = f"no version before {old.version} to go back to"
             raise InvalidArgumentError(f"table {name!r} has {before}")
         now[:] = [_servable(store, f"{name}@{old.history[-1]}")]
-        return {("alias", name): Alias(old.history[-1], old.history[:-1]).to_json()}
+        return {
+            **_logged(store, "published", now[0].ref, before=old.version, rollback=True),
+            ("alias", name): Alias(old.history[-1], old.history[:-1]).to_json(),
+        }
 
     store.update(change)
     return now[0]
 
 
-def delete(store: Store, ref: str, force: bool = False) -> None:
+def delete(
+    store: Store, ref: str, force: bool = False, event: Event = "deleted", **more: Any
+) -> None:
     """Remove a version that is neither published nor in use, also from the history of its name.
 
     Auxiliary tables are also removed, unless other tables need them. The manifest need not be
     readable, and may have an earlier format. `force` also removes a version in use, whose readers
-    then get errors, and completes an interrupted deletion.
+    then get errors, completes an interrupted deletion, and removes the shards of a version that is
+    being built. The log has `event` with the fields `more`.
     """
     name, version = _version_of(store, ref, "delete")
     removed: list[str] = []
@@ -138,7 +211,10 @@ def delete(store: Store, ref: str, force: bool = False) -> None:
             raise InUseError(f"{ref} is in use: {what}")
         needed = {part for m in others for part in m.dependencies}
         removed[:] = [ref, *(part for part in auxiliary if part not in needed)]
-        changes: Changes = {("deleting", gone): b"" for gone in removed}
+        changes = _logged(store, event, ref, **more)
+        for part in removed[1:]:
+            changes |= _logged(store, event, part, of=ref)
+        changes |= {("deleting", gone): b"" for gone in removed}
         if alias and version in alias.history:
             # Merge equal neighbours, so that a rollback leads to another version.
             remaining = (v for v in (*alias.history, alias.version) if v != version)
@@ -183,11 +259,18 @@ def _to_delete(store: Store, ref: str, force: bool) -> tuple[str, ...]:
     try:
         return resolve(store, ref).auxiliary
     except NotFoundError:
-        if not store.is_being_deleted(ref):
+        is_building = any(one.ref == ref and one.state == "building" for one in versions(store))
+        if not (is_building or store.is_being_deleted(ref)):
             raise
         if not force:
-            raise NotFoundError(f"{ref} in {store.url} {_BEING_DELETED}") from None
+            why = "is being built, or was: use `force` to delete its rows"
+            what = why if is_building else _BEING_DELETED
+            raise NotFoundError(f"{ref} in {store.url} {what}") from None
         return ()
+
+
+def _logged(store: Store, event: Event, ref: str, **more: Any) -> Changes:
+    return {("log", ref): line(event, ref, store.origin, user=store.user(), **more)}
 
 
 def _manifests(store: Store) -> Iterator[Manifest]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import xxhash
 
+from tolhouse import __version__
 from tolhouse.errors import CorruptError
 from tolhouse.store import registry
 from tolhouse.store.base import Store
@@ -67,7 +68,8 @@ def write_shards(
 
 def commit(stores: Sequence[Store], manifest: Manifest, digests: Sequence[str]) -> Manifest:
     """Write the manifest of a table after all its shards."""
-    manifest = replace(manifest, shards=tuple(digests))
+    provenance = {**manifest.provenance, "builder": f"tolhouse {__version__}"}
+    manifest = replace(manifest, shards=tuple(digests), provenance=provenance)
     for store in stores:
         registry.commit(store, manifest)
     return manifest

@@ -108,6 +108,8 @@ class Manifest:
         basis: For low rank: the table of basis vectors.
         frequent_rows: The table with the rows of `frequent` tokens in a finer codec.
         edits: For an overlay over a compressed table: the table of the changed rows.
+        provenance: What the table was made of. Readers need none of it: `source`, the name of the
+            checkpoint; `corpus`, the text that tokens were counted in; `builder`, the program.
         extra: Fields that this version of Tolhouse does not define.
 
     Raises:
@@ -132,6 +134,7 @@ class Manifest:
     basis: Ref = ""
     frequent_rows: Ref = ""
     edits: Ref = ""
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -379,6 +382,7 @@ class Manifest:
 
 
 _FIELDS = {f.name: f.default for f in dataclasses.fields(Manifest) if f.name != "extra"}
+_FIELDS["provenance"] = {}
 _REQUIRED = ("layout", "parent", "changed", "ranks", "basis", "frequent_rows", "edits")
 
 
