@@ -230,8 +230,8 @@ def test_shards_and_manifest_have_the_same_mode(shards: list[Path]) -> None:
 def test_writing_leaves_complete_files_and_nothing_else(
     store: FileStore, shards: list[Path]
 ) -> None:
-    """Tables consist of shards, manifest, lease and alias, beside a lock, and deleting a version
-    removes its folder."""
+    """Tables consist of shards, manifest, lease and alias, beside a lock and a log, and deleting a
+    version removes its folder."""
     other = table(version=2**64 - 1)
     write_files(store.root, other)
     for manifest in (table(), other):
@@ -239,7 +239,7 @@ def test_writing_leaves_complete_files_and_nothing_else(
     files = ["manifest.json", "lease", *(path.name for path in shards)]
     names = {f"t/{manifest.version}/{file}" for manifest in (table(), other) for file in files}
     found = [path.relative_to(store.root) for path in store.root.rglob("*") if path.is_file()]
-    assert {".lock", "t/alias.json", *names} == {path.as_posix() for path in found}
+    assert {".lock", "log.jsonl", "t/alias.json", *names} == {path.as_posix() for path in found}
     delete(store, table().ref)
     assert ["alias.json", "f" * 16] == sorted(p.name for p in (store.root / "t").iterdir())
 

@@ -12,7 +12,7 @@ except ModuleNotFoundError:
     sys.exit("error: the package click is not installed: pip install 'tolhouse[cli]'")
 
 from tolhouse import __version__
-from tolhouse.cli import convert, imports, models, services, tables
+from tolhouse.cli import archives, convert, imports, models, services, tables
 from tolhouse.cli.options import Commands
 from tolhouse.config import commit
 
@@ -49,3 +49,5 @@ for command in (
     *(services.demo, services.serve),
 ):
     main.add_command(command)
+for command in (archives.archive, archives.restore, archives.export, archives.import_version):
+    tables.tables.add_command(command)

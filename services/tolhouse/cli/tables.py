@@ -176,14 +176,6 @@ def _stores(settings: config.StoreConfig) -> Iterator[Store]:
             yield store
 
 
-def _own_auxiliary(manifest: Manifest) -> tuple[str, ...]:
-    """Return the auxiliary tables that belong to the table itself.
-
-    An overlay shares the others with its parent.
-    """
-    return tuple(ref for ref in manifest.auxiliary if not manifest.parent or ref == manifest.edits)
-
-
 @tables.command("list")
 @click.option("--all", "everything", is_flag=True, help="Also list deleted versions.")
 @options(config.StoreConfig)
@@ -204,7 +196,7 @@ def list_tables(settings: config.StoreConfig, everything: bool) -> None:
                 about = f"since {since.get('time')} by {since.get('by')}{where}"
                 click.echo(f"  {one.ref}  {one.state:9}  {about}")
                 continue
-            size = m.table_bytes + sum(sizes.get(ref, 0) for ref in _own_auxiliary(m))
+            size = m.table_bytes + sum(sizes.get(ref, 0) for ref in registry.own_auxiliary(m))
             rows = f"{m.codec_name:5} {m.num_records:>8} rows"
             layers = f"{len(m.layers):>3} layers{' + X0' if m.has_x0 else '':5}"
             over = f"  over {m.parent}" if m.parent else ""
@@ -339,7 +331,7 @@ def overlay(
             raise MismatchError(f"table {manifest.ref} was built with {other}")
         edits = edited_rows(store, manifest, copied, scaled, given)
         made = make_overlay(store, manifest.ref, *edits)
-        parts = [store.manifest(ref).table_bytes for ref in _own_auxiliary(made)]
+        parts = [store.manifest(ref).table_bytes for ref in registry.own_auxiliary(made)]
         size = f"{(made.table_bytes + sum(parts)) / 1e3:.1f} kB"
         rows = f"{made.num_records} changed rows over {made.parent}"
         click.echo(f"{rows}, {size}, in {store.url}", err=True)

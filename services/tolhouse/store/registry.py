@@ -71,6 +71,14 @@ def versions(store: Store) -> list[Listed]:
     return sorted(found, key=attrgetter("ref"))
 
 
+def own_auxiliary(manifest: Manifest) -> tuple[str, ...]:
+    """Return the auxiliary tables that belong to the table itself.
+
+    An overlay shares the others with its parent.
+    """
+    return tuple(ref for ref in manifest.auxiliary if not manifest.parent or ref == manifest.edits)
+
+
 def resolve(store: Store, ref: str) -> Manifest:
     """Read the manifest of "name@version", or of the published version of "name"."""
     name, version = split_ref(ref)
@@ -197,24 +205,12 @@ def delete(
     removed: list[str] = []
 
     def change() -> Changes:
-        auxiliary: tuple[str, ...] = ()
-        with suppress(CorruptError):
-            auxiliary = _to_delete(store, ref, force)
-        alias = store.alias(name)
-        if alias and alias.version == version:
-            raise InUseError(f"{ref} is published: publish or roll back to another version first")
-        others = [m for m in _manifests(store) if m.ref != ref]
-        if above := [m.ref for m in others if ref in m.dependencies]:
-            raise InUseError(f"{ref} is a part of {', '.join(above)}: delete that first")
-        if not force and store.leased(ref):
-            what = f"its rows were read within the last {LEASE_SECONDS:g} s: wait, or use `force`"
-            raise InUseError(f"{ref} is in use: {what}")
-        needed = {part for m in others for part in m.dependencies}
-        removed[:] = [ref, *(part for part in auxiliary if part not in needed)]
+        removed[:] = [ref, *_removable(store, ref, force)]
         changes = _logged(store, event, ref, **more)
         for part in removed[1:]:
             changes |= _logged(store, event, part, of=ref)
         changes |= {("deleting", gone): b"" for gone in removed}
+        alias = store.alias(name)
         if alias and version in alias.history:
             # Merge equal neighbours, so that a rollback leads to another version.
             remaining = (v for v in (*alias.history, alias.version) if v != version)
@@ -226,6 +222,32 @@ def delete(
     for gone in removed:
         store.delete_records(gone)
     store.update(lambda: {("deleting", gone): None for gone in removed})
+
+
+def refuse_in_use(store: Store, ref: str) -> None:
+    """Raise InUseError or NotFoundError if `delete` would refuse to remove a version."""
+    _version_of(store, ref, "archive")
+    _removable(store, ref, force=False)
+
+
+def _removable(store: Store, ref: str, force: bool) -> list[str]:
+    """Return the auxiliary tables to remove with a version. Raises InUseError if it is in use."""
+    name, version = split_ref(ref)
+    auxiliary: tuple[str, ...] = ()
+    with suppress(CorruptError):
+        auxiliary = _to_delete(store, ref, force)
+    alias = store.alias(name)
+    if alias and alias.version == version:
+        raise InUseError(f"{ref} is published: publish or roll back to another version first")
+    others = [m for m in _manifests(store) if m.ref != ref]
+    if above := [m.ref for m in others if ref in m.dependencies]:
+        raise InUseError(f"{ref} is a part of {', '.join(above)}: delete that first")
+    if not force and store.leased(ref):
+        read = f"its rows were read within the last {LEASE_SECONDS:g} s"
+        what = f"{read}: wait, or delete it with `force`"
+        raise InUseError(f"{ref} is in use: {what}")
+    needed = {part for m in others for part in m.dependencies}
+    return [part for part in auxiliary if part not in needed]
 
 
 def refuse_part(store: Store, ref: str, what: str) -> None:

@@ -1,0 +1,255 @@
+"""Versions in files at the command line: export, import, archive, restore."""
+
+import json
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from redis import Redis
+from redis.cluster import RedisCluster
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tolhouse.store.base import open_store
+from tolhouse.store.table_file import TableFile, export
+from tolhouse.store.writer import write_table
+from tolhouse.testing import build_table
+
+from tests.e2e.test_tables import Store, log, states, tolhouse
+from tests.tables import manifest_of, records_of
+
+
+def rows_of(url: str, ref: str) -> bytes:
+    """The records of all tokens of a version."""
+    with closing(open_store(url)) as store:
+        manifest = store.manifest(ref)
+        ids = np.arange(manifest.vocab_size, dtype=np.uint32)
+        return store.read_records(manifest, ids).tobytes()
+
+
+@pytest.fixture
+def exported(checkpoint: Path, tmp_path: Path) -> Iterator[tuple[str, str, Path]]:
+    """A version, the URL of its store, and its exported file."""
+    url, file = f"file://{tmp_path}/tables", tmp_path / "t.safetensors"
+    ref = build_table(checkpoint, url, name="t", codec="int8", publish=False)
+    tolhouse("tables", "export", ref, file, "--store", url)
+    return ref, url, file
+
+
+def test_a_version_moves_to_another_installation(
+    exported: tuple[str, str, Path], store_url: str, tmp_path: Path
+) -> None:
+    """An exported version is imported into each kind of store with identical bytes, manifest and
+    history."""
+    ref, url, file = exported
+    there = "--store", store_url if store_url.startswith("redis") else f"file://{tmp_path}/there"
+    assert ref == tolhouse("tables", "import", file, "--note", "from the lab", *there).strip()
+    assert rows_of(url, ref) == rows_of(there[1], ref)
+    own, other = (
+        json.loads(tolhouse("tables", "show", ref, "--store", u)) for u in (url, there[1])
+    )
+    about = {"layout", "requires", "digest"}  # of the store
+    assert {k: own[k] for k in own.keys() - about} == {k: other[k] for k in other.keys() - about}
+    entry = log(there, ref)[-1]
+    assert ("imported", "from the lab") == (entry["event"], entry["note"])
+    assert log(("--store", url), ref) == entry["history"]
+    before = len(log(there, ref))
+    tolhouse("tables", "import", file, *there)  # changes nothing
+    assert before == len(log(there, ref))
+    tolhouse("tables", "delete", ref, *there)
+
+
+def test_the_file_is_a_safetensors_file(exported: tuple[str, str, Path]) -> None:
+    """The safetensors library reads the manifest and the records of each shard."""
+    ref, url, file = exported
+    with safe_open(file, "np") as opened:
+        (text,) = json.loads(opened.metadata()["manifests"])
+        assert ref == f"{json.loads(text)['name']}@{json.loads(text)['version']}"
+        with closing(open_store(url)) as store:
+            manifest = store.manifest(ref)
+            for shard in range(manifest.num_shards):
+                records = store.read_records(manifest, manifest.shard_ids(shard))
+                assert records.tobytes() == opened.get_tensor(f"{ref}/{shard}").tobytes()
+
+
+def _foreign(file: Path) -> None:
+    save_file({"x": np.zeros(3, np.float32)}, file)
+
+
+def _edited(old: bytes, new: bytes) -> Callable[[Path], object]:
+    def edit(file: Path) -> None:
+        data = file.read_bytes()
+        assert data.count(old) >= 1
+        file.write_bytes(data.replace(old, new, 1))
+
+    return edit
+
+
+def _flip(at: int) -> Callable[[Path], object]:
+    def edit(file: Path) -> None:
+        data = bytearray(file.read_bytes())
+        data[at] ^= 1
+        file.write_bytes(data)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "is truncated"),
+        (lambda file: file.write_bytes(file.read_bytes()[:200]), "ends within its header"),
+        (lambda file: file.write_bytes(file.read_bytes()[:5]), "is not a table exported"),
+        (lambda file: file.write_bytes(b""), "is not a table exported"),
+        (lambda file: file.write_bytes(file.read_bytes() + b"x"), "is damaged"),
+        (_flip(-1), "is damaged: the row of token"),
+        (_flip(-30), "is damaged: the row of token"),
+        (_edited(b"vocab_size", b"vocab_sizE"), "digest does not match"),
+        (_edited(b'"dtype":"U8"', b'"dtype":"I8"'), "do not fit together"),
+        (_edited(b"tolhouse-table-1", b"tolhouse-table-9"), "needs a newer tolhouse"),
+        (_foreign, "is not a table exported"),
+        (lambda file: file.write_text("a,b\n1,2\n"), "is not a table exported"),
+        (lambda file: file.unlink(), "there is no file"),
+    ],
+    ids=[
+        "end",
+        "header",
+        "prefix",
+        "empty",
+        "longer",
+        "checksum",
+        "record",
+        "manifest",
+        "tensor",
+        "newer",
+        "foreign",
+        "text",
+        "none",
+    ],
+)
+def test_a_bad_file_is_refused(
+    damage: Callable[[Path], object],
+    message: str,
+    exported: tuple[str, str, Path],
+    tmp_path: Path,
+) -> None:
+    """A damaged, truncated or foreign file is refused with the reason, and nothing is written."""
+    _, _, file = exported
+    damage(file)
+    url = f"file://{tmp_path}/there"
+    error = tolhouse("tables", "import", file, "--store", url, code=1)
+    assert message in error
+    assert str(file) in error
+    assert {} == states(("--store", url), "t", "--all")
+
+
+def test_a_file_with_another_hash_is_refused(
+    exported: tuple[str, str, Path], tmp_path: Path
+) -> None:
+    """`import --sha256` takes only the file with the hash that `export` prints."""
+    ref, url, file = exported
+    words = tolhouse("tables", "export", ref, tmp_path / "again", "--store", url).split()
+    there = "--store", f"file://{tmp_path}/there"
+    wrong = "0" * 64
+    assert "was altered" in tolhouse("tables", "import", file, "--sha256", wrong, *there, code=1)
+    tolhouse("tables", "import", tmp_path / "again", "--sha256", words[-1], *there)
+    assert "exists" in tolhouse("tables", "export", ref, file, "--store", url, code=1)
+
+
+def test_parts_travel_with_a_version(checkpoint: Path, tmp_path: Path) -> None:
+    """A compressed table has its basis and its frequent rows in the file, and an overlay needs its
+    parent."""
+    here, there = (("--store", f"file://{tmp_path}/{name}") for name in ("here", "there"))
+    small = ("--rank-share", "0.5", "--frequent-rows", "20", "--codec", "int4", "--name", "t")
+    text = tmp_path / "sample.txt"
+    text.write_text("def add(a, b): return a + b\n" * 9, encoding="utf-8")
+    ref = tolhouse("compress", checkpoint, *small, "--corpus", text, *here).strip()
+    over = tolhouse("overlay", ref, "--copy", "3=5", *here).strip()
+    for name, version in (("ref", ref), ("over", over)):
+        tolhouse("tables", "export", version, tmp_path / name, *here)
+    refused = tolhouse("tables", "import", tmp_path / "over", *there, code=1)
+    assert f"needs {ref}" in refused
+    for name in ("ref", "over"):
+        tolhouse("tables", "import", tmp_path / name, *there)
+    for version in (ref, over):
+        with closing(open_store(here[1])) as one, closing(open_store(there[1])) as other:
+            manifest, ids = one.manifest(version), np.arange(300, dtype=np.uint32)
+            assert manifest == other.manifest(version)
+            assert one.rows(manifest, ids).tobytes() == other.rows(manifest, ids).tobytes()
+
+
+def redis_of(url: str, kind: str) -> Redis | RedisCluster:
+    client = RedisCluster if kind.startswith("cluster") else Redis
+    return client.from_url(url.partition("?")[0])
+
+
+def test_archive_and_restore(
+    checkpoint: Path, store_url: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """An archived version leaves the store, and is restored with identical bytes."""
+    store: Store = ("--store", store_url)
+    name, archives = request.node.callspec.id, tmp_path / "archives"
+    ref, published = (
+        build_table(checkpoint, store_url, codec=codec, name=name, publish=codec == "bf16")
+        for codec in ("int8", "bf16")
+    )
+    to = ("--to", archives)
+    assert "is published" in tolhouse("tables", "archive", published, *to, *store, code=1)
+    with closing(open_store(store_url)) as opened:
+        opened.lease(ref)
+        assert "is in use" in tolhouse("tables", "archive", ref, *to, *store, code=1)
+    assert not archives.exists()
+    if name != "file":  # a lease on a file ends with its process
+        with closing(redis_of(store_url, name)) as redis:
+            redis.delete(f"tolhouse:{{registry}}:lease:{ref}")
+    before = rows_of(store_url, ref)
+    tolhouse("tables", "archive", ref, *to, "--note", "rarely used", *store)
+    assert {ref: "archived", published: "published"} == states(store, name)
+    if name != "file":
+        with closing(redis_of(store_url, name)) as redis:
+            assert [] == [*redis.scan_iter(match=f"tolhouse:{{{ref}[:}}]*")]
+    (file,) = archives.iterdir()
+    assert str(file) in tolhouse("tables", "list", *store)
+    tolhouse("tables", "restore", ref, *store)
+    assert {ref: "verified", published: "published"} == states(store, name)
+    assert before == rows_of(store_url, ref)
+    events = [entry["event"] for entry in log(store, ref)]
+    assert ["verified", "archived", "building", "restored"] == events
+    tolhouse("tables", "delete", ref, *store)
+
+
+def test_an_altered_archive_is_not_restored(checkpoint: Path, tmp_path: Path) -> None:
+    """`restore` requires the file that the log names, and takes a moved one with the same hash."""
+    store = ("--store", f"file://{tmp_path}/tables")
+    refs = [
+        build_table(checkpoint, store[1], name=name, publish=False, codec="int8")
+        for name in ("a", "b")
+    ]
+    for ref in refs:
+        tolhouse("tables", "archive", ref, "--to", tmp_path / "archives", *store)
+    first, second = (tmp_path / "archives" / f"{ref}.safetensors" for ref in refs)
+    moved = first.rename(tmp_path / "moved")
+    assert "there is no file" in tolhouse("tables", "restore", refs[0], *store, code=1)
+    other = tolhouse("tables", "restore", refs[0], "--from", second, *store, code=1)
+    assert f"has table {refs[1]}" in other
+    _edited(b"builder", b"bUilder")(second)
+    assert "digest does not match" in tolhouse("tables", "restore", refs[1], *store, code=1)
+    tolhouse("tables", "restore", refs[0], "--from", moved, *store)
+    assert {refs[0]: "verified"} == states(store, "a")
+    assert "no archive" in tolhouse("tables", "restore", f"c@{'0' * 16}", *store, code=1)
+
+
+def test_memory_is_bounded_by_chunks(tmp_path: Path) -> None:
+    """Export and verification of a large shard hold a chunk of it in memory."""
+    fields = {"codec_name": "fp32", "width": 1024, "blocks": tuple(f"ffn.{n}" for n in range(24))}
+    manifest = manifest_of("large", 1, vocab_size=1000, num_shards=1, **fields)
+    with closing(open_store(f"file://{tmp_path}/tables")) as store:
+        made = write_table([store], manifest, lambda _: records_of(manifest))
+        tracemalloc.start()
+        export(store, made.ref, tmp_path / "file")
+        TableFile(tmp_path / "file").verify()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < made.table_bytes / 2
