@@ -11,11 +11,12 @@ import json
 import sys
 from collections.abc import Callable
 
-from loadtest import related_ffn
+from loadtest import related_ffn, related_tables
 
 Figures = dict[str, float | bool]
 PARTS: dict[str, Callable[[], Figures]] = {
     "moc": related_ffn.moc,
+    "operated": related_tables.operated,
 }
 
 

@@ -110,7 +110,7 @@ def _flip(at: int) -> Callable[[Path], object]:
         (_edited(b'"dtype":"U8"', b'"dtype":"I8"'), "do not fit together"),
         (_edited(b"tolhouse-table-1", b"tolhouse-table-9"), "needs a newer tolhouse"),
         (_foreign, "is not a table exported"),
-        (lambda file: file.write_text("a,b\n1,2\n"), "is not a table exported"),
+        (lambda file: file.write_bytes(b"a,b\n1,2\n"), "is not a table exported"),
         (lambda file: file.unlink(), "there is no file"),
     ],
     ids=[
