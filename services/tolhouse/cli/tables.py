@@ -279,6 +279,27 @@ def delete(settings: config.ChangeConfig, table: str, force: bool) -> None:
         click.echo(f"{table} is deleted from {store.url}")
 
 
+@tables.command()
+@click.option("--token-file", required=True, help="File of tokens with users and grants.")
+def acl(token_file: str) -> None:
+    """Print commands for Redis that grant the users in a file of tokens their permissions.
+
+    A line of the file is TOKEN user=USER read=NAMES publish=NAMES admin=NAMES. NAMES are separated
+    by commas, and * stands for any characters. The token is the password of the user. The commands
+    contain only its SHA-256, and need Redis 7 or Valkey. Lines without a user are skipped.
+
+    \b
+      tolhouse tables acl --token-file tokens | redis-cli -h redis
+    """
+    from tolhouse.net.auth import TokenFile
+    from tolhouse.store.redis_permissions import rule
+
+    for token in TokenFile(token_file).tokens.get():
+        if token.user:
+            words = (f'"{word}"' if " " in word else word for word in rule(token))
+            click.echo(f"ACL SETUSER {token.user} {' '.join(words)}")
+
+
 @click.command()
 @click.argument("table")
 @click.option(

@@ -30,6 +30,7 @@ from tolhouse.logs import event
 from tolhouse.lookup.hot_rows import HotRows, Send
 from tolhouse.lookup.row_server import DisconnectedError, RowServer
 from tolhouse.lookup.store_check import StoreCheck
+from tolhouse.net.auth import ServerCredentials
 from tolhouse.net.row_frames import MAX_IDS_PER_FETCH
 from tolhouse.net.server import errors_as_status, serve, status_of
 from tolhouse.store.base import open_store
@@ -69,11 +70,20 @@ _STORE_FAILURES: tuple[tuple[type[TolhouseError], type[TolhouseError], str], ...
 )
 
 
-class LookupService:
-    """Answers the calls of protos/tolhouse/v1/lookup.proto."""
+class NotGrantedError(UnauthenticatedError):
+    """The token of the caller does not grant reading the table."""
 
-    def __init__(self, rows: HotRows, rows_port: int = 0) -> None:
-        self.rows, self.rows_port = rows, rows_port
+
+class LookupService:
+    """Answers the calls of protos/tolhouse/v1/lookup.proto. Tokens may be limited to tables."""
+
+    def __init__(
+        self,
+        rows: HotRows,
+        rows_port: int = 0,
+        credentials: ServerCredentials = ServerCredentials(),  # noqa: B008 - immutable
+    ) -> None:
+        self.rows, self.rows_port, self._credentials = rows, rows_port, credentials
         self._logged = ""  # the last logged failure of the store
         self.draining = False
         self._unanswered: dict[asyncio.Task, int] = {}  # the number of open requests by stream
@@ -87,6 +97,7 @@ class LookupService:
         answering, writing = set[asyncio.Task](), asyncio.Lock()
         assert stream
         self._unanswered[stream] = 0
+        authorization = _authorization(context)
 
         async def write_one(reply: pb.FetchReply) -> None:
             async with writing:
@@ -109,6 +120,7 @@ class LookupService:
 
         try:
             async for request in requests:
+                request.authorization = authorization
                 self._unanswered[stream] += 1
                 await turn.acquire()
                 task = asyncio.create_task(answer(request))
@@ -150,6 +162,7 @@ class LookupService:
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeReply:
         async with errors_as_status(context, self._public):
+            self._check(_authorization(context), request.table)
             # A version counts as in use after this call, because workers cache rows.
             if split_ref(request.table)[1]:
                 manifest = (await asyncio.to_thread(self.rows.table, request.table)).manifest
@@ -163,14 +176,23 @@ class LookupService:
     async def ListTables(self, _: pb.ListTablesRequest, context: Context) -> pb.ListTablesReply:
         async with errors_as_status(context, self._public):
             reply = pb.ListTablesReply()
+            authorization = _authorization(context)
             for manifest, published in await asyncio.to_thread(self.rows.source.tables):
+                if not self._credentials.accepts(authorization, manifest.name):
+                    continue
                 listed = reply.tables.add(name=manifest.name, version=manifest.version)
                 listed.manifest_json = replace(manifest, frequent=()).to_json()
                 listed.published = published
         return reply
 
+    def _check(self, authorization: str, table: str) -> None:
+        if not self._credentials.accepts(authorization, table):
+            raise NotGrantedError(f"the token does not grant reading table {table}")
+
     def _public(self, error: Exception) -> Exception:
         """Return the error for callers, without the store's address and paths."""
+        if isinstance(error, NotGrantedError):
+            return error
         url, text = self.rows.source.url, str(error)
         place = url.removeprefix("file://")
         failure = next((row for row in _STORE_FAILURES if isinstance(error, row[0])), None)
@@ -202,6 +224,7 @@ class LookupService:
             parent = tracing.remote(request.traceparent)
             trace = tracing.begin("lookup Fetch", parent, {"tolhouse.table": request.table})
         try:
+            self._check(request.authorization, request.table)
             table = self.rows.table(request.table)
             ids = parse_ids(request.token_ids)
             if request.traceparent:
@@ -231,6 +254,11 @@ class LookupService:
         return None
 
 
+def _authorization(context: Context) -> str:
+    found = dict(context.invocation_metadata() or ()).get("authorization", "")
+    return found if isinstance(found, str) else found.decode(errors="replace")
+
+
 def parse_ids(packed: bytes) -> np.ndarray:
     """Return the token ids uint32 [T] of a request. Raises InvalidArgumentError."""
     count, odd = divmod(len(packed), 4)
@@ -249,8 +277,9 @@ async def run(config: LookupConfig) -> None:
     store = await asyncio.to_thread(open_store, config.store, *timeouts)
     source = StoreRowSource(store.url, lambda: store)
     rows = HotRows(source, int(config.hot_megabytes * 1e6))
-    service = LookupService(rows)
-    transport = RowServer(config.rows_address(), config.server_credentials(), service.answer)
+    credentials = config.server_credentials()
+    service = LookupService(rows, credentials=credentials)
+    transport = RowServer(config.rows_address(), credentials, service.answer)
     service.rows_port = config.rows_advertised_port or transport.port
     event("serving store", store=store.url)
     if risk := await asyncio.to_thread(store.risk):

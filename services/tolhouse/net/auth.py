@@ -4,6 +4,7 @@ Without TLS, only addresses of this machine are allowed, unless `insecure` is se
 share one token.
 """
 
+import hashlib
 import hmac
 import os
 import re
@@ -83,26 +84,93 @@ def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> P
     return Pems(context, *pems)
 
 
+_PARTS = "basis", "frequent_rows", "edits"  # the auxiliary tables NAME.PART of a table
+_NAME_LENGTH = 63  # the length of the name of an auxiliary table
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token, and the tables that it grants permissions on.
+
+    Attributes:
+        secret: The token itself.
+        user: The user in Redis that has the token as its password, or "".
+        grants: Pairs of a permission, "read", "publish" or "admin", and names of tables, in which *
+            stands for any characters. "publish" includes "read", and "admin" includes both. A
+            token without grants may read all tables.
+    """
+
+    secret: bytes = field(repr=False)
+    user: str = ""
+    grants: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the token, in hexadecimal digits."""
+        return hashlib.sha256(self.secret).hexdigest()
+
+    def names(self, permission: str) -> tuple[str, ...]:
+        """Return the names with exactly this permission."""
+        return tuple(name for own, names in self.grants if own == permission for name in names)
+
+    def may_read(self, table: str) -> bool:
+        """Return whether the token may read NAME or NAME@VERSION, or a part of a table it may."""
+        name = table.partition("@")[0]
+        if not self.grants or any(_covers(one, name) for _, names in self.grants for one in names):
+            return True
+        stem, _, part = name.rpartition(".")
+        most = _NAME_LENGTH - len(part)  # longer names are cut before the part is appended
+        patterns = (one for _, names in self.grants for one in names)
+        return part in _PARTS and any(_covers(p, stem) or p[:most] == stem for p in patterns)
+
+
+def _covers(pattern: str, name: str) -> bool:
+    return bool(re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name))
+
+
+def _token(line: bytes) -> Token | None:
+    """Parse a line "TOKEN [user=USER] [read=NAMES] [publish=NAMES] [admin=NAMES]"."""
+    secret, *words = line.split()
+    pairs = [word.decode("ascii", "replace").partition("=") for word in words]
+    names, allowed = r"[A-Za-z0-9._*-]+", {"read", "publish", "admin"}
+    users = [value for key, _, value in pairs if key == "user"]
+    grants = tuple((key, tuple(value.split(","))) for key, _, value in pairs if key != "user")
+    fits = re.fullmatch(rb"[!-~]{16,}", secret) and len(users) <= 1
+    fits = fits and all(re.fullmatch(r"[A-Za-z0-9._-]+", user) for user in users)
+    fits = fits and {key for key, _ in grants} <= allowed
+    fits = fits and all(re.fullmatch(names, name) for _, some in grants for name in some)
+    return Token(secret, "".join(users), grants) if fits else None
+
+
 class TokenFile:
-    """A file with one token per line. Callers send the first token, and listeners accept all."""
+    """A file with one token per line. Callers send the first token, and listeners accept all.
+
+    A line may also have grants, which limit the token to tables. See `Token`.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self.tokens = ReloadingFiles((path,), self._read)
 
-    def accepts(self, authorization: str) -> bool:
-        """Return whether an authorization header has one of the tokens."""
+    def accepts(self, authorization: str, table: str = "") -> bool:
+        """Return whether an authorization header has one of the tokens.
+
+        With `table`, the token must also grant reading it.
+        """
         scheme, _, token = authorization.encode().partition(b" ")
         # Compare all tokens, so that the time does not depend on the match.
-        fits = [hmac.compare_digest(token, known) for known in self.tokens.get()]
-        return scheme.lower() == b"bearer" and any(fits)
+        fits = [one for one in self.tokens.get() if hmac.compare_digest(token, one.secret)]
+        allowed = any(one.may_read(table) for one in fits) if table else bool(fits)
+        return scheme.lower() == b"bearer" and allowed
 
-    def _read(self) -> list[bytes]:
+    def _read(self) -> list[Token]:
         lines = read_file(self._path, "the token file").splitlines()
-        tokens = [t for line in lines if (t := line.strip()) and not t.startswith(b"#")]
-        if not tokens or not all(re.fullmatch(rb"[!-~]{16,}", token) for token in tokens):
+        found = [_token(t) for line in lines if (t := line.strip()) and not t.startswith(b"#")]
+        tokens = [token for token in found if token]
+        if not tokens or len(tokens) < len(found):
             rule = "one token per line, each of at least 16 printable ASCII characters"
-            raise InvalidArgumentError(f"the token file {self._path} must hold {rule}")
+            grants = "followed by user=USER, read=NAMES, publish=NAMES or admin=NAMES if needed"
+            raise InvalidArgumentError(f"the token file {self._path} must hold {rule}, {grants}")
         return tokens
 
 
@@ -195,7 +263,7 @@ class ClientCredentials:
         """Return "Bearer TOKEN", or "" without a token."""
         token = self.token
         if self.token_file:
-            token = self._token.tokens.get()[0].decode()
+            token = self._token.tokens.get()[0].secret.decode()
         return f"Bearer {token}" if token else ""
 
     def current_context(self) -> ssl.SSLContext | None:
@@ -247,9 +315,12 @@ class ServerCredentials:
         """Return the interceptor that checks the token, if one is required."""
         return [_TokenInterceptor(self._token.accepts)] if self.token_file else []
 
-    def accepts(self, authorization: str) -> bool:
-        """Return whether an authorization header has a token that is required, if one is."""
-        return not self.token_file or self._token.accepts(authorization)
+    def accepts(self, authorization: str, table: str = "") -> bool:
+        """Return whether an authorization header has a token that is required, if one is.
+
+        With `table`, the token must also grant reading it.
+        """
+        return not self.token_file or self._token.accepts(authorization, table)
 
     @cached_property
     def _token(self) -> TokenFile:

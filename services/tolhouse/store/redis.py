@@ -42,12 +42,12 @@ from tolhouse.store.base import (
 )
 from tolhouse.store.redis_connection import connect, split_credentials, until
 from tolhouse.store.redis_layouts import HASHES, LAYOUTS, Layout
+from tolhouse.store.redis_permissions import guard
 from tolhouse.store.redis_reads import FAILOVER_SECONDS, SENT_BYTES, Read, Reader
-from tolhouse.table.manifest import Manifest, record_views
+from tolhouse.table.manifest import Manifest, record_views, split_ref
 
 _REGISTRY = "tolhouse:{registry}"  # one slot, because an update is a script over all its keys
 _FORMAT_1_TABLES = "tolhouse:tables"  # listed, so that these tables can be refused and deleted
-_KINDS = ("manifest", "deleting", "alias", "log")
 # Applies an update unless there was another update. Returns 1 on success, and also on a retry after
 # a lost reply.
 _UPDATE = """
@@ -65,9 +65,10 @@ return 1
 """
 _UPDATE_TRIES = 50
 _DELETED_KEYS = 1000  # the keys of a pipeline
-_NO_ENTRY = theirs.AuthenticationError, theirs.AuthorizationError, theirs.NoPermissionError
+_NO_ENTRY = theirs.AuthenticationError, theirs.AuthorizationError
 _NO_CONNECTION = theirs.ConnectionError, theirs.RedisClusterException
 _ERRORS: tuple[tuple[Any, type[errors.TolhouseError], str], ...] = (  # the first match is used
+    (theirs.NoPermissionError, errors.UnauthenticatedError, "refuses what the user may not do: {}"),
     (_NO_ENTRY, errors.UnauthenticatedError, "refuses the user or password: {}"),
     (theirs.TimeoutError, errors.DeadlineExceededError, "did not answer in time: {}"),
     (theirs.OutOfMemoryError, errors.OverloadedError, "is full: {}; raise its maxmemory"),
@@ -168,23 +169,27 @@ class RedisStore(Store):
         return bool(self._call("exists", f"{_REGISTRY}:lease:{ref}"))
 
     def update(self, change: Callable[[], Changes]) -> None:
-        keys = [f"{_REGISTRY}:{kind}" for kind in ("changed", *_KINDS)]
+        changed = f"{_REGISTRY}:changed"
         for _ in range(_UPDATE_TRIES):
-            seen = self._call("get", keys[0]) or b""
+            seen = self._call("get", changed) or b""
             texts: list[Any] = []
             try:
                 changes, error = change(), None
             except errors.TolhouseError as refusal:
                 changes, error = {}, refusal
             if not changes:  # this is valid only if there was no other update during the reads
-                if (self._call("get", keys[0]) or b"") != seen:
+                if (self._call("get", changed) or b"") != seen:
                     continue
                 if error:
                     raise error
                 return
+            kinds = [*dict.fromkeys(kind for kind, _ in changes)]
+            keys = [changed, *(f"{_REGISTRY}:{kind}" for kind in kinds)]
+            named = ((kind, split_ref(ref)[0]) for kind, ref in changes if kind != "log")
+            keys += dict.fromkeys(guard(*one) for one in named)
             for (kind, ref), text in changes.items():
                 field = "" if kind == "log" else ref  # a line of the log has no field
-                texts += [_KINDS.index(kind) + 2, field, int(text is not None), text or b""]
+                texts += [kinds.index(kind) + 2, field, int(text is not None), text or b""]
             words = [secrets.token_hex(8), seen, *texts]
             if self._call("eval", _UPDATE, len(keys), *keys, *words):
                 return
