@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tolhouse.cli import main
 from tolhouse.testing import tiny_model
 
-from loadtest.models import tiny_gemma
+from loadtest.gemma import tiny_gemma
 
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 Defect = Callable[[Path], Any]

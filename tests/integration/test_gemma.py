@@ -16,7 +16,8 @@ from tolhouse.sources.base import open_source
 from tolhouse.sources.gemma import blocks_of
 from tolhouse.testing import build_table, process
 
-from loadtest.models import PER_LAYER, PUBLIC, saved, tiny_gemma
+from loadtest.gemma import saved, tiny_gemma
+from loadtest.models import PER_LAYER, PUBLIC
 from tests.commands import LOCAL, tolhouse
 
 FAMILIES = ("gemma4", "gemma3n")

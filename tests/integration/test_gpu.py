@@ -34,7 +34,7 @@ from tolhouse.testing import build_table, local_cluster, tiny_model
 from tolhouse.train.recipes import recipe
 from tolhouse.train.trainer import Trainer
 
-from loadtest.models import saved, tiny_gemma
+from loadtest.gemma import saved, tiny_gemma
 from tests.engines import Request, serve
 from tests.tables import manifest_of, records_of
 

@@ -35,6 +35,7 @@ from tolhouse.errors import (
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import EMBEDDING, Checkpoint
 from tolhouse.net.health import PeerHealth
+from tolhouse.sources.base import SourceModel
 from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.table.manifest import Manifest
 from tolhouse.table.row_cache import RowCache, capacity_for
@@ -123,8 +124,29 @@ class Fallback(Protocol):
         """Write the records of distinct `ids` (uint32 [T]) into rows `slots` [T] of `out`."""
 
 
-class RecomputedRows:
-    """Computes records from the checkpoint, byte for byte as the builder does.
+class ComputedRows:
+    """Computes records with a source model, byte for byte as the builder does.
+
+    Raises MismatchError for an overlay and a low-rank table, whose records need more than a row.
+    """
+
+    def __init__(self, source: SourceModel, manifest: Manifest) -> None:
+        if manifest.parent or manifest.ranks:
+            what = "rows of overlay" if manifest.parent else "coefficients of low-rank table"
+            message = f"cannot compute the {what} {manifest.ref}; serve this table without it"
+            raise MismatchError(f"--fallback recompute {message}")
+        self.rows, self.manifest, self.source = 0, manifest, source
+        self._lock = threading.Lock()  # a prefetch and a step may use the source at the same time
+
+    def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
+        with self._lock:
+            for part, rows in self.source.batches(ids):
+                out[slots[part]] = self.manifest.encode(ids[part], rows)
+            self.rows += len(ids)
+
+
+class RecomputedRows(ComputedRows):
+    """Computes records from the checkpoint of a MemoryLLM model.
 
     FFN-M stays in the checkpoint's file. Computing rows reads one layer at a time, as float32.
     Raises MismatchError if the file has changed since the table was built from it.
@@ -134,25 +156,13 @@ class RecomputedRows:
         if checkpoint.config.flex_layers:
             message = f"cannot compute the rows of the converted model {checkpoint.name}"
             raise MismatchError(f"--fallback recompute {message}; serve it without the fallback")
-        if manifest.parent or manifest.ranks:
-            what = "rows of overlay" if manifest.parent else "coefficients of low-rank table"
-            message = f"cannot compute the {what} {manifest.ref}; serve this table without it"
-            raise MismatchError(f"--fallback recompute {message}")
-        self.rows, self.manifest = 0, manifest
-        self._lock = threading.Lock()  # a prefetch and a step may use the modules at the same time
         model = checkpoint.skeleton()
         model.ffn_m = nn.ModuleList(
             _StoredModule(checkpoint, f"ffn_m.{layer}.", ffn)
             for layer, ffn in enumerate(model.ffn_m)
         )
         model.embed_tokens = cast("nn.Embedding", _StoredEmbedding(checkpoint))
-        self.source = MemoryLLM(checkpoint, manifest.blocks, model)
-
-    def fetch(self, ids: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
-        with self._lock:
-            for part, rows in self.source.batches(ids):
-                out[slots[part]] = self.manifest.encode(ids[part], rows)
-            self.rows += len(ids)
+        super().__init__(MemoryLLM(checkpoint, manifest.blocks, model), manifest)
 
 
 class _StoredModule(nn.Module):

@@ -1,4 +1,4 @@
-"""A plug-in for vLLM: MemoryLLM, Flex and wide models with rows from Tolhouse.
+"""A plug-in for vLLM: MemoryLLM, Flex, wide and Gemma models with rows from Tolhouse.
 
 vLLM calls `register` in each of its processes. `vllm serve CHECKPOINT` then works without changes
 to the checkpoint, and options are in `--additional-config '{"tolhouse": {…}}'`.
@@ -13,6 +13,11 @@ to the checkpoint, and options are in `--additional-config '{"tolhouse": {…}}'
     model.py      the model
     state.py      stages rows in vLLM's second model runner
     scheduler.py  fails requests without rows, and only these
+
+    gemma.py        Gemma 3n and Gemma 4, text models
+    gemma_media.py  multimodal models
+    gemma_start.py  chooses these classes if rows are configured
+    gemma_table.py  checks the table of a Gemma checkpoint
 """
 
 ARCHITECTURE = "TolhouseForCausalLM"
@@ -26,9 +31,15 @@ def register() -> None:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from tolhouse.integrations.vllm.config import MemoryLLMConfig
+    from tolhouse.integrations.vllm.gemma_start import STOCK, GemmaStart, class_name
     from tolhouse.integrations.vllm.start import Start
 
     _CONFIG_REGISTRY[MemoryLLMConfig.model_type] = MemoryLLMConfig
     MODELS_CONFIG_MAP[ARCHITECTURE] = Start
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"{_PACKAGE}.model:{ARCHITECTURE}")
+        for stock in STOCK:
+            name = class_name(stock)
+            module = "gemma" if stock.endswith("CausalLM") else "gemma_media"
+            ModelRegistry.register_model(name, f"{_PACKAGE}.{module}:{name}")
+            MODELS_CONFIG_MAP[stock] = GemmaStart.before(MODELS_CONFIG_MAP.get(stock))

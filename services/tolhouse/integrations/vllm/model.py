@@ -4,6 +4,7 @@ Shapes: T tokens of a step, N blocks of a row, D hidden size.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
+from tolhouse.engine.row_providers import RecomputedRows
 from tolhouse.integrations.vllm.layers import PaddedAttention, padded_weight, parallel_ffn
 from tolhouse.integrations.vllm.staging import RowStage, open_rows
 from tolhouse.model.checkpoint import EMBEDDING, open_checkpoint
@@ -140,8 +142,9 @@ class TolhouseForCausalLM(nn.Module, SupportsLoRA):
         self.stage: RowStage | None = None
         if self.shape.num_rows:
             most = vllm_config.scheduler_config.max_num_batched_tokens
-            device, checkpoint = vllm_config.device_config.device, open_checkpoint(model.model)
-            source = open_rows(additional, checkpoint, most, torch.device(device), model.dtype)
+            device = torch.device(vllm_config.device_config.device)
+            recompute = partial(RecomputedRows, open_checkpoint(model.model))
+            source = open_rows(additional, recompute, most, device, model.dtype)
             # In the first model runner, speculation hides to which request a logit belongs.
             first_runner = not vllm_config.use_v2_model_runner
             whole = first_runner and vllm_config.speculative_config is not None
@@ -176,7 +179,7 @@ class TolhouseForCausalLM(nn.Module, SupportsLoRA):
         each step and stages the rows. The second one passes them (`state.py`).
         """
         if self.stage and rows is None and input_ids is not None:
-            rows, failed = self.stage.fill(input_ids, _starts())
+            rows, failed = self.stage.fill(input_ids, request_starts())
         hidden_TD = self.model(input_ids, positions, intermediate_tensors, inputs_embeds, rows=rows)
         return hidden_TD if failed is None else hidden_TD + failed
 
@@ -202,7 +205,7 @@ class TolhouseForCausalLM(nn.Module, SupportsLoRA):
         return RowsState
 
 
-def _starts() -> np.ndarray | None:
+def request_starts() -> np.ndarray | None:
     """Return the first token of each request of this step and the end, or None in a dummy step."""
     metadata = get_forward_context().attn_metadata
     if not isinstance(metadata, dict) or not metadata:

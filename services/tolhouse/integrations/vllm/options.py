@@ -39,6 +39,11 @@ class AdditionalConfig:
         return self.others.get(key, default)
 
 
+def is_configured(additional: dict[str, Any]) -> bool:
+    """Whether `additional`, or a variable for rows or a table, asks for rows."""
+    return KEY in additional or bool({"rows", "table"} & parse({}).model_fields_set)
+
+
 def parse(additional: dict[str, Any]) -> VLLMConfig:
     """Return the options in `additional`, with those of environment variables.
 

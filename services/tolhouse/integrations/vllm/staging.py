@@ -4,6 +4,7 @@ Shapes: T tokens of a step, M the most tokens of a step, N blocks of a row, D th
 """
 
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -14,11 +15,10 @@ from torch import Tensor
 from tolhouse.client.row_source import RowSource, open_row_source
 from tolhouse.config import VLLMConfig
 from tolhouse.engine.dequant import CACHED_VALUES, StagedRows
-from tolhouse.engine.row_providers import CachedRows, Fallback, RecomputedRows, SourceRows
+from tolhouse.engine.row_providers import CachedRows, Fallback, SourceRows
 from tolhouse.errors import MismatchError, TolhouseError, UnavailableError
 from tolhouse.integrations.vllm.options import AdditionalConfig
 from tolhouse.logs import event, start_logging
-from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.table.manifest import Manifest
 
 _PIN_SECONDS = 10.0  # a third of the lifetime of a lease
@@ -37,7 +37,7 @@ class NoFallback:
 
 def open_rows(
     config: AdditionalConfig,
-    checkpoint: Checkpoint | None,
+    recompute: Callable[[Manifest], Fallback] | None,
     most_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -45,15 +45,15 @@ def open_rows(
     """Open the table's rows in this process.
 
     Each rank has its own cache and makes its own fetches: every rank needs whole rows, and most
-    steps find them in the cache, so that nothing is sent between ranks. `checkpoint` can recompute
-    rows. The cache holds the rows of any step of `most_tokens`.
+    steps find them in the cache, so that nothing is sent between ranks. `recompute` makes the
+    fallback that computes rows. The cache holds the rows of any step of `most_tokens`.
     """
     options = config.options
     start_logging(options.log_level)
     calling = options.client_credentials(), options.fetch_timeout_seconds
     source = open_row_source(options.rows, calling[1], calling[0])
     manifest = source.describe(config.table)
-    fallback = choose_fallback(options, checkpoint, manifest)
+    fallback = choose_fallback(options, recompute, manifest)
     least = min(most_tokens, manifest.vocab_size) * manifest.record_bytes
     cache_bytes = max(int(options.row_cache_megabytes * 1e6), least)
     rows = CachedRows(source, manifest, cache_bytes, device, dtype, fallback=fallback)
@@ -64,7 +64,7 @@ def open_rows(
 
 
 def choose_fallback(
-    options: VLLMConfig, checkpoint: Checkpoint | None, manifest: Manifest
+    options: VLLMConfig, recompute: Callable[[Manifest], Fallback] | None, manifest: Manifest
 ) -> Fallback:
     """Return the fallback that `options` name.
 
@@ -72,9 +72,9 @@ def choose_fallback(
     the version.
     """
     kind = options.fallback
-    if kind in ("auto", "recompute") and checkpoint:
+    if kind in ("auto", "recompute") and recompute:
         try:
-            return RecomputedRows(checkpoint, manifest)
+            return recompute(manifest)
         except MismatchError:
             if kind == "recompute":
                 raise
