@@ -16,6 +16,9 @@ from loadtest import related_ffn, related_tables
 Figures = dict[str, float | bool]
 PARTS: dict[str, Callable[[], Figures]] = {
     "moc": related_ffn.moc,
+    "avgk": related_ffn.avgk,
+    "flashmhf": related_ffn.flashmhf,
+    "lookup": related_ffn.lookup,
     "operated": related_tables.operated,
 }
 

@@ -3,9 +3,13 @@
 A difference is the largest one, relative to the largest output. Channels and blocks are permuted.
 """
 
+import functools
 import tempfile
 import time
+import weakref
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,13 +20,21 @@ from tolhouse.engine.cpu.packed import linear, load
 from tolhouse.model import ffn
 from tolhouse.model.checkpoint import open_checkpoint, save_checkpoint
 from tolhouse.model.config import preset
+from tolhouse.model.losses import evaluate
+from tolhouse.model.transformer import Transformer
 from tolhouse.testing import tiny_model
+from tolhouse.train import corpus
+from tolhouse.train.recipes import recipe
+from tolhouse.train.trainer import Trainer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 CPU = torch.device("cpu")
 WIDTHS = 512, 1024, 2048
 TOKENS = 64
+FIT_BATCHES, FIT_STEPS = 16, 300
+STEPS, TUNING_STEPS, HELD_OUT = 120, 40, 10_000
 
 
 def pairs(folder: Path, **form: Any) -> Iterator[tuple[ffn.SwiGLU, nn.Module]]:
@@ -84,7 +96,238 @@ def moc() -> dict[str, Any]:
         dense = ffn.make("swiglu", config, width)
         sparse = ffn.make("moc", config, width)
         figures[f"moc_speed_{width}"] = round(speed(dense, sparse, width), 2)
-    return figures
+    exact = perplexity(tuned(0, ffn_c="swiglu"))
+    for by in ("gate", "activation"):
+        found = perplexity(tuned(0, ffn_c="moc", ffn_share=0.5, ffn_by=by))
+        figures[f"moc_half_{by}_untuned_loss"] = round(found / exact - 1, 4)
+    return figures | {f"moc_{name}_loss": loss for name, loss in losses("moc").items()}
+
+
+@torch.inference_mode()
+def avgk() -> dict[str, Any]:
+    """Differences, and the loss against the share of blocks after fine-tuning."""
+    figures: dict[str, Any] = {}
+    x_TD, blocks = torch.randn(TOKENS, 96), 12
+    for name, share in (("full", 1.0), ("quarter", 0.25)):
+        worst, form = 0.0, {"ffn_c": "avgk", "ffn_blocks": blocks, "ffn_share": share}
+        with tempfile.TemporaryDirectory(prefix="tolhouse-related-") as folder:
+            for own, packed in pairs(Path(folder), **form):
+                keys_BD = own.gate_proj.weight.double().unflatten(0, (blocks, -1)).mean(1)
+                mask_TB = top(x_TD.double() @ keys_BD.T, round(share * blocks))
+                mask_TM = mask_TB.repeat_interleave(len(own.gate_proj.weight) // blocks, 1)
+                worst = max(worst, difference(packed(x_TD), masked(own, x_TD.double(), mask_TM)))
+        figures[f"avgk_{name}_diff"] = worst
+    return figures | {f"avgk_{name}_loss": loss for name, loss in losses("avgk").items()}
+
+
+@torch.inference_mode()
+def flashmhf() -> dict[str, Any]:
+    """The difference, and the peak of activations against SwiGLU with as many parameters."""
+    x_TD, worst, form = torch.randn(TOKENS, 96), 0.0, {"ffn_heads": 4, "ffn_experts": 3}
+    with tempfile.TemporaryDirectory(prefix="tolhouse-related-") as folder:
+        path = tiny_model(Path(folder), "flex", 3, ffn_c="flashmhf", **form)
+        checkpoint = open_checkpoint(path)
+        packed = load(checkpoint, CPU, torch.float32)
+        for own, theirs in zip(checkpoint.model().layers, packed.layers, strict=True):
+            weights = {name: p.double() for name, p in own.mlp.named_parameters()}
+            expected = unfused(weights, x_TD.double(), **form)
+            worst = max(worst, difference(theirs.mlp(x_TD), expected))
+    config = preset("tiny", "flex", 3, hidden_size=1024, ffn_c="flashmhf", ffn_experts=4)
+    peaks = {}
+    for name in ("swiglu", "flashmhf"):
+        one, x_TD = in_worker(ffn.make(name, config, 1024), 1024), torch.randn(512, 1024)
+        with PeakBytes() as memory:
+            one(x_TD)
+        peaks[name] = memory.peak
+    ratio = round(peaks["flashmhf"] / peaks["swiglu"], 4)
+    return {"flashmhf_max_diff": worst, "flashmhf_peak_ratio": ratio}
+
+
+def unfused(weights: dict[str, Tensor], x_TD: Tensor, ffn_heads: int, ffn_experts: int) -> Tensor:
+    """The formula with all channels of a head at once: K, U and V are stacked by network."""
+    outs = []
+    for h, q_TE in enumerate((x_TD @ weights["in_proj.weight"].T).chunk(ffn_heads, 1)):
+        keys, ups, values = (
+            torch.stack([weights[f"heads.{h}.{e}.{m}_proj.weight"] for e in range(ffn_experts)])
+            for m in ("gate", "up", "down")
+        )
+        router = torch.sigmoid(q_TE @ weights[f"routers.{h}.weight"].T)
+        router = router / router.sum(1, keepdim=True)
+        c = F.silu(torch.einsum("te,nme->tnm", q_TE, keys))
+        c = c * torch.einsum("te,nme->tnm", q_TE, ups)
+        outs.append(torch.einsum("tn,tnm,nem->te", router, c, values))
+    return torch.cat(outs, 1) @ weights["o_proj.weight"].T
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations allocate and that are alive together."""
+
+    now = peak = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tensors(out):
+            storage = tensor.untyped_storage()
+            key, size = storage.data_ptr(), storage.nbytes()
+            if self.users[key] or key not in known:  # else a view of a weight or an input
+                self.now += size if not self.users[key] else 0
+                self.users[key] += 1
+                weakref.finalize(tensor, self._release, key, size)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _release(self, key: int, size: int) -> None:
+        self.users[key] -= 1
+        self.now -= size if not self.users[key] else 0
+
+
+def tensors(nested: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
+
+
+@torch.inference_mode()
+def lookup() -> dict[str, Any]:
+    """The difference, operations and speed against SwiGLU, and the fit to trained FFN-C."""
+    x_TD, worst = torch.randn(TOKENS, 96), 0.0
+    with tempfile.TemporaryDirectory(prefix="tolhouse-related-") as folder:
+        checkpoint = open_checkpoint(tiny_model(Path(folder), "flex", 3, ffn_c="lookup"))
+        packed = load(checkpoint, CPU, torch.float32)
+        for own, theirs in zip(checkpoint.model().layers, packed.layers, strict=True):
+            expected = all_codes(own.mlp, x_TD.double(), checkpoint.config.ffn_bits)
+            worst = max(worst, difference(theirs.mlp(x_TD), expected))
+    width, counts = 1024, []
+    config = preset("tiny", "flex", 3, hidden_size=width, ffn_c="lookup", ffn_bits=8)
+    both = [ffn.make(name, config, width) for name in ("swiglu", "lookup")]
+    for one in both:
+        with Operations() as counted:
+            one(torch.randn(1, width))
+        counts.append(counted.count)
+    figures = {"lookup_max_diff": worst, "lookup_flops_ratio": round(counts[1] / counts[0], 4)}
+    figures["lookup_speed_1024"] = round(speed(both[0], both[1], width), 2)
+    return figures | fitted()
+
+
+def all_codes(mlp: ffn.LookupFFN, x_TD: Tensor, bits: int) -> Tensor:
+    """The formula with dense matrices: the product with each code, of which one is kept."""
+    stages = mlp.blocks.double().chunk(mlp.STAGES)
+    z_TP = F.pad(x_TD, (0, len(stages[0]) - x_TD.shape[1]))
+    signs = torch.arange(len(stages[0]))
+    both = signs[:, None] & signs
+    parity = sum((both >> b & 1) for b in range(len(signs).bit_length())) % 2
+    for blocks in stages:
+        dense = torch.block_diag(*blocks.split(mlp.BLOCK))
+        z_TP = z_TP @ dense.T @ (1.0 - 2 * parity).double() / len(signs) ** 0.5
+    codes_CB = 2.0 * (torch.arange(2**bits)[:, None] >> torch.arange(bits) & 1) - 1
+    z_TNB = z_TP[:, : mlp.num_tables * bits].unflatten(1, (-1, bits))
+    products_TNC = z_TNB @ codes_CB.double().T
+    best = products_TNC == products_TNC.amax(-1, keepdim=True)
+    weights_TNC = products_TNC * products_TNC.softmax(-1) * best
+    return weights_TNC.flatten(1) @ mlp.tables.double()
+
+
+class Operations(TorchDispatchMode):
+    """Counts arithmetic: two for each product and sum of matrices, one for each other element."""
+
+    count = 0
+    MOVES = ("view", "t", "unsqueeze", "slice", "split", "unbind", "expand", "detach", "stack")
+    MOVES += ("constant_pad_nd", "_to_copy", "arange", "select", "_unsafe_view", "cat", "alias")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name in ("mm", "addmm", "linear", "matmul"):
+            self.count += 2 * args[-1].numel() * args[-2].shape[0]
+        elif "embedding_bag" in name:
+            self.count += 2 * args[1].numel() * args[0].shape[1]
+        elif name not in self.MOVES:
+            sizes = [t.numel() for t in tensors((args, out))]
+            self.count += max(sizes, default=0)
+        return out
+
+
+@torch.inference_mode(mode=False)
+def fitted() -> dict[str, float]:
+    """Fit `lookup` to each FFN-C of the trained model, by least squares on its inputs."""
+    source = tuned(0, ffn_c="swiglu")
+    model, errors, inputs = tuned(0, ffn_c="swiglu"), [], dict[int, list[Tensor]]()
+    for layer, block in enumerate(source.layers):
+        seen = inputs[layer] = []
+        block.mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+    trainer = replace(trained())
+    trainer.model = source
+    with torch.no_grad():
+        for step in range(FIT_BATCHES):
+            trainer.loss(*trainer.batch(trainer.train_ids, 2, step))
+    for layer, block in enumerate(source.layers):
+        config = replace(source.config, ffn_c="lookup")
+        made = ffn.make("lookup", config, config.hidden_size)
+        ffn.initialise(made)
+        x_TD = torch.cat(inputs[layer])
+        with torch.no_grad():
+            y_TD = block.mlp(x_TD)
+            scale = y_TD.std()  # tables are fitted to outputs of scale 1, and scaled afterwards
+        optimizer = torch.optim.Adam(made.parameters(), 3e-3)
+        for _ in range(FIT_STEPS):
+            part = torch.randint(len(x_TD), (1024,))
+            error = F.mse_loss(made(x_TD[part]), y_TD[part] / scale)
+            optimizer.zero_grad()
+            error.backward()
+            optimizer.step()
+        with torch.no_grad():
+            made.tables *= scale
+            errors.append(float((made(x_TD) - y_TD).var() / y_TD.var()))
+        model.layers[layer].mlp = made
+    loss = perplexity(model) / perplexity(tuned(0, ffn_c="swiglu")) - 1
+    error = sum(errors) / len(errors)
+    return {"lookup_fit_error": round(error, 4), "lookup_fit_loss": round(loss, 4)}
+
+
+def losses(form: str, **fields: Any) -> dict[str, float]:
+    """Return relative increases of perplexity over SwiGLU after as much fine-tuning, by share."""
+    exact = perplexity(tuned(ffn_c="swiglu"))
+    shares = {"full": 1.0, "half": 0.5, "quarter": 0.25}
+    return {
+        name: round(perplexity(tuned(ffn_c=form, ffn_share=share, **fields)) / exact - 1, 4)
+        for name, share in shares.items()
+    }
+
+
+@functools.cache
+def trained() -> Trainer:
+    """A trained Flex model of recipe tiny with SwiGLU as FFN-C, and its text."""
+    run = recipe("tiny", "flex", 3)
+    run = replace(run, config=replace(run.config, ffn_c="swiglu"), steps=STEPS)
+    with tempfile.TemporaryDirectory(prefix="tolhouse-related-") as folder:
+        size = run.config.vocab_size
+        ids = corpus.prepare(corpus.standard_library(), Path(folder), size, run.sequence_tokens)
+        with torch.inference_mode(mode=False):
+            trainer = Trainer(run, *ids, Path(folder))
+            trainer.run()
+    return trainer
+
+
+@torch.inference_mode(mode=False)
+def tuned(steps: int = TUNING_STEPS, **form: Any) -> Transformer:
+    """Return the trained model with another form of FFN-C, after some more steps."""
+    source = trained()
+    model = Transformer(replace(source.recipe.config, **form))
+    model.load_state_dict(source.model.state_dict())
+    one = replace(source)
+    one.model = model
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for step in range(steps):
+        one.loss(*one.batch(one.train_ids, 1, step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def perplexity(model: Transformer) -> float:
+    return evaluate(model, trained().valid_ids[:HELD_OUT]).perplexity
 
 
 class GatheredBytes(TorchDispatchMode):

@@ -6,6 +6,8 @@ prints a table with held-out perplexity, total and active parameters for each ki
 ranking of the kinds. A perplexity is the last estimate of its curve, from eight batches of held-out
 windows that are the same for all runs. A killed run resumes where it stopped. Loss curves are
 stored in loadtest/science/curves, so that `--print` needs no training.
+
+`--forms` trains the forms of docs/related.md, and `--recipe tiny` tries all of it in minutes.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tolhouse.model.transformer import Transformer, parameter_counts
 from tolhouse.train.recipes import recipe
@@ -34,10 +36,16 @@ class Run(NamedTuple):
     kind: str
     beta: int = 0
     ffn_c: str = "linear"
+    ffn_by: str = "gate"
+
+    def curve(self, seed: int) -> Path:
+        folder = CURVES if self.recipe.startswith("small") else RUNS / self.recipe
+        return folder / f"{self.name}-{seed}.csv"
 
     def parameters(self) -> tuple[int, int]:
         """Numbers of total and active parameters, without embeddings."""
-        config = replace(recipe(self.recipe, self.kind, self.beta).config, ffn_c=self.ffn_c)
+        form: dict[str, Any] = {"ffn_c": self.ffn_c, "ffn_by": self.ffn_by}
+        config = replace(recipe(self.recipe, self.kind, self.beta).config, **form)
         with device("meta"):
             return parameter_counts(Transformer(config))
 
@@ -54,16 +62,23 @@ KINDS = (
     Run("flex-1-swiglu", "small", "flex", 1, "swiglu"),
     Run("flex-2-swiglu", "small", "flex", 2, "swiglu"),
 )
+FORMS = (
+    Run("flex-3-moc", "small", "flex", 3, "moc"),
+    Run("flex-3-moc-activation", "small", "flex", 3, "moc", "activation"),
+    Run("flex-3-avgk", "small", "flex", 3, "avgk"),
+    Run("flex-3-flashmhf", "small", "flex", 3, "flashmhf"),
+    Run("flex-3-lookup", "small", "flex", 3, "lookup"),
+)
 
 
 def train(run: Run, seed: int) -> None:
     """Train a model unless its loss curve exists."""
-    kept = CURVES / f"{run.name}-{seed}.csv"
+    kept = run.curve(seed)
     if kept.exists():
         return
-    out = RUNS / f"{run.name}-{seed}"
+    out = RUNS / ("" if kept.parent == CURVES else run.recipe) / f"{run.name}-{seed}"
     given = f"--kind {run.kind} --beta {run.beta} --ffn-c {run.ffn_c} --seed {seed} --out {out}"
-    flags = given.split()
+    flags = [*given.split(), "--ffn-by", run.ffn_by]
     out.mkdir(parents=True, exist_ok=True)
     print(f"{run.name}, seed {seed}: tolhouse train {run.recipe} {' '.join(flags)}", flush=True)
     if not (out / "model.safetensors").exists():
@@ -78,7 +93,7 @@ def train(run: Run, seed: int) -> None:
 
 
 def last_loss(run: Run, seed: int) -> float | None:
-    kept = CURVES / f"{run.name}-{seed}.csv"
+    kept = run.curve(seed)
     if not kept.exists():
         return None
     with kept.open(encoding="utf-8") as file:
@@ -87,10 +102,10 @@ def last_loss(run: Run, seed: int) -> float | None:
         ][-1]
 
 
-def table(seeds: int) -> tuple[str, dict[str, float]]:
-    """A Markdown table sorted by perplexity, and the mean perplexity of each kind."""
+def table(seeds: int, runs: tuple[Run, ...] = (*KINDS, *FORMS)) -> tuple[str, dict[str, float]]:
+    """A Markdown table sorted by perplexity, and the mean perplexity of each kind with a curve."""
     found: dict[str, list[float]] = {}
-    for run in KINDS:
+    for run in runs:
         losses = [last_loss(run, seed) for seed in range(seeds)]
         if any(losses):
             found[run.name] = [math.exp(loss) for loss in losses if loss is not None]
@@ -99,7 +114,7 @@ def table(seeds: int) -> tuple[str, dict[str, float]]:
         "| kind | total | active | held-out perplexity, by seed | mean |",
         "|---|---|---|---|---|",
     ]
-    for run in sorted((r for r in KINDS if r.name in found), key=lambda r: mean[r.name]):
+    for run in sorted((r for r in runs if r.name in found), key=lambda r: mean[r.name]):
         total, active = run.parameters()
         lines.append(
             f"| {run.name} | {total:,} | {active:,} "
@@ -139,18 +154,23 @@ def main() -> None:
         action="store_true",
         help="train nothing and print the table from the stored curves",
     )
+    parser.add_argument("--forms", action="store_true", help="train the forms in place of kinds")
+    parser.add_argument("--recipe", default="", help="train another recipe, for a trial")
     options = parser.parse_args()
     CURVES.mkdir(exist_ok=True)
+    chosen = FORMS if options.forms else KINDS
+    if options.recipe:
+        chosen = tuple(run._replace(recipe=options.recipe) for run in chosen)
     if not options.print:
         runs = [
             (run, seed)
             for seed in range(options.seeds)
-            for run in KINDS
+            for run in chosen
             if options.only in run.name
         ]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda one: train(*one), runs))
-    text, mean = table(options.seeds)
+    text, mean = table(options.seeds, chosen if options.recipe else (*KINDS, *FORMS))
     print(f"{text}\n\n{orders(options.seeds)}")
     print(json.dumps({"perplexity": {name: round(p, 3) for name, p in mean.items()}}))
 

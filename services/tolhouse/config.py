@@ -224,9 +224,17 @@ class TrainConfig(Config):
     )
     kind: Literal["base", "memory", "flex", "wide"] = option("memory", "Kind of the model.")
     beta: int = option(0, "flex: FFN-C keeps beta * h^2 parameters, 1 to 3.", ge=0, le=3)
-    ffn_c: Literal["linear", "swiglu", "moc"] = option("linear", "flex: form of FFN-C.")
-    ffn_m: Literal["swiglu", "moc"] = option("swiglu", "Form of FFN-M.")
-    ffn_share: float = option(0.25, "moc: share of the channels that a token reads.", gt=0, le=1)
+    ffn_c: Literal["linear", "swiglu", "moc", "avgk", "flashmhf", "lookup"] = option(
+        "linear", "flex: form of FFN-C."
+    )
+    ffn_m: Literal["swiglu", "moc", "avgk", "flashmhf", "lookup"] = option(
+        "swiglu", "Form of FFN-M."
+    )
+    ffn_share: float = option(0.25, "moc, avgk: share of channels that a token reads.", gt=0)
+    ffn_blocks: int = option(16, "avgk: blocks of channels.", ge=1)
+    ffn_heads: int = option(4, "flashmhf: heads.", ge=1)
+    ffn_bits: int = option(4, "lookup: bits of a code; a table has 2 ** bits rows.", ge=1, le=16)
+    ffn_experts: int = option(3, "flashmhf: networks of a head, which a router mixes.", ge=1)
     ffn_by: Literal["gate", "activation"] = option(
         "gate", "moc: score of a channel, the gate or the magnitude of its SiLU."
     )

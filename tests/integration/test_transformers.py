@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,12 +18,13 @@ from tolhouse.errors import InvalidArgumentError, MismatchError, TolhouseError
 from tolhouse.integrations.attach import attach
 from tolhouse.integrations.train import ModelOptions, Options
 from tolhouse.integrations.train import train as run_training
-from tolhouse.integrations.transformers import MemoryLLMForCausalLM
+from tolhouse.integrations.transformers import MemoryLLMConfig, MemoryLLMForCausalLM
 from tolhouse.model.checkpoint import open_checkpoint
-from tolhouse.model.config import RopeScaling
+from tolhouse.model.config import RopeScaling, preset
 from tolhouse.model.generate import greedy
-from tolhouse.model.transformer import NoCache
+from tolhouse.model.transformer import NoCache, Transformer
 from tolhouse.testing import build_table, tiny_model
+from tolhouse.train.trainer import initialise
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -49,6 +51,9 @@ KINDS = [
     ("flex", 2, {}),
     ("flex", 1, {"ffn_c": "swiglu"}),
     ("flex", 3, {"ffn_c": "moc", "ffn_m": "moc", "ffn_share": 0.5}),
+    ("flex", 2, {"ffn_c": "avgk", "ffn_m": "avgk", "ffn_blocks": 8}),
+    ("flex", 3, {"ffn_c": "flashmhf", "ffn_m": "flashmhf"}),
+    ("flex", 3, {"ffn_c": "lookup", "ffn_m": "lookup"}),
     ("wide", 0, {}),
     ("base", 0, {"eos_token_id": (0, 1)}),
     ("memory", 0, {"num_key_value_heads": 2, "head_dim": 32, "qk_norm": True, "qkv_bias": True}),
@@ -373,3 +378,16 @@ def test_training_refuses(folder, tmp_path):
         options = Options(output_dir=str(tmp_path), max_steps=steps or -1, use_cpu=True)
         with pytest.raises(TolhouseError, match=message):
             run_training(ModelOptions(**{**common, **more}), options)
+
+
+@pytest.mark.parametrize("form", ["flashmhf", "lookup"])
+def test_forms_are_initialised_as_by_the_trainer(form: str) -> None:
+    """Each weight of a new model has about the scale that `tolhouse train` gives it."""
+    config = preset("tiny", "flex", 3, ffn_c=form, ffn_m=form, vocab_size=64)
+    own = Transformer(config)
+    initialise(own)
+    expected = {name: float(p.detach().std()) for name, p in own.named_parameters()}
+    model = MemoryLLMForCausalLM(MemoryLLMConfig(**config.to_json()))
+    for full, p in model.named_parameters():
+        name = re.sub(r"^layers\.(\d+)\.ffn_m", r"ffn_m.\1", full.removeprefix("model."))
+        assert pytest.approx(expected[name], rel=0.7) == float(p.detach().std()), name

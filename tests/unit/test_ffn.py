@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tolhouse.analysis.explain import explain_text
 from tolhouse.client.row_source import open_row_source
 from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.row_providers import CachedRows
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint, save_checkpoint, tensor_shapes
 from tolhouse.model.config import preset
+from tolhouse.model.ffn import make, silu
 from tolhouse.model.generate import greedy
 from tolhouse.model.losses import evaluate
 from tolhouse.model.transformer import Transformer
@@ -27,6 +29,9 @@ SHARES = (0.25, 1.0)
 FORMS = [
     *({"ffn_c": "moc", "ffn_share": share} for share in SHARES),
     {"ffn_c": "moc", "ffn_by": "activation"},
+    *({"ffn_c": "avgk", "ffn_blocks": 12, "ffn_share": share} for share in SHARES),
+    {"ffn_c": "flashmhf", "ffn_heads": 8, "ffn_experts": 2},
+    {"ffn_c": "lookup"},
 ]
 X = torch.randn(7, 96, generator=torch.Generator().manual_seed(2))
 
@@ -38,7 +43,8 @@ def name(form: dict) -> str:
 def formula(ffn: nn.Module, form: dict, x_D: Tensor) -> Tensor:
     """The output for one token, in float64, as a sum over channels."""
     weights = {key: value.double() for key, value in ffn.state_dict().items()}
-    return {"moc": moc}[form["ffn_c"]](weights, form, x_D.double())
+    formulas = {"moc": moc, "avgk": avgk, "flashmhf": flashmhf, "lookup": lookup}
+    return formulas[form["ffn_c"]](weights, form, x_D.double())
 
 
 def moc(weights: dict[str, Tensor], form: dict, x_D: Tensor) -> Tensor:
@@ -49,6 +55,51 @@ def moc(weights: dict[str, Tensor], form: dict, x_D: Tensor) -> Tensor:
     chosen = sorted(range(len(gate)), key=lambda channel: -score[channel])[:active]
     columns = weights["down_proj.weight"].T
     return sum(activation[j] * up[j] * columns[j] for j in chosen)
+
+
+def avgk(weights: dict[str, Tensor], form: dict, x_D: Tensor) -> Tensor:
+    gate, up = weights["gate_proj.weight"], weights["up_proj.weight"]
+    blocks = [*zip(*(m.chunk(form["ffn_blocks"]) for m in (gate, up)), strict=True)]
+    order = sorted(range(len(blocks)), key=lambda b: -(blocks[b][0].mean(0) @ x_D))
+    size, out = len(gate) // len(blocks), torch.zeros_like(x_D)
+    for b in order[: round(form["ffn_share"] * len(blocks))]:
+        columns = weights["down_proj.weight"][:, b * size : (b + 1) * size]
+        key = blocks[b][0] @ x_D
+        out += columns @ (key * key.sigmoid() * (blocks[b][1] @ x_D))
+    return out
+
+
+def flashmhf(weights: dict[str, Tensor], form: dict, x_D: Tensor) -> Tensor:
+    outs = []
+    for h, q in enumerate((weights["in_proj.weight"] @ x_D).chunk(form["ffn_heads"])):
+        router = (weights[f"routers.{h}.weight"] @ q).sigmoid()
+        out = torch.zeros_like(q)
+        for e, r in enumerate(router / router.sum()):
+            gate, up, down = (
+                weights[f"heads.{h}.{e}.{name}_proj.weight"] for name in ("gate", "up", "down")
+            )
+            out += r * (down @ ((gate @ q) * (gate @ q).sigmoid() * (up @ q)))
+        outs.append(out)
+    return weights["o_proj.weight"] @ torch.cat(outs)
+
+
+def lookup(weights: dict[str, Tensor], form: dict, x_D: Tensor) -> Tensor:
+    """The sum over all codes of each table, of which the softmax relaxation keeps the largest."""
+    bits = form.get("ffn_bits", 4)
+    first, second = weights["blocks"].chunk(2)
+    size, hadamard = len(first), torch.ones(1, 1).double()
+    while len(hadamard) < size:
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), hadamard)
+    z = torch.cat((x_D, x_D.new_zeros(size - len(x_D))))
+    for blocks in (first, second):
+        z = hadamard @ (torch.block_diag(*blocks.split(8)) @ z) / size**0.5
+    out = torch.zeros_like(x_D)
+    codes = torch.arange(2**bits)[:, None] >> torch.arange(bits) & 1
+    for number, table in enumerate(weights["tables"].split(2**bits)):
+        products = (2.0 * codes - 1).double() @ z[number * bits : (number + 1) * bits]
+        best = products.argmax()
+        out += products[best] * products.softmax(0)[best] * table[best]
+    return out
 
 
 def permuted(path: Path, folder: Path, blocks: int) -> Checkpoint:
@@ -75,7 +126,9 @@ def form(request) -> dict:
 
 @pytest.fixture(scope="module")
 def path(form: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("models") / name(form), "flex", 3, **form)
+    """A model in which FFN-C and FFN-M have the form."""
+    folder = tmp_path_factory.mktemp("models") / name(form)
+    return tiny_model(folder, "flex", 3, ffn_m=form["ffn_c"], **form)
 
 
 def test_module_and_worker_compute_the_formula(form: dict, path: Path, tmp_path: Path) -> None:
@@ -110,7 +163,7 @@ def test_a_worker_generates_what_the_model_does(path: Path) -> None:
         with closing(CachedRows(source, manifest, 1 << 20, CPU)) as rows:
             requests = [Request(prompt, 12) for prompt in prompts]
             serve(engine_of(path, rows), *requests)
-    expected = [list(greedy(model, prompt, 12)) for prompt in prompts]
+    expected = [list(greedy(model, prompt, 12, ignore_eos=True)) for prompt in prompts]
     assert expected == [request.tokens for request in requests]
 
 
@@ -141,6 +194,52 @@ def test_a_form_has_the_parameters_of_a_swiglu(form: dict) -> None:
             for f in ({"ffn_c": "swiglu"}, form)
         )
         assert 0.95 < own / plain <= 1.005
+
+
+@pytest.mark.parametrize("form", ["flashmhf", "lookup"])
+def test_a_form_without_channels_is_not_explained(form: str, tmp_path: Path) -> None:
+    """`tolhouse explain` refuses a form whose FFN-M has no keys."""
+    path = tiny_model(tmp_path, "memory", ffn_m=form)
+    with pytest.raises(InvalidArgumentError, match=f"FFN-M of the form {form} has no keys"):
+        explain_text(open_checkpoint(path), "def", 2, 2)
+
+
+def test_rows_have_the_hash_of_their_form(tmp_path: Path) -> None:
+    """The same weights with another share of channels make other rows, and so another hash."""
+    path = tiny_model(tmp_path, "memory", ffn_m="moc")
+    hashes = [open_checkpoint(path).rows_id()]
+    for old, new in (('"swiglu"', '"moc"'), ('"moc"', '"moc", "ffn_share": 0.5')):
+        text = (path / "config.json").read_text(encoding="utf-8").replace(old, new)
+        (path / "config.json").write_text(text, encoding="utf-8")
+        hashes.append(open_checkpoint(path).rows_id())
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("channels", [144, 683])
+def test_swiglu_has_the_same_bits_alone_and_in_a_batch(channels: int) -> None:
+    """A token's bits do not depend on the number of tokens, for any number of channels."""
+    x_TM = torch.randn(9, channels)
+    assert torch.equal(torch.cat([silu(x_M[None]) for x_M in x_TM]), silu(x_TM))
+
+
+def test_a_router_of_small_sigmoids_is_normalised() -> None:
+    """The shares of a head's networks sum to one if all sigmoids are zero in float32."""
+    mlp = make("flashmhf", preset("tiny", "flex", 3), 96)
+    for router in mlp.routers:
+        router.weight.data *= 1e4
+    assert mlp(X).isfinite().all()
+
+
+def test_a_budget_that_a_form_cannot_have_is_refused() -> None:
+    """The error names the field or the least budget."""
+    for beta, form, message in (
+        (2, {"ffn_c": "flashmhf"}, "needs at least the parameters of a SwiGLU with 68 channels"),
+        (3, {"ffn_c": "flashmhf", "ffn_heads": 5}, "ffn_heads 5 must divide hidden_size 96"),
+        (1, {"ffn_c": "lookup", "ffn_bits": 8}, "ffn_bits 8 has no table within"),
+        (1, {"ffn_c": "avgk", "ffn_blocks": 33}, "ffn_blocks 33 must be at most .*, 32"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            tensor_shapes(preset("tiny", "flex", beta, **form))
 
 
 def test_a_worker_says_that_a_form_decodes_uncompiled(form: dict, tmp_path: Path) -> None:

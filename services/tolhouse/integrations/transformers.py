@@ -40,6 +40,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from tolhouse.errors import InvalidArgumentError
+from tolhouse.model import ffn
 from tolhouse.model.checkpoint import tensor_shapes
 from tolhouse.model.config import ModelConfig
 from tolhouse.model.transformer import Block, ContextFreeFFN, Rope, rotary
@@ -148,6 +149,7 @@ class MemoryLLMPreTrainedModel(PreTrainedModel):
         if getattr(module, "writes_residual", False):
             small = 0.02 / math.sqrt(2 * self.config.num_hidden_layers)
             initialization.normal_(cast("nn.Linear", module).weight, std=small)
+        ffn.initialise(module, initialization.normal_)
         if isinstance(module, MemoryLLMBlock) and module.ffn_scale is not None:
             initialization.ones_(module.ffn_scale)
 
@@ -182,8 +184,8 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
         self._check_own_rows()
         ids_U, inverse_BS = input_ids.unique(return_inverse=True)
         x0_UD = self.embed_tokens(ids_U)
-        own = [ffn for layer in self.layers if (ffn := cast("MemoryLLMBlock", layer).ffn_m)]
-        rows = [F.embedding(inverse_BS, ffn(x0_UD)) for ffn in own]
+        own = [part for layer in self.layers if (part := cast("MemoryLLMBlock", layer).ffn_m)]
+        rows = [F.embedding(inverse_BS, part(x0_UD)) for part in own]
         return torch.stack(rows) if rows else x0_UD.new_empty(0, *input_ids.shape, x0_UD.shape[1])
 
     def _check_own_rows(self) -> None:
@@ -258,8 +260,8 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
             x_BSD, x0_UD = inputs_embeds, inputs_embeds.flatten(0, 1)
             inverse_BS = torch.arange(len(x0_UD), device=x0_UD.device).view(x_BSD.shape[:2])
         if self.shape.kind == "wide":  # all layers share the row
-            ffn = cast("ContextFreeFFN", self.layers[0].ffn_m)
-            return F.embedding(inverse_BS, ffn(x0_UD))[None], None, None, x_BSD
+            shared = cast("ContextFreeFFN", self.layers[0].ffn_m)
+            return F.embedding(inverse_BS, shared(x0_UD))[None], None, None, x_BSD
         return [], x0_UD, inverse_BS, x_BSD
 
 

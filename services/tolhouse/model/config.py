@@ -16,8 +16,8 @@ from tolhouse.validation import validated
 
 Kind = Literal["base", "memory", "flex", "wide"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-FfnC = Literal["linear", "swiglu", "moc"]
-FfnM = Literal["swiglu", "moc"]
+FfnC = Literal["linear", "swiglu", "moc", "avgk", "flashmhf", "lookup"]
+FfnM = Literal["swiglu", "moc", "avgk", "flashmhf", "lookup"]
 Size = Annotated[int, Field(ge=1, le=2**31)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -97,7 +97,11 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     # Forms of FFN-C and FFN-M in model/ffn.py. Each of the other fields belongs to some forms.
     ffn_m: FfnM = "swiglu"
-    ffn_share: Share = 0.25  # moc: the share of channels that a token reads
+    ffn_share: Share = 0.25  # moc, avgk: the share of channels that a token reads
+    ffn_blocks: Size = 16  # avgk: the blocks of channels, of which a token reads whole ones
+    ffn_heads: Size = 4  # flashmhf
+    ffn_experts: Size = 3  # flashmhf: the networks of a head
+    ffn_bits: Annotated[int, Field(ge=1, le=16)] = 4  # lookup: bits of a code
     ffn_by: Literal["gate", "activation"] = "gate"  # moc: the score of a channel
     # flex, made by `tolhouse convert`: the layers that are Flex, while the others stay dense. FFN-C
     # has a bias, there is no FFN-M, and the rows are only in the table. Empty: all layers are Flex.
@@ -204,7 +208,14 @@ class ModelConfig:
 
 
 # The forms of FFN-C and FFN-M that each field belongs to.
-_FORM_FIELDS = {"ffn_share": {"moc"}, "ffn_by": {"moc"}}
+_FORM_FIELDS = {
+    "ffn_share": {"moc", "avgk"},
+    "ffn_by": {"moc"},
+    "ffn_blocks": {"avgk"},
+    "ffn_heads": {"flashmhf"},
+    "ffn_experts": {"flashmhf"},
+    "ffn_bits": {"lookup"},
+}
 
 # The defaults of model types that are served as kind base, for fields that config.json may lack.
 _HUGGING_FACE = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": None}

@@ -4,13 +4,17 @@ A form is chosen by `ffn_c` and `ffn_m` of the config. docs/related.md names the
 figures. Each form gets the intermediate size M of a SwiGLU, and has about as many parameters as
 that SwiGLU, 3 * M * D.
 
-Shapes: T tokens, D hidden size, M channels, K chosen channels.
+Shapes: T tokens, D hidden size, M channels, K chosen channels, E size of a head.
 """
+
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.config import ModelConfig
 
 
@@ -26,7 +30,15 @@ class SwiGLU(nn.Module):
 
     def coefficients(self, x_TD: Tensor) -> Tensor:
         """Return the factors [T, M] of the channels' values, the columns of `down_proj`."""
-        return F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)
+        return silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)
+
+
+def silu(x: Tensor) -> Tensor:
+    """Return SiLU. Without gradients, an element has the same bits in tensors of all shapes.
+
+    F.silu rounds the last elements of a tensor otherwise, but needs less memory in training.
+    """
+    return F.silu(x) if x.requires_grad else x / (1 + (-x).exp())
 
 
 class LinearStack(nn.Module):
@@ -39,7 +51,7 @@ class LinearStack(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         for linear in self.maps[:-1]:
-            x_TD = F.silu(linear(x_TD))
+            x_TD = silu(linear(x_TD))
         return self.maps[-1](x_TD)
 
 
@@ -52,8 +64,132 @@ class MoC(SwiGLU):
 
     def coefficients(self, x_TD: Tensor) -> Tensor:
         gate_TM = self.gate_proj(x_TD)
-        c_TM = F.silu(gate_TM) * self.up_proj(x_TD)
+        c_TM = silu(gate_TM) * self.up_proj(x_TD)
         return only(c_TM, top_channels(gate_TM, self.active, self.by))
+
+
+class AvgK(SwiGLU):
+    """Avg-K (arXiv 2305.13999): the mean keys of blocks of channels choose blocks for each token.
+
+    A key is a row of `gate_proj`. The number of channels is rounded down to whole blocks.
+    """
+
+    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
+        self.blocks = config.ffn_blocks
+        if self.blocks > intermediate_size:
+            rule = f"must be at most the number of channels, {intermediate_size}"
+            raise InvalidArgumentError(f"ffn_blocks {self.blocks} {rule}")
+        super().__init__(config.hidden_size, intermediate_size // self.blocks * self.blocks)
+        self.active = count(config.ffn_share, self.blocks)
+
+    def coefficients(self, x_TD: Tensor) -> Tensor:
+        gate_TM = self.gate_proj(x_TD)
+        blocks_TB = gate_TM.unflatten(-1, (self.blocks, -1)).mean(-1)  # products with the mean keys
+        chosen = channels_of(top(blocks_TB, self.active), gate_TM.shape[-1] // self.blocks)
+        return only(silu(gate_TM) * self.up_proj(x_TD), chosen)
+
+
+class FlashMHF(nn.Module):
+    """Multi-head FFN (arXiv 2512.06989): heads of small SwiGLUs, which a router mixes.
+
+    The SwiGLUs run one after the other, so that only the channels of one are in memory.
+    """
+
+    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
+        super().__init__()
+        size, heads, experts = config.hidden_size, config.ffn_heads, config.ffn_experts
+        if size % heads:
+            raise InvalidArgumentError(f"ffn_heads {heads} must divide hidden_size {size}")
+        self.head_dim = size // heads
+        # Both projections and the routers have parameters too.
+        width = (3 * intermediate_size - 2 * size - experts) // (3 * experts)
+        if width < 1:
+            least = -(-(2 * size + 4 * experts) // 3)
+            rule = f"needs at least the parameters of a SwiGLU with {least} channels"
+            raise InvalidArgumentError(f"flashmhf {rule}, not {intermediate_size}: raise beta")
+        self.in_proj = nn.Linear(size, size, bias=False)
+        self.routers = nn.ModuleList(
+            nn.Linear(self.head_dim, experts, bias=False) for _ in range(heads)
+        )
+        self.heads = nn.ModuleList(
+            nn.ModuleList(SwiGLU(self.head_dim, width) for _ in range(experts))
+            for _ in range(heads)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Linear):  # read by `initialise`; o_proj is like others
+                module.init_std = module.in_features**-0.5
+        self.o_proj = nn.Linear(size, size, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        queries = self.in_proj(x_TD).split(self.head_dim, -1)
+        outs = [self._head(h, q_TE) for h, q_TE in enumerate(queries)]
+        del queries  # before the parts are joined, so that less memory is in use
+        out_TD = torch.cat(outs, -1)
+        del outs
+        return self.o_proj(out_TD)
+
+    def _head(self, head: int, q_TE: Tensor) -> Tensor:
+        # The sigmoids divided by their sum, which is not zero even if all of them are.
+        shares = F.logsigmoid(self.routers[head](q_TE)).softmax(-1).unbind(-1)
+        networks = zip(shares, cast("nn.ModuleList", self.heads[head]), strict=True)
+        outs = (share_T[:, None] * network(q_TE) for share_T, network in networks)
+        return sum(outs, torch.zeros_like(q_TE))
+
+
+class LookupFFN(nn.Module):
+    """LookupFFN (arXiv 2403.07221): the signs of projections choose a row of each hash table."""
+
+    STAGES, BLOCK = 2, 8  # block-diagonal matrices, and the size of a block; our choice
+
+    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
+        super().__init__()
+        size, self.bits = config.hidden_size, config.ffn_bits
+        most_tables = 3 * intermediate_size >> self.bits  # without a projection
+        self.padded = 1 << (max(size, most_tables * self.bits, self.BLOCK) - 1).bit_length()
+        weights = 3 * intermediate_size * size - self.STAGES * self.padded * self.BLOCK
+        self.num_tables = weights // (size << self.bits)
+        if self.num_tables < 1:
+            rule = f"has no table within the parameters of {intermediate_size} channels"
+            raise InvalidArgumentError(f"ffn_bits {self.bits} {rule}")
+        self.blocks = nn.Parameter(torch.empty(self.STAGES * self.padded, self.BLOCK))
+        self.tables = nn.Parameter(torch.empty(self.num_tables << self.bits, size))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        z_TNB = self.project(x_TD)
+        powers = torch.arange(self.bits, device=x_TD.device)
+        first_N = torch.arange(self.num_tables, device=x_TD.device) << self.bits
+        rows_TN = ((z_TNB > 0).long() << powers).sum(-1) + first_N
+        # <z, c> of the signs c, times its softmax over all codes, which is a product over bits.
+        score_TN = z_TNB.abs().sum(-1) / (1 + (-2 * z_TNB.abs()).exp()).prod(-1)
+        score_TN = score_TN.to(self.tables.dtype)
+        return F.embedding_bag(rows_TN, self.tables, mode="sum", per_sample_weights=score_TN)
+
+    def project(self, x_TD: Tensor) -> Tensor:
+        """Return the projections [T, tables, bits], by block-diagonal and Hadamard matrices."""
+        # In float32, because rounding changes signs and so rows.
+        x_TP = F.pad(x_TD.float(), (0, self.padded - x_TD.shape[-1]))
+        for blocks in self.blocks.float().view(self.STAGES, -1, self.BLOCK, self.BLOCK):
+            x_TP = (x_TP.unflatten(-1, (-1, 1, self.BLOCK)) * blocks).sum(-1).flatten(-2)
+            x_TP = hadamard(x_TP)
+        return x_TP[:, : self.num_tables * self.bits].unflatten(-1, (-1, self.bits))
+
+
+def initialise(module: nn.Module, normal: Callable[..., Any] = nn.init.normal_) -> None:
+    """Initialise a module whose weights keep the scale of its input, and the rows of `lookup`."""
+    if isinstance(module, LookupFFN):
+        normal(module.blocks, std=module.BLOCK**-0.5)
+        normal(module.tables, std=0.02)
+    elif std := getattr(module, "init_std", None):
+        normal(module.weight, std=std)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Multiply x [..., P] with the orthogonal Hadamard matrix. P is a power of two."""
+    size, span = x.shape[-1], 1
+    while span < size:
+        low, high = x.unflatten(-1, (-1, 2, span)).unbind(-2)
+        x, span = torch.stack((low + high, low - high), -2).flatten(-3), 2 * span
+    return x * size**-0.5
 
 
 def count(share: float, size: int) -> int:
@@ -63,8 +199,18 @@ def count(share: float, size: int) -> int:
 
 def top_channels(gate_TM: Tensor, active: int, by: str) -> Tensor:
     """Return the `active` channels [T, K] with the largest gate, or magnitude of SiLU(gate)."""
-    score_TM = gate_TM if by == "gate" else F.silu(gate_TM).abs()
-    return score_TM.topk(active, sorted=False).indices
+    return top(gate_TM if by == "gate" else silu(gate_TM).abs(), active)
+
+
+def top(score_TN: Tensor, active: int) -> Tensor:
+    """Return the indices [T, active] of the largest scores, in ascending order."""
+    return score_TN.topk(active, sorted=False).indices.sort().values
+
+
+def channels_of(blocks_TB: Tensor, size: int) -> Tensor:
+    """Return the channels [T, K] of blocks of `size` channels."""
+    within = torch.arange(size, device=blocks_TB.device)
+    return (blocks_TB[..., None] * size + within).flatten(-2)
 
 
 def only(c_TM: Tensor, channels_TK: Tensor) -> Tensor:
@@ -72,7 +218,12 @@ def only(c_TM: Tensor, channels_TK: Tensor) -> Tensor:
     return c_TM * torch.zeros_like(c_TM).scatter(-1, channels_TK, 1)
 
 
-_FORMS: dict[str, type[MoC]] = {"moc": MoC}
+_FORMS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
+    "moc": MoC,
+    "avgk": AvgK,
+    "flashmhf": FlashMHF,
+    "lookup": LookupFFN,
+}
 
 
 def make(form: str, config: ModelConfig, intermediate_size: int) -> nn.Module:

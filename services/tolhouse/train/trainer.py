@@ -30,6 +30,7 @@ from tolhouse.errors import (
     UnavailableError,
 )
 from tolhouse.files import locked
+from tolhouse.model import ffn
 from tolhouse.model.checkpoint import (
     WEIGHTS,
     open_checkpoint,
@@ -205,6 +206,8 @@ def initialise(model: Transformer) -> None:
         if p.dim() == 2:
             residual = any(part in name for part in ("o_proj", "down_proj", ".maps."))
             nn.init.normal_(p, std=small if residual else 0.02)
+    for module in model.modules():
+        ffn.initialise(module)
 
 
 def rate(recipe: Recipe, step: int) -> float:

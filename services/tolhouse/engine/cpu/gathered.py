@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tolhouse.model.ffn import MoC, top_channels
+from tolhouse.model.ffn import AvgK, MoC, channels_of, silu, top, top_channels
 
 
 class GatheredMoC(nn.Module):
@@ -27,20 +27,36 @@ class GatheredMoC(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate_TM = self.gate_proj(x_TD)
-        channels_TK = top_channels(gate_TM, self.active, self.by).sort().values
+        channels_TK = top_channels(gate_TM, self.active, self.by)
         gate_TK = gate_TM.gather(1, channels_TK)
+        c_TK = silu(gate_TK) * products(x_TD, self.up_MD, channels_TK)
+        return weighted_sums(c_TK, self.down_MD, channels_TK)
+
+
+class GatheredAvgK(nn.Module):
+    """`AvgK` that multiplies the mean keys, and then reads the weights of the chosen blocks."""
+
+    def __init__(self, ffn: AvgK) -> None:
+        super().__init__()
+        matrices = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight.T
+        self.gate_MD, self.up_MD, self.down_MD = map(rows, matrices)
+        keys_BD = self.gate_MD.unflatten(0, (ffn.blocks, -1)).mean(1)
+        self.active, self.size = ffn.active, len(self.gate_MD) // ffn.blocks
+        self.mean_keys = nn.Linear(keys_BD.shape[1], ffn.blocks, bias=False, device="meta")
+        self.mean_keys.weight = nn.Parameter(keys_BD, requires_grad=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        channels_TK = channels_of(top(self.mean_keys(x_TD), self.active), self.size)
+        gate_TK = products(x_TD, self.gate_MD, channels_TK)
         c_TK = silu(gate_TK) * products(x_TD, self.up_MD, channels_TK)
         return weighted_sums(c_TK, self.down_MD, channels_TK)
 
 
 def gathered(ffn: nn.Module | None) -> nn.Module | None:
     """Return an FFN that reads only the chosen channels, or the FFN itself if it chooses none."""
-    return GatheredMoC(ffn) if isinstance(ffn, MoC) else ffn
-
-
-def silu(x: Tensor) -> Tensor:
-    """Return SiLU. F.silu rounds the end of a tensor otherwise, so its bits depend on the shape."""
-    return x / (1 + (-x).exp())
+    if isinstance(ffn, MoC):
+        return GatheredMoC(ffn)
+    return GatheredAvgK(ffn) if isinstance(ffn, AvgK) else ffn
 
 
 def rows(weight_MD: Tensor) -> Tensor:
