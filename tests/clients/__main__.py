@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import textwrap
 from collections.abc import Iterator
@@ -122,6 +123,7 @@ def running_system(folder: Path) -> Iterator[dict[str, Any]]:
                 "limited_key": limited,
                 "model": DEMO.name,
                 "checkpoint": str(path),
+                "packages": [str(ROOT / "services"), sysconfig.get_path("purelib")],
                 "context": checkpoint.config.max_position_embeddings,
                 **expected(checkpoint),
             }

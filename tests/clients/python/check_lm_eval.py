@@ -52,12 +52,18 @@ for name, task in TASKS.items():  # JSON is valid YAML
 
 
 def evaluate(task: str, model: str = "local-completions", chat: bool = False, **arguments) -> list:
-    """Return lm-eval's filtered responses for each document, in order."""
+    """Return the responses of a model of the running system."""
     path = "chat/completions" if model == "local-chat-completions" else "completions"
     served = {"model": SYSTEM.model, "base_url": f"{SYSTEM.url}/{path}"}
+    served |= {"max_length": SYSTEM.context, "max_retries": 1}
+    return responses(task, model, {**served, **arguments}, chat=chat)
+
+
+def responses(task: str, model: str, arguments: dict, chat: bool = False) -> list:
+    """Return lm-eval's filtered responses for each document, in order."""
     results = lm_eval.simple_evaluate(
         model=model,
-        model_args={**served, "max_length": SYSTEM.context, "max_retries": 1, **arguments},
+        model_args=arguments,
         tasks=[task],
         task_manager=TaskManager(include_path=str(FOLDER), include_defaults=False),
         apply_chat_template=chat,
