@@ -120,3 +120,17 @@ def test_a_build_names_the_defect(
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert 1 == len(errors)
     assert re.search(message, errors[0])
+
+
+@pytest.mark.parametrize("layers", ["auto", "1"])
+def test_a_conversion_of_weights_that_are_not_finite_is_refused(
+    layers: str, tmp_path: Path
+) -> None:
+    """A dense model whose loss is not a number is refused, and no checkpoint is written."""
+    path, out = tiny_model(tmp_path / "dense", "base"), tmp_path / "out"
+    tensor(EMBEDDING, lambda weight: weight * float("nan"))(path)
+    options = ("--layers", layers, "--out", str(out), "--store", f"file://{tmp_path}/tables")
+    ended = CliRunner().invoke(main, ["convert", str(path), "--text", __file__, *options])
+    assert 1 == ended.exit_code
+    assert "the loss of the dense model on the text is not finite" in ended.stderr
+    assert not out.exists()

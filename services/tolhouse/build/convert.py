@@ -175,6 +175,9 @@ class Trials:
         self.places_T = found
         self.accepted: dict[int, Replacement] = {}
         self.dense = self._run(0, model.x0(self.ids_T), {})
+        if not math.isfinite(self.dense):
+            what = "the loss of the dense model on the text is not finite"
+            raise InvalidArgumentError(f"{what}: check its weights")
         self.inputs = self._states  # the residual stream [T, D] before each layer
 
     @torch.inference_mode()
