@@ -73,6 +73,10 @@ class Place:
         if not self.on_cpu:
             torch.cuda.synchronize(self.device)
 
+    def allocated(self) -> int:
+        """Bytes of tensors on a GPU, or 0 on a CPU."""
+        return 0 if self.on_cpu else torch.cuda.memory_allocated(self.device)
+
     def __str__(self) -> str:
         name = f"{torch.get_num_threads()} threads"
         if not self.on_cpu:
@@ -89,6 +93,7 @@ class Measured(Contender):
     def __init__(self, name: str, engine: Engine, weight_bytes: int) -> None:
         super().__init__(name, engine)
         self.weight_bytes = weight_bytes  # bytes of weights that each token reads
+        self.device_bytes = 0  # of weights, the KV cache and cached rows, on a GPU
         self.rates: dict[int, list[float]] = {}  # tokens per second, by concurrency
         self.waits: list[float] = []  # seconds that each decode step waited for rows
         # fraction of a step outside the model's forward, by concurrency
@@ -134,8 +139,10 @@ def contenders(
         }
         engines = {}
         for name, provider in rows.items():
-            kind = "base" if name == "base" else "memory"
+            kind, before = "base" if name == "base" else "memory", place.allocated()
             engines[name] = engine_of(models[kind], provider, compiled.get(kind), name, place)
+            cached = 0 if place.on_cpu else provider.records.nbytes
+            engines[name].device_bytes = place.allocated() - before + cached
         assert all(one.wait() for one in compiled.values()), (
             "decoding was not compiled: no C++ compiler found"
         )
@@ -269,6 +276,8 @@ def measure(
     if place.on_cpu:  # a GPU still computes when the forward returns
         result["host_overhead"] = remote.outside[8]
     for name, one in measured.items():
+        if one.device_bytes:
+            result[f"gpu_gb_{name}"] = one.device_bytes / 1e9
         for concurrency, rates in one.rates.items():
             result[f"tokens_per_s_{name}_c{concurrency}"] = statistics.median(rates)
     return result
