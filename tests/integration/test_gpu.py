@@ -287,6 +287,7 @@ def test_every_kind_learns_on_a_gpu(kind: str, autocast: bool, tmp_path: Path) -
 def test_attached_models_compute_on_a_gpu(family: str, tmp_path: Path) -> None:
     """A stock model with raw rows from a table has the logits of its own table, to the bit, and
     with finished rows it has close ones."""
+    pytest.importorskip("transformers", minversion="5.24")
     model = saved(tiny_gemma(family), tmp_path / "m", torch.bfloat16).to(GPU)
     layers, url = model.config.get_text_config().num_hidden_layers, f"file://{tmp_path / 'tables'}"
     ids = torch.randint(3, 280, (2, 12), generator=torch.Generator().manual_seed(0)).to(GPU)
