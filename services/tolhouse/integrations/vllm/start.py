@@ -47,6 +47,18 @@ def check_supported(vllm_config: Any) -> None:
         raise UnsupportedError(f"--enable-dbo and --ubatch-size are not supported: {reason}")
 
 
+def avoid_full_graphs(vllm_config: Any) -> None:
+    """Let the first model runner capture no more than the compiled model.
+
+    A graph of a whole step would contain the staging of rows, which is host code.
+    """
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda_alike() and not vllm_config.use_v2_model_runner:
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+
+
 def prepare(vllm_config: Any, *, needs_table: bool) -> None:
     """Check the options, find the table, and choose the scheduler."""
     additional = vllm_config.additional_config or {}
@@ -58,6 +70,7 @@ def prepare(vllm_config: Any, *, needs_table: bool) -> None:
     if not table:
         return
     check_supported(vllm_config)
+    avoid_full_graphs(vllm_config)
     scheduling, caching = vllm_config.scheduler_config, vllm_config.cache_config
     scheduling.scheduler_cls = scheduling.scheduler_cls or SCHEDULER
     # A seed that is known must not be used with hashes for which collisions can be found.
