@@ -148,7 +148,7 @@ def served(case: Case, tolhouse: dict[str, Any], *options: str) -> Iterator[str]
             return not open_url(f"http://{address}/health", 5).close()
 
         try:
-            wait_until(answers, f"vLLM at {address}", 240)
+            wait_until(answers, f"vLLM at {address}", 600)
             yield address
         finally:
             popen.terminate()
