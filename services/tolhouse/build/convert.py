@@ -174,6 +174,7 @@ class Trials:
         self.seen_T1 = (tokens[found] == self.ids_T)[:, None]
         self.places_T = found
         self.accepted: dict[int, Replacement] = {}
+        self.accepted_ratio = 1.0
         self.dense = self._run(0, model.x0(self.ids_T), {})
         if not math.isfinite(self.dense):
             what = "the loss of the dense model on the text is not finite"
@@ -207,7 +208,7 @@ class Trials:
         replaced = {**self.accepted, layer: new}
         ratio = math.exp(self._run(layer, self.inputs[layer], replaced) - self.dense)
         if ratio <= accept_below:
-            self.accepted = replaced
+            self.accepted, self.accepted_ratio = replaced, ratio
             self.inputs[layer:] = self._states
         return ratio
 
@@ -240,11 +241,13 @@ def rank(trials: Trials) -> dict[int, float]:
 def choose(trials: Trials, single: dict[int, float], budget: float) -> Choice:
     """Add layers, those with the lowest own ratio first, while the ratio is at most 1 + budget.
 
-    Each addition is measured together with the layers that were accepted before it.
+    Each addition is measured together with the layers that were accepted before it. An addition is
+    not measured if its own ratio times the present one is too high, because costs rarely add up to
+    less than their product.
     """
     steps, most = [], 1 + budget
     for layer in sorted(single, key=lambda n: (single[n], n)):
-        if single[layer] > most or layer in trials.accepted:
+        if layer in trials.accepted or trials.accepted_ratio * single[layer] > most:
             continue
         ratio = trials.ratio(layer, accept_below=most)
         if layer in trials.accepted:
