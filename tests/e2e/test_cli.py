@@ -37,6 +37,7 @@ def test_every_command_has_help(command: click.Command) -> None:
     for parameter in command.params:
         if isinstance(parameter, click.Option) and parameter.name != "max_tokens":
             assert parameter.help, parameter.name
+            assert "Undefined" not in parameter.help
 
 
 def test_help_names_the_environment_variables() -> None:

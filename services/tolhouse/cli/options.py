@@ -117,6 +117,7 @@ def options(kind: type[config.Config]) -> Callable:
         for field, info in reversed(kind.model_fields.items()):
             shows = info.default is not False and info.default not in ("", None, ())
             default = f" Default {info.default}." if shows else ""
+            default = " Required." if info.is_required() else default
             text = f"{info.description}{default} [{config.variable(kind, field)}]"
             for name in config.names(kind, field):
                 _option(name, info.annotation, help=text, hidden=name != field)(wrapped)
