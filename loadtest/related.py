@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 
-from loadtest import related_ffn, related_tables
+from loadtest import related_ffn, related_kv, related_tables
 
 Figures = dict[str, float | bool]
 PARTS: dict[str, Callable[[], Figures]] = {
@@ -19,6 +19,7 @@ PARTS: dict[str, Callable[[], Figures]] = {
     "avgk": related_ffn.avgk,
     "flashmhf": related_ffn.flashmhf,
     "lookup": related_ffn.lookup,
+    "kv": related_kv.policies,
     "operated": related_tables.operated,
 }
 

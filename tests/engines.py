@@ -9,6 +9,7 @@ from tolhouse.engine.attention import PagedKVCache
 from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
 from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.engine import Engine
+from tolhouse.engine.kv_policy import FULL, Full
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
 from tolhouse.engine.runner import Runner
 from tolhouse.engine.scheduler import Scheduler
@@ -56,11 +57,12 @@ def engine_of(
     max_step_tokens: int = 64,
     runner: type[Runner] = Runner,
     model: Transformer | None = None,
+    policy: Full = FULL,
 ) -> Engine:
     """An engine over a checkpoint. `model` is the loaded checkpoint, if the caller has it."""
     checkpoint = open_checkpoint(path)
     rows = rows or NoRows(checkpoint.config.hidden_size, CPU)
-    cache = BlockManager(kv_tokens // BLOCK_TOKENS)
+    cache = BlockManager(kv_tokens // BLOCK_TOKENS, policy)
     pages = PagedKVCache(checkpoint.config, cache.num_blocks + 1, CPU, torch.float32)
     model = model or load(checkpoint, CPU, torch.float32, not rows.has_x0)
     scheduler = Scheduler(cache, max_running, max_step_tokens)

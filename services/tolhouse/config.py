@@ -349,6 +349,19 @@ class WorkerConfig(Server, Caller, CompileConfig):
     )
     row_cache_megabytes: float = option(32, "Memory for the row cache.", ge=0)
     kv_cache_megabytes: float = option(256, "Memory for the KV cache.", gt=0)
+    kv_policy: Literal["full", "window", "score", "compressive"] = option(
+        "full", "Which tokens of a sequence the KV cache keeps."
+    )
+    kv_sinks: int = option(4, "First tokens that every policy keeps.", ge=0)
+    kv_window: int = option(256, "Last tokens that every policy keeps.", ge=1)
+    kv_keep_share: float = option(
+        0.5, "Share of the middle of a prompt that `score` keeps.", ge=0, le=1
+    )
+    kv_gate: str = option(
+        "0",
+        "Share of the memory of `compressive` in the output of each head: a number, or a "
+        "safetensors file with `gate` [layers, heads].",
+    )
     max_num_seqs: int = option(
         32, "Maximum number of sequences in a batch.", ge=1, old="max_running"
     )

@@ -20,6 +20,7 @@ from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
 from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.dequant import decode
 from tolhouse.engine.engine import Engine
+from tolhouse.engine.kv_policy import FULL, Full, Score, Window
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
 from tolhouse.engine.runner import GraphRunner
 from tolhouse.engine.scheduler import ScheduledChunk, Scheduler
@@ -101,9 +102,13 @@ STEPS = {  # prompt lengths of decoding sequences, and bounds of prompt chunks
     ("heads", "shared", "size"), [(4, 4, 24), (4, 2, 16), (6, 2, 64), (8, 1, 100)]
 )
 @pytest.mark.parametrize("step", STEPS)
-def test_tiled_attention(heads: int, shared: int, size: int, step: str) -> None:
+@pytest.mark.parametrize(
+    "policy", [FULL, Window(5, 30), Score(3, 4, 0.5)], ids=["full", "window", "score"]
+)
+def test_tiled_attention(heads: int, shared: int, size: int, step: str, policy: Full) -> None:
     """The kernel computes what plain attention computes, for decoding sequences of any length and
-    for chunks of prompts."""
+    for chunks of prompts, with and without a window. At the end of a prompt the same places are
+    copied."""
     shape = {"num_attention_heads": heads, "num_key_value_heads": shared, "head_dim": size}
     config, generator = preset("tiny", "base", **shape), torch.Generator().manual_seed(0)
     plain, paged = (PagedKVCache(config, 200, GPU, torch.float32) for _ in range(2))
@@ -118,7 +123,11 @@ def test_tiled_attention(heads: int, shared: int, size: int, step: str) -> None:
         *((last, first, last) for first, last in STEPS[step][1]),
     ):
         sequence = Request(list(range(prompt)), 4).sequence
+        sequence.policy = policy
         sequence.blocks = [free.pop() for _ in range(-(-last // BLOCK_TOKENS))]
+        if last == prompt:
+            count = -(-policy.copied(prompt) // BLOCK_TOKENS)
+            sequence.copy = [free.pop() for _ in range(count)]
         chunks.append(ScheduledChunk(sequence, first, last))
     count = sum(chunk.count for chunk in chunks)
     sizes = (count, heads, size), (count, shared, size), (count, shared, size)
@@ -126,6 +135,8 @@ def test_tiled_attention(heads: int, shared: int, size: int, step: str) -> None:
     expected = AttentionMetadata.of(plain, chunks).attend(1, *qkv)
     got = TiledMetadata.of(paged, chunks).attend(1, *qkv)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(plain.keys[1], paged.keys[1])
+    assert torch.equal(plain.values[1], paged.values[1])
 
 
 def test_warming_up_writes_only_the_spare_block() -> None:

@@ -4,7 +4,7 @@ import json
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import grpc
@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from redis import Redis
 from tolhouse import Client, errors
-from tolhouse.client.row_source import StoreRowSource
+from tolhouse.client.row_source import StoreRowSource, open_row_source
+from tolhouse.engine.kv_policy import Score, Window
+from tolhouse.engine.row_providers import CachedRows
 from tolhouse.engine.table import wait_for_table
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.generate import greedy
@@ -34,6 +36,7 @@ from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
 from tests.commands import LOCAL, metrics, start, tolhouse
+from tests.engines import CPU, Request, engine_of, serve
 
 UNCACHED = ("--row-cache-megabytes", "0")
 PROMPT = [5, 17, 3, 99, 200]
@@ -455,3 +458,33 @@ def test_a_worker_waits_for_a_hung_store_at_start(checkpoint: Path) -> None:
         finally:
             node.popen.send_signal(signal.SIGCONT)
             source.close()
+
+
+@pytest.mark.parametrize("policy", ["window", "score"])
+def test_a_worker_has_a_policy_of_the_kv_cache(
+    checkpoint: Path, table: tuple[str, str], policy: str
+) -> None:
+    """A worker with a policy generates the tokens of an engine with it."""
+    options = (
+        "--kv-policy",
+        policy,
+        "--kv-sinks",
+        "2",
+        "--kv-window",
+        "20",
+        "--kv-keep-share",
+        "0.3",
+    )
+    prompt = [(n * n + 7 * n) % 250 + 1 for n in range(100)]
+    kept = Window(2, 20) if policy == "window" else Score(2, 20, 0.3)
+    with closing(open_row_source(table[0])) as source:
+        manifest = source.describe(table[1])
+        with closing(CachedRows(source, manifest, manifest.table_bytes, CPU)) as rows:
+            serve(engine_of(checkpoint, rows, policy=kept), request := Request(prompt, 30))
+    model = open_checkpoint(checkpoint).model()
+    assert list(greedy(model, prompt, 30, ignore_eos=True)) != request.tokens
+    with (
+        local_cluster(checkpoint, table[0], worker_options=options) as cluster,
+        Client(cluster.workers) as client,
+    ):
+        assert request.tokens == list(client.generate(prompt, max_tokens=30, ignore_eos=True))

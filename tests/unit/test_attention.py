@@ -72,12 +72,12 @@ def test_decoding_attends_to_its_own_sequence(
         view = AttentionMetadata.of(pages, step)
         # the first token of a sequence counts as a prompt, but can be decoded here
         tables_BC = torch.tensor([[*s.blocks, *[0] * 7][:7] for s in found[part]])
-        lengths_B = torch.tensor([len(s.ids) for s in found[part]])
+        spans_3B = torch.tensor([[len(s.ids), 0, len(s.ids)] for s in found[part]]).T
         q_BHE = random(len(step), 2)[:, 0]
         k_BGE, v_BGE = (torch.stack([kv[number, -1] for kv in kept[part]]) for number in (0, 1))
         keys, values = pages.keys[1], pages.values[1]
         write(k_BGE, v_BGE, keys, values, view.blocks_T, view.offsets_T)
-        got = attend(q_BHE, keys, values, tables_BC, lengths_B)
+        got = attend(q_BHE, keys, values, tables_BC, spans_3B)
         for q, (k, v), out in zip(q_BHE, kept[part], got, strict=True):
             torch.testing.assert_close(expected(q[None], k, v)[0], out, rtol=1e-4, atol=1e-5)
 

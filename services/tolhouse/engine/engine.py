@@ -79,7 +79,9 @@ class Engine:
         small for the sequence.
         """
         # The cache never holds the last sampled token.
-        need = sequence.prompt_tokens + max(1, sequence.sampling.max_tokens) - 1
+        tokens = sequence.prompt_tokens + max(1, sequence.sampling.max_tokens) - 1
+        lengths = sequence.prompt_tokens, tokens, self.scheduler.max_step_tokens
+        need = self.cache.policy.most_places(*lengths)
         if need > (capacity := self.cache.capacity_tokens):
             raise PromptTooLongError(f"{need} tokens exceed this worker's KV cache of {capacity}")
         if self.waiting >= self.max_waiting:
@@ -272,6 +274,7 @@ class Engine:
         for chunk, (sequence, output) in zip(step, outputs, strict=True):
             sequence.computed = chunk.last
             self.cache.commit(sequence, chunk.first, chunk.last)
+            self.cache.trim(sequence)
             if sequence in sampled:
                 self.tokens += len(output.tokens)
                 arrived, *last = sequence.times

@@ -114,15 +114,15 @@ class DecodeGraph:
         model, rows, pages, device = runner.model, runner.rows, runner.pages, runner.device
         self.metadata, self.pages, self.device = runner.metadata, pages, device
         self.spare, self.count = pages.keys.shape[1] - 1, 0
-        # Ids, positions, blocks, offsets and lengths, and then the tables. Padding is one token of
+        # Ids, positions, blocks, offsets and spans, and then the tables. Padding is one token of
         # a sequence whose only block is the spare one.
-        self.padding = np.full(sequences * (5 + blocks), self.spare, np.int64)
-        self.padding[: 5 * sequences] = np.repeat([0, 0, self.spare, 0, 1], sequences)
+        self.padding = np.full(sequences * (7 + blocks), self.spare, np.int64)
+        self.padding[: 7 * sequences] = np.repeat([0, 0, self.spare, 0, 1, 0, 1], sequences)
         self.inputs = torch.from_numpy(self.padding).to(device, copy=True)
-        self.inputs_5B, self.tables_BC = self._parts(self.inputs, sequences)
+        self.inputs_7B, self.tables_BC = self._parts(self.inputs, sequences)
         self.index_B = torch.zeros(sequences, dtype=torch.int64, device=device)
-        ids, positions, blocks_B, offsets_B, lengths_B = self.inputs_5B
-        slots = blocks_B, offsets_B, self.tables_BC, lengths_B
+        ids, positions, blocks_B, offsets_B, *_ = self.inputs_7B
+        slots = blocks_B, offsets_B, self.tables_BC, self.inputs_7B[4:]
         view = runner.metadata(pages, sequences, *slots)
         self.first_BD: Tensor | None = None
         if not rows.has_x0:
@@ -138,23 +138,23 @@ class DecodeGraph:
     def launch(self, tokens: tuple[np.ndarray, np.ndarray], places: Places) -> Launched:
         memory = pinned(self.inputs.numel(), self.device)
         memory.numpy()[:] = self.padding
-        inputs_5B, tables_BC = self._parts(memory, self.inputs_5B.shape[1])
-        self.count = count = len(places.lengths_B)
-        rows = *tokens, places.blocks_T, places.offsets_T, places.lengths_B
-        inputs_5B.numpy()[:, :count] = rows
+        inputs_7B, tables_BC = self._parts(memory, self.inputs_7B.shape[1])
+        self.count = count = places.decoding
+        rows = *tokens, places.blocks_T, places.offsets_T, *places.spans_3B
+        inputs_7B.numpy()[:, :count] = rows
         tables_BC.numpy()[:count, : places.tables_BC.shape[1]] = places.tables_BC
         self.inputs.copy_(memory, non_blocking=True)
         if self.first_BD is not None:
             self._first()
-        ids, positions, blocks, offsets, lengths = self.inputs_5B[:, :count]
-        slots = blocks, offsets, self.tables_BC[:count], lengths
+        ids, positions, blocks, offsets, *_ = self.inputs_7B[:, :count]
+        slots = blocks, offsets, self.tables_BC[:count], self.inputs_7B[4:, :count]
         view = self.metadata(self.pages, count, *slots)
         return Launched(ids, positions, view, graph=self)
 
     @staticmethod
     def _parts(inputs: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
-        inputs_5B, tables_BC = inputs.split([5 * sequences, len(inputs) - 5 * sequences])
-        return inputs_5B.view(5, sequences), tables_BC.view(sequences, -1)
+        inputs_7B, tables_BC = inputs.split([7 * sequences, len(inputs) - 7 * sequences])
+        return inputs_7B.view(7, sequences), tables_BC.view(sequences, -1)
 
     def finish(self, staged: StagedRows) -> Tensor:
         self.index_B[: self.count] = staged.index

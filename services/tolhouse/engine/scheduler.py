@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
+from tolhouse.engine.block_manager import BlockManager
 from tolhouse.engine.sequence import Sequence
 
 
@@ -26,6 +26,11 @@ class ScheduledChunk:
     @property
     def count(self) -> int:
         return self.last - self.first
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """The place of the first token in the cache, and the place after the last token."""
+        return self.first - self.sequence.dropped, self.last - self.sequence.dropped
 
     @property
     def decodes(self) -> bool:
@@ -53,14 +58,14 @@ class Scheduler:
 
     def __init__(self, cache: BlockManager, max_running: int, max_step_tokens: int) -> None:
         self.cache, self.max_running = cache, max_running
-        self.max_step_tokens = max(max_running, max_step_tokens)
+        self.max_step_tokens = max(max_running + cache.policy.observed, max_step_tokens)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._arrivals = 0
 
     def add(self, sequence: Sequence) -> None:
-        sequence.arrival = self._arrivals
+        sequence.arrival, sequence.policy = self._arrivals, self.cache.policy
         self._arrivals += 1
         bisect.insort(self.waiting, sequence, key=_rank)
 
@@ -81,10 +86,11 @@ class Scheduler:
         for decoding in (True, False):
             for sequence in list(self.running):
                 pending = len(sequence.ids) - sequence.computed
-                count = min(pending, budget)
+                first = sequence.computed
+                last = first + min(pending, budget)
+                count = sequence.policy.chunk_end(sequence, first, last) - first
                 fits = count and decoding == (pending == 1)
                 if fits and self._make_room(sequence, count, step):
-                    first = sequence.computed
                     step[sequence] = ScheduledChunk(sequence, first, first + count)
                     budget -= count
         # Sequences are admitted in order. A small sequence does not overtake a large one, and none
@@ -119,10 +125,11 @@ class Scheduler:
     def _admit(self, sequence: Sequence, budget: int) -> ScheduledChunk | None:
         shared = self.cache.share(sequence)
         last = min(shared + budget, len(sequence.ids))
+        last = sequence.policy.chunk_end(sequence, shared, last)
         # One block stays free for each running sequence. Their next tokens would otherwise preempt
         # the new sequence.
-        lacking = -(-last // BLOCK_TOKENS) - len(sequence.blocks)
-        fits = lacking + len(self.running) <= self.cache.free_blocks
+        lacking = sum(self.cache.lacking(sequence, last))
+        fits = last > shared and lacking + len(self.running) <= self.cache.free_blocks
         if not fits or not self.cache.grow(sequence, last):
             self.cache.release(sequence)
             return None

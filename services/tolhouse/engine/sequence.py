@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from tolhouse.engine.kv_policy import FULL, Full
 from tolhouse.engine.sampler import Logprobs, State
 from tolhouse.errors import TolhouseError
 from tolhouse.sampling import SamplingParams
@@ -29,12 +32,16 @@ class Sequence:
     ids: list[int]  # the tokens of the prompt and the answer
     sampling: SamplingParams
     emit: Callable[[Output], None]
-    computed: int = 0  # the number of `ids` with keys and values in the cache
+    computed: int = 0  # the number of `ids` whose keys and values were computed
+    policy: Full = FULL  # which of them the cache keeps
+    memory: Tensor | None = None  # of dropped tokens, [N, G, E, E + 1] (kv_policy.Compressive)
+    dropped: int = 0  # the number of them that the cache no longer has
     span: Span = INVALID_SPAN  # the trace span of the request
     table: str = ""  # the "name@version" of its rows, which the engine sets on arrival
     priority: int = 0  # a lower value runs first
     arrival: int = 0  # the number that the scheduler assigns in order of arrival
     blocks: list[int] = field(default_factory=list)  # blocks of the KV cache, in order
+    copy: list[int] = field(default_factory=list)  # blocks that replace them after this step
     digests: list[bytes] = field(default_factory=list)  # one for each full block
     scored: int = 0  # the number of prompt tokens with emitted log probabilities
     times: list[float] = field(default_factory=list)  # the times of arrival and of the last token
@@ -45,12 +52,13 @@ class Sequence:
 
     @property
     def rows_key(self) -> str:
-        """The identity of the rows on which the keys and values depend.
+        """The identity of the rows and the policy on which the keys and values depend.
 
         Sequences share cached blocks only if they have the same key.
         """
         s = self.sampling
-        return f"{self.table} {s.row_scale} {sorted(s.absent_layers)} {s.layer_scales}"
+        rows = f"{self.table} {s.row_scale} {sorted(s.absent_layers)} {s.layer_scales}"
+        return f"{rows} {self.policy.key}"
 
     def append(
         self,

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 from prometheus_client import REGISTRY
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from tolhouse import tracing
 from tolhouse.client.row_source import RowSource, open_row_source
@@ -18,13 +21,15 @@ from tolhouse.engine.block_manager import BlockManager
 from tolhouse.engine.cpu.compiled import CompiledDecode, cache_folder
 from tolhouse.engine.cpu.packed import add_embedding, load
 from tolhouse.engine.engine import Engine
+from tolhouse.engine.kv_policy import Compressive, policy_of
 from tolhouse.engine.row_providers import CachedRows, NoRows, RecomputedRows, RowProvider
 from tolhouse.engine.runner import GraphRunner, Runner
 from tolhouse.engine.scheduler import Scheduler
 from tolhouse.engine.table import check_table, wait_for_table
-from tolhouse.errors import MismatchError
+from tolhouse.errors import InvalidArgumentError, MismatchError
 from tolhouse.logs import event
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint, torch_device, torch_dtype
+from tolhouse.model.config import ModelConfig
 from tolhouse.model.transformer import Transformer
 from tolhouse.net.server import serve
 from tolhouse.table.manifest import Manifest
@@ -49,14 +54,20 @@ class Builder:
         self.on_cpu = self.device.type == "cpu"
         self.dtype = torch_dtype(config.dtype, self.device)
         capacity_bytes = int(config.kv_cache_megabytes * 1e6)
-        self.cache = BlockManager(blocks_of(checkpoint.config, capacity_bytes, self.dtype))
+        kept = config.kv_sinks, config.kv_window, config.kv_keep_share
+        policy = policy_of(config.kv_policy, *kept, gate_of(config.kv_gate, checkpoint.config))
+        if isinstance(policy, Compressive) and not self.on_cpu:
+            raise InvalidArgumentError("--kv-policy compressive runs on a CPU only")
+        num_blocks = blocks_of(checkpoint.config, capacity_bytes, self.dtype)
+        self.cache = BlockManager(num_blocks, policy)
         self.compiled = CompiledDecode(checkpoint, self.dtype, config.compile_cache)
         if not self.on_cpu:
             set_triton_defaults(cache_folder(config.compile_cache) / "triton")
 
     def build(self) -> Engine:
         config, shape = self.config, self.checkpoint.config
-        if self.on_cpu and config.compile == "auto":
+        remembers = isinstance(self.cache.policy, Compressive)  # which runs uncompiled
+        if self.on_cpu and config.compile == "auto" and not remembers:
             self.compiled.start()
         rows: RowProvider = NoRows(shape.hidden_size, self.device)
         # GraphRunner needs one block more.
@@ -106,6 +117,26 @@ class Builder:
         rows = CachedRows(self.source, manifest, cache_bytes, *place)
         rows.fill()
         return rows
+
+
+def gate_of(given: str, config: ModelConfig) -> Tensor:
+    """Return the gates [N, H] of an option: a number for all heads, or a safetensors file.
+
+    Raises InvalidArgumentError if it is neither, or if the file has another shape.
+    """
+    shape = config.num_hidden_layers, config.num_attention_heads
+    try:
+        return torch.full(shape, float(given))
+    except ValueError:
+        pass
+    try:
+        gate_NH = load_file(given)["gate"]
+    except (OSError, KeyError, SafetensorError) as error:
+        what = "no tensor `gate`" if isinstance(error, KeyError) else str(error)
+        raise InvalidArgumentError(f"--kv-gate {given}: {what}") from None
+    if gate_NH.shape != shape:
+        raise InvalidArgumentError(f"--kv-gate {given}: {[*gate_NH.shape]} is not {[*shape]}")
+    return gate_NH
 
 
 async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:

@@ -263,12 +263,14 @@ def _export(
     x_TD = torch.zeros(sequences, config.hidden_size, dtype=dtype)
     rope = list(transformer.rotary(count, config, dtype))
     keys, values = (torch.empty_strided(x.shape, x.stride(), dtype=dtype) for x in pages.layers[0])
-    layer = [keys, values, count, count.clone(), tables_BC, count + 1]
+    spans_3B = torch.ones(3, sequences, dtype=torch.int64)
+    layer = [keys, values, count, count.clone(), tables_BC, spans_3B]
     row = [x_TD.clone()] * bool(config.num_rows)
     inputs = list(_state(block).values()), x_TD, rope, layer, row
     tokens = {0: torch.export.Dim("T", min=2, max=1 << 20)} if sequences > 1 else {}
     blocks, width = torch.export.Dim("blocks", min=2), torch.export.Dim("C", min=2)
-    tables: list[Any] = [{0: blocks}, {0: blocks}, tokens, tokens, {**tokens, 1: width}, tokens]
+    spans = {1: tokens[0]} if tokens else {}
+    tables: list[Any] = [{0: blocks}, {0: blocks}, tokens, tokens, {**tokens, 1: width}, spans]
     shapes: Any = [{} for _ in inputs[0]], tokens, [tokens] * 2, tables, [tokens] * len(row)
     exported = torch.export.export(_Decode(block), inputs, dynamic_shapes=shapes)
     package = torch._inductor.aoti_compile_and_package  # noqa: SLF001 - the documented name
@@ -302,9 +304,9 @@ class _Layer:
     tensors: list[Tensor]
 
     def attend(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
-        keys, values, blocks_T, offsets_T, tables_BC, lengths_B = self.tensors
+        keys, values, blocks_T, offsets_T, tables_BC, spans_3B = self.tensors
         attention.write(k_TGE, v_TGE, keys, values, blocks_T, offsets_T)
-        return attention.streamed(q_THE, keys, values, tables_BC, lengths_B)
+        return attention.streamed(q_THE, keys, values, tables_BC, spans_3B)
 
 
 def _state(block: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tolhouse.engine.attention import AttentionMetadata, PagedKVCache, Places, write
+from tolhouse.engine.attention import AttentionMetadata, PagedKVCache, Places, span_of, write
 from tolhouse.engine.block_manager import BLOCK_TOKENS
 from tolhouse.engine.gpu.transfer import upload
 from tolhouse.engine.scheduler import ScheduledChunk
@@ -34,37 +34,38 @@ _PROGRAMS = 264  # two for each multiprocessor of a large GPU
 class TiledMetadata(AttentionMetadata):
     """The attention metadata of one step on a GPU.
 
-    `tables_BC` and `lengths_B` have all sequences of the step, also those with prompt chunks.
+    `tables_BC` and `spans_3B` have all sequences of the step, also those with prompt chunks.
     """
 
-    # Rows: the first token of a tile, its number of tokens, the position after its last token, and
+    # Rows: the first token of a tile, its number of tokens, the place after its last token, and
     # the row of its sequence in `tables_BC`. None: every tile is one token of a decoding sequence.
     tiles_4X: Tensor | None = None
 
     @classmethod
     def of(cls, pages: PagedKVCache, step: list[ScheduledChunk]) -> "TiledMetadata":
         places = Places.of(step)
-        arrays = [places.blocks_T, places.offsets_T, places.tables_BC, places.lengths_B]
+        arrays = [places.blocks_T, places.offsets_T, places.tables_BC, places.spans_3B]
         if not places.chunks:
-            blocks_T, offsets_T, tables_BC, lengths_B = upload(arrays, pages.device)
-            return cls(pages, places.decoding, blocks_T, offsets_T, tables_BC, lengths_B)
-        tables = [*places.tables_BC, *(table for _, _, table in places.chunks)]
+            return cls(pages, places.decoding, *upload(arrays, pages.device))
+        tables = [*places.tables_BC, *(table for _, table in places.chunks)]
         arrays[2] = np.zeros((len(tables), max(map(len, tables))), np.int64)
         for row, table in zip(arrays[2], tables, strict=True):
             row[: len(table)] = table
-        arrays[3] = np.array([chunk.last for chunk in step], np.int64)
+        arrays[3] = np.array([span_of(chunk) for chunk in step], np.int64).T
         tiles_4X = _tiles(places, max(1, _PROMPT_ROWS // pages.group))
         slots = upload([*arrays, tiles_4X], pages.device)
-        prompts = [(count, first, slots[2][:0]) for count, first, _ in places.chunks]
-        view = cls(pages, places.decoding, *slots[:4], chunks=prompts)
+        prompts = zip(places.chunks, slots[2][places.decoding :], strict=True)
+        chunks = [(part, row[: len(table)]) for (part, table), row in prompts]
+        view = cls(pages, places.decoding, *slots[:4], chunks=chunks)
         view.tiles_4X = slots[4]
         return view
 
     def attend(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
         keys, values = self.pages.layers[layer]
         write(k_TGE, v_TGE, keys, values, self.blocks_T, self.offsets_T)
-        tiles = self.lengths_B if self.tiles_4X is None else self.tiles_4X
-        return tiled_attention(q_THE, keys, values, self.tables_BC, tiles)
+        tables = self.tables_BC, self.spans_3B
+        self.copy_kept(layer, q_THE)
+        return tiled_attention(q_THE, keys, values, *tables, self.tiles_4X)
 
 
 def warm_up(pages: PagedKVCache) -> None:
@@ -78,33 +79,40 @@ def warm_up(pages: PagedKVCache) -> None:
     last, tile_4X = one * (pages.keys.shape[1] - 1), one.new_tensor([[0], [1], [1], [0]])
     for tiles, blocks in ((tile_4X, 1), (None, 1), (None, 2 * _LEAST_KEYS // BLOCK_TOKENS)):
         tables_BC = last.expand(1, blocks).contiguous()
-        view = TiledMetadata(pages, 1, last, one - 1, tables_BC, one, tiles_4X=tiles)
+        spans_3B = one.expand(3, 1).contiguous()
+        view = TiledMetadata(pages, 1, last, one - 1, tables_BC, spans_3B, tiles_4X=tiles)
         view.attend(layers - 1, q_THE, k_TGE, k_TGE)
 
 
 def _tiles(places: Places, tile_tokens: int) -> np.ndarray:
     """Divide the tokens of a step into `tiles_4X`."""
-    tiles = [(n, 1, int(length), n) for n, length in enumerate(places.lengths_B)]
+    tiles = [(n, 1, int(length), n) for n, length in enumerate(places.spans_3B[0])]
     start = places.decoding
-    for number, (count, first, _) in enumerate(places.chunks, places.decoding):
-        for at in range(0, count, tile_tokens):
-            length = min(tile_tokens, count - at)
-            tiles.append((start + at, length, first + at + length, number))
-        start += count
+    for number, (part, _) in enumerate(places.chunks, places.decoding):
+        for at in range(0, part.count, tile_tokens):
+            length = min(tile_tokens, part.count - at)
+            tiles.append((start + at, length, part.first + at + length, number))
+        start += part.count
     return np.array(tiles, np.int64).T
 
 
 def tiled_attention(
-    q_THE: Tensor, keys: Tensor, values: Tensor, tables_BC: Tensor, tiles: Tensor
+    q_THE: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables_BC: Tensor,
+    spans_3B: Tensor,
+    tiles_4X: Tensor | None,
 ) -> Tensor:
     """Compute causal attention [T, H, E] of the tiles' tokens to the pages of their sequences.
 
-    `tiles` is `tiles_4X` of TiledMetadata, or `lengths_B` if each sequence has one token. The keys
-    and values of all tokens must be in the pages.
+    Without `tiles_4X` (TiledMetadata), each sequence has one token. The keys and values of all
+    tokens must be in the pages.
     """
+    tiles = spans_3B if tiles_4X is None else tiles_4X
     q_THE = q_THE.contiguous()
     count, heads, size = q_THE.shape
-    groups, num_tiles, decodes = keys.shape[1], tiles.shape[-1], tiles.dim() == 1
+    groups, num_tiles, decodes = keys.shape[1], tiles.shape[1], tiles_4X is None
     most_keys, rows, parts = tables_BC.shape[1] * BLOCK_TOKENS, _PROMPT_ROWS, 1
     if decodes:
         rows = _DECODE_ROWS
@@ -116,8 +124,8 @@ def tiled_attention(
     mass_PTH = torch.empty(parts, count, heads, device=q_THE.device)
     padded = max(16, triton.next_power_of_2(size))
     _attend[num_tiles, groups, parts](
-        *(q_THE, keys, values, tables_BC, tiles, out_PTHE, mass_PTH),
-        *(size**-0.5, count, num_tiles, tables_BC.shape[1], part_keys),
+        *(q_THE, keys, values, tables_BC, spans_3B, tiles, out_PTHE, mass_PTH),
+        *(size**-0.5, count, num_tiles, tables_BC.shape[1], part_keys, spans_3B.stride(0)),
         *(keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)),
         DECODES=decodes,
         HEADS=heads,
@@ -141,12 +149,13 @@ def tiled_attention(
 
 
 # Triton would compile the kernel again for values that are 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["tokens", "num_tiles", "table_size"])
+@triton.jit(do_not_specialize=["tokens", "num_tiles", "table_size", "span_row"])
 def _attend(
     q,
     keys,
     values,
     tables,
+    spans,
     tiles,
     out,
     mass,
@@ -155,6 +164,7 @@ def _attend(
     num_tiles,
     table_size,
     part_keys,
+    span_row,
     key_page,
     key_group,
     value_page,
@@ -175,9 +185,11 @@ def _attend(
         count = tl.load(tiles + num_tiles + tile)
         end = tl.load(tiles + 2 * num_tiles + tile)
         sequence = tl.load(tiles + 3 * num_tiles + tile)
+    sinks = tl.load(spans + span_row + sequence)
+    window = tl.load(spans + 2 * span_row + sequence)
     row, key, e = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, PADDED)
     token, head = row // GROUP, group * GROUP + row % GROUP
-    position = end - count + token  # of the row
+    place_of_row = end - count + token  # in the cache of the sequence
     place = (start + token) * HEADS + head
     exists = token < count
     inside = exists[:, None] & (e < SIZE)[None, :]
@@ -195,7 +207,9 @@ def _attend(
         k_at += e[:, None] * PAGE + offset[None, :]
         k = tl.load(k_at, mask=(e < SIZE)[:, None] & known[None, :], other=0.0)
         scores = tl.dot(q_rows, k, input_precision="ieee") * scale
-        scores = tl.where(at_key[None, :] <= position[:, None], scores, float("-inf"))
+        before = place_of_row[:, None] - at_key[None, :]
+        seen = (before >= 0) & ((before < window) | (at_key[None, :] < sinks))
+        scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         # A row may have no key in this part yet; exp(-inf - -inf) would not be a number.
         base = tl.where(higher == float("-inf"), 0.0, higher)

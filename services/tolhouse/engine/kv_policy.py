@@ -1,0 +1,179 @@
+"""Policies of the KV cache, which decide the tokens whose keys and values a sequence keeps.
+
+A token has a position in its sequence, on which its rotary embedding depends, and a place in the
+cache of the sequence. Place p is in block p // BLOCK_TOKENS of `Sequence.blocks`. Without a policy
+that drops tokens, both numbers are equal. A token sees the first `sinks` and the last `window`
+places up to its own.
+
+Shapes: H query heads, G key-value heads, L places, E head size, O observed queries, K kept places.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tolhouse.engine.sequence import Sequence
+
+BLOCK_TOKENS = 16
+UNBOUNDED = 2**40  # a window that no sequence fills
+
+
+class Full:
+    """Keeps every token. The other policies override a part of these methods."""
+
+    sinks, window = 0, UNBOUNDED
+    key = ""  # Sequences share blocks of the KV cache only if they have the same key.
+    observed = 0  # the number of last prompt tokens that one step has to compute together
+
+    @property
+    def head_blocks(self) -> int:
+        """The number of blocks with sinks, which are never dropped."""
+        return -(-self.sinks // BLOCK_TOKENS)
+
+    def most_places(self, prompt_tokens: int, tokens: int, step_tokens: int) -> int:
+        """Return the most places that a sequence of `tokens` tokens needs at once.
+
+        A step computes at most `step_tokens` of them.
+        """
+        return tokens
+
+    def dropped(self, computed: int) -> int:
+        """Return how many tokens, a multiple of BLOCK_TOKENS, are dropped after `computed` tokens.
+
+        They follow the blocks of the sinks.
+        """
+        return 0
+
+    def copied(self, prompt_tokens: int) -> int:
+        """Return how many places of a prompt are copied to other blocks at its end, 0 if none."""
+        return 0
+
+    def shareable(self, sequence: "Sequence") -> int:
+        """Return the number of first tokens that may come from the blocks of other sequences."""
+        return len(sequence.ids) - 1  # the logits of the last token are needed
+
+    def shared(self, sequence: "Sequence") -> int:
+        """Return the number of first tokens whose blocks other sequences may use."""
+        return len(sequence.ids)
+
+    def chunk_end(self, sequence: "Sequence", first: int, last: int) -> int:
+        """Return where a chunk of a step ends, which begins at `first`, and at most at `last`."""
+        return last
+
+    def select(self, q_OHE: Tensor, k_GLE: Tensor) -> Tensor:
+        """Return the places [G, K] to copy at the end of a prompt, in ascending order."""
+        raise NotImplementedError
+
+
+class Window(Full):
+    """Keeps the first `sinks` and the last `window` tokens (attention sinks, arXiv 2309.17453).
+
+    A token counts itself among the last ones. Blocks are freed when the window has passed them.
+    """
+
+    def __init__(self, sinks: int, window: int) -> None:
+        self.sinks, self.window = sinks, window
+        self.key = f"window {sinks} {window}"
+
+    def most_places(self, prompt_tokens: int, tokens: int, step_tokens: int) -> int:
+        # The first token of a step sees window - 1 earlier tokens, which begin within a block.
+        kept = (self.head_blocks + 1) * BLOCK_TOKENS + self.window
+        return min(tokens, kept + step_tokens)
+
+    def dropped(self, computed: int) -> int:
+        first_seen = computed - self.window + 1  # by the next token
+        return max(0, first_seen // BLOCK_TOKENS - self.head_blocks) * BLOCK_TOKENS
+
+
+class Compressive(Window):
+    """A window and a memory of constant size of the tokens that the window has passed.
+
+    The memory sums φ(k) [v, 1] over these tokens for each key-value head, where φ is elu + 1. A
+    query reads it as φ(q) Σ φ(k) v / φ(q) Σ φ(k), and `gate_NH` is the share of this in the output
+    of a head (Infini-attention, arXiv 2404.07143; EdgeInfinite, arXiv 2503.22196). Queries and keys
+    are without their rotary embedding. Without passed tokens, the output is that of the window.
+    """
+
+    def __init__(self, sinks: int, window: int, gate_NH: Tensor) -> None:
+        super().__init__(sinks, window)
+        self.gate_NH = gate_NH.float()
+        self.key = f"compressive {sinks} {window} {self.gate_NH.tolist()}"
+
+    def shareable(self, sequence: "Sequence") -> int:
+        # The prefix cache has no memories, so nothing may have been dropped.
+        room = (self.head_blocks + 1) * BLOCK_TOKENS + self.window - 2
+        return min(room, super().shareable(sequence))
+
+
+class Score(Full):
+    """Keeps a share of the middle of the prompt, by the attention of the prompt's last queries.
+
+    The middle is between the first `first` and the last `last` tokens of the prompt, which are kept
+    like all tokens of the answer. Each key-value head keeps places of its own (SnapKV, arXiv
+    2404.14469; Sparse-dLLM, arXiv 2508.02558). Tokens of the prompt see the whole prompt before.
+    """
+
+    observed = BLOCK_TOKENS
+
+    def __init__(self, first: int, last: int, share: float) -> None:
+        self.first, self.last, self.share = first, last, share
+
+    def copied(self, prompt_tokens: int) -> int:
+        middle = prompt_tokens - self.first - self.last
+        return prompt_tokens - middle + math.ceil(self.share * middle) if middle > 0 else 0
+
+    def most_places(self, prompt_tokens: int, tokens: int, step_tokens: int) -> int:
+        if not (copied := self.copied(prompt_tokens)):
+            return tokens
+        # At the end of the prompt the sequence has the blocks of the prompt and of the copy.
+        both = -(-prompt_tokens // BLOCK_TOKENS) - (-copied // BLOCK_TOKENS)
+        return max(both * BLOCK_TOKENS, tokens - prompt_tokens + copied)
+
+    def shareable(self, sequence: "Sequence") -> int:
+        # The queries of the observed tokens are needed.
+        end = sequence.prompt_tokens - self.observed
+        return max(0, end) if self.copied(sequence.prompt_tokens) else super().shareable(sequence)
+
+    def shared(self, sequence: "Sequence") -> int:
+        # Tokens after the copy depend on what it lacks.
+        prompt_tokens = sequence.prompt_tokens
+        return prompt_tokens if self.copied(prompt_tokens) else super().shared(sequence)
+
+    def chunk_end(self, sequence: "Sequence", first: int, last: int) -> int:
+        end = sequence.prompt_tokens
+        if first >= end or not self.copied(end):
+            return last
+        return end if last >= end else min(last, max(first, end - self.observed))
+
+    def select(self, q_OHE: Tensor, k_GLE: Tensor) -> Tensor:
+        places, count = k_GLE.shape[1], self.copied(k_GLE.shape[1])
+        middle = self.scores(q_OHE, k_GLE)[:, self.first : places - self.last]
+        order = middle.argsort(dim=1, descending=True, stable=True)
+        # Of equal scores, the first place is kept.
+        best = order[:, : count - self.first - self.last].sort(1).values + self.first
+        ends = [torch.arange(self.first), torch.arange(places - self.last, places)]
+        first, last = (x.to(best.device).expand(len(best), -1) for x in ends)
+        return torch.cat([first, best, last], 1)
+
+    def scores(self, q_OHE: Tensor, k_GLE: Tensor) -> Tensor:
+        """Return the mean attention [G, L] of the queries of the last O places to all places."""
+        groups, places, size = k_GLE.shape
+        q_GJOE = q_OHE.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).float()
+        scores_GJOL = q_GJOE @ k_GLE.float().transpose(1, 2)[:, None] * size**-0.5
+        mask = scores_GJOL.new_full((len(q_OHE), places), -math.inf).triu(places - len(q_OHE) + 1)
+        return (scores_GJOL + mask).softmax(-1).mean((1, 2))
+
+
+FULL = Full()
+
+
+def policy_of(name: str, sinks: int, window: int, share: float, gate_NH: Tensor) -> Full:
+    """Return the policy with this name (`WorkerConfig.kv_policy`)."""
+    if name == "window":
+        return Window(sinks, window)
+    if name == "compressive":
+        return Compressive(sinks, window, gate_NH)
+    return Score(sinks, window, share) if name == "score" else FULL
