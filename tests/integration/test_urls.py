@@ -171,3 +171,11 @@ def test_urls_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "fsspec", None)
     shown = run("build", "s3://bucket/model", *store, code=1)
     assert "the package fsspec is not installed: pip install 'tolhouse[build]'" in shown
+
+
+def test_errors_do_not_show_secrets_of_urls() -> None:
+    """Messages name a URL without user, password and query."""
+    url = "http://someone:hunter2@127.0.0.1:9/model?signature=hunter3"
+    message = run("build", url, code=1)
+    assert "http://127.0.0.1:9/model" in message
+    assert not re.search("someone|hunter", message)

@@ -6,6 +6,7 @@ rest of Tolhouse reads local files only.
 
 import difflib
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -61,7 +62,7 @@ def local_tensor(url: str, tensor: str) -> AbstractContextManager[Path]:
 @contextmanager
 def _copy_of(url: str, copy: Any) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="tolhouse-") as folder:
-        with _store_errors(url):
+        with _without_secrets(), _store_errors(url):
             fs, root = _filesystem(url)
             root = root.rstrip("/")
             path = Path(folder) / (_name(root) or "copy")
@@ -69,8 +70,24 @@ def _copy_of(url: str, copy: Any) -> Iterator[Path]:
         try:
             yield path
         except TolhouseError as error:  # name the URL, in place of the copy
-            error.args = (str(error).replace(str(path), url.rstrip("/")), *error.args[1:])
+            named = str(error).replace(str(path), _public(url.rstrip("/")))
+            error.args = (named, *error.args[1:])
             raise
+
+
+@contextmanager
+def _without_secrets() -> Iterator[None]:
+    try:
+        yield
+    except TolhouseError as error:
+        error.args = (_public(str(error)), *error.args[1:])
+        raise
+
+
+def _public(text: str) -> str:
+    """Remove user, password and query from the URLs in a text."""
+    text = re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)
+    return re.sub(r"://[^/\s@]*@", "://", text)
 
 
 def _name(root: str) -> str:
