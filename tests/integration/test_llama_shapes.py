@@ -184,7 +184,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"num_local_experts": 8}, "num_local_experts is 8"),
     ("llama", {"qk_norm": True}, "qk_norm is True"),
     ("llama", {"kind": "memory"}, "kind is 'memory'"),
-    ("llama", {"model_type": "mixtral"}, "'memoryllm', not 'mixtral': dense .* 'llama' and 'mist"),
+    ("llama", {"model_type": "mixtral"}, "'mixtral'; allowed are 'memoryllm', .* 'llama', 'mist"),
     ("llama", {"model_type": "qwen3"}, "lacks 4 tensors of a base model, such as .*k_norm.weight"),
     ("qwen3", {"model_type": "llama"}, "has 4 tensors that a base model lacks, such as .*k_norm"),
     (

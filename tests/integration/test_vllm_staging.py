@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tolhouse import Client
 from tolhouse.config import VLLMConfig
+from tolhouse.engine.row_providers import RecomputedRows
 from tolhouse.errors import MismatchError, NotFoundError
 from tolhouse.integrations.vllm.options import AdditionalConfig, parse
 from tolhouse.integrations.vllm.staging import RowStage, choose_fallback, open_rows
@@ -32,7 +34,8 @@ def staged(
     options = {"rows": lookup.address, "fallback": fallback, "row_cache_megabytes": 0}
     parsed = parse({"tolhouse": options})
     config = AdditionalConfig(parsed, checkpoint.name, (), {})
-    rows = open_rows(config, open_checkpoint(checkpoint), MOST_TOKENS, CPU, torch.float32)
+    recompute = partial(RecomputedRows, open_checkpoint(checkpoint))
+    rows = open_rows(config, recompute, MOST_TOKENS, CPU, torch.float32)
     return RowStage(rows, MOST_TOKENS, whole_steps=whole_steps)
 
 
