@@ -176,6 +176,7 @@ def record(
             work()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Another thread may allocate memory meanwhile, for another version of the table.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         out = work()
     return graph.replay, out
