@@ -20,7 +20,7 @@ from vllm.model_executor.models.gemma4 import Gemma4ForCausalLM
 
 from tolhouse.engine.row_providers import ComputedRows
 from tolhouse.integrations.vllm.model import request_starts
-from tolhouse.integrations.vllm.staging import RowStage, open_rows
+from tolhouse.integrations.vllm.staging import RowStage
 from tolhouse.sources.gemma import FINISHED, Gemma
 
 _TABLE = ("embed_tokens_per_layer",)
@@ -59,12 +59,8 @@ class WithRows(nn.Module):
                     setattr(module, name, None)
             if is_finished and (method := _PROJECTING.get(_name(module))):
                 setattr(module, method, _rows_as_they_are)
-        most, device = vllm_config.scheduler_config.max_num_batched_tokens, device_of(vllm_config)
         recompute = partial(ComputedRows, Gemma(model.model, additional.blocks))
-        source = open_rows(additional, recompute, most, device, model.dtype)
-        first_runner = not vllm_config.use_v2_model_runner
-        whole = first_runner and vllm_config.speculative_config is not None
-        self.stage = PerLayerRows(source, most, whole_steps=whole)
+        self.stage = PerLayerRows.of(vllm_config, recompute)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the weights without those that rows replace."""
@@ -119,10 +115,6 @@ class TolhouseGemma4ForCausalLM(_Text, Gemma4ForCausalLM):
 
 class TolhouseGemma3nForCausalLM(_Text, Gemma3nForCausalLM):
     pass
-
-
-def device_of(vllm_config: VllmConfig) -> torch.device:
-    return torch.device(vllm_config.device_config.device)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from vllm.model_executor.models.gemma3n_mm import Gemma3nForConditionalGeneratio
 from vllm.model_executor.models.gemma4_mm import Gemma4ForConditionalGeneration
 from vllm.model_executor.models.interfaces import SupportsMultiModal
 
-from tolhouse.integrations.vllm.gemma import WithRows, device_of
+from tolhouse.integrations.vllm.gemma import WithRows
 from tolhouse.integrations.vllm.model import request_starts
 
 
@@ -61,4 +61,4 @@ class TolhouseGemma4ForConditionalGeneration(_Multimodal, Gemma4ForConditionalGe
         config = vllm_config.model_config.hf_config
         names = ("image_token_id", "video_token_id", "audio_token_id")
         ids = [i for name in names if (i := getattr(config, name, None)) is not None]
-        self.stage.media = torch.tensor(ids, device=device_of(vllm_config))
+        self.stage.media = torch.tensor(ids, device=self.stage.rows.device)

@@ -5,7 +5,7 @@ Without options of Tolhouse, vLLM uses its own classes.
 
 from typing import Any, ClassVar
 
-from tolhouse.errors import InvalidArgumentError, UnsupportedError
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.integrations.vllm.options import is_configured
 from tolhouse.integrations.vllm.start import prepare
 from tolhouse.integrations.vllm.versions import check_version, installed
@@ -41,7 +41,7 @@ class GemmaStart:
     def verify_and_update_config(cls, vllm_config: Any) -> None:
         """Find the table and choose a class with rows, if rows are configured.
 
-        Raises InvalidArgumentError, UnsupportedError or another error of Tolhouse.
+        Raises InvalidArgumentError or another error of Tolhouse.
         """
         if cls.stock:
             cls.stock.verify_and_update_config(vllm_config)
@@ -49,8 +49,6 @@ class GemmaStart:
             return
         check_version(installed())
         model = vllm_config.model_config
-        if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            raise UnsupportedError("--pipeline-parallel-size must be 1 for this model")
         prepare(vllm_config, needs_table=True)
         if vllm_config.additional_config.blocks[0].startswith(f"{FINISHED}."):
             _refuse_media(model)

@@ -24,7 +24,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 
 from tolhouse.engine.row_providers import RecomputedRows
 from tolhouse.integrations.vllm.layers import PaddedAttention, padded_weight, parallel_ffn
-from tolhouse.integrations.vllm.staging import RowStage, open_rows
+from tolhouse.integrations.vllm.staging import RowStage
 from tolhouse.model.checkpoint import EMBEDDING, open_checkpoint
 from tolhouse.model.config import ModelConfig
 
@@ -137,18 +137,12 @@ class TolhouseForCausalLM(nn.Module, SupportsLoRA):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        model, additional = vllm_config.model_config, vllm_config.additional_config
+        model = vllm_config.model_config
         self.config, self.shape = model.hf_config, model.hf_config.shape
         self.stage: RowStage | None = None
         if self.shape.num_rows:
-            most = vllm_config.scheduler_config.max_num_batched_tokens
-            device = torch.device(vllm_config.device_config.device)
             recompute = partial(RecomputedRows, open_checkpoint(model.model))
-            source = open_rows(additional, recompute, most, device, model.dtype)
-            # In the first model runner, speculation hides to which request a logit belongs.
-            first_runner = not vllm_config.use_v2_model_runner
-            whole = first_runner and vllm_config.speculative_config is not None
-            self.stage = RowStage(source, most, whole_steps=whole)
+            self.stage = RowStage.of(vllm_config, recompute)
         self.model = RowsModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             self.shape.vocab_size,

@@ -6,7 +6,7 @@ Shapes: T tokens of a step, M the most tokens of a step, N blocks of a row, D th
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -111,6 +111,18 @@ class RowStage:
         self.rows = torch.zeros(most_tokens, manifest.num_blocks, manifest.width, **place)
         self.failed = torch.zeros(most_tokens, 1, **place)
         self._whole_steps, self._clean = whole_steps, True
+
+    @classmethod
+    def of(cls, vllm_config: Any, recompute: Callable[[Manifest], Fallback]) -> Self:
+        """Open the rows that vLLM's config names, for steps of its size on its device."""
+        most = vllm_config.scheduler_config.max_num_batched_tokens
+        device, dtype = vllm_config.device_config.device, vllm_config.model_config.dtype
+        config = vllm_config.additional_config
+        source = open_rows(config, recompute, most, torch.device(device), dtype)
+        # In the first model runner, speculation hides to which request a logit belongs.
+        first_runner = not vllm_config.use_v2_model_runner
+        whole = first_runner and vllm_config.speculative_config is not None
+        return cls(source, most, whole_steps=whole)
 
     def fill(self, ids_T: Tensor, starts: np.ndarray | None) -> tuple[Tensor, Tensor]:
         """Write the rows of a step, and return `rows` [T, N, D] and `failed` [T, 1].

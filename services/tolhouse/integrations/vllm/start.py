@@ -32,8 +32,6 @@ class Start:
         Raises InvalidArgumentError, NotFoundError, UnavailableError or another error of Tolhouse.
         """
         shape = vllm_config.model_config.hf_config.shape
-        if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            raise UnsupportedError("--pipeline-parallel-size must be 1 for this model")
         prepare(vllm_config, needs_table=shape.num_rows > 0)
 
 
@@ -61,6 +59,8 @@ def avoid_full_graphs(vllm_config: Any) -> None:
 
 def prepare(vllm_config: Any, *, needs_table: bool) -> None:
     """Check the options, find the table, and choose the scheduler."""
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise UnsupportedError("--pipeline-parallel-size must be 1 for this model")
     additional = vllm_config.additional_config or {}
     options = parse(additional)
     found = find_table(options, vllm_config.model_config.model) if needs_table else {}
