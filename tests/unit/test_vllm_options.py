@@ -2,14 +2,14 @@
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from tolhouse.errors import InvalidArgumentError, UnsupportedError
-from tolhouse.integrations.vllm.config import HEAD_SIZES, MemoryLLMConfig, padded_head_dim
+from tolhouse.integrations.vllm.config import FFN_C, HEAD_SIZES, MemoryLLMConfig, padded_head_dim
 from tolhouse.integrations.vllm.options import AdditionalConfig, parse
 from tolhouse.integrations.vllm.versions import SUPPORTED, check_version
-from tolhouse.model.config import ModelConfig, RopeScaling, preset
+from tolhouse.model.config import FfnC, ModelConfig, RopeScaling, preset
 
 
 def test_options_come_from_the_config_then_variables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +101,15 @@ def test_config_for_vllm_keeps_the_shape(supported: None, tmp_path: Path) -> Non
     assert "default" == config.rope_parameters["rope_type"]
     config.save_pretrained(tmp_path)
     assert shape == MemoryLLMConfig.from_pretrained(tmp_path).shape
+
+
+@pytest.mark.parametrize("form", sorted({*get_args(FfnC)} - {*FFN_C}))
+def test_config_for_vllm_refuses_other_forms_of_ffn_c(form: Any, supported: None) -> None:
+    """FFN-C runs in vLLM's layers, and a form without one is refused. FFN-M is in the rows."""
+    message = f"FFN-C {form} does not run in vLLM; allowed are linear and swiglu"
+    with pytest.raises(UnsupportedError, match=message):
+        MemoryLLMConfig(**preset("tiny", "flex", 3, ffn_c=form).to_json())
+    assert MemoryLLMConfig(**preset("tiny", "flex", 3, ffn_m=form).to_json()).shape.ffn_m == form
 
 
 def test_config_for_vllm_refuses_unknown_fields(supported: None) -> None:

@@ -4,11 +4,12 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from tolhouse.errors import InvalidArgumentError
+from tolhouse.errors import InvalidArgumentError, UnsupportedError
 from tolhouse.integrations.vllm import ARCHITECTURE
 from tolhouse.integrations.vllm.versions import check_version, installed
 from tolhouse.model.config import ModelConfig
 
+FFN_C = ("linear", "swiglu")  # the forms in `layers.py`
 # The head sizes of vLLM's attention on CPUs. Kernels for GPUs have them too.
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -29,7 +30,7 @@ class MemoryLLMConfig(PreTrainedConfig):
     """The fields that vLLM reads, with `head_dim` padded. vLLM pickles this class.
 
     Raises InvalidArgumentError for a field that changes the computation and is not supported, and
-    UnsupportedError for a version of vLLM that is not supported.
+    UnsupportedError for a form of FFN-C or a version of vLLM that is not supported.
     """
 
     model_type: ClassVar[str] = "memoryllm"
@@ -39,6 +40,9 @@ class MemoryLLMConfig(PreTrainedConfig):
             check_version(installed())
             given = {**kwargs, "model_type": self.model_type}
             shape = ModelConfig.from_json(kwargs.pop("shape_fields", None) or given)
+            if shape.kind == "flex" and shape.ffn_c not in FFN_C:
+                allowed = f"allowed are {' and '.join(FFN_C)}"
+                raise UnsupportedError(f"FFN-C {shape.ffn_c} does not run in vLLM; {allowed}")
             kwargs |= _fields(shape)
             kwargs.pop("rope_scaling", None)
         super().__post_init__(**kwargs)
