@@ -17,6 +17,11 @@ from tolhouse.logs import event
 class RowsScheduler(Scheduler):
     """For synchronous scheduling."""
 
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        # By request: the requests that left it blocks before their steps were finished.
+        self._sources: dict[str, set[str]] = {}
+
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         counts = model_runner_output.num_nans_in_logits or {}
         failed = {request_id for request_id, count in counts.items() if count}
@@ -37,6 +42,7 @@ class RowsScheduler(Scheduler):
     def _end(self, failed: set[str]) -> list[Request]:
         """End requests, and drop what they wrote to the prefix cache."""
         wrong = set[int]()
+        failed = failed | {heir for heir, sources in self._sources.items() if sources & failed}
         for request_id in failed:
             if request := self.requests.get(request_id):
                 wrong |= self._written(request)
@@ -53,8 +59,27 @@ class RowsScheduler(Scheduler):
     def _written(self, request: Request, *, every: bool = False) -> set[int]:
         """Return the blocks that unfinished steps write for a request, or `every` block of it."""
         done = 0 if every else request.num_computed_tokens - request.num_in_flight_tokens
-        groups = self.kv_cache_manager.get_block_ids(request.request_id)
-        return {block for ids in groups for block in ids[max(0, done) // self.block_size :]}
+        manager = self.kv_cache_manager
+        groups = manager.get_block_ids(request.request_id)
+        sizes = (group.block_size for group in manager.coordinator.single_type_managers)
+        written = {
+            block
+            for ids, size in zip(groups, sizes, strict=True)
+            for block in ids[max(0, done) // size :]
+        }
+        return written - {manager.block_pool.null_block.block_id}
+
+    def _free_request_blocks(self, request: Request) -> None:
+        """Drop what unfinished steps write from the prefix cache, because they may lack rows."""
+        self._sources.pop(request.request_id, None)
+        if request.num_in_flight_tokens:
+            written, pool = self._written(request), self.kv_cache_manager.block_pool
+            self.kv_cache_manager.evict_blocks(written)
+            if shared := {block for block in written if pool.blocks[block].ref_cnt > 1}:
+                for other in self.running:
+                    if other is not request and shared & self._written(other, every=True):
+                        self._sources.setdefault(other.request_id, set()).add(request.request_id)
+        super()._free_request_blocks(request)
 
 
 class AsyncRowsScheduler(RowsScheduler, AsyncScheduler):
