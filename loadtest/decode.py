@@ -100,8 +100,9 @@ class Measured(Contender):
         self.outside: dict[int, float] = {}
 
     def step(self) -> None:
-        before, running = self.engine.rows.wait_seconds, self.engine.scheduler.running
-        decodes = all(one.computed >= one.prompt_tokens for one in running)
+        before, scheduler = self.engine.rows.wait_seconds, self.engine.scheduler
+        running = scheduler.running if not scheduler.waiting else []
+        decodes = running and all(one.computed >= one.prompt_tokens for one in running)
         super().step()
         if decodes:
             self.waits.append(self.engine.rows.wait_seconds - before)

@@ -108,10 +108,14 @@ class Recent(Score):
 
 
 class Random(Score):
-    """Keeps random places of the middle."""
+    """Keeps random places of the middle, other ones in each layer and text."""
+
+    def __init__(self, first: int, last: int, share: float) -> None:
+        super().__init__(first, last, share)
+        self.generator = torch.Generator().manual_seed(0)
 
     def scores(self, q_OHE: Tensor, k_GLE: Tensor) -> Tensor:
-        return torch.rand(k_GLE.shape[:2], generator=torch.Generator().manual_seed(len(q_OHE)))
+        return torch.rand(k_GLE.shape[:2], generator=self.generator)
 
 
 class Recorder(Runner):

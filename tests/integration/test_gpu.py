@@ -36,7 +36,7 @@ from tolhouse.train.recipes import recipe
 from tolhouse.train.trainer import Trainer
 
 from loadtest.gemma import saved, tiny_gemma
-from tests.engines import Request, serve
+from tests.engines import Request, engine_of, serve
 from tests.tables import manifest_of, records_of
 
 pytest.importorskip("triton", reason="the kernels need Triton")
@@ -80,8 +80,8 @@ def engines(path: Path, folder: Path) -> Iterator[Callable[..., Engine]]:
             place = GPU, torch.float32, checkpoint.config.num_rows
             return CachedRows(source, manifest, slots * manifest.record_bytes, *place)
 
-        def make(slots: int = 400, kv_tokens: int = 4096) -> Engine:
-            provider, cache = rows(slots), BlockManager(kv_tokens // BLOCK_TOKENS)
+        def make(slots: int = 400, kv_tokens: int = 4096, policy: Full = FULL) -> Engine:
+            provider, cache = rows(slots), BlockManager(kv_tokens // BLOCK_TOKENS, policy)
             pages = PagedKVCache(checkpoint.config, cache.num_blocks + 1, GPU, torch.float32)
             model = load(checkpoint, GPU, torch.float32, not provider.has_x0)
             runner = GraphRunner(model, pages, provider)
@@ -204,6 +204,23 @@ def test_small_caches_do_not_change_tokens(tmp_path: Path) -> None:
             requests = [Request(prompt, 60, ignore_eos=True) for prompt in PROMPTS]
             serve(make(slots, kv_tokens), *requests)
             assert [expected(checkpoint, p, 60) for p in PROMPTS] == [r.tokens for r in requests]
+
+
+@needs_gpu
+@pytest.mark.parametrize("policy", [Window(3, 30), Score(3, 20, 0.3)])
+def test_policies_give_the_tokens_of_a_cpu(policy: Full, tmp_path: Path) -> None:
+    """Replayed steps with a policy of the KV cache give the tokens of an engine on a CPU, also when
+    sequences are preempted."""
+    path = tiny_model(tmp_path / "m", "base")
+    with engines(path, tmp_path / "tables") as make:
+        for kv_tokens in (4096, 256):
+            alike = make(kv_tokens=kv_tokens, policy=policy), engine_of(path, policy=policy)
+            tokens = []
+            for engine in alike:
+                requests = [Request(prompt, 60, ignore_eos=True) for prompt in PROMPTS]
+                serve(engine, *requests)
+                tokens.append([request.tokens for request in requests])
+            assert tokens[0] == tokens[1]
 
 
 @needs_gpu

@@ -10,6 +10,7 @@ from tolhouse.engine.attention import (
     PagedKVCache,
     blocks_of,
     gathered,
+    seen,
     streamed,
     write,
 )
@@ -77,7 +78,9 @@ def test_decoding_attends_to_its_own_sequence(
         k_BGE, v_BGE = (torch.stack([kv[number, -1] for kv in kept[part]]) for number in (0, 1))
         keys, values = pages.keys[1], pages.values[1]
         write(k_BGE, v_BGE, keys, values, view.blocks_T, view.offsets_T)
-        got = attend(q_BHE, keys, values, tables_BC, spans_3B)
+        places_L = torch.arange(7 * BLOCK_TOKENS)
+        which = spans_3B if attend is streamed else seen(places_L, spans_3B[..., None])
+        got = attend(q_BHE, keys, values, tables_BC, which)
         for q, (k, v), out in zip(q_BHE, kept[part], got, strict=True):
             torch.testing.assert_close(expected(q[None], k, v)[0], out, rtol=1e-4, atol=1e-5)
 

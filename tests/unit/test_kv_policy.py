@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolhouse.engine.block_manager import BLOCK_TOKENS
+from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
 from tolhouse.engine.kv_policy import Compressive, Full, Score, Window
-from tolhouse.errors import PromptTooLongError
+from tolhouse.errors import InvalidArgumentError, PromptTooLongError
 from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.config import preset
 from tolhouse.model.transformer import Transformer
 from tolhouse.testing import tiny_model
+from tolhouse.worker.run import gate_of
 
 from loadtest.related_kv import Compressed, Masked, Scored, window_mask
 from tests.engines import Request, engine_of, run, serve
@@ -260,3 +262,20 @@ def test_random_load_with_a_memory(base: Path, load: list, blocks: int, step_tok
 def test_random_load_with_scores(base: Path, load: list, blocks: int, step_tokens: int) -> None:
     """The same with scores."""
     load_equals_alone(base, Score(3, 20, 0.3), load, blocks, step_tokens)
+
+
+@pytest.mark.parametrize("policy", [Full(), Score(3, 20, 0.5), Window(0, 10**6)])
+def test_an_unknown_prompt_is_looked_up_once(policy: Full) -> None:
+    """The search for a prefix ends at its first unknown block, unless the policy drops blocks."""
+    cache = BlockManager(8, policy)
+    sequence = Request(prompt(0, 2000), 1).sequence
+    sequence.policy = policy
+    assert cache.share(sequence) == 0
+    assert len(sequence.digests) == 1
+
+
+@pytest.mark.parametrize("given", ["nan", "inf", "-0.5", "7"])
+def test_gates_outside_of_0_to_1_are_refused(given: str) -> None:
+    """A gate is a share."""
+    with pytest.raises(InvalidArgumentError, match="between 0 and 1"):
+        gate_of(given, preset("tiny", "base"))

@@ -82,8 +82,8 @@ class ChunkPlaces:
 class Places:
     """Where the tokens of a step are in the pages, as int64 arrays.
 
-    Decoding sequences come first, and prompt chunks follow. A row of `spans_3B` each has the number
-    of places up to a decoding token, and of how many first and last ones it sees.
+    Decoding sequences come first, and prompt chunks follow. The rows of `spans_3B` are the number
+    of places up to the decoding token, and how many of the first and of the last places it sees.
     """
 
     decoding: int  # the number of decoding sequences
@@ -152,6 +152,24 @@ class AttentionMetadata:
         return cls(pages, places.decoding, *tensors, chunks=chunks, recalls=recalls)
 
     @cached_property
+    def seen_BL(self) -> Tensor:
+        """Whether decoding tokens see the places in their blocks."""
+        places_L = torch.arange(self.tables_BC.shape[1] * BLOCK_TOKENS, device=self.pages.device)
+        return seen(places_L, self.spans_3B[..., None])
+
+    @cached_property
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        """For each chunk: the block and the offset that each kept place is copied to."""
+        found = []
+        for part, _ in self.chunks:
+            kept = part.policy.copied(part.first + part.count) if len(part.copy) else 0
+            places = np.arange(kept)
+            arrays = part.copy[places // BLOCK_TOKENS], places % BLOCK_TOKENS
+            blocks, offsets = (torch.from_numpy(x).to(self.pages.device) for x in arrays)
+            found.append((blocks, offsets))
+        return found
+
+    @cached_property
     def parts(self) -> tuple["AttentionMetadata", "AttentionMetadata"]:
         """The metadata of the decoding sequences, and the metadata of the chunks."""
         n, tables = self.decoding, (self.tables_BC, self.spans_3B)
@@ -170,7 +188,7 @@ class AttentionMetadata:
         write(k_TGE, v_TGE, keys, values, self.blocks_T, self.offsets_T)
         outs, start = [], self.decoding
         if start:
-            outs.append(gathered(q_THE[:start], keys, values, self.tables_BC, self.spans_3B))
+            outs.append(gathered(q_THE[:start], keys, values, self.tables_BC, self.seen_BL))
         for part, table in self.chunks:
             q_HTE = q_THE[start : start + part.count].transpose(0, 1)
             k_GLE, v_GLE = contiguous(keys, values, table)
@@ -186,9 +204,9 @@ class AttentionMetadata:
     def copy_kept(self, layer: int, q_THE: Tensor) -> None:
         """Copy the places that the policies keep of the prompts that end in this step."""
         end = self.decoding
-        for part, table in self.chunks:
+        for (part, table), (blocks, offsets) in zip(self.chunks, self.copies, strict=True):
             end += part.count
-            if len(part.copy):
+            if len(blocks):
                 keys, values = self.pages.layers[layer]
                 length = part.first + part.count
                 k_GLE, v_GLE = (x[:, :length] for x in contiguous(keys, values, table))
@@ -196,9 +214,7 @@ class AttentionMetadata:
                 places_GKE = part.policy.select(q_OHE, k_GLE)[..., None]
                 places_GKE = places_GKE.expand(-1, -1, k_GLE.shape[2])
                 k_KGE, v_KGE = (x.gather(1, places_GKE).transpose(0, 1) for x in (k_GLE, v_GLE))
-                places = torch.arange(len(k_KGE), device=keys.device)
-                blocks = torch.from_numpy(part.copy).to(keys.device)[places // BLOCK_TOKENS]
-                write(k_KGE, v_KGE, keys, values, blocks, places % BLOCK_TOKENS)
+                write(k_KGE, v_KGE, keys, values, blocks, offsets)
 
 
 @dataclass
@@ -306,15 +322,11 @@ def tiled(q_HTE: Tensor, k_GLE: Tensor, v_GLE: Tensor, part: ChunkPlaces) -> Ten
 
 
 def gathered(
-    q_BHE: Tensor, keys: Tensor, values: Tensor, tables_BC: Tensor, spans_3B: Tensor
+    q_BHE: Tensor, keys: Tensor, values: Tensor, tables_BC: Tensor, seen_BL: Tensor
 ) -> Tensor:
-    """Compute attention [B, H, E] of one token per sequence.
-
-    It attends to the places in the blocks `tables_BC` that it sees (`spans_3B`).
-    """
+    """Compute attention [B, H, E] of one token per sequence to the places that it sees."""
     k_BGLE = keys[tables_BC].permute(0, 2, 1, 4, 3).flatten(2, 3)
     v_BGLE = values[tables_BC].transpose(1, 2).flatten(2, 3)
-    seen_BL = seen(torch.arange(k_BGLE.shape[2], device=q_BHE.device), spans_3B[..., None])
     q_BGJE, groups = q_BHE.unflatten(1, (k_BGLE.shape[1], -1)), k_BGLE.shape[1]
     if q_BHE.device.type == "cpu":
         # Each head is a product of its own: sums of products with several rows depend on the batch.
@@ -328,7 +340,7 @@ def gathered(
 
 
 def seen(places: Tensor, spans_3B: Tensor) -> Tensor:
-    """Return whether decoding tokens see places, for tensors that broadcast after dimension 0."""
+    """Return whether decoding tokens see `places`, which broadcast with each row of `spans_3B`."""
     lengths_B, sinks_B, windows_B = spans_3B
     return (places < lengths_B) & ((places < sinks_B) | (places >= lengths_B - windows_B))
 

@@ -69,10 +69,13 @@ class BlockManager:
             return 0
         policy, longest, begin = sequence.policy, 0, 0  # blocks from `begin` on were found
         blocks: list[int] = []
-        for number in range(policy.shareable(sequence) // BLOCK_TOKENS):
+        end = policy.shareable(sequence)
+        # Only blocks that the policy can drop may be unknown.
+        droppable = policy.head_blocks + policy.dropped(end) // BLOCK_TOKENS
+        for number in range(end // BLOCK_TOKENS):
             block = self._block_of.get(_digest(sequence, number), -1)
             blocks.append(block)
-            if block < 0 and number < policy.head_blocks:
+            if block < 0 and not policy.head_blocks <= number < droppable:
                 break
             begin = number + 1 if block < 0 else begin
             tokens = len(blocks) * BLOCK_TOKENS

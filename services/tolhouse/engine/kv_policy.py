@@ -102,10 +102,16 @@ class Compressive(Window):
         self.gate_NH = gate_NH.float()
         self.key = f"compressive {sinks} {window} {self.gate_NH.tolist()}"
 
+    @property
+    def undropped(self) -> int:
+        """The most tokens of a sequence that has dropped none. The prefix cache has no memories."""
+        return (self.head_blocks + 1) * BLOCK_TOKENS + self.window - 2
+
     def shareable(self, sequence: "Sequence") -> int:
-        # The prefix cache has no memories, so nothing may have been dropped.
-        room = (self.head_blocks + 1) * BLOCK_TOKENS + self.window - 2
-        return min(room, super().shareable(sequence))
+        return min(self.undropped, super().shareable(sequence))
+
+    def shared(self, sequence: "Sequence") -> int:
+        return min(self.undropped, super().shared(sequence))
 
 
 class Score(Full):
@@ -154,8 +160,8 @@ class Score(Full):
         order = middle.argsort(dim=1, descending=True, stable=True)
         # Of equal scores, the first place is kept.
         best = order[:, : count - self.first - self.last].sort(1).values + self.first
-        ends = [torch.arange(self.first), torch.arange(places - self.last, places)]
-        first, last = (x.to(best.device).expand(len(best), -1) for x in ends)
+        first = torch.arange(self.first, device=best.device).expand(len(best), -1)
+        last = torch.arange(places - self.last, places, device=best.device).expand(len(best), -1)
         return torch.cat([first, best, last], 1)
 
     def scores(self, q_OHE: Tensor, k_GLE: Tensor) -> Tensor:

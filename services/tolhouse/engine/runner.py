@@ -5,7 +5,6 @@ first graph ends where the first row is needed, so the device attends while rows
 graph is recorded.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,8 +80,8 @@ class GraphRunner(Runner):
         if kernels.available(self.device):
             from tolhouse.engine.gpu import tiled_attention  # needs Triton
 
-            tiled_attention.warm_up(pages)
-            self.metadata = tiled_attention.TiledMetadata
+            if tiled_attention.fits(pages):
+                self.metadata = tiled_attention.TiledMetadata
 
     def launch(self, step: list[ScheduledChunk]) -> Launched:
         if self.replays and all(chunk.decodes for chunk in step):
@@ -123,15 +122,21 @@ class DecodeGraph:
         self.index_B = torch.zeros(sequences, dtype=torch.int64, device=device)
         ids, positions, blocks_B, offsets_B, *_ = self.inputs_7B
         slots = blocks_B, offsets_B, self.tables_BC, self.inputs_7B[4:]
-        view = runner.metadata(pages, sequences, *slots)
+
+        def view() -> AttentionMetadata:  # a new one, because it keeps what it derives from spans
+            return runner.metadata(pages, sequences, *slots)
+
         self.first_BD: Tensor | None = None
         if not rows.has_x0:
-            begin = functools.partial(model.begin, ids, positions, view)
+
+            def begin() -> Tensor:
+                return model.begin(ids, positions, view())
+
             self._first, self.first_BD = record(begin, device, runner.pool)
 
         def rest() -> Tensor:
             decoded = rows.decode(StagedRows(rows.records, self.index_B, ids))
-            return model.hidden(ids, positions, view, decoded, self.first_BD)
+            return model.hidden(ids, positions, view(), decoded, self.first_BD)
 
         self._rest, self.hidden_BD = record(rest, device, runner.pool)
 

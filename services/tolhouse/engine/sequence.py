@@ -33,15 +33,15 @@ class Sequence:
     sampling: SamplingParams
     emit: Callable[[Output], None]
     computed: int = 0  # the number of `ids` whose keys and values were computed
-    policy: Full = FULL  # which of them the cache keeps
+    policy: Full = FULL  # decides which tokens the cache keeps
     memory: Tensor | None = None  # of dropped tokens, [N, G, E, E + 1] (kv_policy.Compressive)
-    dropped: int = 0  # the number of them that the cache no longer has
+    dropped: int = 0  # the number of computed tokens that the cache has dropped
     span: Span = INVALID_SPAN  # the trace span of the request
     table: str = ""  # the "name@version" of its rows, which the engine sets on arrival
     priority: int = 0  # a lower value runs first
     arrival: int = 0  # the number that the scheduler assigns in order of arrival
     blocks: list[int] = field(default_factory=list)  # blocks of the KV cache, in order
-    copy: list[int] = field(default_factory=list)  # blocks that replace them after this step
+    copy: list[int] = field(default_factory=list)  # blocks that replace `blocks` after the prompt
     digests: list[bytes] = field(default_factory=list)  # one for each full block
     scored: int = 0  # the number of prompt tokens with emitted log probabilities
     times: list[float] = field(default_factory=list)  # the times of arrival and of the last token

@@ -66,8 +66,8 @@ class Builder:
 
     def build(self) -> Engine:
         config, shape = self.config, self.checkpoint.config
-        remembers = isinstance(self.cache.policy, Compressive)  # which runs uncompiled
-        if self.on_cpu and config.compile == "auto" and not remembers:
+        compressive = isinstance(self.cache.policy, Compressive)  # this policy runs uncompiled
+        if self.on_cpu and config.compile == "auto" and not compressive:
             self.compiled.start()
         rows: RowProvider = NoRows(shape.hidden_size, self.device)
         # GraphRunner needs one block more.
@@ -126,17 +126,22 @@ def gate_of(given: str, config: ModelConfig) -> Tensor:
     """
     shape = config.num_hidden_layers, config.num_attention_heads
     try:
-        return torch.full(shape, float(given))
+        gate_NH = torch.full(shape, float(given))
     except ValueError:
-        pass
-    try:
-        gate_NH = load_file(given)["gate"]
-    except (OSError, KeyError, SafetensorError) as error:
-        what = "no tensor `gate`" if isinstance(error, KeyError) else str(error)
-        raise InvalidArgumentError(f"--kv-gate {given}: {what}") from None
+        gate_NH = _gate_in(given)
+    if not bool(((gate_NH >= 0) & (gate_NH <= 1)).all()):
+        raise InvalidArgumentError(f"--kv-gate {given}: gates must be between 0 and 1")
     if gate_NH.shape != shape:
         raise InvalidArgumentError(f"--kv-gate {given}: {[*gate_NH.shape]} is not {[*shape]}")
     return gate_NH
+
+
+def _gate_in(file: str) -> Tensor:
+    try:
+        return load_file(file)["gate"]
+    except (OSError, KeyError, SafetensorError) as error:
+        what = "no tensor `gate`" if isinstance(error, KeyError) else str(error)
+        raise InvalidArgumentError(f"--kv-gate {file}: {what}") from None
 
 
 async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_VALUES = 2048  # that a program copies
+_VALUES = 2048  # values that a program copies
 
 
 def copy_rows(source: Tensor, target: Tensor, rows_R: Tensor) -> None:

@@ -22,11 +22,12 @@ from tolhouse.engine.attention import AttentionMetadata, PagedKVCache, Places, s
 from tolhouse.engine.block_manager import BLOCK_TOKENS
 from tolhouse.engine.gpu.transfer import upload
 from tolhouse.engine.scheduler import ScheduledChunk
+from tolhouse.logs import event
 
 _PROMPT_ROWS = 64  # rows of a tile of a prompt; a row is a token and a query head
 _DECODE_ROWS = 16  # the fewest that matrix units multiply
 _KEYS = 64  # keys that a program reads at a time
-_LEAST_KEYS = 256  # of a part
+_LEAST_KEYS = 256  # the fewest keys in a part
 _PROGRAMS = 264  # two for each multiprocessor of a large GPU
 
 
@@ -66,6 +67,19 @@ class TiledMetadata(AttentionMetadata):
         tables = self.tables_BC, self.spans_3B
         self.copy_kept(layer, q_THE)
         return tiled_attention(q_THE, keys, values, *tables, self.tiles_4X)
+
+
+def fits(pages: PagedKVCache) -> bool:
+    """Compile the kernels, and return whether the GPU has enough shared memory for them.
+
+    The log has the reason if it has not. This writes to the last block of the pages.
+    """
+    try:
+        warm_up(pages)
+    except triton.runtime.errors.OutOfResources as error:
+        event("the attention kernel does not fit the GPU", reason=str(error))
+        return False
+    return True
 
 
 def warm_up(pages: PagedKVCache) -> None:
@@ -136,20 +150,21 @@ def tiled_attention(
         KEYS=_KEYS,
         PAGE=BLOCK_TOKENS,
         num_warps=4 if rows * padded <= 64 * 64 else 8,
-        num_stages=2,
+        num_stages=2 if q_THE.element_size() < 4 else 1,  # for the shared memory of most GPUs
     )
     if parts == 1:
         return out_PTHE[0]
     out_THE = torch.empty_like(q_THE)
-    few = triton.next_power_of_2(parts)
-    _combine[(count * heads,)](
-        out_PTHE, mass_PTH, out_THE, parts, count * heads, SIZE=size, PADDED=padded, PARTS=few
-    )
+    places = count * heads
+    _combine[(places,)](out_PTHE, mass_PTH, out_THE, parts, places, SIZE=size, PADDED=padded)
     return out_THE
 
 
 # Triton would compile the kernel again for values that are 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["tokens", "num_tiles", "table_size", "span_row"])
+@triton.jit(
+    do_not_specialize=["tokens", "num_tiles", "table_size", "span_row"],
+    do_not_specialize_on_alignment=["tables", "spans", "tiles"],  # parts of one array
+)
 def _attend(
     q,
     keys,
@@ -237,13 +252,17 @@ def _combine(
     places,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
-    place, part, e = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, PADDED)
-    masses = tl.load(mass + part * places + place, mask=part < parts, other=float("-inf"))
-    weights = tl.exp(masses - tl.max(masses, 0))
-    weights = weights / tl.sum(weights, 0)
-    at = (part[:, None] * places + place) * SIZE + e[None, :]
-    inside = (part < parts)[:, None] & (e < SIZE)[None, :]
-    mixed = tl.sum(tl.load(parts_out + at, mask=inside, other=0.0) * weights[:, None], 0)
-    tl.store(out + place * SIZE + e, mixed.to(out.dtype.element_ty), mask=e < SIZE)
+    place, e = tl.program_id(0), tl.arange(0, PADDED)
+    highest, total = float("-inf"), 0.0
+    mixed = tl.zeros([PADDED], tl.float32)
+    for part in range(parts):
+        at = part * places + place
+        log_mass = tl.load(mass + at)
+        higher = tl.maximum(highest, log_mass)
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # no part had a key yet
+        weight, kept = tl.exp(log_mass - base), tl.exp(highest - base)
+        values = tl.load(parts_out + at * SIZE + e, mask=e < SIZE, other=0.0)
+        mixed, total = mixed * kept + values * weight, total * kept + weight
+        highest = higher
+    tl.store(out + place * SIZE + e, (mixed / total).to(out.dtype.element_ty), mask=e < SIZE)
