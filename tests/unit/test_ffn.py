@@ -137,14 +137,12 @@ def test_module_and_worker_compute_the_formula(form: dict, path: Path, tmp_path:
     plain, checkpoints = open_checkpoint(path), [open_checkpoint(path)]
     if form["ffn_c"] in ("moc", "avgk"):
         checkpoints.append(permuted(path, tmp_path, form.get("ffn_blocks", 1)))
+    pairs = [(c.model().layers, load(c, CPU, torch.float32).layers) for c in checkpoints]
     for layer, block in enumerate(plain.model().layers):
         expected = torch.stack([formula(block.mlp, form, x_D) for x_D in X]).float()
         assert (scale := expected.abs().max()) > 0.01
-        for checkpoint in checkpoints:
-            own, worker = (
-                model.layers[layer].mlp
-                for model in (checkpoint.model(), load(checkpoint, CPU, torch.float32))
-            )
+        for both in pairs:
+            own, worker = (layers[layer].mlp for layers in both)
             with torch.inference_mode():
                 for ffn in (own, worker):
                     assert ((ffn(X) - expected) / scale).abs().max() <= 1e-5
@@ -220,6 +218,26 @@ def test_swiglu_has_the_same_bits_alone_and_in_a_batch(channels: int) -> None:
     """A token's bits do not depend on the number of tokens, for any number of channels."""
     x_TM = torch.randn(9, channels)
     assert torch.equal(torch.cat([silu(x_M[None]) for x_M in x_TM]), silu(x_TM))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_silu_is_as_exact_as_its_dtype(dtype: torch.dtype) -> None:
+    """SiLU equals its formula in float64 within the rounding of the dtype, also far from zero."""
+    x = torch.linspace(-40, 40, 999).to(dtype)
+    expected = x.double() / (1 + (-x.double()).exp())
+    finfo = torch.finfo(dtype)
+    tolerance = {"rtol": 4 * finfo.eps, "atol": finfo.smallest_normal}
+    torch.testing.assert_close(silu(x).double(), expected, **tolerance)
+
+
+def test_channels_that_are_not_chosen_may_overflow() -> None:
+    """A channel that is infinite and not chosen does not change the output."""
+    mlp = make("moc", preset("tiny", "flex", 3, ffn_c="moc"), 96)
+    with torch.no_grad():
+        mlp.gate_proj.weight[0] = 0  # less than the gates of the chosen quarter
+        expected = mlp(X)
+        mlp.up_proj.weight[0] = torch.inf
+        assert torch.equal(expected, mlp(X))
 
 
 def test_a_router_of_small_sigmoids_is_normalised() -> None:

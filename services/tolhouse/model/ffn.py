@@ -34,11 +34,15 @@ class SwiGLU(nn.Module):
 
 
 def silu(x: Tensor) -> Tensor:
-    """Return SiLU. Without gradients, an element has the same bits in tensors of all shapes.
+    """Return SiLU. In float32 on a CPU, an element has the same bits in tensors of all shapes.
 
-    F.silu rounds the last elements of a tensor otherwise, but needs less memory in training.
+    There F.silu rounds the last elements of a tensor otherwise. With gradients, in other dtypes and
+    on a GPU, F.silu is used: it is faster, and needs less memory in training.
     """
-    return F.silu(x) if x.requires_grad else x / (1 + (-x).exp())
+    if x.requires_grad or x.dtype != torch.float32 or x.device.type != "cpu":
+        return F.silu(x)
+    divisor = x.neg().exp_().add_(1)
+    return torch.div(x, divisor, out=divisor)
 
 
 class LinearStack(nn.Module):
@@ -215,7 +219,7 @@ def channels_of(blocks_TB: Tensor, size: int) -> Tensor:
 
 def only(c_TM: Tensor, channels_TK: Tensor) -> Tensor:
     """Return the coefficients, with zeros for channels that are not in `channels_TK`."""
-    return c_TM * torch.zeros_like(c_TM).scatter(-1, channels_TK, 1)
+    return torch.zeros_like(c_TM).scatter(-1, channels_TK, c_TM.gather(-1, channels_TK))
 
 
 _FORMS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
