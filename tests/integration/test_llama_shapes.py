@@ -10,11 +10,12 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tolhouse import Client
 from tolhouse.client.row_source import open_row_source
 from tolhouse.engine.row_providers import CachedRows
 from tolhouse.errors import TolhouseError
-from tolhouse.model.checkpoint import open_checkpoint, save_checkpoint
+from tolhouse.model.checkpoint import WEIGHTS, open_checkpoint, save_checkpoint
 from tolhouse.model.config import RopeScaling
 from tolhouse.model.generate import greedy
 from tolhouse.model.transformer import GrowingCache, NoCache, Transformer
@@ -231,6 +232,28 @@ def test_what_does_not_change_it_is_accepted(
     expected = open_checkpoint(tmp_path / "m").config
     edit(tmp_path / "m", fields)
     assert expected == open_checkpoint(tmp_path / "m").config
+
+
+@pytest.mark.parametrize("shape", ["llama-tied-biased", "qwen2", "qwen3-biased"])
+def test_advice_about_missing_biases_works(shape: str, tmp_path: Path) -> None:
+    """A checkpoint without the biases of its config opens after the edit that the error names."""
+    folder = tmp_path / "m"
+    saved(folder, shape)
+    weights = {}
+    for part in folder.glob("*.safetensors"):
+        weights |= load_file(part)
+        part.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    kept = {name: tensor for name, tensor in weights.items() if not name.endswith(".bias")}
+    save_file(kept, folder / WEIGHTS)
+    with pytest.raises(TolhouseError, match=r"k_proj.bias: set attention_bias .* to false"):
+        open_checkpoint(folder)
+    edit(folder, {"attention_bias": False})
+    config = open_checkpoint(folder).config
+    assert (False, False) == (config.qkv_bias, config.o_bias)
+    save_file(weights, folder / WEIGHTS)
+    with pytest.raises(TolhouseError, match=r"k_proj.bias: set attention_bias .* to true"):
+        open_checkpoint(folder)
 
 
 def edit(folder: Path, fields: dict[str, Any]) -> None:

@@ -36,12 +36,16 @@ WRONG = {
 }
 
 
+def config_of(size: str, kind: str, beta: int, ffn_c: str) -> ModelConfig:
+    return preset(size, kind, beta, ffn_c=ffn_c if kind == "flex" else "linear")
+
+
 @pytest.mark.parametrize("ffn_c", ["linear", "swiglu"])
 @pytest.mark.parametrize("size", PAPER)
 def test_presets_have_the_paper_s_parameter_counts(size: str, ffn_c: str) -> None:
     """In millions, active parameters equal the paper's table, and totals equal its base model."""
     with torch.device("meta"):
-        models = [Transformer(preset(size, kind, beta, ffn_c=ffn_c)) for kind, beta in KINDS]
+        models = [Transformer(config_of(size, kind, beta, ffn_c)) for kind, beta in KINDS]
     counts = [[count // 10**6 for count in parameter_counts(model)] for model in models]
     assert PAPER[size] == tuple(active for _, active in counts)
     assert {PAPER[size][0]} == {total for total, _ in counts}
@@ -52,7 +56,7 @@ def test_presets_have_the_paper_s_parameter_counts(size: str, ffn_c: str) -> Non
 def test_small_presets_differ_only_by_flex_s_third_norm(size: str, ffn_c: str) -> None:
     """Presets have equal parameter counts, except for flex's third norm."""
     with torch.device("meta"):
-        models = [Transformer(preset(size, kind, beta, ffn_c=ffn_c)) for kind, beta in KINDS]
+        models = [Transformer(config_of(size, kind, beta, ffn_c)) for kind, beta in KINDS]
     base, memory, *flex = [parameter_counts(model)[0] for model in models]
     third = models[0].config.num_hidden_layers * models[0].config.hidden_size
     assert base == memory
@@ -63,7 +67,7 @@ def test_small_presets_differ_only_by_flex_s_third_norm(size: str, ffn_c: str) -
 def test_a_config_survives_json(name: str) -> None:
     """A preset equals its copy from JSON, and JSON integers are accepted for floats."""
     for kind, beta in (*KINDS, ("wide", 0)):
-        config = preset(name, kind, beta, ffn_c="swiglu")
+        config = config_of(name, kind, beta, "swiglu")
         data = json.loads(json.dumps(config.to_json()))
         assert config == ModelConfig.from_json({**data, "rope_theta": 10_000})
 
@@ -89,7 +93,19 @@ def test_a_field_of_another_type_is_refused_by_name(data: st.DataObject) -> None
         ({"beta": 1}, "beta is 1, 2 or 3 for flex"),
         ({"kind": "flex", "beta": 4}, "beta is 1, 2 or 3 for flex"),
         ({"kind": "flex", "beta": 1, "ffn_c": "conv"}, "ffn_c: .*'linear', 'swiglu'.* or"),
-        ({"ffn_share": 0.5}, "ffn_share is a field of the forms avgk, moc, which it lacks"),
+        (
+            {"ffn_share": 0.5},
+            "ffn_share is for the forms avgk, moc, not for ffn_c linear and ffn_m swiglu",
+        ),
+        *(
+            ({"kind": kind, "ffn_c": form}, f"ffn_c {form} is for kind flex: a {kind} model has no")
+            for kind, form in (("base", "moc"), ("memory", "moc"), ("wide", "swiglu"))
+        ),
+        ({"kind": "base", "ffn_m": "moc"}, "ffn_m moc is for .*: a base model has none"),
+        (
+            {"kind": "flex", "beta": 1, "flex_layers": [0], "ffn_m": "lookup"},
+            "ffn_m lookup is for models with FFN-M: a converted model has none",
+        ),
         ({"ffn_m": "moc", "ffn_share": 1.5}, "ffn_share: .* less than or equal to 1"),
         ({"eos_token_id": 10**6}, "eos_token_id 1000000 must be below vocab_size 1024"),
         ({"eos_token_id": [0, 1024]}, "eos_token_id 1024 must be below vocab_size 1024"),

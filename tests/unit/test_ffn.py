@@ -1,5 +1,6 @@
 """The forms of FFN-C and FFN-M: the module and the worker's module against their formulas."""
 
+import json
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -203,14 +204,17 @@ def test_a_form_without_channels_is_not_explained(form: str, tmp_path: Path) -> 
 
 
 def test_rows_have_the_hash_of_their_form(tmp_path: Path) -> None:
-    """The same weights with another share of channels make other rows, and so another hash."""
-    path = tiny_model(tmp_path, "memory", ffn_m="moc")
-    hashes = [open_checkpoint(path).rows_id()]
-    for old, new in (('"swiglu"', '"moc"'), ('"moc"', '"moc", "ffn_share": 0.5')):
-        text = (path / "config.json").read_text(encoding="utf-8").replace(old, new)
-        (path / "config.json").write_text(text, encoding="utf-8")
-        hashes.append(open_checkpoint(path).rows_id())
-    assert hashes[0] == hashes[1] != hashes[2]
+    """The hash changes with FFN-M's form and its fields, but not with the fields of FFN-C."""
+
+    def rows_id(form: str, **changes: str | float) -> str:
+        path = tiny_model(tmp_path / form, "flex", 3, ffn_c="moc", ffn_m=form)
+        config = json.loads((path / "config.json").read_bytes()) | changes
+        (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return open_checkpoint(path).rows_id()
+
+    assert rows_id("lookup") == rows_id("lookup", ffn_share=0.5)
+    changes = {}, {"ffn_share": 0.5}, {"ffn_m": "swiglu"}, {"ffn_m": "avgk"}
+    assert len({rows_id("moc", **change) for change in changes}) == len(changes)
 
 
 @pytest.mark.parametrize("channels", [144, 683])

@@ -138,7 +138,10 @@ OTHER: list[tuple[Callable[[Path], Any], str]] = [
     (edit_config(num_key_value_heads=3), "num_key_value_heads 3 must divide num_attention_heads 4"),
     (edit_config(head_dim=32), "has shape .96, 96., config.json asks for .128, 96"),
     (edit_config(head_dim=23), "head_dim 23 must be even"),
-    (edit_config(attention_bias=True), "lacks 16 tensors .* such as .*k_proj.bias"),
+    (
+        edit_config(attention_bias=True),
+        r"lacks 16 tensors .* such as .*k_proj.bias: set .*qkv_bias and o_bias\) to false",
+    ),
     (edit_config(attention_bias="yes"), "attention_bias must be a boolean, not 'yes'"),
     (edit_config(mlp_bias=True), f"mlp_bias is True, {UNSUPPORTED} null or false"),
     (edit_config(num_local_experts=8), f"num_local_experts is 8, {UNSUPPORTED} null or false"),

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from tolhouse.errors import InvalidArgumentError, NotFoundError
 from tolhouse.files import read_json
-from tolhouse.model.config import ModelConfig
+from tolhouse.model.config import FORM_FIELDS, ModelConfig
 from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
 from tolhouse.model.transformer import Transformer
 from tolhouse.model.weights import DTYPES, WEIGHTS, Weights
@@ -128,8 +128,9 @@ class Checkpoint:
         """
         fields: dict[str, Any] = {"rms_norm_eps": self.config.rms_norm_eps}
         if self.config.ffn_m != "swiglu":
+            own = {name for name, forms in FORM_FIELDS.items() if self.config.ffn_m in forms}
             stored = self.config.to_json()
-            fields |= {n: v for n, v in stored.items() if n.startswith("ffn_") and n != "ffn_c"}
+            fields |= {n: v for n, v in stored.items() if n in own | {"ffn_m"}}
         digest = hashlib.sha256(_canonical(fields))
         for name in sorted(self.weights.tensors):
             if name == EMBEDDING or ".ffn_m." in name:
@@ -294,6 +295,9 @@ def _tensor_name(parameter: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
+_BIAS_FIELDS = "attention_bias (memoryllm: qkv_bias and o_bias)"
+
+
 def _defects(weights: Weights, config: ModelConfig) -> Iterator[str]:
     """Yield the ways in which the weights contradict `config`."""
     expected, stored, kind = tensor_shapes(config), set(weights.tensors), config.kind
@@ -306,14 +310,15 @@ def _defects(weights: Weights, config: ModelConfig) -> Iterator[str]:
         hint = f": set tie_word_embeddings to true in {CONFIG} if the embedding is the head"
         surplus = sorted(stored - expected.keys())
         if missing[0].endswith("_proj.bias"):
-            fields = "attention_bias, or qkv_bias and o_bias,"
-            hint = f": set {fields} to false in {CONFIG} if attention has no biases"
+            hint = f": set {_BIAS_FIELDS} to false in {CONFIG} if attention has no biases"
         elif missing != [HEAD]:
             hint = f"; it has {surplus[0]}" if surplus else ""
         yield f" lacks {len(missing)} tensors of a {kind} model, such as {missing[0]}{hint}"
     if extra := sorted(stored - expected.keys()):
         message = f" has {len(extra)} tensors that a {kind} model lacks, such as {extra[0]}"
-        yield f"{message}: correct {CONFIG}, or remove them"
+        biased = extra[0].endswith(".self_attn.k_proj.bias")
+        where = f"set {_BIAS_FIELDS} to true in" if biased else "correct"
+        yield f"{message}: {where} {CONFIG}, or remove them"
     for name, shape in expected.items():
         tensor = weights.tensors[name]
         if list(tensor.shape) != shape:

@@ -16,8 +16,8 @@ from tolhouse.validation import validated
 
 Kind = Literal["base", "memory", "flex", "wide"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-FfnC = Literal["linear", "swiglu", "moc", "avgk", "flashmhf", "lookup"]
 FfnM = Literal["swiglu", "moc", "avgk", "flashmhf", "lookup"]
+FfnC = Literal["linear", FfnM]
 Size = Annotated[int, Field(ge=1, le=2**31)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -131,11 +131,18 @@ class ModelConfig:
         if not in_order:
             rule = f"must be ascending layers from 0 to {self.num_hidden_layers - 1}"
             raise InvalidArgumentError(f"model config: flex_layers {rule}, not {list(given)}")
+        if self.kind != "flex" and self.ffn_c != "linear":
+            rule = f"is for kind flex: a {self.kind} model has no FFN-C"
+            raise InvalidArgumentError(f"model config: ffn_c {self.ffn_c} {rule}")
+        if (self.kind == "base" or given) and self.ffn_m != "swiglu":
+            rule = f"is for models with FFN-M: a {'converted' if given else 'base'} model has none"
+            raise InvalidArgumentError(f"model config: ffn_m {self.ffn_m} {rule}")
         forms = {self.ffn_c, self.ffn_m}
-        for name, users in _FORM_FIELDS.items():
+        for name, users in FORM_FIELDS.items():
             if not forms & users and getattr(self, name) != getattr(type(self), name):
-                rule = f"is a field of the forms {', '.join(sorted(users))}"
-                raise InvalidArgumentError(f"model config: {name} {rule}, which it lacks")
+                rule = f"is for the forms {', '.join(sorted(users))}"
+                found = f"ffn_c {self.ffn_c} and ffn_m {self.ffn_m}"
+                raise InvalidArgumentError(f"model config: {name} {rule}, not for {found}")
         if outside := [i for i in self.end_token_ids if i >= self.vocab_size]:
             rule = f"must be below vocab_size {self.vocab_size}"
             raise InvalidArgumentError(f"model config: eos_token_id {outside[0]} {rule}")
@@ -165,7 +172,7 @@ class ModelConfig:
             **dict.fromkeys(("qkv_bias", "o_bias", "qk_norm"), False),
             "rope_scaling": None,
             "flex_layers": (),
-            **{name: getattr(type(self), name) for name in ("ffn_m", *_FORM_FIELDS)},
+            **{name: getattr(type(self), name) for name in ("ffn_m", *FORM_FIELDS)},
         }
         left = {n: v for n, v in fields.items() if n not in derived or v != derived[n]}
         if scaling := left.get("rope_scaling"):
@@ -182,12 +189,12 @@ class ModelConfig:
         if not isinstance(data, dict):
             raise InvalidArgumentError(f"model config must be a JSON object, not {data!r:.60}")
         kind = data.get("model_type")
-        if kind != "memoryllm" and kind not in (*_FAMILIES,):  # a list is not hashable
+        if kind not in ("memoryllm", *_FAMILIES):  # a list is not hashable
             dense = ", ".join(map(repr, _FAMILIES))
             allowed = f"allowed are 'memoryllm', and for dense models {dense}"
             raise InvalidArgumentError(f"model config: model_type is {kind!r:.60}; {allowed}")
         own = {field.name for field in dataclasses.fields(cls)}
-        forms = {"ffn_c", "ffn_m", *_FORM_FIELDS}
+        forms = {"ffn_c", "ffn_m", *FORM_FIELDS}
         if kind in _FAMILIES:
             data = {**_FAMILIES[kind], **data}
             own -= {"kind", "beta", "qkv_bias", "o_bias", "qk_norm"} | forms
@@ -208,7 +215,7 @@ class ModelConfig:
 
 
 # The forms of FFN-C and FFN-M that each field belongs to.
-_FORM_FIELDS = {
+FORM_FIELDS = {
     "ffn_share": {"moc", "avgk"},
     "ffn_by": {"moc"},
     "ffn_blocks": {"avgk"},
@@ -247,13 +254,16 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def _biases(kind: Any, data: dict[str, Any]) -> dict[str, bool]:
-    """Return the biases of attention. `attention_bias` adds all four, and Qwen 2 has q, k and v."""
+    """Return the biases of attention. `attention_bias` adds all four.
+
+    In Qwen 2 it adds those of q, k and v, and its default is true.
+    """
+    given = data.get("attention_bias")
+    if given is not None and not isinstance(given, bool):
+        raise InvalidArgumentError(f"model config: attention_bias must be a boolean, not {given!r}")
     if kind == "qwen2":
-        return {"qkv_bias": True}
-    both = data.get("attention_bias") or False
-    if both not in (False, True):
-        raise InvalidArgumentError(f"model config: attention_bias must be a boolean, not {both!r}")
-    return {"qkv_bias": True, "o_bias": True} if both and kind != "mistral" else {}
+        return {"qkv_bias": given is not False}
+    return {"qkv_bias": True, "o_bias": True} if given and kind != "mistral" else {}
 
 
 # Fields of Hugging Face's configs that do not change the computation.

@@ -22,13 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tolhouse.config import TrainConfig, arguments
-from tolhouse.errors import (
-    CorruptError,
-    InUseError,
-    InvalidArgumentError,
-    MismatchError,
-    UnavailableError,
-)
+from tolhouse.errors import CorruptError, InUseError, MismatchError, UnavailableError
 from tolhouse.files import locked
 from tolhouse.model import ffn
 from tolhouse.model.checkpoint import (
@@ -267,11 +261,6 @@ class Curve:
 def train_checkpoint(name: str, options: TrainConfig) -> None:
     """Train recipe `name`, or resume an interrupted run, and write the model card."""
     chosen = recipe(name, options.kind, options.beta)
-    if options.kind != "flex" and options.ffn_c != "linear":
-        has = f"a {options.kind} model has no FFN-C"
-        raise InvalidArgumentError(f"--ffn-c {options.ffn_c} is for --kind flex; {has}")
-    if options.kind == "base" and options.ffn_m != "swiglu":
-        raise InvalidArgumentError(f"--ffn-m {options.ffn_m}: a base model has no FFN-M")
     forms = {name: value for name, value in options if name.startswith("ffn_")}
     config = replace(chosen.config, **forms)
     tensor_shapes(config)  # refuses sizes that a form cannot have
