@@ -23,7 +23,7 @@ Outcome = tuple[dict[str, str], dict[str, object]]
 Work = Callable[[Store], object]
 VERSIONS = (1, 2, 3)
 PUBLISHED, OTHER, NEW = (manifest_of("t", version) for version in VERSIONS)
-ABOVE = manifest_of("above", 9, num_shards=1, parent=OTHER.ref, changed=(4,))
+ABOVE = manifest_of("t", 9, num_shards=1, parent=OTHER.ref, changed=(4,))
 
 
 def new_stores(base: str) -> NewStore:

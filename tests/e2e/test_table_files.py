@@ -5,6 +5,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tolhouse.store.writer import write_table
 from tolhouse.testing import build_table
 
 from tests.e2e.test_tables import Store, log, states, tolhouse
-from tests.tables import manifest_of, records_of
+from tests.tables import digest_of, manifest_of, records_of, write
 
 
 def rows_of(url: str, ref: str) -> bytes:
@@ -96,9 +97,45 @@ def _flip(at: int) -> Callable[[Path], object]:
     return edit
 
 
+def _rewritten(fields: dict[str, Any], log: str = "[]") -> Callable[[Path], object]:
+    """Returns a function that writes a file again with other fields of its last manifest."""
+
+    def edit(file: Path) -> None:
+        data = file.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        about = header["__metadata__"]
+        *parts, last = json.loads(about["manifests"])
+        own = {**json.loads(last), **fields}
+        own["digest"] = digest_of(own)
+        about |= {"manifests": json.dumps([*parts, json.dumps(own)]), "log": log}
+        text = json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+    return edit
+
+
+OTHER = f"other@{'1' * 16}"
+OVER_OTHER = {"parent": OTHER, "changed": [1], "requires": ["parent", "changed"], "num_shards": 1}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (_rewritten({**OVER_OTHER, "shards": []}), "parent other"),
+        (
+            _rewritten({**OVER_OTHER, "shards": [], "parent": f"t@{'1' * 16}", "edits": OTHER}),
+            "edits other",
+        ),
+        (
+            _rewritten({"frequent_rows": OTHER, "requires": ["frequent_rows"]}),
+            "frequent_rows other",
+        ),
+        (
+            _rewritten({"basis": OTHER, "ranks": [1] * 4, "requires": ["basis", "ranks"]}),
+            "basis other",
+        ),
+        (_rewritten({"shards": []}), "has no digests"),
         (lambda file: file.write_bytes(file.read_bytes()[:-1]), "is truncated"),
         (lambda file: file.write_bytes(file.read_bytes()[:200]), "ends within its header"),
         (lambda file: file.write_bytes(file.read_bytes()[:5]), "is not a table exported"),
@@ -114,6 +151,11 @@ def _flip(at: int) -> Callable[[Path], object]:
         (lambda file: file.unlink(), "there is no file"),
     ],
     ids=[
+        "parent",
+        "edits",
+        "frequent rows",
+        "basis",
+        "no digests",
         "end",
         "header",
         "prefix",
@@ -143,6 +185,14 @@ def test_a_bad_file_is_refused(
     assert message in error
     assert str(file) in error
     assert {} == states(("--store", url), "t", "--all")
+
+
+def test_a_version_without_digests_is_not_exported(tmp_path: Path) -> None:
+    """A version without digests of its shards is not exported, because no reader could check it."""
+    with closing(open_store(f"file://{tmp_path}/tables")) as store:
+        ref = write(store, manifest_of()).ref
+        to = tmp_path / "file", "--store", store.url
+        assert "has no digests" in tolhouse("tables", "export", ref, *to, code=1)
 
 
 def test_a_file_with_another_hash_is_refused(

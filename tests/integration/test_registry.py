@@ -125,6 +125,18 @@ def test_an_interrupted_deletion_can_be_completed(new_store: NewStore) -> None:
         finish(store, OTHER)
 
 
+def test_a_published_part_stays(new_store: NewStore) -> None:
+    """The deletion of a version keeps a part of it that is published under the part's own name."""
+    part = manifest_of("t.frequent_rows", 5)
+    whole = manifest_of("t", 6, frequent_rows=part.ref, frequent=(1,))
+    with closing(open_store(new_store())) as store:
+        finish(store, part)
+        publish(store, part.ref)
+        finish(store, whole)
+        delete(store, whole.ref)
+        assert [part.ref] == store.refs()
+
+
 def _killed(ref: str) -> None:
     raise KeyboardInterrupt
 

@@ -227,6 +227,7 @@ def test_any_altered_byte_is_found(manifest: Manifest, data: st.DataObject) -> N
         *(("frequent", bad) for bad in ([5], [-1], [1, 1], [True], [1.0], [[1]], "1", {"1": 1})),
         *(("changed", bad) for bad in ([1, 0], [5], [1])),  # [1] lacks a parent
         ("ranks", [1, 1]),
+        *(("frequent_rows", f"{bad}@{'1' * 16}") for bad in ("golden", "other.frequent_rows")),
         ("requires", "parent"),
         *((field, None) for field in ("name", "version", "blocks", "width", "model_id")),
     ],

@@ -20,7 +20,7 @@ from tolhouse.store.registry import refuse_another
 from tolhouse.store.writer import shard_count, write_table
 from tolhouse.table.auxiliary import Basis, load_auxiliary
 from tolhouse.table.codecs import CODECS, codec
-from tolhouse.table.manifest import MAX_FREQUENT, Manifest, content_id
+from tolhouse.table.manifest import MAX_FREQUENT, Manifest, content_id, part_name
 
 BASIS_CODEC = "fp16"  # the basis consists of unit vectors
 FREQUENT_SHARE = 32  # by default 1/32 of the vocabulary is frequent, which is 60 to 70% of text
@@ -159,8 +159,7 @@ def _table(
     """
     arrays = [np.asarray(r, np.float32) for r in (rows if isinstance(rows, list) else [rows])]
     if part:
-        name = f"{planned.name[: 63 - len(part)]}.{part}"
-        fields |= {"name": name, "num_shards": 1, "frequent": ()}
+        fields |= {"name": part_name(planned.name, part), "num_shards": 1, "frequent": ()}
     ids = np.arange(len(arrays[0]), dtype=np.uint32)
     table = replace(planned, codec_name=codec(codec_name).name, vocab_size=len(ids), **fields)
     if part:
@@ -216,7 +215,7 @@ def _bytes(planned: Manifest, scheme: Scheme, ranks: tuple[int, ...] = ()) -> in
     size = replace(planned, codec_name=scheme.frequent_codec).record_bytes * scheme.frequent
     if not ranks:
         return size + table.table_bytes
-    table = replace(table, ranks=ranks, basis=f"{planned.name}@{'0' * 16}")
+    table = replace(table, ranks=ranks, basis=f"{part_name(planned.name, 'basis')}@{'0' * 16}")
     vector = codec(BASIS_CODEC).block(planned.width).itemsize + 8
     return size + table.table_bytes + (sum(ranks) + len(ranks)) * vector
 

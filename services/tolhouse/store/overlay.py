@@ -15,7 +15,7 @@ from tolhouse.store.base import Store
 from tolhouse.store.registry import refuse_part, resolve
 from tolhouse.store.writer import write_table
 from tolhouse.table.codecs import codec
-from tolhouse.table.manifest import MAX_CHANGED, Manifest, content_id
+from tolhouse.table.manifest import MAX_CHANGED, Manifest, content_id, part_name
 
 _ONE_SHARD: dict[str, Any] = {"num_shards": 1, "shards": ()}
 _PLAIN = _ONE_SHARD | {"frequent": (), "ranks": (), "basis": "", "frequent_rows": ""}
@@ -63,7 +63,7 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
             finer = store.manifest(base.frequent_rows).codec_name
         else:
             finer = min(base.codec_name, "int8", key=lambda name: codec(name).relative_error)
-        name = f"{base.name[:58]}.edits"
+        name = part_name(base.name, "edits")
         edits = replace(base, name=name, codec_name=finer, vocab_size=count, **_PLAIN)
         parts = [edits.encode(np.arange(len(ids), dtype=np.uint32), rows)]
         if manifest.edits:

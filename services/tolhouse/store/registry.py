@@ -247,7 +247,7 @@ def _removable(store: Store, ref: str, force: bool) -> list[str]:
         what = f"{read}: wait, or delete it with `force`"
         raise InUseError(f"{ref} is in use: {what}")
     needed = {part for m in others for part in m.dependencies}
-    return [part for part in auxiliary if part not in needed]
+    return [part for part in auxiliary if part not in needed and not stands_for(store, part)]
 
 
 def refuse_part(store: Store, ref: str, what: str) -> None:

@@ -68,7 +68,7 @@ class _Section:
 
     def check(self, digest: str, where: str) -> None:
         """Raise CorruptError if the manifest has another digest of the shard."""
-        if self.manifest.shards and self.manifest.shards[self.shard] != digest:
+        if self.manifest.shards[self.shard] != digest:
             what = f"shard {self.shard} of {self.manifest.ref} is damaged in {where}"
             raise CorruptError(f"{what}: its digest is not that of the manifest")
 
@@ -92,6 +92,12 @@ def _tensors(sections: list[_Section]) -> dict[str, Any]:
         offsets = [section.start, section.end]
         tensors[section.name] = {"dtype": "U8", "shape": shape, "data_offsets": offsets}
     return tensors
+
+
+def _require_digests(manifests: list[Manifest]) -> None:
+    """Raise InvalidArgumentError if a manifest has no digests of its shards."""
+    if bare := [manifest.ref for manifest in manifests if not manifest.shards]:
+        raise InvalidArgumentError(f"{bare[0]} has no digests of its shards: build it again")
 
 
 class TableFile:
@@ -127,6 +133,7 @@ class TableFile:
             manifests = json.loads(metadata["manifests"])
             self.manifests = [Manifest.from_json(one) for one in manifests]
             self.log: list[Entry] = json.loads(metadata["log"])
+            _require_digests(self.manifests)
         except (LookupError, TypeError, RecursionError, json.JSONDecodeError) as error:
             raise CorruptError(f"{path}: the header is damaged: {error!r:.80}") from None
         except (InvalidArgumentError, CorruptError) as error:
@@ -218,6 +225,7 @@ def export(store: Store, ref: str, path: Path, report: Report = _nothing) -> str
     version = registry.resolve(store, ref)
     own = registry.own_auxiliary(version)
     manifests = [*(store.manifest(part) for part in own), version]
+    _require_digests(manifests)
     sections = _sections(manifests)
     log = [e for e in store.log() if f"{e['name']}@{e['version']}" == version.ref]
     metadata = {"format": FORMAT, "manifests": json.dumps([m.to_json() for m in manifests])}

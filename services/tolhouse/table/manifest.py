@@ -32,6 +32,7 @@ MAX_RECORD_BYTES = 3 << 20  # a message has whole records, and gRPC's default li
 MAX_SHARDS = 65_536
 MAX_FREQUENT = 32_768
 MAX_CHANGED = 100_000  # rows of an overlay, which its manifest lists in one message
+PARTS = "basis", "frequent_rows", "edits"  # the auxiliary tables that a table may have
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _VERSION = r"[0-9a-f]{16}"
 _GOLDEN_64 = 0x9E3779B97F4A7C15
@@ -73,6 +74,11 @@ def split_ref(ref: str) -> tuple[str, str | None]:
     return name, version if at else None
 
 
+def part_name(name: str, part: str) -> str:
+    """Return the name of an auxiliary table of `name`, which is cut if it is long. See `PARTS`."""
+    return f"{name[: 63 - len(part)]}.{part}"
+
+
 def _require(ok: object, message: str) -> None:
     if not ok:
         raise InvalidArgumentError(f"manifest: {message}")
@@ -102,7 +108,7 @@ class Manifest:
         shards: Digest of each shard; empty until all are written.
         layout: Arrangement of the records in one store, which sets it only in its own copy.
         frequent: The most frequent token ids, most frequent first.
-        parent: For an overlay: the table with all unchanged rows, "name@version".
+        parent: For an overlay: the version of the same name with all unchanged rows.
         changed: For an overlay: the ids of its own rows, ascending.
         ranks: For low rank: the number of coefficients of each block.
         basis: For low rank: the table of basis vectors.
@@ -151,6 +157,12 @@ class Manifest:
         ranked = len(self.ranks) == count * bool(self.basis)
         ranked = ranked and all(0 < rank <= width for rank in self.ranks)
         _require(ranked, f"ranks must be from 1 to {width} for each block, only with a basis")
+        # Tokens grant names, so a table must not lead to rows of another name.
+        own = {part: part_name(self.name, part) for part in PARTS} | {"parent": self.name}
+        for part, name in own.items():
+            ref = getattr(self, part)
+            fits = ref.partition("@")[0] in ("", name)
+            _require(fits, f"{part} {ref} must be a version of {name}")
         shards = len(self.shards)
         _require(shards in (0, self.num_shards), f"{shards} digests for {self.num_shards} shards")
         # A value needs at least half a byte.
@@ -193,7 +205,7 @@ class Manifest:
     @property
     def auxiliary(self) -> tuple[str, ...]:
         """The auxiliary tables. They are stored and deleted with the table, and have no alias."""
-        return tuple(ref for ref in (self.basis, self.frequent_rows, self.edits) if ref)
+        return tuple(ref for part in PARTS if (ref := getattr(self, part)))
 
     @property
     def dependencies(self) -> tuple[str, ...]:
