@@ -21,11 +21,13 @@ from tolhouse.testing import build_table, process, redis_server
 
 from tests.commands import LOCAL, start
 from tests.e2e.test_tables import tolhouse
+from tests.interleaving import finish
 from tests.tables import manifest_of, write
 
 IDS = np.array([3, 1, 2])
 IDS32 = IDS.astype(np.uint32)
 REFUSED = "refuses what the user may not do"
+HARMFUL = ("CLIENT", "PAUSE", 1), ("CLIENT", "KILL", "ID", 0), ("CLIENT", "LIST"), ("KEYS", "*")
 LOG = "tolhouse:{registry}:log"
 
 
@@ -87,9 +89,10 @@ def test_a_long_name_covers_its_parts(tmp_path: Path) -> None:
     """A grant on a name covers its auxiliary tables, whose names are cut, and no other names."""
     name = "n" * 60
     path = tmp_path / "tokens"
-    path.write_text(f"{'x' * 20} read={name},a*b\n", encoding="utf-8")
+    path.write_text(f"{'x' * 20} read={name},a*b,a-*-*-*-*-*b\n", encoding="utf-8")
     known = TokenFile(str(path))
     expected = {f"{name}@{'0' * 16}": True, f"{name[:58]}.edits": True, f"{name[:57]}.edits": False}
+    expected |= {"mine.secret": False, "": False, f"{'a-' * 2000}": False}
     expected |= {f"{name}.other": False, "a.b": True, "ab": True, "aXb.basis": True, "ac": False}
     header = f"Bearer {'x' * 20}"
     assert expected == {table: known.accepts(header, table) for table in expected}
@@ -116,9 +119,10 @@ def test_users_of_redis_have_the_permissions_of_their_tokens(
     granted tables, and nobody can shorten the log."""
     mine = [manifest_of("mine", n) for n in (1, 2, 3)]
     others = [manifest_of("other", n) for n in (4, 5)]
+    parts = [manifest_of(name, 6) for name in ("mine.basis", "mine.secret")]
     with closing(open_store(valkey)) as store:
-        for manifest in (*mine[:2], *others):
-            write(store, manifest)
+        for manifest in (*mine[:2], *others, *parts):
+            finish(store, manifest)
         for manifest in (mine[0], others[0]):
             publish(store, manifest.ref)
     plain = valkey.partition("?")[0]
@@ -152,6 +156,8 @@ def test_users_of_redis_have_the_permissions_of_their_tokens(
     for user in ("reader", "publisher", "admin"):
         assert "mine" in tolhouse("tables", "list", *as_user(user))
         assert (True, False) == (reads(user, mine[1].ref), reads(user, others[0].ref))
+        assert (True, user == "reader") == tuple(reads(user, part.ref) for part in parts)
+    assert reads("all", others[0].ref)
     tolhouse("tables", "export", mine[1].ref, file, *as_user("reader"))
     for user, can in {"reader": False, "publisher": True, "admin": True}.items():
         assert can == may(user, "publish", mine[1].ref)
@@ -170,6 +176,6 @@ def test_users_of_redis_have_the_permissions_of_their_tokens(
         write(store, mine[2])
         assert "admin" == store.log()[-1]["user"]
     with closing(Redis.from_url(plain, username="admin", password=tokens.of["admin"])) as redis:
-        for words in (("DEL", LOG), ("SET", LOG, "x"), ("LTRIM", LOG, 1, 0)):
+        for words in (*HARMFUL, ("DEL", LOG), ("SET", LOG, "x"), ("LTRIM", LOG, 1, 0)):
             with pytest.raises(NoPermissionError):
                 redis.execute_command(*words)

@@ -22,8 +22,8 @@ SOURCES = ROOT / "services" / "tolhouse"
 LAYERS = (
     {"v1", "errors", "extras", "logs"},
     {"files", "sampling", "validation"},
-    {"certs"},
-    {"net", "table", "tracing"},
+    {"certs", "table"},
+    {"net", "tracing"},
     {"config", "model"},
     {"store", "train", "sources"},
     {"client"},

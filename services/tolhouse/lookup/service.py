@@ -186,6 +186,7 @@ class LookupService:
         return reply
 
     def _check(self, authorization: str, table: str) -> None:
+        split_ref(table)
         if not self._credentials.accepts(authorization, table):
             raise NotGrantedError(f"the token does not grant reading table {table}")
 

@@ -12,6 +12,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,10 +21,12 @@ import grpc
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.files import ReloadingFiles, read_file
 from tolhouse.logs import is_loopback
+from tolhouse.table.manifest import PARTS, part_name
 
 SYSTEM = "system"  # stands for the certificate authorities of this machine, in place of a file
 _OPEN = "/grpc.health.v1.Health/"  # the calls of probes, which have no token
 
+_PERMISSIONS = "read", "publish", "admin"
 UNAUTHORIZED = "the call has no token, or one that this service does not accept"
 
 Metadata = tuple[tuple[str, str], ...]
@@ -84,10 +87,6 @@ def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> P
     return Pems(context, *pems)
 
 
-_PARTS = "basis", "frequent_rows", "edits"  # the auxiliary tables NAME.PART of a table
-_NAME_LENGTH = 63  # the length of the name of an auxiliary table
-
-
 @dataclass(frozen=True)
 class Token:
     """A token, and the tables that it grants permissions on.
@@ -111,33 +110,34 @@ class Token:
 
     def names(self, permission: str) -> tuple[str, ...]:
         """Return the names with exactly this permission."""
+        if not self.grants:
+            return ("*",) if permission == "read" else ()
         return tuple(name for own, names in self.grants if own == permission for name in names)
 
     def may_read(self, table: str) -> bool:
         """Return whether the token may read NAME or NAME@VERSION, or a part of a table it may."""
-        name = table.partition("@")[0]
-        if not self.grants or any(_covers(one, name) for _, names in self.grants for one in names):
-            return True
-        stem, _, part = name.rpartition(".")
-        most = _NAME_LENGTH - len(part)  # longer names are cut before the part is appended
-        patterns = (one for _, names in self.grants for one in names)
-        return part in _PARTS and any(_covers(p, stem) or p[:most] == stem for p in patterns)
+        granted = (one for kind in _PERMISSIONS for one in self.names(kind))
+        patterns = (pattern for one in granted for pattern in with_parts(one))
+        return any(fnmatchcase(table.partition("@")[0], pattern) for pattern in patterns)
 
 
-def _covers(pattern: str, name: str) -> bool:
-    return bool(re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name))
+def with_parts(granted: str) -> tuple[str, ...]:
+    """Return the patterns of the tables that a granted name covers: its own and its parts."""
+    if "*" in granted:  # a cut pattern would cover other names
+        return (granted, *(f"{granted}.{part}" for part in PARTS))
+    return (granted, *(part_name(granted, part) for part in PARTS))
 
 
 def _token(line: bytes) -> Token | None:
     """Parse a line "TOKEN [user=USER] [read=NAMES] [publish=NAMES] [admin=NAMES]"."""
     secret, *words = line.split()
     pairs = [word.decode("ascii", "replace").partition("=") for word in words]
-    names, allowed = r"[A-Za-z0-9._*-]+", {"read", "publish", "admin"}
+    names = r"[A-Za-z0-9._*-]+"
     users = [value for key, _, value in pairs if key == "user"]
     grants = tuple((key, tuple(value.split(","))) for key, _, value in pairs if key != "user")
     fits = re.fullmatch(rb"[!-~]{16,}", secret) and len(users) <= 1
     fits = fits and all(re.fullmatch(r"[A-Za-z0-9._-]+", user) for user in users)
-    fits = fits and {key for key, _ in grants} <= allowed
+    fits = fits and {key for key, _ in grants} <= set(_PERMISSIONS)
     fits = fits and all(re.fullmatch(names, name) for _, some in grants for name in some)
     return Token(secret, "".join(users), grants) if fits else None
 
@@ -152,7 +152,7 @@ class TokenFile:
         self._path = path
         self.tokens = ReloadingFiles((path,), self._read)
 
-    def accepts(self, authorization: str, table: str = "") -> bool:
+    def accepts(self, authorization: str, table: str | None = None) -> bool:
         """Return whether an authorization header has one of the tokens.
 
         With `table`, the token must also grant reading it.
@@ -160,7 +160,7 @@ class TokenFile:
         scheme, _, token = authorization.encode().partition(b" ")
         # Compare all tokens, so that the time does not depend on the match.
         fits = [one for one in self.tokens.get() if hmac.compare_digest(token, one.secret)]
-        allowed = any(one.may_read(table) for one in fits) if table else bool(fits)
+        allowed = any(one.may_read(table) for one in fits) if table is not None else bool(fits)
         return scheme.lower() == b"bearer" and allowed
 
     def _read(self) -> list[Token]:
@@ -315,7 +315,7 @@ class ServerCredentials:
         """Return the interceptor that checks the token, if one is required."""
         return [_TokenInterceptor(self._token.accepts)] if self.token_file else []
 
-    def accepts(self, authorization: str, table: str = "") -> bool:
+    def accepts(self, authorization: str, table: str | None = None) -> bool:
         """Return whether an authorization header has a token that is required, if one is.
 
         With `table`, the token must also grant reading it.

@@ -8,10 +8,12 @@ without permission on it cannot change that name with Tolhouse.
 
 from collections.abc import Iterable, Sequence
 
-from tolhouse.net.auth import Token
+from tolhouse.net.auth import Token, with_parts
 
 _R = "tolhouse:{registry}"
-_CONNECT = "+@connection +info +cluster|slots +cluster|nodes +cluster|shards +readonly +acl|whoami"
+_READ = "+@read -@dangerous -@admin"
+_CONNECT = "+@connection -@dangerous -@admin +info +cluster|slots +cluster|nodes +cluster|shards"
+_CONNECT += " +readonly +acl|whoami"
 
 
 def guard(kind: str, name: str) -> str:
@@ -24,7 +26,7 @@ def rule(token: Token) -> list[str]:
     admin, publish, read = (_forms(token.names(kind)) for kind in ("admin", "publish", "read"))
     publish, read = [*admin, *publish], [*admin, *publish, *read]
     texts = [f"~{_R}:{kind}" for kind in ("changed", "alias", "log")]
-    words = ["reset", "on", f"#{token.sha256}", "resetchannels", *_CONNECT.split(), "+@read"]
+    words = ["reset", "on", f"#{token.sha256}", "resetchannels", *_READ.split(), *_CONNECT.split()]
     words += [f"%R~{_R}:*", "%R~tolhouse:tables", *_keys("%R~tolhouse:{NAME@*", read)]
     words += _selector("+set", _keys(f"%W~{_R}:lease:NAME@*", read))
     if publish:
@@ -39,7 +41,7 @@ def rule(token: Token) -> list[str]:
         words += _selector("+hset +hdel", hashes)
         words += _selector("+rpush", [f"~{_R}:log"])  # nothing shortens the log
     if admin:
-        commands = "+@read +eval +hset +hdel +set +expire +persist +rename +unlink"
+        commands = f"{_READ} +eval +hset +hdel +set +expire +persist +rename +unlink"
         words += _selector(commands, _keys("~tolhouse:{NAME@*", admin))
         words += _selector("+srem", ["~tolhouse:tables"])
     return words
@@ -47,7 +49,7 @@ def rule(token: Token) -> list[str]:
 
 def _forms(names: Iterable[str]) -> list[str]:
     """Return names, each with its auxiliary tables."""
-    return [form for name in names for form in (name, f"{name}.*")]
+    return [form for name in names for form in with_parts(name)]
 
 
 def _keys(pattern: str, names: Sequence[str]) -> list[str]:
