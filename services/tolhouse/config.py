@@ -394,8 +394,8 @@ class VLLMConfig(Caller):
     lookup_wait_seconds: float = option(60, "Time to wait for the table at start.", ge=0)
     fallback: str = option(
         "auto",
-        "Rows that cannot be fetched: `recompute` computes them, `none` fails their requests, and "
-        "a second row source delivers them; auto: recompute if possible, else none.",
+        "Where rows come from that cannot be fetched: `recompute` (from the checkpoint's FFN-M), "
+        "the URL of a second source, or `none` (their requests fail); auto: recompute, else none.",
     )
 
     @classmethod

@@ -173,7 +173,9 @@ def test_stopping_a_worker_stops_its_compiler(begun: bool, base: Path, tmp_path:
     """Stopping a worker before or during compilation stops the compiler and leaves no unfinished
     file."""
     compiled = compiled_for(open_checkpoint(base), tmp_path)
-    wait_until(lambda: list(tmp_path.glob("compiling-*")) if begun else compiled.compiler)
+    if begun:  # The compiler has a low priority.
+        wait_until(lambda: list(tmp_path.glob("compiling-*")), seconds=180)
+    wait_until(lambda: compiled.compiler)
     compiled.stop()
     assert compiled.compiler.poll() is not None
     assert [] == list(tmp_path.iterdir())
