@@ -19,7 +19,7 @@ from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
 from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.dequant import StagedRows
 from tolhouse.engine.engine import Engine
-from tolhouse.engine.kv_policy import FULL, Compressive, Full, Score, Window
+from tolhouse.engine.kv_policy import FULL, Compressive, Full, Score, Summary, Window
 from tolhouse.engine.row_providers import CachedRows, RowProvider
 from tolhouse.engine.runner import Launched, Runner
 from tolhouse.engine.scheduler import Scheduler
@@ -93,6 +93,13 @@ class Scored:
             )
             seen[head, size:, dropped] = False
         return Masked(seen).attend(layer, q, k, v)
+
+
+def summary_mask(tokens: int, segment: int, summaries: int) -> Tensor:
+    """What tokens see if `summaries` summary tokens follow every `segment` tokens of text."""
+    own, other, group = torch.arange(tokens)[:, None], torch.arange(tokens), segment + summaries
+    near = own // group == other // group
+    return (other <= own) & (near | (other % group >= segment))
 
 
 def window_mask(tokens: int, sinks: int, window: int) -> Tensor:
@@ -182,7 +189,7 @@ class Bench:
         worst = 0.0
         for ids in self.ids_WS[:3]:
             engine, sequence = self.run(policy, ids[:PROMPT], 64)
-            ids_T = torch.tensor(sequence.ids[:-1])
+            ids_T = torch.tensor(sequence.ids[: sequence.computed])
             rows_NTD = self.exact.rows(ids_T)
             exact = self.exact.hidden(ids_T, torch.arange(len(ids_T)), cache(len(ids_T)), rows_NTD)
             difference = torch.cat(engine.runner.hidden) - exact
@@ -227,6 +234,10 @@ def policies(texts: int = 40) -> dict[str, float]:
         )
         found["score_full_diff"] = bench.difference(
             Score(4, 32, 1), lambda _: Scored(PROMPT, 4, 32, 1)
+        )
+        size = bench.checkpoint.config.vocab_size
+        found["summary_mask_diff"] = bench.difference(
+            Summary(40, (size - 2, size - 1)), lambda tokens: Masked(summary_mask(tokens, 40, 2))
         )
         found["score_r1_equal"] = bench.equal(Score(4, 32, 1), FULL)
         shape = bench.checkpoint.config

@@ -349,7 +349,7 @@ class WorkerConfig(Server, Caller, CompileConfig):
     )
     row_cache_megabytes: float = option(32, "Memory for the row cache.", ge=0)
     kv_cache_megabytes: float = option(256, "Memory for the KV cache.", gt=0)
-    kv_policy: Literal["full", "window", "score", "compressive"] = option(
+    kv_policy: Literal["full", "window", "score", "compressive", "summary"] = option(
         "full", "Which tokens of a sequence the KV cache keeps."
     )
     kv_sinks: int = option(4, "First tokens that every policy keeps.", ge=0)

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tolhouse.analysis.evaluate import probed, table_rows
 from tolhouse.client.client import Client
-from tolhouse.errors import InvalidArgumentError, MismatchError, TolhouseError
+from tolhouse.errors import InvalidArgumentError, MismatchError, TolhouseError, UnsupportedError
 from tolhouse.integrations.attach import attach
 from tolhouse.integrations.train import ModelOptions, Options
 from tolhouse.integrations.train import train as run_training
@@ -315,6 +315,10 @@ def test_unsupported_config(folder, tmp_path):
         json.dumps(config | {"hidden_act": "gelu"}), encoding="utf-8"
     )
     with pytest.raises(InvalidArgumentError, match="hidden_act is 'gelu'"):
+        AutoConfig.from_pretrained(tmp_path)
+    more = {"summary_tokens": 2, "summary_segment": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config | more), encoding="utf-8")
+    with pytest.raises(UnsupportedError, match="2 summary tokens"):
         AutoConfig.from_pretrained(tmp_path)
 
 

@@ -13,7 +13,7 @@ import pytest
 from redis import Redis
 from tolhouse import Client, errors
 from tolhouse.client.row_source import StoreRowSource, open_row_source
-from tolhouse.engine.kv_policy import Score, Window
+from tolhouse.engine.kv_policy import Score, Summary, Window
 from tolhouse.engine.row_providers import CachedRows
 from tolhouse.engine.table import wait_for_table
 from tolhouse.model.checkpoint import open_checkpoint
@@ -488,3 +488,34 @@ def test_a_worker_has_a_policy_of_the_kv_cache(
         Client(cluster.workers) as client,
     ):
         assert request.tokens == list(client.generate(prompt, max_tokens=30, ignore_eos=True))
+
+
+def test_a_worker_adds_summary_tokens(checkpoint: Path, tmp_path: Path) -> None:
+    """With summary tokens, a worker generates the text tokens of an engine with that policy, and
+    its callers neither see nor send summary tokens. A model without them is refused."""
+    path = tiny_model(tmp_path / "summing", summary_tokens=2, summary_segment=16)
+    url, size = f"file://{tmp_path}/tables", open_checkpoint(path).config.text_vocab_size
+    ref, policy = build_table(path, url), Summary(16, (size, size + 1))
+    prompt = [(n * n + 7 * n) % 250 + 1 for n in range(100)]
+    with closing(open_row_source(url)) as source:
+        manifest = source.describe(ref)
+        with closing(CachedRows(source, manifest, manifest.table_bytes, CPU)) as rows:
+            serve(engine_of(path, rows, policy=policy), request := Request(prompt, 40))
+    options = ("--kv-policy", "summary")
+    with (
+        local_cluster(path, url, worker_options=options) as cluster,
+        Client(cluster.workers) as client,
+    ):
+        limits = {"max_tokens": 40, "ignore_eos": True}
+        assert request.tokens == list(client.generate(prompt, **limits))
+        info = client.describe_worker()
+        # 256 positions are 14 segments with their summary tokens, and 4 tokens more.
+        assert (size, 14 * 16 + 4) == (info.vocab_size, info.context_tokens)
+        with pytest.raises(errors.InvalidArgumentError, match="outside the vocabulary"):
+            list(client.generate([5, size], max_tokens=1))
+        with pytest.raises(errors.InvalidArgumentError, match="outside the vocabulary"):
+            list(client.generate([5], max_tokens=1, logit_bias={size: 1.0}))
+        with pytest.raises(errors.IdOutOfRangeError, match="is 228 tokens"):
+            list(client.generate(prompt, max_tokens=129))
+    refused = tolhouse("worker", str(checkpoint), *options, *LOCAL, "--rows", url, code=1)
+    assert "--kv-policy summary needs a model with summary tokens" in refused.stderr

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
-from tolhouse.engine.kv_policy import Compressive, Full, Score, Window
+from tolhouse.engine.kv_policy import Compressive, Full, Score, Summary, Window
+from tolhouse.engine.runner import GraphRunner, Runner
 from tolhouse.errors import InvalidArgumentError, PromptTooLongError
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.config import preset
@@ -15,7 +16,7 @@ from tolhouse.model.transformer import Transformer
 from tolhouse.testing import tiny_model
 from tolhouse.worker.run import gate_of
 
-from loadtest.related_kv import Compressed, Masked, Scored, window_mask
+from loadtest.related_kv import Compressed, Masked, Scored, summary_mask, window_mask
 from tests.engines import Request, engine_of, run, serve
 
 WINDOWS = [(0, 1), (0, 20), (5, 30), (33, 40)]
@@ -206,6 +207,91 @@ def test_a_memory_is_constant_and_changes_nothing_else(base: Path) -> None:
     assert 1 == len(sizes)
 
 
+@pytest.fixture(scope="module")
+def summing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model with three summary tokens."""
+    path = tmp_path_factory.mktemp("checkpoints") / "summing"
+    return tiny_model(path, "base", summary_tokens=3, summary_segment=20, qk_norm=True)
+
+
+def summary_of(path: Path, segment: int = 20) -> Summary:
+    shape = open_checkpoint(path).config
+    return Summary(segment, tuple(range(shape.text_vocab_size, shape.vocab_size)))
+
+
+@pytest.mark.parametrize("segment", [1, 13, 20, 64])
+@pytest.mark.parametrize(("step_tokens", "runner"), [(16, Runner), (512, GraphRunner)])
+def test_summaries_equal_a_masked_model(
+    summing: Path, segment: int, step_tokens: int, runner: type[Runner]
+) -> None:
+    """With summary tokens, log probabilities of the text are those of a dense model whose tokens
+    see all summary tokens before and their own segment, whatever the chunks, batches and blocks."""
+    policy, model = summary_of(summing, segment), open_checkpoint(summing).model()
+    limits = {"max_step_tokens": step_tokens, "max_running": 4}
+    engine = engine_of(summing, policy=policy, runner=runner, **limits)
+    shuffle(engine)
+    lengths = (1, 40, 65, 128)
+    every = [Request(prompt(n, n), 61, prompt_logprobs=0, logprobs=2) for n in lengths]
+    serve(engine, *every)
+    for one in every:
+        text = one.prompt + one.tokens
+        ids = policy.with_summaries(text)
+        is_text = [i < model.config.text_vocab_size for i in ids]
+        assert text == [i for i, own in zip(ids, is_text, strict=True) if own]
+        ids_T = torch.tensor(ids)
+        cache = Masked(summary_mask(len(ids), segment, 3))
+        with torch.inference_mode():
+            logits_TV = model(ids_T, torch.arange(len(ids)), cache, model.rows(ids_T))
+        logprobs_TV = logits_TV[:, :-3].log_softmax(-1)
+        expected = [logprobs_TV[n - 1, i].item() for n, i in enumerate(ids) if n and is_text[n]]
+        assert one.scores + answer_scores(one) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        top = [i for output in one.outputs if output.logprobs for i in output.logprobs.top_ids]
+        assert max(top) < model.config.text_vocab_size
+
+
+def test_summaries_bound_the_blocks_of_a_sequence(summing: Path) -> None:
+    """A sequence holds its summary tokens and one segment, however long it is, and a cache that is
+    too small for the whole sequence serves it."""
+    policy = summary_of(summing)
+    engine = engine_of(summing, kv_tokens=7 * BLOCK_TOKENS, max_step_tokens=32, policy=policy)
+    request = Request(prompt(1, 300), 200, ignore_eos=True)
+    engine.add(request.sequence)
+    while not request.ended:
+        run(engine, 1)
+        segments = request.sequence.computed // 23
+        assert len(request.sequence.blocks) <= -(-(3 * segments + 23) // BLOCK_TOKENS)
+    assert 200 == len(request.tokens)
+    with pytest.raises(PromptTooLongError, match="KV cache"):
+        engine.add(Request(prompt(1, 300), 400).sequence)
+
+
+def test_summaries_give_the_same_bits_in_a_batch(summing: Path) -> None:
+    """Log probabilities have the same bits alone, in a batch and for any chunks of the prompt."""
+    policy, found = summary_of(summing), []
+    for step_tokens, together in ((5, True), (512, True), (512, False)):
+        limits = {"max_step_tokens": step_tokens, "max_running": 3}
+        engine = engine_of(summing, policy=policy, **limits)
+        every = [Request(prompt(n, 30 + 33 * n), 60, logprobs=0) for n in range(3)]
+        for part in [every] if together else [[one] for one in every]:
+            serve(engine, *part)
+        found.append([answer_scores(one) for one in every])
+    assert found[0] == found[1] == found[2]
+
+
+def test_summaries_are_not_text(summing: Path) -> None:
+    """Summary tokens count neither for `max_tokens` nor for penalties, and the same prompt has the
+    same tokens the second time."""
+    policy, found = summary_of(summing, 4), []
+    engine = engine_of(summing, policy=policy)
+    sampling = {"repetition_penalty": 1.5, "frequency_penalty": 2, "ignore_eos": True}
+    for _ in range(2):
+        serve(engine, one := Request(prompt(1, 50), 30, **sampling))
+        assert (30, "length", 30) == (len(one.tokens), one.reason, one.sequence.answer_tokens)
+        found.append(one.tokens)
+    assert found[0] == found[1]
+    assert 0 == engine.cache.shared_tokens
+
+
 def test_policies_do_not_share_blocks(base: Path) -> None:
     """Keys and values below a window are not those of the full cache, and those of prompts with
     scores are."""
@@ -262,6 +348,15 @@ def test_random_load_with_a_memory(base: Path, load: list, blocks: int, step_tok
 def test_random_load_with_scores(base: Path, load: list, blocks: int, step_tokens: int) -> None:
     """The same with scores."""
     load_equals_alone(base, Score(3, 20, 0.3), load, blocks, step_tokens)
+
+
+@settings(max_examples=8, deadline=None)
+@given(arrivals, st.integers(9, 16), st.integers(4, 40), st.sampled_from([5, 16, 30]))
+def test_random_load_with_summaries(
+    summing: Path, load: list, blocks: int, step_tokens: int, segment: int
+) -> None:
+    """The same with summary tokens."""
+    load_equals_alone(summing, summary_of(summing, segment), load, blocks, step_tokens)
 
 
 @pytest.mark.parametrize("policy", [Full(), Score(3, 20, 0.5), Window(0, 10**6)])

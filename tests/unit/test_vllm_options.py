@@ -116,5 +116,8 @@ def test_config_for_vllm_refuses_unknown_fields(supported: None) -> None:
     """A field that changes the computation is refused as everywhere."""
     with pytest.raises(InvalidArgumentError, match="hidden_act"):
         MemoryLLMConfig(**preset("tiny", "memory").to_json(), hidden_act="gelu")
+    shape = preset("tiny", "memory", summary_tokens=2, summary_segment=16)
+    with pytest.raises(UnsupportedError, match="2 summary tokens"):
+        MemoryLLMConfig(**shape.to_json())
     assert isinstance(MemoryLLMConfig(), MemoryLLMConfig)
     assert ModelConfig.from_json(preset("tiny", "memory").to_json()).kind == "memory"

@@ -67,6 +67,21 @@ class PagedKVCache:
         self.group = config.num_attention_heads // heads  # query heads that share a key-value head
         self.device, self.config = device, config
 
+    def move(self, step: list[ScheduledChunk]) -> None:
+        """Move the places that policies keep of segments that end in a step."""
+        for chunk in step:
+            policy, last = chunk.sequence.policy, chunk.places[1]
+            if count := policy.moved(chunk.last):
+                blocks = torch.tensor(chunk.sequence.blocks, device=self.device)
+                old_K = torch.arange(last - count, last, device=self.device)
+                new_K = old_K - policy.segment
+                (old, at), (new, to) = (
+                    (blocks[places_K // BLOCK_TOKENS], places_K % BLOCK_TOKENS)
+                    for places_K in (old_K, new_K)
+                )
+                self.keys[:, new, :, :, to] = self.keys[:, old, :, :, at]
+                self.values[:, new, :, to] = self.values[:, old, :, at]
+
 
 @dataclass
 class ChunkPlaces:

@@ -112,11 +112,16 @@ class BlockManager:
             sequence.blocks, sequence.copy = sequence.copy, []
             sequence.dropped = sequence.computed - sequence.policy.copied(sequence.computed)
             return
-        dropped, head = sequence.policy.dropped(sequence.computed), sequence.policy.head_blocks
+        policy, computed = sequence.policy, sequence.computed
+        dropped = policy.dropped(computed)
         if dropped > sequence.dropped:
-            end = head + (dropped - sequence.dropped) // BLOCK_TOKENS
-            self._free(sequence.blocks[head:end])
-            del sequence.blocks[head:end]
+            begin, end = policy.head_blocks, len(sequence.blocks)
+            if policy.moved(computed):  # the places after them are unused
+                begin = -(-(computed - dropped) // BLOCK_TOKENS)
+            else:
+                end = begin + (dropped - sequence.dropped) // BLOCK_TOKENS
+            self._free(sequence.blocks[begin:end])
+            del sequence.blocks[begin:end]
             sequence.dropped = dropped
 
     def _free(self, blocks: list[int]) -> None:

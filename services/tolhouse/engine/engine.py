@@ -147,6 +147,7 @@ class Engine:
         if runner.rows.table:
             self.histograms[-1].observe(runner.rows.wait_seconds - waited)
         hidden_TD = runner.finish(launched, staged)
+        runner.pages.move(step)
         self._prefetch(step, runner.rows)
         ends = np.cumsum([chunk.count for chunk in step]).tolist()
         last = {c.sequence: end - 1 for c, end in zip(step, ends, strict=True) if c.samples}
@@ -250,10 +251,12 @@ class Engine:
             if k is None or sequence.scored >= last:
                 continue
             score = Logprobs([], [], [])
-            for at in range(sequence.scored, last, _SCORED_TOKENS):
-                next_ids = sequence.ids[at + 1 : min(at + _SCORED_TOKENS, last) + 1]
-                first = end - chunk.last + at
-                logits_TV = runner.logits(hidden_TD[first : first + len(next_ids)])
+            is_text, first = sequence.policy.is_text, end - chunk.last
+            after = [n for n in range(sequence.scored + 1, last + 1) if is_text(n)]
+            for start in range(0, len(after), _SCORED_TOKENS):
+                part = after[start : start + _SCORED_TOKENS]
+                next_ids = [sequence.ids[n] for n in part]
+                logits_TV = runner.logits(hidden_TD[[first + n - 1 for n in part]])
                 score += prompt_logprobs(logits_TV, next_ids, k)
             sequence.scored = last
             scores[sequence] = score
@@ -290,8 +293,8 @@ class Engine:
         """Request the rows of the sampled tokens, which arrive while results are sent."""
         if any(sequence.span is not INVALID_SPAN for sequence, _ in outputs):
             return  # the spans of a trace have to begin and end in the same block
-        going_on = (s for s, output in outputs if output.tokens and not output.finish_reason)
-        rows.expect(np.array([sequence.ids[-1] for sequence in going_on], np.uint32))
+        going_on = [o.tokens[-1] for _, o in outputs if o.tokens and not o.finish_reason]
+        rows.expect(np.array(going_on, np.uint32))
 
     def _end(self, sequence: Sequence, output: Output) -> None:
         self.scheduler.remove(sequence)

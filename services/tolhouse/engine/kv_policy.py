@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tolhouse.errors import InvalidArgumentError
+from tolhouse.model.config import ModelConfig
+
 if TYPE_CHECKING:
     from tolhouse.engine.sequence import Sequence
 
@@ -27,14 +30,37 @@ class Full:
     sinks, window = 0, UNBOUNDED
     key = ""  # Sequences share blocks of the KV cache only if they have the same key.
     observed = 0  # the number of last prompt tokens that one step has to compute together
+    segment = UNBOUNDED  # the number of text tokens before each group of summary tokens
+    summary: tuple[int, ...] = ()  # the ids of a group of summary tokens
 
     @property
     def head_blocks(self) -> int:
         """The number of blocks with sinks, which are never dropped."""
         return -(-self.sinks // BLOCK_TOKENS)
 
+    @property
+    def group(self) -> int:
+        """The number of tokens of a segment with its summary tokens."""
+        return self.segment + len(self.summary)
+
+    def with_summaries(self, ids: list[int]) -> list[int]:
+        """Return token ids of a text with the summary tokens of its whole segments."""
+        if not self.summary:
+            return ids
+        parts = [ids[i : i + self.segment] for i in range(0, len(ids), self.segment)]
+        return [i for p in parts for i in (*p, *self.summary * (len(p) == self.segment))]
+
+    def text_tokens(self, tokens: int) -> int:
+        """Return how many of the first `tokens` tokens of a sequence are text."""
+        groups, rest = divmod(tokens, self.group)
+        return groups * self.segment + min(rest, self.segment)
+
+    def is_text(self, number: int) -> bool:
+        """Return whether the token with this number in a sequence is text."""
+        return number % self.group < self.segment
+
     def most_places(self, prompt_tokens: int, tokens: int, step_tokens: int) -> int:
-        """Return the most places that a sequence of `tokens` tokens needs at once.
+        """Return the most places that a sequence of `tokens` text tokens needs at once.
 
         A step computes at most `step_tokens` of them.
         """
@@ -45,6 +71,10 @@ class Full:
 
         They follow the blocks of the sinks.
         """
+        return 0
+
+    def moved(self, computed: int) -> int:
+        """Return how many last places move down by `segment` places after `computed` tokens."""
         return 0
 
     def copied(self, prompt_tokens: int) -> int:
@@ -114,6 +144,44 @@ class Compressive(Window):
         return min(self.undropped, super().shared(sequence))
 
 
+class Summary(Full):
+    """Adds summary tokens to the text, and keeps only those of finished segments.
+
+    The tokens `summary` follow every `segment` tokens of text (Memo, arXiv 2510.19732). A token
+    sees the summary tokens of all segments before, and the tokens of its own segment up to itself.
+    The next text token is sampled from the output of the last summary token. Positions count text
+    and summary tokens, as if nothing was dropped.
+
+    At the end of a segment, the places of its summary tokens move down behind those of earlier
+    segments. A sequence therefore sees all its places, and needs no mask. Blocks are overwritten,
+    so they are not shared.
+    """
+
+    key = "summary"
+
+    def __init__(self, segment: int, summary: tuple[int, ...]) -> None:
+        self.segment, self.summary = segment, summary
+
+    def most_places(self, prompt_tokens: int, tokens: int, step_tokens: int) -> int:
+        segments = tokens // self.segment
+        return segments * len(self.summary) + (self.segment if segments else tokens)
+
+    def dropped(self, computed: int) -> int:  # not whole blocks
+        return computed // self.group * self.segment
+
+    def moved(self, computed: int) -> int:
+        return 0 if computed % self.group else len(self.summary)
+
+    def shareable(self, sequence: "Sequence") -> int:
+        return 0
+
+    def shared(self, sequence: "Sequence") -> int:
+        return 0
+
+    def chunk_end(self, sequence: "Sequence", first: int, last: int) -> int:
+        return min(last, (first // self.group + 1) * self.group)
+
+
 class Score(Full):
     """Keeps a share of the middle of the prompt, by the attention of the prompt's last queries.
 
@@ -176,8 +244,20 @@ class Score(Full):
 FULL = Full()
 
 
-def policy_of(name: str, sinks: int, window: int, share: float, gate_NH: Tensor) -> Full:
-    """Return the policy with this name (`WorkerConfig.kv_policy`)."""
+def policy_of(
+    name: str, sinks: int, window: int, share: float, gate_NH: Tensor, shape: ModelConfig
+) -> Full:
+    """Return the policy with this name (`WorkerConfig.kv_policy`) for a model.
+
+    Raises InvalidArgumentError if the model lacks summary tokens.
+    """
+    if name == "summary":
+        if not shape.summary_tokens:
+            lack = "this one's config.json has no `summary_tokens`"
+            message = f"--kv-policy summary needs a model with summary tokens: {lack}"
+            raise InvalidArgumentError(message)
+        ids = range(shape.text_vocab_size, shape.vocab_size)
+        return Summary(shape.summary_segment, tuple(ids))
     if name == "window":
         return Window(sinks, window)
     if name == "compressive":

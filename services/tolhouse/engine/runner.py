@@ -51,8 +51,8 @@ class Runner:
         return self.model.hidden(step.ids, step.positions, step.view, rows, step.first)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Return the logits [T, V] for hidden states [T, D]."""
-        return self.model.lm_head(hidden_TD)
+        """Return the logits [T, V] of text tokens for hidden states [T, D]."""
+        return self.model.lm_head(hidden_TD)[:, : self.model.config.text_vocab_size]
 
 
 def tokens_of(step: list[ScheduledChunk]) -> tuple[np.ndarray, np.ndarray]:

@@ -57,15 +57,18 @@ class Scheduler:
     """Owns the queue and the batch. Both are ordered by priority, then by arrival."""
 
     def __init__(self, cache: BlockManager, max_running: int, max_step_tokens: int) -> None:
-        self.cache, self.max_running = cache, max_running
-        self.max_step_tokens = max(max_running + cache.policy.observed, max_step_tokens)
+        self.cache, self.max_running, policy = cache, max_running, cache.policy
+        self._burst = 1 + len(policy.summary)  # the most tokens that a sampled token adds
+        least = max_running * self._burst + policy.observed
+        self.max_step_tokens = max(least, max_step_tokens)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._arrivals = 0
 
     def add(self, sequence: Sequence) -> None:
-        sequence.arrival, sequence.policy = self._arrivals, self.cache.policy
+        sequence.arrival = self._arrivals
+        sequence.follow(self.cache.policy)
         self._arrivals += 1
         bisect.insort(self.waiting, sequence, key=_rank)
 
@@ -89,7 +92,7 @@ class Scheduler:
                 first = sequence.computed
                 last = first + min(pending, budget)
                 count = sequence.policy.chunk_end(sequence, first, last) - first
-                fits = count and decoding == (pending == 1)
+                fits = count and decoding == (pending <= self._burst)
                 if fits and self._make_room(sequence, count, step):
                     step[sequence] = ScheduledChunk(sequence, first, first + count)
                     budget -= count

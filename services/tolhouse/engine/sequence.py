@@ -29,7 +29,7 @@ class Sequence:
     """A prompt and its answer. After `add`, the engine's thread owns it and calls `emit`."""
 
     prompt_tokens: int
-    ids: list[int]  # the tokens of the prompt and the answer
+    ids: list[int]  # the tokens of the prompt and the answer, with those that the policy adds
     sampling: SamplingParams
     emit: Callable[[Output], None]
     computed: int = 0  # the number of `ids` whose keys and values were computed
@@ -60,6 +60,18 @@ class Sequence:
         rows = f"{self.table} {s.row_scale} {sorted(s.absent_layers)} {s.layer_scales}"
         return f"{rows} {self.policy.key}"
 
+    @property
+    def answer_tokens(self) -> int:
+        """The number of text tokens of the answer so far."""
+        text_tokens = self.policy.text_tokens
+        return text_tokens(len(self.ids)) - text_tokens(self.prompt_tokens)
+
+    def follow(self, policy: Full) -> None:
+        """Set the policy, and add its summary tokens to the prompt."""
+        self.policy, prompt = policy, self.ids[: self.prompt_tokens]
+        self.ids = policy.with_summaries(self.ids)
+        self.prompt_tokens = len(policy.with_summaries(prompt))
+
     def append(
         self,
         token_id: int,
@@ -72,5 +84,7 @@ class Sequence:
         if token_id in self.sampling.stop_token_ids:
             return Output([], "stop", None, token_id, logprobs, prompt_logprobs)
         self.ids.append(token_id)
-        full = len(self.ids) - self.prompt_tokens >= self.sampling.max_tokens
+        if not self.policy.is_text(len(self.ids)):
+            self.ids += self.policy.summary
+        full = self.answer_tokens >= self.sampling.max_tokens
         return Output([token_id], "length" * full, None, None, logprobs, prompt_logprobs)

@@ -72,8 +72,8 @@ class MemoryLLMConfig(PreTrainedConfig):
                 setattr(self, name, list(value) if isinstance(value, tuple) else value)
 
     def shape(self) -> ModelConfig:
-        """Return the shape of the model."""
-        return ModelConfig.from_json(self.to_dict())
+        """Return the shape of the model. Raises UnsupportedError if it has summary tokens."""
+        return ModelConfig.from_json(self.to_dict()).without_summaries()
 
 
 class MemoryLLMBlock(GradientCheckpointingLayer, Block):

@@ -5,13 +5,13 @@ This module has no tensors. `transformer.py` reads the shape, and `checkpoint.py
 
 import dataclasses
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, PlainValidator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from tolhouse.errors import InvalidArgumentError
+from tolhouse.errors import InvalidArgumentError, UnsupportedError
 from tolhouse.validation import validated
 
 Kind = Literal["base", "memory", "flex", "wide"]
@@ -106,6 +106,10 @@ class ModelConfig:
     # flex, made by `tolhouse convert`: the layers that are Flex, while the others stay dense. FFN-C
     # has a bias, there is no FFN-M, and the rows are only in the table. Empty: all layers are Flex.
     flex_layers: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    # The number of summary tokens, the last ids of the vocabulary, and of the tokens of text before
+    # them (engine/kv_policy.py).
+    summary_tokens: Annotated[int, Field(ge=0)] = 0
+    summary_segment: Annotated[int, Field(ge=0)] = 0
 
     def __post_init__(self) -> None:
         size, heads, beta = self.hidden_size, self.num_attention_heads, self.beta
@@ -143,8 +147,11 @@ class ModelConfig:
                 rule = f"is for the forms {', '.join(sorted(users))}"
                 found = f"ffn_c {self.ffn_c} and ffn_m {self.ffn_m}"
                 raise InvalidArgumentError(f"model config: {name} {rule}, not for {found}")
-        if outside := [i for i in self.end_token_ids if i >= self.vocab_size]:
-            rule = f"must be below vocab_size {self.vocab_size}"
+        if bool(self.summary_tokens) != bool(self.summary_segment) or self.text_vocab_size < 1:
+            rule = "must both be given, and leave ids for text"
+            raise InvalidArgumentError(f"model config: summary_tokens and summary_segment {rule}")
+        if outside := [i for i in self.end_token_ids if i >= self.text_vocab_size]:
+            rule = f"must be below vocab_size {self.text_vocab_size}"
             raise InvalidArgumentError(f"model config: eos_token_id {outside[0]} {rule}")
 
     @property
@@ -152,6 +159,27 @@ class ModelConfig:
         """The tokens that end an answer."""
         ids = self.eos_token_id
         return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
+
+    @property
+    def text_vocab_size(self) -> int:
+        """The number of token ids that texts have. Summary tokens follow them."""
+        return self.vocab_size - self.summary_tokens
+
+    @property
+    def context_tokens(self) -> int:
+        """The most tokens of text that fit the positions, beside their summary tokens."""
+        positions, segment = self.max_position_embeddings, self.summary_segment
+        if not segment:
+            return positions
+        segments, rest = divmod(positions, segment + self.summary_tokens)
+        return segments * segment + min(rest, segment - 1)
+
+    def without_summaries(self) -> Self:
+        """Return the config. Raises UnsupportedError if the model has summary tokens."""
+        if self.summary_tokens:
+            only = "only `tolhouse worker --kv-policy summary` runs it"
+            raise UnsupportedError(f"the model has {self.summary_tokens} summary tokens: {only}")
+        return self
 
     @property
     def num_rows(self) -> int:
@@ -172,6 +200,7 @@ class ModelConfig:
             **dict.fromkeys(("qkv_bias", "o_bias", "qk_norm"), False),
             "rope_scaling": None,
             "flex_layers": (),
+            **dict.fromkeys(("summary_tokens", "summary_segment"), 0),
             **{name: getattr(type(self), name) for name in ("ffn_m", *FORM_FIELDS)},
         }
         left = {n: v for n, v in fields.items() if n not in derived or v != derived[n]}
@@ -198,6 +227,7 @@ class ModelConfig:
         if kind in _FAMILIES:
             data = {**_FAMILIES[kind], **data}
             own -= {"kind", "beta", "qkv_bias", "o_bias", "qk_norm"} | forms
+            own -= {"summary_tokens", "summary_segment"}
         given = {name: value for name, value in data.items() if name in own}
         if kind in _FAMILIES:
             given |= {"kind": "base", "qk_norm": kind == "qwen3"}

@@ -25,7 +25,7 @@ def greedy(
     if max_tokens < 1:
         raise InvalidArgumentError(f"max_tokens must be at least 1, not {max_tokens}")
     config, rows_of, cache, position = model.config, rows or model.rows, GrowingCache(), 0
-    bounds = config.vocab_size, config.max_position_embeddings
+    bounds = config.text_vocab_size, config.context_tokens
     ids_T = torch.tensor(check_prompt(prompt_ids, max_tokens, *bounds))
     for _ in range(max_tokens):
         positions_T = position + torch.arange(len(ids_T))

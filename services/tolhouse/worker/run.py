@@ -55,7 +55,8 @@ class Builder:
         self.dtype = torch_dtype(config.dtype, self.device)
         capacity_bytes = int(config.kv_cache_megabytes * 1e6)
         kept = config.kv_sinks, config.kv_window, config.kv_keep_share
-        policy = policy_of(config.kv_policy, *kept, gate_of(config.kv_gate, checkpoint.config))
+        shape = checkpoint.config
+        policy = policy_of(config.kv_policy, *kept, gate_of(config.kv_gate, shape), shape)
         if isinstance(policy, Compressive) and not self.on_cpu:
             raise InvalidArgumentError("--kv-policy compressive runs on a CPU only")
         num_blocks = blocks_of(checkpoint.config, capacity_bytes, self.dtype)

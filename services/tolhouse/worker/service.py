@@ -35,8 +35,8 @@ class WorkerService(GenerationServicer):
             "model": name,
             "model_id": checkpoint.model_id(),
             "tokenizer_id": checkpoint.tokenizer_id,
-            "context_tokens": self.config.max_position_embeddings,
-            "vocab_size": self.config.vocab_size,
+            "context_tokens": self.config.context_tokens,
+            "vocab_size": self.config.text_vocab_size,
             "row_layers": self.config.num_rows,
             "most_sequences": engine.scheduler.max_running + engine.max_waiting,
             "eos_token_id": next(iter(self.config.end_token_ids), NO_TOKEN),
@@ -72,8 +72,7 @@ class WorkerService(GenerationServicer):
                     raise output.error
                 if reason := output.finish_reason:
                     status = "OK"
-                    new = len(sequence.ids) - prompt_tokens
-                    trace.set_attribute("gen_ai.usage.output_tokens", new)
+                    trace.set_attribute("gen_ai.usage.output_tokens", sequence.answer_tokens)
                     trace.set_attribute("tolhouse.table", sequence.table)
                     trace.set_attribute("tolhouse.finish_reason", reason)
                 chosen, prompt = output.logprobs, output.prompt_logprobs
@@ -118,7 +117,7 @@ class WorkerService(GenerationServicer):
             raise InvalidArgumentError(
                 f"request_id has {length} characters; allowed: {MAX_REQUEST_ID}"
             )
-        bounds = self.config.vocab_size, self.config.max_position_embeddings
+        bounds = self.config.text_vocab_size, self.config.context_tokens
         prompt = check_prompt(request.prompt_token_ids, request.max_tokens, *bounds)
         sampling = SamplingParams.from_proto(request)
         check_sampling(self.config, sampling)
@@ -136,9 +135,9 @@ class WorkerService(GenerationServicer):
 def check_sampling(config: ModelConfig, sampling: SamplingParams) -> None:
     """Raise InvalidArgumentError if the model lacks tokens or rows in a request."""
     for name in ("stop_token_ids", "logit_bias"):
-        if bad := [i for i in getattr(sampling, name) if i >= config.vocab_size]:
+        if bad := [i for i in getattr(sampling, name) if i >= config.text_vocab_size]:
             message = f"{name}: token id {bad[0]} is outside the vocabulary"
-            raise InvalidArgumentError(f"{message}: allowed are 0 to {config.vocab_size - 1}")
+            raise InvalidArgumentError(f"{message}: allowed are 0 to {config.text_vocab_size - 1}")
     rows, scales, absent = config.num_rows, len(sampling.layer_scales), sampling.absent_layers
     if scales in (0, rows) and (not sampling.probes or (rows and max(absent, default=0) < rows)):
         return

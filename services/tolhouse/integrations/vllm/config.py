@@ -30,7 +30,8 @@ class MemoryLLMConfig(PreTrainedConfig):
     """The fields that vLLM reads, with `head_dim` padded. vLLM pickles this class.
 
     Raises InvalidArgumentError for a field that changes the computation and is not supported, and
-    UnsupportedError for a form of FFN-C or a version of vLLM that is not supported.
+    UnsupportedError for summary tokens, or for a form of FFN-C or a version of vLLM that is not
+    supported.
     """
 
     model_type: ClassVar[str] = "memoryllm"
@@ -40,6 +41,7 @@ class MemoryLLMConfig(PreTrainedConfig):
             check_version(installed())
             given = {**kwargs, "model_type": self.model_type}
             shape = ModelConfig.from_json(kwargs.pop("shape_fields", None) or given)
+            shape = shape.without_summaries()
             if shape.kind == "flex" and shape.ffn_c not in FFN_C:
                 allowed = f"allowed are {' and '.join(FFN_C)}"
                 raise UnsupportedError(f"FFN-C {shape.ffn_c} does not run in vLLM; {allowed}")
