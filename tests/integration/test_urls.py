@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -38,15 +39,22 @@ def in_memory(folder: Path) -> Iterator[str]:
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
+    failing = "no file"  # this file has the status 503
+
+    def send_head(self) -> Any:
+        if self.path.endswith(f"/{self.failing}"):
+            return self.send_error(503)
+        return super().send_head()
+
     def log_message(self, *_: object) -> None:
         pass
 
 
 @contextmanager
-def over_http(folder: Path) -> Iterator[str]:
+def over_http(folder: Path, kind: type[Handler] = Handler) -> Iterator[str]:
     """Serve a folder. This server ignores ranges, and lists folders as pages."""
     pytest.importorskip("aiohttp")
-    handler = functools.partial(Handler, directory=str(folder))
+    handler = functools.partial(kind, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -173,9 +181,33 @@ def test_urls_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "the package fsspec is not installed: pip install 'tolhouse[build]'" in shown
 
 
-def test_errors_do_not_show_secrets_of_urls() -> None:
+@pytest.mark.parametrize(
+    ("model", "file"),
+    [("flex", "tokenizer.json"), ("flex", "model.safetensors"), ("dense", "model.safetensors.index.json")],
+)
+def test_a_file_that_the_server_cannot_send_is_not_absent(
+    models: Path, tmp_path: Path, model: str, file: str
+) -> None:
+    """A table is not built without the tokenizer because its server fails for a moment."""
+    kind = type("Failing", (Handler,), {"failing": file})
+    commands = ("build",), ("import", "tensor", "model.embed_tokens.weight", "--name", "t")
+    store = "--store", f"file://{tmp_path}/tables"
+    with over_http(models, kind) as url:
+        for command in commands:
+            at = 2 if command[0] == "import" else 1
+            shown = run(*command[:at], f"{url}/{model}", *command[at:], *store, code=1)
+            assert re.search(rf"{url}/{model} cannot be read: .*503.*{file}", shown)
+    assert not (tmp_path / "tables").exists()
+
+
+def test_errors_do_not_show_secrets_of_urls(models: Path, tmp_path: Path) -> None:
     """Messages name a URL without user, password and query."""
     url = "http://someone:hunter2@127.0.0.1:9/model?signature=hunter3"
     message = run("build", url, code=1)
     assert "http://127.0.0.1:9/model" in message
+    assert not re.search("someone|hunter", message)
+    with over_http(models / "flex") as address:  # the URL has no name for the table
+        url = address.replace("://", "://someone:hunter2@")
+        message = run("build", url, "--store", f"file://{tmp_path}/tables", code=1)
+    assert "is not allowed" in message
     assert not re.search("someone|hunter", message)

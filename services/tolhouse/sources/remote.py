@@ -92,7 +92,7 @@ def _public(text: str) -> str:
 
 def _name(root: str) -> str:
     """Return the last part of a path, without a revision as in OWNER/MODEL@main, or a query."""
-    name = root.partition("?")[0].rpartition("/")[2]
+    name = _public(root).partition("?")[0].rpartition("/")[2]
     return name.partition("@")[0]
 
 
@@ -101,9 +101,9 @@ def _copy_checkpoint(fs: Any, root: str, folder: Path) -> None:
     folder.mkdir()
     _copy(fs, f"{root}/{CONFIG}", folder / CONFIG)
     weights = [WEIGHTS]
-    if not fs.isfile(f"{root}/{WEIGHTS}"):
+    if not _is_file(fs, f"{root}/{WEIGHTS}"):
         weights = [INDEX, *sorted({*_index(fs, root).values()})]
-    for name in [*(name for name in _BESIDE if fs.isfile(f"{root}/{name}")), *weights]:
+    for name in [*(name for name in _BESIDE if _is_file(fs, f"{root}/{name}")), *weights]:
         _copy(fs, _part(fs, root, name), folder / name)
 
 
@@ -116,7 +116,7 @@ def _copy_tensor(fs: Any, root: str, tensor: str, path: Path) -> None:
     place = _place(fs, root, tensor)
     if place != root:  # the copy of a folder is a folder, with the tokenizer
         path.mkdir()
-        if fs.isfile(f"{root}/{TOKENIZER}"):
+        if _is_file(fs, f"{root}/{TOKENIZER}"):
             _copy(fs, f"{root}/{TOKENIZER}", path / TOKENIZER)
         path /= WEIGHTS
     with _open(fs, place) as file, path.open("wb") as out:
@@ -126,6 +126,22 @@ def _copy_tensor(fs: Any, root: str, tensor: str, path: Path) -> None:
         header = json.dumps({tensor: {**about, "data_offsets": [0, stored.bytes]}}).encode()
         out.write(len(header).to_bytes(8, "little") + header)
         _copy_bytes(file, out, stored.bytes, tensor)
+
+
+def _is_file(fs: Any, place: str) -> bool:
+    """Whether the file exists. Unlike `fs.isfile`, this raises errors of the server."""
+    try:
+        return fs.info(place)["type"] == "file"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if _is_missing(error):
+            return False
+        raise
+
+
+def _is_missing(error: OSError) -> bool:
+    """Whether no file is there. fsspec's HTTP client raises FileNotFoundError for all errors."""
+    cause = error.__cause__
+    return not isinstance(cause, OSError) and getattr(cause, "status", 404) == 404
 
 
 def _open(fs: Any, place: str) -> Any:
@@ -175,7 +191,7 @@ def _place(fs: Any, root: str, tensor: str) -> str:
     """Return the file that holds the tensor: `root`, or a file of the folder `root`."""
     if _name(root).endswith(".safetensors"):
         return root
-    if fs.isfile(f"{root}/{WEIGHTS}"):
+    if _is_file(fs, f"{root}/{WEIGHTS}"):
         return f"{root}/{WEIGHTS}"
     files = _index(fs, root)
     if tensor not in files:
@@ -187,7 +203,7 @@ def _place(fs: Any, root: str, tensor: str) -> str:
 
 def _part(fs: Any, root: str, name: str) -> str:
     """Return the place of a file that the index names, or raise NotFoundError."""
-    if not fs.isfile(f"{root}/{name}"):
+    if not _is_file(fs, f"{root}/{name}"):
         raise NotFoundError(f"{root} lacks {name}, which {INDEX} names")
     return f"{root}/{name}"
 
@@ -237,9 +253,8 @@ def _store_errors(url: str) -> Iterator[None]:
             f"{url} cannot be read: {advice if package else error}"
         ) from None
     except FileNotFoundError as error:
-        cause = error.__cause__  # fsspec's HTTP client raises this error for all others
-        if isinstance(cause, OSError) or getattr(cause, "status", 404) != 404:
-            raise UnavailableError(f"{url} cannot be read: {cause}") from None
+        if not _is_missing(error):
+            raise UnavailableError(f"{url} cannot be read: {error.__cause__}") from None
         raise NotFoundError(f"{url}: there is no file {error}") from None
     except PermissionError as error:
         raise InvalidArgumentError(f"{url} cannot be read: {error}") from None
