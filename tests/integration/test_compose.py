@@ -247,6 +247,13 @@ def test_vllm_runs_without_gateway_and_workers() -> None:
     }
 
 
+def test_vllm_has_time_for_requests_in_flight() -> None:
+    """vLLM finishes requests for less than the time after which its container is killed."""
+    command, grace = VLLM["vllm"]["command"], VLLM["vllm"]["stop_grace_period"]
+    seconds = int(command[command.index("--shutdown-timeout") + 1])
+    assert 0 < seconds < int(grace.removesuffix("s"))
+
+
 def test_the_allocator_settings_are_the_same_everywhere() -> None:
     """`make` sets the same allocator variables as the images and the benchmarks."""
     images = dict(re.findall(r"(MALLOC_\w+)=(\d+)", DOCKERFILE))

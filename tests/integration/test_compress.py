@@ -323,7 +323,7 @@ def test_low_rank_rows_are_not_recomputed(checkpoint: Path, tmp_path: Path) -> N
     store = open_store(url)
     publish(store, made_of(checkpoint, SCHEMES["rank"], "tiny-memory").store(store).ref)
     command = f"worker {checkpoint} --rows {url} --listen 127.0.0.1:0 --fallback recompute"
-    message = "--fallback recompute cannot compute the coefficients of low-rank table"
+    message = "fallback `recompute` cannot compute the coefficients of low-rank table"
     assert message in tolhouse(command, code=1).stderr
 
 

@@ -294,7 +294,7 @@ def test_a_lost_table_is_refilled_from_a_copy(converted: tuple[Path, str, str]) 
         ("explain", "is converted, so it has no FFN-M to explain"),
         ("generate", "is converted, so it needs a --worker with its table"),
         ("compress", "no table of the converted model"),
-        ("worker", "--fallback recompute cannot compute the rows of the converted model"),
+        ("worker", "fallback `recompute` cannot compute the rows of the converted model"),
     ],
 )
 def test_a_converted_model_refuses_what_needs_ffn_m(

@@ -183,7 +183,11 @@ def test_urls_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("model", "file"),
-    [("flex", "tokenizer.json"), ("flex", "model.safetensors"), ("dense", "model.safetensors.index.json")],
+    [
+        ("flex", "tokenizer.json"),
+        ("flex", "model.safetensors"),
+        ("dense", "model.safetensors.index.json"),
+    ],
 )
 def test_a_file_that_the_server_cannot_send_is_not_absent(
     models: Path, tmp_path: Path, model: str, file: str

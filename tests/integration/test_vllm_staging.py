@@ -1,7 +1,8 @@
 """Rows that the plug-in for vLLM stages for a step, also while the row source is down."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,12 @@ from tolhouse.config import VLLMConfig
 from tolhouse.engine.row_providers import RecomputedRows
 from tolhouse.errors import MismatchError, NotFoundError
 from tolhouse.integrations.vllm.options import AdditionalConfig, parse
-from tolhouse.integrations.vllm.staging import RowStage, choose_fallback, open_rows
+from tolhouse.integrations.vllm.staging import (
+    NoFallback,
+    RowStage,
+    choose_fallback,
+    open_rows,
+)
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.testing import Process, process
 
@@ -39,6 +45,11 @@ def staged(
     return RowStage(rows, MOST_TOKENS, whole_steps=whole_steps)
 
 
+def starts_at(*tokens: int) -> Callable[[], np.ndarray]:
+    """Return a function that returns where the requests of a step begin, and the end."""
+    return lambda: np.array(tokens)
+
+
 def test_rows_of_a_step_are_those_of_the_table(
     checkpoint: Path, store: str, lookup: Process
 ) -> None:
@@ -46,7 +57,7 @@ def test_rows_of_a_step_are_those_of_the_table(
     stage = staged(checkpoint, lookup, "none")
     address = stage.rows.data_ptr()
     for ids in ([5, 200, 5, 17], [-1, 100_000, 3], [*range(100, 116)]):
-        rows, failed = stage.fill(torch.tensor(ids), np.array([0, len(ids)]))
+        rows, failed = stage.fill(torch.tensor(ids), starts_at(0, len(ids)))
         known = [i if 0 <= i < stage.vocab_size else 0 for i in ids]
         with Client(store) as client:
             assert np.array_equal(client.fetch(checkpoint.name, known), rows.numpy())
@@ -62,20 +73,20 @@ def test_only_requests_without_rows_are_marked(
     requests that lack a row are marked, or those of the whole step."""
     stage = staged(checkpoint, lookup, "none", whole_steps=whole_steps)
     known = torch.tensor([5, 200, 17])
-    expected = stage.fill(known, np.array([0, 3]))[0].clone()
+    expected = stage.fill(known, starts_at(0, 3))[0].clone()
     lookup.popen.kill()
     lookup.popen.wait()
     # two requests with cached rows around one with two lost rows
-    step, starts = torch.tensor([5, 200, 301, 17, 302, 17]), np.array([0, 2, 5, 6])
+    step, starts = torch.tensor([5, 200, 301, 17, 302, 17]), starts_at(0, 2, 5, 6)
     for _ in range(2):
         rows, failed = stage.fill(step, starts)
         assert torch.equal(expected[[0, 1, 2, 2]], rows[[0, 1, 3, 5]])
         assert not rows[[2, 4]].any()
         marks = [True] * 6 if whole_steps else [False, False, True, True, True, False]
         assert marks == failed.isnan()[:, 0].tolist()
-    assert not stage.fill(known, np.array([0, 3]))[1].any()
+    assert not stage.fill(known, starts_at(0, 3))[1].any()
     # a step that is no work of requests, as when vLLM measures memory
-    assert stage.fill(step, None)[1].isnan().all()
+    assert stage.fill(step, lambda: None)[1].isnan().all()
 
 
 @pytest.mark.parametrize("second", [False, True])
@@ -87,17 +98,22 @@ def test_a_fallback_delivers_lost_rows(
     lookup.popen.kill()
     lookup.popen.wait()
     ids = [301, 5, 302, 301]
-    rows, failed = stage.fill(torch.tensor(ids), np.array([0, 4]))
+    rows, failed = stage.fill(torch.tensor(ids), starts_at(0, 4))
     with Client(store) as client:
         assert np.array_equal(client.fetch(checkpoint.name, ids), rows.numpy())
     assert not failed.any()
 
 
 def test_a_fallback_that_cannot_work_is_refused(checkpoint: Path, store: str) -> None:
-    """A second source without the version, and recomputation without FFN-M, are refused."""
+    """A second source without the version is refused, and so is recomputation of an overlay, which
+    `auto` leaves out."""
+    recompute = partial(RecomputedRows, open_checkpoint(checkpoint))
     with closing(Client(store)) as client:
         manifest = client.describe(checkpoint.name)
+    overlay = replace(manifest, parent=manifest.ref, changed=(1,), num_shards=1, shards=())
+    message = "^fallback .recompute. cannot compute the rows of overlay"
     with pytest.raises(NotFoundError, match=manifest.ref):
-        choose_fallback(VLLMConfig(fallback="file:///absent"), None, manifest)
-    with pytest.raises(MismatchError, match="needs a MemoryLLM model"):
-        choose_fallback(VLLMConfig(fallback="recompute"), None, manifest)
+        choose_fallback(VLLMConfig(fallback="file:///absent"), recompute, manifest)
+    with pytest.raises(MismatchError, match=message):
+        choose_fallback(VLLMConfig(fallback="recompute"), recompute, overlay)
+    assert isinstance(choose_fallback(VLLMConfig(fallback="auto"), recompute, overlay), NoFallback)

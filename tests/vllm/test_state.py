@@ -1,14 +1,17 @@
 """Staging in vLLM's second model runner, whose graphs read fixed addresses. Needs no GPU."""
 
 from contextlib import closing
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tolhouse import Client
+from tolhouse.engine.row_providers import RecomputedRows
 from tolhouse.integrations.vllm.options import AdditionalConfig, parse
 from tolhouse.integrations.vllm.staging import RowStage, open_rows
 from tolhouse.integrations.vllm.state import RowsState
+from tolhouse.model.checkpoint import open_checkpoint
 
 from tests.vllm.engines import CPU, Case
 
@@ -17,7 +20,8 @@ def test_steps_and_captures_use_the_same_buffers(memory: Case) -> None:
     """A step writes the rows of its tokens and of padding to the buffers that a graph captured."""
     name = memory.checkpoint.name
     config = AdditionalConfig(parse({"tolhouse": {"rows": memory.rows}}), name, (), {})
-    with closing(open_rows(config, None, 8, CPU, torch.float32)) as source:
+    recompute = partial(RecomputedRows, open_checkpoint(memory.checkpoint))
+    with closing(open_rows(config, recompute, 8, CPU, torch.float32)) as source:
         state = RowsState.__new__(RowsState)  # the rest of it needs a GPU
         state.model = SimpleNamespace(stage=RowStage(source, 8))
         state.supports_mm_inputs = False

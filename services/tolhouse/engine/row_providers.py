@@ -134,7 +134,7 @@ class ComputedRows:
         if manifest.parent or manifest.ranks:
             what = "rows of overlay" if manifest.parent else "coefficients of low-rank table"
             message = f"cannot compute the {what} {manifest.ref}; serve this table without it"
-            raise MismatchError(f"--fallback recompute {message}")
+            raise MismatchError(f"fallback `recompute` {message}")
         self.rows, self.manifest, self.source = 0, manifest, source
         self._lock = threading.Lock()  # a prefetch and a step may use the source at the same time
 
@@ -155,7 +155,7 @@ class RecomputedRows(ComputedRows):
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         if checkpoint.config.flex_layers:
             message = f"cannot compute the rows of the converted model {checkpoint.name}"
-            raise MismatchError(f"--fallback recompute {message}; serve it without the fallback")
+            raise MismatchError(f"fallback `recompute` {message}; serve it without the fallback")
         model = checkpoint.skeleton()
         model.ffn_m = nn.ModuleList(
             _StoredModule(checkpoint, f"ffn_m.{layer}.", ffn)

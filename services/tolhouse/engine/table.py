@@ -38,5 +38,5 @@ def check_table(manifest: Manifest, checkpoint: Checkpoint) -> None:
     ):
         if built != own:
             message = f"table {manifest.ref} was built from {what} {built}"
-            hint = "build a table from this checkpoint, or choose another --table"
+            hint = "build a table from this checkpoint, or choose another table"
             raise MismatchError(f"{message}, but checkpoint {checkpoint.name} has {own}: {hint}")

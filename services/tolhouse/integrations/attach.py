@@ -19,10 +19,10 @@ from tolhouse.errors import InvalidArgumentError, MismatchError, NotFoundError, 
 from tolhouse.model.checkpoint import CONFIG, open_checkpoint
 from tolhouse.model.transformer import ContextFreeFFN
 from tolhouse.net.channel import Targets
-from tolhouse.sources.base import SourceModel
+from tolhouse.sources.base import SourceModel, is_of
 from tolhouse.sources.gemma import FINISHED, RAW, Gemma, blocks_of, vocabulary
 from tolhouse.sources.memoryllm import MemoryLLM
-from tolhouse.table.manifest import Manifest, content_id
+from tolhouse.table.manifest import Manifest
 
 _SAMPLE = 32  # rows that are compared with those of the model
 _MOST_ERROR = 0.5  # of rows of low rank, relative to their norm
@@ -132,21 +132,16 @@ class Attachment:
         Does nothing without a folder, such as for a model that was downloaded by its name. Raises
         MismatchError if the table was built from another model.
         """
-        manifest = self.manifest
         if not (self._given or (Path(self._checkpoint) / CONFIG).is_file()):
             return
         try:
-            source = self._rows_source()
-            # The version is that of an unchanged table. Other tables still name their model.
-            codec, blocks = manifest.codec_name, manifest.blocks
-            same = manifest.version == content_id(source.rows_id(), codec, blocks)
-            same = same or manifest.model_id == source.model_id()
+            same = is_of(self.manifest, self._rows_source())
         except TolhouseError:
             if self._given:
                 raise
             return  # the model may have a name that happens to be that of a folder
         if not same:
-            raise _other_model(manifest)
+            raise _other_model(self.manifest)
 
     def _rows_source(self) -> SourceModel:
         return self._source()

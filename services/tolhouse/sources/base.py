@@ -8,6 +8,7 @@ import numpy as np
 
 from tolhouse.errors import InvalidArgumentError, NotFoundError
 from tolhouse.files import read_json
+from tolhouse.table.manifest import Manifest, content_id
 
 
 class SourceModel(Protocol):
@@ -102,3 +103,10 @@ def open_source(path: str | Path, blocks: Iterable[str] = ()) -> SourceModel:
         message = f"{folder / 'config.json'}: model_type {kind!r:.60} has no rows that can be built"
         raise InvalidArgumentError(f"{message}; allowed are {allowed}")
     return opener(folder, tuple(blocks))
+
+
+def is_of(manifest: Manifest, source: SourceModel) -> bool:
+    """Whether a table has the rows of a source. This hashes the weights that define the rows."""
+    # The version is that of an unchanged table. Other tables still name their model.
+    same = manifest.version == content_id(source.rows_id(), manifest.codec_name, manifest.blocks)
+    return same or manifest.model_id == source.model_id()

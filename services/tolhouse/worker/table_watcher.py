@@ -13,9 +13,8 @@ from tolhouse.client.row_source import RowSource
 from tolhouse.engine.engine import Engine
 from tolhouse.errors import DeadlineExceededError, NotFoundError, TolhouseError, UnavailableError
 from tolhouse.logs import event, log
+from tolhouse.store.base import LEASE_SECONDS
 from tolhouse.table.manifest import Manifest
-
-_PIN_SECONDS = 10.0  # the interval between pins, a third of their lifetime
 
 
 class TableWatcher:
@@ -52,7 +51,7 @@ class TableWatcher:
                     if time.monotonic() >= self._pin_at:
                         for ref in self.engine.tables():
                             self.source.pin(ref)
-                        self._pin_at = time.monotonic() + _PIN_SECONDS
+                        self._pin_at = time.monotonic() + LEASE_SECONDS / 3
                     if "@" not in self.name:
                         self._follow(self.source.describe(self.name))
             except TolhouseError as error:

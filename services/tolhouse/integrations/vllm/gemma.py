@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -20,7 +19,7 @@ from vllm.model_executor.models.gemma4 import Gemma4ForCausalLM
 
 from tolhouse.engine.row_providers import ComputedRows
 from tolhouse.integrations.vllm.model import request_starts
-from tolhouse.integrations.vllm.staging import RowStage
+from tolhouse.integrations.vllm.staging import RowStage, Starts
 from tolhouse.sources.gemma import FINISHED, Gemma
 
 _TABLE = ("embed_tokens_per_layer",)
@@ -38,7 +37,7 @@ class PerLayerRows(RowStage):
 
     media: Tensor | None = None  # ids
 
-    def fill(self, ids_T: Tensor, starts: np.ndarray | None) -> tuple[Tensor, Tensor]:
+    def fill(self, ids_T: Tensor, starts: Starts) -> tuple[Tensor, Tensor]:
         if self.media is not None:
             ids_T = ids_T.masked_fill(torch.isin(ids_T, self.media), 0)
         return super().fill(ids_T, starts)
@@ -95,7 +94,7 @@ class _Text(WithRows):
         reads a table unless it is called with embeddings, so these are computed here.
         """
         if rows is None:
-            rows, failed = self.stage.fill(input_ids, request_starts())
+            rows, failed = self.stage.fill(input_ids, request_starts)
         if inputs_embeds is None:
             inputs_embeds = self.embed_input_ids(input_ids)
         hidden_TD = super().forward(

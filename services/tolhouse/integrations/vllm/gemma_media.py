@@ -43,7 +43,7 @@ class _Multimodal(WithRows):
     ) -> Any:
         """Return the final hidden states [T, D]."""
         if rows is None:
-            _, failed = self.stage.fill(input_ids, request_starts())
+            _, failed = self.stage.fill(input_ids, request_starts)
         if inputs_embeds is None:  # the model serves text only
             inputs_embeds = self.embed_input_ids(input_ids)
         return (

@@ -28,8 +28,6 @@ class GemmaStart:
     @classmethod
     def before(cls, stock: Any) -> type["GemmaStart"]:
         """Return a class that calls `stock` first."""
-        if stock and issubclass(stock, GemmaStart):
-            return stock
         return type("GemmaStart", (cls,), {"stock": stock})
 
     @classmethod
@@ -41,7 +39,8 @@ class GemmaStart:
     def verify_and_update_config(cls, vllm_config: Any) -> None:
         """Find the table and choose a class with rows, if rows are configured.
 
-        Raises InvalidArgumentError or another error of Tolhouse.
+        Raises UnsupportedError for a version or an option of vLLM that does not work, NotFoundError
+        if the model is not a folder, and InvalidArgumentError for all other errors of Tolhouse.
         """
         if cls.stock:
             cls.stock.verify_and_update_config(vllm_config)

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from tolhouse.errors import MismatchError
+from tolhouse.sources.base import is_of
 from tolhouse.sources.gemma import FINISHED, RAW, Gemma, blocks_of
-from tolhouse.table.manifest import Manifest, content_id
+from tolhouse.table.manifest import Manifest
 
 
 def check_gemma_table(manifest: Manifest, path: Path) -> Gemma:
@@ -24,9 +25,7 @@ def check_gemma_table(manifest: Manifest, path: Path) -> Gemma:
         advice = f"build it with `tolhouse build {path.name} --rows raw`"
         raise MismatchError(f"table {manifest.ref} has {has}; the model needs {needs}: {advice}")
     model = Gemma(path, manifest.blocks)
-    # The version is that of an unchanged table. Other tables still name their model.
-    same = manifest.version == content_id(model.rows_id(), manifest.codec_name, manifest.blocks)
-    if not (same or manifest.model_id == model.model_id()):
+    if not is_of(manifest, model):
         advice = "build a table from this checkpoint, or choose another one"
         raise MismatchError(
             f"table {manifest.ref} has rows of another model than {path.name}: {advice}"

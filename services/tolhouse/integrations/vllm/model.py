@@ -173,7 +173,7 @@ class TolhouseForCausalLM(nn.Module, SupportsLoRA):
         each step and stages the rows. The second one passes them (`state.py`).
         """
         if self.stage and rows is None and input_ids is not None:
-            rows, failed = self.stage.fill(input_ids, request_starts())
+            rows, failed = self.stage.fill(input_ids, request_starts)
         hidden_TD = self.model(input_ids, positions, intermediate_tensors, inputs_embeds, rows=rows)
         return hidden_TD if failed is None else hidden_TD + failed
 

@@ -4,6 +4,7 @@ Shapes: T tokens of a step, M the most tokens of a step, N blocks of a row, D th
 """
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Self
@@ -19,9 +20,11 @@ from tolhouse.engine.row_providers import CachedRows, Fallback, SourceRows
 from tolhouse.errors import MismatchError, TolhouseError, UnavailableError
 from tolhouse.integrations.vllm.options import AdditionalConfig
 from tolhouse.logs import event, start_logging
+from tolhouse.store.base import LEASE_SECONDS
 from tolhouse.table.manifest import Manifest
 
-_PIN_SECONDS = 10.0  # a third of the lifetime of a lease
+Recompute = Callable[[Manifest], Fallback]  # makes the fallback that computes rows
+Starts = Callable[[], np.ndarray | None]
 
 
 class NoFallback:
@@ -37,7 +40,7 @@ class NoFallback:
 
 def open_rows(
     config: AdditionalConfig,
-    recompute: Callable[[Manifest], Fallback] | None,
+    recompute: Recompute,
     most_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -45,8 +48,8 @@ def open_rows(
     """Open the table's rows in this process.
 
     Each rank has its own cache and makes its own fetches: every rank needs whole rows, and most
-    steps find them in the cache, so that nothing is sent between ranks. `recompute` makes the
-    fallback that computes rows. The cache holds the rows of any step of `most_tokens`.
+    steps find them in the cache, so that nothing is sent between ranks. The cache holds the rows
+    of any step of `most_tokens`.
     """
     options = config.options
     start_logging(options.log_level)
@@ -63,23 +66,19 @@ def open_rows(
     return rows
 
 
-def choose_fallback(
-    options: VLLMConfig, recompute: Callable[[Manifest], Fallback] | None, manifest: Manifest
-) -> Fallback:
+def choose_fallback(options: VLLMConfig, recompute: Recompute, manifest: Manifest) -> Fallback:
     """Return the fallback that `options` name.
 
     Raises MismatchError if rows cannot be recomputed, and NotFoundError if a second source lacks
     the version.
     """
     kind = options.fallback
-    if kind in ("auto", "recompute") and recompute:
+    if kind in ("auto", "recompute"):
         try:
             return recompute(manifest)
         except MismatchError:
             if kind == "recompute":
                 raise
-    if kind == "recompute":
-        raise MismatchError("fallback 'recompute' needs a MemoryLLM model; choose another one")
     if kind in ("auto", "none"):
         return NoFallback(manifest)
     credentials = options.client_credentials()
@@ -89,10 +88,10 @@ def choose_fallback(
 
 def _keep(source: RowSource, ref: str) -> None:
     """Protect the version from deletion as long as the process runs."""
-    pause = threading.Event()
-    while not pause.wait(_PIN_SECONDS):
+    while True:
         with suppress(TolhouseError):  # fetches report a source that is down
             source.pin(ref)
+        time.sleep(LEASE_SECONDS / 3)
 
 
 class RowStage:
@@ -113,7 +112,7 @@ class RowStage:
         self._whole_steps, self._clean = whole_steps, True
 
     @classmethod
-    def of(cls, vllm_config: Any, recompute: Callable[[Manifest], Fallback]) -> Self:
+    def of(cls, vllm_config: Any, recompute: Recompute) -> Self:
         """Open the rows that vLLM's config names, for steps of its size on its device."""
         most = vllm_config.scheduler_config.max_num_batched_tokens
         device, dtype = vllm_config.device_config.device, vllm_config.model_config.dtype
@@ -124,12 +123,13 @@ class RowStage:
         whole = first_runner and vllm_config.speculative_config is not None
         return cls(source, most, whole_steps=whole)
 
-    def fill(self, ids_T: Tensor, starts: np.ndarray | None) -> tuple[Tensor, Tensor]:
+    def fill(self, ids_T: Tensor, starts: Starts) -> tuple[Tensor, Tensor]:
         """Write the rows of a step, and return `rows` [T, N, D] and `failed` [T, 1].
 
         On a GPU this waits for the ids, which the last step sampled. Ids outside of the vocabulary
-        are padding, and stand for token 0. `starts` has the first token of each request and the
-        end of the last one. None: the step is no work of requests.
+        are padding, and stand for token 0. `starts` is called if rows are missing. It returns the
+        first token of each request and the end of the last one, or None if the step is no work of
+        requests.
         """
         ids = ids_T.cpu().numpy().astype(np.int64)
         ids[(ids < 0) | (ids >= self.vocab_size)] = 0
@@ -140,7 +140,7 @@ class RowStage:
         try:
             self._write(self.source.stage(ids), slice(0, count))
         except TolhouseError:
-            self._write_some(ids, starts)
+            self._write_some(ids, starts())
         return self.rows[:count], self.failed[:count]
 
     def _write(self, staged: StagedRows, where: Any) -> None:

@@ -29,7 +29,8 @@ class Start:
     def verify_and_update_config(vllm_config: Any) -> None:
         """Replace `additional_config` by the checked options and the version of the table.
 
-        Raises InvalidArgumentError, NotFoundError, UnavailableError or another error of Tolhouse.
+        Raises UnsupportedError for an option of vLLM that does not work, NotFoundError if the
+        model is not a folder, and InvalidArgumentError for all other errors of Tolhouse.
         """
         shape = vllm_config.model_config.hf_config.shape
         prepare(vllm_config, needs_table=shape.num_rows > 0)
@@ -53,8 +54,11 @@ def avoid_full_graphs(vllm_config: Any) -> None:
     from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
 
-    if current_platform.is_cuda_alike() and not vllm_config.use_v2_model_runner:
-        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    if not current_platform.is_cuda_alike() or vllm_config.use_v2_model_runner:
+        return
+    compilation = vllm_config.compilation_config
+    if compilation.cudagraph_mode != CUDAGraphMode.NONE:
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
 def prepare(vllm_config: Any, *, needs_table: bool) -> None:
@@ -79,7 +83,10 @@ def prepare(vllm_config: Any, *, needs_table: bool) -> None:
 
 
 def find_table(options: VLLMConfig, model: str) -> dict[str, Any]:
-    """Return `table`, "name@version", and its `blocks`, for the checkpoint in folder `model`."""
+    """Return `table`, "name@version", and its `blocks`, for the checkpoint in folder `model`.
+
+    Raises NotFoundError if there is no folder, and InvalidArgumentError for each other error.
+    """
     if not Path(model).is_dir():
         advice = "download it with `hf download`, and give its folder"
         raise NotFoundError(f"model {model!r} is not a folder: {advice}")

@@ -11,7 +11,7 @@ class RowsState(DefaultModelState):
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs(input_batch, req_states)
         starts = input_batch.query_start_loc_np[: input_batch.num_reqs + 1]
-        rows, failed = self.model.stage.fill(input_batch.input_ids, starts)
+        rows, failed = self.model.stage.fill(input_batch.input_ids, lambda: starts)
         return {**inputs, "rows": rows, "failed": failed}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
