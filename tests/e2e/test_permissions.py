@@ -85,6 +85,17 @@ def test_grants_are_checked(words: str, tmp_path: Path) -> None:
         TokenFile(str(path))
 
 
+@pytest.mark.parametrize("users", [("ci", "ci"), ("default", "ci")])
+def test_a_user_has_one_line(users: tuple[str, str], tmp_path: Path) -> None:
+    """No commands for Redis are made of two lines with one user, or of a line for its default
+    user."""
+    path = tmp_path / "tokens"
+    lines = [f"{letter * 20} user={user} read=a" for letter, user in zip("xy", users, strict=True)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    error = tolhouse("tables", "acl", "--token-file", path, code=1)
+    assert "give each user one line" in error
+
+
 def test_a_long_name_covers_its_parts(tmp_path: Path) -> None:
     """A grant on a name covers its auxiliary tables, whose names are cut, and no other names."""
     name = "n" * 60

@@ -171,6 +171,10 @@ class TokenFile:
             rule = "one token per line, each of at least 16 printable ASCII characters"
             grants = "followed by user=USER, read=NAMES, publish=NAMES or admin=NAMES if needed"
             raise InvalidArgumentError(f"the token file {self._path} must hold {rule}, {grants}")
+        users = [token.user for token in tokens if token.user]
+        if len({"default", *users}) <= len(users):
+            rule = "give each user one line, and not the user `default` of Redis"
+            raise InvalidArgumentError(f"the token file {self._path}: {rule}")
         return tokens
 
 
