@@ -3,7 +3,8 @@
 import json
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from redis import Redis
 from redis.cluster import RedisCluster
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from tolhouse.errors import CorruptError, InUseError
 from tolhouse.store.base import open_store
-from tolhouse.store.table_file import TableFile, export
+from tolhouse.store.table_file import TableFile, archive, export
 from tolhouse.store.writer import write_table
 from tolhouse.testing import build_table
 
 from tests.e2e.test_tables import Store, log, states, tolhouse
+from tests.interleaving import finish
 from tests.tables import digest_of, manifest_of, records_of, write
 
 
@@ -136,6 +139,8 @@ OVER_OTHER = {"parent": OTHER, "changed": [1], "requires": ["parent", "changed"]
             "basis other",
         ),
         (_rewritten({"shards": []}), "has no digests"),
+        (_rewritten({}, log=f"[{'1' * 5000}]"), "the header is damaged"),
+        (_rewritten({}, log='[{"event": "verified"}]'), "not an entry of a log"),
         (lambda file: file.write_bytes(file.read_bytes()[:-1]), "is truncated"),
         (lambda file: file.write_bytes(file.read_bytes()[:200]), "ends within its header"),
         (lambda file: file.write_bytes(file.read_bytes()[:5]), "is not a table exported"),
@@ -156,6 +161,8 @@ OVER_OTHER = {"parent": OTHER, "changed": [1], "requires": ["parent", "changed"]
         "frequent rows",
         "basis",
         "no digests",
+        "number in the log",
+        "entry of the log",
         "end",
         "header",
         "prefix",
@@ -193,6 +200,32 @@ def test_a_version_without_digests_is_not_exported(tmp_path: Path) -> None:
         ref = write(store, manifest_of()).ref
         to = tmp_path / "file", "--store", store.url
         assert "has no digests" in tolhouse("tables", "export", ref, *to, code=1)
+
+
+def test_a_file_that_claims_many_rows_takes_no_memory_for_them(
+    exported: tuple[str, str, Path],
+) -> None:
+    """A small file whose manifest claims many rows is refused before memory for them is taken."""
+    _, _, file = exported
+    claimed = {"vocab_size": 1 << 26, "num_shards": 1, "shards": ["0" * 32]}
+    _rewritten(claimed)(file)
+    tracemalloc.start()
+    with pytest.raises(CorruptError, match="do not fit together"):
+        TableFile(file)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 26
+
+
+def test_empty_shards_travel(tmp_path: Path) -> None:
+    """A version with more shards than rows is exported and imported."""
+    here, there = (f"file://{tmp_path}/{name}" for name in ("here", "there"))
+    with closing(open_store(here)) as store:
+        manifest = manifest_of(num_shards=51)
+        finish(store, manifest)
+        export(store, manifest.ref, tmp_path / "file")
+    tolhouse("tables", "import", tmp_path / "file", "--store", there)
+    assert rows_of(here, manifest.ref) == rows_of(there, manifest.ref)
 
 
 def test_a_file_with_another_hash_is_refused(
@@ -288,7 +321,74 @@ def test_an_altered_archive_is_not_restored(checkpoint: Path, tmp_path: Path) ->
     assert "digest does not match" in tolhouse("tables", "restore", refs[1], *store, code=1)
     tolhouse("tables", "restore", refs[0], "--from", moved, *store)
     assert {refs[0]: "verified"} == states(store, "a")
-    assert "no archive" in tolhouse("tables", "restore", f"c@{'0' * 16}", *store, code=1)
+    elsewhere = "--from", moved, "--store", f"file://{tmp_path}/elsewhere"
+    for words in ((f"c@{'0' * 16}", *store), (refs[0], *elsewhere)):
+        assert "tables import" in tolhouse("tables", "restore", *words, code=1)
+
+
+def test_the_log_grows_by_the_same_lines_with_each_archive(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """An archive and a restoration add no copies of earlier entries to the log, and an imported
+    history has no histories of its own."""
+    store, there = (("--store", f"file://{tmp_path}/{name}") for name in ("tables", "there"))
+    ref, sizes = build_table(checkpoint, store[1], name="t", publish=False), list[int]()
+    for _ in range(3):
+        before = len(json.dumps(log(store, ref)))
+        tolhouse("tables", "archive", ref, "--to", tmp_path / f"archive{len(sizes)}", *store)
+        tolhouse("tables", "restore", ref, *store)
+        sizes.append(len(json.dumps(log(store, ref))) - before)
+    assert 1 == len({*sizes})
+    tolhouse("tables", "export", ref, tmp_path / "first", *store)
+    tolhouse("tables", "import", tmp_path / "first", *there)
+    tolhouse("tables", "export", ref, tmp_path / "second", *there)
+    tolhouse("tables", "delete", ref, *store)
+    tolhouse("tables", "import", tmp_path / "second", *store)
+    history = log(store, ref)[-1]["history"]
+    assert "imported" == history[-1]["event"]
+    assert not any("history" in entry for entry in history)
+
+
+def test_an_interrupted_archive_is_completed(checkpoint: Path, tmp_path: Path) -> None:
+    """An archive that was killed while it removed rows is completed when it is started again, with
+    the auxiliary tables, and the version can be restored."""
+    store, to = ("--store", f"file://{tmp_path}/tables"), ("--to", tmp_path / "archives")
+    small = ("--frequent-rows", "20", "--codec", "int4", "--name", "t")
+    text = tmp_path / "sample.txt"
+    text.write_text("def add(a, b): return a + b\n" * 9, encoding="utf-8")
+    ref = tolhouse("compress", checkpoint, *small, "--corpus", text, *store).strip()
+    before = rows_of(store[1], ref)
+    with closing(open_store(store[1])) as opened:
+        opened.delete_records = _killed  # type: ignore[method-assign]
+        with suppress(KeyboardInterrupt):
+            archive(opened, ref, to[1])
+    tolhouse("tables", "archive", ref, *to, *store)
+    with closing(open_store(store[1])) as opened:
+        part = TableFile(to[1] / f"{ref}.safetensors").manifests[0].ref
+        assert not any(opened.is_being_deleted(one) for one in (ref, part))
+    tolhouse("tables", "restore", ref, *store)
+    assert before == rows_of(store[1], ref)
+
+
+def _killed(ref: str) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_existing_archive_must_have_all_parts(tmp_path: Path) -> None:
+    """An existing file in the folder of archives is refused if one of its parts differs from that
+    in the store."""
+    part = manifest_of("t.frequent_rows", 5)
+    whole = manifest_of("t", 6, frequent_rows=part.ref, frequent=(1,))
+    with closing(open_store(f"file://{tmp_path}/other")) as store:
+        for manifest in (replace(part, model_id="2" * 64), whole):
+            finish(store, manifest)
+        export(store, whole.ref, tmp_path / f"{whole.ref}.safetensors")
+    with closing(open_store(f"file://{tmp_path}/tables")) as store:
+        for manifest in (part, whole):
+            finish(store, manifest)
+        with pytest.raises(InUseError, match="exists, with another table"):
+            archive(store, whole.ref, tmp_path)
+        assert {part.ref, whole.ref} == {*store.refs()}
 
 
 def test_memory_is_bounded_by_chunks(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def test_states_and_log(
     tolhouse("publish", second, "--note", "half the bytes", "--by", "ben", *store)
     assert {first: "verified", second: "published"} == states(store, name)
     tolhouse("rollback", name, *store)
-    tolhouse("tables", "delete", second, "--note", "too coarse", *store)
+    tolhouse("tables", "delete", second, "--note", "too coarse", "--by", "\x1b[31mben", *store)
+    assert "\x1b" not in tolhouse("tables", "list", "--all", *store)
     assert {first: "published"} == states(store, name)
     assert {first: "published", second: "deleted"} == states(store, name, "--all")
 
@@ -94,7 +95,7 @@ def test_a_torn_line_of_the_log_is_skipped(tmp_path: Path) -> None:
     url = f"file://{tmp_path}"
     with closing(open_store(url)) as opened:
         begin(opened, manifest_of("t", 1))
-        with (tmp_path / "log.jsonl").open("ab") as file:
+        with (tmp_path / ".log.jsonl").open("ab") as file:
             file.write(b'{"time":"2026')
         begin(opened, manifest_of("t", 2))
     assert 2 == len(log(("--store", url), "t"))

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from tolhouse.errors import CorruptError, InUseError, NotFoundError
+from tolhouse.errors import CorruptError, InUseError, NotFoundError, UnavailableError
 from tolhouse.store.files import FileStore
 from tolhouse.store.registry import delete, publish, resolve, rollback
 from tolhouse.store.writer import shard_digest
@@ -227,6 +227,15 @@ def test_shards_and_manifest_have_the_same_mode(shards: list[Path]) -> None:
     assert stat.filemode(manifest.stat().st_mode) == stat.filemode(shards[0].stat().st_mode)
 
 
+def test_the_log_is_not_ahead_of_the_store(tmp_path: Path) -> None:
+    """A change that fails while it writes a manifest has not appended its line to the log."""
+    (tmp_path / "t").touch()
+    store = FileStore(tmp_path)
+    with pytest.raises(UnavailableError):
+        store.update(lambda: {("log", table().ref): b"{}", ("manifest", table().ref): b"{}"})
+    assert [] == [*tmp_path.glob("*log*")]
+
+
 def test_writing_leaves_complete_files_and_nothing_else(
     store: FileStore, shards: list[Path]
 ) -> None:
@@ -239,7 +248,7 @@ def test_writing_leaves_complete_files_and_nothing_else(
     files = ["manifest.json", "lease", *(path.name for path in shards)]
     names = {f"t/{manifest.version}/{file}" for manifest in (table(), other) for file in files}
     found = [path.relative_to(store.root) for path in store.root.rglob("*") if path.is_file()]
-    assert {".lock", "log.jsonl", "t/alias.json", *names} == {path.as_posix() for path in found}
+    assert {".lock", ".log.jsonl", "t/alias.json", *names} == {path.as_posix() for path in found}
     delete(store, table().ref)
     assert ["alias.json", "f" * 16] == sorted(p.name for p in (store.root / "t").iterdir())
 

@@ -130,7 +130,7 @@ def test_an_overlay_s_parent_can_not_be_deleted(
     made = make_overlay(store, ref, ids(1), store.rows(parent, ids(2)))
     publish(store, made.ref)
     for force in (False, True):
-        with pytest.raises(InUseError, match=f"is a part of {made.ref}: delete that first"):
+        with pytest.raises(InUseError, match=f"is a part of {made.ref}: archive or delete that"):
             delete(store, ref, force=force)
     shutil.rmtree(tmp_path / "tiny-memory" / ref.partition("@")[2])
     store = open_store(store.url)

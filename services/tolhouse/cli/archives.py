@@ -2,26 +2,25 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import click
 
 from tolhouse import config
 from tolhouse.cli.options import options, origin_of, stores_of
-from tolhouse.errors import InvalidArgumentError
+from tolhouse.errors import InvalidArgumentError, NotFoundError
 from tolhouse.store import table_file
 from tolhouse.store.base import Store, open_store
-from tolhouse.store.registry import own_auxiliary, resolve
-from tolhouse.table.manifest import Manifest
+from tolhouse.store.registry import resolve, with_own_auxiliary
 
 
 @contextmanager
-def _one_store(settings: config.ChangeConfig) -> Iterator[Store]:
+def _one_store(settings: config.StoreConfig) -> Iterator[Store]:
     urls = stores_of(settings)
     if len(urls) > 1:
         raise InvalidArgumentError("`store` must be one store: a file belongs to one store")
-    origin = origin_of(settings)
+    origin = origin_of(settings) if isinstance(settings, config.ChangeConfig) else None
     with closing(open_store(urls[0], settings.store_timeout_seconds, origin=origin)) as store:
         yield store
 
@@ -33,16 +32,16 @@ def _progress(label: str, total: int) -> Iterator[table_file.Report]:
         yield bar.update
 
 
-def _bytes(store: Store, manifest: Manifest) -> int:
-    own = (store.manifest(ref) for ref in own_auxiliary(manifest))
-    return sum(m.table_bytes for m in (*own, manifest))
+def _bytes(store: Store, table: str) -> int:
+    manifest = resolve(store, table)
+    return sum(m.table_bytes for m in with_own_auxiliary(store, manifest))
 
 
 @click.command()
 @click.argument("table")
 @click.argument("file", type=Path)
-@options(config.ChangeConfig)
-def export(settings: config.ChangeConfig, table: str, file: Path) -> None:
+@options(config.StoreConfig)
+def export(settings: config.StoreConfig, table: str, file: Path) -> None:
     """Write TABLE, NAME or NAME@VERSION, to FILE, which another installation can import.
 
     The file is a safetensors file with the manifest, the log of the version and all of its rows.
@@ -50,14 +49,16 @@ def export(settings: config.ChangeConfig, table: str, file: Path) -> None:
     """
     with _one_store(settings) as store:
         manifest = resolve(store, table)
-        with _progress(f"export {manifest.name}", _bytes(store, manifest)) as report:
+        with _progress(f"export {manifest.name}", _bytes(store, manifest.ref)) as report:
             sha256 = table_file.export(store, manifest.ref, file, report)
     click.echo(f"{manifest.ref}  {file}  sha256 {sha256}")
 
 
 @click.command("import")
 @click.argument("file", type=Path)
-@click.option("--sha256", default="", help="Refuse a file with another SHA-256.")
+@click.option(
+    "--sha256", default="", show_default=False, help="Refuse a file with another SHA-256."
+)
 @options(config.ChangeConfig)
 def import_version(settings: config.ChangeConfig, file: Path, sha256: str) -> None:
     """Import the version in FILE, which `tolhouse tables export` has written.
@@ -88,8 +89,10 @@ def archive(settings: config.ChangeConfig, table: str, folder: Path) -> None:
     version that is published or in use is refused.
     """
     with _one_store(settings) as store:
-        manifest = resolve(store, table)
-        with _progress(f"archive {manifest.name}", _bytes(store, manifest)) as report:
+        total = 0
+        with suppress(NotFoundError):  # an interrupted archive has removed the manifest
+            total = _bytes(store, table)
+        with _progress(f"archive {table}", total) as report:
             path = table_file.archive(store, table, folder, report)
         click.echo(f"{table} is archived in {path}")
 

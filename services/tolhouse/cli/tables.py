@@ -166,7 +166,7 @@ def compress(settings: config.CompressConfig, checkpoint: str) -> None:
 
 @click.group(cls=Commands)
 def tables() -> None:
-    """List, show, publish, roll back and delete versions of tables."""
+    """Manage versions of tables."""
 
 
 def _stores(settings: config.StoreConfig) -> Iterator[Store]:
@@ -194,7 +194,7 @@ def list_tables(settings: config.StoreConfig, everything: bool) -> None:
                 since = one.last or {}
                 where = f"  {since['file']}" if "file" in since else ""
                 about = f"since {since.get('time')} by {since.get('by')}{where}"
-                click.echo(f"  {one.ref}  {one.state:9}  {about}")
+                click.echo(f"  {one.ref}  {one.state:9}  {printable(about)}")
                 continue
             size = m.table_bytes + sum(sizes.get(ref, 0) for ref in registry.own_auxiliary(m))
             rows = f"{m.codec_name:5} {m.num_records:>8} rows"
@@ -269,7 +269,10 @@ def rollback(settings: config.ChangeConfig, name: str) -> None:
 @tables.command()
 @click.argument("table")
 @click.option(
-    "--force", is_flag=True, help="Also delete a version in use, whose readers get errors."
+    "--force",
+    is_flag=True,
+    help="Also delete a version in use, whose readers get errors, or the rest of an unfinished "
+    "build or deletion.",
 )
 @options(config.ChangeConfig)
 def delete(settings: config.ChangeConfig, table: str, force: bool) -> None:
@@ -352,10 +355,9 @@ def overlay(
             raise MismatchError(f"table {manifest.ref} was built with {other}")
         edits = edited_rows(store, manifest, copied, scaled, given)
         made = make_overlay(store, manifest.ref, *edits)
-        parts = [store.manifest(ref).table_bytes for ref in registry.own_auxiliary(made)]
-        size = f"{(made.table_bytes + sum(parts)) / 1e3:.1f} kB"
+        size = sum(m.table_bytes for m in registry.with_own_auxiliary(store, made))
         rows = f"{made.num_records} changed rows over {made.parent}"
-        click.echo(f"{rows}, {size}, in {store.url}", err=True)
+        click.echo(f"{rows}, {size / 1e3:.1f} kB, in {store.url}", err=True)
         if publishes:
             registry.publish(store, made.ref)
         click.echo(made.ref)

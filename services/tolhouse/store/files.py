@@ -4,7 +4,7 @@
     <root>/<name>/<version>/manifest.json                       written last
     <root>/<name>/<version>/lease                               empty; readers hold a lock on it
     <root>/<name>/alias.json                                    the published version
-    <root>/log.jsonl                                            one line for each change
+    <root>/.log.jsonl                                           one line for each change
     <root>/.lock                                                locked during an update
 
 Files are written under a temporary name, fsynced and renamed. `pread` reads records directly into
@@ -120,11 +120,13 @@ class FileStore(Store):
         with _errors("write", self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             with locked(self.root / ".lock"):
-                for (kind, ref), text in change().items():
+                changes = change()
+                for (kind, ref), text in changes.items():
+                    if kind != "log":
+                        self._write_text(ref, kind, text)
+                for (kind, _), text in changes.items():  # a log must not be ahead of the store
                     if kind == "log":
                         self._append(text or b"")
-                    else:
-                        self._write_text(ref, kind, text)
 
     def _expire_later(self) -> None:
         self._expiring = True
@@ -210,13 +212,13 @@ class FileStore(Store):
         return None
 
     def _read_log(self) -> list[bytes]:
-        path = self.root / "log.jsonl"
+        path = self.root / ".log.jsonl"
         with _errors("read", path), suppress(FileNotFoundError):
             return path.read_bytes().splitlines()
         return []
 
     def _append(self, line: bytes) -> None:
-        path = self.root / "log.jsonl"
+        path = self.root / ".log.jsonl"
         with _errors("write", path), path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)

@@ -54,7 +54,13 @@ def parse(lines: Iterable[bytes]) -> list[Entry]:
     entries = []
     for one in lines:
         with suppress(ValueError, RecursionError):
-            entry = json.loads(one)
-            if isinstance(entry, dict) and {"time", "event", "name", "version"} <= entry.keys():
-                entries.append(entry)
+            entries.append(checked(json.loads(one)))
     return entries
+
+
+def checked(entry: Any) -> Entry:
+    """Return an entry. Raises ValueError if it is not one."""
+    required = "time", "event", "name", "version"
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in required):
+        raise ValueError(f"not an entry of a log: {entry!r:.40}")
+    return entry

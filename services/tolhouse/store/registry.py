@@ -79,6 +79,11 @@ def own_auxiliary(manifest: Manifest) -> tuple[str, ...]:
     return tuple(ref for ref in manifest.auxiliary if not manifest.parent or ref == manifest.edits)
 
 
+def with_own_auxiliary(store: Store, manifest: Manifest) -> list[Manifest]:
+    """Return the manifests of the auxiliary tables of `own_auxiliary`, and then the table's own."""
+    return [*map(store.manifest, own_auxiliary(manifest)), manifest]
+
+
 def resolve(store: Store, ref: str) -> Manifest:
     """Read the manifest of "name@version", or of the published version of "name"."""
     name, version = split_ref(ref)
@@ -219,9 +224,14 @@ def delete(
         return {**changes, **{("manifest", gone): None for gone in removed}}
 
     store.update(change)
-    for gone in removed:
-        store.delete_records(gone)
-    store.update(lambda: {("deleting", gone): None for gone in removed})
+    remove(store, removed)
+
+
+def remove(store: Store, refs: list[str]) -> None:
+    """Remove the rows of versions whose deletion has begun, which completes it."""
+    for ref in refs:
+        store.delete_records(ref)
+    store.update(lambda: {("deleting", ref): None for ref in refs})
 
 
 def refuse_in_use(store: Store, ref: str) -> None:
@@ -241,11 +251,10 @@ def _removable(store: Store, ref: str, force: bool) -> list[str]:
         raise InUseError(f"{ref} is published: publish or roll back to another version first")
     others = [m for m in _manifests(store) if m.ref != ref]
     if above := [m.ref for m in others if ref in m.dependencies]:
-        raise InUseError(f"{ref} is a part of {', '.join(above)}: delete that first")
+        raise InUseError(f"{ref} is a part of {', '.join(above)}: archive or delete that first")
     if not force and store.leased(ref):
         read = f"its rows were read within the last {LEASE_SECONDS:g} s"
-        what = f"{read}: wait, or delete it with `force`"
-        raise InUseError(f"{ref} is in use: {what}")
+        raise InUseError(f"{ref} is in use: {read}: wait until no reader uses it")
     needed = {part for m in others for part in m.dependencies}
     return [part for part in auxiliary if part not in needed and not stands_for(store, part)]
 

@@ -5,7 +5,7 @@ the records: "name@version/SHARD", uint8 [records, record_bytes], in the order o
 of the shards. Auxiliary tables come first, and the version is the last one. The parent of an
 overlay is not included.
 
-Reading and writing need the memory of one chunk, and importing that of one shard.
+Reading and writing need the memory of one chunk, and importing that of two shards.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from tolhouse.errors import (
 )
 from tolhouse.store import registry
 from tolhouse.store.base import Store
-from tolhouse.store.journal import Entry, Event
+from tolhouse.store.journal import Entry, Event, checked
 from tolhouse.store.writer import shard_digest
 from tolhouse.table.manifest import Manifest, record_views
 
@@ -62,9 +62,9 @@ class _Section:
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield the ids of the records, some at a time, as uint32."""
-        ids = self.manifest.shard_ids(self.shard)
         step = max(1, _CHUNK_BYTES // self.manifest.record_bytes)
-        return (ids[at : at + step] for at in range(0, len(ids), step))
+        starts = range(0, self.manifest.shard_size(self.shard), step)
+        return (self.manifest.shard_ids(self.shard, at, at + step) for at in starts)
 
     def check(self, digest: str, where: str) -> None:
         """Raise CorruptError if the manifest has another digest of the shard."""
@@ -77,7 +77,7 @@ def _sections(manifests: list[Manifest]) -> list[_Section]:
     found, at = list[_Section](), 0
     for manifest in manifests:
         for shard in range(manifest.num_shards):
-            size = len(manifest.shard_ids(shard)) * manifest.record_bytes
+            size = manifest.shard_size(shard) * manifest.record_bytes
             found.append(_Section(manifest, shard, at, at + size))
             at += size
     return found
@@ -132,12 +132,12 @@ class TableFile:
         try:
             manifests = json.loads(metadata["manifests"])
             self.manifests = [Manifest.from_json(one) for one in manifests]
-            self.log: list[Entry] = json.loads(metadata["log"])
             _require_digests(self.manifests)
-        except (LookupError, TypeError, RecursionError, json.JSONDecodeError) as error:
-            raise CorruptError(f"{path}: the header is damaged: {error!r:.80}") from None
+            self.log: list[Entry] = [*map(checked, json.loads(metadata["log"]))]
         except (InvalidArgumentError, CorruptError) as error:
             raise type(error)(f"{path}: {error}") from None
+        except (LookupError, TypeError, RecursionError, ValueError) as error:
+            raise CorruptError(f"{path}: the header is damaged: {error!r:.80}") from None
         self._sections = _sections(self.manifests)
         parts = registry.own_auxiliary(self.manifests[-1]) if self.manifests else ()
         fits = self.manifests and list(parts) == [m.ref for m in self.manifests[:-1]]
@@ -184,7 +184,7 @@ class TableFile:
 
     def _records(self, file: BufferedReader, section: _Section, ids: np.ndarray) -> np.ndarray:
         records = np.empty((len(ids), section.manifest.record_bytes), np.uint8)
-        if file.readinto(records.data.cast("B")) != records.nbytes:
+        if file.readinto(records.reshape(-1).data) != records.nbytes:
             raise CorruptError(f"{self.path} was truncated while it was read")
         try:
             section.manifest.verify(ids, record_views(records))
@@ -223,11 +223,11 @@ def export(store: Store, ref: str, path: Path, report: Report = _nothing) -> str
     if path.exists():
         raise InUseError(f"{path} exists: name a new file")
     version = registry.resolve(store, ref)
-    own = registry.own_auxiliary(version)
-    manifests = [*(store.manifest(part) for part in own), version]
+    manifests = registry.with_own_auxiliary(store, version)
     _require_digests(manifests)
     sections = _sections(manifests)
     log = [e for e in store.log() if f"{e['name']}@{e['version']}" == version.ref]
+    log = [{key: e[key] for key in e if key != "history"} for e in log]  # or it would grow forever
     metadata = {"format": FORMAT, "manifests": json.dumps([m.to_json() for m in manifests])}
     metadata["log"] = json.dumps(log)
     header = {"__metadata__": metadata, **_tensors(sections)}
@@ -324,23 +324,28 @@ def _import_part(
                 raise CorruptError(f"{what}: import it again")
         report(records.nbytes)
     if not is_there:
-        history = file.log if manifest is file.manifest else []
+        history = file.log if event == "imported" and manifest is file.manifest else []
         registry.commit(store, manifest, event, history=history, **more)
 
 
 def archive(store: Store, ref: str, folder: Path, report: Report = _nothing) -> Path:
     """Move a version to a file in a folder, verify the file, and remove the rows from the store.
 
-    A version that is published, in use or a part of another one is refused. A file that an
-    interrupted command has left is used. The log has the file and its SHA-256.
+    A version that is published, in use or a part of another one is refused. What an interrupted
+    command has left is completed. The log has the file and its SHA-256.
     """
+    events = [e["event"] for e in store.log() if f"{e['name']}@{e['version']}" == ref]
+    if events[-1:] == ["archived"] and store.is_being_deleted(ref):
+        file = archived_file(store, ref)
+        registry.remove(store, [m.ref for m in file.manifests if store.is_being_deleted(m.ref)])
+        return file.path
     registry.refuse_in_use(store, ref)
     manifest = registry.resolve(store, ref)
     path = folder.absolute() / f"{manifest.ref}.safetensors"
     if not path.exists():
         export(store, ref, path, report)
     file = TableFile(path)
-    if file.manifest != manifest:
+    if file.manifests != registry.with_own_auxiliary(store, manifest):
         raise InUseError(f"{path} exists, with another table: name another folder")
     sha256 = file.verify()
     registry.delete(store, ref, event="archived", file=str(path), sha256=sha256)
@@ -352,15 +357,21 @@ def archived_file(store: Store, ref: str, path: Path | None = None) -> TableFile
 
     The default path, and the SHA-256 that the file must have, are those of the log.
     """
-    named = {f"{e['name']}@{e['version']}": e for e in store.log() if e["event"] == "archived"}
-    entry = named.get(ref, {})
-    if path is None and "file" not in entry:
-        raise NotFoundError(f"the log of {store.url} has no archive of {ref}: name its file")
+    entry = _archived(store, ref)
+    if "file" not in entry or "sha256" not in entry:
+        what = f"the log of {store.url} has no archive of {ref}"
+        raise NotFoundError(f"{what}: write its file with `tolhouse tables import`")
     file = TableFile(path or Path(entry["file"]))
     if file.manifest.ref != ref:
         raise InvalidArgumentError(f"{file.path} has table {file.manifest.ref}, not {ref}")
-    check_sha256(file, entry.get("sha256", ""))
+    check_sha256(file, entry["sha256"])
     return file
+
+
+def _archived(store: Store, ref: str) -> Entry:
+    """Return the last entry of an archive of the version in the log, or an empty one."""
+    named = {f"{e['name']}@{e['version']}": e for e in store.log() if e["event"] == "archived"}
+    return named.get(ref, {})
 
 
 def check_sha256(file: TableFile, expected: str, report: Report = _nothing) -> str:

@@ -240,11 +240,19 @@ class Manifest:
         """Return the shard of each token id [T]."""
         return ids % self.num_shards
 
-    def shard_ids(self, shard: int) -> np.ndarray:
-        """Return the token ids of the records of one shard, ascending."""
+    def shard_size(self, shard: int) -> int:
+        """Return the number of records of one shard."""
+        return self.num_records if self.parent else len(self._own_ids(shard))
+
+    def shard_ids(self, shard: int, start: int = 0, end: int | None = None) -> np.ndarray:
+        """Return the token ids of the records `start` to `end` of one shard, ascending."""
         if self.parent:
-            return self._changed
-        return np.arange(shard, self.vocab_size, self.num_shards, dtype=np.uint32)
+            return self._changed[start:end]
+        ids = self._own_ids(shard)[start:end]
+        return np.arange(ids.start, ids.stop, ids.step, dtype=np.uint32)
+
+    def _own_ids(self, shard: int) -> range:
+        return range(shard, self.vocab_size, self.num_shards)
 
     def positions(self, ids: np.ndarray) -> np.ndarray:
         """Return the index of each id's record in its shard, [T]."""
