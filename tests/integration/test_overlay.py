@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tolhouse import Client
 from tolhouse.analysis.edits import copy_of, scale_of
 from tolhouse.errors import (
@@ -15,13 +16,15 @@ from tolhouse.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
-from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.checkpoint import open_checkpoint, save_checkpoint
+from tolhouse.sources.memoryllm import MemoryLLM
 from tolhouse.store.base import Store, open_store
 from tolhouse.store.overlay import make_overlay
 from tolhouse.store.registry import delete, publish, rollback
 from tolhouse.table.destination import Destination
 from tolhouse.table.manifest import Manifest
-from tolhouse.testing import build_table, local_cluster, wait_until
+from tolhouse.testing import build_table, local_cluster, tiny_model, wait_until
+from tolhouse.train.summaries import with_summary_tokens
 
 from tests.commands import tolhouse
 from tests.tables import ids
@@ -320,3 +323,109 @@ def test_bad_overlays_are_refused(store: Store, parent: Manifest) -> None:
     for bad in ({"changed": ()}, {"parent": "tiny-memory"}):
         with pytest.raises(InvalidArgumentError, match="manifest: "):
             replace(made, **bad)
+
+
+@pytest.fixture(scope="module")
+def larger(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint with two more token ids."""
+    path = tmp_path_factory.mktemp("checkpoints") / "larger"
+    model = with_summary_tokens(open_checkpoint(checkpoint).model(), 2, 16)
+    save_checkpoint(path, model, checkpoint / "tokenizer.json")
+    return path
+
+
+def test_appended_rows_are_served(store_url: str, checkpoint: Path, larger: Path) -> None:
+    """A version with appended rows has the bits of its parent below the parent's vocabulary and the
+    rows of the new ids, over TCP and from the store. A worker of the larger model reads it, and
+    readers of the parent are not affected."""
+    name = f"append-{'keys' in store_url}"
+    store, ref = open_store(store_url), build_table(checkpoint, store_url, name=name)
+    parent, source = store.manifest(ref), MemoryLLM(open_checkpoint(larger))
+    size = parent.vocab_size
+    made = store.manifest(
+        tolhouse("overlay", name, "--append", larger, "--store", store_url).stdout.strip()
+    )
+    new = (size, size + 1)
+    assert (ref, new, size + 2, 2) == (made.parent, made.changed, made.vocab_size, made.appended)
+    every = np.arange(size, dtype=np.uint32)
+    appended = parent.codec.decode(parent.codec.encode(source.rows(ids(*new))))
+    expected = np.concatenate([store.rows(parent, every), appended])
+    np.testing.assert_array_equal(expected, store.rows(made, np.arange(size + 2, dtype=np.uint32)))
+    records = store.read_records(parent, every)
+    assert records.tobytes() == store.read_records(made, every).tobytes()
+    with (
+        local_cluster(larger, store_url, worker_options=("--table", made.ref)) as cluster,
+        Client(cluster.lookup) as client,
+        Client(cluster.workers) as caller,
+    ):
+        for _ in range(2):  # from the store, then from hot rows
+            mixed = client.fetch(made.ref, [size, 1, size + 1, 2]).astype(np.float32)
+            np.testing.assert_array_equal(expected[[size, 1, size + 1, 2]], mixed)
+        assert 16 == len(list(caller.generate([5, 17, 3], max_tokens=16, ignore_eos=True)))
+        assert made.ref == caller.describe_worker().table
+        with pytest.raises(IdOutOfRangeError, match=f"token id {size} .*0 to {size - 1}"):
+            client.fetch(ref, [size])
+    publish(store, made.ref)
+    with pytest.raises(InUseError, match=f"is a part of {made.ref}"):
+        delete(store, ref, force=True)
+    rollback(store, name)
+    delete(store, made.ref, force=True)
+
+
+def test_appended_rows_of_a_compressed_table(checkpoint: Path, larger: Path, store: Store) -> None:
+    """Rows of frequent tokens keep their finer codec beside appended rows. A table of low rank is
+    refused, because its rows can't be compared with the checkpoint."""
+    small = "compress", checkpoint, "--name", "small", "--corpus", __file__, "--store", store.url
+    ref = tolhouse(*small, "--publish").stdout.strip()
+    parent = store.manifest(ref)
+    made = edited(store, "--append", larger, table="small")
+    assert (parent.frequent_rows, True) == (made.frequent_rows, bool(made.edits))
+    every = np.arange(parent.vocab_size, dtype=np.uint32)
+    np.testing.assert_array_equal(store.rows(parent, every), store.rows(made, every))
+    new = ids(parent.vocab_size, parent.vocab_size + 1)
+    exact = MemoryLLM(open_checkpoint(larger)).rows(new)
+    np.testing.assert_allclose(exact, store.rows(made, new), atol=np.abs(exact).max() / 100)
+    tolhouse(*small, "--rank-share", "0.5", "--frequent-rows", "0", "--publish")
+    assert "is of low rank" in refused(store, "--append", larger, table="small")
+
+
+def test_appended_rows_can_be_edited(
+    checkpoint: Path, larger: Path, store: Store, parent: Manifest, tmp_path: Path
+) -> None:
+    """An edit over appended rows keeps them and the model of the larger vocabulary, and rows can be
+    appended to an edited table."""
+    made = edited(store, "--append", larger)
+    last = made.vocab_size - 1
+    twice = edited(store, "--copy", f"{last}={OTHER}", table=made.ref)
+    assert (parent.ref, made.changed) == (twice.parent, twice.changed)
+    same = "vocab_size", "appended", "model_id", "tokenizer_id", "provenance"
+    assert [getattr(made, name) for name in same] == [getattr(twice, name) for name in same]
+    np.testing.assert_array_equal(*store.rows(twice, ids(last, OTHER)))
+    first = edited(store, "--copy", f"{EDITED}={OTHER}")
+    both = edited(store, "--append", larger, table=first.ref)
+    assert (2, (EDITED, *made.changed)) == (both.appended, both.changed)
+    np.testing.assert_array_equal(*store.rows(both, ids(EDITED, OTHER)))
+    rows = store.rows(made, ids(last))
+    np.testing.assert_array_equal(rows, store.rows(both, ids(last)))
+
+
+def test_rows_of_another_model_are_not_appended(
+    checkpoint: Path, larger: Path, store: Store, parent: Manifest, tmp_path: Path
+) -> None:
+    """A checkpoint with other rows of the ids of the table, with other blocks or without further
+    ids is refused, and an edit is not made at the same time."""
+    model = open_checkpoint(larger).model()
+    with torch.no_grad():
+        model.ffn_m[0].norm.weight.mul_(2)
+    other = tmp_path / "other"
+    save_checkpoint(other, model, checkpoint / "tokenizer.json")
+    wide = tiny_model(tmp_path / "wide", hidden_size=64)
+    for options, message in (
+        (("--append", other), "is not what the model computes"),
+        (("--append", wide), "has other blocks than wide"),
+        (("--append", checkpoint), "tiny-memory has no ids to append"),
+        (("--append", larger, "--scale", "3=2"), "append first"),
+        ((), "nothing to change"),
+    ):
+        assert message in refused(store, *options)
+    assert [parent.ref] == store.refs()

@@ -34,6 +34,19 @@ BUILD = """if True:
     checkpoint, store = sys.argv[1:]
     print(build_table(Path(checkpoint), store, codec="bf16", shards=4))
 """
+APPEND = """if True:
+    import sys
+    from pathlib import Path
+    from tolhouse.build.append import append
+    from tolhouse.model.checkpoint import open_checkpoint, save_checkpoint
+    from tolhouse.store.base import open_store
+    from tolhouse.train.summaries import with_summary_tokens
+
+    checkpoint, larger, ref, store = sys.argv[1:]
+    model = with_summary_tokens(open_checkpoint(checkpoint).model(), 2, 16)
+    save_checkpoint(Path(larger), model, Path(checkpoint, "tokenizer.json"))
+    print(append(open_store(store), ref, Path(larger)).ref)
+"""
 CALL = """if True:
     import json, sys
     import numpy as np
@@ -144,6 +157,26 @@ def answers(of: dict[str, Side], checkpoint: Path, store: str) -> dict[str, Any]
     return found
 
 
+def reads_appended(this: Side, other: Side, checkpoint: Path, folder: Path) -> bool:
+    """Whether a side reads a version with appended rows or refuses it, and reads its parent."""
+    store = f"file://{folder}/appended"
+    parent = this.run("-c", BUILD, str(checkpoint), store)
+    words = str(checkpoint), str(folder / "larger"), parent, store
+    made = this.run("-c", APPEND, *words)
+    fetched = [
+        subprocess.run(
+            [*other.python, "-m", "tolhouse.cli", "fetch", ref, "5", "--rows", store],
+            capture_output=True,
+            text=True,
+            check=False,
+            encoding="utf-8",
+        )
+        for ref in (parent, made)
+    ]
+    refused = "requires ['appended']" in fetched[1].stderr
+    return not fetched[0].returncode and (refused or not fetched[1].returncode)
+
+
 def completion(gateway: str, body: dict) -> str:
     """A completion's text, "refused" if a parameter was refused, or else the error."""
     answer = httpx.post(f"http://{gateway}/v1/completions", json=body, timeout=60)
@@ -195,6 +228,7 @@ def main() -> None:
                     for what in failed:
                         print(f"  {what}: {found.get(what)!s:.80}", file=sys.stderr)
                     wrong += len(failed)
+        wrong += not reads_appended(this, released, checkpoint, folder)
     print(json.dumps({"wrong": wrong}))
     sys.exit(wrong > 0)
 

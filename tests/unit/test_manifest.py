@@ -155,6 +155,9 @@ def test_defaults_are_omitted_and_essential_fields_are_required() -> None:
     data = json.loads(overlay.to_json())
     assert plain | {"parent", "changed", "frequent", "requires"} == set(data)
     assert ["parent", "changed"] == data["requires"]
+    size = golden().vocab_size
+    larger = dataclasses.replace(overlay, vocab_size=size + 1, changed=(2, size), appended=1)
+    assert ["parent", "changed", "appended"] == json.loads(larger.to_json())["requires"]
 
 
 def test_unknown_fields_are_kept_unless_required() -> None:

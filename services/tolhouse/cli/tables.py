@@ -314,6 +314,9 @@ def acl(token_file: str) -> None:
 @click.option(
     "--rows-file", "--rows", type=Path, help="An .npz file with `ids` [T] and `rows` [T, N, D]."
 )
+@click.option(
+    "--append", type=Path, help="Checkpoint with more token ids than TABLE, whose rows are added."
+)
 @click.option("--checkpoint", type=Path, help="Checkpoint whose tokenizer reads TOKENs as text.")
 @click.option("--publish", "publishes", is_flag=True, help="Publish the new version.")
 @options(config.ChangeConfig)
@@ -323,6 +326,7 @@ def overlay(
     copy: tuple[str, ...],
     scale: tuple[str, ...],
     rows_file: Path | None,
+    append: Path | None,
     checkpoint: Path | None,
     publishes: bool,
 ) -> None:
@@ -333,6 +337,9 @@ def overlay(
     version is published, rolled back and deleted like any other. Its parent cannot be deleted
     before it.
 
+    With --append, the version has a larger vocabulary: the rows of TABLE, and those of the ids that
+    only the checkpoint has. The rows of 1024 common ids are compared with the checkpoint first.
+
     \b
       tolhouse overlay demo-memory --checkpoint models/demo-memory --copy ' import= class' --publish
       tolhouse tables rollback demo-memory
@@ -341,8 +348,12 @@ def overlay(
     from tolhouse.model.tokenizer import TOKENIZER, load_tokenizer, tokenizer_id
     from tolhouse.store.overlay import make_overlay
 
-    if not (copy or scale or rows_file):
-        raise InvalidArgumentError("nothing to change: give --copy, --scale or --rows-file")
+    edits_rows = bool(copy or scale or rows_file)
+    if not (edits_rows or append):
+        wanted = "give --copy, --scale, --rows-file or --append"
+        raise InvalidArgumentError(f"nothing to change: {wanted}")
+    if edits_rows and append:
+        raise InvalidArgumentError("--append and edits make two versions: append first")
     tokenizer = load_tokenizer(checkpoint / TOKENIZER) if checkpoint else None
     copied = [copy_of(edit, tokenizer) for edit in copy]
     scaled = [scale_of(edit, tokenizer) for edit in scale]
@@ -353,8 +364,13 @@ def overlay(
         if checkpoint and manifest.tokenizer_id != tokenizer_id(checkpoint / TOKENIZER):
             other = f"another tokenizer than that of {checkpoint}, so ids differ"
             raise MismatchError(f"table {manifest.ref} was built with {other}")
-        edits = edited_rows(store, manifest, copied, scaled, given)
-        made = make_overlay(store, manifest.ref, *edits)
+        if append:
+            from tolhouse.build.append import append as append_to  # needs torch
+
+            made = append_to(store, manifest.ref, append)
+        else:
+            edits = edited_rows(store, manifest, copied, scaled, given)
+            made = make_overlay(store, manifest.ref, *edits)
         size = sum(m.table_bytes for m in registry.with_own_auxiliary(store, made))
         rows = f"{made.num_records} changed rows over {made.parent}"
         click.echo(f"{rows}, {size / 1e3:.1f} kB, in {store.url}", err=True)

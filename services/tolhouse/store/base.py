@@ -114,8 +114,8 @@ class Store(ABC):
                 found = self.manifest(ref)
             except NotFoundError:
                 raise NotFoundError(f"{about} is not in {self.url} any more") from None
-            form, own = ((m.record_dtype, m.vocab_size) for m in (found, manifest))
-            if found.parent or form != own:
+            form = manifest.record_dtype, manifest.vocab_size - manifest.appended
+            if found.parent or form != (found.record_dtype, found.vocab_size):
                 raise CorruptError(f"{about} has records of another layout in {self.url}")
             self._parents[ref] = found
         return self._parents[ref]

@@ -2,7 +2,7 @@
 
 An overlay is published, rolled back and deleted like any other version. Readers take unchanged rows
 from its parent. An overlay over an overlay has the parent of the first overlay, and the changed
-rows of both.
+rows of both. An overlay can also append rows of further token ids to its parent.
 """
 
 from dataclasses import replace
@@ -18,6 +18,8 @@ from tolhouse.table.codecs import codec
 from tolhouse.table.manifest import MAX_CHANGED, Manifest, content_id, part_name
 
 _ONE_SHARD: dict[str, Any] = {"num_shards": 1, "shards": ()}
+# Fields that an overlay has from the table that it edits, which may itself append rows.
+_IDENTITY = "vocab_size", "appended", "model_id", "tokenizer_id", "provenance"
 _PLAIN = _ONE_SHARD | {"frequent": (), "ranks": (), "basis": "", "frequent_rows": ""}
 
 
@@ -29,8 +31,7 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
         InvalidArgumentError: Rows or ids do not fit the table, or it is an auxiliary table.
         IdOutOfRangeError: An id is not below the size of the vocabulary.
     """
-    manifest = resolve(store, over)
-    refuse_part(store, manifest.ref, "cannot be edited: edit that table")
+    manifest = _editable(store, over)
     distinct, times = np.unique(np.asarray(ids, np.int64), return_counts=True)
     shape = [len(ids), manifest.num_blocks, manifest.width]
     if not len(ids):
@@ -44,7 +45,45 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
     if list(rows.shape) != shape:
         what = f"rows have the shape {list(rows.shape)}; {len(ids)} rows of {manifest.ref}"
         raise InvalidArgumentError(f"{what} have {shape}")
-    ids, rows = np.asarray(ids, np.uint32), np.ascontiguousarray(rows, np.float32)
+    identity = {name: getattr(manifest, name) for name in _IDENTITY}
+    return _overlay(store, manifest, np.asarray(ids, np.uint32), rows, identity)
+
+
+def append_rows(
+    store: Store, over: str, rows: np.ndarray, model_id: str, tokenizer_id: str, source: str
+) -> Manifest:
+    """Store a version of the table `over` with rows [K, N, D] of K token ids after its last one.
+
+    The version is of the model and the tokenizer that have these ids. `source` is the model's name.
+
+    Raises:
+        NotFoundError: The table or its parent is missing.
+        InvalidArgumentError: Rows do not fit the table, or it is an auxiliary table.
+    """
+    manifest = _editable(store, over)
+    size = manifest.vocab_size + len(rows)
+    identity = {
+        "vocab_size": size,
+        "appended": manifest.appended + len(rows),
+        "model_id": model_id,
+        "tokenizer_id": tokenizer_id,
+        "provenance": {**manifest.provenance, "source": source},
+    }
+    ids = np.arange(manifest.vocab_size, size, dtype=np.uint32)
+    return _overlay(store, manifest, ids, rows, identity)
+
+
+def _editable(store: Store, over: str) -> Manifest:
+    manifest = resolve(store, over)
+    refuse_part(store, manifest.ref, "cannot be edited: edit that table")
+    return manifest
+
+
+def _overlay(
+    store: Store, manifest: Manifest, ids: np.ndarray, rows: np.ndarray, identity: dict[str, Any]
+) -> Manifest:
+    """Store an overlay with the changed rows of `manifest` and with `rows` of `ids`."""
+    rows = np.ascontiguousarray(rows, np.float32)
     base = store.parent(manifest) if manifest.parent else manifest
     # Rows that only an earlier overlay changed are copied. Encoding them again would change them.
     before = np.setdiff1d(manifest.changed, ids).astype(np.uint32)
@@ -56,7 +95,8 @@ def make_overlay(store: Store, over: str, ids: np.ndarray, rows: np.ndarray) -> 
     fresh = store.auxiliary(base).encode(ids, rows)
     records = np.concatenate([fresh, store.read_records(manifest, before)])[order]
     changed = changed[order]
-    overlay = replace(base, parent=base.ref, changed=tuple(changed.tolist()), **_ONE_SHARD)
+    fields = identity | _ONE_SHARD
+    overlay = replace(base, parent=base.ref, changed=tuple(changed.tolist()), **fields)
     # A compressed `base` has coarse records, so changed rows are also stored in their own table.
     if base.auxiliary:
         if base.frequent_rows:

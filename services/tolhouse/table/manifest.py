@@ -110,6 +110,7 @@ class Manifest:
         frequent: The most frequent token ids, most frequent first.
         parent: For an overlay: the version of the same name with all unchanged rows.
         changed: For an overlay: the ids of its own rows, ascending.
+        appended: For an overlay: the number of its last token ids, which its parent lacks.
         ranks: For low rank: the number of coefficients of each block.
         basis: For low rank: the table of basis vectors.
         frequent_rows: The table with the rows of `frequent` tokens in a finer codec.
@@ -136,6 +137,7 @@ class Manifest:
     frequent: Annotated[Ids, Field(max_length=MAX_FREQUENT)] = ()
     parent: Ref = ""
     changed: Annotated[Ids, Field(max_length=MAX_CHANGED)] = ()
+    appended: Annotated[int, Field(ge=0, le=MAX_CHANGED)] = 0
     ranks: Ids = ()
     basis: Ref = ""
     frequent_rows: Ref = ""
@@ -154,6 +156,9 @@ class Manifest:
         overlay = bool(self.changed) and self.num_shards == 1
         fits = overlay if self.parent else not self.changed and not self.edits
         _require(fits, "an overlay has a parent and changed ids, in one shard; others have neither")
+        last = tuple(range(size - self.appended, size))
+        fits = self.appended < size and self.changed[len(self.changed) - self.appended :] == last
+        _require(fits, f"the {self.appended} appended ids must be the last ones, and changed")
         ranked = len(self.ranks) == count * bool(self.basis)
         ranked = ranked and all(0 < rank <= width for rank in self.ranks)
         _require(ranked, f"ranks must be from 1 to {width} for each block, only with a basis")
@@ -403,7 +408,7 @@ class Manifest:
 
 _FIELDS = {f.name: f.default for f in dataclasses.fields(Manifest) if f.name != "extra"}
 _FIELDS["provenance"] = {}
-_REQUIRED = ("layout", "parent", "changed", "ranks", "basis", "frequent_rows", "edits")
+_REQUIRED = ("layout", "parent", "changed", "appended", "ranks", "basis", "frequent_rows", "edits")
 
 
 def record_views(records: np.ndarray) -> Iterator[memoryview]:

@@ -10,7 +10,7 @@ import path from "node:path";
 import { xxh3 } from "./xxh3.mjs";
 
 const MASK = (1n << 64n) - 1n;
-const KNOWN = new Set(["layout", "parent", "changed", "ranks", "basis", "frequent_rows", "edits"]);
+const KNOWN = new Set(["layout", "parent", "changed", "appended", "ranks", "basis", "frequent_rows", "edits"]);
 const CODECS = {
   fp32: { size: (d) => 4 * d, value: (block, i) => block.readFloatLE(4 * i) },
   fp16: { size: (d) => 2 * d, value: (block, i) => half(block.readUInt16LE(2 * i)) },
