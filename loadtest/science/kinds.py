@@ -77,8 +77,8 @@ def train(run: Run, seed: int) -> None:
     if kept.exists():
         return
     out = RUNS / ("" if kept.parent == CURVES else run.recipe) / f"{run.name}-{seed}"
-    given = f"--kind {run.kind} --beta {run.beta} --ffn-c {run.ffn_c} --seed {seed} --out {out}"
-    flags = [*given.split(), "--ffn-by", run.ffn_by]
+    form = f"--kind {run.kind} --beta {run.beta} --ffn-c {run.ffn_c} --ffn-by {run.ffn_by}"
+    flags = f"{form} --seed {seed} --out {out}".split()
     out.mkdir(parents=True, exist_ok=True)
     print(f"{run.name}, seed {seed}: tolhouse train {run.recipe} {' '.join(flags)}", flush=True)
     if not (out / "model.safetensors").exists():
@@ -102,7 +102,7 @@ def last_loss(run: Run, seed: int) -> float | None:
         ][-1]
 
 
-def table(seeds: int, runs: tuple[Run, ...] = (*KINDS, *FORMS)) -> tuple[str, dict[str, float]]:
+def table(seeds: int, runs: tuple[Run, ...]) -> tuple[str, dict[str, float]]:
     """A Markdown table sorted by perplexity, and the mean perplexity of each kind with a curve."""
     found: dict[str, list[float]] = {}
     for run in runs:
@@ -123,14 +123,14 @@ def table(seeds: int, runs: tuple[Run, ...] = (*KINDS, *FORMS)) -> tuple[str, di
     return "\n".join(lines), mean
 
 
-def orders(seeds: int) -> str:
+def orders(seeds: int, runs: tuple[Run, ...]) -> str:
     """Markdown: for each form of FFN-C and seed, base, memory and the Flex kinds by increasing
     loss."""
     lines = []
     for form in ("linear", "swiglu"):
-        runs = [r for r in KINDS if r.name in ("base", "memory") or (r.beta and r.ffn_c == form)]
+        some = [r for r in runs if r.name in ("base", "memory") or (r.beta and r.ffn_c == form)]
         for seed in range(seeds):
-            losses = {run.name: last_loss(run, seed) for run in runs}
+            losses = {run.name: last_loss(run, seed) for run in some}
             found = {name: loss for name, loss in losses.items() if loss is not None}
             order = " < ".join(sorted(found, key=lambda name: found[name]))
             lines.append(f"- FFN-C {form}, seed {seed}: {order}")
@@ -170,8 +170,9 @@ def main() -> None:
         ]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda one: train(*one), runs))
-    text, mean = table(options.seeds, chosen if options.recipe else (*KINDS, *FORMS))
-    print(f"{text}\n\n{orders(options.seeds)}")
+    shown = chosen if options.recipe else (*KINDS, *FORMS)
+    text, mean = table(options.seeds, shown)
+    print(f"{text}\n\n{orders(options.seeds, shown)}")
     print(json.dumps({"perplexity": {name: round(p, 3) for name, p in mean.items()}}))
 
 

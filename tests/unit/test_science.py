@@ -17,9 +17,27 @@ SCIENCE = (ROOT / "SCIENCE.md").read_text(encoding="utf-8")
 def test_the_table_of_kinds_follows_from_the_curves() -> None:
     """SCIENCE.md has the table of kinds and their order for each seed, as computed from the
     curves."""
-    table, _ = kinds.table(2)
+    runs = (*kinds.KINDS, *kinds.FORMS)
+    table, _ = kinds.table(2, runs)
     assert table in SCIENCE
-    assert kinds.orders(2) in SCIENCE
+    assert kinds.orders(2, runs) in SCIENCE
+
+
+def test_a_trial_prints_its_own_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With another recipe, table and order are those of its runs, not those of recipe small."""
+    folder = tmp_path / "runs/kinds/tiny"
+    folder.mkdir(parents=True)
+    for kind, loss in (("memory", 1), ("base", 2)):
+        text = f"step,held_out_loss\n1,{loss}\n"
+        (folder / f"{kind}-0.csv").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["kinds", "--recipe", "tiny", "--print", "--seeds", "1"])
+    kinds.main()
+    out = capsys.readouterr().out
+    assert "- FFN-C swiglu, seed 0: memory < base\n" in out
+    assert '{"perplexity": {"memory": 2.718, "base": 7.389}}' in out
 
 
 def test_compression_is_measured_on_two_kinds_of_text(checkpoint: Path) -> None:
