@@ -1,7 +1,8 @@
 """Check and measure the parts that come from related papers: `make related-check`.
 
 docs/related.md describes the parts and their figures. Identities are measured on what a worker
-runs, against references in float64. The last line is JSON with the figures of all parts.
+runs, against references in float64. The last line of the output is JSON with the figures of all
+parts. The command fails if a difference exceeds 1e-5 or an equality does not hold.
 
     python -m loadtest.related [--only moc,avgk]
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from loadtest import related_ffn, related_kv, related_tables
 
 Figures = dict[str, float | bool]
+LARGEST_DIFFERENCE = 1e-5
 PARTS: dict[str, Callable[[], Figures]] = {
     "moc": related_ffn.moc,
     "avgk": related_ffn.avgk,
@@ -45,6 +47,18 @@ def main() -> None:
         found |= figures
         print(f"{name}: {json.dumps(figures)}", file=sys.stderr, flush=True)
     print(json.dumps(found))
+    if names := failures(found):
+        sys.exit(f"these figures are out of bounds: {', '.join(names)}")
+
+
+def failures(figures: Figures) -> list[str]:
+    """Return the names of differences above the limit, and of equalities that do not hold."""
+    return [
+        name
+        for name, value in figures.items()
+        if (name.endswith("_diff") and not value <= LARGEST_DIFFERENCE)
+        or (name.endswith("_equal") and value != 1)  # a share, or whether all are equal
+    ]
 
 
 if __name__ == "__main__":

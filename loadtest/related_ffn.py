@@ -4,6 +4,7 @@ A difference is the largest one, relative to the largest output. Channels and bl
 """
 
 import functools
+import math
 import tempfile
 import time
 import weakref
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tolhouse.engine.cpu.gathered import gathered
@@ -72,7 +74,9 @@ def top(score_TM: Tensor, active: int) -> Tensor:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+    relative = float((found - expected).abs().max() / expected.abs().max())
+    assert math.isfinite(relative), "not a number, which `max` would drop"
+    return relative
 
 
 @torch.inference_mode()
@@ -87,7 +91,7 @@ def moc() -> dict[str, Any]:
                 gate_TM = x_TD.double() @ own.gate_proj.weight.double().T
                 mask_TM = top(gate_TM, round(share * gate_TM.shape[1]))
                 expected = masked(own, x_TD.double(), mask_TM)
-                with GatheredBytes() as read[name]:
+                with WeightBytes() as read[name]:
                     worst = max(worst, difference(packed(x_TD), expected))
         figures[f"moc_{name}_diff"] = worst
     figures["moc_bytes_ratio"] = read["quarter"].bytes / read["full"].bytes
@@ -96,10 +100,9 @@ def moc() -> dict[str, Any]:
         dense = ffn.make("swiglu", config, width)
         sparse = ffn.make("moc", config, width)
         figures[f"moc_speed_{width}"] = round(speed(dense, sparse, width), 2)
-    exact = perplexity(tuned(0, ffn_c="swiglu"))
     for by in ("gate", "activation"):
         found = perplexity(tuned(0, ffn_c="moc", ffn_share=0.5, ffn_by=by))
-        figures[f"moc_half_{by}_untuned_loss"] = round(found / exact - 1, 4)
+        figures[f"moc_half_{by}_untuned_loss"] = round(found / swiglu(0) - 1, 4)
     return figures | {f"moc_{name}_loss": loss for name, loss in losses("moc").items()}
 
 
@@ -252,23 +255,16 @@ class Operations(TorchDispatchMode):
 @torch.inference_mode(mode=False)
 def fitted() -> dict[str, float]:
     """Fit `lookup` to each FFN-C of the trained model, by least squares on its inputs."""
-    source = tuned(0, ffn_c="swiglu")
-    model, errors, inputs = tuned(0, ffn_c="swiglu"), [], dict[int, list[Tensor]]()
-    for layer, block in enumerate(source.layers):
-        seen = inputs[layer] = []
-        block.mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-    trainer = replace(trained())
-    trainer.model = source
-    with torch.no_grad():
-        for step in range(FIT_BATCHES):
-            trainer.loss(*trainer.batch(trainer.train_ids, 2, step))
-    for layer, block in enumerate(source.layers):
-        config = replace(source.config, ffn_c="lookup")
+    trainer, errors = replace(trained()), []
+    trainer.model = model = tuned(0)
+    inputs = inputs_of(trainer, trainer.train_ids, FIT_BATCHES)
+    others = inputs_of(trainer, trainer.valid_ids, FIT_BATCHES // 4)
+    config = replace(model.config, ffn_c="lookup")
+    for block, x_TD, other_TD in zip(model.layers, inputs, others, strict=True):
         made = ffn.make("lookup", config, config.hidden_size)
         ffn.initialise(made)
-        x_TD = torch.cat(inputs[layer])
         with torch.no_grad():
-            y_TD = block.mlp(x_TD)
+            y_TD, expected_TD = block.mlp(x_TD), block.mlp(other_TD)
             scale = y_TD.std()  # tables are fitted to outputs of scale 1, and scaled afterwards
         optimizer = torch.optim.Adam(made.parameters(), 3e-3)
         for _ in range(FIT_STEPS):
@@ -279,21 +275,40 @@ def fitted() -> dict[str, float]:
             optimizer.step()
         with torch.no_grad():
             made.tables *= scale
-            errors.append(float((made(x_TD) - y_TD).var() / y_TD.var()))
-        model.layers[layer].mlp = made
-    loss = perplexity(model) / perplexity(tuned(0, ffn_c="swiglu")) - 1
-    error = sum(errors) / len(errors)
+            errors.append(float((made(other_TD) - expected_TD).var() / expected_TD.var()))
+        block.mlp = made
+    loss, error = perplexity(model) / swiglu(0) - 1, sum(errors) / len(errors)
     return {"lookup_fit_error": round(error, 4), "lookup_fit_loss": round(loss, 4)}
+
+
+@torch.no_grad()
+def inputs_of(trainer: Trainer, ids: np.ndarray, batches: int) -> list[Tensor]:
+    """Return the inputs [T, D] of each FFN-C for random windows of a text."""
+    seen: list[list[Tensor]] = [[] for _ in trainer.model.layers]
+    hooks = [
+        block.mlp.register_forward_pre_hook(lambda _, args, mine=mine: mine.append(args[0]))
+        for block, mine in zip(trainer.model.layers, seen, strict=True)
+    ]
+    for step in range(batches):
+        trainer.loss(*trainer.batch(ids, 2, step))
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(parts) for parts in seen]
 
 
 def losses(form: str, **fields: Any) -> dict[str, float]:
     """Return relative increases of perplexity over SwiGLU after as much fine-tuning, by share."""
-    exact = perplexity(tuned(ffn_c="swiglu"))
-    shares = {"full": 1.0, "half": 0.5, "quarter": 0.25}
+    exact, shares = swiglu(TUNING_STEPS), {"full": 1.0, "half": 0.5, "quarter": 0.25}
     return {
         name: round(perplexity(tuned(ffn_c=form, ffn_share=share, **fields)) / exact - 1, 4)
         for name, share in shares.items()
     }
+
+
+@functools.cache
+def swiglu(steps: int) -> float:
+    """Return the perplexity of the trained model after some more steps."""
+    return perplexity(tuned(steps))
 
 
 @functools.cache
@@ -330,8 +345,8 @@ def perplexity(model: Transformer) -> float:
     return evaluate(model, trained().valid_ids[:HELD_OUT]).perplexity
 
 
-class GatheredBytes(TorchDispatchMode):
-    """Counts the bytes of weights that kernels read by index."""
+class WeightBytes(TorchDispatchMode):
+    """Counts the bytes of weights that kernels read for each token: chosen rows, or a matrix."""
 
     bytes = 0
 
@@ -341,7 +356,10 @@ class GatheredBytes(TorchDispatchMode):
             self.bytes += args[0].values().numel() * args[2].shape[0] * args[2].element_size()
         elif "embedding_bag" in name:
             self.bytes += args[1].numel() * args[0].shape[1] * args[0].element_size()
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if "linear" in name or name == "mm":
+            self.bytes += out.numel() * args[0].shape[-1] * (2 if "fp16" in name else 4)
+        return out
 
 
 def speed(dense: nn.Module, sparse: nn.Module, width: int) -> float:

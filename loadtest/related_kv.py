@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, elu, scaled_dot_product_attention
 
 from loadtest.accuracy import windows
+from loadtest.related_ffn import difference
 
 CPU = torch.device("cpu")
 DEMO = Path(__file__).parent.parent / "models" / "demo-memory"
@@ -192,8 +193,7 @@ class Bench:
             ids_T = torch.tensor(sequence.ids[: sequence.computed])
             rows_NTD = self.exact.rows(ids_T)
             exact = self.exact.hidden(ids_T, torch.arange(len(ids_T)), cache(len(ids_T)), rows_NTD)
-            difference = torch.cat(engine.runner.hidden) - exact
-            worst = max(worst, float(difference.abs().max() / exact.abs().max()))
+            worst = max(worst, difference(torch.cat(engine.runner.hidden), exact))
         return worst
 
     def equal(self, policy: Full, other: Full) -> float:

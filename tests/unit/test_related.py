@@ -1,0 +1,25 @@
+"""The benchmark of the parts from related papers notices wrong figures."""
+
+import pytest
+import torch
+
+from loadtest.related import failures
+from loadtest.related_ffn import difference
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_difference_is_never_not_a_number(wrong: float) -> None:
+    """An output or a reference that is not finite fails the benchmark."""
+    right = torch.ones(3)
+    assert difference(right, right) == 0
+    for pair in ((right * wrong, right), (right, right * wrong), (0 * right, 0 * right)):
+        with pytest.raises(AssertionError, match="not a number"):
+            difference(*pair)
+
+
+def test_figures_out_of_bounds_are_named() -> None:
+    """The command fails for differences above 1e-5 and equalities that do not hold."""
+    good = {"moc_full_diff": 1e-5, "score_r1_equal": 1.0, "archive_restore_equal": True}
+    assert [] == failures({**good, "moc_half_loss": 0.1})
+    bad = {"a_diff": 2e-5, "b_diff": float("nan"), "c_equal": 0.9, "d_equal": False}
+    assert [*bad] == failures({**good, **bad})
