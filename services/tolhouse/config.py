@@ -389,6 +389,11 @@ class VLLMConfig(Caller):
 
     rows: str = option(DEFAULT_STORE, ROWS)
     table: str = option("", "Table, NAME or NAME@VERSION. Default: the checkpoint's name.")
+    row_memory: Literal["cache", "host", "device"] = option(
+        "cache",
+        "Where each rank has rows: a cache of some of them, or the whole table in memory of the "
+        "host that a GPU reads directly, or of the device.",
+    )
     row_cache_megabytes: float = option(32, "Memory for the row cache of each rank.", ge=0)
     fetch_timeout_seconds: float = option(2, "Timeout of a fetch, during which steps wait.", gt=0)
     lookup_wait_seconds: float = option(60, "Time to wait for the table at start.", ge=0)

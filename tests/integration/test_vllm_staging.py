@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from tolhouse import Client
+from tolhouse.build.compress import Scheme, compress
+from tolhouse.build.job import plan
 from tolhouse.config import VLLMConfig
 from tolhouse.engine.row_providers import RecomputedRows
-from tolhouse.errors import MismatchError, NotFoundError
+from tolhouse.errors import MismatchError, NotFoundError, TolhouseError
 from tolhouse.integrations.vllm.options import AdditionalConfig, parse
 from tolhouse.integrations.vllm.staging import (
     NoFallback,
@@ -21,6 +23,9 @@ from tolhouse.integrations.vllm.staging import (
     open_rows,
 )
 from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.sources.memoryllm import MemoryLLM, select_blocks
+from tolhouse.store.base import open_store
+from tolhouse.store.overlay import make_overlay
 from tolhouse.testing import Process, process
 
 MOST_TOKENS = 16
@@ -34,10 +39,16 @@ def lookup(store: str) -> Iterator[Process]:
 
 
 def staged(
-    checkpoint: Path, lookup: Process, fallback: str, *, whole_steps: bool = False
+    checkpoint: Path,
+    lookup: Process,
+    fallback: str,
+    *,
+    whole_steps: bool = False,
+    row_memory: str = "cache",
 ) -> RowStage:
-    """Return the stage of a rank whose row cache has 16 rows."""
+    """Return the stage of a rank. A row cache has 16 rows."""
     options = {"rows": lookup.address, "fallback": fallback, "row_cache_megabytes": 0}
+    options |= {"row_memory": row_memory}
     parsed = parse({"tolhouse": options})
     config = AdditionalConfig(parsed, checkpoint.name, (), {})
     recompute = partial(RecomputedRows, open_checkpoint(checkpoint))
@@ -50,11 +61,12 @@ def starts_at(*tokens: int) -> Callable[[], np.ndarray]:
     return lambda: np.array(tokens)
 
 
+@pytest.mark.parametrize("row_memory", ["cache", "host", "device"])
 def test_rows_of_a_step_are_those_of_the_table(
-    checkpoint: Path, store: str, lookup: Process
+    checkpoint: Path, store: str, lookup: Process, row_memory: str
 ) -> None:
     """Rows have the values of the table, and ids outside of the vocabulary stand for token 0."""
-    stage = staged(checkpoint, lookup, "none")
+    stage = staged(checkpoint, lookup, "none", row_memory=row_memory)
     address = stage.rows.data_ptr()
     for ids in ([5, 200, 5, 17], [-1, 100_000, 3], [*range(100, 116)]):
         rows, failed = stage.fill(torch.tensor(ids), starts_at(0, len(ids)))
@@ -117,3 +129,42 @@ def test_a_fallback_that_cannot_work_is_refused(checkpoint: Path, store: str) ->
     with pytest.raises(MismatchError, match=message):
         choose_fallback(VLLMConfig(fallback="recompute"), recompute, overlay)
     assert isinstance(choose_fallback(VLLMConfig(fallback="auto"), recompute, overlay), NoFallback)
+
+
+@pytest.mark.parametrize("row_memory", ["host", "device"])
+def test_a_table_in_memory_needs_its_source_only_at_start(
+    checkpoint: Path, store: str, lookup: Process, row_memory: str
+) -> None:
+    """All rows are there after the source has gone. Without a source, the start fails."""
+    stage = staged(checkpoint, lookup, "none", row_memory=row_memory)
+    lookup.popen.kill()
+    lookup.popen.wait()
+    ids = [301, 5, 302, 301]
+    rows, failed = stage.fill(torch.tensor(ids, dtype=torch.int32), starts_at(0, 4))
+    with Client(store) as client:
+        assert np.array_equal(client.fetch(checkpoint.name, ids), rows.numpy())
+    assert not failed.any()
+    with pytest.raises(TolhouseError):
+        staged(checkpoint, lookup, "none", row_memory=row_memory)
+
+
+def test_edits_of_a_compressed_table_in_memory(checkpoint: Path, tmp_path: Path) -> None:
+    """An overlay over a low-rank table with frequent rows gives the rows of its store."""
+    url, opened = f"file://{tmp_path}", open_checkpoint(checkpoint)
+    store, scheme = open_store(url), Scheme("int8", rank=0.25, frequent=16, frequent_codec="fp32")
+    source = MemoryLLM(opened, select_blocks(opened, "auto", ()))
+    counts = {i: 1000 // (1 + i) for i in range(300)}
+    made = compress(plan(source, opened.name, "bf16", 4), source.rows(), counts, scheme)
+    base = made.store(store)
+    edited = np.array([3, 300])
+    manifest = make_overlay(store, base.ref, edited, 2 * store.rows(base, edited.astype(np.uint32)))
+    config = AdditionalConfig(
+        parse({"tolhouse": {"rows": url, "fallback": "none", "row_memory": "host"}}),
+        manifest.ref,
+        (),
+        {},
+    )
+    rows = open_rows(config, partial(RecomputedRows, opened), MOST_TOKENS, CPU, torch.float32)
+    ids = np.array([0, 3, 5, 300, 301, 3], np.uint32)
+    got, _ = RowStage(rows, MOST_TOKENS).fill(torch.from_numpy(ids.astype(np.int32)), starts_at())
+    np.testing.assert_allclose(store.rows(manifest, ids), got.numpy(), rtol=1e-5, atol=1e-6)

@@ -27,13 +27,14 @@ def test_options_come_from_the_config_then_variables(monkeypatch: pytest.MonkeyP
     [
         ([], r"must be a JSON object, not \[\]"),
         ({"row": "file:///a"}, "\"row\": …}} is unknown; did you mean 'rows'"),
-        ({"zz": 1}, '"zz": …}} is unknown; allowed are .*rows, table, row_cache_megabytes'),
+        ({"zz": 1}, '"zz": …}} is unknown; allowed are .*rows, table, row_memory, row_cache_'),
         ({"rows": 1}, '"rows": …}} must be a string, not 1'),
         ({"insecure": "yes"}, '"insecure": …}} must be true or false'),
         ({"row_cache_megabytes": "32"}, "must be a number, not '32'"),
         ({"row_cache_megabytes": True}, "must be a number, not True"),
         ({"row_cache_megabytes": -1}, r"TOLHOUSE_VLLM_ROW_CACHE_MEGABYTES\): .* greater than"),
         ({"fetch_timeout_seconds": 0}, "TOLHOUSE_VLLM_FETCH_TIMEOUT_SECONDS"),
+        ({"row_memory": "gpu"}, "should be 'cache', 'host' or 'device'; 'gpu' was given"),
     ],
 )
 def test_a_bad_option_is_named_with_what_is_allowed(given: Any, message: str) -> None:

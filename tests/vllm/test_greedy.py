@@ -45,9 +45,12 @@ def test_demo_models(model: str, compiled: bool, request: pytest.FixtureRequest)
     assert demo.expected == generate(demo, enforce_eager=not compiled)
 
 
-def test_speculation(memory: Case) -> None:
-    """N-gram speculation, whose steps have placeholders for tokens, changes no token."""
-    assert memory.expected == generate(memory, speculative_config=NGRAM)
+@pytest.mark.parametrize("row_memory", ["cache", "host"])
+def test_speculation(memory: Case, row_memory: str) -> None:
+    """N-gram speculation, whose steps have placeholders for tokens, changes no token, also if each
+    step has the whole table in memory."""
+    rows = {"row_memory": row_memory}
+    assert memory.expected == generate(memory, rows, speculative_config=NGRAM)
 
 
 def test_two_ranks(flex: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from tolhouse.engine.dequant import CACHED_VALUES, StagedRows
 from tolhouse.engine.row_providers import CachedRows, Fallback, SourceRows
 from tolhouse.errors import MismatchError, TolhouseError, UnavailableError
 from tolhouse.integrations.vllm.options import AdditionalConfig
+from tolhouse.integrations.vllm.whole_table import WholeTable
 from tolhouse.logs import event, start_logging
 from tolhouse.store.base import LEASE_SECONDS
 from tolhouse.table.manifest import Manifest
@@ -44,12 +45,12 @@ def open_rows(
     most_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
-) -> CachedRows:
+) -> CachedRows | WholeTable:
     """Open the table's rows in this process.
 
-    Each rank has its own cache and makes its own fetches: every rank needs whole rows, and most
-    steps find them in the cache, so that nothing is sent between ranks. The cache holds the rows
-    of any step of `most_tokens`.
+    Each rank has its own memory for rows and makes its own fetches: every rank needs whole rows,
+    and most steps find them in memory, so that nothing is sent between ranks. A cache holds the
+    rows of any step of `most_tokens`.
     """
     options = config.options
     start_logging(options.log_level)
@@ -57,12 +58,18 @@ def open_rows(
     source = open_row_source(options.rows, calling[1], calling[0])
     manifest = source.describe(config.table)
     fallback = choose_fallback(options, recompute, manifest)
-    least = min(most_tokens, manifest.vocab_size) * manifest.record_bytes
-    cache_bytes = max(int(options.row_cache_megabytes * 1e6), least)
-    rows = CachedRows(source, manifest, cache_bytes, device, dtype, fallback=fallback)
-    rows.fill()
     threading.Thread(target=_keep, args=(source, manifest.ref), name="pin", daemon=True).start()
-    event("rows opened", table=manifest.ref, rows=options.rows, cached=rows.cache.capacity)
+    rows: CachedRows | WholeTable
+    if options.row_memory == "cache":
+        least = min(most_tokens, manifest.vocab_size) * manifest.record_bytes
+        cache_bytes = max(int(options.row_cache_megabytes * 1e6), least)
+        rows = CachedRows(source, manifest, cache_bytes, device, dtype, fallback=fallback)
+        rows.fill()
+        count = rows.cache.capacity
+    else:
+        rows = WholeTable(source, manifest, options.row_memory, device, dtype, fallback)
+        count = manifest.vocab_size
+    event("rows opened", table=manifest.ref, rows=options.rows, in_memory=count)
     return rows
 
 
@@ -103,7 +110,9 @@ class RowStage:
         failed: [M, 1]: not a number for tokens of requests whose rows cannot be read, and else 0.
     """
 
-    def __init__(self, source: CachedRows, most_tokens: int, *, whole_steps: bool = False) -> None:
+    def __init__(
+        self, source: CachedRows | WholeTable, most_tokens: int, *, whole_steps: bool = False
+    ) -> None:
         manifest, decoder = source.manifest, source.decoder
         self.source, self.vocab_size = source, manifest.vocab_size
         place: dict[str, Any] = {"dtype": decoder.dtype, "device": source.device}
@@ -126,11 +135,14 @@ class RowStage:
     def fill(self, ids_T: Tensor, starts: Starts) -> tuple[Tensor, Tensor]:
         """Write the rows of a step, and return `rows` [T, N, D] and `failed` [T, 1].
 
-        On a GPU this waits for the ids, which the last step sampled. Ids outside of the vocabulary
-        are padding, and stand for token 0. `starts` is called if rows are missing. It returns the
-        first token of each request and the end of the last one, or None if the step is no work of
-        requests.
+        Ids outside of the vocabulary are padding, and stand for token 0. On a GPU with a row cache,
+        this waits for the ids, which the last step sampled. `starts` is called if rows are missing.
+        It returns the first token of each request and the end of the last one, or None if the step
+        is no work of requests.
         """
+        if isinstance(self.source, WholeTable):
+            self._write(self.source.stage(ids_T), slice(0, len(ids_T)))
+            return self.rows[: len(ids_T)], self.failed[: len(ids_T)]
         ids = ids_T.cpu().numpy().astype(np.int64)
         ids[(ids < 0) | (ids >= self.vocab_size)] = 0
         count = len(ids)
@@ -140,7 +152,7 @@ class RowStage:
         try:
             self._write(self.source.stage(ids), slice(0, count))
         except TolhouseError:
-            self._write_some(ids, starts())
+            self._write_some(self.source, ids, starts())
         return self.rows[:count], self.failed[:count]
 
     def _write(self, staged: StagedRows, where: Any) -> None:
@@ -151,14 +163,14 @@ class RowStage:
         for block in range(self.rows.shape[1]):  # less memory for decoded rows
             self.rows[where, block] = decoder.block(staged, block)
 
-    def _write_some(self, ids: np.ndarray, starts: np.ndarray | None) -> None:
+    def _write_some(self, source: CachedRows, ids: np.ndarray, starts: np.ndarray | None) -> None:
         """Write the rows that are cached, and mark the requests that lack one."""
-        lost = np.isin(ids, self.source.missing(ids))
+        lost = np.isin(ids, source.missing(ids))
         found = np.flatnonzero(~lost)
         self.rows[: len(ids)] = 0
         if len(found):
             where = torch.from_numpy(found).to(self.rows.device)
-            self._write(self.source.stage(ids[found]), where)
+            self._write(source.stage(ids[found]), where)
         self._clean = False
         if self._whole_steps or starts is None:
             self.failed[: len(ids)] = torch.nan
