@@ -9,7 +9,7 @@ from tolhouse.errors import InvalidArgumentError, UnsupportedError
 from tolhouse.integrations.vllm.config import FFN_C, HEAD_SIZES, MemoryLLMConfig, padded_head_dim
 from tolhouse.integrations.vllm.options import AdditionalConfig, parse
 from tolhouse.integrations.vllm.versions import SUPPORTED, check_version
-from tolhouse.model.config import FfnC, ModelConfig, RopeScaling, preset
+from tolhouse.model.config import PRESETS, FfnC, ModelConfig, RopeScaling, preset
 
 
 def test_options_come_from_the_config_then_variables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +74,17 @@ def test_patches_of_a_supported_version_are_allowed() -> None:
 def test_heads_are_padded_to_sizes_of_kernels(size: int, padded: int) -> None:
     """The padded head size is the next one that kernels have."""
     assert padded == padded_head_dim(size)
+
+
+def test_the_page_lists_what_padding_costs_each_preset() -> None:
+    """The page about vLLM has the head size of each preset, and the growth of its KV cache."""
+    rows = []
+    for name in PRESETS:
+        size = preset(name, "memory", 0).head_dim
+        padded = padded_head_dim(size)
+        rows.append(f"| `{name}` | {size} | {padded} | +{100 * (padded / size - 1):.0f} % |")
+    page = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text(encoding="utf-8")
+    assert rows == [line for line in page.splitlines() if line in rows]
 
 
 def test_a_head_that_is_too_large_is_refused() -> None:
