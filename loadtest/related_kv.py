@@ -25,12 +25,12 @@ from tolhouse.engine.runner import Launched, Runner
 from tolhouse.engine.scheduler import Scheduler
 from tolhouse.engine.sequence import Sequence
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
-from tolhouse.model.config import ModelConfig
-from tolhouse.model.transformer import Cache, Transformer, for_queries, rotary, rotate
+from tolhouse.model.transformer import Cache, Transformer, for_queries
 from tolhouse.sampling import SamplingParams
 from tolhouse.testing import build_table
+from tolhouse.train.gates import GatedMemory
 from torch import Tensor
-from torch.nn.functional import cross_entropy, elu, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from loadtest.accuracy import windows
 from loadtest.related_ffn import difference
@@ -49,27 +49,6 @@ class Masked:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1) for x in (q, for_queries(k, q), for_queries(v, q)))
         return scaled_dot_product_attention(q, k, v, attn_mask=self.seen).transpose(0, 1)
-
-
-class Compressed:
-    """A cache for one whole sequence with a window and a memory of the tokens before it."""
-
-    def __init__(self, config: ModelConfig, sinks: int, window: int, gate_NH: Tensor) -> None:
-        self.config, self.sinks, self.window, self.gate_NH = config, sinks, window, gate_NH
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen = window_mask(len(q), self.sinks, self.window)
-        local = Masked(seen).attend(layer, q, k, v)
-        back = rotary(-torch.arange(len(q)), self.config, q.dtype)
-        plain = [elu(rotate(x, back)) + 1 for x in (q, for_queries(k, q))]
-        passed = torch.ones_like(seen).tril() & ~seen
-        weights = torch.einsum("the,she->hts", *plain) * passed
-        shares = weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)
-        recalled = torch.einsum("hts,she->the", shares, for_queries(v, q))
-        gate = self.gate_NH[layer].to(q)[:, None]
-        return torch.where(
-            passed.any(1)[:, None, None], gate * recalled + (1 - gate) * local, local
-        )
 
 
 class Scored:
@@ -244,7 +223,8 @@ def policies(texts: int = 40) -> dict[str, float]:
         gate_NH = torch.full((shape.num_hidden_layers, shape.num_attention_heads), 0.5)
         for part, gate in (("half", gate_NH), ("full", 2 * gate_NH)):
             found[f"compressive_{part}_diff"] = bench.difference(
-                Compressive(5, 100, gate), partial(lambda g, _: Compressed(shape, 5, 100, g), gate)
+                Compressive(5, 100, gate),
+                partial(lambda g, tokens: GatedMemory(shape, tokens, 5, 100, g), gate),
             )
         found["compressive_gate0_equal"] = bench.equal(
             Compressive(5, 100, 0 * gate_NH), Window(5, 100)

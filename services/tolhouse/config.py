@@ -248,6 +248,23 @@ class TrainConfig(Config):
     compile: bool = option(True, "Use torch.compile if there is a C compiler.")
 
 
+class GatesConfig(Config):
+    prefix = "GATES"
+
+    text: Path = option(..., "Text file, or folder of them; the last tenth is held out.")
+    out: Path = option(..., "File of the gates, for `worker --kv-gate`.")
+    kv_sinks: int = option(4, "First tokens that are always kept, as in the worker.", ge=0)
+    kv_window: int = option(256, "Last tokens that are always kept, as in the worker.", ge=1)
+    sequence_tokens: int = option(
+        1024, "Tokens of a training sequence, at most the context of the model.", ge=1
+    )
+    batch_sequences: int = option(4, "Sequences in a step.", ge=1)
+    steps: int = option(100, "Number of optimiser steps.", ge=1)
+    held_out_sequences: int = option(16, "Sequences to measure the held-out loss on.", ge=1)
+    seed: int = option(0, "Seed of the order of sequences.", ge=0)
+    device: str = option("auto", "cpu, cuda, or auto: cuda if there is a GPU.")
+
+
 class ClientConfig(Caller):
     """Options of commands that call services. Commands share the variables of common options."""
 
@@ -435,7 +452,15 @@ class GatewayConfig(Server, Caller):
 
 
 CONFIGS: tuple[type[Config], ...] = (
-    *(BuildConfig, CompressConfig, ChangeConfig, TrainConfig, GenerateConfig, FetchConfig),
+    *(
+        BuildConfig,
+        CompressConfig,
+        ChangeConfig,
+        TrainConfig,
+        GatesConfig,
+        GenerateConfig,
+        FetchConfig,
+    ),
     *(
         EvalConfig,
         ExplainConfig,

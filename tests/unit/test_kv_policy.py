@@ -14,9 +14,10 @@ from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.config import preset
 from tolhouse.model.transformer import Transformer
 from tolhouse.testing import tiny_model
+from tolhouse.train.gates import GatedMemory
 from tolhouse.worker.run import gate_of
 
-from loadtest.related_kv import Compressed, Masked, Scored, summary_mask, window_mask
+from loadtest.related_kv import Masked, Scored, summary_mask, window_mask
 from tests.engines import Request, engine_of, run, serve
 
 WINDOWS = [(0, 1), (0, 20), (5, 30), (33, 40)]
@@ -168,8 +169,9 @@ def test_a_prompt_and_its_copy_have_to_fit(base: Path) -> None:
 def test_a_compressed_memory_equals_a_masked_model(
     grouped: Path, gate: float, step_tokens: int
 ) -> None:
-    """With a memory, log probabilities are those of a dense model that sums over all tokens before
-    the window, whatever the chunks of the prompt and the order of blocks."""
+    """With a memory, log probabilities are those of the model with which gates are trained, which
+    weighs all tokens before the window, whatever the chunks of the prompt and the order of
+    blocks."""
     model = open_checkpoint(grouped).model()
     shape = model.config
     gate_NH = gate * torch.rand(shape.num_hidden_layers, shape.num_attention_heads)
@@ -179,8 +181,8 @@ def test_a_compressed_memory_equals_a_masked_model(
     every = [Request(prompt(n, 5 + 70 * n), 60, prompt_logprobs=0, logprobs=0) for n in range(3)]
     serve(engine, *every)
     for one in every:
-        cache = Compressed(shape, 5, 30, gate_NH)
-        expected = scores(model, one.prompt + one.tokens, cache)
+        ids = one.prompt + one.tokens
+        expected = scores(model, ids, GatedMemory(shape, len(ids), 5, 30, gate_NH))
         assert one.scores + answer_scores(one) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 

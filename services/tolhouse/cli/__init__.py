@@ -40,7 +40,7 @@ def main() -> None:
 
 
 for command in (
-    *(models.train, convert.convert, tables.build, tables.compress),
+    *(models.train, models.train_gates, convert.convert, tables.build, tables.compress),
     *(tables.tables, tables.publish, tables.rollback, tables.overlay),
     *(services.lookup, services.compile_, services.worker, services.gateway),
     *(services.keys, services.certs),

@@ -42,6 +42,38 @@ def train(settings: config.TrainConfig, recipe: str) -> None:
     train_checkpoint(recipe, settings)
 
 
+@click.command("train-gates")
+@checkpoint_argument()
+@options(config.GatesConfig)
+def train_gates(settings: config.GatesConfig, checkpoint: Path) -> None:
+    """Train the gates of `worker --kv-policy compressive` for CHECKPOINT on --text.
+
+    The model does not change. A gate is the share of the compressed memory in the output of an
+    attention head. The held-out loss shows what the memory gains over its window. A model that was
+    trained without a memory may gain nothing.
+
+    \b
+      tolhouse train-gates models/mine --text notes.txt --kv-window 64 --out gates.safetensors
+      tolhouse worker models/mine --kv-policy compressive --kv-window 64 --kv-gate gates.safetensors
+    """
+    from safetensors.torch import save
+
+    from tolhouse.analysis.evaluate import read_text
+    from tolhouse.files import replace_file
+    from tolhouse.model.checkpoint import open_checkpoint, torch_device
+    from tolhouse.train.gates import train_on_text
+
+    opened = open_checkpoint(checkpoint)
+    _refuse_converted(opened, "has rows only in its table, and its gates cannot be trained")
+    ids, device = read_text(opened, settings.text), torch_device(settings.device)
+    gate_NH, losses = train_on_text(opened.model().to(device), ids, settings)
+    replace_file(settings.out, save({"gate": gate_NH}), 0o644)
+    click.echo("held-out loss in nats per token:", err=True)
+    for name in ("window", "compressive", "full"):
+        click.echo(f"  {name:<11}  {losses[name]:.4f}", err=True)
+    click.echo(str(settings.out))
+
+
 def _sampling_options(command: Callable) -> Callable:
     for name in ("row_scale", "seed", "min_p", "top_k", "top_p", "temperature"):
         field = SamplingParams.model_fields[name]

@@ -29,7 +29,7 @@ _REPEAT_SECONDS = 0.05  # until the destructor or the hook has ended
 # `model` for tokens as text.
 COMMAND_EXTRAS = {
     **dict.fromkeys(("build", "compress", "convert"), "build"),
-    **dict.fromkeys(("train", "eval", "explain"), "train"),
+    **dict.fromkeys(("train", "train-gates", "eval", "explain"), "train"),
     **dict.fromkeys(("worker", "compile"), "worker"),
     **dict.fromkeys(("gateway", "keys"), "gateway"),
     **dict.fromkeys(("demo", "serve"), "all"),

@@ -1,0 +1,82 @@
+"""Gates of the compressed memory: training, and the file that a worker reads."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tolhouse.engine.kv_policy import Compressive
+from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.train.gates import GatedMemory, loss_of, train_gates
+from tolhouse.worker.run import gate_of
+
+from tests.commands import tolhouse
+from tests.engines import Request, engine_of, serve
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "numbers.txt"
+    words = np.random.default_rng(0).integers(0, 1000, 2000)
+    file.write_text(" ".join(map(str, words)), encoding="utf-8")
+    return file
+
+
+OPTIONS = "--kv-sinks 2 --kv-window 24 --sequence-tokens 64 --steps 4 --batch-sequences 2"
+
+
+@pytest.mark.parametrize("kind", ["base", "checkpoint"])
+def test_a_worker_reads_trained_gates(
+    kind: str, request: pytest.FixtureRequest, text: Path, tmp_path: Path
+) -> None:
+    """`tolhouse train-gates` writes gates that `--kv-gate` accepts, the same for the same seed, and
+    prints the held-out loss of each policy."""
+    path, files = request.getfixturevalue(kind), [tmp_path / name for name in ("first", "second")]
+    shape = open_checkpoint(path).config
+    for file in files:
+        ended = tolhouse(f"train-gates {path} --text {text} --out {file} {OPTIONS}")
+        assert str(file) == ended.stdout.strip()
+        assert all(f"\n  {name} " in ended.stderr for name in ("window", "compressive", "full"))
+    first, second = (gate_of(str(file), shape) for file in files)
+    assert first.equal(second)
+    assert (shape.num_hidden_layers, shape.num_attention_heads) == first.shape
+    assert first.ne(0.5).any()
+    serve(engine_of(path, policy=Compressive(2, 24, first)), one := Request(range(1, 80), 3))
+    assert 3 == len(one.tokens)
+
+
+def test_training_lowers_the_loss_and_keeps_the_model(base: Path) -> None:
+    """Trained gates have a lower loss than those at the start, and the weights do not change."""
+    model = open_checkpoint(base).model()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    ids = torch.randint(1, 200, (2, 80), generator=torch.Generator().manual_seed(0))
+    batch = ids[:, :-1], ids[:, 1:]
+    gate_NH = train_gates(model, [batch] * 20, 20, 2, 16)
+    half = torch.full_like(gate_NH, 0.5)
+    with torch.inference_mode():
+        trained, untrained = (
+            loss_of(model, batch, GatedMemory(model.config, 79, 2, 16, gate))
+            for gate in (gate_NH, half)
+        )
+    assert trained < untrained
+    assert all(p.equal(before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--kv-window 256", "nothing to train"),
+        ("--kv-window 16 --sequence-tokens 64000", "at least 514 are needed"),
+        ("--kv-window 16 --text /nothing", "/nothing"),
+    ],
+)
+def test_an_unsuitable_text_is_refused(
+    options: str, message: str, base: Path, tmp_path: Path
+) -> None:
+    """`tolhouse train-gates` exits with 1 and one line on stderr, and writes no file."""
+    (short := tmp_path / "short.txt").write_text("a few words", encoding="utf-8")
+    out = tmp_path / "gates"
+    ended = tolhouse(f"train-gates {base} --text {short} --out {out} {options}", code=1)
+    (line,) = ended.stderr.splitlines()
+    assert message in line
+    assert not out.exists()
