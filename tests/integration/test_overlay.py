@@ -182,7 +182,7 @@ def test_a_parent_s_record_does_not_match_its_overlay_s_checksum(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), "nothing to change: give --copy, --scale or --rows-file"),
+        ((), "nothing to change: give --copy, --scale, --rows-file or --append"),
         (("--scale", "3"), "--scale '3' is not TOKEN=FACTOR"),
         (("--copy", "3="), "--copy '3=' is not TOKEN=OTHER"),
         (("--scale", "٣=1"), "token '٣' is not an id"),
