@@ -369,8 +369,8 @@ class WorkerConfig(Server, Caller, CompileConfig):
     kv_policy: Literal["full", "window", "score", "compressive", "summary"] = option(
         "full", "Which tokens of a sequence the KV cache keeps."
     )
-    kv_sinks: int = option(4, "First tokens that every policy keeps.", ge=0)
-    kv_window: int = option(256, "Last tokens that every policy keeps.", ge=1)
+    kv_sinks: int = option(4, "First tokens that `window` and policies like it keep.", ge=0)
+    kv_window: int = option(256, "Last tokens that they keep.", ge=1)
     kv_keep_share: float = option(
         0.5, "Share of the middle of a prompt that `score` keeps.", ge=0, le=1
     )

@@ -20,7 +20,7 @@ from tolhouse.engine.block_manager import BLOCK_TOKENS, BlockManager
 from tolhouse.engine.cpu.packed import load
 from tolhouse.engine.dequant import decode
 from tolhouse.engine.engine import Engine
-from tolhouse.engine.kv_policy import FULL, Full, Score, Window
+from tolhouse.engine.kv_policy import FULL, Full, Score, Summary, Window
 from tolhouse.engine.row_providers import CachedRows, NoRows, RowProvider
 from tolhouse.engine.runner import GraphRunner
 from tolhouse.engine.scheduler import ScheduledChunk, Scheduler
@@ -207,7 +207,7 @@ def test_small_caches_do_not_change_tokens(tmp_path: Path) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("policy", [Window(3, 30), Score(3, 20, 0.3)])
+@pytest.mark.parametrize("policy", [Window(3, 30), Score(3, 20, 0.3), Summary(10, (300, 301))])
 def test_policies_give_the_tokens_of_a_cpu(policy: Full, tmp_path: Path) -> None:
     """Replayed steps with a policy of the KV cache give the tokens of an engine on a CPU, also when
     sequences are preempted."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tolhouse import Client
 from tolhouse.analysis.edits import copy_of, scale_of
+from tolhouse.engine.row_providers import RecomputedRows
 from tolhouse.errors import (
     CorruptError,
     IdOutOfRangeError,
@@ -353,6 +354,9 @@ def test_appended_rows_are_served(store_url: str, checkpoint: Path, larger: Path
     np.testing.assert_array_equal(expected, store.rows(made, np.arange(size + 2, dtype=np.uint32)))
     records = store.read_records(parent, every)
     assert records.tobytes() == store.read_records(made, every).tobytes()
+    computed = np.empty((2, made.record_bytes), np.uint8)
+    RecomputedRows(open_checkpoint(larger), made).fetch(ids(1, size), computed, np.arange(2))
+    assert computed.tobytes() == store.read_records(made, ids(1, size)).tobytes()
     with (
         local_cluster(larger, store_url, worker_options=("--table", made.ref)) as cluster,
         Client(cluster.lookup) as client,

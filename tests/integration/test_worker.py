@@ -493,7 +493,7 @@ def test_a_worker_has_a_policy_of_the_kv_cache(
 def test_a_worker_adds_summary_tokens(checkpoint: Path, tmp_path: Path) -> None:
     """With summary tokens, a worker generates the text tokens of an engine with that policy, and
     its callers neither see nor send summary tokens. A model without them is refused."""
-    path = tiny_model(tmp_path / "summing", summary_tokens=2, summary_segment=16)
+    path = tiny_model(tmp_path / "summing", vocab_size=400, summary_tokens=2, summary_segment=16)
     url, size = f"file://{tmp_path}/tables", open_checkpoint(path).config.text_vocab_size
     ref, policy = build_table(path, url), Summary(16, (size, size + 1))
     prompt = [(n * n + 7 * n) % 250 + 1 for n in range(100)]
@@ -517,5 +517,7 @@ def test_a_worker_adds_summary_tokens(checkpoint: Path, tmp_path: Path) -> None:
             list(client.generate([5], max_tokens=1, logit_bias={size: 1.0}))
         with pytest.raises(errors.IdOutOfRangeError, match="is 228 tokens"):
             list(client.generate(prompt, max_tokens=129))
+    with process("worker", str(path), "--rows", url, *LOCAL) as worker:
+        assert "use --kv-policy summary" in worker.log.read_text(encoding="utf-8")
     refused = tolhouse("worker", str(checkpoint), *options, *LOCAL, "--rows", url, code=1)
     assert "--kv-policy summary needs a model with summary tokens" in refused.stderr

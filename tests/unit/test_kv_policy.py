@@ -211,9 +211,12 @@ def test_a_memory_is_constant_and_changes_nothing_else(base: Path) -> None:
 
 @pytest.fixture(scope="module")
 def summing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model with three summary tokens."""
+    """A dense model with three summary tokens, whose query heads share key-value heads."""
+    summaries = {"summary_tokens": 3, "summary_segment": 20}
     path = tmp_path_factory.mktemp("checkpoints") / "summing"
-    return tiny_model(path, "base", summary_tokens=3, summary_segment=20, qk_norm=True)
+    return tiny_model(
+        path, "base", vocab_size=400, num_key_value_heads=2, qk_norm=True, **summaries
+    )
 
 
 def summary_of(path: Path, segment: int = 20) -> Summary:

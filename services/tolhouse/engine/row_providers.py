@@ -127,12 +127,13 @@ class Fallback(Protocol):
 class ComputedRows:
     """Computes records with a source model, byte for byte as the builder does.
 
-    Raises MismatchError for an overlay and a low-rank table, whose records need more than a row.
+    Raises MismatchError for edited rows and for a low-rank table, whose records need more than the
+    model.
     """
 
     def __init__(self, source: SourceModel, manifest: Manifest) -> None:
-        if manifest.parent or manifest.ranks:
-            what = "rows of overlay" if manifest.parent else "coefficients of low-rank table"
+        if manifest.is_edited or manifest.ranks:
+            what = "rows of overlay" if manifest.is_edited else "coefficients of low-rank table"
             message = f"cannot compute the {what} {manifest.ref}; serve this table without it"
             raise MismatchError(f"fallback `recompute` {message}")
         self.rows, self.manifest, self.source = 0, manifest, source

@@ -136,7 +136,7 @@ class Scheduler:
         if not fits or not self.cache.grow(sequence, last):
             self.cache.release(sequence)
             return None
-        self.cache.prompt_tokens += len(sequence.ids)
+        self.cache.prompt_tokens += sequence.policy.text_tokens(len(sequence.ids))
         self.cache.shared_tokens += shared
         self.waiting.pop(0)
         sequence.computed = shared

@@ -166,7 +166,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     checkpoint = Checkpoint(path, config, checkpoint_name(given))
     if defect := next(_defects(checkpoint.weights, config), None):
         raise InvalidArgumentError(f"{checkpoint.weights.path}{defect}")
-    load_tokenizer(path / TOKENIZER, config.vocab_size)
+    load_tokenizer(path / TOKENIZER, config.text_vocab_size)
     return checkpoint
 
 

@@ -31,7 +31,8 @@ def greedy(
         positions_T = position + torch.arange(len(ids_T))
         hidden_TD = model.hidden(ids_T, positions_T, cache, rows_of(ids_T))
         position += len(ids_T)
-        ids_T = model.lm_head(hidden_TD[-1]).argmax(keepdim=True)
+        logits_V = model.lm_head(hidden_TD[-1])[: config.text_vocab_size]
+        ids_T = logits_V.argmax(keepdim=True)
         if (token := int(ids_T)) in config.end_token_ids and not ignore_eos:
             return
         yield token

@@ -230,6 +230,11 @@ class Manifest:
         return self.record_dtype.itemsize
 
     @property
+    def is_edited(self) -> bool:
+        """Whether an overlay changes rows of its parent, and does not only append some."""
+        return len(self.changed) > self.appended
+
+    @property
     def num_records(self) -> int:
         """Number of records that the table stores itself."""
         return len(self.changed) if self.parent else self.vocab_size

@@ -1,6 +1,7 @@
 """The worker process, which builds the engine, follows the table and serves."""
 
 import asyncio
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -59,6 +60,9 @@ class Builder:
         policy = policy_of(config.kv_policy, *kept, gate_of(config.kv_gate, shape), shape)
         if isinstance(policy, Compressive) and not self.on_cpu:
             raise InvalidArgumentError("--kv-policy compressive runs on a CPU only")
+        if shape.summary_tokens and not policy.summary:
+            hint = "the model was trained with summary tokens: use --kv-policy summary"
+            event(hint, logging.WARNING, kv_policy=config.kv_policy)
         num_blocks = blocks_of(checkpoint.config, capacity_bytes, self.dtype)
         self.cache = BlockManager(num_blocks, policy)
         self.compiled = CompiledDecode(checkpoint, self.dtype, config.compile_cache)

@@ -100,9 +100,7 @@ class WorkerService(GenerationServicer):
         if manifest := engine.rows.manifest:  # a table may hold modified rows
             absent = set(self.config.row_layers) - set(manifest.layers)
             altered += [manifest.codec_name] * (manifest.codec_name not in _AS_COMPUTED)
-            altered += ["low rank"] * bool(manifest.basis) + ["edited"] * (
-                len(manifest.changed) > manifest.appended
-            )
+            altered += ["low rank"] * bool(manifest.basis) + ["edited"] * manifest.is_edited
         return pb.DescribeWorkerReply(
             **self._of_checkpoint,
             absent_layers=sorted(absent),
