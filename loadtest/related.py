@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Callable
 
-from loadtest import related_ffn, related_kv, related_summary, related_tables
+from loadtest import related_ffn, related_kv, related_retrieval, related_summary, related_tables
 
 Figures = dict[str, float | bool]
 LARGEST_DIFFERENCE = 1e-5
@@ -22,6 +22,8 @@ PARTS: dict[str, Callable[[], Figures]] = {
     "flashmhf": related_ffn.flashmhf,
     "lookup": related_ffn.lookup,
     "kv": related_kv.policies,
+    "needle": related_retrieval.needle,
+    "gates": related_retrieval.gates,
     "summary": related_summary.summaries,
     "operated": related_tables.operated,
 }

@@ -30,7 +30,7 @@ from tolhouse.sampling import SamplingParams
 from tolhouse.testing import build_table
 from tolhouse.train.gates import GatedMemory
 from torch import Tensor
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, pad, scaled_dot_product_attention
 
 from loadtest.accuracy import windows
 from loadtest.related_ffn import difference
@@ -63,7 +63,7 @@ class Scored:
         scores = torch.einsum("the,she->hts", q, for_queries(k, q)) * q.shape[-1] ** -0.5
         weights = scores[:, :size, :size].masked_fill(~causal[:size, :size], -math.inf).softmax(-1)
         weights = weights[:, -16:].mean(1).unflatten(0, (k.shape[1], -1)).mean(1)
-        weights = weights[:, self.first : end]
+        weights = pad(weights[:, self.first : end], (2, 2)).unfold(-1, 5, 1).amax(-1)
         count = math.ceil(self.share * (end - self.first))
         seen = causal.repeat(q.shape[1], 1, 1)
         for head in range(q.shape[1]):
@@ -91,7 +91,8 @@ class Recent(Score):
     """Keeps the last places of the middle."""
 
     def scores(self, q_OHE: Tensor, k_GLE: Tensor) -> Tensor:
-        return torch.arange(k_GLE.shape[1]).expand(len(k_GLE), -1).float()
+        middle = k_GLE.shape[1] - self.first - self.last
+        return torch.arange(middle).expand(len(k_GLE), -1).float()
 
 
 class Random(Score):
@@ -102,7 +103,8 @@ class Random(Score):
         self.generator = torch.Generator().manual_seed(0)
 
     def scores(self, q_OHE: Tensor, k_GLE: Tensor) -> Tensor:
-        return torch.rand(k_GLE.shape[:2], generator=self.generator)
+        middle = k_GLE.shape[1] - self.first - self.last
+        return torch.rand(len(k_GLE), middle, generator=self.generator)
 
 
 class Recorder(Runner):
@@ -130,13 +132,13 @@ def rows_of(checkpoint: Checkpoint) -> Iterator[CachedRows]:
 
 
 class Bench:
-    """The demo model with its rows, held-out texts, and engines that run one sequence."""
+    """A model with its rows, held-out texts, and engines that run one sequence."""
 
-    def __init__(self, rows: RowProvider, texts: int) -> None:
-        self.rows, self.checkpoint = rows, open_checkpoint(DEMO)
+    def __init__(self, rows: RowProvider, texts: int, path: Path = DEMO) -> None:
+        self.rows, self.checkpoint = rows, open_checkpoint(path)
         self.packed = load(self.checkpoint, CPU, torch.float32)
         self.exact = self.checkpoint.model().double()
-        self.ids_WS = windows(self.checkpoint, texts).tolist()
+        self.ids_WS = windows(self.checkpoint, texts).tolist() if texts else []
 
     def run(self, policy: Full, prompt: list[int], answer: int | list[int]) -> tuple[Engine, ...]:
         """Run one sequence in an engine of its own, and return the engine and the sequence.

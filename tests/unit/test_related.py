@@ -5,6 +5,7 @@ import torch
 
 from loadtest.related import failures
 from loadtest.related_ffn import difference
+from loadtest.related_retrieval import BODY, NEEDLE, NEEDLES, TOKENS, texts
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
@@ -23,3 +24,18 @@ def test_figures_out_of_bounds_are_named() -> None:
     assert [] == failures({**good, "moc_half_loss": 0.1})
     bad = {"a_diff": 2e-5, "b_diff": float("nan"), "c_equal": 0.9, "d_equal": False}
     assert [*bad] == failures({**good, **bad})
+
+
+@pytest.mark.parametrize("place", [1, 12, 21])
+def test_a_question_is_about_the_needle_at_its_place(place: int) -> None:
+    """A text has the needle of its first question at the given place, once, and all its other
+    needles elsewhere in the body."""
+    random = torch.Generator().manual_seed(0)
+    for ids in texts(random, 50, TOKENS, NEEDLES, place).tolist():
+        body, tail = ids[:BODY], ids[BODY:]
+        assert tail[:NEEDLE] == body[place * NEEDLE : (place + 1) * NEEDLE]
+        for start in range(0, NEEDLES * NEEDLE, NEEDLE):
+            key, *values = tail[start : start + NEEDLE]
+            assert 1 == body.count(key)
+            at = body.index(key)
+            assert values == body[at + 1 : at + NEEDLE]

@@ -12,6 +12,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tolhouse.errors import InvalidArgumentError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from tolhouse.engine.sequence import Sequence
 
 BLOCK_TOKENS = 16
+NEIGHBOURS = 5  # places that share the largest score among them, as in SnapKV
 UNBOUNDED = 2**40  # a window that no sequence fills
 
 
@@ -224,8 +226,7 @@ class Score(Full):
 
     def select(self, q_OHE: Tensor, k_GLE: Tensor) -> Tensor:
         places, count = k_GLE.shape[1], self.copied(k_GLE.shape[1])
-        middle = self.scores(q_OHE, k_GLE)[:, self.first : places - self.last]
-        order = middle.argsort(dim=1, descending=True, stable=True)
+        order = self.scores(q_OHE, k_GLE).argsort(dim=1, descending=True, stable=True)
         # Of equal scores, the first place is kept.
         best = order[:, : count - self.first - self.last].sort(1).values + self.first
         first = torch.arange(self.first, device=best.device).expand(len(best), -1)
@@ -233,12 +234,18 @@ class Score(Full):
         return torch.cat([first, best, last], 1)
 
     def scores(self, q_OHE: Tensor, k_GLE: Tensor) -> Tensor:
-        """Return the mean attention [G, L] of the queries of the last O places to all places."""
+        """Return the scores [G, M] of the M places of the middle.
+
+        They are the mean attention of the queries of the last O places. A place has the largest
+        score of its neighbours, so that the rest of a phrase is kept with its first token.
+        """
         groups, places, size = k_GLE.shape
         q_GJOE = q_OHE.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).float()
         scores_GJOL = q_GJOE @ k_GLE.float().transpose(1, 2)[:, None] * size**-0.5
         mask = scores_GJOL.new_full((len(q_OHE), places), -math.inf).triu(places - len(q_OHE) + 1)
-        return (scores_GJOL + mask).softmax(-1).mean((1, 2))
+        attention_GL = (scores_GJOL + mask).softmax(-1).mean((1, 2))
+        middle_GM = attention_GL[:, self.first : places - self.last]
+        return F.max_pool1d(middle_GM[None], NEIGHBOURS, 1, NEIGHBOURS // 2)[0]
 
 
 FULL = Full()
