@@ -88,8 +88,13 @@ def rows_of(url: str, table: str, num_rows: int) -> Iterator[Callable[[Tensor], 
             yield lambda ids_T: rows.decode(rows.stage(ids_T.numpy().astype(np.int64)))
 
 
-def generate(case: Case, tolhouse: dict[str, Any] | None = None, **options: Any) -> list[list[int]]:
-    """Complete the prompts of a case with vLLM in another process. `options` are those of LLM."""
+def generate(
+    case: Case, tolhouse: dict[str, Any] | None = None, adapter: Path | None = None, **options: Any
+) -> list[list[int]]:
+    """Complete the prompts of a case with vLLM in another process. `options` are those of LLM.
+
+    `adapter` is the folder of a LoRA adapter.
+    """
     job = {
         "llm": {
             "model": str(case.checkpoint),
@@ -99,6 +104,7 @@ def generate(case: Case, tolhouse: dict[str, Any] | None = None, **options: Any)
         },
         "prompts": case.prompts,
         "max_tokens": MAX_TOKENS,
+        "adapter": str(adapter or ""),
     }
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
@@ -112,7 +118,7 @@ def generate(case: Case, tolhouse: dict[str, Any] | None = None, **options: Any)
             encoding="utf-8",
             check=False,
         )
-        assert answer.exists(), done.stdout[-6000:]
+        assert answer.exists(), done.stdout[-30000:]
         return json.loads(answer.read_text(encoding="utf-8"))
 
 

@@ -41,6 +41,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "second": ({"fallback": "file:///absent"}, {}, "file:///absent"),
     "embeddings": ({}, {"enable_prompt_embeds": True}, "which an embedding does not have"),
     "ubatches": ({}, {"ubatch_size": 2}, "--ubatch-size are not supported"),
+    "adapters": ({}, {"enable_lora": True}, "pads heads of size 48, and adapters do not fit"),
     "stages": ({}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size must be 1"),
 }
 

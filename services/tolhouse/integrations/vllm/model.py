@@ -3,6 +3,7 @@
 Shapes: T tokens of a step, N blocks of a row, D hidden size.
 """
 
+import re
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -128,7 +129,10 @@ class RowsModel(nn.Module):
 
 class TolhouseForCausalLM(nn.Module, SupportsLoRA):
     hf_to_vllm_mapper = WeightsMapper(
-        orig_to_new_substr={".ffn_m.": None}, orig_to_new_stacked=_STACKED
+        # An adapter of FFN-M would change rows. vLLM refuses it only if no layer has this name.
+        orig_to_new_regex={re.compile(r"(\.ffn_m\..+)(\.lora_[AB])"): r"\1.ffn_m\2"},
+        orig_to_new_substr={".ffn_m.": None},
+        orig_to_new_stacked=_STACKED,
     )
     packed_modules_mapping = {  # noqa: RUF012 - as vLLM's own models have it
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],

@@ -13,6 +13,7 @@ from xxhash import xxh32_intdigest
 
 from tolhouse.config import VLLMConfig, set_vllm_variables
 from tolhouse.errors import InvalidArgumentError, NotFoundError, UnsupportedError
+from tolhouse.integrations.vllm.config import padded_head_dim
 from tolhouse.integrations.vllm.options import KEY, AdditionalConfig, parse
 
 SCHEDULER = "tolhouse.integrations.vllm.scheduler.new_scheduler"
@@ -33,6 +34,11 @@ class Start:
         model is not a folder, and InvalidArgumentError for all other errors of Tolhouse.
         """
         shape = vllm_config.model_config.hf_config.shape
+        if vllm_config.lora_config and padded_head_dim(shape.head_dim) != shape.head_dim:
+            reason = (
+                f"vLLM's attention pads heads of size {shape.head_dim}, and adapters do not fit"
+            )
+            raise UnsupportedError(f"--enable-lora is not supported: {reason}")
         prepare(vllm_config, needs_table=shape.num_rows > 0)
 
 
