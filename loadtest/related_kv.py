@@ -95,6 +95,12 @@ class Recent(Score):
         return torch.arange(middle).expand(len(k_GLE), -1).float()
 
 
+class Alone(Score):
+    """Does not look at neighbouring places."""
+
+    neighbours = 1
+
+
 class Random(Score):
     """Keeps random places of the middle, other ones in each layer and text."""
 

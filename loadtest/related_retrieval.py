@@ -27,7 +27,7 @@ from tolhouse.train.trainer import initialise
 from tolhouse.worker.run import gate_of
 from torch import Tensor, nn
 
-from loadtest.related_kv import Bench, Random, Recent, rows_of
+from loadtest.related_kv import Alone, Bench, Random, Recent, rows_of
 
 KEYS, FIRST_VALUE, FIRST_FILLER, SIZE = range(1, 17), 17, 49, 81  # ids; 0 ends an answer
 VALUES = 3  # of a needle
@@ -38,6 +38,7 @@ BODY = TOKENS - NEEDLES * NEEDLE
 SINKS, WINDOW, LAST = 4, 32, 16
 STEPS, GATE_STEPS, JOINT_STEPS = 1200, 80, 600
 SHARES = {"full": 1.0, "half": 1 / 2, "quarter": 1 / 4, "eighth": 1 / 8, "sixteenth": 1 / 16}
+KINDS = {"score": Score, "alone": Alone, "window": Recent, "random": Random}
 DEPTHS = {"early": 3, "middle": 12, "late": 21}  # places in units of NEEDLE, before the last tokens
 
 
@@ -46,8 +47,10 @@ def one_thread() -> Iterator[None]:
     """Use one thread, which is faster for small products, and whose results repeat."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def texts(
@@ -202,12 +205,12 @@ def gates() -> dict[str, float]:
 
 @one_thread()
 def needle() -> dict[str, float]:
-    """Recall by score, with the last tokens, and with random ones, by share and place."""
+    """Recall by score with and without neighbours, with the last tokens, and with random ones."""
     found, random = {}, torch.Generator().manual_seed(5)
     questions = {name: texts(random, 32, TOKENS, NEEDLES, at) for name, at in DEPTHS.items()}
     with bench_of(retriever()) as bench:
         for share_name, share in SHARES.items():
-            for name, kind in (("score", Score), ("window", Recent), ("random", Random)):
+            for name, kind in KINDS.items():
                 policy = kind(SINKS, LAST, share)
                 parts = {place: recall(bench, policy, ids) for place, ids in questions.items()}
                 key = f"needle_{name}_{share_name}"

@@ -68,9 +68,10 @@ def test_training_lowers_the_loss_and_keeps_the_model(base: Path) -> None:
         ("--kv-window 256", "nothing to train"),
         ("--kv-window 16 --sequence-tokens 64000", "at least 514 are needed"),
         ("--kv-window 16 --text /nothing", "/nothing"),
+        ("--out /nothing/gates", "/nothing/gates can't be written"),
     ],
 )
-def test_an_unsuitable_text_is_refused(
+def test_unsuitable_options_are_refused(
     options: str, message: str, base: Path, tmp_path: Path
 ) -> None:
     """`tolhouse train-gates` exits with 1 and one line on stderr, and writes no file."""

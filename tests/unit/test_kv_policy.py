@@ -123,6 +123,14 @@ def test_a_score_equals_a_masked_model(grouped: Path, first: int, last: int, sha
             assert one.scores + answer_scores(one) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
+def test_a_score_keeps_neighbours() -> None:
+    """Two places on each side of the place with the most attention are kept with it."""
+    k_GLE = torch.zeros(1, 40, 4)
+    k_GLE[0, 20] = 1
+    kept = Score(2, 3, 5 / 35).select(torch.ones(16, 1, 4), k_GLE)
+    assert [0, 1, *range(18, 23), 37, 38, 39] == kept[0].tolist()
+
+
 def test_a_score_that_keeps_everything_changes_no_bit(base: Path) -> None:
     """With a share of 1 the prompt is copied, and answers have the bits of the full cache."""
     found = []

@@ -42,6 +42,20 @@ def train(settings: config.TrainConfig, recipe: str) -> None:
     train_checkpoint(recipe, settings)
 
 
+def _check_writable(file: Path) -> None:
+    """Try to write before a long computation. Permission bits do not show that /proc is read-only.
+
+    Raises InvalidArgumentError.
+    """
+    try:
+        if file.is_dir():
+            raise InvalidArgumentError(f"{file} is a folder: give the name of a file")
+        if file.is_file() or not file.exists():
+            tempfile.NamedTemporaryFile(dir=file.resolve().parent).close()
+    except OSError as error:
+        raise InvalidArgumentError(f"{file} can't be written: {error.strerror or error}") from None
+
+
 @click.command("train-gates")
 @checkpoint_argument()
 @options(config.GatesConfig)
@@ -63,6 +77,7 @@ def train_gates(settings: config.GatesConfig, checkpoint: Path) -> None:
     from tolhouse.model.checkpoint import open_checkpoint, torch_device
     from tolhouse.train.gates import train_on_text
 
+    _check_writable(settings.out)
     opened = open_checkpoint(checkpoint)
     _refuse_converted(opened, "has rows only in its table, and its gates cannot be trained")
     ids, device = read_text(opened, settings.text), torch_device(settings.device)
@@ -255,17 +270,8 @@ def explain(settings: config.ExplainConfig, checkpoint: Path, text: str | None) 
     from tolhouse.model.checkpoint import open_checkpoint
 
     html, keys, neighbours = settings.html, settings.keys, settings.neighbours
-    # Try to write before the computation. Permission bits do not show that /proc is read-only.
     for file in filter(None, (html, settings.explorer)):
-        try:
-            if file.is_dir():
-                raise InvalidArgumentError(f"{file} is a folder: give the name of a file")
-            if file.is_file() or not file.exists():
-                tempfile.NamedTemporaryFile(dir=file.resolve().parent).close()
-        except OSError as error:
-            raise InvalidArgumentError(
-                f"{file} can't be written: {error.strerror or error}"
-            ) from None
+        _check_writable(file)
     if not checkpoint.exists() and "@" in checkpoint.name:
         hint = f"give its checkpoint, and --table {checkpoint}"
         raise InvalidArgumentError(f"{checkpoint} is a table, without keys: {hint}")

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from tolhouse.engine.sequence import Sequence
 
 BLOCK_TOKENS = 16
-NEIGHBOURS = 5  # places that share the largest score among them, as in SnapKV
 UNBOUNDED = 2**40  # a window that no sequence fills
 
 
@@ -193,6 +192,7 @@ class Score(Full):
     """
 
     observed = BLOCK_TOKENS
+    neighbours = 5  # The score of a place is the largest one among these, as in SnapKV.
 
     def __init__(self, first: int, last: int, share: float) -> None:
         self.first, self.last, self.share = first, last, share
@@ -245,7 +245,7 @@ class Score(Full):
         mask = scores_GJOL.new_full((len(q_OHE), places), -math.inf).triu(places - len(q_OHE) + 1)
         attention_GL = (scores_GJOL + mask).softmax(-1).mean((1, 2))
         middle_GM = attention_GL[:, self.first : places - self.last]
-        return F.max_pool1d(middle_GM[None], NEIGHBOURS, 1, NEIGHBOURS // 2)[0]
+        return F.max_pool1d(middle_GM[None], self.neighbours, 1, self.neighbours // 2)[0]
 
 
 FULL = Full()
