@@ -369,8 +369,8 @@ class WorkerConfig(Server, Caller, CompileConfig):
     kv_policy: Literal["full", "window", "score", "compressive", "summary"] = option(
         "full", "Which tokens of a sequence the KV cache keeps."
     )
-    kv_sinks: int = option(4, "First tokens that `window` and policies like it keep.", ge=0)
-    kv_window: int = option(256, "Last tokens that they keep.", ge=1)
+    kv_sinks: int = option(4, "First tokens that `window`, `score` and `compressive` keep.", ge=0)
+    kv_window: int = option(256, "Last tokens that `window`, `score` and `compressive` keep.", ge=1)
     kv_keep_share: float = option(
         0.5, "Share of the middle of a prompt that `score` keeps.", ge=0, le=1
     )
@@ -504,6 +504,14 @@ def _variables(config: type[Config], field: str) -> list[str]:
 def _extra(config: type[Config], field: str, key: str) -> list[str]:
     extra = config.model_fields[field].json_schema_extra
     return str(extra[key]).split() if isinstance(extra, dict) else []
+
+
+GATE_OPTIONS = "options"  # metadata of a file of gates
+
+
+def gate_options(settings: GatesConfig | WorkerConfig) -> str:
+    """Return the options that must be equal for training gates and for using them."""
+    return f"--kv-sinks {settings.kv_sinks} --kv-window {settings.kv_window}"
 
 
 def arguments(settings: Config) -> list[str]:

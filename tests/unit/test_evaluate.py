@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tolhouse.analysis.evaluate import probed, read_text, through
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.losses import compare, evaluate
 from tolhouse.model.transformer import NoCache
 from tolhouse.sources.memoryllm import MemoryLLM
+from tolhouse.testing import tiny_model
 from tolhouse.train.corpus import END_OF_TEXT, documents, is_held_out, standard_library
 
 LONG = "def name(value):\n    return value + 1\n" * 1000
@@ -76,6 +78,18 @@ def test_each_token_after_the_first_is_predicted(checkpoint: Path, tmp_path: Pat
     found = evaluate(opened.model(), ids)
     assert ids[1:].tolist() == found.targets.tolist()
     assert 1 == len(found.losses)
+
+
+def test_losses_are_of_text_tokens_only(tmp_path: Path) -> None:
+    """The probabilities of the text tokens add up to 1 in a model with summary tokens, too."""
+    summaries = {"vocab_size": 500, "summary_tokens": 100, "summary_segment": 16}
+    model = open_checkpoint(tiny_model(tmp_path, "base", **summaries)).model()
+    ids = np.arange(1, 42)
+    inputs_T, targets_T = torch.tensor(ids[:-1]), torch.tensor(ids[1:])
+    with torch.inference_mode():
+        logits_TV = model(inputs_T, torch.arange(40), NoCache(40), model.rows(inputs_T))
+    expected = F.cross_entropy(logits_TV[:, :-100], targets_T, reduction="none")
+    np.testing.assert_allclose(evaluate(model, ids).losses, expected, rtol=1e-5)
 
 
 def test_divergence_and_agreement_follow_from_the_logits(checkpoint: Path) -> None:

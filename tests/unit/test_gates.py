@@ -1,16 +1,19 @@
 """Gates of the compressed memory: training, and the file that a worker reads."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tolhouse.engine.kv_policy import Compressive
+from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.testing import process, tiny_model
 from tolhouse.train.gates import GatedMemory, loss_of, train_gates
 from tolhouse.worker.run import gate_of
 
-from tests.commands import tolhouse
+from tests.commands import LOCAL, tolhouse
 from tests.engines import Request, engine_of, serve
 
 
@@ -43,6 +46,58 @@ def test_a_worker_reads_trained_gates(
     assert first.ne(0.5).any()
     serve(engine_of(path, policy=Compressive(2, 24, first)), one := Request(range(1, 80), 3))
     assert 3 == len(one.tokens)
+
+
+def test_training_logs_its_progress(base: Path, text: Path, tmp_path: Path) -> None:
+    """Without a terminal, `tolhouse train-gates` logs the loss at every tenth of its steps."""
+    line = f"train-gates {base} --text {text} --out {tmp_path / 'gates'} {OPTIONS} --steps 20"
+    logged = [json.loads(one) for one in tolhouse(line).stderr.splitlines() if one[0] == "{"]
+    assert [*range(2, 21, 2)] == [one["step"] for one in logged]
+    assert all(one["loss"] > 0 for one in logged)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [("", 0), ("--kv-window 32", 1), ("--kv-sinks 4", 1)],
+)
+def test_a_worker_warns_if_its_window_differs(
+    options: str, count: int, base: Path, text: Path, tmp_path: Path
+) -> None:
+    """A worker logs a warning if its sinks or window are not those of the training."""
+    file, same = tmp_path / "gates", "--kv-sinks 2 --kv-window 24"
+    tolhouse(f"train-gates {base} --text {text} --out {file} {OPTIONS} --steps 1")
+    gates = f"--kv-policy compressive --kv-gate {file} {same} {options}"
+    with process("worker", base, *gates.split(), *LOCAL) as worker:
+        assert count == worker.log.read_text(encoding="utf-8").count("trained with other options")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("/tmp", "--kv-gate /tmp is a folder: give a number or a file"),
+        ("", "--kv-gate is empty: give a number or a file"),
+        (" ", "--kv-gate is empty: give a number or a file"),
+        ("/nothing", "--kv-gate /nothing: No such file"),
+        ("long" * 100, "File name too long"),
+        ("tokenizer.json", "--kv-gate tokenizer.json: "),
+        ("model.safetensors", "does not contain tensor gate"),
+    ],
+)
+def test_unsuitable_files_of_gates_are_refused(
+    given: str, message: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names the option and says what the value is."""
+    monkeypatch.chdir(base)
+    with pytest.raises(InvalidArgumentError, match=message):
+        gate_of(given, open_checkpoint(base).config)
+
+
+def test_a_model_with_summary_tokens_is_refused(text: Path, tmp_path: Path) -> None:
+    """Gates are not trained on text without the summary tokens that a model needs."""
+    summaries = {"vocab_size": 400, "summary_tokens": 2, "summary_segment": 16}
+    path = tiny_model(tmp_path / "model", "base", **summaries)
+    line = f"train-gates {path} --text {text} --out {tmp_path / 'gates'} {OPTIONS}"
+    assert "the model has 2 summary tokens" in tolhouse(line, code=1).stderr
 
 
 def test_training_lowers_the_loss_and_keeps_the_model(base: Path) -> None:

@@ -79,10 +79,12 @@ def train_gates(settings: config.GatesConfig, checkpoint: Path) -> None:
 
     _check_writable(settings.out)
     opened = open_checkpoint(checkpoint)
+    opened.config.without_summaries()
     _refuse_converted(opened, "has rows only in its table, and its gates cannot be trained")
     ids, device = read_text(opened, settings.text), torch_device(settings.device)
     gate_NH, losses = train_on_text(opened.model().to(device), ids, settings)
-    replace_file(settings.out, save({"gate": gate_NH}), 0o644)
+    recorded = {config.GATE_OPTIONS: config.gate_options(settings)}
+    replace_file(settings.out, save({"gate": gate_NH}, recorded), 0o644)
     click.echo("held-out loss in nats per token:", err=True)
     for name in ("window", "compressive", "full"):
         click.echo(f"  {name:<11}  {losses[name]:.4f}", err=True)

@@ -145,9 +145,10 @@ def _batches(
 
 
 def _logits(model: Transformer, inputs_T: Tensor, size: int, rows: RowsOf) -> Tensor:
-    """Compute the float32 logits [T, V] of windows of `size` tokens."""
+    """Compute the float32 logits [T, V] of text tokens, for windows of `size` tokens."""
     positions_T = torch.arange(size, device=inputs_T.device).repeat(len(inputs_T) // size)
-    return model(inputs_T, positions_T, NoCache(size), rows(inputs_T)).float()
+    logits_TV = model(inputs_T, positions_T, NoCache(size), rows(inputs_T))
+    return logits_TV[:, : model.config.text_vocab_size].float()
 
 
 def _joined(parts: Sequence[Tensor]) -> np.ndarray:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from tolhouse.config import GatesConfig
 from tolhouse.errors import InvalidArgumentError
+from tolhouse.logs import event
 from tolhouse.model.config import ModelConfig
 from tolhouse.model.transformer import Cache, NoCache, Transformer, for_queries, rotary, rotate
 
@@ -94,6 +95,8 @@ def train_gates(
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if bar.disable and (step + 1) * 10 // steps > step * 10 // steps:
+            event("training gates", step=step + 1, steps=steps, loss=round(loss.item(), 3))
     return logits_NH.sigmoid().detach().cpu()
 
 

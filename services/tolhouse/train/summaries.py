@@ -45,8 +45,7 @@ class SummaryCache:
         places_S = torch.arange(sequence_length)
         group = segment + count
         same_SS = places_S[:, None] // group == places_S // group
-        seen_SS = (same_SS | (places_S % group >= segment)).tril()
-        self.seen_SS = seen_SS
+        self.seen_SS = (same_SS | (places_S % group >= segment)).tril()
 
     def attend(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
         every = q_THE, for_queries(k_TGE, q_THE), for_queries(v_TGE, q_THE)

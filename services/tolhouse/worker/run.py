@@ -10,13 +10,12 @@ from pathlib import Path
 
 import torch
 from prometheus_client import REGISTRY
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tolhouse import tracing
 from tolhouse.client.row_source import RowSource, open_row_source
-from tolhouse.config import WorkerConfig, set_triton_defaults
+from tolhouse.config import GATE_OPTIONS, WorkerConfig, gate_options, set_triton_defaults
 from tolhouse.engine.attention import PagedKVCache, blocks_of
 from tolhouse.engine.block_manager import BlockManager
 from tolhouse.engine.cpu.compiled import CompiledDecode, cache_folder
@@ -57,7 +56,8 @@ class Builder:
         capacity_bytes = int(config.kv_cache_megabytes * 1e6)
         kept = config.kv_sinks, config.kv_window, config.kv_keep_share
         shape = checkpoint.config
-        policy = policy_of(config.kv_policy, *kept, gate_of(config.kv_gate, shape), shape)
+        gate_NH = gate_of(config.kv_gate, shape, gate_options(config))
+        policy = policy_of(config.kv_policy, *kept, gate_NH, shape)
         if isinstance(policy, Compressive) and not self.on_cpu:
             raise InvalidArgumentError("--kv-policy compressive runs on a CPU only")
         if shape.summary_tokens and not policy.summary:
@@ -124,16 +124,17 @@ class Builder:
         return rows
 
 
-def gate_of(given: str, config: ModelConfig) -> Tensor:
+def gate_of(given: str, config: ModelConfig, options: str = "") -> Tensor:
     """Return the gates [N, H] of an option: a number for all heads, or a safetensors file.
 
+    Logs a warning if the gates were trained with options other than `options`, those of the worker.
     Raises InvalidArgumentError if it is neither, or if the file has another shape.
     """
     shape = config.num_hidden_layers, config.num_attention_heads
     try:
         gate_NH = torch.full(shape, float(given))
     except ValueError:
-        gate_NH = _gate_in(given)
+        gate_NH = _gate_in(given, options)
     if not bool(((gate_NH >= 0) & (gate_NH <= 1)).all()):
         raise InvalidArgumentError(f"--kv-gate {given}: gates must be between 0 and 1")
     if gate_NH.shape != shape:
@@ -141,12 +142,21 @@ def gate_of(given: str, config: ModelConfig) -> Tensor:
     return gate_NH
 
 
-def _gate_in(file: str) -> Tensor:
+def _gate_in(file: str, options: str) -> Tensor:
+    if not file.strip():
+        raise InvalidArgumentError("--kv-gate is empty: give a number or a file")
     try:
-        return load_file(file)["gate"]
-    except (OSError, KeyError, SafetensorError) as error:
-        what = "no tensor `gate`" if isinstance(error, KeyError) else str(error)
-        raise InvalidArgumentError(f"--kv-gate {file}: {what}") from None
+        if Path(file).is_dir():
+            raise InvalidArgumentError(f"--kv-gate {file} is a folder: give a number or a file")
+        with safe_open(file, "pt") as opened:
+            trained = (opened.metadata() or {}).get(GATE_OPTIONS, "")
+            gate_NH = opened.get_tensor("gate")
+    except (OSError, SafetensorError) as error:
+        raise InvalidArgumentError(f"--kv-gate {file}: {error}") from None
+    if options and trained and options != trained:
+        hint = "the gates were trained with other options: use the same for the worker"
+        event(hint, logging.WARNING, file=file, trained=trained, used=options)
+    return gate_NH
 
 
 async def run(checkpoint_path: str | Path, config: WorkerConfig) -> None:
