@@ -413,7 +413,11 @@ class VLLMConfig(Caller):
     )
     row_cache_megabytes: float = option(32, "Memory for the row cache of each rank.", ge=0)
     fetch_timeout_seconds: float = option(2, "Timeout of a fetch, during which steps wait.", gt=0)
-    lookup_wait_seconds: float = option(60, "Time to wait for the table at start.", ge=0)
+    lookup_wait_seconds: float = option(
+        60,
+        "Time to wait at start for the table, and for each part of it with `host` and `device`.",
+        ge=0,
+    )
     fallback: str = option(
         "auto",
         "Where rows come from that cannot be fetched: `recompute` (from the checkpoint's FFN-M), "

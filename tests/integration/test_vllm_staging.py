@@ -1,6 +1,7 @@
 """Rows that the plug-in for vLLM stages for a step, also while the row source is down."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from tolhouse import Client
 from tolhouse.build.compress import Scheme, compress
 from tolhouse.build.job import plan
+from tolhouse.client.row_source import open_row_source
 from tolhouse.config import VLLMConfig
 from tolhouse.engine.row_providers import RecomputedRows
 from tolhouse.errors import MismatchError, NotFoundError, TolhouseError
@@ -22,6 +24,7 @@ from tolhouse.integrations.vllm.staging import (
     choose_fallback,
     open_rows,
 )
+from tolhouse.integrations.vllm.whole_table import WholeTable
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.sources.memoryllm import MemoryLLM, select_blocks
 from tolhouse.store.base import open_store
@@ -45,10 +48,11 @@ def staged(
     *,
     whole_steps: bool = False,
     row_memory: str = "cache",
+    wait: float = 60,
 ) -> RowStage:
     """Return the stage of a rank. A row cache has 16 rows."""
     options = {"rows": lookup.address, "fallback": fallback, "row_cache_megabytes": 0}
-    options |= {"row_memory": row_memory}
+    options |= {"row_memory": row_memory, "lookup_wait_seconds": wait}
     parsed = parse({"tolhouse": options})
     config = AdditionalConfig(parsed, checkpoint.name, (), {})
     recompute = partial(RecomputedRows, open_checkpoint(checkpoint))
@@ -145,7 +149,32 @@ def test_a_table_in_memory_needs_its_source_only_at_start(
         assert np.array_equal(client.fetch(checkpoint.name, ids), rows.numpy())
     assert not failed.any()
     with pytest.raises(TolhouseError):
-        staged(checkpoint, lookup, "none", row_memory=row_memory)
+        staged(checkpoint, lookup, "none", row_memory=row_memory, wait=0)
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_a_table_is_read_into_memory_once_its_source_is_back(
+    checkpoint: Path, store: str, lookup: Process, described: bool
+) -> None:
+    """A lookup that is down when a rank opens or reads the table may come back late."""
+    with closing(open_row_source(lookup.address)) as source:
+        manifest = source.describe(checkpoint.name)
+        lookup.popen.kill()
+        lookup.popen.wait()
+        none = NoFallback(manifest)
+        with ThreadPoolExecutor() as pool:
+            if described:
+                start = pool.submit(
+                    WholeTable, source, manifest, "host", CPU, torch.float32, none, 60
+                )
+            else:
+                start = pool.submit(staged, checkpoint, lookup, "none", row_memory="host")
+            with process("lookup", "--store", store, "--listen", lookup.address):
+                made = start.result()
+    stage = RowStage(made, MOST_TOKENS) if isinstance(made, WholeTable) else made
+    rows, _ = stage.fill(torch.tensor([5, 301]), starts_at(0, 2))
+    with Client(store) as client:
+        assert np.array_equal(client.fetch(checkpoint.name, [5, 301]), rows.numpy())
 
 
 def test_edits_of_a_compressed_table_in_memory(checkpoint: Path, tmp_path: Path) -> None:

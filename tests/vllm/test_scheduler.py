@@ -23,7 +23,7 @@ PROMPT = list(range(1, 101))
 def make(folder: Path, blocks: int, *, asynchronous: bool) -> Any:
     """Return a scheduler for two groups of layers whose blocks have different sizes."""
     model = str(tiny_model(folder / "tiny", "base", 0))
-    config = EngineArgs(model, max_model_len=128).create_engine_config()
+    config = EngineArgs(model, max_model_len=256).create_engine_config()
     config.scheduler_config.async_scheduling = asynchronous  # vLLM turns it off on a CPU
     config.cache_config.num_gpu_blocks = blocks
     groups = [
@@ -130,3 +130,38 @@ def test_requests_that_begin_with_wrong_blocks_end(scheduler: Any, cancelled: bo
     assert ["other"] == list(scheduler.requests)
     assert 0 == cached(scheduler, PROMPT)
     assert 96 == cached(scheduler, PROMPT[::-1])
+
+
+def preempt(scheduler: Any, request: Request) -> None:
+    """Take a request's blocks while a step is in flight, as vLLM does if it has too few blocks."""
+    scheduler.running.remove(request)
+    scheduler._preempt_request(request, 0.0)  # noqa: SLF001  # vLLM has no public way
+
+
+def test_a_late_failure_of_a_preempted_request_ends_no_other(scheduler: Any) -> None:
+    """Once the step in flight has succeeded, a request is independent of the preempted one."""
+    first = add(scheduler, "first", PROMPT)
+    add(scheduler, "second", [*PROMPT, 5])
+    step = scheduler.schedule()
+    preempt(scheduler, first)
+    finish_step(scheduler, step)
+    step = scheduler.schedule()
+    assert "first" in step.num_scheduled_tokens
+    finish_step(scheduler, step, "first")
+    assert ["second"] == list(scheduler.requests)
+
+
+@pytest.mark.parametrize("order", [["second"], ["first", "second"], ["second", "first"]])
+def test_preempted_requests_end_with_the_one_that_failed(scheduler: Any, order: list[str]) -> None:
+    """Requests with blocks of a failed step end, whether they or the failed one are preempted."""
+    requests = {
+        name: add(scheduler, name, [*PROMPT, *more])
+        for name, more in (("first", []), ("second", [5] * 40), ("third", [5] * 50))
+    }
+    add(scheduler, "other", PROMPT[::-1])
+    step = scheduler.schedule()
+    assert 4 == len(scheduler.running)
+    for name in order:
+        preempt(scheduler, requests[name])
+    finish_step(scheduler, step, "first")
+    assert ["other"] == list(scheduler.requests)

@@ -19,13 +19,15 @@ class RowsScheduler(Scheduler):
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
-        # By request: the requests that left it blocks before their steps were finished.
-        self._sources: dict[str, set[str]] = {}
+        # By request: the requests whose unfinished steps write its blocks, with the tokens of
+        # these steps.
+        self._sources: dict[str, dict[str, int]] = {}
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         counts = model_runner_output.num_nans_in_logits or {}
         failed = {request_id for request_id, count in counts.items() if count}
         ended = self._end(failed) if failed else []
+        self._forget(scheduler_output.num_scheduled_tokens)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request in ended:
             output = EngineCoreOutput(
@@ -39,10 +41,19 @@ class RowsScheduler(Scheduler):
             client.outputs.append(output)
         return outputs
 
+    def _forget(self, scheduled: dict[str, int]) -> None:
+        """Remove the sources whose steps are finished, given the tokens of a finished step."""
+        for heir, sources in list(self._sources.items()):
+            left = {name: tokens - scheduled.get(name, 0) for name, tokens in sources.items()}
+            self._sources[heir] = {name: tokens for name, tokens in left.items() if tokens > 0}
+            if not self._sources[heir]:
+                del self._sources[heir]
+
     def _end(self, failed: set[str]) -> list[Request]:
         """End requests, and drop what they wrote to the prefix cache."""
         wrong = set[int]()
-        failed = failed | {heir for heir, sources in self._sources.items() if sources & failed}
+        while heirs := {heir for heir, of in self._sources.items() if of.keys() & failed} - failed:
+            failed = failed | heirs
         for request_id in failed:
             if request := self.requests.get(request_id):
                 wrong |= self._written(request)
@@ -71,15 +82,25 @@ class RowsScheduler(Scheduler):
 
     def _free_request_blocks(self, request: Request) -> None:
         """Drop what unfinished steps write from the prefix cache, because they may lack rows."""
-        self._sources.pop(request.request_id, None)
         if request.num_in_flight_tokens:
             written, pool = self._written(request), self.kv_cache_manager.block_pool
             self.kv_cache_manager.evict_blocks(written)
-            if shared := {block for block in written if pool.blocks[block].ref_cnt > 1}:
+            blocks = self._written(request, every=True)
+            if shared := {block for block in blocks if pool.blocks[block].ref_cnt > 1}:
                 for other in self.running:
-                    if other is not request and shared & self._written(other, every=True):
-                        self._sources.setdefault(other.request_id, set()).add(request.request_id)
+                    if other is request:
+                        continue
+                    if shared & written & self._written(other, every=True):
+                        self._add_source(other, request)
+                    # The output of unfinished steps still reaches a preempted request.
+                    if not request.is_finished() and shared & self._written(other):
+                        self._add_source(request, other)
         super()._free_request_blocks(request)
+
+    def _add_source(self, heir: Request, source: Request) -> None:
+        if source.num_in_flight_tokens:
+            sources = self._sources.setdefault(heir.request_id, {})
+            sources[source.request_id] = source.num_in_flight_tokens
 
 
 class AsyncRowsScheduler(RowsScheduler, AsyncScheduler):

@@ -17,6 +17,7 @@ from tolhouse.client.row_source import RowSource, open_row_source
 from tolhouse.config import VLLMConfig
 from tolhouse.engine.dequant import CACHED_VALUES, StagedRows
 from tolhouse.engine.row_providers import CachedRows, Fallback, SourceRows
+from tolhouse.engine.table import wait_for_table
 from tolhouse.errors import MismatchError, TolhouseError, UnavailableError
 from tolhouse.integrations.vllm.options import AdditionalConfig
 from tolhouse.integrations.vllm.whole_table import WholeTable
@@ -56,7 +57,7 @@ def open_rows(
     start_logging(options.log_level)
     calling = options.client_credentials(), options.fetch_timeout_seconds
     source = open_row_source(options.rows, calling[1], calling[0])
-    manifest = source.describe(config.table)
+    manifest = wait_for_table(source, config.table, options.lookup_wait_seconds)
     fallback = choose_fallback(options, recompute, manifest)
     threading.Thread(target=_keep, args=(source, manifest.ref), name="pin", daemon=True).start()
     rows: CachedRows | WholeTable
@@ -67,7 +68,8 @@ def open_rows(
         rows.fill()
         count = rows.cache.capacity
     else:
-        rows = WholeTable(source, manifest, options.row_memory, device, dtype, fallback)
+        wait = options.lookup_wait_seconds
+        rows = WholeTable(source, manifest, options.row_memory, device, dtype, fallback, wait)
         count = manifest.vocab_size
     event("rows opened", table=manifest.ref, rows=options.rows, in_memory=count)
     return rows

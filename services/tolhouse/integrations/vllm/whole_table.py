@@ -3,6 +3,7 @@
 Shapes: T tokens of a step.
 """
 
+import time
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from tolhouse.client.row_source import RowSource
 from tolhouse.engine.dequant import Decoder, StagedRows
 from tolhouse.engine.row_providers import Fallback, FallbackRows, SourceRows
+from tolhouse.errors import DeadlineExceededError, UnavailableError
 from tolhouse.table.manifest import Manifest
 
 _FETCH_BYTES = 16 << 20
@@ -23,7 +25,8 @@ class WholeTable:
 
     A GPU reads the memory of the host over the bus (unified virtual addressing), which vLLM also
     does for its n-gram tables. On a CPU there is no difference to the memory of the device.
-    Raises an error of Tolhouse if neither the source nor the fallback delivers a row.
+    A part of the table that cannot be read is fetched again for up to `wait_seconds`. After that,
+    raises the error of Tolhouse if neither the source nor the fallback delivers it.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class WholeTable:
         device: torch.device,
         dtype: torch.dtype,
         fallback: Fallback,
+        wait_seconds: float,
     ) -> None:
         self.manifest, self.device = manifest, device
         self.decoder = Decoder(source.auxiliary(manifest), device, dtype)
@@ -48,7 +52,7 @@ class WholeTable:
                 part = records[start : start + step]
                 ids = np.arange(start, start + len(part), dtype=np.uint32)
                 fetched = np.empty(part.shape, np.uint8)
-                rows.fetch(ids, fetched, np.arange(len(ids)))
+                _fetch(rows, ids, fetched, wait_seconds)
                 part.copy_(torch.from_numpy(fetched))
         finally:
             rows.close()
@@ -62,6 +66,17 @@ class WholeTable:
         is_known = (ids_T >= 0) & (ids_T < self.manifest.vocab_size)
         ids_T = torch.where(is_known, ids_T, 0).long()
         return StagedRows(self.records, ids_T, ids_T)
+
+
+def _fetch(rows: FallbackRows, ids: np.ndarray, out: np.ndarray, wait_seconds: float) -> None:
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            return rows.fetch(ids, out, np.arange(len(ids)))
+        except (UnavailableError, DeadlineExceededError):
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.2)
 
 
 def _device_view(pinned: Tensor) -> Tensor:
