@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 import pytest
 from click.testing import CliRunner
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file, save_file
 from tolhouse.cli import main
 from tolhouse.testing import build_table, tiny_model
@@ -202,6 +203,55 @@ def test_a_file_that_the_server_cannot_send_is_not_absent(
             shown = run(*command[:at], f"{url}/{model}", *command[at:], *store, code=1)
             assert re.search(rf"{url}/{model} cannot be read: .*503.*{file}", shown)
     assert not (tmp_path / "tables").exists()
+
+
+class Hiding(Handler):
+    """Sends 403 for absent files, as S3 does without the permission to list."""
+
+    def send_head(self) -> Any:
+        if not Path(self.translate_path(self.path)).exists():
+            return self.send_error(403)
+        return super().send_head()
+
+
+@contextmanager
+def hiding_in_memory(folder: Path) -> Iterator[str]:
+    info = MemoryFileSystem.info
+
+    def hiding(fs: MemoryFileSystem, path: str, **options: Any) -> Any:
+        try:
+            return info(fs, path, **options)
+        except FileNotFoundError:
+            raise PermissionError("403 Forbidden") from None
+
+    with in_memory(folder) as url, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "info", hiding)
+        yield url
+
+
+@pytest.mark.parametrize(
+    "served",
+    [hiding_in_memory, functools.partial(over_http, kind=Hiding)],
+    ids=["memory", "http"],
+)
+def test_an_absent_file_may_be_forbidden(models: Path, tmp_path: Path, served: Callable) -> None:
+    """Models are read from a server that answers 403 for their absent files."""
+    store = "--store", f"file://{tmp_path}/tables"
+    tensor = "model.embed_tokens.weight", "--name", "t"
+    expected = build_table(models / "flex", store[1], codec="bf16")
+    with served(models) as url:
+        assert expected == run("build", f"{url}/flex", *store)
+        assert "t@" in run("import", "tensor", f"{url}/dense", *tensor, *store)
+
+
+def test_a_forbidden_model_is_not_read(models: Path, tmp_path: Path) -> None:
+    """If a server answers 403 for all files of a model, the error has the status."""
+    store = "--store", f"file://{tmp_path}/tables"
+    with over_http(models, Hiding) as url:
+        for command in (("build",), ("import", "tensor")):
+            tensor = ("model.embed_tokens.weight", "--name", "t") if command[1:] else ()
+            shown = run(*command, f"{url}/no", *tensor, *store, code=1)
+            assert re.search(f"{url}/no cannot be read: .*403", shown)
 
 
 def test_errors_do_not_show_secrets_of_urls(models: Path, tmp_path: Path) -> None:

@@ -129,11 +129,16 @@ def _copy_tensor(fs: Any, root: str, tensor: str, path: Path) -> None:
 
 
 def _is_file(fs: Any, place: str) -> bool:
-    """Whether the file exists. Unlike `fs.isfile`, this raises errors of the server."""
+    """Whether the file exists. Unlike `fs.isfile`, this raises errors of the server.
+
+    Without the permission to list, S3 and others answer 403 for an absent file.
+    """
     try:
         return fs.info(place)["type"] == "file"
+    except PermissionError:
+        return False
     except (FileNotFoundError, NotADirectoryError) as error:
-        if _is_missing(error):
+        if _is_missing(error) or getattr(error.__cause__, "status", 0) in (403, 410):
             return False
         raise
 
