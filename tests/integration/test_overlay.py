@@ -416,17 +416,20 @@ def test_appended_rows_can_be_edited(
 def test_rows_of_another_model_are_not_appended(
     checkpoint: Path, larger: Path, store: Store, parent: Manifest, tmp_path: Path
 ) -> None:
-    """A checkpoint with other rows of the ids of the table, with other blocks or without further
-    ids is refused, and an edit is not made at the same time."""
+    """A checkpoint with other rows of the ids of the table, with other blocks, without further ids
+    or with too many is refused, and an edit is not made at the same time."""
     model = open_checkpoint(larger).model()
     with torch.no_grad():
         model.ffn_m[0].norm.weight.mul_(2)
     other = tmp_path / "other"
     save_checkpoint(other, model, checkpoint / "tokenizer.json")
     wide = tiny_model(tmp_path / "wide", hidden_size=64)
+    # It also has other rows, which are not computed before it is refused.
+    many = tiny_model(tmp_path / "many", seed=1, vocab_size=parent.vocab_size + 100_001)
     for options, message in (
         (("--append", other), "is not what the model computes"),
         (("--append", wide), "has other blocks than wide"),
+        (("--append", many), "100001 rows are changed; an overlay may have at most 100000"),
         (("--append", checkpoint), "tiny-memory has no ids to append"),
         (("--append", larger, "--scale", "3=2"), "append first"),
         ((), "nothing to change"),

@@ -9,7 +9,7 @@ from tolhouse.errors import InvalidArgumentError, MismatchError
 from tolhouse.sources.base import open_source
 from tolhouse.store import registry
 from tolhouse.store.base import Store
-from tolhouse.store.overlay import append_rows
+from tolhouse.store.overlay import append_rows, check_count
 from tolhouse.table.manifest import Manifest
 
 _COMPARED = 1024  # rows that the table and the checkpoint have in common
@@ -19,7 +19,8 @@ def append(store: Store, over: str, checkpoint: Path) -> Manifest:
     """Store a version of the table `over` with the rows of the ids that only `checkpoint` has.
 
     Raises:
-        InvalidArgumentError: The checkpoint has no further ids, or the table is of low rank.
+        InvalidArgumentError: The checkpoint has no further ids or too many, or the table is of low
+            rank.
         MismatchError: The checkpoint has other blocks, or other rows of the ids of the table.
         NotFoundError: The table or the checkpoint is missing.
     """
@@ -37,6 +38,7 @@ def append(store: Store, over: str, checkpoint: Path) -> Manifest:
     if source.vocab_size <= first:
         has = f"{source.vocab_size} token ids, and {manifest.ref} has {first}"
         raise InvalidArgumentError(f"{source.name} has no ids to append: it has {has}")
+    check_count(source.vocab_size - first + len(manifest.changed))
     own = np.setdiff1d(np.arange(first, dtype=np.uint32), manifest.changed)
     random = np.random.default_rng(int(manifest.version, 16))
     same = np.sort(random.choice(own, min(_COMPARED, len(own)), replace=False))

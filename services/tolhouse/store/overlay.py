@@ -73,6 +73,13 @@ def append_rows(
     return _overlay(store, manifest, ids, rows, identity)
 
 
+def check_count(changed: int) -> None:
+    """Raise InvalidArgumentError if an overlay cannot have this number of changed rows."""
+    if changed > MAX_CHANGED:
+        allowed = f"an overlay may have at most {MAX_CHANGED}: build another table"
+        raise InvalidArgumentError(f"{changed} rows are changed; {allowed}")
+
+
 def _editable(store: Store, over: str) -> Manifest:
     manifest = resolve(store, over)
     refuse_part(store, manifest.ref, "cannot be edited: edit that table")
@@ -88,9 +95,7 @@ def _overlay(
     # Rows that only an earlier overlay changed are copied. Encoding them again would change them.
     before = np.setdiff1d(manifest.changed, ids).astype(np.uint32)
     changed = np.concatenate([ids, before])
-    if len(changed) > MAX_CHANGED:
-        allowed = f"an overlay may have at most {MAX_CHANGED}: build another table"
-        raise InvalidArgumentError(f"{len(changed)} rows are changed; {allowed}")
+    check_count(len(changed))
     order, count = np.argsort(changed), len(changed)
     fresh = store.auxiliary(base).encode(ids, rows)
     records = np.concatenate([fresh, store.read_records(manifest, before)])[order]
