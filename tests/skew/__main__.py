@@ -45,7 +45,8 @@ APPEND = """if True:
     checkpoint, larger, ref, store = sys.argv[1:]
     model = with_summary_tokens(open_checkpoint(checkpoint).model(), 2, 16)
     save_checkpoint(Path(larger), model, Path(checkpoint, "tokenizer.json"))
-    print(append(open_store(store), ref, Path(larger)).ref)
+    made = append(open_store(store), ref, Path(larger))
+    print(made.ref, made.vocab_size - 1)
 """
 CALL = """if True:
     import json, sys
@@ -158,23 +159,22 @@ def answers(of: dict[str, Side], checkpoint: Path, store: str) -> dict[str, Any]
 
 
 def reads_appended(this: Side, other: Side, checkpoint: Path, folder: Path) -> bool:
-    """Whether a side reads a version with appended rows or refuses it, and reads its parent."""
+    """Whether a side reads the rows of this tree from a version with appended rows or refuses it,
+    and reads its parent."""
     store = f"file://{folder}/appended"
     parent = this.run("-c", BUILD, str(checkpoint), store)
     words = str(checkpoint), str(folder / "larger"), parent, store
-    made = this.run("-c", APPEND, *words)
-    fetched = [
-        subprocess.run(
-            [*other.python, "-m", "tolhouse.cli", "fetch", ref, "5", "--rows", store],
-            capture_output=True,
-            text=True,
-            check=False,
-            encoding="utf-8",
+    made, last = this.run("-c", APPEND, *words).split()
+
+    def is_equal(*of: str) -> bool:
+        fetch = "-m", "tolhouse.cli", "fetch", *of, "--rows", store
+        done = subprocess.run(
+            [*other.python, *fetch], capture_output=True, text=True, check=False, encoding="utf-8"
         )
-        for ref in (parent, made)
-    ]
-    refused = "requires ['appended']" in fetched[1].stderr
-    return not fetched[0].returncode and (refused or not fetched[1].returncode)
+        refused = of[0] == made and "requires ['appended']" in done.stderr
+        return refused or done.stdout.strip() == this.run(*fetch)
+
+    return is_equal(parent, "5") and is_equal(made, "5", last)
 
 
 def completion(gateway: str, body: dict) -> str:
