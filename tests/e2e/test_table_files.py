@@ -3,7 +3,7 @@
 import json
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -349,9 +349,14 @@ def test_the_log_grows_by_the_same_lines_with_each_archive(
     assert not any("history" in entry for entry in history)
 
 
-def test_an_interrupted_archive_is_completed(checkpoint: Path, tmp_path: Path) -> None:
-    """An archive that was killed while it removed rows is completed when it is started again, with
-    the auxiliary tables, and the version can be restored."""
+@pytest.mark.parametrize(
+    ("method", "calls"), [("delete_records", 0), ("_append", 0), ("_append", 1)]
+)
+def test_an_interrupted_archive_is_completed(
+    checkpoint: Path, tmp_path: Path, method: str, calls: int
+) -> None:
+    """An archive that was killed while it removed rows or wrote the log is completed when it is
+    started again, with the auxiliary tables, and the version can be restored."""
     store, to = ("--store", f"file://{tmp_path}/tables"), ("--to", tmp_path / "archives")
     small = ("--frequent-rows", "20", "--codec", "int4", "--name", "t")
     text = tmp_path / "sample.txt"
@@ -359,8 +364,8 @@ def test_an_interrupted_archive_is_completed(checkpoint: Path, tmp_path: Path) -
     ref = tolhouse("compress", checkpoint, *small, "--corpus", text, *store).strip()
     before = rows_of(store[1], ref)
     with closing(open_store(store[1])) as opened:
-        opened.delete_records = _killed  # type: ignore[method-assign]
-        with suppress(KeyboardInterrupt):
+        setattr(opened, method, _killed_after(calls, getattr(opened, method)))
+        with pytest.raises(KeyboardInterrupt):
             archive(opened, ref, to[1])
     tolhouse("tables", "archive", ref, *to, *store)
     with closing(open_store(store[1])) as opened:
@@ -368,10 +373,21 @@ def test_an_interrupted_archive_is_completed(checkpoint: Path, tmp_path: Path) -
         assert not any(opened.is_being_deleted(one) for one in (ref, part))
     tolhouse("tables", "restore", ref, *store)
     assert before == rows_of(store[1], ref)
+    for one in (ref, part):
+        events = [entry["event"] for entry in log(store, one)]
+        assert ["archived", "building", "restored"] == events[-3:]
+        assert 1 == events.count("archived")
 
 
-def _killed(ref: str) -> None:
-    raise KeyboardInterrupt
+def _killed_after(calls: int, method: Callable[..., Any]) -> Callable[..., Any]:
+    left = iter(range(calls))
+
+    def call(*arguments: Any) -> Any:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return method(*arguments)
+
+    return call
 
 
 def test_an_existing_archive_must_have_all_parts(tmp_path: Path) -> None:

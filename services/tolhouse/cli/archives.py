@@ -86,7 +86,8 @@ def archive(settings: config.ChangeConfig, table: str, folder: Path) -> None:
     """Move TABLE, NAME@VERSION, to a file in a folder, and remove its rows from the store.
 
     The file has the form of `tolhouse tables export`. It is verified before the rows are removed. A
-    version that is published or in use is refused.
+    version that is published or in use is refused. An archive that was interrupted is completed. If
+    it is in the log already, the file of the log is used, also with another --to.
     """
     with _one_store(settings) as store:
         total = 0

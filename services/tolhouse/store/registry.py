@@ -227,6 +227,26 @@ def delete(
     remove(store, removed)
 
 
+def complete_archive(store: Store, ref: str, refs: list[str], **more: Any) -> None:
+    """Complete an interrupted archive of a version, whose manifest is not in the store any more.
+
+    `refs` are the versions that are still being deleted with it. Entries that the log lacks are
+    appended. That of `ref` has the fields `more`.
+    """
+
+    def change() -> Changes:
+        last = {f"{entry['name']}@{entry['version']}": entry["event"] for entry in store.log()}
+        changes: Changes = {}
+        for one in refs:
+            if last.get(one) != "archived":
+                fields = more if one == ref else {"of": ref}
+                changes |= _logged(store, "archived", one, **fields)
+        return changes
+
+    store.update(change)
+    remove(store, refs)
+
+
 def remove(store: Store, refs: list[str]) -> None:
     """Remove the rows of versions whose deletion has begun, which completes it."""
     for ref in refs:

@@ -332,16 +332,16 @@ def archive(store: Store, ref: str, folder: Path, report: Report = _nothing) -> 
     """Move a version to a file in a folder, verify the file, and remove the rows from the store.
 
     A version that is published, in use or a part of another one is refused. What an interrupted
-    command has left is completed. The log has the file and its SHA-256.
+    command has left is completed, from the file in the log if the log has the archive. The log has
+    the file and its SHA-256.
     """
-    events = [e["event"] for e in store.log() if f"{e['name']}@{e['version']}" == ref]
-    if events[-1:] == ["archived"] and store.is_being_deleted(ref):
-        file = archived_file(store, ref)
-        registry.remove(store, [m.ref for m in file.manifests if store.is_being_deleted(m.ref)])
-        return file.path
+    path = folder.absolute() / f"{ref}.safetensors"
+    if store.is_being_deleted(ref) and ref not in store.refs():
+        last = [e["event"] for e in store.log() if f"{e['name']}@{e['version']}" == ref][-1:]
+        if last not in (["building"], ["deleted"]):
+            return _completed(store, ref, path, is_logged=last == ["archived"])
     registry.refuse_in_use(store, ref)
     manifest = registry.resolve(store, ref)
-    path = folder.absolute() / f"{manifest.ref}.safetensors"
     if not path.exists():
         export(store, ref, path, report)
     file = TableFile(path)
@@ -350,6 +350,22 @@ def archive(store: Store, ref: str, folder: Path, report: Report = _nothing) -> 
     sha256 = file.verify()
     registry.delete(store, ref, event="archived", file=str(path), sha256=sha256)
     return path
+
+
+def _completed(store: Store, ref: str, path: Path, is_logged: bool) -> Path:
+    """Complete an archive that has removed the manifest, and return the path of its file."""
+    file = archived_file(store, ref) if is_logged else _file_of(ref, path)
+    more = {} if is_logged else {"file": str(path), "sha256": file.verify()}
+    refs = [m.ref for m in file.manifests if store.is_being_deleted(m.ref)]
+    registry.complete_archive(store, ref, refs, **more)
+    return file.path
+
+
+def _file_of(ref: str, path: Path) -> TableFile:
+    file = TableFile(path)
+    if file.manifest.ref != ref:
+        raise InvalidArgumentError(f"{path} has table {file.manifest.ref}, not {ref}")
+    return file
 
 
 def archived_file(store: Store, ref: str, path: Path | None = None) -> TableFile:
@@ -361,9 +377,7 @@ def archived_file(store: Store, ref: str, path: Path | None = None) -> TableFile
     if "file" not in entry or "sha256" not in entry:
         what = f"the log of {store.url} has no archive of {ref}"
         raise NotFoundError(f"{what}: write its file with `tolhouse tables import`")
-    file = TableFile(path or Path(entry["file"]))
-    if file.manifest.ref != ref:
-        raise InvalidArgumentError(f"{file.path} has table {file.manifest.ref}, not {ref}")
+    file = _file_of(ref, path or Path(entry["file"]))
     check_sha256(file, entry["sha256"])
     return file
 
