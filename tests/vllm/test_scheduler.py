@@ -11,7 +11,12 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -20,8 +25,11 @@ SIZES = (16, 32)  # tokens in a block of each group
 PROMPT = list(range(1, 101))
 
 
-def make(folder: Path, blocks: int, *, asynchronous: bool) -> Any:
-    """Return a scheduler for two groups of layers whose blocks have different sizes."""
+def make(folder: Path, blocks: int, *, asynchronous: bool, window: int = 0) -> Any:
+    """Return a scheduler for two groups of layers whose blocks have different sizes.
+
+    With a `window`, there is only the first group, and its attention has a sliding window.
+    """
     model = str(tiny_model(folder / "tiny", "base", 0))
     config = EngineArgs(model, max_model_len=256).create_engine_config()
     config.scheduler_config.async_scheduling = asynchronous  # vLLM turns it off on a CPU
@@ -35,12 +43,16 @@ def make(folder: Path, blocks: int, *, asynchronous: bool) -> Any:
         )
         for size in SIZES
     ]
+    if window:
+        shape: dict[str, Any] = {"num_kv_heads": 1, "head_size": 64, "dtype": torch.float32}
+        spec = SlidingWindowSpec(block_size=SIZES[0], sliding_window=window, **shape)
+        groups = [KVCacheGroupSpec(["layer"], spec)]
     init_none_hash(sha256)
     return new_scheduler(
         vllm_config=config,
         kv_cache_config=KVCacheConfig(blocks, [], groups),
         structured_output_manager=StructuredOutputManager(config),
-        block_size=max(SIZES),
+        block_size=min(SIZES) if window else max(SIZES),
         hash_block_size=min(SIZES),
     )
 
@@ -165,3 +177,20 @@ def test_preempted_requests_end_with_the_one_that_failed(scheduler: Any, order: 
         preempt(scheduler, requests[name])
     finish_step(scheduler, step, "first")
     assert ["other"] == list(scheduler.requests)
+
+
+def test_the_heir_of_an_heir_ends(tmp_path: Path) -> None:
+    """A request ends that shares no block with the failed one, but with an heir of it."""
+    scheduler = make(tmp_path, 100, asynchronous=True, window=32)
+    prompts = PROMPT[:96], [*PROMPT[:96], *[5] * 64], [*PROMPT[:96], *[5] * 80]
+    requests = [add(scheduler, str(i), prompt) for i, prompt in enumerate(prompts)]
+    step = scheduler.schedule()
+    assert 3 == len(scheduler.running)
+    blocks = [set(scheduler.kv_cache_manager.get_block_ids(str(i))[0]) - {0} for i in range(3)]
+    assert blocks[0] & blocks[1]
+    assert blocks[1] & blocks[2]
+    assert not blocks[0] & blocks[2]
+    for request in requests[:2]:
+        preempt(scheduler, request)
+    finish_step(scheduler, step, "0")
+    assert not scheduler.requests
