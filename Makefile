@@ -58,7 +58,7 @@ clients: .venv/all .venv/clients/installed  ## test third-party clients, such as
 	@tests/clients/node/install.sh || echo "· Node can't be installed: its clients are skipped" >&2
 	$(BIN)/python -m tests.clients
 
-vllm-test: .venv/vllm/installed  ## test the plug-in in vLLM on this CPU (ten minutes, and 3 GB for .venv/vllm)
+vllm-test: .venv/vllm/installed  ## test the plug-in in vLLM on this CPU (half an hour, and 3 GB for .venv/vllm)
 	.venv/vllm/bin/python -m pytest -q -o filterwarnings=ignore -o timeout=1200 tests/vllm
 
 vllm-bench: .venv/all .venv/vllm/installed  ## compare vLLM with rows from Tolhouse, vLLM with a dense model, and a worker (half an hour)

@@ -12,6 +12,8 @@ import json
 import sys
 from collections.abc import Callable
 
+import torch
+
 from loadtest import related_ffn, related_kv, related_retrieval, related_summary, related_tables
 
 Figures = dict[str, float | bool]
@@ -44,6 +46,7 @@ def main() -> None:
     names = parser.parse_args().only.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"{unknown[0]!r} is unknown; parts are {', '.join(PARTS)}")
+    torch.set_num_threads(1)  # Small models gain little from two, and lose much on a busy machine.
     found: Figures = {}
     for name in names:
         figures = PARTS[name]()

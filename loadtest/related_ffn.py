@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CPU = torch.device("cpu")
-WIDTHS = 512, 1024, 2048
+WIDTHS = 1024, 2048, 4096
 TOKENS = 64
 FIT_BATCHES, FIT_STEPS = 16, 300
 STEPS, TUNING_STEPS, HELD_OUT = 120, 40, 10_000

@@ -460,6 +460,8 @@ CONFIGS: tuple[type[Config], ...] = (
         BuildConfig,
         CompressConfig,
         ChangeConfig,
+        ConvertConfig,
+        ImportConfig,
         TrainConfig,
         GatesConfig,
         GenerateConfig,

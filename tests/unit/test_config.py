@@ -1,10 +1,15 @@
 """Configuration: help and units of options, strict variables, and their precedence."""
 
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import pytest
 from tolhouse import config
 from tolhouse.errors import InvalidArgumentError
+
+
+def required(kind: type[config.Config]) -> dict[str, Any]:
+    """Return values for the options of `kind` that have no default."""
+    return {name: "given" for name, field in kind.model_fields.items() if field.is_required()}
 
 
 @pytest.mark.parametrize("kind", config.CONFIGS, ids=lambda kind: kind.__name__)
@@ -13,8 +18,19 @@ def test_every_option_has_help_and_a_unit(kind: type[config.Config]) -> None:
     for name, field in kind.model_fields.items():
         assert field.description, name
         if field.annotation is float:
-            assert name.endswith(("_seconds", "_megabytes", "_share", "_ratio", "_scale")), name
-    assert kind()
+            units = "_seconds", "_megabytes", "_share", "_ratio", "_scale", "budget"
+            assert name.endswith(units), name
+    assert kind(**required(kind))
+
+
+def test_the_variables_of_every_config_are_known() -> None:
+    """CONFIGS has the options of each class that a command loads."""
+    kinds = [config.Config]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    last = (kind for kind in kinds if not kind.__subclasses__())
+    found = {config.variable(kind, field) for kind in last for field in kind.model_fields}
+    assert set() == found - config.variables()
 
 
 def test_every_variable_has_one_meaning() -> None:
@@ -85,7 +101,7 @@ def test_every_option_can_be_given_in_the_environment(
 ) -> None:
     """Each variable sets its own option only; --host and --port also change --listen."""
     monkeypatch.delenv("TOLHOUSE_WORKER_COMPILE")
-    defaults = config.load(kind, {}).model_dump()
+    defaults = config.load(kind, required(kind)).model_dump()
     samples = {int: "2", int | None: "2", float: "3.5"}
     for name, field in kind.model_fields.items():
         with monkeypatch.context() as environment:
@@ -99,7 +115,8 @@ def test_every_option_can_be_given_in_the_environment(
             elif get_origin(field.annotation) is tuple:
                 value = "3,1"
             environment.setenv(config.variable(kind, name), value)
-            loaded = config.load(kind, {}).model_dump()
+            given = {n: value for n, value in required(kind).items() if n != name}
+            loaded = config.load(kind, given).model_dump()
         changed = {key for key in defaults if defaults[key] != loaded[key]}
         assert {name} == changed - ({"listen"} if name in ("host", "port") else set())
 
@@ -111,4 +128,4 @@ def test_a_quantity_is_a_finite_number(value: str) -> None:
         for name, field in kind.model_fields.items():
             if field.annotation is float and (name, value) != ("row_scale", "-1"):
                 with pytest.raises(InvalidArgumentError, match=config.variable(kind, name)):
-                    config.load(kind, {name: value})
+                    config.load(kind, required(kind) | {name: value})
