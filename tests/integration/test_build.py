@@ -495,6 +495,7 @@ def test_an_unusable_cluster_is_an_error_and_new_nodes_are_used(
     big = tiny_model(tmp_path / "big", hidden_size=768, num_hidden_layers=8, vocab_size=8192)
     line = f"build {big} --store file://{tmp_path}/tables --shards 256 --ray-address {address}"
     monkeypatch.setenv("HOME", str(tmp_path))  # the real home may hold a Ray token
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)  # a build in this process sets it
     assert "wants a token" in tolhouse(line, code=1).stderr
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "y" * 32)

@@ -555,6 +555,8 @@ def environment(documents: list[Document]) -> Iterator[str]:
                     for f in kind.model_fields
                     if given.get(config.variable(kind, f))
                 }
+                if not fields:  # This may be no command of the pod.
+                    continue
                 try:
                     kind(**fields)
                 except ValidationError as error:
