@@ -42,17 +42,6 @@ KINDS = {"score": Score, "alone": Alone, "window": Recent, "random": Random}
 DEPTHS = {"early": 3, "middle": 12, "late": 21}  # places in units of NEEDLE, before the last tokens
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one thread, which is faster for small products, and whose results repeat."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def texts(
     random: torch.Generator, count: int, tokens: int, needles: int, place: int | None = None
 ) -> Tensor:
@@ -178,7 +167,6 @@ def behind_window(count: int) -> Tensor:
     return torch.cat([texts(random, count, TOKENS, NEEDLES, place) for place in range(1, last)])
 
 
-@one_thread()
 def gates() -> dict[str, float]:
     """Recall with the full cache, a window, and a memory with gates that are trained or not."""
     model, questions = deepcopy(retriever()), behind_window(5)
@@ -203,7 +191,6 @@ def gates() -> dict[str, float]:
     return found
 
 
-@one_thread()
 def needle() -> dict[str, float]:
     """Recall by score with and without neighbours, with the last tokens, and with random ones."""
     found, random = {}, torch.Generator().manual_seed(5)

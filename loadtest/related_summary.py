@@ -79,14 +79,11 @@ def trained(folder: Path) -> tuple[Path, Path]:
     for norm_D in filter(lambda p: p.dim() == 1, model.parameters()):
         norm_D.fill_(1)  # rows of other sizes would hide X0
     save_checkpoint(plain, model, plain / "tokenizer.json")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the products are small
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = with_summary_tokens(model, SUMMARIES, SEGMENT)
     model.requires_grad_(True)
     train(model)
-    torch.set_num_threads(threads)
     larger = folder / "recall-summaries"
     save_checkpoint(larger, model, plain / "tokenizer.json")
     return plain, larger
