@@ -573,6 +573,8 @@ def set_ray_defaults(*, local: bool) -> None:
     """Set variables that Ray reads on import, unless they are set."""
     if local:  # otherwise Ray writes a token to the home folder, which may not exist
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
+    else:  # a try takes half a minute if the cluster ends meanwhile, and Ray would make twenty
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     # Do not hide GPUs from tasks without a GPU. This silences a warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
