@@ -8,6 +8,7 @@ Shapes: T tokens, D hidden size, M channels, K chosen channels, E size of a head
 """
 
 from collections.abc import Callable
+from functools import lru_cache, reduce
 from typing import Any, cast
 
 import torch
@@ -170,12 +171,14 @@ class LookupFFN(nn.Module):
 
     def project(self, x_TD: Tensor) -> Tensor:
         """Return the projections [T, tables, bits], by block-diagonal and Hadamard matrices."""
-        # In float32, because rounding changes signs and so rows.
-        x_TP = F.pad(x_TD.float(), (0, self.padded - x_TD.shape[-1]))
+        # In float32, because rounding changes signs and so rows. Fewer than 8 tokens would be added
+        # in another order, and a token must have the same bits alone and in a batch.
+        tokens, size = x_TD.shape
+        x_TP = F.pad(x_TD.float(), (0, self.padded - size, 0, max(0, 8 - tokens)))
         for blocks in self.blocks.float().view(self.STAGES, -1, self.BLOCK, self.BLOCK):
-            x_TP = (x_TP.unflatten(-1, (-1, 1, self.BLOCK)) * blocks).sum(-1).flatten(-2)
-            x_TP = hadamard(x_TP)
-        return x_TP[:, : self.num_tables * self.bits].unflatten(-1, (-1, self.bits))
+            x_NTB = x_TP.unflatten(-1, (-1, self.BLOCK)).transpose(0, 1)
+            x_TP = hadamard((x_NTB @ blocks.mT).transpose(0, 1).flatten(-2))
+        return x_TP[:tokens, : self.num_tables * self.bits].unflatten(-1, (-1, self.bits))
 
 
 def initialise(module: nn.Module, normal: Callable[..., Any] = nn.init.normal_) -> None:
@@ -188,12 +191,21 @@ def initialise(module: nn.Module, normal: Callable[..., Any] = nn.init.normal_) 
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Multiply x [..., P] with the orthogonal Hadamard matrix. P is a power of two."""
-    size, span = x.shape[-1], 1
-    while span < size:
-        low, high = x.unflatten(-1, (-1, 2, span)).unbind(-2)
-        x, span = torch.stack((low + high, low - high), -2).flatten(-3), 2 * span
-    return x * size**-0.5
+    """Multiply x [..., P] with the orthogonal Hadamard matrix. P is a power of two.
+
+    The matrix is the Kronecker product of two smaller ones, and multiplies with each of them.
+    """
+    bits = x.shape[-1].bit_length() - 1
+    rows, columns = (_hadamard_matrix(n, x.device) for n in (bits // 2, bits - bits // 2))
+    return (rows @ (x.unflatten(-1, (len(rows), -1)) @ columns)).flatten(-2)
+
+
+@lru_cache
+@torch.inference_mode(mode=False)
+def _hadamard_matrix(bits: int, device: torch.device) -> Tensor:
+    """Return the orthogonal Hadamard matrix of size 2^bits, in float32."""
+    factor = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=device)
+    return reduce(torch.kron, [factor] * bits, torch.ones(1, 1, device=device)) / 2 ** (bits / 2)
 
 
 def count(share: float, size: int) -> int:
