@@ -253,8 +253,12 @@ class GatesConfig(Config):
 
     text: Path = option(..., "Text file, or folder of them; the last tenth is held out.")
     out: Path = option(..., "File of the gates, for `worker --kv-gate`.")
-    kv_sinks: int = option(4, "First tokens that are always kept, as in the worker.", ge=0)
-    kv_window: int = option(256, "Last tokens that are always kept, as in the worker.", ge=1)
+    kv_sinks: int = option(
+        4, "First tokens that are always kept, as in the worker.", ge=0, lt=2**31
+    )
+    kv_window: int = option(
+        256, "Last tokens that are always kept, as in the worker.", ge=1, lt=2**31
+    )
     sequence_tokens: int = option(
         1024, "Tokens of a training sequence, at most the context of the model.", ge=1
     )
@@ -369,8 +373,12 @@ class WorkerConfig(Server, Caller, CompileConfig):
     kv_policy: Literal["full", "window", "score", "compressive", "summary"] = option(
         "full", "Which tokens of a sequence the KV cache keeps."
     )
-    kv_sinks: int = option(4, "First tokens that `window`, `score` and `compressive` keep.", ge=0)
-    kv_window: int = option(256, "Last tokens that `window`, `score` and `compressive` keep.", ge=1)
+    kv_sinks: int = option(
+        4, "First tokens that `window`, `score` and `compressive` keep.", ge=0, lt=2**31
+    )
+    kv_window: int = option(
+        256, "Last tokens that `window`, `score` and `compressive` keep.", ge=1, lt=2**31
+    )
     kv_keep_share: float = option(
         0.5, "Share of the middle of a prompt that `score` keeps.", ge=0, le=1
     )
