@@ -230,7 +230,7 @@ class TrainConfig(Config):
     ffn_m: Literal["swiglu", "moc", "avgk", "flashmhf", "lookup"] = option(
         "swiglu", "Form of FFN-M."
     )
-    ffn_share: float = option(0.25, "moc, avgk: share of channels that a token reads.", gt=0)
+    ffn_share: float = option(0.25, "moc, avgk: share of channels that a token reads.", gt=0, le=1)
     ffn_blocks: int = option(16, "avgk: blocks of channels.", ge=1)
     ffn_heads: int = option(4, "flashmhf: heads.", ge=1)
     ffn_bits: int = option(4, "lookup: bits of a code; a table has 2 ** bits rows.", ge=1, le=16)

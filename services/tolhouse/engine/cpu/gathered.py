@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tolhouse.model.ffn import AvgK, MoC, channels_of, silu, top, top_channels
+from tolhouse.model.ffn import AvgK, MoC, silu, top, top_channels
 
 
 class GatheredMoC(nn.Module):
@@ -27,7 +27,7 @@ class GatheredMoC(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate_TM = self.gate_proj(x_TD)
-        channels_TK = top_channels(gate_TM, self.active, self.by)
+        channels_TK = chosen(top_channels(gate_TM, self.active, self.by))
         gate_TK = gate_TM.gather(1, channels_TK)
         c_TK = silu(gate_TK) * products(x_TD, self.up_MD, channels_TK)
         return weighted_sums(c_TK, self.down_MD, channels_TK)
@@ -46,7 +46,8 @@ class GatheredAvgK(nn.Module):
         self.mean_keys.weight = nn.Parameter(keys_BD, requires_grad=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        channels_TK = channels_of(top(self.mean_keys(x_TD), self.active), self.size)
+        blocks_TB = chosen(top(self.mean_keys(x_TD), self.active))
+        channels_TK = (blocks_TB[..., None] * self.size + torch.arange(self.size)).flatten(1)
         gate_TK = products(x_TD, self.gate_MD, channels_TK)
         c_TK = silu(gate_TK) * products(x_TD, self.up_MD, channels_TK)
         return weighted_sums(c_TK, self.down_MD, channels_TK)
@@ -61,6 +62,11 @@ def gathered(ffn: nn.Module | None) -> nn.Module | None:
 
 def rows(weight_MD: Tensor) -> Tensor:
     return weight_MD.detach().float().contiguous()
+
+
+def chosen(mask_TM: Tensor) -> Tensor:
+    """Return the indices [T, K] of the true values, in ascending order: K of each token."""
+    return mask_TM.nonzero()[:, 1].view(len(mask_TM), -1)
 
 
 def products(x_TD: Tensor, weight_MD: Tensor, channels_TK: Tensor) -> Tensor:
