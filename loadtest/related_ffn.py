@@ -3,13 +3,14 @@
 A difference is the largest one, relative to the largest output. Channels and blocks are permuted.
 """
 
+import copy
 import functools
 import math
 import tempfile
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,11 +18,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tolhouse.config import set_compiler_folder
+from tolhouse.engine.cpu import compiled
 from tolhouse.engine.cpu.gathered import gathered
-from tolhouse.engine.cpu.packed import linear, load
+from tolhouse.engine.cpu.packed import by_handle, linear, load
 from tolhouse.model import ffn
 from tolhouse.model.checkpoint import open_checkpoint, save_checkpoint
-from tolhouse.model.config import preset
+from tolhouse.model.config import ModelConfig, preset
 from tolhouse.model.losses import evaluate
 from tolhouse.model.transformer import Transformer
 from tolhouse.testing import tiny_model
@@ -29,6 +32,7 @@ from tolhouse.train import corpus
 from tolhouse.train.recipes import recipe
 from tolhouse.train.trainer import Trainer
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -68,6 +72,12 @@ def masked(mlp: ffn.SwiGLU, x_TD: Tensor, mask_TM: Tensor) -> Tensor:
     return (F.silu(x_TD @ gate.T) * (x_TD @ up.T) * mask_TM) @ down.T
 
 
+def chosen(mlp: ffn.SwiGLU, x_TD: Tensor, share: float) -> Tensor:
+    """The formula of `moc` in float64, with all channels and a mask."""
+    gate_TM = x_TD.double() @ mlp.gate_proj.weight.double().T
+    return masked(mlp, x_TD.double(), top(gate_TM, round(share * gate_TM.shape[1])))
+
+
 def top(score_TM: Tensor, active: int) -> Tensor:
     """A mask of the `active` largest scores."""
     return score_TM >= score_TM.sort(descending=True).values[:, active - 1 : active]
@@ -88,18 +98,18 @@ def moc() -> dict[str, Any]:
         worst = 0.0
         with tempfile.TemporaryDirectory(prefix="tolhouse-related-") as folder:
             for own, packed in pairs(Path(folder), ffn_c="moc", ffn_share=share):
-                gate_TM = x_TD.double() @ own.gate_proj.weight.double().T
-                mask_TM = top(gate_TM, round(share * gate_TM.shape[1]))
-                expected = masked(own, x_TD.double(), mask_TM)
+                worst = max(worst, difference(packed(x_TD), chosen(own, x_TD, share)))
                 with WeightBytes() as read[name]:
-                    worst = max(worst, difference(packed(x_TD), expected))
+                    packed(x_TD[:1])
         figures[f"moc_{name}_diff"] = worst
     figures["moc_bytes_ratio"] = read["quarter"].bytes / read["full"].bytes
     for width in WIDTHS:
         config = preset("tiny", "flex", 3, hidden_size=width, ffn_c="moc")
-        dense = ffn.make("swiglu", config, width)
-        sparse = ffn.make("moc", config, width)
-        figures[f"moc_speed_{width}"] = round(speed(dense, sparse, width), 2)
+        codes = {form: ffn_code(form, config) for form in ("swiglu", "moc")}
+        own, x_TD = with_weights(ffn.make("moc", config, width)), torch.randn(1, width)
+        one = InWorker(own, codes["moc"])
+        figures[f"moc_compiled_{width}_diff"] = difference(one(x_TD), chosen(own, x_TD, 0.25))
+        figures[f"moc_speed_{width}"] = round(speed(config, codes), 2)
     for by in ("gate", "activation"):
         found = perplexity(tuned(0, ffn_c="moc", ffn_share=0.5, ffn_by=by))
         figures[f"moc_half_{by}_untuned_loss"] = round(found / swiglu(0) - 1, 4)
@@ -138,7 +148,7 @@ def flashmhf() -> dict[str, Any]:
     config = preset("tiny", "flex", 3, hidden_size=1024, ffn_c="flashmhf", ffn_experts=4)
     peaks = {}
     for name in ("swiglu", "flashmhf"):
-        one, x_TD = in_worker(ffn.make(name, config, 1024), 1024), torch.randn(512, 1024)
+        one, x_TD = in_worker(ffn.make(name, config, 1024)), torch.randn(512, 1024)
         with PeakBytes() as memory:
             one(x_TD)
         peaks[name] = memory.peak
@@ -211,7 +221,8 @@ def lookup() -> dict[str, Any]:
             one(torch.randn(1, width))
         counts.append(counted.count)
     figures = {"lookup_max_diff": worst, "lookup_flops_ratio": round(counts[1] / counts[0], 4)}
-    figures["lookup_speed_1024"] = round(speed(both[0], both[1], width), 2)
+    codes = {form: ffn_code(form, config) for form in ("swiglu", "lookup")}
+    figures["lookup_speed_1024"] = round(speed(config, codes), 2)
     return figures | fitted()
 
 
@@ -346,29 +357,30 @@ def perplexity(model: Transformer) -> float:
 
 
 class WeightBytes(TorchDispatchMode):
-    """Counts the bytes of weights that kernels read for each token: chosen rows, or a matrix."""
+    """Counts the bytes of weights that kernels read for a token: chosen rows, or a matrix."""
 
     bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name == "sparse_sampled_addmm":  # a row of weights for each wanted value
-            self.bytes += args[0].values().numel() * args[2].shape[0] * args[2].element_size()
-        elif "embedding_bag" in name:
-            self.bytes += args[1].numel() * args[0].shape[1] * args[0].element_size()
-        out = func(*args, **(kwargs or {}))
-        if "linear" in name or name == "mm":
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name == "index_select":
+            self.bytes += out.numel() * out.element_size()
+        elif "linear" in name or name == "mm":
             self.bytes += out.numel() * args[0].shape[-1] * (2 if "fp16" in name else 4)
         return out
 
 
-def speed(dense: nn.Module, sparse: nn.Module, width: int) -> float:
-    """Return the time of one token with `dense` over that with `sparse`, as in a worker.
+def speed(config: ModelConfig, codes: dict[str, Any]) -> float:
+    """Return the time of one token with the first of two forms over that with the second.
 
     Weights are in bfloat16, and cycle through several copies, so that they come from memory.
     """
+    width = config.hidden_size
     copies = max(2, (64 << 20) // (6 * width * width))
-    sets = [[in_worker(one, width) for one in (dense, sparse)] for _ in range(copies)]
+    sets = [
+        [InWorker(with_weights(ffn.make(form, config, width)), codes[form]) for form in codes]
+        for _ in range(copies)
+    ]
     x_TD, times = torch.randn(1, width), ([], [])
     for _ in range(max(3, 200 // copies)):
         for pair in sets:
@@ -376,18 +388,66 @@ def speed(dense: nn.Module, sparse: nn.Module, width: int) -> float:
                 start = time.perf_counter()
                 one(x_TD)
                 seconds.append(time.perf_counter() - start)
-    dense_seconds, sparse_seconds = (sorted(one)[len(one) // 2] for one in times)
-    return dense_seconds / sparse_seconds
+    first, second = (sorted(one)[len(one) // 2] for one in times)
+    return first / second
 
 
-def in_worker(module: nn.Module, width: int) -> nn.Module:
-    """Return a copy of an FFN with random weights, packed as a worker does it."""
-    holder = nn.Module()
+class InWorker:
+    """An FFN as a worker runs it for one token, with compiled code if there is code."""
+
+    def __init__(self, module: nn.Module, code: Any) -> None:
+        self.packed, self.code = in_worker(module), code
+        self.state = list(compiled.state_of(self.packed).values())
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return self.code.boxed_run([*self.state, x_TD])[0] if self.code else self.packed(x_TD)
+
+
+@torch.inference_mode(mode=False)
+def ffn_code(form: str, config: ModelConfig) -> Any:
+    """Compile an FFN-C for one token with the worker's options, or return None for other forms."""
+    if form not in compiled.FORMS:
+        return None
+    with torch.device("meta"):
+        module = in_worker(ffn.make(form, config, config.hidden_size), by_handle)
+    module.to_empty(device="cpu").requires_grad_(False)
+    inputs = list(compiled.state_of(module).values()), torch.zeros(1, config.hidden_size)
+    with tempfile.TemporaryDirectory(prefix="tolhouse-related-") as folder:
+        set_compiler_folder(f"{folder}/inductor")
+        compiled.write_code(Stateless(module), inputs, path := Path(folder) / "code.pt2")
+        return compiled.load_code(path)
+
+
+class Stateless(nn.Module):
+    """A module as a function of its state and its input."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        names = list(compiled.state_of(module))
+        named = functools.partial(zip, names, strict=True)
+        self.call = lambda state, x_TD: functional_call(module, dict(named(state)), (x_TD,))
+
+    def forward(self, state: list[Tensor], x_TD: Tensor) -> Tensor:
+        return self.call(state, x_TD)
+
+
+def with_weights(module: nn.Module) -> nn.Module:
+    """Return the module with random weights in bfloat16 that keep the scale of its input."""
     for p in module.parameters():
-        p.data = torch.randn(p.shape).bfloat16() / width**0.5
-    holder.mlp = gathered(module)
+        p.data = (torch.randn(p.shape) * p.shape[-1] ** -0.5).bfloat16()
+    return module
+
+
+def in_worker(
+    module: nn.Module,
+    make: Callable[..., nn.Module] = lambda w, b: linear(w, b, CPU, torch.float32),
+) -> nn.Module:
+    """Return a copy of an FFN whose matrices are packed as in a worker."""
+    holder = nn.Module()
+    holder.mlp = gathered(copy.deepcopy(module), torch.bfloat16)
     for name, child in list(holder.named_modules()):
         if isinstance(child, nn.Linear):
-            packed = linear(child.weight, child.bias, CPU, torch.float32)
-            holder.set_submodule(name, packed)
+            holder.set_submodule(name, make(child.weight, child.bias))
+    for p in holder.parameters():  # the tables of lookup
+        p.data = p.float()
     return holder.mlp

@@ -82,6 +82,28 @@ def test_both_kinds_of_blocks_of_a_converted_model_are_compiled(tmp_path: Path) 
     check_equal(compiled, *(engine_of(path, rows) for _ in range(2)))
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"ffn_c": "moc", "ffn_share": 0.3},  # 29 channels, which eight does not divide
+        {"ffn_c": "avgk", "ffn_blocks": 12, "ffn_share": 0.25},
+    ],
+    ids=lambda form: form["ffn_c"],
+)
+def test_compiled_code_reads_the_chosen_channels(form: dict, tmp_path: Path) -> None:
+    """Compiled steps of the sparse forms of FFN-C equal uncompiled ones, and a sequence has the
+    same bits alone and in a batch."""
+    path = tiny_model(tmp_path / "m", "flex", 3, **form)
+    compiled = compiled_for(open_checkpoint(path), tmp_path / "cache")
+    assert compiled.wait()
+    rows = RandomRows(open_checkpoint(path).config.num_rows, 96)
+    plain, faster = (engine_of(path, rows) for _ in range(2))
+    check_equal(compiled, plain, faster)
+    lengths = 20, 5, 33
+    alone = torch.cat([decoded(faster, [length]) for length in lengths])
+    assert torch.equal(alone, decoded(faster, list(lengths)))
+
+
 class RowsOfLayers(RandomRows):
     """Random rows of some layers alone, as the table of a converted model has them."""
 

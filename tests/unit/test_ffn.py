@@ -311,10 +311,11 @@ def test_a_budget_that_a_form_cannot_have_is_refused() -> None:
             tensor_shapes(preset("tiny", "flex", beta, **form))
 
 
-def test_a_worker_says_that_a_form_decodes_uncompiled(form: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["flashmhf", "lookup"])
+def test_a_worker_says_that_a_form_decodes_uncompiled(form: str, tmp_path: Path) -> None:
     """Compiling the decode step is refused, and the error names the form."""
     from tolhouse.engine.cpu.compiled import compile_decode
 
-    config = preset("tiny", "flex", 3, **form)
-    with pytest.raises(InvalidArgumentError, match=f"FFN-C {form['ffn_c']} decodes uncompiled"):
-        compile_decode(config, torch.float32, tmp_path)
+    checkpoint = open_checkpoint(tiny_model(tmp_path / "m", "flex", 3, ffn_c=form))
+    with pytest.raises(InvalidArgumentError, match=f"FFN-C {form} decodes uncompiled"):
+        compile_decode(checkpoint, torch.float32, tmp_path)

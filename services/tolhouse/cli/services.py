@@ -54,7 +54,7 @@ def compile_(settings: config.CompileConfig, checkpoint: Path, background: bool)
     if background:
         end_with_parent()
     dtype = torch_dtype(settings.dtype, torch.device("cpu"))
-    click.echo(compile_decode(open_checkpoint(checkpoint).config, dtype, settings.compile_cache))
+    click.echo(compile_decode(open_checkpoint(checkpoint), dtype, settings.compile_cache))
 
 
 @click.command()

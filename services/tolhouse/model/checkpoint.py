@@ -51,6 +51,7 @@ from tolhouse.model.weights import DTYPES, WEIGHTS, Weights
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+_FFN_C = re.compile(r"model\.layers\.\d+\.mlp\.")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -72,6 +73,13 @@ class Checkpoint:
     @property
     def tokenizer_id(self) -> str:
         return tokenizer_id(self.path / TOKENIZER)
+
+    @property
+    def ffn_dtype(self) -> torch.dtype:
+        """The dtype of all stored weights of FFN-C, or float32 if there are several or none."""
+        stored = self.weights.tensors.items()
+        found = {tensor.dtype for name, tensor in stored if _FFN_C.match(name)}
+        return DTYPES[found.pop()] if len(found) == 1 else torch.float32
 
     def skeleton(self, ffn_m: bool = True, embedding: bool = True) -> Transformer:
         """Return the model without weights, and optionally without FFN-M or the input embedding."""

@@ -34,7 +34,9 @@ from torch.func import functional_call
 from tolhouse.config import set_compiler_folder
 from tolhouse.engine import attention
 from tolhouse.engine.attention import AttentionMetadata, PagedKVCache
+from tolhouse.engine.cpu import gathered as sparse
 from tolhouse.engine.cpu import packed
+from tolhouse.engine.cpu.gathered import gathered
 from tolhouse.errors import InternalError, InvalidArgumentError
 from tolhouse.logs import event, log
 from tolhouse.model import ffn, transformer
@@ -42,6 +44,7 @@ from tolhouse.model.checkpoint import Checkpoint
 from tolhouse.model.config import ModelConfig
 from tolhouse.model.transformer import Block, Transformer
 
+FORMS = "linear", "swiglu", "moc", "avgk"  # of FFN-C
 SEQUENCES = {"alone": 1, "several": 3}  # the compiler specialises code for one sequence
 DIGESTS = "digests.json"  # the SHA-256 digests of all files of code
 _END_SECONDS = 10.0  # the time that a terminated compiler has to remove its files
@@ -61,7 +64,7 @@ class CompiledDecode:
 
     @cached_property
     def folder(self) -> Path:
-        return cache_folder(self.cache) / key(self.checkpoint.config, self.dtype)
+        return cache_folder(self.cache) / key(self.checkpoint, self.dtype)
 
     def start(self) -> None:
         self._thread.start()
@@ -92,11 +95,8 @@ class CompiledDecode:
         try:
             if not _is_complete(self.folder):
                 self._compile()
-            # `aoti_load_package` wraps this class, but imports the compiler of torch.
-            loader = torch._C._aoti.AOTIModelPackageLoader  # noqa: SLF001
             for name, layer in itertools.product(SEQUENCES, kinds(self.checkpoint.config)):
-                file = str(self.folder / file_name(name, layer))
-                self.code[name, layer] = loader(file, "model", False, 1, -1)
+                self.code[name, layer] = load_code(self.folder / file_name(name, layer))
         except (OSError, RuntimeError, InvalidArgumentError) as error:
             if not self._stopped:
                 reason = str(error).strip().rpartition("\n")[2]
@@ -137,7 +137,7 @@ class DecodeBlock(nn.Module):
     def __init__(self, block: Block, layer: int, compiled: CompiledDecode) -> None:
         super().__init__()
         self.block, self.layer, self.compiled = block, layer, compiled
-        self.state = list(_state(block).values())
+        self.state = list(state_of(block).values())
         config = compiled.checkpoint.config
         self.has_row, self.kind = bool(config.num_rows), alike(config, layer)
 
@@ -162,15 +162,18 @@ class DecodeBlock(nn.Module):
         return run.boxed_run([*self.state, x_TD, *rope, *cache.layer(self.layer), *row])[0]
 
 
-def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -> Path:
-    """Compile the decode step of a model shape if necessary, and return the folder with the code.
+def compile_decode(checkpoint: Checkpoint, dtype: torch.dtype, cache: str | Path) -> Path:
+    """Compile the decode step of a checkpoint if necessary, and return the folder with the code.
+
+    Checkpoints share the code if their shapes and the dtypes of FFN-C are the same.
 
     One process at a time compiles in `cache`. Other processes wait and use its result.
     """
-    if config.kind == "flex" and config.ffn_c not in ("linear", "swiglu"):
-        rule = "code is compiled for linear and swiglu"
+    config = checkpoint.config
+    if config.kind == "flex" and config.ffn_c not in FORMS:
+        rule = f"code is compiled for {', '.join(FORMS)}"
         raise InvalidArgumentError(f"FFN-C {config.ffn_c} decodes uncompiled: {rule}")
-    folder = cache_folder(cache) / key(config, dtype)
+    folder = cache_folder(cache) / key(checkpoint, dtype)
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -184,7 +187,7 @@ def compile_decode(config: ModelConfig, dtype: torch.dtype, cache: str | Path) -
             for left in folder.parent.glob("compiling-*"):  # folders of killed processes
                 shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix="compiling-") as work:
-                _compile(config, dtype, Path(work), folder)
+                _compile(checkpoint, dtype, Path(work), folder)
     finally:
         os.close(lock)
     return folder
@@ -215,12 +218,13 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _compile(config: ModelConfig, dtype: torch.dtype, work: Path, folder: Path) -> None:
+def _compile(checkpoint: Checkpoint, dtype: torch.dtype, work: Path, folder: Path) -> None:
     warnings.simplefilter("ignore")
+    layers = kinds(checkpoint.config)
     set_compiler_folder(f"{work}/inductor")
     try:
-        for (name, sequences), layer in itertools.product(SEQUENCES.items(), kinds(config)):
-            _export(config, dtype, sequences, layer, work / file_name(name, layer))
+        for (name, sequences), layer in itertools.product(SEQUENCES.items(), layers):
+            _export(checkpoint, dtype, sequences, layer, work / file_name(name, layer))
     except RuntimeError as error:
         reason = str(error).strip().rpartition("\n")[2]
         raise InternalError(f"compiling needs a C++ compiler such as g++: {reason}") from None
@@ -250,13 +254,15 @@ def file_name(name: str, layer: int) -> str:
 
 
 def _export(
-    config: ModelConfig, dtype: torch.dtype, sequences: int, number: int, path: Path
+    checkpoint: Checkpoint, dtype: torch.dtype, sequences: int, number: int, path: Path
 ) -> None:
     """Compile the decode step of block `number`, for one sequence or for two and more."""
+    config = checkpoint.config
     with torch.device("meta"):
-        block = Block(config, number)
+        block = Block(config, number).to(dtype)
+        block.mlp = gathered(block.mlp, checkpoint.ffn_dtype)
     packed.pack(block, packed.by_handle)  # no weights: handles identify the linear layers
-    block.to_empty(device="cpu").to(dtype).requires_grad_(False)
+    block.to_empty(device="cpu").requires_grad_(False)
     pages = PagedKVCache(config, 2 * sequences, torch.device("cpu"), dtype)
     count = torch.zeros(sequences, dtype=torch.int64)
     tables_BC = torch.arange(2 * sequences).view(sequences, 2)
@@ -266,15 +272,26 @@ def _export(
     spans_3B = torch.ones(3, sequences, dtype=torch.int64)
     layer = [keys, values, count, count.clone(), tables_BC, spans_3B]
     row = [x_TD.clone()] * bool(config.num_rows)
-    inputs = list(_state(block).values()), x_TD, rope, layer, row
+    inputs = list(state_of(block).values()), x_TD, rope, layer, row
     tokens = {0: torch.export.Dim("T", min=2, max=1 << 20)} if sequences > 1 else {}
     blocks, width = torch.export.Dim("blocks", min=2), torch.export.Dim("C", min=2)
     spans = {1: tokens[0]} if tokens else {}
     tables: list[Any] = [{0: blocks}, {0: blocks}, tokens, tokens, {**tokens, 1: width}, spans]
     shapes: Any = [{} for _ in inputs[0]], tokens, [tokens] * 2, tables, [tokens] * len(row)
-    exported = torch.export.export(_Decode(block), inputs, dynamic_shapes=shapes)
+    write_code(_Decode(block), inputs, path, shapes)
+
+
+def write_code(module: nn.Module, inputs: tuple[Any, ...], path: Path, shapes: Any = None) -> None:
+    """Compile a module for inputs of these shapes. `shapes` says which sizes may differ."""
+    exported = torch.export.export(module, inputs, dynamic_shapes=shapes)
     package = torch._inductor.aoti_compile_and_package  # noqa: SLF001 - the documented name
     package(exported, package_path=str(path), inductor_configs=_OPTIONS)
+
+
+def load_code(path: Path) -> Any:
+    # `aoti_load_package` wraps this class, but imports the compiler of torch.
+    loader = torch._C._aoti.AOTIModelPackageLoader  # noqa: SLF001
+    return loader(str(path), "model", False, 1, -1)
 
 
 class _Decode(nn.Module):
@@ -283,7 +300,7 @@ class _Decode(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.call = lambda *args: functional_call(block, *args)  # hides the state of the block
-        self.names = list(_state(block))
+        self.names = list(state_of(block))
 
     def forward(
         self,
@@ -309,7 +326,7 @@ class _Layer:
         return attention.streamed(q_THE, keys, values, tables_BC, spans_3B)
 
 
-def _state(block: nn.Module) -> dict[str, Tensor]:
+def state_of(block: nn.Module) -> dict[str, Tensor]:
     """Return the state that differs between blocks: norms, and handles of packed matrices."""
     return dict(sorted([*block.named_parameters(), *block.named_buffers()]))
 
@@ -330,14 +347,18 @@ def _digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def key(config: ModelConfig, dtype: torch.dtype) -> str:
-    """Return a digest of what the code depends on: shape, sources, compiler and processor."""
+def key(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
+    """Return a digest of what the code depends on.
+
+    This is the shape, the dtype of FFN-C, sources, compiler and processor.
+    """
     lines: list[str] = []
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     flags = (line for line in lines if line.startswith(("flags", "Features")))
     processor = next(flags, torch.backends.cpu.get_cpu_capability())
-    modules = transformer, ffn, attention, packed, sys.modules[__name__]
+    modules = transformer, ffn, attention, packed, sparse, sys.modules[__name__]
     parts = [inspect.getsource(module) for module in modules]
-    parts += [json.dumps(config.to_json()), str(dtype), torch.__version__, processor]
+    parts += [json.dumps(checkpoint.config.to_json()), str(dtype), str(checkpoint.ffn_dtype)]
+    parts += [torch.__version__, processor]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()

@@ -135,7 +135,7 @@ def load(
     for number, block in enumerate(cast("Iterable[Block]", model.layers)):
         checkpoint.load(block, f"layers.{number}.")
         if device.type == "cpu":
-            block.mlp = gathered(block.mlp)
+            block.mlp = gathered(block.mlp, checkpoint.ffn_dtype)
         pack(block, lambda weight, bias: linear(weight, bias, device, dtype))
     model.set_submodule("lm_head", linear(checkpoint.tensor(HEAD), None, device, dtype))
     if embedding:
