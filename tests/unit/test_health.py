@@ -104,6 +104,25 @@ def test_a_peer_stays_down_until_it_answers(tracked: Callable[..., PeerHealth]) 
     assert 3 == len(peers.probed)
 
 
+def test_a_failure_during_a_probe_is_newer_than_its_answer(
+    tracked: Callable[..., PeerHealth], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A suspected peer whose call fails while it is probed stays down, and is probed again."""
+    peers = Peers(own=[0.01, 0.01, 0.01, 0.01, 0.01, None])
+    answer = peers.probe
+
+    def probe(name: str) -> bool:
+        if len(peers.probed) == 4:
+            health.report_down(name, "timed out")
+        return answer(name)
+
+    monkeypatch.setattr(peers, "probe", probe)
+    health = tracked(peers)
+    health.report_slow("own")
+    wait_until(lambda: len(peers.probed) > 7)
+    assert frozenset({"own"}) == health.unhealthy
+
+
 def test_a_failure_soon_after_recovery_keeps_the_probe_interval(
     tracked: Callable[..., PeerHealth],
 ) -> None:

@@ -138,9 +138,12 @@ class PeerHealth:
             except Exception:  # noqa: BLE001 - the thread must continue after a defect
                 log.exception("probing %s %s failed", self._kind, name)
             with self._changed:
+                known = self._peers.get(name)
                 if state == "gone":
                     self.forget(name)
-                elif name in self._peers:  # unless it was forgotten in the meantime
+                elif known and (known.state != "down" or peer.state == "down"):
+                    # Otherwise it was forgotten in the meantime, or a call failed after the probe
+                    # had begun, and the next probe is due at once.
                     pause = min(2 * peer.pause, self._longest)
                     due = self._clock() + (self._longest if state == "up" else pause)
                     self._become(name, _Peer(state, due, pause))
