@@ -230,7 +230,7 @@ class TrainConfig(Config):
     ffn_m: Literal["swiglu", "moc", "avgk", "flashmhf", "lookup"] = option(
         "swiglu", "Form of FFN-M."
     )
-    ffn_share: float = option(0.25, "moc, avgk: share of channels that a token reads.", gt=0)
+    ffn_share: float = option(0.25, "moc, avgk: share of channels that a token reads.", gt=0, le=1)
     ffn_blocks: int = option(16, "avgk: blocks of channels.", ge=1)
     ffn_heads: int = option(4, "flashmhf: heads.", ge=1)
     ffn_bits: int = option(4, "lookup: bits of a code; a table has 2 ** bits rows.", ge=1, le=16)
@@ -253,8 +253,12 @@ class GatesConfig(Config):
 
     text: Path = option(..., "Text file, or folder of them; the last tenth is held out.")
     out: Path = option(..., "File of the gates, for `worker --kv-gate`.")
-    kv_sinks: int = option(4, "First tokens that are always kept, as in the worker.", ge=0)
-    kv_window: int = option(256, "Last tokens that are always kept, as in the worker.", ge=1)
+    kv_sinks: int = option(
+        4, "First tokens that are always kept, as in the worker.", ge=0, lt=2**31
+    )
+    kv_window: int = option(
+        256, "Last tokens that are always kept, as in the worker.", ge=1, lt=2**31
+    )
     sequence_tokens: int = option(
         1024, "Tokens of a training sequence, at most the context of the model.", ge=1
     )
@@ -369,8 +373,12 @@ class WorkerConfig(Server, Caller, CompileConfig):
     kv_policy: Literal["full", "window", "score", "compressive", "summary"] = option(
         "full", "Which tokens of a sequence the KV cache keeps."
     )
-    kv_sinks: int = option(4, "First tokens that `window`, `score` and `compressive` keep.", ge=0)
-    kv_window: int = option(256, "Last tokens that `window`, `score` and `compressive` keep.", ge=1)
+    kv_sinks: int = option(
+        4, "First tokens that `window`, `score` and `compressive` keep.", ge=0, lt=2**31
+    )
+    kv_window: int = option(
+        256, "Last tokens that `window`, `score` and `compressive` keep.", ge=1, lt=2**31
+    )
     kv_keep_share: float = option(
         0.5, "Share of the middle of a prompt that `score` keeps.", ge=0, le=1
     )
@@ -573,6 +581,8 @@ def set_ray_defaults(*, local: bool) -> None:
     """Set variables that Ray reads on import, unless they are set."""
     if local:  # otherwise Ray writes a token to the home folder, which may not exist
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
+    else:  # a try takes half a minute if the cluster ends meanwhile, and Ray would make twenty
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     # Do not hide GPUs from tasks without a GPU. This silences a warning.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -143,6 +143,11 @@ def test_memory_is_explained_in_the_shell(checkpoint: Path) -> None:
         (("train", "tiny", "--kind", "flex", "--out", "x"), 1, "beta is 1, 2 or 3"),
         (("train", "tiny", "--ffn-c", "swiglu", "--out", "x"), 1, "is for kind flex"),
         (("train", "tiny", "--kind", "base", "--ffn-m", "moc"), 1, "a base model has none"),
+        (
+            ("train", "tiny", "--ffn-m", "moc", "--ffn-share", "1.5"),
+            1,
+            "--ffn-share (TOLHOUSE_TRAIN_FFN_SHARE): Input should be less than or equal to 1",
+        ),
         (("tables", "list", "--store", "nowhere"), 1, "not understood"),
         (("tables", "list", "--store", ""), 1, "no store given"),
         (("fetch", "a b", "1"), 1, "not allowed"),

@@ -597,6 +597,19 @@ def test_an_older_answer_is_dropped(page: Page) -> None:
     expect(page.locator("#map .token-text")).to_have_text(["def"])
 
 
+def test_details_of_an_older_selection_do_not_move_the_focus(page: Page) -> None:
+    """A selected token whose details are known cancels the request for those of another."""
+    held: list[Route] = []
+    page.locator("#map .column").first.click()
+    expect(page.locator("#detail .key")).to_have_count(3)
+    page.route("**/explore/tokens/*", lambda route: held.append(route))
+    with page.expect_event("requestfailed", lambda request: "/explore/tokens/" in request.url):
+        page.keyboard.press("End")
+        wait_until(lambda: page.evaluate("0") or held, "the request")
+        page.keyboard.press("Home")
+    expect(page.locator("#detail .key")).to_have_count(3)
+
+
 def test_texts_that_are_too_long(page: Page) -> None:
     """The page says what to do, shows no old result, and keeps the text."""
     unavailable = "The completion is not available."

@@ -426,6 +426,15 @@ def test_a_failure_of_ray_is_one_line(
     assert not done.stdout
 
 
+def test_an_address_that_does_not_answer_is_no_cluster(checkpoint: Path, tmp_path: Path) -> None:
+    """A build does not wait for Ray, which would retry for minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        done = tolhouse(f"{quick_build(checkpoint, tmp_path)} --ray-address {address}", code=1)
+    message = f"error: no Ray cluster at {address}: no answer within "
+    assert done.stderr.splitlines()[-1].startswith(message)
+
+
 def test_messages_of_ray_do_not_reach_stdout(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

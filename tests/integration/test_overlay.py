@@ -413,6 +413,36 @@ def test_appended_rows_can_be_edited(
     np.testing.assert_array_equal(rows, store.rows(both, ids(last)))
 
 
+def test_appended_rows_of_another_model_are_refused(
+    checkpoint: Path, larger: Path, store: Store, parent: Manifest, tmp_path: Path
+) -> None:
+    """Rows can be appended twice if the larger checkpoint has the rows that were appended before.
+    If it has other ones, or if one of them or every row of the table is edited, it is refused."""
+
+    def more(name: str, earlier: Path, count: int) -> Path:
+        model = open_checkpoint(earlier).model()
+        model.config = replace(model.config, summary_tokens=0, summary_segment=0)
+        added = with_summary_tokens(model, count, 16)
+        save_checkpoint(tmp_path / name, added, checkpoint / "tokenizer.json")
+        return tmp_path / name
+
+    made = edited(store, "--append", larger)
+    first, size = store.rows(made, ids(*made.changed)), made.vocab_size
+    twice = edited(store, "--append", more("twice", larger, 1), table=made.ref)
+    assert (parent.ref, 3, size + 1) == (twice.parent, twice.appended, twice.vocab_size)
+    np.testing.assert_array_equal(first, store.rows(twice, ids(*made.changed)))
+    other = more("other", checkpoint, 3)
+    differs = "is not what the model computes"
+    assert differs in refused(store, "--append", other, table=made.ref)
+    changed = edited(store, "--scale", f"{size - 1}=2", table=made.ref)
+    assert differs in refused(store, "--append", tmp_path / "twice", table=changed.ref)
+    every = np.arange(parent.vocab_size, dtype=np.uint32)
+    whole = make_overlay(store, parent.ref, every, 2 * store.rows(parent, every))
+    assert "are edited, so none can be compared" in refused(
+        store, "--append", larger, table=whole.ref
+    )
+
+
 def test_rows_of_another_model_are_not_appended(
     checkpoint: Path, larger: Path, store: Store, parent: Manifest, tmp_path: Path
 ) -> None:

@@ -105,8 +105,9 @@ def test_a_run_resumes_from_its_last_save(small: Recipe, text: Path, tmp_path: P
 
 @pytest.mark.timeout(600)
 def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
-    """`tolhouse train` gives the checkpoint of a complete run after it was killed and restarted."""
-    command = f"train tiny --no-compile --steps 120 --corpus {text} --out"
+    """`tolhouse train` gives the checkpoint of a complete run after it was killed and restarted.
+    The model card has the form of FFN-M."""
+    command = f"train tiny --ffn-m moc --no-compile --steps 120 --corpus {text} --out"
     tolhouse(command, tmp_path / "whole")
     killed = tmp_path / "killed"
     popen = start(command, killed)
@@ -122,6 +123,7 @@ def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (killed / WEIGHTS).read_bytes()
     card = (killed / "README.md").read_text(encoding="utf-8")
     assert "tolhouse train tiny --out" in card
+    assert "| kind | memory, FFN-M moc |" in card
     assert "--steps 120 --no-compile" in card
     _, ids = corpus.prepare(text, killed, 4096, 128)
     held_out = evaluate(open_checkpoint(killed).model(), ids)

@@ -160,6 +160,21 @@ def test_attach(tmp_path, kind, fields):
         assert torch.equal(expected, model(IDS).logits)
 
 
+@pytest.mark.parametrize("form", ["swiglu", "moc", "avgk", "flashmhf", "lookup"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_attach_in_16_bits(tmp_path, form, dtype):
+    """A model in 16 bits takes the table of its checkpoint, whatever the form of FFN-M."""
+    path, store = tiny_model(tmp_path / "model", ffn_m=form), f"file://{tmp_path}/tables"
+    build_table(path, store, name="model")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    attachment = attach(model, store, "model")
+    assert model(IDS).logits.isfinite().all()
+    attachment.detach()
+    build_table(tiny_model(tmp_path / "other", ffn_m=form, seed=1), store, name="other")
+    with pytest.raises(MismatchError, match="rows of another model"):
+        attach(model, store, "other")
+
+
 def test_attach_refuses(folder, tmp_path):
     """A table of another model, or of another shape, and a model without rows are refused."""
     store = f"file://{tmp_path}/tables"
@@ -369,6 +384,20 @@ def test_training_on_two_processes(tmp_path):
         assert torch.allclose(one, other, atol=1e-5), name
 
 
+def test_forms_are_trained(folder, tmp_path):
+    """A new model has the forms of the options, is trained, and is continued."""
+    (tmp_path / "text").write_text("def add(a, b): return a + b\n" * 20, encoding="utf-8")
+    model = {"preset": "tiny", "kind": "flex", "beta": 3, "tokenizer": str(folder)}
+    forms = {"ffn_c": "moc", "ffn_share": 0.5, "ffn_m": "lookup", "ffn_bits": 5}
+    common = {"text": str(tmp_path / "text"), "sequence_tokens": 16}
+    for number, more in enumerate((model | forms, {"checkpoint": str(tmp_path / "0")})):
+        out = tmp_path / str(number)
+        options = Options(output_dir=str(out), max_steps=1, use_cpu=True, report_to=[])
+        run_training(ModelOptions(**common, **more), options)
+        config = open_checkpoint(out).config
+        assert forms == {field: getattr(config, field) for field in forms}
+
+
 def test_training_refuses(folder, tmp_path):
     """Options that contradict each other, and a missing text, are one-line errors."""
     common = {"text": str(folder / "none"), "checkpoint": str(folder)}
@@ -378,6 +407,11 @@ def test_training_refuses(folder, tmp_path):
         ({"preset": "tiny"}, 1, "give either --checkpoint or --preset"),
         ({"checkpoint": "", "preset": "tiny"}, 1, "needs a --tokenizer"),
         ({"text": str(folder / "config.json"), "sequence_tokens": 4000}, 1, "fewer than 4000"),
+        (
+            {"checkpoint": "", "preset": "tiny", "tokenizer": str(folder), "ffn_m": "moe"},
+            1,
+            "ffn_m: Input should be 'swiglu', 'moc'",
+        ),
     ):
         options = Options(output_dir=str(tmp_path), max_steps=steps or -1, use_cpu=True)
         with pytest.raises(TolhouseError, match=message):

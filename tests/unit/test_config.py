@@ -129,3 +129,12 @@ def test_a_quantity_is_a_finite_number(value: str) -> None:
             if field.annotation is float and (name, value) != ("row_scale", "-1"):
                 with pytest.raises(InvalidArgumentError, match=config.variable(kind, name)):
                     config.load(kind, required(kind) | {name: value})
+
+
+@pytest.mark.parametrize("option", ["kv_sinks", "kv_window"])
+@pytest.mark.parametrize("kind", [config.WorkerConfig, config.GatesConfig])
+def test_numbers_of_places_fit_64_bits(kind: type[config.Config], option: str) -> None:
+    """The engine adds them to places in 64 bits, so larger numbers are refused at the start."""
+    assert config.load(kind, required(kind) | {option: str(2**31 - 1)})
+    with pytest.raises(InvalidArgumentError, match="less than 2147483648"):
+        config.load(kind, required(kind) | {option: str(2**63)})

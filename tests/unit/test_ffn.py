@@ -15,7 +15,7 @@ from tolhouse.engine.row_providers import CachedRows
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint, save_checkpoint, tensor_shapes
 from tolhouse.model.config import preset
-from tolhouse.model.ffn import make, silu
+from tolhouse.model.ffn import make, silu, top
 from tolhouse.model.generate import greedy
 from tolhouse.model.losses import evaluate
 from tolhouse.model.transformer import Transformer
@@ -24,6 +24,7 @@ from tolhouse.train.recipes import recipe
 from tolhouse.train.trainer import Trainer, initialise
 from torch import Tensor, nn
 
+from loadtest.related_ffn import PeakBytes
 from tests.engines import CPU, Request, engine_of, serve
 
 SHARES = (0.25, 1.0)
@@ -199,7 +200,7 @@ def test_a_form_has_the_parameters_of_a_swiglu(form: dict) -> None:
 def test_a_form_without_channels_is_not_explained(form: str, tmp_path: Path) -> None:
     """`tolhouse explain` refuses a form whose FFN-M has no keys."""
     path = tiny_model(tmp_path, "memory", ffn_m=form)
-    with pytest.raises(InvalidArgumentError, match=f"FFN-M of the form {form} has no keys"):
+    with pytest.raises(InvalidArgumentError, match=f"form {form} has no keys; .* are swiglu, moc"):
         explain_text(open_checkpoint(path), "def", 2, 2)
 
 
@@ -234,6 +235,51 @@ def test_silu_is_as_exact_as_its_dtype(dtype: torch.dtype) -> None:
     torch.testing.assert_close(silu(x).double(), expected, **tolerance)
 
 
+@pytest.mark.parametrize("form", [f for f in FORMS if f["ffn_c"] in ("moc", "avgk")], ids=name)
+def test_the_first_of_equal_scores_are_chosen(form: dict, tmp_path: Path) -> None:
+    """If channels or blocks have equal keys, the module and the worker take the first ones."""
+    path = tiny_model(tmp_path / "some", "flex", 3, **form)
+    model, blocks = open_checkpoint(path).model(), form.get("ffn_blocks", 96)
+    for block in model.layers:
+        keys_BSD = block.mlp.gate_proj.weight.unflatten(0, (blocks, -1))
+        block.mlp.gate_proj.weight.data = keys_BSD[torch.arange(blocks) % 3].flatten(0, 1)
+    save_checkpoint(tmp_path / "equal", model, path / "tokenizer.json")
+    checkpoint = open_checkpoint(tmp_path / "equal")
+    own, worker = checkpoint.model().layers, load(checkpoint, CPU, torch.float32).layers
+    for layer in range(len(own)):
+        expected = torch.stack([formula(own[layer].mlp, form, x_D) for x_D in X]).float()
+        for layers in (own, worker):
+            with torch.inference_mode():
+                difference = layers[layer].mlp(X) - expected
+            assert difference.abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exactly_as_many_scores_are_chosen(dtype: torch.dtype) -> None:
+    """The first of the largest scores are chosen, as many as asked for, even if some are equal,
+    infinite or not a number."""
+    scores = torch.randint(-3, 3, (50, 11)).to(dtype)
+    for active in (1, 4, 11):
+        order = scores.float().sort(dim=-1, descending=True, stable=True).indices[:, :active]
+        assert torch.equal(top(scores, active), torch.zeros(50, 11).scatter(1, order, 1).bool())
+        scores[:, 3], scores[:, 5] = torch.inf, torch.nan
+        assert (top(scores, active).sum(1) == active).all()
+        scores[:, 3], scores[:, 5] = 0, 0
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+def test_heads_need_less_memory_than_a_swiglu(heads: int) -> None:
+    """With as many parameters, the activations of all heads together are smaller than a
+    SwiGLU's."""
+    config, peaks = preset("tiny", "flex", 3, ffn_c="flashmhf", ffn_heads=heads), []
+    for form in ("flashmhf", "swiglu"):
+        ffn = make(form, config, 96)
+        with torch.inference_mode(), PeakBytes() as memory:
+            ffn(X)
+        peaks.append(memory.peak)
+    assert peaks[0] < 0.9 * peaks[1]
+
+
 def test_channels_that_are_not_chosen_may_overflow() -> None:
     """A channel that is infinite and not chosen does not change the output."""
     mlp = make("moc", preset("tiny", "flex", 3, ffn_c="moc"), 96)
@@ -257,7 +303,8 @@ def test_a_budget_that_a_form_cannot_have_is_refused() -> None:
     for beta, form, message in (
         (2, {"ffn_c": "flashmhf"}, "needs at least the parameters of a SwiGLU with 68 channels"),
         (3, {"ffn_c": "flashmhf", "ffn_heads": 5}, "ffn_heads 5 must divide hidden_size 96"),
-        (1, {"ffn_c": "lookup", "ffn_bits": 8}, "ffn_bits 8 has no table within"),
+        (3, {"ffn_c": "flashmhf", "ffn_experts": 25}, "ffn_experts 25 must be at most 24 with"),
+        (1, {"ffn_c": "lookup", "ffn_bits": 8}, "ffn_bits 8 must be at most 6, .* of 32 channels"),
         (1, {"ffn_c": "avgk", "ffn_blocks": 33}, "ffn_blocks 33 must be at most .*, 32"),
     ):
         with pytest.raises(InvalidArgumentError, match=message):

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tolhouse.engine.kv_policy import Compressive
 from tolhouse.errors import InvalidArgumentError
 from tolhouse.model.checkpoint import open_checkpoint
+from tolhouse.model.config import preset
 from tolhouse.testing import process, tiny_model
 from tolhouse.train.gates import GatedMemory, loss_of, train_gates
 from tolhouse.worker.run import gate_of
@@ -136,3 +138,13 @@ def test_unsuitable_options_are_refused(
     (line,) = ended.stderr.splitlines()
     assert message in line
     assert not out.exists()
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "float8_e4m3fn", "int32"])
+def test_gates_of_another_type_are_refused(dtype: str, tmp_path: Path) -> None:
+    """Gates are numbers of a common type. The error says which types are allowed."""
+    shape, file = preset("tiny", "base"), tmp_path / "gates"
+    size = shape.num_hidden_layers, shape.num_attention_heads
+    save_file({"gate": torch.ones(size).to(getattr(torch, dtype))}, file)
+    with pytest.raises(InvalidArgumentError, match=f"gates are {dtype}; allowed are float32,"):
+        gate_of(str(file), shape)

@@ -85,7 +85,8 @@ def coefficients(model: Transformer, layer: int, ids_T: Tensor | None = None) ->
     ids_T = torch.arange(model.config.vocab_size) if ids_T is None else ids_T
     ffn = cast("ContextFreeFFN", model.ffn_m[layer])
     if not isinstance(ffn.mlp, SwiGLU):
-        raise InvalidArgumentError(f"FFN-M of the form {model.config.ffn_m} has no keys")
+        allowed = "forms with keys are swiglu, moc and avgk"
+        raise InvalidArgumentError(f"FFN-M of the form {model.config.ffn_m} has no keys; {allowed}")
     parts = ids_T.split(_BATCH_TOKENS)
     return torch.cat([ffn.mlp.coefficients(ffn.norm(model.x0(part))) for part in parts])
 

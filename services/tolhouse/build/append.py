@@ -12,7 +12,7 @@ from tolhouse.store.base import Store
 from tolhouse.store.overlay import append_rows, check_count
 from tolhouse.table.manifest import Manifest
 
-_COMPARED = 1024  # rows that the table and the checkpoint have in common
+_COMPARED = 1024  # rows that the table and the checkpoint have in common, and of appended ones
 
 
 def append(store: Store, over: str, checkpoint: Path) -> Manifest:
@@ -20,8 +20,9 @@ def append(store: Store, over: str, checkpoint: Path) -> Manifest:
 
     Raises:
         InvalidArgumentError: The checkpoint has no further ids or too many, or the table is of low
-            rank.
+            rank or has only edited rows.
         MismatchError: The checkpoint has other blocks, or other rows of the ids of the table.
+            Edited rows are not compared, unless they were appended.
         NotFoundError: The table or the checkpoint is missing.
     """
     manifest = registry.resolve(store, over)
@@ -39,10 +40,20 @@ def append(store: Store, over: str, checkpoint: Path) -> Manifest:
         has = f"{source.vocab_size} token ids, and {manifest.ref} has {first}"
         raise InvalidArgumentError(f"{source.name} has no ids to append: it has {has}")
     check_count(source.vocab_size - first + len(manifest.changed))
-    own = np.setdiff1d(np.arange(first, dtype=np.uint32), manifest.changed)
-    random = np.random.default_rng(int(manifest.version, 16))
-    same = np.sort(random.choice(own, min(_COMPARED, len(own)), replace=False))
-    verify_source(source, manifest, store, same.astype(np.uint32))
+    # An overlay does not say which appended rows were edited. Those of another model have to be
+    # refused, so all of them are compared.
+    ids, random = np.arange(first), np.random.default_rng(int(manifest.version, 16))
+    earlier, appended = np.split(ids, [first - manifest.appended])
+    same = np.concatenate(
+        [
+            random.choice(own, min(_COMPARED, len(own)), replace=False)
+            for own in (np.setdiff1d(earlier, manifest.changed), appended)
+        ]
+    )
+    if not len(same):
+        why = "so none can be compared with the checkpoint; append before you edit"
+        raise InvalidArgumentError(f"all rows of {manifest.ref} are edited, {why}")
+    verify_source(source, manifest, store, np.sort(same).astype(np.uint32))
     rows = source.rows(np.arange(first, source.vocab_size))
     identity = source.model_id(), source.tokenizer_id, source.name
     return append_rows(store, manifest.ref, rows, *identity)

@@ -47,7 +47,7 @@ from tolhouse.table.manifest import MAX_FREQUENT, Manifest, check_name, content_
 from tolhouse.train.corpus import documents, is_held_out, standard_library
 
 _OBJECT_STORE_BYTES = 80 << 20  # small, because tasks return only digests
-_CONNECT_SECONDS = 5
+_CONNECT_SECONDS = 10
 _START_TRIES = 3
 _LOOK_SECONDS = 1.0  # the pause between checks for new nodes of the cluster
 _SAMPLE_CHARS = 4_000_000  # counted in a few seconds, evenly over all documents
@@ -379,10 +379,10 @@ def _check_cluster(address: str) -> None:
     Ray itself retries for half a minute and reports neither problem.
     """
     host, port = split_address(address.removeprefix("ray://"))
+    hint = "unset RAY_ADDRESS to build on this machine"
     try:
         socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
-        hint = "unset RAY_ADDRESS to build on this machine"
         reason = f"{error.strerror or error}; {hint}"
         raise UnavailableError(f"no Ray cluster at {address}: {reason}") from None
     metadata = [("authorization", f"Bearer {token}")] if (token := ray_token()) else []
@@ -392,6 +392,9 @@ def _check_cluster(address: str) -> None:
         try:
             call(b"", timeout=_CONNECT_SECONDS, metadata=metadata)
         except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                reason = f"no answer within {_CONNECT_SECONDS} s; {hint}"
+                raise UnavailableError(f"no Ray cluster at {address}: {reason}") from None
             # Ignore other errors, because the address may use TLS or the protocol of Ray's client.
             if error.code() != grpc.StatusCode.UNAUTHENTICATED:
                 return

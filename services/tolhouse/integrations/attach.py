@@ -7,6 +7,7 @@
 Each forward pass fetches the rows of its distinct tokens once, before the first layer runs.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -284,9 +285,11 @@ class FFNAttachment(Attachment):
         if any(p.is_meta for layer in parts for p in layer.ffn_m.parameters()):
             return self._rows_source().rows(ids)
         tokens = torch.from_numpy(ids)[None].to(text.embed_tokens.weight.device)
-        own = [text.embed_tokens(tokens)[None]] if self.manifest.blocks[0] == "x0" else []
-        rows = torch.cat([*own, text.rows_of(tokens)])
-        return rows[:, 0].movedim(0, 1).float().cpu().numpy()
+        x0_TD = text.embed_tokens(tokens[0]).float()
+        own = [x0_TD] if self.manifest.blocks[0] == "x0" else []
+        # In float32, as a table is computed. In 16 bits, forms of FFN-M choose other channels.
+        rows = own + [copy.deepcopy(layer.ffn_m).float()(x0_TD) for layer in parts]
+        return torch.stack(rows, 1).cpu().numpy()
 
 
 def attach(

@@ -44,6 +44,14 @@ class ModelOptions:
     preset: str = field(default="", metadata={"help": "Size of a new model: tiny, 250m, ..."})
     kind: str = field(default="memory", metadata={"help": "base, memory, flex or wide."})
     beta: int = field(default=0, metadata={"help": "flex: 1, 2 or 3."})
+    ffn_c: str = field(default="linear", metadata={"help": "flex: form of FFN-C."})
+    ffn_m: str = field(default="swiglu", metadata={"help": "Form of FFN-M."})
+    ffn_share: float = field(default=0.25, metadata={"help": "moc, avgk: share of channels."})
+    ffn_by: str = field(default="gate", metadata={"help": "moc: gate or activation."})
+    ffn_blocks: int = field(default=16, metadata={"help": "avgk: blocks of channels."})
+    ffn_heads: int = field(default=4, metadata={"help": "flashmhf: heads."})
+    ffn_experts: int = field(default=3, metadata={"help": "flashmhf: networks of a head."})
+    ffn_bits: int = field(default=4, metadata={"help": "lookup: bits of a code."})
     tokenizer: str = field(default="", metadata={"help": "Folder of a tokenizer."})
     sequence_tokens: int = field(default=0, metadata={"help": "Default: the model's context."})
 
@@ -132,6 +140,7 @@ def _model(options: ModelOptions, vocab_size: int, end: int) -> Any:
     if options.checkpoint:
         return AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype="float32")
     fields: dict[str, Any] = {"vocab_size": vocab_size, "eos_token_id": end}
+    fields |= {name: value for name, value in vars(options).items() if name.startswith("ffn_")}
     shape = preset(options.preset, options.kind, options.beta, **fields)
     return AutoModelForCausalLM.from_config(MemoryLLMConfig(**shape.to_json()), dtype="float32")
 

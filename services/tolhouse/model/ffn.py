@@ -8,6 +8,7 @@ Shapes: T tokens, D hidden size, M channels, K chosen channels, E size of a head
 """
 
 from collections.abc import Callable
+from functools import lru_cache, reduce
 from typing import Any, cast
 
 import torch
@@ -69,7 +70,7 @@ class MoC(SwiGLU):
     def coefficients(self, x_TD: Tensor) -> Tensor:
         gate_TM = self.gate_proj(x_TD)
         c_TM = silu(gate_TM) * self.up_proj(x_TD)
-        return only(c_TM, top_channels(gate_TM, self.active, self.by))
+        return torch.where(top_channels(gate_TM, self.active, self.by), c_TM, 0.0)
 
 
 class AvgK(SwiGLU):
@@ -89,8 +90,9 @@ class AvgK(SwiGLU):
     def coefficients(self, x_TD: Tensor) -> Tensor:
         gate_TM = self.gate_proj(x_TD)
         blocks_TB = gate_TM.unflatten(-1, (self.blocks, -1)).mean(-1)  # products with the mean keys
-        chosen = channels_of(top(blocks_TB, self.active), gate_TM.shape[-1] // self.blocks)
-        return only(silu(gate_TM) * self.up_proj(x_TD), chosen)
+        size = gate_TM.shape[-1] // self.blocks
+        chosen_TM = top(blocks_TB, self.active).repeat_interleave(size, -1)
+        return torch.where(chosen_TM, silu(gate_TM) * self.up_proj(x_TD), 0.0)
 
 
 class FlashMHF(nn.Module):
@@ -108,6 +110,9 @@ class FlashMHF(nn.Module):
         # Both projections and the routers have parameters too.
         width = (3 * intermediate_size - 2 * size - experts) // (3 * experts)
         if width < 1:
+            if (most := (3 * intermediate_size - 2 * size) // 4) > 0:
+                rule = f"must be at most {most} with the parameters of {intermediate_size} channels"
+                raise InvalidArgumentError(f"ffn_experts {experts} {rule}")
             least = -(-(2 * size + 4 * experts) // 3)
             rule = f"needs at least the parameters of a SwiGLU with {least} channels"
             raise InvalidArgumentError(f"flashmhf {rule}, not {intermediate_size}: raise beta")
@@ -134,10 +139,12 @@ class FlashMHF(nn.Module):
 
     def _head(self, head: int, q_TE: Tensor) -> Tensor:
         # The sigmoids divided by their sum, which is not zero even if all of them are.
-        shares = F.logsigmoid(self.routers[head](q_TE)).softmax(-1).unbind(-1)
-        networks = zip(shares, cast("nn.ModuleList", self.heads[head]), strict=True)
-        outs = (share_T[:, None] * network(q_TE) for share_T, network in networks)
-        return sum(outs, torch.zeros_like(q_TE))
+        shares_TN = F.logsigmoid(self.routers[head](q_TE)).softmax(-1)
+        out_TE = torch.zeros_like(q_TE, dtype=shares_TN.dtype)
+        networks = cast("nn.ModuleList", self.heads[head])
+        for share_T, network in zip(shares_TN.unbind(-1), networks, strict=True):
+            out_TE.addcmul_(share_T[:, None], network(q_TE))  # in place, to use less memory
+        return out_TE
 
 
 class LookupFFN(nn.Module):
@@ -148,13 +155,16 @@ class LookupFFN(nn.Module):
     def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
         super().__init__()
         size, self.bits = config.hidden_size, config.ffn_bits
-        most_tables = 3 * intermediate_size >> self.bits  # without a projection
-        self.padded = 1 << (max(size, most_tables * self.bits, self.BLOCK) - 1).bit_length()
-        weights = 3 * intermediate_size * size - self.STAGES * self.padded * self.BLOCK
-        self.num_tables = weights // (size << self.bits)
+        self.padded, self.num_tables = self.sizes(size, intermediate_size, self.bits)
         if self.num_tables < 1:
-            rule = f"has no table within the parameters of {intermediate_size} channels"
-            raise InvalidArgumentError(f"ffn_bits {self.bits} {rule}")
+            most = self.bits - 1
+            while most and self.sizes(size, intermediate_size, most)[1] < 1:
+                most -= 1
+            rule = f"must be at most {most}, for a table within"
+            if not most:
+                rule = "has no table within"
+            parameters = f"the parameters of {intermediate_size} channels"
+            raise InvalidArgumentError(f"ffn_bits {self.bits} {rule} {parameters}")
         self.blocks = nn.Parameter(torch.empty(self.STAGES * self.padded, self.BLOCK))
         self.tables = nn.Parameter(torch.empty(self.num_tables << self.bits, size))
 
@@ -168,14 +178,24 @@ class LookupFFN(nn.Module):
         score_TN = score_TN.to(self.tables.dtype)
         return F.embedding_bag(rows_TN, self.tables, mode="sum", per_sample_weights=score_TN)
 
+    @classmethod
+    def sizes(cls, size: int, intermediate_size: int, bits: int) -> tuple[int, int]:
+        """Return the size of the projection, and the number of tables within the parameters."""
+        most_tables = 3 * intermediate_size >> bits  # without a projection
+        padded = 1 << (max(size, most_tables * bits, cls.BLOCK) - 1).bit_length()
+        weights = 3 * intermediate_size * size - cls.STAGES * padded * cls.BLOCK
+        return padded, weights // (size << bits)
+
     def project(self, x_TD: Tensor) -> Tensor:
         """Return the projections [T, tables, bits], by block-diagonal and Hadamard matrices."""
-        # In float32, because rounding changes signs and so rows.
-        x_TP = F.pad(x_TD.float(), (0, self.padded - x_TD.shape[-1]))
+        # In float32, because rounding changes signs and so rows. Fewer than 8 tokens would be added
+        # in another order, and a token must have the same bits alone and in a batch.
+        tokens, size = x_TD.shape
+        x_TP = F.pad(x_TD.float(), (0, self.padded - size, 0, max(0, 8 - tokens)))
         for blocks in self.blocks.float().view(self.STAGES, -1, self.BLOCK, self.BLOCK):
-            x_TP = (x_TP.unflatten(-1, (-1, 1, self.BLOCK)) * blocks).sum(-1).flatten(-2)
-            x_TP = hadamard(x_TP)
-        return x_TP[:, : self.num_tables * self.bits].unflatten(-1, (-1, self.bits))
+            x_NTB = x_TP.unflatten(-1, (-1, self.BLOCK)).transpose(0, 1)
+            x_TP = hadamard((x_NTB @ blocks.mT).transpose(0, 1).flatten(-2))
+        return x_TP[:tokens, : self.num_tables * self.bits].unflatten(-1, (-1, self.bits))
 
 
 def initialise(module: nn.Module, normal: Callable[..., Any] = nn.init.normal_) -> None:
@@ -188,12 +208,21 @@ def initialise(module: nn.Module, normal: Callable[..., Any] = nn.init.normal_) 
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Multiply x [..., P] with the orthogonal Hadamard matrix. P is a power of two."""
-    size, span = x.shape[-1], 1
-    while span < size:
-        low, high = x.unflatten(-1, (-1, 2, span)).unbind(-2)
-        x, span = torch.stack((low + high, low - high), -2).flatten(-3), 2 * span
-    return x * size**-0.5
+    """Multiply x [..., P] with the orthogonal Hadamard matrix. P is a power of two.
+
+    The matrix is the Kronecker product of two smaller ones, and multiplies with each of them.
+    """
+    bits = x.shape[-1].bit_length() - 1
+    rows, columns = (_hadamard_matrix(n, x.device) for n in (bits // 2, bits - bits // 2))
+    return (rows @ (x.unflatten(-1, (len(rows), -1)) @ columns)).flatten(-2)
+
+
+@lru_cache
+@torch.inference_mode(mode=False)
+def _hadamard_matrix(bits: int, device: torch.device) -> Tensor:
+    """Return the orthogonal Hadamard matrix of size 2^bits, in float32."""
+    factor = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=device)
+    return reduce(torch.kron, [factor] * bits, torch.ones(1, 1, device=device)) / 2 ** (bits / 2)
 
 
 def count(share: float, size: int) -> int:
@@ -202,24 +231,20 @@ def count(share: float, size: int) -> int:
 
 
 def top_channels(gate_TM: Tensor, active: int, by: str) -> Tensor:
-    """Return the `active` channels [T, K] with the largest gate, or magnitude of SiLU(gate)."""
+    """Return the mask [T, M] of the `active` channels with the largest gate, or |SiLU(gate)|."""
     return top(gate_TM if by == "gate" else silu(gate_TM).abs(), active)
 
 
 def top(score_TN: Tensor, active: int) -> Tensor:
-    """Return the indices [T, active] of the largest scores, in ascending order."""
-    return score_TN.topk(active, sorted=False).indices.sort().values
+    """Return the mask [T, N] of the `active` largest scores. Of equal scores, the first are taken.
 
-
-def channels_of(blocks_TB: Tensor, size: int) -> Tensor:
-    """Return the channels [T, K] of blocks of `size` channels."""
-    within = torch.arange(size, device=blocks_TB.device)
-    return (blocks_TB[..., None] * size + within).flatten(-2)
-
-
-def only(c_TM: Tensor, channels_TK: Tensor) -> Tensor:
-    """Return the coefficients, with zeros for channels that are not in `channels_TK`."""
-    return torch.zeros_like(c_TM).scatter(-1, channels_TK, c_TM.gather(-1, channels_TK))
+    `topk` takes any of them, and 16-bit scores are often equal.
+    """
+    least_T1 = score_TN.topk(active, sorted=False).values.amin(-1, keepdim=True)
+    above_TN = score_TN > least_T1
+    equal_TN = ~(above_TN | (score_TN < least_T1))  # all of them if a score is not a number
+    room_T1 = active - above_TN.sum(-1, keepdim=True)
+    return above_TN | (equal_TN & (equal_TN.cumsum(-1) <= room_T1))
 
 
 _FORMS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {

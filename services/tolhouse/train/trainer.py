@@ -289,8 +289,9 @@ def train_checkpoint(name: str, options: TrainConfig) -> None:
     total, active = parameter_counts(trainer.model)
     tokens, seen = len(ids[0]), steps * chosen.step_tokens
     beta = f", beta {config.beta}, FFN-C {config.ffn_c}" if config.kind == "flex" else ""
+    ffn_m = "" if config.ffn_m == "swiglu" else f", FFN-M {config.ffn_m}"
     facts = {
-        "kind": f"{config.kind}{beta}",
+        "kind": f"{config.kind}{beta}{ffn_m}",
         "shape": f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
         f"{config.num_attention_heads} heads, K = {config.intermediate_size}, "
         f"vocabulary {config.vocab_size} (tied, {config.vocab_size * config.hidden_size:,} "

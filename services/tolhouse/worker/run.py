@@ -39,6 +39,7 @@ from tolhouse.worker.service import WorkerService
 from tolhouse.worker.table_watcher import TableWatcher
 
 NAME = "tolhouse.v1.Generation"
+_GATE_DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16  # of a file of gates
 STEP_TOKENS = {"cpu": 512, "cuda": 2048}  # a GPU needs more tokens for the same use of its units
 
 
@@ -153,6 +154,10 @@ def _gate_in(file: str, options: str) -> Tensor:
             gate_NH = opened.get_tensor("gate")
     except (OSError, SafetensorError) as error:
         raise InvalidArgumentError(f"--kv-gate {file}: {error}") from None
+    if gate_NH.dtype not in _GATE_DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _GATE_DTYPES)
+        what = str(gate_NH.dtype).removeprefix("torch.")
+        raise InvalidArgumentError(f"--kv-gate {file}: gates are {what}; allowed are {allowed}")
     if options and trained and options != trained:
         hint = "the gates were trained with other options: use the same for the worker"
         event(hint, logging.WARNING, file=file, trained=trained, used=options)

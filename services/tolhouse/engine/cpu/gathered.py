@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tolhouse.model.ffn import AvgK, MoC, channels_of, silu, top, top_channels
+from tolhouse.model.ffn import AvgK, MoC, silu, top, top_channels
 
 
 class GatheredMoC(nn.Module):
@@ -29,7 +29,7 @@ class GatheredMoC(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate_TM = self.gate_proj(x_TD)
-        channels_TK = top_channels(gate_TM, self.active, self.by)
+        channels_TK = chosen(top_channels(gate_TM, self.active, self.by), self.active)
         gate_TK = gate_TM.gather(1, channels_TK)
         c_TK = silu(gate_TK) * products(x_TD, self.up_MD, channels_TK)
         return weighted_sums(c_TK, self.down_MD, channels_TK)
@@ -49,7 +49,8 @@ class GatheredAvgK(nn.Module):
         self.mean_keys.weight = nn.Parameter(keys_BD, requires_grad=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        channels_TK = channels_of(top(self.mean_keys(x_TD), self.active), self.size)
+        blocks_TB = chosen(top(self.mean_keys(x_TD), self.active), self.active)
+        channels_TK = (blocks_TB[..., None] * self.size + torch.arange(self.size)).flatten(1)
         gate_TK = products(x_TD, self.gate_MD, channels_TK)
         c_TK = silu(gate_TK) * products(x_TD, self.up_MD, channels_TK)
         return weighted_sums(c_TK, self.down_MD, channels_TK)
@@ -67,6 +68,12 @@ def gathered(ffn: nn.Module | None, dtype: torch.dtype) -> nn.Module | None:
 
 def _rows(weight_MD: Tensor, dtype: torch.dtype) -> nn.Buffer:
     return nn.Buffer(weight_MD.detach().to(dtype).contiguous())
+
+
+def chosen(mask_TM: Tensor, active: int) -> Tensor:
+    """Return the indices [T, K] of the true values, in ascending order: `active` of each token."""
+    count = mask_TM.shape[0] * active  # `len` would compile the code for one number of tokens
+    return torch.nonzero_static(mask_TM, size=count)[:, 1].view(-1, active)
 
 
 def products(x_TD: Tensor, weight_MD: Tensor, channels_TK: Tensor) -> Tensor:

@@ -224,8 +224,10 @@ function drawDetail() {
   const focused = $("detail").contains(document.activeElement);
   if (shown) $("detail").replaceChildren(...detailOf(shown, found));
   if (shown && focused) $("detail").querySelector("h2").focus();
-  if (found) report("detail");
-  else if (peeked !== null || selected.norms) {
+  if (found) {
+    fetchDetail.cancel(); // its answer would redraw the panel and move the focus
+    report("detail");
+  } else if (peeked !== null || selected.norms) {
     fetchDetail(id).catch(error => report("detail", error, drawDetail));
   }
 }
