@@ -71,10 +71,9 @@ def _rows(weight_MD: Tensor, dtype: torch.dtype) -> nn.Buffer:
 
 
 def chosen(mask_TM: Tensor, active: int) -> Tensor:
-    """Return the indices [T, K] of the `active` true values of each token, in ascending order."""
-    if torch.compiler.is_exporting():  # the compiler must know the number of indices
-        return mask_TM.byte().topk(active, sorted=False).indices.sort().values
-    return mask_TM.nonzero()[:, 1].view(len(mask_TM), -1)
+    """Return the indices [T, K] of the true values, in ascending order: `active` of each token."""
+    count = mask_TM.shape[0] * active  # `len` would compile the code for one number of tokens
+    return torch.nonzero_static(mask_TM, size=count)[:, 1].view(-1, active)
 
 
 def products(x_TD: Tensor, weight_MD: Tensor, channels_TK: Tensor) -> Tensor:
