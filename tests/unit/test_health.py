@@ -104,22 +104,23 @@ def test_a_peer_stays_down_until_it_answers(tracked: Callable[..., PeerHealth]) 
     assert 3 == len(peers.probed)
 
 
+@pytest.mark.parametrize(("state", "probes"), [("slow", 5), ("down", 1)])
 def test_a_failure_during_a_probe_is_newer_than_its_answer(
-    tracked: Callable[..., PeerHealth], monkeypatch: pytest.MonkeyPatch
+    state: str, probes: int, tracked: Callable[..., PeerHealth], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A suspected peer whose call fails while it is probed stays down, and is probed again."""
-    peers = Peers(own=[0.01, 0.01, 0.01, 0.01, 0.01, None])
+    """A peer whose call fails while it is probed is down, and is probed again."""
+    peers = Peers(own=[0.01] * probes + [None])
     answer = peers.probe
 
     def probe(name: str) -> bool:
-        if len(peers.probed) == 4:
+        if len(peers.probed) == probes - 1:
             health.report_down(name, "timed out")
         return answer(name)
 
     monkeypatch.setattr(peers, "probe", probe)
     health = tracked(peers)
-    health.report_slow("own")
-    wait_until(lambda: len(peers.probed) > 7)
+    getattr(health, f"report_{state}")("own")
+    wait_until(lambda: len(peers.probed) > probes + 2)
     assert frozenset({"own"}) == health.unhealthy
 
 

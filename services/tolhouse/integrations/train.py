@@ -29,7 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tolhouse.errors import InvalidArgumentError, TolhouseError
 from tolhouse.integrations.transformers import MemoryLLMConfig
-from tolhouse.model.config import preset
+from tolhouse.model.config import ModelConfig, preset
 from tolhouse.train.corpus import documents
 
 _SHUFFLED = 1000  # windows in the buffer from which the next one is drawn
@@ -44,14 +44,22 @@ class ModelOptions:
     preset: str = field(default="", metadata={"help": "Size of a new model: tiny, 250m, ..."})
     kind: str = field(default="memory", metadata={"help": "base, memory, flex or wide."})
     beta: int = field(default=0, metadata={"help": "flex: 1, 2 or 3."})
-    ffn_c: str = field(default="linear", metadata={"help": "flex: form of FFN-C."})
-    ffn_m: str = field(default="swiglu", metadata={"help": "Form of FFN-M."})
-    ffn_share: float = field(default=0.25, metadata={"help": "moc, avgk: share of channels."})
-    ffn_by: str = field(default="gate", metadata={"help": "moc: gate or activation."})
-    ffn_blocks: int = field(default=16, metadata={"help": "avgk: blocks of channels."})
-    ffn_heads: int = field(default=4, metadata={"help": "flashmhf: heads."})
-    ffn_experts: int = field(default=3, metadata={"help": "flashmhf: networks of a head."})
-    ffn_bits: int = field(default=4, metadata={"help": "lookup: bits of a code."})
+    ffn_c: str = field(default=ModelConfig.ffn_c, metadata={"help": "flex: form of FFN-C."})
+    ffn_m: str = field(default=ModelConfig.ffn_m, metadata={"help": "Form of FFN-M."})
+    ffn_share: float = field(
+        default=ModelConfig.ffn_share, metadata={"help": "moc, avgk: share of channels."}
+    )
+    ffn_by: str = field(default=ModelConfig.ffn_by, metadata={"help": "moc: gate or activation."})
+    ffn_blocks: int = field(
+        default=ModelConfig.ffn_blocks, metadata={"help": "avgk: blocks of channels."}
+    )
+    ffn_heads: int = field(default=ModelConfig.ffn_heads, metadata={"help": "flashmhf: heads."})
+    ffn_experts: int = field(
+        default=ModelConfig.ffn_experts, metadata={"help": "flashmhf: networks of a head."}
+    )
+    ffn_bits: int = field(
+        default=ModelConfig.ffn_bits, metadata={"help": "lookup: bits of a code."}
+    )
     tokenizer: str = field(default="", metadata={"help": "Folder of a tokenizer."})
     sequence_tokens: int = field(default=0, metadata={"help": "Default: the model's context."})
 

@@ -141,9 +141,9 @@ class PeerHealth:
                 known = self._peers.get(name)
                 if state == "gone":
                     self.forget(name)
-                elif known and (known.state != "down" or peer.state == "down"):
-                    # Otherwise it was forgotten in the meantime, or a call failed after the probe
-                    # had begun, and the next probe is due at once.
+                elif known:  # unless it was forgotten in the meantime
+                    if known is not peer and known.state == "down":
+                        state = "down"  # a call has failed since the probe began
                     pause = min(2 * peer.pause, self._longest)
                     due = self._clock() + (self._longest if state == "up" else pause)
                     self._become(name, _Peer(state, due, pause))

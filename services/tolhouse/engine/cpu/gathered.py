@@ -109,8 +109,10 @@ def weighted_sums(c_TK: Tensor, weight_MD: Tensor, channels_TK: Tensor) -> Tenso
 
 def _widened(weight_MD: Tensor, channels_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Return the chosen rows [U, D] in float32, and the places [T, K] of channels in them."""
-    used_U, places_TK = channels_TK.unique(return_inverse=True)
-    return weight_MD.index_select(0, used_U).float(), places_TK
+    used_M = torch.zeros(len(weight_MD), dtype=torch.bool)
+    used_M[channels_TK.flatten()] = True
+    places_M = used_M.cumsum(0) - 1
+    return weight_MD.index_select(0, used_M.nonzero()[:, 0]).float(), places_M[channels_TK]
 
 
 def _unrolled(x_TK: Tensor) -> tuple[Tensor, ...]:

@@ -132,10 +132,11 @@ def load(
     it is packed as the head, and also kept as stored for the few rows that a step reads.
     """
     model = checkpoint.skeleton(ffn_m=False, embedding=False)
+    ffn_dtype = checkpoint.ffn_dtype
     for number, block in enumerate(cast("Iterable[Block]", model.layers)):
         checkpoint.load(block, f"layers.{number}.")
         if device.type == "cpu":
-            block.mlp = gathered(block.mlp, checkpoint.ffn_dtype)
+            block.mlp = gathered(block.mlp, ffn_dtype)
         pack(block, lambda weight, bias: linear(weight, bias, device, dtype))
     model.set_submodule("lm_head", linear(checkpoint.tensor(HEAD), None, device, dtype))
     if embedding:
