@@ -60,6 +60,9 @@ class Paced:
         self.until = max(time.perf_counter(), started + first) + (LAYERS - 1) * first
         return torch.zeros(tokens, 1)
 
+    def move(self, step: list[ScheduledChunk]) -> None:
+        """There are no keys and values to move."""
+
     def logits(self, hidden_TD: Tensor) -> Tensor:
         self.wait()
         return hidden_TD

@@ -147,7 +147,7 @@ class Engine:
         if runner.rows.table:
             self.histograms[-1].observe(runner.rows.wait_seconds - waited)
         hidden_TD = runner.finish(launched, staged)
-        runner.pages.move(step)
+        runner.move(step)
         self._prefetch(step, runner.rows)
         ends = np.cumsum([chunk.count for chunk in step]).tolist()
         last = {c.sequence: end - 1 for c, end in zip(step, ends, strict=True) if c.samples}

@@ -50,6 +50,10 @@ class Runner:
         rows = self.rows.decode(staged)
         return self.model.hidden(step.ids, step.positions, step.view, rows, step.first)
 
+    def move(self, step: list[ScheduledChunk]) -> None:
+        """Move the places that policies keep of segments that end in a step."""
+        self.pages.move(step)
+
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Return the logits [T, V] of text tokens for hidden states [T, D]."""
         return self.model.lm_head(hidden_TD)[:, : self.model.config.text_vocab_size]
