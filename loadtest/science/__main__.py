@@ -90,6 +90,13 @@ def plot(found: dict[str, list[tuple[float, float]]], name: str) -> None:
     plt.close(figure)
 
 
+def compared() -> str:
+    """The table of all kinds and forms, and their order for each seed, from the stored curves."""
+    runs = (*kinds.KINDS, *kinds.FORMS)
+    text, _ = kinds.table(2, runs)
+    return f"{text}\n\n{kinds.orders(2, runs)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.science",
@@ -108,8 +115,7 @@ def main() -> None:
         path = Path("models") / name
         plot(curves(Model(path), options.tokens), name)
         print(f"\n{summary(survey(open_checkpoint(path), 64, 20_000))}", flush=True)
-    text, _ = kinds.table(2)
-    print(f"\n{text}\n\n{kinds.orders(2)}\n", flush=True)
+    print(f"\n{compared()}\n", flush=True)
     check.run(options.tokens)
 
 
