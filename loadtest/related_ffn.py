@@ -148,7 +148,7 @@ def flashmhf() -> dict[str, Any]:
     config = preset("tiny", "flex", 3, hidden_size=1024, ffn_c="flashmhf", ffn_experts=4)
     peaks = {}
     for name in ("swiglu", "flashmhf"):
-        one, x_TD = in_worker(ffn.make(name, config, 1024)), torch.randn(512, 1024)
+        one, x_TD = in_worker(with_weights(ffn.make(name, config, 1024))), torch.randn(512, 1024)
         with PeakBytes() as memory:
             one(x_TD)
         peaks[name] = memory.peak

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loadtest.related import failures
-from loadtest.related_ffn import difference
+from loadtest.related_ffn import difference, flashmhf
 from loadtest.related_retrieval import BODY, NEEDLE, NEEDLES, TOKENS, texts
 
 
@@ -24,6 +24,13 @@ def test_figures_out_of_bounds_are_named() -> None:
     assert [] == failures({**good, "moc_half_loss": 0.1})
     bad = {"a_diff": 2e-5, "b_diff": float("nan"), "c_equal": 0.9, "d_equal": False}
     assert [*bad] == failures({**good, **bad})
+
+
+def test_flashmhf_is_measured() -> None:
+    """The benchmark's figures of flashmhf are in bounds, and its peak is below that of SwiGLU."""
+    figures = flashmhf()
+    assert [] == failures(figures)
+    assert figures["flashmhf_peak_ratio"] < 1
 
 
 @pytest.mark.parametrize("place", [1, 12, 21])
