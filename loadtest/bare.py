@@ -146,9 +146,9 @@ class Socket:
     def rows(self, ids: np.ndarray, row_bytes: int = ROW_BYTES) -> np.ndarray:
         """Fetch rows [len(ids), row_bytes], valid until the next call."""
         request = np.array([len(ids), row_bytes, *ids.tolist()], "<u4")
-        self._socket.sendall(request)
+        self._socket.sendall(request.data)
         rows = self._rows[: len(ids) * row_bytes]
-        view = memoryview(rows)
+        view = rows.data
         while view:
             view = view[self._socket.recv_into(view, 0, socket.MSG_WAITALL) :]
         return rows.reshape(len(ids), row_bytes)
@@ -163,6 +163,7 @@ def server(kind: Literal["bare", "naive", "tcp", "unix"], host: Host) -> Iterato
     pipe = {"stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     with folder, host.call(subprocess.Popen, command, **pipe) as process:
         try:
+            assert process.stdout
             found = process.stdout.readline().strip()
             yield found if kind == "unix" else f"{host.address}:{found}"
         finally:

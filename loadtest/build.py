@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -121,7 +122,11 @@ def main() -> None:
     quick = parser.parse_args().quick
     layers, vocabulary, rounds = (2, 12_288, 2) if quick else (4, 16_384, 5)
     set_ray_defaults(local=True)
-    shape = {"hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 16}
+    shape: dict[str, Any] = {
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_attention_heads": 16,
+    }
     with tempfile.TemporaryDirectory(prefix="tolhouse-") as name, redis_server() as redis_url:
         folder = Path(name)
         path = folder / "model"

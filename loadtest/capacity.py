@@ -78,7 +78,9 @@ class Served:
     def from_memory(self) -> float:
         """The number of rows that the service has served from its hot rows so far."""
         text = open_url(f"http://{self.running.ready['metrics']}/metrics", 10).read().decode()
-        return float(re.search(r'lookup_rows_total{source="hot"} (\S+)', text)[1])
+        found = re.search(r'lookup_rows_total{source="hot"} (\S+)', text)
+        assert found
+        return float(found[1])
 
     def compare(self, batches: list[np.ndarray], title: str) -> Compared:
         """Fetch each batch from the service and from Redis in turn."""
@@ -91,11 +93,11 @@ class Served:
                     theirs += self.mget(batch)
         rows = sum(map(len, batches))
         size = rows * self.manifest.record_bytes
-        hot, read = (self.from_memory() - hot) / rows, (self.device_bytes() - read) / size
-        found = Compared(rows / ours, rows / theirs, hot, read)
+        hot_share, device = (self.from_memory() - hot) / rows, (self.device_bytes() - read) / size
+        found = Compared(rows / ours, rows / theirs, hot_share, device)
         print(
             f"  {title:24} service {found.service:8.0f} rows/s   Redis {found.redis:8.0f} rows/s   "
-            f"{found.service / found.redis:5.2f}x   hot {hot:.3f}   device {read:.3f}"
+            f"{found.service / found.redis:5.2f}x   hot {found.hot:.3f}   device {found.device:.3f}"
         )
         return found
 
@@ -115,7 +117,9 @@ class Served:
 def _proc(pid: int, file: str, field: str) -> int:
     """A number in a file of /proc/PID."""
     text = Path(f"/proc/{pid}/{file}").read_text(encoding="utf-8")
-    return int(re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE)[1])
+    found = re.search(rf"^{field}:\s+(\d+)", text, re.MULTILINE)
+    assert found
+    return int(found[1])
 
 
 def drop_page_cache(folder: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from tolhouse.testing import wait_until
@@ -46,7 +47,12 @@ def memory_limited(limit: int) -> Iterator[MemoryGroup | None]:
         yield group
     finally:
         if group:
-            wait_until(lambda: group.folder.rmdir() is None, f"removal of {group.folder}")
+            wait_until(partial(_remove, group.folder), f"removal of {group.folder}")
+
+
+def _remove(folder: Path) -> bool:
+    folder.rmdir()
+    return True
 
 
 def _make(version: int, folder: Path, limit: int) -> MemoryGroup | None:

@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 
@@ -56,6 +56,15 @@ def medians(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[st
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def decode_in_numpy(manifest: Manifest, records: np.ndarray) -> np.ndarray:
+    return manifest.decode(records).astype(np.float32)
+
+
+def fetch_next(client: Client, manifest: Manifest, batches: Iterator[np.ndarray]) -> torch.Tensor:
+    records = client.rows.fetch_records(manifest, next(batches))
+    return decode(torch.from_numpy(records), manifest)
+
+
 def on_threads(count: int, work: Callable[[], object]) -> Callable[[], object]:
     def run() -> None:
         torch.set_num_threads(count)
@@ -73,14 +82,16 @@ def alone(rounds: int) -> None:
     print(f"batches of {BUILT_TOGETHER} rows for encoding and {IDS} for decoding")
     columns = f"{'bytes':>9}{'encode':>9}{'(ns/value)':>12}{'numpy':>9}"
     print(f"  {'':6}{columns}{'torch, 1 thread':>18}{'2 threads':>12}")
-    encoders = {name: lambda c=codec: c.encode(many) for name, codec in CODECS.items()}
+    encoders: dict[str, Callable[[], object]] = {
+        name: partial(codec.encode, many) for name, codec in CODECS.items()
+    }
     encoding = medians(encoders, max(3, rounds // 10))
     contenders: dict[str, Callable[[], object]] = {}
     for name in CODECS:
         manifest = manifest_of(name)
         records = manifest.encode(ids, batch)
         tensor = torch.from_numpy(records)
-        contenders[f"{name} numpy"] = lambda m=manifest, r=records: m.decode(r).astype(np.float32)
+        contenders[f"{name} numpy"] = partial(decode_in_numpy, manifest, records)
         for threads in (1, 2):
             contenders[f"{name} {threads}"] = on_threads(threads, partial(decode, tensor, manifest))
     decoding = medians(contenders, rounds)
@@ -113,9 +124,7 @@ def fetched(rounds: int, host: Host) -> dict[str, dict[str, float]]:
                 contenders: dict[str, Callable[[], object]] = {}
                 for manifest in manifests:
                     ids = iter(chosen)
-                    contenders[manifest.codec_name] = lambda m=manifest, i=ids: decode(
-                        torch.from_numpy(client.rows.fetch_records(m, next(i))), m
-                    )
+                    contenders[manifest.codec_name] = partial(fetch_next, client, manifest, ids)
                 found[how] = medians(contenders, rounds)
     return found
 

@@ -101,6 +101,7 @@ def _start(
     url = f"redis://127.0.0.1:{redis_port}"
     wait = "--store-wait-seconds", "60"
     lookup_options = "--store", url, "--refill", backup, "--listen", lookup, *wait
+    worker_options: tuple[str, ...]
     worker_options = "--rows", lookup, "--table", manifest.name, "--listen", "127.0.0.1:0"
     worker_options += "--lookup-wait-seconds", f"{_LIMIT}", "--compile-cache", str(cache)
     with ExitStack() as stack, ThreadPoolExecutor(8) as pool:

@@ -120,7 +120,7 @@ def contenders(
     limits = {"vocab_size": VOCABULARY, "max_position_embeddings": 8192}
     base, memory = (preset(preset_name, kind, **limits) for kind in ("base", "memory"))
     manifest = alike(memory, "int8", frequent)
-    models = {
+    models: dict[str, Checkpoint] = {
         s.kind: Checkpoint(random_weights(folder / s.kind, s), s, s.kind) for s in (base, memory)
     }
     compiled: dict[str, CompiledDecode] = {}

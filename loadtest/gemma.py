@@ -30,16 +30,16 @@ def tiny_gemma(family: str, *, multimodal: bool = False, **sizes: Any) -> Any:
         # As in the public models, the last tokens have no per-layer embedding.
         more = {"vocab_size_per_layer_input": size - 10, "num_kv_shared_layers": 0}
         sizes = {"num_hidden_layers": 5, "laurel_rank": 4} | more | sizes
-        model = hf.Gemma3nForCausalLM(hf.Gemma3nTextConfig(**sizes))
+        model: Any = hf.Gemma3nForCausalLM(hf.Gemma3nTextConfig(**sizes))
     else:
         kinds = ["sliding_attention", "full_attention"] * 3
         more = {"global_head_dim": 32, "num_kv_shared_layers": 2, "layer_types": kinds}
         sizes = {"num_hidden_layers": 6, "vocab_size_per_layer_input": size} | more | sizes
         config = hf.Gemma4TextConfig(**sizes)
         if multimodal:
-            media = {"image_token_id": 290, "video_token_id": 291, "audio_token_id": 292}
-            parts = {"vision_config": None, "audio_config": None}
-            whole = hf.Gemma4Config(text_config=config, **parts, **media)
+            media: dict[str, Any] = {"image_token_id": 290, "video_token_id": 291}
+            media |= {"audio_token_id": 292, "vision_config": None, "audio_config": None}
+            whole = hf.Gemma4Config(text_config=config, **media)
             model = hf.Gemma4ForConditionalGeneration(whole)
         else:
             model = hf.Gemma4ForCausalLM(config)

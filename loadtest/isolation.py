@@ -141,6 +141,7 @@ def _enter_server_side(thread: ThreadPoolExecutor) -> None:
     # the first process becomes the init process of the PID namespace
     start = ["sh", "-ec", script]
     holder = thread.submit(subprocess.Popen, start, stdout=subprocess.PIPE).result()
+    assert holder.stdout
     if holder.stdout.readline() != b"ready\n":
         raise RuntimeError("the server side could not be set up")
     run(f"ip link add veth0 type veth peer name veth0 netns {holder.pid}")
@@ -155,7 +156,7 @@ def _private(folder: str) -> str:
     What Python and the benchmark read from below /tmp stays visible.
     """
     here = Path.cwd()
-    read = map(Path, (sys.prefix, here, here.parent / "shared", *sys.path))
+    read = [Path(sys.prefix), here, here.parent / "shared", *map(Path, sys.path)]
     kept = sorted(path for path in set(read) if path.is_dir() and _TMP in path.parents)
     lines = []
     for path in kept:

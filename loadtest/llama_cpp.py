@@ -43,7 +43,9 @@ def write_random(path: Path, shape: ModelConfig) -> Path:
     if not shape.tie_word_embeddings:
         tensors["output.weight"] = vocabulary, size
     for layer in range(shape.num_hidden_layers):
-        block = {f"attn_{name}": (size, size) for name in ("q", "k", "v", "output")}
+        block: dict[str, tuple[int, ...]] = {
+            f"attn_{name}": (size, size) for name in ("q", "k", "v", "output")
+        }
         block |= {"ffn_gate": (ffn, size), "ffn_up": (ffn, size), "ffn_down": (size, ffn)}
         block |= {"attn_norm": (size,), "ffn_norm": (size,)}
         tensors |= {f"blk.{layer}.{name}.weight": dims for name, dims in block.items()}
@@ -75,7 +77,8 @@ def write_random(path: Path, shape: ModelConfig) -> Path:
         file.write(head)
         for place, kind, count in places:
             file.seek(start + place)
-            file.write(np.ones(count, np.float32) if kind == _F32 else np.resize(noise, count))
+            values = np.ones(count, np.float32) if kind == _F32 else np.resize(noise, count)
+            file.write(values.data)
         file.truncate(start + end)
     return path
 

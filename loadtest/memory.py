@@ -59,8 +59,10 @@ def _lookup(folder: Path, checkpoint: Checkpoint, host: Host) -> Iterator[tuple[
     shape, url = checkpoint.config, f"file://{folder / 'tables'}"
     manifest = alike(shape, "int8", model_id=checkpoint.model_id())
     count = min(int(CACHE_MEGABYTES * 1e6) // manifest.record_bytes, shape.vocab_size)
-    ids, ours = np.arange(count, dtype=np.uint32), {"tokenizer_id": checkpoint.tokenizer_id}
-    manifest = dataclasses.replace(manifest, frequent=tuple(range(count)), num_shards=1, **ours)
+    ids, tokenizer_id = np.arange(count, dtype=np.uint32), checkpoint.tokenizer_id
+    manifest = dataclasses.replace(
+        manifest, frequent=tuple(range(count)), num_shards=1, tokenizer_id=tokenizer_id
+    )
     with closing(open_store(url)) as store:
         held = dataclasses.replace(manifest, vocab_size=count)
         store.write_shard(held, 0, records_of(manifest, ids))
@@ -76,7 +78,9 @@ def _stretch(path: Path, rows: int) -> None:
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + length].decode()
-    held, size = (int(n) for n in re.search(r'"shape":\[(\d+),(\d+)\]', header).groups())
+    shape = re.search(r'"shape":\[(\d+),(\d+)\]', header)
+    assert shape
+    held, size = (int(n) for n in shape.groups())
     header = header.replace(f"[{held},{size}]", f"[{rows},{size}]")
     header = header.replace(f"[0,{held * size}]", f"[0,{rows * size}]").rstrip()
     header += " " * (-len(header) % 8)
@@ -90,4 +94,6 @@ def _after_request(address: str, pid: int) -> int:
     with Client(address) as client:
         assert len(list(client.generate(range(PROMPT), ANSWER, ignore_eos=True))) == ANSWER
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    return int(re.search(r"VmRSS:\s+(\d+) kB", status).group(1)) * 1024
+    resident = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert resident
+    return int(resident[1]) * 1024

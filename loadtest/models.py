@@ -137,7 +137,9 @@ def resident_mb(path: Path, url: str) -> float:
     options: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.DEVNULL}
     running = [subprocess.Popen(command, env=environment, **options) for _ in range(2)]
     try:
-        assert all(process.stdout.readline() == b"ready\n" for process in running)
+        for process in running:
+            assert process.stdout
+            assert process.stdout.readline() == b"ready\n"
         texts = [Path(f"/proc/{p.pid}/smaps_rollup").read_text(encoding="ascii") for p in running]
         return sum(int(text.split("Pss:")[1].split()[0]) for text in texts) / 1e3
     finally:
@@ -212,10 +214,11 @@ def attached(model: Any, url: str, table: str) -> Iterator[None]:
 
 def gemma_losses(seconds: float) -> dict[str, float]:
     """The loss of a tiny trained Gemma 4 on held-out text, and what each codec adds to it."""
-    sizes = {"vocab_size": 8192, "hidden_size": 192, "intermediate_size": 512, "head_dim": 48}
-    more = {"num_attention_heads": 4, "hidden_size_per_layer_input": 64, "sliding_window": 64}
+    sizes: dict[str, Any] = {"vocab_size": 8192, "hidden_size": 192, "intermediate_size": 512}
+    sizes |= {"num_attention_heads": 4, "head_dim": 48, "sliding_window": 64}
+    sizes |= {"hidden_size_per_layer_input": 64}
     torch.manual_seed(0)
-    model = tiny_gemma("gemma4", **sizes, **more)
+    model = tiny_gemma("gemma4", **sizes)
     train(model, windows(held_out=False, width=129, most=20_000), seconds)
     held_out = windows(held_out=True, width=129, most=128)
     found: dict[str, float] = {}

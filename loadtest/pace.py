@@ -77,7 +77,7 @@ class Paced:
 
 def engine(rows: RowProvider, seconds: Callable[[int], float]) -> Engine:
     scheduler = Scheduler(BlockManager(8192), SEQUENCES, 512)
-    return Engine(Paced(rows, seconds), scheduler, 1000)  # type: ignore[arg-type]
+    return Engine(Paced(rows, seconds), scheduler, 1000)  # type: ignore[arg-type] # as a Runner
 
 
 def paced(
@@ -89,8 +89,8 @@ def paced(
 ) -> dict[str, float]:
     """By source, the median ratio of tokens per second with rows to tokens per second without."""
     rows = {name: rows_of(source, manifest) for name, source in sources.items()}
-    for one in rows.values():
-        one.fill()
+    for provider in rows.values():
+        provider.fill()
     filled = {name: _fetched(one) for name, one in rows.items()}
     providers: dict[str, RowProvider] = {"no rows": NoRows(1, CPU), **rows}
     seconds = milliseconds / 1e3
@@ -121,7 +121,7 @@ def paced(
     return {name: float(np.median(np.array(rates[name]) / bare)) for name in rows}
 
 
-def _fetched(rows: CachedRows) -> int:
+def _fetched(rows: CachedRows) -> float:
     """The number of rows read from the source."""
     counts = rows.counts()
     return counts["from_remote"] + counts["from_file"]

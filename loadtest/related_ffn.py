@@ -53,7 +53,12 @@ def pairs(folder: Path, **form: Any) -> Iterator[tuple[ffn.SwiGLU, nn.Module]]:
     checkpoint = open_checkpoint(folder / "permuted")
     packed = load(checkpoint, CPU, torch.float32)
     for own, theirs in zip(checkpoint.model().layers, packed.layers, strict=True):
-        yield cast("ffn.SwiGLU", own.mlp), cast("nn.Module", theirs.mlp)
+        yield cast("ffn.SwiGLU", own.mlp), mlp_of(theirs)
+
+
+def mlp_of(block: nn.Module) -> nn.Module:
+    """The FFN-C of a layer. A module's attributes have the type Tensor | Module."""
+    return block.get_submodule("mlp")
 
 
 def permute(mlp: ffn.SwiGLU, blocks: int) -> None:
@@ -106,9 +111,9 @@ def moc() -> dict[str, Any]:
     for width in WIDTHS:
         config = preset("tiny", "flex", 3, hidden_size=width, ffn_c="moc")
         codes = {form: ffn_code(form, config) for form in ("swiglu", "moc")}
-        own, x_TD = with_weights(ffn.make("moc", config, width)), torch.randn(1, width)
-        one = InWorker(own, codes["moc"])
-        figures[f"moc_compiled_{width}_diff"] = difference(one(x_TD), chosen(own, x_TD, 0.25))
+        made, x_TD = with_weights(ffn.make("moc", config, width)), torch.randn(1, width)
+        one, expected = InWorker(made, codes["moc"]), chosen(cast("ffn.MoC", made), x_TD, 0.25)
+        figures[f"moc_compiled_{width}_diff"] = difference(one(x_TD), expected)
         figures[f"moc_speed_{width}"] = round(speed(config, codes), 2)
     for by in ("gate", "activation"):
         found = perplexity(tuned(0, ffn_c="moc", ffn_share=0.5, ffn_by=by))
@@ -136,15 +141,16 @@ def avgk() -> dict[str, Any]:
 @torch.inference_mode()
 def flashmhf() -> dict[str, Any]:
     """The difference, and the peak of activations against SwiGLU with as many parameters."""
-    x_TD, worst, form = torch.randn(TOKENS, 96), 0.0, {"ffn_heads": 4, "ffn_experts": 3}
+    x_TD, worst = torch.randn(TOKENS, 96), 0.0
+    form: dict[str, Any] = {"ffn_heads": 4, "ffn_experts": 3}
     with tempfile.TemporaryDirectory(prefix="tolhouse-related-") as folder:
         path = tiny_model(Path(folder), "flex", 3, ffn_c="flashmhf", **form)
         checkpoint = open_checkpoint(path)
         packed = load(checkpoint, CPU, torch.float32)
         for own, theirs in zip(checkpoint.model().layers, packed.layers, strict=True):
-            weights = {name: p.double() for name, p in own.mlp.named_parameters()}
+            weights = {name: p.double() for name, p in mlp_of(own).named_parameters()}
             expected = unfused(weights, x_TD.double(), **form)
-            worst = max(worst, difference(theirs.mlp(x_TD), expected))
+            worst = max(worst, difference(mlp_of(theirs)(x_TD), expected))
     config = preset("tiny", "flex", 3, hidden_size=1024, ffn_c="flashmhf", ffn_experts=4)
     peaks = {}
     for name in ("swiglu", "flashmhf"):
@@ -211,8 +217,9 @@ def lookup() -> dict[str, Any]:
         checkpoint = open_checkpoint(tiny_model(Path(folder), "flex", 3, ffn_c="lookup"))
         packed = load(checkpoint, CPU, torch.float32)
         for own, theirs in zip(checkpoint.model().layers, packed.layers, strict=True):
-            expected = all_codes(own.mlp, x_TD.double(), checkpoint.config.ffn_bits)
-            worst = max(worst, difference(theirs.mlp(x_TD), expected))
+            mlp = cast("ffn.LookupFFN", own.mlp)
+            expected = all_codes(mlp, x_TD.double(), checkpoint.config.ffn_bits)
+            worst = max(worst, difference(mlp_of(theirs)(x_TD), expected))
     width, counts = 1024, []
     config = preset("tiny", "flex", 3, hidden_size=width, ffn_c="lookup", ffn_bits=8)
     both = [ffn.make(name, config, width) for name in ("swiglu", "lookup")]
@@ -232,7 +239,7 @@ def all_codes(mlp: ffn.LookupFFN, x_TD: Tensor, bits: int) -> Tensor:
     z_TP = F.pad(x_TD, (0, len(stages[0]) - x_TD.shape[1]))
     signs = torch.arange(len(stages[0]))
     both = signs[:, None] & signs
-    parity = sum((both >> b & 1) for b in range(len(signs).bit_length())) % 2
+    parity = sum(((both >> b & 1) for b in range(len(signs).bit_length())), torch.tensor(0)) % 2
     for blocks in stages:
         dense = torch.block_diag(*blocks.split(mlp.BLOCK))
         z_TP = z_TP @ dense.T @ (1.0 - 2 * parity).double() / len(signs) ** 0.5
@@ -248,8 +255,9 @@ class Operations(TorchDispatchMode):
     """Counts arithmetic: two for each product and sum of matrices, one for each other element."""
 
     count = 0
-    MOVES = ("view", "t", "unsqueeze", "slice", "split", "unbind", "expand", "detach", "stack")
+    MOVES: tuple[str, ...] = ("view", "t", "unsqueeze", "slice", "split", "unbind", "expand")
     MOVES += ("constant_pad_nd", "_to_copy", "arange", "select", "_unsafe_view", "cat", "alias")
+    MOVES += ("detach", "stack")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
@@ -275,7 +283,7 @@ def fitted() -> dict[str, float]:
         made = ffn.make("lookup", config, config.hidden_size)
         ffn.initialise(made)
         with torch.no_grad():
-            y_TD, expected_TD = block.mlp(x_TD), block.mlp(other_TD)
+            y_TD, expected_TD = mlp_of(block)(x_TD), mlp_of(block)(other_TD)
             scale = y_TD.std()  # tables are fitted to outputs of scale 1, and scaled afterwards
         optimizer = torch.optim.Adam(made.parameters(), 3e-3)
         for _ in range(FIT_STEPS):
@@ -288,8 +296,8 @@ def fitted() -> dict[str, float]:
             made.tables *= scale
             errors.append(float((made(other_TD) - expected_TD).var() / expected_TD.var()))
         block.mlp = made
-    loss, error = perplexity(model) / swiglu(0) - 1, sum(errors) / len(errors)
-    return {"lookup_fit_error": round(error, 4), "lookup_fit_loss": round(loss, 4)}
+    loss, mean = perplexity(model) / swiglu(0) - 1, sum(errors) / len(errors)
+    return {"lookup_fit_error": round(mean, 4), "lookup_fit_loss": round(loss, 4)}
 
 
 @torch.no_grad()
@@ -297,7 +305,7 @@ def inputs_of(trainer: Trainer, ids: np.ndarray, batches: int) -> list[Tensor]:
     """Return the inputs [T, D] of each FFN-C for random windows of a text."""
     seen: list[list[Tensor]] = [[] for _ in trainer.model.layers]
     hooks = [
-        block.mlp.register_forward_pre_hook(lambda _, args, mine=mine: mine.append(args[0]))
+        mlp_of(block).register_forward_pre_hook(lambda _, args, mine=mine: mine.append(args[0]))
         for block, mine in zip(trainer.model.layers, seen, strict=True)
     ]
     for step in range(batches):
@@ -381,7 +389,8 @@ def speed(config: ModelConfig, codes: dict[str, Any]) -> float:
         [InWorker(with_weights(ffn.make(form, config, width)), codes[form]) for form in codes]
         for _ in range(copies)
     ]
-    x_TD, times = torch.randn(1, width), ([], [])
+    x_TD = torch.randn(1, width)
+    times: tuple[list[float], list[float]] = ([], [])
     for _ in range(max(3, 200 // copies)):
         for pair in sets:
             for one, seconds in zip(pair, times, strict=True):
@@ -444,10 +453,10 @@ def in_worker(
 ) -> nn.Module:
     """Return a copy of an FFN whose matrices are packed as in a worker."""
     holder = nn.Module()
-    holder.mlp = gathered(copy.deepcopy(module), torch.bfloat16)
+    holder.add_module("mlp", gathered(copy.deepcopy(module), torch.bfloat16))
     for name, child in list(holder.named_modules()):
         if isinstance(child, nn.Linear):
             holder.set_submodule(name, make(child.weight, child.bias))
     for p in holder.parameters():  # the tables of lookup
         p.data = p.float()
-    return holder.mlp
+    return mlp_of(holder)

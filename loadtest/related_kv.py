@@ -23,7 +23,7 @@ from tolhouse.engine.kv_policy import FULL, Compressive, Full, Score, Summary, W
 from tolhouse.engine.row_providers import CachedRows, RowProvider
 from tolhouse.engine.runner import Launched, Runner
 from tolhouse.engine.scheduler import Scheduler
-from tolhouse.engine.sequence import Sequence
+from tolhouse.engine.sequence import Output, Sequence
 from tolhouse.model.checkpoint import Checkpoint, open_checkpoint
 from tolhouse.model.transformer import Cache, Transformer, for_queries
 from tolhouse.sampling import SamplingParams
@@ -146,19 +146,22 @@ class Bench:
         self.exact = self.checkpoint.model().double()
         self.ids_WS = windows(self.checkpoint, texts).tolist() if texts else []
 
-    def run(self, policy: Full, prompt: list[int], answer: int | list[int]) -> tuple[Engine, ...]:
-        """Run one sequence in an engine of its own, and return the engine and the sequence.
+    def run(
+        self, policy: Full, prompt: list[int], answer: int | list[int]
+    ) -> tuple[Recorder, Sequence]:
+        """Run one sequence in an engine of its own, and return its runner and the sequence.
 
         `answer` is its number of tokens, or the tokens themselves, which are then computed like
         those of a preempted sequence.
         """
         given = [] if isinstance(answer, int) else answer
         count = answer if isinstance(answer, int) else len(answer) + 1
-        cache, ended = BlockManager(2048 // BLOCK_TOKENS, policy), []
+        cache, ended = BlockManager(2048 // BLOCK_TOKENS, policy), list[Output]()
         for block in np.random.default_rng(0).permutation(cache.num_blocks).tolist():
             cache.unused.move_to_end(block)
         pages = PagedKVCache(self.checkpoint.config, cache.num_blocks, CPU, torch.float32)
-        engine = Engine(Recorder(self.packed, pages, self.rows), Scheduler(cache, 1, 512), 1)
+        runner = Recorder(self.packed, pages, self.rows)
+        engine = Engine(runner, Scheduler(cache, 1, 512), 1)
         sampling = SamplingParams(count, ignore_eos=True)
         sequence = Sequence(len(prompt), [*prompt, *given], sampling, ended.append)
         engine.add(sequence)
@@ -169,18 +172,18 @@ class Bench:
             memory = sequence.memory.nbytes if sequence.memory is not None else 0
             self.held.append(len(sequence.blocks) * pages.keys[:, 0].nbytes * 2 + memory)
         self.held.pop()  # after the end
-        return engine, sequence
+        return runner, sequence
 
     def difference(self, policy: Full, cache: Callable[[int], Cache]) -> float:
         """The largest difference of a hidden state from a masked model in float64, over the largest
         hidden state. `cache` returns the model's cache for a number of tokens."""
         worst = 0.0
         for ids in self.ids_WS[:3]:
-            engine, sequence = self.run(policy, ids[:PROMPT], 64)
+            runner, sequence = self.run(policy, ids[:PROMPT], 64)
             ids_T = torch.tensor(sequence.ids[: sequence.computed])
             rows_NTD = self.exact.rows(ids_T)
             exact = self.exact.hidden(ids_T, torch.arange(len(ids_T)), cache(len(ids_T)), rows_NTD)
-            worst = max(worst, difference(torch.cat(engine.runner.hidden), exact))
+            worst = max(worst, difference(torch.cat(runner.hidden), exact))
         return worst
 
     def equal(self, policy: Full, other: Full) -> float:
@@ -201,9 +204,9 @@ class Bench:
         """The mean loss of the tokens that follow each prompt, in nats [W]."""
         found = []
         for ids in self.ids_WS:
-            engine, _ = self.run(policy, ids[:PROMPT], ids[PROMPT:-1])
-            hidden_TD = torch.cat(engine.runner.hidden)[PROMPT:]
-            logits_TV = engine.runner.logits(hidden_TD).double()
+            runner, _ = self.run(policy, ids[:PROMPT], ids[PROMPT:-1])
+            hidden_TD = torch.cat(runner.hidden)[PROMPT:]
+            logits_TV = runner.logits(hidden_TD).double()
             found.append(cross_entropy(logits_TV, torch.tensor(ids[PROMPT + 1 :])).item())
         return np.array(found)
 

@@ -7,6 +7,7 @@ weights. Its FFN-M and its embeddings stay as they are, so its table still holds
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ def train(model: Transformer) -> None:
     """Train attention, norms and the embeddings of the summary tokens."""
     size, cache = model.config.text_vocab_size, SummaryCache(LENGTH, SEGMENT, SUMMARIES)
     model.ffn_m.requires_grad_(False)
+    assert model.embed_tokens is not None
     model.embed_tokens.weight.register_hook(
         lambda gradient_VD: gradient_VD * (torch.arange(len(gradient_VD)) >= size)[:, None]
     )
@@ -73,7 +75,7 @@ def train(model: Transformer) -> None:
 
 def trained(folder: Path) -> tuple[Path, Path]:
     """Write a model with random weights, and the same one with trained summary tokens."""
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64}
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64}
     plain = tiny_model(folder / "recall", **sizes)
     model = open_checkpoint(plain).model()
     for norm_D in filter(lambda p: p.dim() == 1, model.parameters()):

@@ -69,8 +69,11 @@ class Answer:
         return self.pieces[0] <= first_token_seconds and between <= token_seconds
 
 
-async def send(client: httpx.AsyncClient, load: Load, prompt: str, max_tokens: int) -> Answer:
-    """Send one streamed completion. Failures are recorded in the answer's `error`."""
+async def send(
+    client: httpx.AsyncClient, load: Load, prompt: str | list[int], max_tokens: int
+) -> Answer:
+    """Send one streamed completion of a text or of token ids. Failures are recorded in the
+    answer's `error`."""
     body = {
         "model": load.model,
         "prompt": prompt,
@@ -288,13 +291,13 @@ def arguments() -> argparse.Namespace:
         metavar="FILE",
         help="file with the API key, if the server requires one",
     )
-    for name, default, text in (
+    for name, limit, text in (
         ("--first-token-seconds", 1.0, "time limit for a good answer's first token"),
         ("--token-seconds", 0.1, "limit for a good answer's average time between tokens"),
         ("--deadline-seconds", 60.0, "timeout of a request"),
     ):
         shown = f"{text} (default %(default)g)"
-        add(name, type=positive, metavar="S", default=default, help=shown)
+        add(name, type=positive, metavar="S", default=limit, help=shown)
     add("--seed", type=int, default=0, help="random seed for times and prompts (default 0)")
     add("--quick", action="store_true", help="5 seconds for each rate")
     return parser.parse_args()

@@ -156,8 +156,8 @@ def equal_answers(folder: Path, model: Any, tokens: int) -> dict[str, float]:
                 body = {"messages": messages, "temperature": 0, "max_tokens": tokens}
                 url = f"http://{gateway.address}/v1/chat/completions"
                 replied = httpx.post(url, json=body, timeout=600).raise_for_status().json()
-                ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-                ids = ids if isinstance(ids, list) else ids["input_ids"]
+                chat: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+                ids = chat if isinstance(chat, list) else chat["input_ids"]
                 text = tokenizer.decode(continuation(model, ids, tokens))
                 chats += text == replied["choices"][0]["message"]["content"]
     shares = {"greedy": same / len(PROMPTS), "chat": chats / len(QUESTIONS)}

@@ -104,12 +104,15 @@ def main() -> None:
     with ExitStack() as stack:
         url = stack.enter_context(redis_server())
         ref = build_table(CHECKPOINT, url)
-        options = {
-            "worker_options": ("--threads", "1", "--row-cache-megabytes", "1"),
-            "lookup_options": ("--hot-megabytes", "8"),
-        }
         cluster = stack.enter_context(
-            local_cluster(CHECKPOINT, url, lookups=2, workers=2, **options)
+            local_cluster(
+                CHECKPOINT,
+                url,
+                lookups=2,
+                workers=2,
+                worker_options=("--threads", "1", "--row-cache-megabytes", "1"),
+                lookup_options=("--hot-megabytes", "8"),
+            )
         )
         for target in cluster.lookup.split(","):
             exercise(target, ref)

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def mole_diff() -> float:
     transformers' LLaMA."""
     import transformers as hf
 
-    sizes = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 64}
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 64}
     sizes |= {"num_hidden_layers": 4, "num_attention_heads": 4}
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, tie_word_embeddings=False)).eval()
@@ -74,7 +75,7 @@ def mole_diff() -> float:
         return torch.stack([expert(normed) for expert in experts[layer]], 2)
 
     for n, layer in enumerate(model.model.layers):
-        layer.mlp = MoleFFN(hidden, inner, lambda n=n: outputs(n))
+        layer.mlp = MoleFFN(hidden, inner, partial(outputs, n))
     weights = [*model.parameters(), *(w for m in (*experts, *norms) for w in m.parameters())]
     for weight in weights:
         nn.init.normal_(weight, std=0.3)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from redis import Redis
@@ -49,9 +50,9 @@ def alike(
 
 
 def _manifest(
-    name: str, codec: str, vocabulary: int, blocks: tuple[str, ...], width: int, **more: object
+    name: str, codec: str, vocabulary: int, blocks: tuple[str, ...], width: int, **more: Any
 ) -> Manifest:
-    defaults = {"model_id": "0" * 64, "tokenizer_id": "0" * 64, "num_shards": 64}
+    defaults: dict[str, Any] = {"model_id": "0" * 64, "tokenizer_id": "0" * 64, "num_shards": 64}
     return Manifest(
         name=name,
         version=content_id(name, width, codec, blocks),

@@ -44,7 +44,8 @@ def foreign(wikitext: Path = TEXT) -> tuple[str, Path]:
 def clairvoyant(ids: list[int], slots: int, held: tuple[int, ...]) -> float:
     """Hit rate of Belady's optimal policy, for a cache that starts with `held`. The policy may
     choose not to cache a row."""
-    following, next_of = [_NEVER] * len(ids), {}
+    following = [_NEVER] * len(ids)
+    next_of: dict[int, int] = {}
     for place in range(len(ids) - 1, -1, -1):
         following[place] = next_of.get(ids[place], _NEVER)
         next_of[ids[place]] = place

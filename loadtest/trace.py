@@ -33,6 +33,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -216,17 +217,24 @@ def running(host: Host) -> Iterator[System]:
         gateways = start("127.0.0.1", *([*gateway, worker.address] for worker in workers))
         for one in gateways:
             wait_until_healthy(one.address)
-        for one in workers:  # or "decoding runs uncompiled"
-            wait_until(
-                lambda one=one: "compiled" in one.log.read_text(encoding="utf-8"), "code", 300
-            )
+        for one in workers:
+            wait_until(partial(compilation_ended, one), "code", 300)
         urls = [f"http://{one.address}" for one in gateways]
-        by_name = [dict(zip(NAMES, some, strict=True)) for some in (urls, workers)]
-        system = System(*by_name, replicas, manifest)
+        system = System(
+            dict(zip(NAMES, urls, strict=True)),
+            dict(zip(NAMES, workers, strict=True)),
+            replicas,
+            manifest,
+        )
         try:
             yield system
         finally:
             system.ended.set()
+
+
+def compilation_ended(worker: Process) -> bool:
+    """Whether the log tells that decoding is compiled, or that it runs uncompiled."""
+    return "compiled" in worker.log.read_text(encoding="utf-8")
 
 
 def with_context(path: Path) -> None:
@@ -455,8 +463,8 @@ def main() -> None:
             manifest = system.manifest
         gained, had = kv_blocks_gained(manifest)
         print(f"rows free memory for {gained} KV blocks; the KV cache has {had}")
-        text = ids, manifest.vocab_size, manifest.frequent
-        pareto.draw(pareto.measure(*text, host, quick=options.quick), options.picture)
+        known = ids, manifest.vocab_size, manifest.frequent
+        pareto.draw(pareto.measure(*known, host, quick=options.quick), options.picture)
     result |= {
         "kv_blocks_gained": gained,
         "kv_blocks": had,

@@ -148,6 +148,7 @@ def worker(
     python: str, model: Path, dtype: str, rows: str, cache_megabytes: float
 ) -> Iterator[Contender]:
     """Run a worker with compiled decoding, and a gateway."""
+    options: tuple[str, ...]
     options = "--rows", rows, "--insecure", "--row-cache-megabytes", f"{cache_megabytes:g}"
     options += "--dtype", dtype, "--kv-cache-megabytes", "1000", "--served-model-name", SERVED
     listen = "--listen", "127.0.0.1:0"

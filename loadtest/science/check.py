@@ -31,7 +31,15 @@ from tolhouse.testing import build_table, local_cluster, tiny_model
 from tqdm import tqdm
 
 from loadtest.science import abroad
-from loadtest.science.codecs import ALIKE, Model, own_perplexity, schemes, served, served_perplexity
+from loadtest.science.codecs import (
+    ALIKE,
+    Model,
+    own_perplexity,
+    schemes,
+    served,
+    served_logprobs,
+    served_perplexity,
+)
 
 CHECKPOINT = Path("models/demo-memory")
 LEAST_TOKENS, PROBE_TOKENS = 1000, 20_000
@@ -144,16 +152,7 @@ def edited(model: Model, scheme: str, folder: Path) -> bool:
             local_cluster(model.path, url, worker_options=options) as cluster,
             Client(cluster.workers) as client,
         ):
-            scores.append(
-                [
-                    [
-                        p
-                        for reply in client.replies(t.tolist(), 0, prompt_logprobs=0)
-                        for p in reply.prompt_logprobs.chosen
-                    ]
-                    for t in texts
-                ]
-            )
+            scores.append([served_logprobs(client, t.tolist()) for t in texts])
             shown = "".join(
                 tokenizer.decode(
                     list(client.generate(tokenizer.encode(PROMPT).ids, 8, ignore_eos=True))

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tolhouse import Client
@@ -65,8 +66,8 @@ class Model:
         planned = plan(open_source(self.path), "", scheme.codec, 16)
         return compress(planned, self.rows, {} if alike else counts, scheme)
 
-    def evaluate(self, rows: np.ndarray, most_tokens: int = 0, **probe: object) -> Evaluation:
-        return evaluate(self.model, self.text[: most_tokens or None], probed(rows, **probe))  # type: ignore[arg-type]
+    def evaluate(self, rows: np.ndarray, most_tokens: int = 0, **probe: Any) -> Evaluation:
+        return evaluate(self.model, self.text[: most_tokens or None], probed(rows, **probe))
 
     def bytes16(self) -> int:
         return bytes_at_16_bit(plan(open_source(self.path), "", "bf16", 16))
@@ -87,13 +88,21 @@ def served(model: Model, made: Compressed, folder: Path) -> Iterator[Client]:
         yield client
 
 
+def served_logprobs(client: Client, ids: list[int]) -> list[float]:
+    """A worker's log probabilities of the tokens of a prompt, from its second token on."""
+    found: list[float] = []
+    for reply in client.replies(ids, 0, prompt_logprobs=0):
+        assert reply.prompt_logprobs
+        found += reply.prompt_logprobs.chosen
+    return found
+
+
 def served_perplexity(client: Client, ids: np.ndarray, length: int) -> float:
     """Perplexity over windows of `length` tokens, from the worker's log probabilities."""
     losses: list[float] = []
     for start in range(0, SERVED_WINDOWS * length, length):
         window = ids[start : start + length].tolist()
-        for reply in client.replies(window, 0, prompt_logprobs=0):
-            losses += [-p for p in reply.prompt_logprobs.chosen]
+        losses += [-p for p in served_logprobs(client, window)]
     return math.exp(sum(losses) / len(losses))
 
 

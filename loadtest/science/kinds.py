@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="", help="train another recipe, for a trial")
     options = parser.parse_args()
     CURVES.mkdir(exist_ok=True)
-    chosen = FORMS if options.forms else KINDS
+    chosen: tuple[Run, ...] = FORMS if options.forms else KINDS
     if options.recipe:
         chosen = tuple(run._replace(recipe=options.recipe) for run in chosen)
     if not options.print:
