@@ -33,6 +33,7 @@ def test_a_wide_model_has_the_same_number_of_parameters(wide: Path, checkpoint: 
     assert sizes[0] == pytest.approx(sizes[1], rel=0.002)
 
 
+@pytest.mark.timeout(600)  # compiling takes a minute of processor time
 @pytest.mark.parametrize("compile", ["never", "auto"])
 def test_served_tokens_equal_the_model_s(wide: Path, tmp_path: Path, compile: str) -> None:
     """Served tokens equal the model's, with and without compiled decoding."""
@@ -48,7 +49,7 @@ def test_served_tokens_equal_the_model_s(wide: Path, tmp_path: Path, compile: st
         if compile == "auto":
             log = cluster.processes[1].log
             wait_until(
-                lambda: "decoding is compiled" in log.read_text(encoding="utf-8"), seconds=120
+                lambda: "decoding is compiled" in log.read_text(encoding="utf-8"), seconds=400
             )
         assert expected == list(client.generate(PROMPT, 40, ignore_eos=True))
         assert len(set(expected)) > 4

@@ -18,6 +18,8 @@ from tolhouse.testing import tiny_model, wait_until
 
 from tests.engines import CPU, Request, engine_of
 
+COMPILES = pytest.mark.timeout(900)  # compiling takes a minute of processor time, or two
+
 
 class RandomRows(NoRows):
     """Rows of a model with a token memory, fixed by the token."""
@@ -41,12 +43,15 @@ def times(folder: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in folder.iterdir()}
 
 
+@COMPILES
 def test_compiled_steps_equal_uncompiled_ones(tmp_path: Path) -> None:
     """Compiled steps equal uncompiled ones for one and several sequences, with heads, biases and
-    norms as in Qwen; of two workers that start together one compiles; compiled code is cached on
-    disk and replaced if damaged."""
+    norms as in Qwen and with channels chosen by moc; a sequence has the same bits alone and in a
+    batch; of two workers that start together one compiles; compiled code is cached on disk and
+    replaced if damaged."""
     shape = {"num_key_value_heads": 2, "head_dim": 16, "qkv_bias": True, "qk_norm": True}
-    path = tiny_model(tmp_path / "m", "flex", 2, **shape, o_bias=True)
+    moc = {"ffn_c": "moc", "ffn_share": 0.3}  # 29 channels, which eight does not divide
+    path = tiny_model(tmp_path / "m", "flex", 3, **shape, **moc, o_bias=True)
     checkpoint, cache = open_checkpoint(path), tmp_path / "cache"
     first, second = (compiled_for(checkpoint, cache) for _ in range(2))
     assert first.wait()
@@ -68,8 +73,10 @@ def test_compiled_steps_equal_uncompiled_ones(tmp_path: Path) -> None:
     for lengths in ([20], [3, 17]):
         beside = decoded(engines[1], lengths, prompts=[30, 7])
         assert torch.equal(decoded(engines[1], lengths), beside[: len(lengths)])
+    check_alone(engines[1])
 
 
+@COMPILES
 def test_both_kinds_of_blocks_of_a_converted_model_are_compiled(tmp_path: Path) -> None:
     """Converted layers, which have a bias and a row, and the dense ones have code of their own."""
     path = tiny_model(tmp_path / "m", "flex", 1, flex_layers=(1, 3))
@@ -82,26 +89,18 @@ def test_both_kinds_of_blocks_of_a_converted_model_are_compiled(tmp_path: Path) 
     check_equal(compiled, *(engine_of(path, rows) for _ in range(2)))
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        {"ffn_c": "moc", "ffn_share": 0.3},  # 29 channels, which eight does not divide
-        {"ffn_c": "avgk", "ffn_blocks": 12, "ffn_share": 0.25},
-    ],
-    ids=lambda form: form["ffn_c"],
-)
-def test_compiled_code_reads_the_chosen_channels(form: dict, tmp_path: Path) -> None:
-    """Compiled steps of the sparse forms of FFN-C equal uncompiled ones, and a sequence has the
-    same bits alone and in a batch."""
+@COMPILES
+def test_compiled_code_reads_the_chosen_blocks(tmp_path: Path) -> None:
+    """Compiled steps of avgk equal uncompiled ones, and a sequence has the same bits alone and in a
+    batch."""
+    form = {"ffn_c": "avgk", "ffn_blocks": 12, "ffn_share": 0.25}
     path = tiny_model(tmp_path / "m", "flex", 3, **form)
     compiled = compiled_for(open_checkpoint(path), tmp_path / "cache")
     assert compiled.wait()
     rows = RandomRows(open_checkpoint(path).config.num_rows, 96)
     plain, faster = (engine_of(path, rows) for _ in range(2))
     check_equal(compiled, plain, faster)
-    lengths = 20, 5, 33
-    alone = torch.cat([decoded(faster, [length]) for length in lengths])
-    assert torch.equal(alone, decoded(faster, list(lengths)))
+    check_alone(faster)
 
 
 class RowsOfLayers(RandomRows):
@@ -123,6 +122,13 @@ def check_equal(compiled: CompiledDecode, plain: Engine, faster: Engine) -> None
         hidden = [decoded(engine, lengths) for engine in (plain, faster)]
         torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-4, atol=1e-4)
         assert hidden[0].any()
+
+
+def check_alone(engine: Engine) -> None:
+    """Check that sequences have the same bits alone and in a batch."""
+    lengths = 20, 5, 33
+    alone = torch.cat([decoded(engine, [length]) for length in lengths])
+    assert torch.equal(alone, decoded(engine, list(lengths)))
 
 
 @torch.inference_mode()

@@ -107,7 +107,7 @@ def test_a_run_resumes_from_its_last_save(small: Recipe, text: Path, tmp_path: P
 def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
     """`tolhouse train` gives the checkpoint of a complete run after it was killed and restarted.
     The model card has the form of FFN-M."""
-    command = f"train tiny --ffn-m moc --no-compile --steps 120 --corpus {text} --out"
+    command = f"train tiny --ffn-m moc --no-compile --steps 70 --corpus {text} --out"
     tolhouse(command, tmp_path / "whole")
     killed = tmp_path / "killed"
     popen = start(command, killed)
@@ -124,7 +124,7 @@ def test_a_killed_command_resumes(text: Path, tmp_path: Path) -> None:
     card = (killed / "README.md").read_text(encoding="utf-8")
     assert "tolhouse train tiny --out" in card
     assert "| kind | memory, FFN-M moc |" in card
-    assert "--steps 120 --no-compile" in card
+    assert "--steps 70 --no-compile" in card
     _, ids = corpus.prepare(text, killed, 4096, 128)
     held_out = evaluate(open_checkpoint(killed).model(), ids)
     result = f"{held_out.loss:.4f} nats per token, perplexity {held_out.perplexity:.2f}"
