@@ -220,14 +220,12 @@ def lookup() -> dict[str, Any]:
             mlp = cast("ffn.LookupFFN", own.mlp)
             expected = all_codes(mlp, x_TD.double(), checkpoint.config.ffn_bits)
             worst = max(worst, difference(mlp_of(theirs)(x_TD), expected))
-    width, counts = 1024, []
+    width, figures = 1024, {"lookup_max_diff": worst}
     config = preset("tiny", "flex", 3, hidden_size=width, ffn_c="lookup", ffn_bits=8)
-    both = [ffn.make(name, config, width) for name in ("swiglu", "lookup")]
-    for one in both:
-        with Operations() as counted:
-            one(torch.randn(1, width))
-        counts.append(counted.count)
-    figures = {"lookup_max_diff": worst, "lookup_flops_ratio": round(counts[1] / counts[0], 4)}
+    both = [ffn.make(name, config, width) for name in ("lookup", "swiglu")]
+    for name, tokens in (("lookup_flops_ratio", 8), ("lookup_flops_ratio_alone", 1)):
+        hashed, dense = (operations(one, torch.randn(tokens, width)) for one in both)
+        figures[name] = round(hashed / dense, 4)
     codes = {form: ffn_code(form, config) for form in ("swiglu", "lookup")}
     figures["lookup_speed_1024"] = round(speed(config, codes), 2)
     return figures | fitted()
@@ -261,14 +259,20 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
-        if name in ("mm", "addmm", "linear", "matmul"):
-            self.count += 2 * args[-1].numel() * args[-2].shape[0]
+        if name in ("mm", "addmm", "bmm", "linear", "matmul"):
+            self.count += 2 * out.numel() * args[-2].shape[-1]
         elif "embedding_bag" in name:
             self.count += 2 * args[1].numel() * args[0].shape[1]
         elif name not in self.MOVES:
             sizes = [t.numel() for t in tensors((args, out))]
             self.count += max(sizes, default=0)
         return out
+
+
+def operations(module: nn.Module, x_TD: Tensor) -> int:
+    with Operations() as counted:
+        module(x_TD)
+    return counted.count
 
 
 @torch.inference_mode(mode=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loadtest.related import failures
-from loadtest.related_ffn import difference, flashmhf
+from loadtest.related_ffn import difference, flashmhf, operations
 from loadtest.related_retrieval import BODY, NEEDLE, NEEDLES, TOKENS, texts
 
 
@@ -24,6 +24,25 @@ def test_figures_out_of_bounds_are_named() -> None:
     assert [] == failures({**good, "moc_half_loss": 0.1})
     bad = {"a_diff": 2e-5, "b_diff": float("nan"), "c_equal": 0.9, "d_equal": False}
     assert [*bad] == failures({**good, **bad})
+
+
+class Batched(torch.nn.Module):
+    """Multiplies each of five 2 by 4 matrices with a 4 by 3 matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.randn(5, 4, 3))
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return x_TD.view(5, 2, 4) @ self.weights
+
+
+def test_operations_of_products_are_counted() -> None:
+    """A product of numbers in a product of matrices is two operations, in a batch of matrices
+    too."""
+    x_TD = torch.randn(5, 8)
+    assert 2 * 5 * 8 * 3 == operations(torch.nn.Linear(8, 3, bias=False), x_TD)
+    assert 2 * 5 * 2 * 4 * 3 == operations(Batched(), x_TD)
 
 
 def test_flashmhf_is_measured() -> None:
