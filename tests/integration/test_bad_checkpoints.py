@@ -15,6 +15,7 @@ from tolhouse.cli import main
 from tolhouse.testing import tiny_model
 
 from loadtest.gemma import tiny_gemma
+from tests.commands import tolhouse
 
 INDEX, WEIGHTS, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 Defect = Callable[[Path], Any]
@@ -113,10 +114,8 @@ def test_a_build_names_the_defect(
     defect(path)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("a", encoding="utf-8")
-    options = ("--store", f"file://{tmp_path}/tables", "--corpus", str(tmp_path / "text"))
-    ended = CliRunner().invoke(main, ["build", str(path), *options])
-    assert 1 == ended.exit_code
-    assert isinstance(ended.exception, SystemExit)
+    options = f"--store file://{tmp_path}/tables --corpus {tmp_path}/text"
+    ended = tolhouse(f"build {path} {options}", code=1)
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert 1 == len(errors)
     assert re.search(message, errors[0])

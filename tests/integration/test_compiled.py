@@ -1,6 +1,7 @@
 """Decode steps that are compiled ahead of time give the same hidden states as uncompiled ones."""
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -199,10 +200,14 @@ def test_a_missing_home_folder_is_named(base: Path, caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize("begun", [False, True])
 def test_stopping_a_worker_stops_its_compiler(begun: bool, base: Path, tmp_path: Path) -> None:
     """Stopping a worker before or during compilation stops the compiler and leaves no unfinished
-    file."""
+    file. The compiler has a lower priority in the worker's own session."""
     compiled = compiled_for(open_checkpoint(base), tmp_path)
-    if begun:  # The compiler has a low priority.
+    if begun:
         wait_until(lambda: list(tmp_path.glob("compiling-*")), seconds=180)
+        compiler = compiled.compiler.pid
+        lower = min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
+        assert lower <= os.getpriority(os.PRIO_PROCESS, compiler)
+        assert os.getsid(0) == os.getsid(compiler)
     wait_until(lambda: compiled.compiler)
     compiled.stop()
     assert compiled.compiler.poll() is not None

@@ -116,7 +116,8 @@ class CompiledDecode:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,
+            # A session of its own would be scheduled as a group with a full share of the processor.
+            process_group=0,
             encoding="utf-8",
         ) as self.compiler:
             if self._stopped:
