@@ -273,7 +273,8 @@ def test_archive_and_restore(
 ) -> None:
     """An archived version leaves the store, and is restored with identical bytes."""
     store: Store = ("--store", store_url)
-    name, archives = request.node.callspec.id, tmp_path / "archives"
+    kind, archives = request.node.callspec.id, tmp_path / "archives"
+    name = f"archived-{kind}"  # other tests use the same server
     ref, published = (
         build_table(checkpoint, store_url, codec=codec, name=name, publish=codec == "bf16")
         for codec in ("int8", "bf16")
@@ -284,14 +285,14 @@ def test_archive_and_restore(
         opened.lease(ref)
         assert "is in use" in tolhouse("tables", "archive", ref, *to, *store, code=1)
     assert not archives.exists()
-    if name != "file":  # a lease on a file ends with its process
-        with closing(redis_of(store_url, name)) as redis:
+    if kind != "file":  # a lease on a file ends with its process
+        with closing(redis_of(store_url, kind)) as redis:
             redis.delete(f"tolhouse:{{registry}}:lease:{ref}")
     before = rows_of(store_url, ref)
     tolhouse("tables", "archive", ref, *to, "--note", "rarely used", *store)
     assert {ref: "archived", published: "published"} == states(store, name)
-    if name != "file":
-        with closing(redis_of(store_url, name)) as redis:
+    if kind != "file":
+        with closing(redis_of(store_url, kind)) as redis:
             assert [] == [*redis.scan_iter(match=f"tolhouse:{{{ref}[:}}]*")]
     (file,) = archives.iterdir()
     assert str(file) in tolhouse("tables", "list", *store)

@@ -46,7 +46,7 @@ def test_states_and_log(
     checkpoint: Path, store: Store, store_url: str, request: pytest.FixtureRequest
 ) -> None:
     """Each step of a version changes its state and appends to the log, which outlives it."""
-    name = request.node.callspec.id
+    name = f"states-{request.node.callspec.id}"
     first, second = (
         build_table(checkpoint, store_url, codec=codec, name=name, publish=False)
         for codec in ("bf16", "int8")
