@@ -361,10 +361,12 @@ def test_certificates_and_authority_are_replaced_under_load(
         url = f"https://{gateway.address}/v1/completions"
 
         def over_one_connection() -> None:
-            assert 200 == kept.post(url, json=body).status_code
+            answer = kept.post(url, json=body)
+            assert 200 == answer.status_code, answer.text
 
         def over_new_connections() -> None:
-            assert 200 == httpx.post(url, json=body, verify=context(folder)).status_code
+            answer = httpx.post(url, json=body, verify=context(folder))
+            assert 200 == answer.status_code, answer.text
 
         def with_the_sdk() -> None:
             with Client(lookup.address, credentials=access(folder)) as client:
