@@ -42,7 +42,7 @@ from tolhouse.worker.run import STEP_TOKENS
 
 from loadtest.isolation import server_side
 from loadtest.memory import memory_ratio
-from loadtest.replay import Contender
+from loadtest.replay import Contender, rates_in_turn, start_all
 from loadtest.tables import alike, served
 from loadtest.text import trace
 from loadtest.weights import random_weights
@@ -200,13 +200,10 @@ def decoding(
     for number in range(rounds):
         at = (np.arange(concurrency) + number * concurrency) * length * 3 % (len(ids) - length)
         texts = [ids[start : start + length].tolist() for start in at]
-        for one in ones:
-            one.start([text[:PROMPT] for text in texts], [text[PROMPT:] for text in texts])
-            one.until_decoding()
+        start_all(texts, PROMPT, *ones)
         before = np.array([one.seconds for one in ones])
-        while ones[0].engine.running:
-            for one in ones:
-                one.rates[concurrency].append(one.rate(SLICE))
+        for one, found in zip(ones, rates_in_turn(SLICE, *ones), strict=True):
+            one.rates[concurrency] += found
         seconds += np.array([one.seconds for one in ones]) - before
     for one, (step, forward) in zip(ones, seconds, strict=True):
         one.outside[concurrency] = 1 - forward / step

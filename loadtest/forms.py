@@ -33,7 +33,7 @@ from loadtest.decode import (
     engine_of,
     rows_of,
 )
-from loadtest.replay import Contender
+from loadtest.replay import rates_in_turn, start_all
 from loadtest.tables import alike, served
 from loadtest.text import trace
 from loadtest.weights import random_weights
@@ -68,19 +68,16 @@ def contenders(
         yield engines
 
 
-def compare(ones: list[Contender], ids: np.ndarray, concurrency: int, rounds: int) -> list[float]:
+def compare(ones: list[Measured], ids: np.ndarray, concurrency: int, rounds: int) -> list[float]:
     """The median ratio of each contender's tokens per second to the first one's."""
     rates: list[list[float]] = [[] for _ in ones]
     length = PROMPT + ANSWER
     for number in range(rounds):
         at = (np.arange(concurrency) + number * concurrency) * length % (len(ids) - length)
         texts = [ids[start : start + length].tolist() for start in at]
-        for one in ones:
-            one.start([text[:PROMPT] for text in texts], [text[PROMPT:] for text in texts])
-            one.until_decoding()
-        while ones[0].engine.running:
-            for one, found in zip(ones, rates, strict=True):
-                found.append(one.rate(SLICE))
+        start_all(texts, PROMPT, *ones)
+        for found, more in zip(rates, rates_in_turn(SLICE, *ones), strict=True):
+            found.extend(more)
     ratios = [float(np.median(np.array(found) / rates[0])) for found in rates]
     for one, found, ratio in zip(ones, rates, ratios, strict=True):
         rate = f"{statistics.median(found):8.1f} tokens/s"
@@ -113,7 +110,7 @@ def main() -> None:
         size = f"hidden size {shape.hidden_size}, {shape.num_hidden_layers} layers"
         print(f"{options.preset}, {size}, beta 3, {CPU}")
         for concurrency, rounds in ROUNDS.items():
-            ratios = compare(list(engines), ids, concurrency, 1 if options.quick else rounds)
+            ratios = compare(engines, ids, concurrency, 1 if options.quick else rounds)
             for form, ratio in zip(forms[1:], ratios[1:], strict=True):
                 result[f"{form}_vs_{forms[0]}_c{concurrency}"] = round(ratio, 3)
     print(json.dumps(result))

@@ -31,7 +31,7 @@ from tolhouse.testing import Host
 from torch import Tensor
 
 from loadtest.isolation import server_side
-from loadtest.replay import Contender
+from loadtest.replay import Contender, rates_in_turn, start_all
 from loadtest.tables import alike, served
 from loadtest.text import trace
 
@@ -100,12 +100,9 @@ def paced(
     for number in range(rounds):
         at = (np.arange(SEQUENCES) + number * SEQUENCES) * length % (len(ids) - length)
         texts = [ids[start : start + length].tolist() for start in at]
-        for one in found:
-            one.start([text[:PROMPT] for text in texts], [text[PROMPT:] for text in texts])
-            one.until_decoding()
-        while found[0].engine.running:
-            for one in found:
-                rates[one.name].append(one.rate(SLICE))
+        start_all(texts, PROMPT, *found)
+        for one, more in zip(found, rates_in_turn(SLICE, *found), strict=True):
+            rates[one.name] += more
     bare = np.array(rates["no rows"])
     print(f"  forward of {milliseconds:g} ms: no rows {np.median(bare):7.0f} tokens/s")
     for one in found[1:]:

@@ -56,3 +56,23 @@ class Contender:
         while not until():
             self.step()
         return time.perf_counter() - started
+
+
+def start_all(texts: list[list[int]], prompt: int, *ones: Contender) -> None:
+    """Start the texts in each contender, and step until their first `prompt` tokens have been
+    computed."""
+    for one in ones:
+        one.start([text[:prompt] for text in texts], [text[prompt:] for text in texts])
+        one.until_decoding()
+
+
+def rates_in_turn(steps: int, *ones: Contender) -> list[list[float]]:
+    """Run the contenders in slices of `steps` steps, one after the other, until all texts end.
+
+    Returns the tokens per second of each contender's slices.
+    """
+    rates: list[list[float]] = [[] for _ in ones]
+    while ones[0].engine.running:
+        for one, found in zip(ones, rates, strict=True):
+            found.append(one.rate(steps))
+    return rates

@@ -2,7 +2,6 @@
 allows."""
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from tolhouse.net.auth import ClientCredentials
 from tolhouse.store.base import Store, open_store
 from tolhouse.store.registry import commit, publish
 from tolhouse.table.manifest import content_id
-from tolhouse.testing import Host, Process, process
+from tolhouse.testing import Host, Process, process, wait_until
 
 _DIFFERENT = 61
 HERE = Host()
@@ -93,8 +92,9 @@ def service(
     options = "--listen", f"{host.address}:0", "--insecure", "--hot-megabytes", f"{hot_megabytes:g}"
     arguments = "lookup", "--store", url, *options, *more
     with process(*arguments, python=python, host=host) as running:
-        while filled and "hot rows filled" not in running.log.read_text(encoding="utf-8"):
-            time.sleep(0.05)
+        if filled:
+            log, done = running.log, "hot rows filled"
+            wait_until(lambda: done in log.read_text(encoding="utf-8"), "filling", 600)
         yield running
 
 

@@ -395,7 +395,7 @@ def test_certificates_and_authority_are_replaced_under_load(
         ended.set()
         for thread in threads:
             thread.join()
-        assert [] == failed
+        assert [] == failed, gateway.log.read_text(encoding="utf-8")
         outdated = ClientCredentials(f"{new}/ca.pem", f"{old}/client.pem", f"{old}/client.key")
         with (
             Client(lookup.address, 3, credentials=outdated) as client,

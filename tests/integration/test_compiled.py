@@ -19,7 +19,7 @@ from tolhouse.testing import tiny_model, wait_until
 
 from tests.engines import CPU, Request, engine_of
 
-COMPILES = pytest.mark.timeout(900)  # compiling takes a minute of processor time, or two
+COMPILES = pytest.mark.timeout(900)  # compiling takes one or two minutes of processor time
 
 
 class RandomRows(NoRows):
