@@ -9,10 +9,12 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import pytest
@@ -27,6 +29,8 @@ from tolhouse.errors import (
 )
 from tolhouse.files import ReloadingFiles, replace_file
 from tolhouse.logs import is_loopback
+from tolhouse.net.auth import ServerCredentials
+from tolhouse.net.channel import dial
 from tolhouse.store.base import open_store, require_private
 from tolhouse.testing import (
     build_table,
@@ -323,6 +327,31 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     assert 22 == watched.get()
     path.write_text("333", encoding="utf-8")
     assert 333 == watched.get()
+
+
+def test_only_changed_files_are_a_new_configuration(
+    pki: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Handshakes use the certificate that a gRPC server has until a file changes."""
+    folder, made = Path(shutil.copytree(pki, tmp_path / "pki")), []
+    make = grpc.ssl_server_certificate_configuration
+
+    def counted(*arguments: Any) -> Any:
+        made.append(arguments)
+        return make(*arguments)
+
+    monkeypatch.setattr(grpc, "ssl_server_certificate_configuration", counted)
+    files = (f"{folder}/{name}" for name in ("service.pem", "service.key", "ca.pem"))
+    tls, server = ServerCredentials(*files).for_grpc(), grpc.server(ThreadPoolExecutor(1))
+    port = server.add_secure_port("127.0.0.1:0", tls)
+    server.start()
+    for count in (1, 1, 1, 2, 2):
+        if count > len(made):
+            replace_file(folder / "ca.pem", (folder / "ca.pem").read_bytes())
+        with dial(f"127.0.0.1:{port}", access(folder)) as channel:
+            grpc.channel_ready_future(channel).result(30)
+        assert count == len(made)
+    server.stop(0).wait()
 
 
 def test_certificates_and_authority_are_replaced_under_load(

@@ -331,18 +331,27 @@ class ServerCredentials:
         return TokenFile(self.token_file)
 
     def for_grpc(self) -> grpc.ServerCredentials | None:
-        """Return the credentials of a gRPC server, which reads the certificate at each handshake.
+        """Return credentials of a gRPC server. Handshakes use files as they are at that time.
 
         None means plaintext.
         """
+        served = self._pems.get()
 
-        def current() -> grpc.ServerCertificateConfiguration:
-            _, cert, key, ca = self._pems.get()
+        def configuration() -> grpc.ServerCertificateConfiguration:
+            _, cert, key, ca = served
             return grpc.ssl_server_certificate_configuration([(key, cert)], ca or None)
 
-        if not self._pems.get().certificate:
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal served
+            if (pems := self._pems.get()) is served:
+                return None  # a new configuration can fail handshakes that are under way
+            served = pems
+            return configuration()
+
+        if not served.certificate:
             return None
-        return grpc.dynamic_ssl_server_credentials(current(), current, bool(self.tls_client_ca))
+        need = bool(self.tls_client_ca)
+        return grpc.dynamic_ssl_server_credentials(configuration(), changed, need)
 
     def current_context(self) -> ssl.SSLContext:
         """Return the context of the current files for a new connection.
