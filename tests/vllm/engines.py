@@ -25,6 +25,9 @@ from torch import Tensor
 MODELS = Path(__file__).parent.parent.parent / "models"
 MAX_TOKENS, CONTEXT = 32, 128
 CPU = torch.device("cpu")
+ON_GPU = torch.cuda.is_available()
+# Several engines share a GPU, so each one has a share of its memory.
+GPU_OPTIONS = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 28}
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ def defaults() -> dict[str, Any]:
         "max_num_batched_tokens": 64,  # long prompts are computed in chunks
         "enforce_eager": True,
         "disable_log_stats": True,
+        **(GPU_OPTIONS if ON_GPU else {}),
     }
 
 
@@ -145,6 +149,8 @@ def served(case: Case, tolhouse: dict[str, Any], *options: str) -> Iterator[str]
         "--enforce-eager", "--additional-config",
         json.dumps({"tolhouse": {"rows": case.rows, **tolhouse}}), *options,
     )  # fmt: skip
+    for name, value in GPU_OPTIONS.items() if ON_GPU else ():
+        command += f"--{name.replace('_', '-')}", str(value)
     log = Path(os.environ["VLLM_CACHE_ROOT"]) / f"serve-{port}.log"
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as popen:
 

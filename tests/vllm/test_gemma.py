@@ -13,7 +13,7 @@ from tolhouse.sources.gemma import FINISHED, RAW, blocks_of
 from tolhouse.testing import build_table
 
 from loadtest.gemma import saved, tiny_gemma
-from tests.vllm.engines import MAX_TOKENS, Case, generate, prompts_for
+from tests.vllm.engines import MAX_TOKENS, Case, defaults, generate, prompts_for
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -21,16 +21,19 @@ SIZES: dict[str, Any] = {
     "head_dim": 32,
     "global_head_dim": 32,
 }
-# Completes a prompt in one process, and writes the bytes of its anonymous and shared memory.
+# Completes a prompt in one process, and writes the bytes of its anonymous and shared memory, or of
+# its tensors on a GPU.
 MEMORY = """
 import json, re, sys
 from pathlib import Path
+import torch
 from vllm import LLM, SamplingParams
 llm = LLM(**json.loads(sys.argv[2]))
 llm.generate({"prompt_token_ids": [5, 6, 7]}, SamplingParams(max_tokens=4, detokenize=False))
 status = Path("/proc/self/status").read_text(encoding="ascii")
 kilobytes = sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\\s+(\\d+)", status)))
-Path(sys.argv[1]).write_text(str(kilobytes * 1024), encoding="ascii")
+used = torch.cuda.memory_allocated() if torch.cuda.is_available() else kilobytes * 1024
+Path(sys.argv[1]).write_text(str(used), encoding="ascii")
 """
 
 
@@ -91,10 +94,8 @@ def memory_of(checkpoint: Path, answer: Path, additional: dict[str, Any]) -> int
         "model": str(checkpoint),
         "additional_config": additional,
         "skip_tokenizer_init": True,
-        "dtype": "float32",
+        **defaults(),
         "max_model_len": 64,
-        "max_num_batched_tokens": 64,
-        "enforce_eager": True,
     }
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     command = [sys.executable, "-c", MEMORY, str(answer), json.dumps(job)]

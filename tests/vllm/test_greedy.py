@@ -6,11 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tolhouse.model.checkpoint import open_checkpoint
 from tolhouse.model.config import RopeScaling
 from tolhouse.testing import process, tiny_model
 
-from tests.vllm.engines import Case, case, generate, prompts_for, reference, rows_of, tiny_case
+from tests.vllm.engines import (
+    ON_GPU,
+    Case,
+    case,
+    generate,
+    prompts_for,
+    reference,
+    rows_of,
+    tiny_case,
+)
 
 LLAMA3 = RopeScaling("llama3", 4.0, 1.0, 4.0, 64)
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
@@ -45,6 +55,19 @@ def test_demo_models(model: str, compiled: bool, request: pytest.FixtureRequest)
     assert demo.expected == generate(demo, enforce_eager=not compiled)
 
 
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("row_memory", "second_runner"), [("host", "1"), ("device", "1"), ("cache", "0"), ("host", "0")]
+)
+def test_graphs(
+    memory: Case, row_memory: str, second_runner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both model runners replay CUDA graphs with each kind of memory for rows."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", second_runner)
+    rows = {"row_memory": row_memory}
+    assert memory.expected == generate(memory, rows, enforce_eager=False)
+
+
 @pytest.mark.parametrize("row_memory", ["cache", "host"])
 def test_speculation(memory: Case, row_memory: str) -> None:
     """N-gram speculation, whose steps have placeholders for tokens, changes no token, also if each
@@ -53,6 +76,7 @@ def test_speculation(memory: Case, row_memory: str) -> None:
     assert memory.expected == generate(memory, rows, speculative_config=NGRAM)
 
 
+@pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_ranks(flex: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tensor-parallel ranks, each with a row cache of its own, give the same tokens."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")

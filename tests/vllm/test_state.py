@@ -2,9 +2,11 @@
 
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from tolhouse import Client
 from tolhouse.engine.row_providers import RecomputedRows
@@ -13,7 +15,31 @@ from tolhouse.integrations.vllm.staging import RowStage, open_rows
 from tolhouse.integrations.vllm.state import RowsState
 from tolhouse.model.checkpoint import open_checkpoint
 
-from tests.vllm.engines import CPU, Case
+from tests.vllm.engines import CPU, Case, tiny_case
+
+
+@pytest.mark.parametrize("row_memory", ["cache", "host"])
+def test_rows_do_not_depend_on_the_default_device(row_memory: str, tmp_path: Path) -> None:
+    """Rows are in memory of the host although vLLM makes another device the default."""
+    case = tiny_case(tmp_path)
+    name, options = case.checkpoint.name, {"rows": case.rows, "row_memory": row_memory}
+    with Client(case.rows) as client:
+        manifest, expected = client.describe(name), client.fetch(name, [5, 17])
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8),
+        device_config=SimpleNamespace(device=CPU),
+        model_config=SimpleNamespace(dtype=torch.float32),
+        additional_config=AdditionalConfig(
+            parse({"tolhouse": options}), name, tuple(manifest.blocks), {}
+        ),
+        use_v2_model_runner=True,
+        speculative_config=None,
+    )
+    recompute = partial(RecomputedRows, open_checkpoint(case.checkpoint))
+    with torch.device("meta"):
+        stage = RowStage.of(config, recompute)
+    rows, _ = stage.fill(torch.tensor([5, 17]), lambda: None)
+    assert np.array_equal(expected, rows.numpy())
 
 
 def test_steps_and_captures_use_the_same_buffers(memory: Case) -> None:

@@ -128,7 +128,8 @@ class RowStage:
         most = vllm_config.scheduler_config.max_num_batched_tokens
         device, dtype = vllm_config.device_config.device, vllm_config.model_config.dtype
         config = vllm_config.additional_config
-        source = open_rows(config, recompute, most, torch.device(device), dtype)
+        with torch.device("cpu"):  # vLLM makes its device the default while it makes a model
+            source = open_rows(config, recompute, most, torch.device(device), dtype)
         # In the first model runner, speculation hides to which request a logit belongs.
         first_runner = not vllm_config.use_v2_model_runner
         whole = first_runner and vllm_config.speculative_config is not None
