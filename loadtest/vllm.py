@@ -104,7 +104,7 @@ class Contender:
             "--query-compute-apps=pid,used_memory",
             "--format=csv,noheader,nounits",
         )
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
         pairs = (line.split(",") for line in said.splitlines() if line)
         used = {int(pid): int(size) for pid, size in pairs if size.strip().isdecimal()}
         return sum(used.get(process.pid, 0) << 20 for process in self._processes())

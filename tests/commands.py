@@ -1,12 +1,14 @@
 """Run `tolhouse …` as a subprocess."""
 
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
-from tolhouse.testing import Process, open_url
+from tolhouse.testing import Process, open_url, wait_until
 
 from tests import preloaded
 
@@ -38,3 +40,19 @@ def metrics(running: Process) -> str:
     """The text of a process's Prometheus metrics."""
     with open_url(f"http://{running.ready['metrics']}/metrics", 10) as answer:
         return answer.read().decode()
+
+
+def send_signal(pid: int, number: int) -> None:
+    """Send a signal to a process. SIGSTOP has stopped all of its threads when this returns.
+
+    On a busy machine a thread can otherwise still answer a request that is sent later.
+    """
+    os.kill(pid, number)
+    if number == signal.SIGSTOP:
+        tasks = Path(f"/proc/{pid}/task")
+        wait_until(
+            lambda: all(
+                ") T " in (task / "stat").read_text(encoding="ascii", errors="replace")
+                for task in tasks.iterdir()
+            )
+        )

@@ -30,7 +30,7 @@ from tolhouse.testing import (
     wait_until_healthy,
 )
 
-from tests.commands import HTTP, tolhouse
+from tests.commands import HTTP, send_signal, tolhouse
 
 DEMO = Path("models/demo-memory")
 PROMPT = "def main():\n    parser = argparse.ArgumentParser("
@@ -944,7 +944,7 @@ def test_a_worker_may_hang(table: str) -> None:
         expected = text_of(post(cluster, body))
         streams = [pool.submit(stream, cluster, endless) for _ in range(2)]  # one on each worker
         time.sleep(0.3)
-        os.kill(first.pid, signal.SIGSTOP)
+        send_signal(first.pid, signal.SIGSTOP)
         answers = [pool.submit(post, cluster, body) for _ in range(4)]  # two on the stopped one
         for answer in (a.result() for a in answers):
             assert (200, expected) == (answer.status_code, text_of(answer))

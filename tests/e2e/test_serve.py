@@ -11,6 +11,7 @@ import pytest
 from tolhouse.testing import Cluster, build_table, free_port, local_cluster
 
 from loadtest.serve import Answer, summary
+from tests.commands import send_signal
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_refusals_are_counted_by_kind(cluster: Cluster) -> None:
 def test_missing_answers_are_counted(cluster: Cluster) -> None:
     """Requests to a hung worker count as errors, and the command fails without an answer."""
     worker = cluster.processes[1].popen
-    worker.send_signal(signal.SIGSTOP)
+    send_signal(worker.pid, signal.SIGSTOP)
     try:
         options = "--rate 4 --seconds 1 --deadline-seconds 0.5 --model tiny-memory"
         done = serve(cluster.gateway, options)

@@ -27,7 +27,7 @@ from tolhouse.testing import (
 )
 
 from tests.chaos.proxy import Link
-from tests.commands import LOCAL
+from tests.commands import LOCAL, send_signal
 from tests.tables import owners_of
 
 IDS = np.arange(300, dtype=np.uint32)
@@ -259,7 +259,7 @@ def test_one_replica_may_die_or_hang(
     """If one replica is killed or stopped, the other answers within the deadline."""
     with Client([r.address for r in replicas], timeout=8) as client:
         expected = client.fetch(table, IDS).tobytes()
-        os.kill(replicas[0].pid, number)
+        send_signal(replicas[0].pid, number)
         assert expected == client.fetch(table, IDS).tobytes()
         os.kill(replicas[1].pid, signal.SIGKILL)
         if number == signal.SIGSTOP:
@@ -274,7 +274,7 @@ def test_a_hung_replica_costs_one_timeout(replicas: list[Process], table: str) -
     """After one timeout a hung replica's ids go to the other replica until it answers again."""
     with Client([r.address for r in replicas], timeout=8) as client:
         usual, expected = owners_of(client, table, IDS), client.fetch(table, IDS).tobytes()
-        os.kill(replicas[0].pid, signal.SIGSTOP)
+        send_signal(replicas[0].pid, signal.SIGSTOP)
         assert expected == client.fetch(table, IDS).tobytes()
         assert {replicas[1].address} == set(owners_of(client, table, IDS))
         os.kill(replicas[0].pid, signal.SIGCONT)

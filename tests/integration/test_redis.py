@@ -29,6 +29,7 @@ from tolhouse.store.writer import shard_digest
 from tolhouse.testing import free_port, redis_binary, redis_cluster, redis_server, wait_until
 
 from tests.chaos.proxy import Link
+from tests.commands import send_signal
 from tests.tables import assert_holds, manifest_of, read, records_of, write
 
 IDS = np.arange(40, dtype=np.uint32)
@@ -299,7 +300,7 @@ def test_reads_survive_a_dead_or_hanging_master(number: signal.Signals) -> None:
         for node in nodes[:3]:
             with Redis.from_url(node.url) as master:
                 master.wait(1, 30_000)  # until its replica has all rows
-        nodes[0].popen.send_signal(number)
+        send_signal(nodes[0].popen.pid, number)
         for _ in range(3):
             assert_holds(store, MANIFEST)
         wait_until(lambda: write(store, MANIFEST))

@@ -34,7 +34,7 @@ from tolhouse.testing import (
 )
 from tolhouse.v1 import generation_pb2 as pb
 
-from tests.commands import LOCAL
+from tests.commands import LOCAL, send_signal
 
 IDS = [5, 200, 7, 5]
 KINDS = ["lookup", "file", "redis"]
@@ -154,7 +154,7 @@ def test_cancelling_a_task_cancels_its_call(running: dict) -> None:
         with process(*options) as hung:
             async with AsyncClient(hung.address, timeout=300) as source:
                 await source.fetch("tiny-memory", [1])
-                os.kill(hung.pid, signal.SIGSTOP)
+                send_signal(hung.pid, signal.SIGSTOP)
                 try:
                     fetches = [
                         asyncio.create_task(source.fetch(table, [k]))
@@ -232,7 +232,7 @@ def test_closing_ends_calls_in_flight(running: dict, kind: str) -> None:
             target, pid = running["redis"], running["redis pid"]
         client = Client(target, timeout=100)
         client.fetch("tiny-memory", [1])
-        os.kill(pid, signal.SIGSTOP)
+        send_signal(pid, signal.SIGSTOP)
         try:
             with ThreadPoolExecutor(4) as pool:
                 calls = [pool.submit(client.fetch, "tiny-memory", [k]) for k in range(3)]
@@ -455,7 +455,7 @@ def test_an_interrupt_ends_the_call(running: dict, what: str) -> None:
         popen = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
         with popen:
             assert "used\n" == popen.stdout.readline()
-            os.kill(hung.pid, signal.SIGSTOP)
+            send_signal(hung.pid, signal.SIGSTOP)
             threading.Event().wait(0.3)
             popen.send_signal(signal.SIGINT)
             assert "interrupted\n" == popen.stdout.readline()
@@ -502,7 +502,7 @@ def test_a_call_may_have_its_own_timeout(running: dict, kind: str) -> None:
         )
         with Client(target, timeout=1000) as client:
             client.fetch("tiny-memory", [1])
-            os.kill(pid, signal.SIGSTOP)
+            send_signal(pid, signal.SIGSTOP)
             try:
                 for call in (
                     lambda: client.fetch("tiny-memory", [2], timeout=0.3),
@@ -666,7 +666,7 @@ def test_a_lookup_service_does_not_show_its_store(
             with closing(open_store(url)) as store:
                 store.delete_records(ref)
             fails(errors.CorruptError, lambda: client.fetch(ref, [1, 2]))
-            os.kill(redis.popen.pid, signal.SIGSTOP)
+            send_signal(redis.popen.pid, signal.SIGSTOP)
             fails(errors.DeadlineExceededError, lambda: client.fetch(ref, [3], timeout=30))
             os.kill(redis.popen.pid, signal.SIGKILL)
             fails(errors.UnavailableError, lambda: client.describe("absent"))

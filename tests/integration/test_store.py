@@ -25,7 +25,7 @@ from tolhouse.store.registry import delete, publish, resolve, rollback, tables
 from tolhouse.store.writer import digest, shard_count, shard_digest
 from tolhouse.testing import build_table, process, redis_server, wait_until
 
-from tests.commands import LOCAL, tolhouse
+from tests.commands import LOCAL, send_signal, tolhouse
 from tests.tables import assert_holds, ids, manifest_of, read, records_of, write
 
 
@@ -244,7 +244,7 @@ def test_a_hanging_redis_times_out() -> None:
     ):
         manifest = write(store, manifest_of("hang"))
         pid = redis.info("server")["process_id"]
-        os.kill(pid, signal.SIGSTOP)
+        send_signal(pid, signal.SIGSTOP)
         try:
             with pytest.raises((DeadlineExceededError, UnavailableError)):
                 read(store, manifest)

@@ -35,7 +35,7 @@ from tolhouse.testing import (
 from tolhouse.v1 import generation_pb2
 from tolhouse.v1.generation_pb2_grpc import GenerationStub
 
-from tests.commands import LOCAL, metrics, start, tolhouse
+from tests.commands import LOCAL, metrics, send_signal, start, tolhouse
 from tests.engines import CPU, Request, engine_of, serve
 
 UNCACHED = ("--row-cache-megabytes", "0")
@@ -287,7 +287,7 @@ def test_a_hung_lookup_service_ends_sequences_at_the_deadline(
     """A hung lookup service ends a sequence with an error after the deadline."""
     options = ("--rows", lookup.address, "--fetch-timeout-seconds", "1", *LOCAL)
     with process("worker", str(checkpoint), *options) as worker, Client(worker.address) as client:
-        lookup.popen.send_signal(signal.SIGSTOP)
+        send_signal(lookup.pid, signal.SIGSTOP)
         with pytest.raises(errors.DeadlineExceededError, match="cannot be read now"):
             list(client.generate(PROMPT, 20, timeout=60))
         lookup.popen.send_signal(signal.SIGCONT)
@@ -318,7 +318,7 @@ def test_with_a_fallback_a_lost_lookup_service_changes_no_token(
         client = stack.enter_context(Client(worker.address))
         tokens = client.generate(PROMPT, 200, ignore_eos=True)
         begun = [next(tokens) for _ in range(5)]
-        lookup.popen.send_signal(trouble)
+        send_signal(lookup.pid, trouble)
         assert expected == begun + list(tokens)
         assert expected == list(client.generate(PROMPT, 200, ignore_eos=True))
         rows = client.describe_worker().rows
@@ -447,7 +447,7 @@ def test_a_worker_waits_for_a_hung_store_at_start(checkpoint: Path) -> None:
     """A worker waits for a Redis that accepts connections but does not answer yet."""
     with redis_node() as node, ThreadPoolExecutor(1) as background:
         ref = build_table(checkpoint, node.url, name="late")
-        node.popen.send_signal(signal.SIGSTOP)
+        send_signal(node.popen.pid, signal.SIGSTOP)
         source = StoreRowSource(node.url, lambda: open_store(node.url, 0.1))
         try:
             waiting = background.submit(wait_for_table, source, "late", 60)

@@ -92,6 +92,15 @@ def test_a_suspected_peer_is_compared_with_the_others(
     assert order == health.order(["own", "other"])
 
 
+def test_a_slow_peer_comes_before_one_that_is_down(tracked: Callable[..., PeerHealth]) -> None:
+    """A slow peer is used before a peer that does not answer."""
+    health = tracked(Peers(slow=[0.4], fast=[0.01], down=[None]), longest=1000.0)
+    health.report_down("down")
+    health.report_slow("slow")
+    wait_until(lambda: not health.up("slow"))
+    assert ["fast", "slow", "down"] == health.order(["down", "slow", "fast"])
+
+
 def test_a_peer_stays_down_until_it_answers(tracked: Callable[..., PeerHealth]) -> None:
     """A peer that is down is probed until it answers, and not afterwards."""
     peers = Peers(own=[None, None, 0.0])

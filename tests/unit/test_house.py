@@ -385,3 +385,18 @@ def test_readme_names_every_file() -> None:
         p.name for p in SOURCES.iterdir() if p.is_dir() and p.name != "__pycache__"
     }
     assert set() == {name for name in names if name not in page}
+
+
+def test_the_generated_code_runs_with_the_oldest_versions_allowed() -> None:
+    """The lower bounds of grpcio and protobuf are the versions that the generated code requires."""
+    grpc = (SOURCES / "v1" / "lookup_pb2_grpc.py").read_text(encoding="utf-8")
+    protobuf = (SOURCES / "v1" / "lookup_pb2.py").read_text(encoding="utf-8")
+    needed = {
+        "grpcio": re.findall(r"GRPC_GENERATED_VERSION = '(.+)'", grpc)[0],
+        "protobuf": ".".join(re.findall(r"^    (\d+),$", protobuf, re.MULTILINE)),
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = {one.name: one.specifier for one in map(Requirement, project["dependencies"])}
+    assert {name: str(found[name]) for name in needed} == {
+        name: f">={version}" for name, version in needed.items()
+    }

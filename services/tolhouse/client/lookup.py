@@ -185,8 +185,8 @@ class Replicas:
     """The replicas at the addresses of `targets`. DNS names are resolved periodically.
 
     Rendezvous hashing gives each shard an order of replicas, so that their caches hold different
-    rows. Replicas that are down or slow come last. `probe` returns whether a replica answers.
-    Several threads may share one object.
+    rows. Slow replicas come after healthy ones, and those that are down come last. `probe` returns
+    whether a replica answers. Several threads may share one object.
     """
 
     def __init__(
@@ -232,11 +232,11 @@ class Replicas:
         if len(replicas) == 1:
             yield replicas[0], left
             return
-        healthy = sum(self.health.up(r.target) for r in replicas)  # if any, only these are used
-        shards, rank = manifest.shard_of(ids[left]), attempt % (healthy or len(replicas))
         targets = tuple(replica.target for replica in replicas)
-        order = _order(manifest.ref, manifest.num_shards, targets, self.health.unhealthy)
-        owners = order[shards, rank]
+        ranks = tuple(map(self.health.rank, targets))
+        best = ranks.count(min(ranks))  # the number of replicas that are used
+        order = _order(manifest.ref, manifest.num_shards, targets, ranks)
+        owners = order[manifest.shard_of(ids[left]), attempt % best]
         for number in np.unique(owners).tolist():
             yield replicas[number], left[owners == number]
 
@@ -299,14 +299,13 @@ def _outcome(errors: list[BaseException], ids: Array) -> BaseException:
 
 
 @lru_cache(64)
-def _order(ref: str, num_shards: int, targets: tuple[str, ...], unhealthy: frozenset[str]) -> Array:
+def _order(ref: str, num_shards: int, targets: tuple[str, ...], ranks: tuple[int, ...]) -> Array:
     """Return the order of `targets` for each shard, as indices [num_shards, targets].
 
-    Healthy targets come first.
+    Targets of a lower rank come first.
     """
     texts = (f"{ref}:{shard}:{target}" for shard in range(num_shards) for target in targets)
     weights = np.array([xxh3_64_intdigest(text.encode()) for text in texts], np.uint64)
     order = np.argsort(weights.reshape(num_shards, -1), axis=1)
-    last = np.array([target in unhealthy for target in targets])
-    healthy_first = np.argsort(last[order], axis=1, kind="stable")
-    return np.take_along_axis(order, healthy_first, axis=1)
+    by_rank = np.argsort(np.array(ranks)[order], axis=1, kind="stable")
+    return np.take_along_axis(order, by_rank, axis=1)

@@ -2,8 +2,8 @@
 
 A failed call marks its peer as down. A slow call does not mark its peer as slow, because the call
 may have been large. Instead, probes compare the peer with others: it is slow if its probe takes
-several times as long as the fastest probe. A peer that is down or slow is used last, until a probe
-succeeds in time.
+several times as long as the fastest probe. Until a probe succeeds in time, a slow peer is used
+after the healthy ones, and a peer that is down after the slow ones.
 """
 
 import logging
@@ -29,6 +29,7 @@ _PROBES_OF_SUSPECT = 5
 _APART_SECONDS = 0.05  # at most
 
 State = Literal["up", "probing", "slow", "down", "gone"]
+_RANKS = {"slow": 1, "down": 2}
 
 
 @dataclass
@@ -70,8 +71,13 @@ class PeerHealth:
         return name not in self.unhealthy
 
     def order(self, names: Iterable[str]) -> list[str]:
-        """Return the names, healthy ones first."""
-        return sorted(names, key=self.unhealthy.__contains__)
+        """Return the names: healthy ones first, and those that are down last."""
+        return sorted(names, key=self.rank)
+
+    def rank(self, name: str) -> int:
+        """Return 0 for a healthy peer, 1 for one that is slow, and 2 for one that is down."""
+        known = self._peers.get(name)
+        return _RANKS.get(known.state, 0) if known else 0
 
     def report_down(self, name: str, reason: object = "") -> None:
         """Report that a call failed or timed out."""
