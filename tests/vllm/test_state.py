@@ -15,7 +15,7 @@ from tolhouse.integrations.vllm.staging import RowStage, open_rows
 from tolhouse.integrations.vllm.state import RowsState
 from tolhouse.model.checkpoint import open_checkpoint
 
-from tests.vllm.engines import CPU, Case, tiny_case
+from tests.vllm.engines import CPU, ON_GPU, Case, tiny_case
 
 
 @pytest.mark.parametrize("row_memory", ["cache", "host"])
@@ -40,6 +40,27 @@ def test_rows_do_not_depend_on_the_default_device(row_memory: str, tmp_path: Pat
         stage = RowStage.of(config, recompute)
     rows, _ = stage.fill(torch.tensor([5, 17]), lambda: None)
     assert np.array_equal(expected, rows.numpy())
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("row_memory", ["host", "device"])
+def test_staging_a_whole_table_does_not_wait(row_memory: str, tmp_path: Path) -> None:
+    """No operation waits for the GPU, so that the host can prepare the next step meanwhile."""
+    case, gpu = tiny_case(tmp_path), torch.device("cuda")
+    options = {"rows": case.rows, "row_memory": row_memory}
+    config = AdditionalConfig(parse({"tolhouse": options}), case.checkpoint.name, (), {})
+    recompute = partial(RecomputedRows, open_checkpoint(case.checkpoint))
+    stage = RowStage(open_rows(config, recompute, 8, gpu, torch.float32), 8)
+    ids_T = torch.tensor([5, 17, -1, 1 << 20], device=gpu)
+    stage.fill(ids_T, lambda: None)  # kernels are loaded in their first call
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows, _ = stage.fill(ids_T, lambda: None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with Client(case.rows) as client:
+        expected = client.fetch(case.checkpoint.name, [5, 17, 0, 0])
+    assert np.array_equal(expected, rows.cpu().numpy())
 
 
 def test_steps_and_captures_use_the_same_buffers(memory: Case) -> None:
