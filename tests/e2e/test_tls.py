@@ -29,6 +29,7 @@ from tolhouse.errors import (
 )
 from tolhouse.files import ReloadingFiles, replace_file
 from tolhouse.logs import is_loopback
+from tolhouse.net import auth
 from tolhouse.net.auth import ServerCredentials
 from tolhouse.net.channel import dial
 from tolhouse.store.base import open_store, require_private
@@ -327,6 +328,25 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     assert 22 == watched.get()
     path.write_text("333", encoding="utf-8")
     assert 333 == watched.get()
+
+
+def test_files_that_are_replaced_while_they_are_read_match(
+    pki: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The certificate and the key belong together although both are replaced between reading one
+    and the other."""
+    folder = Path(shutil.copytree(pki, tmp_path / "pki"))
+    files, read = [str(folder / f"service.{end}") for end in ("pem", "key")], auth.read_file
+
+    def replaced(path: str, what: str) -> bytes:
+        data = read(path, what)
+        if path == files[0] and data == (pki / "service.pem").read_bytes():
+            issue(folder, "service", ["localhost"])
+        return data
+
+    monkeypatch.setattr(auth, "read_file", replaced)
+    pems = auth.read_pems(*files, "")
+    assert [Path(file).read_bytes() for file in files] == [pems.certificate, pems.key]
 
 
 def test_only_changed_files_are_a_new_configuration(

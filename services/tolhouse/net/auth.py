@@ -40,7 +40,7 @@ class Pems(NamedTuple):
 
 
 def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> Pems:
-    """Read the files of a TLS identity. "" stands for no file.
+    """Read the files of a TLS identity, which match. "" stands for no file.
 
     `retries` is the number of retries if certificate and key do not match, which happens while both
     are replaced.
@@ -57,7 +57,11 @@ def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> P
             raise InvalidArgumentError(f"{message}: give a file instead of {SYSTEM!r}")
         authority = paths.cafile
     named = {"certificate": certificate, "key": key, "authority": authority}
-    pems = [read_file(path, f"the TLS {what}") if path else b"" for what, path in named.items()]
+
+    def read() -> list[bytes]:
+        return [read_file(path, f"the TLS {what}") if path else b"" for what, path in named.items()]
+
+    pems = read()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
@@ -81,6 +85,8 @@ def read_pems(certificate: str, key: str, authority: str, retries: int = 0) -> P
         raise InvalidArgumentError(
             f"the TLS authority {authority} has no PEM certificate"
         ) from None
+    if pems != read():  # the files were replaced between reading and checking them
+        return read_pems(certificate, key, authority, retries)
     if authority:  # a resumed session would skip the check of the client certificate
         context.options |= ssl.OP_NO_TICKET
         context.num_tickets = 0
