@@ -386,7 +386,7 @@ def ratios(running: list[Contender]) -> dict[str, float]:
         result |= {f"{name}_vs_dense_c{c}": value for name, value in both.items()}
         result[f"ours_vs_dense_c{c}"] = max(both.values())
         result[f"plugin_remote_vs_file_c{c}"] = ratio("plugin", "file", c)
-        for memory in by_name.keys() & {"host", "device"}:
+        for memory in (name for name in ("host", "device") if name in by_name):
             result[f"{memory}_vs_dense_c{c}"] = ratio(memory, "dense", c)
     return result
 
